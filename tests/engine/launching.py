@@ -1,4 +1,4 @@
-"""How an engine launches its steps, whatever the device: as a CPU has them, and as a GPU."""
+"""Make engines launch their steps as on a CPU or as on a GPU, on any device."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 
 from modelpack_engine.runner.paged import PagedRunner
 
-#: After the step before has been read, and before.
+#: After the previous step has been read, or before.
 WAYS = ("launched late", "launched early")
 
 
 def launch(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have engines launch steps in one of `WAYS`."""
+    """Make engines launch steps in one of `WAYS`."""
     monkeypatch.setattr(PagedRunner, "writes_in_place", property(lambda self: way != WAYS[0]))

@@ -1,4 +1,4 @@
-"""SwiGLU by powers of two is mlx-lm's."""
+"""SwiGLU computed by powers of two equals mlx-lm's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_other_types_are_mlx_lms_matter(kind: mx.Dtype) -> None:
 
 
 def test_install() -> None:
-    for _ in range(2):  # a second time changes nothing
+    for _ in range(2):  # installing twice has no effect
         patches = swiglu_patches(tiny_llama())
         assert [str(patch) for patch in patches] == ["mlx_lm.models.llama.swiglu"]
         install(patches)

@@ -55,7 +55,7 @@ def multiply(
     alpha: float,
     beta: float,
 ) -> None:
-    """Do c = alpha * op(a) @ op(b) + beta * c in place; rows may be padded."""
+    """Compute c = alpha * op(a) @ op(b) + beta * c in place; rows may be padded."""
     rows, inner = a.shape[::-1] if trans[0] else a.shape
     pointer = ctypes.POINTER(ctypes.c_float)
     strides = [x.strides[0] // 4 for x in (a, b, c)]
@@ -95,7 +95,7 @@ def test_products(
     b = padded(generator, *((cols, inner) if trans[1] else (inner, cols)), paddings[1])
     whole = generator.standard_normal((rows, cols + paddings[2]), np.float32)
     if factors[1] == 0:
-        whole[:, :cols] = np.nan  # with beta 0, what was there does not count
+        whole[:, :cols] = np.nan  # with beta 0, the previous values are ignored
     before = whole.copy()
     c = whole[:, :cols]
     expected = factors[0] * (a.T if trans[0] else a).astype(float) @ (b.T if trans[1] else b)
@@ -107,7 +107,7 @@ def test_products(
 
 
 def test_a_row_is_the_same_alone_and_among_others(shim: ctypes.CDLL) -> None:
-    """Otherwise a text would depend on who else is served."""
+    """Otherwise the output of a request would depend on concurrent requests."""
     generator = np.random.default_rng(2)
     x, weight = padded(generator, 16, 576, 0), padded(generator, 50, 576, 0)
     results = []

@@ -1,4 +1,4 @@
-"""Work on two streams of the CPU gives what it gives on one."""
+"""Work on two CPU streams gives the same results as on one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelpack_engine.platform.device import keep_freed_memory
 
 
 class Layers(nn.Module):
-    """A head tied to the embedding, a layer with a bias and one without, and another kind."""
+    """A model with a tied head, linear layers with and without a bias, and a quantised one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def test_halves(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_halves_are_computed_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second half is the second stream's, unless there is too little to do."""
+    """The second stream computes the second half, unless the work is too small."""
     monkeypatch.setattr(layers, "FEW_PRODUCTS", 0)
     model, swaps = Layers(), ClassSwaps()
     stream, used = mx.new_stream(mx.cpu), []

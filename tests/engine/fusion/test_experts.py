@@ -64,7 +64,7 @@ def test_sigmoids_choose_as_deepseek_does(
 ) -> None:
     keys = mx.random.split(mx.random.key(experts))
     gates = mx.random.normal((ROWS, experts), mx.bfloat16, key=keys[0])
-    bias = mx.random.normal((experts,), key=keys[1])  # so low that groups left out win, too
+    bias = mx.random.normal((experts,), key=keys[1])  # below 0: dropped groups can win
     chosen, scores = group_expert_select(gates, bias, top_k, groups, keep, 2.5, normed)
     routing = Routing(top_k, normed and top_k > 1, True, groups, keep, 2.5)
     found, found_scores = route(gates, routing, bias, mx.float32)
@@ -125,7 +125,7 @@ def test_models_find_the_same(host: Host, name: str) -> None:
 
 
 def test_other_uses_of_what_experts_gave(host: Host) -> None:
-    """Whatever a model does with it, it is an array like any other."""
+    """The deferred outputs of experts behave like an ordinary array."""
     mx.random.seed(2)
     experts: Any = SwitchGLU(32, 16, 4)
     x = mx.random.normal((ROWS, 1, 32))
@@ -162,7 +162,7 @@ def test_few_pairs_go_mlx_s_way(host: Host) -> None:
 def test_sorted_rows_lie_as_far_apart_as_their_strides_say(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLX on CUDA reads sorted rows by the stride of an axis of size 1."""
+    """MLX on CUDA reads sorted rows with the stride of an axis of size 1."""
     strides: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     original: Any = SwitchLinear.__call__
 

@@ -1,4 +1,4 @@
-"""Products by heads, of all rows together: the same as row by row."""
+"""Matmuls by heads for all rows together equal those row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused layers' kernels on an emulated GPU: alone, and as a model runs by them."""
+"""The kernels of fused layers on an emulated GPU, alone and within a model."""
 
 from __future__ import annotations
 

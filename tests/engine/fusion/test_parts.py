@@ -1,4 +1,4 @@
-"""What fused layers are made of: joint weights, ways to multiply, sums, rotations."""
+"""The parts of fused layers: joint weights, matmuls, residual sums, rotations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_joint_layers_give_what_each_gives(bits: int | None, bias: bool) -> None
     joint = join(parts)
     assert (joint.num_outputs, joint.num_inputs) == (56, 64)
     np.testing.assert_allclose(multiply(x, joint), expected, rtol=1e-5, atol=1e-5)
-    # The layers themselves still answer, from the same memory.
+    # The layers still work, with the same memory.
     again = mx.concatenate([layer(x) for layer in parts], axis=1)  # type: ignore[operator]
     np.testing.assert_array_equal(again, expected)
     total = multiply_in_parts(x[:, None], joint)

@@ -1,4 +1,4 @@
-"""Which layers count as known: by what they compute, not by what they are called."""
+"""Layers are recognised by what they compute, not by their names."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 class OtherMeaning(nn.Module):
-    """Reads as Llama's MLP, with another function by the name of `swiglu`."""
+    """Has the source of Llama's MLP, but another function named `swiglu`."""
 
     gate_proj: Any
     up_proj: Any
@@ -60,7 +60,7 @@ class OtherMeaning(nn.Module):
 
 
 class Silent(nn.Module):
-    """Answers no call."""
+    """A module without `__call__`."""
 
 
 @pytest.mark.parametrize("kind", [OtherMeaning, Silent])
@@ -70,6 +70,6 @@ def test_others_are_not_known(kind: type[nn.Module]) -> None:
 
 def test_a_class_without_a_text_is_not_known() -> None:
     scope: dict[str, Any] = {}
-    exec("def __call__(self, x):\n    return x", scope)  # no file holds this
+    exec("def __call__(self, x):\n    return x", scope)  # a class without a source file
     kind = type("Made", (nn.Module,), {"__call__": scope["__call__"]})
     assert not reads_like(kind(), llama.MLP)

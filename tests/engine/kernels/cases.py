@@ -1,4 +1,4 @@
-"""Decodes to be emulated, and what they should give, in float64."""
+"""Cases of decode attention for the emulator, with their expected results in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ITEMSIZE = {"float": 4, "float16_t": 2, "bfloat16_t": 2, "uint32_t": 4}
 
 @dataclass(frozen=True)
 class Case:
-    """One decode: its shape, its contexts, C types of queries and pools, and how it is cut."""
+    """One decode attention: its shape, contexts, C types of queries and pools, and its split."""
 
     name: str
     shape: AttentionShape
@@ -34,12 +34,12 @@ class Case:
 
     @property
     def width(self) -> int:
-        """Blocks in a row of the block table, one of which is never used."""
+        """The columns of the block table, including one that is never used."""
         return max(-(-n // self.shape.block_size) for n in self.context_lens) + 1
 
     @property
     def plan(self) -> DecodePlan:
-        """The plan that would run this on a GPU."""
+        """The plan for this case on a GPU."""
         return plan_decode(
             self.shape,
             ITEMSIZE[self.pool],
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def instances(self) -> tuple[Instance, ...]:
-        """The kernels that run."""
+        """The kernels of this case."""
         decode = decode_instance(self.plan, q=self.q, pool=self.pool)
         return (decode, merge_instance(self.shape, q=self.q)) if self.parts > 1 else (decode,)
 
@@ -100,7 +100,7 @@ def typed(array: Array, c_type: str) -> Array:
 
 
 def plain(array: Array, c_type: str) -> Array:
-    """Return the values of what `typed` made, in float64."""
+    """Return the float64 values of an array that `typed` has made."""
     if c_type == "uint32_t":
         raise TypeError("words have no values of their own")
     if c_type == "bfloat16_t":
@@ -109,7 +109,7 @@ def plain(array: Array, c_type: str) -> Array:
 
 
 def packed(pool: Array, shape: AttentionShape) -> Array:
-    """Return a pool [slots, heads, dim] quantised, [slots, words]; NaN spoils its group."""
+    """Return a pool [slots, heads, dim] quantised to [slots, words]; NaN makes its group NaN."""
     kind = Quantisation(shape.bits, shape.group)
     rows = pool.reshape(len(pool), -1, shape.group)
     # MLX's functions make the words; groups of nothing but NaN are 1 << 30 or so.
@@ -121,7 +121,7 @@ def packed(pool: Array, shape: AttentionShape) -> Array:
 
 
 def unpacked(words: Array, shape: AttentionShape, heads: int) -> Array:
-    """Return what words stand for, [slots, heads, dim], in float64; written out, without MLX."""
+    """Return the values of quantised words, float64 [slots, heads, dim], without MLX."""
     width = words.shape[1] * 32 * shape.group // (shape.bits * shape.group + 32)
     codes, scales = np.split(words, [width * shape.bits // 32], axis=1)
     per_word = 32 // shape.bits
@@ -136,14 +136,14 @@ def unpacked(words: Array, shape: AttentionShape, heads: int) -> Array:
 
 @dataclass
 class Inputs:
-    """A case's arrays as the kernel takes them, and the factors that belong to them."""
+    """The input arrays of a case, and its `params`."""
 
     arrays: dict[str, Array]
     scale: float
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Return random inputs; slots that no row may see are NaN, unused table entries far off."""
+    """Return random inputs: unseen slots are NaN, and unused table entries are out of range."""
     rng = np.random.default_rng(seed)
     shape, size = case.shape, case.shape.block_size
     rows, blocks = len(case.context_lens), sum(-(-n // size) for n in case.context_lens) + 1

@@ -1,4 +1,4 @@
-"""The marker of tests that need a GPU; they are in gpu_check.py, which is not collected unasked."""
+"""The marker of tests that need a GPU: those in gpu_check.py, which is collected by name only."""
 
 from __future__ import annotations
 

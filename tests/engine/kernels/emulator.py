@@ -25,13 +25,13 @@ Edit = Callable[[Body, str], str]
 
 
 def unchanged(body: Body, source: str) -> str:
-    """Return a body as it is."""
+    """Return a body unchanged."""
     return source
 
 
 @dataclass(frozen=True)
 class Emulator:
-    """A program that holds some instances of the kernels."""
+    """A compiled program with some instances of the kernels."""
 
     program: Path
     instances: tuple[Instance, ...]
@@ -44,7 +44,7 @@ class Emulator:
         threads: int,
         directory: Path,
     ) -> subprocess.CompletedProcess[str]:
-        """Run one grid (in threadgroups) on `arrays`, which change as they would on a GPU."""
+        """Run one grid (in threadgroups) on `arrays`, which the kernel modifies as on a GPU."""
         directory.mkdir(parents=True, exist_ok=True)
         before = {name: array.tobytes() for name, array in arrays.items()}
         for name, array in arrays.items():
@@ -78,7 +78,7 @@ def build(
 
 @cache
 def _header(sanitizers: str) -> Path:
-    """Return a directory with emulator.h as g++ keeps it: half of what a program takes."""
+    """Return a directory with emulator.h precompiled, which halves the compile time."""
     directory = Path(tempfile.mkdtemp(prefix="modelpack-emulator-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     _compile(

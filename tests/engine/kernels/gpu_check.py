@@ -1,4 +1,4 @@
-"""The real kernels on this machine's GPU. Not collected unasked: CI has no GPU, and skips nothing.
+"""The real kernels on this machine's GPU. CI has no GPU, so pytest collects it by name only.
 
 python -m pytest tests/engine/kernels/gpu_check.py
 """
@@ -53,7 +53,7 @@ DTYPES = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
 
 @pytest.fixture(autouse=True)
 def _probes_pass(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fail on any warning: a kernel that is refused would be replaced, and pass."""
+    """Fail on any warning: a refused kernel would be replaced by MLX's functions, and pass."""
     yield
     warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert not warnings
@@ -107,7 +107,7 @@ def test_the_kernels_are_available() -> None:
 
 
 class Layer:
-    """A cache of 64 sequences of different lengths, as one layer of a model would have it."""
+    """The cache of one layer for 64 sequences of different lengths."""
 
     def __init__(self, shape: AttentionShape, rows: int, context: int, dtype: mx.Dtype) -> None:
         rng = random.Random(rows * context)
@@ -193,7 +193,7 @@ def test_rows_without_context_are_zero() -> None:
 
 @pytest.mark.parametrize("steps", [1, 40])
 def test_steps_in_one_evaluation_follow_each_other(steps: int) -> None:
-    """Write, attend, write what follows from it: as a model's steps, all in one graph."""
+    """Write, attend, and write rows that depend on the result: a model's steps in one graph."""
     layer = Layer(S(4, 2, 64, 64), 16, 64, mx.float32)
     layer.lens = mx.array([64] * 16, mx.int32)
     rng = random.Random(steps)
@@ -236,7 +236,7 @@ def test_a_gather_waits_for_the_write() -> None:
         rows = mx.full((slots.size, 8, 64), value, mx.bfloat16)
         pool, other = kernels.write_kv(rows, rows, pool, other, slots)  # type: ignore[assignment]
         seen.append(pool[kernels.after(slots, pool)].astype(mx.float32).mean())
-    # What is read by a round may be of a later one, never of an earlier one.
+    # A round may read values of a later round, but never of an earlier one.
     assert all(mean.item() >= value for value, mean in enumerate(seen, 1))  # type: ignore[operator]
 
 

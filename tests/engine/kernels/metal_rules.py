@@ -1,4 +1,4 @@
-"""What Metal's compiler would say of a kernel, as far as clang says it of C++ for OpenCL.
+"""Checks of Metal's rules for a kernel, by clang with C++ for OpenCL.
 
 Metal's address spaces are OpenCL's: device is __global, constant is __constant, and threadgroup is
 __local. Neither converts pointers from one to another, nor lets a kernel declare shared memory
@@ -29,7 +29,7 @@ _WARNING = 2
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a kernel, and how many bytes of threadgroup memory it declares."""
+    """The errors in a kernel, and the bytes of threadgroup memory that it declares."""
 
     problems: tuple[str, ...]
     shared_bytes: int

@@ -1,4 +1,4 @@
-"""A stand-in for MLX's custom kernels: same calls, same arguments, run by the host emulator.
+"""A fake of MLX's custom kernels with the same interface, which runs the host emulator.
 
 So everything between the engine and the GPU is tested without one: which inputs go where, template
 arguments, grids, and what happens to the results.
@@ -47,21 +47,21 @@ class _Verdict(Protocol):
 
 
 class Host:
-    """Takes the place of `launch._kernel`."""
+    """Replaces `launch._kernel`."""
 
     def __init__(self, directory: Path, built: dict[Instance, Emulator]) -> None:
-        """Emulate under `directory`; `built` keeps what was compiled, for others, too."""
+        """Emulate in `directory`; `built` caches compiled programs, also for other hosts."""
         self.directory = directory
         self.edit: Edit = unchanged
         self.calls: list[tuple[Body, dict[str, Any]]] = []
         self._built = built
 
     def break_by(self, edit: Edit) -> None:
-        """Run bodies as changed by `edit`."""
+        """Run bodies modified by `edit`."""
         self.edit, self._built = edit, {}
 
     def kernel(self, body: Body, on: Backend, *, split: bool = False) -> tuple[Any, Any]:
-        """Return what MLX would have made of a body."""
+        """Return the kernel that MLX would make from a body."""
         source = kernel_source(body, on, split=split)
 
         def run(
@@ -110,7 +110,7 @@ class Host:
 
 @contextmanager
 def emulated(patch: pytest.MonkeyPatch, compiled: Compiled, *verdicts: _Verdict) -> Iterator[Host]:
-    """Have kernels run on the host; `verdicts` of others are forgotten, and then these."""
+    """Run kernels on the host; clear the cached `verdicts` before and after."""
     found = Host(*compiled)
     patch.setattr(launch, "_kernel", found.kernel)
     patch.setattr(launch, "backend", lambda: "metal")

@@ -1,4 +1,4 @@
-"""How each kernel's arguments are typed, and the parameters that MLX would give a body."""
+"""The types of each kernel's arguments, and the parameters that MLX generates for a body."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ ELEMENTS["quantise"] = ELEMENTS["write"]
 
 @dataclass(frozen=True)
 class Instance:
-    """A body with its template arguments, in the order in which `launch` gives them."""
+    """A body with its template arguments, in the order of `launch`."""
 
     body: Body
     types: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, int | bool], ...]
 
     def arguments(self) -> str:
-        """Return them as C++ template arguments."""
+        """Return the arguments as C++ template arguments."""
         return ", ".join([t for _, t in self.types] + [str(int(v)) for _, v in self.constants])
 
     def parameters(self) -> str:

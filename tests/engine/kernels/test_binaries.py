@@ -1,4 +1,4 @@
-"""Binaries of our kernels for CUDA, made without a GPU: their names, and that they compile."""
+"""CUDA binaries of our kernels, compiled without a GPU: their names and contents."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.peers import require
 SOURCE = KernelSource("paged_x_12ab", "// ours\n", "  out[0] = a_shape[0];", ("a", "n"), ("out",))
 INPUTS = [mx.zeros((2, 3), mx.bfloat16), mx.array(1.0)]
 TEMPLATE = [("T", mx.bfloat16), ("S", mx.float32), ("SPLIT", True), ("WIDTH", 8)]
-#: What MLX 0.32.4 makes of this, without its own headers.
+#: The source that MLX 0.32.4 generates for this kernel, without its own headers.
 TEXT = """\
 // ours
 namespace mlx::core::cu {
@@ -67,7 +67,7 @@ int main() {
 
 @dataclass
 class Compiler:
-    """Takes the place of NVRTC: the binary is the text."""
+    """Replaces NVRTC: the binary is the source."""
 
     texts: list[str] = field(default_factory=list)
     error: str = ""
@@ -81,7 +81,7 @@ class Compiler:
 
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
-    """The compiler of a machine whose MLX has not been asked where it looks."""
+    """A compiler on a machine where it is unknown whether MLX uses the binaries."""
     found = Compiler()
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "ptx"))
     monkeypatch.setattr(nvrtc, "find", lambda: found)
@@ -91,7 +91,7 @@ def unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, unasked: Compiler) -> Compiler:
-    """The compiler of a machine whose MLX finds what it made."""
+    """A compiler on a machine where MLX uses its binaries."""
     monkeypatch.setattr(binaries, "found_by_mlx", lambda: True)
     return unasked
 
@@ -209,7 +209,7 @@ def test_kernels_are_prepared_before_their_first_call(compiler: Compiler, tmp_pa
 
 
 def fake_mlx(folder: Path, looks: bool, error: str = "") -> Callable[..., Any]:
-    """Return `mx.fast.cuda_kernel` of an MLX that looks for binaries, or does not."""
+    """Return a fake of `mx.fast.cuda_kernel` that uses stored binaries, or does not."""
 
     def make(**_: Any) -> Any:
         def run(**_: Any) -> list[mx.array]:
@@ -258,7 +258,7 @@ def test_where_mlx_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Compiling:
-    """Takes the place of `launch._kernel`: kernels are compiled, and give zeros."""
+    """Replaces `launch._kernel`: kernels are compiled, and return zeros."""
 
     def __init__(self, architecture: str) -> None:
         self.architecture = architecture

@@ -44,7 +44,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 def decode(emulator: Emulator, case: Case, directory: Path) -> tuple[Array, Array]:
-    """Return what the emulator and the reference give; fail if a sanitizer speaks."""
+    """Return the results of the emulator and the reference; fail on a sanitizer's report."""
     inputs = make_inputs(case)
     plan = case.plan
     groups = case.shape.num_kv_heads * plan.groups
@@ -72,7 +72,7 @@ def check(done: subprocess.CompletedProcess[str]) -> None:
 
 
 def error(found: Array, wanted: Array, c_type: str) -> float:
-    """Return the largest difference, in units of what is allowed: 1e-5, or rounding the output."""
+    """Return the largest difference in units of the tolerance: 1e-5, or the output's rounding."""
     rounding = {"float": 0.0, "float16_t": 2.0**-11, "bfloat16_t": 2.0**-8}[c_type]
     return float(np.max(np.abs(found - wanted) / (1e-5 + rounding * np.abs(wanted))))
 
@@ -151,7 +151,7 @@ def test_quantised_rows_are_those_of_mlx_s_functions(
 
 
 def limit(read: Array, kind: Quantisation) -> Array:
-    """Return the step between two codes of each row, at most: the span of a row over the codes."""
+    """Return an upper bound of each row's scale: the row's range divided by the codes."""
     rows = np.nan_to_num(read, nan=0.0, posinf=0.0, neginf=0.0)
     span: Array = (rows.max(-1) - rows.min(-1))[:, None]
     return span / (2**kind.bits - 1) * 1.02
@@ -174,7 +174,7 @@ SMALL = Case("small", AttentionShape(2, 1, 64, 64, window=9, sinks=True), (17, 4
 
 
 def edited(old: str, new: str, count: int = 1) -> Any:
-    """Return an edit of the decode body that replaces `old`, which must be there, by `new`."""
+    """Return an edit of the decode body that replaces `old`, which must be present, by `new`."""
 
     def edit(body: Body, source: str) -> str:
         if body != "decode":

@@ -113,7 +113,7 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "combine": (),
     "draw": ("settings",),
 }
-#: And those that always have.
+#: Inputs that always have fewer than 8 elements.
 TINY: dict[Body, tuple[str, ...]] = {
     "decode": ("params", "written"),
     "write": ("previous",),
@@ -138,7 +138,7 @@ INSTANCES = [
     "instance", INSTANCES, ids=[f"{i.body}-{index}" for index, i in enumerate(INSTANCES)]
 )
 def test_address_spaces(instance: Instance) -> None:
-    """With all that may be small in `device`, and with all of it in `constant`."""
+    """With all inputs that may be small in `device` memory, and with all of them in `constant`."""
     for small in ((), SMALL[instance.body]):
         verdict = judge(instance, (*TINY.get(instance.body, ()), *small))
         assert verdict.problems == ()
@@ -146,7 +146,7 @@ def test_address_spaces(instance: Instance) -> None:
 
 @pytest.mark.parametrize("body", SMALL)
 def test_address_spaces_of_each_input(body: Body) -> None:
-    """Every mixture, of one instance of each kernel."""
+    """Every combination of address spaces, for one instance of each kernel."""
     instance = next(found for found in INSTANCES if found.body == body)
     for count in range(1, len(SMALL[body])):
         for small in itertools.combinations(SMALL[body], count):
@@ -185,7 +185,7 @@ def test_what_breaks_the_rules_is_noticed(edit: tuple[str, str], says: str) -> N
 
 
 def test_rows_of_fewer_than_8_elements_would_not_compile() -> None:
-    """Hence `write_kv` leaves them to MLX: see `test_operations`."""
+    """So `write_kv` leaves small inputs to MLX: see `test_operations`."""
     instance = write_instance(4, 2, rows="float", pool="float")
     assert judge(instance, TINY["write"]).problems == ()
     assert judge(instance, (*TINY["write"], "k")).problems

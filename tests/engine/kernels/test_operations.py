@@ -1,4 +1,4 @@
-"""The operations as the engine calls them: without a GPU, on an emulated one, on a bad one."""
+"""The operations of the engine without a GPU, on an emulated GPU, and on a faulty one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _nothing_probed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    """A GPU, emulated; probes are made smaller."""
+    """An emulated GPU, with smaller probes."""
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
     with emulated(monkeypatch, compiled) as found:
@@ -36,7 +36,7 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
 
 
 def run(case: Case, **more: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return what `decode_attention` and the reference give for a case, in float32."""
+    """Return the results of `decode_attention` and the reference for a case, in float32."""
     shape = case.shape
     case = Case(case.name, shape, case.context_lens, pool="uint32_t" if shape.bits else "float")
     inputs = make_inputs(case)
@@ -83,7 +83,7 @@ def test_a_split_decode_reaches_both_kernels(host: Host) -> None:
 
 
 def test_small_inputs_make_another_kernel_on_metal(host: Host) -> None:
-    # Their address space is another one, and MLX would compile anew each time it changes.
+    # Their address space differs, and MLX would compile the kernel again at each change.
     shape = AttentionShape(2, 1, 64, 64)
     run(Case("few", shape, (1, 2)), split=1)
     run(Case("more", shape, (1, 2) * 4), split=1)
@@ -267,7 +267,7 @@ def test_a_failed_probe_warns_and_falls_back(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert says in record.getMessage()
-    # And the operation still gives the right answer.
+    # The operation still returns the correct result.
     count = len(host.calls)
     if body == "write":
         k = rows(0, 2, 1, 64)

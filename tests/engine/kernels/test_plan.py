@@ -1,4 +1,4 @@
-"""How decodes are cut: what the kernel relies on, for any shape."""
+"""Plans of decode attention: the conditions that the kernel relies on, for any shape."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_plans_fit_into_shared_memory(shape: AttentionShape, itemsize: int) -> N
 
 @given(shapes())
 def test_plans_for_metal_fit_into_its_registers(shape: AttentionShape) -> None:
-    """32-bit registers of a thread: accumulators, loads under way and scores, beside some more."""
+    """The 32-bit registers of a thread: accumulators, pending loads, scores, and a few more."""
     assume(refusal(shape, 2) is None)
     assume(min(shape.key_dim, shape.value_dim) >= 64)
     assume(max(shape.key_dim + shape.extra_dim, shape.value_dim) <= 256)

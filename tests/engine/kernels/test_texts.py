@@ -1,4 +1,4 @@
-"""The Metal and CUDA texts: parsed by g++ with stub headers, and held to the rules of Metal."""
+"""The Metal and CUDA sources: parsed by g++ with stub headers, and checked for Metal's rules."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def instances(body: Body) -> list[Instance]:
 
 
 def metal_program(body: Body) -> str:
-    """Return what MLX would make for Metal: a template, and its instances."""
+    """Return the source that MLX generates for Metal: a template and its instances."""
     lines = ['#include "metal.h"', text("common")]
     spaces = dict.fromkeys(INPUTS[body], "device")
     spaces |= {"sinks": "constant", "written": "constant", "context_lens": "constant"}
@@ -79,7 +79,7 @@ def metal_program(body: Body) -> str:
 
 
 def cuda_program(body: Body) -> str:
-    """Return what MLX would make for CUDA: a function with constants for each instance."""
+    """Return the source that MLX generates for CUDA: a function for each instance."""
     lines = ['#include "cuda.h"', text("common"), "namespace mlx::core::cu {"]
     for index, instance in enumerate(instances(body)):
         split = bool(dict(instance.constants).get("SPLIT"))
@@ -122,7 +122,7 @@ def test_an_unknown_word_does_not_parse() -> None:
         assert parse(program.replace("#define PA_SIMD ", "#define PA_SIM ")).returncode != 0
 
 
-#: What Metal does not have, or has with another meaning, and a text that breaks the rule.
+#: Language features that Metal lacks or defines differently, each with a source that uses it.
 RULES = {
     "a pointer needs an address space": (
         r"(?<!PA_DEVICE )\b(?!return\b)\w+\*", "const Vec* line = 0;",

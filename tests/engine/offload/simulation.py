@@ -1,7 +1,7 @@
-"""The scheduler's simulation with an offload: what leaves the fake device comes back to it.
+"""The scheduler's simulation with an offload: blocks leave the fake device and are restored.
 
-Loads are done when the simulation says so, or find less than they were to: files are slow, and may
-be gone. Whatever happens, every token is the one that a lone sequence gets.
+The simulation decides when loads are done, and which blocks they find, as if files were slow or
+missing. Every token must be the one that a sequence gets when it runs alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.engine.scheduling.simulation import Simulation
 
 
 class SlowTiers(OffloadTiers):
-    """Everything is in memory, and gets there late and with losses, as a seed says."""
+    """Tiers in memory, whose loads are late and incomplete at random."""
 
     def __init__(self, room: int, seed: int) -> None:
         super().__init__(BlockMemory(room), None, length=0)
@@ -39,7 +39,7 @@ class SlowTiers(OffloadTiers):
         return load
 
     def go_on(self) -> None:
-        """Let some loads be done."""
+        """Complete some loads."""
         self.random.shuffle(self.slow)
         half = len(self.slow) // 2
         self.slow, ready = self.slow[:half], self.slow[half:]
@@ -49,7 +49,7 @@ class SlowTiers(OffloadTiers):
 
 @dataclass(slots=True)
 class OffloadSimulation(Simulation):
-    """`room` characters of blocks are kept; a step restores `per_step` of them."""
+    """Keep up to `room` bytes of blocks, and restore up to `per_step` blocks in a step."""
 
     room: int = 4000
     per_step: int = 2
@@ -81,7 +81,7 @@ class OffloadSimulation(Simulation):
         return output
 
     def move(self) -> None:
-        """Do what the mover does: save what is evicted, then restore."""
+        """Save the evicted blocks, then restore, as the block mover does."""
         evicted, restored = self.offload.take()
         size, memory = self.block_size, self.device.memory
         for block, hash_ in evicted:

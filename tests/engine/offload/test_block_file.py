@@ -1,4 +1,4 @@
-"""A file is the block that its name says, or it is nothing."""
+"""A block file holds the block that it is named after, or is rejected."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_flipped_bit_is_found(path: Path, position: int, bit: int) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(length=st.integers(0, HEADER_SIZE + len(CONTENT) - 1), fill=st.booleans())
 def test_a_torn_file_is_found(path: Path, length: int, fill: bool) -> None:
-    """Cut off, or as long as it should be and zeros from some byte on."""
+    """A file that is cut off, or has zeros from some byte on."""
     data = path.read_bytes()
     rest = b"\0" * (len(data) - length) if fill else b""
     if data[length:] == rest:

@@ -1,4 +1,4 @@
-"""What blocks hold leaves the device and comes back as it was, whatever the pools are."""
+"""The contents of blocks are read and written back unchanged, for pools of any kind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 def filled(layout: KVLayout, exact: bool, seed: int) -> PagedKV:
-    """A layer of 6 blocks, each slot with values of its own."""
+    """A layer of 6 blocks with different values in each slot."""
     kv = PagedKV(layout, StepInputs(SIZE, exact=exact), num_blocks=6)
     mx.random.seed(seed)
     keys, values = (

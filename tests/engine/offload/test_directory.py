@@ -1,4 +1,4 @@
-"""A directory of blocks: bounded, private, shared, and never trusted."""
+"""A directory of blocks: bounded, private, shared by servers, and verified."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_servers_share_a_directory(tmp_path: Path) -> None:
         worker.communicate("go\n", timeout=60)
         assert worker.returncode == 0
     found = opened(tmp_path, blocks=20)
-    # Each keeps to the bound as it sees it: the other's last writes may come on top.
+    # Each server applies the limit to the files it knows: the other's last writes may exceed it.
     assert 10 * SIZE < found.num_bytes <= 30 * SIZE
     assert found.write(name(99), block(99))
     assert found.num_bytes <= 20 * SIZE

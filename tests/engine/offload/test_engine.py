@@ -1,4 +1,4 @@
-"""An engine with an offload answers as one without, token by token, and computes less."""
+"""An engine with an offload generates the same tokens as one without, and computes less."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def open_engine(tmp_path: Path) -> Iterator[Open]:
-    """Opens engines over one directory, and closes them in the end."""
+    """Opens engines with the same directory, and closes them at the end."""
     engines: list[Engine] = []
 
     def opened(model_id: str = "tiny", **settings: object) -> Engine:
@@ -134,7 +134,7 @@ def test_damaged_files_are_computed_again(
 
 
 def test_preempted_requests_come_back(open_engine: Open) -> None:
-    """Four requests that grow to more than there is room for."""
+    """Four requests that need more blocks than there are."""
     long = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
     expected = [reference_tokens(prompt, 80) for prompt in PROMPTS[:4]]
     engine = open_engine(kv_offload_memory=10**7)
@@ -225,7 +225,7 @@ def test_a_failed_restore_is_never_found(
 
 
 def test_an_engine_in_its_thread_leaves_its_prefixes(open_engine: Open) -> None:
-    """What a server does when it is stopped, and what its successor finds."""
+    """A stopped server writes its blocks, and the next server finds them."""
 
     async def ask(prompt: list[int]) -> tuple[list[int], EngineStats]:
         engine = AsyncEngine(lambda: open_engine(kv_offload_memory=10**7))

@@ -1,4 +1,4 @@
-"""Memory keeps to its bound, and what was used last."""
+"""The memory tier keeps to its limit, and evicts the least recently used blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seeded traffic notices what could go wrong between the cache and its offload."""
+"""The seeded traffic detects mistakes between the prefix cache and its offload."""
 
 from __future__ import annotations
 

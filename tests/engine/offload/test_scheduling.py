@@ -1,4 +1,4 @@
-"""Any traffic over a pool that is too small, with what is evicted coming back late or never."""
+"""Any traffic over a small pool, whose evicted blocks are restored late or never."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.engine.scheduling.test_simulation import Traffic, token_ids
 
 
 class OffloadTraffic(Traffic):
-    """All the rules of traffic hold with an offload, too."""
+    """All invariants of the simulation hold with an offload as well."""
 
     @initialize(
         num_blocks=st.sampled_from([8, 11, 14]),
@@ -39,7 +39,7 @@ TestOffloadTraffic.settings = settings(max_examples=50, stateful_step_count=30, 
 
 
 def test_prefixes_come_back_and_others_go_on() -> None:
-    """Seeded traffic, in which everything that can happen has happened."""
+    """Seeded traffic in which every kind of event occurs."""
     seen: Counter[str] = Counter()
     for seed in range(8):
         sim = OffloadSimulation(

@@ -1,4 +1,4 @@
-"""Both tiers and their thread: nobody waits for a file, and no more is held than is allowed."""
+"""Both tiers and their thread: callers never wait for files, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS = 30.0
 
 
 class Gated(BlockDirectory):
-    """A directory whose reads and writes wait until they may happen."""
+    """A directory whose reads and writes wait for the test's permission."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, IDENTITY, length=LENGTH, limit=1000 * (LENGTH + HEADER_SIZE))
@@ -51,7 +51,7 @@ def names(*numbers: int) -> list[bytes]:
 
 
 def loaded(tiers: OffloadTiers, *numbers: int) -> list[int]:
-    """Load blocks; return which came, each of which has to be right."""
+    """Load blocks; check their contents, and return those that were found."""
     load = tiers.load(names(*numbers))
     tiers.wait(load, SECONDS)
     assert load.done

@@ -25,7 +25,7 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
 def state_space_inputs(
     batch: int, tokens: int, heads: int, groups: int, *, started: bool
 ) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any]:
-    """Return what mlx-lm's `ssm_attn` takes."""
+    """Return random arguments of mlx-lm's `ssm_attn`."""
     keys = mx.random.split(mx.random.key(11), 7)
     dim, size = 8, 16
     return (

@@ -1,4 +1,4 @@
-"""Small models for tests of the runner, of our own making, and batches by hand."""
+"""Small models and hand-made batches for tests of the runner."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny_llama(**args: Any) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """One head of width 8; `twist` may do anything to the keys after they were cached."""
+    """One head of width 8; subclasses may transform the cached keys in `twist`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class Copying(Attention):
 
 
 class Meddling(Attention):
-    """Keeps its handles, and takes its batch for one of sequences, not of rows."""
+    """Keeps its handles, but treats its batch as sequences instead of rows."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         return super().__call__(x, mask, cache) + mx.arange(x.shape[0])[:, None, None]
 
 
 class Crowded(Attention):
-    """Computes something else where a step has many rows."""
+    """Computes wrong results in steps with many rows."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         found = super().__call__(x, mask, cache)

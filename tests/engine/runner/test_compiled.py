@@ -1,4 +1,4 @@
-"""Compiled steps give the logits of steps built anew, and are built once for each shape."""
+"""Compiled steps return the logits of uncompiled steps, and are built once for each shape."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], list(range(1, 41)), [7], list(range(50, 10,
 
 
 class Forgetful(Attention):
-    """Attention whose Python looks at values, which a compiled graph does not have."""
+    """Attention whose Python code reads values, which is impossible in a compiled graph."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if mx.isnan(x).any().item():
@@ -49,7 +49,7 @@ class Forgetful(Attention):
 
 
 def logits_of_a_run(runner: ModelRunner, steps: int = 6) -> list[mx.array]:
-    """Serve the prompts, a few more joining at each step; return each step's logits."""
+    """Serve the prompts, adding a few at each step; return the logits of each step."""
     sizes = Sizes(64, 128, 48, FEW)
     blocks = BlockManager(64, 16)
     scheduler = Scheduler(sizes.scheduler_config(EngineConfig(max_num_seqs=8)), blocks)
@@ -102,7 +102,7 @@ def test_built_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_states_of_recurrent_models_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode rows are compiled once for each shape, at warm-up; prompts between them are not."""
+    """Decode steps are compiled once for each shape, at warm-up; steps with prompts are not."""
     traced: list[int] = []
     original = paged.CompiledSteps._trace
 
@@ -203,7 +203,7 @@ def build_batch_of_one(prompt: list[int]) -> StepBatch:
 
 
 def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine with compiled steps gives mlx-lm's own tokens, in a batch and after preemption."""
+    """An engine with compiled steps generates mlx-lm's tokens, in a batch and after preemption."""
 
     def as_on_a_gpu(model: nn.Module, **given: Any) -> ModelRunner:
         given |= {"buckets": FEW, "exact": False, "compiled": True}
@@ -227,7 +227,7 @@ def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_tables_are_those_of_the_batch(random: Random) -> None:
-    """Rows are kept from step to step: whoever joins, leaves, grows, or sits a step out."""
+    """Block tables are reused between steps, while sequences join, leave, grow or skip a step."""
     runner = make_runner(
         tiny_llama(), num_blocks=8, buckets=FEW, exact=False, compiled=True, self_test=False
     )

@@ -1,4 +1,4 @@
-"""The first model of a process decides whether MLX hands work over as CUDA graphs."""
+"""The first model of a process decides whether MLX uses CUDA graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised layers see one matrix of all rows."""
+"""Quantised layers get their input as one matrix of all rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_folded_layers_compute_the_same_on_two_dimensions(monkeypatch: pytest.Mo
 def test_parts_of_a_product_are_added_up_before_the_bias(
     dequantise: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer whose input is divided between devices; here the other has the same part."""
+    """A layer with its input sharded over devices; here the other device has an equal part."""
     monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: 2 * x)
     layer = nn.QuantizedShardedToAllLinear(64, 8, bias=bias, group=mx.distributed.init())
     if bias:

@@ -1,4 +1,4 @@
-"""Arrays that the host makes are sent to the GPU, where CUDA's driver does that."""
+"""Staged arrays are prefetched to the GPU by CUDA's driver, where that is possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from modelpack_engine.platform.device import Prefetcher, Staging
 def driver(
     calls: list[tuple[Any, ...]], *, context: int = 0, stream: int = 0, prefetch: int = 0
 ) -> Any:
-    """Return a driver that answers with these codes, and writes down what it is asked."""
+    """Return a fake driver that returns these codes and records its calls."""
 
     def device_of_context(device: Any) -> int:
         device._obj.value = 3
@@ -84,7 +84,7 @@ def test_numbers_are_sent_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Staged(Staging):
-    """Staging as on CUDA: here, too, an array's memory is the host's."""
+    """Staging as on CUDA; on the CPU, arrays are in host memory as well."""
 
     def put(self, numbers: Any) -> mx.array:
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What memory a GPU has, and what steps take of it: as CUDA and Metal tell, on any machine."""
+"""A GPU's memory and the memory of steps, with fake CUDA and Metal devices."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_what_layers_put_out() -> None:
     model = tiny_llama(
         num_hidden_layers=2, tie_word_embeddings=False
     )  # its head has 64 outputs, too
-    # Queries, keys and values, output; gate, up, down: of float32, and as much again beside them.
+    # Query, key, value, output, gate, up and down projections, in float32, times 1.6.
     outputs = 2 * (32 + 16 + 16 + 32 + 64 + 64 + 32)
     assert step_memory(model, 64) == StepMemory(per_row=int(outputs * 1.6) * 4)
     nn.quantize(model, group_size=32, bits=4)

@@ -43,7 +43,7 @@ CASES = st.builds(
 
 
 def build(case: Case, buckets: Buckets) -> tuple[StepBatch, list[list[int]]]:
-    """Return the batch, and every sequence's blocks, which are out of order."""
+    """Return the batch, and the blocks of every sequence, which are not in ascending order."""
     count = sum(-(-length // BLOCK) for length in case.lengths)
     free = [1 + (7 * i) % count if count % 7 else count - i for i in range(count)]
     tables = [[free.pop() for _ in range(-(-length // BLOCK))] for length in case.lengths]
@@ -82,7 +82,7 @@ def build(case: Case, buckets: Buckets) -> tuple[StepBatch, list[list[int]]]:
 
 
 def given_up(batch: StepBatch, window: int) -> StepBatch:
-    """Return the batch with the null block in place of all that no row's window reaches."""
+    """Return the batch with the null block in place of blocks outside every row's window."""
 
     def without(table: list[int] | tuple[int, ...], length: int) -> list[int]:
         unseen = max(0, length - window) // BLOCK
@@ -98,7 +98,7 @@ def given_up(batch: StepBatch, window: int) -> StepBatch:
 
 
 def expected(queries: mx.array, keys: mx.array, values: mx.array, **how: Any) -> mx.array:
-    """Attend from the last rows of one sequence: arrays [heads, tokens, dim]; simple, slow."""
+    """Compute attention of the last rows of one sequence, arrays [heads, tokens, dim], naively."""
     count, total = queries.shape[1], keys.shape[1]
     group = HEADS // keys.shape[0]
     keys, values = mx.repeat(keys, group, axis=0), mx.repeat(values, group, axis=0)

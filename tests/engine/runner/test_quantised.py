@@ -1,4 +1,4 @@
-"""Keys and values in 8 and 4 bits: what is stored, how far off it is, and which models it fits."""
+"""Keys and values in 8 and 4 bits: their bytes, their error, and the supported models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_no_element_is_off_by_more_than_half_a_step(kind: Quantisation, size: fl
     assert kind.width(words.shape[-1]) == 128
     found = kind.decode(words, mx.float32)
     groups = np.array(rows).reshape(5, 3, -1, kind.group)
-    # A little more: the bias and the scale are rounded, so that nothing lies outside.
+    # A little more than half a scale: bias and scale are rounded so that codes cover all values.
     step = (np.ptp(groups, axis=-1) + np.abs(groups).max(-1) / 64) / (2**kind.bits - 1)
     error = np.abs(np.array(found).reshape(groups.shape) - groups).max(-1)
     assert np.all(error <= step * 0.51)
@@ -50,7 +50,7 @@ def test_no_element_is_off_by_more_than_half_a_step(kind: Quantisation, size: fl
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_words_are_mlx_s_codes(kind: Quantisation) -> None:
-    """MLX reads the same from codes, scales and biases."""
+    """MLX dequantises the codes, scales and biases to the same values."""
     words = kind.encode(mx.random.normal((6, 128), key=mx.random.key(2)))
     codes, scales = words[:, : 128 * kind.bits // 32], words[:, 128 * kind.bits // 32 :]
     wanted = mx.dequantize(
@@ -90,7 +90,7 @@ def test_what_is_no_number_spoils_its_group_and_no_other(kind: Quantisation, wro
 def test_attention_reads_what_was_written(
     kind: Quantisation, exact: bool, case: Case, window: int | None
 ) -> None:
-    """The attention over quantised pools is that over what `decode` gives for `encode`d rows."""
+    """Attention over quantised pools equals attention over encoded and decoded rows."""
     mx.random.seed(1)
     heads, key_dim, value_dim = 2, 64, 128
     step = StepInputs(BLOCK, exact=exact)
@@ -152,7 +152,7 @@ def test_a_model_runs_on_quantised_pools(exact: bool, kind: Any, gain: float, cl
     assert {pool.dtype for pool in runner.pools()} == {mx.uint32}
     found = answers(runner)
     assert 0 < mx.max(mx.abs(found - wanted)).item() < close  # type: ignore[operator]
-    # What is stored is what the sizes say, against bfloat16.
+    # The pools have the bytes of the layout; the ratio is relative to bfloat16.
     stored = sum(pool.nbytes for pool in runner.pools())
     assert plain.layout is not None
     assert runner.layout is not None
@@ -196,7 +196,7 @@ def test_models_that_cannot_be_quantised_say_so() -> None:
 
 
 def wide_engine(**settings: Any) -> Engine:
-    """An engine over a tiny model whose heads fall into groups."""
+    """An engine over a tiny model whose heads a group size divides."""
     model = tiny_llama(**MODEL, vocab_size=257, max_position_embeddings=256)
     loaded = tiny_loaded()
     given = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "device": "cpu"} | settings
@@ -209,7 +209,7 @@ def _rest(loaded: Any) -> list[Any]:
 
 
 def test_the_engine_has_room_for_more_and_everything_goes_on() -> None:
-    """More blocks for the same bytes; prefix hits and preemptions change no token."""
+    """More blocks fit in the same bytes; prefix hits and preemptions change no token."""
     memory = 14 * 16 * 3 * 2 * 64 * 4  # 14 blocks of float32
     plain = wide_engine(kv_cache_bytes=memory)
     shared = list(range(40))

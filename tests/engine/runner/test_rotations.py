@@ -1,4 +1,4 @@
-"""Rotations by matrices are those of `mx.fast.rope`."""
+"""Rotations by matrices equal those of `mx.fast.rope`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.fixture
 def natively(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes that MLX's own function is called with."""
+    """Shapes for which MLX's own function is called."""
     shapes: list[tuple[int, ...]] = []
 
     def counted(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:

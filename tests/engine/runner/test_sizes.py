@@ -1,4 +1,4 @@
-"""How long requests may be, and the settings that the environment and a package bring."""
+"""The length limit of requests, and settings from the environment and from packages."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FRACTION, PAGED = "VLLM_METAL_MEMORY_FRACTION", "VLLM_METAL_USE_PAGED_ATTENTION"
         (None, None, CONTEXT),
         (100, None, 100),
         (100, 50, 50),
-        (100, 200, 200),  # the user knows better than the package
-        (CONTEXT * 4, None, CONTEXT),  # the model cannot do more
+        (100, 200, 200),  # the user's value overrides the package's
+        (CONTEXT * 4, None, CONTEXT),  # limited by the model's context
         (0, None, CONTEXT),
         (-1, None, CONTEXT),
     ],
@@ -40,7 +40,7 @@ def test_the_packaged_context_size_is_the_default(
 
 
 def test_a_packaged_size_beyond_the_memory_is_no_error() -> None:
-    """Only a length that the user asks for has to fit."""
+    """Only a length that the user has configured must fit."""
     small: dict[str, Any] = {"kv_cache_bytes": 5 * 16 * 512, "max_num_seqs": 2}
     assert tiny_engine(default_model_len=200, **small).max_model_len < 200
     with pytest.raises(OutOfMemoryError, match="fewer than max_model_len 200"):
@@ -62,7 +62,7 @@ def test_memory_fraction(
 def test_a_wrong_memory_fraction_stops_the_start(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU too, and where the KV cache has a size of its own on a GPU or not."""
+    """On a CPU as well, and on a GPU with or without a configured KV cache size."""
     monkeypatch.setenv(FRACTION, text)
     with pytest.raises(EngineError, match=FRACTION):
         tiny_engine()

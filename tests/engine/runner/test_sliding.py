@@ -1,4 +1,4 @@
-"""A model all of whose layers slide: requests longer than the cache, and mlx-lm's own tokens."""
+"""Models with sliding windows in all layers serve requests longer than the KV cache."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_requests_longer_than_the_cache_give_mlx_lm_s_tokens(caching: bool) -> N
 
 
 def test_a_layer_that_sees_all_keeps_all() -> None:
-    """Of mixed layers blocks stay: a block has the keys of all layers."""
+    """With a full layer, no blocks are released: a block has the keys of all layers."""
     mixed = sliding("sliding", "full")
     assert find_layout(mixed).window is None
     assert find_layout(sliding("sliding", "sliding")).window == WINDOW

@@ -1,4 +1,4 @@
-"""A snapshot is the state as it was, in memory of its own, and a sequence goes on from it."""
+"""A snapshot is a copy of the recurrent state, from which a sequence can continue."""
 
 from __future__ import annotations
 

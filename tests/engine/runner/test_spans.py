@@ -1,4 +1,4 @@
-"""Which blocks are read: enough for every query, and no more."""
+"""The blocks that attention reads are exactly those that the queries see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A runner's steps: what is computed, kept, copied and dropped."""
+"""The steps of a runner: logits, recurrent state, and memory."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_logits_are_of_the_sampled_rows_in_order(rows: tuple[int, ...]) -> None:
 
 
 def test_pools_are_written_in_place() -> None:
-    """Steps are built ahead: N + 1 while N runs, and submitted when N has been read."""
+    """No pool is copied if step N + 1 is built while N runs, and submitted when N is read."""
     runner = make_runner(tiny_llama(), num_blocks=4096)
     pools = sum(pool.nbytes for pool in runner.pools())
     run(runner, prefill(1, PROMPT, [1]))
@@ -112,7 +112,7 @@ def test_scrubbed_blocks_hold_no_nan() -> None:
     bad = prefill(2, PROMPT * 2, [2])
     assert mx.all(mx.isnan(run(runner, bad))).item()
     model.model.embed_tokens.weight = weight
-    # The next one fills half of the block. What is masked in the other half still counts if NaN.
+    # The next prompt fills half of the block. Masked NaN in the other half would still spread.
     steps = prefill(3, PROMPT[:3], [2]), prefill(4, PROMPT, [3])
     runner.scrub([2])
     run(runner, *steps)
@@ -134,7 +134,7 @@ def test_scrubbed_blocks_hold_no_nan() -> None:
 
 
 def test_nan_that_is_not_scrubbed_would_spread() -> None:
-    """What `scrub` is for: a masked NaN in the values is still one."""
+    """Without `scrub`, masked NaN values would reach the next sequence in their block."""
     weights, values = mx.array([[1.0, 0.0]]), mx.array([[2.0], [mx.nan]])
     assert mx.isnan(weights @ values).item()
 

@@ -1,4 +1,4 @@
-"""The tier that a model gets, and that each gives mlx-lm's own answers."""
+"""The tier chosen for each model, and its logits, which must equal mlx-lm's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def answers(runner: ModelRunner) -> list[list[float]]:
-    """Return the logits of a prompt's last token, and of one token more."""
+    """Return the logits of a prompt's last token and of one more token."""
     found = []
     for batch in (prefill(8, PROMPT, [2]), decode(8, 7, len(PROMPT) + 1, [2])):
         logits = runner.forward(batch, token_ids(batch))
@@ -83,7 +83,7 @@ def test_only_modules_that_need_it_run_per_sequence() -> None:
 
 
 def test_wrong_logits_are_found_by_the_self_test(caplog: pytest.LogCaptureFixture) -> None:
-    """It keeps its handles, so that only numbers tell."""
+    """The model keeps its handles, so that only the logits show the error."""
     runner = check(make_model(Attention, Meddling), "per-sequence")
     assert any("are off by" in note for note in runner.notes)
     assert any(record.levelno == logging.WARNING for record in caplog.records)
@@ -108,7 +108,7 @@ def test_an_engine_s_runner_is_asked_for_a_full_step(monkeypatch: pytest.MonkeyP
 
 
 class Shaky(Attention):
-    """Says other things in calls of other lengths, as sums in another order do."""
+    """Its output depends on the length of the call, as with sums in another order."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         return super().__call__(x, mask, cache) + 3e-3 * x.shape[1] * mx.arange(8)
@@ -123,7 +123,7 @@ def test_a_model_may_be_as_far_as_it_is_from_itself(monkeypatch: pytest.MonkeyPa
 
 
 class Single(Attention):
-    """Says other things where it is asked for a single token that sees several."""
+    """Its output differs for a single token that sees several."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         several = (mx.array(cache.offset) > 2).reshape(-1, 1, 1)
@@ -137,7 +137,7 @@ def test_single_tokens_may_be_computed_otherwise() -> None:
 
 
 class Odd(Model):
-    """Keeps a cache of its own kind."""
+    """Has a cache class of its own."""
 
     class Cache(KVCache):
         pass
@@ -157,7 +157,7 @@ def test_unknown_cache_runs_request_by_request(caplog: pytest.LogCaptureFixture)
     assert any("in a Cache" in message for message in caplog.messages)
     assert not runner.supports_prefix_cache
     assert runner.layout is None
-    runner.warm_up([StepShape(4, 2), StepShape(0, 1, 8)])  # as GPUs are: there is nothing to do
+    runner.warm_up([StepShape(4, 2), StepShape(0, 1, 8)])  # as on a GPU; it does nothing
     assert answers(runner)
 
 
@@ -170,7 +170,7 @@ def test_fallback_tier_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Keeping(Model):
-    """Its first tokens never leave its cache."""
+    """Has a rotating cache that keeps the first tokens."""
 
     def make_cache(self) -> list[Any]:
         return [RotatingKVCache(32, keep=4) for _ in self.layers]

@@ -1,4 +1,4 @@
-"""Sampling in plain numpy and float64, one row at a time, as its documentation words it."""
+"""Sampling in NumPy and float64, one row at a time, as the documentation defines it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Floats = NDArray[np.float64]
 def kept(
     logits: Floats, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> NDArray[np.bool_]:
-    """Which tokens of one row min-p, top-k and top-p keep; ties of the last one are kept."""
+    """Return which tokens of a row min-p, top-k and top-p keep, with ties of the last one."""
     order = np.argsort(-logits, kind="stable")
     ordered = logits[order]
     mass = np.exp(ordered - ordered[0])
@@ -35,7 +35,7 @@ def penalised(
     presence: float,
     frequency: float,
 ) -> Floats:
-    """One row after its penalties."""
+    """Return one row with penalties applied."""
     result = logits.copy()
     for token in {*prompt, *output}:
         result[token] = (
@@ -53,7 +53,7 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 def chi_square(counts: NDArray[np.int_], probabilities: Floats) -> float:
-    """Pearson's statistic in standard deviations from its mean: beyond 5 is no accident."""
+    """Return Pearson's statistic in standard deviations from its mean; above 5 is significant."""
     total, likely = counts.sum(), probabilities > 0
     assert counts[~likely].sum() == 0, "an impossible token was drawn"
     expected = total * probabilities[likely]

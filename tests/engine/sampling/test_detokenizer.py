@@ -1,4 +1,4 @@
-"""Text from tokens: whole characters, exact, up to the first stop string."""
+"""The detokenizer emits whole characters, exactly, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modelpack_engine.request import SamplingParams
 
 @dataclass
 class Pieces:
-    """A tokenizer whose token i is the i-th piece."""
+    """A tokenizer in which token i is the i-th piece."""
 
     pieces: list[bytes]
     special_token_ids: frozenset[int] = frozenset()
@@ -31,7 +31,7 @@ class Pieces:
 
 
 def run(tokenizer: Pieces, params: SamplingParams, **kw: bool) -> tuple[list[str], str | None]:
-    """The deltas token by token with the rest at the end, and what stopped the text."""
+    """Return the deltas of each token and of the end, and the stop string."""
     detokenizer = Detokenizer(tokenizer, params, **kw)
     deltas = [detokenizer.push([token]) for token in range(len(tokenizer.pieces))]
     return [d.text for d in deltas] + [detokenizer.finish()], deltas[
@@ -40,7 +40,7 @@ def run(tokenizer: Pieces, params: SamplingParams, **kw: bool) -> tuple[list[str
 
 
 def search(text: str, stops: list[str], beginning: int = 0) -> tuple[str, str | None]:
-    """The text before the stop string that ends first, after `beginning`; of those, the longest."""
+    """Return the text before the stop string that ends first after `beginning`, or the longest."""
     for end in range(beginning + 1, len(text) + 1):
         if found := [s for s in stops if text[:end].endswith(s)]:
             longest = max(found, key=len)
@@ -49,7 +49,7 @@ def search(text: str, stops: list[str], beginning: int = 0) -> tuple[str, str | 
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
-    """Cut at places given modulo the length; some pieces may be empty."""
+    """Split `text` at positions modulo its length; some pieces may be empty."""
     edges = [0, *sorted(p % (len(data) + 1) for p in places), len(data)]
     return [data[a:b] for a, b in pairwise(edges)]
 
@@ -157,7 +157,7 @@ BYTE_LETTERS = {
 
 @given(st.lists(st.integers(0, 255), max_size=50))
 def test_equal_to_a_byte_level_tokenizer(data: list[int]) -> None:
-    """Every sequence of bytes, valid UTF-8 or not, as the tokenizers library decodes it."""
+    """Any byte sequence, valid UTF-8 or not, is decoded as by the tokenizers library."""
     tokenizer = Tokenizer(models.BPE({c: b for b, c in BYTE_LETTERS.items()}, []))
     tokenizer.decoder = decoders.ByteLevel()
     detokenizer = Detokenizer(Pieces([bytes([b]) for b in range(256)]), SamplingParams())
@@ -166,7 +166,7 @@ def test_equal_to_a_byte_level_tokenizer(data: list[int]) -> None:
 
 @given(st.text(st.sampled_from(" aé漢🙂"), max_size=20), st.lists(st.booleans(), min_size=20))
 def test_equal_to_a_sentencepiece_tokenizer(text: str, spelled: list[bool]) -> None:
-    """Characters that are tokens, mixed with characters spelled by byte tokens."""
+    """Character tokens are mixed with characters made of byte tokens."""
     vocab = {f"<0x{b:02X}>": b for b in range(256)} | {"▁": 256, "a": 257, "é": 258, "漢": 259}
     tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
@@ -188,7 +188,7 @@ def test_equal_to_a_sentencepiece_tokenizer(text: str, spelled: list[bool]) -> N
 
 @pytest.mark.parametrize("text", ["a" * 20_000, "ab" * 10_000, "a" * 999 + "b" + "a" * 19_000])
 def test_the_work_grows_with_the_text_alone(text: str) -> None:
-    """Long stop strings that nearly match everywhere cost two moves a character at most."""
+    """Long stop strings that almost match everywhere take at most two steps per character."""
     automaton = StopStrings(["a" * 1000 + "c", "a" * 500 + "d"])
     moves = 0
 
@@ -214,7 +214,7 @@ def test_ending_tokens() -> None:
 @pytest.mark.weights
 @pytest.mark.parametrize("skip", [True, False], ids=["without specials", "with specials"])
 def test_a_real_vocabulary(skip: bool) -> None:
-    """Random tokens of SmolLM2, so mostly invalid UTF-8, as the whole is decoded."""
+    """Random tokens of SmolLM2, mostly invalid UTF-8, give the text of decoding all at once."""
     tokenizer = tokenizer_of(GGUFFile.open([weights.smollm2_gguf()]).metadata)
     random = Random(1)
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""Random draws: the right distribution, and a function of seed and position only."""
+"""Random draws have the correct distribution, and depend only on seed and position."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_draws_follow_the_softmax_of_what_is_kept() -> None:
 
 
 def test_neighbouring_seeds_are_independent() -> None:
-    """Draws at one position under seeds 0, 1, 2, …: the same distribution again."""
+    """Draws at one position with seeds 0, 1, 2, … have the same distribution."""
     seeds = np.arange(DRAWS, dtype=np.uint64)
     keys = plan.draw_keys(seeds, np.full(DRAWS, 7, dtype=np.uint64))
     tokens = plan.draw(mx.zeros((DRAWS, 8)), None, mx.array(keys))
@@ -46,7 +46,7 @@ def test_neighbouring_seeds_are_independent() -> None:
 
 
 def test_neighbouring_positions_are_independent() -> None:
-    """Pairs of consecutive draws fall evenly on all pairs of tokens."""
+    """Pairs of consecutive draws are uniform over all pairs of tokens."""
     tokens = np.array(plan.draw(mx.zeros((DRAWS, 6)), None, keys_of(3, DRAWS)))
     pairs = np.bincount(tokens[:-1:2] * 6 + tokens[1::2], minlength=36)
     assert oracle.chi_square(pairs, np.full(36, 1 / 36)) < 5
@@ -60,7 +60,7 @@ def test_noise_is_gumbel_and_finite() -> None:
 
 
 def test_noise_is_finite_where_the_uniform_number_is_zero() -> None:
-    """One number in 2 ** 32 is 0, so one draw in 90,000 from a vocabulary of 49,152 meets one."""
+    """A uniform number of 0 occurs in one of 90,000 draws from a vocabulary of 49,152."""
     key = mx.array([[0, 1_720_516]], dtype=mx.uint32)  # found by trying keys
     uniform = mx.random.uniform(shape=(4096,), key=key[0])
     assert uniform[2453].item() == 0
@@ -84,7 +84,7 @@ def test_keys_differ_where_seed_or_position_differ() -> None:
 
 
 def test_mix_is_splitmix64() -> None:
-    """The generator's first output for the state 0, and for its next state."""
+    """The mix equals SplitMix64's outputs for state 0 and for its next state."""
     states = np.array([0, 0x9E3779B97F4A7C15], dtype=np.uint64)
     assert [hex(v) for v in plan.mix(states)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
 

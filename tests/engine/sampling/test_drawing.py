@@ -1,4 +1,4 @@
-"""Draws by the kernel, on an emulated GPU: the tokens that MLX's functions plan."""
+"""The kernel draws the same tokens as MLX's functions, on an emulated GPU."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_row_depends_on_itself_alone(host: Host) -> None:
 
 
 def test_rows_that_cannot_be_drawn_from(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN, infinity, nothing allowed: no token, and the rows beside have theirs."""
+    """Rows with NaN, infinity or no allowed token get no token; other rows are unaffected."""
     monkeypatch.setattr(drawing, "verdict", lambda *_: None)  # others have seen to that
     logits = mx.random.normal((4, ODD), key=mx.random.key(6))
     logits[0, 7] = mx.nan

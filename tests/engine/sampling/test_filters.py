@@ -1,4 +1,4 @@
-"""top-k, top-p and min-p: what they keep, against the oracle."""
+"""top-k, top-p and min-p keep the same tokens as the oracle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.engine.sampling import oracle
 def keeps(
     rows: np.ndarray, top_k: list[int], top_p: list[float], min_p: list[float], **kw: bool
 ) -> np.ndarray:
-    """What the device keeps of each row."""
+    """Return which tokens of each row the device keeps."""
     x = mx.array(rows.astype(np.float32))
     with np.errstate(divide="ignore"):
         floor = x.max(axis=-1, keepdims=True) + mx.array(np.log(np.float32(min_p))[:, None])
@@ -29,7 +29,7 @@ def keeps(
 def check(
     rows: np.ndarray, got: np.ndarray, top_k: list[int], top_p: list[float], min_p: list[float]
 ) -> None:
-    """Equal to the oracle; a token within rounding of the edge may be on either side of it."""
+    """Compare with the oracle; a token within rounding of the limit may be kept or not."""
     near = 2e-6
     for row, mask, k, p, m in zip(rows, got, top_k, top_p, min_p, strict=True):
         row = row.astype(np.float32).astype(np.float64)

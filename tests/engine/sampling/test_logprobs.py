@@ -14,7 +14,7 @@ from tests.engine.sampling import oracle
 @pytest.mark.parametrize("rows", [1, 5, 256, 257, 600])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_equal_to_log_softmax(rows: int, dtype: mx.Dtype) -> None:
-    """More rows than are worked on at once, as a prompt's chunk has."""
+    """More rows than are processed at once, as in a chunk of a prompt."""
     x = mx.random.normal((rows, 97), key=mx.random.key(rows)).astype(dtype) * 5
     ids = np.random.default_rng(5).integers(0, 97, rows).astype(np.int32)
     expected = oracle.log_softmax(np.array(x.astype(mx.float32)).astype(np.float64))

@@ -1,4 +1,4 @@
-"""Penalties, and the counts behind them that no host ever sees."""
+"""Penalties, and their token counts, which stay on the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=999)
 def expected_tokens(
     steps: np.ndarray, prompt: list[int], params: SamplingParams, output: list[int]
 ) -> list[int]:
-    """Greedy tokens by the oracle, a step a row of `steps`, after `output`."""
+    """Return the oracle's greedy tokens after `output`, for one row of `steps` per step."""
     output = list(output)
     for row in steps.astype(np.float64):
         penalised = oracle.penalised(
@@ -51,7 +51,7 @@ PENALTIES = [
 @pytest.mark.parametrize("ahead", [True, False], ids=["never read", "read each step"])
 @pytest.mark.parametrize("params", PENALTIES, ids=str)
 def test_a_token_in_flight_is_counted(params: SamplingParams, ahead: bool) -> None:
-    """Token N counts at step N + 1, even if nothing is evaluated until the last step is built."""
+    """Token N is counted in step N + 1, even if nothing is evaluated before the last step."""
     logits = np.random.default_rng(1).normal(size=(15, VOCAB)).astype(np.float32)
     prompt = [3, 3, 5]
     sampler = Sampler(VOCAB, 4, set())
@@ -70,7 +70,7 @@ def test_a_token_in_flight_is_counted(params: SamplingParams, ahead: bool) -> No
 @settings(max_examples=40)
 @given(st.data())
 def test_any_mix_of_requests(data: st.DataObject) -> None:
-    """Slots are taken, given back and taken again, by more requests than there were slots."""
+    """Slots are reused by more requests than there are slots."""
     sampler = Sampler(VOCAB, 2, set())
     seed = data.draw(st.integers(0, 2**32))
     random = np.random.default_rng(seed)
@@ -117,7 +117,7 @@ def test_a_failed_row_does_not_harm_the_next_request_in_its_slot() -> None:
     sampler.remove(1)
     sampler.add(2, [2], PENALTIES[2])
     row = np.zeros((1, VOCAB), np.float32)
-    row[0, -1] = 0.5  # where a count for token -1 would land
+    row[0, -1] = 0.5  # the place of a count for token -1
     assert sampler.sample(mx.array(row), [SampleRow(2, 1, 0)]).token_ids.tolist() == [VOCAB - 1]
 
 
@@ -150,7 +150,7 @@ def test_history_grows_and_keeps_what_it_holds() -> None:
 
 
 def test_the_pool_is_updated_in_place() -> None:
-    """Steps built ahead, read, then submitted: the peak stays far below a second pool."""
+    """If steps are built ahead, read, then submitted, the counts are not copied."""
     vocab_size, batch = 50_000, 4
     pool = 8 * vocab_size * 4
     history = TokenHistory(vocab_size, 64)

@@ -1,4 +1,4 @@
-"""Sampler: each request gets what it asked for, whatever the batch around it."""
+"""The tokens of a request do not depend on other requests in its batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def random_logits(rows: int, seed: int = 0, vocab_size: int = VOCAB) -> np.ndarr
 
 @dataclass
 class Request:
-    """One request run by hand: its logits depend on its own tokens, as a model's do."""
+    """A request whose logits depend on its own tokens, as a model's do."""
 
     params: SamplingParams
     name: int
@@ -58,7 +58,7 @@ def step(running: Sampler, batch: Sequence[Request], num_rows: int | None = None
 
 
 def alone(params: SamplingParams, name: int, count: int) -> list[int]:
-    """The tokens of a request that nothing else runs beside."""
+    """Return the tokens of a request that runs alone."""
     running, request = sampler(), Request(params, name)
     running.add(name, request.prompt, params)
     for _ in range(count):
@@ -67,7 +67,7 @@ def alone(params: SamplingParams, name: int, count: int) -> list[int]:
 
 
 def one(params: SamplingParams, row: np.ndarray, *, num_output: int = 0, position: int = 5) -> int:
-    """The token that a request alone gets from these logits."""
+    """Return the token of a request that runs alone with these logits."""
     running = sampler(len(row))
     running.add(1, [0], params)
     return int(
@@ -94,7 +94,7 @@ ALONE = [alone(params, name, LENGTH) for name, params in enumerate(POOL)]
 @settings(max_examples=60)
 @given(st.data())
 def test_tokens_are_the_same_alone_and_in_any_batch(data: st.DataObject) -> None:
-    """Requests come, go and change places; rows are padded; each keeps to its own tokens."""
+    """Requests start, end and change rows, and rows are padded; tokens stay the same."""
     running = sampler()
     requests = {name: Request(params, name) for name, params in enumerate(POOL)}
     added: set[int] = set()
@@ -179,7 +179,7 @@ def test_ties_go_to_the_first_token() -> None:
 )
 @pytest.mark.parametrize("vocab_size", [20, 1200], ids=["sorted", "windowed"])
 def test_draws_follow_the_distribution(params: SamplingParams, vocab_size: int) -> None:
-    """Filters work on what temperature leaves; 2 ** 12 rows draw in one call."""
+    """Filters apply after the temperature; 2 ** 12 rows draw in one call."""
     count = 4096
     row = np.full(vocab_size, -60, np.float32)
     row[:20] = np.random.default_rng(6).normal(size=20) * 2
@@ -219,7 +219,7 @@ def test_min_tokens_lets_an_ignored_end_be_chosen() -> None:
 
 
 def bits(tokens: Sequence[int], size: int = VOCAB) -> bytes:
-    """What a mask that allows `tokens` says."""
+    """Return the bits of a mask that allows `tokens`."""
     allowed = np.zeros(size, np.uint8)
     allowed[list(tokens)] = 1
     return np.packbits(allowed, bitorder="little").tobytes()
@@ -287,7 +287,7 @@ def test_broken_logits_fail_their_row_only(
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
-    """Temperature, bias and penalties change the choice and not the log-probabilities."""
+    """Temperature, bias and penalties change the choice, but not the log-probabilities."""
     x = random_logits(4, seed=4)
     wanted = [2, None, 0, 20]
     running = sampler()
@@ -313,7 +313,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 
 
 def test_nothing_is_evaluated() -> None:
-    """Inside a traced function arrays have no values: asking for one raises."""
+    """Arrays have no values in a traced function: reading one raises."""
     running = sampler()
     for name, params in enumerate(POOL):
         running.add(name, [1], params)
@@ -338,7 +338,7 @@ def test_the_callers_logits_stay_as_they_were() -> None:
 
 @pytest.mark.parametrize("top_k", [WINDOW - 24, WINDOW + 1000])
 def test_top_k_within_and_beyond_the_window(top_k: int) -> None:
-    """Nearly equal logits, so that every token that is kept is drawn now and then."""
+    """Almost equal logits, so that every kept token is drawn sometimes."""
     count, vocab_size = 512, 3 * WINDOW
     row = np.linspace(1, 0.999, vocab_size, dtype=np.float32)
     running = sampler(vocab_size, count)

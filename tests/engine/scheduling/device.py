@@ -1,9 +1,9 @@
-"""A device that computes on integers: what a model would read from its KV decides the next token.
+"""A fake device that computes on integers; the contents of the KV blocks decide the next token.
 
-Each slot of the pool holds what was computed there: a position, and a digest of the token and of
-all that came before it. A wrong block, a stale one, one shared by mistake or overwritten too early
-changes what attention reads, hence the tokens; and these are compared with those of a sequence that
-runs alone on no device at all (`alone`).
+Each slot of the pool has the position of its token, and a digest of this and all earlier tokens. A
+block that is wrong, stale, shared by mistake or overwritten too early changes what attention reads,
+and with it the tokens. These are compared with the tokens of a sequence that is computed without a
+device (`alone`).
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def root(salt: bytes) -> int:
 
 
 def written(before: int, position: int, token_id: int) -> int:
-    """Return what is computed for a token after a prefix whose last entry is `before`."""
+    """Return the entry of a token after a prefix with the last entry `before`."""
     return hash((before, position, token_id))
 
 
 def sampled(entries: list[int], seed: int) -> int:
-    """Return the token that follows what attention reads."""
+    """Return the next token for the entries that attention reads."""
     return hash((*entries, seed)) % VOCAB_SIZE
 
 
 def alone(
     prompt: list[int], salt: bytes, seed: int, count: int, window: int | None = None
 ) -> list[int]:
-    """Return the `count` tokens that follow a prompt, computed without any device.
+    """Return the `count` tokens that follow a prompt, computed without a device.
 
-    Each sees `window` tokens (2 or more; None: all), its own included.
+    Each token sees `window` tokens (2 or more; None: all), itself included.
     """
     entries: list[int] = []
     tokens: list[int] = []
@@ -52,7 +52,7 @@ def alone(
 
 @dataclass(slots=True)
 class FakeDevice:
-    """Runs batches in the order of submission. `recurrent` models keep a state a sequence, too."""
+    """Runs batches in the order of submission; `recurrent` models also have states."""
 
     num_blocks: int
     block_size: int
@@ -108,13 +108,13 @@ class FakeDevice:
         length: int,
         seq_id: int,
     ) -> list[int]:
-        """Write a row's KV and return all that the row attends to."""
+        """Write the entry of a row, and return the entries that it attends to."""
         size, position = self.block_size, length - 1
         assert batch.positions[row] == position
         first = 0 if self.window is None else max(0, length - self.window)
         slots = [table[p // size] * size + p % size for p in range(first, length)]
         assert batch.slots[row] == slots[-1]
-        assert slots[-1] >= size, "a real row writes to the null block"
+        assert slots[-1] >= size, "a row without padding writes to the null block"
         read = [self.memory[slot] for slot in slots[:-1]]
         assert [entry and entry[0] for entry in read] == list(range(first, position)), (
             f"{self.sequences[seq_id]} reads KV that is not its own: {read}"

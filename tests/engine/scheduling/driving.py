@@ -1,4 +1,4 @@
-"""Simulations driven at random from a seed."""
+"""Random simulations from a seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ODD_BUCKETS = Buckets(rows=(3,), chunk=(2, 3), table_width=(5,))
 
 
 def some_simulation(seed: int, window: int | None = None) -> Simulation:
-    """Return a simulation of random limits, most of them tight."""
+    """Return a simulation with random limits, most of them tight."""
     rng = random.Random(seed)
     return Simulation(
         num_blocks=rng.choice([8, 10, 12, 30]),
@@ -30,7 +30,7 @@ def some_simulation(seed: int, window: int | None = None) -> Simulation:
 
 
 def drive(seed: int, num_actions: int = 60, window: int | None = None) -> Simulation:
-    """Let requests come, be aborted, be stopped and fail at random; then drain."""
+    """Add, abort, stop and fail requests at random, then run until all have ended."""
     sim = some_simulation(seed, window)
     rng = random.Random(seed)
     texts = [[rng.randrange(VOCAB_SIZE) for _ in range(24)] for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Scheduler, blocks and a fake device run together; every rule is checked at every step."""
+"""Scheduler, blocks and a fake device together, with all invariants checked at every step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from modelpack_engine.outputs import FinishReason
 from modelpack_engine.request import SamplingParams
 from tests.engine.scheduling.device import EOS, FakeDevice, alone
 
-#: When the host reads a step's tokens: at once; after the next is built, before it is submitted;
-#: after the next is submitted.
+#: When the host reads the tokens of a step: at once, after the next step is built, or after the
+#: next step is submitted.
 Mode = Literal["sync", "build-ahead", "one-ahead"]
 MODES: tuple[Mode, ...] = ("sync", "build-ahead", "one-ahead")
 
@@ -34,7 +34,7 @@ def sequence(
     eos: bool = False,
     **params: object,
 ) -> Sequence:
-    """Return a sequence that waits."""
+    """Return a waiting sequence."""
     return Sequence(
         request_id,
         prompt,
@@ -45,12 +45,12 @@ def sequence(
 
 
 def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
-    """Count everything again from the tables of all sequences, and compare."""
+    """Check the block manager's counts against the tables of all sequences."""
     tables = [seq.block_table[seq.num_unseen_blocks :] for seq in sequences]
     refs = Counter(block for table in tables for block in table)
     for seq in sequences:
         unseen = seq.block_table[: seq.num_unseen_blocks]
-        assert set(unseen) <= {NULL_BLOCK}, "a block is kept that nobody will see"
+        assert set(unseen) <= {NULL_BLOCK}, "a block is kept that no token will see"
     everything = range(len(blocks._ref_counts))
     assert [refs[block] for block in everything] == blocks._ref_counts, "ref counts are wrong"
     for table in tables:
@@ -67,7 +67,7 @@ def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
 
 @dataclass(slots=True)
 class Step:
-    """A step that the device has and the host has not read."""
+    """A submitted step that the host has not read."""
 
     output: SchedulerOutput
     batch: StepBatch
@@ -76,7 +76,7 @@ class Step:
 
 @dataclass(slots=True)
 class Simulation:
-    """An engine without a model. `step` is one turn of its loop."""
+    """An engine without a model; `step` is one iteration of its loop."""
 
     num_blocks: int = 12
     block_size: int = 4
@@ -101,7 +101,7 @@ class Simulation:
     #: Sequences in the order of their first admission, and where the others wait.
     admitted: list[Sequence] = field(default_factory=list, init=False)
     places: dict[int, tuple[int, int]] = field(default_factory=dict, init=False)
-    served: set[bytes] = field(default_factory=set, init=False)  # owners, in this round
+    served: set[bytes] = field(default_factory=set, init=False)  # owners with a turn in this round
     num_computed: int = field(default=0, init=False)
     content: dict[bytes, tuple[object, ...]] = field(default_factory=dict, init=False)
     outputs: list[SchedulerOutput] = field(default_factory=list, init=False)
@@ -130,10 +130,10 @@ class Simulation:
             self.num_blocks, self.block_size, self.recurrent, self.blocks.snapshots, self.window
         )
 
-    # What happens to it.
+    # Events
 
     def add(self, first: Sequence, n: int = 1) -> list[Sequence]:
-        """Add a request of `n` choices; none of it if the queue is full."""
+        """Add a request of `n` choices, unless the queue is full."""
         choices = [first, *(first.fork(index) for index in range(1, n))]
         if self.scheduler.stats().num_waiting + n > self.max_waiting:
             with pytest.raises(QueueFullError) as caught:
@@ -157,7 +157,7 @@ class Simulation:
         self.check()
 
     def fail(self) -> None:
-        """The step in flight fails, and the device has lost all it knew."""
+        """Fail the step in flight, and clear the device."""
         if self.pending is None:
             return
         step, self.pending = self.pending, None
@@ -169,11 +169,11 @@ class Simulation:
         self.check()
 
     def aborting(self, request_id: str) -> Callable[[], None]:
-        """Return an event: the client goes away."""
+        """Return an event that aborts a request, as when its client disconnects."""
         return lambda: self.abort(request_id)
 
     def stopping(self, request_id: str) -> Callable[[], None]:
-        """Return an event: the text of a request's sequences is found to hold a stop string."""
+        """Return an event that ends a request's sequences, as for a stop string."""
 
         def stop() -> None:
             for seq in self.sequences:
@@ -184,7 +184,7 @@ class Simulation:
         return stop
 
     def step(self, between: Callable[[], None] | None = None) -> bool:
-        """Run a step; False if there was none. `between` happens while its graph is built."""
+        """Run a step; return False if there is none. Call `between` while its graph is built."""
         output = self._schedule()
         while output is None and (self.pending is not None or self.await_blocks()):
             self.collect()
@@ -217,11 +217,11 @@ class Simulation:
         return True
 
     def await_blocks(self) -> bool:
-        """Let something happen that sequences wait for; whether there was any."""
+        """Complete something that sequences wait for; return whether there was anything."""
         return False
 
     def drain(self) -> None:
-        """Run until nothing is left, within a bound on the number of steps."""
+        """Run until all requests have ended, within a limit on the number of steps."""
         live = [seq for seq in self.sequences if not seq.is_finished]
         work = sum(seq.max_num_tokens for seq in live)
         for _ in range(work * (len(live) + 1) + 4):
@@ -237,18 +237,18 @@ class Simulation:
 
     @property
     def running(self) -> list[Sequence]:
-        """Return what runs, the oldest first: who was preempted is as old as before."""
+        """Return the running sequences, the oldest first; a preempted one keeps its age."""
         return [seq for seq in self.admitted if seq.status is SequenceStatus.RUNNING]
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Return what waits, in the order in which it is to be admitted."""
+        """Return the waiting sequences in the order of admission."""
         preempted = [seq for seq in self.admitted if seq.status is SequenceStatus.WAITING]
         fresh = [seq for seq in self.sequences if seq not in self.admitted and not seq.is_finished]
         return preempted + self._in_turns(sorted(fresh, key=lambda seq: self.places[seq.seq_id]))
 
     def _in_turns(self, left: list[Sequence]) -> list[Sequence]:
-        """Return sequences in the order in which their owners have turns."""
+        """Return sequences in the order of their owners' turns."""
         order, served = list[Sequence](), set(self.served)
         while left:
             due = [seq for seq in left if seq.cache_salt not in served]
@@ -264,10 +264,10 @@ class Simulation:
             self.served.clear()
         self.served.add(seq.cache_salt)
 
-    # The rules.
+    # Invariants
 
     def check(self) -> None:
-        """Hold everything to the rules that are true at any time."""
+        """Check all invariants."""
         scheduler = self.scheduler
         audit(self.blocks, self.sequences)
         assert scheduler._running == self.running
@@ -288,7 +288,7 @@ class Simulation:
         self._check_published()
 
     def _check_tokens(self, seq: Sequence) -> None:
-        """A sequence has the tokens that it would have alone, up to where it stands."""
+        """Check that a sequence has the tokens that it would have alone."""
         outputs = seq.output_token_ids
         limit = seq.max_num_tokens - len(seq.prompt_token_ids)
         assert len(outputs) <= limit
@@ -307,7 +307,7 @@ class Simulation:
             assert len(outputs) < limit
 
     def _check_window(self, seq: Sequence) -> None:
-        """What is seen has a block, and what nobody will see has none."""
+        """Check that visible tokens have blocks, and tokens before the window have none."""
         if self.window is None:
             assert seq.num_unseen_blocks == 0
             return
@@ -315,13 +315,13 @@ class Simulation:
             return
         unseen = max(0, seq.num_computed_tokens - self.window) // self.block_size
         assert seq.num_unseen_blocks <= unseen, "a block is given up that may be seen"
-        assert seq.num_unseen_blocks == unseen, "a block is kept that nobody will see"
+        assert seq.num_unseen_blocks == unseen, "a block is kept that no token will see"
         most = self.blocks.most_held(self.scheduler.config.chunk_rows)
         if most is not None:
             assert self.blocks.num_held(seq) <= most
 
     def _check_published(self) -> None:
-        """Equal hashes stand for equal content, computed to the end."""
+        """Check that equal hashes mean equal, completely computed contents."""
         size = self.block_size
         for hash_, block in self.blocks._block_of.items():
             entries = tuple(self.device.memory[block * size : (block + 1) * size])

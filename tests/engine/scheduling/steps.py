@@ -31,7 +31,7 @@ def scheduler(
 
 
 def prompt(length: int, start: int = 1) -> list[int]:
-    """Return tokens that no prompt with another start shares."""
+    """Return tokens that differ from those of prompts with another start."""
     return [1000 * start + i for i in range(length)]
 
 

@@ -1,4 +1,4 @@
-"""Batches, written out."""
+"""Batches compared with expected values, field by field."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_padded_decode_rows_stand_in_the_null_block() -> None:
     [
         ((1,), (1,), 5, (1, 2)),
         ((4,), (1,), 8, (1, 2)),
-        ((12,), (1,), 12, (1, 2, 0)),  # the padding rows' keys have a place, too
+        ((12,), (1,), 12, (1, 2, 0)),  # the keys of padding rows need slots as well
         ((12,), (4,), 12, (1, 2, 0, 0)),
     ],
 )
@@ -150,7 +150,7 @@ def test_a_chunk_of_prompt_and_outputs() -> None:
 
 
 def test_rows_for_prompt_logprobs() -> None:
-    """Every row but the last predicts a token of the prompt; a restart computes none twice."""
+    """Every row but the last predicts a prompt token; a restart computes none twice."""
     sched = scheduler(max_prefill_chunk=4)
     sched.add(seq := sequence([1, 2, 3, 4, 5, 6], 9, prompt_logprobs=0))
     sched.add(sequence([5], request_id="other"))

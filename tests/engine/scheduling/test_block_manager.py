@@ -1,4 +1,4 @@
-"""The block manager against a naive model of it, and case by case."""
+"""The block manager, compared with a naive model and in single cases."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from modelpack_engine.core.sequence import Sequence
 from tests.engine.scheduling.simulation import audit, sequence
 
 SIZE = 3
-#: What a block holds: a salt, and all tokens up to the block's end.
+#: The content of a block: a salt, and all tokens up to the block's end.
 Content = tuple[bytes, tuple[int, ...]]
 
 
 class Blocks(RuleBasedStateMachine):
-    """Sequences over a tiny alphabet take, fill, publish, share and give back blocks.
+    """Sequences over a tiny alphabet allocate, fill, publish, share and free blocks.
 
     The model keeps lists and compares contents token by token; it has no hashes and no counts.
     """
@@ -30,7 +30,7 @@ class Blocks(RuleBasedStateMachine):
         self.blocks = BlockManager(num_blocks, SIZE)
         self.texts = texts
         self.live: list[Sequence] = []
-        self.offered: dict[Sequence, int] = {}  # how many of its blocks were offered, or shared
+        self.offered: dict[Sequence, int] = {}  # how many of its blocks were published, or shared
         self.published: dict[int, Content] = {}
         self.unused = num_blocks - 1  # blocks without users or content
         self.idle: list[int] = []  # blocks without users, with content; least recently used first
@@ -59,11 +59,11 @@ class Blocks(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
-        """Whoever stands between two blocks may find that what comes next is there by now."""
+        """A sequence whose blocks are all full may find that its next blocks are cached now."""
         self._share(data.draw(st.sampled_from(self.live)))
 
     def _share(self, seq: Sequence) -> None:
-        """It gets the longest prefix that is published, short of its last token."""
+        """A new sequence gets the longest published prefix without its last token."""
         table, tokens = list(seq.block_table), seq.prompt_token_ids
         stands_between = seq.num_computed_tokens == len(table) * SIZE
         expected: list[Content] = []
@@ -142,7 +142,7 @@ class Blocks(RuleBasedStateMachine):
 
     @rule(seldom=st.integers(0, 9))
     def forget(self, seldom: int) -> None:
-        """What the blocks hold is lost: those who use them start again."""
+        """The contents of all blocks are lost: the sequences that use them restart."""
         if seldom:
             return
         self.blocks.forget_content()
@@ -279,7 +279,7 @@ def test_the_least_recently_used_prefix_is_evicted_first() -> None:
     blocks = BlockManager(3, SIZE)
     for token in (1, 2):
         blocks.free(filled(blocks, [token] * 3))
-    again = filled(blocks, [1, 1, 1, 1])  # its second block evicts what is not in use
+    again = filled(blocks, [1, 1, 1, 1])  # its second block evicts an unused block
     assert blocks.match_prefix(sequence([2] * 4)) == []
     assert again.num_computed_tokens == 4
 
@@ -299,7 +299,7 @@ def test_generated_tokens_are_published_once_they_are_known() -> None:
 
 
 def test_two_blocks_of_one_content() -> None:
-    """The second is its owner's only; the first goes on being found."""
+    """The second block stays private; the first one stays in the prefix cache."""
     blocks = BlockManager(9, SIZE)
     one, two = sequence([1, 2, 3, 4]), sequence([1, 2, 3, 4])
     for seq in (one, two):

@@ -1,4 +1,4 @@
-"""Sizes that a step's arrays may have."""
+"""The sizes that arrays of a step are padded to."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_ends(
 
 
 def test_an_end_by_length_wastes_no_row() -> None:
-    """It is known before the last token is read."""
+    """The end by length is known before the last token is read."""
     sched = scheduler()
     sched.add(sequence(prompt(4), 2))
     sched.submitted(first := scheduled(sched))
@@ -126,7 +126,7 @@ def test_a_step_that_failed() -> None:
 
 
 def test_others_start_again_after_a_failure() -> None:
-    """Even who did not run may have shared blocks that hold nothing of worth now."""
+    """Sequences outside the failed step may also share blocks whose contents are lost."""
     sched = scheduler(max_prefill_chunk=8)
     sched.add(first := sequence(prompt(20), 2), other := first.fork(1))
     run(sched)

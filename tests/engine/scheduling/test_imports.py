@@ -1,4 +1,4 @@
-"""The scheduler's half of the engine is plain integers: it loads on any machine, in no time."""
+"""The modules of `core` work on plain integers: they import no array library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can never run, what has to wait, and limits that do not go together."""
+"""Requests that can never run or have to wait, and limits that contradict each other."""
 
 from __future__ import annotations
 

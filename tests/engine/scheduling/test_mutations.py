@@ -1,7 +1,6 @@
-"""Negative controls: the other tests of this directory notice every one of these mistakes.
+"""Negative controls: the other tests of this directory detect each of these mistakes.
 
-Each row replaces a piece of a method's source. That the piece is there is asserted, so a row cannot
-outlive the code that it changes.
+Each row replaces a part of a method's source, which must be present.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from tests.engine.scheduling.test_block_manager import Blocks
 
 SEEDS = range(80)
 
-# Where, what, what instead.
+# Method, source, replacement.
 MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
-    # Blocks are leaked, freed twice, or given away while they are used or found.
+    # Blocks are leaked, freed twice, or allocated while they are used or cached.
     (BlockManager.release, "self._ref_counts[block] -= 1", "pass"),
     (BlockManager.release, "if block in self._hash_of", "if False"),
     (BlockManager.release, "self._free.append(block)", "pass"),
@@ -43,7 +42,7 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (BlockManager.free, "sequence.num_published_blocks = 0", "pass"),
     (BlockManager.grow, "if not self.can_allocate(missing)", "if False"),
     (BlockManager.grow, "range(missing)", "range(missing and missing + 1)"),
-    # Prefixes are found that are not equal, not computed, or not to be shared.
+    # Prefixes match that are not equal, not computed, or not shareable.
     (BlockManager._hash, "hashes[-1] if hashes else", ""),
     (BlockManager._hash, "sequence.cache_salt", "b''"),
     (BlockManager._hash, "token_ids(start, stop)", "token_ids(start, stop - 1)"),
@@ -113,7 +112,7 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
 ]
 
 
-# What costs only time or room, and the test that is about it.
+# Mistakes that cost only time or memory, and the test that detects them.
 COSTLY: list[tuple[Callable[..., Any], str, str, Callable[[], object]]] = [
     (
         Scheduler._schedule_prefill,
@@ -165,7 +164,7 @@ COSTLY: list[tuple[Callable[..., Any], str, str, Callable[[], object]]] = [
     ),
 ]
 
-# The model of the block manager notices an order as well.
+# The model of the block manager also detects a wrong order.
 OF_BLOCKS = [
     *(mutation for mutation in MUTATIONS if mutation[0] in vars(BlockManager).values()),
     (BlockManager.allocate, "popitem(last=False)", "popitem()"),

@@ -1,6 +1,6 @@
-"""Whose turn it is, and how much of it.
+"""The order of prompts in steps, and their chunks.
 
-"Short" prompts fit into what one chunk leaves of a step.
+"Short" prompts fit in the rows that one chunk leaves in a step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_no_more_sequences_than_allowed() -> None:
 
 
 def test_nobody_overtakes_the_first_in_the_queue() -> None:
-    """A long prompt that waits for room is not passed by a short one that would fit."""
+    """A short prompt that would fit does not overtake a long one that waits for blocks."""
     sched = scheduler(num_blocks=9)
     sched.add(sequence(prompt(20, 1), 3, request_id="a"))
     run(sched)
@@ -51,7 +51,7 @@ def test_nobody_overtakes_the_first_in_the_queue() -> None:
 
 
 def admitted(sched: Scheduler) -> list[str]:
-    """Run to the end; return whose prompts were computed, in order."""
+    """Run to the end; return the sequences in the order in which prompts were computed."""
     names: dict[str, None] = {}
     while sched.has_work:
         names |= dict.fromkeys(name for name, _, _ in chunks(run(sched)))
@@ -67,7 +67,7 @@ def test_short_prompts_are_admitted_before_long_ones() -> None:
 
 @pytest.mark.parametrize(("computed", "first"), [(19, "short"), (20, "long"), (21, "long")])
 def test_a_prompt_is_overtaken_for_as_long_as_it_is_longer(computed: int, first: str) -> None:
-    """Ten tokens longer: while twenty are computed."""
+    """A prompt that is ten tokens longer is overtaken until twenty tokens are computed."""
     sched = scheduler(max_num_seqs=1, overtaking=2)
     sched.add(sequence(prompt(1, 1), 60, request_id="stream"))
     run(sched)

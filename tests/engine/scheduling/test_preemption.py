@@ -1,4 +1,4 @@
-"""Who gives way when blocks run out, and how it goes on."""
+"""Preemption when blocks run out, and the restart of preempted sequences."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_preempted_sequence_finds_what_it_computed_before() -> None:
 
 
 def test_tokens_in_flight_come_before_preemption() -> None:
-    """Reading them may end a sequence, and then nobody has to give way."""
+    """Reading tokens in flight may end a sequence, and then no sequence is preempted."""
     sched = scheduler(num_blocks=6)
     sched.add(old := sequence(prompt(7, 1), 9, request_id="old", eos=True))
     sched.add(young := sequence(prompt(7, 2), 9, request_id="young"))
@@ -72,7 +72,7 @@ def test_who_needs_a_block_and_is_youngest_gives_way_itself() -> None:
 
 
 def test_prompts_get_the_room_they_were_admitted_for_once_streams_end() -> None:
-    """A stream took it in between: prompts wait, and none of them blocks another for good."""
+    """A stream took the free block: prompts wait, and none of them blocks another forever."""
     sched = scheduler(num_blocks=12, max_num_seqs=3, max_prefill_chunk=4, max_num_batched_tokens=5)
     sched.add(stream := sequence(prompt(3, 1), 14, request_id="stream"))
     run(sched)
@@ -87,7 +87,7 @@ def test_prompts_get_the_room_they_were_admitted_for_once_streams_end() -> None:
 
 
 def test_log_probabilities_of_a_prompt_are_computed_once() -> None:
-    """Its first chunk comes again after a preemption, and what is known stays known."""
+    """A preempted prompt repeats its first chunk, and keeps its log-probabilities."""
     sched = scheduler(max_num_batched_tokens=8)
     sched.add(wanted := sequence(prompt(20), 2, prompt_logprobs=0))
     assert [chunks(run(sched)) for _ in range(2)] == [[("r", 0, 4)], [("r", 4, 4)]]

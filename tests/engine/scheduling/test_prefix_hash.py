@@ -1,4 +1,4 @@
-"""Hashes that stand for content."""
+"""Hashes of blocks depend on their whole content."""
 
 from __future__ import annotations
 

@@ -62,14 +62,14 @@ def test_a_request_that_ended_leaves_its_prefix() -> None:
     sched.add(sequence(prompt(20), 6, request_id="a"))
     while sched.has_work:
         run(sched)
-    # A conversation goes on: what was generated, too, is found.
+    # A conversation continues: its generated blocks are found as well.
     sched.add(more := sequence(prompt(20) + [7] * 6, request_id="b"))
     run(sched)
     assert more.num_cached_tokens == 24
 
 
 def test_what_is_shared_takes_no_room_twice() -> None:
-    """A pool for one prompt and a bit takes many choices of it."""
+    """Many choices of one prompt run in a pool that is hardly larger than the prompt."""
     sched = scheduler(num_blocks=20, max_prefill_chunk=64)
     sched.add(first := sequence(prompt(40), 4), *(first.fork(index) for index in range(1, 5)))
     run(sched)
@@ -89,7 +89,7 @@ def test_without_a_prefix_cache_every_choice_computes_its_prompt(recurrent: bool
 
 
 def test_choices_with_prompt_logprobs() -> None:
-    """The first computes every row of the prompt, even of a known one; the others share."""
+    """The first choice computes every row of the prompt, even a cached one; others share it."""
     sched = scheduler()
     sched.add(sequence(prompt(20), 1, request_id="before"))
     run(sched)

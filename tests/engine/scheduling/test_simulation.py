@@ -1,4 +1,4 @@
-"""Any traffic: nobody starves, nothing leaks, every token is the one that a lone sequence gets."""
+"""Any traffic: no sequence starves, no block leaks, and tokens equal those of lone sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ token_ids = st.integers(0, VOCAB_SIZE - 1)
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests that come, share prefixes, are aborted and stopped, in any order, between steps."""
+    """Requests arrive, share prefixes, are aborted and stopped, in any order, between steps."""
 
     @initialize(
         num_blocks=st.sampled_from([8, 11, 40]),
@@ -92,7 +92,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule()
     def preempt_everybody(self) -> None:
-        """What a full pool does to the youngest may happen to all, once nothing is in flight."""
+        """Any sequence may be preempted while no step is in flight."""
         self.sim.collect()
         while self.sim.scheduler._running:
             self.sim.scheduler._preempt_youngest()
@@ -111,7 +111,7 @@ TestTraffic.settings = settings(max_examples=150, stateful_step_count=30, deadli
 
 
 def test_random_traffic_reaches_every_part() -> None:
-    """The same rules over seeded traffic; and what they hold for has happened, often."""
+    """The same invariants for seeded traffic, in which every kind of event occurs often."""
     seen: Counter[str] = Counter()
     for seed in range(40):
         sim = drive(seed)

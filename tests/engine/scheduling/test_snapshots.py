@@ -1,4 +1,4 @@
-"""Prefixes of recurrent models: shared up to where a snapshot of the state was taken."""
+"""Prefixes of recurrent models are shared up to a snapshot of the state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_prompt_is_shared_up_to_its_last_full_block(length: int, shared: int) 
 
 
 def test_where_two_prompts_part_the_third_starts() -> None:
-    """The first knew nothing of the others; the second leaves a snapshot where it leaves it."""
+    """The first prompt leaves no snapshot at the branch; the second one takes it there."""
     system = prompt(24)
     prompts = [system + prompt(6, start) for start in (2, 3, 4, 5)]
     assert cached(simulation(), *prompts) == [0, 0, 24, 24]
@@ -115,7 +115,7 @@ def test_what_is_unused_goes_first(limit: int, actions: list[tuple[str, int]]) -
 
 
 def drive() -> None:
-    """Recurrent traffic of every kind, in which all of this happens."""
+    """Random traffic of a recurrent model, in which every kind of event occurs."""
     for seed in range(6):
         sim = simulation(
             num_blocks=(14, 40)[seed % 2], mode=MODES[seed % 3], num_snapshots=1 + 3 * (seed % 3),

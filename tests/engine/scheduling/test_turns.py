@@ -1,6 +1,4 @@
-"""Owners take turns in the queue; within an owner, and between owners with one each, nothing else
-than priorities counts.
-"""
+"""Owners take turns in the queue; the sequences of one owner are in the order of priority."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ Arrivals = Items[tuple[bytes, int, int, int]]
 
 
 class OneList:
-    """The queue without owners: all sequences by priority."""
+    """A queue without turns: all sequences by priority."""
 
     def __init__(self) -> None:
         self.waiting: list[Sequence] = []
@@ -40,7 +38,7 @@ class OneList:
 
 
 def popped(arrivals: Arrivals, overtaking: int) -> list[tuple[Sequence, list[Sequence]]]:
-    """Each sequence that is popped, and those that waited with it."""
+    """Return each popped sequence with the sequences that waited at that time."""
     queue, waiting, found, now = WaitingQueue(overtaking), list[Sequence](), [], 0
 
     def pop() -> None:
@@ -63,7 +61,7 @@ def popped(arrivals: Arrivals, overtaking: int) -> list[tuple[Sequence, list[Seq
 
 
 def first_of(waiting: list[Sequence]) -> Sequence:
-    """The first by priority, as without owners."""
+    """With one sequence per owner, the order is that of priorities."""
     return min(waiting, key=lambda each: (each.priority, each.seq_id))
 
 
@@ -83,7 +81,7 @@ def test_each_owner_has_the_order_of_priorities(arrivals: Arrivals, overtaking: 
 def test_nobody_has_three_turns_while_another_owner_waits(
     arrivals: Arrivals, overtaking: int
 ) -> None:
-    """Two are possible: the last of a round, and the first of the next."""
+    """An owner is overtaken at most twice: by the last of a round and the first of the next."""
     turns: dict[tuple[bytes, bytes], int] = {}  # of one owner, while another waits
     for first, waiting in popped(arrivals, overtaking):
         owner = first.cache_salt
@@ -132,7 +130,7 @@ def test_who_was_preempted_precedes_all_owners() -> None:
 
 @pytest.mark.parametrize("overtaking", [0, 16])
 def test_one_request_beside_a_thousand_of_another_owner(overtaking: int) -> None:
-    """The one that came first has its turn; then the other owner has its own."""
+    """The owner that came first has its turn, then the other owner."""
     sched = scheduler(max_num_seqs=1, max_waiting=2000, overtaking=overtaking)
     for number in range(1000):
         sched.add(sequence(prompt(3, 1), 1, request_id=f"flood-{number}", salt=b"a"))

@@ -1,7 +1,7 @@
-"""Where no layer sees more than a window, blocks behind it are given up, and nothing else changes.
+"""If all layers have windows, blocks before the window are released, and nothing else changes.
 
-`test_simulation.py` has any traffic over windows, too; the device of simulations asserts that every
-token that is seen is there.
+`test_simulation.py` also runs random traffic with windows; the fake device asserts that every
+visible token is present.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_any_traffic_over_windows() -> None:
     assert all(count > 10 for count in seen.values()), seen
 
 
-# Where, what, what instead.
+# Method, source, replacement.
 MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (BlockManager.release_unseen, "- self.window", "- self.window + 2 * self.block_size"),
     (BlockManager.release_unseen, "- self.window", "- self.window - self.block_size"),
@@ -103,7 +103,7 @@ def test_a_prefix_is_found_although_its_beginning_is_gone() -> None:
     [(None, 1, None), (4, 1, 2), (5, 1, 3), (4, 8, 4), (9, 8, 5), (9, 20, None)],
 )
 def test_most_blocks_of_a_sequence(window: int | None, chunk: int, expected: int | None) -> None:
-    """None where it depends on the length, or where all blocks are not enough."""
+    """There is no limit if it depends on the length, or if it exceeds all blocks."""
     assert BlockManager(7, 4, window=window).most_held(chunk) == expected
 
 

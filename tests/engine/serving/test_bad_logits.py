@@ -1,4 +1,4 @@
-"""One request's NaN: it fails alone, its neighbours and those who get its blocks do not notice."""
+"""A request with NaN logits fails alone, without effect on others or on its blocks' next users."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
 
 class PoisonedEmbedding(nn.Embedding):  # type: ignore[misc]
-    """An embedding in which one token is not a number; as the output layer it is sound."""
+    """An embedding with NaN for one token; as the output layer it has no NaN."""
 
     def __call__(self, ids: mx.array) -> mx.array:
         found = super().__call__(ids)
@@ -38,7 +38,7 @@ def poisoned_engine() -> Engine:
     embedding.weight = model.model.embed_tokens.weight
     model.model.embed_tokens = embedding
     loaded = LoadedModel(model, {"vocab_size": VOCAB}, tiny_tokenizer(), "llama", CONTEXT, (), 0)
-    # Blocks for one long request and a short one: the next long one gets those of the bad one.
+    # Blocks for one long and one short request: the next long one gets the blocks of the bad one.
     per_token = 2 * 2 * 2 * 16 * 4
     config = EngineConfig(
         device="cpu", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64,
@@ -67,7 +67,7 @@ def test_a_poisoned_prompt_fails_alone() -> None:
     assert last.finish_reason is FinishReason.ERROR
     assert "not numbers" in (last.error or "")
     assert engine.stats().blocks_used == 0
-    # The same blocks, and the same prefix as far as it was sound.
+    # The same blocks, and the same prefix up to the NaN.
     for prompt in ([*range(60, 100)], bad[:30], [*bad[:16], *range(100, 120)]):
         [events] = engine.generate([prompt], GREEDY)
         assert [t for e in events for t in e.token_ids] == reference_tokens(prompt, 12)

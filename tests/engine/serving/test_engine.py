@@ -222,7 +222,7 @@ def test_a_prompt_over_the_context() -> None:
     engine = tiny_engine()
     with pytest.raises(ContextLengthError, match=str(CONTEXT)):
         engine.add_request("r", EngineRequest([1] * CONTEXT, GREEDY))
-    # One that just fits ends by length.
+    # A prompt that just fits ends by length.
     [events] = engine.generate([[1] * (CONTEXT - 1)], GREEDY)
     assert len(tokens(events)) == 1
 
@@ -240,7 +240,7 @@ def test_logits_that_are_no_numbers_fail_their_request_only() -> None:
     engine = tiny_engine()
     weight = engine._runner.model.model.embed_tokens
     weight.weight = mx.where((mx.arange(VOCAB) == 200)[:, None], mx.array(mx.nan), weight.weight)
-    # The head shares the table: token 200 poisons every row's logit of token 200.
+    # The head shares the weights: every row's logit of token 200 is NaN.
     bad = [1, 200, 3]
     engine.add_request("bad", EngineRequest(bad, GREEDY))
     found = run(engine)
@@ -293,7 +293,7 @@ def test_a_launch_that_fails_ends_all_requests_and_leaves_nothing_in_flight(
 
 
 def test_what_a_step_told_before_it_raised_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One request's text cannot be told, in the step that ends another."""
+    """Processing one request's token fails in the step that ends another request."""
     engine = tiny_engine()
     wanted = prompts(2)
     last = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)

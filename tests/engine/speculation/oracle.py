@@ -1,4 +1,4 @@
-"""A proposer that knows what comes, and is wrong as often as it is told to."""
+"""A proposer that knows the outputs, and proposes wrong tokens at a given rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.engine.serving.tiny import VOCAB
 
 
 class Oracle:
-    """`answers` are the outputs by (request, choice); a token is replaced at the rate `wrong`."""
+    """Proposes `answers`, the outputs by (request, choice), with the share `wrong` replaced."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What usage and metrics say of proposals."""
+"""Counts of proposals in usage and metrics."""
 
 from __future__ import annotations
 

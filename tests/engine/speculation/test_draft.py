@@ -1,4 +1,4 @@
-"""A draft model: what it proposes, its own KV cache, and which models can be one."""
+"""Draft models: their proposals, their KV cache, and which models can be draft models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SAMPLED = [
 
 
 def noisy(amount: float, vocab: int = VOCAB) -> LoadedModel:
-    """The tiny model with other weights by so much, and with so many logits."""
+    """Return the tiny model with `amount` of noise in its weights, and `vocab` logits."""
     loaded = tiny_loaded()
     mx.random.seed(2)
     loaded.model.update(
@@ -97,7 +97,7 @@ def test_outputs_are_the_same_whatever_the_draft_model_thinks(
     plain: list[list[RequestEvent]], amount: float, vocab: int, least: float
 ) -> None:
     engine = engine_with(noisy(amount, vocab))
-    for _ in range(2):  # the second time its prompts are in the prefix cache of the draft, too
+    for _ in range(2):  # the second time, the prompts are in the draft model's prefix cache
         for found, expected in zip(ask_all(engine), plain, strict=True):
             check_same(expected, found)
     stats = engine.stats()
@@ -109,7 +109,7 @@ def test_outputs_are_the_same_whatever_the_draft_model_thinks(
 
 
 def test_the_same_model_is_right_at_any_temperature() -> None:
-    """It draws with the same noise, so what it proposes is what will be drawn."""
+    """The draft model draws with the same noise, so all its proposals are accepted."""
     engine = engine_with(noisy(0))
     wild = replace(LONG, temperature=1.5, seed=1)
     engine.generate([PROMPTS[0]], wild)
@@ -189,7 +189,7 @@ def test_more_sequences_than_pay_run_without(plain: list[list[RequestEvent]]) ->
 
 
 def other_words(letters: str) -> LoadedModel:
-    """A draft model whose tokenizer has other tokens."""
+    """Return a draft model whose tokenizer has other tokens."""
     import tokenizers
 
     from modelpack_engine.models import Tokenizer

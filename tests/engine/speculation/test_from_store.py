@@ -1,4 +1,4 @@
-"""Draft models of a store and of a directory; what loading them says."""
+"""Draft models from a store and from a directory, and the errors of loading them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last time."""
+"""Prompt lookup proposes the tokens that followed an earlier match."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from modelpack_engine.speculation.ngram import NgramIndex, NgramProposer
     ("text", "length", "expected"),
     [
         ("abcdeXabc", 2, "de"),
-        ("abcdeXabc", 9, "deXabcdeX"),  # as if it repeated for ever
+        ("abcdeXabc", 9, "deXabcdeX"),  # the match repeats
         ("ab", 5, ""),
         ("abc", 5, ""),
         ("abcXbc", 5, ""),  # two tokens are too few
         ("aaaa", 3, "aaa"),
-        ("zabcPabcQabc", 1, "Q"),  # of equal ones the latest
-        ("zabcPabcQzabc", 1, "P"),  # but more that is equal is better
+        ("zabcPabcQabc", 1, "Q"),  # the latest of equal matches
+        ("zabcPabcQzabc", 1, "P"),  # a longer match is better
         ("zabcPabcQzabc", 0, ""),
     ],
 )

@@ -1,4 +1,4 @@
-"""Speculation on SmolLM2's real weights, which do repeat themselves: outputs stay the same."""
+"""Speculation with SmolLM2's real weights, whose output repeats itself, changes no output."""
 
 from __future__ import annotations
 

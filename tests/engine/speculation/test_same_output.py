@@ -1,4 +1,4 @@
-"""With speculation every request gets what it gets without: tokens, text, ends, probabilities."""
+"""Speculation changes neither the tokens, text and ends of a request nor its probabilities."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def check_nothing_changes(
     assert found.keys() == plain.keys()
     for key, events in plain.items():
         check_same(events, found[key])
-    # What is in the prefix cache now is what it says: others go on from it.
+    # The prefix cache is correct afterwards: other requests continue from it.
     again = [
         Asked((one.prompt + answers[str(i), 0])[:200], GREEDY, 1, 0) for i, one in enumerate(asked)
     ]
@@ -215,7 +215,7 @@ def test_right_guesses_save_steps_and_are_counted() -> None:
     [found] = engine.generate([[1, 2, 3]], LONG)
     check_same(plain, found)
     stats = engine.stats()
-    # A step for the prompt, and 39 tokens by fives.
+    # One step for the prompt, and 39 tokens in steps of five.
     assert stats.num_steps == 1 + 8
     assert (stats.num_proposals, stats.proposed_tokens, stats.accepted_tokens) == (8, 31, 31)
     usage = found[-1].usage
@@ -290,7 +290,7 @@ def test_a_step_that_fails_fails_what_was_in_it(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_guess_that_is_no_number_spoils_nothing() -> None:
-    """Its keys and values are NaN: neither its sequence nor the next in its blocks sees them."""
+    """NaN keys and values of a rejected token reach neither its sequence nor the next one."""
     params = replace(LONG, max_tokens=30, logit_bias={POISON: -100})
     asked = [Asked([n, 2, 3], params, 1, 0) for n in range(3)]
     plain = run(poisoned_engine(), asked, {})

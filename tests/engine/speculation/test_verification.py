@@ -1,4 +1,4 @@
-"""What of a proposal counts, and what of it a step has room for."""
+"""The accepted tokens of a proposal, and the part of it that fits in a step."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 VOCABULARY = 256
 
-#: What most architectures call their dimensions; unknown names are ignored by mlx-lm.
+#: The usual names of dimensions; mlx-lm ignores unknown names.
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -32,11 +32,11 @@ COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Configuration:
-    """One architecture (mlx-lm's module) and its arguments, beside the common ones.
+    """One architecture (mlx-lm's module) and its arguments, in addition to the common ones.
 
     `nested` puts all arguments under that key, as models with a text part do. `embedding` scales
-    the token embeddings: where they weigh too much, a model repeats its last token for ever.
-    `cache_window` makes the reference's rotating caches that large.
+    the token embeddings: if they are too large, a model repeats its last token forever.
+    `cache_window` is the size of the reference's rotating caches.
     """
 
     architecture: str

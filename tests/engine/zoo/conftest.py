@@ -12,15 +12,15 @@ from modelpack_engine.attention import gather
 
 @pytest.fixture(scope="session")
 def rows() -> dict[str, str]:
-    """Lines of the table of models, by configuration, as the tests make them."""
+    """Lines of the table of models by configuration, which the tests add."""
     return {}
 
 
 @pytest.fixture(scope="package")
 def uncompiled() -> Iterator[None]:
-    """Do not fuse: g++ would compile kernels one by one, which would take most of the time.
+    """Switch off mx.compile, whose kernels g++ would compile one by one.
 
-    And attend as one does to many keys, though here are few.
+    Also use the CPU attention for many keys, although there are few.
     """
     mx.disable_compile()
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Drive a ModelRunner with the real scheduler, greedily, the way the engine does: build ahead."""
+"""Drive a ModelRunner with the real scheduler, greedily, building steps ahead as the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelpack_engine.runner.model_runner import ModelRunner
 
 @dataclass(frozen=True)
 class Setting:
-    """How a run is scheduled: few rows a step, so that prompts are cut and mixed with decoding."""
+    """Scheduling options: few rows per step, so that prompts are chunked and mixed with others."""
 
     rows: int = 24
     blocks: int = 64
@@ -30,7 +30,7 @@ class Setting:
 
 @dataclass
 class Driver:
-    """One engine without sampling and text."""
+    """An engine without sampling and text."""
 
     runner: ModelRunner
     setting: Setting
@@ -65,7 +65,7 @@ class Driver:
         return sequence
 
     def step(self) -> bool:
-        """Run a step; False if there is nothing left to do."""
+        """Run a step; return False if there is no work left."""
         output = self.scheduler.schedule()
         if output is None:
             if self._flight is None:
@@ -93,7 +93,7 @@ class Driver:
 
     @property
     def tokens(self) -> list[list[int]]:
-        """What every request was answered."""
+        """The output tokens of every request."""
         return [sequence.output_token_ids for sequence in self.sequences]
 
     def run(self) -> None:

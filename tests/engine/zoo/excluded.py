@@ -1,11 +1,11 @@
-"""Architectures of mlx-lm that the zoo does not hold to its own reference, and why."""
+"""Architectures of mlx-lm that are not compared with mlx-lm, and why."""
 
 from __future__ import annotations
 
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.dense import GPT
 
-#: Modules of mlx_lm.models that are no models.
+#: Modules of mlx_lm.models that are not models.
 PARTS = {
     "activations",
     "base",

@@ -16,7 +16,7 @@ QWEN: dict[str, Any] = {
     "norm_topk_prob": True,
     "shared_expert_intermediate_size": 32,
 }
-#: What DeepSeek, and many after it, call their experts.
+#: Arguments of experts with DeepSeek's names, which many architectures use.
 ROUTED: dict[str, Any] = {
     "n_routed_experts": 8,
     "n_shared_experts": 1,

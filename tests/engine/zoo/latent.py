@@ -25,7 +25,7 @@ YARN: dict[str, Any] = {
     "mscale": 1.0,
     "mscale_all_dim": 0.7,
 }
-#: Sparse: an indexer picks the tokens to attend to; few, so that the tests leave some out.
+#: Sparse attention: an indexer selects the tokens to attend to, so few that some are left out.
 INDEXED = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8}
 LONGCAT: dict[str, Any] = {
     **MLA,

@@ -2,12 +2,12 @@
 
     python -m tests.engine.zoo.on_gpu [NAME ...]
 
-Steps are compiled, and go through the kernels where there are any. Each model answers five requests
-that arrive on different steps, with the prefix cache and without, and one after the other. Prints a
-line a model; ends with 1 if tokens differ where mlx-lm's first choice was clear.
+Steps are compiled, and use kernels where there are any. Each model serves five requests that arrive
+in different steps, with and without the prefix cache, and one after another. Prints one line per
+model; exits with 1 if tokens differ although mlx-lm's first choice was clear.
 
-Products of float32 are computed in float32, for mlx-lm as well: in TF32, which has ten bits, sums
-in another order choose another expert or token now and then. MLX_ENABLE_TF32=1 has it as MLX does.
+Matmuls of float32 are computed in float32, for mlx-lm as well: with TF32, which has ten bits, sums
+in another order sometimes choose another expert or token. Set MLX_ENABLE_TF32=1 for MLX's default.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.driving import Setting
 from tests.engine.zoo.specimen import make_specimen
 
-#: Differences of log-probabilities below this are another order of sums on a GPU.
+#: Smaller differences of log-probabilities can result from the order of sums on a GPU.
 CLEAR = 1e-3
 SETTINGS = {
     "batch": Setting(exact=False, buckets=FEW, rows=256),
@@ -34,7 +34,7 @@ SETTINGS = {
 
 
 def check(configuration: Configuration) -> bool:
-    """Run one architecture; print how it went, and return whether that is right."""
+    """Run one architecture; print the result, and return whether it is correct."""
     start = time.perf_counter()
     specimen = make_specimen(configuration)
     wanted = specimen.reference.tokens

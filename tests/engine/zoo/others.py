@@ -1,4 +1,4 @@
-"""Text parts of models that see images, and designs of their own."""
+"""Text parts of vision models, and unusual architectures."""
 
 from __future__ import annotations
 

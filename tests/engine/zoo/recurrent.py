@@ -1,4 +1,4 @@
-"""Recurrent layers, alone or beside attention."""
+"""Recurrent layers, alone or with attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Specimen: a model, what mlx-lm alone answers, and a runner to hold to it."""
+"""Specimen: a model, mlx-lm's tokens for it, and runners to compare with them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Reference:
     """Greedy tokens of each prompt, by mlx-lm's path for a single request.
 
     `gap` is the smallest difference between the log-probabilities of the best and the next token:
-    with one close to zero, equality would be luck. `distinct` counts different tokens: a model that
-    repeats one token would be equal whatever we did.
+    if it is close to zero, equality is luck. `distinct` counts different tokens: a model that
+    repeats one token would be equal with any mistake.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Specimen:
         return self.runners[exact]
 
     def drive(self, setting: Setting, runner: ModelRunner | None = None) -> Driver:
-        """Run the five prompts, arriving on different steps; all blocks are free again then."""
+        """Run the five prompts, which arrive in different steps; all blocks are free at the end."""
         driver = Driver(runner or self.runner(exact=setting.exact), setting)
         for index, prompt in enumerate(prompts()):
             driver.add(prompt, NUM_TOKENS)
@@ -64,7 +64,7 @@ class Specimen:
 
 
 def make_reference(configuration: Configuration, model: nn.Module) -> Reference:
-    """Answer every prompt with mlx-lm alone."""
+    """Generate the tokens of every prompt with mlx-lm alone."""
     reference = Reference()
     for prompt in prompts():
         cache = make_prompt_cache(model)

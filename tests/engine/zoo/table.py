@@ -1,4 +1,4 @@
-"""docs/models.md: what architectures run, and how; `python -m tests.engine.zoo.table` writes it."""
+"""docs/models.md, the table of architectures; `python -m tests.engine.zoo.table` writes it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every architecture answers, token by token, what mlx-lm answers for a single request.
+"""Every architecture generates the same tokens as mlx-lm does for a single request.
 
-Five requests arrive on different steps. Steps are small, so that prompts are cut and mixed with
-decoding. Build-ahead, as in the engine.
+Five requests arrive in different steps. Steps are small, so that prompts are chunked and mixed with
+decoding. Steps are built ahead, as in the engine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_mixed_steps(specimen: Specimen, rows: dict[str, str]) -> None:
 
 
 def test_committed_table_is_what_the_code_says(rows: dict[str, str]) -> None:
-    """In this file, as the tests above make the rows: docs/models.md is theirs."""
+    """This test must be in this file: the tests above make the rows of docs/models.md."""
     if len(rows) < len(CATALOGUE):
         pytest.skip("only a part of the zoo has run")
     made = table.render([rows[configuration.id] for configuration in CATALOGUE])

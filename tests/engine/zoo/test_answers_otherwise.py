@@ -1,6 +1,7 @@
-"""However steps are made, architectures answer what mlx-lm answers for a single request.
+"""With other options of scheduling, architectures generate the same tokens as mlx-lm.
 
-One of each kind here, the whole zoo among the long tests; test_answers.py has all of it.
+One architecture of each kind runs here, and the whole zoo in the long tests; test_answers.py always
+runs the whole zoo.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.driving import Setting
 from tests.engine.zoo.specimen import NUM_TOKENS, Specimen, make_specimen
 
-#: Of each tier and each kind of attention, cache, state and experts.
+#: One architecture of each tier and each kind of attention, cache, state and experts.
 KINDS = {
     "deepseek_v3",
     "deepseek_v32",

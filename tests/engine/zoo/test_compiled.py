@@ -1,4 +1,4 @@
-"""Recurrent models decode in compiled steps, as on a GPU, and answer what mlx-lm answers."""
+"""Recurrent models decode in compiled steps, as on a GPU, and generate mlx-lm's tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.engine.zoo.recurrent import RECURRENT
 from tests.engine.zoo.specimen import make_specimen
 
 BUCKETS = Buckets(rows=(4, 8), chunk=(8, 16), table_width=(2, 8))
-#: Attention and recurrence are in one module there, or attention is by hand: that is not compiled.
+#: Not compiled: attention and recurrence are in one module, or attention is written by hand.
 NOT_COMPILED = {"baichuan_m1", "gear: capped scores"}
 
 

@@ -1,6 +1,6 @@
-"""The gate can fail: each fault that it is to find is put in, and found.
+"""The tests of the zoo can fail: each of these faults is detected.
 
-Twice: without the self-test, answers differ; with it, the runner leaves the tier and answers right.
+Without the self-test, the tokens differ; with it, the runner uses another tier and is correct.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong in `where`'s attribute, and models in which it matters."""
+    """A fault in an attribute of `where`, and the models that it affects."""
 
     what: str
     where: Any
@@ -37,7 +37,7 @@ class Fault:
 
 
 def _attend(**changes: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return what changes the arguments of `attend` that are given."""
+    """Return a fault that changes the given arguments of `attend`."""
 
     def make(original: Any) -> Any:
         def attend(self: PagedKV, queries: mx.array, **how: Any) -> mx.array:
@@ -64,7 +64,7 @@ def _forgetful(original: Any) -> Any:
 
 
 def _mistaken(original: Any) -> Any:
-    """Let two sequences have each other's state."""
+    """Swap the states of two sequences."""
 
     def finish(self: StateRows) -> None:
         original(self)
@@ -77,7 +77,7 @@ def _mistaken(original: Any) -> Any:
 
 
 def _late(original: Any) -> Any:
-    """Write the keys of every row one slot further on."""
+    """Write the keys of every row one slot too far."""
 
     def begin(self: StepInputs, *args: Any) -> None:
         original(self, *args)
@@ -155,7 +155,7 @@ def test_self_test_leaves_the_tier(
 
 
 def test_prefix_without_regard_to_content_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for the self-test to see: the scheduler would share wrong blocks."""
+    """The self-test cannot detect this fault: the scheduler shares wrong blocks."""
     found = specimen("llama")
     monkeypatch.setattr(block_manager, "block_hashes", _blind(block_manager.block_hashes))
     driver: Driver = found.drive(Setting())

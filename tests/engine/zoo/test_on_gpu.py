@@ -1,4 +1,4 @@
-"""The program that runs the zoo on a GPU, here without one."""
+"""The program that runs the zoo on a GPU, run on the CPU."""
 
 from __future__ import annotations
 

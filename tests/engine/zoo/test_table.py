@@ -1,4 +1,4 @@
-"""The zoo has every architecture there is."""
+"""The zoo has every architecture of mlx-lm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.engine.zoo.excluded import EXCLUDED, PARTS
 
 
 def test_every_architecture_is_listed() -> None:
-    """A new mlx-lm brings new ones: they are to be added, or excluded for a reason."""
+    """New architectures of mlx-lm must be added, or excluded with a reason."""
     known = {c.architecture for c in CATALOGUE} | set(EXCLUDED) | PARTS
     found = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
     assert found == known
