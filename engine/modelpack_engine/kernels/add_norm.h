@@ -1,4 +1,4 @@
-  // A residual sum and the RMS norm of it (https://arxiv.org/abs/1910.07467): a threadgroup a row.
+  // A residual sum and the RMS norm of it (https://arxiv.org/abs/1910.07467): one threadgroup for each row.
   //   a [rows, ..., D] T   b [PARTS, rows, D] B   weight [D] W   EPSILON: a float's bits
   //   total [rows, D] T = a + sum of b   out [rows, D] T = total / rms(total) * weight
   constexpr int THREADS = NSG * 32, VECTORS = D / VEC, EACH = (VECTORS + THREADS - 1) / THREADS;
@@ -7,7 +7,7 @@
   typedef PaVec<B, VEC> Parts;
   const int lane = PA_LANE, group = PA_SIMD, index = group * 32 + lane;
   const size_t first = (size_t)PA_X * VECTORS;
-  const size_t before = (size_t)a_shape[0] * VECTORS;  // vectors of a part
+  const size_t before = (size_t)a_shape[0] * VECTORS;  // vectors in one part
   Vec kept[EACH];
   Weights factors[EACH];
   float squares = 0.0f;

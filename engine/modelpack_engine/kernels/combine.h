@@ -1,6 +1,6 @@
-  // Sums of what a row's experts gave, times their scores; a vector a thread.
-  //   given [rows * K, D] T: in the order of experts   place [rows * K] int: where each pair's is
-  //   scores [rows, K] S   out [rows, D] O   R: the type of products, in which they are rounded
+  // The sum of a row's expert outputs times their scores; each thread computes one vector.
+  //   given [rows * K, D] T: sorted by expert   place [rows * K] int: the index of each pair in given
+  //   scores [rows, K] S   out [rows, D] O   R: the type that products are rounded to
   typedef PaVec<T, VEC> From;
   typedef PaVec<O, VEC> To;
   constexpr int EACH = D / VEC;

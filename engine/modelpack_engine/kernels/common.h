@@ -1,4 +1,4 @@
-// What the kernels share on every backend: N elements that travel in one load or store.
+// Shared by the kernels on every backend: N elements that one load or store moves.
 template <typename E, int N>
 struct alignas(sizeof(E) * N) PaVec {
   E e[N];
@@ -41,8 +41,8 @@ struct PaFloats {
   float e[N];
 };
 
-// N elements of a pool: how they lie there, and how to compute with them. Quantised, they are codes of
-// BITS bits in words, the lowest first; a word more, of their group, has a bias and a scale.
+// N elements of a pool: their layout, and their conversion to float. Quantised elements are codes of
+// BITS bits in words, lowest bits first; the word of their group has a bias and a scale.
 template <typename P, int N, int BITS>
 struct PaElements {
   typedef PaVec<P, N * BITS / 32> Packed;

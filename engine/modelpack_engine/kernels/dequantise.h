@@ -1,4 +1,4 @@
-  // Affine quantised weights written out: eight elements a thread, in order.
+  // Dequantise affine quantised weights: each thread writes eight consecutive elements.
   //   weight [N, K * BITS / 32] uint, low bits first   scales, biases [N, K / GROUP] T   out [N, K] T
   constexpr int WORDS = BITS / 4, PER = K / 8;
   typedef PaVec<T, 8> Vec;

@@ -1,14 +1,14 @@
-  // Pairs of a row and one of its experts, in the order of experts. A simdgroup an expert, whose lanes
-  // take equal runs of the pairs: it counts those of experts before its own, and of its own.
+  // Sort pairs of a row and one of its experts by expert. One simdgroup for each expert: its lanes
+  // read equal runs of the pairs, and count the pairs of earlier experts and of its own.
   //   experts [pairs] uint: EACH of every row   source [pairs] int: rows, by expert
-  //   place [pairs] int: where each pair is there
+  //   place [pairs] int: the index of each pair in source
   //   sorted [pairs] uint: the experts, in order
-  //   spans [SLOTS, 3] int: expert, first place, number of up to TILE pairs, 0 of slots that are free;
+  //   spans [SLOTS, 3] int: expert, first place, number of up to TILE pairs, 0 in free slots;
   //   SLOTS is pairs / TILE + EXPERTS, so that an expert knows its slots by the pairs before its own
   const int expert = PA_X * NSG + PA_SIMD, lane = PA_LANE, pairs = experts_shape[0];
   const int each = (pairs + 31) / 32, from = lane * each;
   const int to = from + each < pairs ? from + each : pairs;
-  int less = 0, total = 0, before = 0;  // of experts before, of this one, and of it in lanes before
+  int less = 0, total = 0, before = 0;  // pairs of earlier experts, of this one, and of it in earlier lanes
   for (int i = from; i < to; i++) {
     const int e = int(experts[i]);
     less += e < expert ? 1 : 0;

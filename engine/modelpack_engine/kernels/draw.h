@@ -1,9 +1,10 @@
-  // A random token of each row, of those that min-p, top-k and top-p keep. A threadgroup a row.
-  //   logits [R, V] T   token [R] int: where the temperature is 0, the most likely
+  // Draw a token for each row among those that min-p, top-k and top-p keep: one threadgroup per row.
+  //   logits [R, V] T   token [R] int: the most likely if the temperature is 0
   //   settings [R, 6] int: floats' bits (temperature, log of min-p, top-p, top-k: V or more for all), and a key
-  // What is kept is found by limits in the order of floats, LIMITS at a time: how many logits are above
-  // each, or what mass. By Gumbel's trick, the largest sum of logit and noise is drawn; the noise is of
-  // MLX's random numbers, Threefry 2x32 (https://doi.org/10.1145/2063384.2063405). Sums have one order.
+  // The lowest kept logit is searched among floats, with LIMITS candidates at a time: each counts the
+  // logits above it, or their mass. By the Gumbel-max trick, the largest sum of logit and noise wins.
+  // The noise is made of MLX's random numbers, Threefry 2x32 (https://doi.org/10.1145/2063384.2063405).
+  // The order of sums is fixed.
   constexpr int THREADS = NSG * 32, HALF = (V + 1) / 2, LIMITS = 13, SUMS = LIMITS + 3;
   const float lowest = pa_float(0xff800000u);
   float set[4];
@@ -18,7 +19,7 @@
   const size_t from = (size_t)row * V;
   const PA_DEVICE Vec* vectors = (const PA_DEVICE Vec*)(logits + from);
 
-  float top = lowest, low = -lowest;  // the largest, and the least that is not -infinity
+  float top = lowest, low = -lowest;  // the highest, and the lowest above -infinity
   for (int i = index; i < V / VEC; i += THREADS) {
     const Vec x = vectors[i];
     PA_UNROLL for (int e = 0; e < VEC; e++) {

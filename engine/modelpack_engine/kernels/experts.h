@@ -1,10 +1,10 @@
-  // Products of rows with weights of the experts that they were sent to: product.h's, of a tile of up to
-  // MT rows of one expert a block, in one part. What is multiplied by gates (SWIGLU) has weights of its
-  // own, which end in _up.
-  //   x [M, ...] T, K elements a row: by GATHER rows as they came, else in the order of experts
+  // Matmuls of rows with the weights of their experts, by product.h: each block multiplies a tile of up
+  // to MT rows of one expert, in one part. With SWIGLU, the weights of the up projection are the inputs
+  // that end in _up.
+  //   x [M, ...] T, K elements per row: with GATHER in the original order, otherwise sorted by expert
   //   source, spans: see dispatch.h
   //   weight [EXPERTS, N, K] T, or packed; scales, biases and bias like product.h's, of each expert
-  //   out [pairs, N] O, in the order of experts
+  //   out [pairs, N] O, sorted by expert
 #define PA_EXPERTS
   const int* const span = spans + blockIdx.y * 3;
   const int rows = span[2], N = weight_shape[1], packed = weight_shape[2], width = N;

@@ -1,5 +1,5 @@
-  // The parts of a split decode become one row. A threadgroup serves one head; its NSG simdgroups
-  // take parts in turn, lanes the elements.
+  // Merge the parts of a split decode into one row. A threadgroup merges one head: its NSG simdgroups
+  // read the parts in turn, and their lanes the elements.
   //   partial [B, HQ, parts, DV] float   stats [B, HQ, parts, 2] float   sinks [HQ] S
   //   out [B, HQ, DV] T
   constexpr int DN = (DV + 31) / 32;

@@ -1,9 +1,9 @@
-  // Products of few rows with weights [N, K], plain or quantised, on tensor cores; CUDA only. What
-  // bounds them is reading the weights: a block of threads takes 64 outputs of all rows over its part
-  // of K, tiles of 64 deep, STAGES of them under way. Sums over K may be taken in any order, so that
-  // a lane reads 8 elements side by side and uses them as two steps of the product.
+  // Matmuls of few rows with weights [N, K], plain or quantised, on tensor cores; CUDA only. Reading the
+  // weights takes most of the time: a block computes 64 outputs of all rows over its part of K, in tiles
+  // of depth 64, with STAGES tiles in flight. Sums over K may have any order, so a lane reads 8
+  // consecutive elements and uses them in two steps of the matmul.
   //   x [M, ...] T, K elements a row   weight [N, K] T, or packed in uint   scales, biases [N, K / GROUP] T (quantised)
-  //   bias [N] T (BIAS)   out [parts, M, N] O: with several parts, they are still to be summed
+  //   bias [N] T (BIAS)   out [parts, M, N] O: several parts must be added
   //   SWIGLU: the first half of weights are gates, and out [1, M, N / 2] is silu(gate) * other half
   // With PA_EXPERTS (experts.h), a block's rows and weights are those of one expert.
 #ifndef PA_EXPERTS
@@ -23,7 +23,7 @@
   const int r = lane / 4, c = lane % 4, K = BITS == 16 ? packed : packed * (32 / (BITS % 16));
   const int part = blockIdx.z, steps = K / DEPTH / gridDim.z, start = part * steps, groups = K / GROUP;
   const int feature = warp % DOWN * (STRIPS * 16) + r, row0 = warp / DOWN * (TILES * 8);
-  // Row of the weights that is this block's output i; with SWIGLU 32 gates, then what they are for.
+  // Row of the weights that is this block's output i; with SWIGLU 32 gates, then their up rows.
   const int first = blockIdx.x * (SWIGLU ? OUTPUTS / 2 : OUTPUTS);
   auto place = [&](int i) { return PA_LINE(i); };
   auto exists = [&](int i) { return first + (SWIGLU ? i % 32 : i) < width; };
@@ -127,7 +127,7 @@
       }
     }
   }
-  if (SWIGLU) {  // hand over what gates are to be multiplied by
+  if (SWIGLU) {  // pass on the up values that gates are multiplied by
     float* other = (float*)pa_memory;  // [MT, 32]
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();

@@ -1,6 +1,6 @@
-  // New K and V rows go to their slots, in place, as write.h does it, and quantised: all codes of a
-  // row, then a word for each GROUP of elements with its bias and its scale. A thread takes 8
-  // elements; the LANES of a group agree on what is lowest and highest.
+  // Write new K and V rows to their slots in place, as write.h does, but quantised: all codes of a row,
+  // then one word for each GROUP of elements, with its bias and scale. A thread quantises 8 elements;
+  // the LANES of a group share its minimum and maximum.
   //   k [T, KW] R   v [T, VW] R   k_pool [slots, words] P   v_pool [slots, words] P   slots [T] int
   //   token [1] int
   constexpr int PART = 8, LANES = GROUP / PART, KN = KW / PART, N = (KW + VW) / PART;
@@ -31,14 +31,14 @@
     wrong = worse > wrong ? worse : wrong;
   }
 
-  // The bias is rounded down and the scale up: no element lies outside of what the codes can say.
+  // The bias is rounded down and the scale up: the codes cover every element.
   const unsigned int low_bits = pa_bits(low);
   const unsigned int bias_bits = (low_bits + (low_bits >> 31) * 0xffffu) & UPPER;
   const float bias = pa_float(bias_bits);
   unsigned int step_bits = (pa_bits((high - bias) * (1.0f / float(TOP))) + 0xffffu) & UPPER;
   const float step = pa_float(step_bits);
   const float inverse = step > 1e-30f ? 1.0f / step : 0.0f;
-  if (wrong > 0.0f) step_bits = 0x7fc00000u;  // not a number
+  if (wrong > 0.0f) step_bits = 0x7fc00000u;  // NaN
   unsigned int words[PART * BITS / 32];
   PA_UNROLL for (int i = 0; i < PART * BITS / 32; i++) words[i] = 0u;
   PA_UNROLL for (int i = 0; i < PART; i++) {

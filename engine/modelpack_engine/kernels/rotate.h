@@ -1,13 +1,13 @@
-  // A joint projection's queries, keys and values: queries and keys normed (QKNORM) and rotated; keys
-  // and values go to their slots in place, as in write.h. LPH lanes share a row's head; each takes VEC
-  // pairs of elements at a time.
+  // Split a joint projection into queries, keys and values: norm (QKNORM) and rotate queries and keys,
+  // and write keys and values to their slots in place, as write.h does. LPH lanes share a row's head;
+  // each rotates VEC pairs of elements at a time.
   //   joint [PARTS, rows, (HQ + 2 * HK) * D] J   positions, slots [rows] int
   //   inverse [DIMS / 2] float, or with TABLE cosines and sines [rows, DIMS / 2, 2], factor included
   //   q_weight, k_weight [D] W: of the norms   EPSILON, FACTOR (of rotated elements): floats' bits
   //   k_pool, v_pool [pool slots, HK, D] P   previous [1] int: order only
-  //   q [rows, HQ, D] T   token [1] int, always 0: orders what reads the pools afterwards
+  //   q [rows, HQ, D] T   token [1] int, always 0: orders later readers of the pools
   constexpr int HEADS = HQ + 2 * HK, HALF = DIMS / 2;
-  // Runs of VEC pairs: those that are rotated, then those that are not, whose pairs are any.
+  // Runs of VEC pairs: the rotated ones, then the others, whose pairing does not matter.
   constexpr int TURNED = HALF / VEC, RUNS = TURNED + (D - DIMS) / (2 * VEC);
   constexpr int EACH = (RUNS + LPH - 1) / LPH;
   typedef PaVec<J, VEC> From;
@@ -19,7 +19,7 @@
   const PA_DEVICE J* from = joint + (size_t)(there ? unit : 0) * D;
   const int slot = slots[row], kind = head < HQ ? 0 : head < HQ + HK ? 1 : 2;  // query, key, value
 
-  // Where a run's two vectors begin; interleaved pairs are inside of these, others across them.
+  // The start of a run's two vectors: interleaved pairs are within a vector, others across both.
   float x[EACH][2 * VEC];
   int begin[EACH], second[EACH];
   PA_UNROLL for (int n = 0; n < EACH; n++) {
@@ -37,7 +37,7 @@
         x[n][VEC + e] += float(b.e[e]);
       }
     }
-    // Rounded as the product would have been.
+    // Round as a separate matmul would.
     PA_UNROLL for (int e = 0; e < 2 * VEC; e++) x[n][e] = run < RUNS ? float(T(x[n][e])) : 0.0f;
   }
   if (QKNORM) {

@@ -1,15 +1,17 @@
-  // The K experts of each row, and their scores. A simdgroup a row; lane l has experts l, l + 32, …
+  // Choose the K experts of each row, with their scores. One simdgroup per row: lane l has the experts
+  // l, l + 32, …
   //   logits [rows, EXPERTS] T   bias [EXPERTS] B: for choosing only (SIGMOID)
   //   chosen [rows, K] uint   scores [rows, K] S
-  //   SIGMOID: scores are sigmoids, of GROUPS of experts the KEEP with the best sums of two are left
-  //   (others count as 0), and the best come first. Else scores are softmax's in T, and come last.
+  //   SIGMOID: scores are sigmoids; of GROUPS of experts, the KEEP groups with the largest sums of two
+  //   are used (others count as 0), and the best expert is first. Otherwise scores are the softmax in T,
+  //   and the best expert is last.
   //   NORMED: scores are divided by their sum   FACTOR: float's bits, of scores
   constexpr int N = (EXPERTS + 31) / 32, SIZE = EXPERTS / GROUPS;
   constexpr float LOWEST = -1e30f, LOG2E = 1.4426950408889634f;
   const int row = PA_X * NSG + PA_SIMD, lane = PA_LANE;
   const bool there = row < logits_shape[0];
   const size_t from = (size_t)(there ? row : 0) * EXPERTS;
-  float score[N], value[N];  // value: what is chosen by
+  float score[N], value[N];  // experts are chosen by value
   int position[N];
   float top = LOWEST, sum = 0.0f;
   PA_UNROLL for (int n = 0; n < N; n++) {
@@ -39,7 +41,7 @@
       value[n] = n * 32 + lane < EXPERTS ? score[n] : LOWEST;
     }
   }
-  // A score that is no number is the last to be chosen: K experts have to be.
+  // NaN is chosen last: K experts must be chosen.
   PA_UNROLL for (int n = 0; n < N; n++) value[n] = value[n] >= LOWEST ? value[n] : LOWEST;
   if (GROUPS > 1) {
     float best[GROUPS];
@@ -71,7 +73,7 @@
       if (e < EXPERTS && worse < GROUPS - KEEP) value[n] = 0.0f;
     }
   }
-  // The best of all, K times; of equal ones the first of sigmoids, and the last of softmax's.
+  // Choose the best, K times: the first of equal sigmoids, or the last of equal softmax values.
   sum = 0.0f;
   for (int k = 0; k < K; k++) {
     float most = LOWEST * 2.0f;

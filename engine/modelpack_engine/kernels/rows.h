@@ -1,4 +1,4 @@
-  // Some rows of a table, a vector a thread.
+  // Gather rows of a table; each thread copies one vector.
   //   table [n, D] T   index [rows] int   out [rows, D] T
   typedef PaVec<T, VEC> Vec;
   constexpr int EACH = D / VEC;

@@ -1,4 +1,4 @@
-  // SwiGLU of a joint projection: silu(gate) * up, a vector a thread.
+  // SwiGLU of a joint projection: silu(gate) * up; each thread computes one vector.
   //   joint [rows, 2 * N] T: gate, then up   out [rows, N] T
   typedef PaVec<T, VEC> Vec;
   constexpr int EACH = N / VEC;

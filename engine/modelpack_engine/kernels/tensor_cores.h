@@ -1,4 +1,4 @@
-// CUDA's tensor cores, one warp: products of 16x16 and 16x8, and loads in the layout that they take.
+// CUDA's tensor cores, one warp: matmuls of 16x16 with 16x8, and loads in the layout that they need.
 // (PTX ISA: mma.sync.aligned.m16n8k16, ldmatrix, cp.async; compute capability 8.0 and later.)
 __device__ inline void pa_copy16(void* to, const void* from) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));

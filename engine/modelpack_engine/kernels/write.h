@@ -1,6 +1,6 @@
-  // New K and V rows go to their slots, in place: the pools come as inputs, const cast away, because
-  // no output could share their memory. `token` (always 0) orders what reads the pools afterwards,
-  // `previous` orders this after the write before. A slot below 0 is skipped.
+  // Write new K and V rows to their slots in place: the pools are inputs, with const cast away, because
+  // an output cannot share their memory. `token` (always 0) orders later readers of the pools, and
+  // `previous` orders this write after the previous one. Negative slots are skipped.
   //   k [T, KW] R   v [T, VW] R   k_pool [slots, KW] P   v_pool [slots, VW] P   slots [T] int   token [1] int
   constexpr int KN = KW / VEC, VN = VW / VEC, N = KN > VN ? KN : VN;
   typedef PaVec<R, VEC> From;
