@@ -81,7 +81,12 @@ def _token(environ: Mapping[str, str]) -> str | None:
         return None
     from huggingface_hub import get_token
 
-    return get_token()
+    try:
+        return get_token()
+    except Exception as error:  # of an OIDC exchange, the network or a file
+        raise AuthError(
+            f"cannot read the token of the hub: {error}", hint="log in with `hf auth login`"
+        ) from error
 
 
 _LOG_IN: Final = (

@@ -164,6 +164,22 @@ def test_the_token_of_a_login_is_used(
     pulled(store)
 
 
+def test_a_token_that_cannot_be_read(
+    hub: FakeHub, store: modelpack.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after HF_OIDC_RESOURCE outside of a CI that huggingface_hub knows."""
+
+    def fail() -> None:
+        raise RuntimeError("no OIDC id token is available")
+
+    monkeypatch.setattr("huggingface_hub.get_token", fail)
+    with pytest.raises(
+        errors.AuthError, match="cannot read the token of the hub: no OIDC id token is available"
+    ):
+        pulled(store)
+    assert not hub.requests
+
+
 @pytest.mark.parametrize(
     ("why", "token", "name", "kind", "said", "hint"),
     [
