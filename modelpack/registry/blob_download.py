@@ -141,13 +141,7 @@ class BlobStream:
         """Return the `FailedTry` for a response that ended at `position` of the blob."""
         if "Transfer-Encoding" in response.headers:  # the response is complete
             raise self._wrong_size(str(position))
-        return FailedTry(
-            RemoteUnavailableError(
-                f"{self._what}: the connection ended after {position} "
-                f"of {self._descriptor.size} bytes",
-                host=origin_of(response.url).netloc,
-            )
-        )
+        return _ended_early(self._what, response, position, self._descriptor.size)
 
     def _reconnect(self, failed: FailedTry | None) -> None:
         """Connect again at the current position; raise the last error when no tries are left."""
@@ -244,7 +238,6 @@ class BlobStream:
         return size_mismatch(self._what, self._descriptor.size, got)
 
 
-_BUFFER: Final = 512 * 1024
 # Seconds after which a thread that waits for a connection checks whether segments are left.
 _LOOK: Final = 0.1
 
@@ -332,7 +325,7 @@ class SegmentFetch:
 
     def _fetch(self, segment: tuple[int, int], when_open: Callable[[], None] | None = None) -> None:
         position, end = segment
-        buffer = memoryview(bytearray(min(_BUFFER, end - position)))
+        buffer = memoryview(bytearray(min(_READ_SIZE, end - position)))
         with BlobStream(self._location, self._descriptor, position, end, self._stop) as stream:
             if when_open is not None:
                 when_open()
@@ -498,7 +491,7 @@ class RemoteFile(io.RawIOBase):
             response.close()
             raise
         if len(content) < end - start:
-            raise self._cut_off(response, start + len(content))
+            raise _ended_early(self._what, response, start + len(content), self._size)
         response.close()
         return content
 
@@ -526,7 +519,7 @@ class RemoteFile(io.RawIOBase):
                 raise failed.error from None
             self._start += content
             if len(content) < missing:
-                raise self._cut_off(self._whole, len(self._start)).error
+                raise _ended_early(self._what, self._whole, len(self._start), self._size).error
         first = (end - 1) // BLOCK * BLOCK
         self._keep(first, bytes(self._start[first:end]))
 
@@ -537,7 +530,7 @@ class RemoteFile(io.RawIOBase):
         with self._client.guarded(self._what, response.url, inflow=inflow):
             while len(content) < length:
                 self._client.stop.check()
-                part = response.raw.read1(min(length - len(content), 512 * 1024))
+                part = response.raw.read1(min(length - len(content), _READ_SIZE))
                 if not part:
                     break
                 content += part
@@ -552,13 +545,11 @@ class RemoteFile(io.RawIOBase):
                 hint="pull the model, then inspect it in the store",
             )
 
-    def _cut_off(self, response: requests.Response, position: int) -> FailedTry:
-        host = origin_of(response.url).netloc
-        return FailedTry(
-            RemoteUnavailableError(
-                f"{self._what}: the connection ended at byte {position} of {self._size}", host=host
-            )
-        )
-
     def _wrong_size(self, got: str) -> SizeMismatchError:
         return size_mismatch(self._what, self._size, got)
+
+
+def _ended_early(what: str, response: requests.Response, position: int, size: int) -> FailedTry:
+    host = origin_of(response.url).netloc
+    message = f"{what}: the connection ended after {position} of {size} bytes"
+    return FailedTry(RemoteUnavailableError(message, host=host))

@@ -28,7 +28,7 @@ from modelpack.registry.auth import NOTHING, Authenticator, Scopes, TokenRequest
 from modelpack.registry.http_errors import (
     MAX_ERROR_BODY,
     NETWORK_ERRORS,
-    failed_answer,
+    failed_response,
     network_error,
 )
 from modelpack.registry.limits import BlobOptions, FailedTry, Retries, RetryPolicy, Timeouts
@@ -173,7 +173,7 @@ class HttpClient:
             error = self._authenticator.error(call.what, response)
             if error is not None:
                 return error
-        return failed_answer(
+        return failed_response(
             call.what,
             response,
             origin_of(response.url).netloc,

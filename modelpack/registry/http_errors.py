@@ -62,7 +62,7 @@ class ErrorBody(NamedTuple):
         )
 
 
-def answer_error(
+def response_error(
     what: str, host: str, status: int, body: bytes, *, from_registry: bool = True
 ) -> RegistryError:
     """Return the error for the response `status` with `body` of `host` to a request for `what`.
@@ -99,7 +99,7 @@ def _kind_of(
     return RegistryError, None
 
 
-def failed_answer(
+def failed_response(
     what: str, response: requests.Response, host: str, body: bytes, now: float, *, own: bool
 ) -> RegistryError | FailedTry:
     """Return the error for a failed response: a `FailedTry` if another try may succeed.
@@ -108,7 +108,7 @@ def failed_answer(
     400 or 410; another request to the registry gets a new signature.
     """
     status = response.status_code
-    error = answer_error(what, host, status, body, from_registry=own)
+    error = response_error(what, host, status, body, from_registry=own)
     expired = (400, 401, 403, 410) if response.request.method == "GET" else (401, 403)
     if status in RETRYABLE_STATUSES or (status in expired and not own):
         return FailedTry(error, parse_retry_after(response.headers, now))

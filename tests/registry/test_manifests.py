@@ -70,7 +70,9 @@ def test_old_servers_say_no_digest(registry: FaultyRegistry, client: Client) -> 
 def test_a_missing_manifest(registry: FaultyRegistry, client: Client, name: str) -> None:
     manifest_for(registry)
     for call in (client.repository.resolve, client.repository.fetch_manifest_by_name):
-        with pytest.raises(NotFoundError, match=f"no {client.registry.host}/{REPOSITORY}.{name}"):
+        with pytest.raises(
+            NotFoundError, match=f"no such manifest: {client.registry.host}/{REPOSITORY}.{name}"
+        ):
             call(name)
     assert client.sleeps == []
 
