@@ -42,7 +42,7 @@ class House:
     secrets: dict[str, str]
 
     def post(self, key: str, path: str = CHAT, body: Any = BODY, **headers: str) -> httpx.Response:
-        """Ask in the name of a key."""
+        """Send a request with a key."""
         headers = {"authorization": f"Bearer {self.secrets[key]}"} | headers
         return self.served.client.post(path, json=body, headers=headers)
 
@@ -65,7 +65,7 @@ def open_house(tmp_path: Path) -> Iterator[House]:
 
 
 def told(response: httpx.Response) -> tuple[str | None, str]:
-    """The type and the message of an error, whatever its family."""
+    """The type and the message of an error of any API family."""
     body = response.json()
     if isinstance(body["error"], str):
         return None, body["error"]

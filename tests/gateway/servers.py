@@ -1,4 +1,4 @@
-"""Applications to stand behind a gateway, and gateways, on free ports of this machine."""
+"""Upstream applications and gateways, on free local ports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modelpack.http.listener import AppServer
 from modelpack_server.gateway import Protection, Trace, protect
 from modelpack_server.gateway.app import GatewayServer, GatewaySettings
 
-PATIENCE = 20.0  # seconds; only a failure takes that long
+PATIENCE = 20.0  # seconds; only failures take this long
 CHAT = "/v1/chat/completions"
 COMPLETION = {
     "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m",
@@ -30,7 +30,7 @@ COMPLETION = {
 
 @dataclass
 class Asked:
-    """A request as the application got it."""
+    """A request as received by the application."""
 
     method: str
     target: bytes
@@ -38,7 +38,7 @@ class Asked:
     body: bytes
 
     def header(self, name: str) -> str | None:
-        """The value of a header that occurs once."""
+        """Return the value of a header that occurs once."""
         values = [value for other, value in self.headers if other == name]
         assert len(values) < 2, values
         return values[0] if values else None
@@ -49,7 +49,7 @@ Reply = Callable[[Asked, Receive, Send], Awaitable[None]]
 
 @dataclass
 class Upstream:
-    """An application that remembers what it was asked, and answers by `reply`."""
+    """An application that records requests and responds with `reply`."""
 
     reply: Reply = field(default_factory=lambda: answering(COMPLETION))
     asked: list[Asked] = field(default_factory=list)
@@ -94,7 +94,7 @@ async def respond(
 def answering(
     body: Any, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None
 ) -> Reply:
-    """Return what answers everything with `body`."""
+    """Return an application that responds to every request with `body`."""
 
     async def reply(_: Asked, __: Receive, send: Send) -> None:
         await respond(send, status, body, headers)
@@ -119,7 +119,7 @@ def piece(body: bytes, more: bool = True) -> Message:
 
 
 class Place:
-    """A server that stays, for applications that come and go: starting one takes its time."""
+    """A server that is reused for several applications, because starting one is slow."""
 
     free: ClassVar[list[Place]] = []
     all: ClassVar[list[Place]] = []
@@ -144,7 +144,7 @@ class Place:
 
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
-    """Serve an application; gives its address."""
+    """Serve an application and yield its address."""
     place = Place.free.pop() if Place.free else Place()
     place.app = app
     try:
@@ -156,7 +156,7 @@ def serving(app: ASGIApp) -> Iterator[str]:
 
 @dataclass
 class Traces:
-    """The traces of ended requests, which can be waited for."""
+    """The traces of finished requests, with a method that waits for them."""
 
     ended: list[Trace] = field(default_factory=list)
     _change: threading.Condition = field(default_factory=threading.Condition)
@@ -204,12 +204,12 @@ def gateway(*urls: str, protection: dict[str, Any] | None = None, **more: Any) -
 
 
 def unused_url() -> str:
-    """An address where nobody listens."""
+    """Return an address without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def new_client(url: str) -> httpx.Client:
-    """Return a client that takes nothing from the environment."""
+    """Return a client that ignores the environment."""
     return httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE)

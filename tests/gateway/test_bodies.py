@@ -1,4 +1,4 @@
-"""What bodies may take, and what requests that are refused cost."""
+"""Memory limits of bodies, and the cost of refused requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modelpack_server.gateway.bodies import (
 from tests.gateway.houses import BODY, House
 from tests.gateway.servers import CHAT, answering
 
-LONG = {"model": "ai/smollm2", "prompt": "word " * 800}  # 1000 tokens, about
+LONG = {"model": "ai/smollm2", "prompt": "word " * 800}  # about 1000 tokens
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_refused_requests_are_charged(house: House, body: bytes, status: int) ->
     reply = house.served.client.post(CHAT, content=body, headers=headers)
     assert reply.status_code == status
     house.served.traces.wait()
-    # The bucket of 600 tokens is empty, and not emptier than that.
+    # The bucket of 600 tokens is empty, but not negative.
     assert house.post("terse").status_code == 429
     house.clock.now += 30
     assert house.post("terse", body=BODY | {"max_tokens": 400}).status_code == 429
@@ -84,7 +84,7 @@ def test_bodies_in_flight_share_a_budget() -> None:
     budget = BodyBudget(1_000_000)
     with BodyShare(budget) as first, BodyShare(budget) as second, BodyShare(budget) as third:
         first.add(900_000)
-        second.add(FREE_BYTES)  # small ones pass always
+        second.add(FREE_BYTES)  # small bodies always pass
         with pytest.raises(NoRoomError):
             third.add(900_000)
         second.add(100_000)

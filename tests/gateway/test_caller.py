@@ -44,7 +44,7 @@ def test_the_caller_is_found_in_the_scope() -> None:
     [
         ("/v1/models", "free", Caller("free")),
         ("/v1/models", "narrow", Caller("narrow", ("ai/smollm2*",))),
-        # No key is asked for, and none is looked at.
+        # The server has no keys and ignores credentials.
         ("/version", "free", Caller(models=())),
     ],
 )

@@ -1,4 +1,4 @@
-"""What `protect` lets through to an application, and how it refuses."""
+"""The requests that `protect` passes to an application, and its refusals."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_narrow_key_looks_around(house: House, path: str) -> None:
         (CHAT, {"Model": "other"}, 400, "model: expected exactly one name"),
         (CHAT, {}, 400, "model: expected exactly one name"),
         (CHAT, {"model": 1}, 400, "model: expected exactly one name"),
-        # vLLM ignores what is not spelled `model`, and runs its base model where that is empty.
+        # vLLM ignores other spellings than `model`, and uses its base model if that is empty.
         (CHAT, {"name": "ai/smollm2"}, 400, "model: expected exactly one name"),
         (CHAT, {"model": "", "name": "ai/smollm2"}, 400, "model: expected exactly one name"),
         (CHAT, {"model": None, "name": "ai/smollm2"}, 400, "model: expected exactly one name"),
@@ -200,7 +200,7 @@ def test_the_log_has_what_matters_and_no_secret(
         GatewayServer(GatewaySettings((upstream,), settings)) as server,
     ):
         for sent in ({"x-api-key": secret}, {"authorization": "Bearer mp_not-one"}):
-            # Not httpx, which would log the URL itself.
+            # A socket, since httpx would log the URL itself.
             connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
             headers = sent | {
                 "x-modelpack-caller": "editor", "x-modelpack-stack": "compose/dev",

@@ -1,4 +1,4 @@
-"""`modelpack gateway` and `modelpack gateway key`, as processes and in this one."""
+"""`modelpack gateway` and `modelpack gateway key`, in processes and in this process."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_command_serves_logs_and_stops(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     secret = succeed("gateway", "key", "alice", "--keys", file).out
     with serving(Upstream()) as upstream:
-        upstream = upstream.replace("127.0.0.1", "127.1")  # not known to be this machine
+        upstream = upstream.replace("127.0.0.1", "127.1")  # not recognised as this machine
         process = subprocess.Popen(
             [sys.executable, "-m", "modelpack", "gateway", "--upstream", upstream,
              "--port", "0", "--keys", str(file)],

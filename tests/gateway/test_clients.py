@@ -1,4 +1,4 @@
-"""The official clients raise what they should for what a gateway refuses."""
+"""The official clients raise the right exceptions for a gateway's refusals."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_they_get_their_answers(house: House) -> None:
         ("anthropic", 7, 4, 2, "end_turn"),
         ("ollama", 7, None, 2, "stop"),
     ]
-    for asked in house.upstream.asked:  # the gateway's keys stay here
+    for asked in house.upstream.asked:  # the gateway's keys are not forwarded
         assert asked.header("authorization") is None
         assert asked.header("x-api-key") is None
 

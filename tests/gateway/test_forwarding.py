@@ -1,4 +1,4 @@
-"""How a gateway names the caller of a request to a server, and when that is believed."""
+"""A gateway names the caller of a request to a server, which trusts it in some cases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALICE = (OWNER, "alice")
 def ask(
     tmp_path: Path, key: str | None, peer: str | None, *headers: tuple[str, str], **more: Any
 ) -> tuple[int, Caller | None]:
-    """Send a request through `Checks`; return its status and what the application saw."""
+    """Send a request through `Checks`; return its status and the caller in the application."""
     file = tmp_path / "keys.toml"
     if not file.exists():
         secrets = {"plain": add_key(file, "plain"), "gw": add_key(file, "gw", gateway=True)}
@@ -69,7 +69,7 @@ def ask(
         (None, LOCAL, [ALICE], 200, Caller("alice")),
         (None, "::1", [ALICE, (MODELS, '["a"]')], 200, Caller("alice", ("a",))),
         (None, LOCAL, [], 200, Caller()),
-        # From outside, whatever comes with it.
+        # From another machine, with any headers.
         ("plain", REMOTE, [ALICE], 403, None),
         ("plain", LOCAL, [ALICE], 403, None),
         ("plain", LOCAL, [(MODELS, '["*"]')], 403, None),
@@ -126,7 +126,7 @@ def test_a_gateway_names_the_key_and_drops_what_its_client_says(tmp_path: Path) 
     ):
         for secret in secrets:
             keyed.client.get("/v1/models", headers=forged | {"authorization": f"Bearer {secret}"})
-        keyed.client.get("/version", headers=forged)  # needs no key
+        keyed.client.get("/version", headers=forged)  # a route without keys
         open_to_all.client.get("/v1/models", headers=forged)
     named = [(asked.header(OWNER), asked.header(MODELS)) for asked in app.asked]
     assert named == [("alice", None), ("bob", '["ai/\\u00e9*"]'), (None, None), (None, None)]
@@ -137,7 +137,7 @@ def test_a_gateway_names_the_key_and_drops_what_its_client_says(tmp_path: Path) 
     ("host", "upstream_key", "owner"),
     [
         ("127.0.0.1", None, "alice"),
-        ("127.1", None, None),  # another spelling, so it may be any machine
+        ("127.1", None, None),  # another spelling, which may mean any machine
         ("127.1", "secret", "alice"),
     ],
 )
@@ -156,7 +156,7 @@ def test_callers_are_named_to_upstreams_that_trust_the_gateway(
 
 
 def test_a_connection_header_does_not_hide_the_owner(tmp_path: Path) -> None:
-    """A client may have a proxy drop headers, but not the gateway's own."""
+    """A client may make a proxy drop headers, but not the gateway's own headers."""
     file, app = tmp_path / "keys.toml", Upstream()
     secret = add_key(file, "alice")
     with serving(app) as url, gateway(url, protection={"keys": KeyFile(file)}) as keyed:
@@ -192,7 +192,7 @@ def test_from_key_to_server(tmp_path: Path) -> None:
 def test_nobody_chooses_the_address_that_a_server_sees(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Uvicorn would take it from X-Forwarded-For, of any peer where the environment says so."""
+    """Uvicorn would read it from X-Forwarded-For, of any peer if the environment says so."""
     peers: list[Any] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -34,7 +34,7 @@ JSON = st.recursive(
 
 @pytest.fixture
 def piecewise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have small bodies parsed as large ones are."""
+    """Parse small bodies as large ones."""
     monkeypatch.setattr(json_bodies, "_QUICK", -1)
 
 
@@ -44,7 +44,7 @@ def parsed_piecewise(raw: bytes) -> Any:
 
 def test_large_bodies_are_not_searched_in_one_step() -> None:
     class Unsearched(bytes):
-        """Bytes that refuse to be searched as a whole: that stops all threads."""
+        """Bytes that reject a search of the whole, which would block all threads."""
 
         def __contains__(self, part: object) -> bool:
             raise AssertionError(f"searched for {part!r}")

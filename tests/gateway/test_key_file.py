@@ -1,4 +1,4 @@
-"""The file of keys: read again when it changes, added to as a whole."""
+"""The keys file: reloaded when it changes, replaced atomically."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path, caplog: pytest.LogCaptureF
     second = add_key(path, "bob")
     assert names(file) == ["alice", "bob"]
     assert "number of keys: 2" in caplog.text
-    path.write_text("")  # everybody is locked out
+    path.write_text("")  # every request is refused
     assert file.current().find(first) is None
     assert "every request is refused" in caplog.text
     assert first not in caplog.text

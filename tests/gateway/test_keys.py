@@ -1,4 +1,4 @@
-"""What a file of keys may say."""
+"""The format of the keys file."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_finding_a_key_by_its_secret() -> None:
         (("smollm2",), "smollm2:latest", False),
         (("x", "smollm?:*"), "smollm2:latest", True),
         (("[ab]*",), "c", False),
-        # What may stand for any model has to be listed itself.
+        # A text that may refer to any model needs an exact pattern.
         (("*",), f"ai/smollm2@sha256:{HASH}", False),
         (("ai/*", f"ai/smollm2@sha256:{HASH}"), f"ai/smollm2@sha256:{HASH}", True),
         (("*",), f"sha256:{HASH}", False),

@@ -1,4 +1,4 @@
-"""Limits, by a clock that only the test moves."""
+"""Limits, with a clock that only the test changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Clock:
 
 @dataclass
 class Asker:
-    """Asks one limiter in the name of one key."""
+    """Requests of one key to a limiter."""
 
     limits: Limits
     clock: Clock = field(default_factory=Clock)
@@ -70,7 +70,7 @@ def test_concurrency() -> None:
     asker.granted()
     assert asker.refused().limit == "concurrency"
     first.finish(0)
-    first.finish(0)  # twice is once
+    first.finish(0)  # a second call has no effect
     asker.granted()
     asker.refused()
 
@@ -81,7 +81,7 @@ def test_tokens_are_reserved_and_corrected() -> None:
     refusal = asker.refused(200)
     assert refusal.limit == "tokens_per_minute"
     assert refusal.retry_after == pytest.approx(10)
-    grant.finish(100)  # less than it had reserved
+    grant.finish(100)  # less than reserved
     grant = asker.granted(200)
     grant.finish(1100)  # more: 600 below zero
     assert asker.refused(1).retry_after == pytest.approx(60.1)
@@ -125,7 +125,7 @@ def test_a_caller_has_its_own_limits_within_its_keys() -> None:
     refusal = ask("a")
     assert isinstance(refusal, Exceeded)
     assert refusal.subject == ("k", "a")
-    assert isinstance(ask("b"), Grant)  # what was refused took nothing of the key
+    assert isinstance(ask("b"), Grant)  # the refused request charged nothing to the key
     refusal = ask("c")
     assert isinstance(refusal, Exceeded)
     assert refusal.subject == ("k", None)
@@ -146,9 +146,9 @@ def test_inventing_callers_fills_no_memory_and_loses_no_running_request() -> Non
 
 STEPS = st.lists(
     st.tuples(
-        st.floats(0, 90),  # seconds that pass
+        st.floats(0, 90),  # elapsed seconds
         st.integers(0, 50),  # tokens reserved
-        st.floats(0, 1),  # share of them that is used
+        st.floats(0, 1),  # the used share of them
     ),
     min_size=1,
     max_size=60,

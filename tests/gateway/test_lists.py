@@ -1,4 +1,4 @@
-"""Lists of models behind a gateway: a key sees what it may use."""
+"""Lists of models behind a gateway: a key sees the models that it may use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RUNNER = [
                      {"name": "ai/public", "model": "corp/secret"}, {"name": 1}, "corp/secret"],
           "note": "corp/secret"},
          {"models": [{"name": "ai/public", "model": "ai/public"}]}),
-        # As Modelpack lists ai/public, and as it may be used.
+        # Modelpack's listing of ai/public, and the name that the key may use.
         ({"data": [{"id": "public", "root": f"sha256:{HASH}"}]},
          {"data": [{"id": "ai/public", "root": f"sha256:{HASH}"}]}),
         ({"data": [{"id": f"sha256:{HASH}"}, {"id": HASH}, {"id": HASH[:12]}]}, {"data": []}),
@@ -75,7 +75,9 @@ def test_a_gateway_shows_a_key_its_models(tmp_path: Path, path: str) -> None:
         headers = {"x-api-key": keys["narrow"]}
         upstream.reply = answering({"error": "no"}, 500)
         assert served.client.get(served.url + path, headers=headers).status_code == 500
-        upstream.reply = answering({"data": [PUBLIC, SECRET]}, 206)  # as a cache may answer
+        upstream.reply = answering(
+            {"data": [PUBLIC, SECRET]}, 206
+        )  # a possible response of a cache
         reply = served.client.get(served.url + path, headers=headers | {"range": "bytes=0-"})
         assert [item["id"] for item in reply.json()["data"]] == ["ai/public"]
         upstream.reply = answering({"pad": "corp/secret" * (MAX_LIST // 10)})

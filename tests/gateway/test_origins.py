@@ -1,4 +1,4 @@
-"""Which web pages and which hosts get through."""
+"""The web pages and hosts that may use the server."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_listed_page(tmp_path: Path) -> None:
     assert set(granted["access-control-allow-methods"].split(", ")) == {
         "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE",
     }  # fmt: skip
-    # The page gets to read why it was refused.
+    # The page can read the reason of the refusal.
     assert refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == origin
     assert "x-request-id" in refused.headers["access-control-expose-headers"]
@@ -110,7 +110,7 @@ def test_an_upstream_does_not_see_the_page() -> None:
         "origin": "https://app.example", "sec-fetch-site": "cross-site",
         "sec-fetch-mode": "cors", "sec-fetch-dest": "empty",
     }  # fmt: skip
-    # The upstream refuses what other sites' pages send, unless it is allowed there too.
+    # The upstream refuses requests of other sites' pages, unless it allows them too.
     with protected(app) as upstream, gateway(upstream.url, protection=cors) as served:
         assert served.client.post(CHAT, json={}, headers=headers).status_code == 200
     sent = {name for name, _ in app.asked[0].headers}

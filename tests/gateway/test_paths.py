@@ -1,4 +1,4 @@
-"""Paths: what is authorised is what the application runs, however a client spells it."""
+"""The path that is authorised is the path that the application routes, in any spelling."""
 
 from __future__ import annotations
 

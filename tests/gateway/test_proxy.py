@@ -1,4 +1,4 @@
-"""The gateway before real sockets: bytes go through as they are, when they are there."""
+"""The gateway with real sockets: it forwards bytes unchanged and without delay."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_what_may_have_begun_is_not_tried_again(
 def test_an_upstream_that_breaks_off_before_its_answer_is_not_tried_again() -> None:
     class HangingUp(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            self.rfile.readline()  # and not a word in reply
+            self.rfile.readline()  # and no response
 
     other = Upstream(healthy=False)
     with (
@@ -238,7 +238,7 @@ def test_an_upstream_that_breaks_off_before_its_answer_is_not_tried_again() -> N
 
 
 class Simple(socketserver.StreamRequestHandler):
-    """A server that expects no body in a request, and sends one whatever the method."""
+    """A server that expects no body in requests, and sends a body for any method."""
 
     heads: ClassVar[list[bytes]] = []
 
@@ -253,7 +253,7 @@ class Simple(socketserver.StreamRequestHandler):
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "TRACE", "CONNECT", "OTHER"])
 def test_no_client_decides_what_the_next_one_is_answered(method: str) -> None:
-    """A body that the server does not expect is not sent; nor is the connection used again."""
+    """The proxy sends no unexpected body, and does not reuse such a connection."""
     Simple.heads.clear()
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Simple) as server:
         server.daemon_threads = True
@@ -369,7 +369,7 @@ def test_an_upload_goes_to_another_upstream_while_nothing_of_it_was_sent() -> No
     upstream = Upstream(healthy=False)
     pieces = (b"x" * 1000 for _ in range(3))
     with serving(upstream) as url, gateway(unused_url(), url, policy="round-robin") as served:
-        # Once both have been probed neither is preferred, and the dead one has its turn first.
+        # After both were probed, neither is preferred, so the dead one is first.
         while served.client.get("/health").status_code == 200:
             pass
         assert served.client.post("/models/load", content=pieces).status_code == 200

@@ -1,4 +1,4 @@
-"""What is read of requests and replies that pass by."""
+"""The values that the gateway reads from requests and replies."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_plain_paths(path: str, plain: bool) -> None:
             36,
             256,
         ),
-        # Text, whatever stands between its words.
+        # Text with any separators between its words.
         ({"messages": [{"content": "word\n" * 2000}], "n": -1}, 2501, 256),
         ({"prompt": "data:" + "word." * 2000}, 2502, 256),
         ({"prompt": "A" * 4096 + " word" * 2000}, 3525, 256),
@@ -170,7 +170,7 @@ def test_times_between_tokens() -> None:
     reader = ReplyReader(trace, "text/event-stream")
     for number, line in enumerate(OPENAI.split("\n\n")):
         reader.feed(line.encode() + b"\n\n", 11.0 + number)
-    assert trace.ttft == 2.0  # not the role, which comes first
+    assert trace.ttft == 2.0  # not the time of the role, which comes first
     assert trace.tpot == pytest.approx(1 / 33)
 
 
@@ -233,5 +233,7 @@ def test_metrics() -> None:
     assert len(lines) == len(set(lines))
     assert not any("_created" in line for line in lines)
     families = {line.split()[2] for line in lines if line.startswith("# TYPE")}
-    assert all(name.startswith("modelpack_gateway_") for name in families)  # not the process's
+    assert all(
+        name.startswith("modelpack_gateway_") for name in families
+    )  # no metrics of the process
     assert 'key="alice"' not in GatewayMetrics().render().decode()

@@ -1,4 +1,4 @@
-"""Which upstreams there are, and which of them are well."""
+"""The upstreams of a gateway and their health."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token usage is read from where an API reports it, and from nowhere else."""
+"""Token usage is read only from the fields in which an API reports it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelpack_server.gateway.traces import Trace
 from modelpack_server.gateway.usage import MOST_TOKENS, JsonFields, ReplyReader
 
 JSON, SSE, NDJSON = "application/json", "text/event-stream", "application/x-ndjson"
-#: What a client would like to be charged: it has the upstream repeat this.
+#: A usage that a client makes the upstream repeat, to be charged less.
 ONE = {"prompt_tokens": 1, "completion_tokens": 1, "input_tokens": 1, "output_tokens": 1}
 ECHO = {"usage": ONE, **ONE, "prompt_eval_count": 1, "eval_count": 1}
 CHAT = {"prompt_tokens": 120, "completion_tokens": 34, "prompt_tokens_details": None}
@@ -96,7 +96,7 @@ def test_a_count_that_is_no_number_of_tokens_is_estimated(count: Any, size: int)
     usage = {"prompt_tokens": count, "completion_tokens": count}
     trace = read(JSON, json.dumps({"usage": usage}), size)
     assert (trace.prompt_tokens, trace.completion_tokens) == (None, None)
-    assert trace.spent(100, 256) is None  # what was reserved: the estimate
+    assert trace.spent(100, 256) is None  # so the reservation is charged
     half = read(JSON, json.dumps({"usage": {**usage, "prompt_tokens": 120}}), size)
     assert half.spent(100, 256) == 376
     stream = read(SSE, events({"choices": [{"delta": {"content": "a"}}]}, {"usage": usage}), size)
@@ -156,7 +156,7 @@ def test_memory_does_not_grow_with_a_reply() -> None:
 
 
 def test_what_is_not_wanted_is_skipped_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log-probabilities are megabytes of small objects, on the event loop of all clients."""
+    """Log-probabilities are megabytes of small objects, read on the event loop."""
     taken = 0
     take = JsonFields._take
 
@@ -175,7 +175,7 @@ def test_what_is_not_wanted_is_skipped_in_blocks(monkeypatch: pytest.MonkeyPatch
     trace = read(JSON, body, 64 * 1024)
     assert (trace.prompt_tokens, trace.completion_tokens, trace.finish) == (7, 9, "stop")
     assert len(body) > 500_000
-    assert taken < 20_000  # it has 200,000 marks; blocks at the ends are read one by one
+    assert taken < 20_000  # the text has 200,000 marks; only blocks at its ends are read one by one
 
 
 PATHS = ("a", "a.b", "a.b.c", "d.a")
@@ -208,7 +208,7 @@ DOCUMENTS = st.dictionaries(
 def test_pieces_are_read_as_the_whole_is(
     document: Any, size: int, ascii_only: bool, indent: int | None, block: int
 ) -> None:
-    """The scanner finds what the standard library's parser does."""
+    """The scanner finds the same values as the standard library's parser."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_fields, "_SKIP", block)
         patch.setattr(json_fields, "_LEAST_SKIP", min(block, 512) // 4)

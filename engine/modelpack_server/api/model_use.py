@@ -24,7 +24,9 @@ from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import parse_keep_alive
 
-_HEADER = "x-preload-only"
+#: The request header that names a preset.
+PRESET_HEADER = "x-modelpack-preset"
+_PRELOAD_HEADER = "x-preload-only"
 
 
 def preloadable(pool: ModelPool) -> type[BodyRoute]:
@@ -35,7 +37,7 @@ def preloadable(pool: ModelPool) -> type[BodyRoute]:
             answer = super().get_route_handler()
 
             async def handle(request: Request) -> Response:
-                if request.headers.get(_HEADER, "").lower() != "true":
+                if request.headers.get(_PRELOAD_HEADER, "").lower() != "true":
                     return await answer(request)
                 await pool.preload(await _model_named(request))
                 return Response(status_code=200)

@@ -153,10 +153,6 @@ class Answer:
         )  # fmt: skip
 
 
-# Characters at a prompt's end that show whether it opens a block of reasoning.
-_TAIL = 256
-
-
 class ChatStream:
     """The reply to a conversation: iterate over it for the deltas of all choices.
 
@@ -221,7 +217,7 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
     written = model.format
     if tools and written.family is None:
         written = replace(written, family=PLAIN_FAMILY)
-    reasons = starts_reasoning(written, prompt[-_TAIL:])
+    reasons = starts_reasoning(written, prompt)
     if spec.reasoning is False and not reasons:
         written = written.without_reasoning()
     parses = written.reasoning is not None or (bool(tools))

@@ -218,10 +218,6 @@ def _result(message: Mapping[str, Any], names: Mapping[Any, str]) -> dict[str, A
         return {"name": name, "response": text}
 
 
-# Enough of a prompt's end to see whether it opens a block of reasoning.
-_TAIL = 256
-
-
 def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
     """Return the prompt text of a conversation; `written` is the model's output format.
 
@@ -253,7 +249,7 @@ def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
     )
     if not spec.continues:
         return text
-    if written.reasoning is not None and starts_reasoning(written, text[-_TAIL:]):
+    if written.reasoning is not None and starts_reasoning(written, text):
         text += f"{written.reasoning.closing}\n\n"  # the text to continue is not reasoning
     return text + begun
 

@@ -339,10 +339,14 @@ def find_format(chat_template: str | None, *, model_type: str = "") -> OutputFor
     return OutputFormat(family, markers)
 
 
-def starts_reasoning(format: OutputFormat, rendered_prompt_tail: str) -> bool:
+# Characters at a prompt's end that show whether it opens a block of reasoning.
+_TAIL = 256
+
+
+def starts_reasoning(format: OutputFormat, prompt: str) -> bool:
     """Return whether the prompt ends within a block of reasoning that it opened."""
     markers = format.reasoning
     if markers is None:
         return False
-    _, opening, after = rendered_prompt_tail.rpartition(markers.opening)
+    _, opening, after = prompt[-_TAIL:].rpartition(markers.opening)
     return bool(opening) and not after.strip()

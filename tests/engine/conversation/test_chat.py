@@ -1,4 +1,4 @@
-"""Conversations over an engine that says what it was told to."""
+"""Conversations with a scripted engine."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_defaults_presets_and_what_is_given() -> None:
 
 
 def may_say(mask: LogitsMask, model: ServedModel, text: str) -> bool:
-    """Whether a mask allows a text, token by token, and then an end."""
+    """Return whether a mask allows a text, token by token, followed by the end."""
     for token in [*model.tokenizer.encode(text), *model.tokenizer.eos_token_ids]:
         allowed = mask.allowed()
         if allowed is not None and not allowed[token // 8] >> token % 8 & 1:

@@ -1,4 +1,4 @@
-"""What is done to a conversation before it is rendered takes time that grows with its length."""
+"""Preparing a conversation for its template takes linear time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def thoughts() -> int:
 
 
 def calls(named: str) -> Callable[[], int]:
-    """Return how many results find another call, by `named` or in their order."""
+    """Return the number of results matched to a wrong call, by `named` or by their order."""
 
     def count() -> int:
         call = {"function": {"name": "a", "arguments": {}}}
@@ -72,14 +72,14 @@ def responses() -> int:
     ids=["neighbours", "answers", "thoughts", "calls by name", "calls in order", "responses"],
 )
 def test_as_many_as_a_request_may_have(work: Callable[[], int], expected: int) -> None:
-    """Where each message went through all earlier ones, these took 5 to 200 seconds."""
+    """With a loop over all earlier messages for each message, these took 5 to 200 seconds."""
     before = time.thread_time()
     assert work() == expected
     assert time.thread_time() - before < 3
 
 
 def test_an_item_is_referred_to_once() -> None:
-    """References are small, and what they refer to is not: its text would come as often."""
+    """References are small, but each would repeat a large text."""
     message = items.items_of([{"role": "user", "content": TEXT}], lambda name: None)[0]
     reference = {"type": "item_reference", "id": message["id"]}
     assert items.items_of([reference], lambda name: message) == [message]

@@ -1,4 +1,4 @@
-"""Prompts of conversations with tools: what templates are given of calls and their results."""
+"""Prompts of conversations with tools: calls and results in the form for templates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.tool_parsers.families import find_format
 from tests.engine.scripted import scripted
 
-# What a template does with results, in the manner of Gemma 4's: the first, and the later ones.
+# A template that renders results like Gemma 4's: the first, and the later ones.
 WITH_CALLS = """\
 {%- for m in messages %}<|turn>{{ m['role'] }}
 {% if m['tool_calls'] %}{% for c in m['tool_calls'] -%}
@@ -97,7 +97,7 @@ def test_results_stay_messages_where_a_template_takes_them() -> None:
 
 
 def test_ids_and_arguments_are_what_the_family_takes() -> None:
-    """Nine letters and digits for Mistral; arguments that were cut are completed to an object."""
+    """Mistral's ids have nine letters and digits; incomplete arguments are completed."""
     text = prompt(MISTRAL, called("call_1", "weather", '{"city": "Par'), result("call_1", "cold"))
     before, _, after = text.partition("[TOOL_RESULTS]")
     given = after.removesuffix("[/TOOL_RESULTS]")

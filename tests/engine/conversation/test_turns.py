@@ -1,4 +1,4 @@
-"""Instructions in the midst of a conversation, repeated roles, answers that were begun."""
+"""Instructions within a conversation, repeated roles, replies to be continued."""
 
 from __future__ import annotations
 

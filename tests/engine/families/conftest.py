@@ -1,4 +1,4 @@
-"""One server for all families of APIs."""
+"""One server for the tests of all API families."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture
 def large(served: Served) -> Iterator[Served]:
-    """The server, with a model of a large context."""
+    """The server, with a model that has a large context."""
     engine = served.engines[CALLER]
     before = engine.max_model_len
     engine.max_model_len = LARGE_CONTEXT

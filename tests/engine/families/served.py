@@ -1,4 +1,4 @@
-"""A server on a port whose models say what they were told to: `PLAIN`, `CALLER` and `THINKER`."""
+"""A server on a port with the scripted models `PLAIN`, `CALLER` and `THINKER`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEMPLATES = {
 
 
 class TurnsEngine(ScriptedEngine):
-    """One that may be told what to say to the next requests, one after the other."""
+    """A scripted engine with a queue of texts for the next requests."""
 
     turns: list[list[str]]
 
@@ -45,7 +45,7 @@ class TurnsEngine(ScriptedEngine):
 
 
 class EnginesCatalogue:
-    """Models with engines that are given."""
+    """A catalogue of models with given engines."""
 
     def __init__(self, engines: Mapping[str, TurnsEngine]) -> None:
         self.engines = engines
@@ -72,31 +72,31 @@ class EnginesCatalogue:
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
         engine = self.engines[model.key]
-        engine.state = EngineState.READY  # it may have been unloaded before
+        engine.state = EngineState.READY  # a test may have unloaded it
         return LoadedEngine(engine)
 
 
 @dataclass
 class Served:
-    """Its address, and the engines behind it."""
+    """The server's address, and its engines."""
 
     url: str
     engines: Mapping[str, TurnsEngine]
 
     def says(self, name: str, *pieces: str, ends: FinishReason = FinishReason.STOP) -> str:
-        """Set what a model says from now on, and why it ends; return the model's name."""
+        """Set a model's next text and finish reason; return the model's name."""
         self.engines[name].turns = []
         self.engines[name].pieces = list(pieces)
         self.engines[name].ends = ends
         return name
 
     def prompt(self, name: str) -> str:
-        """Return the prompt that a model had last."""
+        """Return the latest prompt of a model."""
         return self.engines[name].prompt
 
     @contextmanager
     def held(self, name: str) -> Iterator[Callable[[Exception], None]]:
-        """Hold back what a model says after its first piece; yield what fails its request."""
+        """Hold a model's text back after its first piece; yield a function that fails the call."""
         engine = self.engines[name]
         engine.wait = held = asyncio.Event()
         streams: list[RequestStream] = []

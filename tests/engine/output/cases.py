@@ -1,4 +1,4 @@
-"""What models write, family by family, and what is in it."""
+"""Outputs of models of all families, and their parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models write, and what is in it: JSON objects between markers, or bare."""
+"""Outputs with JSON objects, with or without markers, and their parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models write, and what is in it: calls that look like code."""
+"""Outputs with calls that resemble code, and their parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models write, and what is in it: arguments in tags."""
+"""Outputs with arguments in tags, and their parts."""
 
 from __future__ import annotations
 

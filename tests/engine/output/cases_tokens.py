@@ -1,4 +1,4 @@
-"""What models write, and what is in it: JSON between special tokens."""
+"""Outputs with JSON between special tokens, and their parts."""
 
 from __future__ import annotations
 

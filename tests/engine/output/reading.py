@@ -1,4 +1,4 @@
-"""Feeding a parser, and what it found in a form that does not depend on how it was fed."""
+"""Feeds a parser in pieces and joins its parts, so that results can be compared."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def parts_of(
 
 
 def joined(parts: Iterable[Part]) -> Found:
-    """Join what belongs together; checks what holds for every answer."""
+    """Join adjacent parts, and check the invariants of every output."""
     found: Found = []
     for part in parts:
         kind = {Text: "text", Reasoning: "thought"}.get(type(part))

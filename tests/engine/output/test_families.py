@@ -1,4 +1,4 @@
-"""Every family: what is found does not depend on how the text was cut."""
+"""For each family, the result does not depend on the division into pieces."""
 
 from __future__ import annotations
 

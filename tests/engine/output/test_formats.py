@@ -1,4 +1,4 @@
-"""Which format a chat template has."""
+"""Detection of the format of chat templates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modelpack_server.tool_parsers.parts import (
     ReasoningMarkers,
 )
 
-# Pieces of templates that show what theirs show: how a past call is written.
+# Pieces of templates that render earlier calls, like the real templates.
 TEMPLATES: list[tuple[str, str, ReasoningMarkers | None]] = [
     (
         "hermes",

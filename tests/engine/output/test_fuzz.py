@@ -1,4 +1,4 @@
-"""Whatever a model writes: nothing is raised, nothing is lost, nothing depends on the pieces."""
+"""For any output, the parser raises nothing, loses nothing and ignores the division into pieces."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_pieces_make_no_difference(
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(set(FAMILIES) - {"harmony", "functionary"})), nonsense)
 def test_without_a_call_nothing_is_lost(family: str, pieces: list[str]) -> None:
-    """What has no channels and no end tokens in it is its own text, if it is no call."""
+    """Output without channels, end tokens and calls is plain text."""
     written = "".join(pieces)
     assume(not any(token in written for token in END_TOKENS + FAMILIES[family].layout))
     found = read(OutputFormat(family), [written])
@@ -83,7 +83,7 @@ def test_hostile_answers_end_as_text_or_calls(family: str, attack: str) -> None:
 
 
 def test_reading_needs_neither_mlx_nor_transformers() -> None:
-    """Not even mlx-lm's own parsers do."""
+    """mlx-lm's own parsers raise nothing either."""
     code = """
 import sys
 from modelpack_server.tool_parsers.families import OutputFormat

@@ -1,4 +1,4 @@
-"""Past calls as a template takes them."""
+"""Earlier calls in the form for a template."""
 
 from __future__ import annotations
 

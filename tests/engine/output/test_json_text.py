@@ -1,4 +1,4 @@
-"""JSON that is checked while it comes, and completed where it breaks off."""
+"""JSON that is scanned piece by piece, and completed if it ends early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our readers and mlx-lm's parsers find the same in what a model writes as it should."""
+"""Our readers and mlx-lm's parsers agree on well-formed output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCHEMAS = [{"function": {"name": t.name, "parameters": dict(t.parameters)}} for 
 
 
 def theirs(module: Any, written: str) -> Found:
-    """Read as mlx-lm's server does: between its start and its end marker, block by block."""
+    """Read like mlx-lm's server: block by block, between its start and end markers."""
     found: Found = []
     start, end = module.tool_call_start, module.tool_call_end
     for block in written.removesuffix("</s>").split(start)[1:]:

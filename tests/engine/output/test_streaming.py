@@ -1,4 +1,4 @@
-"""When parts are handed out: as early as they are certain, and no earlier."""
+"""Parts are emitted as soon as they are final, and no earlier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bare text, typed by a schema."""
+"""Plain text converted to the types of a schema."""
 
 from __future__ import annotations
 

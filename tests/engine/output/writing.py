@@ -1,4 +1,4 @@
-"""Small makers of what models write, for the tables of cases."""
+"""Functions that build outputs of models, for the tables of cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A catalogue of models whose engines do nothing, and a clock that a test turns."""
+"""A catalogue of models with fake engines, and a clock that tests set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Clock:
 
 
 class IdleEngine:
-    """An engine that is only there; `memory_bytes` are counted by its shelf until it is closed."""
+    """A fake engine; its shelf counts `memory_bytes` until it is closed."""
 
     def __init__(self, shelf: Shelf, key: str, memory: int, context: int) -> None:
         self.shelf = shelf
@@ -120,6 +120,6 @@ class Shelf:
 
 
 def pool_over(shelf: Shelf, clock: Clock | None = None, **options: object) -> ModelPool:
-    """Return a pool with no patience for streams."""
+    """Return a pool without a grace period for streams."""
     given = {"grace": 0.0, "keep_alive": 100.0} | options
     return ModelPool(shelf, clock=clock or Clock(), **given)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What requests of API keys with a list of models may do to the pool."""
+"""The effects of API keys with a list of models on the pool."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADMIN = Caller("admin")
 
 
 async def use(pool: ModelPool, caller: Caller, name: str, keep_alive: float | None = None) -> None:
-    """Use a model in the name of a caller."""
+    """Use a model as a caller."""
     with access.acting_for(caller):
         async with pool.lease(name, keep_alive=keep_alive):
             pass
@@ -94,7 +94,7 @@ async def test_a_key_shortens_what_it_alone_asked_for() -> None:
     with access.acting_for(ALICE):
         await unload(pool, "a")
     assert loaded(pool) == []
-    await use(pool, BOB, "a", 10)  # which is over when alice unloads it
+    await use(pool, BOB, "a", 10)  # ends before alice unloads it
     clock.now += 10
     with access.acting_for(ALICE):
         await unload(pool, "a")
@@ -127,7 +127,7 @@ async def test_a_key_does_not_unload_what_is_pinned_or_in_use() -> None:
 
 
 async def settle_start(pool: ModelPool) -> None:
-    """Wait until what is pinned is loaded."""
+    """Wait until the pinned models are loaded."""
     await pool.preload("a")
 
 
@@ -188,7 +188,7 @@ async def test_a_name_that_moves_while_it_is_looked_up_is_looked_up_again() -> N
     names = Names(shelf)
     early = asyncio.create_task(names.find("x"))
     assert await asyncio.to_thread(begun.wait, 10)
-    shelf.index = 1  # the name stands for another model from now on
+    shelf.index = 1  # from now on the name refers to another model
     assert (await names.find("y")).key == "sha256:b"
     go_on.set()
     assert (await early).key == "sha256:a"
@@ -212,5 +212,5 @@ async def test_names_that_clients_choose_take_little_memory() -> None:
     for caller in (ADMIN, ALICE):
         with access.acting_for(caller), pytest.raises(NotFoundError):
             await names.find(" " * MAX_NAME + "a")
-    with access.acting_for(Caller("carol", ("nick",))):  # what the server calls a model stays
+    with access.acting_for(Caller("carol", ("nick",))):  # the server's alias remains
         assert (await names.find("a")).key == "sha256:a"

@@ -1,4 +1,4 @@
-"""Models of other tools as the engine sees them: which files, and how they are to be used."""
+"""Models of other tools in the engine: their files and their settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_how_a_model_of_ollama_is_to_be_used(store: modelpack.Store) -> None:
     assert defaults.system == "Be brief."
     assert defaults.messages == ({"role": "user", "content": "Hi"},)
     assert defaults.sampling()["temperature"] == 0.5
-    # As after a conversion.
+    # The manifest after a conversion.
     convert("x/m:v1", "x/docker:v1", to="docker", store=store)
     converted = modelpack.inspect("x/docker:v1", store=store)
     assert ModelDefaults.of_model(converted, store) == defaults

@@ -1,4 +1,4 @@
-"""What a package says of how its model is used."""
+"""Model defaults in a package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool, step by step, over engines that do nothing."""
+"""The pool, step by step, with fake engines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def loaded(pool: ModelPool) -> list[str]:
 
 
 async def settle(pool: ModelPool) -> None:
-    """Let what the pool does by itself be done."""
+    """Wait for the pool's background tasks."""
     while pool._tasks:
         await asyncio.gather(*pool._tasks)
 
@@ -439,7 +439,7 @@ async def test_a_model_loads_while_the_load_of_another_hangs() -> None:
 
 @loop
 async def test_loads_at_the_same_time_share_the_memory() -> None:
-    """What a load may take is reserved: the other waits for what it leaves, or is refused."""
+    """A load reserves memory: another load waits for the rest, or is refused."""
     shelf = Shelf(a=60, b=60, c=101)
     pool = pool_over(shelf, memory=100)
     shelf.hangs["a"] = hang = threading.Event()
@@ -452,7 +452,7 @@ async def test_loads_at_the_same_time_share_the_memory() -> None:
         await asyncio.sleep(0)
     hang.set()
     await first
-    await second  # `a` is idle by then, and gives way
+    await second  # `a` is idle by then, and is unloaded
     assert loaded(pool) == ["b"]
     assert sum(engine.memory_bytes for engine in shelf.alive) == 60
 
@@ -468,12 +468,12 @@ async def test_a_load_that_nobody_waits_for_is_cancelled() -> None:
     await asyncio.wait([waiting[0]])
     [budget] = [entry.budget for entry in pool.entries()]
     assert budget is not None
-    assert not budget.is_cancelled  # the other still waits
+    assert not budget.is_cancelled  # the other request still waits
     waiting[1].cancel()
     await asyncio.wait([waiting[1]])
     assert budget.is_cancelled
     del shelf.hangs["a"]
-    await pool.preload("a")  # it waits for the end of the cancelled load, then loads anew
+    await pool.preload("a")  # it waits for the end of the cancelled load, then loads again
     assert shelf.loads == ["a"]
     assert shelf.cancelled == ["a"]
 
@@ -487,7 +487,7 @@ async def test_a_load_that_takes_too_long_is_abandoned() -> None:
     with pytest.raises(ModelLoadError, match="took longer than"):
         await pool.preload("a")
     assert loaded(pool) == []
-    with pytest.raises(OutOfMemoryError):  # the thread still runs, and what it holds is counted
+    with pytest.raises(OutOfMemoryError):  # the thread still runs, and its memory counts
         await pool.preload("b")
     hang.set()
     await settle(pool)

@@ -1,4 +1,4 @@
-"""Flags, presets, durations and what a model's makers say."""
+"""Flags, presets, durations and the defaults of a model's publisher."""
 
 from __future__ import annotations
 

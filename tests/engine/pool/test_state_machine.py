@@ -1,4 +1,4 @@
-"""Any order of leasing, releasing, waiting, unloading and failing leaves a pool in order."""
+"""The pool stays consistent in any order of leases, releases, waits, unloads and failures."""
 
 from __future__ import annotations
 

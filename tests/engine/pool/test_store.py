@@ -1,4 +1,4 @@
-"""The pool over a real store and real engines, with a tiny model in it."""
+"""The pool with a real store, real engines and a tiny model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = EngineConfig(device="cpu", max_num_seqs=2, max_num_batched_tokens=32, k
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> LayoutStore:
-    """A store with a model of the whole context, and the same packaged for a smaller one."""
+    """A store with a model, and with the same model packaged for a smaller context."""
     root = tmp_path_factory.mktemp("pool")
     files = write_tiny(root / "files", temperature=0.0, top_k=5)
     made = LayoutStore(root / "store")

@@ -1,4 +1,4 @@
-"""A server with --verify-key: whatever way a model took into the store, it runs only if signed."""
+"""A server with --verify-key: a model runs only if it is signed, however it got into the store."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIG = EngineConfig(device="cpu", max_num_seqs=2, kv_cache_bytes=2**20, self_t
 
 @dataclass
 class World:
-    """A server that trusts one key; its registry has a signed model and one that nobody signed."""
+    """A server that trusts one key; its registry has a signed and an unsigned model."""
 
     http: TestClient
     store: LayoutStore
@@ -93,7 +93,7 @@ def world(tmp_path: Path, key: PrivateKey, files: Path) -> Iterator[World]:
 
 
 def test_what_is_signed_answers(world: World) -> None:
-    """And goes on to do so: a copy is the same model."""
+    """A copy is the same model, so it runs too."""
     reply = world.http.post("/api/pull", json={"model": world.good, "stream": False})
     assert reply.status_code == 200, reply.text
     assert world.chat(world.good).status_code == 200
@@ -137,7 +137,7 @@ def test_nothing_unsigned_is_pulled(world: World, path: str, body: dict[str, obj
 
 
 def _as_it_is(world: World) -> str:
-    """It was in the store before there were keys."""
+    """A model that was in the store before the server had keys."""
     return world.evil
 
 
@@ -146,7 +146,7 @@ def _by_digest(world: World) -> str:
 
 
 def _copied(world: World) -> str:
-    """Under the name of the signed one."""
+    """An unsigned model under the name of the signed one."""
     reply = world.http.post("/api/copy", json={"source": world.evil, "destination": world.good})
     assert reply.status_code == 200, reply.text
     return world.good
@@ -159,7 +159,7 @@ def _tagged(world: World) -> str:
 
 
 def _loaded(world: World) -> str:
-    """In an archive, under the name of the signed one."""
+    """An unsigned model from an archive, under the name of the signed one."""
     world.store.tag(world.evil, modelpack.Reference.parse(world.good))
     archive = archives.archive_of(world.store, [world.good], watching(None))
     raw = b"".join(archive.pieces)
@@ -171,7 +171,7 @@ def _loaded(world: World) -> str:
 
 
 def _created(world: World) -> str:
-    """From a signed one: it is another model, with another system prompt."""
+    """A model created from the signed one, with another system prompt, is another model."""
     modelpack.pull(world.good, store=world.store, remote=world.remote)
     made = f"{world.host}/team/made:v1"
     body = {"model": made, "from": world.good, "system": "Obey.", "stream": False}
@@ -219,7 +219,7 @@ def test_nothing_unsigned_drafts(world: World, files: Path) -> None:
 
 
 def test_an_import_is_taken_back(world: World) -> None:
-    """Where who is trusted is said at the import already."""
+    """The import already has the trust policy."""
     modelpack.pull(world.good, store=world.store, remote=world.remote)
     before = world.stored()
     other = LayoutStore(world.store.root.parent / "other")

@@ -1,4 +1,4 @@
-"""The API over an engine that says what it was told to."""
+"""The API with a scripted engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.engine.scripted import ScriptedEngine
 
 
 class ScriptedCatalogue:
-    """One model, "m", also called "ai/m:v1", whose engine is given."""
+    """A catalogue with one model, "m" or "ai/m:v1", with a given engine."""
 
     def __init__(self, engine: ScriptedEngine) -> None:
         self.engine = engine
@@ -44,20 +44,20 @@ class ScriptedCatalogue:
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
         self.loads += 1
-        self.engine.state = EngineState.READY  # it may have been unloaded before
+        self.engine.state = EngineState.READY  # a test may have unloaded it
         return LoadedEngine(self.engine)
 
 
 @dataclass
 class Scripted:
-    """A client of the API, and the engine behind it."""
+    """A client of the API, and its engine."""
 
     http: TestClient
     engine: ScriptedEngine
     catalogue: ScriptedCatalogue
 
     def chat(self, *pieces: str, **body: Any) -> Any:
-        """Ask for a chat completion that says `pieces`; return the response."""
+        """Request a chat completion with the output `pieces`; return the response."""
         if pieces:
             self.engine.pieces = list(pieces)
         path = body.pop("path", "/v1/chat/completions")

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 @dataclass
 class Metrics:
-    """Those of one model on a server."""
+    """The metrics of one model on a server."""
 
     url: str
     model: str
@@ -27,7 +27,7 @@ class Metrics:
         raise AssertionError(f"there is no {name} with {wanted}")
 
     def wait(self, seconds: float, name: str, value: float) -> None:
-        """Return once the metric has the value; fail after so many seconds."""
+        """Wait until the metric has the value; fail after `seconds`."""
         until = time.monotonic() + seconds
         while self.value(name) != value:
             assert time.monotonic() < until, f"{name} is still {self.value(name)}"

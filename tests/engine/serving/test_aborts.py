@@ -1,4 +1,4 @@
-"""Thirty-two clients of one engine, of whom many go away at random: nothing is left behind."""
+"""Thirty-two clients of one engine, many of which disconnect at random: no resources leak."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDS = 3
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_aborts_leave_all_blocks_free(seed: int) -> None:
-    """A cache too small for all, so that aborts meet waiting, running and preempted requests."""
+    """A cache that is too small, so that aborts affect waiting, running and preempted requests."""
     generator = random.Random(seed)
     per_token = 2 * 2 * 2 * 16 * 4
     engine = AsyncEngine(lambda: tiny_engine(kv_cache_bytes=40 * 16 * per_token))
@@ -40,7 +40,7 @@ def test_random_aborts_leave_all_blocks_free(seed: int) -> None:
         assert len(whole) > CLIENTS // 4
         for prompt, tokens in whole[:6]:
             assert tokens == reference_tokens(prompt, 24)
-        # It goes on as if nothing had been. Aborts came before this request, so they are done.
+        # The engine works normally. It has processed all aborts, which preceded this request.
         [(_, again)] = asyncio.run(converse(engine, [[([1, 2, 3], None, 1)]]))[1]
         assert again == reference_tokens([1, 2, 3], 24)
         assert engine._model is not None
@@ -56,7 +56,7 @@ def test_random_aborts_leave_all_blocks_free(seed: int) -> None:
 async def converse(
     engine: AsyncEngine, plans: list[list[tuple[list[int], int | None, int]]]
 ) -> tuple[int, list[tuple[list[int], list[int]]]]:
-    """Run all clients; return how many requests were aborted, and the answers of the others."""
+    """Run all clients; return the number of aborted requests, and the replies of the others."""
     aborted = 0
     whole: list[tuple[list[int], list[int]]] = []
 

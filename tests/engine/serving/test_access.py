@@ -1,4 +1,4 @@
-"""API keys with a list of models, over a real store: what a name stands for is what counts."""
+"""API keys with a list of models, with a real store: access depends on the resolved model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 @dataclass
 class Guarded:
-    """A client of a server with keys, what the store has, and the keys."""
+    """A client of a server with keys, the store's models, and the keys."""
 
     http: TestClient
     pool: ModelPool
@@ -38,10 +38,10 @@ class Guarded:
     def ask(
         self, key: str, path: str, body: Any = None, method: str | None = None, **headers: str
     ) -> httpx.Response:
-        """Ask in the name of a key."""
+        """Send a request with a key."""
         method = method or ("GET" if body is None else "POST")
         headers = {"x-api-key": self.keys[key]} | headers
-        url = "http://127.0.0.1" + path  # `//x` alone would be a host
+        url = "http://127.0.0.1" + path  # `//x` alone would mean a host
         reply: httpx.Response = self.http.request(method, url, json=body, headers=headers)
         return reply
 
@@ -57,7 +57,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         digests[name] = str(modelpack.package(name, request, store=store).digest)
     # The same content under a name that the key may not see,
     store.tag(PUBLIC, modelpack.Reference.parse(TWIN))
-    # and a model that was pulled by its digest: its repository is all that is known of it.
+    # and a model that was pulled by its digest, of which only the repository is known.
     store.note_origin([modelpack.Digest.parse(digests["ai/pulled"])], "docker.io/ai/pulled")
     store.change_index(lambda index: index.untagged(lambda e: "ai/pulled" in (e.name or "")))
     file = directory / "keys.toml"
@@ -101,7 +101,7 @@ INFERENCE: list[tuple[str, dict[str, Any]]] = [
 
 
 def names_of(digest: str, other: str) -> list[str]:
-    """Return the names by which a client might get at the model corp/secret."""
+    """Return names with which a client might reach the model corp/secret."""
     encoded = digest.removeprefix("sha256:")
     return [
         "corp/secret", SECRET, "docker.io/corp/secret", "index.docker.io/corp/secret:latest",
@@ -169,7 +169,7 @@ def test_a_model_is_allowed_by_its_own_names(guarded: Guarded, key: str, name: s
 
 
 def listed(guarded: Guarded, key: str) -> dict[str, set[str]]:
-    """Return what the lists call the models, by path."""
+    """Return the names of models in the lists, by path."""
     tags = guarded.ask(key, "/api/tags").json()["models"]
     own = guarded.ask(key, "/models").json()
     return {

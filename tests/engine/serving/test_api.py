@@ -1,4 +1,4 @@
-"""The OpenAI API over a tiny model, by real HTTP."""
+"""The OpenAI API with a tiny model, over real HTTP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pinned(catalogue: TinyCatalogue) -> ModelPool:
 
 
 def wait_until_ready(url: str) -> None:
-    """Wait until /health says so; the test's timeout ends one that waits for ever."""
+    """Wait until /health returns 200; the test's timeout limits the wait."""
     done = threading.Event()
     for _ in range(3000):
         if requests.get(f"{url}/health", timeout=10).status_code == 200:
@@ -221,7 +221,7 @@ def test_a_client_that_leaves_frees_its_blocks(served: tuple[str, AsyncEngine]) 
 
 
 def wait_until_idle(engine: AsyncEngine) -> None:
-    """Wait until no request runs; the fixture's timeout ends a test that waits for ever."""
+    """Wait until no request runs; the fixture's timeout limits the wait."""
     done = threading.Event()
     for _ in range(3000):
         if engine.stats().num_running == engine.stats().num_waiting == 0:

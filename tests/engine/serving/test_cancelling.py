@@ -1,4 +1,4 @@
-"""Ending a request from elsewhere, by its id."""
+"""Cancelling a request by its id."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENDLESS = {"messages": [{"role": "user", "content": "x"}], "model": "tiny", "ign
 
 
 class HeldCatalogue(TinyCatalogue):
-    """Its engine does some steps, and goes on when `going` is set."""
+    """An engine that pauses after some steps until `going` is set."""
 
     def __init__(self) -> None:
         super().__init__(self._make)

@@ -1,4 +1,4 @@
-"""Chat completions: every field by its policy, whole and streamed."""
+"""Chat completions: each field by its policy, streamed or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schemas that are too complex to follow: refused before the first token, or blamed by name."""
+"""Schemas that are too complex: refused before the first token, or named in the error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def calling_engine() -> Engine:
 
 
 def options(count: int, prefix: str = "p") -> Json:
-    """An object with so many optional properties."""
+    """An object with many optional properties."""
     properties = {f"{prefix}{number}": {"type": "integer"} for number in range(count)}
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
@@ -58,7 +58,7 @@ def http() -> Iterator[httpx.Client]:
 
 
 def bodies(schema: Json) -> dict[str, tuple[str, Json, str | None]]:
-    """The path, the body, and the name of the field that has the schema, of each API."""
+    """The path, the body and the name of the schema's field, for each API."""
     common: Json = {"model": "tiny"}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     function = {"name": "f", "parameters": {"type": "object", "properties": {"x": schema},
@@ -100,7 +100,7 @@ APIS = list(bodies({}))
 
 
 def told(body: Json) -> Json:
-    """The error in a body or an event, with Ollama's as a message."""
+    """Return the error in a body or an event; Ollama's becomes a message."""
     error = body["error"]
     return {"message": error} if isinstance(error, str) else error
 
@@ -141,7 +141,7 @@ def test_a_stream_names_the_schema_in_its_last_event(http: httpx.Client, api: st
     assert response.status_code == 200
     lines = [line.removeprefix("data: ") for line in response.text.splitlines()]
     events = [json.loads(line) for line in lines if line.startswith("{")]
-    assert len(events) > 1  # the answer had begun
+    assert len(events) > 1  # the reply had begun
     last = events[-1]
     if api == "responses":
         assert last["type"] == "response.failed"

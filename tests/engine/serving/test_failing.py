@@ -1,4 +1,4 @@
-"""An engine whose thread cannot go on: everybody hears of it, nobody waits for ever."""
+"""A failure of the engine's thread fails all its requests; none waits without end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
 
 
 class Breaking:
-    """A tiny engine that can be told to break."""
+    """A tiny engine that fails on demand."""
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
@@ -50,7 +50,7 @@ def with_engine(use: Callable[[AsyncEngine, Breaking], object]) -> AsyncEngine:
 
 
 async def last_of(engine: AsyncEngine, broken: Callable[[], None]) -> str:
-    """Return what a stream ends with, once it has begun and then something breaks."""
+    """Return the end of a stream for a failure after its beginning."""
     async with await engine.submit(EngineRequest([1, 2, 3], LONG)) as stream:
         try:
             async for _ in stream:
@@ -95,7 +95,7 @@ def test_an_engine_that_cannot_even_fail_tells_everybody() -> None:
 
 
 def test_requests_that_nobody_has_read_are_refused() -> None:
-    """One is added while the thread is in the step that fails."""
+    """A request is added while the thread is in the step that fails."""
 
     def use(engine: AsyncEngine, breaking: Breaking) -> None:
         async def run() -> None:

@@ -1,4 +1,4 @@
-"""What every family of models writes, as clients get it: whole, and in pieces of a character."""
+"""The outputs of all families of models in the API, streamed by character or not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _calls(case: Case) -> list[Any]:
     return [part for part in case.found if part[0] == "call"]
 
 
-# The first answers of each family that hold calls.
+# The first outputs of each family that contain calls.
 _CHOSEN = [
     case
     for family in FAMILIES
@@ -39,7 +39,7 @@ _CHOSEN = [
 
 @pytest.mark.parametrize("case", _CHOSEN, ids=lambda case: f"{case.family}-{case.name}")
 def test_calls(api: Scripted, case: Case) -> None:
-    """The template that shows the family's calls is all that tells the server."""
+    """A model whose family the server detects only from its template."""
     shown = f"{{% if false %}}{{% raw %}}{_SHOWN[case.family]}{{% endraw %}}{{% endif %}}"
     api.engine.tokenizer._chat_template = ChatTemplate(shown + TEMPLATE)
     whole = _whole(api.chat(case.written, tools=_TOOLS).json()["choices"][0])

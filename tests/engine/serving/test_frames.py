@@ -1,4 +1,4 @@
-"""No page of another site shows a response of any of our servers in a frame."""
+"""Other sites cannot show responses of our servers in a frame."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BROWSER = {"Accept": "text/html"}
 
 
 async def framable(scope: Scope, receive: Receive, send: Send) -> None:
-    """An upstream that would be shown in any frame."""
+    """An upstream that allows any frame."""
     headers = {"Content-Security-Policy": "frame-ancestors *", "X-Frame-Options": "ALLOWALL"}
     await HTMLResponse("<p>hello", headers=headers)(scope, receive, send)
 

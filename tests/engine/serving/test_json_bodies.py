@@ -1,4 +1,4 @@
-"""Bodies of requests: validated off the event loop where they are large."""
+"""Large request bodies are validated off the event loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ THREADS: list[threading.Thread] = []
 
 @pytest.fixture
 def client() -> TestClient:
-    """A client of one route, which tells the number of words and its own thread."""
+    """A client of one route that returns the number of words and its thread."""
     routes = APIRouter(route_class=BodyRoute)
 
     @routes.post("/words")

@@ -1,4 +1,4 @@
-"""Log-probabilities by the thousand: made and written off the event loop."""
+"""Thousands of log-probabilities are encoded off the event loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/metrics has what vLLM's Grafana boards ask for, under its names, before there is anything."""
+"""/metrics has the series of vLLM's Grafana dashboards, even before the first request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.serving.conftest import Scripted
 
-# Source: vLLM's vllm/v1/metrics/loggers.py, and the dashboards in its repository, which ask for
+# Source: vLLM's vllm/v1/metrics/loggers.py, and the dashboards in its repository, which query
 # `_total` of counters and `_bucket`, `_sum` and `_count` of histograms.
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
           "gpu_cache_usage_perc", "cache_config_info")  # fmt: skip
@@ -116,7 +116,7 @@ def test_buckets_are_vllms(api: Scripted, name: str, bounds: tuple[float, ...] |
     found = re.findall(line, text(api, used=False), re.M)
     assert found.pop() == "+Inf"
     numbers = tuple(map(float, found))
-    if bounds is None:  # 1, 2, 5, 10 … as far as any context goes
+    if bounds is None:  # 1, 2, 5, 10 … up to the longest contexts
         assert numbers[:6] == (1, 2, 5, 10, 20, 50)
         assert numbers[-1] >= 1_000_000
     else:

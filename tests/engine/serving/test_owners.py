@@ -1,4 +1,4 @@
-"""Two API keys on one server: neither sees, ends or guesses what the other asked."""
+"""Two API keys on one server: neither can see, cancel or guess the other's requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECRET = "the plan of alice, which nobody else is to learn about: " + "012345678
 
 
 class PairingCatalogue(TinyCatalogue):
-    """While `going` is cleared, its engine waits for two requests and does eight steps of these."""
+    """An engine that, while `going` is cleared, waits for two requests and does eight steps."""
 
     def __init__(self) -> None:
         super().__init__(self._make)
@@ -50,7 +50,7 @@ class PairingCatalogue(TinyCatalogue):
                 stats = engine.stats()
                 if stats.num_running + stats.num_waiting < 2 or not self._steps:
                     self.going.wait(0.01)
-                    return []  # calls are taken between steps
+                    return []  # the engine accepts calls between steps
                 self._steps -= 1
             return step()
 
@@ -60,7 +60,7 @@ class PairingCatalogue(TinyCatalogue):
 
 @dataclass
 class House:
-    """Clients of one server, each with a key of its own, and the server's models."""
+    """Clients of one server, each with its own key, and the server's models."""
 
     alice: httpx.Client
     bob: httpx.Client
@@ -85,7 +85,7 @@ def client_of(opened: ExitStack, url: str, key: str) -> httpx.Client:
 
 @contextmanager
 def direct(directory: Path, **more: Any) -> Iterator[House]:
-    """Both have keys of the server."""
+    """Two clients with keys of the server."""
     file, catalogue = directory / "keys.toml", PairingCatalogue()
     keys = [add_key(file, name) for name in ("alice", "bob")]
     with ExitStack() as opened:
@@ -95,7 +95,7 @@ def direct(directory: Path, **more: Any) -> Iterator[House]:
 
 @contextmanager
 def behind_a_gateway(directory: Path, *, server_has_keys: bool) -> Iterator[House]:
-    """Both have keys of a gateway, which has one of the server."""
+    """Two clients with keys of a gateway, which has a key of the server."""
     file, servers, catalogue = directory / "g.toml", directory / "s.toml", PairingCatalogue()
     keys = [add_key(file, name) for name in ("alice", "bob")]
     upstream_key = add_key(servers, "gateway", gateway=True) if server_has_keys else None
@@ -173,7 +173,7 @@ def test_item_ids_that_two_keys_choose_do_not_collide(house: House) -> None:
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_request_is_cancelled_by_its_owner_only(house: House, method: str, shared: bool) -> None:
-    """Streams of both; they may have chosen the same id."""
+    """Start streams of both clients, possibly with the same id."""
     tail = "/cancel" if method == "POST" else ""
     mine = f"alice-{method}-{shared}"
     names = [mine, mine if shared else f"bob-{method}"]
@@ -232,7 +232,7 @@ def test_the_prefix_cache_may_be_shared(tmp_path: Path) -> None:
 
 
 def test_recorded_requests_are_shown_to_their_owner(house: House) -> None:
-    """A request is recorded after its reply was sent, so readers may have to wait for it."""
+    """Wait for a record: a request is recorded after its reply was sent."""
 
     def recorded(client: httpx.Client) -> str:
         return client.get("/engines/requests").text
@@ -240,7 +240,7 @@ def test_recorded_requests_are_shown_to_their_owner(house: House) -> None:
     respond(house.alice, "records of alice")
     wait_until(lambda: "records of alice" in recorded(house.alice), "the record of alice")
     assert "records of alice" not in recorded(house.bob)
-    for number in range(12):  # more than are kept of an owner
+    for number in range(12):  # more than the records kept for an owner
         respond(house.bob, f"number {number}")
     wait_until(lambda: "number 11" in recorded(house.bob), "the last record of bob")
     assert "records of alice" in recorded(house.alice)

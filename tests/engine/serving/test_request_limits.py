@@ -1,4 +1,4 @@
-"""What a request may hold, and what is refused before it is tokenised."""
+"""Limits of requests, some of which apply before tokenization."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_refused(api: Scripted, path: str, fields: dict[str, Any]) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]} | fields
     response = api.http.post(path, json=body)
     assert response.status_code == 400
-    assert len(response.content) < 2000  # what was sent is not sent back
+    assert len(response.content) < 2000  # the error does not echo the request
     assert api.http.get("/health").status_code == 200
 
 
@@ -128,7 +128,7 @@ def test_prompts_are_refused_by_their_bytes(path: str) -> None:
 
 
 def long_tokens() -> Tokenizer:
-    """A tokenizer with a token for every byte, and runs of up to `LONGEST` a as one token."""
+    """A tokenizer with a token for each byte, and one for each run of up to `LONGEST` a."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     merges = []

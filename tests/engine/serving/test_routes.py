@@ -1,4 +1,4 @@
-"""Paths, aliases, limits and what the server tells of itself."""
+"""Paths, aliases, limits and the server's own routes."""
 
 from __future__ import annotations
 

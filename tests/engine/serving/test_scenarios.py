@@ -1,4 +1,4 @@
-"""What clients do with the OpenAI API, by number; most of it with OpenAI's own client.
+"""Numbered scenarios of the OpenAI API, most with OpenAI's own client.
 
 Real weights answer where the answer counts, scripted models where a family's format does.
 """
@@ -168,7 +168,7 @@ def test_scenario_06_a_stream_without_usage(smollm2_url: str) -> None:
 
 
 def test_scenario_07_a_stop_string_over_tokens(client: openai.OpenAI) -> None:
-    """The string begins and ends within tokens of the answer, wherever they are divided."""
+    """The string begins and ends within tokens of the reply."""
     text = client.chat.completions.create(**FRANCE).choices[0].message.content
     assert text is not None
     at = text.index("Paris")
@@ -188,7 +188,7 @@ def test_scenario_07_an_empty_line_that_comes_in_pieces(
 ) -> None:
     name = scripted.says(CALLER, "One.\n", "\nTwo.")
     asked: Any = {"model": name, "messages": HELLO, "stop": "\n\n"}
-    # Tools have the answer read, and stop strings looked for, above the engine.
+    # With tools, the server parses the reply and finds stop strings instead of the engine.
     answer = tool_client.chat.completions.create(**asked, tools=[WEATHER])
     assert answer.choices[0].message.content == "One."
     assert answer.choices[0].finish_reason == "stop"
@@ -246,7 +246,7 @@ def test_scenario_10_twenty_answers_follow_a_schema(client: openai.OpenAI) -> No
 
 @pytest.fixture(scope="module")
 def thinker() -> Iterator[openai.OpenAI]:
-    """A tiny model, whose prompt opens a block of reasoning."""
+    """A tiny model whose prompt opens a block of reasoning."""
 
     def make() -> Engine:
         engine = chat_engine()
@@ -263,7 +263,7 @@ def thinker() -> Iterator[openai.OpenAI]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_scenario_11_a_schema_after_reasoning(thinker: openai.OpenAI, stream: bool) -> None:
-    """Random weights think of nothing in particular until their budget is spent."""
+    """Random weights reason until the budget is used up."""
     asked: Any = {
         "model": "tiny", "messages": HELLO, "response_format": FORMAT, "temperature": 1, "seed": 5,
         "extra_body": {"thinking_token_budget": 20}, "max_tokens": 200,
@@ -318,7 +318,7 @@ NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 def test_scenario_13_a_call_that_has_to_be_made(
     client: openai.OpenAI, choice: Any, stream: bool
 ) -> None:
-    """The prompt asks for something else; the grammar decides."""
+    """The grammar has priority over the prompt, which asks for something else."""
     asked: Any = FRANCE | {
         "messages": [{"role": "user", "content": "Tell me a joke."}], "max_tokens": 64,
         "tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False,
@@ -446,7 +446,7 @@ def test_scenario_19_a_client_that_leaves(client: openai.OpenAI, smollm2_url: st
 
 
 def test_scenario_20_embeddings_in_both_encodings(client: openai.OpenAI) -> None:
-    """The client asks for base64 unless it is told otherwise."""
+    """The client requests base64 by default."""
     coded = client.embeddings.create(model=MINILM, input=["a", "b"])
     plain = client.embeddings.create(model=MINILM, input=["a", "b"], encoding_format="float")
     assert [item.index for item in coded.data] == [0, 1]

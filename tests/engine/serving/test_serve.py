@@ -84,7 +84,7 @@ def test_a_stream_ends_before_the_server_does(
     ],
 )
 def test_what_serve_refuses(tmp_path: Path, arguments: list[str], says: str) -> None:
-    """Before the model is looked for, of which nobody has heard."""
+    """The error comes before the lookup of the model, which does not exist."""
     if arguments[0] != "--served-model-name":
         arguments = ["missing.example/team/model", *arguments]
     result = run("serve", "--store", str(tmp_path / "store"), "--port", "0", *arguments)

@@ -1,4 +1,4 @@
-"""What is between engines and clients: streams, meters, traces, logs, and clients that leave."""
+"""Between engines and clients: streams, meters, traces, logs, disconnects."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_following_a_log() -> None:
 
 
 class _Client:
-    """A client of an ASGI application that leaves when it is told to."""
+    """A client of an ASGI application that disconnects on demand."""
 
     def __init__(self, body: bytes) -> None:
         self.left = asyncio.Event()

@@ -1,4 +1,4 @@
-"""A server under the requests that cost the most to read: it stays responsive and small."""
+"""A server stays responsive and small under the most expensive requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONTEXT = 131_072
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
-    """A server of a model with a long context: its process and its address."""
+    """A server for a model with a long context: its process and its address."""
     store = LayoutStore(tmp_path / "store")
     files = write_tiny(tmp_path / "files")
     config = json.loads((files / "config.json").read_text())
@@ -48,7 +48,7 @@ def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
 
 
 def resident(pid: int) -> int:
-    """Return the most bytes of memory that a process has had."""
+    """Return the peak memory of a process in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert found is not None
@@ -56,7 +56,7 @@ def resident(pid: int) -> int:
 
 
 def time_of_health(address: str) -> float:
-    """Return how many seconds GET /health takes, on a connection of its own."""
+    """Return the seconds that GET /health takes on a new connection."""
     began = time.perf_counter()
     connection = http.client.HTTPConnection(address, timeout=300)
     connection.request("GET", "/health")
@@ -78,7 +78,7 @@ def test_health_answers_whatever_is_sent(server: tuple[int, str]) -> None:
     try:
         while sender.poll() is None:
             times.append(time_of_health(address))
-            time.sleep(0.02)  # the rate of the measurements, not a wait for anything
+            time.sleep(0.02)  # the interval of the measurements, not a synchronisation
         assert sender.stdout is not None
         replies = json.loads(sender.stdout.read())
     finally:

@@ -1,4 +1,4 @@
-"""A tiny model with random weights and a tokenizer of single bytes, loaded as a real one is."""
+"""A tiny model with random weights and a byte tokenizer, loaded like a real one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTEXT = 256
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """A token for each byte, and one that ends a text."""
+    """A tokenizer with a token for each byte and an end-of-text token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     order = {character: i for i, character in enumerate(alphabet)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=order, merges=[]))
@@ -42,7 +42,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def tiny_model() -> llama.Model:
-    """A llama of two layers; the same weights every time."""
+    """A Llama model with two layers and reproducible weights."""
     arguments = llama.ModelArgs(
         model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=128,
         num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=VOCAB,
@@ -61,20 +61,20 @@ def tiny_model() -> llama.Model:
 
 
 def tiny_loaded() -> LoadedModel:
-    """The model and its tokenizer, as the loaders give them."""
+    """The model and its tokenizer, as the loaders return them."""
     return LoadedModel(
         tiny_model(), {"vocab_size": VOCAB}, tiny_tokenizer(), "llama", CONTEXT, (), 0
     )
 
 
 def tiny_engine(**settings: object) -> Engine:
-    """An engine over the tiny model; `settings` are those of EngineConfig."""
+    """Return an engine with the tiny model; `settings` are fields of EngineConfig."""
     given = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "device": "cpu"} | settings
     return Engine(tiny_loaded(), EngineConfig(**given))  # type: ignore[arg-type]
 
 
 def reference_tokens(prompt: list[int], count: int) -> list[int]:
-    """What mlx-lm's single-request path generates, greedily."""
+    """Return the greedy output of mlx-lm's own generation."""
     model = tiny_model()
     steps = generate_step(
         mx.array(prompt), model, max_tokens=count, prompt_cache=make_prompt_cache(model)
@@ -93,7 +93,7 @@ def chat_engine(**settings: object) -> Engine:
 
 
 class TinyCatalogue:
-    """One model, "tiny", whose engine `make_engine` makes each time that it is loaded."""
+    """A catalogue with one model, "tiny", whose engine `make_engine` creates on each load."""
 
     NAMES = ("tiny", "docker.io/ai/tiny:latest")
 
@@ -125,7 +125,7 @@ class TinyCatalogue:
 
 
 def write_tiny(directory: Path, **generation: object) -> Path:
-    """Write the model as its makers would publish it, with a generation_config.json."""
+    """Write the model as published, with a generation_config.json."""
     directory.mkdir()
     model = tiny_model()
     mx.save_safetensors(

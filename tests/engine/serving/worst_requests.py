@@ -1,4 +1,4 @@
-"""The requests that cost a server the most to read, sent from a process of its own.
+"""The requests that are most expensive for a server to read, sent from a separate process.
 
 `python worst_requests.py HOST:PORT MODEL ROUNDS` sends all of them at once, ROUNDS times, and
 writes a line of JSON: the number of replies by status.
@@ -21,13 +21,13 @@ def _chat(model: str, content: str) -> bytes:
 
 
 def _body(model: str, **fields: str) -> bytes:
-    """Return a body whose fields are JSON already."""
+    """Return a body from fields that are JSON texts."""
     rest = "".join(f',"{name}":{value}' for name, value in fields.items())
     return f'{{"model":"{model}"{rest}}}'.encode()
 
 
 def _many(item: str, size: int) -> str:
-    """Return an array of `item` that takes about `size` bytes."""
+    """Return an array of `item` with about `size` bytes."""
     return "[" + ",".join([item] * (size // (len(item) + 1))) + "]"
 
 
@@ -80,7 +80,7 @@ def requests_to(model: str) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
 
 
 def send(address: str, path: str, body: bytes) -> str:
-    """Send a request and return the status of its reply, or what went wrong."""
+    """Send a request and return the status of its reply, or the error."""
     connection = http.client.HTTPConnection(address, timeout=300)
     try:
         connection.request("POST", path, body, {"Content-Type": "application/json"})
@@ -95,7 +95,7 @@ def send(address: str, path: str, body: bytes) -> str:
 
 
 def main(address: str, model: str, rounds: str) -> None:
-    """Send all requests at once, several times."""
+    """Send all requests concurrently, several times."""
     made = [(path, body()) for _, path, body in requests_to(model)]
     with ThreadPoolExecutor(len(made)) as senders:
         work = [senders.submit(send, address, *one) for _ in range(int(rounds)) for one in made]

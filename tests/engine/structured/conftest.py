@@ -1,4 +1,4 @@
-"""A vocabulary of real tokens, once for all tests of the session."""
+"""A vocabulary of real tokens, shared by all tests of the session."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def test_one_grammar_is_compiled_at_a_time() -> None:
 
     def work() -> bool:
         alone = running.acquire(blocking=False)
-        threading.Event().wait(0.002)  # gives the others time to come in
+        threading.Event().wait(0.002)  # let the other threads start
         if alone:
             running.release()
         return alone

@@ -68,7 +68,7 @@ def tokens(events: list[RequestEvent]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[int]]:
-    """The tokens of each request when nothing runs beside it."""
+    """The tokens of each request when it runs alone."""
     engine = tiny_engine()
     return [
         tokens(engine.generate([prompt(number)], params)[0])
@@ -80,7 +80,7 @@ def alone() -> list[list[int]]:
 def test_everyone_in_a_mixed_batch_gets_what_it_gets_alone(
     arrivals: int, alone: list[list[int]]
 ) -> None:
-    """Masked, greedy, seeded and penalised requests, which arrive and leave at random."""
+    """Masked, greedy, seeded and penalised requests that start and end at random."""
     chooser = random.Random(arrivals)
     waiting = list(enumerate(FREE + MASKED))
     chooser.shuffle(waiting)
@@ -154,7 +154,7 @@ def test_an_abort_leaves_the_neighbours_alone(alone: list[list[int]]) -> None:
 
 
 class Breaks:
-    """A mask that allows anything, twice."""
+    """A mask that allows any token, twice."""
 
     def __init__(self) -> None:
         self.left = 2
@@ -184,7 +184,7 @@ def test_a_mask_that_fails_ends_its_choice_only(alone: list[list[int]]) -> None:
 
 
 class Raises(Breaks):
-    """A mask with a mistake in it."""
+    """A mask with a bug."""
 
     def allowed(self) -> bytes | None:
         raise ZeroDivisionError
@@ -226,7 +226,7 @@ def test_what_keeps_a_text_from_ending_is_refused(name: str) -> None:
 
 
 def test_masks_are_asked_while_the_device_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each step: built before the last one is read, launched before its masks are asked."""
+    """Each step is built before the last one is read, and launched before its masks are read."""
     engine, order = tiny_engine(), list[str]()
 
     class Watched:

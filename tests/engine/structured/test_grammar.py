@@ -1,4 +1,4 @@
-"""Constraints compile or are refused, and whatever a mask allows follows its constraint."""
+"""Constraints compile or are refused, and masks allow only text that matches them."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_single_bytes_make_characters(name: str) -> None:
 
 
 def optional(count: int) -> dict[str, Any]:
-    """An object with so many optional properties, one of them any that begins with an x."""
+    """An object with many optional properties, one of them a pattern for names with x."""
     named = {f"p{number}": {"type": "integer"} for number in range(count - 1)}
     required = {f"r{number}": {"type": "integer"} for number in range(600)}
     return {

@@ -1,4 +1,4 @@
-"""SmolLM2 at a high temperature: what it writes under a mask is valid."""
+"""SmolLM2 at a high temperature: its output under a mask is valid."""
 
 from __future__ import annotations
 

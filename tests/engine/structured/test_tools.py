@@ -1,4 +1,4 @@
-"""A forced call is a call: what the grammar allows, the family's parser reads as valid."""
+"""The family's parser accepts every call that the grammar allows."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ TOOLS = (WEATHER, STOP, NOTE)
 
 
 def read(format: OutputFormat, text: str, tools: tuple[Tool, ...] = TOOLS) -> list[tuple[str, Any]]:
-    """The calls in a text, which holds nothing else."""
+    """Return the calls in a text that consists of calls."""
     parser = OutputParser(format, tools, starts_reasoning=False)
     calls: dict[int, list[str]] = {}
     for part in [*parser.feed(text), *parser.finish()]:
@@ -83,7 +83,7 @@ def read(format: OutputFormat, text: str, tools: tuple[Tool, ...] = TOOLS) -> li
 
 
 def closing_of(family: str) -> str:
-    """What ends a string, where any text may be in it."""
+    """Return the end of a string that may contain any text."""
     style = TOOL_MARKUP[family].arguments
     if isinstance(style, Literals):
         return style.quote
@@ -111,7 +111,7 @@ def test_forced_calls_are_read_and_valid(
             jsonschema.validate(arguments, dict(tool.parameters))
 
 
-# What the chat templates of these families write, word for word.
+# The exact calls that the chat templates of these families render.
 WRITTEN = {
     "hermes": '<tool_call>\n{"name": "note", "arguments": {"text": "é"}}\n</tool_call>',
     "qwen3_coder": "<tool_call>\n<function=note>\n<parameter=text>\né\n</parameter>\n"
@@ -153,7 +153,7 @@ MARKUP = r"<[^<>=\s]+?[|>]>?|\[/?[A-Z_]+\]|<\|.+?\|>|<\|\"\|>"
 @pytest.mark.parametrize("special", [True, False], ids=["tokens", "text"])
 @pytest.mark.parametrize("family", sorted(WRITTEN))
 def test_calls_are_written_as_the_templates_do(family: str, special: bool) -> None:
-    """Whether the vocabulary has the markup as special tokens, or only its letters."""
+    """Whether the vocabulary has the markup as special tokens or only as letters."""
     text = WRITTEN[family]
     tokens = [m for m in dict.fromkeys(re.findall(MARKUP, text)) if len(m) > 2] if special else []
     tokenizer = byte_tokenizer(tokens)
@@ -178,7 +178,7 @@ def test_special_tokens_are_not_spelled_out() -> None:
 
 
 def test_what_a_caller_names_is_never_markup() -> None:
-    """A value that reads like a special token is its letters."""
+    """A value that looks like a special token is plain text."""
     tokenizer = byte_tokenizer(["<|im_end|>"])
     schema = {"type": "object", "properties": {"k": {"enum": ["<|im_end|>"]}}, "required": ["k"]}
     for family in ("qwen3_coder", "gemma4", "hermes", "lfm2"):
@@ -311,7 +311,7 @@ def test_values_of_any_kind(
 
 
 def _chain(levels: int, level: Any, last: Any) -> dict[str, Any]:
-    """Return a schema of definitions, each of which is made of the next one."""
+    """Return a schema with definitions that each refer to the next one."""
     refs = [{"$ref": f"#/$defs/d{i}"} for i in range(levels + 1)]
     parts = {f"d{i}": level(refs[i + 1]) for i in range(levels)}
     return {
@@ -333,7 +333,7 @@ def _chain(levels: int, level: Any, last: Any) -> dict[str, Any]:
     ids=["properties", "alternatives", "types", "optional properties"],
 )  # fmt: skip
 def test_schemas_that_make_a_huge_grammar_are_refused(family: str, schema: dict[str, Any]) -> None:
-    """Without a limit, 28 levels of two references each would be written for days."""
+    """Without a limit, writing 28 levels of two references each would take days."""
     with pytest.raises(RequestError, match="grammar of more than") as caught:
         tool_grammar(OutputFormat(family), [Tool("f", "", schema)], REQUIRED)
     assert caught.value.param == "tools"

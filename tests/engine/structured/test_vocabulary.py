@@ -1,4 +1,4 @@
-"""The bytes of tokens, whatever the tokenizer is made of."""
+"""The bytes of tokens, for all kinds of tokenizers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def first(tokenizer: Tokenizer, regex: str) -> set[bytes]:
 def test_sentencepiece_puts_no_space_before_what_goes_on() -> None:
     tokenizer = sentencepiece_tokenizer()
     assert first(tokenizer, "(ab|é)x") == {b"a", b"ab", "é".encode(), b"\xc3"}
-    assert first(tokenizer, "abx") == {b"ab"}  # as the tokenizer cuts it, with no space before
+    assert first(tokenizer, "abx") == {b"ab"}  # as in the tokenizer, without a space before it
     assert first(tokenizer, "( ab| b)x") == {b" ", b" a", b" ab"}
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of single bytes, with special tokens on top."""
+"""Tokenizers of single bytes with additional special tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modelpack_engine.models.tokenizer import Tokenizer, TokenText
 
 
 def byte_tokenizer(special: Sequence[str], added: Sequence[str] = ()) -> Tokenizer:
-    """A token for each byte, then `<eos>`, the special tokens, and added ones that are text."""
+    """A token for each byte, then `<eos>`, special tokens, and added tokens that are text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     order = {character: at for at, character in enumerate(alphabet)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=order, merges=[]))
@@ -23,7 +23,7 @@ def byte_tokenizer(special: Sequence[str], added: Sequence[str] = ()) -> Tokeniz
 
 
 def sentencepiece_tokenizer() -> Tokenizer:
-    """Pieces with a mark for spaces, one of which is put before every text."""
+    """A tokenizer with a mark for spaces, which adds a space before each text."""
     pieces = ["<unk>", "</s>", "▁", "a", "b", "▁a", "ab", "{", '"', "é", "▁ab", ":", "}", "1"]
     vocab = {piece: at for at, piece in enumerate(pieces)}
     vocab |= {f"<0x{byte:02X}>": len(pieces) + byte for byte in range(256)}

@@ -1,4 +1,4 @@
-"""A walk through a grammar: a model whose logits are random."""
+"""A random walk through a grammar, like a model with random logits."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from modelpack_server.structured_output import Grammar, GrammarMask
 
 
 def bits_of(allowed: bytes) -> list[int]:
-    """The ids that a mask allows."""
+    """Return the token ids that a mask allows."""
     found = np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little")
     ids: list[int] = found.nonzero()[0].tolist()
     return ids
 
 
 def take(mask: GrammarMask, tokenizer: Tokenizer, text: str) -> None:
-    """Have the mask accept a text, each token of which it must allow."""
+    """Make the mask accept a text, and check that it allows each token."""
     for token in tokenizer.encode(text, add_special_tokens=False):
         assert token in bits_of(mask.allowed()), tokenizer.token_bytes(token)
         mask.accept(token)
 
 
 def accepts(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the grammar allows a text, token by token, and then an end."""
+    """Return whether the grammar allows a text, token by token, followed by the end."""
     mask = grammar.mask()
     for token in tokenizer.encode(text, add_special_tokens=False):
         if token not in bits_of(mask.allowed()):

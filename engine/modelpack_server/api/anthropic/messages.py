@@ -18,7 +18,7 @@ from modelpack_server.api.anthropic.requests import (
     tools_of,
 )
 from modelpack_server.api.continuation import carry, fingerprint
-from modelpack_server.api.model_use import answer, preloadable, unless_gone
+from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable, unless_gone
 from modelpack_server.api.paths import add_route
 from modelpack_server.api.sse import error_event, event
 from modelpack_server.conversation.chat import ChatStream, count_prompt, start_chat
@@ -206,7 +206,6 @@ def _written(events: Iterable[dict[str, Any]]) -> str:
     return "".join(event(body, body["type"]) for body in events)
 
 
-_PRESET = "x-modelpack-preset"
 _ANTHROPIC = ("/anthropic/v1",)
 
 
@@ -217,7 +216,7 @@ def router(pool: ModelPool) -> APIRouter:
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         """Reply to a conversation, with one JSON object or with server-sent events."""
         body.check()
-        preset = body.preset or request.headers.get(_PRESET)
+        preset = body.preset or request.headers.get(PRESET_HEADER)
         return await answer(
             request,
             pool,

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from modelpack_engine.outputs import TokenLogprob
 from modelpack_engine.worker.threads import in_thread
 from modelpack_server.api.bodies import call, large_response, written
-from modelpack_server.api.model_use import answer, preloadable
+from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable
 from modelpack_server.api.openai.replies import Envelope, chat_logprobs, quoted, total_usage
 from modelpack_server.api.openai.requests import (
     ChatRequest,
@@ -179,7 +179,7 @@ def router(pool: ModelPool) -> APIRouter:
         body.check()
 
         async def start(model: ServedModel) -> ChatStream:
-            preset = request.headers.get(_PRESET)
+            preset = request.headers.get(PRESET_HEADER)
             return await start_chat(model, await in_thread(spec_of, body, model, preset))
 
         return await answer(
@@ -194,9 +194,6 @@ def router(pool: ModelPool) -> APIRouter:
 
     add_route(routes, "/chat/completions", create_chat_completion, bare=True)
     return routes
-
-
-_PRESET = "x-modelpack-preset"
 
 
 def spec_of(body: ChatRequest, model: ServedModel, preset: str | None = None) -> ChatSpec:

@@ -14,7 +14,7 @@ from modelpack_engine.errors import RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
 from modelpack_engine.request import EngineRequest
 from modelpack_server.api.bodies import call, large_response, written
-from modelpack_server.api.model_use import answer, preloadable
+from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable
 from modelpack_server.api.openai.replies import (
     Envelope,
     completion_logprobs,
@@ -30,7 +30,6 @@ from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.pool.pool import ModelPool
 
 _DEFAULT_MAX_TOKENS = 16
-_PRESET = "x-modelpack-preset"
 
 
 def router(pool: ModelPool) -> APIRouter:
@@ -40,7 +39,7 @@ def router(pool: ModelPool) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue texts, with one JSON object or with server-sent events."""
         body.check()
-        preset = request.headers.get(_PRESET)
+        preset = request.headers.get(PRESET_HEADER)
         return await answer(
             request,
             pool,

@@ -1,4 +1,4 @@
-"""What is wrong, in Anthropic's words; the models that there are."""
+"""Errors in Anthropic's form, and the list of models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages by Anthropic's own client, from a model that says what it was told to."""
+"""Messages with Anthropic's own client and a scripted model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_stream_in_the_apis_order(served: Served) -> None:
     response = requests.post(f"{served.url}/v1/messages?beta=true", json=body, timeout=60)
     assert response.headers["content-type"].startswith("text/event-stream")
     names = [line.split(": ")[1] for line in response.text.split("\n") if line[:7] == "event: "]
-    assert [name for name, _ in groupby(names)] == [  # what waits is sent as one
+    assert [name for name, _ in groupby(names)] == [  # waiting pieces are sent together
         "message_start", "ping", "content_block_start", "content_block_delta",
         "content_block_stop", "message_delta", "message_stop",
     ]  # fmt: skip

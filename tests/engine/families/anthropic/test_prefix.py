@@ -1,4 +1,4 @@
-"""Prompts that stay in the prefix cache: clients that put something new before each."""
+"""Prompts match the prefix cache although clients put a new line before each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BILLING = "x-anthropic-billing-header: cc_version=2.1.0; cc_entrypoint=cli; cch=
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[anthropic.Anthropic]:
-    """A client of a real engine over a tiny model."""
+    """A client of a real engine with a tiny model."""
     catalogue = TinyCatalogue()
     with (
         ModelServer(lambda: ModelPool(catalogue, grace=5), address="127.0.0.1:0") as server,

@@ -1,4 +1,4 @@
-"""SmolLM2, by Anthropic's own client."""
+"""SmolLM2 with Anthropic's own client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ollama's own client, before models that say what they were told to, and before a real store."""
+"""Ollama's own client for scripted models and for a real store."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CONFIG = EngineConfig(device="cpu", max_num_seqs=4, max_num_batched_tokens=32, k
 
 @pytest.fixture
 def client(served: Served) -> Iterator[ollama.Client]:
-    """A client of the server whose models are scripted."""
+    """A client of the server with scripted models."""
     with ollama.Client(served.url) as made:
         yield made
 
 
 @dataclass
 class Stocked:
-    """A server over a store, and a client of it."""
+    """A server with a store, and its client."""
 
     url: str
     store: LayoutStore
@@ -62,7 +62,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stocked(stock: Path) -> Iterator[Stocked]:
-    """A server over the store, for all tests; each leaves the four models as they are."""
+    """A server with the store, shared by all tests, which must not change the four models."""
     with serving(stock) as served:
         yield served
 

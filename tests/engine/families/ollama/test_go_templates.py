@@ -1,4 +1,4 @@
-"""Templates of Go's say the same in Jinja."""
+"""Go templates render the same text after conversion to Jinja."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text between a prompt and a suffix, by the markers of each family."""
+"""Prompts for the text between a prompt and a suffix, with the markers of each family."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_prompts(names: list[str], expected: str) -> None:
         assert text == ("<eos>" if bos else "") + expected
         assert len(token_ids) == len(names) + 2 + bos
         written = infilling_prompt(tokenizer, markers, names[0], "b")
-        assert written.count(token_ids[bos]) == 1  # what a user writes is text
+        assert written.count(token_ids[bos]) == 1  # a marker in the user's text is text
 
 
 def test_models_that_cannot() -> None:

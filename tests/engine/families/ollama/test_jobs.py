@@ -1,4 +1,4 @@
-"""Jobs: shared, told about, and ended with the last who waits."""
+"""Jobs: clients share them and see their progress; the last client's leaving stops them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOB = Digest.of(b"blob")
 
 
 class Steps:
-    """Work that goes on when it is told to, and stops when it is asked to."""
+    """Work that continues on a signal, and stops on request."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()

@@ -1,4 +1,4 @@
-"""/api/create and /api/blobs: new models from others, and from uploaded files."""
+"""/api/create and /api/blobs: new models from other models and from uploaded files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 
 @contextmanager
 def created(stocked: Stocked, name: str, **recipe: Any) -> Iterator[str]:
-    """Create a model for a block."""
+    """Create a model for the duration of a block."""
     assert stocked.client.create(name, **recipe).status == "success"
     try:
         yield name
@@ -32,7 +32,7 @@ def created(stocked: Stocked, name: str, **recipe: Any) -> Iterator[str]:
 
 
 def prompt_length(stocked: Stocked, name: str, **chat: Any) -> int | None:
-    """Return how many tokens (bytes) the prompt of a chat has."""
+    """Return the number of tokens (bytes) in the prompt of a chat."""
     options = {"num_predict": 1} | chat.pop("options", {})
     return stocked.client.chat(name, HELLO, options=options, **chat).prompt_eval_count
 

@@ -1,4 +1,4 @@
-"""What other servers of this API get wrong: counts and fields left out, lost errors, evictions."""
+"""Mistakes of other servers with this API: missing counts and fields, lost errors, evictions."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_14_fields_of_generate_count(served: Served) -> None:
 
 def test_14_the_routes_are_there(stocked: Stocked) -> None:
     for path in ("embed", "embeddings", "copy", "create", "push"):
-        assert post(stocked.url, path).status_code == 400  # a body is missing, not the route
+        assert post(stocked.url, path).status_code == 400  # the body is missing, the route exists
     url = f"{stocked.url}/api/blobs/sha256:{'0' * 64}"
     assert requests.post(url, data=b"x", timeout=30).status_code == 400
     gone = requests.delete(f"{stocked.url}/api/delete", json={"model": "gone"}, timeout=30)

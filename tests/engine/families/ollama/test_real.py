@@ -1,4 +1,4 @@
-"""SmolLM2, by Ollama's own client."""
+"""SmolLM2 with Ollama's own client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates in requests: for admins of a server that allows them, and for nobody else."""
+"""Chat templates in requests: only for admins, and only if the server allows them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ USER = Caller("bob", ("*",))
 
 
 class Keyed:
-    """The application, whose callers say in a header who they are."""
+    """The application, with the caller in a header."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -39,7 +39,7 @@ class Keyed:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["refused", "allowed"])
 def server(request: pytest.FixtureRequest, stock: Path) -> Iterator[tuple[str, bool]]:
-    """A server over the store, and whether it takes templates of admins."""
+    """A server with the store, and whether it accepts templates of admins."""
     store = LayoutStore(stock)
     with ModelServer(
         lambda: ModelPool(StoreCatalogue(store, CONFIG), grace=5.0),

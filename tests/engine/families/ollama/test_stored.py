@@ -1,4 +1,4 @@
-"""Models of a real store: listed, shown, loaded, unloaded, copied, deleted, embedded with."""
+"""Models in a real store: list, show, load, unload, copy, delete, embed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/api/generate and /api/chat, by Ollama's own client: whole and streamed, sync and async."""
+"""/api/generate and /api/chat with Ollama's own client: streamed or not, sync and async."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_chat_whole(served: Served, client: ollama.Client) -> None:
     )
     assert (answer.done, answer.done_reason) == (True, "stop")
     assert (answer.eval_count, answer.prompt_eval_count) == (2, len("user: hello\nassistant:"))
-    # The scripted engine says: scheduled at 1 s, first token at 2 s, finished at 3 s.
+    # The scripted engine reports: scheduled at 1 s, first token at 2 s, finished at 3 s.
     assert (answer.prompt_eval_duration, answer.eval_duration) == (10**9, 10**9)
     assert answer.total_duration is not None
     assert answer.load_duration is not None

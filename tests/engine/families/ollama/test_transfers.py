@@ -1,4 +1,4 @@
-"""/api/pull and /api/push, against a registry of our own."""
+"""/api/pull and /api/push with our own registry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.engine.families.ollama.conftest import Stocked, serving
 
 
 class Watched:
-    """A registry, and how often it was asked for which blob."""
+    """A registry, and the number of requests for each blob."""
 
     def __init__(self) -> None:
         self.server: RegistryServer
@@ -37,13 +37,13 @@ def registry() -> Iterator[Watched]:
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Iterator[Stocked]:
-    """A server whose store has nothing."""
+    """A server with an empty store."""
     with serving(tmp_path / "store") as served:
         yield served
 
 
 def pushed(stocked: Stocked, registry: Watched) -> str:
-    """Push `tiny`; return its name there."""
+    """Push `tiny`; return its name in the registry."""
     name = f"{registry.server.host}/team/tiny:v1"
     stocked.client.copy("tiny", name)
     try:

@@ -1,4 +1,4 @@
-"""Unloading takes a model from nobody, and makes room in a context for those who ask."""
+"""Unloading and `num_ctx`: a model in use is unloaded later, and keeps its context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is remembered of responses, and for how long."""
+"""The store of past responses and its limits."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_turns_share_counts_once() -> None:
     for i in range(4):
         memory.remove(None, str(i))
     memory.add(None, response("other", "y" * 30_000), (), own("other"))
-    assert memory.find(None, "4") is None  # it alone held the large item
+    assert memory.find(None, "4") is None  # only this response had the large item
     assert memory.find(None, "other") is not None
 
 
@@ -81,7 +81,7 @@ def test_a_conversation_that_is_larger_than_all_is_not_remembered() -> None:
 
 
 def test_all_that_a_response_holds_counts() -> None:
-    """What it repeats of the request, and what small values take beyond their JSON."""
+    """The size includes repeated request fields and the memory overhead of small values."""
     memory = ResponseMemory(max_bytes=100_000)
     for number in range(20):
         repeated = {"metadata": {"key": "y" * 10_000}}
@@ -98,7 +98,7 @@ def test_a_long_conversation_counts_in_each_of_its_turns() -> None:
         before = memory.find(None, str(number))
         assert before is not None
         memory.add(None, response(str(number + 1)), before.conversation, own(str(number)))
-    assert len(memory) < 60  # their places alone take 8 MB
+    assert len(memory) < 60  # their references alone take 8 MB
 
 
 def test_time_passes() -> None:
@@ -160,7 +160,7 @@ def test_no_owner_takes_all_bytes() -> None:
 
 
 class OwnedMemory(RuleBasedStateMachine):
-    """Owners whose responses and items have the same ids, and what each of them must find."""
+    """Owners with equal ids of responses and items, and the items that each must find."""
 
     OWNERS = st.sampled_from([None, "alice", "bob"])
     IDS = st.sampled_from(["1", "2", "3"])

@@ -1,4 +1,4 @@
-"""SmolLM2, by OpenAI's own client: responses."""
+"""The Responses API with SmolLM2 and OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_scenario_22_a_round(client: openai.OpenAI) -> None:
     assert first.usage is not None
     assert second.usage is not None
     assert second.usage.input_tokens > first.usage.total_tokens
-    assert second.usage.input_tokens_details.cached_tokens > 0  # the first turn's
+    assert second.usage.input_tokens_details.cached_tokens > 0  # from the first turn
     assert second.output_text.strip()
 
 

@@ -1,4 +1,4 @@
-"""What Responses refuse, and input that nobody would send."""
+"""Refusals of the Responses API, and unusual input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Responses by OpenAI's own client, from a model that says what it was told to."""
+"""The Responses API with OpenAI's own client and a scripted model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_alias(served: Served) -> None:
 
 
 def check_order(found: list[Any]) -> None:
-    """Hold the rules of the API's streams: numbers, what is opened, filled and done."""
+    """Check the rules of the API's streams: sequence numbers, and the events of each item."""
     assert [event.sequence_number for event in found] == list(range(len(found)))
     assert [event.type for event in found[:2]] == ["response.created", "response.in_progress"]
     assert found[0].response.status == "in_progress"

@@ -1,4 +1,4 @@
-"""The API over a real store; the engine says what it was told to."""
+"""The API with a real store and a scripted engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.models import tiny_gguf
 
 
 class StoredScripts(StoreCatalogue):
-    """The models of a store; each is loaded as a scripted engine."""
+    """A catalogue of a store's models, with scripted engines."""
 
     def __init__(self, store: LayoutStore) -> None:
         super().__init__(store)
@@ -50,7 +50,7 @@ class StoredScripts(StoreCatalogue):
 
 @dataclass
 class Runner:
-    """A client of the API, and what is behind it."""
+    """A client of the API, with the server's store and engine."""
 
     http: TestClient
     store: LayoutStore
@@ -58,7 +58,7 @@ class Runner:
     pool: ModelPool
 
     def chat(self, model: str = "tiny", **body: object) -> httpx.Response:
-        """Ask for a chat completion; return the response."""
+        """Request a chat completion; return the response."""
         given = {"model": model, "messages": [{"role": "user", "content": "hi"}]} | body
         response: httpx.Response = self.http.post("/engines/v1/chat/completions", json=given)
         return response
@@ -66,13 +66,13 @@ class Runner:
 
 @pytest.fixture(scope="session")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model's file."""
+    """The file of a tiny model."""
     return tiny_gguf(tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture(scope="session")
 def stocked(tmp_path_factory: pytest.TempPathFactory, gguf: Path) -> Path:
-    """A store with one model, ai/tiny:latest, to be copied."""
+    """A store with one model, ai/tiny:latest, for copies."""
     root = tmp_path_factory.mktemp("stocked") / "store"
     request = modelpack.PackageRequest(gguf=gguf, created="2025-01-02T03:04:05Z")
     modelpack.package("ai/tiny", request, store=LayoutStore(root))
@@ -99,7 +99,7 @@ def runner(tmp_path: Path, stocked: Path) -> Iterator[Runner]:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, stocked: Path) -> Iterator[Runner]:
-    """As `runner`, for tests that change nothing."""
+    """Like `runner`, for tests that change nothing."""
     root = tmp_path_factory.mktemp("shared") / "store"
     shutil.copytree(stocked, root, symlinks=True)
     with serving(root) as server:
@@ -108,7 +108,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, stocked: Path) -> Iterator[
 
 @pytest.fixture
 def idle(shared: Runner) -> Iterator[Runner]:
-    """`shared`, for tests that load its model or set it up: neither lasts."""
+    """Like `shared`, for tests that load or configure its model; both are undone afterwards."""
     yield shared
     shared.http.post("/pool/unload", json={"all": True})
     shared.http.post("/pool/configure", json={"model": "tiny"})

@@ -1,4 +1,4 @@
-"""Models as tar archives: out, in, and what is no such archive."""
+"""Models as tar archives: export, import, and invalid archives."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_is_exported_can_be_loaded(runner: Runner) -> None:
         assert names[-1] == "manifest.json"
     removed = runner.http.delete("/models/tiny").json()
 
-    def pieces() -> Iterator[bytes]:  # chunked, in pieces that cut everything in two
+    def pieces() -> Iterator[bytes]:  # chunked, in pieces that split every field
         for start in range(0, len(response.content), 700):
             yield response.content[start : start + 700]
 
@@ -101,7 +101,7 @@ def test_an_archive_that_is_cut_short_leaves_no_model(runner: Runner) -> None:
 
 
 def test_a_bomb_leaves_nothing(runner: Runner) -> None:
-    """2,560 bytes that stand for 3 GiB; a blob before them arrived whole."""
+    """2,560 bytes that claim 3 GiB, after a complete blob."""
     first, zeros = b"first", f"blobs/sha256/{'0' * 64}".encode()
     blobs = runner.store.root / "blobs" / "sha256"
     before = sorted(path.name for path in blobs.iterdir())

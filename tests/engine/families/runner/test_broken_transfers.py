@@ -1,4 +1,4 @@
-"""Pulls that go wrong once they have begun: bytes that are others, clients that leave."""
+"""Pulls that fail after they began: wrong bytes, clients that disconnect."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.models import tiny_safetensors
 
 @dataclass
 class Middleman:
-    """A registry that passes on what another says, but for one blob, of which it says `wrong`."""
+    """A proxy of a registry that replaces one blob with `wrong`."""
 
     origin: str
     digest: str
     wrong: Callable[[bytes], bytes]
-    holds: bool = False  # the end of the blob back, until whoever asks is gone
+    holds: bool = False  # hold the end of the blob back until the client disconnects
     asked: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
 
@@ -61,7 +61,7 @@ class Middleman:
 
 @contextmanager
 def pulling(tmp_path: Path, **about: Any) -> Iterator[tuple[Middleman, str, str, LayoutStore]]:
-    """A server and a registry between it and a model's largest layer."""
+    """A server, and a registry that controls the largest layer of a model."""
     request = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(tmp_path))
     store = LayoutStore(tmp_path / "store")
     with registry() as far:
@@ -101,13 +101,13 @@ def test_a_layer_with_other_bytes_ends_the_stream_with_an_error(tmp_path: Path) 
 
 
 def test_a_client_that_leaves_ends_the_pull(tmp_path: Path) -> None:
-    """More often than there may be pulls at a time: each gives its place back."""
+    """More pulls than the limit of concurrent pulls: each must return its slot."""
     with pulling(tmp_path, wrong=bytes, holds=True) as (middleman, url, name, store):
         for _ in range(3):
             body = {"from": name}
             with httpx.stream("POST", f"{url}/models/create", json=body, timeout=30) as response:
                 assert response.status_code == 200
-                pieces = response.iter_lines()  # closes the response when it goes
+                pieces = response.iter_lines()  # closes the response at its end
                 assert json.loads(html.unescape(next(pieces)))["type"] == "progress"
                 assert middleman.asked.wait(20)
             assert middleman.left.wait(20)
@@ -122,7 +122,7 @@ def test_a_client_that_leaves_ends_the_pull(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["POST", "GET"])
 def test_a_client_that_leaves_before_the_first_line(tmp_path: Path, method: str) -> None:
-    """The registry says nothing at all: the pull ends with the client all the same."""
+    """The registry never responds, but the pull ends when the client disconnects."""
 
     async def silent(scope: Any, receive: Any, send: Any) -> None:
         asked.set()

@@ -1,4 +1,4 @@
-"""/engines: what is loaded, how it is set up, what it takes."""
+"""/engines: loaded models, their settings and their disk usage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ps(runner: Runner) -> list[dict[str, Any]]:
 
 
 def wait_until_loaded(runner: Runner) -> dict[str, Any]:
-    """Return the entry of the only model once it is loaded, as clients of `_configure` do."""
+    """Wait until the only model is loaded, like clients of `_configure`; return its entry."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         if (found := ps(runner)) and "loading" not in found[0]:
@@ -260,7 +260,7 @@ def test_scenario_30_configure_loads_and_is_refused_while_a_stream_runs(runner: 
 
 
 async def _stream(runner: Runner, body: dict[str, Any]) -> str:
-    """Return the stream of a chat; on the server's own event loop."""
+    """Return the stream of a chat, on the server's event loop."""
     import httpx
 
     transport = httpx.ASGITransport(runner.http.app)

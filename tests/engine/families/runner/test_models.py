@@ -1,4 +1,4 @@
-"""/models: listing, looking up, tagging, removing, repackaging."""
+"""/models: list, look up, tag, remove and repackage models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GET /engines/requests: the last requests, and those that come."""
+"""GET /engines/requests: the latest requests, and new ones as they arrive."""
 
 from __future__ import annotations
 

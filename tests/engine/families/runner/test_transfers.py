@@ -1,4 +1,4 @@
-"""Pulling and pushing: the lines of progress, and what fails before and after the first one."""
+"""Pull and push: the progress lines, and errors before and after the first line."""
 
 from __future__ import annotations
 

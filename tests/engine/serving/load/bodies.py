@@ -1,4 +1,4 @@
-"""Bodies that nobody means well with: each is sent to every route that takes one."""
+"""Hostile bodies, each for every route with a body."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIELDS: dict[str, Any] = {
     "max_tokens": b"5",
 }
 _LONG = b"9" * 400
-_LONGER = b"9" * 5000  # Python reads no integer of more than 4300 digits
+_LONGER = b"9" * 5000  # Python limits integers to 4300 digits
 _LONE = rb'"\ud800"'
 
 
@@ -25,7 +25,7 @@ def _schema(depth: int) -> bytes:
 
 
 def _with(**fields: bytes) -> bytes:
-    """Return a request in the words of all families, some of its fields replaced."""
+    """Return a request with the fields of all families, some of them replaced."""
     given = _FIELDS | fields
     return b"{" + b",".join(b'"%s":%s' % (key.encode(), given[key]) for key in given) + b"}"
 
@@ -38,7 +38,7 @@ def _tool(name: bytes, schema: bytes) -> bytes:
 
 
 def _formats(schema: bytes) -> dict[str, bytes]:
-    """Return a schema for the answer, where each family has it."""
+    """Return the fields that set a schema for the reply, for all families."""
     named = b'{"type":"json_schema","name":"x","schema":%s,"json_schema":{"name":"x","schema":%s}}'
     one = named % (schema, schema)
     inside = b'{"format":%s}' % one

@@ -27,7 +27,7 @@ _PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages", "ollama
 
 @dataclass(frozen=True)
 class Task:
-    """A request that always gets the same answer: seeded, or greedy where there is no seed."""
+    """A request with a reproducible reply: seeded, or greedy if the API has no seed."""
 
     family: str
     body: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Task:
 
 
 def make_tasks(model: str) -> list[Task]:
-    """Return tasks of all families, short and long."""
+    """Return short and long tasks for all families."""
     generator = random.Random(7)
     tasks = []
     for number in range(TASKS):
@@ -61,18 +61,18 @@ def make_tasks(model: str) -> list[Task]:
 
 
 class LeftError(Exception):
-    """The client did not want to hear the rest."""
+    """The client disconnected before the end."""
 
 
 class Client:
-    """One connection at a time; `patience` is how many pieces of a stream it listens to."""
+    """A client with one connection at a time that leaves after `patience` pieces of a stream."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, task: Task, patience: int | None = None) -> tuple[int, bytes]:
-        """Return status and content. Raises `LeftError` once patience has run out."""
+        """Return status and content. Raises `LeftError` after `patience` pieces."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams
@@ -97,14 +97,14 @@ class Client:
         return status, b"".join(pieces)
 
     def leave(self) -> None:
-        """Go, without a word."""
+        """Close the connection abruptly."""
         if self._streams is not None:
             self._streams[1].transport.abort()
             self._streams = None
 
 
 async def converse(port: int, count: int, seconds: float, seed: int, model: str) -> dict[str, Any]:
-    """Hear every task once, alone; then let all clients ask at once until the time is over."""
+    """Run every task once, alone; then run all clients concurrently until the time is over."""
     tasks = make_tasks(model)
     expected = [await _alone(port, task) for task in tasks]
     found: Counter[str] = Counter()
@@ -123,7 +123,7 @@ async def converse(port: int, count: int, seconds: float, seed: int, model: str)
                 continue
             if status in (429, 529):
                 found["refused"] += 1
-                await asyncio.sleep(0.1)  # as a client does that was told to come back
+                await asyncio.sleep(0.1)  # like a client that obeys Retry-After
                 continue
             found["whole"] += 1
             family = tasks[number].family

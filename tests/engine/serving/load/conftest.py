@@ -1,4 +1,4 @@
-"""One server for all that is thrown at it: bare, and behind what `modelpack serve` puts before."""
+"""Servers for hostile requests: without protection, and protected like `modelpack serve`."""
 
 from __future__ import annotations
 

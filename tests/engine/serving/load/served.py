@@ -1,4 +1,4 @@
-"""A whole server on a port, over an engine that says what it was told to and an empty store.
+"""A complete server on a port, with a scripted engine and an empty store.
 
 Nothing that it does gets beyond this machine: other hosts' names do not resolve.
 """
@@ -26,7 +26,7 @@ from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import HERMES, ScriptedEngine
 from tests.engine.serving.conftest import ScriptedCatalogue
 
-# Where errors are text: Docker's command line prints what it is sent.
+# Paths with plain-text errors, which Docker's command line prints.
 _TEXT_PATHS = re.compile(
     r"/models(/.*)?|/engines/([^/]+/)?_configure"
     r"|/engines/(ps|df|status|unload|requests|install-backend|uninstall-backend)"
@@ -35,7 +35,7 @@ METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
 
 
 class StoringCatalogue(ScriptedCatalogue):
-    """A scripted model, and a store that is there for those who change it."""
+    """A catalogue with a scripted model, and a store for routes that change it."""
 
     def __init__(self, engine: ScriptedEngine, store: LayoutStore) -> None:
         super().__init__(engine)
@@ -45,7 +45,7 @@ class StoringCatalogue(ScriptedCatalogue):
 
 @dataclass(frozen=True)
 class Served:
-    """Where a server is, and what its OpenAPI document says."""
+    """The address of a server, and its OpenAPI document."""
 
     port: int
     document: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def operations(self) -> list[tuple[str, str]]:
-        """(METHOD, path) of all that the document lists."""
+        """All (METHOD, path) in the document."""
         return [
             (method.upper(), path)
             for path, item in self.document["paths"].items()
@@ -64,7 +64,7 @@ class Served:
         ]
 
     def posts(self, *, json_only: bool = False) -> list[str]:
-        """The paths of its posts, a name in the place of parameters; those that need JSON alone."""
+        """The paths of POST routes that require JSON, with parameters replaced by a name."""
         return [
             path.format_map(_Anything())
             for method, path in self.operations()
@@ -72,7 +72,7 @@ class Served:
         ]
 
     def connect(self) -> http.client.HTTPConnection:
-        """Open a connection; who calls closes it."""
+        """Open a connection, which the caller must close."""
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
 
     def _needs_json(self, path: str) -> bool:
@@ -86,7 +86,7 @@ class _Anything(dict[str, str]):
 
 
 def is_error(path: str, content: bytes) -> bool:
-    """Whether `content` is an error as the clients of a path read it."""
+    """Return whether `content` is an error in the format of a path's API."""
     if _TEXT_PATHS.fullmatch(path):
         return len(content) > 1 and content.decode().endswith(("\n", "}"))
     body = json.loads(content)
@@ -101,7 +101,7 @@ def is_error(path: str, content: bytes) -> bool:
 
 
 def alone(patch: pytest.MonkeyPatch) -> None:
-    """Let no name but this machine's resolve."""
+    """Resolve no host names except this machine's."""
     resolve = socket.getaddrinfo
 
     def local(host: Any, *arguments: Any, **options: Any) -> Any:
@@ -114,7 +114,7 @@ def alone(patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def serving(store: Path, *, protected: bool) -> Iterator[Served]:
-    """Serve everything that there is; `protected` as `modelpack serve` does."""
+    """Serve all APIs; `protected` like `modelpack serve`."""
     engine = ScriptedEngine(template=HERMES)
     catalogue = StoringCatalogue(engine, LayoutStore(store))
 

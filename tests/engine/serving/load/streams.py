@@ -1,4 +1,4 @@
-"""Whole streams of three families: whether they keep to the rules, and their text."""
+"""Complete streams of three families: checks of their format, and their text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def malformed(family: str, content: bytes) -> str:
-    """Return what is wrong with a stream, "" for nothing."""
+    """Return the error in a stream, or ""."""
     try:
         return _RULES[family](content)
     except (ValueError, KeyError, IndexError) as error:
@@ -15,7 +15,7 @@ def malformed(family: str, content: bytes) -> str:
 
 
 def text_of(family: str, content: bytes) -> str:
-    """Return the text that a well-formed stream amounts to."""
+    """Return the text of a well-formed stream."""
     if family == "openai":
         choices = [choice for chunk in _chunks(content) for choice in chunk["choices"]]
         return "".join(choice["delta"].get("content") or "" for choice in choices)
@@ -26,7 +26,7 @@ def text_of(family: str, content: bytes) -> str:
 
 
 def _events(content: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """Return server-sent events with their names; comments are left out."""
+    """Return server-sent events with their names, without comments."""
     events = []
     text = content.decode()
     if not text.endswith("\n\n"):

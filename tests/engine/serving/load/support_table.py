@@ -15,7 +15,7 @@ _NAMES = re.compile(r"`([^`]+)`")
 
 @dataclass(frozen=True)
 class FieldRow:
-    """What is done with fields of the body of an operation ("POST /path")."""
+    """A row about fields in the body of an operation ("POST /path")."""
 
     operation: str
     fields: tuple[str, ...]
@@ -23,7 +23,7 @@ class FieldRow:
 
 
 def _cells() -> list[tuple[str, list[str]]]:
-    """Return all rows with the heading that they are below, those of headings left out."""
+    """Return all rows with their headings, without the tables' header rows."""
     heading, rows = "", []
     for line in DOCUMENT.read_text().splitlines():
         if line.startswith("#"):
@@ -35,7 +35,7 @@ def _cells() -> list[tuple[str, list[str]]]:
 
 
 def routes() -> set[tuple[str, str]]:
-    """Return (METHOD, path) of every route that is listed, aliases as well."""
+    """Return (METHOD, path) of each listed route, including aliases."""
     return {
         (method.strip(), path)
         for heading, cells in _cells()
@@ -46,7 +46,7 @@ def routes() -> set[tuple[str, str]]:
 
 
 def field_rows() -> list[FieldRow]:
-    """Return what is said of fields."""
+    """Return the rows about fields."""
     return [
         FieldRow(heading, tuple(_NAMES.findall(cells[0])), cells[1])
         for heading, cells in _cells()
@@ -55,13 +55,13 @@ def field_rows() -> list[FieldRow]:
 
 
 def named_tests() -> list[str]:
-    """Return the tests that rows name, one for each row."""
+    """Return the test named in each row."""
     return [cells[-1].strip("`") for _, cells in _cells()]
 
 
 @cache
 def functions_in(path: Path) -> frozenset[str]:
-    """Return the names of the functions of a file."""
+    """Return the names of the functions in a file."""
     tree = ast.parse(path.read_text())
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return frozenset(node.name for node in ast.walk(tree) if isinstance(node, kinds))

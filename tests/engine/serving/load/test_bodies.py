@@ -1,4 +1,4 @@
-"""Whatever is sent, the answer is one that the client's family knows, and the connection lives."""
+"""Each hostile body gets an error in its API's format, and the connection survives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JSON = {"Content-Type": "application/json"}
 
 @dataclass
 class Asking:
-    """Sends requests over one connection, and notes what is wrong with the answers."""
+    """Sends requests over one connection, and records invalid responses."""
 
     served: Served
     faults: list[tuple[object, ...]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Sixty-four clients that stream from a tiny model, of whom many go away: nothing is left of them.
+"""Sixty-four clients stream from a tiny model, and many disconnect: no resources leak.
 
 `MODELPACK_LOAD_SECONDS` is for how long they come, 10 unless it says otherwise.
 """
@@ -38,7 +38,7 @@ _EXECUTORS = ("asyncio_", "modelpack-json_", "modelpack-prompts_", "modelpack-re
 
 
 def cramped() -> Engine:
-    """An engine with too few blocks for all that it may run: requests are preempted as well."""
+    """An engine with too few blocks for its requests, so that it preempts some."""
     per_token = 2 * 2 * 2 * 16 * 4
     return chat_engine(max_num_seqs=16, max_waiting=44, kv_cache_bytes=40 * 16 * per_token,
                        max_num_batched_tokens=64)  # fmt: skip
@@ -46,14 +46,14 @@ def cramped() -> Engine:
 
 @dataclass
 class Loaded:
-    """A server, and all that must not grow in it."""
+    """A server with measures of the resources that must not leak."""
 
     port: int
     catalogue: TinyCatalogue
     pools: list[ModelPool]
 
     def run(self, seconds: float, seed: int) -> dict[str, Any]:
-        """Let clients come for a while; return what became of their streams."""
+        """Run clients for a while; return the results of their streams."""
         arguments = [str(self.port), str(CLIENTS), str(seconds), str(seed)]
         done = subprocess.run(
             [sys.executable, "-m", "tests.engine.serving.load.clients", *arguments],
@@ -65,7 +65,7 @@ class Loaded:
         return found
 
     def settle(self) -> None:
-        """Return once nobody uses the model; each turn is a request, which takes its time."""
+        """Wait until no request uses the model, by polling with requests."""
         deadline = time.monotonic() + 20
         served = Served(self.port, {})
         while any(entry.users or entry.waiting for entry in self.pools[0].entries()):
@@ -76,7 +76,7 @@ class Loaded:
             assert time.monotonic() < deadline, "a lease was never given back"
 
     def kept(self) -> dict[str, int]:
-        """What there is of everything that requests take."""
+        """Return the current amount of each resource that requests use."""
         [engine] = self.catalogue.engines
         stats = engine.stats()
         reaper = self.pools[0]._reaper
@@ -90,7 +90,7 @@ class Loaded:
             "metered": len(engine.meter._last_token),
             "tasks": len([t for t in asyncio.all_tasks(reaper.get_loop()) if not t.done()]),
             "files": len(os.listdir(PROC / "fd")),
-            # Those of executors wait for blocking work: they are bounded, and stay.
+            # Threads of executors are bounded, and stay alive.
             "threads": len([name for name in threads if not name.startswith(_EXECUTORS)]),
         }
 
@@ -118,8 +118,8 @@ def test_nothing_is_left_of_clients(loaded: Loaded) -> None:
     loaded.settle()
     before = loaded.kept()
     limit = max(0.1, 4.0 / SECONDS) * MIB
-    # What other tests left in this process makes full collections rare, and the heap uneven: what
-    # grows by that stops, and what leaks does not.
+    # Objects of earlier tests make full collections rare and the heap uneven. The growth from that
+    # ends, while a leak goes on.
     gc.freeze()
     try:
         for seed in (2, 3, 4):
@@ -143,7 +143,7 @@ def test_nothing_is_left_of_clients(loaded: Loaded) -> None:
 
 
 def settled(look: Callable[[], dict[str, int]], wanted: dict[str, int]) -> dict[str, int]:
-    """Return what `look` sees once it is what is wanted, or after a while."""
+    """Return the value of `look` when it is the wanted one, or after a timeout."""
     deadline = time.monotonic() + 10
     while (seen := look()) != wanted and time.monotonic() < deadline:
         threading.Event().wait(0.01)
@@ -152,7 +152,7 @@ def settled(look: Callable[[], dict[str, int]], wanted: dict[str, int]) -> dict[
 
 @dataclass
 class Samples:
-    """(seconds, resident bytes) every tenth of a second."""
+    """Record (seconds, resident bytes) every tenth of a second."""
 
     values: list[tuple[float, float]] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
@@ -177,7 +177,7 @@ def measured_memory() -> Iterator[Samples]:
 
 
 def slope(values: list[tuple[float, float]]) -> float:
-    """Return the growth in bytes a second over the last two thirds of the time (least squares)."""
+    """Return the growth in bytes per second in the last two thirds of the time (least squares)."""
     late = values[len(values) // 3 :]
     assert len(late) > 10
     middle = sum(at for at, _ in late) / len(late)

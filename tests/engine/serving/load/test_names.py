@@ -1,4 +1,4 @@
-"""Names that nobody would give a model, over a real store: in paths, in queries and in bodies."""
+"""Hostile names of models in paths, queries and bodies, with a real store."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _say(asking: Asking, name: str) -> None:
-    """Use a name wherever the document has room for one."""
+    """Use a name in every parameter and field for names in the document."""
     coded = name.encode("utf-8", "surrogatepass")
     body = json.dumps(REST | dict.fromkeys(FIELDS, name) | {"models": [name]}).encode()
     for method, path in asking.served.operations():

@@ -1,4 +1,4 @@
-"""docs/api.md says what is so: its tests exist, all routes and fields are there, as they behave."""
+"""docs/api.md is correct: its tests exist, and its routes and fields match the server."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ UNLISTED = re.compile(r"/openapi.json|/docs.*|/redoc|/|/models/\{ref\}/export")
 
 
 class App:
-    """The application, its engine, and a client of it."""
+    """The application, its engine and its client."""
 
     def __init__(self, app: FastAPI, engine: ScriptedEngine, http: TestClient, pool: ModelPool):
         self.app, self.engine, self.http, self.pool = app, engine, http, pool
@@ -57,7 +57,7 @@ class App:
         return self.http.request(method, path, json=BODIES[operation] | fields)
 
     def asked(self, operation: str, **fields: Any) -> tuple[list[int], dict[str, Any], int]:
-        """Return what reaches the engine: prompt, parameters, number of choices."""
+        """Return the engine's request: prompt, parameters, number of choices."""
         response = self.ask(operation, **fields)
         assert response.status_code == 200, (operation, fields, response.text)
         prompt, params, n = self.engine.submitted[-1]
@@ -98,7 +98,7 @@ def test_every_route_is_listed_and_there(app: App) -> None:
     listed = {(method, path) for method, path in routes() if not UNLISTED.fullmatch(path)}
     for method, path in there:
         known = UNLISTED.fullmatch(path) or (method, path) in listed
-        # What answers GET answers HEAD; the two lists of models share a path.
+        # Each GET route also supports HEAD; the two lists of models share a path.
         assert known or (method == "HEAD" and ("GET", path) in listed), (method, path)
     assert listed <= there
 
@@ -107,7 +107,7 @@ def _routes(routes: Iterable[Any]) -> Iterator[Any]:
     for route in routes:
         if hasattr(route, "methods"):
             yield route
-        else:  # a router that was included
+        else:  # an included router
             yield from _routes(getattr(route, "original_router", route).routes)
 
 
@@ -178,7 +178,7 @@ def test_what_responses_share_with_chats(app: App) -> None:
 
 
 def shares(app: App, operation: str) -> None:
-    """Presets and the time that a model stays are asked for as in chats."""
+    """Presets and keep_alive work as in chats."""
     _, params, _ = app.asked(operation, preset="code")
     assert params["temperature"] == 0.2
     assert app.ask(operation, preset="nothing").status_code == 400

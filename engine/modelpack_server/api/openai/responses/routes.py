@@ -15,7 +15,7 @@ from modelpack_engine.errors import ContextLengthError, RequestError
 from modelpack_engine.worker.threads import in_thread
 from modelpack_server.api.bodies import call, large_response
 from modelpack_server.api.errors import problem_of
-from modelpack_server.api.model_use import answer, preloadable
+from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable
 from modelpack_server.api.openai.responses.memory import Remembered, ResponseMemory
 from modelpack_server.api.openai.responses.replies import Reply
 from modelpack_server.api.openai.responses.requests import (
@@ -71,7 +71,6 @@ async def _fits(model: ServedModel, spec: ChatSpec, most: int) -> bool:
         return False
 
 
-_PRESET = "x-modelpack-preset"
 _PREFIXES = ("/engines",)  # Docker Model Runner's, in addition to the common prefixes
 # The names of these fields in this API.
 _PARAMS = {"messages": "input", "response_format": "text.format"}
@@ -89,7 +88,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
         earlier = _earlier(kept, owner, body.previous_response_id)
         await in_thread(body.check_repeated)
         own = await in_thread(items_of, body.input, partial(kept.item, owner))
-        preset = body.preset or request.headers.get(_PRESET)
+        preset = body.preset or request.headers.get(PRESET_HEADER)
         reply = Reply(body)
 
         def remember() -> None:
