@@ -41,7 +41,7 @@ def llama_cpp() -> Iterator[None]:
         subprocess.run([python, "-c", _SITES], capture_output=True, check=True).stdout
     )
     added = [site for site in sites if site not in sys.path]
-    sys.path += added  # at the end: what we have ourselves wins
+    sys.path += added  # at the end, so that our own packages take precedence
     importlib.invalidate_caches()
     yield
     for site in added:

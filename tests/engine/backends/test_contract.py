@@ -137,7 +137,8 @@ def test_ends(make_engine: MakeEngine) -> None:
 def test_logprobs(make_engine: MakeEngine) -> None:
     engine = make_engine()
     prompt = prompts(3)[2]
-    engine.generate([prompt], GREEDY)  # what is cached has to be computed again
+    # Prompt log-probabilities need cached tokens to be computed again.
+    engine.generate([prompt], GREEDY)
     [events] = engine.generate([prompt], replace(GREEDY, logprobs=3, prompt_logprobs=2))
     found = [entry for event in events for entry in event.logprobs or ()]
     assert [entry.token_id for entry in found] == tokens(events)

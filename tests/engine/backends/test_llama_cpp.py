@@ -187,7 +187,7 @@ def test_rows_of_several_sequences(gguf_file: Path) -> None:
     assert np.abs(mixed[1] - whole[1]).max() < 1e-2
     assert context.compute([1], [1], [2], []).shape == (0, model.vocab_size)
     context.clear()
-    for start in range(0, 256, 16):  # it takes multiples of 256 cells
+    for start in range(0, 256, 16):  # llama.cpp rounds up to multiples of 256 cells
         context.compute([1] * 16, range(start, start + 16), [0] * 16, [])
     with pytest.raises(EngineError, match="no room"):
         context.compute([1], [0], [1], [])
@@ -274,6 +274,6 @@ def test_what_ends_llama_cpp_ends_no_server(key: str, value: float, tmp_path: Pa
 @pytest.mark.usefixtures("llama_cpp")
 def test_a_good_model_passes_its_trial(tmp_path: Path) -> None:
     try_out([TINY_MODELS["llama"].write(tmp_path / "good.gguf")])
-    cut = tmp_path / "cut.gguf"  # refused in an orderly way, by whoever loads it
+    cut = tmp_path / "cut.gguf"  # loading reports the error
     cut.write_bytes(b"GGUF")
     try_out([cut])

@@ -78,7 +78,7 @@ def expected(model: Any, tokens: list[int], *, mean: bool = False) -> np.ndarray
     """Return the unit vector of one text, run alone through the whole model."""
     inner = model.model if "model" in model else model.transformer
     hidden = inner(mx.array([tokens]))
-    # The head over these gives the model's own logits: they are the last hidden states.
+    # They are the last hidden states, because the head turns them into the model's logits.
     head = model.lm_head if "lm_head" in model else getattr(inner, "embed_tokens", None)
     if head is not None and "gemma2" not in type(model).__module__:
         logits = head(hidden) if "lm_head" in model else head.as_linear(hidden)
@@ -105,7 +105,7 @@ def test_the_last_token_of_each(name: str, prefix: bool, tmp_path: Path) -> None
     for text, vector in zip(TEXTS, embedded.vectors, strict=True):
         tokens = [*(int(word[1:]) for word in text.split()), 2]
         assert np.abs(vector - expected(whole, tokens)).max() < 1e-5
-    together = model.run(model.read(TEXTS, _options()))  # of lengths that are not alike
+    together = model.run(model.read(TEXTS, _options()))  # of different lengths
     assert np.abs(np.array(together) - np.array(embedded.vectors)).max() < 1e-5
 
 

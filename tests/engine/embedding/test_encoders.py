@@ -17,7 +17,7 @@ from modelpack_engine.models import ModelFiles
 from tests.engine.embedding import tiny
 from tests.engine.embedding.models import golden, write_model
 
-#: float32 sums in another order than torch's.
+#: The tolerance: float32 sums are in another order than torch's.
 TOLERANCE = 2e-5
 EMBEDDING = [name for name in tiny.CONFIGS if not name.startswith("rank-")]
 RANKING = [name for name in tiny.CONFIGS if name.startswith("rank-")]

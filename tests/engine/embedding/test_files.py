@@ -78,5 +78,5 @@ def test_pairs_are_typed_and_cut(minilm: Path) -> None:
     assert cut == [*ids[:6], sep]
     assert cut_types == types[:7]
     assert tokenizer.encode_typed("a cat", max_length=3)[0] == [cls, ids[1], sep]
-    assert tokenizer.encode_typed("a cat \ud800")[0][0] == cls  # and no more is cut
+    assert tokenizer.encode_typed("a cat \ud800")[0][0] == cls  # nothing else is cut
     assert len(tokenizer.encode("word " * 50)) == 52

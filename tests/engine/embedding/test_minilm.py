@@ -52,7 +52,7 @@ def test_together_as_alone_and_in_order(embedder: Embedder) -> None:
 def test_token_ids_are_taken_as_they_are(embedder: Embedder) -> None:
     ids = embedder.tokenizer.encode(SENTENCES[0])
     by_ids, by_text = embedder.embed([ids, SENTENCES[0]]).vectors
-    # Not bit for bit: rows of one product may come by different instructions.
+    # Not bit for bit: rows of one matmul may be computed by different instructions.
     assert np.abs(by_ids - by_text).max() < 1e-6
     bare = embedder.embed([ids[1:-1]])
     assert bare.num_tokens == len(ids) - 2

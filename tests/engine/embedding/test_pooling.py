@@ -31,7 +31,7 @@ TEXT = "w5 w9 w20 w31"
 def test_as_sentence_transformers(modes: tuple[str, ...], prompt: int) -> None:
     hidden = tiny.weights({"hidden": [3, 7, 4]})["hidden"]
     for row, length in enumerate(tiny.POOLING_LENGTHS):
-        hidden[row, length:] = np.inf  # what is filled up may hold anything
+        hidden[row, length:] = np.inf  # padding may contain anything
     got = pool(
         mx.array(hidden),
         mx.array(tiny.POOLING_LENGTHS),

@@ -41,7 +41,7 @@ _DISTILBERT = {
 }
 _NOMIC = {**_SIZES, "model_type": "nomic_bert", "hidden_act": "silu", "type_vocab_size": 2}
 
-#: config.json by what the model is called here.
+#: config.json by the name of the tiny model.
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "bert": {**_SIZES, "model_type": "bert", "type_vocab_size": 2},
     "bert-relu": {**_SIZES, "model_type": "bert", "hidden_act": "relu", "type_vocab_size": 2},

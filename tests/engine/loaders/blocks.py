@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-# Bytes of a block where a float16 scale starts; one byte of an exponent for MXFP4.
+# Byte offsets of the float16 scales in a block; for MXFP4, that of its one-byte exponent.
 _SCALES = {
     "Q2_K": (80, 82),
     "Q3_K": (108,),

@@ -67,7 +67,7 @@ def _template(**parts: list[str]) -> dict[str, Any]:
 
 
 _SEQUENCE = '{"type":"Sequence","normalizers":['
-#: The file, and a word of the error.
+#: The file, and a part of the error.
 HOSTILE = {
     "panic of a charsmap": (
         changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}),

@@ -531,7 +531,7 @@ PUBLISHED: dict[str, Config] = {
     "a type that transformers does not have": {"model_type": "internlm2", "bias": False},
 }
 
-#: Models with a window that mlx-lm's classes do not have: the context in which they are right.
+#: Models whose window mlx-lm's classes ignore: the context up to which their output is right.
 WINDOWS: dict[str, tuple[Config, int]] = {
     "Mistral-7B-v0.1": (
         {

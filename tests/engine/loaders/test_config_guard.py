@@ -24,7 +24,7 @@ SAVED = [
     pytest.param(model["config"], id=f"{version}-{kind}")
     for version, path in FIXTURES.items()
     for kind, model in fixture(path)["models"].items()
-    if kind != "olmo"  # mlx-lm's class needs a package of its own
+    if kind != "olmo"  # mlx-lm's class needs another package
 ]
 
 
@@ -142,7 +142,7 @@ REFUSED: list[tuple[Config, str]] = [
         {"model_type": "llava", "text_config": {"model_type": "llama", "hidden_act": "gelu"}},
         "text_config.hidden_act",
     ),
-    # Values that no model has.
+    # Values that no published model has.
     (
         {"model_type": "llama", "rope_scaling": {**YARN, "attention_factor": 10**400}},
         "rope_scaling.attention_factor",

@@ -72,7 +72,7 @@ def test_mxfp4_keeps_its_codes() -> None:
 
 
 def test_infinite_scales_make_no_warning() -> None:
-    raw = np.full((2, 34), 0x7C, np.uint8)  # float16 0x7C7C is no number
+    raw = np.full((2, 34), 0x7C, np.uint8)  # float16 0x7C7C is NaN
     assert not np.isfinite(gguf_blocks.dense(GGUFTensor("w", "Q8_0", (2, 32), raw.ravel()))).any()
 
 

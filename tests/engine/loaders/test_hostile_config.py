@@ -22,7 +22,7 @@ from tests.engine.loaders.test_safetensors import save
 from tests.engine.loaders.tiny_models import TINY_MODELS
 
 HUGE = 10**7
-#: model, what is changed in its config, and what the error names.
+#: The model, the changes to its config, and a part of the error.
 HOSTILE: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",

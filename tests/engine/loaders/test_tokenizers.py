@@ -66,7 +66,7 @@ def check(
 
 @pytest.mark.parametrize("name", [*BYTE_LEVEL, "spm", "spm-no-prefix"])
 def test_ids_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
-    # llama.cpp's pattern for these two leaves marks out of words; the models' own has them in.
+    # llama.cpp's patterns for these two split words at marks; the models' own patterns do not.
     cased = name in ("tekken", "gpt-4o")
     check(small(name, tmp_path), ANSWERS[name], has_marks if cased else lambda text: False)
 
@@ -87,7 +87,7 @@ def test_words_keep_their_marks(name: str) -> None:
 def test_pre_tokenizers_differ() -> None:
     """The corpus distinguishes all pre-tokenisers, except those that share their patterns."""
     alike: dict[str, list[str]] = {}
-    for name in set(BYTE_LEVEL) - {"falcon"}:  # default's, but for a backtick
+    for name in set(BYTE_LEVEL) - {"falcon"}:  # equal to default's except for a backtick
         alike.setdefault(json.dumps(ANSWERS[name]["ids"]), []).append(name)
     for names in alike.values():
         assert len({PRE_TOKENIZERS[name].patterns for name in names}) == 1, names
@@ -102,7 +102,7 @@ def test_text_comes_back(name: str, parse_special: bool, tmp_path: Path) -> None
         joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
         if "▁" in text and name.startswith("spm"):  # is a space there
             continue
-        if name == "spm" and "<" in text:  # a space is put behind every special token
+        if name == "spm" and "<" in text:  # a space follows every special token
             continue
         assert joined == (" " + text if name == "spm" and text else text)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -184,7 +184,7 @@ def test_bad_vocabularies(changes: dict[str, Any], message: str, tmp_path: Path)
 
 def test_a_library_that_gives_up_is_a_model_error(tmp_path: Path) -> None:
     fields = golden("bpe")
-    fields["tokens"][1] = "<|im:start|>"  # cannot be written in the library's templates
+    fields["tokens"][1] = "<|im:start|>"  # the library's templates cannot contain it
     vocabulary = Vocabulary(**fields)
     path = tmp_path / "v.gguf"
     writer = gguf.GGUFWriter(path, "llama")

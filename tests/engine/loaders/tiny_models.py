@@ -181,7 +181,7 @@ class TinyModel:
     config: dict[str, Any]
     keys: Callable[[gguf.GGUFWriter, Mapping[str, Any]], None] = lambda writer, config: None
     converted: Callable[[Mapping[str, Any], Weights], Weights] = _unchanged
-    #: How far llama.cpp's logits may be off, as 1 - cosine; more where mlx-lm computes otherwise.
+    #: The tolerance of llama.cpp's logits, as 1 - cosine; larger where mlx-lm computes differently.
     tolerance: float = 1e-6
     seed: int = 0
 
@@ -312,7 +312,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         _model("phi3", "phi3", original_max_position_embeddings=512),
         _phi3_keys,
     ),
-    # Phi-4-mini: a part of the head is turned, by long factors.
+    # Phi-4-mini: rope rotates a part of each head, with long factors.
     "phi3-long": TinyModel(
         "phi3",
         _model(

@@ -21,7 +21,7 @@ MakeEngine = Callable[[EngineConfig], Engine]
 # One block of the tiny model: two layers of two KV heads of 16, keys and values, in float32.
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4
 
-#: Not of the zoo: heads of 32, which can be held in 8 bits.
+#: A model that the zoo does not have: heads of 32, whose keys and values can be 8-bit.
 WIDE = "wide llama"
 
 SEEDED = [
@@ -76,7 +76,7 @@ def play(make: MakeEngine, devices: int) -> dict[str, Any]:
     engine = make(config(kv_cache_bytes=16 * BLOCK_BYTES // devices))
     answers["preempted"] = run_preempted(engine)
     engine.close()
-    # What holds one context over two devices holds half of one on one.
+    # A cache for one context on two devices holds half of a context on one device.
     answers["too large"] = too_large(make, 16 * BLOCK_BYTES // 2 + BLOCK_BYTES)
     return answers
 

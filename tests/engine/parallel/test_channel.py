@@ -47,7 +47,7 @@ def test_questions_and_answers(leaders: Leaders) -> None:
     leader.send(Kind.LOAD, {"number": 1, "key": "model"})
     for end in ends:
         assert end.receive() == (Kind.LOAD, b'{"number": 1, "key": "model"}')
-        end.answer(0, blocks=99)  # to a question of before
+        end.answer(0, blocks=99)  # the response to an earlier request
         end.answer(1, blocks=end.rank)
     assert [answer["blocks"] for answer in leader.gather(1, blocks=int)] == [1, 2]
 

@@ -96,7 +96,7 @@ def test_a_model_is_dropped_before_another_is_loaded() -> None:
         channel.unloading = lambda: None
         channel.loading.clear()
         other.start()
-        channel.loading.wait(0.3)  # long enough for a load that waits for nobody
+        channel.loading.wait(0.3)  # long enough for a load that does not wait
 
     channel.unloading = unloading
     with pytest.raises(CannotLoadError):

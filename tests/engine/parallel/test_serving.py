@@ -178,7 +178,7 @@ def test_what_cannot_be_divided_is_refused_by_name(store: Path, tmp_path: Path) 
         assert "mlx-lm cannot divide the architecture 'gpt2'" in refused.text
         check_answers(server)
         httpx.post(f"{server.url}/pool/unload", json={"models": ["ai/tiny"]}).raise_for_status()
-        check_answers(server)  # the ranks take it again
+        check_answers(server)  # the ranks load it again
 
 
 @pytest.mark.long

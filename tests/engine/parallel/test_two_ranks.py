@@ -94,7 +94,7 @@ def shardable() -> list[str]:
     return found
 
 
-#: Models of the zoo whose sizes mlx-lm's division does not fit: what is said of each.
+#: Models of the zoo whose sizes mlx-lm cannot divide, and their errors.
 REFUSED: dict[str, str] = {
     "qwen3_moe, 4 bits": "equal size",  # experts of 32, in groups of 32
 }

@@ -155,7 +155,7 @@ def test_messages_arrive() -> None:
     assert received(encode(Kind.LOAD, {"key": "a"})) == (Kind.LOAD, b'{"key": "a"}')
     assert received(encode(Kind.BYE)) == (Kind.BYE, b"")
     assert received(b"") is None
-    assert received(encode(Kind.STEP, b"12345")[:-1]) is None  # it ended in the middle
+    assert received(encode(Kind.STEP, b"12345")[:-1]) is None  # truncated
 
 
 @pytest.mark.parametrize(

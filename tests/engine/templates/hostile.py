@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 GROWING = "{% set ns = namespace(s=['lol']) %}{% for i in range(40) %}"
-# A list that holds one list three times, 40 levels deep: small here, 3^40 items when written.
+# A list that contains one list three times, 40 levels deep: small in memory, 3^40 items as text.
 LAUGH = GROWING + "{% set ns.s = [ns.s, ns.s, ns.s] %}{% endfor %}"
 TUPLES = GROWING + "{% set ns.s = (ns.s, ns.s, ns.s) %}{% endfor %}"
 BIG = "{% set s = 'a' * 8000000 %}"
@@ -88,7 +88,7 @@ FAST = {
     "indent": "{% set s = '\n' * 4000000 %}{{ s | indent(1) | length }}",
     "indent blank": "{% set s = 'a\n' * 200000 %}{{ s | indent('b'*1000, true, true) | length }}",
 }
-# These take seconds until they are refused.
+# These run for seconds before they fail.
 SLOW = {
     "batch fill small": "{% for i in range(9999) %}{% set x = [1] | batch(9999, 'x') %}{% endfor %}",
     "slice2": "{{ [1] | slice(9999) | list | length }}{% for i in range(9999) %}{% set x=[1] | slice(9999) %}{% endfor %}",

@@ -21,7 +21,7 @@ from modelpack_engine.worker.process import WorkerProcess
 from modelpack_engine.worker.threads import in_thread
 from modelpack_engine.worker.workers import JobFailedError, Workers
 
-# One step that takes very long: only ending the process ends it.
+# A single long operation, which ends only with the process.
 ENDLESS = "{{ ('a' * 8000000).rfind(('a' * 4000) ~ 'b' ~ ('a' * 2000000)) }}" * 200
 _WAIT = 60
 

@@ -33,7 +33,7 @@ from tests.engine.loaders.vocabularies import (
 
 ROOT = Path(__file__).parents[4]
 
-#: The pre-tokenisers that are asked about, one of each kind.
+#: The pre-tokenisers to compare, one of each kind.
 PRE_TOKENIZERS = (
     *("default", "gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "deepseek-llm"),
     *("deepseek-coder", "deepseek-v3", "falcon", "starcoder", "dbrx", "glm4", "command-r"),
@@ -83,7 +83,7 @@ def make_spm() -> dict[str, Any]:
     known = model["vocab"]
     pieces = ["".join(merge) for merge in model["merges"]]
     pieces = [piece for piece in pieces if piece not in ("<s>", "</s>", *_DEFINED)]
-    # llama.cpp takes a token for a C string, which ends at NUL.
+    # llama.cpp reads a token as a C string, which ends at NUL.
     letters = sorted(token for token in known if len(token) == 1 and token != "\0")
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = ["<unk>", "<s>", "</s>", *bytes_, *dict.fromkeys(pieces), *letters, *_DEFINED]
