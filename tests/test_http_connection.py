@@ -13,14 +13,15 @@ import ssl
 import threading
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from modelpack.http import connection as http_connection
-from modelpack.http.connection import PIECE, REUSE, ZERO_COPY_SEND
+from modelpack.http.connection import PIECE, REUSE, ZERO_COPY_SEND, HttpConnection
 from modelpack.http.listener import AppServer
 from tests.registry.auth_servers import make_pair
 
@@ -132,6 +133,51 @@ def test_pieces_that_are_given_back_are_filled_again() -> None:
         connection.sendall(head("POST", len(content)) + content)
         assert answer(connection)[1].decode() == hashlib.sha256(content).hexdigest()
     assert len({id(buffer) for buffer in buffers if len(buffer) == PIECE}) <= 4 < len(buffers)
+
+
+def test_many_large_bodies_arrive_whole_though_some_are_cut() -> None:
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    with AppServer(lambda: sizes_and_digest, "127.0.0.1:0", name="test", grace=1) as server:
+        name, _, port = server.host.rpartition(":")
+
+        def send(number: int) -> bool:
+            with socket.create_connection((name, int(port)), timeout=20) as connection:
+                connection.sendall(head("POST", len(CONTENT)))
+                if number % 3 == 0:
+                    connection.sendall(CONTENT[: PIECE + 7])
+                    return True
+                connection.sendall(CONTENT)
+                return digest in answer(connection)[1].decode()
+
+        with ThreadPoolExecutor(24) as senders:
+            assert all(senders.map(send, range(48)))
+
+
+def test_with_many_large_bodies_one_piece_begins_per_iteration() -> None:
+    class Connection:
+        def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+            self.loop, self.flow = loop, self
+            self.resumed = False
+
+        def resume_reading(self) -> None:
+            self.resumed = True
+
+    async def resumed_after_each_iteration(count: int) -> list[int]:
+        shared = http_connection._Shared()
+        loop = asyncio.get_running_loop()
+        connections = [cast("HttpConnection", Connection(loop)) for _ in range(count)]
+        for connection in connections:
+            shared.begin(connection)
+        for connection in connections:
+            shared.read_on(connection)
+        found = []
+        for _ in connections:
+            found.append(sum(c.resumed for c in cast("list[Connection]", connections)))
+            await asyncio.sleep(0)
+        return found
+
+    assert asyncio.run(resumed_after_each_iteration(4)) == [4] * 4
+    assert asyncio.run(resumed_after_each_iteration(6)) == [0, 1, 2, 3, 4, 5]
 
 
 def test_requests_right_behind_a_large_body() -> None:

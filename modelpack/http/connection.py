@@ -46,6 +46,9 @@ _WORTH_IT: Final = 64 * 1024
 # Seconds that part of a piece waits for the rest.
 _PATIENCE: Final = 0.05
 _SPARE_PIECES: Final = 3
+# Large bodies that are received without turns. With more, one piece begins in each iteration of the
+# event loop.
+_AT_ONCE: Final = 4
 #: Seconds that a client has for the head of a request, from when it may send one.
 HEAD_SECONDS: Final = 30.0
 _CLOSE: Final = (b"connection", b"close")
@@ -55,10 +58,44 @@ _BARE_CR: Final = re.compile(rb"\r(?!\n)")
 
 
 class _Shared(threading.local):
-    """The buffer in which the connections of a thread receive heads, which they copy at once."""
+    """What the connections of a thread, and so of an event loop, share.
+
+    `buffer` receives heads, which connections copy at once. `bodies` are the connections that
+    receive a large body; `waiting` are those of them that wait for their turn to read.
+    """
 
     def __init__(self) -> None:
         self.buffer = memoryview(bytearray(_READ_SIZE))
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.bodies: set[HttpConnection] = set()
+        self.waiting: deque[HttpConnection] = deque()
+
+    def begin(self, connection: HttpConnection) -> None:
+        """Count a connection whose large body begins."""
+        if connection.loop is not self.loop:
+            self.loop = connection.loop
+            self.bodies.clear()
+            self.waiting.clear()
+        self.bodies.add(connection)
+
+    def read_on(self, connection: HttpConnection) -> None:
+        """Let a connection read: at once if few connections receive large bodies, else in turn.
+
+        Each read releases the interpreter's lock and then waits for it while other threads work.
+        Dozens of reads in each iteration of the event loop would delay small requests.
+        """
+        if connection not in self.bodies or len(self.bodies) <= _AT_ONCE:
+            connection.flow.resume_reading()
+            return
+        self.waiting.append(connection)
+        if len(self.waiting) == 1:
+            connection.loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        connection = self.waiting.popleft()
+        connection.flow.resume_reading()
+        if self.waiting:
+            connection.loop.call_soon(self._next_turn)
 
 
 _shared = _Shared()
@@ -124,7 +161,7 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
             if not self._pieces:
                 return message
             piece = self._pieces.popleft()
-            self.flow.resume_reading()
+            _shared.read_on(self)
             more = bool(self._pieces) or cycle.more_body
             return {"type": "http.request", "body": piece, "more_body": more}
 
@@ -166,7 +203,12 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
         """Process `nbytes` that arrived in the buffer."""
         if self._body is None:
             self.data_received(bytes(_shared.buffer[:nbytes]))
-            self._begin_piece(self._large_body())
+            body = self._large_body()
+            self._begin_piece(body)
+            if body is not None:
+                _shared.begin(self)
+                self.flow.pause_reading()
+                _shared.read_on(self)
             return
         self._unset_keepalive_if_required()
         self._body._remaining -= nbytes
@@ -178,6 +220,7 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
         self._deliver(self._piece)
         if body._remaining == 0:
             self._body = None
+            _shared.bodies.discard(self)
             self.handle_events()  # the end of the message
         else:
             self._begin_piece(body)
@@ -187,6 +230,7 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
         if self._body is not None and self._filled:
             self._deliver(self._begun())
         self._body = None
+        _shared.bodies.discard(self)
         # Free memory now: the connection is in a cycle of references until the next collection.
         self._piece, self._filled = bytearray(), 0
         self._spare.clear()

@@ -126,11 +126,13 @@ async def read_body(
     limit: int,
     share: BodyShare,
     clock: Callable[[], float] = time.monotonic,
+    give_back: Callable[[bytes], None] = lambda _: None,
 ) -> list[bytes]:
     """Return the whole body in pieces, to be joined in a thread. Raises `ReadError`.
 
-    It keeps at most `limit` bytes, and no more than `share` allows. It reads and drops the rest of
-    a refused body for a limited time, so that a client that first sends its whole body sees the
+    It keeps at most `limit` bytes, and no more than `share` allows. It calls `give_back` with each
+    message's bytes once they are copied (see `http.connection`). It reads and drops the rest of a
+    refused body for a limited time, so that a client that first sends its whole body sees the
     response.
     """
     announced = headers.get("content-length", "")
@@ -159,6 +161,7 @@ async def read_body(
             if piece:
                 share.add(len(piece))
                 pieces.append(bytes(piece))  # joined without the interpreter
+                give_back(piece)
     except (TooLargeError, NoRoomError) as error:
         pieces.clear()
         error.size = size + await _drain(receive, limit, message_left=more)

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from modelpack.http.connection import REUSE
 from modelpack_server.gateway.bodies import (
     DEFAULT_ANSWER,
     MAX_IN_FLIGHT,
@@ -185,7 +186,10 @@ class Checks:
                     if _has_body(scope) and route is not Route.UPLOAD:
                         # Requests without a key may not use memory.
                         limit = 0 if route is Route.OPEN else self._max_body
-                        pieces = await read_body(receive, Headers(scope=scope), limit, share)
+                        reuse = scope.get("extensions", {}).get(REUSE, {})
+                        pieces = await read_body(
+                            receive, Headers(scope=scope), limit, share, **reuse
+                        )
                         body, asked = await self._look_into(scope, pieces, share)
                         receive = replayed(body, receive)
                     self._check_model(scope, route, caller, asked)

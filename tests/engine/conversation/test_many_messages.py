@@ -15,7 +15,7 @@ from modelpack_server.api.openai.responses import requests as items
 from modelpack_server.conversation.prompt import fit_turns, results_with_calls
 from tests.engine.serving.tiny import TEMPLATE
 
-MOST = 16_384  # items of a list in a request
+MOST = 4096  # items of a list in a request
 TEXT = "x" * 3000
 HALF = MOST // 2
 

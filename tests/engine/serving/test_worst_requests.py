@@ -12,11 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import quantiles
 
+import fastapi.routing
 import pytest
+from starlette.testclient import TestClient
 
 import modelpack
 from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
+from modelpack_engine.config import EngineConfig
+from modelpack_server.api.app import create_app
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.serving.test_api import wait_until_ready
 from tests.engine.serving.tiny import write_tiny
 from tests.engine.serving.worst_requests import requests_to, send
@@ -93,6 +99,19 @@ def test_health_answers_whatever_is_sent(server: tuple[int, str]) -> None:
     assert deciles[4] < 0.1
     assert deciles[8] < 0.5
     assert grown < 1024 * 2**20
+
+
+def test_no_route_is_built_at_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building all of them takes the event loop 100 ms."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a route is built")
+
+    store = LayoutStore(tmp_path / "store")
+    with TestClient(create_app(ModelPool(StoreCatalogue(store, EngineConfig())))) as client:
+        monkeypatch.setattr(fastapi.routing, "get_dependant", refuse)
+        for path in ("/health", "/v1/models", "/api/tags", "/models", "/nothing"):
+            assert client.get(path).status_code in (200, 404)
 
 
 @pytest.mark.long

@@ -35,7 +35,7 @@ def requests_to(model: str) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     """Yield the name, the path and the body of each request."""
     chat, complete = "/v1/chat/completions", "/v1/completions"
     message, say = '{"role":"user","content":"x"}', '[{"role":"user","content":"x"}]'
-    turn = '{"role":"user","content":"' + "x" * 30 + '"}'  # 16,000 of them exceed the context
+    turn = '{"role":"user","content":"' + "x" * 200 + '"}'  # 4,000 of them exceed the context
     table: dict[str, tuple[str, Callable[[], bytes]]] = {
         "digits": (chat, lambda: _chat(model, "7" * (16 * MIB))),
         "one word": (chat, lambda: _chat(model, "a" * (8 * MIB))),
@@ -48,12 +48,12 @@ def requests_to(model: str) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
         "no ids": (complete, lambda: _body(model, prompt=_many("1.5", 6 * MIB))),
         "context": ("/api/generate", lambda: _body(model, prompt='"x"', context=_many("7", MIB))),
         "messages": (chat, lambda: _body(model, messages=_many(message, 30 * MIB))),
-        "fewer messages": (chat, lambda: _body(model, messages=_many(turn, 950_000))),
+        "fewer messages": (chat, lambda: _body(model, messages=_many(turn, 940_000))),
         "Anthropic messages": ("/v1/messages", lambda: _body(
-            model, max_tokens="9", messages=_many(turn, 950_000))),
+            model, max_tokens="9", messages=_many(turn, 940_000))),
         "count tokens": ("/v1/messages/count_tokens", lambda: _chat(model, "7" * (8 * MIB))),
-        "Ollama messages": ("/api/chat", lambda: _body(model, messages=_many(turn, 950_000))),
-        "items": ("/v1/responses", lambda: _body(model, input=_many(turn, 950_000))),
+        "Ollama messages": ("/api/chat", lambda: _body(model, messages=_many(turn, 940_000))),
+        "items": ("/v1/responses", lambda: _body(model, input=_many(turn, 940_000))),
         "input": ("/v1/responses", lambda: _body(model, input='"' + "7" * (8 * MIB) + '"')),
         "nested": (chat, lambda: b'{"model":' + b"[" * (8 * MIB)),
         "nested objects": (chat, lambda: b'{"a":' * MIB),

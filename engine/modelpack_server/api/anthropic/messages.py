@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from modelpack_engine.errors import ContextLengthError
-from modelpack_engine.worker.threads import in_thread
+from modelpack_engine.worker.threads import compute
 from modelpack_server.api.anthropic.requests import (
     MessagesRequest,
     PromptRequest,
@@ -233,7 +233,7 @@ def router(pool: ModelPool) -> APIRouter:
 
         async def count() -> int:
             async with pool.lease(body.model) as model:
-                return await count_prompt(model, await in_thread(spec_of, body, model))
+                return await count_prompt(model, await compute(spec_of, body, model))
 
         return {"input_tokens": await unless_gone(request, count())}
 
@@ -274,7 +274,7 @@ def spec_of(body: PromptRequest, model: ServedModel, preset: str | None = None) 
 
 async def start(body: MessagesRequest, model: ServedModel, preset: str | None) -> ChatStream:
     """Start the reply. Raises what `start_chat` raises, worded as Anthropic's clients expect."""
-    spec = await in_thread(spec_of, body, model, preset)
+    spec = await compute(spec_of, body, model, preset)
     try:
         return await start_chat(model, spec)
     except ContextLengthError as error:

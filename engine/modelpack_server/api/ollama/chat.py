@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from modelpack.errors import UsageError
 from modelpack_engine.errors import BusyError, RequestError
 from modelpack_engine.request import SamplingParams
-from modelpack_engine.worker.threads import in_thread
+from modelpack_engine.worker.threads import compute
 from modelpack_server.api.bodies import call, large_response, written
 from modelpack_server.api.model_use import answer, unless_gone
 from modelpack_server.api.ollama import ndjson, replies
@@ -224,7 +224,7 @@ def router(pool: ModelPool) -> APIRouter:
             return await load_or_unload(request, pool, body, replies.message)
 
         async def start(model: ServedModel) -> ChatStream:
-            return await start_chat(model, await in_thread(spec_of, body, model))
+            return await start_chat(model, await compute(spec_of, body, model))
 
         return await reply(request, pool, body, replies.message, start)
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from modelpack_engine.outputs import TokenLogprob
-from modelpack_engine.worker.threads import in_thread
+from modelpack_engine.worker.threads import compute
 from modelpack_server.api.bodies import call, large_response, written
 from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable
 from modelpack_server.api.openai.replies import Envelope, chat_logprobs, quoted, total_usage
@@ -180,7 +180,7 @@ def router(pool: ModelPool) -> APIRouter:
 
         async def start(model: ServedModel) -> ChatStream:
             preset = request.headers.get(PRESET_HEADER)
-            return await start_chat(model, await in_thread(spec_of, body, model, preset))
+            return await start_chat(model, await compute(spec_of, body, model, preset))
 
         return await answer(
             request,

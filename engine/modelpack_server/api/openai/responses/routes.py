@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.exceptions import HTTPException
 
 from modelpack_engine.errors import ContextLengthError, RequestError
-from modelpack_engine.worker.threads import in_thread
+from modelpack_engine.worker.threads import compute
 from modelpack_server.api.bodies import call, large_response
 from modelpack_server.api.errors import problem_of
 from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable
@@ -86,8 +86,8 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
         body.check()
         owner = caller_of(request.scope).owner
         earlier = _earlier(kept, owner, body.previous_response_id)
-        await in_thread(body.check_repeated)
-        own = await in_thread(items_of, body.input, partial(kept.item, owner))
+        await compute(body.check_repeated)
+        own = await compute(items_of, body.input, partial(kept.item, owner))
         preset = body.preset or request.headers.get(PRESET_HEADER)
         reply = Reply(body)
 
@@ -99,7 +99,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             words = Vocabulary(model.tokenizer) if body.wants_logprobs else None
             with _own_words():
                 toolbox = body.toolbox()
-                spec = await in_thread(spec_of, body, toolbox, model, [*earlier, *own], preset)
+                spec = await compute(spec_of, body, toolbox, model, [*earlier, *own], preset)
                 reply.start(spec.params, words, toolbox.namespaces)
                 if body.truncation == "auto":
                     spec = await fitted(model, spec)
@@ -109,7 +109,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             with _own_words():
                 async for delta in stream:
                     await call(body.wants_logprobs, reply.take, delta)
-            await in_thread(remember)
+            await compute(remember)
             return await large_response(reply.json) if body.wants_logprobs else reply.json()
 
         async def events(_: ServedModel, stream: ChatStream) -> AsyncGenerator[str, None]:
@@ -118,7 +118,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
                 async for delta in stream:
                     text = await call(body.wants_logprobs, reply.take, delta)
                     if delta.finish is not None:
-                        await in_thread(remember)  # before the client can refer to it
+                        await compute(remember)  # before the client can refer to it
                     yield text
 
         def failure(error: Exception) -> str:
