@@ -12,7 +12,7 @@ test: .venv/.dev
 	.venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/.dev
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m long
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "long or hypothesis"
 
 check: .venv/.dev
 	scripts/check

@@ -21,9 +21,16 @@ os.environ.setdefault("GOCACHE", str(Path.home() / ".cache" / "go-build"))
 os.environ.setdefault("MODELPACK_CACHE", str(ROOT / ".cache"))
 
 
-# Machines that run tests are busy; a slow example is not a wrong one.
+# Machines that run tests are busy; a slow example is not a wrong one. `make test` tries few
+# examples, `make test-long` all of them.
+hypothesis.settings.register_profile("few", deadline=None, max_examples=20, stateful_step_count=30)
 hypothesis.settings.register_profile("modelpack", deadline=None)
-hypothesis.settings.load_profile("modelpack")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how many examples the properties are tried with."""
+    few = "not long" in config.getoption("markexpr")
+    hypothesis.settings.load_profile("few" if few else "modelpack")
 
 
 @pytest.fixture

@@ -78,6 +78,7 @@ def test_serve_becomes_vllm_over_the_bundle(store: LayoutStore, program: Path) -
     assert list(Path(directory).glob("*.safetensors"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -61,7 +61,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models.real(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("page", SHORT)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=() if page == "README.md" else pytest.mark.long) for page in SHORT],
+)
 def test_a_page_runs(page: str, tiny: Models, tmp_path: Path) -> None:
     shell.run(runnable(page, long=False), World(tmp_path / "world", tiny))
 

@@ -15,6 +15,8 @@ from modelpack.cli.main import COMMANDS
 from scripts.documents.links import relinked
 from tests.docs.blocks import ROOT
 
+pytestmark = pytest.mark.long
+
 _LINK = re.compile(r'(?:href|src)="?([^"\s>]+)')
 _LOADED = re.compile(r'<(?:script|img|iframe)[^>]* src="?https?:|<link[^>]*stylesheet[^>]*https?:')
 

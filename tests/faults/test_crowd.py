@@ -17,6 +17,7 @@ from tests.registry.faulty import FaultyRegistry
 from tests.weights import write_safetensors
 
 
+@pytest.mark.long
 def test_eight_processes_for_five_seconds(tmp_path: Path) -> None:
     _crowd(tmp_path, 5)
 

@@ -28,6 +28,7 @@ def fill(disk: Path, leave: int) -> Path:
     return filler
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "leave"),
     [

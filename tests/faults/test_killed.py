@@ -10,6 +10,8 @@ import pytest
 from tests.faults.instants import kills, seeded
 from tests.faults.killed import COMMANDS, Command, Ended, Place, died, prepared, unchanged
 
+pytestmark = pytest.mark.long
+
 FEW = 3
 
 
@@ -18,7 +20,6 @@ def test_a_killed_command(name: str, tmp_path: Path) -> None:
     _kill(COMMANDS[name](), tmp_path / "place", FEW)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_many_times(name: str, tmp_path: Path) -> None:
     _kill(COMMANDS[name](), tmp_path / "place", kills())

@@ -14,12 +14,13 @@ from modelpack.storage import Watch
 from tests.faults.instants import kills, seeded
 from tests.faults.served import Load, serving
 
+pytestmark = pytest.mark.long
+
 
 def test_a_killed_registry(tmp_path: Path) -> None:
     _kill(tmp_path, 2)
 
 
-@pytest.mark.long
 def test_a_killed_registry_many_times(tmp_path: Path) -> None:
     _kill(tmp_path, kills())
 

@@ -22,7 +22,7 @@ from tests.interop.docker_model import DockerModel, build_docker_model, serving
 from tests.models import tiny_gguf
 from tests.peers import require
 
-pytestmark = pytest.mark.peer("go")
+pytestmark = [pytest.mark.peer("go"), pytest.mark.long]
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 

@@ -479,6 +479,7 @@ def test_deep_directories_in_a_bundle_are_reported_and_deleted(world: World, nam
     assert world.fsck().ok
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["d", "d" * 200], ids=["short", "longer than a path may be"])
 def test_a_collection_deletes_deep_directories(world: World, name: str) -> None:
     """Of bundles that no model has or that a kill left, and of an abandoned upload."""

@@ -204,6 +204,7 @@ class Slow(Content):
         yield Stream(self.content[offset:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("life", "announced"), [(5, 5), (2, 300)])
 def test_10_a_slow_upload_outlasts_its_token(
     tokened: Tokened, connect: Connect, authority: Pair, life: int, announced: int

@@ -74,6 +74,7 @@ def dripping_body(exchange: faults.Exchange) -> None:
         exchange.write(b" ")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
@@ -205,6 +206,7 @@ def test_a_challenge_of_many_kilobytes(registry: FaultyRegistry, client: Client,
             client.registry.ping()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*CALLS, "blob", "file"])
 def test_numbers_that_are_not_decimal(
     registry: FaultyRegistry, connect: Connect, name: str

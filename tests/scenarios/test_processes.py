@@ -25,6 +25,8 @@ from tests.scenarios.processes import (
 )
 from tests.weights import sparse_safetensors, write_safetensors
 
+pytestmark = pytest.mark.long
+
 MIB = 1024 * 1024
 
 

@@ -96,6 +96,7 @@ def test_a_slow_registry_is_asked_for_several_parts_at_a_time(slow: Slow, tmp_pa
     assert slow.sent < slow.weights.size * 1.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_01_35_a_pull_that_was_ended_goes_on_where_it_was(
     slow: Slow, tmp_path: Path, number: signal.Signals

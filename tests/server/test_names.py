@@ -77,6 +77,7 @@ def test_a_canonical_name_stands_for_its_repository(name: str) -> None:
     assert Repository.parse(canonical).name == canonical
 
 
+@pytest.mark.long
 @given(REGISTRIES, NAMES)
 def test_two_repositories_never_share_a_name(registry: str, path: str) -> None:
     reference = Reference.parse(f"{registry}/{path}:v1", default_registry="docker.io")

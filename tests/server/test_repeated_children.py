@@ -61,6 +61,7 @@ def repeated(child: bytes, *, sizes: int = 1) -> bytes:
     return json.dumps(json.loads(index()) | {"manifests": entries}).encode()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [1, TIMES])
 def test_referrers_of_a_registry(server: RegistryServer, reads: Reads, sizes: int) -> None:
     client = Client(server.url, "team/model")

@@ -332,6 +332,7 @@ def test_a_silent_upstream_is_left(caching: Caching) -> None:
         caching.pull(caching.cache(idle=0.3))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "arriving"),
     [
@@ -505,6 +506,7 @@ def test_downloads_wait_for_their_turn_as_long_as_anybody_waits_for_them(
     assert blobs[1].opened.is_set()
 
 
+@pytest.mark.long
 def test_the_command(caching: Caching) -> None:
     words = ("--addr", "127.0.0.1:0", "--root", caching.root, "--upstream", caching.upstream.host)
     process = start("registry", "serve", *words)

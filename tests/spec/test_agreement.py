@@ -161,6 +161,7 @@ def disagreement(name: str, value: Any) -> str | None:
     return f"schema: {schema}\nlibrary: {library}\n{raw.decode()}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fixture",
     [

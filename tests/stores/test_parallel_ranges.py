@@ -177,6 +177,7 @@ def test_wrong_bytes_are_tried_once_more_from_the_start(
     assert left_in_ingest(store) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "journal",
     [

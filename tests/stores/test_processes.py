@@ -19,6 +19,8 @@ from modelpack.store.layout import LayoutStore
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of, small_model, write_model
 from tests.stores.workers import Worker
 
+pytestmark = pytest.mark.long
+
 Start = Callable[..., Worker]
 # Enough for a thread of its own for the writes, and more than its buffers hold.
 SIZE = 11 * 1024 * 1024

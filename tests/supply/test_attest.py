@@ -36,6 +36,7 @@ def attached(source: ReferrerSource, name: str) -> Bundle:
     return bundle
 
 
+@pytest.mark.long
 def test_a_report_is_attached(
     tmp_path: Path,
     keys: Path,

@@ -47,6 +47,7 @@ def model_signing(verb: str, files: Path, **options: Path) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_theirs_verifies_ours(
     published: Published, files: Path, ours: PrivateKey, keys: Path, tmp_path: Path
 ) -> None:

@@ -272,6 +272,7 @@ def trusting(signer: Signer) -> RemoteOptions:
     return RemoteOptions(trust=Trust.of([signer.ours.public], formats=[signer.kind]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", [*TAMPERING, *INERT])
 def test_a_tampered_model_is_refused(signer: Signer, part: str, tmp_path: Path) -> None:
     keys, store = [signer.ours.public], modelpack.Store(tmp_path)

@@ -27,6 +27,7 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
         yield found
 
 
+@pytest.mark.long
 def test_the_texts_compute_what_mlx_does(host: Host) -> None:
     assert kernels.verdict(mx.float32) is None
     assert {body for body, _ in host.calls} == {

@@ -21,6 +21,8 @@ from modelpack_server.pool.pool import ModelPool
 from tests.cli.running import modelpack, succeed
 from tests.engine.pool.shelf import Shelf
 
+pytestmark = pytest.mark.long
+
 _DUMP = """\
 #!{python}
 import json, os, sys

@@ -20,6 +20,8 @@ from tests.engine.pool.shelf import Shelf
 from tests.engine.scripted import THINKING, ScriptedEngine
 from tests.engine.serving.conftest import ScriptedCatalogue
 
+pytestmark = pytest.mark.long
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 

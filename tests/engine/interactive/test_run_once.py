@@ -28,6 +28,7 @@ def test_a_prompt(store: LayoutStore, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(truncated: maximum number of tokens" not in tiny(store, "hello", "-q").err
 
 
+@pytest.mark.long
 def test_arguments_and_what_is_piped_in_are_one_prompt(
     store: LayoutStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +59,7 @@ def test_wrong_usage(
     assert says in result.err
 
 
+@pytest.mark.long
 def test_a_reader_that_goes_away(store: LayoutStore) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "modelpack", "run", "team/tiny", "x", "--store", str(store.root),

@@ -28,6 +28,7 @@ def terminal(store: LayoutStore, tmp_path: Path) -> Iterator[Terminal]:
     terminal.kill()
 
 
+@pytest.mark.long
 def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
     assert "/help" in terminal.until(PROMPT)
 

@@ -65,6 +65,7 @@ def test_what_vectors_are(vector: list[float], expected: list[str]) -> None:
     assert failed(check_vector(vector)) == expected
 
 
+@pytest.mark.long
 def test_a_real_model_passes_from_a_clean_store(store: LayoutStore, tmp_path: Path) -> None:
     digest = str(stored_model(store, "ai/smollm2").digest)
     with registry() as server:
@@ -100,6 +101,7 @@ def test_a_model_that_writes_bytes_at_random_fails(store: LayoutStore, tmp_path:
     assert {case.attrib["name"] for case in suite if case.find("failure") is not None} == wrong
 
 
+@pytest.mark.long
 def test_an_embedding_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     store = LayoutStore(tmp_path / "store")

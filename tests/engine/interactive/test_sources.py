@@ -31,6 +31,7 @@ SMALL = (
 )
 
 
+@pytest.mark.long
 def test_wherever_it_comes_from_it_says_the_same(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

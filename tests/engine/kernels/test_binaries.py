@@ -28,6 +28,8 @@ from modelpack_engine.layers import delta_rule, expert_kernels, kernels, matmul,
 from modelpack_engine.sampling import sampler
 from tests.peers import require
 
+pytestmark = pytest.mark.long
+
 SOURCE = KernelSource("paged_x_12ab", "// ours\n", "  out[0] = a_shape[0];", ("a", "n"), ("out",))
 INPUTS = [mx.zeros((2, 3), mx.bfloat16), mx.array(1.0)]
 TEMPLATE = [("T", mx.bfloat16), ("S", mx.float32), ("SPLIT", True), ("WIDTH", 8)]

@@ -18,6 +18,8 @@ from tests.engine.kernels.cases import CASES, ITEMSIZE, Case, expected, make_inp
 from tests.engine.kernels.emulator import Emulator, build
 from tests.engine.kernels.signatures import quantise_instance, write_instance
 
+pytestmark = pytest.mark.long
+
 Array = npt.NDArray[Any]
 
 #: Rows and pools, widths of keys and values (0: none).

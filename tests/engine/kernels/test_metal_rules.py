@@ -134,6 +134,7 @@ INSTANCES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "instance", INSTANCES, ids=[f"{i.body}-{index}" for index, i in enumerate(INSTANCES)]
 )

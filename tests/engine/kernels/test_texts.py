@@ -109,6 +109,7 @@ def parse(program: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("backend", ["metal", "cuda"])
 def test_text_parses(backend: str, body: Body) -> None:

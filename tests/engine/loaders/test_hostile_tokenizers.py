@@ -129,6 +129,7 @@ def test_a_panic_while_loading_is_what_loading_reports(kind: Any) -> None:
         engine.close()
 
 
+@pytest.mark.long
 def test_a_server_with_a_hostile_model_serves_the_others(tmp_path: Path) -> None:
     store = LayoutStore(tmp_path / "store")
     directory = write_tiny(tmp_path / "files", temperature=0.0)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 LIMITS = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (700, 3000))\n"
 ENGINE = "import modelpack_engine.engine, sys\n"
 

@@ -37,6 +37,7 @@ def test_recorded_logits(tmp_path: Path) -> None:
         assert distance(np.array(answer["logits"][0]), golden("logits")[name]) < 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", sorted(gguf_blocks.SUPPORTED_TYPES - {"F32"}))
 def test_blocks_are_bit_equal_to_ggml(dtype: str, tmp_path: Path) -> None:
     raw = random_blocks(dtype, 4, 512, seed=1)

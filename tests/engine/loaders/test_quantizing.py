@@ -70,6 +70,7 @@ def test_the_engine_runs_what_mlx_lm_would_have_made(
     )
 
 
+@pytest.mark.long
 def test_two_processes_make_the_same_bytes(source: Path, tmp_path: Path) -> None:
     here = packaged(source, tmp_path / "one")
     again = subprocess.run(

@@ -81,6 +81,7 @@ def test_first_tokens_are_llama_cpps(loaded: LoadedModel, prompts: list[list[int
     assert sum(a == b for a, b in zip(got, firsts, strict=True)) >= len(prompts) - 1
 
 
+@pytest.mark.long
 def test_packed_gguf_gives_the_same_tokens(loaded: LoadedModel, prompts: list[list[int]]) -> None:
     packed = load(ModelFiles.from_directory(smollm2_gguf()), device="cpu", dense=False)
     assert packed.weight_bytes < 120_000_000

@@ -11,6 +11,8 @@ from modelpack_engine.errors import ModelLoadError
 from tests.engine.oracle.answers import FIXTURES, Case, answer, cases_of, cosine, fixture
 from tests.engine.oracle.differences import DIFFERENCES, LOAD_ERRORS, OTHER_ANSWERS
 
+pytestmark = pytest.mark.long
+
 MODELS = {version: fixture(path)["models"] for version, path in FIXTURES.items()}
 KINDS = [(version, kind) for version, models in MODELS.items() for kind in models]
 AGREEING = [pair for pair in KINDS if pair not in DIFFERENCES]

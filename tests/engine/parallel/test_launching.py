@@ -73,6 +73,7 @@ def test_what_ranks_are_told(tmp_path: Path) -> None:
     assert len({host for [host] in json.loads(hosts.pop())}) == 3
 
 
+@pytest.mark.long
 def test_signals_go_to_rank_0_alone(tmp_path: Path) -> None:
     """SIGINT goes to rank 0 only, as with Ctrl-C; remaining ranks are killed afterwards."""
     ready = tmp_path / "ready"

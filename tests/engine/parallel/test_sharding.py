@@ -138,6 +138,7 @@ def bytes_held(files: Files, size: int) -> tuple[int, int]:
     return loaded.weight_bytes, mx.get_active_memory() - before
 
 
+@pytest.mark.long
 def test_a_rank_holds_no_more_than_its_part(wide: Files) -> None:
     whole, held = bytes_held(wide, 1)
     assert whole * 0.98 < held < whole * 1.02

@@ -18,6 +18,8 @@ from tests.engine.parallel.ranks import run_ranks
 from tests.engine.serving.tiny import tiny_loaded
 from tests.engine.zoo.catalogue import CATALOGUE
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -59,7 +61,6 @@ def test_rank_0_says_why_another_rank_cannot_load_and_goes_on(answers: Any) -> N
     assert answers["refused"] == "rank 1: the disk is on fire (call somebody)"
 
 
-@pytest.mark.long
 @pytest.mark.weights
 def test_real_weights_on_three_ranks(tmp_path: Path) -> None:
     """SmolLM2 from GGUF: three ranks can share its 9 attention heads and 3 key-value heads."""
@@ -72,7 +73,6 @@ def test_real_weights_on_three_ranks(tmp_path: Path) -> None:
     assert found["bytes"] < 0.55 * engine.memory_bytes
 
 
-@pytest.mark.long
 def test_a_step_that_fails_on_one_rank_ends_all(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,7 +108,6 @@ def uncompiled() -> Iterator[None]:
     mx.enable_compile()
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("uncompiled")
 def test_every_architecture_that_can_be_divided(tmp_path: Path) -> None:
     names = [*shardable(), "llama, 4 bits", "qwen3_moe, 4 bits", playing.WIDE]

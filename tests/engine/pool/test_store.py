@@ -50,6 +50,7 @@ async def say(model: ServedModel) -> str:
     return "".join(p.text for d in deltas for p in d.parts if isinstance(p, Text))
 
 
+@pytest.mark.long
 def test_two_models_answer_at_once_and_go(store: LayoutStore) -> None:
     tokenizer = tiny_tokenizer()
     prompt = tokenizer.encode("user: hello\nassistant:")

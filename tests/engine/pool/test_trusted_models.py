@@ -92,6 +92,7 @@ def world(tmp_path: Path, key: PrivateKey, files: Path) -> Iterator[World]:
             yield World(http, store, remote, key, server.host)
 
 
+@pytest.mark.long
 def test_what_is_signed_answers(world: World) -> None:
     """A copy is the same model, so it runs too."""
     reply = world.http.post("/api/pull", json={"model": world.good, "stream": False})
@@ -117,6 +118,7 @@ def test_no_file_is_opened_before_the_check(world: World, monkeypatch: pytest.Mo
     assert not opened
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -190,6 +192,7 @@ def _repackaged(world: World) -> str:
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "way", [_as_it_is, _by_digest, _copied, _tagged, _loaded, _created, _repackaged]
 )

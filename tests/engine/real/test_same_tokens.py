@@ -10,7 +10,7 @@ from modelpack_engine.request import SamplingParams
 from tests.engine.real.conftest import NUM_TOKENS
 from tests.engine.real.prompts import PROMPTS
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.long]
 
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0)
 

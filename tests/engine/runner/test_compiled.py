@@ -224,6 +224,7 @@ def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tokens == reference_tokens(prompt, 30)
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_tables_are_those_of_the_batch(random: Random) -> None:

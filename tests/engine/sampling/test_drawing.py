@@ -100,6 +100,7 @@ EXTREME = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "few", "one", "below zero", "large"])
 def test_at_the_limits(host: Host, kind: str) -> None:
     normal = mx.random.normal((len(EXTREME), ODD), key=mx.random.key(3))
@@ -117,6 +118,7 @@ def test_at_the_limits(host: Host, kind: str) -> None:
     assert kernel == functions
 
 
+@pytest.mark.long
 def test_a_row_depends_on_itself_alone(host: Host) -> None:
     logits = mx.random.normal((5, ODD), key=mx.random.key(4))
     draws = planned(*[SamplingParams(top_p=0.9, temperature=1 + row / 4) for row in range(5)])

@@ -262,5 +262,6 @@ def drive_all() -> None:
         drive(seed)
 
 
+@pytest.mark.long
 def test_without_mistakes_nothing_is_noticed() -> None:
     drive_all()

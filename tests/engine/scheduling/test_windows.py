@@ -34,6 +34,7 @@ def drive_all() -> Counter[str]:
     return seen
 
 
+@pytest.mark.long
 def test_any_traffic_over_windows() -> None:
     seen = drive_all()
     assert all(count > 10 for count in seen.values()), seen

@@ -17,6 +17,8 @@ from tests.cli.running import modelpack, succeed
 from tests.engine.server_benchmark.misbehaving import Misbehaving, running
 from tests.engine.serving.tiny import TinyCatalogue, write_tiny
 
+pytestmark = pytest.mark.long
+
 SMALL = ("--prompt-tokens", "4", "--output-tokens", "3", "--requests", "3")
 
 

@@ -64,6 +64,7 @@ def test_a_step_without_any_answer() -> None:
     assert "– |" in markdown(found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workload", [False, True])
 def test_picture(compared: Benchmark, tmp_path: Path, workload: bool) -> None:
     steps = plan.named(["load-m-32"]) if workload else compared.plan

@@ -16,6 +16,7 @@ CLIENTS = 32
 ROUNDS = 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_aborts_leave_all_blocks_free(seed: int) -> None:
     """A cache that is too small, so that aborts affect waiting, running and preempted requests."""

@@ -112,6 +112,7 @@ def names_of(digest: str, other: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("path", "body"), INFERENCE)
 def test_a_model_that_a_key_may_not_use_is_answered_as_none(
     guarded: Guarded, path: str, body: dict[str, Any]

@@ -37,6 +37,7 @@ _CHOSEN = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", _CHOSEN, ids=lambda case: f"{case.family}-{case.name}")
 def test_calls(api: Scripted, case: Case) -> None:
     """A model whose family the server detects only from its template."""

@@ -45,6 +45,7 @@ def url() -> Iterator[str]:
         yield server.url
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("path", "body"),

@@ -110,6 +110,7 @@ def test_all_families_are_there(api: Scripted, used: bool) -> None:
         assert {f"vllm:{name}_{part}{{{label}}}" for part in ("sum", "count")} <= series
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "bounds"), HISTOGRAMS.items())
 def test_buckets_are_vllms(api: Scripted, name: str, bounds: tuple[float, ...] | None) -> None:
     line = rf'^vllm:{name}_bucket{{engine="0",le="(.+)",model_name=""}} 0.0$'

@@ -170,6 +170,7 @@ def test_item_ids_that_two_keys_choose_do_not_collide(house: House) -> None:
     assert house.alice.delete(f"/v1/responses/{first}").status_code == 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_request_is_cancelled_by_its_owner_only(house: House, method: str, shared: bool) -> None:
@@ -225,6 +226,7 @@ def test_the_prefix_cache_is_no_oracle(house: House, asked: tuple[str, Any]) -> 
     assert cached_tokens(house.bob, *asked) > 0
 
 
+@pytest.mark.long
 def test_the_prefix_cache_may_be_shared(tmp_path: Path) -> None:
     with direct(tmp_path, share_prefix_cache=True) as house:
         assert cached_tokens(house.alice, *CHAT) == 0

@@ -91,6 +91,7 @@ def test_refused(api: Scripted, path: str, fields: dict[str, Any]) -> None:
     assert api.http.get("/health").status_code == 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("raw", [b'{"model":' + b"[" * 1000, b"[" * 15_000])
 @pytest.mark.parametrize(
     "path", [CHAT, "/v1/messages", "/api/chat", "/engines/unload", "/pool/unload"]

@@ -49,6 +49,7 @@ def test_completions_and_models_by_every_path(api: Scripted, prefix: str) -> Non
     assert api.http.get(f"{prefix}/models/x").json()["error"]["code"] == "model_not_found"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [

@@ -28,7 +28,7 @@ from tests.engine.scripted import THINKING
 from tests.engine.serving.metrics import Metrics
 from tests.engine.serving.tiny import TinyCatalogue, chat_engine
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.long]
 
 HELLO: Any = [{"role": "user", "content": "What is the capital of France?"}]
 FRANCE: Any = {"model": SMOLLM2, "messages": HELLO, "temperature": 0, "max_tokens": 12}

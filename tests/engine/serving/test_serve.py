@@ -39,6 +39,7 @@ def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
+@pytest.mark.long
 def test_a_stream_ends_before_the_server_does(
     serving: tuple[subprocess.Popen[str], str],
 ) -> None:

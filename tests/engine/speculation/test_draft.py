@@ -88,6 +88,7 @@ def shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(PagedRunner, "writes_in_place", property(lambda self: True))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("shapes")
 @pytest.mark.parametrize(
     ("amount", "vocab", "least"),

@@ -17,7 +17,7 @@ from modelpack_engine.outputs import FinishReason, RequestEvent
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.structured_output import Constraint, compile_constraint, grammar_vocabulary
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.long]
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

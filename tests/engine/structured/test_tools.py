@@ -95,6 +95,7 @@ def test_the_families_are_those_that_are_read() -> None:
     assert set(FAMILIES) - set(TOOL_MARKUP) == {"longcat"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", sorted(TOOL_MARKUP))
 def test_forced_calls_are_read_and_valid(
     family: str, vocabulary: GrammarVocabulary, tokenizer: Tokenizer

@@ -14,6 +14,8 @@ from tests.engine.zoo.driving import Setting
 from tests.engine.zoo.specimen import Specimen, make_specimen
 from tests.engine.zoo.table import row
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", params=CATALOGUE, ids=lambda configuration: configuration.id)
 def specimen(request: pytest.FixtureRequest, uncompiled: None) -> Specimen:

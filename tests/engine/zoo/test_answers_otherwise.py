@@ -13,26 +13,17 @@ from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.driving import Setting
 from tests.engine.zoo.specimen import NUM_TOKENS, Specimen, make_specimen
 
-#: One architecture of each tier and each kind of attention, cache, state and experts.
+#: One architecture of each tier and each common kind of attention, cache, state and experts.
 KINDS = {
     "deepseek_v3",
-    "deepseek_v32",
-    "falcon_h1",
     "gemma2",
-    "gemma3n",
     "gpt_oss",
-    "lfm2",
     "llama",
-    "llama4",
     "llama: sliding windows",
     "mamba2",
-    "minicpm3",
     "nemotron_h",
-    "phi3",
-    "plamo",
     "qwen3_moe",
     "qwen3_next",
-    "recurrent_gemma",
     "rwkv7",
 }
 ALL = [
@@ -56,12 +47,14 @@ def test_one_at_a_time(specimen: Specimen) -> None:
     assert driver.scheduler.stats().num_mixed_steps == 0
 
 
+@pytest.mark.long
 def test_preemption(specimen: Specimen) -> None:
     driver = specimen.drive(Setting(blocks=7))
     assert driver.tokens == specimen.reference.tokens
     assert driver.scheduler.stats().num_preemptions > 0
 
 
+@pytest.mark.long
 def test_end_of_sequence_is_seen_late(specimen: Specimen) -> None:
     tokens = specimen.reference.tokens
     eos = tokens[1][NUM_TOKENS // 2]
@@ -71,6 +64,7 @@ def test_end_of_sequence_is_seen_late(specimen: Specimen) -> None:
     assert driver.num_sampled > sum(map(len, expected)), "a step was under way when it was seen"
 
 
+@pytest.mark.long
 def test_bucketed_without_prefix_cache(specimen: Specimen) -> None:
     buckets = Buckets(rows=(4, 8), chunk=(8, 16), table_width=(2, 8))
     driver = specimen.drive(Setting(buckets=buckets, prefix_cache=False, exact=False, rows=32))

@@ -12,6 +12,8 @@ from tests.engine.zoo.driving import Setting
 from tests.engine.zoo.recurrent import RECURRENT
 from tests.engine.zoo.specimen import make_specimen
 
+pytestmark = pytest.mark.long
+
 BUCKETS = Buckets(rows=(4, 8), chunk=(8, 16), table_width=(2, 8))
 #: Not compiled: attention and recurrence are in one module, or attention is written by hand.
 NOT_COMPILED = {"baichuan_m1", "gear: capped scores"}

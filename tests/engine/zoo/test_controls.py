@@ -22,7 +22,7 @@ from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.driving import Driver, Setting
 from tests.engine.zoo.specimen import Specimen, make_specimen
 
-pytestmark = pytest.mark.usefixtures("uncompiled")
+pytestmark = [pytest.mark.usefixtures("uncompiled"), pytest.mark.long]
 
 
 @dataclass(frozen=True)

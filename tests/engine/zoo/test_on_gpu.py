@@ -9,6 +9,7 @@ from modelpack_engine.attention.paged import PagedKV
 from tests.engine.zoo import on_gpu
 
 
+@pytest.mark.long
 def test_what_is_right_is_said_to_be(capsys: pytest.CaptureFixture[str], uncompiled: None) -> None:
     assert on_gpu.main(["llama", "qwen3_moe"]) == 0
     out = capsys.readouterr().out

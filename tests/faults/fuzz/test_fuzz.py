@@ -92,6 +92,7 @@ def _fuzz(name: str, examples: int) -> None:
     check()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
 def test_fuzz(name: str) -> None:
     _fuzz(name, _FEW.get(name, 25))

@@ -16,6 +16,8 @@ from fixtures.vectors.model_runner.case import Case
 from tests.interop.go_tool import GoMissingError, GoToolError, build_go_tool
 from tests.peers import require
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[3]
 VECTORS = json.loads((ROOT / "fixtures" / "vectors" / "model_runner.json").read_bytes())
 BY_NAME = {made["name"]: made for made in (*VECTORS["vectors"], *VECTORS["refusals"])}

@@ -8,7 +8,7 @@ from typing import Any
 import anthropic
 import pytest
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.long]
 
 MODEL = "ai/smollm2"
 FRANCE: Any = [{"role": "user", "content": "What is the capital of France? One word."}]

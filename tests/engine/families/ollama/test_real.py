@@ -14,6 +14,8 @@ from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
 from tests.engine.families.ollama.conftest import Stocked, serving
 
+pytestmark = pytest.mark.long
+
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 CONFIG = EngineConfig(device="cpu", max_num_seqs=2, max_num_batched_tokens=64, kv_cache_bytes=2**27)
 OPTIONS = {"temperature": 0, "num_predict": 12}

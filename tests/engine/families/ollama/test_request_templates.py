@@ -89,6 +89,7 @@ def test_no_template_and_the_models_own_pass(server: tuple[str, bool]) -> None:
     assert made.status_code == 200, made.text
 
 
+@pytest.mark.long
 def test_an_endless_template_fails_its_request_only(server: tuple[str, bool]) -> None:
     url, allowed = server
     if not allowed:

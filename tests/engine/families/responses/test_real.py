@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.long]
 
 MODEL = "ai/smollm2"
 FRANCE = "What is the capital of France? One word."

@@ -120,6 +120,7 @@ def test_a_client_that_leaves_ends_the_pull(tmp_path: Path) -> None:
         assert len(store.models()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["POST", "GET"])
 def test_a_client_that_leaves_before_the_first_line(tmp_path: Path, method: str) -> None:
     """The registry never responds, but the pull ends when the client disconnects."""

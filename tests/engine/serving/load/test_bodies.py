@@ -12,6 +12,8 @@ import pytest
 from tests.engine.serving.load.bodies import NO_OBJECT, ODD
 from tests.engine.serving.load.served import Served, is_error
 
+pytestmark = pytest.mark.long
+
 #: By design: the model, or what it takes, is not there.
 UNAVAILABLE = (501, 503, 529)
 JSON = {"Content-Type": "application/json"}

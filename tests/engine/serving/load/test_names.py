@@ -17,6 +17,8 @@ from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.serving.load.served import Served, alone, document_of
 from tests.engine.serving.load.test_bodies import JSON, Asking
 
+pytestmark = pytest.mark.long
+
 NAMES = [
     "\ud800", "a\x00b", "../..", "a//b", "a:", "a@sha256:", "sha256:" + "0" * 64, "x" * 5000,
     "a b", "%zz", "[1:2]:5/a", "127.0.0.1:99999/a", "http://x/y", "--help", "a\r\nX: y",
