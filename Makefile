@@ -1,6 +1,6 @@
-# The two commands of the README: each makes .venv itself and needs only Python >= 3.11.
+# `make demo` and `make test` need only Python 3.11 or newer; they create .venv themselves.
 
-# What is compiled is kept, for four workers and the hundreds of processes that tests start.
+# Keep .pyc files: the test workers and their subprocesses reuse them.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-long check docs format wheel bench clean

@@ -1,13 +1,13 @@
-"""The engine's two backends and llama.cpp itself on this machine's CPU, with SmolLM2-135M Q4_1.
+"""Compare the engine's two backends and plain llama.cpp on a CPU, with SmolLM2-135M Q4_1.
 
     python benchmarks/cpu.py
 
 `mlx` unpacks the weights to float32 and computes with the BLAS that modelpack_engine loads,
-`llama.cpp` is our engine with that backend, and `raw` calls llama.cpp's decode with the most likely
-token and nothing else. Each runs all loads in a process of its own, in turn. All have one thread,
-so that tokens for each second of processor time can be compared on a machine that others use too;
-seconds on the wall are given as well. Needs llama-cpp-python in this environment, or in the one
-that MODELPACK_LLAMA_CPP_PYTHON names.
+`llama.cpp` is our engine with that backend, and `raw` only calls llama.cpp's decode with the most
+likely token. Each variant runs all loads in a separate process, one after the other. All use one
+thread, so that tokens per second of processor time can be compared on a machine with other work;
+wall time is printed too. Needs llama-cpp-python in this environment, or in the one of the
+interpreter MODELPACK_LLAMA_CPP_PYTHON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from modelpack_engine.platform import blas
 sys.path.insert(0, str(Path(__file__).parent))
 
 ROUNDS, MOST = 3, 8
-#: How many at once, tokens of a prompt, tokens of an answer.
+#: Concurrent requests, tokens of a prompt, tokens of a response.
 LOADS = {
     "1 stream, 64 + 64": (1, 64, 64),
     "8 streams, 64 + 64": (8, 64, 64),
@@ -43,12 +43,12 @@ def prompts(count: int, length: int) -> list[list[int]]:
 
 
 def tokens_of(streams: int, prompt: int, answer: int) -> int:
-    """Return the tokens that count: those of answers, or of prompts where these are the load."""
+    """Return the number of tokens to count: those of responses, or of prompts in prompt loads."""
     return streams * (prompt if answer == 1 else answer)
 
 
 def engine(backend: str) -> Any:
-    """Return our engine over SmolLM2."""
+    """Return our engine with SmolLM2."""
     from modelpack.testing.weights import smollm2_gguf
     from modelpack_engine import EngineConfig
     from modelpack_engine.engine import Engine
@@ -66,7 +66,7 @@ def engine(backend: str) -> Any:
 
 
 def ours(backend: str) -> dict[str, tuple[float, float]]:
-    """Return tokens a second of the wall and of the processor, by load."""
+    """Return tokens per second of wall time and of processor time, by load."""
     from modelpack_engine import SamplingParams
 
     made = engine(backend)
@@ -83,7 +83,7 @@ def ours(backend: str) -> dict[str, tuple[float, float]]:
 
 
 def raw() -> dict[str, tuple[float, float]]:
-    """The same, of llama.cpp called directly."""
+    """Return the same figures for llama.cpp without our engine."""
     from modelpack.testing.weights import smollm2_gguf
     from modelpack_engine.llama_cpp.model import Context, LlamaModel
     from modelpack_engine.models import ModelFiles
@@ -108,7 +108,7 @@ def raw() -> dict[str, tuple[float, float]]:
 
 
 def measure(kind: str) -> dict[str, list[float]]:
-    """Run one kind in a process of its own."""
+    """Run one variant in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, kind], capture_output=True, text=True, check=False,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def find_llama_cpp() -> None:
-    """Let an environment that llama-cpp-python was compiled in serve as well; one thread."""
+    """Add the environment of MODELPACK_LLAMA_CPP_PYTHON to the path; limit to one thread."""
     named = os.environ.get("MODELPACK_LLAMA_CPP_PYTHON")
     if named:
         command = [named, "-c", "import json, site; print(json.dumps(site.getsitepackages()))"]

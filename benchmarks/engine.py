@@ -1,12 +1,12 @@
-"""The engine against mlx-lm on this machine's CPU, with SmolLM2-135M (float32, dense).
+"""Compare the engine with mlx-lm on a CPU, with SmolLM2-135M (float32, dense).
 
     python benchmarks/engine.py                         the comparisons with mlx-lm
     python benchmarks/engine.py --workload load-m-32    one workload, as JSON   [--sessions 8]
 
-Every measurement is a process of its own, in turn, so that each has the BLAS it is named for:
-`bundled` is MLX as pip installs it, `openblas` the BLAS that modelpack_engine loads. Both run the
-same weights, loaded by the same loader, and the same prompts. The workloads are those of
-modelpack_engine.benchmarking; `gpu_engine.py` runs them on a GPU.
+Each measurement runs in a separate process with its own BLAS: `bundled` is MLX as pip installs it,
+`openblas` is the BLAS that modelpack_engine loads. Both run the same weights, loaded by the same
+loader, and the same prompts. The workloads are those of modelpack_server.bench.workloads;
+`gpu_engine.py` runs them on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 ROUNDS = 3
 PROMPT, ANSWER, STREAMS = 64, 64, 8
-LONG, PREFIX = 2000, 1800  # tokens of a prompt, and of its beginning that is shared: 90 %
+LONG, PREFIX = 2000, 1800  # tokens of a prompt, and of its shared prefix: 90 %
 
 
 def prompts(count: int, length: int, seed: int = 7) -> list[list[int]]:
@@ -34,7 +34,7 @@ def prompts(count: int, length: int, seed: int = 7) -> list[list[int]]:
 
 
 def load(blas: str) -> Any:
-    """Return SmolLM2, after loading the BLAS that is asked for."""
+    """Load the requested BLAS, then return SmolLM2."""
     from modelpack_engine.platform import blas as real
 
     if blas == "bundled":
@@ -49,7 +49,7 @@ def load(blas: str) -> Any:
 
 
 def mlx_lm_single(blas: str) -> float:
-    """Tokens a second of mlx-lm's single-request path."""
+    """Return tokens per second of mlx-lm's single-request path."""
     loaded = load(blas)
     import mlx.core as mx
     from mlx_lm.generate import generate_step
@@ -61,7 +61,7 @@ def mlx_lm_single(blas: str) -> float:
 
 
 def mlx_lm_batch(blas: str) -> float:
-    """Tokens a second of mlx-lm's BatchGenerator, all streams together, prompts included."""
+    """Return tokens per second of all streams of BatchGenerator, including prompt processing."""
     loaded = load(blas)
     from mlx_lm.generate import BatchGenerator
 
@@ -89,21 +89,21 @@ def engine_for(blas: str) -> Any:
 
 
 def params(tokens: int) -> Any:
-    """Return greedy parameters for exactly so many tokens."""
+    """Return greedy parameters for exactly this many tokens."""
     from modelpack_engine.request import SamplingParams
 
     return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
 
 
 def request(prompt: list[int], tokens: int) -> Any:
-    """Return a greedy request for exactly so many tokens."""
+    """Return a greedy request for exactly this many tokens."""
     from modelpack_engine.request import EngineRequest
 
     return EngineRequest(prompt, params(tokens))
 
 
 def ours_single(blas: str) -> float:
-    """Tokens a second of one stream."""
+    """Return tokens per second of one stream."""
     engine = engine_for(blas)
     engine.add_request("r", request(prompts(1, PROMPT)[0], ANSWER))
     first, tokens = 0.0, 0
@@ -115,7 +115,7 @@ def ours_single(blas: str) -> float:
 
 
 def ours_batch(blas: str) -> float:
-    """Tokens a second of all streams together, prompts included."""
+    """Return tokens per second of all streams, including prompt processing."""
     engine = engine_for(blas)
     start = time.perf_counter()
     answers = engine.generate(prompts(STREAMS, PROMPT), params(ANSWER))
@@ -133,7 +133,7 @@ def time_to_first(engine: Any, prompt: list[int], name: str) -> float:
 
 
 def ours_prefix(blas: str) -> float:
-    """Seconds to the first token with 90 % of the prompt cached, as a share of a cold one."""
+    """Return the time to first token with 90 % of the prompt cached, relative to a cold prompt."""
     engine = engine_for(blas)
     prefix, *tails = prompts(1, PREFIX) + prompts(4, LONG - PREFIX, seed=8)
     time_to_first(engine, prompts(1, LONG, seed=9)[0], "warm-up")
@@ -145,7 +145,7 @@ def ours_prefix(blas: str) -> float:
 
 
 def ours_first_token(blas: str) -> float:
-    """Seconds from an imported engine to the first token, loading included."""
+    """Return the seconds from the imported engine to the first token, including loading."""
     start = time.perf_counter()
     engine = engine_for(blas)
     time_to_first(engine, prompts(1, 16)[0], "first")
@@ -153,7 +153,7 @@ def ours_first_token(blas: str) -> float:
 
 
 def run_one(name: str, sessions: int | None) -> dict[str, Any]:
-    """Serve one workload; return its report."""
+    """Run one workload and return its report."""
     loaded = load("openblas")
     from modelpack_engine.config import EngineConfig
     from modelpack_engine.engine import Engine
@@ -176,7 +176,7 @@ KINDS: dict[str, Callable[[str], float]] = {
 
 
 def measure(kind: str, blas: str) -> float:
-    """Run one measurement in a process of its own."""
+    """Run one measurement in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, kind, blas], capture_output=True, text=True, check=False
     )
@@ -186,7 +186,7 @@ def measure(kind: str, blas: str) -> float:
 
 
 def compare(label: str, ours: tuple[str, str], theirs: tuple[str, str], goal: float) -> None:
-    """Print the median ratio of measurements made in turn."""
+    """Print the median ratio of alternating measurements."""
     pairs = [(measure(*ours), measure(*theirs)) for _ in range(ROUNDS)]
     ratios = sorted(our / their for our, their in pairs)
     print(

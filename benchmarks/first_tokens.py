@@ -1,11 +1,11 @@
-"""Whose first tokens in bfloat16 are those of float32, on a GPU: ours, or mlx-lm's plain pass?
+"""Compare first tokens in bfloat16 with those in float32 on a GPU, for our engine and mlx-lm.
 
     MLX_ENABLE_TF32=0 python benchmarks/first_tokens.py NAME [--prompts 24] [--longest 160]
 
-Models of random weights, as in `gpu_architectures.py`, are compared with themselves in float32: how
-many first tokens are the same, and how far log-probabilities are off on average. Those are of the
-20 tokens that ours finds most likely. Where mlx-lm is as far from float32 as ours is from mlx-lm,
-the arithmetic decides, and equal tokens say little. Prints a JSON object.
+Models of random weights, as in `gpu_architectures.py`, are compared with themselves in float32: the
+number of equal first tokens, and the mean difference of log-probabilities of the 20 tokens that are
+most likely in our engine. If mlx-lm differs from float32 as much as our engine differs from mlx-lm,
+rounding decides the tokens, and equal tokens mean little. Prints a JSON object.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def logprobs_alone(model: Any, prompts: list[list[int]]) -> list[mx.array]:
 
 
 def ours(engine: Engine, prompts: list[list[int]]) -> list[TokenLogprob]:
-    """Return the token after each prompt, all at once."""
+    """Return the token after each prompt, with all prompts in one batch."""
     found: list[TokenLogprob] = []
     for [event] in engine.generate(prompts, PARAMS):
         assert event.logprobs is not None

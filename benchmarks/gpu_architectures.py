@@ -1,16 +1,16 @@
-"""Architectures other than Llama's on a GPU: our engine against BatchGenerator, 64 at once.
+"""Compare our engine with BatchGenerator on a GPU, for architectures other than Llama's.
 
     python benchmarks/gpu_architectures.py [--peer-only] [NAME ...]
 
-Whether MLX uses CUDA graphs is the engine's choice for the first of them (`cuda_graphs`), so the
-recurrent ones want processes of their own. It holds for the peer as well, unless
-MLX_USE_CUDA_GRAPHS says otherwise: for the peer with MLX's own choice, set it to 1.
+The engine decides for the first model whether MLX uses CUDA graphs (`cuda_graphs`), so run
+recurrent models in separate processes. The decision also applies to BatchGenerator, unless
+MLX_USE_CUDA_GRAPHS is set: set it to 1 to run BatchGenerator with MLX's default.
 
-Random bfloat16 weights of small models of each kind. 128 requests of load M's lengths (prompts of
-64-1024 tokens, answers of 32-256), 64 at once; one round of each warms up, then one of each counts.
-Prints a JSON object a model, and two on the way. `first_tokens_equal` is the share of 32 prompts
-after which ours chooses the token that a plain forward pass does: near 1, as some choices are close
-in bfloat16.
+The models are small and have random bfloat16 weights. 128 requests have the lengths of load M
+(prompts of 64-1024 tokens, responses of 32-256), 64 of them concurrently; one round warms up, and
+the next one counts. Prints a JSON object for each model, and two intermediate ones.
+`first_tokens_equal` is the share of 32 prompts after which the engine chooses the same token as a
+plain forward pass: near 1, since some tokens are almost equally likely in bfloat16.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Silent:
-    """A tokenizer for random weights, whose text nobody reads."""
+    """A tokenizer without text, for random weights."""
 
     eos_token_ids: frozenset[int] = frozenset()
     special_token_ids: frozenset[int] = frozenset()
@@ -162,7 +162,7 @@ def make_model(name: str) -> Any:
 
 
 def cast(parameters: Any, dtype: mx.Dtype) -> Any:
-    """Return parameters with those that are floating in `dtype`."""
+    """Return the parameters, with floating-point ones converted to `dtype`."""
     return tree_map(
         lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, parameters
     )
@@ -175,7 +175,7 @@ def make_engine(model: Any, name: str) -> Engine:
 
 
 def requests(seed: int, count: int = REQUESTS) -> list[tuple[list[int], int]]:
-    """Return prompts and lengths of answers."""
+    """Return prompts and lengths of responses."""
     draw = random.Random(seed)
     return [
         (
@@ -189,7 +189,7 @@ def requests(seed: int, count: int = REQUESTS) -> list[tuple[list[int], int]]:
 def ours(
     engine: Engine, work: list[tuple[list[int], int]], name: str
 ) -> tuple[float, dict[int, int]]:
-    """Return output tokens a second, AT_ONCE requests at once, and the first one of each."""
+    """Return output tokens per second with AT_ONCE concurrent requests, and all first tokens."""
     start, count = time.perf_counter(), 0
     first: dict[int, int] = {}
     waiting = list(enumerate(work))
@@ -209,7 +209,7 @@ def ours(
 
 
 def theirs(model: Any, work: list[tuple[list[int], int]]) -> float:
-    """Return output tokens a second of BatchGenerator."""
+    """Return output tokens per second of BatchGenerator."""
     generator = BatchGenerator(model, completion_batch_size=AT_ONCE, prefill_batch_size=8)
     start, count, done = time.perf_counter(), 0, 0
     for token_ids, length in work:
@@ -229,12 +229,12 @@ def alone(model: Any, work: list[tuple[list[int], int]]) -> list[int]:
 
 
 def measure(name: str, *, peer_only: bool) -> dict[str, Any]:
-    """Return both rates for one architecture, and how ours ran."""
+    """Return both rates for one architecture, and details of the run of our engine."""
     model = make_model(name)
     found: dict[str, Any] = {"architecture": name, "graphs": os.environ.get(cuda_graphs.GRAPHS)}
     peer = None
     try:
-        theirs(model, requests(8, AT_ONCE))  # warms up what it can
+        theirs(model, requests(8, AT_ONCE))  # warm-up
         peer = theirs(model, requests(7))
         found["BatchGenerator"] = round(peer)
     except RuntimeError as error:
@@ -272,7 +272,7 @@ def main() -> None:
     for name in args.names:
         try:
             found = measure(name, peer_only=args.peer_only)
-        except Exception as error:  # one that fails does not keep the others from being measured
+        except Exception as error:  # measure the other architectures
             found = {"architecture": name, "error": f"{type(error).__name__}: {error}"}
         print(json.dumps(found), flush=True)
 

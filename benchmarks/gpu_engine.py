@@ -1,12 +1,12 @@
-"""The engine on a GPU against mlx-lm, on random weights of Llama-3.2-1B's shape.
+"""Compare the engine with mlx-lm on a GPU, with random weights of Llama-3.2-1B's shape.
 
     python benchmarks/gpu_engine.py [--bits 4] [--workloads load-m-32 load-m-128 ...] [--no-peers]
 
-Prints one JSON object a measurement, and the ratios at the end: of medians of three, after one that
-warms up. The peer comes first, in a process of its own with MLX's own limits of what is handed over
-at once: with the engine's, which are set as it is imported, the peer is up to a fifth faster. Loads
-are closed loops: so many requests at once, the next when one ends. A burst is all of them at once,
-and its times to the first token count from there, for us and for the peer.
+Prints one JSON object for each measurement, and finally the ratios of medians of three runs after a
+warm-up. mlx-lm runs first, in a separate process with MLX's default limits of command buffers: with
+the limits that the engine sets on import, mlx-lm is up to a fifth faster. Loads are closed loops: a
+fixed number of concurrent requests, each replaced when it ends. In a burst, all requests are sent
+at the same time, and times to the first token count from then, for both systems.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "100", "MLX_MAX_MB_PER_BUFFER": "1000"}
 
 
 class Silent:
-    """A tokenizer for random weights, whose text nobody reads."""
+    """A tokenizer without text, for random weights."""
 
     eos_token_ids: frozenset[int] = frozenset()
     special_token_ids: frozenset[int] = frozenset()
@@ -95,7 +95,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def one_stream(engine: Engine, tokens: int = 512) -> float:
-    """Tokens a second of one stream, after the first token."""
+    """Return tokens per second of one stream, after the first token."""
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
     engine.add_request(f"one-{time.time()}", EngineRequest(prompt(128, 1), params))
     first, count = 0.0, 0
@@ -107,7 +107,7 @@ def one_stream(engine: Engine, tokens: int = 512) -> float:
 
 
 def one_stream_of_peer(model: llama.Model, tokens: int = 512) -> float:
-    """The same by mlx-lm's single-request path."""
+    """Return the same for mlx-lm's single-request path."""
     first = 0.0
     for token, _ in generate_step(mx.array(prompt(128, 1)), model, max_tokens=tokens):
         int(token)
@@ -135,13 +135,13 @@ def peer_workload(model: llama.Model, workload: Workload) -> dict[str, Any]:
     elapsed = time.perf_counter() - start
     generator.close()
     del generator
-    gc.collect()  # its caches are parts of cycles
+    gc.collect()  # its caches are in reference cycles
     mx.clear_cache()
     return {"workload": workload.name, "output_tokens": count, **_summary(elapsed, count, firsts)}
 
 
 def burst(engine: Engine, prompts: list[list[int]], max_tokens: list[int]) -> dict[str, Any]:
-    """Submit all requests at once; return throughput, times to the first token, and the tokens."""
+    """Submit all requests at once; return throughput, times to first token, and the tokens."""
     start = time.perf_counter()
     for index, (token_ids, length) in enumerate(zip(prompts, max_tokens, strict=True)):
         params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
@@ -170,7 +170,7 @@ def _summary(elapsed: float, count: int, firsts: dict[Any, float]) -> dict[str, 
 
 
 def shared_prefix(engine: Engine, rounds: int) -> None:
-    """64 requests at once: prompts of their own, and prompts with 1,024 tokens cached."""
+    """Measure 64 concurrent requests with distinct prompts, and with 1,024 cached tokens each."""
     lengths = [16] * 64
     found = []
     for again in range(1 + rounds):
@@ -188,7 +188,7 @@ def shared_prefix(engine: Engine, rounds: int) -> None:
 
 
 def entering_prompt(engine: Engine, rounds: int) -> None:
-    """32 streams decode; a prompt of 8,192 tokens enters: how long a token of theirs takes."""
+    """Measure the token latency of 32 streams while a prompt of 8,192 tokens enters."""
     found = []
     for again in range(1 + rounds):
         for i in range(32):
@@ -225,14 +225,14 @@ def entering_prompt(engine: Engine, rounds: int) -> None:
 
 
 def step_seconds(engine: Engine) -> tuple[float, set[str]]:
-    """Return how long a step takes, and the requests that it has news of."""
+    """Return the duration of a step, and the requests for which it has events."""
     start = time.perf_counter()
     events = engine.step()
     return time.perf_counter() - start, {event.request_id for event in events}
 
 
 def long_context(engine: Engine, model_bytes: int, tokens: int = 32768) -> None:
-    """8 streams of 32k tokens: a step's time against that of reading its bytes at 4.3 TB/s."""
+    """Compare a step of 8 streams of 32k tokens with reading its bytes at 4.3 TB/s."""
     params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
     for i in range(8):
         engine.add_request(f"far-{i}", EngineRequest(prompt(tokens, 60 + i), params))
@@ -267,14 +267,14 @@ def show(kind: str, values: Any) -> Any:
 
 
 def show_median(kind: str, found: list[dict[str, Any]], key: str) -> None:
-    """Show every round, and the median of the figure that counts."""
+    """Print every round, and the median of the main figure."""
     for one in found:
         show(kind, one)
     print(f"{kind}: {key} {statistics.median(one[key] for one in found)}", flush=True)
 
 
 def measure_peer(model: llama.Model, workloads: list[str], rounds: int) -> dict[str, float]:
-    """Return the peer's medians: tokens a second, and seconds to the first token."""
+    """Return the medians of mlx-lm: tokens per second, and seconds to the first token."""
     rates = [one_stream_of_peer(model) for _ in range(1 + rounds)][1:]
     found = {"one-stream": round(statistics.median(rates), 1)}
     show("generate_step", {"tokens_per_s": rates})
@@ -292,7 +292,7 @@ def measure_peer(model: llama.Model, workloads: list[str], rounds: int) -> dict[
 
 
 def peer_in_a_process(args: argparse.Namespace) -> dict[str, float]:
-    """Measure the peer with MLX's own limits; pass on what it prints."""
+    """Measure mlx-lm in a process with MLX's default limits, and print its output."""
     command = [sys.executable, __file__, "--peers-only", "--bits", str(args.bits)]
     command += ["--rounds", str(args.rounds), "--workloads", *args.workloads]
     environment = {**os.environ, **LIMITS}
@@ -344,7 +344,7 @@ def main() -> None:
     for index, name in enumerate(args.workloads):
         found = []
         for again in range(2 + args.rounds):
-            # Nothing that was said before may be in the prefix cache.
+            # The prefix cache must not contain the prompts of earlier rounds.
             workload = WORKLOADS[name]().in_other_words(10 * index + again)
             found.append(run_workload(engine, workload, temperature=args.temperature).to_json())
         for one in found[2:]:

@@ -1,11 +1,12 @@
-"""What of a step's time is the host's Python: measured without a GPU.
+"""Measure the Python share of the host's time for a step, without a GPU.
 
     PYTHONPATH=.:engine python benchmarks/host.py [--rounds 7] [--workloads load-m-32 load-m-128]
 
-The engine schedules, lays out and reads steps as it does on a GPU, with their buckets and tables;
-the model computes nothing, and vocabulary and KV cache are small. What is left is what Python does:
-the graphs of layers are not built, and nothing is launched but a choice of tokens. Prints a JSON
-object a workload: microseconds a step, the least of all rounds, as others may use the machine.
+The engine schedules, builds and reads steps as on a GPU, with the same buckets and tables, but the
+model computes nothing, and vocabulary and KV cache are small. Only Python remains: the graphs of
+layers are not built, and only the sampling of tokens is launched. Prints a JSON object for each
+workload with the microseconds per step, the minimum of all rounds, since the machine may have other
+work.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from modelpack_server.bench.engine_load import run_workload
 from modelpack_server.bench.workloads import WORKLOADS
 
 VOCABULARY, CONTEXT, DIM = 64, 2048, 64
-#: Tokens of load M are larger than the ids of so small a vocabulary; nothing looks at them.
+#: The token ids of load M exceed this small vocabulary, but nothing reads them.
 KNOWN = 1 << 20
 
 
 class NothingComputed:
-    """Stands for the graphs of compiled steps: logits that are there already."""
+    """Replaces the graphs of compiled steps by precomputed logits."""
 
     def __init__(self) -> None:
         self._logits: dict[int, mx.array] = {}
@@ -54,7 +55,7 @@ class NothingComputed:
 
 
 class HostEngine(Engine):
-    """An engine with a GPU's sizes, whose model computes nothing."""
+    """An engine with the sizes of a GPU, whose model computes nothing."""
 
     def _choose_sizes(
         self, layout: ModelLayout | None, context_length: int, draft_bytes: int
@@ -108,7 +109,7 @@ def make_engine(seqs: int) -> HostEngine:
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Return the least microseconds a step of so many rounds, and of its parts."""
+    """Return the minimum microseconds per step over all rounds, and those of its parts."""
     workload = WORKLOADS[name]()
     engine = make_engine(workload.concurrency or 1)
     least: dict[str, float] = {}

@@ -1,9 +1,9 @@
-"""The paged kernels on this GPU, against gathering and against attention over contiguous K and V.
+"""Compare the paged kernels on a GPU with gathering, and with attention over contiguous K and V.
 
-Prints one JSON object a line: `ms` is per call, `tb_s` what K and V (read once) amount to in that
-time. Calls are chained, each one's output being the next one's query, and rotate over pools that
-are larger together than the GPU's caches. Needs mlx and the engine's kernels only, ends within 90
-seconds, and reports a case that fails as such and goes on.
+Prints one JSON object per line: `ms` is the time of a call, `tb_s` the rate at which it reads K and
+V once. Calls are chained, with the output of each as the query of the next, and rotate over pools
+that together exceed the GPU's caches. Needs only mlx and the engine's kernels, ends within 90
+seconds, and reports failed cases and continues.
 
     PYTHONPATH=engine python benchmarks/kernels.py [--json FILE]
 """
@@ -39,7 +39,7 @@ from modelpack_engine.kernels.plan import (
 )
 
 BLOCK = 16
-#: Seconds after which nothing new is measured, and bytes of K and V to rotate over.
+#: Seconds after which no new measurement starts, and bytes of K and V to rotate over.
 DEADLINE = 75
 ROTATE_BYTES = 256 << 20
 STARTED = time.monotonic()
@@ -49,7 +49,7 @@ Call = Callable[[mx.array, int], mx.array]
 
 @dataclass(frozen=True)
 class Case:
-    """One decode: rows by context, as in vLLM's names: heads, KV heads, dim."""
+    """One decode step: token rows and their context, heads, KV heads and head size."""
 
     name: str
     rows: int
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def shape(self) -> AttentionShape:
-        """What is compiled into the kernel."""
+        """The parameters that are compiled into the kernel."""
         return AttentionShape(
             self.num_heads, self.num_kv_heads, self.dim, self.dim, self.extra_dim,
             latent=bool(self.extra_dim), window=self.window, sinks=self.sinks,
@@ -72,7 +72,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row: all the same, or from an eighth to all."""
+        """The context lengths of the rows: all equal, or from an eighth to the full length."""
         if not self.mixed:
             return [self.context] * self.rows
         low = self.context // 8
@@ -80,7 +80,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values that have to be read."""
+        """The bytes of keys and values to read."""
         tokens = sum(min(n, self.window or n) for n in self.lengths)
         per_token = self.dim + self.extra_dim if self.extra_dim else 2 * self.dim
         return tokens * self.num_kv_heads * per_token * 2
@@ -99,7 +99,7 @@ CASES = [
 
 
 class Pools:
-    """Pools and tables of a case, filled at random; `copies` of them, for as many layers."""
+    """Randomly filled pools and tables of a case; `copies` stands for the number of layers."""
 
     def __init__(self, case: Case) -> None:
         """Allocate and fill."""
@@ -129,7 +129,7 @@ class Pools:
 
 
 class Results:
-    """Lines that are printed as they come, and kept."""
+    """Prints result lines and keeps them."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -141,7 +141,7 @@ class Results:
         return line
 
     def measure(self, case: str, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Add what `work` finds, or how it fails; skip it when the time is up."""
+        """Add the result or the error of `work`; skip it when the time is up."""
         if time.monotonic() - STARTED > DEADLINE:
             return self.add(case=case, what=what, skipped="no time left")
         try:
@@ -151,7 +151,7 @@ class Results:
 
     @contextmanager
     def case(self, name: str) -> Iterator[None]:
-        """Report what fails in between, such as memory that is not there, and go on."""
+        """Report errors within the block, such as lack of memory, and continue."""
         try:
             yield
         except Exception as error:
@@ -160,7 +160,7 @@ class Results:
 
 
 def timed(call: Call, start: mx.array, calls: int) -> float:
-    """Return the milliseconds of one call: the median of five chains, after one to warm up."""
+    """Return the milliseconds of one call: the median of five chains after a warm-up."""
     found = []
     for _ in range(6):
         mx.synchronize()
@@ -174,14 +174,14 @@ def timed(call: Call, start: mx.array, calls: int) -> float:
 
 
 def decode_plan(case: Case, pools: Pools, **plan: Any) -> DecodePlan:
-    """Return the plan for a case, the engine's on this GPU but for `plan`."""
+    """Return the engine's plan for a case on this GPU, with the changes `plan`."""
     width, on = pools.tables.shape[1] * BLOCK, launch.backend()
     plan = {"simdgroups": simdgroups(on), "max_accumulators": accumulators(on), **plan}
     return plan_decode(case.shape, 2, case.rows, width, **plan)
 
 
 def decode_call(case: Case, pools: Pools, **plan: Any) -> Call:
-    """Return a call of the decode kernel, planned as by default but for `plan`."""
+    """Return a call of the decode kernel with the default plan and the changes `plan`."""
     made = decode_plan(case, pools, **plan)
 
     def call(q: mx.array, i: int) -> mx.array:
@@ -240,7 +240,7 @@ def native_call(case: Case) -> Call:
 
 
 def speed(call: Call, case: Case, start: mx.array) -> dict[str, Any]:
-    """Return milliseconds and terabytes a second of a call."""
+    """Return milliseconds and terabytes per second of a call."""
     began = time.perf_counter()
     mx.eval(call(start, 0))
     first = time.perf_counter() - began
@@ -254,7 +254,7 @@ def speed(call: Call, case: Case, start: mx.array) -> dict[str, Any]:
 
 
 def check(case: Case, pools: Pools) -> dict[str, Any]:
-    """Return the largest difference to the naive result, over up to four rows."""
+    """Return the largest difference from the naive result, over up to four token rows."""
     rows = min(4, case.rows)
     latent = case.dim if case.extra_dim else None
     more = None if pools.q_more is None else pools.q_more[:rows]
@@ -268,7 +268,7 @@ def check(case: Case, pools: Pools) -> dict[str, Any]:
 
 
 def attention(case: Case, results: Results) -> None:
-    """Measure ours and what it is compared with."""
+    """Measure our kernel and the two alternatives."""
     pools = Pools(case)
     plan = decode_plan(case, pools)
     measure = partial(results.measure, case.name)
@@ -308,7 +308,7 @@ def variants(case: Case, results: Results) -> None:
 
 
 def writes(results: Results) -> None:
-    """Measure writing a step's rows, in place and by MLX's scatter, into pools of 67 MB each."""
+    """Measure KV writes of a step, in place and with MLX's scatter, into pools of 67 MB each."""
     rows, heads, dim, slots_total = 128, 8, 64, 65536
     k = mx.random.normal((rows, heads, dim), mx.bfloat16)
     slots = mx.random.permutation(slots_total)[:rows].astype(mx.int32)
@@ -355,7 +355,7 @@ def writes(results: Results) -> None:
 
 
 def host(results: Results) -> None:
-    """Measure what a call costs the host: building the graph, without running it."""
+    """Measure the host's time for a call: building the graph without running it."""
     case = CASES[0]
     pools = Pools(case)
     k = mx.zeros((case.rows, case.num_kv_heads, case.dim), mx.bfloat16)

@@ -1,11 +1,11 @@
-"""What a quantised KV cache costs and gains, with SmolLM2-135M: prints a table.
+"""Measure the accuracy and the capacity of a quantised KV cache, with SmolLM2-135M.
 
     python benchmarks/kv_cache.py
 
-The model reads the texts of `passages.py`, token by token as they are (teacher-forced), over each
-type of cache: how often is its most likely next token the one it names over an unquantised cache,
-and how far are the distributions apart (Kullback-Leibler divergence, in nats)? Every token's keys
-and values are read back from the cache, its own included, as they are while text is generated.
+Prints a table. The model reads the texts of `passages.py` token by token (teacher-forced) with each
+type of cache. The table shows how often its most likely next token is the same as with an
+unquantised cache, and the Kullback-Leibler divergence of the distributions in nats. As during
+generation, the keys and values of each token are read from the cache, including its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CACHE_BYTES = 256 * 2**20
 
 
 def reading(token_ids: list[int]) -> StepBatch:
-    """Return a step that reads a text, all of its rows sampled."""
+    """Return a step that reads a text and samples after each of its tokens."""
     count = len(token_ids)
     table = tuple(range(1, 1 + -(-count // BLOCK_SIZE)))
     return StepBatch(
@@ -66,14 +66,14 @@ def read(loaded: LoadedModel, kind: KVCacheDtype, texts: list[list[int]]) -> lis
 
 
 def tokens_held(loaded: LoadedModel, kind: KVCacheDtype) -> int:
-    """Return how many tokens an engine's cache of `CACHE_BYTES` would hold."""
+    """Return the number of tokens that fit into a cache of `CACHE_BYTES`."""
     config = EngineConfig(kv_cache_bytes=CACHE_BYTES, max_num_seqs=4096)
     layout = with_cache_type(find_layout(loaded.model), kind)
     return (choose_sizes(layout, loaded.context_length, config).num_blocks - 1) * BLOCK_SIZE
 
 
 def figures(wanted: list[mx.array], found: list[mx.array], texts: list[list[int]]) -> list[str]:
-    """Return agreement, mean and highest divergence, and perplexity, as words."""
+    """Return agreement, mean and maximum divergence, and perplexity, as text."""
     same: list[float] = []
     divergence: list[float] = []
     loss: list[float] = []
@@ -93,7 +93,7 @@ def _floats(array: mx.array) -> Any:
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure all types and print the table."""
     mx.set_default_device(mx.cpu)
     loaded = load(ModelFiles.from_directory(smollm2_gguf()), device="cpu")
     texts = [loaded.tokenizer.encode(text) for text in PASSAGES.values()]

@@ -1,12 +1,12 @@
-"""Restoring an offloaded prefix against computing it again: SmolLM2-135M on this machine's CPU.
+"""Compare restoring an offloaded prefix with computing it again, with SmolLM2-135M on a CPU.
 
     python benchmarks/kv_offload.py [--tokens 2048] [--rounds 3]
 
-A request asks for one token after `--tokens` of prompt and 16 more, by an engine whose KV cache has
-room for one such prompt. Between two of them another prompt takes that room. Nothing is cached for
-the first; the others get their prefix from host memory, from files that the system has in memory,
-and, by an engine that has just started, from files that it has to read. The time is from the
-request to its token, and the token has to be the same.
+Each request generates one token after a prompt of `--tokens` and 16 more tokens. The KV cache of
+the engine has room for one such prompt, and another prompt between two requests evicts it. For the
+first request, nothing is cached. The others restore their prefix from host memory, from files in
+the page cache, and, in a newly started engine, from files on disk. The time is from the request to
+its token, and the token must be the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def forget(directory: Path) -> None:
-    """Have the system drop what it holds of the files."""
+    """Drop the files from the page cache."""
     for path in directory.rglob("*.kv"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -41,7 +41,7 @@ def forget(directory: Path) -> None:
 
 
 class Bench:
-    """Engines of the same weights, one after the other, over one directory."""
+    """Runs engines with the same weights and the same directory, one after the other."""
 
     def __init__(self, tokens: int, directory: Path) -> None:
         from modelpack.testing.weights import smollm2_gguf
@@ -68,7 +68,7 @@ class Bench:
         return Engine(self.loaded, config, model_id="smollm2-135m")
 
     def ask(self, engine, token_ids: list[int]) -> tuple[float, int, int]:  # type: ignore[no-untyped-def]
-        """Return seconds to the first token, that token, and how many tokens were cached."""
+        """Return the seconds to the first token, the token, and the number of cached tokens."""
         from modelpack_engine.request import SamplingParams
 
         begin = time.perf_counter()
@@ -77,7 +77,7 @@ class Bench:
         return seconds, events[0].token_ids[0], events[-1].usage.cached_tokens
 
     def round(self) -> dict[str, float]:
-        """Return the seconds of each way to the same token."""
+        """Return the seconds for each source of the prefix."""
         tokens = len(self.prompt) - TAIL
         other = prompt(len(self.prompt), 2)
         times: dict[str, float] = {}

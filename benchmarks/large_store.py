@@ -1,4 +1,4 @@
-"""`list`, `resolve` and `gc --dry-run` with 10,000 tags and 100,000 blobs, and with fewer."""
+"""Measure `list`, `resolve` and `gc --dry-run` with up to 10,000 tags and 100,000 blobs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from modelpack.artifacts.json_document import encode
 from modelpack.artifacts.manifest import Manifest
 
 TAGS = 10_000
-LAYERS = 8  # with config and manifest: 10 blobs to a tag
+LAYERS = 8  # 10 blobs for each tag, with config and manifest
 
 
 def fill(root: Path, tags: int) -> None:
-    """Make a store of `tags` models that share nothing, of a few bytes a blob."""
+    """Create a store of `tags` models that share no blobs; blobs have a few bytes."""
     blobs = modelpack.Store(root).root / "blobs" / "sha256"
     entries = []
     for number in range(tags):
@@ -51,7 +51,7 @@ def fill(root: Path, tags: int) -> None:
 
 
 def name_of(number: int) -> str:
-    """The name of one of the models."""
+    """Return the name of one of the models."""
     return f"registry.example/team-{number % 100}/model-{number}:v1"
 
 
@@ -64,7 +64,7 @@ def _blob(
 
 
 def median(store: Path, runs: int, *arguments: str) -> Run:
-    """Return the median of whole commands after a warm-up, by wall and by processor time."""
+    """Return the median wall time and processor time of a whole command, after a warm-up."""
     command = [MODELPACK, *arguments]
     environment = {"MODELPACK_STORE": str(store)}
     measure(command, environment)

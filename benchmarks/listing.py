@@ -1,4 +1,4 @@
-"""`modelpack list` over 1,000 models against the same over 10."""
+"""Compare `modelpack list` with 1,000 models and with 10 models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole-process timing, pair by pair, with the kernel's own accounting of each child."""
+"""Time whole processes in alternating pairs, with the kernel's accounting of each process."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Run:
 
 
 def measure(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Run:
-    """Run `command` to its end; fail loudly if it fails.
+    """Run `command` and return its figures; raise an error if it fails.
 
-    Python keeps its bytecode, as it does for an installed package, whatever is set here.
+    Python writes bytecode, as for an installed package, whatever the environment says.
     """
     environment = {**os.environ, **(env or {})}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -56,7 +56,7 @@ def compare(
     runs: int,
     goal: float,
 ) -> None:
-    """Run both in turn after a warm-up of each; print the median of the ratios pair by pair."""
+    """Run both alternately after a warm-up; print the median of the ratios of all pairs."""
     compare_all(label, ours, {"peer": theirs}, runs=runs, goal=goal)
 
 
@@ -68,7 +68,7 @@ def compare_all(
     runs: int,
     goal: float,
 ) -> None:
-    """Run ours and all `peers` in turn after a warm-up of each; print what `compare` does."""
+    """Run ours and all `peers` alternately after a warm-up; print the ratios as `compare` does."""
     ours()
     for peer in peers.values():
         peer()
@@ -108,7 +108,7 @@ def weights(path: Path, size: int) -> Path:
 
 
 def warm(*paths: Path) -> None:
-    """Read the files once, so that they are in the page cache."""
+    """Read the files once, to bring them into the page cache."""
     for path in paths:
         with path.open("rb") as stream:
             while stream.read(16 * 1024**2):
@@ -116,7 +116,7 @@ def warm(*paths: Path) -> None:
 
 
 def print_machine(*versions: Sequence[str]) -> None:
-    """Print what the figures were measured on; `versions` are commands that print a version."""
+    """Print the description of the machine and the output of the commands `versions`."""
     model = "unknown processor"
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,9 +1,9 @@
-"""What serving SmolLM2-135M (Q4_1 GGUF, 98 MB) takes on this machine's CPU: time, memory, disk.
+"""Measure time, memory and disk for serving SmolLM2-135M (Q4_1 GGUF, 98 MB) on a CPU.
 
     python benchmarks/memory.py
 
-Processor seconds to the first token, imports included, and resident memory (Linux) after each
-stage. One process, nothing in parallel: run it on a machine with nothing else to do.
+Prints processor seconds to the first token, including imports, and resident memory (Linux) after
+each stage. Uses one process without parallel work: run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MEBIBYTE = 1 << 20
 
 
 def report(stage: str) -> None:
-    """Print what the process has used until now."""
+    """Print the processor time and memory of the process so far."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     now = int(status["VmRSS"].split()[0]) // 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -1,9 +1,9 @@
-"""A registry that keeps nothing: what the load generator and this machine's loopback can do.
+"""A registry that stores nothing, to measure the limits of the load generator and of loopback.
 
     null_registry.py FILE
 
-Prints its address. What is pushed is dropped by the kernel (Linux's MSG_TRUNC), what is pulled is
-FILE, sent by the kernel. One thread for each connection.
+Prints its address. The kernel drops pushed bytes (Linux's MSG_TRUNC) and sends FILE for each pull.
+Each connection has a thread.
 """
 
 from __future__ import annotations

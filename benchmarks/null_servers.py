@@ -1,19 +1,18 @@
-"""Servers whose models cost nothing: all get the same tokens at the same times.
+"""Servers whose models take no time: every stream gets the same tokens at the same times.
 
     null_servers.py ours|protected|mlx-lm|mlx-lm-front|vllm-mlx STREAMS TOKENS TICK_MS
 
-Serves on a free port, prints it, waits until STREAMS requests have come, gives each a token every
-TICK_MS, TOKENS times, and prints the microseconds of processor time that the process took for each
-token, from before the first token to half a second after the last.
+Serves on a free port and prints it. After STREAMS requests have arrived, each of them gets a token
+every TICK_MS, TOKENS times. Then prints the processor time of the process for each token in
+microseconds, measured from before the first token to half a second after the last.
 
-The cut is the same for both: what schedules and computes is replaced, what turns token ids into
-bytes on sockets is not. Ours is the whole application as `modelpack serve` runs it, with its
-`AsyncEngine`, detokenizer and meters, over an `Engine` that only waits; `protected` has the gateway
-before it, as it always has there. mlx-lm's is its server, with its generation loop, detokenizer,
-queues and HTTP handler, over a `BatchGenerator` that only waits. `mlx-lm-front` goes beyond that:
-finished texts are put into its queues, so that its generation loop costs nothing either.
-`vllm-mlx` is that server's application over an engine whose finished texts come from a queue for
-each stream; its scheduler and detokenizer are not charged to it either.
+Scheduling and computation are replaced; everything that turns token ids into bytes on sockets is
+not. `ours` is the application of `modelpack serve` with its `AsyncEngine`, detokenizer and metrics,
+and an `Engine` that only waits; `protected` adds the gateway checks, which `modelpack serve` always
+has. `mlx-lm` is its server with its generation loop, detokenizer, queues and HTTP handler, and a
+`BatchGenerator` that only waits. `mlx-lm-front` also replaces the generation loop: finished texts
+are put into the server's queues. `vllm-mlx` is the application of that server with an engine that
+reads finished texts from a queue for each stream, so its scheduler and detokenizer do not count.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-#: The token that is given; no model's markup, and nothing that has to be escaped.
+#: The text of every token: neither markup of a model nor a character that needs escaping.
 TOKEN = 256
 PIECE = " word"
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 class Pace:
-    """When tokens are due, and what they took."""
+    """The schedule of tokens, and the measured processor time."""
 
     def __init__(self, streams: int, tokens: int, pause: float) -> None:
         self.streams = streams
@@ -44,9 +43,9 @@ class Pace:
         self._given = 0
 
     def next(self) -> bool:
-        """Return when a token is due; whether it is the last."""
+        """Return at the time of the next token; the result says whether it is the last one."""
         if self._given == 0:
-            time.sleep(0.5)  # all answers have begun
+            time.sleep(0.5)  # all responses have started
             self._began = time.process_time()
             self._due = time.monotonic()
         time.sleep(max(0.0, self._due - time.monotonic()))
@@ -62,7 +61,7 @@ class Pace:
 
 
 def write_tokenizer(directory: Path) -> Path:
-    """Write a tokenizer of bytes and PIECE, as both load it."""
+    """Write a tokenizer of bytes and PIECE that all servers can load."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -173,7 +172,7 @@ def serve_mlx_lm(pace: Pace, directory: Path, *, front: bool) -> None:
     from mlx_lm.generate import GenerationBatch
 
     class NullBatches:
-        """Gives what `mlx_lm.generate.BatchGenerator` gives, out of nothing."""
+        """Returns the results of `mlx_lm.generate.BatchGenerator` without computing anything."""
 
         prompt_cache_nbytes = 0
 
@@ -226,7 +225,7 @@ def serve_mlx_lm(pace: Pace, directory: Path, *, front: bool) -> None:
                 queue.put(None)
 
     class Http(server.ThreadingHTTPServer):  # type: ignore[misc,name-defined]
-        request_queue_size = 128  # its own 5 makes 64 clients wait for seconds to connect
+        request_queue_size = 128  # with the default of 5, 64 clients wait for seconds to connect
 
         def server_activate(self) -> None:
             super().server_activate()

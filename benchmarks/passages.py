@@ -1,4 +1,4 @@
-"""Texts to be read by a model: prose, a conversation and a program, a few hundred tokens in all."""
+"""Texts for a model to read: prose, a conversation and a program, a few hundred tokens in all."""
 
 from __future__ import annotations
 

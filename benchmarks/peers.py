@@ -1,4 +1,4 @@
-"""The peers of the transfer benchmarks: the oras CLI, built by Go, and an OCI layout's digest."""
+"""Helpers of the transfer benchmarks: build the oras CLI, and read the digest of an OCI layout."""
 
 from __future__ import annotations
 

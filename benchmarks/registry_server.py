@@ -1,11 +1,11 @@
-"""The embedded registry against docker-registry 2.8.2: blobs over loopback, one client and eight.
+"""Compare the embedded registry with docker-registry 2.8.2 over loopback, with 1 and 8 clients.
 
-Both servers and the clients share one machine, and the runs go in turn. The clients are threads
-here: a push is POST and one PUT whose body the kernel sends from a warm file, a pull is read into
-one buffer and dropped, so that little but the server is measured. A third server, which keeps
-nothing (`null_registry.py`), shows what these clients could do. Both registries hash what is pushed
-and flush it to the disk before they answer. Last, the memory of the embedded registry while eight
-clients push a GiB each. `--only push`, `pulls` or `memory` does that part alone.
+Both servers and the clients share one machine, and runs alternate. The clients are threads of this
+process and do little work: a push is a POST and one PUT whose body the kernel sends from a warm
+file, and a pull is read into one buffer and dropped. A third server, which stores nothing
+(`null_registry.py`), shows the limit of these clients. Both registries hash pushed blobs and flush
+them to disk before they respond. Finally, the memory of the embedded registry is measured while
+eight clients push a GiB each. `--only push`, `pulls` or `memory` runs that part alone.
 
     python benchmarks/registry_server.py [--rounds N] [--mib SIZE] [--memory-mib SIZE] [--only PART]
 """
@@ -43,7 +43,7 @@ REPOSITORY = "/v2/bench/m/blobs"
 
 
 class Source:
-    """Any number of blobs of `size` bytes: one file's bytes, each with another end."""
+    """Generates distinct blobs of `size` bytes: the bytes of one file with different last bytes."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.file = random_file(path, size).open("rb")
@@ -57,7 +57,7 @@ class Source:
         self._count = 0
 
     def blob(self) -> tuple[str, bytes]:
-        """Return the digest of the next blob, and how it ends."""
+        """Return the digest and the last bytes of the next blob."""
         self._count += 1
         tail = self._count.to_bytes(TAIL, "big")
         hasher = self._shared.copy()
@@ -67,7 +67,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running registry; `clean` removes every blob that it has."""
+    """A running registry; `clean` removes all its blobs."""
 
     host: str
     pid: int
@@ -114,12 +114,12 @@ class Server:
                 left -= count
 
     def cpu(self) -> float:
-        """Return the processor seconds that the server took so far."""
+        """Return the processor seconds of the server so far."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
     def peak(self) -> int:
-        """Return the most resident bytes that the server had so far."""
+        """Return the peak resident bytes of the server so far."""
         [line] = [
             line
             for line in Path(f"/proc/{self.pid}/status").read_text().splitlines()
@@ -138,7 +138,7 @@ def answered(connection: HTTPConnection, status: int) -> HTTPResponse:
 
 @contextmanager
 def embedded(root: Path) -> Iterator[Server]:
-    """Run `modelpack registry serve` over `root`."""
+    """Run `modelpack registry serve` with the store `root`."""
     command = [MODELPACK, "registry", "serve", "--root", root, "--addr", "127.0.0.1:0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -163,14 +163,14 @@ def embedded(root: Path) -> Iterator[Server]:
 
 @contextmanager
 def peer(root: Path) -> Iterator[Server]:
-    """Run docker-registry over `root`."""
+    """Run docker-registry with the directory `root`."""
     with docker_registry(root) as host:
         yield Server(host, listener(root), lambda: shutil.rmtree(root / "data"))
 
 
 @contextmanager
 def nothing(file: Path) -> Iterator[Server]:
-    """Run the server that keeps nothing; it serves `file`."""
+    """Run the server that stores nothing and serves `file`."""
     command = [sys.executable, Path(__file__).with_name("null_registry.py"), file]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -182,7 +182,7 @@ def nothing(file: Path) -> Iterator[Server]:
 
 
 def listener(root: Path) -> int:
-    """Return the process of the docker-registry that was started here, over `root`."""
+    """Return the process of the docker-registry that this script started for `root`."""
     config = str(root / "config.yml").encode()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -195,14 +195,14 @@ def listener(root: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Seconds: on the clock, and of the server's processors."""
+    """Wall seconds, and processor seconds of the server."""
 
     wall: float
     cpu: float
 
 
 def timed(server: Server, calls: list[Callable[[], None]]) -> Taken:
-    """Return what the calls took, made at once from as many threads."""
+    """Return the time of the calls, made in parallel by one thread each."""
     with ThreadPoolExecutor(len(calls)) as executor:
         cpu, began = server.cpu(), time.perf_counter()
         for future in [executor.submit(call) for call in calls]:
@@ -211,7 +211,7 @@ def timed(server: Server, calls: list[Callable[[], None]]) -> Taken:
 
 
 def push(server: Server, source: Source, clients: int) -> Taken:
-    """Push a new blob from each client; remove them all."""
+    """Push a new blob from each client, then remove all blobs."""
     blobs = [source.blob() for _ in range(clients)]
     taken = timed(server, [lambda b=blob: server.push(source, *b) for blob in blobs])  # type: ignore[misc]
     server.clean()
@@ -225,9 +225,9 @@ def pull(server: Server, digest: str, size: int, clients: int) -> Taken:
 
 def compare(label: str, rounds: int, goal: float, act: Callable[[Server], Taken],
             ours: Server, theirs: Server, null: Server) -> None:  # fmt: skip
-    """Do it to all in turn after a warm-up; print how many times faster ours is, pair by pair.
+    """Run all servers in turn after a warm-up; print the ratios to ours for each round.
 
-    Who is first changes from round to round.
+    The order of the servers changes from round to round.
     """
     servers = (ours, theirs, null)
     for server in servers:
@@ -278,7 +278,7 @@ def compare_all(root: Path, options: argparse.Namespace) -> None:
 
 
 def measure_memory(root: Path, mib: int) -> None:
-    """Print the most memory of the embedded registry while it takes eight large blobs."""
+    """Print the peak memory of the embedded registry while it receives eight large blobs."""
     large = Source(root / "large", mib * MIB)
     with embedded(root / "memory") as server:
         before = server.peak()

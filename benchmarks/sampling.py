@@ -1,9 +1,9 @@
-"""The kernel that draws tokens against MLX's functions, on a GPU.
+"""Compare the sampling kernel with MLX's functions on a GPU.
 
     python benchmarks/sampling.py [--vocabulary 128256]
 
-Logits in bfloat16. Prints a line for each number of rows and each way to choose: milliseconds of a
-call among 16 that are evaluated together, medians of five times that, in turn.
+Logits are bfloat16. Prints a line for each number of token rows and each sampling method with the
+milliseconds of a call, as the median of five evaluations of 16 calls each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Way = Callable[[mx.array, Draws, sampler.Keys, Staging], mx.array]
 
 
 def milliseconds(way: Way, logits: mx.array, draws: Draws, keys: sampler.Keys) -> float:
-    """Return the time of a call among several that are computed one after the other."""
+    """Return the mean time of several calls that are evaluated in sequence."""
     staging = Staging()
     start = time.perf_counter()
     mx.eval([way(logits, draws, keys, staging) for _ in range(CALLS)])
@@ -41,7 +41,7 @@ def milliseconds(way: Way, logits: mx.array, draws: Draws, keys: sampler.Keys) -
 
 
 def compare(name: str, params: SamplingParams, rows: int, vocab_size: int) -> None:
-    """Measure both ways in turn, after one time each to warm up; print what was found."""
+    """Measure both alternately after a warm-up, and print the result."""
     logits = (mx.random.normal((rows, vocab_size), key=mx.random.key(1)) * 3).astype(mx.bfloat16)
     draws = plan_draws([Entry(params, seed, None, ()) for seed in range(rows)], rows, vocab_size)
     assert draws is not None, "all rows are drawn"

@@ -1,11 +1,11 @@
-"""The order in which prompts that wait begin: shortest first against first come, first served.
+"""Compare scheduling policies for waiting prompts: shortest first, and first come, first served.
 
     python benchmarks/scheduling.py [--rounds 3]
 
-SmolLM2-135M (float32, dense) on a CPU, four requests at a time, each policy in turn. Lengths are an
-eighth of load M's: prompts of 8 to 128 tokens, answers of 4 to 32. `burst`: 32 requests at once.
-`stream`: 48 arrive at random, nearly as fast as they are served, and every sixteenth prompt has 512
-tokens. Prints the medians of the rounds.
+Runs SmolLM2-135M (float32, dense) on a CPU with four requests at a time, alternating the policies.
+Lengths are an eighth of load M's: prompts of 8 to 128 tokens, responses of 4 to 32. `burst`: 32
+requests arrive at once. `stream`: 48 requests arrive at random, nearly at the rate of the server,
+and every sixteenth prompt has 512 tokens. Prints the medians of the rounds.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PER_SECOND = 1.8
 
 
 def burst() -> Workload:
-    """All at once."""
+    """Return 32 requests that arrive at once."""
     lengths = random.Random(7)
     pairs = [(lengths.randint(8, 128), lengths.randint(4, 32)) for _ in range(BURST)]
     return single_turns("burst", pairs)
 
 
 def stream() -> Workload:
-    """One after the other, a few of them long."""
+    """Return 48 requests that arrive at random, a few of them long."""
     lengths, now, sessions = random.Random(11), 0.0, []
     pairs = [
         (LONG if i % EVERY == EVERY // 2 else lengths.randint(8, 128), lengths.randint(4, 32))
@@ -54,7 +54,7 @@ def served(loaded: LoadedModel, workload: Workload, policy: SchedulingPolicy) ->
         device="cpu",
         max_num_seqs=AT_ONCE,
         max_model_len=workload.longest + 1,
-        enable_prefix_caching=False,  # or the second policy would find what the first computed
+        enable_prefix_caching=False,  # the policies must not share a cache
         scheduling_policy=policy,
     )
     return run_workload(Engine(loaded, config), workload)

@@ -1,8 +1,8 @@
-"""What a server adds to each streamed token in processor time, beside other servers on MLX.
+"""Measure the processor time of servers for each streamed token, for ours and others on MLX.
 
-64 clients stream from servers whose models cost nothing (`null_servers.py`), in turn, for some
-rounds. MODELPACK_VLLM_MLX_PYTHON names a Python that has vllm-mlx, which needs an older mlx-lm than
-ours; without it that server is left out. Only the processor time of the server's process counts.
+64 clients stream from servers whose models take no time (`null_servers.py`), one server after the
+other, for several rounds. MODELPACK_VLLM_MLX_PYTHON is a Python with vllm-mlx, which needs an older
+mlx-lm; without it, that server is skipped. Only the processor time of the server's process counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SERVERS = Path(__file__).with_name("null_servers.py")
 
 
 async def listen(port: int) -> tuple[int, int]:
-    """Stream to the end; return how many events with text came, and how many tokens they held."""
+    """Read a stream to its end; return the numbers of events with text and of tokens."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = {"model": "m", "stream": True, "max_tokens": 1000,
             "messages": [{"role": "user", "content": "x"}]}  # fmt: skip
@@ -56,7 +56,7 @@ async def listen_all(port: int) -> tuple[int, int]:
 
 
 def measure(kind: str) -> float:
-    """Return microseconds of processor time for each token."""
+    """Return the processor time for each token in microseconds."""
     arguments = [str(number) for number in (STREAMS, TOKENS, TICK_MS)]
     with subprocess.Popen(
         [PYTHONS[kind], SERVERS, kind, *arguments],
@@ -70,7 +70,7 @@ def measure(kind: str) -> float:
             server.kill()
     if words != STREAMS * TOKENS:
         sys.exit(f"{kind}: {words} tokens came instead of {STREAMS * TOKENS}")
-    # What comes late comes together, and costs less: an event is what is held against each other.
+    # Late tokens share an event, which takes less time, so the comparison is by event.
     taken *= words / events
     print(f"  {kind}: {taken:.0f} us an event, {events / words:.2f} events a token", flush=True)
     return taken

@@ -1,8 +1,8 @@
-"""A slow, long link: a TCP proxy that gives every connection a rate and a delay of its own.
+"""A TCP proxy that simulates a slow link: a rate and a delay for each connection.
 
-Linux would do this in a network namespace with netem; where the kernel has no netem, this does. A
-byte goes on when it has been here for half of the round trip and the bytes before it have had their
-time at the rate. A new connection waits for one round trip first, as a handshake would.
+It replaces netem of Linux on kernels without it. A byte is forwarded after half of the round-trip
+time, and after the earlier bytes at the given rate. A new connection first waits for one round
+trip, like a handshake.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _SIZE = 16 * 1024
 
 
 class ShapedLink:
-    """The proxy, in a thread; `downloaded` counts the bytes that went to clients."""
+    """The proxy, in a thread; `downloaded` counts the bytes sent to clients."""
 
     def __init__(self, upstream: str, *, round_trip: float, bytes_per_second: float) -> None:
-        """Seconds; the rate is for each direction of each connection."""
+        """Times are in seconds; the rate applies to each direction of each connection."""
         host, _, port = upstream.rpartition(":")
         self._upstream = host, int(port)
         self._round_trip = round_trip
@@ -32,7 +32,7 @@ class ShapedLink:
 
     @property
     def host(self) -> str:
-        """`host:port` to connect to."""
+        """The address to connect to, as `host:port`."""
         return f"127.0.0.1:{self._port}"
 
     def __enter__(self) -> ShapedLink:
@@ -66,7 +66,7 @@ class ShapedLink:
     async def _pass(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool
     ) -> None:
-        # As much as the link holds, and a little for the queue before it.
+        # The capacity of the link, and a small queue before it.
         held = int(self._rate * self._round_trip / _SIZE) + 4
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(held)
         receiving = asyncio.create_task(self._receive(reader, queue))

@@ -1,4 +1,4 @@
-"""Pulls over a link of 20 ms and 200 Mbit/s for each connection: against skopeo, and resumed.
+"""Measure pulls over a link of 20 ms and 200 Mbit/s per connection: with skopeo, and resumed.
 
 python benchmarks/slow_link.py [ROUNDS]
 """
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def compare_once(source: str, root: Path) -> None:
-    """Pull by one connection, by four and by skopeo."""
+    """Pull with one connection, with four connections and with skopeo."""
     one = pull(source, root, "--connections", "1")
     ours = pull(source, root)
     shutil.rmtree(root / "skopeo", ignore_errors=True)
@@ -73,7 +73,7 @@ def pull(source: str, root: Path, *options: str) -> Run:
 
 
 def resume(link: ShapedLink, source: str, root: Path) -> None:
-    """Kill a pull when 60 % is there, and count what the next one fetches."""
+    """Kill a pull at 60 %, and count the bytes that the next pull fetches."""
     store = root / "resumed"
     env = {"MODELPACK_STORE": str(store)}
     process = subprocess.Popen([MODELPACK, "pull", "-q", source], env={**os.environ, **env})
@@ -93,7 +93,7 @@ def resume(link: ShapedLink, source: str, root: Path) -> None:
 
 
 def present(store: Path) -> int:
-    """Return the bytes that the journal of the download names."""
+    """Return the number of bytes that the journal of the download lists."""
     for journal in store.glob("ingest/*.json"):
         try:
             ranges = json.loads(journal.read_bytes()).get("present", [])

@@ -1,13 +1,13 @@
-"""Speculative decoding on this machine's CPU, with SmolLM2-135M: with it and without it, in turn.
+"""Measure speculative decoding on a CPU with SmolLM2-135M, alternating with plain decoding.
 
     python benchmarks/speculation.py                            the tables
     python benchmarks/speculation.py --streams 1 2 --rounds 1   some of it
 
-`copy` continues a file of Python that the prompt holds, as an edit of it would; `story` repeats
-only itself. As many streams as are asked for run at once, each with a file of its own. Times
-are the processor's, of all threads, which other work on the machine disturbs least; they are of
-decoding, prompts left out. `draft` is the model itself as its own draft model: no gain can come
-of that, but all of its guesses should be right, and it shows what drafting costs.
+`copy` continues a Python file in the prompt, like an edit of that file; `story` repeats only its
+own text. The streams run concurrently, each with a different file. Times are processor times of all
+threads, which other work on the machine affects least, and exclude prompts. `draft` uses the model
+as its own draft model: this cannot be faster, but all proposals should be accepted, and it shows
+the cost of drafting.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = Path(__file__).parent.parent / "engine" / "modelpack_engine"
-TOKENS = 64  # a stream
-SHOWN = 1200  # characters of a file that a prompt holds
+TOKENS = 64  # for each stream
+SHOWN = 1200  # characters of the file in a prompt
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a workload, how tokens are proposed, how many streams run."""
+    """A measurement: a workload, a method of speculation and a number of streams."""
 
     workload: str
     method: str | None
@@ -38,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Processor seconds a token, steps, and tokens proposed and right."""
+    """Processor seconds per token, steps, and proposed and accepted tokens."""
 
     seconds: float
     steps: int
@@ -56,7 +56,7 @@ def prompts(workload: str, streams: int) -> list[str]:
 
 
 def measure(loaded: Any, case: Case) -> Result:
-    """Run one case to its end."""
+    """Run one case and return its result."""
     from modelpack_engine.config import EngineConfig
     from modelpack_engine.engine import Engine
     from modelpack_engine.request import EngineRequest, SamplingParams
@@ -86,7 +86,7 @@ def measure(loaded: Any, case: Case) -> Result:
 
 
 def cases(streams: list[int]) -> Iterator[list[Case]]:
-    """Yield what is measured in turn, the case without speculation first."""
+    """Yield the cases to alternate, starting with the case without speculation."""
     for count in streams:
         plain = Case("copy", None, 0, count)
         yield [plain, *(Case("copy", "ngram", length, count) for length in (4, 8))]

@@ -1,4 +1,4 @@
-"""`modelpack --version` against a bare `import click` by the same Python."""
+"""Compare `modelpack --version` with a bare `import click` in the same Python."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""One model on one device and divided between several: prompts, and decoding of 64 streams.
+"""Compare one device with several tensor-parallel ones: prompts, and decoding of 64 streams.
 
     python benchmarks/tensor_parallel.py --ranks 2 [--bits 4] [--only N]
     python benchmarks/tensor_parallel.py --ranks 2 --shape tiny --device cpu   # to try the script
 
-Random weights of Llama-3.1-8B's shape. It starts its ranks itself (NCCL on GPUs, a ring on CPUs)
-and kills them after --deadline seconds a measurement. Prints JSON lines: for each number of ranks
-the time of one sum over the ranks, the bytes that rank 0 holds, and tokens a second of prompts and
-of decoding; then the ratios. Each is done twice and the second time counts.
+Uses random weights of Llama-3.1-8B's shape. The script starts its ranks (NCCL on GPUs, a ring on
+CPUs) and kills them after --deadline seconds for each measurement. Prints JSON lines: for each
+number of ranks, the time of one all-reduce, the memory of rank 0, and tokens per second of prompts
+and of decoding; then the ratios. Each measurement runs twice, and the second run counts.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 2048, "max_position_embeddings": 512,
     },
 }  # fmt: skip
-#: (prompts, their tokens) to be read; (streams, tokens before, tokens each) to be decoded.
+#: (prompts, tokens of each) to read; (streams, context tokens, new tokens of each) to decode.
 LOADS = {"8b": ((16, 2048), (64, 512, 192)), "tiny": ((4, 128), (8, 32, 24))}
 
 
 class Silent:
-    """A tokenizer for random weights, whose text nobody reads."""
+    """A tokenizer without text, for random weights."""
 
     eos_token_ids: frozenset[int] = frozenset()
     special_token_ids: frozenset[int] = frozenset()
@@ -75,11 +75,11 @@ def show(kind: str, **values: Any) -> None:
     print(json.dumps({"measured": kind, **values}), flush=True)
 
 
-# In a rank
+# The part that runs in each rank.
 
 
 def load(shape: str, bits: int, shard: Shard | None) -> LoadedModel:
-    """Return the model or this rank's part of it, the same weights on every rank."""
+    """Return the model or this rank's part of it, from the same random weights on all ranks."""
     config = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 5e5, **SHAPES[shape]}
     config["tie_word_embeddings"] = False
     mx.random.seed(0)
@@ -96,7 +96,7 @@ def load(shape: str, bits: int, shard: Shard | None) -> LoadedModel:
 
 
 def time_sums(shape: str, ranks: int, group: mx.distributed.Group | None) -> None:
-    """Measure what a layer waits for twice: the sum of its rows over all ranks. All ranks call."""
+    """Measure the all-reduce that a layer performs twice; all ranks must call this."""
     for rows in (64, 2048):
         x = mx.zeros((rows, SHAPES[shape]["hidden_size"]), mx.bfloat16)
         mx.eval(x)
@@ -117,7 +117,7 @@ def prompts(count: int, length: int, seed: int, vocabulary: int) -> list[list[in
 
 
 def run(engine: Engine, asked: list[list[int]], max_tokens: int) -> tuple[float, float, int]:
-    """Return the seconds until all have a first token, those after it, and the tokens of these."""
+    """Return the seconds until all first tokens, the seconds after that, and the later tokens."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
     for number, token_ids in enumerate(asked):
         engine.add_request(f"request-{number}", EngineRequest(token_ids, params))
@@ -159,7 +159,7 @@ def end(error: EngineError) -> None:
 
 
 def be_rank(args: argparse.Namespace) -> None:
-    """Measure as one of `args.ranks`; rank 0 writes what comes of it to `args.out`."""
+    """Measure as one of `args.ranks` ranks; rank 0 writes the result to `args.out`."""
     mx.set_default_device(mx.cpu if args.device == "cpu" else mx.gpu)
     context = SHAPES[args.shape]["max_position_embeddings"]
     config = EngineConfig(
@@ -197,7 +197,7 @@ def be_rank(args: argparse.Namespace) -> None:
         ranks.close()
 
 
-# What starts them
+# The part that starts the ranks.
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""Push and pull of 2 GiB through docker-registry, against skopeo and oras with the same artifact.
+"""Compare push and pull of 2 GiB through docker-registry with skopeo and oras.
 
-All verify what they pull; the registry and its files are the same for all. A push goes to a
-registry that has nothing of the model, from an OCI layout; a pull goes to an empty one. oras does
-not verify what it pushes, and none of the peers flushes what it pulled to the disk.
+All tools transfer the same artifact through the same registry and verify pulled blobs. A push goes
+from an OCI layout to a registry without blobs of the model; a pull goes to an empty layout. oras
+does not verify pushed blobs, and neither skopeo nor oras flushes pulled blobs to disk.
 
     python benchmarks/transfer.py [PAIRS]
 """

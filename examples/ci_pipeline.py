@@ -1,4 +1,4 @@
-"""A step of a CI pipeline: build the model twice, prove it reproducible, promote it by digest.
+"""A step of a CI pipeline: package a model, check that it is reproducible, promote it by digest.
 
 python examples/ci_pipeline.py DIRECTORY registry.example/staging/m:v1 registry.example/prod/m:v1
 """
@@ -21,7 +21,7 @@ def main(directory: Path, staging: str, production: str) -> None:
         made = modelpack.package(staging, request, push=True, store=store)
         assert made.digest == expected, "the same files gave two digests"
 
-    # The registry has it; nothing is kept here. Promote exactly these bytes.
+    # The store is deleted; the registry has the model. Promote exactly this digest.
     pinned = modelpack.Reference.parse(staging).with_digest(made.digest)
     copied = modelpack.copy(pinned, production)
     assert modelpack.inspect(production, from_registry=True).digest == made.digest

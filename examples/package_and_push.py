@@ -1,4 +1,4 @@
-"""Package a GGUF with its license and push it; say what happens meanwhile.
+"""Package a GGUF file with its licence and push it, with progress messages.
 
 python examples/package_and_push.py model.gguf LICENSE registry.example/team/model:v1
 """

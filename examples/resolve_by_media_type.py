@@ -1,4 +1,4 @@
-"""Find a model's files by media type, pulling it if need be: no copy of the weights is made.
+"""Find a model's files by media type without copying the weights; pull the model if needed.
 
 python examples/resolve_by_media_type.py registry.example/team/model:v1
 """

@@ -1,4 +1,4 @@
-"""Asks the model one question, by the address, the name and the key that Compose gives."""
+"""Send one prompt to the model, with the URL, model name and API key from Compose."""
 
 from __future__ import annotations
 

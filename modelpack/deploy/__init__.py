@@ -1,1 +1,1 @@
-"""Run models under Docker Compose, vLLM and Kubernetes; one module for each."""
+"""Run models under Docker Compose, vLLM and Kubernetes: a module for each of them."""

@@ -1,4 +1,4 @@
-"""Compose's provider protocol: what a `provider:` service says on its standard output.
+"""The provider protocol of Docker Compose: messages of a `provider:` service on stdout.
 
 Source: docker/compose v2.40.3, docs/extension.md and pkg/compose/plugins.go.
 """
@@ -17,27 +17,27 @@ from modelpack.deploy.local_server import LocalServer
 from modelpack.errors import ConflictError, UsageError
 from modelpack.registry.http_errors import shown
 
-#: What `metadata` says: the options that Compose takes from the file, and hands to `up`.
+#: The output of `metadata`: the options of a service that Compose passes to `up`.
 METADATA: dict[str, Any] = {
     "description": "Models served by modelpack",
     "up": {
         "parameters": [
             {
                 "name": "model",
-                "description": "A model, as `modelpack pull` takes it. May be a list.",
+                "description": "A model, in any form that `modelpack pull` accepts. May be a list.",
                 "required": True,
                 "type": "string",
             },
             {
                 "name": "context-size",
-                "description": "Longest context, in tokens; -1 is the model's own",
+                "description": "Maximum context length in tokens; -1: the model's own",
                 "required": False,
                 "type": "integer",
                 "default": "-1",
             },
             {
                 "name": "runtime-flags",
-                "description": "Flags as llama.cpp or vLLM have them: '--temp 0.7 --top-k 40'",
+                "description": "Flags of llama.cpp or vLLM: '--temp 0.7 --top-k 40'",
                 "required": False,
                 "type": "string",
             },
@@ -45,29 +45,29 @@ METADATA: dict[str, Any] = {
     },
     "down": {"parameters": []},
 }
-# Characters of a message, which Compose shows as it is.
-_LONGEST = 2000
+# The maximum length of a message in characters; Compose shows it unchanged.
+_MAX_LENGTH = 2000
 
 
 class ComposeMessages:
-    """Writes messages to Compose: one JSON object a line, of the types that it knows."""
+    """Writes messages to Compose, one JSON object per line."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
 
     def info(self, message: str) -> None:
-        """Show a line in Compose's progress."""
-        self._say("info", shown(message, _LONGEST))
+        """Show a message in the progress of Compose."""
+        self._send("info", shown(message, _MAX_LENGTH))
 
     def setenv(self, name: str, value: str) -> None:
-        """Set NAME, with the service's name before it, for the services that depend on it."""
-        self._say("setenv", f"{name}={value}")
+        """Set a variable for dependent services; Compose adds the service's name as a prefix."""
+        self._send("setenv", f"{name}={value}")
 
     def error(self, message: str) -> None:
-        """Have Compose stop with this message."""
-        self._say("error", shown(message, _LONGEST))
+        """Make Compose stop with this message."""
+        self._send("error", shown(message, _MAX_LENGTH))
 
-    def _say(self, kind: str, message: str) -> None:
+    def _send(self, kind: str, message: str) -> None:
         self._write(json.dumps({"type": kind, "message": message}))
 
 
@@ -79,10 +79,10 @@ def provide(
     context_size: int | None = None,
     runtime_flags: str = "",
 ) -> None:
-    """Do what `up` has to: have the server hold and set up `models`; say where they are.
+    """Pull and configure `models` in the server, and send Compose the variables of `up`.
 
-    Sets MODEL (their names, with commas between) and URL. `context_size` in tokens, None for each
-    model's own. Raises `UsageError` for flags that are none.
+    These are MODEL, the names separated by commas, and URL. `context_size` is in tokens (None: the
+    model's own). Raises `UsageError` for flags that cannot be parsed.
     """
     try:
         flags = shlex.split(runtime_flags)
@@ -100,7 +100,7 @@ def provide(
     messages.setenv("URL", server.endpoint)
 
 
-#: A plugin's name -> the function that runs it.
+#: Plugin name -> the function that runs the plugin.
 PLUGINS = {"docker-modelpack": "docker_modelpack", "docker-model": "docker_model"}
 _MARK = "# Written by `modelpack compose install`."
 
@@ -108,10 +108,10 @@ _MARK = "# Written by `modelpack compose install`."
 def install_plugins(
     names: Sequence[str], directory: Path | None = None, *, force: bool = False
 ) -> list[Path]:
-    """Write the plugins `names` and return their paths; None is Docker's directory for the user.
+    """Write the plugins `names` to `directory` and return their paths.
 
-    Raises `ConflictError` for a file there that is not ours, unless `force` is given; then nothing
-    is written.
+    The default directory is Docker's plugin directory of the user. If it contains a plugin of the
+    same name from another vendor, raises `ConflictError` and writes nothing, unless `force` is set.
     """
     directory = directory or _docker_config() / "cli-plugins"
     paths = [directory / name for name in names]
@@ -135,6 +135,6 @@ def _docker_config() -> Path:
 
 
 def _script(function: str) -> str:
-    # The interpreter by its path: Docker starts plugins with whatever PATH it was given.
+    # Use the full path of the interpreter, since the PATH of Docker may lack it.
     code = f"from modelpack.cli.docker_plugins import {function}; {function}()"
     return f'#!/bin/sh\n{_MARK}\nexec {shlex.quote(sys.executable)} -c "{code}" "$@"\n'

@@ -13,50 +13,50 @@ from modelpack.deploy.vllm import VllmSettings
 from modelpack.errors import UnsupportedError, UsageError
 
 GIB = 2**30
-#: Beside the weights: KV cache and activations, as a share of them; and a process, in bytes.
-_BESIDE = 0.2
+#: Memory in addition to the weights: KV cache and activations as a share of the weights, and the
+#: process in bytes.
+_CACHE_SHARE = 0.2
 _PROCESS = 2 * GIB
-#: Bytes a second at which weights are taken to come off a volume, and seconds for all else.
-_LOADING = 100 * 10**6
-_STARTING = 300
+#: The assumed rate of reading weights from a volume, in bytes per second, and the seconds for the
+#: rest of the start.
+_LOAD_RATE = 100 * 10**6
+_START_SECONDS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """`weights` in bytes; `memory` of a process that computes on a CPU, `host_memory` of one that
-    computes on GPUs, `disk` of a copy, in GiB; `start_seconds` until it answers, at the most.
-    """
+    """The resources that a server of a model needs; `weights` is in bytes, other sizes in GiB."""
 
     weights: int
 
     @property
     def memory(self) -> int:
-        """Weights, KV cache and the process."""
-        return _gib(self.weights * (1 + _BESIDE) + _PROCESS)
+        """Memory to run on a CPU: weights, KV cache and the process."""
+        return _gib(self.weights * (1 + _CACHE_SHARE) + _PROCESS)
 
     @property
     def host_memory(self) -> int:
-        """What loading takes: the files pass through the page cache, which counts as well."""
+        """Host memory to run on GPUs; loading fills the page cache, which counts towards limits."""
         return _gib(self.weights / 2 + 4 * _PROCESS)
 
     @property
     def disk(self) -> int:
-        """A copy, and room to write."""
+        """Disk for a copy of the model and some free space."""
         return _gib(self.weights * 1.05 + GIB)
 
     @property
     def start_seconds(self) -> int:
-        """Loading, compiling and warming up."""
-        return _STARTING + math.ceil(self.weights / _LOADING)
+        """The maximum time until the server responds: loading, compiling and warm-up."""
+        return _START_SECONDS + math.ceil(self.weights / _LOAD_RATE)
 
     def gpus(self, memory: int) -> int:
-        """How many GPUs of `memory` bytes it takes: a power of two, as heads divide by."""
-        needed = math.ceil(self.weights * (1 + _BESIDE) / (memory * 0.9))
+        """Return the number of GPUs of `memory` bytes, a power of two so that it divides heads."""
+        needed = math.ceil(self.weights * (1 + _CACHE_SHARE) / (memory * 0.9))
         return 1 << (needed - 1).bit_length() if needed > 1 else 1
 
 
 def demands_of(model: Model) -> Demands:
-    """Return what `model` asks for; raise `UnsupportedError` for one without weights."""
+    """Return the resources for `model`; raise `UnsupportedError` if it has no weights."""
     weights = sum(file.descriptor.size for file in model.files() if file.format)
     if not weights:
         raise UnsupportedError(f"{model.reference or model.short_id} has no weights to serve")
@@ -68,7 +68,7 @@ def _gib(size: float) -> int:
 
 
 Engine = Literal["vllm", "modelpack"]
-#: Where the volume with the model is mounted.
+#: The mount path of the volume with the model.
 _MOUNT = "/model"
 _SECRET = "/var/run/modelpack/docker"  # noqa: S105 - a directory
 _PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": 12434}
@@ -86,11 +86,11 @@ _LOCKED: dict[str, Any] = {
 class Workload:
     """A model, and how a cluster serves it.
 
-    `engine_image` runs it; `tool_image` has modelpack, and pulls it into the pod, unless
-    `model_image` is an OCI image with the model's files under /models, which is mounted.
-    `pull_secret` names a secret of type kubernetes.io/dockerconfigjson. `gpus` 0 is for a CPU;
-    `served_name` is what clients call the model; `hosts` are names by which they reach it besides
-    those of its Service.
+    `engine_image` contains the server. `tool_image` contains modelpack, which pulls the model into
+    the pod, unless `model_image` is set: an OCI image with the model's files under /models, which
+    is mounted. `pull_secret` names a secret of type kubernetes.io/dockerconfigjson. With `gpus` 0,
+    the server runs on a CPU. `served_name` is the model name in API requests. `hosts` are host
+    names that clients use in addition to those of the Service.
     """
 
     model: Model
@@ -118,29 +118,31 @@ class Workload:
                 )
         if self.engine == "modelpack" and self.model_image:
             raise UsageError(
-                "modelpack serves from its store, not from an image volume",
+                "--engine modelpack cannot be combined with --model-image",
                 hint="leave out --model-image, or give --engine vllm",
             )
         if self.engine == "vllm" and not self.gpus:
-            raise UsageError("vLLM's images need a GPU", hint="take --engine modelpack for a CPU")
+            raise UsageError(
+                "--engine vllm requires a GPU", hint="give --engine modelpack to run on a CPU"
+            )
 
     @property
     def demands(self) -> Demands:
-        """What the model asks for."""
+        """The resources that the model needs."""
         return demands_of(self.model)
 
     @property
     def pinned(self) -> str:
-        """The model by digest."""
+        """The reference of the model by digest."""
         return f"{self.reference.name}@{self.model.digest}"
 
     @property
     def labels(self) -> dict[str, str]:
-        """What its objects are found by."""
+        """The labels of all objects."""
         return {"app.kubernetes.io/name": self.name, "app.kubernetes.io/component": "model"}
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata of an object of it."""
+        """Return the metadata of an object."""
         made: dict[str, Any] = {"name": self.name, "labels": self.labels}
         if self.namespace:
             made["namespace"] = self.namespace
@@ -149,7 +151,7 @@ class Workload:
 
 
 def default_name(reference: Reference) -> str:
-    """Return what objects for a model are called: its repository's last part, made to fit."""
+    """Return the default object name: the last part of the repository as a Kubernetes name."""
     last = reference.repository.rpartition("/")[2].lower()
     text = re.sub(r"[^a-z0-9]+", "-", last).strip("-")
     return (text if text[:1].isalpha() else f"m-{text}")[:63].rstrip("-")
@@ -160,7 +162,7 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
     spec: dict[str, Any] = {
         "replicas": workload.replicas,
         "selector": {"matchLabels": workload.labels},
-        # Two copies at once would need twice the GPUs, which few clusters have to spare.
+        # A rolling update would need twice the GPUs, which few clusters have.
         "strategy": {"type": "Recreate"} if workload.gpus else {"type": "RollingUpdate"},
         "progressDeadlineSeconds": workload.demands.start_seconds * 2,
         "template": {
@@ -186,9 +188,9 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
 def pod_spec(
     workload: Workload, container: str = "server", service: str | None = None
 ) -> dict[str, Any]:
-    """Return the pod: its server, called `container`, and how the model gets there.
+    """Return the pod spec: the server as `container`, and the init container that pulls the model.
 
-    `service` is the name of the Service before it (None: as the workload).
+    `service` is the name of the Service of the pod (None: the name of the workload).
     """
     made: dict[str, Any] = {"automountServiceAccountToken": False}
     if not workload.model_image:
@@ -203,7 +205,7 @@ def pod_spec(
 def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
     mounts = [{"name": _VOLUME, "mountPath": _MOUNT, "readOnly": True}]
     if workload.engine == "modelpack":
-        del mounts[0]["readOnly"]  # the store's locks are files
+        del mounts[0]["readOnly"]  # the locks of the store are files
     if workload.gpus > 1:
         mounts.append({"name": _SHARED, "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
     made: dict[str, Any] = {
@@ -244,22 +246,22 @@ def _command(workload: Workload, service: str) -> dict[str, Any]:
         "command": ["vllm", "serve", where, "--served-model-name", workload.served_name,
                     "--port", port, "--tensor-parallel-size", str(workload.gpus),
                     *vllm_flags(workload, where)],
-        # The files are all there: nothing is asked of the hub.
+        # All files are in the volume, so vLLM must not contact the hub.
         "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
     }  # fmt: skip
 
 
 def vllm_flags(workload: Workload, directory: str) -> list[str]:
-    """Return vLLM's options for what the package says about the model, which is in `directory`."""
+    """Return vLLM's options for the packaged settings of a model in `directory`."""
     settings = VllmSettings.of(workload.model)
-    # A bundle has it under that name; in an image, files have the names of the model.
+    # A bundle renames the chat template to CHAT_TEMPLATE; an image keeps the names of the model.
     name = settings.chat_template if workload.model_image else CHAT_TEMPLATE
     options = settings.options(f"{directory}/{name}")
     return [f"--{option}={value}" for option, value in options.items()]
 
 
 def _pull(workload: Workload) -> dict[str, Any]:
-    """The init container: it fetches by digest and verifies, and goes on where it was cut off."""
+    """Return the init container, which pulls the model by digest and resumes after a restart."""
     remote = ["--plain-http"] if workload.plain_http else []
     command = ["modelpack", "pull", workload.pinned, *remote]
     if workload.engine == "vllm":
@@ -294,7 +296,7 @@ def _volumes(workload: Workload) -> list[dict[str, Any]]:
         limit = f"{workload.demands.disk}Gi"
         volumes.append({"name": _VOLUME, "emptyDir": {"sizeLimit": limit}})
     if workload.gpus > 1:
-        # NCCL and the workers speak through it; a container's own is 64 MiB.
+        # NCCL and the workers communicate through it; the default size is 64 MiB.
         volumes.append({"name": _SHARED, "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
     if workload.pull_secret and not workload.model_image:
         items = [{"key": ".dockerconfigjson", "path": "config.json"}]
@@ -318,8 +320,8 @@ def _probes(workload: Workload) -> dict[str, Any]:
     health = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": period}
     failures = -(-workload.demands.start_seconds // period)
     return {
-        # Until it has loaded, it is left alone; then it is taken out when it says so, and started
-        # anew when it does not even listen: a busy server is no dead one.
+        # During loading, only the startup probe runs. Afterwards, a server that is not ready gets
+        # no requests. It is restarted only if it does not accept connections, not if it is busy.
         "startupProbe": {**health, "failureThreshold": failures},
         "readinessProbe": {**health, "timeoutSeconds": 5},
         "livenessProbe": {
@@ -330,9 +332,9 @@ def _probes(workload: Workload) -> dict[str, Any]:
     }
 
 
-#: The name by which KServe finds the container that answers.
+#: The container name that KServe expects for the server.
 _CONTAINER = "kserve-container"
-#: Where KServe mounts the model of a `storageUri`.
+#: The path at which KServe mounts the model of a `storageUri`.
 _KSERVE_MOUNT = "/mnt/models"
 
 
@@ -356,7 +358,7 @@ def inference_service(workload: Workload) -> list[dict[str, Any]]:
     else:
         predictor |= pod_spec(workload, _CONTAINER, f"{workload.name}-predictor")
     metadata = workload.metadata()
-    # Startup is counted in minutes: Knative, which scales by requests, would give up on it.
+    # A start takes minutes, which exceeds the limits of Knative's scaling by requests.
     metadata["annotations"]["serving.kserve.io/deploymentMode"] = "Standard"
     return [
         {

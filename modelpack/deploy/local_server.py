@@ -1,7 +1,7 @@
-"""How containers reach this machine.
+"""The model server of this machine for containers: find it, start it, stop it and call its API.
 
-On Linux at the address of Docker's bridge; Docker Desktop's reach its loopback addresses as
-host.docker.internal.
+Containers reach this machine at the address of Docker's bridge; with Docker Desktop, they reach its
+loopback addresses as host.docker.internal.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from modelpack.errors import (
 from modelpack.http.hosts import is_loopback
 
 DESKTOP = "host.docker.internal"
-_QUESTION_SECONDS = 20
+_DOCKER_SECONDS = 20
 _SIOCGIFADDR = 0x8915  # netdevice(7)
 _GATEWAYS = "{{range .IPAM.Config}}{{.Gateway}} {{end}}"
 _INTERFACE = '{{index .Options "com.docker.network.bridge.name"}}'
 
 
 def container_host() -> str:
-    """Return the name or the address by which containers reach this machine; asks `docker`.
+    """Return the host name or address of this machine for containers, using the `docker` command.
 
-    Raises `ModelpackError` if it cannot be asked, or its bridge has no address.
+    Raises `ModelpackError` if the command fails, or if Docker's bridge has no address.
     """
     if _docker("info", "--format", "{{.OperatingSystem}}") == "Docker Desktop":
         return DESKTOP
@@ -50,20 +50,20 @@ def container_host() -> str:
     for address in found.split():
         if _is_ipv4(address):
             return address
-    # An engine that made its bridge itself tells the gateway only after its next start.
+    # An engine that has just created its bridge reports the gateway only after its next start.
     interface = _docker("network", "inspect", "bridge", "--format", _INTERFACE)
     if address := _address_of(interface):
         return address
     raise ModelpackError(
-        f"Docker's bridge network has no IPv4 gateway (it says {found!r}), and its interface "
-        f"{interface!r} no address",
-        hint="say how containers reach the model server: "
-        "MODELPACK_ENDPOINT=http://HOST:PORT/engines/v1/, and MODELPACK_HOST for this machine",
+        f"Docker's bridge network has no IPv4 gateway (got {found!r}), and its interface "
+        f"{interface!r} has no address",
+        hint="set MODELPACK_HOST to the model server's URL, and MODELPACK_ENDPOINT to its address "
+        "for containers, like http://HOST:PORT/engines/v1/",
     )
 
 
 def _address_of(interface: str) -> str:
-    """Return the IPv4 address of a network interface; empty where there is none."""
+    """Return the IPv4 address of a network interface; empty without one."""
     request = struct.pack("256s", interface.encode()[:15])  # IFNAMSIZ, with the null
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
         try:
@@ -76,7 +76,7 @@ def _address_of(interface: str) -> str:
 def _docker(*arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["docker", *arguments], capture_output=True, text=True, timeout=_QUESTION_SECONDS
+            ["docker", *arguments], capture_output=True, text=True, timeout=_DOCKER_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ModelpackError(
@@ -99,7 +99,7 @@ def _is_ipv4(text: str) -> bool:
     return True
 
 
-_TIMEOUT = (5, 600)  # seconds: to connect; between two pieces of an answer
+_TIMEOUT = (5, 600)  # seconds to connect, and to wait for the next chunk of a response
 _PROBE = (1, 5)
 _KINDS: dict[int, type[ModelpackError]] = {
     400: UsageError, 401: AuthError, 403: AuthError, 404: NotFoundError, 409: ConflictError,
@@ -107,7 +107,7 @@ _KINDS: dict[int, type[ModelpackError]] = {
 
 
 class RunnerClient:
-    """A model server at `url`; `key` is sent where it asks for API keys."""
+    """A client of the model server at `url`, with an optional API key."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
@@ -115,8 +115,8 @@ class RunnerClient:
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
 
-    def answers(self) -> bool:
-        """Return whether a model server is there, whether or not it has loaded its models."""
+    def is_running(self) -> bool:
+        """Return whether a model server responds, even if its models are not loaded yet."""
         import requests
 
         try:
@@ -125,18 +125,18 @@ class RunnerClient:
             )
         except requests.RequestException:
             return False
-        # One that wants another key is there too, and says so when it is asked for more.
+        # A server that requires another key is running too; later requests report the error.
         return answer.status_code in (401, 403) or "Running" in answer.text
 
     def backends(self) -> dict[str, str]:
-        """Return what the server says of each of its backends."""
+        """Return the status of each backend of the server."""
         found: dict[str, str] = self._json("GET", "/engines/status")
         return found
 
     def models(self) -> list[dict[str, Any]]:
-        """Return the models of the server's store, with every spelling of their names as tags.
+        """Return the models of the server's store, with all spellings of their names as tags.
 
-        Compose looks for a name exactly as the file has it, and pulls what it does not find.
+        Compose compares tags with the name in its file, and pulls a model if no tag is equal.
         """
         models: list[dict[str, Any]] = self._json("GET", "/models")
         for model in models:
@@ -145,8 +145,8 @@ class RunnerClient:
             )
         return models
 
-    def pull(self, name: str, tell: Callable[[str], None]) -> None:
-        """Have the server pull a model; `tell` is called with each piece of progress."""
+    def pull(self, name: str, report: Callable[[str], None]) -> None:
+        """Make the server pull a model; call `report` with each progress message."""
         body = {"from": name}
         with self._request("POST", "/models/create", json=body, stream=True) as response:
             for line in response.iter_lines():
@@ -154,13 +154,13 @@ class RunnerClient:
                     continue
                 message = json.loads(line)
                 if message.get("type") == "error":
-                    raise ModelpackError(f"pulling {name}: {message.get('message')}")
-                tell(str(message.get("message", "")))
+                    raise ModelpackError(f"cannot pull {name}: {message.get('message')}")
+                report(str(message.get("message", "")))
 
     def configure(
         self, name: str, *, context_size: int | None = None, runtime_flags: Sequence[str] = ()
     ) -> None:
-        """Say how the server runs a model from its next use on; `context_size` in tokens."""
+        """Configure how the server loads a model next; `context_size` is in tokens."""
         body: dict[str, Any] = {"model": name, "runtime_flags": list(runtime_flags)}
         if context_size is not None:
             body["context_size"] = context_size
@@ -179,7 +179,7 @@ class RunnerClient:
             )
         except requests.RequestException as error:
             raise RemoteUnavailableError(
-                f"no model server answers at {self.url}",
+                f"no model server responds at {self.url}",
                 hint="start one with `modelpack serve`, or set MODELPACK_HOST",
             ) from error
         if response.ok:
@@ -190,7 +190,7 @@ class RunnerClient:
 
 
 def _message(text: str) -> str:
-    """Return what an error says, be it JSON of the OpenAI API or Docker's plain text."""
+    """Return the message of an error: JSON of the OpenAI API, or plain text as from Docker."""
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -207,49 +207,50 @@ def _spellings(tag: str) -> tuple[str, ...]:
     return tag, str(reference), short, full
 
 
+#: The default port of `modelpack serve`, and of Docker Model Runner.
 PORT = 12434
-#: What stands before the OpenAI API for Docker Model Runner's clients.
+#: The path of the OpenAI API for clients of Docker Model Runner.
 _API = "/engines/v1/"
 _PID = "serve.pid"
 
 
 @dataclass(frozen=True, slots=True)
 class LocalServer:
-    """A server as this machine reaches it (`client`), and its OpenAI API as containers do."""
+    """A model server: a client for this machine, and the URL of its OpenAI API for containers."""
 
     client: RunnerClient
     endpoint: str
 
 
 def local_server(environment: Mapping[str, str] = os.environ) -> LocalServer:
-    """Return the server that Compose's containers are to use; start one where there is none.
+    """Return the model server for the containers of Compose; start one if none is running.
 
-    `MODELPACK_HOST` says where it is, and then none is started; `MODELPACK_API_KEY` is its key;
-    `MODELPACK_ENDPOINT` is how containers reach it, where that cannot be found out. Raises
-    `RemoteUnavailableError` where none answers, or where containers could not reach the one that
-    does.
+    Environment variables: `MODELPACK_HOST` is the URL of a running server, so that none is started.
+    `MODELPACK_API_KEY` is its API key. `MODELPACK_ENDPOINT` is its URL for containers, if that
+    cannot be determined. Raises `RemoteUnavailableError` if no server responds at `MODELPACK_HOST`,
+    if a new server does not start, or if containers cannot reach the server.
     """
     key = environment.get("MODELPACK_API_KEY")
     given = environment.get("MODELPACK_HOST")
     endpoint = environment.get("MODELPACK_ENDPOINT")
     if given:
         client = RunnerClient(given, key)
-        if not client.answers():
+        if not client.is_running():
             raise RemoteUnavailableError(
-                f"no model server answers at {client.url} (MODELPACK_HOST)",
+                f"no model server responds at {client.url} (MODELPACK_HOST)",
                 hint="start it with `modelpack serve`, or unset MODELPACK_HOST",
             )
         return LocalServer(client, endpoint or _endpoint_of(client.url))
     address = container_host()
     host = "127.0.0.1" if address == DESKTOP else address
     client = RunnerClient(f"http://{host}:{PORT}", key)
-    if not client.answers():
+    if not client.is_running():
         _start(host, client)
     return LocalServer(client, endpoint or f"http://{address}:{PORT}{_API}")
 
 
 def _endpoint_of(url: str) -> str:
-    """Return what containers call for the server that is at `url` for this machine."""
+    """Return the URL for containers of the API of the server at `url`."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     host = parts.hostname or ""
@@ -259,22 +260,21 @@ def _endpoint_of(url: str) -> str:
         return f"{parts.scheme}://{DESKTOP}:{port}{_API}"
     raise RemoteUnavailableError(
         f"containers cannot reach {url}: it is a loopback address of this machine",
-        hint=f"serve at the address of Docker's bridge (`modelpack serve --host "
-        f"{container_host()} --keys FILE`) and set MODELPACK_HOST to it, or say how containers "
-        "reach it: MODELPACK_ENDPOINT",
+        hint=f"run `modelpack serve --host {container_host()} --keys FILE`, at the address of "
+        "Docker's bridge, and set MODELPACK_HOST to it; or set MODELPACK_ENDPOINT",
     )
 
 
 def _start(host: str, client: RunnerClient) -> None:
-    """Start a server that goes on after this process, for those who reach `host`."""
+    """Start a server at `host` that keeps running after this process exits."""
     directory = _state_directory()
     log = directory / "serve.log"
     command = [sys.executable, "-m", "modelpack", "serve", "--host", host, "--port", str(PORT)]
-    # Containers have no key to show: who may reach the bridge may use the server, as with Docker's.
+    # Containers have no API key, so anyone on the bridge can use the server, as with Docker's own.
     command += ["--allow-host", DESKTOP] if is_loopback(host) else ["--allow-anonymous"]
     with Path(directory, "serve.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if client.answers():  # Compose asks for several things at once: another got here first
+        if client.is_running():  # another process of Compose has started the server meanwhile
             return
         with log.open("wb") as errors:
             process = subprocess.Popen(
@@ -285,16 +285,16 @@ def _start(host: str, client: RunnerClient) -> None:
         assert process.stdout is not None
         Path(directory, _PID).write_text(f"{process.pid}\n")
         with process.stdout:
-            said = process.stdout.readline()  # its address, once it accepts connections
-    if not said:
+            address = process.stdout.readline()  # printed when it accepts connections
+    if not address:
         reason = log.read_text(errors="replace").strip()[-500:] or "no output"
         raise RemoteUnavailableError(
-            f"`{' '.join(command[2:])}` did not start: {reason}", hint=f"its output is in {log}"
+            f"`{' '.join(command[2:])}` did not start: {reason}", hint=f"see its output in {log}"
         )
 
 
 def stop_server() -> int | None:
-    """End the server that `local_server` started; return its process id, None where none runs."""
+    """Stop the server that `local_server` started; return its process id, or None without one."""
     path = Path(_state_directory(), _PID)
     try:
         process = int(path.read_text())
@@ -304,7 +304,7 @@ def stop_server() -> int | None:
     shown = subprocess.run(
         ["ps", "-ww", "-o", "command=", "-p", str(process)], capture_output=True, text=True
     )
-    if "modelpack serve --host" not in shown.stdout:  # it has ended, and the number is another's
+    if "modelpack serve --host" not in shown.stdout:  # the server has exited
         return None
     os.kill(process, signal.SIGTERM)
     return process

@@ -1,7 +1,7 @@
-"""VllmSettings: what a package says about its model, as vLLM takes it.
+"""Run models with vLLM: prepare a directory, and turn packaged settings into vLLM's options.
 
-vLLM reads a directory of transformers' files. What `modelpack package` adds to them (the context
-size, a chat template under another name, defaults of sampling) goes in by vLLM's own options.
+vLLM reads a directory in the format of transformers. The settings that `modelpack package` adds
+(context size, a chat template under another name, sampling defaults) are passed as options of vLLM.
 Source: vLLM 0.33.0, vllm/config/model.py `ModelConfig.get_diff_sampling_param`.
 """
 
@@ -29,7 +29,7 @@ from modelpack.operations.resolve import kept_bundle
 from modelpack.progress import ProgressCallback
 from modelpack.store.layout import LayoutStore
 
-#: Parameters as Ollama spells them, in a generation_config.json.
+#: Parameters of Ollama -> fields of generation_config.json.
 _GENERATION: Mapping[str, str] = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -38,17 +38,19 @@ _GENERATION: Mapping[str, str] = {
     "repeat_penalty": "repetition_penalty",
     "num_predict": "max_new_tokens",
 }
-_WITHOUT_A_WAY = (
+#: Parameters of Ollama without a field in generation_config.json.
+_UNSUPPORTED = (
     "presence_penalty", "frequency_penalty", "seed", "stop", "typical_p", "repeat_last_n",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
-    """`chat_template` is the path in the model of a template that vLLM would not find by itself.
+    """The packaged settings of a model, for vLLM.
 
-    `max_model_len` is in tokens, `generation` has the fields of a generation_config.json. `notes`
-    name what the package says and vLLM has no option for.
+    `max_model_len` is in tokens. `chat_template` is the path in the model of a template that vLLM
+    does not find itself. `generation` has fields of generation_config.json. `notes` are messages
+    about settings for which vLLM has no option.
     """
 
     max_model_len: int | None = None
@@ -58,7 +60,7 @@ class VllmSettings:
 
     @classmethod
     def of(cls, model: Model, own_context: int | None = None) -> VllmSettings:
-        """Return the settings of a model; `own_context` is what its config.json says by itself."""
+        """Return the settings of a model; `own_context` is the context size in its config.json."""
         files = model.files()
         at = preferred_template([(file.role, file.filepath or "") for file in files])
         template = None if at is None else files[at].filepath
@@ -74,7 +76,7 @@ class VllmSettings:
         )
 
     def options(self, chat_template: str) -> dict[str, object]:
-        """Return vLLM's options by their long names; the template is at `chat_template`."""
+        """Return vLLM's options by long name; `chat_template` is the path of the template."""
         made: dict[str, object] = {}
         if self.max_model_len is not None:
             made["max-model-len"] = self.max_model_len
@@ -86,7 +88,7 @@ class VllmSettings:
 
 
 def _defaults(annotations: Mapping[str, str]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """Return the parameters that a package gives as defaults, and notes about the rest."""
+    """Return the packaged sampling parameters, and notes about other packaged defaults."""
     try:
         value = json.loads(annotations.get(media_types.DEFAULTS, "{}"))
     except (ValueError, RecursionError):
@@ -94,7 +96,7 @@ def _defaults(annotations: Mapping[str, str]) -> tuple[Mapping[str, Any], tuple[
     if not isinstance(value, dict):
         return {}, ()
     notes = tuple(
-        f"vLLM has no option for the packaged {words}: clients have to send it"
+        f"vLLM has no option for the packaged {words}: clients must send it"
         for key, words in (("system", "system prompt"), ("messages", "first messages"))
         if value.get(key)
     )
@@ -110,32 +112,32 @@ def _generation(parameters: Mapping[str, Any]) -> dict[str, Any]:
             found[_GENERATION[name]] = value
     if "top_k" in found:
         found["top_k"] = max(0, found["top_k"])
-    if found.get("top_p") == 0:  # the likeliest token alone, which vLLM says by top_k
+    if found.get("top_p") == 0:  # greedy; vLLM expresses it as top_k 1
         found |= {"top_p": 1.0, "top_k": 1}
     return dict(sorted(found.items()))
 
 
 def _unused(parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    unused = [name for name in _WITHOUT_A_WAY if parameters.get(name) is not None]
+    unused = [name for name in _UNSUPPORTED if parameters.get(name) is not None]
     if not unused:
         return ()
-    return (f"vLLM has no default for {', '.join(unused)}: clients have to send it",)
+    return (f"vLLM has no default for {', '.join(unused)}: clients must send it",)
 
 
 _CONFIG = "config.json"
-#: What a model of Modelpack is called where vLLM takes names of models.
+#: The prefix of Modelpack's models in model names of vLLM.
 SCHEME = "modelpack://"
 
 
 @dataclass(frozen=True, slots=True)
 class VllmModel:
-    """A model laid out for vLLM: its directory, and what its package says beyond that."""
+    """A model for vLLM: its directory and its packaged settings."""
 
     directory: Path
     settings: VllmSettings
 
     def options(self) -> dict[str, object]:
-        """Return the options of `vllm serve` that the package asks for, by their long names."""
+        """Return the options of `vllm serve` for the packaged settings, by long name."""
         return self.settings.options(str(self.directory / CHAT_TEMPLATE))
 
 
@@ -147,11 +149,11 @@ def open_model(
     progress: ProgressCallback | None = None,
     until: ExitStack | None = None,
 ) -> VllmModel:
-    """Return the model `name` as vLLM is to open it; it is pulled if need be.
+    """Return the model `name` for vLLM; pull it if it is not stored.
 
-    With `until` the model is not removed before that is closed or this process ends. Raises
-    `UnsupportedError` for a model that vLLM cannot read, before any weight is fetched, and what
-    `modelpack.pull` raises.
+    With `until`, the model is not removed before that stack is closed or this process ends. Raises
+    `UnsupportedError` for a model that vLLM cannot read, before weights are fetched, and the errors
+    of `modelpack.pull`.
     """
     store = store or LayoutStore()
     _check_before_pull(name, store, remote, progress)
@@ -163,7 +165,7 @@ def open_model(
     try:
         config = decode_object(path.read_bytes(), _CONFIG)
     except ModelpackError:
-        config = {}  # vLLM says what is wrong with it
+        config = {}  # vLLM reports the error
     own_context = context_size(config, nested=True)
     return VllmModel(directory, VllmSettings.of(model, own_context))
 
@@ -176,7 +178,7 @@ def model_directory(
     progress: ProgressCallback | None = None,
     until: ExitStack | None = None,
 ) -> Path:
-    """Return the directory that vLLM is to open for the model `name`, as `open_model` does."""
+    """Return the directory of the model `name` for vLLM; arguments as for `open_model`."""
     opened = open_model(name, store=store, remote=remote, progress=progress, until=until)
     return opened.directory
 
@@ -184,14 +186,14 @@ def model_directory(
 def _check_before_pull(
     name: str, store: LayoutStore, remote: RemoteOptions | None, progress: ProgressCallback | None
 ) -> None:
-    """Raise `UnsupportedError` for a model that is not stored and that vLLM cannot read.
+    """Raise `UnsupportedError` if a model that is not stored cannot be read by vLLM.
 
-    Its manifest and its config are fetched for that.
+    Fetches only its manifest and its config.
     """
     try:
         stored_model(store, name, remote)
     except (NotFoundError, UnsupportedError):
-        if not is_model_id(name):  # otherwise it cannot be pulled
+        if not is_model_id(name):  # an id cannot be pulled
             model = inspect(name, remote=remote, from_registry=True, progress=progress)
             _check_readable(model, name)
 
@@ -201,13 +203,14 @@ def _check_readable(model: Model, name: str) -> None:
     formats = {file.format for file in files if file.format}
     if "safetensors" not in formats:
         raise UnsupportedError(
-            f"vLLM reads safetensors, and {name} is {' and '.join(sorted(formats)) or 'none'}",
-            hint="serve it with --backend auto, which selects MLX or llama.cpp",
+            f"cannot run {name} with vLLM: expected safetensors, got "
+            f"{' and '.join(sorted(formats)) or 'no weights'}",
+            hint="serve the model with --backend auto, which selects MLX or llama.cpp",
         )
     if mlx_bits(model.config) is not None:
         raise UnsupportedError(
             f"{name} was quantised by mlx-lm and runs only on MLX",
-            hint="serve it with --backend auto",
+            hint="serve the model with --backend auto",
         )
     if not any(file.archive or file.filepath == _CONFIG for file in files):
         raise _without_config(name)
@@ -216,7 +219,7 @@ def _check_readable(model: Model, name: str) -> None:
 def _without_config(name: str) -> UnsupportedError:
     return UnsupportedError(
         f"vLLM requires the config.json of transformers, which {name} lacks",
-        hint="package the whole directory of the model: --safetensors-dir",
+        hint="package the whole directory of the model with --safetensors-dir",
     )
 
 
@@ -225,8 +228,8 @@ def vllm_command(
 ) -> list[str]:
     """Return the command line that serves `directory` under `names`.
 
-    `options` are vLLM's by their long names without dashes; True is a bare flag. `flags` come
-    last. Raises `UsageError` where vLLM is not installed.
+    `options` are those of vLLM by long name without dashes; True stands for a flag without value.
+    `flags` come last. Raises `UsageError` if vLLM is not installed.
     """
     command = [*_program(), "serve", str(directory), "--served-model-name", *names]
     for name, value in options.items():

@@ -1,8 +1,9 @@
 """The vLLM plugin that accepts `modelpack://REF` wherever vLLM accepts a model name.
 
-vLLM calls `register` in every process, perhaps often, and first where the parser of `vllm serve` is
-made: before there are arguments (vllm/plugins/__init__.py and vllm/engine/arg_utils.py of 0.33.0).
-Only `EngineArgs` knows names; what is made of it, and all other processes, get the directory.
+vLLM calls `register` in every process, possibly several times, and first when `vllm serve` creates
+its parser, before it parses arguments (vllm/plugins/__init__.py and vllm/engine/arg_utils.py of
+0.33.0). Only `EngineArgs` has model names; the objects made from it, and all other processes, get
+the directory.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from modelpack.deploy.vllm import SCHEME
 if TYPE_CHECKING:
     from modelpack.deploy.vllm import VllmSettings
 
-#: What the packages of models say that were opened here, by directory.
+#: The packaged settings of the models opened in this process, by directory.
 _opened: dict[str, VllmSettings] = {}
 _log = logging.getLogger(__name__)
 _MARK = "_modelpack_resolves"
-#: Methods that read the names. Where nothing was parsed, the first of them is what calls us.
+#: Methods that read model names. If `EngineArgs` was not parsed, `__post_init__` is the first call.
 _METHODS = ("__post_init__", "create_engine_config", "create_model_config")
-#: Keep the models of this process in the store: vLLM opens their files at any time.
+#: Leases on the models of this process, since vLLM may open their files at any time.
 _leases = ExitStack()
 _FIELDS = ("model", "tokenizer", "hf_config_path")
 
 
 def register() -> None:
-    """Have vLLM's `EngineArgs` resolve `modelpack://` names; does so once."""
+    """Make vLLM's `EngineArgs` resolve `modelpack://` names; further calls have no effect."""
     from vllm.engine import arg_utils
 
     arguments: Any = arg_utils.EngineArgs
@@ -38,21 +39,21 @@ def register() -> None:
         return
     missing = [name for name in _METHODS if not callable(getattr(arguments, name, None))]
     if missing:
-        # vLLM has to go on working for those who have no models of ours.
+        # Only warn, so that vLLM keeps working with other models.
         _log.warning("%s names do not work: EngineArgs has no %s", SCHEME, ", ".join(missing))
         return
     for name in _METHODS:
         setattr(arguments, name, _resolving(getattr(arguments, name)))
     find = getattr(arg_utils, "get_model_path", None)
-    if find is not None:  # what an offline process asks while the first `__post_init__` is running
+    if find is not None:  # offline processes call it during the first `__post_init__`
         arg_utils.get_model_path = _finding(find)
     setattr(arguments, _MARK, True)
 
 
 def resolve(arguments: Any) -> None:
-    """Put directories in the place of the `modelpack://` names in an `EngineArgs`.
+    """Replace the `modelpack://` names in an `EngineArgs` by directories.
 
-    Raises what `modelpack.pull` raises, and `UnsupportedError` for models that vLLM cannot read.
+    Raises the errors of `modelpack.pull`, and `UnsupportedError` for models that vLLM cannot read.
     """
     if _is_ours(arguments.model) and not getattr(arguments, "served_model_name", None):
         arguments.served_model_name = [arguments.model]
@@ -89,7 +90,7 @@ def _is_ours(name: object) -> TypeGuard[str]:
 
 
 def _apply(settings: VllmSettings, arguments: Any) -> None:
-    """Set what the package of the model says and the user does not."""
+    """Apply the packaged settings that the user does not override."""
     if settings.max_model_len is not None and getattr(arguments, "max_model_len", 0) is None:
         arguments.max_model_len = settings.max_model_len
     given = getattr(arguments, "override_generation_config", None)
@@ -102,7 +103,7 @@ def _directory(name: str) -> str:
     from modelpack.operations.remote import RemoteOptions
     from modelpack.trust.policy import Trust
 
-    remote = RemoteOptions(trust=Trust.from_environment())  # there are no options to say it by
+    remote = RemoteOptions(trust=Trust.from_environment())  # a plugin has no options
     opened = open_model(name.removeprefix(SCHEME), remote=remote, until=_leases)
     directory = str(opened.directory)
     if directory not in _opened:

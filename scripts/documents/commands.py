@@ -1,6 +1,6 @@
-"""The commands of the command line, as click knows them: what manuals and reference are of.
+"""Descriptions of all commands, read from click, for the manual pages and the reference.
 
-Needs no package but click: the wheel is built with this.
+The build of the wheel imports this, so it must need no package except click.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `name` is all of it, as in "modelpack index create"."""
+    """One command: `name` is its full name, like "modelpack index create"."""
 
     name: str
     usage: str
@@ -45,23 +45,23 @@ class Command:
 
     @property
     def summary(self) -> str:
-        """The first sentence, without its full stop."""
+        """The first sentence of the help, without its full stop."""
         return self.paragraphs[0].text.partition(". ")[0].rstrip(".")
 
     @property
     def page(self) -> str:
-        """The name of its page of the manual."""
+        """The name of its manual page."""
         return self.name.replace(" ", "-")
 
 
 def commands() -> Iterator[Command]:
-    """All commands, each group before its own, in the order of their names."""
+    """Yield all commands by name, each group before its subcommands."""
     _add_entry_points()
     yield from _walk(cli, click.Context(cli, info_name="modelpack", **cli.context_settings))
 
 
 def _add_entry_points() -> None:
-    """Add the commands of pyproject.toml's entry points: a build finds no installed ones."""
+    """Add the commands of the entry points in pyproject.toml, which are not installed at build."""
     root = Path(__file__).parents[2]
     sys.path.append(str(root / "engine"))
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
@@ -71,7 +71,7 @@ def _add_entry_points() -> None:
 
 
 def _walk(command: click.Command, context: click.Context) -> Iterator[Command]:
-    context.max_content_width = context.terminal_width = 10_000  # no lines are broken here
+    context.max_content_width = context.terminal_width = 10_000  # do not wrap lines
     below = []
     if isinstance(command, click.Group):
         for name in command.list_commands(context):

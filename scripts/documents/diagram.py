@@ -8,7 +8,7 @@ from scripts.documents.layers import ROOT, Package, packages
 
 TARGET = ROOT / "docs" / "architecture.svg"
 _WIDTH, _ROW, _GAP, _PAD, _TOP = 470, 40, 6, 12, 46
-# Characters of a line that fit into a row.
+# The number of characters that fit into a row.
 _FIT = 76
 
 

@@ -1,4 +1,4 @@
-"""The layers of the code: `python -m scripts.documents.layers` writes what is made of them.
+"""The layers of the code: `python -m scripts.documents.layers` updates the documents about them.
 
 `layers.toml` is the list. CONTRIBUTING.md's map and docs/architecture.svg are generated from it,
 and tests/test_layers.py checks the imports against it.
@@ -17,7 +17,7 @@ _BEGIN, _END = "<!-- layers: begin -->\n", "<!-- layers: end -->\n"
 
 @dataclass(frozen=True)
 class Layer:
-    """Packages and modules that do not import each other, and what they are for."""
+    """Packages and modules that do not import each other, and their purpose."""
 
     parts: tuple[str, ...]
     about: str
@@ -34,7 +34,7 @@ class Package:
 
 
 def packages() -> tuple[Package, ...]:
-    """Return the packages, each of which may import those before it, except the engine's own."""
+    """Return the packages of layers.toml, in order."""
     listed = tomllib.loads(Path(__file__).with_name("layers.toml").read_text())["package"]
     return tuple(
         Package(
@@ -48,7 +48,7 @@ def packages() -> tuple[Package, ...]:
 
 
 def contributing() -> str:
-    """Return CONTRIBUTING.md with its map made anew."""
+    """Return CONTRIBUTING.md with an updated map."""
     text = CONTRIBUTING.read_text()
     head, _, rest = text.partition(_BEGIN)
     _, _, tail = rest.partition(_END)

@@ -1,4 +1,4 @@
-"""Links of a document of the tree, as they are in the site."""
+"""Rewrite the links of a document in the repository for the site."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _CODE = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)$|`[^`\n]+`)", re.MULTILINE | r
 
 
 def relinked(markdown: str, source: str, places: Mapping[str, str], code: str) -> str:
-    """Return `markdown`, which is at `source` in the tree, with the links that it has in the site.
+    """Return `markdown`, the document at `source` in the repository, with links for the site.
 
-    `places` has the place in the site of each page, by its path in the tree. Links to anything else
-    lead below the address `code`; where there is none, their text stays.
+    `places` maps the path of each page in the repository to its path in the site. Links to other
+    files get the prefix `code`, a URL; if it is empty, they become plain text.
     """
     here = places[source]
 
@@ -29,15 +29,15 @@ def relinked(markdown: str, source: str, places: Mapping[str, str], code: str) -
             return f"{found['image']}[{found['text']}]({to}{mark}{anchor})"
         return f"[{found['text']}]({code}/{target})" if code else found["text"]
 
-    # Text in the odd pieces is code, where nothing is a link. A link's own text may be code, too:
-    # such links are put together again first.
+    # Odd pieces are code, which has no links. Code in the text of a link is hidden first, so that
+    # it does not split the link.
     pieces = _CODE.split(_hidden_labels(markdown))
     pieces[::2] = [_LINK.sub(link, piece) for piece in pieces[::2]]
     return _with_bars("".join(pieces).replace(_TICK, "`"))
 
 
 def _with_bars(markdown: str) -> str:
-    """Return the text with the bars in code of tables as mkdocs wants them: not escaped."""
+    """Return the text without escapes of bars in code in tables, as mkdocs requires."""
     return re.sub(
         r"^\|.*$",
         lambda row: re.sub(r"`[^`]+`", lambda code: code[0].replace("\\|", "|"), row[0]),
@@ -50,7 +50,7 @@ _TICK = "\N{SYMBOL FOR NULL}"
 
 
 def _hidden_labels(markdown: str) -> str:
-    """Return the text with the ticks of `[`code`](link)` put aside, as they begin no code here."""
+    """Return the text with the backticks of `[`code`](link)` replaced by placeholders."""
     return re.sub(
         r"\[[^\[\]\n]*`[^\[\]\n]*\]\(", lambda found: found[0].replace("`", _TICK), markdown
     )

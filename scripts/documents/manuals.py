@@ -1,4 +1,4 @@
-"""Pages of the manual, in roff: a page for each command."""
+"""Manual pages in roff, one for each command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scripts.documents.commands import Command, Paragraph, Row
 
 
 def manual(command: Command) -> str:
-    """Return the page of a command; the same command gives the same bytes."""
+    """Return the manual page of a command; the same command gives the same bytes."""
     lines = [
         f'.TH "{escaped(command.page.upper())}" "1" "" "modelpack {__version__}" "Modelpack"',
         ".SH NAME",
@@ -37,7 +37,7 @@ def manual(command: Command) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text that roff shows as it is."""
+    """Return `text` escaped for roff."""
     plain = text.replace("\\", "\\e").replace("-", "\\-")
     return "\n".join(f"\\&{line}" if line[:1] in (".", "'") else line for line in plain.split("\n"))
 

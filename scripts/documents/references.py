@@ -1,4 +1,4 @@
-"""Pages of the site that are made of the code: commands, errors, the Python library."""
+"""Pages of the site that are generated from the code: commands, errors, the Python library."""
 
 from __future__ import annotations
 
@@ -12,14 +12,29 @@ from scripts.documents.commands import Command, Paragraph, Row, commands
 
 
 def all_commands() -> str:
-    """The page of all commands with their options, as `--help` has them."""
+    """Return the page of all commands and their options, with the texts of `--help`."""
     found = list(commands())
     registry = next(command.registry_options for command in found if command.registry_options)
     common = next(command.common_options for command in found if len(command.common_options) > 2)
-    lines = ["# All commands", "", "Made of the code: what `--help` says, on one page.", ""]
-    lines += ["## Common options", "", "Every command has them, before or after its name.", ""]
+    lines = [
+        "# All commands",
+        "",
+        "The output of `--help` of all commands, generated from the code.",
+        "",
+    ]
+    lines += [
+        "## Common options",
+        "",
+        "All commands accept these options, before or after the name of the command.",
+        "",
+    ]
     lines += _table(common)
-    lines += ["## Options for registries", "", "Commands that talk to a registry have them.", ""]
+    lines += [
+        "## Options for registries",
+        "",
+        "Commands that connect to a registry accept these options.",
+        "",
+    ]
     lines += _table(registry)
     for command in found:
         lines += _section(command)
@@ -50,14 +65,14 @@ def _text(paragraph: Paragraph) -> list[str]:
 
 
 def _table(rows: Iterable[Row], what: str = "Option") -> list[str]:
-    # A | between ticks is no border for mkdocs, which has no way to escape one there.
+    # In mkdocs, a | between backticks does not end a cell and must not be escaped.
     lines = [f"| {what} | |", "|---|---|"]
     lines += [f"| `{name}` | {_escaped(meaning)} |" for name, meaning in rows]
     return [*lines, ""]
 
 
 def _escaped(text: str) -> str:
-    """Return plain text that is the same as markdown, but for what is between ticks."""
+    """Return plain text escaped for Markdown, except code between backticks."""
     pieces = text.split("`")
     for i in range(0, len(pieces), 2):
         pieces[i] = re.sub(r"([\\*_\[\]|])", r"\\\1", html.escape(pieces[i], quote=False))
@@ -65,7 +80,7 @@ def _escaped(text: str) -> str:
 
 
 def errors() -> str:
-    """The page of the exception tree, and what a command ends with."""
+    """Return the page of the exception tree and the exit codes."""
     text = tree.__doc__ or ""
     head, _, rest = text.partition("\n\n")
     drawing, _, foot = rest.partition("\n\n")
@@ -81,16 +96,16 @@ def errors() -> str:
 
 
 def python() -> str:
-    """The page of what `import modelpack` gives; mkdocstrings fills it from the docstrings."""
+    """Return the page of the Python library; mkdocstrings adds the docstrings."""
     kinds: dict[str, list[str]] = {"Functions": [], "Values, stores and registries": []}
     for name, (module, attribute) in sorted(modelpack._EXPORTS.items()):
         kind = "Functions" if name[0].islower() else "Values, stores and registries"
         kinds[kind].append(f"::: {module}.{attribute}")
     lines = [
         "# Python", "",
-        "What `import modelpack` gives. Names are loaded when they are first used. Every failure",
-        "is a `ModelpackError` of [the tree](errors.md); the library prints nothing.", "",
-        "`modelpack.testing` has a registry for tests of your own:", "",
+        "The names in `modelpack`, which are loaded on first use. Every failure is a `ModelpackError`",
+        "of [the tree](errors.md); the library prints nothing.", "",
+        "`modelpack.testing` has a registry for your tests:", "",
         "::: modelpack.testing.registry", "",
     ]  # fmt: skip
     for kind, members in kinds.items():

@@ -1,4 +1,4 @@
-"""What a system keeps of a program in share/: pages of the manual, and completions for shells."""
+"""The files of the wheel for share/ of a system: manual pages and shell completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modelpack.cli.main import cli
 from scripts.documents.commands import commands
 from scripts.documents.manuals import manual
 
-#: Where each shell looks for the completions of a program.
+#: The path of the completion script for each shell.
 COMPLETIONS = {
     "bash": "bash-completion/completions/modelpack",
     "zsh": "zsh/site-functions/_modelpack",
@@ -19,7 +19,7 @@ COMPLETIONS = {
 
 
 def write(share: Path) -> None:
-    """Write all of it below `share`."""
+    """Write all files to the directory `share`."""
     pages = share / "man" / "man1"
     pages.mkdir(parents=True)
     for command in commands():
@@ -31,9 +31,9 @@ def write(share: Path) -> None:
 
 
 def completion(shell: str) -> str:
-    """Return what `modelpack completion` prints: the code that completes our commands."""
+    """Return the completion script for a shell, as `modelpack completion` prints it."""
     found = get_completion_class(shell)
     assert found is not None
     made = found(cli, {}, "modelpack", "_MODELPACK_COMPLETE")
-    # `source()` would also run bash, to warn of old ones.
+    # `source()` would also run bash to check its version.
     return f"{made.source_template % made.source_vars()}\n"

@@ -1,7 +1,8 @@
-"""What mkdocs asks while it builds the site: pages that are elsewhere in the tree, and their links.
+"""The hooks of mkdocs: add pages from outside docs/, and rewrite the links of all pages.
 
-A page keeps the links that it has in the tree, where every code forge shows it. Here they lead to
-the pages of the site, and what is no page (code, tests) to `extra.code` of mkdocs.yml.
+Documents have links that work in the repository. The hooks rewrite links to documents into links to
+pages of the site, and links to other files (code, tests) into URLs below `extra.code` of
+mkdocs.yml.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ sys.path[:0] = [str(ROOT)]
 from scripts.documents import references  # noqa: E402
 from scripts.documents.links import relinked  # noqa: E402
 
-#: Documents outside docs/, and what the site calls them.
+#: Documents outside docs/ -> their paths in the site.
 _MORE = {
     "README.md": "index.md",
     **{name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")},
@@ -34,7 +35,7 @@ _MADE = {
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the measurements to the navigation, each by the first words of its title."""
+    """Add the measurements to the navigation, named by the first words of their titles."""
     pages = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
     titles = {path: path.read_text().split("\n", 1)[0].removeprefix("# ") for path in pages}
     assert config.nav is not None
@@ -48,7 +49,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the documents of the tree that are not in docs/, and the references."""
+    """Add the documents outside docs/, and the generated references."""
     more = dict(_MORE)
     for folder in _FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -63,7 +64,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Have the links of a page lead where they lead in the tree."""
+    """Rewrite the links of a page for the site."""
     place = page.file.src_uri
     if place in _MADE:
         return markdown
@@ -77,6 +78,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _in_tree(file: File) -> str:
-    """The path of a page in the tree: those of docs/ have lost that part."""
+    """Return the path of a page in the repository; mkdocs removes the prefix docs/."""
     elsewhere = (*_MORE, *(f"{folder}/" for folder in _FOLDERS))
     return file.src_uri if file.src_uri.startswith(elsewhere) else f"docs/{file.src_uri}"

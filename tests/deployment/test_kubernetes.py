@@ -200,8 +200,11 @@ def test_json_is_a_list(published: tuple[str, str]) -> None:
     [
         (("--name", "Tiny"), "'Tiny' is not a valid Kubernetes name"),
         (("--namespace", "a_b"), "'a_b' is not a valid Kubernetes name"),
-        (("--engine", "modelpack", "--model-image", IMAGE), "not from an image volume"),
-        (("--gpus", "0"), "need a GPU"),
+        (
+            ("--engine", "modelpack", "--model-image", IMAGE),
+            "cannot be combined with --model-image",
+        ),
+        (("--gpus", "0"), "requires a GPU"),
         (("--gpu-memory", "many"), "many"),
     ],
 )

