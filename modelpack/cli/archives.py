@@ -188,7 +188,7 @@ def export_models(
 def _write(path: Path, pieces: Iterable[bytes], force: bool) -> None:
     """Write the file under a temporary name and rename it when it is complete."""
     if path.exists() and not force:
-        raise ConflictError(f"{path} exists", hint="give --force to replace it")
+        raise ConflictError(f"{path} already exists", hint="give --force to replace it")
     part = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
     try:
         with part.open("xb") as file:

@@ -191,7 +191,7 @@ def _show_unexpected(error: Exception, settings: Settings) -> None:
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     click.echo(visible(f"error: unexpected {detail}").replace("\n", "\n  "), err=True)
     if not settings.debug:
-        click.echo("hint: run again with --debug to see where, and please report it", err=True)
+        click.echo("hint: run again with --debug to see where, and report it as a bug", err=True)
 
 
 def _show_traceback(error: BaseException) -> None:

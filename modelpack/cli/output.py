@@ -60,7 +60,7 @@ def show_error(error: ModelpackError, *, err: bool = True) -> None:
 
 
 def _indented(text: str) -> str:
-    """Return `text` with all lines but the first indented: none can imitate other output."""
+    """Return `text` with all lines but the first indented, so that none imitates our output."""
     return "\n  ".join(one_line(line.expandtabs()) for line in visible(text).split("\n"))
 
 

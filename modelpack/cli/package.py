@@ -36,7 +36,9 @@ _BITS = {"q4": 4, "q8": 8}
 
 @click.command()
 @click.argument("reference")
-@click.option("--gguf", type=PATH, help="Package this GGUF file, or all shards of which it is one.")
+@click.option(
+    "--gguf", type=PATH, help="Package this GGUF file; for a sharded one, give any shard."
+)
 @click.option(
     "--safetensors-dir", type=PATH, help="Package this directory with safetensors weights."
 )

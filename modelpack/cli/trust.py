@@ -130,8 +130,8 @@ def sign(
 )  # fmt: skip
 @click.option(
     "--format", "formats", type=click.Choice(_ACCEPTED), multiple=True,
-    help="Accept only signatures of this format. May be repeated. model-signing-files are those of "
-    "OpenSSF's tool, which cover only the files. [default: all that cover the manifest]",
+    help="Accept only signatures of this format. May be repeated. model-signing-files is the "
+    "format of OpenSSF's tool, which covers only the files. [default: all that cover the manifest]",
 )  # fmt: skip
 @LOCAL
 @remote_options

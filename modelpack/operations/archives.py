@@ -35,7 +35,7 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack.operations.docker import check_docker_format
-from modelpack.operations.lookup import check_whole, stored_model
+from modelpack.operations.lookup import check_whole, named_references, stored_model
 from modelpack.operations.remote import new_reference
 from modelpack.operations.transfer import MAX_DEPTH, MAX_MANIFESTS
 from modelpack.progress import Action, Progress
@@ -94,7 +94,8 @@ def archive_of(
     for name in names:
         descriptor = store.resolve(name)
         _collect(store, name, descriptor, documents, blobs)
-        entries += [_entry(descriptor, spelled) for spelled in _spellings(store, name)]
+        references = named_references(store, name) or (None,)
+        entries += [_entry(descriptor, reference) for reference in references]
     index = encode(
         {
             "schemaVersion": 2,
@@ -148,27 +149,14 @@ def _collect(
     blobs |= {blob.digest: blob for blob in document.unique_blobs}
 
 
-def _spellings(store: LayoutStore, name: str) -> list[str | None]:
-    """Return the references to write for a name: the reference itself, or all those of an id."""
-    stored = store.get(name)
-    named = [str(ref) for ref in stored.references if _is(name, ref)]
-    return [*(named or map(str, stored.references))] or [None]
-
-
-def _is(name: str, reference: Reference) -> bool:
-    try:
-        return Reference.parse(name).without_digest() == reference
-    except ValueError:
-        return False
-
-
-def _entry(descriptor: Descriptor, name: str | None) -> Descriptor:
-    keys = () if name is None else (media_types.REF_NAME, media_types.CONTAINERD_NAME)
+def _entry(descriptor: Descriptor, reference: Reference | None) -> Descriptor:
+    """Return the index entry of a manifest, with its reference as annotations."""
+    keys = () if reference is None else (media_types.REF_NAME, media_types.CONTAINERD_NAME)
     return Descriptor(
         descriptor.media_type,
         descriptor.digest,
         descriptor.size,
-        dict.fromkeys(keys, name or ""),
+        {key: str(reference) for key in keys},
         descriptor.artifact_type,
     )
 
@@ -182,10 +170,10 @@ def _written(
 ) -> Iterator[bytes]:
     with store.lease(blob.digest for blob in blobs):
         for folder in ("blobs", "blobs/sha256"):
-            yield _header(folder, 0, tarfile.DIRTYPE, 0o755)
+            yield tar_header(folder, 0, tarfile.DIRTYPE, 0o755)
         yield from _small(first)
         for blob in blobs:
-            yield _header(_path(blob.digest), blob.size)
+            yield tar_header(_path(blob.digest), blob.size)
             with open_blob(store.blob_path(blob.digest), blob) as stream:
                 done = 0
                 while piece := stream.read(_CHUNK):
@@ -201,7 +189,7 @@ def _written(
 
 def _small(files: dict[str, bytes]) -> Iterator[bytes]:
     for name, raw in files.items():
-        yield _header(name, len(raw)) + raw + bytes(-len(raw) % _BLOCK)
+        yield tar_header(name, len(raw)) + raw + bytes(-len(raw) % _BLOCK)
 
 
 def _size(files: Iterable[bytes], blobs: Sequence[Descriptor]) -> int:
@@ -214,7 +202,8 @@ def _path(digest: Digest) -> str:
     return f"blobs/{digest.algorithm}/{digest.encoded}"
 
 
-def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE, mode: int = 0o644) -> bytes:
+def tar_header(name: str, size: int, kind: bytes = tarfile.REGTYPE, mode: int = 0o644) -> bytes:
+    """Return the header of a GNU tar entry without owner and time."""
     entry = tarfile.TarInfo(name)
     entry.size, entry.type, entry.mode = size, kind, mode
     return entry.tobuf(tarfile.GNU_FORMAT)

@@ -23,6 +23,7 @@ from modelpack.builder.request import PackageRequest
 from modelpack.builder.times import EPOCH
 from modelpack.bundles.names import arrange
 from modelpack.errors import NotFoundError, UnsafePathError, UnsupportedError, UsageError
+from modelpack.operations.archives import tar_header
 from modelpack.operations.package import as_single_files, is_of_single_files, package
 from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions, new_reference, open_repository
@@ -70,8 +71,8 @@ class TarLayer:
             for directory in _above(file.path):
                 if directory not in made:
                     made.add(directory)
-                    add(_header(f"{directory}/", 0, tarfile.DIRTYPE, 0o755))
-            add(_header(file.path, file.size, tarfile.REGTYPE, 0o644))
+                    add(tar_header(f"{directory}/", 0, tarfile.DIRTYPE, 0o755))
+            add(tar_header(file.path, file.size))
             pieces.append(_Piece(file.size, file.content))
             add(bytes(-file.size % _BLOCK))
         add(bytes(2 * _BLOCK))
@@ -139,12 +140,6 @@ class _Reader:
 def _above(path: str) -> list[str]:
     parts = path.split("/")[:-1]
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
-
-
-def _header(path: str, size: int, kind: bytes, mode: int) -> bytes:
-    entry = tarfile.TarInfo(path)
-    entry.size, entry.type, entry.mode = size, kind, mode
-    return entry.tobuf(tarfile.GNU_FORMAT)
 
 
 T = TypeVar("T")

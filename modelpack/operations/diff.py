@@ -161,7 +161,7 @@ def _layers(
 
 
 def _by_path(files: Iterable[ModelFile]) -> dict[tuple[str, int], ModelFile]:
-    """Return files by path, or by media type if they have none, and by their number under it."""
+    """Return files by key: the path, else the media type, and a number for repeated ones."""
     found: dict[tuple[str, int], ModelFile] = {}
     counts: dict[str, int] = {}
     for file in files:

@@ -10,7 +10,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import NotFoundError, UnsupportedError
-from modelpack.operations.lookup import check_whole, stored_model
+from modelpack.operations.lookup import check_whole, named_references, stored_model
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import Watch, watching
 from modelpack.store.docker_store import DockerStore
@@ -126,19 +126,11 @@ def _import_model(
 
 
 def _references(store: LayoutStore, name: str) -> tuple[Reference, ...]:
-    """Return the references to export: the named one, or all those of an id."""
-    stored = store.get(name)
-    named = [ref for ref in stored.references if _names(name, ref)]
-    if not named and not stored.references:
+    """Return the references to export; raise `NotFoundError` for a model without a tag."""
+    references = named_references(store, name)
+    if not references:
         raise NotFoundError(
             f"cannot export {name}: it has no tag, and Docker Model Runner needs one",
             hint="run modelpack tag ID NAME",
         )
-    return tuple(named) or stored.references
-
-
-def _names(name: str, reference: Reference) -> bool:
-    try:
-        return Reference.parse(name).without_digest() == reference
-    except ValueError:
-        return False
+    return references

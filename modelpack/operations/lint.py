@@ -180,7 +180,7 @@ def lint(
     from_registry: bool = False,
     stop: Stop | None = None,
 ) -> LintReport:
-    """Check the stored model `name`, that of its registry, or the files in a directory `name`.
+    """Check the model `name`, in the store or its registry, or the files of the directory `name`.
 
     `render` renders chat templates. Only the headers of weights are read. Raises `NotFoundError`,
     and `PackagingError` for a directory that cannot be read.

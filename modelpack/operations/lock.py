@@ -154,7 +154,7 @@ def pull_locked(
                 pinned, store=store, remote=remote, progress=watch.report, stop=watch.stop
             )
             done.append(pulled)
-            digest = pulled.digest  # of an index, that of the variant
+            digest = pulled.digest  # for an index, the digest of the variant
         elif remote is not None and remote.trust is not None:
             model = replace(stored_model(store, str(digest)), reference=reference)
             check_stored(remote.trust, store, model, remote, watch)

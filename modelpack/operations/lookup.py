@@ -104,6 +104,16 @@ def reference_in(source: Source, name: str, found: Descriptor) -> Reference | No
     return reference
 
 
+def named_references(store: LayoutStore, name: str) -> tuple[Reference, ...]:
+    """Return the stored reference `name`, or all references of the model if `name` is an id."""
+    references = store.get(name).references
+    try:
+        named = Reference.parse(name).without_digest()
+    except ValueError:
+        return references
+    return (named,) if named in references else references
+
+
 def model_of(
     source: Source, descriptor: Descriptor, manifest: Manifest, reference: Reference | None
 ) -> Model:

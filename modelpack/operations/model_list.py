@@ -30,7 +30,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The fields of a model in a list: `size` is that of all blobs; the others are its config's."""
+    """The fields of a model in a list: `size` is that of all blobs; the config has the others."""
 
     size: int
     format: str
@@ -80,9 +80,9 @@ _KINDS = (int, str, str, str, str, int | None, str | None)
 
 @dataclass(frozen=True, slots=True)
 class Summarized:
-    """A stored model in short; `problem` says why `summary` is None where it cannot be read.
+    """The summary of a stored model. If it cannot be read, `summary` is None; see `problem`.
 
-    `missing` are the layers that were left out of its pull.
+    `missing` are the layers that a partial pull left out.
     """
 
     digest: Digest

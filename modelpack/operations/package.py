@@ -1,4 +1,4 @@
-"""Package files, or another model with changes, as a model in the store; push it if asked."""
+"""Package files, or a changed copy of another model, as a model in the store, and push it."""
 
 from __future__ import annotations
 

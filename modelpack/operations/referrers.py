@@ -67,11 +67,11 @@ class BytesSource:
     contents: Mapping[Digest, bytes]
 
     def resolve(self, name: str) -> Descriptor:
-        """Raise `NotFoundError`: there are none."""
+        """Raise `NotFoundError`: the source has no manifests."""
         raise NotFoundError(f"no such manifest: {name}")
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Raise `NotFoundError`: there are none."""
+        """Raise `NotFoundError`: the source has no manifests."""
         raise NotFoundError(f"no such manifest: {descriptor.digest}")
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
@@ -115,11 +115,11 @@ class AttachedFiles:
         return EMPTY_CONFIG
 
     def resolve(self, name: str) -> Descriptor:
-        """Raise `NotFoundError`: files are no manifests."""
+        """Raise `NotFoundError`: the source has no manifests."""
         raise NotFoundError(f"no such manifest: {name}")
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Raise `NotFoundError`: files are no manifests."""
+        """Raise `NotFoundError`: the source has no manifests."""
         raise NotFoundError(f"no such manifest: {descriptor.digest}")
 
     def blob(self, descriptor: Descriptor) -> BlobSource:

@@ -53,7 +53,7 @@ def run_all(tasks: Sequence[Callable[[], T]], workers: int, stop: Stop) -> list[
 MAX_MANIFESTS: Final = 1_000
 MAX_DEPTH: Final = 4
 #: The largest number of referrers of one model. Anyone with write access to a repository may attach
-#: manifests to a model in it, so the number has to be bounded.
+#: manifests to a model in it, so the number must be limited.
 MAX_REFERRERS = 10_000
 
 
@@ -75,7 +75,7 @@ class TransferOptions:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """The blobs of one manifest, counted; `bytes_written` counts those that were sent or stored."""
+    """Counts of the blobs of one manifest; `bytes_written` are the bytes sent or stored."""
 
     descriptor: Descriptor
     written: int
@@ -100,7 +100,7 @@ def transfer_model(
     name: str | None,
     options: TransferOptions,
 ) -> TransferredModel:
-    """Transfer the manifest or index `raw` and all that it lists to `target`, tagged `name`.
+    """Transfer the manifest or index `raw` and everything it lists to `target`, tagged `name`.
 
     Blobs come first, then the manifest, then referrers if `options` ask for them; the tag is set
     last, so that a target never lists an incomplete model. The manifests of an index are written
@@ -227,7 +227,7 @@ def _transfer_referrers(
 
 
 def _subjects(descriptor: Descriptor, raw: bytes) -> list[Digest]:
-    """Return the digests whose referrers to look up: the manifest's and those an index lists."""
+    """Return the digests whose referrers to list: that of the manifest and those in an index."""
     document = parse_manifest_or_index(
         raw, f"manifest {descriptor.digest}", media_type=descriptor.media_type
     )

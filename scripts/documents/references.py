@@ -103,7 +103,7 @@ def python() -> str:
         kinds[kind].append(f"::: {module}.{attribute}")
     lines = [
         "# Python", "",
-        "The names in `modelpack`, which are loaded on first use. Every failure is a `ModelpackError`",
+        "The names in `modelpack` are loaded on first use. Every failure is a `ModelpackError`",
         "of [the tree](errors.md); the library prints nothing.", "",
         "`modelpack.testing` has a registry for your tests:", "",
         "::: modelpack.testing.registry", "",

@@ -14,7 +14,7 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.bench.report import Record, Report, make_report
 from modelpack_server.bench.workloads import Session, Workload
 
-#: Steps between two measurements of KV block usage, which take as long as scheduling some requests.
+#: Steps between two measurements of KV block usage, since a measurement takes time.
 _STEPS_PER_COUNT = 8
 
 

@@ -1,1 +1,1 @@
-"""The commands that need the engine or a running server; registered as entry points."""
+"""Commands that need the engine or a running server; pyproject.toml lists them as entry points."""

@@ -65,7 +65,7 @@ class _Command(click.Command):
 @click.command(
     cls=_Command,
     epilog="By default, a run takes about a minute per TARGET. The table includes the machine, the "
-    "versions and the load, so that it can be shared.",
+    "versions and the load, so that others can compare it.",
 )
 @click.argument("targets", metavar="TARGET...", nargs=-1, required=True, shell_complete=model_names)
 @click.option(

@@ -140,14 +140,14 @@ def worst(checks: Sequence[Check]) -> Verdict:
 
 
 _FORMATS = ("gguf", "safetensors")
-#: The least memory that a KV cache and the arrays of a step take besides the weights, in bytes.
+#: The minimum memory for a KV cache and the arrays of a step, in bytes.
 _MIN_WORKING_BYTES = 512 * 1024**2
 Device = Literal["cpu", "gpu"]
 
 
 def check_device() -> tuple[Check, Device]:
-    """Return the device that runs models."""
-    blas.prepare()  # before MLX
+    """Return the check of the device that runs models, and the device."""
+    blas.prepare()  # must run before MLX is imported
     cores = os.cpu_count() or 1
     machine = f"{platform.system()} {platform.machine()}, {cores} cores"
     from modelpack_engine.platform.device import choose_device
@@ -174,7 +174,7 @@ def check_device() -> tuple[Check, Device]:
 
 
 def check_memory() -> Check:
-    """Return the memory that models may use."""
+    """Return the check of the memory that models may use."""
     from modelpack_server.pool.memory import device_memory
 
     size = device_memory(EngineConfig())
@@ -184,7 +184,7 @@ def check_memory() -> Check:
 
 
 def check_backends() -> list[Check]:
-    """Return the installed backends."""
+    """Return a check for each backend."""
     from modelpack_engine.llama_cpp import library
 
     checks = [
@@ -221,7 +221,7 @@ def check_backends() -> list[Check]:
 
 
 def check_choices(device: Device) -> list[Check]:
-    """Return the backend that `auto` selects for each format."""
+    """Return a check for each format, with the backend that `auto` selects."""
     from modelpack_engine.llama_cpp.library import automatic_backend
 
     checks = []
@@ -237,7 +237,7 @@ def check_choices(device: Device) -> list[Check]:
 
 
 def check_model(model: Model, device: Device, available: int) -> Check:
-    """Return the backend that runs a model; fail if it does not fit into `available` bytes."""
+    """Return the check of a model, which fails if it exceeds `available` bytes."""
     from modelpack_engine.llama_cpp.library import automatic_backend
 
     name = f"model {model.reference or model.short_id}"
