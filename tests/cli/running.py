@@ -1,4 +1,4 @@
-"""Run the command line in this process and keep what it printed."""
+"""Run the command line in this process and capture its output."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Result:
 
     @property
     def out(self) -> str:
-        """What stdout got, as text without the last newline."""
+        """The stdout as text, without the last newline."""
         return self.stdout.decode().rstrip("\n")
 
     @property
     def json(self) -> Any:
-        """What stdout got, decoded."""
+        """The stdout as JSON."""
         return json.loads(self.stdout)
 
 
@@ -43,7 +43,7 @@ def modelpack(*arguments: str | Path) -> Result:
 
 
 def succeed(*arguments: str | Path) -> Result:
-    """Run `modelpack`, which has to succeed."""
+    """Run `modelpack` and require success."""
     result = modelpack(*arguments)
     assert result.code == 0, f"exit code {result.code}\n{result.err}"
     return result

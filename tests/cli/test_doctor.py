@@ -1,4 +1,4 @@
-"""`modelpack doctor`: what it finds, by faults made on purpose."""
+"""`modelpack doctor`: the problems that it finds."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def gguf(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def packaged(gguf: Path) -> str:
-    """The digest of a model stored as team/tiny:v1."""
+    """Return the digest of a model stored as team/tiny:v1."""
     return succeed("package", "--gguf", gguf, "team/tiny:v1").out
 
 

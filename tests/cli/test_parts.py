@@ -1,4 +1,4 @@
-"""Commands on models that are stored in part."""
+"""Commands on partial models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_part_is_not_served(published: Published) -> None:
     pull_config(published)
     with pytest.raises(PartialModelError, match="is stored in part"):
         opening.open_model(published.reference, pull=False, store=published.store)
-    # What pulls as it starts, as `serve MODEL` does, has the rest first.
+    # Commands that pull at start, like `serve MODEL`, complete the model first.
     opening.open_model(published.reference, store=published.store)
     assert published.store.missing(published.reference) == ()
 

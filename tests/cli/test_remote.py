@@ -1,4 +1,4 @@
-"""Commands that talk to a registry, and the command that is one."""
+"""Commands that connect to a registry, and `registry serve`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def server() -> Iterator[RegistryServer]:
 
 @pytest.fixture
 def pushed(server: RegistryServer, tmp_path: Path) -> tuple[str, str]:
-    """The reference and digest of a model that is in the registry only."""
+    """Return the reference and digest of a model that is only in the registry."""
     reference = f"{server.host}/team/tiny:v1"
     digest = succeed("package", "--gguf", tiny_gguf(tmp_path), "--push", reference).out
     succeed("rm", reference)
@@ -139,7 +139,7 @@ def test_conversion_both_ways(kind: str, tmp_path: Path) -> None:
     assert "CNCF ModelPack" in succeed("inspect", "m:cncf").out
     succeed("package", "--from", "m:cncf", "--format", "docker", "m:back")
     assert "Docker v0." in succeed("inspect", "m:back").out
-    # Without a format, the one of the source stays.
+    # Without a format, the source's format is kept.
     assert succeed("package", "--from", "m:cncf", "m:same").out == cncf
 
 
@@ -166,7 +166,7 @@ def test_registry_serve_as_a_process(tmp_path: Path) -> None:
     assert process.stdout is not None
     host = process.stdout.readline().strip()
     digest = succeed("package", "--gguf", tiny_gguf(tmp_path), "--push", f"{host}/team/tiny:v1").out
-    # A pushed model is at once runnable from that root.
+    # A pushed model can be run from that root at once.
     assert succeed("--store", root, "inspect", "--json", "team/tiny:v1").json["digest"] == digest
     assert Path(succeed("--store", root, "resolve", "team/tiny:v1").out).is_file()
     process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Sizes as options take them."""
+"""Sizes as arguments of options."""
 
 from __future__ import annotations
 

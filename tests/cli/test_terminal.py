@@ -1,4 +1,4 @@
-"""What a model says about itself is text: a terminal takes no commands from it."""
+"""Texts from models cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.cli.running import Result, modelpack
 from tests.registry.faults import answering
 from tests.registry.faulty import REPOSITORY, FaultyRegistry
 
-# Sets the title, clears the screen, turns the line around, and looks like an error of ours.
+# Sets the title, clears the screen, reverses the line, and imitates an error message.
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202eevil\x9b2J\nerror: forged"
 DOCKER = "application/vnd.docker.ai"
 
 
 def model(registry: FaultyRegistry, *, filepath: str = "model.gguf") -> str:
-    """Publish a model whose every free text is hostile; return its reference."""
+    """Publish a model with hostile text in every field; return its reference."""
     weight = registry.put_blob(b"weights")
     about: dict[str, Any] = {
         "config": {"format": "gguf", "architecture": EVIL, "parameters": EVIL, "size": EVIL,
@@ -89,7 +89,7 @@ def test_what_a_registry_answers(registry: FaultyRegistry, tmp_path: Path, statu
 
 
 class Server:
-    """A model server that repeats what a registry told it."""
+    """A model server that repeats the message of a registry."""
 
     endpoint = "http://127.0.0.1:1"
 

@@ -1,4 +1,4 @@
-"""What Compose calls, without Compose: tests/interop/test_compose.py has the real one."""
+"""The calls of Compose, without Compose; tests/interop/test_compose.py uses the real one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
 
 @pytest.fixture
 def server(running: ModelServer, monkeypatch: pytest.MonkeyPatch) -> ModelServer:
-    """The server, which containers reach at ENDPOINT."""
+    """A server with the URL ENDPOINT for containers."""
     monkeypatch.setenv("MODELPACK_HOST", running.url)
     monkeypatch.setenv("MODELPACK_ENDPOINT", ENDPOINT)
     return running

@@ -1,4 +1,4 @@
-"""How containers reach this machine, by what `docker` says of itself and of its bridge."""
+"""The address of this machine for containers, from the output of `docker`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modelpack.errors import ModelpackError
 
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `docker` that answers what stands in files of this directory."""
+    """A fake `docker` that prints the files of this directory."""
     program = tmp_path / "docker"
     program.write_text(
         f"""#!/bin/sh

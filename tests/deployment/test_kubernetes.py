@@ -1,4 +1,4 @@
-"""`modelpack k8s`: what it prints is what Kubernetes' own schemas allow, and follows the model."""
+"""`modelpack k8s`: its objects satisfy the schemas of Kubernetes and depend on the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IMAGE = "registry.example/team/tiny-image@sha256:" + "a" * 64
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A model in a registry: its reference and its digest."""
+    """A model in a registry: its reference and digest."""
     root = tmp_path_factory.mktemp("k8s")
     request = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(root))
     with registry() as server:
@@ -118,7 +118,7 @@ def test_modelpack_answers_to_the_names_of_the_service(
 
 
 def test_the_commands_in_the_pod_are_ours(published: tuple[str, str], tmp_path: Path) -> None:
-    """What the init containers run, run here, in a directory that stands for the volume."""
+    """Run the commands of the init containers here, with a directory as the volume."""
     for engine in ("vllm", "modelpack"):
         spec = pod(objects(published[0], "--engine", engine))
         command = [
@@ -128,7 +128,7 @@ def test_the_commands_in_the_pod_are_ours(published: tuple[str, str], tmp_path: 
         assert command[0] == "modelpack"
         (tmp_path / engine).mkdir()
         succeed(*command[1:], "--store", str(tmp_path / engine / "store"))
-        succeed(*command[1:], "--store", str(tmp_path / engine / "store"))  # a pod starts again
+        succeed(*command[1:], "--store", str(tmp_path / engine / "store"))  # the pod restarts
     assert (tmp_path / "vllm" / "bundle" / "model" / "config.json").is_file()
     store = LayoutStore(tmp_path / "modelpack" / "store")
     served = pod(objects(published[0], "--engine", "modelpack"))["containers"][0]["command"]
@@ -162,7 +162,7 @@ def test_an_image_that_convert_makes_has_its_files_where_the_pod_looks(
 
 
 def names_in(image: str) -> set[str]:
-    """The paths in the layers of an image for this architecture, read from its registry."""
+    """Return the paths in the layers of an image for this architecture, read from its registry."""
     host, _, rest = image.partition("/")
     repository, _, digest = rest.partition("@")
     address = f"http://{host}/v2/{repository}"

@@ -1,4 +1,4 @@
-"""The context, template and defaults of a package are what answers under vLLM, however started."""
+"""Packaged context size, template and defaults apply under vLLM, however it is started."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GENERATION = {"max_new_tokens": 50, "repetition_penalty": 1.1, "temperature": 0.
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LayoutStore:
-    """A store with team/set, packaged with all settings, and team/plain, with none."""
+    """A store with team/set, packaged with all settings, and team/plain, packaged without."""
     made = LayoutStore(tmp_path / "store")
     monkeypatch.setenv("MODELPACK_STORE", str(made.root))
     files = tiny_safetensors(tmp_path)
@@ -83,7 +83,7 @@ def test_a_model_without_settings_gets_no_options(store: LayoutStore, program: P
 
 
 class WithSettings(Arguments):
-    """An `EngineArgs` that has the fields, as vLLM's has."""
+    """A fake `EngineArgs` with the fields of vLLM's."""
 
     max_model_len: int | None = None
 
@@ -95,7 +95,7 @@ def test_the_plugin_sets_them(
     store: LayoutStore, arg_utils: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     arg_utils.EngineArgs = type("EngineArgs", (WithSettings,), dict(WithSettings.__dict__))
-    earlier = arg_utils.EngineArgs("modelpack://team/set")  # made before plugins were loaded
+    earlier = arg_utils.EngineArgs("modelpack://team/set")  # created before the plugins are loaded
     vllm_plugin.register()
     directory = Path(earlier.create_engine_config())
     assert (directory / "chat_template.jinja").read_text() == "packaged"

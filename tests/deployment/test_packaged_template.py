@@ -1,4 +1,4 @@
-"""A chat template given to `package --chat-template` is the one that answers, in every runtime."""
+"""The template of `package --chat-template` is used in every runtime."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_packaged_template_is_used(
     tmp_path: Path, given: str | None, files: dict[str, str], used: str
 ) -> None:
     store, bundle = packaged(tmp_path, given, files)
-    # transformers and vLLM: chat_template.jinja goes before tokenizer_config.json.
+    # transformers and vLLM prefer chat_template.jinja to tokenizer_config.json.
     laid_out = bundle / "chat_template.jinja"
     assert laid_out.exists() is (used != INLINE)
     if laid_out.exists():

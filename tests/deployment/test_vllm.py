@@ -1,7 +1,7 @@
-"""vLLM's command line, and the plugin, without vLLM.
+"""vLLM's command line and the plugin, without vLLM.
 
-tests/interop/test_vllm_source.py holds the plugin to vLLM's own source, tests/interop/test_vllm.py
-to vLLM itself.
+tests/interop/test_vllm_source.py checks the plugin against vLLM's source, and
+tests/interop/test_vllm.py against vLLM itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LayoutStore:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """A `vllm` that prints its arguments."""
+    """A fake `vllm` that prints its arguments."""
     path = tmp_path / "bin" / "vllm"
     path.parent.mkdir()
     path.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
@@ -124,7 +124,7 @@ def test_a_bundle_is_made_once_and_goes_with_its_model(store: LayoutStore) -> No
 
 
 def test_a_model_that_vllm_runs_is_not_removed(store: LayoutStore, program: Path) -> None:
-    """The lease passes to the program that the command becomes, and ends with it."""
+    """The lease passes to the program that replaces the command, and ends with it."""
     program.write_text(f'#!/bin/sh\n{sys.executable} -m modelpack rm team/tiny\necho "code $?"\n')
     done = serve(program, "team/tiny", "--backend", "vllm")
     assert "code 7" in done.stdout, done.stderr
@@ -139,7 +139,7 @@ def store_files(store: LayoutStore) -> tuple[Any, ...]:
 
 @dataclass
 class Arguments:
-    """As much of `EngineArgs` as names of models are in."""
+    """The fields and methods of `EngineArgs` that concern model names."""
 
     model: str
     tokenizer: str | None = None
@@ -148,7 +148,7 @@ class Arguments:
     speculative_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Where vLLM asks the hub."""
+        """Do nothing; vLLM's method contacts the hub here."""
 
     def create_engine_config(self) -> str:
         return self.create_model_config()
@@ -159,7 +159,7 @@ class Arguments:
 
 @pytest.fixture
 def arg_utils(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """vLLM's module, with a class of its own for each test."""
+    """A fake module of vLLM, with a new class for each test."""
     package, engine = ModuleType("vllm"), ModuleType("vllm.engine")
     module = ModuleType("vllm.engine.arg_utils")
     made = dataclass(type("EngineArgs", (Arguments,), dict(Arguments.__dict__)))
@@ -172,9 +172,9 @@ def arg_utils(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_names_become_directories(store: LayoutStore, arg_utils: Any) -> None:
-    earlier = arg_utils.EngineArgs(model="modelpack://team/tiny")  # made before plugins were loaded
+    earlier = arg_utils.EngineArgs(model="modelpack://team/tiny")  # created before the plugins load
     vllm_plugin.register()
-    vllm_plugin.register()  # vLLM loads plugins again and again
+    vllm_plugin.register()  # vLLM loads plugins several times
     directory = str(model_directory("team/tiny", store=store))
     assert earlier.create_engine_config() == directory
     made = arg_utils.EngineArgs(

@@ -1,1 +1,1 @@
-"""The verbs, by their Python interface."""
+"""Tests of the operations through their Python interface."""

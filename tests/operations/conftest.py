@@ -1,4 +1,4 @@
-"""A registry of ours that counts, with a model of many files in it, and an empty store."""
+"""An embedded registry with a model of many files that counts requests, and an empty store."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from tests.models import tiny_safetensors
 
 
 class Records(list[RequestRecord]):
-    """The requests that a server of ours has finished, told by its thread."""
+    """The finished requests of an embedded server, recorded in its thread."""
 
     def __init__(self) -> None:
         super().__init__()
         self._changed = threading.Condition()
 
     def add(self, record: RequestRecord) -> None:
-        """Take a record; for `on_request`."""
+        """Add a record; an argument for `on_request`."""
         with self._changed:
             self.append(record)
             self._changed.notify_all()
 
     def settled(self, server: RegistryServer) -> list[RequestRecord]:
-        """Return what was asked up to now: a client may have its answer before the record is here.
+        """Return the requests so far.
 
-        The server's loop takes turns, so that of a later request comes after all of them.
+        A client may get its response before its request is recorded. The server records requests in
+        order, so this sends one more request and waits for its record.
         """
         mark = uuid.uuid4().hex
         requests.get(f"http://{server.host}/v2/?{mark}", timeout=20)
@@ -44,7 +45,7 @@ class Records(list[RequestRecord]):
             return [record for record in self if record.path != "/v2/"]
 
     def forget(self, server: RegistryServer) -> None:
-        """Forget what was asked up to now."""
+        """Delete the records so far."""
         self.settled(server)
         self.clear()
 
@@ -69,7 +70,7 @@ class Published:
         return f"{self.reference.rpartition(':')[0]}@{self.digest}"
 
     def blobs_fetched(self) -> set[str]:
-        """The digests of the blobs that somebody read."""
+        """Return the digests of the blobs that clients read."""
         done = self.records.settled(self.server)
         paths = [r.path for r in done if r.method == "GET" and r.status in (200, 206)]
         return {path.rpartition("/")[2] for path in paths if "/blobs/" in path}

@@ -1,4 +1,4 @@
-"""Archives: what is exported comes back the same; others read it; broken ones leave nothing."""
+"""Archives: exported models are imported unchanged, and broken archives leave nothing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_layout_brings_models_and_names(store: modelpack.Store, other: modelpa
     assert found == {name: str(store.resolve(name).digest) for name in (GGUF, ST)}
     assert {str(r) for m in other.models() for r in m.references} == {GGUF, ST}
     assert other.fsck(watch=watching(None)).ok
-    # All names of an id, and another name for the only one.
+    # All names of an id, and a new name for a single model.
     by_id = archived(store, store.resolve(GGUF).digest.short)
     assert list(read(other, by_id)) == [GGUF]
     assert list(read(other, by_id, to="my/own:v2")) == ["docker.io/my/own:v2"]
@@ -193,7 +193,7 @@ def test_weights_are_no_archive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["oci", "docker"])
 def test_a_blob_of_another_size_is_not_exported(store: modelpack.Store, form: Form) -> None:
-    """Its bytes would be read as the archive's next headers."""
+    """The bytes of a changed blob must not be read as headers of the archive."""
     weight = modelpack.inspect(GGUF, store=store).manifest.layers[0]
     path = store.blob_path(weight.digest)
     path.unlink()

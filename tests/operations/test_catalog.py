@@ -1,4 +1,4 @@
-"""`modelpack catalog`: what is listed, what is left out, and a page that trusts nobody."""
+"""`modelpack catalog`: the listed models, the omitted tags, and a page that escapes all texts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fill(host: str, tmp_path: Path) -> modelpack.Store:
 
 @pytest.fixture(params=["embedded", "docker-registry"])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The second keeps what is attached under a tag, which is no model."""
+    """The second registry keeps referrers under a tag, which is not a model."""
     if request.param == "embedded":
         with registry(tmp_path / "registry") as server:
             yield server.host

@@ -1,4 +1,4 @@
-"""Conversions: formats back and forth, and images that others mount."""
+"""Conversions between formats and back, and to images that other tools can mount."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_image_holds_the_files_under_models(store: modelpack.Store, tmp_path:
         assert config["rootfs"]["diff_ids"] == [str(layer.digest) for layer in manifest.layers]
     model = modelpack.inspect("x/st:v1", store=store)
     assert index.annotations[media_types.MODEL] == str(model.digest)
-    # It is no model, and nobody takes it for one.
+    # An image is not a model, and is not accepted as one.
     listed = succeed("list", "--json", "--store", store.root)
     assert [item["tags"] for item in listed.json["models"]] == [
         ["docker.io/x/gguf:v1"],

@@ -1,4 +1,4 @@
-"""Diffs: what differs between two models, and what is said about it."""
+"""Differences of two models, and the output about them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_same_content_in_other_generations(store: modelpack.Store, tmp_path:
 
 def test_local_and_remote(published: Published, tmp_path: Path) -> None:
     name, store = published.reference, modelpack.Store()
-    # In the store or not: nothing but manifests and configs is read.
+    # Stored or not, only manifests and configs are read.
     copied = f"{published.server.host}/other/m:v1"
     modelpack.copy(name, copied)
     published.records.settled(published.server)
@@ -120,7 +120,7 @@ def test_the_command(store: modelpack.Store, tmp_path: Path) -> None:
     assert value["identical"] is False
     assert [layer["change"] for layer in value["layers"]] == ["changed"]
     assert value["layers"][0]["after"]["size"] == 11
-    # Trouble is never 1, which means a difference.
+    # Errors never have exit code 1, which means a difference.
     assert command("diff", "a:v1", "0123456789ab").code == 3
     (store.root / "index.json").write_text("damaged")
     assert command("diff", "a:v1", "b:v1").code == 2

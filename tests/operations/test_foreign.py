@@ -1,4 +1,4 @@
-"""Models of other tools, read and converted: KitOps' ModelKits, Ollama's, and CNCF's forerunner."""
+"""Models of other tools, read and converted: KitOps, Ollama and CNAI."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.operations.test_convert import files_of
 from tests.unpacking.tars import END, file, gzipped
 
 GGUF = (FIXTURES / "models/tiny-gguf/tiny.gguf").read_bytes()
-KITS = ROOT / "tests/interop/kit/kit-1.7.0.tar.gz"  # made by the real kit: see interop/README.md
+KITS = ROOT / "tests/interop/kit/kit-1.7.0.tar.gz"  # made by the real kit; see interop/README.md
 KIT = "application/vnd.kitops.modelkit."
 IN_THE_KIT = {"LICENSE", "README.md", "data/rows.csv", "run.py", "weights/adapter_config.json",
               "weights/tiny.gguf"}  # fmt: skip
@@ -71,7 +71,7 @@ def keep(
     name: str = "x/m:v1",
     media_type: str = mt.OCI_MANIFEST,
 ) -> Digest:
-    """Keep a manifest as another tool writes it."""
+    """Store a manifest as another tool writes it."""
 
     def described(kind: str, content: bytes) -> dict[str, Any]:
         written = store.write_bytes(content, kind)
@@ -134,7 +134,7 @@ def push_as(store: modelpack.Store, name: str, pushed: str) -> str:
 
 
 def test_a_modelkit_becomes_any_form(kits: modelpack.Store) -> None:
-    """Compressed or not, it is the same model, and of the same bytes as anybody's."""
+    """A compressed and an uncompressed kit give the same model, with the same bytes."""
     digests = {
         to: {
             convert(f"localhost:5055/made/kit:{kit}", f"x/{to}-{kit}:v1", to=to, store=kits).digest
@@ -177,14 +177,15 @@ def test_what_was_unpacked_goes_with_the_kit(kits: modelpack.Store) -> None:
     name = "localhost:5055/made/kit:gzip"
     [weight] = modelpack.resolve(name, media_types=["gguf"], store=kits).files
     assert kits.gc(grace_seconds=0).partials == ()
-    (kits.root / "bundles" / ".modelpack-0.partial").mkdir()  # as earlier versions left them
+    (kits.root / "bundles" / ".modelpack-0.partial").mkdir()  # as in earlier versions
     assert kits.gc().partials == ("bundles/.modelpack-0.partial",)
     before = bytes_used(kits.root)
     removal = kits.remove(name)
     assert not weight.path.exists()
     assert kits.bundles.all() == {}
     freed = before - bytes_used(kits.root)
-    assert len(GGUF) < removal.bytes_freed <= freed < removal.bytes_freed + 8192  # index.json too
+    # `freed` includes index.json.
+    assert len(GGUF) < removal.bytes_freed <= freed < removal.bytes_freed + 8192
     assert kits.gc(grace_seconds=0).bytes_freed == 0
 
 
@@ -276,7 +277,7 @@ def test_a_kit_of_pickles_is_refused(store: modelpack.Store) -> None:
 
 
 def test_a_kit_pulled_in_part_is_completed(kits: modelpack.Store, tmp_path: Path) -> None:
-    """What an archive holds shows only when the whole kit is unpacked."""
+    """The files of an archive are known only after the whole kit is unpacked."""
     mine = modelpack.Store(tmp_path / "mine")
     with registry(tmp_path / "registry") as server:
         name = push_as(kits, "localhost:5055/made/kit:gzip", f"{server.host}/made/kit:v1")
@@ -382,7 +383,7 @@ def test_a_model_of_ollama_becomes_any_form(store: modelpack.Store) -> None:
         "system": "Be brief.",
         "messages": [{"role": "user", "content": "Hi"}],
     }
-    # The weights are those that were there: nothing is stored twice.
+    # The weights are reused: nothing is stored twice.
     assert docker.files()[0].descriptor.digest == Digest.of(GGUF)
     convert("x/m:v1", "x/cncf:v1", to="cncf", store=store)
     assert modelpack.inspect("x/cncf:v1", store=store).manifest.is_cncf
@@ -428,7 +429,7 @@ def test_an_image_of_docker_is_no_model(store: modelpack.Store) -> None:
         modelpack.inspect("x/m:v1", store=store)
 
 
-# CNAI, which CNCF ModelPack was before
+# CNAI, the predecessor of CNCF ModelPack
 
 
 def test_cnai_models_are_read(store: modelpack.Store) -> None:

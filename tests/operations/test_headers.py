@@ -1,4 +1,4 @@
-"""Headers of remote weights: read by a few ranges, as from the file itself."""
+"""Headers of remote weights are read by a few ranges, and equal those of the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIB = 1024 * 1024
 
 
 def big_safetensors(directory: Path) -> Path:
-    """A model of 48 MiB in one tensor."""
+    """A model of 48 MiB with one tensor."""
     directory.mkdir()
     size = 48 * MIB
     header = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (size, size)
@@ -39,7 +39,7 @@ def big_safetensors(directory: Path) -> Path:
 
 @dataclass
 class Hosted:
-    """A model in a registry that counts."""
+    """A model in a registry that counts requests."""
 
     server: RegistryServer
     reference: str

@@ -1,4 +1,4 @@
-"""Hostile tar archives: each is an error, in little memory, and leaves the store as it was."""
+"""Hostile tar archives: each raises an error, uses little memory and leaves the store unchanged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def index(*entries: Mapping[str, object]) -> bytes:
 
 
 def nested_indexes(width: int, depth: int) -> bytes:
-    """Return a layout whose indexes list the next one `width` times: width ** depth manifests."""
+    """Return a layout with `depth` nested indexes, each of which lists the next `width` times."""
     document = index(entry(b"nothing", media_types.OCI_MANIFEST))
     blobs = [blob(document)]
     for _ in range(depth):
@@ -73,7 +73,7 @@ def nested_indexes(width: int, depth: int) -> bytes:
 ZERO, NAME = blob_name(ZEROS), blob_name(b"x")
 LONG = b"n" * (1 << 20)
 TABLE: dict[str, tuple[bytes, type[Exception]]] = {
-    # Sparse files: a few bytes that stand for many.
+    # Sparse files: a few bytes that expand to many.
     "sparse, old GNU": (gnu_sparse(ZERO, len(ZEROS)), UnsupportedError),
     "sparse, old GNU, 8 GiB": (gnu_sparse(ZERO, 8**11 - 1), UnsupportedError),
     "sparse, old GNU, extended": (gnu_sparse(ZERO, 1 << 32, extended=True), UnsupportedError),
@@ -100,7 +100,7 @@ TABLE: dict[str, tuple[bytes, type[Exception]]] = {
     "sparse, star": (pax({b"SCHILY.realsize": b"1048576"}) + file(ZERO), UnsupportedError),
     "sparse, Solaris": (pax({b"SUN.holesdata": b" 0 1048576"}) + file(ZERO), UnsupportedError),
     "sparse for all": (pax({b"GNU.sparse.size": b"9"}, b"g") + file(ZERO), UnsupportedError),
-    # What is not a file.
+    # Entries that are not files.
     "hard link": (header(NAME, kind=b"1", link=b"/etc/passwd"), UnsafePathError),
     "symbolic link": (header(NAME, kind=b"2", link=b"/etc/passwd"), UnsafePathError),
     "symbolic link to a directory": (header(b"blobs", kind=b"2", link=b"/"), UnsafePathError),
@@ -111,7 +111,7 @@ TABLE: dict[str, tuple[bytes, type[Exception]]] = {
     "part of another volume": (header(NAME, kind=b"M"), UnsupportedError),
     "label of a volume": (header(NAME, kind=b"V"), UnsupportedError),
     "unknown type": (header(NAME, kind=b"!"), UnsupportedError),
-    # Sizes that are lies.
+    # Wrong sizes.
     "negative size": (header(NAME, size_field=b"\xff" * 12), FormatError),
     "negative size in a record": (pax({b"size": b"-1"}) + file(NAME), FormatError),
     "size of 88 bits": (header(NAME, size_field=big((1 << 88) - 1)), FormatError),
@@ -123,7 +123,7 @@ TABLE: dict[str, tuple[bytes, type[Exception]]] = {
     "less than arrives": (pax({b"size": b"1"}) + file(NAME, b"x" * 1024), FormatError),
     "size for all": (pax({b"size": b"1"}, b"g") + file(NAME, b"x"), UnsupportedError),
     "directory with data": (header(b"d", 5, kind=b"5") + padded(b"12345"), FormatError),
-    # Headers without end.
+    # Endless headers.
     "name of 4 GiB": (header(b"l", size_field=big(1 << 32), kind=b"L"), FormatError),
     "name of 1 MiB": (gnu_name(LONG) + file(b"a"), FormatError),
     "link name of 1 MiB": (gnu_name(LONG, b"K") + file(b"a"), FormatError),
@@ -247,7 +247,7 @@ def test_manifests_are_counted(store: modelpack.Store, monkeypatch: pytest.Monke
 
 
 def test_all_models_of_an_archive_or_none(origin: modelpack.Store, store: modelpack.Store) -> None:
-    """The first model of the archive is whole, a blob of the second is not there."""
+    """The first model of the archive is complete, but a blob of the second one is missing."""
     names = ["docker.io/x/gguf:v1", "docker.io/x/st:v1"]
     whole = b"".join(archive_of(origin, names, watching(None)).pieces)
     lacking = modelpack.inspect(names[1], store=origin).manifest.layers[0].digest
@@ -284,7 +284,7 @@ def test_what_others_need_stays(origin: modelpack.Store, store: modelpack.Store)
 
 
 def test_a_download_that_was_interrupted_is_kept(store: modelpack.Store) -> None:
-    """A failed import leaves the part of a pull, which a later pull resumes."""
+    """A failed import keeps the partial blob of a pull, so that a later pull resumes it."""
     digest = Digest.of(b"x" * 5000)
     part = store.partial_path(digest)
     part.write_bytes(b"x" * 100)

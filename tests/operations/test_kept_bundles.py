@@ -1,4 +1,4 @@
-"""Kept bundles: a runtime is never given other bytes than the model's, and they go with it."""
+"""Kept bundles: a runtime never gets wrong bytes, and bundles are deleted with their models."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ LINKED, PACKED = "docker.io/x/linked:v1", "docker.io/x/packed:v1"
 
 @dataclass(frozen=True)
 class World:
-    """A store with a model of files, and one whose files are in an archive."""
+    """A store with a model of files, and a model whose files are in an archive."""
 
     store: modelpack.Store
     files: Path
 
     def again(self) -> None:
-        """Bring the blobs of LINKED back, as a pull does."""
+        """Restore the blobs of LINKED, as a pull does."""
         modelpack.package(
             LINKED, modelpack.PackageRequest(safetensors_dir=self.files), store=self.store
         )
 
     def contents(self, name: str) -> dict[str, bytes]:
-        """Return what a runtime reads that is given the model."""
+        """Return the bytes that a runtime reads from the model."""
         model, directory = kept_bundle(name, store=self.store)
         assert directory == self.store.bundles.directory(model.digest) / "model"
         assert not directory.parent.is_symlink()
@@ -73,7 +73,7 @@ def world(tmp_path: Path) -> World:
 
 
 def damage(path: Path) -> None:
-    """Change a byte in place, as a bad disk does: neither size nor times tell."""
+    """Change a byte in place, like a failing disk, without changing size or times."""
     before = path.stat()
     path.chmod(0o644)
     content = bytearray(path.read_bytes())
@@ -89,7 +89,7 @@ def weight_of(world: World) -> Path:
 
 
 def test_damage_does_not_outlive_a_repair(world: World) -> None:
-    """Corrupt a blob in place, fsck, bring it back, fsck: the bundle has the new blob."""
+    """Corrupt a blob in place, run fsck, restore it, run fsck: the bundle has the new blob."""
     sound = world.contents(LINKED)
     blob = weight_of(world)
     damage(blob)
@@ -105,7 +105,7 @@ def test_damage_does_not_outlive_a_repair(world: World) -> None:
 
 
 def test_damage_is_repaired_even_without_fsck(world: World) -> None:
-    """The damaged blob was put aside by other means: its link in the bundle is not used."""
+    """The damaged blob was moved away, so its link in the bundle is not used."""
     sound = world.contents(LINKED)
     blob = weight_of(world)
     damage(blob)
@@ -174,7 +174,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "no record": without_record,
     "another record": with_garbage,
 }
-#: Those of a file's bytes, which reach the blob of a hard link, too.
+#: Changes of the bytes of a file, which also change the blob of a hard link.
 IN_PLACE = ("damaged", "edited")
 
 
@@ -222,7 +222,7 @@ def test_what_is_changed_of_links_is_made_again(world: World, change: str) -> No
 
 
 def test_an_edit_through_a_link_is_detected(world: World, tmp_path: Path) -> None:
-    """The blob is the same file: it is not handed out, neither as a file nor in a bundle."""
+    """The blob is the same damaged file, so neither resolve nor a bundle may return it."""
     sound = world.contents(LINKED)
     _, directory = kept_bundle(LINKED, store=world.store)
     edited(directory / "model.safetensors")
@@ -234,7 +234,7 @@ def test_an_edit_through_a_link_is_detected(world: World, tmp_path: Path) -> Non
             use()
     world.again()
     assert world.contents(LINKED) == sound
-    # A bundle outside of the store is the user's, but the blobs are not.
+    # A bundle outside the store belongs to the user, but the blobs do not.
     world.store.remove(LINKED)
     world.again()
     modelpack.bundle(LINKED, tmp_path / "mine", store=world.store)
@@ -303,7 +303,7 @@ def test_removing_a_model_frees_its_bundle(world: World) -> None:
     world.store.tag(LINKED, modelpack.Reference.parse("x/second:v1"))
     everything = used(world)
     assert world.store.remove(LINKED).bytes_freed == 0
-    assert len(world.store.bundles.all()) == 2  # the other name is there
+    assert len(world.store.bundles.all()) == 2  # the model has another name
     first, second = world.store.remove("x/second:v1"), world.store.remove(PACKED)
     assert first.bytes_freed > 0
     assert second.bytes_freed > 0
@@ -334,7 +334,7 @@ def test_a_variant_s_bundle_goes_with_the_index(world: World) -> None:
 
 
 def test_a_model_that_is_used_stays(world: World) -> None:
-    """As vLLM holds it: forced, the model goes and its files stay until the process ends."""
+    """As with vLLM: a forced removal deletes the model; its files stay until the process ends."""
     with ExitStack() as until:
         _, directory = kept_bundle(LINKED, store=world.store, until=until)
         other = modelpack.Store(world.store.root)
@@ -394,7 +394,7 @@ def test_many_at_once_make_one(world: World) -> None:
 
 
 def test_removal_beside_use_leaves_a_sound_store(world: World) -> None:
-    """A model that is removed, and brought back, while others ask for its bundle."""
+    """Remove and restore a model while other threads request its bundle."""
     stop, wrong = threading.Event(), []
     sound = world.contents(LINKED)["model/model.safetensors"]
 
@@ -418,7 +418,7 @@ def test_removal_beside_use_leaves_a_sound_store(world: World) -> None:
         for _ in range(15):
             try:
                 world.store.remove(LINKED)
-            except LockedError:  # a bundle of it is being made
+            except LockedError:  # a bundle of the model is being made
                 continue
             world.again()
     finally:
@@ -453,9 +453,9 @@ def weight_size(world: World) -> int:
 
 
 def nest(top: Path, name: str, count: int) -> None:
-    """Make `count` directories, each in the one before, and a file in the last.
+    """Make `count` nested directories with a file in the last one.
 
-    They are made inside out: the path of the last may be too long for one call.
+    They are made from the inside out, since the path of the last one may be too long for one call.
     """
     inner = top / "made"
     inner.mkdir(parents=True)
@@ -482,7 +482,7 @@ def test_deep_directories_in_a_bundle_are_reported_and_deleted(world: World, nam
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["d", "d" * 200], ids=["short", "longer than a path may be"])
 def test_a_collection_deletes_deep_directories(world: World, name: str) -> None:
-    """Of bundles that no model has or that a kill left, and of an abandoned upload."""
+    """Delete bundles without a model, bundles of killed processes, and abandoned uploads."""
     root = world.store.root
     places = [root / "bundles", root / "ingest" / "bundles" / "left", root / "ingest" / "uploads"]
     for place in places:

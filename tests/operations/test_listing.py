@@ -1,4 +1,4 @@
-"""What a list keeps from one time to the next, and when it looks again."""
+"""The cache of `list`: its content, and when it is refreshed."""
 
 from __future__ import annotations
 

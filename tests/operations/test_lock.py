@@ -1,4 +1,4 @@
-"""Locks: pins that are written, checked and pulled, online and not."""
+"""Lock files: pins are written, checked and pulled, online and offline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def move_tag(published: Published) -> Digest:
-    """Have the tag be another model in the registry."""
+    """Move the tag to another model in the registry."""
     request = modelpack.PackageRequest(context_size=77)
     return modelpack.package(
         published.reference, request, from_model=published.reference, push=True,
@@ -64,12 +64,12 @@ def test_a_tag_that_moves(published: Published, path: Path) -> None:
     moved = move_tag(published)
     [drift] = check_lock(path=path)
     assert (drift.locked, drift.found) == (published.digest, moved)
-    # The pull has what was locked, under the locked name, and not what the tag is now.
+    # The pull fetches the locked digest under the locked name, although the tag has moved.
     [done] = pull_locked(path=path, store=published.store)
     assert done.digest == published.digest
     assert published.store.resolve(published.reference).digest == published.digest
     assert pull_locked(path=path, store=published.store) == ()
-    # Locking anew accepts the move.
+    # Locking again accepts the moved tag.
     assert set(lock(path=path).digests.values()) == {moved}
     pull_locked(path=path, store=published.store)
     assert published.store.resolve(published.reference).digest == moved
@@ -103,7 +103,7 @@ def test_offline(published: Published, path: Path) -> None:
     assert pull_locked(path=path, offline=True, store=published.store) == ()
     assert check_lock(path=path, offline=True, store=published.store) == ()
     assert published.records.settled(published.server) == []
-    # A lost blob is not taken for there.
+    # A lost blob counts as missing.
     published.store.blob_path(Digest.parse(published.path_digest("LICENSE"))).unlink()
     with pytest.raises(NotFoundError):
         pull_locked(path=path, offline=True, store=published.store)

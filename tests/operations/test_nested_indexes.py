@@ -1,4 +1,4 @@
-"""Indexes in indexes, as a registry or a client of ours may write them: none takes for ever."""
+"""Nested indexes, as a registry or a client may write them: no operation takes long."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "docker.io/x/nested:v1"
 
 
 def nested(store: LayoutStore, depth: int, *, times: int) -> Descriptor:
-    """Store a model in `depth` indexes, each of which lists what is in it so many times."""
+    """Store a model in `depth` nested indexes, each of which lists its content several times."""
     model = small_model(b"weights")
     write_model(store, model)
     inner = Descriptor(model.descriptor.media_type, model.digest, model.descriptor.size)
@@ -64,7 +64,7 @@ def test_indexes_that_are_nested_too_deeply_are_not_brought(tmp_path: Path) -> N
 
 @pytest.mark.long
 def test_a_chain_of_indexes_is_no_problem_of_the_store(tmp_path: Path) -> None:
-    """Whoever may push to the embedded registry can make one."""
+    """Anyone who can push to the embedded registry can create such an index."""
     store = LayoutStore(tmp_path)
     nested(store, 400, times=1)
     assert store.fsck(fast=True, watch=Watcher().watch).ok

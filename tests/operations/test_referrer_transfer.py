@@ -1,4 +1,4 @@
-"""Models that travel with what is attached to them, between registries of both kinds."""
+"""Transfers of models with their referrers, between registries with and without the API."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SBOM, SIGNATURE = "application/spdx+json", "application/vnd.example.signature"
 
 @dataclass
 class Signed:
-    """A model with an SBOM, and a signature of each of both."""
+    """A model with an SBOM, and a signature for each of both."""
 
     reference: str
     digest: Digest
@@ -65,7 +65,7 @@ def publish(host: str, tmp_path: Path) -> Signed:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A registry with the API and one without; each test has repositories of its own."""
+    """A registry with the referrers API and one without; each test has its own repositories."""
     with ExitStack() as stack:
         ours = stack.enter_context(registry(tmp_path_factory.mktemp("ours")))
         theirs = stack.enter_context(docker_registry(tmp_path_factory.mktemp("theirs")))
@@ -84,7 +84,7 @@ def test_copy(hosts: dict[str, str], tmp_path: Path, source: str, target: str) -
     again = modelpack.copy(signed.reference, where, with_referrers=True)
     assert sum(one.bytes_written for one in again.referrers) == 0
     signed.check_at(where)
-    # Without being asked to, nothing comes along.
+    # Without the option, no referrers are transferred.
     plain = f"{hosts[target]}/plain/{source}-{target}:v9"
     assert modelpack.copy(signed.reference, plain).referrers == ()
     assert referrers(plain) == ()
@@ -109,7 +109,7 @@ def test_through_a_store(hosts: dict[str, str], tmp_path: Path, kind: str) -> No
 
 
 def test_the_tag_comes_last(tmp_path: Path) -> None:
-    """Whoever finds the tag finds the signatures: so a copy that fails half-way has no tag."""
+    """A tag implies its signatures, so a copy that fails halfway sets no tag."""
     with registry(tmp_path / "ours") as ours, FaultyRegistry() as target:
         signed = publish(ours.host, tmp_path)
         where = f"{target.host}/team/model:v9"

@@ -1,4 +1,4 @@
-"""What is attached to models: in registries with the API, in those without, and in a store."""
+"""Referrers of models: in registries with and without the API, and in a store."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SIGNATURE = "application/vnd.example.signature"
 
 @dataclass
 class Place:
-    """A model where things can be attached: `store` is None for a registry."""
+    """A model that can have referrers; `store` is None for a registry."""
 
     reference: str
     digest: Digest
@@ -99,7 +99,7 @@ def test_attach_list_detach(place: Place, sbom: Path) -> None:
     [found] = referrers(place.reference, artifact_type=SIGNATURE, store=place.store)
     assert found.artifact_type == SIGNATURE
     assert found.annotations == {"note": "signed"}
-    # Again: the same files are the same artifact, listed once.
+    # Attaching the same files again gives the same artifact, which is listed once.
     assert place.attach(AttachedFile(sbom, SBOM)) == first
     assert place.listed() == sorted([first, second])
     assert detach(place.at(first), store=place.store) == first
@@ -219,7 +219,7 @@ def test_a_stores_collection_keeps_what_is_attached(tmp_path: Path, sbom: Path) 
 
 
 def test_a_signature_without_artifact_type_is_no_model(tmp_path: Path) -> None:
-    """As older tools write it: only the config's media type says what it is."""
+    """Older tools state the artifact type only as the config's media type."""
     store = modelpack.Store(tmp_path / "store")
     made = modelpack.package(
         "m:v1", modelpack.PackageRequest(gguf=tiny_gguf(tmp_path)), store=store

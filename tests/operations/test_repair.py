@@ -1,4 +1,4 @@
-"""Repairs: only what is bad is fetched, from where the model came from."""
+"""Repairs fetch only damaged and missing blobs, from the origins of their models."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def test_a_manifest_and_what_it_hid(pulled: Published) -> None:
 
 
 def test_the_place_is_remembered_and_can_be_given(pulled: Published) -> None:
-    """A model pulled by digest has no name that says where it came from."""
+    """The name of a model that was pulled by digest does not contain its origin."""
     store = modelpack.Store(pulled.store.root.parent / "by-digest")
     modelpack.pull(pulled.by_digest, store=store)
     bad = pulled.path_digest("LICENSE")
     lose(store, bad)
     assert repair(store).after.ok
-    # Packaged here, never pushed: the name leads nowhere.
+    # Packaged here and never pushed: the repository in the name does not exist.
     request = modelpack.PackageRequest(context_size=5)
     made = modelpack.package(
         "127.0.0.1:1/x/y:v1", request, from_model=str(pulled.digest), store=store

@@ -1,4 +1,4 @@
-"""Pulls of parts: what is fetched, what the store says about it, and how it becomes whole."""
+"""Partial pulls: the fetched files, the state in the store, and how the model is completed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = {"model.safetensors"}
 
 
 def paths_here(published: Published) -> set[str]:
-    """The paths of the files that the store has."""
+    """Return the paths of the files that the store has."""
     held = published.store.has_blob
     return {layer.filepath or "" for layer in published.manifest.layers if held(layer)}
 
@@ -140,7 +140,7 @@ def test_a_part_is_refused_with_the_command_that_completes_it(
     assert published.path_digest(min(WEIGHTS)) in caught.value.missing
     assert f"modelpack pull {published.by_digest}" in (caught.value.hint or "")
     assert caught.value.exit_code == 3
-    # The command of the hint does complete it, under every name.
+    # The command in the hint completes the model under every name.
     modelpack.pull(published.by_digest, store=store)
     modelpack.bundle(name, tmp_path / "run", store=store)
 
@@ -149,7 +149,7 @@ def test_bundle_with_pull_completes_exactly_this_model(
     published: Published, tmp_path: Path
 ) -> None:
     pull(published, Selection(only=Part.CONFIG))
-    # The tag becomes another model meanwhile.
+    # The tag moves to another model in the meantime.
     modelpack.package(
         published.reference,
         modelpack.PackageRequest(context_size=77),
@@ -187,7 +187,7 @@ def test_fsck_and_gc_know_a_part(published: Published) -> None:
     held = {blob.digest for blob in published.manifest.blobs if store.has_blob(blob)}
     assert store.gc(grace_seconds=0).removed == ()
     assert {blob.digest for blob in published.manifest.blobs if store.has_blob(blob)} == held
-    # The config may not be missing, and a damaged layer is no layer that was left out.
+    # The config must exist, and a damaged layer does not count as left out.
     path = store.blob_path(published.manifest.config.digest)
     path.unlink()
     [problem] = store.fsck(watch=watch).problems

@@ -1,4 +1,4 @@
-"""Variants: which manifest of an index a machine takes, and indexes made, pushed, pulled."""
+"""Variants: choosing the manifest of an index, and creating, pushing and pulling indexes."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_memory_of_a_gpu(says: str, expected: int | None) -> None:
 
 @pytest.fixture
 def models(tmp_path: Path) -> modelpack.Store:
-    """A store with a GGUF and a directory of safetensors."""
+    """A store with a GGUF model and a directory of safetensors."""
     return store_of_two(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_an_index_of_stored_models(
     assert chosen.model.digest == gguf.digest
     monkeypatch.undo()
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, backend=None: CPU))
-    # What the models need is kept by the index alone, and a check knows its way through.
+    # Only the index references the blobs of the models, and fsck follows it.
     for name in names:
         models.remove(name)
     assert models.gc(grace_seconds=0)
@@ -187,7 +187,7 @@ def test_an_index_of_stored_models(
     assert {tag for model in listed for tag in model["tags"]} == {
         "docker.io/x/all:v1", "docker.io/x/all:v2"
     }  # fmt: skip
-    assert {model["format"] for model in listed} == {"gguf"}  # what this machine runs
+    assert {model["format"] for model in listed} == {"gguf"}  # the variant for this machine
 
 
 def test_one_tag_for_every_machine(models: modelpack.Store, tmp_path: Path) -> None:
@@ -205,10 +205,10 @@ def test_one_tag_for_every_machine(models: modelpack.Store, tmp_path: Path) -> N
         assert here.resolve(name).digest == st
         seen = modelpack.inspect(name, from_registry=True, remote=RemoteOptions(variant="gguf"))
         assert seen.digest == gguf
-        # Other clients ask for a manifest by its digest, and get a model as ever.
+        # Other clients request a manifest by digest, and get a single model.
         plain = modelpack.pull(f"{name.rpartition(':')[0]}@{st}", store=here)
         assert plain.digest == st
-        # A copy has all of them.
+        # A copy has all variants.
         copied = modelpack.copy(name, f"{server.host}/y/all:v2")
         assert copied.digest == models.resolve("x/all:v1").digest
         result = succeed("index", "show", name, "-r", "--json").json

@@ -1,4 +1,4 @@
-"""`modelpack.testing.registry`, as a user's own tests have it."""
+"""`modelpack.testing.registry`, as users' tests use it."""
 
 from __future__ import annotations
 

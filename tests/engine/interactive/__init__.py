@@ -1,1 +1,1 @@
-"""A person at a terminal, or in a browser: run, smoke, launch and the chat page."""
+"""Interactive use in a terminal or a browser: run, smoke, launch and the chat page."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Run Debian's Chromium; skip (or fail, see `missing`) where it is not."""
+    """Run Debian's Chromium; skip the test, or fail (see `missing`), if it is not installed."""
     program = require("chromium")
     try:
         from playwright.sync_api import sync_playwright

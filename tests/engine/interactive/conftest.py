@@ -13,7 +13,7 @@ from tests.engine.serving.tiny import write_tiny
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> LayoutStore:
-    """`ai/smollm2`, with its real weights, and `team/tiny`, which writes bytes at random."""
+    """A store with `ai/smollm2`, with real weights, and `team/tiny`, which generates bytes."""
     root = tmp_path_factory.mktemp("interactive")
     store = LayoutStore(root / "store")
     modelpack.package("ai/smollm2", PackageRequest(gguf=smollm2_gguf()), store=store)

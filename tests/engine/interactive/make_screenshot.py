@@ -26,7 +26,7 @@ QUESTIONS = (
 
 
 def main() -> None:
-    """Ask two questions and write the picture."""
+    """Send two prompts and write the picture."""
     with tempfile.TemporaryDirectory() as directory, chromium() as browser:
         store = LayoutStore(directory)
         modelpack.package("ai/smollm2", PackageRequest(gguf=smollm2_gguf()), store=store)

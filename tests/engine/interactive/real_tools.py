@@ -21,7 +21,7 @@ from tests.engine.serving.conftest import ScriptedCatalogue
 ROOT = Path(__file__).parents[3]
 TRANSCRIPT = Path(__file__).with_suffix(".txt")
 ANSWER = "Hello from Modelpack"
-# Their own prompts are long, and a token of this tokenizer is a byte.
+# The programs' own prompts are long, and a token of this tokenizer is a byte.
 CONTEXT = 1_000_000
 PACKAGES = {
     "@anthropic-ai/claude-code": "install.cjs",
@@ -36,19 +36,19 @@ ASKED = {
 
 
 def install() -> Path:
-    """Install the programs; return the directory that they are in."""
+    """Install the programs; return their directory."""
     into = ROOT / ".cache" / "launch"
     into.mkdir(parents=True, exist_ok=True)
     subprocess.run(["npm", "install", "--prefix", into, *PACKAGES], check=True)
     for package, script in PACKAGES.items():
-        if script is not None:  # what npm runs by itself only where it is told to
+        if script is not None:  # npm runs this script only if it is allowed explicitly
             where = into / "node_modules" / package
             subprocess.run(["node", script], cwd=where, check=True)
     return into / "node_modules" / ".bin"
 
 
 def main() -> None:
-    """Install, ask, and write the transcript."""
+    """Install the programs, send each a prompt, and write the transcript."""
     programs = install()
     engine = ScriptedEngine(
         ["Hello ", "from ", "Modelpack"], template=HERMES, max_model_len=CONTEXT

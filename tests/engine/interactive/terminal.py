@@ -1,4 +1,4 @@
-"""A terminal that a test types into: a pseudo terminal with a program at the other end."""
+"""A pseudo terminal in which a test types into a program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
-# Colours, cursor movements, modes: what a terminal obeys and does not show.
+# Control sequences for colours, cursor movements and modes, which a terminal does not show.
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\x1b\][^\x07]*\x07")
 _SECONDS = 60.0
 
@@ -31,11 +31,11 @@ class Terminal:
         self.raw = ""
 
     def type(self, text: str) -> None:
-        """Type `text`; \\r is the return key, \\x03 Ctrl-C, \\x04 Ctrl-D."""
+        """Type `text`: \r is the return key, \x03 is Ctrl-C, \x04 is Ctrl-D."""
         os.write(self._master, text.encode())
 
     def until(self, pattern: str) -> str:
-        """Return what is shown up to the first match of `pattern`, with it; the rest is kept."""
+        """Return the output up to and including the first match of `pattern`; keep the rest."""
         deadline = time.monotonic() + _SECONDS
         while True:
             shown = _ESCAPES.sub("", self._read).replace("\r\n", "\n")
@@ -47,20 +47,20 @@ class Terminal:
             if select.select([self._master], [], [], left)[0]:
                 try:
                     piece = os.read(self._master, 65536).decode(errors="replace")
-                except OSError:  # the program has ended
+                except OSError:  # the program has exited
                     piece = ""
                 assert piece, f"{pattern!r} does not come; the end is {shown!r}"
                 self._read += piece
                 self.raw += piece
 
     def end(self) -> int:
-        """Return the exit code of the program, which ends by itself."""
+        """Wait for the program to exit; return its exit code."""
         code = self.process.wait(_SECONDS)
         os.close(self._master)
         return code
 
     def kill(self) -> None:
-        """End the program, whatever it does."""
+        """Kill the program."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -70,6 +70,6 @@ def _take_terminal() -> None:
     import fcntl
     import termios
 
-    # A shell's background jobs, and what they start, ignore Ctrl-C; who types here does not.
+    # Background jobs of a shell and their children ignore Ctrl-C; this program must not.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # makes Ctrl-C send a signal

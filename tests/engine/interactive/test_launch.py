@@ -1,4 +1,4 @@
-"""`modelpack launch`: what programs are told, and what is said where nothing can be launched."""
+"""`modelpack launch`: the environment of programs, and errors if a program cannot be launched."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A directory with programs that print what they are given."""
+    """A directory with programs that print their arguments and environment."""
     directory = tmp_path / "bin"
     directory.mkdir()
     for name in ("claude", "codex", "opencode", "tool"):
@@ -78,7 +78,7 @@ def test_claude(url: str, programs: Path) -> None:
 
 
 def codex_config(arguments: list[str]) -> dict[str, Any]:
-    """What codex makes of its -c options."""
+    """Return the configuration in codex's -c options."""
     text = "\n".join(value for flag, value in pairwise(arguments) if flag == "-c")
     return tomllib.loads(text)
 

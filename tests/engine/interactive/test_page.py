@@ -1,4 +1,4 @@
-"""The chat page: who gets it, what it may do, and what it does in headless Chromium."""
+"""The chat page: which clients get it, its permissions, and its behaviour in headless Chromium."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Keyed:
-    """Asks for the key "secret" below /v1."""
+    """A server that requires the key "secret" below /v1."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -93,7 +93,7 @@ class Keyed:
 
 
 class Site:
-    """A page on a server whose model says what it is told to."""
+    """A page on a server whose model generates a given text."""
 
     def __init__(self, browser: Browser) -> None:
         self.engine = ScriptedEngine(template=THINKING)
@@ -106,7 +106,7 @@ class Site:
         return self.gates[-1]
 
     def reset(self) -> None:
-        """Forget what a test said and did."""
+        """Reset the state of earlier tests."""
         self.engine.wait = None
         self.engine.pieces = []
         self.engine.aborted.clear()
@@ -123,7 +123,7 @@ class Site:
         return page
 
     def _note(self, message: Any) -> None:
-        # Chromium itself reports what fetch answers, as a 401.
+        # Chromium logs failed requests, such as a 401.
         if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
             self.problems.append(message.text)
 
@@ -287,7 +287,7 @@ def test_what_a_model_writes_stays_text(site: Site, url: str) -> None:
 @pytest.mark.parametrize("how", ["button", "key"])
 def test_stopping(site: Site, url: str, how: str) -> None:
     page = site.open(url)
-    site.engine.wait = asyncio.Event()  # nobody sets it
+    site.engine.wait = asyncio.Event()  # no code sets the event
     site.engine.pieces = ["</think>begun", " ended"]
     ask(page, "Go on for ever.")
     page.wait_for_selector(".text p:has-text('begun')")
@@ -353,7 +353,7 @@ def test_themes(site: Site, url: str) -> None:
 def test_by_keyboard_alone_and_on_a_phone(site: Site, url: str) -> None:
     page = site.open(url, viewport={"width": 360, "height": 640})
     say(site, "wide " * 50, "\n\n```\n" + "long" * 100 + "\n```")
-    page.locator("#question:focus").wait_for()  # as soon as it knows the models
+    page.locator("#question:focus").wait_for()  # when it has the list of models
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")

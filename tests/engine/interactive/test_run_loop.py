@@ -1,4 +1,4 @@
-"""The loop of `modelpack run`, without a terminal: what commands do; errors end nothing."""
+"""The loop of `modelpack run` without a terminal: its commands, and errors that do not end it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.engine.scripted import scripted
 
 
 class Session:
-    """A loop over lines that are given: `types` returns what was asked, in order."""
+    """A loop with given input lines; `types` returns the prompts in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model, _ = scripted("Paris")

@@ -1,4 +1,4 @@
-"""`modelpack run` with a prompt: arguments, what is piped in, and JSON."""
+"""`modelpack run` with a prompt: arguments, piped input, and JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_arguments_and_what_is_piped_in_are_one_prompt(
         answer = tiny(store, *arguments, "--json").json
         lengths.append(answer["promptTokens"])
         assert (answer["finishReason"], answer["completionTokens"]) == ("length", 4)
-    assert [length - lengths[0] for length in lengths] == [0, 0, 5, 2]  # a byte, a token
+    assert [length - lengths[0] for length in lengths] == [0, 0, 5, 2]  # one token per byte
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The pieces of `modelpack run`: what is typed, what is set, what is shown."""
+"""The parts of `modelpack run`: input, settings and display."""
 
 from __future__ import annotations
 
@@ -207,9 +207,7 @@ def shown(view: TerminalView, out: io.StringIO, pieces: list[str], height: int) 
 
 
 def screen(written: str, height: int = 100) -> list[str]:
-    """Return all lines of a terminal on which this was written, without colours, also those that
-    have scrolled away: the cursor does not get there any more.
-    """
+    """Return all lines of a terminal after this output, including scrolled lines."""
     import re
 
     lines, row, column = [""], 0, 0

@@ -1,4 +1,4 @@
-"""`modelpack run --host`: a running server answers, and nothing is loaded here."""
+"""`modelpack run --host` uses a running server and loads no model."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_what_was_said_is_sent_again(url: str, engine: ScriptedEngine) -> None:
 
 
 def test_an_answer_that_is_left_ends_on_the_server(url: str, engine: ScriptedEngine) -> None:
-    engine.wait = asyncio.Event()  # nobody sets it
+    engine.wait = asyncio.Event()  # no code sets the event
     engine.pieces = ["</think>begun", "never"]
     talk = chat(url)
     asyncio.run(read(talk, "Go on.", until=1))

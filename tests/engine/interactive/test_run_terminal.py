@@ -35,7 +35,7 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("What is the capital of France?\r")
     assert "Paris" in terminal.until(PROMPT)
 
-    # Settings: what is wrong is said, and changes nothing.
+    # Settings: invalid values are reported and change nothing.
     terminal.type("/set temperature hot\r")
     assert "0 (greedy) to 2" in terminal.until(PROMPT)
     terminal.type("/set top_p 7\r")
@@ -52,7 +52,7 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("/nonsense\r")
     assert "no such command: /nonsense" in terminal.until(PROMPT)
 
-    # Several lines, by quotes and by backslashes.
+    # Prompts of several lines, by quotes and by backslashes.
     terminal.type("/clear\r")
     terminal.until(PROMPT)
     terminal.type('"""What is the capital\r')
@@ -66,7 +66,7 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("/show\r")
     assert_row(terminal.until(PROMPT), r"turns +4")
 
-    # Ctrl-C stops the answer, not the program.
+    # Ctrl-C stops the response, not the program.
     terminal.type("/set max_tokens default\r")
     terminal.until(PROMPT)
     terminal.type("Write down all the numbers from one to a thousand in words, one a line.\r")
@@ -76,8 +76,8 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("/show\r")
     assert_row(terminal.until(PROMPT), r"turns +6")
 
-    # At the prompt it ends nothing either; Ctrl-D does. (Python may see the signal only when the
-    # next key comes, if it arrives before the select call that it is to interrupt.)
+    # At the prompt, Ctrl-C does not end the program, but Ctrl-D does. (If the signal arrives before
+    # the select call that it should interrupt, Python sees it only at the next key.)
     terminal.type("\x03\r")
     terminal.until("Ctrl-D or /bye")
     terminal.type("/show\r")

@@ -1,4 +1,4 @@
-"""`modelpack smoke`: what passes, what fails, and what it says to CI."""
+"""`modelpack smoke`: passed and failed checks, and the reports for CI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same model from everywhere that models come from answers the same."""
+"""The same model gives the same response from every source."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_wherever_it_comes_from_it_says_the_same(
 
     hub.large = {"model.safetensors"}
     hub.put("Org/Tiny", files)
-    # On a CPU the GGUF would be taken, which is none to run.
+    # On a CPU the GGUF variant would be chosen, and its weights cannot run.
     modelpack.package("x/gguf:v1", PackageRequest(gguf=tiny_gguf(tmp_path)), store=store)
     create_index(
         "x/all:v1", [NamedVariant("gguf", "x/gguf:v1"), NamedVariant("st", "x/st:v1")], store=store

@@ -1,4 +1,4 @@
-"""A server that answers as a table says: right, wrong, late, or not at all."""
+"""A server whose responses a test defines: correct, wrong, late, or missing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def chunk(text: str = "", *, finish: str | None = None, **fields: Any) -> bytes:
-    """An event of a stream."""
+    """Return an event of a stream."""
     choice = {"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish}
     return b"data: " + json.dumps({"choices": [choice], **fields}).encode() + b"\n\n"
 
 
 def usage(prompt: int, completion: int) -> bytes:
-    """The event that counts."""
+    """Return the event with the token counts."""
     counts = {"prompt_tokens": prompt, "completion_tokens": completion,
               "prompt_tokens_details": {"cached_tokens": 3}}  # fmt: skip
     return b"data: " + json.dumps({"choices": [], "usage": counts}).encode() + b"\n\n"
@@ -28,7 +28,7 @@ GOOD = (chunk("a "), chunk("b "), chunk("c", finish="length"), usage(17, 5), DON
 
 
 class Misbehaving:
-    """`statuses` and `streams` are taken in turn, the last for ever; `asked` are the bodies."""
+    """A server that returns `statuses` and `streams` in turn; `asked` are the request bodies."""
 
     def __init__(self, *streams: tuple[bytes, ...], models: object = ("m",)) -> None:
         self.streams = list(streams) or [GOOD]
@@ -45,7 +45,7 @@ class Misbehaving:
 def _handler(server: Misbehaving) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Print no log."""
 
         def _json(self, status: int, body: object) -> None:
             content = json.dumps(body).encode()
@@ -93,7 +93,7 @@ def _handler(server: Misbehaving) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def running(server: Misbehaving) -> Iterator[str]:
-    """Serve it on a free port; yield the address."""
+    """Serve on a free port; yield the address."""
     http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
     thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

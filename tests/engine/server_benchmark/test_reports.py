@@ -1,4 +1,4 @@
-"""Plans, and what is written about them."""
+"""Plans and reports of benchmarks."""
 
 from __future__ import annotations
 

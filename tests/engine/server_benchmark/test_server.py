@@ -1,4 +1,4 @@
-"""What a client makes of servers that are right, and of those that are not."""
+"""The benchmark client with correct and incorrect servers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ask(server: Misbehaving, **settings: Any) -> Answer:
 
     server.models = ("m",)
     with running(server) as url:
-        # `ask` alone: the model is named, so that nothing has to be found out first.
+        # `ask` without `open`: the model is given, so no request is needed to find it.
         return asyncio.run(talk(url))
 
 
@@ -221,7 +221,7 @@ def test_arrivals_are_waited_for() -> None:
 
 
 def test_nothing_begins_after_the_seconds() -> None:
-    """By a clock that goes on a second at each look."""
+    """Measure with a clock that advances one second at each reading."""
     ticks = itertools.count()
     workload = single_turns("w", [(1, 1)] * 20).limited(1)
     report = load(Misbehaving(), workload, seconds=10, clock=lambda: float(next(ticks)))
