@@ -28,7 +28,7 @@ from modelpack_engine.request import EngineRequest
 
 if TYPE_CHECKING:
     from modelpack_engine.models.tokenizer import Tokenizer
-    from modelpack_engine.runner.engine_protocol import SteppingEngine
+    from modelpack_engine.runner.base_engine import BaseEngine
 
 _log = logging.getLogger(__name__)
 
@@ -229,15 +229,13 @@ class _Add:
     accepted: asyncio.Future[None]
 
 
-class AsyncEngine(ModelThread["SteppingEngine"]):
+class AsyncEngine(ModelThread["BaseEngine"]):
     """Starts a thread that makes the engine with `make_engine` and then runs its steps.
 
     When the thread stops, open streams and new requests fail with an error; none waits forever.
     """
 
-    def __init__(
-        self, make_engine: Callable[[], SteppingEngine], meter: Meter | None = None
-    ) -> None:
+    def __init__(self, make_engine: Callable[[], BaseEngine], meter: Meter | None = None) -> None:
         self._calls: queue.SimpleQueue[_Add | Abort | None] = queue.SimpleQueue()
         self._gate = threading.Lock()  # guards the queue, which is not read after the engine ends
         self._streams: dict[str, RequestStream] = {}
@@ -294,7 +292,7 @@ class AsyncEngine(ModelThread["SteppingEngine"]):
         self._thread.join()
         self._model = None
 
-    def _ready(self) -> SteppingEngine:
+    def _ready(self) -> BaseEngine:
         if self._model is None:
             raise EngineError(f"the engine is {self.state}")
         return self._model
@@ -315,7 +313,7 @@ class AsyncEngine(ModelThread["SteppingEngine"]):
         finally:
             self._model = None  # frees its memory
 
-    def _serve(self, model: SteppingEngine) -> None:
+    def _serve(self, model: BaseEngine) -> None:
         try:
             while self._take_calls(model):
                 try:
@@ -346,7 +344,7 @@ class AsyncEngine(ModelThread["SteppingEngine"]):
             if isinstance(call, _Add):
                 self._settle(call, EngineError(self.failure or f"the engine is {state}"))
 
-    def _take_calls(self, engine: SteppingEngine) -> bool:
+    def _take_calls(self, engine: BaseEngine) -> bool:
         """Run the queued calls; if the engine has no work, wait for one. Return False to stop."""
         while True:
             try:
@@ -362,7 +360,7 @@ class AsyncEngine(ModelThread["SteppingEngine"]):
             else:
                 self._add(engine, call)
 
-    def _add(self, engine: SteppingEngine, call: _Add) -> None:
+    def _add(self, engine: BaseEngine, call: _Add) -> None:
         stream = call.stream
         try:
             engine.add_request(stream.request_id, call.request)

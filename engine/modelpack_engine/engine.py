@@ -19,7 +19,6 @@ is collected before N + 1 is scheduled. The step that verifies proposals is coll
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
@@ -31,17 +30,15 @@ from modelpack_engine.core.batch import build_batch
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.metrics import StepClock
 from modelpack_engine.core.scheduler import Proposal, Scheduler, SchedulerOutput
-from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
-from modelpack_engine.request import EngineRequest, SamplingParams
-from modelpack_engine.runner.engine_protocol import run_to_end
+from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu, step_memory
 from modelpack_engine.runner.kv_offload import open_offload
 from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_type
 from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner
-from modelpack_engine.runner.output_processor import OutputProcessor, make_outputs
+from modelpack_engine.runner.output_processor import OutputProcessor
 from modelpack_engine.runner.step import (
     LaunchedStep,
     NextToken,
@@ -58,8 +55,8 @@ from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, Sample
 from modelpack_engine.speculation.speculator import check_draft, make_speculator
 
 
-class Engine:
-    """Serves one loaded model. Not thread-safe: `AsyncEngine` gives it a thread of its own."""
+class Engine(BaseEngine):
+    """Serves one model with MLX."""
 
     def __init__(
         self,
@@ -121,17 +118,10 @@ class Engine:
             dtype = self._runner.warm_up(self._sizes.step_shapes(self.config, most))
             self._sampler.warm_up(dtype or mx.float32)
 
-    def add_request(self, request_id: str, request: EngineRequest) -> None:
-        """Queue a request; its events carry `request_id`.
-
-        Raises `RequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
-        """
-        self._outputs.add(make_outputs(request_id, request, self.tokenizer, self.vocab_size))
-
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._scheduler.has_work or self._in_flight is not None
+        return super().has_work or self._in_flight is not None
 
     def step(self) -> list[RequestEvent]:
         """Run one step; return the new events."""
@@ -148,18 +138,7 @@ class Engine:
         self._in_flight = self._finish_launch(scheduled)
         return self._outputs.take_events()
 
-    def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
-        """End a request, or its choice `index`; return the last events of its sequences.
-
-        Their blocks are free at once. A request that is unknown or has ended returns no events.
-        """
-        return self._outputs.abort(request_id, index)
-
     def fail_all(self, message: str) -> list[RequestEvent]:
-        """End every request with an error, after a step that raised; return the last events.
-
-        Events of that step that were not emitted come first. New requests can be added afterwards.
-        """
         in_flight, self._in_flight = self._in_flight, None
         if in_flight is not None:
             self._scheduler.fail(in_flight.output)
@@ -167,25 +146,14 @@ class Engine:
         self._outputs.fail_all(message)
         return self._outputs.take_events()
 
-    def is_known(self, request_id: str) -> bool:
-        """Return whether a sequence of the request is unfinished."""
-        return self._outputs.is_known(request_id)
-
     def stats(self) -> EngineStats:
         """Return counters and gauges."""
-        stats = self._clock.counted(self._scheduler.stats())
-        stats = replace(stats, offload=self._mover.stats())
+        stats = replace(super().stats(), offload=self._mover.stats())
         return stats if self._speculator is None else self._speculator.counted(stats)
 
     def close(self) -> None:
         """Write the prefix cache to disk, if the configuration says so."""
         self._mover.close()
-
-    def generate(
-        self, prompts: Iterable[str | Tokens[int]], params: SamplingParams
-    ) -> list[list[RequestEvent]]:
-        """Run prompts to their end; return each one's events, in the order of the prompts."""
-        return run_to_end(self, prompts, params)
 
     # `ParallelEngine`, over several devices, overrides these three methods.
 
@@ -331,22 +299,9 @@ class Engine:
 
     # Details
 
-    def _register(self, sequence: Sequence) -> None:
-        if sequence.seq_id not in self._sampler:
-            self._sampler.add(
-                sequence.seq_id,
-                sequence.prompt_token_ids,
-                sequence.params,
-                output_token_ids=sequence.output_token_ids,
-                index=sequence.index,
-            )
-            self._outputs.started(sequence)
-
     def _forget(self, seq_ids: Tokens[int]) -> None:
         """Release the state of sequences that ended or were preempted, except their blocks."""
         self._runner.release(seq_ids)
         if self._speculator is not None:
             self._speculator.release(seq_ids)
-        for seq_id in seq_ids:
-            if seq_id in self._sampler:
-                self._sampler.remove(seq_id)
+        super()._forget(seq_ids)

@@ -26,7 +26,7 @@ from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.models.loader import Shard, gguf_tokenizer_of
 from modelpack_engine.platform.device import choose_device
-from modelpack_engine.runner.engine_protocol import SteppingEngine
+from modelpack_engine.runner.base_engine import BaseEngine
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Opened:
     store: LayoutStore | None = None
     remote: RemoteOptions | None = None
 
-    def engine(self, config: EngineConfig | None = None) -> SteppingEngine:
+    def engine(self, config: EngineConfig | None = None) -> BaseEngine:
         """Load the weights and return an engine; has to run in the thread that steps it.
 
         The context size in the model's config is the default of `max_model_len`.
@@ -64,7 +64,7 @@ def load_model(
     device: EngineConfig,
     configure: Callable[[int, int], EngineConfig],
     draft: ModelFiles | None = None,
-) -> tuple[SteppingEngine, str]:
+) -> tuple[BaseEngine, str]:
     """Load the weights; return an engine and the type of its model.
 
     `device` says where and by what to compute, `configure` how to run, once the context that the
@@ -92,7 +92,7 @@ def load_model(
 
 def _load_llama_cpp(
     opened: Opened, configure: Callable[[int, int], EngineConfig]
-) -> tuple[SteppingEngine, str]:
+) -> tuple[BaseEngine, str]:
     from modelpack_engine.llama_cpp.engine import LlamaCppEngine
     from modelpack_engine.llama_cpp.model import LlamaModel, try_out
 

@@ -9,7 +9,6 @@ continues from them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 from typing import Protocol
@@ -26,11 +25,10 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
 from modelpack_engine.llama_cpp.model import Context, LlamaModel
 from modelpack_engine.models import Tokenizer
-from modelpack_engine.outputs import EngineStats, RequestEvent
-from modelpack_engine.request import EngineRequest, SamplingParams
-from modelpack_engine.runner.engine_protocol import run_to_end
+from modelpack_engine.outputs import RequestEvent
+from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.runner.kv_cache_size import choose_sizes
-from modelpack_engine.runner.output_processor import OutputProcessor, make_outputs
+from modelpack_engine.runner.output_processor import OutputProcessor
 from modelpack_engine.runner.step import (
     LaunchedStep,
     StepResult,
@@ -202,8 +200,8 @@ def _common(first: Tokens[int], second: Tokens[int]) -> int:
 _MOST_SLOTS, _SPARE_SLOTS = 256, 32
 
 
-class LlamaCppEngine:
-    """Serves one GGUF model. Not thread-safe: `AsyncEngine` gives it a thread of its own."""
+class LlamaCppEngine(BaseEngine):
+    """Serves one GGUF model with llama.cpp."""
 
     def __init__(
         self,
@@ -252,17 +250,7 @@ class LlamaCppEngine:
         self._outputs = OutputProcessor(self._scheduler)
         self._clock = StepClock()  # "launch" is sampling, "wait" is computing
 
-    def add_request(self, request_id: str, request: EngineRequest) -> None:
-        """Queue a request, as `Engine.add_request` does."""
-        self._outputs.add(make_outputs(request_id, request, self.tokenizer, self.vocab_size))
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        return self._scheduler.has_work
-
     def step(self) -> list[RequestEvent]:
-        """Do one step; return what is new."""
         clock = self._clock
         clock.start()
         output = self._scheduler.schedule()
@@ -271,7 +259,7 @@ class LlamaCppEngine:
             return []
         self._forget(output.released)
         for chunk in output.prefill:
-            self._introduce(chunk.sequence)
+            self._register(chunk.sequence)
         batch = build_batch(output, None, EXACT, self.config.block_size)
         clock.ended("build")
         logits, prompt_logprobs = split_logits(batch, self._compute(batch))
@@ -289,33 +277,14 @@ class LlamaCppEngine:
         clock.ended("launch")
         return self._outputs.take_events()
 
-    def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
-        """End a request, or one of its choices; return the last events of what was unfinished."""
-        return self._outputs.abort(request_id, index)
-
     def fail_all(self, message: str) -> list[RequestEvent]:
-        """End every request with an error, after a step that raised; the engine can go on."""
         self._slots.forget_content()
         self._outputs.fail_all(message)
         return self._outputs.take_events()
 
-    def is_known(self, request_id: str) -> bool:
-        """Whether a choice of the request has not ended yet."""
-        return self._outputs.is_known(request_id)
-
-    def stats(self) -> EngineStats:
-        """Return counters and gauges."""
-        return self._clock.counted(self._scheduler.stats())
-
     def close(self) -> None:
         """Free the KV cache; the engine cannot be used afterwards."""
         self._context.close()
-
-    def generate(
-        self, prompts: Iterable[str | Tokens[int]], params: SamplingParams
-    ) -> list[list[RequestEvent]]:
-        """Run prompts to their end; return each one's events, in the order of the prompts."""
-        return run_to_end(self, prompts, params)
 
     # The parts of a step
 
@@ -342,23 +311,3 @@ class LlamaCppEngine:
         token_ids = [token.token_id for token in tokens]
         for index, sequence in self._scheduler.collect(result.output, token_ids):
             self._outputs.emit(sequence, tokens[index])
-
-    # Details
-
-    def _introduce(self, sequence: Sequence) -> None:
-        if sequence.seq_id in self._sampler:
-            return
-        self._sampler.add(
-            sequence.seq_id,
-            sequence.prompt_token_ids,
-            sequence.params,
-            output_token_ids=sequence.output_token_ids,
-            index=sequence.index,
-        )
-        self._outputs.started(sequence)
-
-    def _forget(self, seq_ids: Tokens[int]) -> None:
-        """Have the sampler forget sequences that ended or were preempted."""
-        for seq_id in seq_ids:
-            if seq_id in self._sampler:
-                self._sampler.remove(seq_id)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from modelpack_engine.distributed.leader import Ranks
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
     from modelpack_engine.models import ModelFiles
-    from modelpack_engine.runner.engine_protocol import SteppingEngine
+    from modelpack_engine.runner.base_engine import BaseEngine
 
 # The bytes of the KV cache on a CPU by default, and of a step's arrays.
 _KV_BYTES = 512 * 1024**2
@@ -139,7 +139,7 @@ class StoreCatalogue:
                 return chosen  # the settings of this model set the share
             return _within(chosen, weight_bytes, room)
 
-        def make_engine() -> SteppingEngine:
+        def make_engine() -> BaseEngine:
             if self.ranks is None:
                 engine, found["type"] = load_model(opened, chosen, config, draft)
             else:

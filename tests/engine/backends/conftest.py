@@ -16,14 +16,14 @@ from modelpack.artifacts.model import Model
 from modelpack.builder.request import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.runner.engine_protocol import SteppingEngine
+from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_server.stored_models import Opened, open_model
 from tests.engine.loaders.llama_cpp_peer import python_with_llama_cpp
 from tests.engine.loaders.tiny_models import TINY_MODELS
 from tests.peers import missing
 
 #: Makes an engine of the small model; arguments are EngineConfig's.
-MakeEngine = Callable[..., SteppingEngine]
+MakeEngine = Callable[..., BaseEngine]
 _SITES = "import json, site; print(json.dumps(site.getsitepackages()))"
 
 
@@ -70,7 +70,7 @@ def make_engine(request: pytest.FixtureRequest, opened: Opened) -> MakeEngine:
     if request.param == "llama.cpp":
         request.getfixturevalue("llama_cpp")
 
-    def make(**settings: object) -> SteppingEngine:
+    def make(**settings: object) -> BaseEngine:
         given = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "backend": request.param}
         return opened.engine(EngineConfig(device="cpu", **{**given, **settings}))  # type: ignore[arg-type]
 

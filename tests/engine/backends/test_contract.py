@@ -12,7 +12,7 @@ from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.errors import ContextLengthError, EngineError, QueueFullError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent
 from modelpack_engine.request import EngineRequest, SamplingParams
-from modelpack_engine.runner.engine_protocol import SteppingEngine
+from modelpack_engine.runner.base_engine import BaseEngine
 from tests.engine.backends.conftest import MakeEngine
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -29,7 +29,7 @@ def tokens(events: list[RequestEvent]) -> list[int]:
     return [token for event in events for token in event.token_ids]
 
 
-def run(engine: SteppingEngine) -> dict[tuple[str, int], list[RequestEvent]]:
+def run(engine: BaseEngine) -> dict[tuple[str, int], list[RequestEvent]]:
     found: dict[tuple[str, int], list[RequestEvent]] = {}
     while engine.has_work:
         for event in engine.step():
@@ -37,7 +37,7 @@ def run(engine: SteppingEngine) -> dict[tuple[str, int], list[RequestEvent]]:
     return found
 
 
-def check_idle(engine: SteppingEngine) -> None:
+def check_idle(engine: BaseEngine) -> None:
     assert not engine.has_work
     stats = engine.stats()
     assert (stats.blocks_used, stats.num_running, stats.num_waiting) == (0, 0, 0)
