@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from modelpack.deploy.local_server import PORT
 from modelpack.errors import (
     AuthError,
     ConflictError,
@@ -14,9 +15,7 @@ from modelpack.errors import (
     UsageError,
 )
 
-DEFAULT_HOST = "http://127.0.0.1:12434"
-
-
+DEFAULT_HOST = f"http://127.0.0.1:{PORT}"
 _TIMEOUT = (5, 600)  # connecting; unloading waits for requests
 
 

@@ -13,6 +13,7 @@ from modelpack.errors import IntegrityError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack.storage import watching
 from modelpack.store.fsck import Fault, FsckReport
+from modelpack.store.layout import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from modelpack.operations.repair import Repaired
@@ -67,7 +68,7 @@ def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
 @click.option(
     "--grace",
     type=click.IntRange(min=0),
-    default=3600,
+    default=GRACE_SECONDS,
     show_default=True,
     metavar="SECONDS",
     help="Keep unused blobs that are younger than this.",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from modelpack.artifacts.model import CHAT_TEMPLATE, Model
 from modelpack.artifacts.reference import Reference
+from modelpack.deploy.local_server import PORT
 from modelpack.deploy.vllm import VllmSettings
 from modelpack.errors import UnsupportedError, UsageError
 
@@ -71,7 +72,7 @@ Engine = Literal["vllm", "modelpack"]
 #: The mount path of the volume with the model.
 _MOUNT = "/model"
 _SECRET = "/var/run/modelpack/docker"  # noqa: S105 - a directory
-_PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": 12434}
+_PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": PORT}
 _NAMESPACE = "POD_NAMESPACE"
 _VOLUME, _SHARED, _LOGIN = "model", "shm", "login"
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")

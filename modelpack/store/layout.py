@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 #: The version of `ingest/listing.json`; increase it when the facts change their meaning or order.
 LISTING_VERSION: Final = 1
 _MAX_LISTING_BYTES: Final = 256 * 1024 * 1024
+#: The default age in seconds up to which `gc` keeps unused blobs.
+GRACE_SECONDS: Final = 3600
 
 
 def default_store_root() -> Path:
@@ -363,7 +365,7 @@ class LayoutStore:
         """
         return self._leases.hold(digests, growing=growing, inherited=inherited)
 
-    def gc(self, *, dry_run: bool = False, grace_seconds: float = 3600) -> GcReport:
+    def gc(self, *, dry_run: bool = False, grace_seconds: float = GRACE_SECONDS) -> GcReport:
         """Delete blobs that no model and no lease needs and that are older than `grace_seconds`."""
         from modelpack.store.deletion import Collector
 

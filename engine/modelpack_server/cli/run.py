@@ -25,6 +25,7 @@ from modelpack.errors import UsageError
 from modelpack.hub.reference import local_name
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
+from modelpack_server.repl import DEFAULT_TEMPERATURE
 from modelpack_server.repl.view import BareView, TerminalView, View
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Generate at most this many tokens.")
 @click.option(
     "--temperature", type=click.FloatRange(0, 2),
-    help="Sample with this temperature; 0: greedy. [default: the model's, else 0.7]",
+    help="Sample with this temperature; 0: greedy. "
+    f"[default: the model's, else {DEFAULT_TEMPERATURE}]",
 )  # fmt: skip
 @click.option(
     "--top-p", type=click.FloatRange(0, 1, min_open=True),

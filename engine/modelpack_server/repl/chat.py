@@ -22,13 +22,12 @@ from modelpack_server.pool.catalogue import Catalogue
 from modelpack_server.pool.memory import device_memory
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings, preset_named
+from modelpack_server.repl import DEFAULT_TEMPERATURE
 from modelpack_server.server_client import problem_of
 from modelpack_server.tool_parsers.parts import Part, Reasoning, Text
 
 T = TypeVar("T")
 
-#: The sampling temperature if neither the user nor the model sets one.
-TEMPERATURE = 0.7
 # A model without a chat template continues the text of the messages.
 _NO_TEMPLATE = "{{ bos_token or '' }}{{ messages | map(attribute='content') | join('\n\n') }}"
 
@@ -169,7 +168,7 @@ class Chat:
         """Return the sampling parameters: `given`, else the preset's, else the model's."""
         given = dict(self.given)
         if self.preset is None and self.model.default("temperature") is None:
-            given.setdefault("temperature", TEMPERATURE)
+            given.setdefault("temperature", DEFAULT_TEMPERATURE)
         return self.model.sampling_params(given, preset=self.preset)
 
     def _spec(self, turns: list[dict[str, Any]]) -> ChatSpec:

@@ -15,7 +15,8 @@ from rich.markdown import Markdown
 from modelpack.cli.output import visible
 from modelpack.errors import UsageError
 from modelpack_server.conversation.spec import ChatDelta
-from modelpack_server.repl.chat import TEMPERATURE, Chat
+from modelpack_server.repl import DEFAULT_TEMPERATURE
+from modelpack_server.repl.chat import Chat
 from modelpack_server.repl.loop import SETTINGS, read_question, set_value, values
 from modelpack_server.repl.view import TerminalView, split_blocks
 from modelpack_server.tool_parsers.parts import Reasoning, Text
@@ -101,11 +102,11 @@ def test_temperature_is_the_users_the_presets_the_models_or_ours() -> None:
     model, engine = scripted("x")
     chat = Chat(model)
     for setting, value, expected in (
-        ("seed", "1", TEMPERATURE),
+        ("seed", "1", DEFAULT_TEMPERATURE),
         ("preset", "creative", 1.5),
         ("temperature", "0.1", 0.1),
         ("temperature", "default", 1.5),
-        ("preset", "default", TEMPERATURE),
+        ("preset", "default", DEFAULT_TEMPERATURE),
     ):
         set_value(chat, setting, value)
         ask(chat, "?")
