@@ -11,15 +11,15 @@ LOAD_ERRORS: dict[tuple[str, str], str] = {
     ("4", "minimax"): "mlx-lm's minimax is MiniMax-M2; MiniMax-Text-01 has other layers",
     ("4", "olmo"): "mlx-lm runs it with a package of its authors, ai2-olmo",
     ("5", "bailing_hybrid"): "config.json lacks fields that mlx-lm's class needs",
-    ("5", "kimi_k25"): "transformers 5 names its tensors otherwise than mlx-lm",
+    ("5", "kimi_k25"): "transformers 5 names its tensors differently from mlx-lm",
     ("5", "kimi_linear"): "config.json lacks linear_attn_config, which mlx-lm reads",
     ("5", "llama4_text"): "mlx-lm gives this name to another model",
     ("5", "longcat_flash"): "transformers 5 saves weights for experts that compute nothing",
     ("5", "mimo_v2_flash"): "config.json lacks fields that mlx-lm's class needs",
     ("5", "minimax"): "mlx-lm's minimax is MiniMax-M2; MiniMax-Text-01 has other layers",
-    ("5", "nanochat"): "transformers 5 names its tensors otherwise than mlx-lm",
+    ("5", "nanochat"): "transformers 5 names its tensors differently from mlx-lm",
     ("5", "olmo"): "mlx-lm runs it with a package of its authors, ai2-olmo",
-    ("5", "olmo_hybrid"): "transformers 5 names its norms otherwise than mlx-lm",
+    ("5", "olmo_hybrid"): "transformers 5 names its norms differently from mlx-lm",
 }
 
 OTHER_ANSWERS: dict[tuple[str, str], tuple[float, str]] = {
