@@ -121,14 +121,6 @@ def assemble_cross_encoder(
     )
 
 
-def evaluated(model: Module) -> int:
-    """Read all weights; return their bytes."""
-    try:
-        return evaluate(model)
-    except (RuntimeError, ValueError) as error:  # MLX reads some files only now
-        raise ModelLoadError(f"the weights cannot be read: {error}") from error
-
-
 #: Names in mlx-lm's classes of the model without its head.
 _INNER = ("model", "transformer", "backbone")
 _HEAD = "lm_head"
@@ -262,7 +254,7 @@ def _load_encoder(
     check_parameters(file.metadata.path, shapes_of(encoder), got)
     encoder.load_weights(list(tensors.items()))
     encoder.eval()
-    weight_bytes = evaluated(encoder)
+    weight_bytes = evaluate(encoder)
     reader = InputReader(
         _tokenizer(files, file),
         config.vocab_size,
@@ -404,7 +396,7 @@ def load_embedder(
         if not is_encoder(config):
             return _decoder(files, config, sentence, tokenizer, limits, dtype, ignored_fields)
         encoder = load_encoder(files, config, dtype)
-        weight_bytes = evaluated(encoder)
+        weight_bytes = evaluate(encoder)
         parsed = encoder.config
         reader = InputReader(
             tokenizer,
@@ -447,7 +439,7 @@ def _decoder(
     if dtype == mx.float32:
         unpack(model, dtype)
     model.eval()
-    weight_bytes = evaluated(model)
+    weight_bytes = evaluate(model)
     decoder = Decoder(model, completed)
     positions, _ = context_length_of(completed)
     rows = position_rows(model) or positions

@@ -214,10 +214,7 @@ def _loaded(
     rows = position_rows(model) or context_length
     if note := cuda_graphs.choose(model):
         notes = [*notes, note]
-    try:
-        weight_bytes = evaluate(model)
-    except (RuntimeError, ValueError) as error:  # MLX reads some files only now
-        raise ModelLoadError(f"the weights cannot be read: {error}") from error
+    weight_bytes = evaluate(model)
     return LoadedModel(
         model,
         config,

@@ -133,18 +133,24 @@ def available_memory() -> int | None:
 
 
 def evaluate(model: Module) -> int:
-    """Evaluate all weights in batches, so that few are in memory twice; return their bytes."""
+    """Evaluate all weights in batches, so that few are in memory twice; return their bytes.
+
+    Raises `ModelLoadError` for a file that MLX, which reads some files only now, cannot read.
+    """
     arrays = [array for _, array in parameters_of(model)]
     batch: list[mx.array] = []
     pending = 0
-    for array in arrays:
-        batch.append(array)
-        pending += array.nbytes
-        if pending > 256 * _MEBIBYTE:
-            checkpoint()
-            mx.eval(batch)
-            batch, pending = [], 0
-    mx.eval(batch)
+    try:
+        for array in arrays:
+            batch.append(array)
+            pending += array.nbytes
+            if pending > 256 * _MEBIBYTE:
+                checkpoint()
+                mx.eval(batch)
+                batch, pending = [], 0
+        mx.eval(batch)
+    except (RuntimeError, ValueError) as error:
+        raise ModelLoadError(f"the weights cannot be read: {error}") from error
     return sum(array.nbytes for array in arrays)
 
 
