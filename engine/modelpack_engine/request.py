@@ -132,13 +132,13 @@ class SamplingParams:
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:
                     raise RequestError(
-                        f"{name} names the token {token_id}; the vocabulary has {vocab_size}",
+                        f"{name} has the token {token_id}, but the vocabulary has {vocab_size}",
                         param=name,
                     )
         for bias in self.logit_bias.values():
             if not -100 <= bias <= 100:
                 raise RequestError(
-                    f"logit_bias holds {bias}, expected -100 to 100", param="logit_bias"
+                    f"logit_bias contains {bias}, expected -100 to 100", param="logit_bias"
                 )
 
 
@@ -165,7 +165,7 @@ class EngineRequest:
         if not _all_below(self.prompt_token_ids, vocab_size):
             wrong = next(each for each in self.prompt_token_ids if not 0 <= each < vocab_size)
             raise RequestError(
-                f"the prompt holds the token {wrong}; the vocabulary has {vocab_size}",
+                f"the prompt has the token {wrong}, but the vocabulary has {vocab_size}",
                 param="prompt",
             )
 

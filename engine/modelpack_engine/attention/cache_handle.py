@@ -75,7 +75,7 @@ class KVHandle(mx.array):
         reflected operator first, so this method is called.
         """
         if self.part != "values" or not self.transposed:
-            raise LostHandleError("it multiplies queries and keys by hand", cache=self.cache)
+            raise LostHandleError("the layer multiplies queries and keys itself", cache=self.cache)
         scores = RotaryScores(mx.zeros((1,), queries.dtype))
         scores.queries = queries
         return scores

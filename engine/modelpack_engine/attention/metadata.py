@@ -213,7 +213,7 @@ class StepInputs:
         return self.remember("rows", self._make_decode_rows)
 
     def _make_decode_rows(self) -> tuple[mx.array, mx.array]:
-        assert self._padded_tables is not None, "the step has begun by its batch"
+        assert self._padded_tables is not None, "the step was begun with a batch"
         tables = np.array(self._padded_tables(), np.int32)
         numbers = np.concatenate([tables.ravel(), np.array(self._lengths, np.int32)])
         packed = self._staging.put(numbers)

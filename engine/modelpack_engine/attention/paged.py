@@ -99,7 +99,7 @@ class PagedKV:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVHandle, KVHandle]:
         """Write the step's rows and return them as handles."""
         if self._open:
-            raise LostHandleError("it never attended to the keys it was given", cache=self)
+            raise LostHandleError("the layer did not attend to its last keys", cache=self)
         self._open = True
         self.write(keys, values)
         handles = make_handle(keys, self, "keys"), make_handle(values, self, "values")
@@ -109,7 +109,7 @@ class PagedKV:
     def keys_and_values(self) -> tuple[KVHandle, KVHandle]:
         """Return the step's handles again, for layers that share the keys of another layer."""
         if self._handles is None:
-            raise LostHandleError("it is read before it is written", cache=self)
+            raise LostHandleError("the cache is read before it is written", cache=self)
         return self._handles
 
     def fetch(self, row: int, chunk: int | None) -> tuple[mx.array, mx.array]:
@@ -126,7 +126,7 @@ class PagedKV:
         """End the step; raise `LostHandleError` if its keys never reached attention."""
         lost, self._open, self._handles = self._open, False, None
         if lost:
-            raise LostHandleError("it attended without the paged cache", cache=self)
+            raise LostHandleError("the layer attended without the paged cache", cache=self)
 
     def abandon(self) -> None:
         """End a step that failed."""

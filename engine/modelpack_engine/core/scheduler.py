@@ -302,7 +302,9 @@ class Scheduler:
         if self._blocks.most_held(self._chunk_rows) is not None:
             capacity = max(capacity, config.max_model_len)
         if first.request_id in self._requests:
-            raise RequestError(f"request {first.request_id!r} runs already", param="request_id")
+            raise RequestError(
+                f"request {first.request_id!r} is already running", param="request_id"
+            )
         if num_tokens == 0:
             raise RequestError("the prompt is empty", param="prompt")
         if num_tokens >= config.max_model_len:
@@ -313,13 +315,13 @@ class Scheduler:
             )
         if num_tokens > capacity:
             raise ContextLengthError(
-                f"the prompt has {num_tokens} tokens; the KV cache holds {capacity}",
+                f"the prompt has {num_tokens} tokens, but the KV cache holds {capacity}",
                 param="prompt",
                 hint="give the engine more memory for its KV cache",
             )
         if len(sequences) > config.max_waiting:
             raise RequestError(
-                f"{len(sequences)} choices; the queue holds {config.max_waiting}", param="n"
+                f"n is {len(sequences)}, but the queue holds {config.max_waiting}", param="n"
             )
         if len(self._waiting) + len(sequences) > config.max_waiting:
             raise QueueFullError(

@@ -391,7 +391,7 @@ def probe_write(on: Backend, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
         written = mx.depends(written, order)
         values = written[indices + order, 0].astype(dtype) + 1
     if not mx.array_equal(values, k + 8).item():
-        return "a reader did not wait for the write before it"
+        return "a reader did not wait for the previous write"
     return None
 
 

@@ -36,7 +36,7 @@ def choose_device(config: EngineConfig) -> Literal["cpu", "gpu"]:
     """
     has_gpu = mx.metal.is_available() or mx.cuda.is_available()
     if config.device == "gpu" and not has_gpu:
-        raise EngineError("there is no GPU that MLX can use", hint="use the CPU: device cpu")
+        raise EngineError("MLX found no GPU", hint="use the CPU: device cpu")
     use_gpu = has_gpu and config.device != "cpu"
     mx.set_default_device(mx.gpu if use_gpu else mx.cpu)
     return "gpu" if use_gpu else "cpu"

@@ -155,7 +155,7 @@ def choose_sizes(
     asked = config.max_model_len
     if asked is not None and not 1 < asked <= context_length:
         raise EngineError(
-            f"max_model_len is {asked}, and this model's context is {context_length}",
+            f"max_model_len is {asked}, but this model's context is {context_length}",
             hint=f"choose 2 to {context_length}",
         )
     wanted = asked or _default_length(context_length, config)
@@ -186,7 +186,7 @@ def choose_sizes(
         num_blocks = min(useful, budget // per_block)
         if num_blocks < _FEWEST_BLOCKS:
             raise OutOfMemoryError(
-                f"the KV cache gets {budget} bytes, and a block of {config.block_size} tokens "
+                f"the KV cache has {budget} bytes, but a block of {config.block_size} tokens "
                 f"takes {per_block}",
                 hint=f"give it at least {per_block * _FEWEST_BLOCKS} bytes (kv_cache_bytes)",
             )

@@ -175,7 +175,7 @@ def open_offload(
     if config.kv_offload_dir is not None:
         if not model_id:
             raise EngineError(
-                "KV blocks of weights without a name cannot be kept on disk",
+                "cannot keep KV blocks on disk: the weights have no name",
                 hint="give the engine a model_id",
             )
         device = str(mx.default_device())

@@ -419,7 +419,9 @@ class PagedRunner:
         if not self._step.rows_taken:
             logits = logits[self._step.sample_rows]
         if logits.shape[0] != padded:
-            raise EngineError(f"the model made logits of {logits.shape[0]} rows, expected {padded}")
+            raise EngineError(
+                f"the model returned logits of {logits.shape[0]} rows, expected {padded}"
+            )
         return logits[:count, -1]
 
     def is_compiled(self, batch: StepBatch) -> bool:

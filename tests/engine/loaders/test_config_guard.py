@@ -209,7 +209,7 @@ def test_a_context_beyond_the_window_is_refused(tmp_path: Path) -> None:
     assert loaded.context_length == 96
     assert any("limited to 96 tokens" in note for note in loaded.notes)
     assert Engine(loaded, EngineConfig()).max_model_len == 96
-    with pytest.raises(EngineError, match="max_model_len is 128, and this model's context is 96"):
+    with pytest.raises(EngineError, match="max_model_len is 128, but this model's context is 96"):
         Engine(loaded, EngineConfig(max_model_len=128))
 
 

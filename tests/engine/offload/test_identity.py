@@ -51,6 +51,6 @@ def test_layouts_are_told_apart() -> None:
 
 def test_weights_without_a_name_are_not_kept_on_disk(tmp_path: Path) -> None:
     config = EngineConfig(device="cpu", kv_offload_dir=str(tmp_path / "kv"))
-    with pytest.raises(EngineError, match="without a name"):
+    with pytest.raises(EngineError, match="the weights have no name"):
         Engine(tiny_loaded(), config)
     assert not (tmp_path / "kv").exists()

@@ -109,7 +109,7 @@ def test_prompts_that_fill_a_step(
 
 def test_a_gpu_that_others_fill_has_no_room(gpu: Any) -> None:
     gpu(CUDA | {"free_memory": 6 * GIB})
-    with pytest.raises(OutOfMemoryError, match="the KV cache gets 0 bytes"):
+    with pytest.raises(OutOfMemoryError, match="the KV cache has 0 bytes"):
         kv_cache_size.choose_sizes(LAYOUT, 4096, EngineConfig())
 
 

@@ -17,7 +17,7 @@ from tests.engine.scheduling.steps import prompt, run, scheduler
     [
         (0, {}, RequestError, "the prompt is empty"),
         (200, {}, ContextLengthError, "has 200 tokens; the context is 200"),
-        (33, {"num_blocks": 9}, ContextLengthError, "has 33 tokens; the KV cache holds 32"),
+        (33, {"num_blocks": 9}, ContextLengthError, "has 33 tokens, but the KV cache holds 32"),
     ],
 )
 def test_prompts_that_can_never_run(
@@ -75,7 +75,7 @@ def test_a_full_queue_takes_nothing_and_says_when_to_come_back() -> None:
     sched.add(second)
     run(sched)
     sched.add(sequence(prompt(4), request_id="c"))
-    with pytest.raises(RequestError, match="4 choices; the queue holds 3") as refused:
+    with pytest.raises(RequestError, match="n is 4, but the queue holds 3") as refused:
         sched.add(*[sequence(prompt(4), request_id="d")] * 4)
     assert refused.value.param == "n"
 
@@ -83,7 +83,7 @@ def test_a_full_queue_takes_nothing_and_says_when_to_come_back() -> None:
 def test_two_requests_of_one_name() -> None:
     sched = scheduler()
     sched.add(sequence(prompt(4)))
-    with pytest.raises(RequestError, match="request 'r' runs already"):
+    with pytest.raises(RequestError, match="request 'r' is already running"):
         sched.add(sequence(prompt(4)))
     run(sched)
     sched.abort("r")
