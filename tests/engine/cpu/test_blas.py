@@ -17,7 +17,7 @@ from modelpack_engine.platform import blas
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 
 ROW_MAJOR, NO_TRANS, TRANS = 101, 111, 112
-#: Vectors of 4, 8 and as many floats as this machine has; a compiler without a target takes 4.
+#: Vectors of 4 floats (the compiler's default), of 8, and of this machine's width.
 TARGETS = {"sse": ["-O3"], "avx2": ["-O3", "-mavx2", "-mfma"], "native": ["-O3", "-march=native"]}
 
 
@@ -120,7 +120,7 @@ def test_a_row_is_the_same_alone_and_among_others(shim: ctypes.CDLL) -> None:
 
 
 def run(code: str, **environment: str) -> str:
-    """Run Python code in a process of its own; return what it prints."""
+    """Run Python code in a new process; return its output."""
     import os
 
     done = subprocess.run(

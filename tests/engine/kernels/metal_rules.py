@@ -1,9 +1,10 @@
 """Checks of Metal's rules for a kernel, by clang with C++ for OpenCL.
 
 Metal's address spaces are OpenCL's: device is __global, constant is __constant, and threadgroup is
-__local. Neither converts pointers from one to another, nor lets a kernel declare shared memory
-anywhere but at its outermost scope, and arrays have constant sizes. So clang, which comes in a
-wheel, finds what a Mac would find. Sizes of shared memory are clang's, too.
+__local. Both languages forbid conversions of pointers between address spaces, and shared memory
+that is not declared in the outermost scope of a kernel; array sizes must be constant. So clang,
+which is installed from a wheel, finds the errors that a Mac would find. It also measures shared
+memory.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def judge(
 ) -> Verdict:
     """Compile an instance whose inputs in `constant` have fewer than 8 elements.
 
-    `edit` replaces one text in the body, which has to be there, by another.
+    `edit` replaces a text, which must be in the body, by another.
     """
     body, split = instance.body, bool(dict(instance.constants).get("SPLIT"))
     source = kernel_source(body, "metal", split=split)

@@ -38,7 +38,7 @@ def memory(array: mx.array) -> npt.NDArray[Any]:
     return found.reshape(*array.shape, array.dtype.size)
 
 
-#: Where to emulate, and what was compiled.
+#: The directory of the emulator, and its compiled programs by kernel instance.
 Compiled = tuple[Path, dict[Instance, Emulator]]
 
 

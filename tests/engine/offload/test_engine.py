@@ -156,7 +156,7 @@ def test_a_salt_keeps_requests_apart(open_engine: Open) -> None:
         events = [event for _ in range(99) if engine.has_work for event in engine.step()]
         assert [token for event in events for token in event.token_ids] == EXPECTED[0]
         cached.append(events[-1].usage.cached_tokens if events[-1].usage else None)
-        answers(engine, PROMPTS[1:4])  # takes all the room
+        answers(engine, PROMPTS[1:4])  # evicts all other blocks
     assert cached == [0, 0, 0, 96, 96]
 
 

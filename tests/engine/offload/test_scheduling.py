@@ -70,7 +70,7 @@ def test_a_salt_keeps_prefixes_apart() -> None:
     for salt in (b"", b"x", b"", b"x"):
         sim.add(sequence(text, 2, request_id=f"{len(sim.sequences)}", salt=salt))
         sim.drain()
-        sim.add(sequence([5] * 24, 2, request_id=f"{len(sim.sequences)}"))  # takes the room
+        sim.add(sequence([5] * 24, 2, request_id=f"{len(sim.sequences)}"))  # evicts
         sim.drain()
     first, salted, again, salted_again = sim.sequences[::2]
     assert (first.num_cached_tokens, salted.num_cached_tokens) == (0, 0)

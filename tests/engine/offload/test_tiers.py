@@ -118,11 +118,11 @@ def test_what_is_read_ahead_is_bounded(
     for load in loads[:2]:
         tiers.wait(load, SECONDS)
     tiers.save(name(99), block(99))
-    assert tiers.flush(SECONDS), "the thread goes on with other things"
+    assert tiers.flush(SECONDS), "the thread continues with writes"
     assert [load.done for load in loads] == [True, True, False, False]
     tiers.finish(loads[0])
     tiers.wait(loads[2], SECONDS)
-    tiers.finish(loads[3])  # given up, and never read
+    tiers.finish(loads[3])  # abandoned, and never read
     tiers.finish(loads[1])
     tiers.finish(loads[2])
     assert tiers._staged == 0
@@ -146,7 +146,7 @@ def test_what_is_discarded_is_nowhere(tiers: OffloadTiers, directory: Gated) -> 
     tiers.flush(SECONDS)
     tiers.discard(names(0, 3))
     assert [number for number in range(4) if name(number) in tiers] == [1, 2]
-    assert loaded(tiers, 1) == [1]  # the thread has come that far
+    assert loaded(tiers, 1) == [1]  # the thread has done the removals
     assert sorted(path.stem for path in directory.root.rglob("*.kv")) == [
         name(1).hex(), name(2).hex()
     ]  # fmt: skip

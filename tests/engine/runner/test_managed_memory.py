@@ -133,7 +133,7 @@ def test_staged_memory_is_used_again_and_does_not_grow_without_end() -> None:
         staging.read(turn - 1)
     assert len(seen) <= 3
     staging.next_step()
-    arrays = [staging.put(np.full(10, i, np.int32)) for i in range(50)]  # nobody reads
+    arrays = [staging.put(np.full(10, i, np.int32)) for i in range(50)]  # no token is read
     assert [array[9].item() for array in arrays] == list(range(50))
     assert {array.size for array in arrays} == {256}
 

@@ -76,8 +76,8 @@ def test_steps_leave_less_for_the_kv_cache_on_cuda(gpu: Any) -> None:
         (2 << 20, None, 2048),
         (4 << 20, None, 1024),
         (16 << 20, None, 256),
-        (1 << 30, None, 256),  # never fewer
-        (16 << 20, 1024, 1024),  # the user knows better
+        (1 << 30, None, 256),  # the minimum
+        (16 << 20, 1024, 1024),  # configured by the user
     ],
 )
 def test_steps_have_fewer_rows_where_these_take_much(

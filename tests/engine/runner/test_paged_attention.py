@@ -122,7 +122,7 @@ def expected(queries: mx.array, keys: mx.array, values: mx.array, **how: Any) ->
 
 @pytest.fixture(params=["native", "cpu attention", "bucketed"])
 def exact(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether shapes are exact; of these, small ones are MLX's own matter else."""
+    """Whether shapes are exact; with "cpu attention", small shapes use it as well."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cpu attention":
             patch.setattr(gather, "FEW_SCORES", 0)

@@ -132,7 +132,7 @@ def test_a_row_depends_on_itself_alone(host: Host) -> None:
 
 def test_rows_that_cannot_be_drawn_from(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows with NaN, infinity or no allowed token get no token; other rows are unaffected."""
-    monkeypatch.setattr(drawing, "verdict", lambda *_: None)  # others have seen to that
+    monkeypatch.setattr(drawing, "verdict", lambda *_: None)  # other tests check it
     logits = mx.random.normal((4, ODD), key=mx.random.key(6))
     logits[0, 7] = mx.nan
     logits[1, 7] = mx.inf

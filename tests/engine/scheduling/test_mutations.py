@@ -171,8 +171,8 @@ OF_BLOCKS = [
     (BlockManager.free, "reversed(sequence.block_table)", "sequence.block_table"),
     (BlockManager.allocate, "if self._free:", "if self._free and not self._cached:"),
 ]
-# But it has no generated tokens, no sequence that comes back, seldom one amid a block whose next
-# block is there already; and publishing twice does no harm.
+# It has no generated tokens and no preempted sequences, and seldom a sequence within a block whose
+# next block is cached; publishing twice is harmless.
 NOT_OF_BLOCKS = {
     ", sequence.num_known_tokens",
     "sequence.num_published_blocks = 0",

@@ -22,7 +22,7 @@ def test_decode_goes_first_then_prompts_in_order() -> None:
     sched.add(sequence(prompt(5, 4), request_id="d"))
     output = run(sched)
     assert [seq.request_id for seq in output.decode] == ["a"]
-    # b ends at a block's end; d gets what is left, and goes on in the next step.
+    # The chunk of b ends with a block; d gets the remaining rows, and continues in the next step.
     assert chunks(output) == [("b", 0, 8), ("c", 0, 5), ("d", 0, 2)]
     output = run(sched)
     assert [seq.request_id for seq in output.decode] == ["a", "c"]

@@ -83,9 +83,9 @@ def test_nothing_is_shared_of_what_failed() -> None:
     sim.step()
     sim.fail()
     assert sim.blocks.snapshots is not None
-    assert len(sim.blocks.snapshots) == 0, "it is as little to be trusted as the blocks"
+    assert len(sim.blocks.snapshots) == 0, "snapshots are dropped like the blocks"
     assert cached(sim, text) == [0]
-    sim.blocks.withdraw(first)  # what it held may be no numbers
+    sim.blocks.withdraw(first)  # its contents may be NaN
     assert cached(sim, text) == [0]
 
 

@@ -17,7 +17,7 @@ from tests.engine.scheduling.simulation import sequence
 from tests.engine.scheduling.steps import chunks, prompt, run, scheduler
 
 OWNERS = [b"", b"a", b"b", b"c"]
-#: (owner, length of the prompt, tokens computed before it comes, pops after that)
+#: (owner, length of the prompt, tokens computed before it arrives, pops after that)
 ARRIVALS = st.lists(
     st.tuples(
         st.sampled_from(OWNERS), st.integers(1, 40), st.integers(0, 30), st.integers(0, 3)

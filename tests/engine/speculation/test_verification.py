@@ -19,12 +19,12 @@ PADDED = Buckets(rows=(1, 2, 4, 8, 16), chunk=(2, 4))
     [
         ([1, 2], [1, 2, 3], Verdict(3)),
         ([1, 2], [1, 9, 3], Verdict(2)),
-        ([1, 2], [9, 2, 3], Verdict(1)),  # what is right after a wrong one does not count
+        ([1, 2], [9, 2, 3], Verdict(1)),  # equal tokens after a wrong one do not count
         ([1, 1], [9, 1, 1], Verdict(1)),
         ([1], [1, 1], Verdict(2)),
-        ([1, 2], [1, -1, 3], Verdict(1, 1)),  # no token after a right one: the next step tells
+        ([1, 2], [1, -1, 3], Verdict(1, 1)),  # NaN after an accepted token: left to the next step
         ([1, 2], [1, 2, -1], Verdict(2, 2)),
-        ([1, 2], [9, -1, -1], Verdict(1, 1)),  # after a wrong one: only what it left matters
+        ([1, 2], [9, -1, -1], Verdict(1, 1)),  # NaN after a wrong token: only its slots matter
         ([1, 2], [9, 3, -1], Verdict(1, 2)),
         ([1, 2], [-1, -1, -1], Verdict(0, 0)),
         ([1, -1], [1, -1, 3], Verdict(1, 1)),
@@ -47,15 +47,15 @@ def sequence(length: int, max_tokens: int = 50) -> Sequence:
     ("buckets", "max_rows", "num_blocks", "max_tokens", "expected"),
     [
         (EXACT, 64, 99, 50, [5, 3, 0]),
-        (EXACT, 8, 99, 50, [5, 0, 0]),  # three rows anyway
+        (EXACT, 8, 99, 50, [5, 0, 0]),  # three rows without proposals
         (EXACT, 9, 99, 50, [5, 1, 0]),
         (EXACT, 3, 99, 50, [0, 0, 0]),
         (PADDED, 16, 99, 50, [5, 3, 0]),
-        (PADDED, 15, 99, 50, [5, 0, 0]),  # nine rows are sixteen
+        (PADDED, 15, 99, 50, [5, 0, 0]),  # nine rows are padded to sixteen
         (PADDED, 4, 99, 50, [1, 0, 0]),
-        (EXACT, 64, 99, 1, [0, 0, 0]),  # the last token needs none after it
+        (EXACT, 64, 99, 1, [0, 0, 0]),  # no proposal for the last token
         (EXACT, 64, 99, 3, [2, 2, 0]),
-        (EXACT, 64, 4, 50, [2, 2, 0]),  # three blocks of four, whose last place is taken by 2
+        (EXACT, 64, 4, 50, [2, 2, 0]),  # three blocks of four tokens
     ],
 )
 def test_proposals_are_cut_to_what_there_is_room_for(

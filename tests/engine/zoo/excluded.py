@@ -29,7 +29,7 @@ EXCLUDED = {
     "prism_hadamard_qwen35": "takes only 2-bit checkpoints that are packed for it",
 }
 
-#: Its mask depends on the lengths of a chunk and of what is before it.
+#: Its mask depends on the lengths of a chunk and of the context before it.
 PHI3SMALL = Configuration(
     "phi3small",
     {
@@ -37,7 +37,7 @@ PHI3SMALL = Configuration(
         "ff_intermediate_size": 128,
         "gegelu_limit": 20.0,
         "layer_norm_epsilon": 1e-5,
-        "vocab_size": 100352,  # it writes to places beyond 100,000, whatever the size
+        "vocab_size": 100352,  # it writes to ids above 100,000 for any size
         "blocksparse_block_size": 32,
         "blocksparse_num_local_blocks": 1,
         "blocksparse_vert_stride": 2,

@@ -61,7 +61,7 @@ def check(configuration: Configuration) -> bool:
 
 def main(names: Sequence[str]) -> int:
     """Check the architectures of these names, or all; return the exit status."""
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX asks when it first multiplies
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at its first matmul
     known = {configuration.id: configuration for configuration in CATALOGUE}
     if unknown := set(names) - set(known):
         print("not in the zoo:", *sorted(unknown), file=sys.stderr)
