@@ -26,6 +26,7 @@ from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 
+# Default rows of a step on a GPU.
 _GPU_TOKENS = 2048
 
 # Tokens of one prompt in a step: running sequences wait that long for their next token.
@@ -33,6 +34,9 @@ _GPU_CHUNK = 512
 
 # The context length at which attention takes half of the time of a prompt's row.
 _GPU_CONTEXT = 4096
+
+# Default rows of a step on a CPU; the largest share of the free memory, and the default bytes, of
+# its KV cache.
 _CPU_TOKENS = 256
 _CPU_SHARE = 0.25
 _CPU_BYTES = 512 * 1024**2
