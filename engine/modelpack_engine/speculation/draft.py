@@ -95,7 +95,8 @@ class DraftProposer:
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
         """Return the tokens that the draft model generates after each sequence.
 
-        A new prompt takes the draft model one or more steps, which propose no tokens for it.
+        A prompt that the draft model has not computed takes it one or more steps; until then, the
+        sequence gets no proposals.
         """
         opened = [self._open(sequence, length) for sequence, length in lengths.items()]
         drafts = [d for d in opened if d is not None and d.original.seq_id in self._drafts]
