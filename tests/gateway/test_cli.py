@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -114,3 +115,15 @@ def test_serve_asks_for_the_same(arguments: list[str], message: str) -> None:
     result = modelpack("serve", *arguments)
     assert result.code == 2
     assert message in result.err
+
+
+@pytest.mark.parametrize("missing", ["httpx", "prometheus_client"])
+def test_a_missing_extra_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find(name)
+    )
+    result = modelpack("gateway", "--upstream", "http://127.0.0.1:1")
+    assert result.code == 2
+    assert f"requires {missing}, which is not installed" in result.err
+    assert "modelpack[gateway]" in result.err

@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 # Parts of the location of a validation error that name types, not fields.
 _TYPE_NAMES = {"body", "str", "int", "float", "bool", "list", "dict", "constrained-str",
                "constrained-int", "function-after"}  # fmt: skip
-# The most characters of a message and of a field's name: errors do not echo large requests.
+# Limits of a message and of a field's name, in characters: errors must not echo large requests.
 _MAX_MESSAGE = 1000
 _MAX_PARAM = 200
 # OpenAI's and Anthropic's clients do not retry a response with this header.
@@ -52,7 +52,7 @@ _NO_RETRY = {"x-should-retry": "false"}
 
 
 class ClientGoneError(ModelpackError):
-    """The client closed its connection; nobody reads the response."""
+    """The client closed its connection, so it cannot receive a response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Problem:
     request_id: str | None = None
 
     def __post_init__(self) -> None:
-        """Cut long messages and names."""
+        """Truncate long messages and names."""
         object.__setattr__(self, "message", _cut(self.message, _MAX_MESSAGE))
         if self.param is not None:
             object.__setattr__(self, "param", _cut(self.param, _MAX_PARAM))
@@ -119,7 +119,7 @@ def problem_of(error: Exception) -> Problem:
             return Problem(400, text, param=error.param)
         case OutOfMemoryError():
             return Problem(503, text, code="out_of_memory", headers=_NO_RETRY)
-        case ModelLoadError():  # The next request would fail alike.
+        case ModelLoadError():  # A retry would fail too.
             return Problem(500, text, code="model_load_failed", headers=_NO_RETRY)
         case NotFoundError():
             return Problem(404, text, code="model_not_found")
@@ -139,7 +139,7 @@ def problem_of(error: Exception) -> Problem:
 
 
 def install(app: FastAPI, shape: Shape) -> None:
-    """Make `app` respond to every error with what `shape` makes of it."""
+    """Make `app` respond to every error with the result of `shape`."""
 
     async def handle(request: Request, error: Exception) -> Response:
         return respond(request, error, shape)

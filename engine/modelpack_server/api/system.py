@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
@@ -18,7 +18,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import (
     CONTENT_TYPE_PLAIN_0_0_4,
-    CollectorRegistry,
     Metric,
     generate_latest,
 )
@@ -50,7 +49,7 @@ class LogBuffer(logging.Handler):
         self._followers: dict[asyncio.Queue[str], asyncio.AbstractEventLoop] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record."""
+        """Keep the formatted record and pass it to the followers."""
         try:
             line = self.format(record) + "\n"
         except (TypeError, ValueError):  # the arguments do not match the message
@@ -129,18 +128,19 @@ _OFFLOAD_SERIES = (
 class ModelMetrics:
     """Collector of the metrics of all models, by vLLM's names; `model_name` labels the model.
 
+    It reads the counters of `entries` when it is created, so `collect` may run in another thread.
     Before the first model exists, each family has one series of zeros without a name, so that
     dashboards find it.
     """
 
-    def __init__(self, entries: Callable[[], Iterable[Entry]]) -> None:
-        self._entries = entries
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._models = [((entry.name, "0"), entry.stats(), entry.meter) for entry in entries]
+        if not self._models:
+            self._models = [(("", "0"), EngineStats(), Meter())]
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric families."""
-        models = [((e.name, "0"), e.stats(), e.meter) for e in self._entries()]
-        if not models:
-            models = [(("", "0"), EngineStats(), Meter())]
+        models = self._models
         for name, kind, text, field in _SERIES:
             values = [(labels, getattr(stats, field)) for labels, stats, _ in models]
             yield _family(kind, f"vllm:{name}", text, values)
@@ -195,8 +195,6 @@ def _used(stats: EngineStats) -> float:
 def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
     """Return the routes /health, /version, /metrics and /logs."""
     routes = APIRouter(tags=["server"])
-    registry = CollectorRegistry()
-    registry.register(ModelMetrics(pool.entries))
 
     @routes.get("/health", response_model=None)
     @routes.get("/ping", response_model=None, include_in_schema=False)
@@ -216,7 +214,10 @@ def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
     @routes.get("/metrics", response_model=None)
     async def read_metrics() -> Response:
         """Return the counters of all models, in Prometheus's text format."""
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        metrics = ModelMetrics(pool.entries())
+        # In a thread, since it takes 2.4 ms for each model (one CPU core).
+        content = await asyncio.to_thread(generate_latest, metrics)
+        return Response(content, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @routes.get("/logs", response_model=None)
     async def read_logs(request: Request) -> Response:

@@ -88,7 +88,7 @@ def pull_draft(config: Any, store: LayoutStore, settings: Settings, remote: Remo
 
 def require_engine() -> None:
     """Raise `UsageError` unless the engine's extra is installed."""
-    for module in ("mlx", "mlx_lm", "fastapi"):
+    for module in ("mlx", "mlx_lm", "fastapi", "prometheus_client"):
         if importlib.util.find_spec(module) is None:
             raise UsageError(
                 f"running a model requires {module}, which is not installed",

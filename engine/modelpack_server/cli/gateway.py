@@ -127,7 +127,7 @@ def gateway(
     """
     if ctx.invoked_subcommand is not None:
         return
-    _require_httpx()
+    _require_extra()
     from modelpack_server.gateway.app import GatewayServer, GatewaySettings
 
     key = os.environ.get("MODELPACK_UPSTREAM_KEY") or None
@@ -202,11 +202,12 @@ def key(
     note(settings, f"added to {key_file}; the key is not shown again. Serve with --keys {key_file}")
 
 
-def _require_httpx() -> None:
+def _require_extra() -> None:
     import importlib.util
 
-    if importlib.util.find_spec("httpx") is None:
-        raise UsageError(
-            "the gateway requires httpx, which is not installed",
-            hint="run pip install 'modelpack[gateway]'",
-        )
+    for module in ("httpx", "prometheus_client"):
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(
+                f"the gateway requires {module}, which is not installed",
+                hint="run pip install 'modelpack[gateway]'",
+            )

@@ -160,7 +160,7 @@ async def read_body(
                 raise TooLargeError(size)
             if piece:
                 share.add(len(piece))
-                pieces.append(bytes(piece))  # joined without the interpreter
+                pieces.append(bytes(piece))  # joining bytes objects releases the GIL
                 give_back(piece)
     except (TooLargeError, NoRoomError) as error:
         pieces.clear()

@@ -39,8 +39,8 @@ CONTAINER_BYTES = 256
 INLINE = 32 * 1024
 
 _SCOPE_KEY = "modelpack.json"
-_QUICK = 1024 * 1024  # bytes, and
-_QUICK_VALUES = MAX_ITEMS  # values, which json.loads parses in less than 5 ms
+_QUICK = 1024 * 1024  # bytes that json.loads parses in less than 5 ms
+_QUICK_VALUES = MAX_ITEMS  # values that it parses in less than 5 ms
 _BLOCK = 1024 * 1024  # bytes counted at a time
 _DIGITS = 4300  # Python's own limit for integers
 

@@ -65,7 +65,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """All keys of a file."""
+    """The keys in a keys file."""
 
     keys: tuple[Key, ...] = ()
 

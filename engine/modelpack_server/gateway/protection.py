@@ -153,7 +153,7 @@ class Cors:
         await refusal(scope, receive, send)
 
     def allows(self, origin: str) -> bool:
-        """Return whether pages of `origin` are listed."""
+        """Return whether pages of `origin` may use the server."""
         origin = origin.lower()
         if "*" in self._listed or origin in self._listed:
             return True

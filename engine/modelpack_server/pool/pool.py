@@ -127,7 +127,7 @@ class ModelPool:
         found = await asyncio.to_thread(self.catalogue.stored)
         return [model for one in found if (model := self._names.view_of(one)) is not None]
 
-    # Use
+    # Leases
 
     @asynccontextmanager
     async def lease(
@@ -172,7 +172,7 @@ class ModelPool:
         """Pin a model: `start` loads it, and `readiness` includes it."""
         self._pins.add(name, settings)
 
-    # What there is
+    # State
 
     def running(self) -> list[RunningModel]:
         """Return the models that are loaded, loading or unloading."""
@@ -271,7 +271,7 @@ class ModelPool:
         ]
         return max(0.0, min(waits, default=math.inf))
 
-    # From start to end
+    # Lifecycle
 
     async def start(self) -> None:
         """Start loading pinned models and unloading idle ones; return immediately."""
@@ -292,7 +292,7 @@ class ModelPool:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.unload(grace=grace)
 
-    # Details
+    # Internals
 
     async def _entry(self, name: str) -> Entry:
         stored = await self._names.find(name)

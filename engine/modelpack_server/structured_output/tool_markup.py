@@ -46,7 +46,9 @@ class Literals:
 
 @dataclass(frozen=True, slots=True)
 class ToolMarkup:
-    """`opening` CALL `separator` CALL … `closing`; CALL is `before` NAME `after` ARGUMENTS `tail`.
+    """Calls as `opening` CALL `separator` CALL … `closing`.
+
+    CALL is `before` NAME `after` ARGUMENTS `tail`.
 
     `number` is the text between the name and the call's number, for families that number calls.
     `single`: a reply has at most one call.

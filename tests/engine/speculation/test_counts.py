@@ -35,7 +35,7 @@ def test_metrics() -> None:
     engine.generate([[1, 2, 3]], LONG)
     entry = Entry(StoredModel("k", ("m",)), 1.0)
     entry.past = engine.stats().counters()
-    shown = generate_latest(ModelMetrics(lambda: [entry])).decode()
+    shown = generate_latest(ModelMetrics([entry])).decode()
     for name, value in (("drafts", 8), ("draft_tokens", 31), ("accepted_tokens", 31)):
         assert (
             f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="m"}} {value}.0\n' in shown
