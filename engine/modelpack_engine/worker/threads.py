@@ -72,18 +72,6 @@ async def in_executor(threads: ThreadPoolExecutor, function: Callable[[], T]) ->
         raise
 
 
-_computing = ThreadPoolExecutor(1, "modelpack-computing")
-
-
-async def compute(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what `function` returns, which waits for nothing but the interpreter.
-
-    All calls share one thread: several would wait for each other, and the event loop for them all.
-    """
-    call = functools.partial(function, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_computing, call)
-
-
 #: Characters, or token ids, from which a prompt counts as large.
 LARGE = 64 * 1024
 _WORKERS = ThreadPoolExecutor(2, "modelpack-prompts")

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from fastapi import Request, Response
@@ -20,7 +21,7 @@ from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
 from starlette.exceptions import HTTPException
 
-from modelpack_engine.worker.threads import in_executor
+from modelpack_engine.worker.threads import in_executor, in_thread
 from modelpack_server.gateway.json_bodies import (
     INLINE,
     BodyError,
@@ -31,6 +32,7 @@ from modelpack_server.gateway.json_bodies import (
 )
 
 _UNPARSED = object()
+_is_large: ContextVar[bool] = ContextVar("the body of the current request is large", default=False)
 
 
 def _fail_fast(schema: Any) -> None:
@@ -95,6 +97,7 @@ class JsonRequest(Request):
         size = len(await self.body())
         if size <= INLINE:
             return value
+        _is_large.set(True)
         # Use the one thread that parses: several threads would only wait for the interpreter.
         return await in_worker(size, lambda: _validated(body_type, value))
 
@@ -187,6 +190,20 @@ async def call(large: bool, function: Callable[P, T], *args: P.args, **kwargs: P
     if not large:
         return function(*args, **kwargs)
     return await in_executor(_threads, functools.partial(function, *args, **kwargs))
+
+
+_computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="modelpack-large-bodies")
+
+
+async def compute(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `function`, which only computes, in a thread and return the result.
+
+    Requests with large bodies share one thread: each further thread that computes delays the event
+    loop whenever it waits for the interpreter. Requests with small bodies do not wait for them.
+    """
+    if _is_large.get():
+        return await in_executor(_computing, functools.partial(function, *args, **kwargs))
+    return await in_thread(function, *args, **kwargs)
 
 
 def _small(value: Any) -> str:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from modelpack_server.api.app import ModelServer
 from modelpack_server.api.bodies import written
 from modelpack_server.api.vocabulary import Vocabulary
+from modelpack_server.conversation.spec import ChatSpec
+from modelpack_server.gateway.json_bodies import INLINE
 from tests.engine.serving.test_api import pinned, wait_until_ready
 from tests.engine.serving.tiny import TinyCatalogue
 
@@ -72,3 +74,31 @@ def test_no_route_makes_them_on_the_event_loop(
     assert '"logprob' in reply.text
     assert threads
     assert all(name.startswith("modelpack-large-json") for name in threads), threads
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": _SAID}),
+        ("/v1/messages", {"messages": _SAID, "max_tokens": 1}),
+        ("/v1/responses", {"input": "hello"}),
+        ("/api/chat", {"messages": _SAID}),
+    ],
+)
+def test_requests_with_large_bodies_share_a_thread(
+    url: str, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    threads = []
+    make = ChatSpec.__init__
+
+    def noted(spec: ChatSpec, *arguments: Any, **fields: Any) -> None:
+        threads.append(threading.current_thread().name.rpartition("_")[0])
+        make(spec, *arguments, **fields)
+
+    monkeypatch.setattr(ChatSpec, "__init__", noted)
+    for padding, thread in (("", "rendering"), ("x" * INLINE, "large-bodies")):
+        threads.clear()
+        fields = {"model": "tiny", "unknown": padding, "stream": False, **body}
+        reply = requests.post(url + path, json=fields, timeout=60)
+        assert reply.status_code == 200, reply.text
+        assert threads[0] == f"modelpack-{thread}"

@@ -10,13 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from modelpack_engine.errors import ContextLengthError
-from modelpack_engine.worker.threads import compute
 from modelpack_server.api.anthropic.requests import (
     MessagesRequest,
     PromptRequest,
     template_messages,
     tools_of,
 )
+from modelpack_server.api.bodies import compute
 from modelpack_server.api.continuation import carry, fingerprint
 from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable, unless_gone
 from modelpack_server.api.paths import add_route

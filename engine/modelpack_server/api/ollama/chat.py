@@ -15,8 +15,7 @@ from fastapi.responses import JSONResponse
 from modelpack.errors import UsageError
 from modelpack_engine.errors import BusyError, RequestError
 from modelpack_engine.request import SamplingParams
-from modelpack_engine.worker.threads import compute
-from modelpack_server.api.bodies import call, large_response, written
+from modelpack_server.api.bodies import call, compute, large_response, written
 from modelpack_server.api.model_use import answer, unless_gone
 from modelpack_server.api.ollama import ndjson, replies
 from modelpack_server.api.ollama.bodies import (

@@ -10,8 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from modelpack_engine.outputs import TokenLogprob
-from modelpack_engine.worker.threads import compute
-from modelpack_server.api.bodies import call, large_response, written
+from modelpack_server.api.bodies import call, compute, large_response, written
 from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable
 from modelpack_server.api.openai.replies import Envelope, chat_logprobs, quoted, total_usage
 from modelpack_server.api.openai.requests import (

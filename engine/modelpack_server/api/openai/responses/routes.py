@@ -12,8 +12,7 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.exceptions import HTTPException
 
 from modelpack_engine.errors import ContextLengthError, RequestError
-from modelpack_engine.worker.threads import compute
-from modelpack_server.api.bodies import call, large_response
+from modelpack_server.api.bodies import call, compute, large_response
 from modelpack_server.api.errors import problem_of
 from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable
 from modelpack_server.api.openai.responses.memory import Remembered, ResponseMemory
