@@ -1,4 +1,4 @@
-"""Hosts that are this machine: to listen on, and to connect to."""
+"""Loopback hosts, to listen on and to connect to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A connection under any ASGI application: bodies in pieces, parts of files, clients that go."""
+"""HttpConnection under any ASGI application: bodies in pieces, parts of files, disconnects."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def head(method: str, length: int | None, *fields: str) -> bytes:
 
 
 def answer(connection: socket.socket, method: str = "POST") -> tuple[int, bytes]:
-    """Return the status of an answer, and its body."""
+    """Return the status of a response, and its body."""
     response = http.client.HTTPResponse(connection, method=method)
     response.begin()
     return response.status, response.read()
@@ -60,7 +60,7 @@ async def reply(send: Send, body: bytes, status: int = 200) -> None:
 
 
 async def sizes_and_digest(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the digest of the body, and the size of the largest message."""
+    """Respond with the digest of the body and the size of the largest message."""
     hasher, largest, more = hashlib.sha256(), 0, True
     while more:
         message = await receive()
@@ -73,7 +73,7 @@ async def sizes_and_digest(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have pieces wait for their rest however busy this machine is."""
+    """Wait for whole pieces, however busy this machine is."""
     monkeypatch.setattr(http_connection, "_PATIENCE", 20.0)
 
 
@@ -83,7 +83,7 @@ SIZES = [0, 1, 64 * KIB, 300 * KIB, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 7]
 @pytest.mark.parametrize("with_head", [0, 1, 100 * KIB, 10 * PIECE])
 @pytest.mark.usefixtures("patient")
 def test_bodies_arrive_whole_and_one_after_the_other(with_head: int) -> None:
-    """`with_head` bytes of each body come with its head; all bodies by one connection."""
+    """`with_head` bytes of each body arrive with its head; all bodies use one connection."""
     with connected(sizes_and_digest) as connection:
         for size in SIZES:
             body = CONTENT[:size]
@@ -113,7 +113,7 @@ def test_large_bodies_come_in_whole_pieces() -> None:
 
 @pytest.mark.usefixtures("patient")
 def test_pieces_that_are_given_back_are_filled_again() -> None:
-    buffers: list[bytearray] = []  # keeps them: an address may not come twice by chance
+    buffers: list[bytearray] = []  # keeps them, so that no address is reused by chance
     count = 12
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -186,7 +186,7 @@ def test_requests_right_behind_a_large_body() -> None:
         sender = threading.Thread(target=connection.sendall, args=(request * 3,))
         sender.start()
         texts = []
-        with connection.makefile("rb") as stream:  # one buffer: answers come together
+        with connection.makefile("rb") as stream:  # one buffer: responses may arrive together
             for _ in range(3):
                 fields = iter(stream.readline, b"\r\n")
                 [length] = [int(line.split()[1]) for line in fields if b"length" in line]
@@ -231,7 +231,7 @@ def test_what_came_before_a_cut_is_delivered() -> None:
 
 
 def test_closed_connections_hold_no_memory() -> None:
-    """They end as cycles of references, which nothing may collect for a long time."""
+    """Ended connections are cycles of references, which may not be collected for a long time."""
     over: queue.Queue[None] = queue.Queue()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

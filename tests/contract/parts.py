@@ -1,4 +1,4 @@
-"""What the contract suite and the tests of stores build models and sources of."""
+"""Models and sources for the contract suite and the tests of stores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BytesSource:
 
 @dataclass
 class Watcher:
-    """A `Watch` that remembers what it was told."""
+    """A `Watch` that records its reports."""
 
     reports: list[Progress] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
@@ -66,7 +66,7 @@ class SmallModel:
 
 
 def small_model(*layers: bytes, artifact_type: str | None = None) -> SmallModel:
-    """Return a model with these layers, and a config that is its own."""
+    """Return a model with these layers and a config of its own."""
     descriptors = [blob_of(layer) for layer in layers]
     config = encode({"config": {"format": "gguf"}, "of": [str(d.digest) for d in descriptors]})
     config_blob = blob_of(config, media_types.DOCKER_CONFIG_V01)
@@ -88,7 +88,7 @@ def write_model(target: Target, model: SmallModel, name: str | None = None) -> N
 
 
 def content_of(target: Target, blob: Descriptor, offset: int = 0) -> bytes:
-    """Return what the target gives back of a blob."""
+    """Return the bytes of a blob in the target."""
     content, buffer = bytearray(), memoryview(bytearray(64 * 1024))
     with target.blob(blob).open(offset) as reader:
         while count := reader.readinto(buffer):

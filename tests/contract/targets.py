@@ -21,7 +21,7 @@ from tests.registry.faulty import FaultyRegistry
 
 @dataclass(frozen=True)
 class Subject:
-    """A target under test; `name` turns a tag into what this kind of target calls it."""
+    """A target under test; `name` turns a tag into a name of this kind of target."""
 
     target: Target
     name: Callable[[str], str]

@@ -1,4 +1,4 @@
-"""One suite over every target: what pull, push and copy rely on."""
+"""One suite for all targets: the behaviour that pull, push and copy rely on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.contract.parts import (
 )
 from tests.contract.targets import FACTORIES, Subject
 
-# Over a buffer and odd, so that the last chunk is a small one.
+# More than a buffer, and odd, so that the last chunk is small.
 CONTENT = os.urandom(3 * 1024 * 1024 + 7)
 
 

@@ -1,4 +1,4 @@
-"""A hub in this process, asked by the usual environment, and an empty store."""
+"""A hub in this process, set by the usual environment variables, and an empty store."""
 
 from __future__ import annotations
 

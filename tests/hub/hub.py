@@ -54,7 +54,7 @@ class FakeHub(FaultyRegistry):
         super().__exit__(kind, error, trace)
 
     def put(self, repository: str, files: Mapping[str, bytes], revision: str = "main") -> str:
-        """Have a commit of these files as `revision`; return it."""
+        """Add a commit of these files as `revision`; return it."""
         text = json.dumps([[path, git_oid(content)] for path, content in sorted(files.items())])
         commit = hashlib.sha1(f"{repository}{text}".encode()).hexdigest()
         self.files[repository, commit] = dict(files)
@@ -68,7 +68,7 @@ class FakeHub(FaultyRegistry):
 
 
 class Api:
-    """What huggingface.co answers."""
+    """The responses of huggingface.co."""
 
     def __init__(self, hub: FakeHub) -> None:
         self._hub = hub
@@ -158,7 +158,7 @@ class Api:
 
 
 class Storage:
-    """What the storage behind the hub answers: objects by SHA-256, to signed requests only."""
+    """The responses of the storage behind the hub: objects by SHA-256, for signed requests only."""
 
     def __init__(self, objects: dict[str, bytes]) -> None:
         self._objects = objects
@@ -178,18 +178,18 @@ def git_oid(content: bytes) -> str:
 
 
 def as_json(value: Any, **headers: str) -> Reply:
-    """Return an answer of the API."""
+    """Return a response of the API."""
     return Reply(200, {"Content-Type": "application/json", **headers}, json.dumps(value).encode())
 
 
 def refusal(status: int, code: str, message: str) -> Reply:
-    """Return an answer that is no success, as the hub says why."""
+    """Return an error response, with the headers in which the hub gives the reason."""
     headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
     return Reply(status, headers, json.dumps({"error": message}).encode())
 
 
 def ranged(exchange: Exchange, content: bytes, **headers: str) -> Reply:
-    """Return the content, or the range of it that was asked for."""
+    """Return the content, or the requested range of it."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     asked = re.match(r"bytes=(\d+)-(\d*)\Z", exchange.headers.get("range", ""))
     if asked is None:

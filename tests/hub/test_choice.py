@@ -1,4 +1,4 @@
-"""Which files of a repository make the model that was asked for."""
+"""The selection of a model's files in a repository."""
 
 from __future__ import annotations
 

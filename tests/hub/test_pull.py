@@ -34,7 +34,7 @@ BIG = 3_000_000
 
 @pytest.fixture
 def tiny(hub: FakeHub) -> str:
-    """The sharded safetensors model, its weights in storage; the commit."""
+    """The commit of the sharded safetensors model, with its weights in storage."""
     files = fixture("tiny-safetensors-sharded")
     hub.large = {path for path in files if path.endswith(".safetensors")}
     return hub.put(NAME, files | {".gitattributes": b"x", "README.md": b"# Tiny\n"})
@@ -251,7 +251,7 @@ def test_a_cut_download_goes_on_where_it_stopped(hub: FakeHub, store: modelpack.
     cut = cut_after(100_000)
 
     def cut_the_first(exchange: Exchange) -> None:
-        if "range" in exchange.headers:  # of a header, or of what goes on
+        if "range" in exchange.headers:  # of a header, or of the rest
             exchange.send(exchange.reply())
         else:
             cut(exchange)
@@ -400,7 +400,7 @@ def test_parts_are_completed_from_the_same_commit(
     model = find_model(f"hf.co/{NAME}", store, pull=True, remote=QUICK, watch=watching(None))
     assert model.digest == done.digest
     assert not store.missing(model.descriptor)
-    assert hub.count("GET", "/revision/") == 1  # nothing was resolved anew
+    assert hub.count("GET", "/revision/") == 1  # no revision was resolved again
 
 
 def test_a_branch_that_moved_is_pulled_anew(

@@ -1,4 +1,4 @@
-"""What names a model of the hub."""
+"""References of models on the hub."""
 
 from __future__ import annotations
 

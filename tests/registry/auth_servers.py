@@ -1,4 +1,4 @@
-"""Certificates, and a token server as distribution's specification has it, made for each run."""
+"""Certificates and a token server by distribution's specification, made for each run."""
 
 from __future__ import annotations
 
@@ -40,16 +40,13 @@ class Pair:
 
     @property
     def x5c(self) -> list[str]:
-        """The certificate as a token's header carries it."""
+        """The certificate in the form of a token's header."""
         loaded = x509.load_pem_x509_certificate(self.certificate.read_bytes())
         return [base64.b64encode(loaded.public_bytes(serialization.Encoding.DER)).decode()]
 
 
 def make_pair(folder: Path, name: str, issuer: Pair | None = None, host: str = "") -> Pair:
-    """Make a certificate: an authority, or one that `issuer` signed.
-
-    It is for 127.0.0.1 and `host`.
-    """
+    """Make a certificate for 127.0.0.1 and `host`: an authority, or one signed by `issuer`."""
     private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     signer, signed_by = private, subject
@@ -93,7 +90,7 @@ def make_pair(folder: Path, name: str, issuer: Pair | None = None, host: str = "
 
 
 def _usage(*, authority: bool) -> x509.KeyUsage:
-    """Return what RFC 5280 has a certificate say; Python 3.13 and later insist on it."""
+    """Return the extensions that RFC 5280 requires; Python 3.13 and later insist on them."""
     return x509.KeyUsage(
         digital_signature=True, key_encipherment=not authority, key_cert_sign=authority,
         crl_sign=authority, content_commitment=False, data_encipherment=False,
@@ -103,10 +100,10 @@ def _usage(*, authority: bool) -> x509.KeyUsage:
 
 @dataclass
 class TokenServer:
-    """Gives tokens to ada by her password or identity token, and pull tokens to everybody.
+    """A token server: tokens for ada by password or identity token, pull tokens for everybody.
 
-    Tokens say `expires_in`, and end `dies_after` seconds after they were made: registries allow for
-    clocks that differ by `leeway` seconds, which is taken off.
+    Tokens state `expires_in`, and expire `dies_after` seconds after they were made, less the
+    `leeway` that registries allow for clocks.
     """
 
     signer: Pair
@@ -119,7 +116,7 @@ class TokenServer:
     tokens: list[str] = field(default_factory=list)
 
     def registry_config(self) -> str:
-        """Return what docker-registry's configuration says about this server."""
+        """Return the part of docker-registry's configuration for this server."""
         settings = {
             "realm": f"{self.url}/token",
             "service": SERVICE,
@@ -129,7 +126,7 @@ class TokenServer:
         return f"auth: {json.dumps({'token': settings})}"
 
     def token(self, scopes: list[str], known: bool) -> str:
-        """Return a signed token for what of `scopes` the client may do."""
+        """Return a signed token for those `scopes` that the client may have."""
         access = []
         for scope in scopes:
             kind, name, actions = scope.split(":", 2)

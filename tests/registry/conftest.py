@@ -1,4 +1,4 @@
-"""A misbehaving registry, and clients of it."""
+"""A registry with faults on demand, and clients of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def registry() -> Iterator[FaultyRegistry]:
 
 @pytest.fixture
 def storage() -> Iterator[FaultyRegistry]:
-    """A second server, to which the first may send clients."""
+    """A second server, to which the first one may redirect clients."""
     with FaultyRegistry() as storage:
         yield storage
 

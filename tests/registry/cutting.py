@@ -1,4 +1,4 @@
-"""A TCP proxy that loses connections: for real registries, which do not misbehave on demand."""
+"""A TCP proxy that cuts connections on demand, for tests with real registries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIZE = 64 * 1024
 
 
 class CuttingProxy:
-    """Passes connections on to `upstream`; cuts the one that has sent `after` bytes, once.
+    """Forwards connections to `upstream`; cuts, once, the one that has sent `after` bytes.
 
     `uploaded` counts the bytes that clients sent.
     """
@@ -71,7 +71,7 @@ class CuttingProxy:
                 target.sendall(data)
         _cut(origin)
         _cut(target)
-        origin.close()  # with bytes unread it is a reset: nobody waits for room to send more
+        origin.close()  # a reset, because of unread bytes: no side waits to send
 
     def _is_too_much(self, count: int) -> bool:
         with self._lock:

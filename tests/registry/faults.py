@@ -1,7 +1,7 @@
-"""What can go wrong in the registry of `tests.registry.faulty`.
+"""The faults of the registry in `tests.registry.faulty`.
 
-A fault is a function of an `Exchange`: it may read less of the request, answer something else than
-the sound `reply`, or nothing at all.
+A fault is a function of an `Exchange`: it may read less of the request, send another response than
+the correct `reply`, or none at all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Recorded:
     """A request as it arrived; header names are in lower case.
 
-    `body_size` is what was read of its body, `sent_size` what was sent of the answer's.
+    `body_size` counts the bytes read of its body, `sent_size` those sent of the response's body.
     """
 
     method: str
@@ -37,7 +37,7 @@ class Recorded:
 
 
 class Exchange:
-    """One request and its answer, in the hands of a fault."""
+    """One request and its response, which a fault may change."""
 
     def __init__(self, registry: FaultyRegistry, handler: BaseHTTPRequestHandler) -> None:
         self.registry = registry
@@ -55,7 +55,7 @@ class Exchange:
 
     @property
     def unread(self) -> int:
-        """The bytes of the request's body that are still to come."""
+        """The bytes of the request's body that were not read yet."""
         return self._unread
 
     def receive(self, count: int | None = None) -> None:
@@ -69,7 +69,7 @@ class Exchange:
             raise ConnectionError("the client went away")
 
     def reply(self) -> Reply:
-        """Return what a sound registry answers."""
+        """Return the response of a correct registry."""
         self.receive()
         return self.registry.content.answer(self)
 
@@ -100,7 +100,7 @@ class Exchange:
         self._handler.connection.shutdown(socket.SHUT_RDWR)
 
     def keep_silent(self) -> None:
-        """Answer nothing until the client or the test has gone."""
+        """Send nothing until the client disconnects or the test ends."""
         self._handler.close_connection = True
         self.registry.closing.wait(timeout=60)
 
@@ -114,18 +114,18 @@ def cut_after(count: int) -> Fault:
 
 
 def changed(change: Callable[[Reply], Reply]) -> Fault:
-    """Answer what `change` makes of the sound reply."""
+    """Send the correct reply, changed by `change`."""
     return lambda exchange: exchange.send(change(exchange.reply()))
 
 
 def with_headers(**headers: str) -> Fault:
-    """Answer soundly, but with these headers (`Docker_Content_Digest="..."`)."""
+    """Send the correct reply with these headers (`Docker_Content_Digest="..."`)."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return changed(lambda reply: replace(reply, headers=reply.headers | named))
 
 
 def without_headers(*names: str) -> Fault:
-    """Answer soundly, but for some headers."""
+    """Send the correct reply without these headers."""
     return changed(
         lambda reply: replace(
             reply, headers={k: v for k, v in reply.headers.items() if k not in names}
@@ -134,7 +134,7 @@ def without_headers(*names: str) -> Fault:
 
 
 def shortened(count: int) -> Fault:
-    """Leave out the last `count` bytes, with a Content-Length that agrees."""
+    """Leave out the last `count` bytes, with a matching Content-Length."""
     return changed(lambda reply: replace(reply, body=reply.body[: len(reply.body) - count]))
 
 
@@ -150,12 +150,12 @@ def flipped_bit(position: int) -> Fault:
 
 
 def replaced(body: bytes) -> Fault:
-    """Answer with another body under the same headers."""
+    """Send another body with the same headers."""
     return changed(lambda reply: replace(reply, body=body))
 
 
 def answering(status: int, body: bytes = b"", **headers: str) -> Fault:
-    """Answer with a status (`Retry_After="3"`), whatever was asked; the request's body is read."""
+    """Send a status (`Retry_After="3"`) for any request, after reading its body."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def answer(exchange: Exchange) -> None:
@@ -173,13 +173,13 @@ def redirecting(to: FaultyRegistry | str, status: int = 307) -> Fault:
 
 
 def ignoring_range(exchange: Exchange) -> None:
-    """Answer 200 with everything, as old servers do."""
+    """Ignore ranges and send 200 with the whole blob, as old servers do."""
     exchange.headers.pop("range", None)
     exchange.send(exchange.reply())
 
 
 def shifted_range(by: int) -> Fault:
-    """Answer a range with one that starts elsewhere."""
+    """Send another range than the requested one."""
 
     def shift(exchange: Exchange) -> None:
         asked = exchange.headers.get("range")
@@ -200,7 +200,7 @@ def chunked(exchange: Exchange) -> None:
 
 
 def silent(exchange: Exchange) -> None:
-    """Take the request and never answer."""
+    """Read the request and never respond."""
     exchange.keep_silent()
 
 
@@ -231,7 +231,7 @@ def dripping(piece: int = 10, pause: float = 0.01) -> Fault:
 
 
 def held_until(event: threading.Event) -> Fault:
-    """Answer soundly, but not before `event`."""
+    """Send the correct reply after `event`."""
 
     def hold(exchange: Exchange) -> None:
         event.wait(timeout=60)
@@ -251,7 +251,7 @@ def cut_upload(after: int) -> Fault:
 
 
 def kept_upload(after: int) -> Fault:
-    """Cut an upload like `cut_upload`, but keep what arrived, as good registries do."""
+    """Cut an upload as `cut_upload` does, but keep the received bytes, as good registries do."""
 
     def cut(exchange: Exchange) -> None:
         exchange.receive(after)
@@ -281,24 +281,24 @@ class _Planned:
 
 
 class Faults:
-    """What goes wrong, and how often."""
+    """The planned faults, and how often each occurs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._planned: list[_Planned] = []
 
     def add(self, method: str, path: str, fault: Fault, times: int | None = 1) -> None:
-        """Let `fault` answer the next `times` fitting requests; None means all of them."""
+        """Apply `fault` to the next `times` matching requests; None means all of them."""
         with self._lock:
             self._planned.append(_Planned(method, re.compile(path), fault, times))
 
     def clear(self) -> None:
-        """Let everything go well from now on."""
+        """Remove all faults."""
         with self._lock:
             self._planned.clear()
 
     def take(self, method: str, target: str) -> Fault | None:
-        """Return the fault for a request, counted as used."""
+        """Return the fault for a request, and count its use."""
         with self._lock:
             for planned in self._planned:
                 if planned.method in ("*", method) and planned.path.search(target):

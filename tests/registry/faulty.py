@@ -41,10 +41,10 @@ REPOSITORY = "team/model"
 
 
 class Authentication(Protocol):
-    """Decides who may do what; see `tests.registry.faulty_auth`."""
+    """Authorises requests; see `tests.registry.faulty_auth`."""
 
     def refusal(self, exchange: Exchange) -> Reply | None:
-        """Return the answer to a request that is not let through, or that is for a token."""
+        """Return the response to a request that is refused, or that asks for a token."""
         ...
 
 
@@ -69,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 exchange.send(exchange.reply())
         except (ConnectionError, ValueError, OSError):
-            self.close_connection = True  # the client went away
+            self.close_connection = True  # the client disconnected
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _serve
 
@@ -97,13 +97,13 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a connection that ended while it was read from or written to
+        pass  # the connection ended during a read or a write
 
 
 def _linger(refused: ssl.SSLSocket) -> None:
-    """Read what a client sends that was refused: closed before, its end would not see why.
+    """Read the rest of a refused request: otherwise the client would not see the reason.
 
-    In TLS 1.3 a client takes its certificate for accepted, and sends its request at once.
+    In TLS 1.3, a client assumes that its certificate is accepted and sends its request at once.
     """
     with contextlib.suppress(OSError):
         refused.settimeout(5)
@@ -175,7 +175,7 @@ class FaultyRegistry:
         repository: str = REPOSITORY,
         media_type: str = "application/octet-stream",
     ) -> Descriptor:
-        """Have a blob, and return its descriptor."""
+        """Add a blob and return its descriptor."""
         digest = Digest.of(content)
         self.content.blobs[repository, str(digest)] = content
         return Descriptor(media_type, digest, len(content))
@@ -187,7 +187,7 @@ class FaultyRegistry:
         repository: str = REPOSITORY,
         media_type: str = OCI_MANIFEST,
     ) -> Descriptor:
-        """Have a manifest, tagged or not, and return its descriptor."""
+        """Add a manifest, with a tag if given, and return its descriptor."""
         digest = Digest.of(raw)
         self.content.manifests[repository, str(digest)] = (media_type, raw)
         if tag is not None:

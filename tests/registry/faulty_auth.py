@@ -1,4 +1,4 @@
-"""Who may do what in the registry of `tests.registry.faulty`."""
+"""Authorisation in the registry of `tests.registry.faulty`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def basic(username: str, password: str) -> str:
 
 @dataclass
 class BasicAuth:
-    """One user and password for everything."""
+    """One user and password for all requests."""
 
     username: str
     password: str
@@ -43,8 +43,8 @@ class BasicAuth:
 class BearerAuth:
     """Tokens by scope, from `/token` of the same server (or from `realm`).
 
-    Without a user, anybody gets any token; with one, others only get tokens to pull, if at all.
-    `uses` limits how often each token works, which stands in for the passing of time.
+    Without a user, every client gets any token; with a user, other clients get tokens to pull at
+    most. `uses` limits how often each token works, in place of an expiry.
     """
 
     username: str = ""
@@ -60,7 +60,7 @@ class BearerAuth:
     _left: dict[str, int] = field(default_factory=dict)
 
     def refusal(self, exchange: Exchange) -> Reply | None:
-        """Give out tokens, and let requests with the right token through."""
+        """Issue tokens, and accept requests with a correct token."""
         if exchange.path == "/token":
             return self._token(exchange)
         needed = self._needed(exchange)
@@ -79,7 +79,7 @@ class BearerAuth:
         return error_reply(401, "UNAUTHORIZED", WWW_Authenticate=challenge)
 
     def revoke(self) -> None:
-        """Make every token worthless."""
+        """Revoke all tokens."""
         self._granted.clear()
 
     def _needed(self, exchange: Exchange) -> set[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What the registry of `tests.registry.faulty` holds, and its sound answers."""
+"""The content of the registry in `tests.registry.faulty`, and its correct responses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Reply:
 
 
 def error_reply(status: int, code: str, message: str = "no details", **headers: str) -> Reply:
-    """Return an error as distribution-spec has it."""
+    """Return an error response of distribution-spec."""
     body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return Reply(status, {"Content-Type": "application/json", **named}, body)
@@ -49,7 +49,7 @@ class Content:
         self.sessions: dict[str, bytes] = {}
 
     def answer(self, exchange: Exchange) -> Reply:
-        """Return the answer of a sound registry."""
+        """Return the response of a correct registry."""
         if exchange.path == "/v2/":
             return Reply(200, {"Content-Type": "application/json"}, b"{}")
         route = _ROUTE.match(exchange.path)
@@ -178,7 +178,7 @@ class Content:
         return Reply(201, {"Location": f"/v2/{name}/blobs/{digest}"})
 
     def _location(self, exchange: Exchange, name: str, session: str) -> str:
-        # A query of its own, with a blank value and escapes, must come back as it is.
+        # Clients must return this query unchanged, with its blank value and escapes.
         path = f"/v2/{name}/blobs/uploads/{session}?_state=a%2Bb%3D%3D&blank="
         return path if self._registry.relative_locations else self._registry.url + path
 

@@ -35,7 +35,7 @@ class Content:
 
 
 class Client:
-    """A repository, with what it reported and how long it would have waited."""
+    """A repository, its reports, and the waits that its retries asked for."""
 
     def __init__(self, host: str, *, name: str = REPOSITORY, **options: Any) -> None:
         self.sleeps: list[float] = []
@@ -73,7 +73,7 @@ def read_all(
     offset: int = 0,
     into: bytearray | None = None,
 ) -> bytes:
-    """Return all that a blob's stream yields, however long it is; `into` has it after errors."""
+    """Return all bytes of a blob's stream; after an error, `into` has those read so far."""
     content = bytearray() if into is None else into
     buffer = memoryview(bytearray(1000))
     with repository.blob(descriptor).open(offset) as stream:
@@ -83,7 +83,7 @@ def read_all(
 
 
 def manifest_for(registry: FaultyRegistry, tag: str = "v1") -> tuple[Descriptor, bytes]:
-    """Have a small manifest with its blobs in `registry`."""
+    """Add a small manifest with its blobs to `registry`."""
     from modelpack.artifacts.manifest import Manifest
 
     layer = registry.put_blob(b"weights", media_type="application/vnd.docker.ai.gguf.v3")

@@ -1,4 +1,4 @@
-"""Who asks, and how the registry is told; the numbers are those of the fault scenarios."""
+"""Authentication of the client; the numbers are those of the fault scenarios."""
 
 from __future__ import annotations
 

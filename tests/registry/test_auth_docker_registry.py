@@ -92,7 +92,7 @@ def test_a_certificate_that_nobody_vouches_for(guarded: str, connect: Connect) -
 def mutual(
     tmp_path_factory: pytest.TempPathFactory, authority: Pair, server_pair: Pair
 ) -> Iterator[str]:
-    """The host:port of a registry that wants a client certificate."""
+    """The host:port of a registry that requires a client certificate."""
     root = tmp_path_factory.mktemp("mutual")
     with docker_registry(root, tls=tls_config(server_pair, authority.certificate)) as host:
         yield host
@@ -117,7 +117,7 @@ def signer(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 class Tokened:
-    """A docker-registry that wants tokens, and who gives them."""
+    """A docker-registry that requires tokens, and its token server."""
 
     def __init__(self, host: str, server: TokenServer) -> None:
         self.host = host
@@ -138,7 +138,7 @@ def running(
 
 @pytest.fixture
 def tokened(running: Tokened) -> Tokened:
-    """The registry, with a token server that knows of no earlier test."""
+    """The registry, with a new token server."""
     running.server.requests.clear()
     running.server.tokens.clear()
     running.server.expires_in, running.server.dies_after = 300, 300.0
@@ -196,7 +196,7 @@ class Slow(Content):
             def readinto(self, buffer: Any) -> int:
                 nonlocal wait
                 if self.tell() >= half and wait:
-                    threading.Event().wait(wait)  # time itself is what this is about
+                    threading.Event().wait(wait)  # this test is about time
                     wait = 0
                 return super().readinto(buffer)
 

@@ -1,4 +1,4 @@
-"""`modelpack login` and `logout`, and where what they keep is found again."""
+"""`modelpack login` and `logout`, and lookups of the stored credentials."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.registry.faulty_auth import BasicAuth, BearerAuth
 from tests.registry.sources import manifest_for
 
 ROOT = Path(__file__).parents[2]
-# A helper that keeps one file per action: what came on stdin, and its arguments.
+# A helper that writes one file per action, with its stdin and its arguments.
 HELPER = """#!/bin/sh
 cat >{folder}/$1.in
 echo "$@" >>{folder}/arguments
@@ -34,7 +34,7 @@ echo "$@" >>{folder}/arguments
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Docker's config.json, which is not there yet."""
+    """The path of Docker's config.json, which does not exist yet."""
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
     return tmp_path / "docker" / "config.json"
 
@@ -201,7 +201,7 @@ def test_the_password_is_asked_for_and_not_echoed(registry: FaultyRegistry, conf
         while True:
             try:
                 part = os.read(ours, 1000)
-            except OSError:  # how Linux says that the other end is closed
+            except OSError:  # the error of Linux if the other end is closed
                 break
             if not part:
                 break

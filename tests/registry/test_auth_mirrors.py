@@ -1,4 +1,4 @@
-"""Mirrors: which file says what, and where a pull gets its bytes from."""
+"""Mirrors: their configuration files, and the source of each pulled byte."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_no_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Mirrored:
-    """A registry and a mirror of its model, and what a command says."""
+    """A registry, a mirror of its model, and the output of a command."""
 
     def __init__(self, own: FaultyRegistry, mirror: FaultyRegistry, file: Path) -> None:
         self.own, self.mirror, self.file = own, mirror, file
@@ -125,7 +125,7 @@ class Mirrored:
         )
 
     def pull(self) -> str:
-        """Pull the model, which has to be the right one; return what was noted."""
+        """Pull the model, check it, and return the notes."""
         result = succeed("pull", self.reference)
         assert result.out == str(self.digest)
         succeed("fsck")
@@ -175,7 +175,7 @@ def test_a_mirror_that_fails_in_the_middle(mirrored: Mirrored) -> None:
 def test_segments_that_a_mirror_fails_to_give(
     mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The rest of them, and no more, comes from the registry itself."""
+    """The registry itself sends the missing bytes, and no others."""
     monkeypatch.setattr("modelpack.store.downloads.WINDOW", 1000)
     monkeypatch.setattr("modelpack.store.downloads.MIN_BYTES_FOR_RANGES", 1000)
     monkeypatch.setattr("modelpack.store.downloads.FAST", 1e15)

@@ -1,4 +1,4 @@
-"""Secrets are nowhere but on the wire: not in logs, errors, tracebacks, reprs or arguments."""
+"""Secrets are only sent to servers: not in logs, errors, tracebacks, reprs or arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.registry.sources import manifest_for
 
 PASSWORD = "pass-w0rd/of+ada"
 IDENTITY = "identity+of/ada"
-#: As they are, as headers, forms and files have them, and what the token server gives out.
+#: Secrets in plain form, in headers, forms and files, and the tokens of the token server.
 SECRETS = (
     PASSWORD,
     quote(PASSWORD, safe=""),
@@ -40,7 +40,7 @@ SECRETS = (
 
 
 class Heard:
-    """All that was said while a test ran."""
+    """All log records and output of a test."""
 
     def __init__(self) -> None:
         self.records = io.StringIO()
@@ -55,7 +55,7 @@ class Heard:
 
 @pytest.fixture
 def heard() -> Iterator[Heard]:
-    """Listen to every logger at its most talkative."""
+    """Record all loggers at the lowest level."""
     heard = Heard()
     handler = logging.StreamHandler(heard.records)
     handler.setFormatter(logging.Formatter("%(name)s %(message)s %(args)s"))
@@ -132,7 +132,7 @@ def a_token_server_that_repeats_in_errors(registry: FaultyRegistry) -> dict[str,
 
 
 def repeating(status: int, secret: str) -> faults.Fault:
-    """Answer requests with what proved who asks, and with `secret`, which the client has too."""
+    """Echo the request's credentials, and `secret`, which the client has too."""
 
     def fault(exchange: faults.Exchange) -> None:
         sent = exchange.headers.get("authorization", "")
@@ -199,7 +199,7 @@ def test_commands(
 
 
 def test_the_wire_is_not_shown(registry: FaultyRegistry, heard: Heard) -> None:
-    """http.client's own way to print requests stays off, whatever the logging."""
+    """http.client does not print requests, whatever the level of the log."""
     assert http.client.HTTPConnection.debuglevel == 0
     registry.auth = BearerAuth("ada", PASSWORD)
     manifest_for(registry)
@@ -212,7 +212,7 @@ def test_the_wire_is_not_shown(registry: FaultyRegistry, heard: Heard) -> None:
 
 
 def everything_reachable(client: Registry) -> Iterator[str]:
-    """Yield how our objects behind a client show themselves."""
+    """Yield the reprs of our objects behind a client."""
     todo: list[Any] = [client]
     seen: set[int] = set()
     while todo:
@@ -235,7 +235,7 @@ def test_reprs() -> None:
 
 
 def test_arguments_of_all_programs(tmp_path: Path, config: Path) -> None:
-    """What runs, seen by every user of the machine: a helper records how it and we were called."""
+    """Command lines are visible to all users: the helper records its own and that of its caller."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "docker-credential-spy"

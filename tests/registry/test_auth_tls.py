@@ -1,4 +1,4 @@
-"""Certificates: whose word counts, for which host, and what a proxy gets to see."""
+"""Certificates: which authorities are trusted for which host, and what a proxy sees."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_options_of_commands(secure: FaultyRegistry, authority: Pair, client_pai
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """An HTTP proxy that tunnels, for those who give its password; it keeps what it was told."""
+    """An HTTP proxy that tunnels for clients with its password, and records their requests."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -244,5 +244,5 @@ def test_a_proxy_from_the_environment_sees_no_credentials(
         monkeypatch.setenv("NO_PROXY", "models.example")
         direct = over_tls(connect, host, tls, credentials=source)
         with pytest.raises(RemoteUnavailableError):
-            direct.registry.ping()  # the name exists for the proxy only
+            direct.registry.ping()  # only the proxy can resolve this name
         assert len(proxy.heads) == 1 + 5

@@ -26,7 +26,7 @@ LAYER_TYPE = "application/vnd.docker.ai.gguf.v3"
 
 @pytest.fixture
 def client(registry_host: str, connect: Connect) -> Client:
-    """A client of a repository that nobody has used."""
+    """A client of an unused repository."""
     return connect(registry_host, name=f"client/{os.urandom(6).hex()}")
 
 

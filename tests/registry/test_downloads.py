@@ -1,4 +1,4 @@
-"""Blobs come down whole and right, or not at all; the numbers are those of the fault scenarios."""
+"""Blob downloads are complete and correct, or fail; numbers are those of the fault scenarios."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_range_of_a_blob_of_another_size(registry: FaultyRegistry, client: Cli
 
 
 def test_a_range_past_the_end_of_a_shorter_blob(registry: FaultyRegistry, client: Client) -> None:
-    """docker-registry announces a body with its 416 that never comes; nobody waits for it."""
+    """docker-registry announces a body with its 416 and sends none; the client does not wait."""
     blob = Descriptor("a/b", registry.put_blob(CONTENT[:10]).digest, len(CONTENT))
     with pytest.raises(SizeMismatchError):
         client.repository.blob(blob).open(50)

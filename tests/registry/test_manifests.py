@@ -1,4 +1,4 @@
-"""Manifests and tags: what the registry says has to agree with the bytes."""
+"""Manifests and tags: the registry's headers must agree with the bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of oras, requests and urllib3 the HTTP client relies on."""
+"""The behaviour of oras, requests and urllib3 that the HTTP client relies on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_container_urls_are_those_of_the_specification(name: str, namespace: str
 
 
 def test_the_hooks_of_requests_and_urllib3_are_there() -> None:
-    """`modelpack.registry.sockets` overrides these; none is on the way without them."""
+    """`modelpack.registry.sockets` overrides these methods, and every connection uses them."""
     assert parameters(HTTPConnection._new_conn) == []
     assert parameters(HTTPSConnection.connect) == []
     assert HTTPConnectionPool.ConnectionCls is HTTPConnection

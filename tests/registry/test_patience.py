@@ -1,4 +1,4 @@
-"""Replies that take for ever or go on for ever: each ends with an error, soon."""
+"""Endless replies, slow or large: each ends with an error, soon."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.registry.auth_servers import make_pair
 from tests.registry.faulty import FaultyRegistry
 from tests.registry.sources import Client, Connect, manifest_for, read_all
 
-#: A limit of a second in place of minutes; a server that drips is far below the speed.
+#: A limit of a second in place of minutes; a server that sends single bytes is far below it.
 QUICK = Timeouts(connect=1, idle=0.3, minimum_speed=10_000, reply=5)
 TWICE = RetryPolicy(tries=2, sleep=lambda _: None)
 Call = Callable[[Client], object]
@@ -67,7 +67,7 @@ def endless(piece: bytes, head: bytes = b"") -> faults.Fault:
 
 
 def dripping_body(exchange: faults.Exchange) -> None:
-    """Announce a body that comes a byte at a time."""
+    """Announce a body and send it one byte at a time."""
     exchange.receive()
     exchange.send_head(200, {"Content-Length": "100000", "Content-Type": "application/json"})
     while not exchange.registry.closing.wait(0.02):
@@ -211,7 +211,7 @@ def test_a_challenge_of_many_kilobytes(registry: FaultyRegistry, client: Client,
 def test_numbers_that_are_not_decimal(
     registry: FaultyRegistry, connect: Connect, name: str
 ) -> None:
-    """Neither `²`, which `isdigit` takes and `int` does not, nor thousands of digits."""
+    """`isdigit` accepts `²`, which `int` refuses; and `int` refuses thousands of digits."""
     manifest_for(registry)
     blob = registry.put_blob(b"content")
     calls: dict[str, Call] = {name: call for name, (_, call) in CALLS.items()}
@@ -232,7 +232,7 @@ def test_numbers_that_are_not_decimal(
 def test_compressed_replies_are_not_expanded(
     registry: FaultyRegistry, client: Client, name: str, encoding: str
 ) -> None:
-    """Nobody asked for them; a kilobyte could be a gigabyte."""
+    """The client does not ask for compression; a kilobyte could become a gigabyte."""
     bomb = gzip.compress(b'{"tags":["' + b"x" * 1_000_000 + b'"]}')
     fault = faults.answering(200, bomb, Content_Encoding=encoding, Content_Type="application/json")
     registry.faults.add("GET", "", fault, times=None)
@@ -275,7 +275,7 @@ def test_large_pages_are_limited_together(
     key: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Few entries on many pages: a list that is held in memory is limited by its bytes, too."""
+    """A few entries on many pages: the list is also limited in bytes, as it is held in memory."""
     monkeypatch.setattr("modelpack.registry.manifests.MAX_LIST_BYTES", 50_000)
     pages = itertools.count()
     kind = "application/vnd.oci.image.index.v1+json"

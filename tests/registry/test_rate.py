@@ -1,4 +1,4 @@
-"""The rate limit, by a clock of its own."""
+"""The rate limit, with a clock of the test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTENT = random.Random(3).randbytes(200_000)
 
 
 class Clock(Stop):
-    """A clock that goes on when somebody waits by it; `waited` is in seconds."""
+    """A clock that advances only by waits; `waited` is in seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def test_a_rate_that_moves_nothing_is_refused() -> None:
 
 
 class Counted(RateLimit):
-    """Waits for nothing, and counts what went by."""
+    """A limit that never waits and counts the bytes."""
 
     def __init__(self) -> None:
         super().__init__(80_000)

@@ -1,4 +1,4 @@
-"""Registries on the Internet lead nobody into a private network (SSRF), whatever DNS says when."""
+"""Registries on the Internet cannot send clients to a private network (SSRF), whatever DNS says."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Answers = dict[str, Iterable[list[str]]]
 
 @pytest.fixture
 def dns(monkeypatch: pytest.MonkeyPatch) -> Answers:
-    """What names mean, look-up by look-up; all these addresses are this machine."""
+    """The addresses of names, by lookup; all of them are this machine."""
     answers: Answers = {}
     real_lookup, real_connect = socket.getaddrinfo, InterruptibleSocket.connect
 
@@ -59,7 +59,7 @@ def port_of(server: FaultyRegistry) -> str:
 
 @pytest.fixture
 def at(registry: FaultyRegistry, dns: Answers, connect: Connect) -> Callable[..., Client]:
-    """Make a client of the registry, which is at an address, by name."""
+    """Make a client of the registry by a name that resolves to its address."""
 
     def made(address: str, **options: Any) -> Client:
         dns["registry.example"] = always(address)
@@ -199,7 +199,7 @@ def test_nor_by_upload_locations_mounts_and_token_realms(
 def test_a_name_that_means_another_address_later_is_refused(
     registry: FaultyRegistry, dns: Answers, at: Callable[..., Client]
 ) -> None:
-    """DNS rebinding: the registry's own name, once it was public, is not this machine."""
+    """DNS rebinding: a registry whose name was public cannot become this machine."""
     client = at(PUBLIC)
     dns["registry.example"] = iter([[PUBLIC], ["127.0.0.1"], [METADATA]])
     client.registry.ping()
@@ -283,7 +283,7 @@ def test_a_proxy_is_not_asked_for_private_addresses(
     connect: Connect,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a name means to the proxy cannot be seen here; an address says it itself."""
+    """The client cannot see how the proxy resolves a name, but it can check an address."""
     monkeypatch.setenv("http_proxy", registry.url)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
@@ -321,7 +321,7 @@ def test_proxies_that_go_round_the_checks_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     scheme: str,
 ) -> None:
-    """A SOCKS proxy has sockets of its own: no address, certificate or time limit is checked."""
+    """A SOCKS proxy would use its own sockets, which check no address, certificate or time."""
     monkeypatch.setenv("all_proxy", f"{scheme}://user:secret@{registry.host}")
     for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -28,7 +28,7 @@ TAG = fallback_tag(SUBJECT.digest)
 
 
 def about(number: int, kind: str = "application/x-note") -> Manifest:
-    """A manifest about `SUBJECT`, which need not exist."""
+    """A referrer of `SUBJECT`, which need not exist."""
     return Manifest.build(
         EMPTY, [EMPTY], artifact_type=kind, subject=SUBJECT, annotations={"n": str(number)}
     )
@@ -72,7 +72,7 @@ def test_32_the_list_grows_and_stays_sorted_out(ready: FaultyRegistry, client: C
     assert listed(client) == {about(n).digest for n in range(3)}
     raw = client.repository.fetch_manifest_by_name(TAG)[1]
     assert [e["annotations"]["n"] for e in json.loads(raw)["manifests"]] == ["0", "1", "2"]
-    # Idempotent: what is listed is not written again.
+    # Idempotent: a listed referrer is not written again.
     assert ready.count("PUT", TAG) == 3
 
 
@@ -153,7 +153,7 @@ def test_a_tag_that_is_something_else_is_left_alone(ready: FaultyRegistry, clien
 
 
 def test_another_writer_in_between_loses_nothing(ready: FaultyRegistry, client: Client) -> None:
-    """Our list is overwritten by one who read before we wrote: looking again shows it."""
+    """Another client overwrites our list: reading it again after the write detects that."""
     push(client, about(0))
 
     def overwritten(exchange: Exchange) -> None:
@@ -231,7 +231,7 @@ def test_deletion_where_the_registry_deletes_nothing(ready: FaultyRegistry, clie
     client.repository.delete_referrer(about(1).digest)
     assert listed(client) == set()
     ready.faults.clear()
-    # Not ours to keep: then a refusal is a failure.
+    # The list is not kept by clients, so a refusal is a failure.
     push(client, about(2))
     client.repository.delete_manifest(TAG)
     ready.faults.add("DELETE", "/manifests/", answering(405), times=None)

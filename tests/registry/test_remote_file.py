@@ -1,4 +1,4 @@
-"""Blobs that are read by ranges: what that costs, and registries that do not do it."""
+"""Blobs read by ranges: the number of requests, and registries without ranges."""
 
 from __future__ import annotations
 

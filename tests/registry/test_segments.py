@@ -30,7 +30,7 @@ SEGMENTS = [(start, min(start + 90_000, 1_000_000)) for start in range(100_000, 
 
 
 class Sink:
-    """Keeps what comes, and counts it."""
+    """A sink that keeps the bytes and counts them."""
 
     def __init__(self) -> None:
         self.content = bytearray(len(CONTENT))
@@ -67,7 +67,7 @@ def test_each_segment_is_a_range(registry: FaultyRegistry, client: Client) -> No
 def test_no_more_connections_than_allowed_for_all_blobs(
     registry: FaultyRegistry, connect: Connect
 ) -> None:
-    """Two blobs at a time: a connection each, and those that they share."""
+    """Two blobs at a time have a connection each, and share the others."""
     client = connect(registry.host, blobs=BlobOptions(connections=3))
     blob = registry.put_blob(CONTENT)
     busy, most, lock = 0, 0, threading.Lock()
@@ -128,7 +128,7 @@ def test_a_registry_without_ranges_is_asked_once(
 
 
 def test_a_failure_ends_all(registry: FaultyRegistry, client: Client) -> None:
-    """Others that wait for bytes which never come are not waited for."""
+    """A failure does not wait for threads whose bytes never arrive."""
     blob = registry.put_blob(CONTENT)
     last = f"bytes={SEGMENTS[2][0]}-"
 
@@ -145,7 +145,7 @@ def test_a_failure_ends_all(registry: FaultyRegistry, client: Client) -> None:
     with pytest.raises(NotFoundError):
         fetch(client, blob)
     assert time.monotonic() - started < 20, "the idle time is a minute"
-    connections = registry._server.connections  # a thread of the server each, until it has ended
+    connections = registry._server.connections  # each has a thread of the server until it ends
     wait_until(lambda: threading.active_count() <= before + len(connections), "threads to end", 10)
 
 
@@ -198,7 +198,7 @@ def test_a_stop_ends_all_within_two_seconds(registry: FaultyRegistry, client: Cl
 def test_16_addresses_that_run_out_are_asked_for_again(
     registry: FaultyRegistry, storage: FaultyRegistry, connect: Connect
 ) -> None:
-    """Presigned addresses, each good for three requests; storages say so in four ways."""
+    """Presigned URLs expire after three requests; storages report that in four ways."""
     registry.auth = BasicAuth("ada", "s3cret")
     ada = StaticCredentials({registry.host: Credential("ada", "s3cret")})
     client = connect(registry.host, credentials=ada)
@@ -216,7 +216,7 @@ def test_16_addresses_that_run_out_are_asked_for_again(
 
 
 def test_etags_that_differ_do_not_matter(registry: FaultyRegistry, client: Client) -> None:
-    """Replicas of one storage have an ETag each: what counts is the digest, at the end."""
+    """Replicas of a storage have different ETags: only the digest at the end counts."""
     for number in range(20):
         registry.faults.add("GET", BLOBS, faults.with_headers(ETag=f'"{number}"'))
     fetch(client, registry.put_blob(CONTENT))

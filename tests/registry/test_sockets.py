@@ -1,4 +1,4 @@
-"""Sockets that notice a stop, in the clear, under TLS and through a proxy."""
+"""Sockets that a stop ends: plain, under TLS and through a proxy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONTENT = random.Random(31).randbytes(3_000_000)
 
 @contextmanager
 def stop_soon(stop: Stop, after: float = 0.1) -> Iterator[Callable[[], float]]:
-    """Request a stop in a moment; yield how long ago that was."""
+    """Request a stop after a moment; yield a function of the seconds since then."""
     requested: list[float] = []
 
     def request() -> None:
@@ -110,7 +110,7 @@ def test_a_stop_ends_a_blocked_call(
 
 
 def test_a_stop_ends_a_connection_that_is_not_answered() -> None:
-    """A listener whose queue is full leaves the rest without an answer."""
+    """A listener whose queue is full does not respond to further connections."""
     stop = Stop()
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

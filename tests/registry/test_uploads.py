@@ -1,4 +1,4 @@
-"""Blobs go up whole and right, or not at all; the numbers are those of the fault scenarios."""
+"""Blob uploads are complete and correct, or fail; numbers are those of the fault scenarios."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_put_that_is_redirected_sends_everything_there(
 
 
 def test_28_memory_stays_flat(registry: FaultyRegistry, client: Client, tmp_path: Path) -> None:
-    """A sparse file of 256 MiB; the server drops what arrives."""
+    """A sparse file of 256 MiB; the server discards the bytes."""
     path = tmp_path / "sparse"
     path.touch()
     os.truncate(path, 256 * 1024 * 1024)

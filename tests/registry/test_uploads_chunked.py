@@ -1,4 +1,4 @@
-"""Blobs in chunks: where the caller asks for them, or the registry does."""
+"""Uploads in chunks, if the caller or the registry asks for chunks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_chunks_that_were_asked_for(
 @pytest.mark.parametrize(
     ("asked", "minimum", "sent"),
     [
-        (None, "800000", []),  # larger than the blob: what a client chooses by itself
+        (None, "800000", []),  # larger than the blob: the client's own choice
         (500_000, "800000", [800_000] * 3),
         (1_000_000, "800000", [1_000_000] * 2),
         (None, "nonsense", []),
@@ -135,7 +135,7 @@ def test_a_registry_that_cannot_do_chunks_gets_the_blob_in_one_piece(
 def test_chunks_that_are_out_of_order_for_ever_end(
     registry: FaultyRegistry, chunking: Client
 ) -> None:
-    """Nobody loops on 416: the place is asked for again twice, then it is one piece."""
+    """No loop on 416: the client asks for the offset twice, then uploads in one request."""
     registry.faults.add("PATCH", UPLOADS, faults.answering(416), times=None)
     assert chunking.write(CONTENT) is Outcome.WRITTEN
     assert registry.count("PATCH") == 2

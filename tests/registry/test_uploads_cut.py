@@ -16,7 +16,7 @@ from tests.registry.sources import Client, Content, read_all
 
 CONTENT = random.Random(29).randbytes(12_000_000)
 WHOLE = BlobOptions()
-# The registry needs a moment to notice that the connection is gone.
+# The registry needs a moment to detect that the connection ended.
 PATIENT = RetryPolicy(first_delay=0.5, chance=lambda: 0.0)
 CHUNKS = BlobOptions(chunk_size=4_000_000)
 
@@ -43,6 +43,6 @@ def test_29_our_registry_goes_on_where_it_was_cut(blobs: BlobOptions) -> None:
 
 @pytest.mark.parametrize("blobs", [WHOLE, CHUNKS], ids=["whole", "chunks"])
 def test_29_docker_registry_starts_again(blobs: BlobOptions, tmp_path: Path) -> None:
-    """It keeps what arrived, but not the state that would let anybody go on (2.8.2)."""
+    """docker-registry 2.8.2 keeps the bytes, but not the state that a client needs to resume."""
     with docker_registry(tmp_path / "registry") as host:
         assert push_through_a_cut(host, blobs) < len(CONTENT) * 1.7

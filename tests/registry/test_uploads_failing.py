@@ -1,4 +1,4 @@
-"""Uploads that fail, or have to; the numbers are those of the fault scenarios."""
+"""Uploads that fail, or must fail; the numbers are those of the fault scenarios."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_broken_connection_costs_a_new_session(
 
 
 def test_an_answer_that_got_lost_is_noticed(registry: FaultyRegistry, client: Client) -> None:
-    """The blob arrived, the 201 did not: nothing is sent twice."""
+    """The blob arrived but the 201 was lost: the client does not send the blob again."""
 
     def take_and_cut(exchange: faults.Exchange) -> None:
         exchange.reply()

@@ -1,4 +1,4 @@
-"""Uploads that break go on where the registry says, and start again where it does not say so."""
+"""Interrupted uploads resume where the registry says, or start again if it does not say."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_tries_without_progress_end(registry: FaultyRegistry, client: Client) ->
 def test_only_what_came_after_the_last_checkpoint_is_read_again(
     registry: FaultyRegistry, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy reads from another registry: its bytes are not for the asking."""
+    """A copy reads from another registry, where reading again costs a request."""
     monkeypatch.setattr(blob_upload, "CHECKPOINT", 1024 * 1024)
     registry.faults.add("PUT", UPLOADS, faults.kept_upload(2_500_000))
     offsets: list[int] = []
@@ -124,7 +124,7 @@ def test_a_status_that_does_not_come_is_asked_for_again(
 def test_a_registry_that_lies_about_what_it_has_gets_everything_once_more(
     registry: FaultyRegistry, client: Client
 ) -> None:
-    """It says that all of it arrived, and lost a part: its own digest says so at the end."""
+    """The registry reports all bytes but lost some: its digest at the end detects that."""
 
     def lose_some(exchange: faults.Exchange) -> None:
         reply = exchange.reply()
@@ -145,7 +145,7 @@ def test_a_registry_that_lies_about_what_it_has_gets_everything_once_more(
 def test_bytes_that_arrive_late_are_asked_for_again(
     registry: FaultyRegistry, client: Client
 ) -> None:
-    """The connection was cut, but the registry still had some of it in its hands."""
+    """After the cut, the registry still processed bytes that it had received."""
 
     def late(exchange: faults.Exchange) -> None:
         reply = exchange.reply()
@@ -205,7 +205,7 @@ def test_a_session_of_a_failed_mount_is_resumed_too(
 def test_17_a_status_elsewhere_gets_no_authorization(
     registry: FaultyRegistry, storage: FaultyRegistry, connect: Connect
 ) -> None:
-    """The location that a status names may be on another host too."""
+    """The `Location` of a status may be on another host."""
     registry.auth = BasicAuth("ada", "s3cret")
     ada = StaticCredentials({registry.host: Credential("ada", "s3cret")})
     client = connect(registry.host, credentials=ada)

@@ -1,4 +1,4 @@
-"""A registry on a free port, and what its tests send to it."""
+"""A registry on a free port, and the requests of its tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def digest_of(content: bytes, algorithm: str = "sha256") -> str:
 
 @dataclass(frozen=True)
 class Client:
-    """Plain HTTP to one repository; nothing here knows the code under test."""
+    """Plain HTTP to one repository, without the code under test."""
 
     base: str
     name: str
@@ -38,7 +38,7 @@ class Client:
         return path if path.startswith("/") else f"/v2/{self.name}/{path}"
 
     def upload(self) -> str:
-        """Begin an upload session; return its location."""
+        """Start an upload session; return its location."""
         response = self.request("POST", "blobs/uploads/")
         assert response.status_code == 202, response.text
         return response.headers["Location"]
@@ -112,7 +112,7 @@ def server() -> Iterator[RegistryServer]:
 
 @pytest.fixture
 def client(server: RegistryServer, request: pytest.FixtureRequest) -> Client:
-    """A client of a repository that the test has to itself."""
+    """A client of a repository for this test only."""
     name = "".join(c if c.isalnum() else "-" for c in request.node.name.lower()).strip("-")
     while "--" in name:
         name = name.replace("--", "-")

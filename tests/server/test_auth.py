@@ -1,4 +1,4 @@
-"""Who gets into the registry: passwords, tokens, TLS, and addresses that others can reach."""
+"""Access to the registry: passwords, tokens, TLS, and addresses beyond loopback."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def _rewrite(path: Path, text: str) -> None:
         (HTPASSWD + "bob:{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g=\n", "line 2"),
         (HTPASSWD + "bob:$apr1$x$y\n", "line 2"),
         (":" + HTPASSWD.partition(":")[2], "line 1"),
-        ("ada:$2y$31$" + "a" * 53, "line 1"),  # would take years to compare with
+        ("ada:$2y$31$" + "a" * 53, "line 1"),  # would take years to check
         ("\xff", "UTF-8"),
     ],
 )
@@ -301,7 +301,7 @@ def test_skopeo_logs_in_and_copies(tmp_path: Path, htpasswd: Path, signer: Pair,
             push(reference, to=f"{server.host}/{reference}", remote=remote)
             inspect = [skopeo, "inspect", "--raw", "--cert-dir", trust, here]
             refused = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
-            # Strangers get tokens to pull: that is the token server's business.
+            # The token server gives tokens to pull to everybody.
             assert (refused.returncode == 0) is (kind == "tokens")
             known = [*inspect, "--creds", f"{USER}:{PASSWORD}"]
             shown = subprocess.run(known, capture_output=True, timeout=60)

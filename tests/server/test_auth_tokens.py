@@ -1,4 +1,4 @@
-"""Bearer tokens: who signed them, and what they allow."""
+"""Bearer tokens: their signatures and permissions."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_tokens_that_are_none(
 
 
 def _signed_by_public_key(claims: dict[str, Any], public: bytes) -> str:
-    """Return a token for which an HMAC took the public key for a secret."""
+    """Return a token signed by an HMAC with the public key as its secret."""
 
     def encoded(raw: bytes) -> str:
         return base64.urlsafe_b64encode(raw).decode().rstrip("=")

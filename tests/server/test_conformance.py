@@ -156,7 +156,7 @@ def held_elsewhere(client: Client) -> bytes:
 
 
 def about_nothing(client: Client) -> bytes:
-    """Its subject is not there, and may come later."""
+    """The subject of a manifest may be pushed later."""
     subject = {"mediaType": media_types.OCI_MANIFEST, "size": 1, "digest": digest_of(b"not there")}
     return manifest(client.push_blob(client.name.encode()), [], subject=subject)
 
@@ -284,7 +284,7 @@ def test_34_the_specifications_own_program(program: str, tmp_path: Path) -> None
 
 
 WORKFLOWS = ("PULL", "PUSH", "CONTENT_DISCOVERY", "CONTENT_MANAGEMENT")
-# Each is for a registry or a setting that is the opposite of this one.
+# Each is for a registry with the opposite setting.
 NOT_FOR_US = [
     "Pull Setup Get tag name from environment",
     "Push Cross-Repository Blob Mount Cross-mounting of nonexistent blob should yield session id",

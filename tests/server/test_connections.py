@@ -1,4 +1,4 @@
-"""The registry on a raw connection: large bodies both ways, and clients that do as they like."""
+"""The registry on a raw connection: large bodies both ways, and unusual clients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def blob(server: RegistryServer) -> None:
 
 @contextmanager
 def connected(host: str, buffer: int | None = None) -> Iterator[socket.socket]:
-    """Connect; with a receive `buffer` of so many bytes."""
+    """Connect, with a receive buffer of `buffer` bytes."""
     name, _, port = host.rpartition(":")
     with closing(socket.socket()) as connection:
         if buffer is not None:
@@ -51,7 +51,7 @@ def head(method: str, path: str, *fields: str) -> bytes:
 
 
 def read_answer(stream: IO[bytes], method: str = "GET") -> tuple[int, dict[str, str], bytes]:
-    """Return the next answer of a connection: status, header fields, body by Content-Length."""
+    """Return the next response of a connection: status, header fields, body by Content-Length."""
     status = int(stream.readline().split()[1])
     lines = [line.decode().rstrip("\r\n") for line in iter(stream.readline, b"\r\n")]
     fields = {name.lower(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
@@ -60,7 +60,7 @@ def read_answer(stream: IO[bytes], method: str = "GET") -> tuple[int, dict[str, 
 
 
 def test_requests_in_a_row_without_waiting(server: RegistryServer) -> None:
-    """Whole blob, range, HEAD, an error and the blob again, all asked for at once."""
+    """Whole blob, range, HEAD, an error and the blob again, in pipelined requests."""
     asked = [
         ("GET", PATH, [], 200, CONTENT),
         ("GET", PATH, [f"Range: bytes=5-{2 * MIB}"], 206, CONTENT[5 : 2 * MIB + 1]),
@@ -81,7 +81,7 @@ def test_requests_in_a_row_without_waiting(server: RegistryServer) -> None:
 
 
 def test_a_client_that_reads_in_drops(server: RegistryServer) -> None:
-    """The kernel takes little at a time, so the server waits for it hundreds of times."""
+    """The socket's buffer is small, so the server waits for the client hundreds of times."""
     with connected(server.host, buffer=4096) as connection:
         connection.sendall(head("GET", PATH) + head("GET", PATH, "Range: bytes=0-0"))
         with connection.makefile("rb", buffering=2048) as stream:
@@ -103,7 +103,7 @@ def test_a_connection_that_closes_after_the_answer(server: RegistryServer, versi
 
 
 def test_downloads_over_tls(tmp_path: Path) -> None:
-    """Where the kernel cannot send the file itself."""
+    """Downloads without `sendfile`."""
     authority = make_pair(tmp_path, "authority")
     pair = make_pair(tmp_path, "server", authority)
     context = ssl.create_default_context(cafile=str(authority.certificate))
@@ -129,7 +129,7 @@ def upload_path(client: Client) -> str:
 
 
 def test_more_than_content_length_says(client: Client, server: RegistryServer) -> None:
-    """The blob is what was announced; what follows is no request, and ends the connection."""
+    """The blob ends at its announced length; the bytes after it end the connection."""
     content = CONTENT + b"more"
     request = head(
         "PUT",
@@ -146,7 +146,7 @@ def test_more_than_content_length_says(client: Client, server: RegistryServer) -
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closes", "resets"])
 def test_less_than_content_length_says(client: Client, server: RegistryServer, reset: bool) -> None:
-    """What came is kept, and the upload goes on from there."""
+    """The received bytes are kept, and the upload resumes after them."""
     content = CONTENT + f"{reset}".encode()
     path = upload_path(client)
     with connected(server.host) as connection:
@@ -158,10 +158,10 @@ def test_less_than_content_length_says(client: Client, server: RegistryServer, r
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:  # until the server has noticed, and let go of the upload
+    while time.monotonic() < deadline:  # until the server has detected it and released the upload
         status = client.request("GET", path)
         staged = int(status.headers["Range"].removeprefix("0-")) + 1
-        staged -= staged == 1  # "0-0" is also what is said of nothing
+        staged -= staged == 1  # `0-0` also means nothing
         answer = client.patch(client.base + path, content[staged:], staged)
         if answer.status_code not in (409, 416):
             break
@@ -190,7 +190,7 @@ def test_a_stream_in_chunks_of_any_size(client: Client, server: RegistryServer) 
 def test_a_stream_that_breaks_off_is_not_a_whole_one(
     client: Client, server: RegistryServer
 ) -> None:
-    """Without the last chunk nothing is finished, though the digest would fit."""
+    """An upload without the last chunk is not finished, even if the digest matches."""
     path, content = upload_path(client), CONTENT + b"no end"
     put = head("PUT", f"{path}?digest={digest_of(content)}", "Transfer-Encoding: chunked")
     with connected(server.host) as connection, connection.makefile("rb") as stream:
@@ -222,7 +222,7 @@ def test_a_client_that_asks_first_is_told_before_it_sends(tmp_path: Path) -> Non
 
 
 def test_many_at_once_get_what_they_asked_for(server: RegistryServer) -> None:
-    """Blobs go up and down by eight connections, each used again and again."""
+    """Uploads and downloads over eight connections, each used many times."""
     problems: list[str] = []
 
     def work(number: int) -> None:
@@ -251,7 +251,7 @@ def test_many_at_once_get_what_they_asked_for(server: RegistryServer) -> None:
 
 
 def stopping(server: RegistryServer) -> threading.Thread:
-    """Ask the server to stop; return once it takes no more connections."""
+    """Ask the server to stop; return when it accepts no more connections."""
     thread = threading.Thread(target=server.stop)
     url = server.url
     thread.start()

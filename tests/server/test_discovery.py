@@ -109,7 +109,7 @@ def test_referrers(client: Client) -> None:
     )
     untyped_index = index(subject=about, annotations={"k": "index"})
     typed_index = index(subject=about, artifactType="application/x.sbom")
-    # Any order will do: the subject comes last.
+    # Any order is accepted: the subject is pushed last.
     client.put_manifest(digest_of(plain), plain)
     client.put_manifest("signed", typed)
     client.put_manifest(digest_of(untyped_index), untyped_index, media_types.OCI_INDEX)
@@ -149,7 +149,7 @@ def test_referrers_belong_to_a_repository(client: Client, server: RegistryServer
 
 
 def test_referrers_that_a_client_listed_under_the_fallback_tag(client: Client) -> None:
-    """A copy from a registry without the referrers API brings such a list along."""
+    """A copy from a registry without the referrers API includes such a list."""
     subject = client.push_model("v1")
     raw = manifest(client.push_blob(b"{}"), [], subject=subject_of(subject))
     client.put_manifest(digest_of(raw), raw)

@@ -1,4 +1,4 @@
-"""Blob downloads: ranges, validators, and clients that hang up."""
+"""Blob downloads: ranges, validators, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_empty_blob(blob: Client) -> None:
 
 
 def test_every_repository_has_every_blob(server: RegistryServer, blob: Client) -> None:
-    """There is one store; a client that asks first never uploads what is there."""
+    """All repositories share a store; a client that checks first does not upload stored blobs."""
     other = Client(server.url, "ranges/other")
     assert other.request("HEAD", f"blobs/{DIGEST}").status_code == 200
 
@@ -110,7 +110,7 @@ def test_clients_that_hang_up_cost_nothing(server: RegistryServer) -> None:
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {server.host}\r\n\r\n".encode())
             assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
     for _ in range(1000):
-        if open_descriptors() <= before + 2:  # connections kept alive come and go
+        if open_descriptors() <= before + 2:  # kept-alive connections open and close
             break
         client.request("GET", "tags/list")
     assert open_descriptors() <= before + 2

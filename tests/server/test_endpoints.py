@@ -179,7 +179,7 @@ def test_bad_names(server: RegistryServer, name: str) -> None:
         assert (response.status_code, errors(response)) == (400, ["NAME_INVALID"]), rest
 
 
-# Refused before a path is built from them.
+# Refused before they become part of a path.
 @pytest.mark.parametrize(
     "digest",
     [
@@ -221,7 +221,7 @@ def test_27_bad_digests(server: RegistryServer, digest: str) -> None:
 
 @pytest.mark.parametrize("tag", [".dot", "-dash", "x" * 129, "ü", "a%20b"])
 def test_bad_tags(client: Client, tag: str) -> None:
-    """They are not there; nothing can be pushed or deleted by them."""
+    """Names that do not exist: nothing can be pushed or deleted by them."""
     response = client.request("GET", f"manifests/{tag}")
     assert (response.status_code, errors(response)) == (404, ["MANIFEST_UNKNOWN"])
     assert client.request("HEAD", f"manifests/{tag}").status_code == 404

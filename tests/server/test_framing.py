@@ -26,7 +26,7 @@ def exchanged(host: str, sent: bytes) -> bytes:
             while part := connection.recv(65536):
                 received += part
         except ConnectionResetError:
-            pass  # it closed before it had read all: we have its answer
+            pass  # it closed before it had read all; the response has arrived
         return received
 
 
@@ -71,7 +71,7 @@ def exchanged(host: str, sent: bytes) -> bytes:
 )
 def test_what_proxies_may_read_otherwise_is_refused(server: RegistryServer, head: str) -> None:
     received = exchanged(server.host, head.encode() + SECOND)
-    # At most one answer, after which nothing is read: the second request is never one.
+    # At most one response, after which nothing is read: the second request is not served.
     assert received.count(b"HTTP/1.1 ") == 1, received
     assert b"second" not in received
     assert b"connection: close" in received.lower()

@@ -1,4 +1,4 @@
-"""Which `Host` headers are for us."""
+"""The `Host` headers that the registry accepts."""
 
 from __future__ import annotations
 

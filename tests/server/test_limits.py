@@ -1,4 +1,4 @@
-"""What one client may take: sizes, sessions and room on the disk; and what is counted."""
+"""Limits of one client: sizes, sessions and room on the disk; and metrics."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_sessions(tmp_path: Path) -> None:
         assert client.patch(last, b"x", 0).status_code == 202
         (data,) = (d for d in tmp_path.rglob("data") if d.stat().st_size)
         os.utime(data, (0, 0))
-        client.upload()  # the one that nobody goes on with has made room
+        client.upload()  # the idle session was cancelled
         assert client.request("GET", last).status_code == 404
 
 

@@ -1,4 +1,4 @@
-"""Manifests: what is taken, how it is kept, and how it goes."""
+"""Manifests: which are accepted, how they are stored, and how they are deleted."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_missing_blobs(client: Client) -> None:
     lost = [
         {**config, "digest": digest_of(b"not here 1")},
         {**config, "digest": digest_of(b"not here 2")},
-        {**config, "size": 3},  # here, but with another size
+        {**config, "size": 3},  # stored, but with another size
     ]
     response = client.put_manifest("v1", manifest(config, [*lost, config]))
     assert response.status_code == 404

@@ -91,7 +91,7 @@ def test_two_repositories_never_share_a_name(registry: str, path: str) -> None:
 
 @given(NAMES)
 def test_a_pushed_model_is_what_a_user_types(name: str) -> None:
-    """What is pushed as NAME:v1 is what `modelpack resolve NAME:v1` finds in the same root."""
+    """`modelpack resolve NAME:v1` finds the manifest pushed as NAME:v1 in the same store."""
     try:
         repository = Repository.parse(name)
     except InvalidReferenceError:

@@ -29,7 +29,7 @@ SIZE = 2048
         ("bytes=2000-5000", (2000, 48)),
         ("BYTES=1-2", (1, 2)),
         ("bytes=2047-", (2047, 1)),
-        # Answered with everything: several ranges, other units, no numbers.
+        # The whole blob is returned for several ranges, other units and invalid numbers.
         ("bytes=0-1,5-6", None),
         ("lines=0-1", None),
         ("bytes=-", None),

@@ -23,7 +23,7 @@ TIMES = 20_000
 
 
 class Reads(Counter[str]):
-    """How often each blob of any store was read as a whole."""
+    """The number of complete reads of each blob of any store."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a web page or a stranger cannot do."""
+"""Attacks of web pages and of other clients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.server.conftest import OCTETS, Client, digest_of, errors, index
 
 
 def raw_request(server: RegistryServer, request: str) -> tuple[int, bytes]:
-    """Send what no library would; return the status and the rest of the answer."""
+    """Send a request that no library sends; return the status and the rest of the response."""
     host, port = server.host.split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         text = f"{request} HTTP/1.1\r\nHost: {server.host}\r\nConnection: close\r\n\r\n"
@@ -154,7 +154,7 @@ def test_bound_to_all_addresses(tmp_path: Path) -> None:
 
 
 def test_a_blob_is_no_page(client: Client) -> None:
-    """An index may call a blob `text/html`; nobody is served it as that."""
+    """An index may claim `text/html` for a blob, but the registry never serves it so."""
     page = client.push_blob(b"<script>alert(1)</script>")
     listed = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX}
     raw = json.dumps({**listed, "manifests": [{**page, "mediaType": "text/html"}]}).encode()

@@ -1,4 +1,4 @@
-"""RegistryServer: starting, stopping, and telling what happens."""
+"""RegistryServer: start, stop, and records of requests."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_signals_let_requests_finish(tmp_path: Path, number: signal.Signals) -> 
         requests.get(f"http://{host}/v2/", timeout=10)  # the upload has begun by now
         process.send_signal(number)
         refused = threading.Event()
-        for _ in range(2000):  # it accepts no more, but goes on with what it has
+        for _ in range(2000):  # it accepts no more connections, but continues running requests
             try:
                 requests.get(f"http://{host}/v2/", timeout=10)
             except requests.ConnectionError:

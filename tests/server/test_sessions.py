@@ -1,4 +1,4 @@
-"""Upload sessions without HTTP: order, faults of the disk, and what a restart finds."""
+"""Upload sessions without HTTP: order, disk errors, and the state after a restart."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bytes_that_changed_on_the_disk_are_noticed(tmp_path: Path) -> None:
-    """Another server over the same store went on with the session meanwhile."""
+    """Another server on the same store continued the session meanwhile."""
     sessions = UploadSessions(tmp_path)
     session = sessions.create(NAME, "sha256")
     append(session, b"abc")

@@ -1,4 +1,4 @@
-"""One store, two doors: the registry over HTTP, and the library in the same root."""
+"""One store used in two ways: by the registry over HTTP, and by the library."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_manifest_pushed_by_digest_is_kept() -> None:
         assert entry_annotations(server) == [{"org.modelpack.repository": "docker.io/ai/smol"}]
         assert server.store.gc(grace_seconds=0).removed == ()
         assert client.request("GET", f"manifests/{digest_of(raw)}").content == raw
-        # A tag takes the entry over, and gives it back.
+        # A tag uses the entry, and leaves it when it is deleted.
         client.put_manifest("v1", raw)
         assert [one[media_types.REF_NAME] for one in entry_annotations(server)] == [
             "docker.io/ai/smol:v1"
@@ -182,7 +182,7 @@ def test_other_tools_entries_stay(tmp_path: Path) -> None:
 
 
 def test_a_blob_that_a_client_was_told_of_counts_as_recent(tmp_path: Path) -> None:
-    """Between its HEAD and its manifest, a collection must not take the blob away."""
+    """Between a client's HEAD and its manifest, garbage collection must keep the blob."""
     with registry(tmp_path / "store") as server:
         client = Client(server.url, "a/b")
         for content, request in (

@@ -112,7 +112,7 @@ def test_out_of_order(client: Client) -> None:
 
 
 def test_one_byte_may_be_sent_again(client: Client) -> None:
-    """`Range: 0-0` says nothing or one byte; a client that starts over is right both times."""
+    """`Range: 0-0` means nothing or one byte; a client may start again in both cases."""
     location = client.upload()
     assert client.patch(location, b"a", 0).headers["Range"] == "0-0"
     assert client.patch(location, b"xyz", 0).headers["Range"] == "0-2"
@@ -192,7 +192,7 @@ def cut_chunk(server: RegistryServer, location: str, chunk: bytes, first: int, s
 
 
 def status_after_cut(client: Client, location: str, at_least: int) -> int:
-    """Return the staged bytes once the server has noticed the cut."""
+    """Return the staged bytes after the server has detected the cut."""
     for _ in range(2000):
         response = client.request("GET", location)
         assert response.status_code == 204
@@ -241,7 +241,7 @@ def test_idle_sessions_expire(tmp_path: Path) -> None:
         directory = server.store.root / "ingest" / "uploads"
         long_ago = os.stat(directory).st_mtime - 25 * 3600
         os.utime(directory / old.rpartition("/")[2] / "data", (long_ago, long_ago))
-        # What a crash left half made.
+        # An incomplete session after a crash.
         (directory / "12345678-1234-4234-8234-123456789abc").mkdir()
         (directory / "manifest-1").touch()
         for name in ("12345678-1234-4234-8234-123456789abc", "manifest-1"):
@@ -293,7 +293,7 @@ def test_many_clients_upload_one_blob(client: Client, server: RegistryServer) ->
 
 
 def test_a_refused_upload_can_be_answered(client: Client) -> None:
-    """The answer reaches a client that is still sending."""
+    """The response reaches a client that is still sending."""
     response = client.put(client.upload() + "0", digest_of(b""), b"x" * 20_000_000)
     assert response.status_code == 404
 

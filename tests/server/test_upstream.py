@@ -1,4 +1,4 @@
-"""A registry that fetches from another one: once, verified, and served without it afterwards."""
+"""The pull-through cache: fetched once, verified, and served without the upstream afterwards."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ QUICK = RetryPolicy(tries=2, sleep=lambda _: None)
 
 
 class Caching:
-    """An upstream with a model, and how to make registries before it."""
+    """An upstream with a model, and a factory of caches before it."""
 
     def __init__(self, upstream: FaultyRegistry, work: Path, stack: ExitStack) -> None:
         self.upstream = upstream
@@ -106,7 +106,7 @@ class Caching:
         return self._stack.enter_context(server).host
 
     def pull(self, host: str, tag: str = "v1") -> Digest:
-        """Pull from a cache into an empty store, and look at every byte."""
+        """Pull from a cache into an empty store, and verify every byte."""
         number = len(list(self._work.glob("client-*")))
         store = modelpack.Store(self._work / f"client-{number}-{threading.get_ident()}")
         there = f"{host}/{NAME}:{tag}"
@@ -454,7 +454,7 @@ def test_room_to_keep(caching: Caching, tmp_path: Path) -> None:
 
 
 class Waiting:
-    """A request whose client is there as long as nobody says otherwise."""
+    """A request whose client stays connected until the test says otherwise."""
 
     def __init__(self, *, gone: bool = False) -> None:
         self.gone = gone
@@ -464,7 +464,7 @@ class Waiting:
 
 
 class Held:
-    """A blob that comes once it may."""
+    """A blob that is sent when the test allows it."""
 
     def __init__(self, content: bytes, may_come: threading.Event) -> None:
         self.descriptor = Descriptor("x/y", Digest.of(content), len(content))

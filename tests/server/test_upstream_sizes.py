@@ -43,7 +43,7 @@ def clients(tmp_path: Path) -> Iterator[tuple[Client, Client, Path]]:
 def test_a_blob_of_another_size_is_the_upstream_s_fault(
     clients: tuple[Client, Client, Path], size: int
 ) -> None:
-    """Nothing of it is sent or kept, and no room is taken for what it is said to have."""
+    """No byte of the blob is sent or kept, and no space is reserved for its claimed size."""
     upstream, cache, root = clients
     layer = upstream.push_blob(WEIGHTS)
     raw = manifest(upstream.push_blob(b"{}"), [layer | {"size": size}])

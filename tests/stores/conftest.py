@@ -1,4 +1,4 @@
-"""What the tests of stores share."""
+"""Fixtures of the tests of stores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def watcher() -> Watcher:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Worker]]:
-    """Start processes of `tests.stores.worker`; none survives the test."""
+    """Start processes of `tests.stores.worker`, which end with the test."""
     workers: list[Worker] = []
 
     def start_one(*arguments: object) -> Worker:

@@ -1,4 +1,4 @@
-"""Writing past the page cache: the bytes are the same, wherever it works and where it does not."""
+"""Direct writes: the same bytes with and without support of the file system."""
 
 from __future__ import annotations
 

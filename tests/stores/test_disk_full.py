@@ -1,4 +1,4 @@
-"""A disk that runs full, on a small file system of its own."""
+"""A full disk, on a small file system for the test."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small(disk: Path) -> LayoutStore:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Use up the disk but for `leave` bytes."""
+    """Fill the disk except for `leave` bytes."""
     found = os.statvfs(disk)
     path = disk / "filler"
     path.write_bytes(bytes(found.f_bavail * found.f_frsize - leave))
@@ -36,7 +36,7 @@ def fill(disk: Path, leave: int) -> Path:
 
 
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have no look at the disk beforehand, as if another process filled it later."""
+    """Disable the check of free space, as if another process filled the disk later."""
     for module in (disk_space, downloads, imports):
         monkeypatch.setattr(module, "check_room", lambda *_: None)
 

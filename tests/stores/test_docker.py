@@ -264,7 +264,7 @@ def test_a_damaged_manifest_hides_no_other_model(docker: DockerStore, files: Pat
 
 
 def test_files_too_large_to_read_are_not_read(docker: DockerStore) -> None:
-    """They have a terabyte, none of which is on the disk."""
+    """Sparse files of a terabyte, which take no space on the disk."""
     os.truncate(docker.root / "models.json", 1 << 40)
     with pytest.raises(StoreError, match=r"models\.json: it has more than 67108864 bytes"):
         docker.models()
@@ -300,7 +300,7 @@ def test_a_fifo_in_place_of_a_file_is_not_waited_for(docker: DockerStore, files:
 
 
 def test_a_model_that_is_listed_30_000_times(docker: DockerStore, files: Path) -> None:
-    """Its tags are not copied for each of them, which would take minutes."""
+    """The tags of a model are not copied for each tag, which would take minutes."""
     model = small_model(b"a")
     write(docker, files, model, X)
     elements = [{"id": str(model.digest), "tags": [f"ai/x:{number}"]} for number in range(30_000)]

@@ -1,4 +1,4 @@
-"""Blobs from elsewhere: resuming, verifying, and what is left after each kind of failure."""
+"""Downloads: resuming, verifying, and the files left after each kind of failure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from modelpack.store.layout import LayoutStore
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of
 
 MIB = 1024 * 1024
-# With and without a thread of its own for the writes.
+# With and without a thread for writing.
 SIZES = [3 * MIB + 1, 9 * MIB + 1]
 
 
@@ -47,7 +47,7 @@ def left_in_ingest(store: LayoutStore) -> list[str]:
 
 @dataclass
 class FailingSource(BytesSource):
-    """Calls `fail` when half of the bytes are out; the first `times` times that it is opened."""
+    """A source that calls `fail` after half of its bytes, the first `times` times it is opened."""
 
     fail: Callable[[], None] = lambda: None
     times: int = 1
@@ -276,7 +276,7 @@ def test_too_little_room_is_said_before_anything_is_asked_for(
     assert caught.value.needed is not None
     assert caught.value.available == free * real.f_frsize
     assert caught.value.needed > caught.value.available
-    # What is there already needs no more room.
+    # Bytes that are present need no more room.
     part_of(store, content).write_bytes(content[: 2 * MIB])
     assert store.write_blob(blob_of(content), source, watcher.watch) is Outcome.WRITTEN
 

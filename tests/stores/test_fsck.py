@@ -1,4 +1,4 @@
-"""What a check finds, and what it does about it."""
+"""The problems that a check finds, and its repairs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_flipped_bit(store: LayoutStore, model: SmallModel) -> None:
     assert problem.models == (X, Y)
     assert (store.root / "quarantine" / label(shared.digest)).read_bytes() == b"sharee"
     assert not store.has_blob(shared)
-    # From now on it is missing, until somebody brings it.
+    # From now on it is missing, until it is stored again.
     assert [p.kind for p in problems(store)] == [Fault.MISSING]
     write_blobs(store, model)
     assert problems(store) == ()

@@ -1,4 +1,4 @@
-"""What a collection takes, and what it must not."""
+"""What a garbage collection deletes, and what it must keep."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def age(store: LayoutStore, digest: Digest, seconds: float) -> None:
 
 
 def about(subject: SmallModel, note: bytes) -> SmallModel:
-    """Return a manifest that says something about another one."""
+    """Return a manifest with a subject."""
     model = small_model(note, artifact_type="application/vnd.example.signature")
     value: dict[str, Any] = json.loads(model.manifest.raw)
     value["subject"] = subject.descriptor.to_json()
@@ -274,7 +274,7 @@ def test_given_up_downloads_are_reclaimed(store: LayoutStore) -> None:
 
 
 def test_abandoned_uploads_are_reclaimed(store: LayoutStore) -> None:
-    """As the embedded registry does it: what received nothing for a day."""
+    """Uploads of the embedded registry that received nothing for a day."""
     sessions = UploadSessions(store.root / "ingest" / "uploads")
     old, young = (sessions.create("docker.io/ai/x", "sha256") for _ in range(2))
     for session in (old, young):
@@ -296,7 +296,7 @@ def test_abandoned_uploads_are_reclaimed(store: LayoutStore) -> None:
     assert 12_288 <= dry.bytes_freed == report.bytes_freed
     assert [path.name for path in uploads.iterdir()] == [young.id]
 
-    # A server that knew the session finds out.
+    # A server that had the session detects its removal.
     assert sessions.get("docker.io/ai/x", young.id) is young
     with pytest.raises(NotFoundError):
         sessions.get("docker.io/ai/x", old.id)
@@ -310,7 +310,7 @@ def test_an_empty_store_has_nothing_to_collect(store: LayoutStore) -> None:
 
 
 def test_damaged_copies_go_when_nothing_needs_them(store: LayoutStore) -> None:
-    """Whose blob is back, and whose model is gone; the only copy of a needed blob stays."""
+    """A copy in quarantine is deleted if its blob is stored again or not needed."""
     model, other = small_model(b"weights"), small_model(b"other")
     write_model(store, model, "docker.io/ai/x:latest")
     write_model(store, other, "docker.io/ai/y:latest")
@@ -335,7 +335,7 @@ def test_damaged_copies_go_when_nothing_needs_them(store: LayoutStore) -> None:
 
 @pytest.mark.parametrize(("days", "stays"), [(6, True), (8, False)])
 def test_what_a_kill_left_of_a_small_file(store: LayoutStore, days: int, stays: bool) -> None:
-    """The list of models may have megabytes."""
+    """`index.json` may have megabytes."""
     left = draft(store.root / "ingest", "index.json")
     left.write_bytes(bytes(5000))
     then = time.time() - days * 24 * 3600

@@ -1,4 +1,4 @@
-"""Files of this machine on their way in: one pass, and nothing that changed meanwhile."""
+"""Imports of files: one pass, and no change of the file meanwhile."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_stop_request_ends_an_import(store: LayoutStore, large: Path) -> None:
 
 
 def test_what_is_no_file_is_refused(store: LayoutStore, tmp_path: Path, watcher: Watcher) -> None:
-    os.mkfifo(tmp_path / "fifo")  # opening it for reading would wait for ever
+    os.mkfifo(tmp_path / "fifo")  # opening it for reading would block
     for name in ("fifo", "."):
         with pytest.raises(PackagingError, match="not a regular file"):
             store.import_file(tmp_path / name, watcher.watch)
@@ -202,7 +202,7 @@ def test_where_links_are_impossible_the_file_is_copied(
 def test_shared_blocks_where_the_file_system_has_them(
     store: LayoutStore, large: Path, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This file system has no clones, so one is played: what counts is what is done around it."""
+    """This file system has no clones, so `clone` is replaced; the steps around it are tested."""
 
     def clone(source: int, target: int) -> bool:
         os.write(target, os.pread(source, large.stat().st_size, 0))

@@ -1,4 +1,4 @@
-"""`index.json`: tags, and what other tools wrote."""
+"""`index.json`: tags, and entries of other tools."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_a_changed_index_is_written_and_an_unchanged_one_is_not(store: LayoutSto
     assert store.index().entries[0].name == X
 
 
-# What a random series of changes leaves must be what two dictionaries say.
+# After random changes, the index must equal a model of two dictionaries.
 
 DIGESTS = [Digest("sha256", f"{number}" * 64) for number in range(3)]
 NAMES = [Reference.parse(name) for name in ("a", "b", "c:v1")]
@@ -257,7 +257,7 @@ def test_ambiguous_and_missing_ids_say_so(store: LayoutStore) -> None:
 
 
 def test_a_change_within_one_tick_of_the_clock_is_seen(store: LayoutStore) -> None:
-    """Same inode, size and time: only that the file is so young tells that it may differ."""
+    """The same inode, size and time: the file may differ because it is so new."""
     model = small_model(b"weights")
     write_model(store, model, "docker.io/ai/x:v1")
     path = store.root / "index.json"
@@ -317,7 +317,7 @@ def test_looking_up_every_manifest_goes_through_the_index_a_few_times() -> None:
 def test_what_is_too_large_to_read_is_not_written(
     store: LayoutStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limit of reading and of writing is one: at the border both work, beyond it neither."""
+    """Reading and writing have the same limit: both work at the limit, neither above it."""
     path = store.root / "index.json"
     one, two = small_model(b"one"), small_model(b"two")
     write_model(store, one, X)

@@ -1,4 +1,4 @@
-"""Locks: one holder at a time, also when the file comes and goes."""
+"""Locks: one holder at a time, also when the file is deleted and created again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_file_that_its_holder_removed_is_no_lock(
     def lose_the_first(descriptor: int) -> bool:
         calls.append(descriptor)
         if len(calls) == 1:
-            lock.path.unlink()  # as the holder does at its end, after we opened the file
+            lock.path.unlink()  # as the holder does at the end, after the test opened it
         return real(descriptor)
 
     monkeypatch.setattr(locks, "try_lock", lose_the_first)

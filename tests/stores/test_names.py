@@ -49,7 +49,7 @@ ENTRIES = (
     entry(A, "docker.io/ai/x:latest"),
     entry(A, "docker.io/ai/x:v1"),
     entry(B, "registry.example.com:5000/team/model:Q4_K_M"),
-    entry(B, "docker.io/ai/beef:latest"),  # looks like the beginning of C
+    entry(B, "docker.io/ai/beef:latest"),  # looks like a prefix of C
     entry(B, "docker.io/ai/0123456789ab:latest"),  # looks like the short id of D
     entry(C, origin="docker.io/ai/pulled"),
     entry(D, "a+name--of_another.tool"),

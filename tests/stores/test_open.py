@@ -1,4 +1,4 @@
-"""Which directories may be a store, and what opening one leaves alone."""
+"""The directories that may be a store, and files that opening one does not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blobs that come over several connections: written all over, hashed in order, resumed."""
+"""Blobs over several connections: written in ranges, hashed in order, resumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PIECE = 64 * KIB
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a few megabytes count as large, and any stream as slow."""
+    """Treat a few megabytes as large, and any stream as slow."""
     monkeypatch.setattr(downloads, "WINDOW", MIB)
     monkeypatch.setattr(downloads, "MIN_BYTES_FOR_RANGES", 2 * MIB)
     monkeypatch.setattr(downloads, "FAST", 1e15)
@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Segmented(BytesSource):
-    """Brings segments from the last to the first, by two threads; `spoil` may fail or change."""
+    """Writes segments from the last to the first, in two threads; `spoil` may change them."""
 
     connections: int = 4
     spoil: Callable[[int, bytes], bytes] = lambda _, piece: piece
@@ -112,7 +112,7 @@ def test_one_connection_is_one_stream(store: LayoutStore, watcher: Watcher) -> N
 
 
 def fail_at(limit: int) -> Callable[[int, bytes], bytes]:
-    """Fail in the middle of the blob, after its end has come."""
+    """Fail in the middle of the blob, after its end was written."""
 
     def spoil(at: int, piece: bytes) -> bytes:
         if at < limit:
@@ -197,7 +197,7 @@ def test_wrong_bytes_are_tried_once_more_from_the_start(
 def test_whatever_a_journal_says_the_blob_is_right(
     store: LayoutStore, watcher: Watcher, journal: str, spoiled: bytes
 ) -> None:
-    """A journal that lies costs a second start, never a wrong blob."""
+    """A wrong journal costs a restart, but never makes a wrong blob."""
     part_of(store).write_bytes(spoiled)
     text = journal.replace("DIGEST", str(blob_of(CONTENT).digest))
     part_of(store).with_suffix(".json").write_text(text)

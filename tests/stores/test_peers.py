@@ -1,4 +1,4 @@
-"""Other tools at our store, and we at theirs."""
+"""Other tools with our store, and Modelpack with theirs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(request: pytest.FixtureRequest) -> SmallModel:
 
 @pytest.fixture
 def filled(store: LayoutStore, model: SmallModel) -> LayoutStore:
-    """A store with everything that a store in use has beside the layout."""
+    """A store with all files that Modelpack adds to the layout."""
     write_model(store, model, NAME)
     write_model(store, small_model(b"untagged"))
     source = store.root.parent / "file"

@@ -1,4 +1,4 @@
-"""Several processes at one store, and processes that die."""
+"""Several processes with one store, and processes that are killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.stores.workers import Worker
 pytestmark = pytest.mark.long
 
 Start = Callable[..., Worker]
-# Enough for a thread of its own for the writes, and more than its buffers hold.
+# Enough for a writing thread, and more than its buffers hold.
 SIZE = 11 * 1024 * 1024
 
 
@@ -41,7 +41,7 @@ def test_20_two_processes_that_want_one_blob_download_it_once(
     first.go()
 
     assert "outcome written" in first.finish()
-    assert second.finish() == ["outcome existed"]  # it never said "opened"
+    assert second.finish() == ["outcome existed"]  # it never reported "opened"
     assert files_under(store.root / "blobs") == [f"sha256/{blob.digest.encoded}"]
     assert files_under(store.root / "ingest") == []
 
@@ -238,7 +238,7 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path, start: Start) 
 def test_a_tag_survives_while_its_model_is_removed_elsewhere(
     store: LayoutStore, tmp_path: Path
 ) -> None:
-    """Two objects are as good as two processes: each reads the index under the lock."""
+    """Two objects behave as two processes: each reads the index under the lock."""
     other = LayoutStore(store.root)
     model = small_model(b"weights")
     write_model(store, model, "docker.io/ai/x:v1")

@@ -1,4 +1,4 @@
-"""Removing: names, models, and what nothing else needs."""
+"""Removal of names, models, and blobs that nothing else needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores that a stranger made: using one changes no file outside it, and does not hang."""
+"""Stores from an untrusted source: using one changes no file outside it, and does not hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blobs that need another look: after a crash, and when they share their bytes with a file."""
+"""Blobs to verify again: after a crash, and when they share their bytes with a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def imported(store: LayoutStore, source: Path) -> Digest:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The blobs that were hashed because there was doubt."""
+    """The blobs that were verified again."""
     seen: list[Path] = []
     real = verified_marks.hash_file
 

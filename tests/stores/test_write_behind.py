@@ -1,4 +1,4 @@
-"""Which ranges the kernel is told about, and when we stop telling."""
+"""The ranges that WriteBehind reports to the kernel, and when it stops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WINDOW = file_copy._WRITE_BEHIND_BYTES
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The ranges that were told: where each begins and ends."""
+    """The reported ranges: start and end of each."""
     ranges: list[tuple[int, int]] = []
 
     def advise(file: int, begin: int, length: int, advice: int) -> None:

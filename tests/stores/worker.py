@@ -37,7 +37,7 @@ def say_and_wait(text: str) -> None:
 
 
 class GatedSource(BytesSource):
-    """Gives its content in two halves, and waits between them."""
+    """A source that gives its content in two halves and waits between them."""
 
     @contextmanager
     def open(self, offset: int = 0) -> Iterator[BlobReader]:

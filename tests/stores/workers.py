@@ -1,4 +1,4 @@
-"""Processes that work on a store, steered line by line through pipes."""
+"""Processes that work on a store, controlled by lines through pipes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Worker:
         return lines
 
     def kill(self) -> None:
-        """End it at once, as `kill -9` does, and close its pipes."""
+        """Kill the process, as `kill -9` does, and close its pipes."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
