@@ -1,4 +1,4 @@
-"""ByteRanges against a set of numbers."""
+"""ByteRanges, compared with a set of integers."""
 
 from __future__ import annotations
 

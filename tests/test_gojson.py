@@ -1,4 +1,4 @@
-"""JSON bytes as Go writes them, and bounded reading."""
+"""JSON documents: the bytes of Go's encoder, and strict, bounded decoding."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ except ManifestError as error:
 
 
 def test_26_a_repeated_key_among_many_is_found_at_once() -> None:
-    """Comparing each key with all others takes half an hour for a document within the limit."""
+    """Quadratic comparison of keys would take half an hour for a document within the limit."""
     command = [sys.executable, "-c", _REPEATED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "'61a7f' twice" in done.stdout

@@ -1,4 +1,4 @@
-"""Lock files: one spelling for one content, and errors that say where."""
+"""Lock files: equal content gives equal bytes, and errors name the place."""
 
 from __future__ import annotations
 

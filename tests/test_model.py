@@ -268,7 +268,7 @@ def test_select(media_types: Sequence[str], paths: Sequence[str], expected: list
         (["safetensors"], [], "'safetensors'"),
         (["dduf", "*onnx*"], [], "'dduf' or '*onnx*'"),
         ([], ["nothing.gguf"], "'nothing.gguf'"),
-        ([], ["tiny.gguf", "nothing.gguf"], "'nothing.gguf'"),  # one of two is not enough
+        ([], ["tiny.gguf", "nothing.gguf"], "'nothing.gguf'"),  # every path must match
         (["license"], ["tiny.gguf"], "'tiny.gguf'"),
     ],
 )

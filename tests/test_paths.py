@@ -1,4 +1,4 @@
-"""Which file paths of a model are safe."""
+"""Safe and unsafe file paths of a model."""
 
 from __future__ import annotations
 

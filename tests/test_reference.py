@@ -1,4 +1,4 @@
-"""The table of docker-model-format.md section 4, and properties."""
+"""The table of spec/references.md, and properties of references."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ TABLE = [
         f"docker.io/ai/gemma3@sha256:{H64}",
         f"docker.io/ai/gemma3@sha256:{H64}",
     ),
-    # Docker drops the digest here; we keep both, because `tag@digest` has to check both.
+    # Docker drops the digest here; we keep both, because `tag@digest` must check both.
     (
         f"ai/gemma3:v1@sha256:{H64}",
         f"ai/gemma3:v1@sha256:{H64}",
@@ -294,7 +294,7 @@ _texts = st.one_of(
 
 @given(_texts)
 def test_what_is_in_full_at_a_glance(text: str) -> None:
-    """The short cuts of the store's index are never wrong; they may be silent."""
+    """The fast paths of the store's index never return a wrong result, but may return none."""
     try:
         parsed = Reference.parse(text, default_registry="docker.io")
     except InvalidReferenceError:

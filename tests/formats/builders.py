@@ -1,4 +1,4 @@
-"""Writers of GGUF, safetensors and ZIP bytes, simple and unchecked, so that they can lie."""
+"""Writers of GGUF, safetensors and ZIP bytes without checks, to build invalid files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CODES = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A metadata pair; `items` is the element type where `type` is ARRAY."""
+    """A metadata pair; `items` is the element type if `type` is ARRAY."""
 
     key: str
     type: int
@@ -56,7 +56,7 @@ class Tensor:
 
 @dataclass
 class GGUF:
-    """A GGUF file to be; `counts` overrides what the header says of tensors and pairs."""
+    """The content of a GGUF file; `counts` overrides the numbers of tensors and pairs."""
 
     pairs: Sequence[Pair] = ()
     tensors: Sequence[Tensor] = ()
@@ -140,13 +140,13 @@ def safetensors_text(
 
 
 def safetensors(text: bytes, data: int | bytes = 0, length: int | None = None) -> bytes:
-    """Return a file with this header text; `length` overrides what it says of it."""
+    """Return a file with this header text; `length` overrides its length field."""
     body = bytes(data) if isinstance(data, int) else data
     return struct.pack("<Q", len(text) if length is None else length) + text + body
 
 
 class _Sparse(io.BytesIO):
-    """Bytes followed by as many zeros as anyone asks for."""
+    """Bytes followed by any number of zeros."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         assert size is not None
@@ -158,7 +158,7 @@ class _Sparse(io.BytesIO):
 
 
 def as_file(raw: bytes, path: str = "model", size: int | None = None) -> WeightFile:
-    """Return `raw` as an open file; with `size`, zeros follow up to there."""
+    """Return `raw` as an open file; with `size`, filled with zeros up to that size."""
     if size is None:
         return WeightFile(io.BytesIO(raw), path=path, size=len(raw))
     return WeightFile(_Sparse(raw), path=path, size=size)

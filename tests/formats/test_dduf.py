@@ -57,7 +57,7 @@ def test_directories_are_no_entries() -> None:
 
 
 def test_a_zip64_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    # zipfile writes the large records when it believes the small ones to be full.
+    # A low limit makes zipfile write ZIP64 records.
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
     raw = archive(*FILES)
     assert b"PK\x06\x06" in raw
@@ -85,7 +85,7 @@ def test_large_entries_have_their_sizes_elsewhere() -> None:
     raw[end:end] = extra
     (entry,) = read_dduf_header(as_file(bytes(raw))).entries
     assert entry == DDUFEntry(INDEX[0], entry.offset, size)
-    struct.pack_into("<2H", raw, end + 5, 2, 24)  # the field with the sizes is gone
+    struct.pack_into("<2H", raw, end + 5, 2, 24)  # the field with the sizes is missing
     with pytest.raises(WeightFormatError, match="the ZIP64 entry does not hold its sizes"):
         read_dduf_header(as_file(bytes(raw)))
 
@@ -153,9 +153,9 @@ def test_invalid(raw: bytes, message: str) -> None:
 
 
 def evil(start: int, shift: int = 0) -> tuple[bytes, bytes]:
-    """Return entries that begin at `start` and their directory, of the size of that of `GOOD`.
+    """Return entries that begin at `start`, and a directory of the size of `GOOD`'s.
 
-    The directory says that they begin `shift` bytes earlier.
+    The directory claims that the entries begin `shift` bytes earlier.
     """
     raw = archive(INDEX, ("../../config.js", b"{}"), ("../../../.ssh/aconfig", b""))
     first, last = raw.index(CENTRAL), raw.index(END)
@@ -191,7 +191,7 @@ def test_other_readers_find_no_other_directory() -> None:
 
 @pytest.mark.parametrize("field", [b"up", b"\x99\x99"])
 def test_extra_fields_that_readers_disagree_about(field: bytes) -> None:
-    """The first gives the entry another name; the second is there twice."""
+    """The first field gives the entry another name; the second field is repeated."""
     central, end = GOOD.index(CENTRAL), GOOD.index(END)
     extra = (field + struct.pack("<HB", 1, 1)) * 2
     raw = bytearray(GOOD)

@@ -139,7 +139,7 @@ def test_no_tensors_need_no_padding() -> None:
 
 
 def after(tensors: int, pairs: int, code: str, *values: Any) -> bytes:
-    """Return a file that ends with `values`, where the first pair or tensor should be."""
+    """Return a file that ends with `values` in place of the first pair or tensor."""
     extra = struct.pack(code, *values)
     return GGUF(counts=(tensors, pairs), data=False, extra=extra).build()
 
@@ -147,7 +147,7 @@ def after(tensors: int, pairs: int, code: str, *values: Any) -> bytes:
 BAD_ALIGNMENT = Pair("general.alignment", V.UINT32, 12)
 TWO = [Tensor("a", (16,), offset=0), Tensor("b", (16,), offset=32)]
 
-# What is wrong, the file, the byte that the error names and a part of its message.
+# Name of the fault, file, byte in the error, part of the message.
 INVALID: list[tuple[str, bytes, int, str]] = [
     ("only a magic", b"GGUF", 4, "expected at least 8 bytes, got 4"),
     ("version 0", b"GGUF" + bytes(40), 4, "GGUF version 0, expected 1 to 3"),

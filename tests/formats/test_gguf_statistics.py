@@ -1,4 +1,4 @@
-"""Statistics of GGUF files: the exact ones, and where ours are better."""
+"""Statistics of GGUF files: exact ones, and Modelpack's improvements."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_metadata_of_the_wrong_type(tmp_path: Path, pair: Pair, message: str, ex
     assert caught.value.offset == 24 + 8 + len(pair.key) + 4
 
 
-# general.file_type, then the quantization that is exact, then ours.
+# general.file_type, exact quantization, Modelpack's quantization.
 FILE_TYPES = [
     (0, "MOSTLY_F32", "MOSTLY_F32"),
     (1, "MOSTLY_F16", "MOSTLY_F16"),
@@ -241,7 +241,7 @@ GUESSES = [
 @pytest.mark.parametrize(("types", "expected"), GUESSES)
 def test_guesses(tmp_path: Path, types: list[int], expected: str, exact: bool) -> None:
     tensors = [Tensor(f"blk.{at}.w", (256,), kind) for at, kind in enumerate(types)]
-    # Names that do not count.
+    # Names that do not count for the quantization.
     tensors += [Tensor(f"rope_freqs.{at}", (256,), 30) for at in range(9)]
     path = put(tmp_path, "m.gguf", GGUF([], tensors).build())
     assert gguf_statistics([path], exact=exact).quantization == expected

@@ -6,7 +6,7 @@ import pytest
 
 from modelpack.formats.units import any_value, fixed, trim
 
-# Each right side is what Go 1.26 printed for the left one.
+# Each value and its text as printed by Go 1.26.
 ANY = [
     ("text", "text"),
     ("", ""),
@@ -63,7 +63,7 @@ def test_fixed(number: float, text: str) -> None:
         ("\u00a0\u2003\u0085\u3000x\u1680", "x"),
         ("\x1cx\x1f", "\x1cx\x1f"),  # space to Python, not to Go
         ("\u200bx\ufeff", "\u200bx\ufeff"),
-        ("\udc85x", "\udc85x"),  # the lone byte 0x85 is no U+0085
+        ("\udc85x", "\udc85x"),  # the single byte 0x85 is not U+0085
         ("   ", ""),
     ],
 )

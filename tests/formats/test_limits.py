@@ -1,4 +1,4 @@
-"""What hostile headers cost: memory and bytes read, whatever they claim to hold."""
+"""The memory and bytes read for hostile headers stay within limits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.formats.builders import safetensors as build
 
 V = ValueType
 MB = 1_000_000
-FAR = 2**50  # a file size that lets every claim through
+FAR = 2**50  # a file size that is larger than every claimed size
 
 
 def cost(read: Callable[[WeightFile], object], file: WeightFile, message: str) -> tuple[int, int]:
-    """Return the peak memory and the bytes read of `read`, which has to fail with `message`."""
+    """Return the peak memory and the bytes read of `read`, which must fail with `message`."""
     tracemalloc.start()
     try:
         with pytest.raises(WeightFormatError, match=message):
@@ -65,14 +65,14 @@ LIES = [
 
 @pytest.mark.parametrize(("raw", "message"), LIES)
 def test_a_count_alone_costs_nothing(raw: bytes, message: str) -> None:
-    # The window is padded, so that only the claim itself can be what stops the reader.
+    # The file is padded, so that only the claimed size can stop the reader.
     file = as_file(raw + bytes(70_000), size=FAR)
     peak, read = cost(read_gguf_header, file, message)
     assert peak < MB
     assert read < 200_000
 
 
-# Parsed tensors are measured in a sample, as tracing all that are allowed would take long.
+# Measure a sample of parsed tensors: tracing the maximum number would take long.
 SAMPLE = 5_000
 ALLOWED_PER_TENSOR = 45 * MB // MAX_TENSORS
 
@@ -90,7 +90,7 @@ def test_a_gguf_of_many_tensors() -> None:
 
 
 def test_a_gguf_of_many_small_arrays() -> None:
-    # What the reader counts as memory is what they take.
+    # The reader's count of memory is close to the real use.
     items = struct.pack("<40Q", *range(2**60, 2**60 + 40))
     count = MAX_PAIRS // 8
     pairs = b"".join(
@@ -101,7 +101,7 @@ def test_a_gguf_of_many_small_arrays() -> None:
 
 
 def test_a_gguf_of_long_texts() -> None:
-    # Each text would take four times its bytes in memory, for the sake of one character.
+    # One wide character makes each text take four times its bytes in memory.
     text = string(b"x" * 65_000 + "😀".encode())
     pairs = b"".join(string(b"%05d" % at) + struct.pack("<I", 8) + text for at in range(400))
     peak, _ = cost(

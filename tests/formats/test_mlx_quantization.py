@@ -1,4 +1,4 @@
-"""Weights that mlx-lm quantised: bits, groups and parameters, from config.json and names."""
+"""Weights quantized by mlx-lm: bits, groups and parameters from config.json and names."""
 
 from __future__ import annotations
 

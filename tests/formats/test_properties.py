@@ -1,4 +1,4 @@
-"""Headers that hypothesis makes up: what is valid comes back, what is not is a format error."""
+"""Generated headers: valid ones are parsed unchanged, others are format errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.formats.builders import safetensors as build
 
 V = ValueType
 
-# Any bytes, as the text that the reader makes of them.
+# Any bytes, decoded as the reader does.
 texts = st.one_of(
     st.text(max_size=20).filter(lambda text: text.isprintable()),
     st.binary(max_size=20).map(lambda raw: raw.decode(errors="surrogateescape")),
@@ -176,7 +176,7 @@ def test_a_valid_safetensors_comes_back(
 ) -> None:
     tensors, metadata = file
     text, size = safetensors_text(tensors, metadata)
-    # The same header in other clothes: other white space, text escaped or not.
+    # The same header with other white space and escapes.
     text = json.dumps(json.loads(text), indent=indent, ensure_ascii=raw_text).encode()
     header = read_safetensors_header(as_file(build(text, size)))
     assert dict(header.metadata) == (metadata or {})
@@ -199,7 +199,7 @@ def test_a_broken_safetensors_is_a_format_error(
     except WeightFormatError as error:
         _check_place(error)
         return
-    # What we take, the crate takes, unless metadata is no text, which it alone refuses.
+    # The crate accepts every file that we accept, except metadata that is not text.
     try:
         theirs = safetensors.deserialize(raw)
     except safetensors.SafetensorError as error:

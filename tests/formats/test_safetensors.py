@@ -34,7 +34,7 @@ def test_every_dtype(dtype: str) -> None:
     raw = build(text, data)
     (tensor,) = read_safetensors_header(as_file(raw)).tensors
     assert tensor == TensorInfo("x", dtype, (2, 4), 0, size)
-    safetensors.deserialize(raw)  # the crate knows it, too
+    safetensors.deserialize(raw)  # the crate supports it, too
 
 
 def test_what_the_safetensors_package_writes(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def meta(value: bytes) -> bytes:
 #: The byte of the second tensor's description; each %d is one digit.
 B_AT = 8 + len('{"a":,"b":') + len(HALF) - 2
 
-# What is wrong, the file, the byte that the error names and a part of its message.
+# Name of the fault, file, byte in the error, part of the message.
 INVALID: list[tuple[str, bytes, int, str]] = [
     ("five bytes", b"\x02\0\0\0\0", 0, "expected a safetensors file"),
     ("no object", build(b"[]"), 0, "expected a safetensors file"),

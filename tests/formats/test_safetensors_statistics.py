@@ -1,4 +1,4 @@
-"""Statistics of safetensors files: the exact ones, and where ours are better."""
+"""Statistics of safetensors files: exact ones, and Modelpack's improvements."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class TestSafetensors:
         }
 
 
-# config.json, then the exact context size, then ours with the architecture.
+# config.json, exact context size, Modelpack's context size and architecture.
 CONFIGS = [
     ("{}", None, None, ""),
     ('{"max_position_embeddings":512}', 512, 512, ""),

@@ -154,7 +154,7 @@ def test_shards_that_the_names_promise_are_missing(tmp_path: Path) -> None:
     paths = touch(tmp_path, "m-00001-of-00002.safetensors", "other.safetensors")
     with pytest.raises(PackagingError, match=r"missing m-00002-of-00002\.safetensors"):
         check_complete(paths)
-    # The file exists, but is not among those that are packaged.
+    # The file exists, but is not one of the packaged files.
     touch(tmp_path, "m-00002-of-00002.safetensors")
     with pytest.raises(PackagingError, match=r"missing m-00002-of-00002\.safetensors"):
         check_complete(paths)

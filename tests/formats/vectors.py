@@ -30,7 +30,7 @@ assert sha256(MODEL_SAFETENSORS).hexdigest() == (
     "094524b905dca44dafe85d769ee5cf99f3c3521e1e11c9dde02e698bd9d6a867"
 )
 
-# The configs of vectors A and D, the part that comes from the weights.
+# The parts of the configs of vectors A and D that come from the weights.
 VECTOR_A = (
     r'{"format":"gguf","quantization":"MOSTLY_F32","parameters":"8","architecture":"llama",'
     r'"size":"32B","gguf":{"general.architecture":"llama",'
@@ -44,7 +44,7 @@ VECTOR_D = (
 
 
 def as_config(statistics: ModelStatistics) -> str:
-    """Return the statistics as they stand in a config blob, in its order of fields."""
+    """Return the statistics as the JSON object of a config blob, in its order of fields."""
     fields: dict[str, Any] = {}
     for name in (
         "format",

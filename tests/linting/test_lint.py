@@ -25,7 +25,7 @@ CONFIG = '{"max_position_embeddings":512,"model_type":"llama"}'
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A directory in which there is nothing to find."""
+    """A directory without findings."""
     path = tiny_safetensors(tmp_path)
     (path / "config.json").write_text(CONFIG)
     return path
@@ -104,7 +104,7 @@ def test_findings(
     assert (finding.rule, finding.path, finding.line) == (rule, path, line)
     assert says in finding.message
     assert not report.passed
-    # As a warning it is still told; switched off, it is not.
+    # A warning is still reported; a rule that is switched off is not.
     for level, passed, count in (("warning", True, 1), ("off", True, 0)):
         other = linted(directory, f"{policy}\n[rules]\n{rule} = '{level}'")
         assert (other.passed, len(other.findings)) == (passed, count)

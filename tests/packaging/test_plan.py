@@ -1,4 +1,4 @@
-"""What a plan says: which files, in which order, what was left out, what became of duplicates."""
+"""Plans: their files and order, skipped entries, and duplicate files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that is no model: one row each, with what the error has to say."""
+"""Input that cannot be packaged, with the expected errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refusal(request: PackageRequest, environ: dict[str, str] | None = None) -> M
     return caught.value
 
 
-# files, request values (paths relative to the files), error, what it says
+# files, request values (paths relative to the files), error, parts of its message
 FILE_ROWS: dict[str, tuple[dict[str, bytes], dict[str, str], type[ModelpackError], list[str]]] = {
     "nothing-there": ({}, {"gguf": "x.gguf"}, PackagingError, ["x.gguf", "no such file"]),
     "no-directory": ({}, {"safetensors_dir": "d"}, PackagingError, ["/d", "no such file"]),

@@ -32,7 +32,7 @@ from tests.packaging.trees import (
 
 
 def changed(first: Built, request: PackageRequest, environ: dict[str, str] | None = None) -> Built:
-    """Repackage as after a trip through a store: from parsed bytes."""
+    """Repackage from parsed bytes, as from a store."""
     manifest = Manifest.parse(first.manifest.raw)
     config = ModelConfig.parse(first.config_bytes, manifest.config.media_type)
     extra = plan_extras(request, environ=environ or {})
@@ -110,7 +110,7 @@ def test_no_context_size_in_the_cncf_format(root: Path, plain: Built) -> None:
     ):
         with pytest.raises(UsageError, match="CNCF"):
             changed(first, request)
-    # What does fit is written on the way back.
+    # Fields that fit are written when converting back.
     back = changed(in_cncf, PackageRequest(context_size=5, format="docker"))
     assert back.config.context_size == 5
 
@@ -165,7 +165,7 @@ def test_a_single_file_model_has_one_template_and_one_projector(root: Path) -> N
     assert len(later.config.diff_ids) == 4
     assert later.config.diff_ids[2] == Digest.of(b"u\n")
     assert "replaces 't.jinja'" in later.notes[0]
-    # Docker Model Runner just appends.
+    # Docker Model Runner appends without checks.
     assert len(changed(package(flags), replace(new, preserve=True)).manifest.layers) == 6
 
 
@@ -189,7 +189,7 @@ def test_weights_are_never_replaced(root: Path, format: str) -> None:
     write(root, {"new/m.gguf": PROJECTOR})
     for path in (root / "new" / "m.gguf", root / "m.gguf"):
         if format == "cncf" and path == root / "m.gguf":
-            continue  # the same type, path and digest: it is there already
+            continue  # a layer with the same type, path and digest exists
         with pytest.raises(PackagingError, match=r"another file at 'm\.gguf'"):
             changed(first, PackageRequest(mmproj=path))
 
@@ -211,7 +211,7 @@ def test_what_others_wrote_is_kept() -> None:
     later = changed(first, PackageRequest(context_size=1))
     assert later.manifest.layers == (weight, odd)
     assert later.manifest.artifact_type == "application/x-model"
-    # A config that knows fewer layers than there are gets the rest as Docker fills it in.
+    # Missing diff ids of a config are filled in as Docker does.
     assert later.config.diff_ids == (Digest.of(b"unpacked"), odd.digest)
     assert later.config.created is None
 

@@ -1,4 +1,4 @@
-"""Without `preserve` the same files give the same digest, wherever and whenever they are."""
+"""Without `preserve`, equal files give equal digests on any machine and at any time."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_time_zone_does_not_count(tmp_path: Path, time_zone: Callable[[str],
     plain, preserved = directory_digest(tmp_path), directory_digest(tmp_path, preserve=True)
     time_zone("Asia/Kathmandu")
     assert directory_digest(tmp_path) == plain
-    assert directory_digest(tmp_path, preserve=True) != preserved  # as the reference does
+    assert directory_digest(tmp_path, preserve=True) != preserved  # as in the reference
 
 
 def test_touch_does_not_count(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Times: what is taken, and what is written."""
+"""Accepted times, and their output."""
 
 from __future__ import annotations
 

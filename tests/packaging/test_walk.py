@@ -1,4 +1,4 @@
-"""Walking a directory: order, what is left out, links, and what is no file."""
+"""Walking a directory: order, skipped entries, links and special files."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_blobs_of_a_snapshot(real: str, blobs: str | None) -> None:
 
 
 def refused_entries(root: Path) -> dict[str, str]:
-    """Make one entry of each kind that cannot be packaged; return what its error says."""
+    """Make an entry of a kind that cannot be packaged; return the expected message."""
     os.mkfifo(root / "fifo")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(root / "socket"))
@@ -214,7 +214,7 @@ def refused_entries(root: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["fifo", "socket", "dangling", "self", "up", "device"])
 def test_refused_entries(name: str) -> None:
-    with tempfile.TemporaryDirectory() as directory:  # short: socket paths are
+    with tempfile.TemporaryDirectory() as directory:  # short, since socket paths are limited
         root = Path(directory)
         says = refused_entries(root)
         for other in says:

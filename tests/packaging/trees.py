@@ -1,4 +1,4 @@
-"""Small models on disk, and packaging without a store: what every module of tests here needs."""
+"""Helpers of the packaging tests: small models on disk, and packaging without a store."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def write(root: Path, files: Mapping[str, bytes], *, mode: int = 0o644) -> Path:
 
 
 def digests(files: Plan) -> list[Digest]:
-    """Hash the files of a plan, as a store would."""
+    """Return the digests of a plan's files, as a store computes them."""
     return [
         Digest("sha256", hashlib.sha256(file.path.read_bytes()).hexdigest()) for file in files.files
     ]
 
 
 def package(request: PackageRequest, environ: Mapping[str, str] | None = None) -> Built:
-    """Package the files of `request`; nothing comes from the environment unless given."""
+    """Package the files of `request`, by default with an empty environment."""
     planned = plan(request, environ=environ or {})
     return build(planned, request, digests(planned))
 
@@ -70,7 +70,7 @@ def layers(built: Built) -> list[tuple[str, str | None]]:
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Lose root's rights inside, so that permissions count; see the fixture `open_dir`."""
+    """Drop root's rights in the block, so that permissions apply; see the fixture `open_dir`."""
     if os.geteuid() != 0:
         yield
         return

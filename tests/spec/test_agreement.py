@@ -1,4 +1,4 @@
-"""Schema and library give the same verdict on every document, fixture or not."""
+"""Schemas and library accept the same documents: fixtures and changed ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 
 
 def parse_manifest(raw: bytes) -> None:
-    """Read a manifest and name its files, which is what every use of a model starts with."""
+    """Read a manifest and name its files, as every use of a model does first."""
     manifest = Manifest.parse(raw)
     Model(None, manifest.descriptor, manifest, ModelConfig(manifest.config.media_type)).files()
 
@@ -45,7 +45,7 @@ VALIDATORS = {name: specfiles.validator(name) for name in LIBRARY}
 
 
 def strict_json(raw: bytes) -> Any:
-    """Read JSON as spec/README.md asks; on purpose not with the library's own reader."""
+    """Read JSON by the rules of spec/README.md, without the library's own reader."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
@@ -64,7 +64,7 @@ def strict_json(raw: bytes) -> Any:
 
 
 def schema_complaint(name: str, raw: bytes) -> str | None:
-    """Return why the schema's side refuses a document, or None if it takes it."""
+    """Return why the schema rejects a document, or None if it accepts it."""
     try:
         value = strict_json(raw)
     except (ValueError, RecursionError) as error:
@@ -76,7 +76,7 @@ def schema_complaint(name: str, raw: bytes) -> str | None:
 
 
 def library_complaint(name: str, raw: bytes) -> str | None:
-    """Return why the library refuses a document; any error but its own is a failure."""
+    """Return why the library rejects a document; errors of other kinds are failures."""
     try:
         LIBRARY[name](raw)
     except ModelpackError as error:
@@ -112,7 +112,7 @@ def test_there_are_fixtures_for_every_parser(verdict: str, least: int) -> None:
     assert {path.parent.name for path in found} == set(LIBRARY)
 
 
-# What a field may be replaced with: the neighbours of what is right, and everything else.
+# Replacements for fields: values close to valid ones, and values of other types.
 TEXTS = [
     "", "text", "rootfs", "layers", "a/b", "../a", "C:a", "a\n", "é", "en", "2.0", "a/" + "b" * 256,
     ".", "./", "a/", "a//", "application/x", "application/x; q=1",

@@ -1,4 +1,4 @@
-"""The fixtures are what their script makes, and the small models are what they claim to be."""
+"""The fixtures equal the output of their script, and the small models are valid."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_script_makes_the_same_bytes(tmp_path: Path) -> None:
     assert [name for name in made if made[name] != kept[name]] == []
 
 
-# Size and sha256 of the vectors' inputs, as they were published.
+# The published size and SHA-256 of the vectors' inputs.
 PUBLISHED = """
 tiny-gguf/tiny.gguf 256
 d1bdb851bdd707d5d2fc1e6dbb3db8a0e4489cdc42616f551c6eb0943e18b14b

@@ -1,4 +1,4 @@
-"""The schemas are schemas, need no network, and say what the pages say."""
+"""The schemas are valid, need no network and agree with the pages."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_the_table_of_references_is_there() -> None:
     assert len(REFERENCES) >= 30
 
 
-# Manifests as writers make them.
+# Manifests of writers.
 
 
 def fixture(name: str) -> Any:
@@ -190,7 +190,7 @@ def test_the_file_metadata_in_valid_manifests_is_valid() -> None:
     assert checked >= 10
 
 
-# What Docker Model Runner's own code writes.
+# The output of Docker Model Runner's own code.
 
 VECTORS = json.loads((ROOT / "fixtures" / "vectors" / "model_runner.json").read_bytes())["vectors"]
 CONFIGS = {
@@ -204,7 +204,7 @@ CONFIGS = {
 def test_what_docker_model_runner_writes_is_valid(vector: dict[str, Any]) -> None:
     manifest = json.loads(base64.b64decode(vector["manifest"]))
     config = json.loads(base64.b64decode(vector["config"]))
-    # It packages names that no reader should unpack; the schema refuses those and nothing else.
+    # It packages unsafe names; the schema rejects only those.
     unsafe = [
         f"$.layers[{i}].annotations['{media_types.FILEPATH}']"
         for i, layer in enumerate(manifest["layers"])

@@ -18,7 +18,7 @@ SPEC = Path(__file__).resolve().parents[2] / "spec"
 
 @pytest.fixture
 def uncached() -> Iterator[None]:
-    """Forget where the files are, before and after."""
+    """Clear the cached location of the files before and after the test."""
     for remembered in (specfiles._root, specfiles._registry):
         remembered.cache_clear()
     yield

@@ -42,7 +42,7 @@ def published(tmp_path: Path) -> Iterator[Published]:
 
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the pairs `ours` and `theirs`, under `PASSWORD`."""
+    """A directory with the key pairs `ours` and `theirs`, encrypted with `PASSWORD`."""
     directory = tmp_path_factory.mktemp("keys")
     for name in ("ours", "theirs"):
         generate_key_pair(directory / name, PASSWORD)

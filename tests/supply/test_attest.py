@@ -1,4 +1,4 @@
-"""`modelpack smoke --attest`: the report, signed and attached to what was tested."""
+"""`modelpack smoke --attest`: the signed report, attached to the tested model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_report_is_attached(
         where = Reference.parse(name)
         with open_repository(where, RemoteOptions(), watching(None)) as repository:
             bundle = attached(repository, "v1")
-        with pytest.raises(UntrustedError):  # that it works does not say that it is approved
+        with pytest.raises(UntrustedError):  # a passed test is not an approval
             signing.verify(name, [ours.public])
         assert run([*arguments, "--key", str(keys / "ours.key"), "--local"]) == 0
     predicate = bundle.statement.predicate
@@ -93,5 +93,5 @@ def test_what_failed_is_said() -> None:
     ],
 )
 def test_options_that_do_not_fit(more: list[str], code: int) -> None:
-    # Before anything is looked for: there is no such model.
+    # This fails before the model, which does not exist, is searched.
     assert run(["smoke", "127.0.0.1:1/team/none:v1", *more]) == code

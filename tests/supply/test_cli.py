@@ -1,4 +1,4 @@
-"""`keygen`, `sign`, `verify`, and the options of other commands that say who is trusted."""
+"""`keygen`, `sign`, `verify`, and the trust options of other commands."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_what_is_stored_stays_in(
     arguments: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It came before there was a key, and goes nowhere where it could be run."""
+    """An older unsigned model cannot be copied to a place where it could be run."""
     store, index = published.origin, f"{published.host}/team/any:v1"
     create_index(index, [NamedVariant("one", published.reference)], store=store)
     lock([published.reference], path=tmp_path / "models.lock")

@@ -1,4 +1,4 @@
-"""Keys: what is read, what is refused, and that a private key does not show itself."""
+"""Keys: accepted and rejected files, and a `repr` without the private key."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_plain_pem(tmp_path: Path, form: PrivateFormat, password: bytes | None) 
     path.write_bytes(
         ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, form, lock)
     )
-    # A password that is set for other keys does not matter to one without.
+    # A password for other keys has no effect on an unencrypted key.
     key = read_private_key(path, password or b"for another")
     assert key.public.verifies(key.sign(b"x"), b"x")
 
@@ -107,7 +107,7 @@ def _cosign_with(value: bytes) -> bytes:
 
 
 def _costly() -> bytes:
-    """A key that would have us compute for hours."""
+    """A key whose parameters would take hours to compute."""
     import base64
 
     word = base64.b64encode(bytes(24)).decode()

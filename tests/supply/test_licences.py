@@ -1,4 +1,4 @@
-"""SPDX identifiers, from real texts and from what stands in for them."""
+"""SPDX identifiers of real licence texts, tags and names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenSSF's own `model_signing` verifies what we sign, and we what it signs."""
+"""OpenSSF's own `model_signing` verifies our signatures, and we verify its signatures."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tests.supply.test_tampering import publishing
 
 @pytest.fixture
 def published(tmp_path: Path) -> Iterator[Published]:
-    """A model whose config says nothing that its files do not."""
+    """A model whose config follows from its files."""
     with publishing(tmp_path) as made:
         yield made
 
 
 @pytest.fixture
 def files(published: Published, tmp_path: Path) -> Path:
-    """The model's files as they are unpacked."""
+    """The unpacked files of the model."""
     laid_out = modelpack.bundle(
         published.reference, tmp_path / "bundle", store=published.origin, links="copy"
     )

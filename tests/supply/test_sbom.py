@@ -1,4 +1,4 @@
-"""Bills of materials: valid by CycloneDX's own schema, and true."""
+"""Bills of materials: valid by CycloneDX's own schema, with correct content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signatures of models: written, found, and what does not count as one."""
+"""Signatures of models: written, found, and rejected."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_several_sign_under_one_tag(
     signing.sign(published.reference, ours, kinds=kinds)
     second = signing.sign(published.reference, theirs, kinds=kinds)
     again = signing.sign(published.reference, ours, kinds=kinds)
-    assert again.manifests == second.manifests  # nothing was added
+    assert again.manifests == second.manifests  # no signature was added
     _, found = signing.verify(published.reference, [ours.public, theirs.public])
     assert found.keys == {ours.public, theirs.public}
 
@@ -106,7 +106,7 @@ def test_a_store_has_no_place_for_the_tag(published: Published, ours: PrivateKey
 def test_a_signature_of_another_model_does_not_count(
     published: Published, ours: PrivateKey, tmp_path: Path, kind: SignatureKind
 ) -> None:
-    """What was signed is moved to a model that was not."""
+    """A signature is moved to a model that was not signed."""
     signing.sign(published.reference, ours, kinds=[kind])
     weights = tiny_gguf(tmp_path)
     evil = f"{published.host}/team/model:evil"
@@ -132,7 +132,7 @@ def test_a_signature_of_another_model_does_not_count(
 
 
 def test_an_attestation_is_no_signature(published: Published, ours: PrivateKey) -> None:
-    """That a test failed is signed, too."""
+    """The report of a failed test is signed, too."""
     where = Reference.parse(published.reference)
     with open_repository(where, RemoteOptions(), watching(None), writes=True) as repository:
         model = model_in(repository, where)
@@ -158,7 +158,7 @@ def test_what_is_broken_keeps_nothing_from_counting(published: Published, ours: 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_bundle_has_one_signature(published: Published, ours: PrivateKey, count: int) -> None:
-    """As the format demands: checking thousands would take minutes."""
+    """The format requires one signature; checking thousands would take minutes."""
     value = json.loads(signed_bundle(Statement((Subject(published.digest),), COSIGN_SIGN), ours))
     value["dsseEnvelope"]["signatures"] *= count
     with pytest.raises(FormatError, match=f"has {count} signatures, expected 1"):

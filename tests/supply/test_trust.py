@@ -1,4 +1,4 @@
-"""Who is trusted: policy files, and that pulling, resolving and locking obey them."""
+"""Trust: policy files, and their effect on pull, resolve and lock."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_pull_takes_what_is_signed(
     assert published.store.models() == ()
     signing.sign(published.reference, ours, kinds=[kind])
     modelpack.pull(published.reference, store=published.store, remote=remote)
-    # And what is in the store is taken, for the same reason.
+    # A stored model is accepted for the same reason.
     found = modelpack.resolve(published.reference, store=published.store, remote=remote)
     assert found.model.digest == published.digest
 
@@ -182,7 +182,7 @@ def test_a_threshold(
 
 
 def test_what_is_stored_is_checked_too(published: Published, keys: Path, ours: PrivateKey) -> None:
-    """A model that came before there was a policy."""
+    """A model that was pulled before the policy existed."""
     remote, watch = _options(trusting(keys, POLICY)), watching(None)
     modelpack.pull(published.reference, store=published.store)
     store = published.store
@@ -192,7 +192,7 @@ def test_what_is_stored_is_checked_too(published: Published, keys: Path, ours: P
         find_model(name, store, pull=False, remote=RemoteOptions(), watch=watch)
     store.tag(published.reference, modelpack.Reference.parse("localhost:1/any/name:v1"))
     find_model("localhost:1/any/name:v1", store, pull=False, remote=remote, watch=watch)
-    # By its digest it has to be trusted under every name; and that registry cannot be asked.
+    # By digest, it needs trust under every name, and one registry is not reachable.
     with pytest.raises(RegistryError):
         find_model(str(published.digest), store, pull=False, remote=remote, watch=watch)
     signing.sign(published.reference, ours, kinds=[SignatureKind.BUNDLE], store=store)
@@ -202,7 +202,7 @@ def test_what_is_stored_is_checked_too(published: Published, keys: Path, ours: P
 def test_the_first_digits_of_an_id_are_no_name(
     published: Published, keys: Path, ours: PrivateKey
 ) -> None:
-    """They are spelled like a model of docker.io, which a rule may accept."""
+    """Their names look like those of docker.io models, which a rule may accept."""
     accepted = POLICY.replace('"localhost*"', '"docker.io/*"')
     remote, watch = _options(trusting(keys, accepted)), watching(None)
     store, encoded = published.store, published.digest.encoded
@@ -213,7 +213,7 @@ def test_the_first_digits_of_an_id_are_no_name(
         with pytest.raises(UntrustedError, match="not signed by team"):
             check_names(store, [name], remote, watch)
         assert modelpack.inspect(name, store=store).reference is None
-    # A model that has such a name is found by it.
+    # A model with such a name is found.
     named = modelpack.Reference.parse(encoded[:13])
     store.tag(published.reference, named)
     assert (
@@ -224,7 +224,7 @@ def test_the_first_digits_of_an_id_are_no_name(
 def test_a_variant_that_an_index_alone_names(
     published: Published, keys: Path, ours: PrivateKey
 ) -> None:
-    """A server loads it by its digest, and has to find out which rule is about it."""
+    """A server loads the model by its digest and must find the matching rule."""
     store, index = published.origin, f"{published.host}/team/index:v1"
     create_index(index, [NamedVariant("one", published.reference)], store=store)
     store.remove(published.reference)
@@ -248,7 +248,7 @@ def test_a_registry_that_is_gone_is_no_reason_to_trust(
     remote = _options(trusting(keys, POLICY))
     with pytest.raises(RegistryError):
         find_model(str(gone), store, pull=False, remote=remote, watch=watch)
-    # With its signature in the store, no registry is asked.
+    # If the store has the signature, no registry is contacted.
     signing.sign(gone, ours, store=store)
     find_model(str(gone), store, pull=False, remote=remote, watch=watch)
 
@@ -262,7 +262,7 @@ def test_locked_models_are_checked(
     with pytest.raises(UntrustedError):
         pull_locked(path=path, store=store, remote=remote)
     pull_locked(path=path, store=store)
-    with pytest.raises(UntrustedError):  # there already, and still not signed
+    with pytest.raises(UntrustedError):  # already stored, and still not signed
         pull_locked(path=path, store=store, remote=remote)
     signing.sign(published.reference, ours)
     pull_locked(path=path, store=store, remote=remote)
@@ -271,7 +271,7 @@ def test_locked_models_are_checked(
 def test_locked_variants_are_checked(
     published: Published, keys: Path, ours: PrivateKey, tmp_path: Path
 ) -> None:
-    """A lock pins the index; the store has the variant that was taken."""
+    """A lock pins the index; the store has the selected variant."""
     path, store, index = tmp_path / "models.lock", published.store, f"{published.host}/team/all:v1"
     create_index(
         index, [NamedVariant("one", published.reference)], push=True, store=published.origin
@@ -289,7 +289,7 @@ def test_a_flood_of_bundles_is_refused(
     published: Published, keys: Path, ours: PrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modelpack.trust.signatures.MAX_SIGNATURES", 2)
-    for _ in range(3):  # each signature of ECDSA is another one
+    for _ in range(3):  # ECDSA signatures are never equal
         signing.sign(published.reference, ours, kinds=[SignatureKind.BUNDLE])
     with pytest.raises(ModelpackError, match="has 3 attached bundles"):
         signing.verify(published.reference, [replace(ours.public, name="ours")])

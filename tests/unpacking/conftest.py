@@ -1,4 +1,4 @@
-"""What the tests of unpacking share."""
+"""Fixtures of the unpacking tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def stored(tmp_path: Path) -> Stored:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[Path]:
-    """Where to lay out a bundle: not there yet. Its neighbours must stay as they are."""
+    """The path of a bundle, which does not exist yet; files beside it must not change."""
     surroundings = tmp_path / "outside"
     surroundings.mkdir()
     (surroundings / "secret").write_bytes(b"not yours")

@@ -1,4 +1,4 @@
-"""Models of a few small files, laid out."""
+"""Bundles of models with a few small files."""
 
 from __future__ import annotations
 

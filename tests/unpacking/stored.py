@@ -1,4 +1,4 @@
-"""A store of blobs and models made for one test, and a look at everything that is on the disk."""
+"""A store of blobs and models for one test, and listings of directories."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Stored:
         diff_ids: Sequence[bytes] = (),
         artifact_type: str | None = None,
     ) -> Model:
-        """Return a model; `diff_ids` are the uncompressed contents to promise."""
+        """Return a model; `diff_ids` are the uncompressed contents of its layers."""
         descriptors = [self.add(*layer) for layer in layers]
         if isinstance(config, str):
             config = ModelConfig(config)
@@ -61,7 +61,7 @@ Seen = dict[str, tuple[str, int, bytes]]
 
 
 def everything(root: Path) -> Seen:
-    """Return all below `root`: kind, permissions and content, or target, by path."""
+    """Return the kind, permissions and content or target of everything below `root`, by path."""
     seen: Seen = {}
     for folder, folders, files in os.walk(root):
         for name in (*folders, *files):

@@ -1,4 +1,4 @@
-"""Tar archives byte by byte, so that they can be wrong in any way."""
+"""Writers of tar archives without checks, to build invalid ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def header(
     prefix: bytes = b"",
     checksum: bytes | None = None,
 ) -> bytes:
-    """Return one header block with the right checksum, unless another is given."""
+    """Return a header block, with the right checksum by default."""
     assert len(name) <= 100, "use an extended header"
     block = bytearray(512)
     for start, field in (
@@ -81,7 +81,7 @@ def gnu_name(name: bytes, kind: bytes = b"L") -> bytes:
 def by_tarfile(
     files: Mapping[str, bytes], format: int = tarfile.PAX_FORMAT, mode: int = 0o644
 ) -> bytes:
-    """Return an archive as Python's own module writes it; a name ending in `/` is a directory."""
+    """Return an archive written by `tarfile`; a name ending in `/` is a directory."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
         for name, data in files.items():
@@ -94,7 +94,7 @@ def by_tarfile(
 
 def gzipped(data: bytes) -> bytes:
     made = bytearray(gzip.compress(data, mtime=0))
-    made[9] = 3  # Unix: which system it says differs between Pythons
+    made[9] = 3  # Unix: the default system differs between versions of Python
     return bytes(made)
 
 

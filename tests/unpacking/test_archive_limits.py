@@ -1,4 +1,4 @@
-"""What an archive may cost: bytes, entries, headers, memory, room on the disk."""
+"""Limits of archives: bytes, entries, headers, memory and disk space."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ SHARED: dict[str, tuple[Callable[[int], bytes], str]] = {
 def test_archives_of_one_model_share_their_limits(
     stored: Stored, directory: Path, what: str
 ) -> None:
-    """Or a model of thousands of small archives would fill the disk."""
+    """Otherwise a model of thousands of small archives could fill the disk."""
     made, limit = SHARED[what]
     limits = replace(SMALL, max_path_bytes=1000)
     archives = [(GZIP, PACK[GZIP](made(number) + END)) for number in range(3)]

@@ -1,4 +1,4 @@
-"""Layers that are archives: unpacked beside the other files, within limits, never outside."""
+"""Archive layers: unpacked with the other files, within limits, never outside the bundle."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_unpacked_beside_the_files(stored: Stored, directory: Path, media_type: 
 
 @pytest.mark.parametrize("form", ["tar", "tar+gzip", "tar+zstd"])
 def test_a_model_of_archives_alone(stored: Stored, directory: Path, form: str) -> None:
-    """As modctl and KitOps pack: every layer is an archive."""
+    """modctl and KitOps pack every layer as an archive."""
     pack = PACK[f"{CNCF}weight.config.v1.{form}"]
     shards = {f"./t-0000{n}-of-00002.safetensors": b"w%d" % n for n in (2, 1)}
     layers: list[Layer] = [
@@ -128,7 +128,7 @@ def test_modes_and_owners_are_left_behind(stored: Stored, directory: Path) -> No
 
 
 def test_a_file_of_the_store_is_never_written_to(stored: Stored, directory: Path) -> None:
-    """The reference opens what is there for writing: through a hard link, into its store."""
+    """The reference opens existing files for writing, and through hard links changes its store."""
     with pytest.raises(UnsafePathError, match=r"'tiny\.gguf' already exists"):
         bundle_of(stored, directory, [(TAR, by_tarfile({"tiny.gguf": b"other"}))])
     assert (stored.root / Digest.of(b"weights").encoded).read_bytes() == b"weights"

@@ -1,4 +1,4 @@
-"""Bundles of whole models: every generation, what is in them, and which file is which."""
+"""Bundles of whole models of every generation: their files and roles."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ DIFF = Digest.of(b"x")
             b'"config":{"architecture":"llama","format":"gguf","precision":"f32"}}\n'
             % str(DIFF).encode(),
         ),
-        (  # what the model does not say is not made up
+        (  # fields missing in the model are not invented
             ModelConfig(CNCF, architecture="llama", diff_ids=(DIFF,)),
             b'{"descriptor":{},"modelfs":{"type":"layers","diffIds":["%s"]},'
             b'"config":{"architecture":"llama"}}\n' % str(DIFF).encode(),
@@ -172,7 +172,7 @@ def test_runtime_config(config: ModelConfig, expected: bytes) -> None:
             [(media_types.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 2, 1)],
             "t-00001-of-00003.gguf",
         ),
-        (  # the top level comes first
+        (  # the top level is searched first
             V02,
             [
                 (media_types.DOCKER_SAFETENSORS, f"{n}.safetensors", b"%d" % i)
@@ -181,7 +181,7 @@ def test_runtime_config(config: ModelConfig, expected: bytes) -> None:
             + [(media_types.DOCKER_SAFETENSORS, "A/a.safetensors", b"9")],
             "a.safetensors",
         ),
-        (  # then each directory, as a walk goes
+        (  # then each directory, in the order of a walk
             V02,
             [
                 (media_types.DOCKER_SAFETENSORS, name, name.encode())
@@ -189,7 +189,7 @@ def test_runtime_config(config: ModelConfig, expected: bytes) -> None:
             ],
             "unet/m.safetensors",
         ),
-        (  # a hidden file is no runtime's choice, and a projector no weight
+        (  # no runtime uses a hidden file, and a projector is not a weight
             V02,
             [
                 (media_types.DOCKER_GGUF, ".a.gguf", b"1"),
@@ -198,7 +198,7 @@ def test_runtime_config(config: ModelConfig, expected: bytes) -> None:
             ],
             "b.gguf",
         ),
-        (  # what the config says, else GGUF before the others
+        (  # the format in the config, otherwise GGUF first
             ModelConfig(V02, format="safetensors"),
             [WEIGHT, (media_types.DOCKER_SAFETENSORS, "x.safetensors", b"s")],
             "x.safetensors",

@@ -1,4 +1,4 @@
-"""What goes wrong while a bundle is laid out: nothing is left, and nothing outside is touched."""
+"""Failures while laying out a bundle leave no files and change nothing outside."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_link_instead_of_the_directory_is_refused(stored: Stored, directory: P
 def test_24_links_planted_while_we_work_are_not_followed(
     stored: Stored, directory: Path, planted: str
 ) -> None:
-    """Somebody who can write beside us replaces what we made by a link to the outside."""
+    """A process with write access replaces a created entry by a link to the outside."""
     outside = directory.parent.parent
     planting: list[str] = []
 

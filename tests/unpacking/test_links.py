@@ -1,4 +1,4 @@
-"""Links to the store: what is shared, what is copied, and what the store may have lost."""
+"""Links to the store: shared and copied files, and blobs missing in the store."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refuse(number: int) -> Any:
 
 
 def clone(target: int, _request: int, source: int) -> None:
-    """What FICLONE does, for file systems that do not."""
+    """Copy a file like FICLONE, for file systems without it."""
     os.write(target, os.pread(source, 1 << 20, 0))
 
 

@@ -1,4 +1,4 @@
-"""Docker Model Runner lays out the same models the same way, but for what we do better."""
+"""Docker Model Runner lays out the same models equally, except for known differences."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VECTORS = {
     if vector["name"].partition("-")[0]
     in {"A", "B", "C", "D", "E", "F", "flags", "shards", "directory", "dduf"}
 }
-# Paths that we refuse on purpose: see `artifacts.paths` and `bundles.directory`.
+# Paths that we reject on purpose: see `artifacts.paths` and `bundles.directory`.
 REFUSED = {
     "directory-order": "A.txt and a.txt are one file on macOS",
     "directory-names": "a backslash",
@@ -107,12 +107,12 @@ def test_the_same_bundle(peer: Path, tmp_path: Path, name: str) -> None:
 
     kind = next(key for key in ("gguf", "safetensors", "dduf") if theirs[key])
     weight, their_weight = ours_and_theirs(ours.weight, kind)
-    if "-of-" in weight:  # it names the last shard of a v0.1 model, and runtimes want the first
+    if "-of-" in weight:  # it returns the last shard of a v0.1 model, but runtimes need the first
         assert "-00001-of-" in weight
     else:
         assert weight == their_weight
     projector, their_projector = ours_and_theirs(ours.mmproj, "mmproj")
     assert projector == their_projector
     template, their_template = ours_and_theirs(ours.chat_template, "chat_template")
-    if their_template or not manifest.is_cncf:  # it overlooks the templates of CNCF models
+    if their_template or not manifest.is_cncf:  # it ignores the templates of CNCF models
         assert template == their_template

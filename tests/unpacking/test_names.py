@@ -1,4 +1,4 @@
-"""Where files go: each generation's rules, and what happens where they clash."""
+"""Paths of files in a bundle: the rules of each generation, and conflicts."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def paths(arrangement: Arrangement) -> list[str]:
             [(media_types.DOCKER_GGUF, f"{n}.gguf", b"w%d" % n) for n in (1, 2, 3)],
             [f"model-0000{n}-of-00003.gguf" for n in (1, 2, 3)],
         ),
-        (  # the names of a whole set count more than its order
+        (  # the numbers of a complete set take precedence over the order of layers
             [(media_types.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (2, 3, 1)],
             [f"model-0000{n}-of-00003.gguf" for n in (2, 3, 1)],
         ),
-        (  # but those of half a set do not
+        (  # those of an incomplete set do not
             [(media_types.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 1)],
             ["model-00001-of-00002.gguf", "model-00002-of-00002.gguf"],
         ),
-        (  # nor those of two sets
+        (  # and neither do those of two sets
             [
                 (media_types.DOCKER_GGUF, "t-00002-of-00002.gguf", b"w1"),
                 (media_types.DOCKER_GGUF, "u-00002-of-00002.gguf", b"w2"),
@@ -72,7 +72,7 @@ def paths(arrangement: Arrangement) -> list[str]:
             ],
             ["model.gguf", "LICENSE.txt", "template.jinja", "model.mmproj", "sub/params.json"],
         ),
-        (  # a directory may have typed the projector as a weight
+        (  # a projector packaged from a directory has the type of a weight
             [
                 (media_types.DOCKER_GGUF, "a.gguf", b"w"),
                 (media_types.DOCKER_GGUF, "mmproj-a.gguf", b"p"),
@@ -101,7 +101,7 @@ def paths(arrangement: Arrangement) -> list[str]:
                 (media_types.DOCKER_SAFETENSORS, "x", b"w"),
                 (media_types.DOCKER_CHAT_TEMPLATE, "c.json", b"{}"),
             ],
-            ["x", "c.json"],  # chat_template.json is no Jinja, so it is not renamed to one
+            ["x", "c.json"],  # chat_template.json is not Jinja, so it is not renamed
         ),
     ],
 )
@@ -153,7 +153,7 @@ def test_docker_v01(stored: Stored, layers: list[Layer], expected: list[str]) ->
                 "y",
             ],
         ),
-        (  # no paths: the names that runtimes look for
+        (  # without paths, files get the names that runtimes look for
             [
                 (media_types.CNCF_WEIGHT_GGUF, None, b"w"),
                 (media_types.CNCF_WEIGHT_SAFETENSORS, None, b"s"),
@@ -195,7 +195,7 @@ def test_older_key_of_the_path(stored: Stored) -> None:
 
 
 def test_a_cncf_manifest_with_dockers_config_keeps_its_paths(stored: Stored) -> None:
-    """Docker Model Runner decides by the manifest's artifact type too."""
+    """Docker Model Runner also uses the manifest's artifact type."""
     layers = [(media_types.DOCKER_GGUF, "tiny.gguf", b"w")]
     model = stored.model(layers, V01, artifact_type=media_types.CNCF_MANIFEST)
     assert paths(arrange(model)) == ["tiny.gguf"]
@@ -246,7 +246,7 @@ def test_coarse_weight_without_a_path_is_named_by_the_config(stored: Stored, for
             [],
             [f"layer {hexes(b'w')[:12]} ({RAW}) is left out: it has no file name"],
         ),
-        (  # two licenses of one name; files of other kinds come first
+        (  # two licenses with one name; files of other kinds are placed first
             V01,
             [
                 (media_types.DOCKER_LICENSE, "LICENSE", b"1"),

@@ -1,4 +1,4 @@
-"""Any list of paths is laid out exactly or refused, and nothing outside is ever touched."""
+"""Any list of paths is laid out exactly or rejected, and nothing outside changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ sound_paths = st.lists(st.sampled_from(COMPONENTS[:20]), min_size=1, max_size=3)
 
 
 def expected(paths: Sequence[str]) -> dict[str, bytes] | None:
-    """Return what is to be laid out, each file with its number in it; None for a refusal."""
+    """Return the expected files, each with its number as content, or None for a rejection."""
     files = ["model.gguf", *paths]
     if any(path_problem(path) for path in files) or len(set(files)) < len(files):
         return None
@@ -44,7 +44,7 @@ def expected(paths: Sequence[str]) -> dict[str, bytes] | None:
 
 
 def check(plain: Sequence[str], archived: Sequence[str]) -> None:
-    """Lay out these paths, as layers of their own and in one archive, and look around."""
+    """Lay out these paths as separate layers and as one archive, and check the outside."""
     layers, archive = [WEIGHT], b""
     for i, path in enumerate(plain):
         layers.append((media_types.DOCKER_MODEL_FILE, path, b"%d" % i))
@@ -92,7 +92,7 @@ def test_paths_that_are_sound_alone(plain: list[str], archived: list[str]) -> No
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_archive(data: st.DataObject) -> None:
-    """Entries of every type and name, links first: whatever comes out, it is inside."""
+    """Entries of every type and name, links first, are unpacked only inside the target."""
     archive = b""
     for _ in range(data.draw(st.integers(1, 4))):
         kind = data.draw(st.sampled_from([b"0", b"1", b"2", b"3", b"5", b"6", b"7", b"S", b"L"]))

@@ -1,4 +1,4 @@
-"""A new directory: complete under its name, or not there."""
+"""A new directory appears complete under its name, or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelpack.errors import ConflictError, UsageError
 
 
 def nothing() -> None:
-    """Do nothing between filling the directory and its end."""
+    """Do nothing before the directory is published."""
 
 
 def fail() -> None:
@@ -88,7 +88,7 @@ def test_full_directory_is_refused(directory: Path) -> None:
     directory.mkdir()
     (directory / "old").touch()
     with pytest.raises(ConflictError, match="not empty"):
-        make(directory, then=fail)  # refused before anything is done
+        make(directory, then=fail)  # rejected before `fail` runs
     assert os.listdir(directory) == ["old"]
 
 
@@ -154,7 +154,7 @@ def test_failed_second_step_keeps_the_old(directory: Path, monkeypatch: Any) -> 
 
     def fail_second(parent: Folder, old: str, new: str) -> None:
         calls.append(new)
-        if len(calls) == 3:  # directly; the old aside; then the new in its place
+        if len(calls) == 3:  # rename directly; move the old directory aside; rename the new one
             raise PermissionError(13, "no")
         rename(parent, old, new)
 

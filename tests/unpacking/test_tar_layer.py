@@ -1,4 +1,4 @@
-"""A tar archive that is read out of its files: from any byte on, the same as a written one."""
+"""A tar archive generated from files: reading from any byte equals a written archive."""
 
 from __future__ import annotations
 
@@ -70,5 +70,5 @@ def test_a_file_beyond_eight_gigabytes() -> None:
         reader.readinto(head[512:])
     entry = tarfile.TarInfo.frombuf(bytes(head[512:]), "utf-8", "strict")
     assert (entry.name, entry.size) == ("models/big", size)
-    # A file that ends early ends the archive: it gets no other bytes in its place.
+    # A file that ends early ends the archive: the missing bytes are not replaced.
     assert len(content_of(layer)) == 1024 + 5

@@ -1,4 +1,4 @@
-"""The tar reader: what others write is read, what is wrong or no file is refused."""
+"""The tar reader reads archives of other programs and rejects invalid entries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMIT = 64 * 1024
 
 
 class Trickle:
-    """A stream that gives less than it is asked for."""
+    """A stream that returns fewer bytes than requested."""
 
     def __init__(self, data: bytes, most: int) -> None:
         self._buffer, self._most = io.BytesIO(data), most
@@ -31,7 +31,7 @@ class Trickle:
 
 
 def entries(data: bytes, most: int = 1 << 20) -> dict[str, bytes]:
-    """Read all; a directory has no data, so its name ends in a slash here."""
+    """Return the content of each entry by name; names of directories end in a slash."""
     reader = TarReader(Trickle(data, most), "layer x", max_header_bytes=LIMIT)
     found: dict[str, bytes] = {}
     for entry in reader:
@@ -146,7 +146,7 @@ def test_unread_data_is_skipped() -> None:
     ("data", "expected"),
     [
         (END, {}),
-        (bytes(512), {}),  # a lone block of zeros
+        (bytes(512), {}),  # a single block of zeros
         (END + b"what pads an archive is not defined", {}),
         (file(b"a", b"x", kind=b"\0", magic=b"") + END, {"a": b"x"}),  # before ustar
         (file(b"a", b"x", kind=b"7") + END, {"a": b"x"}),
@@ -174,7 +174,7 @@ def test_odd_but_sound(data: bytes, expected: dict[str, bytes]) -> None:
 
 
 def test_checksum_of_signed_bytes() -> None:
-    """Some old programs add up signed characters."""
+    """Some old programs sum signed characters."""
     block = header(b"\xc3\xa9")
     blank = block[:148] + b" " * 8 + block[156:]
     signed = sum(byte - 256 if byte > 127 else byte for byte in blank)
@@ -226,7 +226,7 @@ def test_what_we_do_not_unpack_is_said(data: bytes) -> None:
         (bytes(511), "ends inside"),
         (file(b"a", b"x"), "without the blocks that mark its end"),
         (header(b"a", 10) + b"x" * 9, "ends 1 bytes before"),
-        (header(b"a", 10) + b"x" * 10, "502 bytes before"),  # the padding is not there
+        (header(b"a", 10) + b"x" * 10, "502 bytes before"),  # the padding is missing
         (header(b"a", 1 << 32) + b"x" * 512, "before the end of a file"),
         (b"not a tar".ljust(512, b"!") + END, "checksum"),
         (b"\x1f\x8b" + b"\x08" * 510, "checksum"),
@@ -250,7 +250,7 @@ def test_what_we_do_not_unpack_is_said(data: bytes) -> None:
         (pax({b"path": b"p"}) + END, "after an extended header"),
         (file(b"x", b"nonsense", kind=b"x") + file(b"a"), "does not parse"),
         (file(b"x", b"0 a=b\n", kind=b"x") + file(b"a"), "does not parse"),
-        (file(b"x", b"6 a=bc", kind=b"x") + file(b"a"), "does not parse"),  # no end of line
+        (file(b"x", b"6 a=bc", kind=b"x") + file(b"a"), "does not parse"),  # no newline
         (file(b"x", b"99 a=b\n", kind=b"x") + file(b"a"), "does not parse"),
         (file(b"x", b"4 a\n", kind=b"x") + file(b"a"), "does not parse"),
         (file(b"x", b"5 =b\n", kind=b"x") + file(b"a"), "does not parse"),
@@ -292,7 +292,8 @@ def test_damaged_bytes_raise_our_errors_only(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(sound) - 1))
         broken[at] = data.draw(st.integers(0, 255))
-        start = at - at % 512  # keep the checksum right, or nothing else is ever tried
+        # Correct the checksum of the block, otherwise the reader stops at it.
+        start = at - at % 512
         block = broken[start : start + 512]
         block[148:156] = b" " * 8
         broken[start + 148 : start + 156] = b"%06o\0 " % sum(block)

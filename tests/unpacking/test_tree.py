@@ -1,4 +1,4 @@
-"""Trees and open directories: each path once, and links never followed."""
+"""Trees and open directories: each path is made once, and links are not followed."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_file_that_failed_is_not_taken(tree: Tree) -> None:
 @pytest.mark.parametrize("planted", ["link", "file", "directory"])
 @pytest.mark.parametrize("path", ["x", "sub/x", "sub/deep/x"])
 def test_24_planted_before_a_file(tree: Tree, directory: Path, planted: str, path: str) -> None:
-    """Somebody puts a link to a file outside where we are about to write."""
+    """Another process plants a link to an outside file at the path of a new file."""
     write(tree, "sub/deep/ours")
     secret = directory.parent.parent / "secret"
     if planted == "link":
@@ -131,7 +131,7 @@ def test_24_planted_before_a_file(tree: Tree, directory: Path, planted: str, pat
 
 @pytest.mark.parametrize("name", ["new", "sub", "sub/deep"])
 def test_24_planted_in_place_of_a_directory(tree: Tree, directory: Path, name: str) -> None:
-    """Somebody replaces a directory of ours, or one that we are about to make, by a link."""
+    """Another process replaces an existing or new directory by a link."""
     write(tree, "sub/deep/ours")
     outside = directory.parent.parent
     if name != "new":
@@ -145,7 +145,7 @@ def test_24_planted_in_place_of_a_directory(tree: Tree, directory: Path, name: s
 
 
 def test_directory_that_is_moved_away(tree: Tree, directory: Path) -> None:
-    """The root is open: what is made goes there, whatever its path leads to by now."""
+    """The root is open: files are created in it, even if its path now leads elsewhere."""
     write(tree, "a")
     moved = directory.with_name("moved")
     directory.rename(moved)
