@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from modelpack.http import REUSE
 from modelpack.http import connection as http_connection
-from modelpack.http.connection import PIECE, REUSE, ZERO_COPY_SEND, HttpConnection
+from modelpack.http.connection import PIECE, ZERO_COPY_SEND, HttpConnection
 from modelpack.http.listener import AppServer
 from tests.registry.auth_servers import make_pair
 

@@ -32,13 +32,13 @@ from h11._readers import ContentLengthReader
 from h11._receivebuffer import ReceiveBuffer
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from modelpack.http import REUSE
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: The extension's name in `scope["extensions"]`, and the type of its message.
 ZERO_COPY_SEND: Final = "http.response.zerocopysend"
-#: Our extension, whose `give_back` takes pieces of a body that the application no longer uses.
-REUSE: Final = "modelpack.reuse"
 #: Bytes of a body in one message to the application, if the body has as many.
 PIECE: Final = 1024 * 1024
 # Bodies of which less is left are read by uvicorn and h11.

@@ -22,7 +22,8 @@ from starlette.responses import Response
 from modelpack.artifacts.digest import Digest, new_hasher
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.errors import DigestMismatchError, NotFoundError, UsageError
-from modelpack.http.connection import PIECE, REUSE
+from modelpack.http import REUSE
+from modelpack.http.connection import PIECE
 from modelpack.registry_server.blob_fetch import ByteRange, chunk_range
 from modelpack.registry_server.content import Content, Repository
 from modelpack.registry_server.errors import ApiError, Code

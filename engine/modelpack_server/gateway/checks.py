@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from modelpack.http.connection import REUSE
+from modelpack.http import REUSE
 from modelpack_server.gateway.bodies import (
     DEFAULT_ANSWER,
     MAX_IN_FLIGHT,
