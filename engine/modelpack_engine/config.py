@@ -43,6 +43,9 @@ def parse_kv_cache_dtype(text: str) -> KVCacheDtype:
 BLOCK_SIZE = 16
 #: The default number of requests that may wait in an engine's queue.
 DEFAULT_MAX_WAITING = 1024
+#: The default rows of a step, which include those of prompts. On a GPU, fewer if memory is scarce.
+GPU_BATCHED_TOKENS = 2048
+CPU_BATCHED_TOKENS = 256
 
 Device = Literal["auto", "gpu", "cpu"]
 Backend = Literal["auto", "mlx", "llama.cpp"]

@@ -21,6 +21,10 @@ from typing import ParamSpec, TypeVar
 
 from modelpack.errors import ModelpackError
 
+#: Seconds after which a request may be sent again if a queue was full or a model was not ready
+#: (Retry-After).
+RETRY_AFTER = 1.0
+
 
 class EngineError(ModelpackError):
     """Any failure that the engine reports."""

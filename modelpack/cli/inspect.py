@@ -1,10 +1,9 @@
-"""Commands that read stored or remote models: inspect, list, manifest, config, resolve, bundle."""
+"""Commands that read stored or remote models: inspect, manifest, config, resolve, bundle."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,6 @@ from modelpack.cli.output import (
 )
 from modelpack.formats.gguf import MetadataArray
 from modelpack.operations import lookup
-from modelpack.operations.model_list import Summarized, summarize_models
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.resolve import bundle as bundle_model
 from modelpack.operations.resolve import resolve as resolve_files
@@ -45,9 +43,6 @@ from modelpack.storage import read_blob
 if TYPE_CHECKING:
     from modelpack.operations.headers import FileHeader
     from modelpack.operations.remote import RemoteOptions
-
-_STEPS = (("year", 365 * 86400), ("month", 30 * 86400), ("week", 7 * 86400), ("day", 86400),
-          ("hour", 3600), ("minute", 60))  # fmt: skip
 
 
 def model_json(model: Model, missing: Collection[Digest] = ()) -> dict[str, Any]:
@@ -113,26 +108,6 @@ def model_text(model: Model, missing: Collection[Digest] = ()) -> str:
         line = f"  {file.role!s:<14}{size:>10}  {file.filepath or file.descriptor.digest}"
         text.append(line + ("  (missing)" if file.descriptor.digest in missing else ""))
     return "\n".join(map(one_line, text))
-
-
-def age(created: str | None, now: datetime) -> str:
-    """Return the age of an RFC 3339 time, like "2 days ago"; empty for None and for the epoch."""
-    if not created:
-        return ""
-    try:
-        when = datetime.fromisoformat(created)
-    except ValueError:
-        return created
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    if when.timestamp() == 0:
-        return ""
-    seconds = (now - when).total_seconds()
-    for unit, length in _STEPS:
-        count = int(seconds // length)
-        if count >= 1:
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "just now" if seconds >= 0 else created
 
 
 _MAX_VALUE = 120
@@ -394,74 +369,3 @@ def _find(settings: Settings, name: str, in_registry: bool, remote: RemoteOption
 def _write(content: bytes) -> None:
     sys.stdout.buffer.write(content)
     sys.stdout.buffer.flush()
-
-
-_HEADER = (
-    "MODEL NAME", "PARAMETERS", "QUANTIZATION", "ARCHITECTURE", "MODEL ID", "CREATED", "CONTEXT",
-    "SIZE",
-)  # fmt: skip
-
-
-@click.command("list")
-@click.argument("model", required=False)
-@common_options
-def list_models(settings: Settings, model: str | None) -> None:
-    """List stored models, or those named MODEL. With --quiet, print only their ids.
-
-    For a partly pulled model, SIZE is the stored part of the total.
-    """
-    found = summarize_models(settings.store(), model)
-    if settings.json:
-        show_json({"models": [_listing_json(item) for item in found]})
-    elif settings.quiet:
-        for digest in dict.fromkeys(item.digest for item in found):
-            click.echo(digest.short)
-    else:
-        now = datetime.now(UTC)
-        rows = [row for item in found for row in _rows(item, now)]
-        rows.sort(key=lambda row: row[0].lower())
-        click.echo(table(_HEADER, rows))
-    for item in found:
-        if item.problem:
-            note(settings, f"note: {item.digest.short}: {item.problem}")
-
-
-def _rows(item: Summarized, now: datetime) -> list[tuple[str, ...]]:
-    cells = ("", "", "")
-    created = context = size = ""
-    known = item.summary
-    if known:
-        cells = (known.parameters, known.quantization, known.architecture)
-        created = age(known.created, now)
-        context = str(known.context_size) if known.context_size is not None else ""
-        size = human_size(known.size)
-        if item.missing:
-            here = known.size - sum(blob.size for blob in item.missing)
-            size = f"{human_size(here)} of {size}"
-    rest = (*cells, item.digest.short, created, context, size)
-    names = [reference.familiar for reference in item.references] or ["<none>"]
-    return [(name, *rest) for name in names]
-
-
-def _listing_json(item: Summarized) -> dict[str, Any]:
-    value: dict[str, Any] = {
-        "digest": str(item.digest),
-        "tags": [str(reference) for reference in item.references],
-    }
-    known = item.summary
-    if known:
-        value |= {
-            "size": known.size,
-            "created": known.created,
-            "format": known.format,
-            "parameters": known.parameters,
-            "quantization": known.quantization,
-            "architecture": known.architecture,
-            "contextSize": known.context_size,
-        }
-    if item.missing:
-        value["missing"] = [str(blob.digest) for blob in item.missing]
-        value["missingSize"] = sum(blob.size for blob in item.missing)
-    if item.problem:
-        value["problem"] = item.problem
-    return value

@@ -36,7 +36,7 @@ COMMANDS = {
     "keygen": ("trust", "keygen"),
     "k8s": ("deploy", "k8s"),
     "lint": ("trust", "lint"),
-    "list": ("inspect", "list_models"),
+    "list": ("store", "list_models"),
     "lock": ("transfer", "lock"),
     "login": ("registry", "login"),
     "logout": ("registry", "logout"),

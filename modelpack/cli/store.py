@@ -1,15 +1,26 @@
-"""`modelpack tag`, `rm`, `gc` and `fsck`: change and check the local store."""
+"""`modelpack list`, `tag`, `rm`, `gc` and `fsck`: show, change and check the local store."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import Settings, common_options, model_argument, remote_options
-from modelpack.cli.output import human_size, note, note_reference, plural, show, shown_progress
+from modelpack.cli.output import (
+    human_size,
+    note,
+    note_reference,
+    plural,
+    show,
+    show_json,
+    shown_progress,
+    table,
+)
 from modelpack.errors import IntegrityError, UsageError
+from modelpack.operations.model_list import Summarized, summarize_models
 from modelpack.operations.remote import RemoteOptions
 from modelpack.storage import watching
 from modelpack.store.fsck import Fault, FsckReport
@@ -17,6 +28,99 @@ from modelpack.store.layout import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from modelpack.operations.repair import Repaired
+
+
+_STEPS = (("year", 365 * 86400), ("month", 30 * 86400), ("week", 7 * 86400), ("day", 86400),
+          ("hour", 3600), ("minute", 60))  # fmt: skip
+_HEADER = (
+    "MODEL NAME", "PARAMETERS", "QUANTIZATION", "ARCHITECTURE", "MODEL ID", "CREATED", "CONTEXT",
+    "SIZE",
+)  # fmt: skip
+
+
+@click.command("list")
+@click.argument("model", required=False)
+@common_options
+def list_models(settings: Settings, model: str | None) -> None:
+    """List stored models, or those named MODEL. With --quiet, print only their ids.
+
+    For a partly pulled model, SIZE is the stored part of the total.
+    """
+    found = summarize_models(settings.store(), model)
+    if settings.json:
+        show_json({"models": [_listing_json(item) for item in found]})
+    elif settings.quiet:
+        for digest in dict.fromkeys(item.digest for item in found):
+            click.echo(digest.short)
+    else:
+        now = datetime.now(UTC)
+        rows = [row for item in found for row in _rows(item, now)]
+        rows.sort(key=lambda row: row[0].lower())
+        click.echo(table(_HEADER, rows))
+    for item in found:
+        if item.problem:
+            note(settings, f"note: {item.digest.short}: {item.problem}")
+
+
+def _rows(item: Summarized, now: datetime) -> list[tuple[str, ...]]:
+    cells = ("", "", "")
+    created = context = size = ""
+    known = item.summary
+    if known:
+        cells = (known.parameters, known.quantization, known.architecture)
+        created = age(known.created, now)
+        context = str(known.context_size) if known.context_size is not None else ""
+        size = human_size(known.size)
+        if item.missing:
+            here = known.size - sum(blob.size for blob in item.missing)
+            size = f"{human_size(here)} of {size}"
+    rest = (*cells, item.digest.short, created, context, size)
+    names = [reference.familiar for reference in item.references] or ["<none>"]
+    return [(name, *rest) for name in names]
+
+
+def _listing_json(item: Summarized) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "digest": str(item.digest),
+        "tags": [str(reference) for reference in item.references],
+    }
+    known = item.summary
+    if known:
+        value |= {
+            "size": known.size,
+            "created": known.created,
+            "format": known.format,
+            "parameters": known.parameters,
+            "quantization": known.quantization,
+            "architecture": known.architecture,
+            "contextSize": known.context_size,
+        }
+    if item.missing:
+        value["missing"] = [str(blob.digest) for blob in item.missing]
+        value["missingSize"] = sum(blob.size for blob in item.missing)
+    if item.problem:
+        value["problem"] = item.problem
+    return value
+
+
+def age(created: str | None, now: datetime) -> str:
+    """Return the age of an RFC 3339 time, like "2 days ago"; empty for None and for the epoch."""
+    if not created:
+        return ""
+    try:
+        when = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    if when.timestamp() == 0:
+        return ""
+    seconds = (now - when).total_seconds()
+    for unit, length in _STEPS:
+        count = int(seconds // length)
+        if count >= 1:
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now" if seconds >= 0 else created
 
 
 @click.command()

@@ -17,11 +17,14 @@ from modelpack_engine.config import DEFAULT_MAX_WAITING
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.buckets import EXACT, Buckets, round_down
 from modelpack_engine.core.sequence import Sequence, SequenceStatus
-from modelpack_engine.errors import ContextLengthError, EngineError, QueueFullError, RequestError
+from modelpack_engine.errors import (
+    RETRY_AFTER,
+    ContextLengthError,
+    EngineError,
+    QueueFullError,
+    RequestError,
+)
 from modelpack_engine.outputs import EngineStats, FinishReason
-
-#: Seconds after which a request that found the queue full may be sent again (Retry-After).
-RETRY_AFTER = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from modelpack_engine.config import EngineConfig
+from modelpack_engine.config import CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS, EngineConfig
 from modelpack_engine.core.batch import StepShape
 from modelpack_engine.core.block_manager import window_blocks
 from modelpack_engine.core.buckets import EXACT, FEW, Buckets, round_up, sizes_up_to
@@ -26,18 +26,13 @@ from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 
-# Default rows of a step on a GPU.
-_GPU_TOKENS = 2048
-
 # Tokens of one prompt in a step: running sequences wait that long for their next token.
 _GPU_CHUNK = 512
 
 # The context length at which attention takes half of the time of a prompt's row.
 _GPU_CONTEXT = 4096
 
-# Default rows of a step on a CPU; the largest share of the free memory, and the default bytes, of
-# its KV cache.
-_CPU_TOKENS = 256
+# On a CPU: the largest share of the free memory, and the default bytes, of the KV cache.
 _CPU_SHARE = 0.25
 _CPU_BYTES = 512 * 1024**2
 
@@ -168,7 +163,7 @@ def choose_sizes(
     buckets = FEW if gpu else EXACT
     if not keeps_steps():
         step_memory = StepMemory()
-    default = _rows_of_a_step(step_memory.per_row) if gpu else _CPU_TOKENS
+    default = _rows_of_a_step(step_memory.per_row) if gpu else CPU_BATCHED_TOKENS
     tokens = max(config.max_num_batched_tokens or default, 2 * config.max_num_seqs)
     step_bytes = _STEPS * tokens * step_memory.per_row + step_memory.per_step
 
@@ -231,7 +226,7 @@ def keeps_steps() -> bool:
 
 def _rows_of_a_step(row_bytes: int) -> int:
     """Return the default rows of a step: halved until steps' arrays take little enough memory."""
-    rows = _GPU_TOKENS
+    rows = GPU_BATCHED_TOKENS
     if row_bytes:
         room = device.total_memory() // _STEPS_SHARE
         while rows > _FEWEST_ROWS and _STEPS * rows * row_bytes > room:

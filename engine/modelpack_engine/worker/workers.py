@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from modelpack_engine.errors import QueueFullError, RequestError
+from modelpack_engine.errors import RETRY_AFTER, QueueFullError, RequestError
 from modelpack_engine.worker.process import (
     WorkerDiedError,
     WorkerProcess,
@@ -19,8 +19,6 @@ from modelpack_engine.worker.process import (
 )
 from modelpack_engine.worker.threads import Cancellation, current_cancellation
 
-#: Seconds after which a request that found the queue full may be sent again (Retry-After).
-RETRY_AFTER = 1.0
 #: Bytes of address space of a worker that renders.
 MAX_MEMORY = 1024 * 1024 * 1024
 

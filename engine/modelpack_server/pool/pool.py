@@ -13,6 +13,7 @@ from typing import Any
 from modelpack.errors import ModelpackError, UntrustedError
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.errors import (
+    RETRY_AFTER,
     BusyError,
     EngineError,
     LoadCancelledError,
@@ -50,8 +51,6 @@ _log = logging.getLogger(__name__)
 GRACE = 30.0
 #: The limit of requests that wait for one model.
 MAX_WAITING = 1024
-#: Retry-After, in seconds, for a request whose model is not ready.
-RETRY_AFTER = 1.0
 
 
 class ModelPool:

@@ -18,7 +18,14 @@ from typing import Any, Literal, TypeVar
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from modelpack_engine.errors import EngineError, QueueFullError, RequestError, as_error, no_panics
+from modelpack_engine.errors import (
+    RETRY_AFTER,
+    EngineError,
+    QueueFullError,
+    RequestError,
+    as_error,
+    no_panics,
+)
 from modelpack_engine.models.tokenizer import Tokenizer
 
 #: Characters of one schema. The compiler recurses along references: see `on_deep_stack`.
@@ -178,8 +185,6 @@ class ReasoningBlock:
 T = TypeVar("T")
 
 LIMITS = LLParserLimits(verbose_errors=False)
-#: Retry-After, in seconds, if there is no memory to compile a grammar.
-RETRY_AFTER = 1.0
 _STACK = 512 << 20  # address space; the system provides memory on use
 _one_at_a_time = threading.Lock()
 
