@@ -63,7 +63,8 @@ class Inflow:
 
     The peer may send `max_bytes`. After its first byte, it must keep `timeouts.minimum_speed` over
     each period of `timeouts.idle`, and finish within `seconds`. So a server cannot hold a client by
-    sending a byte now and then, or interim responses without end.
+    sending a byte now and then, or interim responses without end. Unlike a `SpeedMeter`, it is
+    checked while a call blocks, and counts the time of one call as a whole.
     """
 
     def __init__(

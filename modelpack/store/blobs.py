@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,15 +204,15 @@ BLOB_MODE = 0o444
 
 
 @dataclass(frozen=True, slots=True)
-class FileBlob:
-    """A blob in a store, as a source; opening it raises `NotFoundError` if it is missing."""
+class StoredBlob:
+    """A blob in a store, as a source; `find` returns its file or raises `NotFoundError`."""
 
-    blobs: Blobs
+    find: Callable[[Digest], Path]
     digest: Digest
 
     def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
         """Return the open file at `offset`; raises `NotFoundError`."""
-        path = self.blobs.path(self.digest)
+        path = self.find(self.digest)
         with map_os_errors("read", path):
             stream = io.FileIO(path)
             stream.seek(offset)

@@ -8,12 +8,11 @@ preserved.
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,9 +32,9 @@ from modelpack.errors import (
     StoreError,
     UnsafePathError,
 )
-from modelpack.storage import BlobReader, BlobSource
+from modelpack.storage import BlobSource
 from modelpack.store import lookup
-from modelpack.store.blobs import read_verified
+from modelpack.store.blobs import StoredBlob, read_verified
 from modelpack.store.file_copy import (
     Hashing,
     clone,
@@ -162,22 +161,6 @@ def default_docker_root() -> Path:
     return Path(configured) if configured else Path.home() / ".docker" / "models"
 
 
-@dataclass(frozen=True, slots=True)
-class DockerBlob:
-    """A blob in Docker's store; opening it raises `NotFoundError` if it is missing."""
-
-    store: DockerStore
-    digest: Digest
-
-    def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
-        """Return the open file at `offset`; raises `NotFoundError`."""
-        path = self.store.blob_path(self.digest)
-        with map_os_errors("read", path):
-            stream = io.FileIO(path)
-            stream.seek(offset)
-        return stream
-
-
 class DockerStore:
     """Docker Model Runner's store at `root`; implements `modelpack.storage.Source`.
 
@@ -218,7 +201,7 @@ class DockerStore:
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
         """Return the blob as a source; opening it raises `NotFoundError` if it is missing."""
-        return DockerBlob(self, descriptor.digest)
+        return StoredBlob(self.blob_path, descriptor.digest)
 
     def blob_path(self, digest: Digest) -> Path:
         """Return the path of an unverified blob; raises `NotFoundError`."""

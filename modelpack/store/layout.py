@@ -23,7 +23,7 @@ from modelpack.errors import NotFoundError, StoreError, UsageError
 from modelpack.progress import Action, Progress
 from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 from modelpack.store import lookup
-from modelpack.store.blobs import Blobs, FileBlob, VerifiedMarks
+from modelpack.store.blobs import Blobs, StoredBlob, VerifiedMarks
 from modelpack.store.filesystem import read_own, write_atomically
 from modelpack.store.index import IndexDocument, IndexFile
 from modelpack.store.leases import Leases
@@ -103,7 +103,7 @@ class LayoutStore:
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
         """Return the blob as a source; opening it raises `NotFoundError` if it is missing."""
-        return FileBlob(self._blobs, descriptor.digest)
+        return StoredBlob(self._blobs.path, descriptor.digest)
 
     # Target
 
