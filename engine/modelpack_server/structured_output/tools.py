@@ -231,7 +231,7 @@ class _Literals:
     def value(self, part: object, depth: int) -> str:
         """Return an expression for a value at nesting level `depth`."""
         if depth > _MAX_NESTING:
-            raise RequestError("its schema is nested too deep", param="tools")
+            raise RequestError("its schema is nested too deeply", param="tools")
         self._rules.charge(_VISIT)
         schema = resolved(part, self._root)
         choices = [schema["const"]] if "const" in schema else schema.get("enum")
@@ -303,7 +303,7 @@ class _Literals:
             return rules.plain(null if value is None else true if value else false)
         if isinstance(value, str | int | float):
             return rules.plain(json.dumps(value, ensure_ascii=False))
-        raise RequestError("an enum of objects or arrays cannot be written", param="tools")
+        raise RequestError("enums of objects or arrays are not supported", param="tools")
 
 
 MAX_CALLS = 16  # in one reply

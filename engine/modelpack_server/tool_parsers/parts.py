@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from modelpack_engine.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,15 @@ class Tool:
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
+
+
+def check_names(tools: Sequence[Tool]) -> None:
+    """Raise `RequestError` if two tools have the same name."""
+    seen: set[str] = set()
+    for tool in tools:
+        if tool.name in seen:
+            raise RequestError(f"two tools have the same name: {tool.name!r}", param="tools")
+        seen.add(tool.name)
 
 
 @dataclass(frozen=True, slots=True)

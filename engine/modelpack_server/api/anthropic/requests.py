@@ -19,7 +19,7 @@ from pydantic import (
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body
 from modelpack_server.api.continuation import carried
-from modelpack_server.tool_parsers.parts import Tool, ToolChoice
+from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 
 
 class ToolFields(Body):
@@ -51,9 +51,8 @@ def tools_of(
     names an unknown tool.
     """
     tools = tuple(_tool(fields, i) for i, fields in enumerate(given))
+    check_names(tools)
     known = {tool.name for tool in tools}
-    if len(known) < len(tools):
-        raise RequestError("two tools have the same name", param="tools")
     if choice is None or choice.type == "auto":
         return tools, ToolChoice()
     if choice.type == "none":

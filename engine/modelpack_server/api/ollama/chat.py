@@ -38,7 +38,7 @@ from modelpack_server.pool.model_defaults import parse_options
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings, parse_keep_alive, preset_named
 from modelpack_server.structured_output import Constraint
-from modelpack_server.tool_parsers.parts import Tool
+from modelpack_server.tool_parsers.parts import Tool, check_names
 
 _EFFORTS = ("minimal", "low", "medium", "high", "max")
 
@@ -309,8 +309,7 @@ class _Waiting:
 
 def _tools(offered: Sequence[OfferedTool]) -> tuple[Tool, ...]:
     tools = tuple(_tool(tool) for tool in offered)
-    if len({tool.name for tool in tools}) < len(tools):
-        raise RequestError("two tools have the same name", param="tools")
+    check_names(tools)
     return tools
 
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body
 from modelpack_server.structured_output import Constraint
-from modelpack_server.tool_parsers.parts import Tool, ToolChoice
+from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 
 
 class FunctionCall(Body):
@@ -235,9 +235,8 @@ def tools_of(request: ChatRequest) -> tuple[tuple[Tool, ...], ToolChoice]:
 
 def check_choice(tools: Sequence[Tool], choice: ToolChoice, param: str = "tool_choice") -> None:
     """Raise `RequestError` for two tools of one name, or a choice that names an unknown tool."""
+    check_names(tools)
     known = {tool.name for tool in tools}
-    if len(known) < len(tools):
-        raise RequestError("two tools have the same name", param="tools")
     for name in choice.names:
         if name not in known:
             raise RequestError(f"no such tool: {name!r}", param=param)
