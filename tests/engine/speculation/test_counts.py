@@ -7,8 +7,8 @@ from prometheus_client import generate_latest
 
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.outputs import RequestEvent, Usage
+from modelpack_server.api.metrics import ModelMetrics
 from modelpack_server.api.openai.replies import total_usage
-from modelpack_server.api.system import ModelMetrics
 from modelpack_server.conversation.spec import ChatUsage
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.entry import Entry
