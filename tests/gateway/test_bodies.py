@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+from fastapi import APIRouter, FastAPI
 from starlette.datastructures import Headers
-from starlette.types import Message
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
+from modelpack_server.api.bodies import Body, BodyRoute
 from modelpack_server.gateway.bodies import (
     FREE_BYTES,
     SLOW_START,
@@ -20,7 +27,7 @@ from modelpack_server.gateway.bodies import (
     read_body,
 )
 from tests.gateway.houses import BODY, House
-from tests.gateway.servers import CHAT, answering
+from tests.gateway.servers import CHAT, answering, protected
 
 LONG = {"model": "ai/smollm2", "prompt": "word " * 800}  # about 1000 tokens
 
@@ -156,3 +163,75 @@ def test_a_body_that_never_comes_is_408(house: House, monkeypatch: pytest.Monkey
             "Content-Length: 100\r\n\r\n{".encode()
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("announced", [1, 2])
+def test_a_finished_body_is_freed_at_once(announced: int) -> None:
+    """Connections are in cycles of references: a collection comes after hundreds of requests."""
+    size, requests = 2 * 1024 * 1024, 10  # the last request may still have three copies
+    body = b'{"prompt": "' + b"a" * size + b'"}'
+    with protected(_empty) as served, _without_collections():
+        url = served.client.base_url
+        for count in range(1, requests + 1):
+            with socket.create_connection((url.host, url.port), timeout=10) as client:
+                client.sendall(
+                    f"POST {CHAT} HTTP/1.1\r\nHost: {url.host}\r\n"
+                    f"Content-Length: {len(body) * announced}\r\n\r\n".encode()
+                )
+                client.sendall(body)
+                if announced == 1:
+                    assert client.recv(1024).startswith(b"HTTP/1.1 204")
+            served.traces.wait(count)
+        assert tracemalloc.get_traced_memory()[0] < size * requests / 2
+
+
+def test_an_invalid_body_is_freed_at_once() -> None:
+    size, requests = 2 * 1024 * 1024, 10
+    app = FastAPI()
+    routes = APIRouter(route_class=BodyRoute)
+
+    @routes.post("/")
+    async def take(body: _Numbers) -> None: ...
+
+    app.include_router(routes)
+
+    async def ask(body: bytes) -> int:
+        statuses: list[int] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: Message) -> None:
+            statuses.append(message.get("status", 0))
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"",
+                 "headers": headers}  # fmt: skip
+        await app(scope, receive, send)
+        return statuses[0]
+
+    for end in (b'"}', b'",}'):  # a wrong type, and no JSON
+        with _without_collections():
+            for _ in range(requests):
+                assert asyncio.run(ask(b'{"number": "' + b"a" * size + end)) == 422
+            assert tracemalloc.get_traced_memory()[0] < size * requests / 2
+
+
+class _Numbers(Body):
+    number: int
+
+
+async def _empty(scope: Scope, receive: Receive, send: Send) -> None:
+    await Response(status_code=204)(scope, receive, send)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
+        gc.enable()

@@ -148,12 +148,27 @@ class BodyRoute(APIRoute):
             parsed.body_type = body_type
             try:
                 return await answer(parsed)
-            except HTTPException as error:  # FastAPI raises it for any error of `JsonRequest.json`
-                if isinstance(error.__cause__, RequestValidationError):
-                    raise error.__cause__ from None
-                raise
+            except (HTTPException, RequestValidationError) as error:
+                raise _without_frames(error) from None
 
         return handle
+
+
+def _without_frames(
+    error: HTTPException | RequestValidationError,
+) -> HTTPException | RequestValidationError:
+    """Return the error to respond with, without references to the frames that have the body.
+
+    FastAPI's frames refer to the errors that they raise: the body of an invalid request would stay
+    in memory until the next collection.
+    """
+    found, cause = error, error.__cause__
+    # FastAPI raises an `HTTPException` for any error of `JsonRequest.json`.
+    if isinstance(error, HTTPException) and isinstance(cause, RequestValidationError):
+        found = cause
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    found.__traceback__ = found.__cause__ = found.__context__ = None
+    return found
 
 
 P = ParamSpec("P")

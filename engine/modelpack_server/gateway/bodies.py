@@ -153,7 +153,7 @@ async def read_body(
                 message = await asyncio.wait_for(_next(receive), patience)
             except TimeoutError:
                 raise TooSlowError(size) from None
-            piece = message.get("body", b"")
+            piece = message.pop("body", b"")
             more = message.get("more_body", False)
             size += len(piece)
             if size > limit:
@@ -162,9 +162,14 @@ async def read_body(
                 share.add(len(piece))
                 pieces.append(bytes(piece))  # joining bytes objects releases the GIL
                 give_back(piece)
+            piece = b""  # see below
     except (TooLargeError, NoRoomError) as error:
         pieces.clear()
         error.size = size + await _drain(receive, limit, message_left=more)
+        raise
+    except BaseException:
+        # The traceback, and so this frame, is in a cycle of references until a collection.
+        pieces.clear()
         raise
     return pieces
 

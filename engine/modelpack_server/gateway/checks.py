@@ -36,7 +36,13 @@ from modelpack_server.gateway.forwarding import (
     is_direct,
     without_caller,
 )
-from modelpack_server.gateway.json_bodies import ComplexityError, Parsed, in_worker, put_document
+from modelpack_server.gateway.json_bodies import (
+    ComplexityError,
+    Parsed,
+    drop_document,
+    in_worker,
+    put_document,
+)
 from modelpack_server.gateway.keys import Key, Keys
 from modelpack_server.gateway.limits import Exceeded, Grant, Limiter, Limits, Subject
 from modelpack_server.gateway.lists import filtering
@@ -207,6 +213,7 @@ class Checks:
                     return
                 await self._app(scope, receive, send)
         finally:
+            drop_document(scope)
             if grant is not None:
                 _settle(grant, trace_of(scope), asked)
 

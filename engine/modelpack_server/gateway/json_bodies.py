@@ -100,6 +100,11 @@ def put_document(scope: Scope, value: Any) -> None:
     scope[_SCOPE_KEY] = value
 
 
+def drop_document(scope: Scope) -> None:
+    """Free the parsed body of a finished request: its connection keeps `scope`."""
+    scope.pop(_SCOPE_KEY, None)
+
+
 def document_in(scope: Scope, default: Any = None) -> Any:
     """Return the parsed body of a request, or `default` if it was not parsed."""
     return scope.get(_SCOPE_KEY, default)
