@@ -326,7 +326,7 @@ def make_plan(
 ) -> Plan:
     """Plan the stages for `entries`, the first of `num_rows` rows.
 
-    `ends_masked` marks rows that may not end yet, and `counted` those whose token is surely output.
+    `ends_masked` marks rows that may not end yet, `counted` rows whose token will be output.
     """
     tops = [e.params.logprobs for e in entries if e.params.logprobs is not None]
     return Plan(

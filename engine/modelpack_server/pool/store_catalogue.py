@@ -136,7 +136,7 @@ class StoreCatalogue:
 
         def config(_context: int, weight_bytes: int) -> EngineConfig:
             if "gpu_memory_utilization" in settings.engine_fields():
-                return chosen  # the settings of this model set the share
+                return chosen  # the model's own settings say how much memory it may use
             return _within(chosen, weight_bytes, room)
 
         def make_engine() -> BaseEngine:
