@@ -36,6 +36,9 @@ from modelpack.trust.signatures import MANIFEST_FORMATS, Signature, SignatureKin
 POLICY: Final = "MODELPACK_POLICY"
 _IPV6: Final = re.compile(r"\[[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*\]")
 
+_SET: Final = re.compile(r"\[!?\]?[^]]*\]")
+_IN_NO_PATH: Final = re.compile(r"[^a-z0-9._/*?-]")
+
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
@@ -209,6 +212,11 @@ def _problem_of(pattern: str) -> str:
         return f"'[' starts a set of characters; write [[]{pattern[1:]}"
     if ":" in path or "@" in path:
         return "rules match repositories, without tag and digest"
+    literal = _SET.sub("?", path)
+    if found := _IN_NO_PATH.search(literal):
+        return f"no repository contains {found[0]!r}"
+    if slash and "" in literal.split("/"):
+        return "a component of the repository is empty"
     if not slash and "*" not in pattern:
         return "write registry/repository"
     if not slash or set(host) & set("*?["):

@@ -78,6 +78,22 @@ def test_patterns_that_name_models(keys: Path, pattern: str, name: str) -> None:
     assert [one.name for one in rule.publishers] == ["team"]
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "registry.example//team/*",
+        "registry.example/team//m",
+        "registry.example/team/",
+        "registry.example/team/* ",
+        "registry.example/t\N{LATIN SMALL LETTER E WITH DIAERESIS}am/*",
+        "registry.example/team/[m",
+    ],
+)
+def test_patterns_that_match_no_repository(keys: Path, pattern: str) -> None:
+    with pytest.raises(FormatError, match="matches no model"):
+        trusting(keys, POLICY.replace("*/team/*", pattern))
+
+
 def test_both_the_key_and_the_policy_count(keys: Path, theirs: PrivateKey) -> None:
     path = keys / "both.toml"
     path.write_text('default = "accept"')
