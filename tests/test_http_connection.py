@@ -256,6 +256,29 @@ def test_closed_connections_hold_no_memory() -> None:
         gc.enable()
 
 
+def test_closed_connections_hold_no_unread_piece() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        connection = scope["extensions"][REUSE]["give_back"].__self__
+        while not connection._pieces:
+            await asyncio.sleep(0)
+        await reply(send, b"no", 413)
+
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        with AppServer(lambda: app, "127.0.0.1:0", name="test", grace=1) as server:
+            name, _, port = server.host.rpartition(":")
+            for _ in range(10):
+                with socket.create_connection((name, int(port)), timeout=20) as connection:
+                    connection.sendall(head("POST", len(CONTENT)) + CONTENT[:PIECE])
+                    assert b" 413 " in connection.recv(100)
+        assert tracemalloc.get_traced_memory()[0] < 5 * PIECE
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
 @pytest.mark.parametrize("read", [0, 1, PIECE, 2 * PIECE + 1])
 def test_an_early_answer_leaves_the_connection_usable(read: int) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

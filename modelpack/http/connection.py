@@ -234,6 +234,8 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
         # Free memory now: the connection is in a cycle of references until the next collection.
         self._piece, self._filled = bytearray(), 0
         self._spare.clear()
+        if self.cycle is not None and self.cycle.response_complete:
+            self._pieces.clear()
         if self._head_timer is not None:
             self._head_timer.cancel()
         super().connection_lost(exc)
