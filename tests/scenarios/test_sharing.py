@@ -6,11 +6,15 @@ import json
 import threading
 from pathlib import Path
 
+import pytest
+
 import modelpack
 from tests.models import tiny_gguf
 from tests.registry.faults import held_until
 from tests.scenarios.processes import finish, run, start, wait_until
 from tests.scenarios.published import Published
+
+pytestmark = pytest.mark.long
 
 
 def test_20_two_pulls_of_one_model(published: Published, tmp_path: Path) -> None:

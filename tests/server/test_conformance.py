@@ -25,6 +25,8 @@ from tests.interop.go_tool import build_go_tool
 from tests.peers import REQUIRED, require
 from tests.server.conftest import OCTETS, Client, digest_of, errors, index, manifest
 
+pytestmark = pytest.mark.long
+
 ALGORITHMS = ("sha256", "sha512")
 BLOBS = {"empty": b"", "braces": b"{}", "a kilobyte and a half": bytes(range(256)) * 6}
 

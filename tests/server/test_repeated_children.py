@@ -19,6 +19,8 @@ from modelpack.store.blobs import Blobs
 from modelpack.store.layout import LayoutStore
 from tests.server.conftest import Client, digest_of, index, manifest
 
+pytestmark = pytest.mark.long
+
 TIMES = 20_000
 
 
@@ -61,7 +63,6 @@ def repeated(child: bytes, *, sizes: int = 1) -> bytes:
     return json.dumps(json.loads(index()) | {"manifests": entries}).encode()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("sizes", [1, TIMES])
 def test_referrers_of_a_registry(server: RegistryServer, reads: Reads, sizes: int) -> None:
     client = Client(server.url, "team/model")

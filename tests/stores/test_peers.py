@@ -22,6 +22,8 @@ from tests.contract.parts import (
 )
 from tests.peers import require
 
+pytestmark = pytest.mark.long
+
 NAME = "docker.io/ai/x:latest"
 
 MODELS = {

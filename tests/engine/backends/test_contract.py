@@ -15,6 +15,8 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.base_engine import BaseEngine
 from tests.engine.backends.conftest import MakeEngine
 
+pytestmark = pytest.mark.long
+
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=12, temperature=0.9, seed=5, ignore_eos=True)
 

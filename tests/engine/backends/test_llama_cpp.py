@@ -34,6 +34,8 @@ from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.stored_models import Opened, open_model
 from tests.engine.loaders.tiny_models import TINY_MODELS
 
+pytestmark = pytest.mark.long
+
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 
@@ -230,7 +232,6 @@ def test_served(opened: Opened, gguf_file: Path) -> None:
     assert answers[0]["usage"]["completion_tokens"] == 5
 
 
-@pytest.mark.long
 @pytest.mark.weights
 @pytest.mark.usefixtures("llama_cpp")
 def test_real_weights() -> None:

@@ -22,6 +22,8 @@ from modelpack_engine.errors import ContextLengthError, EngineError, ModelLoadEr
 from modelpack_engine.models import ModelFiles
 from tests.engine.embedding.models import write_model
 
+pytestmark = pytest.mark.long
+
 Make = Callable[[], Embedder | CrossEncoder]
 
 

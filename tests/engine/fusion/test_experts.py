@@ -22,6 +22,8 @@ from tests.engine.runner.models import tiny_llama
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.specimen import make_specimen
 
+pytestmark = pytest.mark.long
+
 ROWS = 9
 
 
@@ -31,14 +33,12 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
         yield found
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_the_texts_compute_what_mlx_does(host: Host, dtype: mx.Dtype) -> None:
     assert expert_kernels.verdict(dtype) is None
     assert {body for body, _ in host.calls} == {"route", "dispatch", "combine"}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "wrong", "found"),
     [
@@ -56,7 +56,6 @@ def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str], fo
     assert expert_kernels.verdict(mx.float32) == found
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("experts", "top_k", "groups", "keep", "normed"),
     [(8, 2, 1, 1, True), (64, 6, 8, 3, True), (33, 1, 1, 1, True), (16, 4, 4, 2, False)],
@@ -76,7 +75,6 @@ def test_sigmoids_choose_as_deepseek_does(
         assert actual == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.long
 def test_rows_without_numbers_have_experts_all_the_same(host: Host) -> None:
     logits = mx.full((2, 8), float("nan"))
     for routing in (Routing(3, True), Routing(3, True, sigmoid=True)):

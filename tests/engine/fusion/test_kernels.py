@@ -17,6 +17,8 @@ from modelpack_engine.runner.model_runner import make_runner
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 from tests.engine.runner.models import tiny_llama
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
@@ -27,7 +29,6 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
         yield found
 
 
-@pytest.mark.long
 def test_the_texts_compute_what_mlx_does(host: Host) -> None:
     assert kernels.verdict(mx.float32) is None
     assert {body for body, _ in host.calls} == {
@@ -90,7 +91,6 @@ def test_heads_of_any_kind_are_rotated(
     close(pools.values, wanted[1])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "wrong", "found"),
     [
@@ -110,7 +110,6 @@ def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str], fo
     assert verdict.startswith(found)
 
 
-@pytest.mark.long
 def test_a_model_runs_by_them(host: Host) -> None:
     model = tiny_llama(head_dim=32)
     runner = make_runner(model, num_blocks=8, exact=False, compiled=False)

@@ -25,6 +25,8 @@ from tests.cli.running import modelpack as run
 from tests.engine.scripted import THINKING, ScriptedEngine
 from tests.engine.serving.conftest import ScriptedCatalogue
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def engine() -> ScriptedEngine:

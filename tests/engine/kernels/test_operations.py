@@ -18,6 +18,8 @@ from modelpack_engine.kernels.sources import Body
 from tests.engine.kernels.cases import CASES, SOFTCAP, Case, expected, make_inputs
 from tests.engine.kernels.onhost import Compiled, Host, emulated, memory
 
+pytestmark = pytest.mark.long
+
 FLOATS = [case for case in CASES if case.pool == case.q == "float" or case.shape.latent]
 
 
@@ -67,7 +69,6 @@ def test_without_a_kernel_mlx_computes_the_same(case: Case) -> None:
     assert np.max(np.abs(found - wanted)) <= 1e-5
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["softcap-window-sinks", "latent-two-pools", "q8"])
 def test_a_decode_reaches_the_kernel(host: Host, name: str) -> None:
     case = next(case for case in CASES if case.name == name)
@@ -76,7 +77,6 @@ def test_a_decode_reaches_the_kernel(host: Host, name: str) -> None:
     assert np.max(np.abs(found - wanted)) <= 1e-5
 
 
-@pytest.mark.long
 def test_a_split_decode_reaches_both_kernels(host: Host) -> None:
     case = Case("split", AttentionShape(2, 1, 64, 64, sinks=True), (1, 17, 100))
     found, wanted = run(case, split=2)
@@ -84,7 +84,6 @@ def test_a_split_decode_reaches_both_kernels(host: Host) -> None:
     assert np.max(np.abs(found - wanted)) <= 1e-5
 
 
-@pytest.mark.long
 def test_small_inputs_make_another_kernel_on_metal(host: Host) -> None:
     # Their address space differs, and MLX would compile the kernel again at each change.
     shape = AttentionShape(2, 1, 64, 64)
@@ -99,7 +98,6 @@ def rows(seed: int, *shape: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-@pytest.mark.long
 def test_write_in_place_shares_the_pools_memory(host: Host) -> None:
     k_pool, v_pool = mx.zeros((48, 2, 64)), mx.zeros((48, 2, 32))
     k, v = rows(0, 3, 2, 64), rows(1, 3, 2, 32)
@@ -144,7 +142,6 @@ def test_quantised_rows_reach_their_kernel(host: Host) -> None:
         assert not mx.any(new[mx.array([0, 5, 16])]).item()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("emulated", [True, False], ids=["kernel", "mlx"])
 def test_keys_alone_are_written(emulated: bool, request: pytest.FixtureRequest) -> None:
     if emulated:
@@ -224,7 +221,6 @@ def test_without_a_gpu_there_is_no_kernel_and_no_noise(caplog: pytest.LogCapture
     assert not caplog.records
 
 
-@pytest.mark.long
 def test_good_kernels_pass_their_probes(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     shapes = [
         AttentionShape(2, 1, 64, 64, window=20, sinks=True),
@@ -250,7 +246,6 @@ def wrong(body: Body, old: str, new: str) -> Any:
     return edit
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "old", "new", "says"),
     [
@@ -285,7 +280,6 @@ def test_a_failed_probe_warns_and_falls_back(
     assert len(host.calls) == count
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -306,7 +300,6 @@ def test_a_wrong_quantising_kernel_is_not_used(host: Host, old: str, new: str) -
     assert not operations.may_write(mx.bfloat16, mx.uint32)
 
 
-@pytest.mark.long
 def test_a_write_that_copies_fails_its_probe(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     real = launch.write
 
@@ -333,7 +326,6 @@ def test_a_kernel_that_does_not_compile_falls_back(
     assert all("Unable to build" in failure for failure in found.failures)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dtype", [mx.float16, mx.int32])
 def test_a_shape_without_a_kernel_falls_back(host: Host, dtype: mx.Dtype) -> None:
     odd = AttentionShape(4, 2, 4, 4)

@@ -18,6 +18,8 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import reference_tokens, tiny_loaded
 
+pytestmark = pytest.mark.long
+
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 #: Room for 23 blocks of 16 tokens: three prompts of 100.
 CACHE_BYTES = 200_000
@@ -59,7 +61,6 @@ def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     return [[token for event in each for token in event.token_ids] for each in events]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("where", ["memory", "disk", "both", "little memory"])
 def test_tokens_are_the_same_and_prefixes_come_back(open_engine: Open, where: str) -> None:
     memory = {"memory": 10**7, "disk": 0, "both": 10**7, "little memory": 50_000}[where]
@@ -94,7 +95,6 @@ def test_a_restart_finds_what_there_was(open_engine: Open) -> None:
     assert again.stats().offload.disk_hits == 36
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("change", ["model", "dtype", "block size"])
 def test_what_is_not_the_same_is_not_found(open_engine: Open, change: str) -> None:
     first = open_engine()
@@ -135,7 +135,6 @@ def test_damaged_files_are_computed_again(
     assert answers(open_engine(), PROMPTS) == EXPECTED
 
 
-@pytest.mark.long
 def test_preempted_requests_come_back(open_engine: Open) -> None:
     """Four requests that need more blocks than there are."""
     long = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
@@ -227,7 +226,6 @@ def test_a_failed_restore_is_never_found(
     assert answers(engine, PROMPTS) == EXPECTED
 
 
-@pytest.mark.long
 def test_an_engine_in_its_thread_leaves_its_prefixes(open_engine: Open) -> None:
     """A stopped server writes its blocks, and the next server finds them."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import initialize
 
@@ -12,6 +13,8 @@ from modelpack_engine.core.buckets import EXACT, FEW
 from tests.engine.offload.simulation import OffloadSimulation
 from tests.engine.scheduling.simulation import MODES, sequence
 from tests.engine.scheduling.test_simulation import Traffic, token_ids
+
+pytestmark = pytest.mark.long
 
 
 class OffloadTraffic(Traffic):

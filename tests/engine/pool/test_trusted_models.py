@@ -30,6 +30,8 @@ from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.stored_models import open_model
 from tests.engine.serving.tiny import write_tiny
 
+pytestmark = pytest.mark.long
+
 CONFIG = EngineConfig(device="cpu", max_num_seqs=2, kv_cache_bytes=2**20, self_test=False)
 
 
@@ -92,7 +94,6 @@ def world(tmp_path: Path, key: PrivateKey, files: Path) -> Iterator[World]:
             yield World(http, store, remote, key, server.host)
 
 
-@pytest.mark.long
 def test_what_is_signed_answers(world: World) -> None:
     """A copy is the same model, so it runs too."""
     reply = world.http.post("/api/pull", json={"model": world.good, "stream": False})
@@ -118,7 +119,6 @@ def test_no_file_is_opened_before_the_check(world: World, monkeypatch: pytest.Mo
     assert not opened
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -192,7 +192,6 @@ def _repackaged(world: World) -> str:
     return made
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "way", [_as_it_is, _by_digest, _copied, _tagged, _loaded, _created, _repackaged]
 )

@@ -15,6 +15,8 @@ from modelpack_engine.layers import delta_rule, state_space
 from modelpack_engine.patches import functions
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
@@ -176,7 +178,6 @@ def test_the_texts_compute_what_mlx_does(host: Host) -> None:
     assert {body for body, _ in host.calls} == {"state_space", "delta_rule"}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "wrong"),
     [

@@ -28,6 +28,8 @@ from tests.engine.runner.models import decode, make_model, prefill, tiny_llama, 
 from tests.engine.runner.test_paged_attention import BLOCK, BUCKETS, CASES, Case, build, expected
 from tests.engine.serving.tiny import tiny_loaded
 
+pytestmark = pytest.mark.long
+
 KINDS = [Quantisation(bits, group) for bits in (8, 4) for group in GROUPS]
 MODEL = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 

@@ -17,6 +17,8 @@ from modelpack_engine.sampling.plan import Draws, Entry, plan_draws
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler, SampleRow
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 
+pytestmark = pytest.mark.long
+
 WIDE, ODD = 1024, 301
 
 
@@ -42,7 +44,6 @@ def test_the_text_draws_what_mlx_does(host: Host, dtype: mx.Dtype, vocab_size: i
     assert {body for body, _ in host.calls} == {"draw"}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("old", "new", "found"),
     [
@@ -100,7 +101,6 @@ EXTREME = [
 ]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "few", "one", "below zero", "large"])
 def test_at_the_limits(host: Host, kind: str) -> None:
     normal = mx.random.normal((len(EXTREME), ODD), key=mx.random.key(3))
@@ -118,7 +118,6 @@ def test_at_the_limits(host: Host, kind: str) -> None:
     assert kernel == functions
 
 
-@pytest.mark.long
 def test_a_row_depends_on_itself_alone(host: Host) -> None:
     logits = mx.random.normal((5, ODD), key=mx.random.key(4))
     draws = planned(*[SamplingParams(top_p=0.9, temperature=1 + row / 4) for row in range(5)])

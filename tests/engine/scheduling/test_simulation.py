@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -13,6 +14,8 @@ from modelpack_engine.core.buckets import EXACT, FEW
 from tests.engine.scheduling.device import VOCAB_SIZE
 from tests.engine.scheduling.driving import ODD_BUCKETS, SMALL_BUCKETS, drive
 from tests.engine.scheduling.simulation import MODES, Simulation, sequence
+
+pytestmark = pytest.mark.long
 
 token_ids = st.integers(0, VOCAB_SIZE - 1)
 

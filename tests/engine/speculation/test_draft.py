@@ -25,6 +25,8 @@ from tests.engine.serving.test_bad_logits import PoisonedEmbedding
 from tests.engine.serving.tiny import VOCAB, tiny_engine, tiny_loaded
 from tests.engine.speculation.test_same_output import check_same, run
 
+pytestmark = pytest.mark.long
+
 LONG = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
 PROMPTS = [
     [(7 * n + i * i) % 256 for i in range(length)] for n, length in enumerate((3, 70, 9, 33))
@@ -88,7 +90,6 @@ def shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(PagedRunner, "writes_in_place", property(lambda self: True))
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("shapes")
 @pytest.mark.parametrize(
     ("amount", "vocab", "least"),

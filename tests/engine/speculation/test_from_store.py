@@ -19,6 +19,8 @@ from modelpack_server.stored_models import open_model
 from tests.cli.running import modelpack as run
 from tests.engine.serving.tiny import reference_tokens, write_tiny
 
+pytestmark = pytest.mark.long
+
 CONFIG = EngineConfig(device="cpu", max_num_seqs=2, kv_cache_bytes=2**20, self_test=False)
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 

@@ -18,6 +18,8 @@ import pytest
 from tests.engine.families.served import CALLER, Served
 from tests.peers import REQUIRED
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def program() -> Path:

@@ -17,6 +17,8 @@ from tests.engine.families.ollama.conftest import Stocked, serving
 from tests.engine.serving.tiny import write_tiny
 from tests.models import tiny_gguf
 
+pytestmark = pytest.mark.long
+
 HELLO = [{"role": "user", "content": "hello"}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 

@@ -20,6 +20,8 @@ from tests.engine.families.ollama.conftest import Stocked
 from tests.engine.serving.tiny import CONTEXT
 from tests.models import FIXTURES
 
+pytestmark = pytest.mark.long
+
 GREEDY = {"num_predict": 4, "temperature": 0}
 
 

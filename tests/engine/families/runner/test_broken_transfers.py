@@ -24,6 +24,8 @@ from modelpack_server.pool.pool import ModelPool
 from tests.engine.families.runner.conftest import StoredScripts
 from tests.models import tiny_safetensors
 
+pytestmark = pytest.mark.long
+
 
 @dataclass
 class Middleman:
@@ -120,7 +122,6 @@ def test_a_client_that_leaves_ends_the_pull(tmp_path: Path) -> None:
         assert len(store.models()) == 1
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("method", ["POST", "GET"])
 def test_a_client_that_leaves_before_the_first_line(tmp_path: Path, method: str) -> None:
     """The registry never responds, but the pull ends when the client disconnects."""
