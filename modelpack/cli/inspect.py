@@ -355,7 +355,7 @@ def bundle(
             for file in made.files
         ],
     }
-    note(settings, f"wrote {len(made.files)} files to {made.directory}")
+    note(settings, f"wrote {plural(len(made.files), 'file')} to {made.directory}")
     show(settings, value, str(made.weight))
 
 

@@ -150,7 +150,9 @@ def test_resolve_names_what_there_is(packaged: str) -> None:
 
 
 def test_bundle(packaged: str, gguf: Path, tmp_path: Path) -> None:
-    weight = Path(succeed("bundle", "team/tiny:v1", tmp_path / "run").out)
+    bundled = succeed("bundle", "team/tiny:v1", tmp_path / "run")
+    weight = Path(bundled.out)
+    assert f"wrote 1 file to {tmp_path / 'run'}" in bundled.err
     assert weight.name == "model.gguf"
     assert weight.read_bytes() == gguf.read_bytes()
     assert json.loads((tmp_path / "run" / "config.json").read_bytes())["format"] == "gguf"
