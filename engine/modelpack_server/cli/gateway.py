@@ -14,7 +14,6 @@ import click
 from modelpack.cli.options import Settings, common_options, tls_options
 from modelpack.cli.output import note, request_log, show
 from modelpack.errors import UsageError
-from modelpack.http.hosts import is_loopback
 
 if TYPE_CHECKING:
     from modelpack_server.gateway.protection import Protection
@@ -129,6 +128,7 @@ def gateway(
         return
     _require_extra()
     from modelpack_server.gateway.app import GatewayServer, GatewaySettings
+    from modelpack_server.gateway.forwarding import names_callers
 
     key = os.environ.get("MODELPACK_UPSTREAM_KEY") or None
     guard = protection(host)
@@ -144,8 +144,8 @@ def gateway(
             port,
             tls=tls,
         )
-        shared = [url for url in upstreams if not is_loopback(urlsplit(url).hostname or "")]
-        if guard.keys is not None and key is None and shared:
+        shared = [url for url in upstreams if not names_callers(urlsplit(url).hostname or "", key)]
+        if guard.keys is not None and shared:
             note(
                 settings,
                 f"all clients are one owner at {', '.join(shared)}: set MODELPACK_UPSTREAM_KEY to "

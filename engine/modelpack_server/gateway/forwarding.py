@@ -56,6 +56,14 @@ def caller_headers(caller: Caller) -> list[tuple[bytes, bytes]]:
     return headers
 
 
+def names_callers(host: str, upstream_key: str | None) -> bool:
+    """Return whether a gateway names its callers to the upstream on `host`.
+
+    An upstream without keys on another machine rejects requests that name a caller.
+    """
+    return bool(upstream_key) or is_loopback(host)
+
+
 def without_caller(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return `headers` without those that name a caller."""
     return [(name, value) for name, value in headers if name.lower() not in CALLER_HEADERS]

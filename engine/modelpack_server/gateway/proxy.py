@@ -14,10 +14,9 @@ import httpx
 from starlette.types import Message, Receive, Scope, Send
 
 from modelpack.errors import UsageError
-from modelpack.http.hosts import is_loopback
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.families import error_response, family_in, retry_headers, stream_error
-from modelpack_server.gateway.forwarding import CALLER_HEADERS, caller_headers
+from modelpack_server.gateway.forwarding import CALLER_HEADERS, caller_headers, names_callers
 from modelpack_server.gateway.traces import Trace, trace_of
 
 Policy = Literal["least-busy", "round-robin"]
@@ -40,11 +39,6 @@ class Upstream:
     running: int = 0
     failures: int = 0
     rests_until: float = 0.0
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether its address is loopback."""
-        return is_loopback(self.url.host)
 
     def target(self, raw_path: bytes, query: bytes) -> httpx.URL:
         """Return the URL on this server for a request's path, in the client's encoding."""
@@ -289,7 +283,7 @@ class Proxy:
             for name, value in _end_to_end(scope["headers"])
             if name not in self._withheld
         ]
-        if self._upstream_key or upstream.is_loopback:
+        if names_callers(upstream.url.host, self._upstream_key):
             headers += caller_headers(caller_of(scope))
         headers.append(
             (b"accept-encoding", b"identity")
