@@ -4,8 +4,8 @@ The scheduler allocates blocks here. The manager knows their ids and hashes, not
 
 Equal hashes mean equal keys and values. A block's keys and values depend on its tokens, on every
 token before them, and on the model, adapter and media. So hashes are chained: each covers its
-parent's hash, and the first parent covers model, adapter and media. They are BLAKE2b with 128 bits,
-for which nobody can construct a collision, so a hit needs no comparison of tokens.
+parent's hash, and the first parent covers model, adapter and media. The hash function is BLAKE2b
+with 128 bits. Clients cannot make it collide, so the manager compares hashes, not tokens.
 
 A recurrent layer cannot continue from keys and values alone, so sequences of such a model share a
 prefix up to the last block that has a snapshot of the state. Snapshots are taken where a prompt's

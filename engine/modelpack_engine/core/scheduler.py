@@ -381,8 +381,9 @@ class Scheduler:
         """Return the next step, or None if nothing can be computed before `collect` is called.
 
         The step verifies the `proposed` tokens that have room; their sequences must have no tokens
-        in flight. None with nothing in flight means that there is no work. An output that is not
-        submitted has changed block tables only: the next call returns the same step.
+        in flight. If the method returns None and no step is in flight, there is no work. If the
+        caller does not submit the output, only block tables have changed, and the next call returns
+        the same step.
         """
         preempted: list[Sequence] = []
         decode = self._schedule_decode(preempted)

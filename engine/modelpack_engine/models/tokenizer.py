@@ -33,7 +33,8 @@ _LEAST_BYTES = 128
 # Texts of fewer bytes, or of fewer bytes per token, are encoded without counting tokens first.
 _SHORT_TEXT = 64 * 1024
 _USUAL_BYTES = 4
-# Characters per part whose tokens are counted, and tokens that a cut between parts may add.
+# `check_length` counts the tokens of parts of `_PART` characters. A cut between two parts adds at
+# most `_SLACK` tokens.
 _PART = 8192
 _SLACK = 16
 

@@ -449,8 +449,8 @@ class _Pieces:
 def list_pieces(step: StepInputs, *, one_by_one: bool) -> list[Piece]:
     """Return the pieces of a step: decode rows `one_by_one` or together, then each chunk.
 
-    Padding rows are left out, unless decode rows run together. If all rows are padding, one of them
-    runs, so that there is an output.
+    The list has no padding rows, unless decode rows run together. If all rows are padding, it has
+    one of them, because the forward pass must return an output.
     """
     pieces = []
     if one_by_one:

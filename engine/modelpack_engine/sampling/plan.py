@@ -267,7 +267,7 @@ class DrawArrays:
 
 @dataclass(frozen=True)
 class Draws:
-    """The rows whose token is drawn: `batch_rows`, of which the first `num_drawn` are distinct.
+    """The rows whose token is drawn: `batch_rows`; the first `num_drawn` of them are distinct.
 
     `settings` has all rows of the batch, int32 [rows, 6]: the bits of four floats (temperature, 0
     if no token is drawn; log of min-p; top-p; top-k, or the vocabulary's size), and a key of two.
