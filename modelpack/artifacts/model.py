@@ -187,9 +187,9 @@ def role_of(media_type: str, path: str | None) -> Role:
     """
     name = (path or "").rpartition("/")[2].lower()
     match media_type:
-        case media_types.DOCKER_MMPROJ:
+        case media_types.DOCKER_MMPROJ | media_types.OLLAMA_PROJECTOR:
             return Role.PROJECTOR
-        case media_types.DOCKER_LICENSE:
+        case media_types.DOCKER_LICENSE | media_types.OLLAMA_LICENSE:
             return Role.LICENSE
         case media_types.DOCKER_CHAT_TEMPLATE:
             # Docker also uses this type for chat_template.json, which is not Jinja.
@@ -200,18 +200,13 @@ def role_of(media_type: str, path: str | None) -> Role:
             media_types.DOCKER_SAFETENSORS
             | media_types.CNCF_WEIGHT_SAFETENSORS
             | media_types.DOCKER_DDUF
+            | media_types.OLLAMA_MODEL
         ):
             return Role.WEIGHT
         case media_types.DOCKER_VLLM_CONFIG_TAR:
             return _role_by_name(name, Role.CONFIG)
         case media_types.DOCKER_MODEL_FILE:
             return _role_beside_weights(name, Role.FILE)
-        case media_types.OLLAMA_MODEL:
-            return Role.WEIGHT
-        case media_types.OLLAMA_PROJECTOR:
-            return Role.PROJECTOR
-        case media_types.OLLAMA_LICENSE:
-            return Role.LICENSE
         case media_types.OLLAMA_PARAMS | media_types.OLLAMA_MESSAGES | media_types.OLLAMA_SYSTEM:
             return Role.CONFIG
     kitops = _KITOPS_LAYER.match(media_type)
@@ -287,19 +282,10 @@ _FORMATS_BY_TYPE = {
 }
 _ROLES_BY_SUFFIX = {
     ".jinja": Role.CHAT_TEMPLATE,
-    ".md": Role.DOC,
-    ".rst": Role.DOC,
-    ".py": Role.CODE,
-    ".sh": Role.CODE,
-    ".ipynb": Role.CODE,
-    ".json": Role.CONFIG,
-    ".txt": Role.CONFIG,
-    ".vocab": Role.CONFIG,
-    ".model": Role.CONFIG,
-    ".tiktoken": Role.CONFIG,
-    ".yaml": Role.CONFIG,
-    ".yml": Role.CONFIG,
-    ".toml": Role.CONFIG,
+    **dict.fromkeys((".md", ".rst"), Role.DOC),
+    **dict.fromkeys((".py", ".sh", ".ipynb"), Role.CODE),
+    **dict.fromkeys((".json", ".txt", ".vocab", ".model", ".tiktoken"), Role.CONFIG),
+    **dict.fromkeys((".yaml", ".yml", ".toml"), Role.CONFIG),
 }
 _LICENSE = re.compile(
     r"(?:\A|.*[._-])(?:licen[sc]es?|unlicen[sc]e|copying|notices?)(?:[._-]|\Z)", re.DOTALL

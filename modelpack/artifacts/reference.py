@@ -77,7 +77,10 @@ class Reference:
         registry = _HUB_ALIASES.get(written, written) if written else default_registry
         if "/" not in path and (written is None or registry == DEFAULT_REGISTRY):
             path = f"{DEFAULT_ORGANISATION}/{path}"
-        _check_registry(registry, text)
+        if not _is_registry(registry):
+            raise InvalidReferenceError(
+                f"{_shown(text)}: {registry!r} is not a registry host[:port]", reference=text
+            )
         check_repository(path, text)
         if tag is not None:
             check_tag(tag, text)
@@ -246,13 +249,6 @@ def _is_registry(text: str) -> bool:
         return not found["v6"] or bool(IPv6Address(found["v6"]))
     except ValueError:
         return False
-
-
-def _check_registry(registry: str, text: str) -> None:
-    if not _is_registry(registry):
-        raise InvalidReferenceError(
-            f"{_shown(text)}: {registry!r} is not a registry host[:port]", reference=text
-        )
 
 
 def _check_not_bare_digest(rest: str, text: str) -> None:

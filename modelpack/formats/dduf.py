@@ -59,13 +59,6 @@ class DDUFHeader:
 
 
 @dataclass(frozen=True, slots=True)
-class _Directory:
-    offset: int
-    size: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Record:
     """An entry of the central directory, at byte `at`; its local header is at byte `local`."""
 
@@ -86,14 +79,16 @@ def read_dduf_header(source: WeightSource) -> DDUFHeader:
     with opened(source) as file:
         if not file.head().startswith(_LOCAL_SIGNATURE):
             raise file.foreign("a DDUF archive")
-        directory = _find_directory(file)
-        entries = tuple(_located(file, record) for record in _records(file, directory))
-        _check_layout(file, entries, directory)
+        offset, size, count = _find_directory(file)
+        records = _records(file, file.read(offset, size), offset, count)
+        entries = tuple(_located(file, record) for record in records)
+        _check_layout(file, entries, offset)
         _check_model_index(file, entries)
         return DDUFHeader(file.path, file.size, entries)
 
 
-def _find_directory(file: WeightFile) -> _Directory:
+def _find_directory(file: WeightFile) -> tuple[int, int, int]:
+    """Return the offset and the size of the directory in bytes, and its number of entries."""
     start = max(0, file.size - _END.size - _MAX_COMMENT)
     tail = file.read(start, file.size - start)
     at = tail.rfind(_END_SIGNATURE)
@@ -131,7 +126,7 @@ def _find_directory(file: WeightFile) -> _Directory:
         raise file.error("the directory overlaps the end record of the archive", end)
     if offset + size < end:  # other readers expect the directory to end right before the record
         raise file.error("unexpected bytes between the directory and the end record", end)
-    return _Directory(offset, size, count)
+    return offset, size, count
 
 
 def _ends_file(tail: bytes, at: int) -> bool:
@@ -141,12 +136,12 @@ def _ends_file(tail: bytes, at: int) -> bool:
     return at + _END.size + comment == len(tail)
 
 
-def _records(file: WeightFile, directory: _Directory) -> Iterator[_Record]:
-    raw = file.read(directory.offset, directory.size)
+def _records(file: WeightFile, raw: bytes, offset: int, count: int) -> Iterator[_Record]:
+    """Yield the files among the `count` entries of the directory `raw` at byte `offset`."""
     at = 0
     seen: set[str] = set()
-    for _ in range(directory.count):
-        position = directory.offset + at
+    for _ in range(count):
+        position = offset + at
         if at + _CENTRAL.size > len(raw):
             raise file.error("the directory ends too early", position)
         fields = _CENTRAL.unpack_from(raw, at)
@@ -185,7 +180,7 @@ def _records(file: WeightFile, directory: _Directory) -> Iterator[_Record]:
             continue
         yield _Record(name, raw_name, local, size, position)
     if at != len(raw):
-        raise file.error("unexpected bytes follow the last entry", directory.offset + at)
+        raise file.error("unexpected bytes follow the last entry", offset + at)
 
 
 def _checked_name(file: WeightFile, raw: bytes, flags: int, position: int) -> str:
@@ -245,7 +240,7 @@ def _located(file: WeightFile, record: _Record) -> DDUFEntry:
     return DDUFEntry(record.name, start + name_length + extra_length, record.size)
 
 
-def _check_layout(file: WeightFile, entries: tuple[DDUFEntry, ...], directory: _Directory) -> None:
+def _check_layout(file: WeightFile, entries: tuple[DDUFEntry, ...], directory: int) -> None:
     ordered = sorted(entries, key=lambda entry: (entry.offset, entry.size))
     for before, after in pairwise(ordered):
         if before.offset + before.size > after.offset:
@@ -253,7 +248,7 @@ def _check_layout(file: WeightFile, entries: tuple[DDUFEntry, ...], directory: _
                 f"the entries {quoted(before.name)} and {quoted(after.name)} overlap",
                 after.offset,
             )
-    if ordered and ordered[-1].offset + ordered[-1].size > directory.offset:
+    if ordered and ordered[-1].offset + ordered[-1].size > directory:
         raise file.error(
             f"the entry {quoted(ordered[-1].name)} runs into the directory", ordered[-1].offset
         )

@@ -10,7 +10,6 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import BinaryIO, Self
 
 from modelpack.errors import ModelpackError, NotFoundError, SourceChangedError, WeightFormatError
@@ -74,12 +73,7 @@ class WeightFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(self, offset: int, length: int) -> bytes:

@@ -42,30 +42,12 @@ MAX_DESCRIPTION_BYTES = 4096
 
 #: Bits of one element.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
-    {
-        "BOOL": 8,
-        "F4": 4,
-        "F6_E2M3": 6,
-        "F6_E3M2": 6,
-        "U8": 8,
-        "I8": 8,
-        "F8_E5M2": 8,
-        "F8_E4M3": 8,
-        "F8_E8M0": 8,
-        "F8_E4M3FNUZ": 8,
-        "F8_E5M2FNUZ": 8,
-        "I16": 16,
-        "U16": 16,
-        "F16": 16,
-        "BF16": 16,
-        "I32": 32,
-        "U32": 32,
-        "F32": 32,
-        "C64": 64,
-        "F64": 64,
-        "I64": 64,
-        "U64": 64,
-    }
+    {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+    | dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8)
+    | dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+    | dict.fromkeys(("I16", "U16", "F16", "BF16"), 16)
+    | dict.fromkeys(("I32", "U32", "F32"), 32)
+    | dict.fromkeys(("C64", "F64", "I64", "U64"), 64)
 )
 
 _METADATA = "__metadata__"
@@ -235,13 +217,11 @@ class _Parser:
         """Return the most specific error for a file that does not start with a header."""
         file, head = self._file, self._file.head()
         length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-        if head[_LENGTH_BYTES:].startswith(b"{") and length <= MAX_HEADER_BYTES:
+        if not head[_LENGTH_BYTES:].startswith(b"{"):
+            return file.foreign("a safetensors file")
+        if length <= MAX_HEADER_BYTES:
             return file.truncated(0, _LENGTH_BYTES + length)
-        if head[_LENGTH_BYTES:].startswith(b"{"):
-            return file.error(
-                f"the header is {length} bytes long, the limit is {MAX_HEADER_BYTES}", 0
-            )
-        return file.foreign("a safetensors file")
+        return file.error(f"the header is {length} bytes long, the limit is {MAX_HEADER_BYTES}", 0)
 
 
 def looks_like_safetensors(head: bytes, size: int) -> bool:

@@ -289,20 +289,22 @@ class _Model:
         texts = {
             key: text for key, entry in self._entries if (text := _text(entry.value)) is not None
         }
+        # The reference counts no element for a tensor without dimensions, ggml counts one.
+        parameters = sum(tensor.elements for tensor in self._tensors if tensor.shape or not exact)
+        size = self._size_of_reference() if exact else sum(t.size for t in self._tensors)
         notes = []
         if not exact:
             _check_split(self._headers)
             for key in [key for key, text in texts.items() if len(text) > MAX_TEXT]:
                 notes.append(f"{key} of {len(texts[key])} characters is left out of the config")
                 del texts[key]
+        file_type = self._number(self._first, "general.file_type", bits=32)
         return ModelStatistics(
             format="gguf",
-            quantization=_gguf_quantization(
-                self._file_type(), architecture, self._tensors, exact=exact
-            ),
-            parameters=format_parameters(self._parameters(exact=exact)),
+            quantization=_gguf_quantization(file_type, architecture, self._tensors, exact=exact),
+            parameters=format_parameters(parameters),
             architecture=architecture,
-            size=format_gguf_size(self._size_of_reference() if exact else self._size()),
+            size=format_gguf_size(size),
             gguf=sorted_map(texts) or None,
             context_size=self._context_size(),
             notes=tuple(notes),
@@ -349,18 +351,8 @@ class _Model:
         size = self._number(self._last, f"{name}.context_length", bits=64)
         return size if size is not None and 1 <= size <= MAX_CONTEXT_SIZE else None
 
-    def _file_type(self) -> int | None:
-        return self._number(self._first, "general.file_type", bits=32)
-
     def _has_diffusion_tensors(self) -> bool:
         return any(trim(tensor.name).startswith(_DIFFUSION_TENSORS) for tensor in self._tensors)
-
-    def _parameters(self, *, exact: bool) -> int:
-        # The reference counts no element for a tensor without dimensions, ggml counts one.
-        return sum(tensor.elements for tensor in self._tensors if tensor.shape or not exact)
-
-    def _size(self) -> int:
-        return sum(tensor.size for tensor in self._tensors)
 
     def _size_of_reference(self) -> int:
         """Return the bytes of tensor data as the reference implementation counts them.

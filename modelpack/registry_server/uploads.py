@@ -27,9 +27,9 @@ from modelpack.http.connection import PIECE
 from modelpack.registry_server.blob_fetch import ByteRange, chunk_range
 from modelpack.registry_server.content import Content, Repository
 from modelpack.registry_server.errors import ApiError, Code
-from modelpack.store.deletion import abandoned_uploads, idle_seconds, remove_upload
+from modelpack.store.deletion import abandoned_uploads, idle_seconds
 from modelpack.store.file_copy import WriteBehind
-from modelpack.store.filesystem import check_room, map_os_errors
+from modelpack.store.filesystem import check_room, delete_tree, map_os_errors
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -216,7 +216,7 @@ class UploadSession:
 
     def _close(self) -> None:
         self._closed = True
-        remove_upload(self._directory)
+        delete_tree(self._directory)
 
 
 def _write_at(descriptor: int, content: bytes | bytearray, offset: int) -> None:
@@ -319,7 +319,7 @@ class UploadSessions:
             with self._lock:
                 session = self._sessions.get(path.name)
             if session is None:
-                remove_upload(path)
+                delete_tree(path)
             else:
                 session.cancel()
                 self.forget(session)

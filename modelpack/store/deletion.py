@@ -248,7 +248,7 @@ class Collector:
                 for path in stale:
                     self.bundles.drop(path)
                 for path in left_over.values():
-                    self.bundles.remove(path)
+                    delete_tree(path)
                 for digest in removed:
                     self.blobs.delete(digest)
             partials = list(self._left_behind(partial_seconds, dry_run=dry_run))
@@ -325,7 +325,7 @@ class Collector:
             with map_os_errors("delete", path), suppress(FileNotFoundError):
                 size = allocated_bytes(path)
                 if not dry_run:
-                    remove_upload(path)
+                    delete_tree(path)
                 yield path, size
 
     def _is_given_up(self, path: Path, partial_seconds: float) -> bool:
@@ -365,11 +365,3 @@ def allocated_bytes(path: Path) -> int:
     """Return the bytes on the disk of all files of an upload."""
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_blocks * 512 for file in files)
-
-
-def remove_upload(path: Path) -> None:
-    """Delete a session, or the part of one that a crash left."""
-    if path.is_dir():
-        delete_tree(path)
-    else:
-        path.unlink(missing_ok=True)

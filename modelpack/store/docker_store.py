@@ -68,9 +68,7 @@ class DockerIndex:
     def parse(cls, raw: bytes, what: str) -> DockerIndex:
         """Return the index in `raw`; raises `ManifestError`."""
         value = decode_object(raw, what, limit=MAX_BYTES)
-        elements = value.get("models")
-        if elements is None:
-            elements = []
+        elements = [] if value.get("models") is None else value["models"]
         if not isinstance(elements, list):
             raise ManifestError("'models' is not an array", path=what)
         return cls(value, tuple(elements))
@@ -187,7 +185,7 @@ class DockerStore:
     def get(self, name: str) -> StoredModel:
         """Return the model called `name`, with all its tags; raises `NotFoundError`."""
         entries = self._entries()
-        return lookup.model(entries, lookup.find(entries, name).entry.digest)
+        return lookup.model(entries, lookup.Names(entries).find(name).entry.digest)
 
     def models(self) -> tuple[StoredModel, ...]:
         """Return all models with a valid manifest, sorted by name."""

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final
 
 from modelpack.artifacts.byte_ranges import ByteRanges
@@ -256,12 +255,7 @@ class ParallelRanges:
         if is_due:
             self._report(total)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with self._changed:
             self._done = True
             if error is not None and self._failure is None:
@@ -341,12 +335,7 @@ class PieceWriter:
     def __enter__(self) -> PieceWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self.settle()
         finally:

@@ -24,7 +24,6 @@ from modelpack.store.filesystem import FULL, map_os_errors
 
 if TYPE_CHECKING:
     from hashlib import _Hash
-    from types import TracebackType
 
 #: Addresses and lengths of direct writes are multiples of this, which suits all usual disks.
 ALIGNMENT: Final = 4096
@@ -164,12 +163,7 @@ class Hashing:
             self._hasher.update(buffer[:length])
             self._free.put(buffer)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         global _busy
         if self._thread is not None:
             self._filled.put(None)

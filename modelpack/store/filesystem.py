@@ -24,33 +24,29 @@ from modelpack.progress import Stop
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_FREE_SPACE = "free some space, for example with `modelpack gc`, and run the same command again"
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 @contextmanager
 def map_os_errors(action: str, path: Path | str) -> Iterator[None]:
-    """Turn an `OSError` in the block into a `StoreError`: "cannot <action> <path>: ..."."""
+    """Turn an `OSError` in the block into a `StoreError`: "cannot <action> <path>: ...".
+
+    A full disk is a `StorageFullError`.
+    """
     try:
         yield
     except OSError as error:
-        raise store_error(error, action, path) from error
-
-
-def store_error(error: OSError, action: str, path: Path | str) -> StoreError:
-    """Return the `StoreError` for `error`, a `StorageFullError` if the disk is full."""
-    why = error.strerror or str(error)
-    if error.errno in FULL:
-        return StorageFullError(
-            f"cannot {action} {path}: {why}",
-            hint="free some space, for example with `modelpack gc`, and run the same command again",
-        )
-    hint = None
-    if action == "lock" and error.errno in _NO_LOCKS:
-        why = f"its file system does not support locks ({why})"
-        hint = "keep the store on a local disk: without locks, two processes would damage it"
-    if error.errno in _FORBIDDEN:
-        hint = "check the owner of the store and whether its file system is writable"
-    return StoreError(f"cannot {action} {path}: {why}", hint=hint)
+        why, hint = error.strerror or str(error), ""
+        if error.errno in FULL:
+            hint = _FREE_SPACE
+        elif error.errno in _FORBIDDEN:
+            hint = "check the owner of the store and whether its file system is writable"
+        elif action == "lock" and error.errno in _NO_LOCKS:
+            why = f"its file system does not support locks ({why})"
+            hint = "keep the store on a local disk: without locks, two processes would damage it"
+        kind = StorageFullError if error.errno in FULL else StoreError
+        raise kind(f"cannot {action} {path}: {why}", hint=hint or None) from error
 
 
 _DRAFT: Final = "tmp-"
@@ -114,20 +110,14 @@ def read_own(path: Path | str, limit: int, *, follow: bool = False) -> bytes:
 
 def write_own(path: Path | str, content: bytes) -> None:
     """Write a small file in place, as `open_own` opens it; it is not flushed."""
-    descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    try:
-        write_all(descriptor, memoryview(content))
-    finally:
-        os.close(descriptor)
+    with open(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as stream:
+        stream.write(content)
 
 
 def flush_file(path: Path) -> None:
     """Flush the bytes of the file `path` to the disk."""
-    descriptor = open_own(path, follow=True)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open(open_own(path, follow=True), "rb") as stream:
+        os.fsync(stream)
 
 
 def flush_directory(path: Path) -> None:
@@ -207,11 +197,13 @@ def files_below(
 
 
 def delete_tree(root: Path) -> None:
-    """Delete a directory and everything below it as far as possible.
+    """Delete a directory and everything below it as far as possible, or a file.
 
     No other process may write to it. Directories are moved to the top before they are emptied, so
     that paths stay short.
     """
+    if root.is_symlink() or not root.is_dir():
+        return root.unlink(missing_ok=True)
     waiting = [root]
     while waiting:
         directory = waiting.pop()
@@ -222,6 +214,7 @@ def delete_tree(root: Path) -> None:
                 os.rmdir(directory)
     with suppress(OSError):
         os.rmdir(root)
+    return None
 
 
 def _emptied(directory: Path, root: Path) -> list[Path]:
@@ -272,8 +265,7 @@ def no_room(folder: Path, needed: int, available: int | None, what: str) -> Stor
         f"no room for {what} in {folder}: need {shown(needed)}, have {shown(available)}",
         needed=needed,
         available=available,
-        hint="free some space, for example with `modelpack gc`, and run the same command again; "
-        "the partial download is kept",
+        hint=f"{_FREE_SPACE}; the partial download is kept",
     )
 
 
@@ -397,7 +389,9 @@ class FileLock:
             descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 if try_lock(descriptor) and self._is_current(descriptor):
-                    _write_holder(descriptor)
+                    with suppress(OSError):  # the id is for errors only: lock on a full disk too
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
                     return descriptor
             except BaseException:
                 os.close(descriptor)
@@ -419,13 +413,6 @@ class FileLock:
         except OSError:
             pid = ""
         return f"process {pid}" if pid.isdigit() else "another process"
-
-
-def _write_holder(descriptor: int) -> None:
-    """Write the process id for error messages; a full disk does not prevent locking."""
-    with suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
 
 
 def try_lock(descriptor: int) -> bool:

@@ -91,26 +91,25 @@ class Imports:
         source = _open(path)
         try:
             found = os.fstat(source)
-            _check_regular(found, path)
+            if not stat.S_ISREG(found.st_mode):
+                raise PackagingError(f"{path} is not a regular file")
             hasher = new_hasher(algorithm)
             seen = _reporter(name, found.st_size, watch)
-            with ingest_file(self.tree) as staged:
+            with ingest_file(self.tree) as (staged, file):
                 linked = link and _can_link(path, staged, watch)
-                if linked or (found.st_size and clone(source, staged.file)):
+                if linked or (found.st_size and clone(source, file)):
                     size = read_and_hash(source, hasher, seen)
                 else:
-                    self._make_room(staged, found.st_size, path)
+                    self._make_room(file, found.st_size, path)
                     hashing = Hashing(hasher, found.st_size)
                     try:
-                        size = copy_and_hash(
-                            fill_from(source), staged.file, staged.path, hashing, seen
-                        )
+                        size = copy_and_hash(fill_from(source), file, staged, hashing, seen)
                     except StorageFullError as error:
                         raise no_room(self.tree.ingest, found.st_size, None, str(path)) from error
                 _check_unchanged(path, found, os.fstat(source), size)
                 if not linked:
-                    staged.seal()
-                yield StagedBlob(path, Digest.of_hasher(hasher), found, staged.path, linked)
+                    os.fchmod(file, BLOB_MODE)  # the bytes are not flushed, see `blobs`
+                yield StagedBlob(path, Digest.of_hasher(hasher), found, staged, linked)
         finally:
             os.close(source)
 
@@ -134,40 +133,28 @@ class Imports:
                 )
             reported(completed)
 
-        with ingest_file(self.tree) as staged:
+        with ingest_file(self.tree) as (staged, file):
             hasher = descriptor.digest.hasher()
             hashing = Hashing(hasher, wanted)
-            size = copy_and_hash(stream.readinto, staged.file, staged.path, hashing, seen)
+            size = copy_and_hash(stream.readinto, file, staged, hashing, seen)
             if size != wanted:
                 raise size_mismatch(f"blob {descriptor.digest}", descriptor.size, size)
             digest = Digest.of_hasher(hasher)
             descriptor.digest.check_equal(digest, name)
-            staged.seal()
-            yield StagedBlob(staged.path, digest, os.fstat(staged.file), staged.path, linked=False)
+            os.fchmod(file, BLOB_MODE)
+            yield StagedBlob(staged, digest, os.fstat(file), staged, linked=False)
 
-    def _make_room(self, staged: IngestFile, size: int, path: Path) -> None:
+    def _make_room(self, file: int, size: int, path: Path) -> None:
         check_room(self.tree.ingest, size, str(path))
         try:
-            reserve(staged.file, size)
+            reserve(file, size)
         except OSError:
             raise no_room(self.tree.ingest, size, None, str(path)) from None
 
 
-@dataclass(slots=True)
-class IngestFile:
-    """A temporary file `ingest/import-<id>.tmp`; `file` is its open descriptor."""
-
-    path: Path
-    file: int
-
-    def seal(self) -> None:
-        """Set the mode of a blob; the bytes are not flushed, see `blobs`."""
-        os.fchmod(self.file, BLOB_MODE)
-
-
 @contextmanager
-def ingest_file(tree: Tree) -> Iterator[IngestFile]:
-    """Make a temporary file for an import; delete it after the block unless it was renamed.
+def ingest_file(tree: Tree) -> Iterator[tuple[Path, int]]:
+    """Open the temporary file `ingest/import-<id>.tmp`; delete it at the end unless it was renamed.
 
     It is locked, so that a garbage collection can tell it from the file of a killed process.
     """
@@ -177,7 +164,7 @@ def ingest_file(tree: Tree) -> Iterator[IngestFile]:
         file = os.open(path, flags, 0o600)
         try_lock(file)
     try:
-        yield IngestFile(path, file)
+        yield path, file
     finally:
         path.unlink(missing_ok=True)
         os.close(file)
@@ -188,9 +175,9 @@ def is_ingest_file(path: Path) -> bool:
     return path.name.startswith(_PREFIX)
 
 
-def _can_link(path: Path, staged: IngestFile, watch: Watch) -> bool:
+def _can_link(path: Path, staged: Path, watch: Watch) -> bool:
     """Return whether the file can be hard-linked into the store; report that it cannot."""
-    trial = staged.path.with_name(f"{staged.path.name}.trial")
+    trial = staged.with_name(f"{staged.name}.trial")
     try:
         os.link(os.path.realpath(path), trial)
     except OSError as error:
@@ -211,11 +198,6 @@ def _open(path: Path) -> int:
         raise PackagingError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _check_regular(found: os.stat_result, path: Path) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise PackagingError(f"{path} is not a regular file")
-
-
 def _reporter(name: str, size: int, watch: Watch) -> Callable[[int], None]:
     def seen(completed: int) -> None:
         watch.stop.check()
@@ -231,8 +213,8 @@ def _check_unchanged(path: Path, before: os.stat_result, after: os.stat_result, 
             named = os.stat(path)
         except FileNotFoundError:
             raise SourceChangedError(f"{path} was removed while it was being read") from None
-    states = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in (before, after, named)]
-    if size != before.st_size or states[0] != states[1] or states[0] != states[2]:
+    states = {(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in (before, after, named)}
+    if size != before.st_size or len(states) > 1:
         raise SourceChangedError(
             f"{path} changed while it was being read: it had {before.st_size} bytes, "
             f"{size} were read, and it has {named.st_size} now",

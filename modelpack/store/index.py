@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
@@ -46,18 +46,16 @@ class Item:
     It is parsed on first use: most commands need one model of a store that may have thousands.
     """
 
-    __slots__ = ("_entry", "raw")
-
     def __init__(self, raw: Any) -> None:
         self.raw = raw
-        self._entry: Entry | Literal[False] | None = False
 
-    @property
+    @cached_property
     def entry(self) -> Entry | None:
         """The parsed entry; None if the element is not a valid descriptor."""
-        if self._entry is False:
-            self._entry = _entry_of(self.raw)
-        return self._entry
+        try:
+            return _entry(Descriptor.parse(self.raw, "index.json"))
+        except (ManifestError, IntegrityError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,7 @@ class IndexDocument:
     def parse(cls, raw: bytes, what: str) -> IndexDocument:
         """Return the document in `raw`; raises `ManifestError` if it is not an index."""
         value = decode_object(raw, what, limit=MAX_BYTES)
-        manifests = value.get("manifests")
-        if manifests is None:
-            manifests = []
+        manifests = [] if value.get("manifests") is None else value["manifests"]
         if not isinstance(manifests, list):
             raise ManifestError("'manifests' is not an array", path=what)
         return cls(value, tuple(map(Item, manifests)))
@@ -144,13 +140,7 @@ class IndexDocument:
         """Return a document that also lists the manifest, untagged if it is new."""
         if self.has(descriptor.digest):
             return self
-        raw = Descriptor(
-            descriptor.media_type,
-            descriptor.digest,
-            descriptor.size,
-            artifact_type=descriptor.artifact_type,
-        ).to_json()
-        return self._replaced((*self.items, Item(raw)))
+        return self._replaced((*self.items, Item(Entry(descriptor).manifest.to_json())))
 
     def with_tag(self, descriptor: Descriptor, reference: Reference) -> IndexDocument:
         """Return a document where `reference` names this manifest and no other."""
@@ -188,9 +178,7 @@ class IndexDocument:
 
         def changed(item: Item) -> Item:
             entry = item.entry
-            if entry is None or entry.digest != digest:
-                return item
-            if reference is not None and entry.reference != reference:
+            if entry is None or entry.digest != digest or reference not in (None, entry.reference):
                 return item
             if entry.descriptor.annotations.get(key) == value:
                 return item
@@ -247,18 +235,9 @@ class IndexFile:
             write_atomically(self._tree.index, document.encoded(), by_way_of=self._tree.ingest)
 
 
-def _entry_of(raw: Any) -> Entry | None:
-    try:
-        return _entry(Descriptor.parse(raw, "index.json"))
-    except (ManifestError, IntegrityError):
-        return None
-
-
 def _entry(descriptor: Descriptor) -> Entry:
-    """Return the entry with its name.
-
-    Docker's tools write a bare tag as `ref.name` and the full name as containerd's annotation.
-    """
+    """Return the entry with its name."""
+    # Docker's tools write a bare tag as `ref.name` and the full name as containerd's annotation.
     for key in (media_types.CONTAINERD_NAME, media_types.REF_NAME):
         name = descriptor.annotations.get(key)
         try:
@@ -270,10 +249,8 @@ def _entry(descriptor: Descriptor) -> Entry:
 
 
 def _reference(name: str) -> Reference:
-    reference = parse_full(name)
-    if reference is None:
-        reference = Reference.parse(name, default_registry=DEFAULT_REGISTRY).without_digest()
-    return reference
+    known = parse_full(name)
+    return known or Reference.parse(name, default_registry=DEFAULT_REGISTRY).without_digest()
 
 
 def _with_annotation(raw: Mapping[str, Any], key: str, value: str | None) -> dict[str, Any]:

@@ -182,7 +182,7 @@ class KeptBundles:
             gone = self._put_aside(final) if os.path.lexists(final) else None
             os.rename(made, final)
         if gone is not None:
-            _delete(gone)
+            delete_tree(gone)
 
     def note_links(self, digests: Iterable[Digest]) -> None:
         """Mark these blobs as having hard links, through which they can be changed."""
@@ -204,7 +204,7 @@ class KeptBundles:
     def left_over(self, *, delete: bool) -> dict[str, Path]:
         """Return the unfinished and deleted bundles of killed processes, by name.
 
-        With `delete`, move each aside so that no process uses it; the caller calls `remove`.
+        With `delete`, move each aside so that no process uses it; the caller deletes it.
         """
         found = {}
         try:
@@ -238,12 +238,8 @@ class KeptBundles:
             if inode is not None and os.lstat(path).st_ino != inode:
                 return False
             gone = self._put_aside(path)
-        _delete(gone)
+        delete_tree(gone)
         return True
-
-    def remove(self, path: Path) -> None:
-        """Delete a path that `left_over` returned."""
-        _delete(path)
 
     def _check(self, directory: Path) -> str | None:
         record = _Record.read(directory) if _is_directory(directory) else None
@@ -347,10 +343,3 @@ def _stamp(found: os.stat_result) -> str:
 def _kept_file(value: Any) -> KeptFile:
     path, digest, stamp = value
     return KeptFile(str(path), Digest.parse(digest), None if stamp is None else str(stamp))
-
-
-def _delete(path: Path) -> None:
-    if _is_directory(path):
-        delete_tree(path)
-    else:
-        path.unlink(missing_ok=True)

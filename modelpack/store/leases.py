@@ -54,21 +54,22 @@ class Leases:
         An `inherited` lease survives `exec` and ends with the new program.
         """
         wanted = set(digests)
-        descriptor = self._create(wanted)
-        if descriptor is None:
+        lease = self._create(wanted)
+        if lease is None:
             yield
             return
-        os.set_inheritable(descriptor[1], inherited)
+        path, descriptor = lease
+        os.set_inheritable(descriptor, inherited)
         if growing:
             with self._mutex:
-                self._growing[descriptor[1]] = wanted
+                self._growing[descriptor] = wanted
         try:
             yield
         finally:
             with self._mutex:
-                self._growing.pop(descriptor[1], None)
-            descriptor[0].unlink(missing_ok=True)
-            os.close(descriptor[1])
+                self._growing.pop(descriptor, None)
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
 
     def note(self, digest: Digest) -> bool:
         """Add a blob to the growing leases of this object; return whether there are any.
@@ -103,7 +104,8 @@ class Leases:
                     if try_lock(descriptor):
                         path.unlink(missing_ok=True)
                     else:
-                        found.append(_parsed(_content(descriptor)))
+                        raw = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+                        found.append(_parsed(raw.decode(errors="replace")))
                 finally:
                     os.close(descriptor)
         return tuple(found)
@@ -129,10 +131,6 @@ class Leases:
                     os.close(descriptor)
                     raise
         return path, descriptor
-
-
-def _content(descriptor: int) -> str:
-    return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
 
 def _parsed(text: str) -> LiveLease:

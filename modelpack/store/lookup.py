@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -122,18 +123,15 @@ class Names:
         digest = _full_digest(text)
         if digest is not None:
             return Match(self._with_digest(digest, text), by_name=False)
-        invalid: InvalidReferenceError | None = None
         try:
-            match = self._find_name(text)
-        except InvalidReferenceError as error:
-            match, invalid = None, error
-        if match is None:
+            match = self._find_name(text) or self._find_prefix(text)
+        except InvalidReferenceError:
             match = self._find_prefix(text)
-        if match is not None:
-            return match
-        if invalid is not None:
-            raise invalid
-        raise self._not_found(text)
+            if match is None:
+                raise
+        if match is None:
+            raise self._not_found(text)
+        return match
 
     def _with_digest(self, digest: Digest, text: str) -> Entry:
         entry = self._by_digest.get(digest)
@@ -194,7 +192,10 @@ class Names:
     def _not_found(self, text: str) -> NotFoundError:
         wanted = Reference.parse(text)
         looked_for = "" if text == str(wanted) else f" (that is {wanted})"
-        alike = sorted(str(r) for r in self._by_reference if _last_part(r) == _last_part(wanted))
+        last = wanted.repository.rpartition("/")[2]
+        alike = sorted(
+            str(ref) for ref in self._by_reference if ref.repository.rpartition("/")[2] == last
+        )
         hint = f"try {', '.join(alike[:5])}" if alike else "run `modelpack list` to see the models"
         return NotFoundError(f"no such model in the store: {text}{looked_for}", hint=hint)
 
@@ -206,20 +207,12 @@ def may_name(text: str) -> Callable[[Any], bool]:
     """
     text = text.strip()
     names = {text}
-    encoded = None
-    digest = _full_digest(text)
-    try:
+    digest, match = _full_digest(text), _HEX.match(text)
+    with suppress(InvalidReferenceError):
         wanted = Reference.parse(text)
-    except InvalidReferenceError:
-        pass
-    else:
         names.add(str(wanted.without_digest()))
         digest = digest or wanted.digest
-    match = _HEX.match(text)
-    if digest is not None:
-        encoded = digest.encoded
-    elif match is not None:
-        encoded = match[1]
+    encoded = digest.encoded if digest else match[1] if match else None
 
     def may_be(raw: Any) -> bool:
         if not isinstance(raw, dict):
@@ -240,11 +233,6 @@ def may_name(text: str) -> Callable[[Any], bool]:
     return may_be
 
 
-def find(entries: Sequence[Entry], text: str) -> Match:
-    """Return the manifest called `text` among `entries`; see `Names.find`."""
-    return Names(entries).find(text)
-
-
 def models(
     entries: Iterable[Entry], types: Sequence[str] = media_types.MANIFEST_TYPES
 ) -> tuple[StoredModel, ...]:
@@ -256,13 +244,8 @@ def models(
     for entry in entries:
         if entry.descriptor.media_type in types:
             by_digest.setdefault(entry.digest, []).append(entry)
-    found = [_model(group) for group in by_digest.values()]
-    return tuple(
-        sorted(
-            (model for model in found if not _is_referrer(model)),
-            key=lambda model: (not model.names, model.names, model.digest),
-        )
-    )
+    found = [model for model in map(_model, by_digest.values()) if not _is_referrer(model)]
+    return tuple(sorted(found, key=lambda model: (not model.names, model.names, model.digest)))
 
 
 def model(entries: Iterable[Entry], digest: Digest) -> StoredModel:
@@ -291,7 +274,3 @@ def _full_digest(text: str) -> Digest | None:
         return Digest.parse(text if ":" in text else f"sha256:{text}")
     except InvalidDigestError:
         return None
-
-
-def _last_part(reference: Reference) -> str:
-    return reference.repository.rpartition("/")[2]

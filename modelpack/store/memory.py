@@ -42,7 +42,7 @@ class MemoryStore:
 
     def resolve(self, name: str) -> Descriptor:
         """Return the manifest called `name`; raises as `LayoutStore.resolve`."""
-        return lookup.find(self._entries(), name).entry.manifest
+        return lookup.Names(self._entries()).find(name).entry.manifest
 
     def models(self) -> tuple[StoredModel, ...]:
         """Return all models, by name."""

@@ -20,7 +20,6 @@ An OCI image layout (image-spec v1.1, image-layout.md) with additional files::
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -33,75 +32,28 @@ from modelpack.store.filesystem import FileLock, map_os_errors, read_own, write_
 LAYOUT_VERSION: Final = "1.0.0"
 _LAYOUT_FILE = "oci-layout"
 _MAX_LAYOUT_BYTES = 64 * 1024
-_EMPTY_INDEX = {
-    "schemaVersion": 2,
-    "mediaType": media_types.OCI_INDEX,
-    "manifests": [],
-}
+_EMPTY_INDEX = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": []}
 # A directory that has only these still counts as empty.
 _IGNORED = frozenset({".lock", "lost+found", ".DS_Store", "ingest"})
 
 
-@dataclass(frozen=True, slots=True)
 class Tree:
     """The paths of the store at `root`."""
 
-    root: Path
-
-    @property
-    def layout(self) -> Path:
-        """The file that marks the directory as an OCI image layout."""
-        return self.root / _LAYOUT_FILE
-
-    @property
-    def index(self) -> Path:
-        """The list of models."""
-        return self.root / "index.json"
-
-    @property
-    def blobs(self) -> Path:
-        """The verified blobs."""
-        return self.root / "blobs"
-
-    @property
-    def ingest(self) -> Path:
-        """The directory where all content is written before it is verified."""
-        return self.root / "ingest"
-
-    @property
-    def leases(self) -> Path:
-        """One file for each lease."""
-        return self.ingest / "leases"
-
-    @property
-    def uploads(self) -> Path:
-        """Uploads to the embedded registry."""
-        return self.ingest / "uploads"
-
-    @property
-    def bundles(self) -> Path:
-        """Models as directories for runtimes."""
-        return self.root / "bundles"
-
-    @property
-    def bundle_ingest(self) -> Path:
-        """Bundles that are being made or deleted."""
-        return self.ingest / "bundles"
-
-    @property
-    def unflushed(self) -> Path:
-        """Marks of blobs that may not have been flushed to the disk."""
-        return self.ingest / "unflushed"
-
-    @property
-    def linked(self) -> Path:
-        """Marks of blobs that are hard links of other files."""
-        return self.ingest / "linked"
-
-    @property
-    def quarantine(self) -> Path:
-        """Damaged blobs."""
-        return self.root / "quarantine"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.layout = root / _LAYOUT_FILE
+        self.index = root / "index.json"
+        self.blobs = root / "blobs"
+        self.bundles = root / "bundles"
+        self.quarantine = root / "quarantine"
+        #: All content is written here before it is verified.
+        self.ingest = root / "ingest"
+        self.leases = self.ingest / "leases"
+        self.uploads = self.ingest / "uploads"
+        self.bundle_ingest = self.ingest / "bundles"
+        self.unflushed = self.ingest / "unflushed"
+        self.linked = self.ingest / "linked"
 
     def blob(self, digest: Digest) -> Path:
         """Return the path of the blob, whether it exists or not."""
@@ -132,16 +84,9 @@ class Tree:
         Writing or deleting below such a link would write or delete files elsewhere.
         """
         for folder in (
-            self.blobs,
-            self.blobs / "sha256",
-            self.blobs / "sha512",
-            self.leases,
-            self.uploads,
-            self.unflushed,
-            self.linked,
-            self.quarantine,
-            self.bundles,
-            self.bundle_ingest,
+            *(self.blobs, self.blobs / "sha256", self.blobs / "sha512", self.quarantine),
+            *(self.leases, self.uploads, self.unflushed, self.linked),
+            *(self.bundles, self.bundle_ingest),
         ):
             if not self.holds(folder):
                 raise UnsafePathError(

@@ -20,7 +20,7 @@ from modelpack.errors import (
 )
 from modelpack.store.index import IndexDocument
 from modelpack.store.layout import LayoutStore
-from modelpack.store.lookup import Entry, find, models
+from modelpack.store.lookup import Entry, Names, models
 from tests.contract.parts import small_model, write_model
 
 A = Digest("sha256", "abcd" + "0" * 60)
@@ -86,7 +86,7 @@ FOUND = [
 
 @pytest.mark.parametrize(("text", "digest", "by_name"), FOUND)
 def test_names_that_mean_a_model(text: str, digest: Digest, by_name: bool) -> None:
-    match = find(ENTRIES, text)
+    match = Names(ENTRIES).find(text)
     assert (match.entry.digest, match.by_name) == (digest, by_name)
 
 
@@ -96,7 +96,7 @@ def test_names_that_mean_a_model(text: str, digest: Digest, by_name: bool) -> No
 )
 def test_names_that_mean_nothing(text: str) -> None:
     with pytest.raises(NotFoundError) as caught:
-        find(ENTRIES, text)
+        Names(ENTRIES).find(text)
     assert caught.value.exit_code == 3
     assert text in str(caught.value)
 
@@ -108,13 +108,13 @@ def test_names_that_mean_nothing(text: str) -> None:
 )  # fmt: skip
 def test_a_digest_of_another_repository_is_not_found(text: str) -> None:
     with pytest.raises(NotFoundError, match="in the store has this digest") as caught:
-        find(ENTRIES, text)
+        Names(ENTRIES).find(text)
     assert "pull" in str(caught.value.hint)
 
 
 def test_a_missing_tag_is_answered_with_the_tags_there_are() -> None:
     with pytest.raises(NotFoundError) as caught:
-        find(ENTRIES, "x:v2")
+        Names(ENTRIES).find("x:v2")
     assert "docker.io/ai/x:v1" in str(caught.value.hint)
     assert "docker.io/ai/x:v2" in str(caught.value)
 
@@ -122,7 +122,7 @@ def test_a_missing_tag_is_answered_with_the_tags_there_are() -> None:
 @pytest.mark.parametrize("text", ["abcd", "sha256:abcd"])
 def test_an_ambiguous_beginning_names_the_candidates(text: str) -> None:
     with pytest.raises(AmbiguousError) as caught:
-        find(ENTRIES, text)
+        Names(ENTRIES).find(text)
     assert caught.value.candidates == (str(A), str(B))
     assert caught.value.exit_code == 7
 
@@ -130,14 +130,14 @@ def test_an_ambiguous_beginning_names_the_candidates(text: str) -> None:
 @pytest.mark.parametrize("text", ["x", "x:v1", "docker.io/ai/x:v1"])
 def test_a_tag_with_another_digest_is_an_integrity_error(text: str) -> None:
     with pytest.raises(IntegrityError) as caught:
-        find(ENTRIES, f"{text}:latest@{C}" if ":" not in text else f"{text}@{C}")
+        Names(ENTRIES).find(f"{text}:latest@{C}" if ":" not in text else f"{text}@{C}")
     assert (caught.value.expected, caught.value.got) == (str(C), str(A))
 
 
 @pytest.mark.parametrize("text", ["", "a//b", "-x", "x:.bad", "UPPER/a b"])
 def test_what_is_no_name_at_all_is_said_to_be_none(text: str) -> None:
     with pytest.raises(InvalidReferenceError):
-        find(ENTRIES, text)
+        Names(ENTRIES).find(text)
 
 
 def test_the_environment_chooses_the_registry_of_what_is_typed(
@@ -171,8 +171,8 @@ def test_what_is_no_model_is_not_listed() -> None:
     )
     index = entry(C, "docker.io/ai/all:latest", media_type=media_types.OCI_INDEX)
     assert [model.digest for model in models((signature, cncf, index))] == [B]
-    assert find((signature, cncf, index), str(A)).entry is signature
-    assert find((signature, cncf, index), "all").entry is index
+    assert Names((signature, cncf, index)).find(str(A)).entry is signature
+    assert Names((signature, cncf, index)).find("all").entry is index
 
 
 digests = st.integers(0, 2**256 - 1).map(lambda number: Digest("sha256", f"{number:064x}"))
@@ -188,10 +188,10 @@ def test_every_unique_beginning_finds_its_model_and_no_other_does(
     prefix = digest.encoded[:length]
     alike = [other for other in present if other.encoded.startswith(prefix)]
     if len(alike) == 1:
-        assert find(entries, prefix).entry.digest == digest
+        assert Names(entries).find(prefix).entry.digest == digest
     else:
         with pytest.raises(AmbiguousError):
-            find(entries, prefix)
+            Names(entries).find(prefix)
 
 
 _NAMES = (
