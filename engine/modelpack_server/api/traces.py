@@ -115,7 +115,7 @@ class EngineTraces:
 
         def submitted(model: str, stream: RequestStream) -> None:
             if trace is not None:
-                trace.model = model
+                trace.model, trace.counts_known = model, True
             running.submitted(model, stream)
 
         salt = cache_salt(owner=None if self._share_prefix_cache else owner)

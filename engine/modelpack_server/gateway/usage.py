@@ -139,11 +139,13 @@ class JsonFields:
         for item in value if isinstance(value, list) else (value,):
             if not isinstance(item, dict):
                 continue
-            for key, inner in field.inner.items():
-                found = item.get(key, self)
+            for key, found in item.items():
+                inner = field.inner.get(key)
+                if inner is None:
+                    continue
                 if isinstance(found, (dict, list)):
                     self._walk(inner, found)
-                elif found is not self and inner.name is not None:
+                elif inner.name is not None:
                     self._found(inner.name, found)
 
     def _read_string(self, piece: bytes, at: int) -> int:
@@ -293,7 +295,8 @@ class ReplyReader:
         """Read the next piece, which arrived at `now`."""
         self._now = now
         if self._streams:
-            self._events.feed(piece)
+            if not self._trace.counts_known or b'_reason":"' in piece:
+                self._events.feed(piece)
         elif self._reads:
             self._json.feed(piece)
 

@@ -107,6 +107,29 @@ def test_traces_tell_what_the_engine_knows() -> None:
         assert (trace.first_token_at, trace.last_token_at) == (2.0, 3.0)
 
 
+@pytest.mark.parametrize(
+    "path, body, finish",
+    [
+        ("/v1/chat/completions", CHAT, "length"),
+        ("/v1/messages", CHAT | {"max_tokens": 2}, "max_tokens"),
+        ("/api/chat", CHAT, "length"),
+    ],
+)
+def test_traces_of_streams_have_the_finish_reason_of_the_reply(
+    path: str, body: dict[str, Any], finish: str
+) -> None:
+    traces: list[Trace] = []
+    engine = ScriptedEngine(["a", "b"], ends=FinishReason.LENGTH)
+    app = create_app(ModelPool(ScriptedCatalogue(engine)))
+    protected = protect(app, Protection(report=traces.append))
+    with TestClient(app) as http:
+        inner = TestClient(protected, base_url="http://127.0.0.1", raise_server_exceptions=False)
+        inner.portal = http.portal
+        assert inner.post(path, json=body | {"stream": True}).status_code == 200
+    (trace,) = traces
+    assert (trace.finish, trace.completion_tokens) == (finish, 2)
+
+
 def test_following_a_log() -> None:
     async def run() -> None:
         buffer = LogBuffer(lines=2)
