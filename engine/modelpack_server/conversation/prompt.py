@@ -26,7 +26,7 @@ from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.tool_parsers.families import OutputFormat, starts_reasoning
 from modelpack_server.tool_parsers.history import template_messages
 from modelpack_server.tool_parsers.json_text import load_object
-from modelpack_server.tool_parsers.parts import Tool
+from modelpack_server.tool_parsers.parts import Tool, described
 
 _MARK = "0d9b4e1c"
 
@@ -252,12 +252,6 @@ def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
     if written.reasoning is not None and starts_reasoning(written, text):
         text += f"{written.reasoning.closing}\n\n"  # the text to continue is not reasoning
     return text + begun
-
-
-def described(tool: Tool) -> dict[str, Any]:
-    """Return a tool in the form that templates expect."""
-    function = {"name": tool.name, "description": tool.description}
-    return {"type": "function", "function": function | {"parameters": dict(tool.parameters)}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from modelpack_server.tool_parsers.parts import (
     ToolArguments,
     ToolStart,
 )
-from modelpack_server.tool_parsers.source import Broken, NotACall, Reading, Source, Stops
+from modelpack_server.tool_parsers.source import MAX_HELD, Broken, NotACall, Reading, Source, Stops
 
 _NEWLINES = "\r\n"
 _ALPHANUMERIC = string.ascii_letters + string.digits
@@ -81,11 +83,7 @@ class Found:
             kept = kept.lstrip()
         if kept:
             self.any_text = True
-            last = self._parts[-1] if self._parts else None
-            if isinstance(last, Text):
-                self._parts[-1] = Text(last.text + kept)
-            else:
-                self._parts.append(Text(kept))
+            self._add(Text(kept))
 
     def begin_reasoning(self) -> None:
         self.thinking = True
@@ -101,11 +99,7 @@ class Found:
         kept = text.rstrip()
         self._thought_spaces = text[len(kept) :]
         if kept:
-            last = self._parts[-1] if self._parts else None
-            if isinstance(last, Reasoning):
-                self._parts[-1] = Reasoning(last.text + kept)
-            else:
-                self._parts.append(Reasoning(kept))
+            self._add(Reasoning(kept))
 
     def end_reasoning(self, *, lines_follow: bool = True) -> None:
         """End a block of reasoning; with `lines_follow`, line breaks after it are layout."""
@@ -132,14 +126,20 @@ class Found:
 
     def arguments(self, fragment: str) -> None:
         """Emit a piece of the arguments of the latest call."""
-        if not fragment:
-            return
-        index = self.calls - 1
-        last = self._parts[-1] if self._parts else None
-        if isinstance(last, ToolArguments) and last.index == index:
-            self._parts[-1] = ToolArguments(index, last.fragment + fragment)
-        else:
-            self._parts.append(ToolArguments(index, fragment))
+        if fragment:
+            self._add(ToolArguments(self.calls - 1, fragment))
+
+    def _add(self, part: Part) -> None:
+        """Add a part, joined with the last part if that is of the same text or call."""
+        match self._parts[-1:], part:
+            case [Text(last)], Text(text):
+                self._parts[-1] = Text(last + text)
+            case [Reasoning(last)], Reasoning(text):
+                self._parts[-1] = Reasoning(last + text)
+            case [ToolArguments(call, last)], ToolArguments(index, text) if call == index:
+                self._parts[-1] = ToolArguments(index, last + text)
+            case _:
+                self._parts.append(part)
 
     def whole(self, name: str, arguments: Mapping[str, Any], call_id: str | None = None) -> None:
         """Emit a complete call; raises `NotACall` if the arguments are not JSON."""
@@ -153,11 +153,13 @@ class Found:
     def finish(self) -> None:
         """Emit the whitespace held back that turns out to be text, since the output has ended."""
         if self._spaces and not self.calls:
-            spaces, self._spaces = self._spaces, ""
-            self._parts.append(Text(spaces))
+            self._parts.append(Text(self._spaces))
         if self._thought_spaces:
-            spaces, self._thought_spaces = self._thought_spaces, ""
-            self._parts.append(Reasoning(spaces))
+            self._parts.append(Reasoning(self._thought_spaces))
+        self._spaces = self._thought_spaces = ""
+
+
+Reader = Callable[[Source, Found], Reading[None]]
 
 
 def read_object(
@@ -185,8 +187,8 @@ def read_object(
             return False
 
 
-def capture_value(source: Source, limit: int) -> Reading[str]:
-    """Read a JSON value and return its corrected text; raises `NotACall` if there is none."""
+def read_value(source: Source) -> Reading[Any]:
+    """Read a JSON value with its mistakes corrected; raises `NotACall` if there is none."""
     scanner = JsonScanner()
     start = source.position
     pieces = []
@@ -194,8 +196,8 @@ def capture_value(source: Source, limit: int) -> Reading[str]:
         source.advance(scanner.scan(source.rest))
         pieces.append(scanner.take())
         if scanner.done:
-            return "".join(pieces)
-        if scanner.failed or source.position - start > limit:
+            return json.loads("".join(pieces))
+        if scanner.failed or source.position - start > MAX_HELD:
             raise NotACall
         if not (yield from source.more()):
             scanner.end_atom()
@@ -242,6 +244,18 @@ class Members:
         self.begin()
         self.found.arguments("}")
 
+    @contextmanager
+    def completed(self) -> Iterator[None]:
+        """Complete the arguments and raise `Broken` if the block raises `NotACall` after the call
+        has begun."""
+        try:
+            yield
+        except NotACall:
+            if not self.begun:
+                raise
+            self.end()
+            raise Broken from None
+
     def read_string(
         self, source: Source, key: str, ends: Stops, *, trims: bool = False
     ) -> Reading[str]:
@@ -253,22 +267,38 @@ class Members:
         self._key(key)
         self.found.arguments('"')
         held, at_start = "", trims
-        while True:
-            at, end = ends.find(source.rest, 0, ended=source.ended)
-            text = held + source.rest[:at]
-            source.advance(at)
-            source.forget()
+
+        def emit(text: str) -> None:
+            nonlocal held, at_start
+            text = held + text
             if at_start and text:
                 text, at_start = text.removeprefix("\n"), False
             kept = text.removesuffix("\n") if trims else text
             held = text[len(kept) :]
             self.found.arguments(dump(kept)[1:-1])
-            if end is not None:
-                source.advance(len(end))
-                self.found.arguments('"')
-                return end
-            if source.ended:
-                self.found.arguments('"')
-                self.end()
-                raise Broken
-            yield from source.more()
+
+        end = yield from source.hand_out(ends, emit)
+        self.found.arguments('"')
+        if end is None:
+            self.end()
+            raise Broken
+        source.advance(len(end))
+        return end
+
+
+def read_each(
+    reader: Reader, opening: str, closing: str, source: Source, found: Found
+) -> Reading[None]:
+    """Read calls that begin with `opening`, up to `closing`, which is optional."""
+    read = 0
+    while True:
+        yield from source.spaces()
+        if read and (yield from source.close(closing)):
+            return
+        if not (yield from source.accept(opening)):
+            if read:
+                return
+            raise NotACall
+        yield from reader(source, found)
+        source.forget()
+        read += 1

@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from modelpack.errors import UsageError
 from modelpack_server.tool_parsers import json_calls, literal_calls, xml_calls
-from modelpack_server.tool_parsers.calls import Found
-from modelpack_server.tool_parsers.json_calls import read_json_calls, read_mlx_lm_block
+from modelpack_server.tool_parsers.calls import Found, Reader, read_each
+from modelpack_server.tool_parsers.json_calls import read_json_calls
 from modelpack_server.tool_parsers.parts import (
     GEMMA,
     HARMONY,
@@ -23,10 +24,8 @@ from modelpack_server.tool_parsers.parts import (
     SEED,
     THINK,
     ReasoningMarkers,
-)
+)  # fmt: skip
 from modelpack_server.tool_parsers.source import NotACall, Reading, Source
-
-Reader = Callable[[Source, Found], Reading[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,15 @@ def _bare_llama(source: Source, found: Found) -> Reading[None]:
         yield from _bare_json(source, found)
 
 
+def _block(
+    reader: Callable[[str, Source, Found], Reading[None]], opening: str, closing: str, **more: Any
+) -> Family:
+    """Return a format with one marker before its calls and one after them."""
+    return Family({opening: partial(reader, closing)}, ends=(closing,), **more)
+
+
 _DSML = "｜DSML｜"
+_INVOKES = partial(xml_calls.read_invokes, _DSML)
 _MISTRAL = Family(
     {"[TOOL_CALLS]": json_calls.read_mistral_calls}, special_tokens=True, mistral_ids=True
 )
@@ -89,31 +96,26 @@ _LLAMA = Family(
 )
 _DEEPSEEK = Family(
     {
-        "<｜tool▁calls▁begin｜>": json_calls.read_deepseek_calls,
-        f"<{_DSML}function_calls>": partial(
-            xml_calls.read_invokes, _DSML, f"</{_DSML}function_calls>"
+        "<｜tool▁calls▁begin｜>": partial(
+            read_each,
+            json_calls.read_deepseek_call,
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁calls▁end｜>",
         ),
-        f"<{_DSML}tool_calls>": partial(xml_calls.read_invokes, _DSML, f"</{_DSML}tool_calls>"),
+        f"<{_DSML}function_calls>": partial(_INVOKES, f"</{_DSML}function_calls>"),
+        f"<{_DSML}tool_calls>": partial(_INVOKES, f"</{_DSML}tool_calls>"),
     },
     ends=("<｜tool▁calls▁end｜>", f"</{_DSML}function_calls>", f"</{_DSML}tool_calls>"),
     special_tokens=True,
 )
 
-
-def _mlx_lm(parser: str, opening: str, closing: str, layout: tuple[str, ...] = ()) -> Family:
-    reader = partial(read_mlx_lm_block, parser, closing)
-    return Family({opening: reader}, ends=(closing,), layout=layout, special_tokens=True)
-
-
 FAMILIES: Mapping[str, Family] = {
-    "hermes": Family(
-        {"<tool_call>": json_calls.read_hermes_block},
-        bare=_bare_json,
-        ends=("</tool_call>",),
+    "hermes": _block(
+        json_calls.read_json_block, "<tool_call>", "</tool_call>", bare=_bare_json,
         special_tokens=True,  # in Hermes 2's vocabulary, but not in Qwen's
     ),
     "qwen3_coder": Family(
-        {"<tool_call>": xml_calls.read_qwen_block, "<function=": xml_calls.read_bare_function},
+        {"<tool_call>": xml_calls.read_qwen_block, "<function=": xml_calls.read_functions},
         ends=("</tool_call>", "</function>"),
     ),
     "llama3": _LLAMA,
@@ -121,94 +123,68 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": _MISTRAL,  # a list
     "mistral_v11": _MISTRAL,  # name{..}
     "mistral_v13": _MISTRAL,  # name[ARGS]{..}
-    "harmony": Family(
-        special_tokens=True
-    ),  # read by harmony.py, since all its messages have markers
+    "harmony": Family(special_tokens=True),  # see harmony.py: all its messages have markers
     "glm": Family(
-        {"<tool_call>": xml_calls.read_glm_block},
-        ends=("</tool_call>",),
-        layout=("<|begin_of_box|>", "<|end_of_box|>"),
-        special_tokens=True,
+        {"<tool_call>": xml_calls.read_glm_block}, ends=("</tool_call>",),
+        layout=("<|begin_of_box|>", "<|end_of_box|>"), special_tokens=True,
     ),
     "gemma4": Family(
-        {
-            "<|tool_call>": partial(literal_calls.read_gemma_block, '<|"|>', "<tool_call|>"),
-            "```tool_code": literal_calls.read_tool_code,
-            "call:": literal_calls.read_text_call,
-        },
+        {"<|tool_call>": partial(literal_calls.read_gemma_block, '<|"|>', "<tool_call|>"),
+         "```tool_code": literal_calls.read_tool_code, "call:": literal_calls.read_text_call},
         ends=("<tool_call|>",),
         layout=("<|channel>response\n", "<|channel>final\n", "<|channel>response", "<channel|>"),
         special_tokens=True,
     ),
-    "function_gemma": Family(
-        {
-            "<start_function_call>": partial(
-                literal_calls.read_gemma_block, "<escape>", "<end_function_call>"
-            )
-        },
-        ends=("<end_function_call>",),
-        special_tokens=True,
+    "function_gemma": _block(
+        partial(literal_calls.read_gemma_block, "<escape>"),
+        "<start_function_call>", "<end_function_call>", special_tokens=True,
     ),
     "gemma_code": Family(
-        {
-            "```tool_code": literal_calls.read_tool_code,
-            "call:": literal_calls.read_text_call,
-        }
+        {"```tool_code": literal_calls.read_tool_code, "call:": literal_calls.read_text_call}
     ),
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v31": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
-    "kimi_k2": Family(
-        {"<|tool_calls_section_begin|>": json_calls.read_kimi_calls},
-        ends=("<|tool_calls_section_end|>",),
-        special_tokens=True,
-        in_reasoning=True,
+    "kimi_k2": _block(
+        partial(read_each, json_calls.read_kimi_call, "<|tool_call_begin|>"),
+        "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>",
+        special_tokens=True, in_reasoning=True,
     ),
-    "nemotron": Family(
-        {"<TOOLCALL>": partial(json_calls.read_json_block, "</TOOLCALL>")},
-        ends=("</TOOLCALL>",),
-    ),
-    "minimax_m2": Family(
-        {"<minimax:tool_call>": partial(xml_calls.read_invokes, "", "</minimax:tool_call>")},
-        ends=("</minimax:tool_call>",),
+    "nemotron": _block(json_calls.read_json_block, "<TOOLCALL>", "</TOOLCALL>"),
+    "minimax_m2": _block(
+        partial(xml_calls.read_invokes, ""), "<minimax:tool_call>", "</minimax:tool_call>",
         in_reasoning=True,
     ),
     "granite": Family(
-        {
-            "<|tool_call|>": partial(json_calls.read_json_block, ""),
-            "<tool_call>": partial(json_calls.read_json_block, "</tool_call>"),
-        },
-        ends=("</tool_call>",),
-        special_tokens=True,
+        {"<|tool_call|>": partial(json_calls.read_json_block, ""),
+         "<tool_call>": partial(json_calls.read_json_block, "</tool_call>")},
+        ends=("</tool_call>",), special_tokens=True,
     ),
-    "lfm2": Family(
-        {"<|tool_call_start|>": partial(literal_calls.read_python_block, "<|tool_call_end|>")},
-        ends=("<|tool_call_end|>",),
+    "lfm2": _block(
+        literal_calls.read_python_block, "<|tool_call_start|>", "<|tool_call_end|>",
         special_tokens=True,
     ),
     "xlam": Family(bare=_bare_list),
     "functionary": Family(
-        {
-            "<|recipient|>": json_calls.read_functionary_turn,
-            "<|from|>assistant\n<|recipient|>": json_calls.read_functionary_turn,
-        },
-        bare=json_calls.read_functionary_turn,
-        special_tokens=True,
+        {"<|recipient|>": json_calls.read_functionary_turn,
+         "<|from|>assistant\n<|recipient|>": json_calls.read_functionary_turn},
+        bare=json_calls.read_functionary_turn, special_tokens=True,
     ),
-    "kimi_k3": _mlx_lm(
-        "kimi_k3",
-        "<|open|>tools<|sep|>",
-        "<|close|>tools<|sep|>",
-        layout=(
-            "<|open|>response<|sep|>",
-            "<|close|>response<|sep|>",
-            "<|close|>message<|sep|>",
-            "<|end_of_msg|>",
-        ),
+    "kimi_k3": _block(
+        partial(json_calls.read_mlx_lm_block, "kimi_k3"),
+        "<|open|>tools<|sep|>", "<|close|>tools<|sep|>", special_tokens=True,
+        layout=("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>",
+                "<|end_of_msg|>"),
     ),
-    "longcat": _mlx_lm("longcat", "<longcat_tool_call>", "</longcat_tool_call>"),
-    "minicpm5": _mlx_lm("minicpm5", "<function name=", "</function>"),
-}
+    "longcat": _block(
+        partial(json_calls.read_mlx_lm_block, "longcat"),
+        "<longcat_tool_call>", "</longcat_tool_call>", special_tokens=True,
+    ),
+    "minicpm5": _block(
+        partial(json_calls.read_mlx_lm_block, "minicpm5"),
+        "<function name=", "</function>", special_tokens=True,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +244,7 @@ def _any(*markers: str) -> Callable[[str], bool]:
 
 
 def _matches(pattern: str) -> Callable[[str], bool]:
-    compiled = re.compile(pattern)
-    return lambda template: compiled.search(template) is not None
+    return lambda template: re.search(pattern, template) is not None
 
 
 # The first match counts. A template contains its markers in its instructions and in its rendering

@@ -10,6 +10,7 @@ and final. <|call|> ends a call and <|return|> the reply.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from modelpack_server.tool_parsers.calls import Found, read_object
 from modelpack_server.tool_parsers.source import NotACall, Reading, Source, stops
@@ -105,44 +106,29 @@ class _Messages:
             source.back_to(start)
             yield from self.body(channel)
             return
-        yield from self._skip()
+        yield from self._end(lambda text: None)  # what follows the arguments
 
     def body(self, channel: str) -> Reading[None]:
         """Emit a message: reasoning in the channel analysis, otherwise text."""
-        source, found = self._source, self._found
+        found = self._found
         thinks = found.thinking = channel == "analysis"
         hand_out = found.reasoning if thinks else found.text
         kind = "reasoning" if thinks else "text"
         separator = _BETWEEN if kind in self._spoke else ""
-        while True:
-            at, stop = _BODY_ENDS.find(source.rest, 0, ended=source.ended)
-            if at:
-                hand_out(separator + source.rest[:at])
+
+        def emit(text: str) -> None:
+            nonlocal separator
+            if text:
+                hand_out(separator + text)
                 separator = ""
                 self._spoke.add(kind)
-                source.advance(at)
-                source.forget()
-            if stop is not None:
-                if stop not in (_START, _CHANNEL):
-                    source.advance(len(stop))
-                if thinks:
-                    found.end_reasoning(lines_follow=False)
-                return
-            if source.ended:
-                return
-            yield from source.more()
 
-    def _skip(self) -> Reading[None]:
-        """Drop the text after the arguments, up to the end of the message."""
-        source = self._source
-        while True:
-            at, stop = _BODY_ENDS.find(source.rest, 0, ended=source.ended)
-            source.advance(at)
-            source.forget()
-            if stop is not None:
-                if stop not in (_START, _CHANNEL):
-                    source.advance(len(stop))
-                return
-            if source.ended:
-                return
-            yield from source.more()
+        if (yield from self._end(emit)) and thinks:
+            found.end_reasoning(lines_follow=False)
+
+    def _end(self, emit: Callable[[str], None]) -> Reading[bool]:
+        """Pass the rest of the message to `emit`; return whether the message has an end."""
+        stop = yield from self._source.hand_out(_BODY_ENDS, emit)
+        if stop in (_END, _CALL, _RETURN):
+            self._source.advance(len(stop))
+        return stop is not None

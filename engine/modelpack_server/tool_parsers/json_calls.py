@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import json
 import re
 import sys
 import types
@@ -13,17 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelpack_server.tool_parsers.calls import Found, capture_value, read_object
+from modelpack_server.tool_parsers.calls import Found, read_object, read_value
 from modelpack_server.tool_parsers.json_text import load_object
-from modelpack_server.tool_parsers.source import (
-    MAX_HELD,
-    MAX_NAME,
-    Broken,
-    NotACall,
-    Reading,
-    Source,
-    stops,
-)
+from modelpack_server.tool_parsers.parts import described
+from modelpack_server.tool_parsers.source import MAX_NAME, Broken, NotACall, Reading, Source, stops
 
 _NAME_KEYS = ("name", "function")
 _ARGUMENT_KEYS = ("arguments", "parameters")
@@ -46,7 +38,9 @@ def read_json_call(source: Source, found: Found) -> Reading[None]:
             return  # the closing brace is missing, so the call ends here
         yield from source.accept(",")
         yield from source.spaces()
-        key = yield from _string(source)
+        if (yield from source.peek()) != '"':
+            raise NotACall
+        key = yield from read_value(source)
         yield from source.spaces()
         yield from source.expect(":")
         yield from source.spaces()
@@ -55,7 +49,7 @@ def read_json_call(source: Source, found: Found) -> Reading[None]:
                 raise Broken
             started = True
             continue
-        value = json.loads((yield from capture_value(source, MAX_HELD)))
+        value = yield from read_value(source)
         if key in _ARGUMENT_KEYS:
             held = value
         elif key in _NAME_KEYS and isinstance(value, str):
@@ -93,14 +87,6 @@ def read_json_calls(source: Source, found: Found, separators: str = ",;") -> Rea
         yield from read_json_call(source, found)
         source.forget()
         read += 1
-
-
-def _string(source: Source) -> Reading[str]:
-    if (yield from source.peek()) != '"':
-        raise NotACall
-    text = json.loads((yield from capture_value(source, MAX_HELD)))
-    assert isinstance(text, str)
-    return text
 
 
 def _arguments(value: Any) -> dict[str, Any]:
@@ -146,19 +132,8 @@ def read_mlx_lm_block(parser: str, closing: str, source: Source, found: Found) -
     module = tool_parser(parser)
     if module is None:
         raise NotACall
-    tools = [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": dict(tool.parameters),
-            },
-        }
-        for tool in found.tools.values()
-    ]
     try:
-        parsed = module.parse_tool_call(text, tools)
+        parsed = module.parse_tool_call(text, [described(tool) for tool in found.tools.values()])
     except Exception:  # noqa: BLE001 - foreign code: whatever it raises, this is not a call
         raise NotACall from None
     calls = parsed if isinstance(parsed, list) else [parsed]
@@ -179,16 +154,8 @@ def _check(call: Any, found: Found) -> None:
 NAME = re.compile(r"[\w.\-]")
 
 
-def read_hermes_block(source: Source, found: Found) -> Reading[None]:
-    """Read the text after <tool_call>: one or more objects or a list, up to </tool_call>."""
-    yield from source.spaces()
-    yield from read_json_calls(source, found)
-    yield from source.spaces()
-    yield from source.close("</tool_call>")
-
-
 def read_json_block(closing: str, source: Source, found: Found) -> Reading[None]:
-    """Read JSON calls up to `closing`, which is optional."""
+    """Read one or more JSON calls, or a list of them, up to `closing`, which is optional."""
     yield from source.spaces()
     yield from read_json_calls(source, found)
     yield from source.spaces()
@@ -219,85 +186,42 @@ def read_mistral_calls(source: Source, found: Found) -> Reading[None]:
         raise Broken
 
 
-_SEPARATOR = "<｜tool▁sep｜>"
-_CALL_BEGIN = "<｜tool▁call▁begin｜>"
-_CALL_END = "<｜tool▁call▁end｜>"
-_CALLS_END = "<｜tool▁calls▁end｜>"
-
-
-def read_deepseek_calls(source: Source, found: Found) -> Reading[None]:
-    """Read the text after <｜tool▁calls▁begin｜>: calls in the format of V3 and R1, or of V3.1."""
-    read = 0
-    while True:
-        yield from source.spaces()
-        if read and (yield from source.close(_CALLS_END)):
-            return
-        if not (yield from source.accept(_CALL_BEGIN)):
-            if read:
-                return
-            raise NotACall
-        yield from read_deepseek_call(source, found)
-        source.forget()
-        read += 1
-
-
 def read_deepseek_call(source: Source, found: Found) -> Reading[None]:
     """Read function<sep>NAME, line break, ```json {..} ``` (V3, R1), or NAME<sep>{..} (V3.1)."""
-    head = (yield from source.until(stops(_SEPARATOR), MAX_NAME))[0].strip()
+    name = (yield from source.until(stops("<｜tool▁sep｜>"), MAX_NAME))[0].strip()
     yield from source.spaces()
-    if (yield from source.peek()) == "{":
-        name = head
-        complete = yield from read_object(source, found, name)
-    else:
+    if (yield from source.peek()) != "{":
         name = yield from source.word(NAME)
         yield from source.spaces()
         if (yield from source.accept("```")):
             yield from source.accept("json")
             yield from source.spaces()
-        complete = yield from read_object(source, found, name)
-    if not complete:
+    if not (yield from read_object(source, found, name)):
         raise Broken
     yield from source.spaces()
     yield from source.accept("```")
     yield from source.spaces()
-    yield from source.close(_CALL_END)
+    yield from source.close("<｜tool▁call▁end｜>")
 
 
-_KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
-
-
-def read_kimi_calls(source: Source, found: Found) -> Reading[None]:
-    """Read the text after <|tool_calls_section_begin|>; a call's id is functions.NAME:NUMBER."""
-    read = 0
-    while True:
-        yield from source.spaces()
-        if read and (yield from source.close("<|tool_calls_section_end|>")):
-            return
-        if not (yield from source.accept("<|tool_call_begin|>")):
-            if read:
-                return
-            raise NotACall
-        head = (yield from source.until(stops(_KIMI_ARGUMENTS), MAX_NAME))[0].strip()
-        name = re.sub(r":[0-9]+$", "", head).removeprefix("functions.")
-        whole = re.fullmatch(r"functions\..+:[0-9]+", head)
-        call_id = head if whole else f"functions.{name}:{found.calls}"
-        yield from source.spaces()
-        if not (yield from read_object(source, found, name, call_id)):
-            raise Broken
-        yield from source.spaces()
-        yield from source.close("<|tool_call_end|>")
-        source.forget()
-        read += 1
-
-
-_CONTENT = "<|content|>"
+def read_kimi_call(source: Source, found: Found) -> Reading[None]:
+    """Read ID<|tool_call_argument_begin|>{..}<|tool_call_end|>; the id is functions.NAME:NUMBER."""
+    head = (yield from source.until(stops("<|tool_call_argument_begin|>"), MAX_NAME))[0].strip()
+    name = re.sub(r":[0-9]+$", "", head).removeprefix("functions.")
+    whole = re.fullmatch(r"functions\..+:[0-9]+", head)
+    call_id = head if whole else f"functions.{name}:{found.calls}"
+    yield from source.spaces()
+    if not (yield from read_object(source, found, name, call_id)):
+        raise Broken
+    yield from source.spaces()
+    yield from source.close("<|tool_call_end|>")
 
 
 def read_functionary_turn(source: Source, found: Found) -> Reading[None]:
     """Read the text after <|recipient|>: NAME, line break, <|content|>{..}; or a text to `all`."""
     recipient = yield from source.word(NAME)
     yield from source.spaces()
-    yield from source.expect(_CONTENT)
+    yield from source.expect("<|content|>")
     if recipient in ("all", "user"):
         yield from source.accept(" ")
         return

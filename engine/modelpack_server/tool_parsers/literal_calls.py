@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from modelpack_server.tool_parsers.calls import Found, Members, capture_value
-from modelpack_server.tool_parsers.json_calls import read_json_calls
-from modelpack_server.tool_parsers.source import MAX_HELD, Broken, NotACall, Reading, Source, stops
+from modelpack_server.tool_parsers.calls import Found, Members, read_each, read_value
+from modelpack_server.tool_parsers.json_calls import NAME, read_json_block
+from modelpack_server.tool_parsers.source import MAX_HELD, NotACall, Reading, Source, stops
 from modelpack_server.tool_parsers.typed_values import (
     parameter_schema,
     parse_python,
@@ -18,7 +18,6 @@ from modelpack_server.tool_parsers.typed_values import (
     typed,
 )
 
-_CALL_NAME = re.compile(r"[\w.\-]")
 _KEY = re.compile(r"[^\s:{}\[\],<>\"']")
 _ATOM = re.compile(r"[^,{}\[\]<\n]")
 _MAX_DEPTH = 64
@@ -31,59 +30,45 @@ def read_gemma_block(quote: str, closing: str, source: Source, found: Found) -> 
     emitted whole. (mlx-lm's parsers accept complete blocks only; the one of function_gemma ends at
     the first brace and loses nested values, the one of gemma4 rejects keys with a dash.)
     """
-    read = 0
-    while True:
-        yield from source.spaces()
-        if read and (yield from source.close(closing)):
-            return
-        if not (yield from source.accept("call:")):
-            if read:
-                return
-            raise NotACall
-        name = yield from source.word(_CALL_NAME)
-        tool = found.known(name)
-        yield from source.spaces()
-        yield from source.expect("{")
-        members = Members(found, name)
-        try:
-            while True:
-                yield from source.spaces()
-                if (yield from source.accept("}")):
-                    break
-                key = yield from _key(quote, source)
-                schema = parameter_schema(tool, key)
-                yield from source.spaces()
-                if (yield from source.accept(quote)):
-                    yield from members.read_string(source, key, stops(quote))
-                    if not (yield from _separated(source, "}")):
-                        raise NotACall
-                    continue
-                value = yield from _value(quote, source, schema, 0)
-                if not (yield from _separated(source, "}")):
-                    raise NotACall
-                members.add(key, value, str(value))
-                source.forget()
-        except NotACall:
-            if not members.begun:
-                raise
-            members.end()
-            raise Broken from None
-        members.end()
-        source.forget()
-        read += 1
+    yield from read_each(partial(_read_gemma_call, quote), "call:", closing, source, found)
 
 
-def _separated(source: Source, closing: str) -> Reading[bool]:
-    """Read a comma and return True; also return True before `closing`, without consuming it."""
+def _read_gemma_call(quote: str, source: Source, found: Found) -> Reading[None]:
+    name = yield from source.word(NAME)
+    tool = found.known(name)
     yield from source.spaces()
-    return (yield from source.accept(",")) or (yield from source.peek()) == closing
+    yield from source.expect("{")
+    members = Members(found, name)
+    with members.completed():
+        while True:
+            yield from source.spaces()
+            if (yield from source.accept("}")):
+                break
+            key = yield from _key(quote, source)
+            yield from source.spaces()
+            if (yield from source.accept(quote)):
+                yield from members.read_string(source, key, stops(quote))
+                yield from _separator(source, "}")
+                continue
+            value = yield from _value(quote, source, parameter_schema(tool, key), 0)
+            yield from _separator(source, "}")
+            members.add(key, value, str(value))
+            source.forget()
+    members.end()
+
+
+def _separator(source: Source, closing: str) -> Reading[None]:
+    """Read a comma, or nothing before `closing`; raises `NotACall` for anything else."""
+    yield from source.spaces()
+    if not (yield from source.accept(",")) and (yield from source.peek()) != closing:
+        raise NotACall
 
 
 def _key(quote: str, source: Source) -> Reading[str]:
     if (yield from source.accept(quote)):
         key, _ = yield from source.until(stops(quote))
     elif (yield from source.peek()) == '"':
-        key = json.loads((yield from capture_value(source, MAX_HELD)))
+        key = yield from read_value(source)
     else:
         key = yield from source.word(_KEY)
     yield from source.spaces()
@@ -99,7 +84,7 @@ def _value(quote: str, source: Source, schema: Mapping[str, Any], depth: int) ->
         return (yield from source.until(stops(quote)))[0]
     character = yield from source.peek()
     if character == '"':
-        return json.loads((yield from capture_value(source, MAX_HELD)))
+        return (yield from read_value(source))
     if character == "{":
         source.advance(1)
         members: dict[str, Any] = {}
@@ -109,8 +94,7 @@ def _value(quote: str, source: Source, schema: Mapping[str, Any], depth: int) ->
                 return members
             key = yield from _key(quote, source)
             members[key] = yield from _value(quote, source, {}, depth + 1)
-            if not (yield from _separated(source, "}")):
-                raise NotACall
+            yield from _separator(source, "}")
     if character == "[":
         source.advance(1)
         items: list[Any] = []
@@ -119,8 +103,7 @@ def _value(quote: str, source: Source, schema: Mapping[str, Any], depth: int) ->
             if (yield from source.accept("]")):
                 return items
             items.append((yield from _value(quote, source, {}, depth + 1)))
-            if not (yield from _separated(source, "]")):
-                raise NotACall
+            yield from _separator(source, "]")
     atom = (yield from source.word(_ATOM, 1 << 16)).strip()
     if not atom:
         raise NotACall
@@ -133,9 +116,7 @@ def read_python_block(closing: str, source: Source, found: Found) -> Reading[Non
     start = source.position
     if (yield from source.peek()) == "{" or (yield from _json_list(source)):
         source.back_to(start)
-        yield from read_json_calls(source, found)
-        yield from source.spaces()
-        yield from source.close(closing)
+        yield from read_json_block(closing, source, found)
         return
     source.back_to(start)
     text, _ = yield from source.until(stops(closing))
@@ -154,7 +135,7 @@ def read_python_list(source: Source, found: Found) -> Reading[None]:
     start = source.position
     yield from source.expect("[")
     yield from source.spaces()
-    found.known((yield from source.word(_CALL_NAME)))
+    found.known((yield from source.word(NAME)))
     yield from _balanced(source)
     yield from _until_closed(source, "]")
     hand_out_python(source.since(start), found)
@@ -213,7 +194,7 @@ def read_tool_code(source: Source, found: Found) -> Reading[None]:
 def read_text_call(source: Source, found: Found) -> Reading[None]:
     """Read the text after `call:` in call:NAME(a="b")."""
     start = source.position
-    found.known((yield from source.word(_CALL_NAME)))
+    found.known((yield from source.word(NAME)))
     if (yield from source.peek()) != "(":
         raise NotACall
     yield from _balanced(source)

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from modelpack_server.tool_parsers.calls import Enough, Found
-from modelpack_server.tool_parsers.families import FAMILIES, Family, OutputFormat, Reader
+from modelpack_server.tool_parsers.calls import Enough, Found, Reader
+from modelpack_server.tool_parsers.families import FAMILIES, Family, OutputFormat
 from modelpack_server.tool_parsers.harmony import read_harmony
 from modelpack_server.tool_parsers.parts import Part, Tool
-from modelpack_server.tool_parsers.source import Broken, NotACall, Reading, Source, Stops, stops
+from modelpack_server.tool_parsers.source import Broken, NotACall, Reading, Source, stops
 
 # Special tokens that end a turn. The engine stops at them, so they can only be last.
 END_TOKENS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|eot|>",
-    "<|eom|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|user|>",
-    "<|observation|>",
-    "<|stop|>",
-    "<|end_of_role|>",
-    "<|endofprompt|>",
-    "<|tool_response>",
-    "<turn|>",
-    "<end_of_turn>",
-    "<start_function_response>",
-    "<eos>",
-    "</s>",
-    "[EOS]",
-    "[e~[",
-    "<｜end▁of▁sentence｜>",
-)
+    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|eot|>",
+    "<|eom|>", "<|end|>", "<|return|>", "<|call|>", "<|user|>", "<|observation|>", "<|stop|>",
+    "<|end_of_role|>", "<|endofprompt|>", "<|tool_response>", "<turn|>", "<end_of_turn>",
+    "<start_function_response>", "<eos>", "</s>", "[EOS]", "[e~[", "<｜end▁of▁sentence｜>",
+)  # fmt: skip
 
 
 class OutputParser:
@@ -71,14 +51,12 @@ class OutputParser:
         self._family = family
         dropped = family.layout + (END_TOKENS if format.keeps_special_tokens else ())
         markers = tuple(family.markers) if tools else ()
-        opening: tuple[str, ...] = ()
-        closing: tuple[str, ...] = ()
-        if self._markers is not None:
-            closing = (self._markers.closing,)
-            opening = (self._markers.opening,) if self._markers.anywhere else ()
-        self._stops = stops(*markers, *opening, *dropped)
         within = markers if family.in_reasoning else ()
-        self._thought_stops = stops(*within, *closing, *dropped)
+        if self._markers is not None:
+            within += (self._markers.closing,)
+            markers += (self._markers.opening,) if self._markers.anywhere else ()
+        self._stops = stops(*markers, *dropped)
+        self._thought_stops = stops(*within, *dropped)
         self._broken_ends = stops(*family.ends, *family.markers)
         self.reasoning_tokens = 0
         self._reading: Reading[None] | None = (
@@ -137,12 +115,12 @@ class OutputParser:
         while True:
             if may_open and (yield from self._opening()):
                 return
-            stop = yield from self._hand_out(self._stops, self._found.text)
+            stop = yield from self._source.hand_out(self._stops, self._found.text)
             if stop is None:
                 return
             may_open = True
             if stop in self._family.markers:
-                if (yield from self._call(stop)):
+                if (yield from self._call(stop, self._found.text)):
                     return
             elif self._markers is not None and stop == self._markers.opening:
                 self._source.advance(len(stop))
@@ -179,7 +157,7 @@ class OutputParser:
         if not (yield from source.accept(markers.opening)):  # the prompt has opened the block
             found.reasoning(spaces)
         while True:
-            stop = yield from self._hand_out(self._thought_stops, found.reasoning)
+            stop = yield from source.hand_out(self._thought_stops, found.reasoning)
             if stop is None:
                 return
             if stop == markers.closing:
@@ -192,23 +170,9 @@ class OutputParser:
             else:
                 yield from self._drop(stop, found.reasoning)
 
-    def _hand_out(self, ends: Stops, hand_out: Callable[[str], None]) -> Reading[str | None]:
-        """Emit text up to a stop, and return the stop without consuming it; None at the end."""
-        source = self._source
-        while True:
-            at, stop = ends.find(source.rest, 0, ended=source.ended)
-            hand_out(source.rest[:at])
-            source.advance(at)
-            source.forget()
-            if stop is not None or source.ended:
-                return stop
-            yield from source.more()
-
-    def _call(self, marker: str, hand_out: Callable[[str], None] | None = None) -> Reading[bool]:
+    def _call(self, marker: str, hand_out: Callable[[str], None]) -> Reading[bool]:
         self._source.advance(len(marker))
-        return (
-            yield from self._read_call(self._family.markers[marker], hand_out or self._found.text)
-        )
+        return (yield from self._read_call(self._family.markers[marker], hand_out))
 
     def _read_call(self, reader: Reader, hand_out: Callable[[str], None]) -> Reading[bool]:
         """Read calls with `reader`; pass text that is not a call to `hand_out`.
@@ -221,23 +185,11 @@ class OutputParser:
         except NotACall:
             hand_out(source.read)
         except Broken:
-            yield from self._skip_broken()
+            stop = yield from source.hand_out(self._broken_ends)
+            if stop is not None and stop in self._family.ends:
+                source.advance(len(stop))
         source.forget()
         return found.calls > 0 and not self._parallel
-
-    def _skip_broken(self) -> Reading[None]:
-        source = self._source
-        while True:
-            at, stop = self._broken_ends.find(source.rest, 0, ended=source.ended)
-            source.advance(at)
-            source.forget()
-            if stop is not None:
-                if stop in self._family.ends:
-                    source.advance(len(stop))
-                return
-            if source.ended:
-                return
-            yield from source.more()
 
     def _drop(self, token: str, hand_out: Callable[[str], None]) -> Reading[None]:
         """Drop a special token. One that looks like an HTML tag is dropped only at the end: within

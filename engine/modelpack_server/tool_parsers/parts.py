@@ -19,6 +19,12 @@ class Tool:
     strict: bool = False
 
 
+def described(tool: Tool) -> dict[str, Any]:
+    """Return a tool in the form that templates expect."""
+    function = {"name": tool.name, "description": tool.description}
+    return {"type": "function", "function": function | {"parameters": dict(tool.parameters)}}
+
+
 def check_names(tools: Sequence[Tool]) -> None:
     """Raise `RequestError` if two tools have the same name."""
     seen: set[str] = set()

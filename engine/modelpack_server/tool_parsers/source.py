@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -107,6 +107,19 @@ class Source:
             if len(self._text) > before:
                 return True
         return False
+
+    def hand_out(
+        self, ends: Stops, emit: Callable[[str], None] = lambda text: None
+    ) -> Reading[str | None]:
+        """Pass text up to a stop to `emit`; return the stop, which is not read, None at the end."""
+        while True:
+            at, stop = ends.find(self.rest, 0, ended=self.ended)
+            emit(self.rest[:at])
+            self.advance(at)
+            self.forget()
+            if stop is not None or self.ended:
+                return stop
+            yield from self.more()
 
     def peek(self) -> Reading[str]:
         """Return the next character, "" at the end."""

@@ -8,10 +8,11 @@ one invalid number, and return calls of unknown tools.
 from __future__ import annotations
 
 import re
+from functools import partial
 
-from modelpack_server.tool_parsers.calls import Found, Members, read_object
-from modelpack_server.tool_parsers.json_calls import read_json_calls
-from modelpack_server.tool_parsers.source import Broken, NotACall, Reading, Source, stops
+from modelpack_server.tool_parsers.calls import Found, Members, read_each, read_object
+from modelpack_server.tool_parsers.json_calls import read_json_block
+from modelpack_server.tool_parsers.source import Broken, Reading, Source, stops
 from modelpack_server.tool_parsers.typed_values import (
     is_string,
     json_or_text,
@@ -51,7 +52,7 @@ def read_function_tag(source: Source, found: Found) -> Reading[None]:
         if (yield from source.close("</function>")):
             members.end()
             return
-        try:
+        with members.completed():
             yield from source.expect("<parameter=")
             key = (yield from source.word(_QUOTED_NAME)).strip()
             yield from source.expect(">")
@@ -62,11 +63,6 @@ def read_function_tag(source: Source, found: Found) -> Reading[None]:
                 value, stop = yield from source.until(_VALUE_END)
                 value = _trimmed(value)
                 members.add(key, typed(value, schema), value)
-        except NotACall:
-            if not members.begun:
-                raise
-            members.end()
-            raise Broken from None
         source.forget()
         if stop == "</function>":  # the parameter has no closing tag
             members.end()
@@ -77,25 +73,19 @@ def read_qwen_block(source: Source, found: Found) -> Reading[None]:
     """Read the text after <tool_call>: function tags up to </tool_call>."""
     yield from source.spaces()
     yield from source.expect("<function=")
-    yield from read_function_tag(source, found)
-    yield from _more_functions(source, found)
+    yield from read_functions(source, found)
 
 
-def read_bare_function(source: Source, found: Found) -> Reading[None]:
-    """Read the text after <function= if the model omitted <tool_call>."""
-    yield from read_function_tag(source, found)
-    yield from _more_functions(source, found)
-
-
-def _more_functions(source: Source, found: Found) -> Reading[None]:
+def read_functions(source: Source, found: Found) -> Reading[None]:
+    """Read the text after <function=, with further functions; models may omit <tool_call>."""
     while True:
+        yield from read_function_tag(source, found)
         source.forget()
         yield from source.spaces()
-        if (yield from source.close("</tool_call>")):
+        if (yield from source.close("</tool_call>")) or not (
+            yield from source.accept("<function=")
+        ):
             return
-        if not (yield from source.accept("<function=")):
-            return
-        yield from read_function_tag(source, found)
 
 
 def read_invokes(prefix: str, closing: str, source: Source, found: Found) -> Reading[None]:
@@ -104,18 +94,8 @@ def read_invokes(prefix: str, closing: str, source: Source, found: Found) -> Rea
     `prefix` precedes each tag's name (DeepSeek's ｜DSML｜). The optional attribute string="true" or
     "false" of a parameter says whether its value is text or JSON.
     """
-    read = 0
-    while True:
-        yield from source.spaces()
-        if read and (yield from source.close(closing)):
-            return
-        if not (yield from source.accept(f"<{prefix}invoke name=")):
-            if read:
-                return
-            raise NotACall
-        yield from _read_invoke(prefix, source, found)
-        source.forget()
-        read += 1
+    opening = f"<{prefix}invoke name="
+    yield from read_each(partial(_read_invoke, prefix), opening, closing, source, found)
 
 
 def _read_invoke(prefix: str, source: Source, found: Found) -> Reading[None]:
@@ -130,7 +110,7 @@ def _read_invoke(prefix: str, source: Source, found: Found) -> Reading[None]:
         if (yield from source.close(f"</{prefix}invoke>")):
             members.end()
             return
-        try:
+        with members.completed():
             yield from source.expect(f"<{prefix}parameter name=")
             key = yield from _attribute(source)
             yield from source.spaces()
@@ -144,11 +124,6 @@ def _read_invoke(prefix: str, source: Source, found: Found) -> Reading[None]:
                 yield from members.read_string(source, key, value_end, trims=not kind)
                 continue
             value, _ = yield from source.until(value_end)
-        except NotACall:
-            if not members.begun:
-                raise
-            members.end()
-            raise Broken from None
         if kind:
             members.add(key, json_or_text(value), value)
         else:
@@ -181,9 +156,7 @@ def read_glm_block(source: Source, found: Found) -> Reading[None]:
     """
     yield from source.spaces()
     if (yield from source.peek()) == "{":
-        yield from read_json_calls(source, found)
-        yield from source.spaces()
-        yield from source.close("</tool_call>")
+        yield from read_json_block("</tool_call>", source, found)
         return
     name = yield from source.word(_GLM_NAME)
     tool = found.known(name)
@@ -193,7 +166,7 @@ def read_glm_block(source: Source, found: Found) -> Reading[None]:
         if (yield from source.close("</tool_call>")):
             members.end()
             return
-        try:
+        with members.completed():
             yield from source.expect("<arg_key>")
             key = (yield from source.until(_GLM_KEY_END))[0].strip()
             yield from source.spaces()
@@ -203,10 +176,5 @@ def read_glm_block(source: Source, found: Found) -> Reading[None]:
                 yield from members.read_string(source, key, _GLM_VALUE_END)
                 continue
             value, _ = yield from source.until(_GLM_VALUE_END)
-        except NotACall:
-            if not members.begun:
-                raise
-            members.end()
-            raise Broken from None
         members.add(key, typed(value, schema), value)
         source.forget()
