@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 from modelpack_engine.async_engine import RequestStream
@@ -13,11 +12,11 @@ from modelpack_engine.core.detokenizer import stop_strings
 from modelpack_engine.outputs import FinishReason, RequestEvent, Usage
 from modelpack_engine.request import EngineRequest
 from modelpack_engine.worker.threads import prepare
-from modelpack_server.conversation.masks import MakeMask, make_masks
+from modelpack_server.conversation.masks import make_masks
 from modelpack_server.conversation.prompt import PLAIN_FAMILY, render
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatDelta, ChatSpec, ChatUsage, Finish
-from modelpack_server.tool_parsers.families import OutputFormat, starts_reasoning
+from modelpack_server.tool_parsers.families import starts_reasoning
 from modelpack_server.tool_parsers.parser import OutputParser
 from modelpack_server.tool_parsers.parts import Part, Text, Tool
 
@@ -176,25 +175,16 @@ class ChatStream:
     async def __aenter__(self) -> ChatStream:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._stream.abort()
-
-    def __aiter__(self) -> AsyncIterator[ChatDelta]:
-        return self._read()
 
     def abort(self) -> None:
         """Abort all choices; their KV blocks are free after one step."""
         self._stream.abort()
 
-    async def _read(self) -> AsyncIterator[ChatDelta]:
-        answers = self._answers
+    async def __aiter__(self) -> AsyncIterator[ChatDelta]:
         async for event in self._stream:
-            answer = answers[event.index]
+            answer = self._answers[event.index]
             was_over = answer.is_over
             delta = answer.take(event)
             if answer.is_over and not was_over and delta.finish is None:
@@ -220,9 +210,13 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
     reasons = starts_reasoning(written, prompt)
     if spec.reasoning is False and not reasons:
         written = written.without_reasoning()
-    parses = written.reasoning is not None or (bool(tools))
+    parses = written.reasoning is not None or bool(tools)
     stops = tuple(spec.params.stop)
-    mask = await _masks(model, spec, written, tools, reasons)
+    mask = None
+    if spec.tool_choice.mode == "required" or spec.constraint or spec.reasoning_budget is not None:
+        mask = await asyncio.to_thread(
+            make_masks, model, spec, written, tools, starts_reasoning=reasons
+        )
     params = replace(
         spec.params,
         max_tokens=limit,
@@ -262,19 +256,6 @@ def _completed(spec: ChatSpec, model: ServedModel) -> ChatSpec:
     if budget > 0:
         return replace(spec, reasoning_budget=budget)
     return replace(spec, reasoning=budget < 0)
-
-
-async def _masks(
-    model: ServedModel,
-    spec: ChatSpec,
-    format: OutputFormat,
-    tools: tuple[Tool, ...],
-    reasons: bool,
-) -> MakeMask | None:
-    if (spec.tool_choice.mode != "required" and spec.constraint is None
-            and spec.reasoning_budget is None):  # fmt: skip
-        return None
-    return await asyncio.to_thread(make_masks, model, spec, format, tools, starts_reasoning=reasons)
 
 
 def offered_tools(spec: ChatSpec) -> tuple[Tool, ...]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from modelpack_engine.errors import RequestError
+from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.request import CopyableMask
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.structured_output import (
     Constraint,
-    Grammar,
     ReasoningBlock,
     compile_constraint,
     grammar_vocabulary,
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from modelpack_server.conversation.served_model import ServedModel
 
 
-class _Tokens(Protocol):
-    def token_bytes(self, token_id: int) -> bytes: ...
-
-
 class ReasoningBudget:
     """A `LogitsMask` that limits reasoning; it may wrap another mask.
 
@@ -39,7 +35,7 @@ class ReasoningBudget:
     def __init__(
         self,
         budget: int,
-        tokens: _Tokens,
+        tokens: Tokenizer,
         *,
         opening: str | None,
         closing: str,
@@ -83,7 +79,7 @@ class ReasoningBudget:
         elif self._opening is not None and self._opening in self._text:
             self._reasons = True
             self._text = b""
-        elif self._opening is not None and not _may_become(self._text.lstrip(), self._opening):
+        elif self._opening is not None and not self._opening.startswith(self._text.lstrip()):
             self._ended = True  # the reply began without reasoning
 
     def copy(self) -> ReasoningBudget:
@@ -96,10 +92,6 @@ class ReasoningBudget:
     @property
     def _is_forced(self) -> bool:
         return self._reasons and not self._ended and self._spent >= self._budget
-
-
-def _may_become(text: bytes, opening: bytes) -> bool:
-    return opening.startswith(text)
 
 
 MakeMask = Callable[[], CopyableMask]
@@ -118,16 +110,17 @@ def make_masks(
     A required call replaces `constraint`. An optional call is an alternative to text that matches
     `constraint`. Compiling may take seconds. Raises `RequestError` with the reason if it fails.
     """
-    make: MakeMask | None = None
+    constraint, calls, param = spec.constraint, None, "response_format"
     if spec.tool_choice.mode == "required":
-        constraint = tool_grammar(
-            format, tools, spec.tool_choice, parallel=spec.parallel_tool_calls
-        )
-        make = _compiled(model, constraint, format, starts_reasoning, "tools").mask
-    elif spec.constraint is not None:
-        calls = _possible_calls(spec, format, tools)
-        make = _compiled(
-            model, spec.constraint, format, starts_reasoning, "response_format", calls
+        constraint, param = _calls(spec, format, tools), "tools"
+    elif constraint is not None and tools:
+        calls = _optional_calls(spec, format, tools)
+    make: MakeMask | None = None
+    if constraint is not None:
+        vocabulary = grammar_vocabulary(model.tokenizer, model.vocab_size)
+        block = _block(format, starts_reasoning)
+        make = compile_constraint(
+            constraint, vocabulary, reasoning=block, calls=calls, param=param
         ).mask
     budget, markers = spec.reasoning_budget, format.reasoning
     if budget is None or markers is None:
@@ -153,15 +146,15 @@ def text_mask(model: ServedModel, constraint: Constraint) -> MakeMask:
     return compile_constraint(constraint, vocabulary).mask
 
 
-def _possible_calls(
-    spec: ChatSpec, format: OutputFormat, tools: Sequence[Tool]
-) -> Constraint | None:
-    """Return the grammar of optional calls, the alternative to the constrained text."""
-    if not tools:
-        return None
+def _calls(spec: ChatSpec, format: OutputFormat, tools: Sequence[Tool]) -> Constraint:
     choice = replace(spec.tool_choice, mode="required")
+    return tool_grammar(format, tools, choice, parallel=spec.parallel_tool_calls)
+
+
+def _optional_calls(spec: ChatSpec, format: OutputFormat, tools: Sequence[Tool]) -> Constraint:
+    """Return the grammar of optional calls, the alternative to the constrained text."""
     try:
-        return tool_grammar(format, tools, choice, parallel=spec.parallel_tool_calls)
+        return _calls(spec, format, tools)
     except RequestError as error:
         if error.param == "tools":
             raise
@@ -171,27 +164,6 @@ def _possible_calls(
             param="response_format",
             hint='remove one of them, or use tool_choice "none"',
         ) from error
-
-
-def _compiled(
-    model: ServedModel,
-    constraint: Constraint,
-    format: OutputFormat,
-    starts_reasoning: bool,
-    param: str,
-    calls: Constraint | None = None,
-) -> Grammar:
-    vocabulary = grammar_vocabulary(model.tokenizer, model.vocab_size)
-    try:
-        return compile_constraint(
-            constraint,
-            vocabulary,
-            reasoning=_block(format, starts_reasoning),
-            calls=calls,
-            param=param,
-        )
-    except RequestError as error:
-        raise RequestError(str(error), param=param, hint=error.hint) from error
 
 
 def _block(format: OutputFormat, starts_reasoning: bool) -> ReasoningBlock | None:

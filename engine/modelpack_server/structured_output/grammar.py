@@ -12,6 +12,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -48,12 +49,9 @@ _IDLE: Mapping[str, tuple[Any, ...]] = {
     "unevaluatedProperties": ({}, True),
     "unevaluatedItems": ({}, True),
 }
-_DATA = frozenset(
-    {"const", "enum", "default", "examples", "x-guidance"}
-)  # their values are not schemas
-_BY_NAME = frozenset(
-    {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
-)
+# Keywords whose values are not schemas, and keywords whose values are schemas by name.
+_DATA = {"const", "enum", "default", "examples", "x-guidance"}
+_BY_NAME = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 
 
 def prepared(schema: object) -> dict[str, Any]:
@@ -72,9 +70,9 @@ def prepared(schema: object) -> dict[str, Any]:
         raise _refusal(f"it is a {type(schema).__name__}, expected an object")
     try:
         size = len(json.dumps(schema, allow_nan=False))
-        patterns = sum(map(len, _patterns(schema)))
+        patterns = sum(map(_pattern_size, _objects(schema)))
         result = _without_idle_words(schema)
-        optional = max(_optional(schema), default=0)
+        optional = max(map(_optional, _objects(schema)))
     except (TypeError, ValueError, RecursionError) as error:
         raise _refusal(f"it is not JSON: {error}") from error
     if size > MAX_SCHEMA:
@@ -97,35 +95,31 @@ def _refusal(reason: str, hint: str | None = None) -> RequestError:
     )
 
 
-def _patterns(value: object) -> Iterator[str]:
+def _objects(value: object) -> Iterator[Mapping[str, Any]]:
+    """Yield each object within a JSON value."""
     if isinstance(value, Mapping):
-        pattern = value.get("pattern")
-        if isinstance(pattern, str):
-            yield pattern
-        named = value.get("patternProperties")
-        if isinstance(named, Mapping):
-            yield from named
-        for part in value.values():
-            yield from _patterns(part)
-    elif isinstance(value, list):
+        yield value
+        value = list(value.values())
+    if isinstance(value, list):
         for part in value:
-            yield from _patterns(part)
+            yield from _objects(part)
 
 
-def _optional(value: object) -> Iterator[int]:
-    """Yield the number of optional properties of each object schema within `value`."""
-    if isinstance(value, Mapping):
-        named, required = value.get("properties"), value.get("required")
-        if isinstance(named, Mapping):
-            patterns = value.get("patternProperties")
-            more = len(patterns) if isinstance(patterns, Mapping) else 0
-            needed = set(map(str, required)) if isinstance(required, list) else set()
-            yield len(named.keys() - needed) + more
-        for part in value.values():
-            yield from _optional(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _optional(part)
+def _pattern_size(schema: Mapping[str, Any]) -> int:
+    pattern, named = schema.get("pattern"), schema.get("patternProperties")
+    size = len(pattern) if isinstance(pattern, str) else 0
+    return size + (sum(map(len, named)) if isinstance(named, Mapping) else 0)
+
+
+def _optional(schema: Mapping[str, Any]) -> int:
+    """Return the number of optional properties of an object schema."""
+    named, required = schema.get("properties"), schema.get("required")
+    if not isinstance(named, Mapping):
+        return 0
+    patterns = schema.get("patternProperties")
+    more = len(patterns) if isinstance(patterns, Mapping) else 0
+    needed = set(map(str, required)) if isinstance(required, list) else set()
+    return len(named.keys() - needed) + more
 
 
 def _without_idle_words(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,14 +188,13 @@ def on_deep_stack(work: Callable[[], T]) -> T:
 
     Raises `QueueFullError` if the system has no memory for the stack.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    done: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.append(work())
+            done.set_result(work())
         except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
-            errors.append(error)
+            done.set_exception(error)
 
     thread = threading.Thread(target=run, name="grammar-compiler", daemon=True)
     with _one_at_a_time:
@@ -216,9 +209,9 @@ def on_deep_stack(work: Callable[[], T]) -> T:
         finally:
             threading.stack_size(before)
         thread.join()
-    if errors:
-        raise as_error(errors[0], "compiling the grammar") from errors[0]
-    return results[0]
+    if (failure := done.exception()) is not None:
+        raise as_error(failure, "compiling the grammar") from failure
+    return done.result()
 
 
 _PREFIX = "\x02"  # tokenizers never merge it with its neighbours

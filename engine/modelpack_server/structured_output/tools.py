@@ -68,15 +68,16 @@ class Rules:
 
     def rule(self, expression: str) -> str:
         """Add a rule and return its name."""
-        self.charge(len(expression))
-        self._lines.append(f"r{len(self._lines)}: {expression or EMPTY}")
-        return f"r{len(self._lines) - 1}"
+        return self._line("r", expression or EMPTY)
 
     def terminal(self, expression: str) -> str:
         """Add a terminal, of regular expressions joined by `&`, and return its name."""
+        return self._line("T", expression)
+
+    def _line(self, prefix: str, expression: str) -> str:
         self.charge(len(expression))
-        self._lines.append(f"T{len(self._lines)}: {expression}")
-        return f"T{len(self._lines) - 1}"
+        self._lines.append(f"{prefix}{len(self._lines)}: {expression}")
+        return f"{prefix}{len(self._lines) - 1}"
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """Return an expression for JSON that follows a schema."""
@@ -389,8 +390,7 @@ def _check(schemas: Mapping[str, Mapping[str, Any]]) -> None:
             raise RequestError(text, param="tools", hint=hint)
     if total > MAX_TOOLS:
         raise RequestError(
-            f"the tools' schemas have {total} characters, expected up to {MAX_TOOLS}",
-            param="tools",
+            f"the tools' schemas have {total} characters, expected up to {MAX_TOOLS}", param="tools"
         )
 
 
