@@ -78,10 +78,7 @@ class Callers:
 
 
 def create_app(
-    pool: ModelPool,
-    *,
-    request_templates: bool = False,
-    share_prefix_cache: bool = False,
+    pool: ModelPool, *, request_templates: bool = False, share_prefix_cache: bool = False
 ) -> FastAPI:
     """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol).
 

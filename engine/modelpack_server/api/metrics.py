@@ -7,11 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from fastapi import APIRouter, Response
-from prometheus_client import (
-    CONTENT_TYPE_PLAIN_0_0_4,
-    Metric,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from modelpack_engine.core.metrics import Histogram, Meter

@@ -381,9 +381,7 @@ def router(pool: ModelPool, records: Records) -> APIRouter:
 
 
 async def _record_events(
-    pool: ModelPool,
-    old: Mapping[str, list[Record]],
-    coming: AsyncGenerator[Record, None],
+    pool: ModelPool, old: Mapping[str, list[Record]], coming: AsyncGenerator[Record, None]
 ) -> AsyncGenerator[str, None]:
     # The first step of `coming` subscribes it, so no later record is missed.
     following = asyncio.ensure_future(anext(coming))

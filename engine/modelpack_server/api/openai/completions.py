@@ -15,12 +15,7 @@ from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, U
 from modelpack_engine.request import EngineRequest
 from modelpack_server.api.bodies import call, large_response, written
 from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable
-from modelpack_server.api.openai.replies import (
-    Envelope,
-    completion_logprobs,
-    quoted,
-    total_usage,
-)
+from modelpack_server.api.openai.replies import Envelope, completion_logprobs, quoted, total_usage
 from modelpack_server.api.openai.requests import CompletionRequest, constraint_of
 from modelpack_server.api.paths import add_route
 from modelpack_server.api.sse import DONE

@@ -9,14 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-)
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body
@@ -99,8 +92,7 @@ def _function(given: Mapping[str, Any], where: str) -> Tool:
     kind = given.get("type")
     if kind != "function":
         raise RequestError(
-            f"tools of type {kind!r} are not supported, only functions",
-            param=f"{where}.type",
+            f"tools of type {kind!r} are not supported, only functions", param=f"{where}.type"
         )
     try:
         return _ToolFields.model_validate(given).tool()
