@@ -108,7 +108,7 @@ def test_traces_tell_what_the_engine_knows() -> None:
 
 
 @pytest.mark.parametrize(
-    "path, body, finish",
+    ("path", "body", "finish"),
     [
         ("/v1/chat/completions", CHAT, "length"),
         ("/v1/messages", CHAT | {"max_tokens": 2}, "max_tokens"),
