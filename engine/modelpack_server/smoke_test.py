@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import modelpack
@@ -131,9 +132,7 @@ def smoke_test(
         raise UsageError(f"{expect!r} is not a regular expression: {error}") from None
     config = config or EngineConfig()
     catalogue = StoreCatalogue(store, config, remote=remote)
-    from modelpack_engine.platform.device import (
-        choose_device,  # loads MLX: after the catalogue's BLAS
-    )
+    from modelpack_engine.platform.device import choose_device  # MLX: after the catalogue's BLAS
 
     stored = stored_model(store, name)
     report = SmokeReport(
@@ -241,14 +240,11 @@ def check_vector(vector: Sequence[float]) -> tuple[Check, ...]:
 
 
 def _longest_run(tokens: Sequence[int]) -> int:
-    longest = run = 0
-    for at, token in enumerate(tokens):
-        run = run + 1 if at and token == tokens[at - 1] else 1
-        longest = max(longest, run)
-    return longest
+    return max((len(list(run)) for _, run in groupby(tokens)), default=0)
 
 
 def _versions() -> dict[str, str]:
-    found = {"modelpack": modelpack.__version__}
-    found |= {name: version(name) for name in ("mlx", "mlx-lm")}
-    return found | {"python": platform.python_version(), "platform": platform.platform()}
+    return {
+        "modelpack": modelpack.__version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm"),
+        "python": platform.python_version(), "platform": platform.platform(),
+    }  # fmt: skip

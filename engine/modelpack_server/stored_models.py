@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from modelpack.artifacts.model import Model
@@ -81,9 +82,7 @@ def load_model(
             _log.warning("llama.cpp does not run the model, MLX does: %s", error)
     ignored = device.ignore_config_fields
     loaded = load(opened.files, device=where, ignored_fields=ignored)
-    drafting = None
-    if draft is not None:
-        drafting = load(draft, device=where, ignored_fields=ignored)
+    drafting = load(draft, device=where, ignored_fields=ignored) if draft is not None else None
     weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
     config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
     engine = Engine(loaded, config, model_id=str(opened.model.digest), draft=drafting)
@@ -215,18 +214,10 @@ def load_on_ranks(
     As `opening.load_model`, where the bytes of the weights are those of this rank's part.
     """
 
-    def part(shard: Shard) -> LoadedModel:
-        return load(
-            opened.files,
-            device=choose_device(device),
-            ignored_fields=device.ignore_config_fields,
-            shard=shard,
-        )
-
     def settings(loaded: LoadedModel) -> EngineConfig:
-        chosen = configure(loaded.context_length, loaded.weight_bytes)
-        return opened.with_context_size(chosen)
+        return opened.with_context_size(configure(loaded.context_length, loaded.weight_bytes))
 
+    part = partial(_part, opened.files, device)
     engine, loaded = ranks.engine(str(opened.model.digest), part, settings)
     return engine, str(loaded.config.get("model_type") or loaded.architecture)
 
@@ -234,13 +225,11 @@ def load_on_ranks(
 def parts_of(store: LayoutStore, device: EngineConfig) -> Load:
     """Return what loads a follower's part of the models of its own store, by their digests."""
 
-    def part(digest: str, shard: Shard) -> LoadedModel:
-        opened = open_model(digest, pull=False, store=store)
-        return load(
-            opened.files,
-            device=choose_device(device),
-            ignored_fields=device.ignore_config_fields,
-            shard=shard,
-        )
+    return lambda digest, shard: _part(
+        open_model(digest, pull=False, store=store).files, device, shard
+    )
 
-    return part
+
+def _part(files: ModelFiles, device: EngineConfig, shard: Shard) -> LoadedModel:
+    ignored = device.ignore_config_fields
+    return load(files, device=choose_device(device), ignored_fields=ignored, shard=shard)

@@ -19,7 +19,8 @@ def test_probes_find_who_is_well() -> None:
 
         async def probe() -> list[bool]:
             async with httpx.AsyncHTTPTransport(trust_env=False) as transport:
-                await upstreams.probe_all(transport)
+                for upstream in upstreams.all:
+                    await upstreams.probe(transport, upstream)
                 return [upstream.healthy for upstream in upstreams.all]
 
         assert asyncio.run(probe()) == [False, True, False]

@@ -13,7 +13,8 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,15 +55,8 @@ class Machine:
 
     def to_json(self) -> dict[str, Any]:
         """Return all known fields."""
-        found: dict[str, Any] = {
-            "processor": self.processor,
-            "cores": self.cores,
-            "memory_bytes": self.memory,
-            "system": self.system,
-            "gpu": self.gpu,
-            "power": self.power,
-            "versions": dict(self.versions),
-        }
+        found = {"memory_bytes" if name == "memory" else name: value
+                 for name, value in asdict(self).items()}  # fmt: skip
         return {name: value for name, value in found.items() if value}
 
 
@@ -85,10 +79,8 @@ def our_versions() -> dict[str, str]:
     """Return the versions of modelpack and of the packages that its servers run on."""
     found = {"modelpack": modelpack.__version__}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -164,14 +156,9 @@ def sweep(
             _MIN_REQUESTS, level, min(level * _MAX_PER_CLIENT, _MAX_PROMPT_TOKENS // prompt)
         )
         workload = single_turns(f"concurrency-{level}", [(prompt, answer)] * count)
-        steps.append(
-            Step(
-                f"{level} at once",
-                workload.limited(level).in_other_words(1 + 101 * number),
-                level,
-                None if requests else seconds / len(levels),
-            )
-        )
+        workload = workload.limited(level).in_other_words(1 + 101 * number)
+        limit = None if requests else seconds / len(levels)
+        steps.append(Step(f"{level} at once", workload, level, limit))
     return Plan("concurrency", tuple(steps), _sizes(prompt, answer))
 
 
@@ -205,8 +192,7 @@ def named(names: Sequence[str], *, requests: int | None = None) -> Plan:
     steps = []
     for number, name in enumerate(names):
         workload = WORKLOADS[name]()
-        workload = workload.first(requests) if requests else workload
-        steps.append(Step(name, workload, number))
+        steps.append(Step(name, workload.first(requests) if requests else workload, number))
     return Plan("workload", tuple(steps), "lengths and arrivals are those of each workload")
 
 
@@ -227,61 +213,44 @@ async def run_load(
     `workload.concurrency`. `clock` must be the clock of `server`. The report's `client_cpu_share`
     is the share of one core that this process used.
     """
-    return await _Load(server, workload, seconds, clock).report()
+    records: list[Record] = []
+    limit = asyncio.Semaphore(workload.concurrency or len(workload.sessions))
+    processor, start = time.process_time(), clock()
 
+    def now() -> float:
+        return clock() - start
 
-class _Load:
-    def __init__(
-        self,
-        server: OpenAIServer,
-        workload: Workload,
-        seconds: float | None,
-        clock: Callable[[], float],
-    ) -> None:
-        self._server, self._workload = server, workload
-        self._seconds, self._clock = seconds, clock
-        self._records: list[Record] = []
-        self._start = 0.0
-
-    async def report(self) -> Report:
-        limit = asyncio.Semaphore(self._workload.concurrency or len(self._workload.sessions))
-        processor = time.process_time()
-        self._start = self._clock()
-        async with asyncio.TaskGroup() as tasks:
-            for session in self._workload.sessions:
-                await asyncio.sleep(max(0.0, session.arrival - self._now()))
-                await limit.acquire()
-                if self._seconds is not None and self._now() >= self._seconds:
-                    break
-                task = tasks.create_task(self._talk(session))
-                task.add_done_callback(lambda _: limit.release())
-        duration = self._now()
-        share = (time.process_time() - processor) / duration
-        extra = {"client_cpu_share": round(share, 3)}
-        return make_report(self._workload.name, self._records, duration, extra)
-
-    def _now(self) -> float:
-        return self._clock() - self._start
-
-    async def _talk(self, session: Session) -> None:
+    async def talk(session: Session) -> None:
         """Send the turns of a session; stop at the first failure."""
         messages: list[dict[str, str]] = []
-        due = session.arrival or self._now()
+        due = session.arrival or now()
         for turn in session.turns:
             messages.append({"role": "user", "content": text_of(turn.token_ids)})
             record = Record(session.label, due, len(turn.token_ids))
-            self._records.append(record)
+            records.append(record)
             try:
-                answer = await self._server.ask(messages, turn.max_tokens)
+                answer = await server.ask(messages, turn.max_tokens)
             except AnswerError as error:
                 record.error = str(error)
                 return
-            record.token_times = [at - self._start for at in answer.times]
+            record.token_times = [at - start for at in answer.times]
             record.num_tokens = answer.completion_tokens
             record.prompt_tokens = answer.prompt_tokens or record.prompt_tokens
             record.cached_tokens = answer.cached_tokens
             messages.append({"role": "assistant", "content": "".join(answer.text)})
-            due = self._now()
+            due = now()
+
+    async with asyncio.TaskGroup() as tasks:
+        for session in workload.sessions:
+            await asyncio.sleep(max(0.0, session.arrival - now()))
+            await limit.acquire()
+            if seconds is not None and now() >= seconds:
+                break
+            task = tasks.create_task(talk(session))
+            task.add_done_callback(lambda _: limit.release())
+    duration = now()
+    share = (time.process_time() - processor) / duration
+    return make_report(workload.name, records, duration, {"client_cpu_share": round(share, 3)})
 
 
 #: Incremented when a field of the JSON is removed or changes its meaning.
@@ -353,11 +322,8 @@ class Benchmark:
     @property
     def succeeded(self) -> bool:
         """Whether each step has a successful request on each server."""
-        return all(
-            run.report.failed < run.report.requests
-            for target in self.targets
-            for run in target.runs
-        )
+        reports = [run.report for target in self.targets for run in target.runs]
+        return all(report.failed < report.requests for report in reports)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report for programs."""

@@ -64,22 +64,20 @@ class _Run:
                 self._step()
         duration = self._now()
         after = self._engine.stats()
+        steps = after.num_steps - before.num_steps
+        spent = {
+            name: getattr(after, f"{name}_seconds") - getattr(before, f"{name}_seconds")
+            for name in ("build", "launch", "wait")
+        }
         extra = {
-            "steps": after.num_steps - before.num_steps,
-            **{
-                f"host_{name}_ms_per_step": round(
-                    1e3
-                    * (getattr(after, f"{name}_seconds") - getattr(before, f"{name}_seconds"))
-                    / max(1, after.num_steps - before.num_steps),
-                    3,
-                )
-                for name in ("build", "launch", "wait")
-            },
+            "steps": steps,
+            **{f"host_{name}_ms_per_step": round(1e3 * seconds / max(1, steps), 3)
+               for name, seconds in spent.items()},
             "preemptions": after.num_preemptions - before.num_preemptions,
             "kv_waste": round(sum(self._waste) / max(1, len(self._waste)), 4),
             "peak_memory_bytes": mx.get_peak_memory(),
             "memory_before_bytes": held,
-        }
+        }  # fmt: skip
         return make_report(self._workload.name, self._records, duration, extra)
 
     def _now(self) -> float:

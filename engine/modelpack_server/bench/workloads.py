@@ -60,22 +60,13 @@ class Workload:
     def in_other_words(self, shift: int) -> Workload:
         """Return the same lengths and arrivals with other tokens, which no cache contains."""
         span = HIGHEST_ID - LOWEST_ID
-        sessions = tuple(
-            replace(
-                session,
-                turns=tuple(
-                    replace(
-                        turn,
-                        token_ids=tuple(
-                            LOWEST_ID + (i - LOWEST_ID + shift) % span for i in turn.token_ids
-                        ),
-                    )
-                    for turn in session.turns
-                ),
-            )
-            for session in self.sessions
-        )
-        return replace(self, sessions=sessions)
+
+        def shifted(turn: Turn) -> Turn:
+            ids = tuple(LOWEST_ID + (i - LOWEST_ID + shift) % span for i in turn.token_ids)
+            return replace(turn, token_ids=ids)
+
+        sessions = (replace(s, turns=tuple(map(shifted, s.turns))) for s in self.sessions)
+        return replace(self, sessions=tuple(sessions))
 
     @property
     def longest(self) -> int:
@@ -93,7 +84,7 @@ def _repeatable(seed: int) -> random.Random:
 class _Source:
     """A source of random tokens and lengths, from one seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int = 7) -> None:
         self.random = _repeatable(seed)
 
     def tokens(self, count: int) -> tuple[int, ...]:
@@ -111,11 +102,8 @@ def single_turns(name: str, lengths: list[tuple[int, int]], seed: int = 7) -> Wo
 
 def load_m(concurrency: int = 32) -> Workload:
     """Prompts of 64-1024 tokens, responses of 32-256; max(64, 2 * concurrency) requests."""
-    lengths = _repeatable(7)
-    pairs = [
-        (lengths.randint(64, 1024), lengths.randint(32, 256))
-        for _ in range(max(64, 2 * concurrency))
-    ]
+    lengths, count = _repeatable(7), max(64, 2 * concurrency)
+    pairs = [(lengths.randint(64, 1024), lengths.randint(32, 256)) for _ in range(count)]
     return single_turns("load-m", pairs).limited(concurrency)
 
 
@@ -128,7 +116,7 @@ def nano_vllm() -> Workload:
 
 def sonnet() -> Workload:
     """100 prompts of 550 tokens, 200 of them shared; responses of 150 (vLLM's sonnet)."""
-    source = _Source(7)
+    source = _Source()
     shared = source.tokens(200)
     turns = [Turn(shared + source.tokens(350), 150) for _ in range(100)]
     return Workload("sonnet", tuple(Session((turn,)) for turn in turns))
@@ -141,7 +129,7 @@ def rounds_of_five() -> Workload:
 
 def poisson_with_8k(rate: float = 8.0, count: int = 64) -> Workload:
     """Short requests at `rate` per second, and one prompt of 8k tokens halfway through."""
-    source = _Source(7)
+    source = _Source()
     now, sessions = 0.0, []
     for _ in range(count):
         now += source.random.expovariate(rate)
@@ -156,7 +144,7 @@ def poisson(
     rate: float, count: int, prompt: int = PROMPT_TOKENS, answer: int = OUTPUT_TOKENS
 ) -> Workload:
     """`count` requests of one size at `rate` per second, as a Poisson process."""
-    source = _Source(7)
+    source = _Source()
     now, sessions = 0.0, []
     for _ in range(count):
         now += source.random.expovariate(rate)
@@ -166,7 +154,7 @@ def poisson(
 
 def multi_turn(conversations: int = 16, turns: int = 6) -> Workload:
     """Conversations whose every turn sends all previous messages again."""
-    source = _Source(7)
+    source = _Source()
     sessions = [
         Session(tuple(source.turn(256 if i == 0 else 48, 64) for i in range(turns)))
         for _ in range(conversations)
@@ -176,7 +164,7 @@ def multi_turn(conversations: int = 16, turns: int = 6) -> Workload:
 
 def shared_prefix(prompt: int = 1024, share: float = 0.9, count: int = 64) -> Workload:
     """Prompts with a shared prefix, one at a time; the first one fills the cache."""
-    source = _Source(7)
+    source = _Source()
     prefix = source.tokens(int(prompt * share))
     turns = [Turn(prefix + source.tokens(prompt - len(prefix)), 16) for _ in range(count)]
     first, *others = (Session((turn,), label="shared") for turn in turns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +17,12 @@ import click
 from modelpack.cli.options import Settings, common_options, model_names
 from modelpack.cli.output import note, shown_progress
 from modelpack.errors import UsageError
-from modelpack_server.bench.workloads import (
-    CONCURRENCY,
-    OUTPUT_TOKENS,
-    PROMPT_TOKENS,
-    SECONDS,
-)
+from modelpack_server.bench.workloads import CONCURRENCY, OUTPUT_TOKENS, PROMPT_TOKENS, SECONDS
 from modelpack_server.cli.engine_options import require_engine
 
 if TYPE_CHECKING:
-    from modelpack_server.bench.benchmark import Benchmark, Measured, Plan
+    from modelpack_server.bench.benchmark import Measured, Plan
+    from modelpack_server.bench.server import OpenAIServer
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _SCHEMES = ("http://", "https://")
@@ -69,24 +66,18 @@ class _Command(click.Command):
 )
 @click.argument("targets", metavar="TARGET...", nargs=-1, required=True, shell_complete=model_names)
 @click.option(
-    "--concurrency",
-    metavar="N,N…",
-    type=_Numbers(int),
+    "--concurrency", metavar="N,N…", type=_Numbers(int),
     help="Run this many concurrent clients (closed loop), one number after the other. "
     f"[default: {','.join(map(str, CONCURRENCY))}]",
-)
+)  # fmt: skip
 @click.option(
-    "--rate",
-    metavar="R,R…",
-    type=_Numbers(float),
+    "--rate", metavar="R,R…", type=_Numbers(float),
     help="Send this many requests per second, as a Poisson process, instead of --concurrency.",
-)
+)  # fmt: skip
 @click.option(
-    "--workload",
-    metavar="NAME",
-    multiple=True,
+    "--workload", metavar="NAME", multiple=True,
     help="Run this named workload, like load-m-32 or multi-turn, instead. May be repeated.",
-)
+)  # fmt: skip
 @click.option(
     "--prompt-tokens", type=click.IntRange(1, 131072),
     help=f"Send prompts of about this many tokens. [default: {PROMPT_TOKENS}]",
@@ -95,32 +86,21 @@ class _Command(click.Command):
     "--output-tokens", type=click.IntRange(1, 32768),
     help=f"Request this many tokens in each response. [default: {OUTPUT_TOKENS}]",
 )  # fmt: skip
+@click.option("--requests", type=click.IntRange(min=1),
+              help="Send this many requests in each load, however long it takes.")  # fmt: skip
 @click.option(
-    "--requests",
-    type=click.IntRange(min=1),
-    help="Send this many requests in each load, however long it takes.",
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    default=SECONDS,
-    show_default=True,
+    "--seconds", type=click.FloatRange(min=0, min_open=True), default=SECONDS, show_default=True,
     help="Limit the time of all loads of one TARGET, without --requests.",
-)
+)  # fmt: skip
 @click.option("--model", metavar="NAME", help="Use this model on servers with several.")
 @click.option(
-    "--api-key-env",
-    metavar="VARIABLE",
-    default="MODELPACK_API_KEY",
-    show_default=True,
+    "--api-key-env", metavar="VARIABLE", default="MODELPACK_API_KEY", show_default=True,
     help="Read the servers' API key from this environment variable.",
-)
+)  # fmt: skip
 @click.option(
-    "--serve",
-    metavar="OPTIONS",
-    multiple=True,
+    "--serve", metavar="OPTIONS", multiple=True,
     help="Pass OPTIONS to `modelpack serve` for a MODEL. Repeat it to give each TARGET its own.",
-)
+)  # fmt: skip
 @click.option("--json-file", type=_FILE, metavar="FILE", help="Write all figures to FILE as JSON.")
 @click.option("--markdown", type=_FILE, metavar="FILE", help="Write the table to FILE.")
 @click.option("--png", type=_FILE, metavar="FILE", help="Draw throughput, TTFT and TPOT to FILE.")
@@ -147,6 +127,7 @@ def bench(
     from modelpack_server.bench import benchmark as machine
     from modelpack_server.bench import tables
     from modelpack_server.bench.benchmark import Benchmark
+    from modelpack_server.bench.server import OpenAIServer
     from modelpack_server.bench.tables import draw, require_matplotlib
 
     plan = _plan(**load)
@@ -156,44 +137,35 @@ def bench(
     for path in (json_file, markdown, png):
         if path is not None and not path.parent.is_dir():  # fail before a minute of measuring
             raise UsageError(f"cannot write {path}: no such directory: {path.parent}")
-    typed = click.get_current_context().meta[_TYPED]
     api_key = os.environ.get(api_key_env) or None
     measured = []
     for target, name, given in zip(targets, _names(targets, serve), options, strict=True):
         is_url = target.startswith(_SCHEMES)
         with _address(settings, target, given) as url:
-            measured.append(_measure(
-                settings, plan, url, name, model if is_url else target,
-                api_key if is_url else None, {} if is_url else machine.our_versions(),
-            ))  # fmt: skip
+            server = OpenAIServer(
+                url, model=model if is_url else target, api_key=api_key if is_url else None
+            )
+            versions = {} if is_url else machine.our_versions()
+            measured.append(asyncio.run(_measure(settings, server, name, plan, versions)))
+    typed = click.get_current_context().meta[_TYPED]
     found = Benchmark(plan, machine.this_machine(), tuple(measured), typed)
-    text = tables.markdown(found)
-    click.echo(_json(found) if settings.json else text, nl=False)
-    _write(json_file, lambda path: path.write_text(_json(found), encoding="utf-8"))
+    text, as_json = tables.markdown(found), json.dumps(found.to_json(), indent=2) + "\n"
+    click.echo(as_json if settings.json else text, nl=False)
+    _write(json_file, lambda path: path.write_text(as_json, encoding="utf-8"))
     _write(markdown, lambda path: path.write_text(text, encoding="utf-8"))
     _write(png, lambda path: draw(found, path))
     return 0 if found.succeeded else 1
 
 
-def _measure(
-    settings: Settings,
-    plan: Plan,
-    url: str,
-    name: str,
-    model: str | None,
-    api_key: str | None,
-    versions: dict[str, str],
+async def _measure(
+    settings: Settings, server: OpenAIServer, name: str, plan: Plan, versions: dict[str, str]
 ) -> Measured:
     from modelpack_server.bench.benchmark import measure
-    from modelpack_server.bench.server import OpenAIServer
 
-    async def run() -> Measured:
-        async with OpenAIServer(url, model=model, api_key=api_key) as server:
-            return await measure(
-                server, name, plan, versions=versions, progress=lambda text: note(settings, text)
-            )
-
-    return asyncio.run(run())
+    async with server:
+        return await measure(
+            server, name, plan, versions=versions, progress=lambda text: note(settings, text)
+        )
 
 
 @contextmanager
@@ -269,12 +241,6 @@ def _names(targets: Sequence[str], serve: Sequence[str]) -> list[str]:
         seen[target] = seen.get(target, 0) + 1
         names.append(target if seen[target] == 1 else f"{target} ({seen[target]})")
     return names
-
-
-def _json(found: Benchmark) -> str:
-    import json
-
-    return json.dumps(found.to_json(), indent=2) + "\n"
 
 
 def _write(path: Path | None, write: Callable[[Path], object]) -> None:

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
@@ -67,15 +67,12 @@ def unload(
     epilog="Flags of llama.cpp and vLLM follow --: -- --temp 0.7 --top-k 40",
 )
 @model_argument()
-@click.option(
-    "--context-size", type=click.IntRange(min=2), help="Limit the context to this many tokens."
-)
+@click.option("--context-size", type=click.IntRange(min=2),
+              help="Limit the context to this many tokens.")  # fmt: skip
 @click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
-@click.option(
-    "--keep-alive",
-    metavar="TIME",
-    help="Keep the model loaded for this time after its last use, like 5m; -1: forever.",
-)
+@click.option("--keep-alive", metavar="TIME",
+              help="Keep the model loaded for this time after its last use, like 5m; "
+              "-1: forever.")  # fmt: skip
 @click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
 @host_option
 @common_options
@@ -100,14 +97,8 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     if model["expires_at"]:
         left = datetime.fromisoformat(model["expires_at"]) - datetime.now(UTC)
         until = f"{max(0, round(left.total_seconds()))} s from now"
-    return (
-        model["name"],
-        model["state"],
-        str(model["users"]),
-        str(model["context_size"] or ""),
-        human_size(model["memory"]),
-        until,
-    )
+    size, context = human_size(model["memory"]), str(model["context_size"] or "")
+    return model["name"], model["state"], str(model["users"]), context, size, until
 
 
 # Programs require a key even if the server does not.
@@ -136,7 +127,7 @@ class Setup:
 
     variables: dict[str, str]
     unset: tuple[str, ...] = ()
-    arguments: tuple[str, ...] = field(default=())
+    arguments: tuple[str, ...] = ()
 
 
 def _claude(target: Target) -> Setup:
@@ -248,12 +239,8 @@ class _WithArguments(click.Command):
 )
 @click.argument("program", type=click.Choice(list(PROGRAMS)))
 @click.argument("model", metavar="[MODEL] [-- ARGS...]", required=False, shell_complete=model_names)
-@click.option(
-    "--print",
-    "only_print",
-    is_flag=True,
-    help="Print the variables instead of running the program.",
-)
+@click.option("--print", "only_print", is_flag=True,
+              help="Print the variables instead of running the program.")  # fmt: skip
 @host_option
 @common_options
 def launch(
@@ -294,16 +281,10 @@ def find_target(host: str, name: str | None) -> Target:
     try:
         model = call_server(url, "GET", f"/v1/models/{quote(name, safe='/:@')}")
     except NotFoundError as error:
-        raise NotFoundError(
-            f"no such model at {url}: {name!r}",
-            hint=f"run modelpack pull {shlex.quote(name)}",
-        ) from error
-    return Target(
-        url,
-        str(model.get("id") or name),
-        os.environ.get("MODELPACK_API_KEY") or None,
-        _context(url, model),
-    )
+        hint = f"run modelpack pull {shlex.quote(name)}"
+        raise NotFoundError(f"no such model at {url}: {name!r}", hint=hint) from error
+    key = os.environ.get("MODELPACK_API_KEY") or None
+    return Target(url, str(model.get("id") or name), key, _context(url, model))
 
 
 def _context(url: str, model: dict[str, Any]) -> int | None:

@@ -10,7 +10,6 @@ import platform
 import shutil
 import socket
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -38,7 +37,7 @@ _CONNECT_SECONDS = 5.0
 
 
 class Verdict(StrEnum):
-    """The outcome of a check."""
+    """The outcome of a check, the worst one last."""
 
     OK = "ok"
     WARNING = "warning"  # some commands will fail or be slow
@@ -72,8 +71,7 @@ def check_store(root: str | None = None) -> Check:
         models = len(store.models())
     except ModelpackError as error:
         return Check("store", Verdict.FAILED, str(error), hint=error.hint)
-    disk = os.statvfs(where)
-    free = disk.f_bavail * disk.f_frsize
+    free = shutil.disk_usage(where).free
     details = {"path": str(where), "models": models, "free": free}
     said = f"{where}: {models} model{'' if models == 1 else 's'}, {free / 1e9:.1f} GB free"
     try:
@@ -133,12 +131,6 @@ def check_port(port: int, purpose: str, host: str = "127.0.0.1") -> Check:
     return Check(name, Verdict.OK, f"is free ({purpose})")
 
 
-def worst(checks: Sequence[Check]) -> Verdict:
-    """Return the worst verdict; OK without checks."""
-    order = list(Verdict)
-    return max((check.verdict for check in checks), key=order.index, default=Verdict.OK)
-
-
 _FORMATS = ("gguf", "safetensors")
 #: The minimum memory for a KV cache and the arrays of a step, in bytes.
 _MIN_WORKING_BYTES = 512 * 1024**2
@@ -161,15 +153,9 @@ def check_device() -> tuple[Check, Device]:
         kind = "Metal" if mx.metal.is_available() else "CUDA"
         name = mx.device_info().get("device_name", "a GPU")
         return Check("device", Verdict.OK, f"{name} by {kind}; {machine}", details=details), device
-    idle = shutil.which("nvidia-smi") is not None
-    if idle:
-        return (
-            Check(
-                "device", Verdict.WARNING, f"CPU; {machine}; an NVIDIA GPU is not used",
-                hint="run pip install 'mlx[cuda]'", details=details,
-            ),
-            device,
-        )  # fmt: skip
+    if shutil.which("nvidia-smi") is not None:
+        text, hint = f"CPU; {machine}; an NVIDIA GPU is not used", "run pip install 'mlx[cuda]'"
+        return Check("device", Verdict.WARNING, text, hint, details), device
     return Check("device", Verdict.OK, f"CPU; {machine}; no GPU", details=details), device
 
 
@@ -178,62 +164,42 @@ def check_memory() -> Check:
     from modelpack_server.pool.memory import device_memory
 
     size = device_memory(EngineConfig())
-    return Check(
-        "memory", Verdict.OK, f"{size / 1e9:.1f} GB for models", details={"available": size}
-    )
+    text = f"{size / 1e9:.1f} GB for models"
+    return Check("memory", Verdict.OK, text, details={"available": size})
 
 
 def check_backends() -> list[Check]:
     """Return a check for each backend."""
     from modelpack_engine.llama_cpp import library
 
-    checks = [
-        Check("backend mlx", Verdict.OK, f"mlx {_version('mlx')}, mlx-lm {_version('mlx-lm')}")
-    ]
-    found = _version("llama-cpp-python")
+    verdict, text = Verdict.OK, f"llama-cpp-python {_version('llama-cpp-python')}"
+    hint: str | None = "run pip install 'modelpack[llama-cpp]'"
     if library.is_installed():
-        checks.append(Check("backend llama.cpp", Verdict.OK, f"llama-cpp-python {found}"))
+        hint = None
     elif importlib.util.find_spec("llama_cpp") is not None:
-        checks.append(
-            Check(
-                "backend llama.cpp", Verdict.WARNING,
-                f"llama-cpp-python {found}, expected {library.VERSION}",
-                hint="run pip install 'modelpack[llama-cpp]'",
-            )
-        )  # fmt: skip
+        verdict, text = Verdict.WARNING, f"{text}, expected {library.VERSION}"
     else:
-        checks.append(
-            Check(
-                "backend llama.cpp", Verdict.OK, "not installed; runs GGUF on a CPU",
-                hint="run pip install 'modelpack[llama-cpp]'",
-            )
-        )  # fmt: skip
+        text = "not installed; runs GGUF on a CPU"
     where = shutil.which("vllm") or (importlib.util.find_spec("vllm") and "in this environment")
-    found = f"vLLM {_version('vllm') or ''} {where}".replace("  ", " ")
-    checks.append(
-        Check(
-            "backend vllm",
-            Verdict.OK,
-            found if where else "not installed; --backend vllm requires it",
-        )
-    )
-    return checks
+    vllm = f"vLLM {_version('vllm')} {where}".replace("  ", " ")
+    return [
+        Check("backend mlx", Verdict.OK, f"mlx {_version('mlx')}, mlx-lm {_version('mlx-lm')}"),
+        Check("backend llama.cpp", verdict, text, hint),
+        Check("backend vllm", Verdict.OK,
+              vllm if where else "not installed; --backend vllm requires it"),
+    ]  # fmt: skip
 
 
 def check_choices(device: Device) -> list[Check]:
     """Return a check for each format, with the backend that `auto` selects."""
     from modelpack_engine.llama_cpp.library import automatic_backend
 
-    checks = []
-    for kind in _FORMATS:
-        backend = automatic_backend(kind, device)
-        checks.append(
-            Check(
-                f"{kind} files", Verdict.OK, f"run by {backend} on the {device}",
-                details={"format": kind, "backend": backend, "device": device},
-            )
-        )  # fmt: skip
-    return checks
+    return [
+        Check(f"{kind} files", Verdict.OK, f"run by {backend} on the {device}",
+              details={"format": kind, "backend": backend, "device": device})
+        for kind in _FORMATS
+        for backend in [automatic_backend(kind, device)]
+    ]  # fmt: skip
 
 
 def check_model(model: Model, device: Device, available: int) -> Check:
@@ -258,11 +224,6 @@ def check_model(model: Model, device: Device, available: int) -> Check:
             details=details,
         )  # fmt: skip
     return Check(name, Verdict.OK, text, details=details)
-
-
-def failed(name: str, error: ModelpackError) -> Check:
-    """Return the failed check for an error."""
-    return Check(name, Verdict.FAILED, str(error), hint=error.hint)
 
 
 def _version(distribution: str) -> str:
@@ -301,7 +262,7 @@ def doctor(
         hosts = registries or (os.environ.get("DEFAULT_REGISTRY") or DEFAULT_REGISTRY,)
         checks += [check_registry(host, remote) for host in hosts]
     checks += [check_port(port, purpose) for port, purpose in _PORTS]
-    verdict = worst(checks)
+    verdict = max((check.verdict for check in checks), key=list(Verdict).index)
     value = {
         "modelpack": __version__,
         "verdict": str(verdict),
@@ -332,7 +293,7 @@ def _engine_checks(settings: Settings, models: tuple[str, ...]) -> list[Check]:
         try:
             model = inspect(name, store=settings.store())
         except ModelpackError as error:
-            checks.append(failed(f"model {name}", error))
+            checks.append(Check(f"model {name}", Verdict.FAILED, str(error), error.hint))
         else:
             checks.append(check_model(model, where, available))
     return checks

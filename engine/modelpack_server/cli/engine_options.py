@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -23,47 +24,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # The help of each option shows the default of its field.
 _DEFAULTS = EngineConfig()
-#: The options of speculative decoding, which are also fields of EngineConfig.
-NAMES = ("speculative_method", "draft_model", "num_speculative_tokens",
-         "speculative_min_acceptance", "speculative_disable_by_batch_size")  # fmt: skip
-
-
-def speculation_options(command: F) -> F:
-    """Add the options of speculative decoding, which changes no output."""
-    options = (
-        click.option(
-            "--speculative-method",
-            type=click.Choice(["ngram", "draft"]),
-            help="Decode speculatively: propose tokens by n-gram lookup in the text, or with "
-            "--draft-model, which implies draft.",
-        ),
-        click.option(
-            "--draft-model",
-            metavar="REF|DIR",
-            callback=_draft_model,
-            help="Propose tokens with this smaller model, which has the same vocabulary.",
-        ),
-        click.option(
-            "--num-speculative-tokens",
-            type=click.IntRange(min=1),
-            help="Propose this many tokens per step.",
-        ),
-        click.option(
-            "--speculative-min-acceptance",
-            type=click.FloatRange(0, 1),
-            default=_DEFAULTS.speculative_min_acceptance,
-            show_default=True,
-            help="Propose no tokens to which the draft model gives a lower probability.",
-        ),
-        click.option(
-            "--speculative-disable-by-batch-size",
-            type=click.IntRange(min=0),
-            help="Disable speculation while more requests than this generate.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def _draft_model(
@@ -106,99 +66,74 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
     `others` are foreign backends; if the user selects one, `config` is None.
     """
 
-    @click.option(
-        "--device",
-        type=click.Choice(["auto", "gpu", "cpu"]),
-        default="auto",
-        show_default=True,
-        help="Run on this device.",
-    )
-    @click.option(
-        "--backend",
-        type=click.Choice(["auto", "mlx", "llama.cpp", *others]),
-        default="auto",
-        show_default=True,
-        help="Use this engine: auto selects llama.cpp for GGUF on a CPU if installed, else MLX.",
-    )
-    @click.option(
-        "--max-model-len", type=click.IntRange(min=2), help="Limit the context to this many tokens."
-    )
-    @click.option(
-        "--max-num-seqs",
-        type=click.IntRange(min=1),
-        default=_DEFAULTS.max_num_seqs,
-        show_default=True,
-        help="Run at most this many requests at a time.",
-    )
-    @click.option(
-        "--max-num-batched-tokens",
-        type=click.IntRange(min=1),
-        help="Compute at most this many tokens per step.",
-    )
-    @click.option(
-        "--scheduling-policy",
-        type=click.Choice(["shortest-first", "fcfs"]),
-        default=_DEFAULTS.scheduling_policy,
-        show_default=True,
-        help="Start the shortest waiting prompt first, within bounds, or the oldest.",
-    )
-    @click.option(
-        "--gpu-memory-utilization",
-        type=click.FloatRange(0, 1, min_open=True),
-        default=_DEFAULTS.gpu_memory_utilization,
-        show_default=True,
-        help="Use this fraction of GPU memory.",
-    )
-    @click.option(
-        "--kv-cache-bytes", type=click.IntRange(min=1), help="Set the size of the KV cache."
-    )
-    @click.option(
-        "--kv-cache-dtype",
-        metavar="auto|bf16|fp16|q8|q4",
-        default=_DEFAULTS.kv_cache_dtype,
-        show_default=True,
-        help="Use this type for the KV cache; q8 and q4 hold about 1.9 and 3.5 times the tokens "
-        "of bf16.",
-    )
-    @click.option(
-        "--ignore-config-field",
-        "ignore_config_fields",
-        multiple=True,
-        metavar="NAME",
-        help="Load a model even if its class ignores this field of config.json. May be repeated.",
-    )
-    @click.option("--no-prefix-caching", is_flag=True, help="Disable prefix caching.")
-    @click.option(
-        "--kv-offload-dir",
-        type=click.Path(file_okay=False),
-        metavar="DIR",
-        help="Offload evicted prefixes to files in DIR, which survive restarts.",
-    )
-    @click.option(
-        "--kv-offload-memory",
-        metavar="SIZE",
-        callback=_size,
-        help="Offload prefixes to this much host memory; without --kv-offload-dir, only there.",
-    )
-    @click.option(
-        "--kv-offload-disk", metavar="SIZE", callback=_size, help="Limit the size of the files."
-    )
-    @speculation_options
     @functools.wraps(command)
     def wrapped(*args: Any, no_prefix_caching: bool, **arguments: Any) -> Any:
-        if arguments["backend"] not in others:
+        backend = arguments["backend"]
+        if backend not in others:
             require_engine()
-        names = ("device", "backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-                 "scheduling_policy", "gpu_memory_utilization", "kv_cache_bytes", "kv_cache_dtype",
-                 "kv_offload_dir", "kv_offload_memory", "kv_offload_disk", "ignore_config_fields",
-                 *NAMES)  # fmt: skip
-        given = {name: arguments.pop(name) for name in names}
+        fields = {field.name for field in dataclasses.fields(EngineConfig)}
+        given = {name: arguments.pop(name) for name in fields & arguments.keys()}
 
         def config() -> EngineConfig:
             given["kv_cache_dtype"] = parse_kv_cache_dtype(given["kv_cache_dtype"])
             return EngineConfig(**given, enable_prefix_caching=not no_prefix_caching)
 
-        made = None if given["backend"] in others else config
-        return command(*args, config=made, **arguments)
+        return command(*args, config=None if backend in others else config, **arguments)
 
-    return wrapped  # type: ignore[return-value]
+    made: Any = wrapped
+    for option in reversed(_options(others)):
+        made = option(made)
+    return made  # type: ignore[no-any-return]
+
+
+def _options(others: tuple[str, ...]) -> tuple[Callable[[F], F], ...]:
+    count = click.IntRange(min=1)
+    return (
+        click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto",
+            show_default=True, help="Run on this device."),
+        click.option("--backend", type=click.Choice(["auto", "mlx", "llama.cpp", *others]),
+            default="auto", show_default=True,
+            help="Use this engine: auto selects llama.cpp for GGUF on a CPU if installed, else "
+            "MLX."),
+        click.option("--max-model-len", type=click.IntRange(min=2),
+            help="Limit the context to this many tokens."),
+        click.option("--max-num-seqs", type=count, default=_DEFAULTS.max_num_seqs,
+            show_default=True, help="Run at most this many requests at a time."),
+        click.option("--max-num-batched-tokens", type=count,
+            help="Compute at most this many tokens per step."),
+        click.option("--scheduling-policy", type=click.Choice(["shortest-first", "fcfs"]),
+            default=_DEFAULTS.scheduling_policy, show_default=True,
+            help="Start the shortest waiting prompt first, within bounds, or the oldest."),
+        click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True),
+            default=_DEFAULTS.gpu_memory_utilization, show_default=True,
+            help="Use this fraction of GPU memory."),
+        click.option("--kv-cache-bytes", type=count, help="Set the size of the KV cache."),
+        click.option("--kv-cache-dtype", metavar="auto|bf16|fp16|q8|q4",
+            default=_DEFAULTS.kv_cache_dtype, show_default=True,
+            help="Use this type for the KV cache; q8 and q4 hold about 1.9 and 3.5 times the "
+            "tokens of bf16."),
+        click.option("--ignore-config-field", "ignore_config_fields", multiple=True,
+            metavar="NAME",
+            help="Load a model even if its class ignores this field of config.json. May be "
+            "repeated."),
+        click.option("--no-prefix-caching", is_flag=True, help="Disable prefix caching."),
+        click.option("--kv-offload-dir", type=click.Path(file_okay=False), metavar="DIR",
+            help="Offload evicted prefixes to files in DIR, which survive restarts."),
+        click.option("--kv-offload-memory", metavar="SIZE", callback=_size,
+            help="Offload prefixes to this much host memory; without --kv-offload-dir, only "
+            "there."),
+        click.option("--kv-offload-disk", metavar="SIZE", callback=_size,
+            help="Limit the size of the files."),
+        click.option("--speculative-method", type=click.Choice(["ngram", "draft"]),
+            help="Decode speculatively: propose tokens by n-gram lookup in the text, or with "
+            "--draft-model, which implies draft."),
+        click.option("--draft-model", metavar="REF|DIR", callback=_draft_model,
+            help="Propose tokens with this smaller model, which has the same vocabulary."),
+        click.option("--num-speculative-tokens", type=count,
+            help="Propose this many tokens per step."),
+        click.option("--speculative-min-acceptance", type=click.FloatRange(0, 1),
+            default=_DEFAULTS.speculative_min_acceptance, show_default=True,
+            help="Propose no tokens to which the draft model gives a lower probability."),
+        click.option("--speculative-disable-by-batch-size", type=click.IntRange(min=0),
+            help="Disable speculation while more requests than this generate."),
+    )  # fmt: skip

@@ -130,9 +130,8 @@ def exec_vllm(
     given = _given(click.get_current_context())
     foreign = sorted(given.keys() - _UNDERSTOOD - _ALWAYS)
     if foreign:
-        options_of = {
-            param.name: param.opts[0] for param in click.get_current_context().command.params
-        }
+        params = click.get_current_context().command.params
+        options_of = {param.name: param.opts[0] for param in params}
         raise UsageError(
             f"--backend vllm does not support {', '.join(options_of[name] for name in foreign)}",
             hint="run `modelpack gateway` before vLLM for keys and limits; give options of vLLM "
@@ -186,11 +185,8 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
     "--port", type=click.IntRange(0, 65535), default=PORT, show_default=True,
     help="Listen on this port; 0 selects a free port.",
 )  # fmt: skip
-@click.option(
-    "--served-model-name",
-    metavar="NAME",
-    help="Accept this additional name of the first MODEL in API requests.",
-)
+@click.option("--served-model-name", metavar="NAME",
+              help="Accept this additional name of the first MODEL in API requests.")  # fmt: skip
 @protection_options
 @tls_options
 @click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
@@ -198,9 +194,8 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
     "--keep-alive", metavar="TIME", default=DEFAULT_KEEP_ALIVE, show_default=True,
     help="Unload a model this long after its last use, unless it is a MODEL; -1: never.",
 )  # fmt: skip
-@click.option(
-    "--memory", metavar="SIZE", help="Limit the memory of all models together, like 24GiB."
-)
+@click.option("--memory", metavar="SIZE",
+              help="Limit the memory of all models together, like 24GiB.")  # fmt: skip
 @click.option(
     "--runtime-flags", metavar="FLAGS",
     help="Pass these flags of llama.cpp or vLLM to all models: '--temp 0.7 --ctx-size 8192'.",
@@ -214,10 +209,8 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
     help="Accept chat templates in requests from callers with a key for all models or, without "
     "keys, from this machine.",
 )  # fmt: skip
-@click.option(
-    "--share-prefix-cache", is_flag=True,
-    help="Share cached prefixes between API keys.",
-)  # fmt: skip
+@click.option("--share-prefix-cache", is_flag=True,
+              help="Share cached prefixes between API keys.")  # fmt: skip
 @partial(engine_options, others=("vllm",))
 @remote_options
 @trust_options
@@ -251,16 +244,8 @@ def serve(
         raise UsageError("--served-model-name requires a MODEL")
     if config is None:
         protection(host)  # the check for reachable addresses without keys
-        exec_vllm(
-            settings,
-            models,
-            host,
-            port,
-            served_model_name,
-            _words(runtime_flags or ""),
-            tls,
-            replace(remote, backend="vllm"),
-        )
+        flags, remote = _words(runtime_flags or ""), replace(remote, backend="vllm")
+        exec_vllm(settings, models, host, port, served_model_name, flags, tls, remote)
     from modelpack_server.api.app import ModelServer
     from modelpack_server.gateway.protection import protect
     from modelpack_server.pool.memory import device_memory

@@ -56,14 +56,9 @@ def attestation_of(
         from modelpack.operations.signatures import attest as attach_signed
         from modelpack.trust.sigstore import TEST_RESULT
 
-        digest = attach_signed(
-            tested,
-            TEST_RESULT,
-            test_result(report),
-            signer,
-            store=settings.store() if local else None,
-            remote=remote,
-        )
+        store = settings.store() if local else None
+        predicate = test_result(report)
+        digest = attach_signed(tested, TEST_RESULT, predicate, signer, store=store, remote=remote)
         note(settings, f"attached the report to {tested.digest}: {digest}")
 
     return attach
@@ -88,9 +83,8 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
 @click.option("--prompt", default="What is the capital of France?", show_default=True,
               help="Send this prompt.")  # fmt: skip
 @click.option("--expect", metavar="REGEX", help="Require the response to match this pattern.")
-@click.option(
-    "--min-tps", type=click.FloatRange(min=0), help="Require this many tokens per second."
-)
+@click.option("--min-tps", type=click.FloatRange(min=0),
+              help="Require this many tokens per second.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True,
               help="Generate at most this many tokens.")  # fmt: skip
 @click.option("--clean", is_flag=True, help="Pull into an empty store that is deleted afterwards.")
@@ -102,15 +96,10 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
     "--attest", is_flag=True,
     help="Attach the report to the model in its registry, signed with --key.",
 )  # fmt: skip
-@click.option(
-    "--key",
-    type=click.Path(path_type=Path),
-    metavar="KEY",
-    help="Sign with this private key, for --attest.",
-)
-@click.option(
-    "--local", is_flag=True, help="With --attest: attach to the model in the local store."
-)
+@click.option("--key", type=click.Path(path_type=Path), metavar="KEY",
+              help="Sign with this private key, for --attest.")  # fmt: skip
+@click.option("--local", is_flag=True,
+              help="With --attest: attach to the model in the local store.")  # fmt: skip
 @engine_options
 @remote_options
 @trust_options
@@ -180,13 +169,9 @@ def junit_xml(report: SmokeReport) -> bytes:
     name = report.reference or report.digest
     failed = [check for check in report.checks if check.problem is not None]
     suite = ElementTree.Element(
-        "testsuite",
-        name="modelpack smoke",
-        tests=str(1 + len(report.checks)),
-        failures=str(len(failed)),
-        errors=str(int(report.error is not None)),
-        skipped="0",
-    )
+        "testsuite", name="modelpack smoke", tests=str(1 + len(report.checks)),
+        failures=str(len(failed)), errors=str(int(report.error is not None)), skipped="0",
+    )  # fmt: skip
 
     def case(title: str, seconds: float = 0.0) -> ElementTree.Element:
         return ElementTree.SubElement(

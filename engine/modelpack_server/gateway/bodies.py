@@ -34,11 +34,12 @@ _MEDIA_BYTES_PER_TOKEN = 256
 
 
 class ReadError(Exception):
-    """A body was not read completely, only `size` bytes of it."""
+    """A body was not read completely, only `size` bytes of it; `why` names the exceeded limit."""
 
-    def __init__(self, size: int = 0) -> None:
+    def __init__(self, size: int = 0, why: str = "") -> None:
         super().__init__()
         self.size = size
+        self.why = why
 
 
 class TooLargeError(ReadError):
@@ -50,11 +51,7 @@ class TooSlowError(ReadError):
 
 
 class TooComplexError(ReadError):
-    """The JSON of a body exceeds a limit; `why` names the limit."""
-
-    def __init__(self, size: int, why: str) -> None:
-        super().__init__(size)
-        self.why = why
+    """The JSON of a body exceeds a limit."""
 
 
 class NoRoomError(ReadError):
@@ -65,12 +62,12 @@ class DisconnectedError(ReadError):
     """The client disconnected before its body was complete."""
 
 
+@dataclass(slots=True)
 class BodyBudget:
     """Counts the memory of all bodies in flight, up to `limit` bytes."""
 
-    def __init__(self, limit: int = MAX_IN_FLIGHT) -> None:
-        self.limit = limit
-        self.taken = 0
+    limit: int = MAX_IN_FLIGHT
+    taken: int = 0
 
 
 class BodyShare:
@@ -222,10 +219,10 @@ def look_into(body: bytes) -> tuple[Parsed | None, Asked]:
     except ComplexityError:
         raise
     except BodyError:
-        return None, _unreadable(body)
+        return None, Asked(prompt_tokens=tokens_in(len(body)))
     document = parsed.value
     if not isinstance(document, dict):
-        return parsed, _unreadable(body)
+        return parsed, Asked(prompt_tokens=tokens_in(len(body)))
     # Go's decoder ignores case, so that `Model` after `model` replaces its value.
     names = [name.casefold() for name in parsed.keys]
     named = {
@@ -241,10 +238,6 @@ def look_into(body: bytes) -> tuple[Parsed | None, Asked]:
         prompt_tokens=_prompt_tokens(document),
         answer_tokens=_answer_tokens(document),
     )
-
-
-def _unreadable(body: bytes) -> Asked:
-    return Asked(prompt_tokens=tokens_in(len(body)))
 
 
 def tokens_in(size: int) -> int:

@@ -111,11 +111,6 @@ def model_in(path: str) -> str:
     return found["model"] if found else ""
 
 
-def lists_models(path: str) -> bool:
-    """Return whether the response to a `Route.LISTING` contains names of models."""
-    return _MODELS.fullmatch(path) is not None
-
-
 def is_plain(path: str) -> bool:
     """Return whether all servers interpret a path alike: it has no segment `.` or `..`."""
     parts = re.split(r"[/\\]", path)
@@ -199,8 +194,11 @@ class Checks:
                         body, asked = await self._look_into(scope, pieces, share)
                         receive = replayed(body, receive)
                     self._check_model(scope, route, caller, asked)
-                    self._reserve(grant, asked)
-                    if self._hides_models(scope, route, caller):
+                    exceeded = grant.reserve(asked.tokens) if grant is not None else None
+                    if exceeded is not None:
+                        raise _exceeded(exceeded)
+                    narrow = caller.is_restricted and not self._resolves
+                    if narrow and route is Route.LISTING and _MODELS.fullmatch(scope["path"]):
                         send = filtering(scope, send, caller.allows_unresolved)
                 except _Refusal as refusal:
                     await self._refuse(scope, receive, send, refusal)
@@ -324,11 +322,6 @@ class Checks:
                     "model_not_allowed",
                 )
 
-    def _hides_models(self, scope: Scope, route: Route, caller: Caller) -> bool:
-        """Return whether the reply is a list that must be limited to the caller's models."""
-        narrow = caller.is_restricted and not self._resolves
-        return narrow and route is Route.LISTING and lists_models(scope["path"])
-
     def _admit(self, scope: Scope, key: Key | None) -> Grant | None:
         """Count the request before its body is read."""
         if key is None:
@@ -342,12 +335,6 @@ class Checks:
         if isinstance(grant, Exceeded):
             raise _exceeded(grant)
         return grant
-
-    def _reserve(self, grant: Grant | None, asked: Asked) -> None:
-        """Reserve the estimated tokens of a request after its body was read."""
-        exceeded = grant.reserve(asked.tokens) if grant is not None else None
-        if exceeded is not None:
-            raise _exceeded(exceeded)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: _Refusal) -> None:
         trace = trace_of(scope)

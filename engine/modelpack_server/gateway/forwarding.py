@@ -107,9 +107,7 @@ def caller_for(scope: Scope, key: Key | None, *, has_keys: bool) -> Caller:
         return named
     if key is not None:
         return Caller(key.name, key.models)
-    return (
-        Caller(models=()) if has_keys else ANYONE
-    )  # a route without keys, or a server without keys
+    return Caller(models=()) if has_keys else ANYONE  # an open route of a server with keys
 
 
 def _models(values: list[str]) -> tuple[str, ...] | None:

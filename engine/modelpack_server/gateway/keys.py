@@ -281,7 +281,7 @@ def add_key(
 
 def _table(name: str, secret: str, limits: Limits, models: tuple[str, ...], gateway: bool) -> str:
     lines = [f"[keys.{_quoted(name)}]", f'sha256 = "{hash_of(secret).hex()}"']
-    for field in ("requests_per_minute", "tokens_per_minute", "concurrency"):
+    for field in _LIMIT_FIELDS:
         if (value := getattr(limits, field)) is not None:
             lines.append(f"{field} = {value}")
     if models:
@@ -315,11 +315,5 @@ def _read(path: Path) -> tuple[_Signature, str]:
         raise FormatError("is not UTF-8", path=str(path), offset=error.start) from error
 
 
-def _signature(status: os.stat_result) -> _Signature:
-    return (
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_mode,
-    )
+def _signature(found: os.stat_result) -> _Signature:
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_mode

@@ -68,39 +68,42 @@ class _Account:
 class Grant:
     """The permission for one request to run; end it once, with `finish`, `refuse` or `cancel`."""
 
-    def __init__(self, limiter: Limiter, taken: list[tuple[Subject, Limits, float]]) -> None:
+    def __init__(self, limiter: Limiter, subjects: list[tuple[Subject, Limits]]) -> None:
         self._limiter = limiter
-        self._taken = taken
+        self._subjects = subjects
+        self._reserved = 0
 
     def reserve(self, tokens: int) -> Exceeded | None:
-        """Reserve tokens when their number is known; return the exceeded limit, or None."""
-        exceeded = self._limiter.reserve(self._taken, tokens)
-        if isinstance(exceeded, Exceeded):
-            return exceeded
-        self._taken = exceeded
-        return None
+        """Reserve tokens once their number is known; return the exceeded limit, or None.
+
+        A reservation larger than the limit of one minute counts as that limit, so that such a
+        request can run at all.
+        """
+        exceeded = self._limiter.reserve(self._subjects, tokens)
+        if exceeded is None:
+            self._reserved += tokens
+        return exceeded
 
     def refuse(self, tokens: int) -> None:
         """End the permission and charge `tokens` for a request that was refused after reading it.
 
         It charges at most the limit of one minute: one mistake must not block a key for hours.
         """
-        taken, self._taken = self._taken, []
-        for subject, limits, reserved in taken:
-            most = limits.tokens_per_minute or 0
-            self._limiter.settle(subject, limits, reserved, min(tokens, most))
+        self._end(lambda per_minute: min(tokens, per_minute))
 
     def cancel(self) -> None:
         """End the permission without a charge, for a request that a limit refused."""
-        taken, self._taken = self._taken, []
-        for subject, limits, reserved in taken:
-            self._limiter.settle(subject, limits, reserved, 0, requests=0)
+        self._end(lambda _: 0, requests=0)
 
     def finish(self, tokens: int | None) -> None:
         """End the permission and charge `tokens`; None: unknown, so charge the reserved tokens."""
-        taken, self._taken = self._taken, []
-        for subject, limits, reserved in taken:
-            self._limiter.settle(subject, limits, reserved, tokens)
+        self._end(lambda _: tokens)
+
+    def _end(self, spent: Callable[[int], int | None], requests: int = 1) -> None:
+        subjects, self._subjects = self._subjects, []
+        for subject, limits in subjects:
+            tokens = spent(limits.tokens_per_minute or 0)
+            self._limiter.settle(subject, limits, self._reserved, tokens, requests)
 
 
 class Limiter:
@@ -122,71 +125,52 @@ class Limiter:
         """Return the number of accounts."""
         return len(self._keys) + len(self._callers)
 
-    def admit(self, subjects: Iterable[tuple[Subject, Limits]], tokens: int) -> Grant | Exceeded:
+    def admit(self, subjects: list[tuple[Subject, Limits]], tokens: int) -> Grant | Exceeded:
         """Return the permission for a request of about `tokens` tokens, or the exceeded limit.
 
-        It applies all limits of all subjects, or charges nothing. A reservation larger than the
-        limit of one minute counts as that limit, so that such a request can run at all.
+        It applies all limits of all subjects, or charges nothing.
         """
-        now = self._clock()
         wanted = [(subject, limits, self._account(subject)) for subject, limits in subjects]
-        refusals = [
+        exceeded = _longest(
             refusal
             for subject, limits, account in wanted
-            for refusal in _refusals(subject, limits, account, tokens, now)
-        ]
-        if refusals:
-            return max(refusals, key=lambda refusal: refusal.retry_after)
-        taken = []
-        for subject, limits, account in wanted:
+            for refusal in _refusals(subject, limits, account, tokens, self._clock())
+        )
+        if exceeded is not None:
+            return exceeded
+        for _, limits, account in wanted:
             account.running += 1
-            reserved = 0.0
             if limits.requests_per_minute is not None:
                 account.requests.level -= 1
-            if limits.tokens_per_minute is not None:
-                reserved = min(tokens, limits.tokens_per_minute)
-                account.tokens.level -= reserved
-            taken.append((subject, limits, reserved))
-        return Grant(self, taken)
+        grant = Grant(self, subjects)
+        grant.reserve(tokens)
+        return grant
 
-    def reserve(
-        self, taken: list[tuple[Subject, Limits, float]], tokens: int
-    ) -> list[tuple[Subject, Limits, float]] | Exceeded:
+    def reserve(self, subjects: list[tuple[Subject, Limits]], tokens: int) -> Exceeded | None:
         """Reserve `tokens` from all subjects of an admitted request, or from none."""
-        now = self._clock()
-        refusals = [
+        exceeded = _longest(
             refusal
-            for subject, limits, _ in taken
-            for refusal in _token_refusals(subject, limits, self._account(subject), tokens, now)
-        ]
-        if refusals:
-            return max(refusals, key=lambda refusal: refusal.retry_after)
-        reserved = []
-        for subject, limits, before in taken:
-            most = limits.tokens_per_minute
-            more = 0 if most is None else min(tokens, most)
-            self._account(subject).tokens.level -= more
-            reserved.append((subject, limits, before + more))
-        return reserved
+            for subject, limits in subjects
+            for refusal in _token_refusals(
+                subject, limits, self._account(subject), tokens, self._clock()
+            )
+        )
+        if exceeded is None:
+            for subject, limits in subjects:
+                self._account(subject).tokens.level -= min(tokens, limits.tokens_per_minute or 0)
+        return exceeded
 
     def settle(
-        self,
-        subject: Subject,
-        limits: Limits,
-        reserved: float,
-        tokens: int | None,
-        *,
-        requests: int = 1,
+        self, subject: Subject, limits: Limits, reserved: int, tokens: int | None, requests: int
     ) -> None:
         """End a request: charge its use beyond the reservation, or return the rest."""
         account = self._account(subject)
         account.running = max(0, account.running - 1)
         if not requests and (rate := limits.requests_per_minute) is not None:
             account.requests.level = min(rate, account.requests.level + 1)
-        per_minute = limits.tokens_per_minute
-        if per_minute is not None and tokens is not None:
-            account.tokens.fill(self._clock(), per_minute)
-            account.tokens.level = min(per_minute, account.tokens.level + reserved - tokens)
+        if (rate := limits.tokens_per_minute) is not None and tokens is not None:
+            account.tokens.fill(self._clock(), rate)
+            account.tokens.level = min(rate, account.tokens.level + min(reserved, rate) - tokens)
 
     def _account(self, subject: Subject) -> _Account:
         key, caller = subject
@@ -200,6 +184,10 @@ class Limiter:
                 break
             del self._callers[idle]
         return account
+
+
+def _longest(refusals: Iterable[Exceeded]) -> Exceeded | None:
+    return max(refusals, key=lambda refusal: refusal.retry_after, default=None)
 
 
 def _refusals(

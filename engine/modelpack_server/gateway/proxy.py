@@ -125,16 +125,12 @@ class Upstreams:
         else:
             self.answered(upstream)
 
-    async def probe_all(self, transport: httpx.AsyncBaseTransport) -> None:
-        """Probe all upstreams concurrently."""
-        await asyncio.gather(*(self.probe(transport, upstream) for upstream in self.all))
-
     async def watch(
         self, transport: httpx.AsyncBaseTransport, interval: float = PROBE_INTERVAL
     ) -> None:
         """Probe all upstreams every `interval` seconds, more often while one is down."""
         while True:
-            await self.probe_all(transport)
+            await asyncio.gather(*(self.probe(transport, upstream) for upstream in self.all))
             well = all(upstream.healthy for upstream in self.all)
             await asyncio.sleep(interval if well else min(interval, PROBE_INTERVAL_DOWN))
 
@@ -146,7 +142,7 @@ def _parse(text: str) -> Upstream:
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
         raise UsageError(
-            f"{_without_secrets(text)!r} is not a valid server URL",
+            f"{text.rpartition('@')[2][:200]!r} is not a valid server URL",  # without passwords
             hint="expected a URL like http://127.0.0.1:12434",
         )
     if url.userinfo:
@@ -155,10 +151,6 @@ def _parse(text: str) -> Upstream:
             hint="set MODELPACK_UPSTREAM_KEY to the API key of the upstreams",
         )
     return Upstream(url, str(url).rstrip("/"))
-
-
-def _without_secrets(text: str) -> str:
-    return text.rpartition("@")[2][:200]
 
 
 Header = tuple[bytes, bytes]
@@ -285,9 +277,8 @@ class Proxy:
         ]
         if names_callers(upstream.url.host, self._upstream_key):
             headers += caller_headers(caller_of(scope))
-        headers.append(
-            (b"accept-encoding", b"identity")
-        )  # the gateway reads token counts in the response
+        # The gateway reads token counts in the response.
+        headers.append((b"accept-encoding", b"identity"))
         if client := scope.get("client"):
             headers.append((b"x-forwarded-for", client[0].encode()))
         if self._upstream_key:

@@ -335,14 +335,11 @@ class ReplyReader:
     def _take_usage(self) -> None:
         trace, get = self._trace, self._usage.get
         completion = _first(get("completion_tokens"), get("output_tokens"))
-        total = (
-            get("total_tokens") if completion is None else None
-        )  # the only count of a rerank response
+        # A rerank response has only the total.
+        total = get("total_tokens") if completion is None else None
         prompt = _first(get("prompt_tokens"), get("input_tokens"), total)
         read, created = get("cache_read_input_tokens"), get("cache_creation_input_tokens")
-        if (
-            prompt is not None
-        ):  # Anthropic's count excludes tokens read from or written to the cache
+        if prompt is not None:  # Anthropic's count excludes tokens of the cache
             prompt += (read or 0) + (created or 0)
         cached = _first(
             get("prompt_tokens_details.cached_tokens"),

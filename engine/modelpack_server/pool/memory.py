@@ -53,9 +53,7 @@ class MemoryBudget:
         """
         entry.memory = 0
         room = self.free()
-        entry.memory = need
-        if room is not None:
-            entry.memory += int(max(0, room - need) * _KV_SHARE)
+        entry.memory = need + int(max(0, (room or 0) - need) * _KV_SHARE)
         return room
 
     def may_grow(self, but: Entry, need: int) -> bool:

@@ -16,27 +16,24 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import RequestError
 from modelpack_server.conversation.served_model import Preface
 
-# The name of a field in the file, its name in SamplingParams, and a test for invalid values.
+# The name of a field in the file and in SamplingParams, and the range of valid values.
 _FIELDS = (
-    ("temperature", "temperature", (0, 2)),
-    ("top_p", "top_p", (0, 1)),
-    ("top_k", "top_k", (-1, 1 << 30)),
-    ("min_p", "min_p", (0, 1)),
-    ("repetition_penalty", "repetition_penalty", (0.01, 100)),
-)
+    ("temperature", 0, 2), ("top_p", 0, 1), ("top_k", -1, 1 << 30), ("min_p", 0, 1),
+    ("repetition_penalty", 0.01, 100),
+)  # fmt: skip
 
 
 def sampling_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the fields of SamplingParams for which the file has valid values."""
+    config = config or {}
     found: dict[str, Any] = {}
-    for name, parameter, (low, high) in _FIELDS:
-        value = (config or {}).get(name)
+    for name, low, high in _FIELDS:
+        value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if low <= value <= high and not (parameter == "top_p" and value == 0):
-            found[parameter] = int(value) if parameter == "top_k" else value
-    if (config or {}).get("do_sample") is False:
-        found.pop("temperature", None)
+        if low <= value <= high and not (name == "top_p" and value == 0):
+            found[name] = int(value) if name == "top_k" else value
+    if config.get("do_sample") is False:
         found["temperature"] = 0.0
     return found
 

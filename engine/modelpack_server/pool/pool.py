@@ -90,9 +90,8 @@ class ModelPool:
         self._load_seconds = load_seconds
         self._entries: dict[str, Entry] = {}
         self._budget = MemoryBudget(memory, self._entries.values())
-        self._configured: dict[
-            str, ModelSettings
-        ] = {}  # by key, also for models that are not loaded
+        # By key, also for models that are not loaded.
+        self._configured: dict[str, ModelSettings] = {}
         self._pins = Pins()
         self._names = Names(catalogue)
         self._room = asyncio.Condition()  # one load at a time reserves memory
@@ -297,8 +296,7 @@ class ModelPool:
         stored = await self._names.find(name)
         entry = self._entries.get(stored.key)
         if entry is None:
-            kept = self._settings_of(stored.key).keep_alive
-            entry = Entry(stored, self._keep_alive if kept is None else kept)
+            entry = Entry(stored, self._keep_alive_of(stored.key))
             entry.idle.set()
             self._entries[stored.key] = entry
         return entry
@@ -310,6 +308,10 @@ class ModelPool:
 
     def _settings_of(self, key: str) -> ModelSettings:
         return self._configured.get(key, ModelSettings()).over(self._settings)
+
+    def _keep_alive_of(self, key: str) -> float:
+        kept = self._settings_of(key).keep_alive
+        return self._keep_alive if kept is None else kept
 
     async def _ready(self, entry: Entry, wait: bool) -> ServedModel:
         """Return an entry's model when it is loaded; concurrent requests share one load."""
@@ -503,8 +505,7 @@ class ModelPool:
             entry.memory = 0
             entry.holds.clear()
             entry.state = ModelState.UNLOADED
-            kept = self._settings_of(entry.stored.key).keep_alive
-            entry.keep_alive = self._keep_alive if kept is None else kept
+            entry.keep_alive = self._keep_alive_of(entry.stored.key)
             self._spawn(self._memory_changed())
 
     async def _reap_for_ever(self) -> None:

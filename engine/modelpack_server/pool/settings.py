@@ -133,12 +133,7 @@ def _size(text: str) -> int | None:
 
 def _count(text: str) -> int | None:
     number = int(text)
-    return number if number >= 0 else None  # llama.cpp: -1 means no limit
-
-
-def _seed(text: str) -> int | None:
-    number = int(text)
-    return number if number >= 0 else None
+    return number if number >= 0 else None  # llama.cpp: -1 means no limit, or a random seed
 
 
 def _one_of(name: str, known: tuple[str, ...]) -> Callable[[str], str]:
@@ -169,7 +164,7 @@ _FLAGS = (
           float, low=0, above=True),
     _Flag(("--presence-penalty",), "sampling", "presence_penalty", float, low=-2, high=2),
     _Flag(("--frequency-penalty",), "sampling", "frequency_penalty", float, low=-2, high=2),
-    _Flag(("--seed", "-s"), "sampling", "seed", _seed),
+    _Flag(("--seed", "-s"), "sampling", "seed", _count),
     _Flag(("--n-predict", "--predict", "-n"), "sampling", "max_tokens", _count),
     _Flag(("--ignore-eos",), "sampling", "ignore_eos", None, True),
     _Flag(("--ctx-size", "-c", "--max-model-len"), "engine", "max_model_len", _size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -212,11 +213,8 @@ def _wait_until_ready(engine: AsyncEngine | AsyncEmbedder) -> None:
 def _described(model: Model, names: tuple[str, ...]) -> StoredModel:
     config = model.config
     created = 0
-    if config.created:
-        try:
-            created = int(datetime.fromisoformat(config.created).timestamp())
-        except ValueError:
-            created = 0  # not a valid timestamp
+    with suppress(ValueError):  # missing or invalid
+        created = int(datetime.fromisoformat(config.created or "").timestamp())
     return StoredModel(
         key=str(model.digest),
         names=names,

@@ -9,7 +9,6 @@ import os
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 from modelpack.errors import ModelpackError, RemoteUnavailableError, UsageError
@@ -51,16 +50,11 @@ class LocalModels:
         self._runner.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         try:
             self._runner.run(self._close())
         finally:
-            self._runner.__exit__(kind, error, trace)
+            self._runner.close()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the event loop and return its result."""
@@ -83,19 +77,16 @@ class LocalModels:
         if self._loaded is not None:
             if self._loaded[:2] == (key, settings):
                 return self._loaded[2]
-            await self._release()
+            self._loaded = None
+            await self._lease.aclose()
             await pool.unload()
         await pool.configure(name, settings)
         model = await self._lease.enter_async_context(pool.lease(name))
         self._loaded = key, settings, model
         return model
 
-    async def _release(self) -> None:
-        self._loaded = None
-        await self._lease.aclose()
-
     async def _close(self) -> None:
-        await self._release()
+        await self._lease.aclose()
         if self._pool is not None:
             await self._pool.close()
 
