@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 from modelpack.artifacts.descriptor import Descriptor, size_mismatch
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
-from modelpack.errors import SizeMismatchError
+from modelpack.errors import PackagingError, SizeMismatchError
 from modelpack.progress import ProgressCallback, Stop, serialized
 
 
@@ -160,8 +160,12 @@ class FileBlob:
 
     @contextmanager
     def open(self, offset: int = 0) -> Iterator[BlobReader]:
-        """Yield a stream of the bytes from `offset` on."""
-        with self.path.open("rb", buffering=0) as file:
+        """Yield a stream of the bytes from `offset` on; raises `PackagingError`."""
+        try:
+            file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise PackagingError(f"{self.path}: cannot be read: {error.strerror}") from error
+        with file:
             file.seek(offset)
             yield file
 

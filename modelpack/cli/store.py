@@ -84,17 +84,8 @@ def _listing_json(item: Summarized) -> dict[str, Any]:
         "digest": str(item.digest),
         "tags": [str(reference) for reference in item.references],
     }
-    known = item.summary
-    if known:
-        value |= {
-            "size": known.size,
-            "created": known.created,
-            "format": known.format,
-            "parameters": known.parameters,
-            "quantization": known.quantization,
-            "architecture": known.architecture,
-            "contextSize": known.context_size,
-        }
+    if item.summary:
+        value |= item.summary.to_json()
     if item.missing:
         value["missing"] = [str(blob.digest) for blob in item.missing]
         value["missingSize"] = sum(blob.size for blob in item.missing)

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Final, Literal
 
 from modelpack.artifacts import media_types
@@ -22,7 +23,7 @@ from modelpack.artifacts.json_document import check_document_size, encode
 from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.artifacts.reference import Reference
 from modelpack.bundles.links import open_blob
-from modelpack.bundles.tar import TarEntry, TarReader
+from modelpack.bundles.tar import TarReader
 from modelpack.errors import (
     FormatError,
     InvalidDigestError,
@@ -64,14 +65,6 @@ class Archive:
     pieces: Iterator[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class _Document:
-    """A manifest or an index of an archive."""
-
-    descriptor: Descriptor
-    raw: bytes
-
-
 def archive_of(
     store: LayoutStore, names: Sequence[str], watch: Watch, *, form: Form = "oci"
 ) -> Archive:
@@ -88,7 +81,7 @@ def archive_of(
         return _docker_archive(store, names[0], watch)
     if not names:
         raise UsageError("an archive needs at least one model")
-    documents: dict[Digest, _Document] = {}
+    documents: dict[Digest, bytes] = {}
     blobs: dict[Digest, Descriptor] = {}
     entries = []
     for name in names:
@@ -104,7 +97,7 @@ def archive_of(
         }
     )
     files = {"oci-layout": _LAYOUT, INDEX_JSON: index}
-    files |= {_path(digest): document.raw for digest, document in documents.items()}
+    files |= {_path(digest): raw for digest, raw in documents.items()}
     kept = tuple(blob for digest, blob in sorted(blobs.items()) if digest not in documents)
     return Archive(
         _size(files.values(), kept),
@@ -117,21 +110,17 @@ def _docker_archive(store: LayoutStore, name: str, watch: Watch) -> Archive:
     model = stored_model(store, name)
     check_whole(store, model)
     check_docker_format(model.manifest, name)
-    manifest = model.manifest
-    last = {MANIFEST_JSON: manifest.raw}
-    blobs = manifest.unique_blobs
-    return Archive(
-        _size(last.values(), blobs),
-        (manifest.digest,),
-        _written(store, {}, blobs, last, watch),
-    )
+    last = {MANIFEST_JSON: model.manifest.raw}
+    blobs = model.manifest.unique_blobs
+    written = _written(store, {}, blobs, last, watch)
+    return Archive(_size(last.values(), blobs), (model.digest,), written)
 
 
 def _collect(
     store: LayoutStore,
     name: str,
     descriptor: Descriptor,
-    documents: dict[Digest, _Document],
+    documents: dict[Digest, bytes],
     blobs: dict[Digest, Descriptor],
 ) -> None:
     """Add a manifest or an index and everything that it lists to `documents` and `blobs`."""
@@ -139,7 +128,7 @@ def _collect(
         return
     raw = store.fetch_manifest(descriptor)
     document = parse_manifest_or_index(raw, name, media_type=descriptor.media_type)
-    documents[descriptor.digest] = _Document(descriptor, raw)
+    documents[descriptor.digest] = raw
     if isinstance(document, Index):
         for child in document.manifests:
             _collect(store, f"{name}, {child.digest.short}", child, documents, blobs)
@@ -287,7 +276,8 @@ def _read_blobs(
         if name in (INDEX_JSON, MANIFEST_JSON):
             if name in documents:
                 raise FormatError(f"contains {name} twice", path="archive")
-            documents[name] = _document(name, entry, reader)
+            check_document_size(entry.size, name)
+            documents[name] = b"".join(iter(partial(reader.read, entry.size), b""))
         elif (digest := _digest_of(name)) is not None:
             if sizes.setdefault(digest, entry.size) != entry.size:
                 raise FormatError(f"contains {name!r} twice with different sizes", path="archive")
@@ -295,14 +285,6 @@ def _read_blobs(
             if store.receive_blob(blob, _Member(reader), watch) is Outcome.WRITTEN:
                 added.append(digest)
     return documents
-
-
-def _document(name: str, entry: TarEntry, reader: TarReader) -> bytes:
-    check_document_size(entry.size, name)
-    pieces = []
-    while piece := reader.read(entry.size):
-        pieces.append(piece)
-    return b"".join(pieces)
 
 
 def _keep_layout(store: LayoutStore, index: Index, where: Reference | None) -> tuple[Imported, ...]:

@@ -42,8 +42,7 @@ from modelpack.storage import watching
 
 # Tags that are not models: fallback lists of referrers, and cosign's signatures.
 _REFERRER_TAG = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(?:\.(?:sig|att|sbom))?\Z")
-_TITLE = "org.opencontainers.image.title"
-_DESCRIPTION = "org.opencontainers.image.description"
+_ANNOTATION = "org.opencontainers.image."
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +74,7 @@ class CatalogEntry:
             "digest": None if self.digest is None else str(self.digest),
         }
         if self.summary is not None:
-            value |= {
-                "size": self.summary.size,
-                "format": self.summary.format,
-                "architecture": self.summary.architecture,
-                "parameters": self.summary.parameters,
-                "quantization": self.summary.quantization,
-                "contextSize": self.summary.context_size,
-                "created": self.summary.created,
-            }
+            value |= self.summary.to_json()
         value |= {
             "title": self.title,
             "description": self.description,
@@ -169,7 +160,7 @@ def _entry(repository: Repository, reference: Reference) -> CatalogEntry | None:
         document = parse_manifest_or_index(raw, str(reference), media_type=descriptor.media_type)
         if isinstance(document, Index):
             variants = tuple(child.digest for child in document.manifests)
-            title = document.annotations.get(_TITLE, "")
+            title = document.annotations.get(f"{_ANNOTATION}title", "")
             return CatalogEntry(reference, digest, title=title, variants=variants)
         model = model_in(repository, reference.with_digest(digest))
         return _model_entry(repository, reference, model)
@@ -181,15 +172,18 @@ def _entry(repository: Repository, reference: Reference) -> CatalogEntry | None:
 
 def _model_entry(repository: Repository, reference: Reference, model: Model) -> CatalogEntry:
     known = licences(model_subject(model, repository, ()))
-    annotations = model.manifest.annotations
+    annotations, described = model.manifest.annotations, model.config.cncf_descriptor
+    title, description = (
+        annotations.get(_ANNOTATION + key) or str(described.get(key) or "")
+        for key in ("title", "description")
+    )
     about = repository.referrers(model.digest)
     return CatalogEntry(
         reference,
         model.digest,
         Summary.of(model),
-        annotations.get(_TITLE, "") or str(model.config.cncf_descriptor.get("title") or ""),
-        annotations.get(_DESCRIPTION, "")
-        or str(model.config.cncf_descriptor.get("description") or ""),
+        title,
+        description,
         tuple(sorted({one for one in known.values() if one})),
         tuple(sorted({one.artifact_type or "" for one in about} - {""})),
     )
@@ -283,13 +277,14 @@ def _row(entry: CatalogEntry) -> str:
         name += f"<br><code>{entry.digest}</code>"
     if entry.variants:
         name += f"<br>{len(entry.variants)} variants"
-    context = f"{summary.context_size:,}" if summary is not None and summary.context_size else ""
+    facts = ("", "", "", "")
+    if summary is not None:
+        context = f"{summary.context_size:,}" if summary.context_size else ""
+        size = format_decimal_size(summary.size)
+        facts = (escape(summary.parameters), escape(summary.quantization), context, size)
     cells = (
         name,
-        escape(summary.parameters) if summary is not None else "",
-        escape(summary.quantization) if summary is not None else "",
-        context,
-        format_decimal_size(summary.size) if summary is not None else "",
+        *facts,
         "<br>".join(escape(one) for one in entry.licences),
         "<br>".join(f"<small>{escape(one)}</small>" for one in entry.attached),
     )

@@ -7,10 +7,11 @@ without owners and times, so the same files give the same bytes.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeVar
+from itertools import accumulate
+from typing import Any, Final, Literal
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor, checked_platform
@@ -22,10 +23,11 @@ from modelpack.artifacts.reference import Reference
 from modelpack.builder.request import PackageRequest
 from modelpack.builder.times import EPOCH
 from modelpack.bundles.names import arrange
-from modelpack.errors import NotFoundError, UnsafePathError, UnsupportedError, UsageError
+from modelpack.errors import UnsafePathError, UnsupportedError, UsageError
 from modelpack.operations.archives import tar_header
 from modelpack.operations.package import as_single_files, is_of_single_files, package
 from modelpack.operations.pull import find_model
+from modelpack.operations.referrers import BlobsSource
 from modelpack.operations.remote import RemoteOptions, new_reference, open_repository
 from modelpack.operations.transfer import TransferOptions, transfer_model
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
@@ -45,10 +47,8 @@ class TarFile:
     content: BlobSource
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    size: int
-    content: BlobSource
+#: The size of a part of an archive in bytes, and its content.
+_Piece = tuple[int, BlobSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,27 +65,24 @@ class TarLayer:
         made: set[str] = set()
 
         def add(content: bytes) -> None:
-            pieces.append(_Piece(len(content), BytesBlob(content)))
+            pieces.append((len(content), BytesBlob(content)))
 
         for file in files:
-            for directory in _above(file.path):
+            for directory in accumulate(file.path.split("/")[:-1], "{}/{}".format):
                 if directory not in made:
                     made.add(directory)
                     add(tar_header(f"{directory}/", 0, tarfile.DIRTYPE, 0o755))
             add(tar_header(file.path, file.size))
-            pieces.append(_Piece(file.size, file.content))
+            pieces.append((file.size, file.content))
             add(bytes(-file.size % _BLOCK))
         add(bytes(2 * _BLOCK))
-        return cls(sum(piece.size for piece in pieces), tuple(pieces))
+        return cls(sum(size for size, _ in pieces), tuple(pieces))
 
     @contextmanager
     def open(self, offset: int = 0) -> Iterator[BlobReader]:
         """Yield the archive's bytes from `offset` on."""
-        reader = _Reader(self._pieces, offset)
-        try:
+        with closing(_Reader(self._pieces, offset)) as reader:
             yield reader
-        finally:
-            reader.close()
 
     def digest(self, seen: Callable[[int], None]) -> Digest:
         """Read all files and return the digest; call `seen` with the bytes read so far."""
@@ -127,22 +124,16 @@ class _Reader:
     def _next(self) -> bool:
         self.close()
         while self._left:
-            piece = self._left.pop()
-            if self._skip >= piece.size:
-                self._skip -= piece.size
+            size, content = self._left.pop()
+            if self._skip >= size:
+                self._skip -= size
                 continue
-            self._reader = self._open.enter_context(piece.content.open(self._skip))
-            self._missing, self._skip = piece.size - self._skip, 0
+            self._reader = self._open.enter_context(content.open(self._skip))
+            self._missing, self._skip = size - self._skip, 0
             return True
         return False
 
 
-def _above(path: str) -> list[str]:
-    parts = path.split("/")[:-1]
-    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
-
-
-T = TypeVar("T")
 #: The directory of the files in the image.
 DIRECTORY: Final = "models"
 #: The default platforms of images. The files are the same for all of them.
@@ -151,38 +142,12 @@ PLATFORMS: Final = ("linux/amd64", "linux/arm64")
 MAX_WEIGHT_LAYERS: Final = 100
 
 
-@dataclass(frozen=True, slots=True)
-class ImageSource:
-    """An image, or an index of images by platform, as a `Source`. Layers are generated on read."""
+def _image_of(
+    model: Model, source: Source, watch: Watch, *, platforms: Sequence[str], named: Digest
+) -> tuple[Manifest | Index, BlobsSource]:
+    """Return the image of a model and its blobs; read the model's files once, to compute digests.
 
-    document: Manifest | Index
-    _manifests: Mapping[Digest, bytes]
-    _blobs: Mapping[Digest, BlobSource]
-
-    def resolve(self, name: str) -> Descriptor:
-        """Return the descriptor of the image or index; the name is ignored."""
-        return self.document.descriptor
-
-    def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Return the bytes of the index or of one of its manifests; raise `NotFoundError`."""
-        return _found(self._manifests, descriptor)
-
-    def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return a layer or a config to read from; raise `NotFoundError`."""
-        return _found(self._blobs, descriptor)
-
-
-def image_of(
-    model: Model,
-    source: Source,
-    watch: Watch,
-    *,
-    platforms: Sequence[str] = PLATFORMS,
-    named: Digest | None = None,
-) -> ImageSource:
-    """Return the image of a model; read its files from `source` once, to compute digests.
-
-    The image records the digest `named` as its origin (None: the model's digest). For several
+    Layers are generated on read. The image records the digest `named` as its origin. For several
     platforms, returns an index of images that share all layers. Raises `UnsupportedError` if layers
     of the model are archives, and `UnsafePathError` if two files have the same path.
     """
@@ -203,7 +168,7 @@ def image_of(
         blobs[digest] = layer
     manifests: dict[Digest, bytes] = {}
     entries = []
-    annotations = {**model.manifest.annotations, media_types.MODEL: str(named or model.digest)}
+    annotations = {**model.manifest.annotations, media_types.MODEL: str(named)}
     for platform in platforms:
         raw = encode(_config(platform, layers))
         config = Descriptor(media_types.OCI_IMAGE_CONFIG, Digest.of(raw), len(raw))
@@ -215,8 +180,7 @@ def image_of(
         document: Manifest | Index = manifest
     if len(entries) > 1:
         document = Index.build(entries, annotations=annotations)
-        manifests[document.digest] = document.raw
-    return ImageSource(document, manifests, blobs)
+    return document, BlobsSource(blobs, manifests)
 
 
 def _grouped(model: Model) -> list[list[tuple[str, ModelFile]]]:
@@ -231,19 +195,15 @@ def _grouped(model: Model) -> list[list[tuple[str, ModelFile]]]:
     others = {item.file: item.path for item in arrange(model).files}
     named = [(path or others.get(file), file) for path, file in placed]
     files = [(path, file) for path, file in named if path is not None]
-    _check_distinct(files)
+    seen: dict[str, Digest] = {}
+    for path, file in files:
+        if seen.setdefault(path, file.descriptor.digest) != file.descriptor.digest:
+            raise UnsafePathError(f"two different files of the model have the path {path!r}")
     weights = [(path, file) for path, file in files if file.role in (Role.WEIGHT, Role.PROJECTOR)]
     rest = [(path, file) for path, file in files if file.role not in (Role.WEIGHT, Role.PROJECTOR)]
     each = -(-len(weights) // MAX_WEIGHT_LAYERS) or 1
     groups = [weights[at : at + each] for at in range(0, len(weights), each)]
     return [rest, *groups] if rest else groups
-
-
-def _check_distinct(files: Sequence[tuple[str, ModelFile]]) -> None:
-    seen: dict[str, Digest] = {}
-    for path, file in files:
-        if seen.setdefault(path, file.descriptor.digest) != file.descriptor.digest:
-            raise UnsafePathError(f"two different files of the model have the path {path!r}")
 
 
 def _config(platform: str, layers: Sequence[Descriptor]) -> dict[str, Any]:
@@ -255,13 +215,6 @@ def _config(platform: str, layers: Sequence[Descriptor]) -> dict[str, Any]:
     value["rootfs"] = {"type": "layers", "diff_ids": [str(layer.digest) for layer in layers]}
     value["history"] = [{"created": EPOCH, "created_by": "modelpack convert"} for _ in layers]
     return value
-
-
-def _found(among: Mapping[Digest, T], descriptor: Descriptor) -> T:
-    try:
-        return among[descriptor.digest]
-    except KeyError:
-        raise NotFoundError(f"no such blob in the image: {descriptor.digest}") from None
 
 
 Form = Literal["docker", "cncf", "image"]
@@ -303,15 +256,9 @@ def convert(
     options = remote or RemoteOptions()
     if to != "image":
         made = package(
-            where,
-            PackageRequest(format=to),
-            from_model=name,
-            push=push,
-            store=store,
-            remote=options,
-            progress=progress,
-            stop=stop,
-        )
+            where, PackageRequest(format=to), from_model=name, push=push,
+            store=store, remote=options, progress=progress, stop=stop,
+        )  # fmt: skip
         return Converted(where, made.digest, made.notes)
     if not platforms or len(set(platforms)) < len(platforms):
         raise UsageError("an image needs at least one platform, each given once")
@@ -323,12 +270,11 @@ def convert(
         named = model.digest
         if not is_of_single_files(model):
             model = as_single_files(model, store, watch)
-        image = image_of(model, store, watch, platforms=platforms, named=named)
-        document = image.document
+        image, source = _image_of(model, store, watch, platforms=platforms, named=named)
         how = TransferOptions(watch, options.concurrency)
         if push:
             with open_repository(where, options, watch, writes=True) as repository:
-                transfer_model(image, repository, document.descriptor, document.raw, where.tag, how)
+                transfer_model(source, repository, image.descriptor, image.raw, where.tag, how)
         else:
-            transfer_model(image, store, document.descriptor, document.raw, str(where), how)
-    return Converted(where, document.digest)
+            transfer_model(source, store, image.descriptor, image.raw, str(where), how)
+    return Converted(where, image.digest)

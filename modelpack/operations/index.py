@@ -6,24 +6,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import checked_platform
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Index
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference, check_tag
 from modelpack.errors import NotFoundError, UsageError
-from modelpack.operations.lookup import check_whole, stored_model
-from modelpack.operations.remote import (
-    RemoteOptions,
-    new_reference,
-    open_repository,
-    open_source,
-)
+from modelpack.operations.lookup import check_whole, model_of, stored_model
+from modelpack.operations.remote import RemoteOptions, new_reference, open_repository, open_source
 from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.operations.variants import described_variant, fetch_variant
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.storage import Source, Watch, read_blob, watching
+from modelpack.storage import Source, Watch, watching
 from modelpack.store.layout import LayoutStore
 
 
@@ -74,25 +68,22 @@ def create_index(
     _check(variants)
     with ExitStack() as stack:
         found = [_find(stack, variant, push, store, options, watch) for variant in variants]
-        index = Index.build(
-            [
-                described_variant(variant.name, model, variant.platform)
-                for variant, (_, model) in zip(variants, found, strict=True)
-            ],
-            annotations=annotations,
-        )
+        entries = [
+            described_variant(variant.name, model, variant.platform)
+            for variant, (_, model) in zip(variants, found, strict=True)
+        ]
+        index = Index.build(entries, annotations=annotations)
         if not push:
             store.write_manifest(index.descriptor, index.raw, str(where))
             return Indexed(where, index)
         target = stack.enter_context(open_repository(where, options, watch, writes=True))
         how = TransferOptions(watch, options.concurrency)
-        done = []
-        for source, model in found:
-            raw = model.manifest.raw
-            copied = transfer_model(source, target, model.descriptor, raw, None, how)
-            done.append(copied.model)
+        done = tuple(
+            transfer_model(source, target, model.descriptor, model.manifest.raw, None, how).model
+            for source, model in found
+        )
         target.write_manifest(index.descriptor, index.raw, where.tag)
-    return Indexed(where, index, tuple(done))
+    return Indexed(where, index, done)
 
 
 def _check(variants: Sequence[NamedVariant]) -> None:
@@ -131,6 +122,4 @@ def _find(
     descriptor, manifest = fetch_variant(
         opened.source, opened.descriptor, opened.raw, opened.asked, options=options
     )
-    raw = read_blob(opened.source, manifest.config)
-    config = ModelConfig.parse(raw, manifest.config.media_type, f"config of {opened.asked}")
-    return opened.source, Model(opened.local, descriptor, manifest, config)
+    return opened.source, model_of(opened.source, descriptor, manifest, opened.local)

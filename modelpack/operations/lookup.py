@@ -18,7 +18,7 @@ from modelpack.operations.remote import (
     open_repository,
     open_source,
 )
-from modelpack.operations.variants import fetch_variant
+from modelpack.operations.variants import fetch_variant, opened_variant
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import Source, Watch, read_blob, watching
 from modelpack.store.layout import LayoutStore
@@ -131,15 +131,9 @@ def remote_model(
     A registry needs two small requests. From the hub, small files and the headers of weights are
     fetched.
     """
-    with open_source(reference, remote or RemoteOptions(), watch) as opened:
-        descriptor, manifest = fetch_variant(
-            opened.source,
-            opened.descriptor,
-            opened.raw,
-            opened.asked,
-            options=remote,
-            report=watch.report,
-        )
+    options = remote or RemoteOptions()
+    with open_source(reference, options, watch) as opened:
+        descriptor, manifest = opened_variant(opened, options, watch)
         config = _read_config(opened.source, manifest, opened.asked)
         return Model(opened.local, descriptor, manifest, config)
 
@@ -148,9 +142,7 @@ def model_in(repository: Repository, reference: Reference) -> Model:
     """Return the model `reference` of an open repository."""
     descriptor, raw = fetch_referenced_manifest(repository, reference)
     descriptor, manifest = fetch_variant(repository, descriptor, raw, str(reference))
-    return Model(
-        reference, descriptor, manifest, _read_config(repository, manifest, str(reference))
-    )
+    return model_of(repository, descriptor, manifest, reference)
 
 
 def remote_config(reference: Reference, remote: RemoteOptions | None = None) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from modelpack.artifacts import media_types
@@ -64,15 +64,19 @@ class Summary:
 
     def to_facts(self) -> list[Any]:
         """Return the summary as JSON values, which the store caches."""
-        return [
-            self.size,
-            self.format,
-            self.parameters,
-            self.quantization,
-            self.architecture,
-            self.context_size,
-            self.created,
-        ]
+        return list(astuple(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as a JSON object."""
+        return {
+            "size": self.size,
+            "format": self.format,
+            "architecture": self.architecture,
+            "parameters": self.parameters,
+            "quantization": self.quantization,
+            "contextSize": self.context_size,
+            "created": self.created,
+        }
 
 
 _KINDS = (int, str, str, str, str, int | None, str | None)

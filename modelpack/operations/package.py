@@ -13,7 +13,7 @@ from typing import Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig, ollama_defaults
-from modelpack.artifacts.digest import Digest, new_hasher
+from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model, Role
 from modelpack.artifacts.reference import Reference
@@ -29,6 +29,7 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.transfer import run_all
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import Watch, read_blob, watching
+from modelpack.store.file_copy import hash_file
 from modelpack.store.filesystem import map_os_errors
 from modelpack.store.layout import LayoutStore
 from modelpack.store.tree import Tree
@@ -49,7 +50,6 @@ def scratch_directory(store: LayoutStore, what: str) -> Iterator[Path]:
         rmtree(path, ignore_errors=True)
 
 
-_CHUNK: Final = 1024 * 1024
 #: Files to hash and copy in parallel. May exceed the number of processors, since writes wait for
 #: the disk.
 _PARALLEL_FILES: Final = 4
@@ -62,8 +62,7 @@ def take_files(
 
     def take(file: LayerFile) -> Digest:
         if store is None:
-            digest = _hash(file, watch)
-            identity = _identity(file.path)
+            digest, identity = _hashed(file, watch)
         else:
             imported = store.import_file(file.path, watch, link=link)
             digest = imported.digest
@@ -79,26 +78,17 @@ def take_files(
     return run_all(tasks, _PARALLEL_FILES, watch.stop)
 
 
-def _identity(path: Path) -> tuple[int, int, int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise PackagingError(f"{path}: cannot be read: {error.strerror}") from error
-    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
+def _hashed(file: LayerFile, watch: Watch) -> tuple[Digest, tuple[int, int, int, int]]:
+    def seen(done: int) -> None:
+        watch.stop.check()
+        watch.report(Progress(Action.VERIFY, file.filepath, None, done, file.size))
 
-
-def _hash(file: LayerFile, watch: Watch) -> Digest:
-    hasher, buffer, done = new_hasher(), memoryview(bytearray(_CHUNK)), 0
     try:
-        with file.path.open("rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                watch.stop.check()
-                hasher.update(buffer[:count])
-                done += count
-                watch.report(Progress(Action.VERIFY, file.filepath, None, done, file.size))
+        digest = hash_file(file.path, seen=seen)
+        status = file.path.stat()
     except OSError as error:
         raise PackagingError(f"{file.path}: cannot be read: {error.strerror}") from error
-    return Digest.of_hasher(hasher)
+    return digest, (status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino)
 
 
 _BESIDE_A_GGUF = (Role.WEIGHT, Role.LICENSE, Role.CHAT_TEMPLATE, Role.PROJECTOR)
@@ -250,7 +240,8 @@ def package(
         with store.lease(()):
             built = make()
             if not dry_run:
-                _keep(store, built, where)
+                store.write_bytes(built.config_bytes, built.manifest.config.media_type)
+                store.write_manifest(built.manifest.descriptor, built.manifest.raw, str(where))
     for note in built.notes:
         watch.report(Progress(Action.NOTE, message=note))
     pushed = None
@@ -266,9 +257,3 @@ def package(
         stored=not dry_run,
         pushed=pushed,
     )
-
-
-def _keep(store: LayoutStore, built: Built, where: Reference) -> None:
-    config = store.write_bytes(built.config_bytes, built.manifest.config.media_type)
-    assert config.digest == built.manifest.config.digest
-    store.write_manifest(built.manifest.descriptor, built.manifest.raw, str(where))

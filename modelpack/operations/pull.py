@@ -12,7 +12,6 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
@@ -20,7 +19,7 @@ from modelpack.artifacts.model import Model, ModelFile, Role
 from modelpack.artifacts.reference import Reference, is_model_id
 from modelpack.errors import NotFoundError, UnsupportedError
 from modelpack.hub.reference import HubReference, hub_origin
-from modelpack.operations.lookup import check_whole, completing_reference, stored_model
+from modelpack.operations.lookup import check_whole, completing_reference, model_of, stored_model
 from modelpack.operations.remote import (
     RemoteOptions,
     named,
@@ -29,9 +28,9 @@ from modelpack.operations.remote import (
     open_source,
 )
 from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
-from modelpack.operations.variants import fetch_variant
+from modelpack.operations.variants import opened_variant
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.storage import ReferrerSource, Source, Watch, read_blob, watching
+from modelpack.storage import ReferrerSource, Source, Watch, watching
 from modelpack.store.layout import LayoutStore
 
 if TYPE_CHECKING:
@@ -139,14 +138,7 @@ def pull(
     with open_source(reference, options, watch) as opened:
         source, origin = opened.source, opened.local
         where = origin if to is None else new_reference(to)
-        descriptor, document = fetch_variant(
-            source,
-            opened.descriptor,
-            opened.raw,
-            opened.asked,
-            options=options,
-            report=watch.report,
-        )
+        descriptor, document = opened_variant(opened, options, watch)
         raw = document.raw
         names = tuple(dict.fromkeys((origin.name, where.name)))
         signatures = _trusted_signatures(options, source, names, document)
@@ -177,12 +169,9 @@ def _trusted_signatures(
         return ()
     from modelpack.operations.trust import check_source
 
+    subject = manifest.descriptor
     return check_source(
-        options.trust,
-        source,
-        names,
-        manifest.descriptor,
-        lambda: _model(source, manifest, None),
+        options.trust, source, names, subject, lambda: model_of(source, subject, manifest, None)
     )
 
 
@@ -197,18 +186,11 @@ def _store_signatures(
             transfer_model(source, store, manifest, raw, None, TransferOptions(watch))
 
 
-def _model(source: Source, manifest: Manifest, where: Reference | None) -> Model:
-    raw = read_blob(source, manifest.config)
-    what = f"config of {where or manifest.digest}"
-    config = ModelConfig.parse(raw, manifest.config.media_type, what)
-    return Model(where, manifest.descriptor, manifest, config)
-
-
 def _selected(
     source: Source, manifest: Manifest, where: Reference, selection: Selection
 ) -> tuple[Descriptor, ...]:
     """Return the blobs of the selected files, and the config."""
-    model = _model(source, manifest, where)
+    model = model_of(source, manifest.descriptor, manifest, where)
     chosen = (*(file.descriptor for file in selection.chosen(model)), manifest.config)
     return tuple({blob.digest: blob for blob in chosen}.values())
 
@@ -311,11 +293,5 @@ def _pull(
     watch: Watch,
     selection: Selection | None,
 ) -> None:
-    pull(
-        where,
-        selection=selection,
-        store=store,
-        remote=remote,
-        progress=watch.report,
-        stop=watch.stop,
-    )
+    report, stop = watch.report, watch.stop
+    pull(where, selection=selection, store=store, remote=remote, progress=report, stop=stop)

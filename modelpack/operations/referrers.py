@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,115 +18,47 @@ from modelpack.errors import (
     UnsupportedError,
     UsageError,
 )
-from modelpack.operations.remote import (
-    RemoteOptions,
-    fetch_referenced_manifest,
-    open_repository,
-)
+from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
 from modelpack.operations.transfer import TransferOptions, transfer_model
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
-from modelpack.storage import BlobReader, BlobSource, Watch, watching
+from modelpack.storage import BlobSource, BytesBlob, FileBlob, Target, Watch, watching
 from modelpack.store.file_copy import hash_file
 from modelpack.store.layout import LayoutStore
 
-#: The empty JSON object, and its descriptor as a config.
+#: The empty JSON object, and its descriptor (image-spec, "Guidance for an Empty Descriptor").
 EMPTY = b"{}"
 EMPTY_CONFIG = Descriptor(media_types.OCI_EMPTY, Digest.of(EMPTY), len(EMPTY))
 
 
 @dataclass(frozen=True, slots=True)
-class FileOnDisk:
-    """A file as a blob. The reader must verify its digest, since the file may change."""
+class BlobsSource:
+    """A `Source` of the given blobs and manifests, by digest."""
 
-    path: Path
-
-    def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
-        """Return the open file at `offset`; raises `PackagingError`."""
-        try:
-            stream = io.FileIO(self.path)
-        except OSError as error:
-            raise PackagingError(f"{self.path}: cannot be read: {error.strerror}") from error
-        stream.seek(offset)
-        return stream
-
-
-@dataclass(frozen=True, slots=True)
-class _Bytes:
-    content: bytes
-
-    def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
-        return io.BytesIO(self.content[offset:])
-
-
-@dataclass(frozen=True, slots=True)
-class BytesSource:
-    """A `Source` of blobs in memory, without manifests."""
-
-    contents: Mapping[Digest, bytes]
+    blobs: Mapping[Digest, BlobSource]
+    manifests: Mapping[Digest, bytes] = field(default_factory=dict)
 
     def resolve(self, name: str) -> Descriptor:
-        """Raise `NotFoundError`: the source has no manifests."""
+        """Raise `NotFoundError`: the manifests have no names."""
         raise NotFoundError(f"no such manifest: {name}")
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Raise `NotFoundError`: the source has no manifests."""
-        raise NotFoundError(f"no such manifest: {descriptor.digest}")
+        """Return a manifest; raises `NotFoundError`."""
+        raw = self.manifests.get(descriptor.digest)
+        if raw is None:
+            raise NotFoundError(f"no such manifest: {descriptor.digest}")
+        return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the blob to read from; raise `NotFoundError` for a blob that is not in memory."""
-        content = self.contents.get(descriptor.digest)
-        if content is None:
+        """Return the blob to read from; raises `NotFoundError`."""
+        blob = self.blobs.get(descriptor.digest)
+        if blob is None:
             raise NotFoundError(f"no such blob: {descriptor.digest}")
-        return _Bytes(content)
+        return blob
 
 
-@dataclass(frozen=True, slots=True)
-class AttachedFiles:
-    """A `Source` of files as layers and of the empty config, without manifests.
-
-    Source of the config: image-spec 1.1, "Guidance for an Empty Descriptor".
-    """
-
-    layers: tuple[Descriptor, ...]
-    paths: dict[Digest, Path]
-
-    @classmethod
-    def read(cls, files: Sequence[tuple[Path, str]], watch: Watch) -> AttachedFiles:
-        """Hash `files`, pairs of path and media type, and return them as layers.
-
-        Raises `PackagingError`, and `UsageError` for two files with the same name.
-        """
-        layers, paths = [], {}
-        for path, media_type in files:
-            digest, size = _hashed(path, watch)
-            layers.append(Descriptor(media_type, digest, size, {media_types.TITLE: path.name}))
-            paths[digest] = path
-        names = [layer.annotations[media_types.TITLE] for layer in layers]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise UsageError(f"two files have the name {twice!r}", hint="rename one of them")
-        return cls(tuple(layers), paths)
-
-    @property
-    def empty(self) -> Descriptor:
-        """The descriptor of the empty JSON object."""
-        return EMPTY_CONFIG
-
-    def resolve(self, name: str) -> Descriptor:
-        """Raise `NotFoundError`: the source has no manifests."""
-        raise NotFoundError(f"no such manifest: {name}")
-
-    def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Raise `NotFoundError`: the source has no manifests."""
-        raise NotFoundError(f"no such manifest: {descriptor.digest}")
-
-    def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the file to read from."""
-        path = self.paths.get(descriptor.digest)
-        return FileOnDisk(path) if path is not None else _Bytes(EMPTY)
-
-
-def _hashed(path: Path, watch: Watch) -> tuple[Digest, int]:
+def _layer(file: AttachedFile, watch: Watch) -> Descriptor:
+    """Hash a file and return it as a layer; raises `PackagingError`."""
+    path = file.path
     try:
         if not path.is_file():
             raise PackagingError(f"{path} is not a file", hint="attach each file of a directory")
@@ -138,9 +68,10 @@ def _hashed(path: Path, watch: Watch) -> tuple[Digest, int]:
             watch.stop.check()
             watch.report(Progress(Action.VERIFY, path.name, None, completed, size))
 
-        return hash_file(path, "sha256", seen), size
+        digest = hash_file(path, "sha256", seen)
     except OSError as error:
         raise PackagingError(f"{path}: cannot be read: {error.strerror}") from error
+    return Descriptor(file.media_type, digest, size, {media_types.TITLE: path.name})
 
 
 #: The default media type of an attached file.
@@ -193,32 +124,33 @@ def attach(
         _check_type(file.media_type, str(file.path))
     if not given and not annotations:
         raise UsageError("no files and no annotations to attach", hint="give a file")
-    source = AttachedFiles.read([(file.path, file.media_type) for file in given], watch)
+    names = [file.path.name for file in given]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two files have the name {twice!r}", hint="rename one of them")
+    layers = [_layer(file, watch) for file in given]
+    blobs: dict[Digest, BlobSource] = {EMPTY_CONFIG.digest: BytesBlob(EMPTY)}
+    blobs |= {layer.digest: FileBlob(file.path) for layer, file in zip(layers, given, strict=True)}
 
-    def manifest_about(subject: Descriptor) -> Manifest:
-        about = Descriptor(subject.media_type, subject.digest, subject.size)
-        return Manifest.build(
-            source.empty,
-            source.layers or (source.empty,),
+    def put(subject: Descriptor, place: Target, concurrency: int) -> Attached:
+        manifest = Manifest.build(
+            EMPTY_CONFIG,
+            layers or (EMPTY_CONFIG,),
             artifact_type=artifact_type,
-            subject=about,
+            subject=Descriptor(subject.media_type, subject.digest, subject.size),
             annotations=annotations,
         )
+        how = TransferOptions(watch, concurrency)
+        transfer_model(BlobsSource(blobs), place, manifest.descriptor, manifest.raw, None, how)
+        return Attached(where, subject, manifest)
 
     if store is not None:
-        subject = store.resolve(_subject_named(where))
-        manifest = manifest_about(subject)
         with store.lease(()):
-            how = TransferOptions(watch)
-            transfer_model(source, store, manifest.descriptor, manifest.raw, None, how)
-        return Attached(where, subject, manifest)
+            return put(store.resolve(_subject_named(where)), store, 1)
     options = remote or RemoteOptions()
     with open_repository(where, options, watch, writes=True) as repository:
         subject, _ = fetch_referenced_manifest(repository, where)
-        manifest = manifest_about(subject)
-        how = TransferOptions(watch, options.concurrency)
-        transfer_model(source, repository, manifest.descriptor, manifest.raw, None, how)
-    return Attached(where, subject, manifest)
+        return put(subject, repository, options.concurrency)
 
 
 def referrers(

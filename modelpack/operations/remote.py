@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,6 @@ from modelpack.progress import Action, Progress
 from modelpack.storage import ReferrerSource, Watch
 
 if TYPE_CHECKING:
-    from modelpack.hub.client import HubSettings
     from modelpack.hub.model import HubModel
     from modelpack.hub.repository import HubFile, HubRepository
     from modelpack.registry import (
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
         Timeouts,
         TlsOptions,
     )
-    from modelpack.registry.http_client import HttpClient
     from modelpack.registry.limits import BlobOptions
     from modelpack.registry.mirrors import Mirror, Mirrors
     from modelpack.trust.policy import Trust
@@ -81,28 +79,23 @@ def open_repository(
 
     Reads use its mirrors first, if it has any; `writes` disables mirrors.
     """
-    from modelpack.registry.limits import BlobOptions, RateLimit
     from modelpack.registry.mirrors import Mirror, read_mirrors
 
-    rate = None if options.limit_rate is None else RateLimit(options.limit_rate)
-    blobs = BlobOptions(options.chunk_size, options.connections, rate)
+    blobs = _blob_options(options)
     mirrors = options.mirrors or read_mirrors()
     place = mirrors.place(reference.registry, reference.repository)
-    own = Mirror(
-        reference.registry, reference.repository, "all", options.plain_http, place.insecure
-    )
+    host, repository = reference.registry, reference.repository
+    own = Mirror(host, repository, "all", options.plain_http, place.insecure)
     with ExitStack() as stack:
         registry = stack.enter_context(_connected(own, options, watch, blobs))
         if writes or not place.mirrors:
-            yield registry.repository(reference.repository)
+            yield registry.repository(repository)
             return
         others = []
         for mirror in place.mirrors:
-            there = stack.enter_context(
-                _connected(mirror, options, watch, blobs, tries=_MIRROR_TRIES)
-            )
-            others.append((mirror, there.repository(mirror.repository)))
-        yield registry.mirrored_repository(reference.repository, others)
+            there = _connected(mirror, options, watch, blobs, tries=_MIRROR_TRIES)
+            others.append((mirror, stack.enter_context(there).repository(mirror.repository)))
+        yield registry.mirrored_repository(repository, others)
 
 
 @contextmanager
@@ -215,9 +208,8 @@ def open_source(
     found = named(name)
     if isinstance(found, HubReference):
         with open_hub_model(found, options, watch) as model:
-            descriptor = model.descriptor
             raw = model.manifest.raw
-            yield OpenedSource(str(found), found.local, model, descriptor, raw)
+            yield OpenedSource(str(found), found.local, model, model.descriptor, raw)
         return
     if found.registry == HUB_REGISTRY:
         raise UnsupportedError(
@@ -242,7 +234,7 @@ def open_hub_model(
     from modelpack.hub.selection import choose
 
     with ExitStack() as stack:
-        repository = stack.enter_context(_open_hub_repository(reference, options, watch))
+        repository = stack.enter_context(open_commit(reference, options, watch, resolved=False))
         choice = choose(repository.files(), repository.reference)
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="modelpack-hub-"))
 
@@ -257,37 +249,18 @@ def open_hub_model(
 
 @contextmanager
 def open_commit(
-    reference: HubReference, options: RemoteOptions, watch: Watch
+    reference: HubReference, options: RemoteOptions, watch: Watch, *, resolved: bool = True
 ) -> Iterator[HubRepository]:
-    """Yield the repository at the commit in `reference`, without requesting its list of files."""
-    with _hub_client(str(reference), options, watch) as (settings, client):
-        from modelpack.hub.repository import HubRepository
+    """Yield the repository at the commit in `reference`, without requesting its list of files.
 
-        yield HubRepository(client, settings.endpoint, reference)
-
-
-@contextmanager
-def _open_hub_repository(
-    reference: HubReference, options: RemoteOptions, watch: Watch
-) -> Iterator[HubRepository]:
-    with _hub_client(str(reference), options, watch) as (settings, client):
-        from modelpack.hub.repository import HubRepository, resolve_commit
-
-        at_commit = resolve_commit(client, settings.endpoint, reference)
-        yield HubRepository(client, settings.endpoint, at_commit)
-
-
-@contextmanager
-def _hub_client(
-    what: str, options: RemoteOptions, watch: Watch
-) -> Iterator[tuple[HubSettings, HttpClient]]:
+    If `resolved` is false, its revision may be a branch or a tag: the commit is requested.
+    """
     from modelpack.hub.client import HubSettings, hub_client
+    from modelpack.hub.repository import HubRepository, resolve_commit
     from modelpack.registry import RetryPolicy, Timeouts, TlsOptions
-    from modelpack.registry.limits import BlobOptions, RateLimit
 
     settings = HubSettings.from_environment()
-    settings.check_online(what)
-    rate = None if options.limit_rate is None else RateLimit(options.limit_rate)
+    settings.check_online(str(reference))
     client = hub_client(
         settings,
         timeouts=options.timeouts or Timeouts(),
@@ -295,9 +268,16 @@ def _hub_client(
         stop=watch.stop,
         report=watch.report,
         tls=options.tls or TlsOptions(),
-        blobs=BlobOptions(options.chunk_size, options.connections, rate),
+        blobs=_blob_options(options),
     )
-    try:
-        yield settings, client
-    finally:
-        client.close()
+    with closing(client):
+        if not resolved:
+            reference = resolve_commit(client, settings.endpoint, reference)
+        yield HubRepository(client, settings.endpoint, reference)
+
+
+def _blob_options(options: RemoteOptions) -> BlobOptions:
+    from modelpack.registry.limits import BlobOptions, RateLimit
+
+    rate = None if options.limit_rate is None else RateLimit(options.limit_rate)
+    return BlobOptions(options.chunk_size, options.connections, rate)

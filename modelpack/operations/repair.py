@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from modelpack.artifacts import media_types
@@ -76,64 +77,48 @@ def repair(
     remains a problem of the store.
     """
     watch = watching(progress, stop)
-    place = None if source is None else _name(source)
+    place = None if source is None else Reference.parse(str(source)).name
     before = report = store.fsck(fast=fast, watch=watch)
     restored: list[Descriptor] = []
     failures: dict[Digest, Failure] = {}
     with ExitStack() as stack:
-        places = _Places(stack, remote or RemoteOptions(), watch)
-        for _ in range(_PASSES):
-            bad = {p.digest for p in report.problems if p.kind in (Fault.CONTENT, Fault.MISSING)}
-            wanted = _wanted(store, {d for d in bad if d is not None and d not in failures})
-            if not wanted:
-                break
-            for want in wanted:
-                try:
-                    _restore(store, want, [place] if place else want.places, places, watch)
-                    restored.append(want.descriptor)
-                except InterruptedTransferError:
-                    raise
-                except ModelpackError as error:
-                    failures[want.descriptor.digest] = Failure(want.descriptor.digest, str(error))
-            report = store.fsck(fast=True, watch=watch)
-    after = report if report is not before else store.fsck(fast=True, watch=watch)
-    return Repaired(before, after, tuple(restored), tuple(failures.values()))
 
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A blob to fetch, and the repositories that may have it."""
-
-    descriptor: Descriptor
-    places: tuple[str, ...]
-
-
-class _Places:
-    """Open repositories by `registry/repository`; each is opened on first use."""
-
-    def __init__(self, stack: ExitStack, options: RemoteOptions, watch: Watch) -> None:
-        self._stack = stack
-        self._options = options
-        self._watch = watch
-        self._open: dict[str, Repository] = {}
-
-    def __getitem__(self, name: str) -> Repository:
-        if name not in self._open:
+        @cache
+        def opened(name: str) -> Repository:
             if name.startswith(f"{HUB_REGISTRY}/"):
                 raise UnsupportedError(
                     f"cannot fetch from {name}: the Hugging Face Hub has no digests",
                     hint="pull the model again",
                 )
-            opened = open_repository(Reference.parse(name), self._options, self._watch)
-            self._open[name] = self._stack.enter_context(opened)
-        return self._open[name]
+            where = Reference.parse(name)
+            return stack.enter_context(open_repository(where, remote or RemoteOptions(), watch))
+
+        for _ in range(_PASSES):
+            bad = {p.digest for p in report.problems if p.kind in (Fault.CONTENT, Fault.MISSING)}
+            wanted = _wanted(store, {d for d in bad if d is not None and d not in failures})
+            if not wanted:
+                break
+            for descriptor, places in wanted:
+                try:
+                    _restore(store, descriptor, [place] if place else places, opened, watch)
+                    restored.append(descriptor)
+                except InterruptedTransferError:
+                    raise
+                except ModelpackError as error:
+                    failures[descriptor.digest] = Failure(descriptor.digest, str(error))
+            report = store.fsck(fast=True, watch=watch)
+    after = report if report is not before else store.fsck(fast=True, watch=watch)
+    return Repaired(before, after, tuple(restored), tuple(failures.values()))
 
 
 def _restore(
-    store: LayoutStore, want: _Wanted, names: Iterable[str], places: _Places, watch: Watch
+    store: LayoutStore,
+    descriptor: Descriptor,
+    names: Iterable[str],
+    opened: Callable[[str], Repository],
+    watch: Watch,
 ) -> None:
     """Fetch the blob from the first repository that has it; raise the error of the last one."""
-    descriptor = want.descriptor
     error: ModelpackError = NotFoundError(
         f"{descriptor.digest}: unknown origin",
         hint="give the repository with --from REFERENCE",
@@ -141,10 +126,10 @@ def _restore(
     for name in names:
         try:
             if descriptor.media_type in media_types.MANIFEST_AND_INDEX_TYPES:
-                raw = places[name].fetch_manifest(descriptor)
+                raw = opened(name).fetch_manifest(descriptor)
                 store.write_bytes(raw, descriptor.media_type, descriptor.digest.algorithm)
             else:
-                store.write_blob(descriptor, places[name].blob(descriptor), watch)
+                store.write_blob(descriptor, opened(name).blob(descriptor), watch)
         except InterruptedTransferError:
             raise
         except ModelpackError as failed:
@@ -156,18 +141,20 @@ def _restore(
     raise error
 
 
-def _wanted(store: LayoutStore, bad: set[Digest]) -> list[_Wanted]:
-    """Return the blobs in `bad` that models in the index need; other blobs are unused."""
+def _wanted(store: LayoutStore, bad: set[Digest]) -> list[tuple[Descriptor, tuple[str, ...]]]:
+    """Return the blobs in `bad` that indexed models need, and the repositories that may have them.
+
+    Other blobs are unused.
+    """
     document = store.index()
-    found: dict[Digest, _Wanted] = {}
+    found: dict[Digest, tuple[Descriptor, tuple[str, ...]]] = {}
     seen: set[Digest] = set()
     for entry in document.entries:
         waiting = [entry.manifest]
         while waiting:
             descriptor = waiting.pop()
             if descriptor.digest in bad and descriptor.digest not in found:
-                places = _places(document, entry.digest)
-                found[descriptor.digest] = _Wanted(descriptor, places)
+                found[descriptor.digest] = (descriptor, _places(document, entry.digest))
             if (
                 descriptor.media_type not in media_types.MANIFEST_AND_INDEX_TYPES
                 or descriptor.digest in seen
@@ -184,13 +171,9 @@ def _wanted(store: LayoutStore, bad: set[Digest]) -> list[_Wanted]:
 
 def _places(document: IndexDocument, digest: Digest) -> tuple[str, ...]:
     """Return the repositories that may have a manifest: its origins and those in its names."""
-    found: dict[str, None] = {}
-    for entry in document.entries_of(digest):
-        for name in (entry.origin, entry.reference.name if entry.reference else None):
-            if name is not None:
-                found[name] = None
-    return tuple(found)
-
-
-def _name(source: str | Reference) -> str:
-    return (Reference.parse(source) if isinstance(source, str) else source).name
+    names = [
+        name
+        for entry in document.entries_of(digest)
+        for name in (entry.origin, entry.reference.name if entry.reference else None)
+    ]
+    return tuple(dict.fromkeys(name for name in names if name is not None))

@@ -14,17 +14,13 @@ from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import NotFoundError, UntrustedError, UsageError
 from modelpack.operations.lookup import model_in, model_of, stored_model
-from modelpack.operations.referrers import BytesSource
-from modelpack.operations.remote import (
-    RemoteOptions,
-    fetch_referenced_manifest,
-    open_repository,
-)
+from modelpack.operations.referrers import BlobsSource
+from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
 from modelpack.operations.transfer import TransferOptions, transfer_model
 from modelpack.operations.variants import variants_of
 from modelpack.progress import Stop
 from modelpack.registry import Repository
-from modelpack.storage import Target, Watch, watching
+from modelpack.storage import BytesBlob, Target, Watch, watching
 from modelpack.store.layout import LayoutStore
 from modelpack.trust.keys import PrivateKey, PublicKey
 from modelpack.trust.model_signing import model_statement
@@ -88,10 +84,9 @@ def sign(
                 hint="sign the model in its registry, or give --format bundle",
             )
         wanted = tuple(kind for kind in wanted if kind is not SignatureKind.COSIGN)
-    unknown = [kind for kind in wanted if kind not in _SIGNING]
-    if unknown:
+    if SignatureKind.FILES in wanted:
         raise UsageError(
-            f"signatures of the format {unknown[0]} can be verified, but not written",
+            f"signatures of the format {SignatureKind.FILES} can be verified, but not written",
             hint="give --format model-signing, which covers the files and the manifest",
         )
     watch = watching(None, stop)
@@ -119,14 +114,9 @@ def verify(
         raise UsageError("expected at least one key")
     watch = watching(None, stop)
     with opened_model(where, store, remote, watch) as (place, model):
-        tagged = store is None
+        formats = formats or MANIFEST_FORMATS
         found = find_signatures(
-            place,
-            model.descriptor,
-            lambda: model,
-            keys,
-            tagged=tagged,
-            formats=formats or MANIFEST_FORMATS,
+            place, model.descriptor, lambda: model, keys, tagged=store is None, formats=formats
         )
     lacking = [key for key in keys if key not in found.keys]
     if lacking:
@@ -140,10 +130,13 @@ def verify(
 
 
 def attach_statement(
-    place: Target, model: Model, statement: Statement, key: PrivateKey, watch: Watch
+    place: Target, subject: Descriptor, statement: Statement, key: PrivateKey, watch: Watch
 ) -> Digest:
-    """Sign a statement and attach it to `model`; return the digest of its manifest."""
-    return _attach(place, model.descriptor, statement, key, watch)
+    """Sign a statement and attach it to `subject`; return the digest of its manifest."""
+    bundle = signed_bundle(statement, key)
+    manifest, blobs = bundle_manifest(bundle, statement.predicate_type, subject)
+    put(place, manifest, blobs, None, watch)
+    return manifest.digest
 
 
 def put(
@@ -154,7 +147,7 @@ def put(
     watch: Watch,
 ) -> None:
     """Write a new manifest and its blobs to `place`."""
-    source = BytesSource({blob.digest: content for blob, content in blobs.items()})
+    source = BlobsSource({blob.digest: BytesBlob(content) for blob, content in blobs.items()})
     how = TransferOptions(watch)
     transfer_model(source, place, manifest.descriptor, manifest.raw, tag, how)
 
@@ -222,30 +215,31 @@ def _sign(signing: _Signing) -> Signed:
         manifest = Manifest.parse(place.fetch_manifest(found), what)
         variants.append(_sign_manifest(signing, model_of(place, found, manifest, where)))
     kinds = [kind for kind in signing.kinds if kind is not SignatureKind.MODEL_SIGNING]
-    done: dict[SignatureKind, Digest] = {
-        kind: _SIGNING[kind](signing, descriptor, None) for kind in kinds
-    }
+    done: dict[SignatureKind, Digest]
+    done = {kind: _write(signing, kind, descriptor, None) for kind in kinds}
     return Signed(where, descriptor.digest, done, tuple(variants))
 
 
 def _sign_manifest(signing: _Signing, model: Model) -> Signed:
-    done = {kind: _SIGNING[kind](signing, model.descriptor, model) for kind in signing.kinds}
+    done = {kind: _write(signing, kind, model.descriptor, model) for kind in signing.kinds}
     return Signed(signing.where, model.digest, done)
 
 
-def _sign_bundle(signing: _Signing, subject: Descriptor, _model: Model | None) -> Digest:
-    statement = Statement((Subject(subject.digest, signing.where.name),), COSIGN_SIGN)
-    return _attach(signing.place, subject, statement, signing.key, signing.watch)
+def _write(
+    signing: _Signing, kind: SignatureKind, subject: Descriptor, model: Model | None
+) -> Digest:
+    """Write a signature of `subject`; `model` is None for an index."""
+    if kind is SignatureKind.COSIGN:
+        return _sign_simply(signing, subject)
+    if kind is SignatureKind.MODEL_SIGNING:
+        assert model is not None, "an index has no files"
+        statement = model_statement(model, signing.where.repository.rpartition("/")[2])
+    else:
+        statement = Statement((Subject(subject.digest, signing.where.name),), COSIGN_SIGN)
+    return attach_statement(signing.place, subject, statement, signing.key, signing.watch)
 
 
-def _sign_files(signing: _Signing, subject: Descriptor, model: Model | None) -> Digest:
-    assert model is not None, "an index has no files"
-    name = signing.where.repository.rpartition("/")[2]
-    statement = model_statement(model, name)
-    return _attach(signing.place, subject, statement, signing.key, signing.watch)
-
-
-def _sign_simply(signing: _Signing, subject: Descriptor, _model: Model | None) -> Digest:
+def _sign_simply(signing: _Signing, subject: Descriptor) -> Digest:
     """Add a signature to the manifest of cosign's tag, unless the key has signed it already."""
     place, key, digest = signing.place, signing.key, subject.digest
     tag = signature_tag(digest)
@@ -261,22 +255,6 @@ def _sign_simply(signing: _Signing, subject: Descriptor, _model: Model | None) -
     manifest, blobs = signatures_manifest((*layers, layer))
     put(place, manifest, {**blobs, layer: payload}, tag, signing.watch)
     return manifest.digest
-
-
-def _attach(
-    place: Target, subject: Descriptor, statement: Statement, key: PrivateKey, watch: Watch
-) -> Digest:
-    bundle = signed_bundle(statement, key)
-    manifest, blobs = bundle_manifest(bundle, statement.predicate_type, subject)
-    put(place, manifest, blobs, None, watch)
-    return manifest.digest
-
-
-_SIGNING = {
-    SignatureKind.COSIGN: _sign_simply,
-    SignatureKind.BUNDLE: _sign_bundle,
-    SignatureKind.MODEL_SIGNING: _sign_files,
-}
 
 
 def attest(
@@ -300,11 +278,11 @@ def attest(
     statement = Statement((Subject(model.digest, name),), predicate_type, predicate)
     if store is not None:
         with store.lease(()):
-            return attach_statement(store, model, statement, key, watch)
+            return attach_statement(store, model.descriptor, statement, key, watch)
     if reference is None:
         raise UsageError(
             f"{model.digest} is not a reference to a registry", hint="name the model by reference"
         )
     where = reference.with_digest(model.digest)
     with opened_model(where, None, remote, watch, writes=True) as (place, there):
-        return attach_statement(place, there, statement, key, watch)
+        return attach_statement(place, there.descriptor, statement, key, watch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
@@ -14,13 +13,13 @@ from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import NotFoundError, RegistryError, UntrustedError
 from modelpack.hub.reference import HUB_REGISTRY
+from modelpack.operations.lookup import model_of, reference_in
+from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.variants import variants_of
 from modelpack.storage import ReferrerSource, Watch
 from modelpack.store.layout import LayoutStore
 from modelpack.trust.policy import Rule, Trust
 from modelpack.trust.signatures import Findings, Signature, find_signatures
-
-if TYPE_CHECKING:
-    from modelpack.operations.remote import RemoteOptions
 
 _MAX_SHOWN = 5
 
@@ -78,7 +77,8 @@ def check_stored(
         if where.registry == HUB_REGISTRY:  # has no signatures
             continue
         try:
-            there = _find_there(where, model, rules, remote, watch)
+            with open_repository(where, remote, watch) as repository:
+                there = _find(repository, model.descriptor, lambda: model, rules, tagged=True)
         except RegistryError as error:  # another registry may have the signatures
             unread = unread or error
             continue
@@ -92,8 +92,6 @@ def check_stored(
 
 def check_remote(model: Model, remote: RemoteOptions, watch: Watch) -> None:
     """Raise `UntrustedError` unless a registry's model satisfies the policy of `remote`."""
-    from modelpack.operations.remote import open_repository
-
     if remote.trust is None:
         return
     where = model.reference
@@ -106,9 +104,6 @@ def check_names(
     store: LayoutStore, names: Iterable[str], remote: RemoteOptions, watch: Watch
 ) -> None:
     """Raise `UntrustedError` unless all named models and their variants satisfy the policy."""
-    from modelpack.operations.lookup import model_of, reference_in
-    from modelpack.operations.variants import variants_of
-
     if remote.trust is None:
         return
     for name in names:
@@ -122,9 +117,8 @@ def check_names(
                 manifests.append((found, Manifest.parse(store.fetch_manifest(found), name)))
         reference = reference_in(store, name, descriptor)
         for found, manifest in manifests:
-            check_stored(
-                remote.trust, store, model_of(store, found, manifest, reference), remote, watch
-            )
+            model = model_of(store, found, manifest, reference)
+            check_stored(remote.trust, store, model, remote, watch)
 
 
 @contextmanager
@@ -182,15 +176,6 @@ def _places_of_indexes(store: LayoutStore, digest: Digest) -> tuple[str, ...]:
         if any(one.digest == digest for one in document.manifests):
             found += index.places
     return tuple(dict.fromkeys(found))
-
-
-def _find_there(
-    where: Reference, model: Model, rules: Sequence[Rule], remote: RemoteOptions, watch: Watch
-) -> Findings:
-    from modelpack.operations.remote import open_repository
-
-    with open_repository(where, remote, watch) as repository:
-        return _find(repository, model.descriptor, lambda: model, rules, tagged=True)
 
 
 def _find(

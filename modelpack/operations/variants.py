@@ -18,9 +18,9 @@ from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_inde
 from modelpack.artifacts.model import Model
 from modelpack.errors import NotFoundError, UnsupportedError
 from modelpack.formats.config_json import mlx_bits
-from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.remote import OpenedSource, RemoteOptions
 from modelpack.progress import Action, Progress, ProgressCallback, silent
-from modelpack.storage import Source
+from modelpack.storage import Source, Watch
 
 GPU = Literal["metal", "cuda", "none"]
 
@@ -219,14 +219,19 @@ def fetch_variant(
     return descriptor, document
 
 
+def opened_variant(
+    opened: OpenedSource, options: RemoteOptions, watch: Watch
+) -> tuple[Descriptor, Manifest]:
+    """Return what `fetch_variant` returns for an opened model; report the choice to `watch`."""
+    source, found, raw, what = opened.source, opened.descriptor, opened.raw, opened.asked
+    return fetch_variant(source, found, raw, what, options=options, report=watch.report)
+
+
 def described_variant(name: str, model: Model, platform: str | None) -> Descriptor:
     """Return the index entry of a model as the variant `name`."""
     config = model.config
     kind = MLX if mlx_bits(config) is not None else config.format
-    said = {
-        media_types.VARIANT: name,
-        media_types.VARIANT_SIZE: str(model.manifest.total_size),
-    }
+    said = {media_types.VARIANT: name, media_types.VARIANT_SIZE: str(model.manifest.total_size)}
     if kind:
         said[media_types.VARIANT_FORMAT] = kind
     if config.quantization:

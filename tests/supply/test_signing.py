@@ -137,7 +137,7 @@ def test_an_attestation_is_no_signature(published: Published, ours: PrivateKey) 
     with open_repository(where, RemoteOptions(), watching(None), writes=True) as repository:
         model = model_in(repository, where)
         statement = Statement((Subject(model.digest),), TEST_RESULT, {"result": "FAILED"})
-        signing.attach_statement(repository, model, statement, ours, watching(None))
+        signing.attach_statement(repository, model.descriptor, statement, ours, watching(None))
     with pytest.raises(UntrustedError, match="no signatures"):
         signing.verify(published.reference, [ours.public])
 

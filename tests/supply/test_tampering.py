@@ -162,7 +162,9 @@ class Signer:
         with self.repository() as repository:
             model = model_in(repository, Reference.parse(self.published.reference))
             statement = files_only(model_statement(model, "model"))
-            signing.attach_statement(repository, model, statement, self.ours, watching(None))
+            signing.attach_statement(
+                repository, model.descriptor, statement, self.ours, watching(None)
+            )
 
     @contextmanager
     def repository(self) -> Iterator[Repository]:
