@@ -190,16 +190,11 @@ async def _try(
         slow = f"{speed:.1f} tokens a second, expected {min_speed} or more"
         checks.append(Check("speed", slow if speed < min_speed else None))
     return replace(
-        report,
-        checks=tuple(checks),
-        answer=answer,
-        reasoning=reasoning or None,
-        finish=finish,
+        report, checks=tuple(checks), answer=answer, reasoning=reasoning or None, finish=finish,
         prompt_tokens=last.usage.prompt_tokens if last is not None and last.usage else 0,
-        completion_tokens=len(tokens),
-        time_to_first_token=(first or end) - start,
+        completion_tokens=len(tokens), time_to_first_token=(first or end) - start,
         tokens_per_second=speed,
-    )
+    )  # fmt: skip
 
 
 def check_text(text: str, tokens: Sequence[int], finish: Finish | None) -> tuple[Check, ...]:

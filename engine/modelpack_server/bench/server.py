@@ -285,9 +285,7 @@ class OpenAIServer:
 
     def _refused(self, response: httpx.Response, what: str) -> ModelpackError:
         message = _message(_decoded(response))
-        text = f"{self.url} {what}: HTTP {response.status_code}" + (
-            f", {message}" if message else ""
-        )
+        text = f"{self.url} {what}: HTTP {response.status_code}{', ' if message else ''}{message}"
         if response.status_code in (401, 403):
             return AuthError(text, hint="set the variable of --api-key-env to its API key")
         if response.status_code == 404:

@@ -197,9 +197,7 @@ def _env(target: Target) -> Setup:
             "ANTHROPIC_BASE_URL": f"{target.url}/anthropic",
             "ANTHROPIC_AUTH_TOKEN": target.any_key,
             "ANTHROPIC_MODEL": target.model,
-            "OLLAMA_HOST": target.url,
-            "MODEL_RUNNER_HOST": target.url,
-            "MODELPACK_HOST": target.url,
+            **dict.fromkeys(("OLLAMA_HOST", "MODEL_RUNNER_HOST", "MODELPACK_HOST"), target.url),
         },
         unset=("ANTHROPIC_API_KEY",),
     )

@@ -133,17 +133,8 @@ def gateway(
     key = os.environ.get("MODELPACK_UPSTREAM_KEY") or None
     guard = protection(host)
     with request_log(settings):
-        server = GatewayServer(
-            GatewaySettings(
-                upstreams=upstreams,
-                protection=guard,
-                policy=balance,
-                timeout=timeout,
-                upstream_key=key,
-            ),
-            port,
-            tls=tls,
-        )
+        chosen = GatewaySettings(upstreams, guard, balance, timeout, upstream_key=key)
+        server = GatewayServer(chosen, port, tls=tls)
         shared = [url for url in upstreams if not names_callers(urlsplit(url).hostname or "", key)]
         if guard.keys is not None and shared:
             note(

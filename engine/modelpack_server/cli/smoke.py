@@ -134,15 +134,9 @@ def smoke(
         tested = opened.model
         del opened  # smoke_test loads the stored files itself
         report = smoke_test(
-            model,
-            store,
-            engine,
-            prompt=prompt,
-            expect=expect,
-            min_tokens_per_second=min_tps,
-            max_tokens=max_tokens,
-            remote=remote,
-        )
+            model, store, engine, prompt=prompt, expect=expect, min_tokens_per_second=min_tps,
+            max_tokens=max_tokens, remote=remote,
+        )  # fmt: skip
     show_json(report.to_json())
     if junit is not None:
         junit.write_bytes(junit_xml(report))

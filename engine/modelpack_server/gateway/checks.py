@@ -105,12 +105,6 @@ def route_of(method: str, path: str) -> Route:
     return Route.MANAGEMENT
 
 
-def model_in(path: str) -> str:
-    """Return the model in the path of a `Route.ONE_MODEL`."""
-    found = _ONE_MODEL.fullmatch(path)
-    return found["model"] if found else ""
-
-
 def is_plain(path: str) -> bool:
     """Return whether all servers interpret a path alike: it has no segment `.` or `..`."""
     parts = re.split(r"[/\\]", path)
@@ -308,8 +302,8 @@ class Checks:
         if self._resolves:
             return
         models = asked.models
-        if route is Route.ONE_MODEL:
-            models = (model_in(scope["path"]),)
+        if (found := _ONE_MODEL.fullmatch(scope["path"])) and route is Route.ONE_MODEL:
+            models = (found["model"],)
         elif not asked.valid:
             raise _Refusal(400, "the request body is not a JSON object", "invalid_json")
         elif asked.ambiguous or not asked.fields & _model_fields(scope):

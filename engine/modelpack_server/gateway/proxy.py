@@ -270,11 +270,7 @@ class Proxy:
         return busy and body.replayable and len(tried) < len(self._upstreams.all)
 
     def _request(self, scope: Scope, body: _Body, upstream: Upstream) -> httpx.Request:
-        headers = [
-            (name, value)
-            for name, value in _end_to_end(scope["headers"])
-            if name not in self._withheld
-        ]
+        headers = [(n, v) for n, v in _end_to_end(scope["headers"]) if n not in self._withheld]
         if names_callers(upstream.url.host, self._upstream_key):
             headers += caller_headers(caller_of(scope))
         # The gateway reads token counts in the response.

@@ -16,6 +16,8 @@ from modelpack_server.gateway.families import Family
 CLIENT_LEFT = 499
 
 _SCOPE_KEY = "modelpack.trace"
+_LOGGED = ("status", "refused", "key", "caller", "stack", "user", "model", "upstream", "attempts",
+           "prompt_tokens", "cached_tokens", "completion_tokens")  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -98,28 +100,16 @@ class Trace:
             "method": self.method,
             "path": self.path[:256],
             "family": str(self.family),
-            "status": self.status,
-            "refused": self.refused,
-            "key": self.key,
-            "caller": self.caller,
-            "stack": self.stack,
-            "user": self.user,
-            "model": self.model,
-            "upstream": self.upstream,
-            "attempts": self.attempts,
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "completion_tokens": self.completion_tokens,
+            **{name: getattr(self, name) for name in _LOGGED},
             # The pieces of a stream without usage, about one for each token.
-            "counted_tokens": (self.counted_tokens or None)
-            if self.completion_tokens is None
-            else None,
+            "counted_tokens": None if self.completion_tokens is not None
+            else self.counted_tokens or None,
             "queue_s": _rounded(self.queue_s),
             "ttft_s": _rounded(self.ttft),
             "tpot_s": _rounded(self.tpot),
             "duration_s": _rounded(duration),
             "finish": self.finish,
-        }
+        }  # fmt: skip
         return {name: value for name, value in record.items() if value is not None}
 
     def line(self) -> str:

@@ -72,19 +72,15 @@ class Catalogue(Protocol):
 
     def version(self) -> object:
         """Return a value that changes whenever a name may refer to another model; must be fast."""
-        ...
 
     def find(self, name: str) -> StoredModel:
         """Return the model with this name; raise `NotFoundError`."""
-        ...
 
     def stored(self) -> Sequence[StoredModel]:
         """Return all models."""
-        ...
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return an estimate of the loaded model's memory, in bytes."""
-        ...
 
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
@@ -93,4 +89,3 @@ class Catalogue(Protocol):
 
         Raises `EngineError`; `OutOfMemoryError` if it does not fit.
         """
-        ...

@@ -245,11 +245,8 @@ class RemoteChat(Chat):
 
     def _body(self, turns: list[dict[str, Any]]) -> dict[str, Any]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        optional = {
-            "max_tokens": self.max_tokens,
-            "preset": self.preset,
-            "enable_thinking": self.reasoning,
-        }
+        optional = {"max_tokens": self.max_tokens, "preset": self.preset,
+                    "enable_thinking": self.reasoning}  # fmt: skip
         return {
             "model": self.model.name,
             "messages": [*system, *turns],

@@ -206,8 +206,8 @@ class Loop:
         self._commands: dict[str, Callable[[str], None]] = {
             "set": self._set,
             "show": self._show,
-            "system": self._system,
-            "clear": self._clear,
+            "system": lambda text: set_value(chat, "system", text or DEFAULT),
+            "clear": lambda _: chat.clear(),
             "load": self._change,
             "help": self._help,
             "?": self._help,
@@ -264,16 +264,11 @@ class Loop:
         for name, value in now.items():
             text = str(value)
             if value in (None, "", ()):
-                own = None if _is_ours(name) or not chat.knows_defaults else getattr(params, name)
+                is_sampling = name in SETTINGS and SETTINGS[name].field is None
+                own = getattr(params, name) if is_sampling and chat.knows_defaults else None
                 text = DEFAULT if own in (None, ()) else f"{DEFAULT} ({own})"
             rows.append((name, text))
         show(self._settings, now, table(("NAME", "VALUE"), rows))
-
-    def _system(self, rest: str) -> None:
-        set_value(self._chat, "system", rest or DEFAULT)
-
-    def _clear(self, _rest: str) -> None:
-        self._chat.clear()
 
     def _change(self, rest: str) -> None:
         if not rest:
@@ -289,8 +284,3 @@ class Loop:
     def _help(self, _rest: str) -> None:
         width = max(len(usage) for usage, _ in _HELP)
         click.echo("\n".join(f"{usage.ljust(width)}  {text}" for usage, text in _HELP))
-
-
-def _is_ours(name: str) -> bool:
-    """Return whether a row of /show is not a sampling parameter."""
-    return name not in SETTINGS or SETTINGS[name].field is not None
