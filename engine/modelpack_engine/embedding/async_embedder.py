@@ -11,9 +11,8 @@ import asyncio
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,8 +51,8 @@ class _Request:
     prepared: Sequence[Prepared]
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[list[Any]]
-    results: list[Any] = field(default_factory=list)
-    missing: int = 0
+    results: list[Any]
+    missing: int
     dropped: bool = False  # its caller no longer waits
 
 
@@ -177,36 +176,25 @@ class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
             return []
         if self.state is not EngineState.READY:
             raise EngineError(f"the model is {self.state}")
-        with self._counted(sum(len(one) for one in prepared)):
-            return await self._answer(prepared)
-
-    @contextmanager
-    def _counted(self, tokens: int) -> Iterator[None]:
-        """Count a request and its finish reason; runs on the event loop of the request."""
+        tokens, count = sum(map(len, prepared)), len(prepared)
         began, reason = time.monotonic(), "error"
+        loop = asyncio.get_running_loop()
+        request = _Request(prepared, loop, loop.create_future(), [None] * count, count)
         self._running += 1
+        self._calls.put(request)
         try:
-            yield
+            results = await request.done
             reason = "stop"
             self._prompt_tokens += tokens
+            return results
         except asyncio.CancelledError:
             reason = "abort"
             raise
         finally:
+            request.dropped = True
             self._running -= 1
             self._finished += 1
             self.meter.answered(reason, tokens, time.monotonic() - began)
-
-    async def _answer(self, prepared: Sequence[Prepared]) -> list[Any]:
-        loop = asyncio.get_running_loop()
-        request = _Request(prepared, loop, loop.create_future())
-        request.results = [None] * len(prepared)
-        request.missing = len(prepared)
-        self._calls.put(request)
-        try:
-            return await request.done
-        finally:
-            request.dropped = True
 
     # The model's thread
 

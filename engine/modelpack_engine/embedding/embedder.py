@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -20,11 +21,19 @@ from modelpack_engine.embedding.request import (
     Prepared,
     Scores,
     Vector,
-    check_total,
     split_batches,
+    within_total,
 )
 from modelpack_engine.embedding.sentence_transformers import PoolingMode, Steps, pool
 from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.models.tokenizer import Tokenizer
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+#: An `Encoder` or a `Decoder`: hidden states [texts, tokens, size] of token ids that are padded on
+#: the right, lengths and type ids.
+Backbone = Callable[[mx.array, mx.array, mx.array], mx.array]
 
 
 def as_arrays(batch: Sequence[Prepared]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
@@ -50,30 +59,45 @@ class CrossEncoderConfig:
     max_length: int
 
 
-class CrossEncoder:
-    """Scores pairs of texts.
+@dataclass(eq=False)
+class _BatchModel(ABC, Generic[Config, Result]):
+    """A model that computes one result per input, in batches of inputs of similar length.
 
     Only the thread that loaded the model may call it, except `read` and `finish`.
     """
 
-    def __init__(
-        self,
-        config: CrossEncoderConfig,
-        reader: InputReader,
-        encoder: Encoder,
-        *,
-        limits: BatchLimits | None = None,
-        notes: tuple[str, ...] = (),
-        weight_bytes: int = 0,
-    ) -> None:
-        self.config = config
-        self.tokenizer = reader.tokenizer
-        self.vocab_size = reader.vocab_size
-        self.limits = limits or BatchLimits()
-        self.notes = notes
-        self.weight_bytes = weight_bytes
-        self._reader = reader
-        self._encoder = encoder
+    config: Config
+    reader: InputReader
+    limits: BatchLimits
+    notes: tuple[str, ...]
+    weight_bytes: int
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which any thread may use."""
+        return self.reader.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return self.reader.vocab_size
+
+    @abstractmethod
+    def run(self, batch: Sequence[Prepared]) -> list[Result]:
+        """Return the results of one batch, before the options of requests are applied."""
+
+    def _run_all(self, prepared: Sequence[Prepared]) -> list[Result]:
+        found: dict[int, Result] = {}
+        for places in split_batches([len(each) for each in prepared], self.limits):
+            found.update(zip(places, self.run([prepared[at] for at in places]), strict=True))
+        return [found[at] for at in range(len(prepared))]
+
+
+@dataclass(eq=False)
+class CrossEncoder(_BatchModel[CrossEncoderConfig, float]):
+    """Scores pairs of texts."""
+
+    encoder: Encoder
 
     def score(self, pairs: Sequence[Pair], *, truncate: bool = False) -> Scores:
         """Return the logits of (query, document); `sigmoid` maps them to scores from 0 to 1.
@@ -82,28 +106,23 @@ class CrossEncoder:
         `ContextLengthError`. Raises `EngineError` if a logit is not finite.
         """
         prepared = self.read(pairs, truncate=truncate)
-        logits = [0.0] * len(prepared)
-        for places in split_batches([len(each) for each in prepared], self.limits):
-            for place, logit in zip(places, self.run([prepared[at] for at in places]), strict=True):
-                logits[place] = logit
-        return self.finish(logits, prepared)
+        return self.finish(self._run_all(prepared), prepared)
 
     def read(self, pairs: Sequence[Pair], *, truncate: bool) -> list[Prepared]:
         """Return the pairs as tokens; any thread may call it."""
-        prepared = []
-        total = 0
-        for index, (query, document) in enumerate(pairs):
-            one = self._reader.read_pair(index, query, document, truncate=truncate)
-            total += len(one)
-            check_total(total, "documents")
-            prepared.append(one)
-        return prepared
+        return within_total(
+            (
+                self.reader.read_pair(index, query, document, truncate=truncate)
+                for index, (query, document) in enumerate(pairs)
+            ),
+            "documents",
+        )
 
     def run(self, batch: Sequence[Prepared]) -> list[float]:
         """Return the logits of one batch."""
         token_ids, type_ids, lengths, _ = as_arrays(batch)
-        hidden = self._encoder(token_ids, lengths, type_ids)
-        logits = self._encoder.classify(hidden, lengths)[:, 0].astype(mx.float32)
+        hidden = self.encoder(token_ids, lengths, type_ids)
+        logits = self.encoder.classify(hidden, lengths)[:, 0].astype(mx.float32)
         mx.eval(logits)
         return [float(logit) for logit in np.array(logits)]
 
@@ -116,16 +135,6 @@ class CrossEncoder:
 
 
 _SHORTEST = 1e-12
-
-
-class Backbone(Protocol):
-    """A model that computes hidden states: an `Encoder` or a `Decoder`."""
-
-    def __call__(
-        self, token_ids: mx.array, lengths: mx.array, type_ids: mx.array | None = None
-    ) -> mx.array:
-        """Return hidden states [texts, tokens, size] of ids that are padded on the right."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,32 +155,12 @@ class EmbedderConfig:
     prompts: Mapping[str, str] = field(default_factory=dict)
 
 
-class Embedder:
-    """Computes vectors of texts.
+@dataclass(eq=False)
+class Embedder(_BatchModel[EmbedderConfig, Vector]):
+    """Computes vectors of texts."""
 
-    Only the thread that loaded the model may call it, except `read` and `finish`.
-    """
-
-    def __init__(
-        self,
-        config: EmbedderConfig,
-        reader: InputReader,
-        backbone: Backbone,
-        steps: Steps,
-        *,
-        limits: BatchLimits | None = None,
-        notes: tuple[str, ...] = (),
-        weight_bytes: int = 0,
-    ) -> None:
-        self.config = config
-        self.tokenizer = reader.tokenizer
-        self.vocab_size = reader.vocab_size
-        self.limits = limits or BatchLimits()
-        self.notes = notes
-        self.weight_bytes = weight_bytes
-        self._reader = reader
-        self._backbone = backbone
-        self._steps = steps
+    backbone: Backbone
+    steps: Steps
 
     def embed(
         self,
@@ -189,31 +178,23 @@ class Embedder:
         """
         options = EmbedOptions(dimensions, normalize, truncate, prompt)
         prepared = self.read(inputs, options)
-        raw: list[Vector | None] = [None] * len(prepared)
-        for places in split_batches([len(each) for each in prepared], self.limits):
-            vectors = self.run([prepared[place] for place in places])
-            for place, vector in zip(places, vectors, strict=True):
-                raw[place] = vector
-        vectors = [vector for vector in raw if vector is not None]
-        return self.finish(vectors, prepared, options)
+        return self.finish(self._run_all(prepared), prepared, options)
 
     # The parts of `embed`, for callers that batch several requests
 
     def read(self, inputs: Sequence[Input], options: EmbedOptions) -> list[Prepared]:
         """Return the inputs as tokens; any thread may call it."""
         self._check(options)
-        prompt = self._prompt(options.prompt)
-        prepared = []
-        total = 0
-        for index, given in enumerate(inputs):
-            one = self._reader.read(
-                index, given, noun=options.noun, prompt=prompt, truncate=options.truncate
-            )
-            total += len(one)
-            check_total(total, options.noun)
-            prepared.append(one)
+        prompt, noun = self._prompt(options.prompt), options.noun
+        prepared = within_total(
+            (
+                self.reader.read(index, given, noun=noun, prompt=prompt, truncate=options.truncate)
+                for index, given in enumerate(inputs)
+            ),
+            noun,
+        )
         if prompt and not self.config.pools_prompt:
-            skipped = self._reader.prompt_length(prompt)
+            skipped = self.reader.prompt_length(prompt)
             prepared = [
                 # A prompt that fills the whole limit leaves the last token to be pooled.
                 Prepared(each.token_ids, each.type_ids, min(skipped, len(each) - 1))
@@ -224,8 +205,8 @@ class Embedder:
     def run(self, batch: Sequence[Prepared]) -> list[Vector]:
         """Return the vectors of one batch, before the options of requests are applied."""
         token_ids, type_ids, lengths, skipped = as_arrays(batch)
-        hidden = self._backbone(token_ids, lengths, type_ids)
-        vectors = self._steps(pool(hidden, lengths, self.config.pooling, skipped))
+        hidden = self.backbone(token_ids, lengths, type_ids)
+        vectors = self.steps(pool(hidden, lengths, self.config.pooling, skipped))
         mx.eval(vectors)
         return list(np.array(vectors, dtype=np.float32))
 

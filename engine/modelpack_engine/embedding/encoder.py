@@ -50,12 +50,12 @@ class EncoderConfig:
     activation: Activation
     norm_eps: float
     max_tokens: int
-    position_table: int
-    position_offset: int
-    pad_token_id: int
-    type_vocab_size: int
     rope_bases: tuple[float | None, ...]
     windows: tuple[int | None, ...]
+    position_table: int = 0
+    position_offset: int = 0
+    pad_token_id: int = 0
+    type_vocab_size: int = 0
     relative_buckets: int = 0
     pre_norm: bool = False
     gated: bool = False
@@ -75,6 +75,7 @@ class Encoder(nn.Module):  # type: ignore[misc]  # mlx.nn has no annotations
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.hidden_size = config.hidden_size
         self.embeddings = _Embeddings(config)
         self.layers = [_Layer(config, index) for index in range(config.num_layers)]
         if config.relative_buckets:
@@ -84,13 +85,11 @@ class Encoder(nn.Module):  # type: ignore[misc]  # mlx.nn has no annotations
         if config.num_labels:
             self.head = _Head(config)
 
-    def __call__(
-        self, token_ids: mx.array, lengths: mx.array, type_ids: mx.array | None = None
-    ) -> mx.array:
+    def __call__(self, token_ids: mx.array, lengths: mx.array, type_ids: mx.array) -> mx.array:
         """Return hidden states, [texts, tokens, hidden_size].
 
-        `token_ids` int32 [texts, tokens] is padded on the right; `lengths` int32 [texts] counts the
-        real tokens. Hidden states of padding are meaningless.
+        `token_ids` and `type_ids`, int32 [texts, tokens], are padded on the right; `lengths` int32
+        [texts] counts the real tokens. Hidden states of padding are meaningless.
         """
         count = token_ids.shape[1]
         places = mx.arange(count)
@@ -137,11 +136,11 @@ class _Embeddings(nn.Module):  # type: ignore[misc]
             self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = _norm(config)
 
-    def __call__(self, token_ids: mx.array, type_ids: mx.array | None) -> mx.array:
+    def __call__(self, token_ids: mx.array, type_ids: mx.array) -> mx.array:
         config = self._config
         hidden = self.word(token_ids)
         if config.type_vocab_size:
-            if type_ids is None or config.type_vocab_size == 1:
+            if config.type_vocab_size == 1:
                 type_ids = mx.zeros_like(token_ids)
             hidden = hidden + self.token_type(type_ids)
         if config.position_table:
@@ -201,18 +200,17 @@ class _Attention(nn.Module):  # type: ignore[misc]
                 )
                 for part in (query, key)
             )
-        parts = []
-        for start in range(0, tokens, _QUERY_CHUNK):
-            stop = start + _QUERY_CHUNK
-            parts.append(
-                mx.fast.scaled_dot_product_attention(
-                    query[:, :, start:stop],
-                    key,
-                    value,
-                    scale=self._head_dim**-0.5,
-                    mask=bias if bias.shape[2] == 1 else bias[:, :, start:stop],
-                )
+        chunks = [slice(at, at + _QUERY_CHUNK) for at in range(0, tokens, _QUERY_CHUNK)]
+        parts = [
+            mx.fast.scaled_dot_product_attention(
+                query[:, :, chunk],
+                key,
+                value,
+                scale=self._head_dim**-0.5,
+                mask=bias if bias.shape[2] == 1 else bias[:, :, chunk],
             )
+            for chunk in chunks
+        ]
         seen = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
         attended: mx.array = self.output(seen.swapaxes(1, 2).reshape(texts, tokens, size))
         return attended

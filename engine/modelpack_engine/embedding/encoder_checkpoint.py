@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from modelpack_engine.embedding.encoder import Activation, Encoder, EncoderConfi
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.load_budget import TensorBounds
-from modelpack_engine.models.precision import check_parameters, shapes_of
+from modelpack_engine.models.precision import array_shapes, check_parameters, shapes_of
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
@@ -44,8 +45,8 @@ def parse_encoder_config(config: Mapping[str, Any]) -> EncoderConfig:
     Raises `ModelLoadError` for an architecture or a variant that is not supported.
     """
     architecture = str(config.get("model_type"))
-    parse = _FAMILIES.get(architecture)
-    if parse is None:
+    family = _FAMILIES.get(architecture)
+    if family is None:
         raise ModelLoadError(
             f"the encoder architecture {architecture[:100]!r} is not supported",
             hint=f"supported: {', '.join(sorted(_FAMILIES))}",
@@ -56,7 +57,7 @@ def parse_encoder_config(config: Mapping[str, Any]) -> EncoderConfig:
     for key in ("is_decoder", "add_cross_attention"):
         if config.get(key):
             raise ModelLoadError(f"config.json: {key} is set, so the model is not an encoder")
-    parsed = parse(_Fields(config))
+    parsed = family.parse(_Fields(config))
     if parsed.hidden_size % parsed.num_heads:
         raise ModelLoadError(
             f"config.json: hidden_size is {parsed.hidden_size}, expected a multiple of the"
@@ -72,12 +73,8 @@ def is_encoder(config: Mapping[str, Any]) -> bool:
 
 def is_cross_encoder(config: Mapping[str, Any]) -> bool:
     """Whether config.json describes a model that judges pairs of texts."""
-    return any("ForSequenceClassification" in name for name in _architectures(config))
-
-
-def _architectures(config: Mapping[str, Any]) -> list[str]:
     names = config.get("architectures")
-    return [str(name) for name in names] if isinstance(names, list) else []
+    return isinstance(names, list) and any("ForSequenceClassification" in str(n) for n in names)
 
 
 class _Fields:
@@ -172,17 +169,9 @@ def _bert(fields: _Fields, *, skips_padding: bool = False) -> EncoderConfig:
     )
 
 
-def _roberta(fields: _Fields) -> EncoderConfig:
-    return _bert(fields, skips_padding=True)
-
-
 def _mpnet(fields: _Fields) -> EncoderConfig:
     fields.expect("relative_attention_num_buckets", 32)
-    return replace(
-        _bert(fields, skips_padding=True),
-        type_vocab_size=0,
-        relative_buckets=32,
-    )
+    return replace(_bert(fields, skips_padding=True), type_vocab_size=0, relative_buckets=32)
 
 
 def _distilbert(fields: _Fields) -> EncoderConfig:
@@ -199,9 +188,7 @@ def _distilbert(fields: _Fields) -> EncoderConfig:
         norm_eps=1e-12,
         max_tokens=table,
         position_table=table,
-        position_offset=0,
         pad_token_id=fields.count("pad_token_id", default=0, least=0),
-        type_vocab_size=0,
         rope_bases=(None,) * layers,
         windows=(None,) * layers,
         num_labels=fields.num_labels(),
@@ -240,9 +227,7 @@ def _modernbert(fields: _Fields) -> EncoderConfig:
             rope.expect("rope_type", "default")
             bases[kind] = rope.number("rope_theta", default=bases[kind])
     half = fields.count("local_attention", default=128) // 2
-    pooling = fields.config.get("classifier_pooling", "cls")
     fields.expect("classifier_pooling", "cls", "mean")
-    max_tokens = fields.count("max_position_embeddings", default=8192)
     return EncoderConfig(
         architecture="modernbert",
         vocab_size=fields.count("vocab_size"),
@@ -252,11 +237,8 @@ def _modernbert(fields: _Fields) -> EncoderConfig:
         intermediate_size=fields.count("intermediate_size"),
         activation=fields.activation("hidden_activation"),
         norm_eps=fields.number("norm_eps", default=1e-5),
-        max_tokens=max_tokens,
-        position_table=0,
-        position_offset=0,
+        max_tokens=fields.count("max_position_embeddings", default=8192),
         pad_token_id=fields.count("pad_token_id", default=0, least=0),
-        type_vocab_size=0,
         rope_bases=tuple(bases[kind] for kind in kinds),
         windows=tuple(half if kind == "sliding_attention" else None for kind in kinds),
         pre_norm=True,
@@ -268,7 +250,7 @@ def _modernbert(fields: _Fields) -> EncoderConfig:
         head_activation=fields.activation("classifier_activation"),
         head_norm=True,
         head_bias=fields.flag("classifier_bias", False),
-        head_pooling="mean" if pooling == "mean" else "cls",
+        head_pooling=fields.config.get("classifier_pooling", "cls"),
     )
 
 
@@ -293,7 +275,6 @@ def _nomic(fields: _Fields) -> EncoderConfig:
     rope = _Fields(fields.config.get("rope_parameters") or {})
     rope.expect("rope_type", "default")
     base = rope.number("rope_theta", default=fields.number("rotary_emb_base", default=1000.0))
-    trained = fields.count("max_trained_positions", "max_position_embeddings", default=2048)
     fields.expect("activation_function", "swiglu")
     fields.expect("hidden_act", "silu")
     return EncoderConfig(
@@ -305,9 +286,7 @@ def _nomic(fields: _Fields) -> EncoderConfig:
         intermediate_size=fields.count("n_inner", "intermediate_size"),
         activation="silu",
         norm_eps=fields.number("layer_norm_epsilon", "layer_norm_eps", default=1e-12),
-        max_tokens=trained,
-        position_table=0,
-        position_offset=0,
+        max_tokens=fields.count("max_trained_positions", "max_position_embeddings", default=2048),
         pad_token_id=fields.count("pad_token_id", default=0, least=0),
         type_vocab_size=fields.count("type_vocab_size", default=2),
         rope_bases=(base,) * layers,
@@ -318,21 +297,9 @@ def _nomic(fields: _Fields) -> EncoderConfig:
     )
 
 
-_FAMILIES: Mapping[str, Callable[[_Fields], EncoderConfig]] = {
-    "bert": _bert,
-    "camembert": _roberta,
-    "distilbert": _distilbert,
-    "modernbert": _modernbert,
-    "mpnet": _mpnet,
-    "nomic_bert": _nomic,
-    "roberta": _roberta,
-    "xlm-roberta": _roberta,
-}
-
-
 _Rules = tuple[tuple[str, str], ...]
 
-_PREFIX = re.compile(r"(?:bert|roberta|distilbert|mpnet|model)\.")
+_PREFIX = re.compile(r"^(?:bert|roberta|distilbert|mpnet|model)\.")
 #: Buffers and training heads, which embeddings do not need.
 _UNUSED = re.compile(
     r"embeddings\.position_ids|cls\..*|lm_head\..*|pooler\..*|vocab_(?:transform|layer_norm|projector)\..*"
@@ -389,29 +356,15 @@ _NOMIC: _Rules = (
     (r"layers\.(\d+)\.self_attn\.q_proj\.", r"layers.\1.attention.query."),
     (r"layers\.(\d+)\.self_attn\.k_proj\.", r"layers.\1.attention.key."),
     (r"layers\.(\d+)\.self_attn\.v_proj\.", r"layers.\1.attention.value."),
-    (
-        r"(?:encoder\.)?layers\.(\d+)\.(?:attn\.out_proj|self_attn\.o_proj)\.",
-        r"layers.\1.attention.output.",
-    ),
+    (r"(?:encoder\.)?layers\.(\d+)\.attn\.out_proj\.", r"layers.\1.attention.output."),
+    (r"layers\.(\d+)\.self_attn\.o_proj\.", r"layers.\1.attention.output."),
     (r"(?:encoder\.)?layers\.(\d+)\.mlp\.(?:fc12|gate_proj)\.", r"layers.\1.mlp.gate."),
     (r"(?:encoder\.)?layers\.(\d+)\.mlp\.(?:fc11|up_proj)\.", r"layers.\1.mlp.up."),
     (r"(?:encoder\.)?layers\.(\d+)\.mlp\.(?:fc2|down_proj)\.", r"layers.\1.mlp.down."),
-    (
-        r"(?:encoder\.)?layers\.(\d+)\.(?:norm1|post_attention_layernorm)\.",
-        r"layers.\1.attention_norm.",
-    ),
+    (r"(?:encoder\.)?layers\.(\d+)\.norm1\.", r"layers.\1.attention_norm."),
+    (r"layers\.(\d+)\.post_attention_layernorm\.", r"layers.\1.attention_norm."),
     (r"(?:encoder\.)?layers\.(\d+)\.(?:norm2|post_mlp_layernorm)\.", r"layers.\1.mlp_norm."),
 )
-_RULES: Mapping[str, _Rules] = {
-    "bert": _BERT,
-    "camembert": _BERT,
-    "distilbert": _DISTILBERT,
-    "modernbert": _MODERNBERT,
-    "mpnet": _MPNET,
-    "nomic_bert": _NOMIC,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-}
 #: llama.cpp's names, the same for all architectures.
 GGUF_NAMES: _Rules = (
     (r"token_embd\.", "embeddings.word."),
@@ -435,18 +388,32 @@ _ROBERTA_HEAD: _Rules = (
     (r"classifier\.dense\.", "head.dense."),
     (r"classifier\.out_proj\.", "head.out."),
 )
-_HEADS: Mapping[str, _Rules] = {
-    "bert": ((r"pooler\.dense\.", "head.dense."), (r"classifier\.", "head.out.")),
-    "camembert": _ROBERTA_HEAD,
-    "distilbert": ((r"pre_classifier\.", "head.dense."), (r"classifier\.", "head.out.")),
-    "modernbert": (
-        (r"head\.dense\.", "head.dense."),
-        (r"head\.norm\.", "head.norm."),
-        (r"classifier\.", "head.out."),
-    ),
-    "mpnet": _ROBERTA_HEAD,
-    "roberta": _ROBERTA_HEAD,
-    "xlm-roberta": _ROBERTA_HEAD,
+_OUT = (r"classifier\.", "head.out.")
+_BERT_HEAD: _Rules = ((r"pooler\.dense\.", "head.dense."), _OUT)
+_DISTILBERT_HEAD: _Rules = ((r"pre_classifier\.", "head.dense."), _OUT)
+_MODERNBERT_HEAD: _Rules = ((r"head\.(dense|norm)\.", r"head.\1."), _OUT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """How to read a config; the names of tensors, and of those of a cross-encoder's head."""
+
+    parse: Callable[[_Fields], EncoderConfig]
+    rules: _Rules
+    head: _Rules = ()
+
+
+_ROBERTA = _Family(partial(_bert, skips_padding=True), _BERT, _ROBERTA_HEAD)
+#: By the model type of config.json.
+_FAMILIES: Mapping[str, _Family] = {
+    "bert": _Family(_bert, _BERT, _BERT_HEAD),
+    "camembert": _ROBERTA,
+    "distilbert": _Family(_distilbert, _DISTILBERT, _DISTILBERT_HEAD),
+    "modernbert": _Family(_modernbert, _MODERNBERT, _MODERNBERT_HEAD),
+    "mpnet": _Family(_mpnet, _MPNET, _ROBERTA_HEAD),
+    "nomic_bert": _Family(_nomic, _NOMIC),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
 }
 
 
@@ -458,12 +425,12 @@ def rename_tensors(
     `names` replaces the rules for transformers' names. Raises `ModelLoadError` if two tensors get
     the same name.
     """
-    rules = list(_RULES[config.architecture] if names is None else names)
-    if config.num_labels and names is None:
-        rules += _HEADS[config.architecture]
+    if names is None:
+        family = _FAMILIES[config.architecture]
+        names = family.rules + (family.head if config.num_labels else ())
     named: dict[str, mx.array] = {}
     for source, tensor in tensors.items():
-        target = _renamed(source, rules)
+        target = _renamed(source, names)
         if target is None:
             continue
         for name, part in _parts(target, tensor):
@@ -473,9 +440,9 @@ def rename_tensors(
     return named
 
 
-def _renamed(source: str, rules: list[tuple[str, str]]) -> str | None:
+def _renamed(source: str, rules: _Rules) -> str | None:
     """Return the encoder's name for a tensor, or None if the encoder does not use it."""
-    bare = _PREFIX.sub("", source, count=1) if _PREFIX.match(source) else source
+    bare = _PREFIX.sub("", source, count=1)
     for pattern, target in rules:
         match = re.match(pattern, bare)
         if match is not None:
@@ -486,14 +453,15 @@ def _renamed(source: str, rules: list[tuple[str, str]]) -> str | None:
 
 def _parts(name: str, tensor: mx.array) -> list[tuple[str, mx.array]]:
     """Split a tensor that is fused along its rows; return the names and the parts."""
-    head, plus, _ = name.partition("+")
-    if not plus:
-        return [(name, tensor)]
-    stem, dot, fused = name.rpartition(".")[0].rpartition(".")
-    kind = name.rpartition(".")[2]
+    path, _, kind = name.rpartition(".")
+    stem, dot, fused = path.rpartition(".")
     names = fused.split("+")
+    if len(names) == 1:
+        return [(name, tensor)]
     if tensor.shape[0] % len(names):
-        raise ModelLoadError(f"{head}: cannot split {tensor.shape[0]} rows into {len(names)} parts")
+        raise ModelLoadError(
+            f"{stem}.{names[0]}: cannot split {tensor.shape[0]} rows into {len(names)} parts"
+        )
     parts = mx.split(tensor, len(names), axis=0)
     return [(f"{stem}{dot}{own}.{kind}", part) for own, part in zip(names, parts, strict=True)]
 
@@ -519,13 +487,17 @@ def load_encoder(files: ModelFiles, config: Mapping[str, Any], dtype: mx.Dtype |
     with bounds.building("config.json"):
         encoder = Encoder(parsed)
     tensors = rename_tensors(parsed, read_tensors(files.weights))
-    got = {name: tuple(array.shape) for name, array in tensors.items()}
-    check_parameters(parsed.architecture, shapes_of(encoder), got)
     if dtype is not None:
         tensors = {name: array.astype(dtype) for name, array in tensors.items()}
+    load_tensors(encoder, tensors, parsed.architecture)
+    return encoder
+
+
+def load_tensors(encoder: Encoder, tensors: Mapping[str, mx.array], what: str) -> None:
+    """Give an encoder its weights; `what` names them in a `ModelLoadError`, if they do not fit."""
+    check_parameters(what, shapes_of(encoder), array_shapes(tensors))
     encoder.load_weights(list(tensors.items()))
     encoder.eval()
-    return encoder
 
 
 def read_tensors(paths: Iterable[Path]) -> dict[str, mx.array]:

@@ -9,7 +9,6 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.embedding.embedder import (
-    Backbone,
     CrossEncoder,
     CrossEncoderConfig,
     Embedder,
@@ -21,6 +20,7 @@ from modelpack_engine.embedding.encoder_checkpoint import (
     is_cross_encoder,
     is_encoder,
     load_encoder,
+    load_tensors,
     rename_tensors,
 )
 from modelpack_engine.embedding.request import BatchLimits, InputReader
@@ -32,18 +32,15 @@ from modelpack_engine.embedding.sentence_transformers import (
     read_sentence_files,
 )
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.models import gguf_tokenizer, json_tokenizer
-from modelpack_engine.models.config_guard import Limits
+from modelpack_engine.models import json_tokenizer
 from modelpack_engine.models.files import MODULES, ModelFiles
 from modelpack_engine.models.gguf import TensorPlan, arrays_of
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.load_budget import TensorBounds
-from modelpack_engine.models.loader import Device, context_length_of, load
+from modelpack_engine.models.loader import Device, context_length_of, gguf_tokenizer_of, load
 from modelpack_engine.models.precision import (
-    check_parameters,
     evaluate,
     position_rows,
-    shapes_of,
     token_rows,
     unpack,
 )
@@ -51,33 +48,28 @@ from modelpack_engine.models.safetensors import load_safetensors, read_config
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.patches.corrections import corrected
 
-_CPU_LIMITS = BatchLimits(max_texts=32, max_tokens=4096)
-_GPU_LIMITS = BatchLimits(max_texts=256, max_tokens=32768)
+_LIMITS: Mapping[Device, BatchLimits] = {
+    "cpu": BatchLimits(max_texts=32, max_tokens=4096),
+    "gpu": BatchLimits(max_texts=256, max_tokens=32768),
+}
 
 
-def limits_of(device: Device) -> BatchLimits:
-    """Return the limits of a batch on a device."""
-    return _CPU_LIMITS if device == "cpu" else _GPU_LIMITS
-
-
-def assemble_embedder(
+def _embedder(
     files: ModelFiles,
     sentence: SentenceFiles,
     reader: InputReader,
-    backbone: Backbone,
-    hidden_size: int,
-    usual: tuple[PoolingMode, ...],
+    backbone: Encoder | Decoder,
     architecture: str,
-    limits: BatchLimits,
+    device: Device,
     weight_bytes: int,
 ) -> Embedder:
-    """Return the embedder; `usual` is its pooling if the files name none."""
     notes = list(files.notes)
     pooling, listed = sentence.pooling, sentence.steps
     if pooling is None:
-        pooling, listed = usual, (NormalizeStep(),)
-        notes.append(f"no {MODULES}: {usual[0]} pooling and vectors of length 1 are assumed")
-    steps = Steps(files, listed, hidden_size * len(pooling))
+        usual = PoolingMode.LAST if isinstance(backbone, Decoder) else PoolingMode.MEAN
+        pooling, listed = (usual,), (NormalizeStep(),)
+        notes.append(f"no {MODULES}: {usual} pooling and vectors of length 1 are assumed")
+    steps = Steps(files, listed, backbone.hidden_size * len(pooling))
     config = EmbedderConfig(
         architecture,
         steps.dimension,
@@ -87,38 +79,32 @@ def assemble_embedder(
         sentence.pools_prompt,
         sentence.prompts,
     )
-    return Embedder(
-        config,
-        reader,
-        backbone,
-        steps,
-        limits=limits,
-        notes=tuple(notes),
-        weight_bytes=weight_bytes,
-    )
+    return Embedder(config, reader, _LIMITS[device], tuple(notes), weight_bytes, backbone, steps)
 
 
-def assemble_cross_encoder(
+def _by_encoder(
     files: ModelFiles,
+    sentence: SentenceFiles,
+    tokenizer: Tokenizer,
     encoder: Encoder,
-    reader: InputReader,
-    limits: BatchLimits,
-    weight_bytes: int,
-) -> CrossEncoder:
-    """Return the cross-encoder; raise `ModelLoadError` unless its classifier has one label."""
-    if encoder.config.num_labels != 1:
-        raise ModelLoadError(
-            f"the classifier has {encoder.config.num_labels} labels;"
-            " a model that ranks documents has one"
-        )
-    return CrossEncoder(
-        CrossEncoderConfig(encoder.config.architecture, reader.max_length),
-        reader,
-        encoder,
-        limits=limits,
-        notes=files.notes,
-        weight_bytes=weight_bytes,
+    max_length: int,
+    device: Device,
+) -> Embedder | CrossEncoder:
+    """Evaluate an encoder; return its model, a cross-encoder if it has a classifier."""
+    config, weight_bytes = encoder.config, evaluate(encoder)
+    reader = InputReader(
+        tokenizer, config.vocab_size, max_length, sentence.lowers_text, config.type_vocab_size
     )
+    if not config.num_labels:
+        return _embedder(
+            files, sentence, reader, encoder, config.architecture, device, weight_bytes
+        )
+    if config.num_labels > 1:
+        raise ModelLoadError(
+            f"the classifier has {config.num_labels} labels; a model that ranks documents has one"
+        )
+    described = CrossEncoderConfig(config.architecture, max_length)
+    return CrossEncoder(described, reader, _LIMITS[device], files.notes, weight_bytes, encoder)
 
 
 #: Names in mlx-lm's classes of the model without its head.
@@ -135,7 +121,6 @@ class Decoder:
         for key, value in (("use_bidirectional_attention", True), ("is_causal", False)):
             if config.get(key) is value:
                 raise ModelLoadError(f"{kind} with {key} {str(value).lower()} is not supported")
-        self.module = model
         inner = next((model[name] for name in _INNER if name in model), None)
         if inner is None:
             raise ModelLoadError(f"mlx-lm's {kind} has no part that computes hidden states")
@@ -145,27 +130,20 @@ class Decoder:
             raise ModelLoadError(f"mlx-lm's {kind} has no table of token embeddings")
         self.vocab_size = rows
         # Nothing is computed: the shape is known from the graph.
-        self.hidden_size = int(self(mx.zeros((1, 1), mx.int32), mx.ones((1,), mx.int32)).shape[-1])
+        self.hidden_size = int(self(mx.zeros((1, 1), mx.int32), None, None).shape[-1])
 
     def __call__(
-        self, token_ids: mx.array, lengths: mx.array, type_ids: mx.array | None = None
+        self, token_ids: mx.array, lengths: mx.array | None, type_ids: mx.array | None
     ) -> mx.array:
         """Return hidden states [texts, tokens, hidden_size], as `Encoder` does."""
         return cast(mx.array, self._inner(token_ids))
 
 
-def load_decoder(
-    files: ModelFiles, config: Mapping[str, Any], ignored_fields: Collection[str] = ()
-) -> tuple[Module, dict[str, Any], Limits]:
-    """Return the model of safetensors without its head, its completed config and its limits.
-
-    Checkpoints of embedding models leave out the head, and the prefix `model.` too. Raises
-    `ModelLoadError` as `load_safetensors` does.
-    """
-    return load_safetensors(files, config, classes=_headless, ignored_fields=ignored_fields)
-
-
 def _headless(config: dict[str, Any]) -> tuple[type[Module], type]:
+    """Return the model's class without its head, and the class of its arguments.
+
+    Checkpoints of embedding models leave out the head, and the prefix `model.` too.
+    """
     from mlx_lm.utils import _get_classes
 
     base, arguments = corrected(_get_classes)(config)
@@ -196,26 +174,12 @@ _ENCODERS: Mapping[str, Literal["bert", "nomic_bert"]] = {
     "nomic-bert": "nomic_bert",
 }
 _NONE, _RANK = 0, 4
-_POOLING: Mapping[int, PoolingMode] = {
-    1: PoolingMode.MEAN,
-    2: PoolingMode.CLS,
-    3: PoolingMode.LAST,
-}
+_POOLING: Mapping[int, PoolingMode] = {1: PoolingMode.MEAN, 2: PoolingMode.CLS, 3: PoolingMode.LAST}
 
 
-def gguf_purpose(files: ModelFiles) -> Purpose:
-    """Return the purpose of a GGUF model; `pooling_type` makes a decoder an embedding model."""
-    file = GGUFFile.open(files.weights)
-    kind = _pooling_type(file)
-    if kind == _RANK:
-        return "ranking"
-    return "embedding" if kind != _NONE or _architecture(file) in _ENCODERS else "generation"
-
-
-def load_gguf_embedder(
+def _load_gguf(
     files: ModelFiles, device: Device, dtype: mx.Dtype | None
 ) -> Embedder | CrossEncoder:
-    """Load an embedding model. Raises `ModelLoadError` for invalid or unsupported files."""
     file = GGUFFile.open(files.weights)
     if _architecture(file) in _ENCODERS:
         return _load_encoder(files, file, device, dtype or mx.float16)
@@ -224,16 +188,9 @@ def load_gguf_embedder(
     loaded = load(files, device=device, dtype=dtype)
     decoder = Decoder(loaded.model, loaded.config)
     reader = InputReader(loaded.tokenizer, decoder.vocab_size, loaded.context_length)
-    return assemble_embedder(
-        files,
-        _sentence(file, PoolingMode.LAST),
-        reader,
-        decoder,
-        decoder.hidden_size,
-        (PoolingMode.LAST,),
-        loaded.architecture,
-        limits_of(device),
-        loaded.weight_bytes,
+    sentence = _sentence(file, PoolingMode.LAST)
+    return _embedder(
+        files, sentence, reader, decoder, loaded.architecture, device, loaded.weight_bytes
     )
 
 
@@ -249,31 +206,13 @@ def _load_encoder(
     for tensor in file:
         path, _, parameter = tensor.name.rpartition(".")
         plans.append(TensorPlan(tensor, path, parameter))
-    tensors = rename_tensors(config, dict(arrays_of(plans, dtype)), GGUF_NAMES)
-    got = {name: tuple(array.shape) for name, array in tensors.items()}
-    check_parameters(file.metadata.path, shapes_of(encoder), got)
-    encoder.load_weights(list(tensors.items()))
-    encoder.eval()
-    weight_bytes = evaluate(encoder)
-    reader = InputReader(
-        _tokenizer(files, file),
-        config.vocab_size,
-        config.max_tokens,
-        num_types=config.type_vocab_size,
-    )
-    if config.num_labels:
-        return assemble_cross_encoder(files, encoder, reader, limits_of(device), weight_bytes)
-    return assemble_embedder(
-        files,
-        _sentence(file, PoolingMode.MEAN),
-        reader,
+    load_tensors(
         encoder,
-        config.hidden_size,
-        (PoolingMode.MEAN,),
-        config.architecture,
-        limits_of(device),
-        weight_bytes,
+        rename_tensors(config, dict(arrays_of(plans, dtype)), GGUF_NAMES),
+        file.metadata.path,
     )
+    sentence, tokenizer = _sentence(file, PoolingMode.MEAN), gguf_tokenizer_of(files, file.metadata)
+    return _by_encoder(files, sentence, tokenizer, encoder, config.max_tokens, device)
 
 
 def _check_sizes(file: GGUFFile, bounds: TensorBounds) -> None:
@@ -314,8 +253,6 @@ def _encoder_config(file: GGUFFile) -> EncoderConfig:
         norm_eps=metadata.number(f"{name}.attention.layer_norm_epsilon"),
         max_tokens=min(context, table) if table else context,
         position_table=table,
-        position_offset=0,
-        pad_token_id=0,
         type_vocab_size=_rows(file, "token_types.weight"),
         rope_bases=(base,) * layers,
         windows=(None,) * layers,
@@ -326,22 +263,11 @@ def _encoder_config(file: GGUFFile) -> EncoderConfig:
     )
 
 
-def _tokenizer(files: ModelFiles, file: GGUFFile) -> Tokenizer:
-    try:
-        return gguf_tokenizer.tokenizer_of(file.metadata)
-    except ModelLoadError:
-        if files.text("tokenizer.json") is None:
-            raise
-    return json_tokenizer.tokenizer_of(files, {})
-
-
 def _sentence(file: GGUFFile, usual: PoolingMode) -> SentenceFiles:
     kind = _pooling_type(file)
-    if kind == _NONE:
-        return SentenceFiles((usual,), (NormalizeStep(),))
-    if kind not in _POOLING:
+    if kind not in (_NONE, _RANK, *_POOLING):
         raise file.metadata.error(f"the pooling type {kind} is not known")
-    return SentenceFiles((_POOLING[kind],), (NormalizeStep(),))
+    return SentenceFiles((_POOLING.get(kind, usual),), (NormalizeStep(),))
 
 
 def _rows(file: GGUFFile, name: str) -> int:
@@ -363,9 +289,16 @@ _UNLIMITED = 10**9  # transformers writes 10**30 for "no limit"
 
 
 def purpose_of(files: ModelFiles) -> Purpose:
-    """Return the purpose of a model; encoders and models with modules.json generate no text."""
+    """Return the purpose of a model; encoders and models with modules.json generate no text.
+
+    In GGUF, a `pooling_type` makes a decoder an embedding model.
+    """
     if files.format == "gguf":
-        return gguf_purpose(files)
+        file = GGUFFile.open(files.weights)
+        kind = _pooling_type(file)
+        if kind == _RANK:
+            return "ranking"
+        return "embedding" if kind != _NONE or _architecture(file) in _ENCODERS else "generation"
     config = files.json("config.json") or {}
     if is_encoder(config):
         return "ranking" if is_cross_encoder(config) else "embedding"
@@ -388,44 +321,23 @@ def load_embedder(
         dtype = mx.float32
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu):
         if files.format == "gguf":
-            return load_gguf_embedder(files, device, dtype)
+            return _load_gguf(files, device, dtype)
         config = read_config(files)
         sentence = read_sentence_files(files)
         tokenizer = json_tokenizer.tokenizer_of(files, config)
-        limits = limits_of(device)
         if not is_encoder(config):
-            return _decoder(files, config, sentence, tokenizer, limits, dtype, ignored_fields)
+            return _load_decoder(files, config, sentence, tokenizer, device, dtype, ignored_fields)
         encoder = load_encoder(files, config, dtype)
-        weight_bytes = evaluate(encoder)
-        parsed = encoder.config
-        reader = InputReader(
-            tokenizer,
-            parsed.vocab_size,
-            _max_length(files, sentence, parsed.max_tokens),
-            sentence.lowers_text,
-            parsed.type_vocab_size,
-        )
-        if parsed.num_labels:
-            return assemble_cross_encoder(files, encoder, reader, limits, weight_bytes)
-        return assemble_embedder(
-            files,
-            sentence,
-            reader,
-            encoder,
-            parsed.hidden_size,
-            (PoolingMode.MEAN,),
-            parsed.architecture,
-            limits,
-            weight_bytes,
-        )
+        max_length = _max_length(files, sentence, encoder.config.max_tokens)
+        return _by_encoder(files, sentence, tokenizer, encoder, max_length, device)
 
 
-def _decoder(
+def _load_decoder(
     files: ModelFiles,
     config: Mapping[str, Any],
     sentence: SentenceFiles,
     tokenizer: Tokenizer,
-    limits: BatchLimits,
+    device: Device,
     dtype: mx.Dtype | None,
     ignored_fields: Collection[str],
 ) -> Embedder:
@@ -433,7 +345,9 @@ def _decoder(
         raise ModelLoadError(
             f"a cross-encoder of the architecture {config['model_type']!r} is not supported"
         )
-    model, completed, valid = load_decoder(files, config, ignored_fields)
+    model, completed, valid = load_safetensors(
+        files, config, classes=_headless, ignored_fields=ignored_fields
+    )
     if dtype is not None:
         model.set_dtype(dtype)
     if dtype == mx.float32:
@@ -444,23 +358,10 @@ def _decoder(
     positions, _ = context_length_of(completed)
     rows = position_rows(model) or positions
     positions = min(positions, valid.max_length or positions, rows)
-    reader = InputReader(
-        tokenizer,
-        decoder.vocab_size,
-        _max_length(files, sentence, positions),
-        sentence.lowers_text,
-    )
-    return assemble_embedder(
-        files,
-        sentence,
-        reader,
-        decoder,
-        decoder.hidden_size,
-        (PoolingMode.LAST,),
-        str(completed["model_type"]),
-        limits,
-        weight_bytes,
-    )
+    max_length = _max_length(files, sentence, positions)
+    reader = InputReader(tokenizer, decoder.vocab_size, max_length, sentence.lowers_text)
+    architecture = str(completed["model_type"])
+    return _embedder(files, sentence, reader, decoder, architecture, device, weight_bytes)
 
 
 def _max_length(files: ModelFiles, sentence: SentenceFiles, positions: int) -> int:

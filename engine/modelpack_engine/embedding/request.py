@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +21,6 @@ class BatchLimits:
 
     max_texts: int = 64
     max_tokens: int = 8192
-
-    def __post_init__(self) -> None:
-        assert self.max_texts > 0
-        assert self.max_tokens > 0
 
 
 def next_batch(lengths: Sequence[int], limits: BatchLimits) -> list[int]:
@@ -64,7 +60,6 @@ def _run_together(shortest: int, longest: int, count: int, limits: BatchLimits) 
 
 #: A text, or its token ids, which are used unchanged.
 Input = str | Sequence[int]
-
 
 #: The most tokens of all inputs of a request.
 MAX_REQUEST_TOKENS = 2048 * 2048
@@ -111,18 +106,16 @@ class InputReader:
         `RequestError` for an empty input, and `ContextLengthError` for one that is longer than
         `max_length`, unless `truncate` cuts it.
         """
+        what = f"{noun} {index}"
         if isinstance(given, str):
             if not given:
-                raise RequestError(f"{noun} {index} is empty", param=noun)
-            self._check_text(f"{noun} {index}", given, noun, truncate)
+                raise RequestError(f"{what} is empty", param=noun)
+            self._check_text(what, given, noun, truncate)
             ids, types = self._encode(prompt + given, None, truncate)
         else:
-            if not truncate:
-                self._check(f"{noun} {index}", max(1, len(given)), noun)
-            ids = list(given[: self.max_length]) if truncate else list(given)
+            ids = list(given[: self.max_length] if truncate else given)
             types = [0] * len(ids)
-        self._check(f"{noun} {index}", len(ids), noun)
-        return self._prepared(f"{noun} {index}", ids, types, noun)
+        return self._prepared(what, ids, types, noun)
 
     def read_pair(
         self, index: int, query: str, document: str, *, truncate: bool = False
@@ -131,9 +124,7 @@ class InputReader:
         for what, text in (("the query", query), (f"document {index}", document)):
             self._check_text(what, text, "documents", truncate)
         ids, types = self._encode(query, document, truncate)
-        what = f"the query with document {index}"
-        self._check(what, len(ids), "documents")
-        return self._prepared(what, ids, types, "documents")
+        return self._prepared(f"the query with document {index}", ids, types, "documents")
 
     def prompt_length(self, prompt: str) -> int:
         """Return the number of tokens that a prompt adds at the beginning of a text."""
@@ -158,14 +149,12 @@ class InputReader:
         except TextTooLongError as error:
             raise self._too_long(what, f"at least {error.at_least}", param) from None
 
-    def _check(self, what: str, count: int, param: str) -> None:
-        if not count:
-            raise RequestError(f"{what} has no tokens", param=param)
-        if count > self.max_length:
-            raise self._too_long(what, str(count), param)
-
     def _prepared(self, what: str, ids: list[int], types: list[int], param: str) -> Prepared:
         """Return the input; raise `RequestError` for an id or type that the model does not have."""
+        if not ids:
+            raise RequestError(f"{what} has no tokens", param=param)
+        if len(ids) > self.max_length:
+            raise self._too_long(what, str(len(ids)), param)
         if self.num_types <= 1:
             types = [0] * len(ids)
         for noun, values, table, limit in (
@@ -187,14 +176,19 @@ class InputReader:
         )
 
 
-def check_total(tokens: int, param: str) -> None:
-    """Raise `ContextLengthError` for a request whose inputs have too many tokens together."""
-    if tokens > MAX_REQUEST_TOKENS:
-        raise ContextLengthError(
-            f"the inputs have more than {MAX_REQUEST_TOKENS} tokens together",
-            param=param,
-            hint="send them in several requests",
-        )
+def within_total(inputs: Iterable[Prepared], param: str) -> list[Prepared]:
+    """Return the inputs; raise `ContextLengthError` once they have too many tokens together."""
+    prepared, total = [], 0
+    for each in inputs:
+        prepared.append(each)
+        total += len(each)
+        if total > MAX_REQUEST_TOKENS:
+            raise ContextLengthError(
+                f"the inputs have more than {MAX_REQUEST_TOKENS} tokens together",
+                param=param,
+                hint="send them in several requests",
+            )
+    return prepared
 
 
 #: float32, one dimension.

@@ -24,7 +24,7 @@ import mlx.nn as nn
 from modelpack_engine.embedding.encoder_checkpoint import read_tensors
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.files import MODULES, ModelFiles, decode_json
-from modelpack_engine.models.precision import check_parameters
+from modelpack_engine.models.precision import array_shapes, check_parameters
 
 
 class PoolingMode(StrEnum):
@@ -33,9 +33,8 @@ class PoolingMode(StrEnum):
     CLS = "cls"  # the first token
     MAX = "max"
     MEAN = "mean"
-    MEAN_SQRT_LEN = (
-        "mean_sqrt_len_tokens"  # the sum divided by the square root of the number of tokens
-    )
+    #: The sum, divided by the square root of the number of tokens.
+    MEAN_SQRT_LEN = "mean_sqrt_len_tokens"
     WEIGHTED_MEAN = "weightedmean"  # later tokens weigh more
     LAST = "lasttoken"
 
@@ -228,9 +227,8 @@ def read_sentence_files(files: ModelFiles) -> SentenceFiles:
             case "Dense":
                 steps.append(_dense(_config(files, what), directory, what))
             case "LayerNorm":
-                steps.append(
-                    LayerNormStep(directory, _count(_config(files, what), "dimension", what))
-                )
+                dimension = _count(_config(files, what), "dimension", what)
+                steps.append(LayerNormStep(directory, dimension))
             case "Normalize":
                 steps.append(NormalizeStep())
             case "Dropout":
@@ -406,8 +404,7 @@ def _tensors(
             " pytorch_model.bin is never read, because it can run code",
         )
     tensors = read_tensors([path])
-    got = {name: tuple(array.shape) for name, array in tensors.items()}
-    check_parameters(f"{directory}/{_WEIGHTS}", shapes, got)
+    check_parameters(f"{directory}/{_WEIGHTS}", shapes, array_shapes(tensors))
     loaded = {name: array.astype(mx.float32) for name, array in tensors.items()}
     mx.eval(loaded)
     return loaded

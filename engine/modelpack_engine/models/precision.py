@@ -24,14 +24,19 @@ _NAMED_IN_ERRORS = 5
 _POSITIONS, _PER_LAYER = "wpe", "embed_tokens_per_layer"
 
 
-def parameters_of(model: Any) -> list[tuple[str, mx.array]]:
-    """Return all parameters with their names."""
-    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+def parameters_of(model: Any) -> dict[str, mx.array]:
+    """Return all parameters by name."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+
+
+def array_shapes(arrays: Mapping[str, mx.array]) -> dict[str, Shape]:
+    """Return the shapes of arrays, by name."""
+    return {name: tuple(array.shape) for name, array in arrays.items()}
 
 
 def shapes_of(model: Module) -> dict[str, Shape]:
     """Return the shapes of all parameters, by name."""
-    return {name: tuple(array.shape) for name, array in parameters_of(model)}
+    return array_shapes(parameters_of(model))
 
 
 def check_parameters(what: str, expected: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:
@@ -137,7 +142,7 @@ def evaluate(model: Module) -> int:
 
     Raises `ModelLoadError` for a file that MLX, which reads some files only now, cannot read.
     """
-    arrays = [array for _, array in parameters_of(model)]
+    arrays = list(parameters_of(model).values())
     batch: list[mx.array] = []
     pending = 0
     try:
