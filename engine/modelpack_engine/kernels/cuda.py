@@ -149,7 +149,20 @@ class GeneratedKernel:
         outputs: Sequence[mx.Dtype],
     ) -> None:
         self.function = "custom_kernel_" + source.name + "".join(map(_argument, template))
-        self.text = _frame(self.function, source, inputs, template, outputs)
+        arguments = []
+        for name, array in zip(source.inputs, inputs, strict=True):
+            arguments.append(f"const {_CUDA_TYPES[array.dtype]}* {name}")
+            if array.ndim and f"{name}_shape" in source.source:
+                arguments.append(f"const __grid_constant__ Shape {name}_shape")
+        for name, dtype in zip(source.outputs, outputs, strict=True):
+            arguments.append(f"{_CUDA_TYPES[dtype]}* {name}")
+        constants = "".join(f"  {_constant(name, value)};\n" for name, value in template)
+        self.text = (
+            f"{source.header}namespace {NAMESPACE} {{\n\nnamespace cg = cooperative_groups;\n\n"
+            f"__global__ void {self.function}(\n"
+            + ",\n".join(f"    {argument}" for argument in arguments)
+            + f") {{\n{constants}\n{source.source}\n}}\n\n}} // namespace {NAMESPACE}\n"
+        )
 
     @property
     def name(self) -> str:
@@ -194,31 +207,6 @@ def _argument(argument: tuple[str, Any]) -> str:
     if isinstance(value, bool):
         return "_t" if value else "_f"
     return f"_{value}" if isinstance(value, int) else f"_{_NAMES[value]}"
-
-
-def _frame(
-    function: str,
-    source: KernelSource,
-    inputs: Sequence[mx.array],
-    template: Template,
-    outputs: Sequence[mx.Dtype],
-) -> str:
-    """Return the source that MLX generates, without its own header."""
-    arguments = []
-    for name, array in zip(source.inputs, inputs, strict=True):
-        arguments.append(f"const {_CUDA_TYPES[array.dtype]}* {name}")
-        if array.ndim and f"{name}_shape" in source.source:
-            arguments.append(f"const __grid_constant__ Shape {name}_shape")
-    arguments += [
-        f"{_CUDA_TYPES[dtype]}* {name}" for name, dtype in zip(source.outputs, outputs, strict=True)
-    ]
-    constants = "".join(f"  {_constant(name, value)};\n" for name, value in template)
-    return (
-        f"{source.header}namespace {NAMESPACE} {{\n\nnamespace cg = cooperative_groups;\n\n"
-        f"__global__ void {function}(\n"
-        + ",\n".join(f"    {argument}" for argument in arguments)
-        + f") {{\n{constants}\n{source.source}\n}}\n\n}} // namespace {NAMESPACE}\n"
-    )
 
 
 def _constant(name: str, value: Any) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import struct
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import _lru_cache_wrapper, cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -68,11 +68,10 @@ def _includes_files() -> bool:
 
 
 @cache
-def _kernel(
-    body: Body, on: Backend, *, split: bool = False, shared_bytes: int = 0
-) -> tuple[Kernel, KernelSource]:
+def kernel(body: Body, on: Backend, shared_bytes: int = 0, *, split: bool = False) -> Kernel:
+    """Return the kernel of a body; `shared_bytes` is its dynamic shared memory (CUDA)."""
     found = kernel_source(body, on, split=split, by_path=on == "cuda" and _includes_files())
-    return _made(found, on, shared_bytes), found
+    return _made(found, on, shared_bytes)
 
 
 def _made(found: KernelSource, on: Backend, shared_bytes: int = 0) -> Kernel:
@@ -93,13 +92,6 @@ def _made(found: KernelSource, on: Backend, shared_bytes: int = 0) -> Kernel:
 def zero() -> mx.array:
     """Return int32 [1] of 0: a token without an order, also used for absent inputs."""
     return mx.array([0], mx.int32)
-
-
-def kernel(body: Body, on: Backend, shared_bytes: int = 0, *, split: bool = False) -> Kernel:
-    """Return the kernel of a body; `shared_bytes` is its dynamic shared memory (CUDA)."""
-    if shared_bytes:
-        return _kernel(body, on, shared_bytes=shared_bytes)[0]
-    return _kernel(body, on, split=split)[0]
 
 
 @lru_cache(maxsize=256)
@@ -160,12 +152,31 @@ def run(
     )
 
 
-def verdict(compare: Callable[..., str | None], *args: object) -> str | None:
-    """Return the problem that `compare` finds; a kernel that does not compile is a problem too."""
-    try:
-        return compare(*args)
-    except (RuntimeError, ValueError, TypeError) as error:
-        return f"a kernel does not run: {error}"
+def verdict(compare: Callable[..., str | None]) -> _lru_cache_wrapper[str | None]:
+    """Return `compare`, which returns None or a problem of a kernel, with its results cached.
+
+    A missing GPU, and a kernel that does not compile, are problems too.
+    """
+
+    @cache
+    def compared(*args: Any, **kwargs: Any) -> str | None:
+        if backend() == "none":
+            return "there is no GPU"
+        try:
+            return compare(*args, **kwargs)
+        except (RuntimeError, ValueError, TypeError) as error:
+            return f"a kernel does not run: {error}"
+
+    return compared
+
+
+def difference(found: Mapping[str, tuple[mx.array, mx.array]], tolerance: float) -> str | None:
+    """Return which array is off by more than `tolerance` from the second of its pair, or None."""
+    for name, (ours, expected) in found.items():
+        error = float(mx.max(mx.abs(ours.astype(mx.float32) - expected.astype(mx.float32))))
+        if not error <= tolerance:  # also if the error is NaN
+            return f"{name} is off by {error:.3g}, allowed {tolerance}"
+    return None
 
 
 def decode(
@@ -195,7 +206,6 @@ def decode(
         q, q_more, k_pool, v_pool, block_tables, context_lens, sinks, factors(scale, softcap),
         zero() if written is None else written,
     ]  # fmt: skip
-    kernel, _ = _kernel("decode", on, split=split)
     out_dtype = mx.float32 if split else q.dtype
     types = [("T", q.dtype), ("P", k_pool.dtype), ("S", sinks.dtype), ("O", out_dtype)]
     heads = (rows, shape.num_heads)
@@ -204,7 +214,7 @@ def decode(
     if split:
         shapes = [(*heads, plan.parts, shape.value_dim), (*heads, plan.parts, 2)]
         dtypes = [mx.float32, mx.float32]
-    found = kernel(
+    found = kernel("decode", on, split=split)(
         inputs=inputs,
         template=template(types, plan.constants, inputs, on),
         grid=(shape.num_kv_heads * plan.groups * plan.threads, rows, plan.parts),
@@ -212,9 +222,7 @@ def decode(
         output_shapes=shapes,
         output_dtypes=dtypes,
     )
-    if not split:
-        return found[0]
-    return merge(found, shape, on, q.dtype, sinks)
+    return merge(found, shape, on, q.dtype, sinks) if split else found[0]
 
 
 def merge(
@@ -229,13 +237,12 @@ def merge(
 
     `simdgroups` work on each head of a row: few are enough with many rows and few parts.
     """
-    kernel, _ = _kernel("merge", on)
     constants = [
         ("HQ", shape.num_heads), ("DV", shape.value_dim), ("SINKS", shape.sinks),
         ("NSG", simdgroups),
     ]  # fmt: skip
     inputs, rows = [*parts, sinks], parts[0].shape[0]
-    (out,) = kernel(
+    (out,) = kernel("merge", on)(
         inputs=inputs,
         template=template([("T", dtype), ("S", sinks.dtype)], constants, inputs, on),
         grid=(shape.num_heads * 32 * simdgroups, rows, 1),
@@ -270,8 +277,7 @@ def write(
         k, k if v is None else v, k_pool, k_pool if v_pool is None else v_pool, slots,
         zero() if previous is None else previous,
     ]  # fmt: skip
-    kernel, _ = _kernel("write" if quantised is None else "quantise", on)
-    (token,) = kernel(
+    (token,) = kernel("write" if quantised is None else "quantise", on)(
         inputs=inputs,
         template=template([("R", k.dtype), ("P", k_pool.dtype)], constants, inputs, on),
         grid=(rows * threads, 1, 1),

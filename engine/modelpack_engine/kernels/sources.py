@@ -17,25 +17,10 @@ from typing import Literal
 
 Backend = Literal["metal", "cuda", "none"]
 Body = Literal[
-    "decode",
-    "merge",
-    "write",
-    "quantise",
-    "prefill",
-    "rotate",
-    "add_norm",
-    "swiglu",
-    "dequantise",
-    "product",
-    "state_space",
-    "delta_rule",
-    "rows",
-    "experts",
-    "route",
-    "dispatch",
-    "combine",
+    "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
+    "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw",
-]
+]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
     "decode": (
@@ -66,24 +51,17 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "combine": ("given", "place", "scores"),
     "draw": ("logits", "settings"),
 }  # fmt: skip
-OUTPUTS: dict[Body, tuple[str, ...]] = {
+OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "decode": ("out", "stats"),
-    "merge": ("out",),
     "write": ("token",),
     "quantise": ("token",),
     "prefill": ("out", "stats"),
     "rotate": ("q", "token"),
     "add_norm": ("total", "out"),
-    "swiglu": ("out",),
-    "dequantise": ("out",),
-    "product": ("out",),
     "state_space": ("y", "new_state"),
     "delta_rule": ("y", "new_state"),
-    "rows": ("out",),
-    "experts": ("out",),
     "route": ("chosen", "scores"),
     "dispatch": ("source", "place", "sorted", "spans"),
-    "combine": ("out",),
     "draw": ("token",),
 }
 

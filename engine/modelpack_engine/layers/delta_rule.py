@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch
@@ -50,26 +48,15 @@ def update(
         inputs,
         [("T", q.dtype)],
         [
-            ("HK", key_heads),
-            ("HV", heads),
-            ("DK", key_dim),
-            ("DV", dim),
-            ("R", rows),
-            ("EVERY", g.ndim == 4),
-            ("NSG", _SIMDGROUPS),
+            ("HK", key_heads), ("HV", heads), ("DK", key_dim), ("DV", dim), ("R", rows),
+            ("EVERY", g.ndim == 4), ("NSG", _SIMDGROUPS),
         ],
         threads=batch * heads * (dim // rows) * 32,
         group=_SIMDGROUPS * 32,
         shapes=[(batch, tokens, heads, dim), (batch, heads, dim, key_dim)],
         dtypes=[q.dtype, mx.float32],
-    )
+    )  # fmt: skip
     return y, new_state
-
-
-@cache
-def verdict(dtype: mx.Dtype) -> str | None:
-    """Return None if the kernel computes the rule correctly, otherwise the problem."""
-    return launch.verdict(_compare, dtype)
 
 
 def _compare(dtype: mx.Dtype) -> str | None:
@@ -80,17 +67,19 @@ def _compare(dtype: mx.Dtype) -> str | None:
     beta = mx.random.uniform(0, 1, (batch, tokens, heads), key=keys[3])
     state = mx.random.normal((batch, heads, dim, key_dim), key=keys[4])
     q, k, v = (a.astype(dtype) for a in (q, k, v))
-    tolerance = 1e-4 if dtype == mx.float32 else 3e-2
     for shape in ((batch, tokens, heads), (batch, tokens, heads, key_dim)):
         g = mx.random.uniform(0.5, 1, shape, key=keys[5])
-        found = update(q, k, v, g, beta, state)
-        for name, ours, expected in zip(
-            ("output", "state"), found, by_definition(q, k, v, g, beta, state), strict=True
-        ):
-            error = float(mx.max(mx.abs(ours.astype(mx.float32) - expected)))
-            if not error <= tolerance:
-                return f"{name} is off by {error:.3g}, allowed {tolerance}"
+        (y, after), (y_wanted, wanted) = (
+            f(q, k, v, g, beta, state) for f in (update, by_definition)
+        )
+        found = {"output": (y, y_wanted), "state": (after, wanted)}
+        if problem := launch.difference(found, 1e-4 if dtype == mx.float32 else 3e-2):
+            return problem
     return None
+
+
+#: None if the kernel computes the rule correctly for a type, otherwise the problem.
+verdict = launch.verdict(_compare)
 
 
 def by_definition(

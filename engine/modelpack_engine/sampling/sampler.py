@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Collection, Sequence
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -183,20 +183,9 @@ def by_kernel(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging
     return token_ids
 
 
-@cache
-def verdict(dtype: mx.Dtype, vocab_size: int) -> str | None:
-    """Return None if the kernel draws the same tokens as MLX's functions, otherwise the problem.
-
-    The first call for a type and vocabulary size compiles the kernel.
-    """
-    if launch.backend() == "none":
-        return "there is no GPU"
+def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
     if dtype not in _ZEROS or vocab_size < _FEWEST:
         return f"there is no kernel for {vocab_size} logits in {dtype}"
-    return launch.verdict(_compare, dtype, vocab_size)
-
-
-def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
     k = max(2, vocab_size // 50)
     kinds = {
         "none": SamplingParams(temperature=0),
@@ -223,6 +212,11 @@ def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
         if (found[at : at + each] != wanted[at : at + each]).any():
             return f"tokens differ with {name}"
     return None
+
+
+#: None if the kernel draws the same tokens as MLX's functions for a type and vocabulary size,
+#: otherwise the problem. The first call for them compiles the kernel.
+verdict = launch.verdict(_compare)
 
 
 #: In place of a token that could not be chosen: the row had NaN, infinity or no allowed token.
