@@ -39,7 +39,8 @@ def test_valid(text: str) -> None:
         f"sha256:{'٠' * 64}",
     ],
 )
-def test_27_invalid_digests_are_refused(text: str) -> None:
+@pytest.mark.scenario(27)
+def test_invalid_digests_are_refused(text: str) -> None:
     with pytest.raises(InvalidDigestError) as caught:
         Digest.parse(text)
     assert isinstance(caught.value, IntegrityError)

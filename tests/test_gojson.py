@@ -80,7 +80,8 @@ def test_decode_reads_what_encode_writes(value: Any) -> None:
         (b" " * 101, "more than the limit of 100"),
     ],
 )
-def test_26_refused(raw: bytes, says: str) -> None:
+@pytest.mark.scenario(26)
+def test_refused(raw: bytes, says: str) -> None:
     limit = 100 if raw.startswith(b" ") else 4 * 1024 * 1024
     with pytest.raises(ManifestError, match=says):
         decode(raw, "the manifest", limit=limit)
@@ -97,7 +98,8 @@ except ManifestError as error:
 """
 
 
-def test_26_a_repeated_key_among_many_is_found_at_once() -> None:
+@pytest.mark.scenario(26)
+def test_a_repeated_key_among_many_is_found_at_once() -> None:
     """Quadratic comparison of keys would take half an hour for a document within the limit."""
     command = [sys.executable, "-c", _REPEATED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

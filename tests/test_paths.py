@@ -28,7 +28,8 @@ def test_safe(text: str) -> None:
         "x" * 256, "a/" * 3000 + "a",
     ],
 )  # fmt: skip
-def test_23_unsafe(text: str) -> None:
+@pytest.mark.scenario(23)
+def test_unsafe(text: str) -> None:
     with pytest.raises(UnsafePathError, match="unsafe file path"):
         checked_path(text)
 

@@ -69,9 +69,7 @@ def inspect(docker: DockerModel, name: str, *flags: str) -> dict[str, Any]:
     return found
 
 
-def test_scenario_29_pull_list_inspect_tag_ps_df_unload_rm(
-    docker: DockerModel, hub: RegistryServer
-) -> None:
+def test_pull_list_inspect_tag_ps_df_unload_rm(docker: DockerModel, hub: RegistryServer) -> None:
     name = f"{hub.host}/team/tiny:v1"
     pulled = docker("pull", name)
     assert re.search(r"^Downloaded (\S+) of \1$", pulled, re.MULTILINE), pulled
@@ -118,7 +116,7 @@ def test_scenario_29_pull_list_inspect_tag_ps_df_unload_rm(
     assert len(docker("list").splitlines()) == 1
 
 
-def test_scenario_30_configure(docker: DockerModel, tiny: str) -> None:
+def test_configure(docker: DockerModel, tiny: str) -> None:
     docker("configure", "--context-size", "128", "--keep-alive", "10m", tiny, "--", "--temp", "0.5")
     [entry] = json.loads(docker("configure", "show", tiny))
     assert entry == {
@@ -147,9 +145,7 @@ def test_scenario_30_configure(docker: DockerModel, tiny: str) -> None:
         assert "400 Bad Request" in refused.stderr, refused.stderr
 
 
-def test_scenario_30_a_model_in_use_is_not_set_up_anew(
-    binary: Path, files: Path, tmp_path: Path
-) -> None:
+def test_a_model_in_use_is_not_set_up_anew(binary: Path, files: Path, tmp_path: Path) -> None:
     store = LayoutStore(tmp_path / "store")
     modelpack.package("ai/m", modelpack.PackageRequest(safetensors_dir=files), store=store)
     catalogue = StoredScripts(store)

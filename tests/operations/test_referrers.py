@@ -140,7 +140,8 @@ def test_things_about_things(place: Place, sbom: Path) -> None:
     assert place.listed(place.at(first)) == [second]
 
 
-def test_32_the_fallback_tag_is_used_where_the_api_is_missing(place: Place, sbom: Path) -> None:
+@pytest.mark.scenario(32)
+def test_the_fallback_tag_is_used_where_the_api_is_missing(place: Place, sbom: Path) -> None:
     if place.store is not None:
         return
     digest = place.attach(sbom)

@@ -39,7 +39,8 @@ def test_basic_is_sent_along_after_the_first_challenge(
     assert {r.headers.get("authorization") for r in others} == {basic("ada", "s3cret")}
 
 
-def test_15_a_wrong_password_ends_at_once_and_is_not_shown(
+@pytest.mark.scenario(15)
+def test_a_wrong_password_ends_at_once_and_is_not_shown(
     registry: FaultyRegistry, connect: Connect
 ) -> None:
     registry.auth = BasicAuth("ada", "s3cret")
@@ -121,7 +122,8 @@ def test_a_registry_token_is_used_as_it_is(registry: FaultyRegistry, connect: Co
         client.repository.resolve("v1")
 
 
-def test_11_a_push_asks_for_the_right_scopes_up_front(
+@pytest.mark.scenario(11)
+def test_a_push_asks_for_the_right_scopes_up_front(
     registry: FaultyRegistry, connect: Connect
 ) -> None:
     registry.auth = auth = BearerAuth("ada", "s3cret")
@@ -134,7 +136,8 @@ def test_11_a_push_asks_for_the_right_scopes_up_front(
     ]
 
 
-def test_11_a_token_that_is_not_enough_is_exchanged(
+@pytest.mark.scenario(11)
+def test_a_token_that_is_not_enough_is_exchanged(
     registry: FaultyRegistry, connect: Connect
 ) -> None:
     registry.auth = auth = BearerAuth("ada", "s3cret")
@@ -160,7 +163,8 @@ def test_a_mount_asks_for_both_repositories(registry: FaultyRegistry, connect: C
     ]
 
 
-def test_10_a_token_that_ended_is_renewed_and_never_replayed(
+@pytest.mark.scenario(10)
+def test_a_token_that_ended_is_renewed_and_never_replayed(
     registry: FaultyRegistry, connect: Connect
 ) -> None:
     registry.auth = auth = BearerAuth("ada", "s3cret", uses=1)
@@ -191,7 +195,8 @@ def tokens_of(
     return authenticator, fetched
 
 
-def test_10_a_refused_token_is_forgotten() -> None:
+@pytest.mark.scenario(10)
+def test_a_refused_token_is_forgotten() -> None:
     authenticator, fetched = tokens_of(300, 300)
     pull = repository_scopes("a/b", "pull")
     challenge = 'Bearer realm="https://tokens.example/t"'
@@ -202,7 +207,8 @@ def test_10_a_refused_token_is_forgotten() -> None:
     assert fetched[1].endswith("?scope=repository:a/b:pull,special")
 
 
-def test_10_a_token_is_renewed_before_it_ends() -> None:
+@pytest.mark.scenario(10)
+def test_a_token_is_renewed_before_it_ends() -> None:
     now = [1000.0]
     authenticator, fetched = tokens_of(300, 300, 5, 5, now=lambda: now[0])
     pull = repository_scopes("a/b", "pull")
@@ -236,7 +242,8 @@ def test_threads_share_one_token_request(registry: FaultyRegistry, client: Clien
     assert len(auth.token_requests) == 1
 
 
-def test_12_denied_is_final(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(12)
+def test_denied_is_final(registry: FaultyRegistry, client: Client) -> None:
     body = b'{"errors":[{"code":"DENIED","message":"requested access is denied"}]}'
     registry.faults.add("POST", "", faults.answering(403, body), times=None)
     with pytest.raises(DeniedError, match="403 DENIED: requested access") as caught:

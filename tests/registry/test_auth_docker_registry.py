@@ -75,7 +75,8 @@ def test_a_password_over_tls(guarded: str, connect: Connect, authority: Pair) ->
     assert client.sleeps == []
 
 
-def test_15_a_wrong_password_over_tls(guarded: str, connect: Connect, authority: Pair) -> None:
+@pytest.mark.scenario(15)
+def test_a_wrong_password_over_tls(guarded: str, connect: Connect, authority: Pair) -> None:
     client = connect_as(connect, guarded, Credential(USER, "wr0ng"), authority.certificate)
     with pytest.raises(AuthError, match="refused the credentials of 'ada'") as caught:
         client.registry.ping()
@@ -206,7 +207,8 @@ class Slow(Content):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("life", "announced"), [(5, 5), (2, 300)])
-def test_10_a_slow_upload_outlasts_its_token(
+@pytest.mark.scenario(10)
+def test_a_slow_upload_outlasts_its_token(
     tokened: Tokened, connect: Connect, authority: Pair, life: int, announced: int
 ) -> None:
     server = tokened.server

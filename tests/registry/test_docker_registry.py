@@ -60,14 +60,16 @@ def test_push_and_pull(client: Client) -> None:
     assert client.sleeps == []
 
 
-def test_28_a_second_push_sends_nothing(client: Client) -> None:
+@pytest.mark.scenario(28)
+def test_a_second_push_sends_nothing(client: Client) -> None:
     weights = os.urandom(100_000)
     manifest, _ = push_model(client, weights)
     assert all(client.repository.has_blob(blob) for blob in manifest.blobs)
     assert push_model(client, weights)[1] == [Outcome.EXISTED, Outcome.EXISTED]
 
 
-def test_28_another_repository_mounts(client: Client) -> None:
+@pytest.mark.scenario(28)
+def test_another_repository_mounts(client: Client) -> None:
     manifest, _ = push_model(client, os.urandom(100_000))
     other = client.registry.repository(f"{client.repository.name}-copy")
     assert not any(other.has_blob(blob) for blob in manifest.blobs)
@@ -90,7 +92,8 @@ def test_empty_and_large_blobs(client: Client) -> None:
         assert read_all(client.repository, blob.descriptor) == content
 
 
-def test_30_a_wrong_source_leaves_nothing(client: Client) -> None:
+@pytest.mark.scenario(30)
+def test_a_wrong_source_leaves_nothing(client: Client) -> None:
     blob = Content(os.urandom(3_000_000))
     with pytest.raises(Exception, match="does not match its digest"):
         client.repository.write_blob(
@@ -152,7 +155,8 @@ def test_a_password(guarded: str, connect: Connect) -> None:
     assert read_all(client.repository, manifest.layers[0]) == weights
 
 
-def test_15_a_wrong_password(guarded: str, connect: Connect) -> None:
+@pytest.mark.scenario(15)
+def test_a_wrong_password(guarded: str, connect: Connect) -> None:
     client = with_password(connect, guarded, "battery staple")
     with pytest.raises(AuthError, match="refused the credentials of 'ada' from a test") as caught:
         client.repository.resolve("v1")

@@ -65,7 +65,8 @@ def test_connections_are_used_again(registry: FaultyRegistry, client: Client) ->
     assert len(registry._server.connections) == 1
 
 
-def test_02_twenty_cuts_cost_nothing_but_requests(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(2)
+def test_twenty_cuts_cost_nothing_but_requests(registry: FaultyRegistry, client: Client) -> None:
     blob = registry.put_blob(CONTENT)
     chance = random.Random(20)
     for _ in range(20):
@@ -77,7 +78,8 @@ def test_02_twenty_cuts_cost_nothing_but_requests(registry: FaultyRegistry, clie
     assert {report.action for report in client.reports} == {Action.RETRY}
 
 
-def test_02_cuts_without_progress_end(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(2)
+def test_cuts_without_progress_end(registry: FaultyRegistry, client: Client) -> None:
     blob = registry.put_blob(CONTENT)
     registry.faults.add("GET", BLOBS, faults.cut_after(5000))
     registry.faults.add("GET", BLOBS, faults.cut_after(0), times=None)
@@ -87,7 +89,8 @@ def test_02_cuts_without_progress_end(registry: FaultyRegistry, client: Client) 
     assert client.sleeps == [0.25, 0.5, 1.0, 2.0]
 
 
-def test_03_a_short_blob_with_an_honest_length(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(3)
+def test_a_short_blob_with_an_honest_length(registry: FaultyRegistry, client: Client) -> None:
     blob = registry.put_blob(CONTENT)
     registry.faults.add("GET", BLOBS, faults.shortened(1), times=None)
     with pytest.raises(SizeMismatchError, match="expected 100000 bytes, got 99999") as caught:
@@ -98,7 +101,8 @@ def test_03_a_short_blob_with_an_honest_length(registry: FaultyRegistry, client:
 
 
 @pytest.mark.parametrize("cut", [0, 10, 99_999])
-def test_03_a_short_blob_in_chunks(registry: FaultyRegistry, client: Client, cut: int) -> None:
+@pytest.mark.scenario(3)
+def test_a_short_blob_in_chunks(registry: FaultyRegistry, client: Client, cut: int) -> None:
     blob = Descriptor("a/b", registry.put_blob(CONTENT[:cut]).digest, len(CONTENT))
     registry.faults.add("GET", BLOBS, faults.chunked, times=None)
     with pytest.raises(SizeMismatchError, match=f"expected 100000 bytes, got {cut}"):
@@ -106,9 +110,8 @@ def test_03_a_short_blob_in_chunks(registry: FaultyRegistry, client: Client, cut
 
 
 @pytest.mark.parametrize("fault", [faults.Exchange.send, faults.chunked])
-def test_03_a_blob_that_is_too_long(
-    registry: FaultyRegistry, client: Client, fault: object
-) -> None:
+@pytest.mark.scenario(3)
+def test_a_blob_that_is_too_long(registry: FaultyRegistry, client: Client, fault: object) -> None:
     long = registry.put_blob(CONTENT + b"more")
     blob = Descriptor("a/b", long.digest, len(CONTENT))
     if fault is faults.chunked:
@@ -124,7 +127,8 @@ def test_chunks_are_fine(registry: FaultyRegistry, client: Client) -> None:
     assert read_all(client.repository, registry.put_blob(CONTENT)) == CONTENT
 
 
-def test_04_a_flipped_bit_is_noticed(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(4)
+def test_a_flipped_bit_is_noticed(registry: FaultyRegistry, client: Client) -> None:
     blob = registry.put_blob(CONTENT)
     registry.faults.add("GET", BLOBS, faults.flipped_bit(50_000))
     with pytest.raises(DigestMismatchError) as caught:
@@ -133,7 +137,8 @@ def test_04_a_flipped_bit_is_noticed(registry: FaultyRegistry, client: Client) -
     assert read_blob(client.repository, blob) == CONTENT
 
 
-def test_05_a_server_without_ranges(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(5)
+def test_a_server_without_ranges(registry: FaultyRegistry, client: Client) -> None:
     blob = registry.put_blob(CONTENT)
     registry.faults.add("GET", BLOBS, faults.cut_after(60_000))
     registry.faults.add("GET", BLOBS, faults.ignoring_range, times=None)
@@ -142,7 +147,8 @@ def test_05_a_server_without_ranges(registry: FaultyRegistry, client: Client) ->
 
 
 @pytest.mark.parametrize("shift", [-1, 1, 5000])
-def test_06_a_range_that_starts_elsewhere(
+@pytest.mark.scenario(6)
+def test_a_range_that_starts_elsewhere(
     registry: FaultyRegistry, client: Client, shift: int
 ) -> None:
     blob = registry.put_blob(CONTENT)
@@ -156,7 +162,8 @@ def test_06_a_range_that_starts_elsewhere(
 @pytest.mark.parametrize(
     "content_range", ["", "bytes */100000", "bytes 60000-99999", "pages 60000-99999/100000"]
 )
-def test_06_a_range_that_is_not_said(
+@pytest.mark.scenario(6)
+def test_a_range_that_is_not_said(
     registry: FaultyRegistry, client: Client, content_range: str
 ) -> None:
     blob = registry.put_blob(CONTENT)
@@ -193,7 +200,8 @@ def test_a_part_of_a_range_is_followed_by_the_next(
     assert registry.count("GET", BLOBS) == 4
 
 
-def test_16_storage_elsewhere_sees_no_authorization(
+@pytest.mark.scenario(16)
+def test_storage_elsewhere_sees_no_authorization(
     registry: FaultyRegistry, storage: FaultyRegistry, connect: Connect
 ) -> None:
     from modelpack.registry import Credential, StaticCredentials
@@ -226,7 +234,8 @@ def test_a_signature_that_ran_out_is_asked_for_again(
 
 
 @pytest.mark.parametrize("fault", [faults.silent, faults.silent_after(10)])
-def test_31_a_silent_server_ends_in_a_timeout(
+@pytest.mark.scenario(31)
+def test_a_silent_server_ends_in_a_timeout(
     registry: FaultyRegistry, connect: Connect, fault: faults.Fault
 ) -> None:
     client = connect(registry.host, timeouts=Timeouts(connect=1, idle=0.2))

@@ -77,7 +77,8 @@ def test_a_missing_manifest(registry: FaultyRegistry, client: Client, name: str)
     assert client.sleeps == []
 
 
-def test_07_bytes_that_are_not_the_digest(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(7)
+def test_bytes_that_are_not_the_digest(registry: FaultyRegistry, client: Client) -> None:
     descriptor, raw = manifest_for(registry)
     other = raw.replace(b"gguf", b"GGUF")
     registry.faults.add("GET", MANIFESTS, faults.replaced(other), times=None)
@@ -90,14 +91,16 @@ def test_07_bytes_that_are_not_the_digest(registry: FaultyRegistry, client: Clie
     assert registry.count("GET", "/blobs/") == 0
 
 
-def test_07_a_size_that_is_not_the_descriptors(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(7)
+def test_a_size_that_is_not_the_descriptors(registry: FaultyRegistry, client: Client) -> None:
     descriptor, _ = manifest_for(registry)
     wrong = Descriptor(descriptor.media_type, descriptor.digest, descriptor.size + 1)
     with pytest.raises(SizeMismatchError):
         client.repository.fetch_manifest(wrong)
 
 
-def test_08_a_stated_digest_that_is_not_the_bodys(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(8)
+def test_a_stated_digest_that_is_not_the_bodys(registry: FaultyRegistry, client: Client) -> None:
     manifest_for(registry)
     stated = Digest.of(b"something else")
     fault = faults.with_headers(Docker_Content_Digest=str(stated))
@@ -107,7 +110,8 @@ def test_08_a_stated_digest_that_is_not_the_bodys(registry: FaultyRegistry, clie
     assert caught.value.expected == str(stated)
 
 
-def test_08_a_stated_digest_that_is_not_the_asked(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(8)
+def test_a_stated_digest_that_is_not_the_asked(registry: FaultyRegistry, client: Client) -> None:
     descriptor, _ = manifest_for(registry)
     fault = faults.with_headers(Docker_Content_Digest=str(Digest.of(b"something else")))
     registry.faults.add("*", MANIFESTS, fault, times=None)
@@ -117,7 +121,8 @@ def test_08_a_stated_digest_that_is_not_the_asked(registry: FaultyRegistry, clie
         client.repository.fetch_manifest(descriptor)
 
 
-def test_09_a_media_type_that_is_not_the_bodys(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(9)
+def test_a_media_type_that_is_not_the_bodys(registry: FaultyRegistry, client: Client) -> None:
     descriptor, _ = manifest_for(registry)
     registry.faults.add("GET", MANIFESTS, faults.with_headers(Content_Type=OCI_INDEX), times=None)
     for call in (
@@ -130,9 +135,8 @@ def test_09_a_media_type_that_is_not_the_bodys(registry: FaultyRegistry, client:
         assert OCI_INDEX in str(caught.value)
 
 
-def test_09_a_media_type_that_is_not_the_descriptors(
-    registry: FaultyRegistry, client: Client
-) -> None:
+@pytest.mark.scenario(9)
+def test_a_media_type_that_is_not_the_descriptors(registry: FaultyRegistry, client: Client) -> None:
     descriptor, _ = manifest_for(registry)
     wrong = Descriptor(OCI_INDEX, descriptor.digest, descriptor.size)
     with pytest.raises(ManifestError, match="announced as"):
@@ -157,7 +161,8 @@ def test_a_content_type_with_parameters(registry: FaultyRegistry, client: Client
 
 
 @pytest.mark.parametrize("fault", [faults.Exchange.send, faults.chunked])
-def test_26_fifty_megabytes(registry: FaultyRegistry, client: Client, fault: object) -> None:
+@pytest.mark.scenario(26)
+def test_fifty_megabytes(registry: FaultyRegistry, client: Client, fault: object) -> None:
     huge = b'{"schemaVersion":2,"x":"' + b"x" * 50_000_000 + b'"}'
     descriptor = registry.put_manifest(huge, "v1")
     if fault is faults.chunked:
@@ -171,7 +176,8 @@ def test_26_fifty_megabytes(registry: FaultyRegistry, client: Client, fault: obj
         client.repository.fetch_manifest_by_name("v1")
 
 
-def test_26_nested_a_hundred_thousand_deep(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(26)
+def test_nested_a_hundred_thousand_deep(registry: FaultyRegistry, client: Client) -> None:
     deep = b'{"schemaVersion":2,"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     descriptor = registry.put_manifest(deep, "v1")
     tracemalloc.start()
@@ -193,7 +199,8 @@ def test_26_nested_a_hundred_thousand_deep(registry: FaultyRegistry, client: Cli
         "sha256:" + "a" * 64 + "/../x",
     ],
 )
-def test_27_no_url_is_made_of_a_bad_digest(
+@pytest.mark.scenario(27)
+def test_no_url_is_made_of_a_bad_digest(
     registry: FaultyRegistry, client: Client, name: str
 ) -> None:
     for call in (
@@ -207,9 +214,8 @@ def test_27_no_url_is_made_of_a_bad_digest(
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a?n=1", "v 1", "-x", "x" * 129, "é"])
-def test_27_no_url_is_made_of_a_bad_tag(
-    registry: FaultyRegistry, client: Client, name: str
-) -> None:
+@pytest.mark.scenario(27)
+def test_no_url_is_made_of_a_bad_tag(registry: FaultyRegistry, client: Client, name: str) -> None:
     with pytest.raises(InvalidReferenceError):
         client.repository.resolve(name)
     assert registry.requests == []

@@ -60,12 +60,14 @@ def ready(registry: FaultyRegistry) -> FaultyRegistry:
         (Digest.parse("sha512:" + "b2" * 64), "sha512-" + "b2" * 32),
     ],
 )
-def test_32_the_fallback_tag(digest: Digest, tag: str) -> None:
+@pytest.mark.scenario(32)
+def test_the_fallback_tag(digest: Digest, tag: str) -> None:
     assert fallback_tag(digest) == tag
     assert len(tag) <= 128
 
 
-def test_32_the_list_grows_and_stays_sorted_out(ready: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(32)
+def test_the_list_grows_and_stays_sorted_out(ready: FaultyRegistry, client: Client) -> None:
     for _ in range(2):
         for number in range(3):
             push(client, about(number))

@@ -195,7 +195,8 @@ def test_a_stop_ends_all_within_two_seconds(registry: FaultyRegistry, client: Cl
     assert ended[0] - requested < 2
 
 
-def test_16_addresses_that_run_out_are_asked_for_again(
+@pytest.mark.scenario(16)
+def test_addresses_that_run_out_are_asked_for_again(
     registry: FaultyRegistry, storage: FaultyRegistry, connect: Connect
 ) -> None:
     """Presigned URLs expire after three requests; storages report that in four ways."""

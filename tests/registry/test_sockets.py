@@ -245,7 +245,8 @@ def test_a_stop_under_tls(secure: FaultyRegistry, connect: Connect, fault: fault
 
 
 @pytest.mark.usefixtures("trusted")
-def test_35_a_stop_cancels_an_upload_under_tls(secure: FaultyRegistry, connect: Connect) -> None:
+@pytest.mark.scenario(35)
+def test_a_stop_cancels_an_upload_under_tls(secure: FaultyRegistry, connect: Connect) -> None:
     client = secured(connect, secure)
     secure.faults.add("PUT", "/blobs/", faults.stalled_upload(1000))
     source = Content(bytes(30_000_000))
@@ -255,7 +256,8 @@ def test_35_a_stop_cancels_an_upload_under_tls(secure: FaultyRegistry, connect: 
     assert secure.open_uploads == []
 
 
-def test_31_a_handshake_that_is_not_answered(connect: Connect) -> None:
+@pytest.mark.scenario(31)
+def test_a_handshake_that_is_not_answered(connect: Connect) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         host = f"127.0.0.1:{server.getsockname()[1]}"
         client = connect(host, plain_http=False, timeouts=Timeouts(connect=0.1, idle=0.2))

@@ -49,7 +49,8 @@ def test_what_will_not_pass_is_not(registry: FaultyRegistry, client: Client, sta
 
 
 @pytest.mark.parametrize("retry_after", ["3", "Thu, 01 Jan 1970 00:00:03 GMT"])
-def test_13_retry_after_is_waited_for(
+@pytest.mark.scenario(13)
+def test_retry_after_is_waited_for(
     registry: FaultyRegistry, client: Client, retry_after: str
 ) -> None:
     descriptor, _ = manifest_for(registry)
@@ -60,7 +61,8 @@ def test_13_retry_after_is_waited_for(
     assert {report.action for report in client.reports} == {Action.RETRY}
 
 
-def test_13_a_wait_of_an_hour_is_refused(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(13)
+def test_a_wait_of_an_hour_is_refused(registry: FaultyRegistry, client: Client) -> None:
     registry.faults.add("HEAD", "", faults.answering(429, Retry_After="3600"), times=None)
     with pytest.raises(RemoteUnavailableError, match="asks to wait 3600 s") as caught:
         client.repository.resolve("v1")
@@ -68,7 +70,8 @@ def test_13_a_wait_of_an_hour_is_refused(registry: FaultyRegistry, client: Clien
     assert client.sleeps == []
 
 
-def test_14_503_for_all_tries(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(14)
+def test_503_for_all_tries(registry: FaultyRegistry, client: Client) -> None:
     registry.faults.add("*", "", faults.answering(503), times=None)
     with pytest.raises(RemoteUnavailableError, match="503; given up after 5 tries") as caught:
         client.repository.resolve("v1")
@@ -116,9 +119,8 @@ def test_http_where_https_is_expected(registry: FaultyRegistry, connect: Connect
     assert "--plain-http" in str(caught.value.hint)
 
 
-def test_18_ten_redirects_are_followed_and_no_more(
-    registry: FaultyRegistry, client: Client
-) -> None:
+@pytest.mark.scenario(18)
+def test_ten_redirects_are_followed_and_no_more(registry: FaultyRegistry, client: Client) -> None:
     blob = registry.put_blob(b"weights")
     registry.faults.add("GET", "/blobs/", faults.redirecting(registry), times=10)
     assert read_all(client.repository, blob) == b"weights"
@@ -127,7 +129,8 @@ def test_18_ten_redirects_are_followed_and_no_more(
         read_all(client.repository, blob)
 
 
-def test_18_a_redirect_from_https_to_http_is_refused() -> None:
+@pytest.mark.scenario(18)
+def test_a_redirect_from_https_to_http_is_refused() -> None:
     from modelpack.registry.urls import joined_url
 
     with pytest.raises(RegistryError, match="from https to plain http"):

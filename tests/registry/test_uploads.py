@@ -43,7 +43,8 @@ def test_a_blob_is_written_once(registry: FaultyRegistry, client: Client) -> Non
     assert client.repository.has_blob(blob)
 
 
-def test_28_what_is_there_is_not_sent_again(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(28)
+def test_what_is_there_is_not_sent_again(registry: FaultyRegistry, client: Client) -> None:
     registry.put_blob(CONTENT)
     source = Content(CONTENT)
     assert client.repository.write_blob(source.descriptor, source, client.watch) is Outcome.EXISTED
@@ -104,7 +105,8 @@ def test_a_location_that_leads_nowhere(
     assert client.sleeps == []
 
 
-def test_17_a_location_on_another_host_gets_no_authorization(
+@pytest.mark.scenario(17)
+def test_a_location_on_another_host_gets_no_authorization(
     registry: FaultyRegistry, storage: FaultyRegistry, connect: Connect
 ) -> None:
     registry.auth = BasicAuth("ada", "s3cret")
@@ -136,7 +138,8 @@ def test_a_put_that_is_redirected_sends_everything_there(
     assert storage.blob(Digest.of(CONTENT)) == CONTENT
 
 
-def test_28_memory_stays_flat(registry: FaultyRegistry, client: Client, tmp_path: Path) -> None:
+@pytest.mark.scenario(28)
+def test_memory_stays_flat(registry: FaultyRegistry, client: Client, tmp_path: Path) -> None:
     """A sparse file of 256 MiB; the server discards the bytes."""
     path = tmp_path / "sparse"
     path.touch()
@@ -166,7 +169,8 @@ def test_28_memory_stays_flat(registry: FaultyRegistry, client: Client, tmp_path
     assert peak < 16 * 1024 * 1024
 
 
-def test_28_another_repository_gets_it_by_mount(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(28)
+def test_another_repository_gets_it_by_mount(registry: FaultyRegistry, client: Client) -> None:
     blob = registry.put_blob(CONTENT)
     other = client.registry.repository("other/model")
     assert other.mount_blob(blob, client.repository)

@@ -81,7 +81,8 @@ def test_a_large_blob_goes_in_chunks_where_the_registry_says_how_large_they_are(
     assert sizes(registry, "PATCH") == [1_500_000]
 
 
-def test_29_a_cut_inside_the_third_chunk(registry: FaultyRegistry, chunking: Client) -> None:
+@pytest.mark.scenario(29)
+def test_a_cut_inside_the_third_chunk(registry: FaultyRegistry, chunking: Client) -> None:
     for _ in range(2):
         registry.faults.add("PATCH", UPLOADS, lambda exchange: exchange.send(exchange.reply()))
     registry.faults.add("PUT", UPLOADS, faults.kept_upload(400_000))

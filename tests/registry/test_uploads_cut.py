@@ -36,13 +36,15 @@ def push_through_a_cut(host: str, blobs: BlobOptions) -> int:
 
 
 @pytest.mark.parametrize("blobs", [WHOLE, CHUNKS], ids=["whole", "chunks"])
-def test_29_our_registry_goes_on_where_it_was_cut(blobs: BlobOptions) -> None:
+@pytest.mark.scenario(29)
+def test_our_registry_goes_on_where_it_was_cut(blobs: BlobOptions) -> None:
     with embedded_registry() as server:
         assert push_through_a_cut(server.host, blobs) < len(CONTENT) * 1.1
 
 
 @pytest.mark.parametrize("blobs", [WHOLE, CHUNKS], ids=["whole", "chunks"])
-def test_29_docker_registry_starts_again(blobs: BlobOptions, tmp_path: Path) -> None:
+@pytest.mark.scenario(29)
+def test_docker_registry_starts_again(blobs: BlobOptions, tmp_path: Path) -> None:
     """docker-registry 2.8.2 keeps the bytes, but not the state that a client needs to resume."""
     with docker_registry(tmp_path / "registry") as host:
         assert push_through_a_cut(host, blobs) < len(CONTENT) * 1.7

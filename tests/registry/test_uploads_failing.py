@@ -110,7 +110,8 @@ def test_a_success_that_is_not_created_is_looked_into(
     assert client.write(CONTENT) is Outcome.WRITTEN
 
 
-def test_30_a_source_with_other_bytes(registry: FaultyRegistry, client: Client) -> None:
+@pytest.mark.scenario(30)
+def test_a_source_with_other_bytes(registry: FaultyRegistry, client: Client) -> None:
     changed = bytearray(CONTENT)
     changed[2_999_999] ^= 1
     blob = Content(CONTENT).descriptor
@@ -132,7 +133,8 @@ def test_30_a_source_with_other_bytes(registry: FaultyRegistry, client: Client) 
         (CONTENT + b"x", "more than 3000000"),
     ],
 )
-def test_30_a_source_of_another_length(
+@pytest.mark.scenario(30)
+def test_a_source_of_another_length(
     registry: FaultyRegistry, client: Client, content: bytes, got: str
 ) -> None:
     with pytest.raises(SizeMismatchError) as caught:
@@ -143,7 +145,8 @@ def test_30_a_source_of_another_length(
 
 
 @pytest.mark.parametrize("error", [SourceChangedError("it changed"), OSError(5, "bad sector")])
-def test_30_what_the_source_raises_is_raised(
+@pytest.mark.scenario(30)
+def test_what_the_source_raises_is_raised(
     registry: FaultyRegistry, client: Client, error: Exception
 ) -> None:
     class Broken:
@@ -161,7 +164,8 @@ def test_30_what_the_source_raises_is_raised(
     assert client.sleeps == []
 
 
-def test_31_a_server_that_stops_reading(registry: FaultyRegistry, connect: Connect) -> None:
+@pytest.mark.scenario(31)
+def test_a_server_that_stops_reading(registry: FaultyRegistry, connect: Connect) -> None:
     client = connect(registry.host, timeouts=Timeouts(connect=1, idle=0.3, commit=0.3))
     registry.faults.add("PUT", UPLOADS, faults.stalled_upload(1000), times=None)
     big = bytes(30_000_000)  # more than socket buffers hold
@@ -171,7 +175,8 @@ def test_31_a_server_that_stops_reading(registry: FaultyRegistry, connect: Conne
 
 @pytest.mark.parametrize("by_client", [False, True])
 @pytest.mark.parametrize("fault", [faults.silent, faults.stalled_upload(1000)])
-def test_35_a_stop_cancels_the_upload_within_two_seconds(
+@pytest.mark.scenario(35)
+def test_a_stop_cancels_the_upload_within_two_seconds(
     registry: FaultyRegistry, client: Client, fault: faults.Fault, by_client: bool
 ) -> None:
     stop = client.stop if by_client else Stop()
@@ -204,7 +209,8 @@ def test_35_a_stop_cancels_the_upload_within_two_seconds(
     assert registry.open_uploads == []
 
 
-def test_35_a_stop_ends_the_wait_for_a_retry(registry: FaultyRegistry, connect: Connect) -> None:
+@pytest.mark.scenario(35)
+def test_a_stop_ends_the_wait_for_a_retry(registry: FaultyRegistry, connect: Connect) -> None:
     from modelpack.registry import RetryPolicy
 
     client = connect(registry.host, retry=RetryPolicy(first_delay=30))

@@ -26,7 +26,8 @@ def sent(registry: FaultyRegistry, method: str = "PUT") -> list[int]:
 
 
 @pytest.mark.parametrize("after", [2, 1_048_576, 1_500_000, 2_999_999])
-def test_29_what_arrived_is_not_sent_again(
+@pytest.mark.scenario(29)
+def test_what_arrived_is_not_sent_again(
     registry: FaultyRegistry, client: Client, after: int
 ) -> None:
     registry.faults.add("PUT", UPLOADS, faults.kept_upload(after))
@@ -99,7 +100,8 @@ def test_only_what_came_after_the_last_checkpoint_is_read_again(
     ],
     ids=["lost", "not offered", "no range", "nothing", "more than was sent", "a hole", "absurd"],
 )
-def test_29_a_status_that_helps_nobody_costs_a_new_session(
+@pytest.mark.scenario(29)
+def test_a_status_that_helps_nobody_costs_a_new_session(
     registry: FaultyRegistry, client: Client, status: faults.Fault
 ) -> None:
     registry.faults.add("PUT", UPLOADS, faults.kept_upload(1_500_000))
@@ -173,7 +175,8 @@ def test_the_blob_appeared_meanwhile(registry: FaultyRegistry, client: Client) -
 
 
 @pytest.mark.parametrize("other", [CONTENT[:-1] + b"?", CONTENT[:-1], CONTENT + b"?"])
-def test_30_a_source_that_changed_between_two_tries_is_never_completed(
+@pytest.mark.scenario(30)
+def test_a_source_that_changed_between_two_tries_is_never_completed(
     registry: FaultyRegistry, client: Client, other: bytes
 ) -> None:
     registry.faults.add("PUT", UPLOADS, faults.kept_upload(1_500_000))
@@ -202,7 +205,8 @@ def test_a_session_of_a_failed_mount_is_resumed_too(
     assert sent(registry) == [1_000_000, 2_000_000]
 
 
-def test_17_a_status_elsewhere_gets_no_authorization(
+@pytest.mark.scenario(17)
+def test_a_status_elsewhere_gets_no_authorization(
     registry: FaultyRegistry, storage: FaultyRegistry, connect: Connect
 ) -> None:
     """The `Location` of a status may be on another host."""

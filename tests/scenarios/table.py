@@ -1,7 +1,7 @@
 """The fault scenarios that a client, a store and a registry have to stand, and their tests.
 
-Each has a number, which the names of its tests begin with: `test_19_...`. Some are tested at
-several levels: the part in question alone, the whole command, a real peer.
+Each has a number, and its tests the mark `scenario(number)`. Some are tested at several levels: the
+part in question alone, the whole command, a real peer.
 """
 
 from __future__ import annotations

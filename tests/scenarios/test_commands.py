@@ -21,7 +21,8 @@ from tests.scenarios.published import Published
 DENIED = b'{"errors":[{"code":"DENIED","message":"not yours"}]}'
 
 
-def test_12_denied_is_told_at_once(published: Published) -> None:
+@pytest.mark.scenario(12)
+def test_denied_is_told_at_once(published: Published) -> None:
     published.registry.faults.add("*", "/v2/", answering(403, DENIED), times=None)
     with pytest.raises(DeniedError, match="not yours") as caught:
         published.pull()
@@ -31,7 +32,8 @@ def test_12_denied_is_told_at_once(published: Published) -> None:
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_13_the_time_that_a_registry_asks_for(published: Published, form: str) -> None:
+@pytest.mark.scenario(13)
+def test_the_time_that_a_registry_asks_for(published: Published, form: str) -> None:
     now = datetime.now(UTC).replace(microsecond=0)
     later = "3" if form == "seconds" else format_datetime(now + timedelta(seconds=3), usegmt=True)
     busy = answering(429, Retry_After=later, Date=format_datetime(now, usegmt=True))
@@ -43,7 +45,8 @@ def test_13_the_time_that_a_registry_asks_for(published: Published, form: str) -
     published.check_whole()
 
 
-def test_15_a_wrong_password_names_its_source_and_is_not_shown(
+@pytest.mark.scenario(15)
+def test_a_wrong_password_names_its_source_and_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FaultyRegistry(auth=BasicAuth("ann", "right")) as registry:
@@ -62,7 +65,8 @@ def test_15_a_wrong_password_names_its_source_and_is_not_shown(
     "fault",
     [pytest.param(silent_after(10), id="silent"), pytest.param(dripping(1, 0.05), id="slow-loris")],
 )
-def test_31_a_registry_that_keeps_us_waiting(published: Published, fault: object) -> None:
+@pytest.mark.scenario(31)
+def test_a_registry_that_keeps_us_waiting(published: Published, fault: object) -> None:
     published.registry.faults.add("GET", published.path, fault, times=None)  # type: ignore[arg-type]
     timeouts = Timeouts(connect=1, idle=0.2, minimum_speed=1000)
     remote = RemoteOptions(timeouts=timeouts, retry=RetryPolicy(tries=2, sleep=lambda _: None))

@@ -29,7 +29,8 @@ from tests.scenarios.published import Published
 BLOBS = "/blobs/sha256:"
 
 
-def test_02_twenty_cuts(published: Published) -> None:
+@pytest.mark.scenario(2)
+def test_twenty_cuts(published: Published) -> None:
     for _ in range(20):
         published.registry.faults.add("GET", published.path, cut_after(7))
     assert published.pull() == published.manifest.digest
@@ -37,20 +38,23 @@ def test_02_twenty_cuts(published: Published) -> None:
     assert published.registry.count("GET", published.path) == 21
 
 
-def test_03_a_short_body(published: Published) -> None:
+@pytest.mark.scenario(3)
+def test_a_short_body(published: Published) -> None:
     published.registry.faults.add("GET", published.path, shortened(1), times=None)
     with pytest.raises(SizeMismatchError):
         published.pull()
     published.check_nothing_shows()
 
 
-def test_04_a_flipped_bit_once_is_fetched_again(published: Published) -> None:
+@pytest.mark.scenario(4)
+def test_a_flipped_bit_once_is_fetched_again(published: Published) -> None:
     published.registry.faults.add("GET", published.path, flipped_bit(100))
     assert published.pull() == published.manifest.digest
     published.check_whole()
 
 
-def test_04_a_flipped_bit_always_is_an_error(published: Published) -> None:
+@pytest.mark.scenario(4)
+def test_a_flipped_bit_always_is_an_error(published: Published) -> None:
     published.registry.faults.add("GET", published.path, flipped_bit(100), times=None)
     with pytest.raises(DigestMismatchError, match=str(published.weight.digest)):
         published.pull()
@@ -59,14 +63,16 @@ def test_04_a_flipped_bit_always_is_an_error(published: Published) -> None:
     assert not list(published.store.root.glob(f"ingest/**/*{published.weight.digest.encoded}*"))
 
 
-def test_05_a_server_that_ignores_ranges(published: Published) -> None:
+@pytest.mark.scenario(5)
+def test_a_server_that_ignores_ranges(published: Published) -> None:
     published.registry.faults.add("GET", published.path, cut_after(100))
     published.registry.faults.add("GET", published.path, ignoring_range)
     published.pull()
     published.check_whole()
 
 
-def test_06_a_range_that_starts_elsewhere(published: Published) -> None:
+@pytest.mark.scenario(6)
+def test_a_range_that_starts_elsewhere(published: Published) -> None:
     published.registry.faults.add("GET", published.path, cut_after(100))
     published.registry.faults.add("GET", published.path, shifted_range(-8))
     published.pull()
@@ -76,10 +82,16 @@ def test_06_a_range_that_starts_elsewhere(published: Published) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(replaced(b'{"schemaVersion":2}'), id="07-other-bytes"),
-        pytest.param(with_headers(Docker_Content_Digest="sha256:" + "0" * 64), id="08-digest"),
+        pytest.param(replaced(b'{"schemaVersion":2}'), id="other-bytes"),
         pytest.param(
-            with_headers(Content_Type="application/vnd.oci.image.index.v1+json"), id="09-type"
+            with_headers(Docker_Content_Digest="sha256:" + "0" * 64),
+            id="digest",
+            marks=pytest.mark.scenario(8),
+        ),
+        pytest.param(
+            with_headers(Content_Type="application/vnd.oci.image.index.v1+json"),
+            id="type",
+            marks=pytest.mark.scenario(9),
         ),
     ],
 )
@@ -95,7 +107,8 @@ def test_a_manifest_that_lies_is_refused_before_any_blob(
     published.check_nothing_shows()
 
 
-def test_14_a_registry_that_is_down(published: Published) -> None:
+@pytest.mark.scenario(14)
+def test_a_registry_that_is_down(published: Published) -> None:
     published.registry.faults.add("*", "/v2/", answering(503), times=None)
     with pytest.raises(RemoteUnavailableError) as caught:
         published.pull()
@@ -103,7 +116,8 @@ def test_14_a_registry_that_is_down(published: Published) -> None:
     published.check_nothing_shows()
 
 
-def test_16_blobs_that_lie_elsewhere(published: Published) -> None:
+@pytest.mark.scenario(16)
+def test_blobs_that_lie_elsewhere(published: Published) -> None:
     with FaultyRegistry() as storage:
         content = published.registry.blob(published.weight.digest)
         assert content is not None

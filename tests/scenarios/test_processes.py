@@ -46,7 +46,8 @@ def asked_bytes(value: str, size: int) -> int:
     return (int(last) + 1 if last else size) - int(first)
 
 
-def test_01_a_killed_pull_resumes(tmp_path: Path) -> None:
+@pytest.mark.scenario(1)
+def test_a_killed_pull_resumes(tmp_path: Path) -> None:
     """kill -9 at 60 % of a pull: the next one fetches the rest only."""
     size = 40 * MIB
     files = tmp_path / "model"
@@ -85,7 +86,8 @@ def test_01_a_killed_pull_resumes(tmp_path: Path) -> None:
     assert staged_bytes(store) == 0
 
 
-def test_35_an_interrupted_push_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.scenario(35)
+def test_an_interrupted_push_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C during an upload: it is cancelled by DELETE, exit code 130, the tag is unchanged."""
     files = tmp_path / "model"
     write_safetensors(files / "model.safetensors", os.urandom(8 * MIB))
@@ -121,7 +123,8 @@ def test_35_an_interrupted_push_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "size", [10**9, pytest.param(8 * 10**9, marks=pytest.mark.long)], ids=["1GB", "8GB"]
 )
-def test_28_gigabytes_in_constant_memory(tmp_path: Path, size: int) -> None:
+@pytest.mark.scenario(28)
+def test_gigabytes_in_constant_memory(tmp_path: Path, size: int) -> None:
     """A sparse blob: one PUT, under 100 MB of memory, and nothing sent the second time."""
     files = tmp_path / "model"
     sparse_safetensors(files / "model.safetensors", size)
@@ -172,7 +175,8 @@ def accepted(exchange: Exchange) -> Reply:
     return Reply(201, {"Docker-Content-Digest": str(Digest.of(exchange.body))})
 
 
-def test_30_a_file_that_changes_is_not_packaged(
+@pytest.mark.scenario(30)
+def test_a_file_that_changes_is_not_packaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that grows after its header was read is refused, and no model appears."""

@@ -98,7 +98,8 @@ def test_a_slow_registry_is_asked_for_several_parts_at_a_time(slow: Slow, tmp_pa
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_01_35_a_pull_that_was_ended_goes_on_where_it_was(
+@pytest.mark.scenario(1, 35)
+def test_a_pull_that_was_ended_goes_on_where_it_was(
     slow: Slow, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Ended at 60 %, it fetches less than 45 % once more; an interrupt takes two seconds."""

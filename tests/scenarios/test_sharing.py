@@ -17,7 +17,8 @@ from tests.scenarios.published import Published
 pytestmark = pytest.mark.long
 
 
-def test_20_two_pulls_of_one_model(published: Published, tmp_path: Path) -> None:
+@pytest.mark.scenario(20)
+def test_two_pulls_of_one_model(published: Published, tmp_path: Path) -> None:
     """One download on the wire, both end well, one copy."""
     release = threading.Event()
     published.registry.faults.add("GET", published.path, held_until(release))
@@ -35,7 +36,8 @@ def test_20_two_pulls_of_one_model(published: Published, tmp_path: Path) -> None
     assert list((store / "ingest").glob("*.part")) == []
 
 
-def test_21_eight_tags_at_once(tmp_path: Path) -> None:
+@pytest.mark.scenario(21)
+def test_eight_tags_at_once(tmp_path: Path) -> None:
     store = modelpack.Store(tmp_path / "store")
     gguf = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path))
     modelpack.package("team/model:v0", gguf, store=store)
@@ -53,7 +55,8 @@ def test_21_eight_tags_at_once(tmp_path: Path) -> None:
     assert {name.tag for name in model.references} == {"v0", *(f"tag{i}" for i in range(8))}
 
 
-def test_22_a_collection_while_a_pull_runs(published: Published) -> None:
+@pytest.mark.scenario(22)
+def test_a_collection_while_a_pull_runs(published: Published) -> None:
     release = threading.Event()
     published.registry.faults.add("GET", published.path, held_until(release))
     store = published.store

@@ -1,9 +1,8 @@
-"""Every scenario has a test that is named after it, and no test is named after none."""
+"""Every scenario has a test with the mark `scenario(number)`, and every such mark a scenario."""
 
 from __future__ import annotations
 
 import ast
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,6 @@ import pytest
 from tests.scenarios.table import SCENARIOS
 
 TESTS = Path(__file__).parents[1]
-# These number the scenarios of other specifications.
-OTHERS = ("engine", "gateway", "interop")
-_NUMBERED = re.compile(r"test_([0-9]{2})_")
-_PARAMETER = re.compile(r"([0-9]{2})-[a-z]")
 
 
 def test_the_table_is_whole() -> None:
@@ -28,31 +23,25 @@ def test_a_scenario_has_a_test(number: int) -> None:
     assert NAMED.get(number), f"no test for scenario {number}: {SCENARIOS[number]}"
 
 
-def test_no_test_has_a_number_of_none() -> None:
+def test_every_mark_has_a_scenario() -> None:
     assert set(NAMED) <= set(SCENARIOS), {n: NAMED[n] for n in NAMED if n not in SCENARIOS}
 
 
-def _numbers(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield the scenarios that functions, or the ids of their parameters, are named after."""
-    for function in ast.walk(tree):
-        if not isinstance(function, ast.FunctionDef) or not function.name.startswith("test_"):
-            continue
-        if match := _NUMBERED.match(function.name):
-            yield int(match[1]), function.name
-        for node in (node for mark in function.decorator_list for node in ast.walk(mark)):
-            if isinstance(node, ast.keyword) and node.arg == "id":
-                name = ast.literal_eval(node.value)
-                if match := _PARAMETER.match(name):
-                    yield int(match[1]), f"{function.name}[{name}]"
+def _numbers(function: ast.FunctionDef) -> Iterator[int]:
+    """Yield the numbers in the marks `scenario` of a test and of its parameters."""
+    for mark in function.decorator_list:
+        for call in ast.walk(mark):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.scenario":
+                yield from map(ast.literal_eval, call.args)
 
 
 def _named() -> dict[int, list[str]]:
     found: dict[int, list[str]] = defaultdict(list)
     for path in sorted(TESTS.rglob("test_*.py")):
-        place = path.relative_to(TESTS)
-        if place.parts[0] not in OTHERS:
-            for number, name in _numbers(ast.parse(path.read_bytes())):
-                found[number].append(f"{place}::{name}")
+        for function in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
+                for number in _numbers(function):
+                    found[number].append(f"{path.relative_to(TESTS)}::{function.name}")
     return dict(found)
 
 

@@ -73,7 +73,8 @@ def begin(client: Client, digest: str) -> str:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("push", [post_only, post_then_put, stream, chunks])
 @pytest.mark.parametrize("content", BLOBS.values(), ids=BLOBS)
-def test_34_blobs(
+@pytest.mark.scenario(34)
+def test_blobs(
     client: Client, push: Callable[[Client, bytes, str], Any], content: bytes, algorithm: str
 ) -> None:
     content = content and content + f"{client.name}".encode()
@@ -99,7 +100,8 @@ def test_34_blobs(
     assert client.request("DELETE", f"blobs/{digest}").status_code == 404
 
 
-def test_34_an_upload_is_cancelled(client: Client) -> None:
+@pytest.mark.scenario(34)
+def test_an_upload_is_cancelled(client: Client) -> None:
     location = client.upload()
     assert client.patch(location, b"some bytes", 0).status_code == 202
     assert client.request("DELETE", location).status_code == 204  # end-14
@@ -107,7 +109,8 @@ def test_34_an_upload_is_cancelled(client: Client) -> None:
         assert client.request(method, location).status_code == 404
 
 
-def test_34_ranges_of_a_blob(client: Client) -> None:
+@pytest.mark.scenario(34)
+def test_ranges_of_a_blob(client: Client) -> None:
     content = bytes(range(256)) * 8
     path = f"blobs/{client.push_blob(content)['digest']}"
     for asked, first, last in (
@@ -181,7 +184,8 @@ KINDS = [
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("make", KINDS)
-def test_34_manifests(client: Client, make: Callable[[Client], bytes], algorithm: str) -> None:
+@pytest.mark.scenario(34)
+def test_manifests(client: Client, make: Callable[[Client], bytes], algorithm: str) -> None:
     raw = make(client)
     kind = json.loads(raw)["mediaType"]
     digest = digest_of(raw, algorithm)
@@ -216,7 +220,8 @@ def test_34_manifests(client: Client, make: Callable[[Client], bytes], algorithm
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_34_referrers(client: Client, algorithm: str) -> None:
+@pytest.mark.scenario(34)
+def test_referrers(client: Client, algorithm: str) -> None:
     raw = image(client)
     digest = digest_of(raw, algorithm)
     assert client.put_manifest(digest, raw).status_code == 201
@@ -266,7 +271,8 @@ def bad_cases(report: Path, kind: str) -> list[str]:
     return [case.attrib["name"] for case in cases if case.find(kind) is not None]
 
 
-def test_34_the_specifications_own_program(program: str, tmp_path: Path) -> None:
+@pytest.mark.scenario(34)
+def test_the_specifications_own_program(program: str, tmp_path: Path) -> None:
     with RegistryServer(tmp_path / "store", address="127.0.0.1:0", sparse=True) as server:
         settings = {
             "REGISTRY": server.host, "TLS": "disabled", "VERSION": "1.1",
@@ -297,7 +303,8 @@ NOT_FOR_US = [
 
 
 @pytest.mark.peer("go")
-def test_34_the_specifications_program_of_2023(tmp_path: Path) -> None:
+@pytest.mark.scenario(34)
+def test_the_specifications_program_of_2023(tmp_path: Path) -> None:
     require("go")
     program = build_go_tool(ROOT / "tests/interop/conformance_2023", ROOT / ".cache")
     with RegistryServer(tmp_path / "store", address="127.0.0.1:0") as server:

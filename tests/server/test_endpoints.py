@@ -194,7 +194,8 @@ def test_bad_names(server: RegistryServer, name: str) -> None:
         "sha256:" + "0" * 64 + "%00",
     ],
 )
-def test_27_bad_digests(server: RegistryServer, digest: str) -> None:
+@pytest.mark.scenario(27)
+def test_bad_digests(server: RegistryServer, digest: str) -> None:
     client = Client(server.url, "bad/digests")
     requested = [
         ("GET", f"blobs/{digest}"),

@@ -202,7 +202,8 @@ def status_after_cut(client: Client, location: str, at_least: int) -> int:
     raise AssertionError(f"the bytes of the cut chunk never arrived, {staged} are there")
 
 
-def test_29_a_cut_inside_the_third_chunk(client: Client, server: RegistryServer) -> None:
+@pytest.mark.scenario(29)
+def test_a_cut_inside_the_third_chunk(client: Client, server: RegistryServer) -> None:
     content = CONTENT + b"cut"
     location = client.upload()
     for first in (0, CHUNK):

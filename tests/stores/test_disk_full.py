@@ -41,7 +41,8 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "check_room", lambda *_: None)
 
 
-def test_19_a_download_that_cannot_fit_is_refused_at_once(
+@pytest.mark.scenario(19)
+def test_a_download_that_cannot_fit_is_refused_at_once(
     disk: Path, small: LayoutStore, watcher: Watcher
 ) -> None:
     fill(disk, 8 * MIB)
@@ -54,7 +55,8 @@ def test_19_a_download_that_cannot_fit_is_refused_at_once(
     assert len(CONTENT) < caught.value.needed < len(CONTENT) * 1.1
 
 
-def test_19_a_disk_that_fills_up_meanwhile_keeps_the_part_and_the_index(
+@pytest.mark.scenario(19)
+def test_a_disk_that_fills_up_meanwhile_keeps_the_part_and_the_index(
     disk: Path, small: LayoutStore, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = (small.root / "index.json").read_bytes()

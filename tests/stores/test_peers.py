@@ -66,13 +66,15 @@ def umoci(*arguments: str | Path) -> str:
 
 
 @pytest.mark.peer("skopeo")
-def test_33_skopeo_reads_our_store_in_place(filled: LayoutStore, model: SmallModel) -> None:
+@pytest.mark.scenario(33)
+def test_skopeo_reads_our_store_in_place(filled: LayoutStore, model: SmallModel) -> None:
     raw = skopeo("inspect", "--raw", f"oci:{filled.root}:{NAME}")
     assert raw.encode() == model.manifest.raw
 
 
 @pytest.mark.peer("skopeo")
-def test_33_a_store_that_skopeo_copied_opens_in_ours(
+@pytest.mark.scenario(33)
+def test_a_store_that_skopeo_copied_opens_in_ours(
     filled: LayoutStore, model: SmallModel, tmp_path: Path
 ) -> None:
     copied = tmp_path / "copied"
@@ -115,7 +117,8 @@ def test_a_registry_keeps_the_digest(
 
 
 @pytest.mark.peer("umoci")
-def test_33_umoci_lists_our_tags(filled: LayoutStore) -> None:
+@pytest.mark.scenario(33)
+def test_umoci_lists_our_tags(filled: LayoutStore) -> None:
     assert umoci("ls", "--layout", filled.root).split() == [NAME]
 
 
@@ -157,7 +160,8 @@ def test_a_stray_file_is_what_our_check_says_that_others_choke_on(filled: Layout
     assert [p.kind for p in filled.fsck(watch=Watcher().watch).problems] == ["stray"]
 
 
-def test_33_oras_validates_our_store(filled: LayoutStore, model: SmallModel) -> None:
+@pytest.mark.scenario(33)
+def test_oras_validates_our_store(filled: LayoutStore, model: SmallModel) -> None:
     layout = Layout(str(filled.root))
     layout.validate()
     blobs = layout.get_ordered_blobs(NAME)

@@ -30,7 +30,8 @@ def files_under(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_20_two_processes_that_want_one_blob_download_it_once(
+@pytest.mark.scenario(20)
+def test_two_processes_that_want_one_blob_download_it_once(
     store: LayoutStore, start: Start
 ) -> None:
     blob = blob_of(random.Random(20).randbytes(SIZE))
@@ -46,7 +47,8 @@ def test_20_two_processes_that_want_one_blob_download_it_once(
     assert files_under(store.root / "ingest") == []
 
 
-def test_20_whoever_waits_takes_over_from_a_process_that_dies(
+@pytest.mark.scenario(20)
+def test_whoever_waits_takes_over_from_a_process_that_dies(
     store: LayoutStore, start: Start
 ) -> None:
     content = random.Random(20).randbytes(SIZE)
@@ -119,7 +121,8 @@ def test_a_killed_import_shows_nothing_and_its_space_is_reclaimed(
     assert store.import_file(path, watcher.watch).outcome is Outcome.EXISTED
 
 
-def test_21_eight_processes_tag_at_once(store: LayoutStore, start: Start) -> None:
+@pytest.mark.scenario(21)
+def test_eight_processes_tag_at_once(store: LayoutStore, start: Start) -> None:
     models = [small_model(bytes([number])) for number in range(8)]
     for model in models:
         write_model(store, model)
@@ -162,9 +165,8 @@ def test_eight_processes_move_one_tag(store: LayoutStore, start: Start) -> None:
     assert [len(model.names) for model in store.models()] == [1, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_22_a_collection_during_a_pull_takes_nothing_from_it(
-    store: LayoutStore, start: Start
-) -> None:
+@pytest.mark.scenario(22)
+def test_a_collection_during_a_pull_takes_nothing_from_it(store: LayoutStore, start: Start) -> None:
     worker = start("pull", store.root, SIZE, 22)
     worker.expect("half")
     rubbish = store.write_bytes(b"rubbish", "text/plain")

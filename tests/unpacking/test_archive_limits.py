@@ -46,7 +46,8 @@ LIMITED = {
 
 @pytest.mark.parametrize("media_type", [GZIP, ZSTD])
 @pytest.mark.parametrize("name", LIMITED)
-def test_25_bomb(stored: Stored, directory: Path, media_type: str, name: str) -> None:
+@pytest.mark.scenario(25)
+def test_bomb(stored: Stored, directory: Path, media_type: str, name: str) -> None:
     blob = PACK[media_type](LIMITED[name] + END)
     assert len(blob) < 3000
     with pytest.raises(IntegrityError, match="expands to more than 65536 bytes"):
@@ -184,7 +185,8 @@ print(len(bomb), peak() - before)
 """
 
 
-def test_25_memory_stays_flat(tmp_path: Path) -> None:
+@pytest.mark.scenario(25)
+def test_memory_stays_flat(tmp_path: Path) -> None:
     """3 MB stand for 100 GiB here; reading stops at 200 times the size of the blob."""
     root = Path(__file__).parent.parent.parent
     output = subprocess.run(

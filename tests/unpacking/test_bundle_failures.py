@@ -52,7 +52,8 @@ def test_again_is_refused_and_overwrite_replaces(stored: Stored, directory: Path
     assert os.listdir(directory.parent) == ["bundle"]
 
 
-def test_24_links_in_what_is_replaced_are_not_followed(stored: Stored, directory: Path) -> None:
+@pytest.mark.scenario(24)
+def test_links_in_what_is_replaced_are_not_followed(stored: Stored, directory: Path) -> None:
     outside = directory.parent.parent
     directory.mkdir()
     (directory / "model").symlink_to(outside, target_is_directory=True)
@@ -72,7 +73,8 @@ def test_a_link_instead_of_the_directory_is_refused(stored: Stored, directory: P
 
 
 @pytest.mark.parametrize("planted", ["model", "model/sub", "model/sub/README.md", "config.json"])
-def test_24_links_planted_while_we_work_are_not_followed(
+@pytest.mark.scenario(24)
+def test_links_planted_while_we_work_are_not_followed(
     stored: Stored, directory: Path, planted: str
 ) -> None:
     """A process with write access replaces a created entry by a link to the outside."""
@@ -100,7 +102,8 @@ def test_24_links_planted_while_we_work_are_not_followed(
 
 @pytest.mark.parametrize("path", ["../../x", "/abs", "a\0b", "C:\\x", "", ".", "a/../../b"])
 @pytest.mark.parametrize("config", [V01, V02])
-def test_23_unsafe_paths(stored: Stored, directory: Path, config: str, path: str) -> None:
+@pytest.mark.scenario(23)
+def test_unsafe_paths(stored: Stored, directory: Path, config: str, path: str) -> None:
     with pytest.raises(UnsafePathError):
         bundle_of(stored, directory, [WEIGHT, (media_types.DOCKER_MODEL_FILE, path, b"x")], config)
     assert not directory.exists()

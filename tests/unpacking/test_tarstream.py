@@ -191,7 +191,8 @@ def test_checksum_of_signed_bytes() -> None:
         (b"6", "a FIFO"),
     ],
 )
-def test_24_what_is_no_file_is_refused_by_name(kind: bytes, what: str) -> None:
+@pytest.mark.scenario(24)
+def test_what_is_no_file_is_refused_by_name(kind: bytes, what: str) -> None:
     data = file(b"first", b"x") + header(b"sub/evil", kind=kind, link=b"first") + END
     with pytest.raises(UnsafePathError, match=f"layer x: 'sub/evil' is {what}"):
         entries(data)

@@ -92,7 +92,8 @@ def test_directory_where_a_file_is(tree: Tree) -> None:
 @pytest.mark.parametrize(
     "path", ["", ".", "..", "../x", "/x", "a/../b", "a//b", "a/", "C:x", "a\\b", "a\0b", "x" * 256]
 )
-def test_23_unsafe_path(tree: Tree, path: str) -> None:
+@pytest.mark.scenario(23)
+def test_unsafe_path(tree: Tree, path: str) -> None:
     with pytest.raises(UnsafePathError):
         write(tree, path)
     with pytest.raises(UnsafePathError):
@@ -114,7 +115,8 @@ def test_a_file_that_failed_is_not_taken(tree: Tree) -> None:
 
 @pytest.mark.parametrize("planted", ["link", "file", "directory"])
 @pytest.mark.parametrize("path", ["x", "sub/x", "sub/deep/x"])
-def test_24_planted_before_a_file(tree: Tree, directory: Path, planted: str, path: str) -> None:
+@pytest.mark.scenario(24)
+def test_planted_before_a_file(tree: Tree, directory: Path, planted: str, path: str) -> None:
     """Another process plants a link to an outside file at the path of a new file."""
     write(tree, "sub/deep/ours")
     secret = directory.parent.parent / "secret"
@@ -130,7 +132,8 @@ def test_24_planted_before_a_file(tree: Tree, directory: Path, planted: str, pat
 
 
 @pytest.mark.parametrize("name", ["new", "sub", "sub/deep"])
-def test_24_planted_in_place_of_a_directory(tree: Tree, directory: Path, name: str) -> None:
+@pytest.mark.scenario(24)
+def test_planted_in_place_of_a_directory(tree: Tree, directory: Path, name: str) -> None:
     """Another process replaces an existing or new directory by a link."""
     write(tree, "sub/deep/ours")
     outside = directory.parent.parent

@@ -89,7 +89,7 @@ def events(url: str, **body: Any) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_scenario_01_models_by_three_paths(smollm2_url: str) -> None:
+def test_models_by_three_paths(smollm2_url: str) -> None:
     lists = [
         requests.get(f"{smollm2_url}{prefix}/models", timeout=60).json()
         for prefix in ("/engines/v1", "/v1", "/engines/vllm/v1")
@@ -99,11 +99,11 @@ def test_scenario_01_models_by_three_paths(smollm2_url: str) -> None:
     assert {model["id"] for model in lists[0]["data"]} == set(FAMILIAR.values())
 
 
-def test_scenario_02_a_name_with_a_slash(client: openai.OpenAI) -> None:
+def test_a_name_with_a_slash(client: openai.OpenAI) -> None:
     assert client.models.retrieve(f"{SMOLLM2}:latest").id == f"{SMOLLM2}:latest"
 
 
-def test_scenario_03_the_same_text_alone_and_among_others(smollm2_url: str) -> None:
+def test_the_same_text_alone_and_among_others(smollm2_url: str) -> None:
     async def run() -> list[str | None]:
         async with openai.AsyncOpenAI(base_url=f"{smollm2_url}/v1", api_key="none") as client:
 
@@ -124,14 +124,14 @@ def test_scenario_03_the_same_text_alone_and_among_others(smollm2_url: str) -> N
     assert len(set(texts)) == 1
 
 
-def test_scenario_04_one_token(client: openai.OpenAI) -> None:
+def test_one_token(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(**(FRANCE | {"max_tokens": 1}))
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 1
 
 
-def test_scenario_05_a_stream_with_usage(client: openai.OpenAI, smollm2_url: str) -> None:
+def test_a_stream_with_usage(client: openai.OpenAI, smollm2_url: str) -> None:
     chunks = events(smollm2_url, **FRANCE, stream_options={"include_usage": True})
     *most, last = chunks
     choices = [chunk["choices"][0] for chunk in most]
@@ -148,7 +148,7 @@ def test_scenario_05_a_stream_with_usage(client: openai.OpenAI, smollm2_url: str
     assert text == whole.choices[0].message.content
 
 
-def test_scenario_05_a_stream_by_the_asynchronous_client(smollm2_url: str) -> None:
+def test_a_stream_by_the_asynchronous_client(smollm2_url: str) -> None:
     async def run() -> tuple[str, int]:
         async with openai.AsyncOpenAI(base_url=f"{smollm2_url}/v1", api_key="none") as client:
             stream = await client.chat.completions.create(
@@ -163,11 +163,11 @@ def test_scenario_05_a_stream_by_the_asynchronous_client(smollm2_url: str) -> No
     assert tokens > 1
 
 
-def test_scenario_06_a_stream_without_usage(smollm2_url: str) -> None:
+def test_a_stream_without_usage(smollm2_url: str) -> None:
     assert all("usage" not in chunk for chunk in events(smollm2_url, **FRANCE))
 
 
-def test_scenario_07_a_stop_string_over_tokens(client: openai.OpenAI) -> None:
+def test_a_stop_string_over_tokens(client: openai.OpenAI) -> None:
     """The string begins and ends within tokens of the reply."""
     text = client.chat.completions.create(**FRANCE).choices[0].message.content
     assert text is not None
@@ -183,9 +183,7 @@ def test_scenario_07_a_stop_string_over_tokens(client: openai.OpenAI) -> None:
         assert stream[-1].choices[0].finish_reason == "stop"
 
 
-def test_scenario_07_an_empty_line_that_comes_in_pieces(
-    scripted: Served, tool_client: openai.OpenAI
-) -> None:
+def test_an_empty_line_that_comes_in_pieces(scripted: Served, tool_client: openai.OpenAI) -> None:
     name = scripted.says(CALLER, "One.\n", "\nTwo.")
     asked: Any = {"model": name, "messages": HELLO, "stop": "\n\n"}
     # With tools, the server parses the reply and finds stop strings instead of the engine.
@@ -194,7 +192,7 @@ def test_scenario_07_an_empty_line_that_comes_in_pieces(
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_scenario_08_three_choices_in_a_stream(client: openai.OpenAI) -> None:
+def test_three_choices_in_a_stream(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(**(FRANCE | {"temperature": 1, "n": 3}), stream=True)
     finishes: dict[int, list[str]] = {0: [], 1: [], 2: []}
     texts = {0: "", 1: "", 2: ""}
@@ -209,7 +207,7 @@ def test_scenario_08_three_choices_in_a_stream(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_scenario_09_logprobs(client: openai.OpenAI, stream: bool) -> None:
+def test_logprobs(client: openai.OpenAI, stream: bool) -> None:
     asked = FRANCE | {"logprobs": True, "top_logprobs": 5}
     if stream:
         chunks = list(client.chat.completions.create(**asked, stream=True))
@@ -232,7 +230,7 @@ def test_scenario_09_logprobs(client: openai.OpenAI, stream: bool) -> None:
         assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)  # greedy
 
 
-def test_scenario_10_twenty_answers_follow_a_schema(client: openai.OpenAI) -> None:
+def test_twenty_answers_follow_a_schema(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=SMOLLM2, messages=[{"role": "user", "content": "A number, as JSON."}],
         response_format=FORMAT, temperature=1.5, n=20, max_tokens=64, seed=3,
@@ -262,7 +260,7 @@ def thinker() -> Iterator[openai.OpenAI]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_scenario_11_a_schema_after_reasoning(thinker: openai.OpenAI, stream: bool) -> None:
+def test_a_schema_after_reasoning(thinker: openai.OpenAI, stream: bool) -> None:
     """Random weights reason until the budget is used up."""
     asked: Any = {
         "model": "tiny", "messages": HELLO, "response_format": FORMAT, "temperature": 1, "seed": 5,
@@ -282,7 +280,7 @@ def test_scenario_11_a_schema_after_reasoning(thinker: openai.OpenAI, stream: bo
     jsonschema.validate(json.loads(text), SCHEMA)
 
 
-def test_scenario_12_two_calls_in_a_stream(scripted: Served, tool_client: openai.OpenAI) -> None:
+def test_two_calls_in_a_stream(scripted: Served, tool_client: openai.OpenAI) -> None:
     calls = "".join(
         f'<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>\n'
         for city in ("Paris", "São Paulo")
@@ -315,9 +313,7 @@ NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", [NAMED, "required"])
-def test_scenario_13_a_call_that_has_to_be_made(
-    client: openai.OpenAI, choice: Any, stream: bool
-) -> None:
+def test_a_call_that_has_to_be_made(client: openai.OpenAI, choice: Any, stream: bool) -> None:
     """The grammar has priority over the prompt, which asks for something else."""
     asked: Any = FRANCE | {
         "messages": [{"role": "user", "content": "Tell me a joke."}], "max_tokens": 64,
@@ -342,7 +338,7 @@ def test_scenario_13_a_call_that_has_to_be_made(
     assert not text
 
 
-def test_scenario_13_an_unknown_function(client: openai.OpenAI) -> None:
+def test_an_unknown_function(client: openai.OpenAI) -> None:
     unknown: Any = {"type": "function", "function": {"name": "get_lost"}}
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(**FRANCE, tools=[WEATHER], tool_choice=unknown)
@@ -350,7 +346,7 @@ def test_scenario_13_an_unknown_function(client: openai.OpenAI) -> None:
     assert "get_lost" in raised.value.message
 
 
-def test_scenario_14_a_result_is_used(client: openai.OpenAI) -> None:
+def test_a_result_is_used(client: openai.OpenAI) -> None:
     call = {"id": "call_1", "type": "function",
             "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}  # fmt: skip
     answer = client.chat.completions.create(
@@ -373,7 +369,7 @@ def test_scenario_14_a_result_is_used(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.tool_calls is None
 
 
-def test_scenario_15_an_unknown_model(client: openai.OpenAI, smollm2_url: str) -> None:
+def test_an_unknown_model(client: openai.OpenAI, smollm2_url: str) -> None:
     with pytest.raises(openai.NotFoundError) as raised:
         client.chat.completions.create(**(FRANCE | {"model": "nope"}))
     assert raised.value.code == "model_not_found"
@@ -384,7 +380,7 @@ def test_scenario_15_an_unknown_model(client: openai.OpenAI, smollm2_url: str) -
     assert reply.json()["error"]["code"] == "model_not_found"
 
 
-def test_scenario_16_wrong_requests_leave_the_connection_usable(smollm2_url: str) -> None:
+def test_wrong_requests_leave_the_connection_usable(smollm2_url: str) -> None:
     parts = urlsplit(smollm2_url)
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
@@ -407,7 +403,7 @@ def test_scenario_16_wrong_requests_leave_the_connection_usable(smollm2_url: str
     connection.close()
 
 
-def test_scenario_17_a_prompt_over_the_context(client: openai.OpenAI) -> None:
+def test_a_prompt_over_the_context(client: openai.OpenAI) -> None:
     long: Any = [{"role": "user", "content": "word " * 4000}]
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(**(FRANCE | {"messages": long}))
@@ -415,7 +411,7 @@ def test_scenario_17_a_prompt_over_the_context(client: openai.OpenAI) -> None:
     assert "Paris" in (client.chat.completions.create(**FRANCE).choices[0].message.content or "")
 
 
-def test_scenario_18_a_body_over_the_limit(smollm2_url: str) -> None:
+def test_a_body_over_the_limit(smollm2_url: str) -> None:
     parts = urlsplit(smollm2_url)
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
@@ -429,7 +425,7 @@ def test_scenario_18_a_body_over_the_limit(smollm2_url: str) -> None:
     connection.close()
 
 
-def test_scenario_19_a_client_that_leaves(client: openai.OpenAI, smollm2_url: str) -> None:
+def test_a_client_that_leaves(client: openai.OpenAI, smollm2_url: str) -> None:
     metrics = Metrics(smollm2_url, FAMILIAR[SMOLLM2])
     aborted = metrics.value("request_success_total", finished_reason="abort")
     story: Any = [{"role": "user", "content": "Tell me a long story about a fox."}]
@@ -445,7 +441,7 @@ def test_scenario_19_a_client_that_leaves(client: openai.OpenAI, smollm2_url: st
     assert metrics.value("request_success_total", finished_reason="abort") == aborted + 1
 
 
-def test_scenario_20_embeddings_in_both_encodings(client: openai.OpenAI) -> None:
+def test_embeddings_in_both_encodings(client: openai.OpenAI) -> None:
     """The client requests base64 by default."""
     coded = client.embeddings.create(model=MINILM, input=["a", "b"])
     plain = client.embeddings.create(model=MINILM, input=["a", "b"], encoding_format="float")
@@ -457,7 +453,7 @@ def test_scenario_20_embeddings_in_both_encodings(client: openai.OpenAI) -> None
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_scenario_21_prompts_choices_and_echo(client: openai.OpenAI, stream: bool) -> None:
+def test_prompts_choices_and_echo(client: openai.OpenAI, stream: bool) -> None:
     asked: Any = {"model": SMOLLM2, "prompt": ["a", "b"], "n": 2, "echo": True, "max_tokens": 4}
     texts = dict.fromkeys(range(4), "")
     if stream:

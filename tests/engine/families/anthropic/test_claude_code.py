@@ -52,7 +52,7 @@ def ask(program: Path, served: Served, home: Path, *options: str) -> str:
     return done.stdout
 
 
-def test_scenario_26_it_prints_the_answer(program: Path, large: Served, tmp_path: Path) -> None:
+def test_it_prints_the_answer(program: Path, large: Served, tmp_path: Path) -> None:
     large.says(CALLER, "Hi from ", "the model.")
     assert ask(program, large, tmp_path, "say hi").strip() == "Hi from the model."
     prompt = large.prompt(CALLER)

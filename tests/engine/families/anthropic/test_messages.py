@@ -82,9 +82,7 @@ def test_a_stream_is_the_same_message(served: Served, client: anthropic.Anthropi
     assert [block.type for block in whole.content] == ["thinking", "text", "tool_use"]
 
 
-def test_scenario_23_system_array_cache_control_and_tools(
-    served: Served, client: anthropic.Anthropic
-) -> None:
+def test_system_array_cache_control_and_tools(served: Served, client: anthropic.Anthropic) -> None:
     model = served.says(CALLER, "Let me see. ", *CALL)
     events, message = stream(
         client, model, tools=[WEATHER],
@@ -109,7 +107,7 @@ def test_scenario_23_system_array_cache_control_and_tools(
     assert served.prompt(CALLER).startswith("system: Be brief.\n\nBe kind.\nuser: hello")
 
 
-def test_scenario_24_limits_and_stops(served: Served, client: anthropic.Anthropic) -> None:
+def test_limits_and_stops(served: Served, client: anthropic.Anthropic) -> None:
     model = served.says(PLAIN, *"abcdefgh", ends=FinishReason.LENGTH)
     cut = create(client, model, max_tokens=5)
     assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 5)

@@ -41,7 +41,7 @@ def ask(client: anthropic.Anthropic, number: str, **body: Any) -> Any:
     return client.messages.create(**given)
 
 
-def test_scenario_25_a_changing_billing_header(client: anthropic.Anthropic) -> None:
+def test_a_changing_billing_header(client: anthropic.Anthropic) -> None:
     first = ask(client, "12ab").usage
     assert first.cache_read_input_tokens == 0
     second = ask(client, "98fe").usage

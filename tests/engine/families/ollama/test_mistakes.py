@@ -30,7 +30,7 @@ def lines(response: requests.Response) -> list[Any]:
     ("path", "body"),
     [("generate", {"prompt": "a"}), ("chat", {"messages": [{"role": "user", "content": "a"}]})],
 )
-def test_11_the_last_line_has_counts_durations_and_a_reason(
+def test_the_last_line_has_counts_durations_and_a_reason(
     stocked: Stocked, path: str, body: dict[str, Any]
 ) -> None:
     given = {"model": "tiny", "options": {"num_predict": 3, "temperature": 0}} | body
@@ -46,26 +46,26 @@ def test_11_the_last_line_has_counts_durations_and_a_reason(
         assert parts <= found["total_duration"] * 1.001
 
 
-def test_11_tags_have_sizes_and_formats_and_the_version_is_recent(stocked: Stocked) -> None:
+def test_tags_have_sizes_and_formats_and_the_version_is_recent(stocked: Stocked) -> None:
     models = requests.get(f"{stocked.url}/api/tags", timeout=30).json()["models"]
     assert all(model["size"] > 0 for model in models)
     assert {model["details"]["format"] for model in models} == {"gguf", "safetensors"}
     assert requests.get(f"{stocked.url}/api/version", timeout=30).json()["version"] != "0.1.0"
 
 
-def test_12_show_has_model_info(stocked: Stocked) -> None:
+def test_show_has_model_info(stocked: Stocked) -> None:
     for name in ("tiny", "vectors", "weights"):
         assert post(stocked.url, "show", model=name).json()["model_info"]
         assert stocked.client.show(name).modelinfo
 
 
-def test_13_an_empty_prompt_loads(stocked: Stocked) -> None:
+def test_an_empty_prompt_loads(stocked: Stocked) -> None:
     stocked.client.generate("tiny", keep_alive=0)
     assert post(stocked.url, "generate", model="tiny", prompt="").json()["done_reason"] == "load"
     assert [model.model for model in stocked.client.ps().models].count("tiny:latest") == 1
 
 
-def test_14_fields_of_generate_count(served: Served) -> None:
+def test_fields_of_generate_count(served: Served) -> None:
     name = served.says(PLAIN, "x")
     engine = served.engines[PLAIN]
     post(served.url, "generate", model=name, prompt="a", system="be brief")
@@ -82,7 +82,7 @@ def test_14_fields_of_generate_count(served: Served) -> None:
         assert refused.json()["error"]
 
 
-def test_14_the_routes_are_there(stocked: Stocked) -> None:
+def test_the_routes_are_there(stocked: Stocked) -> None:
     for path in ("embed", "embeddings", "copy", "create", "push"):
         assert post(stocked.url, path).status_code == 400  # the body is missing, the route exists
     url = f"{stocked.url}/api/blobs/sha256:{'0' * 64}"
@@ -91,7 +91,7 @@ def test_14_the_routes_are_there(stocked: Stocked) -> None:
     assert gone.status_code == 404
 
 
-def test_15_errors_and_calls_of_a_stream_arrive_whole(served: Served) -> None:
+def test_errors_and_calls_of_a_stream_arrive_whole(served: Served) -> None:
     served.says(CALLER, *CALL)
     body = {"messages": [{"role": "user", "content": "a"}], "tools": [TOOL]}
     found = lines(post(served.url, "chat", model=CALLER, **body))
@@ -108,7 +108,7 @@ def test_15_errors_and_calls_of_a_stream_arrive_whole(served: Served) -> None:
     }
 
 
-def test_16_fields_of_a_request_evict_nothing(stocked: Stocked) -> None:
+def test_fields_of_a_request_evict_nothing(stocked: Stocked) -> None:
     stocked.client.generate("tiny", keep_alive=1000)
 
     def loaded() -> Any:

@@ -33,7 +33,7 @@ def engines(stocked: Stocked) -> Any:
     return requests.get(f"{stocked.url}/pool", timeout=30).json()["models"]
 
 
-def test_scenario_27_no_validation_error(stocked: Stocked) -> None:
+def test_no_validation_error(stocked: Stocked) -> None:
     client = stocked.client
     lines = list(client.chat("tiny", [{"role": "user", "content": "a"}], stream=True,
                              options=GREEDY))  # fmt: skip
@@ -62,7 +62,7 @@ def test_scenario_27_no_validation_error(stocked: Stocked) -> None:
     asyncio.run(run())
 
 
-def test_scenario_28_load_and_unload(stocked: Stocked) -> None:
+def test_load_and_unload(stocked: Stocked) -> None:
     client = stocked.client
     answer = requests.post(f"{stocked.url}/api/generate", json={"model": "tiny"}, timeout=60)
     assert (answer.json()["done"], answer.json()["done_reason"]) == (True, "load")

@@ -21,7 +21,7 @@ def client(smollm2_url: str) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def test_scenario_22_a_round(client: openai.OpenAI) -> None:
+def test_a_round(client: openai.OpenAI) -> None:
     asked: Any = {"model": MODEL, "temperature": 0, "max_output_tokens": 24}
     first = client.responses.create(input=FRANCE, **asked)
     assert "Paris" in first.output_text

@@ -99,7 +99,7 @@ def check_order(found: list[Any]) -> None:
     assert [item.id for item in last.response.output] == [event.item.id for event in opened]
 
 
-def test_scenario_22_a_stream_and_what_follows(served: Served, client: openai.OpenAI) -> None:
+def test_a_stream_and_what_follows(served: Served, client: openai.OpenAI) -> None:
     found = events(client, served.says(PLAIN, "Hello", " world"), "my first question")
     check_order(found)
     assert found[-1].type == "response.completed"

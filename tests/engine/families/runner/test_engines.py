@@ -214,7 +214,7 @@ def test_reasoning_is_set_up(
     assert counted.status_code == 200
 
 
-def test_scenario_30_configure_loads_and_is_refused_while_a_stream_runs(runner: Runner) -> None:
+def test_configure_loads_and_is_refused_while_a_stream_runs(runner: Runner) -> None:
     response = runner.http.post(
         "/engines/_configure", json={"model": "tiny", "context-size": 4096, "keep_alive": "10m"}
     )
