@@ -13,19 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import modelpack
+from modelpack.artifacts import media_types
 from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
 from modelpack.operations.archives import archive_of
+from modelpack.operations.resolve import kept_bundle
 from modelpack.progress import Stop, silent
 from modelpack.storage import Watch, watching
+from modelpack.store.filesystem import bytes_used
 from tests.faults.victim import forked
 from tests.registry.faults import dripping
 from tests.registry.faulty import FaultyRegistry
+from tests.unpacking.tars import by_tarfile
 from tests.weights import write_safetensors
 
 MIB = 1024 * 1024
 # Enough for direct writes, and for what is flushed on the way.
 SIZE = 9 * MIB
 OLD, NEW = "team/old:v1", "team/new:v1"
+KIT_TAR = "application/vnd.kitops.modelkit.model.v1.tar"
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,10 @@ class Command:
     def check_killed(self, place: Place) -> None:
         """Assert what holds after the kill."""
         place.check()
+
+    def is_needed(self, place: Place) -> bool:
+        """Return whether the command can be run again after a kill."""
+        return True
 
     def check_done(self, place: Place) -> None:
         """Assert what holds after the command was run again."""
@@ -267,9 +277,59 @@ class ImportArchive(Command):
             assert place.staged() < 2 * MIB, "blobs of the archive are left"
 
 
+class Resolve(Command):
+    """A model whose weights are in an archive, which has to be unpacked."""
+
+    bundles = 1
+
+    def prepare(self, place: Place) -> None:
+        super().prepare(place)
+        store, folder = place.store, place.model("new", 3, MIB)
+        content = {path.name: path.read_bytes() for path in folder.iterdir()}
+        config = store.write_bytes(
+            json.dumps({"manifestVersion": "1.0", "model": {"path": "."}}).encode(),
+            media_types.KITOPS_CONFIG,
+        )
+        layer = store.write_bytes(by_tarfile(content), KIT_TAR)
+        manifest = Manifest.build(config, [layer])
+        name = str(modelpack.Reference.parse(NEW))
+        store.write_manifest(manifest.descriptor, manifest.raw, name)
+
+    def arguments(self, place: Place) -> list[str | Path]:
+        return ["resolve", NEW]
+
+    def check_done(self, place: Place) -> None:
+        """Assert that a collection leaves what the models need, and nothing else."""
+        place.check()
+        store = place.store
+        store.gc(grace_seconds=0)
+        place.check()
+        assert list((place.here / "ingest" / "bundles").glob("*")) == []
+        assert len(store.bundles.all()) == self.bundles
+        used = bytes_used(place.here / "blobs", place.here / "bundles")
+        assert used < (3.5 * MIB if self.bundles else 1.5 * MIB)
+
+
+class Remove(Resolve):
+    """A model that has an unpacked bundle."""
+
+    bundles = 0
+
+    def prepare(self, place: Place) -> None:
+        super().prepare(place)
+        kept_bundle(NEW, store=place.store)
+
+    def arguments(self, place: Place) -> list[str | Path]:
+        return ["rm", NEW]
+
+    def is_needed(self, place: Place) -> bool:
+        return place.whole(NEW)
+
+
 COMMANDS = {
     "package": Package, "pull": Pull, "pull in segments": PullInSegments, "push": Push,
     "gc": Collect, "import": Import, "import an archive": ImportArchive,
+    "resolve": Resolve, "rm": Remove,
 }  # fmt: skip
 
 
