@@ -46,12 +46,12 @@ class Bench:
     def __init__(self, tokens: int, directory: Path) -> None:
         from modelpack.testing.weights import smollm2_gguf
         from modelpack_engine.models import ModelFiles, load
-        from modelpack_engine.runner.model_layout import kv_bytes_per_token
+        from modelpack_engine.runner.model_layout import find_layout
 
         self.directory = directory
         self.prompt = prompt(tokens + TAIL, 1)
         self.loaded = load(ModelFiles.from_directory(smollm2_gguf()), device="cpu")
-        self.per_token = kv_bytes_per_token(self.loaded.model)
+        self.per_token = find_layout(self.loaded.model).bytes_per_token
         self.room = (tokens + 8 * TAIL) * self.per_token
 
     def engine(self, *, memory: int = 0, disk: bool = True):  # type: ignore[no-untyped-def]

@@ -13,18 +13,9 @@ KVCacheDtype = Literal["auto", "bf16", "fp16", "q8", "q4"]
 
 #: The accepted names: vLLM's for float types, llama.cpp's for quantised types.
 _SPELLINGS = {
-    "auto": "auto",
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-    "fp16": "fp16",
-    "f16": "fp16",
-    "float16": "fp16",
-    "half": "fp16",
-    "q8": "q8",
-    "q8_0": "q8",
-    "q4": "q4",
-    "q4_0": "q4",
-}
+    "auto": "auto", "bf16": "bf16", "bfloat16": "bf16", "q8": "q8", "q8_0": "q8", "q4": "q4",
+    "q4_0": "q4", **dict.fromkeys(("fp16", "f16", "float16", "half"), "fp16"),
+}  # fmt: skip
 
 
 def parse_kv_cache_dtype(text: str) -> KVCacheDtype:

@@ -28,11 +28,9 @@ class LogitsMask(Protocol):
 
         Raises `EngineError` if the mask fails; the choice then ends with an error.
         """
-        ...
 
     def accept(self, token_id: int) -> None:
         """Advance by the token that was sampled; must not raise."""
-        ...
 
 
 @runtime_checkable
@@ -41,7 +39,6 @@ class CopyableMask(LogitsMask, Protocol):
 
     def copy(self) -> Self:
         """Return an independent mask in the same state."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

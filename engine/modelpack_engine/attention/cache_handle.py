@@ -41,7 +41,6 @@ class Attends(Protocol):
         key_dtype: mx.Dtype | None = None,
     ) -> mx.array:
         """Return the attention output [rows, heads, 1, value dim] of `queries`."""
-        ...
 
 
 Part = Literal["keys", "values"]

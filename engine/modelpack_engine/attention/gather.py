@@ -74,8 +74,7 @@ def _latent(
     scale: float,
 ) -> mx.array:
     """Attend in the latent space; the model has already scaled `query_pe`."""
-    scores = query_pe @ rotary_keys.swapaxes(-1, -2)
-    scores = _masked(scores, mask)
+    scores = _masked(query_pe @ rotary_keys.swapaxes(-1, -2), mask)
     return native_attention(queries, latents, latents, scale=scale, mask=scores)
 
 
@@ -121,7 +120,7 @@ def attend_on_cpu(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    mask: mx.array | str | None,
+    mask: Mask,
     *,
     scale: float,
     sinks: mx.array | None = None,

@@ -25,9 +25,7 @@ class KeyRange:
 
     def __init__(self, tables: Sequence[Sequence[int]], start: int, stop: int) -> None:
         self.tables, self.start, self.stop = tables, start, stop
-        only = tables[0]
-        side_by_side = len(tables) == 1 and consecutive(only)
-        self.first = only[0] if side_by_side else None
+        self.first = tables[0][0] if len(tables) == 1 and consecutive(tables[0]) else None
         self._blocks: mx.array | None = None
         self._by_head: dict[tuple[int, int], mx.array] = {}
 
@@ -159,23 +157,18 @@ class Pools(Protocol):
         self, keys: mx.array, values: mx.array, slots: mx.array, runs: Sequence[Run] | None
     ) -> None:
         """Write rows at `slots` (int32 [rows]); `runs` are the same slots if there are few runs."""
-        ...
 
     def read(self, found: KeyRange) -> tuple[mx.array, mx.array]:
         """Return keys and values [sequences, heads, keys, dim]."""
-        ...
 
     def zero(self, slots: mx.array) -> None:
         """Overwrite `slots` with zeros."""
-        ...
 
     def blocks(self, indices: mx.array) -> list[mx.array]:
         """Return the contents of the blocks `indices` (int32 [n]) as arrays [n, …]."""
-        ...
 
     def set_blocks(self, indices: mx.array, contents: list[mx.array]) -> None:
         """Write contents that `blocks` returned, of this pool or one with the same layout."""
-        ...
 
 
 class HeadMajorPools:
@@ -194,7 +187,6 @@ class HeadMajorPools:
     def write(
         self, keys: mx.array, values: mx.array, slots: mx.array, runs: Sequence[Run] | None
     ) -> None:
-        """See `Pools`."""
         if self._layout.quantised is not None:
             keys, values = encode_both(self._layout.quantised, keys, values)
         for pool, rows in ((self.keys, keys), (self.values, values)):
@@ -208,7 +200,7 @@ class HeadMajorPools:
                     pool[:, slot : slot + length] = by_head[:, row : row + length]
 
     def read(self, found: KeyRange) -> tuple[mx.array, mx.array]:
-        """See `Pools`; consecutive blocks are not copied, unless they are quantised."""
+        """Consecutive blocks are not copied, unless they are quantised."""
         keys, values = self._read(self.keys, found), self._read(self.values, found)
         if self._layout.quantised is None:
             return keys, values
@@ -228,16 +220,14 @@ class HeadMajorPools:
         return keys[:, :, found.start : found.stop]
 
     def zero(self, slots: mx.array) -> None:
-        """See `Pools`."""
         for pool in (self.keys, self.values):
             pool[:, slots] = mx.zeros((), pool.dtype)
 
     def blocks(self, indices: mx.array) -> list[mx.array]:
-        """See `Pools`."""
-        return [self._by_block(pool)[:, indices].swapaxes(0, 1) for pool in self._filled()]
+        pools = [pool for pool in (self.keys, self.values) if pool.size]
+        return [self._by_block(pool)[:, indices].swapaxes(0, 1) for pool in pools]
 
     def set_blocks(self, indices: mx.array, contents: list[mx.array]) -> None:
-        """See `Pools`."""
         for name, rows in zip(("keys", "values"), contents, strict=False):
             shape = getattr(self, name).shape
             pool = self._by_block(getattr(self, name))
@@ -248,9 +238,6 @@ class HeadMajorPools:
     def _by_block(self, pool: mx.array) -> mx.array:
         heads, _, dim = pool.shape
         return pool.reshape(heads, self._num_blocks, self._block_size * dim)
-
-    def _filled(self) -> list[mx.array]:
-        return [pool for pool in (self.keys, self.values) if pool.size]
 
 
 class TokenMajorPools:
@@ -269,7 +256,6 @@ class TokenMajorPools:
     def write(
         self, keys: mx.array, values: mx.array, slots: mx.array, runs: Sequence[Run] | None
     ) -> None:
-        """See `Pools`."""
         if values.shape[2] == 0:
             self.keys, _ = kernels.write_kv(keys, None, self.keys, None, slots)
             return
@@ -290,10 +276,8 @@ class TokenMajorPools:
         kernels.written(self.values, token)
 
     def read(self, found: KeyRange) -> tuple[mx.array, mx.array]:
-        """See `Pools`."""
-        layout = self._layout
         keys, values = self._read(self.keys, found), self._read(self.values, found)
-        if layout.quantised is None:
+        if (layout := self._layout).quantised is None:
             return keys, values
         return self._decode(keys, layout.key_heads), self._decode(values, layout.value_heads)
 
@@ -313,32 +297,25 @@ class TokenMajorPools:
         return mx.contiguous(keys[:, found.start : found.stop].swapaxes(1, 2))
 
     def zero(self, slots: mx.array) -> None:
-        """See `Pools`."""
         for pool in (self.keys, self.values):
             pool[kernels.after(slots, pool)] = mx.zeros((), pool.dtype)
 
     def blocks(self, indices: mx.array) -> list[mx.array]:
-        """See `Pools`."""
-        pools = [pool for pool in (self.keys, self.values) if pool.size]
         return [
             pool.reshape(-1, self._block_size, *pool.shape[1:])[kernels.after(indices, pool)]
-            for pool in pools
+            for pool in (self.keys, self.values)
+            if pool.size
         ]
 
     def set_blocks(self, indices: mx.array, contents: list[mx.array]) -> None:
-        """See `Pools`."""
         offsets = mx.arange(self._block_size, dtype=mx.int32)
         slots = (indices[:, None] * self._block_size + offsets).reshape(-1)
         rows = [part.reshape(-1, *part.shape[2:]) for part in contents]
         if self._layout.quantised is not None:  # No kernel writes quantised words.
             self.keys[kernels.after(slots, self.keys)] = rows[0]
             self.values[kernels.after(slots, self.values)] = rows[1]
-        elif len(rows) == 1:
-            self.keys, _ = kernels.write_kv(rows[0], None, self.keys, None, slots)
         else:
-            written, values = kernels.write_kv(rows[0], rows[1], self.keys, self.values, slots)
-            assert values is not None
-            self.keys, self.values = written, values
+            self.write(rows[0], rows[1] if len(rows) > 1 else rows[0][:, :, :0], slots, None)
 
 
 def encode_both(

@@ -7,8 +7,7 @@ stream one after the other in one thread, so that parallel work needs another st
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,22 +24,10 @@ from modelpack_engine.attention.kv_pools import (
     visible,
 )
 from modelpack_engine.kernels import TILE_ROWS, Tiles
-from modelpack_engine.platform.device import Staging
+from modelpack_engine.platform.device import Staging, usable_processors
 
 if TYPE_CHECKING:
     from modelpack_engine.core.batch import Chunk, StepBatch
-
-
-def usable_processors() -> int:
-    """Return how many processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def second_stream() -> mx.Stream | None:
-    """Return a new CPU stream of the calling thread, or None on a single processor."""
-    return mx.new_stream(mx.cpu) if usable_processors() > 1 else None
 
 
 #: With more rows, reading the rotation matrices takes longer than they save.
@@ -116,33 +103,28 @@ class StepInputs:
         self.block_size = block_size
         self._staging = staging or Staging()
         self.exact = exact
-        self.second_stream = second_stream() if exact else None
-        self.num_rows = 0
-        self.num_decode = 0
+        self.second_stream = mx.new_stream(mx.cpu) if exact and usable_processors() > 1 else None
+        self.num_rows = self.num_decode = 0
         self.decode_seq_ids: tuple[int, ...] = ()
         self.chunks: tuple[Chunk, ...] = ()
         self.slot_runs: list[Run] | None = None
         self._tables: list[list[int]] = []
         self._padded_tables: Callable[[], list[list[int]]] | None = None
-        self._lengths: list[int] = []
+        self.lengths: list[int] = []  # of the sequences of decode rows, with their new tokens
         self._memo: dict[object, object] = {}
         self.positions = make_positions([], rotate=False)
         self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
-        self.active = False
-        self.all_rows_sampled = False
-        self.rows_taken = False
+        self.active = self.all_rows_sampled = self.rows_taken = False
         self.tiles: Tiles | None = None
         #: Whether a layer had no kernel for tiles and attended row by row.
         self.tiles_refused = False
 
     def begin(self, batch: StepBatch, sample_rows: list[int]) -> None:
         """Begin the step of `batch`; `sample_rows` are its sampled rows, padded to a bucket."""
-        self.num_rows = len(batch.token_ids)
-        self.num_decode = batch.num_decode
-        self.tiles = None
+        self.num_rows, self.num_decode, self.tiles = batch.num_rows, batch.num_decode, None
         self.decode_seq_ids = tuple(batch.decode_seq_ids)
         self.chunks = tuple(batch.chunks)
-        self._tables, self._lengths = batch.decode_tables, batch.decode_lengths
+        self._tables, self.lengths = batch.decode_tables, batch.decode_lengths
         self._padded_tables = batch.padded_tables
         self._memo = {}
         if self.exact:
@@ -158,8 +140,7 @@ class StepInputs:
             self.slot_runs = None
             self.sample_rows = packed[2 * self.num_rows :]
         self.all_rows_sampled = sample_rows == list(range(self.num_rows))
-        self.rows_taken = False
-        self.active = True
+        self.rows_taken, self.active = False, True
 
     def begin_rows(
         self,
@@ -176,14 +157,13 @@ class StepInputs:
         self.num_rows, self.num_decode = positions.shape[0], tables.shape[0]
         self.tiles = tiles
         self.decode_seq_ids, self.chunks = (), ()
-        self._tables, self._lengths = [], []
+        self._tables, self.lengths = [], []
         self._memo = {"rows": (tables, positions[: self.num_decode] + 1)}
         self.positions = as_positions(positions)
         self.slots, self.slot_runs = slots, None
         self.all_rows_sampled = sample_rows is None
         self.sample_rows = mx.zeros((0,), mx.int32) if sample_rows is None else sample_rows
-        self.rows_taken = False
-        self.active = True
+        self.rows_taken, self.active = False, True
 
     @property
     def samples_few(self) -> bool:
@@ -204,10 +184,6 @@ class StepInputs:
 
     # Decode rows.
 
-    def decode_length(self, row: int) -> int:
-        """Return the length of the sequence of decode row `row`, its new token included."""
-        return self._lengths[row]
-
     def decode_rows(self) -> tuple[mx.array, mx.array]:
         """Return block tables int32 [rows, width] and lengths int32 [rows] of all decode rows."""
         return self.remember("rows", self._make_decode_rows)
@@ -215,7 +191,7 @@ class StepInputs:
     def _make_decode_rows(self) -> tuple[mx.array, mx.array]:
         assert self._padded_tables is not None, "the step was begun with a batch"
         tables = np.array(self._padded_tables(), np.int32)
-        numbers = np.concatenate([tables.ravel(), np.array(self._lengths, np.int32)])
+        numbers = np.concatenate([tables.ravel(), np.array(self.lengths, np.int32)])
         packed = self._staging.put(numbers)
         return packed[: tables.size].reshape(tables.shape), packed[tables.size : len(numbers)]
 
@@ -230,9 +206,15 @@ class StepInputs:
             ),
         )
 
-    def decode_keys(self, row: int, window: int | None) -> KeyRange:
-        """Return the keys that decode row `row` sees."""
-        return self._key_range(self._tables[row], self._span(row, window))
+    def keys_of(self, row: int, chunk: int | None, window: int | None) -> KeyRange:
+        """Return the keys that decode row `row`, or the tokens of `chunk`, see, without padding."""
+        if chunk is None:
+            table: Sequence[int] = self._tables[row]
+            span = self._span(row, window)
+        else:
+            table, span = self.chunks[chunk].block_table, self.chunk_span(chunk, window)
+        blocks = table[span.first_block : span.first_block + span.num_blocks]
+        return KeyRange([blocks], span.start, span.stop)
 
     def decode_groups(self, window: int | None) -> tuple[list[DecodeGroup], mx.array | None]:
         """Return groups of similar length, and the order that sorts their outputs by row."""
@@ -269,7 +251,7 @@ class StepInputs:
         return DecodeGroup(index, KeyRange(tables, start, stop), mask)
 
     def _span(self, row: int, window: int | None) -> Span:
-        return visible(self._lengths[row], window, self.block_size)
+        return visible(self.lengths[row], window, self.block_size)
 
     def _seen(self, row: int, span: Span) -> list[int]:
         return list(self._tables[row][span.first_block : span.first_block + span.num_blocks])
@@ -294,10 +276,6 @@ class StepInputs:
         """Return the span of keys that the tokens of chunk `index` see."""
         chunk = self.chunks[index]
         return visible(chunk.kv_length, window, self.block_size, queries=chunk.length)
-
-    def whole_chunk_keys(self, index: int, window: int | None) -> KeyRange:
-        """Return the keys that the tokens of chunk `index` see, without any for padding."""
-        return self._key_range(self.chunks[index].block_table, self.chunk_span(index, window))
 
     def chunk_keys(self, index: int, window: int | None) -> ChunkKeys:
         """Return the keys of chunk `index`, padding included, and their mask."""
@@ -330,10 +308,6 @@ class StepInputs:
         if window is not None:
             mask = mask & (positions > queries - window)
         return ChunkKeys(keys, mask)
-
-    def _key_range(self, table: list[int] | tuple[int, ...], span: Span) -> KeyRange:
-        blocks = table[span.first_block : span.first_block + span.num_blocks]
-        return KeyRange([blocks], span.start, span.stop)
 
 
 def _between(starts: list[int], stops: list[int], keys: int) -> mx.array:

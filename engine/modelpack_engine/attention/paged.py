@@ -102,9 +102,8 @@ class PagedKV:
             raise LostHandleError("the layer did not attend to its last keys", cache=self)
         self._open = True
         self.write(keys, values)
-        handles = make_handle(keys, self, "keys"), make_handle(values, self, "values")
-        self._handles = handles
-        return handles
+        self._handles = make_handle(keys, self, "keys"), make_handle(values, self, "values")
+        return self._handles
 
     def keys_and_values(self) -> tuple[KVHandle, KVHandle]:
         """Return the step's handles again, for layers that share the keys of another layer."""
@@ -117,10 +116,7 @@ class PagedKV:
 
         In order, its own rows last; keys before the window of its first query are left out.
         """
-        window = self.layout.window
-        if chunk is None:
-            return self.pools.read(self.step.decode_keys(row, window))
-        return self.pools.read(self.step.whole_chunk_keys(chunk, window))
+        return self.pools.read(self.step.keys_of(row, chunk, self.layout.window))
 
     def close(self) -> None:
         """End the step; raise `LostHandleError` if its keys never reached attention."""
@@ -256,11 +252,10 @@ class PagedKV:
     def _decode_in_groups(self, rows: mx.array, pe: mx.array | None, how: _How) -> list[mx.array]:
         """Attend to gathered keys, in groups of rows of similar length."""
         groups, order = self.step.decode_groups(how.window)
-        outputs = []
-        for group in groups:
-            some = rows[group.rows]
-            some_pe = None if pe is None else pe[group.rows]
-            outputs.append(self._attend(some, some_pe, group.keys, group.mask, how))
+        outputs = [
+            self._attend(rows[g.rows], None if pe is None else pe[g.rows], g.keys, g.mask, how)
+            for g in groups
+        ]
         return outputs if order is None else [mx.concatenate(outputs)[order]]
 
     def _prefill(self, rows: mx.array, pe: mx.array | None, index: int, how: _How) -> mx.array:

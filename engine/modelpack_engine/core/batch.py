@@ -220,8 +220,7 @@ class _Rows:
         token_ids = part.sequence.token_ids(part.start, stop)
         full, rest = divmod(stop, self._block_size)
         hashes = part.sequence.block_hashes
-        ends_block = rest == 0 and full <= len(hashes)
-        block_hash = hashes[full - 1] if ends_block else None
+        block_hash = hashes[full - 1] if rest == 0 and full <= len(hashes) else None
         snapshot = part.sequence.snapshot
         return self._add_chunk(part.sequence, part.start, token_ids, snapshot, block_hash)
 
@@ -239,7 +238,7 @@ class _Rows:
         padded_length = self._buckets.pad_chunk(length)
         self.token_ids += token_ids
         self.positions += range(start, stop)
-        table = self._table(sequence, stop)
+        table = sequence.block_table[: -(-stop // size)]
         for index in range(start // size, len(table)):
             low, high = max(start - index * size, 0), min(stop - index * size, size)
             self.slots += range(table[index] * size + low, table[index] * size + high)
@@ -250,9 +249,6 @@ class _Rows:
         return Chunk(
             row, length, padded_length, stop, tuple(table), sequence.seq_id, snapshot, block_hash
         )
-
-    def _table(self, sequence: Sequence, num_tokens: int) -> list[int]:
-        return sequence.block_table[: -(-num_tokens // self._block_size)]
 
     def _pad(self, count: int) -> None:
         for column in (self.token_ids, self.positions, self.slots):
@@ -294,16 +290,8 @@ def padding_batch(shape: StepShape, block_size: int) -> StepBatch:
     chunks: tuple[Chunk, ...] = ()
     if shape.chunk_length:
         table = (0,) * max(shape.table_width, -(-shape.chunk_length // block_size))
-        chunks = (
-            Chunk(
-                row=shape.decode_rows,
-                length=shape.chunk_length,
-                padded_length=shape.chunk_length,
-                kv_length=shape.chunk_length,
-                block_table=table,
-                seq_id=PADDING_SEQ_ID,
-            ),
-        )
+        length = shape.chunk_length
+        chunks = (Chunk(shape.decode_rows, length, length, length, table, PADDING_SEQ_ID),)
     sampled = [*range(shape.decode_rows), *([rows - 1] if chunks else [])]
     return StepBatch(
         token_ids=[0] * rows,

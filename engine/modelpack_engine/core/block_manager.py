@@ -248,7 +248,7 @@ class BlockManager:
             if hash_ is not None:
                 del self._block_of[hash_]
         if self.offload is not None:
-            self.offload.distrust(sequence.block_hashes)
+            self.offload.tiers.discard(sequence.block_hashes)
         if self.snapshots is not None:
             self.snapshots.discard(sequence.block_hashes)
         return [block for block in sequence.block_table if self._ref_counts[block] == 1]
@@ -421,8 +421,9 @@ class BlockManager:
 
     def _restore(self, sequence: Sequence, offload: PrefixOffload) -> list[int]:
         """Allocate blocks for the offloaded content that was fetched; return and publish them."""
-        hashes = self._wanted(sequence)
         blocks: list[int] = []
+        indices = self._shareable(sequence) if self._may_share(sequence) else ()
+        hashes = [self._hash(sequence, index) for index in indices]
         for hash_, content in zip(hashes, offload.fetch(sequence.seq_id, hashes), strict=False):
             if hash_ in self._block_of:  # Another sequence has computed it since.
                 self.share([block := self._block_of[hash_]])
@@ -445,8 +446,7 @@ class BlockManager:
 
     def num_idle(self, blocks: list[int]) -> int:
         """Return how many of `blocks` no sequence uses: sharing them makes fewer available."""
-        counts = [self._ref_counts[block] for block in blocks if block != NULL_BLOCK]
-        return counts.count(0)
+        return sum(block != NULL_BLOCK and not self._ref_counts[block] for block in blocks)
 
     def next_hash(self, sequence: Sequence) -> bytes | None:
         """Return the hash of the block that a sequence computes next, if it could be shared."""
@@ -484,12 +484,6 @@ class BlockManager:
         for index in range(sequence.num_published_blocks, full):
             self.publish(sequence.block_table[index], self._hash(sequence, index))
             sequence.num_published_blocks = index + 1
-
-    def _wanted(self, sequence: Sequence) -> list[bytes]:
-        """Return the hashes of all blocks that the sequence does not have yet and could share."""
-        if not self._may_share(sequence):
-            return []
-        return [self._hash(sequence, index) for index in self._shareable(sequence)]
 
     def _shareable(self, sequence: Sequence) -> range:
         # The block of the last token is left out: its logits are needed.

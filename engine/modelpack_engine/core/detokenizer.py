@@ -96,19 +96,16 @@ class TokenBytes(Protocol):
     @property
     def special_token_ids(self) -> Container[int]:
         """Tokens that are not text: begin and end of sequence, roles of a chat template."""
-        ...
 
     @property
     def strips_leading_space(self) -> bool:
         """Whether the tokenizer adds the first space of a text (SentencePiece's dummy prefix)."""
-        ...
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token's text, also of a special one; empty for an unused id.
 
         A token may be part of a character (byte-level BPE, byte fallback).
         """
-        ...
 
 
 class TextDelta(NamedTuple):
@@ -138,9 +135,8 @@ class Detokenizer:
         self, tokenizer: TokenBytes, params: SamplingParams, *, continues_text: bool = False
     ) -> None:
         self._tokenizer = tokenizer
-        self._skipped: Container[int] = (
-            tokenizer.special_token_ids if params.skip_special_tokens else ()
-        )
+        special = tokenizer.special_token_ids
+        self._skipped: Container[int] = special if params.skip_special_tokens else ()
         self._strips_space = tokenizer.strips_leading_space and not continues_text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._automaton = stop_strings(tuple(params.stop)) if params.stop else None
@@ -186,10 +182,7 @@ class Detokenizer:
                 kept = self._held + text[:end]
                 self._held = ""
                 return kept[: len(kept) - len(found)]
-        self._state = state
-        return self._release(self._held + text, automaton.depth(state))
-
-    def _release(self, text: str, held: int) -> str:
-        final = len(text) - held
+        self._state, text = state, self._held + text
+        final = len(text) - automaton.depth(state)
         self._held = text[final:]
         return text[:final]

@@ -10,9 +10,9 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
-from modelpack_engine.outputs import EngineStats, RequestEvent, Timing, Usage
+from modelpack_engine.outputs import EngineStats, RequestEvent, Timing
 
 Part = Literal["build", "launch", "wait"]
 
@@ -36,12 +36,8 @@ class StepClock:
 
     def counted(self, stats: EngineStats) -> EngineStats:
         """Return `stats` with the seconds added up so far."""
-        return replace(
-            stats,
-            build_seconds=self._seconds["build"],
-            launch_seconds=self._seconds["launch"],
-            wait_seconds=self._seconds["wait"],
-        )
+        seconds: dict[str, Any] = {f"{part}_seconds": n for part, n in self._seconds.items()}
+        return replace(stats, **seconds)
 
 
 _FIRST_TOKEN = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40,
@@ -143,15 +139,13 @@ class Meter:
 
     def _ended(self, event: RequestEvent) -> None:
         self.finished[str(event.finish_reason)] += 1
-        if event.usage is not None:
-            self._count(event.usage)
-        if event.timing is not None and event.usage is not None:
-            self._time(event.timing, event.usage.completion_tokens)
-
-    def _count(self, usage: Usage) -> None:
+        if (usage := event.usage) is None:
+            return
         self.histograms["request_prompt_tokens"].observe(usage.prompt_tokens)
         self.histograms["request_generation_tokens"].observe(usage.completion_tokens)
         self.histograms["request_max_num_generation_tokens"].observe(usage.completion_tokens)
+        if event.timing is not None:
+            self._time(event.timing, usage.completion_tokens)
 
     def _time(self, timing: Timing, tokens: int) -> None:
         observe = {name: histogram.observe for name, histogram in self.histograms.items()}

@@ -399,9 +399,8 @@ class Scheduler:
             idle = self._num_inflight or not self._running or self._blocks.is_awaited
             assert idle, "prompts block each other"
             return None
-        released = self.take_released()
         return SchedulerOutput(
-            tuple(decode), tuple(prefill), tuple(proposals), tuple(preempted), released
+            tuple(decode), tuple(prefill), tuple(proposals), tuple(preempted), self.take_released()
         )
 
     def _schedule_decode(self, preempted: list[Sequence]) -> list[Sequence] | None:

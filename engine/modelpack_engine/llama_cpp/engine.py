@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
-from typing import Protocol
 
 import mlx.core as mx
 
@@ -42,19 +41,6 @@ from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler
 _SHORTEST = 8
 
 
-class SlotMemory(Protocol):
-    """The cache with the tokens of slots; `Context` implements it."""
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a slot to another slot."""
-
-    def cut(self, slot: int, length: int) -> None:
-        """Remove the tokens of a slot after the first `length`."""
-
-    def clear(self) -> None:
-        """Remove the tokens of all slots."""
-
-
 class Slots(BlockManager):
     """Counts blocks, and assigns slots by their tokens. No method may be called during a step."""
 
@@ -64,7 +50,7 @@ class Slots(BlockManager):
         block_size: int,
         *,
         num_slots: int,
-        memory: SlotMemory,
+        memory: Context,
         keep_prefixes: bool = True,
     ) -> None:
         super().__init__(num_blocks, block_size, enable_prefix_caching=False)
@@ -72,9 +58,8 @@ class Slots(BlockManager):
         self._keeps = keep_prefixes
         self._empty = list(range(num_slots))
         self._running: dict[int, tuple[int, Sequence]] = {}  # by seq_id: the slot and the sequence
-        self._left: OrderedDict[int, list[int]] = (
-            OrderedDict()
-        )  # tokens of finished requests by slot; oldest first
+        # Tokens of finished requests by slot, oldest first.
+        self._left: OrderedDict[int, list[int]] = OrderedDict()
         self._salts: dict[int, bytes] = {}  # by slot: only requests with the same salt share tokens
         self._spoilt: set[int] = set()  # sequences whose tokens must not be reused
 
@@ -154,9 +139,7 @@ class Slots(BlockManager):
         """Return the slot from which a sequence can continue, and how many tokens it can reuse."""
         if sequence.wants_prompt_logprobs:
             return None, 0
-        wanted = sequence.token_ids(0, sequence.num_prefill_tokens)[
-            :-1
-        ]  # the last token is always computed
+        wanted = sequence.token_ids(0, sequence.num_prefill_tokens - 1)  # the last is computed
         source, length = self._longest(wanted, sequence.cache_salt)
         return (source, length) if length >= _SHORTEST else (None, 0)
 
@@ -308,6 +291,6 @@ class LlamaCppEngine(BaseEngine):
     def _emit(self, result: StepResult) -> None:
         """Append the tokens of a step to its sequences, and emit them as events."""
         tokens = [token for [token] in result.tokens]
-        token_ids = [token.token_id for token in tokens]
+        token_ids = (token.token_id for token in tokens)
         for index, sequence in self._scheduler.collect(result.output, token_ids):
             self._outputs.emit(sequence, tokens[index])

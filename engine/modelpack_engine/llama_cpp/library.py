@@ -7,12 +7,12 @@ import functools
 import importlib
 import importlib.util
 import logging
-import os
 from typing import Any, Literal
 
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.platform.device import usable_processors
 
 _log = logging.getLogger(__name__)
 
@@ -54,11 +54,7 @@ def num_threads() -> int:
     A core usually counts as two processors, and the second adds no speed. llama.cpp's threads wait
     for each other in a loop, so a thread without a processor delays all others.
     """
-    try:
-        processors = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on a Mac
-        processors = os.cpu_count() or 1
-    return max(1, processors // 2)
+    return max(1, usable_processors() // 2)
 
 
 def _version() -> str:

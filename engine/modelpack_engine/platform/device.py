@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -40,6 +41,13 @@ def choose_device(config: EngineConfig) -> Literal["cpu", "gpu"]:
     use_gpu = has_gpu and config.device != "cpu"
     mx.set_default_device(mx.gpu if use_gpu else mx.cpu)
     return "gpu" if use_gpu else "cpu"
+
+
+def usable_processors() -> int:
+    """Return how many processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:

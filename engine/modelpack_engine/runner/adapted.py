@@ -1,8 +1,8 @@
 """Adapted: an mlx-lm model prepared to run the flattened batch of a step, and its paged caches.
 
 Most modules run on the rows of all sequences at once. Recurrent layers, and attention that failed
-the self-test, run sequence by sequence: `run_per_sequence` calls the module once for each decode
-row and chunk, with a `KVView`, which shows it the paged cache of one sequence.
+the self-test, run sequence by sequence: `_call` calls the module once for each decode row and
+chunk, with a `KVView`, which shows it the paged cache of one sequence.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from modelpack_engine import kernels
 from modelpack_engine.attention.cache_handle import LostHandleError, RowMask
-from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.core.batch import StepBatch
@@ -91,7 +90,7 @@ class Adapted:
             return CacheList(*(self._cache(leaf) for leaf in entry))
         if isinstance(entry.content, StateLayout):
             size = len(entry.content.shapes)
-            state = RecurrentState(size, self._step, self.rows, name=entry.name)
+            state = RecurrentState(size, self._step, self.rows, entry.name)
             self.states.append(state)
             return state
         if entry.content is None:
@@ -123,7 +122,7 @@ class Adapted:
             else:
                 continue
             done.add(id(owner))
-            run_per_sequence(owner, self.swaps)
+            self.swaps.override(owner, _call)
         attention = any(id(self._owners.get(id(kv))) in done for kv in self.paged)
         if self.per_sequence or attention:
             for paged in self.paged:
@@ -159,9 +158,8 @@ class Adapted:
             return
         self.rows.finish()
         self.taken = []
-        snapshots = self.snapshots
         for chunk in batch.chunks:
-            hash_ = chunk.block_hash
+            hash_, snapshots = chunk.block_hash, self.snapshots
             if snapshots is not None and hash_ is not None and hash_ not in snapshots:
                 snapshot = Snapshot(self.states, self.rows.rows[chunk.seq_id])
                 snapshots.put(hash_, snapshot)
@@ -190,9 +188,7 @@ class Adapted:
     def replace_pools(self, layout: ModelLayout, num_blocks: int) -> None:
         """Replace the pools by pools of zeros for `layout`, with `num_blocks` blocks."""
         self.layout = layout
-        contents = [leaf.content for leaf in layout.leaves()]
-        found = [content for content in contents if isinstance(content, KVLayout)]
-        for kv, content in zip(self.paged, found, strict=True):
+        for kv, content in zip(self.paged, layout.kv_layouts(), strict=True):
             kv.replace_pools(content, num_blocks)
 
     def reset(self) -> None:
@@ -224,7 +220,11 @@ class KVView(KVCache):
     def __init__(self, cache: PagedKV, row: int, chunk: int | None, *, attend: bool) -> None:
         KVCache.__init__(self)
         self.cache = cache
-        self.length, self.total = _extent(cache, row, chunk)
+        if chunk is None:
+            self.length, self.total = 1, cache.step.lengths[row]
+        else:
+            found = cache.step.chunks[chunk]
+            self.length, self.total = found.length, found.kv_length
         self.offset = self.total - self.length
         self.attend = attend
         self.row, self.chunk = row, chunk
@@ -270,14 +270,6 @@ class KVView(KVCache):
         return model.make_mask(length, **request)
 
 
-def _extent(cache: PagedKV, row: int, chunk: int | None) -> tuple[int, int]:
-    """Return how many tokens a decode row or chunk adds, and the sequence's length with them."""
-    if chunk is not None:
-        found = cache.step.chunks[chunk]
-        return found.length, found.kv_length
-    return 1, cache.step.decode_length(row)
-
-
 Cache = PagedKV | RecurrentState
 
 
@@ -302,12 +294,8 @@ class Piece:
         return array if self.chunk is None else array.swapaxes(0, 1)
 
 
-def run_per_sequence(module: nn.Module, swaps: ClassSwaps) -> None:
-    """Make `module` run piece by piece whenever it is called with the caches of a step."""
-    swaps.override(module, _call)
-
-
 def _call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run `module` piece by piece if it is called with the caches of a step."""
     values = [*args, *kwargs.values()]
     caches = [leaf for value in values for leaf in _leaves(value)]
     if not caches:
@@ -346,11 +334,9 @@ class _Pieces:
             self._write()
         runs = [self._run_piece(piece, attend=True) for piece in self.pieces]
         for state in self.states:
-            decode: list[ArraysCache] = []
-            chunks: list[ArraysCache] = []
-            for piece, (_, views) in zip(self.pieces, runs, strict=True):
-                (decode if piece.chunk is None else chunks).append(views[id(state)])
-            state.store(decode, chunks)
+            made = [views[id(state)] for _, views in runs]
+            first_chunk = len(made) - len(self.step.chunks)
+            state.store(made[:first_chunk], made[first_chunk:])
         return self._join([output for output, _ in runs])
 
     def _write(self) -> None:
@@ -404,7 +390,7 @@ class _Pieces:
             chunk = self.step.chunks[piece.chunk]
             return chunk.kv_length - chunk.length
         if self.paged:
-            return self.step.decode_length(piece.start) - 1
+            return self.step.lengths[piece.start] - 1
         return self.step.positions[piece.start : piece.stop]
 
     def _mask(self, mask: RowMask, piece: Piece, views: dict[int, Any]) -> Any:
@@ -422,9 +408,7 @@ class _Pieces:
         """Join the outputs of all pieces into the output for all rows."""
         first = outputs[0]
         if isinstance(first, mx.array):
-            return self._fill(
-                [piece.uncut(o) for piece, o in zip(self.pieces, outputs, strict=True)]
-            )
+            return self._fill([p.uncut(o) for p, o in zip(self.pieces, outputs, strict=True)])
         if isinstance(first, tuple | list):
             return type(first)(
                 self._join([output[i] for output in outputs]) for i in range(len(first))

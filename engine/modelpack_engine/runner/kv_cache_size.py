@@ -125,12 +125,10 @@ class Cached(Protocol):
     @property
     def bytes_per_token(self) -> int:
         """The bytes of one token's keys and values in all layers."""
-        ...
 
     @property
     def snapshot_bytes(self) -> int:
         """The bytes of all snapshots of recurrent state."""
-        ...
 
 
 def choose_sizes(
@@ -157,11 +155,12 @@ def choose_sizes(
             f"max_model_len is {asked}, but this model's context is {context_length}",
             hint=f"choose 2 to {context_length}",
         )
-    wanted = asked or _default_length(context_length, config)
+    packaged = config.default_model_len or 0
+    wanted = asked or (min(packaged, context_length) if packaged > 1 else context_length)
     per_block = (layout.bytes_per_token + draft_bytes) * config.block_size if layout else 0
     gpu = on_gpu()
     buckets = FEW if gpu else EXACT
-    if not keeps_steps():
+    if not (gpu and mx.cuda.is_available()):  # elsewhere MLX frees arrays before a step ends
         step_memory = StepMemory()
     default = _rows_of_a_step(step_memory.per_row) if gpu else CPU_BATCHED_TOKENS
     tokens = max(config.max_num_batched_tokens or default, 2 * config.max_num_seqs)
@@ -209,19 +208,8 @@ def choose_sizes(
     )
 
 
-def _default_length(context_length: int, config: EngineConfig) -> int:
-    """Return the default length of a request: the packager's choice, or the model's context."""
-    packaged = config.default_model_len
-    return context_length if packaged is None or packaged < 2 else min(packaged, context_length)
-
-
 def _blocks(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
-
-
-def keeps_steps() -> bool:
-    """Return whether MLX keeps all arrays of a step until the step ends, as it does on CUDA."""
-    return on_gpu() and mx.cuda.is_available()
 
 
 def _rows_of_a_step(row_bytes: int) -> int:
@@ -258,8 +246,7 @@ def available_memory() -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return pages * size // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
@@ -269,6 +256,7 @@ def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
     step: so the arrays of all layers count. With many rows, quantised weights are dequantised.
     """
     outputs = dequantised = 0
+    norms: list[int] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.QuantizedLinear):
             size = module["weight"].shape[0]
@@ -280,18 +268,10 @@ def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
         elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
             experts, size = module["weight"].shape[:2]
             outputs += size * min(experts, _MOST_EXPERTS)
-    itemsize = _itemsize(model)
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and "weight" in module:
+            norms.append(module["weight"].dtype.size)
+    itemsize = max(norms, default=mx.bfloat16.size)  # the outputs have the type of the norms
     return StepMemory(int(outputs * _MEMORY_FACTOR) * itemsize, dequantised * itemsize)
-
-
-def _itemsize(model: nn.Module) -> int:
-    """Return the bytes of one element of the layers' outputs: those of the norms' weights."""
-    sizes = [
-        module["weight"].dtype.size
-        for _, module in model.named_modules()
-        if isinstance(module, nn.RMSNorm | nn.LayerNorm) and "weight" in module
-    ]
-    return max(sizes, default=mx.bfloat16.size)
 
 
 def step_shapes(

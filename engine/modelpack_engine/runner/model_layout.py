@@ -5,6 +5,7 @@ MLX only builds the graph of this run, whose shapes and types are known; nothing
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -45,14 +46,11 @@ class StateLayout:
     @property
     def bytes_per_sequence(self) -> int:
         """The bytes of a sequence's state in this layer, which do not depend on its length."""
-        total = 0
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            if shape is not None and dtype is not None:
-                elements = 1
-                for extent in shape:
-                    elements *= extent
-                total += elements * dtype.size
-        return total
+        return sum(
+            math.prod(shape) * dtype.size
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+            if shape is not None and dtype is not None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,52 +88,48 @@ class ModelLayout:
             else:
                 yield from entry
 
-    def with_leaves(self, change: Callable[[Leaf], Leaf]) -> ModelLayout:
-        """Return this layout with every leaf replaced by `change(leaf)`."""
+    def kv_layouts(self) -> list[KVLayout]:
+        """Return the keys and values of all leaves that have any, in order."""
+        return [leaf.content for leaf in self.leaves() if isinstance(leaf.content, KVLayout)]
+
+    def with_kv(self, change: Callable[[Leaf, KVLayout], KVLayout]) -> ModelLayout:
+        """Return this layout with the keys and values of every leaf replaced by `change`."""
+
+        def changed(leaf: Leaf) -> Leaf:
+            if not isinstance(leaf.content, KVLayout):
+                return leaf
+            return replace(leaf, content=change(leaf, leaf.content))
+
         tree = tuple(
-            change(entry) if isinstance(entry, Leaf) else tuple(map(change, entry))
+            changed(entry) if isinstance(entry, Leaf) else tuple(map(changed, entry))
             for entry in self.tree
         )
         return replace(self, tree=tree)
 
     def with_dtype(self, dtype: mx.Dtype) -> ModelLayout:
         """Return this layout with keys and values of `dtype`."""
-
-        def cast(leaf: Leaf) -> Leaf:
-            if not isinstance(leaf.content, KVLayout):
-                return leaf
-            return replace(leaf, content=replace(leaf.content, dtype=dtype))
-
-        return self.with_leaves(cast)
+        return self.with_kv(lambda _, kv: replace(kv, dtype=dtype))
 
     def without_quantisation(self) -> ModelLayout:
         """Return this layout with keys and values that are not quantised."""
-
-        def plain(leaf: Leaf) -> Leaf:
-            if not isinstance(leaf.content, KVLayout):
-                return leaf
-            return replace(leaf, content=replace(leaf.content, quantised=None))
-
-        return self.with_leaves(plain)
+        return self.with_kv(lambda _, kv: replace(kv, quantised=None))
 
     @property
     def quantised(self) -> bool:
         """Whether the keys and values of any layer are quantised."""
-        contents = (leaf.content for leaf in self.leaves())
-        return any(isinstance(c, KVLayout) and c.quantised is not None for c in contents)
+        return any(kv.quantised is not None for kv in self.kv_layouts())
 
     @property
     def bytes_per_token(self) -> int:
         """The bytes of one token's keys and values in all layers."""
-        contents = (leaf.content for leaf in self.leaves())
-        return sum(c.bytes_per_token for c in contents if isinstance(c, KVLayout))
+        return sum(kv.bytes_per_token for kv in self.kv_layouts())
 
     @property
     def window(self) -> int | None:
         """The largest attention window of all layers; None if a layer has no window."""
-        contents = [leaf.content for leaf in self.leaves() if isinstance(leaf.content, KVLayout)]
-        windows = [content.window for content in contents if content.window is not None]
-        return max(windows) if windows and len(windows) == len(contents) else None
+        windows = [kv.window for kv in self.kv_layouts()]
+        known = [window for window in windows if window is not None]
+        return max(known) if known and len(known) == len(windows) else None
 
     @property
     def bytes_per_sequence(self) -> int:
@@ -288,11 +282,6 @@ def _inner_model(stacks: list[list[nn.Module]]) -> nn.Module | None:
     return None
 
 
-def kv_bytes_per_token(model: nn.Module) -> int:
-    """Return the bytes of one token's keys and values, in the model's own types."""
-    return find_layout(model).bytes_per_token
-
-
 _FLOATS = {"bf16": mx.bfloat16, "fp16": mx.float16}
 _BITS = {"q8": 8, "q4": 4}
 
@@ -314,13 +303,10 @@ def with_cache_type(layout: ModelLayout, kind: KVCacheDtype) -> ModelLayout:
     if kind not in _BITS:
         return layout
 
-    def quantise(leaf: Leaf) -> Leaf:
-        content = leaf.content
-        if not isinstance(content, KVLayout):
-            return leaf
+    def quantise(leaf: Leaf, content: KVLayout) -> KVLayout:
         problem = None
         found = quantisation(_BITS[kind], content.key_dim, content.value_dim)
-        if _holds_latents(leaf, content):
+        if getattr(leaf.owner, "kv_lora_rank", None) in (content.key_dim, content.value_dim):
             problem = "it caches latents, which keys and values share"
         elif found is None or content.value_dim == 0:
             dims = f"{content.key_dim}/{content.value_dim}"
@@ -330,10 +316,6 @@ def with_cache_type(layout: ModelLayout, kind: KVCacheDtype) -> ModelLayout:
                 f"{leaf.name} cannot have its keys and values in {kind}: {problem}",
                 hint="use --kv-cache-dtype auto, bf16 or fp16 for this model",
             )
-        return replace(leaf, content=replace(content, quantised=found))
+        return replace(content, quantised=found)
 
-    return layout.with_leaves(quantise)
-
-
-def _holds_latents(leaf: Leaf, content: KVLayout) -> bool:
-    return getattr(leaf.owner, "kv_lora_rank", None) in (content.key_dim, content.value_dim)
+    return layout.with_kv(quantise)

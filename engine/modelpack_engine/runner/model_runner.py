@@ -44,47 +44,38 @@ class ModelRunner(Protocol):
     @property
     def layout(self) -> ModelLayout | None:
         """The layout of the model's caches; None if a cache is of an unknown kind."""
-        ...
 
     @property
     def buckets(self) -> Buckets:
         """The sizes that the arrays of a batch are padded to."""
-        ...
 
     @property
     def staging(self) -> Staging:
         """The host's buffers for the inputs of steps."""
-        ...
 
     @property
     def notes(self) -> tuple[str, ...]:
         """How the model is run, and which faster ways were refused and why."""
-        ...
 
     @property
     def tier(self) -> str:
         """How the model is run: "paged", "patched", "per-sequence" or "fallback"."""
-        ...
 
     @property
     def fused(self) -> Mapping[str, int]:
         """How many modules of each kind run by fused kernels."""
-        ...
 
     @property
     def supports_prefix_cache(self) -> bool:
         """Whether sequences may share blocks; recurrent models share them up to a snapshot."""
-        ...
 
     @property
     def snapshots(self) -> PrefixSnapshots | None:
         """Snapshots of recurrent state, from which sequences may start; None without such state."""
-        ...
 
     @property
     def can_go_back(self) -> bool:
         """Whether a sequence can drop its last tokens, which recurrent state does not allow."""
-        ...
 
     @property
     def writes_in_place(self) -> bool:
@@ -92,7 +83,6 @@ class ModelRunner(Protocol):
 
         Our kernel writes into the pools. MLX's own updates copy an array that another step holds.
         """
-        ...
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
         """Build the graph of a step; return the logits [rows, vocabulary] of its sampled rows.
@@ -101,44 +91,36 @@ class ModelRunner(Protocol):
         Evaluate the logits together with `pools()`, after the previous step has been read: MLX then
         copies no pool.
         """
-        ...
 
     def pools(self) -> list[mx.array]:
         """Return the arrays that the last step writes, to evaluate together with its logits.
 
         Do not keep them: with a second reference, MLX copies a pool in the next step.
         """
-        ...
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Drop the state of sequences that is not in blocks."""
-        ...
 
     def scrub(self, blocks: Iterable[int]) -> None:
         """Zero the blocks of a sequence whose logits were NaN, before another sequence gets them.
 
         Masked values are multiplied by zero, and zero times NaN is NaN.
         """
-        ...
 
     def scrub_slots(self, slots: list[int]) -> None:
         """Zero the keys and values of single tokens: rejected proposals whose logits were NaN."""
-        ...
 
     def block_contents(self) -> BlockContents | None:
         """Return the access to the contents of blocks; None if there are no blocks."""
-        ...
 
     def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:
         """Run steps of padding in these shapes, which compiles their kernels.
 
         Returns the type of the logits; None if no step was run.
         """
-        ...
 
     def undo(self) -> None:
         """Restore the model's classes; the runner is unusable afterwards."""
-        ...
 
 
 def make_runner(

@@ -89,9 +89,8 @@ class SequenceOutput:
 
     def failed(self, message: str, param: str | None = None) -> RequestEvent:
         """Return the last event of a sequence that failed; `param` names the invalid field."""
-        event = self._event((), "", None)
         return replace(
-            event,
+            self._event((), "", None),
             finish_reason=FinishReason.ERROR,
             error=message,
             error_param=param,

@@ -63,15 +63,9 @@ class Layout:
 
     def cut(self, packed: mx.array) -> list[mx.array]:
         """Split `packed` into positions, slots, tables, tile tables, spans and sampled rows."""
+        tables = (self.decode, self.width), (self.tiles, self.tile_width), (self.tiles, 2)
         found, start = [], 0
-        for shape in (
-            (self.rows,),
-            (self.rows,),
-            (self.decode, self.width),
-            (self.tiles, self.tile_width),
-            (self.tiles, 2),
-            (self.sampled or 0,),
-        ):
+        for shape in ((self.rows,), (self.rows,), *tables, (self.sampled or 0,)):
             stop = start + math.prod(shape)
             found.append(packed[start:stop].reshape(shape))
             start = stop
@@ -97,24 +91,13 @@ class CompiledSteps:
     """Runs the steps of an adapted model by compiled graphs, if `takes` accepts the batch."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        adapted: Adapted,
-        step: StepInputs,
-        buckets: Buckets,
-        staging: Staging,
+        self, adapted: Adapted, step: StepInputs, buckets: Buckets, staging: Staging
     ) -> None:
-        self._staging = staging
-        self._model, self._adapted, self._step, self._buckets = model, adapted, step, buckets
+        self._adapted, self._step, self._buckets, self._staging = adapted, step, buckets, staging
         self._rows: dict[int, int] = {}  # by seq_id: the row in the tables of the last step
         self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)
         self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
         self._graphs: dict[Layout, Callable[..., Any]] = {}
-
-    @staticmethod
-    def can_run(adapted: Adapted) -> bool:
-        """Return whether a model's steps can be compiled: all attention runs on rows."""
-        return not adapted.row_by_row
 
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
@@ -154,13 +137,8 @@ class CompiledSteps:
             token_ids = mx.concatenate([token_ids, mx.zeros((rows.padding,), mx.int32)])
             positions, slots = (np.pad(column, (0, rows.padding)) for column in (positions, slots))
         sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
-        columns = [
-            positions,
-            slots,
-            rows.tables.ravel(),
-            rows.tile_tables.ravel(),
-            rows.spans.ravel(),
-        ]
+        tables = (rows.tables, rows.tile_tables, rows.spans)
+        columns = [positions, slots, *(table.ravel() for table in tables)]
         if sampled is not None:
             columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
         length = sum(map(len, columns))
@@ -201,7 +179,7 @@ class CompiledSteps:
         decode = self._buckets.pad_rows(batch.num_decode)
         if batch.chunks:  # few sizes of decode rows: they multiply with the sizes of chunks
             decode = next((size for size in MIXED_DECODE_ROWS if 0 < decode <= size), decode)
-        of_chunks = [_whole_tiles(chunk.length) for chunk in batch.chunks]
+        of_chunks = [-(-chunk.length // TILE_ROWS) * TILE_ROWS for chunk in batch.chunks]
         count = sum(of_chunks)
         rows = decode + self._num_tile_rows(decode, count)
         order = None
@@ -290,7 +268,7 @@ class CompiledSteps:
         tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
         step.begin_rows(positions, slots, tables, some, tiles)
         try:
-            logits: Any = self._model(token_ids[:, None], cache=adapted.caches)
+            logits: Any = adapted.model(token_ids[:, None], cache=adapted.caches)
             adapted.close()
         except BaseException:
             adapted.abandon()
@@ -303,11 +281,6 @@ class CompiledSteps:
         if adapted.writes_in_place:
             return logits, [], new_states
         return logits, [(kv.pools.keys, kv.pools.values) for kv in adapted.paged], new_states
-
-
-def _whole_tiles(rows: int) -> int:
-    """Return `rows` rounded up to whole tiles."""
-    return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
 class PagedRunner:
@@ -346,12 +319,11 @@ class PagedRunner:
             fold=fold,
             fused=fused,
         )
-        self.fused = self.adapted.fused
-        self.snapshots = self.adapted.snapshots
+        self.fused, self.snapshots = self.adapted.fused, self.adapted.snapshots
         self._allocate(num_blocks)
         self.compiled: CompiledSteps | None = None
-        if compiled and CompiledSteps.can_run(self.adapted):
-            self.compiled = CompiledSteps(model, self.adapted, step, buckets, staging)
+        if compiled and not self.adapted.row_by_row:
+            self.compiled = CompiledSteps(self.adapted, step, buckets, staging)
 
     def replace_pools(self, layout: ModelLayout, num_blocks: int) -> None:
         """Replace the pools by pools of `layout`, whose contents are unknown."""
@@ -419,9 +391,8 @@ class PagedRunner:
         if not self._step.rows_taken:
             logits = logits[self._step.sample_rows]
         if logits.shape[0] != padded:
-            raise EngineError(
-                f"the model returned logits of {logits.shape[0]} rows, expected {padded}"
-            )
+            got = logits.shape[0]
+            raise EngineError(f"the model returned logits of {got} rows, expected {padded}")
         return logits[:count, -1]
 
     def is_compiled(self, batch: StepBatch) -> bool:

@@ -103,13 +103,11 @@ class StateRows:
     total: int = 0
     plan: _Plan | None = None
     _next_rows: dict[int, int] = field(default_factory=dict)
-    _next_total: int = 0
+    next_total: int = 0  # rows after the step that `begin` planned
 
     def begin(self, batch: StepBatch) -> None:
         """Plan a step; raise `EngineError` if a sequence continues without a state."""
-        decode: list[int] = []
-        for seq_id in batch.decode_seq_ids:
-            decode.append(self._row(seq_id))
+        decode = [self._row(seq_id) for seq_id in batch.decode_seq_ids]
         as_is = batch.num_decode == self.total and decode == list(range(len(decode)))
         decode += [0] * (batch.num_decode - len(decode))
         chunks = tuple(self._source(chunk) for chunk in batch.chunks)
@@ -117,20 +115,15 @@ class StateRows:
         kept = [seq_id for seq_id in self.rows if seq_id not in present]
         self.plan = _Plan(None if as_is else decode, chunks, [self.rows[seq_id] for seq_id in kept])
         self._next_rows = {seq_id: row for row, seq_id in enumerate(batch.decode_seq_ids)}
-        self._next_total = batch.num_decode
+        self.next_total = batch.num_decode
         for seq_id in [*(chunk.seq_id for chunk in batch.chunks), *kept]:
-            self._next_rows[seq_id] = self._next_total
-            self._next_total += 1
-        self._next_total = self.pad_rows(self._next_total)
-
-    @property
-    def next_total(self) -> int:
-        """Row capacity after the step planned by `begin`."""
-        return self._next_total
+            self._next_rows[seq_id] = self.next_total
+            self.next_total += 1
+        self.next_total = self.pad_rows(self.next_total)
 
     def finish(self) -> None:
         """Adopt the rows of the step that `begin` planned."""
-        self.rows, self.total, self.plan = self._next_rows, self._next_total, None
+        self.rows, self.total, self.plan = self._next_rows, self.next_total, None
 
     def set_aside(
         self, states: Sequence[RecurrentState], num_rows: int
@@ -167,7 +160,7 @@ class StateRows:
                     continue
                 own = array if array.shape[0] == num_rows else array[:num_rows]
                 parts = [own] if left_out is None else [own, left_out]
-                state.arrays[slot] = _joined(parts, self._next_total)
+                state.arrays[slot] = _joined(parts, self.next_total)
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Forget sequences; their rows are dropped when the batch changes."""
@@ -192,12 +185,8 @@ class StateRows:
 class RecurrentState:
     """The states of one layer, in the place of mlx-lm's ArraysCache."""
 
-    def __init__(
-        self, size: int, step: StepInputs, rows: StateRows, *, name: str = "layer"
-    ) -> None:
-        self.step = step
-        self.rows = rows
-        self.name = name
+    def __init__(self, size: int, step: StepInputs, rows: StateRows, name: str = "layer") -> None:
+        self.step, self.rows, self.name = step, rows, name
         self.arrays: list[mx.array | None] = [None] * size
 
     def make_mask(self, length: int) -> None:

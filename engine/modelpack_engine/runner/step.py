@@ -191,27 +191,21 @@ def split_logits(batch: StepBatch, logits: mx.array) -> tuple[mx.array, Logprobs
         return logits, None
     count = len(batch.sample_rows)
     wanted = logits[count : count + len(batch.prompt_logprob_rows)]
-    return logits[:count], _gather_prompt_logprobs(batch, wanted)
-
-
-def _gather_prompt_logprobs(batch: StepBatch, logits: mx.array) -> Logprobs:
     num_top = max(sequence.params.prompt_logprobs or 0 for sequence in batch.prompt_logprob_seqs)
-    return gather_logprobs(logits, mx.array(next_prompt_tokens(batch), mx.int32), num_top)
+    token_ids = mx.array(next_prompt_tokens(batch), mx.int32)
+    return logits[:count], gather_logprobs(wanted, token_ids, num_top)
 
 
 def read_step(step: LaunchedStep) -> StepResult:
     """Wait for a step; return its tokens, with the log-probabilities that were requested."""
     tokens, broken_slots = _read_tokens(step)
-    return StepResult(step.output, tokens, broken_slots, _read_prompt_logprobs(step))
-
-
-def _read_prompt_logprobs(step: LaunchedStep) -> list[tuple[Sequence, TokenLogprob | None]]:
-    if step.prompt_logprobs is None:
-        return []
-    sequences = step.batch.prompt_logprob_seqs
-    wanted = [sequence.params.prompt_logprobs for sequence in sequences]
-    entries = step.prompt_logprobs.read(next_prompt_tokens(step.batch), wanted)
-    return list(zip(sequences, entries, strict=True))
+    prompt_logprobs: list[tuple[Sequence, TokenLogprob | None]] = []
+    if step.prompt_logprobs is not None:
+        sequences = step.batch.prompt_logprob_seqs
+        wanted = [sequence.params.prompt_logprobs for sequence in sequences]
+        entries = step.prompt_logprobs.read(next_prompt_tokens(step.batch), wanted)
+        prompt_logprobs = list(zip(sequences, entries, strict=True))
+    return StepResult(step.output, tokens, broken_slots, prompt_logprobs)
 
 
 def _read_tokens(step: LaunchedStep) -> tuple[list[list[NextToken]], list[int]]:
@@ -237,8 +231,6 @@ def _read_tokens(step: LaunchedStep) -> tuple[list[list[NextToken]], list[int]]:
         first = stop
     return tokens + [[row] for row in rows[first:]], broken
 
-
-_NOTHING = b""
 
 #: A function that returns the mask of a sequence, or None if it has no mask.
 MaskOf = Callable[[Sequence], LogitsMask | None]
@@ -267,7 +259,7 @@ def allowed_tokens(mask: LogitsMask, proposed: Tokens[int]) -> list[bytes | None
             copy.accept(token_id)
             found.append(copy.allowed())
         except EngineError:
-            found.append(_NOTHING)
+            found.append(b"")  # allows nothing
             break
     return found + [None] * (len(proposed) + 1 - len(found))
 
@@ -275,22 +267,18 @@ def allowed_tokens(mask: LogitsMask, proposed: Tokens[int]) -> list[bytes | None
 def _allows(allowed: bytes | None, token_id: int) -> bool:
     if allowed is None:
         return True
-    byte = token_id // 8
-    return byte < len(allowed) and bool(allowed[byte] >> token_id % 8 & 1)
+    return token_id // 8 < len(allowed) and bool(allowed[token_id // 8] >> token_id % 8 & 1)
 
 
 def masked_rows(
-    output: SchedulerOutput,
-    mask_of: MaskOf,
+    output: SchedulerOutput, mask_of: MaskOf
 ) -> tuple[list[SampleRow], list[tuple[Sequence, EngineError]]]:
     """Return the rows that sample a step's tokens, with their masks, and the masks that failed.
 
     The masks must have accepted all tokens before the step.
     """
-    failures = []
-    rows = sample_rows(output)
+    rows, failures, first = sample_rows(output), [], 0
     proposed = {proposal.sequence: proposal.token_ids for proposal in output.proposals}
-    first = 0
     for sequence in output.sampled:
         token_ids = proposed.get(sequence, ())
         mask = mask_of(sequence)

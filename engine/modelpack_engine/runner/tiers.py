@@ -24,7 +24,6 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from modelpack_engine import kernels
 from modelpack_engine.attention.cache_handle import LostHandleError
-from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.core.batch import Chunk, StepBatch
 from modelpack_engine.core.buckets import Buckets
@@ -55,16 +54,9 @@ QUANTISED = {8: 2e-2, 4: 0.2}
 
 #: Exceptions that a model's code may raise when it runs on rows or caches of an unknown kind.
 MODEL_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EngineError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    ArithmeticError, AssertionError, AttributeError, EngineError, LookupError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
 
 
 @dataclass
@@ -119,13 +111,12 @@ class TierSearch:
                 per_sequence = frozenset(more)
 
     def _make(self, per_sequence: frozenset[str], *, fused: bool, compiled: bool) -> PagedRunner:
-        num_blocks = self._num_tested if self.layout.quantised else self.num_blocks
         return self.paged_runner(
             self.model,
             self.layout.without_quantisation(),
             self.step,
             staging=self.staging,
-            num_blocks=num_blocks,
+            num_blocks=self._num_tested if self.layout.quantised else self.num_blocks,
             buckets=self.buckets,
             per_sequence=per_sequence,
             fold=mx.cuda.is_available(),
@@ -153,8 +144,7 @@ class TierSearch:
         """Return whether layers may run by fused kernels: on a GPU where these pass their tests."""
         if self.step.exact or not kernels.available().write:
             return False
-        contents = [leaf.content for leaf in self.layout.leaves()]
-        dtypes = {content.dtype for content in contents if isinstance(content, KVLayout)}
+        dtypes = {kv.dtype for kv in self.layout.kv_layouts()}
         wrong = [verdict for dtype in dtypes if (verdict := fused_kernels.verdict(dtype))]
         if wrong:
             self._refuse("fused layers", wrong[0])

@@ -16,7 +16,7 @@ from modelpack_engine.core.buckets import FEW
 from modelpack_engine.errors import ModelLoadError, OutOfMemoryError
 from modelpack_engine.runner import model_runner, tiers
 from modelpack_engine.runner.kv_cache_size import Sizes
-from modelpack_engine.runner.model_layout import find_layout, kv_bytes_per_token
+from modelpack_engine.runner.model_layout import find_layout
 from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner, make_runner
 from tests.engine.runner.models import (
     Attention,
@@ -227,7 +227,7 @@ def test_layout() -> None:
     assert layout.vocab_size == 64
     assert not layout.recurrent
     per_token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dim, bytes
-    assert layout.bytes_per_token == kv_bytes_per_token(model) == per_token
+    assert layout.bytes_per_token == find_layout(model).bytes_per_token == per_token
     assert layout.with_dtype(mx.bfloat16).bytes_per_token == per_token // 2
 
 
@@ -236,5 +236,5 @@ def test_pools_of_another_type() -> None:
     runner = make_runner(model, num_blocks=8, dtype=mx.bfloat16, self_test=False)
     assert {pool.dtype for pool in runner.pools()} == {mx.bfloat16}
     assert runner.layout is not None
-    assert runner.layout.bytes_per_token == kv_bytes_per_token(model) // 2
+    assert runner.layout.bytes_per_token == find_layout(model).bytes_per_token // 2
     assert answers(runner)[0] == pytest.approx(expected(model)[0], abs=0.2)
