@@ -83,14 +83,12 @@ class Budget:
             check_text(len(value))
             self.spend(getsizeof(value))
             return value
-        if isinstance(value, (list, tuple, dict)):
-            self.size_of(value)
-            return value
         if isinstance(value, int):
             check_integer(value)
         elif isinstance(value, (Iterator, MappingView)):
             items: Any = value
             value = list(self.each(items))
+        if isinstance(value, (list, tuple, dict)):
             self.size_of(value)
         return value
 

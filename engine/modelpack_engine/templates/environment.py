@@ -26,6 +26,7 @@ from jinja2.visitor import NodeTransformer
 from modelpack_engine.templates.budget import (
     MAX_BITS,
     MAX_ITEMS,
+    MAX_TEXT,
     Budget,
     TemplateLimitError,
     check_integer,
@@ -86,9 +87,6 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             name: bounded(current, cast(Callable[..., Any], test), name)
             for name, test in self.tests.items()
         }
-        self._functions: tuple[Any, ...] = (
-            _range, _raise_exception, _strftime_now, dict, _Namespace, Cycler, Joiner,
-        )  # fmt: skip
         self.globals = {
             "range": _range,
             "dict": dict,
@@ -127,7 +125,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             return isinstance(obj.__self__, (LoopContext, Cycler))
         if isinstance(obj, (Macro, LoopContext, BlockReference, Joiner, Undefined)):
             return True
-        return any(obj is function for function in self._functions)
+        return any(obj is function for function in self.globals.values())
 
     def _turn(self, literal: int) -> bool:
         """Charge an iteration of a loop, or a run of a macro or block, of `literal` characters."""
@@ -187,23 +185,13 @@ class _Charging(NodeTransformer):
             node.test = nodes.And(turn, node.test, lineno=node.lineno)
         return body
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        return self._charged_body(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        return self._charged_body(node)
-
-    def visit_Block(self, node: nodes.Block) -> nodes.Node:
-        return self._charged_body(node)
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:
+    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Node:
         return self._wrapped(_MADE, node)
+
+    visit_Dict = visit_List
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         return self._wrapped(_MADE, node) if node.ctx == "load" else self.generic_visit(node)
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        return self._wrapped(_MADE, node)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         return self._wrapped(_COMPARED, node)
@@ -221,15 +209,6 @@ class _Charging(NodeTransformer):
         self.generic_visit(node)
         return _filter(_CONCAT, nodes.List(node.nodes, lineno=node.lineno))
 
-    def visit_Call(self, node: nodes.Call) -> nodes.Node:
-        return self._spread(node)
-
-    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
-        return self._spread(node)
-
-    def visit_Test(self, node: nodes.Test) -> nodes.Node:
-        return self._spread(node)
-
     def visit_ScopedEvalContextModifier(self, node: nodes.Node) -> nodes.Node:
         raise jinja2.TemplateSyntaxError("autoescape is not available", node.lineno)
 
@@ -245,6 +224,8 @@ class _Charging(NodeTransformer):
         assert isinstance(node, nodes.Node)
         return node
 
+    visit_Call = visit_Filter = visit_Test = _spread
+
     def _charged_body(self, node: Any) -> nodes.Node:
         literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
@@ -252,6 +233,8 @@ class _Charging(NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(charge, lineno=node.lineno))
         assert isinstance(node, nodes.Node)
         return node
+
+    visit_Macro = visit_CallBlock = visit_Block = _charged_body
 
 
 class _Generation(Extension):
@@ -279,13 +262,9 @@ def _limited(tokens: TokenStream) -> Iterator[Token]:
 def _check_operands(budget: Budget, operator: str, left: Any, right: Any) -> None:
     if operator == "*":
         for value, count in ((left, right), (right, left)):
-            if isinstance(value, str) and isinstance(count, int):
-                check_text(len(value) * count)
-            elif (
-                isinstance(value, (list, tuple))
-                and isinstance(count, int)
-                and len(value) * count > MAX_ITEMS
-            ):
+            limit = MAX_TEXT if isinstance(value, str) else MAX_ITEMS
+            repeats = isinstance(value, (str, list, tuple)) and isinstance(count, int)
+            if repeats and len(value) * count > limit:
                 raise too_large()
     elif operator == "+":
         if isinstance(left, str) and isinstance(right, str):
@@ -325,16 +304,9 @@ MAX_TEMPLATE = 512 * 1024
 
 # Exceptions that a template may raise if it does not fit the messages.
 _FAILURES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
+    SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class TemplateFailedError(Exception):
@@ -379,8 +351,6 @@ def _described(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "it takes too much memory"
     text = str(error)[:500]
-    return (
-        text
-        if isinstance(error, (jinja2.TemplateError, ValueError)) and text
-        else f"{type(error).__name__}: {text}"
-    )
+    if text and isinstance(error, (jinja2.TemplateError, ValueError)):
+        return text
+    return f"{type(error).__name__}: {text}"

@@ -29,41 +29,12 @@ from modelpack_engine.templates.budget import (
 )
 
 # Methods whose result is at most three times as long as the text (`upper` of "ΐ").
-_PLAIN_METHODS = frozenset(
-    {
-        "upper",
-        "lower",
-        "strip",
-        "lstrip",
-        "rstrip",
-        "capitalize",
-        "casefold",
-        "swapcase",
-        "startswith",
-        "endswith",
-        "find",
-        "rfind",
-        "index",
-        "rindex",
-        "count",
-        "isdigit",
-        "isalpha",
-        "isalnum",
-        "isspace",
-        "isupper",
-        "islower",
-        "isnumeric",
-        "isdecimal",
-        "istitle",
-        "isidentifier",
-        "isascii",
-        "isprintable",
-        "removeprefix",
-        "removesuffix",
-        "partition",
-        "rpartition",
-    }
-)
+_PLAIN_METHODS = frozenset({
+    "upper", "lower", "strip", "lstrip", "rstrip", "capitalize", "casefold", "swapcase",
+    "startswith", "endswith", "find", "rfind", "index", "rindex", "count", "isdigit", "isalpha",
+    "isalnum", "isspace", "isupper", "islower", "isnumeric", "isdecimal", "istitle", "isidentifier",
+    "isascii", "isprintable", "removeprefix", "removesuffix", "partition", "rpartition",
+})  # fmt: skip
 # Methods of other values.
 _METHODS: Mapping[type, frozenset[str]] = {
     dict: frozenset({"get", "items", "keys", "values", "copy"}),
@@ -195,14 +166,10 @@ def check_format(
     budget: Budget, pattern: str, args: Iterable[Any], kwargs: Mapping[str, Any]
 ) -> None:
     """Raise `TemplateLimitError` for a `str.format` whose result may be too long."""
-    fields = 0
-    for _, name, spec, _ in Formatter().parse(pattern):
-        if name is None:
-            continue
-        fields += 1
-        if spec and ("{" in spec or _WIDE.search(spec)):
-            raise TemplateLimitError("a format asks for a wide or computed field")
-    _check_fields(budget, fields, [*args, *kwargs.values()])
+    specs = [spec for _, name, spec, _ in Formatter().parse(pattern) if name is not None]
+    if any(spec and ("{" in spec or _WIDE.search(spec)) for spec in specs):
+        raise TemplateLimitError("a format asks for a wide or computed field")
+    _check_fields(budget, len(specs), [*args, *kwargs.values()])
 
 
 def check_percent(budget: Budget, pattern: str, values: Any) -> None:
@@ -227,27 +194,16 @@ def _lines(budget: Budget, text: str, keepends: bool = False) -> list[str]:
     return text.splitlines(keepends)
 
 
-def _split(budget: Budget, text: str, sep: Any = None, maxsplit: int = -1) -> list[str]:
-    _check_separator(text, sep, maxsplit)
-    return text.split(sep, maxsplit)
+def _splitter(name: str) -> Callable[..., list[str]]:
+    def split(budget: Budget, text: str, sep: Any = None, maxsplit: int = -1) -> Any:
+        if not 0 <= maxsplit <= MAX_ITEMS:
+            if sep is not None:
+                _check_pieces(text.count(sep))
+            elif len(text) >= 2 * MAX_ITEMS:
+                _check_pieces(sum(map(text.count, " \t\u3000\xa0" + _BREAKS)))
+        return getattr(text, name)(sep, maxsplit)
 
-
-def _rsplit(budget: Budget, text: str, sep: Any = None, maxsplit: int = -1) -> list[str]:
-    _check_separator(text, sep, maxsplit)
-    return text.rsplit(sep, maxsplit)
-
-
-def _check_separator(text: str, separator: Any, most: int) -> None:
-    if 0 <= most <= MAX_ITEMS:
-        return
-    if separator is None:
-        _check_pieces(len(text) // 2 if len(text) < 2 * MAX_ITEMS else _words(text))
-    else:
-        _check_pieces(text.count(separator))
-
-
-def _words(text: str) -> int:
-    return sum(map(text.count, " \t\u3000\xa0" + _BREAKS))
+    return split
 
 
 def _check_pieces(pieces: int) -> None:
@@ -259,10 +215,6 @@ def trimmed(budget: Budget, value: Any, chars: str | None = None) -> str:
     """Return the text without white space, or `chars`, around it."""
     check_text(len(chars or "") * (MAX_TEXT // _MAX_STRIPPED))
     return text_of(budget, value).strip(chars)
-
-
-def _title(budget: Budget, text: str) -> str:
-    return text.title()
 
 
 def _padded(name: str) -> Callable[..., str]:
@@ -285,59 +237,25 @@ def _joined_by(budget: Budget, separator: str, values: Any) -> str:
 
 
 _TEXT_METHODS: Mapping[str, Callable[..., Any]] = {
-    "split": _split,
-    "rsplit": _rsplit,
     "splitlines": _lines,
-    "title": _title,
+    "title": lambda budget, text: text.title(),
     "join": _joined_by,
     "replace": replaced,
     "expandtabs": _expanded,
+    **{name: _splitter(name) for name in ("split", "rsplit")},
     **{name: _padded(name) for name in ("ljust", "rjust", "center", "zfill")},
 }
 
 
 # Filters that read their first argument item by item, and return some of these items.
-_OF_ITEMS = frozenset(
-    {
-        "batch",
-        "slice",
-        "list",
-        "map",
-        "select",
-        "reject",
-        "selectattr",
-        "rejectattr",
-        "groupby",
-        "sort",
-        "unique",
-        "min",
-        "max",
-        "first",
-        "last",
-        "dictsort",
-        "items",
-    }
-)
-_PLAIN = frozenset(
-    {
-        "abs",
-        "attr",
-        "capitalize",
-        "count",
-        "d",
-        "default",
-        "filesizeformat",
-        "float",
-        "int",
-        "length",
-        "lower",
-        "reverse",
-        "round",
-        "title",
-        "truncate",
-        "upper",
-    }
-)
+_OF_ITEMS = frozenset({
+    "batch", "slice", "list", "map", "select", "reject", "selectattr", "rejectattr", "groupby",
+    "sort", "unique", "min", "max", "first", "last", "dictsort", "items",
+})  # fmt: skip
+_PLAIN = frozenset({
+    "abs", "attr", "capitalize", "count", "d", "default", "filesizeformat", "float", "int",
+    "length", "lower", "reverse", "round", "title", "truncate", "upper",
+})  # fmt: skip
 # The largest number among the arguments of a filter.
 _LARGEST = {"batch": 10_000, "slice": 10_000, "round": 100}
 # The longest text among the arguments of a filter.
@@ -384,11 +302,10 @@ def bounded(budget: Callable[[], Budget], function: Bounded, name: str) -> Bound
 def _check(budget: Budget, name: str, values: tuple[Any, ...]) -> None:
     for value in values:
         if isinstance(value, str):
-            if len(value) > _LONGEST.get(name, len(value)):
+            longest = MAX_ITEMS if name in _OF_ITEMS else _LONGEST.get(name, len(value))
+            if len(value) > longest:
                 raise TemplateLimitError(f"the filter {name} got a text that is too long")
             if name in _OF_ITEMS:
-                if len(value) > MAX_ITEMS:
-                    raise TemplateLimitError(f"the filter {name} got a text that is too long")
                 budget.spend(_CHARACTER * len(value))
         elif isinstance(value, int) and abs(value) > _LARGEST.get(name, abs(value)):
             raise TemplateLimitError(f"the filter {name} got a number that is too large")

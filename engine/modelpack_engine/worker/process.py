@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,17 +67,9 @@ class WorkerProcess:
 
     def __init__(self, memory: int, *, program: str = PROGRAM, purpose: str = "render") -> None:
         # -I and -S ignore the environment and the hooks of site-packages, and start quickly.
+        python = [sys.executable, "-I", "-S", "-c", _START.format(program)]
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                "-c",
-                _START.format(program),
-                str(memory),
-                purpose,
-                _search_path(),
-            ],
+            [*python, str(memory), purpose, _search_path()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -89,8 +80,7 @@ class WorkerProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
-        self._killed = False
-        self._is_ready = False
+        self._killed = self._is_ready = False
         os.set_blocking(self._to, False)
         os.set_blocking(self._from, False)
 
@@ -117,10 +107,8 @@ class WorkerProcess:
 
     def _exchange(self, message: bytes, seconds: float) -> bytes:
         deadline = time.monotonic() + seconds
-        received = bytearray()
-        missing = LENGTH.size
-        size: int | None = None
-        left = memoryview(message)
+        received, left = bytearray(), memoryview(message)
+        missing, size = LENGTH.size, 0
         with selectors.DefaultSelector() as selector:
             selector.register(self._from, selectors.EVENT_READ)
             if message:
@@ -136,7 +124,7 @@ class WorkerProcess:
                             selector.unregister(self._to)
                     else:
                         received += self._read()
-                if size is None and len(received) >= LENGTH.size:
+                if not size and len(received) >= LENGTH.size:
                     (size,) = LENGTH.unpack_from(received)
                     if size > MAX_FRAME:
                         raise WorkerDiedError
@@ -177,9 +165,7 @@ class WorkerProcess:
 def _search_path() -> str:
     """Return the worker's `sys.path` as JSON: ours, and the directories of our packages."""
     packages = [str(Path(next(iter(p.__path__))).parent) for p in (modelpack_engine, modelpack)]
-    others = [entry for entry in sys.path if entry]
-    paths: Sequence[str] = list(dict.fromkeys([*others, *packages]))
-    return json.dumps(paths)
+    return json.dumps(list(dict.fromkeys([*filter(None, sys.path), *packages])))
 
 
 def worker_environment() -> dict[str, str]:

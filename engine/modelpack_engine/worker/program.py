@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,67 +159,54 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)  # what libraries print must not be read as messages
-    jobs = _Jobs()
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_AS, memory)
     target.write(frames.encoded({"ready": True}))
     target.flush()
     if sys.argv[2] == "render":
-        jobs.prepare()
+        _renderer()
     while (job := frames.read(source)) is not None:
         _allow_seconds(float(job["seconds"]))
-        result = jobs.run(job)
+        result = _run(job)
         result["last"] = _resident() > _MAX_RESIDENT
         target.write(frames.encoded(result))
         target.flush()
 
 
-class _Jobs:
-    @cached_property
-    def _renderer(self) -> Renderer:
-        from modelpack_engine.templates.environment import Renderer
+@cache
+def _renderer() -> Renderer:
+    from modelpack_engine.templates.environment import Renderer
 
-        return Renderer()
+    return Renderer()
 
-    def prepare(self) -> None:
-        """Import the renderer of templates."""
-        assert self._renderer is not None
 
-    def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        if job["kind"] == "tokenizer":
-            return _try_tokenizer(job["path"])
-        from modelpack_engine.templates.environment import TemplateFailedError
-        from modelpack_engine.templates.go_template import GoSyntaxError
-
+def _run(job: Mapping[str, Any]) -> dict[str, Any]:
+    if job["kind"] == "tokenizer":
         try:
-            return {"value": self._do(job)}
-        except (TemplateFailedError, GoSyntaxError) as error:
-            return {"error": str(error)}
-        except (MemoryError, RecursionError) as error:
-            return {"error": f"{type(error).__name__}: it takes too much memory"}
-        except Exception as error:  # noqa: BLE001 - an error of one job must not end the worker
-            return {"error": f"{type(error).__name__}: {error}"[:500]}
+            try_tokenizer(job["path"])
+        except (BadTokenizerError, MemoryError) as error:
+            return {"error": str(error) or "it takes too much memory"}
+        return {"value": None}
+    from modelpack_engine.templates.environment import TemplateFailedError
+    from modelpack_engine.templates.go_template import GoSyntaxError, as_jinja
 
-    def _do(self, job: Mapping[str, Any]) -> Any:
+    try:
         match job["kind"]:
             case "render":
-                return self._renderer.render(job["source"], job["variables"])
+                return {"value": _renderer().render(job["source"], job["variables"])}
             case "check":
-                return self._renderer.check(job["source"])
+                _renderer().check(job["source"])
+                return {"value": None}
             case "from_go":
-                from modelpack_engine.templates.go_template import as_jinja
-
-                return as_jinja(job["source"])
+                return {"value": as_jinja(job["source"])}
         raise AssertionError(f"unknown job {job['kind']!r}")
-
-
-def _try_tokenizer(path: str) -> dict[str, Any]:
-    try:
-        try_tokenizer(path)
-    except (BadTokenizerError, MemoryError) as error:
-        return {"error": str(error) or "it takes too much memory"}
-    return {"value": None}
+    except (TemplateFailedError, GoSyntaxError) as error:
+        return {"error": str(error)}
+    except (MemoryError, RecursionError) as error:
+        return {"error": f"{type(error).__name__}: it takes too much memory"}
+    except Exception as error:  # noqa: BLE001 - an error of one job must not end the worker
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _limit(which: int, value: int) -> None:
