@@ -32,11 +32,8 @@ from mlx.utils import tree_map  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 
 from modelpack_engine.config import EngineConfig  # noqa: E402
-from modelpack_engine.distributed.launch import (  # noqa: E402
-    Follower,
-    join,
-    launch,
-)
+from modelpack_engine.distributed.follower import Follower  # noqa: E402
+from modelpack_engine.distributed.launch import join, launch  # noqa: E402
 from modelpack_engine.engine import Engine  # noqa: E402
 from modelpack_engine.errors import EngineError  # noqa: E402
 from modelpack_engine.models import LoadedModel  # noqa: E402

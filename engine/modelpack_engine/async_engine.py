@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import TracebackType
@@ -203,8 +203,13 @@ class ModelThread(Generic[Loaded]):
     def _run(self) -> None:
         try:
             self._load_and_serve()
-        finally:
-            end_streams()
+        finally:  # free the MLX streams of this thread; otherwise MLX aborts the process at exit
+            import mlx.core as mx
+
+            gc.collect()  # a model has reference cycles; free its memory now
+            mx.synchronize()
+            mx.clear_cache()
+            mx.clear_streams()
 
     def _load_and_serve(self) -> None:
         try:
@@ -389,17 +394,21 @@ class AsyncEngine(ModelThread["BaseEngine"]):
         except RuntimeError:  # the loop has ended
             self._call(Abort(call.stream.request_id))
 
-    def _hand_out(self, events: Iterable[RequestEvent]) -> None:
-        """Deliver events to their streams, with one call for each event loop."""
+    def _hand_out(self, events: Sequence[RequestEvent]) -> None:
+        """Deliver events to their streams, with one call for each event loop; drop ended ones."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = defaultdict(list)
-        events = list(events)
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is not None:
                 by_loop[stream.loop].append((stream, event))
         for batch in by_loop.values():
             self._deliver(batch)
-        self._close_choices(events)
+        for event in events:
+            if event.finished and event.request_id in self._running_choices:
+                self._running_choices[event.request_id] -= 1
+                if not self._running_choices[event.request_id]:
+                    del self._running_choices[event.request_id]
+                    self._streams.pop(event.request_id, None)
 
     def _deliver(self, batch: list[_Delivery]) -> None:
         """Deliver events to the streams of one event loop."""
@@ -409,26 +418,7 @@ class AsyncEngine(ModelThread["BaseEngine"]):
             for stream, _ in batch:
                 self._call(Abort(stream.request_id))
 
-    def _close_choices(self, events: Iterable[RequestEvent]) -> None:
-        """Remove the requests whose last choice has ended."""
-        for event in events:
-            if event.finished and event.request_id in self._running_choices:
-                self._running_choices[event.request_id] -= 1
-                if not self._running_choices[event.request_id]:
-                    del self._running_choices[event.request_id]
-                    self._streams.pop(event.request_id, None)
-
 
 def _put(batch: list[_Delivery]) -> None:
     for stream, event in batch:
         stream.put(event)
-
-
-def end_streams() -> None:
-    """Free the MLX streams of this thread; otherwise MLX aborts the process at exit."""
-    import mlx.core as mx
-
-    gc.collect()  # a model has reference cycles; free its memory now
-    mx.synchronize()
-    mx.clear_cache()
-    mx.clear_streams()

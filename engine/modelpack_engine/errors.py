@@ -1,16 +1,4 @@
-"""The engine's errors, part of Modelpack's tree of exceptions.
-
-ModelpackError
-└── EngineError                 any failure that the engine reports
-    ├── ModelLoadError          a model is damaged, incomplete, or of an unknown architecture
-    ├── LoadCancelledError      a load was stopped: no request waits for the model
-    ├── OutOfMemoryError        the weights or the KV cache do not fit; says what would fit
-    ├── RequestError            one request cannot be served (a ValueError)
-    │   └── ContextLengthError  its prompt does not fit the model's context
-    ├── QueueFullError          too many requests wait; try again later
-    ├── LoadingError            the model is being loaded; try again later
-    └── BusyError               the model is in use and cannot be changed now
-"""
+"""The engine's errors, part of Modelpack's tree of exceptions."""
 
 from __future__ import annotations
 
@@ -61,8 +49,8 @@ class ContextLengthError(RequestError):
     tokens: int | None = None
 
 
-class QueueFullError(EngineError):
-    """A queue of waiting requests is full; the client may retry after `retry_after` seconds."""
+class RetryLaterError(EngineError):
+    """The client may retry after `retry_after` seconds."""
 
     exit_code = 7
 
@@ -71,14 +59,12 @@ class QueueFullError(EngineError):
         self.retry_after = retry_after
 
 
-class LoadingError(EngineError):
-    """The model is not ready yet; the client may retry after `retry_after` seconds."""
+class QueueFullError(RetryLaterError):
+    """A queue of waiting requests is full."""
 
-    exit_code = 7
 
-    def __init__(self, message: str, *, retry_after: float, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.retry_after = retry_after
+class LoadingError(RetryLaterError):
+    """The model is not ready yet."""
 
 
 class BusyError(EngineError):

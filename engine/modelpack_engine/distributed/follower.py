@@ -49,21 +49,6 @@ _log = logging.getLogger(__name__)
 Load = Callable[[str, Shard], LoadedModel]
 
 
-def follow(group: Group, channel: FollowerChannel, load: Load) -> None:
-    """Run rank 0's requests until its BYE; raise the errors of running steps."""
-    follower = _Follower(group, channel, load)
-    try:
-        while True:
-            kind, body = channel.receive()
-            if kind is Kind.BYE:
-                return
-            follower.handle(kind, body)
-    except Exception as error:
-        _log.exception("rank %d ends", group.rank)
-        channel.fail(error)
-        raise
-
-
 @dataclass(slots=True)
 class _Held:
     """A model that is loaded in steps; each field needs those before it."""
@@ -77,13 +62,30 @@ class _Held:
     in_flight: list[mx.array] | None = None
 
 
-class _Follower:
-    def __init__(self, group: Group, channel: FollowerChannel, load: Load) -> None:
-        self._group, self._channel, self._load = group, channel, load
+class Follower:
+    """A rank other than 0, connected to it."""
+
+    _load: Load
+
+    def __init__(self, group: Group, channel: FollowerChannel) -> None:
+        self._group, self._channel = group, channel
         self._held: _Held | None = None
 
-    def handle(self, kind: Kind, body: bytes) -> None:
-        """Run the request in a message."""
+    def follow(self, load: Load) -> None:
+        """Run rank 0's requests until its BYE; raise the errors of running steps."""
+        self._load = load
+        try:
+            while True:
+                kind, body = self._channel.receive()
+                if kind is Kind.BYE:
+                    return
+                self._handle(kind, body)
+        except Exception as error:
+            _log.exception("rank %d ends", self._group.rank)
+            self._channel.fail(error)
+            raise
+
+    def _handle(self, kind: Kind, body: bytes) -> None:
         if kind is Kind.UNLOAD:
             self._unload()
         elif kind is Kind.LOAD:

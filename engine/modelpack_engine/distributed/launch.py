@@ -30,7 +30,7 @@ from modelpack_engine.distributed.channel import (
     LeaderChannel,
     OnFailure,
 )
-from modelpack_engine.distributed.follower import Load, follow
+from modelpack_engine.distributed.follower import Follower
 from modelpack_engine.distributed.group import Group, find_place
 from modelpack_engine.distributed.leader import Ranks
 from modelpack_engine.errors import EngineError
@@ -216,18 +216,6 @@ def _forwarding(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@dataclass(frozen=True, slots=True)
-class Follower:
-    """A rank other than 0, connected to it."""
-
-    group: Group
-    channel: FollowerChannel
-
-    def follow(self, load: Load) -> None:
-        """Run the requests of rank 0 until its BYE; raises the errors of `follow`."""
-        follow(self.group, self.channel, load)
 
 
 def join(size: int, on_failure: OnFailure) -> Ranks | Follower:

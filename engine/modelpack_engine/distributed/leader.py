@@ -16,7 +16,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.batch import StepBatch, StepShape
 from modelpack_engine.distributed.channel import Kind, LeaderChannel, pack_step
@@ -38,7 +37,7 @@ class Ranks:
 
     def __init__(self, group: Group, channel: LeaderChannel) -> None:
         self.group = group
-        self._channel = channel
+        self.channel = channel
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._key: str | None = None
@@ -74,7 +73,7 @@ class Ranks:
         try:
             asked = self.ask(Kind.LOAD, key=key)
             loaded = load(self.shard)
-            self.gather(asked)
+            self.channel.gather(asked)
             return ParallelEngine(loaded, configure(loaded), model_id=key, ranks=self), loaded
         except Exception as error:
             if self._in_step:
@@ -86,18 +85,18 @@ class Ranks:
         """Make the followers drop the model, before rank 0 asks them to load another."""
         with self._lock:
             try:
-                self._channel.send(Kind.UNLOAD)
+                self.channel.send(Kind.UNLOAD)
             finally:
                 self._key, self._in_step = None, False
 
     def close(self) -> None:
         """Make the followers end."""
-        self._channel.close()
+        self.channel.close()
 
     def fail(self, error: Exception) -> None:
         """End the group, because this rank is out of step with the others."""
         text = f"rank 0 of {self.size} failed: {error or type(error).__name__}"
-        self._channel.fail(EngineError(text, hint="start the ranks again"))
+        self.channel.fail(EngineError(text, hint="start the ranks again"))
 
     # For the engine.
 
@@ -106,27 +105,15 @@ class Ranks:
         number = next(self._numbers)
         if kind is Kind.BUILD:
             self._in_step = True
-        self._channel.send(kind, {"number": number, **body})
+        self.channel.send(kind, {"number": number, **body})
         return number
-
-    def gather(self, number: int, **types: type) -> list[dict[str, Any]]:
-        """Return the responses to a request; raise the error of a rank that refuses it."""
-        return self._channel.gather(number, **types)
-
-    def send_step(self, batch: StepBatch, num_sampled: int) -> None:
-        """Send a step to every follower."""
-        self._channel.send(Kind.STEP, pack_step(batch, num_sampled))
-
-    def send_integers(self, kind: Kind, numbers: Iterable[int]) -> None:
-        """Send the ids of sequences or blocks to every follower."""
-        self._channel.send_integers(kind, numbers)
 
 
 class LeadingRunner:
     """Runs rank 0's part of a model, and sends each step to the other ranks before running it."""
 
     def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
-        self._runner, self._ranks = runner, ranks
+        self._runner, self._channel = runner, ranks.channel
         self.model, self.layout = runner.model, runner.layout
         self.buckets, self.staging = runner.buckets, runner.staging
         self.tier, self.fused, self.notes = runner.tier, runner.fused, runner.notes
@@ -134,40 +121,33 @@ class LeadingRunner:
         #: Not with recurrent state: each rank has snapshots of its own, which are not synchronised.
         self.supports_prefix_cache = runner.can_go_back
         self.writes_in_place = runner.writes_in_place
+        self.pools, self.undo = runner.pools, runner.undo
+        self.block_contents = runner.block_contents
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
-        self._ranks.send_step(batch, len(batch.sample_seqs))
+        self._channel.send(Kind.STEP, pack_step(batch, len(batch.sample_seqs)))
         return self._runner.forward(batch, token_ids)
-
-    def pools(self) -> list[mx.array]:
-        return self._runner.pools()
 
     def release(self, seq_ids: Iterable[int]) -> None:
         seq_ids = tuple(seq_ids)
         if seq_ids:
-            self._ranks.send_integers(Kind.RELEASE, seq_ids)
+            self._channel.send_integers(Kind.RELEASE, seq_ids)
         self._runner.release(seq_ids)
 
     def scrub(self, blocks: Iterable[int]) -> None:
         blocks = tuple(blocks)
-        self._ranks.send_integers(Kind.SCRUB, blocks)
+        self._channel.send_integers(Kind.SCRUB, blocks)
         self._runner.scrub(blocks)
 
     def scrub_slots(self, slots: list[int]) -> None:
-        self._ranks.send_integers(Kind.SCRUB_SLOTS, slots)
+        self._channel.send_integers(Kind.SCRUB_SLOTS, slots)
         self._runner.scrub_slots(slots)
-
-    def block_contents(self) -> BlockContents | None:
-        return self._runner.block_contents()
 
     def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:
         shapes = list(shapes)
         numbers = ((s.decode_rows, s.table_width, s.chunk_length) for s in shapes)
-        self._ranks.send_integers(Kind.WARM_UP, itertools.chain.from_iterable(numbers))
+        self._channel.send_integers(Kind.WARM_UP, itertools.chain.from_iterable(numbers))
         return self._runner.warm_up(shapes)
-
-    def undo(self) -> None:
-        self._runner.undo()
 
 
 class ParallelEngine(Engine):
@@ -202,7 +182,9 @@ class ParallelEngine(Engine):
         asked = self._ranks.ask(Kind.CONFIGURE, config=asdict(self.config))
         own = super()._choose_sizes(layout, context_length, draft_bytes)
         found = [own.num_blocks]
-        for rank, answer in enumerate(self._ranks.gather(asked, num_blocks=int, gpu=bool), start=1):
+        for rank, answer in enumerate(
+            self._ranks.channel.gather(asked, num_blocks=int, gpu=bool), start=1
+        ):
             if answer["gpu"] != on_gpu():
                 raise EngineError(
                     f"rank {rank} and rank 0 do not compute on the same kind of device",
@@ -220,7 +202,7 @@ class ParallelEngine(Engine):
             max_num_batched_tokens=sizes.max_num_batched_tokens,
         )
         runner = make_ordered_runner(model, sizes, self.config)
-        for rank, answer in enumerate(self._ranks.gather(asked, tier=str), start=1):
+        for rank, answer in enumerate(self._ranks.channel.gather(asked, tier=str), start=1):
             if answer["tier"] != runner.tier:
                 raise EngineError(
                     f"rank {rank} runs the model in the tier {answer['tier']!r}, and rank 0 in "

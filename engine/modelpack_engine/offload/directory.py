@@ -107,10 +107,8 @@ class BlockDirectory:
     """
 
     def __init__(self, root: Path, identity: bytes, *, length: int, limit: int) -> None:
-        self.root = root
-        self.limit = limit
-        self.num_bytes = 0
-        self.num_dropped = 0
+        self.root, self.limit = root, limit
+        self.num_bytes = self.num_dropped = 0
         self._identity, self._length = identity, length
         self._path = root / identity.hex()
         self._known: set[bytes] = set()

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from modelpack_engine.offload.directory import BlockDirectory
 
@@ -131,16 +132,11 @@ class OffloadTiers:
                 self._writes[hash_] = content
                 self._state.notify_all()
 
-    def use(self, hash_: bytes) -> None:
-        """Mark a block as used."""
-        self.memory.get(hash_)
-
     def load(self, hashes: list[bytes]) -> Load:
         """Start loading blocks; the load is done at once if memory has all of them."""
         load = Load(hashes)
         for hash_ in hashes:
-            content = self.memory.get(hash_) or self._writes.get(hash_)
-            if content is not None:
+            if (content := self.memory.get(hash_) or self._writes.get(hash_)) is not None:
                 load.contents[hash_] = content
         load.done = len(load.contents) == len(hashes) or self._thread is None
         if not load.done:
@@ -268,9 +264,7 @@ class PrefixOffload:
         assert per_step > 0
         self.tiers = tiers
         self.per_step = per_step
-        self.num_restored = 0
-        self.num_from_disk = 0
-        self.num_restores = 0
+        self.num_restored = self.num_from_disk = self.num_restores = 0
         self._evicted: list[tuple[int, bytes]] = []
         self._restored: list[tuple[int, bytes]] = []
         self._left = per_step
@@ -283,7 +277,7 @@ class PrefixOffload:
     def evict(self, block: int, hash_: bytes) -> None:
         """Save a block that is about to be overwritten."""
         if hash_ in self.tiers:
-            self.tiers.use(hash_)
+            self.tiers.memory.get(hash_)  # marks it as used
         else:
             self._evicted.append((block, hash_))
 
@@ -336,10 +330,6 @@ class PrefixOffload:
         self._waiting.discard(seq_id)
         self._restoring.discard(seq_id)
 
-    def distrust(self, hashes: Iterable[bytes]) -> None:
-        """Drop blocks whose content may be wrong."""
-        self.tiers.discard(hashes)
-
     # Calls of the block mover
 
     def take(self) -> tuple[list[tuple[int, bytes]], list[tuple[int, bytes]]]:
@@ -351,10 +341,8 @@ class PrefixOffload:
 
     def wait(self, timeout: float) -> None:
         """Wait until the oldest load is done, for at most `timeout` seconds."""
-        for load in self._loads.values():
-            if not load.done:
-                self.tiers.wait(load, timeout)
-            return
+        if self._loads:
+            self.tiers.wait(next(iter(self._loads.values())), timeout)
 
     # Details
 
@@ -368,11 +356,7 @@ class PrefixOffload:
         if any(hashes[0] in load.hashes for load in self._loads.values()):
             self._waiting.add(seq_id)  # it then finds the blocks in the prefix cache
             return None
-        run = []
-        for hash_ in hashes[: self.per_step]:
-            if hash_ not in self.tiers:
-                break
-            run.append(hash_)
+        run = list(takewhile(self.tiers.__contains__, hashes[: self.per_step]))
         self._loads[seq_id] = load = self.tiers.load(run)
         return load
 

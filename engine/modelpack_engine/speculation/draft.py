@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -52,11 +52,8 @@ class _Draft:
         sequence = self.sequence
         start = sequence.num_computed_tokens
         known = sequence.token_ids(start, sequence.num_known_tokens)
-        right = 0
-        for token_id, guess in zip(known, self.guessed[:-1], strict=False):
-            if token_id != guess:
-                break
-            right += 1
+        pairs = zip(known, self.guessed[:-1], strict=False)
+        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.guessed = []
         # The newest token is computed again in any case, for its logits.
         sequence.num_computed_tokens = min(start + right, sequence.num_known_tokens - 1)
@@ -167,19 +164,16 @@ class DraftProposer:
         decode: list[Sequence] = []
         proposals: list[Proposal] = []
         prefill: list[PrefillChunk] = []
-        rows = self._max_rows
-        buckets = self._runner.buckets
+        rows, buckets = self._max_rows, self._runner.buckets
         for draft in sorted(drafts, key=lambda draft: draft.num_missing):
             sequence, missing = draft.sequence, draft.num_missing
             start, stop = sequence.num_computed_tokens, sequence.num_known_tokens
             if missing > _FEW_TOKENS:
-                length = buckets.fit_chunk(missing, rows)
-                if length:
+                if length := buckets.fit_chunk(missing, rows):
                     prefill.append(PrefillChunk(sequence, start, length, length == missing))
                     rows -= buckets.pad_chunk(length)
             elif missing > 1 and missing <= rows:
-                known = tuple(sequence.token_ids(start + 1, stop))
-                proposals.append(Proposal(sequence, known))
+                proposals.append(Proposal(sequence, tuple(sequence.token_ids(start + 1, stop))))
                 rows -= missing
             elif missing == 1 and rows:
                 decode.append(sequence)
@@ -248,20 +242,16 @@ class DraftProposer:
             for row, draft in enumerate(drafts):
                 token_id = token_ids[row]
                 draft.guessed.append(token_id)
-                if token_id == NO_TOKEN:
-                    self._discard(draft)
+                if token_id == NO_TOKEN and draft.original.seq_id in self._drafts:
+                    # Its logits are NaN: zero its blocks before other sequences get them.
+                    self._runner.scrub(self._blocks.withdraw(draft.sequence))
+                    self.release([draft.original.seq_id])
                 unsure = logprobs is not None and logprobs[row] < self._least
                 if token_id == NO_TOKEN or unsure or draft.original in cut:
                     cut.add(draft.original)
                 else:
                     found.setdefault(draft.original, []).append(token_id)
         return found
-
-    def _discard(self, draft: _Draft) -> None:
-        """Drop a draft with NaN logits, and zero its blocks before other sequences get them."""
-        if draft.original.seq_id in self._drafts:
-            self._runner.scrub(self._blocks.withdraw(draft.sequence))
-            self.release([draft.original.seq_id])
 
 
 @dataclass(frozen=True, slots=True)

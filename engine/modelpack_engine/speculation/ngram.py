@@ -35,12 +35,8 @@ class NgramProposer:
 
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
         """Return the tokens that followed the best match of each sequence's last tokens."""
-        found = {}
-        for sequence, length in lengths.items():
-            token_ids = self._index(sequence).continuation(length)
-            if token_ids:
-                found[sequence] = token_ids
-        return found
+        found = {seq: self._index(seq).continuation(length) for seq, length in lengths.items()}
+        return {sequence: token_ids for sequence, token_ids in found.items() if token_ids}
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Forget sequences."""

@@ -36,15 +36,12 @@ class Proposer(Protocol):
 
         A token may be in flight: the engine has to wait for it before it can propose.
         """
-        ...
 
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
         """Return up to `lengths[sequence]` tokens for each sequence; none has tokens in flight."""
-        ...
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Drop the state of sequences that ended or were preempted."""
-        ...
 
 
 def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:

@@ -60,8 +60,9 @@ def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | i
     from modelpack_engine.platform import blas
 
     blas.prepare()  # must run before MLX is imported
+    from modelpack_engine.distributed.follower import Follower
     from modelpack_engine.distributed.group import find_place
-    from modelpack_engine.distributed.launch import Follower, join, launch
+    from modelpack_engine.distributed.launch import join, launch
     from modelpack_engine.platform.device import choose_device
     from modelpack_server.stored_models import parts_of
 

@@ -22,7 +22,8 @@ from mlx.nn import quantize  # noqa: E402
 
 from modelpack.testing.weights import smollm2_gguf  # noqa: E402
 from modelpack_engine.config import EngineConfig  # noqa: E402
-from modelpack_engine.distributed.launch import Follower, join  # noqa: E402
+from modelpack_engine.distributed.follower import Follower  # noqa: E402
+from modelpack_engine.distributed.launch import join  # noqa: E402
 from modelpack_engine.distributed.leader import Ranks  # noqa: E402
 from modelpack_engine.engine import Engine  # noqa: E402
 from modelpack_engine.errors import EngineError  # noqa: E402
