@@ -214,9 +214,10 @@ def repackage(
     request.check()
     to_cncf = config.is_cncf if request.format is None else request.format == "cncf"
     check_context_size_fits(request, cncf=to_cncf)
-    layers, diff_ids = manifest.layers, _diff_ids(manifest, config)
-    config = config.with_changes(diff_ids=diff_ids)
-    artifact_type = manifest.artifact_type
+    layers, artifact_type = manifest.layers, manifest.artifact_type
+    known = config.diff_ids[: len(layers)]
+    # A missing diff id is the digest of the layer, as in Docker.
+    diff_ids = (*known, *(layer.digest for layer in layers[len(known) :]))
     if to_cncf != config.is_cncf:
         artifact_type = None
         if to_cncf:
@@ -225,7 +226,8 @@ def repackage(
             layers = docker_layers(layers, config)
             config = docker_config(config, layers)
     added = file_layers(extra.files if extra else (), digests)
-    merged = _Merge(layers, config.diff_ids, config, keep_all=request.preserve)
+    by_type = config.media_type == media_types.DOCKER_CONFIG_V01
+    merged = _Merge([*layers], [*diff_ids], by_type, keep_all=request.preserve)
     for layer in added:
         merged.add(layer, cncf_layers([layer])[0] if to_cncf else layer)
     check_template_wins(
@@ -249,39 +251,22 @@ def repackage(
     )
 
 
-def _diff_ids(manifest: Manifest, config: ModelConfig) -> tuple[Digest, ...]:
-    """Return one diff id for each layer: a missing one is the layer's digest, as Docker does."""
-    own = config.diff_ids[: len(manifest.layers)]
-    return own + tuple(layer.digest for layer in manifest.layers[len(own) :])
-
-
+@dataclass(slots=True)
 class _Merge:
     """The layers of the existing model with the added ones."""
 
-    def __init__(
-        self,
-        layers: Sequence[Descriptor],
-        diff_ids: Sequence[Digest],
-        config: ModelConfig,
-        *,
-        keep_all: bool,
-    ) -> None:
-        self.layers = list(layers)
-        self.diff_ids = list(diff_ids)
-        self.notes: list[str] = []
-        self._keep_all = keep_all
-        self._by_type = config.media_type == media_types.DOCKER_CONFIG_V01
+    layers: list[Descriptor]
+    diff_ids: list[Digest]
+    by_type: bool  # added templates and projectors replace those of any name
+    keep_all: bool
+    notes: list[str] = field(default_factory=list)
 
     def add(self, docker: Descriptor, layer: Descriptor) -> None:
         """Add `layer`; `docker` is the same layer with Docker's type, which is more specific."""
-        places = range(len(self.layers)) if not self._keep_all else ()
-        for place in reversed(places):
+        identity = (layer.filepath, layer.digest, layer.media_type)
+        for place in () if self.keep_all else reversed(range(len(self.layers))):
             old = self.layers[place]
-            if (old.filepath, old.digest, old.media_type) == (
-                layer.filepath,
-                layer.digest,
-                layer.media_type,
-            ):
+            if (old.filepath, old.digest, old.media_type) == identity:
                 self.notes.append(f"{_name(layer)} is already in the model")
                 return
             if self._replaces(old, docker, layer):
@@ -293,7 +278,7 @@ class _Merge:
     def _replaces(self, old: Descriptor, docker: Descriptor, layer: Descriptor) -> bool:
         is_single = docker.media_type in _SINGLE_TYPES
         if old.filepath != layer.filepath:
-            return is_single and self._by_type and old.media_type == layer.media_type
+            return is_single and self.by_type and old.media_type == layer.media_type
         is_weight = old.media_type in _WEIGHT_TYPES and not is_projector_name(old.filepath or "")
         if is_weight or not (is_single or old.digest == layer.digest):
             raise PackagingError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Final
 
 from modelpack.artifacts import media_types
@@ -30,17 +29,15 @@ class FileKind(StrEnum):
 WEIGHT_KINDS: Final = (FileKind.GGUF, FileKind.SAFETENSORS, FileKind.DDUF)
 
 #: Docker's layer type of each kind.
-MEDIA_TYPES: Final[Mapping[FileKind, str]] = MappingProxyType(
-    {
-        FileKind.GGUF: media_types.DOCKER_GGUF,
-        FileKind.SAFETENSORS: media_types.DOCKER_SAFETENSORS,
-        FileKind.DDUF: media_types.DOCKER_DDUF,
-        FileKind.CHAT_TEMPLATE: media_types.DOCKER_CHAT_TEMPLATE,
-        FileKind.LICENSE: media_types.DOCKER_LICENSE,
-        FileKind.CONFIG: media_types.DOCKER_MODEL_FILE,
-        FileKind.OTHER: media_types.DOCKER_MODEL_FILE,
-    }
-)
+MEDIA_TYPES: Final[Mapping[FileKind, str]] = {
+    FileKind.GGUF: media_types.DOCKER_GGUF,
+    FileKind.SAFETENSORS: media_types.DOCKER_SAFETENSORS,
+    FileKind.DDUF: media_types.DOCKER_DDUF,
+    FileKind.CHAT_TEMPLATE: media_types.DOCKER_CHAT_TEMPLATE,
+    FileKind.LICENSE: media_types.DOCKER_LICENSE,
+    FileKind.CONFIG: media_types.DOCKER_MODEL_FILE,
+    FileKind.OTHER: media_types.DOCKER_MODEL_FILE,
+}
 #: Docker's layer types of weights, without projectors.
 WEIGHT_TYPES: Final = tuple(MEDIA_TYPES[kind] for kind in WEIGHT_KINDS)
 

@@ -51,9 +51,8 @@ _TO_CNCF: Final = {
     media_types.DOCKER_VLLM_CONFIG_TAR: media_types.CNCF_WEIGHT_CONFIG_RAW,
     media_types.DOCKER_MODEL_FILE: media_types.CNCF_WEIGHT_CONFIG_RAW,
     media_types.CNCF_WEIGHT_CONFIG_RAW: media_types.CNCF_WEIGHT_CONFIG_RAW,
-    **dict.fromkeys(
-        (*WEIGHT_TYPES, media_types.DOCKER_MMPROJ, *CNCF_WEIGHT_TYPES), media_types.CNCF_WEIGHT_RAW
-    ),
+    media_types.DOCKER_MMPROJ: media_types.CNCF_WEIGHT_RAW,
+    **dict.fromkeys((*WEIGHT_TYPES, *CNCF_WEIGHT_TYPES), media_types.CNCF_WEIGHT_RAW),
 }
 _DOCKER_PREFIX: Final = "application/vnd.docker.ai."
 _CNCF_PREFIX: Final = "application/vnd.cncf.model."
@@ -73,14 +72,11 @@ def cncf_media_type(media_type: str, filepath: str | None) -> str:
     known = _TO_CNCF.get(media_type)
     if known is not None:
         return known
-    if not filepath:
-        return media_types.CNCF_WEIGHT_CONFIG_RAW
-    kind = classify(filepath)
+    name = lowered_name(filepath or "")
+    kind = classify(name)
     if kind in WEIGHT_KINDS:
         return media_types.CNCF_WEIGHT_RAW
-    if kind is FileKind.LICENSE:
-        return media_types.CNCF_DOC_RAW
-    if kind is FileKind.CONFIG and lowered_name(filepath).endswith(".md"):
+    if kind is FileKind.LICENSE or (kind is FileKind.CONFIG and name.endswith(".md")):
         return media_types.CNCF_DOC_RAW
     return media_types.CNCF_WEIGHT_CONFIG_RAW
 
@@ -163,25 +159,20 @@ def docker_config_type(layers: Sequence[Descriptor]) -> str:
     if not all(paths):
         return media_types.DOCKER_CONFIG_V01  # v0.2 drops layers without a path
     single = (media_types.DOCKER_GGUF, media_types.DOCKER_DDUF, *_SINGLE_FILE_TYPES)
-    templates = [x for x in layers if x.media_type == media_types.DOCKER_CHAT_TEMPLATE]
-    if (
-        all(layer.media_type in single for layer in layers)
-        and not any("/" in path for path in paths if path)
-        and len(templates) <= 1
-    ):
-        return media_types.DOCKER_CONFIG_V01
-    return media_types.DOCKER_CONFIG_V02
+    types = [layer.media_type for layer in layers]
+    in_directories = any("/" in path for path in paths if path)
+    if in_directories or not set(types) <= set(single):
+        return media_types.DOCKER_CONFIG_V02
+    several = types.count(media_types.DOCKER_CHAT_TEMPLATE) > 1
+    return media_types.DOCKER_CONFIG_V02 if several else media_types.DOCKER_CONFIG_V01
 
 
 def _docker_media_type(layer: Descriptor, format: str) -> str:
     given, filepath = layer.media_type, layer.filepath or ""
     if given.startswith(_DOCKER_PREFIX):
         return given
-    if (
-        given.startswith(_CNCF_PREFIX)
-        and not given.endswith(".raw")
-        and given not in CNCF_WEIGHT_TYPES
-    ):
+    is_archive = given.startswith(_CNCF_PREFIX) and not given.endswith(".raw")
+    if is_archive and given not in CNCF_WEIGHT_TYPES:
         raise UnsupportedError(
             f"layer {layer.digest.short} ({filepath or 'no path'}) of type {given!r} has no "
             "counterpart in Docker's format, whose layers are single files",
@@ -193,7 +184,9 @@ def _docker_media_type(layer: Descriptor, format: str) -> str:
             return media_types.DOCKER_MMPROJ
         return MEDIA_TYPES[_weight_kind(layer, kind, format)]
     if given == media_types.CNCF_DOC_RAW:
-        return _document_type(filepath, kind)
+        if kind is FileKind.LICENSE or not lowered_name(filepath).endswith(_DOCUMENTS):
+            return media_types.DOCKER_LICENSE
+        return media_types.DOCKER_MODEL_FILE
     if kind in WEIGHT_KINDS:  # it was not a weight before
         return media_types.DOCKER_MODEL_FILE
     return MEDIA_TYPES[kind]
@@ -219,12 +212,6 @@ def _weight_kind(layer: Descriptor, kind: FileKind, format: str) -> FileKind:
         f"format: neither its name nor the config's format {format!r} gives it",
         hint="convert the weights to gguf, safetensors or dduf",
     )
-
-
-def _document_type(filepath: str, kind: FileKind) -> str:
-    if kind is FileKind.LICENSE or not lowered_name(filepath).endswith(_DOCUMENTS):
-        return media_types.DOCKER_LICENSE
-    return media_types.DOCKER_MODEL_FILE
 
 
 def _own_weights(layers: Sequence[Descriptor]) -> frozenset[int]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -27,16 +27,16 @@ _WHAT = "layer file metadata"
 _BYTE, _UINT32, _INT64 = 2**8 - 1, 2**32 - 1, 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerMetadata:
     """Name, permission bits, size in bytes and modification time (RFC 3339) of a layer's file."""
 
     name: str
     mode: int
-    size: int
-    mtime: str
     uid: int = 0
     gid: int = 0
+    size: int
+    mtime: str
     typeflag: int = 0
 
     @classmethod
@@ -55,17 +55,7 @@ class LayerMetadata:
 
     def encode(self) -> str:
         """Return the JSON text, with the fields in the order of Docker Model Runner."""
-        return encode_text(
-            {
-                "name": self.name,
-                "mode": self.mode,
-                "uid": self.uid,
-                "gid": self.gid,
-                "size": self.size,
-                "mtime": self.mtime,
-                "typeflag": self.typeflag,
-            }
-        )
+        return encode_text(asdict(self))
 
 
 def _field(value: dict[str, Any], key: str, kind: type) -> Any:
@@ -111,10 +101,6 @@ class LayerFile:
     inode: int
     mtime_ns: int
     size: int
-
-    def with_type(self, media_type: str) -> LayerFile:
-        """Return the same file as a layer of another type."""
-        return replace(self, media_type=media_type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +205,12 @@ def opened_status(path: Path, *, refuse_pointer: bool = False) -> os.stat_result
     try:
         status = os.fstat(descriptor)
         check_regular(path, status)
-        if refuse_pointer and status.st_size <= _LFS_POINTER_MAX_BYTES:
-            _check_no_pointer(path, os.read(descriptor, len(LFS_POINTER)))
+        is_small = status.st_size <= _LFS_POINTER_MAX_BYTES
+        if refuse_pointer and is_small and os.read(descriptor, len(LFS_POINTER)) == LFS_POINTER:
+            raise PackagingError(
+                f"{shown(path)} is a Git LFS pointer, not the file itself",
+                hint="run `git lfs install && git lfs pull` in that checkout",
+            )
         return status
     finally:
         os.close(descriptor)
@@ -266,39 +256,16 @@ def shown(path: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _check_no_pointer(path: Path, head: bytes) -> None:
-    if head == LFS_POINTER:
+def _check_link(link: str, allowed: Iterable[str]) -> None:
+    """Raise `PackagingError` unless the link's target is in one of the real paths `allowed`."""
+    try:
+        target = os.path.realpath(link, strict=True)
+    except OSError as error:
         raise PackagingError(
-            f"{shown(path)} is a Git LFS pointer, not the file itself",
-            hint="run `git lfs install && git lfs pull` in that checkout",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class LinkRule:
-    """Decides which symbolic links in a directory are followed; `allowed` are real paths."""
-
-    allowed: tuple[str, ...]
-    follow_all: bool
-
-    @classmethod
-    def for_directory(cls, root: Path, *, follow_all: bool) -> Self:
-        """Return the rule for the directory `root`, which may be a link itself."""
-        real = os.path.realpath(root)
-        blobs = hub_blobs(real)
-        return cls((real,) if blobs is None else (real, blobs), follow_all)
-
-    def check(self, link: str) -> None:
-        """Raise `PackagingError` with the link and its target unless it may be followed."""
-        try:
-            target = os.path.realpath(link, strict=True)
-        except OSError as error:
-            raise PackagingError(
-                f"{shown(link)} is a symbolic link to {shown(os.readlink(link))}, which "
-                f"cannot be followed: {error.strerror}"
-            ) from None
-        if self.follow_all or any(_is_inside(target, place) for place in self.allowed):
-            return
+            f"{shown(link)} is a symbolic link to {shown(os.readlink(link))}, which "
+            f"cannot be followed: {error.strerror}"
+        ) from None
+    if not any(Path(target).is_relative_to(place) for place in allowed):
         raise PackagingError(
             f"{shown(link)} is a symbolic link to {shown(target)}, outside the directory",
             hint="if that file belongs to the model, use --follow-symlinks, or copy it here",
@@ -315,10 +282,6 @@ def hub_blobs(real: str) -> str | None:
         if parts[i] == "snapshots" and parts[i - 1].startswith("models--"):
             return os.path.join(*parts[:i], "blobs")
     return None
-
-
-def _is_inside(path: str, directory: str) -> bool:
-    return path == directory or path.startswith(directory.rstrip(os.sep) + os.sep)
 
 
 #: A limit, since links to directories can multiply without end; a manifest has room for fewer.
@@ -347,27 +310,32 @@ def walk(root: Path, *, follow_symlinks: bool) -> Iterator[Found | Skipped]:
     Raises `PackagingError` with the path for entries that cannot be read, for links that must not
     or cannot be followed, and for entries that are neither files nor directories.
     """
-    return _Walk(root, LinkRule.for_directory(root, follow_all=follow_symlinks)).run()
+    real = os.path.realpath(root)
+    blobs = hub_blobs(real)
+    allowed = (os.sep,) if follow_symlinks else (real,) if blobs is None else (real, blobs)
+    return _Walk(root, allowed).run()
 
 
 class _Walk:
-    def __init__(self, root: Path, links: LinkRule) -> None:
+    def __init__(self, root: Path, allowed: tuple[str, ...]) -> None:
         self._root = root
-        self._links = links
-        self._entries = 0
+        self._allowed = allowed
         # The open directories from the root down: one that occurs twice is a loop. This is a stack
         # instead of recursion, because paths can be deeper than Python's call stack.
         self._open: list[tuple[str, Iterator[os.DirEntry[str]], tuple[int, int]]] = []
 
     def run(self) -> Iterator[Found | Skipped]:
         self._descend(str(self._root), "")
+        count = 0
         while self._open:
             prefix, entries, _ = self._open[-1]
             entry = next(entries, None)
             if entry is None:
                 self._open.pop()
                 continue
-            self._count()
+            count += 1
+            if count > MAX_ENTRIES:
+                raise PackagingError(f"{shown(self._root)} has more than {MAX_ENTRIES} entries")
             found = self._look(entry, prefix + entry.name)
             if found is not None:
                 yield found
@@ -377,7 +345,7 @@ class _Walk:
             return Skipped(relative, "its name starts with a dot")
         try:
             if entry.is_symlink():
-                self._links.check(entry.path)
+                _check_link(entry.path, self._allowed)
             status = entry.stat()
         except OSError as error:
             raise unreadable(Path(entry.path), error) from None
@@ -406,8 +374,3 @@ class _Walk:
                 "above it: following it would never end"
             )
         self._open.append((prefix, iter(entries), identity))
-
-    def _count(self) -> None:
-        self._entries += 1
-        if self._entries > MAX_ENTRIES:
-            raise PackagingError(f"{shown(self._root)} has more than {MAX_ENTRIES} entries")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -84,7 +85,7 @@ def without_duplicates(
                 hint="rename one of them",
             )
         notes.append(f"{shown(file.path)} is already in the model as {shown(file.filepath)!r}")
-        kept[place] = other.with_type(file.media_type)
+        kept[place] = replace(other, media_type=file.media_type)
     return tuple(kept), tuple(notes)
 
 
@@ -101,14 +102,6 @@ def _same_content(one: LayerFile, other: LayerFile) -> bool:
             return True
     except OSError as error:
         raise unreadable(one.path, error) from None
-
-
-def discovered_shards(path: Path, kind: FileKind) -> tuple[Path, ...]:
-    """Return all shards of the model that the weight file `path` belongs to, in order.
-
-    Raises `PackagingError` with the names of missing shards.
-    """
-    return (path,) if kind is FileKind.DDUF else find_shards(path)
 
 
 def check_projector(path: Path) -> None:
@@ -134,19 +127,19 @@ def weight_statistics(
         raise PackagingError("no weights are left: flags give every weight file another type")
     kind = next(k for k, media_type in MEDIA_TYPES.items() if media_type == weights[0].media_type)
     paths = [file.path for file in weights]
+    notes: tuple[str, ...] = ()
     if kind is FileKind.GGUF:
+        notes = _several_models(weights)
         statistics = gguf_statistics(paths, exact=exact)
     elif kind is FileKind.SAFETENSORS:
         statistics = safetensors_statistics(paths, exact=exact, config_json=config_json)
     else:
         statistics = dduf_statistics(paths)
-    return statistics, (*_several_models(weights, kind), *statistics.notes)
+    return statistics, (*notes, *statistics.notes)
 
 
-def _several_models(weights: Sequence[LayerFile], kind: FileKind) -> tuple[str, ...]:
+def _several_models(weights: Sequence[LayerFile]) -> tuple[str, ...]:
     """Return a note if a directory has several GGUF models, since a config describes only one."""
-    if kind is not FileKind.GGUF:
-        return ()
     models = {
         shard_set(file.path) or file.path: file.filepath
         for file in reversed(weights)
@@ -177,8 +170,9 @@ def plan(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) ->
     named, named_notes = named_files(request, maker)
     files, notes = _joined(files, named, request)
     check_template_wins(request, [(role_of(f.media_type, f.filepath), f.filepath) for f in files])
+    config_json = next((file.path for file in files if file.path == path / "config.json"), None)
     statistics, weight_notes = weight_statistics(
-        files, config_json=_config_json(path, files), exact=request.preserve
+        files, config_json=config_json, exact=request.preserve
     )
     result = Plan(files, statistics, created, skipped, (*named_notes, *notes, *weight_notes))
     check_document_sizes(result, request)
@@ -207,9 +201,8 @@ def named_files(
     if request.chat_template is not None:
         files.append(maker.at(expanded(request.chat_template), media_types.DOCKER_CHAT_TEMPLATE))
     if request.mmproj is not None:
-        path = expanded(request.mmproj)
-        files.append(maker.at(path, media_types.DOCKER_MMPROJ))
-        check_projector(path)
+        files.append(maker.at(expanded(request.mmproj), media_types.DOCKER_MMPROJ))
+        check_projector(files[-1].path)
     return _joined((), files, request)
 
 
@@ -236,11 +229,6 @@ def _source(request: PackageRequest) -> tuple[str, Path]:
     return flag, expanded(path)
 
 
-def _config_json(root: Path, files: tuple[LayerFile, ...]) -> Path | None:
-    """Return the path of the `config.json` directly in the directory `root`, or None."""
-    return next((f.path for f in files if f.path == root / "config.json"), None)
-
-
 def _single(flag: str, path: Path, maker: LayerFiles) -> tuple[LayerFile, ...]:
     status = status_of(path)
     if stat.S_ISDIR(status.st_mode):
@@ -254,7 +242,8 @@ def _single(flag: str, path: Path, maker: LayerFiles) -> tuple[LayerFile, ...]:
             f"{shown(path)}: the name does not end in .gguf, .safetensors or .dduf",
             hint="rename it or link to it: the extension must be that of the format",
         )
-    return tuple(maker.at(shard, MEDIA_TYPES[kind]) for shard in discovered_shards(path, kind))
+    shards = (path,) if kind is FileKind.DDUF else find_shards(path)
+    return tuple(maker.at(shard, MEDIA_TYPES[kind]) for shard in shards)
 
 
 def _directory(
@@ -262,10 +251,9 @@ def _directory(
 ) -> tuple[tuple[LayerFile, ...], tuple[Skipped, ...]]:
     status = status_of(root)
     if not stat.S_ISDIR(status.st_mode):
-        hint = "use --gguf or --dduf for a file" if stat.S_ISREG(status.st_mode) else None
         raise PackagingError(
             f"{shown(root)} is {kind_of_file(status)}, --safetensors-dir expects a directory",
-            hint=hint,
+            hint="use --gguf or --dduf for a file" if stat.S_ISREG(status.st_mode) else None,
         )
     seen = list(walk(root, follow_symlinks=request.follow_symlinks))
     found = [entry for entry in seen if isinstance(entry, Found)]

@@ -52,8 +52,10 @@ class PackageRequest:
         for key, text in self.annotations.items():
             if not key:
                 raise UsageError(f"an annotation has no key; its value is {text!r}")
-            if not (_is_text(key) and _is_text(text)):
-                raise UsageError(f"annotation {key!r}={text!r}: expected valid UTF-8")
+            try:
+                f"{key}{text}".encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"annotation {key!r}={text!r}: expected valid UTF-8") from None
 
     @property
     def sources(self) -> tuple[tuple[str, Path], ...]:
@@ -89,11 +91,3 @@ def check_template_wins(request: PackageRequest, layers: Sequence[tuple[Role, st
             f"--chat-template {name}: the model has {used}, which runtimes would use instead",
             hint=f"remove {used} from the directory, or replace it with {name}",
         )
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -58,8 +58,7 @@ def source_time(environ: Mapping[str, str]) -> str:
         raise UsageError(
             f"{SOURCE_DATE_EPOCH} is {text[:100]!r}, expected seconds since 1970 as a number"
         )
-    moment = time.gmtime(int(text))
-    return _clock(moment) + "Z"
+    return _canonical(datetime.fromtimestamp(int(text), UTC).isoformat())
 
 
 def local_time(nanoseconds: int) -> str:
@@ -75,13 +74,10 @@ def local_time(nanoseconds: int) -> str:
     if not 1 <= moment.tm_year <= 9999:
         raise ValueError(f"the year {moment.tm_year} is out of range")
     digits = f".{fraction:09}".rstrip("0") if fraction else ""
-    return _clock(moment) + digits + _offset(moment.tm_gmtoff)
-
-
-def _clock(moment: time.struct_time) -> str:
     return (
         f"{moment.tm_year:04}-{moment.tm_mon:02}-{moment.tm_mday:02}"
         f"T{moment.tm_hour:02}:{moment.tm_min:02}:{moment.tm_sec:02}"
+        f"{digits}{_offset(moment.tm_gmtoff)}"
     )
 
 

@@ -137,7 +137,8 @@ def _layer(file: HubFile, choice: Choice) -> Descriptor:
     media_type = MEDIA_TYPES[classify(file.path)]
     if any(file.path == projector.path for projector in choice.projectors):
         media_type = media_types.DOCKER_MMPROJ
-    metadata = LayerMetadata(file.path.rpartition("/")[2], _FILE_MODE, file.size, EPOCH)
+    name = file.path.rpartition("/")[2]
+    metadata = LayerMetadata(name=name, mode=_FILE_MODE, size=file.size, mtime=EPOCH)
     return file_layer(media_type, file.sha256, metadata, file.path)
 
 
