@@ -18,23 +18,12 @@ from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import decode_object, encode
-from modelpack.artifacts.model import (
-    Model,
-    ModelFile,
-    Role,
-    format_of,
-    preferred_template,
-    role_of,
-)
-from modelpack.bundles.directory import Folder, Tree, absolute, new_directory
-from modelpack.bundles.links import LinkMode, Placement, put, write_all
+from modelpack.artifacts.model import Model, ModelFile, Role, format_of, preferred_template, role_of
+from modelpack.bundles.directory import Tree, absolute, new_directory
+from modelpack.bundles.links import LinkMode, Placement, put
 from modelpack.bundles.names import arrange, with_chat_template
 from modelpack.bundles.tar import Allowance, TarLimits, extract
-from modelpack.errors import (
-    StorageFullError,
-    StoreError,
-    UnsupportedError,
-)
+from modelpack.errors import StorageFullError, StoreError, UnsupportedError
 from modelpack.progress import Action, Progress, Stop, silent
 from modelpack.storage import Watch
 
@@ -111,18 +100,22 @@ def lay_out(
         with folder.make(_MODEL) as inside:
             tree = Tree(inside)
             for placed in arrangement.files:
-                linked = _place(placed.path, placed.file, tree, blob_path, links, watch, notes)
-                content = placed.file.descriptor.digest
-                files.append(_bundle_file(placed.path, placed.file, linked, content))
+                watch.stop.check()
+                path, blob = placed.path, placed.file.descriptor
+                with tree.place(path, f"layer {blob.digest.short}") as (into, name):
+                    linked = put(placed.file, blob_path(blob), into, name, links, watch, notes)
+                watch.report(Progress(Action.UNPACK, path, blob.digest, blob.size, blob.size))
+                files.append(_bundle_file(path, placed.file, linked, blob.digest))
             sizes = [archive.descriptor.size for archive in arrangement.archives]
             allowance = Allowance(limits, sizes, others=len(tree))
             for archive in arrangement.archives:
                 what = f"layer {archive.filepath or archive.descriptor.digest.short}"
-                path = blob_path(archive.descriptor)
-                for member, content in extract(archive, path, tree, allowance, watch, what):
+                blob_file = blob_path(archive.descriptor)
+                for member, content in extract(archive, blob_file, tree, allowance, watch, what):
                     files.append(_bundle_file(member, archive, Placement.EXTRACTED, content))
             folder.check_holds(_MODEL, inside)
-        _write(folder, _CONFIG, runtime_config(model.config))
+        with os.fdopen(folder.create(_CONFIG), "wb") as stream:
+            stream.write(runtime_config(model.config))
         bundle = _bundle(directory, files, model.config, notes)
     for note in bundle.notes:
         watch.report(Progress(Action.NOTE, str(directory), message=note))
@@ -140,23 +133,6 @@ def runtime_config(config: ModelConfig) -> bytes:
     if "family" not in config.cncf_descriptor:  # added when packaging; not in the model's config
         value["descriptor"].pop("family", None)
     return encode(value) + b"\n"
-
-
-def _place(
-    path: str,
-    file: ModelFile,
-    tree: Tree,
-    blob_path: Callable[[Descriptor], Path],
-    links: LinkMode,
-    watch: Watch,
-    notes: list[str],
-) -> Placement:
-    watch.stop.check()
-    digest, size = file.descriptor.digest, file.descriptor.size
-    with tree.place(path, f"layer {digest.short}") as (folder, name):
-        linked = put(file, blob_path(file.descriptor), folder, name, links, watch, notes)
-    watch.report(Progress(Action.UNPACK, path, digest, size, size))
-    return linked
 
 
 def _bundle_file(path: str, layer: ModelFile, linked: Placement, content: Digest) -> BundleFile:
@@ -183,7 +159,13 @@ def _bundle(
             if config.media_type == media_types.KITOPS_CONFIG
             else "run `modelpack inspect` to list its files",
         )
-    template, mmproj = _template(files, notes), _projector(files, notes)
+    at = preferred_template([(file.role, file.path.removeprefix(f"{_MODEL}/")) for file in files])
+    template = None if at is None else files[at]
+    projectors = [file for file in files if file.role is Role.PROJECTOR]
+    mmproj = min(projectors, key=lambda file: file.path.count("/"), default=None)
+    for chosen in (template, mmproj):
+        if chosen is not None:
+            _note_choice(chosen, files, notes)
     return Bundle(
         directory,
         tuple(files),
@@ -195,40 +177,18 @@ def _bundle(
     )
 
 
-def _template(files: Sequence[BundleFile], notes: list[str]) -> BundleFile | None:
-    found = [file for file in files if file.role is Role.CHAT_TEMPLATE]
-    at = preferred_template([(file.role, file.path.removeprefix(f"{_MODEL}/")) for file in files])
-    if at is None:
-        return None
-    return _noted(files[at], found, notes)
-
-
-def _projector(files: Sequence[BundleFile], notes: list[str]) -> BundleFile | None:
-    found = [file for file in files if file.role is Role.PROJECTOR]
-    if not found:
-        return None
-    return _noted(min(found, key=lambda file: file.path.count("/")), found, notes)
-
-
-def _noted(chosen: BundleFile, found: Sequence[BundleFile], notes: list[str]) -> BundleFile:
+def _note_choice(chosen: BundleFile, files: Sequence[BundleFile], notes: list[str]) -> None:
+    """Add a note if the model has other files of the role of `chosen`."""
+    found = [file for file in files if file.role is chosen.role]
     if len({file.digest for file in found}) > 1:
         role = chosen.role.replace("_", " ")
         notes.append(f"{chosen.path} is used as the {role}; the model has {len(found)}")
-    return chosen
 
 
 def _lookup_order(file: BundleFile) -> tuple[bool, bool, tuple[str, ...]]:
     """Sort as Docker Model Runner looks for weights: top level first, then by path."""
     parts = PurePosixPath(file.path).parts[1:]
     return parts[-1].startswith("."), len(parts) > 1, parts
-
-
-def _write(folder: Folder, name: str, content: bytes) -> None:
-    fd = folder.create(name)
-    try:
-        write_all(fd, content)
-    finally:
-        os.close(fd)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from modelpack.artifacts.paths import checked_path
@@ -116,18 +115,8 @@ class Folder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def is_directory(status: os.stat_result) -> bool:
-    """Return whether this is a directory, not a link to one."""
-    return stat.S_ISDIR(status.st_mode)
 
 
 def _planted(path: str, expected: str, got: str) -> UnsafePathError:
@@ -192,8 +181,7 @@ class Tree:
         """
         *parents, name = _parts(path, source)
         with self._walk(parents, source) as folder:
-            node = self._nodes.get(folded(path))
-            if node:
+            if node := self._nodes.get(folded(path)):
                 raise _collision(path, source, node, is_file=True)
             yield folder, name
             self._note(_Node(path, True, source))
@@ -305,7 +293,7 @@ def _check_free(parent: Folder, directory: Path, *, overwrite: bool) -> None:
     status = parent.status(directory.name)
     if status is None:
         return
-    if not is_directory(status):
+    if not stat.S_ISDIR(status.st_mode):
         raise ConflictError(
             f"{directory} exists and is not a directory",
             hint="name a new directory or, for a symbolic link, its target",
@@ -329,7 +317,7 @@ def _publish(parent: Folder, temporary: str, directory: Path, *, overwrite: bool
         if error.errno not in _TAKEN:
             raise
         status = parent.status(directory.name)
-        if not overwrite or status is None or not is_directory(status):
+        if not overwrite or status is None or not stat.S_ISDIR(status.st_mode):
             raise _taken(directory) from error
         _exchange(parent, temporary, directory.name)
         return True

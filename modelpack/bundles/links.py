@@ -59,19 +59,10 @@ _FICLONE = 0x40049409  # linux/fs.h
 _ON_MACOS: bool = sys.platform == "darwin"
 _CHUNK = 1024 * 1024
 # Errors of a file system or kernel that cannot share the blob: try the next kind of link.
-_CANNOT = frozenset(
-    {
-        errno.EXDEV,
-        errno.EPERM,
-        errno.EACCES,
-        errno.EMLINK,
-        errno.EINVAL,
-        errno.ENOSYS,
-        errno.ENOTTY,
-        errno.ENOTSUP,
-        errno.EOPNOTSUPP,
-    }
-)
+_CANNOT = frozenset({
+    errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EINVAL,
+    errno.ENOSYS, errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP,
+})  # fmt: skip
 
 
 class LinkMode(StrEnum):
@@ -99,13 +90,7 @@ class Placement(StrEnum):
     EXTRACTED = "extracted"
 
 
-_ORDER = {
-    LinkMode.AUTO: (Placement.HARDLINK, Placement.REFLINK, Placement.COPY),
-    LinkMode.HARDLINK: (Placement.HARDLINK,),
-    LinkMode.SYMLINK: (Placement.SYMLINK,),
-    LinkMode.REFLINK: (Placement.REFLINK,),
-    LinkMode.COPY: (Placement.COPY,),
-}
+_AUTO = (Placement.HARDLINK, Placement.REFLINK, Placement.COPY)
 
 
 def put(
@@ -115,7 +100,7 @@ def put(
     name: str,
     mode: LinkMode,
     watch: Watch,
-    notes: list[str] | None = None,
+    notes: list[str],
 ) -> Placement:
     """Place the blob at `path` as `name` in `folder`; return the kind of placement.
 
@@ -126,7 +111,7 @@ def put(
     """
     problem: OSError | None = None
     with open_blob(path, file.descriptor) as blob:
-        for placement in _ORDER[mode]:
+        for placement in _AUTO if mode is LinkMode.AUTO else (Placement(mode),):
             try:
                 _PLACE[placement](file, path, blob, folder, name, watch)
             except OSError as error:
@@ -134,7 +119,7 @@ def put(
                     raise
                 problem = problem or error
             else:
-                if problem is not None and placement is Placement.COPY and notes is not None:
+                if problem is not None and placement is Placement.COPY:
                     why = f"files are copied: hard links to the store failed ({problem.strerror})"
                     notes += [why] if why not in notes else []
                 return placement
@@ -195,11 +180,11 @@ def _copy(
 ) -> None:
     digest, size = file.descriptor.digest, file.descriptor.size
     hasher = digest.hasher()
-    with os.fdopen(folder.create(name), "wb", buffering=0) as target:
+    with os.fdopen(folder.create(name), "wb") as target:
         completed = 0
         while data := blob.read(_CHUNK):
             watch.stop.check()
-            write_all(target.fileno(), data)
+            target.write(data)
             hasher.update(data)
             completed += len(data)
             watch.report(Progress(Action.UNPACK, name, digest, completed, size))
@@ -212,10 +197,3 @@ _PLACE = {
     Placement.REFLINK: _reflink,
     Placement.COPY: _copy,
 }
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data`: a system call may write only a part of it."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

@@ -99,7 +99,8 @@ def _wanted_paths(files: Sequence[ModelFile], renames: bool, notes: list[str]) -
         if unnamed:
             paths[unnamed[0]] = name
         for i in unnamed[1:]:
-            notes.append(f"{_shown(files[i])} is left out: a runtime uses one {_role_name(role)}")
+            kind = role.replace("_", " ")
+            notes.append(f"{_shown(files[i])} is left out: a runtime uses one {kind}")
     notes += [
         f"{_shown(file)} is left out: it has no file name"
         for file, path in zip(files, paths, strict=True)
@@ -157,10 +158,6 @@ def _free_name(path: str, taken: Mapping[str, object]) -> str:
     stem, dot, extension = name.rpartition(".") if "." in name[1:] else (name, "", "")
     numbered = (f"{folder}{slash}{stem}-{n}{dot}{extension}" for n in count(2))
     return next(candidate for candidate in numbered if folded(candidate) not in taken)
-
-
-def _role_name(role: Role) -> str:
-    return role.replace("_", " ")
 
 
 def _shown(file: ModelFile) -> str:

@@ -24,7 +24,7 @@ from modelpack.artifacts.digest import Digest, new_hasher
 from modelpack.artifacts.model import Archive, ModelFile
 from modelpack.artifacts.paths import checked_path
 from modelpack.bundles.directory import EXECUTABLE_MODE, FILE_MODE, Tree
-from modelpack.bundles.links import open_blob, write_all
+from modelpack.bundles.links import open_blob
 from modelpack.errors import (
     FormatError,
     IntegrityError,
@@ -357,11 +357,6 @@ class Content:
         self._on_read()
         return data
 
-    def drain(self) -> None:
-        """Read to the end."""
-        while self.read(_CHUNK):
-            pass
-
 
 def over_limit(what: str, limit: str) -> IntegrityError:
     """Return the error for an archive that expands beyond its limit."""
@@ -410,8 +405,19 @@ def extract(
     """
     assert layer.archive is not None, f"{what} is one raw file"
     hasher = layer.diff_id.hasher() if layer.diff_id else None
-    limit = allowance.of(layer.descriptor.size)
+    digest, size = layer.descriptor.digest, layer.descriptor.size
+    limit = allowance.of(size)
+    reported = 0
     with open_blob(path, layer.descriptor) as blob:
+
+        def on_read() -> None:
+            nonlocal reported
+            watch.stop.check()
+            position = blob.tell()
+            if position - reported >= _REPORT_BYTES and position < size:
+                reported = position
+                watch.report(Progress(Action.UNPACK, what, digest, position, size))
+
         content = Content(
             blob,
             layer.archive,
@@ -419,33 +425,17 @@ def extract(
             limit=limit,
             max_window_bytes=allowance.limits.max_window_bytes,
             hasher=hasher,
-            on_read=_ReadProgress(layer, blob, watch, what).tick,
+            on_read=on_read,
         )
         reader = TarReader(content, what, max_header_bytes=allowance.limits.max_header_bytes)
         files = _unpack(reader, tree, allowance, limit, what)
-        content.drain()
+        while content.read(_CHUNK):
+            pass  # the digest covers the padding, too
     allowance.spend(content.count)
     if layer.diff_id and hasher:
         layer.diff_id.check_equal(Digest.of_hasher(hasher), f"{what}, uncompressed")
-    size = layer.descriptor.size
-    watch.report(Progress(Action.UNPACK, what, layer.descriptor.digest, size, size))
+    watch.report(Progress(Action.UNPACK, what, digest, size, size))
     return files
-
-
-class _ReadProgress:
-    """Reports the number of bytes read from the blob at intervals, and checks for a stop."""
-
-    def __init__(self, layer: ModelFile, blob: BinaryIO, watch: Watch, what: str) -> None:
-        self._layer, self._blob, self._watch, self._what = layer, blob, watch, what
-        self._reported = 0
-
-    def tick(self) -> None:
-        self._watch.stop.check()
-        position, size = self._blob.tell(), self._layer.descriptor.size
-        if position - self._reported >= _REPORT_BYTES and position < size:
-            self._reported = position
-            digest = self._layer.descriptor.digest
-            self._watch.report(Progress(Action.UNPACK, self._what, digest, position, size))
 
 
 def _unpack(
@@ -495,12 +485,11 @@ def _member_path(entry: TarEntry) -> str:
 def _write_file(path: str, entry: TarEntry, reader: TarReader, tree: Tree, what: str) -> Digest:
     mode = EXECUTABLE_MODE if entry.executable else FILE_MODE
     hasher = new_hasher()
-    with tree.place(path, what) as (folder, name):
-        target = folder.create(name, mode)
-        try:
-            while data := reader.read(_CHUNK):
-                write_all(target, data)
-                hasher.update(data)
-        finally:
-            os.close(target)
+    with (
+        tree.place(path, what) as (folder, name),
+        os.fdopen(folder.create(name, mode), "wb") as target,
+    ):
+        while data := reader.read(_CHUNK):
+            target.write(data)
+            hasher.update(data)
     return Digest.of_hasher(hasher)

@@ -13,8 +13,8 @@ import pytest
 from modelpack.artifacts import media_types
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model
-from modelpack.bundles import bundle as bundling
 from modelpack.bundles.bundle import Bundle, lay_out
+from modelpack.bundles.directory import Folder
 from modelpack.errors import (
     ConflictError,
     InterruptedTransferError,
@@ -154,7 +154,7 @@ def test_what_the_file_system_refuses(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(bundling, "write_all", refuse)
+    monkeypatch.setattr(Folder, "create", refuse)
     with pytest.raises(error, match=f"cannot lay out {directory}") as caught:
         bundle_of(stored, directory, [WEIGHT])
     assert type(caught.value) is error

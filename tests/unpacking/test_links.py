@@ -44,7 +44,7 @@ def put_in(
 ) -> Placement:
     directory.mkdir(exist_ok=True)
     with Folder.open(directory) as folder:
-        return put(file, blob, folder, "x", mode, watch or Watch(silent, Stop()))
+        return put(file, blob, folder, "x", mode, watch or Watch(silent, Stop()), [])
 
 
 def refuse(number: int) -> Any:
