@@ -14,6 +14,7 @@ from typing import Any, Final
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import FormatError
+from modelpack.trust.policy import check_fields
 
 
 class Level(StrEnum):
@@ -169,7 +170,7 @@ def parse_policy(text: str, what: str) -> LintPolicy:
     except ValueError as error:
         raise FormatError(f"is not TOML: {error}", path=what) from None
     tables = {"rules", "licence", "metadata", "context", "files"}
-    _known(value, {"name", *tables}, what)
+    check_fields(value, {"name", *tables}, what)
     rules = _table(value, "rules", set(RULES), what)
     context = _table(value, "context", {"min", "max"}, what)
     pattern = value.get("name")
@@ -208,15 +209,8 @@ def _table(value: dict[str, Any], key: str, known: set[str], what: str) -> dict[
     found = value.get(key, {})
     if not isinstance(found, dict):
         raise FormatError(f"{key} is not a table", path=what)
-    _known(found, known, f"{what}: {key}")
+    check_fields(found, known, f"{what}: {key}")
     return found
-
-
-def _known(value: dict[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(value.keys() - known)
-    if unknown:
-        expected = ", ".join(sorted(known))
-        raise FormatError(f"has an unknown field {unknown[0]!r}: expected {expected}", path=where)
 
 
 def _texts(value: dict[str, Any], key: str, default: tuple[str, ...], what: str) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ Source: secure-systems-lab/go-securesystemslib, encrypted/encrypted.go.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import os
 import re
@@ -77,8 +76,10 @@ def opened(pem: bytes, password: bytes, name: str) -> bytes:
                 "has an unknown encryption, expected scrypt and nacl/secretbox", path=name
             )
         parameters = tuple(kdf["params"][key] for key in ("N", "r", "p"))
-        salt, nonce = _bytes(kdf["salt"]), _bytes(cipher["nonce"])
-        ciphertext = _bytes(value["ciphertext"])
+        salt, nonce, ciphertext = (
+            base64.b64decode(text, validate=True)
+            for text in (kdf["salt"], cipher["nonce"], value["ciphertext"])
+        )
     except FormatError:
         raise
     except (KeyError, TypeError, ValueError):
@@ -111,13 +112,6 @@ def _secret_box(key: bytes) -> Any:
             hint="pip install 'modelpack[signing]'",
         ) from None
     return SecretBox(key)
-
-
-def _bytes(text: Any) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise ValueError(str(error)) from None
 
 
 _MAX_BYTES: Final = 64 * 1024

@@ -94,18 +94,18 @@ def check_model(statement: Statement, model: Model) -> None:
     what = f"model signature of {model.reference or model.digest}"
     if names_manifest(statement) and statement.predicate[MANIFEST] != str(model.digest):
         raise IntegrityError(f"{what}: signs {statement.predicate[MANIFEST]!r}, another manifest")
-    resources = statement.predicate.get("resources")
+    resources: Any = statement.predicate.get("resources") or []
     serialization = statement.predicate.get("serialization")
     if not isinstance(serialization, dict) or serialization.get("method") != "files":
         raise FormatError("does not have the serialization method 'files'", path=what)
     signed: dict[str, Digest] = {}
     try:
-        for one in resources or []:
+        for one in resources:
             signed[str(one["name"])] = Digest.parse(f"{one['algorithm']}:{one['digest']}")
-        root = _root(resources or [])
+        root = _root(resources)
     except (KeyError, TypeError, ValueError, InvalidDigestError):
         raise FormatError("lists resources that are not files with digests", path=what) from None
-    if not signed or len(signed) != len(resources or []):
+    if not signed or len(signed) != len(resources):
         raise FormatError("lists no files, or the same file twice", path=what)
     if statement.subjects[0].digest != root:
         raise FormatError("its digest is not that of the listed files", path=what)
@@ -149,18 +149,15 @@ def uncovered(model: Model) -> tuple[str, ...]:
             parts.append(f"the order of the layers of role {role}")
     annotations = model.manifest.annotations.keys() - _DESCRIPTIVE
     parts += [f"the annotation {key}" for key in sorted(annotations)]
-    return (*parts, *_uncovered_config(model))
-
-
-def _uncovered_config(model: Model) -> list[str]:
-    config, where = model.config, "of the config"
+    config = model.config
     if config.is_foreign:
-        return [f"the config ({config.media_type})"]
-    parts = [f"context_size {where}"] if config.context_size is not None else []
+        return (*parts, f"the config ({config.media_type})")
+    if config.context_size is not None:
+        parts.append("context_size of the config")
     formats = {file.format for file in model.files() if file.role is Role.WEIGHT}
     if config.format and formats != {config.format.lower().replace("diffusers", "dduf")}:
-        parts.append(f"format {where}")
-    return parts
+        parts.append("format of the config")
+    return tuple(parts)
 
 
 def _format(role: Role, path: str) -> str:

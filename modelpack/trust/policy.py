@@ -131,7 +131,7 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
     except ValueError as error:
         raise FormatError(f"is not TOML: {error}", path=str(path)) from None
     what = str(path)
-    _check_fields(value, {"default", "publishers", "rules"}, what)
+    check_fields(value, {"default", "publishers", "rules"}, what)
     default = value.get("default", "reject")
     if default not in ("accept", "reject"):
         raise FormatError(f'default is {default!r}, expected "accept" or "reject"', path=what)
@@ -155,7 +155,7 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
 
 def _publisher(name: str, entry: Any, path: Path) -> Publisher:
     where = f"{path}: publishers.{name}"
-    _check_fields(entry, {"keys"}, where)
+    check_fields(entry, {"keys"}, where)
     keys = frozenset(
         parse_public_key(text.encode(), f"{where}: keys[{at}]")
         if "-----BEGIN" in text
@@ -166,7 +166,7 @@ def _publisher(name: str, entry: Any, path: Path) -> Publisher:
 
 
 def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
-    _check_fields(entry, {"models", "publishers", "threshold", "formats", "accept"}, where)
+    check_fields(entry, {"models", "publishers", "threshold", "formats", "accept"}, where)
     models = _texts(entry, "models", where)
     accept = entry.get("accept", False)
     if not isinstance(accept, bool):
@@ -188,16 +188,19 @@ def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
             "publishers",
             path=where,
         )
-    signing = tuple(publishers[name] for name in dict.fromkeys(named))
-    if threshold > 1 and sum(len(one.keys) for one in signing) > len(
-        {key for one in signing for key in one.keys}
-    ):
+    rule = Rule(
+        models,
+        tuple(publishers[name] for name in dict.fromkeys(named)),
+        threshold,
+        _formats(entry, where),
+    )
+    if threshold > 1 and sum(len(one.keys) for one in rule.publishers) > len(rule.keys):
         raise FormatError(
             f"threshold is {threshold}, but two of the publishers share a key, so one signature "
             "would count for both",
             path=where,
         )
-    return Rule(models, signing, threshold, _formats(entry, where))
+    return rule
 
 
 def _problem_of(pattern: str) -> str:
@@ -247,7 +250,7 @@ def _table(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_fields(value: Any, known: set[str], where: str) -> None:
+def check_fields(value: Any, known: set[str], where: str) -> None:
     """Reject unknown fields: a policy with a misspelled rule would trust other models."""
     unknown = sorted(_table(value, where).keys() - known)
     if unknown:

@@ -17,12 +17,7 @@ from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model
-from modelpack.errors import (
-    FormatError,
-    IntegrityError,
-    NotFoundError,
-    UntrustedError,
-)
+from modelpack.errors import FormatError, IntegrityError, NotFoundError, UntrustedError
 from modelpack.storage import ReferrerSource, read_blob
 from modelpack.trust.keys import PublicKey
 from modelpack.trust.model_signing import check_model, names_manifest
@@ -100,7 +95,12 @@ def find_signatures(
     refused: list[str] = []
     for manifest, kind, check in _candidates(source, subject, model, refused, tagged):
         if kind not in formats:
-            refused.append(f"{kind} signature {manifest.digest.short}: {_not_accepted(kind)}")
+            why = "its format is not accepted"
+            if kind is SignatureKind.FILES:
+                why = (
+                    f"covers the files and not the manifest, and the format {kind} is not accepted"
+                )
+            refused.append(f"{kind} signature {manifest.digest.short}: {why}")
             continue
         try:
             by = [key for key in keys if check(key)]
@@ -116,12 +116,6 @@ def find_signatures(
 def is_signed_under_tag(source: ReferrerSource, subject: Descriptor, key: PublicKey) -> bool:
     """Return whether cosign's tag has a signature by `key` over the manifest `subject`."""
     return any(signature.is_signed_by(key) for _, signature in _under_tag(source, subject, []))
-
-
-def _not_accepted(kind: SignatureKind) -> str:
-    if kind is SignatureKind.FILES:
-        return f"covers the files and not the manifest, and the format {kind} is not accepted"
-    return "its format is not accepted"
 
 
 _Check = Callable[[PublicKey], bool]
@@ -155,10 +149,7 @@ def _candidates(
 
 
 def _bundle(
-    source: ReferrerSource,
-    referrer: Descriptor,
-    subject: Descriptor,
-    model: Callable[[], Model],
+    source: ReferrerSource, referrer: Descriptor, subject: Descriptor, model: Callable[[], Model]
 ) -> tuple[SignatureKind, _Check] | None:
     """Return the format of an attached bundle and its check, or None if it is not a signature."""
     what = f"bundle {referrer.digest.short}"

@@ -9,7 +9,6 @@ containers/image, "simple signing".
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -106,11 +105,13 @@ class Envelope:
     def parse(cls, value: Any, what: str) -> Envelope:
         """Return the envelope of a decoded JSON object; raise `FormatError`."""
         try:
-            signatures = tuple(decoded(one["sig"]) for one in value["signatures"])
-            envelope = cls(decoded(value["payload"]), str(value["payloadType"]), signatures)
+            payload, *signatures = (
+                base64.b64decode(text, validate=True)
+                for text in (value["payload"], *(one["sig"] for one in value["signatures"]))
+            )
+            return cls(payload, str(value["payloadType"]), tuple(signatures))
         except (KeyError, TypeError, ValueError):
             raise FormatError("is not a DSSE envelope", path=what) from None
-        return envelope
 
     def to_json(self) -> dict[str, Any]:
         """Return the envelope as a JSON object."""
@@ -130,16 +131,6 @@ def pre_authentication(payload_type: str, payload: bytes) -> bytes:
     """Return the bytes that are signed (DSSE protocol, "Signature Definition")."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
-
-
-def decoded(text: Any) -> bytes:
-    """Return the bytes of base64 `text`; raise `ValueError` for other values."""
-    if not isinstance(text, str):
-        raise ValueError("is not a string")
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise ValueError(str(error)) from None
 
 
 BUNDLE: Final = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -171,8 +162,8 @@ class Bundle:
         if "dsseEnvelope" not in value:
             raise FormatError("has no DSSE envelope", path=what)
         envelope = Envelope.parse(value["dsseEnvelope"], what)
-        if len(envelope.signatures) != 1:  # required by the format; verifying many would be slow
-            count = len(envelope.signatures)
+        count = len(envelope.signatures)
+        if count != 1:  # required by the format; verifying many would be slow
             raise FormatError(f"has {count} signatures, expected 1", path=what)
         if envelope.payload_type != PAYLOAD_TYPE:
             raise FormatError(
@@ -187,14 +178,12 @@ def signed_bundle(statement: Statement, key: PrivateKey) -> bytes:
     public = key.public
     hint = public.pem_hint if statement.predicate_type == MODEL_SIGNING else public.hint
     envelope = Envelope.signed(statement.encode(), PAYLOAD_TYPE, key)
-    material: Mapping[str, Any] = {"publicKey": {"hint": hint}, "tlogEntries": []}
-    return encode(
-        {
-            "mediaType": BUNDLE,
-            "verificationMaterial": material,
-            "dsseEnvelope": envelope.to_json(),
-        }
-    )
+    value: dict[str, Any] = {
+        "mediaType": BUNDLE,
+        "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
+        "dsseEnvelope": envelope.to_json(),
+    }
+    return encode(value)
 
 
 def bundle_manifest(
@@ -233,7 +222,7 @@ class SimpleSignature:
         """Return the unverified signature in a layer of cosign's tag; raise `FormatError`."""
         value = decode_object(payload, what)
         try:
-            signature = decoded(layer.annotations.get(SIGNATURE))
+            signature = base64.b64decode(layer.annotations[SIGNATURE], validate=True)
             critical = value["critical"]
             kind, image = critical["type"], critical["image"]["docker-manifest-digest"]
             if kind not in _TYPES:
@@ -259,16 +248,12 @@ def sign_simply(name: str, digest: Digest, key: PrivateKey) -> tuple[Descriptor,
 
     `name` is its `registry/repository`, which is information for readers and is not verified.
     """
-    payload = encode(
-        {
-            "critical": {
-                "identity": {"docker-reference": name},
-                "image": {"docker-manifest-digest": str(digest)},
-                "type": _TYPE,
-            },
-            "optional": None,
-        }
-    )
+    critical = {
+        "identity": {"docker-reference": name},
+        "image": {"docker-manifest-digest": str(digest)},
+        "type": _TYPE,
+    }
+    payload = encode({"critical": critical, "optional": None})
     signature = base64.b64encode(key.sign(payload)).decode()
     return Descriptor(PAYLOAD, Digest.of(payload), len(payload), {SIGNATURE: signature}), payload
 
