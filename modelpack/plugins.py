@@ -40,6 +40,4 @@ def load_function(name: str) -> Callable[..., Any] | None:
 def _load(group: str, name: str) -> Any | None:
     from importlib.metadata import entry_points
 
-    for point in entry_points(group=group, name=name):
-        return point.load()
-    return None
+    return next((point.load() for point in entry_points(group=group, name=name)), None)

@@ -113,7 +113,8 @@ def install_plugins(
     The default directory is Docker's plugin directory of the user. If it contains a plugin of the
     same name from another vendor, raises `ConflictError` and writes nothing, unless `force` is set.
     """
-    directory = directory or _docker_config() / "cli-plugins"
+    config = os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker"
+    directory = directory or Path(config, "cli-plugins")
     paths = [directory / name for name in names]
     for path in paths:
         if not force and path.exists() and _MARK not in path.read_bytes().decode(errors="ignore"):
@@ -128,10 +129,6 @@ def install_plugins(
         scratch.chmod(0o755)
         scratch.replace(path)
     return paths
-
-
-def _docker_config() -> Path:
-    return Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
 
 
 def _script(function: str) -> str:

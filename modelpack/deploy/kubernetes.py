@@ -166,10 +166,7 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
         # A rolling update would need twice the GPUs, which few clusters have.
         "strategy": {"type": "Recreate"} if workload.gpus else {"type": "RollingUpdate"},
         "progressDeadlineSeconds": workload.demands.start_seconds * 2,
-        "template": {
-            "metadata": {"labels": workload.labels},
-            "spec": pod_spec(workload),
-        },
+        "template": {"metadata": {"labels": workload.labels}, "spec": pod_spec(workload)},
     }
     service: dict[str, Any] = {
         "selector": workload.labels,
@@ -209,7 +206,7 @@ def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
         del mounts[0]["readOnly"]  # the locks of the store are files
     if workload.gpus > 1:
         mounts.append({"name": _SHARED, "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
-    made: dict[str, Any] = {
+    return {
         "name": name,
         "image": workload.engine_image,
         **_command(workload, service),
@@ -219,7 +216,6 @@ def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
         "securityContext": _LOCKED,
         **_probes(workload),
     }
-    return made
 
 
 def _command(workload: Workload, service: str) -> dict[str, Any]:
@@ -341,10 +337,8 @@ _KSERVE_MOUNT = "/mnt/models"
 
 def inference_service(workload: Workload) -> list[dict[str, Any]]:
     """Return the InferenceService."""
-    predictor: dict[str, Any] = {
-        "minReplicas": workload.replicas,
-        "timeout": workload.demands.start_seconds,
-    }
+    timeout = workload.demands.start_seconds
+    predictor: dict[str, Any] = {"minReplicas": workload.replicas, "timeout": timeout}
     if workload.model_image:
         predictor["model"] = {
             "modelFormat": {"name": "huggingface"},
@@ -361,11 +355,10 @@ def inference_service(workload: Workload) -> list[dict[str, Any]]:
     metadata = workload.metadata()
     # A start takes minutes, which exceeds the limits of Knative's scaling by requests.
     metadata["annotations"]["serving.kserve.io/deploymentMode"] = "Standard"
-    return [
-        {
-            "apiVersion": "serving.kserve.io/v1beta1",
-            "kind": "InferenceService",
-            "metadata": metadata,
-            "spec": {"predictor": predictor},
-        }
-    ]
+    service = {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": metadata,
+        "spec": {"predictor": predictor},
+    }
+    return [service]

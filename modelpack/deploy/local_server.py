@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def container_host() -> str:
         return DESKTOP
     found = _docker("network", "inspect", "bridge", "--format", _GATEWAYS)
     for address in found.split():
-        if _is_ipv4(address):
-            return address
+        with suppress(ValueError):
+            return str(ipaddress.IPv4Address(address))
     # An engine that has just created its bridge reports the gateway only after its next start.
     interface = _docker("network", "inspect", "bridge", "--format", _INTERFACE)
     if address := _address_of(interface):
@@ -91,14 +92,6 @@ def _docker(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _is_ipv4(text: str) -> bool:
-    try:
-        ipaddress.IPv4Address(text)
-    except ValueError:
-        return False
-    return True
-
-
 _TIMEOUT = (5, 600)  # seconds to connect, and to wait for the next chunk of a response
 _PROBE = (1, 5)
 _KINDS: dict[int, type[ModelpackError]] = {
@@ -120,9 +113,8 @@ class RunnerClient:
         import requests
 
         try:
-            answer = requests.get(
-                f"{self.url}/engines/status", headers=self._headers, timeout=_PROBE
-            )
+            status = f"{self.url}/engines/status"
+            answer = requests.get(status, headers=self._headers, timeout=_PROBE)
         except requests.RequestException:
             return False
         # A server that requires another key is running too; later requests report the error.

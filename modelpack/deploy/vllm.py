@@ -68,12 +68,11 @@ class VllmSettings:
             template = None
         context = model.config.context_size or None
         parameters, notes = _defaults(model.manifest.annotations)
-        return cls(
-            None if context == own_context else context,
-            template,
-            _generation(parameters),
-            (*notes, *_unused(parameters)),
-        )
+        unused = [name for name in _UNSUPPORTED if parameters.get(name) is not None]
+        if unused:
+            notes += (f"vLLM has no default for {', '.join(unused)}: clients must send it",)
+        context = None if context == own_context else context
+        return cls(context, template, _generation(parameters), notes)
 
     def options(self, chat_template: str) -> dict[str, object]:
         """Return vLLM's options by long name; `chat_template` is the path of the template."""
@@ -117,13 +116,6 @@ def _generation(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _unused(parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    unused = [name for name in _UNSUPPORTED if parameters.get(name) is not None]
-    if not unused:
-        return ()
-    return (f"vLLM has no default for {', '.join(unused)}: clients must send it",)
-
-
 _CONFIG = "config.json"
 #: The prefix of Modelpack's models in model names of vLLM.
 SCHEME = "modelpack://"
@@ -156,7 +148,13 @@ def open_model(
     of `modelpack.pull`.
     """
     store = store or LayoutStore()
-    _check_before_pull(name, store, remote, progress)
+    try:
+        stored_model(store, name, remote)
+    except (NotFoundError, UnsupportedError):
+        if not is_model_id(name):  # an id cannot be pulled
+            # Fetch only the manifest and the config, before the weights.
+            seen = inspect(name, remote=remote, from_registry=True, progress=progress)
+            _check_readable(seen, name)
     model, directory = kept_bundle(name, store=store, remote=remote, progress=progress, until=until)
     _check_readable(model, name)
     path = directory / _CONFIG
@@ -166,8 +164,7 @@ def open_model(
         config = decode_object(path.read_bytes(), _CONFIG)
     except ModelpackError:
         config = {}  # vLLM reports the error
-    own_context = context_size(config, nested=True)
-    return VllmModel(directory, VllmSettings.of(model, own_context))
+    return VllmModel(directory, VllmSettings.of(model, context_size(config, nested=True)))
 
 
 def model_directory(
@@ -181,21 +178,6 @@ def model_directory(
     """Return the directory of the model `name` for vLLM; arguments as for `open_model`."""
     opened = open_model(name, store=store, remote=remote, progress=progress, until=until)
     return opened.directory
-
-
-def _check_before_pull(
-    name: str, store: LayoutStore, remote: RemoteOptions | None, progress: ProgressCallback | None
-) -> None:
-    """Raise `UnsupportedError` if a model that is not stored cannot be read by vLLM.
-
-    Fetches only its manifest and its config.
-    """
-    try:
-        stored_model(store, name, remote)
-    except (NotFoundError, UnsupportedError):
-        if not is_model_id(name):  # an id cannot be pulled
-            model = inspect(name, remote=remote, from_registry=True, progress=progress)
-            _check_readable(model, name)
 
 
 def _check_readable(model: Model, name: str) -> None:

