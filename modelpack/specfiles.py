@@ -40,17 +40,15 @@ def schema(name: str) -> dict[str, Any]:
 
     Raises `UsageError` if there is no such schema.
     """
-    if name not in schema_names():
-        raise _unknown("schema", name, schema_names())
-    value = json.loads((_root() / "schema" / f"{name}{_SCHEMA_SUFFIX}").read_bytes())
-    assert isinstance(value, dict), f"schema {name} is not a JSON object"
+    _check_known("schema", name, schema_names())
+    text = (_root() / "schema" / f"{name}{_SCHEMA_SUFFIX}").read_bytes()
+    value: dict[str, Any] = json.loads(text)
     return value
 
 
 def document(name: str) -> str:
     """Return the document `name` as Markdown; raise `UsageError` if there is no such document."""
-    if name not in document_names():
-        raise _unknown("document", name, document_names())
+    _check_known("document", name, document_names())
     return (_root() / f"{name}{_DOCUMENT_SUFFIX}").read_text(encoding="utf-8")
 
 
@@ -99,5 +97,6 @@ def _names(folder: Traversable, suffix: str) -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(suffix) for name in entries if name.endswith(suffix)))
 
 
-def _unknown(kind: str, name: str, known: tuple[str, ...]) -> UsageError:
-    return UsageError(f"no such {kind}: {name!r}", hint=f"use one of {', '.join(known)}")
+def _check_known(kind: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise UsageError(f"no such {kind}: {name!r}", hint=f"use one of {', '.join(known)}")

@@ -29,11 +29,7 @@ from modelpack.builder.conversion import (
     docker_layers,
 )
 from modelpack.builder.files import LayerFile, LayerMetadata, Skipped, shown
-from modelpack.builder.request import (
-    PackageRequest,
-    check_context_size_fits,
-    check_template_wins,
-)
+from modelpack.builder.request import PackageRequest, check_context_size_fits, check_template_wins
 from modelpack.builder.times import created_time
 from modelpack.errors import ManifestError, PackagingError
 from modelpack.formats.statistics import ModelStatistics
@@ -56,11 +52,6 @@ class Plan:
     created: str | None = None
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
-
-    @property
-    def total_size(self) -> int:
-        """The bytes of all files, all of which must be hashed."""
-        return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,11 +40,7 @@ from modelpack.builder.files import (
     unreadable,
     walk,
 )
-from modelpack.builder.request import (
-    PackageRequest,
-    check_context_size_fits,
-    check_template_wins,
-)
+from modelpack.builder.request import PackageRequest, check_context_size_fits, check_template_wins
 from modelpack.builder.times import created_time
 from modelpack.errors import PackagingError, UsageError
 from modelpack.formats.gguf import read_gguf_header

@@ -326,7 +326,11 @@ def _publish(parent: Folder, temporary: str, directory: Path, *, overwrite: bool
 
 def _exchange(parent: Folder, temporary: str, name: str) -> None:
     """Swap the two names, in one step if the system can."""
-    if _exchanged(parent, temporary, name):
+    import ctypes
+
+    function, flag = _EXCHANGE.get(sys.platform, ("", 0))
+    swap = getattr(ctypes.CDLL(None), function, None)
+    if swap and not swap(parent.fd, os.fsencode(temporary), parent.fd, os.fsencode(name), flag):
         return
     aside = f"{temporary}.old"
     _rename(parent, name, aside)
@@ -336,18 +340,6 @@ def _exchange(parent: Folder, temporary: str, name: str) -> None:
         _rename(parent, aside, name)
         raise
     _rename(parent, aside, temporary)
-
-
-def _exchanged(parent: Folder, one: str, other: str) -> bool:
-    import ctypes
-
-    function, flag = _EXCHANGE.get(sys.platform, ("", 0))
-    library = ctypes.CDLL(None, use_errno=True)
-    if not function or not hasattr(library, function):
-        return False
-    call = getattr(library, function)
-    failed = call(parent.fd, os.fsencode(one), parent.fd, os.fsencode(other), flag)
-    return not failed
 
 
 def _rename(parent: Folder, old: str, new: str) -> None:

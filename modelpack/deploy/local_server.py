@@ -120,10 +120,9 @@ class RunnerClient:
         # A server that requires another key is running too; later requests report the error.
         return answer.status_code in (401, 403) or "Running" in answer.text
 
-    def backends(self) -> dict[str, str]:
-        """Return the status of each backend of the server."""
-        found: dict[str, str] = self._json("GET", "/engines/status")
-        return found
+    def backends(self) -> Any:
+        """Return the status of each backend of the server, by its name."""
+        return self._json("GET", "/engines/status")
 
     def models(self) -> list[dict[str, Any]]:
         """Return the models of the server's store, with all spellings of their names as tags.

@@ -10,6 +10,8 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -139,7 +141,7 @@ def check_secrets(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]
     """Yield the places of possible secrets; the findings do not contain the secrets."""
     for file, text in _texts(subject, policy):
         for what, pattern in _SECRETS:
-            for match in _some(pattern, text):
+            for match in islice(pattern.finditer(text), _MAX_EACH):
                 yield Finding("secrets", f"contains {what}", file.path, _line(text, match.start()))
 
 
@@ -147,29 +149,20 @@ def check_paths(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
     """Yield the absolute paths in configurations and templates."""
     for file, text in _texts(subject, policy):
         if file.role in (Role.CONFIG, Role.CHAT_TEMPLATE):
-            for match in _some(_PATH, text):
+            for match in islice(_PATH.finditer(text), _MAX_EACH):
                 line = _line(text, match.start())
                 yield Finding("paths", f"contains the path {match[0][:200]}", file.path, line)
     for key, entry in subject.gguf.items():
         if isinstance(entry.value, str) and not key.startswith("tokenizer."):
-            for match in _some(_PATH, entry.value):
+            for match in islice(_PATH.finditer(entry.value), _MAX_EACH):
                 yield Finding("paths", f"the GGUF's {key} contains the path {match[0][:200]}")
 
 
 def _texts(subject: LintSubject, policy: LintPolicy) -> Iterator[tuple[LintFile, str]]:
     for file in subject.files:
         wanted = file.role in _TEXTS and file.name not in _VOCABULARIES
-        if wanted and policy.searches(file.path):
-            text = file.text()
-            if text is not None:
-                yield file, text
-
-
-def _some(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    for count, match in enumerate(pattern.finditer(text)):
-        if count == _MAX_EACH:
-            return
-        yield match
+        if wanted and policy.searches(file.path) and (text := file.text()) is not None:
+            yield file, text
 
 
 def _line(text: str, at: int) -> int:
@@ -212,10 +205,11 @@ def licences(subject: LintSubject) -> dict[str, str | None]:
 
     Without a licence file, the empty path has the licence of the config, GGUF or model card.
     """
-    found: dict[str, str | None] = {}
-    for file in subject.files:
-        if file.role is Role.LICENSE:
-            found[file.path] = licence_of(file.text() or "")
+    found = {
+        file.path: licence_of(file.text() or "")
+        for file in subject.files
+        if file.role is Role.LICENSE
+    }
     if found:
         return found
     named = subject.config.cncf_descriptor.get("licenses") or []
@@ -237,14 +231,15 @@ def check_metadata(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding
 def check_context(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
     """Yield a context size outside the policy's bounds or beyond the model's own."""
     size, own = subject.config.context_size, trained_context(subject)
-    if size is not None and not policy.min_context <= size <= policy.max_context:
+    used = own if size is None else size
+    if used is not None and not policy.min_context <= used <= policy.max_context:
         bounds = f"{policy.min_context} to {policy.max_context}"
-        yield Finding("context", f"the context size is {size} tokens, expected {bounds}")
+        what = (
+            f"the model has a context of {own}" if size is None else f"the context size is {size}"
+        )
+        yield Finding("context", f"{what} tokens, expected {bounds}")
     if size is not None and own is not None and size > own:
         yield Finding("context", f"the context size is {size} tokens, but the model has {own}")
-    if size is None and own is not None and not policy.min_context <= own <= policy.max_context:
-        bounds = f"{policy.min_context} to {policy.max_context}"
-        yield Finding("context", f"the model has a context of {own} tokens, expected {bounds}")
 
 
 def trained_context(subject: LintSubject) -> int | None:
@@ -256,23 +251,19 @@ def trained_context(subject: LintSubject) -> int | None:
     return context_of(config, nested=True) if config is not None else None
 
 
-def template_check(render: Render) -> Callable[[LintSubject, LintPolicy], Iterator[Finding]]:
-    """Return a check that renders the chat template with `render`."""
-
-    def check_template(subject: LintSubject, _: LintPolicy) -> Iterator[Finding]:
-        found = templates(subject)
-        if not found:
-            yield Finding("template", "no chat template")
-        for path, source in found.items():
-            try:
-                text = render(source, _variables(subject))
-            except ModelpackError as error:
-                yield Finding("template", f"does not render: {error}", path or None)
-                continue
-            if _WORDS not in text:
-                yield Finding("template", "leaves out the message of the user", path or None)
-
-    return check_template
+def check_template(render: Render, subject: LintSubject, _: LintPolicy) -> Iterator[Finding]:
+    """Yield a finding for a missing template and for each that does not render a message."""
+    found = templates(subject)
+    if not found:
+        yield Finding("template", "no chat template")
+    for path, source in found.items():
+        try:
+            text = render(source, _variables(subject))
+        except ModelpackError as error:
+            yield Finding("template", f"does not render: {error}", path or None)
+            continue
+        if _WORDS not in text:
+            yield Finding("template", "leaves out the message of the user", path or None)
 
 
 def templates(subject: LintSubject) -> dict[str, str]:
@@ -321,11 +312,11 @@ def _json(file: LintFile | None) -> dict[str, Any] | None:
 
 def check(subject: LintSubject, policy: LintPolicy, render: Render) -> tuple[Finding, ...]:
     """Return the findings of all rules that the policy does not switch off."""
-    checks = {
+    checks: dict[str, Callable[[LintSubject, LintPolicy], Iterator[Finding]]] = {
         "name": check_name,
         "licence": check_licence,
         "metadata": check_metadata,
-        "template": template_check(render),
+        "template": partial(check_template, render),
         "pickle": check_pickles,
         "secrets": check_secrets,
         "paths": check_paths,
@@ -333,8 +324,7 @@ def check(subject: LintSubject, policy: LintPolicy, render: Render) -> tuple[Fin
     }
     found: list[Finding] = []
     for rule, look in checks.items():
-        level = policy.level(rule)
-        if level is not Level.OFF:
+        if (level := policy.level(rule)) is not Level.OFF:
             found += [replace(one, level=level) for one in look(subject, policy)]
     return tuple(found)
 
@@ -348,11 +338,7 @@ def to_sarif(name: str, findings: Sequence[Finding]) -> dict[str, Any]:
     """Return a SARIF log with the findings of one run on the model `name`."""
     order = list(RULES)
     rules = [{"id": rule, "shortDescription": {"text": text}} for rule, text in RULES.items()]
-    driver = {
-        "name": "modelpack lint",
-        "version": __version__,
-        "rules": rules,
-    }
+    driver = {"name": "modelpack lint", "version": __version__, "rules": rules}
     results = [_result(one, name, order.index(one.rule)) for one in findings]
     return {
         "$schema": SCHEMA,

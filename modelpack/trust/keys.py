@@ -247,9 +247,9 @@ def read_private_key(path: Path | str, password: bytes | None = None) -> Private
             key = load_der(opened(pem, password or b"", name), None)
         else:
             key = load_pem(pem, password if encrypted else None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        if isinstance(error, FormatError):
-            raise
+    except FormatError:
+        raise
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         what = "the password is wrong" if encrypted else "is not a private key in PEM"
         raise FormatError(what, path=name, hint=None if encrypted else _HINT) from None
     return PrivateKey(_on_p256(key, name), name)
@@ -262,11 +262,7 @@ def generate_key_pair(prefix: Path | str, password: bytes) -> tuple[Path, Path]:
     """
     _need_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-    )
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
     private, public = Path(f"{prefix}.key"), Path(f"{prefix}.pub")
     for path in (private, public):

@@ -38,14 +38,11 @@ class BaseModel:
     url: str = ""
 
 
-def ml_bom(
-    model: Model,
-    *,
-    licences: Sequence[str] = (),
-    bases: Sequence[BaseModel] = (),
-) -> bytes:
+def ml_bom(model: Model, *, licences: Sequence[str] = (), bases: Sequence[BaseModel] = ()) -> bytes:
     """Return the ML-BOM of `model` as JSON; the licences are SPDX identifiers or names."""
-    files = [_file(file) for file in _unique(model.files())]
+    # A layer listed twice with one path is one component.
+    unique = {(file.filepath, file.descriptor.digest): file for file in model.files()}
+    files = [_file(file) for file in unique.values()]
     value: dict[str, Any] = {
         "$schema": _SCHEMA,
         "bomFormat": "CycloneDX",
@@ -87,15 +84,9 @@ def _metadata(model: Model, licences: Sequence[str], bases: Sequence[BaseModel])
         "size": str(model.manifest.total_size),
     }
     component["properties"] = _properties(facts)
-    metadata: dict[str, Any] = {
-        "tools": {
-            "components": [{"type": "application", "name": "modelpack", "version": __version__}]
-        },
-        "component": component,
-    }
-    if config.created:
-        metadata = {"timestamp": config.created} | metadata
-    return metadata
+    tool = {"type": "application", "name": "modelpack", "version": __version__}
+    metadata = {"tools": {"components": [tool]}, "component": component}
+    return {"timestamp": config.created} | metadata if config.created else metadata
 
 
 def package_url(reference: Reference, digest: Digest) -> str:
@@ -104,11 +95,6 @@ def package_url(reference: Reference, digest: Digest) -> str:
     tag = f"&tag={quote(reference.tag, safe='')}" if reference.tag else ""
     where = quote(reference.name, safe="/")
     return f"pkg:oci/{name}@{quote(str(digest), safe='')}?repository_url={where}{tag}"
-
-
-def _unique(files: Sequence[ModelFile]) -> list[ModelFile]:
-    """Return the files; a layer listed twice with one path is returned once."""
-    return list({(file.filepath, file.descriptor.digest): file for file in files}.values())
 
 
 def _file(file: ModelFile) -> dict[str, Any]:
