@@ -98,12 +98,17 @@ class ModelConfig:
         return encode(_cncf_json(self) if self.is_cncf else _docker_json(self))
 
 
+# The fields of Docker's configs, in the order of Go's structs.
+_DOCKER_TEXTS: Final = ("format", "quantization", "parameters", "architecture", "size")
+_DOCKER_MAPS: Final = ("gguf", "safetensors", "diffusers")
+
+
 def _docker_json(config: ModelConfig) -> dict[str, Any]:
     inner: dict[str, Any] = {}
-    for key in ("format", "quantization", "parameters", "architecture", "size"):
+    for key in _DOCKER_TEXTS:
         if getattr(config, key):
             inner[key] = getattr(config, key)
-    for key in ("gguf", "safetensors", "diffusers"):
+    for key in _DOCKER_MAPS:
         if getattr(config, key):
             inner[key] = sorted_map(dict(getattr(config, key)))
     if config.context_size is not None:
@@ -146,16 +151,12 @@ def _parse_docker(value: dict[str, Any], media_type: str, what: str) -> ModelCon
     rootfs = _object(value, "rootfs", what)
     _expect_type(rootfs, "rootfs", f"{what}: rootfs")
     created = descriptor.get("created")
+    texts: dict[str, Any] = {key: _text(inner, key, f"{what}: config") for key in _DOCKER_TEXTS}
+    maps: dict[str, Any] = {key: _strings(inner, key, what) for key in _DOCKER_MAPS}
     return ModelConfig(
         media_type,
-        format=_text(inner, "format", f"{what}: config"),
-        quantization=_text(inner, "quantization", f"{what}: config"),
-        parameters=_text(inner, "parameters", f"{what}: config"),
-        architecture=_text(inner, "architecture", f"{what}: config"),
-        size=_text(inner, "size", f"{what}: config"),
-        gguf=_strings(inner, "gguf", what),
-        safetensors=_strings(inner, "safetensors", what),
-        diffusers=_strings(inner, "diffusers", what),
+        **texts,
+        **maps,
         context_size=_int32(inner, "context_size", f"{what}: config"),
         created=None if created is None else checked_time(created, f"{what}: descriptor.created"),
         diff_ids=_digests(rootfs, "diff_ids", f"{what}: rootfs"),
@@ -346,31 +347,25 @@ _FORMATS: Final = ("gguf", "safetensors", "dduf")
 
 
 def _kitfile_fields(value: dict[str, Any], what: str) -> dict[str, Any]:
-    """Return the fields of a `ModelConfig` from a decoded Kitfile.
-
-    Raises `ManifestError`, naming the place, for fields of a wrong type. Unknown fields are
-    ignored.
-    """
+    """Return the fields of a `ModelConfig` from a decoded Kitfile; ignore unknown fields."""
     package = _object(value, "package", what, required=False)
     model = _object(value, "model", what, required=False)
     entries = list(_entries(value, model, what))
     paths, diff_ids = {}, []
     for entry, where in entries:
         digest, diff_id = (_digest(entry, key, where) for key in ("digest", "diffId"))
-        path = _path(entry, where)
+        # As KitOps normalises it; the user of the path checks that it is safe.
+        path = posixpath.normpath(_text(entry, "path", where) or ".")
         if digest is not None and path != ".":
             paths[digest] = path
         if diff_id is not None:
             diff_ids.append(diff_id)
-    description = _text(package, "description", what) or _text(model, "description", what)
-    licence = _text(package, "license", what) or _text(model, "license", what)
-    said = {
-        "name": _text(package, "name", what) or _text(model, "name", what),
-        "version": _text(package, "version", what) or _text(model, "version", what),
-        "description": description,
-        "authors": _texts(package, "authors", what),
-        "licenses": [licence] if licence else [],
+    said: dict[str, Any] = {
+        key: _text(package, key, what) or _text(model, key, what)
+        for key in ("name", "version", "description", "license")
     }
+    licence = said.pop("license")
+    said |= {"authors": _texts(package, "authors", what), "licenses": [licence] if licence else []}
     return {
         "format": _weight_format(model, what),
         "diff_ids": tuple(diff_ids) if len(diff_ids) == len(entries) else (),
@@ -397,11 +392,6 @@ def _weight_format(model: dict[str, Any], what: str) -> str:
     extension = _text(model, "path", what).lower().rpartition(".")[2]
     said = (extension, *(_text(model, key, what).lower() for key in ("format", "framework")))
     return next((text for text in said if text in _FORMATS), "")
-
-
-def _path(entry: dict[str, Any], where: str) -> str:
-    """Return the path as KitOps normalises it; the user of the path checks that it is safe."""
-    return posixpath.normpath(_text(entry, "path", where) or ".")
 
 
 def _digest(entry: dict[str, Any], key: str, where: str) -> Digest | None:
@@ -431,7 +421,7 @@ def _texts(value: dict[str, Any], key: str, what: str) -> list[str]:
 def _ollama_fields(value: dict[str, Any], what: str) -> dict[str, Any]:
     """Return the fields of a `ModelConfig` from a decoded config of Ollama.
 
-    Raises `ManifestError` for a field of a wrong type, and `UnsupportedError` for a remote model.
+    Raises `UnsupportedError` for a remote model.
     """
     host = _text(value, "remote_host", what)
     if host or _text(value, "remote_model", what):
@@ -482,7 +472,11 @@ def ollama_defaults(layers: Iterable[Descriptor], read: Callable[[Descriptor], b
             case media_types.OLLAMA_PARAMS:
                 value["parameters"] = decode_object(read(layer), what)
             case media_types.OLLAMA_SYSTEM:
-                value["system"] = _decoded(read(layer), what)
+                try:
+                    value["system"] = read(layer).decode()
+                except UnicodeDecodeError as error:
+                    message = f"is not UTF-8 at byte {error.start}"
+                    raise ManifestError(message, path=what) from None
             case media_types.OLLAMA_MESSAGES:
                 value["messages"] = _messages(read(layer), what)
     value = {key: item for key, item in value.items() if item}
@@ -499,10 +493,3 @@ def _messages(raw: bytes, what: str) -> list[dict[str, str]]:
         {"role": _text(message, "role", what), "content": _text(message, "content", what)}
         for message in value
     ]
-
-
-def _decoded(raw: bytes, what: str) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"is not UTF-8 at byte {error.start}", path=what) from None

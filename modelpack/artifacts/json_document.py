@@ -128,15 +128,8 @@ def check_spelling(value: Mapping[str, Any], known: Mapping[str, str], what: str
 
 def kind_of(value: object) -> str:
     """Return the JSON type of `value` with its article, for error messages."""
-    names: dict[type, str] = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
+    names: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
+    names |= {bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
 

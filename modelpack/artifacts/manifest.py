@@ -86,7 +86,7 @@ class Manifest:
         if subject is not None:
             value["subject"] = subject.to_json()
         if annotations:
-            value["annotations"] = {key: annotations[key] for key in sorted(annotations)}
+            value["annotations"] = dict(sorted(annotations.items()))
         return cls.parse(encode(value))
 
     @property
@@ -189,7 +189,7 @@ class Index:
         value: dict[str, Any] = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX}
         value["manifests"] = [manifest.to_json() for manifest in manifests]
         if annotations:
-            value["annotations"] = {key: annotations[key] for key in sorted(annotations)}
+            value["annotations"] = dict(sorted(annotations.items()))
         return cls.parse(encode(value))
 
     @property

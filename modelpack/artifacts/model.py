@@ -221,10 +221,8 @@ def role_of(media_type: str, path: str | None) -> Role:
         case "doc":
             # Docker Model Runner uses documents only for licenses, sometimes without a path.
             return Role.LICENSE if not name or _is_license(name) else Role.DOC
-        case "code":
-            return Role.CODE
-        case "dataset":
-            return Role.DATASET
+        case "code" | "dataset" as kind:
+            return Role(kind)
     return _role_by_name(name, Role.FILE)
 
 
@@ -261,10 +259,8 @@ def _kitops_role(kind: str, name: str) -> Role:
             return Role.WEIGHT if not _suffix(name) else _role_by_name(name, Role.FILE)
         case "docs":
             return Role.LICENSE if _is_license(name) else Role.DOC
-        case "code":
-            return Role.CODE
-        case "dataset":
-            return Role.DATASET
+        case "code" | "dataset":
+            return Role(kind)
     return _role_beside_weights(name, Role.FILE)
 
 

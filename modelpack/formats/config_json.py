@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, TypeGuard
 
 from modelpack.artifacts.config import MAX_CONTEXT_SIZE, ModelConfig
 from modelpack.errors import ModelpackError, NotFoundError
+from modelpack.formats.json_reader import reject_constant
 from modelpack.formats.reader import WeightFile
 from modelpack.formats.tensors import TensorInfo
 
@@ -21,8 +22,6 @@ _WORD_BITS: Final = 32
 _AFFINE: Final = "affine"
 _BITS: Final = range(1, 17)
 _BITS_KEY: Final = "quantization.bits"
-_GROUP_KEY: Final = "quantization.group_size"
-_MODE_KEY: Final = "quantization.mode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +50,7 @@ class MLXQuantization:
         if not isinstance(value, dict):
             return None
         bits, group_size = value.get("bits"), value.get("group_size")
-        if type(bits) is not int or type(group_size) is not int:
-            return None
-        if bits not in _BITS or group_size < 1:
+        if not _is_bits(bits) or type(group_size) is not int or group_size < 1:
             return None
         mode = value.get("mode", _AFFINE)
         modules = {
@@ -72,17 +69,14 @@ class MLXQuantization:
         """Return the entries for the `safetensors` map of a model's config."""
         return {
             _BITS_KEY: str(self.bits),
-            _GROUP_KEY: str(self.group_size),
-            _MODE_KEY: self.mode,
+            "quantization.group_size": str(self.group_size),
+            "quantization.mode": self.mode,
         }
 
     def parameters(self, tensors: Sequence[TensorInfo]) -> int:
         """Return the number of weights in `tensors`: unpacked, without scales and biases."""
-        packed = {
-            tensor.name.removesuffix(".scales")
-            for tensor in tensors
-            if tensor.name.endswith(".scales")
-        }
+        scales = (tensor.name for tensor in tensors if tensor.name.endswith(".scales"))
+        packed = {name.removesuffix(".scales") for name in scales}
         return sum(self._count(tensor, packed) for tensor in tensors)
 
     def _count(self, tensor: TensorInfo, packed: set[str]) -> int:
@@ -105,7 +99,7 @@ def mlx_bits(config: ModelConfig) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 4 else None
 
 
-def _is_bits(value: Any) -> bool:
+def _is_bits(value: Any) -> TypeGuard[int]:
     return type(value) is int and value in _BITS
 
 
@@ -141,7 +135,7 @@ def read_config_json(path: Path, *, strict: bool) -> Mapping[str, Any]:
         raise
     except ModelpackError as error:
         raise ValueError(error.message) from None
-    constants = _reject_constant if strict else None
+    constants = reject_constant if strict else None
     try:
         value = json.loads(raw.decode("utf-8", "replace"), parse_constant=constants)
     except RecursionError:
@@ -183,19 +177,9 @@ def architecture_name(config: Mapping[str, Any]) -> str:
 
 def first_config_json(directories: Iterable[Path]) -> Path | None:
     """Return the first `config.json` that exists in `directories`."""
-    for directory in dict.fromkeys(directories):
-        path = directory / CONFIG_JSON
-        if path.exists():
-            return path
-    return None
+    paths = (directory / CONFIG_JSON for directory in dict.fromkeys(directories))
+    return next((path for path in paths if path.exists()), None)
 
 
 def _text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for key in _TEXT_KEYS:
-        value = config.get(key)
-        if isinstance(value, dict):
-            yield value
-
-
-def _reject_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+    return (value for value in map(config.get, _TEXT_KEYS) if isinstance(value, dict))

@@ -234,11 +234,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _reject_constant(constant: str) -> NoReturn:
+def reject_constant(constant: str) -> NoReturn:
+    """Raise `ValueError`: the argument `parse_constant` of strict parsers."""
     raise ValueError(f"{constant} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_reject_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=reject_constant)
 
 
 def _check(value: Any, text: JSONText, start: int, depth: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -260,12 +261,8 @@ def gguf_statistics(
     return model.statistics(exact=exact)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A metadata value and the path of its file."""
-
-    path: str
-    value: MetadataValue
+#: A metadata value and the path of its file.
+_Entry = tuple[str, MetadataValue]
 
 
 class _Model:
@@ -275,7 +272,7 @@ class _Model:
         self._headers = headers
         self._tensors = [tensor for header in headers for tensor in header.tensors]
         self._entries = [
-            (trim(key), _Entry(header.path, value))
+            (trim(key), (header.path, value))
             for header in headers
             for key, value in header.metadata.items()
             if trim(key) != "split.no"
@@ -287,17 +284,15 @@ class _Model:
     def statistics(self, *, exact: bool) -> ModelStatistics:
         architecture = self._architecture()
         texts = {
-            key: text for key, entry in self._entries if (text := _text(entry.value)) is not None
+            key: text for key, (_, value) in self._entries if (text := _text(value)) is not None
         }
         # The reference counts no element for a tensor without dimensions, ggml counts one.
         parameters = sum(tensor.elements for tensor in self._tensors if tensor.shape or not exact)
         size = self._size_of_reference() if exact else sum(t.size for t in self._tensors)
-        notes = []
+        notes: list[str] = []
         if not exact:
             _check_split(self._headers)
-            for key in [key for key, text in texts.items() if len(text) > MAX_TEXT]:
-                notes.append(f"{key} of {len(texts[key])} characters is left out of the config")
-                del texts[key]
+            notes = _without_long(texts)
         file_type = self._number(self._first, "general.file_type", bits=32)
         return ModelStatistics(
             format="gguf",
@@ -374,17 +369,18 @@ class _Model:
         entry = self._last.get(key)
         if entry is None:
             return None
-        if not isinstance(entry.value.value, str):
+        text = entry[1].value
+        if not isinstance(text, str):
             raise _wrong_type(key, entry, "a string")
-        return trim(entry.value.value)
+        return trim(text)
 
     def _number(self, entries: Mapping[str, _Entry], key: str, *, bits: int) -> int | None:
         """Return the number under `key`, converted to an unsigned integer of `bits`, or None."""
         entry = entries.get(key)
         if entry is None:
             return None
-        value = entry.value.value
-        if entry.value.type not in _NUMBERS or not isinstance(value, int | float):
+        value = entry[1].value
+        if entry[1].type not in _NUMBERS or not isinstance(value, int | float):
             raise _wrong_type(key, entry, "a number")
         if isinstance(value, float):
             value = int(value) if abs(value) < 2**63 else 0  # the comparison is false for NaN
@@ -392,11 +388,9 @@ class _Model:
 
 
 def _wrong_type(key: str, entry: _Entry, expected: str) -> WeightFormatError:
-    return WeightFormatError(
-        f"{key} is of type {entry.value.type.name}, expected {expected}",
-        path=entry.path,
-        offset=entry.value.offset,
-    )
+    path, value = entry
+    message = f"{key} is of type {value.type.name}, expected {expected}"
+    return WeightFormatError(message, path=path, offset=value.offset)
 
 
 def _shards(first: GGUFHeader, headers: Sequence[GGUFHeader]) -> list[GGUFHeader]:
@@ -427,6 +421,12 @@ def _check_split(headers: Sequence[GGUFHeader]) -> None:
                 offset=entry.offset,
                 hint="keep the names of shards: <name>-00001-of-00003.gguf and so on",
             )
+
+
+def _without_long(texts: dict[str, str]) -> list[str]:
+    """Delete the texts that are too long for a config; return a note for each."""
+    long = {key: texts.pop(key) for key in list(texts) if len(texts[key]) > MAX_TEXT}
+    return [f"{key} of {len(long[key])} characters is left out of the config" for key in long]
 
 
 def _text(entry: MetadataValue) -> str | None:
@@ -478,9 +478,7 @@ def safetensors_statistics(
         for key, value in header.metadata.items():
             metadata.setdefault(key, value)
     architecture = trim(metadata.get("architecture", "")) or architecture_name(config)
-    for key in [key for key, value in metadata.items() if len(value) > MAX_TEXT]:
-        notes.append(f"{key} of {len(metadata[key])} characters is left out of the config")
-        del metadata[key]
+    notes += _without_long(metadata)
     quantized = MLXQuantization.of(config)
     if quantized is None:
         quantization = _safetensors_quantization(tensors)
@@ -506,10 +504,8 @@ def _exact_safetensors(headers: Sequence[SafetensorsHeader], size: str) -> Model
     config: Mapping[str, Any] = {}
     path = first_config_json(Path(header.path).parent for header in headers)
     if path is not None:
-        try:
+        with suppress(ValueError, NotFoundError):
             config = read_config_json(path, strict=True)
-        except (ValueError, NotFoundError):
-            config = {}
     return ModelStatistics(
         format="safetensors",
         quantization=_safetensors_quantization(first.tensors),
@@ -544,9 +540,7 @@ def _counted(headers: Sequence[SafetensorsHeader]) -> list[TensorInfo]:
 
 
 def _safetensors_quantization(tensors: Sequence[TensorInfo]) -> str:
-    dtypes = {tensor.dtype for tensor in tensors}
-    if not dtypes:
-        return "unknown"
+    dtypes = {tensor.dtype for tensor in tensors} or {"unknown"}
     return dtypes.pop() if len(dtypes) == 1 else "mixed"
 
 

@@ -143,12 +143,9 @@ def repeated_name(tensors: Sequence[TensorInfo]) -> int | None:
 
 def in_data_order(tensors: Sequence[TensorInfo]) -> Sequence[int]:
     """Return the indices of `tensors` in the order of their data offsets, then of their sizes."""
-    if all(_starts_before(a, b) for a, b in pairwise(tensors)):  # the usual order of writers
+    # The usual order of writers; comparing needs no memory, as sorting does.
+    if all((a.offset, a.size) <= (b.offset, b.size) for a, b in pairwise(tensors)):
         return range(len(tensors))
     order = sorted(range(len(tensors)), key=lambda at: tensors[at].size)
     order.sort(key=lambda at: tensors[at].offset)
     return order
-
-
-def _starts_before(a: TensorInfo, b: TensorInfo) -> bool:
-    return a.offset < b.offset or (a.offset == b.offset and a.size <= b.size)

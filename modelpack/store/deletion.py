@@ -62,11 +62,7 @@ class Remover:
     bundles: KeptBundles
 
     def remove(self, name: str, *, force: bool) -> Removal:
-        """Remove a name; with the last name, or by id, remove the model.
-
-        Unless forced, raises `ConflictError` for the id of a model with several names, and
-        `LockedError` for a model in use.
-        """
+        """Do as `LayoutStore.remove`."""
         self.tree.prepare()
         with self.tree.lock().held():
             document = self.index.read()
@@ -92,10 +88,7 @@ class Remover:
             return self._delete(document, model, leased)
 
     def delete_blob(self, digest: Digest) -> bool:
-        """Delete a blob that nothing needs; return whether it existed.
-
-        Raises `ConflictError` if a listed manifest needs it, `LockedError` if a lease keeps it.
-        """
+        """Do as `LayoutStore.delete_blob`."""
         self.tree.prepare()
         with self.tree.lock().held():
             if self.blobs.find(digest) is None:
@@ -111,7 +104,7 @@ class Remover:
         return True
 
     def discard(self, digests: Collection[Digest]) -> None:
-        """Delete the blobs that no listed manifest needs and no lease keeps."""
+        """Do as `LayoutStore.discard_blobs`."""
         if not digests:
             return
         self.tree.prepare()
@@ -153,21 +146,21 @@ class Remover:
             needed = reachable(self.blobs, kept)
         except StoreError:
             return set()
-        return self._known_needs(gone) - needed
-
-    def _known_needs(self, manifests: list[Descriptor]) -> set[Digest]:
-        found = {descriptor.digest for descriptor in manifests}
-        for descriptor in manifests:
+        unneeded = set(going)
+        for descriptor in gone:
             with suppress(StoreError):
-                found |= reachable(self.blobs, [descriptor])
-        return found
+                unneeded |= reachable(self.blobs, [descriptor])
+        return unneeded - needed
 
     def _referrers(self, document: IndexDocument, digest: Digest) -> list[Descriptor]:
         """Return the untagged referrers of a manifest, their referrers, and so on."""
         by_subject: dict[Digest, list[Descriptor]] = {}
         for entry in document.entries:
-            if entry.name is None and (subject := self._subject(entry)) is not None:
-                by_subject.setdefault(subject, []).append(entry.descriptor)
+            if entry.name is None:
+                with suppress(NotFoundError, IntegrityError, FormatError):
+                    subject = read_manifest(self.blobs, entry.descriptor).subject
+                    if subject is not None:
+                        by_subject.setdefault(subject.digest, []).append(entry.descriptor)
         found: dict[Digest, Descriptor] = {}
         waiting = by_subject.pop(digest, [])
         while waiting:
@@ -176,13 +169,6 @@ class Remover:
                 found[descriptor.digest] = descriptor
                 waiting += by_subject.pop(descriptor.digest, [])
         return list(found.values())
-
-    def _subject(self, entry: lookup.Entry) -> Digest | None:
-        try:
-            subject = read_manifest(self.blobs, entry.descriptor).subject
-        except (NotFoundError, IntegrityError, FormatError):
-            return None
-        return subject.digest if subject else None
 
 
 #: Age in seconds at which a partial download counts as abandoned.
@@ -216,9 +202,7 @@ class Collector:
     leases: Leases
     bundles: KeptBundles
 
-    def collect(
-        self, *, dry_run: bool, grace_seconds: float, partial_seconds: float = PARTIAL_SECONDS
-    ) -> GcReport:
+    def collect(self, *, dry_run: bool, grace_seconds: float) -> GcReport:
         """Delete unreferenced blobs unused for `grace_seconds`, and abandoned partial files.
 
         The roots are the index, the referrers of live manifests, and the leases of live processes.
@@ -251,7 +235,7 @@ class Collector:
                     delete_tree(path)
                 for digest in removed:
                     self.blobs.delete(digest)
-            partials = list(self._left_behind(partial_seconds, dry_run=dry_run))
+            partials = list(self._left_behind(dry_run=dry_run))
             freed += sum(size for _, size in partials)
             if not dry_run:
                 for mark in self.marks.stale_marks():
@@ -290,7 +274,7 @@ class Collector:
         except FileNotFoundError:  # a dangling link
             return False
 
-    def _left_behind(self, partial_seconds: float, *, dry_run: bool) -> Iterator[tuple[Path, int]]:
+    def _left_behind(self, *, dry_run: bool) -> Iterator[tuple[Path, int]]:
         """Delete abandoned files of `ingest/`; yield the path and size of each."""
         for path in sorted(self.tree.ingest.iterdir()):
             with map_os_errors("delete", path), suppress(FileNotFoundError, LockedError):
@@ -305,11 +289,11 @@ class Collector:
                     if not dry_run:
                         path.unlink()
                 elif is_draft(path):
-                    if time.time() - found.st_mtime < partial_seconds:
+                    if time.time() - found.st_mtime < PARTIAL_SECONDS:
                         continue
                     if not dry_run:
                         path.unlink()
-                elif path.suffix == ".part" and self._is_given_up(path, partial_seconds):
+                elif path.suffix == ".part" and self._is_given_up(path):
                     lock = FileLock(path.with_suffix(".lock"))
                     if dry_run and not lock.is_free():
                         continue
@@ -328,12 +312,12 @@ class Collector:
                     delete_tree(path)
                 yield path, size
 
-    def _is_given_up(self, path: Path, partial_seconds: float) -> bool:
+    def _is_given_up(self, path: Path) -> bool:
         digest = labelled_digest(path.stem)
         if digest is None:
             return False
         done = os.path.lexists(self.tree.blob(digest))
-        return done or time.time() - path.stat().st_mtime >= partial_seconds
+        return done or time.time() - path.stat().st_mtime >= PARTIAL_SECONDS
 
 
 #: Seconds after which an upload that received nothing is dropped.

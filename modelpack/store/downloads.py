@@ -141,24 +141,19 @@ class BlobDownload:
 
     def run(self) -> None:
         """Fetch the missing bytes; the caller verifies them."""
-        if self._part.present_ranges is None:
-            is_too_slow = self._read_on()
-            if not is_too_slow:
-                return
+        if self._part.present_ranges is None and not self._read_on():
+            return
         if self._may_use_ranges:
             try:
-                self._fetch_ranges()
+                assert isinstance(self._source, SegmentedSource)
+                with ParallelRanges(self._part, self._report) as sink:
+                    self._source.fetch_segments(sink.segments(), sink, self._stop)
             except SegmentsRefused:
                 self._may_use_ranges = False
             else:
                 return
         self._part.drop_ranges()
         self._read_on()
-
-    def _fetch_ranges(self) -> None:
-        assert isinstance(self._source, SegmentedSource)
-        with ParallelRanges(self._part, self._report) as sink:
-            self._source.fetch_segments(sink.segments(), sink, self._stop)
 
     def _read_on(self) -> bool:
         """Append one stream to the part; return whether it was stopped for being too slow."""
@@ -314,12 +309,13 @@ class PieceWriter:
         self.length += length
         if self._is_first:
             self._is_first = False
-            self._write(buffer, length)
+            self._part.write(buffer[:length])
             self._hashing.update(buffer, length)
             return
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, "modelpack-write")
-        self._pending = (self._executor.submit(self._write, buffer, length), buffer, length)
+        future = self._executor.submit(self._part.write, buffer[:length])
+        self._pending = (future, buffer, length)
 
     def settle(self) -> None:
         """Wait until the current piece is written."""
@@ -328,9 +324,6 @@ class PieceWriter:
             future, buffer, length = pending
             future.result()
             self._hashing.update(buffer, length)
-
-    def _write(self, buffer: memoryview, length: int) -> None:
-        self._part.write(buffer[:length])
 
     def __enter__(self) -> PieceWriter:
         return self

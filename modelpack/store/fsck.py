@@ -76,107 +76,105 @@ class _Need:
     vital: set[str] = field(default_factory=set)
 
 
-@dataclass(frozen=True, slots=True)
 class Checker:
-    """The consistency checker of one store."""
+    """One consistency check of a store."""
 
-    tree: Tree
-    blobs: Blobs
-    marks: VerifiedMarks
-    index: IndexFile
-    bundles: KeptBundles
+    def __init__(
+        self,
+        tree: Tree,
+        blobs: Blobs,
+        marks: VerifiedMarks,
+        index: IndexFile,
+        bundles: KeptBundles,
+        watch: Watch,
+        *,
+        fast: bool,
+    ) -> None:
+        self._tree, self._blobs, self._marks = tree, blobs, marks
+        self._index, self._bundles = index, bundles
+        self._watch = watch
+        self._fast = fast
+        self._needs: dict[Digest, _Need] = {}
+        self._problems: list[Problem] = []
+        self._intact: set[Digest] = set()
+        self._damaged: set[Digest] = set()
+        self._lacking: set[str] = set()
+        self._bytes_checked = 0
+        self._unparsable: dict[Digest, str] = {}
+        self._successors: dict[Descriptor, tuple[Descriptor | None, tuple[Descriptor, ...]]] = {}
 
-    def check(self, *, fast: bool, watch: Watch) -> FsckReport:
+    def check(self) -> FsckReport:
         """Check index, manifests, blobs and bundles; unless `fast`, hash every blob.
 
         Damaged blobs are moved to quarantine. Bundles that differ from their blobs are deleted, and
         made again at their next use. A fast check hashes only manifests, blobs of a wrong size, and
         files of bundles that have another modification time.
         """
-        self.tree.prepare()
-        check = _Check(self, watch)
-        check.walk_index()
-        present = set(self.blobs.digests())
-        for digest in sorted(present | check.needs.keys()):
-            watch.stop.check()
-            check.blob(digest, fast=fast)
-        for path in self.blobs.strays():
-            check.add(
+        self._walk_index()
+        present = set(self._blobs.digests())
+        for digest in sorted(present | self._needs.keys()):
+            self._watch.stop.check()
+            self._check_blob(digest)
+        for path in self._blobs.strays():
+            self._add(
                 Fault.STRAY, f"{path} is not a blob; some tools refuse a store that contains it"
             )
-        for path, manifest in self.bundles.all().items():
-            watch.stop.check()
-            check.bundle(path, manifest, fast=fast)
-        if not fast:
-            good = ((d, self.tree.blob(d)) for d in sorted(present - check.damaged))
-            self.marks.settle(good)
-        partial = tuple(sorted(check.lacking))
-        return FsckReport(len(present), check.bytes_checked, tuple(check.problems), partial)
+        for path, manifest in self._bundles.all().items():
+            self._watch.stop.check()
+            self._check_bundle(path, manifest)
+        if not self._fast:
+            self._marks.settle((d, self._tree.blob(d)) for d in sorted(present - self._damaged))
+        partial = tuple(sorted(self._lacking))
+        return FsckReport(len(present), self._bytes_checked, tuple(self._problems), partial)
 
-
-class _Check:
-    """The state of one run of a `Checker`."""
-
-    def __init__(self, checker: Checker, watch: Watch) -> None:
-        self._of = checker
-        self._watch = watch
-        self.needs: dict[Digest, _Need] = {}
-        self.problems: list[Problem] = []
-        self.intact: set[Digest] = set()
-        self.damaged: set[Digest] = set()
-        self.lacking: set[str] = set()
-        self.bytes_checked = 0
-        self._unparsable: dict[Digest, str] = {}
-        self._successors: dict[Descriptor, tuple[Descriptor | None, tuple[Descriptor, ...]]] = {}
-
-    def add(self, fault: Fault, message: str, digest: Digest | None = None) -> None:
+    def _add(self, fault: Fault, message: str, digest: Digest | None = None) -> None:
         """Record a problem."""
-        need = self.needs.get(digest, _Need()) if digest else _Need()
-        self.problems.append(Problem(fault, message, digest, tuple(sorted(need.models))))
+        need = self._needs.get(digest, _Need()) if digest else _Need()
+        self._problems.append(Problem(fault, message, digest, tuple(sorted(need.models))))
 
-    def walk_index(self) -> None:
+    def _walk_index(self) -> None:
         """Check the index and collect the blobs that its manifests need."""
         try:
-            document = self._of.index.read()
+            document = self._index.read()
         except StoreError as error:
-            return self.add(Fault.INDEX, str(error))
+            return self._add(Fault.INDEX, str(error))
         for number, item in enumerate(document.items):
             if item.entry is None:
-                self.add(Fault.INDEX, f"index.json: manifests[{number}] is not a descriptor")
+                self._add(Fault.INDEX, f"index.json: manifests[{number}] is not a descriptor")
             else:
                 name = item.entry.name or item.entry.digest.short
                 self._walk(item.entry.descriptor, name, partial=item.entry.is_partial)
         return None
 
-    def blob(self, digest: Digest, *, fast: bool) -> None:
+    def _check_blob(self, digest: Digest) -> None:
         """Check one blob that exists or should exist."""
-        path = self._of.tree.blob(digest)
-        need = self.needs.get(digest, _Need())
-        if path.is_symlink() and not self._of.tree.holds(path):
-            return self.add(Fault.STRAY, f"{path} points outside the store", digest)
+        path = self._tree.blob(digest)
+        need = self._needs.get(digest, _Need())
+        if path.is_symlink() and not self._tree.holds(path):
+            return self._add(Fault.STRAY, f"{path} points outside the store", digest)
         try:
             found = path.stat()
         except FileNotFoundError:
-            if digest in self.damaged:
-                where = self._of.tree.quarantine
+            if digest in self._damaged:
+                where = self._tree.quarantine
                 message = f"blob {digest} was damaged and is in {where} now"
-                return self.add(Fault.CONTENT, message, digest)
+                return self._add(Fault.CONTENT, message, digest)
             return self._missing(digest, need)
         if not stat.S_ISREG(found.st_mode):
-            return self.add(Fault.STRAY, f"{path} is not a file", digest)
+            return self._add(Fault.STRAY, f"{path} is not a file", digest)
         size = found.st_size
         wrong = sorted(need.sizes - {size})
-        if (not fast or wrong) and not self._hashes(digest, path):
-            message = f"blob {digest} was damaged and is in {self._of.tree.quarantine} now"
-            return self.add(Fault.CONTENT, message, digest)
+        if (not self._fast or wrong) and not self._hashes(digest, path):
+            message = f"blob {digest} was damaged and is in {self._tree.quarantine} now"
+            return self._add(Fault.CONTENT, message, digest)
         if wrong:
             message = f"blob {digest} has {size} bytes, a descriptor says {wrong[0]}"
-            return self.add(Fault.SIZE, message, digest)
+            return self._add(Fault.SIZE, message, digest)
         if digest in self._unparsable:
-            return self.add(Fault.MANIFEST, self._unparsable[digest], digest)
+            return self._add(Fault.MANIFEST, self._unparsable[digest], digest)
         return None
 
-    def bundle(self, path: Path, manifest: Digest | None, *, fast: bool) -> None:
+    def _check_bundle(self, path: Path, manifest: Digest | None) -> None:
         """Check one bundle; delete it if it differs from its model."""
         if manifest is None:
             return  # left by another version; the garbage collection deletes it
@@ -186,34 +184,33 @@ class _Check:
 
         try:
             inode = os.lstat(path).st_ino
-            verdict = self._of.bundles.verify(
-                path, is_live=manifest in self.needs, fast=fast, seen=seen
-            )
+            is_live = manifest in self._needs
+            verdict = self._bundles.verify(path, is_live=is_live, fast=self._fast, seen=seen)
         except FileNotFoundError:  # replaced or removed since it was listed
             return
         if verdict.state is State.SOUND:
             return
-        with self._of.tree.lock().held():
-            dropped = self._of.bundles.drop(path, inode=inode)
+        with self._tree.lock().held():
+            dropped = self._bundles.drop(path, inode=inode)
         if dropped and verdict.state is State.DAMAGED:
             message = (
                 f"the bundle {path} differed from its model ({verdict.why}) and was deleted: "
                 "restart runtimes that opened it"
             )
-            self.add(Fault.BUNDLE, message, manifest)
+            self._add(Fault.BUNDLE, message, manifest)
 
     def _missing(self, digest: Digest, need: _Need) -> None:
-        listed = {entry.name or entry.digest.short for entry in self._of.index.read().entries}
-        self.lacking |= (need.models - need.vital) & listed
+        listed = {entry.name or entry.digest.short for entry in self._index.read().entries}
+        self._lacking |= (need.models - need.vital) & listed
         if need.vital & listed:  # otherwise it was removed during the check
-            self.add(Fault.MISSING, f"blob {digest} is missing", digest)
+            self._add(Fault.MISSING, f"blob {digest} is missing", digest)
 
     def _walk(self, root: Descriptor, name: str, *, partial: bool) -> None:
         """Record the blobs of the model `name`; a `partial` model may lack its layers."""
         waiting = [(root, True)]
         while waiting:
             descriptor, vital = waiting.pop()
-            need = self.needs.setdefault(descriptor.digest, _Need())
+            need = self._needs.setdefault(descriptor.digest, _Need())
             need.sizes.add(descriptor.size)
             if vital:
                 need.vital.add(name)
@@ -230,12 +227,12 @@ class _Check:
         self, descriptor: Descriptor
     ) -> tuple[Descriptor | None, tuple[Descriptor, ...]]:
         """Return the config of a manifest and all its successors; nothing for other blobs."""
-        path = self._of.tree.blob(descriptor.digest)
+        path = self._tree.blob(descriptor.digest)
         if descriptor.media_type not in media_types.MANIFEST_AND_INDEX_TYPES or not path.is_file():
             return None, ()
         try:
             if self._hashes(descriptor.digest, path):
-                manifest = read_manifest(self._of.blobs, descriptor)
+                manifest = read_manifest(self._blobs, descriptor)
                 config = manifest.config if isinstance(manifest, Manifest) else None
                 return config, successors(manifest)
         except (FormatError, IntegrityError) as error:
@@ -246,8 +243,8 @@ class _Check:
 
     def _hashes(self, digest: Digest, path: Path) -> bool:
         """Return whether the blob is intact; if not, move it to quarantine."""
-        if digest in self.intact or digest in self.damaged:
-            return digest in self.intact
+        if digest in self._intact or digest in self._damaged:
+            return digest in self._intact
         size = path.stat().st_size
 
         def seen(completed: int) -> None:
@@ -257,11 +254,11 @@ class _Check:
 
         with map_os_errors("read", path):
             got = hash_file(path, digest.algorithm, seen)
-        self.bytes_checked += size
+        self._bytes_checked += size
         if got == digest:
-            self.intact.add(digest)
+            self._intact.add(digest)
             return True
-        self.damaged.add(digest)
-        with self._of.tree.lock().held():
-            self._of.marks.put_in_quarantine(digest, path)
+        self._damaged.add(digest)
+        with self._tree.lock().held():
+            self._marks.put_in_quarantine(digest, path)
         return False

@@ -73,83 +73,77 @@ class StagedBlob:
                 raise SourceChangedError(f"{self.source} was replaced while it was being read")
 
 
-@dataclass(frozen=True, slots=True)
-class Imports:
-    """Stages files in the `ingest` directory of one store; the caller publishes them."""
+@contextmanager
+def stage_file(
+    tree: Tree, path: Path, name: str, watch: Watch, *, link: bool, algorithm: str = "sha256"
+) -> Iterator[StagedBlob]:
+    """Hash and stage a file for the block, in `ingest`; `name` is for progress reports.
 
-    tree: Tree
+    Raises `NotFoundError`, `StorageFullError`, and `SourceChangedError` if the file changed
+    while it was read.
+    """
+    source = _open(path)
+    try:
+        found = os.fstat(source)
+        if not stat.S_ISREG(found.st_mode):
+            raise PackagingError(f"{path} is not a regular file")
+        hasher = new_hasher(algorithm)
+        seen = _reporter(name, found.st_size, watch)
+        with ingest_file(tree) as (staged, file):
+            linked = link and _can_link(path, staged, watch)
+            if linked or (found.st_size and clone(source, file)):
+                size = read_and_hash(source, hasher, seen)
+            else:
+                _make_room(tree, file, found.st_size, path)
+                hashing = Hashing(hasher, found.st_size)
+                try:
+                    size = copy_and_hash(fill_from(source), file, staged, hashing, seen)
+                except StorageFullError as error:
+                    raise no_room(tree.ingest, found.st_size, None, str(path)) from error
+            _check_unchanged(path, found, os.fstat(source), size)
+            if not linked:
+                os.fchmod(file, BLOB_MODE)  # the bytes are not flushed, see `blobs`
+            yield StagedBlob(path, Digest.of_hasher(hasher), found, staged, linked)
+    finally:
+        os.close(source)
 
-    @contextmanager
-    def stage_file(
-        self, path: Path, name: str, watch: Watch, *, link: bool, algorithm: str = "sha256"
-    ) -> Iterator[StagedBlob]:
-        """Hash and stage a file for the block; `name` is for progress reports.
 
-        Raises `NotFoundError`, `StorageFullError`, and `SourceChangedError` if the file changed
-        while it was read.
-        """
-        source = _open(path)
-        try:
-            found = os.fstat(source)
-            if not stat.S_ISREG(found.st_mode):
-                raise PackagingError(f"{path} is not a regular file")
-            hasher = new_hasher(algorithm)
-            seen = _reporter(name, found.st_size, watch)
-            with ingest_file(self.tree) as (staged, file):
-                linked = link and _can_link(path, staged, watch)
-                if linked or (found.st_size and clone(source, file)):
-                    size = read_and_hash(source, hasher, seen)
-                else:
-                    self._make_room(file, found.st_size, path)
-                    hashing = Hashing(hasher, found.st_size)
-                    try:
-                        size = copy_and_hash(fill_from(source), file, staged, hashing, seen)
-                    except StorageFullError as error:
-                        raise no_room(self.tree.ingest, found.st_size, None, str(path)) from error
-                _check_unchanged(path, found, os.fstat(source), size)
-                if not linked:
-                    os.fchmod(file, BLOB_MODE)  # the bytes are not flushed, see `blobs`
-                yield StagedBlob(path, Digest.of_hasher(hasher), found, staged, linked)
-        finally:
-            os.close(source)
+@contextmanager
+def stage_stream(
+    tree: Tree, descriptor: Descriptor, stream: BlobReader, watch: Watch
+) -> Iterator[StagedBlob]:
+    """Hash and stage a blob for the block, from a stream that can be read only once.
 
-    @contextmanager
-    def stage_stream(
-        self, descriptor: Descriptor, stream: BlobReader, watch: Watch
-    ) -> Iterator[StagedBlob]:
-        """Hash and stage a blob for the block, from a stream that can be read only once.
+    Unlike a download, a failure keeps nothing, and the claimed size reserves no space. Raises
+    `DigestMismatchError`, `SizeMismatchError`, `StorageFullError`.
+    """
+    name, wanted = descriptor.filepath or descriptor.digest.short, descriptor.size
+    check_room(tree.ingest, wanted, name)
+    reported = _reporter(name, wanted, watch)
 
-        Unlike a download, a failure keeps nothing, and the claimed size reserves no space. Raises
-        `DigestMismatchError`, `SizeMismatchError`, `StorageFullError`.
-        """
-        name, wanted = descriptor.filepath or descriptor.digest.short, descriptor.size
-        check_room(self.tree.ingest, wanted, name)
-        reported = _reporter(name, wanted, watch)
+    def seen(completed: int) -> None:
+        if completed > wanted:
+            raise size_mismatch(f"blob {descriptor.digest}", descriptor.size, f"more than {wanted}")
+        reported(completed)
 
-        def seen(completed: int) -> None:
-            if completed > wanted:
-                raise size_mismatch(
-                    f"blob {descriptor.digest}", descriptor.size, f"more than {wanted}"
-                )
-            reported(completed)
+    with ingest_file(tree) as (staged, file):
+        hasher = descriptor.digest.hasher()
+        hashing = Hashing(hasher, wanted)
+        size = copy_and_hash(stream.readinto, file, staged, hashing, seen)
+        if size != wanted:
+            raise size_mismatch(f"blob {descriptor.digest}", descriptor.size, size)
+        digest = Digest.of_hasher(hasher)
+        descriptor.digest.check_equal(digest, name)
+        os.fchmod(file, BLOB_MODE)
+        yield StagedBlob(staged, digest, os.fstat(file), staged, linked=False)
 
-        with ingest_file(self.tree) as (staged, file):
-            hasher = descriptor.digest.hasher()
-            hashing = Hashing(hasher, wanted)
-            size = copy_and_hash(stream.readinto, file, staged, hashing, seen)
-            if size != wanted:
-                raise size_mismatch(f"blob {descriptor.digest}", descriptor.size, size)
-            digest = Digest.of_hasher(hasher)
-            descriptor.digest.check_equal(digest, name)
-            os.fchmod(file, BLOB_MODE)
-            yield StagedBlob(staged, digest, os.fstat(file), staged, linked=False)
 
-    def _make_room(self, file: int, size: int, path: Path) -> None:
-        check_room(self.tree.ingest, size, str(path))
-        try:
-            reserve(file, size)
-        except OSError:
-            raise no_room(self.tree.ingest, size, None, str(path)) from None
+def _make_room(tree: Tree, file: int, size: int, path: Path) -> None:
+    check_room(tree.ingest, size, str(path))
+    try:
+        reserve(file, size)
+    except OSError:
+        raise no_room(tree.ingest, size, None, str(path)) from None
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -85,7 +84,9 @@ class _Record:
 
     @classmethod
     def read(cls, directory: Path) -> _Record | None:
-        """Return the record of a bundle; None if it is missing or damaged."""
+        """Return the record of a bundle; None if it is missing, damaged or behind a link."""
+        if directory.is_symlink():
+            return None
         try:
             value = json.loads(read_own(directory / _RECORD, _MAX_RECORD_BYTES))
             return cls(tuple(map(_kept_file, value["files"])), str(value["boot"]))
@@ -242,7 +243,7 @@ class KeptBundles:
         return True
 
     def _check(self, directory: Path) -> str | None:
-        record = _Record.read(directory) if _is_directory(directory) else None
+        record = _Record.read(directory)
         if record is None:
             return f"it has no valid {_RECORD}"
         different = _different_names(directory, record.files)
@@ -260,7 +261,7 @@ class KeptBundles:
         return None
 
     def _verify(self, path: Path, *, fast: bool, seen: Callable[[int], None]) -> Verdict:
-        record = _Record.read(path) if _is_directory(path) else None
+        record = _Record.read(path)
         if record is None:
             return Verdict(State.OUTDATED, f"it has no valid {_RECORD}")
         different = _different_names(path, record.files)
@@ -327,13 +328,6 @@ def _different_names(directory: Path, files: Collection[KeptFile]) -> str | None
         return f"{path} is missing" if path in expected else f"{path} was added"
     other = sorted(path for path, is_file in found.items() if not is_file)
     return f"{other[0]} is not a file" if other else None
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return False
 
 
 def _stamp(found: os.stat_result) -> str:

@@ -28,7 +28,7 @@ from modelpack.store.filesystem import read_own, write_atomically
 from modelpack.store.index import IndexDocument, IndexFile
 from modelpack.store.leases import Leases
 from modelpack.store.lookup import StoredModel
-from modelpack.store.manifests import Manifests, check_names
+from modelpack.store.manifests import Manifests, Publisher, check_names
 from modelpack.store.tree import Tree, open_tree
 
 # Commands that only read should start fast: other modules are imported when they are used.
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from modelpack.store.deletion import GcReport, Removal, Remover
     from modelpack.store.downloads import Downloads
     from modelpack.store.fsck import FsckReport
-    from modelpack.store.imports import ImportedFile, Imports
+    from modelpack.store.imports import ImportedFile
     from modelpack.store.kept_bundles import KeptBundles
-    from modelpack.store.manifests import Publisher
 
 #: The version of `ingest/listing.json`; increase it when the facts change their meaning or order.
 LISTING_VERSION: Final = 1
@@ -77,7 +76,8 @@ class LayoutStore:
         self._blobs = Blobs(self._tree, self._marks)
         self._index = IndexFile(self._tree)
         self._leases = Leases(self._tree)
-        self._manifests = Manifests(self._tree, self._blobs, self._index)
+        self._publisher = Publisher(self._tree, self._blobs, self._marks, self._leases)
+        self._manifests = Manifests(self._tree, self._blobs, self._index, self._publisher)
 
     # Source
 
@@ -131,11 +131,13 @@ class LayoutStore:
         The stream of a blob that the store has is not read. Raises `DigestMismatchError`,
         `SizeMismatchError`, `StorageFullError`, or what the stream raises.
         """
+        from modelpack.store.imports import stage_stream
+
         self._tree.prepare()
         if self._publisher.keep(descriptor):
             watch.report(_skipped(descriptor))
             return Outcome.EXISTED
-        with self._imports.stage_stream(descriptor, stream, watch) as staged:
+        with stage_stream(self._tree, descriptor, stream, watch) as staged:
             return self._publisher.publish(staged)
 
     def list_manifests(self, named: Sequence[tuple[Descriptor, str | None]]) -> None:
@@ -162,9 +164,7 @@ class LayoutStore:
         Raises `NotFoundError` if one of its blobs is missing, `IntegrityError` if `raw` does not
         match the descriptor, `ManifestError` if it does not parse.
         """
-        self._manifests.write(
-            self._publisher, descriptor, raw, name, origin=origin, partial=partial
-        )
+        self._manifests.write(descriptor, raw, name, origin=origin, partial=partial)
 
     def missing(self, model: str | Descriptor) -> tuple[Descriptor, ...]:
         """Return the missing layers of a partial model, nothing for any other model.
@@ -209,10 +209,10 @@ class LayoutStore:
         The copy is not flushed to the disk: it is verified before its first use after a reboot.
         Raises `NotFoundError`, `PackagingError`, `StorageFullError`, `SourceChangedError`.
         """
-        from modelpack.store.imports import ImportedFile
+        from modelpack.store.imports import ImportedFile, stage_file
 
         self._tree.prepare()
-        with self._imports.stage_file(path, path.name, watch, link=link) as staged:
+        with stage_file(self._tree, path, path.name, watch, link=link) as staged:
             outcome = self._publisher.publish(staged)
             found = staged.found
         return ImportedFile(
@@ -226,12 +226,14 @@ class LayoutStore:
 
         Raises `DigestMismatchError` or `SizeMismatchError` if the file does not match.
         """
+        from modelpack.store.imports import stage_file
+
         self._tree.prepare()
         if self._publisher.keep(descriptor):
             watch.report(_skipped(descriptor))
             return Outcome.EXISTED
         algorithm, name = descriptor.digest.algorithm, _shown(descriptor)
-        with self._imports.stage_file(path, name, watch, link=link, algorithm=algorithm) as staged:
+        with stage_file(self._tree, path, name, watch, link=link, algorithm=algorithm) as staged:
             descriptor.check_size(staged.found.st_size, str(path))
             descriptor.digest.check_equal(staged.digest, str(path))
             return self._publisher.publish(staged)
@@ -386,26 +388,17 @@ class LayoutStore:
         """
         from modelpack.store.fsck import Checker
 
-        checker = Checker(self._tree, self._blobs, self._marks, self._index, self.bundles)
-        return checker.check(fast=fast, watch=watch)
-
-    @cached_property
-    def _publisher(self) -> Publisher:
-        from modelpack.store.manifests import Publisher
-
-        return Publisher(self._tree, self._blobs, self._marks, self._leases)
+        self._tree.prepare()
+        checker = Checker(
+            self._tree, self._blobs, self._marks, self._index, self.bundles, watch, fast=fast
+        )
+        return checker.check()
 
     @cached_property
     def _downloads(self) -> Downloads:
         from modelpack.store.downloads import Downloads
 
         return Downloads(self._tree, self._blobs)
-
-    @cached_property
-    def _imports(self) -> Imports:
-        from modelpack.store.imports import Imports
-
-        return Imports(self._tree)
 
     def _remover(self) -> Remover:
         from modelpack.store.deletion import Remover

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from modelpack.artifacts import media_types
@@ -58,12 +58,7 @@ class Entry:
     @property
     def manifest(self) -> Descriptor:
         """The manifest's descriptor, without the annotations that belong to the entry."""
-        return Descriptor(
-            self.descriptor.media_type,
-            self.digest,
-            self.descriptor.size,
-            artifact_type=self.descriptor.artifact_type,
-        )
+        return replace(self.descriptor, annotations={}, platform=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelpack.artifacts import media_types
@@ -86,14 +86,9 @@ def reachable(blobs: Blobs, roots: Iterable[Descriptor]) -> set[Digest]:
             ) from error
         try:
             waiting.extend(successors(_parsed(raw, descriptor)))
-        except (FormatError, InvalidDigestError):
-            found.update(_mentioned(raw))
+        except (FormatError, InvalidDigestError):  # keep too much, not too little
+            found.update(Digest.parse(match.decode()) for match in _DIGEST.findall(raw))
     return found
-
-
-def _mentioned(raw: bytes) -> set[Digest]:
-    """Return every digest in a manifest that does not parse: keep too much, not too little."""
-    return {Digest.parse(match.decode()) for match in _DIGEST.findall(raw)}
 
 
 def referrers(
@@ -204,10 +199,10 @@ class Manifests:
     tree: Tree
     blobs: Blobs
     index: IndexFile
+    publisher: Publisher
 
     def write(
         self,
-        publisher: Publisher,
         descriptor: Descriptor,
         raw: bytes,
         name: str | None,
@@ -230,7 +225,7 @@ class Manifests:
         self._check_complete(listed, vital)
         with self.tree.lock().held():
             self._check_complete(listed, vital)
-            publisher.write_locked(descriptor.digest, raw)
+            self.publisher.write_locked(descriptor.digest, raw)
             document = self.index.read().with_manifest(listed)
             if reference is not None:
                 document = document.with_tag(listed, reference)
@@ -238,9 +233,7 @@ class Manifests:
             mark = "true" if lacks else None
             document = document.annotated(descriptor.digest, media_types.PARTIAL, mark)
             if origin is not None:
-                document = document.annotated(
-                    descriptor.digest, media_types.ORIGIN, origin, reference
-                )
+                document = document.annotated(listed.digest, media_types.ORIGIN, origin, reference)
             self.index.write(document)
 
     def list_stored(self, named: Sequence[tuple[Descriptor, str | None]]) -> None:
@@ -293,14 +286,12 @@ class Manifests:
         """Return the manifest with the digest `name`, also if only an image index lists it."""
         try:
             digest = Digest.parse(name)
-        except IntegrityError:
+        except InvalidDigestError:
             return None
         manifest = as_manifest(self.blobs, digest)
         if manifest is None:
             return None
-        return Descriptor(
-            manifest.media_type, digest, len(manifest.raw), artifact_type=manifest.artifact_type
-        )
+        return replace(manifest.descriptor, digest=digest)
 
     def _check_complete(self, listed: Descriptor, needed: Iterable[Descriptor]) -> None:
         for descriptor in needed:
@@ -324,12 +315,7 @@ def _listed(descriptor: Descriptor, manifest: Manifest | Index) -> Descriptor:
     """Return the index entry of a manifest; a referrer keeps a type that is not a model's."""
     is_referrer = manifest.subject is not None
     shown = referrer_descriptor(descriptor, manifest) if is_referrer else manifest
-    return Descriptor(
-        descriptor.media_type,
-        descriptor.digest,
-        descriptor.size,
-        artifact_type=shown.artifact_type,
-    )
+    return replace(descriptor, annotations={}, artifact_type=shown.artifact_type, platform=None)
 
 
 def _tag_named(name: str | None, digest: Digest) -> Reference | None:
