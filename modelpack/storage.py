@@ -30,6 +30,14 @@ class BlobReader(Protocol):
         ...
 
 
+def fill(reader: BlobReader, buffer: memoryview) -> int:
+    """Read until `buffer` is full or the stream ends; return the number of bytes."""
+    filled = 0
+    while filled < len(buffer) and (count := reader.readinto(buffer[filled:])):
+        filled += count
+    return filled
+
+
 class BlobSource(Protocol):
     """A blob that can be opened any number of times, at any offset."""
 
@@ -184,11 +192,8 @@ def read_blob(source: Source, descriptor: Descriptor, *, limit: int = MAX_DOCUME
             got=str(descriptor.size),
         )
     content = bytearray(descriptor.size + 1)  # one more byte, to detect content that is too long
-    filled = 0
     with source.blob(descriptor).open() as stream:
-        view = memoryview(content)
-        while filled < len(content) and (count := stream.readinto(view[filled:])):
-            filled += count
+        filled = fill(stream, memoryview(content))
     if filled != descriptor.size:
         got = f"{filled}" if filled < descriptor.size else f"more than {descriptor.size}"
         raise size_mismatch(what, descriptor.size, got)

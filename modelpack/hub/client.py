@@ -1,15 +1,8 @@
 """The HTTP client of a hub: its address and token, how it authenticates, and its errors.
 
-Of huggingface_hub only `get_token` is used. It finds the token that its users expect: in HF_TOKEN,
-in the file that `hf auth login` writes (refreshing it before it expires), by an OIDC exchange in
-CI, or in Colab's secrets. It takes 460 lines that change with the hub. The rest of huggingface_hub
-would replace no code here:
-
-- Its requests go through its own HTTP client, which has no limits on bytes, speed, redirects and
-  private addresses, and no `Stop`; its errors are made from that client's responses.
-- `RepoFile` takes a path, a size and a digest of any kind (`size="big"`, `../x`), so all checks of
-  `repository` would stay; importing it takes 0.2 s more.
-- `hf_hub_url` replaces one line, and `validate_repo_id` accepts names without an organisation.
+Of huggingface_hub only `get_token` is used: it finds the token where its users expect it. Its HTTP
+client has no limits on bytes, speed, redirects and private addresses, and no `Stop`; `RepoFile`
+accepts paths, sizes and digests of any kind, so all checks of `repository` would stay.
 """
 
 from __future__ import annotations
@@ -17,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import requests
@@ -30,11 +23,9 @@ from modelpack.errors import (
     RemoteUnavailableError,
     UsageError,
 )
-from modelpack.progress import ProgressCallback, Stop
 from modelpack.registry.auth import Scopes
 from modelpack.registry.http_client import HttpClient
 from modelpack.registry.http_errors import shown
-from modelpack.registry.limits import BlobOptions, RetryPolicy, Timeouts
 from modelpack.registry.tls import TlsOptions
 from modelpack.registry.urls import checked_url, is_local, origin_of
 
@@ -61,10 +52,8 @@ class HubSettings:
                 str(error),
                 hint="set HF_ENDPOINT to the address of a hub, like https://hf-mirror.example",
             ) from None
-        offline = any(
-            environ.get(name, "").upper() in _TRUE
-            for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-        )
+        switches = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        offline = any(environ.get(name, "").upper() in _TRUE for name in switches)
         return cls(endpoint.rstrip("/"), None if offline else _token(environ), offline)
 
     def check_online(self, what: str) -> None:
@@ -113,12 +102,10 @@ class HubAuthenticator:
         """Raise `AuthError`: there is no other header to send."""
         raise self.refused()
 
-    def refused(self, said: str = "") -> AuthError:
+    def refused(self) -> AuthError:
         """Return the error for a token that is missing or was refused."""
         problem = "refused the token" if self.token else "requires a token, and none is set"
-        return AuthError(
-            f"{self.host} {problem}{said}", host=self.host, status_code=401, hint=_LOG_IN
-        )
+        return AuthError(f"{self.host} {problem}", host=self.host, status_code=401, hint=_LOG_IN)
 
     def scrubbed(self, said: bytes) -> bytes:
         """Return what the hub said with the token masked."""
@@ -134,17 +121,11 @@ class HubAuthenticator:
         return _error(what, origin_of(response.url).netloc, response.status_code, code, said)
 
 
-def hub_client(
-    settings: HubSettings,
-    *,
-    timeouts: Timeouts,
-    retry: RetryPolicy,
-    stop: Stop,
-    report: ProgressCallback,
-    tls: TlsOptions,
-    blobs: BlobOptions,
-) -> HttpClient:
-    """Return the client for one hub; raise `AuthError` if its token would go over plain http."""
+def hub_client(settings: HubSettings, *, tls: TlsOptions, **options: Any) -> HttpClient:
+    """Return the client for one hub; raise `AuthError` if its token would go over plain http.
+
+    `options` are those of `HttpClient`.
+    """
     parts = urlsplit(settings.endpoint)
     exposed = parts.scheme == "http" and not is_local(parts.netloc)
     if exposed and settings.token and parts.netloc not in tls.insecure:
@@ -153,37 +134,24 @@ def hub_client(
             host=parts.netloc,
             hint=f"use https in HF_ENDPOINT, or --insecure {parts.netloc}",
         )
-    return HttpClient(
-        origin_of(settings.endpoint),
-        lambda _: HubAuthenticator(parts.netloc, settings.token),
-        timeouts=timeouts,
-        retry=retry,
-        stop=stop,
-        report=report,
-        tls=tls,
-        blobs=blobs,
-    )
+    authenticator = HubAuthenticator(parts.netloc, settings.token)
+    return HttpClient(origin_of(settings.endpoint), lambda _: authenticator, tls=tls, **options)
 
 
 def _error(what: str, host: str, status: int, code: str, said: str) -> RegistryError:
-    kind: type[RegistryError]
-    hint = None
+    kind: type[RegistryError] = {401: AuthError, 403: DeniedError}.get(status, RegistryError)
+    hint = {401: _LOG_IN, 403: "ask for a token that may read this repository"}.get(status)
     if code == "GatedRepo":
         kind = DeniedError if status == 403 else AuthError
         hint = "accept the terms of the gated model on its page, with the account of the token"
         if status == 401:
             hint += "; " + _LOG_IN
-    elif code == "RepoNotFound" and status == 401:
-        kind, hint = AuthError, _LOG_IN
-    elif code in ("RepoNotFound", "RevisionNotFound", "EntryNotFound"):
-        kind = NotFoundError
+    elif code in ("RevisionNotFound", "EntryNotFound"):
+        kind, hint = NotFoundError, None
         if code == "RevisionNotFound":
             hint = "check the revision: a branch, a tag or a commit of the repository"
-    elif status in (401, 403):
-        kind = AuthError if status == 401 else DeniedError
-        hint = _LOG_IN if status == 401 else "ask for a token that may read this repository"
-    else:
-        kind = NotFoundError if status == 404 else RegistryError
+    elif status == 404 or (code == "RepoNotFound" and status != 401):
+        kind, hint = NotFoundError, None
     shown_code = f" {code}" if code else ""
     return kind(
         f"{what}: {host} answered {status}{shown_code}{': ' if said else ''}{said}",

@@ -2,8 +2,8 @@
 
 The manifest is made without downloading weights: the hub states the SHA-256 of files in LFS or Xet,
 which is a layer's digest, and range requests read the headers of weights. Small files are
-downloaded, verified, and kept in `directory` while the model is open. The bytes of the manifest
-depend on the commit alone, so all pulls and copies of it have the same digest.
+downloaded. The manifest depends on the commit alone, so all pulls and copies of it have the same
+digest.
 """
 
 from __future__ import annotations
@@ -79,10 +79,9 @@ class HubModel:
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
         """Return the blob as a source; a large one is read from the hub."""
-        small = self._small.get(descriptor.digest)
-        if small is not None:
-            return small
-        return self._repository.blob(descriptor.filepath or "", descriptor)
+        return self._small.get(descriptor.digest) or self._repository.blob(
+            descriptor.filepath or "", descriptor
+        )
 
 
 def hub_model(
@@ -120,16 +119,12 @@ def _fetched(repository: HubRepository, file: HubFile, directory: Path) -> HubFi
     """Return the file with its SHA-256; download it to `directory` if that needs its bytes."""
     place = directory / file.path
     place.parent.mkdir(parents=True, exist_ok=True)  # statistics look for shards in it
-    if file.sha256 is not None and not _is_index(file.path):
+    # Statistics need the bytes of the config and of an index of shards.
+    if file.sha256 and not file.path.endswith((".safetensors.index.json", "config.json")):
         return file
     content = repository.read(file)
     place.write_bytes(content)
     return replace(file, sha256=Digest.of(content))
-
-
-def _is_index(path: str) -> bool:
-    """Return whether statistics need the whole file: the config, or an index of shards."""
-    return path.endswith((".safetensors.index.json", "config.json"))
 
 
 def _layer(file: HubFile, choice: Choice) -> Descriptor:
@@ -154,9 +149,8 @@ def _statistics(
         return safetensors_statistics(headers, config_json=directory / "config.json")
     except PackagingError as error:  # it names the temporary directory
         message = error.message.replace(str(directory), str(repository.reference))
-        raise PackagingError(
-            message, hint="check the repository on the hub: it is incomplete"
-        ) from None
+        hint = "check the repository on the hub: it is incomplete"
+        raise PackagingError(message, hint=hint) from None
     except WeightFormatError as error:
         where = (error.path or "").replace(f"{directory}/", f"{repository.reference}: ")
         raise WeightFormatError(error.message, path=where, offset=error.offset) from None
@@ -174,7 +168,8 @@ def _headers(
         if place.exists():
             with WeightFile.open(place) as content:
                 found.append(read(content))
-            continue
-        with repository.open_file(file) as remote:
-            found.append(read(WeightFile(cast(BinaryIO, remote), path=str(place), size=file.size)))
+        else:
+            with repository.open_file(file) as remote:
+                stream = cast(BinaryIO, remote)
+                found.append(read(WeightFile(stream, path=str(place), size=file.size)))
     return found

@@ -10,6 +10,7 @@ revision.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -25,8 +26,7 @@ DEFAULT_REVISION: Final = "main"
 
 _PREFIXES: Final = ("hf.co/", "huggingface.co/", "hf://", "huggingface://")
 _PAGES: Final = ("https://huggingface.co/", "https://hf.co/")
-# As huggingface_hub's validate_repo_id, in ASCII: no `--` and `..`, which have a meaning in its
-# cache.
+# As huggingface_hub's validate_repo_id, in ASCII: `--` and `..` have a meaning in its cache.
 _PART: Final = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?\Z")
 _REVISION: Final = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9_][A-Za-z0-9_./+-]{0,249}\Z")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}\Z")
@@ -59,7 +59,8 @@ class HubReference:
         if rest is None:
             return None
         rest, at, revision = rest.partition("@")
-        if at and _is_digest(revision):
+        with suppress(InvalidDigestError):
+            Digest.parse(revision)
             return None
         name, colon, tag = rest.partition(":")
         parts = name.split("/")
@@ -87,11 +88,7 @@ class HubReference:
 
     @property
     def local(self) -> Reference:
-        """The reference that the model is stored under if the user names no other.
-
-        It is that of Docker Model Runner, with any revision but the default one in the tag: two
-        revisions are two models.
-        """
+        """The default name in the store: Docker Model Runner's, with a revision in the tag."""
         parts = [self.quantization] if self.quantization else []
         if self.revision != DEFAULT_REVISION:
             parts.append(_NO_TAG.sub("-", self.revision))
@@ -115,23 +112,12 @@ def local_name(text: str) -> str:
 
 
 def _without_prefix(text: str) -> str | None:
-    for prefix in _PREFIXES:
-        if text.startswith(prefix):
-            return text.removeprefix(prefix)
-    for page in _PAGES:
-        if text.startswith(page):
-            rest = text.removeprefix(page).strip("/")
-            name, tree, revision = rest.partition("/tree/")
-            return f"{name}@{revision}" if tree else rest
+    if prefix := next(filter(text.startswith, _PREFIXES), ""):
+        return text.removeprefix(prefix)
+    if page := next(filter(text.startswith, _PAGES), ""):
+        name, tree, revision = text.removeprefix(page).strip("/").partition("/tree/")
+        return f"{name}@{revision}" if tree else name
     return None
-
-
-def _is_digest(text: str) -> bool:
-    try:
-        Digest.parse(text)
-    except InvalidDigestError:
-        return False
-    return True
 
 
 def _invalid(text: str, problem: str) -> InvalidReferenceError:
@@ -142,16 +128,10 @@ def _invalid(text: str, problem: str) -> InvalidReferenceError:
     )
 
 
-_HUB: Final = "https://huggingface.co/"
-
-
 def origin_annotations(reference: HubReference) -> dict[str, str]:
-    """Return the page and the commit of a model, as image-spec's annotations.
-
-    The page is on the hub itself even if a mirror was used: the same commit is the same model.
-    """
+    """Return image-spec's annotations: the page, on the hub even for a mirror, and the commit."""
     return {
-        media_types.SOURCE: f"{_HUB}{reference.repository}",
+        media_types.SOURCE: f"{_PAGES[0]}{reference.repository}",
         media_types.REVISION: reference.revision,
     }
 
@@ -160,10 +140,10 @@ def hub_origin(manifest: Manifest) -> HubReference | None:
     """Return the model of the hub, at its commit, that a manifest was made from, or None."""
     page = manifest.annotations.get(media_types.SOURCE, "")
     commit = manifest.annotations.get(media_types.REVISION, "")
-    if not page.startswith(_HUB):
+    if not page.startswith(_PAGES[0]):
         return None
     try:
-        found = HubReference.parse(f"hf.co/{page.removeprefix(_HUB)}@{commit}")
+        found = HubReference.parse(f"hf.co/{page.removeprefix(_PAGES[0])}@{commit}")
     except InvalidReferenceError:  # another tool wrote these
         return None
     return found if found is not None and found.is_commit else None

@@ -31,7 +31,8 @@ from modelpack.registry.auth import NOTHING
 from modelpack.registry.blob_download import RemoteBlob, RemoteFile
 from modelpack.registry.endpoint import BlobLocation
 from modelpack.registry.http_client import HttpClient
-from modelpack.registry.manifests import Pages, next_page
+from modelpack.registry.manifests import Pages
+from modelpack.storage import fill
 
 #: The hub keeps larger files in LFS (10 MB); this leaves room for mirrors with other rules.
 MAX_PLAIN_BYTES: Final = 64 * 1024 * 1024
@@ -75,16 +76,11 @@ class HubRepository:
             f"{self.reference.revision}?recursive=true"
         )
         found: list[HubFile] = []
-        pages = Pages(what)
-        while url:
-            pages.check(url, len(found))
-            response = self._client.request(url, what=what, limit=_MAX_PAGE)
-            pages.add(response.content)
+        for response in Pages(self._client, url, what, limit=_MAX_PAGE):
             entries = _decoded(response.content, list, what)
             found += [_file(entry, what) for entry in entries if _is_file(entry, what)]
             if len(found) > MAX_FILES:
                 raise UnsupportedError(f"more than {MAX_FILES} files", path=what)
-            url = next_page(self._client, response, what) or ""
         _check_tree(found, what)
         return tuple(found)
 
@@ -101,11 +97,8 @@ class HubRepository:
                 hint="ask the owner of the repository to keep the file in LFS or Xet",
             )
         buffer = memoryview(bytearray(file.size + 1))  # one more: the end must follow
-        filled = 0
         with self.blob(file.path, _unnamed(file)).open() as stream:
-            while count := stream.readinto(buffer[filled:]):
-                filled += count
-        content = bytes(buffer[:filled])
+            content = bytes(buffer[: fill(stream, buffer)])
         _check(file, content, what)
         return content
 

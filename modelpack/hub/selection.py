@@ -60,13 +60,9 @@ def is_quantization(path: str, wanted: str) -> bool:
         return True
     if _LABEL.fullmatch(wanted):
         return quantization_of(path) == wanted.upper()
-    words, asked = _words(name), _words(wanted)
+    words, asked = (re.split(r"[-.]", text.lower()) for text in (name, wanted))
     places = range(len(words) - len(asked) + 1)
     return any(words[at : at + len(asked)] == asked for at in places)
-
-
-def _words(text: str) -> list[str]:
-    return re.split(r"[-.]", text.lower())
 
 
 #: The quantisation to pull if the user names none, as in Docker Model Runner.
@@ -74,21 +70,10 @@ DEFAULT_QUANTIZATION: Final = "Q4_K_M"
 
 # Files for other runtimes, from the training, or for the model's page.
 _FOREIGN_SUFFIXES: Final = (
-    *(
-        ".onnx",
-        ".onnx_data",
-        ".h5",
-        ".msgpack",
-        ".tflite",
-        ".ot",
-        ".mlmodel",
-        ".pb",
-        ".npz",
-        ".nemo",
-    ),
-    *(".engine", ".llamafile", ".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".parquet", ".arrow"),
-    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".mp4", ".mp3", ".wav", ".ipynb"),
-    *(".log", ".imatrix", ".dat"),
+    *(".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".mlmodel", ".pb", ".npz"),
+    *(".nemo", ".engine", ".llamafile", ".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".parquet"),
+    *(".arrow", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".mp4", ".mp3", ".wav"),
+    *(".ipynb", ".log", ".imatrix", ".dat"),
 )
 _FOREIGN_DIRECTORIES: Final = re.compile(
     r"(?:original|onnx|openvino|coreml|metal|flax|tf|tensorrt|runs|logs|assets|images|figures|"
@@ -174,7 +159,7 @@ def _safetensors(
     usable: Sequence[HubFile], weights: Sequence[HubFile]
 ) -> tuple[tuple[HubFile, ...], tuple[HubFile, ...]]:
     paths = {file.path for file in weights}
-    left_out = {path for path in paths if _VARIANT.search(path) and _has_plain(path, paths)}
+    left_out = {p for p in paths if _VARIANT.search(p) and _VARIANT.sub("", p) in paths}
     if any(not _MISTRAL.match(path) and "/" not in path for path in paths):
         # The same weights again, in Mistral's own layout.
         left_out |= {file.path for file in usable if _MISTRAL.match(file.path)}
@@ -206,11 +191,9 @@ def _models(ggufs: Iterable[HubFile]) -> list[list[HubFile]]:
 
 
 def _whole(files: Sequence[HubFile], reference: HubReference) -> tuple[HubFile, ...]:
+    there = {file.path for file in files}
     shards = shard_set(files[0].path)
-    missing = []
-    if shards is not None:
-        there = {file.path for file in files}
-        missing = [path.name for path in shards.paths() if str(path) not in there]
+    missing = [path.name for path in shards.paths() if str(path) not in there] if shards else []
     if missing:
         raise PackagingError(
             f"{reference}: shards are missing on the hub: {', '.join(missing[:_SHOWN])}"
@@ -232,28 +215,20 @@ def _projector(ggufs: Sequence[HubFile]) -> tuple[HubFile, ...]:
 
 def _goes_with_gguf(path: str) -> bool:
     """Return whether a file at the top is a licence, a model card or a chat template."""
-    if "/" in path:
-        return False
     kind = classify(path)
     is_template = kind is FileKind.CHAT_TEMPLATE and path.endswith(".jinja")
-    return kind is FileKind.LICENSE or is_template or lowered_name(path) == "readme.md"
-
-
-def _has_plain(path: str, paths: set[str]) -> bool:
-    return _VARIANT.sub("", path) in paths
+    is_paper = kind is FileKind.LICENSE or is_template or lowered_name(path) == "readme.md"
+    return is_paper and "/" not in path
 
 
 def _is_usable(path: str) -> bool:
-    *directories, name = path.split("/")
-    if any(part.startswith(".") or part == "__pycache__" for part in (*directories, name)):
-        return False
-    if any(_FOREIGN_DIRECTORIES.match(part) for part in directories):
-        return False
-    lowered = name.lower()
-    return (
-        not is_pickle(path)
-        and not lowered.endswith(_FOREIGN_SUFFIXES)
-        and "tfevents" not in lowered
+    *directories, name = path.lower().split("/")
+    return not (
+        any(part.startswith(".") or part == "__pycache__" for part in (*directories, name))
+        or any(_FOREIGN_DIRECTORIES.match(part) for part in directories)
+        or is_pickle(path)
+        or name.endswith(_FOREIGN_SUFFIXES)
+        or "tfevents" in name
     )
 
 

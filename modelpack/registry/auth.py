@@ -26,13 +26,7 @@ from modelpack.artifacts.json_document import decode_object
 from modelpack.errors import AuthError, ManifestError, RegistryError
 from modelpack.progress import Action, Progress, ProgressCallback
 from modelpack.registry.credentials import Credential, CredentialSource
-from modelpack.registry.urls import (
-    api_host,
-    checked_url,
-    is_local,
-    origin_of,
-    with_query,
-)
+from modelpack.registry.urls import api_host, checked_url, is_local, origin_of, with_query
 
 #: A resource (`repository:team/model`) and one action on it (`pull`).
 Scope: TypeAlias = tuple[str, str]
@@ -89,8 +83,7 @@ def parse_challenges(header: str) -> list[Challenge]:
         scheme, position = match[1].lower(), match.end()
         token68 = _TOKEN68.match(header, position)
         if token68 and not _PARAM.match(header, position):
-            # A token68, as in `Negotiate abc`. `Basic Bearer`, two schemes without a comma, is one
-            # too.
+            # As in `Negotiate abc`; also `Basic Bearer`, two schemes without a comma.
             challenges.append(Challenge(scheme, {}, token68[1]))
             position = token68.end()
             continue
@@ -111,30 +104,24 @@ class Authenticator(Protocol):
 
     def header(self, scopes: Scopes) -> str | None:
         """Return the `Authorization` header to send with the first try, or None."""
-        ...
 
     def is_challenge(self, response: requests.Response) -> bool:
         """Return whether the request may succeed with another `Authorization` header."""
-        ...
 
     def answer(self, challenge: str, sent: str | None, scopes: Scopes) -> str:
         """Return the `Authorization` header for a `WWW-Authenticate`, other than `sent`.
 
         Raises `AuthError` if there is none.
         """
-        ...
 
     def refused(self) -> AuthError:
         """Return the error for credentials that are missing or were refused."""
-        ...
 
     def scrubbed(self, said: bytes) -> bytes:
         """Return a body or header of the server with all secrets masked."""
-        ...
 
     def error(self, what: str, response: requests.Response) -> RegistryError | None:
         """Return the error for a failed response, or None to use its error body."""
-        ...
 
 
 class TokenRequest(Protocol):
@@ -144,7 +131,6 @@ class TokenRequest(Protocol):
         self, url: str, *, method: str, headers: Mapping[str, str], body: bytes | None
     ) -> bytes:
         """Return the body of the response; raise `AuthError` for 401 and 403."""
-        ...
 
 
 _CLIENT_ID: Final = "modelpack"
@@ -197,8 +183,7 @@ class Tokens:
     ) -> str:
         """Return a header with a token for `scopes`; fetch a new one if the header equals `stale`.
 
-        The token server may return the same token again, so the caller compares the header with
-        `stale`. Raises `AuthError` if the server refuses.
+        The token server may return the same token again. Raises `AuthError` if it refuses.
         """
         key = _Key(server, credential, scopes)
         with self._lock:
@@ -248,36 +233,28 @@ class Tokens:
             for scope in spelled(scopes):
                 url = with_query(url, scope=scope)
         raw = self._request(url, method="POST" if body else "GET", headers=headers, body=body)
-        answer = _Answer.parse(raw, f"token server of {self._host}")
-        if identity and answer.refresh_token:
-            self._refreshed[identity] = answer.refresh_token
+        token, life, refresh_token = _parse_answer(raw, f"token server of {self._host}")
+        if identity and isinstance(refresh_token, str) and refresh_token:
+            self._refreshed[identity] = refresh_token
         # Renew a token 30 s before it expires, or 10 % of its life if that is longer, but not
         # before half of its life.
-        spare = min(max(30.0, answer.life / 10), answer.life / 2)
-        return _Token(answer.token, started + answer.life - spare)
+        spare = min(max(30.0, life / 10), life / 2)
+        return _Token(token, started + life - spare)
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    token: str = field(repr=False)
-    life: float
-    refresh_token: str | None = field(repr=False)
-
-    @classmethod
-    def parse(cls, raw: bytes, what: str) -> _Answer:
-        """Return the parsed response of a token server; errors never show its content."""
-        try:
-            value: dict[str, Any] = decode_object(raw, what)
-        except ManifestError:
-            raise AuthError(f"{what}: the response is not a JSON object") from None
-        token = value.get("token") or value.get("access_token")
-        if not isinstance(token, str) or not TOKEN.match(token):
-            raise AuthError(f"{what}: the response has no valid bearer token")
-        life = value.get("expires_in")
-        if isinstance(life, bool) or not isinstance(life, int | float) or not 0 < life < 10**9:
-            life = _DEFAULT_LIFE
-        refresh = value.get("refresh_token")
-        return cls(token, float(life), refresh if isinstance(refresh, str) and refresh else None)
+def _parse_answer(raw: bytes, what: str) -> tuple[str, float, Any]:
+    """Return token, seconds of life and refresh token of a response; errors never show them."""
+    try:
+        value = decode_object(raw, what)
+    except ManifestError:
+        raise AuthError(f"{what}: the response is not a JSON object") from None
+    token = value.get("token") or value.get("access_token")
+    if not isinstance(token, str) or not TOKEN.match(token):
+        raise AuthError(f"{what}: the response has no valid bearer token")
+    life = value.get("expires_in")
+    if isinstance(life, bool) or not isinstance(life, int | float) or not 0 < life < 10**9:
+        life = _DEFAULT_LIFE
+    return token, float(life), value.get("refresh_token")
 
 
 class RegistryAuthenticator:
@@ -294,15 +271,13 @@ class RegistryAuthenticator:
         report: ProgressCallback,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`insecure` are hosts that may get credentials over plain http.
-
-        With `plain_http`, the registry itself is contacted over plain http.
-        """
+        """`plain_http`: of the registry; `insecure`: hosts that get credentials over plain http."""
         self._host = host
         self._source = credentials
         self._insecure = frozenset(insecure)
         self._plain_http = plain_http
-        self._exposed = plain_http and not self._may_use_plain_http(api_host(host))
+        address = api_host(host)
+        self._exposed = plain_http and not (is_local(address) or address in self._insecure)
         self._report = report
         self._tokens = Tokens(host, request, clock)
         self._asked: str | TokenServer | None = None  # "basic", or the server of bearer tokens
@@ -314,11 +289,9 @@ class RegistryAuthenticator:
     def header(self, scopes: Scopes) -> str | None:
         """Return the header of the next request; None before the first challenge."""
         asked = self._asked
-        if asked is None:
-            return None
         if isinstance(asked, TokenServer):
             return self._bearer(asked, scopes, stale=None)
-        return self._basic()
+        return self._basic() if asked else None
 
     def is_challenge(self, response: requests.Response) -> bool:
         """Return whether the response says how to authenticate."""
@@ -332,10 +305,7 @@ class RegistryAuthenticator:
         """Return None: the errors of a registry are those of distribution-spec."""
 
     def answer(self, challenge: str, sent: str | None, scopes: Scopes) -> str:
-        """Return the `Authorization` header for this challenge, other than `sent`.
-
-        Raises `AuthError` if there is none.
-        """
+        """Return the `Authorization` header for this challenge, other than `sent`."""
         offered = {found.scheme: found for found in reversed(parse_challenges(challenge))}
         if "bearer" in offered:
             parameters = offered["bearer"].parameters
@@ -362,15 +332,13 @@ class RegistryAuthenticator:
         """Return the error for credentials that are missing, or that the registry refused."""
         credential = self._find_credential()
         if credential is None:
-            hint = (
-                f"log in with `modelpack login {self._host}`; "
-                "a repository that does not exist may look the same"
-            )
             return AuthError(
                 f"{self._host} requires credentials, and none are stored for it{said}",
                 host=self._host,
                 status_code=401,
-                hint=f"{self._trouble}; {hint}" if self._trouble else hint,
+                hint=(f"{self._trouble}; " if self._trouble else "")
+                + f"log in with `modelpack login {self._host}`; "
+                "a repository that does not exist may look the same",
             )
         who = f" of {credential.username!r}" if credential.username else ""
         return AuthError(
@@ -416,18 +384,13 @@ class RegistryAuthenticator:
             raise self.refused()
         return header
 
-    def _may_use_plain_http(self, netloc: str) -> bool:
-        """Return whether credentials may go to this host over plain http."""
-        return is_local(netloc) or netloc in self._insecure
-
     def _checked_realm(self, realm: str) -> str:
         what = f"{self._host}: the realm of its challenge"
         url = checked_url(realm, what)
         origin = origin_of(url)
         allowed = self._exposed or origin.netloc in self._insecure
-        if origin.scheme == "http" and not (
-            allowed or (self._plain_http and is_local(origin.netloc))
-        ):
+        allowed |= self._plain_http and is_local(origin.netloc)
+        if origin.scheme == "http" and not allowed:
             raise AuthError(
                 f"{what} is plain http on {origin.netloc}: no credentials are sent to it",
                 host=self._host,

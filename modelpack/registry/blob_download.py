@@ -15,7 +15,6 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Final
 
 import requests
@@ -30,7 +29,7 @@ from modelpack.errors import (
 )
 from modelpack.progress import Stop
 from modelpack.registry.endpoint import BlobLocation
-from modelpack.registry.http_client import Call, stated_number
+from modelpack.registry.http_client import stated_number
 from modelpack.registry.limits import FailedTry, Speed, either
 from modelpack.registry.urls import origin_of
 from modelpack.storage import SegmentSink, SegmentsRefused
@@ -76,12 +75,7 @@ class BlobStream:
     def __enter__(self) -> BlobStream:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -108,7 +102,11 @@ class BlobStream:
                 buffer[:count] = data
                 self._position += count
                 return count
-            self._finish()
+            if self._position == self._end:
+                self.close()
+            else:
+                assert self._response is not None
+                self._reconnect(self._cut_off(self._response, self._position))
         return 0
 
     def _receive(self, length: int) -> bytes:
@@ -129,14 +127,6 @@ class BlobStream:
             raise FailedTry(RemoteTimeoutError(f"{self._what}: {host} sends too slowly", host=host))
         return data
 
-    def _finish(self) -> None:
-        """Handle the end of a response: the end of the blob, or a connection that was cut off."""
-        if self._position < self._end:
-            assert self._response is not None
-            self._reconnect(self._cut_off(self._response, self._position))
-        else:
-            self.close()
-
     def _cut_off(self, response: requests.Response, position: int) -> FailedTry:
         """Return the `FailedTry` for a response that ended at `position` of the blob."""
         if "Transfer-Encoding" in response.headers:  # the response is complete
@@ -145,10 +135,10 @@ class BlobStream:
 
     def _reconnect(self, failed: FailedTry | None) -> None:
         """Connect again at the current position; raise the last error when no tries are left."""
+        if self._response is not None:
+            self._response.close()
+            self._response = None
         while True:
-            if self._response is not None:
-                self._response.close()
-                self._response = None
             if failed is not None:
                 pause = self._client.retry.first_delay
                 if self._speed.was_fair(self._descriptor.size, pause):
@@ -166,17 +156,7 @@ class BlobStream:
         last = str(self._end - 1) if self._is_segment else ""
         headers = {"Range": f"bytes={position}-{last}"} if position or last else {}
         try:
-            response = self._client.attempt(
-                Call(
-                    self._what,
-                    "GET",
-                    self._location.url,
-                    headers,
-                    scopes=self._location.scopes,
-                    stream=True,
-                    stop=self._stop,
-                )
-            )
+            response = self._client.attempt(self._location.read_call(headers, self._stop))
         except RegistryError as error:
             if error.status_code == 416:
                 raise self._wrong_size(f"at most {position}") from None
@@ -282,18 +262,14 @@ class SegmentFetch:
                 self._fetch(segment, start_others)
         except BaseException as error:  # noqa: BLE001 - raised below
             self._fail(error)
-        finally:
-            for thread in threads:
-                self._join(thread)
-        if self._failure is not None:
-            raise self._failure
-
-    def _join(self, thread: threading.Thread) -> None:
-        while thread.is_alive():
+        while any(thread.is_alive() for thread in threads):
             try:
-                thread.join()
+                for thread in threads:
+                    thread.join()
             except KeyboardInterrupt as error:
                 self._fail(error)
+        if self._failure is not None:
+            raise self._failure
 
     def _help(self) -> None:
         """Fetch segments until none are left, each when one of the shared connections is free."""
@@ -388,10 +364,9 @@ class RemoteFile(io.RawIOBase):
         super().__init__()
         self.bytes_fetched = 0
         self.requests = 0
-        self._scopes = location.scopes
+        self._location = location
         self._client = location.client
         self._size = descriptor.size
-        self._url = location.url
         self._what = location.label
         self._limit = limit
         self._at = 0
@@ -470,8 +445,7 @@ class RemoteFile(io.RawIOBase):
     def _ask(self, start: int, end: int) -> bytes | None:
         """Return the bytes of one request; None, with `_whole` open, if ranges are ignored."""
         self.requests += 1
-        headers = {"Range": f"bytes={start}-{end - 1}"}
-        call = Call(self._what, "GET", self._url, headers, scopes=self._scopes, stream=True)
+        call = self._location.read_call({"Range": f"bytes={start}-{end - 1}"})
         try:
             response = self._client.attempt(call)
         except RegistryError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Final
@@ -23,7 +23,7 @@ from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.http_client import Body, Call, stated_number
 from modelpack.registry.limits import FailedTry, RateLimit, Retries, either
 from modelpack.registry.urls import with_query
-from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
+from modelpack.storage import BlobReader, BlobSource, Outcome, Watch, fill
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -67,10 +67,6 @@ class UploadContent:
         #: The error of the source, as opposed to one of the network.
         self.failure: Exception | None = None
 
-    def part(self, start: int, end: int) -> ContentPart:
-        """Return the bytes from `start` to `end`, as the body of a request."""
-        return ContentPart(self, start, end)
-
     def close(self) -> None:
         """Close the source, which a request that failed half-way leaves open."""
         self._reader = None
@@ -82,11 +78,9 @@ class UploadContent:
         try:
             self._go_to(start)
             yield from self._pieces(end)
-        except Exception as error:
-            self.failure = error
-            self.close()
-            raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.failure = error
             self.close()
             raise
 
@@ -94,9 +88,7 @@ class UploadContent:
         if self._reader is not None and self._position == start:
             return
         self.close()
-        self._position, kept = max(
-            (c for c in self._checkpoints if c[0] <= start), key=lambda checkpoint: checkpoint[0]
-        )
+        self._position, kept = next(c for c in reversed(self._checkpoints) if c[0] <= start)
         self._hasher = kept.copy()
         self._reader = self._stack.enter_context(self._source.open(self._position))
         buffer = memoryview(bytearray(min(_PIECE, start - self._position)))
@@ -104,7 +96,7 @@ class UploadContent:
             self._take(buffer[: start - self._position])
 
     def _pieces(self, end: int) -> Generator[memoryview, None, None]:
-        size = self._descriptor.size
+        digest, size = self._descriptor.digest, self._descriptor.size
         step = min(_PIECE, self._rate.step) if self._rate else _PIECE
         buffer = memoryview(bytearray(min(step, end - self._position)))
         while True:
@@ -116,10 +108,7 @@ class UploadContent:
                 self._rate.wait(len(piece), self._stop)
             self.sent = max(self.sent, self._position)
             yield piece
-            report = Progress(
-                Action.PUSH, self._name, self._descriptor.digest, self._position, size
-            )
-            self._report(report)
+            self._report(Progress(Action.PUSH, self._name, digest, self._position, size))
             if self._position == end:
                 return
 
@@ -127,7 +116,7 @@ class UploadContent:
         """Read and hash as many bytes as `piece` has."""
         assert self._reader is not None
         self._stop.check()
-        count = _fill(self._reader, piece)
+        count = fill(self._reader, piece)
         self._hasher.update(piece[:count])
         self._position += count
         if count < len(piece):
@@ -146,7 +135,7 @@ class UploadContent:
 
 
 class ContentPart:
-    """Part of an `UploadContent`; fulfils `Body`."""
+    """The bytes from `start` to `end` of an `UploadContent`; fulfils `Body`."""
 
     def __init__(self, content: UploadContent, start: int, end: int) -> None:
         self._content = content
@@ -170,15 +159,6 @@ class ContentPart:
             self._reading.close()
 
 
-def _fill(reader: BlobReader, buffer: memoryview) -> int:
-    """Read until `buffer` is full or the source ends; return the number of bytes."""
-    filled = 0
-    while filled < len(buffer) and (count := reader.readinto(buffer[filled:])):
-        filled += count
-    return filled
-
-
-_OCTETS: Final = "application/octet-stream"
 _RANGE: Final = re.compile(r"(?:bytes[= ])?0-([0-9]{1,18})\Z")
 
 
@@ -222,10 +202,7 @@ class UploadSession:
         return self._send("PUT", url, body, headers)
 
     def cancel(self) -> None:
-        """Delete the session; ignore failures, since registries delete old sessions themselves.
-
-        A requested stop does not interrupt this, but it takes a second or two at most.
-        """
+        """Delete the session, in a second or two even after a stop; ignore failures."""
         location, self.location = self.location, ""
         if location:
             call = replace(self._call("DELETE", location), stop=Stop(), answer_time=1.0)
@@ -235,12 +212,9 @@ class UploadSession:
     def _send(
         self, method: str, url: str, body: Body, headers: Mapping[str, str]
     ) -> requests.Response:
-        call = replace(
-            self._call(method, url),
-            headers={"Content-Type": _OCTETS, **headers},
-            body=body,
-            answer_time=self._client.timeouts.commit,
-        )
+        headers = {"Content-Type": "application/octet-stream", **headers}
+        wait = self._client.timeouts.commit
+        call = replace(self._call(method, url), headers=headers, body=body, answer_time=wait)
         return self._client.attempt(call)
 
     def _received(self, response: requests.Response) -> int | None:
@@ -344,7 +318,8 @@ class Upload:
         try:
             self._send_chunks(content, retries)
             start, size = self._received, self._descriptor.size
-            response = self._put(content.part(start, size), start)
+            with closing(ContentPart(content, start, size)) as part:
+                response = self._session.finish(part, start)
         except (FailedTry, RegistryError) as error:
             if content.failure not in (None, error):
                 raise content.failure from None  # requests reports it as an error of the network
@@ -367,8 +342,8 @@ class Upload:
             received = None
         if not received or received > content.sent:  # no bytes, or an impossible number
             self._start_again()
-            return
-        self._reached(received, retries)
+        else:
+            self._reached(received, retries)
 
     def _start_again(self) -> None:
         self._session.cancel()
@@ -380,8 +355,7 @@ class Upload:
         if isinstance(error, AuthError) or self._refusals >= _MAX_REFUSALS:
             return
         lost = error.code in _LOST_SESSION or error.status_code == 416
-        special = self._received > 0 or self._chunk_size() is not None
-        if lost or special:
+        if lost or self._received > 0 or self._chunk_size() is not None:
             self._refusals += 1
             if not lost or self._refusals == _MAX_REFUSALS:
                 self._in_chunks = False
@@ -391,16 +365,16 @@ class Upload:
     def _chunk_size(self) -> int | None:
         """Return the size of chunks to send, None to send everything at once."""
         asked, minimum = self._client.blobs.chunk_size, self._session.minimum_chunk
-        if not self._in_chunks or not (asked or minimum):
-            return None
-        return max(asked or _CHUNK, minimum)
+        in_chunks = self._in_chunks and (asked or minimum)
+        return max(asked or _CHUNK, minimum) if in_chunks else None
 
     def _send_chunks(self, content: UploadContent, retries: Retries) -> None:
         """Send all chunks but the last, if the blob is sent in chunks."""
         size = self._chunk_size()
         while size is not None and self._descriptor.size - self._received > size:
             start, end = self._received, self._received + size
-            received = self._append(content.part(start, end), start)
+            with closing(ContentPart(content, start, end)) as part:
+                received = self._session.append(part, start)
             if received not in (None, end):
                 # A registry that keeps nothing of a chunk will not keep the next one either.
                 self._in_chunks = False
@@ -421,18 +395,6 @@ class Upload:
             self._farthest = received
             self._refusals = 0
             retries.made_progress()
-
-    def _append(self, part: ContentPart, start: int) -> int | None:
-        try:
-            return self._session.append(part, start)
-        finally:
-            part.close()
-
-    def _put(self, part: ContentPart, start: int) -> requests.Response:
-        try:
-            return self._session.finish(part, start)
-        finally:
-            part.close()
 
     def _call(self, method: str, url: str) -> Call:
         return Call(self._what, method, url, {}, scopes=self._endpoint.push, stop=self._stop)

@@ -9,7 +9,6 @@ and no message of Modelpack repeats one.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import re
@@ -63,7 +62,6 @@ class CredentialSource(Protocol):
 
     def credential(self, host: str) -> Credential | None:
         """Return the credential for `host[:port]`, None for anonymous; raise `AuthError`."""
-        ...
 
 
 class StaticCredentials:
@@ -189,9 +187,8 @@ class DockerConfig:
 
     def __init__(self, path: Path | None = None, *, repository: str = "") -> None:
         directory = os.environ.get("DOCKER_CONFIG")
-        self.path = path or (Path(directory) if directory else Path.home() / ".docker") / (
-            "config.json"
-        )
+        folder = Path(directory) if directory else Path.home() / ".docker"
+        self.path = path or folder / "config.json"
         self._repository = repository
 
     def __repr__(self) -> str:
@@ -231,8 +228,7 @@ class DockerConfig:
         """Delete the credentials for `host`; return whether there were any."""
         config = self._read()
         kept = _without(config, host)
-        in_file = len(kept) < len(_object(config.get("auths")))
-        found = in_file
+        found = in_file = len(kept) < len(_object(config.get("auths")))
         if helper := self._helper(config, host):
             found = helper.get(_helper_key(host)) is not None or found
             helper.erase(_helper_key(host))
@@ -242,8 +238,8 @@ class DockerConfig:
 
     def _names(self, host: str) -> Iterator[str]:
         """Yield the possible names of entries for `host`, the most specific first."""
+        parts = self._repository.split("/") if self._repository else []
         for alias in _aliases(host):
-            parts = self._repository.split("/") if self._repository else []
             for count in range(len(parts), 0, -1):
                 yield "/".join([alias, *parts[:count]])
         yield from _aliases(host)
@@ -325,7 +321,7 @@ def _parse_entry(entry: dict[str, Any], source: str) -> Credential | None:
     if texts.get("auth"):
         try:
             pair = base64.b64decode(texts["auth"], validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             raise AuthError(f"{source}: an 'auth' is not base64 of user:password") from None
         username, _, password = pair.partition(":")
         password = password.rstrip("\0")

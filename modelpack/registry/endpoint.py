@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlencode
 
-import requests
 from oras.container import Container
 
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import check_repository, check_tag
 from modelpack.errors import InvalidReferenceError
+from modelpack.progress import Stop
 from modelpack.registry.auth import Scopes, repository_scopes
-from modelpack.registry.http_client import HttpClient
+from modelpack.registry.http_client import Call, HttpClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,12 @@ class BlobLocation:
     url: str
     label: str
     scopes: Scopes
+
+    def read_call(self, headers: Mapping[str, str], stop: Stop | None = None) -> Call:
+        """Return a request for the blob, whose body the caller reads."""
+        return Call(
+            self.label, "GET", self.url, headers, scopes=self.scopes, stream=True, stop=stop
+        )
 
 
 class Endpoint:
@@ -75,28 +80,12 @@ class Endpoint:
         """Return the name of the manifest `name`, a tag or a digest, in errors."""
         return f"{self.label}{'@' if ':' in name else ':'}{name}"
 
-    def request(
-        self,
-        url: str,
-        method: str,
-        what: str,
-        scopes: Scopes,
-        headers: Mapping[str, str],
-        **more: Any,
-    ) -> requests.Response:
-        """Make a request, with retries."""
-        return self.client.request(url, method, headers=headers, what=what, scopes=scopes, **more)
-
     def _url(self, address: str) -> str:
         return f"{self.client.origin.scheme}://{address}"
 
 
 def _container(host: str, repository: str) -> Container:
-    """Return oras's container of `repository` at `host[:port]`, which builds URLs.
-
-    The parts are set because its parser takes `localhost/x` and `my.models/x` for a host and a
-    repository.
-    """
+    """Return oras's container, which builds URLs; its parser would take `my.models/` for a host."""
     container = Container("x", registry=host)
     container.namespace, _, container.repository = repository.rpartition("/")
     return container

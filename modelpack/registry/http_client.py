@@ -52,11 +52,9 @@ class Body(Protocol):
 
     def __len__(self) -> int:
         """Return the length in bytes."""
-        ...
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         """Yield the content."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,18 +214,14 @@ class Retries:
         policy, error = self._policy, failed.error
         self._stop.check()
         self._failures += 1
+        asked, most = failed.retry_after or 0.0, policy.max_retry_after
         if self._failures >= policy.tries:
             tries = f"{self._failures} tries" if self._failures > 1 else "1 try"
             raise _amended(error, f"given up after {tries}") from failed.__cause__
-        delay = policy.delay(self._failures)
-        if failed.retry_after is not None:
-            if failed.retry_after > policy.max_retry_after:
-                raise _amended(
-                    error,
-                    f"it asks to wait {failed.retry_after:.0f} s, "
-                    f"more than the limit of {policy.max_retry_after:.0f} s",
-                ) from failed.__cause__
-            delay = max(delay, failed.retry_after)
+        if asked > most:
+            reason = f"it asks to wait {asked:.0f} s, more than the limit of {most:.0f} s"
+            raise _amended(error, reason) from failed.__cause__
+        delay = max(policy.delay(self._failures), asked)
         self._report(Progress(Action.RETRY, message=f"{error}; trying again in {delay:.1f} s"))
         policy.wait(delay, self._stop)
 

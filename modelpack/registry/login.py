@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelpack.errors import UsageError
-from modelpack.registry.credentials import (
-    Credential,
-    DockerConfig,
-    StaticCredentials,
-)
+from modelpack.registry.credentials import Credential, DockerConfig, StaticCredentials
 from modelpack.registry.repository import Registry
 
 _MAX_SECRET: Final = 64 * 1024

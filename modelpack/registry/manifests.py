@@ -25,6 +25,7 @@ from modelpack.errors import (
     RegistryError,
     UnsupportedError,
 )
+from modelpack.registry.auth import Scopes
 from modelpack.registry.endpoint import Endpoint, checked_name
 from modelpack.registry.http_client import HttpClient, stated_number
 from modelpack.registry.urls import joined_url, origin_of
@@ -39,19 +40,14 @@ MAX_LIST_BYTES: Final = 160 * 1024 * 1024
 
 def resolve(endpoint: Endpoint, name: str) -> Descriptor:
     """Return the descriptor of the manifest `name`, by HEAD if its headers suffice, else by GET."""
-    name = checked_name(name)
-    what = endpoint.manifest_label(name)
+    what = endpoint.manifest_label(checked_name(name))
     try:
-        response = endpoint.request(
-            endpoint.manifest_url(name), "HEAD", what, endpoint.pull, _ACCEPT
-        )
-    except NotFoundError as error:
-        raise _no_manifest(what, error) from None
+        response = _read(endpoint, "HEAD", name, what)
     except RegistryError as error:
         if error.status_code not in (400, 405, 501):
             raise
         return fetch_by_name(endpoint, name)[0]
-    media_type, length = _media_type(response), stated_number(response)
+    media_type, length = media_type_of(response), stated_number(response)
     digest = _stated_digest(response, what)
     if digest is None or media_type is None or length is None:
         return fetch_by_name(endpoint, name)[0]
@@ -64,24 +60,33 @@ def resolve(endpoint: Endpoint, name: str) -> Descriptor:
 
 def fetch_by_name(endpoint: Endpoint, name: str) -> tuple[Descriptor, bytes]:
     """Return the manifest `name` and its descriptor, by one GET."""
-    name = checked_name(name)
-    what = endpoint.manifest_label(name)
-    try:
-        response = endpoint.request(
-            endpoint.manifest_url(name), "GET", what, endpoint.pull, _ACCEPT
-        )
-    except NotFoundError as error:
-        raise _no_manifest(what, error) from None
+    what = endpoint.manifest_label(checked_name(name))
+    response = _read(endpoint, "GET", name, what)
     raw = response.content
-    if ":" in name:
-        wanted = Digest.parse(name)
-        wanted.check(raw, what)
+    digest = Digest.parse(name) if ":" in name else None
+    if digest is not None:
+        digest.check(raw, what)
     stated = _stated_digest(response, what)
     if stated is not None:
         stated.check(raw, f"{what}: Docker-Content-Digest")
-    digest = Digest.parse(name) if ":" in name else stated or Digest.of(raw)
     media_type = _checked_media_type(response, raw, what)
-    return Descriptor(media_type, digest, len(raw)), raw
+    return Descriptor(media_type, digest or stated or Digest.of(raw), len(raw)), raw
+
+
+def _read(endpoint: Endpoint, method: str, name: str, what: str) -> requests.Response:
+    url = endpoint.manifest_url(name)
+    try:
+        return endpoint.client.request(
+            url, method, what=what, scopes=endpoint.pull, headers=_ACCEPT
+        )
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"no such manifest: {what} ({error.code or error.status_code})",
+            host=error.host,
+            status_code=error.status_code,
+            code=error.code,
+            hint="check the name and the tag",
+        ) from None
 
 
 def fetch(endpoint: Endpoint, descriptor: Descriptor) -> bytes:
@@ -112,79 +117,85 @@ def write(
     what = endpoint.manifest_label(name)
     _check_bytes(raw, descriptor, what)
     parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
-    response = endpoint.request(
+    response = endpoint.client.request(
         endpoint.manifest_url(name),
         "PUT",
-        what,
-        endpoint.push,
-        {**headers, "Content-Type": descriptor.media_type},
+        what=what,
+        scopes=endpoint.push,
+        headers={**headers, "Content-Type": descriptor.media_type},
         data=raw,
     )
     stated = _stated_digest(response, what)
     if stated is not None and stated.algorithm == descriptor.digest.algorithm:
-        descriptor.digest.check_equal(
-            stated, f"{what}: Docker-Content-Digest of the pushed manifest"
-        )
+        shown = f"{what}: Docker-Content-Digest of the pushed manifest"
+        descriptor.digest.check_equal(stated, shown)
     return "OCI-Subject" in response.headers
 
 
 def delete(endpoint: Endpoint, name: str) -> None:
     """Delete a tag, or a manifest with all its tags."""
-    name = checked_name(name)
-    what = endpoint.manifest_label(name)
-    endpoint.request(endpoint.manifest_url(name), "DELETE", what, endpoint.delete, {})
+    what = endpoint.manifest_label(checked_name(name))
+    url = endpoint.manifest_url(name)
+    endpoint.client.request(url, "DELETE", what=what, scopes=endpoint.delete)
 
 
 def tags(endpoint: Endpoint) -> Iterator[str]:
     """Yield the tags, page by page, as the registry orders them."""
-    url: str | None = endpoint.tags_url()
     what = f"tags of {endpoint.label}"
-    pages = Pages(what)
-    count = 0
-    while url is not None:
-        pages.check(url, count)
-        response = endpoint.request(url, "GET", what, endpoint.pull, {}, limit=_MAX_PAGE_BYTES)
-        pages.add(response.content)
-        value = decode_object(response.content, what, limit=_MAX_PAGE_BYTES)
-        page = [] if value.get("tags") is None else value["tags"]
-        if not isinstance(page, list) or not all(isinstance(tag, str) for tag in page):
-            raise RegistryError(f"{what}: 'tags' is not an array of strings")
-        count += len(page)
+    return names(endpoint.client, endpoint.tags_url(), "tags", what, endpoint.pull)
+
+
+def names(client: HttpClient, url: str, key: str, what: str, scopes: Scopes) -> Iterator[str]:
+    """Yield the names in the array `key` of each page of a list."""
+    pages = Pages(client, url, what, scopes=scopes, limit=_MAX_PAGE_BYTES)
+    for response in pages:
+        page = decode_object(response.content, what, limit=_MAX_PAGE_BYTES).get(key)
+        page = [] if page is None else page
+        if not isinstance(page, list) or not all(isinstance(name, str) for name in page):
+            raise RegistryError(f"{what}: {key!r} is not an array of strings")
+        pages.entries += len(page)
         yield from page
-        url = next_page(endpoint.client, response, what)
 
 
 class Pages:
-    """The fetched pages of one list, limited so that a server cannot continue it without end."""
+    """The pages of one list, limited so that a server cannot continue it without end.
 
-    def __init__(self, what: str, most: int = 1_000_000) -> None:
-        """`what` names the list in errors; it may have `most` entries."""
+    The caller counts the `entries`, of which there may be `most`; `options` are those of
+    `HttpClient.request`. Iterating raises `RegistryError` for a list that is a loop or too long.
+    """
+
+    def __init__(
+        self, client: HttpClient, url: str, what: str, *, most: int = 1_000_000, **options: Any
+    ) -> None:
+        self._client = client
+        self._first = url
         self._what = what
         self._most = most
-        self._seen: set[str] = set()
-        self._bytes = 0
+        self._options = options
+        self.entries = 0
 
-    def check(self, url: str, count: int) -> None:
-        """Record the page `url`; raise `RegistryError` for a loop, or too many entries or pages."""
-        if url in self._seen:
-            raise RegistryError(f"{self._what}: pagination loop: a page was already fetched")
-        self._seen.add(url)
-        if count > self._most or len(self._seen) > MAX_PAGES:
-            raise RegistryError(
-                f"{self._what}: the list is too long: {count} entries on {len(self._seen)} pages"
-            )
+    def __iter__(self) -> Iterator[requests.Response]:
+        url: str | None = self._first
+        what, size = self._what, 0
+        seen: set[str] = set()
+        while url is not None:
+            if url in seen:
+                raise RegistryError(f"{what}: pagination loop: a page was already fetched")
+            seen.add(url)
+            too_long = f"{what}: the list is too long"
+            if self.entries > self._most or len(seen) > MAX_PAGES:
+                raise RegistryError(f"{too_long}: {self.entries} entries on {len(seen)} pages")
+            response = self._client.request(url, what=what, **self._options)
+            size += len(response.content)
+            if size > MAX_LIST_BYTES:
+                raise RegistryError(
+                    f"{too_long}: more than {MAX_LIST_BYTES} bytes on {len(seen)} pages"
+                )
+            yield response
+            url = _next_page(self._client, response, what)
 
-    def add(self, page: bytes) -> None:
-        """Count the bytes of a page; raise `RegistryError` if all pages together are too large."""
-        self._bytes += len(page)
-        if self._bytes > MAX_LIST_BYTES:
-            raise RegistryError(
-                f"{self._what}: the list is too long: more than {MAX_LIST_BYTES} bytes "
-                f"on {len(self._seen)} pages"
-            )
 
-
-def next_page(client: HttpClient, response: requests.Response, what: str) -> str | None:
+def _next_page(client: HttpClient, response: requests.Response, what: str) -> str | None:
     """Return the URL of the next page of a list, by its `Link`; None at the end."""
     links: list[dict[str, Any]] = parse_header_links(response.headers.get("Link", ""))
     target = next((link["url"] for link in links if link.get("rel") == "next"), None)
@@ -196,17 +207,7 @@ def next_page(client: HttpClient, response: requests.Response, what: str) -> str
     return url
 
 
-def _no_manifest(what: str, error: NotFoundError) -> NotFoundError:
-    return NotFoundError(
-        f"no such manifest: {what} ({error.code or error.status_code})",
-        host=error.host,
-        status_code=error.status_code,
-        code=error.code,
-        hint="check the name and the tag",
-    )
-
-
-def _media_type(response: requests.Response) -> str | None:
+def media_type_of(response: requests.Response) -> str | None:
     """Return the `Content-Type` without parameters, or None."""
     return response.headers.get("Content-Type", "").partition(";")[0].strip() or None
 
@@ -219,23 +220,19 @@ def _stated_digest(response: requests.Response, what: str) -> Digest | None:
     try:
         return Digest.parse(text)
     except InvalidDigestError as error:
-        raise InvalidDigestError(
-            f"{what}: Docker-Content-Digest: {error}", got=text[:200]
-        ) from None
+        message = f"{what}: Docker-Content-Digest: {error}"
+        raise InvalidDigestError(message, got=text[:200]) from None
 
 
 def _checked_media_type(response: requests.Response, raw: bytes, what: str) -> str:
     """Return the media type, which the response and the manifest must agree on."""
-    served = _media_type(response)
+    served = media_type_of(response)
     value = decode_object(raw, what)
     own = value.get("mediaType")
     if own is not None and served is not None and own != served:
         raise ManifestError(f"its mediaType is {own!r}, but it was served as {served!r}", path=what)
-    media_type = (
-        own
-        or served
-        or (media_types.OCI_INDEX if "manifests" in value else media_types.OCI_MANIFEST)
-    )
+    default = media_types.OCI_INDEX if "manifests" in value else media_types.OCI_MANIFEST
+    media_type = own or served or default
     _check_known(media_type, what)
     return str(media_type)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -80,9 +80,8 @@ class Mirrors:
             if rest is None:
                 continue
             if rule.blocked:
-                raise UsageError(
-                    f"{registry}/{repository} is blocked by the rule for {rule.prefix}"
-                )
+                what = f"{registry}/{repository}"
+                raise UsageError(f"{what} is blocked by the rule for {rule.prefix}")
             return Place(tuple(_joined(m, rest) for m in rule.mirrors), rule.insecure)
         return Place()
 
@@ -127,12 +126,8 @@ def _rule(entry: dict[str, Any]) -> _Rule:
             f"{prefix}: a location other than the prefix is not supported: write it as a mirror"
         )
     mirrors = tuple(_mirror(one, prefix) for one in _tables(entry, "mirror"))
-    return _Rule(
-        prefix.strip("/"),
-        _flag(entry, "blocked", prefix),
-        _flag(entry, "insecure", prefix),
-        mirrors,
-    )
+    blocked, insecure = (_flag(entry, name, prefix) for name in ("blocked", "insecure"))
+    return _Rule(prefix.strip("/"), blocked, insecure, mirrors)
 
 
 def _mirror(entry: dict[str, Any], prefix: str) -> Mirror:
@@ -158,7 +153,7 @@ def _joined(mirror: Mirror, rest: str) -> Mirror:
         check_repository(name, name)
     except InvalidReferenceError as error:
         raise UsageError(f"the mirror {mirror.host}: {error}") from None
-    return Mirror(mirror.host, name, mirror.use, mirror.plain_http, mirror.insecure)
+    return replace(mirror, repository=name)
 
 
 def _tables(value: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, TypeAlias
 from weakref import WeakValueDictionary
 
 from modelpack.artifacts import media_types
@@ -30,6 +30,7 @@ _TRIES: Final = 20
 # Statuses of registries without the API, besides 404.
 _NO_API: Final = (400, 405, 501)
 _ILLEGAL = re.compile(r"[^a-zA-Z0-9._-]")
+Entries: TypeAlias = tuple[Descriptor, ...]
 
 
 class _Turn:
@@ -45,13 +46,6 @@ _turns: WeakValueDictionary[tuple[Any, str, str], _Turn] = WeakValueDictionary()
 _turns_lock = threading.Lock()
 
 
-class _Listed(NamedTuple):
-    """The list under a fallback tag; `etag` is empty if the registry returns none."""
-
-    entries: tuple[Descriptor, ...]
-    etag: str = ""
-
-
 def fallback_tag(subject: Digest) -> str:
     """Return the tag that lists the referrers of `subject`."""
     return _ILLEGAL.sub("-", f"{subject.algorithm[:32]}-{subject.encoded[:64]}")
@@ -61,7 +55,7 @@ def listed(endpoint: Endpoint, subject: Digest, artifact_type: str | None) -> li
     """Return the referrers of `subject`, by the API or else the fallback tag, sorted by digest."""
     found: Sequence[Descriptor] | None = _by_api(endpoint, subject, artifact_type)
     if found is None:
-        found = _read(endpoint, subject).entries
+        found = _read(endpoint, subject)[0]
     # The registry may not have filtered the list.
     wanted = (one for one in found if artifact_type in (None, one.artifact_type))
     return sorted({one.digest: one for one in wanted}.values(), key=lambda one: str(one.digest))
@@ -74,21 +68,20 @@ def add(endpoint: Endpoint, subject: Digest, referrer: Descriptor) -> None:
     name a list of referrers.
     """
 
-    def added(entries: tuple[Descriptor, ...]) -> tuple[Descriptor, ...]:
-        if any(entry.digest == referrer.digest for entry in entries):
-            return entries
-        return (*entries, referrer)
+    def added(entries: Entries) -> Entries:
+        is_listed = any(entry.digest == referrer.digest for entry in entries)
+        return entries if is_listed else (*entries, referrer)
 
     _change(endpoint, subject, added)
 
 
 def remove(endpoint: Endpoint, subject: Digest, digest: Digest) -> bool:
     """Remove a manifest from the fallback tag of `subject`; return whether it was listed."""
-    return _change(
-        endpoint,
-        subject,
-        lambda entries: tuple(entry for entry in entries if entry.digest != digest),
-    )
+
+    def removed(entries: Entries) -> Entries:
+        return tuple(entry for entry in entries if entry.digest != digest)
+
+    return _change(endpoint, subject, removed)
 
 
 def _by_api(
@@ -96,34 +89,32 @@ def _by_api(
 ) -> list[Descriptor] | None:
     """Return the list of the referrers API; None if the registry has no such API."""
     what = f"referrers of {endpoint.manifest_label(str(subject))}"
-    url: str | None = endpoint.referrers_url(subject, artifact_type)
-    pages = manifests.Pages(what, MAX_REFERRERS)
-    first = url
+    pages = manifests.Pages(
+        endpoint.client,
+        endpoint.referrers_url(subject, artifact_type),
+        what,
+        most=MAX_REFERRERS,
+        scopes=endpoint.pull,
+        headers={"Accept": media_types.OCI_INDEX},
+    )
     found: list[Descriptor] = []
-    accept = {"Accept": media_types.OCI_INDEX}
-    while url is not None:
-        pages.check(url, len(found))
-        try:
-            response = endpoint.request(url, "GET", what, endpoint.pull, accept)
-        except RegistryError as error:
-            no_api = isinstance(error, NotFoundError) or error.status_code in _NO_API
-            if no_api and url == first:
-                return None
-            raise
-        media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
-        if media_type != media_types.OCI_INDEX:  # a page of a proxy or a web site
+    is_first = True
+    try:
+        for response in pages:
+            is_first = False
+            if manifests.media_type_of(response) != media_types.OCI_INDEX:
+                return None  # a page of a proxy or a web site
+            found += Index.parse(response.content, what).manifests
+            pages.entries = len(found)
+    except RegistryError as error:
+        no_api = isinstance(error, NotFoundError) or error.status_code in _NO_API
+        if is_first and no_api:
             return None
-        pages.add(response.content)
-        found += Index.parse(response.content, what).manifests
-        url = manifests.next_page(endpoint.client, response, what)
+        raise
     return found
 
 
-def _change(
-    endpoint: Endpoint,
-    subject: Digest,
-    change: Callable[[tuple[Descriptor, ...]], tuple[Descriptor, ...]],
-) -> bool:
+def _change(endpoint: Endpoint, subject: Digest, change: Callable[[Entries], Entries]) -> bool:
     """Apply `change` to the list under the fallback tag; return whether the list changed."""
     tag = fallback_tag(subject)
     key = (endpoint.client.origin, endpoint.name, tag)
@@ -132,35 +123,36 @@ def _change(
     with turn.lock:
         for tries in range(_TRIES):
             endpoint.client.stop.check()
-            before = _read(endpoint, subject)
-            after = change(before.entries)
-            if after == before.entries:
+            before, etag = _read(endpoint, subject)
+            after = change(before)
+            if after == before:
                 return tries > 0
-            _write(endpoint, tag, after, before.etag)
+            _write(endpoint, tag, after, etag)
     raise ConflictError(
         f"{endpoint.manifest_label(tag)}: other clients keep changing the list of referrers",
         hint="try again later",
     )
 
 
-def _read(endpoint: Endpoint, subject: Digest) -> _Listed:
-    """Return the list under the fallback tag, an empty one if there is no such tag."""
+def _read(endpoint: Endpoint, subject: Digest) -> tuple[Entries, str]:
+    """Return the list under the fallback tag, empty if there is none, and its ETag, maybe ""."""
     tag = fallback_tag(subject)
     what = endpoint.manifest_label(tag)
     accept = {"Accept": ", ".join((*media_types.INDEX_TYPES, *media_types.MANIFEST_TYPES))}
     try:
-        response = endpoint.request(endpoint.manifest_url(tag), "GET", what, endpoint.pull, accept)
+        response = endpoint.client.request(
+            endpoint.manifest_url(tag), what=what, scopes=endpoint.pull, headers=accept
+        )
     except NotFoundError:
-        return _Listed(())
-    media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
+        return (), ""
+    media_type = manifests.media_type_of(response)
     if media_type != media_types.OCI_INDEX:
         raise UnsupportedError(
-            f"is {media_type!r}, expected an index of referrers under this tag",
+            f"is {media_type or ''!r}, expected an index of referrers under this tag",
             path=what,
             hint="delete the tag, or rename what it names",
         )
-    index = Index.parse(response.content, what)
-    return _Listed(index.manifests, response.headers.get("ETag", ""))
+    return Index.parse(response.content, what).manifests, response.headers.get("ETag", "")
 
 
 def _write(endpoint: Endpoint, tag: str, entries: Sequence[Descriptor], etag: str) -> None:

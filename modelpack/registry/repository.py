@@ -9,13 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from types import TracebackType
 from typing import Final, TypeVar
 
 from modelpack.artifacts.byte_ranges import ByteRanges
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
-from modelpack.artifacts.json_document import decode_object
 from modelpack.artifacts.manifest import parse_manifest_or_index, referrer_descriptor
 from modelpack.errors import (
     IntegrityError,
@@ -33,7 +31,6 @@ from modelpack.registry.credentials import CredentialSource, default_credentials
 from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.http_client import HttpClient
 from modelpack.registry.limits import BlobOptions, RetryPolicy, Timeouts
-from modelpack.registry.manifests import Pages, next_page
 from modelpack.registry.mirrors import Mirror
 from modelpack.registry.tls import TlsOptions
 from modelpack.registry.urls import api_host, origin_of, uses_plain_http
@@ -48,43 +45,8 @@ from modelpack.storage import (
     Watch,
 )
 
-#: Limit on the repositories of a registry, so that the list ends.
-MAX_REPOSITORIES: Final = 1_000_000
-_SCOPES: Final[Scopes] = frozenset({("registry:catalog", "*")})
 _PAGE: Final = 1000
-_MAX_PAGE_BYTES: Final = 16 * 1024 * 1024
-_NO_LIST: Final = (400, 405, 501)
-
-
-def repositories(client: HttpClient, host: str) -> Iterator[str]:
-    """Yield the names, page by page, as the registry orders them; see `Registry.repositories`."""
-    what = f"repositories of {host}"
-    url: str | None = f"{client.origin.scheme}://{client.origin.netloc}/v2/_catalog?n={_PAGE}"
-    pages = Pages(what, MAX_REPOSITORIES)
-    count = 0
-    while url is not None:
-        pages.check(url, count)
-        try:
-            response = client.request(
-                url, "GET", headers={}, what=what, scopes=_SCOPES, limit=_MAX_PAGE_BYTES
-            )
-        except RegistryError as error:
-            if not isinstance(error, NotFoundError) and error.status_code not in _NO_LIST:
-                raise
-            raise RegistryError(
-                f"{host} does not list its repositories",
-                host=host,
-                status_code=error.status_code,
-                hint="name the repositories",
-            ) from None
-        pages.add(response.content)
-        value = decode_object(response.content, what, limit=_MAX_PAGE_BYTES)
-        page = value.get("repositories") or []
-        if not isinstance(page, list) or not all(isinstance(name, str) for name in page):
-            raise RegistryError(f"{what}: 'repositories' is not an array of strings", host=host)
-        count += len(page)
-        yield from page
-        url = next_page(client, response, what)
+_CATALOG: Final[Scopes] = frozenset({("registry:catalog", "*")})
 
 
 class Repository:
@@ -144,11 +106,9 @@ class Repository:
 
     def mount_blob(self, descriptor: Descriptor, source: Source) -> bool:
         """Link the blob from another repository of this registry; return whether that worked."""
-        if (
-            not isinstance(source, Repository)
-            or source._client.origin != self._client.origin
-            or source.name == self.name
-        ):
+        if not isinstance(source, Repository) or source.name == self.name:
+            return False
+        if source._client.origin != self._client.origin:
             return False
         try:
             session = self._upload(descriptor).mount(source._endpoint)
@@ -208,7 +168,7 @@ class Repository:
         """Delete a blob."""
         what = f"blob {digest} of {self._endpoint.label}"
         url = self._endpoint.blob_url(digest)
-        self._endpoint.request(url, "DELETE", what, self._endpoint.delete, {})
+        self._client.request(url, "DELETE", what=what, scopes=self._endpoint.delete)
 
     def _upload(self, descriptor: Descriptor) -> Upload:
         return Upload(self._endpoint, descriptor, Watch(silent, self._client.stop))
@@ -244,7 +204,7 @@ class Registry:
         self.host = host
         address = api_host(host)
         scheme = "http" if uses_plain_http(address, plain_http) else "https"
-        origin = origin_of(f"{scheme}://{address}")
+        self._url = f"{scheme}://{address}"
         report = serialized(report)
 
         def authenticator(request_token: TokenRequest) -> RegistryAuthenticator:
@@ -252,13 +212,13 @@ class Registry:
                 host,
                 credentials or default_credentials(),
                 request_token,
-                plain_http=origin.scheme == "http",
+                plain_http=scheme == "http",
                 insecure=tls.insecure,
                 report=report,
             )
 
         self._client = HttpClient(
-            origin,
+            origin_of(self._url),
             authenticator,
             timeouts=timeouts,
             retry=retry,
@@ -271,12 +231,7 @@ class Registry:
     def __enter__(self) -> Registry:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -298,14 +253,24 @@ class Registry:
         Raises `RegistryError` if the registry does not list them, `AuthError` if it lists them to
         other accounts only.
         """
-
-        return repositories(self._client, self.host)
+        url = f"{self._url}/v2/_catalog?n={_PAGE}"
+        what = f"repositories of {self.host}"
+        try:
+            yield from manifests.names(self._client, url, "repositories", what, _CATALOG)
+        except RegistryError as error:
+            if not isinstance(error, NotFoundError) and error.status_code not in (400, 405, 501):
+                raise
+            raise RegistryError(
+                f"{self.host} does not list its repositories",
+                host=self.host,
+                status_code=error.status_code,
+                hint="name the repositories",
+            ) from None
 
     def ping(self) -> None:
         """Raise unless the host is a registry that accepts the credentials ("Probe")."""
-        origin = self._client.origin
         try:
-            self._client.request(f"{origin.scheme}://{origin.netloc}/v2/", what="ping")
+            self._client.request(f"{self._url}/v2/", what="ping")
         except NotFoundError as error:
             raise RegistryError(
                 f"{self.host} is not an OCI registry: it has no /v2/",
@@ -330,44 +295,38 @@ class MirroredRepository(Repository):
     """
 
     def __init__(
-        self,
-        registry: Registry,
-        endpoint: Endpoint,
-        mirrors: Sequence[tuple[Mirror, Repository]],
+        self, registry: Registry, endpoint: Endpoint, mirrors: Sequence[tuple[Mirror, Repository]]
     ) -> None:
         super().__init__(registry, endpoint)
+        self._own = Repository(registry, endpoint)
         self._mirrors = list(mirrors)
         self._mirrors_lock = threading.Lock()
         self._read_from: dict[Digest, int] = {}
 
     def resolve(self, name: str) -> Descriptor:
         """Return the descriptor of the manifest `name`."""
-        return self._first(name, lambda place: place.resolve(name), super().resolve)
+        return self._first(name, lambda place: place.resolve(name))
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Return a manifest's bytes, checked against size, digest and media type."""
-        fetch = super().fetch_manifest
-        return self._first(
-            str(descriptor.digest),
-            lambda place: place.fetch_manifest(descriptor),
-            lambda _: fetch(descriptor),
-        )
+        return self._first(str(descriptor.digest), lambda place: place.fetch_manifest(descriptor))
 
     def fetch_manifest_by_name(self, name: str) -> tuple[Descriptor, bytes]:
         """Return the manifest `name` with its descriptor, by one request."""
-        read = super().fetch_manifest_by_name
-        return self._first(name, lambda place: place.fetch_manifest_by_name(name), read)
+        return self._first(name, lambda place: place.fetch_manifest_by_name(name))
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
         """Return the blob as a source; opening it raises `NotFoundError` if it is missing."""
         places = [r.blob(descriptor) for m, r in self._usable() if m.serves(str(descriptor.digest))]
-        return _MirroredBlob(self, descriptor, [*places, super().blob(descriptor)])
+        return _MirroredBlob(self, descriptor, [*places, self._own.blob(descriptor)])
 
     def open_file(self, descriptor: Descriptor, *, limit: int = LIMIT) -> RemoteFile:
         """Return the blob as a file, from the first place that gives its first byte."""
 
         def opened(place: Repository) -> RemoteFile:
             file = place.open_file(descriptor, limit=limit)
+            if place is self._own:
+                return file
             try:
                 file.read(1)
                 file.seek(0)
@@ -376,9 +335,7 @@ class MirroredRepository(Repository):
                 raise
             return file
 
-        own = super().open_file
-        digest = str(descriptor.digest)
-        return self._first(digest, opened, lambda _: own(descriptor, limit=limit))
+        return self._first(str(descriptor.digest), opened)
 
     def next_place(self, digest: Digest, count: int) -> int:
         """Return the index of the place (of `count`) to read a blob from, the next at each restart.
@@ -403,7 +360,7 @@ class MirroredRepository(Repository):
         with self._mirrors_lock:
             return list(self._mirrors)
 
-    def _first(self, name: str, read: Callable[[Repository], T], own: Callable[[str], T]) -> T:
+    def _first(self, name: str, read: Callable[[Repository], T]) -> T:
         for mirror, place in self._usable():
             if not mirror.serves(name):
                 continue
@@ -414,7 +371,7 @@ class MirroredRepository(Repository):
                 if isinstance(error, RemoteUnavailableError):
                     with self._mirrors_lock:
                         self._mirrors = [kept for kept in self._mirrors if kept[1] is not place]
-        return own(name)
+        return read(self._own)
 
 
 class _MirroredBlob:
@@ -492,12 +449,7 @@ class _MirroredStream:
     def __enter__(self) -> _MirroredStream:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def readinto(self, buffer: memoryview, /) -> int:

@@ -85,8 +85,7 @@ def checked_url(url: str, what: str) -> str:
         raise RegistryError(
             f"{what}: the URL has {len(url)} characters, more than the limit of {_MAX_LENGTH}"
         )
-    if _REFUSED.search(url):
-        raise RegistryError(f"{what}: the URL contains a space, a control character or a backslash")
+    _check_characters(url, what)
     try:
         parts = urlsplit(quote(url, safe=_LEGAL))
         port = parts.port
@@ -101,13 +100,17 @@ def checked_url(url: str, what: str) -> str:
     return urlunsplit(parts._replace(fragment=""))
 
 
+def _check_characters(url: str, what: str) -> None:
+    if _REFUSED.search(url):
+        raise RegistryError(f"{what}: the URL contains a space, a control character or a backslash")
+
+
 def joined_url(base: str, location: str, what: str) -> str:
     """Return the absolute URL of `location`, which may be relative to `base`.
 
     Raises `RegistryError` if it is not safe to request, or plain http although `base` is https.
     """
-    if _REFUSED.search(location):
-        raise RegistryError(f"{what}: the URL contains a space, a control character or a backslash")
+    _check_characters(location, what)
     try:
         joined = urljoin(base, location)
     except ValueError:
@@ -259,12 +262,8 @@ class Reach:
 
 def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     """Return the IPv4 address that an IPv6 address stands for, if any."""
-    if ip.ipv4_mapped is not None:
-        return ip.ipv4_mapped
-    if ip.sixtofour is not None:
-        return ip.sixtofour
-    if ip.teredo is not None:
-        return ip.teredo[1]
+    if found := ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1]):
+        return found
     if ip in _NAT64 or (ip in _COMPATIBLE and int(ip) > 1):
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     return None
