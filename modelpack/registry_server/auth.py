@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import os
 import re
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -87,7 +87,8 @@ class PasswordFile:
         self._stamp = _stamp(path)
         self._users = _parse(path)
         # Compared for unknown users, so that the time does not reveal which users exist.
-        self._nobody = bcrypt.hashpw(os.urandom(16).hex().encode(), bcrypt.gensalt(_cost(self)))
+        cost = max(int(value[4:6]) for value in self._users.values())
+        self._nobody = bcrypt.hashpw(os.urandom(16).hex().encode(), bcrypt.gensalt(cost))
 
     def __repr__(self) -> str:
         return f"PasswordFile({str(self._path)!r})"
@@ -101,11 +102,10 @@ class PasswordFile:
 
     def check(self, username: str, password: str) -> bool:
         """Return whether this is a user with that password; it may take a tenth of a second."""
-        users = self._current()
         encoded = password.encode()
         if len(encoded) > _MAX_PASSWORD or "\0" in username + password:
             return False
-        expected = users.get(username)
+        expected = self._current().get(username)
         digest = self._digest(username, encoded, expected or b"")
         with self._lock:
             if digest in self._right:
@@ -124,19 +124,11 @@ class PasswordFile:
 
     def _current(self) -> dict[str, bytes]:
         """Return the current users; keep the last ones if the file has become invalid."""
-        try:
+        with suppress(UsageError), self._lock:
             stamp = _stamp(self._path)
-            with self._lock:
-                if stamp != self._stamp:
-                    self._users, self._stamp = _parse(self._path), stamp
-        except UsageError:
-            pass
+            if stamp != self._stamp:
+                self._users, self._stamp = _parse(self._path), stamp
         return self._users
-
-
-def _cost(file: PasswordFile) -> int:
-    """Return the cost of the file's hashes, so that the hash for unknown users takes as long."""
-    return max((int(value[4:6]) for value in file._users.values()), default=10)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -200,46 +192,6 @@ class TokenSettings:
     certificates: Path
 
 
-class TokenVerifier:
-    """Checks tokens against the keys of a token server."""
-
-    def __init__(self, settings: TokenSettings) -> None:
-        """Raises `UsageError` for unusable keys, or where PyJWT is missing."""
-        try:
-            import jwt
-            from cryptography.hazmat.primitives import serialization  # noqa: F401
-        except ImportError:
-            raise UsageError(
-                "bearer tokens need PyJWT and cryptography, which are not installed",
-                hint="pip install 'modelpack[tokens]'",
-            ) from None
-        self._jwt = jwt
-        self._settings = settings
-        self._keys = _read_keys(settings.certificates)
-
-    def allowed(self, token: str) -> Needs | None:
-        """Return the permissions of `token`; None if it is not valid."""
-        for key, algorithms in self._keys:
-            try:
-                claims = self._jwt.decode(
-                    token,
-                    key,
-                    algorithms=list(algorithms),
-                    audience=self._settings.service,
-                    issuer=self._settings.issuer,
-                    leeway=_LEEWAY,
-                    options={"require": ["exp", "iss", "aud"]},
-                )
-            except self._jwt.InvalidSignatureError:
-                continue
-            except self._jwt.InvalidAlgorithmError:
-                continue
-            except (self._jwt.PyJWTError, ValueError, TypeError, RecursionError):
-                return None
-            return _granted(claims)
-        return None
-
-
 def _granted(claims: dict[str, Any]) -> Needs:
     granted = set()
     entries = claims.get("access")
@@ -270,9 +222,8 @@ def _read_keys(path: Path) -> list[tuple[Key, tuple[str, ...]]]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise UsageError(
-            f"{path}: contains something other than certificates and public keys for tokens"
-        ) from None
+        what = "contains something other than certificates and public keys for tokens"
+        raise UsageError(f"{path}: {what}") from None
     if not keys:
         raise UsageError(f"{path}: contains no certificate")
     return keys
@@ -300,7 +251,6 @@ class Guard(Protocol):
 
     async def check(self, request: Request, needs: Needs) -> None:
         """Raise `ApiError` (401) unless the request proves the permissions that it needs."""
-        ...
 
 
 class Passwords:
@@ -319,8 +269,7 @@ class Passwords:
                 return
             if self._limiter is None:
                 self._limiter = CapacityLimiter(_AT_A_TIME)
-            right = await anyio.to_thread.run_sync(self._file.check, *pair, limiter=self._limiter)
-            if right:
+            if await anyio.to_thread.run_sync(self._file.check, *pair, limiter=self._limiter):
                 return
         message = "wrong user or password" if pair else "this registry requires a user and password"
         raise _unauthorized(message, 'Basic realm="modelpack", charset="UTF-8"')
@@ -330,13 +279,24 @@ class BearerTokens:
     """Bearer authentication (RFC 6750): a token lists the permissions of its holder."""
 
     def __init__(self, settings: TokenSettings) -> None:
-        self._verifier = TokenVerifier(settings)
+        """Raises `UsageError` for unusable keys, or where PyJWT is missing."""
+        try:
+            import jwt
+            from cryptography.hazmat.primitives import serialization  # noqa: F401
+        except ImportError:
+            raise UsageError(
+                "bearer tokens need PyJWT and cryptography, which are not installed",
+                hint="pip install 'modelpack[tokens]'",
+            ) from None
+        self._jwt = jwt
+        self._settings = settings
+        self._keys = _read_keys(settings.certificates)
         self._challenge = f'Bearer realm="{settings.realm}",service="{settings.service}"'
 
     async def check(self, request: Request, needs: Needs) -> None:
         """Raise the challenge, with the required scope, unless the token has it."""
         proof = _proof(request, "bearer")
-        allowed = self._verifier.allowed(proof) if proof else None
+        allowed = self._allowed(proof) if proof else None
         if allowed is not None and needs <= allowed:
             return
         challenge = self._challenge + (f',scope="{spelled(needs)}"' if needs else "")
@@ -348,6 +308,26 @@ class BearerTokens:
             raise _unauthorized("the token is not valid", f'{challenge},error="invalid_token"')
         raise _unauthorized("this registry requires a token", challenge)
 
+    def _allowed(self, token: str) -> Needs | None:
+        """Return the permissions of `token`; None if it is not valid."""
+        for key, algorithms in self._keys:
+            try:
+                claims = self._jwt.decode(
+                    token,
+                    key,
+                    algorithms=list(algorithms),
+                    audience=self._settings.service,
+                    issuer=self._settings.issuer,
+                    leeway=_LEEWAY,
+                    options={"require": ["exp", "iss", "aud"]},
+                )
+            except (self._jwt.InvalidSignatureError, self._jwt.InvalidAlgorithmError):
+                continue
+            except (self._jwt.PyJWTError, ValueError, TypeError, RecursionError):
+                return None
+            return _granted(claims)
+        return None
+
 
 def _proof(request: Request, wanted: str) -> str:
     header = request.headers.get("authorization", "")[:_MAX_HEADER]
@@ -358,7 +338,7 @@ def _proof(request: Request, wanted: str) -> str:
 def _decoded(proof: str) -> tuple[str, str] | None:
     try:
         text = base64.b64decode(proof, validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError, ValueError):
+    except ValueError:
         return None
     username, colon, password = text.partition(":")
     return (username, password) if colon else None

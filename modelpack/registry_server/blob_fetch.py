@@ -126,13 +126,6 @@ class Fetch:
         watch = Watch(self._report, self._stop)
         self._store.write_blob(self.descriptor, _Counted(self._source, self), watch)
 
-    def end(self, error: ModelpackError | None) -> None:
-        """Mark the download as over, with `error`, or as complete with None."""
-        self.error = error
-        if error is None:
-            self.ready = self.descriptor.size
-        self.ended = True
-
     def sendable(self) -> int:
         """Return the number of bytes that may be sent now: the last ones are verified first."""
         return self.ready if self.ended else max(0, min(self.ready, self.descriptor.size - PIECE))
@@ -227,7 +220,16 @@ class Fetches:
 
     def _work(self) -> None:
         while (fetch := self._next()) is not None:
-            self._run(fetch)
+            error: ModelpackError | None = None
+            try:
+                fetch.run()
+            except ModelpackError as failure:
+                error = failure
+            except Exception as failure:  # noqa: BLE001 - no caller could handle it
+                _log.exception("the download of %s failed", fetch.descriptor.digest)
+                error = RemoteUnavailableError(f"the upstream failed: {type(failure).__name__}")
+            with self._lock:
+                self._end(fetch, error)
 
     def _next(self) -> Fetch | None:
         """Return the next download that a client waits for; None ends the thread."""
@@ -242,19 +244,10 @@ class Fetches:
 
     def _end(self, fetch: Fetch, error: ModelpackError | None) -> None:
         del self._running[_wanted(fetch.descriptor)]  # the next request starts another one
-        fetch.end(error)
-
-    def _run(self, fetch: Fetch) -> None:
-        error: ModelpackError | None = None
-        try:
-            fetch.run()
-        except ModelpackError as failure:
-            error = failure
-        except Exception as failure:  # noqa: BLE001 - no caller could handle it
-            _log.exception("the download of %s failed", fetch.descriptor.digest)
-            error = RemoteUnavailableError(f"the upstream failed: {type(failure).__name__}")
-        with self._lock:
-            self._end(fetch, error)
+        fetch.error = error
+        if error is None:
+            fetch.ready = fetch.descriptor.size
+        fetch.ended = True
 
 
 def _wanted(descriptor: Descriptor) -> tuple[Digest, int]:

@@ -26,12 +26,7 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import check_document_size
 from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
-from modelpack.errors import (
-    ModelpackError,
-    NotFoundError,
-    RemoteUnavailableError,
-    UnsupportedError,
-)
+from modelpack.errors import ModelpackError, NotFoundError, RemoteUnavailableError, UnsupportedError
 from modelpack.progress import Stop, silent
 from modelpack.registry_server.blob_fetch import Fetch, Fetches, failed
 from modelpack.registry_server.content import Content, Repository, with_manifest, with_tag
@@ -55,15 +50,12 @@ class OriginRepository(Source, Protocol):
 
     def fetch_manifest_by_name(self, name: str) -> tuple[Descriptor, bytes]:
         """Return a manifest, by tag or digest."""
-        ...
 
     def tags(self) -> Iterator[str]:
         """Yield the tags."""
-        ...
 
     def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
         """Return the referrers of `subject`."""
-        ...
 
 
 class Origin(Protocol):
@@ -71,7 +63,6 @@ class Origin(Protocol):
 
     def repository(self, name: str) -> OriginRepository:
         """Return a repository, which need not exist."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

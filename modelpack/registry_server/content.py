@@ -18,7 +18,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -153,22 +153,17 @@ def with_manifest(
     """Return a document where the repository has the manifest, by a tag or by its digest."""
     if any(e.digest == descriptor.digest and _has(repository, e) for e in document.entries):
         return document
-    elements = list(_elements(document))
-    for i, (raw, entry) in enumerate(elements):
+    mark = {REPOSITORY: str(repository)}
+    elements = [item.raw for item in document.items]
+    for i, item in enumerate(document.items):
         # An entry without a name and a repository: of another tool, or one whose tag moved.
-        if entry and entry.digest == descriptor.digest and not _is_claimed(entry):
-            elements[i] = _annotated(raw, repository), entry
+        if item.entry and item.entry.digest == descriptor.digest and not _is_claimed(item.entry):
+            annotations = {**(item.raw.get("annotations") or {}), **mark}
+            elements[i] = {**item.raw, "annotations": annotations}
             break
     else:
-        raw = Descriptor(
-            descriptor.media_type,
-            descriptor.digest,
-            descriptor.size,
-            {REPOSITORY: str(repository)},
-            descriptor.artifact_type,
-        ).to_json()
-        elements.append((raw, None))
-    return document.with_elements([raw for raw, _ in elements])
+        elements.append(replace(descriptor, annotations=mark).to_json())
+    return document.with_elements(elements)
 
 
 def with_tag(
@@ -196,23 +191,18 @@ def without_manifest(
 ) -> IndexDocument:
     """Return a document where the repository has neither the manifest nor a tag of it."""
     kept = []
-    for raw, entry in _elements(document):
-        if entry is None or entry.digest != digest or not _has(repository, entry):
+    for item in document.items:
+        raw: Mapping[str, Any] | None = item.raw
+        if item.entry and item.entry.digest == digest and _has(repository, item.entry):
+            raw = _stripped(item.raw, item.entry, repository)
+        if raw is not None:
             kept.append(raw)
-            continue
-        stripped = _stripped(raw, entry, repository)
-        if stripped is not None:
-            kept.append(stripped)
     return document.with_elements(kept)
 
 
 def _named(document: IndexDocument, reference: Reference) -> Descriptor | None:
     found = (entry for entry in document.entries if entry.reference == reference)
     return next((entry.manifest for entry in found), None)
-
-
-def _elements(document: IndexDocument) -> Iterator[tuple[Mapping[str, Any], Entry | None]]:
-    return ((item.raw, item.entry) for item in document.items)
 
 
 def _has(repository: Repository, entry: Entry) -> bool:
@@ -222,10 +212,6 @@ def _has(repository: Repository, entry: Entry) -> bool:
 
 def _is_claimed(entry: Entry) -> bool:
     return entry.name is not None or REPOSITORY in entry.descriptor.annotations
-
-
-def _annotated(raw: Mapping[str, Any], repository: Repository) -> dict[str, Any]:
-    return {**raw, "annotations": {**(raw.get("annotations") or {}), REPOSITORY: str(repository)}}
 
 
 def _stripped(
@@ -397,7 +383,6 @@ class Content:
 
     def needed(self, repository: Repository, digest: Digest) -> Descriptor | None:
         """Return the descriptor of a missing blob that can be fetched, or None."""
-        del repository, digest
         return None
 
     def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:

@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse, Response
 from modelpack.errors import (
     DigestMismatchError,
     FormatError,
-    IntegrityError,
     InvalidDigestError,
     InvalidReferenceError,
     LockedError,
@@ -54,10 +53,8 @@ class Problem:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object."""
-        value: dict[str, Any] = {"code": self.code.value, "message": self.message}
-        if self.detail is not None:
-            value["detail"] = self.detail
-        return value
+        detail = {} if self.detail is None else {"detail": self.detail}
+        return {"code": self.code.value, "message": self.message, **detail}
 
 
 class ApiError(Exception):
@@ -84,7 +81,7 @@ class ApiError(Exception):
         return JSONResponse(body, self.status, self.headers)
 
 
-def translated(error: ModelpackError) -> ApiError:
+def _translated(error: Exception) -> ApiError:
     """Return the response to an error of the store, by the first class that matches."""
     table: tuple[tuple[type[ModelpackError], int, Code], ...] = (
         (InvalidReferenceError, 400, Code.NAME_INVALID),
@@ -94,34 +91,25 @@ def translated(error: ModelpackError) -> ApiError:
         (NotFoundError, 404, Code.BLOB_UNKNOWN),
         (StorageFullError, 507, Code.UNKNOWN),
         (LockedError, 503, Code.UNKNOWN),
-        (IntegrityError, 500, Code.UNKNOWN),
+        (ModelpackError, 500, Code.UNKNOWN),
     )
-    for kind, status, code in table:
-        if isinstance(error, kind):
-            return ApiError(status, code, str(error))
-    return ApiError(500, Code.UNKNOWN, str(error))
+    status, code = next((s, c) for kind, s, c in table if isinstance(error, kind))
+    return ApiError(status, code, str(error))
 
 
-async def on_api_error(_: Request, error: Exception) -> Response:
-    """Answer an `ApiError`."""
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
-async def on_modelpack_error(_: Request, error: Exception) -> Response:
-    """Answer an error of the store."""
-    assert isinstance(error, ModelpackError)
-    return translated(error).response()
+async def on_error(_: Request, error: Exception) -> Response:
+    """Answer an `ApiError`, or an error of the store."""
+    return (error if isinstance(error, ApiError) else _translated(error)).response()
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Answer requests for unknown paths and methods, which the router refuses."""
     assert isinstance(error, HTTPException)
+    message = f"no such endpoint: {request.url.path}"
     if error.status_code == 405:
         message = f"{request.method} is not allowed here"
-        return ApiError(405, Code.UNSUPPORTED, message, headers=error.headers).response()
-    message = f"no such endpoint: {request.url.path}"
-    return ApiError(error.status_code, Code.UNSUPPORTED, message).response()
+    status, headers = error.status_code, error.headers
+    return ApiError(status, Code.UNSUPPORTED, message, headers=headers).response()
 
 
 async def on_disconnect(_: Request, error: Exception) -> Response:

@@ -75,10 +75,8 @@ class Manifests:
         )
         if missing:
             raise _blobs_unknown(missing)
-        headers = {
-            "Location": f"/v2/{name}/manifests/{target}",
-            "Docker-Content-Digest": str(digest),
-        }
+        headers = {"Docker-Content-Digest": str(digest)}
+        headers["Location"] = f"/v2/{name}/manifests/{target}"
         if manifest.subject is not None:
             headers["OCI-Subject"] = str(manifest.subject.digest)
         if tags and isinstance(target, Digest):

@@ -1,8 +1,7 @@
 """Requests of the embedded registry, counted: for GET /metrics and for a callback.
 
-`Metrics` has counters, and writes Prometheus's text format itself: prometheus-client belongs to the
-extra `gateway`, and the embedded registry works without extras. `RequestRecord` is one request with
-its response, which `Recorder` reports to the server's owner.
+`Metrics` writes Prometheus's text format itself: prometheus-client belongs to the extra `gateway`,
+and the embedded registry works without extras.
 """
 
 from __future__ import annotations
@@ -58,41 +57,6 @@ class Metrics:
         return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 
-class Counting:
-    """ASGI middleware that counts into `metrics`."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        metrics = self._metrics
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        status = 499  # the client disconnected before the response
-
-        async def counted_receive() -> Message:
-            message = await receive()
-            metrics.received += body_size(message)
-            return message
-
-        async def counted_send(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-            if method != "HEAD":
-                metrics.sent += body_size(message)
-
-        metrics.in_progress += 1
-        try:
-            await self._app(scope, counted_receive, counted_send)
-        finally:
-            metrics.in_progress -= 1
-            metrics.requests[method, status] += 1
-
-
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
     """One finished request; `received` and `sent` are bytes of the bodies.
@@ -111,16 +75,20 @@ class RequestRecord:
 
 
 class Recorder:
-    """ASGI middleware that calls back after each request, from the event loop's thread."""
+    """ASGI middleware that counts into `metrics`, and calls `report` after each request."""
 
-    def __init__(self, app: ASGIApp, report: Callable[[RequestRecord], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, report: Callable[[RequestRecord], None] | None
+    ) -> None:
         self._app = app
+        self._metrics = metrics
         self._report = report
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        metrics, method = self._metrics, scope["method"]
         status: int | None = None
         received = sent = 0
 
@@ -128,29 +96,31 @@ class Recorder:
             nonlocal received
             message = await receive()
             received += body_size(message)
+            metrics.received += body_size(message)
             return message
 
         async def counted_send(message: Message) -> None:
             nonlocal status, sent
             status = message.get("status", status)
             await send(message)
-            if scope["method"] != "HEAD":  # such a body is never sent
+            if method != "HEAD":  # such a body is never sent
                 sent += body_size(message)
+                metrics.sent += body_size(message)
 
+        metrics.in_progress += 1
         try:
             await self._app(scope, counted_receive, counted_send)
+        except Exception:
+            status = status or 500  # Starlette responds to a defect
+            raise
         finally:
-            self._report(
-                RequestRecord(
-                    scope["method"],
-                    scope["path"],
-                    scope["query_string"].decode("latin-1"),
-                    status,
-                    received,
-                    sent,
-                    _shown(Headers(scope=scope)),
-                )
-            )
+            metrics.in_progress -= 1
+            counted = method if method in _METHODS else "other"
+            metrics.requests[counted, status or 499] += 1  # 499: the client disconnected
+            if self._report is not None:
+                query, headers = scope["query_string"].decode("latin-1"), Headers(scope=scope)
+                record = (method, scope["path"], query, status, received, sent, _shown(headers))
+                self._report(RequestRecord(*record))
 
 
 def _shown(headers: Headers) -> dict[str, str]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -31,19 +30,15 @@ from modelpack.registry_server.content import Content
 from modelpack.registry_server.errors import (
     ApiError,
     Code,
-    on_api_error,
     on_defect,
     on_disconnect,
+    on_error,
     on_http_error,
-    on_modelpack_error,
 )
 from modelpack.registry_server.manifests import Discovery, Manifests
-from modelpack.registry_server.metrics import Counting, Metrics, Recorder, RequestRecord
+from modelpack.registry_server.metrics import Metrics, Recorder, RequestRecord
 from modelpack.registry_server.uploads import Limits, Uploads
 from modelpack.store.layout import LayoutStore
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
 
 _SAFE_METHODS = ("GET", "HEAD")
 
@@ -88,6 +83,7 @@ def create_app(
     guard: Guard | None = None,
     limits: Limits = NO_LIMITS,
     upstream: Upstream | None = None,
+    on_request: Callable[[RequestRecord], None] | None = None,
 ) -> Starlette:
     """Return a registry (distribution-spec 1.1) that serves and fills `store`.
 
@@ -95,16 +91,14 @@ def create_app(
     answers 405 to every write. `sparse` accepts manifests of which blobs are missing; by default
     they are refused, since such a model cannot be opened. `guard` authorises requests; None allows
     all of them. With an `upstream` the registry is read-only; it fetches what the store lacks from
-    there and keeps it.
+    there and keeps it. `on_request` is called in the event loop's thread after each request.
     """
-    content = (
-        CachedContent(store, upstream, keep_free=limits.keep_free)
-        if upstream
-        else Content(store, sparse=sparse)
-    )
+    content = Content(store, sparse=sparse)
+    if upstream:
+        content = CachedContent(store, upstream, keep_free=limits.keep_free)
     metrics = Metrics()
     middleware = [
-        Middleware(Counting, metrics=metrics),
+        Middleware(Recorder, metrics=metrics, report=on_request),
         Middleware(ApiVersion),
         Middleware(HostGuard, allowed=tuple(allowed_hosts)),
     ]
@@ -114,8 +108,8 @@ def create_app(
         routes=_routes(content, limits, metrics, guard),
         middleware=middleware,
         exception_handlers={
-            ApiError: on_api_error,
-            ModelpackError: on_modelpack_error,
+            ApiError: on_error,
+            ModelpackError: on_error,
             ClientDisconnect: on_disconnect,
             HTTPException: on_http_error,
             Exception: on_defect,
@@ -206,12 +200,8 @@ class ReadOnly:
         await self._app(scope, receive, send)
 
 
-class RegistryServer:
-    """A registry over the store at `root` (None: the default store).
-
-    As a context manager it serves from a background thread; `run` serves in the foreground. Either
-    binds the socket; port 0 takes a free one.
-    """
+class RegistryServer(AppServer):
+    """A registry over the store at `root` (None: the default store)."""
 
     def __init__(
         self,
@@ -235,11 +225,23 @@ class RegistryServer:
         With a guard, other addresses are permitted too. `allow_remote` permits them without a
         guard: everyone who reaches the port may then read and, unless `read_only`, write. `tls` are
         the PEM files of a certificate and its key. `allowed_hosts` are further names of this host
-        in requests. For `sparse` and `upstream` see `create_app`; an `upstream` belongs to one
-        server. `on_request` is called from the server's thread.
+        in requests. For the others see `create_app`; an `upstream` belongs to one server.
         """
-        self._server = AppServer(
-            self._make_app,
+
+        def make_app() -> Starlette:
+            return create_app(
+                self.store,
+                read_only=read_only,
+                sparse=sparse,
+                allowed_hosts=(self.address[0], *allowed_hosts),
+                guard=guard,
+                limits=limits,
+                upstream=upstream,
+                on_request=on_request,
+            )
+
+        super().__init__(
+            make_app,
             address,
             name="registry",
             allow_remote=allow_remote or guard is not None,
@@ -247,72 +249,25 @@ class RegistryServer:
             tls=tls,
         )
         self.store = root if isinstance(root, LayoutStore) else LayoutStore(root)
-        self._read_only = read_only
-        self._sparse = sparse
-        self._guard = guard
-        self._limits = limits
         self._upstream = upstream
-        self._allowed_hosts = (self._server.address[0], *allowed_hosts)
-        self._on_request = on_request
-
-    @property
-    def host(self) -> str:
-        """`host:port`, as a reference names the registry; the real port once it is bound."""
-        return self._server.host
-
-    @property
-    def url(self) -> str:
-        """The address of the API's root, without a slash at the end."""
-        return self._server.url
 
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the address."""
-        return is_loopback(self._server.address[0])
+        return is_loopback(self.address[0])
 
     def run(self, on_ready: Callable[[], None] | None = None) -> None:
-        """Serve until SIGINT or SIGTERM, then let requests finish; a second SIGINT cuts them.
-
-        Runs in the main thread; `on_ready` is called once connections are accepted.
-        """
+        """Serve as `AppServer.run`, and end the downloads from the upstream."""
         try:
-            self._server.run(on_ready)
+            super().run(on_ready)
         finally:
             self._leave_upstream()
 
-    def start(self) -> None:
-        """Serve from a background thread; returns when connections are accepted."""
-        self._server.start()
-
     def stop(self) -> None:
-        """Stop a server that `start` began; requests under way get `grace` seconds."""
-        self._server.stop()
+        """Stop as `AppServer.stop`, and end the downloads from the upstream."""
+        super().stop()
         self._leave_upstream()
-
-    def __enter__(self) -> RegistryServer:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def _leave_upstream(self) -> None:
         if self._upstream is not None:
             self._upstream.stop.request()
-
-    def _make_app(self) -> ASGIApp:
-        app = create_app(
-            self.store,
-            read_only=self._read_only,
-            sparse=self._sparse,
-            allowed_hosts=self._allowed_hosts,
-            guard=self._guard,
-            limits=self._limits,
-            upstream=self._upstream,
-        )
-        return app if self._on_request is None else Recorder(app, self._on_request)

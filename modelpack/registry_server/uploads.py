@@ -54,8 +54,7 @@ class Limits:
             raise UsageError(
                 f"the limit for manifests must be from 1 to {MAX_DOCUMENT_BYTES} bytes"
             )
-        for name in ("upload", "sessions"):
-            value = getattr(self, name)
+        for name, value in (("upload", self.upload), ("sessions", self.sessions)):
             if value is not None and value < 1:
                 raise UsageError(f"the limit {name!r} is {value}, expected at least 1")
         if self.keep_free < 0:
@@ -167,7 +166,7 @@ class UploadSession:
         try:
             return os.open(self._data, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise self._unknown() from None
+            raise NotFoundError(f"no upload session {self.id}") from None
 
     def _append(self, turn: int, descriptor: int, content: bytes | bytearray) -> None:
         with self._lock:
@@ -209,10 +208,7 @@ class UploadSession:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise self._unknown()
-
-    def _unknown(self) -> NotFoundError:
-        return NotFoundError(f"no upload session {self.id}")
+            raise NotFoundError(f"no upload session {self.id}")
 
     def _close(self) -> None:
         self._closed = True
@@ -495,10 +491,7 @@ class Uploads:
 
     def _created(self, request: Request, digest: Digest) -> Response:
         name = request.path_params["name"]
-        headers = {
-            "Location": f"/v2/{name}/blobs/{digest}",
-            "Docker-Content-Digest": str(digest),
-        }
+        headers = {"Location": f"/v2/{name}/blobs/{digest}", "Docker-Content-Digest": str(digest)}
         return Response(status_code=201, headers=headers)
 
 
