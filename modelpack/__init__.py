@@ -17,93 +17,77 @@ from typing import TYPE_CHECKING, Any
 from modelpack._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from modelpack import errors as errors
-    from modelpack.artifacts.config import ModelConfig as ModelConfig
-    from modelpack.artifacts.descriptor import Descriptor as Descriptor
-    from modelpack.artifacts.digest import Digest as Digest
-    from modelpack.artifacts.manifest import Manifest as Manifest
-    from modelpack.artifacts.model import Model as Model
-    from modelpack.artifacts.model import ModelFile as ModelFile
-    from modelpack.artifacts.reference import Reference as Reference
-    from modelpack.builder.request import PackageRequest as PackageRequest
-    from modelpack.errors import ModelpackError as ModelpackError
-    from modelpack.operations.diff import diff as diff
-    from modelpack.operations.docker import export_to_docker as export_to_docker
-    from modelpack.operations.docker import import_from_docker as import_from_docker
-    from modelpack.operations.headers import read_headers as read_headers
-    from modelpack.operations.lock import lock as lock
-    from modelpack.operations.lock import pull_locked as pull_locked
-    from modelpack.operations.lookup import inspect as inspect
-    from modelpack.operations.package import package as package
-    from modelpack.operations.pull import Selection as Selection
-    from modelpack.operations.pull import pull as pull
-    from modelpack.operations.push import copy as copy
-    from modelpack.operations.push import push as push
-    from modelpack.operations.referrers import attach as attach
-    from modelpack.operations.referrers import detach as detach
-    from modelpack.operations.referrers import referrers as referrers
-    from modelpack.operations.remote import RemoteOptions as RemoteOptions
-    from modelpack.operations.repair import repair as repair
-    from modelpack.operations.resolve import bundle as bundle
-    from modelpack.operations.resolve import resolve as resolve
-    from modelpack.progress import Progress as Progress
-    from modelpack.progress import Stop as Stop
-    from modelpack.registry import Registry as Registry
-    from modelpack.registry import Repository as Repository
-    from modelpack.store.docker_store import DockerStore as DockerStore
-    from modelpack.store.layout import LayoutStore
+    from modelpack import errors
+    from modelpack.artifacts.config import ModelConfig
+    from modelpack.artifacts.descriptor import Descriptor
+    from modelpack.artifacts.digest import Digest
+    from modelpack.artifacts.manifest import Manifest
+    from modelpack.artifacts.model import Model, ModelFile
+    from modelpack.artifacts.reference import Reference
+    from modelpack.builder.request import PackageRequest
+    from modelpack.errors import ModelpackError
+    from modelpack.operations.diff import diff
+    from modelpack.operations.docker import export_to_docker, import_from_docker
+    from modelpack.operations.headers import read_headers
+    from modelpack.operations.lock import lock, pull_locked
+    from modelpack.operations.lookup import inspect
+    from modelpack.operations.package import package
+    from modelpack.operations.pull import Selection, pull
+    from modelpack.operations.push import copy, push
+    from modelpack.operations.referrers import attach, detach, referrers
+    from modelpack.operations.remote import RemoteOptions
+    from modelpack.operations.repair import repair
+    from modelpack.operations.resolve import bundle, resolve
+    from modelpack.progress import Progress, Stop
+    from modelpack.registry import Registry, Repository
+    from modelpack.store.docker_store import DockerStore
+    from modelpack.store.layout import LayoutStore as Store
 
-    Store = LayoutStore
-
-# name -> (module, attribute)
+# module -> public names
 _EXPORTS = {
-    "Descriptor": ("modelpack.artifacts.descriptor", "Descriptor"),
-    "Digest": ("modelpack.artifacts.digest", "Digest"),
-    "DockerStore": ("modelpack.store.docker_store", "DockerStore"),
-    "Manifest": ("modelpack.artifacts.manifest", "Manifest"),
-    "Model": ("modelpack.artifacts.model", "Model"),
-    "ModelConfig": ("modelpack.artifacts.config", "ModelConfig"),
-    "ModelFile": ("modelpack.artifacts.model", "ModelFile"),
-    "ModelpackError": ("modelpack.errors", "ModelpackError"),
-    "PackageRequest": ("modelpack.builder.request", "PackageRequest"),
-    "Progress": ("modelpack.progress", "Progress"),
-    "Reference": ("modelpack.artifacts.reference", "Reference"),
-    "Registry": ("modelpack.registry", "Registry"),
-    "RemoteOptions": ("modelpack.operations.remote", "RemoteOptions"),
-    "Repository": ("modelpack.registry", "Repository"),
-    "Selection": ("modelpack.operations.pull", "Selection"),
-    "Stop": ("modelpack.progress", "Stop"),
-    "Store": ("modelpack.store.layout", "LayoutStore"),
-    "attach": ("modelpack.operations.referrers", "attach"),
-    "bundle": ("modelpack.operations.resolve", "bundle"),
-    "copy": ("modelpack.operations.push", "copy"),
-    "detach": ("modelpack.operations.referrers", "detach"),
-    "diff": ("modelpack.operations.diff", "diff"),
-    "export_to_docker": ("modelpack.operations.docker", "export_to_docker"),
-    "import_from_docker": ("modelpack.operations.docker", "import_from_docker"),
-    "inspect": ("modelpack.operations.lookup", "inspect"),
-    "lock": ("modelpack.operations.lock", "lock"),
-    "package": ("modelpack.operations.package", "package"),
-    "pull": ("modelpack.operations.pull", "pull"),
-    "pull_locked": ("modelpack.operations.lock", "pull_locked"),
-    "push": ("modelpack.operations.push", "push"),
-    "read_headers": ("modelpack.operations.headers", "read_headers"),
-    "referrers": ("modelpack.operations.referrers", "referrers"),
-    "repair": ("modelpack.operations.repair", "repair"),
-    "resolve": ("modelpack.operations.resolve", "resolve"),
+    "modelpack.artifacts.config": "ModelConfig",
+    "modelpack.artifacts.descriptor": "Descriptor",
+    "modelpack.artifacts.digest": "Digest",
+    "modelpack.artifacts.manifest": "Manifest",
+    "modelpack.artifacts.model": "Model ModelFile",
+    "modelpack.artifacts.reference": "Reference",
+    "modelpack.builder.request": "PackageRequest",
+    "modelpack.errors": "ModelpackError",
+    "modelpack.operations.diff": "diff",
+    "modelpack.operations.docker": "export_to_docker import_from_docker",
+    "modelpack.operations.headers": "read_headers",
+    "modelpack.operations.lock": "lock pull_locked",
+    "modelpack.operations.lookup": "inspect",
+    "modelpack.operations.package": "package",
+    "modelpack.operations.pull": "Selection pull",
+    "modelpack.operations.push": "copy push",
+    "modelpack.operations.referrers": "attach detach referrers",
+    "modelpack.operations.remote": "RemoteOptions",
+    "modelpack.operations.repair": "repair",
+    "modelpack.operations.resolve": "bundle resolve",
+    "modelpack.progress": "Progress Stop",
+    "modelpack.registry": "Registry Repository",
+    "modelpack.store.docker_store": "DockerStore",
 }
+_MODULES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
-__all__ = ["__version__", "errors", *_EXPORTS]
+__all__ = [
+    "__version__", "errors", "Descriptor", "Digest", "DockerStore", "Manifest", "Model",
+    "ModelConfig", "ModelFile", "ModelpackError", "PackageRequest", "Progress", "Reference",
+    "Registry", "RemoteOptions", "Repository", "Selection", "Stop", "Store", "attach", "bundle",
+    "copy", "detach", "diff", "export_to_docker", "import_from_docker", "inspect", "lock",
+    "package", "pull", "pull_locked", "push", "read_headers", "referrers", "repair", "resolve",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name == "errors":
         return importlib.import_module("modelpack.errors")
-    try:
-        module, attribute = _EXPORTS[name]
-    except KeyError:
-        raise AttributeError(f"module 'modelpack' has no attribute {name!r}") from None
-    value = getattr(importlib.import_module(module), attribute)
+    if name == "Store":
+        return importlib.import_module("modelpack.store.layout").LayoutStore
+    if name not in _MODULES:
+        raise AttributeError(f"module 'modelpack' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

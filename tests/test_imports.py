@@ -62,7 +62,7 @@ def test_exports_are_what_the_type_checker_sees() -> None:
     seen = {"errors"}
     for node in block.body:
         if isinstance(node, ast.ImportFrom):
-            seen |= {alias.asname for alias in node.names if alias.asname}
+            seen |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign):
             seen |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     assert seen | {"__version__"} == set(modelpack.__all__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
@@ -14,6 +14,7 @@ import click
 
 from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import (
+    F,
     Settings,
     common_options,
     model_argument,
@@ -46,12 +47,9 @@ def import_from_docker_store(
         shown_progress(settings) as progress,
         trusted_import(store, remote, watching(progress)),
     ):
+        docker = DockerStore(path)
         done = import_from_docker(
-            names,
-            docker=DockerStore(path),
-            store=store,
-            link=not copy,
-            progress=progress,
+            names, docker=docker, store=store, link=not copy, progress=progress
         )
     _show(settings, done, "imported")
 
@@ -70,13 +68,8 @@ def export_to_docker_store(
     exported = names or [str(ref) for model in store.models() for ref in model.references]
     with shown_progress(settings) as progress:
         check_names(store, exported, remote, watching(progress))
-        done = export_to_docker(
-            names,
-            docker=DockerStore(path, create=True),
-            store=store,
-            link=not copy,
-            progress=progress,
-        )
+        docker = DockerStore(path, create=True)
+        done = export_to_docker(names, docker=docker, store=store, link=not copy, progress=progress)
     _show(settings, done, "exported")
 
 
@@ -88,15 +81,16 @@ def _arguments(
     In `--docker-store REF`, click parses REF as the directory.
     """
     path: Path | None = Path(docker_store).expanduser() if docker_store else None
-    if path is not None and not path.is_dir() and not _looks_like_path(docker_store):
+    looks_like_path = docker_store.startswith(("/", "./", "../", "~"))
+    if path is not None and not path.is_dir() and not looks_like_path:
         path, models = None, (docker_store, *models)
-    if bool(models) == every:
-        raise UsageError("expected either models or --all", hint="name the models, or give --all")
+    _check_named(models, every)
     return path, models
 
 
-def _looks_like_path(text: str) -> bool:
-    return text.startswith(("/", "./", "../", "~"))
+def _check_named(models: tuple[str, ...], every: bool) -> None:
+    if bool(models) == every:
+        raise UsageError("expected either models or --all", hint="name the models, or give --all")
 
 
 def _show(settings: Settings, done: Sequence[Exchanged], verb: str) -> None:
@@ -109,6 +103,17 @@ def _show(settings: Settings, done: Sequence[Exchanged], verb: str) -> None:
     note(settings, f"{verb} {plural(len(done), 'model')}")
 
 
+def _docker_store(verb: str) -> Callable[[F], F]:
+    return click.option(
+        "--docker-store", metavar="[DIR]", is_flag=False, flag_value="",
+        help=f"{verb} the store of Docker Model Runner. [default DIR: MODELS_PATH or "
+        "~/.docker/models]",
+    )  # fmt: skip
+
+
+_COPY = click.option("--copy", is_flag=True, help="Copy blobs instead of hard-linking them.")
+
+
 @click.command("export")
 @model_argument("models", nargs=-1)
 @click.option(
@@ -116,24 +121,14 @@ def _show(settings: Settings, done: Sequence[Exchanged], verb: str) -> None:
     help="Write a tar archive; - writes to stdout.",
 )  # fmt: skip
 @click.option(
-    "--form",
-    type=click.Choice(archives.FORMS),
-    default="oci",
-    show_default=True,
+    "--form", type=click.Choice(archives.FORMS), default="oci", show_default=True,
     help="With --output: write an OCI image layout of any number of models, or the archive format "
     "of `docker model`, which contains one.",
-)
+)  # fmt: skip
 @click.option("-f", "--force", is_flag=True, help="With --output: replace FILE.")
-@click.option(
-    "--docker-store",
-    metavar="[DIR]",
-    is_flag=False,
-    flag_value="",
-    help="Export to the store of Docker Model Runner. [default DIR: MODELS_PATH or "
-    "~/.docker/models]",
-)
+@_docker_store("Export to")
 @click.option("-a", "--all", "every", is_flag=True, help="Export all models.")
-@click.option("--copy", is_flag=True, help="Copy blobs instead of hard-linking them.")
+@_COPY
 @remote_options
 @trust_options
 @common_options
@@ -163,8 +158,7 @@ def export_models(
     assert output is not None
     if copy:
         raise UsageError("--copy requires --docker-store")
-    if bool(models) == every:
-        raise UsageError("expected either models or --all", hint="name the models, or give --all")
+    _check_named(models, every)
     store = settings.store()
     if every:
         models = tuple(str(ref) for model in store.models() for ref in model.references)
@@ -206,16 +200,9 @@ _WEIGHTS = (".gguf", ".safetensors", ".dduf")
 
 @click.command("import")
 @click.argument("arguments", metavar="[SOURCE [REFERENCE]]", nargs=-1)
-@click.option(
-    "--docker-store",
-    metavar="[DIR]",
-    is_flag=False,
-    flag_value="",
-    help="Import from the store of Docker Model Runner. [default DIR: MODELS_PATH or "
-    "~/.docker/models]",
-)
+@_docker_store("Import from")
 @click.option("-a", "--all", "every", is_flag=True, help="With --docker-store: import all models.")
-@click.option("--copy", is_flag=True, help="Copy blobs instead of hard-linking them.")
+@_COPY
 @remote_options
 @trust_options
 @common_options
@@ -270,17 +257,17 @@ def import_models(
 def _import_archive(
     settings: Settings, name: str, where: Reference | None, remote: RemoteOptions
 ) -> None:
-    from modelpack.operations.archives import import_archive
-    from modelpack.operations.trust import trusted_import
-
     with shown_progress(settings) as progress, ExitStack() as stack:
         if name == "-":
             stream: IO[bytes] = sys.stdin.buffer
         else:
-            stream = stack.enter_context(_opened(Path(name)))
+            try:
+                stream = stack.enter_context(open(name, "rb"))
+            except OSError as error:
+                raise StoreError(f"cannot read {name}: {error.strerror}") from error
         store, watch = settings.store(), watching(progress)
         with trusted_import(store, remote, watch):
-            done = import_archive(store, stream, watch, to=where)
+            done = archives.import_archive(store, stream, watch, to=where)
     models = [
         {"digest": str(one.digest), "references": [str(one.reference)] if one.reference else []}
         for one in done
@@ -288,10 +275,3 @@ def _import_archive(
     show(settings, {"models": models}, "\n".join(str(one.digest) for one in done))
     named = [str(one.reference) for one in done if one.reference]
     note(settings, f"imported {plural(len(done), 'model')}: {', '.join(named) or 'without a name'}")
-
-
-def _opened(path: Path) -> IO[bytes]:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error

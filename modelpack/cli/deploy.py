@@ -172,11 +172,9 @@ def metadata() -> None:
     "--model", "models", multiple=True, required=True, help="Serve this model. May be repeated."
 )
 @click.option(
-    "--context-size",
-    type=int,
-    default=-1,
+    "--context-size", type=int, default=-1,
     help="Limit the context to this many tokens; -1: the model's own limit.",
-)
+)  # fmt: skip
 @click.option("--runtime-flags", default="", help="Pass these flags of llama.cpp or vLLM.")
 @_SERVICE
 def up(models: tuple[str, ...], context_size: int, runtime_flags: str, service: str | None) -> int:

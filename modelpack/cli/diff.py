@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from modelpack.artifacts.model import ModelFile
-from modelpack.cli.options import Settings, common_options, model_argument, remote_options
+from modelpack.cli.options import REMOTE, Settings, common_options, model_argument, remote_options
 from modelpack.cli.output import human_size, one_line, plural, show
 from modelpack.operations.diff import Change, FieldChange, LayerChange, ModelDiff
 from modelpack.operations.diff import diff as diff_models
@@ -20,9 +20,7 @@ _MAX_VALUE = 100
 @click.command()
 @model_argument("before")
 @model_argument("after", required=False)
-@click.option(
-    "-r", "--remote", "in_registry", is_flag=True, help="Read both from their registries."
-)
+@REMOTE
 @remote_options
 @common_options
 def diff(

@@ -37,21 +37,16 @@ def docker_model() -> None:
 def _plugin(name: str, version: str, command: Callable[[list[str]], int]) -> int:
     arguments = sys.argv[1:]
     if arguments[:1] == [_METADATA]:
-        click.echo(_described(version))
-        return 0
-    # Docker passes the plugin's name as the first argument; Compose does not.
-    return command(arguments[1:] if arguments[:1] == [name] else arguments)
-
-
-def _described(version: str) -> str:
-    return json.dumps(
-        {
+        described = {
             "SchemaVersion": "0.1.0",
             "Vendor": "Modelpack",
             "Version": version,
             "ShortDescription": "Models as OCI artifacts, served by modelpack",
         }
-    )
+        click.echo(json.dumps(described))
+        return 0
+    # Docker passes the plugin's name as the first argument; Compose does not.
+    return command(arguments[1:] if arguments[:1] == [name] else arguments)
 
 
 @click.group()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import click
 
 from modelpack.artifacts.manifest import Index, parse_manifest_or_index
-from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import (
+    REMOTE,
     Settings,
-    annotation_pairs,
+    annotation_option,
     common_options,
     model_argument,
     remote_options,
 )
 from modelpack.cli.output import (
+    full_reference,
     human_size,
     note,
-    note_reference,
     plural,
     show,
     shown_progress,
@@ -37,28 +37,14 @@ def index() -> None:
 @index.command()
 @click.argument("reference")
 @click.option(
-    "--variant",
-    "variants",
-    metavar="NAME=REF",
-    multiple=True,
-    required=True,
+    "--variant", "variants", metavar="NAME=REF", multiple=True, required=True,
     help="Add the model REF as the variant NAME. May be repeated.",
-)
+)  # fmt: skip
 @click.option(
-    "--platform",
-    "platforms",
-    metavar="NAME=OS/ARCH",
-    multiple=True,
+    "--platform", "platforms", metavar="NAME=OS/ARCH", multiple=True,
     help="Restrict a variant to a platform, like mlx=darwin/arm64. May be repeated.",
-)
-@click.option(
-    "--annotation",
-    "annotations",
-    metavar="KEY=VALUE",
-    multiple=True,
-    callback=annotation_pairs,
-    help="Add an annotation to the index. May be repeated.",
-)
+)  # fmt: skip
+@annotation_option("index")
 @click.option(
     "--push", is_flag=True, help="Create the index in the registry of REFERENCE, not in the store."
 )
@@ -78,8 +64,7 @@ def create(
     `modelpack push` pushes the index. With --push, models may also be in registries and on the
     Hugging Face Hub: missing blobs are copied to the registry of REFERENCE, and nothing is stored.
     """
-    where = Reference.parse(reference)
-    note_reference(settings, reference, where)
+    where = full_reference(settings, reference)
     named = dict(_pair(text, "--variant", "NAME=REF") for text in variants)
     if len(named) < len(variants):
         raise UsageError("two --variant options have the same name")
@@ -105,7 +90,7 @@ def create(
 
 @index.command("show")
 @model_argument()
-@click.option("-r", "--remote", "in_registry", is_flag=True, help="Read from the registry.")
+@REMOTE
 @remote_options
 @common_options
 def show_variants(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:

@@ -12,9 +12,9 @@ import click
 from modelpack.artifacts import media_types as mediatypes
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model
-from modelpack.artifacts.reference import Reference
 from modelpack.bundles.links import LinkMode
 from modelpack.cli.options import (
+    REMOTE,
     Settings,
     common_options,
     model_argument,
@@ -23,9 +23,9 @@ from modelpack.cli.options import (
     variant_option,
 )
 from modelpack.cli.output import (
+    full_reference,
     human_size,
     note,
-    note_reference,
     one_line,
     plural,
     show,
@@ -118,7 +118,7 @@ def show_headers(settings: Settings, name: str, in_registry: bool, remote: Remot
     from modelpack.operations.headers import read_headers
 
     if in_registry:
-        note_reference(settings, name, Reference.parse(name))
+        full_reference(settings, name)
         found = read_headers(name, remote=remote, from_registry=True)
         cost = sum(one.bytes_fetched for one in found)
         asked = plural(sum(one.requests for one in found), "request")
@@ -184,7 +184,6 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | bool) else str(value)
 
 
-REMOTE = click.option("-r", "--remote", "in_registry", is_flag=True, help="Read from the registry.")
 PULL = click.option("--pull", is_flag=True, help="Pull missing files first.")
 
 
@@ -237,8 +236,7 @@ def manifest(settings: Settings, model: str, in_registry: bool, remote: RemoteOp
 def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
     """Print the exact bytes of the config blob."""
     if in_registry:
-        where = Reference.parse(model)
-        note_reference(settings, model, where)
+        where = full_reference(settings, model)
         _write(lookup.remote_config(where, remote))
     else:
         store = settings.store()
@@ -249,20 +247,14 @@ def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOpti
 @click.command()
 @model_argument()
 @click.option(
-    "--media-type",
-    "media_types",
-    metavar="T",
-    multiple=True,
+    "--media-type", "media_types", metavar="T", multiple=True,
     help="Print files of this type: a media type, a pattern, or one of weight, gguf, safetensors, "
     "dduf, mmproj, license, chat-template, config. May be repeated. [default: weight]",
-)
+)  # fmt: skip
 @click.option(
-    "--file",
-    "files",
-    metavar="PATH",
-    multiple=True,
+    "--file", "files", metavar="PATH", multiple=True,
     help="Print the file of this path in the model. May be repeated.",
-)
+)  # fmt: skip
 @PULL
 @remote_options
 @trust_options
@@ -311,12 +303,10 @@ def resolve(
 @model_argument()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
-    "--links",
-    type=click.Choice([str(mode) for mode in LinkMode]),
-    default=str(LinkMode.AUTO),
+    "--links", type=click.Choice([str(mode) for mode in LinkMode]), default=str(LinkMode.AUTO),
     show_default=True,
     help="Place files as links or copies; auto makes hard links if possible, else copies.",
-)
+)  # fmt: skip
 @click.option("-f", "--force", is_flag=True, help="Replace the contents of DIRECTORY.")
 @PULL
 @remote_options
@@ -361,7 +351,7 @@ def bundle(
 
 def _find(settings: Settings, name: str, in_registry: bool, remote: RemoteOptions) -> Model:
     if in_registry:
-        note_reference(settings, name, Reference.parse(name))
+        full_reference(settings, name)
         return lookup.inspect(name, remote=remote, from_registry=True)
     return lookup.inspect(name, store=settings.store())
 

@@ -75,11 +75,9 @@ def common_options(command: F) -> F:
     """Add the options that every command has; the command gets them as `settings`."""
 
     @click.option(
-        "--store",
-        metavar="DIR",
-        type=click.Path(file_okay=False),
+        "--store", metavar="DIR", type=click.Path(file_okay=False),
         help="Use this local store. [env: MODELPACK_STORE; default: in the user's data directory]",
-    )
+    )  # fmt: skip
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
     @click.option("-q", "--quiet", is_flag=True, help="Do not show progress or notes.")
     @click.option(
@@ -120,20 +118,16 @@ def remote_options(command: F) -> F:
         help="Use http or https. [default: http for loopback addresses; env: INSECURE_REGISTRY]",
     )
     @click.option(
-        "--insecure",
-        metavar="HOST",
-        multiple=True,
+        "--insecure", metavar="HOST", multiple=True,
         help="Skip the certificate check of HOST[:PORT], and allow credentials over plain http. "
         "May be repeated.",
-    )
+    )  # fmt: skip
     @click.option(
-        "--allow-private",
-        metavar="HOST",
-        multiple=True,
+        "--allow-private", metavar="HOST", multiple=True,
         help="Let redirects, upload locations and token servers of public registries use "
         "HOST[:PORT] on a private address. May be repeated. "
         "[env: MODELPACK_ALLOW_PRIVATE]",
-    )
+    )  # fmt: skip
     @click.option(
         "--ca-file",
         type=_FILE,
@@ -142,45 +136,30 @@ def remote_options(command: F) -> F:
     @click.option("--client-cert", type=_FILE, help="Authenticate with this client certificate.")
     @click.option("--client-key", type=_FILE, help="Read the key of --client-cert from this file.")
     @click.option(
-        "--concurrency",
-        type=click.IntRange(1, 64),
-        default=DEFAULT_CONCURRENCY,
-        show_default=True,
+        "--concurrency", type=click.IntRange(1, 64), default=DEFAULT_CONCURRENCY, show_default=True,
         help="Transfer this many blobs in parallel.",
-    )
+    )  # fmt: skip
     @click.option(
-        "--connections",
-        type=click.IntRange(1, 32),
-        default=DEFAULT_CONNECTIONS,
-        show_default=True,
+        "--connections", type=click.IntRange(1, 32), default=DEFAULT_CONNECTIONS, show_default=True,
         help="Use up to this many connections for a large blob, if one is slow.",
-    )
+    )  # fmt: skip
     @click.option(
-        "--chunk-size",
-        metavar="SIZE",
-        type=SIZE,
+        "--chunk-size", metavar="SIZE", type=SIZE,
         help="Upload blobs in chunks of SIZE, like 64MiB. [default: upload whole blobs, unless the "
         "registry requires chunks]",
-    )
+    )  # fmt: skip
     @click.option(
-        "--limit-rate",
-        metavar="SIZE",
-        type=SIZE,
+        "--limit-rate", metavar="SIZE", type=SIZE,
         help="Limit uploads and downloads to SIZE per second, like 10MB.",
-    )
+    )  # fmt: skip
     @functools.wraps(command)
     def wrapped(
         *args: Any,
-        plain_http: bool | None,
         insecure: tuple[str, ...],
         allow_private: tuple[str, ...],
         ca_file: Path | None,
         client_cert: Path | None,
         client_key: Path | None,
-        concurrency: int,
-        connections: int,
-        chunk_size: int | None,
-        limit_rate: int | None,
         **arguments: Any,
     ) -> Any:
         from modelpack.operations.remote import RemoteOptions
@@ -193,14 +172,8 @@ def remote_options(command: F) -> F:
 
             hosts = frozenset(insecure), frozenset(allow_private)
             tls = TlsOptions(ca_file, client_cert, client_key, *hosts)
-        remote = RemoteOptions(
-            plain_http=plain_http,
-            tls=tls,
-            concurrency=concurrency,
-            connections=connections,
-            chunk_size=chunk_size,
-            limit_rate=limit_rate,
-        )
+        names = ("plain_http", "concurrency", "connections", "chunk_size", "limit_rate")
+        remote = RemoteOptions(tls=tls, **{name: arguments.pop(name) for name in names})
         return command(*args, remote=remote, **arguments)
 
     return wrapped  # type: ignore[return-value]
@@ -301,10 +274,7 @@ def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list
     return sorted(name for name in names if name.startswith(incomplete))
 
 
-def annotation_pairs(
-    _: click.Context, __: click.Parameter, values: tuple[str, ...]
-) -> dict[str, str]:
-    """Return the pairs of repeated `--annotation KEY=VALUE` options."""
+def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     pairs = {}
     for value in values:
         key, equals, text = value.partition("=")
@@ -312,6 +282,18 @@ def annotation_pairs(
             raise click.BadParameter(f"{value!r} is not KEY=VALUE")
         pairs[key] = text
     return pairs
+
+
+def annotation_option(what: str) -> Callable[[F], F]:
+    """Return `--annotation`; the command gets a dictionary as `annotations`."""
+    return click.option(
+        "--annotation", "annotations", metavar="KEY=VALUE", multiple=True, callback=_pairs,
+        help=f"Add an annotation to the {what}. May be repeated.",
+    )  # fmt: skip
+
+
+#: Read a model from its registry instead of the store; the command gets `in_registry`.
+REMOTE = click.option("-r", "--remote", "in_registry", is_flag=True, help="Read from the registry.")
 
 
 def model_argument(name: str = "model", **attributes: Any) -> Callable[[F], F]:

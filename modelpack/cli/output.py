@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,10 +71,12 @@ def note(settings: Settings, message: str) -> None:
         click.echo(one_line(message), err=True)
 
 
-def note_reference(settings: Settings, typed: str, reference: Reference) -> None:
-    """Print the full reference if the user typed a shorter one."""
+def full_reference(settings: Settings, typed: str) -> Reference:
+    """Return the reference that the user typed, and print it if they typed a shorter one."""
+    reference = Reference.parse(typed)
     if typed.strip() not in (str(reference), reference.name):
         note(settings, f"{typed.strip()} is {reference}")
+    return reference
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -123,9 +126,9 @@ def shown_progress(settings: Settings) -> Iterator[ProgressCallback]:
         yield silent
     elif mode == "bars":
         with _bars() as bars:
-            yield BarDisplay(bars)
+            yield _bar_display(bars)
     else:
-        yield LineDisplay(plain=mode == "plain")
+        yield partial(_show_line, mode == "plain")
 
 
 @contextmanager
@@ -150,43 +153,34 @@ def request_log(settings: Settings) -> Iterator[None]:
             logger.setLevel(level)
 
 
-class LineDisplay:
-    """Prints a line for each note and, if `plain`, for each finished file or blob."""
+def _show_line(plain: bool, progress: Progress) -> None:
+    """Print a line for a note and, if `plain`, for a finished file or blob."""
+    if progress.action in (Action.NOTE, Action.RETRY):
+        click.echo(_message(progress), err=True)
+    elif plain and progress.finished:
+        name = one_line(progress.name)
+        click.echo(f"{_VERBS[progress.action]} {name}: {progress.completed} bytes", err=True)
 
-    def __init__(self, *, plain: bool) -> None:
-        self._plain = plain
 
-    def __call__(self, progress: Progress) -> None:
-        """Show one report."""
+def _bar_display(bars: Bars) -> ProgressCallback:
+    """Return a callback that shows a bar for each file or blob in transfer."""
+    tasks: dict[str, TaskID] = {}
+
+    def show(progress: Progress) -> None:
         if progress.action in (Action.NOTE, Action.RETRY):
-            click.echo(_message(progress), err=True)
-        elif self._plain and progress.finished:
-            name = one_line(progress.name)
-            line = f"{_VERBS[progress.action]} {name}: {progress.completed} bytes"
-            click.echo(line, err=True)
-
-
-class BarDisplay:
-    """Shows a bar for each file or blob in transfer."""
-
-    def __init__(self, bars: Bars) -> None:
-        self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, progress: Progress) -> None:
-        """Show one report."""
-        if progress.action in (Action.NOTE, Action.RETRY):
-            self._bars.console.print(_message(progress), markup=False, highlight=False)
+            bars.console.print(_message(progress), markup=False, highlight=False)
             return
         key = str(progress.digest or progress.name)
-        if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task("", total=progress.total)
-        self._bars.update(
-            self._tasks[key],
+        if key not in tasks:
+            tasks[key] = bars.add_task("", total=progress.total)
+        bars.update(
+            tasks[key],
             description=f"{_VERBS[progress.action]} {one_line(progress.name)}",
             completed=progress.completed,
             total=progress.total,
         )
+
+    return show
 
 
 def _message(progress: Progress) -> str:

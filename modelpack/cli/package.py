@@ -9,18 +9,17 @@ from typing import Any
 
 import click
 
-from modelpack.artifacts.reference import Reference
 from modelpack.builder.request import PackageRequest
 from modelpack.cli.options import (
     Settings,
-    annotation_pairs,
+    annotation_option,
     common_options,
     model_argument,
     model_names,
     remote_options,
     trust_options,
 )
-from modelpack.cli.output import human_size, note, note_reference, plural, show, shown_progress
+from modelpack.cli.output import full_reference, human_size, note, plural, show, shown_progress
 from modelpack.errors import UsageError
 from modelpack.operations.convert import FORMS, PLATFORMS, Form
 from modelpack.operations.convert import convert as convert_model
@@ -44,20 +43,13 @@ _BITS = {"q4": 4, "q8": 8}
 )
 @click.option("--dduf", type=PATH, help="Package this DDUF file.")
 @click.option(
-    "--from",
-    "from_model",
-    metavar="REF",
-    shell_complete=model_names,
+    "--from", "from_model", metavar="REF", shell_complete=model_names,
     help="Start from this stored or remote model, to add files or change its context size.",
-)
+)  # fmt: skip
 @click.option(
-    "-l",
-    "--license",
-    "licenses",
-    type=PATH,
-    multiple=True,
+    "-l", "--license", "licenses", type=PATH, multiple=True,
     help="Add a licence file. May be repeated.",
-)
+)  # fmt: skip
 @click.option("--chat-template", type=PATH, help="Add a Jinja chat template.")
 @click.option("--mmproj", type=PATH, help="Add a multimodal projector (GGUF).")
 @click.option(
@@ -70,14 +62,7 @@ _BITS = {"q4": 4, "q8": 8}
     type=click.Choice(["docker", "cncf"]),
     help="Use the media types of Docker or of CNCF ModelPack. [default: docker, or as in --from]",
 )
-@click.option(
-    "--annotation",
-    "annotations",
-    metavar="KEY=VALUE",
-    multiple=True,
-    callback=annotation_pairs,
-    help="Add an annotation to the manifest. May be repeated.",
-)
+@annotation_option("manifest")
 @click.option(
     "--created",
     metavar="now|TIME",
@@ -121,8 +106,7 @@ def package(
         )
     if push and dry_run:
         raise UsageError("--push cannot be combined with --dry-run")
-    where = Reference.parse(reference)
-    note_reference(settings, reference, where)
+    where = full_reference(settings, reference)
     with ExitStack() as stack:
         if quantize is not None:
             directory = stack.enter_context(TemporaryDirectory(prefix="modelpack-quantized-"))
@@ -193,18 +177,13 @@ def _result(made: Packaged) -> dict[str, Any]:
 @model_argument()
 @click.argument("target", required=False)
 @click.option(
-    "--to",
-    type=click.Choice(FORMS),
-    required=True,
+    "--to", type=click.Choice(FORMS), required=True,
     help="Convert to Docker's format, to CNCF ModelPack, or to an OCI image with files in /models.",
-)
+)  # fmt: skip
 @click.option(
-    "--platform",
-    "platforms",
-    metavar="OS/ARCH",
-    multiple=True,
+    "--platform", "platforms", metavar="OS/ARCH", multiple=True,
     help=f"Add this platform to the image. May be repeated. [default: {' and '.join(PLATFORMS)}]",
-)
+)  # fmt: skip
 @click.option("--push", is_flag=True, help="Push the result; an image is then not stored.")
 @remote_options
 @trust_options
@@ -228,8 +207,7 @@ def convert(
         local = local_reference(model).without_digest()
         where = local.with_tag(f"{local.tag}-{to}")
     else:
-        where = Reference.parse(target)
-        note_reference(settings, target, where)
+        where = full_reference(settings, target)
     with shown_progress(settings) as progress:
         done = convert_model(
             model,

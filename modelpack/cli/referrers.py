@@ -9,15 +9,15 @@ import click
 from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import (
     Settings,
-    annotation_pairs,
+    annotation_option,
     common_options,
     model_argument,
     remote_options,
 )
 from modelpack.cli.output import (
+    full_reference,
     human_size,
     note,
-    note_reference,
     plural,
     show,
     shown_progress,
@@ -38,14 +38,7 @@ LOCAL = click.option("--local", is_flag=True, help="Use the local store, not the
 @click.option(
     "--artifact-type", metavar="T", required=True, help="Set the artifact type, a media type."
 )
-@click.option(
-    "--annotation",
-    "annotations",
-    metavar="KEY=VALUE",
-    multiple=True,
-    callback=annotation_pairs,
-    help="Add an annotation to the referrer. May be repeated.",
-)
+@annotation_option("referrer")
 @LOCAL
 @remote_options
 @common_options
@@ -62,8 +55,7 @@ def attach(
 
     The media type of a file may follow its name after a colon. The same files give the same digest.
     """
-    where = Reference.parse(reference)
-    note_reference(settings, reference, where)
+    where = full_reference(settings, reference)
     with shown_progress(settings) as progress:
         done = attach_files(
             where,
@@ -98,8 +90,7 @@ def referrers(
     remote: RemoteOptions,
 ) -> None:
     """List the referrers of the model REFERENCE in its registry."""
-    where = Reference.parse(reference)
-    note_reference(settings, reference, where)
+    where = full_reference(settings, reference)
     store = settings.store() if local else None
     found = list_referrers(where, artifact_type=artifact_type, store=store, remote=remote)
     value = {"reference": str(where), "referrers": [one.to_json() for one in found]}

@@ -197,11 +197,9 @@ def limit_options(command: F) -> F:
         metavar="KIB", help="Limit the size of a manifest.",
     )  # fmt: skip
     @click.option(
-        "--max-upload",
-        type=_COUNT,
-        metavar="MIB",
+        "--max-upload", type=_COUNT, metavar="MIB",
         help="Limit the size of a blob. [default: unlimited]",
-    )
+    )  # fmt: skip
     @click.option(
         "--max-sessions", type=_COUNT, default=1000, show_default=True, metavar="N",
         help="Limit the number of unfinished uploads.",

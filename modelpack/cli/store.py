@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import Settings, common_options, model_argument, remote_options
 from modelpack.cli.output import (
+    full_reference,
     human_size,
     note,
-    note_reference,
     plural,
     show,
     show_json,
@@ -120,8 +119,7 @@ def age(created: str | None, now: datetime) -> str:
 @common_options
 def tag(settings: Settings, source: str, target: str) -> None:
     """Tag the stored model SOURCE as TARGET; print its digest."""
-    where = Reference.parse(target)
-    note_reference(settings, target, where)
+    where = full_reference(settings, target)
     descriptor = settings.store().tag(source, where)
     value = {"reference": str(where), "digest": str(descriptor.digest)}
     show(settings, value, str(descriptor.digest))
@@ -161,13 +159,10 @@ def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
 @click.command()
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
 @click.option(
-    "--grace",
-    type=click.IntRange(min=0),
-    default=GRACE_SECONDS,
-    show_default=True,
+    "--grace", type=click.IntRange(min=0), default=GRACE_SECONDS, show_default=True,
     metavar="SECONDS",
     help="Keep unused blobs that are younger than this.",
-)
+)  # fmt: skip
 @common_options
 def gc(settings: Settings, dry_run: bool, grace: int) -> None:
     """Delete unused blobs and the partial files of interrupted transfers."""
@@ -188,11 +183,9 @@ def gc(settings: Settings, dry_run: bool, grace: int) -> None:
 @click.option("--fast", is_flag=True, help="Check only presence and sizes, without hashing.")
 @click.option("--repair", is_flag=True, help="Fetch damaged and missing blobs.")
 @click.option(
-    "--from",
-    "source",
-    metavar="REF",
+    "--from", "source", metavar="REF",
     help="Fetch from this repository. [default: the origin of each model, or the one in its name]",
-)
+)  # fmt: skip
 @remote_options
 @common_options
 def fsck(

@@ -18,7 +18,7 @@ from modelpack.cli.options import (
     trust_options,
     variant_option,
 )
-from modelpack.cli.output import human_size, note, note_reference, plural, show, shown_progress
+from modelpack.cli.output import full_reference, human_size, note, plural, show, shown_progress
 from modelpack.errors import IntegrityError, UsageError
 from modelpack.operations.lock import check_lock, pull_locked, unlock
 from modelpack.operations.lock import lock as lock_references
@@ -30,12 +30,10 @@ from modelpack.operations.remote import RemoteOptions, named
 from modelpack.operations.transfer import Transfer
 
 LOCK_FILE = click.option(
-    "--lock-file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=FILE_NAME,
+    "--lock-file", type=click.Path(path_type=Path, dir_okay=False), default=FILE_NAME,
     show_default=True,
     help="Use this lock file.",
-)
+)  # fmt: skip
 
 
 @click.command()
@@ -68,7 +66,7 @@ def lock(
             {
                 "reference": str(drift.reference),
                 "locked": str(drift.locked),
-                "found": str(drift.found) if drift.found else None,
+                "found": drift.found and str(drift.found),
             }
             for drift in drifts
         ]
@@ -113,13 +111,10 @@ WITH_REFERRERS = click.option(
     "--exclude", metavar="GLOB", multiple=True, help="Leave out these files. May be repeated."
 )
 @click.option(
-    "--media-type",
-    "media_types",
-    metavar="T",
-    multiple=True,
+    "--media-type", "media_types", metavar="T", multiple=True,
     help="Fetch only files of this type: a media type, a pattern, or a short name as in `resolve`. "
     "May be repeated.",
-)
+)  # fmt: skip
 @click.option(
     "--only",
     type=click.Choice([str(part) for part in Part]),
@@ -171,7 +166,7 @@ def pull(
     [reference] = references
     source = named(reference)
     if isinstance(source, Reference):
-        note_reference(settings, reference, source)
+        full_reference(settings, reference)
     with shown_progress(settings) as progress:
         done = pull_model(
             source,
@@ -237,8 +232,7 @@ def push(
 
     Blobs that the registry has are not uploaded again.
     """
-    where = Reference.parse(to if to is not None else reference)
-    note_reference(settings, to or reference, where)
+    where = full_reference(settings, reference if to is None else to)
     with shown_progress(settings) as progress:
         done = push_model(
             reference,
@@ -266,17 +260,13 @@ def copy(
 
     SRC may also be a model of the Hugging Face Hub: hf.co/ORG/NAME[:QUANT][@REVISION].
     """
-    origin, where = named(source), Reference.parse(target)
+    origin = named(source)
     if isinstance(origin, Reference):
-        note_reference(settings, source, origin)
-    note_reference(settings, target, where)
+        full_reference(settings, source)
+    where = full_reference(settings, target)
     with shown_progress(settings) as progress:
         done = copy_model(
-            origin,
-            where,
-            with_referrers=with_referrers,
-            target_options=remote,
-            progress=progress,
+            origin, where, with_referrers=with_referrers, target_options=remote, progress=progress
         )
     note(settings, f"copied {origin} to {where}: {_summary(done.transfer, 'sent')}")
     value = {"source": str(origin), "target": str(where), "digest": str(done.digest)}

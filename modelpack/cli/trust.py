@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelpack.artifacts.reference import Reference
-from modelpack.cli.options import Settings, common_options, model_argument, remote_options
-from modelpack.cli.output import note, note_reference, plural, show, show_json, visible
+from modelpack.cli.options import REMOTE, Settings, common_options, model_argument, remote_options
+from modelpack.cli.output import full_reference, note, plural, show, show_json, visible
 from modelpack.cli.referrers import LOCAL
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
@@ -101,8 +100,7 @@ def sign(
     from modelpack.operations.signatures import sign as sign_model
     from modelpack.trust.signatures import SignatureKind
 
-    where = Reference.parse(reference)
-    note_reference(settings, reference, where)
+    where = full_reference(settings, reference)
     done = sign_model(
         where,
         private_key(key),
@@ -153,8 +151,7 @@ def verify(
     from modelpack.trust.keys import read_public_key
     from modelpack.trust.signatures import SignatureKind
 
-    where = Reference.parse(reference)
-    note_reference(settings, reference, where)
+    where = full_reference(settings, reference)
     model, found = verify_model(
         where,
         [read_public_key(key) for key in keys],
@@ -180,9 +177,7 @@ def verify(
 @click.command()
 @model_argument("model")
 @click.option("--attach", is_flag=True, help="Attach the SBOM to the model.")
-@click.option(
-    "-r", "--remote", "from_registry", is_flag=True, help="Read the model from its registry."
-)
+@REMOTE
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Write the SBOM to FILE. [default: print it, unless it is attached]",
@@ -193,7 +188,7 @@ def sbom(
     settings: Settings,
     model: str,
     attach: bool,
-    from_registry: bool,
+    in_registry: bool,
     output: Path | None,
     remote: RemoteOptions,
 ) -> None:
@@ -206,9 +201,9 @@ def sbom(
     done = make_sbom(
         model,
         attach=attach,
-        store=None if from_registry else settings.store(),
+        store=None if in_registry else settings.store(),
         remote=remote,
-        from_registry=from_registry,
+        from_registry=in_registry,
     )
     if output is not None:
         output.write_bytes(done.document)
@@ -226,9 +221,7 @@ def sbom(
     "--policy", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
     help="Check the rules of this TOML file. [default: all rules except names]",
 )  # fmt: skip
-@click.option(
-    "-r", "--remote", "from_registry", is_flag=True, help="Read the model from its registry."
-)
+@REMOTE
 @click.option(
     "--format", "form", type=click.Choice(["text", "json", "sarif"]), default="text",
     show_default=True, help="Print the findings in this format; --json is the same as json.",
@@ -239,7 +232,7 @@ def lint(
     settings: Settings,
     model: str,
     policy: Path | None,
-    from_registry: bool,
+    in_registry: bool,
     form: str,
     remote: RemoteOptions,
 ) -> int:
@@ -258,9 +251,9 @@ def lint(
         model,
         rules,
         _render,
-        store=None if from_registry or Path(model).is_dir() else settings.store(),
+        store=None if in_registry or Path(model).is_dir() else settings.store(),
         remote=remote,
-        from_registry=from_registry,
+        from_registry=in_registry,
     )
     if form == "sarif":
         click.echo(json.dumps(to_sarif(report.name, report.findings), indent=2))

@@ -84,7 +84,12 @@ def export_to_docker(
             continue
         if store.missing(name):
             check_whole(store, stored_model(store, name))
-        references = _references(store, name)
+        references = named_references(store, name)
+        if not references:
+            raise NotFoundError(
+                f"cannot export {name}: it has no tag, and Docker Model Runner needs one",
+                hint="run modelpack tag ID NAME",
+            )
         for reference in references:
             docker.write_model(raw, lambda blob: store.blob_path(blob.digest), reference, link=link)
         if link:
@@ -123,14 +128,3 @@ def _import_model(
         for reference in references or (None,):
             store.write_manifest(descriptor, raw, reference)
     return Exchanged(digest, references)
-
-
-def _references(store: LayoutStore, name: str) -> tuple[Reference, ...]:
-    """Return the references to export; raise `NotFoundError` for a model without a tag."""
-    references = named_references(store, name)
-    if not references:
-        raise NotFoundError(
-            f"cannot export {name}: it has no tag, and Docker Model Runner needs one",
-            hint="run modelpack tag ID NAME",
-        )
-    return references
