@@ -25,7 +25,9 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, ModelFiles, load
-from modelpack_engine.models.loader import Shard, gguf_tokenizer_of
+from modelpack_engine.models.gguf_file import GGUFFile
+from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of
+from modelpack_engine.models.safetensors import read_config
 from modelpack_engine.platform.device import choose_device
 from modelpack_engine.runner.base_engine import BaseEngine
 
@@ -130,6 +132,15 @@ def stored_files(model: Model, store: LayoutStore) -> ModelFiles:
     if not has_packed_weights(model):
         return ModelFiles.from_model(model, store.blob_path)
     return ModelFiles.from_located(model, unpacked_files(model, store, watching(None)))
+
+
+def context_length_of_files(files: ModelFiles) -> int | None:
+    """Return the context in tokens that the files' headers name, None if they name none."""
+    if files.format == "gguf":
+        metadata = GGUFFile.open(files.weights).metadata
+        name = metadata.text("general.architecture", "")
+        return metadata.integer(f"{name}.context_length", 0) or None
+    return context_length_of(read_config(files))[0]
 
 
 def draft_files(

@@ -80,7 +80,10 @@ class Catalogue(Protocol):
         """Return all models."""
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
-        """Return an estimate of the loaded model's memory, in bytes."""
+        """Return an estimate of the loaded model's memory, in bytes.
+
+        Raises `ModelLoadError` for settings that the model cannot have, such as a longer context.
+        """
 
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None

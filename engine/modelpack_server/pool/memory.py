@@ -56,9 +56,13 @@ class MemoryBudget:
         entry.memory = need + int(max(0, (room or 0) - need) * _KV_SHARE)
         return room
 
+    def holds(self, need: int) -> bool:
+        """Return whether `need` bytes fit at all, if no other model is loaded."""
+        return self.total is None or need <= self.total - self.abandoned
+
     def may_grow(self, but: Entry, need: int) -> bool:
         """Return whether models that are loading or just loaded may leave `need` bytes free."""
-        if self.total is None or need > self.total - self.abandoned:
+        if self.total is None or not self.holds(need):
             return False
         return any(
             entry is not but and entry.memory and not entry.users and entry.is_wanted

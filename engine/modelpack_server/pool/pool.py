@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequen
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from modelpack.errors import ModelpackError, UntrustedError
+from modelpack.errors import UntrustedError, UsageError
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.errors import (
     RETRY_AFTER,
@@ -208,26 +208,53 @@ class ModelPool:
     async def configure(self, name: str, settings: ModelSettings) -> None:
         """Set the settings of a model; unload it if it is loaded with other settings.
 
-        Raises `UsageError` for invalid settings, and `BusyError` if the model is in use with other
-        settings, or if a restricted API key configures a model that other keys keep loaded.
+        A pinned model is loaded again before this returns. If that fails, the model gets its
+        previous settings back, and what the load raised is raised.
+
+        Raises `UsageError` for settings that are invalid or that the model cannot have,
+        `OutOfMemoryError` for those that need more than the whole budget, and `BusyError` if the
+        model is in use with other settings, or if a restricted API key configures a model that
+        other keys keep loaded.
         """
         settings.check()
         entry = await self._entry(name)
         key = entry.stored.key
-        if self._configured.get(key, ModelSettings()) == settings:
+        before = self._configured.get(key, ModelSettings())
+        if before == settings:
             return
+        await self._check_fits(entry, settings)
+        was_loaded = entry.state is ModelState.READY
         if entry.state is not ModelState.UNLOADED:
             if entry.users or entry.waiting or entry.state is ModelState.LOADING:
                 raise BusyError(f"the model {name} is in use with other settings")
             if not self._may_unload(entry):
                 raise BusyError(f"the model {name} is kept loaded with other settings")
             await self._unload(entry, grace=0)
-        self._configured[key] = settings
-        if settings.keep_alive is not None:
-            entry.keep_alive = settings.keep_alive
-            entry.holds.clear()
-        if entry.pinned:
-            self._spawn(self._load_again(entry))
+        self._set(entry, settings)
+        if not entry.pinned:
+            return
+        try:
+            await self._ready(entry, wait=True)
+        except Exception:
+            self._set(entry, before)
+            if was_loaded:
+                await self._unload(entry, grace=0)  # a request may have loaded it meanwhile
+                await self._ready(entry, wait=True)
+            raise
+
+    async def _check_fits(self, entry: Entry, settings: ModelSettings) -> None:
+        chosen = settings.over(self._settings)
+        try:
+            need = await asyncio.to_thread(self.catalogue.needs, entry.stored, chosen)
+        except ModelLoadError as error:
+            raise UsageError(str(error), hint=error.hint) from error
+        if not self._budget.holds(need):
+            raise self._budget.too_large(entry, need)
+
+    def _set(self, entry: Entry, settings: ModelSettings) -> None:
+        self._configured[entry.stored.key] = settings
+        entry.keep_alive = self._keep_alive_of(entry.stored.key)
+        entry.holds.clear()
 
     # Unloading
 
@@ -526,10 +553,6 @@ class ModelPool:
             if pin.entry is None:  # otherwise `_load` has logged it
                 pin.failure = error
                 _log.error("cannot load the model %s: %s", name, error)
-
-    async def _load_again(self, entry: Entry) -> None:
-        with suppress(ModelpackError):  # `readiness` reports it
-            await self._ready(entry, wait=True)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

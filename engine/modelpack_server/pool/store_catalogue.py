@@ -20,7 +20,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.metrics import Meter
-from modelpack_engine.errors import EngineError
+from modelpack_engine.errors import EngineError, ModelLoadError
 from modelpack_engine.platform import blas
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.model_defaults import ModelDefaults, sampling_defaults
@@ -92,13 +92,19 @@ class StoreCatalogue:
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return an estimate of the loaded model's memory, in bytes."""
-        from modelpack_server.stored_models import open_model
+        from modelpack_server.stored_models import context_length_of_files, open_model
 
         config = settings.engine_config(self.config)
         opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
         weights = self._loaded_bytes(opened.model, config)
         if not _generates(opened.files, settings):
             return weights  # the memory of a batch is temporary
+        asked, context = config.max_model_len, context_length_of_files(opened.files)
+        if asked is not None and context is not None and asked > context:
+            raise ModelLoadError(
+                f"max_model_len is {asked}, but this model's context is {context}",
+                hint=f"choose 2 to {context}",
+            )
         if self.ranks is not None:
             weights //= self.ranks.size
         if config.speculation == "draft" and isinstance(config.draft_model, str):

@@ -16,6 +16,9 @@ from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
 
+#: The largest context of each model, in tokens.
+MOST_CONTEXT = 10_000
+
 
 class Clock:
     def __init__(self) -> None:
@@ -55,8 +58,9 @@ class IdleEngine:
 class Shelf:
     """Models by name, with the memory that each takes. `fails` names those that do not load.
 
-    The engines of those that `dies` names are dead once they are loaded. A load of a model in
-    `hangs` lasts until the event is set or its budget is spent, which those in `deaf` ignore.
+    No model loads with a context of more than `most_loaded` tokens. The engines of those that
+    `dies` names are dead once they are loaded. A load of a model in `hangs` lasts until the event
+    is set or its budget is spent, which those in `deaf` ignore.
     """
 
     def __init__(self, **sizes: int) -> None:
@@ -72,6 +76,7 @@ class Shelf:
         self.gate = threading.Event()
         self.gate.set()
         self.index = 0
+        self.most_loaded = MOST_CONTEXT
 
     def version(self) -> object:
         return self.index
@@ -86,6 +91,8 @@ class Shelf:
         return [self.find(name) for name in self.sizes]
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+        if (settings.context_size or 0) > MOST_CONTEXT:
+            raise ModelLoadError(f"this model's context is {MOST_CONTEXT}")
         return model.size
 
     def load(
@@ -101,6 +108,8 @@ class Shelf:
         if model.names[0] in self.fails:
             raise ModelLoadError(f"{model.names[0]} is damaged")
         context = settings.context_size or 100
+        if context > self.most_loaded:
+            raise ModelLoadError(f"{model.names[0]} has no room for {context}")
         engine = IdleEngine(self, model.key, model.size, context)
         if model.names[0] in self.dies:
             engine.state = EngineState.FAILED

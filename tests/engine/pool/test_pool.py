@@ -254,16 +254,51 @@ async def test_a_pinned_model_is_loaded_again_with_its_new_settings() -> None:
     await pool.start()
     await settle(pool)
     shelf.gate.clear()
-    await pool.configure("a", ModelSettings(preset="code"))
+    configuring = asyncio.create_task(pool.configure("a", ModelSettings(preset="code")))
+    while pool.readiness()[0]:
+        await asyncio.sleep(0)
     assert pool.readiness() == (False, "the model a is being loaded")
     shelf.gate.set()
-    await settle(pool)
+    await configuring
     assert pool.readiness() == (True, "")
     assert [model.settings.preset for model in pool.running()] == ["code"]
-    shelf.fails.add("a")
-    await pool.configure("a", ModelSettings(preset="chat"))
+    await pool.close()
+
+
+@loop
+async def test_a_pinned_model_serves_on_with_its_settings_where_new_ones_do_not_load() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf)
+    pool.pin("a")
+    await pool.start()
     await settle(pool)
-    assert "cannot load the model" in pool.readiness()[1]
+    await pool.configure("a", ModelSettings(context_size=50))
+    shelf.most_loaded = 70
+    with pytest.raises(ModelLoadError, match="a has no room for 80"):
+        await pool.configure("a", ModelSettings(context_size=80))
+    assert pool.readiness() == (True, "")
+    assert (await pool.settings("a")).context_size == 50
+    async with pool.lease("a") as model:
+        assert model.max_model_len == 50
+    await pool.close()
+
+
+@loop
+async def test_settings_that_the_model_cannot_have_unload_nothing() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf, memory=10)
+    pool.pin("a")
+    await pool.start()
+    await settle(pool)
+    with pytest.raises(UsageError, match="this model's context is 10000"):
+        await pool.configure("a", ModelSettings(context_size=1_000_000))
+    shelf.sizes["a"] = 11  # what it needs with the settings that come next
+    shelf.index += 1
+    pool.entries()[0].stored = shelf.find("a")
+    with pytest.raises(OutOfMemoryError, match="a needs about"):
+        await pool.configure("a", ModelSettings(context_size=60))
+    assert pool.readiness() == (True, "")
+    assert shelf.loads == ["a"]
     await pool.close()
 
 

@@ -89,6 +89,8 @@ class PoolMachine(RuleBasedStateMachine):
         async def configure() -> None:
             try:
                 await self.pool.configure(name, ModelSettings(context_size=size))
+            except OutOfMemoryError:
+                assert self.shelf.sizes[name] > BUDGET
             except EngineError:
                 assert name in self.held()
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 import modelpack
-from modelpack.errors import NotFoundError
+from modelpack.errors import NotFoundError, UsageError
 from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
@@ -94,6 +94,8 @@ def test_what_is_not_there_or_does_not_fit(store: LayoutStore) -> None:
             OutOfMemoryError, match=r"tiny needs about 1\.\d MiB; free are 1\.0 MiB"
         ):
             await pool.preload("tiny")
+        with pytest.raises(UsageError, match=f"this model's context is {CONTEXT}"):
+            await pool.configure("tiny", ModelSettings(context_size=1_000_000))
         await pool.close()
 
     asyncio.run(run())

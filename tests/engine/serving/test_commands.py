@@ -43,6 +43,7 @@ def test_ps_unload_and_configure(url: str) -> None:
         (["unload", "missing"], 3, "missing"),
         (["configure", "small", "--", "--bogus", "1"], 2, "--bogus"),
         (["configure", "small", "--preset", "loud"], 2, "loud"),
+        (["configure", "big", "--context-size", "1000000"], 2, "this model's context is 10000"),
     ],
 )
 def test_what_they_refuse(url: str, arguments: list[str], code: int, says: str) -> None:
