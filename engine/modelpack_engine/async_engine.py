@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from modelpack.errors import ModelpackError
@@ -64,16 +63,8 @@ class RequestStream:
     async def __aenter__(self) -> RequestStream:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         self.abort()
-
-    def __aiter__(self) -> AsyncIterator[RequestEvent]:
-        return self._read()
 
     def abort(self) -> None:
         """End the request and free its blocks within a step; do nothing after its end."""
@@ -97,7 +88,7 @@ class RequestStream:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    async def _read(self) -> AsyncIterator[RequestEvent]:
+    async def __aiter__(self) -> AsyncIterator[RequestEvent]:
         while self._open:
             if not self._waiting:
                 self._reader = self.loop.create_future()

@@ -78,18 +78,15 @@ class Engine(BaseEngine):
         drafting = check_draft(self.config, loaded, draft)
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
         check_token_rows(loaded.model, self.vocab_size)
-        draft_bytes = drafting.bytes_per_token if drafting else 0
+        draft_bytes = drafting.layout.bytes_per_token if drafting else 0
         self._step_memory = step_memory(loaded.model, self.vocab_size)
         self._sizes = self._choose_sizes(layout, loaded.context_length, draft_bytes)
         self.max_model_len = self._sizes.max_model_len
-        per_block = (
-            (layout.bytes_per_token if layout else 0) + draft_bytes
-        ) * self.config.block_size
+        per_token = (layout.bytes_per_token if layout else 0) + draft_bytes
+        cache_bytes = self._sizes.num_blocks * self.config.block_size * per_token
         weight_bytes = loaded.weight_bytes + (drafting.loaded.weight_bytes if drafting else 0)
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
-        self.memory_bytes = (
-            weight_bytes + self._sizes.num_blocks * per_block + self._sizes.step_bytes
-        )
+        self.memory_bytes = weight_bytes + cache_bytes + self._sizes.step_bytes
         self._runner = self._make_runner(loaded.model)
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(
@@ -198,23 +195,24 @@ class Engine(BaseEngine):
             proposed = self._speculator.propose(self._scheduler.decoding(), self._outputs.mask_of)
         output = self._scheduler.schedule(proposed)
         self._mover.move(has_step=output is not None, in_flight=self._in_flight is not None)
+        scheduled = None
         if output is None:
             self._forget(self._scheduler.take_released())
         else:
             self._forget(output.released)
             for chunk in output.prefill:
                 self._register(chunk.sequence)
-        scheduled = None if output is None else self._build(output)
+            scheduled = self._build(output)
         self._clock.ended("build")
         return scheduled
 
     def _build(self, output: SchedulerOutput) -> ScheduledStep:
-        previous = self._in_flight
-        last_batch = previous.batch if previous else None
-        batch = build_batch(output, last_batch, self._sizes.buckets, self.config.block_size)
+        last = self._in_flight
+        buckets, size = self._sizes.buckets, self.config.block_size
+        batch = build_batch(output, last.batch if last else None, buckets, size)
         staging = self._runner.staging
         staging_step = staging.next_step()
-        token_ids = row_token_ids(batch, previous.sampled if previous else None, staging)
+        token_ids = row_token_ids(batch, last.sampled if last else None, staging)
         logits = self._runner.forward(with_prompt_rows(batch), token_ids)
         logits, prompt_logprobs = split_logits(batch, logits)
         sampled = masked_logits = None

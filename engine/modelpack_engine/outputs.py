@@ -149,11 +149,6 @@ class EngineStats:
 
 
 _GAUGES = {
-    "num_running",
-    "num_waiting",
-    "blocks_total",
-    "blocks_used",
-    "blocks_cached",
-    "live_tokens",
-}
+    "num_running", "num_waiting", "blocks_total", "blocks_used", "blocks_cached", "live_tokens",
+}  # fmt: skip
 _COUNTERS = [each.name for each in fields(EngineStats) if each.name not in _GAUGES]

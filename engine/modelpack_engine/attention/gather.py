@@ -52,10 +52,11 @@ def attend(
         return _latent(queries, keys, values, query_pe, mask, scale=scale)
     if softcap is not None:
         return _softcapped(queries, keys, values, mask, scale=scale, softcap=softcap)
-    if on_cpu and cpu_is_faster(queries, keys):
-        return attend_on_cpu(queries, keys, values, mask, scale=scale, sinks=sinks, second=second)
     batch, heads, length, _ = queries.shape
-    kv_heads = keys.shape[1]
+    kv_heads, num_keys = keys.shape[1:3]
+    float32 = queries.dtype == keys.dtype == mx.float32
+    if on_cpu and float32 and batch * heads * length * num_keys >= FEW_SCORES:
+        return attend_on_cpu(queries, keys, values, mask, scale=scale, sinks=sinks, second=second)
     if on_cpu and length == 1 and sinks is None and heads > kv_heads:
         # The query heads of a KV head become rows of one matmul, which reads the keys once.
         folded = queries.reshape(batch, kv_heads, heads // kv_heads, -1)
@@ -107,13 +108,6 @@ def _masked(scores: mx.array, mask: Mask) -> mx.array:
         queries, keys = scores.shape[-2:]
         mask = mx.arange(keys)[None] <= mx.arange(keys - queries, keys)[:, None]
     return mx.where(mask, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
-
-
-def cpu_is_faster(queries: mx.array, keys: mx.array) -> bool:
-    """Return whether `attend_on_cpu` is faster than MLX's attention on these arrays."""
-    batch, heads, length, _ = queries.shape
-    float32 = queries.dtype == keys.dtype == mx.float32
-    return float32 and batch * heads * length * keys.shape[2] >= FEW_SCORES
 
 
 def attend_on_cpu(

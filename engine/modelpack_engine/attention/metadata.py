@@ -45,14 +45,7 @@ class Positions(mx.array):
     `rotations` is None if MLX's own function rotates the rows.
     """
 
-    rotations: Rotations | None
-
-
-def as_positions(positions: mx.array) -> Positions:
-    """Return positions that are already on the device, without rotation matrices."""
-    made = Positions(positions)
-    made.rotations = None
-    return made
+    rotations: Rotations | None = None
 
 
 def make_positions(positions: list[int], *, rotate: bool) -> Positions:
@@ -135,7 +128,7 @@ class StepInputs:
         else:
             numbers = [*batch.positions, *batch.slots, *sample_rows]
             packed = self._staging.put(np.array(numbers, np.int32))[: len(numbers)]
-            self.positions = as_positions(packed[: self.num_rows])
+            self.positions = Positions(packed[: self.num_rows])
             self.slots = packed[self.num_rows : 2 * self.num_rows]
             self.slot_runs = None
             self.sample_rows = packed[2 * self.num_rows :]
@@ -159,7 +152,7 @@ class StepInputs:
         self.decode_seq_ids, self.chunks = (), ()
         self._tables, self.lengths = [], []
         self._memo = {"rows": (tables, positions[: self.num_decode] + 1)}
-        self.positions = as_positions(positions)
+        self.positions = Positions(positions)
         self.slots, self.slot_runs = slots, None
         self.all_rows_sampled = sample_rows is None
         self.sample_rows = mx.zeros((0,), mx.int32) if sample_rows is None else sample_rows

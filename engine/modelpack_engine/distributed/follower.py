@@ -17,10 +17,10 @@ import gc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
 
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.core.batch import StepShape
@@ -113,11 +113,7 @@ class Follower:
 
     def _load_part(self, key: str) -> dict[str, Any]:
         self._unload()
-
-        def part(model: Module, config: Mapping[str, Any]) -> None:
-            shard(model, config, self._group.mlx)
-
-        self._held = _Held(self._load(key, part))
+        self._held = _Held(self._load(key, partial(shard, group=self._group.mlx)))
         return {}
 
     def _configure(self, config: Mapping[str, Any]) -> dict[str, Any]:

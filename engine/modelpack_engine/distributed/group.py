@@ -96,23 +96,17 @@ def _backend(environ: Mapping[str, str]) -> tuple[Backend, str]:
     if coordinator := environ.get("MLX_JACCL_COORDINATOR"):
         return "jaccl", _host_of(coordinator)
     if path := environ.get("MLX_HOSTFILE"):
-        return "ring", _host_of(_first_address(path))
+        try:
+            with open(path, encoding="utf-8") as file:
+                return "ring", _host_of(str(json.load(file)[0][0]))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            why = f"not a list of the ranks' addresses: {error}"
+            raise EngineError(f"MLX_HOSTFILE {path}: {why}") from None
     raise EngineError(
         "MLX_RANK is set, but neither MLX_HOSTFILE (ring), NCCL_HOST_IP (NCCL) nor "
         "MLX_JACCL_COORDINATOR (JACCL)",
         hint="start the ranks with mlx.launch, or unset MLX_RANK to start them on this machine",
     )
-
-
-def _first_address(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            address = json.load(file)[0][0]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise EngineError(
-            f"MLX_HOSTFILE {path}: not a list of the ranks' addresses: {error}"
-        ) from None
-    return str(address)
 
 
 def _host_of(address: str) -> str:

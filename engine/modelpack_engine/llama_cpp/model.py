@@ -174,8 +174,8 @@ class _Rows:
     """The arrays of a batch, which are reused for all batches."""
 
     def __init__(self, library: Any, size: int) -> None:
-        self._arrays = [np.zeros(size, np.int32) for _ in range(4)]
-        self._token, self._position, self._count, self._slot = self._arrays
+        arrays = (np.zeros(size, np.int32) for _ in range(4))
+        self._token, self._position, self._count, self._slot = arrays
         self._count[:] = 1
         self._wanted = np.zeros(size, np.int8)
         integers = ctypes.POINTER(ctypes.c_int32)

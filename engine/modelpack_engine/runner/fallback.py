@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class FallbackRunner:
-    """Runs the decode rows and chunks of a batch one after the other."""
+    """A `ModelRunner` that runs the decode rows and chunks of a batch one after the other."""
 
     tier = "fallback"
     fused: Mapping[str, int] = {}
@@ -45,7 +45,6 @@ class FallbackRunner:
         self._last_caches: list[list[Any]] = []  # those that the last step wrote
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
-        """Build the graph of a step; return the logits [rows, vocabulary] of its sampled rows."""
         self.release(batch.released)
         self._last_caches = []
         found: dict[int, mx.array] = {}
@@ -69,13 +68,11 @@ class FallbackRunner:
         return logits[0]
 
     def pools(self) -> list[mx.array]:
-        """Return the arrays that the last step writes."""
         states = [entry.state for cache in self._last_caches for entry in cache]
         found: Any = tree_flatten(states)
         return [value for _, value in found if isinstance(value, mx.array)]
 
     def release(self, seq_ids: Iterable[int]) -> None:
-        """Drop the caches of sequences."""
         for seq_id in seq_ids:
             self._caches.pop(seq_id, None)
 

@@ -97,8 +97,10 @@ class BlockMover:
             return
         saving, self._saving = self._saving, []
         for hashes, rows in saving:
-            for hash_, content in zip(hashes, _split(rows), strict=True):
-                self._offload.tiers.save(hash_, content)
+            view = memoryview(rows).cast("B")  # type: ignore[arg-type]
+            for row, hash_ in enumerate(hashes):
+                content = view[row * rows.shape[1] : (row + 1) * rows.shape[1]]
+                self._offload.tiers.save(hash_, bytes(content))
             self._num_saved += len(hashes)
 
     def forget(self) -> None:
@@ -147,13 +149,6 @@ class BlockMover:
         rows = self._contents.read([block for block, _ in blocks])
         mx.async_eval(rows)
         self._saving.append(([hash_ for _, hash_ in blocks], rows))
-
-
-def _split(rows: mx.array) -> list[bytes]:
-    """Return the bytes of each row of a uint8 matrix."""
-    view = memoryview(rows).cast("B")  # type: ignore[arg-type]
-    length = rows.shape[1]
-    return [bytes(view[i : i + length]) for i in range(0, len(view), length)]
 
 
 def open_offload(

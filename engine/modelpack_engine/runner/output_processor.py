@@ -49,13 +49,8 @@ class SequenceOutput:
         self._ending_ids = ending_token_ids(sequence.params, sequence.eos_token_ids)
         self._has_emitted = False
         self._arrived = time.monotonic()
-        self._scheduled: float | None = None
+        self.scheduled: float | None = None
         self._first_token: float | None = None
-
-    def started(self) -> None:
-        """Record the time at which the sequence's first step is built."""
-        if self._scheduled is None:
-            self._scheduled = time.monotonic()
 
     def take(self, token_id: int, logprob: TokenLogprob | None) -> tuple[RequestEvent, str | None]:
         """Return the event of a new token, and the stop string that it completes, if any."""
@@ -123,7 +118,7 @@ class SequenceOutput:
         )
 
     def _timing(self) -> Timing:
-        return Timing(self._arrived, self._scheduled, self._first_token, time.monotonic())
+        return Timing(self._arrived, self.scheduled, self._first_token, time.monotonic())
 
 
 class OutputProcessor:
@@ -157,7 +152,8 @@ class OutputProcessor:
 
     def started(self, sequence: Sequence) -> None:
         """Record the time at which a sequence's first step is built."""
-        self._outputs[sequence.seq_id].started()
+        output = self._outputs[sequence.seq_id]
+        output.scheduled = output.scheduled or time.monotonic()
 
     def take_prompt_logprobs(self, entries: Iterable[tuple[Sequence, TokenLogprob | None]]) -> None:
         """Keep log-probabilities of prompts for the first events of their sequences."""

@@ -284,7 +284,7 @@ class CompiledSteps:
 
 
 class PagedRunner:
-    """Runs a model on KV blocks until `undo`; MLX compiles its steps if `compiled` and possible.
+    """A `ModelRunner` on KV blocks until `undo`; MLX compiles its steps if `compiled` and possible.
 
     `per_sequence` are classes of attention modules that run sequence by sequence; `fold` and
     `fused` are as for `Adapted`. Raises `OutOfMemoryError` if the pools do not fit.
@@ -343,28 +343,23 @@ class PagedRunner:
 
     @property
     def layout(self) -> ModelLayout:
-        """The layout of the model's caches."""
         return self.adapted.layout
 
     @property
     def tier(self) -> str:
-        """How the model is run: "paged", "patched" or "per-sequence"."""
         if self.adapted.per_sequence:
             return "per-sequence"
         return "patched" if self.adapted.patched else "paged"
 
     @property
     def can_go_back(self) -> bool:
-        """Whether a sequence can drop its last tokens: models with recurrent state cannot."""
         return self.snapshots is None
 
     @cached_property
     def writes_in_place(self) -> bool:
-        """Whether a kernel writes into the pools, so that no step copies them."""
         return self.adapted.writes_in_place
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
-        """Build the graph of a step; return the logits [rows, vocabulary] of its sampled rows."""
         self.release(batch.released)
         adapted, rows = self.adapted, list(batch.sample_rows)
         if self.compiled is not None:
@@ -400,7 +395,6 @@ class PagedRunner:
         return self.compiled is not None and self.compiled.takes(batch)
 
     def pools(self) -> list[mx.array]:
-        """Return the arrays that the last step writes."""
         return self.adapted.pools()
 
     def release(self, seq_ids: Iterable[int]) -> None:
@@ -408,17 +402,14 @@ class PagedRunner:
         self.adapted.rows.release(seq_ids)
 
     def scrub(self, blocks: Iterable[int]) -> None:
-        """Zero the keys and values of whole blocks."""
         size = self._step.block_size
         self.scrub_slots([block * size + offset for block in blocks for offset in range(size)])
 
     def scrub_slots(self, slots: list[int]) -> None:
-        """Zero the keys and values of single tokens."""
         for kv in self.adapted.paged:
             kv.pools.zero(mx.array(slots, mx.int32))
 
     def block_contents(self) -> BlockContents | None:
-        """Return the access to the contents of blocks; None if no layer has any."""
         return BlockContents(self.adapted.paged) if self.adapted.paged else None
 
     def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:

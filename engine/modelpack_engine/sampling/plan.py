@@ -92,7 +92,7 @@ class TokenHistory:
 
     def open(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> int:
         """Return a slot with the counts of these tokens; free it by `close`."""
-        if self._counts is None or not self._free:
+        if not self._free:
             self._grow()
         assert self._counts is not None
         slot = self._free.pop()
@@ -200,11 +200,6 @@ class Entry:
     slot: int | None
     ending_token_ids: tuple[int, ...]
 
-    @property
-    def is_random(self) -> bool:
-        """Whether tokens are drawn; otherwise the most likely one is chosen."""
-        return self.params.temperature >= GREEDY_BELOW
-
 
 def has_penalties(params: SamplingParams) -> bool:
     """Return whether any of the three penalties has an effect."""
@@ -311,11 +306,6 @@ class Plan:
     draws: Draws | None
     num_top: int | None
 
-    @property
-    def keeps_logits(self) -> bool:
-        """Whether tokens are chosen from unchanged logits."""
-        return self.edits is None and self.penalties is None
-
 
 def make_plan(
     entries: Sequence[Entry],
@@ -384,7 +374,7 @@ def _penalties(
 
 def plan_draws(entries: Sequence[Entry], num_rows: int, vocab_size: int) -> Draws | None:
     """Plan the draws of `entries`, the first of `num_rows` rows; None if no row is drawn."""
-    wanted = [row for row, entry in enumerate(entries) if entry.is_random]
+    wanted = [row for row, entry in enumerate(entries) if entry.params.temperature >= GREEDY_BELOW]
     if not wanted:
         return None
     rows = padded_rows(wanted, num_rows)

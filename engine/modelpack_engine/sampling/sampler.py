@@ -318,11 +318,9 @@ class Sampler:
         differ. Without a seed, a random one is used.
         """
         assert seq_id not in self._entries, f"sequence {seq_id} was added twice"
-        slot = (
-            self._history.open(prompt_token_ids, output_token_ids)
-            if has_penalties(params)
-            else None
-        )
+        slot = None
+        if has_penalties(params):
+            slot = self._history.open(prompt_token_ids, output_token_ids)
         self._entries[seq_id] = Entry(
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed + index,
@@ -394,14 +392,19 @@ class Sampler:
         seqs: Sequence[SampleRow],
     ) -> mx.array:
         """Return the logits after biases, masks and penalties; the same array without any."""
-        if plan.keeps_logits and not allowed:
+        if plan.edits is None and plan.penalties is None and not allowed:
             return batch_logits
         adjusted = batch_logits.astype(mx.float32)
         if (edits := plan.edits) is not None:
             adjusted = adjusted.at[edits.rows, edits.token_ids].add(edits.amounts)
         if allowed:
-            rows = padded_rows(list(allowed), batch_logits.shape[0])
-            packed = self._packed(allowed, rows.tolist())
+            rows, width = (
+                padded_rows(list(allowed), batch_logits.shape[0]),
+                -(-self._vocab_size // 8),
+            )
+            # Ids past the end of a mask are not allowed.
+            data = b"".join(allowed[row][:width].ljust(width, b"\0") for row in rows.tolist())
+            packed = mx.array(np.frombuffer(data, dtype=np.uint8).reshape(len(rows), width))
             index = mx.array(rows)
             adjusted[index] = apply_mask(adjusted[index], packed)
         if (penalties := plan.penalties) is not None:
@@ -426,12 +429,6 @@ class Sampler:
             return counts
         rows, token_ids = (mx.array(column, mx.int32) for column in zip(*assumed, strict=True))
         return counts.at[rows, token_ids].add(OUTPUT)
-
-    def _packed(self, allowed: dict[int, bytes], rows: Sequence[int]) -> mx.array:
-        """Return a row of bits for each of `rows`; ids past the end of a mask are not allowed."""
-        width = -(-self._vocab_size // 8)
-        data = b"".join(allowed[row][:width].ljust(width, b"\0") for row in rows)
-        return mx.array(np.frombuffer(data, dtype=np.uint8).reshape(len(rows), width))
 
 
 # Compiled: otherwise, constants would be arrays in host memory, which kernels read slowly.

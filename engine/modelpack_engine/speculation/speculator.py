@@ -147,11 +147,6 @@ class Draft:
     loaded: LoadedModel
     layout: ModelLayout
 
-    @property
-    def bytes_per_token(self) -> int:
-        """The bytes of one token in its KV cache."""
-        return self.layout.bytes_per_token
-
 
 def check_draft(
     config: EngineConfig, target: LoadedModel, draft: LoadedModel | None

@@ -105,7 +105,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         budget.check_arguments((*args, *kwargs.values()))
         method = getattr(obj, "__wrapped__", obj)  # Jinja wraps str.format
         if isinstance(method, types.BuiltinMethodType) and method.__self__ is not None:
-            return budget.made(call_method(budget, _Method(obj, method), args, kwargs))
+            return budget.made(call_method(budget, obj, method, args, kwargs))
         if not self._is_callable(obj):
             raise TemplateLimitError(f"a {type(obj).__name__} cannot be called")
         return budget.made(super().call(context, obj, *args, **kwargs, **scopes))
@@ -154,18 +154,6 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         assert isinstance(tree, nodes.Template)
         tree.set_environment(self)
         return tree
-
-
-class _Method:
-    """A method of a built-in value, called through Jinja's wrapper where it has one."""
-
-    def __init__(self, called: Any, method: types.BuiltinMethodType) -> None:
-        self._called = called
-        self.__self__ = method.__self__
-        self.__name__ = method.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called(*args, **kwargs)
 
 
 class _Namespace(Namespace):

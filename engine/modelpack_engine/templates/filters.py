@@ -53,22 +53,26 @@ _MAX_STRIPPED = 1000  # the most characters to strip: each is compared with the 
 _SMALL_JSON = 1024 * 1024
 
 
-def call_method(budget: Budget, method: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Call a method of a built-in type; raise `TemplateLimitError` for one that is not allowed."""
+def call_method(
+    budget: Budget, called: Any, method: Any, args: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    """Call `called`, which is `method` or wraps it: a method of a built-in type.
+
+    Raises `TemplateLimitError` for one that is not allowed.
+    """
     owner, name = method.__self__, method.__name__
     if isinstance(owner, str):
         if name in _PLAIN_METHODS:
             if name.endswith("strip") and any(isinstance(a, str) for a in args):
                 check_text(sum(map(len, args)) * (MAX_TEXT // _MAX_STRIPPED))
-            return method(*args, **kwargs)
+            return called(*args, **kwargs)
         if name == "format":
             check_format(budget, owner, args, kwargs)
-            return method(*args, **kwargs)
-        bounded = _TEXT_METHODS.get(name)
-        if bounded is not None:
+            return called(*args, **kwargs)
+        if (bounded := _TEXT_METHODS.get(name)) is not None:
             return bounded(budget, owner, *args, **kwargs)
     elif name in _METHODS.get(type(owner), ()):
-        return method(*args, **kwargs)
+        return called(*args, **kwargs)
     raise TemplateLimitError(f"{type(owner).__name__}.{name}() is not available in templates")
 
 

@@ -39,9 +39,7 @@ class Workers:
     """
 
     def __init__(self, *, count: int = 2, waiting: int = 64, memory: int = MAX_MEMORY) -> None:
-        self._count = count
-        self._waiting = waiting
-        self._memory = memory
+        self._count, self._waiting, self._memory = count, waiting, memory
         self._idle: list[WorkerProcess] = []
         self._busy: dict[str, WorkerProcess | None] = {}
         self._waiters = 0
@@ -138,16 +136,15 @@ class Workers:
             with self._changed:
                 worker = self._idle.pop() if self._idle else None
             if worker is None:
-                return self._started()
+                try:
+                    return WorkerProcess(self._memory)
+                except OSError as error:
+                    raise RequestError(
+                        f"cannot start a worker process: {error.strerror}"
+                    ) from error
             if worker.is_usable:
                 return worker
             worker.close()
-
-    def _started(self) -> WorkerProcess:
-        try:
-            return WorkerProcess(self._memory)
-        except OSError as error:
-            raise RequestError(f"cannot start a worker process: {error.strerror}") from error
 
 
 _DIED = "its worker process ended: it takes too much memory or processor time"
