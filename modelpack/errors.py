@@ -29,7 +29,8 @@ ModelpackError                      1   any other failure
 │   └── AmbiguousError              7   a short name matches several models
 └── InterruptedTransferError        130 the caller stopped the transfer
 
-The number is the exit status of the command line, `ModelpackError.exit_code`.
+The number is the exit status of the command line, `ModelpackError.exit_code`. An error with the
+code 1 has the status 3 if a missing file caused it, 4 if the file system denied access.
 A message is `what failed: why`, with the value; `hint` tells the user what to do.
 """
 
@@ -50,6 +51,15 @@ class ModelpackError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+def exit_status(error: ModelpackError) -> int:
+    """Return the exit status of the command line for `error`, as the table above defines it."""
+    if error.exit_code == 1 and isinstance(error.__cause__, FileNotFoundError):
+        return NotFoundError.exit_code
+    if error.exit_code == 1 and isinstance(error.__cause__, PermissionError):
+        return AuthError.exit_code
+    return error.exit_code
 
 
 class UsageError(ModelpackError):

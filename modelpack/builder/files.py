@@ -188,7 +188,7 @@ def status_of(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(path, error) from error
 
 
 def opened_status(path: Path, *, refuse_pointer: bool = False) -> os.stat_result:
@@ -201,7 +201,7 @@ def opened_status(path: Path, *, refuse_pointer: bool = False) -> os.stat_result
         # O_NONBLOCK: if a FIFO has replaced the file, do not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable(path, error) from error
     try:
         status = os.fstat(descriptor)
         check_regular(path, status)
@@ -222,7 +222,7 @@ def head_of(path: Path, count: int) -> bytes:
         with path.open("rb") as stream:
             return stream.read(count)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable(path, error) from error
 
 
 def check_regular(path: Path, status: os.stat_result) -> None:
@@ -348,7 +348,7 @@ class _Walk:
                 _check_link(entry.path, self._allowed)
             status = entry.stat()
         except OSError as error:
-            raise unreadable(Path(entry.path), error) from None
+            raise unreadable(Path(entry.path), error) from error
         if stat.S_ISREG(status.st_mode):
             return Found(Path(entry.path), relative)
         if not stat.S_ISDIR(status.st_mode):
@@ -366,7 +366,7 @@ class _Walk:
             with os.scandir(path) as scan:
                 entries = sorted(scan, key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
-            raise unreadable(Path(path), error) from None
+            raise unreadable(Path(path), error) from error
         identity = (status.st_dev, status.st_ino)
         if any(identity == above for _, _, above in self._open):
             raise PackagingError(

@@ -97,7 +97,7 @@ def _same_content(one: LayerFile, other: LayerFile) -> bool:
                     return False
             return True
     except OSError as error:
-        raise unreadable(one.path, error) from None
+        raise unreadable(one.path, error) from error
 
 
 def check_projector(path: Path) -> None:

@@ -11,7 +11,7 @@ import click
 from modelpack._version import __version__
 from modelpack.cli.options import SIZE, Settings, common_options, remote_options, trust_options
 from modelpack.cli.output import note, show
-from modelpack.errors import ModelpackError, UsageError
+from modelpack.errors import ModelpackError, UsageError, exit_status
 from modelpack.operations.remote import RemoteOptions
 
 _VLLM_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
@@ -192,7 +192,7 @@ def up(models: tuple[str, ...], context_size: int, runtime_flags: str, service: 
     except ModelpackError as error:
         # Compose reads standard output only, and nothing after an error.
         messages.error(f"{error} ({error.hint})" if error.hint else str(error))
-        return error.exit_code
+        return exit_status(error)
     return 0
 
 

@@ -17,7 +17,7 @@ from modelpack._version import __version__
 from modelpack.cli.deploy import compose
 from modelpack.cli.main import run
 from modelpack.cli.output import one_line, show_error
-from modelpack.errors import ModelpackError
+from modelpack.errors import ModelpackError, exit_status
 
 _METADATA = "docker-cli-plugin-metadata"
 #: Compose passes runtime flags only to docker-model 1.0.6 or later, and checks the version.
@@ -126,4 +126,4 @@ def _run_model(arguments: list[str]) -> int:
     except ModelpackError as error:
         # Compose shows only the stdout of `pull`.
         show_error(error, err=False)
-        return error.exit_code
+        return exit_status(error)

@@ -13,7 +13,7 @@ from modelpack import plugins
 from modelpack._version import __version__
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import show_error, visible
-from modelpack.errors import ModelpackError
+from modelpack.errors import ModelpackError, exit_status
 
 # command -> (module of modelpack.cli, attribute). Modules are imported when used, to start fast.
 # Commands that need the engine are registered as entry points: see modelpack.plugins.
@@ -161,7 +161,8 @@ def run(args: list[str] | None = None) -> int:
         return 1
     except ModelpackError as error:
         _show_error(error, settings)
-        return settings.failure_code if error.exit_code == 1 else error.exit_code
+        status = exit_status(error)
+        return settings.failure_code if status == 1 else status
     except Exception as error:  # noqa: BLE001 - the outermost frame: never a bare traceback
         _show_unexpected(error, settings)
         return settings.failure_code
@@ -176,7 +177,7 @@ def _show_error(error: ModelpackError, settings: Settings) -> None:
         body: dict[str, Any] = {
             "type": type(error).__name__,
             "message": str(error),
-            "exitCode": error.exit_code,
+            "exitCode": exit_status(error),
         }
         if error.hint:
             body["hint"] = error.hint

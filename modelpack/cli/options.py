@@ -75,7 +75,7 @@ def common_options(command: F) -> F:
     """Add the options that every command has; the command gets them as `settings`."""
 
     @click.option(
-        "--store", metavar="DIR", type=click.Path(file_okay=False),
+        "--store", metavar="DIR", type=click.Path(file_okay=False, readable=False),
         help="Use this local store. [env: MODELPACK_STORE; default: in the user's data directory]",
     )  # fmt: skip
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -28,7 +28,8 @@ from modelpack.operations.package import package as package_model
 from modelpack.operations.remote import RemoteOptions, local_reference
 from modelpack.plugins import load_function
 
-PATH = click.Path(path_type=Path)
+# Packaging reports files that cannot be read, with the exit code of a denied permission.
+PATH = click.Path(path_type=Path, readable=False)
 # Bits per weight by the value of --quantize.
 _BITS = {"q4": 4, "q8": 8}
 

@@ -241,7 +241,7 @@ def registry() -> None:
     "--port", type=click.IntRange(0, 65535), metavar="PORT", help="Override the port of --addr."
 )
 @click.option(
-    "--root", type=click.Path(path_type=Path, file_okay=False),
+    "--root", type=click.Path(path_type=Path, file_okay=False, readable=False),
     help="Serve this store. [default: the local store]",
 )  # fmt: skip
 @click.option("--read-only", is_flag=True, help="Refuse pushes and deletions.")

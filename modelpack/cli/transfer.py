@@ -30,8 +30,8 @@ from modelpack.operations.remote import RemoteOptions, named
 from modelpack.operations.transfer import Transfer
 
 LOCK_FILE = click.option(
-    "--lock-file", type=click.Path(path_type=Path, dir_okay=False), default=FILE_NAME,
-    show_default=True,
+    "--lock-file", type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    default=FILE_NAME, show_default=True,
     help="Use this lock file.",
 )  # fmt: skip
 

@@ -71,7 +71,7 @@ def keygen(settings: Settings, prefix: str) -> None:
 @click.command()
 @model_argument("reference")
 @click.option(
-    "--key", required=True, type=click.Path(path_type=Path), metavar="KEY",
+    "--key", required=True, type=click.Path(path_type=Path, readable=False), metavar="KEY",
     help="Sign with this private key: PEM, or a file written by cosign or `keygen`.",
 )  # fmt: skip
 @click.option(

@@ -60,9 +60,9 @@ def _layer(file: AttachedFile, watch: Watch) -> Descriptor:
     """Hash a file and return it as a layer; raises `PackagingError`."""
     path = file.path
     try:
+        size = path.stat().st_size
         if not path.is_file():
             raise PackagingError(f"{path} is not a file", hint="attach each file of a directory")
-        size = path.stat().st_size
 
         def seen(completed: int) -> None:
             watch.stop.check()
