@@ -42,9 +42,8 @@ from modelpack.builder.files import (
 )
 from modelpack.builder.request import PackageRequest, check_context_size_fits, check_template_wins
 from modelpack.builder.times import created_time
-from modelpack.errors import PackagingError, UsageError
+from modelpack.errors import ModelpackError, PackagingError, UsageError
 from modelpack.formats.gguf import read_gguf_header
-from modelpack.formats.safetensors import read_safetensors_header
 from modelpack.formats.shards import find_shards, shard_set
 from modelpack.formats.statistics import (
     ModelStatistics,
@@ -52,8 +51,12 @@ from modelpack.formats.statistics import (
     gguf_statistics,
     safetensors_statistics,
 )
+from modelpack.plugins import load_function
 
 _CHUNK_BYTES: Final = 1024 * 1024
+_PROJECTOR_ARCHITECTURE: Final = "clip"
+#: The engine renders at most 512 Ki characters, each up to 4 bytes of UTF-8.
+_MAX_TEMPLATE_BYTES: Final = 4 * 512 * 1024
 
 
 def without_duplicates(
@@ -98,15 +101,6 @@ def _same_content(one: LayerFile, other: LayerFile) -> bool:
             return True
     except OSError as error:
         raise unreadable(one.path, error) from error
-
-
-def check_projector(path: Path) -> None:
-    """Raise `WeightFormatError` if a projector has the extension of weights but does not parse."""
-    kind = classify(path.name)
-    if kind is FileKind.GGUF:
-        read_gguf_header(path)
-    elif kind is FileKind.SAFETENSORS:
-        read_safetensors_header(path)
 
 
 def weight_statistics(
@@ -198,8 +192,61 @@ def named_files(
         files.append(maker.at(expanded(request.chat_template), media_types.DOCKER_CHAT_TEMPLATE))
     if request.mmproj is not None:
         files.append(maker.at(expanded(request.mmproj), media_types.DOCKER_MMPROJ))
-        check_projector(files[-1].path)
     return _joined((), files, request)
+
+
+def check_added_files(request: PackageRequest) -> None:
+    """Check that runtimes can use the projector and the chat template of a planned request.
+
+    A projector is a GGUF of the architecture `clip`. A chat template is UTF-8 and has Jinja tags;
+    if the extra `engine` is installed, its worker process also renders it once, within the limits
+    of the server. Raises `PackagingError` and `WeightFormatError`.
+    """
+    if request.mmproj is not None:
+        path = expanded(request.mmproj)
+        found = read_gguf_header(path).metadata.get("general.architecture")
+        if found is None or found.value != _PROJECTOR_ARCHITECTURE:
+            got = "none" if found is None else repr(found.value)
+            raise PackagingError(
+                f"--mmproj {shown(path)} is not a projector: its architecture is {got}, expected "
+                f"{_PROJECTOR_ARCHITECTURE!r}",
+                hint="use the mmproj file that is published with the model",
+            )
+    if request.chat_template is not None:
+        _check_template(expanded(request.chat_template))
+
+
+def _check_template(path: Path) -> None:
+    raw, problem = head_of(path, _MAX_TEMPLATE_BYTES + 1), ""
+    if len(raw) > _MAX_TEMPLATE_BYTES:
+        problem = f"has more than {_MAX_TEMPLATE_BYTES} bytes"
+    elif b"{{" not in raw and b"{%" not in raw:
+        problem = "is not a Jinja template: it has no {{ … }} and no {% … %}"
+    else:
+        try:
+            _render_once(raw.decode())
+        except UnicodeDecodeError:
+            problem = "is not UTF-8"
+        except ModelpackError as error:
+            problem = f"cannot be used: {error}"
+    if problem:
+        raise PackagingError(f"--chat-template {shown(path)} {problem}")
+
+
+def _render_once(source: str) -> None:
+    try:
+        chat_template = load_function("chat_template")
+    except ImportError:  # without the extra `engine`
+        return
+    assert chat_template is not None, "registered by this distribution"
+    chat_template(source).render(
+        {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "add_generation_prompt": True,
+            "bos_token": "",
+            "eos_token": "",
+        }
+    )
 
 
 def _joined(

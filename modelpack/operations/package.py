@@ -19,7 +19,7 @@ from modelpack.artifacts.model import Model, Role
 from modelpack.artifacts.reference import Reference
 from modelpack.builder.build import Built, build, repackage
 from modelpack.builder.files import LayerFile, Skipped
-from modelpack.builder.plan import plan, plan_extras
+from modelpack.builder.plan import check_added_files, plan, plan_extras
 from modelpack.builder.request import PackageRequest
 from modelpack.bundles.bundle import Bundle, lay_out
 from modelpack.errors import PackagingError, SourceChangedError
@@ -220,6 +220,7 @@ def package(
     else:
         base = None
         planned = plan(request)
+    check_added_files(request)
     for skipped in planned.skipped:
         message = f"skipped {skipped.path}: {skipped.reason}"
         watch.report(Progress(Action.NOTE, skipped.path, message=message))

@@ -40,7 +40,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LayoutStore:
     request = modelpack.PackageRequest(safetensors_dir=files)
     modelpack.package("team/plain", request, store=made)
     template = tmp_path / "mine.jinja"
-    template.write_text("packaged")
+    template.write_text("packaged {{ messages }}")
     defaults = json.dumps({"parameters": PARAMETERS, "system": "Be brief."})
     request = modelpack.PackageRequest(
         safetensors_dir=files, chat_template=template, context_size=1024,
@@ -61,7 +61,7 @@ def test_serve_hands_them_to_vllm(store: LayoutStore, program: Path) -> None:
     given = flags(rest)
     assert given["--max-model-len"] == "1024"
     assert Path(given["--chat-template"]) == Path(directory, "chat_template.jinja")
-    assert Path(given["--chat-template"]).read_text() == "packaged"
+    assert Path(given["--chat-template"]).read_text() == "packaged {{ messages }}"
     assert json.loads(given["--override-generation-config"]) == GENERATION
     assert "no option for the packaged system prompt" in done.stderr
     assert "no default for stop" in done.stderr
@@ -98,7 +98,7 @@ def test_the_plugin_sets_them(
     earlier = arg_utils.EngineArgs("modelpack://team/set")  # created before the plugins are loaded
     vllm_plugin.register()
     directory = Path(earlier.create_engine_config())
-    assert (directory / "chat_template.jinja").read_text() == "packaged"
+    assert (directory / "chat_template.jinja").read_text() == "packaged {{ messages }}"
     assert earlier.max_model_len == 1024
     assert earlier.override_generation_config == {**GENERATION, "temperature": 0.5}
     assert "system prompt" in caplog.text
@@ -175,4 +175,4 @@ def test_a_greedy_default_is_said_vllms_way(store: LayoutStore) -> None:
 
 def test_the_bundle_has_the_template(store: LayoutStore) -> None:
     _, directory = kept_bundle("team/set", store=store)
-    assert (directory / "chat_template.jinja").read_text() == "packaged"
+    assert (directory / "chat_template.jinja").read_text() == "packaged {{ messages }}"

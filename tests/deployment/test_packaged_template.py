@@ -16,7 +16,7 @@ from modelpack_engine.models.json_tokenizer import chat_template_of
 from modelpack_server.stored_models import stored_files
 from tests.models import tiny_safetensors
 
-PACKAGED, INLINE, OWN = "packaged", "inline", "own"
+PACKAGED, INLINE, OWN = "packaged {{ messages }}", "inline", "own"
 
 
 def packaged(root: Path, given: str | None, files: dict[str, str]) -> tuple[LayoutStore, Path]:

@@ -116,12 +116,6 @@ FILE_ROWS: dict[str, tuple[dict[str, bytes], dict[str, str], type[ModelpackError
         WeightFormatError,
         ["d/b/c.safetensors"],
     ),
-    "broken-projector": (
-        {"m.gguf": TINY, "mmproj.gguf": b"GGUF"},
-        {"gguf": "m.gguf", "mmproj": "mmproj.gguf"},
-        WeightFormatError,
-        ["mmproj.gguf"],
-    ),
     "pointer-as-gguf": (
         {"m.gguf": POINTER},
         {"gguf": "m.gguf"},
