@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +28,8 @@ from modelpack_engine.patches.mlx_lm_imports import kept_file_limit
 GROUP_SIZE: Final = 64
 #: The approximate limit of one weight file in bytes: mlx-lm's limit of 5 GB.
 SHARD_BYTES: Final = 5 << 30
+# transformers, which mlx-lm imports, reads this variable.
+_NO_ADVICE: Final = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 #: The values of `--quantize`: bits per weight.
 BITS: Final = (4, 8)
 
@@ -61,10 +67,10 @@ def quantize_directory(
             raise UsageError(f"{source}: the model is quantised already: config.json has {key!r}")
     before = sum(path.stat().st_size for path in files.weights)
     model, config, _ = load_safetensors(files, config)
-    with kept_file_limit():
-        from mlx_lm.utils import quantize_model, save_config
-
-    model, config = quantize_model(model, config, GROUP_SIZE, bits)
+    with _quiet():
+        with kept_file_limit():
+            from mlx_lm.utils import quantize_model, save_config
+        model, config = quantize_model(model, config, GROUP_SIZE, bits)
     flat: Any = tree_flatten(model.parameters())
     weights: dict[str, Any] = dict(sorted(flat))
     modules = sum(name.endswith(".scales") for name in weights)
@@ -79,6 +85,21 @@ def quantize_directory(
     save_config(config, target / "config.json", keep_vision_config=keeps_vision)
     after = _save(weights, target)
     return Quantized(bits, modules, before, after)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress the advice of transformers to install PyTorch, and what mlx-lm prints to stdout."""
+    advice = os.environ.get(_NO_ADVICE)
+    os.environ[_NO_ADVICE] = "1"
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if advice is None:
+            del os.environ[_NO_ADVICE]
+        else:
+            os.environ[_NO_ADVICE] = advice
 
 
 def _save(weights: dict[str, Any], target: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def test_the_engine_runs_what_mlx_lm_would_have_made(
     source: Path, tmp_path: Path, quantize: str, bits: int
 ) -> None:
     store = modelpack.Store(tmp_path / "store")
-    packaged(source, store.root, quantize)
+    assert len(packaged(source, store.root, quantize).splitlines()) == 1
     model = modelpack.inspect("tiny/q:v1", store=store)
     assert mlx_bits(model.config) == bits
     assert model.config.quantization == f"{bits}bit"
@@ -79,6 +80,11 @@ def test_two_processes_make_the_same_bytes(source: Path, tmp_path: Path) -> None
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert again.stdout.strip() == here
+    # Nothing of mlx-lm or transformers: stdout is the digest, stderr our own lines.
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}\n", again.stdout)
+    assert [line.split()[0] for line in again.stderr.splitlines()] == [
+        "tiny/q:v1", "quantised", "packaged",
+    ]  # fmt: skip
 
 
 def test_large_weights_are_sharded(
