@@ -207,12 +207,17 @@ def _pull_locked(
             remote=remote,
             progress=progress,
         )
-    note(settings, f"fetched {plural(len(done), 'model')} of {lock_file}")
-    value = [
-        {"reference": str(one.reference), "digest": str(one.digest)} | _counts(one.transfer)
-        for one in done
-    ]
-    show(settings, {"fetched": value}, "\n".join(str(one.digest) for one in done))
+    fetched = [one for one in done if one.transfer.written]
+    note(settings, f"fetched {len(fetched)} of the {plural(len(done), 'model')} in {lock_file}")
+    models, fetched_models = (
+        [
+            {"reference": str(one.reference), "digest": str(one.digest)} | _counts(one.transfer)
+            for one in group
+        ]
+        for group in (done, fetched)
+    )
+    value = {"models": models, "fetched": fetched_models}
+    show(settings, value, "\n".join(str(one.digest) for one in done))
 
 
 @click.command()

@@ -16,6 +16,7 @@ from modelpack.hub.reference import HUB_REGISTRY
 from modelpack.operations.lookup import check_whole, stored_model
 from modelpack.operations.pull import Pulled, pull
 from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.transfer import Transfer
 from modelpack.operations.trust import check_stored
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import watching
@@ -134,9 +135,9 @@ def pull_locked(
 ) -> tuple[Pulled, ...]:
     """Pull the locked models by digest, and tag them in the store with their references.
 
-    Without `names`, pulls all models of the lock file. Stored models are not fetched again. With
-    `offline`, nothing is fetched: a missing or partial model raises `NotFoundError`. If a call
-    fails, the models before the failure stay stored.
+    Without `names`, pulls all models of the lock file. Stored models are not fetched again: their
+    transfers have written no blobs. With `offline`, nothing is fetched: a missing or partial model
+    raises `NotFoundError`. If a call fails, the models before the failure stay stored.
     """
     store = store or LayoutStore()
     watch = watching(progress, stop)
@@ -153,11 +154,14 @@ def pull_locked(
             pulled = pull(
                 pinned, store=store, remote=remote, progress=watch.report, stop=watch.stop
             )
-            done.append(pulled)
             digest = pulled.digest  # for an index, the digest of the variant
-        elif remote is not None and remote.trust is not None:
+        else:
             model = replace(stored_model(store, str(digest)), reference=reference)
-            check_stored(remote.trust, store, model, remote, watch)
+            if remote is not None and remote.trust is not None:
+                check_stored(remote.trust, store, model, remote, watch)
+            existed = len(model.manifest.unique_blobs)
+            pulled = Pulled(pinned, model.digest, Transfer(model.descriptor, 0, existed, 0, 0))
+        done.append(pulled)
         store.tag(str(digest), reference)
     return tuple(done)
 

@@ -68,7 +68,8 @@ def test_a_tag_that_moves(published: Published, path: Path) -> None:
     [done] = pull_locked(path=path, store=published.store)
     assert done.digest == published.digest
     assert published.store.resolve(published.reference).digest == published.digest
-    assert pull_locked(path=path, store=published.store) == ()
+    [again] = pull_locked(path=path, store=published.store)
+    assert (again.digest, again.transfer.written) == (published.digest, 0)
     # Locking again accepts the moved tag.
     assert set(lock(path=path).digests.values()) == {moved}
     pull_locked(path=path, store=published.store)
@@ -100,7 +101,8 @@ def test_offline(published: Published, path: Path) -> None:
         pull_locked(path=path, offline=True, store=published.store)
     pull_locked(path=path, store=published.store)
     published.records.forget(published.server)
-    assert pull_locked(path=path, offline=True, store=published.store) == ()
+    [again] = pull_locked(path=path, offline=True, store=published.store)
+    assert (again.digest, again.transfer.written) == (published.digest, 0)
     assert check_lock(path=path, offline=True, store=published.store) == ()
     assert published.records.settled(published.server) == []
     # A lost blob counts as missing.
@@ -150,7 +152,11 @@ def test_the_commands(
     assert succeed("lock", "--check", "--json").json["drifts"] == []
     assert command("pull", "--locked", "--offline").code == 3
     assert succeed("pull", "--locked").out == str(published.digest)
-    assert succeed("pull", "--locked", "--offline", name).out == ""
+    offline = ["pull", "--locked", "--offline", name]
+    assert succeed(*offline).out == str(published.digest)
+    done = succeed(*offline, "--json").json
+    assert [one["digest"] for one in done["models"]] == [str(published.digest)]
+    assert done["fetched"] == []
     move_tag(published)
     drifted = command("lock", "--check")
     assert drifted.code == 5
