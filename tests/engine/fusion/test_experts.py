@@ -1,4 +1,4 @@
-"""Mixtures of experts by fused kernels, on an emulated GPU: as mlx-lm's models compute them."""
+"""Fused kernels of mixtures of experts, compared with mlx-lm's models on an emulated GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_the_texts_compute_what_mlx_does(host: Host, dtype: mx.Dtype) -> None:
+def test_kernels_agree_with_mlx(host: Host, dtype: mx.Dtype) -> None:
     assert expert_kernels.verdict(dtype) is None
     assert {body for body, _ in host.calls} == {"route", "dispatch", "combine"}
 
@@ -51,7 +51,9 @@ def test_the_texts_compute_what_mlx_does(host: Host, dtype: mx.Dtype) -> None:
         ("combine", ("* score", "+ score"), "sums of experts are off"),
     ],
 )
-def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str], found: str) -> None:
+def test_the_verdict_names_a_wrong_kernel(
+    host: Host, body: str, wrong: tuple[str, str], found: str
+) -> None:
     host.break_by(lambda name, text: text.replace(*wrong) if name == body else text)
     assert expert_kernels.verdict(mx.float32) == found
 
@@ -60,7 +62,7 @@ def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str], fo
     ("experts", "top_k", "groups", "keep", "normed"),
     [(8, 2, 1, 1, True), (64, 6, 8, 3, True), (33, 1, 1, 1, True), (16, 4, 4, 2, False)],
 )
-def test_sigmoids_choose_as_deepseek_does(
+def test_routing_by_sigmoids_equals_deepseek(
     host: Host, experts: int, top_k: int, groups: int, keep: int, normed: bool
 ) -> None:
     keys = mx.random.split(mx.random.key(experts))
@@ -75,7 +77,7 @@ def test_sigmoids_choose_as_deepseek_does(
         assert actual == pytest.approx(expected, rel=1e-4)
 
 
-def test_rows_without_numbers_have_experts_all_the_same(host: Host) -> None:
+def test_rows_of_nan_get_distinct_experts(host: Host) -> None:
     logits = mx.full((2, 8), float("nan"))
     for routing in (Routing(3, True), Routing(3, True, sigmoid=True)):
         chosen, scores = route(logits, routing, mx.zeros((8,)), mx.float32)
@@ -86,7 +88,7 @@ def test_rows_without_numbers_have_experts_all_the_same(host: Host) -> None:
 
 
 def mixtures(model: nn.Module) -> list[nn.Module]:
-    """Return modules that have experts."""
+    """Return the modules that contain a `SwitchGLU`."""
     return [
         module
         for _, module in model.named_modules()
@@ -101,7 +103,7 @@ MORE = ("qwen3_next", "glm4_moe", "mixtral", "olmoe", "ernie4_5_moe", "dots1", "
 @pytest.mark.parametrize(
     "name", [*NAMES, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
 )
-def test_models_find_the_same(host: Host, name: str) -> None:
+def test_fused_experts_equal_the_model(host: Host, name: str) -> None:
     model = make_specimen(next(c for c in CATALOGUE if c.id == name)).model
     (block, *_) = mixtures(model)
     (experts,) = (m for m in block.children().values() if type(m) is SwitchGLU)
@@ -125,8 +127,8 @@ def test_models_find_the_same(host: Host, name: str) -> None:
     assert not host.calls
 
 
-def test_other_uses_of_what_experts_gave(host: Host) -> None:
-    """The deferred outputs of experts behave like an ordinary array."""
+def test_expert_outputs_work_like_any_array(host: Host) -> None:
+    """Only `* scores` followed by `.sum` is fused; other operations give the usual results."""
     mx.random.seed(2)
     experts: Any = SwitchGLU(32, 16, 4)
     x = mx.random.normal((ROWS, 1, 32))
@@ -152,7 +154,7 @@ def test_other_uses_of_what_experts_gave(host: Host) -> None:
     np.testing.assert_allclose(total + 1, wanted.sum(axis=-2) + 1, **close)
 
 
-def test_few_pairs_go_mlx_s_way(host: Host) -> None:
+def test_mlx_computes_few_pairs(host: Host) -> None:
     experts: Any = SwitchGLU(32, 16, 4)
     step: Any = SimpleNamespace(active=True)
     fuse_experts(experts, step, ClassSwaps())
@@ -160,10 +162,8 @@ def test_few_pairs_go_mlx_s_way(host: Host) -> None:
     assert not host.calls
 
 
-def test_sorted_rows_lie_as_far_apart_as_their_strides_say(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MLX on CUDA reads sorted rows with the stride of an axis of size 1."""
+def test_rows_sorted_by_expert_are_contiguous(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With sorted experts, MLX on CUDA takes the stride of an axis of size 1 for that of rows."""
     strides: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     original: Any = SwitchLinear.__call__
 
@@ -182,12 +182,12 @@ def test_sorted_rows_lie_as_far_apart_as_their_strides_say(
     assert strides == [(shape, (shape[2], shape[2], 1)) for shape in (wide, wide, narrow)]
 
 
-def test_only_models_that_have_experts_are_known_to() -> None:
+def test_has_experts() -> None:
     assert not has_experts(tiny_llama())
     assert has_experts(nn.Sequential(nn.Linear(8, 8), SwitchGLU(8, 8, 2)))
 
 
-def test_other_layers_are_left_alone() -> None:
+def test_other_layers_are_not_fused() -> None:
     step: Any = SimpleNamespace(active=True)
     assert not fuse_experts(nn.Linear(8, 8), step, ClassSwaps())
     assert not fuse_router(nn.Linear(8, 8), step, ClassSwaps())

@@ -1,4 +1,4 @@
-"""Matmuls by heads for all rows together equal those row by row."""
+"""`fuse_heads`: one matmul per head for all rows equals mlx-lm's matmuls of single rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def product(bits: int | None) -> Any:
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 @pytest.mark.parametrize("shape", [(5, HEADS, 1), (1, HEADS, 1), (5, HEADS, 2)])
-def test_rows_together_give_what_each_gives(bits: int | None, shape: tuple[int, ...]) -> None:
+def test_fused_heads_equal_the_layer(bits: int | None, shape: tuple[int, ...]) -> None:
     layer, swaps = product(bits), ClassSwaps()
     x = mx.random.normal((*shape, INPUTS), key=mx.random.key(1))
     expected = layer(x)
@@ -37,7 +37,7 @@ def test_rows_together_give_what_each_gives(bits: int | None, shape: tuple[int, 
     np.testing.assert_array_equal(layer(x), expected)
 
 
-def test_the_other_way_round() -> None:
+def test_fused_heads_without_transpose_equal_the_layer() -> None:
     layer, swaps = product(None), ClassSwaps()
     x = mx.random.normal((5, HEADS, 1, OUTPUTS), key=mx.random.key(1))
     expected = layer(x, transpose=False)
@@ -46,7 +46,7 @@ def test_the_other_way_round() -> None:
     np.testing.assert_allclose(layer(x, transpose=False), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_outside_of_a_step_nothing_changes() -> None:
+def test_calls_outside_of_a_step_are_unchanged() -> None:
     layer, swaps, seen = product(None), ClassSwaps(), list[tuple[int, ...]]()
     kind = type(layer)
     step: Any = SimpleNamespace(active=False)
@@ -65,6 +65,6 @@ def test_outside_of_a_step_nothing_changes() -> None:
     assert seen == [(5, HEADS, 1, INPUTS), (HEADS, 5, INPUTS)]
 
 
-def test_other_layers_are_left_alone() -> None:
+def test_other_layers_are_not_fused() -> None:
     step: Any = SimpleNamespace(active=True)
     assert not fuse_heads(nn.Linear(8, 8), step, ClassSwaps())

@@ -1,4 +1,4 @@
-"""The kernels of fused layers on an emulated GPU, alone and within a model."""
+"""Kernels of fused layers on an emulated GPU: compared with MLX's functions, and in a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
         yield found
 
 
-def test_the_texts_compute_what_mlx_does(host: Host) -> None:
+def test_kernels_agree_with_mlx(host: Host) -> None:
     assert kernels.verdict(mx.float32) is None
     assert {body for body, _ in host.calls} == {
         "add_norm",
@@ -51,7 +51,7 @@ def test_the_texts_compute_what_mlx_does(host: Host) -> None:
     ],
 )
 @pytest.mark.parametrize("table", [False, True])
-def test_heads_of_any_kind_are_rotated(
+def test_rotation_and_kv_write(
     host: Host, dim: int, dims: int, interleaved: bool, normed: bool, parts: int, table: bool
 ) -> None:
     heads, rows = (3, 2), 3
@@ -103,14 +103,16 @@ def test_heads_of_any_kind_are_rotated(
         ("rows", ("index[row]", "row"), "rows"),
     ],
 )
-def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str], found: str) -> None:
+def test_the_verdict_names_a_wrong_kernel(
+    host: Host, body: str, wrong: tuple[str, str], found: str
+) -> None:
     host.break_by(lambda name, text: text.replace(*wrong) if name == body else text)
     verdict = kernels.verdict(mx.float32)
     assert verdict is not None
     assert verdict.startswith(found)
 
 
-def test_a_model_runs_by_them(host: Host) -> None:
+def test_a_model_runs_on_fused_kernels(host: Host) -> None:
     model = tiny_llama(head_dim=32)
     runner = make_runner(model, num_blocks=8, exact=False, compiled=False)
     assert runner.notes == ()

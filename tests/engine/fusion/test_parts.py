@@ -1,4 +1,4 @@
-"""The parts of fused layers: joint weights, matmuls, residual sums, rotations."""
+"""Building blocks of fused layers: joint weights, partial sums, residual sums, rotations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layers(bits: int | None = None, *, bias: bool = False) -> list[nn.Module]:
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 @pytest.mark.parametrize("bias", [False, True])
-def test_joint_layers_give_what_each_gives(bits: int | None, bias: bool) -> None:
+def test_joint_layers_equal_single_layers(bits: int | None, bias: bool) -> None:
     parts = layers(bits, bias=bias)
     x = mx.random.normal((5, 64))
     expected = mx.concatenate([layer(x) for layer in parts], axis=1)  # type: ignore[operator]
@@ -64,19 +64,19 @@ def test_layers_that_differ_are_not_joined(unlike: Any) -> None:
     assert not can_join(unlike(layers()))
 
 
-def test_weights_of_what_is_no_linear_layer() -> None:
+def test_a_norm_has_no_linear_weights() -> None:
     assert weights_of(nn.RMSNorm(8)) is None
 
 
 @given(outputs=st.integers(1, 200_000), tiles=st.integers(1, 300))
-def test_parts_divide_the_inputs_and_are_not_tiny(outputs: int, tiles: int) -> None:
+def test_parts_divide_the_inputs_evenly(outputs: int, tiles: int) -> None:
     parts = num_parts(outputs, tiles * 64)
     assert tiles % parts == 0
     assert parts == 1 or tiles // parts >= 4
     assert parts <= 8
 
 
-def test_sums_know_their_terms_until_they_are_made() -> None:
+def test_a_sum_has_terms_until_a_kernel_computes_it() -> None:
     sums = Sums()
     a, b = mx.array([[1.0, 2.0]]), mx.array([[10.0, 20.0]])
     total = sums.add(a, b)
@@ -96,7 +96,7 @@ def test_sums_know_their_terms_until_they_are_made() -> None:
     assert sums.value(total) is total
 
 
-def test_a_sum_of_parts_is_one_array_and_remembers_them() -> None:
+def test_a_sum_of_parts_keeps_its_parts() -> None:
     sums = Sums()
     parts = Parts(mx.array([[[1.0, 2.0]], [[3.0, 4.0]]]), 2)
     rows = sums.of_parts(parts, (1, 1, 2), mx.float16)
@@ -107,7 +107,7 @@ def test_a_sum_of_parts_is_one_array_and_remembers_them() -> None:
     assert terms[1] is parts
 
 
-def test_rows_of_a_sum_of_parts_are_a_sum_of_parts() -> None:
+def test_rows_of_a_sum_are_taken_from_its_parts() -> None:
     sums, rows = Sums(), mx.array([2, 0, 0], mx.int32)
     for count in (1, 2):
         parts = Parts(mx.random.normal((count, 4, 2) if count > 1 else (4, 2)), count)
@@ -142,7 +142,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_rotations_are_those_of_the_model(name: str) -> None:
+def test_rotations_equal_mlx_lm(name: str) -> None:
     scaling, interleaved = ROPES[name]
     rope = initialize_rope(32, 10000.0, interleaved, scaling, 256)
     rotation = find_rotation(rope)

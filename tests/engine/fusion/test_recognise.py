@@ -1,4 +1,4 @@
-"""Layers are recognised by what they compute, not by their names."""
+"""`reads_like`: a layer is recognised by its source and the functions that the source calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelpack_engine.patches.fused_layers import reads_like
 
 
 def instance(name: str) -> nn.Module:
-    """Return an instance of a class of mlx-lm's models, without parameters."""
+    """Return an instance of a class of mlx-lm's models, without calling its constructor."""
     module, _, kind = name.partition(".")
     found: type[nn.Module] = getattr(importlib.import_module(f"mlx_lm.models.{module}"), kind)
     return found.__new__(found)
@@ -49,7 +49,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 class OtherMeaning(nn.Module):
-    """Has the source of Llama's MLP, but another function named `swiglu`."""
+    """A module with the source of Llama's MLP, which calls another function named `swiglu`."""
 
     gate_proj: Any
     up_proj: Any
@@ -64,11 +64,11 @@ class Silent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [OtherMeaning, Silent])
-def test_others_are_not_known(kind: type[nn.Module]) -> None:
+def test_other_modules_are_not_recognised(kind: type[nn.Module]) -> None:
     assert not reads_like(kind(), llama.MLP)
 
 
-def test_a_class_without_a_text_is_not_known() -> None:
+def test_a_class_without_source_is_not_recognised() -> None:
     scope: dict[str, Any] = {}
     exec("def __call__(self, x):\n    return x", scope)  # a class without a source file
     kind = type("Made", (nn.Module,), {"__call__": scope["__call__"]})
