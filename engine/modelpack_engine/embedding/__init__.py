@@ -3,9 +3,8 @@
     embedder = modelpack_server.open_embedder("ai/all-minilm")
     vectors = embedder.embed(["a cat", "a feline"]).vectors
 
-Read `loader` first, then `encoder`, `pooling`, `sentence_transformers`, `embedder` and
-`async_embedder`. Names load at first use, after a BLAS for MLX's CPU backend has been chosen
-(`platform.blas`).
+Read `loader` first, then `encoder`, `sentence_transformers`, `embedder` and `async_embedder`.
+Names load at first use, after a BLAS for MLX's CPU backend has been chosen (`platform.blas`).
 """
 
 from __future__ import annotations
@@ -25,19 +24,13 @@ if TYPE_CHECKING:
     from modelpack_engine.embedding.request import Scores as Scores
     from modelpack_engine.embedding.request import sigmoid as sigmoid
 
-_EXPORTS = {
-    "AsyncEmbedder": "modelpack_engine.embedding.async_embedder",
-    "CrossEncoder": "modelpack_engine.embedding.embedder",
-    "Scores": "modelpack_engine.embedding.request",
-    "sigmoid": "modelpack_engine.embedding.request",
-    "Embedder": "modelpack_engine.embedding.embedder",
-    "EmbedderConfig": "modelpack_engine.embedding.embedder",
-    "Embeddings": "modelpack_engine.embedding.request",
-    "EmbedOptions": "modelpack_engine.embedding.request",
-    "load_embedder": "modelpack_engine.embedding.loader",
-    "purpose_of": "modelpack_engine.embedding.loader",
-    "rank_pairs": "modelpack_engine.embedding.async_embedder",
+_MODULES = {
+    "async_embedder": ("AsyncEmbedder", "rank_pairs"),
+    "embedder": ("CrossEncoder", "Embedder", "EmbedderConfig"),
+    "loader": ("load_embedder", "purpose_of"),
+    "request": ("Embeddings", "EmbedOptions", "Scores", "sigmoid"),
 }
+_EXPORTS = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = list(_EXPORTS)
 

@@ -123,7 +123,6 @@ class CrossEncoder(_BatchModel[CrossEncoderConfig, float]):
         token_ids, type_ids, lengths, _ = as_arrays(batch)
         hidden = self.encoder(token_ids, lengths, type_ids)
         logits = self.encoder.classify(hidden, lengths)[:, 0].astype(mx.float32)
-        mx.eval(logits)
         return [float(logit) for logit in np.array(logits)]
 
     def finish(self, logits: Sequence[float], prepared: Sequence[Prepared]) -> Scores:

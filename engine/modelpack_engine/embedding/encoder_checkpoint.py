@@ -21,8 +21,8 @@ from modelpack.formats.safetensors import read_safetensors_header
 from modelpack_engine.embedding.encoder import Activation, Encoder, EncoderConfig
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.files import ModelFiles
-from modelpack_engine.models.load_budget import TensorBounds
 from modelpack_engine.models.precision import array_shapes, check_parameters, shapes_of
+from modelpack_engine.models.safetensors import read_headers
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
@@ -77,6 +77,10 @@ def is_cross_encoder(config: Mapping[str, Any]) -> bool:
     return isinstance(names, list) and any("ForSequenceClassification" in str(n) for n in names)
 
 
+def _unexpected(name: str, value: Any, expected: str) -> ModelLoadError:
+    return ModelLoadError(f"config.json: {name} is {str(value)[:50]!r}, expected {expected}")
+
+
 class _Fields:
     """Values of config.json, checked as they are read."""
 
@@ -89,9 +93,7 @@ class _Fields:
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ModelLoadError(
-                    f"config.json: {name} is {str(value)[:50]!r}, expected an integer from {least}"
-                )
+                raise _unexpected(name, value, f"an integer from {least}")
             return value
         if default is None:
             raise ModelLoadError(f"config.json: {names[0]} is missing")
@@ -103,18 +105,14 @@ class _Fields:
             if value is None:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise ModelLoadError(
-                    f"config.json: {name} is {str(value)[:50]!r}, expected a positive number"
-                )
+                raise _unexpected(name, value, "a positive number")
             return float(value)
         return default
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.config.get(name, default)
         if not isinstance(value, bool):
-            raise ModelLoadError(
-                f"config.json: {name} is {str(value)[:50]!r}, expected true or false"
-            )
+            raise _unexpected(name, value, "true or false")
         return value
 
     def expect(self, name: str, *allowed: object) -> None:
@@ -146,9 +144,7 @@ def _bert(fields: _Fields, *, skips_padding: bool = False) -> EncoderConfig:
     pad = fields.count("pad_token_id", default=1 if skips_padding else 0, least=0)
     offset = pad + 1 if skips_padding else 0
     if table <= offset:
-        raise ModelLoadError(
-            f"config.json: max_position_embeddings is {table}, expected more than {offset}"
-        )
+        raise _unexpected("max_position_embeddings", table, f"more than {offset}")
     return EncoderConfig(
         architecture=str(fields.config["model_type"]),
         vocab_size=fields.count("vocab_size"),
@@ -477,11 +473,7 @@ def load_encoder(files: ModelFiles, config: Mapping[str, Any], dtype: mx.Dtype |
     Raises `ModelLoadError` for an architecture that is not supported, and for tensors that are
     missing, unknown or of another shape; `WeightFormatError` for a damaged file.
     """
-    bounds = TensorBounds.of(
-        (tensor.name, tensor.shape)
-        for path in files.weights
-        for tensor in read_safetensors_header(path).tensors
-    )
+    bounds, _ = read_headers(files)
     bounds.check(config)
     parsed = parse_encoder_config(config)
     with bounds.building("config.json"):
@@ -503,13 +495,11 @@ def load_tensors(encoder: Encoder, tensors: Mapping[str, mx.array], what: str) -
 def read_tensors(paths: Iterable[Path]) -> dict[str, mx.array]:
     """Return the tensors of safetensors files by name; MLX reads their bytes at first use.
 
-    Raises `ModelLoadError` for a tensor that is in two files, or is not floating-point.
+    Raises `ModelLoadError` for a tensor that is not floating-point.
     """
     found: dict[str, mx.array] = {}
     for path in paths:
         for tensor in read_safetensors_header(path).tensors:
-            if tensor.name in found:
-                raise ModelLoadError(f"{path}: {tensor.name!r} is in another file too")
             if tensor.dtype not in _FLOATS and not tensor.name.endswith(_BUFFERS):
                 raise ModelLoadError(
                     f"{path}: {tensor.name!r} is {tensor.dtype}, expected {' or '.join(_FLOATS)}"

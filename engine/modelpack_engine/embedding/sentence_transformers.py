@@ -64,13 +64,9 @@ def parse_pooling(config: Mapping[str, Any], what: str) -> tuple[PoolingMode, ..
         if not modes:
             raise ModelLoadError(f"{what}: pooling_mode is empty")
         return modes
-    unknown = [
-        key
-        for key, value in config.items()
-        if key.startswith("pooling_mode_") and key not in _FLAGS and value
-    ]
-    if unknown:
-        raise ModelLoadError(f"{what}: {unknown[0][:100]} is not known")
+    for key, value in config.items():
+        if key.startswith("pooling_mode_") and key not in _FLAGS and value:
+            raise ModelLoadError(f"{what}: {key[:100]} is not known")
     return tuple(mode for key, mode in _FLAGS.items() if config.get(key)) or (PoolingMode.MEAN,)
 
 
@@ -83,64 +79,26 @@ def pool(
     tokens. The first `skipped` int32 [texts] of these, a prompt, are left out.
     """
     hidden = hidden.astype(mx.float32)
-    vectors = [_MODES[mode](hidden, lengths, skipped) for mode in modes]
+    vectors = [_pooled(hidden, lengths, mode, skipped) for mode in modes]
     return vectors[0] if len(vectors) == 1 else mx.concatenate(vectors, axis=-1)
 
 
-def _real(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
-    """Return the mask of the tokens to pool, [texts, tokens, 1]."""
+def _pooled(hidden: mx.array, lengths: mx.array, mode: PoolingMode, skipped: mx.array) -> mx.array:
+    last = lengths - 1
+    if mode in (PoolingMode.CLS, PoolingMode.LAST):
+        places = last if mode is PoolingMode.LAST else mx.minimum(skipped, last)
+        return mx.take_along_axis(hidden, places[:, None, None], axis=1)[:, 0]
     places = mx.arange(hidden.shape[1])[None, :]
-    return ((places >= skipped[:, None]) & (places < lengths[:, None]))[..., None]
-
-
-def _at(hidden: mx.array, places: mx.array) -> mx.array:
-    return mx.take_along_axis(hidden, places[:, None, None], axis=1)[:, 0]
-
-
-def _cls(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
-    return _at(hidden, mx.minimum(skipped, lengths - 1))
-
-
-def _last(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
-    return _at(hidden, lengths - 1)
-
-
-def _max(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
-    return mx.where(_real(hidden, lengths, skipped), hidden, -mx.inf).max(axis=1)
-
-
-def _sum(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
-    return mx.where(_real(hidden, lengths, skipped), hidden, 0).sum(axis=1)
-
-
-def _counted(lengths: mx.array, skipped: mx.array) -> mx.array:
-    return (lengths - skipped)[:, None].astype(mx.float32)
-
-
-def _mean(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
-    return _sum(hidden, lengths, skipped) / _counted(lengths, skipped)
-
-
-def _mean_sqrt_len(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
-    return _sum(hidden, lengths, skipped) / mx.sqrt(_counted(lengths, skipped))
-
-
-def _weighted_mean(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
-    weights = mx.arange(1, hidden.shape[1] + 1).astype(mx.float32)[None, :, None]
-    weights = mx.where(_real(hidden, lengths, skipped), weights, 0)
+    real = ((places >= skipped[:, None]) & (places < lengths[:, None]))[..., None]
+    if mode is PoolingMode.MAX:
+        return mx.where(real, hidden, -mx.inf).max(axis=1)
     # Hidden states of padding may be infinite, and infinity times a weight of 0 is NaN.
-    known = mx.where(weights > 0, hidden, 0)
-    return (known * weights).sum(axis=1) / weights.sum(axis=1)
-
-
-_MODES: Mapping[PoolingMode, Callable[[mx.array, mx.array, mx.array], mx.array]] = {
-    PoolingMode.CLS: _cls,
-    PoolingMode.MAX: _max,
-    PoolingMode.MEAN: _mean,
-    PoolingMode.MEAN_SQRT_LEN: _mean_sqrt_len,
-    PoolingMode.WEIGHTED_MEAN: _weighted_mean,
-    PoolingMode.LAST: _last,
-}
+    known = mx.where(real, hidden, 0)
+    if mode is PoolingMode.WEIGHTED_MEAN:
+        weights = mx.where(real, (places + 1).astype(mx.float32)[..., None], 0)
+        return (known * weights).sum(axis=1) / weights.sum(axis=1)
+    count = (lengths - skipped)[:, None].astype(mx.float32)
+    return known.sum(axis=1) / (count if mode is PoolingMode.MEAN else mx.sqrt(count))
 
 
 #: Files that may name the longest input; all but the first are older names.

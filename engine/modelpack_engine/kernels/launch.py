@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import _lru_cache_wrapper, cache, lru_cache
-from typing import Any
+from typing import Any, ParamSpec
 
 import mlx.core as mx
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOG2E = math.log2(math.e)
 Kernel = Callable[..., list[mx.array]]
+P = ParamSpec("P")
 
 
 def backend() -> Backend:
@@ -153,21 +154,23 @@ def run(
 
 
 def verdict(compare: Callable[..., str | None]) -> _lru_cache_wrapper[str | None]:
-    """Return `compare`, which returns None or a problem of a kernel, with its results cached.
-
-    A missing GPU, and a kernel that does not compile, are problems too.
-    """
+    """Return `compare`, which returns None or a problem of a kernel, with its results cached."""
 
     @cache
     def compared(*args: Any, **kwargs: Any) -> str | None:
         if backend() == "none":
             return "there is no GPU"
-        try:
-            return compare(*args, **kwargs)
-        except (RuntimeError, ValueError, TypeError) as error:
-            return f"a kernel does not run: {error}"
+        return tried(compare, *args, **kwargs)
 
     return compared
+
+
+def tried(compare: Callable[P, str | None], *args: P.args, **kwargs: P.kwargs) -> str | None:
+    """Return what `compare` finds; a kernel that cannot be compiled or launched is a problem."""
+    try:
+        return compare(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"it does not run: {error}"
 
 
 def difference(found: Mapping[str, tuple[mx.array, mx.array]], tolerance: float) -> str | None:

@@ -8,12 +8,13 @@ References are computed on the CPU: some GPUs multiply float32 with 10 bits of m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch, prefill, reference
+from modelpack_engine.kernels.launch import tried
 from modelpack_engine.kernels.plan import (
     AttentionShape,
     accumulators,
@@ -250,7 +251,7 @@ def may_decode(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
         if dtype not in _DTYPES or pool not in (_QUANTISED if shape.bits else _DTYPES):
             reason: str | None = f"no kernel for {dtype} over {pool}"
         else:
-            reason = refusal(shape, pool.size) or _run(lambda: probe_decode(shape, on, dtype, pool))
+            reason = refusal(shape, pool.size) or tried(probe_decode, shape, on, dtype, pool)
         _conclude(key, reason, f"decode on {on} for {shape} in {dtype}", "gathered blocks")
     return _verdicts[key] is None
 
@@ -266,7 +267,7 @@ def may_prefill(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
         if refused is not None:
             _verdicts[key] = refused
         else:
-            reason = _run(lambda: prefill.probe(shape, dtype))
+            reason = tried(prefill.probe, shape, dtype)
             _conclude(key, reason, f"prefill on {on} for {shape} in {dtype}", "gathered blocks")
     return _verdicts[key] is None
 
@@ -281,20 +282,12 @@ def may_write(dtype: mx.Dtype, pool: mx.Dtype, quantised: Quantisation | None = 
         if dtype not in _DTYPES or pool not in (_DTYPES if quantised is None else _QUANTISED):
             reason: str | None = f"no kernel for {dtype} into {pool}"
         elif quantised is None:
-            reason = _run(lambda: probe_write(on, dtype, pool))
+            reason = tried(probe_write, on, dtype, pool)
         else:
-            reason = _run(lambda: probe_quantise(on, dtype, quantised))
+            reason = tried(probe_quantise, on, dtype, quantised)
         into = pool if quantised is None else quantised
         _conclude(key, reason, f"write on {on} of {dtype} into {into}", "MLX's scatter")
     return _verdicts[key] is None
-
-
-def _run(check: Callable[[], str | None]) -> str | None:
-    """Return the result of `check`; a kernel that cannot be compiled or launched fails."""
-    try:
-        return check()
-    except (RuntimeError, ValueError, TypeError) as error:
-        return f"it does not run: {error}"
 
 
 def _conclude(key: tuple[object, ...], reason: str | None, kernel: str, instead: str) -> None:

@@ -104,7 +104,6 @@ class DecodePlan:
     groups: int
     threads: int
     parts: int
-    turn: int
     shared_bytes: int
 
 
@@ -213,7 +212,6 @@ def plan_decode(
     if split is None:
         fewest = SPLIT_CONTEXT if simdgroups == _MOST_SIMDGROUPS else SPLIT_CONTEXT // 4
         split = num_parts(threadgroups, max_context, shape.window, fewest=fewest)
-    turn = simdgroups * abreast * steps
     constants: tuple[tuple[str, int | bool], ...] = (
         ("DK", shape.key_dim), ("DX", shape.extra_dim), ("DV", shape.value_dim),
         ("HK", shape.num_kv_heads), ("G", group), ("HEADS", heads), ("BLOCK", shape.block_size),
@@ -222,7 +220,7 @@ def plan_decode(
         ("BITS", shape.bits), ("GROUP", max(1, shape.group)),
         ("NSG", simdgroups), ("VEC", vector), ("LPT", lanes), ("STEPS", steps),
     )  # fmt: skip
-    return DecodePlan(constants, groups, 32 * simdgroups, split, turn, shared_bytes(simdgroups))
+    return DecodePlan(constants, groups, 32 * simdgroups, split, shared_bytes(simdgroups))
 
 
 def _choose_simdgroups(threadgroups: int, context: int) -> int:

@@ -91,13 +91,9 @@ def attend(
     blocks = shape.num_kv_heads * groups
     if parts is None:
         parts = num_parts(
-            blocks * num_tiles,
-            width * shape.block_size,
-            shape.window,
-            enough=_PROCESSORS + 1,
-            fewest=_FEWEST_TOKENS,
-            most=_MOST_PARTS,
-        )
+            blocks * num_tiles, width * shape.block_size, shape.window,
+            enough=_PROCESSORS + 1, fewest=_FEWEST_TOKENS, most=_MOST_PARTS,
+        )  # fmt: skip
     split = parts > 1
     lines: list[tuple[int, ...]] = [tuple(q.shape)]
     if split:

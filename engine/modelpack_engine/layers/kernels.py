@@ -49,10 +49,9 @@ def find_rotation(rope: nn.Module) -> Rotation | None:
         exponents = mx.arange(0, found.dims, 2, dtype=mx.float32) / found.dims
         inverse = mx.power(mx.array(found.base, mx.float32), -exponents) * found.scale
         return _rotation(inverse, found.dims, 1.0, found.traditional)
-    if type(rope) is Llama3RoPE:
-        return _rotation(1 / found._freqs, found.dims, 1.0, found.traditional)
-    if type(rope) is YarnRoPE:
-        return _rotation(1 / found._freqs, found.dims, found.mscale, found.traditional)
+    if type(rope) in (Llama3RoPE, YarnRoPE):
+        factor = getattr(found, "mscale", 1.0)
+        return _rotation(1 / found._freqs, found.dims, factor, found.traditional)
     if type(rope) is SuScaledRoPE:
         return _rotation(1 / found._freqs, found.dim, found._scale, False)
     return None

@@ -56,7 +56,6 @@ def as_jinja(template: str) -> str:
 def _run(key: str, job: dict[str, Any], what: str, param: str) -> Any:
     try:
         return shared_workers().run(key, job, MAX_SECONDS)
-    except JobFailedError as error:
-        raise RequestError(f"{what}: {error}", param=param) from None
-    except (TypeError, ValueError, RecursionError) as error:  # variables that JSON cannot express
+    # The last three are of variables that JSON cannot express.
+    except (JobFailedError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{what}: {error}", param=param) from error

@@ -26,15 +26,8 @@ from modelpack_engine.patches.corrections import TEXT_PARTS
 Config = Mapping[str, Any]
 
 _QUANTISATIONS = (
-    "awq",
-    "bitnet",
-    "compressed-tensors",
-    "fp8",
-    "gptq",
-    "modelopt",
-    "mxfp4",
-    "mxfp8",
-)
+    "awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8",
+)  # fmt: skip
 _WINDOW = "sliding_window"
 _LAYERS, _SLIDING = "layer_types", "sliding_attention"
 # Names of one activation function; exact and approximate GELU differ by less than 16-bit weights
@@ -77,13 +70,8 @@ def check_fields(config: Config, arguments: type, ignored: Collection[str] = ())
         part = config.get(place) if place else config
         if not isinstance(part, dict):
             continue
-        check = _Part(
-            part,
-            f"{place}." if place else "",
-            rules_key(config, place),
-            read,
-            frozenset(ignored),
-        )
+        prefix, key = f"{place}." if place else "", rules_key(config, place)
+        check = _Part(part, prefix, key, _types().get(key, {}), read, frozenset(ignored))
         check.values()
         notes += check.ropes()
         window = check.window()
@@ -108,13 +96,9 @@ class _Part:
     config: Config
     where: str
     kind: str
+    rules: Mapping[str, Any]
     read: frozenset[str]
     ignored: frozenset[str]
-
-    @property
-    def rules(self) -> Mapping[str, Any]:
-        rules: Mapping[str, Any] = _types().get(self.kind, {})
-        return rules
 
     def values(self) -> None:
         """Reject values for which mlx-lm's class computes something other than transformers."""
@@ -218,9 +202,8 @@ def _scale(factor: Any) -> float | None:
 def _close(value: Any, computed: float | None) -> bool:
     if computed is None or not isinstance(value, int | float):
         return False
-    return (
-        0.999 * computed <= value <= 1.001 * computed
-    )  # `value` may be an int too large for a float
+    # Not by `math.isclose`: the value may be an integer that is too large for a float.
+    return 0.999 * computed <= value <= 1.001 * computed
 
 
 def _check_quantisation(config: Config) -> None:
@@ -235,10 +218,9 @@ def _check_quantisation(config: Config) -> None:
                 )
     if ours is not None or theirs is None:
         return
-    method = theirs.get("quant_method") if isinstance(theirs, dict) else None
-    if method not in _QUANTISATIONS and not (
-        isinstance(theirs, dict) and "bits" in theirs and method is None
-    ):
+    given = theirs if isinstance(theirs, dict) else {}
+    method = given.get("quant_method")
+    if method not in _QUANTISATIONS and (method is not None or "bits" not in given):
         raise ModelLoadError(
             f"config.json: the quantisation method {str(method)[:50]!r} is not supported",
             hint=f"use one of {', '.join(_QUANTISATIONS)}, or convert with mlx_lm.convert",

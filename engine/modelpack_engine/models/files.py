@@ -107,7 +107,12 @@ class ModelFiles:
         template = preferred_template([(file.role, file.filepath or "") for file, _ in located])
         for at, (file, path) in enumerate(located):
             if file.archive:
-                _check_archive(file)
+                if file.role in (Role.WEIGHT, Role.PROJECTOR):
+                    raise ModelLoadError(
+                        f"{file.filepath or file.descriptor.digest.short}:"
+                        " weights in a tar archive cannot be loaded",
+                        hint="unpack the model with `modelpack bundle` and serve that directory",
+                    )
                 archived |= _content(file, path, allowance)
             elif file.role is Role.WEIGHT:
                 weights.append((file.format, file.filepath or "", path))
@@ -130,22 +135,22 @@ class ModelFiles:
         Raises `ModelLoadError` if there are no weights, or weights of several models.
         """
         root = Path(directory)
+        shards = None
         if root.is_file():
-            paths = find_shards(root)
-            root = root.parent
-            found = [path for path in paths if path.parent == root]
-        else:
-            found = [path for path in _files_in(root) if _is_weight(path.name)]
-        others = [path for path in _files_in(root) if not _is_weight(path.name)]
-        for module in _module_directories(root / MODULES if root / MODULES in others else None):
-            others += _files_in(root / module) if (root / module).is_dir() else []
-        weights, notes = [], []
-        for path in found:
+            shards, root = find_shards(root), root.parent
+        others, weights, notes = [], [], []
+        for path in _files_in(root):
             kind = format_of("", path.name)
-            if role_of("", path.name) is Role.PROJECTOR:
+            if not kind:
+                others.append(path)
+            elif shards is not None and path not in shards:
+                continue
+            elif role_of("", path.name) is Role.PROJECTOR:
                 notes.append(f"{path.name} is left out: text only")
             else:
                 weights.append((kind, path.name, path))
+        for module in _module_directories(root / MODULES if root / MODULES in others else None):
+            others += _files_in(root / module) if (root / module).is_dir() else []
         names = {path.relative_to(root).as_posix(): path for path in others}
         for name in sorted(names):
             if name.endswith(".jinja") and "/" not in name:
@@ -242,23 +247,14 @@ def _module_directories(listed: Path | None) -> tuple[str, ...]:
     return tuple(path for path in paths if isinstance(path, str) and _MODULE.fullmatch(path))
 
 
-def _check_one_model(names: Iterable[str], what: str) -> None:
+def _check_one_model(names: list[str], what: str) -> None:
     """Raise `ModelLoadError` unless the names are those of one GGUF file or of its shards."""
     sets = {shard_set(name) or name for name in names if name}
     if len(sets) > 1:
-        listed = ", ".join(sorted(name for name in names)[:5])
+        listed = ", ".join(sorted(names)[:5])
         raise ModelLoadError(
             f"{what}: has the weights of several models: {listed}",
             hint="package each model separately",
-        )
-
-
-def _check_archive(file: ModelFile) -> None:
-    if file.role in (Role.WEIGHT, Role.PROJECTOR):
-        raise ModelLoadError(
-            f"{file.filepath or file.descriptor.digest.short}:"
-            " weights in a tar archive cannot be loaded",
-            hint="unpack the model with `modelpack bundle` and serve that directory",
         )
 
 
@@ -290,10 +286,6 @@ def _content(layer: ModelFile, path: Path, allowance: Allowance) -> dict[str, by
             found[name] = b"".join(iter(lambda: reader.read(1 << 20), b""))
     allowance.spend(content.count)
     return found
-
-
-def _is_weight(name: str) -> bool:
-    return format_of("", name) != ""
 
 
 def _files_in(root: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -20,13 +20,8 @@ import numpy.typing as npt
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 
-from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import gguf_blocks
-from modelpack_engine.models.gguf_architectures import (
-    Config,
-    Hyperparameters,
-    architecture_of,
-)
+from modelpack_engine.models.gguf_architectures import Config, Hyperparameters, architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE
 from modelpack_engine.models.gguf_file import GGUFFile, GGUFTensor
 from modelpack_engine.models.load_budget import TensorBounds
@@ -51,10 +46,6 @@ class Packing:
 
     bits: int
     mode: str = "affine"
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments for `to_quantized` of MLX's modules."""
-        return {"group_size": GROUP_SIZE, "bits": self.bits, "mode": self.mode}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,24 +158,12 @@ _ROPE_FACTORS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """The parameter of the model that a tensor is loaded to."""
-
-    path: str
-    parameter: str
-    shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}.{self.parameter}"
-
-
 class GGUFLoader:
     """Loads one GGUF model. Raises `ModelLoadError`, naming the cause, for errors in the file."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
+        self._error = file.metadata.error
         self.name, self.architecture = architecture_of(file.metadata)
         self.config: Config = self.architecture.config(
             Hyperparameters(self.name, file.metadata, file)
@@ -203,27 +182,29 @@ class GGUFLoader:
         model: Any = self._build()
         modules = dict(model.named_modules())
         plans = [
-            self._plan(name, target, modules.get(target.path), precision)
-            for name, target in self._targets.items()
+            self._plan(self.file[name], path, parameter, modules.get(path), precision)
+            for name, (path, parameter) in self._targets.items()
         ]
-        packed = {plan.path: plan.packing for plan in plans if plan.packing}
+        packed = {
+            plan.path: {"group_size": GROUP_SIZE, **asdict(plan.packing)}
+            for plan in plans
+            if plan.packing
+        }
         if packed:
-            quantize(
-                model,
-                class_predicate=lambda path, _: path in packed and packed[path].options(),
-            )
+            quantize(model, class_predicate=lambda path, _: packed.get(path, False))
         # Not strict, because `_build` has compared names and shapes.
         model.load_weights(list(arrays_of(plans, precision.dtype)), strict=False)
         self._set_rope_frequencies(model)
         return cast(Module, model)
 
-    def _plan(self, name: str, target: _Target, module: Any, precision: Precision) -> TensorPlan:
-        tensor = self.file[name]
+    def _plan(
+        self, tensor: GGUFTensor, path: str, parameter: str, module: Any, precision: Precision
+    ) -> TensorPlan:
         packing = None
-        if not precision.dense and target.parameter == "weight" and hasattr(module, "to_quantized"):
+        if not precision.dense and parameter == "weight" and hasattr(module, "to_quantized"):
             packing = packing_of(tensor.dtype, requantize=precision.requantize)
-        shifted = self.architecture.shifted_norms and target.path.endswith("norm")
-        return TensorPlan(tensor, target.path, target.parameter, packing, -1.0 if shifted else 0.0)
+        shifted = self.architecture.shifted_norms and path.endswith("norm")
+        return TensorPlan(tensor, path, parameter, packing, -1.0 if shifted else 0.0)
 
     def _build(self) -> Module:
         model_type = self.config["model_type"]
@@ -237,7 +218,7 @@ class GGUFLoader:
                 correct(model, self.config)
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
             raise self._error(f"cannot build {model_type} from its metadata: {error}") from error
-        got = {target.name: target.shape for target in self._targets.values()}
+        got = {".".join(target): self.file[name].shape for name, target in self._targets.items()}
         if hasattr(model, "sanitize"):  # may drop the output layer of a model with tied embeddings
             model.sanitize({name: mx.zeros(shape) for name, shape in got.items()})
         check_parameters(self.file.metadata.path, shapes_of(model), got)
@@ -256,7 +237,8 @@ class GGUFLoader:
                 hint="package the complete file, or all shards of the model",
             )
 
-    def _find_targets(self) -> dict[str, _Target]:
+    def _find_targets(self) -> dict[str, tuple[str, str]]:
+        """Return the path of the module, and the name of the parameter, of each tensor."""
         targets, unknown = {}, []
         for name in self.file.names:
             if name == _ROPE_FREQS and self._has_llama3_rope:
@@ -267,7 +249,7 @@ class GGUFLoader:
             if found is None:
                 unknown.append(name)
             else:
-                targets[name] = _Target(*found, self.file[name].shape)
+                targets[name] = found
         if unknown:
             raise self._error(
                 f"{self.name} has no such tensors: {named(unknown)}",
@@ -307,6 +289,3 @@ class GGUFLoader:
         frequencies = mx.array(np.float32(self.config["rope_theta"]) ** exponents * factors)
         for layer in model.layers:
             layer.self_attn.rope._freqs = frequencies
-
-    def _error(self, message: str, *, hint: str | None = None) -> ModelLoadError:
-        return self.file.metadata.error(message, hint=hint)

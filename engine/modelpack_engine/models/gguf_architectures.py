@@ -27,11 +27,7 @@ _ATTENTION = {
 }
 _QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
-_MLP = {
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _LLAMA = {**_ATTENTION, **_FFN_NORM, **_MLP}
 _GEMMA = {
     **_ATTENTION,
@@ -94,7 +90,7 @@ class Hyperparameters:
         key = self._key(name)
         if not self.metadata.is_array(key):
             return None
-        return [bool(flag) for flag in self.metadata.numbers(key).tolist()]
+        return list(map(bool, self.metadata.numbers(key).tolist()))
 
     def unsupported(self, what: str) -> ModelLoadError:
         """Return the error for a supported architecture with an unsupported feature, `what`."""

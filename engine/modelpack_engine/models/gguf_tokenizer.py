@@ -286,18 +286,21 @@ def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
         bos = 1
     if eos is None and kind == "llama":
         eos = 2
-    _add_surroundings(
-        backend,
-        metadata,
-        vocabulary,
-        bos if metadata.flag(f"{_KEY}add_bos_token", add_bos) else None,
-        eos if metadata.flag(f"{_KEY}add_eos_token", False) else None,
-    )
     named = {
         f"{name}_token": vocabulary.tokens[at]
         for name, at in (("bos", bos), ("eos", eos))
         if at is not None
     }
+    before = named.get("bos_token") if metadata.flag(f"{_KEY}add_bos_token", add_bos) else None
+    after = named.get("eos_token") if metadata.flag(f"{_KEY}add_eos_token", False) else None
+    added = [token for token in (before, after) if token is not None]
+    check_surrounding(metadata, *added)
+    if added:
+        ids = vocabulary.ids()
+        backend.post_processor = processors.TemplateProcessing(
+            single=[token for token in (before, "$A", after) if token is not None],
+            special_tokens=[(token, ids[token]) for token in added],
+        )
     return Tokenizer(
         backend,
         text=text,
@@ -353,25 +356,20 @@ def _pre_tokenizer(metadata: Metadata) -> PreTokenizer:
 def _byte_level(
     metadata: Metadata, vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer
 ) -> tokenizers.Tokenizer:
+    known = vocabulary.ids()
     merges: list[tuple[str, str]] = []
     for raw in metadata.strings(f"{_KEY}merges"):
         merge = raw.decode(errors="replace")
         at = merge.find(" ", 1)  # the first part may start with a space, never the second
         if at < 0:
             raise metadata.error(f"the merge {merge[:100]!r} does not have two parts")
-        merges.append((merge[:at], merge[at + 1 :]))
-    known = vocabulary.ids()
-    merges = [
-        (left, right)
-        for left, right in merges
-        if left in known and right in known and left + right in known
-    ]
+        left, right = merge[:at], merge[at + 1 :]
+        if left in known and right in known and left + right in known:
+            merges.append((left, right))
     model = models.BPE(known, merges, ignore_merges=pre_tokenizer.whole_words)
     backend = tokenizers.Tokenizer(model)
-    splits = [
-        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-        for pattern in pre_tokenizer.patterns
-    ]
+    patterns = map(tokenizers.Regex, pre_tokenizer.patterns)
+    splits = [pre_tokenizers.Split(pattern, "isolated") for pattern in patterns]
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_only])
     backend.decoder = decoders.ByteLevel()
@@ -448,24 +446,6 @@ def _add_special_tokens(
     backend.add_tokens(defined)
 
 
-def _add_surroundings(
-    backend: tokenizers.Tokenizer,
-    metadata: Metadata,
-    vocabulary: _Vocabulary,
-    bos: int | None,
-    eos: int | None,
-) -> None:
-    """Make prompts start and end with these tokens."""
-    before = [] if bos is None else [vocabulary.tokens[bos]]
-    after = [] if eos is None else [vocabulary.tokens[eos]]
-    check_surrounding(metadata, *before, *after)
-    if before or after:
-        backend.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *after],
-            special_tokens=[(vocabulary.tokens[at], at) for at in (bos, eos) if at is not None],
-        )
-
-
 def _special_id(metadata: Metadata, name: str, vocabulary: _Vocabulary) -> int | None:
     """Return the id that the metadata give for `name`; an id beyond the vocabulary is ignored."""
     key = f"{_KEY}{name}_token_id"
@@ -491,12 +471,7 @@ def _ends(metadata: Metadata, vocabulary: _Vocabulary, eos: int | None) -> froze
 def _template(metadata: Metadata, chosen: str | None) -> ChatTemplate | None:
     if chosen is not None:
         return ChatTemplate(chosen)
-    named = {}
-    if f"{_TEMPLATE}s" in metadata:
-        for raw in metadata.strings(f"{_TEMPLATE}s"):
-            name = raw.decode(errors="replace")
-            if f"{_TEMPLATE}.{name}" in metadata:
-                named[name] = metadata.text(f"{_TEMPLATE}.{name}")
     if _TEMPLATE not in metadata:
         return None
-    return ChatTemplate(metadata.text(_TEMPLATE), tool_use=named.get("tool_use"))
+    tool_use = metadata.text(f"{_TEMPLATE}.tool_use", "") or None
+    return ChatTemplate(metadata.text(_TEMPLATE), tool_use=tool_use)

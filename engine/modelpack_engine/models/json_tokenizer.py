@@ -97,7 +97,7 @@ def tokenizer_of(files: ModelFiles, config: Mapping[str, Any]) -> Tokenizer:
 
     Raises `ModelLoadError` if tokenizer.json is missing or invalid.
     """
-    text = _text(files)
+    text = text_of(files)
     begin_check(text).result()
     try:
         backend = tokenizers.Tokenizer.from_str(text)
@@ -121,15 +121,8 @@ def tokenizer_of(files: ModelFiles, config: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def check_in_background(files: ModelFiles) -> None:
-    """Start to test tokenizer.json; `tokenizer_of` waits for the result.
-
-    Raises `ModelLoadError` if it is missing.
-    """
-    begin_check(_text(files))
-
-
-def _text(files: ModelFiles) -> str:
+def text_of(files: ModelFiles) -> str:
+    """Return the text of tokenizer.json. Raises `ModelLoadError` if it is missing."""
     text = files.text("tokenizer.json")
     if text is None:
         raise ModelLoadError(

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from modelpack_engine.errors import LoadCancelledError, ModelLoadError
@@ -106,7 +107,8 @@ def count_modules(limit: int, what: str) -> Iterator[None]:
 
     MLX's arrays are lazy, its modules are not: a layer takes memory as soon as it is built.
     """
-    _install()
+    with _install_lock:
+        _install()
     token = _counter.set(_ModuleCounter(limit, what))
     try:
         yield
@@ -115,27 +117,22 @@ def count_modules(limit: int, what: str) -> Iterator[None]:
 
 
 _install_lock = threading.Lock()
-_installed = False
 
 
+@cache
 def _install() -> None:
     """Make the constructor of modules count them inside `count_modules`."""
-    global _installed
     from mlx.nn.layers.base import Module
 
-    with _install_lock:
-        if _installed:
-            return
-        original = Module.__init__
+    original = Module.__init__
 
-        def __init__(self: Module) -> None:
-            counter = _counter.get()
-            if counter is not None:
-                counter.add()
-            original(self)
+    def __init__(self: Module) -> None:
+        counter = _counter.get()
+        if counter is not None:
+            counter.add()
+        original(self)
 
-        Module.__init__ = __init__
-        _installed = True
+    Module.__init__ = __init__
 
 
 #: The longest context: positions are 32-bit integers.

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -37,14 +38,9 @@ Device = Literal["cpu", "gpu"]
 Shard = Callable[[Module, Mapping[str, Any]], None]
 
 _CONTEXT_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-    "model_max_length",
-)
+    "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len",
+    "seq_length", "model_max_length",
+)  # fmt: skip
 _DEFAULT_CONTEXT = 2048
 _FLOAT32_BYTES = 4
 _MAX_YARN_FACTOR = 1024  # those of published models are at most 64
@@ -119,15 +115,8 @@ def _load_gguf(
     limits = check_fields(loader.config, type(model))
     notes += limits.notes
     context = loader.config["max_position_embeddings"]
-    return _loaded(
-        model,
-        loader.config,
-        lambda: tokenizer,
-        loader.name,
-        min(context, limits.max_length or context),
-        notes,
-        shard,
-    )
+    context = min(context, limits.max_length or context)
+    return _loaded(model, loader.config, lambda: tokenizer, loader.name, context, notes, shard)
 
 
 def gguf_tokenizer_of(files: ModelFiles, metadata: Metadata | None = None) -> Tokenizer:
@@ -167,7 +156,8 @@ def _load_safetensors(
     shard: Shard | None,
 ) -> LoadedModel:
     config = read_config(files)
-    json_tokenizer.check_in_background(files)  # while weights are read
+    # Tested while weights are read.
+    json_tokenizer.begin_check(json_tokenizer.text_of(files))
     notes = list(files.notes)
     named = config
     model, config, limits = load_safetensors(files, config, ignored_fields=ignored_fields)
@@ -188,15 +178,8 @@ def _load_safetensors(
     if not known:
         notes.append(f"the config names no context length; {context} tokens are assumed")
     context = min(context, limits.max_length or context)
-    return _loaded(
-        model,
-        config,
-        lambda: json_tokenizer.tokenizer_of(files, named),
-        config["model_type"],
-        context,
-        notes,
-        shard,
-    )
+    make_tokenizer = partial(json_tokenizer.tokenizer_of, files, named)
+    return _loaded(model, config, make_tokenizer, config["model_type"], context, notes, shard)
 
 
 def _loaded(
@@ -214,16 +197,9 @@ def _loaded(
     rows = position_rows(model) or context_length
     if note := cuda_graphs.choose(model):
         notes = [*notes, note]
-    weight_bytes = evaluate(model)
-    return LoadedModel(
-        model,
-        config,
-        make_tokenizer(),
-        architecture,
-        min(context_length, rows),
-        tuple(notes),
-        weight_bytes,
-    )
+    weight_bytes, tokenizer = evaluate(model), make_tokenizer()
+    length = min(context_length, rows)
+    return LoadedModel(model, config, tokenizer, architecture, length, tuple(notes), weight_bytes)
 
 
 def _note_density(notes: list[str], device: Device, dense: bool) -> None:

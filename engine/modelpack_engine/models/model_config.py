@@ -61,7 +61,7 @@ def _fill_inner_base(config: Config) -> None:
     theta, inner = config.get("rope_theta"), config.get("attn_config")
     if theta is None or not isinstance(inner, dict):
         return
-    if not _same(inner.setdefault("rope_theta", theta), theta):
+    if inner.setdefault("rope_theta", theta) != theta:
         raise _disagreement("attn_config.rope_theta", inner["rope_theta"], "rope_theta", theta)
 
 
@@ -95,41 +95,37 @@ def _normalise_rope(config: Config, where: str) -> None:
         return
     if not isinstance(given, dict):
         raise ModelLoadError(f"config.json: {where}rope_parameters is not an object")
-    given = dict(given)
     kinds = {key: value for key, value in given.items() if isinstance(value, dict)}
-    flat = {key: value for key, value in given.items() if key not in kinds}
-    if kinds:
-        full = kinds.get(_FULL, next(iter(kinds.values())))
-        sliding = kinds.get(_SLIDING)
-        _spread(config, where, full)
-        if sliding is not None and "rope_theta" in sliding:
-            for name in _LOCAL_THETAS:
-                _put(config, where, name, sliding["rope_theta"], keep=name in config)
-        flat = {}
-    else:
-        _spread(config, where, flat)
-        config["rope_parameters"] = _with_both_types(flat)
+    if not kinds:
+        _spread(config, where, given)
+        config["rope_parameters"] = _with_both_types(given)
+        return
+    _spread(config, where, kinds.get(_FULL, next(iter(kinds.values()))))
+    _put(config, where, _LOCAL_THETAS, kinds.get(_SLIDING, {}), "rope_theta")
 
 
 def _spread(config: Config, where: str, rope: Mapping[str, Any]) -> None:
     """Write one rotation of transformers 5 in the older spelling too."""
-    if "rope_theta" in rope:
-        for name in _THETAS:
-            _put(config, where, name, rope["rope_theta"], keep=name in config)
-    if "partial_rotary_factor" in rope:
-        for name in _PARTS:
-            _put(config, where, name, rope["partial_rotary_factor"], keep=name in config)
+    _put(config, where, _THETAS, rope, "rope_theta")
+    _put(config, where, _PARTS, rope, "partial_rotary_factor")
     scaling = scaling_of(rope)
     other = config.get("rope_scaling")
-    if isinstance(other, dict) and not _same(scaling_of(other), scaling):
+    if isinstance(other, dict) and scaling_of(other) != scaling:
         raise _disagreement("rope_scaling", other, f"{where}rope_parameters", dict(rope))
     config["rope_scaling"] = scaling
 
 
-def _put(config: Config, where: str, name: str, value: Any, *, keep: bool) -> None:
-    if keep and config[name] is not None and not _same(config[name], value):
-        raise _disagreement(f"{where}{name}", config[name], f"{where}rope_parameters", value)
-    config[name] = value
+def _put(
+    config: Config, where: str, names: Sequence[str], rope: Mapping[str, Any], key: str
+) -> None:
+    """Copy `key` of a rotation, if it has one, to the names that classes use for it."""
+    if key not in rope:
+        return
+    for name in names:
+        value = config.get(name)
+        if value is not None and value != rope[key]:
+            raise _disagreement(f"{where}{name}", value, f"{where}rope_parameters", rope[key])
+        config[name] = rope[key]
 
 
 def scaling_of(rope: Mapping[str, Any]) -> Config | None:
@@ -171,12 +167,6 @@ def _add_parameters(config: Config, where: str) -> None:
     if config.get("partial_rotary_factor") is not None:
         rope["partial_rotary_factor"] = config["partial_rotary_factor"]
     config["rope_parameters"] = rope
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return bool(one == other)
 
 
 def _disagreement(one: str, value: Any, other: str, second: Any) -> ModelLoadError:

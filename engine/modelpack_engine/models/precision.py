@@ -67,8 +67,7 @@ def named(names: Iterable[str]) -> str:
 
 def position_rows(model: Any) -> int | None:
     """Return the rows of the table of learnt positions (GPT-2's); None for a model without one."""
-    rows = [rows for name, rows in _tables(model) if name == _POSITIONS]
-    return min(rows, default=None)
+    return min((rows for name, rows in _tables(model) if name == _POSITIONS), default=None)
 
 
 def token_rows(model: Any) -> int | None:
@@ -205,9 +204,6 @@ def _unpacked(module: Any, kind: Any, dtype: mx.Dtype | None) -> Any:
     scales, biases = module["scales"], module.get("biases")
     if biases is not None and dtype is not None:
         scales, biases = scales.astype(dtype), biases.astype(dtype)
-    options = {}
-    if module.get("global_scale") is not None:
-        options["global_scale"] = module["global_scale"]
     weight = mx.dequantize(
         module["weight"],
         scales,
@@ -215,7 +211,7 @@ def _unpacked(module: Any, kind: Any, dtype: mx.Dtype | None) -> Any:
         module.group_size,
         module.bits,
         mode=getattr(module, "mode", "affine"),
-        **options,
+        global_scale=module.get("global_scale"),
     )
     # Construct a tiny module, whose other attributes the class sets, then replace its weight.
     dense = kind(*(1,) * weight.ndim, **({} if kind is Embedding else {"bias": False}))

@@ -63,7 +63,7 @@ def load_safetensors(
     that changes the output and that the class does not read, and for tensors that are missing,
     unknown or of the wrong shape; `WeightFormatError` for a damaged file.
     """
-    bounds, names = _read_headers(files)
+    bounds, names = read_headers(files)
     bounds.check(config)
     with kept_file_limit():
         from mlx_lm.utils import _get_classes, load_model
@@ -103,7 +103,7 @@ def load_safetensors(
     return model, made, limits
 
 
-def _read_headers(files: ModelFiles) -> tuple[TensorBounds, Collection[str]]:
+def read_headers(files: ModelFiles) -> tuple[TensorBounds, Collection[str]]:
     """Return the tensors' bounds and names; raise `ModelLoadError` for a tensor in two shards."""
     seen: dict[str, Path] = {}
     shapes: list[tuple[str, tuple[int, ...]]] = []

@@ -77,7 +77,8 @@ class Tokenizer:
         self._mode = _Mode(backend)
         self._chat_template = chat_template
         self._special_tokens = dict(special_tokens or {})
-        self._strip_leading_space = strip_leading_space
+        #: Whether decoding removes a text's first space, which SentencePiece adds.
+        self.strips_leading_space = strip_leading_space
         self.eos_token_ids = frozenset(eos_token_ids)
         self.bos = bos
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
@@ -92,11 +93,6 @@ class Tokenizer:
         """One more than the highest id: more than `vocab_size` where ids have no token."""
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         return max(ids.values(), default=-1) + 1
-
-    @property
-    def strips_leading_space(self) -> bool:
-        """Whether decoding removes a text's first space, which SentencePiece adds."""
-        return self._strip_leading_space
 
     @property
     def has_chat_template(self) -> bool:
@@ -189,7 +185,7 @@ class Tokenizer:
         if skip_special_tokens:
             ids = [at for at in ids if at not in self.special_token_ids]
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self._strip_leading_space else text
+        return text.removeprefix(" ") if self.strips_leading_space else text
 
     @_guarded
     def token_bytes(self, token_id: int) -> bytes:
@@ -265,10 +261,7 @@ class Tokenizer:
     ) -> list[int]:
         """Return the token ids of `render_chat`; templates write special tokens themselves."""
         text = self.render_chat(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            variables=variables,
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
         )
         return self.encode(text, add_special_tokens=False)
 

@@ -20,12 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, gated_delta, ssm
 
-from modelpack_engine.attention.cache_handle import (
-    KVHandle,
-    LostHandleError,
-    RotaryScores,
-    RowMask,
-)
+from modelpack_engine.attention.cache_handle import KVHandle, LostHandleError, RotaryScores, RowMask
 from modelpack_engine.attention.gather import native_attention
 from modelpack_engine.attention.metadata import Positions
 from modelpack_engine.layers import convolution, delta_rule, state_space

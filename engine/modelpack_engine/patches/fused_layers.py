@@ -13,6 +13,7 @@ import ast
 import inspect
 import sys
 import textwrap
+from collections import Counter
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -21,12 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import deepseek_v3, llama, qwen3, qwen3_moe, qwen3_next
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
-from mlx_lm.models.switch_layers import (
-    QuantizedSwitchLinear,
-    SwiGLU,
-    SwitchGLU,
-    SwitchLinear,
-)
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
 
 from modelpack_engine.attention.cache_handle import RowMask
 from modelpack_engine.attention.kv_pools import TokenMajorPools
@@ -158,12 +154,7 @@ def fuse(
     without its head. Returns the number of fused layers by kind. Calls outside of a step are
     unchanged.
     """
-    counts: dict[str, int] = {}
-
-    def count(kind: str) -> None:
-        counts[kind] = counts.get(kind, 0) + 1
-
-    blocks = False
+    counts: Counter[str] = Counter()
     mixtures = has_experts(model) and all(
         expert_kernels.verdict(dtype) is None
         for dtype in {kv.layout.dtype for kv in owners.values()}
@@ -171,22 +162,21 @@ def fuse(
     last = _last_layer(inner)
     for _, module in list(model.named_modules()):
         if reads_like(module, llama.MLP) and _fuse_mlp(module, sums, step, swaps):
-            count("MLP")
+            counts["MLP"] += 1
         elif id(module) in owners and _fuse_attention(module, owners[id(module)], sums, swaps):
-            count("attention")
+            counts["attention"] += 1
         elif _is_block(module):
             _fuse_block(module, sums, step, swaps, is_last=module is last)
-            blocks = True
-            count("block")
+            counts["block"] += 1
         elif fuse_heads(module, step, swaps):
-            count("heads")
+            counts["heads"] += 1
         elif mixtures and fuse_experts(module, step, swaps):
-            count("experts")
+            counts["experts"] += 1
         elif mixtures and fuse_router(module, step, swaps):
-            count("router")
+            counts["router"] += 1
         elif type(module) is nn.Embedding:
             _fuse_embedding(module, step, swaps)
-    if blocks:
+    if counts["block"]:
         for _, module in model.named_modules():
             if type(module) is nn.RMSNorm:
                 _fuse_norm(module, sums, step, swaps)
@@ -255,8 +245,7 @@ def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> b
     def call(original: Call, mlp: Any, x: mx.array) -> Any:
         if not step.active:
             return original(mlp, x)
-        found = swiglu(x, joint)
-        return _project(found, down, x, sums)
+        return _project(swiglu(x, joint), down, x, sums)
 
     swaps.override(module, call)
     return True
@@ -304,17 +293,9 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
                 ("angles", id(rotation)), lambda: rotation.angles(step.positions)
             )
         q = kernels.rotate_and_write(
-            rows.array,
-            rows.count,
-            x.dtype,
-            pools,
-            step.positions,
-            step.slots,
-            rotation,
-            heads,
-            norms,
-            angles,
-        )
+            rows.array, rows.count, x.dtype, pools, step.positions, step.slots, rotation, heads,
+            norms, angles,
+        )  # fmt: skip
         out = cache.attend_rows(q, scale=scale, window=window)
         return _project(out, output, x, sums)
 

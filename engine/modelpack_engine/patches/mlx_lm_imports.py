@@ -52,8 +52,7 @@ def _complete(package: ModuleType) -> None:
     """Run the package's `__init__.py` once; the thread that runs it sees the unfinished package."""
     global _completing
     with _lock:
-        was_completed = type(package) is ModuleType
-        if was_completed or _completing:
+        if type(package) is ModuleType or _completing:
             return
         _completing = True
         try:

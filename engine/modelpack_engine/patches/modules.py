@@ -237,13 +237,9 @@ def take_logit_rows(inner: nn.Module, step: StepInputs, swaps: ClassSwaps) -> No
 
     def call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = original(module, *args, **kwargs)
-        if not step.active or not isinstance(hidden, mx.array):
-            return hidden
-        if hidden.shape[0] != step.num_rows:
+        if not step.active or not isinstance(hidden, mx.array) or hidden.shape[0] != step.num_rows:
             return hidden
         step.rows_taken = True
-        if step.all_rows_sampled:
-            return hidden
-        return hidden[step.sample_rows]
+        return hidden if step.all_rows_sampled else hidden[step.sample_rows]
 
     swaps.override(inner, call)
