@@ -125,11 +125,16 @@ class AppServer:
 
     def stop(self) -> None:
         """Stop a server that `start` began; requests under way get `grace` seconds."""
-        if self._thread is None or self._server is None:
+        if self._thread is None:
             return
-        self._server.should_exit = True
+        self.request_stop()
         self._thread.join()
         self._clean_up()
+
+    def request_stop(self) -> None:
+        """Make a running server stop as a signal does, and return at once."""
+        if self._server is not None:
+            self._server.should_exit = True
 
     def __enter__(self) -> Self:
         self.start()

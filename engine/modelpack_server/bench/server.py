@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -340,6 +340,8 @@ def _message(answer: Any) -> str:
 
 # Seconds to wait for the server to exit.
 _EXIT_SECONDS = 20.0
+# Seconds in which a server that refuses connections may exit, because its model cannot be loaded.
+_DEATH_SECONDS = 2.0
 # The server must not require API keys: it listens on loopback, for this process only.
 _UNSET_VARIABLES = ("MODELPACK_KEYS",)
 
@@ -367,6 +369,13 @@ def served(model: str, options: Sequence[str]) -> Iterator[str]:
                 errors.seek(0)
                 raise _failure(model, errors.read())
             yield url
+        except RemoteUnavailableError:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_DEATH_SECONDS)
+            if not process.returncode:
+                raise
+            errors.seek(0)
+            raise _failure(model, errors.read()) from None
         finally:
             process.terminate()
             try:

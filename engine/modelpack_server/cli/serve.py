@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -212,6 +213,8 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
 )  # fmt: skip
 @click.option("--share-prefix-cache", is_flag=True,
               help="Share cached prefixes between API keys.")  # fmt: skip
+@click.option("--keep-going", is_flag=True,
+              help="Serve the other models if a MODEL cannot be loaded.")  # fmt: skip
 @partial(engine_options, others=("vllm",))
 @remote_options
 @trust_options
@@ -232,14 +235,15 @@ def serve(
     tensor_parallel_size: int | None,
     allow_request_templates: bool,
     share_prefix_cache: bool,
+    keep_going: bool,
     config: Callable[[], Any] | None,
     remote: RemoteOptions,
 ) -> int:
     """Serve the models of the store; print the address.
 
     Each MODEL is pulled if it is not stored, loaded at start, and stays loaded; /health returns 503
-    until all are loaded. Other stored models are loaded when a request names them, and unloaded
-    when idle.
+    until all are loaded, and the server exits if one cannot be. Other stored models are loaded when
+    a request names them, and unloaded when idle.
     """
     if served_model_name and not models:
         raise UsageError("--served-model-name requires a MODEL")
@@ -272,6 +276,13 @@ def serve(
             return joined
         ranks = joined
     budget = size or device_memory(engine)
+    start = time.monotonic()
+    failures: list[ModelpackError] = []
+
+    def fail(name: str, error: Exception) -> None:
+        text = f"cannot load the model {name}: {error}"
+        failures.append(ModelpackError(text, hint=getattr(error, "hint", None)))
+        server.request_stop()
 
     def pool() -> ModelPool:
         made = ModelPool(
@@ -279,6 +290,8 @@ def serve(
             settings=chosen,
             memory=budget,
             keep_alive=seconds,
+            on_ready=lambda: note(settings, f"ready in {time.monotonic() - start:.1f} s"),
+            on_failure=None if keep_going else fail,
         )
         for name, model in opened.items():
             if settings.store().resolve(name).digest == model.digest:
@@ -300,10 +313,16 @@ def serve(
             wrap=lambda app: protect(app, protected_by, resolves=True),
             tls=tls,
         )
-        note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
-        server.run(lambda: click.echo(server.url))
+
+        def announce() -> None:
+            click.echo(server.url)
+            note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
+
+        server.run(announce)
     if ranks is not None:
         ranks.close()
+    if failures:
+        raise failures[0]
     return 0
 
 

@@ -65,6 +65,9 @@ class ModelPool:
     `load_seconds` is abandoned; a load for which no request waits is cancelled. Several models may
     load concurrently. `clock` is a monotonic clock in seconds. If memory is short, the pool unloads
     idle models, least recently used first, but no pinned models.
+
+    `on_ready` is called once all models that `start` loads are loaded; `on_failure`, with name and
+    error, once one of them is not, instead of logging it.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class ModelPool:
         max_waiting: int = MAX_WAITING,
         load_seconds: float = LOAD_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        on_ready: Callable[[], None] | None = None,
+        on_failure: Callable[[str, Exception], None] | None = None,
     ) -> None:
         self.catalogue = catalogue
         self.clock = clock
@@ -88,6 +93,8 @@ class ModelPool:
         self._grace = grace
         self._max_waiting = max_waiting
         self._load_seconds = load_seconds
+        self._on_ready = on_ready
+        self._on_failure = on_failure
         self._entries: dict[str, Entry] = {}
         self._budget = MemoryBudget(memory, self._entries.values())
         # By key, also for models that are not loaded.
@@ -301,8 +308,7 @@ class ModelPool:
     async def start(self) -> None:
         """Start loading pinned models and unloading idle ones; return immediately."""
         self._reaper = asyncio.create_task(self._reap_for_ever())
-        for name, pin in self._pins:
-            self._spawn(self._load_pinned(name, pin))
+        self._spawn(self._load_all_pinned())
 
     async def close(self, *, grace: float | None = None) -> None:
         """Unload all models; running requests get `grace` seconds (None: the pool's)."""
@@ -391,7 +397,8 @@ class ModelPool:
                 return
             failure = as_error(error, f"loading {entry.name}")
             entry.failure = failure
-            _log.warning("cannot load the model %s: %s", entry.name, told(failure))
+            if not (entry.pinned and self._on_failure):
+                _log.warning("cannot load the model %s: %s", entry.name, told(failure))
             return
         entry.engine = loaded.engine
         entry.memory = loaded.engine.memory_bytes or entry.memory
@@ -542,6 +549,12 @@ class ModelPool:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), None if wait == math.inf else wait)
 
+    async def _load_all_pinned(self) -> None:
+        await asyncio.gather(*(self._load_pinned(name, pin) for name, pin in self._pins))
+        self._on_failure = None
+        if self._on_ready is not None and self._pins.readiness()[0]:
+            self._on_ready()
+
     async def _load_pinned(self, name: str, pin: Pin) -> None:
         try:
             entry = pin.entry = await self._entry(name)
@@ -550,8 +563,14 @@ class ModelPool:
                 self._configured[entry.stored.key] = pin.settings
             await self.preload(name)
         except Exception as error:  # noqa: BLE001 - `readiness` tells; it is tried again at use
-            if pin.entry is None:  # otherwise `_load` has logged it
+            if pin.entry is None:
                 pin.failure = error
+            if self.is_closing:
+                return
+            if self._on_failure is not None:
+                self._on_failure(name, error)
+                self._on_failure = None
+            elif pin.entry is None:  # otherwise `_load` has logged it
                 _log.error("cannot load the model %s: %s", name, error)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -318,6 +318,34 @@ async def test_so_many_wait_for_a_model_and_no_more() -> None:
 
 
 @loop
+async def test_the_start_is_reported_once() -> None:
+    shelf, said = Shelf(a=1, b=1), []
+
+    def pool() -> ModelPool:
+        made = pool_over(
+            shelf, on_ready=lambda: said.append("ready"),
+            on_failure=lambda name, error: said.append(f"{name}: {error}"),
+        )  # fmt: skip
+        made.pin("a")
+        made.pin("b")
+        return made
+
+    for broken, expected in ((set(), "ready"), ({"b"}, "b: b is damaged"), ({"a"}, "a: a is")):
+        shelf.fails = broken
+        one = pool()
+        await one.start()
+        await settle(one)
+        assert len(said) == 1
+        assert said.pop().startswith(expected)
+        shelf.fails = {"a", "b"}
+        await one.unload()
+        with pytest.raises(ModelLoadError):
+            await one.preload("a")
+        assert said == []
+        await one.close()
+
+
+@loop
 async def test_a_pinned_model_that_fails_is_told() -> None:
     shelf = Shelf(a=1)
     shelf.fails.add("a")

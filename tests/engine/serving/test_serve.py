@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,78 @@ def test_a_stream_ends_before_the_server_does(
     assert (trace["model"], trace["finish"]) == ("team/tiny", "length")
     assert trace["completion_tokens"] > 100
     assert {"queue_s", "ttft_s", "tpot_s"} <= set(trace)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LayoutStore:
+    """A store with `team/tiny` and `team/martian`, whose architecture nobody knows."""
+    store = LayoutStore(tmp_path / "store")
+    files = write_tiny(tmp_path / "files")
+    modelpack.package("team/tiny", PackageRequest(safetensors_dir=files), store=store)
+    config = json.loads((files / "config.json").read_text())
+    (files / "config.json").write_text(json.dumps(config | {"model_type": "martian"}))
+    modelpack.package("team/martian", PackageRequest(safetensors_dir=files), store=store)
+    return store
+
+
+def command(store: LayoutStore, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "modelpack", "serve", *arguments, "--port", "0",
+            "--device", "cpu", "--store", str(store.root),
+            "--kv-cache-bytes", "2000000"]  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["team/martian"], "martian: the architecture 'martian' is not supported"),
+        (["team/tiny", "--max-model-len", "9999"], "tiny: max_model_len is 9999, but this model's"),
+    ],
+)
+def test_a_model_that_cannot_load_ends_the_server(
+    store: LayoutStore, arguments: list[str], reason: str
+) -> None:
+    done = subprocess.run(
+        command(store, *arguments), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if "cannot load" in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"error: cannot load the model team/{reason}")
+    assert "ready in" not in done.stderr
+
+
+@pytest.mark.long
+def test_a_server_that_keeps_going_says_so_once_and_ends_with_0(store: LayoutStore) -> None:
+    process = subprocess.Popen(
+        command(store, "team/martian", "--keep-going"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    body = {"model": "team/martian", "prompt": "x"}
+    answer = requests.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 500
+    assert requests.get(f"{url}/health", timeout=10).status_code == 503
+    assert requests.get(f"{url}/v1/models", timeout=10).status_code == 200
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "cannot load the model team/martian" in errors
+
+
+@pytest.mark.long
+def test_a_server_says_when_it_is_ready(store: LayoutStore) -> None:
+    process = subprocess.Popen(
+        command(store, "team/tiny"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    assert next(line for line in lines if "serving team/tiny" in line)
+    assert next(line for line in lines if re.fullmatch(r"ready in \d+\.\d s\n", line))
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(
