@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 from typing import Any
@@ -150,7 +151,14 @@ def run(args: list[str] | None = None) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
-        error.show()
+        # Parsing fails before the command sees its options.
+        if not (settings.json or _asks_for_json(sys.argv[1:] if args is None else args)):
+            error.show()
+        else:
+            context = getattr(error, "ctx", None)
+            hint = f"run {context.command_path} --help" if context else None
+            kind = click.UsageError if isinstance(error, click.UsageError) else type(error)
+            _show_json(kind.__name__, error.format_message(), error.exit_code, hint)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
@@ -172,27 +180,35 @@ def _show_error(error: ModelpackError, settings: Settings) -> None:
     if settings.debug:
         _show_traceback(error)
     if settings.json:
-        import json
-
-        body: dict[str, Any] = {
-            "type": type(error).__name__,
-            "message": str(error),
-            "exitCode": exit_status(error),
-        }
-        if error.hint:
-            body["hint"] = error.hint
-        click.echo(json.dumps({"error": body}), err=True)
-        return
-    show_error(error)
+        _show_json(type(error).__name__, str(error), exit_status(error), error.hint)
+    else:
+        show_error(error)
 
 
 def _show_unexpected(error: Exception, settings: Settings) -> None:
     if settings.debug:
         _show_traceback(error)
+    hint = None if settings.debug else "run again with --debug to see where, and report it as a bug"
+    if settings.json:
+        _show_json(type(error).__name__, f"unexpected: {error}", settings.failure_code, hint)
+        return
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     click.echo(visible(f"error: unexpected {detail}").replace("\n", "\n  "), err=True)
-    if not settings.debug:
-        click.echo("hint: run again with --debug to see where, and report it as a bug", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+
+
+def _asks_for_json(args: list[str]) -> bool:
+    return "--json" in itertools.takewhile(lambda arg: arg != "--", args)
+
+
+def _show_json(kind: str, message: str, code: int, hint: str | None) -> None:
+    import json
+
+    body: dict[str, Any] = {"type": kind, "message": message, "exitCode": code}
+    if hint:
+        body["hint"] = hint
+    click.echo(json.dumps({"error": body}), err=True)
 
 
 def _show_traceback(error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,44 @@ def test_a_denied_store_is_a_permission(open_dir: Path) -> None:
         assert modelpack("--store", store, "tag", "x:v1", "x:v2").code == 4
         assert modelpack("--store", open_dir / "closed", "list").code == 4
         assert modelpack("--store", open_dir / "closed" / "below", "list").code == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["pull", "--json", "m:v1", "--nonsense"], "--nonsense"),
+        (["pull", "--json", "--only", "all", "m:v1"], "--only"),
+        (["--json", "push"], "REFERENCE"),
+        (["nonsense", "--json"], "nonsense"),
+        (["list", "--json", "--store"], "--store"),
+        (["pull", "--json"], "expected one model"),
+        (["pull", "--json", "--client-key", "pyproject.toml", "m:v1"], "--client-cert"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_usage_is_json_too(words: list[str], says: str) -> None:
+    failed = modelpack(*words)
+    assert (failed.code, failed.out) == (2, "")
+    error = json.loads(failed.err)["error"]
+    assert (error["type"], error["exitCode"]) == ("UsageError", 2)
+    assert says in error["message"]
+
+
+def test_json_after_the_options_is_an_argument() -> None:
+    failed = modelpack("pull", "--only", "all", "--", "--json")
+    assert failed.code == 2
+    assert failed.err.startswith("Usage: modelpack pull")
+
+
+def test_an_unexpected_error_is_json_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("modelpack.cli.store.summarize_models", fail)
+    failed = modelpack("list", "--json")
+    error = json.loads(failed.err)["error"]
+    assert (failed.code, error["type"], error["message"]) == (
+        1,
+        "RuntimeError",
+        "unexpected: broken",
+    )
