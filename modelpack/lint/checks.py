@@ -175,6 +175,13 @@ Render = Callable[[str, Mapping[str, Any]], str]
 _TEMPLATE_KEY: Final = "tokenizer.chat_template"
 _WORDS: Final = "the words of a test"
 _MESSAGES: Final = [{"role": "user", "content": _WORDS}]
+#: Architectures of encoders in GGUF and, with `-` for `_`, values of `model_type` in config.json.
+_ENCODERS: Final = frozenset({
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "jina-bert-v2",
+    "jina-bert-v3", "modern-bert", "modernbert", "mpnet", "neo-bert", "nomic-bert",
+    "nomic-bert-moe", "roberta", "t5encoder", "xlm-roberta",
+})  # fmt: skip
+_ENCODER_HEADS: Final = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
 
 def check_name(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
@@ -253,6 +260,8 @@ def trained_context(subject: LintSubject) -> int | None:
 
 def check_template(render: Render, subject: LintSubject, _: LintPolicy) -> Iterator[Finding]:
     """Yield a finding for a missing template and for each that does not render a message."""
+    if not generates_text(subject):
+        return
     found = templates(subject)
     if not found:
         yield Finding("template", "no chat template")
@@ -264,6 +273,24 @@ def check_template(render: Render, subject: LintSubject, _: LintPolicy) -> Itera
             continue
         if _WORDS not in text:
             yield Finding("template", "leaves out the message of the user", path or None)
+
+
+def generates_text(subject: LintSubject) -> bool:
+    """Return whether the model generates text, unlike encoders, embedding models and diffusers."""
+    architecture = subject.gguf_text("general.architecture")
+    if architecture:
+        # llama.cpp: a pooling type other than 0 makes a decoder an embedding model.
+        pooling = subject.gguf.get(f"{architecture}.pooling_type")
+        return architecture not in _ENCODERS and (pooling is None or pooling.value == 0)
+    if subject.file("modules.json") is not None:  # sentence-transformers
+        return False
+    config = _json(subject.file("config.json")) or {}
+    classes = config.get("architectures")
+    if isinstance(classes, list) and any(str(one).endswith(_ENCODER_HEADS) for one in classes):
+        return False
+    kind = config.get("model_type") or subject.config.architecture
+    formats = {file.format for file in subject.files if file.role is Role.WEIGHT}
+    return formats != {"dduf"} and str(kind).lower().replace("_", "-") not in _ENCODERS
 
 
 def templates(subject: LintSubject) -> dict[str, str]:

@@ -30,7 +30,7 @@ RULES: Final = {
     "name": "the repository and tag follow the catalogue's pattern and match the config",
     "licence": "the model has a licence, and it is allowed",
     "metadata": "the config has the required fields",
-    "template": "the model has a chat template, and it renders",
+    "template": "a model that generates text has a chat template, and it renders",
     "pickle": "no file is a pickle, which runs code when it is loaded",
     "secrets": "no file contains a token, a password or a private key",
     "paths": "no configuration contains an absolute path of a machine",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import modelpack
+from fixtures.weights import STRING, U32, KeyValue, gguf
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.reference import Reference
 from modelpack.cli.main import run
@@ -17,6 +18,7 @@ from modelpack.lint.checks import to_sarif
 from modelpack.lint.policy import RULES, Level, LintPolicy, NamePattern, parse_policy
 from modelpack.operations.lint import LintReport, lint
 from modelpack.testing import registry
+from modelpack.testing.weights import minilm_directory
 from modelpack_engine.models.chat_template import ChatTemplate
 from tests.models import tiny_safetensors
 
@@ -108,6 +110,59 @@ def test_findings(
     for level, passed, count in (("warning", True, 1), ("off", True, 0)):
         other = linted(directory, f"{policy}\n[rules]\n{rule} = '{level}'")
         assert (other.passed, len(other.findings)) == (passed, count)
+
+
+QWEN = '{"architectures":["Qwen3ForCausalLM"],"max_position_embeddings":512,"model_type":"qwen3"}'
+BERT = '{"architectures":["BertModel"],"max_position_embeddings":512,"model_type":"bert"}'
+RANKER = """{"architectures":["XLMRobertaForSequenceClassification"],
+"max_position_embeddings":512,"model_type":"unknown"}"""
+
+
+@pytest.mark.parametrize(
+    ("files", "needs_template"),
+    [
+        ({"config.json": BERT}, False),
+        ({"config.json": BERT.replace("bert", "nomic_bert")}, False),
+        ({"config.json": RANKER}, False),
+        ({"config.json": QWEN, "modules.json": "[]"}, False),
+        ({"config.json": QWEN}, True),
+        ({"config.json": QWEN.replace("Qwen3ForCausalLM", "GPT2LMHeadModel")}, True),
+        ({"config.json": CONFIG}, True),
+    ],
+)
+def test_only_models_that_generate_text_need_a_template(
+    directory: Path, files: dict[str, str], needs_template: bool
+) -> None:
+    (directory / "chat_template.jinja").unlink()
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    says = ["error: no chat template [template]"] if needs_template else []
+    assert [str(finding) for finding in linted(directory).findings] == says
+    store = modelpack.Store(directory.parent / "store")
+    modelpack.package("x/m:v1", modelpack.PackageRequest(safetensors_dir=directory), store=store)
+    assert [str(finding) for finding in linted("x/m:v1", store=store).findings] == says
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pooling", "needs_template"),
+    [("bert", None, False), ("qwen3", 3, False), ("qwen3", 0, True), ("qwen3", None, True)],
+)
+def test_embedding_models_in_gguf(
+    tmp_path: Path, architecture: str, pooling: int | None, needs_template: bool
+) -> None:
+    entries = [KeyValue("general.architecture", STRING, architecture)]
+    if pooling is not None:
+        entries.append(KeyValue(f"{architecture}.pooling_type", U32, pooling))
+    (tmp_path / "m.gguf").write_bytes(gguf(entries, []))
+    rules = "[metadata]\nrequired = []\n[rules]\nlicence = 'off'"
+    rules_found = [finding.rule for finding in linted(tmp_path, rules).findings]
+    assert rules_found == ["template"] * needs_template
+
+
+@pytest.mark.weights
+@pytest.mark.long
+def test_a_real_embedding_model() -> None:
+    assert linted(minilm_directory()).findings == ()
 
 
 def test_a_secret_is_not_shown(directory: Path) -> None:
