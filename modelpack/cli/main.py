@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import re
 import sys
 from typing import Any
 
@@ -110,6 +111,13 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command for `args`, with an alias replaced by the command's name."""
+        typed = args[0]
+        if not (typed.startswith("-") or ctx.resilient_parsing or self.get_command(ctx, typed)):
+            from difflib import get_close_matches
+
+            close = get_close_matches(typed, [*self.list_commands(ctx), *ALIASES])
+            meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            ctx.fail(f"No such command {typed!r}.{meant}")
         name, command, rest = super().resolve_command(ctx, args)
         return (ALIASES.get(name, name) if name else name), command, rest
 
@@ -179,10 +187,18 @@ def run(args: list[str] | None = None) -> int:
 def _show_error(error: ModelpackError, settings: Settings) -> None:
     if settings.debug:
         _show_traceback(error)
+    message, hint = _as_typed(str(error), settings), _as_typed(error.hint or "", settings)
     if settings.json:
-        _show_json(type(error).__name__, str(error), exit_status(error), error.hint)
+        _show_json(type(error).__name__, message, exit_status(error), hint)
     else:
-        show_error(error)
+        show_error(ModelpackError(message, hint=hint))
+
+
+def _as_typed(text: str, settings: Settings) -> str:
+    """Return an error's text with the command's options in place of their names in Python."""
+    for name, option in settings.options.items():
+        text = re.sub(rf"(?<![\w./='\"-]){name}(?![\w/='\"-]|\.\w)", option, text)
+    return text
 
 
 def _show_unexpected(error: Exception, settings: Settings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,6 +63,8 @@ class Settings:
     progress: str = "auto"
     #: The exit code of "any other failure", for commands whose exit code 1 has another meaning.
     failure_code: int = 1
+    #: The options of the command as typed, by their names in Python, if these have several words.
+    options: dict[str, str] = field(default_factory=dict)
 
     def store(self) -> LayoutStore:
         """Return the local store; create it if it does not exist."""
@@ -103,6 +105,11 @@ def common_options(command: F) -> F:
         settings.quiet |= quiet
         settings.debug |= debug
         settings.progress = progress or settings.progress
+        settings.options = {
+            param.name: max(param.opts, key=len)
+            for param in click.get_current_context().command.params
+            if isinstance(param, click.Option) and param.name and "_" in param.name
+        }
         return command(settings, **arguments)
 
     return wrapped  # type: ignore[return-value]

@@ -24,6 +24,8 @@ from modelpack.errors import (
 )
 
 _SHORTEST_PREFIX = 4
+# The comparison with more names would take more than about 0.1 s.
+_MAX_COMPARED = 1_000
 #: Annotations that may hold the name of an entry.
 NAME_KEYS: Final = (media_types.REF_NAME, media_types.CONTAINERD_NAME)
 _HEX = re.compile(r"(?:sha256:)?([0-9a-f]{1,64})\Z")
@@ -187,11 +189,19 @@ class Names:
     def _not_found(self, text: str) -> NotFoundError:
         wanted = Reference.parse(text)
         looked_for = "" if text == str(wanted) else f" (that is {wanted})"
+        by_name: dict[str, list[str]] = {}
+        for ref in self._by_reference:
+            by_name.setdefault(ref.repository.rpartition("/")[2], []).append(str(ref))
         last = wanted.repository.rpartition("/")[2]
-        alike = sorted(
-            str(ref) for ref in self._by_reference if ref.repository.rpartition("/")[2] == last
-        )
-        hint = f"try {', '.join(alike[:5])}" if alike else "run `modelpack list` to see the models"
+        close = [last] if last in by_name else []
+        if not close and len(by_name) <= _MAX_COMPARED:
+            from difflib import get_close_matches
+
+            close = get_close_matches(last, by_name, n=3, cutoff=0.7)
+        alike = [ref for name in close for ref in sorted(by_name[name])]
+        hint = "run `modelpack list` to see the models"
+        if alike:
+            hint = f"did you mean {', '.join(alike[:5])}?"
         return NotFoundError(f"no such model in the store: {text}{looked_for}", hint=hint)
 
 
