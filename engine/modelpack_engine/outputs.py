@@ -17,11 +17,15 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's log-probability (natural log), and those of the most likely ones."""
+    """A token's log-probability (natural log), and those of the most likely ones.
+
+    `data` are the bytes that the token adds to the text, if they were matched with the text.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    data: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

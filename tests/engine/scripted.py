@@ -108,7 +108,8 @@ class ScriptedEngine:
                 event = RequestEvent(stream.request_id, index, (at % 256,), piece)
                 if params.logprobs is not None:
                     top = tuple((token, -1.0) for token in range(params.logprobs))
-                    event = replace(event, logprobs=(TokenLogprob(at % 256, -0.5, top),))
+                    ids = self.tokenizer.encode(piece, add_special_tokens=False)
+                    event = replace(event, logprobs=tuple(TokenLogprob(i, -0.5, top) for i in ids))
                 if at == len(pieces) - 1:
                     event = _last(event, self.ends, prompt, len(pieces))
                 stream.put(event)

@@ -20,8 +20,10 @@ class Vocabulary:
         """Return the token as text; an incomplete character becomes U+FFFD."""
         return self.shown(token_id)[0]
 
-    def shown(self, token_id: int) -> tuple[str, list[int]]:
-        """Return the text and the bytes of a token."""
+    def shown(self, token_id: int, data: bytes | None = None) -> tuple[str, list[int]]:
+        """Return the text and the bytes of a token, or of `data`, the part that a text has."""
+        if data is not None:
+            return data.decode(errors="replace"), list(data)
         known = self._known.get(token_id)
         if known is None:
             raw = self._tokenizer.token_bytes(token_id)

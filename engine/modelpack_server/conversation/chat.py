@@ -9,9 +9,10 @@ from typing import Any
 
 from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.core.detokenizer import stop_strings
-from modelpack_engine.outputs import FinishReason, RequestEvent, Usage
+from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
 from modelpack_engine.request import EngineRequest
 from modelpack_engine.worker.threads import prepare
+from modelpack_server.conversation.logprobs import TextLogprobs
 from modelpack_server.conversation.masks import make_masks
 from modelpack_server.conversation.prompt import PLAIN_FAMILY, render
 from modelpack_server.conversation.served_model import ServedModel
@@ -90,8 +91,10 @@ class Answer:
         *,
         min_tokens: int = 0,
         calls_only: bool = False,
+        logprobs: TextLogprobs | None = None,
     ) -> None:
         self._index = index
+        self._logprobs = logprobs
         self._parser = parser
         self._stops = TextStops(stops) if stops else None
         self._min_tokens = min_tokens
@@ -105,15 +108,20 @@ class Answer:
         if self.is_over:
             if event.finish_reason is None:
                 return ChatDelta(self._index)
-            return self._ended(event, (), FinishReason.STOP)
+            return self._ended(event, (), FinishReason.STOP, None)
         self._tokens += len(event.token_ids)
         if self._parser is None:
             parts: tuple[Part, ...] = (Text(event.text),) if event.text else ()
         else:
             parts = tuple(self._parsed(event))
+        logprobs = event.logprobs
+        if self._logprobs is not None and logprobs is not None:
+            ended = self.is_over or event.finish_reason is not None
+            logprobs = self._logprobs.take(logprobs, parts, ended=ended) or None
         if event.finish_reason is None:
-            return ChatDelta(self._index, parts, event.token_ids, event.logprobs)
-        return self._ended(event, parts, FinishReason.STOP if self.is_over else event.finish_reason)
+            return ChatDelta(self._index, parts, event.token_ids, logprobs)
+        reason = FinishReason.STOP if self.is_over else event.finish_reason
+        return self._ended(event, parts, reason, logprobs)
 
     def _parsed(self, event: RequestEvent) -> list[Part]:
         """Return the final parts, up to a stop string or the last call."""
@@ -132,7 +140,11 @@ class Answer:
         return parts
 
     def _ended(
-        self, event: RequestEvent, parts: tuple[Part, ...], reason: FinishReason
+        self,
+        event: RequestEvent,
+        parts: tuple[Part, ...],
+        reason: FinishReason,
+        logprobs: tuple[TokenLogprob, ...] | None,
     ) -> ChatDelta:
         stopped_by = self._stops.found if self._stops is not None else None
         if stopped_by is None and isinstance(event.stop_reason, str):
@@ -147,7 +159,7 @@ class Answer:
             counted.accepted_tokens, counted.rejected_tokens, reasoned,
         )  # fmt: skip
         return ChatDelta(
-            self._index, parts, event.token_ids, event.logprobs, finish, stopped_by, usage,
+            self._index, parts, event.token_ids, logprobs, finish, stopped_by, usage,
             event.timing,
         )  # fmt: skip
 
@@ -227,13 +239,19 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
     )
 
     def answer(index: int) -> Answer:
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = TextLogprobs(model.tokenizer, skips_special=params.skip_special_tokens)
         if not parses:
-            return Answer(index)
+            return Answer(index, logprobs=logprobs)
         parser = OutputParser(
             written, tools, starts_reasoning=reasons, parallel=spec.parallel_tool_calls
         )
         forced = spec.tool_choice.mode == "required"
-        return Answer(index, parser, stops, min_tokens=params.min_tokens, calls_only=forced)
+        return Answer(
+            index, parser, stops,
+            min_tokens=params.min_tokens, calls_only=forced, logprobs=logprobs,
+        )  # fmt: skip
 
     answers = [answer(index) for index in range(spec.n)]
     stream = await model.submit(

@@ -14,7 +14,7 @@ import requests
 from modelpack_engine.async_engine import AsyncEngine
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
-from tests.engine.serving.tiny import TinyCatalogue, reference_tokens
+from tests.engine.serving.tiny import EOS, TinyCatalogue, reference_tokens
 
 
 def pinned(catalogue: TinyCatalogue) -> ModelPool:
@@ -119,6 +119,33 @@ def test_echo_with_logprobs_covers_the_prompt(served: tuple[str, AsyncEngine]) -
     assert all(value < 0 for value in logprobs["token_logprobs"][1:])
     assert logprobs["text_offset"][:5] == [0, 1, 2, 3, 4]
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ends_at_once", [False, True])
+def test_tokens_of_logprobs_join_to_the_text(
+    served: tuple[str, AsyncEngine], stream: bool, ends_at_once: bool
+) -> None:
+    letters = served[1].tokenizer.encode("abcdef")
+    bias = dict.fromkeys(letters, 60) | {EOS: 100 if ends_at_once else -100}
+    stop = [letter * 2 for letter in "abcdef"]
+    body = {"seed": 5, "max_tokens": 40, "stop": stop, "stream": stream, "logit_bias": bias}
+
+    def choices(path: str, **fields: Any) -> list[dict[str, Any]]:
+        response = post(served, path, **body, **fields)
+        found = [each["choices"][0] for each in events(response)] if stream else []
+        return found or response.json()["choices"]
+
+    found = choices("/v1/completions", prompt="abcd", logprobs=0)
+    tokens = [token for each in found if each["logprobs"] for token in each["logprobs"]["tokens"]]
+    assert "".join(tokens) == "".join(each["text"] for each in found)
+    assert (found[-1]["finish_reason"], not tokens) == ("stop", ends_at_once)
+    found = choices("/v1/chat/completions", messages=CHAT["messages"], logprobs=True)
+    entries = [entry for each in found if each["logprobs"] for entry in each["logprobs"]["content"]]
+    messages = [each["delta" if stream else "message"] for each in found]
+    text = "".join(message.get("content") or "" for message in messages)
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == text
+    assert (found[-1]["finish_reason"], not text) == ("stop", ends_at_once)
 
 
 def test_chat_logprobs(served: tuple[str, AsyncEngine]) -> None:

@@ -26,6 +26,7 @@ from modelpack_server.api.ollama.chat import (
 from modelpack_server.api.ollama.models import shown_template
 from modelpack_server.api.ollama.ndjson import JsonRoute
 from modelpack_server.conversation.chat import Answer, ChatStream, start_chat
+from modelpack_server.conversation.logprobs import TextLogprobs
 from modelpack_server.conversation.masks import text_mask
 from modelpack_server.conversation.prompt import Markers, find_markers, infilling_prompt
 from modelpack_server.conversation.served_model import ServedModel
@@ -124,7 +125,8 @@ async def _continue(body: GenerateBody, model: ServedModel, prompt: list[int]) -
     mask = await asyncio.to_thread(text_mask, model, constraint) if constraint else None
     params = replace(params, max_tokens=limit, mask=mask)
     stream = await model.submit(EngineRequest(prompt, params, continues_text=True))
-    return ChatStream(stream, [Answer(0)], False, prompt)
+    logprobs = TextLogprobs(model.tokenizer) if params.logprobs is not None else None
+    return ChatStream(stream, [Answer(0, logprobs=logprobs)], False, prompt)
 
 
 def _check_raw(body: GenerateBody) -> None:

@@ -172,14 +172,16 @@ class Writer:
         return made | ({"done": False} if ending is None else ending)
 
     def _logprob(self, item: TokenLogprob, words: Vocabulary) -> dict[str, Any]:
-        found = _token(item.token_id, item.logprob, words)
+        found = _token(item.token_id, item.logprob, words, item.data)
         if item.top:
             found["top_logprobs"] = [_token(token, value, words) for token, value in item.top]
         return found
 
 
-def _token(token_id: int, logprob: float, words: Vocabulary) -> dict[str, Any]:
-    text, raw = words.shown(token_id)
+def _token(
+    token_id: int, logprob: float, words: Vocabulary, data: bytes | None = None
+) -> dict[str, Any]:
+    text, raw = words.shown(token_id, data)
     return {"token": text, "logprob": logprob, "bytes": raw}
 
 

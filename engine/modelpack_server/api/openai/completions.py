@@ -20,9 +20,11 @@ from modelpack_server.api.openai.requests import CompletionRequest, constraint_o
 from modelpack_server.api.paths import add_route
 from modelpack_server.api.sse import DONE
 from modelpack_server.api.vocabulary import Vocabulary
+from modelpack_server.conversation.logprobs import TextLogprobs
 from modelpack_server.conversation.masks import text_mask
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.pool.pool import ModelPool
+from modelpack_server.tool_parsers.parts import Text
 
 _DEFAULT_MAX_TOKENS = 16
 
@@ -104,6 +106,7 @@ class _Writer:
         self._words = Vocabulary(model.tokenizer)
         self._prompt = prompt
         self._offsets = [0] * body.n
+        self._matched = [TextLogprobs(model.tokenizer) for _ in range(body.n)]
         self._begun: set[int] = set()
 
     def written_choice(self, event: RequestEvent) -> str:
@@ -112,22 +115,24 @@ class _Writer:
 
     def choice(self, event: RequestEvent) -> dict[str, Any]:
         """Return the piece of a choice for an event."""
-        text = event.text
-        token_ids = list(event.token_ids)
-        logprobs: list[TokenLogprob | None] = list(event.logprobs or ())
+        echoed, shown = "", None
+        prompt: list[tuple[int, TokenLogprob | None]] = []
         if self._body.echo and event.index not in self._begun:
-            text = self._prompt.text + text
-            token_ids = self._prompt.token_ids + token_ids
-            logprobs = list(event.prompt_logprobs or ()) + logprobs
+            echoed = self._prompt.text
+            prompt = list(zip(self._prompt.token_ids, event.prompt_logprobs or (), strict=False))
             self._begun.add(event.index)
-        shown = None
-        if self._body.logprobs is not None and logprobs:
-            ids = token_ids[: len(logprobs)]
-            shown = completion_logprobs(logprobs, ids, self._words, self._offsets[event.index])
-        self._offsets[event.index] += len(text)
+        if self._body.logprobs is not None:
+            logprobs = self._matched[event.index].take(
+                event.logprobs or (), [Text(event.text)], ended=event.finished
+            )
+            if prompt or logprobs:
+                offset = self._offsets[event.index]
+                shown = completion_logprobs(prompt, logprobs, self._words, offset)
+            data = b"".join(item.data or b"" for item in logprobs)
+            self._offsets[event.index] += len(echoed) + len(data.decode(errors="replace"))
         return {
             "index": self._prompt.first + event.index,
-            "text": text,
+            "text": echoed + event.text,
             "logprobs": shown,
             "finish_reason": _reason(event),
         }

@@ -82,7 +82,7 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob], words: Vocabulary) -> dict[s
     """Return the log-probabilities of a chat choice."""
     return {
         "content": [
-            _entry(words, item.token_id, item.logprob)
+            _entry(words, item.token_id, item.logprob, item.data)
             | {"top_logprobs": [_entry(words, token, value) for token, value in item.top]}
             for item in logprobs
         ],
@@ -91,28 +91,35 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob], words: Vocabulary) -> dict[s
 
 
 def completion_logprobs(
-    logprobs: Sequence[TokenLogprob | None],
-    token_ids: Sequence[int],
+    prompt: Sequence[tuple[int, TokenLogprob | None]],
+    logprobs: Sequence[TokenLogprob],
     words: Vocabulary,
     offset: int,
 ) -> dict[str, Any]:
-    """Return the log-probabilities of a text choice, whose text begins at character `offset`."""
-    texts = [words.text(token) for token in token_ids]
+    """Return the log-probabilities of a text choice, whose text begins at character `offset`.
+
+    `prompt` are the tokens of an echoed prompt, the first without a log-probability.
+    """
+    texts = [words.text(token_id) for token_id, _ in prompt]
+    texts += [words.shown(item.token_id, item.data)[0] for item in logprobs]
+    items = [*(item for _, item in prompt), *logprobs]
     offsets = []
     for text in texts:
         offsets.append(offset)
         offset += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [item.logprob if item else None for item in logprobs],
+        "token_logprobs": [item.logprob if item else None for item in items],
         "top_logprobs": [
             {words.text(token): value for token, value in item.top} if item and item.top else None
-            for item in logprobs
+            for item in items
         ],
         "text_offset": offsets,
     }
 
 
-def _entry(words: Vocabulary, token_id: int, logprob: float) -> dict[str, Any]:
-    text, raw = words.shown(token_id)
+def _entry(
+    words: Vocabulary, token_id: int, logprob: float, data: bytes | None = None
+) -> dict[str, Any]:
+    text, raw = words.shown(token_id, data)
     return {"token": text, "logprob": logprob, "bytes": raw}
