@@ -33,6 +33,7 @@ from modelpack.cli.output import (
     shown_progress,
     table,
 )
+from modelpack.errors import UnsupportedError
 from modelpack.formats.gguf import MetadataArray
 from modelpack.operations import lookup
 from modelpack.operations.remote import RemoteOptions
@@ -108,6 +109,34 @@ def model_text(model: Model, missing: Collection[Digest] = ()) -> str:
         line = f"  {file.role!s:<14}{size:>10}  {file.filepath or file.descriptor.digest}"
         text.append(line + ("  (missing)" if file.descriptor.digest in missing else ""))
     return "\n".join(map(one_line, text))
+
+
+def show_image(settings: Settings, image: lookup.StoredImage) -> None:
+    """Print what `inspect` shows of a stored image."""
+    model = image.index.annotations.get(mediatypes.MODEL)
+    value = {
+        "references": [str(reference) for reference in image.references],
+        "digest": str(image.descriptor.digest),
+        "mediaType": image.index.media_type,
+        "annotations": dict(image.index.annotations),
+        "size": image.size,
+        "model": model,
+        "manifests": [
+            {"platform": one.platform, "digest": str(one.digest), "mediaType": one.media_type}
+            for one in image.index.manifests
+        ],
+    }
+    lines = [
+        ("Image", ", ".join(map(str, image.references)) or image.descriptor.digest.short),
+        ("Digest", str(image.descriptor.digest)),
+        ("Type", "container image"),
+        ("Model", model or ""),
+        ("Size", human_size(image.size)),
+    ]
+    text = [f"{label + ':':<14}{text}" for label, text in lines if text]
+    text.append("Manifests:")
+    text += [f"  {one.platform or '':<14}{one.digest}" for one in image.index.manifests]
+    show(settings, value, "\n".join(map(one_line, text)))
 
 
 _MAX_VALUE = 120
@@ -201,14 +230,21 @@ PULL = click.option("--pull", is_flag=True, help="Pull missing files first.")
 def inspect(
     settings: Settings, model: str, header: bool, in_registry: bool, remote: RemoteOptions
 ) -> None:
-    """Show the format, size, context length and files of a model.
+    """Show the format, size, context length and files of a model, or the parts of an image.
 
     For a remote model, only the manifest, the config and, with --header, file headers are fetched.
     """
     if header:
         show_headers(settings, model, in_registry, remote)
         return
-    found = _find(settings, model, in_registry, remote)
+    try:
+        found = _find(settings, model, in_registry, remote)
+    except UnsupportedError:
+        image = None if in_registry else lookup.stored_image(settings.store(), model)
+        if image is None:
+            raise
+        show_image(settings, image)
+        return
     lacking = () if in_registry else settings.store().missing(found.descriptor)
     missing = {blob.digest for blob in lacking}
     if settings.json:

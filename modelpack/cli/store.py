@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelpack.artifacts import media_types
+from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import Settings, common_options, model_argument, remote_options
 from modelpack.cli.output import (
     full_reference,
@@ -19,7 +22,8 @@ from modelpack.cli.output import (
     table,
 )
 from modelpack.errors import IntegrityError, UsageError
-from modelpack.operations.model_list import Summarized, summarize_models
+from modelpack.operations.lookup import StoredImage
+from modelpack.operations.model_list import Summarized, list_images, summarize_models
 from modelpack.operations.remote import RemoteOptions
 from modelpack.storage import watching
 from modelpack.store.fsck import Fault, FsckReport
@@ -41,19 +45,30 @@ _HEADER = (
 @click.argument("model", required=False)
 @common_options
 def list_models(settings: Settings, model: str | None) -> None:
-    """List stored models, or those named MODEL. With --quiet, print only their ids.
+    """List stored models and images, or those named MODEL. With --quiet, print only their ids.
 
     For a partly pulled model, SIZE is the stored part of the total.
     """
-    found = summarize_models(settings.store(), model)
+    store = settings.store()
+    found = summarize_models(store, model)
+    images = list_images(store, model, known={item.digest for item in found})
     if settings.json:
-        show_json({"models": [_listing_json(item) for item in found]})
+        show_json(
+            {
+                "models": [_listing_json(item) for item in found],
+                "images": [_image_json(image) for image in images],
+            }
+        )
     elif settings.quiet:
-        for digest in dict.fromkeys(item.digest for item in found):
+        digests = [item.digest for item in found] + [image.descriptor.digest for image in images]
+        for digest in dict.fromkeys(digests):
             click.echo(digest.short)
     else:
         now = datetime.now(UTC)
         rows = [row for item in found for row in _rows(item, now)]
+        for image in images:
+            cells = ("", "", "image", image.descriptor.digest.short, "", "", human_size(image.size))
+            rows += [(name, *cells) for name in _names(image.references)]
         rows.sort(key=lambda row: row[0].lower())
         click.echo(table(_HEADER, rows))
     for item in found:
@@ -74,8 +89,20 @@ def _rows(item: Summarized, now: datetime) -> list[tuple[str, ...]]:
             here = known.size - sum(blob.size for blob in item.missing)
             size = f"{human_size(here)} of {size}"
     rest = (*cells, item.digest.short, created, context, size)
-    names = [reference.familiar for reference in item.references] or ["<none>"]
-    return [(name, *rest) for name in names]
+    return [(name, *rest) for name in _names(item.references)]
+
+
+def _names(references: Sequence[Reference]) -> list[str]:
+    return [reference.familiar for reference in references] or ["<none>"]
+
+
+def _image_json(image: StoredImage) -> dict[str, Any]:
+    return {
+        "digest": str(image.descriptor.digest),
+        "tags": [str(reference) for reference in image.references],
+        "size": image.size,
+        "model": image.index.annotations.get(media_types.MODEL),
+    }
 
 
 def _listing_json(item: Summarized) -> dict[str, Any]:
@@ -212,6 +239,7 @@ def _show_fsck(settings: Settings, report: FsckReport, done: Repaired | None = N
         "checked": report.checked,
         "bytesChecked": report.bytes_checked,
         "partial": list(report.partial),
+        "unnamed": [str(digest) for digest in report.unnamed],
         "problems": [
             {
                 "kind": str(problem.kind),
@@ -240,6 +268,9 @@ def _show_fsck(settings: Settings, report: FsckReport, done: Repaired | None = N
     note(settings, f"checked {plural(report.checked, 'blob')}, {human_size(report.bytes_checked)}")
     if report.partial:
         note(settings, f"partial models, which are valid: {', '.join(report.partial)}")
+    if report.unnamed:
+        ids = " ".join(digest.short for digest in report.unnamed)
+        note(settings, f"without a name, but kept; to delete them, run `modelpack rm {ids}`")
     if left.problems:
         again = "pull or package the models named above again"
         hint = again if done else f"run `modelpack fsck --repair`, or {again}"

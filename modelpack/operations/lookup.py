@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
-from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.manifest import Index, Manifest
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference, begins_id, is_model_id
 from modelpack.errors import InvalidReferenceError, NotFoundError, PartialModelError
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _MAX_SHOWN = 5
+_IMAGE_CONFIGS = (media_types.OCI_IMAGE_CONFIG, media_types.DOCKER_IMAGE_CONFIG)
 
 
 def check_whole(store: LayoutStore, model: Model) -> None:
@@ -85,6 +88,39 @@ def stored_model(store: Source, name: str, options: RemoteOptions | None = None)
     raw = store.fetch_manifest(descriptor)
     descriptor, manifest = fetch_variant(store, descriptor, raw, what, options=options)
     return Model(reference, descriptor, manifest, _read_config(store, manifest, what))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """A stored image: an index of container images, as `convert --to image` makes.
+
+    `size` is that of all configs and layers in bytes.
+    """
+
+    descriptor: Descriptor
+    references: tuple[Reference, ...]
+    index: Index
+    size: int
+
+
+def stored_image(store: LayoutStore, name: str) -> StoredImage | None:
+    """Return the image `name` of the store, None if it is no index of container images.
+
+    Raises as `LayoutStore.get`, and `NotFoundError` if the store lacks one of its manifests.
+    """
+    found = store.get(name)
+    if found.descriptor.media_type not in media_types.INDEX_TYPES:
+        return None
+    index = Index.parse(store.fetch_manifest(found.descriptor), str(found.digest))
+    manifests = [
+        Manifest.parse(store.fetch_manifest(child), str(child.digest))
+        for child in index.manifests
+        if child.media_type in media_types.MANIFEST_TYPES
+    ]
+    if not any(manifest.config.media_type in _IMAGE_CONFIGS for manifest in manifests):
+        return None
+    sizes = {blob.digest: blob.size for manifest in manifests for blob in manifest.blobs}
+    return StoredImage(found.descriptor, found.references, index, sum(sizes.values()))
 
 
 def reference_in(source: Source, name: str, found: Descriptor) -> Reference | None:

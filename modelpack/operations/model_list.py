@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from modelpack.artifacts import media_types
@@ -13,7 +14,7 @@ from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference, is_model_id
 from modelpack.errors import ModelpackError
-from modelpack.operations.lookup import stored_model
+from modelpack.operations.lookup import StoredImage, stored_image, stored_model
 from modelpack.store.layout import LayoutStore
 from modelpack.store.lookup import StoredModel
 
@@ -141,6 +142,23 @@ def summarize_models(store: LayoutStore, name: str | None = None) -> tuple[Summa
             known = {str(item.digest): known.get(str(item.digest), []) for item in listed}
         store.listing_cache.write({**known, **added})
     return tuple(listed)
+
+
+def list_images(
+    store: LayoutStore, name: str | None = None, *, known: Collection[Digest] = ()
+) -> tuple[StoredImage, ...]:
+    """Return the readable images in the store, without the indexes in `known`.
+
+    `name` is as in `list_models`.
+    """
+    found = []
+    for entry, references in _chosen(store, name):
+        if entry.descriptor.media_type in media_types.INDEX_TYPES and entry.digest not in known:
+            with suppress(ModelpackError):
+                image = stored_image(store, str(entry.digest))
+                if image is not None:
+                    found.append(replace(image, references=references))
+    return tuple(found)
 
 
 def _may_be_a_model(store: LayoutStore, entry: StoredModel) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import (
@@ -118,7 +119,9 @@ class Remover:
     def _delete(
         self, document: IndexDocument, model: lookup.StoredModel, leased: set[Digest]
     ) -> Removal:
-        gone = [model.descriptor, *self._referrers(document, model.digest)]
+        gone = [model.descriptor, *self._referrers(document, {model.digest})]
+        if model.descriptor.media_type in media_types.INDEX_TYPES:
+            gone += self._parts(document, gone)
         unneeded = self._unneeded(document, gone) - leased
         for descriptor in gone:
             document = document.without_manifest(descriptor.digest)
@@ -152,8 +155,21 @@ class Remover:
                 unneeded |= reachable(self.blobs, [descriptor])
         return unneeded - needed
 
-    def _referrers(self, document: IndexDocument, digest: Digest) -> list[Descriptor]:
-        """Return the untagged referrers of a manifest, their referrers, and so on."""
+    def _parts(self, document: IndexDocument, gone: list[Descriptor]) -> list[Descriptor]:
+        """Return the manifests that only the index `gone[0]` needs, and their referrers.
+
+        Earlier versions listed the manifests of an index in `index.json`.
+        """
+        with suppress(StoreError):
+            listed = reachable(self.blobs, gone[:1]) - {gone[0].digest}
+            parts = list(document.bare(sorted(listed)))
+            dying = self._unneeded(document, [*gone, *parts])
+            parts = [part for part in parts if part.digest in dying]
+            return [*parts, *self._referrers(document, dying - {one.digest for one in gone})]
+        return []
+
+    def _referrers(self, document: IndexDocument, subjects: set[Digest]) -> list[Descriptor]:
+        """Return the untagged referrers of manifests, their referrers, and so on."""
         by_subject: dict[Digest, list[Descriptor]] = {}
         for entry in document.entries:
             if entry.name is None:
@@ -162,10 +178,10 @@ class Remover:
                     if subject is not None:
                         by_subject.setdefault(subject.digest, []).append(entry.descriptor)
         found: dict[Digest, Descriptor] = {}
-        waiting = by_subject.pop(digest, [])
+        waiting = [one for subject in sorted(subjects) for one in by_subject.pop(subject, [])]
         while waiting:
             descriptor = waiting.pop(0)
-            if descriptor.digest != digest:
+            if descriptor.digest not in subjects:
                 found[descriptor.digest] = descriptor
                 waiting += by_subject.pop(descriptor.digest, [])
         return list(found.values())

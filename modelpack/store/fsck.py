@@ -50,13 +50,15 @@ class Problem:
 class FsckReport:
     """The result of a check: the number of blobs `checked`, and the bytes hashed.
 
-    `partial` are the names (or ids) of partially pulled models, which are not a problem.
+    `partial` are the names (or ids) of partially pulled models, `unnamed` the manifests that are
+    kept although they have no name and nothing with a name needs them; neither is a problem.
     """
 
     checked: int
     bytes_checked: int
     problems: tuple[Problem, ...]
     partial: tuple[str, ...] = ()
+    unnamed: tuple[Digest, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -99,6 +101,7 @@ class Checker:
         self._intact: set[Digest] = set()
         self._damaged: set[Digest] = set()
         self._lacking: set[str] = set()
+        self._unnamed: list[Digest] = []
         self._bytes_checked = 0
         self._unparsable: dict[Digest, str] = {}
         self._successors: dict[Descriptor, tuple[Descriptor | None, tuple[Descriptor, ...]]] = {}
@@ -124,8 +127,13 @@ class Checker:
             self._check_bundle(path, manifest)
         if not self._fast:
             self._marks.settle((d, self._tree.blob(d)) for d in sorted(present - self._damaged))
-        partial = tuple(sorted(self._lacking))
-        return FsckReport(len(present), self._bytes_checked, tuple(self._problems), partial)
+        return FsckReport(
+            len(present),
+            self._bytes_checked,
+            tuple(self._problems),
+            tuple(sorted(self._lacking)),
+            tuple(sorted(self._unnamed)),
+        )
 
     def _add(self, fault: Fault, message: str, digest: Digest | None = None) -> None:
         """Record a problem."""
@@ -144,7 +152,22 @@ class Checker:
             else:
                 name = item.entry.name or item.entry.digest.short
                 self._walk(item.entry.descriptor, name, partial=item.entry.is_partial)
+        self._unnamed = [
+            entry.digest
+            for entry in document.entries
+            if not entry.descriptor.annotations
+            and self._needs[entry.digest].models == {entry.digest.short}
+            and not self._is_referrer(entry.descriptor)
+        ]
         return None
+
+    def _is_referrer(self, descriptor: Descriptor) -> bool:
+        """Return whether the subject of a manifest is in the store, or whether it is unreadable."""
+        try:
+            subject = read_manifest(self._blobs, descriptor).subject
+        except (FormatError, IntegrityError, NotFoundError):
+            return True  # a problem of its own
+        return subject is not None and subject.digest in self._needs
 
     def _check_blob(self, digest: Digest) -> None:
         """Check one blob that exists or should exist."""

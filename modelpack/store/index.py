@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,6 +185,14 @@ class IndexDocument:
             return Item(_with_annotation(item.raw, key, value))
 
         return self._replaced(tuple(map(changed, self.items)))
+
+    def bare(self, digests: Collection[Digest]) -> tuple[Descriptor, ...]:
+        """Return those of the manifests that are listed with no name and no annotation at all."""
+        return tuple(
+            found[0].descriptor
+            for found in map(self.entries_of, digests)
+            if found and not any(entry.descriptor.annotations for entry in found)
+        )
 
     def without_manifest(self, digest: Digest) -> IndexDocument:
         """Return a document without any entry of the manifest."""

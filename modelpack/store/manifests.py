@@ -36,7 +36,7 @@ from modelpack.storage import Outcome
 from modelpack.store.blobs import BLOB_MODE, Blobs, VerifiedMarks
 from modelpack.store.filesystem import flush_file, map_os_errors
 from modelpack.store.imports import StagedBlob
-from modelpack.store.index import IndexFile
+from modelpack.store.index import IndexDocument, IndexFile
 from modelpack.store.leases import Leases
 from modelpack.store.tree import Tree
 
@@ -226,7 +226,7 @@ class Manifests:
         with self.tree.lock().held():
             self._check_complete(listed, vital)
             self.publisher.write_locked(descriptor.digest, raw)
-            document = self.index.read().with_manifest(listed)
+            document = self._with_listed(self.index.read(), listed, manifest)
             if reference is not None:
                 document = document.with_tag(listed, reference)
             lacks = partial and not all(map(self.blobs.holds, needed))
@@ -241,14 +241,14 @@ class Manifests:
         entries = []
         for descriptor, name in named:
             manifest = read_manifest(self.blobs, descriptor)
-            listed, needed = _listed(descriptor, manifest), successors(manifest)
-            self._check_complete(listed, needed)
-            entries.append((listed, needed, _tag_named(name, descriptor.digest)))
+            listed = _listed(descriptor, manifest)
+            self._check_complete(listed, successors(manifest))
+            entries.append((listed, manifest, _tag_named(name, descriptor.digest)))
         with self.tree.lock().held():
             document = self.index.read()
-            for listed, needed, reference in entries:
-                self._check_complete(listed, needed)
-                document = document.with_manifest(listed)
+            for listed, manifest, reference in entries:
+                self._check_complete(listed, successors(manifest))
+                document = self._with_listed(document, listed, manifest)
                 if reference is not None:
                     document = document.with_tag(listed, reference)
                 document = document.annotated(listed.digest, media_types.PARTIAL, None)
@@ -292,6 +292,20 @@ class Manifests:
         if manifest is None:
             return None
         return replace(manifest.descriptor, digest=digest)
+
+    def _with_listed(
+        self, document: IndexDocument, listed: Descriptor, manifest: Manifest | Index
+    ) -> IndexDocument:
+        """Return a document with the manifest; what an index lists lives and dies with the index.
+
+        Referrers stay listed, since only listed manifests are searched for them.
+        """
+        if isinstance(manifest, Index):
+            for child in document.bare({child.digest for child in manifest.manifests}):
+                found = as_manifest(self.blobs, child.digest)
+                if found is not None and found.subject is None:
+                    document = document.without_manifest(child.digest)
+        return document.with_manifest(listed)
 
     def _check_complete(self, listed: Descriptor, needed: Iterable[Descriptor]) -> None:
         for descriptor in needed:

@@ -85,6 +85,52 @@ def test_an_image_holds_the_files_under_models(store: modelpack.Store, tmp_path:
         ["docker.io/x/st:v1"],
     ]
     assert "note" not in listed.err
+    [image] = listed.json["images"]
+    assert (image["tags"], image["model"]) == (["docker.io/x/st:v1-image"], str(model.digest))
+
+
+def test_an_image_is_shown_and_removed_by_name(store: modelpack.Store) -> None:
+    place = ("--store", store.root)
+    before = {path for path in (store.root / "blobs").rglob("*") if path.is_file()}
+    made = succeed("convert", "x/st:v1", "x/i:1", "--to", "image", *place).out.strip()
+    short = made.removeprefix("sha256:")[:12]
+    [row] = [row for row in succeed("list", *place).out.splitlines() if "x/i:1" in row]
+    assert {"image", short} <= set(row.split())
+    assert short in succeed("list", "-q", *place).out.split()
+    shown = succeed("inspect", "x/i:1", *place).out
+    assert "docker.io/x/i:1" in shown
+    assert "linux/arm64" in shown
+    value = succeed("inspect", "--json", made, *place).json
+    assert value["references"] == ["docker.io/x/i:1"]
+    assert [one["platform"] for one in value["manifests"]] == ["linux/amd64", "linux/arm64"]
+    assert value["size"] == image_size(store, made)
+
+    succeed("rm", "x/i:1", *place)
+    after = {path for path in (store.root / "blobs").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def image_size(store: modelpack.Store, digest: str) -> int:
+    index = Index.parse(store.fetch_manifest(store.resolve(digest)))
+    manifests = [Manifest.parse(store.fetch_manifest(m)) for m in index.manifests]
+    return sum({blob.digest: blob.size for m in manifests for blob in m.blobs}.values())
+
+
+def test_fsck_names_what_an_image_of_an_earlier_version_left(store: modelpack.Store) -> None:
+    convert("x/st:v1", "x/i:1", to="image", store=store)
+    index = Index.parse(store.fetch_manifest(store.resolve("x/i:1")))
+    store.change_index(
+        lambda document: (
+            document.without_manifest(index.digest)
+            .with_manifest(index.manifests[0])
+            .with_manifest(index.manifests[1])
+        )
+    )
+    said = succeed("fsck", "--store", store.root).err
+    command = said[said.index("modelpack rm ") :].partition("`")[0].split()[1:]
+    succeed(*command, "--store", store.root)
+    assert "modelpack rm" not in succeed("fsck", "--store", store.root).err
+    assert not [one for one in index.manifests if store.has_file(one.digest)]
 
 
 def test_an_image_has_one_digest(store: modelpack.Store, tmp_path: Path) -> None:

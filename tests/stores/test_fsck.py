@@ -17,6 +17,7 @@ from modelpack.store.fsck import Fault, Problem
 from modelpack.store.layout import LayoutStore
 from modelpack.store.tree import label
 from tests.contract.parts import SmallModel, Watcher, blob_of, small_model, write_blobs, write_model
+from tests.stores.test_gc import about
 
 X, Y = "docker.io/ai/x:latest", "docker.io/ai/y:latest"
 
@@ -179,3 +180,16 @@ def test_a_manifest_of_many_models_is_read_once(store: LayoutStore) -> None:
     report = store.fsck(fast=True, watch=Watcher().watch)
     assert report.bytes_checked == len(model.manifest.raw)
     assert Manifest.parse(store.fetch_manifest(model.descriptor)) == model.manifest
+
+
+def test_what_nothing_names_is_reported(store: LayoutStore, model: SmallModel) -> None:
+    lost, origin = small_model(b"lost"), small_model(b"by digest")
+    write_model(store, lost)
+    write_model(store, about(model, b"signature"))
+    write_blobs(store, origin)
+    store.write_manifest(origin.descriptor, origin.manifest.raw, origin="docker.io/ai/x")
+    report = store.fsck(watch=Watcher().watch)
+    assert report.ok
+    assert report.unnamed == (lost.digest,)
+    store.remove(lost.digest.short)
+    assert store.fsck(watch=Watcher().watch).unnamed == ()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Index
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import ConflictError, LockedError, NotFoundError
 from modelpack.store.layout import LayoutStore
-from tests.contract.parts import BytesSource, Watcher, small_model, write_model
+from tests.contract.parts import BytesSource, SmallModel, Watcher, small_model, write_model
 from tests.stores.test_gc import about, blobs_of, everything_of
 
 X, Y = "docker.io/ai/x:latest", "docker.io/ai/y:latest"
@@ -176,3 +178,68 @@ def test_a_single_blob_is_deleted_only_if_nothing_needs_it(store: LayoutStore) -
     assert store.delete_blob(lost)
     assert not store.delete_blob(lost)
     assert blobs_of(store) == everything_of(model)
+
+
+def write_index(store: LayoutStore, *models: SmallModel, name: str) -> Index:
+    for model in models:
+        write_model(store, model)
+    index = Index.build([model.descriptor for model in models])
+    store.write_manifest(index.descriptor, index.raw, name)
+    return index
+
+
+def list_again(store: LayoutStore, *models: SmallModel) -> None:
+    """List models without a name, as earlier versions did with those in an index."""
+    for model in models:
+        store.change_index(lambda document, model=model: document.with_manifest(model.descriptor))
+
+
+def listed(store: LayoutStore) -> set[Digest]:
+    return {entry.digest for entry in store.index().entries}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_an_index_lists_lives_and_dies_with_it(store: LayoutStore, earlier: bool) -> None:
+    parts = small_model(b"shared", b"a"), small_model(b"shared", b"b")
+    index = write_index(store, *parts, name=X)
+    assert listed(store) == {index.digest}
+    if earlier:
+        list_again(store, *parts)
+    write_model(store, about(parts[0], b"signature"))
+    before = blobs_of(store)
+    store.gc(grace_seconds=0)
+    assert blobs_of(store) == before
+    assert store.resolve(str(parts[0].digest)) == parts[0].descriptor
+
+    removal = store.remove(X)
+    assert removal.deleted[0] == index.digest
+    assert listed(store) == set()
+    assert blobs_of(store) == set()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_else_is_named_outlives_an_index(store: LayoutStore, earlier: bool) -> None:
+    named, both, only = small_model(b"named"), small_model(b"both"), small_model(b"only")
+    write_model(store, named, "docker.io/ai/named:latest")
+    write_index(store, named, both, only, name=X)
+    other = write_index(store, both, small_model(b"other"), name=Y)
+    if earlier:
+        list_again(store, both, only)
+    note = about(named, b"signature")
+    write_model(store, note)
+
+    store.remove(X)
+    assert blobs_of(store) >= everything_of(named) | everything_of(both) | everything_of(note)
+    assert not blobs_of(store) & {only.digest, only.manifest.layers[0].digest}
+    assert listed(store) >= {named.digest, note.digest, other.digest}
+    assert store.fsck(watch=Watcher().watch).ok
+    store.gc(grace_seconds=0)
+    assert blobs_of(store) >= everything_of(named) | everything_of(both) | everything_of(note)
+
+
+def test_a_referrer_stays_listed_though_an_index_lists_it(store: LayoutStore) -> None:
+    model = small_model(b"weights")
+    write_model(store, model, X)
+    note = about(model, b"signature")
+    write_index(store, note, name="docker.io/ai/x:sha256-fallback")
+    assert [found.digest for found in store.referrers(model.digest)] == [note.digest]
