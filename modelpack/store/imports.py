@@ -6,7 +6,7 @@ import os
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from modelpack.store.file_copy import (
     read_and_hash,
     reserve,
 )
-from modelpack.store.filesystem import check_room, map_os_errors, no_room, try_lock
+from modelpack.store.filesystem import FileLock, check_room, map_os_errors, no_room, try_lock
 from modelpack.store.tree import Tree
 
 _PREFIX, _SUFFIX = "import-", ".tmp"
@@ -150,7 +150,7 @@ def _make_room(tree: Tree, file: int, size: int, path: Path) -> None:
 def ingest_file(tree: Tree) -> Iterator[tuple[Path, int]]:
     """Open the temporary file `ingest/import-<id>.tmp`; delete it at the end unless it was renamed.
 
-    It is locked, so that a garbage collection can tell it from the file of a killed process.
+    It is locked, so that `sweep` and `gc` can tell it from the file of a killed process.
     """
     path = tree.ingest / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"
     with map_os_errors("write to", tree.ingest), tree.lock().held():
@@ -162,6 +162,16 @@ def ingest_file(tree: Tree) -> Iterator[tuple[Path, int]]:
     finally:
         path.unlink(missing_ok=True)
         os.close(file)
+
+
+def sweep(tree: Tree) -> None:
+    """Delete the files of imports whose processes were killed: they may be as large as a model."""
+    if any(tree.ingest.glob(f"{_PREFIX}*")):
+        with tree.lock().held():
+            for path in tree.ingest.glob(f"{_PREFIX}*"):
+                with suppress(OSError):  # a file that cannot be locked stays, for `gc` to report
+                    if FileLock(path).is_free():
+                        path.unlink()
 
 
 def is_ingest_file(path: Path) -> bool:

@@ -117,7 +117,7 @@ class LayoutStore:
         Raises `DigestMismatchError`, `SizeMismatchError`, `StorageFullError`, or what the source
         raises.
         """
-        self._tree.prepare()
+        self._prepare()
         outcome = Outcome.EXISTED
         if not self._publisher.keep(descriptor):
             outcome = self._downloads.fetch(descriptor, source, watch)
@@ -133,7 +133,7 @@ class LayoutStore:
         """
         from modelpack.store.imports import stage_stream
 
-        self._tree.prepare()
+        self._prepare()
         if self._publisher.keep(descriptor):
             watch.report(_skipped(descriptor))
             return Outcome.EXISTED
@@ -211,7 +211,7 @@ class LayoutStore:
         """
         from modelpack.store.imports import ImportedFile, stage_file
 
-        self._tree.prepare()
+        self._prepare()
         with stage_file(self._tree, path, path.name, watch, link=link) as staged:
             outcome = self._publisher.publish(staged)
             found = staged.found
@@ -228,7 +228,7 @@ class LayoutStore:
         """
         from modelpack.store.imports import stage_file
 
-        self._tree.prepare()
+        self._prepare()
         if self._publisher.keep(descriptor):
             watch.report(_skipped(descriptor))
             return Outcome.EXISTED
@@ -255,7 +255,7 @@ class LayoutStore:
 
         Flushes the bytes to the disk. `path` no longer exists afterwards.
         """
-        self._tree.prepare()
+        self._prepare()
         return self._publisher.take(path, digest)
 
     # Models
@@ -393,6 +393,13 @@ class LayoutStore:
             self._tree, self._blobs, self._marks, self._index, self.bundles, watch, fast=fast
         )
         return checker.check()
+
+    def _prepare(self) -> None:
+        """Make the store ready for a large file."""
+        from modelpack.store.imports import sweep
+
+        self._tree.prepare()
+        sweep(self._tree)
 
     @cached_property
     def _downloads(self) -> Downloads:

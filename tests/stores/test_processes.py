@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import InterruptedTransferError, LockedError, NotFoundError
 from modelpack.progress import Action, Progress
@@ -119,6 +121,38 @@ def test_a_killed_import_shows_nothing_and_its_space_is_reclaimed(
     running.expect("outcome")
     running.finish()
     assert store.import_file(path, watcher.watch).outcome is Outcome.EXISTED
+
+
+@pytest.mark.parametrize("use", ["import_file", "write_blob", "receive_blob", "adopt_file"])
+def test_the_next_writer_sweeps_what_a_killed_import_left(
+    store: LayoutStore, start: Start, tmp_path: Path, watcher: Watcher, use: str
+) -> None:
+    path, small = tmp_path / "weights", tmp_path / "small"
+    path.write_bytes(os.urandom(SIZE))
+    small.write_bytes(b"small")
+    blob, source = blob_of(b"small"), BytesSource(b"small")
+    killed, running = start("import", store.root, path), start("import", store.root, path)
+    killed.expect("half")
+    running.expect("half")
+    left = set((store.root / "ingest").glob("import-*"))
+    killed.kill()
+
+    match use:
+        case "import_file":
+            store.import_file(small, watcher.watch)
+        case "write_blob":
+            store.write_blob(blob, source, watcher.watch)
+        case "receive_blob":
+            store.receive_blob(blob, io.BytesIO(b"small"), watcher.watch)
+        case "adopt_file":
+            store.adopt_file(small, blob, watcher.watch, link=False)
+    [kept] = (store.root / "ingest").glob("import-*")
+    assert kept in left
+    running.go()
+    running.expect("outcome")
+    running.finish()
+    assert store.has_file(Digest.of(path.read_bytes()))
+    assert not list((store.root / "ingest").glob("import-*"))
 
 
 @pytest.mark.scenario(21)
