@@ -8,7 +8,7 @@ reference or a digest in a store.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -140,6 +140,19 @@ class Target(Source, Protocol):
 
     def write_manifest(self, descriptor: Descriptor, raw: bytes, name: str | None = None) -> None:
         """Write a manifest after all its blobs; with `name`, tag it."""
+        ...
+
+
+@runtime_checkable
+class PlacedTarget(Target, Protocol):
+    """A store that records which repositories have its blobs, so that a push can mount them."""
+
+    def places(self, digest: Digest) -> Sequence[str]:
+        """Return the repositories (`registry/repository`) that had the blob, the latest first."""
+        ...
+
+    def note_place(self, digests: Iterable[Digest], place: str) -> None:
+        """Record that the repository `place` has these blobs."""
         ...
 
 

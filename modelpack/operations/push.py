@@ -37,7 +37,8 @@ def push(
 ) -> Pushed:
     """Push the stored model `reference` to its registry, or to `to`.
 
-    Blobs that the registry already has are not uploaded. With `with_referrers`, the model's stored
+    Blobs that the repository already has are not uploaded; the registry links those that were
+    pushed to, or pulled from, another of its repositories. With `with_referrers`, stored
     referrers are pushed before the tag is set. Raises `NotFoundError` if the store has no such
     model, `PartialModelError`, `AuthError`, `RemoteUnavailableError`, and `IntegrityError` if a
     stored blob is damaged.

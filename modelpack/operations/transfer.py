@@ -19,7 +19,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Index, parse_manifest_or_index
 from modelpack.errors import UnsupportedError
 from modelpack.progress import Action, Progress, Stop
-from modelpack.storage import Outcome, ReferrerSource, Source, Target, Watch
+from modelpack.storage import Outcome, PlacedTarget, ReferrerSource, Source, Target, Watch
 
 T = TypeVar("T")
 
@@ -167,6 +167,7 @@ class _ManifestTree:
         blobs = sorted(wanted, key=lambda blob: blob.size, reverse=True)
         tasks = [partial(self._transfer_blob, blob) for blob in blobs]
         outcomes = run_all(tasks, self.options.concurrency, self.options.watch.stop)
+        self._note_place(blobs)
         count = Counter(outcomes)
         sizes = zip(blobs, outcomes, strict=True)
         return Transfer(
@@ -176,6 +177,13 @@ class _ManifestTree:
             count[Outcome.MOUNTED],
             sum(blob.size for blob, outcome in sizes if outcome is Outcome.WRITTEN),
         )
+
+    def _note_place(self, blobs: Iterable[Descriptor]) -> None:
+        """Record in the store, if one is involved, that the repository has these blobs."""
+        for store, other in ((self.source, self.target), (self.target, self.source)):
+            place: str | None = getattr(other, "place", None)
+            if place is not None and isinstance(store, PlacedTarget):
+                store.note_place([blob.digest for blob in blobs], place)
 
     def _transfer_blob(self, blob: Descriptor) -> Outcome:
         watch = self.options.watch

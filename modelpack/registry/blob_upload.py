@@ -291,20 +291,26 @@ class Upload:
             raise
         return stated_number(response) in (None, self._descriptor.size)
 
-    def mount(self, other: Endpoint) -> str | None:
-        """Ask the registry to link the blob from `other`.
+    @property
+    def session(self) -> str:
+        """The URL of the session that a failed mount opened, or ""."""
+        return self._session.location
 
-        Returns None if it did, else the session for an upload that it opened instead.
+    def mount(self, other: Endpoint) -> bool:
+        """Ask the registry, in one try, to link the blob from `other`; return whether it did.
+
+        The registry may open a `session` instead; one that an earlier mount opened is cancelled.
         """
+        self._session.cancel()
         url = with_query(
             self._endpoint.uploads_url(), mount=str(self._descriptor.digest), **{"from": other.name}
         )
         scopes = self._endpoint.push | other.pull
-        call = replace(self._call("POST", url), scopes=scopes)
-        response = self._client.retried(lambda: self._client.attempt(call), self._stop)
+        response = self._client.attempt(replace(self._call("POST", url), scopes=scopes))
         if response.status_code == 201:
-            return None
-        return self._client.location(response, self._what)
+            return True
+        self._session.location = self._client.location(response, self._what)
+        return False
 
     def _try(self, content: UploadContent, retries: Retries) -> Outcome:
         if self.exists():

@@ -7,7 +7,7 @@ These are the classes that the operations use; `manifests`, `referrers`, `blob_d
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final, TypeVar
 
@@ -17,6 +17,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import parse_manifest_or_index, referrer_descriptor
 from modelpack.errors import (
     IntegrityError,
+    InvalidReferenceError,
     NotFoundError,
     RegistryError,
     RemoteUnavailableError,
@@ -38,6 +39,7 @@ from modelpack.storage import (
     BlobReader,
     BlobSource,
     Outcome,
+    PlacedTarget,
     SegmentedSource,
     SegmentSink,
     SegmentsRefused,
@@ -59,10 +61,13 @@ class Repository:
     def __init__(self, registry: Registry, endpoint: Endpoint) -> None:
         self.registry = registry
         self.name = endpoint.name
+        #: The registry and the name, as a store records where a blob is.
+        self.place = endpoint.label
         self._endpoint = endpoint
         self._client = endpoint.client
         self._lock = threading.Lock()
         self._sessions: dict[Digest, str] = {}  # URLs of sessions that failed mounts opened
+        self._no_mounts: set[str] = set()  # repositories that the registry refused to mount from
 
     def __repr__(self) -> str:
         return f"Repository({self._endpoint.label!r})"
@@ -105,22 +110,42 @@ class Repository:
         return Upload(self._endpoint, descriptor, watch).send(source, session)
 
     def mount_blob(self, descriptor: Descriptor, source: Source) -> bool:
-        """Link the blob from another repository of this registry; return whether that worked."""
-        if not isinstance(source, Repository) or source.name == self.name:
-            return False
-        if source._client.origin != self._client.origin:
-            return False
-        try:
-            session = self._upload(descriptor).mount(source._endpoint)
-        except RemoteUnavailableError:
-            raise
-        except RegistryError:
-            return False  # the upload fails with the reason if more than the mount is refused
-        if session is None:
-            return True
-        with self._lock:
-            self._sessions[descriptor.digest] = session
+        """Link the blob from another repository of this registry; return whether that worked.
+
+        The other repository is `source`, or one that the store `source` has recorded.
+        """
+        upload = self._upload(descriptor)
+        mounted = False
+        if isinstance(source, PlacedTarget):
+            if source.has_blob(descriptor):  # link nothing that the user could not upload
+                mounted = self._mount_recorded(upload, source.places(descriptor.digest))
+        elif isinstance(source, Repository) and source._client.origin == self._client.origin:
+            try:
+                mounted = source.name != self.name and self._mount(upload, source._endpoint)
+            except RemoteUnavailableError:
+                raise
+            except RegistryError:
+                return False  # the upload fails with the reason if more than the mount is refused
+        if upload.session:
+            with self._lock:
+                self._sessions[descriptor.digest] = upload.session
+        return mounted
+
+    def _mount_recorded(self, upload: Upload, places: Iterable[str]) -> bool:
+        """Try the places in this registry; failures do not matter, since an upload follows."""
+        host = self.registry.host
+        for registry, _, name in (place.partition("/") for place in places):
+            if registry != host or name == self.name or name in self._no_mounts:
+                continue
+            try:
+                if self._mount(upload, Endpoint(self._client, host, name)):
+                    return True
+            except (RegistryError, InvalidReferenceError):
+                self._no_mounts.add(name)
         return False
+
+    def _mount(self, upload: Upload, other: Endpoint) -> bool:
+        return self._client.retried(lambda: upload.mount(other))
 
     def write_manifest(self, descriptor: Descriptor, raw: bytes, name: str | None = None) -> None:
         """Write a manifest whose blobs the registry has and, with `name`, tag it.

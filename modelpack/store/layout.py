@@ -23,6 +23,7 @@ from modelpack.errors import NotFoundError, StoreError, UsageError
 from modelpack.progress import Action, Progress
 from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 from modelpack.store import lookup
+from modelpack.store.blob_places import BlobPlaces
 from modelpack.store.blobs import Blobs, StoredBlob, VerifiedMarks
 from modelpack.store.filesystem import read_own, write_atomically
 from modelpack.store.index import IndexDocument, IndexFile
@@ -181,6 +182,14 @@ class LayoutStore:
         has to be read.
         """
         return self._manifests.referrers(subject, artifact_type)
+
+    def places(self, digest: Digest) -> list[str]:
+        """Return the repositories (`registry/repository`) that had the blob, the latest first."""
+        return BlobPlaces(self._tree).of(digest)
+
+    def note_place(self, digests: Iterable[Digest], place: str) -> None:
+        """Record that the repository `place` has these blobs, for `places`."""
+        BlobPlaces(self._tree).note(digests, place)
 
     # Files
 

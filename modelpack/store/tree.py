@@ -12,6 +12,7 @@ An OCI image layout (image-spec v1.1, image-layout.md) with additional files::
     ingest/leases/<id>          the blobs that a live process needs; see `leases`
     ingest/unflushed/<alg>-<hex>, ingest/linked/<alg>-<hex>    see `blobs`
     ingest/listing.json         see `layout.ListingCache`
+    ingest/places.json          see `blob_places`
     ingest/bundles/             bundles that are being made or deleted
     bundles/<alg>-<hex>/    models as directories for runtimes; see `kept_bundles`
     quarantine/<alg>-<hex>  damaged blobs

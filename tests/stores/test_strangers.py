@@ -55,6 +55,7 @@ def use(root: Path) -> Iterator[Callable[[], object]]:
     yield lambda: LayoutStore(root).write_blob(LATER, BytesSource(b"fetched later"), watch)
     yield lambda: LayoutStore(root).note_links([LAYER.digest])
     yield lambda: LayoutStore(root).touch_blob(LAYER.digest)
+    yield lambda: LayoutStore(root).note_place([LAYER.digest], "r.example/m")
     yield lambda: LayoutStore(root).fsck(watch=watch)
     yield lambda: LayoutStore(root).gc(grace_seconds=0)
     yield lambda: LayoutStore(root).remove(NAME)
@@ -72,6 +73,7 @@ OWN_FILES = [
     f"ingest/{label(LATER.digest)}.part",
     "ingest/leases/x",
     "ingest/listing.json",
+    "ingest/places.json",
     "ingest/import-x.tmp",
     f"bundles/{label(MODEL.digest)}/bundle.json",
     f"quarantine/{MARK}",
