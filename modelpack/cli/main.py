@@ -23,6 +23,7 @@ COMMANDS = {
     "attach": ("referrers", "attach"),
     "bundle": ("inspect", "bundle"),
     "catalog": ("registry", "catalog"),
+    "completion": ("completion", "completion"),
     "compose": ("deploy", "compose"),
     "config": ("inspect", "config"),
     "convert": ("package", "convert"),
@@ -83,12 +84,6 @@ Exit codes:
   130  interrupted
 """
 
-_COMPLETION_SETUP = {
-    "bash": 'eval "$(modelpack completion bash)"   # in ~/.bashrc',
-    "zsh": 'eval "$(modelpack completion zsh)"    # in ~/.zshrc',
-    "fish": "modelpack completion fish | source    # in ~/.config/fish/config.fish",
-}
-
 
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is used."""
@@ -131,19 +126,6 @@ class LazyGroup(click.Group):
 @common_options
 def cli(settings: Settings) -> None:
     """Package models as OCI artifacts; push, pull, copy, verify and resolve them."""
-
-
-@cli.command(epilog="\b\n" + "\n".join(_COMPLETION_SETUP.values()))
-@click.argument("shell", type=click.Choice(sorted(_COMPLETION_SETUP)))
-@common_options
-def completion(settings: Settings, shell: str) -> None:
-    """Print the completion script of SHELL for commands, options and stored models."""
-    from click.shell_completion import get_completion_class
-
-    completion_class = get_completion_class(shell)
-    assert completion_class is not None
-    source = completion_class(cli, {}, "modelpack", "_MODELPACK_COMPLETE").source()
-    click.echo(source)
 
 
 def main(args: list[str] | None = None) -> None:

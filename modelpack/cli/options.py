@@ -278,6 +278,9 @@ def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list
         return []
     names = {ref.familiar for model in models for ref in model.references}
     names |= {str(ref) for model in models for ref in model.references}
+    if ":" in incomplete.rpartition("/")[2]:  # the shortest names leave out the tag `latest`
+        references = [ref for model in models for ref in model.references]
+        names |= {f"{ref.familiar}:latest" for ref in references if ref.tag == "latest"}
     return sorted(name for name in names if name.startswith(incomplete))
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from click.shell_completion import get_completion_class
-
-from modelpack.cli.main import cli
+from modelpack.cli.completion import completion_script
 from scripts.documents.commands import commands
 from scripts.documents.manuals import manual
 
@@ -27,13 +25,4 @@ def write(share: Path) -> None:
     for shell, place in COMPLETIONS.items():
         path = share / place
         path.parent.mkdir(parents=True)
-        path.write_text(completion(shell))
-
-
-def completion(shell: str) -> str:
-    """Return the completion script for a shell, as `modelpack completion` prints it."""
-    found = get_completion_class(shell)
-    assert found is not None
-    made = found(cli, {}, "modelpack", "_MODELPACK_COMPLETE")
-    # `source()` would also run bash to check its version.
-    return f"{made.source_template % made.source_vars()}\n"
+        path.write_text(f"{completion_script(shell)}\n")
