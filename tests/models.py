@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import modelpack
 
@@ -24,11 +25,18 @@ def tiny_safetensors(directory: Path) -> Path:
     return path
 
 
+def package(
+    name: str, weights: Path, store: modelpack.Store, *, push: bool = False, **settings: Any
+) -> modelpack.Packaged:
+    """Package the GGUF or the directory `weights`; `settings` are further ones of the request."""
+    source = {"safetensors_dir" if weights.is_dir() else "gguf": weights}
+    request = modelpack.PackageRequest(**source, **settings)
+    return modelpack.package(name, request, push=push, store=store)
+
+
 def store_of_two(directory: Path) -> modelpack.Store:
     """Return a new store with a GGUF, x/gguf:v1, and a directory of safetensors, x/st:v1."""
     store = modelpack.Store(directory / "store")
-    gguf = modelpack.PackageRequest(gguf=tiny_gguf(directory))
-    modelpack.package("x/gguf:v1", gguf, store=store)
-    tensors = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(directory))
-    modelpack.package("x/st:v1", tensors, store=store)
+    package("x/gguf:v1", tiny_gguf(directory), store)
+    package("x/st:v1", tiny_safetensors(directory), store)
     return store

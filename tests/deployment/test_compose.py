@@ -23,7 +23,7 @@ from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
 from tests.interop.docker_model import CONFIG
-from tests.models import tiny_gguf
+from tests.models import package, tiny_gguf
 
 ENDPOINT = "http://host.example:1/engines/v1/"
 
@@ -33,7 +33,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
     """A server with team/tiny."""
     root = tmp_path_factory.mktemp("compose")
     store = LayoutStore(root / "store")
-    modelpack.package("team/tiny", modelpack.PackageRequest(gguf=tiny_gguf(root)), store=store)
+    package("team/tiny", tiny_gguf(root), store)
     pool = lambda: ModelPool(StoreCatalogue(store, CONFIG), memory=2**32, grace=0.0)  # noqa: E731
     with ModelServer(pool, address="127.0.0.1:0") as server:
         yield server

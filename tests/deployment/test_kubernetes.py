@@ -25,7 +25,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
-from tests.models import tiny_safetensors
+from tests.models import package, tiny_safetensors
 
 VERSIONS = ("1.35", "1.37")
 IMAGE = "registry.example/team/tiny-image@sha256:" + "a" * 64
@@ -35,10 +35,9 @@ IMAGE = "registry.example/team/tiny-image@sha256:" + "a" * 64
 def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A model in a registry: its reference and digest."""
     root = tmp_path_factory.mktemp("k8s")
-    request = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(root))
     with registry() as server:
         name = f"{server.host}/team/Tiny_Model:v1".lower()
-        made = modelpack.package(name, request, push=True, store=LayoutStore(root / "store"))
+        made = package(name, tiny_safetensors(root), LayoutStore(root / "store"), push=True)
         yield name, str(made.digest)
 
 

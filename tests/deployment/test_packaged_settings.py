@@ -18,7 +18,7 @@ from modelpack.errors import UnsupportedError
 from modelpack.operations.resolve import kept_bundle
 from modelpack.store.layout import LayoutStore
 from tests.deployment.test_vllm import Arguments, arg_utils, program, serve
-from tests.models import tiny_gguf, tiny_safetensors
+from tests.models import package, tiny_gguf, tiny_safetensors
 from tests.registry.faulty import FaultyRegistry
 
 __all__ = ["arg_utils", "program"]
@@ -37,16 +37,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LayoutStore:
     files = tiny_safetensors(tmp_path)
     (files / "config.json").write_text('{"max_position_embeddings": 4096}')
     (files / "tokenizer_config.json").write_text('{"chat_template": "inline"}')
-    request = modelpack.PackageRequest(safetensors_dir=files)
-    modelpack.package("team/plain", request, store=made)
+    package("team/plain", files, made)
     template = tmp_path / "mine.jinja"
     template.write_text("packaged {{ messages }}")
     defaults = json.dumps({"parameters": PARAMETERS, "system": "Be brief."})
-    request = modelpack.PackageRequest(
-        safetensors_dir=files, chat_template=template, context_size=1024,
-        annotations={media_types.DEFAULTS: defaults},
-    )  # fmt: skip
-    modelpack.package("team/set", request, store=made)
+    annotations = {media_types.DEFAULTS: defaults}
+    package(
+        "team/set", files, made, chat_template=template, context_size=1024, annotations=annotations
+    )
     return made
 
 
@@ -142,10 +140,9 @@ def test_pods_get_them(store: LayoutStore, image: str | None, template: str) -> 
 
 def test_a_model_that_vllm_cannot_read_is_not_pulled(tmp_path: Path) -> None:
     source = LayoutStore(tmp_path / "source")
-    request = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path))
     with FaultyRegistry() as registry:
         name = f"{registry.host}/team/gguf:v1"
-        made = modelpack.package(name, request, push=True, store=source)
+        made = package(name, tiny_gguf(tmp_path), source, push=True)
         registry.requests.clear()
         store = LayoutStore(tmp_path / "store")
         with pytest.raises(UnsupportedError, match="with vLLM: expected safetensors") as caught:

@@ -14,7 +14,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.models import ModelFiles
 from modelpack_engine.models.json_tokenizer import chat_template_of
 from modelpack_server.stored_models import stored_files
-from tests.models import tiny_safetensors
+from tests.models import package, tiny_safetensors
 
 PACKAGED, INLINE, OWN = "packaged {{ messages }}", "inline", "own"
 
@@ -32,9 +32,8 @@ def packaged(root: Path, given: str | None, files: dict[str, str]) -> tuple[Layo
     if given is not None:
         template = root / given
         template.write_text(PACKAGED)
-    request = modelpack.PackageRequest(safetensors_dir=directory, chat_template=template)
     store = LayoutStore(root / "store")
-    modelpack.package("team/tiny", request, store=store)
+    package("team/tiny", directory, store, chat_template=template)
     return store, kept_bundle("team/tiny", store=store)[1]
 
 

@@ -22,7 +22,7 @@ from modelpack.deploy.vllm import model_directory
 from modelpack.errors import NotFoundError, UnsupportedError, UntrustedError
 from modelpack.operations.resolve import kept_bundle
 from modelpack.store.layout import LayoutStore
-from tests.models import tiny_gguf, tiny_safetensors
+from tests.models import package, tiny_gguf, tiny_safetensors
 
 ROOT = Path(modelpack.__file__).parents[1]
 
@@ -34,11 +34,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LayoutStore:
     monkeypatch.setenv("MODELPACK_STORE", str(made.root))
     files = tiny_safetensors(tmp_path)
     (files / "config.json").write_text("{}")
-    request = modelpack.PackageRequest
-    modelpack.package("team/tiny", request(safetensors_dir=files), store=made)
+    package("team/tiny", files, made)
     (files / "config.json").unlink()
-    modelpack.package("team/bare", request(safetensors_dir=files), store=made)
-    modelpack.package("team/gguf", request(gguf=tiny_gguf(tmp_path)), store=made)
+    package("team/bare", files, made)
+    package("team/gguf", tiny_gguf(tmp_path), made)
     return made
 
 

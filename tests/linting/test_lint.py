@@ -20,7 +20,7 @@ from modelpack.operations.lint import LintReport, lint
 from modelpack.testing import registry
 from modelpack.testing.weights import minilm_directory
 from modelpack_engine.models.chat_template import ChatTemplate
-from tests.models import tiny_safetensors
+from tests.models import package, tiny_safetensors
 
 CONFIG = '{"max_position_embeddings":512,"model_type":"llama"}'
 
@@ -139,7 +139,7 @@ def test_only_models_that_generate_text_need_a_template(
     says = ["error: no chat template [template]"] if needs_template else []
     assert [str(finding) for finding in linted(directory).findings] == says
     store = modelpack.Store(directory.parent / "store")
-    modelpack.package("x/m:v1", modelpack.PackageRequest(safetensors_dir=directory), store=store)
+    package("x/m:v1", directory, store)
     assert [str(finding) for finding in linted("x/m:v1", store=store).findings] == says
 
 
@@ -254,9 +254,7 @@ def test_a_stored_model_and_that_of_its_registry(
     policy.write_text('name = "<family>:<params>"')
     with registry(tmp_path / "registry") as server:
         reference = f"{server.host}/team/model:v1"
-        modelpack.package(
-            reference, modelpack.PackageRequest(safetensors_dir=directory), push=True, store=store
-        )
+        package(reference, directory, store, push=True)
         for where in (["--store", str(store.root)], ["-r"]):
             assert run(["lint", reference, "--policy", str(policy), "--json", *where]) == 1
             found = json.loads(capsys.readouterr().out)["findings"]

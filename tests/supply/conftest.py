@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import modelpack
 from modelpack.artifacts.digest import Digest
 from modelpack.testing import registry
 from modelpack.trust.keys import PrivateKey, generate_key_pair, read_private_key
-from tests.models import tiny_safetensors
+from tests.models import package, tiny_safetensors
 
 PASSWORD = b"a password"
 
@@ -28,16 +29,21 @@ class Published:
     store: modelpack.Store
 
 
+@contextmanager
+def publishing(directory: Path, files: Path) -> Iterator[Published]:
+    """Serve the model in `files` from a registry within the context; all is in `directory`."""
+    with registry(directory / "registry") as server:
+        reference = f"{server.host}/team/model:v1"
+        origin = modelpack.Store(directory / "origin")
+        made = package(reference, files, origin, push=True)
+        store = modelpack.Store(directory / "store")
+        yield Published(server.host, reference, made.digest, origin, store)
+
+
 @pytest.fixture
 def published(tmp_path: Path) -> Iterator[Published]:
-    with registry(tmp_path / "registry") as server:
-        reference = f"{server.host}/team/model:v1"
-        origin = modelpack.Store(tmp_path / "origin")
-        request = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(tmp_path))
-        made = modelpack.package(reference, request, push=True, store=origin)
-        yield Published(
-            server.host, reference, made.digest, origin, modelpack.Store(tmp_path / "store")
-        )
+    with publishing(tmp_path, tiny_safetensors(tmp_path)) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

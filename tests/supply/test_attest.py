@@ -21,6 +21,7 @@ from modelpack.trust.sigstore import BUNDLE, PREDICATE_TYPE, TEST_RESULT, Bundle
 from modelpack_server.cli.smoke import test_result as result_of
 from modelpack_server.smoke_test import Check, SmokeReport
 from tests.engine.embedding.models import write_model
+from tests.models import package
 from tests.supply.conftest import PASSWORD
 
 SMALL = ("--device", "cpu", "--kv-cache-bytes", "50000000")
@@ -51,9 +52,7 @@ def test_a_report_is_attached(
     write_model(files, "bert")
     with registry(tmp_path / "registry") as server:
         name = f"{server.host}/team/bert:v1"
-        modelpack.package(
-            name, modelpack.PackageRequest(safetensors_dir=files), push=True, store=store
-        )
+        package(name, files, store, push=True)
         arguments = ["smoke", name, "--store", str(store.root), *SMALL, "--attest"]
         assert run([*arguments, "--key", str(keys / "ours.key")]) == 0
         report = json.loads(capsys.readouterr().out)
@@ -89,7 +88,7 @@ def test_what_failed_is_said() -> None:
         (["--key", "x.key"], 2),
         (["--local"], 2),
         (["--attest", "--key", "x.key", "--local", "--clean"], 2),
-        (["--attest", "--key", "no-such.key"], 1),
+        (["--attest", "--key", "no-such.key"], 3),
     ],
 )
 def test_options_that_do_not_fit(more: list[str], code: int) -> None:

@@ -21,14 +21,14 @@ from modelpack.trust.keys import PrivateKey
 from modelpack.trust.model_signing import model_statement
 from modelpack.trust.signatures import SignatureKind
 from modelpack.trust.sigstore import MODEL_SIGNING, bundle_manifest, signed_bundle
-from tests.supply.conftest import Published
-from tests.supply.test_tampering import publishing
+from tests.supply.conftest import Published, publishing
+from tests.supply.test_tampering import files_in
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> Iterator[Published]:
     """A model whose config follows from its files."""
-    with publishing(tmp_path) as made:
+    with publishing(tmp_path, files_in(tmp_path)) as made:
         yield made
 
 

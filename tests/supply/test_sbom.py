@@ -16,7 +16,7 @@ from modelpack.operations.lookup import inspect
 from modelpack.operations.referrers import referrers
 from modelpack.operations.sbom import sbom
 from modelpack.trust.sbom import CYCLONEDX, BaseModel, ml_bom
-from tests.models import tiny_gguf, tiny_safetensors
+from tests.models import package, tiny_gguf, tiny_safetensors
 from tests.supply.conftest import Published
 
 CARD = """---
@@ -63,8 +63,7 @@ def test_base_models_and_the_licence_of_a_card(tmp_path: Path) -> None:
     directory, store = tiny_safetensors(tmp_path), modelpack.Store(tmp_path / "store")
     (directory / "LICENSE").unlink()
     (directory / "README.md").write_text(CARD)
-    request = modelpack.PackageRequest(safetensors_dir=directory)
-    modelpack.package("team/m:v1", request, store=store)
+    package("team/m:v1", directory, store)
     component = checked(sbom("team/m:v1", store=store).document)["metadata"]["component"]
     assert component["licenses"] == [{"license": {"id": "MIT"}}]
     ancestors = component["pedigree"]["ancestors"]
@@ -75,7 +74,7 @@ def test_base_models_and_the_licence_of_a_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize("licence", ["LicenseRef-Llama-3.1", "our own", "GPL-3.0-only", "mit"])
 def test_licences(tmp_path: Path, licence: str) -> None:
     store = modelpack.Store(tmp_path / "store")
-    modelpack.package("team/g:v1", modelpack.PackageRequest(gguf=tiny_gguf(tmp_path)), store=store)
+    package("team/g:v1", tiny_gguf(tmp_path), store)
     model = inspect("team/g:v1", store=store)
     bom = checked(ml_bom(model, licences=[licence, licence], bases=[BaseModel("a base")]))
     [stated] = bom["metadata"]["component"]["licenses"]

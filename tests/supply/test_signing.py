@@ -38,7 +38,7 @@ from modelpack.trust.sigstore import (
     signature_tag,
     signed_bundle,
 )
-from tests.models import tiny_gguf
+from tests.models import package, tiny_gguf
 from tests.supply.conftest import Published
 
 KINDS = list(MANIFEST_FORMATS)
@@ -108,11 +108,8 @@ def test_a_signature_of_another_model_does_not_count(
 ) -> None:
     """A signature is moved to a model that was not signed."""
     signing.sign(published.reference, ours, kinds=[kind])
-    weights = tiny_gguf(tmp_path)
     evil = f"{published.host}/team/model:evil"
-    other = modelpack.package(
-        evil, modelpack.PackageRequest(gguf=weights), push=True, store=published.origin
-    )
+    other = package(evil, tiny_gguf(tmp_path), published.origin, push=True)
     where = Reference.parse(published.reference)
     watch = watching(None)
     with open_repository(where, RemoteOptions(), watch, writes=True) as repository:
