@@ -386,7 +386,12 @@ class RegistryAuthenticator:
 
     def _checked_realm(self, realm: str) -> str:
         what = f"{self._host}: the realm of its challenge"
-        url = checked_url(realm, what)
+        if not realm:
+            raise AuthError(f"{what} is missing", host=self._host, status_code=401)
+        try:
+            url = checked_url(realm, what)
+        except RegistryError as error:
+            raise AuthError(error.message, host=self._host, status_code=401) from None
         origin = origin_of(url)
         allowed = self._exposed or origin.netloc in self._insecure
         allowed |= self._plain_http and is_local(origin.netloc)

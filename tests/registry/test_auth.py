@@ -322,8 +322,18 @@ def test_a_realm_that_gets_no_credentials(
     registry: FaultyRegistry, connect: Connect, realm: str, problem: str
 ) -> None:
     registry.auth = BearerAuth(realm=realm or " ")
-    with pytest.raises(Exception, match=problem if realm else "control character"):
+    with pytest.raises(AuthError, match=problem if realm else "control character"):
         as_ada(registry, connect).registry.ping()
+
+
+@pytest.mark.parametrize("challenge", ["Bearer", 'Bearer service="x"', 'Bearer realm="",a=b'])
+def test_a_challenge_without_a_realm(
+    registry: FaultyRegistry, connect: Connect, challenge: str
+) -> None:
+    registry.faults.add("*", "/v2/", faults.answering(401, WWW_Authenticate=challenge))
+    with pytest.raises(AuthError, match="the realm of its challenge is missing") as caught:
+        as_ada(registry, connect).registry.ping()
+    assert caught.value.exit_code == 4
 
 
 def test_a_token_request_that_is_redirected_leaves_the_password_behind(
