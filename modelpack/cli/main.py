@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import itertools
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, TypeGuard
 
 import click
 
@@ -15,7 +17,7 @@ from modelpack import plugins
 from modelpack._version import __version__
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import show_error, visible
-from modelpack.errors import ModelpackError, exit_status
+from modelpack.errors import ModelpackError, StorageFullError, exit_status
 
 # command -> (module of modelpack.cli, attribute). Modules are imported when used, to start fast.
 # Commands that need the engine are registered as entry points: see modelpack.plugins.
@@ -136,6 +138,10 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     settings = Settings()
+    for stream in (sys.stdout, sys.stderr):
+        # Print the characters that the terminal's encoding lacks as question marks.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     try:
         result = cli.main(args, prog_name="modelpack", standalone_mode=False, obj=settings)
         sys.stdout.flush()
@@ -155,15 +161,30 @@ def run(args: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The process that reads stdout has exited, as in `| head`, so nothing is printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
     except ModelpackError as error:
         _show_error(error, settings)
         status = exit_status(error)
         return settings.failure_code if status == 1 else status
     except Exception as error:  # noqa: BLE001 - the outermost frame: never a bare traceback
-        _show_unexpected(error, settings)
+        if _is_of_output(error):
+            _discard_output()
+            _show_error(StorageFullError(f"cannot write the output: {error.strerror}"), settings)
+        else:
+            _show_unexpected(error, settings)
         return settings.failure_code
+
+
+def _is_of_output(error: Exception) -> TypeGuard[OSError]:
+    """Return whether writing to an open stream failed: operations translate their own errors."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return isinstance(error, OSError) and error.filename is None and error.errno in codes
+
+
+def _discard_output() -> None:
+    """Discard what stdout still buffers: Python writes it at exit, and would report the failure."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_error(error: ModelpackError, settings: Settings) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from modelpack.cli.docker_plugins import docker_model
 from modelpack.cli.output import one_line, visible
 from modelpack.errors import ModelpackError
 from tests.cli.running import Result, modelpack
+from tests.models import tiny_gguf
 from tests.registry.faults import answering
 from tests.registry.faulty import REPOSITORY, FaultyRegistry
 
@@ -130,3 +134,37 @@ def test_lines() -> None:
     assert visible("a\tb\nc\r\nd\x1b[1m") == "a\tb\nc\nd\ufffd[1m"
     assert one_line("a\nb\u2028c\u202ed") == "a\ufffdb\ufffdc\ufffdd"
     assert one_line("schön 模型") == "schön 模型"
+
+
+def process(*words: str | Path, stdout: int, encoding: str = "utf-8") -> tuple[int, bytes, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "modelpack", *words],
+        stdout=stdout, stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    return done.returncode, done.stdout or b"", done.stderr.decode(encoding)
+
+
+@pytest.mark.parametrize("words", [["list"], ["list", "--json"], ["manifest", "x:v1"],
+                                   ["export", "x:v1", "-o", "-"]], ids=" ".join)  # fmt: skip
+def test_a_full_output(tmp_path: Path, words: list[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    assert modelpack("package", "--gguf", tiny_gguf(tmp_path), "x:v1").code == 0
+    with open("/dev/full", "wb") as full:
+        code, _, err = process(*words, stdout=full.fileno())
+    assert code == 1
+    assert "cannot write the output: No space left on device" in err
+    assert "unexpected" not in err
+    assert "Exception" not in err
+
+
+def test_a_terminal_that_lacks_characters(tmp_path: Path) -> None:
+    directory = tmp_path / "模型 é"
+    directory.mkdir()
+    weights = tiny_gguf(directory)
+    words = ["package", "--gguf", weights, "--annotation", "a=模型", "x:v1"]
+    assert process(*words, stdout=subprocess.PIPE, encoding="latin-1")[0] == 0
+    words = ["bundle", "x:v1", directory / "out"]
+    code, out, err = process(*words, stdout=subprocess.PIPE, encoding="latin-1")
+    assert code == 0, err
+    assert "?? é" in out.decode("latin-1")
