@@ -25,7 +25,7 @@ from modelpack.errors import UsageError
 from modelpack.hub.reference import local_name
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
-from modelpack_server.repl import DEFAULT_TEMPERATURE
+from modelpack_server.pool.settings import DEFAULT_TEMPERATURE
 from modelpack_server.repl.view import BareView, TerminalView, View
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A model's own defaults: from generation_config.json, and from Ollama's parameters."""
+"""A model's defaults for requests: from its files, and from Ollama's parameters in its package."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ollama_defaults
 from modelpack.artifacts.model import Model
+from modelpack.formats.gguf import GGUFHeader, read_gguf_header
 from modelpack.storage import read_blob
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import RequestError
 from modelpack_server.conversation.served_model import Preface
+from modelpack_server.pool.settings import DEFAULT_TEMPERATURE
+
+if TYPE_CHECKING:
+    from modelpack_engine.models.files import ModelFiles
 
 # The name of a field in the file and in SamplingParams, and the range of valid values.
 _FIELDS = (
@@ -38,6 +43,37 @@ def sampling_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return found
 
 
+# llama.cpp's keys of GGUF metadata (gguf-py/gguf/constants.py), and the fields of SamplingParams.
+_GGUF_KEYS = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+
+
+def sampling_of_files(files: ModelFiles, header: GGUFHeader | None = None) -> dict[str, Any]:
+    """Return the fields of SamplingParams for requests that do not set them.
+
+    They come from generation_config.json, else from the metadata of a GGUF file (its `header`, read
+    unless it is given). The temperature is `DEFAULT_TEMPERATURE` if neither sets it.
+    """
+    if header is None and files.format == "gguf":
+        header = read_gguf_header(files.weights[0])
+    metadata = {} if header is None else header.metadata
+    # Floats of 32 bits: 0.6 would be 0.6000000238.
+    given = {
+        name: _rounded(metadata[key].value) for key, name in _GGUF_KEYS.items() if key in metadata
+    }
+    own = sampling_defaults(files.json("generation_config.json"))
+    return {"temperature": DEFAULT_TEMPERATURE, **sampling_defaults(given), **own}
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
+
+
 _IGNORED = frozenset((
     "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram", "f16_kv",
     "logits_all", "vocab_only", "use_mmap", "use_mlock", "embedding_only", "penalize_newline",
@@ -51,11 +87,17 @@ _FLOATS = {
     "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty",
 }
+_NAMES = {field: name for name, field in _FLOATS.items()}
 _INTEGERS = ("top_k", "seed", "num_predict", "num_ctx", "repeat_last_n")
 # The engine computes in float32 and squares some values.
 _MOST = 10**9
 #: All names of options that Ollama knows.
 KNOWN = _IGNORED | {*_FLOATS, *_INTEGERS, "stop", "typical_p"}
+
+
+def as_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of SamplingParams under Ollama's names."""
+    return {_NAMES.get(name, name): value for name, value in sampling.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,9 @@ class Preset:
     context_size: int
 
 
+#: The sampling temperature of requests that set none, for models whose files set none.
+DEFAULT_TEMPERATURE = 0.7
+
 #: More tokens than any model's context, so it means the whole context.
 WHOLE_CONTEXT = 1 << 30
 

@@ -23,7 +23,7 @@ from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import EngineError, ModelLoadError
 from modelpack_engine.platform import blas
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
-from modelpack_server.pool.model_defaults import ModelDefaults, sampling_defaults
+from modelpack_server.pool.model_defaults import ModelDefaults, sampling_of_files
 from modelpack_server.pool.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -155,11 +155,9 @@ class StoreCatalogue:
 
         engine = AsyncEngine(make_engine, meter)
         _wait_until_ready(engine)
-        defaults = sampling_defaults(opened.files.json("generation_config.json"))
         own = ModelDefaults.of_model(opened.model, self.store)
-        return LoadedEngine(
-            engine, found.get("type", ""), {**defaults, **own.sampling()}, own.preface
-        )
+        defaults = {**sampling_of_files(opened.files), **own.sampling()}
+        return LoadedEngine(engine, found.get("type", ""), defaults, own.preface)
 
     def _names(self, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return a model's names in the store, the one that the user pulled first, and its origins.

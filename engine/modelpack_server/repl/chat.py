@@ -21,7 +21,6 @@ from modelpack_server.pool.catalogue import Catalogue
 from modelpack_server.pool.memory import device_memory
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings, preset_named
-from modelpack_server.repl import DEFAULT_TEMPERATURE
 from modelpack_server.server_client import problem_of
 from modelpack_server.tool_parsers.parts import Part, Reasoning, Text
 
@@ -157,10 +156,7 @@ class Chat:
 
     def params(self) -> SamplingParams:
         """Return the sampling parameters: `given`, else the preset's, else the model's."""
-        given = dict(self.given)
-        if self.preset is None and self.model.default("temperature") is None:
-            given.setdefault("temperature", DEFAULT_TEMPERATURE)
-        return self.model.sampling_params(given, preset=self.preset)
+        return self.model.sampling_params(self.given, preset=self.preset)
 
     def _spec(self, turns: list[dict[str, Any]]) -> ChatSpec:
         system = [{"role": "system", "content": self.system}] if self.system else []

@@ -20,6 +20,7 @@ class Session:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model, _ = scripted("Paris")
+        self.model._defaults["temperature"] = 0.7
         self.chat = Chat(self.model)
         self.asked: list[str] = []
         self.loaded: list[str] = []

@@ -15,7 +15,6 @@ from rich.markdown import Markdown
 from modelpack.cli.output import visible
 from modelpack.errors import UsageError
 from modelpack_server.conversation.spec import ChatDelta
-from modelpack_server.repl import DEFAULT_TEMPERATURE
 from modelpack_server.repl.chat import Chat
 from modelpack_server.repl.loop import SETTINGS, read_question, set_value, values
 from modelpack_server.repl.view import TerminalView, split_blocks
@@ -98,15 +97,16 @@ def test_a_model_without_a_template_goes_on_with_the_text() -> None:
     assert engine.prompt == "Facts.\n\nThe capital of France is"
 
 
-def test_temperature_is_the_users_the_presets_the_models_or_ours() -> None:
+def test_temperature_is_the_users_the_presets_or_the_models() -> None:
     model, engine = scripted("x")
+    model._defaults["temperature"] = 0.6
     chat = Chat(model)
     for setting, value, expected in (
-        ("seed", "1", DEFAULT_TEMPERATURE),
+        ("seed", "1", 0.6),
         ("preset", "creative", 1.5),
         ("temperature", "0.1", 0.1),
         ("temperature", "default", 1.5),
-        ("preset", "default", DEFAULT_TEMPERATURE),
+        ("preset", "default", 0.6),
     ):
         set_value(chat, setting, value)
         ask(chat, "?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -18,8 +19,9 @@ from modelpack_server.conversation.chat import start_chat
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.pool.pool import ModelPool
-from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.settings import DEFAULT_TEMPERATURE, ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
+from modelpack_server.repl.chat import Chat, LocalModels
 from modelpack_server.tool_parsers.parts import Text
 from tests.engine.serving.tiny import CONTEXT, reference_tokens, tiny_tokenizer, write_tiny
 
@@ -48,6 +50,23 @@ async def say(model: ServedModel) -> str:
     async with await start_chat(model, spec) as stream:
         deltas = [delta async for delta in stream]
     return "".join(p.text for d in deltas for p in d.parts if isinstance(p, Text))
+
+
+def test_run_and_servers_have_the_same_default_temperature(tmp_path: Path) -> None:
+    files, store = write_tiny(tmp_path / "files"), LayoutStore(tmp_path / "store")
+    modelpack.package("ai/plain", PackageRequest(safetensors_dir=files), store=store)
+    catalogue = StoreCatalogue(store, CONFIG)
+
+    async def served() -> float:
+        pool = ModelPool(catalogue, memory=2**30)
+        async with pool.lease("plain") as model:
+            temperature = model.sampling_params({}).temperature
+        await pool.close()
+        return temperature
+
+    assert asyncio.run(served()) == DEFAULT_TEMPERATURE
+    with LocalModels(catalogue, CONFIG) as models:
+        assert Chat(models.load("plain")).params().temperature == DEFAULT_TEMPERATURE
 
 
 @pytest.mark.long

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -25,7 +25,7 @@ from modelpack_server.api.ollama.ndjson import JsonRoute, find, missing, shown, 
 from modelpack_server.conversation.prompt import may_infill
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.entry import ModelState, RunningModel
-from modelpack_server.pool.model_defaults import ModelDefaults
+from modelpack_server.pool.model_defaults import ModelDefaults, as_options, sampling_of_files
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.tool_parsers.families import find_format
 
@@ -82,6 +82,7 @@ class _Facts:
     template: str = ""
     capabilities: tuple[str, ...] = ()
     tensors: tuple[TensorInfo, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[s
     licenses = _licenses(store, model)
     answer: dict[str, Any] = {
         "modelfile": _modelfile(found, facts.template, defaults, licenses),
-        "parameters": _parameters(defaults.parameters),
+        "parameters": _parameters({**facts.parameters, **defaults.parameters}),
         "template": facts.template,
         "details": details(found),
         "model_info": facts.info,
@@ -132,11 +133,13 @@ def _facts(store: LayoutStore, model: Model, found: StoredModel, verbose: bool) 
     files = stored_files(model, store)
     header = read_gguf_header(files.weights[0]) if files.format == "gguf" else None
     template = _template(files, header)
+    capabilities = tuple(_capabilities(files, template, header))
     return _Facts(
         _gguf_info(header, verbose) if header else _config_info(files, found),
         template,
-        tuple(_capabilities(files, template, header)),
+        capabilities,
         header.tensors if header else (),
+        as_options(sampling_of_files(files, header)) if "completion" in capabilities else {},
     )
 
 

@@ -100,7 +100,7 @@ def test_what_a_model_starts_from_is_kept(stocked: Stocked) -> None:
         shown = stocked.client.show("second")
         assert shown.parameters is not None
         assert [line.split() for line in shown.parameters.split("\n")] == [
-            ["seed", "1"], ["top_k", "5"],
+            ["seed", "1"], ["temperature", "0.0"], ["top_k", "5"],
         ]  # fmt: skip
         assert shown.license == "MIT"
         assert prompt_length(stocked, "second") == len("system: one\nuser: hello\nassistant:")
@@ -118,7 +118,9 @@ def test_it_survives_a_restart(tmp_path: Path) -> None:
         assert before.prompt_eval_count == after.prompt_eval_count
         assert after.prompt_eval_count == len("system: again\nuser: hello\nassistant:")
         assert (before.eval_count, after.eval_count) == (2, 2)
-        assert stocked.client.show("own").parameters == "num_predict                    2"
+        assert stocked.client.show("own").parameters == (
+            "num_predict                    2\ntemperature                    0.7"
+        )
 
 
 def test_a_model_from_an_uploaded_file(stocked: Stocked, tmp_path: Path) -> None:

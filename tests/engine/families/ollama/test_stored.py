@@ -153,11 +153,14 @@ def test_what_is_shown(stocked: Stocked) -> None:
     assert shown.capabilities == ["completion"]
     assert shown.modelfile is not None
     assert shown.modelfile.startswith("FROM tiny")
-    assert stocked.client.show("vectors").capabilities == ["embedding"]
+    assert shown.parameters == "temperature                    0.0"
+    vectors = stocked.client.show("vectors")
+    assert (vectors.capabilities, vectors.parameters) == (["embedding"], "")
     gguf = stocked.client.show("weights:latest")
     assert gguf.modelinfo is not None
     assert gguf.modelinfo["general.architecture"]
     assert gguf.modelinfo["general.parameter_count"] > 0
+    assert gguf.parameters == "temperature                    0.7"
     old = requests.post(
         f"{stocked.url}/api/show", json={"name": "weights", "verbose": True}, timeout=30
     )
