@@ -20,11 +20,11 @@ from modelpack.cli.options import (
     trust_options,
     variant_option,
 )
-from modelpack.cli.output import note, show_json, shown_progress
+from modelpack.cli.output import note, show_json
 from modelpack.errors import UsageError
-from modelpack.hub.reference import local_name
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
+from modelpack_server.cli.model_sources import models_of
 from modelpack_server.pool.settings import DEFAULT_TEMPERATURE
 from modelpack_server.repl.view import BareView, TerminalView, View
 
@@ -73,7 +73,8 @@ def run(
 ) -> None:
     """Print the response of MODEL to PROMPT and stdin; without either, start a chat.
 
-    In the chat, /help lists the commands.
+    MODEL may be a path: a GGUF file or a directory of safetensors. In the chat, /help lists the
+    commands.
     """
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
@@ -97,26 +98,21 @@ def run(
         with asyncio.Runner() as runner:
             _talk(settings, RemoteChat(find(model), **chosen), find, text, runner.run)
         return
-    store = settings.store()
     from modelpack_server.pool.settings import ModelSettings
-    from modelpack_server.pool.store_catalogue import StoreCatalogue
     from modelpack_server.repl.chat import Chat, LocalModels, require_chat
 
     engine = config()
-    pull_draft(engine, store, settings, remote)
+    pull_draft(engine, settings.store(), settings, remote)
 
     def load(name: str) -> ServedModel:
-        from modelpack_server import open_model
-
-        with shown_progress(settings) as progress:
-            opened = open_model(name, store=store, remote=remote, progress=progress).model
-        if store.resolve(local_name(name)).digest != opened.digest:
-            name = str(opened.digest)  # the name may stand for several variants
-        loaded = models.load(name, ModelSettings(preset=preset))
+        loaded = models.load(sources.open(name).name, ModelSettings(preset=preset))
         require_chat(loaded)
         return loaded
 
-    with LocalModels(StoreCatalogue(store, engine, remote=remote), engine) as models:
+    with (
+        models_of(settings, remote) as sources,
+        LocalModels(sources.catalogue(engine), engine) as models,
+    ):
         _talk(settings, Chat(load(model), **chosen), load, text, models.call)
 
 

@@ -30,10 +30,10 @@ from modelpack.cli.options import (
 from modelpack.cli.output import note, request_log, show_error, shown_progress
 from modelpack.deploy.local_server import PORT
 from modelpack.errors import ModelpackError, UsageError
-from modelpack.hub.reference import local_name
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
 from modelpack_server.cli.gateway import protection_options
+from modelpack_server.cli.model_sources import models_of
 from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, ModelSettings, parse_keep_alive
 
 if TYPE_CHECKING:
@@ -173,13 +173,6 @@ def _given(ctx: click.Context) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
-    from modelpack_server import open_model
-
-    with shown_progress(settings) as progress:
-        return open_model(model, store=settings.store(), remote=remote, progress=progress)
-
-
 @click.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
@@ -243,7 +236,8 @@ def serve(
 
     Each MODEL is pulled if it is not stored, loaded at start, and stays loaded; /health returns 503
     until all are loaded, and the server exits if one cannot be. Other stored models are loaded when
-    a request names them, and unloaded when idle.
+    a request names them, and unloaded when idle. A MODEL may be a path: a GGUF file or a directory
+    of safetensors.
     """
     if served_model_name and not models:
         raise UsageError("--served-model-name requires a MODEL")
@@ -255,7 +249,6 @@ def serve(
     from modelpack_server.gateway.protection import protect
     from modelpack_server.pool.memory import device_memory
     from modelpack_server.pool.pool import ModelPool
-    from modelpack_server.pool.store_catalogue import StoreCatalogue
 
     # Check the options before the pull.
     protected_by = protection(host)
@@ -266,8 +259,8 @@ def serve(
     engine = config()
     if engine.backend != "auto":
         remote = replace(remote, backend=engine.backend)
-    # Use the id: the name may stand for several variants.
-    opened = {local_name(model): _open(settings, model, remote).model for model in models}
+    sources = click.get_current_context().with_resource(models_of(settings, remote))
+    opened = [sources.open(model) for model in models]
     pull_draft(engine, settings.store(), settings, remote)
     ranks = None
     if is_parallel(tensor_parallel_size):
@@ -286,21 +279,19 @@ def serve(
 
     def pool() -> ModelPool:
         made = ModelPool(
-            StoreCatalogue(settings.store(), engine, ranks, remote),
+            sources.catalogue(engine, ranks),
             settings=chosen,
             memory=budget,
             keep_alive=seconds,
             on_ready=lambda: note(settings, f"ready in {time.monotonic() - start:.1f} s"),
             on_failure=None if keep_going else fail,
         )
-        for name, model in opened.items():
-            if settings.store().resolve(name).digest == model.digest:
-                made.pin(name)
-            else:
-                made.pin(str(model.digest))
-                made.alias(name, str(model.digest))
+        for found in opened:
+            made.pin(found.name)
+            if found.alias is not None:
+                made.alias(found.alias, str(found.model.digest))
         if served_model_name:
-            made.alias(served_model_name, str(next(iter(opened.values())).digest))
+            made.alias(served_model_name, str(opened[0].model.digest))
         return made
 
     with request_log(settings):

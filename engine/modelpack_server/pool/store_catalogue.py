@@ -12,6 +12,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Index, parse_manifest_or_index
 from modelpack.artifacts.model import Model, Role
 from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
+from modelpack.hub.reference import local_name
 from modelpack.operations.lookup import stored_model
 from modelpack.operations.model_list import list_models
 from modelpack.operations.remote import RemoteOptions
@@ -44,7 +45,8 @@ class StoreCatalogue:
     """A catalogue of the models in a store; `config` is the default configuration of engines.
 
     With `ranks`, an engine runs on all of them, so only one generating model can be loaded. If
-    `remote` has a trust policy, only models that satisfy it are loaded.
+    `remote` has a trust policy, only models that satisfy it are loaded. `files` has further models,
+    whose names come first.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class StoreCatalogue:
         config: EngineConfig | None = None,
         ranks: Ranks | None = None,
         remote: RemoteOptions | None = None,
+        files: LayoutStore | None = None,
     ) -> None:
         blas.prepare()
         self.ranks = ranks
         # Models are loaded by digest, which already determines the variant.
         self.remote = replace(remote or RemoteOptions(), variant=None)
         self.store = store or LayoutStore()
+        self._stores = (self.store,) if files is None else (files, self.store)
         self.config = config or EngineConfig()
 
     def version(self) -> object:
@@ -71,32 +75,34 @@ class StoreCatalogue:
 
     def find(self, name: str) -> StoredModel:
         """Return the model with this name; raise `NotFoundError`."""
+        store = self._store_of(name)
         try:
-            model = stored_model(self.store, name)
+            model = stored_model(store, name)
         except InvalidReferenceError as error:
             raise NotFoundError(f"no such model: {name!r} ({error})") from error
-        names, origins = self._names(model)
+        names, origins = _names(store, model)
         return replace(_described(model, names), origins=origins)
+
+    def _store_of(self, name: str) -> LayoutStore:
+        """Return the store with the model `name`; for an unknown name, the local store."""
+        for store in self._stores[:-1]:
+            with suppress(NotFoundError, InvalidReferenceError):
+                store.resolve(local_name(name))
+                return store
+        return self.store
 
     def stored(self) -> Sequence[StoredModel]:
         """Return the readable models."""
-        origins = {model.digest: model.origins for model in self.store.models()}
-        return [
-            replace(
-                _described(listed.model, tuple(ref.familiar for ref in listed.references)),
-                origins=origins.get(listed.model.digest, ()),
-            )
-            for listed in list_models(self.store)
-            if listed.model is not None
-        ]
+        return [model for store in self._stores for model in _stored(store)]
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return an estimate of the loaded model's memory, in bytes."""
         from modelpack_server.stored_models import context_length_of_files, open_model
 
         config = settings.engine_config(self.config)
-        opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
-        weights = self._loaded_bytes(opened.model, config)
+        store = self._store_of(model.key)
+        opened = open_model(model.key, pull=False, store=store, remote=self.remote)
+        weights = self._loaded_bytes(store, opened.model, config)
         if not _generates(opened.files, settings):
             return weights  # the memory of a batch is temporary
         asked, context = config.max_model_len, context_length_of_files(opened.files)
@@ -108,7 +114,8 @@ class StoreCatalogue:
         if self.ranks is not None:
             weights //= self.ranks.size
         if config.speculation == "draft" and isinstance(config.draft_model, str):
-            weights += self._loaded_bytes(stored_model(self.store, config.draft_model), config)
+            draft = stored_model(self.store, config.draft_model)
+            weights += self._loaded_bytes(self.store, draft, config)
         return weights + (config.kv_cache_bytes or _KV_BYTES)
 
     def load(
@@ -125,7 +132,8 @@ class StoreCatalogue:
             open_model,
         )
 
-        opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
+        store = self._store_of(model.key)
+        opened = open_model(model.key, pull=False, store=store, remote=self.remote)
         if not _generates(opened.files, settings):
             embedder = AsyncEmbedder(
                 lambda: load_embedder(
@@ -155,33 +163,11 @@ class StoreCatalogue:
 
         engine = AsyncEngine(make_engine, meter)
         _wait_until_ready(engine)
-        own = ModelDefaults.of_model(opened.model, self.store)
+        own = ModelDefaults.of_model(opened.model, store)
         defaults = {**sampling_of_files(opened.files), **own.sampling()}
         return LoadedEngine(engine, found.get("type", ""), defaults, own.preface)
 
-    def _names(self, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return a model's names in the store, the one that the user pulled first, and its origins.
-
-        A variant also has the names of the indexes that list it.
-        """
-        listed = [found for found in self.store.models() if found.digest == model.digest]
-        listed += [index for index in self.store.indexes() if self._lists(index, model.digest)]
-        references = [reference for found in listed for reference in found.references]
-        references.sort(key=lambda reference: reference != model.reference)
-        origins = [origin for found in listed for origin in found.origins]
-        names = [reference.familiar for reference in references]
-        return tuple(dict.fromkeys(names)), tuple(dict.fromkeys(origins))
-
-    def _lists(self, index: lookup.StoredModel, digest: Digest) -> bool:
-        """Return whether an index in the store lists a manifest; False for a damaged index."""
-        try:
-            raw = self.store.fetch_manifest(index.descriptor)
-            parsed = parse_manifest_or_index(raw, str(index.digest))
-        except ModelpackError:
-            return False
-        return isinstance(parsed, Index) and any(m.digest == digest for m in parsed.manifests)
-
-    def _loaded_bytes(self, model: Model, config: EngineConfig) -> int:
+    def _loaded_bytes(self, store: LayoutStore, model: Model, config: EngineConfig) -> int:
         """Return an estimate of the weights' memory in an engine with `config`, in bytes."""
         from modelpack_engine.llama_cpp.library import choose_backend
         from modelpack_engine.platform.device import choose_device
@@ -191,10 +177,47 @@ class StoreCatalogue:
         device = choose_device(config)
         if device != "cpu" or model.config.format != "gguf":
             return size
-        files = stored_files(model, self.store)
+        files = stored_files(model, store)
         if self.ranks is None and choose_backend(files, config, device) != "mlx":
             return size
         return size * _UNPACKED
+
+
+def _names(store: LayoutStore, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return a model's names in a store, the one that the user pulled first, and its origins.
+
+    A variant also has the names of the indexes that list it.
+    """
+    listed = [found for found in store.models() if found.digest == model.digest]
+    listed += [index for index in store.indexes() if _lists(store, index, model.digest)]
+    references = [reference for found in listed for reference in found.references]
+    references.sort(key=lambda reference: reference != model.reference)
+    origins = [origin for found in listed for origin in found.origins]
+    names = [reference.familiar for reference in references]
+    return tuple(dict.fromkeys(names)), tuple(dict.fromkeys(origins))
+
+
+def _lists(store: LayoutStore, index: lookup.StoredModel, digest: Digest) -> bool:
+    """Return whether an index in the store lists a manifest; False for a damaged index."""
+    try:
+        raw = store.fetch_manifest(index.descriptor)
+        parsed = parse_manifest_or_index(raw, str(index.digest))
+    except ModelpackError:
+        return False
+    return isinstance(parsed, Index) and any(m.digest == digest for m in parsed.manifests)
+
+
+def _stored(store: LayoutStore) -> list[StoredModel]:
+    """Return the readable models of a store."""
+    origins = {model.digest: model.origins for model in store.models()}
+    return [
+        replace(
+            _described(listed.model, tuple(ref.familiar for ref in listed.references)),
+            origins=origins.get(listed.model.digest, ()),
+        )
+        for listed in list_models(store)
+        if listed.model is not None
+    ]
 
 
 def _generates(files: ModelFiles, settings: ModelSettings) -> bool:

@@ -1,0 +1,168 @@
+"""The MODEL arguments of run and serve: stored models, short names of these, and files on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference
+from modelpack.builder.request import PackageRequest
+from modelpack.cli.options import Settings
+from modelpack.cli.output import note, shown_progress
+from modelpack.errors import AmbiguousError, InvalidReferenceError, NotFoundError, UsageError
+from modelpack.hub.reference import local_name
+from modelpack.operations.package import package
+from modelpack.operations.remote import RemoteOptions
+from modelpack.progress import ProgressCallback
+from modelpack.store.layout import LayoutStore
+from modelpack_server.pool.file_store import FileStore
+
+if TYPE_CHECKING:
+    from modelpack_engine.config import EngineConfig
+    from modelpack_engine.distributed.leader import Ranks
+    from modelpack_server.pool.store_catalogue import StoreCatalogue
+
+_PATH = re.compile(r"(?:\.{0,2}|~)/.*|\.{1,2}", re.DOTALL)
+_UNNAMEABLE = re.compile(r"[^a-z0-9]+")
+_MOST_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model, its name in the catalogue, and (or None) a further name that the user typed."""
+
+    model: Model
+    name: str
+    alias: str | None = None
+
+
+class ModelSources:
+    """Finds the models that a user names; `models_of` makes it."""
+
+    def __init__(self, settings: Settings, remote: RemoteOptions, files: FileStore) -> None:
+        self._settings = settings
+        self._remote = remote
+        self._files = files
+
+    def catalogue(self, config: EngineConfig, ranks: Ranks | None = None) -> StoreCatalogue:
+        """Return the models of the store, and all files that were opened or will be."""
+        from modelpack_server.pool.store_catalogue import StoreCatalogue
+
+        return StoreCatalogue(self._settings.store(), config, ranks, self._remote, self._files)
+
+    def open(self, typed: str) -> Found:
+        """Return the model at the path `typed` or of this name, pulled if it is not stored.
+
+        Raises `NotFoundError` for a path without a model, `AmbiguousError` for the last path
+        element of several stored models, and what `open_model` and `package` raise.
+        """
+        if (path := path_in(typed)) is not None:
+            return self._open_file(path)
+        from modelpack_server import open_model
+
+        store = self._settings.store()
+        name = stored_name(store, typed)
+        if name != typed:
+            note(self._settings, f"{typed} is {name}")
+        with shown_progress(self._settings) as progress:
+            model = open_model(name, store=store, remote=self._remote, progress=progress).model
+        local = local_name(name)
+        if store.resolve(local).digest != model.digest:  # the name may stand for several variants
+            return Found(model, str(model.digest), typed if name != typed else local)
+        return Found(model, local, typed if name != typed else None)
+
+    def _open_file(self, path: Path) -> Found:
+        from modelpack.operations.lookup import stored_model
+
+        with shown_progress(self._settings) as progress:
+            reference = add_file(self._files, path, progress)
+        return Found(stored_model(self._files, str(reference)), reference.familiar)
+
+
+@contextmanager
+def models_of(settings: Settings, remote: RemoteOptions) -> Iterator[ModelSources]:
+    """Yield the sources of models of a command; files are described in a temporary directory."""
+    with tempfile.TemporaryDirectory(prefix="modelpack-files-") as directory:
+        yield ModelSources(settings, remote, FileStore(directory))
+
+
+def path_in(text: str) -> Path | None:
+    """Return the path that `text` is, or None if it names a model.
+
+    A path begins with a slash, ./, ../ or ~/, or is that of an existing GGUF file. Raises
+    `NotFoundError` for one that does not exist.
+    """
+    path = Path(text).expanduser()
+    if _PATH.fullmatch(text):
+        if not path.exists():
+            raise NotFoundError(f"no such file or directory: {text}")
+        return path
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def add_file(files: FileStore, path: Path, progress: ProgressCallback | None = None) -> Reference:
+    """Add a GGUF file, or a directory of GGUF or safetensors, to `files`; return its name there.
+
+    Raises `UsageError` for other files, and what `package` raises.
+    """
+    path = weights = Path(os.path.abspath(path))
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        shards = [file for file in sorted(path.glob("*.gguf")) if "mmproj" not in file.name]
+        if len(shards) == 1 or (shards and "-00001-of-" in shards[0].name):
+            weights = shards[0]
+    if weights.is_dir():
+        request = PackageRequest(safetensors_dir=weights)
+    elif weights.suffix == ".gguf":
+        request = PackageRequest(gguf=weights)
+    else:
+        raise UsageError(
+            f"{path} is not a model", hint="give a GGUF file, or a directory of safetensors files"
+        )
+    words = path.stem if path.is_file() else path.name
+    name = _UNNAMEABLE.sub("-", words.lower()).strip("-") or "model"
+    return package(f"{name}:latest", request, store=files, progress=progress).reference
+
+
+def stored_name(store: LayoutStore, typed: str) -> str:
+    """Return the full name of the stored model whose last path element is `typed`.
+
+    Without a tag in `typed`, any tag counts. Returns `typed` if it names a stored model itself,
+    if it is not a bare name, or if no model has it. Raises `AmbiguousError` for several models.
+    """
+    if "/" in typed or "@" in typed:
+        return typed
+    try:
+        store.resolve(typed)
+    except NotFoundError:
+        found = _with_last_element(store, typed)
+    except InvalidReferenceError:
+        return typed
+    else:
+        return typed
+    if len(set(found.values())) > 1:
+        names = sorted(found)
+        shown = ", ".join(names[:_MOST_LISTED]) + (", …" if len(names) > _MOST_LISTED else "")
+        raise AmbiguousError(
+            f"{typed} is the last part of several names: {shown}",
+            candidates=tuple(names),
+            hint="write one of them",
+        )
+    return min(found, default=typed)
+
+
+def _with_last_element(store: LayoutStore, typed: str) -> Mapping[str, Digest]:
+    last, _, tag = typed.partition(":")
+    return {
+        reference.familiar: model.digest
+        for model in (*store.models(), *store.indexes())
+        for reference in model.references
+        if reference.repository.rpartition("/")[2] == last and tag in ("", reference.tag)
+    }
