@@ -64,7 +64,7 @@ def export_to_docker_store(
 ) -> None:
     """Export models and print their digests; `docker_store` may be the name of a model."""
     path, names = _arguments(docker_store, models, every)
-    store = settings.store()
+    store = settings.existing_store()
     exported = names or [str(ref) for model in store.models() for ref in model.references]
     with shown_progress(settings) as progress:
         check_names(store, exported, remote, watching(progress))
@@ -159,7 +159,7 @@ def export_models(
     if copy:
         raise UsageError("--copy requires --docker-store")
     _check_named(models, every)
-    store = settings.store()
+    store = settings.existing_store()
     if every:
         models = tuple(str(ref) for model in store.models() for ref in model.references)
     with shown_progress(settings) as progress:

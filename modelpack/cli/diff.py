@@ -33,7 +33,7 @@ def diff(
     """
     settings.failure_code = 2
     found = diff_models(
-        before, after, from_registry=in_registry, store=settings.store(), remote=remote
+        before, after, from_registry=in_registry, store=settings.existing_store(), remote=remote
     )
     show(settings, _json(found), _text(found))
     return 0 if found.identical else 1

@@ -99,7 +99,7 @@ def show_variants(settings: Settings, model: str, in_registry: bool, remote: Rem
         with open_source(model, remote, watching(None)) as opened:
             descriptor, raw = opened.descriptor, opened.raw
     else:
-        store = settings.store()
+        store = settings.existing_store()
         descriptor = store.resolve(model)
         raw = store.fetch_manifest(descriptor)
     document = parse_manifest_or_index(raw, model, media_type=descriptor.media_type)

@@ -153,7 +153,7 @@ def show_headers(settings: Settings, name: str, in_registry: bool, remote: Remot
         asked = plural(sum(one.requests for one in found), "request")
         note(settings, f"{asked}, {human_size(cost)}; not verified, which requires the whole files")
     else:
-        found = read_headers(name, store=settings.store())
+        found = read_headers(name, store=settings.existing_store())
     show(
         settings, {"headers": [_headers_json(one) for one in found]}, "\n\n".join(map(_text, found))
     )
@@ -240,12 +240,12 @@ def inspect(
     try:
         found = _find(settings, model, in_registry, remote)
     except UnsupportedError:
-        image = None if in_registry else lookup.stored_image(settings.store(), model)
+        image = None if in_registry else lookup.stored_image(settings.existing_store(), model)
         if image is None:
             raise
         show_image(settings, image)
         return
-    lacking = () if in_registry else settings.store().missing(found.descriptor)
+    lacking = () if in_registry else settings.existing_store().missing(found.descriptor)
     missing = {blob.digest for blob in lacking}
     if settings.json:
         show_json(model_json(found, missing))
@@ -275,7 +275,7 @@ def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOpti
         where = full_reference(settings, model)
         _write(lookup.remote_config(where, remote))
     else:
-        store = settings.store()
+        store = settings.existing_store()
         found = lookup.stored_model(store, model)
         _write(read_blob(store, found.manifest.config))
 
@@ -314,7 +314,7 @@ def resolve(
             media_types=media_types,
             files=files,
             pull=pull,
-            store=settings.store(),
+            store=settings.store() if pull else settings.existing_store(),
             remote=remote,
             progress=progress,
         )
@@ -366,7 +366,7 @@ def bundle(
             links=LinkMode(links),
             overwrite=force,
             pull=pull,
-            store=settings.store(),
+            store=settings.store() if pull else settings.existing_store(),
             remote=remote,
             progress=progress,
         )
@@ -389,7 +389,7 @@ def _find(settings: Settings, name: str, in_registry: bool, remote: RemoteOption
     if in_registry:
         full_reference(settings, name)
         return lookup.inspect(name, remote=remote, from_registry=True)
-    return lookup.inspect(name, store=settings.store())
+    return lookup.inspect(name, store=settings.existing_store())
 
 
 def _write(content: bytes) -> None:

@@ -72,6 +72,17 @@ class Settings:
 
         return LayoutStore(self.store_root)
 
+    def existing_store(self) -> LayoutStore:
+        """Return the local store for a command that adds nothing to it.
+
+        A missing store raises `StoreError` if --store names it; the default store is empty then.
+        """
+        from modelpack.store.layout import LayoutStore
+
+        if self.store_root is None:
+            return LayoutStore(lazy=True)
+        return LayoutStore(self.store_root, create=False)
+
 
 def common_options(command: F) -> F:
     """Add the options that every command has; the command gets them as `settings`."""

@@ -27,6 +27,7 @@ from modelpack.operations.package import Packaged
 from modelpack.operations.package import package as package_model
 from modelpack.operations.remote import RemoteOptions, local_reference
 from modelpack.plugins import load_function
+from modelpack.store.layout import LayoutStore
 
 # Packaging reports files that cannot be read, with the exit code of a denied permission.
 PATH = click.Path(path_type=Path, readable=False)
@@ -121,7 +122,7 @@ def package(
             push=push,
             dry_run=dry_run,
             link=link,
-            store=settings.store(),
+            store=LayoutStore(settings.store_root, lazy=dry_run),
             remote=remote,
             progress=progress,
         )

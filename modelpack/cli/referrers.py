@@ -62,7 +62,7 @@ def attach(
             [_file(text) for text in files],
             artifact_type=artifact_type,
             annotations=annotations,
-            store=settings.store() if local else None,
+            store=settings.existing_store() if local else None,
             remote=remote,
             progress=progress,
         )
@@ -91,7 +91,7 @@ def referrers(
 ) -> None:
     """List the referrers of the model REFERENCE in its registry."""
     where = full_reference(settings, reference)
-    store = settings.store() if local else None
+    store = settings.existing_store() if local else None
     found = list_referrers(where, artifact_type=artifact_type, store=store, remote=remote)
     value = {"reference": str(where), "referrers": [one.to_json() for one in found]}
     rows = [(str(one.digest), one.artifact_type or "", human_size(one.size)) for one in found]
@@ -106,7 +106,7 @@ def referrers(
 def detach(settings: Settings, reference: str, local: bool, remote: RemoteOptions) -> None:
     """Delete a referrer of a model by its digest; print the digest."""
     where = Reference.parse(reference)
-    store = settings.store() if local else None
+    store = settings.existing_store() if local else None
     digest = detach_referrer(where, store=store, remote=remote)
     show(settings, {"digest": str(digest)}, str(digest))
 

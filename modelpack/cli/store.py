@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,7 +50,7 @@ def list_models(settings: Settings, model: str | None) -> None:
 
     For a partly pulled model, SIZE is the stored part of the total.
     """
-    store = settings.store()
+    store = settings.existing_store()
     found = summarize_models(store, model)
     images = list_images(store, model, known={item.digest for item in found})
     if settings.json:
@@ -147,7 +148,7 @@ def age(created: str | None, now: datetime) -> str:
 def tag(settings: Settings, source: str, target: str) -> None:
     """Tag the stored model SOURCE as TARGET; print its digest."""
     where = full_reference(settings, target)
-    descriptor = settings.store().tag(source, where)
+    descriptor = settings.existing_store().tag(source, where)
     value = {"reference": str(where), "digest": str(descriptor.digest)}
     show(settings, value, str(descriptor.digest))
 
@@ -163,7 +164,7 @@ def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
 
     Blobs that no other model uses are deleted at once.
     """
-    store = settings.store()
+    store = settings.existing_store()
     untagged: list[str] = []
     deleted: list[str] = []
     freed = 0
@@ -193,7 +194,7 @@ def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
 @common_options
 def gc(settings: Settings, dry_run: bool, grace: int) -> None:
     """Delete unused blobs and the partial files of interrupted transfers."""
-    report = settings.store().gc(dry_run=dry_run, grace_seconds=grace)
+    report = settings.existing_store().gc(dry_run=dry_run, grace_seconds=grace)
     value = {
         "removed": [str(digest) for digest in report.removed],
         "partials": list(report.partials),
@@ -221,19 +222,21 @@ def fsck(
     """Verify the store; quarantine damaged blobs and list the affected models."""
     if source is not None and not repair:
         raise UsageError("--from requires --repair")
-    store = settings.store()
+    store = settings.existing_store()
     with shown_progress(settings) as progress:
         if repair:
             from modelpack.operations.repair import repair as repair_store
 
             done = repair_store(store, source=source, fast=fast, remote=remote, progress=progress)
-            _show_fsck(settings, done.before, done)
+            _show_fsck(settings, store.root, done.before, done)
             return
         report = store.fsck(fast=fast, watch=watching(progress))
-    _show_fsck(settings, report)
+    _show_fsck(settings, store.root, report)
 
 
-def _show_fsck(settings: Settings, report: FsckReport, done: Repaired | None = None) -> None:
+def _show_fsck(
+    settings: Settings, root: Path, report: FsckReport, done: Repaired | None = None
+) -> None:
     """Print the problems and, after a repair, its result; raise if problems remain."""
     value: dict[str, Any] = {
         "checked": report.checked,
@@ -277,6 +280,5 @@ def _show_fsck(settings: Settings, report: FsckReport, done: Repaired | None = N
         if all(problem.kind is Fault.BUNDLE for problem in left.problems):
             hint = "restart the runtimes that use these bundles; the bundles are then made again"
         raise IntegrityError(
-            f"the store {settings.store().root} has {plural(len(left.problems), 'problem')}",
-            hint=hint,
+            f"the store {root} has {plural(len(left.problems), 'problem')}", hint=hint
         )

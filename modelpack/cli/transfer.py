@@ -59,7 +59,7 @@ def lock(
     """
     if check and remove:
         raise UsageError("--check cannot be combined with --remove")
-    store = settings.store() if offline else None
+    store = settings.existing_store() if offline else None
     if check:
         drifts = check_lock(references, path=lock_file, offline=offline, store=store, remote=remote)
         value = [
@@ -243,7 +243,7 @@ def push(
             reference,
             to=where,
             with_referrers=with_referrers,
-            store=settings.store(),
+            store=settings.existing_store(),
             remote=remote,
             progress=progress,
         )

@@ -105,7 +105,7 @@ def sign(
         where,
         private_key(key),
         kinds=[SignatureKind(name) for name in formats],
-        store=settings.store() if local else None,
+        store=settings.existing_store() if local else None,
         remote=remote,
     )
     of = f" and {len(done.variants)} variants" if done.variants else ""
@@ -156,7 +156,7 @@ def verify(
         where,
         [read_public_key(key) for key in keys],
         formats=[SignatureKind(name) for name in formats],
-        store=settings.store() if local else None,
+        store=settings.existing_store() if local else None,
         remote=remote,
     )
     signatures: list[dict[str, Any]] = [
@@ -201,7 +201,7 @@ def sbom(
     done = make_sbom(
         model,
         attach=attach,
-        store=None if in_registry else settings.store(),
+        store=None if in_registry else settings.existing_store(),
         remote=remote,
         from_registry=in_registry,
     )
@@ -251,7 +251,7 @@ def lint(
         model,
         rules,
         _render,
-        store=None if in_registry or Path(model).is_dir() else settings.store(),
+        store=None if in_registry or Path(model).is_dir() else settings.existing_store(),
         remote=remote,
         from_registry=in_registry,
     )

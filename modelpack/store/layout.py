@@ -64,14 +64,16 @@ class LayoutStore:
     id. Any number of threads and processes may use one store at once; readers take no locks.
     """
 
-    def __init__(self, root: str | Path | None = None, *, create: bool = True) -> None:
+    def __init__(
+        self, root: str | Path | None = None, *, create: bool = True, lazy: bool = False
+    ) -> None:
         """Open the store at `root` (default: `default_store_root()`).
 
-        With `create`, make a store in an absent or empty directory. Raises `StoreError` for any
-        other directory.
+        With `create`, make a store in an absent or empty directory: at once or, if `lazy`, at the
+        first write. Raises `StoreError` for any other directory.
         """
         where = default_store_root() if root is None else Path(root).expanduser()
-        self._tree = open_tree(where, create=create)
+        self._tree = open_tree(where, create=create, lazy=lazy)
         self.root: Path = self._tree.root
         self._marks = VerifiedMarks(self._tree)
         self._blobs = Blobs(self._tree, self._marks)

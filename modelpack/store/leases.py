@@ -119,7 +119,7 @@ class Leases:
         with map_os_errors("write a lease in", self._tree.leases):
             if self._tree.is_read_only():
                 return None
-            self._tree.leases.mkdir(parents=True, exist_ok=True)
+            self._tree.prepare()
             with self._tree.lock().held():
                 descriptor = os.open(path, flags, 0o644)
                 try:

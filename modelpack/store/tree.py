@@ -21,6 +21,7 @@ An OCI image layout (image-spec v1.1, image-layout.md) with additional files::
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -70,10 +71,19 @@ class Tree:
 
     def is_read_only(self) -> bool:
         """Return whether the file system is read-only: then no process deletes anything either."""
-        return bool(os.statvfs(self.root).f_flag & os.ST_RDONLY)
+        try:
+            return bool(os.statvfs(self.root).f_flag & os.ST_RDONLY)
+        except FileNotFoundError:  # the store is made at the first write
+            return False
 
     def prepare(self) -> None:
-        """Create the directories for writing; another tool may have made this layout."""
+        """Create the store, if it does not exist yet, and the directories for writing.
+
+        Another tool may have made this layout.
+        """
+        if not os.path.lexists(self.layout):
+            with map_os_errors("create the store", self.root):
+                _initialise(self)
         self.check_inside()
         with map_os_errors("create directories in", self.root):
             for folder in (self.blobs / "sha256", self.leases, self.unflushed, self.linked):
@@ -116,20 +126,25 @@ def labelled_digest(name: str) -> Digest | None:
         return None
 
 
-def open_tree(root: Path, *, create: bool) -> Tree:
+def open_tree(root: Path, *, create: bool, lazy: bool) -> Tree:
     """Return the tree at `root`; with `create`, make a store in an absent or empty directory.
 
-    Raises `StoreError` for any other directory.
+    If it is `lazy`, `Tree.prepare` makes the store. Raises `StoreError` for any other directory.
     """
     tree = Tree(Path(os.path.abspath(root)))
     with map_os_errors("open the store", tree.root):
-        if not os.path.lexists(tree.layout):
+        found = False
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = bool(os.lstat(tree.layout))  # raises for a denied directory, unlike `lexists`
+        if not found:
             _refuse_foreign(tree)
             if not create:
                 raise StoreError(
                     f"there is no model store at {tree.root}",
                     hint="name another directory with --store or MODELPACK_STORE",
                 )
+            if lazy:
+                return tree
             _initialise(tree)
     _check_version(tree)
     tree.check_inside()

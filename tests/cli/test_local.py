@@ -233,13 +233,49 @@ def test_a_directory_that_is_no_store_is_left_alone(gguf: Path, tmp_path: Path) 
     assert sorted(path.name for path in home.iterdir()) == ["thesis.txt"]
 
 
+READING = [
+    *(["list"], ["inspect", "x"], ["inspect", "--header", "x"], ["manifest", "x"], ["config", "x"]),
+    *(["resolve", "x"], ["bundle", "x", "out"], ["export", "x", "-o", "out"], ["push", "x"]),
+    *(["referrers", "--local", "x"], ["index", "show", "x"], ["lint", "x"], ["rm", "x"]),
+    *(["tag", "x", "y"], ["gc"], ["fsck"], ["diff", "x", "y"], ["sbom", "x"]),
+]
+
+
+@pytest.mark.parametrize("arguments", READING, ids=" ".join)
+def test_a_mistyped_store_is_an_error_and_not_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = modelpack(*arguments, "--store", tmp_path / "typo")
+    assert result.code, result.err
+    assert f"there is no model store at {tmp_path / 'typo'}" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_does_not_create_the_default_store(
+    tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "absent" / "store"
+    monkeypatch.setenv("MODELPACK_STORE", str(store))
+    assert succeed("list", "--json").json["models"] == []
+    assert modelpack("inspect", "x").code == 3
+    assert modelpack("resolve", "x").code == 3
+    digest = succeed("package", "--dry-run", "--gguf", gguf, "x:1").out
+    assert DIGEST.match(digest)
+    assert not store.parent.exists()
+    succeed("package", "--dry-run", "--gguf", gguf, "x:1", "--store", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert succeed("package", "--gguf", gguf, "x:1").out == digest
+    assert (store / "oci-layout").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         (["inspect", "nobody/nothing"], 3, "nobody/nothing"),
         (["inspect", "UPPER//x"], 2, "invalid reference"),
         (["package", "x:1"], 2, "--gguf"),
-        (["package", "--gguf", "/no/such/file.gguf", "x:1"], 1, "/no/such/file.gguf"),
+        (["package", "--gguf", "/no/such/file.gguf", "x:1"], 3, "/no/such/file.gguf"),
         (["package", "--gguf", "a", "--dduf", "b", "x:1"], 2, "--dduf"),
         (["package", "--format", "zip", "--gguf", "a", "x:1"], 2, "zip"),
         (["package", "--annotation", "novalue", "--gguf", "a", "x:1"], 2, "KEY=VALUE"),

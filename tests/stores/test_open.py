@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from modelpack.artifacts.digest import Digest
-from modelpack.errors import StoreError, UnsafePathError
+from modelpack.artifacts.reference import Reference
+from modelpack.errors import NotFoundError, StoreError, UnsafePathError
 from modelpack.store.layout import LayoutStore, default_store_root
 from tests.contract.parts import Watcher, blob_of, small_model, write_model
 
@@ -65,6 +66,45 @@ def test_without_create_nothing_is_made(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no model store"):
         LayoutStore(tmp_path / "absent", create=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("first", ["model", "lease", "tag", "gc", "fsck", "change"])
+def test_a_lazy_store_is_made_by_its_first_use_for_writing(tmp_path: Path, first: str) -> None:
+    store = LayoutStore(tmp_path / "deep" / "store", lazy=True)
+    assert store.models() == store.indexes() == ()
+    assert not store.index().entries
+    assert store.listing_cache.read() == {}
+    store.listing_cache.write({"x": []})
+    assert not store.touch_blob(Digest.of(b""))
+    store.note_links([])
+    with pytest.raises(NotFoundError):
+        store.resolve("x")
+    assert list(tmp_path.iterdir()) == []
+
+    match first:
+        case "model":
+            write_model(store, small_model(b"weights"), "docker.io/ai/x:latest")
+        case "lease":
+            with store.lease([]):
+                pass
+        case "tag":
+            with pytest.raises(NotFoundError):
+                store.tag("x", Reference.parse("y"))
+        case "gc":
+            store.gc()
+        case "fsck":
+            store.fsck(watch=Watcher().watch)
+        case "change":
+            store.change_index(lambda document: document)
+    reopened = LayoutStore(store.root, create=False)
+    assert reopened.index().value == store.index().value
+    assert len(reopened.models()) == (first == "model")
+
+
+def test_a_lazy_store_is_no_other_directory(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(StoreError, match="not a model store"):
+        LayoutStore(tmp_path, lazy=True)
 
 
 def test_a_file_is_no_store(tmp_path: Path) -> None:

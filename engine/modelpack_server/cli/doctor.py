@@ -291,7 +291,7 @@ def _engine_checks(settings: Settings, models: tuple[str, ...]) -> list[Check]:
     available = (memory.details or {}).get("available", 0)
     for name in models:
         try:
-            model = inspect(name, store=settings.store())
+            model = inspect(name, store=settings.existing_store())
         except ModelpackError as error:
             checks.append(Check(f"model {name}", Verdict.FAILED, str(error), error.hint))
         else:
