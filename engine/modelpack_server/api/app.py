@@ -160,18 +160,15 @@ class ModelServer(AppServer):
         tls: tuple[Path, Path] | None = None,
     ) -> None:
         """Raises `UsageError` for an invalid address, or one beyond loopback unless allowed."""
+
+        def make() -> ASGIApp:
+            app = create_app(
+                make_pool(), request_templates=request_templates,
+                share_prefix_cache=share_prefix_cache,
+            )  # fmt: skip
+            return wrap(app)
+
         super().__init__(
-            lambda: wrap(
-                create_app(
-                    make_pool(),
-                    request_templates=request_templates,
-                    share_prefix_cache=share_prefix_cache,
-                )
-            ),
-            address,
-            name="model server",
-            allow_remote=allow_remote,
-            grace=grace,
-            lifespan=True,
-            tls=tls,
-        )
+            make, address, name="model server",
+            allow_remote=allow_remote, grace=grace, lifespan=True, tls=tls,
+        )  # fmt: skip

@@ -16,46 +16,30 @@ from modelpack_server.pool.entry import Entry
 from modelpack_server.pool.pool import ModelPool
 
 _LABELS = ("model_name", "engine")
-_Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
 
+# Name (a counter's ends with _total), help and field of each series.
 _SERIES = (
-    ("num_requests_running", GaugeMetricFamily, "Requests that are being computed", "num_running"),
-    ("num_requests_waiting", GaugeMetricFamily, "Requests that wait", "num_waiting"),
-    ("num_preemptions_total", CounterMetricFamily, "Preemptions", "num_preemptions"),
-    ("prompt_tokens_total", CounterMetricFamily, "Prompt tokens", "prompt_tokens"),
-    ("generation_tokens_total", CounterMetricFamily, "Generated tokens", "generated_tokens"),
-    ("prefix_cache_queries_total", CounterMetricFamily, "Prompt tokens looked up", "prompt_tokens"),
-    ("prefix_cache_hits_total", CounterMetricFamily, "Prompt tokens found cached", "cached_tokens"),
-    ("spec_decode_num_drafts_total", CounterMetricFamily, "Proposals verified", "num_proposals"),
-    (
-        "spec_decode_num_draft_tokens_total",
-        CounterMetricFamily,
-        "Tokens proposed",
-        "proposed_tokens",
-    ),
-    (
-        "spec_decode_num_accepted_tokens_total",
-        CounterMetricFamily,
-        "Tokens proposed that were right",
-        "accepted_tokens",
-    ),
+    ("num_requests_running", "Requests that are being computed", "num_running"),
+    ("num_requests_waiting", "Requests that wait", "num_waiting"),
+    ("num_preemptions_total", "Preemptions", "num_preemptions"),
+    ("prompt_tokens_total", "Prompt tokens", "prompt_tokens"),
+    ("generation_tokens_total", "Generated tokens", "generated_tokens"),
+    ("prefix_cache_queries_total", "Prompt tokens looked up", "prompt_tokens"),
+    ("prefix_cache_hits_total", "Prompt tokens found cached", "cached_tokens"),
+    ("spec_decode_num_drafts_total", "Proposals verified", "num_proposals"),
+    ("spec_decode_num_draft_tokens_total", "Tokens proposed", "proposed_tokens"),
+    ("spec_decode_num_accepted_tokens_total", "Tokens proposed that were right", "accepted_tokens"),
 )
-
 _OFFLOAD_SERIES = (
-    ("restores_total", CounterMetricFamily, "Requests that got offloaded blocks", "restores"),
-    ("restored_tokens_total", CounterMetricFamily, "Tokens of restored blocks", "restored_tokens"),
-    ("memory_hits_total", CounterMetricFamily, "Blocks restored from memory", "memory_hits"),
-    ("disk_hits_total", CounterMetricFamily, "Blocks restored from disk", "disk_hits"),
-    ("saved_bytes_total", CounterMetricFamily, "Bytes copied off the device", "saved_bytes"),
-    ("restored_bytes_total", CounterMetricFamily, "Bytes copied back", "restored_bytes"),
-    (
-        "dropped_files_total",
-        CounterMetricFamily,
-        "Damaged files that were removed",
-        "dropped_files",
-    ),
-    ("memory_bytes", GaugeMetricFamily, "Bytes of blocks in host memory", "memory_bytes"),
-    ("disk_bytes", GaugeMetricFamily, "Bytes of blocks on disk", "disk_bytes"),
+    ("restores_total", "Requests that got offloaded blocks", "restores"),
+    ("restored_tokens_total", "Tokens of restored blocks", "restored_tokens"),
+    ("memory_hits_total", "Blocks restored from memory", "memory_hits"),
+    ("disk_hits_total", "Blocks restored from disk", "disk_hits"),
+    ("saved_bytes_total", "Bytes copied off the device", "saved_bytes"),
+    ("restored_bytes_total", "Bytes copied back", "restored_bytes"),
+    ("dropped_files_total", "Damaged files that were removed", "dropped_files"),
+    ("memory_bytes", "Bytes of blocks in host memory", "memory_bytes"),
+    ("disk_bytes", "Bytes of blocks on disk", "disk_bytes"),
 )
 
 
@@ -75,20 +59,20 @@ class ModelMetrics:
     def collect(self) -> Iterator[Metric]:
         """Yield the metric families."""
         models = self._models
-        for name, kind, text, field in _SERIES:
+        for name, text, field in _SERIES:
             values = [(labels, getattr(stats, field)) for labels, stats, _ in models]
-            yield _family(kind, f"vllm:{name}", text, values)
+            yield _family(f"vllm:{name}", text, values)
         for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc"):
             values = [(labels, _used(stats)) for labels, stats, _ in models]
-            yield _family(GaugeMetricFamily, f"vllm:{name}", "Share of KV blocks in use", values)
+            yield _family(f"vllm:{name}", "Share of KV blocks in use", values)
         yield _family(
-            CounterMetricFamily, "vllm:request_success_total", "Requests that ended",
+            "vllm:request_success_total", "Requests that ended",
             [((*labels, reason), count)
              for labels, _, meter in models for reason, count in meter.finished.items()],
             "finished_reason",
         )  # fmt: skip
         yield _family(
-            GaugeMetricFamily, "vllm:cache_config_info", "The KV cache",
+            "vllm:cache_config_info", "The KV cache",
             [((*labels, str(stats.blocks_total)), 1) for labels, stats, _ in models],
             "num_gpu_blocks",
         )  # fmt: skip
@@ -96,17 +80,16 @@ class ModelMetrics:
             histograms = [(labels, meter.histograms[name]) for labels, _, meter in models]
             yield _histogram(name, histograms)
         values = [(labels, stats.num_steps) for labels, stats, _ in models]
-        yield _family(
-            CounterMetricFamily, "modelpack:engine_steps_total", "Steps of the engine", values
-        )
-        for name, kind, text, field in _OFFLOAD_SERIES:
+        yield _family("modelpack:engine_steps_total", "Steps of the engine", values)
+        for name, text, field in _OFFLOAD_SERIES:
             values = [(labels, getattr(stats.offload, field)) for labels, stats, _ in models]
-            yield _family(kind, f"modelpack:kv_offload_{name}", text, values)
+            yield _family(f"modelpack:kv_offload_{name}", text, values)
 
 
 def _family(
-    kind: _Family, name: str, text: str, values: Sequence[tuple[Sequence[str], float]], *more: str
+    name: str, text: str, values: Sequence[tuple[Sequence[str], float]], *more: str
 ) -> Metric:
+    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
     family = kind(name, f"{text}.", labels=(*_LABELS, *more))
     for labels, value in values:
         family.add_metric(labels, value)

@@ -68,35 +68,46 @@ class Abortable(Protocol):
 S = TypeVar("S", bound=Abortable)
 
 
+class Generation(Protocol):
+    """The common fields of the bodies that ask for text."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def stream(self) -> bool: ...
+
+    @property
+    def keep_alive(self) -> str | float | None: ...
+
+
 async def answer(
     request: Request,
     pool: ModelPool,
-    name: str,
+    body: Generation,
     start: Callable[[ServedModel], Awaitable[S]],
     whole: Callable[[ServedModel, S], Coroutine[Any, Any, Any]],
-    pieces: Callable[[ServedModel, S], AsyncGenerator[str, None]] | None,
+    pieces: Callable[[ServedModel, S], AsyncGenerator[str, None]],
     *,
-    keep_alive: str | float | None = None,
     media_type: str = "text/event-stream",
     failure: Callable[[Exception], str] = openai_error,
 ) -> Response:
-    """Respond with the JSON or the response that `whole` returns, or stream `pieces` if given.
+    """Respond with the JSON or the response that `whole` returns, or stream `pieces`.
 
-    `start` submits the request to the engine of the model `name`, which is leased until the
-    response ends. `media_type` and `failure` describe the stream. Raises what `start` and
-    `ModelPool.lease` raise.
+    `start` submits the request to the engine of the model, which is leased until the response ends.
+    `media_type` and `failure` describe the stream. Raises what `start` and `ModelPool.lease` raise.
     """
-    seconds = _seconds(keep_alive)
+    seconds = seconds_of(body.keep_alive)
     async with AsyncExitStack() as opened:
 
         async def begin() -> tuple[ServedModel, S]:
-            model = await opened.enter_async_context(pool.lease(name, keep_alive=seconds))
-            check_generates(model, name)
+            model = await opened.enter_async_context(pool.lease(body.model, keep_alive=seconds))
+            check_generates(model, body.model)
             return model, await start(model)
 
         model, stream = await unless_gone(request, begin())
         opened.callback(stream.abort)
-        if pieces is None:
+        if not body.stream:
             made = await unless_gone(request, whole(model, stream))
             return made if isinstance(made, Response) else JSONResponse(made)
         return LiveStream(
@@ -120,7 +131,8 @@ def check_generates(model: ServedModel, name: str) -> None:
     )
 
 
-def _seconds(keep_alive: str | float | None) -> float | None:
+def seconds_of(keep_alive: str | float | None) -> float | None:
+    """Return `keep_alive` in seconds; raises `RequestError`."""
     try:
         return None if keep_alive is None else parse_keep_alive(keep_alive)
     except UsageError as error:

@@ -35,7 +35,7 @@ def add_route(
 
     `prefixes` are additional prefixes. The OpenAPI document has only the `/v1` route.
     """
-    places = ["/v1", "/engines/v1", *prefixes, *([""] if bare else [])]
+    places = ["/v1", "/engines/v1", *prefixes, *([""] if bare else []), "/engines/{backend}/v1"]
     for place in places:
         router.add_api_route(
             place + tail,
@@ -43,12 +43,5 @@ def add_route(
             methods=list(methods),
             response_model=None,
             include_in_schema=place == "/v1",
+            dependencies=[Depends(check_backend)] if "{backend}" in place else None,
         )
-    router.add_api_route(
-        "/engines/{backend}/v1" + tail,
-        endpoint,
-        methods=list(methods),
-        response_model=None,
-        include_in_schema=False,
-        dependencies=[Depends(check_backend)],
-    )

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-
-class _TokenBytes(Protocol):
-    def token_bytes(self, token_id: int) -> bytes: ...
+from modelpack_engine.models.tokenizer import Tokenizer
 
 
 class Vocabulary:
     """A cache of the texts and bytes of single tokens."""
 
-    def __init__(self, tokenizer: _TokenBytes) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, tuple[str, list[int]]] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncGenerator, Iterable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -218,15 +219,9 @@ def router(pool: ModelPool) -> APIRouter:
         body.check()
         preset = body.preset or request.headers.get(PRESET_HEADER)
         return await answer(
-            request,
-            pool,
-            body.model,
-            lambda model: start(body, model, preset),
-            lambda model, stream: whole(body, model, stream),
-            (lambda model, stream: events(body, model, stream)) if body.stream else None,
-            keep_alive=body.keep_alive,
-            failure=error_event(Family.ANTHROPIC),
-        )
+            request, pool, body, partial(start, body, preset), partial(whole, body),
+            partial(events, body), failure=error_event(Family.ANTHROPIC),
+        )  # fmt: skip
 
     async def count_message_tokens(body: PromptRequest, request: Request) -> dict[str, Any]:
         """Return the number of prompt tokens of these messages, including the tools."""
@@ -272,7 +267,7 @@ def spec_of(body: PromptRequest, model: ServedModel, preset: str | None = None) 
     )
 
 
-async def start(body: MessagesRequest, model: ServedModel, preset: str | None) -> ChatStream:
+async def start(body: MessagesRequest, preset: str | None, model: ServedModel) -> ChatStream:
     """Start the reply. Raises what `start_chat` raises, worded as Anthropic's clients expect."""
     spec = await compute(spec_of, body, model, preset)
     try:

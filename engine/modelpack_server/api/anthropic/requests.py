@@ -6,18 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.bodies import Body
+from modelpack_server.api.bodies import Body, SparseBody
 from modelpack_server.api.continuation import carried
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 
@@ -25,7 +17,6 @@ from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 class ToolFields(Body):
     """A tool that the client runs."""
 
-    model_config = ConfigDict(extra="ignore")
     type: Literal["custom"] | None = None
     name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: StrictStr | None = None
@@ -36,7 +27,6 @@ class ToolFields(Body):
 class ChoiceFields(Body):
     """The `tool_choice` field: whether the model calls a tool, and which."""
 
-    model_config = ConfigDict(extra="ignore")
     type: Literal["auto", "any", "tool", "none"]
     name: StrictStr | None = None
     disable_parallel_tool_use: StrictBool = False
@@ -88,25 +78,14 @@ def _tool(given: dict[str, Any], index: int) -> Tool:
 _Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class _Fields(Body):
-    model_config = ConfigDict(extra="ignore")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: item for key, item in value.items() if item is not None}
-
-
-class MessageFields(_Fields):
+class MessageFields(SparseBody):
     """A message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: StrictStr | list[dict[str, Any]]
 
 
-class ThinkingFields(_Fields):
+class ThinkingFields(SparseBody):
     """The `thinking` field: whether the model reasons before its reply."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
@@ -114,21 +93,21 @@ class ThinkingFields(_Fields):
     display: Literal["summarized", "omitted"] = "summarized"
 
 
-class FormatFields(_Fields):
+class FormatFields(SparseBody):
     """The format of the reply's text."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputFields(_Fields):
+class OutputFields(SparseBody):
     """The `output_config` field."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: FormatFields | None = None
 
 
-class PromptRequest(_Fields):
+class PromptRequest(SparseBody):
     """The fields that determine the prompt: the body of POST /v1/messages/count_tokens."""
 
     model: Annotated[StrictStr, Field(min_length=1)]
@@ -167,9 +146,7 @@ class MessagesRequest(PromptRequest):
 
     def given(self) -> dict[str, Any]:
         """Return the fields of `SamplingParams` that the request sets."""
-        names = ("temperature", "top_p", "top_k")
-        given = {name: getattr(self, name) for name in names}
-        found = {name: value for name, value in given.items() if value is not None}
+        found = self.model_dump(include={"temperature", "top_p", "top_k"}, exclude_none=True)
         if self.stop_sequences:
             found["stop"] = tuple(self.stop_sequences)
         return found

@@ -167,23 +167,18 @@ def _mode(asked: str | None, flags: Iterable[str]) -> Mode:
 
 def config_shown(settings: ModelSettings) -> dict[str, Any]:
     """Return settings as the configuration of a backend, without those that are not set."""
-    shown: dict[str, Any] = {}
-    if settings.context_size is not None:
-        shown["context-size"] = settings.context_size
-    if settings.runtime_flags:
-        shown["runtime-flags"] = list(settings.runtime_flags)
-    if settings.keep_alive is not None:
-        shown["keep_alive"] = show_keep_alive(settings.keep_alive)
-    if _UTILIZATION in settings.engine:
-        shown["vllm"] = {"gpu-memory-utilization": settings.engine[_UTILIZATION]}
-    speculative = {
-        key: settings.engine[name] for name, key in _SPECULATIVE.items() if name in settings.engine
+    kept, engine, budget = settings.keep_alive, settings.engine, settings.reasoning_budget
+    share = engine.get(_UTILIZATION)
+    shown = {
+        "context-size": settings.context_size,
+        "runtime-flags": list(settings.runtime_flags) or None,
+        "keep_alive": None if kept is None else show_keep_alive(kept),
+        "vllm": None if share is None else {"gpu-memory-utilization": share},
+        "speculative": {k: engine[name] for name, k in _SPECULATIVE.items() if name in engine}
+        or None,
+        "llamacpp": None if budget is None else {"reasoning-budget": budget},
     }
-    if speculative:
-        shown["speculative"] = speculative
-    if settings.reasoning_budget is not None:
-        shown["llamacpp"] = {"reasoning-budget": settings.reasoning_budget}
-    return shown
+    return {key: value for key, value in shown.items() if value is not None}
 
 
 #: The name of our engine as a backend.

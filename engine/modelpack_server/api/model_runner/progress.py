@@ -115,12 +115,12 @@ async def stoppable(request: Request, work: Callable[[Stop], T]) -> T:
 
 
 async def stream_progress(
-    request: Request, work: Work, opened: AsyncExitStack, *, mode: Mode
+    request: Request, work: Work, limit: asyncio.Semaphore, *, mode: Mode
 ) -> Response:
-    """Run `work` in a thread and stream its progress; stop it if the client disconnects.
+    """Run `work` in a thread within `limit` and stream its progress; stop it if the client
+    disconnects.
 
     An exception of `work` before the first line is raised; a later one becomes the last line.
-    Closes `opened` at the end.
     """
     lines = Lines.asked_by(request, mode)
     reports: asyncio.Queue[Progress | None] = asyncio.Queue()
@@ -130,7 +130,8 @@ async def stream_progress(
     def report(progress: Progress) -> None:
         loop.call_soon_threadsafe(reports.put_nowait, progress)
 
-    async with opened.pop_all() as all_opened:
+    async with AsyncExitStack() as opened:
+        await unless_gone(request, opened.enter_async_context(limit))
         worker = asyncio.ensure_future(asyncio.to_thread(work, lines, report, stop))
         worker.add_done_callback(lambda _: reports.put_nowait(None))
 
@@ -138,15 +139,13 @@ async def stream_progress(
             stop.request()
             await asyncio.gather(worker, return_exceptions=True)
 
-        all_opened.push_async_callback(end)
+        opened.push_async_callback(end)
         told = _tell(reports, worker, lines)
         first = await unless_gone(request, anext(told))
         return LiveStream(
-            _continued(first, told),
-            all_opened.pop_all(),
-            media_type=lines.media_type,
-            failure=lines.error,
-        )
+            _continued(first, told), opened.pop_all(),
+            media_type=lines.media_type, failure=lines.error,
+        )  # fmt: skip
     raise AssertionError("unreachable: the exit stack suppresses no exception")
 
 
@@ -213,10 +212,7 @@ class Transfers:
             pull(reference, store=store, remote=remote, progress=report, stop=stop)
             return "Model pulled successfully"
 
-        async with AsyncExitStack() as opened:
-            await unless_gone(request, opened.enter_async_context(self._limit))
-            return await stream_progress(request, work, opened.pop_all(), mode="pull")
-        raise AssertionError("unreachable: the exit stack suppresses no exception")
+        return await stream_progress(request, work, self._limit, mode="pull")
 
     async def push(self, request: Request, ref: str, body: TransferRequest) -> Response:
         """Push a model; raises what `modelpack.push` raises before the first progress line."""
@@ -233,10 +229,7 @@ class Transfers:
             push(name, to=where, store=store, remote=remote, progress=report, stop=stop)
             return "Model pushed successfully"
 
-        async with AsyncExitStack() as opened:
-            await unless_gone(request, opened.enter_async_context(self._limit))
-            return await stream_progress(request, work, opened.pop_all(), mode="push")
-        raise AssertionError("unreachable: the exit stack suppresses no exception")
+        return await stream_progress(request, work, self._limit, mode="push")
 
 
 def _remote(pool: ModelPool, reference: Reference, token: str) -> RemoteOptions:

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -186,14 +186,11 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Return the object that clients see."""
         response, error = joined(self.response) if self.response else ("", self.error)
-        shown: dict[str, Any] = {
-            "id": self.id, "model": self.model, "method": self.method, "url": self.url,
-            "request": self.request, "response": response, "error": error,
-            "timestamp": self.timestamp, "status_code": self.status_code,
-            "user_agent": self.user_agent, "origin": self.origin,
-        }  # fmt: skip
-        optional = ("response", "error", "user_agent", "origin")
-        return {name: value for name, value in shown.items() if value or name not in optional}
+        shown = asdict(self) | {"response": response, "error": error}
+        hidden = {"key", "owner"} | {
+            name for name in ("response", "error", "user_agent", "origin") if not shown[name]
+        }
+        return {name: value for name, value in shown.items() if name not in hidden}
 
 
 class Records:

@@ -10,28 +10,17 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from modelpack.errors import DeniedError
-from modelpack_server.api.bodies import Body
+from modelpack_server.api.bodies import SparseBody
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.forwarding import is_direct
 
 KeepAlive = StrictStr | StrictInt | float
 
 
-class _Body(Body):
-    model_config = ConfigDict(extra="ignore")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: item for key, item in value.items() if item is not None}
-
-
-class ModelBody(_Body):
+class ModelBody(SparseBody):
     """A body that names a model."""
 
     model: Annotated[StrictStr, Field(min_length=1)]
@@ -68,21 +57,21 @@ class GenerateBody(TextBody):
     images: list[Any] = []
 
 
-class CalledFunction(_Body):
+class CalledFunction(SparseBody):
     """A function and its arguments; some clients send the arguments as a string."""
 
     name: StrictStr
     arguments: dict[str, Any] | StrictStr = {}
 
 
-class Call(_Body):
+class Call(SparseBody):
     """A tool call of an earlier reply."""
 
     id: StrictStr = ""
     function: CalledFunction
 
 
-class ChatMessage(_Body):
+class ChatMessage(SparseBody):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -94,7 +83,7 @@ class ChatMessage(_Body):
     tool_call_id: StrictStr = ""
 
 
-class OfferedFunction(_Body):
+class OfferedFunction(SparseBody):
     """A function that the model may call."""
 
     name: Annotated[StrictStr, Field(min_length=1)]
@@ -102,7 +91,7 @@ class OfferedFunction(_Body):
     parameters: dict[str, Any] = {}
 
 
-class OfferedTool(_Body):
+class OfferedTool(SparseBody):
     """A tool; functions are the only kind."""
 
     type: Literal["function"] = "function"
@@ -147,7 +136,7 @@ class TransferBody(ModelBody):
     stream: StrictBool = True
 
 
-class CopyBody(_Body):
+class CopyBody(SparseBody):
     """The body of POST /api/copy."""
 
     source: Annotated[StrictStr, Field(min_length=1)]

@@ -6,23 +6,21 @@ import json
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from modelpack.errors import UsageError
 from modelpack_engine.errors import BusyError, RequestError
 from modelpack_engine.request import SamplingParams
 from modelpack_server.api.bodies import call, compute, large_response, written
-from modelpack_server.api.model_use import answer, unless_gone
+from modelpack_server.api.model_use import answer, seconds_of, unless_gone
 from modelpack_server.api.ollama import ndjson, replies
 from modelpack_server.api.ollama.bodies import (
     Call,
     ChatBody,
     ChatMessage,
-    KeepAlive,
     OfferedTool,
     TextBody,
 )
@@ -36,19 +34,11 @@ from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.pool.entry import ModelState
 from modelpack_server.pool.model_defaults import parse_options
 from modelpack_server.pool.pool import ModelPool
-from modelpack_server.pool.settings import ModelSettings, parse_keep_alive, preset_named
+from modelpack_server.pool.settings import ModelSettings, preset_named
 from modelpack_server.structured_output import Constraint
 from modelpack_server.tool_parsers.parts import Tool, check_names
 
 _EFFORTS = ("minimal", "low", "medium", "high", "max")
-
-
-@dataclass(frozen=True, slots=True)
-class Thinking:
-    """Whether the model reasons (None: its default), and the variables of its template for that."""
-
-    reasoning: bool | None = None
-    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sampling(body: TextBody, model: ServedModel) -> tuple[SamplingParams, int | None]:
@@ -74,8 +64,11 @@ def constraint_of(body: TextBody) -> Constraint | None:
     raise RequestError(f"format is {body.format!r}, expected json or a JSON schema", param="format")
 
 
-def thinking_of(body: TextBody, model: ServedModel) -> Thinking:
-    """Return the meaning of `think`; raises `RequestError` if the model cannot reason."""
+def common_spec(
+    body: TextBody, model: ServedModel, messages: list[dict[str, Any]], **own: Any
+) -> ChatSpec:
+    """Return the API-neutral form of a request with `own` fields; raises `RequestError`."""
+    params, limit = sampling(body, model)
     think = body.think
     if isinstance(think, str) and think not in _EFFORTS:
         raise RequestError(
@@ -83,9 +76,15 @@ def thinking_of(body: TextBody, model: ServedModel) -> Thinking:
         )
     if think and model.format.reasoning is None:
         raise RequestError(f"{body.model!r} does not support thinking", param="think")
-    if isinstance(think, str):
-        return Thinking(True, {"reasoning_effort": think})
-    return Thinking(think)
+    return ChatSpec(
+        messages=messages,
+        params=params,
+        max_tokens=limit,
+        constraint=constraint_of(body),
+        template_options={"reasoning_effort": think} if isinstance(think, str) else {},
+        reasoning=bool(think) if think is not None else None,
+        **own,
+    )
 
 
 def refuse_images(images: list[Any], model: str) -> None:
@@ -170,8 +169,8 @@ async def reply(
         yield line(Pieces(), ending)
 
     return await answer(
-        request, pool, body.model, begin, whole, lines if body.stream else None,
-        keep_alive=body.keep_alive, media_type=ndjson.MEDIA_TYPE, failure=ndjson.error_line,
+        request, pool, body, begin, whole, lines,
+        media_type=ndjson.MEDIA_TYPE, failure=ndjson.error_line,
     )  # fmt: skip
 
 
@@ -204,14 +203,6 @@ async def unload(pool: ModelPool, name: str) -> None:
     await pool.unload([name])
 
 
-def seconds_of(keep_alive: KeepAlive | None) -> float | None:
-    """Return `keep_alive` in seconds; raises `RequestError`."""
-    try:
-        return None if keep_alive is None else parse_keep_alive(keep_alive)
-    except UsageError as error:
-        raise RequestError(str(error), param="keep_alive") from None
-
-
 def router(pool: ModelPool) -> APIRouter:
     """Return the route."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
@@ -232,17 +223,8 @@ def router(pool: ModelPool) -> APIRouter:
 
 def spec_of(body: ChatBody, model: ServedModel) -> ChatSpec:
     """Return the API-neutral form of a request; raises `RequestError`."""
-    params, limit = sampling(body, model)
-    thinking = thinking_of(body, model)
-    return ChatSpec(
-        messages=template_messages(body.messages, body.model),
-        params=params,
-        max_tokens=limit,
-        tools=_tools(body.tools),
-        constraint=constraint_of(body),
-        template_options=thinking.template_options,
-        reasoning=thinking.reasoning,
-    )
+    messages = template_messages(body.messages, body.model)
+    return common_spec(body, model, messages, tools=_tools(body.tools))
 
 
 def template_messages(messages: Sequence[ChatMessage], model: str) -> list[dict[str, Any]]:

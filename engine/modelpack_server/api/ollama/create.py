@@ -70,11 +70,15 @@ def _blob_routes(pool: ModelPool) -> APIRouter:
     return routes
 
 
-def _blob_digest(text: str) -> Digest:
+def _digest(text: str, param: str) -> Digest:
     try:
-        digest = Digest.parse(text.replace("-", ":", 1))  # Ollama accepts sha256-HEX too
+        return Digest.parse(text.replace("-", ":", 1))  # Ollama accepts sha256-HEX too
     except InvalidDigestError as error:
-        raise RequestError(str(error), param="digest") from error
+        raise RequestError(str(error), param=param) from error
+
+
+def _blob_digest(text: str) -> Digest:
+    digest = _digest(text, "digest")
     if digest.algorithm != "sha256":
         raise RequestError(f"{text} is not a sha256 digest", param="digest")
     return digest
@@ -187,7 +191,7 @@ def recipe_of(body: CreateBody) -> Recipe:
     return Recipe(
         Reference.parse(body.model),
         body.base,
-        {_safe(name): _digest(text) for name, text in body.files.items()},
+        {_safe(name): _digest(text, "files") for name, text in body.files.items()},
         body.template,
         tuple(text for text in licenses if text),
         ModelDefaults(given, body.system, tuple(template_messages(body.messages, body.model))),
@@ -197,13 +201,9 @@ def recipe_of(body: CreateBody) -> Recipe:
 
 
 def make(
-    store: LayoutStore,
-    recipe: Recipe,
-    report: ProgressCallback,
-    stop: Stop,
-    *,
-    remote: RemoteOptions,
-) -> None:
+    store: LayoutStore, recipe: Recipe, report: ProgressCallback, stop: Stop,
+    *, remote: RemoteOptions,
+) -> None:  # fmt: skip
     """Create a model, and pull its base model if the store lacks it.
 
     If `remote` has a trust policy, the base model must be signed accordingly. Raises what
@@ -268,11 +268,9 @@ def _lay_out(store: LayoutStore, files: Mapping[str, Digest], directory: Path) -
 
 def _licenses(texts: tuple[str, ...], directory: Path) -> tuple[Path, ...]:
     paths = []
-    for text in texts:
-        raw = text.encode()
-        path = directory / f"LICENSE-{Digest.of(raw).short}"
-        path.write_bytes(raw)
-        paths.append(path)
+    for raw in map(str.encode, texts):
+        paths.append(directory / f"LICENSE-{Digest.of(raw).short}")
+        paths[-1].write_bytes(raw)
     return tuple(paths)
 
 
@@ -280,9 +278,8 @@ def _template(text: str, base: Model | None, directory: Path) -> Path | None:
     """Write a template under the file name of the base model's template."""
     if not text:
         return None
-    old = (
-        [file.filepath for file in base.files() if file.role is Role.CHAT_TEMPLATE] if base else []
-    )
+    files = base.files() if base else ()
+    old = [file.filepath for file in files if file.role is Role.CHAT_TEMPLATE]
     name = (old[0] if old else None) or _TEMPLATE
     path = directory / name.rpartition("/")[2]
     path.write_text(text, encoding="utf-8")
@@ -293,11 +290,4 @@ def _safe(name: str) -> str:
     try:
         return checked_path(name.removeprefix("./"))
     except UnsafePathError as error:
-        raise RequestError(str(error), param="files") from error
-
-
-def _digest(text: str) -> Digest:
-    try:
-        return Digest.parse(text.replace("-", ":", 1))
-    except InvalidDigestError as error:
         raise RequestError(str(error), param="files") from error

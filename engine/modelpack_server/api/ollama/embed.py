@@ -12,9 +12,9 @@ from fastapi import APIRouter, Request, Response
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 from modelpack_engine.embedding.request import Embeddings, EmbedOptions, Input
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.model_use import unless_gone, with_embedding_model
+from modelpack_server.api.model_use import seconds_of, unless_gone, with_embedding_model
 from modelpack_server.api.ollama.bodies import EmbedBody, EmbeddingsBody, KeepAlive
-from modelpack_server.api.ollama.chat import seconds_of, unload
+from modelpack_server.api.ollama.chat import unload
 from modelpack_server.api.ollama.ndjson import JsonRoute, find
 from modelpack_server.api.ollama.replies import Clock
 from modelpack_server.pool.pool import ModelPool

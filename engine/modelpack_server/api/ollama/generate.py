@@ -16,12 +16,12 @@ from modelpack_engine.worker.threads import in_thread, prepare
 from modelpack_server.api.ollama import replies
 from modelpack_server.api.ollama.bodies import GenerateBody, check_request_template
 from modelpack_server.api.ollama.chat import (
+    common_spec,
     constraint_of,
     load_or_unload,
     refuse_images,
     reply,
     sampling,
-    thinking_of,
 )
 from modelpack_server.api.ollama.models import shown_template
 from modelpack_server.api.ollama.ndjson import JsonRoute
@@ -84,19 +84,9 @@ async def _template(
 
 def spec_of(body: GenerateBody, model: ServedModel, template: str | None = None) -> ChatSpec:
     """Return the API-neutral form of a request; raises `RequestError`."""
-    params, limit = sampling(body, model)
-    thinking = thinking_of(body, model)
     system = [{"role": "system", "content": body.system}] if body.system else []
-    return ChatSpec(
-        messages=[*system, {"role": "user", "content": body.prompt}],
-        params=params,
-        max_tokens=limit,
-        constraint=constraint_of(body),
-        template_options=thinking.template_options,
-        reasoning=thinking.reasoning,
-        template=template,
-        earlier=body.context,
-    )
+    messages = [*system, {"role": "user", "content": body.prompt}]
+    return common_spec(body, model, messages, template=template, earlier=body.context)
 
 
 async def _infill(body: GenerateBody, model: ServedModel) -> ChatStream:

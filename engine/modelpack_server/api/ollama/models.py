@@ -96,7 +96,10 @@ def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[s
     licenses = _licenses(store, model)
     answer: dict[str, Any] = {
         "modelfile": _modelfile(found, facts.template, defaults, licenses),
-        "parameters": _parameters({**facts.parameters, **defaults.parameters}),
+        "parameters": "\n".join(
+            f"{name:<30} {value}"
+            for name, value in _parameter_lines({**facts.parameters, **defaults.parameters})
+        ),
         "template": facts.template,
         "details": details(found),
         "model_info": facts.info,
@@ -221,11 +224,6 @@ def _licenses(store: LayoutStore, model: Model) -> list[str]:
     return texts
 
 
-def _parameters(parameters: Mapping[str, Any]) -> str:
-    """Return parameters in Ollama's form: one line for each value."""
-    return "\n".join(f"{name:<30} {value}" for name, value in _parameter_lines(parameters))
-
-
 def _parameter_lines(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (name, json.dumps(value, ensure_ascii=False))
@@ -276,7 +274,10 @@ def router(pool: ModelPool) -> APIRouter:
         named = list(dict(named).items())
 
         def listed() -> list[dict[str, Any]]:
-            found = [_tag(name, model, modified_at(store, model)) for name, model in named]
+            found = [
+                _named(name, model) | {"modified_at": modified_at(store, model)}
+                for name, model in named
+            ]
             return sorted(found, key=lambda tag: str(tag["modified_at"]), reverse=True)
 
         return {"models": await asyncio.to_thread(listed)}
@@ -291,8 +292,12 @@ def router(pool: ModelPool) -> APIRouter:
     async def ps() -> dict[str, Any]:
         """List the loaded models."""
         loaded = [model for model in pool.running() if model.state is ModelState.READY]
-        clock, on_gpu = pool.clock(), _on_gpu() if loaded else False
-        return {"models": [_running(model, clock, on_gpu) for model in loaded]}
+        if not loaded:
+            return {"models": []}
+        from modelpack_engine.runner.kv_cache_size import on_gpu
+
+        clock, gpu = pool.clock(), on_gpu()
+        return {"models": [_running(model, clock, gpu) for model in loaded]}
 
     @routes.delete("/api/delete", response_model=None)
     async def delete(body: ModelBody) -> Response:
@@ -320,10 +325,6 @@ def router(pool: ModelPool) -> APIRouter:
     return routes
 
 
-def _tag(name: str, model: StoredModel, modified: str) -> dict[str, Any]:
-    return _named(name, model) | {"modified_at": modified}
-
-
 def _named(name: str, model: StoredModel) -> dict[str, Any]:
     return {
         "name": shown(name),
@@ -345,9 +346,3 @@ def _running(model: RunningModel, clock: float, on_gpu: bool) -> dict[str, Any]:
         "expires_at": timestamp(expires),
         "context_length": model.context_size or 0,
     }
-
-
-def _on_gpu() -> bool:
-    from modelpack_engine.runner.kv_cache_size import on_gpu
-
-    return on_gpu()

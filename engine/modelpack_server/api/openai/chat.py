@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -181,15 +182,7 @@ def router(pool: ModelPool) -> APIRouter:
             preset = request.headers.get(PRESET_HEADER)
             return await start_chat(model, await compute(spec_of, body, model, preset))
 
-        return await answer(
-            request,
-            pool,
-            body.model,
-            start,
-            lambda model, stream: whole(body, model, stream),
-            (lambda model, stream: events(body, model, stream)) if body.stream else None,
-            keep_alive=body.keep_alive,
-        )
+        return await answer(request, pool, body, start, partial(whole, body), partial(events, body))
 
     add_route(routes, "/chat/completions", create_chat_completion, bare=True)
     return routes

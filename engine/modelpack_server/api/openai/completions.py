@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -37,28 +39,21 @@ def router(pool: ModelPool) -> APIRouter:
         """Continue texts, with one JSON object or with server-sent events."""
         body.check()
         preset = request.headers.get(PRESET_HEADER)
-        return await answer(
-            request,
-            pool,
-            body.model,
-            lambda model: start(body, model, preset),
-            lambda model, prompts: whole(body, model, prompts),
-            (lambda model, prompts: events(body, model, prompts)) if body.stream else None,
-            keep_alive=body.keep_alive,
-        )
+        begin = partial(start, body, preset)
+        return await answer(request, pool, body, begin, partial(whole, body), partial(events, body))
 
     add_route(routes, "/completions", create_completion)
     return routes
 
 
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt of a request and its stream; its choices have the indexes from `first` on."""
 
-    def __init__(self, first: int, token_ids: list[int], text: str, stream: RequestStream) -> None:
-        self.first = first
-        self.token_ids = token_ids
-        self.text = text
-        self.stream = stream
+    first: int
+    token_ids: list[int]
+    text: str
+    stream: RequestStream
 
 
 class Prompts(list[Prompt]):
@@ -70,7 +65,7 @@ class Prompts(list[Prompt]):
             prompt.stream.abort()
 
 
-async def start(body: CompletionRequest, model: ServedModel, preset: str | None) -> Prompts:
+async def start(body: CompletionRequest, preset: str | None, model: ServedModel) -> Prompts:
     """Submit every prompt to the engine; raises before the response begins."""
     encoded = [await model.text_prompt(prompt) for prompt in body.prompts]
     if not all(encoded):

@@ -14,15 +14,15 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request, Response
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from fastapi import APIRouter, Request, Response
+from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder, rank_pairs
 from modelpack_engine.embedding.request import Embeddings, EmbedOptions, Input, Pair, Vector
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body
 from modelpack_server.api.model_use import preloadable, with_embedding_model
-from modelpack_server.api.paths import add_route, check_backend
+from modelpack_server.api.paths import add_route
 from modelpack_server.pool.pool import ModelPool
 
 #: The limit of inputs in one request, as in OpenAI's API.
@@ -32,7 +32,6 @@ MAX_INPUTS = 2048
 class EmbeddingRequest(Body):
     """The body of POST /v1/embeddings; `user` has no effect."""
 
-    model_config = ConfigDict(extra="ignore")
     model: Annotated[StrictStr, Field(min_length=1)]
     input: Any
     encoding_format: Literal["float", "base64"] | None = None
@@ -140,12 +139,10 @@ MAX_PAIRS = 2048
 
 
 class _Document(Body):
-    model_config = ConfigDict(extra="ignore")
     text: StrictStr
 
 
 class _RankingFields(Body):
-    model_config = ConfigDict(extra="ignore")
     model: Annotated[StrictStr, Field(min_length=1)]
     truncate: StrictBool | None = None
     keep_alive: StrictStr | StrictInt | float | None = None
@@ -162,7 +159,7 @@ class RerankRequest(_RankingFields):
     @property
     def pairs(self) -> list[Pair]:
         """The pairs of the query and each document."""
-        return _checked([(self.query, text) for text in self.texts], ("query", "documents"))
+        return [(self.query, text) for text in self.texts]
 
     @property
     def texts(self) -> list[str]:
@@ -190,7 +187,7 @@ class ScoreRequest(_RankingFields):
                 " expected one, or as many as text_2",
                 param="text_1",
             )
-        return _checked(list(zip(first, second, strict=True)), ("text_1", "text_2"))
+        return list(zip(first, second, strict=True))
 
 
 def ranking_routes(pool: ModelPool) -> APIRouter:
@@ -198,8 +195,10 @@ def ranking_routes(pool: ModelPool) -> APIRouter:
     routes = APIRouter(tags=["Ranking"], route_class=preloadable(pool))
 
     async def ranked(
-        request: Request, body: _RankingFields, pairs: list[Pair], nouns: tuple[str, str]
+        request: Request, body: RerankRequest | ScoreRequest, nouns: tuple[str, str]
     ) -> tuple[list[float], int]:
+        pairs = _checked(body.pairs, nouns)
+
         async def work(model: AsyncEmbedder) -> tuple[list[float], int]:
             return await rank_pairs(model, pairs, truncate=bool(body.truncate), nouns=nouns)
 
@@ -209,7 +208,7 @@ def ranking_routes(pool: ModelPool) -> APIRouter:
 
     async def rerank(body: RerankRequest, request: Request) -> dict[str, Any]:
         """Rank documents by their relevance to a query."""
-        scores, tokens = await ranked(request, body, body.pairs, ("query", "documents"))
+        scores, tokens = await ranked(request, body, ("query", "documents"))
         texts = body.texts
         order = sorted(range(len(texts)), key=lambda index: (-scores[index], index))
         results = []
@@ -227,7 +226,7 @@ def ranking_routes(pool: ModelPool) -> APIRouter:
 
     async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
         """Score pairs of texts."""
-        scores, tokens = await ranked(request, body, body.pairs, ("text_1", "text_2"))
+        scores, tokens = await ranked(request, body, ("text_1", "text_2"))
         return {
             "id": f"score-{uuid.uuid4().hex}",
             "object": "list",
@@ -240,17 +239,9 @@ def ranking_routes(pool: ModelPool) -> APIRouter:
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
 
-    add_route(routes, "/rerank", rerank, bare=True, prefixes=("/v2", "/engines"))
-    add_route(routes, "/score", score, bare=True, prefixes=("/engines",))
-    for tail, endpoint in (("/rerank", rerank), ("/score", score)):
-        routes.add_api_route(
-            "/engines/{backend}" + tail,
-            endpoint,
-            methods=["POST"],
-            response_model=None,
-            include_in_schema=False,
-            dependencies=[Depends(check_backend)],
-        )
+    prefixes = ("/engines", "/engines/{backend}")
+    add_route(routes, "/rerank", rerank, bare=True, prefixes=("/v2", *prefixes))
+    add_route(routes, "/score", score, bare=True, prefixes=prefixes)
     return routes
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.bodies import Body
+from modelpack_server.api.bodies import Body, SparseBody
 from modelpack_server.structured_output import Constraint
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 
@@ -16,7 +16,6 @@ from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 class FunctionCall(Body):
     """A function and its arguments, a JSON object as a string."""
 
-    model_config = ConfigDict(extra="ignore")
     name: StrictStr
     arguments: StrictStr = "{}"
 
@@ -24,7 +23,6 @@ class FunctionCall(Body):
 class ToolCall(Body):
     """A tool call of an earlier turn."""
 
-    model_config = ConfigDict(extra="ignore")
     id: StrictStr = ""
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -107,15 +105,13 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 class StreamOptions(Body):
     """The `stream_options` field."""
 
-    model_config = ConfigDict(extra="ignore")
     include_usage: StrictBool = False
     include_obfuscation: StrictBool = False
 
 
-class SamplingFields(Body):
+class SamplingFields(SparseBody):
     """The common fields of chat completions and completions."""
 
-    model_config = ConfigDict(extra="ignore")
     model: Annotated[StrictStr, Field(min_length=1)]
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -138,13 +134,6 @@ class SamplingFields(Body):
     preset: StrictStr | None = None
     keep_alive: StrictStr | StrictInt | Number | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: item for key, item in value.items() if item is not None}
-
     def check(self) -> None:
         """Raise `RequestError` for fields that contradict each other."""
         if self.stream_options is not None and not self.stream:
@@ -157,12 +146,11 @@ class SamplingFields(Body):
 
     def given(self) -> dict[str, Any]:
         """Return the fields of `SamplingParams` that the request sets."""
-        names = (
+        names = {
             "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
             "repetition_penalty", "seed",
-        )  # fmt: skip
-        given = {name: getattr(self, name) for name in names}
-        found = {name: value for name, value in given.items() if value is not None}
+        }  # fmt: skip
+        found = self.model_dump(include=names, exclude_none=True)
         if self.logit_bias:
             found["logit_bias"] = _token_ids(self.logit_bias)
         if self.stop:
@@ -191,7 +179,6 @@ _Mode = Literal["auto", "none", "required"]
 class FunctionFields(Body):
     """A function that the model may call."""
 
-    model_config = ConfigDict(extra="ignore")
     name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
@@ -206,7 +193,6 @@ class FunctionFields(Body):
 class ToolFields(Body):
     """A tool; functions are the only kind."""
 
-    model_config = ConfigDict(extra="ignore")
     type: Literal["function"]
     function: FunctionFields
 
@@ -214,7 +200,6 @@ class ToolFields(Body):
 class FunctionChoice(Body):
     """The function that the model must call."""
 
-    model_config = ConfigDict(extra="ignore")
     name: StrictStr
 
 
@@ -275,10 +260,8 @@ def choice_of(value: str | dict[str, Any] | None) -> ToolChoice:
 
 
 def _mode(value: Any) -> _Mode:
-    for mode in get_args(_Mode):
-        if value == mode:
-            found: _Mode = mode
-            return found
+    if value in get_args(_Mode):
+        return cast(_Mode, value)
     raise RequestError(
         f"tool_choice is {value!r}, expected auto, none, required or a function",
         param="tool_choice",
@@ -294,7 +277,6 @@ def _name(value: dict[str, Any]) -> str:
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-
 
 #: The limit of prompts in a request for completions.
 MAX_PROMPTS = 128
@@ -396,11 +378,9 @@ def constraint_of(value: Mapping[str, Any] | None) -> Constraint | None:
     Beyond OpenAI's types, `regex` and `grammar` work as in vLLM, each with a field of the same
     name. Raises `RequestError` for an invalid format.
     """
-    if value is None:
+    if value is None or value.get("type") == "text":
         return None
     kind = value.get("type")
-    if kind == "text":
-        return None
     if kind == "json_object":
         schema = value.get("schema")  # llama.cpp's form
         if isinstance(schema, dict):

@@ -81,7 +81,31 @@ class Output:
 
     def close(self, status: str) -> list[Event]:
         """Return the events that close the open item, if any."""
-        return self._close(status) if self._open is not None else []
+        item = self._open
+        if item is None:
+            return []
+        text = "".join(self._pieces)
+        if item["type"] == "function_call":
+            item["arguments"] = text or "{}"
+            done = "response.function_call_arguments.done"
+            events = [self._event(done, name=item["name"], arguments=item["arguments"])]
+        else:
+            part = self._part(text)
+            item["content"] = [part]
+            is_text = item["type"] == "message"
+            fields: dict[str, Any] = {"logprobs": self._logprobs} if is_text else {}
+            kind = "response.output_text.done" if is_text else "response.reasoning_text.done"
+            events = [
+                self._event(kind, content_index=0, text=text, **fields),
+                self._event("response.content_part.done", content_index=0, part=part),
+            ]
+            if self._carries and not is_text:
+                item["encrypted_content"] = carry(text)
+        item["status"] = status
+        events.append(self._item_event("response.output_item.done"))
+        self.items.append(item)
+        self._open, self._pieces, self._logprobs = None, [], []
+        return events
 
     def _called(self, part: ToolStart) -> Item:
         namespace, name = self._namespaces.get(part.name, (None, part.name))
@@ -121,32 +145,6 @@ class Output:
             events.append(self._event(added, content_index=0, part=self._part("")))
         return events
 
-    def _close(self, status: str) -> list[Event]:
-        item = self._open
-        assert item is not None
-        text = "".join(self._pieces)
-        if item["type"] == "function_call":
-            item["arguments"] = text or "{}"
-            done = "response.function_call_arguments.done"
-            events = [self._event(done, name=item["name"], arguments=item["arguments"])]
-        else:
-            part = self._part(text)
-            item["content"] = [part]
-            is_text = item["type"] == "message"
-            fields: dict[str, Any] = {"logprobs": self._logprobs} if is_text else {}
-            kind = "response.output_text.done" if is_text else "response.reasoning_text.done"
-            events = [
-                self._event(kind, content_index=0, text=text, **fields),
-                self._event("response.content_part.done", content_index=0, part=part),
-            ]
-            if self._carries and not is_text:
-                item["encrypted_content"] = carry(text)
-        item["status"] = status
-        events.append(self._item_event("response.output_item.done"))
-        self.items.append(item)
-        self._open, self._pieces, self._logprobs = None, [], []
-        return events
-
     def _part(self, text: str) -> Item:
         assert self._open is not None
         if self._open["type"] == "reasoning":
@@ -181,11 +179,6 @@ class Reply:
         self._usage: ChatUsage | None = None
         self._completed: int | None = None
         self._numbers = 0
-
-    @property
-    def items(self) -> list[Item]:
-        """The output items so far."""
-        return self._output.items
 
     def start(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body
@@ -117,7 +117,6 @@ _HOSTED = ("background", "conversation", "prompt", "moderation")
 class ReasoningFields(Body):
     """The `reasoning` field: how much the model reasons, and whether it is summarised."""
 
-    model_config = ConfigDict(extra="ignore")
     effort: Effort | None = None
     summary: StrictStr | None = None
 
@@ -125,7 +124,6 @@ class ReasoningFields(Body):
 class TextFields(Body):
     """The `text` field: the format of the reply's text."""
 
-    model_config = ConfigDict(extra="ignore")
     format: dict[str, Any] | None = None
     verbosity: StrictStr | None = None
 

@@ -125,10 +125,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             remember()
             return text
 
-        return await answer(
-            request, pool, body.model, start, whole, events if body.stream else None,
-            keep_alive=body.keep_alive, failure=failure,
-        )  # fmt: skip
+        return await answer(request, pool, body, start, whole, events, failure=failure)
 
     async def retrieve_response(
         name: str, request: Request, stream: bool = False
