@@ -148,7 +148,6 @@ class BodyRoute(APIRoute):
     """A route whose JSON bodies are parsed by `JsonRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler of the route."""
         answer = super().get_route_handler()
         hints = get_type_hints(self.endpoint).values()
         bodies = [hint for hint in hints if isinstance(hint, type) and issubclass(hint, Body)]
@@ -204,11 +203,8 @@ def written(value: Any) -> str:
 
 async def large_response(make: Callable[[], Any]) -> Response:
     """Call `make` in a thread and return a response with its result as JSON."""
-    return await call(True, lambda: _response(make()))
-
-
-def _response(value: Any) -> Response:
-    return Response(written(value).encode(), media_type="application/json")
+    content = await call(True, lambda: written(make()).encode())
+    return Response(content, media_type="application/json")
 
 
 async def call(large: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

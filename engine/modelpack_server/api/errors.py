@@ -28,7 +28,6 @@ from modelpack.errors import (
 from modelpack_engine.errors import (
     BusyError,
     ContextLengthError,
-    EngineError,
     LoadingError,
     ModelLoadError,
     OutOfMemoryError,
@@ -53,6 +52,26 @@ _NO_RETRY = {"x-should-retry": "false"}
 
 class ClientGoneError(ModelpackError):
     """The client closed its connection, so it cannot receive a response."""
+
+
+# The status, the code and the headers of each kind of error; the first match counts.
+_PROBLEMS: tuple[tuple[type[ModelpackError], int, str | None, Mapping[str, str]], ...] = (
+    (QueueFullError, 429, "queue_full", {}),
+    (LoadingError, 503, "model_loading", {}),
+    (BusyError, 409, "busy", {}),
+    (ContextLengthError, 400, "context_length_exceeded", {}),
+    (RequestError, 400, None, {}),
+    (OutOfMemoryError, 503, "out_of_memory", _NO_RETRY),
+    (ModelLoadError, 500, "model_load_failed", _NO_RETRY),  # a retry would fail too
+    (NotFoundError, 404, "model_not_found", {}),
+    (DeniedError, 403, None, {}),
+    (AuthError, 401, None, {}),  # a registry refused the credentials
+    (UntrustedError, 403, "model_not_trusted", _NO_RETRY),
+    (ConflictError, 409, "conflict", {}),
+    (UsageError, 400, None, {}),
+    (ClientGoneError, CLIENT_LEFT, None, {}),
+    (ModelpackError, 500, None, {}),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,38 +123,11 @@ def problem_of(error: Exception) -> Problem:
     if not isinstance(error, ModelpackError):
         return Problem(500, f"unexpected {type(error).__name__}")
     text = f"{error}. {error.hint}" if error.hint else str(error)
-    match error:
-        case QueueFullError():
-            return Problem(429, text, code="queue_full", headers=retry_headers(error.retry_after))
-        case LoadingError():
-            return Problem(
-                503, text, code="model_loading", headers=retry_headers(error.retry_after)
-            )
-        case BusyError():
-            return Problem(409, text, code="busy")
-        case ContextLengthError():
-            return Problem(400, text, param=error.param, code="context_length_exceeded")
-        case RequestError():
-            return Problem(400, text, param=error.param)
-        case OutOfMemoryError():
-            return Problem(503, text, code="out_of_memory", headers=_NO_RETRY)
-        case ModelLoadError():  # A retry would fail too.
-            return Problem(500, text, code="model_load_failed", headers=_NO_RETRY)
-        case NotFoundError():
-            return Problem(404, text, code="model_not_found")
-        case AuthError():  # A registry refused the credentials.
-            return Problem(403 if isinstance(error, DeniedError) else 401, text)
-        case UntrustedError():
-            return Problem(403, text, code="model_not_trusted", headers=_NO_RETRY)
-        case ConflictError():
-            return Problem(409, text, code="conflict")
-        case UsageError():
-            return Problem(400, text)
-        case ClientGoneError():
-            return Problem(CLIENT_LEFT, text)
-        case EngineError():
-            return Problem(500, text)
-    return Problem(500, text)
+    _, status, code, headers = next(row for row in _PROBLEMS if isinstance(error, row[0]))
+    if isinstance(error, QueueFullError | LoadingError):
+        headers = retry_headers(error.retry_after)
+    param = error.param if isinstance(error, RequestError) else None
+    return Problem(status, text, param, code, headers)
 
 
 def install(app: FastAPI, shape: Shape) -> None:

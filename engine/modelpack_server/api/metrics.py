@@ -57,14 +57,13 @@ class ModelMetrics:
             self._models = [(("", "0"), EngineStats(), Meter())]
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metric families."""
         models = self._models
         for name, text, field in _SERIES:
             values = [(labels, getattr(stats, field)) for labels, stats, _ in models]
             yield _family(f"vllm:{name}", text, values)
         for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc"):
-            values = [(labels, _used(stats)) for labels, stats, _ in models]
-            yield _family(f"vllm:{name}", "Share of KV blocks in use", values)
+            used = [(labels, s.blocks_used / (s.blocks_total or 1)) for labels, s, _ in models]
+            yield _family(f"vllm:{name}", "Share of KV blocks in use", used)
         yield _family(
             "vllm:request_success_total", "Requests that ended",
             [((*labels, reason), count)
@@ -103,10 +102,6 @@ def _histogram(name: str, models: Sequence[tuple[Sequence[str], Histogram]]) -> 
         buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
         family.add_metric(labels, buckets, histogram.total)
     return family
-
-
-def _used(stats: EngineStats) -> float:
-    return stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
 
 
 def add_metrics(routes: APIRouter, pool: ModelPool) -> None:

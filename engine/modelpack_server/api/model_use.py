@@ -59,8 +59,6 @@ T = TypeVar("T")
 
 
 class Abortable(Protocol):
-    """A running request of an engine."""
-
     def abort(self) -> None:
         """End the request; does nothing if it has ended."""
 

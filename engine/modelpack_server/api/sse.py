@@ -102,6 +102,7 @@ class LiveStream(Response):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        last = ""
         try:
             async for piece in self._pieces:
                 self._sent += 1
@@ -109,22 +110,16 @@ class LiveStream(Response):
                     {"type": "http.response.body", "body": piece.encode(), "more_body": True}
                 )
         except ModelpackError as error:
-            await send(_last(self._failure(error)))
-            return
+            last = self._failure(error)
         except OSError:
             raise  # an error of the connection
         except Exception as error:  # noqa: BLE001 - report every error to the client
             _log.exception("a stream failed")
-            await send(_last(self._failure(error)))
-            return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = self._failure(error)
+        await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
 
 async def gone(receive: Receive) -> None:
     """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _last(text: str) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": text.encode(), "more_body": False}

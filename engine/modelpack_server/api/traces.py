@@ -16,7 +16,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.core.block_manager import cache_salt
-from modelpack_engine.outputs import RequestEvent
 from modelpack_server.conversation.served_model import RequestContext, request_context
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.traces import Trace, trace_of
@@ -52,13 +51,11 @@ class RunningRequests:
         self._running: dict[str, list[RunningRequest]] = {}
 
     def begin(self, request_id: str, owner: str | None = None) -> RunningRequest:
-        """Record the start of a request."""
         request = RunningRequest(owner)
         self._running.setdefault(request_id, []).append(request)
         return request
 
     def end(self, request_id: str, request: RunningRequest) -> None:
-        """Record the end of a request."""
         same = self._running[request_id]
         same.remove(request)
         if not same:
@@ -70,7 +67,6 @@ class RunningRequests:
 
 
 def router(running: RunningRequests) -> APIRouter:
-    """Return the routes."""
     routes = APIRouter(tags=["server"])
 
     @routes.post("/v1/requests/{request_id}/cancel")
@@ -134,7 +130,8 @@ def complete(trace: Trace, streams: list[RequestStream]) -> None:
     finals = [event for stream in streams for event in stream.finals]
     trace.prompt_tokens = sum(stream.prompt_tokens for stream in streams)
     trace.completion_tokens = sum(stream.num_tokens for stream in streams)
-    trace.cached_tokens = sum(_cached(stream) for stream in streams)
+    usages = [stream.finals[0].usage for stream in streams if stream.finals]
+    trace.cached_tokens = sum(usage.cached_tokens for usage in usages if usage is not None)
     timings = [event.timing for event in finals if event.timing is not None]
     queued = [t.scheduled - t.arrived for t in timings if t.scheduled is not None]
     firsts = [t.first_token for t in timings if t.first_token is not None]
@@ -145,8 +142,3 @@ def complete(trace: Trace, streams: list[RequestStream]) -> None:
         trace.last_token_at = max(t.finished for t in timings)
     if finals and trace.finish is None:
         trace.finish = str(finals[-1].finish_reason)
-
-
-def _cached(stream: RequestStream) -> int:
-    first: RequestEvent | None = stream.finals[0] if stream.finals else None
-    return first.usage.cached_tokens if first is not None and first.usage is not None else 0

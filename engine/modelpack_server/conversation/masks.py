@@ -83,7 +83,6 @@ class ReasoningBudget:
             self._ended = True  # the reply began without reasoning
 
     def copy(self) -> ReasoningBudget:
-        """Return a copy with the same state."""
         made = copy(self)
         made._forced = self._forced.copy()
         made._inner = self._inner.copy() if self._inner is not None else None

@@ -46,7 +46,8 @@ def fit_turns(
         part = dict(message)
         first = not turns or (len(turns) == 1 and turns[0][0]["role"] == "system")
         if part["role"] == "system" and not (shown_first if first else shown_within):
-            part = {"role": "user", "content": _as_reminder(part["content"])}
+            text = f"<system-reminder>\n{part['content']}\n</system-reminder>"
+            part = {"role": "user", "content": text}
         if turns and _is_same_turn(turns[-1][-1], part, has_text=has_text):
             turns[-1].append(part)
         else:
@@ -54,10 +55,6 @@ def fit_turns(
             has_text = False
         has_text = has_text or bool(part.get("content"))
     return [turn[0] if len(turn) == 1 else _joined(turn) for turn in turns]
-
-
-def _as_reminder(text: str) -> str:
-    return f"<system-reminder>\n{text}\n</system-reminder>"
 
 
 def _is_same_turn(last: Mapping[str, Any], other: Mapping[str, Any], *, has_text: bool) -> bool:

@@ -15,12 +15,6 @@ from modelpack_server.structured_output.grammar import (
 from modelpack_server.structured_output.tools import tool_grammar
 
 __all__ = [
-    "Constraint",
-    "Grammar",
-    "GrammarMask",
-    "GrammarVocabulary",
-    "ReasoningBlock",
-    "compile_constraint",
-    "grammar_vocabulary",
-    "tool_grammar",
-]
+    "Constraint", "Grammar", "GrammarMask", "GrammarVocabulary", "ReasoningBlock",
+    "compile_constraint", "grammar_vocabulary", "tool_grammar",
+]  # fmt: skip

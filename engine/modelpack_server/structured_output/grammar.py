@@ -360,7 +360,6 @@ class GrammarMask:
 
     @_guarded
     def copy(self) -> GrammarMask:
-        """Return a copy with the same state."""
         return GrammarMask(self._matcher.deep_copy(), self._what, self._param)
 
     @property

@@ -56,7 +56,7 @@ class Rules:
 
     def text(self, text: str) -> str:
         """Return an expression for a text, in which special tokens count as tokens."""
-        return _name(self._markup, text, "m") if text else ""
+        return self._markup.setdefault(text, f"m{len(self._markup)}") if text else ""
 
     def plain(self, text: str) -> str:
         """Return an expression for literal text: names that clients choose are never markup."""
@@ -64,7 +64,7 @@ class Rules:
 
     def until(self, closing: str) -> str:
         """Return an expression for any text up to and including the markup `closing`."""
-        return _name(self._until, closing, "u")
+        return self._until.setdefault(closing, f"u{len(self._until)}")
 
     def rule(self, expression: str) -> str:
         """Add a rule and return its name."""
@@ -122,10 +122,6 @@ class Rules:
 
 
 EMPTY = '""'
-
-
-def _name(names: dict[str, str], text: str, prefix: str) -> str:
-    return names.setdefault(text, f"{prefix}{len(names)}")
 
 
 Schema = Mapping[str, Any]

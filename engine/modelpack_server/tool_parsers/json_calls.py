@@ -66,8 +66,8 @@ def read_json_call(source: Source, found: Found) -> Reading[None]:
         found.whole(name, _arguments(held), call_id)
 
 
-def read_json_calls(source: Source, found: Found, separators: str = ",;") -> Reading[None]:
-    """Read a list of objects, or objects separated by whitespace and `separators`."""
+def read_json_calls(source: Source, found: Found) -> Reading[None]:
+    """Read a list of objects, or objects separated by whitespace, commas and semicolons."""
     in_list = yield from source.accept("[")
     read = 0
     while True:
@@ -77,9 +77,9 @@ def read_json_calls(source: Source, found: Found, separators: str = ",;") -> Rea
                 raise NotACall
             return
         character = yield from source.peek()
-        if read and not in_list and character != "{" and character not in tuple(separators):
+        if read and not in_list and character not in ("{", ",", ";"):
             return
-        if read and character in tuple(separators):
+        if read and character in (",", ";"):
             source.advance(1)
             yield from source.spaces()
             if not in_list and (yield from source.peek()) != "{":

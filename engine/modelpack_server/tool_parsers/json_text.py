@@ -80,9 +80,8 @@ class JsonScanner:
     def _string(self, text: str, at: int) -> int:
         if self._escape:
             return self._in_escape(text, at)
-        if self._high and text[at] != "\\":
-            self._write("\\ufffd")
-            self._high = ""
+        if text[at] != "\\":
+            self._flush_high()
         plain = _PLAIN.match(text, at)
         assert plain is not None
         self._write(plain[0])
@@ -106,15 +105,14 @@ class JsonScanner:
         character = text[at]
         if self._escape == "\\" and character != "u":
             self._flush_high()
+            self._escape = ""
             if character in '"\\/bfnrt':
                 self._write("\\" + character)
             elif character == "'":
                 self._write("'")
             else:
                 self._write("\\\\")  # not an escape: a backslash and the next character
-                self._escape = ""
                 return at
-            self._escape = ""
             return at + 1
         if len(self._escape) > 1 and character not in "0123456789abcdefABCDEF":
             self._flush_high()

@@ -20,9 +20,8 @@ _TYPES_OF_VALUES: dict[type, str] = {
     list: "array",
     type(None): "null",
 }
-_MAX_LITERAL = (
-    1 << 16
-)  # characters of a Python literal, since Python's parser needs memory for each token
+# Characters of a Python literal, since Python's parser needs memory for each token.
+_MAX_LITERAL = 1 << 16
 _MAX_NESTING = 64
 
 

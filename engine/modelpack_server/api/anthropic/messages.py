@@ -211,7 +211,6 @@ _ANTHROPIC = ("/anthropic/v1",)
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the routes and their aliases."""
     routes = APIRouter(tags=["Anthropic"], route_class=preloadable(pool))
 
     async def create_message(body: MessagesRequest, request: Request) -> Response:

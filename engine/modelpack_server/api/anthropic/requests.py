@@ -161,10 +161,8 @@ def system_text(system: str | Sequence[Mapping[str, Any]] | None) -> str:
 
     The line differs in each request: with it, no prompt would ever match the prefix cache.
     """
-    if system is None:
-        return ""
-    if isinstance(system, str):
-        return _without_billing(system)
+    if system is None or isinstance(system, str):
+        return _without_billing(system or "")
     texts = []
     for i, block in enumerate(system):
         if block.get("type") != "text":

@@ -39,7 +39,6 @@ _KNOWN: tuple[tuple[type[ModelpackError], int, str], ...] = (
 
 
 def text_response(problem: Problem) -> Response:
-    """Return a plain-text response for a problem."""
     return PlainTextResponse(problem.message + "\n", problem.status, dict(problem.headers))
 
 

@@ -202,7 +202,6 @@ class BackendRequest(Body):
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the routes."""
     routes = APIRouter(prefix="/engines", tags=["Docker Model Runner"], route_class=TextRoute)
     preloads: set[asyncio.Task[None]] = set()
 
@@ -304,15 +303,12 @@ async def _named_backend(request: Request) -> None:
 
 async def _key(pool: ModelPool, name: str) -> str | None:
     """Return the id of the model that a client calls `name`, or None."""
-    try:
+    with suppress(NotFoundError):
         return (await pool.find(name)).key
-    except NotFoundError:
-        pass
-    try:
+    with suppress(NotFoundError):
         _, found = await asyncio.to_thread(find_stored, pool.catalogue.store, name)
-    except NotFoundError:
-        return None
-    return str(found.digest)
+        return str(found.digest)
+    return None
 
 
 async def _configure(pool: ModelPool, key: str, settings: ModelSettings) -> None:

@@ -53,7 +53,6 @@ class BodyFile(io.RawIOBase):
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
@@ -89,7 +88,6 @@ class RepackageRequest(Body):
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the routes."""
     routes = APIRouter(tags=["Docker Model Runner"], route_class=TextRoute)
     transfers = Transfers(pool)
 

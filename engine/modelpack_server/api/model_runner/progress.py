@@ -61,7 +61,6 @@ class Lines:
 
     @property
     def media_type(self) -> str:
-        """The media type of the reply."""
         return "text/plain" if self.escaped else "application/json"
 
     def progress(self, report: Progress) -> str:
@@ -82,11 +81,9 @@ class Lines:
         return self._line("progress", message, self.total, shown)
 
     def success(self, message: str) -> str:
-        """Return the last line."""
         return self._line("success", message)
 
     def error(self, error: Exception) -> str:
-        """Return the last line of a failed transfer."""
         return self._line("error", described(error).message)
 
     def _line(

@@ -352,7 +352,6 @@ def _as_json(error: str) -> str:
 
 
 def router(pool: ModelPool, records: Records) -> APIRouter:
-    """Return the route."""
     routes = APIRouter(prefix="/engines", tags=["Docker Model Runner"], route_class=TextRoute)
 
     @routes.get("/requests", response_model=None)

@@ -204,7 +204,6 @@ async def unload(pool: ModelPool, name: str) -> None:
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the route."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
 
     @routes.post("/api/chat", response_model=None)
@@ -224,7 +223,9 @@ def router(pool: ModelPool) -> APIRouter:
 def spec_of(body: ChatBody, model: ServedModel) -> ChatSpec:
     """Return the API-neutral form of a request; raises `RequestError`."""
     messages = template_messages(body.messages, body.model)
-    return common_spec(body, model, messages, tools=_tools(body.tools))
+    tools = tuple(map(_tool, body.tools))
+    check_names(tools)
+    return common_spec(body, model, messages, tools=tools)
 
 
 def template_messages(messages: Sequence[ChatMessage], model: str) -> list[dict[str, Any]]:
@@ -287,12 +288,6 @@ class _Waiting:
         while ids and ids[0] not in self._names:
             ids.popleft()
         return ids[0] if ids else None
-
-
-def _tools(offered: Sequence[OfferedTool]) -> tuple[Tool, ...]:
-    tools = tuple(_tool(tool) for tool in offered)
-    check_names(tools)
-    return tools
 
 
 def _tool(offered: OfferedTool) -> Tool:

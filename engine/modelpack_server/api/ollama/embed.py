@@ -24,7 +24,6 @@ MAX_INPUTS = 2048
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the routes."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
 
     async def vectors(

@@ -171,7 +171,6 @@ _PUSH = Steps("retrieving manifest", "pushing", ("pushing manifest",))
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the routes."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
     jobs = Jobs()
 

@@ -255,7 +255,6 @@ _FOREVER = (2**63 - 1) // 10**9
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the routes."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
 
     @routes.get("/api/version")

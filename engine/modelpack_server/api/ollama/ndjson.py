@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +11,7 @@ from fastapi import Request, Response
 from modelpack.errors import NotFoundError
 from modelpack_server.api.bodies import BodyRoute
 from modelpack_server.api.errors import problem_of
+from modelpack_server.api.sse import dumps
 from modelpack_server.gateway.families import Family
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.pool import ModelPool
@@ -20,8 +20,7 @@ MEDIA_TYPE = "application/x-ndjson"
 
 
 def line(value: Any) -> str:
-    """Return a value as a line of a stream."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return dumps(value) + "\n"
 
 
 def error_line(error: Exception) -> str:

@@ -25,7 +25,6 @@ class Clock:
     loaded: int = 0
 
     def model_is_there(self) -> None:
-        """Record that the model is loaded."""
         self.loaded = time.monotonic_ns()
 
     @property
@@ -59,20 +58,13 @@ class Pieces:
         self.logprobs += other.logprobs
 
 
-@dataclass(slots=True)
-class _Pending:
-    index: int
-    id: str
-    name: str
-    fragments: list[str] = field(default_factory=list)
-
-
 class Reader:
     """Reads the deltas of one reply; holds tool calls back until they are complete."""
 
     def __init__(self, *, logprobs: bool) -> None:
         self._logprobs = logprobs
-        self._pending: _Pending | None = None
+        self._call: ToolStart | None = None  # the incomplete call, and its arguments so far
+        self._fragments: list[str] = []
         self.usage: ChatUsage | None = None
         self.timing: Timing | None = None
         self.done_reason = "stop"
@@ -87,11 +79,10 @@ class Reader:
         for part in delta.parts:
             match part:
                 case ToolArguments():
-                    if self._pending is not None:
-                        self._pending.fragments.append(part.fragment)
+                    self._fragments.append(part.fragment)
                 case ToolStart():
                     self._complete(pieces)
-                    self._pending = _Pending(part.index, part.id, part.name)
+                    self._call = part
                 case Text():
                     self._complete(pieces)
                     pieces.text += part.text
@@ -105,11 +96,12 @@ class Reader:
         return pieces
 
     def _complete(self, pieces: Pieces) -> None:
-        call, self._pending = self._pending, None
+        call, text = self._call, "".join(self._fragments)
+        self._call, self._fragments = None, []
         if call is None:
             return
         try:
-            arguments = json.loads("".join(call.fragments) or "{}")
+            arguments = json.loads(text or "{}")
         except ValueError:  # the reply ended within the arguments
             return
         function = {"index": call.index, "name": call.name, "arguments": arguments}

@@ -55,7 +55,6 @@ class WholeChoice:
     usage: ChatUsage | None = None
 
     def add(self, delta: ChatDelta) -> None:
-        """Append a delta."""
         for part in delta.parts:
             match part:
                 case Text():
@@ -171,7 +170,6 @@ def _legacy(reason: str | None) -> str | None:
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the route and its aliases."""
     routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
 
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
@@ -205,7 +203,7 @@ def spec_of(body: ChatRequest, model: ServedModel, preset: str | None = None) ->
     return ChatSpec(
         messages=template_messages(body.messages),
         params=model.sampling_params(given, preset=body.preset or preset),
-        max_tokens=body.token_limit or model.default("max_tokens"),
+        max_tokens=body.max_completion_tokens or body.max_tokens or model.default("max_tokens"),
         n=body.n,
         tools=tools,
         tool_choice=choice,

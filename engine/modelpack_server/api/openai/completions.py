@@ -32,7 +32,6 @@ _DEFAULT_MAX_TOKENS = 16
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the route and its aliases."""
     routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
 
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
@@ -198,10 +197,8 @@ def _join(bodies: dict[int, dict[str, Any]], piece: dict[str, Any]) -> None:
         return
     body["text"] += piece["text"]
     body["finish_reason"] = piece["finish_reason"]
-    if piece["logprobs"] is None:
-        return
     if body["logprobs"] is None:
         body["logprobs"] = piece["logprobs"]
-        return
-    for key, values in piece["logprobs"].items():
-        body["logprobs"][key] += values
+    elif piece["logprobs"] is not None:
+        for key, values in piece["logprobs"].items():
+            body["logprobs"][key] += values

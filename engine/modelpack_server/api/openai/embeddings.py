@@ -41,22 +41,17 @@ class EmbeddingRequest(Body):
     prompt_name: StrictStr | None = None
     keep_alive: StrictStr | StrictInt | float | None = None
 
-    @property
-    def options(self) -> EmbedOptions:
-        """The options for the encoder."""
-        return EmbedOptions(self.dimensions, None, bool(self.truncate), self.prompt_name)
-
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the route and its aliases."""
     routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
 
     async def create_embedding(body: EmbeddingRequest, request: Request) -> Response:
         """Return the embeddings of texts or lists of token ids."""
         inputs = inputs_of(body.input)
+        options = EmbedOptions(body.dimensions, None, bool(body.truncate), body.prompt_name)
 
         async def work(model: AsyncEmbedder) -> Embeddings:
-            return await model.embed(inputs, body.options)
+            return await model.embed(inputs, options)
 
         found = await with_embedding_model(
             request, pool, body.model, work, keep_alive=body.keep_alive
@@ -77,7 +72,10 @@ def inputs_of(given: Any) -> list[Input]:
     inputs: list[Input]
     if isinstance(given, str) or _is_ids(given):
         inputs = [given]
-    elif isinstance(given, list) and (_are_texts(given) or _are_lists(given)):
+    elif isinstance(given, list) and (
+        all(isinstance(item, str) for item in given)
+        or all(item == [] or _is_ids(item) for item in given)
+    ):
         inputs = given
     else:
         raise RequestError(
@@ -100,14 +98,6 @@ def _is_ids(given: Any) -> bool:
         and bool(given)
         and all(isinstance(item, int) and not isinstance(item, bool) for item in given)
     )
-
-
-def _are_texts(given: list[Any]) -> bool:
-    return all(isinstance(item, str) for item in given)
-
-
-def _are_lists(given: list[Any]) -> bool:
-    return all(item == [] or _is_ids(item) for item in given)
 
 
 def _content(body: EmbeddingRequest, found: Embeddings) -> bytes:
@@ -191,7 +181,6 @@ class ScoreRequest(_RankingFields):
 
 
 def ranking_routes(pool: ModelPool) -> APIRouter:
-    """Return the routes and their aliases."""
     routes = APIRouter(tags=["Ranking"], route_class=preloadable(pool))
 
     async def ranked(

@@ -13,7 +13,6 @@ from modelpack_server.pool.pool import ModelPool
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the routes and their aliases."""
     routes = APIRouter(tags=["OpenAI"])
 
     async def list_models() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -13,45 +13,29 @@ from modelpack_server.api.vocabulary import Vocabulary
 from modelpack_server.conversation.spec import ChatUsage
 
 
-def usage_json(
-    prompt_tokens: int,
-    completion_tokens: int,
-    cached_tokens: int,
-    reasoning_tokens: int = 0,
-    predicted: tuple[int, int] = (0, 0),
-) -> dict[str, Any]:
-    """Return the token counts of a request.
-
-    `predicted` has the numbers of accepted and rejected tokens of speculative decoding.
-    """
-    details = {"reasoning_tokens": reasoning_tokens}
-    if any(predicted):
-        details["accepted_prediction_tokens"], details["rejected_prediction_tokens"] = predicted
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "completion_tokens_details": details,
-    }
-
-
 def total_usage(usages: Sequence[Usage], prompts: int = 1) -> dict[str, Any]:
     """Return the total counts of several choices; a prompt counts once for all its choices."""
     per_prompt = max(1, len(usages) // prompts) if prompts else 1
     firsts = usages[::per_prompt]
-    return usage_json(
-        sum(usage.prompt_tokens for usage in firsts),
-        sum(usage.completion_tokens for usage in usages),
-        sum(usage.cached_tokens for usage in firsts),
-        sum(usage.reasoning_tokens for usage in usages if isinstance(usage, ChatUsage)),
-        (sum(u.accepted_tokens for u in usages), sum(u.rejected_tokens for u in usages)),
-    )
+    asked = sum(usage.prompt_tokens for usage in firsts)
+    generated = sum(usage.completion_tokens for usage in usages)
+    reasoning = sum(usage.reasoning_tokens for usage in usages if isinstance(usage, ChatUsage))
+    details = {"reasoning_tokens": reasoning}
+    predicted = {
+        "accepted_prediction_tokens": sum(usage.accepted_tokens for usage in usages),
+        "rejected_prediction_tokens": sum(usage.rejected_tokens for usage in usages),
+    }
+    return {
+        "prompt_tokens": asked,
+        "completion_tokens": generated,
+        "total_tokens": asked + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in firsts)},
+        "completion_tokens_details": details | (predicted if any(predicted.values()) else {}),
+    }
 
 
-def quoted(text: str) -> str:
-    """Return text as a JSON string."""
-    return encode_basestring(text)
+#: Returns text as a JSON string.
+quoted: Callable[[str], str] = encode_basestring
 
 
 class Envelope:

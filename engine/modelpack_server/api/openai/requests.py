@@ -185,7 +185,6 @@ class FunctionFields(Body):
     strict: StrictBool | None = None
 
     def tool(self) -> Tool:
-        """Return the tool."""
         parameters = self.parameters or {"type": "object", "properties": {}}
         return Tool(self.name, self.description or "", parameters, bool(self.strict))
 
@@ -321,11 +320,6 @@ class ChatRequest(SamplingFields):
                 raise RequestError(f"{name} is not supported", param=name)
         if self.tools and self.functions:
             raise RequestError("functions cannot be combined with tools", param="functions")
-
-    @property
-    def token_limit(self) -> int | None:
-        """The limit of generated tokens, or None."""
-        return self.max_completion_tokens or self.max_tokens
 
     @property
     def is_legacy(self) -> bool:

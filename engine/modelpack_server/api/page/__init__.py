@@ -30,7 +30,6 @@ def root(request: Request) -> Response:
 
 @functools.cache
 def text() -> str:
-    """Return the page."""
     return (files(__package__) / "chat.html").read_text(encoding="utf-8")
 
 

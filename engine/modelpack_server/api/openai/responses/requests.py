@@ -26,12 +26,6 @@ from modelpack_server.structured_output import Constraint
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice
 
 
-class _ToolFields(FunctionFields):
-    """A tool; functions are the only kind."""
-
-    type: Literal["function"]
-
-
 @dataclass(frozen=True, slots=True)
 class Toolbox:
     """The tools for the model and the tool choice. The model sees no namespaces: `namespaces` maps
@@ -95,7 +89,7 @@ def _function(given: Mapping[str, Any], where: str) -> Tool:
             f"tools of type {kind!r} are not supported, only functions", param=f"{where}.type"
         )
     try:
-        return _ToolFields.model_validate(given).tool()
+        return FunctionFields.model_validate(given).tool()
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([where, *map(str, first["loc"])])
@@ -183,10 +177,6 @@ class ResponseRequest(SamplingFields):
     def wants_logprobs(self) -> bool:
         """Whether the reply includes log-probabilities."""
         return self.top_logprobs is not None or LOGPROBS in self.include
-
-    def toolbox(self) -> Toolbox:
-        """Return the tools and the tool choice; raises `RequestError`."""
-        return toolbox_of(self.tools, self.tool_choice)
 
     def constraint(self) -> Constraint | None:
         """Return the constraint on the text, or None; raises `RequestError`."""

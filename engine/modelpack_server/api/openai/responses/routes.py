@@ -23,6 +23,7 @@ from modelpack_server.api.openai.responses.requests import (
     Toolbox,
     items_of,
     template_messages,
+    toolbox_of,
 )
 from modelpack_server.api.paths import add_route
 from modelpack_server.api.vocabulary import Vocabulary
@@ -76,7 +77,6 @@ _PARAMS = {"messages": "input", "response_format": "text.format"}
 
 
 def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
-    """Return the routes and their aliases."""
     routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
     kept = memory if memory is not None else ResponseMemory()
 
@@ -97,7 +97,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
         async def start(model: ServedModel) -> ChatStream:
             words = Vocabulary(model.tokenizer) if body.wants_logprobs else None
             with _own_words():
-                toolbox = body.toolbox()
+                toolbox = toolbox_of(body.tools, body.tool_choice)
                 spec = await compute(spec_of, body, toolbox, model, [*earlier, *own], preset)
                 reply.start(spec.params, words, toolbox.namespaces)
                 if body.truncation == "auto":
