@@ -84,7 +84,7 @@ class Blocks:
         return self._say(text)
 
     def _say(self, text: str) -> list[Event]:
-        events = self._to("text", {"text": "", "citations": None})
+        events = self._to("text", {"text": ""})
         self._pieces.append(text)
         return [*events, self._delta("text_delta", "text", text)]
 

@@ -81,12 +81,12 @@ def card(model: StoredModel) -> dict[str, Any]:
     """Return the API's object for a model."""
     name = model.names[0] if model.names else model.key
     created = datetime.fromtimestamp(model.created, UTC)
+    limit = model.context_size
     return {
         "type": "model",
         "id": name,
         "display_name": name,
         "created_at": created.isoformat().replace("+00:00", "Z"),
         "lifecycle": "active",
-        "max_input_tokens": model.context_size,
-        "max_tokens": model.context_size,
+        **({} if limit is None else {"max_input_tokens": limit, "max_tokens": limit}),
     }

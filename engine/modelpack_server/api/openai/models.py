@@ -49,6 +49,5 @@ def card(model: StoredModel) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "modelpack",
         "root": model.key,
-        "parent": None,
         "dmr": {key: value for key, value in facts.items() if value},
     }

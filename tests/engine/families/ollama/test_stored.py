@@ -17,6 +17,7 @@ from modelpack.builder.request import PackageRequest
 from modelpack.errors import AuthError, DeniedError
 from modelpack_server.api.errors import problem_of
 from tests.engine.families.ollama.conftest import Stocked
+from tests.engine.families.test_fields import nulls
 from tests.engine.serving.tiny import CONTEXT
 from tests.models import FIXTURES
 
@@ -277,3 +278,18 @@ def test_names_mean_the_latest_tag(stocked: Stocked) -> None:
     digest = stocked.store.resolve(str(Reference.parse("tiny"))).digest
     for name in ("tiny", "tiny:latest", "ai/tiny", "docker.io/ai/tiny:latest", str(digest)):
         assert stocked.client.show(name).details is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind"),
+    [
+        ("/api/tags", None, ollama.ListResponse),
+        ("/api/show", {"model": "tiny"}, ollama.ShowResponse),
+        ("/api/show", {"model": "weights", "verbose": True}, ollama.ShowResponse),
+        ("/api/embed", {"model": "vectors", "input": "hello"}, ollama.EmbedResponse),
+    ],
+)
+def test_responses_have_ollamas_fields(stocked: Stocked, path: str, body: Any, kind: Any) -> None:
+    reply = requests.request("POST" if body else "GET", stocked.url + path, json=body, timeout=60)
+    kind.model_validate(reply.json())
+    assert set(nulls(reply.json())) <= {"families"}
