@@ -178,6 +178,15 @@ def listed(guarded: Guarded, key: str) -> dict[str, set[str]]:
         "/engines/v1/models": {
             m["id"] for m in guarded.ask(key, "/engines/v1/models").json()["data"]
         },
+        "/engines/vllm/v1/models": {
+            m["id"] for m in guarded.ask(key, "/engines/vllm/v1/models").json()["data"]
+        },
+        "/v1/models, Anthropic's": {
+            m["id"]
+            for m in guarded.ask(
+                key, "/v1/models?limit=1000", **{"anthropic-version": "2023-06-01"}
+            ).json()["data"]
+        },
         "/anthropic/v1/models": {
             m["id"] for m in guarded.ask(key, "/anthropic/v1/models").json()["data"]
         },
@@ -190,7 +199,8 @@ def test_lists_name_only_what_a_key_may_use(guarded: Guarded) -> None:
     pulled = guarded.digests["ai/pulled"]
     narrow = listed(guarded, "narrow")
     assert narrow["/v1/models"] == {"public", pulled, "nickname"}
-    assert narrow["/engines/v1/models"] == narrow["/v1/models"]
+    for path in ("/engines/v1/models", "/engines/vllm/v1/models", "/v1/models, Anthropic's"):
+        assert narrow[path] == narrow["/v1/models"]
     assert narrow["/anthropic/v1/models"] == narrow["/v1/models"]
     assert narrow["/api/tags"] == {"public:latest", pulled, "nickname:latest"}
     assert narrow["/models"] == {"ai/public:latest", pulled, guarded.digests["ai/nick"]}
