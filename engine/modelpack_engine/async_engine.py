@@ -141,6 +141,7 @@ def _joined(first: RequestEvent, second: RequestEvent) -> RequestEvent:
         text=first.text + second.text,
         logprobs=logprobs,
         prompt_logprobs=first.prompt_logprobs,
+        cached_tokens=first.cached_tokens,
     )
 
 

@@ -58,9 +58,10 @@ class RequestEvent:
     """The output of one choice of a request since its last event, and its end if it has ended.
 
     `index` is the choice (0 … n-1). `text` is final: a partial stop string or character is held
-    back. `prompt_logprobs` is set in the first event only; its first entry is None, since no token
-    precedes the first. `usage` and `timing` are set in the last event. `error` says why a request
-    failed, and `error_param` names the invalid field of the request; None: the engine failed.
+    back. Only the first event has `cached_tokens` (of the prompt) and `prompt_logprobs`, whose
+    first entry is None, since no token precedes the first. Only the last event has `usage` and
+    `timing`. `error` says why a request failed, and `error_param` names the invalid field of the
+    request; None: the engine failed.
     """
 
     request_id: str
@@ -75,6 +76,7 @@ class RequestEvent:
     timing: Timing | None = None
     error: str | None = None
     error_param: str | None = None
+    cached_tokens: int | None = None
 
     @property
     def finished(self) -> bool:

@@ -106,6 +106,7 @@ class ScriptedEngine:
                 if Abort(stream.request_id, index) in self.aborted:
                     continue
                 event = RequestEvent(stream.request_id, index, (at % 256,), piece)
+                event.cached_tokens = None if at else 1
                 if params.logprobs is not None:
                     top = tuple((token, -1.0) for token in range(params.logprobs))
                     ids = self.tokenizer.encode(piece, add_special_tokens=False)

@@ -97,15 +97,14 @@ class SequenceOutput:
         self, token_ids: tuple[int, ...], text: str, logprob: TokenLogprob | None
     ) -> RequestEvent:
         sequence = self.sequence
-        prompt_logprobs = None
+        logprobs = None if logprob is None else (logprob,)
+        event = RequestEvent(sequence.request_id, sequence.index, token_ids, text, logprobs)
         if not self._has_emitted:
             self._has_emitted = True
+            event.cached_tokens = sequence.num_cached_tokens
             if sequence.params.prompt_logprobs is not None:
-                prompt_logprobs = tuple(self.prompt_logprobs)
-        logprobs = None if logprob is None else (logprob,)
-        return RequestEvent(
-            sequence.request_id, sequence.index, token_ids, text, logprobs, prompt_logprobs
-        )
+                event.prompt_logprobs = tuple(self.prompt_logprobs)
+        return event
 
     def _usage(self) -> Usage:
         sequence = self.sequence

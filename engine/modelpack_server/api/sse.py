@@ -102,7 +102,7 @@ class LiveStream(Response):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        last = ""
+        self._sent, last = 1, ""
         try:
             async for piece in self._pieces:
                 self._sent += 1

@@ -168,7 +168,8 @@ class ChatStream:
     """The reply to a conversation: iterate over it for the deltas of all choices.
 
     Leaving its context aborts the choices that have not ended. `starts_reasoning` says that the
-    prompt has opened a block of reasoning; `prompt_ids` are the prompt's tokens.
+    prompt has opened a block of reasoning; `prompt_ids` are the prompt's tokens. `cached_tokens`
+    of these came from the prefix cache, which is known when the first delta is.
     """
 
     def __init__(
@@ -180,6 +181,7 @@ class ChatStream:
     ) -> None:
         self.prompt_ids = prompt_ids
         self.prompt_tokens = stream.prompt_tokens
+        self.cached_tokens = 0
         self.starts_reasoning = reasons
         self._stream = stream
         self._answers = answers
@@ -196,6 +198,7 @@ class ChatStream:
 
     async def __aiter__(self) -> AsyncIterator[ChatDelta]:
         async for event in self._stream:
+            self.cached_tokens = event.cached_tokens or self.cached_tokens
             answer = self._answers[event.index]
             was_over = answer.is_over
             delta = answer.take(event)

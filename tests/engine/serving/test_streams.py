@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import EngineError
 from modelpack_engine.outputs import FinishReason, RequestEvent, Timing, TokenLogprob, Usage
 from modelpack_server.api.app import create_app
+from modelpack_server.api.sse import LiveStream
 from modelpack_server.api.system import LogBuffer
 from modelpack_server.gateway.protection import Protection, protect
 from modelpack_server.gateway.traces import Trace
@@ -253,5 +256,26 @@ def test_a_slow_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
         await serving
         assert client.sent[0]["type"] == "http.response.start"
         assert client.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_stream_is_kept_alive_before_its_first_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        monkeypatch.setattr("modelpack_server.api.sse._PATIENCE", 0.001)
+        client, beaten = _Client(b""), asyncio.Event()
+
+        async def pieces() -> AsyncGenerator[str, None]:
+            await beaten.wait()
+            yield "data: 1\n\n"
+
+        async def send(message: Message) -> None:
+            await client.send(message)
+            if message.get("body") == b": keepalive\n\n":
+                beaten.set()
+
+        await LiveStream(pieces(), AsyncExitStack())(scope(), client.receive, send)
+        assert client.sent[0]["type"] == "http.response.start"
+        assert b"data: 1\n\n" in [message.get("body") for message in client.sent]
 
     asyncio.run(asyncio.wait_for(run(), 20))

@@ -147,13 +147,15 @@ class Reply:
         self._id = f"msg_{uuid.uuid4().hex[:24]}"
         self._model = model
         self._blocks = Blocks(show_thinking=show_thinking)
-        self._usage = usage_json(ChatUsage(prompt_tokens, 0))
+        self._prompt_tokens = prompt_tokens
+        self._usage: dict[str, Any] = {}
         self._full = limit < asked
         self._stop_reason: str | None = None
         self._stop_sequence: str | None = None
 
-    def begin(self) -> str:
+    def begin(self, cached_tokens: int) -> str:
         """Return the events that begin the stream; call it before `take`."""
+        self._usage = usage_json(ChatUsage(self._prompt_tokens, 0, cached_tokens))
         return event({"type": "message_start", "message": self.json()}, "message_start")
 
     def take(self, delta: ChatDelta) -> str:
@@ -294,9 +296,12 @@ async def events(
 ) -> AsyncGenerator[str, None]:
     """Yield the stream events of the message."""
     reply = _reply(body, model, stream)
-    yield reply.begin() + PING
+    begun = False
     async for delta in stream:
-        yield reply.take(delta)
+        # The first event has the number of cached tokens, so it waits for the first token.
+        head = "" if begun else reply.begin(stream.cached_tokens) + PING
+        begun = True
+        yield head + reply.take(delta)
 
 
 def _reply(body: MessagesRequest, model: ServedModel, stream: ChatStream) -> Reply:

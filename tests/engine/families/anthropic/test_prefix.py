@@ -56,6 +56,20 @@ def test_a_changing_billing_header(client: anthropic.Anthropic) -> None:
     assert counted.input_tokens == total
 
 
+def test_a_stream_begins_and_ends_with_the_same_counts_of_prompt_tokens(
+    client: anthropic.Anthropic,
+) -> None:
+    first = ask(client, "12ab").usage
+    events = list(ask(client, "98fe", stream=True))
+    counts = [
+        (usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens)
+        for usage in (events[0].message.usage, events[-2].usage)
+    ]
+    assert counts[0] == counts[1]
+    assert counts[0][1] > 0
+    assert sum(counts[0]) == first.input_tokens + first.cache_read_input_tokens
+
+
 def test_later_instructions_leave_the_beginning_as_it_was(client: anthropic.Anthropic) -> None:
     turns: Any = [{"role": "user", "content": "what is it?"}]
     before = ask(client, "1", messages=turns).usage
