@@ -225,7 +225,8 @@ class Loop:
                     click.echo()
                     return
                 except KeyboardInterrupt:
-                    note(self._settings, "\nend the chat with Ctrl-D or /bye")
+                    click.echo(err=True)  # the terminal shows ^C on the line of the prompt
+                    note(self._settings, "end the chat with Ctrl-D or /bye")
                     continue
                 if question in ("/bye", "/exit", "/quit"):
                     return

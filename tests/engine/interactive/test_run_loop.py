@@ -65,6 +65,13 @@ def test_questions_are_asked_and_commands_are_not(session: Session) -> None:
     assert asked == ["hello", "/etc/hosts holds what?"]
 
 
+def test_ctrl_c_at_the_prompt_begins_a_line_with_a_hint(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert session.types("one", KeyboardInterrupt, "two") == ["one", "two"]
+    assert capsys.readouterr().err.endswith("\nend the chat with Ctrl-D or /bye\n")
+
+
 def test_the_system_message(session: Session) -> None:
     session.types("/system Be brief.")
     assert session.chat.system == "Be brief."
