@@ -160,7 +160,7 @@ def test_broken_archives(
         ((GGUF, "--all", "-o", "x.tar"), 2, "name the models, or give --all"),
         ((GGUF, ST, "-o", "x.tar", "--form", "docker"), 2, "holds one model, got 2"),
         (("x/none", "-o", "x.tar"), 3, "x/none"),
-        ((GGUF, "-o", "no/such/x.tar"), 1, "cannot write no/such/x.tar"),
+        ((GGUF, "-o", "no/such/x.tar"), 3, "cannot write no/such/x.tar"),
         ((GGUF, "-o", "x.tar", "--copy"), 2, "--copy requires --docker-store"),
     ],
 )
