@@ -54,6 +54,7 @@ COMMANDS = {
     "resolve": ("inspect", "resolve"),
     "rm": ("store", "rm"),
     "sbom": ("trust", "sbom"),
+    "service": ("service", "service"),
     "sign": ("trust", "sign"),
     "tag": ("store", "tag"),
     "verify": ("trust", "verify"),

@@ -30,6 +30,7 @@ OTHERS = {
     "runtime flags": "--block-size --ctx-size --draft-max --draft-p-min --frequency-penalty "
     "--ignore-eos --min-p --model-draft --n-predict --no-enable-prefix-caching --presence-penalty "
     "--repeat-penalty --temp --threads --top-k --top-p --verbose",
+    "systemctl": "--user",
     "vllm": "--distributed-executor-backend --dtype --override-generation-config "
     "--pipeline-parallel-size",
 }
