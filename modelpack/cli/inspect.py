@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import click
 from modelpack.artifacts import media_types as mediatypes
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference
 from modelpack.bundles.links import LinkMode
 from modelpack.cli.options import (
     REMOTE,
@@ -33,7 +35,7 @@ from modelpack.cli.output import (
     shown_progress,
     table,
 )
-from modelpack.errors import UnsupportedError
+from modelpack.errors import NotFoundError, UnsupportedError
 from modelpack.formats.gguf import MetadataArray
 from modelpack.operations import lookup
 from modelpack.operations.remote import RemoteOptions
@@ -46,11 +48,17 @@ if TYPE_CHECKING:
     from modelpack.operations.remote import RemoteOptions
 
 
-def model_json(model: Model, missing: Collection[Digest] = ()) -> dict[str, Any]:
-    """Return the JSON value of `inspect`; `missing` are the layers that the store lacks."""
+def model_json(
+    model: Model, missing: Collection[Digest] = (), names: Sequence[Reference] = ()
+) -> dict[str, Any]:
+    """Return the JSON value of `inspect`; `missing` are the layers that the store lacks.
+
+    `names` are all names of a stored model.
+    """
     config = model.config
     return {
         "reference": str(model.reference) if model.reference else None,
+        "references": [str(name) for name in names or (model.reference,) if name],
         "digest": str(model.digest),
         "mediaType": model.manifest.media_type,
         "artifactType": model.manifest.artifact_type,
@@ -82,8 +90,13 @@ def model_json(model: Model, missing: Collection[Digest] = ()) -> dict[str, Any]
     }
 
 
-def model_text(model: Model, missing: Collection[Digest] = ()) -> str:
-    """Return the text of `inspect`; `missing` are the layers that the store lacks."""
+def model_text(
+    model: Model, missing: Collection[Digest] = (), names: Sequence[Reference] = ()
+) -> str:
+    """Return the text of `inspect`, with `names` for a model that was given by its id.
+
+    `missing` are the layers that the store lacks.
+    """
     config = model.config
     kinds = {mediatypes.CNCF_CONFIG: "CNCF ModelPack", mediatypes.CNAI_CONFIG: "CNAI model",
              mediatypes.KITOPS_CONFIG: "KitOps ModelKit",
@@ -91,7 +104,7 @@ def model_text(model: Model, missing: Collection[Digest] = ()) -> str:
     kind = kinds.get(config.media_type) or f"Docker {config.media_type[-9:-5]}"
     context = str(config.context_size) if config.context_size is not None else ""
     lines = [
-        ("Model", str(model.reference) if model.reference else model.short_id),
+        ("Model", str(model.reference or ", ".join(map(str, names)) or model.short_id)),
         ("Digest", str(model.digest)),
         ("Type", kind),
         ("Created", config.created or ""),
@@ -245,12 +258,17 @@ def inspect(
             raise
         show_image(settings, image)
         return
-    lacking = () if in_registry else settings.existing_store().missing(found.descriptor)
-    missing = {blob.digest for blob in lacking}
+    missing: set[Digest] = set()
+    names: tuple[Reference, ...] = ()
+    if not in_registry:
+        store = settings.existing_store()
+        missing = {blob.digest for blob in store.missing(found.descriptor)}
+        with suppress(NotFoundError):  # a variant without a name; its index has one
+            names = store.get(str(found.digest)).references
     if settings.json:
-        show_json(model_json(found, missing))
+        show_json(model_json(found, missing, names))
     else:
-        click.echo(model_text(found, missing))
+        click.echo(model_text(found, missing, names))
 
 
 @click.command()

@@ -233,6 +233,26 @@ def test_a_directory_that_is_no_store_is_left_alone(gguf: Path, tmp_path: Path) 
     assert sorted(path.name for path in home.iterdir()) == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("length", [5, 12, 64])
+def test_inspect_by_id_shows_the_names(packaged: str, length: int) -> None:
+    names = ["docker.io/team/other:v2", "docker.io/team/tiny:v1"]
+    succeed("tag", "team/tiny:v1", "team/other:v2")
+    text = packaged.removeprefix("sha256:")[:length]
+    first = succeed("inspect", text).out.splitlines()[0]
+    assert first.split() == ["Model:", f"{names[0]},", names[1]]
+    value = succeed("inspect", "--json", text).json
+    assert (value["reference"], value["references"]) == (None, names)
+    value = succeed("inspect", "--json", "team/tiny:v1").json
+    assert (value["reference"], value["references"]) == (names[1], names)
+
+
+def test_inspect_by_id_of_a_model_without_a_name(packaged: str, gguf: Path) -> None:
+    succeed("package", "--gguf", gguf, "--context-size", 7, "team/tiny:v1")
+    short = packaged.removeprefix("sha256:")[:12]
+    assert succeed("inspect", short[:6]).out.splitlines()[0].split() == ["Model:", short]
+    assert succeed("inspect", "--json", short).json["references"] == []
+
+
 READING = [
     *(["list"], ["inspect", "x"], ["inspect", "--header", "x"], ["manifest", "x"], ["config", "x"]),
     *(["resolve", "x"], ["bundle", "x", "out"], ["export", "x", "-o", "out"], ["push", "x"]),
