@@ -6,6 +6,7 @@ import asyncio
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from modelpack_server.repl.view import BareView, TerminalView, View
 
 if TYPE_CHECKING:
     from modelpack_server.conversation.served_model import ServedModel
+    from modelpack_server.conversation.spec import ChatUsage
     from modelpack_server.repl.chat import Chat
 
 
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 @click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
 @click.option("--think/--no-think", default=None, help="Enable or disable reasoning.")
 @click.option("--host", metavar="URL", help="Use a running server instead of loading the model.")
+@click.option("--verbose", is_flag=True,
+              help="Print times and tokens per second after each response.")  # fmt: skip
 @engine_options
 @remote_options
 @trust_options
@@ -68,6 +72,7 @@ def run(
     preset: str | None,
     think: bool | None,
     host: str | None,
+    verbose: bool,
     config: Callable[[], Any],
     remote: RemoteOptions,
 ) -> None:
@@ -96,7 +101,7 @@ def run(
             return RemoteModel(target.url, target.model, target.context)
 
         with asyncio.Runner() as runner:
-            _talk(settings, RemoteChat(find(model), **chosen), find, text, runner.run)
+            _talk(settings, RemoteChat(find(model), **chosen), find, text, verbose, runner.run)
         return
     from modelpack_server.pool.settings import ModelSettings
     from modelpack_server.repl.chat import Chat, LocalModels, require_chat
@@ -113,7 +118,7 @@ def run(
         models_of(settings, remote) as sources,
         LocalModels(sources.catalogue(engine), engine) as models,
     ):
-        _talk(settings, Chat(load(model), **chosen), load, text, models.call)
+        _talk(settings, Chat(load(model), **chosen), load, text, verbose, models.call)
 
 
 def _talk(
@@ -121,6 +126,7 @@ def _talk(
     chat: Chat,
     load: Callable[[str], ServedModel],
     text: str,
+    verbose: bool,
     call: Callable[[Coroutine[Any, Any, None]], None],
 ) -> None:
     """Respond to `text`, or start the chat if it is empty."""
@@ -132,7 +138,7 @@ def _talk(
         raise UsageError(str(error)) from None
 
     def ask(question: str) -> None:
-        call(answer(settings, chat, question))
+        call(answer(settings, chat, question, verbose=verbose))
 
     if text:
         ask(text)
@@ -162,16 +168,19 @@ def _is_piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-async def answer(settings: Settings, chat: Chat, question: str) -> None:
+async def answer(settings: Settings, chat: Chat, question: str, *, verbose: bool = False) -> None:
     """Stream the response to the terminal; with --json, print it when it is complete."""
     from modelpack_server.tool_parsers.parts import Reasoning, Text
 
     view = None if settings.json else _view()
     texts, thoughts = [], []
     finish, usage = None, None
+    start, first = time.perf_counter(), None
     try:
         async with aclosing(chat.ask(question)) as deltas:
             async for delta in deltas:
+                if first is None and (delta.token_ids or delta.parts):
+                    first = time.perf_counter()
                 for part in delta.parts:
                     if isinstance(part, Text):
                         texts.append(part.text)
@@ -184,11 +193,14 @@ async def answer(settings: Settings, chat: Chat, question: str) -> None:
                 finish = delta.finish or finish
                 usage = delta.usage or usage
     finally:
+        end = time.perf_counter()
         if view is not None:
             view.end()
+    if finish == "length" and view is not None:
+        note(settings, "(truncated: maximum number of tokens reached)")
+    if verbose and usage is not None:
+        click.echo(figures(usage, start, first or end, end), err=True)
     if view is not None:
-        if finish == "length":
-            note(settings, "(truncated: maximum number of tokens reached)")
         return
     show_json(
         {
@@ -201,6 +213,28 @@ async def answer(settings: Settings, chat: Chat, question: str) -> None:
             "reasoningTokens": usage.reasoning_tokens if usage else 0,
         }
     )
+
+
+def figures(usage: ChatUsage, start: float, first: float, end: float) -> str:
+    """Return the lines of --verbose, with ollama's names; times are in seconds.
+
+    Rates are those of the tokens that were computed: of the prompt without cached tokens, and of
+    the response without its first token, whose time is the prompt's.
+    """
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    rows = [
+        ("total duration:", f"{end - start:.3f} s"),
+        ("time to first token:", f"{first - start:.3f} s"),
+        ("prompt eval count:", f"{usage.prompt_tokens} tokens{cached}"),
+        ("prompt eval rate:", _rate(usage.prompt_tokens - usage.cached_tokens, first - start)),
+        ("eval count:", f"{usage.completion_tokens} tokens"),
+        ("eval rate:", _rate(usage.completion_tokens - 1, end - first)),
+    ]
+    return "\n".join(f"{name:21} {value}" for name, value in rows)
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:.2f} tokens/s" if tokens > 0 and seconds > 0 else "-"
 
 
 def _view() -> View:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 
 import pytest
 
 from modelpack.store.layout import LayoutStore
+from modelpack_server.cli.run import figures
+from modelpack_server.conversation.spec import ChatUsage
 from tests.cli.running import Result
 from tests.cli.running import modelpack as run
 
@@ -26,6 +29,29 @@ def test_a_prompt(store: LayoutStore, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stdout.endswith(b"\n")
     assert "(truncated: maximum number of tokens" in result.err
     assert "(truncated: maximum number of tokens" not in tiny(store, "hello", "-q").err
+
+
+def test_figures_after_a_response(store: LayoutStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    result = tiny(store, "hello", "--verbose", "--quiet")
+    assert result.code == 0, result.err
+    found = dict(line.split(":") for line in result.err.splitlines() if line.count(":") == 1)
+    assert list(found)[-6:] == [
+        "total duration", "time to first token", "prompt eval count", "prompt eval rate",
+        "eval count", "eval rate",
+    ]  # fmt: skip
+    assert found["eval count"].strip() == "4 tokens"
+    assert re.fullmatch(r" +\d+\.\d\d tokens/s", found["eval rate"])
+    assert re.fullmatch(r" +\d+\.\d{3} s", found["time to first token"])
+
+
+def test_rates_count_only_computed_tokens() -> None:
+    lines = figures(ChatUsage(30, 11, 10), 1.0, 3.0, 4.0).splitlines()
+    assert lines[2] == "prompt eval count:    30 tokens (10 cached)"
+    assert [line.split(":")[1].strip() for line in lines if "rate" in line] == [
+        "10.00 tokens/s", "10.00 tokens/s"
+    ]  # fmt: skip
+    assert figures(ChatUsage(3, 1), 1.0, 1.0, 1.0).endswith("eval rate:            -")
 
 
 @pytest.mark.long
