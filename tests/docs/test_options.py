@@ -66,3 +66,30 @@ def test_the_table_has_every_variable() -> None:
     }
     table = (ROOT / "docs" / "cli.md").read_text().partition("## Environment")[2]
     assert {name for name in read - NOT_SET_BY_USERS if f"`{name}`" not in table} == set()
+
+
+def usages() -> list[str]:
+    """Return the code spans in the first column of the table of commands."""
+    lines = (ROOT / "docs" / "cli.md").read_text().partition("| Command |")[2].splitlines()
+    table = lines[2 : lines.index("", 2)]
+    return [span for line in table for span in re.findall(r"`([^`]+)`", line.partition(" | ")[0])]
+
+
+@pytest.mark.parametrize("usage", usages())
+def test_the_table_shows_options_of_the_command(usage: str) -> None:
+    words = re.sub(r"\\\|", "|", usage).replace("…", " ").translate(dict.fromkeys(map(ord, "[]")))
+    command = max(
+        (one for one in COMMANDS if f"modelpack {words} ".startswith(f"{one.name} ")),
+        key=lambda one: len(one.name),
+    )
+    rows = command.options + command.registry_options + command.common_options
+    for name, value in re.findall(r"(?<![\w-])(--?[a-z][\w-]*)(?: ([^\s-]\S*))?", words):
+        [row] = [row for row, _ in rows if re.search(rf"(^|[ ,/]){name}\b(?!-)", row)]
+        choices = re.search(r" \[?([\w.-]+(?:\|[\w.-]+)+)\]?$", row)
+        if choices and "|" in value:
+            assert set(value.split("|")) == set(choices[1].split("|")), f"{usage}: {name}"
+
+
+def test_the_table_is_read() -> None:
+    assert len(usages()) > 45
+    assert any("--links" in usage for usage in usages())
