@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from modelpack_engine.errors import (
     RETRY_AFTER,
@@ -317,7 +317,7 @@ MAX_GRAMMAR = 16 << 10
 _MAX_REASON = 500
 _guarded = no_panics("the grammar")
 #: Matches the compiler's message for an exceeded limit of `LIMITS`, not for its misuse.
-_LIMIT = re.compile(r"too many|; max is|fuel", re.IGNORECASE)
+_LIMIT = re.compile(r"too (many|big)|; max is|fuel|exceed|lexer error", re.IGNORECASE)
 _TEXT = "TEXT: /(.|\\n)*/"
 _NAMES = {
     "json_object": "JSON",
@@ -422,7 +422,7 @@ def compile_constraint(
 
     try:
         matcher = on_deep_stack(compiled)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, GbnfToLarkError) as error:
         if isinstance(error, RequestError):
             raise RequestError(str(error), param=param, hint=error.hint) from error
         raise RequestError(f"{what} cannot be compiled: {error}", param=param) from error

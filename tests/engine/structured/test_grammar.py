@@ -13,6 +13,7 @@ from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_server.structured_output import (
     Constraint,
+    GrammarMask,
     GrammarVocabulary,
     ReasoningBlock,
     compile_constraint,
@@ -178,6 +179,9 @@ REFUSED = [
     (Constraint("regex", "x" * (MAX_REGEX + 1)), "characters"),
     (Constraint("regex", "a?" * 1000), "lexer"),
     (Constraint("regex", {}), "dict"),
+    (schema('{"items":' * 400 + "{}" + "}" * 400), "recursion"),
+    (Constraint("grammar", 'root ::= "a'), "the grammar cannot be compiled"),
+    (Constraint("grammar", "A: /a/"), "Expected ::= at line 1"),
     (Constraint("grammar", "start: nothing"), "nothing"),
     (Constraint("grammar", "start: <|nothing|>"), "nothing"),
     (Constraint("grammar", "start: a\na: a a"), "no text"),
@@ -194,6 +198,39 @@ def test_refusals_give_the_reason(
         compile_constraint(constraint, vocabulary)
     assert caught.value.param == "response_format"
     assert len(str(caught.value)) < 1000
+
+
+class Failed:
+    """A matcher that has failed with a reason of llguidance."""
+
+    def __init__(self, reason: str) -> None:
+        self.get_error = lambda: reason
+
+    def compute_bitmask(self) -> bytes:
+        return b""
+
+    def is_error(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "lexer error: too many states: 250000 >= 250000",
+        "initial lexer configuration (grammar) too big (limit for this grammar: 1000000)",
+        "fuel exhausted when checking relevance of lexemes (12)",
+        "Current row has 2001 items; max is 2000; consider making your grammar left-recursive",
+    ],
+)
+def test_limits_that_are_reached_later_are_the_request_s_mistake(reason: str) -> None:
+    mask = GrammarMask(Failed(reason), "the grammar", "response_format")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="too complex to continue the answer") as caught:
+        mask.allowed()
+    assert caught.value.param == "response_format"
+    misused = GrammarMask(Failed("token not allowed"), "the grammar", "x")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="cannot be followed") as failed:
+        misused.allowed()
+    assert not isinstance(failed.value, RequestError)
 
 
 def test_as_many_optional_properties_as_are_allowed(
