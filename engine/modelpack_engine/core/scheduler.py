@@ -312,13 +312,15 @@ class Scheduler:
             raise RequestError("the prompt is empty", param="prompt")
         if num_tokens >= config.max_model_len:
             raise ContextLengthError(
-                f"the prompt has {num_tokens} tokens; the context is {config.max_model_len} tokens "
-                "for prompt and answer",
+                "the prompt is too long: this model's maximum context length is "
+                f"{config.max_model_len} tokens, including the reply, "
+                f"but the prompt has {num_tokens}",
                 param="prompt",
             )
         if num_tokens > capacity:
             raise ContextLengthError(
-                f"the prompt has {num_tokens} tokens, but the KV cache holds {capacity}",
+                "the prompt is too long: with its KV cache, this model's maximum context length is "
+                f"{capacity} tokens, but the prompt has {num_tokens}",
                 param="prompt",
                 hint="give the engine more memory for its KV cache",
             )

@@ -170,7 +170,8 @@ class InputReader:
 
     def _too_long(self, what: str, count: str, param: str) -> ContextLengthError:
         return ContextLengthError(
-            f"{what} has {count} tokens, the limit of the model is {self.max_length}",
+            f"{what} has {count} tokens, but this model's maximum context length is "
+            f"{self.max_length} tokens",
             param=param,
             hint="split the text, or ask for it to be truncated",
         )

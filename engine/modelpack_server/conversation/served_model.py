@@ -190,8 +190,9 @@ class ServedModel:
 
     def _too_long(self, tokens: int, param: str, *, least: bool = False) -> ContextLengthError:
         error = ContextLengthError(
-            f"the prompt has {'at least ' if least else ''}{tokens} tokens, but the context of "
-            f"this model holds {self.max_model_len}, including the reply",
+            f"the prompt is too long: this model's maximum context length is {self.max_model_len} "
+            "tokens, including the reply, but the prompt has "
+            f"{'at least ' if least else ''}{tokens}",
             param=param,
             hint="shorten the prompt",
         )

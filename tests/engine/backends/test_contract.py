@@ -236,7 +236,7 @@ def test_going_on_after_a_failure(make_engine: MakeEngine) -> None:
         ([1], replace(GREEDY, top_p=7), 1, RequestError, "top_p"),
         ([1], replace(GREEDY, repetition_penalty=1e-320), 1, RequestError, "repetition_penalty"),
         ([1], GREEDY, 0, RequestError, "n is 0"),
-        ([1] * 400, GREEDY, 1, ContextLengthError, "the context is 128"),
+        ([1] * 400, GREEDY, 1, ContextLengthError, "maximum context length is 128"),
         ([1], GREEDY, 3, QueueFullError, "the queue is full"),
     ],
 )

@@ -172,7 +172,7 @@ def test_what_cannot_be_rendered_or_does_not_fit() -> None:
     with pytest.raises(RequestError, match="template"):
         answer(model, HELLO)
     model, _ = scripted("a", max_model_len=10)
-    with pytest.raises(ContextLengthError, match="context of this model"):
+    with pytest.raises(ContextLengthError, match="model's maximum context length is 10"):
         answer(model, HELLO)
 
 

@@ -129,7 +129,7 @@ def test_paths(url: str, path: str) -> None:
         ({"input": None}, "input", "expected input to be"),
         ({"input": [30522]}, "input", "the vocabulary has 30522"),
         ({"input": ["a"] * 2049}, "input", "2049 items, the limit is 2048"),
-        ({"input": ["a", "word " * 300]}, "input", "input 1 has 302 tokens, the limit .* 256"),
+        ({"input": ["a", "word " * 300]}, "input", "input 1 has 302 tokens, but .* 256"),
         ({"input": "a", "dimensions": 385}, "dimensions", "385"),
         ({"input": "a", "dimensions": 0}, "dimensions", "0"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format", "float"),

@@ -84,7 +84,12 @@ LONG = "word " * 300
             "input",
         ),
         ([[-1]], {}, "the token -1", "input"),
-        (["a", LONG], {}, "input 1 has 302 tokens, the limit of the model is 256", "input"),
+        (
+            ["a", LONG],
+            {},
+            "input 1 has 302 tokens, but this model's maximum context length is 256",
+            "input",
+        ),
         ([[7] * 257], {}, "input 0 has 257 tokens", "input"),
         (["a"], {"dimensions": 0}, "dimensions is 0", "dimensions"),
         (["a"], {"dimensions": 385}, "dimensions is 385.* 384", "dimensions"),

@@ -16,8 +16,18 @@ from tests.engine.scheduling.steps import prompt, run, scheduler
     ("length", "limits", "error", "message"),
     [
         (0, {}, RequestError, "the prompt is empty"),
-        (200, {}, ContextLengthError, "has 200 tokens; the context is 200"),
-        (33, {"num_blocks": 9}, ContextLengthError, "has 33 tokens, but the KV cache holds 32"),
+        (
+            200,
+            {},
+            ContextLengthError,
+            "length is 200 tokens, including the reply, but the prompt has 200",
+        ),
+        (
+            33,
+            {"num_blocks": 9},
+            ContextLengthError,
+            "KV cache, this model's maximum .* is 32 tokens, but the prompt has 33",
+        ),
     ],
 )
 def test_prompts_that_can_never_run(
