@@ -140,6 +140,7 @@ def answered(connection: HTTPConnection, status: int) -> HTTPResponse:
 def embedded(root: Path) -> Iterator[Server]:
     """Run `modelpack registry serve` with the store `root`."""
     command = [MODELPACK, "registry", "serve", "--root", root, "--addr", "127.0.0.1:0"]
+    command.append("--no-access-log")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert process.stdout is not None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from modelpack.cli.options import Settings, common_options, remote_options, tls_options
-from modelpack.cli.output import note, plural, show
+from modelpack.cli.output import note, plural, request_log, show
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
 
@@ -267,6 +267,11 @@ def registry() -> None:
     "--upstream-ttl", type=click.FloatRange(min=0), default=60, show_default=True,
     metavar="SECONDS", help="Resolve a cached tag again after this time.",
 )  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]),
+    help="Format of the access log on stderr. [default: text on a terminal, otherwise json]",
+)  # fmt: skip
+@click.option("--no-access-log", is_flag=True, help="Do not log requests.")
 @access_options
 @limit_options
 @common_options
@@ -283,6 +288,8 @@ def serve(
     sparse: bool,
     upstream: str | None,
     upstream_ttl: float,
+    log_format: str | None,
+    no_access_log: bool,
     guard: Guard | None,
     limits: Limits,
 ) -> None:
@@ -291,9 +298,11 @@ def serve(
     Pushed models are available in the same store: HOST:PORT/team/m:v1 is team/m:v1.
     """
     from modelpack.registry_server import RegistryServer
+    from modelpack.registry_server.metrics import access_log
     from modelpack.store.layout import LayoutStore
 
     store = LayoutStore(root) if root is not None else settings.store()
+    as_json = log_format == "json" if log_format else not sys.stderr.isatty()
     server = RegistryServer(
         store,
         address=_address(addr, host, port),
@@ -305,11 +314,13 @@ def serve(
         tls=tls,
         limits=limits,
         upstream=_upstream(upstream, upstream_ttl) if upstream else None,
+        on_request=None if no_access_log else access_log(as_json=as_json),
     )
     note(settings, f"serving {store.root}; stop with Ctrl-C")
     if guard is not None and tls is None and not server.is_loopback:
         note(settings, "warning: passwords and tokens are sent over plain http; use --tls-cert")
-    server.run(on_ready=lambda: click.echo(server.host))
+    with request_log(settings):
+        server.run(on_ready=lambda: click.echo(server.host))
 
 
 def _address(addr: str, host: str | None, port: int | None) -> str:

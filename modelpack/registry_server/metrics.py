@@ -1,4 +1,4 @@
-"""Requests of the embedded registry, counted: for GET /metrics and for a callback.
+"""Requests of the embedded registry: counted for GET /metrics, recorded for the access log.
 
 `Metrics` writes Prometheus's text format itself: prometheus-client belongs to the extra `gateway`,
 and the embedded registry works without extras.
@@ -6,10 +6,16 @@ and the embedded registry works without extras.
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Final
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -18,6 +24,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modelpack.http.connection import body_size
 
+#: The logger of requests, also of the gateway.
+REQUEST_LOG: Final = logging.getLogger("modelpack.requests")
+#: Paths by which others check that the server runs.
+PROBES: Final = ("/v2/", "/v2")
+#: The status of a request whose client disconnected before the response.
+CLIENT_LEFT: Final = 499
+_SESSION = re.compile(r"(/blobs/uploads/.{8}).+", re.DOTALL)
+_MAX_SHOWN: Final = 512
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 _HELP: Final = {
     "modelpack_registry_requests_total": ("counter", "Finished requests."),
@@ -62,7 +76,7 @@ class RequestRecord:
     """One finished request; `received` and `sent` are bytes of the bodies.
 
     `status` is None if the connection ended before a response. Header names are lower case;
-    `authorization` has its scheme only.
+    `authorization` has its scheme only. `seconds` is the time from the head to the last byte.
     """
 
     method: str
@@ -72,6 +86,46 @@ class RequestRecord:
     received: int
     sent: int
     headers: Mapping[str, str] = field(default_factory=dict, hash=False)
+    seconds: float = 0.0
+
+    @property
+    def shown_path(self) -> str:
+        """The path as a URL has it, without the query and most of an upload session's id.
+
+        Who knows the id can continue the upload.
+        """
+        path = _SESSION.sub(r"\1...", self.path)
+        return quote(path[:_MAX_SHOWN], safe="/:@+,;=")
+
+
+def access_log(*, as_json: bool) -> Callable[[RequestRecord], None]:
+    """Return a callback that writes each request, except successful probes, to `REQUEST_LOG`."""
+
+    def log(record: RequestRecord) -> None:
+        status = record.status or CLIENT_LEFT
+        if status == 200 and record.path in PROBES:
+            return
+        now, milliseconds = datetime.now(UTC), round(record.seconds * 1000, 1)
+        if as_json:
+            value = {
+                "time": now.isoformat(timespec="milliseconds"),
+                "method": record.method,
+                "path": record.shown_path,
+                "status": status,
+                "received_bytes": record.received,
+                "sent_bytes": record.sent,
+                "duration_ms": milliseconds,
+            }
+            line = json.dumps(value, separators=(",", ":"))
+        else:
+            when = f"{now.astimezone():%Y-%m-%d %H:%M:%S}"
+            sizes = f"received {record.received} B, sent {record.sent} B"
+            line = (
+                f"{when} {record.method} {record.shown_path} {status}, {sizes}, {milliseconds} ms"
+            )
+        REQUEST_LOG.info("%s", line)
+
+    return log
 
 
 class Recorder:
@@ -91,6 +145,7 @@ class Recorder:
         metrics, method = self._metrics, scope["method"]
         status: int | None = None
         received = sent = 0
+        started = time.perf_counter()
 
         async def counted_receive() -> Message:
             nonlocal received
@@ -116,11 +171,20 @@ class Recorder:
         finally:
             metrics.in_progress -= 1
             counted = method if method in _METHODS else "other"
-            metrics.requests[counted, status or 499] += 1  # 499: the client disconnected
+            metrics.requests[counted, status or CLIENT_LEFT] += 1
             if self._report is not None:
-                query, headers = scope["query_string"].decode("latin-1"), Headers(scope=scope)
-                record = (method, scope["path"], query, status, received, sent, _shown(headers))
-                self._report(RequestRecord(*record))
+                self._report(
+                    RequestRecord(
+                        method,
+                        scope["path"],
+                        scope["query_string"].decode("latin-1"),
+                        status,
+                        received,
+                        sent,
+                        _shown(Headers(scope=scope)),
+                        time.perf_counter() - started,
+                    )
+                )
 
 
 def _shown(headers: Headers) -> dict[str, str]:
