@@ -98,9 +98,11 @@ def errors() -> str:
 def python() -> str:
     """Return the page of the Python library; mkdocstrings adds the docstrings."""
     kinds: dict[str, list[str]] = {"Functions": [], "Values, stores and registries": []}
-    for name, (module, attribute) in sorted(modelpack._EXPORTS.items()):
+    places = {name: f"{module}.{name}" for name, module in modelpack._MODULES.items()}
+    places["Store"] = "modelpack.store.layout.LayoutStore"
+    for name, place in sorted(places.items()):
         kind = "Functions" if name[0].islower() else "Values, stores and registries"
-        kinds[kind].append(f"::: {module}.{attribute}")
+        kinds[kind].append(f"::: {place}")
     lines = [
         "# Python", "",
         "The names in `modelpack` are loaded on first use. Every failure is a `ModelpackError`",
