@@ -89,20 +89,20 @@ class SmokeReport:
             "reference": self.reference,
             "digest": self.digest,
             "prompt": self.prompt,
-            "loadSeconds": round(self.load_seconds, 3),
+            "load_seconds": round(self.load_seconds, 3),
             "device": self.device,
             "versions": self.versions,
         }
         if self.dimensions is not None:
-            return report | {"promptTokens": self.prompt_tokens, "dimensions": self.dimensions}
+            return report | {"prompt_tokens": self.prompt_tokens, "dimensions": self.dimensions}
         return report | {
             "answer": self.answer or "",
             "reasoning": self.reasoning,
-            "finishReason": self.finish,
-            "promptTokens": self.prompt_tokens,
-            "completionTokens": self.completion_tokens,
-            "timeToFirstTokenSeconds": round(self.time_to_first_token, 3),
-            "tokensPerSecond": round(self.tokens_per_second, 2),
+            "finish_reason": self.finish,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "time_to_first_token_seconds": round(self.time_to_first_token, 3),
+            "tokens_per_second": round(self.tokens_per_second, 2),
         }
 
 

@@ -80,11 +80,13 @@ def test_the_command_serves_logs_and_stops(tmp_path: Path) -> None:
         upstream = upstream.replace("127.0.0.1", "127.1")  # not recognised as this machine
         process = subprocess.Popen(
             [sys.executable, "-m", "modelpack", "gateway", "--upstream", upstream,
-             "--port", "0", "--keys", str(file)],
+             "--port", "0", "--keys", str(file), "--json"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy(),
         )  # fmt: skip
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
+        said = json.loads(process.stdout.readline())
+        assert (said["upstreams"], said["pid"]) == ([upstream], process.pid)
+        url = said["url"]
         body = {"model": "m", "messages": [{"role": "user", "content": "top-secret"}]}
         with new_client(url) as client:
             assert client.get("/health").json()["status"] == "ok"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 import click
 
 from modelpack.cli.options import Settings, common_options, tls_options
-from modelpack.cli.output import note, request_log, show
+from modelpack.cli.output import SCHEMA_VERSION, note, request_log, show
 from modelpack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -142,8 +143,18 @@ def gateway(
                 f"all clients are one owner at {', '.join(shared)}: set MODELPACK_UPSTREAM_KEY to "
                 "a key marked 'gateway = true' there to keep their stored responses apart",
             )
-        note(settings, f"forwarding requests to {', '.join(upstreams)}; stop with Ctrl-C")
-        server.run(lambda: click.echo(server.url))
+        text = f"forwarding requests to {', '.join(upstreams)}"
+        server.run(lambda: announce(settings, server.url, text, upstreams=upstreams))
+
+
+def announce(settings: Settings, url: str, text: str, **details: Sequence[str]) -> None:
+    """Print the address of a server, with --json as one line with `details`, and a note."""
+    if settings.json:
+        found = {"schemaVersion": SCHEMA_VERSION, "url": url, **details, "pid": os.getpid()}
+        click.echo(json.dumps(found))
+    else:
+        click.echo(url)
+    note(settings, f"{text}; stop with Ctrl-C")
 
 
 @gateway.command()

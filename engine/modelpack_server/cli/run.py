@@ -206,11 +206,11 @@ async def answer(settings: Settings, chat: Chat, question: str, *, verbose: bool
         {
             "text": "".join(texts),
             "reasoning": "".join(thoughts) or None,
-            "finishReason": finish,
-            "promptTokens": usage.prompt_tokens if usage else 0,
-            "completionTokens": usage.completion_tokens if usage else 0,
-            "cachedTokens": usage.cached_tokens if usage else 0,
-            "reasoningTokens": usage.reasoning_tokens if usage else 0,
+            "finish_reason": finish,
+            "prompt_tokens": usage.prompt_tokens if usage else 0,
+            "completion_tokens": usage.completion_tokens if usage else 0,
+            "cached_tokens": usage.cached_tokens if usage else 0,
+            "reasoning_tokens": usage.reasoning_tokens if usage else 0,
         }
     )
 

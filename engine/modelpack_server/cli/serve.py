@@ -32,7 +32,7 @@ from modelpack.deploy.local_server import PORT
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
-from modelpack_server.cli.gateway import protection_options
+from modelpack_server.cli.gateway import announce, protection_options
 from modelpack_server.cli.model_sources import models_of
 from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, ModelSettings, parse_keep_alive
 
@@ -304,12 +304,9 @@ def serve(
             wrap=lambda app: protect(app, protected_by, resolves=True),
             tls=tls,
         )
-
-        def announce() -> None:
-            click.echo(server.url)
-            note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
-
-        server.run(announce)
+        text = f"serving {', '.join(models) or 'the store'}"
+        names = [found.alias or found.name for found in opened]
+        server.run(lambda: announce(settings, server.url, text, models=names))
     if ranks is not None:
         ranks.close()
     if failures:

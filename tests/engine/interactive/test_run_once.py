@@ -62,8 +62,8 @@ def test_arguments_and_what_is_piped_in_are_one_prompt(
     for arguments, piped in ((["ab"], ""), ([], "ab\n"), (["ab"], "cde"), (["ab", "c"], "")):
         monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
         answer = tiny(store, *arguments, "--json").json
-        lengths.append(answer["promptTokens"])
-        assert (answer["finishReason"], answer["completionTokens"]) == ("length", 4)
+        lengths.append(answer["prompt_tokens"])
+        assert (answer["finish_reason"], answer["completion_tokens"]) == ("length", 4)
     assert [length - lengths[0] for length in lengths] == [0, 0, 5, 2]  # one token per byte
 
 

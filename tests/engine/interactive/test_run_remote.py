@@ -63,10 +63,10 @@ def test_an_answer(url: str, engine: ScriptedEngine) -> None:
 
 def test_json(url: str) -> None:
     answer = ask(url, "--json").json
-    assert (answer["text"], answer["reasoning"], answer["finishReason"]) == ("Paris", "hm", "stop")
-    assert answer["completionTokens"] == 4
-    assert answer["promptTokens"] > 4
-    assert answer["cachedTokens"] == 1
+    assert (answer["text"], answer["reasoning"], answer["finish_reason"]) == ("Paris", "hm", "stop")
+    assert answer["completion_tokens"] == 4
+    assert answer["prompt_tokens"] > 4
+    assert answer["cached_tokens"] == 1
 
 
 @pytest.mark.parametrize(

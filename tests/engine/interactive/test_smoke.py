@@ -78,10 +78,10 @@ def test_a_real_model_passes_from_a_clean_store(store: LayoutStore, tmp_path: Pa
     report = result.json
     assert not (tmp_path / "unused").exists()
     assert (report["passed"], report["reference"], report["digest"]) == (True, name, digest)
-    assert (report["finishReason"], report["device"]) == ("stop", "cpu")
+    assert (report["finish_reason"], report["device"]) == ("stop", "cpu")
     assert set(report["checks"]) == {"not empty", "printable", "varied", "ended", "expected"}
-    assert report["timeToFirstTokenSeconds"] > 0
-    assert report["tokensPerSecond"] > 0
+    assert report["time_to_first_token_seconds"] > 0
+    assert report["tokens_per_second"] > 0
     assert {"modelpack", "mlx", "mlx-lm", "python", "platform"} == set(report["versions"])
     suite = ElementTree.parse(tmp_path / "junit.xml").getroot()
     assert (suite.attrib["tests"], suite.attrib["failures"], suite.attrib["errors"]) == (

@@ -95,7 +95,7 @@ def command(store: LayoutStore, *arguments: str) -> list[str]:
     ("arguments", "reason"),
     [
         (["team/martian"], "martian: the architecture 'martian' is not supported"),
-        (["team/tiny", "--max-model-len", "9999"], "tiny: max_model_len is 9999, but this model's"),
+        (["team/tiny", "--max-model-len", "9999"], "tiny: --max-model-len is 9999, but this"),
     ],
 )
 def test_a_model_that_cannot_load_ends_the_server(
@@ -133,11 +133,15 @@ def test_a_server_that_keeps_going_says_so_once_and_ends_with_0(store: LayoutSto
 @pytest.mark.long
 def test_a_server_says_when_it_is_ready(store: LayoutStore) -> None:
     process = subprocess.Popen(
-        command(store, "team/tiny"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(store, "tiny", "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    assert process.stdout is not None
     assert process.stderr is not None
+    found = json.loads(process.stdout.readline())
+    assert requests.get(f"{found['url']}/version", timeout=10).status_code == 200
+    assert (found["models"], found["pid"]) == (["tiny"], process.pid)
     lines = iter(process.stderr.readline, "")
-    assert next(line for line in lines if "serving team/tiny" in line)
+    assert next(line for line in lines if "serving tiny" in line)
     assert next(line for line in lines if re.fullmatch(r"ready in \d+\.\d s\n", line))
     process.terminate()
     process.communicate(timeout=60)
