@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from modelpack._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from modelpack import errors
+    from modelpack import errors, testing
     from modelpack.artifacts.config import ModelConfig
     from modelpack.artifacts.descriptor import Descriptor
     from modelpack.artifacts.digest import Digest
@@ -77,12 +77,13 @@ __all__ = [
     "Registry", "RemoteOptions", "Repository", "Selection", "Stop", "Store", "attach", "bundle",
     "copy", "detach", "diff", "export_to_docker", "import_from_docker", "inspect", "lock",
     "package", "pull", "pull_locked", "push", "read_headers", "referrers", "repair", "resolve",
+    "testing",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return importlib.import_module("modelpack.errors")
+    if name in ("errors", "testing"):
+        return importlib.import_module(f"modelpack.{name}")
     if name == "Store":
         return importlib.import_module("modelpack.store.layout").LayoutStore
     if name not in _MODULES:

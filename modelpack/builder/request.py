@@ -15,7 +15,7 @@ from modelpack.errors import PackagingError, UsageError
 Format = Literal["docker", "cncf"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class PackageRequest:
     """The input files and the options that determine the bytes of a model.
 
@@ -28,19 +28,54 @@ class PackageRequest:
     machine.
     """
 
-    gguf: Path | None = None
-    safetensors_dir: Path | None = None
-    dduf: Path | None = None
-    licenses: tuple[Path, ...] = ()
-    chat_template: Path | None = None
-    mmproj: Path | None = None
-    context_size: int | None = None
-    format: Format | None = None
-    annotations: Mapping[str, str] = field(default_factory=dict, hash=False)
-    created: str | datetime | None = None
-    preserve: bool = False
-    follow_symlinks: bool = False
-    allow_pickle: bool = False
+    gguf: Path | None
+    safetensors_dir: Path | None
+    dduf: Path | None
+    licenses: tuple[Path, ...]
+    chat_template: Path | None
+    mmproj: Path | None
+    context_size: int | None
+    format: Format | None
+    annotations: Mapping[str, str] = field(hash=False)
+    created: str | datetime | None
+    preserve: bool
+    follow_symlinks: bool
+    allow_pickle: bool
+
+    def __init__(
+        self,
+        gguf: str | Path | None = None,
+        safetensors_dir: str | Path | None = None,
+        dduf: str | Path | None = None,
+        licenses: str | Path | Sequence[str | Path] = (),
+        chat_template: str | Path | None = None,
+        mmproj: str | Path | None = None,
+        context_size: int | None = None,
+        format: Format | None = None,
+        annotations: Mapping[str, str] | None = None,
+        created: str | datetime | None = None,
+        preserve: bool = False,
+        follow_symlinks: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
+        several = [licenses] if isinstance(licenses, str | Path) else licenses
+        values = {
+            "gguf": _path(gguf),
+            "safetensors_dir": _path(safetensors_dir),
+            "dduf": _path(dduf),
+            "licenses": tuple(Path(one) for one in several),
+            "chat_template": _path(chat_template),
+            "mmproj": _path(mmproj),
+            "context_size": context_size,
+            "format": format,
+            "annotations": annotations or {},
+            "created": created,
+            "preserve": preserve,
+            "follow_symlinks": follow_symlinks,
+            "allow_pickle": allow_pickle,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the class is frozen
 
     def check(self) -> None:
         """Raise `UsageError` for an invalid value."""
@@ -66,6 +101,10 @@ class PackageRequest:
             ("--dduf", self.dduf),
         )
         return tuple((flag, path) for flag, path in named if path is not None)
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def check_context_size_fits(request: PackageRequest, *, cncf: bool) -> None:

@@ -81,8 +81,8 @@ class ModelDiff:
 
 
 def diff(
-    before: str,
-    after: str | None = None,
+    before: str | Reference,
+    after: str | Reference | None = None,
     *,
     from_registry: bool = False,
     store: LayoutStore | None = None,
@@ -95,12 +95,13 @@ def diff(
     `from_registry`, both are read from registries. No layer is read. Raises `NotFoundError`.
     """
     store = store or LayoutStore()
+    before = str(before)
     if after is None:
         first = _remote(before, remote, stop) if from_registry else stored_model(store, before)
         return compare(first, _remote(before, remote, stop))
     found = [
         _remote(name, remote, stop) if from_registry else _anywhere(name, store, remote, stop)
-        for name in (before, after)
+        for name in (before, str(after))
     ]
     return compare(found[0], found[1])
 

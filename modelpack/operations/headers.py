@@ -41,7 +41,7 @@ class FileHeader:
 
 
 def read_headers(
-    name: str,
+    name: str | Reference,
     *,
     files: Sequence[str] = (),
     store: LayoutStore | None = None,
@@ -55,6 +55,7 @@ def read_headers(
     `WeightFormatError` for a damaged header, and `UnsupportedError` for weights inside archives in
     a registry.
     """
+    name = str(name)
     if from_registry:
         where = Reference.parse(name)
         watch = watching(None, stop)

@@ -60,7 +60,7 @@ def completing_reference(store: LayoutStore, model: Model) -> Reference | None:
 
 
 def inspect(
-    name: str,
+    name: str | Reference,
     *,
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
@@ -76,7 +76,7 @@ def inspect(
     watch = watching(progress, stop)
     if from_registry:
         return remote_model(named(name), remote, watch)
-    return stored_model(store or LayoutStore(), name)
+    return stored_model(store or LayoutStore(), str(name))
 
 
 def stored_model(store: Source, name: str, options: RemoteOptions | None = None) -> Model:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model, ModelFile, Role, format_of, role_of
+from modelpack.artifacts.reference import Reference
 from modelpack.bundles.bundle import Bundle, lay_out
 from modelpack.bundles.links import LinkMode, Placement
 from modelpack.errors import StoreError, UsageError
@@ -139,7 +140,7 @@ class Resolved:
 
 
 def resolve(
-    name: str,
+    name: str | Reference,
     *,
     media_types: Sequence[str] = (),
     files: Sequence[str] = (),
@@ -162,6 +163,7 @@ def resolve(
     store = store or LayoutStore()
     watch = watching(progress, stop)
     selection = Selection(include=tuple(files), media_types=tuple(media_types))
+    name = str(name)
     model = find_any_part(name, store, pull=pull, remote=remote, watch=watch, selection=selection)
     if not media_types and not files:
         media_types = ("weight",)
@@ -197,8 +199,8 @@ def _unpacked(
 
 
 def bundle(
-    name: str,
-    directory: Path,
+    name: str | Reference,
+    directory: str | Path,
     *,
     links: LinkMode = LinkMode.AUTO,
     overwrite: bool = False,
@@ -211,9 +213,10 @@ def bundle(
     """Write the model's files to `directory`, as links to the store if possible, for a runtime."""
     store = store or LayoutStore()
     watch = watching(progress, stop)
+    directory = Path(directory)
     if directory.resolve() == store.root.resolve():
         raise UsageError(f"{directory} is the store itself", hint="choose another directory")
-    model = find_model(name, store, pull=pull, remote=remote, watch=watch)
+    model = find_model(str(name), store, pull=pull, remote=remote, watch=watch)
     made = lay_out(
         model,
         lambda descriptor: store.blob_path(descriptor.digest),
