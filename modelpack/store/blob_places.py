@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from modelpack.artifacts.digest import Digest
-from modelpack.errors import StoreError
+from modelpack.errors import LockedError, StoreError
 from modelpack.store.filesystem import read_own, write_atomically
 from modelpack.store.tree import Tree
 
 #: Limits of the file: the oldest blobs, and the oldest places of a blob, are dropped.
 MAX_BLOBS: Final = 4096
 MAX_PLACES: Final = 4
+#: Seconds to wait for another process that changes the store.
+PATIENCE: Final = 2.0
 _MAX_BYTES: Final = 4 * 1024 * 1024
 _VERSION: Final = 1
 
@@ -35,9 +37,10 @@ class BlobPlaces:
         return self._read().get(str(digest), [])
 
     def note(self, digests: Iterable[Digest], place: str) -> None:
-        """Record that `place` has these blobs; do nothing in a store that cannot be written to."""
+        """Record that `place` has these blobs, unless the store is locked or not writable."""
         wanted = [str(digest) for digest in digests]
-        with suppress(OSError, StoreError), self.tree.lock().held():
+        lock = self.tree.lock().held(patience=PATIENCE)
+        with suppress(OSError, StoreError, LockedError), lock:
             known = self._read()
             if all(place in known.get(digest, ())[:1] for digest in wanted):
                 return

@@ -145,18 +145,42 @@ def test_mounts_are_counted(registry: FaultyRegistry, store: modelpack.Store) ->
     assert all(post.query["from"] == ["team/model"] for post in registry.seen("POST"))
 
 
-def test_the_token_is_for_both_repositories(
-    registry: FaultyRegistry, store: modelpack.Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def tokens(registry: FaultyRegistry, monkeypatch: pytest.MonkeyPatch) -> BearerAuth:
+    """Tokens that the registry asks for, and credentials that get them."""
     registry.auth = auth = BearerAuth("ada", "s3cret")
     monkeypatch.setenv("MODELPACK_USERNAME", "ada")
     monkeypatch.setenv("MODELPACK_PASSWORD", "s3cret")
     monkeypatch.setenv("MODELPACK_REGISTRY", registry.host)
+    return auth
+
+
+def test_the_token_is_for_both_repositories(
+    registry: FaultyRegistry, store: modelpack.Store, tokens: BearerAuth
+) -> None:
     assert push_twice(registry, store).transfer.mounted
-    assert auth.token_requests[-1]["scope"] == [
+    assert tokens.token_requests[-1]["scope"] == [
         "repository:second/model:pull,push",
         "repository:team/model:pull",
     ]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403])
+def test_a_refused_token_for_both_becomes_an_upload(
+    registry: FaultyRegistry, store: modelpack.Store, tokens: BearerAuth, status: int
+) -> None:
+    modelpack.push("m", to=f"{registry.host}/team/model:v1", store=store)
+
+    def refuse(exchange: Exchange) -> None:
+        is_for_both = len(exchange.query["scope"]) > 1
+        reply = error_reply(status, "DENIED") if is_for_both else tokens.refusal(exchange)
+        assert reply is not None
+        exchange.send(reply)
+
+    registry.faults.add("GET", "/token", refuse, times=None)
+    done = modelpack.push("m", to=f"{registry.host}/second/model:v1", store=store).transfer
+    assert (done.mounted, done.existed) == (0, 0)
+    assert done.written
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405])
@@ -253,6 +277,16 @@ def test_entries_of_other_types_are_ignored(tmp_path: Path) -> None:
     entry = f'{{"version": 1, "blobs": {{"{DIGESTS[0]}": ["r.example/m", 7, null], "x": 3}}}}'
     (store.root / "ingest" / "places.json").write_text(entry)
     assert store.places(DIGESTS[0]) == ["r.example/m"]
+
+
+def test_a_store_that_is_locked_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blob_places, "PATIENCE", 0.01)
+    store = modelpack.Store(tmp_path / "store")
+    with Tree(store.root).lock().held():
+        store.note_place(DIGESTS[:1], "r.example/m")
+    assert store.places(DIGESTS[0]) == []
 
 
 def test_a_store_that_cannot_be_written_to_is_no_error(tmp_path: Path) -> None:
