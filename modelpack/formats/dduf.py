@@ -93,26 +93,27 @@ def _find_directory(file: WeightFile) -> tuple[int, int, int]:
     tail = file.read(start, file.size - start)
     at = tail.rfind(_END_SIGNATURE)
     # ZIP readers disagree on which of several end records counts, so a comment must not hold one.
-    if at < 0 or not _ends_file(tail, at):
+    fields = _END.unpack_from(tail, at) if 0 <= at <= len(tail) - _END.size else None
+    if fields is None or at + _END.size + fields[-1] != len(tail):
         raise file.error(
             "the end record of the ZIP archive is missing",
             file.size,
             hint="the download or copy was probably cut short; fetch the file again",
         )
     end = start + at
-    _, disk, first_disk, _, count, size, offset, _ = _END.unpack_from(tail, at)
+    _, disk, first_disk, _, count, size, offset, _ = fields
     if end >= _LOCATOR.size and file.read(end - _LOCATOR.size, 4) == _LOCATOR_SIGNATURE:
         narrow = (disk, first_disk, count, size, offset)
         _, _, at64, _ = _LOCATOR.unpack(file.read(end - _LOCATOR.size, _LOCATOR.size))
         end -= _LOCATOR.size + _END64.size
         # Some readers follow the locator, others read the bytes right before it.
-        fields = _END64.unpack(file.read(end, _END64.size)) if at64 == end else (b"",)
-        if fields[0] != _END64_SIGNATURE:
+        wide = _END64.unpack(file.read(end, _END64.size)) if at64 == end else (b"",)
+        if wide[0] != _END64_SIGNATURE:
             raise file.error("the ZIP64 locator does not point to a ZIP64 end record", at64)
-        _, _, _, _, disk, first_disk, _, count, size, offset = fields
-        wide = (disk, first_disk, count, size, offset)
+        _, _, _, _, disk, first_disk, _, count, size, offset = wide
+        values = (disk, first_disk, count, size, offset)
         limits = (_UINT16, _UINT16, _UINT16, _UINT32, _UINT32)
-        if any(n not in (w, most) for n, w, most in zip(narrow, wide, limits, strict=True)):
+        if any(n not in (w, most) for n, w, most in zip(narrow, values, limits, strict=True)):
             raise file.error("the ZIP and ZIP64 end records disagree", end)
     if disk or first_disk:
         raise file.error("the archive has several parts, expected one file", end)
@@ -127,13 +128,6 @@ def _find_directory(file: WeightFile) -> tuple[int, int, int]:
     if offset + size < end:  # other readers expect the directory to end right before the record
         raise file.error("unexpected bytes between the directory and the end record", end)
     return offset, size, count
-
-
-def _ends_file(tail: bytes, at: int) -> bool:
-    if at + _END.size > len(tail):
-        return False
-    comment: int = _END.unpack_from(tail, at)[-1]
-    return at + _END.size + comment == len(tail)
 
 
 def _records(file: WeightFile, raw: bytes, offset: int, count: int) -> Iterator[_Record]:

@@ -49,9 +49,8 @@ class Cursor:
         self._end = min(file.size, MAX_HEADER_BYTES)
         self._order = order
         self._u32 = struct.Struct(order + "I")
-        self._u64 = struct.Struct(order + "Q")
         # GGUF v1 counts with 32 bits.
-        self._length = self._u32 if version == 1 else self._u64
+        self._length = self._u32 if version == 1 else struct.Struct(order + "Q")
         self._tails: dict[int, struct.Struct] = {}
         #: Whether the cursor has passed an empty string, key or name.
         self.empty_string = False
@@ -69,9 +68,6 @@ class Cursor:
 
     def u32(self) -> int:
         return self._unpack(self._u32)
-
-    def u64(self) -> int:
-        return self._unpack(self._u64)
 
     def length(self) -> int:
         """Return a count or a length: 32 bits in version 1, otherwise 64."""

@@ -269,9 +269,7 @@ class Collector:
         if not self.tree.quarantine.is_dir():
             return
         for path in sorted(self.tree.quarantine.iterdir()):
-            digest = labelled_digest(path.name)
-            if path.is_dir():
-                continue
+            digest = None if path.is_dir() else labelled_digest(path.name)
             if digest is not None and (digest not in live or self.tree.blob(digest).is_file()):
                 yield path
 
@@ -323,7 +321,8 @@ class Collector:
                 yield path, size
         for path in abandoned_uploads(self.tree.uploads):
             with map_os_errors("delete", path), suppress(FileNotFoundError):
-                size = allocated_bytes(path)
+                files = path.iterdir() if path.is_dir() else [path]
+                size = sum(file.stat().st_blocks * 512 for file in files)
                 if not dry_run:
                     delete_tree(path)
                 yield path, size
@@ -359,9 +358,3 @@ def idle_seconds(path: Path) -> float:
     except (FileNotFoundError, NotADirectoryError):
         found = path.stat()
     return time.time() - found.st_mtime
-
-
-def allocated_bytes(path: Path) -> int:
-    """Return the bytes on the disk of all files of an upload."""
-    files = path.iterdir() if path.is_dir() else [path]
-    return sum(file.stat().st_blocks * 512 for file in files)

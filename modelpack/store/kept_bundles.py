@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import InvalidDigestError, LockedError
@@ -89,7 +89,11 @@ class _Record:
             return None
         try:
             value = json.loads(read_own(directory / _RECORD, _MAX_RECORD_BYTES))
-            return cls(tuple(map(_kept_file, value["files"])), str(value["boot"]))
+            files = [
+                KeptFile(str(path), Digest.parse(digest), None if stamp is None else str(stamp))
+                for path, digest, stamp in value["files"]
+            ]
+            return cls(tuple(files), str(value["boot"]))
         except (OSError, ValueError, KeyError, TypeError, InvalidDigestError, RecursionError):
             return None
 
@@ -332,8 +336,3 @@ def _different_names(directory: Path, files: Collection[KeptFile]) -> str | None
 
 def _stamp(found: os.stat_result) -> str:
     return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-
-
-def _kept_file(value: Any) -> KeptFile:
-    path, digest, stamp = value
-    return KeptFile(str(path), Digest.parse(digest), None if stamp is None else str(stamp))

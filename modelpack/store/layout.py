@@ -35,7 +35,6 @@ from modelpack.store.tree import Tree, open_tree
 # Commands that only read should start fast: other modules are imported when they are used.
 if TYPE_CHECKING:
     from modelpack.store.deletion import GcReport, Removal, Remover
-    from modelpack.store.downloads import Downloads
     from modelpack.store.fsck import FsckReport
     from modelpack.store.imports import ImportedFile
     from modelpack.store.kept_bundles import KeptBundles
@@ -123,7 +122,9 @@ class LayoutStore:
         self._prepare()
         outcome = Outcome.EXISTED
         if not self._publisher.keep(descriptor):
-            outcome = self._downloads.fetch(descriptor, source, watch)
+            from modelpack.store.downloads import Downloads
+
+            outcome = Downloads(self._tree, self._blobs).fetch(descriptor, source, watch)
         if outcome is Outcome.EXISTED:
             watch.report(_skipped(descriptor))
         return outcome
@@ -411,12 +412,6 @@ class LayoutStore:
 
         self._tree.prepare()
         sweep(self._tree)
-
-    @cached_property
-    def _downloads(self) -> Downloads:
-        from modelpack.store.downloads import Downloads
-
-        return Downloads(self._tree, self._blobs)
 
     def _remover(self) -> Remover:
         from modelpack.store.deletion import Remover
