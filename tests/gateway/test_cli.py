@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from modelpack.errors import NotFoundError
 from modelpack_server.gateway import KeyFile
 from modelpack_server.gateway.limits import Limits
 from tests.cli.running import modelpack, succeed
@@ -42,6 +43,30 @@ def test_a_key_as_json_in_the_usual_place(tmp_path: Path, monkeypatch: pytest.Mo
     made = succeed("gateway", "key", "bob", "--json").json
     assert KeyFile(made["file"]).current().find(made["key"]) is not None
     assert Path(made["file"]).is_relative_to(tmp_path) or sys.platform == "darwin"
+
+
+def test_keys_are_listed_and_revoked(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    secret = succeed("gateway", "key", "alice", "--keys", file, "--model", "ai/*").out
+    succeed("gateway", "key", "create", "list", "--keys", file, "--concurrency", "2", "--gateway")
+    keys = KeyFile(file)
+    assert succeed("gateway", "key", "list", "--keys", file).out.splitlines() == [
+        "NAME   REQUESTS/MIN  TOKENS/MIN  CONCURRENCY  MODELS  GATEWAY",
+        "alice  -             -           -            ai/*",
+        "list   -             -           2            all     yes",
+    ]
+    assert succeed("gateway", "key", "list", "--keys", file, "-q").out == "alice\nlist"
+    found = succeed("gateway", "key", "list", "--keys", file, "--json").json
+    assert found["keys"][1] == {
+        "name": "list", "requests_per_minute": None, "tokens_per_minute": None, "concurrency": 2,
+        "per_caller": None, "models": None, "gateway": True,
+    }  # fmt: skip
+    revoked = succeed("gateway", "key", "revoke", "alice", "--keys", file)
+    assert revoked.err == f"removed alice from {file}\n"
+    assert keys.current().find(secret) is None
+    again = modelpack("gateway", "key", "revoke", "alice", "--keys", file)
+    assert again.code == NotFoundError.exit_code
+    assert "has no key 'alice'" in again.err
 
 
 @pytest.mark.parametrize(

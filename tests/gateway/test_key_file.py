@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.errors import ConflictError, FormatError, UsageError
-from modelpack_server.gateway.keys import KeyFile, add_key
+from modelpack.errors import ConflictError, FormatError, NotFoundError, UsageError
+from modelpack_server.gateway.keys import KeyFile, add_key, remove_key
 from modelpack_server.gateway.limits import Limits
 
 
@@ -41,6 +41,65 @@ def test_comments_stay_and_the_mode_is_mended(tmp_path: Path) -> None:
     assert path.read_text().startswith("# ours\n\n[keys.")
     assert names(KeyFile(path)) == ["alice", "bob"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+OURS = """\
+# our keys
+
+[keys.alice]  # of the first team
+sha256 = "{a}"
+models = [
+    "x",
+]
+# more of alice
+[keys."alice".per_caller]
+concurrency = 1
+
+# bob's
+[keys.bob]
+sha256 = "{b}"
+# the end
+"""
+
+
+def test_a_key_removed_takes_its_tables_and_no_other_comments(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    text = OURS.format(a="a" * 64, b="b" * 64)
+    path.write_text(text)
+    file = KeyFile(path)
+    remove_key(path, "alice")
+    assert names(file) == ["bob"]
+    assert path.read_text() == (
+        f'# our keys\n\n# more of alice\n\n# bob\'s\n[keys.bob]\nsha256 = "{"b" * 64}"\n# the end\n'
+    )
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.write_text(text)
+    remove_key(path, "bob")
+    assert path.read_text().startswith("# our keys\n\n[keys.alice]  # of the first team\n")
+    assert path.read_text().endswith("concurrency = 1\n\n# bob's\n# the end\n")
+    remove_key(path, "alice")
+    assert names(file) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('[keys.bob]\nsha256 = "{}"\n', NotFoundError),
+        ('[keys]\nalice = {{ sha256 = "{}" }}\n', ConflictError),
+        ('keys.alice.sha256 = "{}"\n', ConflictError),
+        ("[keys.alice]\n", FormatError),
+        (None, UsageError),
+    ],
+)
+def test_a_key_that_cannot_be_removed(
+    tmp_path: Path, text: str | None, error: type[Exception]
+) -> None:
+    path = tmp_path / "keys.toml"
+    if text is not None:
+        path.write_text(text.format("a" * 64))
+    with pytest.raises(error):
+        remove_key(path, "alice")
+    assert text is None or path.read_text() == text.format("a" * 64)
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

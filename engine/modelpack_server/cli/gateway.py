@@ -6,6 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 import click
 
 from modelpack.cli.options import Settings, common_options, tls_options
-from modelpack.cli.output import SCHEMA_VERSION, note, request_log, show
+from modelpack.cli.output import SCHEMA_VERSION, note, request_log, show, table
 from modelpack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -157,7 +158,22 @@ def announce(settings: Settings, url: str, text: str, **details: Sequence[str]) 
     note(settings, f"{text}; stop with Ctrl-C")
 
 
-@gateway.command()
+class _KeyGroup(click.Group):
+    """`key NAME` is short for `key create NAME`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Insert the subcommand if there is none."""
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["create", *args]
+        return super().parse_args(ctx, args)
+
+
+@gateway.group(cls=_KeyGroup, epilog="`gateway key NAME` is short for `gateway key create NAME`.")
+def key() -> None:
+    """Create, list and revoke the API keys in a file."""
+
+
+@key.command()
 @click.argument("name")
 @_KEY_FILE
 @click.option("--requests-per-minute", type=click.IntRange(min=1), metavar="N",
@@ -175,7 +191,7 @@ def announce(settings: Settings, url: str, text: str, **details: Sequence[str]) 
     help="Make a key for a gateway (MODELPACK_UPSTREAM_KEY), which may name its callers.",
 )  # fmt: skip
 @common_options
-def key(
+def create(
     settings: Settings,
     name: str,
     key_file: Path | None,
@@ -194,14 +210,59 @@ def key(
             "--gateway cannot be combined with --model",
             hint="restrict the keys of the gateway's callers instead",
         )
-    if key_file is None:
-        from platformdirs import user_config_path
-
-        key_file = user_config_path("modelpack") / "keys.toml"
+    key_file = _key_file(key_file)
     limits = Limits(requests_per_minute, tokens_per_minute, concurrency)
     secret = add_key(key_file, name, limits=limits, models=models, gateway=for_gateway)
     show(settings, {"name": name, "key": secret, "file": str(key_file)}, secret)
     note(settings, f"added to {key_file}; the key is not shown again. Serve with --keys {key_file}")
+
+
+@key.command("list")
+@_KEY_FILE
+@common_options
+def list_keys(settings: Settings, key_file: Path | None) -> None:
+    """List the names, limits and models of the API keys; the keys themselves are not stored."""
+    from modelpack_server.gateway.keys import KeyFile
+
+    path = _key_file(key_file)
+    keys = KeyFile(path).current().keys
+    found = [
+        {"name": key.name, **asdict(key.limits),
+         "per_caller": None if key.per_caller is None else asdict(key.per_caller),
+         "models": key.models, "gateway": key.gateway}
+        for key in keys
+    ]  # fmt: skip
+    if settings.quiet and not settings.json:
+        click.echo("".join(f"{key.name}\n" for key in keys), nl=False)
+        return
+    header = ("NAME", "REQUESTS/MIN", "TOKENS/MIN", "CONCURRENCY", "MODELS", "GATEWAY")
+    rows = [
+        (key.name, *("-" if limit is None else str(limit) for limit in astuple(key.limits)),
+         "all" if key.models is None else " ".join(key.models), "yes" if key.gateway else "")
+        for key in keys
+    ]  # fmt: skip
+    show(settings, {"file": str(path), "keys": found}, table(header, rows))
+
+
+@key.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@_KEY_FILE
+@common_options
+def revoke(settings: Settings, names: tuple[str, ...], key_file: Path | None) -> None:
+    """Remove API keys from the file; servers refuse them from the next request on."""
+    from modelpack_server.gateway.keys import remove_key
+
+    path = _key_file(key_file)
+    for name in names:
+        remove_key(path, name)
+        note(settings, f"removed {name} from {path}")
+    show(settings, {"file": str(path), "revoked": names}, "")
+
+
+def _key_file(given: Path | None) -> Path:
+    from platformdirs import user_config_path
+
+    return given or user_config_path("modelpack") / "keys.toml"
 
 
 def _require_extra() -> None:

@@ -24,11 +24,18 @@ import re
 import secrets
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modelpack.errors import ConflictError, FormatError, ModelpackError, UsageError
+from modelpack.errors import (
+    ConflictError,
+    FormatError,
+    ModelpackError,
+    NotFoundError,
+    UsageError,
+)
 from modelpack.store.filesystem import FileLock, write_atomically
 from modelpack_server.gateway.caller import Caller
 from modelpack_server.gateway.limits import NO_LIMITS, Limits
@@ -268,7 +275,7 @@ def add_key(
         )
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with FileLock(path.with_name(f".{path.name}.lock")).held(remove=True):
+    with _locked(path):
         text = _read(path)[1] if path.exists() else ""
         if any(key.name == name for key in parse_keys(text, str(path)).keys):
             raise ConflictError(f"{path} already has a key {name!r}", hint="choose another name")
@@ -277,6 +284,70 @@ def add_key(
         parse_keys(text, str(path))  # check that the new text is valid
         write_atomically(path, text.encode(), by_way_of=path.parent, mode=0o600)
     return secret
+
+
+def remove_key(path: Path | str, name: str) -> None:
+    """Remove the key named `name` from the file at `path`, which is replaced as by `add_key`.
+
+    Other keys and comments are kept. Raises `NotFoundError` for an unknown name, `ConflictError` if
+    the key is not written as a table, `FormatError` or `UsageError` for an invalid file.
+    """
+    path = Path(os.path.realpath(path))
+    with _locked(path):
+        text = _read(path)[1]
+        before = parse_keys(text, str(path)).keys
+        left = tuple(key for key in before if key.name != name)
+        if left == before:
+            raise NotFoundError(
+                f"{path} has no key {name!r}", hint="run modelpack gateway key list --keys FILE"
+            )
+        text = _without(text, name)
+        try:
+            removed = parse_keys(text, str(path)).keys == left
+        except FormatError:
+            removed = False
+        if not removed:
+            raise ConflictError(
+                f"cannot remove the key {name!r} from {path}: it is not a table [keys.{name}]",
+                hint="remove it with an editor",
+            )
+        write_atomically(path, text.encode(), by_way_of=path.parent, mode=0o600)
+
+
+def _locked(path: Path) -> AbstractContextManager[None]:
+    return FileLock(path.with_name(f".{path.name}.lock")).held(remove=True)
+
+
+def _without(text: str, name: str) -> str:
+    """Return `text` without the tables of the key, up to the last line that is not a comment."""
+    kept: list[str] = []
+    comments: list[str] = []  # blank lines and comments, which may belong to the next table
+    drops = False
+    for line in text.splitlines(keepends=True):
+        if line.lstrip().startswith("["):
+            drops = _path_of(line)[:2] == ["keys", name]
+        elif not line.strip() or line.lstrip().startswith("#"):
+            comments.append(line)
+            continue
+        if not drops:
+            kept += [*comments, line]
+        elif line.lstrip().startswith("["):
+            kept += comments  # above the table
+        comments = []
+    return "".join([*kept, *comments]).strip("\n") + "\n"
+
+
+def _path_of(header: str) -> list[str]:
+    """Return the keys in the header of a TOML table; [] for another line."""
+    try:
+        table: Any = tomllib.loads(header)
+    except tomllib.TOMLDecodeError:
+        return []
+    path = []
+    while isinstance(table, dict) and table:
+        [(key, table)] = table.items()
+        path.append(key)
+    return path
 
 
 def _table(name: str, secret: str, limits: Limits, models: tuple[str, ...], gateway: bool) -> str:
