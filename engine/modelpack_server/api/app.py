@@ -20,6 +20,7 @@ from modelpack.http.listener import GRACE, LOGGERS, AppServer
 from modelpack_server.api import anthropic, model_runner, ollama, openai, page, system
 from modelpack_server.api import traces as cancellation
 from modelpack_server.api.errors import Failures, Problem, install, respond
+from modelpack_server.api.page.reference import add_reference
 from modelpack_server.api.system import LogBuffer
 from modelpack_server.api.traces import EngineTraces
 from modelpack_server.gateway.caller import caller_of
@@ -104,11 +105,12 @@ def create_app(
 
     app = FastAPI(
         title="Modelpack", version=modelpack.__version__, lifespan=lifespan,
-        docs_url="/docs", openapi_url="/openapi.json", redirect_slashes=False,
+        docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False,
     )  # fmt: skip
     install(app, _error_response)
 
     app.add_api_route("/", page.root, methods=["GET", "HEAD"], include_in_schema=False)
+    add_reference(app)
 
     app.include_router(system.router(pool, logs))
     app.include_router(system.pool_router(pool))

@@ -95,7 +95,7 @@ class HostCheck:
 
 _METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE"
 _EXPOSED = "x-request-id, request-id, retry-after, retry-after-ms"
-_PAGES = frozenset(("/", "/docs"))
+_PAGES = frozenset(("/", "/docs", "/redoc"))
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/*@?#]+?(:\*|:[0-9]{1,5})?")
 
 

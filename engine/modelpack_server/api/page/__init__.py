@@ -1,4 +1,7 @@
-"""The chat page at /: one HTML file, and the headers that restrict what it may load."""
+"""Pages for browsers: the chat page at /, and the headers that restrict what a page may load.
+
+`reference` has the API reference.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import base64
 import functools
 import hashlib
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 
 from fastapi import Request, Response
@@ -19,13 +23,18 @@ def root(request: Request) -> Response:
     headers = {"Vary": "Accept", "Cache-Control": "no-cache"}
     if not _takes_html(request.headers.get("accept", "")):
         return PlainTextResponse("Modelpack is running\n", headers=headers)
-    headers |= {
-        "Content-Security-Policy": policy(),
+    return html_response(text(), headers)
+
+
+def html_response(page: str, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a page with the headers that restrict what it may load."""
+    own = {
+        "Content-Security-Policy": policy(page),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cross-Origin-Opener-Policy": "same-origin",
     }
-    return HTMLResponse(text(), headers=headers)
+    return HTMLResponse(page, headers={**(headers or {}), **own})
 
 
 @functools.cache
@@ -33,19 +42,20 @@ def text() -> str:
     return (files(__package__) / "chat.html").read_text(encoding="utf-8")
 
 
-@functools.cache
-def policy() -> str:
+@functools.lru_cache(maxsize=4)
+def policy(page: str) -> str:
     """Return the Content-Security-Policy, which allows only the page's own script and style, by
     hash, and requests to this server. Model output could not run as script even if it were HTML.
     """
     hashes: dict[str, list[str]] = {"script": [], "style": []}
-    for kind, content in _INLINE.findall(text()):
+    for kind, content in _INLINE.findall(page):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         hashes[kind].append(f"'sha256-{digest}'")
+    none = "'none'"
     return "; ".join(
         (
             "default-src 'none'",
-            f"script-src {' '.join(hashes['script'])}",
+            f"script-src {' '.join(hashes['script']) or none}",
             f"style-src {' '.join(hashes['style'])}",
             "connect-src 'self'",
             "img-src data:",
