@@ -10,6 +10,7 @@ import click
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import note, show
 from modelpack.deploy.services import KINDS, Service, ServiceManager, carried_environment
+from modelpack.errors import UsageError
 
 _KIND = click.argument("kind", metavar="serve|registry|gateway", type=click.Choice(list(KINDS)))
 
@@ -76,4 +77,9 @@ def _check_options(kind: str, options: tuple[str, ...]) -> None:
         found = command.get_command(click.Context(command), word)
         assert found is not None, f"modelpack has the command {word}"
         command = found
-    command.make_context(f"modelpack {' '.join(KINDS[kind])}", list(options), obj=Settings())
+    name = f"modelpack {' '.join(KINDS[kind])}"
+    context = command.make_context(name, list(options), obj=Settings())
+    if isinstance(command, click.Group):
+        _, words, _ = command.make_parser(context).parse_args(list(options))
+        if words:  # a subcommand, such as `gateway key`, which prints a secret
+            raise UsageError(f"{words[0]!r} is not an option of {name}")

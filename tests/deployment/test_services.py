@@ -241,6 +241,8 @@ def test_the_command(here: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -
         (["registry", "--", "--port", "70000"], "70000"),
         (["serve", "--", "--device", "tpu"], "tpu"),
         (["gateway", "--", "--balance", "fair"], "fair"),
+        # It would write a new API key to the log at each start.
+        (["gateway", "--", "key", "team"], "'key' is not an option of modelpack gateway"),
         (["nothing"], "nothing"),
         (["registry", "--env-file", "missing.env"], "missing.env"),
     ],
