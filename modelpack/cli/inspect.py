@@ -35,7 +35,7 @@ from modelpack.cli.output import (
     shown_progress,
     table,
 )
-from modelpack.errors import NotFoundError, UnsupportedError
+from modelpack.errors import NotFoundError, UnsupportedError, UsageError
 from modelpack.formats.gguf import MetadataArray
 from modelpack.operations import lookup
 from modelpack.operations.remote import RemoteOptions
@@ -45,7 +45,6 @@ from modelpack.storage import read_blob
 
 if TYPE_CHECKING:
     from modelpack.operations.headers import FileHeader
-    from modelpack.operations.remote import RemoteOptions
 
 
 def model_json(
@@ -172,6 +171,38 @@ def show_headers(settings: Settings, name: str, in_registry: bool, remote: Remot
     )
 
 
+def show_document(
+    settings: Settings, name: str, kind: str, in_registry: bool, remote: RemoteOptions
+) -> None:
+    """Print a text of a model; `kind` is the name of a `Document`."""
+    from modelpack.operations.documents import Document, read_document
+
+    if in_registry:
+        full_reference(settings, name)
+    store = None if in_registry else settings.existing_store()
+    found = read_document(
+        name, Document[kind], store=store, remote=remote, from_registry=in_registry
+    )
+    value = {"texts": [{"file": path or None, "text": text} for path, text in found.items()]}
+    show(settings, value, "\n\n".join(text.rstrip("\n") for text in found.values()))
+
+
+def show_files(settings: Settings, model: Model, missing: Collection[Digest]) -> None:
+    """Print the files of a model; `missing` are the layers that the store lacks."""
+    rows = [
+        (
+            file.filepath or "",
+            str(file.role),
+            human_size(file.descriptor.size),
+            str(file.descriptor.digest),
+            "missing" if file.descriptor.digest in missing else "",
+        )
+        for file in model.files()
+    ]
+    value = {"digest": str(model.digest), "files": model_json(model, missing)["files"]}
+    show(settings, value, table(("FILE", "ROLE", "SIZE", "DIGEST", ""), rows))
+
+
 def _headers_json(read: FileHeader) -> dict[str, Any]:
     value: dict[str, Any] = {
         "file": read.file.filepath,
@@ -236,19 +267,38 @@ PULL = click.option("--pull", is_flag=True, help="Pull missing files first.")
     is_flag=True,
     help="Show the metadata and the tensors in the headers of weight files.",
 )
+@click.option("--template", is_flag=True, help="Print the chat template.")
+@click.option("--license", is_flag=True, help="Print the licences.")
+@click.option("--card", is_flag=True, help="Print the model card.")
+@click.option("--files", is_flag=True, help="List only the files, with their digests.")
 @REMOTE
 @remote_options
 @variant_option
 @common_options
 def inspect(
-    settings: Settings, model: str, header: bool, in_registry: bool, remote: RemoteOptions
+    settings: Settings,
+    model: str,
+    header: bool,
+    template: bool,
+    license: bool,
+    card: bool,
+    files: bool,
+    in_registry: bool,
+    remote: RemoteOptions,
 ) -> None:
     """Show the format, size, context length and files of a model, or the parts of an image.
 
-    For a remote model, only the manifest, the config and, with --header, file headers are fetched.
+    For a remote model, only the manifest, the config and the requested headers and texts are
+    fetched.
     """
+    if sum((header, template, license, card, files)) > 1:
+        raise UsageError("--header, --template, --license, --card and --files exclude each other")
     if header:
         show_headers(settings, model, in_registry, remote)
+        return
+    if template or license or card:
+        kind = "TEMPLATE" if template else "LICENSE" if license else "CARD"
+        show_document(settings, model, kind, in_registry, remote)
         return
     try:
         found = _find(settings, model, in_registry, remote)
@@ -265,7 +315,9 @@ def inspect(
         missing = {blob.digest for blob in store.missing(found.descriptor)}
         with suppress(NotFoundError):  # a variant without a name; its index has one
             names = store.get(str(found.digest)).references
-    if settings.json:
+    if files:
+        show_files(settings, found, missing)
+    elif settings.json:
         show_json(model_json(found, missing, names))
     else:
         click.echo(model_text(found, missing, names))
