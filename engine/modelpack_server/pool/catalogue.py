@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from modelpack.operations.remote import RemoteOptions
 from modelpack.store.layout import LayoutStore
@@ -20,7 +20,7 @@ class StoredModel:
 
     `names` are its names in the store, the preferred one first; `origins` are the repositories from
     which it was pulled. Neither contains what a user typed. `size` is the size of its files, in
-    bytes.
+    bytes. `purpose` is empty for files that the engine cannot load.
     """
 
     key: str
@@ -33,6 +33,7 @@ class StoredModel:
     parameters: str = ""
     quantization: str = ""
     format: str = ""
+    purpose: Literal["", "generation", "embedding", "ranking"] = "generation"
 
 
 class PooledEngine(ServingEngine, Protocol):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Index, parse_manifest_or_index
@@ -16,6 +16,7 @@ from modelpack.hub.reference import local_name
 from modelpack.operations.lookup import stored_model
 from modelpack.operations.model_list import list_models
 from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.resolve import has_packed_weights
 from modelpack.store import lookup
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.async_engine import AsyncEngine
@@ -30,6 +31,7 @@ from modelpack_server.pool.settings import ModelSettings
 if TYPE_CHECKING:
     from modelpack_engine.distributed.leader import Ranks
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+    from modelpack_engine.embedding.loader import Purpose
     from modelpack_engine.models import ModelFiles
     from modelpack_engine.runner.base_engine import BaseEngine
 
@@ -64,6 +66,7 @@ class StoreCatalogue:
         self.store = store or LayoutStore()
         self._stores = (self.store,) if files is None else (files, self.store)
         self.config = config or EngineConfig()
+        self._purposes: dict[Digest, Purpose] = {}
 
     def version(self) -> object:
         """Return the time of the last change of the store's index."""
@@ -81,7 +84,8 @@ class StoreCatalogue:
         except InvalidReferenceError as error:
             raise NotFoundError(f"no such model: {name!r} ({error})") from error
         names, origins = _names(store, model)
-        return replace(_described(model, names), origins=origins)
+        purpose = self._purpose(store, model)
+        return replace(_described(model, names), origins=origins, purpose=purpose)
 
     def _store_of(self, name: str) -> LayoutStore:
         """Return the store with the model `name`; for an unknown name, the local store."""
@@ -93,7 +97,11 @@ class StoreCatalogue:
 
     def stored(self) -> Sequence[StoredModel]:
         """Return the readable models."""
-        return [model for store in self._stores for model in _stored(store)]
+        return [
+            replace(_described(model, names), origins=origins, purpose=self._purpose(store, model))
+            for store in self._stores
+            for model, names, origins in _stored(store)
+        ]
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return an estimate of the loaded model's memory, in bytes."""
@@ -167,6 +175,28 @@ class StoreCatalogue:
         defaults = {**sampling_of_files(opened.files), **own.sampling()}
         return LoadedEngine(engine, found.get("type", ""), defaults, own.preface)
 
+    def _purpose(self, store: LayoutStore, model: Model) -> Purpose | Literal[""]:
+        """Return a model's purpose by its files, "" if they cannot be loaded; read them once.
+
+        The architecture in the package's config decides if weights are in archives, and with a
+        trust policy, which must be satisfied before a file is opened.
+        """
+        from modelpack_engine.embedding.encoder_checkpoint import is_encoder
+        from modelpack_engine.embedding.loader import purpose_of
+        from modelpack_engine.models.files import ModelFiles
+
+        if self.remote.trust is not None or has_packed_weights(model):
+            name = model.config.architecture  # llama.cpp writes nomic-bert for nomic_bert
+            encodes = any(is_encoder({"model_type": n}) for n in (name, name.replace("-", "_")))
+            return "embedding" if encodes else "generation"
+        if model.digest not in self._purposes:
+            try:
+                files = ModelFiles.from_model(model, store.blob_path)
+                self._purposes[model.digest] = purpose_of(files)
+            except ModelpackError:
+                return ""
+        return self._purposes[model.digest]
+
     def _loaded_bytes(self, store: LayoutStore, model: Model, config: EngineConfig) -> int:
         """Return an estimate of the weights' memory in an engine with `config`, in bytes."""
         from modelpack_engine.llama_cpp.library import choose_backend
@@ -207,17 +237,13 @@ def _lists(store: LayoutStore, index: lookup.StoredModel, digest: Digest) -> boo
     return isinstance(parsed, Index) and any(m.digest == digest for m in parsed.manifests)
 
 
-def _stored(store: LayoutStore) -> list[StoredModel]:
-    """Return the readable models of a store."""
+def _stored(store: LayoutStore) -> Iterator[tuple[Model, tuple[str, ...], tuple[str, ...]]]:
+    """Yield the readable models of a store, with their names and origins."""
     origins = {model.digest: model.origins for model in store.models()}
-    return [
-        replace(
-            _described(listed.model, tuple(ref.familiar for ref in listed.references)),
-            origins=origins.get(listed.model.digest, ()),
-        )
-        for listed in list_models(store)
-        if listed.model is not None
-    ]
+    for listed in list_models(store):
+        if listed.model is not None:
+            names = tuple(ref.familiar for ref in listed.references)
+            yield listed.model, names, origins.get(listed.model.digest, ())
 
 
 def _generates(files: ModelFiles, settings: ModelSettings) -> bool:

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelpack_server.api.app import ModelServer, create_app
+from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.interactive.browser import chromium
 from tests.engine.pool.shelf import Shelf
@@ -193,6 +194,24 @@ def test_a_conversation(site: Site, url: str) -> None:
     ask(page, "Spain?")
     answered(page)
     assert site.engine.prompt.startswith("system: Be brief.\nuser: Spain?\n")
+
+
+class WithEmbeddings(ScriptedCatalogue):
+    """A catalogue with an embedding model before the chat model."""
+
+    def stored(self) -> list[StoredModel]:
+        return [StoredModel("sha256:e", ("a-vectors",), purpose="embedding"), *super().stored()]
+
+    def find(self, name: str) -> StoredModel:
+        return next(model for model in self.stored() if name in model.names)
+
+
+def test_embedding_models_are_not_offered(site: Site) -> None:
+    catalogue = WithEmbeddings(site.engine)
+    with ModelServer(lambda: ModelPool(catalogue), address="127.0.0.1:0") as server:
+        page = site.open(server.url)
+        assert page.locator("#model option").all_inner_texts() == ["m"]
+        assert page.locator("#model").input_value() == "m"
 
 
 def test_reasoning_is_apart(site: Site, url: str) -> None:

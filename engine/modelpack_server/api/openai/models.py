@@ -30,6 +30,10 @@ def router(pool: ModelPool) -> APIRouter:
     return routes
 
 
+# As in Ollama's /api/show and in llama-server.
+_CAPABILITIES = {"generation": ["completion"], "embedding": ["embedding"], "ranking": ["ranking"]}
+
+
 def card(model: StoredModel) -> dict[str, Any]:
     """Return the object of a model; `dmr` has the fields that Docker Model Runner adds.
 
@@ -49,5 +53,6 @@ def card(model: StoredModel) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "modelpack",
         "root": model.key,
+        "capabilities": _CAPABILITIES.get(model.purpose, []),
         "dmr": {key: value for key, value in facts.items() if value},
     }

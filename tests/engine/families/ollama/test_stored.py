@@ -168,6 +168,14 @@ def test_what_is_shown(stocked: Stocked) -> None:
     assert old.json()["tensors"]
 
 
+def test_openai_s_list_says_what_a_model_can_do(stocked: Stocked) -> None:
+    listed = requests.get(f"{stocked.url}/v1/models", timeout=30).json()["data"]
+    found = {card["id"]: card["capabilities"] for card in listed}
+    assert (found["tiny"], found["vectors"]) == (["completion"], ["embedding"])
+    one = requests.get(f"{stocked.url}/v1/models/vectors", timeout=30).json()
+    assert one["capabilities"] == ["embedding"]
+
+
 def test_what_is_shown_of_a_model_that_cannot_be_loaded(stocked: Stocked) -> None:
     path = FIXTURES / "models" / "tiny-dduf" / "tiny.dduf"
     modelpack.package("images", PackageRequest(dduf=path), store=stocked.store)
