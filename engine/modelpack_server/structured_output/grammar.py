@@ -28,6 +28,7 @@ from modelpack_engine.errors import (
     no_panics,
 )
 from modelpack_engine.models.tokenizer import Tokenizer
+from modelpack_server.structured_output.closed_objects import BY_NAME, DATA, close_objects
 
 #: Characters of one schema. The compiler recurses along references: see `on_deep_stack`.
 MAX_SCHEMA = 128 << 10
@@ -49,9 +50,6 @@ _IDLE: Mapping[str, tuple[Any, ...]] = {
     "unevaluatedProperties": ({}, True),
     "unevaluatedItems": ({}, True),
 }
-# Keywords whose values are not schemas, and keywords whose values are schemas by name.
-_DATA = {"const", "enum", "default", "examples", "x-guidance"}
-_BY_NAME = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 
 
 def prepared(schema: object) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def prepared(schema: object) -> dict[str, Any]:
     try:
         size = len(json.dumps(schema, allow_nan=False))
         patterns = sum(map(_pattern_size, _objects(schema)))
-        result = _without_idle_words(schema)
+        result = _without_idle_words(close_objects(schema))
         optional = max(map(_optional, _objects(schema)))
     except (TypeError, ValueError, RecursionError) as error:
         raise _refusal(f"it is not JSON: {error}") from error
@@ -136,10 +134,10 @@ def _without_idle_words(schema: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if key in _IDLE and value in _IDLE[key]:
             continue
-        if key in _BY_NAME and isinstance(value, Mapping):
+        if key in BY_NAME and isinstance(value, Mapping):
             result[key] = {name: walk(part) for name, part in value.items()}
         else:
-            result[key] = value if key in _DATA else walk(value)
+            result[key] = value if key in DATA else walk(value)
     return result
 
 

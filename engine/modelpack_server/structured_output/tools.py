@@ -336,20 +336,11 @@ def tool_grammar(
 
 
 def closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a tool's arguments: an object with the named properties only.
-
-    JSON Schema allows additional properties by default, but a function accepts only the arguments
-    that it names.
-    """
+    """Return the schema of a tool's arguments: an object, which `prepared` closes."""
     schema = dict(parameters)
     if not {"$ref", "anyOf", "oneOf", "allOf"} & schema.keys():
         schema.setdefault("type", "object")
         schema.setdefault("properties", {})
-        required, properties = schema.get("required", []), schema["properties"]
-        if isinstance(required, list) and isinstance(properties, Mapping):
-            named = set(map(str, required)) <= properties.keys()
-            if named and "patternProperties" not in schema:
-                schema.setdefault("additionalProperties", False)
     return schema
 
 

@@ -255,6 +255,11 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
             "type": "nothing"}}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True,
+            "schema": {"type": "object", "additionalProperties": True}}}},
+         "response_format.json_schema.schema"),
+        ({"tools": [{"type": "function", "function": {"name": "x", "strict": True,
+            "parameters": {"type": "object", "additionalProperties": {}}}}]}, "tools"),
         ({"response_format": {"type": "regex", "regex": "("}}, "response_format"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"modalities": ["text", "audio"]}, "modalities"),

@@ -154,6 +154,7 @@ def optional(count: int) -> dict[str, Any]:
         "properties": required | named,
         "required": list(required),
         "patternProperties": {"^x": {"type": "integer"}},
+        "additionalProperties": True,
     }
 
 

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body, SparseBody
 from modelpack_server.structured_output import Constraint
+from modelpack_server.structured_output.closed_objects import check_strict
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 
 
@@ -186,6 +187,8 @@ class FunctionFields(Body):
 
     def tool(self) -> Tool:
         parameters = self.parameters or {"type": "object", "properties": {}}
+        if self.strict:
+            check_strict(parameters, "tools")
         return Tool(self.name, self.description or "", parameters, bool(self.strict))
 
 
@@ -387,6 +390,8 @@ def constraint_of(value: Mapping[str, Any] | None) -> Constraint | None:
         schema = inner.get("schema", {})
         if not isinstance(schema, dict):
             raise RequestError("the schema is not an object", param=f"{_PARAM}.json_schema.schema")
+        if inner.get("strict") is True:
+            check_strict(schema, f"{_PARAM}.json_schema.schema")
         return Constraint("json_schema", schema)
     if kind in ("regex", "grammar"):
         text = value.get(kind)
