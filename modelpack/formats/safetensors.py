@@ -239,13 +239,8 @@ _DTYPE_NAMES = {name: name for name in DTYPE_BITS}
 
 
 def _are_offsets(value: Any) -> TypeGuard[list[int]]:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and type(value[0]) is int
-        and type(value[1]) is int
-        and 0 <= value[0] <= value[1] <= MAX_COUNT
-    )
+    is_pair = isinstance(value, list) and list(map(type, value)) == [int, int]
+    return is_pair and 0 <= value[0] <= value[1] <= MAX_COUNT
 
 
 def _memory(text: str) -> int:

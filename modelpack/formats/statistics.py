@@ -51,7 +51,6 @@ from modelpack.formats.tensors import (
     TensorInfo,
 )
 from modelpack.formats.units import (
-    boolean,
     fixed,
     format_decimal_parameters,
     format_decimal_size,
@@ -443,7 +442,7 @@ def _scalar_text(value: int | float | bool | str) -> str:
     if isinstance(value, str):
         return trim(value)
     if isinstance(value, bool):
-        return boolean(value)
+        return str(value).lower()
     return fixed(value) if isinstance(value, float) else str(value)
 
 

@@ -26,11 +26,6 @@ def fixed(number: float) -> str:
     return _special(number) or f"{number:.6f}"
 
 
-def boolean(value: bool) -> str:
-    """Return `true` or `false`, as Go's `%t`."""
-    return "true" if value else "false"
-
-
 def any_value(value: Any) -> str:
     """Return the text of Go's `%v` for a value decoded from JSON.
 
@@ -41,7 +36,7 @@ def any_value(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
-        return boolean(value)
+        return str(value).lower()
     if isinstance(value, (int, float)):
         return _shortest(float(value))
     if isinstance(value, list):

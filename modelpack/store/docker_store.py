@@ -45,10 +45,9 @@ from modelpack.store.file_copy import (
 )
 from modelpack.store.filesystem import (
     check_room,
-    flush_directory,
     map_os_errors,
     read_own,
-    write_durably,
+    write_atomically,
 )
 from modelpack.store.lookup import Entry, StoredModel
 
@@ -330,15 +329,9 @@ class DockerStore:
 
     def _replace(self, path: Path, content: bytes) -> None:
         """Replace a small file as Model Runner does: write a temporary file, then rename it."""
-        staged = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
         with map_os_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                write_durably(staged, content, mode=0o644)
-                os.replace(staged, path)
-            finally:
-                staged.unlink(missing_ok=True)
-            flush_directory(path.parent)
+            write_atomically(path, content, by_way_of=path.parent)
 
     def _delete_unused(self, digests: list[Digest]) -> None:
         """Delete blobs that no model uses: nothing else would ever delete them."""

@@ -208,16 +208,16 @@ class Checker:
         try:
             inode = os.lstat(path).st_ino
             is_live = manifest in self._needs
-            verdict = self._bundles.verify(path, is_live=is_live, fast=self._fast, seen=seen)
+            state, why = self._bundles.verify(path, is_live=is_live, fast=self._fast, seen=seen)
         except FileNotFoundError:  # replaced or removed since it was listed
             return
-        if verdict.state is State.SOUND:
+        if state is State.SOUND:
             return
         with self._tree.lock().held():
             dropped = self._bundles.drop(path, inode=inode)
-        if dropped and verdict.state is State.DAMAGED:
+        if dropped and state is State.DAMAGED:
             message = (
-                f"the bundle {path} differed from its model ({verdict.why}) and was deleted: "
+                f"the bundle {path} differed from its model ({why}) and was deleted: "
                 "restart runtimes that opened it"
             )
             self._add(Fault.BUNDLE, message, manifest)

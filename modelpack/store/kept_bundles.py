@@ -53,14 +53,6 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """The state of a bundle; `why` names the file that differs."""
-
-    state: State
-    why: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class KeptFile:
     """A file of a bundle: `path` with slashes, and the digest of its bytes.
 
@@ -133,17 +125,17 @@ class KeptBundles:
 
     def verify(
         self, path: Path, *, is_live: bool, fast: bool, seen: Callable[[int], None]
-    ) -> Verdict:
-        """Check a bundle against the digests of its files; unless `fast`, hash the copies.
+    ) -> tuple[State, str]:
+        """Check a bundle against the digests of its files; return its state and what differs.
 
-        Links are not hashed here: the caller hashes the blobs.
+        Unless `fast`, hash the copies. Links are not hashed here: the caller hashes the blobs.
         """
         try:
             verdict = self._verify(path, fast=fast, seen=seen)
         except OSError as error:
-            verdict = Verdict(State.DAMAGED, f"it cannot be read: {error.strerror}")
-        if verdict.state is State.OUTDATED and not is_live:
-            return Verdict(State.SOUND)  # it may be open still; `gc` deletes it later
+            verdict = State.DAMAGED, f"it cannot be read: {error.strerror}"
+        if verdict[0] is State.OUTDATED and not is_live:
+            return State.SOUND, ""  # it may be open still; `gc` deletes it later
         return verdict
 
     @contextmanager
@@ -264,26 +256,26 @@ class KeptBundles:
             self._write(directory, settled)
         return None
 
-    def _verify(self, path: Path, *, fast: bool, seen: Callable[[int], None]) -> Verdict:
+    def _verify(self, path: Path, *, fast: bool, seen: Callable[[int], None]) -> tuple[State, str]:
         record = _Record.read(path)
         if record is None:
-            return Verdict(State.OUTDATED, f"it has no valid {_RECORD}")
+            return State.OUTDATED, f"it has no valid {_RECORD}"
         different = _different_names(path, record.files)
         if different is not None:
-            return Verdict(State.DAMAGED, different)
-        verdict = Verdict(State.SOUND)
+            return State.DAMAGED, different
+        verdict = State.SOUND, ""
         for file in record.files:
             place = path / file.path
             if file.stamp is None:
                 if self._is_blob(place, file.digest):
                     continue
-                verdict = Verdict(State.OUTDATED, f"{file.path} is not a link of its blob")
+                verdict = State.OUTDATED, f"{file.path} is not a link of its blob"
                 if fast:
                     continue
             elif fast and file.stamp == _stamp(os.lstat(place)):
                 continue
             if hash_file(place, file.digest.algorithm, seen) != file.digest:
-                return Verdict(State.DAMAGED, f"{file.path} is not {file.digest}")
+                return State.DAMAGED, f"{file.path} is not {file.digest}"
         return verdict
 
     def _put_aside(self, path: Path) -> Path:
