@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from modelpack.store.layout import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from modelpack.operations.repair import Repaired
+    from modelpack.store.layout import LayoutStore
 
 
 _STEPS = (("year", 365 * 86400), ("month", 30 * 86400), ("week", 7 * 86400), ("day", 86400),
@@ -44,15 +46,23 @@ _HEADER = (
 
 @click.command("list")
 @click.argument("model", required=False)
+@click.option(
+    "--sort", type=click.Choice(["name", "created", "modified", "size"]), default="name",
+    show_default=True, help="Sort by this, the newest and the largest first.",
+)  # fmt: skip
 @common_options
-def list_models(settings: Settings, model: str | None) -> None:
+def list_models(settings: Settings, model: str | None, sort: str) -> None:
     """List stored models and images, or those named MODEL. With --quiet, print only their ids.
 
-    For a partly pulled model, SIZE is the stored part of the total.
+    For a partly pulled model, SIZE is the stored part of the total. For a model without a creation
+    time, CREATED is the time when it was stored or last pulled.
     """
     store = settings.existing_store()
-    found = summarize_models(store, model)
-    images = list_images(store, model, known={item.digest for item in found})
+    found: Sequence[Summarized] = summarize_models(store, model)
+    images: Sequence[StoredImage] = list_images(store, model, known={item.digest for item in found})
+    if sort != "name":
+        found = sorted(found, key=lambda item: _rank(item, sort), reverse=True)
+        images = sorted(images, key=lambda image: _image_rank(store, image, sort), reverse=True)
     if settings.json:
         show_json(
             {
@@ -66,15 +76,48 @@ def list_models(settings: Settings, model: str | None) -> None:
             click.echo(digest.short)
     else:
         now = datetime.now(UTC)
-        rows = [row for item in found for row in _rows(item, now)]
+        ranked = [(_rank(item, sort), row) for item in found for row in _rows(item, now)]
         for image in images:
-            cells = ("", "", "image", image.descriptor.digest.short, "", "", human_size(image.size))
-            rows += [(name, *cells) for name in _names(image.references)]
-        rows.sort(key=lambda row: row[0].lower())
-        click.echo(table(_HEADER, rows))
+            stored = _stored(store.modified_at(image.descriptor.digest), now)
+            short, size = image.descriptor.digest.short, human_size(image.size)
+            rank = _image_rank(store, image, sort)
+            names = _names(image.references)
+            ranked += [(rank, (name, "", "", "image", short, stored, "", size)) for name in names]
+        ranked.sort(key=lambda one: (-one[0], one[1][0].lower()))
+        click.echo(table(_HEADER, [row for _, row in ranked]))
     for item in found:
         if item.problem:
             note(settings, f"note: {item.digest.short}: {item.problem}")
+
+
+def _rank(item: Summarized, sort: str) -> float:
+    """Return the number by which to sort a model, the largest first; 0 to sort by name."""
+    if sort == "name":
+        return 0
+    if sort == "size":
+        return item.summary.size if item.summary else 0
+    if sort == "created" and item.summary and item.summary.created:
+        with suppress(ValueError):
+            when = datetime.fromisoformat(item.summary.created)
+            seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+            if seconds:
+                return seconds
+    return item.modified or 0
+
+
+def _image_rank(store: LayoutStore, image: StoredImage, sort: str) -> float:
+    if sort == "name":
+        return 0
+    return image.size if sort == "size" else store.modified_at(image.descriptor.digest) or 0
+
+
+def _stored(modified: float | None, now: datetime) -> str:
+    return "" if modified is None else f"stored {age(_rfc3339(modified), now)}"
+
+
+def _rfc3339(seconds: float) -> str:
+    when = datetime.fromtimestamp(int(seconds), UTC)
+    return when.isoformat().replace("+00:00", "Z")
 
 
 def _rows(item: Summarized, now: datetime) -> list[tuple[str, ...]]:
@@ -83,7 +126,7 @@ def _rows(item: Summarized, now: datetime) -> list[tuple[str, ...]]:
     known = item.summary
     if known:
         cells = (known.parameters, known.quantization, known.architecture)
-        created = age(known.created, now)
+        created = age(known.created, now) or _stored(item.modified, now)
         context = str(known.context_size) if known.context_size is not None else ""
         size = human_size(known.size)
         if item.missing:
@@ -113,6 +156,8 @@ def _listing_json(item: Summarized) -> dict[str, Any]:
     }
     if item.summary:
         value |= item.summary.to_json()
+    if item.modified is not None:
+        value["modified"] = _rfc3339(item.modified)
     if item.missing:
         value["missing"] = [str(blob.digest) for blob in item.missing]
         value["missingSize"] = sum(blob.size for blob in item.missing)

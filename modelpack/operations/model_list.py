@@ -87,7 +87,8 @@ _KINDS = (int, str, str, str, str, int | None, str | None)
 class Summarized:
     """The summary of a stored model. If it cannot be read, `summary` is None; see `problem`.
 
-    `missing` are the layers that a partial pull left out.
+    `missing` are the layers that a partial pull left out. `modified` is when the manifest was
+    stored or last pulled, in seconds since 1970.
     """
 
     digest: Digest
@@ -95,6 +96,7 @@ class Summarized:
     summary: Summary | None
     problem: str = ""
     missing: tuple[Descriptor, ...] = ()
+    modified: float | None = None
 
 
 def list_models(store: LayoutStore, name: str | None = None) -> tuple[Listed, ...]:
@@ -136,7 +138,10 @@ def summarize_models(store: LayoutStore, name: str | None = None) -> tuple[Summa
                 continue
             added[key] = summary.to_facts()
         missing = store.missing(key) if entry.is_partial else ()
-        listed.append(Summarized(entry.digest, references, summary, missing=missing))
+        modified = store.modified_at(entry.digest)
+        listed.append(
+            Summarized(entry.digest, references, summary, missing=missing, modified=modified)
+        )
     if added:
         if name is None:  # all models were listed: drop the summaries of deleted ones
             known = {str(item.digest): known.get(str(item.digest), []) for item in listed}

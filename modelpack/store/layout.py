@@ -317,6 +317,13 @@ class LayoutStore:
         """Return whether the blob's file exists, without checking its marks."""
         return os.path.isfile(f"{self.root}/blobs/{digest.algorithm}/{digest.encoded}")
 
+    def modified_at(self, digest: Digest) -> float | None:
+        """Return when a blob was stored or last reused, in seconds since 1970; None without it."""
+        try:
+            return os.stat(f"{self.root}/blobs/{digest.algorithm}/{digest.encoded}").st_mtime
+        except OSError:
+            return None
+
     def touch_blob(self, digest: Digest) -> bool:
         """Return whether the store has the blob; restart its grace period for `gc`."""
         return self._publisher.touch(digest)
