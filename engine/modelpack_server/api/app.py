@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import modelpack
 from modelpack.http.listener import GRACE, LOGGERS, AppServer
-from modelpack_server.api import anthropic, model_runner, ollama, openai, page, system
+from modelpack_server.api import anthropic, console, model_runner, ollama, openai, page, system
 from modelpack_server.api import traces as cancellation
 from modelpack_server.api.errors import Failures, Problem, install, respond
 from modelpack_server.api.page.reference import add_reference
@@ -79,16 +79,22 @@ class Callers:
 
 
 def create_app(
-    pool: ModelPool, *, request_templates: bool = False, share_prefix_cache: bool = False
+    pool: ModelPool,
+    *,
+    request_templates: bool = False,
+    share_prefix_cache: bool = False,
+    show_content: bool = False,
 ) -> FastAPI:
     """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol).
 
     `request_templates` lets admins send chat templates with their requests. With
-    `share_prefix_cache`, prompts of all API keys share prefixes in the KV cache.
+    `share_prefix_cache`, prompts of all API keys share prefixes in the KV cache. `show_content`
+    shows admins the prompts and replies of all API keys.
     """
     logs = LogBuffer()
     running = cancellation.RunningRequests()
     records = model_runner.Records()
+    history = console.RequestHistory()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -114,6 +120,7 @@ def create_app(
 
     app.include_router(system.router(pool, logs))
     app.include_router(system.pool_router(pool))
+    app.include_router(console.router(pool, history, records, show_content=show_content))
     app.include_router(cancellation.router(running))
     app.include_router(anthropic.router(pool))
     app.include_router(openai.router(pool))
@@ -121,7 +128,9 @@ def create_app(
     app.include_router(model_runner.router(pool, records))
 
     describe_errors(app)
-    app.add_middleware(EngineTraces, running=running, share_prefix_cache=share_prefix_cache)
+    app.add_middleware(
+        EngineTraces, running=running, history=history, share_prefix_cache=share_prefix_cache
+    )
     app.add_middleware(model_runner.Recording, pool=pool, records=records)
     app.add_middleware(CanonicalPath)
     app.add_middleware(Callers)
@@ -146,7 +155,7 @@ class ModelServer(AppServer):
     It accepts requests while models are loading: /health returns 503 until the pinned models are
     loaded. `wrap` wraps the application in middleware; the default is `protect` without keys,
     which limits request bodies, and a replacement must limit them too. `create_app` describes
-    `request_templates` and `share_prefix_cache`.
+    `request_templates`, `share_prefix_cache` and `show_content`.
     """
 
     def __init__(
@@ -158,6 +167,7 @@ class ModelServer(AppServer):
         grace: int = GRACE,
         request_templates: bool = False,
         share_prefix_cache: bool = False,
+        show_content: bool = False,
         wrap: Callable[[ASGIApp], ASGIApp] = lambda app: protect(app, Protection()),
         tls: tuple[Path, Path] | None = None,
     ) -> None:
@@ -166,7 +176,7 @@ class ModelServer(AppServer):
         def make() -> ASGIApp:
             app = create_app(
                 make_pool(), request_templates=request_templates,
-                share_prefix_cache=share_prefix_cache,
+                share_prefix_cache=share_prefix_cache, show_content=show_content,
             )  # fmt: skip
             return wrap(app)
 

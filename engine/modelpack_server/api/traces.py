@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.core.block_manager import cache_salt
+from modelpack_server.api.console import RequestHistory
 from modelpack_server.conversation.served_model import RequestContext, request_context
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.traces import Trace, trace_of
@@ -89,15 +90,22 @@ def router(running: RunningRequests) -> APIRouter:
 class EngineTraces:
     """ASGI middleware that completes the trace in the scope, if any, when a request ends.
 
-    It records running requests in `running`. Prompts of different owners share no prefixes in KV
-    caches unless `share_prefix_cache` is set: response times would reveal the prompts of others.
+    It records running requests in `running`, and all in `history`. Prompts of different owners
+    share no prefixes in KV caches unless `share_prefix_cache` is set: response times would reveal
+    the prompts of others.
     """
 
     def __init__(
-        self, app: ASGIApp, running: RunningRequests, *, share_prefix_cache: bool = False
+        self,
+        app: ASGIApp,
+        running: RunningRequests,
+        history: RequestHistory,
+        *,
+        share_prefix_cache: bool = False,
     ) -> None:
         self._app = app
         self._running = running
+        self._history = history
         self._share_prefix_cache = share_prefix_cache
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,6 +114,8 @@ class EngineTraces:
             return
         trace = trace_of(scope)
         name = trace.id if trace is not None else Headers(scope=scope).get("x-request-id", "")
+        if trace is not None:
+            self._history.add(trace)
         owner = caller_of(scope).owner
         running = self._running.begin(name, owner)
 

@@ -208,6 +208,8 @@ def _given(ctx: click.Context) -> dict[str, Any]:
               help="Share cached prefixes between API keys.")  # fmt: skip
 @click.option("--keep-going", is_flag=True,
               help="Serve the other models if a MODEL cannot be loaded.")  # fmt: skip
+@click.option("--show-content", is_flag=True,
+              help="Show admins the prompts and replies of recent requests.")  # fmt: skip
 @partial(engine_options, others=("vllm",))
 @remote_options
 @trust_options
@@ -229,6 +231,7 @@ def serve(
     allow_request_templates: bool,
     share_prefix_cache: bool,
     keep_going: bool,
+    show_content: bool,
     config: Callable[[], Any] | None,
     remote: RemoteOptions,
 ) -> int:
@@ -301,6 +304,7 @@ def serve(
             allow_remote=True,  # `Protection` has checked that keys are required
             request_templates=allow_request_templates,
             share_prefix_cache=share_prefix_cache,
+            show_content=show_content,
             wrap=lambda app: protect(app, protected_by, resolves=True),
             tls=tls,
         )

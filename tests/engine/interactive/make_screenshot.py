@@ -1,4 +1,4 @@
-"""Write docs/chat-page.png: `python -m tests.engine.interactive.make_screenshot`.
+"""Write the pictures of docs/console.md: `python -m tests.engine.interactive.make_screenshot`.
 
 A real model answers, in a headless Chromium.
 """
@@ -18,7 +18,7 @@ from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.interactive.browser import chromium
 
-TARGET = Path(__file__).parents[3] / "docs" / "chat-page.png"
+DOCS = Path(__file__).parents[3] / "docs"
 QUESTIONS = (
     "What is the capital of France?",
     "Write a Python function that adds two numbers, and explain it in a list.",
@@ -26,7 +26,7 @@ QUESTIONS = (
 
 
 def main() -> None:
-    """Send two prompts and write the picture."""
+    """Send two prompts and write the pictures."""
     with tempfile.TemporaryDirectory() as directory, chromium() as browser:
         store = LayoutStore(directory)
         modelpack.package("ai/smollm2", PackageRequest(gguf=smollm2_gguf()), store=store)
@@ -35,8 +35,7 @@ def main() -> None:
             lambda: ModelPool(StoreCatalogue(store, config)), address="127.0.0.1:0"
         ) as server:
             page = browser.new_page(
-                viewport={"width": 960, "height": 760}, device_scale_factor=1.5,
-                color_scheme="light",
+                viewport={"width": 1100, "height": 720}, color_scheme="light"
             )  # fmt: skip
             page.goto(server.url)
             page.locator("#model option").first.wait_for(state="attached")
@@ -47,7 +46,21 @@ def main() -> None:
                 page.fill("#question", question)
                 page.press("#question", "Enter")
                 page.locator("#send:text-is('Send')").wait_for(timeout=300_000)
-            page.screenshot(path=TARGET)
+            page.screenshot(path=DOCS / "chat-page.png")
+            page.click("#tab-models")
+            page.locator("#stored >> text=Details").click()
+            page.locator("#details h2").wait_for()
+            page.screenshot(path=DOCS / "console-models.png")
+            page.click("#tab-requests")
+            page.locator("#listed tr").first.wait_for()
+            page.screenshot(path=DOCS / "console-requests.png")
+            page.click("#tab-metrics")
+            page.click("#tab-chat")
+            page.fill("#question", "Tell me a story about a lighthouse.")
+            page.press("#question", "Enter")
+            page.click("#tab-metrics")
+            page.wait_for_timeout(14_000)
+            page.screenshot(path=DOCS / "console-metrics.png")
 
 
 if __name__ == "__main__":

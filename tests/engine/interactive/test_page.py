@@ -254,8 +254,9 @@ HTML = (
     '<a href="https://example.org/y" target="_blank" rel="noopener noreferrer">'
     "https://example.org/y</a>.</p>"
     "<ol><li>one<ul><li>inner</li></ul></li><li>two</li></ol>"
-    "<pre><code>&lt;p&gt;code&lt;/p&gt;</code></pre>"
-    '<div class="scroll"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
+    '<div class="block"><pre tabindex="0"><code>&lt;p&gt;code&lt;/p&gt;</code></pre>'
+    '<button type="button">Copy</button></div>'
+    '<div class="scroll" tabindex="0"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
     "<tbody><tr><td>1</td><td><strong>2</strong></td></tr></tbody></table></div>"
     "<blockquote>said</blockquote><hr>"
 )

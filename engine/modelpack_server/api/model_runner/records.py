@@ -25,6 +25,7 @@ from modelpack_server.api.model_runner.answers import TextRoute
 from modelpack_server.api.model_runner.engines import config_shown
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.json_bodies import BodyError, document_in, in_worker, parse
+from modelpack_server.gateway.traces import trace_of
 from modelpack_server.pool.pool import ModelPool
 
 # The characters that are kept of an image or a sound in base64.
@@ -165,8 +166,9 @@ _WAITING = 100
 class Record:
     """One finished request; `owner` is the owner of its API key, None without keys.
 
-    `request` is JSON. `response` is the reply as it was sent; for a failed request it is empty and
-    `error` is set. Streams are joined only when a client asks for them, because joining is slow.
+    `request` is JSON and `request_id` the X-Request-ID. `response` is the reply as it was sent; for
+    a failed request it is empty and `error` is set. Streams are joined only when a client asks for
+    them, because joining is slow.
     """
 
     id: str
@@ -182,6 +184,7 @@ class Record:
     user_agent: str
     origin: str
     owner: str | None
+    request_id: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that clients see."""
@@ -224,6 +227,11 @@ class Records:
             for (model, whose), records in self._groups.items()
             if whose == owner and key in (None, model)
         }
+
+    def find(self, request_id: str) -> Record | None:
+        """Return the record of the request with this X-Request-ID, of any owner."""
+        records = (record for group in self._groups.values() for record in group)
+        return next((record for record in records if record.request_id == request_id), None)
 
     async def follow(self, key: str | None, owner: str | None) -> AsyncGenerator[Record, None]:
         """Yield an owner's new records as they arrive."""
@@ -324,6 +332,7 @@ class Recording:
                 user_agent=headers.get(b"user-agent", ""),
                 origin=next((origin for part, origin in _ORIGINS if part in path), ""),
                 owner=caller_of(scope).owner,
+                request_id=trace.id if (trace := trace_of(scope)) else "",
             )
         )
 

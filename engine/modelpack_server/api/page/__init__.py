@@ -1,4 +1,4 @@
-"""Pages for browsers: the chat page at /, and the headers that restrict what a page may load.
+"""Pages for browsers: the console at /, and the headers that restrict what a page may load.
 
 `reference` has the API reference.
 """
@@ -15,6 +15,10 @@ from importlib.resources import files
 from fastapi import Request, Response
 from starlette.responses import HTMLResponse, PlainTextResponse
 
+_SCRIPTS = (
+    "base.js", "markdown.js", "chat.js", "models.js", "requests.js", "metrics.js", "code.js",
+    "tabs.js",
+)  # fmt: skip
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
@@ -39,7 +43,14 @@ def html_response(page: str, headers: Mapping[str, str] | None = None) -> Respon
 
 @functools.cache
 def text() -> str:
-    return (files(__package__) / "chat.html").read_text(encoding="utf-8")
+    """Return the page, with its style and its scripts inside."""
+    style, script = _source("page.css"), "".join(map(_source, _SCRIPTS))
+    page = _source("page.html").replace("<style></style>", f"<style>\n{style}</style>")
+    return page.replace("<script></script>", f"<script>\n{script}</script>")
+
+
+def _source(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
 
 
 @functools.lru_cache(maxsize=4)

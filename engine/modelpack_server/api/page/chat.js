@@ -1,0 +1,231 @@
+// The chat. `turns` are the messages that are sent; they are kept in this browser.
+
+let turns = [];
+let attached = [];    // files whose text goes with the next question
+let running = null;   // the AbortController of the current reply
+
+function atEnd() {
+  const view = $("scroller");
+  return view.scrollHeight - view.scrollTop - view.clientHeight < 80;
+}
+function toEnd() { $("scroller").scrollTop = $("scroller").scrollHeight; }
+
+function shown(node) {
+  $("empty").hidden = true;
+  $("log").append(node);
+  toEnd();
+  return node;
+}
+
+function fail(error) { shown(failure(error)); }
+
+function keep() {
+  try { localStorage.setItem("modelpack-chat", JSON.stringify(turns)); } catch { /* it is too large */ }
+  showExamples();
+}
+
+class Answer {
+  constructor() {
+    this.text = this.thoughts = "";
+    this.body = named("text busy", element("div"));
+    this.facts = named("facts", element("div"));
+    this.node = shown(named("turn assistant", element("article", this.body, this.facts)));
+    this.drawing = 0;
+  }
+  add(delta) {
+    this.text += delta.content ?? "";
+    this.thoughts += delta.reasoning_content ?? "";
+    this.drawing ||= requestAnimationFrame(() => this.draw());
+  }
+  draw() {
+    cancelAnimationFrame(this.drawing);
+    this.drawing = 0;
+    const follow = atEnd();
+    if (this.thoughts && !this.details) {
+      this.reasoning = element("p");
+      this.details = element("details", element("summary", "Reasoning"), this.reasoning);
+      this.details.open = true;
+      this.node.prepend(this.details);
+    }
+    if (this.details) {
+      this.reasoning.textContent = this.thoughts;
+      if (this.text && !this.folded) { this.details.open = false; this.folded = true; }
+    }
+    render(this.body, this.text);
+    if (follow) toEnd();
+  }
+  end(facts) {
+    this.draw();
+    this.body.classList.remove("busy");
+    this.facts.append(...facts.map((fact) => element("span", fact)));
+    if (this.text) this.facts.append(...copyButton(() => this.text));
+    this.facts.append(button("Regenerate", () => regenerate(this)));
+  }
+}
+
+function showQuestion(turn) {
+  const node = shown(named("turn user", element("div", turn.content)));
+  const actions = named("actions", element("div", button("Edit", () => edit(turn))));
+  node.after(actions);
+  actions.classList.add("turn");
+}
+
+function redraw() {
+  $("log").replaceChildren($("empty"));
+  $("empty").hidden = false;
+  for (const turn of turns) {
+    if (turn.role === "user") { showQuestion(turn); continue; }
+    const answer = new Answer();
+    answer.add(turn);
+    answer.end([]);
+  }
+}
+
+function cutBefore(at) {
+  running?.abort();
+  turns = turns.slice(0, at);
+  keep();
+  redraw();
+}
+
+function edit(turn) {
+  const at = turns.indexOf(turn);
+  if (at < 0) return;
+  cutBefore(at);
+  $("question").value = turn.content;
+  state();
+  $("question").focus();
+}
+
+function regenerate(answer) {
+  if (running) return;
+  const nodes = [...document.querySelectorAll(".turn.assistant")];
+  const replies = turns.flatMap((turn, at) => turn.role === "assistant" ? [at] : []);
+  const at = replies[nodes.indexOf(answer.node)] ?? turns.length;
+  const question = turns[at - 1];
+  if (question?.role !== "user") return;
+  cutBefore(at);
+  reply(question);
+}
+
+function parameters() {
+  const found = {};
+  for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
+    if (!Number.isNaN($(name).valueAsNumber)) found[name] = $(name).valueAsNumber;
+  }
+  return found;
+}
+
+function payload(messages) {
+  const system = $("system").value.trim();
+  return {
+    model: $("model").value,
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
+    ...parameters(),
+  };
+}
+
+function ask(question) {
+  const texts = attached.map((file) => `${file.name}:\n\`\`\`\n${file.text}\n\`\`\`\n`);
+  const turn = { role: "user", content: [...texts, question].join("\n") };
+  attach([]);
+  turns.push(turn);
+  showQuestion(turn);
+  return reply(turn, question);
+}
+
+async function reply(turn, typed = turn.content) {
+  const said = turns;  // a new chat replaces `turns`
+  const answer = new Answer();
+  const facts = [];
+  const own = running = new AbortController();
+  state();
+  let error = null, first = 0, usage = null;
+  try {
+    const body = { ...payload(said), stream: true, stream_options: { include_usage: true } };
+    const response = await request("v1/chat/completions", body, { signal: own.signal });
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message ?? String(event.error));
+      usage = event.usage ?? usage;
+      for (const choice of event.choices ?? []) {
+        if (choice.delta?.content || choice.delta?.reasoning_content) first ||= performance.now();
+        answer.add(choice.delta ?? {});
+        if (choice.finish_reason === "length") facts.push("cut: the most tokens, or the context is full");
+      }
+    }
+  } catch (caught) {
+    if (caught.name === "AbortError") facts.push("stopped");
+    else error = caught;
+  }
+  if (running === own) running = null;
+  if (usage && first) {
+    const taken = (performance.now() - first) / 1000;
+    facts.push(`${usage.completion_tokens} tokens`);
+    if (taken > 0.05) facts.push(`${((usage.completion_tokens - 1) / taken).toFixed(1)} a second`);
+  }
+  answer.end(facts);
+  if (answer.text || answer.thoughts) {
+    const made = { role: "assistant", content: answer.text };
+    if (answer.thoughts) made.reasoning_content = answer.thoughts;
+    said.push(made);
+  } else {
+    said.pop();  // there is no reply, so the question can be sent again
+    if (error) {
+      $("question").value ||= typed;
+      answer.node.remove();
+    }
+  }
+  if (said === turns) keep();
+  if (error) fail(error);
+  state();
+}
+
+// Files
+
+async function attachChosen() {
+  const files = [...attached];
+  for (const file of $("attach").files) {
+    const text = await file.text();
+    if (text.includes("\0") || text.includes("\ufffd")) fail(new Error(`${file.name} is not a text file.`));
+    else files.push({ name: file.name, text });
+  }
+  $("attach").value = "";
+  attach(files);
+}
+
+function attach(files) {
+  attached = files;
+  $("files").replaceChildren(...files.map((file) => element("li", `${file.name} `,
+    button("Remove", () => attach(attached.filter((other) => other !== file))))));
+}
+
+async function loadModels() {
+  let found = [];
+  try {
+    const chats = (model) => model.capabilities?.includes("completion") ?? true;
+    found = (await json("v1/models")).data.filter(chats).map((model) => model.id);
+    if (!found.length) fail(new Error("There are no chat models yet. Run modelpack pull to get one."));
+  } catch (caught) {
+    fail(caught);
+  }
+  const before = $("model").value || localStorage.getItem("modelpack-model");
+  $("model").replaceChildren(...found.map((name) => new Option(name, name)));
+  if (found.includes(before)) $("model").value = before;
+  state();
+}
+
+function state() {
+  $("send").textContent = running ? "Stop" : "Send";
+  $("send").disabled = !running && (!$("question").value.trim() || !$("model").value);
+  const area = $("question");
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight + 2}px`;
+}
+
+function submit() {
+  if (running) { running.abort(); return; }
+  const question = $("question").value.trim();
+  if (!question || !$("model").value) return;
+  $("question").value = "";
+  ask(question);
+}
