@@ -18,6 +18,8 @@ from modelpack.errors import ModelpackError
 from modelpack.progress import Action, Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
+    import logging
+
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
@@ -132,7 +134,7 @@ def shown_progress(settings: Settings) -> Iterator[ProgressCallback]:
 
 
 @contextmanager
-def request_log(settings: Settings) -> Iterator[None]:
+def request_log(settings: Settings, formatter: logging.Formatter | None = None) -> Iterator[None]:
     """Write request logs and warnings to stderr in the block; with --quiet, only warnings."""
     import logging
 
@@ -140,6 +142,7 @@ def request_log(settings: Settings) -> Iterator[None]:
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING if settings.quiet else logging.INFO)
+    handler.setFormatter(formatter)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 import click
 
 from modelpack.cli.options import Settings, common_options, tls_options
-from modelpack.cli.output import SCHEMA_VERSION, note, request_log, show, table
+from modelpack.cli.output import SCHEMA_VERSION, note, show, table
 from modelpack.errors import UsageError
+from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
 
 if TYPE_CHECKING:
     from modelpack_server.gateway.protection import Protection
@@ -109,6 +110,7 @@ def protection_options(command: F) -> F:
 )  # fmt: skip
 @protection_options
 @tls_options
+@log_format_option
 @common_options
 @click.pass_context
 def gateway(
@@ -121,6 +123,7 @@ def gateway(
     timeout: float,
     protection: Callable[[str], Protection],
     tls: tuple[Path, Path] | None,
+    log_format: LogFormat | None,
 ) -> None:
     """Forward requests to servers, with API keys, limits, traces and failover; print the address.
 
@@ -134,7 +137,7 @@ def gateway(
 
     key = os.environ.get("MODELPACK_UPSTREAM_KEY") or None
     guard = protection(host)
-    with request_log(settings):
+    with serving_log(settings, log_format):
         chosen = GatewaySettings(upstreams, guard, balance, timeout, upstream_key=key)
         server = GatewayServer(chosen, port, tls=tls)
         shared = [url for url in upstreams if not names_callers(urlsplit(url).hostname or "", key)]

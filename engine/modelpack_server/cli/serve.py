@@ -33,6 +33,7 @@ from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
 from modelpack_server.cli.gateway import announce, protection_options
+from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
 from modelpack_server.cli.model_sources import models_of
 from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, ModelSettings, parse_keep_alive
 
@@ -184,6 +185,7 @@ def _given(ctx: click.Context) -> dict[str, Any]:
               help="Accept this additional name of the first MODEL in API requests.")  # fmt: skip
 @protection_options
 @tls_options
+@log_format_option
 @click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
 @click.option(
     "--keep-alive", metavar="TIME", default=DEFAULT_KEEP_ALIVE, show_default=True,
@@ -223,6 +225,7 @@ def serve(
     served_model_name: str | None,
     protection: Callable[[str], Protection],
     tls: tuple[Path, Path] | None,
+    log_format: LogFormat | None,
     preset: str | None,
     keep_alive: str,
     memory: str | None,
@@ -297,7 +300,7 @@ def serve(
             made.alias(served_model_name, str(opened[0].model.digest))
         return made
 
-    with request_log(settings):
+    with serving_log(settings, log_format):
         server = ModelServer(
             pool,
             address=f"{_bracketed(host)}:{port}",

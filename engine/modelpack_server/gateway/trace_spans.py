@@ -23,14 +23,18 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
 
-#: One INFO record for each request except probes, with `Trace.line()` as its message.
+#: One INFO record for each request except probes and the page, with `Trace.line()` as its message
+#: and `Trace.to_json()` as its attribute `request`.
 REQUEST_LOG = logging.getLogger("modelpack.requests")
 _LOG = logging.getLogger("modelpack_server.gateway")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METADATA = re.compile(r"[ -~]{1,128}")  # printable ASCII
 _BLOCK = 64 * 1024  # bytes of a reply processed before other requests may run
-_PROBED = frozenset(("/health", "/v1/health", "/ping", "/metrics"))
+_UNLOGGED = frozenset((
+    "/health", "/v1/health", "/ping", "/metrics", "/", "/favicon.ico", "/docs", "/redoc",
+    "/openapi.json",
+))  # fmt: skip
 _HEADERS = {
     "caller": "x-modelpack-caller",
     "stack": "x-modelpack-stack",
@@ -123,9 +127,10 @@ async def _feed(reader: ReplyReader, body: bytes, now: float) -> None:
 
 
 def log_request(trace: Trace) -> None:
-    """Log a trace as one line of JSON; frequent probes only at level DEBUG."""
-    level = logging.DEBUG if trace.path in _PROBED and not trace.refused else logging.INFO
-    REQUEST_LOG.log(level, "%s", trace.line())
+    """Log a trace as one line of JSON; probes and the parts of pages only at level DEBUG."""
+    read = trace.method in ("GET", "HEAD") and not trace.refused
+    level = logging.DEBUG if read and trace.path in _UNLOGGED else logging.INFO
+    REQUEST_LOG.log(level, "%s", trace.line(), extra={"request": trace.to_json()})
 
 
 def media_type_of(headers: Headers) -> str:
