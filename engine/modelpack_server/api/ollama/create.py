@@ -238,7 +238,7 @@ def make(
 
 
 def _check_quantization(wanted: str, base: Model | None) -> None:
-    has = base.config.quantization if base else ""
+    has = base.config.quantization.removeprefix("MOSTLY_") if base else ""
     if wanted and wanted.upper() != has.upper():
         raise RequestError(
             f"cannot quantize to {wanted}: weights are served as they are",

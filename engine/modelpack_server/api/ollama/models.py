@@ -56,7 +56,7 @@ def details(model: StoredModel, parent: str = "") -> dict[str, Any]:
         "family": model.architecture,
         "families": [model.architecture] if model.architecture else None,
         "parameter_size": model.parameters,
-        "quantization_level": model.quantization,
+        "quantization_level": model.quantization.removeprefix("MOSTLY_"),
     }
 
 

@@ -166,6 +166,13 @@ def test_what_cannot_be_made(stocked: Stocked, body: dict[str, Any], message: st
     assert "bad:latest" not in {model.model for model in stocked.client.list().models}
 
 
+def test_the_quantization_that_weights_have_is_accepted(stocked: Stocked) -> None:
+    with created(stocked, "same", from_="weights", quantize="f32"):
+        shown = stocked.client.show("same").details
+        assert shown is not None
+        assert shown.quantization_level == "F32"
+
+
 def test_a_failure_while_it_is_told(stocked: Stocked) -> None:
     with pytest.raises(ollama.ResponseError, match="cannot quantize") as caught:
         list(stocked.client.create("bad", from_="tiny", quantize="q8_0", stream=True))

@@ -136,6 +136,7 @@ def test_what_is_listed(stocked: Stocked) -> None:
     assert tiny.details.format == "safetensors"
     assert models["weights:latest"].details is not None
     assert models["weights:latest"].details.format == "gguf"
+    assert models["weights:latest"].details.quantization_level == "F32"
     assert tiny.modified_at is not None
     assert abs((datetime.now(UTC) - tiny.modified_at).total_seconds()) < 3600
     raw = requests.get(f"{stocked.url}/api/tags", timeout=30).json()["models"]
