@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
+import requests
 
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
@@ -34,6 +35,15 @@ def test_ps_unload_and_configure(url: str) -> None:
     assert (answer["preset"], answer["keep_alive"]) == ("code", None)
     assert succeed("unload", "small", "--host", url).out == ""
     assert succeed("ps", "--host", url).out.startswith("MODEL NAME")
+
+
+def test_ps_shows_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    name = f"team/{'long-' * 30}name"
+    with ModelServer(lambda: ModelPool(Shelf(**{name: 1})), address="127.0.0.1:0") as server:
+        requests.post(f"{server.url}/api/generate", json={"model": name}, timeout=30)
+        assert succeed("ps", "--host", server.url).out.splitlines()[1].split()[0] == name
+        assert succeed("ps", "--quiet", "--host", server.url).out.split() == [name]
 
 
 @pytest.mark.parametrize(
