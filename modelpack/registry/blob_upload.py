@@ -346,10 +346,10 @@ class Upload:
             received = self._session.status() if self._session.location else None
         except RegistryError:
             received = None
-        if not received or received > content.sent:  # no bytes, or an impossible number
-            self._start_again()
-        else:
+        if received and received <= content.sent:
             self._reached(received, retries)
+        else:  # no bytes, or an impossible number
+            self._start_again()
 
     def _start_again(self) -> None:
         self._session.cancel()

@@ -220,8 +220,7 @@ class DockerConfig:
             entry = {"auth": _encoded(TOKEN_USER, ""), "identitytoken": credential.identity_token}
         else:
             entry = {"auth": _encoded(credential.username, credential.password)}
-        auths = _without(config, host)
-        self._write({**config, "auths": {**auths, _helper_key(host): entry}})
+        self._write({**config, "auths": {**_without(config, host), _helper_key(host): entry}})
         return None
 
     def erase(self, host: str) -> bool:

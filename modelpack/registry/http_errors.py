@@ -39,6 +39,7 @@ NETWORK_ERRORS: Final = (requests.RequestException, HTTPError, OSError)
 MAX_ERROR_BODY = 64 * 1024
 # Alerts of a server to a client without a certificate (TLS 1.3), or with one that it rejects.
 _CLIENT_ALERT = re.compile(r"ALERT_(CERTIFICATE|BAD_CERTIFICATE|UNSUPPORTED_CERT|UNKNOWN_CA)")
+_NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
@@ -119,35 +120,9 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
     """Return the error for an exception of the network, in most cases a `FailedTry`."""
     causes = list(_causes(error))
     for cause in causes:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return RemoteUnavailableError(
-                f"{what}: the certificate of {host} is not trusted: {cause.verify_message}",
-                host=host,
-                hint="name the file of its authority with --ca-file or in SSL_CERT_FILE",
-            )
-        if isinstance(cause, ssl.SSLError) and _CLIENT_ALERT.search(cause.reason or ""):
-            return RemoteUnavailableError(
-                f"{what}: {host} requires a client certificate that it trusts",
-                host=host,
-                hint=f"use --client-cert, or store it as certs.d/{host}/client.cert",
-            )
-        if isinstance(cause, ssl.SSLError) and cause.reason in (
-            "WRONG_VERSION_NUMBER",
-            "HTTP_REQUEST",
-            "UNKNOWN_PROTOCOL",
-            "RECORD_LAYER_FAILURE",
-        ):
-            return RemoteUnavailableError(
-                f"{what}: {host} does not speak TLS",
-                host=host,
-                hint="if it is meant to speak plain http, use --plain-http",
-            )
-        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
-            return RemoteUnavailableError(
-                f"{what}: no such host: {host}",
-                host=host,
-                hint="check the name; a bare host name may need its domain",
-            )
+        if explained := _explained(cause, host):
+            problem, hint = explained
+            return RemoteUnavailableError(f"{what}: {problem}", host=host, hint=hint)
     if any(isinstance(cause, TooMuchError) for cause in causes):
         return RegistryError(
             f"{what}: {host} sends too many headers, interim responses or trailers", host=host
@@ -163,6 +138,21 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
             host=host,
         )
     )
+
+
+def _explained(cause: BaseException, host: str) -> tuple[str, str] | None:
+    """Return the problem and a hint if another try would fail in the same way."""
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        problem = f"the certificate of {host} is not trusted: {cause.verify_message}"
+        return problem, "name the file of its authority with --ca-file or in SSL_CERT_FILE"
+    if isinstance(cause, ssl.SSLError) and _CLIENT_ALERT.search(cause.reason or ""):
+        problem = f"{host} requires a client certificate that it trusts"
+        return problem, f"use --client-cert, or store it as certs.d/{host}/client.cert"
+    if isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS:
+        return f"{host} does not speak TLS", "if it is meant to speak plain http, use --plain-http"
+    if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+        return f"no such host: {host}", "check the name; a bare host name may need its domain"
+    return None
 
 
 def _is_timeout(cause: BaseException) -> bool:

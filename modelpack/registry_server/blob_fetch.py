@@ -296,9 +296,9 @@ class FollowingResponse(Response):
             content = b""
             if size > 0:  # bytes count as ready shortly before they are written
                 content = await run_in_threadpool(os.pread, descriptor, size, position)
-            if not content and was_all:
-                return
             if not content:
+                if was_all:
+                    return
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue

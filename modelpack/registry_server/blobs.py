@@ -23,6 +23,7 @@ from modelpack.registry_server.blob_fetch import (
     requested_range,
     wait_for_disconnect,
 )
+from modelpack.registry_server.cache import CachedContent
 from modelpack.registry_server.content import Content, Repository
 from modelpack.registry_server.errors import ApiError, Code
 
@@ -56,15 +57,17 @@ class Blobs:
         return Response(status_code=answer.status, headers=answer.headers)
 
     async def _fetched(self, request: Request, repository: Repository, digest: Digest) -> Response:
-        """Answer with a blob of the upstream while it is being downloaded."""
-        needed = await run_in_threadpool(self._content.needed, repository, digest)
+        """Answer with a blob of the upstream, if there is one, while it is being downloaded."""
+        content = self._content
+        if not isinstance(content, CachedContent):
+            raise unknown_blob(digest)
+        needed = await run_in_threadpool(content.needed, repository, digest)
         if needed is None:
             raise unknown_blob(digest)
         answer = _answer(request, digest, needed.size)
         if answer.part is None:
             return Response(status_code=answer.status, headers=answer.headers)
-        fetch = await run_in_threadpool(self._content.fetch, repository, needed)
-        await self._content.begin(fetch, request)
+        fetch = await content.fetch(repository, needed, request)
         return FollowingResponse(fetch, answer.part, answer.status, answer.headers)
 
     async def delete(self, request: Request) -> Response:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import anyio.to_thread
 from anyio import CapacityLimiter
@@ -30,10 +30,14 @@ from modelpack.errors import ModelpackError, NotFoundError, RemoteUnavailableErr
 from modelpack.progress import Stop, silent
 from modelpack.registry_server.blob_fetch import Fetch, Fetches, failed
 from modelpack.registry_server.content import Content, Repository, with_manifest, with_tag
-from modelpack.storage import Source, Watch
+from modelpack.storage import Watch
 from modelpack.store.filesystem import check_room
 from modelpack.store.index import IndexDocument
 from modelpack.store.layout import LayoutStore
+
+if TYPE_CHECKING:
+    from modelpack.registry import Registry
+    from modelpack.registry import Repository as OriginRepository
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -45,26 +49,6 @@ _DEEPEST: Final = 4
 _MOST_WAITING: Final = 40
 
 
-class OriginRepository(Source, Protocol):
-    """A repository of an upstream."""
-
-    def fetch_manifest_by_name(self, name: str) -> tuple[Descriptor, bytes]:
-        """Return a manifest, by tag or digest."""
-
-    def tags(self) -> Iterator[str]:
-        """Yield the tags."""
-
-    def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
-        """Return the referrers of `subject`."""
-
-
-class Origin(Protocol):
-    """A registry to read from: `modelpack.registry.Registry` is one."""
-
-    def repository(self, name: str) -> OriginRepository:
-        """Return a repository, which need not exist."""
-
-
 @dataclass(frozen=True, slots=True)
 class Upstream:
     """The registry to fetch from; tags are resolved again after `ttl` seconds.
@@ -72,7 +56,7 @@ class Upstream:
     `stop` ends the running downloads; their bytes are kept, and the next download resumes.
     """
 
-    origin: Origin
+    origin: Registry
     ttl: float = 60.0
     stop: Stop = field(default_factory=Stop)
 
@@ -146,14 +130,21 @@ class CachedContent(Content):
                 self._checked[repository, target] = time.monotonic()
             return found
 
-    def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:
-        """Return the download of a blob, which all its clients share."""
-        self._check_room(descriptor)
-        return self._fetches.of(descriptor, lambda: self._origin(repository).blob(descriptor))
+    async def fetch(
+        self, repository: Repository, descriptor: Descriptor, request: Request
+    ) -> Fetch:
+        """Return the download of a `needed` blob, shared by all clients, once it has bytes to send.
 
-    async def begin(self, fetch: Fetch, request: Request) -> None:
-        """Return when a download has bytes to send; see `Fetches.begin`."""
+        Raises as `Fetches.begin`.
+        """
+
+        def joined() -> Fetch:
+            self._check_room(descriptor)
+            return self._fetches.of(descriptor, lambda: self._origin(repository).blob(descriptor))
+
+        fetch = await run_in_threadpool(joined)
         await self._fetches.begin(fetch, request)
+        return fetch
 
     def _check_room(self, descriptor: Descriptor) -> None:
         missing = descriptor.size

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from starlette.concurrency import run_in_threadpool
 
@@ -53,11 +53,6 @@ from modelpack.store.index import IndexDocument
 from modelpack.store.layout import LayoutStore
 from modelpack.store.lookup import NAME_KEYS, Entry
 from modelpack.store.tree import Tree
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-    from modelpack.registry_server.blob_fetch import Fetch
 
 # A first component that is a host; the grammar of paths allows no ports and no upper case.
 _HOST = re.compile(r"localhost\Z|.*\.")
@@ -380,18 +375,6 @@ class Content:
         """Return what `tags` returns, from the store only."""
         members = self.repositories().find(repository)
         return None if members is None else sorted(members.tags)
-
-    def needed(self, repository: Repository, digest: Digest) -> Descriptor | None:
-        """Return the descriptor of a missing blob that can be fetched, or None."""
-        return None
-
-    def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:
-        """Return the download of a `needed` blob; the caller must call `begin`."""
-        raise NotImplementedError
-
-    async def begin(self, fetch: Fetch, request: Request) -> None:
-        """Return when a download has bytes to send; see `Fetches.begin`."""
-        raise NotImplementedError
 
     def stored_referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
         """Return what `referrers` returns, from the store only.

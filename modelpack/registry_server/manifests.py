@@ -121,8 +121,7 @@ def _asked_tags(request: Request, target: Digest | str) -> tuple[str, ...]:
             414, Code.MANIFEST_INVALID, f"{len(tags)} tags are more than the limit of {_MAX_TAGS}"
         )
     for tag in tags:
-        _target(tag)
-        if ":" in tag:
+        if isinstance(_target(tag), Digest):
             raise ApiError(400, Code.MANIFEST_INVALID, f"{tag[:140]!r} is not a tag")
     return tags
 
@@ -158,16 +157,15 @@ def _unknown(repository: Repository, target: Digest | str) -> ApiError:
 
 
 def _blobs_unknown(missing: tuple[Descriptor, ...]) -> ApiError:
-    problems = [
+    first, *others = (
         Problem(
             Code.MANIFEST_BLOB_UNKNOWN,
             f"the manifest needs {blob.digest} with {blob.size} bytes, which is not here",
             {"digest": str(blob.digest), "size": blob.size},
         )
         for blob in missing
-    ]
-    first = problems[0]
-    return ApiError(404, first.code, first.message, detail=first.detail, more=problems[1:])
+    )
+    return ApiError(404, first.code, first.message, detail=first.detail, more=others)
 
 
 class Discovery:
@@ -233,9 +231,7 @@ def _referrers_page(found: Sequence[Descriptor], last: str) -> list[Descriptor]:
     """Return the descriptors after `last` that fit in an index of the usual size, at least one."""
     page: list[Descriptor] = []
     room = MAX_DOCUMENT_BYTES - 1024
-    for descriptor in found:
-        if str(descriptor.digest) <= last:
-            continue
+    for descriptor in (one for one in found if str(one.digest) > last):
         room -= len(encode(descriptor.to_json())) + 1
         if room < 0 and page:
             break
