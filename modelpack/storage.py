@@ -64,7 +64,7 @@ class SegmentedSource(Protocol):
 
     @property
     def connections(self) -> int:
-        """The number of connections; with one, reading sequentially is as fast."""
+        """The number of connections to use; one if more would not be faster."""
         ...
 
     def fetch_segments(

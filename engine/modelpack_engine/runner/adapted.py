@@ -179,7 +179,7 @@ class Adapted:
 
     @property
     def writes_in_place(self) -> bool:
-        """Whether kernels write all keys and values, into the memory of the pools."""
+        """Whether kernels write all keys and values straight into the memory of the pools."""
         return not self._step.exact and all(
             kernels.may_write(kv.layout.dtype, kv.layout.pool_dtype, kv.layout.quantised)
             for kv in self.paged

@@ -222,12 +222,12 @@ def hand_out_python(text: str, found: Found) -> None:
 
 def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
     if not isinstance(node, ast.Call):
-        raise ValueError("no call")
+        raise ValueError("an expression is not a call")
     name = _dotted(node.func)
     if name == "print" and len(node.args) == 1 and isinstance(node.args[0], ast.Call):
         return _call(node.args[0])
     if node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ValueError("positional argument")
+        raise ValueError("a call has a positional argument")
     arguments = {str(k.arg): python_literal(k.value) for k in node.keywords}
     return name.removeprefix("default_api."), arguments
 
