@@ -129,7 +129,8 @@ class Answer:
         parts = self._parser.feed(event.text, event.token_ids)
         self.is_over = self._parser.done
         if event.finish_reason is not None:
-            parts = [*parts, *self._parser.finish()]
+            cut = event.finish_reason is FinishReason.LENGTH
+            parts = [*parts, *self._parser.finish(cut=cut)]
         if self._calls_only:  # the markup of an incomplete call
             parts = [part for part in parts if not isinstance(part, Text)]
         if self._stops is not None:

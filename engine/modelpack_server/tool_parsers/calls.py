@@ -58,6 +58,7 @@ class Found:
         self.calls = 0
         self.any_text = False
         self.thinking = False
+        self.cut = False  # the output ended at its limit: a call in it stays incomplete
         self._parallel = parallel
         self._new_id = new_mistral_id if mistral_ids else new_call_id
         self._mistral_ids = mistral_ids
@@ -167,8 +168,8 @@ def read_object(
 ) -> Reading[bool]:
     """Read an object and emit it, piece by piece, as the arguments of a new call.
 
-    Returns False if the object is incomplete or invalid, after completing the arguments. Raises
-    `NotACall` if the next text is not an object.
+    Returns False if the object is incomplete or invalid, after completing the arguments, unless the
+    output was cut. Raises `NotACall` if the next text is not an object.
     """
     found.known(name)
     if (yield from source.peek()) != "{":
@@ -183,7 +184,8 @@ def read_object(
             return True
         source.forget()
         if scanner.failed or not (yield from source.more()):
-            found.arguments(scanner.completion())
+            cut = found.cut and not scanner.failed
+            found.arguments(scanner.held() if cut else scanner.completion())
             return False
 
 
@@ -246,14 +248,15 @@ class Members:
 
     @contextmanager
     def completed(self) -> Iterator[None]:
-        """Complete the arguments and raise `Broken` if the block raises `NotACall` after the call
-        has begun."""
+        """Complete the arguments, unless the output was cut, and raise `Broken` if the block raises
+        `NotACall` after the call has begun."""
         try:
             yield
         except NotACall:
             if not self.begun:
                 raise
-            self.end()
+            if not self.found.cut:
+                self.end()
             raise Broken from None
 
     def read_string(
@@ -262,7 +265,7 @@ class Members:
         """Read a string through one of `ends`, emit it piece by piece, and return that end.
 
         `trims`: a line break at the beginning and one at the end are layout. Raises `Broken`, after
-        completing the arguments, if the output ends within the string.
+        completing the arguments unless it was cut, if the output ends within the string.
         """
         self._key(key)
         self.found.arguments('"')
@@ -278,6 +281,8 @@ class Members:
             self.found.arguments(dump(kept)[1:-1])
 
         end = yield from source.hand_out(ends, emit)
+        if end is None and self.found.cut:
+            raise Broken
         self.found.arguments('"')
         if end is None:
             self.end()

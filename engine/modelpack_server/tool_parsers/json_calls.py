@@ -34,7 +34,7 @@ def read_json_call(source: Source, found: Found) -> Reading[None]:
         yield from source.spaces()
         if (yield from source.accept("}")):
             break
-        if started and (yield from source.peek()) not in '",':
+        if started and (yield from source.peek()) not in ('"', ","):
             return  # the closing brace is missing, so the call ends here
         yield from source.accept(",")
         yield from source.spaces()

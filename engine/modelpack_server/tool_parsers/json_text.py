@@ -77,6 +77,10 @@ class JsonScanner:
         closing = '"' if self._in_string and not self._in_key else ""
         return closing + "".join("}" if b == "{" else "]" for b in reversed(self._open))
 
+    def held(self) -> str:
+        """Return the text after the output so far, which was held back."""
+        return self._pending + self._atom + self._high + self._escape
+
     def _string(self, text: str, at: int) -> int:
         if self._escape:
             return self._in_escape(text, at)

@@ -24,7 +24,8 @@ class OutputParser:
 
     Text that is not a valid call of one of `tools` remains text, including its markers. A call is
     emitted as soon as its tool is known and its arguments begin. If it ends early after that, its
-    arguments are completed to an object. The parser never raises, for any output of a model.
+    arguments are completed to an object, unless the limit of tokens has cut the reply. The parser
+    never raises, for any output of a model.
 
     Markers are found by their text rather than by token ids, which would need each model's
     vocabulary. That is safe: a model does not spell special tokens out, and no tokenizer produces
@@ -93,8 +94,9 @@ class OutputParser:
             self._advance()
         return self._found.take()
 
-    def finish(self) -> list[Part]:
-        """Return the parts held back, since the reply has ended."""
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        """Return the parts held back, since the reply has ended, or was `cut` at its limit."""
+        self._found.cut = cut
         self._source.ended = True
         self._advance()
         self._reading = None

@@ -124,6 +124,35 @@ def test_strings_in_tags_stream_as_they_come(family: str) -> None:
     assert end.fragment.startswith('"')
 
 
+@pytest.mark.parametrize("family", STRINGS)
+def test_strings_in_tags_are_completed_unless_the_limit_cuts_them(family: str) -> None:
+    for cut, expected in ((True, '{"city": "a'), (False, '{"city": "a"}')):
+        p = parser(family)
+        parts = [*p.feed(STRINGS[family][0]), *p.feed("a"), *p.finish(cut=cut)]
+        assert "".join(x.fragment for x in parts if isinstance(x, ToolArguments)) == expected
+
+
+@pytest.mark.parametrize(
+    ("begun", "completed"),
+    [
+        ("{", "{}"),
+        ('{"city": "Par', '{"city": "Par"}'),
+        ('{"city": "a\\u00', '{"city": "a"}'),
+        ('{"city": "Paris", "da', '{"city": "Paris"}'),
+        ('{"days": [1, 12', '{"days": [1]}'),
+        ('{"days": {"a": tr', '{"days": {}}'),
+        ('{"city": "Paris"}', '{"city": "Paris"}'),
+    ],
+)
+def test_objects_are_completed_unless_the_limit_cuts_them(begun: str, completed: str) -> None:
+    for cut, expected in ((True, begun), (False, completed)):
+        p = parser("hermes")
+        written = '<tool_call>\n{"name": "get_weather", "arguments": ' + begun
+        parts = [*p.feed(written), *p.finish(cut=cut)]
+        assert "".join(x.fragment for x in parts if isinstance(x, ToolArguments)) == expected
+        assert not any(isinstance(part, Text) for part in parts)
+
+
 def test_text_is_held_back_only_while_it_may_be_a_marker() -> None:
     p = parser()
     assert p.feed("a <tool") == [Text("a")]

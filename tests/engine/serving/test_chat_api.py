@@ -160,6 +160,20 @@ def test_template_options_are_no_arguments_of_ours(api: Scripted, name: str) -> 
     assert "y" not in api.engine.prompt
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_cut_is_passed_on_as_it_came(api: Scripted, stream: bool) -> None:
+    use(api, HERMES)
+    api.engine.ends = FinishReason.LENGTH
+    response = api.chat(CALL[: CALL.index("ris")], tools=[TOOL], stream=stream)
+    found = deltas(response) if stream else response.json()["choices"]
+    messages = [each["delta" if stream else "message"] for each in found]
+    calls = [call["function"] for each in messages for call in each.get("tool_calls", ())]
+    assert "".join(call["arguments"] for call in calls) == '{"city": "Pa'
+    assert calls[0]["name"] == "weather"
+    assert found[-1]["finish_reason"] == "length"
+    assert not any(message.get("content") for message in messages)
+
+
 def test_a_thought_that_is_cut(api: Scripted) -> None:
     use(api, THINKING)
     api.engine.ends = FinishReason.LENGTH

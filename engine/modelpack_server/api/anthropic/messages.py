@@ -29,6 +29,7 @@ from modelpack_server.conversation.spec import ChatDelta, ChatSpec, ChatUsage
 from modelpack_server.gateway.families import Family
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.structured_output import Constraint
+from modelpack_server.tool_parsers.history import complete_object
 from modelpack_server.tool_parsers.parts import Part, Reasoning, Text, ToolArguments, ToolStart
 
 Event = dict[str, Any]
@@ -113,7 +114,7 @@ class Blocks:
         if block["type"] == "text":
             block["text"] = text
         elif block["type"] == "tool_use":
-            block["input"] = json.loads(text or "{}")
+            block["input"] = json.loads(complete_object(text or "{}"))
         else:
             block["signature"] = fingerprint(text) if self._show_thinking else carry(text)
             block["thinking"] = text if self._show_thinking else ""

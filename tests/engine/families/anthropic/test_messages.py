@@ -120,6 +120,16 @@ def test_limits_and_stops(served: Served, client: anthropic.Anthropic) -> None:
         assert message.content[0].text == "one two "
 
 
+def test_a_call_that_is_cut(served: Served, client: anthropic.Anthropic) -> None:
+    model = served.says(CALLER, *CALL[:2], '"Par', ends=FinishReason.LENGTH)
+    [block] = create(client, model, max_tokens=3, tools=[WEATHER]).content
+    assert block.input == {"city": "Par"}  # a whole message has an object
+    events, message = stream(client, model, max_tokens=3, tools=[WEATHER])
+    pieces = [e.delta.partial_json for e in events if e.type == "content_block_delta"]
+    assert "".join(pieces) == '{"city": "Par'
+    assert message.stop_reason == "max_tokens"
+
+
 def test_a_full_context_is_said(served: Served, client: anthropic.Anthropic) -> None:
     model = served.says(PLAIN, "a", "b", ends=FinishReason.LENGTH)
     message = create(client, model, max_tokens=10_000)
