@@ -46,6 +46,8 @@ _TYPE_NAMES = {"body", "str", "int", "float", "bool", "list", "dict", "constrain
 # Limits of a message and of a field's name, in characters: errors must not echo large requests.
 _MAX_MESSAGE = 1000
 _MAX_PARAM = 200
+# The pool has logged why a model cannot be loaded.
+_LOGGED = (ModelLoadError, OutOfMemoryError)
 # OpenAI's and Anthropic's clients do not retry a response with this header.
 _NO_RETRY = {"x-should-retry": "false"}
 
@@ -145,7 +147,7 @@ def respond(request: Request, error: Exception, shape: Shape) -> Response:
     problem = problem_of(error)
     if (trace := trace_of(request.scope)) is not None:
         problem = replace(problem, request_id=trace.id)
-    if problem.status >= 500:
+    if problem.status >= 500 and not isinstance(error, _LOGGED):
         cause = None if isinstance(error, ModelpackError) else error
         _log.error("%s %s: %s", request.method, request.url.path, problem.message,
                    exc_info=cause)  # fmt: skip

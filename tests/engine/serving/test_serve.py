@@ -127,7 +127,9 @@ def test_a_server_that_keeps_going_says_so_once_and_ends_with_0(store: LayoutSto
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "cannot load the model team/martian" in errors
+    said = [line for line in errors.splitlines() if "'martian' is not supported" in line]
+    assert said
+    assert all('"message":"cannot load the model team/martian' in line for line in said)
 
 
 @pytest.mark.long
