@@ -9,8 +9,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -104,6 +105,8 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
 # Programs require a key even if the server does not.
 _ANY_KEY = "modelpack"
 _ARGUMENTS = "modelpack.arguments"
+#: Stands for the directory of a program's files.
+FOLDER = "{folder}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +126,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """The environment variables to set and unset for a program, and arguments to prepend."""
+    """The environment variables to set and unset for a program, and arguments to prepend.
+
+    `files` are texts by name, written to a directory of their own; FOLDER in variables and
+    arguments stands for it. `advice` is what the user has to do in the program.
+    """
 
     variables: dict[str, str]
     unset: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+    advice: str = ""
 
 
 def _claude(target: Target) -> Setup:
@@ -187,6 +196,99 @@ def _opencode(target: Target) -> Setup:
     return Setup({"OPENCODE_CONFIG_CONTENT": json.dumps(config)})
 
 
+def _aider(target: Target) -> Setup:
+    """Return the setup of Aider: https://aider.chat/docs/llms/openai-compat.html"""
+    return Setup(
+        {"OPENAI_API_BASE": f"{target.url}/v1", "OPENAI_API_KEY": target.any_key},
+        arguments=("--model", f"openai/{target.model}", "--no-show-model-warnings"),
+    )
+
+
+def _goose(target: Target) -> Setup:
+    """Return the setup of Goose: https://block.github.io/goose/docs/getting-started/providers"""
+    return Setup({
+        "GOOSE_PROVIDER": "openai",
+        "GOOSE_MODEL": target.model,
+        "OPENAI_HOST": target.url,
+        "OPENAI_BASE_PATH": "v1/chat/completions",
+        "OPENAI_API_KEY": target.any_key,
+        **({"GOOSE_CONTEXT_LIMIT": str(target.context)} if target.context else {}),
+    })  # fmt: skip
+
+
+def _open_webui(target: Target) -> Setup:
+    """Return the setup of Open WebUI: https://docs.openwebui.com/reference/env-configuration"""
+    return Setup({
+        "OPENAI_API_BASE_URL": f"{target.url}/v1",
+        "OPENAI_API_KEY": target.any_key,
+        "DEFAULT_MODELS": target.model,
+        "ENABLE_OLLAMA_API": "False",
+        "ENABLE_PERSISTENT_CONFIG": "False",  # else settings of an earlier run win
+    }, arguments=("serve",))  # fmt: skip
+
+
+def _llm(target: Target) -> Setup:
+    """Return the setup of llm: https://llm.datasette.io/en/stable/other-models.html"""
+    model = {
+        "model_id": "modelpack", "model_name": target.model, "api_base": f"{target.url}/v1",
+        "supports_schema": True, "supports_tools": True,
+    }  # fmt: skip
+    return Setup(
+        {"LLM_USER_PATH": FOLDER, "OPENAI_API_KEY": target.any_key, "LLM_MODEL": "modelpack"},
+        files={"extra-openai-models.yaml": json.dumps([model], indent=2)},  # JSON is valid YAML
+    )
+
+
+def _crush(target: Target) -> Setup:
+    """Return the setup of Crush: https://github.com/charmbracelet/crush, configuration"""
+    chosen = {"provider": "modelpack", "model": target.model}
+    model = {"id": target.model, "name": target.model}
+    window = {"context_window": target.context} if target.context else {}
+    config = {
+        "$schema": "https://charm.land/crush.json",
+        "models": {"large": chosen, "small": chosen},
+        "providers": {
+            "modelpack": {
+                "name": "Modelpack",
+                "type": "openai-compat",
+                "base_url": f"{target.url}/v1",
+                "api_key": "$MODELPACK_API_KEY",
+                "models": [model | window],
+            }
+        },
+    }
+    return Setup(
+        {"CRUSH_GLOBAL_CONFIG": FOLDER, "MODELPACK_API_KEY": target.any_key},
+        files={"crush.json": json.dumps(config, indent=2)},
+    )
+
+
+def _continue(target: Target) -> Setup:
+    """Return the setup of Continue's command line: https://docs.continue.dev/reference"""
+    model = {
+        "name": target.model, "provider": "openai", "model": target.model,
+        "apiBase": f"{target.url}/v1", "apiKey": target.any_key,
+        "roles": ["chat", "edit", "apply"],
+    }  # fmt: skip
+    config = {"name": "Modelpack", "version": "0.0.1", "schema": "v1", "models": [model]}
+    return Setup(
+        {},
+        arguments=("--config", f"{FOLDER}/config.yaml"),
+        files={"config.yaml": json.dumps(config, indent=2)},  # JSON is valid YAML
+    )
+
+
+def _zed(target: Target) -> Setup:
+    """Return the setup of Zed: https://zed.dev/docs/ai/use-api-access#openai-compatible"""
+    model = {"name": target.model, "max_tokens": target.context or 8192}
+    provider = {"modelpack": {"api_url": f"{target.url}/v1", "available_models": [model]}}
+    settings = {"language_models": {"openai_compatible": provider}}
+    return Setup(
+        {"MODELPACK_API_KEY": target.any_key},
+        advice=f"add this to Zed's settings.json, once:\n{json.dumps(settings, indent=2)}",
+    )
+
+
 def _env(target: Target) -> Setup:
     """Return the variables of the official clients of all four APIs."""
     return Setup(
@@ -205,16 +307,27 @@ def _env(target: Target) -> Setup:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program that `launch` supports; `install` is the command that installs it."""
+    """A program that `launch` supports.
+
+    `install` is the command that installs it, `command` its executable if that has another name.
+    """
 
     setup: Callable[[Target], Setup]
     install: str = ""
+    command: str = ""
 
 
 PROGRAMS = {
     "claude": Program(_claude, "npm install -g @anthropic-ai/claude-code"),
     "codex": Program(_codex, "npm install -g @openai/codex"),
     "opencode": Program(_opencode, "npm install -g opencode-ai"),
+    "aider": Program(_aider, "pip install aider-install && aider-install"),
+    "continue": Program(_continue, "npm install -g @continuedev/cli", "cn"),
+    "crush": Program(_crush, "npm install -g @charmland/crush"),
+    "goose": Program(_goose, "brew install block-goose-cli"),
+    "llm": Program(_llm, "pip install llm"),
+    "open-webui": Program(_open_webui, "pip install open-webui"),
+    "zed": Program(_zed, "curl -f https://zed.dev/install.sh | sh"),
     "env": Program(_env),
 }
 
@@ -250,7 +363,7 @@ def launch(
     """
     arguments: list[str] = click.get_current_context().meta[_ARGUMENTS]
     chosen = PROGRAMS[program]
-    command = arguments if program == "env" else [program, *arguments]
+    command = arguments if program == "env" else [chosen.command or program, *arguments]
     path = None
     if command and not only_print:
         path = shutil.which(command[0])
@@ -258,17 +371,46 @@ def launch(
             hint = f"run {chosen.install}" if chosen.install else None
             raise NotFoundError(f"{command[0]!r} was not found on the PATH", hint=hint)
     target = find_target(host, model)
-    setup = chosen.setup(target)
+    setup = _in_folder(chosen.setup(target), program)
     if command:
         command[1:1] = setup.arguments
     if path is None:
-        _print(settings, setup, command)
+        _print(settings, setup, program, command)
         return
+    _write_files(setup, program)
     note(settings, f"{command[0]} uses {target.model} at {target.url}")
+    if setup.advice:
+        note(settings, setup.advice)
     environment = {key: value for key, value in os.environ.items() if key not in setup.unset}
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(path, command, environment | setup.variables)  # noqa: S606 - the user names it
+
+
+def _folder(program: str) -> Path:
+    """Return the directory for the files of a program."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("modelpack") / "launch" / program
+
+
+def _in_folder(setup: Setup, program: str) -> Setup:
+    """Return the setup with the directory's path instead of FOLDER."""
+    folder = str(_folder(program))
+    return replace(
+        setup,
+        variables={name: text.replace(FOLDER, folder) for name, text in setup.variables.items()},
+        arguments=tuple(text.replace(FOLDER, folder) for text in setup.arguments),
+    )
+
+
+def _write_files(setup: Setup, program: str) -> None:
+    """Write the files of a program; they may have the API key, so only the user may read them."""
+    for name, text in setup.files.items():
+        path = _folder(program) / name
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(0o600)
+        path.write_text(text)
 
 
 def find_target(host: str, name: str | None) -> Target:
@@ -306,16 +448,29 @@ def _only_model(url: str) -> str:
     )
 
 
-def _print(settings: Settings, setup: Setup, command: list[str]) -> None:
+def _print(settings: Settings, setup: Setup, program: str, command: list[str]) -> None:
     texts = (*setup.variables.values(), *command)
     if not all(text.isprintable() for text in texts):
         raise ModelpackError("cannot print the variables: a value has control characters")
     if settings.json:
-        show_json({"variables": setup.variables, "unset": setup.unset, "command": command})
+        show_json(
+            {
+                "variables": setup.variables,
+                "unset": setup.unset,
+                "command": command,
+                "files": {str(_folder(program) / file): text for file, text in setup.files.items()},
+                "advice": setup.advice,
+            }
+        )
         return
     for name in setup.unset:
         click.echo(f"unset {name}")
     for name, value in setup.variables.items():
         click.echo(f"export {name}={shlex.quote(value)}")
+    for file, text in setup.files.items():
+        click.echo(f"# {_folder(program) / file}:")
+        click.echo("".join(f"#   {line}\n" for line in text.splitlines()), nl=False)
     if setup.arguments:
         click.echo(f"# {shlex.join(command)}")
+    for line in setup.advice.splitlines():
+        click.echo(f"# {line}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
 
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
@@ -28,6 +29,9 @@ _DUMP = """\
 import json, os, sys
 print(json.dumps([sys.argv[1:], dict(os.environ)]))
 """
+
+
+COMMANDS = ("aider", "cn", "crush", "goose", "llm", "open-webui", "zed")
 
 
 def serve(**models: int) -> ModelServer:
@@ -45,7 +49,7 @@ def programs(tmp_path: Path) -> Path:
     """A directory with programs that print their arguments and environment."""
     directory = tmp_path / "bin"
     directory.mkdir()
-    for name in ("claude", "codex", "opencode", "tool"):
+    for name in ("claude", "codex", "opencode", "tool", *COMMANDS):
         path = directory / name
         path.write_text(_DUMP.format(python=sys.executable))
         path.chmod(0o755)
@@ -108,6 +112,48 @@ def test_opencode(url: str, programs: Path) -> None:
     provider = config["provider"]["modelpack"]
     assert provider["options"]["baseURL"] == f"{url}/v1"
     assert provider["models"] == {"small": {"name": "small"}}
+
+
+def test_programs_that_are_configured_by_variables(url: str, programs: Path) -> None:
+    arguments, seen = launched(programs, "aider", "small", "--host", url, "--", "--yes")
+    assert arguments == ["--model", "openai/small", "--no-show-model-warnings", "--yes"]
+    assert seen["OPENAI_API_BASE"] == f"{url}/v1"
+    _, seen = launched(programs, "goose", "small", "--host", url, MODELPACK_API_KEY="mp-secret")
+    assert (seen["GOOSE_PROVIDER"], seen["GOOSE_MODEL"]) == ("openai", "small")
+    assert f"{seen['OPENAI_HOST']}/{seen['OPENAI_BASE_PATH']}" == f"{url}/v1/chat/completions"
+    assert seen["OPENAI_API_KEY"] == "mp-secret"
+    arguments, seen = launched(programs, "open-webui", "small", "--host", url)
+    assert arguments == ["serve"]
+    assert seen["OPENAI_API_BASE_URL"] == f"{url}/v1"
+
+
+def test_programs_that_are_configured_by_files(url: str, programs: Path, tmp_path: Path) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MODELPACK_API_KEY": "mp-secret"}
+    _, seen = launched(programs, "llm", "small", "--host", url, **cache)
+    file = Path(seen["LLM_USER_PATH"], "extra-openai-models.yaml")
+    [model] = yaml.safe_load(file.read_text())
+    assert (model["model_id"], model["model_name"]) == (seen["LLM_MODEL"], "small")
+    assert model["api_base"] == f"{url}/v1"
+    _, seen = launched(programs, "crush", "small", "--host", url, **cache)
+    config = json.loads(Path(seen["CRUSH_GLOBAL_CONFIG"], "crush.json").read_text())
+    assert config["providers"]["modelpack"]["base_url"] == f"{url}/v1"
+    assert config["models"]["large"] == {"provider": "modelpack", "model": "small"}
+    assert seen["MODELPACK_API_KEY"] == "mp-secret"
+    arguments, _ = launched(programs, "continue", "small", "--host", url, **cache)
+    file = Path(arguments[arguments.index("--config") + 1])
+    assert file.stat().st_mode & 0o77 == 0
+    [model] = yaml.safe_load(file.read_text())["models"]
+    assert (model["apiBase"], model["apiKey"]) == (f"{url}/v1", "mp-secret")
+
+
+def test_zed_says_what_to_add_to_its_settings(url: str, programs: Path) -> None:
+    _, seen = launched(programs, "zed", "small", "--host", url, MODELPACK_API_KEY="mp-secret")
+    assert seen["MODELPACK_API_KEY"] == "mp-secret"
+    printed = succeed("launch", "zed", "small", "--print", "--host", url).out
+    settings = "\n".join(line[2:] for line in printed.splitlines() if line.startswith("# "))
+    provider = json.loads(settings[settings.index("{") :])["language_models"]["openai_compatible"]
+    assert provider["modelpack"]["api_url"] == f"{url}/v1"
+    assert provider["modelpack"]["available_models"][0]["name"] == "small"
 
 
 def test_the_context_is_that_which_the_model_runs_with(url: str, programs: Path) -> None:
