@@ -47,6 +47,7 @@ COMMANDS = {
     "logout": ("registry", "logout"),
     "manifest": ("inspect", "manifest"),
     "package": ("package", "package"),
+    "prune": ("store", "prune"),
     "pull": ("transfer", "pull"),
     "push": ("transfer", "push"),
     "referrers": ("referrers", "referrers"),
@@ -70,7 +71,6 @@ ALIASES = {
     "unpack": "bundle",
     "show": "inspect",
     "remove": "rm",
-    "prune": "gc",
 }
 
 EXIT_CODES = """

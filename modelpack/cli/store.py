@@ -1,7 +1,8 @@
-"""`modelpack list`, `tag`, `rm`, `gc` and `fsck`: show, change and check the local store."""
+"""`modelpack list`, `tag`, `rm`, `prune`, `gc` and `fsck`: show, change and check the store."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from modelpack.cli.output import (
     shown_progress,
     table,
 )
-from modelpack.errors import IntegrityError, UsageError
+from modelpack.errors import IntegrityError, ModelpackError, UsageError
 from modelpack.operations.lookup import StoredImage
 from modelpack.operations.model_list import Summarized, list_images, summarize_models
 from modelpack.operations.remote import RemoteOptions
@@ -33,6 +34,7 @@ from modelpack.store.layout import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from modelpack.operations.repair import Repaired
+    from modelpack.store.deletion import Removal
     from modelpack.store.layout import LayoutStore
 
 
@@ -227,6 +229,39 @@ def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
             value = {"untagged": untagged, "deleted": deleted, "bytesFreed": freed}
             show(settings, value, "\n".join(lines))
     note(settings, f"freed {human_size(freed)}")
+
+
+@click.command()
+@click.option("-f", "--force", is_flag=True, help="Do not ask.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
+@common_options
+def prune(settings: Settings, force: bool, dry_run: bool) -> None:
+    """Remove the models without a name, and the blobs that only they need.
+
+    A model loses its name when another takes it, as after a pull of a newer version; one pulled by
+    digest has none. Models that a process uses stay, and so do the variants of a named index.
+    """
+    store = settings.existing_store()
+    removal = store.prune(dry_run=True)
+    if removal.deleted and not dry_run:
+        if not (force or _confirms_removal(removal)):
+            raise ModelpackError("nothing was removed: not confirmed")
+        removal = store.prune()
+    verb = "Would delete" if dry_run else "Deleted"
+    deleted = [str(digest) for digest in removal.deleted]
+    value = {"deleted": deleted, "bytesFreed": removal.bytes_freed, "dryRun": dry_run}
+    show(settings, value, "\n".join(f"{verb}: {digest}" for digest in deleted))
+    note(settings, f"{'would free' if dry_run else 'freed'} {human_size(removal.bytes_freed)}")
+
+
+def _confirms_removal(removal: Removal) -> bool:
+    """Ask whether to remove these manifests."""
+    if not sys.stdin.isatty():
+        raise UsageError("cannot ask: stdin is not a terminal", hint="use --force, or --dry-run")
+    for digest in removal.deleted:
+        click.echo(digest, err=True)
+    what = f"{plural(len(removal.deleted), 'manifest')} without a name"
+    return click.confirm(f"Remove {what}, {human_size(removal.bytes_freed)}?", err=True)
 
 
 @click.command()

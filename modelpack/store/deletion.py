@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -116,26 +116,70 @@ class Remover:
                 if digest not in needed:
                     self.blobs.delete(digest)
 
+    def prune(self, *, dry_run: bool) -> Removal:
+        """Do as `LayoutStore.prune`."""
+        self.tree.prepare()
+        with self.tree.lock().held():
+            document = self.index.read()
+            leased = {digest for lease in self.leases.live() for digest in lease.digests}
+            gone = self._without_name(document, leased)
+            return self._drop(document, gone, leased, dry_run=dry_run) if gone else Removal()
+
+    def _without_name(self, document: IndexDocument, leased: set[Digest]) -> list[Descriptor]:
+        """Return the listed manifests that no name and no lease reaches.
+
+        Referrers of kept manifests are kept, and so are manifests that cannot be read, since their
+        subject is unknown. Raises `StoreError` if a kept manifest is damaged.
+        """
+        names = {entry.digest for entry in document.entries if entry.name is not None}
+        roots = [e.manifest for e in document.entries if e.digest in names or e.digest in leased]
+        kept = reachable(self.blobs, roots)
+        rest = {e.digest: e.manifest for e in document.entries if e.digest not in kept}
+        subjects: dict[Digest, Digest | None] = {}
+        for digest, descriptor in rest.items():
+            with suppress(NotFoundError, IntegrityError, FormatError):
+                subject = read_manifest(self.blobs, descriptor).subject
+                subjects[digest] = subject.digest if subject else None
+        found = [descriptor for digest, descriptor in rest.items() if digest not in subjects]
+        while True:
+            kept |= reachable(self.blobs, found)
+            found = [rest[d] for d, about in subjects.items() if about in kept and d not in kept]
+            if not found:
+                break
+        return [descriptor for digest, descriptor in rest.items() if digest not in kept]
+
     def _delete(
         self, document: IndexDocument, model: lookup.StoredModel, leased: set[Digest]
     ) -> Removal:
         gone = [model.descriptor, *self._referrers(document, {model.digest})]
         if model.descriptor.media_type in media_types.INDEX_TYPES:
             gone += self._parts(document, gone)
+        return replace(self._drop(document, gone, leased), untagged=model.names)
+
+    def _drop(
+        self,
+        document: IndexDocument,
+        gone: list[Descriptor],
+        leased: set[Digest],
+        *,
+        dry_run: bool = False,
+    ) -> Removal:
+        """Delete manifests and the blobs that only they need, except `leased` ones."""
         unneeded = self._unneeded(document, gone) - leased
-        for descriptor in gone:
-            document = document.without_manifest(descriptor.digest)
-        # Write the index first: a listed model must have all its blobs at any time.
-        self.index.write(document)
         bundles = [self.bundles.directory(digest) for digest in sorted(unneeded)]
         size = bytes_freed([*bundles, *map(self.tree.blob, unneeded)])
-        for bundle in bundles:
-            self.bundles.drop(bundle)
-        for digest in sorted(unneeded):
-            self.blobs.delete(digest)
+        if not dry_run:
+            for descriptor in gone:
+                document = document.without_manifest(descriptor.digest)
+            # Write the index first: a listed model must have all its blobs at any time.
+            self.index.write(document)
+            for bundle in bundles:
+                self.bundles.drop(bundle)
+            for digest in sorted(unneeded):
+                self.blobs.delete(digest)
         deleted = tuple(dict.fromkeys(descriptor.digest for descriptor in gone))
         freed = tuple(sorted(unneeded.difference(deleted)))
-        return Removal(model.names, deleted, freed, size)
+        return Removal((), deleted, freed, size)
 
     def _unneeded(self, document: IndexDocument, gone: list[Descriptor]) -> set[Digest]:
         """Return the blobs that only these manifests need.

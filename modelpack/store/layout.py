@@ -308,6 +308,14 @@ class LayoutStore:
         """
         return self._remover().remove(name, force=force)
 
+    def prune(self, *, dry_run: bool = False) -> Removal:
+        """Remove the models that no name and no lease reaches, and the blobs only they need.
+
+        What an image index with a name lists stays, and so do referrers of what stays. Raises
+        `StoreError` if a manifest that stays is damaged.
+        """
+        return self._remover().prune(dry_run=dry_run)
+
     @property
     def listing_cache(self) -> ListingCache:
         """The cached facts that `modelpack list` shows of each model."""

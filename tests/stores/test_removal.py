@@ -7,7 +7,7 @@ import pytest
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Index
 from modelpack.artifacts.reference import Reference
-from modelpack.errors import ConflictError, LockedError, NotFoundError
+from modelpack.errors import ConflictError, LockedError, NotFoundError, StoreError
 from modelpack.store.layout import LayoutStore
 from tests.contract.parts import BytesSource, SmallModel, Watcher, small_model, write_model
 from tests.stores.test_gc import about, blobs_of, everything_of
@@ -243,3 +243,54 @@ def test_a_referrer_stays_listed_though_an_index_lists_it(store: LayoutStore) ->
     note = about(model, b"signature")
     write_index(store, note, name="docker.io/ai/x:sha256-fallback")
     assert [found.digest for found in store.referrers(model.digest)] == [note.digest]
+
+
+def test_prune_removes_what_no_name_reaches(store: LayoutStore) -> None:
+    old, named = small_model(b"shared", b"old"), small_model(b"shared", b"new")
+    parts = small_model(b"shared", b"a"), small_model(b"shared", b"b")
+    write_model(store, old, X)
+    write_model(store, named, X)
+    index = write_index(store, *parts, name=Y)
+    list_again(store, *parts)
+    notes = about(old, b"old's"), about(named, b"named's"), about(parts[0], b"part's")
+    for note in (*notes, deep := about(notes[1], b"note's")):
+        write_model(store, note)
+    before = blobs_of(store)
+
+    planned = store.prune(dry_run=True)
+    assert blobs_of(store) == before
+    assert store.prune() == planned
+    assert set(planned.deleted) == {old.digest, notes[0].digest}
+    assert planned.untagged == ()
+    gone = (everything_of(old) | everything_of(notes[0])) - everything_of(named)
+    assert before - blobs_of(store) == gone
+    assert planned.bytes_freed > 0
+    kept = (*notes[1:], deep, *parts, named)
+    assert listed(store) == {index.digest, *(one.digest for one in kept)}
+    assert store.fsck(watch=Watcher().watch).ok
+    assert store.prune().deleted == ()
+
+
+def test_prune_keeps_what_a_lease_reaches(store: LayoutStore) -> None:
+    used, other = small_model(b"used"), small_model(b"other")
+    note = about(used, b"signature")
+    for model in (used, note, other):
+        write_model(store, model)
+    with LayoutStore(store.root).lease([used.digest]):
+        assert store.prune().deleted == (other.digest,)
+        assert blobs_of(store) == everything_of(used) | everything_of(note)
+    assert set(store.prune().deleted) == {used.digest, note.digest}
+    assert blobs_of(store) == set()
+
+
+def test_a_damaged_manifest_stops_prune(store: LayoutStore) -> None:
+    model, other = small_model(b"weights"), small_model(b"other")
+    write_model(store, model, X)
+    write_model(store, other)
+    path = store.blob_path(model.digest)
+    path.chmod(0o644)
+    path.write_bytes(b"{}")
+    with pytest.raises(StoreError, match="damaged"):
+        store.prune()
+    assert listed(store) == {model.digest, other.digest}
+    assert everything_of(other) <= blobs_of(store)
