@@ -279,6 +279,16 @@ class AsyncEngine(ModelThread["BaseEngine"]):
         """The bytes of its weights and its KV cache."""
         return self._ready().memory_bytes
 
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of its weights, a draft model's included."""
+        return self._ready().weight_bytes
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """The bytes of its KV cache."""
+        return self._ready().kv_cache_bytes
+
     def stats(self) -> EngineStats:
         """Return the engine's counters."""
         return EngineStats() if self._model is None else self._model.stats()

@@ -83,10 +83,10 @@ class Engine(BaseEngine):
         self._sizes = self._choose_sizes(layout, loaded.context_length, draft_bytes)
         self.max_model_len = self._sizes.max_model_len
         per_token = (layout.bytes_per_token if layout else 0) + draft_bytes
-        cache_bytes = self._sizes.num_blocks * self.config.block_size * per_token
-        weight_bytes = loaded.weight_bytes + (drafting.loaded.weight_bytes if drafting else 0)
+        self.kv_cache_bytes = self._sizes.num_blocks * self.config.block_size * per_token
+        self.weight_bytes = loaded.weight_bytes + (drafting.loaded.weight_bytes if drafting else 0)
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
-        self.memory_bytes = weight_bytes + cache_bytes + self._sizes.step_bytes
+        self.memory_bytes = self.weight_bytes + self.kv_cache_bytes + self._sizes.step_bytes
         self._runner = self._make_runner(loaded.model)
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(

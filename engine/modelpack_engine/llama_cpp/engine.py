@@ -208,9 +208,10 @@ class LlamaCppEngine(BaseEngine):
         self.vocab_size = model.vocab_size
         sizes = choose_sizes(model, model.context_length, config)
         self.max_model_len = sizes.max_model_len
-        cache_bytes = sizes.num_blocks * config.block_size * model.bytes_per_token
+        self.kv_cache_bytes = sizes.num_blocks * config.block_size * model.bytes_per_token
+        self.weight_bytes = model.weight_bytes
         #: Bytes of the weights and the KV cache.
-        self.memory_bytes = model.weight_bytes + cache_bytes
+        self.memory_bytes = self.weight_bytes + self.kv_cache_bytes
         self.notes = (*notes, "llama.cpp runs the model; use --backend mlx to run it with MLX")
         num_slots = min(_MOST_SLOTS, config.max_num_seqs + _SPARE_SLOTS)
         self._context = Context(

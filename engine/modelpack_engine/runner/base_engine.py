@@ -29,6 +29,8 @@ class BaseEngine(ABC):
     vocab_size: int
     max_model_len: int
     memory_bytes: int
+    weight_bytes: int
+    kv_cache_bytes: int
     notes: tuple[str, ...]
     _scheduler: Scheduler
     _sampler: Sampler

@@ -27,7 +27,7 @@ from modelpack.cli.options import (
     trust_options,
     variant_option,
 )
-from modelpack.cli.output import note, request_log, show_error, shown_progress
+from modelpack.cli.output import human_size, note, request_log, show_error, shown_progress
 from modelpack.deploy.local_server import PORT
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from modelpack_engine.config import EngineConfig
     from modelpack_engine.distributed.leader import Ranks
     from modelpack_server.gateway.protection import Protection
+    from modelpack_server.pool.pool import ModelPool
 
 
 def is_parallel(size: int | None) -> bool:
@@ -289,7 +290,7 @@ def serve(
             settings=chosen,
             memory=budget,
             keep_alive=seconds,
-            on_ready=lambda: note(settings, f"ready in {time.monotonic() - start:.1f} s"),
+            on_ready=lambda: _note_ready(settings, made, server.url, engine, start),
             on_failure=None if keep_going else fail,
         )
         for found in opened:
@@ -319,6 +320,34 @@ def serve(
     if failures:
         raise failures[0]
     return 0
+
+
+def _note_ready(
+    settings: Settings, pool: ModelPool, url: str, config: EngineConfig, start: float
+) -> None:
+    """Print how long the start took, the addresses, the device, and the memory of each model."""
+    import mlx.core as mx
+
+    from modelpack_engine.async_engine import AsyncEngine
+    from modelpack_engine.platform.device import choose_device
+
+    on_gpu = choose_device(config) == "gpu"
+    device = str(mx.device_info().get("device_name", "GPU")) if on_gpu else "CPU"
+    rows = [("chat page", f"{url}/"), ("API", f"{url}/v1"), ("API docs", f"{url}/docs"),
+            ("device", device)]  # fmt: skip
+    for entry in pool.entries():
+        engine = entry.engine
+        if isinstance(engine, AsyncEngine):
+            weights, cache = human_size(engine.weight_bytes), human_size(engine.kv_cache_bytes)
+            memory = f"weights {weights}, KV cache {cache}"
+        else:
+            memory = f"memory {human_size(entry.memory)}"
+        if engine is not None:
+            rows.append((entry.name, f"{memory}, context {engine.max_model_len}"))
+    note(settings, f"ready in {time.monotonic() - start:.1f} s")
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        note(settings, f"  {name.ljust(width)}  {value}")
 
 
 def _words(flags: str) -> tuple[str, ...]:

@@ -145,6 +145,13 @@ def test_a_server_says_when_it_is_ready(store: LayoutStore) -> None:
     lines = iter(process.stderr.readline, "")
     assert next(line for line in lines if "serving tiny" in line)
     assert next(line for line in lines if re.fullmatch(r"ready in \d+\.\d s\n", line))
+    banner = [next(lines).split(maxsplit=1) for _ in range(5)]
+    url = found["url"]
+    assert [name for name, _ in banner] == ["chat", "API", "API", "device", "team/tiny"]
+    assert banner[0][1].split() == ["page", f"{url}/"]
+    assert (banner[1][1].strip(), banner[2][1].split()[1]) == (f"{url}/v1", f"{url}/docs")
+    sizes = r"weights [\d.]+ [kM]B, KV cache [\d.]+ [kMG]B, context \d+"
+    assert re.fullmatch(sizes, banner[4][1].strip())
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 0
