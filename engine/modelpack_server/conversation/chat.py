@@ -264,10 +264,15 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
     return ChatStream(stream, answers, reasons, token_ids)
 
 
+async def prompt_ids(model: ServedModel, spec: ChatSpec) -> list[int]:
+    """Return the tokens of the conversation's prompt; raises `ContextLengthError`."""
+    _, token_ids = await _prepared(model, _completed(spec, model))
+    return token_ids
+
+
 async def count_prompt(model: ServedModel, spec: ChatSpec) -> int:
     """Return the number of tokens of the conversation's prompt."""
-    _, token_ids = await _prepared(model, _completed(spec, model))
-    return len(token_ids)
+    return len(await prompt_ids(model, spec))
 
 
 def _completed(spec: ChatSpec, model: ServedModel) -> ChatSpec:

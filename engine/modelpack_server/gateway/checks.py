@@ -50,8 +50,8 @@ from modelpack_server.gateway.traces import Trace, trace_of
 
 _PREFIX = r"(?:/engines(?:/[A-Za-z0-9._-]+)?|/anthropic)?(?:/v1)?"
 _INFERENCE = re.compile(
-    _PREFIX + r"/(?:chat/completions|completions|embeddings|responses|messages"
-    r"|messages/count_tokens|rerank|score|images/generations)"
+    _PREFIX + r"/(?:chat/completions|completions|embeddings|responses|responses/input_tokens"
+    r"|messages|messages/count_tokens|rerank|score|tokenize|detokenize|images/generations)"
     r"|/v2/rerank|/api/(?:generate|chat|embed|embeddings|show)"
 )
 _MODELS = re.compile(_PREFIX + r"/models/?|/api/(?:tags|ps)")

@@ -104,8 +104,8 @@ def test_nesting_is_a_400_of_every_family(api: Scripted, path: str, raw: bytes) 
 
 @pytest.mark.parametrize(
     "path",
-    [CHAT, "/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/api/chat",
-     "/api/generate", "/v1/completions"],
+    [CHAT, "/v1/messages", "/v1/messages/count_tokens", "/v1/responses",
+     "/v1/responses/input_tokens", "/api/chat", "/api/generate", "/v1/completions"],
 )  # fmt: skip
 def test_prompts_are_refused_by_their_bytes(path: str) -> None:
     from starlette.testclient import TestClient

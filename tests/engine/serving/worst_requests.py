@@ -52,6 +52,11 @@ def requests_to(model: str) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
         "Anthropic messages": ("/v1/messages", lambda: _body(
             model, max_tokens="9", messages=_many(turn, 940_000))),
         "count tokens": ("/v1/messages/count_tokens", lambda: _chat(model, "7" * (8 * MIB))),
+        "count input tokens": ("/v1/responses/input_tokens", lambda: _body(
+            model, input=_many(turn, 940_000))),
+        "tokenize": ("/tokenize", lambda: _body(model, prompt='"' + "7" * (8 * MIB) + '"')),
+        "tokenize messages": ("/tokenize", lambda: _chat(model, "a" * (8 * MIB))),
+        "detokenize": ("/detokenize", lambda: _body(model, tokens=_many("7", 30 * MIB))),
         "Ollama messages": ("/api/chat", lambda: _body(model, messages=_many(turn, 940_000))),
         "items": ("/v1/responses", lambda: _body(model, input=_many(turn, 940_000))),
         "input": ("/v1/responses", lambda: _body(model, input='"' + "7" * (8 * MIB) + '"')),

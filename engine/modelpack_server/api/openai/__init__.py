@@ -1,4 +1,7 @@
-"""The OpenAI API: chat completions, completions, responses, embeddings, rerank and models."""
+"""The OpenAI API: chat completions, completions, responses, embeddings, rerank and models.
+
+`tokenize` has the routes of vLLM that clients of this API call.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from modelpack_server.api.openai.embeddings import ranking_routes
 from modelpack_server.api.openai.embeddings import router as embeddings
 from modelpack_server.api.openai.models import router as models
 from modelpack_server.api.openai.responses import router as responses
+from modelpack_server.api.openai.tokenize import router as tokenize
 from modelpack_server.pool.pool import ModelPool
 
 
 def router(pool: ModelPool) -> APIRouter:
     """Return the routes of the OpenAI API."""
     routes = APIRouter()
-    for part in (chat, completions, responses, embeddings, ranking_routes, models):
+    for part in (chat, completions, responses, embeddings, ranking_routes, models, tokenize):
         routes.include_router(part(pool))
     return routes

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.bodies import Body
+from modelpack_server.api.bodies import Body, SparseBody
 from modelpack_server.api.continuation import carried
 from modelpack_server.api.openai.requests import (
     Effort,
@@ -122,41 +122,64 @@ class TextFields(Body):
     verbosity: StrictStr | None = None
 
 
-class ResponseRequest(SamplingFields):
-    """The body of POST /v1/responses."""
+class InputRequest(SparseBody):
+    """The fields that determine the prompt: the body of POST /v1/responses/input_tokens."""
 
-    input: StrictStr | list[dict[str, Any]]
+    model: Annotated[StrictStr, Field(min_length=1)]
+    input: StrictStr | list[dict[str, Any]] = ""
     instructions: StrictStr | None = None
     previous_response_id: StrictStr | None = None
-    store: StrictBool = True
-    max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_tool_calls: Annotated[StrictInt, Field(ge=1)] | None = None
     tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: StrictStr | dict[str, Any] = "auto"
     parallel_tool_calls: StrictBool = True
     text: TextFields | None = None
     reasoning: ReasoningFields | None = None
     reasoning_effort: Effort | None = None  # sent by some clients
-    include: list[StrictStr] = Field(default_factory=list)
     truncation: Literal["auto", "disabled"] = "disabled"
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    conversation: Any = None
+
+    def check_input(self) -> None:
+        """Raise `RequestError` for unsupported fields, and for a request without input."""
+        for name in _HOSTED:
+            if getattr(self, name, None) not in (None, False):
+                raise RequestError(f"{name} is not supported by a local server", param=name)
+        if not self.input and not self.previous_response_id:
+            raise RequestError("input is empty", param="input")
+
+    @property
+    def effort(self) -> str | None:
+        """The reasoning effort."""
+        return (self.reasoning.effort if self.reasoning else None) or self.reasoning_effort
+
+    def constraint(self) -> Constraint | None:
+        """Return the constraint on the text, or None; raises `RequestError`."""
+        wanted = self.text.format if self.text is not None else None
+        if wanted is None or wanted.get("type") != "json_schema":
+            return constraint_of(wanted)
+        return constraint_of({"type": "json_schema", "json_schema": wanted})
+
+
+class ResponseRequest(InputRequest, SamplingFields):
+    """The body of POST /v1/responses."""
+
+    input: StrictStr | list[dict[str, Any]]
+    store: StrictBool = True
+    max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tool_calls: Annotated[StrictInt, Field(ge=1)] | None = None
+    include: list[StrictStr] = Field(default_factory=list)
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     background: StrictBool | None = None
-    conversation: Any = None
     prompt: Any = None
     moderation: Any = None
 
     def check(self) -> None:
-        """Raise `RequestError` for unsupported fields."""
+        """Raise `RequestError` for fields that contradict each other or are not supported."""
         super().check()
-        for name in _HOSTED:
-            if getattr(self, name) not in (None, False):
-                raise RequestError(f"{name} is not supported by a local server", param=name)
         if self.n != 1:
             raise RequestError(f"n is {self.n}, expected 1: a response has one choice", param="n")
-        if not self.input and not self.previous_response_id:
-            raise RequestError("input is empty", param="input")
+        self.check_input()
 
     def check_repeated(self) -> None:
         """Raise `RequestError` if repeated fields exceed `MAX_REPEATED`. Call it in a thread."""
@@ -169,21 +192,9 @@ class ResponseRequest(SamplingFields):
             )
 
     @property
-    def effort(self) -> str | None:
-        """The reasoning effort."""
-        return (self.reasoning.effort if self.reasoning else None) or self.reasoning_effort
-
-    @property
     def wants_logprobs(self) -> bool:
         """Whether the reply includes log-probabilities."""
         return self.top_logprobs is not None or LOGPROBS in self.include
-
-    def constraint(self) -> Constraint | None:
-        """Return the constraint on the text, or None; raises `RequestError`."""
-        wanted = self.text.format if self.text is not None else None
-        if wanted is None or wanted.get("type") != "json_schema":
-            return constraint_of(wanted)
-        return constraint_of({"type": "json_schema", "json_schema": wanted})
 
 
 Item = dict[str, Any]

@@ -14,10 +14,17 @@ from starlette.exceptions import HTTPException
 from modelpack_engine.errors import ContextLengthError, RequestError
 from modelpack_server.api.bodies import call, compute, large_response
 from modelpack_server.api.errors import problem_of
-from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable
+from modelpack_server.api.model_use import (
+    PRESET_HEADER,
+    answer,
+    check_generates,
+    preloadable,
+    unless_gone,
+)
 from modelpack_server.api.openai.responses.memory import Remembered, ResponseMemory
 from modelpack_server.api.openai.responses.replies import Reply
 from modelpack_server.api.openai.responses.requests import (
+    InputRequest,
     Item,
     ResponseRequest,
     Toolbox,
@@ -80,13 +87,37 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
     routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
     kept = memory if memory is not None else ResponseMemory()
 
+    async def conversation(
+        body: InputRequest, owner: str | None
+    ) -> tuple[tuple[Item, ...], list[Item]]:
+        """Return the items of earlier turns, and those of the request."""
+        earlier = _earlier(kept, owner, body.previous_response_id)
+        return earlier, await compute(items_of, body.input, partial(kept.item, owner))
+
+    async def count_input_tokens(body: InputRequest, request: Request) -> dict[str, Any]:
+        """Return the number of prompt tokens of a request, including earlier turns and tools."""
+        body.check_input()
+        earlier, own = await conversation(body, caller_of(request.scope).owner)
+
+        async def count() -> int:
+            async with pool.lease(body.model) as model:
+                check_generates(model, body.model)
+                with _own_words():
+                    toolbox = toolbox_of(body.tools, body.tool_choice)
+                    spec = await compute(spec_of, body, toolbox, model, [*earlier, *own])
+                    if body.truncation == "auto":
+                        spec = await fitted(model, spec)
+                    return await count_prompt(model, spec)
+
+        counted = await unless_gone(request, count())
+        return {"object": "response.input_tokens", "input_tokens": counted}
+
     async def create_response(body: ResponseRequest, request: Request) -> Response:
         """Reply with one JSON object or with events; store the response unless `store` is false."""
         body.check()
         owner = caller_of(request.scope).owner
-        earlier = _earlier(kept, owner, body.previous_response_id)
         await compute(body.check_repeated)
-        own = await compute(items_of, body.input, partial(kept.item, owner))
+        earlier, own = await conversation(body, owner)
         preset = body.preset or request.headers.get(PRESET_HEADER)
         reply = Reply(body)
 
@@ -165,6 +196,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
 
     for tail, endpoint, method in (
         ("/responses", create_response, "POST"),
+        ("/responses/input_tokens", count_input_tokens, "POST"),
         ("/responses/{name}", retrieve_response, "GET"),
         ("/responses/{name}", delete_response, "DELETE"),
         ("/responses/{name}/cancel", cancel_response, "POST"),
@@ -175,16 +207,18 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
 
 
 def spec_of(
-    body: ResponseRequest,
+    body: InputRequest,
     toolbox: Toolbox,
     model: ServedModel,
     items: Sequence[Item],
     preset: str | None = None,
 ) -> ChatSpec:
     """Return the API-neutral form of a request; raises `RequestError`."""
-    given = body.given()
-    if body.wants_logprobs:
-        given["logprobs"] = body.top_logprobs or 0
+    given, limit = {}, None
+    if isinstance(body, ResponseRequest):
+        given, limit = body.given(), body.max_output_tokens or body.max_tokens
+        if body.wants_logprobs:
+            given["logprobs"] = body.top_logprobs or 0
     options = dict(body.chat_template_kwargs)
     if body.effort is not None:
         options.setdefault("reasoning_effort", body.effort)
@@ -192,7 +226,7 @@ def spec_of(
     return ChatSpec(
         messages=fit_turns(messages, model.tokenizer.chat_template),
         params=model.sampling_params(given, preset=preset),
-        max_tokens=body.max_output_tokens or body.max_tokens or model.default("max_tokens"),
+        max_tokens=limit or model.default("max_tokens"),
         tools=toolbox.tools,
         tool_choice=toolbox.choice,
         parallel_tool_calls=body.parallel_tool_calls,
