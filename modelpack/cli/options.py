@@ -121,6 +121,8 @@ def common_options(command: F) -> F:
             for param in click.get_current_context().command.params
             if isinstance(param, click.Option) and param.name and "_" in param.name
         }
+        if "context_size" in settings.options:  # whose name in the engine is this
+            settings.options.setdefault("max_model_len", "--context-size")
         return command(settings, **arguments)
 
     return wrapped  # type: ignore[return-value]

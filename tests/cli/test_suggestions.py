@@ -43,11 +43,11 @@ def test_options_are_named_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ModelpackError(
             "context_size is 9, but x/context_size and max_context_size are files",
-            hint="lower context_size (chat_template)",
+            hint="lower context_size (chat_template) or max_model_len",
         )
 
     monkeypatch.setattr("modelpack.cli.package.package_model", fail)
     words = ["package", "--gguf", "x.gguf", "x:v1"]
     for result in (modelpack(*words), modelpack(*words, "--json")):
         assert "--context-size is 9, but x/context_size and max_context_size are" in result.err
-        assert "lower --context-size (--chat-template)" in result.err
+        assert "lower --context-size (--chat-template) or --context-size" in result.err
