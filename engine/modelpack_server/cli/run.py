@@ -27,7 +27,7 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
 from modelpack_server.cli.model_sources import models_of
 from modelpack_server.pool.settings import DEFAULT_TEMPERATURE
-from modelpack_server.repl.view import BareView, TerminalView, View
+from modelpack_server.repl.view import BareView, TerminalView
 
 if TYPE_CHECKING:
     from modelpack_server.conversation.served_model import ServedModel
@@ -237,7 +237,7 @@ def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:.2f} tokens/s" if tokens > 0 and seconds > 0 else "-"
 
 
-def _view() -> View:
+def _view() -> BareView | TerminalView:
     if not sys.stdout.isatty():
         return BareView()
     from rich.console import Console

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -72,7 +72,10 @@ def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | i
     device = choose_device(config)
     if find_place() is None:
         command = [sys.executable, "-m", "modelpack", *sys.argv[1:]]
-        outcome = launch(command, size, backend=_backend(device))
+        import mlx.core as mx
+
+        has_nccl = device == "gpu" and mx.cuda.is_available()
+        outcome = launch(command, size, backend="nccl" if has_nccl else "ring")
         if outcome.failure:
             raise ModelpackError(outcome.failure)
         return outcome.code
@@ -85,12 +88,6 @@ def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | i
     with request_log(settings):
         joined.follow(parts_of(settings.store(), config))
     return 0
-
-
-def _backend(device: str) -> Literal["ring", "nccl"]:
-    import mlx.core as mx
-
-    return "nccl" if device == "gpu" and mx.cuda.is_available() else "ring"
 
 
 def _end(error: ModelpackError) -> None:
@@ -304,7 +301,7 @@ def serve(
     with serving_log(settings, log_format):
         server = ModelServer(
             pool,
-            address=f"{_bracketed(host)}:{port}",
+            address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
             allow_remote=True,  # `Protection` has checked that keys are required
             request_templates=allow_request_templates,
             share_prefix_cache=share_prefix_cache,
@@ -355,7 +352,3 @@ def _words(flags: str) -> tuple[str, ...]:
         return tuple(shlex.split(flags))
     except ValueError as error:
         raise UsageError(f"--runtime-flags: {error}") from None
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

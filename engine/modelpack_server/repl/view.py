@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,19 +17,6 @@ if TYPE_CHECKING:
 
 # Seconds between two updates of the terminal: smooth, at low cost.
 _FRAME = 1 / 15
-
-
-class View(Protocol):
-    """A display for the pieces of a response."""
-
-    def text(self, piece: str) -> None:
-        """Show a piece of the response."""
-
-    def thought(self, piece: str) -> None:
-        """Show a piece of the reasoning."""
-
-    def end(self) -> None:
-        """End the response, complete or not."""
 
 
 class BareView:

@@ -183,7 +183,8 @@ def test_what_cannot_be_divided_is_refused_by_name(store: Path, tmp_path: Path) 
 
 @pytest.mark.long
 def test_heads_that_cannot_be_divided(store: Path, tmp_path: Path) -> None:
-    with serving(store, tmp_path / "err", "--tensor-parallel-size", "3") as server:
+    options = ("--tensor-parallel-size", "3", "--keep-going")
+    with serving(store, tmp_path / "err", *options) as server:
         answer = server.complete()
         assert answer.status_code >= 400
         assert "llama has 4 attention heads, which 3 devices cannot share equally" in answer.text
