@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,28 @@ from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import (
     Settings,
     common_options,
-    model_argument,
+    model_names,
     remote_options,
     trust_options,
     variant_option,
 )
-from modelpack.cli.output import full_reference, human_size, note, plural, show, shown_progress
-from modelpack.errors import IntegrityError, UsageError
+from modelpack.cli.output import (
+    full_reference,
+    human_size,
+    note,
+    plural,
+    show,
+    show_error,
+    show_json,
+    shown_progress,
+)
+from modelpack.errors import (
+    IntegrityError,
+    InterruptedTransferError,
+    ModelpackError,
+    UsageError,
+    exit_status,
+)
 from modelpack.operations.lock import check_lock, pull_locked, unlock
 from modelpack.operations.lock import lock as lock_references
 from modelpack.operations.pull import Part, Pulled, Selection
@@ -103,7 +118,7 @@ WITH_REFERRERS = click.option(
 
 
 @click.command()
-@click.argument("references", metavar="REFERENCE", nargs=-1)
+@click.argument("references", metavar="[REFERENCE]...", nargs=-1)
 @click.option(
     "--include", metavar="GLOB", multiple=True, help="Fetch only these files. May be repeated."
 )
@@ -144,12 +159,13 @@ def pull(
     offline: bool,
     lock_file: Path,
     remote: RemoteOptions,
-) -> None:
-    """Fetch a model into the local store and verify every byte; print its digest.
+) -> int:
+    """Fetch models into the local store and verify every byte; print their digests.
 
     REFERENCE names a model in a registry, or hf.co/ORG/NAME[:QUANT][@REVISION] on the Hugging Face
     Hub. An interrupted pull resumes. Leaving out files marks the model as partial; the next pull
-    fetches the rest.
+    fetches the rest. If one of several models fails, the others are still pulled; the exit code is
+    that of the first failure.
     """
     selection = Selection(include, exclude, media_types, Part(only) if only else None)
     if locked:
@@ -158,37 +174,77 @@ def pull(
                 "--locked cannot be combined with --with-referrers or a selection of files"
             )
         _pull_locked(settings, references, lock_file, offline, remote)
-        return
+        return 0
     if offline:
         raise UsageError("--offline requires --locked")
-    if len(references) != 1:
-        raise UsageError(f"expected one model to pull, got {len(references)}")
-    [reference] = references
-    source = named(reference)
-    if isinstance(source, Reference):
-        full_reference(settings, reference)
-    with shown_progress(settings) as progress:
-        done = pull_model(
-            source,
-            selection=selection,
-            with_referrers=with_referrers,
-            store=settings.store(),
-            remote=remote,
-            progress=progress,
-        )
-    show_pulled(settings, str(source), done)
+    if not references:
+        raise UsageError("expected a model to pull", hint="name one or more models")
+
+    def pull_one(name: str) -> dict[str, Any]:
+        source = named(name)
+        if isinstance(source, Reference):
+            full_reference(settings, name)
+        with shown_progress(settings) as progress:
+            done = pull_model(
+                source,
+                selection=selection,
+                with_referrers=with_referrers,
+                store=settings.store(),
+                remote=remote,
+                progress=progress,
+            )
+        return _about_pull(settings, str(source), done)
+
+    return _for_each(settings, references, pull_one)
+
+
+def _for_each(
+    settings: Settings, names: Sequence[str], transfer: Callable[[str], dict[str, Any]]
+) -> int:
+    """Transfer models one after another, show each result's `digest`, and return the exit code.
+
+    With several names, a failure is shown and the others follow; the code is that of the first.
+    """
+    if len(names) == 1:
+        value = transfer(names[0])
+        show(settings, value, value["digest"])
+        return 0
+    values: list[dict[str, Any]] = []
+    failures: list[ModelpackError] = []
+    for name in dict.fromkeys(names):
+        try:
+            values.append(transfer(name))
+        except InterruptedTransferError:
+            raise
+        except ModelpackError as error:
+            failures.append(error)
+            values.append({"reference": name, "error": str(error)})
+            if not settings.json:
+                show_error(error)
+        else:
+            if not settings.json:
+                click.echo(values[-1]["digest"])
+    if settings.json:
+        show_json({"models": values})
+        if failures:
+            raise failures[0]
+    return exit_status(failures[0]) if failures else 0
 
 
 def show_pulled(settings: Settings, source: str, done: Pulled) -> None:
     """Print the digest and a summary of a pull."""
+    show(settings, _about_pull(settings, source, done), str(done.digest))
+
+
+def _about_pull(settings: Settings, source: str, done: Pulled) -> dict[str, Any]:
+    """Print a summary of a pull; return its JSON value."""
     where = done.reference
     left = f", {plural(len(done.missing), 'blob')} left out" if done.missing else ""
     kept = "" if str(where) == source else f" as {where}"
     note(settings, f"pulled {source}{kept}: {_summary(done.transfer, 'fetched')}{left}")
     missing = [str(blob.digest) for blob in done.missing]
     value = {"reference": str(where), "digest": str(done.digest), "missing": missing}
-    value |= _about(settings, done.referrers)
-    show(settings, value | _counts(done.transfer), str(done.digest))
+    return value | _about(settings, done.referrers) | _counts(done.transfer)
 
 
 def _pull_locked(
@@ -221,35 +277,44 @@ def _pull_locked(
 
 
 @click.command()
-@model_argument("reference")
+@click.argument(
+    "references", metavar="REFERENCE...", nargs=-1, required=True, shell_complete=model_names
+)
 @click.option("--to", metavar="REF", help="Push to this reference instead.")
 @WITH_REFERRERS
 @remote_options
 @common_options
 def push(
     settings: Settings,
-    reference: str,
+    references: tuple[str, ...],
     to: str | None,
     with_referrers: bool,
     remote: RemoteOptions,
-) -> None:
-    """Push a stored model to its registry; print its digest.
+) -> int:
+    """Push stored models to their registries; print their digests.
 
-    Blobs that the registry has are not uploaded again.
+    Blobs that the registry has are not uploaded again. If one of several models fails, the others
+    are still pushed; the exit code is that of the first failure.
     """
-    where = full_reference(settings, reference if to is None else to)
-    with shown_progress(settings) as progress:
-        done = push_model(
-            reference,
-            to=where,
-            with_referrers=with_referrers,
-            store=settings.existing_store(),
-            remote=remote,
-            progress=progress,
-        )
-    note(settings, f"pushed {where}: {_summary(done.transfer, 'sent')}")
-    value = {"reference": str(where), "digest": str(done.digest)} | _counts(done.transfer)
-    show(settings, value | _about(settings, done.referrers), str(done.digest))
+    if to is not None and len(references) > 1:
+        raise UsageError(f"--to takes one model, got {len(references)}")
+
+    def push_one(name: str) -> dict[str, Any]:
+        where = full_reference(settings, name if to is None else to)
+        with shown_progress(settings) as progress:
+            done = push_model(
+                name,
+                to=where,
+                with_referrers=with_referrers,
+                store=settings.existing_store(),
+                remote=remote,
+                progress=progress,
+            )
+        note(settings, f"pushed {where}: {_summary(done.transfer, 'sent')}")
+        value = {"reference": str(where), "digest": str(done.digest)} | _counts(done.transfer)
+        return value | _about(settings, done.referrers)
+
+    return _for_each(settings, references, push_one)
 
 
 @click.command()

@@ -70,7 +70,7 @@ def test_a_denied_store_is_a_permission(open_dir: Path) -> None:
         (["--json", "push"], "REFERENCE"),
         (["nonsense", "--json"], "nonsense"),
         (["list", "--json", "--store"], "--store"),
-        (["pull", "--json"], "expected one model"),
+        (["pull", "--json"], "expected a model"),
         (["pull", "--json", "--client-key", "pyproject.toml", "m:v1"], "--client-cert"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -49,6 +50,36 @@ def test_push_says_what_was_there(pushed: tuple[str, str]) -> None:
     result = succeed("push", reference)
     assert result.out == digest
     assert "0 blobs sent (0 B), 2 already there" in result.err
+
+
+def test_several_models(server: RegistryServer, tmp_path: Path) -> None:
+    first, second = f"{server.host}/team/first:v1", f"{server.host}/team/second:v1"
+    digests = [succeed("package", "--gguf", tiny_gguf(tmp_path), first).out]
+    directory = tiny_safetensors(tmp_path)
+    digests.append(succeed("package", "--safetensors-dir", directory, second).out)
+    assert succeed("push", first, second).out.splitlines() == digests
+    succeed("rm", first, second)
+
+    absent = f"{server.host}/team/absent:v1"
+    result = modelpack("pull", first, absent, "not a name", second)
+    assert result.code == 3
+    assert result.out.splitlines() == digests
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert "absent" in errors[0]
+    assert "not a name" in errors[1]
+    result = modelpack("push", "not a name", absent, second)
+    assert (result.code, result.out) == (2, digests[1])
+
+    models = succeed("pull", "--json", first, second).json["models"]
+    assert [model["digest"] for model in models] == digests
+    assert [model["reference"] for model in models] == [first, second]
+    failed = modelpack("pull", "--json", absent, first)
+    assert failed.code == 3
+    missed, pulled = failed.json["models"]
+    assert "absent" in missed["error"]
+    assert pulled["digest"] == digests[0]
+    assert json.loads(failed.err.splitlines()[-1])["error"]["exitCode"] == 3
+    assert modelpack("push", first, second, "--to", absent).code == 2
 
 
 def test_push_elsewhere(server: RegistryServer, tmp_path: Path) -> None:
