@@ -80,6 +80,17 @@ def test_a_policy_keeps_models_out(
     assert "is not signed by us: it has no signatures" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["serve", "run"])
+def test_a_policy_keeps_files_on_disk_out(
+    keys: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("prompt"))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert run([command, str(tmp_path), "--verify-key", str(keys / "ours.pub")]) == 5
+    assert "files on disk have no signatures" in capsys.readouterr().err
+
+
 def test_files_of_another_image_are_not_signed(
     published: Published, keys: Path, ours: PrivateKey, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,13 @@ from modelpack.artifacts.reference import Reference
 from modelpack.builder.request import PackageRequest
 from modelpack.cli.options import Settings
 from modelpack.cli.output import note, shown_progress
-from modelpack.errors import AmbiguousError, InvalidReferenceError, NotFoundError, UsageError
+from modelpack.errors import (
+    AmbiguousError,
+    InvalidReferenceError,
+    NotFoundError,
+    UntrustedError,
+    UsageError,
+)
 from modelpack.hub.reference import local_name
 from modelpack.operations.package import package
 from modelpack.operations.remote import RemoteOptions
@@ -61,8 +67,9 @@ class ModelSources:
     def open(self, typed: str) -> Found:
         """Return the model at the path `typed` or of this name, pulled if it is not stored.
 
-        Raises `NotFoundError` for a path without a model, `AmbiguousError` for the last path
-        element of several stored models, and what `open_model` and `package` raise.
+        Raises `NotFoundError` for a path without a model, `UntrustedError` for any path under a
+        trust policy, `AmbiguousError` for the last path element of several stored models, and what
+        `open_model` and `package` raise.
         """
         if (path := path_in(typed)) is not None:
             return self._open_file(path)
@@ -82,6 +89,11 @@ class ModelSources:
     def _open_file(self, path: Path) -> Found:
         from modelpack.operations.lookup import stored_model
 
+        if self._remote.trust is not None:
+            raise UntrustedError(
+                f"{path}: files on disk have no signatures",
+                hint="package them, sign the model, and name that",
+            )
         with shown_progress(self._settings) as progress:
             reference = add_file(self._files, path, progress)
         return Found(stored_model(self._files, str(reference)), reference.familiar)
