@@ -24,7 +24,7 @@ from modelpack_engine.embedding.loader import load_embedder
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.llama_cpp.library import choose_backend
-from modelpack_engine.models import LoadedModel, ModelFiles, load
+from modelpack_engine.models import LoadedModel, ModelFiles, load, load_progress
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of
 from modelpack_engine.models.safetensors import read_config
@@ -87,6 +87,7 @@ def load_model(
     drafting = load(draft, device=where, ignored_fields=ignored) if draft is not None else None
     weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
     config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
+    load_progress.warm_up()
     engine = Engine(loaded, config, model_id=str(opened.model.digest), draft=drafting)
     return engine, str(loaded.config.get("model_type") or loaded.architecture)
 
@@ -98,8 +99,10 @@ def _load_llama_cpp(
     from modelpack_engine.llama_cpp.model import LlamaModel, try_out
 
     tokenizer = gguf_tokenizer_of(opened.files)
+    load_progress.begin(opened.files.weights)
     try_out(opened.files.weights)
     model = LlamaModel(opened.files.weights)
+    load_progress.warm_up()
     config = opened.with_context_size(configure(model.context_length, model.weight_bytes))
     engine = LlamaCppEngine(model, tokenizer, config, notes=opened.files.notes)
     _log.info("%s: %s", opened.model.reference or opened.model.digest, engine.notes[-1])
@@ -226,6 +229,7 @@ def load_on_ranks(
     """
 
     def settings(loaded: LoadedModel) -> EngineConfig:
+        load_progress.warm_up()
         return opened.with_context_size(configure(loaded.context_length, loaded.weight_bytes))
 
     part = partial(_part, opened.files, device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 
-from modelpack_engine.models import gguf_blocks
+from modelpack_engine.models import gguf_blocks, load_progress
 from modelpack_engine.models.gguf_architectures import Config, Hyperparameters, architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE
 from modelpack_engine.models.gguf_file import GGUFFile, GGUFTensor
@@ -71,7 +71,7 @@ class TensorPlan:
 Decoded = dict[str, npt.NDArray[Any]]
 
 
-def arrays_of(plans: Iterable[TensorPlan], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+def arrays_of(plans: Collection[TensorPlan], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
     """Yield the name and array of each parameter; arrays that are not packed have `dtype`.
 
     Raises `ModelLoadError` for a type that is not supported.
@@ -79,16 +79,23 @@ def arrays_of(plans: Iterable[TensorPlan], dtype: mx.Dtype) -> Iterator[tuple[st
     with ThreadPoolExecutor(_threads(), thread_name_prefix="decode") as pool:
         waiting: deque[tuple[TensorPlan, Future[Decoded]]] = deque()
         ahead, limit = 0, max(MAX_AHEAD, (available_memory() or 0) // _AHEAD_PART)
+        total, done = sum(item.tensor.raw.size for item in plans), 0
+
+        def next_arrays() -> Iterator[tuple[str, mx.array]]:
+            nonlocal ahead, done
+            first, future = waiting.popleft()
+            ahead -= first.decoded_bytes
+            yield from _arrays(first, future.result(), dtype)
+            done += first.tensor.raw.size
+            load_progress.read(done / total if total else 1)
+
         for item in plans:
             waiting.append((item, pool.submit(_decode, item)))
             ahead += item.decoded_bytes
             while waiting and ahead > limit:
-                first, future = waiting.popleft()
-                ahead -= first.decoded_bytes
-                yield from _arrays(first, future.result(), dtype)
+                yield from next_arrays()
         while waiting:
-            first, future = waiting.popleft()
-            yield from _arrays(first, future.result(), dtype)
+            yield from next_arrays()
 
 
 def packing_of(dtype: str, *, requantize: bool) -> Packing | None:

@@ -14,12 +14,13 @@ from mlx.nn.layers.base import Module
 
 from modelpack.artifacts.model import CHAT_TEMPLATE
 from modelpack_engine.errors import ModelLoadError, RequestError
-from modelpack_engine.models import gguf_tokenizer, json_tokenizer
+from modelpack_engine.models import gguf_tokenizer, json_tokenizer, load_progress
 from modelpack_engine.models.chat_template import as_jinja
 from modelpack_engine.models.config_guard import check_fields
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.gguf import GGUFLoader
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
+from modelpack_engine.models.load_progress import LoadCallback
 from modelpack_engine.models.precision import (
     Precision,
     dense_bytes,
@@ -76,8 +77,9 @@ def load(
     requantize: bool = True,
     ignored_fields: Collection[str] = (),
     shard: Shard | None = None,
+    progress: LoadCallback | None = None,
 ) -> LoadedModel:
-    """Load the model in `files`; nothing is written to disk.
+    """Load the model in `files`; nothing is written to disk. `progress` gets the bytes read.
 
     On a CPU the default is dense float32, or quantised weights with float32 scales where memory
     is short. On a GPU weights stay packed, and the default dtype is that of the files (bfloat16
@@ -89,7 +91,8 @@ def load(
     Raises `ModelLoadError`, naming the cause, for errors in the files, and `WeightFormatError` for
     a damaged weight file.
     """
-    with mx.stream(mx.cpu if device == "cpu" else mx.gpu):
+    with mx.stream(mx.cpu if device == "cpu" else mx.gpu), load_progress.watched(progress):
+        load_progress.begin(files.weights)
         if files.format == "gguf":
             return _load_gguf(files, device, dtype, dense, requantize, shard)
         return _load_safetensors(files, device, dtype, dense, ignored_fields, shard)

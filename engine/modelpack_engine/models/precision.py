@@ -15,6 +15,7 @@ from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx.utils import tree_flatten, tree_unflatten
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models import load_progress
 from modelpack_engine.models.load_budget import checkpoint
 
 Shape = tuple[int, ...]
@@ -143,7 +144,7 @@ def evaluate(model: Module) -> int:
     """
     arrays = list(parameters_of(model).values())
     batch: list[mx.array] = []
-    pending = 0
+    total, done, pending = sum(array.nbytes for array in arrays), 0, 0
     try:
         for array in arrays:
             batch.append(array)
@@ -151,11 +152,13 @@ def evaluate(model: Module) -> int:
             if pending > 256 * _MEBIBYTE:
                 checkpoint()
                 mx.eval(batch)
-                batch, pending = [], 0
+                done, batch, pending = done + pending, [], 0
+                load_progress.read(done / total)
         mx.eval(batch)
+        load_progress.read(1)
     except (RuntimeError, ValueError) as error:
         raise ModelLoadError(f"the weights cannot be read: {error}") from error
-    return sum(array.nbytes for array in arrays)
+    return total
 
 
 def dense_bytes(model: Any, itemsize: int) -> int:

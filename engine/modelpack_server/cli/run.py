@@ -25,6 +25,7 @@ from modelpack.cli.output import note, show_json
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
+from modelpack_server.cli.load_display import LoadDisplay
 from modelpack_server.cli.model_sources import models_of
 from modelpack_server.pool.settings import DEFAULT_TEMPERATURE
 from modelpack_server.repl.view import BareView, TerminalView
@@ -116,7 +117,7 @@ def run(
 
     with (
         models_of(settings, remote) as sources,
-        LocalModels(sources.catalogue(engine), engine) as models,
+        LocalModels(sources.catalogue(engine), engine, LoadDisplay(settings).report) as models,
     ):
         _talk(settings, Chat(load(model), **chosen), load, text, verbose, models.call)
 

@@ -33,6 +33,7 @@ from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
 from modelpack_server.cli.gateway import announce, protection_options
+from modelpack_server.cli.load_display import LoadDisplay
 from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
 from modelpack_server.cli.model_sources import models_of
 from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, ModelSettings, parse_keep_alive
@@ -289,6 +290,7 @@ def serve(
             keep_alive=seconds,
             on_ready=lambda: _note_ready(settings, made, server.url, engine, start),
             on_failure=None if keep_going else fail,
+            on_progress=LoadDisplay(settings).report,
         )
         for found in opened:
             made.pin(found.name)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from modelpack.errors import UntrustedError, UsageError
@@ -23,6 +24,7 @@ from modelpack_engine.errors import (
     as_error,
 )
 from modelpack_engine.models.load_budget import LOAD_SECONDS, LoadBudget, applied
+from modelpack_engine.models.load_progress import LoadProgress, watched
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.pool import names as access
 from modelpack_server.pool.catalogue import Catalogue, LoadedEngine, StoredModel
@@ -67,7 +69,8 @@ class ModelPool:
     idle models, least recently used first, but no pinned models.
 
     `on_ready` is called once all models that `start` loads are loaded; `on_failure`, with name and
-    error, once one of them is not, instead of logging it.
+    error, once one of them is not, instead of logging it. `on_progress` gets the name and the
+    progress of each load in the thread that loads, and None when the load has ended.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class ModelPool:
         clock: Callable[[], float] = time.monotonic,
         on_ready: Callable[[], None] | None = None,
         on_failure: Callable[[str, Exception], None] | None = None,
+        on_progress: Callable[[str, LoadProgress | None], None] | None = None,
     ) -> None:
         self.catalogue = catalogue
         self.clock = clock
@@ -95,6 +99,7 @@ class ModelPool:
         self._load_seconds = load_seconds
         self._on_ready = on_ready
         self._on_failure = on_failure
+        self._on_progress = on_progress
         self._entries: dict[str, Entry] = {}
         self._budget = MemoryBudget(memory, self._entries.values())
         # By key, also for models that are not loaded.
@@ -435,11 +440,16 @@ class ModelPool:
         self, entry: Entry, settings: ModelSettings, room: int | None, budget: LoadBudget
     ) -> LoadedEngine:
         """Run the load in a thread; if it hangs, abandon it and keep its memory reserved."""
-        with applied(budget):
+        progress = partial(self._on_progress, entry.name) if self._on_progress else None
+        with applied(budget), watched(progress):
             work = asyncio.create_task(
                 asyncio.to_thread(self.catalogue.load, entry.stored, settings, entry.meter, room)
             )
-        done, _ = await asyncio.wait({work}, timeout=budget.remaining())
+        try:
+            done, _ = await asyncio.wait({work}, timeout=budget.remaining())
+        finally:
+            if self._on_progress is not None:
+                self._on_progress(entry.name, None)
         if done:
             return work.result()
         budget.cancel()

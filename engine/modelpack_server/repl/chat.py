@@ -6,13 +6,14 @@ import asyncio
 import json
 import math
 import os
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from modelpack.errors import ModelpackError, RemoteUnavailableError, UsageError
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.models.load_progress import LoadProgress
 from modelpack_engine.request import SamplingParams
 from modelpack_server.conversation.chat import start_chat
 from modelpack_server.conversation.served_model import ServedModel
@@ -37,8 +38,14 @@ class LocalModels:
     ends a call with `KeyboardInterrupt`; further calls are possible afterwards.
     """
 
-    def __init__(self, catalogue: Catalogue, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        config: EngineConfig | None = None,
+        on_progress: Callable[[str, LoadProgress | None], None] | None = None,
+    ) -> None:
         self._catalogue = catalogue
+        self._on_progress = on_progress
         self._config = config or EngineConfig()
         self._runner = asyncio.Runner()
         self._pool: ModelPool | None = None
@@ -70,7 +77,10 @@ class LocalModels:
     async def _load(self, name: str, settings: ModelSettings) -> ServedModel:
         if self._pool is None:
             memory = await asyncio.to_thread(device_memory, self._config)
-            self._pool = ModelPool(self._catalogue, memory=memory, keep_alive=math.inf, grace=0)
+            self._pool = ModelPool(
+                self._catalogue, memory=memory, keep_alive=math.inf, grace=0,
+                on_progress=self._on_progress,
+            )  # fmt: skip
         pool = self._pool
         key = (await pool.find(name)).key
         if self._loaded is not None:

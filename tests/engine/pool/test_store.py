@@ -14,6 +14,7 @@ from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import OutOfMemoryError
+from modelpack_engine.models.load_progress import LoadProgress
 from modelpack_engine.request import SamplingParams
 from modelpack_server.conversation.chat import start_chat
 from modelpack_server.conversation.served_model import ServedModel
@@ -67,6 +68,20 @@ def test_run_and_servers_have_the_same_default_temperature(tmp_path: Path) -> No
     assert asyncio.run(served()) == DEFAULT_TEMPERATURE
     with LocalModels(catalogue, CONFIG) as models:
         assert Chat(models.load("plain")).params().temperature == DEFAULT_TEMPERATURE
+
+
+def test_the_pool_reports_the_progress_of_a_load(tmp_path: Path) -> None:
+    files, store = write_tiny(tmp_path / "files"), LayoutStore(tmp_path / "store")
+    modelpack.package("ai/plain", PackageRequest(safetensors_dir=files), store=store)
+    size = sum(path.stat().st_size for path in files.glob("*.safetensors"))
+    found: list[tuple[str, LoadProgress | None]] = []
+    catalogue = StoreCatalogue(store, CONFIG)
+    with LocalModels(catalogue, CONFIG, lambda *report: found.append(report)) as models:
+        models.load("plain")
+    assert found[0][1] == LoadProgress(0, size)
+    assert found[-2][1] == LoadProgress(size, size, warming_up=True)
+    assert found[-1][1] is None
+    assert {name for name, _ in found} == {"plain"}
 
 
 @pytest.mark.long
