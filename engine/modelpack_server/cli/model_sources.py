@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,12 +50,20 @@ class Found:
 
 
 class ModelSources:
-    """Finds the models that a user names; `models_of` makes it."""
+    """Finds the models that a user names; as a context manager, it forgets the files at the end."""
 
-    def __init__(self, settings: Settings, remote: RemoteOptions, files: FileStore) -> None:
+    def __init__(self, settings: Settings, remote: RemoteOptions) -> None:
         self._settings = settings
         self._remote = remote
-        self._files = files
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._files: list[FileStore] = []  # at most one, made for the first path
+
+    def __enter__(self) -> ModelSources:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._directory is not None:
+            self._directory.cleanup()
 
     def catalogue(self, config: EngineConfig, ranks: Ranks | None = None) -> StoreCatalogue:
         """Return the models of the store, and all files that were opened or will be."""
@@ -94,16 +101,13 @@ class ModelSources:
                 f"{path}: files on disk have no signatures",
                 hint="package them, sign the model, and name that",
             )
+        if self._directory is None:
+            self._directory = tempfile.TemporaryDirectory(prefix="modelpack-files-")
+            self._files.append(FileStore(self._directory.name))
+        [files] = self._files
         with shown_progress(self._settings) as progress:
-            reference = add_file(self._files, path, progress)
-        return Found(stored_model(self._files, str(reference)), reference.familiar)
-
-
-@contextmanager
-def models_of(settings: Settings, remote: RemoteOptions) -> Iterator[ModelSources]:
-    """Yield the sources of models of a command; files are described in a temporary directory."""
-    with tempfile.TemporaryDirectory(prefix="modelpack-files-") as directory:
-        yield ModelSources(settings, remote, FileStore(directory))
+            reference = add_file(files, path, progress)
+        return Found(stored_model(files, str(reference)), reference.familiar)
 
 
 def path_in(text: str) -> Path | None:

@@ -26,7 +26,7 @@ from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
 from modelpack_server.cli.load_display import LoadDisplay
-from modelpack_server.cli.model_sources import models_of
+from modelpack_server.cli.model_sources import ModelSources
 from modelpack_server.pool.settings import DEFAULT_TEMPERATURE
 from modelpack_server.repl.view import BareView, TerminalView
 
@@ -116,7 +116,7 @@ def run(
         return loaded
 
     with (
-        models_of(settings, remote) as sources,
+        ModelSources(settings, remote) as sources,
         LocalModels(sources.catalogue(engine), engine, LoadDisplay(settings).report) as models,
     ):
         _talk(settings, Chat(load(model), **chosen), load, text, verbose, models.call)

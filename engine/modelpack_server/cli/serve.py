@@ -35,7 +35,7 @@ from modelpack_server.cli.engine_options import engine_options, pull_draft
 from modelpack_server.cli.gateway import announce, protection_options
 from modelpack_server.cli.load_display import LoadDisplay
 from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
-from modelpack_server.cli.model_sources import models_of
+from modelpack_server.cli.model_sources import ModelSources
 from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, ModelSettings, parse_keep_alive
 
 if TYPE_CHECKING:
@@ -264,8 +264,10 @@ def serve(
     engine = config()
     if engine.backend != "auto":
         remote = replace(remote, backend=engine.backend)
-    sources = click.get_current_context().with_resource(models_of(settings, remote))
+    sources = click.get_current_context().with_resource(ModelSources(settings, remote))
     opened = [sources.open(model) for model in models]
+    if len({found.name for found in opened}) < len({found.model.digest for found in opened}):
+        raise UsageError("two files have the same name", hint="rename one, or serve it elsewhere")
     pull_draft(engine, settings.store(), settings, remote)
     ranks = None
     if is_parallel(tensor_parallel_size):

@@ -57,14 +57,14 @@ class StoreCatalogue:
         config: EngineConfig | None = None,
         ranks: Ranks | None = None,
         remote: RemoteOptions | None = None,
-        files: LayoutStore | None = None,
+        files: Sequence[LayoutStore] = (),
     ) -> None:
         blas.prepare()
         self.ranks = ranks
         # Models are loaded by digest, which already determines the variant.
         self.remote = replace(remote or RemoteOptions(), variant=None)
         self.store = store or LayoutStore()
-        self._stores = (self.store,) if files is None else (files, self.store)
+        self._files = files
         self.config = config or EngineConfig()
         self._purposes: dict[Digest, Purpose] = {}
 
@@ -89,7 +89,7 @@ class StoreCatalogue:
 
     def _store_of(self, name: str) -> LayoutStore:
         """Return the store with the model `name`; for an unknown name, the local store."""
-        for store in self._stores[:-1]:
+        for store in self._files:
             with suppress(NotFoundError, InvalidReferenceError):
                 store.resolve(local_name(name))
                 return store
@@ -99,7 +99,7 @@ class StoreCatalogue:
         """Return the readable models."""
         return [
             replace(_described(model, names), origins=origins, purpose=self._purpose(store, model))
-            for store in self._stores
+            for store in (*self._files, self.store)
             for model, names, origins in _stored(store)
         ]
 

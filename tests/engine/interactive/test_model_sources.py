@@ -11,10 +11,12 @@ import pytest
 import requests
 
 import modelpack
+from modelpack.cli.options import Settings
 from modelpack.errors import AmbiguousError, NotFoundError, UsageError
 from modelpack.operations.package import PackageRequest
+from modelpack.operations.remote import RemoteOptions
 from modelpack.store.layout import LayoutStore
-from modelpack_server.cli.model_sources import add_file, path_in, stored_name
+from modelpack_server.cli.model_sources import ModelSources, add_file, path_in, stored_name
 from modelpack_server.pool.file_store import FileStore
 from tests.cli.running import modelpack as run
 from tests.engine.serving.test_api import wait_until_ready
@@ -105,6 +107,25 @@ def test_run_a_directory(
     assert found.code == 0, found.err
     assert found.json["text"] == run("run", "tiny", *arguments).json["text"]
     assert len(store.models()) == 2  # it was not packaged into the store
+
+
+def test_two_files_of_one_name(store: LayoutStore, tmp_path: Path) -> None:
+    for name, temperature in (("a", 0.5), ("b", 1.0)):
+        (tmp_path / name).mkdir()
+        write_tiny(tmp_path / name / "m", temperature=temperature)
+    paths = [str(tmp_path / name / "m") for name in "ab"]
+    result = run("serve", *paths, "--store", store.root, "--port", "0", *SMALL)
+    assert (result.code, "two files have the same name" in result.err) == (2, True)
+
+
+def test_names_need_no_temporary_directory(
+    store: LayoutStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's root may be read-only."""
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    sources = ModelSources(Settings(store_root=str(store.root)), RemoteOptions())
+    with sources:
+        assert sources.open("tiny").name == "team/tiny"
 
 
 @pytest.mark.long
