@@ -35,6 +35,7 @@ COMMANDS = {
     "export": ("archives", "export_models"),
     "fsck": ("store", "fsck"),
     "gc": ("store", "gc"),
+    "help": ("help", "show_help"),
     "import": ("archives", "import_models"),
     "index": ("index", "index"),
     "inspect": ("inspect", "inspect"),
@@ -59,6 +60,7 @@ COMMANDS = {
     "sign": ("trust", "sign"),
     "tag": ("store", "tag"),
     "verify": ("trust", "verify"),
+    "version": ("help", "version"),
 }
 
 # Names of the same commands in docker model, kit, modctl, oras and ollama.
@@ -71,6 +73,7 @@ ALIASES = {
     "unpack": "bundle",
     "show": "inspect",
     "remove": "rm",
+    "stop": "unload",
 }
 
 EXIT_CODES = """
