@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -161,40 +161,21 @@ def shown(entry: Entry, stored: StoredModel) -> RunningModel:
 class Pin:
     """A pinned model; `failure` is set if it was not found."""
 
-    settings: ModelSettings | None
     entry: Entry | None = None
     failure: Exception | None = None
 
 
-class Pins:
-    """The pinned models of a pool, by the names in `pin` calls."""
-
-    def __init__(self) -> None:
-        self._pins: dict[str, Pin] = {}
-
-    def __iter__(self) -> Iterator[tuple[str, Pin]]:
-        return iter(list(self._pins.items()))
-
-    def add(self, name: str, settings: ModelSettings | None) -> None:
-        """Pin a model."""
-        self._pins[name] = Pin(settings)
-
-    def remove(self, entry: Entry) -> None:
-        """Unpin a model."""
-        entry.pinned = False
-        self._pins = {name: pin for name, pin in self._pins.items() if pin.entry is not entry}
-
-    def readiness(self) -> tuple[bool, str]:
-        """Return whether all pinned models are loaded, and if not, the reason."""
-        for name, pin in self._pins.items():
-            entry = pin.entry
-            if entry is not None and entry.state is ModelState.READY:
-                continue
-            failure = pin.failure or (entry.failure if entry is not None else None)
-            if failure is not None:
-                return False, f"cannot load the model {name}: {told(failure)}"
-            return False, f"the model {name} is being loaded"
-        return True, ""
+def readiness(pins: Mapping[str, Pin]) -> tuple[bool, str]:
+    """Return whether all pinned models are loaded, and if not, the reason."""
+    for name, pin in pins.items():
+        entry = pin.entry
+        if entry is not None and entry.state is ModelState.READY:
+            continue
+        failure = pin.failure or (entry.failure if entry is not None else None)
+        if failure is not None:
+            return False, f"cannot load the model {name}: {told(failure)}"
+        return False, f"the model {name} is being loaded"
+    return True, ""
 
 
 def told(failure: Exception) -> str:

@@ -33,8 +33,8 @@ from modelpack_server.pool.entry import (
     Hold,
     ModelState,
     Pin,
-    Pins,
     RunningModel,
+    readiness,
     shown,
     told,
 )
@@ -104,7 +104,7 @@ class ModelPool:
         self._budget = MemoryBudget(memory, self._entries.values())
         # By key, also for models that are not loaded.
         self._configured: dict[str, ModelSettings] = {}
-        self._pins = Pins()
+        self._pins: dict[str, Pin] = {}  # by the name in `pin`
         self._names = Names(catalogue)
         self._room = asyncio.Condition()  # one load at a time reserves memory
         self._reaper: asyncio.Task[None] | None = None
@@ -178,9 +178,9 @@ class ModelPool:
             self._stopped_waiting(entry)
         self._left(entry, access.owner(), keep_alive)
 
-    def pin(self, name: str, settings: ModelSettings | None = None) -> None:
+    def pin(self, name: str) -> None:
         """Pin a model: `start` loads it, and `readiness` includes it."""
-        self._pins.add(name, settings)
+        self._pins[name] = Pin()
 
     # State
 
@@ -201,7 +201,7 @@ class ModelPool:
         """Return whether all pinned models are loaded, and if not, the reason."""
         if self.is_closing:
             return False, "the server is shutting down"
-        ready, why = self._pins.readiness()
+        ready, why = readiness(self._pins)
         if not ready and access.is_restricted():  # `why` contains names of models
             return False, "not all models are loaded"
         return ready, why
@@ -288,7 +288,8 @@ class ModelPool:
             entries = [e for e in entries if e.is_idle]
         entries = [e for e in entries if self._may_unload(e)]
         for entry in entries:
-            self._pins.remove(entry)
+            entry.pinned = False
+            self._pins = {name: pin for name, pin in self._pins.items() if pin.entry is not entry}
         loaded = [e for e in entries if e.state is not ModelState.UNLOADED]
         limit = self._grace if grace is None else grace
         unloading = (self._unload(e, grace=limit, unless_used=idle_only) for e in loaded)
@@ -560,17 +561,15 @@ class ModelPool:
                 await asyncio.wait_for(self._wake.wait(), None if wait == math.inf else wait)
 
     async def _load_all_pinned(self) -> None:
-        await asyncio.gather(*(self._load_pinned(name, pin) for name, pin in self._pins))
+        await asyncio.gather(*(self._load_pinned(name, pin) for name, pin in self._pins.items()))
         self._on_failure = None
-        if self._on_ready is not None and self._pins.readiness()[0]:
+        if self._on_ready is not None and readiness(self._pins)[0]:
             self._on_ready()
 
     async def _load_pinned(self, name: str, pin: Pin) -> None:
         try:
             entry = pin.entry = await self._entry(name)
             entry.pinned = True
-            if pin.settings is not None:
-                self._configured[entry.stored.key] = pin.settings
             await self.preload(name)
         except Exception as error:  # noqa: BLE001 - `readiness` tells; it is tried again at use
             if pin.entry is None:
