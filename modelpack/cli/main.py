@@ -56,6 +56,7 @@ COMMANDS = {
     "resolve": ("inspect", "resolve"),
     "rm": ("store", "rm"),
     "sbom": ("trust", "sbom"),
+    "search": ("search", "search"),
     "service": ("service", "service"),
     "sign": ("trust", "sign"),
     "tag": ("store", "tag"),

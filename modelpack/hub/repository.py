@@ -77,7 +77,7 @@ class HubRepository:
         )
         found: list[HubFile] = []
         for response in Pages(self._client, url, what, limit=_MAX_PAGE):
-            entries = _decoded(response.content, list, what)
+            entries = decoded(response.content, list, what)
             found += [_file(entry, what) for entry in entries if _is_file(entry, what)]
             if len(found) > MAX_FILES:
                 raise UnsupportedError(f"more than {MAX_FILES} files", path=what)
@@ -123,7 +123,7 @@ def resolve_commit(client: HttpClient, endpoint: str, reference: HubReference) -
     """
     url = f"{endpoint}/api/models/{reference.repository}/revision/{quote(reference.revision, '')}"
     what = str(reference)
-    answer = _decoded(client.request(url, what=what, limit=_MAX_PAGE).content, dict, what)
+    answer = decoded(client.request(url, what=what, limit=_MAX_PAGE).content, dict, what)
     commit = answer.get("sha")
     if not isinstance(commit, str) or not _COMMIT.match(commit):
         raise RegistryError(f"{what}: the hub returned no commit for {reference.revision!r}")
@@ -155,7 +155,8 @@ def _check(file: HubFile, content: bytes, what: str) -> None:
         )
 
 
-def _decoded(raw: bytes, kind: type[Any], what: str) -> Any:
+def decoded(raw: bytes, kind: type[Any], what: str) -> Any:
+    """Return the JSON value in a response; raise `RegistryError` if it is not of this kind."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):

@@ -99,18 +99,19 @@ def catalog(
     manifest, the config and the licence of a model are fetched. A tag that cannot be read is listed
     with its problem. Raises `UsageError` for an invalid `name`, and the errors of registries.
     """
-    host, namespace = _split(name)
+    host, namespace = split_registry(name)
     options, watch = remote or RemoteOptions(), watching(None, stop)
     with open_registry(host, options, watch) as registry:
         names = sorted(set(repositories)) or sorted(
-            one for one in registry.repositories() if _is_under(one, namespace)
+            one for one in registry.repositories() if is_under(one, namespace)
         )
         tasks = [partial(_repository, registry, one, watch.stop) for one in names]
         found = run_all(tasks, options.concurrency, watch.stop)
     return tuple(entry for entries in found for entry in entries)
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_registry(name: str) -> tuple[str, str]:
+    """Return the host and the namespace, or "", of `registry[/namespace]`; raise `UsageError`."""
     host, _, namespace = name.strip().strip("/").partition("/")
     try:
         place = Reference.parse(f"{host}/{namespace or 'any'}/any")
@@ -124,7 +125,8 @@ def _split(name: str) -> tuple[str, str]:
     return host, namespace
 
 
-def _is_under(repository: str, namespace: str) -> bool:
+def is_under(repository: str, namespace: str) -> bool:
+    """Return whether a repository is in the namespace, or is its only one; "" has all."""
     return not namespace or repository == namespace or repository.startswith(f"{namespace}/")
 
 

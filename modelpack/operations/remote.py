@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Timeouts,
         TlsOptions,
     )
+    from modelpack.registry.http_client import HttpClient
     from modelpack.registry.limits import BlobOptions
     from modelpack.registry.mirrors import Mirror, Mirrors
     from modelpack.trust.policy import Trust
@@ -255,12 +256,25 @@ def open_commit(
 
     If `resolved` is false, its revision may be a branch or a tag: the commit is requested.
     """
-    from modelpack.hub.client import HubSettings, hub_client
     from modelpack.hub.repository import HubRepository, resolve_commit
+
+    with open_hub(str(reference), options, watch) as (client, endpoint):
+        if not resolved:
+            reference = resolve_commit(client, endpoint, reference)
+        yield HubRepository(client, endpoint, reference)
+
+
+@contextmanager
+def open_hub(what: str, options: RemoteOptions, watch: Watch) -> Iterator[tuple[HttpClient, str]]:
+    """Yield the client of the hub and the hub's address; an error that it is offline says `what`.
+
+    Raises `UsageError` for an invalid HF_ENDPOINT, `AuthError`, `RemoteUnavailableError`.
+    """
+    from modelpack.hub.client import HubSettings, hub_client
     from modelpack.registry import RetryPolicy, Timeouts, TlsOptions
 
     settings = HubSettings.from_environment()
-    settings.check_online(str(reference))
+    settings.check_online(what)
     client = hub_client(
         settings,
         timeouts=options.timeouts or Timeouts(),
@@ -271,9 +285,7 @@ def open_commit(
         blobs=_blob_options(options),
     )
     with closing(client):
-        if not resolved:
-            reference = resolve_commit(client, settings.endpoint, reference)
-        yield HubRepository(client, settings.endpoint, reference)
+        yield client, settings.endpoint
 
 
 def _blob_options(options: RemoteOptions) -> BlobOptions:

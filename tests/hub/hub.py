@@ -40,6 +40,7 @@ class FakeHub(FaultyRegistry):
         self.revisions: dict[tuple[str, str], str] = {}
         self.files: dict[tuple[str, str], dict[str, bytes]] = {}
         self.large: set[str] = set()
+        self.downloads: dict[str, Any] = {}  # by repository
         self.private: dict[str, str] = {}  # repository -> "private" or "gated"
         self.content = Api(self)  # type: ignore[assignment]
         return self
@@ -75,6 +76,8 @@ class Api:
 
     def answer(self, exchange: Exchange) -> Reply:
         path = unquote(exchange.path)
+        if path == "/api/models":
+            return self._search(exchange)
         found = re.match(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)\Z", path)
         if found:
             return self._api(exchange, *found.groups())
@@ -82,6 +85,14 @@ class Api:
         if found:
             return self._file(exchange, *found.groups())
         return refusal(404, "", "no such page")
+
+    def _search(self, exchange: Exchange) -> Reply:
+        [term], [limit] = exchange.query["search"], exchange.query["limit"]
+        names = sorted({name for name, _ in self._hub.files if term.lower() in name.lower()})
+        counts = self._hub.downloads
+        if exchange.query.get("sort") == ["downloads"]:
+            names.sort(key=lambda name: -counts[name])
+        return as_json([{"id": name, "downloads": counts[name]} for name in names][: int(limit)])
 
     def _api(self, exchange: Exchange, repository: str, what: str, revision: str) -> Reply:
         refused = self._refused(exchange, repository, gate=what == "tree")
