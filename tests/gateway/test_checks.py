@@ -134,7 +134,7 @@ def test_a_narrow_key_looks_around(house: House, path: str) -> None:
         (CHAT, {"Model": "ai/smollm2"}, 400, "model: expected exactly one name"),
         (OLLAMA, {"Name": "ai/smollm2"}, 400, "model: expected exactly one name"),
         ("/v1/responses/compact", {"model": "other"}, 403, "requires a key without 'models'"),
-        ("/v1/responses/input_tokens", BODY, 403, "requires a key without 'models'"),
+        ("/v1/responses/input_tokens", {"model": "other"}, 403, "not use the model 'other'"),
         ("/v1/requests/x", {"model": "other"}, 403, "requires a key without 'models'"),
         (CHAT, [], 400, "not a JSON object"),
         (CHAT, b"{", 400, "not a JSON object"),
