@@ -62,26 +62,19 @@ class Upstreams:
     succeeds. It skips a busy upstream for the time in its Retry-After header.
     """
 
-    def __init__(
-        self,
-        urls: Iterable[str],
-        *,
-        policy: Policy = "least-busy",
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, urls: Iterable[str], *, policy: Policy = "least-busy") -> None:
         """Raises `UsageError` for an invalid URL, and without any URL."""
         self.all = tuple(_parse(url) for url in urls)
         if not self.all:
             raise UsageError("a gateway needs an upstream", hint="pass --upstream URL")
         self._policy = policy
-        self._clock = clock
         self._turn = 0
 
     def choose(self, tried: Collection[str] = ()) -> Upstream | None:
         """Return the next upstream whose name is not in `tried`, by the policy, or None."""
         turn, self._turn = self._turn, (self._turn + 1) % len(self.all)
         inline = [u for u in self.all[turn:] + self.all[:turn] if u.name not in tried]
-        now = self._clock()
+        now = time.monotonic()
         least_busy = self._policy == "least-busy"
         return min(
             inline,
@@ -105,7 +98,7 @@ class Upstreams:
     def rests(self, upstream: Upstream, retry_after: str) -> None:
         """Record the Retry-After header of a busy upstream."""
         seconds = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 1.0
-        upstream.rests_until = self._clock() + min(seconds, _LONGEST_REST)
+        upstream.rests_until = time.monotonic() + min(seconds, _LONGEST_REST)
 
     async def probe(self, transport: httpx.AsyncBaseTransport, upstream: Upstream) -> None:
         """Probe the health of one upstream; a server without this route counts as healthy."""
@@ -199,14 +192,12 @@ class Proxy:
         keyed: bool = False,
         upstream_key: str | None = None,
         timeout: float = 600.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._upstreams = upstreams
         self._transport = transport
         self._timeout = httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=None).as_dict()
         self._withheld = _NOT_FORWARDED | (_CREDENTIALS if keyed or upstream_key else set())
         self._upstream_key = upstream_key
-        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request; if the client disconnects, close the upstream's connection."""
@@ -232,7 +223,7 @@ class Proxy:
             tried.append(upstream.name)
             if trace:
                 trace.upstream, trace.attempts = upstream.name, len(tried)
-                trace.queue_s = self._clock() - trace.started
+                trace.queue_s = trace.clock() - trace.started
             with upstream.busy():
                 try:
                     request = self._request(scope, body, upstream)
