@@ -66,8 +66,8 @@ def quantize_directory(
         if config.get(key):
             raise UsageError(f"{source}: the model is quantised already: config.json has {key!r}")
     before = sum(path.stat().st_size for path in files.weights)
-    model, config, _ = load_safetensors(files, config)
     with _quiet():
+        model, config, _ = load_safetensors(files, config)
         with kept_file_limit():
             from mlx_lm.utils import quantize_model, save_config
         model, config = quantize_model(model, config, GROUP_SIZE, bits)
