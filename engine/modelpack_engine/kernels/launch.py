@@ -6,8 +6,8 @@ import logging
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from functools import _lru_cache_wrapper, cache, lru_cache
-from typing import Any, ParamSpec
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import mlx.core as mx
 
@@ -28,6 +28,9 @@ from modelpack_engine.kernels.sources import (
     can_include,
     kernel_source,
 )
+
+if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper
 
 logger = logging.getLogger(__name__)
 
