@@ -77,6 +77,25 @@ ALIASES = {
     "stop": "unload",
 }
 
+# The headings of `modelpack --help`; a command without one follows under "Other".
+GROUPS = {
+    "Package and publish": (
+        "package", "convert", "index", "import", "export", "push", "copy", "attach", "detach",
+        "referrers",
+    ),
+    "Store": (
+        "list", "inspect", "manifest", "config", "diff", "resolve", "bundle", "tag", "rm", "prune",
+        "gc", "fsck",
+    ),
+    "Registry": ("pull", "lock", "search", "catalog", "login", "logout", "registry"),
+    "Run and serve": (
+        "run", "serve", "ps", "requests", "logs", "unload", "configure", "launch", "gateway",
+        "service", "compose", "k8s", "smoke", "bench", "doctor",
+    ),
+    "Trust": ("keygen", "sign", "verify", "lint", "sbom"),
+    "Help": ("help", "version", "completion"),
+}  # fmt: skip
+
 EXIT_CODES = """
 \b
 Exit codes:
@@ -108,6 +127,24 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(f"modelpack.cli.{module}"), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by task."""
+        names = self.list_commands(ctx)
+        width = max(map(len, names))
+        grouped = {name for group in GROUPS.values() for name in group}
+        for heading, group in {
+            **GROUPS, "Other": tuple(name for name in names if name not in grouped)
+        }.items():  # fmt: skip
+            rows = []
+            for name in group:
+                command = self.get_command(ctx, name)
+                if command is not None and not command.hidden:
+                    text = command.get_short_help_str(formatter.width - width - 4)
+                    rows.append((name.ljust(width), text))
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

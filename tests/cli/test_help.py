@@ -1,10 +1,14 @@
-"""`modelpack help` and `version`."""
+"""`modelpack help` and `version`, and the groups of commands and options in help."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from modelpack import plugins
 from modelpack._version import __version__
+from modelpack.cli.main import COMMANDS, GROUPS
 from tests.cli.running import modelpack, succeed
 
 
@@ -36,3 +40,37 @@ def test_help_of_what_is_no_command(words: list[str], says: str) -> None:
 def test_version() -> None:
     assert succeed("version").out == succeed("--version").out
     assert succeed("version", "--json").json == {"schemaVersion": 1, "version": __version__}
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    """Return the first words of the lines below each heading."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if re.match(r"[A-Z][\w ]+:$", line):
+            words = found.setdefault(line.removesuffix(":"), [])
+        elif re.match(r"  \S", line) and found:
+            words.append(line.split()[0].rstrip(","))
+    return found
+
+
+def test_commands_are_grouped_by_task() -> None:
+    shown = sections(succeed("--help").out)
+    assert list(shown) == ["Options", *GROUPS]
+    for heading, names in list(GROUPS.items())[:-1]:
+        assert shown[heading] == list(names)
+    named = [name for names in GROUPS.values() for name in names]
+    assert sorted(named) == sorted({*COMMANDS, *plugins.command_names()})
+
+
+def test_options_of_serve_are_grouped_and_shared_ones_last() -> None:
+    shown = sections(succeed("serve", "--help").out)
+    assert list(shown) == [
+        "Server", "Access", "Models and requests", "Engine", "Speculative decoding", "Registries",
+        "Signatures and variants", "All commands",
+    ]  # fmt: skip
+    for heading, option in {
+        "Server": "--log-format", "Access": "--tls-key", "Models and requests": "--memory",
+        "Engine": "--kv-cache-bytes", "Speculative decoding": "--draft-model",
+        "Registries": "--ca-file", "Signatures and variants": "--variant", "All commands": "-q",
+    }.items():  # fmt: skip
+        assert option in shown[heading]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from modelpack.cli.help import CommandWithHeadings
 from modelpack.cli.options import (
     Settings,
     common_options,
@@ -173,7 +174,19 @@ def _given(ctx: click.Context) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@click.command()
+@click.command(
+    cls=CommandWithHeadings,
+    headings={
+        "--host": "Server",
+        "--keys": "Access",
+        "--preset": "Models and requests",
+        "--device": "Engine",
+        "--speculative-method": "Speculative decoding",
+        "--plain-http": "Registries",
+        "--verify-key": "Signatures and variants",
+        "--store": "All commands",
+    },
+)
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option(
@@ -182,9 +195,9 @@ def _given(ctx: click.Context) -> dict[str, Any]:
 )  # fmt: skip
 @click.option("--served-model-name", metavar="NAME",
               help="Accept this additional name of the first MODEL in API requests.")  # fmt: skip
+@log_format_option
 @protection_options
 @tls_options
-@log_format_option
 @click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
 @click.option(
     "--keep-alive", metavar="TIME", default=DEFAULT_KEEP_ALIVE, show_default=True,
