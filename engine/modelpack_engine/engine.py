@@ -293,7 +293,10 @@ class Engine(BaseEngine):
             sampled = self._sample(scheduled.masked_logits, rows)
             mx.async_eval(*sampled.arrays())
         self._scheduler.submitted(scheduled.output)
-        return scheduled.launched(sampled)
+        return LaunchedStep(
+            scheduled.output, scheduled.batch, sampled,
+            scheduled.prompt_logprobs, scheduled.staging_step,
+        )  # fmt: skip
 
     # Details
 

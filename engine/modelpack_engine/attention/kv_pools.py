@@ -187,8 +187,12 @@ class HeadMajorPools:
     def write(
         self, keys: mx.array, values: mx.array, slots: mx.array, runs: Sequence[Run] | None
     ) -> None:
-        if self._layout.quantised is not None:
-            keys, values = encode_both(self._layout.quantised, keys, values)
+        if (quantised := self._layout.quantised) is not None:
+            if keys.shape == values.shape:  # in one call
+                both = quantised.encode(mx.stack([keys, values]))
+                keys, values = both[0], both[1]
+            else:
+                keys, values = quantised.encode(keys), quantised.encode(values)
         for pool, rows in ((self.keys, keys), (self.values, values)):
             if rows.shape[2] == 0:
                 continue
@@ -316,13 +320,3 @@ class TokenMajorPools:
             self.values[kernels.after(slots, self.values)] = rows[1]
         else:
             self.write(rows[0], rows[1] if len(rows) > 1 else rows[0][:, :, :0], slots, None)
-
-
-def encode_both(
-    quantised: Quantisation, keys: mx.array, values: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Return both quantised, in one call if they have the same shape."""
-    if keys.shape == values.shape:
-        both = quantised.encode(mx.stack([keys, values]))
-        return both[0], both[1]
-    return quantised.encode(keys), quantised.encode(values)

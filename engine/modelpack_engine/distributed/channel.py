@@ -20,7 +20,6 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain
 from typing import Any
@@ -123,14 +122,6 @@ LEFT_OUT_OF_CHUNKS = frozenset({"snapshot", "block_hash"})
 _ITEM = 4
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteStep:
-    """A batch without its sequences; the first `num_sampled` of its sample rows get a token."""
-
-    batch: StepBatch
-    num_sampled: int
-
-
 def pack_integers(numbers: Iterable[int]) -> bytes:
     """Return numbers as bytes."""
     packed = array("i", numbers)
@@ -185,8 +176,11 @@ def pack_step(batch: StepBatch, num_sampled: int) -> bytes:
     )
 
 
-def unpack_step(body: bytes) -> RemoteStep:
-    """Return the step that `pack_step` packed; raises `WireError` for anything else."""
+def unpack_step(body: bytes) -> tuple[StepBatch, int]:
+    """Return a batch without its sequences, and how many of its sample rows get a token.
+
+    Raises `WireError` unless `pack_step` packed it.
+    """
     reader = _Reader(body)
     sampled, rows, from_previous, decode, width, decode_seqs, sample, released, chunks = (
         reader.counts(9)
@@ -213,7 +207,7 @@ def unpack_step(body: bytes) -> RemoteStep:
     reader.end()
     if any(not 0 <= row < rows for row in batch.sample_rows):
         raise WireError(f"a step of {rows} rows samples rows beyond them")
-    return RemoteStep(batch, sampled)
+    return batch, sampled
 
 
 class _Reader:

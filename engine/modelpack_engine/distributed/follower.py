@@ -23,12 +23,11 @@ from typing import Any
 import mlx.core as mx
 
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
-from modelpack_engine.core.batch import StepShape
+from modelpack_engine.core.batch import StepBatch, StepShape
 from modelpack_engine.distributed import channel as wire
 from modelpack_engine.distributed.channel import (
     FollowerChannel,
     Kind,
-    RemoteStep,
     WireError,
     unpack_integers,
     unpack_step,
@@ -164,7 +163,7 @@ class Follower:
         if held is None or held.runner is None:
             raise WireError(f"{kind.name} before BUILD")
         if kind is Kind.STEP:
-            self._step(held, held.runner, unpack_step(body))
+            self._step(held, held.runner, *unpack_step(body))
         elif kind is Kind.RELEASE:
             held.runner.release(unpack_integers(body).tolist())
         elif kind is Kind.SCRUB:
@@ -177,13 +176,11 @@ class Follower:
         else:
             raise WireError(f"a message of the unexpected kind {kind.name}")
 
-    def _step(self, held: _Held, runner: ModelRunner, step: RemoteStep) -> None:
-        batch = step.batch
+    def _step(self, held: _Held, runner: ModelRunner, batch: StepBatch, num_sampled: int) -> None:
         logits = runner.forward(batch, row_token_ids(batch, held.sampled, runner.staging))
-        sampled = None
-        outputs = []
-        if step.num_sampled:
-            sampled = Sampled.of(self._group.take_tokens(step.num_sampled, logits))
+        sampled, outputs = None, []
+        if num_sampled:
+            sampled = Sampled.of(self._group.take_tokens(num_sampled, logits))
             outputs = list(sampled.arrays())
         elif batch.sample_rows:
             outputs = [logits]  # log-probabilities of a prompt need them

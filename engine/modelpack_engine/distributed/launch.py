@@ -148,8 +148,13 @@ def _free_ports(count: int) -> list[int]:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float | None) -> Outcome:
     """Return once all ranks have ended, or `PATIENCE` seconds after the first has ended."""
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for rank, process in enumerate(ranks):
-        threading.Thread(target=_report, args=(rank, process, ended), daemon=True).start()
+
+    def report(rank: int) -> None:
+        ranks[rank].wait()
+        ended.put(rank)
+
+    for rank in range(len(ranks)):
+        threading.Thread(target=report, args=(rank,), daemon=True).start()
     last = None if deadline is None else time.monotonic() + deadline
     first: int | None = None
     for _ in ranks:
@@ -170,11 +175,6 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float | None) -> O
     if code < 0:
         return Outcome(128 - code, f"rank 0 of {len(ranks)} {_ending(ranks[0])}")
     return Outcome(code)
-
-
-def _report(rank: int, process: subprocess.Popen[bytes], ended: queue.SimpleQueue[int]) -> None:
-    process.wait()
-    ended.put(rank)
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

@@ -111,16 +111,6 @@ class OffloadTiers:
         on_disk = self.directory is not None and hash_ in self.directory
         return on_disk or hash_ in self.memory or hash_ in self._writes
 
-    @property
-    def num_disk_bytes(self) -> int:
-        """The bytes of the directory's files, of all models together."""
-        return 0 if self.directory is None else self.directory.num_bytes
-
-    @property
-    def num_dropped(self) -> int:
-        """The number of damaged files that were dropped."""
-        return 0 if self.directory is None else self.directory.num_dropped
-
     def save(self, hash_: bytes, content: bytes) -> None:
         """Keep a block in memory, and queue it for the directory."""
         assert len(content) == self.length

@@ -165,17 +165,23 @@ class Adapted:
                 snapshots.put(hash_, snapshot)
                 self.taken.append(snapshot)
 
-    def close(self) -> None:
-        """End a step; raise `LostHandleError` if a layer did not attend to its paged cache."""
-        self.sums.clear()
-        for paged in self.paged:
-            paged.close()
+    def run(self, token_ids: mx.array) -> mx.array:
+        """Call the model on the rows of the step that has begun, and end it; return the logits.
 
-    def abandon(self) -> None:
-        """End a step that failed while it was built."""
-        self.sums.clear()
-        for paged in self.paged:
-            paged.abandon()
+        Raises `LostHandleError` if a layer did not attend to its paged cache.
+        """
+        try:
+            logits: mx.array = self.model(token_ids[:, None], cache=self.caches)
+            for paged in self.paged:
+                paged.close()
+        except BaseException:
+            for paged in self.paged:
+                paged.abandon()
+            raise
+        finally:
+            self.sums.clear()
+            self._step.end()
+        return logits
 
     @property
     def writes_in_place(self) -> bool:

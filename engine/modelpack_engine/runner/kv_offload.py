@@ -1,8 +1,4 @@
-"""BlockMover: copy KV blocks between the pools and the offload tiers, between the engine's steps.
-
-`open_offload` makes it from the configuration. `cache_identity` is equal for engines that can use
-each other's blocks.
-"""
+"""BlockMover: copy KV blocks between the pools and the offload tiers, between two steps."""
 
 from __future__ import annotations
 
@@ -114,6 +110,7 @@ class BlockMover:
         if self._offload is None or self._contents is None:
             return OffloadStats()
         offload, length = self._offload, self._contents.length
+        directory = offload.tiers.directory
         return OffloadStats(
             restores=offload.num_restores,
             restored_tokens=offload.num_restored * self._blocks.block_size,
@@ -121,9 +118,9 @@ class BlockMover:
             disk_hits=offload.num_from_disk,
             saved_bytes=self._num_saved * length,
             restored_bytes=offload.num_restored * length,
-            dropped_files=offload.tiers.num_dropped,
+            dropped_files=directory.num_dropped if directory else 0,
             memory_bytes=offload.tiers.memory.num_bytes,
-            disk_bytes=offload.tiers.num_disk_bytes,
+            disk_bytes=directory.num_bytes if directory else 0,
         )
 
     def close(self) -> None:

@@ -38,24 +38,17 @@ from modelpack_engine.runner.tiers import MODEL_ERRORS, TierSearch, model_name, 
 class ModelRunner(Protocol):
     """Runs one model: takes the batch of a step, and returns the logits of its sampled rows."""
 
-    @property
-    def model(self) -> nn.Module: ...
+    model: nn.Module
+    #: The sizes that the arrays of a batch are padded to.
+    buckets: Buckets
+    #: The host's buffers for the inputs of steps.
+    staging: Staging
+    #: How the model is run, and which faster ways were refused and why.
+    notes: tuple[str, ...]
 
     @property
     def layout(self) -> ModelLayout | None:
         """The layout of the model's caches; None if a cache is of an unknown kind."""
-
-    @property
-    def buckets(self) -> Buckets:
-        """The sizes that the arrays of a batch are padded to."""
-
-    @property
-    def staging(self) -> Staging:
-        """The host's buffers for the inputs of steps."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """How the model is run, and which faster ways were refused and why."""
 
     @property
     def tier(self) -> str:
@@ -160,7 +153,15 @@ def make_runner(
     if exact:
         keep_freed_memory()
         functions.install(functions.swiglu_patches(model))
-    layout, notes = _find_layout(model)
+    layout: ModelLayout | None = None
+    notes: tuple[str, ...] = ()
+    try:
+        layout = find_layout(model)
+    except UnknownCacheError as error:
+        notes = (refuse(model, "paged attention", str(error)),)
+    except MODEL_ERRORS as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ModelLoadError(f"mlx-lm cannot run {model_name(model)}: {why}") from error
     if layout is not None and (uses_paged_attention() if paged is None else paged):
         if dtype is not None:
             layout = layout.with_dtype(dtype)
@@ -211,15 +212,3 @@ def make_engine_runner(
         paged_runner=paged_runner,
         fallback_runner=fallback_runner,
     )
-
-
-def _find_layout(model: nn.Module) -> tuple[ModelLayout | None, tuple[str, ...]]:
-    """Return the layout of a model's caches, and a note if there is none."""
-    try:
-        return find_layout(model), ()
-    except UnknownCacheError as error:
-        return None, (refuse(model, "paged attention", str(error)),)
-    except MODEL_ERRORS as error:
-        raise ModelLoadError(
-            f"mlx-lm cannot run {model_name(model)}: {type(error).__name__}: {error}"
-        ) from error

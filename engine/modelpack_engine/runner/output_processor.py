@@ -134,9 +134,6 @@ class OutputProcessor:
         self._scheduler.add(*(output.sequence for output in added.values()))
         self._outputs |= added
 
-    def __len__(self) -> int:
-        return len(self._outputs)
-
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence.seq_id in self._outputs
 

@@ -267,14 +267,7 @@ class CompiledSteps:
             state.arrays = list(arrays)
         tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
         step.begin_rows(positions, slots, tables, some, tiles)
-        try:
-            logits: Any = adapted.model(token_ids[:, None], cache=adapted.caches)
-            adapted.close()
-        except BaseException:
-            adapted.abandon()
-            raise
-        finally:
-            step.end()
+        logits = adapted.run(token_ids)
         if not step.rows_taken and some is not None:
             logits = logits[some]
         new_states = [list(state.arrays) for state in adapted.states]
@@ -373,15 +366,7 @@ class PagedRunner:
         padded = self.buckets.pad_rows(count) or 1
         self._step.begin(batch, rows + [0] * (padded - count))
         adapted.begin(batch)
-        logits: mx.array
-        try:
-            logits = self.model(token_ids[:, None], cache=adapted.caches)
-            adapted.close()
-        except BaseException:
-            adapted.abandon()
-            raise
-        finally:
-            self._step.end()
+        logits = adapted.run(token_ids)
         adapted.finish(batch)
         if not self._step.rows_taken:
             logits = logits[self._step.sample_rows]

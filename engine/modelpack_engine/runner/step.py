@@ -88,12 +88,6 @@ class ScheduledStep:
         arrays = [array for part in parts if part is not None for array in part.arrays()]
         return arrays if self.masked_logits is None else [*arrays, self.masked_logits]
 
-    def launched(self, sampled: Sampled | None) -> LaunchedStep:
-        """Return the launched step, which samples the tokens `sampled`."""
-        return LaunchedStep(
-            self.output, self.batch, sampled, self.prompt_logprobs, self.staging_step
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:

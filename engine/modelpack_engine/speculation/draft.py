@@ -161,9 +161,7 @@ class DraftProposer:
 
     def _catching_up(self, drafts: list[_Draft]) -> SchedulerOutput:
         """Return the step that computes the tokens which the draft model has not computed."""
-        decode: list[Sequence] = []
-        proposals: list[Proposal] = []
-        prefill: list[PrefillChunk] = []
+        decode, proposals, prefill = list[Sequence](), list[Proposal](), list[PrefillChunk]()
         rows, buckets = self._max_rows, self._runner.buckets
         for draft in sorted(drafts, key=lambda draft: draft.num_missing):
             sequence, missing = draft.sequence, draft.num_missing

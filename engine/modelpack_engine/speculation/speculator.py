@@ -1,8 +1,4 @@
-"""Speculator: decide when to propose tokens and how many, and get them from a proposer.
-
-`Engine` owns one if speculation is configured. The proposers are in
-`speculation/ngram.py` and `speculation/draft.py`.
-"""
+"""Speculator: decide when to propose tokens and how many, and get them from a proposer."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ hashes or copies it does. Each new value is measured when it is made (`made`), a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, MappingView
+from collections.abc import Iterable, Iterator, MappingView
+from itertools import chain
 from sys import getsizeof
 from typing import Any
 
@@ -125,7 +126,7 @@ class Budget:
             raise TemplateLimitError(f"a value is nested more than {MAX_DEPTH} levels deep")
         own = getsizeof(value) + _RECORD
         nested = depth = 0
-        for item in _items(value):
+        for item in chain(value, value.values()) if isinstance(value, dict) else value:
             if isinstance(item, (list, tuple, dict)):
                 size, below = self._measure(item, level + 1)
                 nested += size
@@ -157,11 +158,3 @@ def check_integer(value: int) -> None:
 def too_large() -> TemplateLimitError:
     """Return the error for a value that is too large."""
     return TemplateLimitError(f"a value is larger than {MAX_TEXT} characters or {MAX_ITEMS} items")
-
-
-def _items(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        yield from value.keys()
-        yield from value.values()
-    else:
-        yield from value

@@ -284,23 +284,21 @@ def bounded_filters(budget: Callable[[], Budget]) -> dict[str, Bounded]:
         **dict.fromkeys(("e", "escape", "forceescape"), _escape),
     }
     filters = {name: bounded(budget, FILTERS[name], name) for name in _OF_ITEMS | _PLAIN}
-    return filters | {name: _with_budget(budget, filter_) for name, filter_ in own.items()}
+    for name, filter_ in own.items():
+        wants_environment = hasattr(filter_, "jinja_pass_arg")
+        run = _with_environment(filter_) if wants_environment else filter_
+        filters[name] = _charged(budget, filter_, run)
+    return filters
 
 
 def bounded(budget: Callable[[], Budget], function: Bounded, name: str) -> Bounded:
     """Return a filter or a test of Jinja with a charge for each use."""
 
-    def charged(*args: Any, **kwargs: Any) -> Any:
-        now = budget()
-        now.step()
-        values = (*args, *kwargs.values())
-        now.check_arguments(values)
-        _check(now, name, values)
-        return now.made(function(*args, **kwargs))
+    def run(now: Budget, *args: Any, **kwargs: Any) -> Any:
+        _check(now, name, (*args, *kwargs.values()))
+        return function(*args, **kwargs)
 
-    # Jinja reads from its attributes whether a filter wants the context.
-    charged.__dict__.update(getattr(function, "__dict__", {}))
-    return charged
+    return _charged(budget, function, run)
 
 
 def _check(budget: Budget, name: str, values: tuple[Any, ...]) -> None:
@@ -315,17 +313,18 @@ def _check(budget: Budget, name: str, values: tuple[Any, ...]) -> None:
             raise TemplateLimitError(f"the filter {name} got a number that is too large")
 
 
-def _with_budget(budget: Callable[[], Budget], function: Bounded) -> Bounded:
-    wants_environment = getattr(function, "jinja_pass_arg", None) is not None
+def _with_environment(function: Bounded) -> Bounded:
+    return lambda now, environment, *args, **kwargs: function(environment, now, *args, **kwargs)
 
+
+def _charged(budget: Callable[[], Budget], function: Bounded, run: Bounded) -> Bounded:
     def charged(*args: Any, **kwargs: Any) -> Any:
         now = budget()
         now.step()
         now.check_arguments((*args, *kwargs.values()))
-        if wants_environment:
-            return now.made(function(args[0], now, *args[1:], **kwargs))
-        return now.made(function(now, *args, **kwargs))
+        return now.made(run(now, *args, **kwargs))
 
+    # Jinja reads from its attributes whether a filter wants the context.
     charged.__dict__.update(getattr(function, "__dict__", {}))
     return charged
 

@@ -77,7 +77,7 @@ def test_what_is_saved_is_found_at_once_and_in_the_end_on_disk(
     directory.gate.set()
     assert tiers.flush(SECONDS)
     assert tiers.memory.num_bytes == 2 * LENGTH
-    assert tiers.num_disk_bytes == 5 * (LENGTH + HEADER_SIZE)
+    assert directory.num_bytes == 5 * (LENGTH + HEADER_SIZE)
     assert loaded(tiers, 0, 1, 2, 3, 4) == [0, 1, 2, 3, 4]
 
 
@@ -104,7 +104,7 @@ def test_a_load_ends_before_what_is_gone(
     path.write_bytes(path.read_bytes()[:-1])
     assert loaded(tiers, 0, 1, 2) == [0]
     assert name(1) not in tiers
-    assert tiers.num_dropped == len(caplog.records) == 1
+    assert directory.num_dropped == len(caplog.records) == 1
     assert loaded(tiers, 2, 3) == [2, 3]
 
 
