@@ -438,8 +438,9 @@ def _context(url: str, model: dict[str, Any]) -> int | None:
 
 
 def _only_model(url: str) -> str:
-    names = [str(model["id"]) for model in call_server(url, "GET", "/v1/models").get("data", [])]
-    if len(names) == 1:
+    models = call_server(url, "GET", "/v1/models").get("data", [])
+    names = [str(model["id"]) for model in models]
+    if len({model.get("root") for model in models}) == 1:  # aliases have the root of their model
         return names[0]
     if not names:
         raise NotFoundError(f"the server at {url} has no models", hint="run modelpack pull MODEL")

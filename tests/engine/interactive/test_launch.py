@@ -194,10 +194,17 @@ def test_print(url: str) -> None:
     assert shown["variables"]["ANTHROPIC_MODEL"] == "small"
 
 
-def test_the_only_model_need_not_be_named(programs: Path) -> None:
-    with serve(one=1) as server:
+@pytest.mark.parametrize("alias", [None, "gpt-4"])
+def test_the_only_model_need_not_be_named(programs: Path, alias: str | None) -> None:
+    def pool() -> ModelPool:
+        made = ModelPool(Shelf(one=1), memory=10**7)
+        if alias is not None:
+            made.alias(alias, "one")
+        return made
+
+    with ModelServer(pool, address="127.0.0.1:0") as server:
         _, seen = launched(programs, "claude", "--host", server.url)
-    assert seen["ANTHROPIC_MODEL"] == "one"
+    assert seen["ANTHROPIC_MODEL"] == (alias or "one")
 
 
 @pytest.mark.parametrize(
