@@ -112,7 +112,8 @@ def catalog(
 ) -> None:
     """List the models of a registry or of a namespace, without fetching their files.
 
-    The page is one self-contained file; the same models give the same bytes.
+    The page is one self-contained file, with search, pull commands and model cards; the same models
+    give the same bytes.
     """
     from modelpack.operations.catalog import as_json, write_catalog
     from modelpack.operations.catalog import catalog as list_catalog

@@ -5,14 +5,11 @@ Weights are not fetched.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,8 +26,8 @@ from modelpack.errors import (
     NotFoundError,
     UsageError,
 )
-from modelpack.formats.units import format_decimal_size
 from modelpack.lint.checks import licences
+from modelpack.operations.catalog_page import page
 from modelpack.operations.lint import model_subject
 from modelpack.operations.lookup import model_in
 from modelpack.operations.model_list import Summary
@@ -42,6 +39,8 @@ from modelpack.storage import watching
 
 # Tags that are not models: fallback lists of referrers, and cosign's signatures.
 _REFERRER_TAG = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(?:\.(?:sig|att|sbom))?\Z")
+#: A larger model card is not fetched.
+MAX_CARD_BYTES: Final = 256 * 1024
 _ANNOTATION = "org.opencontainers.image."
 
 
@@ -52,7 +51,7 @@ class CatalogEntry:
     `summary` is None for an index, and for a tag that cannot be read; `problem` then says why. If
     the manifest itself cannot be read, `digest` is None. `licences` are SPDX identifiers; a licence
     whose text is not recognised is left out. `attached` are the artifact types of the referrers,
-    and `variants` the digests of the models of an index.
+    and `variants` the digests of the models of an index. `card` is the text of the README.
     """
 
     reference: Reference
@@ -64,9 +63,10 @@ class CatalogEntry:
     attached: tuple[str, ...] = ()
     variants: tuple[Digest, ...] = ()
     problem: str = ""
+    card: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry as a JSON object without its empty fields."""
+        """Return the entry as a JSON object without its card and its empty fields."""
         value: dict[str, Any] = {
             "reference": str(self.reference),
             "repository": self.reference.repository,
@@ -96,8 +96,8 @@ def catalog(
     """Return the models under `name`, a registry or `registry/namespace`, by repository and tag.
 
     `repositories` replaces the registry's own list, which some registries do not offer. Only the
-    manifest, the config and the licence of a model are fetched. A tag that cannot be read is listed
-    with its problem. Raises `UsageError` for an invalid `name`, and the errors of registries.
+    manifest, the config, the licence and the model card are fetched. A tag that cannot be read is
+    listed with its problem. Raises `UsageError` for an invalid `name`, and registry errors.
     """
     host, namespace = split_registry(name)
     options, watch = remote or RemoteOptions(), watching(None, stop)
@@ -173,7 +173,9 @@ def _entry(repository: Repository, reference: Reference) -> CatalogEntry | None:
 
 
 def _model_entry(repository: Repository, reference: Reference, model: Model) -> CatalogEntry:
-    known = licences(model_subject(model, repository, ()))
+    subject = model_subject(model, repository, ())
+    known, readme = licences(subject), subject.file("readme.md")
+    card = readme.text() if readme is not None and readme.size <= MAX_CARD_BYTES else None
     annotations, described = model.manifest.annotations, model.config.cncf_descriptor
     title, description = (
         annotations.get(_ANNOTATION + key) or str(described.get(key) or "")
@@ -188,32 +190,12 @@ def _model_entry(repository: Repository, reference: Reference, model: Model) -> 
         description,
         tuple(sorted({one for one in known.values() if one})),
         tuple(sorted({one.artifact_type or "" for one in about} - {""})),
+        card=card or "",
     )
 
 
 #: Incremented when a field is removed or changes its meaning.
 SCHEMA_VERSION: Final = 1
-_STYLE: Final = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}
-table{border-collapse:collapse;width:100%}
-th,td{text-align:left;vertical-align:top;padding:.4rem .8rem .4rem 0;border-bottom:1px solid #8884}
-td:first-child{overflow-wrap:anywhere}
-code,small{color:#777}
-input{font:inherit;padding:.4rem;width:100%;max-width:30rem;margin:1rem 0}
-@media (prefers-color-scheme:dark){body{background:#16181c;color:#e6e6e6}}
-"""
-_SCRIPT: Final = """
-const field = document.querySelector("input");
-field.hidden = false;
-field.addEventListener("input", () => {
-  const words = field.value.toLowerCase().split(/\\s+/);
-  for (const row of document.querySelectorAll("tbody tr")) {
-    const text = row.textContent.toLowerCase();
-    row.hidden = !words.every((word) => text.includes(word));
-  }
-});
-"""
-_COLUMNS: Final = ("Model", "Parameters", "Quantisation", "Context", "Size", "Licence", "Attached")
 
 
 def write_catalog(
@@ -241,53 +223,3 @@ def as_json(entries: Sequence[CatalogEntry], name: str) -> dict[str, Any]:
         "name": name,
         "models": [entry.to_json() for entry in entries],
     }
-
-
-def page(entries: Sequence[CatalogEntry], title: str) -> str:
-    """Return the HTML page; texts from models are escaped, and the page runs no other script."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    head = "".join(f"<th>{column}</th>" for column in _COLUMNS)
-    rows = "\n".join(_row(entry) for entry in entries)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-<h1>{escape(title)}</h1>
-<p>{len(entries)} listed; for programs: <a href="index.json">index.json</a></p>
-<input type="search" placeholder="Filter" aria-label="Filter" hidden>
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-<script>{_SCRIPT}</script>
-</html>
-"""
-
-
-def _row(entry: CatalogEntry) -> str:
-    summary = entry.summary
-    name = f"<strong>{escape(str(entry.reference))}</strong>"
-    texts = (entry.title, entry.description, entry.problem)
-    name += "".join(f"<br>{escape(text)}" for text in texts if text)
-    if entry.digest is not None:
-        name += f"<br><code>{entry.digest}</code>"
-    if entry.variants:
-        name += f"<br>{len(entry.variants)} variants"
-    facts = ("", "", "", "")
-    if summary is not None:
-        context = f"{summary.context_size:,}" if summary.context_size else ""
-        size = format_decimal_size(summary.size)
-        facts = (escape(summary.parameters), escape(summary.quantization), context, size)
-    cells = (
-        name,
-        *facts,
-        "<br>".join(escape(one) for one in entry.licences),
-        "<br>".join(f"<small>{escape(one)}</small>" for one in entry.attached),
-    )
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

@@ -15,7 +15,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import Reference
 from modelpack.cli.main import run
 from modelpack.errors import RegistryError, UsageError
-from modelpack.operations.catalog import CatalogEntry, catalog, page, write_catalog
+from modelpack.operations.catalog import MAX_CARD_BYTES, CatalogEntry, catalog, page, write_catalog
 from modelpack.operations.model_list import Summary
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.sbom import sbom
@@ -178,17 +178,32 @@ def entry(**more: Any) -> CatalogEntry:
 def test_a_page_holds_what_models_say_as_text() -> None:
     evil = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
     summary = Summary(5, "gguf", evil, evil, evil, 8192, None)
-    fields = {"title": evil, "description": evil, "problem": evil}
+    fields = {"title": evil, "description": evil, "problem": evil, "card": evil}
     one = entry(summary=summary, licences=(evil,), attached=(evil,), **fields)
     reader = read(page([one], evil))
     kinds = [tag for tag, _ in reader.tags]
     assert kinds.count("script") == 1
     assert "img" not in kinds
-    assert sum(evil in text for text in reader.texts) >= 6
+    assert sum(evil in text for text in reader.texts) >= 7
     [policy] = [a["content"] for tag, a in reader.tags if a.get("http-equiv")]
     assert policy is not None
     assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
     assert not any("src" in attributes for _, attributes in reader.tags)
+
+
+def test_a_model_card_is_on_the_page_unless_it_is_huge(tmp_path: Path) -> None:
+    directory = tiny_safetensors(tmp_path)
+    store = modelpack.Store(tmp_path / "origin")
+    with registry(tmp_path / "registry") as server:
+        for tag, text in (("card", "# It knows nothing"), ("huge", "x" * (MAX_CARD_BYTES + 1))):
+            (directory / "README.md").write_text(text)
+            request = modelpack.PackageRequest(safetensors_dir=directory)
+            modelpack.package(f"{server.host}/a:{tag}", request, push=True, store=store)
+        card, huge = catalog(server.host)
+    assert (card.card, huge.card) == ("# It knows nothing", "")
+    assert "card" not in card.to_json()
+    assert "# It knows nothing" in read(page([card], "")).texts
 
 
 def test_the_same_models_give_the_same_bytes(tmp_path: Path) -> None:
