@@ -65,7 +65,7 @@ def _response(
     except requests.RequestException as error:
         raise RemoteUnavailableError(
             f"no server answers at {url}",
-            hint="start one with `modelpack serve`, or say where it is: --host URL",
+            hint="start one with `modelpack serve`, or say where it is: --url URL",
         ) from error
 
 

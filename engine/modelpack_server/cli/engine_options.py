@@ -95,7 +95,7 @@ def _options(others: tuple[str, ...]) -> tuple[Callable[[F], F], ...]:
             default="auto", show_default=True,
             help="Use this engine: auto selects llama.cpp for GGUF on a CPU if installed, else "
             "MLX."),
-        click.option("--max-model-len", type=click.IntRange(min=2),
+        click.option("--max-model-len", "--context-size", type=click.IntRange(min=2),
             help="Limit the context to this many tokens."),
         click.option("--max-num-seqs", type=count, default=_DEFAULTS.max_num_seqs,
             show_default=True, help="Run at most this many requests at a time."),

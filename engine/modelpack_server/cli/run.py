@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 @click.option("--system", default="", help="Set the system message.")
 @click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
 @click.option("--think/--no-think", default=None, help="Enable or disable reasoning.")
-@click.option("--host", metavar="URL", help="Use a running server instead of loading the model.")
+@click.option("--url", "--host", "host", metavar="URL",
+              help="Use a running server instead of loading the model.")  # fmt: skip
 @click.option("--verbose", is_flag=True,
               help="Print times and tokens per second after each response.")  # fmt: skip
 @engine_options

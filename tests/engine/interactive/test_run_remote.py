@@ -48,7 +48,7 @@ def nothing_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(url: str, *arguments: str) -> Result:
-    return run("run", "m", "France?", "--host", url, *arguments)
+    return run("run", "m", "France?", "--url", url, *arguments)
 
 
 def test_an_answer(url: str, engine: ScriptedEngine) -> None:
@@ -79,7 +79,7 @@ def test_json(url: str) -> None:
     ],
 )
 def test_what_is_refused(url: str, arguments: list[str], code: int) -> None:
-    assert run("run", *arguments, "--host", url).code == code
+    assert run("run", *arguments, "--url", url).code == code
 
 
 def test_no_server() -> None:
