@@ -25,7 +25,8 @@ from modelpack_server.server_client import DEFAULT_HOST, call_server
 _HEADER = ("MODEL NAME", "STATE", "REQUESTS", "CONTEXT", "MEMORY", "UNTIL")
 
 host_option = click.option(
-    "--url", "--host", "host", metavar="URL", envvar="MODELPACK_HOST", default=DEFAULT_HOST, show_default=True,
+    "--url", "--host", "host",
+    metavar="URL", envvar="MODELPACK_HOST", default=DEFAULT_HOST, show_default=True,
     help="Use the server at this URL. [env: MODELPACK_HOST; API key: MODELPACK_API_KEY]",
 )  # fmt: skip
 
