@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from modelpack.artifacts.reference import Reference
+from modelpack.artifacts.reference import Reference, begins_id
 from modelpack.cli.options import (
     Settings,
     annotation_option,
@@ -23,11 +23,13 @@ from modelpack.cli.output import (
     shown_progress,
     table,
 )
+from modelpack.operations.lookup import is_stored_id
 from modelpack.operations.referrers import DEFAULT_FILE_TYPE, AttachedFile
 from modelpack.operations.referrers import attach as attach_files
 from modelpack.operations.referrers import detach as detach_referrer
 from modelpack.operations.referrers import referrers as list_referrers
 from modelpack.operations.remote import RemoteOptions
+from modelpack.store.layout import LayoutStore
 
 LOCAL = click.option("--local", is_flag=True, help="Use the local store, not the registry.")
 
@@ -89,11 +91,11 @@ def referrers(
     local: bool,
     remote: RemoteOptions,
 ) -> None:
-    """List the referrers of the model REFERENCE in its registry."""
-    where = full_reference(settings, reference)
-    store = settings.existing_store() if local else None
+    """List the referrers of the model REFERENCE in its registry; of an id, those in the store."""
+    where, store = named_subject(settings, reference, local=local)
     found = list_referrers(where, artifact_type=artifact_type, store=store, remote=remote)
-    value = {"reference": str(where), "referrers": [one.to_json() for one in found]}
+    name = None if isinstance(where, str) else str(where)
+    value = {"reference": name, "referrers": [one.to_json() for one in found]}
     rows = [(str(one.digest), one.artifact_type or "", human_size(one.size)) for one in found]
     show(settings, value, table(("DIGEST", "ARTIFACT TYPE", "MANIFEST SIZE"), rows))
 
@@ -109,6 +111,20 @@ def detach(settings: Settings, reference: str, local: bool, remote: RemoteOption
     store = settings.existing_store() if local else None
     digest = detach_referrer(where, store=store, remote=remote)
     show(settings, {"digest": str(digest)}, str(digest))
+
+
+def named_subject(
+    settings: Settings, typed: str, *, local: bool
+) -> tuple[Reference | str, LayoutStore | None]:
+    """Return the model that the user typed, and the store if the model is to be read there.
+
+    The id of a stored model means that model, and is returned as it is.
+    """
+    store = settings.existing_store() if local or begins_id(typed) else None
+    if store is not None and is_stored_id(store, typed):
+        note(settings, f"{typed} is the stored model {store.resolve(typed).digest}")
+        return typed, store
+    return full_reference(settings, typed), store if local else None
 
 
 def _file(text: str) -> AttachedFile:

@@ -37,6 +37,7 @@ from modelpack.errors import (
 )
 from modelpack.operations.lock import check_lock, pull_locked, unlock
 from modelpack.operations.lock import lock as lock_references
+from modelpack.operations.lookup import is_stored_id
 from modelpack.operations.pull import Part, Pulled, Selection
 from modelpack.operations.pull import pull as pull_model
 from modelpack.operations.push import copy as copy_model
@@ -300,19 +301,21 @@ def push(
         raise UsageError(f"--to takes one model, got {len(references)}")
 
     def push_one(name: str) -> dict[str, Any]:
-        where = full_reference(settings, name if to is None else to)
+        store = settings.existing_store()
+        by_id = to is None and is_stored_id(store, name)  # which push_model refuses
+        where = None if by_id else full_reference(settings, name if to is None else to)
         with shown_progress(settings) as progress:
             done = push_model(
                 name,
                 to=where,
                 with_referrers=with_referrers,
-                store=settings.existing_store(),
+                store=store,
                 remote=remote,
                 progress=progress,
             )
-        note(settings, f"pushed {where}: {_summary(done.transfer, 'sent')}")
-        value = {"reference": str(where), "digest": str(done.digest)} | _counts(done.transfer)
-        return value | _about(settings, done.referrers)
+        note(settings, f"pushed {done.reference}: {_summary(done.transfer, 'sent')}")
+        value = {"reference": str(done.reference), "digest": str(done.digest)}
+        return value | _counts(done.transfer) | _about(settings, done.referrers)
 
     return _for_each(settings, references, push_one)
 

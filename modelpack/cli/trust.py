@@ -13,7 +13,7 @@ import click
 
 from modelpack.cli.options import REMOTE, Settings, common_options, model_argument, remote_options
 from modelpack.cli.output import full_reference, note, plural, show, show_json, visible
-from modelpack.cli.referrers import LOCAL
+from modelpack.cli.referrers import LOCAL, named_subject
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack.plugins import load_function
@@ -144,6 +144,7 @@ def verify(
 ) -> None:
     """Check that the model REFERENCE is signed by a key; print the model's digest.
 
+    An id means the stored model.
     Verifies the signed digests without reading files; run `fsck` to verify stored files. Exit code
     5: the model is not signed, or not by that key.
     """
@@ -151,12 +152,12 @@ def verify(
     from modelpack.trust.keys import read_public_key
     from modelpack.trust.signatures import SignatureKind
 
-    where = full_reference(settings, reference)
+    where, store = named_subject(settings, reference, local=local)
     model, found = verify_model(
         where,
         [read_public_key(key) for key in keys],
         formats=[SignatureKind(name) for name in formats],
-        store=settings.existing_store() if local else None,
+        store=store,
         remote=remote,
     )
     signatures: list[dict[str, Any]] = [
@@ -170,7 +171,8 @@ def verify(
     ]
     for one in found.signatures:
         note(settings, f"signed by {one.key.name}: {one.kind}")
-    value = {"reference": str(where), "digest": str(model.digest), "signatures": signatures}
+    name = None if isinstance(where, str) else str(where)
+    value = {"reference": name, "digest": str(model.digest), "signatures": signatures}
     show(settings, value, str(model.digest))
 
 

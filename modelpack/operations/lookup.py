@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -138,6 +139,20 @@ def reference_in(source: Source, name: str, found: Descriptor) -> Reference | No
     except (InvalidReferenceError, NotFoundError):
         return None
     return reference
+
+
+def is_stored_id(store: LayoutStore, name: str) -> bool:
+    """Return whether `name` is the id, or a prefix of the id, of a stored model, not its name.
+
+    Raises `AmbiguousError` if several models have the prefix.
+    """
+    if not begins_id(name):
+        return False
+    for text, found in ((str(Reference.parse(name)), False), (name, True)):
+        with suppress(NotFoundError):
+            store.resolve(text)
+            return found
+    return False
 
 
 def named_references(store: LayoutStore, name: str) -> tuple[Reference, ...]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import Reference
+from modelpack.errors import UsageError
 from modelpack.hub.reference import HubReference
-from modelpack.operations.lookup import check_whole, stored_model
+from modelpack.operations.lookup import check_whole, is_stored_id, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository, open_source
 from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.progress import ProgressCallback, Stop
@@ -35,15 +36,20 @@ def push(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Pushed:
-    """Push the stored model `reference` to its registry, or to `to`.
+    """Push the stored model `reference` to its registry, or to `to`, which an id requires.
 
     Blobs that the repository already has are not uploaded; the registry links those that were
     pushed to, or pulled from, another of its repositories. With `with_referrers`, stored
     referrers are pushed before the tag is set. Raises `NotFoundError` if the store has no such
-    model, `PartialModelError`, `AuthError`, `RemoteUnavailableError`, and `IntegrityError` if a
-    stored blob is damaged.
+    model, `UsageError` for an id without `to`, `PartialModelError`, `AuthError`,
+    `RemoteUnavailableError`, and `IntegrityError` if a stored blob is damaged.
     """
     store = store or LayoutStore()
+    if to is None and is_stored_id(store, str(reference)):
+        raise UsageError(
+            f"{reference}: an id does not name a registry",
+            hint="add --to REGISTRY/REPOSITORY:TAG, or push the model by its name",
+        )
     target = to if to is not None else reference
     where = Reference.parse(target) if isinstance(target, str) else target
     if store.missing(str(reference)):

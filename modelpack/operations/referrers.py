@@ -10,7 +10,7 @@ from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor, checked_media_type
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
-from modelpack.artifacts.reference import Reference
+from modelpack.artifacts.reference import Reference, begins_id
 from modelpack.errors import (
     ManifestError,
     NotFoundError,
@@ -163,9 +163,12 @@ def referrers(
 ) -> tuple[Descriptor, ...]:
     """Return the referrers of the model `reference` in its registry or, with `store`, there.
 
+    In a store, `reference` may also be an id or a unique prefix of one.
     Each descriptor has the artifact type and the annotations of its manifest. For a registry
     without the referrers API, the fallback tag is read.
     """
+    if store is not None and isinstance(reference, str) and begins_id(reference):
+        return tuple(store.referrers(store.resolve(reference).digest, artifact_type))
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     if store is not None:
         return tuple(store.referrers(store.resolve(_subject_named(where)).digest, artifact_type))

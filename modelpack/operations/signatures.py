@@ -11,7 +11,7 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
 from modelpack.artifacts.model import Model
-from modelpack.artifacts.reference import Reference
+from modelpack.artifacts.reference import Reference, begins_id
 from modelpack.errors import NotFoundError, UntrustedError, UsageError
 from modelpack.operations.lookup import model_in, model_of, stored_model
 from modelpack.operations.referrers import BlobsSource
@@ -105,11 +105,14 @@ def verify(
 ) -> tuple[Model, Findings]:
     """Return the model `reference` and its signatures; require a signature by each of `keys`.
 
-    Only signatures of the `formats` count (default: all formats that cover the manifest). From an
+    With `store`, `reference` may also be the id of a stored model or a unique prefix of one. Only
+    signatures of the `formats` count (default: all formats that cover the manifest). From an
     index, the variant for this machine is verified. Raises `UntrustedError` if the signature of a
     key is missing.
     """
-    where = Reference.parse(reference) if isinstance(reference, str) else reference
+    where = reference
+    if isinstance(where, str) and not (store is not None and begins_id(where)):
+        where = Reference.parse(where)
     if not keys:
         raise UsageError("expected at least one key")
     watch = watching(None, stop)
@@ -154,14 +157,22 @@ def put(
 
 @contextmanager
 def opened_model(
-    where: Reference,
+    where: Reference | str,
     store: LayoutStore | None,
     remote: RemoteOptions | None,
     watch: Watch,
     *,
     writes: bool = False,
 ) -> Iterator[tuple[LayoutStore | Repository, Model]]:
-    """Yield the model `where` and the place that it is in: `store` or else its registry."""
+    """Yield the model `where` and the place that it is in: `store` or else its registry.
+
+    A text is the id of a model in the store.
+    """
+    if isinstance(where, str):
+        assert store is not None
+        with store.lease(()):
+            yield store, stored_model(store, where)
+        return
     with _opened(where, store, remote, watch, writes=writes) as place:
         if isinstance(place, LayoutStore):
             yield place, replace(stored_model(place, str(where)), reference=where)

@@ -8,6 +8,7 @@ import pytest
 
 from modelpack.testing import registry
 from tests.cli.running import modelpack, succeed
+from tests.models import tiny_gguf
 from tests.operations.conftest import Published
 from tests.operations.conftest import published as published
 
@@ -37,6 +38,20 @@ def test_attach_referrers_detach(published: Published, report: Path) -> None:
     repository = name.rpartition(":")[0]
     assert succeed("detach", f"{repository}@{made.out}").out == made.out
     assert succeed("referrers", name, "--json").json["referrers"] == []
+
+
+def test_referrers_of_an_id_are_those_in_the_store(report: Path, tmp_path: Path) -> None:
+    digest = succeed("package", "--gguf", tiny_gguf(tmp_path), "tiny:v1").out
+    made = succeed("attach", "tiny:v1", report, "--artifact-type", KIND, "--local")
+    encoded = digest.removeprefix("sha256:")
+    for name in (encoded[:6], encoded[:12], digest):
+        for local in ([], ["--local"]):
+            result = succeed("referrers", name, "--json", *local)
+            assert result.json["reference"] is None
+            assert [one["digest"] for one in result.json["referrers"]] == [made.out]
+            assert f"{name} is the stored model {digest}" in result.err
+    absent = modelpack("referrers", "aaaaaaa", "--local")
+    assert absent.code == 3
 
 
 def test_with_referrers(published: Published, report: Path, tmp_path: Path) -> None:

@@ -89,6 +89,28 @@ def test_push_elsewhere(server: RegistryServer, tmp_path: Path) -> None:
     assert succeed("inspect", "-r", "--json", target).json["digest"] == digest
 
 
+def test_an_id_is_pushed_only_with_to(server: RegistryServer, tmp_path: Path) -> None:
+    digest = succeed("package", "--gguf", tiny_gguf(tmp_path), "tiny:v1").out
+    encoded = digest.removeprefix("sha256:")
+    for name in (encoded[:6], encoded[:12], digest):
+        refused = modelpack("push", name)
+        assert refused.code == 2
+        assert f"error: {name}: an id does not name a registry" in refused.err
+        assert "--to" in refused.err
+        assert "docker.io" not in refused.err
+    target = f"{server.host}/other/name:v9"
+    assert succeed("push", encoded[:6], "--to", target).out == digest
+
+
+def test_a_name_that_looks_like_an_id_is_pushed(
+    server: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelpack.artifacts.reference.DEFAULT_REGISTRY", server.host)
+    digest = succeed("package", "--gguf", tiny_gguf(tmp_path), "deadbeef").out
+    assert succeed("push", "deadbeef").out == digest
+    assert succeed("inspect", "-r", "--json", f"{server.host}/ai/deadbeef").json["digest"] == digest
+
+
 @pytest.mark.parametrize("verb", ["copy", "cp", "transfer"])
 def test_copy_leaves_nothing_here(pushed: tuple[str, str], verb: str) -> None:
     reference, digest = pushed

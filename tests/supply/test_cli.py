@@ -43,6 +43,22 @@ def test_from_keys_to_a_pull(
     assert secret not in shown.out + shown.err
 
 
+def test_an_id_is_verified_in_the_store(
+    published: Published, keys: Path, ours: PrivateKey, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, encoded = ["--store", str(published.origin.root)], published.digest.encoded
+    key, other = (["--key", str(keys / f"{name}.pub")] for name in ("ours", "theirs"))
+    assert run([*store, "verify", encoded[:8], *key]) == 5
+    signing.sign(published.reference, ours, store=published.origin)
+    capsys.readouterr()
+    for name in (encoded[:8], encoded[:12], str(published.digest)):
+        for local in ([], ["--local"]):
+            assert run([*store, "verify", name, *key, *local, "--json"]) == 0
+            value = json.loads(capsys.readouterr().out)
+            assert (value["reference"], value["digest"]) == (None, str(published.digest))
+    assert run([*store, "verify", encoded[:8], *other]) == 5
+
+
 def test_without_a_password(
     published: Published, keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
