@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_SECONDS = 180
+_SECONDS = 400
 
 
 class ClientsError(RuntimeError):
@@ -40,6 +41,24 @@ def npm_clients(cache: Path) -> Path:
         shutil.rmtree(directory, ignore_errors=True)
         made.rename(directory)
     return directory
+
+
+def python_clients(cache: Path) -> Path:
+    """Return the Python of the environment inside `cache` with requirements.txt installed.
+
+    Raises ClientsError with what pip printed if it fails.
+    """
+    directory = cache.absolute() / "python-clients"
+    pins = _HERE / "requirements.txt"
+    python = directory / "bin" / "python"
+    if not _is_installed(directory, pins):
+        # Environments cannot be moved: this one counts as whole once it holds the pins.
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _run(sys.executable, "-m", "venv", "--clear", str(directory), cwd=directory.parent)
+        options = ("-q", "--disable-pip-version-check", "--no-deps", "-r", str(pins))
+        _run(str(python), "-m", "pip", "install", *options, cwd=directory)
+        shutil.copyfile(pins, directory / pins.name)
+    return python
 
 
 def _is_installed(directory: Path, pins: Path) -> bool:
