@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from modelpack_server.gateway import Protection, protect
 from modelpack_server.pool.pool import ModelPool
 from tests.cli.running import modelpack, succeed
 from tests.engine.families.runner.conftest import StoredScripts
+from tests.scenarios.processes import start
 from tests.weights import write_safetensors
 
 LOGGER = logging.getLogger("modelpack_server.tests")
@@ -83,8 +82,7 @@ def test_logs(url: str) -> None:
 
 def test_following_logs(url: str) -> None:
     LOGGER.warning("before")
-    command = [sys.executable, "-m", "modelpack", "logs", "--follow", "--host", url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with start("logs", "--follow", "--url", url) as process:
         assert process.stdout is not None
         while not process.stdout.readline().endswith(": before\n"):
             assert process.poll() is None
