@@ -135,10 +135,12 @@ def test_configure(docker: DockerModel, tiny: str) -> None:
     [thoughtless] = json.loads(docker("configure", "show"))
     assert thoughtless["Config"] == {"llamacpp": {"reasoning-budget": 0}}
 
-    docker("configure", "--speculative-draft-model=ai/small", "--speculative-num-tokens=3", tiny)
+    docker("configure", f"--speculative-draft-model={tiny}", "--speculative-num-tokens=3", tiny)
     [speculating] = json.loads(docker("configure", "show"))
-    wanted = {"draft_model": "ai/small", "num_tokens": 3}
+    wanted = {"draft_model": tiny, "num_tokens": 3}
     assert speculating["Config"]["speculative"].items() >= wanted.items()
+    refused = docker.try_("configure", "--speculative-draft-model=ai/absent", tiny)
+    assert "no such model in the store: ai/absent" in refused.stderr, refused.stderr
 
     for wrong in (["--", "--bogus"], ["--mode", "image-generation"]):
         refused = docker.try_("configure", tiny, *wrong)

@@ -45,7 +45,7 @@ def test_random_aborts_leave_all_blocks_free(seed: int) -> None:
         [(_, again)] = asyncio.run(converse(engine, [[([1, 2, 3], None, 1)]]))[1]
         assert again == reference_tokens([1, 2, 3], 24)
         assert engine._model is not None
-        assert not engine._model._outputs
+        assert not engine._model._outputs._outputs
     finally:
         engine.close()
     stats = engine.stats()

@@ -64,9 +64,9 @@ def test_no_route_makes_them_on_the_event_loop(
     threads = set()
     shown = Vocabulary.shown
 
-    def noted(words: Vocabulary, token_id: int) -> tuple[str, list[int]]:
+    def noted(*arguments: Any) -> tuple[str, list[int]]:
         threads.add(threading.current_thread().name)
-        return shown(words, token_id)
+        return shown(*arguments)
 
     monkeypatch.setattr(Vocabulary, "shown", noted)
     reply = requests.post(url + path, json={"model": "tiny", "stream": stream, **body}, timeout=60)
