@@ -6,6 +6,7 @@ A hostile file may panic, hang, overflow the stack or exhaust memory; only this 
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import resource
@@ -169,6 +170,8 @@ def main() -> None:
     while (job := frames.read(source)) is not None:
         _allow_seconds(float(job["seconds"]))
         result = _run(job)
+        if "error" in result:
+            gc.collect()  # the frames of a failed template are in cycles, with its values
         result["last"] = _resident() > _MAX_RESIDENT
         target.write(frames.encoded(result))
         target.flush()
