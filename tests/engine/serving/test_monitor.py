@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -18,7 +19,7 @@ from modelpack_server.gateway import Protection, protect
 from modelpack_server.pool.pool import ModelPool
 from tests.cli.running import modelpack, succeed
 from tests.engine.families.runner.conftest import StoredScripts
-from tests.scenarios.processes import start
+from tests.scenarios.processes import start, wait_until
 from tests.weights import write_safetensors
 
 LOGGER = logging.getLogger("modelpack_server.tests")
@@ -41,9 +42,17 @@ def url(tmp_path: Path) -> Iterator[str]:
         yield server.url
 
 
+def listed(url: str) -> list[dict[str, Any]]:
+    """Return the latest requests; a client may have the reply before its request has ended."""
+    found = requests.get(f"{url}/pool/requests", timeout=30).json()["requests"]
+    assert isinstance(found, list)
+    return found
+
+
 def test_requests(url: str) -> None:
     for path, body in (("/v1/chat/completions", CHAT), ("/api/chat", CHAT | {"model": "absent"})):
         requests.post(url + path, json=body, headers={"X-Request-ID": path[-4:]}, timeout=30)
+    wait_until(lambda: not any(one["running"] for one in listed(url)), "the ends of the requests")
     header, failed, done = succeed("requests", "--host", url).out.splitlines()
     assert header.split()[:6] == ["AGE", "CALLER", "MODEL", "PATH", "STATUS", "TOKENS"]
     assert "/api/chat " in failed
