@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import Settings
 from modelpack.errors import ModelpackError
 from modelpack.progress import Action, Progress, ProgressCallback, silent
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
+
+    from modelpack.artifacts.reference import Reference
 
 #: Incremented when a field of `--json` output is removed or changes its meaning.
 SCHEMA_VERSION = 1
@@ -75,6 +76,8 @@ def note(settings: Settings, message: str) -> None:
 
 def full_reference(settings: Settings, typed: str) -> Reference:
     """Return the reference that the user typed, and print it if they typed a shorter one."""
+    from modelpack.artifacts.reference import Reference
+
     reference = Reference.parse(typed)
     if typed.strip() not in (str(reference), reference.name):
         note(settings, f"{typed.strip()} is {reference}")
