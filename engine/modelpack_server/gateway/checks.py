@@ -302,7 +302,7 @@ class Checks:
         if self._resolves:
             return
         models = asked.models
-        if (found := _ONE_MODEL.fullmatch(scope["path"])) and route is Route.ONE_MODEL:
+        if route is Route.ONE_MODEL and (found := _ONE_MODEL.fullmatch(scope["path"])):
             models = (found["model"],)
         elif not asked.valid:
             raise _Refusal(400, "the request body is not a JSON object", "invalid_json")
