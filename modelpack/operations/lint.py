@@ -22,7 +22,7 @@ from modelpack.operations.headers import FileHeader, read_headers
 from modelpack.operations.lookup import check_whole, model_in, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.progress import Stop
-from modelpack.storage import Source, read_blob, watching
+from modelpack.storage import Source, fill, read_blob, watching
 from modelpack.store.layout import LayoutStore
 
 
@@ -97,10 +97,8 @@ def _read(source: Source, descriptor: Descriptor, count: int) -> bytes:
     if count >= descriptor.size:
         return read_blob(source, descriptor, limit=descriptor.size)
     content = bytearray(count)
-    view, filled = memoryview(content), 0
     with source.blob(descriptor).open() as stream:
-        while filled < count and (got := stream.readinto(view[filled:])):
-            filled += got
+        filled = fill(stream, memoryview(content))
     return bytes(content[:filled])
 
 
