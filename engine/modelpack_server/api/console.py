@@ -13,7 +13,8 @@ from typing import Any, Final
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
-from modelpack.artifacts.model import Model, Role
+from modelpack.artifacts.model import Model
+from modelpack.operations.lint import model_subject
 from modelpack.operations.lookup import stored_model
 from modelpack.store.layout import LayoutStore
 from modelpack_server.api.model_runner.names import find_stored
@@ -111,9 +112,7 @@ def model_details(store: LayoutStore, name: str) -> dict[str, Any]:
 
 def _card(store: LayoutStore, model: Model) -> str:
     """Return the model's README, or ""."""
-    for file in model.files():
-        name = (file.filepath or "").lower()
-        if file.role is Role.DOC and file.archive is None and name.endswith("readme.md"):
-            with store.blob_path(file.descriptor.digest).open("rb") as card:
-                return card.read(_MAX_CARD).decode(errors="replace")
-    return ""
+    readme = model_subject(model, store, ()).file("readme.md")
+    if readme is None:
+        return ""
+    return readme.read(min(readme.size, _MAX_CARD)).decode(errors="replace")
