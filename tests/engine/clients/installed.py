@@ -31,7 +31,7 @@ def npm_clients(cache: Path) -> Path:
     if shutil.which("npm") is None:
         raise ClientsError("installing the clients of npm failed: no `npm` on PATH")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Installed beside its final name and moved there, so that nobody runs half of the packages.
+    # Installed beside its final name and moved there, so that no test runs half of them.
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         made = Path(scratch) / "clients"
         made.mkdir()

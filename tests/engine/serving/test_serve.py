@@ -74,7 +74,7 @@ def test_a_stream_ends_before_the_server_does(
 
 @pytest.fixture
 def store(tmp_path: Path) -> LayoutStore:
-    """A store with `team/tiny` and `team/martian`, whose architecture nobody knows."""
+    """A store with `team/tiny` and `team/martian`, which has an unknown architecture."""
     store = LayoutStore(tmp_path / "store")
     files = write_tiny(tmp_path / "files")
     modelpack.package("team/tiny", PackageRequest(safetensors_dir=files), store=store)
