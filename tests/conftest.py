@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 # Tests get a home of their own; what is costly to fetch stays where the user's own is.
 os.environ.setdefault("GOPATH", str(Path.home() / "go"))
 os.environ.setdefault("GOCACHE", str(Path.home() / ".cache" / "go-build"))
+os.environ.setdefault("CARGO_HOME", str(Path.home() / ".cargo"))
+os.environ.setdefault("RUSTUP_HOME", str(Path.home() / ".rustup"))
 os.environ.setdefault("MODELPACK_CACHE", str(ROOT / ".cache"))
 
 

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _HERE = Path(__file__).parent
@@ -25,21 +27,43 @@ def npm_clients(cache: Path) -> Path:
     Raises ClientsError without npm, or with what npm printed if it fails.
     """
     directory = cache.absolute() / "npm-clients"
-    lock = _HERE / "package-lock.json"
-    if _is_installed(directory, lock):
-        return directory
-    if shutil.which("npm") is None:
-        raise ClientsError("installing the clients of npm failed: no `npm` on PATH")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Installed beside its final name and moved there, so that no test runs half of them.
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        made = Path(scratch) / "clients"
-        made.mkdir()
-        for source in (_HERE / "package.json", lock):
-            shutil.copyfile(source, made / source.name)
-        _run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=made)
-        shutil.rmtree(directory, ignore_errors=True)
-        made.rename(directory)
+    pins = [_HERE / "package.json", _HERE / "package-lock.json"]
+    if not _is_installed(directory, *pins):
+        _require("npm", "the clients of npm")
+        with _replacing(directory, *pins) as made:
+            _run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=made)
+    return directory
+
+
+def rust_client(cache: Path) -> Path:
+    """Return the program of async_openai/, built inside `cache` with the crates of Cargo.lock.
+
+    Raises ClientsError without cargo, or with what it printed if it fails.
+    """
+    directory = cache.absolute() / "async-openai"
+    sources = [_HERE / "async_openai" / name for name in ("Cargo.toml", "Cargo.lock", "main.rs")]
+    if not _is_installed(directory, *sources):
+        _require("cargo", "async-openai")
+        with _replacing(directory, *sources) as made:
+            _run("cargo", "build", "--locked", "--quiet", "--target-dir", "target", cwd=made)
+            (made / "target/debug/async_openai_client").rename(made / "client")
+            shutil.rmtree(made / "target")
+    return directory / "client"
+
+
+def java_client(cache: Path) -> Path:
+    """Return the directory inside `cache` with the program and the jars of langchain4j/.
+
+    Raises ClientsError without mvn, or with what it printed if it fails.
+    """
+    directory = cache.absolute() / "langchain4j"
+    sources = [_HERE / "langchain4j" / name for name in ("pom.xml", "Client.java")]
+    if not _is_installed(directory, *sources):
+        _require("mvn", "LangChain4j")
+        copy = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
+        with _replacing(directory, *sources) as made:
+            _run("mvn", "-B", "-q", "-ntp", copy, "-DoutputDirectory=.", cwd=made)
+            _run("javac", "-cp", "*", "Client.java", cwd=made)
     return directory
 
 
@@ -61,9 +85,31 @@ def python_clients(cache: Path) -> Path:
     return python
 
 
-def _is_installed(directory: Path, pins: Path) -> bool:
-    installed = directory / pins.name
-    return installed.is_file() and installed.read_bytes() == pins.read_bytes()
+def _is_installed(directory: Path, *pins: Path) -> bool:
+    copies = [(directory / file.name, file) for file in pins]
+    return all(copy.is_file() and copy.read_bytes() == file.read_bytes() for copy, file in copies)
+
+
+def _require(program: str, clients: str) -> None:
+    if shutil.which(program) is None:
+        raise ClientsError(f"installing {clients} failed: no `{program}` on PATH")
+
+
+@contextmanager
+def _replacing(directory: Path, *sources: Path) -> Iterator[Path]:
+    """Yield a directory with copies of `sources`, which replaces `directory` at the end.
+
+    It is moved there only when it is complete, so no test runs half of a client.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        made = Path(scratch) / "clients"
+        made.mkdir()
+        for source in sources:
+            shutil.copyfile(source, made / source.name)
+        yield made
+        shutil.rmtree(directory, ignore_errors=True)
+        made.rename(directory)
 
 
 def _run(*command: str, cwd: Path) -> None:
