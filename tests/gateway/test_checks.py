@@ -91,6 +91,9 @@ def test_options_never_reach_the_application(house: House) -> None:
         ("/api/show", {"model": "ai/smollm2"}),
         ("/v1/responses/resp_1/cancel", {}),
         ("/v1/requests/req_1:2/cancel", {}),
+        ("/v1/conversations", {}),
+        ("/v1/conversations/conv_1", {"metadata": {}}),
+        ("/v1/conversations/conv_1/items", {"items": []}),
     ],
 )
 def test_a_narrow_key_uses_its_models(house: House, path: str, body: Any) -> None:
@@ -100,7 +103,8 @@ def test_a_narrow_key_uses_its_models(house: House, path: str, body: Any) -> Non
 @pytest.mark.parametrize(
     "path",
     ["/v1/models", "/models", "/api/tags", "/api/version", "/engines/v1/models",
-     "/v1/models/ai%2Fsmollm2", "/engines/v1/models/ai/smollm2:x", "/v1/responses/resp_1"],
+     "/v1/models/ai%2Fsmollm2", "/engines/v1/models/ai/smollm2:x", "/v1/responses/resp_1",
+     "/v1/conversations/conv_1", "/v1/conversations/conv_1/items?limit=3"],
 )  # fmt: skip
 def test_a_narrow_key_looks_around(house: House, path: str) -> None:
     house.app.reply = answering({"data": []})

@@ -58,10 +58,16 @@ _MODELS = re.compile(_PREFIX + r"/models/?|/api/(?:tags|ps)")
 _LISTING = re.compile(
     _MODELS.pattern + r"|/api/version"
     r"|" + _PREFIX + r"/responses/[A-Za-z0-9_.-]+(?:/input_items)?"
+    r"|" + _PREFIX + r"/conversations/[A-Za-z0-9_.-]+(?:/items(?:/[A-Za-z0-9_.-]+)?)?"
 )
 _OWN = _PREFIX + r"/(?:responses|requests)/[A-Za-z0-9_.:-]+"
-# Other POST requests below these paths use models (`/v1/responses/compact`).
-_ENDS_OWN = {"DELETE": re.compile(_OWN), "POST": re.compile(_OWN + "/cancel")}
+_CONVERSATIONS = _PREFIX + r"/conversations"
+_CONVERSATION = _CONVERSATIONS + r"/[A-Za-z0-9_.-]+"
+# Other POST requests below /responses use models (`/v1/responses/compact`).
+_CHANGES_OWN = {
+    "DELETE": re.compile(rf"{_OWN}|{_CONVERSATION}(?:/items/[A-Za-z0-9_.-]+)?"),
+    "POST": re.compile(rf"{_OWN}/cancel|{_CONVERSATIONS}|{_CONVERSATION}(?:/items)?"),
+}
 _ONE_MODEL = re.compile(r"(?:/engines(?:/[A-Za-z0-9._-]+)?|/anthropic)?/v1/models/(?P<model>.+)")
 _OPEN = frozenset(("/", "/health", "/v1/health", "/ping", "/version"))
 # vLLM accepts every path with this beginning, and some servers ignore case.
@@ -74,7 +80,7 @@ class Route(Enum):
 
     OPEN = auto()  # requires no key
     INFERENCE = auto()  # uses the model in its JSON body
-    LISTING = auto()  # reads lists, or the caller's own stored responses
+    LISTING = auto()  # reads lists; reads or changes what the server stores for the caller
     ONE_MODEL = auto()  # reads the model in its path
     METRICS = auto()  # reads metrics, which name all models and keys
     UPLOAD = auto()  # its body is a file of any size
@@ -100,7 +106,7 @@ def route_of(method: str, path: str) -> Route:
         return Route.INFERENCE
     if method in ("POST", "PUT") and _UPLOADS.fullmatch(path):
         return Route.UPLOAD
-    if method in _ENDS_OWN and _ENDS_OWN[method].fullmatch(path):
+    if method in _CHANGES_OWN and _CHANGES_OWN[method].fullmatch(path):
         return Route.LISTING
     return Route.MANAGEMENT
 

@@ -112,6 +112,20 @@ class Served:
             for stream in streams:
                 stream.loop.call_soon_threadsafe(held.set)
 
+    @contextmanager
+    def paused(self, name: str) -> Iterator[Callable[[], None]]:
+        """Hold a model's texts back after their first piece; yield a function that releases them.
+
+        The end of the block releases them too.
+        """
+        engine = self.engines[name]
+        engine.wait = asyncio.Event()
+        try:
+            yield engine.release
+        finally:
+            engine.release()
+            engine.wait = None
+
 
 @contextmanager
 def serving() -> Iterator[Served]:

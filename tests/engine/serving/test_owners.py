@@ -151,6 +151,38 @@ def test_responses_of_another_key_are_as_good_as_none(house: House) -> None:
     assert respond(house.alice, "go on", previous_response_id=mine).status_code == 200
 
 
+def test_conversations_of_another_key_are_as_good_as_none(house: House) -> None:
+    body = {"items": [message("secret", id="msg_of_alice")], "metadata": {"of": "alice"}}
+    mine = house.alice.post("/v1/conversations", json=body).json()["id"]
+
+    def told(client: httpx.Client, name: str) -> list[Any]:
+        path = f"/v1/conversations/{name}"
+        answers = [
+            client.get(path), client.get(f"{path}/items"),
+            client.get(f"{path}/items/msg_of_alice"),
+            client.post(path, json={"metadata": {}}),
+            client.post(f"{path}/items", json={"items": [message("of bob")]}),
+            client.delete(f"{path}/items/msg_of_alice"), client.delete(path),
+            client.get(f"/engines{path}"), client.get(path.removeprefix("/v1")),
+            client.get(f"/v1/responses/{name}"), client.delete(f"/v1/responses/{name}"),
+            respond(client, "go on", conversation=name),
+            respond(client, "go on", conversation={"id": name}),
+        ]  # fmt: skip
+        return [(a.status_code, a.text.replace(name, "NAME")) for a in answers]
+
+    nothing = told(house.bob, "conv_none")
+    assert [status for status, _ in nothing] == [404] * 13
+    assert told(house.bob, mine) == nothing
+    kept = house.alice.get(f"/v1/conversations/{mine}").json()
+    assert kept["metadata"] == {"of": "alice"}
+    assert respond(house.alice, "go on", conversation=mine).status_code == 200
+    items = house.alice.get(f"/v1/conversations/{mine}/items").json()["data"]
+    assert len(items) == 3
+    reference = [{"type": "item_reference", "id": items[0]["id"]}]
+    assert respond(house.bob, reference).status_code == 400
+    assert respond(house.alice, reference).status_code == 200
+
+
 def test_item_ids_that_two_keys_choose_do_not_collide(house: House) -> None:
     reference = [{"type": "item_reference", "id": "msg_same"}]
     assert respond(house.bob, reference).status_code == 400

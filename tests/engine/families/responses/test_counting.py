@@ -70,7 +70,7 @@ def test_every_path(served: Served, prefix: str) -> None:
     [
         ({"input": ""}, "input"),
         ({"input": "x" * 1_000_000}, "input"),
-        ({"input": "a", "conversation": "conv_1"}, "conversation"),
+        ({"input": "a", "conversation": 1}, "conversation"),
         ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": "a", "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),

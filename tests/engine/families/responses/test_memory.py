@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from modelpack_engine.errors import RequestError
 from modelpack_server.api.openai.responses.memory import ResponseMemory
 
 
@@ -159,6 +161,98 @@ def test_no_owner_takes_all_bytes() -> None:
     assert memory.find("bob", "19") is not None
 
 
+def test_a_conversation_and_responses_share_items() -> None:
+    memory = ResponseMemory(max_bytes=60_000)
+    large = {"id": "large", "text": "y" * 20_000}
+    name = memory.create(None, {"a": "b"}, [large]).id
+    for number in range(5):
+        before = memory.conversation(None, name)
+        assert before is not None
+        answer = response(str(number))
+        memory.extend(None, name, [*own(str(number)), *answer["output"]])
+        memory.add(None, answer, before.items, own(str(number)))
+    kept = memory.conversation(None, name)
+    assert kept is not None
+    assert len(kept.items) == 11
+    assert len(memory) == 6
+    assert memory.remove_conversation(None, name)
+    assert memory.item(None, "msg_0") == {"id": "msg_0", "text": "x"}  # its response has it
+    assert memory.item(None, "large") is None
+    for number in range(5):
+        assert memory.remove(None, str(number))
+    assert memory._shares == {}
+
+
+def test_conversations_are_no_responses() -> None:
+    memory = ResponseMemory()
+    name = memory.create("alice", {}, own("a")).id
+    memory.add("alice", response("r"), (), own("r"))
+    assert memory.find("alice", name) is None
+    assert not memory.remove("alice", name)
+    assert memory.conversation("alice", "r") is None
+    assert not memory.remove_conversation("alice", "r")
+    for owner in ("bob", None):
+        assert memory.conversation(owner, name) is None
+        assert memory.extend(owner, name, own("b")) is None
+        assert memory.remove_item(owner, name, "in_a") is None
+        assert memory.describe(owner, name, {}) is None
+        assert not memory.remove_conversation(owner, name)
+    assert memory.remove_item("alice", name, "in_b") is None
+    kept = memory.conversation("alice", name)
+    assert kept is not None
+    assert kept.items == ({"id": "in_a"},)
+
+
+def test_a_conversation_that_would_be_too_large_stays_as_it_is() -> None:
+    memory = ResponseMemory(max_bytes=20_000)
+    memory.add(None, response("a"), (), own("a"))
+    name = memory.create(None, {}, own("b")).id
+    with pytest.raises(RequestError, match="the conversation exceeds 20000 bytes"):
+        memory.extend(None, name, [{"id": "large", "text": "y" * 40_000}])
+    with pytest.raises(RequestError, match="the conversation exceeds 20000 bytes"):
+        memory.create(None, {}, [{"id": "large", "text": "y" * 40_000}])
+    kept = memory.conversation(None, name)
+    assert kept is not None
+    assert kept.items == ({"id": "in_b"},)
+    assert memory.find(None, "a") is not None
+    assert len(memory) == 2
+
+
+def test_conversations_are_limited_with_responses() -> None:
+    memory = ResponseMemory(most=4)
+    mine = memory.create("alice", {}, own("a")).id
+    for number in range(10):
+        memory.create("bob", {}, own(str(number)))
+        memory.add("bob", response(str(number)), (), ())
+    assert len(memory) == 4
+    assert memory.conversation("alice", mine) is not None
+
+
+def test_a_conversation_is_kept_from_its_last_change() -> None:
+    clock = Clock()
+    memory = ResponseMemory(kept_for=10, clock=clock)
+    name = memory.create(None, {}, ()).id
+    clock.now = 10
+    memory.extend(None, name, own("a"))
+    clock.now = 20
+    assert memory.item(None, "in_a") is not None
+    assert memory.conversation(None, name) is not None
+    clock.now = 21
+    assert memory.item(None, "in_a") is None
+    assert memory.conversation(None, name) is None
+    assert len(memory) == 0
+
+
+def test_an_id_that_two_turns_chose_is_changed() -> None:
+    memory = ResponseMemory()
+    name = memory.create(None, {}, own("a")).id
+    changed = memory.extend(None, name, [{"id": "in_a", "text": "other"}])
+    assert changed is not None
+    assert changed.items[0] == {"id": "in_a"}
+    assert changed.items[1]["text"] == "other"
+    assert changed.items[1]["id"].startswith("item_")
+
+
 class OwnedMemory(RuleBasedStateMachine):
     """Owners with equal ids of responses and items, and the items that each must find."""
 
@@ -169,7 +263,7 @@ class OwnedMemory(RuleBasedStateMachine):
         super().__init__()
         self.memory = ResponseMemory(most=100)
         self.responses: dict[tuple[str | None, str], str] = {}
-        self.items: dict[tuple[str | None, str], tuple[str, str]] = {}
+        self.items: dict[tuple[str | None, str], dict[str, str]] = {}
         self.count = 0
 
     @rule(owner=OWNERS, name=IDS, item=IDS)
@@ -180,15 +274,15 @@ class OwnedMemory(RuleBasedStateMachine):
         own = {"id": item, "type": "message", "content": text}
         self.memory.add(owner, {"id": name, "output": [], "text": text}, (), (own,))
         self.responses[owner, name] = text
-        self.items[owner, item] = (name, text)
+        self.items.setdefault((owner, item), {})[name] = text
 
     @rule(owner=OWNERS, name=IDS)
     def remove(self, owner: str | None, name: str) -> None:
         expected = self.responses.pop((owner, name), None) is not None
         assert self.memory.remove(owner, name) is expected
-        for key, (response, _) in list(self.items.items()):
-            if key[0] == owner and response == name:
-                del self.items[key]
+        for (whose, _), texts in self.items.items():
+            if whose == owner:
+                texts.pop(name, None)
 
     @invariant()
     def each_owner_finds_its_own(self) -> None:
@@ -199,7 +293,8 @@ class OwnedMemory(RuleBasedStateMachine):
                 assert text == self.responses.get((owner, name))
                 item = self.memory.item(owner, name)
                 text = item["content"] if item is not None else None
-                assert text == self.items.get((owner, name), (None, None))[1]
+                texts = self.items.get((owner, name), {})
+                assert text == (list(texts.values())[-1] if texts else None)
 
 
 TestOwnedMemory = OwnedMemory.TestCase

@@ -20,7 +20,10 @@ WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object
     ("body", "param"),
     [
         ({"background": True}, "background"),
-        ({"conversation": "conv_1"}, "conversation"),
+        ({"conversation": 5}, "conversation"),
+        ({"conversation": {"id": 5}}, "conversation"),
+        ({"conversation": {}}, "conversation"),
+        ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),

@@ -180,6 +180,11 @@ class Reply:
         self._completed: int | None = None
         self._numbers = 0
 
+    @property
+    def output(self) -> list[Item]:
+        """The finished output items."""
+        return self._output.items
+
     def start(
         self,
         params: SamplingParams,
@@ -262,7 +267,7 @@ class Reply:
             "usage": usage_json(self._usage) if self._usage is not None else None,
             "user": asked.user,
             "metadata": asked.metadata,
-        }
+        } | ({"conversation": {"id": name}} if (name := asked.conversation_id) else {})
 
     def _written(self, events: Iterable[dict[str, Any]]) -> str:
         texts = []

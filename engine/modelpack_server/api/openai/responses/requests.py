@@ -105,7 +105,7 @@ MAX_REPEATED = 1024 * 1024
 _REPEATED = frozenset(("tools", "tool_choice", "text", "reasoning", "metadata", "user"))
 
 # Fields of a hosted service: ignoring them would silently change the behaviour.
-_HOSTED = ("background", "conversation", "prompt", "moderation")
+_HOSTED = ("background", "prompt", "moderation")
 
 
 class ReasoningFields(Body):
@@ -120,6 +120,12 @@ class TextFields(Body):
 
     format: dict[str, Any] | None = None
     verbosity: StrictStr | None = None
+
+
+class ConversationReference(Body):
+    """The `conversation` field, if it is not just an id."""
+
+    id: StrictStr
 
 
 class InputRequest(SparseBody):
@@ -137,15 +143,24 @@ class InputRequest(SparseBody):
     reasoning_effort: Effort | None = None  # sent by some clients
     truncation: Literal["auto", "disabled"] = "disabled"
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    conversation: Any = None
+    conversation: StrictStr | ConversationReference | None = None
 
     def check_input(self) -> None:
-        """Raise `RequestError` for unsupported fields, and for a request without input."""
+        """Raise `RequestError` for unsupported fields, and for two sources of earlier turns."""
         for name in _HOSTED:
             if getattr(self, name, None) not in (None, False):
                 raise RequestError(f"{name} is not supported by a local server", param=name)
-        if not self.input and not self.previous_response_id:
-            raise RequestError("input is empty", param="input")
+        if self.conversation is not None and self.previous_response_id is not None:
+            raise RequestError(
+                "conversation and previous_response_id cannot be used together",
+                param="conversation",
+            )
+
+    @property
+    def conversation_id(self) -> str | None:
+        """The id of the conversation that the request continues."""
+        given = self.conversation
+        return given.id if isinstance(given, ConversationReference) else given
 
     @property
     def effort(self) -> str | None:
@@ -163,7 +178,6 @@ class InputRequest(SparseBody):
 class ResponseRequest(InputRequest, SamplingFields):
     """The body of POST /v1/responses."""
 
-    input: StrictStr | list[dict[str, Any]]
     store: StrictBool = True
     max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_tool_calls: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -209,22 +223,24 @@ def new_id(prefix: str) -> str:
 
 
 def items_of(
-    given: str | Sequence[Mapping[str, Any]], find: Callable[[str], Item | None]
+    given: str | Sequence[Mapping[str, Any]],
+    find: Callable[[str], Item | None],
+    where: str = "input",
 ) -> list[Item]:
-    """Return the validated items of an `input`, each with an id.
+    """Return the validated items of the field `where`, each with an id.
 
     `find` returns the item with the id of an `item_reference`. Raises `RequestError` with the
     place of the invalid item.
     """
     if isinstance(given, str):
-        return [_message({"role": "user", "content": given}, "input")] if given else []
+        return [_message({"role": "user", "content": given}, where)] if given else []
     references = Counter(
         str(item.get("id")) for item in given if item.get("type") == "item_reference"
     )
     for name, count in references.items():
         if count > 1:  # many references to a large item would make a huge prompt
-            raise RequestError(f"the item {name!r} is referenced {count} times", param="input")
-    return [_item(item, f"input[{i}]", find) for i, item in enumerate(given)]
+            raise RequestError(f"the item {name!r} is referenced {count} times", param=where)
+    return [_item(item, f"{where}[{i}]", find) for i, item in enumerate(given)]
 
 
 def _item(given: Mapping[str, Any], where: str, find: Callable[[str], Item | None]) -> Item:

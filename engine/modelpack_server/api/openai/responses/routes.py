@@ -21,6 +21,13 @@ from modelpack_server.api.model_use import (
     preloadable,
     unless_gone,
 )
+from modelpack_server.api.openai.responses.conversations import (
+    PREFIXES,
+    check_new,
+    conversation_routes,
+    found_conversation,
+    page,
+)
 from modelpack_server.api.openai.responses.memory import Remembered, ResponseMemory
 from modelpack_server.api.openai.responses.replies import Reply
 from modelpack_server.api.openai.responses.requests import (
@@ -78,7 +85,6 @@ async def _fits(model: ServedModel, spec: ChatSpec, most: int) -> bool:
         return False
 
 
-_PREFIXES = ("/engines",)  # Docker Model Runner's, in addition to the common prefixes
 # The names of these fields in this API.
 _PARAMS = {"messages": "input", "response_format": "text.format"}
 
@@ -91,8 +97,18 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
         body: InputRequest, owner: str | None
     ) -> tuple[tuple[Item, ...], list[Item]]:
         """Return the items of earlier turns, and those of the request."""
-        earlier = _earlier(kept, owner, body.previous_response_id)
-        return earlier, await compute(items_of, body.input, partial(kept.item, owner))
+        found = None
+        if body.conversation_id is not None:
+            found = found_conversation(kept, owner, body.conversation_id)
+            earlier = found.items
+        else:
+            earlier = _earlier(kept, owner, body.previous_response_id)
+        own = await compute(items_of, body.input, partial(kept.item, owner))
+        if not earlier and not own:
+            raise RequestError("input is empty", param="input")
+        if found is not None:
+            await compute(check_new, earlier, own, "input")
+        return earlier, own
 
     async def count_input_tokens(body: InputRequest, request: Request) -> dict[str, Any]:
         """Return the number of prompt tokens of a request, including earlier turns and tools."""
@@ -125,6 +141,12 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             if body.store:
                 kept.add(owner, reply.json(), earlier, own)
 
+        def complete() -> None:
+            """Append to the conversation, which the client may have deleted, and store."""
+            if body.conversation_id is not None:
+                kept.extend(owner, body.conversation_id, (*own, *reply.output))
+            remember()
+
         async def start(model: ServedModel) -> ChatStream:
             words = Vocabulary(model.tokenizer) if body.wants_logprobs else None
             with _own_words():
@@ -139,7 +161,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             with _own_words():
                 async for delta in stream:
                     await call(body.wants_logprobs, reply.take, delta)
-            await compute(remember)
+            await compute(complete)
             return await large_response(reply.json) if body.wants_logprobs else reply.json()
 
         async def events(_: ServedModel, stream: ChatStream) -> AsyncGenerator[str, None]:
@@ -148,7 +170,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
                 async for delta in stream:
                     text = await call(body.wants_logprobs, reply.take, delta)
                     if delta.finish is not None:
-                        await compute(remember)  # before the client can refer to it
+                        await compute(complete)  # before the client can refer to it
                     yield text
 
         def failure(error: Exception) -> str:
@@ -202,7 +224,8 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
         ("/responses/{name}/cancel", cancel_response, "POST"),
         ("/responses/{name}/input_items", list_input_items, "GET"),
     ):
-        add_route(routes, tail, endpoint, methods=[method], bare=True, prefixes=_PREFIXES)
+        add_route(routes, tail, endpoint, methods=[method], bare=True, prefixes=PREFIXES)
+    routes.include_router(conversation_routes(kept))
     return routes
 
 
@@ -245,25 +268,6 @@ def _own_words() -> Iterator[None]:
         first, dot, rest = (error.param or "").partition(".")
         error.param = (_PARAMS.get(first, first) + dot + rest.removeprefix("json_schema.")) or None
         raise
-
-
-def page(
-    inputs: Sequence[Item], limit: int, order: Literal["asc", "desc"], after: str | None
-) -> dict[str, Any]:
-    """Return a page of items. Raises `RequestError` for an unknown id."""
-    items = list(inputs) if order == "asc" else list(reversed(inputs))
-    ids = [item["id"] for item in items]
-    if after is not None and after not in ids:
-        raise RequestError(f"no such item: {after!r}", param="after")
-    rest = items[ids.index(after) + 1 :] if after is not None else items
-    shown = rest[:limit]
-    return {
-        "object": "list",
-        "data": shown,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
-        "has_more": len(shown) < len(rest),
-    }
 
 
 def _earlier(memory: ResponseMemory, owner: str | None, name: str | None) -> tuple[Item, ...]:
