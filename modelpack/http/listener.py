@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 GRACE = 30
 #: The loggers of our packages, whose records servers show.
 LOGGERS = ("modelpack", "modelpack_engine", "modelpack_server")
+#: The key of a function in the state of an application's lifespan (ASGI), which the server calls
+#: when it begins to stop: before running requests get their grace.
+ON_STOP = "modelpack.on_stop"
 _BACKLOG = 128
 # Seconds for which another thread may keep the interpreter's lock: the event loop releases the lock
 # at each system call, and then waits this long to get it back. Python's default is 0.005.
@@ -203,6 +206,13 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self._on_ready is not None:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell the application that the server stops, and then stop."""
+        on_stop = self.lifespan.state.get(ON_STOP)
+        if on_stop is not None:
+            on_stop()
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import socket
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from fastapi import APIRouter, FastAPI
@@ -70,6 +71,31 @@ def test_a_response_of_unknown_length_reserves_tokens(house: House) -> None:
         statuses.append(house.post("terse", "/v1/responses", body).status_code)
         house.served.traces.wait(count)
     assert statuses == [200, 200, 429]
+
+
+@pytest.mark.parametrize("usage", [None, {"input_tokens": 1, "output_tokens": 1}])
+def test_a_background_response_costs_at_least_its_reservation(house: House, usage: Any) -> None:
+    """The response may be the beginning of a stream that the client leaves."""
+    house.app.reply = answering({"object": "response", "usage": usage})
+    body = {"model": "ai/smollm2", "input": "Hi", "max_output_tokens": 400}
+    statuses = []
+    for count in range(1, 3):
+        reply = house.post("terse", "/v1/responses", body | {"background": True})
+        statuses.append(reply.status_code)
+        house.served.traces.wait(count)
+    assert statuses == [200, 429]
+
+
+def test_reading_a_stored_response_costs_no_tokens(house: House) -> None:
+    usage = {"input_tokens": 900, "output_tokens": 900}
+    house.app.reply = answering({"object": "response", "usage": usage})
+    headers = {"authorization": f"Bearer {house.secrets['terse']}"}
+    for count in range(1, 4):
+        path = "/v1/responses/resp_1"
+        assert house.served.client.get(path, headers=headers).status_code == 200
+        assert house.post("terse", f"{path}/cancel", {}).status_code == 200
+        house.served.traces.wait(2 * count)
+    assert house.post("terse").status_code == 200
 
 
 def test_a_refused_request_counts_as_one(house: House) -> None:

@@ -16,10 +16,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import modelpack
-from modelpack.http.listener import GRACE, LOGGERS, AppServer
+from modelpack.http.listener import GRACE, LOGGERS, ON_STOP, AppServer
 from modelpack_server.api import anthropic, console, model_runner, ollama, openai, page, system
 from modelpack_server.api import traces as cancellation
 from modelpack_server.api.errors import Failures, Problem, install, respond
+from modelpack_server.api.openai.responses import BackgroundResponses
 from modelpack_server.api.page.reference import add_reference
 from modelpack_server.api.system import LogBuffer
 from modelpack_server.api.traces import EngineTraces
@@ -95,15 +96,16 @@ def create_app(
     running = cancellation.RunningRequests()
     records = model_runner.Records()
     history = console.RequestHistory()
+    background = BackgroundResponses()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         loggers = [logging.getLogger(name) for name in LOGGERS]
         for logger in loggers:
             logger.addHandler(logs)
         await pool.start()
         try:
-            yield
+            yield {ON_STOP: background.close}
         finally:
             await pool.close()
             for logger in loggers:
@@ -123,7 +125,7 @@ def create_app(
     app.include_router(console.router(pool, history, records, show_content=show_content))
     app.include_router(cancellation.router(running))
     app.include_router(anthropic.router(pool))
-    app.include_router(openai.router(pool))
+    app.include_router(openai.router(pool, background))
     app.include_router(ollama.router(pool, request_templates=request_templates))
     app.include_router(model_runner.router(pool, records))
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
+from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -48,7 +49,7 @@ class LiveStream(Response):
     """A streamed response; closes `opened` at its end.
 
     If the client disconnects, the stream is cancelled. `failure` formats an error as the last
-    event, since the status has been sent.
+    event, since the status has been sent. `background` runs after the stream.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class LiveStream(Response):
         *,
         media_type: str = "text/event-stream",
         failure: Callable[[Exception], str] = openai_error,
+        background: BackgroundTask | None = None,
     ) -> None:
         self.status_code = 200
         self.media_type = media_type
-        self.background = None
+        self.background = background
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._pieces = pieces
         self._opened = opened
@@ -88,6 +90,8 @@ class LiveStream(Response):
             await asyncio.gather(writer, watcher, beats, return_exceptions=True)
             await self._pieces.aclose()
             await self._opened.aclose()
+        if self.background is not None:
+            await self.background()
 
     async def _keep_alive(self, send: Send) -> None:
         """Send a comment after each long pause: a prompt may take long, and proxies close idle

@@ -101,7 +101,8 @@ class Asked:
 
     `models` are the values of all keys that some JSON reader could take as the model's name;
     `ambiguous` says that two readers could take different ones. `fields` are those of `model` and
-    `name` that occur in exactly this spelling. `tokens` estimates prompt and reply.
+    `name` that occur in exactly this spelling. `tokens` estimates prompt and reply. `background`
+    says that the reply may come after the response to the request (OpenAI's Responses API).
     """
 
     models: tuple[str, ...] = ()
@@ -110,6 +111,7 @@ class Asked:
     valid: bool = False
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    background: bool = False
 
     @property
     def tokens(self) -> int:
@@ -237,6 +239,7 @@ def look_into(body: bytes) -> tuple[Parsed | None, Asked]:
         valid=True,
         prompt_tokens=_prompt_tokens(document),
         answer_tokens=_answer_tokens(document),
+        background=document.get("background") is True,
     )
 
 

@@ -232,7 +232,9 @@ class Checks:
             body, (parsed, asked) = await in_worker(size, work)
         except ComplexityError as error:
             raise TooComplexError(size, str(error)) from None
-        if not asked.answer_tokens and scope["path"].endswith("/responses"):
+        if not scope["path"].endswith("/responses"):
+            asked = replace(asked, background=False)
+        elif not asked.answer_tokens:
             asked = replace(asked, answer_tokens=DEFAULT_ANSWER)  # probably an embedding request
         if parsed is not None:
             share.add(parsed.memory)
@@ -369,6 +371,9 @@ def _settle(grant: Grant, trace: Trace | None, asked: Asked) -> None:
         grant.cancel()
     elif not trace.client_left and trace.status is not None and trace.status >= 400:
         grant.refuse(trace.spent(asked.prompt_tokens) or 0)
+    elif asked.background and not trace.counts_known:
+        # An upstream generates more than the response shows.
+        grant.finish(max(asked.tokens, trace.spent(asked.prompt_tokens, asked.answer_tokens) or 0))
     else:
         grant.finish(trace.spent(asked.prompt_tokens, asked.answer_tokens))
 

@@ -77,7 +77,9 @@ class Traced:
                 sent = MutableHeaders(scope=message)
                 sent["x-request-id"] = sent["request-id"] = trace.id
                 trace.status = message["status"]
-                reader = ReplyReader(trace, media_type_of(sent))
+                # Stored responses repeat the usage of the request that made them.
+                if trace.method == "POST" and not trace.path.endswith("/cancel"):
+                    reader = ReplyReader(trace, media_type_of(sent))
             elif message["type"] == "http.response.body":
                 if reader is not None:
                     await _feed(reader, message.get("body", b""), self._clock())

@@ -78,10 +78,11 @@ class EnginesCatalogue:
 
 @dataclass
 class Served:
-    """The server's address, and its engines."""
+    """The server's address, its engines, and the function that stops it."""
 
     url: str
     engines: Mapping[str, TurnsEngine]
+    stop: Callable[[], None]
 
     def says(self, name: str, *pieces: str, ends: FinishReason = FinishReason.STOP) -> str:
         """Set a model's next text and finish reason; return the model's name."""
@@ -139,4 +140,4 @@ def serving() -> Iterator[Served]:
         address="127.0.0.1:0",
         request_templates=True,
     ) as server:
-        yield Served(server.url, engines)
+        yield Served(server.url, engines, server.stop)

@@ -151,6 +151,33 @@ def test_responses_of_another_key_are_as_good_as_none(house: House) -> None:
     assert respond(house.alice, "go on", previous_response_id=mine).status_code == 200
 
 
+def test_running_responses_of_another_key_are_as_good_as_none(house: House) -> None:
+    """Hold the engine, so that the response of alice runs while bob asks for it."""
+    assert respond(house.alice, "load the model").status_code == 200
+    house.catalogue.going.clear()
+    try:
+        mine = respond(house.alice, "secret", background=True).json()["id"]
+        path = f"/v1/responses/{mine}"
+
+        def told(client: httpx.Client, name: str) -> list[Any]:
+            path = f"/v1/responses/{name}"
+            answers = [
+                client.get(path), client.get(path, params={"stream": "true"}),
+                client.get(f"{path}/input_items"), client.post(f"{path}/cancel"),
+                client.delete(path), respond(client, "go on", previous_response_id=name),
+            ]  # fmt: skip
+            return [(a.status_code, a.text.replace(name, "NAME")) for a in answers]
+
+        nothing = told(house.bob, "resp_none")
+        assert [status for status, _ in nothing] == [404] * 5 + [400]
+        assert told(house.bob, mine) == nothing
+        assert house.alice.get(path).json()["status"] in ("queued", "in_progress")
+        assert house.alice.post(f"{path}/cancel").json()["status"] == "cancelled"
+        assert told(house.bob, mine) == nothing
+    finally:
+        house.catalogue.going.set()
+
+
 def test_conversations_of_another_key_are_as_good_as_none(house: House) -> None:
     body = {"items": [message("secret", id="msg_of_alice")], "metadata": {"of": "alice"}}
     mine = house.alice.post("/v1/conversations", json=body).json()["id"]

@@ -12,14 +12,16 @@ from modelpack_server.api.openai.completions import router as completions
 from modelpack_server.api.openai.embeddings import ranking_routes
 from modelpack_server.api.openai.embeddings import router as embeddings
 from modelpack_server.api.openai.models import router as models
+from modelpack_server.api.openai.responses import BackgroundResponses
 from modelpack_server.api.openai.responses import router as responses
 from modelpack_server.api.openai.tokenize import router as tokenize
 from modelpack_server.pool.pool import ModelPool
 
 
-def router(pool: ModelPool) -> APIRouter:
-    """Return the routes of the OpenAI API."""
+def router(pool: ModelPool, background: BackgroundResponses) -> APIRouter:
+    """Return the routes of the OpenAI API; `background` has its running background responses."""
     routes = APIRouter()
-    for part in (chat, completions, responses, embeddings, ranking_routes, models, tokenize):
+    for part in (chat, completions, embeddings, ranking_routes, models, tokenize):
         routes.include_router(part(pool))
+    routes.include_router(responses(pool, background))
     return routes

@@ -19,7 +19,7 @@ WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "store"),
         ({"conversation": 5}, "conversation"),
         ({"conversation": {"id": 5}}, "conversation"),
         ({"conversation": {}}, "conversation"),

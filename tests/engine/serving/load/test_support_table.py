@@ -34,7 +34,7 @@ BODIES: dict[str, dict[str, Any]] = {
 #: Values of fields that take no text.
 VALUES: dict[str, Any] = {
     "metadata": {"a": "b"}, "store": True, "max_tool_calls": 3, "modalities": ["audio"],
-    "audio": {"voice": "x"}, "web_search_options": {}, "best_of": 3, "background": True, "n": 2,
+    "audio": {"voice": "x"}, "web_search_options": {}, "best_of": 3, "n": 2,
     "cache_control": {"type": "ephemeral"},
 }  # fmt: skip
 SAMPLING: dict[str, Any] = {

@@ -1,5 +1,6 @@
-"""The Responses API: stored responses made of items. Read `routes` first."""
+"""The Responses and Conversations APIs: stored lists of items. Read `routes` first."""
 
+from modelpack_server.api.openai.responses.background import BackgroundResponses
 from modelpack_server.api.openai.responses.routes import router
 
-__all__ = ["router"]
+__all__ = ["BackgroundResponses", "router"]

@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any
 
 from modelpack_engine.errors import RequestError
+from modelpack_server.api.openai.responses.event_log import EventLog
 from modelpack_server.api.openai.responses.requests import Item, new_id
 
 #: The limit of responses and conversations together.
@@ -27,11 +28,15 @@ _REFERENCE = 8  # bytes of an item's reference in a conversation
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A response; `inputs` are all items before its output, including earlier turns."""
+    """A response; `inputs` are all items before its output, including earlier turns.
+
+    `events` are the events of its stream, if clients may read them again.
+    """
 
     response: dict[str, Any]
     inputs: tuple[Item, ...]
     since: float
+    events: EventLog | None = None
 
     @property
     def conversation(self) -> tuple[Item, ...]:
@@ -120,11 +125,13 @@ class ResponseMemory:
         response: dict[str, Any],
         earlier: Sequence[Item],
         own: Sequence[Item],
+        events: EventLog | None = None,
     ) -> None:
         """Keep a response to `own` input after `earlier` items; enforce the limits."""
-        kept = Remembered(response, (*earlier, *own), self._clock())
+        kept = Remembered(response, (*earlier, *own), self._clock(), events)
         new = (*own, *response["output"])
         size = _size({**response, "output": None}) + _REFERENCE * len(kept.conversation)
+        size += events.size if events is not None else 0
         entry = _Entry(kept, kept.conversation, new, size)
         self._put(owner, response["id"], entry, _sizes(new))
 

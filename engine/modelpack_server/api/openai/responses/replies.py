@@ -165,7 +165,7 @@ class Output:
 class Reply:
     """One response: takes deltas, and returns stream events or the whole response object.
 
-    Events are numbered from 0.
+    Events are texts, numbered from 0.
     """
 
     def __init__(self, request: ResponseRequest) -> None:
@@ -174,7 +174,7 @@ class Reply:
         self._created = int(time.time())
         self._params = SamplingParams()
         self._output = Output(carries=CARRIED_REASONING in request.include)
-        self._status = "in_progress"
+        self._status = "queued" if request.background else "in_progress"
         self._error: dict[str, Any] | None = None
         self._usage: ChatUsage | None = None
         self._completed: int | None = None
@@ -198,13 +198,23 @@ class Reply:
         carries = CARRIED_REASONING in self._request.include
         self._output = Output(words, carries=carries, namespaces=namespaces)
 
-    def begin(self) -> str:
+    @property
+    def has_ended(self) -> bool:
+        """Whether the status is final."""
+        return self._status not in ("queued", "in_progress")
+
+    def begin(self) -> list[str]:
         """Return the events that begin the stream."""
         body = self.json()
-        kinds = ("response.created", "response.in_progress")
+        kinds = ("response.created", f"response.{self._status}")
         return self._written({"type": kind, "response": body} for kind in kinds)
 
-    def take(self, delta: ChatDelta) -> str:
+    def progress(self) -> list[str]:
+        """Return the event for the end of the queue of a background response."""
+        self._status = "in_progress"
+        return self._written([{"type": "response.in_progress", "response": self.json()}])
+
+    def take(self, delta: ChatDelta) -> list[str]:
         """Return the events for a delta, including the final events if it ends the response."""
         events = self._output.take(delta)
         if delta.finish is not None:
@@ -215,10 +225,18 @@ class Reply:
             events.append({"type": f"response.{self._status}", "response": self.json()})
         return self._written(events)
 
-    def fail(self, problem: Problem) -> str:
+    def cancel(self) -> list[str]:
+        """Return the events for a background response that the client cancelled."""
+        self._status = "cancelled"
+        events = self._output.close("incomplete")
+        return self._written([*events, {"type": "response.cancelled", "response": self.json()}])
+
+    def fail(self, problem: Problem) -> list[str]:
         """Return the events for an error within the stream."""
         self._status = "failed"
         code = "server_error" if problem.status >= 500 else "invalid_prompt"
+        if problem.status == 429:
+            code = "rate_limit_exceeded"
         self._error = {"code": code, "message": problem.message}
         events = self._output.close("incomplete")
         told = {"type": "error", **self._error, "param": problem.param}
@@ -236,7 +254,7 @@ class Reply:
             "created_at": self._created,
             "completed_at": self._completed if self._status == "completed" else None,
             "status": self._status,
-            "background": False,
+            "background": bool(asked.background),
             "error": self._error,
             "incomplete_details": (
                 {"reason": "max_output_tokens"} if self._status == "incomplete" else None
@@ -269,14 +287,14 @@ class Reply:
             "metadata": asked.metadata,
         } | ({"conversation": {"id": name}} if (name := asked.conversation_id) else {})
 
-    def _written(self, events: Iterable[dict[str, Any]]) -> str:
+    def _written(self, events: Iterable[dict[str, Any]]) -> list[str]:
         texts = []
         for body in events:
             numbered = {**body, "sequence_number": self._numbers}
             self._numbers += 1
             write = written if self._request.wants_logprobs else dumps
             texts.append(event(numbered, body["type"], write))
-        return "".join(texts)
+        return texts
 
 
 def usage_json(usage: ChatUsage) -> dict[str, Any]:

@@ -105,7 +105,7 @@ MAX_REPEATED = 1024 * 1024
 _REPEATED = frozenset(("tools", "tool_choice", "text", "reasoning", "metadata", "user"))
 
 # Fields of a hosted service: ignoring them would silently change the behaviour.
-_HOSTED = ("background", "prompt", "moderation")
+_HOSTED = ("prompt", "moderation")
 
 
 class ReasoningFields(Body):
@@ -193,6 +193,8 @@ class ResponseRequest(InputRequest, SamplingFields):
         super().check()
         if self.n != 1:
             raise RequestError(f"n is {self.n}, expected 1: a response has one choice", param="n")
+        if self.background and not self.store:
+            raise RequestError("store must be true with background", param="store")
         self.check_input()
 
     def check_repeated(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from modelpack_engine.errors import ContextLengthError, RequestError
@@ -19,7 +21,12 @@ from modelpack_server.api.model_use import (
     answer,
     check_generates,
     preloadable,
+    seconds_of,
     unless_gone,
+)
+from modelpack_server.api.openai.responses.background import (
+    BackgroundResponse,
+    BackgroundResponses,
 )
 from modelpack_server.api.openai.responses.conversations import (
     PREFIXES,
@@ -40,6 +47,7 @@ from modelpack_server.api.openai.responses.requests import (
     toolbox_of,
 )
 from modelpack_server.api.paths import add_route
+from modelpack_server.api.sse import LiveStream
 from modelpack_server.api.vocabulary import Vocabulary
 from modelpack_server.conversation.chat import ChatStream, count_prompt, start_chat
 from modelpack_server.conversation.prompt import fit_turns
@@ -89,9 +97,34 @@ async def _fits(model: ServedModel, spec: ChatSpec, most: int) -> bool:
 _PARAMS = {"messages": "input", "response_format": "text.format"}
 
 
-def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
+def router(pool: ModelPool, background: BackgroundResponses) -> APIRouter:
+    """Return the routes of responses and conversations."""
     routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
-    kept = memory if memory is not None else ResponseMemory()
+    kept = ResponseMemory()
+
+    def find(request: Request, name: str) -> Remembered:
+        """Return a running or stored response; raise a 404 if the caller has none with this id."""
+        owner = caller_of(request.scope).owner
+        running = background.find(owner, name)
+        found = running.remembered() if running is not None else kept.find(owner, name)
+        if found is None:
+            raise _unknown(name)
+        return found
+
+    def earlier_turns(owner: str | None, name: str | None) -> tuple[Item, ...]:
+        if name is None:
+            return ()
+        found, why = kept.find(owner, name), "it may have expired"
+        if found is None and (running := background.find(owner, name)) is not None:
+            found = running.remembered() if running.reply.has_ended else None
+            why = "it has not ended"
+        if found is None:
+            raise RequestError(
+                f"no such response: {name!r}; {why}",
+                param="previous_response_id",
+                hint="send the conversation as input",
+            )
+        return found.conversation
 
     async def conversation(
         body: InputRequest, owner: str | None
@@ -102,7 +135,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             found = found_conversation(kept, owner, body.conversation_id)
             earlier = found.items
         else:
-            earlier = _earlier(kept, owner, body.previous_response_id)
+            earlier = earlier_turns(owner, body.previous_response_id)
         own = await compute(items_of, body.input, partial(kept.item, owner))
         if not earlier and not own:
             raise RequestError("input is empty", param="input")
@@ -141,10 +174,13 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             if body.store:
                 kept.add(owner, reply.json(), earlier, own)
 
-        def complete() -> None:
-            """Append to the conversation, which the client may have deleted, and store."""
+        def extend() -> None:
+            """Append to the conversation, which the client may have deleted."""
             if body.conversation_id is not None:
                 kept.extend(owner, body.conversation_id, (*own, *reply.output))
+
+        def complete() -> None:
+            extend()
             remember()
 
         async def start(model: ServedModel) -> ChatStream:
@@ -165,46 +201,101 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             return await large_response(reply.json) if body.wants_logprobs else reply.json()
 
         async def events(_: ServedModel, stream: ChatStream) -> AsyncGenerator[str, None]:
-            yield reply.begin()
+            yield "".join(reply.begin())
             with _own_words():
                 async for delta in stream:
-                    text = await call(body.wants_logprobs, reply.take, delta)
+                    texts = await call(body.wants_logprobs, reply.take, delta)
                     if delta.finish is not None:
                         await compute(complete)  # before the client can refer to it
-                    yield text
+                    yield "".join(texts)
 
         def failure(error: Exception) -> str:
-            text = reply.fail(problem_of(error))
+            texts = reply.fail(problem_of(error))
             remember()
-            return text
+            return "".join(texts)
 
-        return await answer(request, pool, body, start, whole, events, failure=failure)
+        if not body.background:
+            return await answer(request, pool, body, start, whole, events, failure=failure)
+
+        seconds = seconds_of(body.keep_alive)
+        with _own_words():  # errors that need no model
+            toolbox_of(body.tools, body.tool_choice)
+            body.constraint()
+        await pool.find(body.model)
+
+        async def generate(response: BackgroundResponse, emit: Callable[[list[str]], None]) -> None:
+            async with pool.lease(body.model, keep_alive=seconds) as model:
+                check_generates(model, body.model)
+                stream = await start(model)
+                try:
+                    emit(reply.progress())
+                    async for delta in stream:
+                        with response.uninterrupted():
+                            texts = await call(body.wants_logprobs, reply.take, delta)
+                            if delta.finish is not None:
+                                await compute(extend)  # before the client can refer to it
+                            emit(texts)
+                finally:
+                    stream.abort()
+
+        async def store(response: BackgroundResponse) -> None:
+            await compute(kept.add, owner, reply.json(), earlier, own, response.events)
+            if response.is_deleted:
+                kept.remove(owner, reply.id)
+
+        running = background.start(
+            owner, reply, (*earlier, *own), generate, store, keeps_events=body.stream
+        )
+        # The request lasts as long as the response, for its key's limits and its trace.
+        ended = BackgroundTask(running.until_end)
+        if running.events is None:
+            return JSONResponse(reply.json(), background=ended)
+        return LiveStream(running.events.read(0), AsyncExitStack(), background=ended)
 
     async def retrieve_response(
-        name: str, request: Request, stream: bool = False
-    ) -> dict[str, Any]:
-        """Return a stored response."""
-        found = _found(kept, request, name)
-        if stream:
+        name: str,
+        request: Request,
+        stream: bool = False,
+        starting_after: Annotated[int, Query(ge=0)] | None = None,
+    ) -> Any:
+        """Return a running or stored response, or its events after number `starting_after`."""
+        found = find(request, name)
+        if not stream:
+            return found.response
+        if found.events is None:
             raise RequestError(
-                "stream is not supported: only background responses can be streamed again",
+                "cannot stream the response: it was not created with background and stream",
                 param="stream",
             )
-        return found.response
+        number = 0 if starting_after is None else starting_after + 1
+        found.events.check_kept(number)
+        return LiveStream(found.events.read(number), AsyncExitStack())
 
     async def delete_response(name: str, request: Request) -> dict[str, Any]:
-        """Delete a stored response."""
-        if not kept.remove(caller_of(request.scope).owner, name):
+        """Delete a stored response, or cancel and delete a running one."""
+        owner = caller_of(request.scope).owner
+        running = background.find(owner, name)
+        if running is not None:
+            running.is_deleted = True
+            running.cancel()
+        elif not kept.remove(owner, name):
             raise _unknown(name)
         return {"id": name, "object": "response.deleted", "deleted": True}
 
     async def cancel_response(name: str, request: Request) -> dict[str, Any]:
-        """Refuse, because a stored response has ended; to cancel a response, close its stream."""
-        _found(kept, request, name)
-        raise RequestError(
-            "cannot cancel the response: only background responses can be cancelled",
-            param="response_id",
-        )
+        """Cancel a background response and return it; return one that has ended unchanged."""
+        running = background.find(caller_of(request.scope).owner, name)
+        if running is not None:
+            running.cancel()
+            await running.until_end()
+            return running.reply.json()
+        found = find(request, name).response
+        if not found["background"]:
+            raise RequestError(
+                "cannot cancel the response: it was not created with background",
+                param="response_id",
+            )
+        return found
 
     async def list_input_items(
         name: str,
@@ -214,7 +305,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
         after: str | None = None,
     ) -> dict[str, Any]:
         """List the input items of a response with those of earlier turns, one page per request."""
-        return page(_found(kept, request, name).inputs, limit, order, after)
+        return page(find(request, name).inputs, limit, order, after)
 
     for tail, endpoint, method in (
         ("/responses", create_response, "POST"),
@@ -268,26 +359,6 @@ def _own_words() -> Iterator[None]:
         first, dot, rest = (error.param or "").partition(".")
         error.param = (_PARAMS.get(first, first) + dot + rest.removeprefix("json_schema.")) or None
         raise
-
-
-def _earlier(memory: ResponseMemory, owner: str | None, name: str | None) -> tuple[Item, ...]:
-    if name is None:
-        return ()
-    found = memory.find(owner, name)
-    if found is None:
-        raise RequestError(
-            f"no such response: {name!r}; it may have expired",
-            param="previous_response_id",
-            hint="send the conversation as input",
-        )
-    return found.conversation
-
-
-def _found(memory: ResponseMemory, request: Request, name: str) -> Remembered:
-    found = memory.find(caller_of(request.scope).owner, name)
-    if found is None:
-        raise _unknown(name)
-    return found
 
 
 def _unknown(name: str) -> HTTPException:
