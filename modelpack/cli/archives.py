@@ -13,12 +13,15 @@ from typing import IO
 import click
 
 from modelpack.artifacts.reference import Reference
+from modelpack.cli.help import command
 from modelpack.cli.options import (
+    DOWNLOAD,
     F,
     Settings,
     common_options,
     model_argument,
     remote_options,
+    transfer_options,
     trust_options,
 )
 from modelpack.cli.output import human_size, note, plural, show, shown_progress
@@ -114,14 +117,15 @@ def _docker_store(verb: str) -> Callable[[F], F]:
 _COPY = click.option("--copy", is_flag=True, help="Copy blobs instead of hard-linking them.")
 
 
-@click.command("export")
+@command("export")
 @model_argument("models", nargs=-1)
 @click.option(
     "-o", "--output", metavar="FILE",
     help="Write a tar archive; - writes to stdout.",
 )  # fmt: skip
 @click.option(
-    "--form", type=click.Choice(archives.FORMS), default="oci", show_default=True,
+    "--format", "--form", "form", type=click.Choice(archives.FORMS), default="oci",
+    show_default=True,
     help="With --output: write an OCI image layout of any number of models, or the archive format "
     "of `docker model`, which contains one.",
 )  # fmt: skip
@@ -198,12 +202,13 @@ def _write(path: Path, pieces: Iterable[bytes], force: bool) -> None:
 _WEIGHTS = (".gguf", ".safetensors", ".dduf")
 
 
-@click.command("import")
+@command("import")
 @click.argument("arguments", metavar="[SOURCE [REFERENCE]]", nargs=-1)
 @_docker_store("Import from")
 @click.option("-a", "--all", "every", is_flag=True, help="With --docker-store: import all models.")
 @_COPY
 @remote_options
+@transfer_options(*DOWNLOAD)
 @trust_options
 @common_options
 def import_models(

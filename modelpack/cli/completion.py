@@ -6,7 +6,8 @@ from typing import Final
 
 import click
 
-from modelpack.cli.options import Settings, common_options
+from modelpack.cli.help import command
+from modelpack.cli.options import Settings, common_options_without
 
 _SETUP: Final = {
     "bash": 'eval "$(modelpack completion bash)"   # in ~/.bashrc',
@@ -52,9 +53,9 @@ def completion_script(shell: str) -> str:
     return completion_class(cli, {}, "modelpack", "_MODELPACK_COMPLETE").source()
 
 
-@click.command(epilog="\b\n" + "\n".join(_SETUP.values()))
+@command(epilog="\b\n" + "\n".join(_SETUP.values()))
 @click.argument("shell", type=click.Choice(sorted(_SETUP)))
-@common_options
+@common_options_without("store", "json", "quiet", "progress")
 def completion(settings: Settings, shell: str) -> None:
     """Print the completion script of SHELL for commands, options and stored models."""
     click.echo(completion_script(shell))

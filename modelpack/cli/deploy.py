@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from modelpack._version import __version__
-from modelpack.cli.options import SIZE, Settings, common_options, remote_options, trust_options
+from modelpack.cli.help import command, group
+from modelpack.cli.options import (
+    SIZE,
+    Settings,
+    common_options_without,
+    remote_options,
+    trust_options,
+)
 from modelpack.cli.output import note, show
 from modelpack.errors import ModelpackError, UsageError, exit_status
 from modelpack.operations.remote import RemoteOptions
@@ -18,7 +25,7 @@ _VLLM_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
 _OWN_IMAGE = f"modelpack:{__version__}"
 
 
-@click.command()
+@command()
 @click.argument("reference", metavar="REF")
 @click.option(
     "--engine", type=click.Choice(["vllm", "modelpack"]), default="vllm", show_default=True,
@@ -68,7 +75,7 @@ _OWN_IMAGE = f"modelpack:{__version__}"
 )  # fmt: skip
 @remote_options
 @trust_options
-@common_options
+@common_options_without("store", "quiet", "progress")
 def k8s(
     settings: Settings,
     reference: str,
@@ -153,7 +160,7 @@ def _yaml(yaml: Any, objects: list[dict[str, Any]]) -> str:
 _SERVICE = click.argument("service", required=False)
 
 
-@click.group()
+@group()
 @click.option("--project-name", metavar="NAME", help="Use this project name; Compose passes it.")
 def compose(project_name: str | None) -> None:
     """Serve the models of a Compose file; `install` adds the plugins to Docker."""
@@ -212,7 +219,7 @@ def down(service: str | None) -> None:
     help="Install into this directory of Docker's plugins. [default: ~/.docker/cli-plugins]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace a plugin of another vendor.")
-@common_options
+@common_options_without("store", "progress")
 def install(settings: Settings, models: bool, directory: Path | None, force: bool) -> None:
     """Install the plugin `docker modelpack` and, with --models, `docker model`."""
     from modelpack.deploy.compose import install_plugins
@@ -225,7 +232,7 @@ def install(settings: Settings, models: bool, directory: Path | None, force: boo
 
 
 @compose.command()
-@common_options
+@common_options_without("store", "progress")
 def stop(settings: Settings) -> None:
     """Stop the model server that was started for Compose, after its pending requests."""
     from modelpack.deploy.local_server import stop_server

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from modelpack.artifacts.model import ModelFile
-from modelpack.cli.options import REMOTE, Settings, common_options, model_argument, remote_options
+from modelpack.cli.help import command
+from modelpack.cli.options import (
+    REMOTE,
+    Settings,
+    common_options_without,
+    model_argument,
+    remote_options,
+)
 from modelpack.cli.output import human_size, one_line, plural, show
 from modelpack.operations.diff import Change, FieldChange, LayerChange, ModelDiff
 from modelpack.operations.diff import diff as diff_models
@@ -17,12 +22,12 @@ _SIGNS = {Change.ADDED: "+", Change.REMOVED: "-", Change.CHANGED: "~", Change.RE
 _MAX_VALUE = 100
 
 
-@click.command()
+@command()
 @model_argument("before")
 @model_argument("after", required=False)
 @REMOTE
 @remote_options
-@common_options
+@common_options_without("quiet", "progress")
 def diff(
     settings: Settings, before: str, after: str | None, in_registry: bool, remote: RemoteOptions
 ) -> int:

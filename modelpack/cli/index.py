@@ -5,13 +5,17 @@ from __future__ import annotations
 import click
 
 from modelpack.artifacts.manifest import Index, parse_manifest_or_index
+from modelpack.cli.help import group
 from modelpack.cli.options import (
+    BOTH,
     REMOTE,
     Settings,
     annotation_option,
     common_options,
+    common_options_without,
     model_argument,
     remote_options,
+    transfer_options,
 )
 from modelpack.cli.output import (
     full_reference,
@@ -29,7 +33,7 @@ from modelpack.operations.variants import choose_variant, variants_of
 from modelpack.storage import watching
 
 
-@click.group()
+@group()
 def index() -> None:
     """Publish several variants of a model under one reference; each machine pulls the best one."""
 
@@ -49,6 +53,7 @@ def index() -> None:
     "--push", is_flag=True, help="Create the index in the registry of REFERENCE, not in the store."
 )
 @remote_options
+@transfer_options(*BOTH)
 @common_options
 def create(
     settings: Settings,
@@ -92,7 +97,7 @@ def create(
 @model_argument()
 @REMOTE
 @remote_options
-@common_options
+@common_options_without("progress")
 def show_variants(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
     """List the variants of MODEL and mark the one that this machine would pull."""
     if in_registry:

@@ -15,12 +15,16 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference
 from modelpack.bundles.links import LinkMode
+from modelpack.cli.help import command
 from modelpack.cli.options import (
+    DOWNLOAD,
     REMOTE,
     Settings,
     common_options,
+    common_options_without,
     model_argument,
     remote_options,
+    transfer_options,
     trust_options,
     variant_option,
 )
@@ -260,7 +264,7 @@ def _plain(value: Any) -> Any:
 PULL = click.option("--pull", is_flag=True, help="Pull missing files first.")
 
 
-@click.command()
+@command()
 @model_argument()
 @click.option(
     "--header",
@@ -274,7 +278,7 @@ PULL = click.option("--pull", is_flag=True, help="Pull missing files first.")
 @REMOTE
 @remote_options
 @variant_option
-@common_options
+@common_options_without("progress")
 def inspect(
     settings: Settings,
     model: str,
@@ -323,22 +327,22 @@ def inspect(
         click.echo(model_text(found, missing, names))
 
 
-@click.command()
+@command()
 @model_argument()
 @REMOTE
 @remote_options
 @variant_option
-@common_options
+@common_options_without("json", "progress")
 def manifest(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
     """Print the exact bytes of the manifest."""
     _write(_find(settings, model, in_registry, remote).manifest.raw)
 
 
-@click.command()
+@command()
 @model_argument()
 @REMOTE
 @remote_options
-@common_options
+@common_options_without("json", "progress")
 def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
     """Print the exact bytes of the config blob."""
     if in_registry:
@@ -350,7 +354,7 @@ def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOpti
         _write(read_blob(store, found.manifest.config))
 
 
-@click.command()
+@command()
 @model_argument()
 @click.option(
     "--media-type", "media_types", metavar="T", multiple=True,
@@ -363,6 +367,7 @@ def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOpti
 )  # fmt: skip
 @PULL
 @remote_options
+@transfer_options(*DOWNLOAD)
 @trust_options
 @variant_option
 @common_options
@@ -405,7 +410,7 @@ def resolve(
     show(settings, value, "\n".join(str(item.path) for item in found.files))
 
 
-@click.command()
+@command()
 @model_argument()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
@@ -416,6 +421,7 @@ def resolve(
 @click.option("-f", "--force", is_flag=True, help="Replace the contents of DIRECTORY.")
 @PULL
 @remote_options
+@transfer_options(*DOWNLOAD)
 @trust_options
 @variant_option
 @common_options

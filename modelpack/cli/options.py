@@ -6,8 +6,9 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -52,6 +53,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
+class SharedOption(click.Option):
+    """An option that several commands have; in help, it is listed under `heading`."""
+
+    def __init__(self, *arguments: Any, heading: str, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.heading = heading
+
+
+REGISTRIES: Final = "Registries"
+SIGNATURES: Final = "Signatures and variants"
+ALL_COMMANDS: Final = "All commands"
+
+_registry_option = partial(click.option, cls=SharedOption, heading=REGISTRIES)
+_trust_option = partial(click.option, cls=SharedOption, heading=SIGNATURES)
+_common_option = partial(click.option, cls=SharedOption, heading=ALL_COMMANDS)
+
+
 @dataclass(slots=True)
 class Settings:
     """Values of the common options, merged from the group and the command."""
@@ -84,94 +102,97 @@ class Settings:
         return LayoutStore(self.store_root, create=False)
 
 
-def common_options(command: F) -> F:
-    """Add the options that every command has; the command gets them as `settings`."""
-
-    @click.option(
+_COMMON: Final = {
+    "store": _common_option(
         "--store", metavar="DIR", type=click.Path(file_okay=False, readable=False),
         help="Use this local store. [env: MODELPACK_STORE; default: in the user's data directory]",
-    )  # fmt: skip
-    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-    @click.option("-q", "--quiet", is_flag=True, help="Do not show progress or notes.")
-    @click.option(
-        "--progress",
-        type=click.Choice(["auto", "bars", "plain", "none"]),
+    ),
+    "json": _common_option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    "quiet": _common_option("-q", "--quiet", is_flag=True, help="Do not show progress or notes."),
+    "progress": _common_option(
+        "--progress", type=click.Choice(["auto", "bars", "plain", "none"]),
         help="Show progress in this form. [default: bars on a terminal, otherwise only notes]",
-    )
-    @click.option("--debug", is_flag=True, help="Show tracebacks.")
-    @click.pass_obj
-    @functools.wraps(command)
-    def wrapped(
-        settings: Settings,
-        /,
-        store: str | None,
-        as_json: bool,
-        quiet: bool,
-        progress: str | None,
-        debug: bool,
-        **arguments: Any,
-    ) -> Any:
-        settings.store_root = store or settings.store_root
-        settings.json |= as_json
-        settings.quiet |= quiet
-        settings.debug |= debug
-        settings.progress = progress or settings.progress
-        settings.options = {
-            param.name: max(param.opts, key=len)
-            for param in click.get_current_context().command.params
-            if isinstance(param, click.Option) and param.name and "_" in param.name
-        }
-        if "context_size" in settings.options:  # whose name in the engine is this
-            settings.options.setdefault("max_model_len", "--context-size")
-        return command(settings, **arguments)
+    ),
+    "debug": _common_option("--debug", is_flag=True, help="Show tracebacks."),
+}  # fmt: skip
 
-    return wrapped  # type: ignore[return-value]
+
+def common_options_without(*left_out: str) -> Callable[[F], F]:
+    """Return a decorator that adds the common options that act; the command gets `settings`.
+
+    `left_out` names those that do not: "store", "json", "quiet" or "progress".
+    """
+    unknown = set(left_out) - _COMMON.keys()
+    assert not unknown, unknown
+
+    def decorate(command: F) -> F:
+        @click.pass_obj
+        @functools.wraps(command)
+        def wrapped(settings: Settings, /, debug: bool, **arguments: Any) -> Any:
+            given = {name: arguments.pop(name, None) for name in _VALUES}
+            settings.store_root = given["store"] or settings.store_root
+            settings.json |= bool(given["as_json"])
+            settings.quiet |= bool(given["quiet"])
+            settings.debug |= debug
+            settings.progress = given["progress"] or settings.progress
+            settings.options = {
+                param.name: typed_name(param)
+                for param in click.get_current_context().command.params
+                if isinstance(param, click.Option) and param.name and "_" in param.name
+            }
+            if "context_size" in settings.options:  # whose name in the engine is this
+                settings.options["max_model_len"] = settings.options["context_size"]
+            return command(settings, **arguments)
+
+        made: Any = wrapped
+        for name in reversed(_COMMON):
+            if name not in left_out:
+                made = _COMMON[name](made)
+        return made  # type: ignore[no-any-return]
+
+    return decorate
+
+
+#: Add the options of a command with a store, a result, notes and progress.
+common_options = common_options_without()
+_VALUES: Final = ("store", "as_json", "quiet", "progress")
+
+
+def typed_name(option: click.Parameter) -> str:
+    """Return the name of an option as help shows it first: --url of --url/--host."""
+    return next((name for name in option.opts if name.startswith("--")), option.opts[0])
 
 
 def remote_options(command: F) -> F:
     """Add the options of registry connections; the command gets `remote`, a `RemoteOptions`."""
-    from modelpack.operations.remote import DEFAULT_CONCURRENCY, DEFAULT_CONNECTIONS
 
-    @click.option(
+    @_registry_option(
         "--plain-http/--https",
         default=None,
         help="Use http or https. [default: http for loopback addresses; env: INSECURE_REGISTRY]",
     )
-    @click.option(
+    @_registry_option(
         "--insecure", metavar="HOST", multiple=True,
         help="Skip the certificate check of HOST[:PORT], and allow credentials over plain http. "
         "May be repeated.",
     )  # fmt: skip
-    @click.option(
+    @_registry_option(
         "--allow-private", metavar="HOST", multiple=True,
         help="Let redirects, upload locations and token servers of public registries use "
         "HOST[:PORT] on a private address. May be repeated. "
         "[env: MODELPACK_ALLOW_PRIVATE]",
     )  # fmt: skip
-    @click.option(
+    @_registry_option(
         "--ca-file",
         type=_FILE,
         help="Trust the certificate authorities in this file, besides the system's.",
     )
-    @click.option("--client-cert", type=_FILE, help="Authenticate with this client certificate.")
-    @click.option("--client-key", type=_FILE, help="Read the key of --client-cert from this file.")
-    @click.option(
-        "--concurrency", type=click.IntRange(1, 64), default=DEFAULT_CONCURRENCY, show_default=True,
-        help="Transfer this many blobs in parallel.",
-    )  # fmt: skip
-    @click.option(
-        "--connections", type=click.IntRange(1, 32), default=DEFAULT_CONNECTIONS, show_default=True,
-        help="Use up to this many connections for a large blob, if one is slow.",
-    )  # fmt: skip
-    @click.option(
-        "--chunk-size", metavar="SIZE", type=SIZE,
-        help="Upload blobs in chunks of SIZE, like 64MiB. [default: upload whole blobs, unless the "
-        "registry requires chunks]",
-    )  # fmt: skip
-    @click.option(
-        "--limit-rate", metavar="SIZE", type=SIZE,
-        help="Limit uploads and downloads to SIZE per second, like 10MB.",
-    )  # fmt: skip
+    @_registry_option(
+        "--client-cert", type=_FILE, help="Authenticate with this client certificate."
+    )
+    @_registry_option(
+        "--client-key", type=_FILE, help="Read the key of --client-cert from this file."
+    )
     @functools.wraps(command)
     def wrapped(
         *args: Any,
@@ -180,6 +201,7 @@ def remote_options(command: F) -> F:
         ca_file: Path | None,
         client_cert: Path | None,
         client_key: Path | None,
+        plain_http: bool | None,
         **arguments: Any,
     ) -> Any:
         from modelpack.operations.remote import RemoteOptions
@@ -192,11 +214,62 @@ def remote_options(command: F) -> F:
 
             hosts = frozenset(insecure), frozenset(allow_private)
             tls = TlsOptions(ca_file, client_cert, client_key, *hosts)
-        names = ("plain_http", "concurrency", "connections", "chunk_size", "limit_rate")
-        remote = RemoteOptions(tls=tls, **{name: arguments.pop(name) for name in names})
-        return command(*args, remote=remote, **arguments)
+        return command(*args, remote=RemoteOptions(plain_http, tls=tls), **arguments)
 
     return wrapped  # type: ignore[return-value]
+
+
+#: Names for `transfer_options`.
+DOWNLOAD: Final = ("concurrency", "connections", "limit_rate")
+UPLOAD: Final = ("concurrency", "chunk_size", "limit_rate")
+BOTH: Final = ("concurrency", "connections", "chunk_size", "limit_rate")
+
+
+def transfer_options(*names: str) -> Callable[[F], F]:
+    """Return a decorator that adds the options of transfers; they set fields of `remote`.
+
+    Apply it below `remote_options`; `names` are those of the fields.
+    """
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def wrapped(*args: Any, remote: RemoteOptions, **arguments: Any) -> Any:
+            given = {name: arguments.pop(name) for name in names}
+            return command(*args, remote=replace(remote, **given), **arguments)
+
+        made: Any = wrapped
+        table = _transfer_table()
+        for name in reversed(names):
+            made = table[name](made)
+        return made  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def _transfer_table() -> dict[str, Callable[[Any], Any]]:
+    from modelpack.operations.remote import DEFAULT_CONCURRENCY, DEFAULT_CONNECTIONS
+
+    return {
+        "concurrency": _registry_option(
+            "--concurrency", type=click.IntRange(1, 64), default=DEFAULT_CONCURRENCY,
+            show_default=True,
+            help="Transfer this many blobs in parallel.",
+        ),
+        "connections": _registry_option(
+            "--connections", type=click.IntRange(1, 32), default=DEFAULT_CONNECTIONS,
+            show_default=True,
+            help="Use up to this many connections for a large blob, if one is slow.",
+        ),
+        "chunk_size": _registry_option(
+            "--chunk-size", metavar="SIZE", type=SIZE,
+            help="Upload blobs in chunks of SIZE, like 64MiB. [default: upload whole blobs, unless "
+            "the registry requires chunks]",
+        ),
+        "limit_rate": _registry_option(
+            "--limit-rate", metavar="SIZE", type=SIZE,
+            help="Limit uploads and downloads to SIZE per second, like 10MB.",
+        ),
+    }  # fmt: skip
 
 
 def trust_options(command: F) -> F:
@@ -205,17 +278,17 @@ def trust_options(command: F) -> F:
     Apply it below `remote_options`.
     """
 
-    @click.option(
+    @_trust_option(
         "--verify-key", "keys", metavar="PUB", multiple=True,
         help="Require a signature by this public key. May be repeated: any one is enough.",
     )  # fmt: skip
-    @click.option(
+    @_trust_option(
         "--verify-format", "formats", multiple=True,
         type=click.Choice(["cosign", "bundle", "model-signing", "model-signing-files"]),
         help="Accept only signatures of this format for --verify-key. May be repeated. "
         "[default: all that cover the manifest, so not model-signing-files]",
     )  # fmt: skip
-    @click.option(
+    @_trust_option(
         "--policy", type=_FILE, envvar="MODELPACK_POLICY", metavar="FILE", show_envvar=True,
         help="Require the signatures that this policy file specifies.",
     )  # fmt: skip
@@ -246,7 +319,7 @@ def trust_options(command: F) -> F:
 def variant_option(command: F) -> F:
     """Add `--variant`, which sets `variant` in `remote`; apply it below `remote_options`."""
 
-    @click.option(
+    @_trust_option(
         "--variant",
         metavar="NAME",
         help="Use this variant of a model with several. [default: the best for this machine]",

@@ -10,13 +10,16 @@ from typing import Any
 import click
 
 from modelpack.builder.request import PackageRequest
+from modelpack.cli.help import command
 from modelpack.cli.options import (
+    BOTH,
     Settings,
     annotation_option,
     common_options,
     model_argument,
     model_names,
     remote_options,
+    transfer_options,
     trust_options,
 )
 from modelpack.cli.output import full_reference, human_size, note, plural, show, shown_progress
@@ -35,7 +38,7 @@ PATH = click.Path(path_type=Path, readable=False)
 _BITS = {"q4": 4, "q8": 8}
 
 
-@click.command()
+@command()
 @click.argument("reference")
 @click.option(
     "--gguf", type=PATH, help="Package this GGUF file; for a sharded one, give any shard."
@@ -56,7 +59,8 @@ _BITS = {"q4": 4, "q8": 8}
 @click.option("--mmproj", type=PATH, help="Add a multimodal projector (GGUF).")
 @click.option(
     "--context-size",
-    type=int,
+    type=click.IntRange(0, 2**31 - 1),
+    metavar="N",
     help="Set the context size in tokens. [default: read from the weights]",
 )
 @click.option(
@@ -84,6 +88,7 @@ _BITS = {"q4": 4, "q8": 8}
 @click.option("--dry-run", is_flag=True, help="Print what would be packaged; store nothing.")
 @click.option("--push", is_flag=True, help="Push the model after storing it.")
 @remote_options
+@transfer_options(*BOTH)
 @trust_options
 @common_options
 def package(
@@ -175,7 +180,7 @@ def _result(made: Packaged) -> dict[str, Any]:
     }
 
 
-@click.command()
+@command()
 @model_argument()
 @click.argument("target", required=False)
 @click.option(
@@ -188,6 +193,7 @@ def _result(made: Packaged) -> dict[str, Any]:
 )  # fmt: skip
 @click.option("--push", is_flag=True, help="Push the result; an image is then not stored.")
 @remote_options
+@transfer_options(*BOTH)
 @trust_options
 @common_options
 def convert(

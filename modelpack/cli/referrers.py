@@ -7,12 +7,16 @@ from pathlib import Path
 import click
 
 from modelpack.artifacts.reference import Reference, begins_id
+from modelpack.cli.help import command
 from modelpack.cli.options import (
+    UPLOAD,
     Settings,
     annotation_option,
     common_options,
+    common_options_without,
     model_argument,
     remote_options,
+    transfer_options,
 )
 from modelpack.cli.output import (
     full_reference,
@@ -34,7 +38,7 @@ from modelpack.store.layout import LayoutStore
 LOCAL = click.option("--local", is_flag=True, help="Use the local store, not the registry.")
 
 
-@click.command()
+@command()
 @model_argument("reference")
 @click.argument("files", metavar="[FILE[:TYPE]]...", nargs=-1)
 @click.option(
@@ -43,6 +47,7 @@ LOCAL = click.option("--local", is_flag=True, help="Use the local store, not the
 @annotation_option("referrer")
 @LOCAL
 @remote_options
+@transfer_options(*UPLOAD)
 @common_options
 def attach(
     settings: Settings,
@@ -78,12 +83,12 @@ def attach(
     show(settings, value, str(done.digest))
 
 
-@click.command()
+@command()
 @model_argument("reference")
 @click.option("--artifact-type", metavar="T", help="List only referrers of this type.")
 @LOCAL
 @remote_options
-@common_options
+@common_options_without("progress")
 def referrers(
     settings: Settings,
     reference: str,
@@ -100,11 +105,11 @@ def referrers(
     show(settings, value, table(("DIGEST", "ARTIFACT TYPE", "MANIFEST SIZE"), rows))
 
 
-@click.command()
+@command()
 @click.argument("reference", metavar="REPOSITORY@DIGEST")
 @LOCAL
 @remote_options
-@common_options
+@common_options_without("quiet", "progress")
 def detach(settings: Settings, reference: str, local: bool, remote: RemoteOptions) -> None:
     """Delete a referrer of a model by its digest; print the digest."""
     where = Reference.parse(reference)

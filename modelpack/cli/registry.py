@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from modelpack.cli.options import Settings, common_options, remote_options, tls_options
+from modelpack.cli.help import command, group
+from modelpack.cli.options import (
+    Settings,
+    common_options_without,
+    remote_options,
+    tls_options,
+    transfer_options,
+)
 from modelpack.cli.output import note, plural, request_log, show
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
@@ -23,12 +30,12 @@ if TYPE_CHECKING:
 _DOCKER_HUB = "docker.io"
 
 
-@click.command()
+@command()
 @click.argument("host", default=_DOCKER_HUB)
 @click.option("-u", "--username", metavar="NAME", help="Log in as this user. [default: ask]")
 @click.option("--password-stdin", is_flag=True, help="Read the password from stdin.")
 @remote_options
-@common_options
+@common_options_without("store", "progress")
 def login(
     settings: Settings,
     host: str,
@@ -60,9 +67,9 @@ def login(
     show(settings, {"host": host, "keptIn": where, "checked": done.checked}, f"logged in to {host}")
 
 
-@click.command()
+@command()
 @click.argument("host", default=_DOCKER_HUB)
-@common_options
+@common_options_without("store", "quiet", "progress")
 def logout(settings: Settings, host: str) -> None:
     """Remove the credentials of the registry HOST."""
     from modelpack.registry.login import log_out, login_file
@@ -89,7 +96,7 @@ def _options(remote: RemoteOptions) -> dict[str, Any]:
     return {"plain_http": remote.plain_http, "tls": remote.tls or TlsOptions()}
 
 
-@click.command()
+@command()
 @click.argument("name", metavar="REGISTRY[/NAMESPACE]")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
@@ -101,7 +108,8 @@ def _options(remote: RemoteOptions) -> dict[str, Any]:
     help="List this repository, for registries without a catalog. May be repeated.",
 )  # fmt: skip
 @remote_options
-@common_options
+@transfer_options("concurrency")
+@common_options_without("store", "progress")
 def catalog(
     settings: Settings,
     name: str,
@@ -227,24 +235,21 @@ def limit_options(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-@click.group()
+@group()
 def registry() -> None:
     """Run the embedded registry."""
 
 
 @registry.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option(
-    "--addr", default="127.0.0.1:5000", show_default=True, metavar="HOST:PORT",
-    help="Listen on this address; port 0 selects a free port.",
+    "--port", type=click.IntRange(0, 65535), default=5000, show_default=True,
+    help="Listen on this port; 0 selects a free port.",
 )  # fmt: skip
-@click.option("--host", metavar="HOST", help="Override the host of --addr.")
+@click.option("--addr", metavar="HOST:PORT", hidden=True)  # --host and --port in one
 @click.option(
-    "--port", type=click.IntRange(0, 65535), metavar="PORT", help="Override the port of --addr."
-)
-@click.option(
-    "--root", type=click.Path(path_type=Path, file_okay=False, readable=False),
-    help="Serve this store. [default: the local store]",
-)  # fmt: skip
+    "--root", type=click.Path(path_type=Path, file_okay=False, readable=False), hidden=True
+)  # --store
 @click.option("--read-only", is_flag=True, help="Refuse pushes and deletions.")
 @click.option(
     "--allow-anonymous", "--allow-remote", "allow_anonymous", is_flag=True,
@@ -275,12 +280,12 @@ def registry() -> None:
 @click.option("--no-access-log", is_flag=True, help="Do not log requests.")
 @access_options
 @limit_options
-@common_options
+@common_options_without("json", "progress")
 def serve(
     settings: Settings,
-    addr: str,
-    host: str | None,
-    port: int | None,
+    host: str,
+    port: int,
+    addr: str | None,
     root: Path | None,
     read_only: bool,
     allow_anonymous: bool,
@@ -306,7 +311,7 @@ def serve(
     as_json = log_format == "json" if log_format else not sys.stderr.isatty()
     server = RegistryServer(
         store,
-        address=_address(addr, host, port),
+        address=addr or _address(host, port),
         read_only=read_only,
         sparse=sparse,
         allow_remote=allow_anonymous,
@@ -324,12 +329,9 @@ def serve(
         server.run(on_ready=lambda: click.echo(server.host))
 
 
-def _address(addr: str, host: str | None, port: int | None) -> str:
-    """Return `addr` with `host` and `port` replaced if given."""
-    its_host, _, its_port = addr.rpartition(":")
-    if host is not None and ":" in host and not host.startswith("["):
-        host = f"[{host}]"
-    return f"{host or its_host}:{its_port if port is None else port}"
+def _address(host: str, port: int) -> str:
+    is_bare_ipv6 = ":" in host and not host.startswith("[")
+    return f"[{host}]:{port}" if is_bare_ipv6 else f"{host}:{port}"
 
 
 def _upstream(url: str, ttl: float) -> Upstream:

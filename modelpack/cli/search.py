@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelpack.cli.options import Settings, common_options, remote_options
+from modelpack.cli.help import command
+from modelpack.cli.options import Settings, common_options_without, remote_options
 from modelpack.cli.output import human_size, one_line, show_json, table
 from modelpack.operations.remote import RemoteOptions
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _HEADER = ("NAME", "WHERE", "SIZE", "DOWNLOADS")
 
 
-@click.command()
+@command()
 @click.argument("term", metavar="TERM")
 @click.option(
     "--registry", "registries", metavar="HOST[/NAMESPACE]", multiple=True,
@@ -28,7 +29,7 @@ _HEADER = ("NAME", "WHERE", "SIZE", "DOWNLOADS")
     help="Show at most N models of each place.",
 )  # fmt: skip
 @remote_options
-@common_options
+@common_options_without("progress")
 def search(
     settings: Settings,
     term: str,

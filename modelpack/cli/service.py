@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from modelpack.cli.options import Settings, common_options
+from modelpack.cli.help import group
+from modelpack.cli.options import Settings, common_options_without
 from modelpack.cli.output import note, show
 from modelpack.deploy.services import KINDS, Service, ServiceManager, carried_environment
 from modelpack.errors import UsageError
@@ -15,7 +16,7 @@ from modelpack.errors import UsageError
 _KIND = click.argument("kind", metavar="serve|registry|gateway", type=click.Choice(list(KINDS)))
 
 
-@click.group()
+@group()
 def service() -> None:
     """Run a server as a service of this user: of systemd on Linux, of launchd on macOS."""
 
@@ -30,7 +31,7 @@ def service() -> None:
 )  # fmt: skip
 @click.option("--print", "prints", is_flag=True, help="Print the service; install nothing.")
 @click.option("--no-start", is_flag=True, help="Write the service, but do not start it.")
-@common_options
+@common_options_without("progress")
 def install(
     settings: Settings,
     kind: str,
@@ -44,9 +45,9 @@ def install(
     An installed service of the same kind is replaced. Relative paths in OPTIONS are relative to
     the current directory.
     """
-    _check_options(kind, options)
     if settings.store_root is not None:
         options = ("--store", str(Path(settings.store_root).absolute()), *options)
+    _check_options(kind, options)
     made = Service(kind, options, Path.cwd(), carried_environment(), env_file)
     manager = ServiceManager()
     if prints:
@@ -60,7 +61,7 @@ def install(
 
 @service.command()
 @_KIND
-@common_options
+@common_options_without("store", "quiet", "progress")
 def remove(settings: Settings, kind: str) -> None:
     """Stop the service and delete its file."""
     path = ServiceManager().remove(kind)

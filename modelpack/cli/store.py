@@ -13,7 +13,16 @@ import click
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.reference import Reference
-from modelpack.cli.options import Settings, common_options, model_argument, remote_options
+from modelpack.cli.help import command
+from modelpack.cli.options import (
+    DOWNLOAD,
+    Settings,
+    common_options,
+    common_options_without,
+    model_argument,
+    remote_options,
+    transfer_options,
+)
 from modelpack.cli.output import (
     full_reference,
     human_size,
@@ -46,13 +55,13 @@ _HEADER = (
 )  # fmt: skip
 
 
-@click.command("list")
+@command("list")
 @click.argument("model", required=False)
 @click.option(
     "--sort", type=click.Choice(["name", "created", "modified", "size"]), default="name",
     show_default=True, help="Sort by this, the newest and the largest first.",
 )  # fmt: skip
-@common_options
+@common_options_without("progress")
 def list_models(settings: Settings, model: str | None, sort: str) -> None:
     """List stored models and images, or those named MODEL. With --quiet, print only their ids.
 
@@ -188,10 +197,10 @@ def age(created: str | None, now: datetime) -> str:
     return "just now" if seconds >= 0 else created
 
 
-@click.command()
+@command()
 @model_argument("source")
 @click.argument("target", metavar="TARGET")
-@common_options
+@common_options_without("progress")
 def tag(settings: Settings, source: str, target: str) -> None:
     """Tag the stored model SOURCE as TARGET; print its digest."""
     where = full_reference(settings, target)
@@ -200,12 +209,12 @@ def tag(settings: Settings, source: str, target: str) -> None:
     show(settings, value, str(descriptor.digest))
 
 
-@click.command()
+@command()
 @model_argument("models", nargs=-1, required=True)
 @click.option(
     "-f", "--force", is_flag=True, help="Remove a model by id even if it has several tags."
 )
-@common_options
+@common_options_without("progress")
 def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
     """Remove tags, and models with their last tag.
 
@@ -231,10 +240,10 @@ def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
     note(settings, f"freed {human_size(freed)}")
 
 
-@click.command()
+@command()
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
-@common_options
+@common_options_without("progress")
 def prune(settings: Settings, force: bool, dry_run: bool) -> None:
     """Remove the models without a name, and the blobs that only they need.
 
@@ -264,14 +273,14 @@ def _confirms_removal(removal: Removal) -> bool:
     return click.confirm(f"Remove {what}, {human_size(removal.bytes_freed)}?", err=True)
 
 
-@click.command()
+@command()
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
 @click.option(
     "--grace", type=click.IntRange(min=0), default=GRACE_SECONDS, show_default=True,
     metavar="SECONDS",
     help="Keep unused blobs that are younger than this.",
 )  # fmt: skip
-@common_options
+@common_options_without("progress")
 def gc(settings: Settings, dry_run: bool, grace: int) -> None:
     """Delete unused blobs and the partial files of interrupted transfers."""
     report = settings.existing_store().gc(dry_run=dry_run, grace_seconds=grace)
@@ -287,7 +296,7 @@ def gc(settings: Settings, dry_run: bool, grace: int) -> None:
     note(settings, f"{verb} {human_size(report.bytes_freed)}")
 
 
-@click.command()
+@command()
 @click.option("--fast", is_flag=True, help="Check only presence and sizes, without hashing.")
 @click.option("--repair", is_flag=True, help="Fetch damaged and missing blobs.")
 @click.option(
@@ -295,6 +304,7 @@ def gc(settings: Settings, dry_run: bool, grace: int) -> None:
     help="Fetch from this repository. [default: the origin of each model, or the one in its name]",
 )  # fmt: skip
 @remote_options
+@transfer_options(*DOWNLOAD)
 @common_options
 def fsck(
     settings: Settings, fast: bool, repair: bool, source: str | None, remote: RemoteOptions

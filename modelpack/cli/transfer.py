@@ -10,11 +10,17 @@ import click
 
 from modelpack.artifacts.lockfile import FILE_NAME, LockFile
 from modelpack.artifacts.reference import Reference
+from modelpack.cli.help import command
 from modelpack.cli.options import (
+    BOTH,
+    DOWNLOAD,
+    UPLOAD,
     Settings,
     common_options,
+    common_options_without,
     model_names,
     remote_options,
+    transfer_options,
     trust_options,
     variant_option,
 )
@@ -52,14 +58,14 @@ LOCK_FILE = click.option(
 )  # fmt: skip
 
 
-@click.command()
+@command()
 @click.argument("references", metavar="[REF]...", nargs=-1)
 @click.option("--check", is_flag=True, help="Only check; fail if a tag points to another digest.")
 @click.option("--remove", is_flag=True, help="Remove the references from the lock file.")
 @click.option("--offline", is_flag=True, help="Resolve references in the store, not in registries.")
 @LOCK_FILE
 @remote_options
-@common_options
+@common_options_without("progress")
 def lock(
     settings: Settings,
     references: tuple[str, ...],
@@ -118,7 +124,7 @@ WITH_REFERRERS = click.option(
 )
 
 
-@click.command()
+@command()
 @click.argument("references", metavar="[REFERENCE]...", nargs=-1)
 @click.option(
     "--include", metavar="GLOB", multiple=True, help="Fetch only these files. May be repeated."
@@ -145,6 +151,7 @@ WITH_REFERRERS = click.option(
 @click.option("--offline", is_flag=True, help="With --locked: fail if a model is not stored.")
 @LOCK_FILE
 @remote_options
+@transfer_options(*DOWNLOAD)
 @trust_options
 @variant_option
 @common_options
@@ -277,13 +284,14 @@ def _pull_locked(
     show(settings, value, "\n".join(str(one.digest) for one in done))
 
 
-@click.command()
+@command()
 @click.argument(
     "references", metavar="REFERENCE...", nargs=-1, required=True, shell_complete=model_names
 )
 @click.option("--to", metavar="REF", help="Push to this reference instead.")
 @WITH_REFERRERS
 @remote_options
+@transfer_options(*UPLOAD)
 @common_options
 def push(
     settings: Settings,
@@ -320,12 +328,13 @@ def push(
     return _for_each(settings, references, push_one)
 
 
-@click.command()
+@command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @WITH_REFERRERS
 @remote_options
-@common_options
+@transfer_options(*BOTH)
+@common_options_without("store")
 def copy(
     settings: Settings, source: str, target: str, with_referrers: bool, remote: RemoteOptions
 ) -> None:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelpack.cli.options import REMOTE, Settings, common_options, model_argument, remote_options
+from modelpack.cli.help import command
+from modelpack.cli.options import (
+    REMOTE,
+    Settings,
+    common_options_without,
+    model_argument,
+    remote_options,
+)
 from modelpack.cli.output import full_reference, note, plural, show, show_json, visible
 from modelpack.cli.referrers import LOCAL, named_subject
 from modelpack.errors import ModelpackError, UsageError
@@ -41,9 +48,9 @@ def private_key(path: Path) -> PrivateKey:
     return read_private_key(path, asked.encode())
 
 
-@click.command()
+@command()
 @click.argument("prefix", metavar="[PREFIX]", default="modelpack")
-@common_options
+@common_options_without("store", "progress")
 def keygen(settings: Settings, prefix: str) -> None:
     """Create a key pair for signing: PREFIX.key, encrypted as by cosign, and PREFIX.pub.
 
@@ -68,7 +75,7 @@ def keygen(settings: Settings, prefix: str) -> None:
     show(settings, {"private": str(private), "public": str(public)}, str(public))
 
 
-@click.command()
+@command()
 @model_argument("reference")
 @click.option(
     "--key", required=True, type=click.Path(path_type=Path, readable=False), metavar="KEY",
@@ -82,7 +89,7 @@ def keygen(settings: Settings, prefix: str) -> None:
 )  # fmt: skip
 @LOCAL
 @remote_options
-@common_options
+@common_options_without("progress")
 def sign(
     settings: Settings,
     reference: str,
@@ -120,7 +127,7 @@ def sign(
     show(settings, value, str(done.digest))
 
 
-@click.command()
+@command()
 @model_argument("reference")
 @click.option(
     "--key", "keys", required=True, multiple=True, metavar="PUB",
@@ -133,7 +140,7 @@ def sign(
 )  # fmt: skip
 @LOCAL
 @remote_options
-@common_options
+@common_options_without("progress")
 def verify(
     settings: Settings,
     reference: str,
@@ -176,7 +183,7 @@ def verify(
     show(settings, value, str(model.digest))
 
 
-@click.command()
+@command()
 @model_argument("model")
 @click.option("--attach", is_flag=True, help="Attach the SBOM to the model.")
 @REMOTE
@@ -185,7 +192,7 @@ def verify(
     help="Write the SBOM to FILE. [default: print it, unless it is attached]",
 )  # fmt: skip
 @remote_options
-@common_options
+@common_options_without("progress")
 def sbom(
     settings: Settings,
     model: str,
@@ -217,7 +224,7 @@ def sbom(
         click.echo(done.document.decode(), nl=False)
 
 
-@click.command()
+@command()
 @model_argument("model")
 @click.option(
     "--policy", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
@@ -229,7 +236,7 @@ def sbom(
     show_default=True, help="Print the findings in this format; --json is the same as json.",
 )  # fmt: skip
 @remote_options
-@common_options
+@common_options_without("quiet", "progress")
 def lint(
     settings: Settings,
     model: str,

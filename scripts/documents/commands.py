@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from modelpack.cli.main import ALIASES, cli
-from modelpack.cli.options import common_options, remote_options
+from modelpack.cli.options import ALL_COMMANDS, REGISTRIES, SharedOption
 
 Row = tuple[str, str]
 
@@ -91,8 +91,7 @@ def _described(
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None and isinstance(parameter, click.Option):
-            kind = _KINDS.get(parameter.opts[0], "own")
-            rows[kind].append((record[0], " ".join(record[1].split())))
+            rows[_kind(parameter)].append((record[0], " ".join(record[1].split())))
     short = name.removeprefix("modelpack ")
     return Command(
         name,
@@ -107,16 +106,11 @@ def _described(
     )
 
 
-def _names(decorator: object) -> list[str]:
-    assert callable(decorator)
-    decorated = decorator(lambda: None)
-    return [option.opts[0] for option in decorated.__click_params__]
-
-
-_KINDS = {
-    **dict.fromkeys(_names(remote_options), "registry"),
-    **dict.fromkeys([*_names(common_options), "--help", "-h"], "common"),
-}
+def _kind(option: click.Option) -> str:
+    if "--help" in option.opts:
+        return "common"
+    heading = option.heading if isinstance(option, SharedOption) else None
+    return {REGISTRIES: "registry", ALL_COMMANDS: "common"}.get(heading or "", "own")
 
 
 def _paragraphs(text: str | None) -> tuple[Paragraph, ...]:

@@ -14,8 +14,8 @@ from scripts.documents.commands import Command, Paragraph, Row, commands
 def all_commands() -> str:
     """Return the page of all commands and their options, with the texts of `--help`."""
     found = list(commands())
-    registry = next(command.registry_options for command in found if command.registry_options)
-    common = next(command.common_options for command in found if len(command.common_options) > 2)
+    registry = max((command.registry_options for command in found), key=len)
+    common = max((command.common_options for command in found), key=len)
     lines = [
         "# All commands",
         "",
@@ -25,14 +25,16 @@ def all_commands() -> str:
     lines += [
         "## Common options",
         "",
-        "All commands accept these options, before or after the name of the command.",
+        "`modelpack` accepts these options before the name of a command. After the name, a",
+        "command accepts those that have an effect.",
         "",
     ]
     lines += _table(common)
     lines += [
         "## Options for registries",
         "",
-        "Commands that connect to a registry accept these options.",
+        "Commands that connect to a registry accept these options; those of transfers only if they",
+        "transfer blobs.",
         "",
     ]
     lines += _table(registry)
@@ -51,8 +53,13 @@ def _section(command: Command) -> list[str]:
         lines += _table(command.subcommands, "Command")
     if command.options:
         lines += _table(command.options)
-    if command.registry_options:
-        lines += ["With the [options for registries](#options-for-registries).", ""]
+    for where, rows in (
+        ("common options](#common-options)", command.common_options),
+        ("options for registries](#options-for-registries)", command.registry_options),
+    ):
+        names = [f"`{name}`" for row in rows for name in re.findall(r"--[\w-]+", row[0])]
+        if rows:
+            lines += [f"With the [{where}: {', '.join(names)}.", ""]
     for paragraph in command.epilog:
         lines += _text(paragraph)
     return lines

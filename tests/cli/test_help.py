@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import click
 import pytest
 
 from modelpack import plugins
 from modelpack._version import __version__
-from modelpack.cli.main import COMMANDS, GROUPS
+from modelpack.cli.main import COMMANDS, GROUPS, cli
+from scripts.documents.commands import commands
 from tests.cli.running import modelpack, succeed
 
 
@@ -62,15 +64,52 @@ def test_commands_are_grouped_by_task() -> None:
     assert sorted(named) == sorted({*COMMANDS, *plugins.command_names()})
 
 
-def test_options_of_serve_are_grouped_and_shared_ones_last() -> None:
-    shown = sections(succeed("serve", "--help").out)
-    assert list(shown) == [
-        "Server", "Access", "Models and requests", "Engine", "Speculative decoding", "Registries",
-        "Signatures and variants", "All commands",
-    ]  # fmt: skip
-    for heading, option in {
-        "Server": "--log-format", "Access": "--tls-key", "Models and requests": "--memory",
-        "Engine": "--kv-cache-bytes", "Speculative decoding": "--draft-model",
-        "Registries": "--ca-file", "Signatures and variants": "--variant", "All commands": "-q",
-    }.items():  # fmt: skip
+_GROUPS_OF_SERVE = {
+    "Server": "--log-format", "Access": "--tls-key", "Models and requests": "--memory",
+    "Engine": "--kv-cache-bytes",
+}  # fmt: skip
+_MORE = {
+    "Scheduling and caches": "--kv-offload-dir", "Speculative decoding": "--draft-model",
+    "Registries": "--ca-file", "Signatures and variants": "--variant",
+}  # fmt: skip
+
+
+def test_help_of_serve_fits_two_screens() -> None:
+    """The groups that people need first; of the others one line each, with how to see them."""
+    text = help_at_80_columns("serve")
+    assert len(text.splitlines()) <= 100
+    assert max(map(len, text.splitlines())) <= 80
+    shown = sections(text)
+    assert list(shown) == [*_GROUPS_OF_SERVE, "All commands", "More options"]
+    for heading, option in (_GROUPS_OF_SERVE | {"All commands": "-h"}).items():
         assert option in shown[heading]
+    for heading in _MORE:
+        assert re.search(rf"^  {heading} +--\w.*", text, re.MULTILINE)
+    assert text.endswith("Show these too: modelpack help serve --all\n")
+
+
+@pytest.mark.parametrize("command", ["serve", "run", "smoke"])
+def test_help_with_all_has_every_option(command: str) -> None:
+    text = succeed("help", command, "--all").out
+    shown = sections(text)
+    assert "More options" not in shown
+    for heading, option in _MORE.items():
+        assert option in shown[heading]
+    documented = next(one for one in commands() if one.name == f"modelpack {command}")
+    rows = (*documented.options, *documented.registry_options, *documented.common_options)
+    assert all(row[0].split()[0].strip(",") in text for row in rows)
+
+
+def test_shared_options_come_last() -> None:
+    assert list(sections(succeed("pull", "--help").out)) == [
+        "Options", "Registries", "Signatures and variants", "All commands",
+    ]  # fmt: skip
+    assert list(sections(succeed("logout", "--help").out)) == ["All commands"]
+
+
+def help_at_80_columns(command: str) -> str:
+    found = cli.get_command(click.Context(cli), command)
+    assert found is not None
+    parent = click.Context(cli, info_name="modelpack", **cli.context_settings)
+    context = click.Context(found, parent, command, terminal_width=80)
+    return found.get_help(context) + "\n"

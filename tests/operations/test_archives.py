@@ -100,7 +100,9 @@ def test_on_the_command_line(
     assert (again.code, "give --force to replace it" in again.err) == (7, True)
     every = succeed("export", "--all", "-f", "-o", path, "--store", store.root, "--json").json
     assert len(every["digests"]) == 2
-    streamed = succeed("export", GGUF, "-o", "-", "--form", "docker", "--store", store.root).stdout
+    streamed = succeed(
+        "export", GGUF, "-o", "-", "--format", "docker", "--store", store.root
+    ).stdout
     assert streamed == archived(store, GGUF, form="docker")
     assert not list(tmp_path.glob(".*.partial"))
 
@@ -158,7 +160,7 @@ def test_broken_archives(
         ((GGUF, "-o", "x.tar", "--docker-store"), 2, "expected either --output or --docker-store"),
         (("-o", "x.tar"), 2, "name the models, or give --all"),
         ((GGUF, "--all", "-o", "x.tar"), 2, "name the models, or give --all"),
-        ((GGUF, ST, "-o", "x.tar", "--form", "docker"), 2, "holds one model, got 2"),
+        ((GGUF, ST, "-o", "x.tar", "--format", "docker"), 2, "holds one model, got 2"),
         (("x/none", "-o", "x.tar"), 3, "x/none"),
         ((GGUF, "-o", "no/such/x.tar"), 3, "cannot write no/such/x.tar"),
         ((GGUF, "-o", "x.tar", "--copy"), 2, "--copy requires --docker-store"),

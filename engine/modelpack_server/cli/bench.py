@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelpack.cli.help import Command, command
 from modelpack.cli.options import Settings, common_options, model_names
 from modelpack.cli.output import note, shown_progress
 from modelpack.errors import UsageError
@@ -50,7 +51,7 @@ class _Numbers(click.ParamType[Any]):
         return numbers
 
 
-class _Command(click.Command):
+class _Command(Command):
     """A command that keeps its command line for the report."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -59,7 +60,7 @@ class _Command(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(
+@command(
     cls=_Command,
     epilog="By default, a run takes about a minute per TARGET. The table includes the machine, the "
     "versions and the load, so that others can compare it.",

@@ -17,7 +17,8 @@ from urllib.parse import quote
 
 import click
 
-from modelpack.cli.options import Settings, common_options, model_argument, model_names
+from modelpack.cli.help import Command, command
+from modelpack.cli.options import Settings, common_options_without, model_argument, model_names
 from modelpack.cli.output import human_size, note, show, show_json, table
 from modelpack.errors import ModelpackError, NotFoundError, UsageError
 from modelpack_server.server_client import DEFAULT_HOST, call_server
@@ -31,9 +32,9 @@ host_option = click.option(
 )  # fmt: skip
 
 
-@click.command()
+@command()
 @host_option
-@common_options
+@common_options_without("store", "progress")
 def ps(settings: Settings, host: str) -> None:
     """List the models that a server has loaded."""
     answer = call_server(host, "GET", "/pool")
@@ -47,12 +48,12 @@ def ps(settings: Settings, host: str) -> None:
     click.echo(table(_HEADER, [_row(model) for model in answer["models"]]))
 
 
-@click.command()
+@command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option("--all", "everything", is_flag=True, help="Unload all models.")
 @click.option("--now", is_flag=True, help="Cancel running requests instead of waiting for them.")
 @host_option
-@common_options
+@common_options_without("store", "quiet", "progress")
 def unload(
     settings: Settings, models: tuple[str, ...], everything: bool, now: bool, host: str
 ) -> None:
@@ -64,12 +65,12 @@ def unload(
     show(settings, answer, "\n".join(answer["unloaded"]))
 
 
-@click.command(
+@command(
     context_settings={"ignore_unknown_options": True},
     epilog="Flags of llama.cpp and vLLM follow --: -- --temp 0.7 --top-k 40",
 )
 @model_argument()
-@click.option("--context-size", type=click.IntRange(min=2),
+@click.option("--max-model-len", "--context-size", "context_size", type=click.IntRange(min=2),
               help="Limit the context to this many tokens.")  # fmt: skip
 @click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
 @click.option("--keep-alive", metavar="TIME",
@@ -77,7 +78,7 @@ def unload(
               "-1: forever.")  # fmt: skip
 @click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
 @host_option
-@common_options
+@common_options_without("store", "quiet", "progress")
 def configure(
     settings: Settings,
     model: str,
@@ -333,7 +334,7 @@ PROGRAMS = {
 }
 
 
-class _WithArguments(click.Command):
+class _WithArguments(Command):
     """A command that keeps the arguments after -- unparsed in the context's `meta`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -343,7 +344,7 @@ class _WithArguments(click.Command):
         return super().parse_args(ctx, args[:at])
 
 
-@click.command(
+@command(
     cls=_WithArguments,
     options_metavar="[OPTIONS]",
     epilog="modelpack launch claude ai/qwen3 -- -p 'say hi'; "
@@ -354,7 +355,7 @@ class _WithArguments(click.Command):
 @click.option("--print", "only_print", is_flag=True,
               help="Print the variables instead of running the program.")  # fmt: skip
 @host_option
-@common_options
+@common_options_without("store", "progress")
 def launch(
     settings: Settings, program: str, model: str | None, only_print: bool, host: str
 ) -> None:

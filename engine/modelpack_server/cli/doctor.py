@@ -20,7 +20,8 @@ import click
 from modelpack._version import __version__
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import DEFAULT_REGISTRY
-from modelpack.cli.options import Settings, common_options, model_names, remote_options
+from modelpack.cli.help import command
+from modelpack.cli.options import Settings, common_options_without, model_names, remote_options
 from modelpack.cli.output import show, table
 from modelpack.deploy.local_server import PORT
 from modelpack.errors import AuthError, ModelpackError, UsageError
@@ -236,7 +237,7 @@ def _version(distribution: str) -> str:
 _PORTS = ((PORT, "serve"), (GATEWAY_PORT, "gateway"), (5000, "registry serve"))
 
 
-@click.command()
+@command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option(
     "--registry", "registries", metavar="HOST", multiple=True,
@@ -244,7 +245,7 @@ _PORTS = ((PORT, "serve"), (GATEWAY_PORT, "gateway"), (5000, "registry serve"))
 )  # fmt: skip
 @click.option("--offline", is_flag=True, help="Skip the check of registries.")
 @remote_options
-@common_options
+@common_options_without("quiet", "progress")
 def doctor(
     settings: Settings,
     models: tuple[str, ...],

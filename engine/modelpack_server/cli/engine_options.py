@@ -7,11 +7,11 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from modelpack.cli.options import Settings, parse_size
+from modelpack.cli.options import REGISTRIES, SIGNATURES, SIZE, Settings
 from modelpack.cli.output import shown_progress
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from modelpack.store.layout import LayoutStore
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+#: The headings of these options in help, by the first option of each.
+ENGINE_HEADINGS: Final = {
+    "--device": "Engine",
+    "--max-num-batched-tokens": "Scheduling and caches",
+    "--speculative-method": "Speculative decoding",
+}
+#: The headings for which --help shows one line.
+MORE_OPTIONS: Final = (
+    "Scheduling and caches", "Speculative decoding", REGISTRIES, SIGNATURES
+)  # fmt: skip
 
 # The help of each option shows the default of its field.
 _DEFAULTS = EngineConfig()
@@ -54,10 +65,6 @@ def require_engine() -> None:
                 f"running a model requires {module}, which is not installed",
                 hint="run pip install 'modelpack[engine]'",
             )
-
-
-def _size(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
-    return None if text is None else parse_size(text)
 
 
 def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
@@ -99,15 +106,16 @@ def _options(others: tuple[str, ...]) -> tuple[Callable[[F], F], ...]:
             help="Limit the context to this many tokens."),
         click.option("--max-num-seqs", type=count, default=_DEFAULTS.max_num_seqs,
             show_default=True, help="Run at most this many requests at a time."),
+        click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True),
+            default=_DEFAULTS.gpu_memory_utilization, show_default=True,
+            help="Use this fraction of GPU memory."),
+        click.option("--kv-cache-bytes", metavar="SIZE", type=SIZE,
+            help="Set the size of the KV cache, like 8GiB."),
         click.option("--max-num-batched-tokens", type=count,
             help="Compute at most this many tokens per step."),
         click.option("--scheduling-policy", type=click.Choice(["shortest-first", "fcfs"]),
             default=_DEFAULTS.scheduling_policy, show_default=True,
             help="Start the shortest waiting prompt first, within bounds, or the oldest."),
-        click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True),
-            default=_DEFAULTS.gpu_memory_utilization, show_default=True,
-            help="Use this fraction of GPU memory."),
-        click.option("--kv-cache-bytes", type=count, help="Set the size of the KV cache."),
         click.option("--kv-cache-dtype", metavar="auto|bf16|fp16|q8|q4",
             default=_DEFAULTS.kv_cache_dtype, show_default=True,
             help="Use this type for the KV cache; q8 and q4 hold about 1.9 and 3.5 times the "
@@ -119,10 +127,10 @@ def _options(others: tuple[str, ...]) -> tuple[Callable[[F], F], ...]:
         click.option("--no-prefix-caching", is_flag=True, help="Disable prefix caching."),
         click.option("--kv-offload-dir", type=click.Path(file_okay=False), metavar="DIR",
             help="Offload evicted prefixes to files in DIR, which survive restarts."),
-        click.option("--kv-offload-memory", metavar="SIZE", callback=_size,
+        click.option("--kv-offload-memory", metavar="SIZE", type=SIZE,
             help="Offload prefixes to this much host memory; without --kv-offload-dir, only "
             "there."),
-        click.option("--kv-offload-disk", metavar="SIZE", callback=_size,
+        click.option("--kv-offload-disk", metavar="SIZE", type=SIZE,
             help="Limit the size of the files."),
         click.option("--speculative-method", type=click.Choice(["ngram", "draft"]),
             help="Decode speculatively: propose tokens by n-gram lookup in the text, or with "

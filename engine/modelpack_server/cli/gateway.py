@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from modelpack.cli.options import Settings, common_options, tls_options
+from modelpack.cli.help import Group, group
+from modelpack.cli.options import Settings, common_options_without, tls_options
 from modelpack.cli.output import SCHEMA_VERSION, note, show, table
 from modelpack.errors import UsageError
 from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
@@ -90,7 +91,7 @@ def protection_options(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-@click.group(invoke_without_command=True)
+@group(invoke_without_command=True)
 @click.option(
     "--upstream", "upstreams", metavar="URL", multiple=True,
     help="Forward requests to this server. May be repeated.",
@@ -111,7 +112,7 @@ def protection_options(command: F) -> F:
 @protection_options
 @tls_options
 @log_format_option
-@common_options
+@common_options_without("store", "progress")
 @click.pass_context
 def gateway(
     ctx: click.Context,
@@ -161,7 +162,7 @@ def announce(settings: Settings, url: str, text: str, **details: Sequence[str]) 
     note(settings, f"{text}; stop with Ctrl-C")
 
 
-class _KeyGroup(click.Group):
+class _KeyGroup(Group):
     """`key NAME` is short for `key create NAME`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -193,7 +194,7 @@ def key() -> None:
     "--gateway", "for_gateway", is_flag=True,
     help="Make a key for a gateway (MODELPACK_UPSTREAM_KEY), which may name its callers.",
 )  # fmt: skip
-@common_options
+@common_options_without("store", "progress")
 def create(
     settings: Settings,
     name: str,
@@ -222,7 +223,7 @@ def create(
 
 @key.command("list")
 @_KEY_FILE
-@common_options
+@common_options_without("store", "progress")
 def list_keys(settings: Settings, key_file: Path | None) -> None:
     """List the names, limits and models of the API keys; the keys themselves are not stored."""
     from modelpack_server.gateway.keys import KeyFile
@@ -250,7 +251,7 @@ def list_keys(settings: Settings, key_file: Path | None) -> None:
 @key.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @_KEY_FILE
-@common_options
+@common_options_without("store", "progress")
 def revoke(settings: Settings, names: tuple[str, ...], key_file: Path | None) -> None:
     """Remove API keys from the file; servers refuse them from the next request on."""
     from modelpack_server.gateway.keys import remove_key

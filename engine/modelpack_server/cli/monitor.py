@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from modelpack.cli.options import Settings, common_options
+from modelpack.cli.help import command
+from modelpack.cli.options import Settings, common_options_without
 from modelpack.cli.output import one_line, show_json, table
 from modelpack.errors import UsageError
 from modelpack_server.cli.client import host_option
@@ -15,10 +16,10 @@ from modelpack_server.server_client import call_server, read_lines
 _HEADER = ("AGE", "CALLER", "MODEL", "PATH", "STATUS", "TOKENS", "FIRST TOKEN", "DURATION")
 
 
-@click.command()
+@command()
 @click.option("-f", "--follow", is_flag=True, help="Print new lines as the server logs them.")
 @host_option
-@common_options
+@common_options_without("store", "quiet", "progress")
 def logs(settings: Settings, follow: bool, host: str) -> None:
     """Print the last lines of a server's log."""
     if follow and settings.json:
@@ -31,9 +32,9 @@ def logs(settings: Settings, follow: bool, host: str) -> None:
         click.echo(one_line(line))
 
 
-@click.command()
+@command()
 @host_option
-@common_options
+@common_options_without("store", "progress")
 def requests(settings: Settings, host: str) -> None:
     """List the latest requests to a server, the newest first. With --quiet, print only their ids.
 

@@ -13,18 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelpack.cli.help import command
 from modelpack.cli.options import (
+    DOWNLOAD,
     Settings,
     common_options,
     model_argument,
     remote_options,
+    transfer_options,
     trust_options,
     variant_option,
 )
 from modelpack.cli.output import note, show_json
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
-from modelpack_server.cli.engine_options import engine_options, pull_draft
+from modelpack_server.cli.engine_options import (
+    ENGINE_HEADINGS,
+    MORE_OPTIONS,
+    engine_options,
+    pull_draft,
+)
 from modelpack_server.cli.load_display import LoadDisplay
 from modelpack_server.cli.model_sources import ModelSources
 from modelpack_server.pool.settings import DEFAULT_TEMPERATURE
@@ -36,7 +44,7 @@ if TYPE_CHECKING:
     from modelpack_server.repl.chat import Chat
 
 
-@click.command()
+@command(headings=ENGINE_HEADINGS, more=MORE_OPTIONS)
 @model_argument()
 @click.argument("prompt", nargs=-1)
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Generate at most this many tokens.")
@@ -59,6 +67,7 @@ if TYPE_CHECKING:
               help="Print times and tokens per second after each response.")  # fmt: skip
 @engine_options
 @remote_options
+@transfer_options(*DOWNLOAD)
 @trust_options
 @variant_option
 @common_options

@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from modelpack.cli.help import CommandWithHeadings
+from modelpack.cli.help import command
 from modelpack.cli.options import (
+    DOWNLOAD,
+    SIZE,
     Settings,
     common_options,
     model_names,
-    parse_size,
     remote_options,
     tls_options,
+    transfer_options,
     trust_options,
     variant_option,
 )
@@ -32,7 +34,12 @@ from modelpack.cli.output import human_size, note, request_log, show_error, show
 from modelpack.deploy.local_server import PORT
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
-from modelpack_server.cli.engine_options import engine_options, pull_draft
+from modelpack_server.cli.engine_options import (
+    ENGINE_HEADINGS,
+    MORE_OPTIONS,
+    engine_options,
+    pull_draft,
+)
 from modelpack_server.cli.gateway import announce, protection_options
 from modelpack_server.cli.load_display import LoadDisplay
 from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
@@ -174,18 +181,14 @@ def _given(ctx: click.Context) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@click.command(
-    cls=CommandWithHeadings,
+@command(
     headings={
         "--host": "Server",
         "--keys": "Access",
         "--preset": "Models and requests",
-        "--device": "Engine",
-        "--speculative-method": "Speculative decoding",
-        "--plain-http": "Registries",
-        "--verify-key": "Signatures and variants",
-        "--store": "All commands",
+        **ENGINE_HEADINGS,
     },
+    more=MORE_OPTIONS,
 )
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
@@ -203,7 +206,7 @@ def _given(ctx: click.Context) -> dict[str, Any]:
     "--keep-alive", metavar="TIME", default=DEFAULT_KEEP_ALIVE, show_default=True,
     help="Unload a model this long after its last use, unless it is a MODEL; -1: never.",
 )  # fmt: skip
-@click.option("--memory", metavar="SIZE",
+@click.option("--memory", metavar="SIZE", type=SIZE,
               help="Limit the memory of all models together, like 24GiB.")  # fmt: skip
 @click.option(
     "--runtime-flags", metavar="FLAGS",
@@ -226,6 +229,7 @@ def _given(ctx: click.Context) -> dict[str, Any]:
               help="Show admins the prompts and replies of recent requests.")  # fmt: skip
 @partial(engine_options, others=("vllm",))
 @remote_options
+@transfer_options(*DOWNLOAD)
 @trust_options
 @variant_option
 @common_options
@@ -240,7 +244,7 @@ def serve(
     log_format: LogFormat | None,
     preset: str | None,
     keep_alive: str,
-    memory: str | None,
+    memory: int | None,
     runtime_flags: str | None,
     tensor_parallel_size: int | None,
     allow_request_templates: bool,
@@ -273,7 +277,6 @@ def serve(
     chosen = ModelSettings(preset=preset, runtime_flags=_words(runtime_flags or ""))
     chosen.check()
     seconds = parse_keep_alive(keep_alive)
-    size = parse_size(memory) if memory else None
     engine = config()
     if engine.backend != "auto":
         remote = replace(remote, backend=engine.backend)
@@ -288,7 +291,7 @@ def serve(
         if isinstance(joined, int):
             return joined
         ranks = joined
-    budget = size or device_memory(engine)
+    budget = memory or device_memory(engine)
     start = time.monotonic()
     failures: list[ModelpackError] = []
 

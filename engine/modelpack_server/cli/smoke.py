@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelpack.artifacts.reference import is_model_id
+from modelpack.cli.help import command
 from modelpack.cli.options import (
+    DOWNLOAD,
     Settings,
     common_options,
     model_argument,
     remote_options,
+    transfer_options,
     trust_options,
     variant_option,
 )
@@ -23,7 +26,12 @@ from modelpack.cli.output import note, show_json, shown_progress
 from modelpack.cli.trust import private_key
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
-from modelpack_server.cli.engine_options import engine_options, pull_draft
+from modelpack_server.cli.engine_options import (
+    ENGINE_HEADINGS,
+    MORE_OPTIONS,
+    engine_options,
+    pull_draft,
+)
 
 if TYPE_CHECKING:
     from modelpack.artifacts.model import Model
@@ -78,7 +86,7 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
     }
 
 
-@click.command()
+@command(headings=ENGINE_HEADINGS, more=MORE_OPTIONS)
 @model_argument()
 @click.option("--prompt", default="What is the capital of France?", show_default=True,
               help="Send this prompt.")  # fmt: skip
@@ -102,6 +110,7 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
               help="With --attest: attach to the model in the local store.")  # fmt: skip
 @engine_options
 @remote_options
+@transfer_options(*DOWNLOAD)
 @trust_options
 @variant_option
 @common_options
