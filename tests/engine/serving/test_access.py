@@ -81,6 +81,7 @@ INFERENCE: list[tuple[str, dict[str, Any]]] = [
         ("/completions", {"prompt": "hi"}),
         ("/embeddings", {"input": "hi"}),
         ("/responses", {"input": "hi"}),
+        ("/responses", {"input": "hi", "background": True}),
         ("/responses/input_tokens", {"input": "hi"}),
         ("/tokenize", {"prompt": "hi"}),
         ("/detokenize", {"tokens": [1]}),

@@ -285,6 +285,21 @@ def test_the_prefix_cache_is_no_oracle(house: House, asked: tuple[str, Any]) -> 
     assert cached_tokens(house.bob, *asked) > 0
 
 
+def test_the_prefix_cache_is_no_oracle_for_background_responses(house: House) -> None:
+    def cached(client: httpx.Client) -> int:
+        name = respond(client, f"background: {SECRET}", background=True).json()["id"]
+        path = f"/v1/responses/{name}"
+        wait_until(lambda: client.get(path).json()["usage"] is not None, "the response")
+        usage = client.get(path).json()["usage"]
+        return int(usage["input_tokens_details"]["cached_tokens"])
+
+    # The beginning of the prompt is that of other tests.
+    first, bobs = cached(house.alice), cached(house.bob)
+    assert max(first, bobs) < len(SECRET) // 2
+    assert cached(house.alice) > len(SECRET) // 2
+    assert cached(house.bob) > len(SECRET) // 2
+
+
 @pytest.mark.long
 def test_the_prefix_cache_may_be_shared(tmp_path: Path) -> None:
     with direct(tmp_path, share_prefix_cache=True) as house:

@@ -9,8 +9,9 @@ import httpx
 import openai
 import pytest
 
-from modelpack_engine.errors import EngineError
+from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.outputs import FinishReason
+from modelpack_server.api.openai.responses.conversations import MAX_ITEMS, check_new
 from tests.engine.families.served import CALLER, PLAIN, THINKER, Served
 from tests.engine.serving.test_owners import direct
 
@@ -153,6 +154,14 @@ def test_a_conversation_that_is_deleted_meanwhile(served: Served, client: openai
     assert event.type == "response.completed"
     with pytest.raises(openai.NotFoundError, match="no such conversation"):
         client.responses.create(model=PLAIN, input="b", conversation=name)
+
+
+def test_items_of_a_conversation_are_limited() -> None:
+    before = [{"id": str(number)} for number in range(MAX_ITEMS - 1)]
+    check_new(before, [{"id": "last"}], "items")
+    with pytest.raises(RequestError, match="would have 10001 items, the limit is 10000") as caught:
+        check_new(before, [{"id": "a"}, {"id": "b"}], "items")
+    assert caught.value.param == "items"
 
 
 BAD_CONVERSATIONS: list[tuple[Any, str | None]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from modelpack_engine.errors import RequestError
+from modelpack_server.api.openai.responses.event_log import EventLog
 from modelpack_server.api.openai.responses.memory import ResponseMemory
 
 
@@ -216,6 +218,24 @@ def test_a_conversation_that_would_be_too_large_stays_as_it_is() -> None:
     assert kept.items == ({"id": "in_b"},)
     assert memory.find(None, "a") is not None
     assert len(memory) == 2
+
+
+def test_the_events_of_a_stream_count() -> None:
+    async def log_of(size: int) -> EventLog:
+        log = EventLog()
+        log.add(["x" * size])
+        return log
+
+    memory = ResponseMemory(max_bytes=20_000)
+    memory.add(None, response("a"), (), own("a"), asyncio.run(log_of(8000)))
+    memory.add(None, response("b"), (), own("b"), asyncio.run(log_of(40_000)))
+    assert memory.find(None, "b") is None
+    kept = memory.find(None, "a")
+    assert kept is not None
+    assert kept.events is not None
+    for name in "cd":
+        memory.add(None, response(name), (), own(name), asyncio.run(log_of(8000)))
+    assert memory.find(None, "a") is None
 
 
 def test_conversations_are_limited_with_responses() -> None:
