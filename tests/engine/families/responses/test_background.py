@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from modelpack_server.api.openai.responses.event_log import EventLog
 from modelpack_server.api.openai.responses.replies import Reply
 from modelpack_server.api.openai.responses.requests import ResponseRequest
 from tests.engine.families.served import PLAIN, Served, serving
+from tests.scenarios.processes import wait_until
 
 RUNNING = ("queued", "in_progress")
 
@@ -33,12 +33,8 @@ def begin(client: openai.OpenAI, **fields: Any) -> Any:
 
 def until(client: openai.OpenAI, name: str, reached: Callable[[Any], bool]) -> Any:
     """Poll a response, as clients do, until `reached` is true of it."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        found = client.responses.retrieve(name)
-        if reached(found):
-            return found
-    raise AssertionError(f"the response is still {found.status}")
+    wait_until(lambda: reached(client.responses.retrieve(name)), "the status of a response")
+    return client.responses.retrieve(name)
 
 
 def ended(client: openai.OpenAI, name: str) -> Any:
@@ -130,10 +126,7 @@ def test_deleting_cancels(served: Served, client: openai.OpenAI) -> None:
             with pytest.raises(openai.NotFoundError):
                 call(made.id)
         engine = served.engines[PLAIN]
-        deadline = time.monotonic() + 30
-        while engine._tasks and time.monotonic() < deadline:
-            client.models.list()
-        assert not engine._tasks
+        wait_until(lambda: not engine._tasks, "the end of the request")
 
 
 def test_a_client_that_leaves_comes_back(served: Served, client: openai.OpenAI) -> None:
@@ -239,11 +232,9 @@ def test_stopping_the_server_cancels_at_once() -> None:
             until(client, made.id, lambda found: found.status == "in_progress")
             stream = begin(client, stream=True)
             kinds = [next(stream).type]
-            began = time.monotonic()
             served.stop()
-            assert time.monotonic() - began < 15  # running requests have 30 s
             kinds += [event.type for event in stream]
-    assert kinds[-1] == "response.cancelled"
+    assert kinds[-1] == "response.cancelled"  # otherwise the stream is cut after 30 s
 
 
 # Without a server
