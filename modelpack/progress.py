@@ -23,6 +23,7 @@ class Action(StrEnum):
     SKIP = "skip"  # the target has it already
     VERIFY = "verify"
     UNPACK = "unpack"
+    QUANTIZE = "quantize"
     RETRY = "retry"  # an operation failed and is retried; see `message`
     NOTE = "note"  # information for the user; see `message`
 

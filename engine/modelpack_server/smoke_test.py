@@ -6,7 +6,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from modelpack_server.tool_parsers.parts import Reasoning, Text
 
 if TYPE_CHECKING:
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+    from modelpack_engine.models.load_progress import LoadProgress
 
 PROMPT = "What is the capital of France?"
 
@@ -116,8 +117,11 @@ def smoke_test(
     min_tokens_per_second: float | None = None,
     max_tokens: int = 64,
     remote: RemoteOptions | None = None,
+    on_progress: Callable[[str, LoadProgress | None], None] | None = None,
 ) -> SmokeReport:
     """Load the model `name` of the store, ask it once, greedily, and check the answer.
+
+    `on_progress` gets the model's name and how far its load is.
 
     Where `remote` says who is trusted, the model has to be signed.
 
@@ -141,7 +145,7 @@ def smoke_test(
     )  # fmt: skip
     start = time.perf_counter()
     try:
-        with LocalModels(catalogue, config) as models:
+        with LocalModels(catalogue, config, on_progress) as models:
             model = models.load(name)
             report = replace(report, load_seconds=time.perf_counter() - start)
             return models.call(_try(model, report, pattern, min_tokens_per_second, max_tokens))

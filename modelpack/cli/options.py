@@ -111,7 +111,7 @@ _COMMON: Final = {
     "quiet": _common_option("-q", "--quiet", is_flag=True, help="Do not show progress or notes."),
     "progress": _common_option(
         "--progress", type=click.Choice(["auto", "bars", "plain", "none"]),
-        help="Show progress in this form. [default: bars on a terminal, otherwise only notes]",
+        help="Show progress in this form. [default: bars on a terminal, else a line every 5 s]",
     ),
     "debug": _common_option("--debug", is_flag=True, help="Show tracebacks."),
 }  # fmt: skip

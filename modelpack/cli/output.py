@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -118,7 +118,9 @@ _VERBS = {
     Action.SKIP: "Exists",
     Action.VERIFY: "Verifying",
     Action.UNPACK: "Unpacking",
+    Action.QUANTIZE: "Quantising",
 }
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextmanager
@@ -133,7 +135,7 @@ def shown_progress(settings: Settings) -> Iterator[ProgressCallback]:
         with _bars() as bars:
             yield _bar_display(bars)
     else:
-        yield partial(_show_line, mode == "plain")
+        yield LineDisplay(every_file=mode == "plain")
 
 
 @contextmanager
@@ -159,13 +161,34 @@ def request_log(settings: Settings, formatter: logging.Formatter | None = None) 
             logger.setLevel(level)
 
 
-def _show_line(plain: bool, progress: Progress) -> None:
-    """Print a line for a note and, if `plain`, for a finished file or blob."""
-    if progress.action in (Action.NOTE, Action.RETRY):
-        click.echo(_message(progress), err=True)
-    elif plain and progress.finished:
-        name = one_line(progress.name)
-        click.echo(f"{_VERBS[progress.action]} {name}: {progress.completed} bytes", err=True)
+class LineDisplay:
+    """A progress callback that prints lines: for each note, and for a file every few seconds.
+
+    A call that is quicker shows only notes and, with `every_file`, each finished file or blob.
+    """
+
+    def __init__(self, *, every_file: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_file = every_file
+        self._clock = clock
+        self._due = clock() + _SECONDS_BETWEEN_LINES
+
+    def __call__(self, progress: Progress) -> None:
+        """Print a report, if it is time for one."""
+        if progress.action in (Action.NOTE, Action.RETRY):
+            click.echo(_message(progress), err=True)
+        elif progress.finished:
+            if self._every_file:
+                self._print(progress, f"{progress.completed} bytes")
+        elif self._clock() >= self._due:
+            done = human_size(progress.completed)
+            if progress.total:
+                percent = progress.completed * 100 // progress.total
+                done += f" of {human_size(progress.total)} ({percent} %)"
+            self._print(progress, done)
+            self._due = self._clock() + _SECONDS_BETWEEN_LINES
+
+    def _print(self, progress: Progress, done: str) -> None:
+        click.echo(f"{_VERBS[progress.action]} {one_line(progress.name)}: {done}", err=True)
 
 
 def _bar_display(bars: Bars) -> ProgressCallback:

@@ -30,6 +30,7 @@ from modelpack.operations.package import Packaged
 from modelpack.operations.package import package as package_model
 from modelpack.operations.remote import RemoteOptions, local_reference
 from modelpack.plugins import load_function
+from modelpack.progress import Action, Progress, ProgressCallback
 from modelpack.store.layout import LayoutStore
 
 # Packaging reports files that cannot be read, with the exit code of a denied permission.
@@ -115,11 +116,11 @@ def package(
         raise UsageError("--push cannot be combined with --dry-run")
     where = full_reference(settings, reference)
     with ExitStack() as stack:
-        if quantize is not None:
-            directory = stack.enter_context(TemporaryDirectory(prefix="modelpack-quantized-"))
-            inputs["safetensors_dir"] = _quantized(settings, inputs, quantize, Path(directory))
-        request = PackageRequest(**inputs)
         progress = stack.enter_context(shown_progress(settings))
+        if quantize is not None:
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="modelpack-quantized-")))
+            inputs["safetensors_dir"] = _quantized(settings, inputs, quantize, directory, progress)
+        request = PackageRequest(**inputs)
         made = package_model(
             where,
             request,
@@ -141,7 +142,13 @@ def package(
     show(settings, _result(made), str(made.digest))
 
 
-def _quantized(settings: Settings, inputs: dict[str, Any], quantize: str, directory: Path) -> Path:
+def _quantized(
+    settings: Settings,
+    inputs: dict[str, Any],
+    quantize: str,
+    directory: Path,
+    progress: ProgressCallback,
+) -> Path:
     """Return the directory of the quantised model, in `directory`."""
     source: Path | None = inputs["safetensors_dir"]
     if source is None or inputs["gguf"] or inputs["dduf"]:
@@ -159,8 +166,16 @@ def _quantized(settings: Settings, inputs: dict[str, Any], quantize: str, direct
             hint="run pip install 'modelpack[engine]'",
         ) from None
     assert quantize_directory is not None, "registered by this distribution"
+
+    def made(completed: int, total: int) -> None:
+        progress(Progress(Action.QUANTIZE, source.name, None, completed, total))
+
     done = quantize_directory(
-        source, directory, bits=_BITS[quantize], follow_symlinks=inputs["follow_symlinks"]
+        source,
+        directory,
+        bits=_BITS[quantize],
+        follow_symlinks=inputs["follow_symlinks"],
+        progress=made,
     )
     sizes = f"{human_size(done.before)} to {human_size(done.after)}"
     note(settings, f"quantised {plural(done.modules, 'module')} to {done.bits} bits: {sizes}")

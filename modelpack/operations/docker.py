@@ -91,7 +91,13 @@ def export_to_docker(
                 hint="run modelpack tag ID NAME",
             )
         for reference in references:
-            docker.write_model(raw, lambda blob: store.blob_path(blob.digest), reference, link=link)
+            docker.write_model(
+                raw,
+                lambda blob: store.blob_path(blob.digest),
+                reference,
+                link=link,
+                watch=watch,
+            )
         if link:
             store.note_links(blob.digest for blob in manifest.blobs)
         exchanged.append(Exchanged(descriptor.digest, tuple(str(ref) for ref in references)))

@@ -32,7 +32,8 @@ from modelpack.errors import (
     StoreError,
     UnsafePathError,
 )
-from modelpack.storage import BlobSource
+from modelpack.progress import Action, Progress
+from modelpack.storage import BlobSource, Watch, watching
 from modelpack.store import lookup
 from modelpack.store.blobs import StoredBlob, read_verified
 from modelpack.store.file_copy import (
@@ -216,6 +217,7 @@ class DockerStore:
         reference: Reference | None,
         *,
         link: bool = True,
+        watch: Watch | None = None,
     ) -> Descriptor:
         """Add a model and tag it; another model that has this tag loses it.
 
@@ -230,7 +232,7 @@ class DockerStore:
             try:
                 for blob in manifest.unique_blobs:
                     if not self._holds(blob):
-                        self._add_blob(blob, blob_path(blob), link=link)
+                        self._add_blob(blob, blob_path(blob), link, watch or watching(None))
                         new.append(blob.digest)
                 if not self._place("manifests", manifest.digest).exists():
                     self._replace(self._place("manifests", manifest.digest), raw)
@@ -298,31 +300,40 @@ class DockerStore:
         path = self._place("blobs", descriptor.digest)
         return path.is_file() and path.stat().st_size == descriptor.size
 
-    def _add_blob(self, descriptor: Descriptor, source: Path, *, link: bool) -> None:
+    def _add_blob(self, descriptor: Descriptor, source: Path, link: bool, watch: Watch) -> None:
+        name = descriptor.filepath or descriptor.digest.short
+
+        def seen(done: int) -> None:
+            watch.stop.check()
+            report = Progress(Action.COPY, name, descriptor.digest, done, descriptor.size)
+            watch.report(report)
+
         final = self._place("blobs", descriptor.digest)
         staged = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
         with map_os_errors("write", final):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 if link and _linked(source, staged):
-                    got = hash_file(staged, descriptor.digest.algorithm)
+                    got = hash_file(staged, descriptor.digest.algorithm, seen)
                 else:
-                    got = self._copied(descriptor, source, staged)
+                    got = self._copied(descriptor, source, staged, seen)
                 descriptor.digest.check_equal(got, str(source))
                 os.replace(staged, final)
             finally:
                 staged.unlink(missing_ok=True)
 
-    def _copied(self, descriptor: Descriptor, source: Path, staged: Path) -> Digest:
+    def _copied(
+        self, descriptor: Descriptor, source: Path, staged: Path, seen: Callable[[int], None]
+    ) -> Digest:
         hasher = descriptor.digest.hasher()
         with source.open("rb", buffering=0) as reader, staged.open("xb", buffering=0) as writer:
             if clone(reader.fileno(), writer.fileno()):
-                read_and_hash(reader.fileno(), hasher, lambda _: None)
+                read_and_hash(reader.fileno(), hasher, seen)
             else:
                 check_room(self.root, descriptor.size, str(descriptor.digest))
                 hashing = Hashing(hasher, descriptor.size)
                 fill = fill_from(reader.fileno())
-                copy_and_hash(fill, writer.fileno(), staged, hashing, lambda _: None)
+                copy_and_hash(fill, writer.fileno(), staged, hashing, seen)
             os.fchmod(writer.fileno(), 0o644)
             os.fsync(writer.fileno())
         return Digest.of_hasher(hasher)

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,17 @@ class Quantized:
 
 
 def quantize_directory(
-    source: Path, target: Path, *, bits: int, follow_symlinks: bool = False
+    source: Path,
+    target: Path,
+    *,
+    bits: int,
+    follow_symlinks: bool = False,
+    progress: Callable[[int, int], None] = lambda _made, _total: None,
 ) -> Quantized:
     """Quantise the model in `source` to `bits` (4 or 8) per weight, in an empty directory.
 
-    Other files are copied. The same files and versions of MLX give the same bytes. Raises
+    Other files are copied. The same files and versions of MLX give the same bytes. `progress` gets
+    the bytes of quantised weights that are made, and of all. Raises
     `UsageError` for weights that are not safetensors or are quantised already, and `ModelLoadError`
     for an architecture that mlx-lm does not have.
     """
@@ -83,7 +89,7 @@ def quantize_directory(
     # As mlx-lm's own `save` does.
     keeps_vision = "vision_tower" in getattr(model, "model", {})
     save_config(config, target / "config.json", keep_vision_config=keeps_vision)
-    after = _save(weights, target)
+    after = _save(weights, target, progress)
     return Quantized(bits, modules, before, after)
 
 
@@ -102,16 +108,21 @@ def _quiet() -> Iterator[None]:
             os.environ[_NO_ADVICE] = advice
 
 
-def _save(weights: dict[str, Any], target: Path) -> int:
+def _save(weights: dict[str, Any], target: Path, progress: Callable[[int, int], None]) -> int:
     shards = _shards(weights)
+    total = sum(array.nbytes for array in weights.values())
+    made = 0
     where: dict[str, str] = {}
     size = 0
     for number, names in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         path = target / (name if len(shards) > 1 else "model.safetensors")
-        mx.save_safetensors(
-            str(path), {key: weights.pop(key) for key in names}, metadata={"format": "mlx"}
-        )
+        shard = {key: weights.pop(key) for key in names}
+        for array in shard.values():
+            mx.eval(array)  # reads and quantises one weight; saving would do all of them at once
+            made += array.nbytes
+            progress(made, total)
+        mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
         where |= dict.fromkeys(names, path.name)
         size += path.stat().st_size
     if len(shards) > 1:

@@ -186,6 +186,7 @@ def _address(settings: Settings, target: str, options: Sequence[str]) -> Iterato
     with shown_progress(settings) as progress:
         remote = RemoteOptions(trust=Trust.from_environment())  # the server applies the same policy
         find_model(target, store, pull=True, remote=remote, watch=watching(progress))
+    note(settings, f"starting a server for {target}")
     with served(target, ["--store", str(store.root), *options]) as url:
         yield url
 

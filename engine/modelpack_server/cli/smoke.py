@@ -32,6 +32,7 @@ from modelpack_server.cli.engine_options import (
     engine_options,
     pull_draft,
 )
+from modelpack_server.cli.load_display import LoadDisplay
 
 if TYPE_CHECKING:
     from modelpack.artifacts.model import Model
@@ -144,7 +145,7 @@ def smoke(
         del opened  # smoke_test loads the stored files itself
         report = smoke_test(
             model, store, engine, prompt=prompt, expect=expect, min_tokens_per_second=min_tps,
-            max_tokens=max_tokens, remote=remote,
+            max_tokens=max_tokens, remote=remote, on_progress=LoadDisplay(settings).report,
         )  # fmt: skip
     show_json(report.to_json())
     if junit is not None:

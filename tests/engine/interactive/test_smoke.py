@@ -13,8 +13,10 @@ from modelpack.operations.lookup import stored_model
 from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.models.load_progress import LoadProgress
 from modelpack_server.cli.smoke import junit_xml
-from modelpack_server.smoke_test import Check, SmokeReport, check_text, check_vector
+from modelpack_server.smoke_test import Check, SmokeReport, check_text, check_vector, smoke_test
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
 from tests.engine.embedding.models import write_model
@@ -99,6 +101,18 @@ def test_a_model_that_writes_bytes_at_random_fails(store: LayoutStore, tmp_path:
     assert {"expected", "speed", "printable"} <= wrong
     suite = ElementTree.parse(tmp_path / "junit.xml").getroot()
     assert {case.attrib["name"] for case in suite if case.find("failure") is not None} == wrong
+
+
+def test_the_load_is_reported(store: LayoutStore) -> None:
+    reports: list[tuple[str, LoadProgress | None]] = []
+    config = EngineConfig(device="cpu", kv_cache_bytes=50_000_000)
+    smoke_test(
+        "team/tiny", store, config, max_tokens=1,
+        on_progress=lambda name, progress: reports.append((name, progress)),
+    )  # fmt: skip
+    assert {name for name, _ in reports} == {"team/tiny"}
+    assert reports[-1][1] is None
+    assert any(progress is not None and progress.warming_up for _, progress in reports)
 
 
 @pytest.mark.long

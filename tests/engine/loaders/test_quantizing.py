@@ -95,8 +95,16 @@ def test_large_weights_are_sharded(
 ) -> None:
     monkeypatch.setattr(quantizing, "SHARD_BYTES", 30_000)
     target = tmp_path / "target"
-    quantize_directory(source, target, bits=4)
+    reports: list[tuple[int, int]] = []
+    done = quantize_directory(
+        source, target, bits=4, progress=lambda made, total: reports.append((made, total))
+    )
     assert len(list(target.glob("*.safetensors"))) > 2
+    assert reports == sorted(reports)
+    [total] = {total for _, total in reports}
+    assert len(reports) > 2
+    assert reports[-1] == (total, total)
+    assert total < done.after  # which counts the headers of the files too
     request = modelpack.PackageRequest(safetensors_dir=target)
     modelpack.package("x/y", request, dry_run=True, store=modelpack.Store(tmp_path / "store"))
     whole = load(ModelFiles.from_directory(target), device="cpu", dense=False)

@@ -1,0 +1,59 @@
+"""Progress off a terminal: lines every few seconds, and none for what is quick."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelpack.cli.output import LineDisplay
+from modelpack.progress import Action, Progress
+
+GB = 10**9
+
+
+def lines(
+    capsys: pytest.CaptureFixture[str], reports: list[tuple[float, Progress]], *, every_file: bool
+) -> list[str]:
+    """Return what the display prints for reports, each at its second."""
+    now = 0.0
+    display = LineDisplay(every_file=every_file, clock=lambda: now)
+    for at, report in reports:
+        now = at
+        display(report)
+    return capsys.readouterr().err.splitlines()
+
+
+def stored(completed: int, name: str = "a.gguf") -> Progress:
+    return Progress(Action.IMPORT, name, None, completed, 4 * GB)
+
+
+@pytest.mark.parametrize(
+    ("reports", "every_file", "shown"),
+    [
+        ([(0, stored(0)), (4.9, stored(3 * GB)), (4.95, stored(4 * GB))], False, []),
+        ([(0, stored(0)), (4.9, stored(3 * GB)), (4.95, stored(4 * GB))], True,
+         ["Storing a.gguf: 4000000000 bytes"]),
+        ([(1, stored(0)), (5, stored(GB)), (6, stored(2 * GB)), (10, stored(3 * GB))], False,
+         ["Storing a.gguf: 1.00 GB of 4.00 GB (25 %)",
+          "Storing a.gguf: 3.00 GB of 4.00 GB (75 %)"]),
+        # Many small files that together take long are shown too.
+        ([(float(i), stored(GB, f"{i}.gguf")) for i in range(12)], False,
+         ["Storing 5.gguf: 1.00 GB of 4.00 GB (25 %)",
+          "Storing 10.gguf: 1.00 GB of 4.00 GB (25 %)"]),
+        ([(7, Progress(Action.FETCH, "b", None, GB))], False, ["Fetching b: 1.00 GB"]),
+        ([(0, Progress(Action.NOTE, message="skipped x"))], False, ["note: skipped x"]),
+    ],
+    ids=["quick", "every file", "long", "many files", "unknown size", "note"],
+)  # fmt: skip
+def test_lines(
+    capsys: pytest.CaptureFixture[str],
+    reports: list[tuple[float, Progress]],
+    every_file: bool,
+    shown: list[str],
+) -> None:
+    assert lines(capsys, reports, every_file=every_file) == shown
+
+
+def test_every_action_has_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    for action in set(Action) - {Action.NOTE, Action.RETRY}:
+        [line] = lines(capsys, [(0, Progress(action, "x", None, 1, 1))], every_file=True)
+        assert line.endswith(" x: 1 bytes")
