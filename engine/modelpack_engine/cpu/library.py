@@ -1,0 +1,152 @@
+"""The C++ library (native/): its functions, structures and threads, by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_size_t, c_void_p
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Rows of a matrix in a tile; columns in a group of codes.
+TILE, GROUP = 16, 32
+
+
+class Source(IntEnum):
+    """The layouts of weights in files."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    Q4_0 = 3
+    Q4_1 = 4
+    Q5_0 = 5
+    Q8_0 = 6
+    Q4_K = 7
+    Q6_K = 8
+    F32_AS_INT8 = 9
+
+
+class Code(IntEnum):
+    """The operations of a program."""
+
+    EMBED = 0
+    MULTIPLY = 1
+    ROTATE = 2
+    ATTEND = 3
+    NORM = 4
+    ADD = 5
+    SELECT = 6
+    SOFTCAP = 7
+
+
+class Ending(IntEnum):
+    """What a multiplication does with its products."""
+
+    STORE = 0
+    ADD = 1
+    GATED = 2
+
+
+class CacheType(IntEnum):
+    """The type of keys and values."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+
+
+class Operation(Structure):
+    """One operation; native/program.cpp says which fields each uses."""
+
+    _fields_ = (
+        ("code", c_int32), ("input", c_int32), ("output", c_int32), ("ending", c_int32),
+        ("activation", c_int32), ("rope", c_int32), ("pool", c_int32), ("cache", c_int32),
+        ("heads", c_int32), ("kv_heads", c_int32), ("dim", c_int32), ("window", c_int32),
+        ("scale", c_float), ("eps", c_float), ("softcap", c_float), ("unused", c_float),
+        ("matrix", c_void_p * 3), ("bias", c_void_p * 3),
+        ("norm", c_void_p), ("second_norm", c_void_p), ("sinks", c_void_p),
+    )  # fmt: skip
+
+
+class RopeTable(Structure):
+    _fields_ = (
+        ("dims", c_int32), ("traditional", c_int32), ("scale", c_float), ("unused", c_float),
+        ("frequencies", c_void_p),
+    )  # fmt: skip
+
+
+class Span(Structure):
+    _fields_ = (("row", c_int32), ("length", c_int32), ("table", c_void_p))
+
+
+class Step(Structure):
+    _fields_ = (
+        ("rows", c_int32), ("spans", c_int32), ("sampled", c_int32), ("block_size", c_int32),
+        ("tokens", c_void_p), ("positions", c_void_p), ("slots", c_void_p),
+        ("sample_rows", c_void_p), ("span", POINTER(Span)), ("pools", POINTER(c_void_p)),
+        ("logits", c_void_p),
+    )  # fmt: skip
+
+
+def path() -> Path:
+    """Return where the library is, if it was built."""
+    return Path(os.environ.get("MP_LIB") or Path(__file__).parent / "libmodelpack_cpu.so")
+
+
+@cache
+def library() -> Any:
+    """Return the library, with its threads started; None if it was not built."""
+    try:
+        found = ctypes.CDLL(str(path()))
+    except OSError:
+        return None
+    found.mp_start.argtypes = (c_int,)
+    found.mp_kernels.restype = c_char_p
+    found.mp_use_kernels.argtypes = (c_char_p,)
+    found.mp_matrix_new.argtypes = (c_int, c_int, c_int, c_void_p)
+    found.mp_matrix_new.restype = c_void_p
+    found.mp_matrix_bytes.argtypes = (c_void_p,)
+    found.mp_matrix_bytes.restype = c_size_t
+    found.mp_matrix_row.argtypes = (c_void_p, c_int, c_void_p)
+    found.mp_matrix_free.argtypes = (c_void_p,)
+    found.mp_program_new.argtypes = (
+        c_void_p, c_int, c_void_p, c_int, c_void_p, c_int, c_int, c_int,
+    )  # fmt: skip
+    found.mp_program_new.restype = c_void_p
+    found.mp_program_free.argtypes = (c_void_p,)
+    found.mp_program_run.argtypes = (c_void_p, c_void_p)
+    found.mp_start(num_threads())
+    return found
+
+
+def num_threads() -> int:
+    if (given := os.environ.get("MP_THREADS")):
+        return int(given)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class Matrix:
+    """Weights [rows, columns], packed for the processor."""
+
+    def __init__(self, source: Source, rows: int, columns: int, data: NDArray[Any]) -> None:
+        self.rows, self.columns = rows, columns
+        lib = library()
+        assert data.flags.c_contiguous
+        self.pointer = lib.mp_matrix_new(source, rows, columns, data.ctypes.data)
+        if not self.pointer:
+            raise ValueError((source, rows, columns))
+        weakref.finalize(self, lib.mp_matrix_free, self.pointer)
+        self.nbytes = int(lib.mp_matrix_bytes(self.pointer))
+
+    def row(self, index: int) -> NDArray[np.float32]:
+        out = np.empty(self.columns, np.float32)
+        library().mp_matrix_row(self.pointer, index, out.ctypes.data)
+        return out
