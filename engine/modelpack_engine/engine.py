@@ -13,6 +13,8 @@ Masks need the tokens of N before they can allow tokens for N + 1. A step with a
 without its sampling: the host computes the masks during the forward pass, and launches the sampling
 last.
 
+The library for CPUs computes a step while it is built; its tokens are emitted in the same step.
+
 Speculation needs the tokens of N before it can propose tokens for N + 1. If proposals are likely, N
 is collected before N + 1 is scheduled. The step that verifies proposals is collected early as well.
 """
@@ -23,7 +25,6 @@ from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
 
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.core.batch import build_batch
@@ -34,6 +35,7 @@ from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.runner.base_engine import BaseEngine
+from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu, step_memory
 from modelpack_engine.runner.kv_offload import open_offload
 from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_type
@@ -87,7 +89,7 @@ class Engine(BaseEngine):
         self.weight_bytes = loaded.weight_bytes + (drafting.loaded.weight_bytes if drafting else 0)
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
         self.memory_bytes = self.weight_bytes + self.kv_cache_bytes + self._sizes.step_bytes
-        self._runner = self._make_runner(loaded.model)
+        self._runner = self._make_runner(loaded, layout)
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(
             self._sizes.num_blocks,
@@ -133,6 +135,8 @@ class Engine(BaseEngine):
             self._launch(scheduled)
         self._emit(result)
         self._in_flight = self._finish_launch(scheduled)
+        if self._runner.computes_at_once:
+            self._emit(self._collect())
         return self._outputs.take_events()
 
     def fail_all(self, message: str) -> list[RequestEvent]:
@@ -168,8 +172,18 @@ class Engine(BaseEngine):
             step_memory=self._step_memory,
         )
 
-    def _make_runner(self, model: Module) -> ModelRunner:
-        return make_engine_runner(model, self._sizes, self.config)
+    def _make_runner(self, loaded: LoadedModel, layout: ModelLayout | None) -> ModelRunner:
+        if loaded.packed is None:
+            return make_engine_runner(loaded.model, self._sizes, self.config)
+        assert layout is not None, "packed models have a KV cache"
+        return CpuRunner(
+            loaded.model,
+            loaded.packed,
+            layout,
+            num_blocks=self._sizes.num_blocks,
+            block_size=self.config.block_size,
+            max_rows=self._sizes.max_num_batched_tokens,
+        )
 
     def _sample(self, logits: mx.array, rows: Tokens[SampleRow]) -> Sampled:
         return self._sampler.sample(logits, rows)

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpack_engine.errors import OutOfMemoryError
+from modelpack_engine.platform.device import usable_processors
+
 #: Rows of a matrix in a tile; columns in a group of codes.
 TILE, GROUP = 16, 32
 
@@ -75,7 +78,9 @@ class Operation(Structure):
     )  # fmt: skip
 
 
-class RopeTable(Structure):
+class Rope(Structure):
+    """A rotation: angle = position * frequencies[i], then cosine and sine times `scale`."""
+
     _fields_ = (
         ("dims", c_int32), ("traditional", c_int32), ("scale", c_float), ("unused", c_float),
         ("frequencies", c_void_p),
@@ -83,10 +88,14 @@ class RopeTable(Structure):
 
 
 class Span(Structure):
+    """`length` rows from `row` on, of a sequence with this block table."""
+
     _fields_ = (("row", c_int32), ("length", c_int32), ("table", c_void_p))
 
 
 class Step(Structure):
+    """The inputs of a step, int32; its logits go to `logits`, float32 [sampled, vocabulary]."""
+
     _fields_ = (
         ("rows", c_int32), ("spans", c_int32), ("sampled", c_int32), ("block_size", c_int32),
         ("tokens", c_void_p), ("positions", c_void_p), ("slots", c_void_p),
@@ -95,16 +104,14 @@ class Step(Structure):
     )  # fmt: skip
 
 
-def path() -> Path:
-    """Return where the library is, if it was built."""
-    return Path(os.environ.get("MP_LIB") or Path(__file__).parent / "libmodelpack_cpu.so")
+PATH = Path(__file__).parent / "libmodelpack_cpu.so"
 
 
 @cache
 def library() -> Any:
     """Return the library, with its threads started; None if it was not built."""
     try:
-        found = ctypes.CDLL(str(path()))
+        found = ctypes.CDLL(str(PATH))
     except OSError:
         return None
     found.mp_start.argtypes = (c_int,)
@@ -127,26 +134,39 @@ def library() -> Any:
 
 
 def num_threads() -> int:
-    if (given := os.environ.get("MP_THREADS")):
-        return int(given)
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    """Return the number of threads: the cores that this process may use.
+
+    A core often counts as two processors; the second adds little, as both share its dot products.
+    """
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    cores = set()
+    for number in processors:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            return usable_processors()
+    return max(1, min(len(cores), usable_processors()))
 
 
 class Matrix:
-    """Weights [rows, columns], packed for the processor."""
+    """Weights [rows, columns], copied into the layout that the processor's kernels read."""
 
     def __init__(self, source: Source, rows: int, columns: int, data: NDArray[Any]) -> None:
+        """`data` has the bytes of the rows, one after the other, in the layout `source`."""
+        assert data.flags.c_contiguous
         self.rows, self.columns = rows, columns
         lib = library()
-        assert data.flags.c_contiguous
         self.pointer = lib.mp_matrix_new(source, rows, columns, data.ctypes.data)
         if not self.pointer:
-            raise ValueError((source, rows, columns))
+            raise OutOfMemoryError(
+                f"weights of {rows} rows and {columns} columns ({source.name}) cannot be packed"
+            )
         weakref.finalize(self, lib.mp_matrix_free, self.pointer)
         self.nbytes = int(lib.mp_matrix_bytes(self.pointer))
 
     def row(self, index: int) -> NDArray[np.float32]:
+        """Return the values of a row, float32 [columns]."""
         out = np.empty(self.columns, np.float32)
         library().mp_matrix_row(self.pointer, index, out.ctypes.data)
         return out

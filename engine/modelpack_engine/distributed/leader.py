@@ -121,6 +121,7 @@ class LeadingRunner:
         #: Not with recurrent state: each rank has snapshots of its own, which are not synchronised.
         self.supports_prefix_cache = runner.can_go_back
         self.writes_in_place = runner.writes_in_place
+        self.computes_at_once = False
         self.pools, self.undo = runner.pools, runner.undo
         self.block_contents = runner.block_contents
 
@@ -193,7 +194,7 @@ class ParallelEngine(Engine):
             found.append(answer["num_blocks"])
         return fewer_blocks(own, min(found), self.config.block_size)
 
-    def _make_runner(self, model: Module) -> ModelRunner:
+    def _make_runner(self, loaded: LoadedModel, layout: ModelLayout | None) -> ModelRunner:
         sizes = self._sizes
         asked = self._ranks.ask(
             Kind.BUILD,
@@ -201,7 +202,7 @@ class ParallelEngine(Engine):
             max_model_len=sizes.max_model_len,
             max_num_batched_tokens=sizes.max_num_batched_tokens,
         )
-        runner = make_ordered_runner(model, sizes, self.config)
+        runner = make_ordered_runner(loaded.model, sizes, self.config)
         for rank, answer in enumerate(self._ranks.channel.gather(asked, tier=str), start=1):
             if answer["tier"] != runner.tier:
                 raise EngineError(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.models.loader import runs_packed
 from modelpack_engine.platform.device import usable_processors
 
 _log = logging.getLogger(__name__)
@@ -83,10 +84,10 @@ def choose_backend(
 ) -> Literal["mlx", "llama.cpp"]:
     """Return the backend of a model; raises `EngineError` if llama.cpp is required but cannot run.
 
-    The backend `auto` is llama.cpp for GGUF on a CPU if it is installed (its speed is in
-    benchmarks/results/cpu.md), and otherwise MLX.
+    The backend `auto` is llama.cpp for GGUF on a CPU if it is installed and our own kernels do not
+    know the architecture (speeds are in benchmarks/results/cpu.md), and otherwise MLX.
     """
-    if config.backend == "mlx":
+    if config.backend == "mlx" or runs_packed(files, config, device):
         return "mlx"
     lacking = _lacking(config)
     if config.backend == "auto":

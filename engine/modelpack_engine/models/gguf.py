@@ -20,11 +20,14 @@ import numpy.typing as npt
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 
+from modelpack_engine.cpu import program
+from modelpack_engine.cpu.library import Matrix
+from modelpack_engine.cpu.weights import PackedWeights, from_blocks, from_floats, unpackable
 from modelpack_engine.models import gguf_blocks, load_progress
 from modelpack_engine.models.gguf_architectures import Config, Hyperparameters, architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE
 from modelpack_engine.models.gguf_file import GGUFFile, GGUFTensor
-from modelpack_engine.models.load_budget import TensorBounds
+from modelpack_engine.models.load_budget import TensorBounds, checkpoint
 from modelpack_engine.models.precision import (
     Precision,
     available_memory,
@@ -203,6 +206,32 @@ class GGUFLoader:
         model.load_weights(list(arrays_of(plans, precision.dtype)), strict=False)
         self._set_rope_frequencies(model)
         return cast(Module, model)
+
+    def skeleton(self) -> Module | None:
+        """Return the model without weights if the library for CPUs can run it, else None."""
+        model = self._build()
+        self._set_rope_frequencies(model)
+        if program.why_not(model) is not None or unpackable(model) is not None:
+            return None
+        model.set_dtype(mx.float16)  # that of keys and values
+        return model
+
+    def packed(self) -> PackedWeights:
+        """Return all weights, packed as they are stored."""
+        matrices: dict[str, Matrix] = {}
+        vectors: dict[str, npt.NDArray[np.float32]] = {}
+        total, done = sum(self.file[name].raw.size for name in self._targets), 0
+        for name, (path, parameter) in self._targets.items():
+            checkpoint()
+            tensor, target = self.file[name], f"{path}.{parameter}"
+            if len(tensor.shape) == 1:
+                vectors[target] = np.ascontiguousarray(gguf_blocks.dense(tensor), np.float32)
+            else:
+                found = from_blocks(tensor.dtype, tensor.shape, tensor.raw)
+                matrices[target] = found or from_floats(gguf_blocks.dense(tensor))
+            done += tensor.raw.size
+            load_progress.read(done / total)
+        return PackedWeights(matrices, vectors)
 
     def _plan(
         self, tensor: GGUFTensor, path: str, parameter: str, module: Any, precision: Precision

@@ -13,6 +13,10 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from modelpack.artifacts.model import CHAT_TEMPLATE
+from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
+from modelpack_engine.cpu import program
+from modelpack_engine.cpu.library import library
+from modelpack_engine.cpu.weights import PackedWeights, unpackable
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.models import gguf_tokenizer, json_tokenizer, load_progress
 from modelpack_engine.models.chat_template import as_jinja
@@ -21,11 +25,13 @@ from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.gguf import GGUFLoader
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
 from modelpack_engine.models.load_progress import LoadCallback
+from modelpack_engine.models.model_config import normalised
 from modelpack_engine.models.precision import (
     Precision,
     dense_bytes,
     evaluate,
     fits,
+    pack,
     position_rows,
     unpack,
 )
@@ -56,7 +62,8 @@ class LoadedModel:
 
     `config` is the config of mlx-lm's class, `architecture` the name in the files
     (`general.architecture`, or `model_type`), `context_length` in tokens. `notes` tell the user
-    what differs from the files. All weights are in memory, in `weight_bytes` bytes.
+    what differs from the files. All weights are in memory, in `weight_bytes` bytes: in `packed` if
+    the library for CPUs runs the model, whose `model` then has only shapes; otherwise in `model`.
     """
 
     model: Module
@@ -66,6 +73,7 @@ class LoadedModel:
     context_length: int
     notes: tuple[str, ...]
     weight_bytes: int
+    packed: PackedWeights | None = None
 
 
 def load(
@@ -77,9 +85,13 @@ def load(
     requantize: bool = True,
     ignored_fields: Collection[str] = (),
     shard: Shard | None = None,
+    packed: bool = False,
     progress: LoadCallback | None = None,
 ) -> LoadedModel:
     """Load the model in `files`; nothing is written to disk. `progress` gets the bytes read.
+
+    With `packed`, the weights of a model that the library for CPUs can run go there as they are
+    stored; MLX does not compute with it. Other models are loaded as without it.
 
     On a CPU the default is dense float32, or quantised weights with float32 scales where memory
     is short. On a GPU weights stay packed, and the default dtype is that of the files (bfloat16
@@ -94,8 +106,25 @@ def load(
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu), load_progress.watched(progress):
         load_progress.begin(files.weights)
         if files.format == "gguf":
-            return _load_gguf(files, device, dtype, dense, requantize, shard)
-        return _load_safetensors(files, device, dtype, dense, ignored_fields, shard)
+            return _load_gguf(files, device, dtype, dense, requantize, shard, packed)
+        return _load_safetensors(files, device, dtype, dense, ignored_fields, shard, packed)
+
+
+def runs_packed(files: ModelFiles, config: EngineConfig, device: Device) -> bool:
+    """Return whether `load` should pack a model: the library for CPUs knows its architecture.
+
+    The backend `mlx` computes with MLX alone, and only MLX has a KV cache of 8 or 4 bits.
+    """
+    kind = parse_kv_cache_dtype(config.kv_cache_dtype)
+    if device != "cpu" or config.backend != "auto" or kind not in ("auto", "bf16", "fp16"):
+        return False
+    if library() is None or not files.weights:
+        return False
+    if files.format == "gguf":
+        name = GGUFFile.open(files.weights).metadata.text("general.architecture", "")
+    else:
+        name = normalised(read_config(files))["model_type"]
+    return name in program.MODELS
 
 
 def _load_gguf(
@@ -105,21 +134,28 @@ def _load_gguf(
     dense: bool | None,
     requantize: bool,
     shard: Shard | None,
+    packed: bool,
 ) -> LoadedModel:
     loader = GGUFLoader(GGUFFile.open(files.weights))
     notes = list(files.notes)
     tokenizer = gguf_tokenizer_of(files, loader.file.metadata)  # first: it is quick and may fail
-    if dtype is None:
-        dtype = mx.float32 if device == "cpu" else mx.bfloat16
-    if dense is None:
-        dense = device == "cpu" and fits(loader.dense_elements * dtype.size)
-        _note_density(notes, device, dense)
-    model = loader.load(Precision(dtype, dense, requantize))
+    weights = None
+    if packed and (model := loader.skeleton()) is not None:
+        weights = loader.packed()
+    else:
+        if dtype is None:
+            dtype = mx.float32 if device == "cpu" else mx.bfloat16
+        if dense is None:
+            dense = device == "cpu" and fits(loader.dense_elements * dtype.size)
+            _note_density(notes, device, dense)
+        model = loader.load(Precision(dtype, dense, requantize))
     limits = check_fields(loader.config, type(model))
     notes += limits.notes
     context = loader.config["max_position_embeddings"]
     context = min(context, limits.max_length or context)
-    return _loaded(model, loader.config, lambda: tokenizer, loader.name, context, notes, shard)
+    return _loaded(
+        model, loader.config, lambda: tokenizer, loader.name, context, notes, shard, weights
+    )
 
 
 def gguf_tokenizer_of(files: ModelFiles, metadata: Metadata | None = None) -> Tokenizer:
@@ -157,6 +193,7 @@ def _load_safetensors(
     dense: bool | None,
     ignored_fields: Collection[str],
     shard: Shard | None,
+    packed: bool,
 ) -> LoadedModel:
     config = read_config(files)
     # Tested while weights are read.
@@ -165,13 +202,16 @@ def _load_safetensors(
     named = config
     model, config, limits = load_safetensors(files, config, ignored_fields=ignored_fields)
     notes += limits.notes
-    if dtype is None and device == "cpu":
+    weights = None
+    if packed and unpackable(model) is None and program.why_not(model) is None:
+        weights = pack(model)
+    elif dtype is None and device == "cpu":
         dtype = mx.float32
-    if dense is None:
+    if dense is None and weights is None:
         dense = device == "cpu" and fits(dense_bytes(model, _FLOAT32_BYTES))
         if config.get("quantization"):
             _note_density(notes, device, dense)
-    if dtype is not None:
+    if dtype is not None and weights is None:
         model.set_dtype(dtype)
     if dense:
         left = unpack(model, dtype)
@@ -182,7 +222,9 @@ def _load_safetensors(
         notes.append(f"the config names no context length; {context} tokens are assumed")
     context = min(context, limits.max_length or context)
     make_tokenizer = partial(json_tokenizer.tokenizer_of, files, named)
-    return _loaded(model, config, make_tokenizer, config["model_type"], context, notes, shard)
+    return _loaded(
+        model, config, make_tokenizer, config["model_type"], context, notes, shard, weights
+    )
 
 
 def _loaded(
@@ -193,6 +235,7 @@ def _loaded(
     context_length: int,
     notes: list[str],
     shard: Shard | None,
+    packed: PackedWeights | None,
 ) -> LoadedModel:
     model.eval()
     if shard is not None:
@@ -200,9 +243,11 @@ def _loaded(
     rows = position_rows(model) or context_length
     if note := cuda_graphs.choose(model):
         notes = [*notes, note]
-    weight_bytes, tokenizer = evaluate(model), make_tokenizer()
-    length = min(context_length, rows)
-    return LoadedModel(model, config, tokenizer, architecture, length, tuple(notes), weight_bytes)
+    weight_bytes = evaluate(model) if packed is None else packed.nbytes
+    tokenizer, length = make_tokenizer(), min(context_length, rows)
+    return LoadedModel(
+        model, config, tokenizer, architecture, length, tuple(notes), weight_bytes, packed
+    )
 
 
 def _note_density(notes: list[str], device: Device, dense: bool) -> None:

@@ -30,6 +30,7 @@ class FallbackRunner:
     fused: Mapping[str, int] = {}
     supports_prefix_cache = can_go_back = writes_in_place = False
     snapshots = None
+    computes_at_once = False
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.patches import functions
 from modelpack_engine.platform.device import Staging, keep_freed_memory
 from modelpack_engine.platform.environment import uses_paged_attention
+from modelpack_engine.runner.cpu import CpuBlocks
 from modelpack_engine.runner.fallback import FallbackRunner
 from modelpack_engine.runner.kv_cache_size import Sizes
 from modelpack_engine.runner.model_layout import (
@@ -45,6 +46,9 @@ class ModelRunner(Protocol):
     staging: Staging
     #: How the model is run, and which faster ways were refused and why.
     notes: tuple[str, ...]
+
+    #: Whether the logits are computed when `forward` returns.
+    computes_at_once: bool
 
     @property
     def layout(self) -> ModelLayout | None:
@@ -103,7 +107,7 @@ class ModelRunner(Protocol):
     def scrub_slots(self, slots: list[int]) -> None:
         """Zero the keys and values of single tokens: rejected proposals whose logits were NaN."""
 
-    def block_contents(self) -> BlockContents | None:
+    def block_contents(self) -> BlockContents | CpuBlocks | None:
         """Return the access to the contents of blocks; None if there are no blocks."""
 
     def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:

@@ -284,6 +284,7 @@ class PagedRunner:
     """
 
     supports_prefix_cache = True
+    computes_at_once = False
 
     def __init__(
         self,

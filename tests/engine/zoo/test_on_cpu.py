@@ -1,0 +1,65 @@
+"""The library for CPUs generates the same tokens as mlx-lm, for all architectures that it runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelpack_engine.cpu import program
+from modelpack_engine.models.precision import pack
+from modelpack_engine.runner.cpu import CpuRunner
+from modelpack_engine.runner.model_layout import find_layout
+from tests.engine.zoo.catalogue import CATALOGUE
+from tests.engine.zoo.configuration import Configuration
+from tests.engine.zoo.driving import Setting
+from tests.engine.zoo.specimen import Specimen, make_specimen
+
+CONFIGURATIONS = [
+    configuration
+    for configuration in CATALOGUE
+    if configuration.architecture in program.MODELS and configuration.nested is None
+]
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS, ids=lambda configuration: configuration.id)
+def specimen(request: pytest.FixtureRequest) -> Specimen:
+    return make_specimen(request.param)
+
+
+def packed(configuration: Configuration, num_blocks: int = 64) -> CpuRunner:
+    model = configuration.build()
+    assert program.why_not(model) is None
+    layout = find_layout(model)
+    weights = pack(model)
+    return CpuRunner(model, weights, layout, num_blocks=num_blocks, block_size=16, max_rows=64)
+
+
+def test_all_architectures_are_in_the_zoo() -> None:
+    assert {configuration.architecture for configuration in CONFIGURATIONS} == set(program.MODELS)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(),
+        Setting(prefix_cache=False),
+        Setting(rows=64),
+        Setting(blocks=12),
+    ],
+    ids=["chunks", "no prefix cache", "whole prompts", "preempted"],
+)
+def test_tokens_are_those_of_mlx_lm(specimen: Specimen, setting: Setting) -> None:
+    runner = packed(specimen.configuration, setting.blocks)
+    driver = specimen.drive(setting, runner)
+    assert driver.tokens == specimen.reference.tokens
+    assert driver.scheduler.stats().cached_tokens >= (32 if setting == Setting() else 0)
+
+
+def test_other_weights_give_other_tokens(specimen: Specimen) -> None:
+    """A negative control: a norm that is not applied would be seen."""
+    model = specimen.configuration.build()
+    layout, weights = find_layout(model), pack(model)
+    for name, vector in weights.vectors.items():
+        if name.endswith("input_layernorm.weight"):
+            vector[:] = 1
+    runner = CpuRunner(model, weights, layout, num_blocks=64, block_size=16, max_rows=64)
+    assert specimen.drive(Setting(), runner).tokens != specimen.reference.tokens
