@@ -48,7 +48,8 @@ SchedulingPolicy = Literal["shortest-first", "fcfs"]
 class EngineConfig:
     """The settings of one engine. None stands for a default that depends on device and model.
 
-    `backend` "auto" is llama.cpp for GGUF models on a CPU if it is installed, otherwise MLX.
+    `backend` "auto" is, on a CPU, the library `modelpack_engine.cpu` for the architectures that it
+    knows, else llama.cpp for GGUF if it is installed; otherwise MLX.
 
     `max_num_batched_tokens` limits the rows of one step (default 2048 on a GPU, 256 on a CPU), and
     `max_prefill_chunk` those of one prompt, so that a long prompt does not delay running streams.

@@ -3,7 +3,8 @@
 A layer is six operations: queries, keys and values in one multiplication, their rotation and the
 write to the cache, attention, its output added to the residual stream, gate and up with the
 activation between them, and down added to the stream. Norms belong to the multiplication that
-reads them. `why_not` says which models have this shape.
+reads them; Gemma's norms of outputs are operations of their own. `why_not` says which models have
+this shape.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,32 +34,56 @@ from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.errors import OutOfMemoryError
 
 #: The modules of mlx-lm whose layers are as `Program` builds them.
-MODELS = ("llama", "qwen2", "qwen3", "smollm3")
+MODELS = ("gemma2", "gemma3_text", "granite", "llama", "phi3", "qwen2", "qwen3", "smollm3")
 
 _LARGEST_HEAD = 256
 #: The buffers of activations.
-_STREAM, _HEADS, _ATTENDED, _GATED, _SAMPLED = range(5)
+_STREAM, _HEADS, _ATTENDED, _GATED, _SAMPLED, _BRANCH = range(6)
 _LOGITS = -1
+_SILU, _GELU = 0, 1
+_AFTER_ATTENTION, _AFTER_MLP = "post_attention_layernorm", "post_feedforward_layernorm"
 
 
 def why_not(model: Any) -> str | None:
     """Return why the library cannot run a model, or None if it can."""
     if library() is None:
         return "the library for CPUs was not built"
-    name = type(model).__module__.rpartition(".")[2]
+    name = _name(model)
     if name not in MODELS:
         return f"the library for CPUs has no layers of {name}"
-    inner = model.model
-    for layer in inner.layers:
-        attention, mlp = layer.self_attn, layer.mlp
+    for layer in model.model.layers:
+        attention = layer.self_attn
         if _frequencies(attention.rope) is None:
             return f"the library for CPUs has no {type(attention.rope).__name__}"
-        head = attention.q_proj.weight.shape[0] // attention.n_heads
-        if head % TILE or head > _LARGEST_HEAD or attention.n_heads % attention.n_kv_heads:
-            return f"heads of {head} elements are not supported"
-        if mlp.down_proj.weight.shape[0] % GROUP:
+        dim = _head_dim(attention)
+        if dim % TILE or dim > _LARGEST_HEAD or attention.n_heads % attention.n_kv_heads:
+            return f"heads of {dim} elements are not supported"
+        if layer.mlp.down_proj.weight.shape[0] % GROUP:
             return "the width is not a multiple of 32"
     return None
+
+
+def _embedding_scale(model: Any) -> float:
+    """Return the factor of the embeddings; gemma3's class rounds it to bfloat16."""
+    name, hidden = _name(model), model.model.layers[0].mlp.down_proj.weight.shape[0]
+    if name == "gemma3_text":
+        return float(cast(float, mx.array(hidden**0.5, mx.bfloat16).item()))
+    return hidden**0.5 if name == "gemma2" else getattr(model.model, "embedding_multiplier", 1.0)
+
+
+def _window(inner: Any, layer: Any) -> int:
+    """Return how many tokens a layer sees; 0 for all."""
+    if getattr(layer, "use_sliding", False):
+        return int(inner.sliding_window)
+    return int(inner.window_size) if getattr(layer.self_attn, "is_sliding", False) else 0
+
+
+def _name(model: Any) -> str:
+    return type(model).__module__.rpartition(".")[2]
+
+
+def _head_dim(attention: Any) -> int:
+    return int(attention.o_proj.weight.shape[1] // attention.n_heads)
 
 
 def _frequencies(rope: Any) -> tuple[int, bool, float, NDArray[np.float32]] | None:
@@ -90,19 +115,21 @@ class Program:
         self._operations: list[Operation] = []
         self._ropes: list[Rope] = []
         self._kept: dict[bytes, tuple[int, NDArray[np.float32]]] = {}
+        self._norms: list[NDArray[np.float32]] = []
         inner = model.model
-        self._embed()
+        # Gemma's norms multiply by 1 + weight.
+        self._shift = 1.0 if _name(model).startswith("gemma") else 0.0
+        self._activation = _GELU if _name(model).startswith("gemma") else _SILU
+        self._embed(_embedding_scale(model))
         for index, layer in enumerate(inner.layers):
-            window = inner.sliding_window if getattr(layer, "use_sliding", False) else None
-            self._layer(f"model.layers.{index}", index, layer, window)
-        self._head(inner.norm)
-        attention, mlp = inner.layers[0].self_attn, inner.layers[0].mlp
-        heads = attention.n_heads, attention.n_kv_heads
-        dim = attention.q_proj.weight.shape[0] // heads[0]
-        hidden = mlp.down_proj.weight.shape[0]
-        gated = max(layer.mlp.down_proj.weight.shape[1] for layer in inner.layers)
+            self._layer(f"model.layers.{index}", index, layer, _window(inner, layer))
+        self._head(model)
+        attention = inner.layers[0].self_attn
+        heads, dim = (attention.n_heads, attention.n_kv_heads), _head_dim(attention)
+        hidden, gated = inner.layers[0].mlp.down_proj.weight.shape
         widths = np.array(
-            [hidden, (heads[0] + 2 * heads[1]) * dim, heads[0] * dim, gated, hidden], np.int32
+            [hidden, (heads[0] + 2 * heads[1]) * dim, heads[0] * dim, gated, hidden, hidden],
+            np.int32,
         )
         lib = library()
         self.num_layers, self.kv_heads, self.dim = len(inner.layers), heads[1], dim
@@ -124,7 +151,7 @@ class Program:
         assert not failed, "the step has more rows than the program"
 
     def _add(self, code: Code, **fields: Any) -> None:
-        operation = Operation(code=code, scale=1.0, rope=-1)
+        operation = Operation(code=code, rope=-1, scale=1.0)
         for name, value in fields.items():
             if name in ("matrix", "bias"):
                 for index, pointer in enumerate(value):
@@ -133,61 +160,92 @@ class Program:
                 setattr(operation, name, value)
         self._operations.append(operation)
 
-    def _embed(self) -> None:
+    def _embed(self, scale: float) -> None:
         matrix = self._weights.matrices["model.embed_tokens.weight"]
-        self._add(Code.EMBED, output=_STREAM, matrix=[matrix.pointer])
+        self._add(Code.EMBED, output=_STREAM, matrix=[matrix.pointer], scale=scale)
 
-    def _layer(self, name: str, index: int, layer: Any, window: int | None) -> None:
+    def _layer(self, name: str, index: int, layer: Any, window: int) -> None:
         attention = layer.self_attn
-        heads, kv_heads = attention.n_heads, attention.n_kv_heads
-        dim = attention.q_proj.weight.shape[0] // heads
-        cached = {"pool": index, "cache": self._cache, "heads": heads, "kv_heads": kv_heads,
-                  "dim": dim}  # fmt: skip
+        cached = {
+            "pool": index,
+            "cache": self._cache,
+            "heads": attention.n_heads,
+            "kv_heads": attention.n_kv_heads,
+            "dim": _head_dim(attention),
+        }
+        own = ("q_proj", "k_proj", "v_proj") if "q_proj" in attention else ("qkv_proj",)
         self._multiply(
-            _STREAM, _HEADS, name, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            _STREAM, _HEADS, name, tuple(f"self_attn.{part}" for part in own),
             norm=f"{name}.input_layernorm", eps=layer.input_layernorm.eps,
         )  # fmt: skip
         norms: dict[str, Any] = {}
         if "q_norm" in attention:
             norms = {
-                "norm": self._vector(f"{name}.self_attn.q_norm.weight"),
-                "second_norm": self._vector(f"{name}.self_attn.k_norm.weight"),
+                "norm": self._norm(f"{name}.self_attn.q_norm"),
+                "second_norm": self._norm(f"{name}.self_attn.k_norm"),
                 "eps": attention.q_norm.eps,
             }
         rope = self._rope(attention.rope)
         self._add(Code.ROTATE, input=_HEADS, rope=rope, **cached, **norms)
         self._add(
-            Code.ATTEND, input=_HEADS, output=_ATTENDED, **cached,
-            scale=attention.scale, window=window or 0,
+            Code.ATTEND, input=_HEADS, output=_ATTENDED, **cached, scale=attention.scale,
+            window=window, softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
         )  # fmt: skip
-        self._multiply(_ATTENDED, _STREAM, name, ("self_attn.o_proj",), ending=Ending.ADD)
+        before = "post_attention_layernorm"
+        if normed := "pre_feedforward_layernorm" in layer:
+            before = "pre_feedforward_layernorm"
+        self._branch(_ATTENDED, name, "self_attn.o_proj", layer, normed and _AFTER_ATTENTION)
         self._multiply(
             _STREAM, _GATED, name, ("mlp.gate_proj", "mlp.up_proj"), ending=Ending.GATED,
-            norm=f"{name}.post_attention_layernorm", eps=layer.post_attention_layernorm.eps,
+            norm=f"{name}.{before}", eps=layer[before].eps,
         )  # fmt: skip
-        self._multiply(_GATED, _STREAM, name, ("mlp.down_proj",), ending=Ending.ADD)
+        self._branch(_GATED, name, "mlp.down_proj", layer, normed and _AFTER_MLP)
 
-    def _head(self, norm: Any) -> None:
+    def _branch(self, source: int, name: str, part: str, layer: Any, norm: str | bool) -> None:
+        """Multiply by a matrix, norm the product if `norm` names a norm, and add to the stream."""
+        scale = getattr(layer, "residual_multiplier", 1.0)
+        if not norm:
+            self._multiply(source, _STREAM, name, (part,), ending=Ending.ADD, scale=scale)
+            return
+        self._multiply(source, _BRANCH, name, (part,))
+        weight = self._norm(f"{name}.{norm}")
+        self._add(Code.NORM, input=_BRANCH, output=_BRANCH, norm=weight, eps=layer[norm].eps)
+        self._add(Code.ADD, input=_BRANCH, output=_STREAM, scale=scale)
+
+    def _head(self, model: Any) -> None:
         self._add(Code.SELECT, input=_STREAM, output=_SAMPLED)
         tied = "lm_head.weight" not in self._weights.matrices
         name, parts = ("model", ("embed_tokens",)) if tied else ("", ("lm_head",))
-        self._multiply(_SAMPLED, _LOGITS, name, parts, norm="model.norm", eps=norm.eps)
+        self._multiply(
+            _SAMPLED, _LOGITS, name, parts, norm="model.norm", eps=model.model.norm.eps,
+            scale=1 / getattr(model, "logits_scaling", 1.0),
+        )  # fmt: skip
+        if softcap := getattr(model, "final_logit_softcapping", None):
+            rows = self._weights.matrices[f"{f'{name}.' if name else ''}{parts[0]}.weight"].rows
+            self._add(Code.SOFTCAP, dim=rows, softcap=softcap)
 
     def _multiply(
         self, source: int, target: int, name: str, parts: Sequence[str], *,
         ending: Ending = Ending.STORE, norm: str | None = None, eps: float = 0.0,
+        scale: float = 1.0,
     ) -> None:  # fmt: skip
         paths = [f"{name}.{part}" if name else part for part in parts]
         biases = [f"{path}.bias" for path in paths]
         self._add(
-            Code.MULTIPLY, input=source, output=target, ending=ending, eps=eps,
+            Code.MULTIPLY, input=source, output=target, ending=ending, eps=eps, scale=scale,
+            activation=self._activation,
             matrix=[self._weights.matrices[f"{path}.weight"].pointer for path in paths],
             bias=[self._vector(b) if b in self._weights.vectors else None for b in biases],
-            norm=None if norm is None else self._vector(f"{norm}.weight"),
+            norm=None if norm is None else self._norm(norm),
         )  # fmt: skip
 
     def _vector(self, name: str) -> int:
         return self._weights.vectors[name].ctypes.data
+
+    def _norm(self, name: str) -> int:
+        weight = self._weights.vectors[f"{name}.weight"] + np.float32(self._shift)
+        self._norms.append(weight)
+        return weight.ctypes.data
 
     def _rope(self, rope: Any) -> int:
         """Return the number of a rotation in the program; -1 for none."""

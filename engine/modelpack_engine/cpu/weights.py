@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +13,20 @@ from numpy.typing import NDArray
 
 from modelpack_engine.cpu.library import GROUP, Matrix, Source
 
+
+class GGUFTensor(Protocol):
+    """A tensor of a GGUF file: its type, its shape [rows, columns], and the bytes of its blocks."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def raw(self) -> NDArray[np.uint8]: ...
+
+
+Decode = Callable[[Any], NDArray[np.float32]]
+
 #: The types of arrays whose rows the library reads as they are, and how numpy sees them.
 _DENSE = {
     mx.float32: (Source.F32, mx.float32),
@@ -20,43 +34,55 @@ _DENSE = {
     mx.bfloat16: (Source.BF16, mx.uint16),  # which numpy does not have
 }
 #: GGUF's types that the library reads as they are; others are held in 8 bits.
-_BLOCKS = {source.name: source for source in Source if source is not Source.F32_AS_INT8}
+_BLOCKS: dict[str, Source] = {
+    source.name: source for source in Source if source is not Source.F32_AS_INT8
+}
+
+
+#: phi3's matrix of two halves, which programs read as two.
+_FUSED = "mlp.gate_up_proj.weight"
+_HALVES = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
     """Weights by the names of mlx-lm's parameters: matrices, and float32 vectors."""
 
-    matrices: Mapping[str, Matrix]
-    vectors: Mapping[str, NDArray[np.float32]]
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    def add_array(self, name: str, array: mx.array) -> None:
+        """Add a parameter: a matrix [rows, columns] or a vector [elements]."""
+        if array.ndim == 1:
+            self.vectors[name] = np.array(array.astype(mx.float32))
+            return
+        source, seen = _DENSE[array.dtype]
+        self._add(name, source, array.shape, np.array(mx.contiguous(array).view(seen), copy=False))
+
+    def add_tensor(self, name: str, tensor: GGUFTensor, dense: Decode) -> None:
+        """Add a tensor of GGUF, as it is or, if the library does not read its type, in 8 bits.
+
+        `dense` decodes it to floats.
+        """
+        if len(tensor.shape) == 1:
+            self.vectors[name] = np.ascontiguousarray(dense(tensor), np.float32)
+            return
+        source = _BLOCKS.get(tensor.dtype, Source.F32_AS_INT8)
+        rows: NDArray[Any] = dense(tensor) if source is Source.F32_AS_INT8 else tensor.raw
+        self._add(name, source, tensor.shape, np.ascontiguousarray(rows))
+
+    def _add(self, name: str, source: Source, shape: Sequence[int], data: NDArray[Any]) -> None:
+        rows, columns = shape
+        if not name.endswith(_FUSED):
+            self.matrices[name] = Matrix(source, rows, columns, data)
+            return
+        for half, part in zip(_HALVES, np.split(data.reshape(-1), 2), strict=True):
+            self.matrices[name.replace(_FUSED, half)] = Matrix(source, rows // 2, columns, part)
 
     @property
     def nbytes(self) -> int:
         """The bytes of all weights in memory."""
         return sum(w.nbytes for part in (self.matrices, self.vectors) for w in part.values())
-
-
-def from_array(array: mx.array) -> Matrix | NDArray[np.float32]:
-    """Return a parameter [rows, columns] as a matrix, or [elements] as a vector."""
-    if array.ndim == 1:
-        return np.array(array.astype(mx.float32))
-    source, seen = _DENSE[array.dtype]
-    rows = np.array(mx.contiguous(array).view(seen), copy=False)
-    return Matrix(source, array.shape[0], array.shape[1], rows)
-
-
-def from_blocks(dtype: str, shape: tuple[int, ...], raw: NDArray[np.uint8]) -> Matrix | None:
-    """Return a tensor of GGUF [rows, columns]; None for a type that the library does not read."""
-    source = _BLOCKS.get(dtype)
-    if source is None:
-        return None
-    return Matrix(source, shape[0], shape[1], np.ascontiguousarray(raw))
-
-
-def from_floats(values: NDArray[np.float32]) -> Matrix:
-    """Return weights [rows, columns] rounded to 8 bits, in groups of 32 columns."""
-    rows, columns = values.shape
-    return Matrix(Source.F32_AS_INT8, rows, columns, np.ascontiguousarray(values, np.float32))
 
 
 def unpackable(model: Any) -> str | None:

@@ -21,8 +21,7 @@ from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 
 from modelpack_engine.cpu import program
-from modelpack_engine.cpu.library import Matrix
-from modelpack_engine.cpu.weights import PackedWeights, from_blocks, from_floats, unpackable
+from modelpack_engine.cpu.weights import PackedWeights, unpackable
 from modelpack_engine.models import gguf_blocks, load_progress
 from modelpack_engine.models.gguf_architectures import Config, Hyperparameters, architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE
@@ -41,6 +40,8 @@ from modelpack_engine.patches.corrections import correct
 MAX_AHEAD = 128 * 1024 * 1024
 _AHEAD_PART = 128
 _MAX_THREADS = 16
+# Bytes of the file that stay in memory while weights are packed.
+_MOST_MAPPED = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,20 +219,22 @@ class GGUFLoader:
 
     def packed(self) -> PackedWeights:
         """Return all weights, packed as they are stored."""
-        matrices: dict[str, Matrix] = {}
-        vectors: dict[str, npt.NDArray[np.float32]] = {}
-        total, done = sum(self.file[name].raw.size for name in self._targets), 0
+        packed, mapped, done = PackedWeights(), 0, 0
+        total = sum(self.file[name].raw.size for name in self._targets)
         for name, (path, parameter) in self._targets.items():
             checkpoint()
-            tensor, target = self.file[name], f"{path}.{parameter}"
-            if len(tensor.shape) == 1:
-                vectors[target] = np.ascontiguousarray(gguf_blocks.dense(tensor), np.float32)
-            else:
-                found = from_blocks(tensor.dtype, tensor.shape, tensor.raw)
-                matrices[target] = found or from_floats(gguf_blocks.dense(tensor))
+            tensor = self.file[name]
+            packed.add_tensor(f"{path}.{parameter}", tensor, gguf_blocks.dense)
+            if self.architecture.shifted_norms and path.endswith("norm"):
+                packed.vectors[f"{path}.{parameter}"] -= 1
             done += tensor.raw.size
+            mapped += tensor.raw.size
+            if mapped > _MOST_MAPPED:
+                self.file.release()
+                mapped = 0
             load_progress.read(done / total)
-        return PackedWeights(matrices, vectors)
+        self.file.release()
+        return packed
 
     def _plan(
         self, tensor: GGUFTensor, path: str, parameter: str, module: Any, precision: Precision

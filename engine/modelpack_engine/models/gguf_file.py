@@ -7,6 +7,7 @@ model; here the arrays are read in one pass.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,7 @@ class GGUFFile:
 
     def __init__(self, metadata: Metadata, shards: Sequence[tuple[GGUFHeader, Bytes]]) -> None:
         self.metadata = metadata
+        self._maps: list[Any] = [data.base for _, data in shards]
         self._tensors: dict[str, tuple[TensorInfo, Bytes]] = {}
         for header, data in shards:
             for info in header.tensors:
@@ -183,6 +185,12 @@ class GGUFFile:
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, in file order."""
         return tuple(self._tensors)
+
+    def release(self) -> None:
+        """Give back the memory of the pages that were read; they are read again if needed."""
+        for mapped in self._maps:
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx.utils import tree_flatten, tree_unflatten
-from numpy.typing import NDArray
 
-from modelpack_engine.cpu.library import Matrix
-from modelpack_engine.cpu.weights import PackedWeights, from_array
+from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import load_progress
 from modelpack_engine.models.load_budget import checkpoint
@@ -171,25 +168,19 @@ def pack(model: Module) -> PackedWeights:
     The model keeps arrays of the same shapes and types that are never evaluated. Raises
     `ModelLoadError` for a file that MLX cannot read.
     """
-    arrays = parameters_of(model)
+    arrays, packed = parameters_of(model), PackedWeights()
     total, done = sum(array.nbytes for array in arrays.values()), 0
-    matrices: dict[str, Matrix] = {}
-    vectors: dict[str, NDArray[np.float32]] = {}
     model.update(tree_unflatten([(n, mx.zeros(a.shape, a.dtype)) for n, a in arrays.items()]))
     try:
         for name in list(arrays):
             checkpoint()
             array = arrays.pop(name)
             done += array.nbytes
-            found = from_array(array)
-            if isinstance(found, Matrix):
-                matrices[name] = found
-            else:
-                vectors[name] = found
+            packed.add_array(name, array)
             load_progress.read(done / total)
     except (RuntimeError, ValueError) as error:
         raise ModelLoadError(f"the weights cannot be read: {error}") from error
-    return PackedWeights(matrices, vectors)
+    return packed
 
 
 def dense_bytes(model: Any, itemsize: int) -> int:

@@ -100,8 +100,8 @@ def _options(others: tuple[str, ...]) -> tuple[Callable[[F], F], ...]:
             show_default=True, help="Run on this device."),
         click.option("--backend", type=click.Choice(["auto", "mlx", "llama.cpp", *others]),
             default="auto", show_default=True,
-            help="Use this engine: auto selects llama.cpp for GGUF on a CPU if installed, else "
-            "MLX."),
+            help="Use this engine: auto selects our kernels for CPUs, or llama.cpp for other GGUF "
+            "on a CPU if installed, else MLX."),
         click.option("--max-model-len", "--context-size", type=click.IntRange(min=2),
             help="Limit the context to this many tokens."),
         click.option("--max-num-seqs", type=count, default=_DEFAULTS.max_num_seqs,
