@@ -8,6 +8,7 @@ the order of admission, and `BlockManager` the blocks.
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -185,7 +186,8 @@ _by_priority = attrgetter("priority")
 class WaitingQueue:
     """The order in which waiting sequences are admitted.
 
-    Preempted sequences come first. The sequences of one owner are in the order of their priority,
+    Preempted sequences come first, and background sequences last, in the order of their arrival.
+    The other sequences of one owner are in the order of their priority,
     then of arrival. The priority is the number of tokens computed before the arrival, plus
     `overtaking` for each token that the sequence needs. So a shorter prompt overtakes a longer one
     unless it arrives much later; 0 means first come, first served.
@@ -200,6 +202,7 @@ class WaitingQueue:
         self._preempted: list[Sequence] = []
         self._owners: dict[bytes, list[Sequence]] = {}
         self._served: set[bytes] = set()  # in this round
+        self._background: deque[Sequence] = deque()
         self._count = 0
 
     def __len__(self) -> int:
@@ -208,24 +211,35 @@ class WaitingQueue:
     @property
     def first(self) -> Sequence:
         """The sequence to admit next; the queue must not be empty."""
-        return self._next()[0]
+        return self._background[0] if self.is_idle else self._next()[0]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether only background sequences wait, if any."""
+        return self._count == len(self._background)
 
     def add(self, sequence: Sequence, num_uncached: int, now: int) -> None:
         """Add a sequence that needs `num_uncached` tokens; `now` counts all computed tokens."""
+        self._count += 1
+        if sequence.background:
+            self._background.append(sequence)
+            return
         sequence.priority = now + self._overtaking * num_uncached
         insort(self._owners.setdefault(sequence.cache_salt, []), sequence, key=_by_priority)
-        self._count += 1
 
     def put_back(self, sequence: Sequence) -> None:
         """Add a sequence that was preempted."""
+        self._count += 1
+        if sequence.background:
+            self._background.appendleft(sequence)
+            return
         sequence.priority = _PREEMPTED
         self._preempted.insert(0, sequence)
-        self._count += 1
 
     def pop(self) -> Sequence:
         """Remove and return the first sequence."""
-        sequence = self._next()[0]
-        if sequence.priority != _PREEMPTED:
+        sequence = self.first
+        if not sequence.background and sequence.priority != _PREEMPTED:
             if sequence.cache_salt in self._served or len(self._served) == ROUND:
                 self._served.clear()
             self._served.add(sequence.cache_salt)
@@ -234,7 +248,9 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a sequence that has ended."""
-        if sequence.priority == _PREEMPTED:
+        if sequence.background:
+            self._background.remove(sequence)
+        elif sequence.priority == _PREEMPTED:
             self._preempted.remove(sequence)
         else:
             queue = self._owners[sequence.cache_salt]
@@ -271,6 +287,9 @@ class Scheduler:
     When blocks run out, the youngest sequence (admitted last) is preempted: its blocks are freed,
     and it is computed again as soon as there is room. Before that, tokens in flight are collected,
     since they may end a sequence.
+
+    Background sequences count as younger than all others: they get the rows and blocks that others
+    leave over, and are preempted when another sequence waits for their place.
     """
 
     def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
@@ -278,7 +297,7 @@ class Scheduler:
         self._chunk_rows = config.chunk_rows
         self._blocks = blocks
         self._waiting = WaitingQueue(config.overtaking)
-        self._running: list[Sequence] = []  # in the order of admission
+        self._running: list[Sequence] = []  # in the order of admission, background ones last
         self._requests: dict[str, list[Sequence]] = {}
         self._released: list[int] = []
         self._num_inflight = 0
@@ -328,7 +347,9 @@ class Scheduler:
             raise RequestError(
                 f"n is {len(sequences)}, but the queue holds {config.max_waiting}", param="n"
             )
-        if len(self._waiting) + len(sequences) > config.max_waiting:
+        # Background sequences leave half of the queue to others.
+        is_full = first.background and 2 * len(self._waiting) >= config.max_waiting
+        if is_full or len(self._waiting) + len(sequences) > config.max_waiting:
             raise QueueFullError(
                 f"the queue is full: {len(self._waiting)} sequences wait, the limit is "
                 f"{config.max_waiting}",
@@ -387,6 +408,11 @@ class Scheduler:
         caller does not submit the output, only block tables have changed, and the next call returns
         the same step.
         """
+        cleared: list[Sequence] = []
+        while self._is_blocked_by_background():
+            if self._num_inflight:
+                return None
+            cleared.append(self._preempt_youngest())
         preempted: list[Sequence] = []
         decode = self._schedule_decode(preempted)
         if decode is None:
@@ -402,8 +428,18 @@ class Scheduler:
             assert idle, "prompts block each other"
             return None
         return SchedulerOutput(
-            tuple(decode), tuple(prefill), tuple(proposals), tuple(preempted), self.take_released()
-        )
+            tuple(decode), tuple(prefill), tuple(proposals), (*cleared, *preempted),
+            self.take_released(),
+        )  # fmt: skip
+
+    def _is_blocked_by_background(self) -> bool:
+        """Return whether a sequence waits for a place that a background sequence has."""
+        if self._waiting.is_idle or not (self._running and self._running[-1].background):
+            return False
+        if len(self._running) >= self.config.max_num_seqs:
+            return True
+        prompts = [sequence for sequence in self._running if sequence.is_prefill]
+        return not self._has_blocks(self._waiting.first, sum(map(self._num_lacking, prompts)))
 
     def _schedule_decode(self, preempted: list[Sequence]) -> list[Sequence] | None:
         """Return the sequences to decode, each with a slot for its token; None: collect first."""
@@ -465,13 +501,17 @@ class Scheduler:
         promised = sum(map(self._num_lacking, prompts))
         while admit and self._waiting and len(self._running) < self.config.max_num_seqs:
             sequence = self._waiting.first
-            matched = self._blocks.match_prefix(sequence)
-            lacking = self._num_lacking(sequence, matched)
-            if not self._blocks.can_allocate(promised + lacking + self._blocks.num_idle(matched)):
+            if not self._has_blocks(sequence, promised):
                 return  # no other sequence may overtake the first
             self._admit(self._waiting.pop())
             yield sequence
             promised += self._num_lacking(sequence)
+
+    def _has_blocks(self, sequence: Sequence, promised: int) -> bool:
+        """Return whether a waiting sequence can be admitted beside the `promised` blocks."""
+        matched = self._blocks.match_prefix(sequence)
+        lacking = self._num_lacking(sequence, matched)
+        return self._blocks.can_allocate(promised + lacking + self._blocks.num_idle(matched))
 
     def _num_lacking(self, sequence: Sequence, matched: list[int] | None = None) -> int:
         """Return how many blocks a sequence needs for its prompt and one output token.
@@ -485,7 +525,10 @@ class Scheduler:
         return min(lacking, most - blocks.num_held(sequence, matched))
 
     def _admit(self, sequence: Sequence) -> None:
-        self._running.append(sequence)
+        at = len(self._running)
+        while not sequence.background and at and self._running[at - 1].background:
+            at -= 1
+        self._running.insert(at, sequence)
         sequence.status = SequenceStatus.RUNNING
         if sequence.num_preemptions == 0:
             self._prompt_tokens += len(sequence.prompt_token_ids)

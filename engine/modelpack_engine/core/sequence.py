@@ -43,6 +43,8 @@ class Sequence:
     index: int = 0
     eos_token_ids: frozenset[int] = field(default=frozenset(), repr=False)
     cache_salt: bytes = field(default=b"", repr=False)
+    #: Whether the sequence gives its place to others that wait.
+    background: bool = field(default=False, repr=False)
     seq_id: int = field(default_factory=_next_seq_id)
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -92,6 +94,7 @@ class Sequence:
             index=index,
             eos_token_ids=self.eos_token_ids,
             cache_salt=self.cache_salt,
+            background=self.background,
         )
 
     @property

@@ -31,6 +31,7 @@ def make_outputs(
         request.params,
         eos_token_ids=tokenizer.eos_token_ids,
         cache_salt=request.cache_salt,
+        background=request.background,
     )
     sequences = [first, *(first.fork(index) for index in range(1, request.n))]
     return [SequenceOutput(sequence, tokenizer, request.continues_text) for sequence in sequences]

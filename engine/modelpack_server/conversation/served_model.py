@@ -41,11 +41,13 @@ class RequestContext:
     """Attributes of an API request that apply to each prompt that it submits.
 
     Prompts share prefixes in the KV cache only if they have the same `cache_salt`. `submitted` is
-    called with the model's name and the stream of each prompt.
+    called with the model's name and the stream of each prompt. `background` prompts run while no
+    others wait.
     """
 
     cache_salt: bytes = b""
     submitted: Callable[[str, RequestStream], None] | None = None
+    background: bool = False
 
 
 _NO_CONTEXT = RequestContext()
@@ -119,12 +121,13 @@ class ServedModel:
         return find_format(self.tokenizer.chat_template, model_type=self.model_type)
 
     async def submit(self, request: EngineRequest) -> RequestStream:
-        """Submit a request to the engine, with the cache salt and the trace of `request_context`.
+        """Submit a request to the engine, with salt, trace and urgency of `request_context`.
 
         Raises what `AsyncEngine.submit` raises.
         """
         context = request_context.get()
-        stream = await self.engine.submit(replace(request, cache_salt=context.cache_salt))
+        request = replace(request, cache_salt=context.cache_salt, background=context.background)
+        stream = await self.engine.submit(request)
         if context.submitted is not None:
             context.submitted(self.name, stream)
         return stream

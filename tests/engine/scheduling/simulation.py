@@ -32,6 +32,7 @@ def sequence(
     request_id: str = "r",
     salt: bytes = b"",
     eos: bool = False,
+    background: bool = False,
     **params: object,
 ) -> Sequence:
     """Return a waiting sequence."""
@@ -41,6 +42,7 @@ def sequence(
         SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         eos_token_ids=frozenset({EOS}) if eos else frozenset(),
         cache_salt=salt,
+        background=background,
     )
 
 

@@ -145,7 +145,7 @@ COSTLY: list[tuple[Callable[..., Any], str, str, Callable[[], object]]] = [
         test_sharing.test_choices_follow_a_prompt_that_takes_several_steps,
     ),
     (
-        Scheduler._prompts,
+        Scheduler._has_blocks,
         "promised + lacking",
         "lacking",
         test_order.test_nobody_is_admitted_on_room_that_another_prompt_was_promised,

@@ -91,6 +91,27 @@ def test_preemption_changes_nothing() -> None:
     check_idle(engine)
 
 
+def test_a_background_request_gives_its_place_up() -> None:
+    """It stops for a request that needs its place, and then goes on with the same text."""
+    engine = tiny_engine(max_num_seqs=1)
+    line, chat = prompts(6)[5], prompts(4)[3]
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    engine.add_request("line", EngineRequest(line, params, background=True))
+    before = [event for _ in range(12) for event in engine.step()]
+    assert before
+    engine.add_request("chat", EngineRequest(chat, params))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert engine.stats().num_preemptions == 1
+    ends = [event.request_id for event in events if event.finish_reason is not None]
+    assert ends == ["chat", "line"]
+    for name, prompt in (("line", line), ("chat", chat)):
+        found = [event for event in [*before, *events] if event.request_id == name]
+        assert tokens(found) == reference_tokens(prompt, 40)
+    check_idle(engine)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_a_seed_gives_the_same_text_alone_and_in_any_batch(temperature: float) -> None:
     engine = tiny_engine()
