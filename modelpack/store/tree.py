@@ -16,6 +16,7 @@ An OCI image layout (image-spec v1.1, image-layout.md) with additional files::
     ingest/bundles/             bundles that are being made or deleted
     bundles/<alg>-<hex>/    models as directories for runtimes; see `kept_bundles`
     quarantine/<alg>-<hex>  damaged blobs
+    server/                 files and batches of `modelpack serve`; see its `StoredFiles`
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _LAYOUT_FILE = "oci-layout"
 _MAX_LAYOUT_BYTES = 64 * 1024
 _EMPTY_INDEX = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": []}
 # A directory that has only these still counts as empty.
-_IGNORED = frozenset({".lock", "lost+found", ".DS_Store", "ingest"})
+_IGNORED = frozenset({".lock", "lost+found", ".DS_Store", "ingest", "server"})
 
 
 class Tree:
@@ -49,6 +50,7 @@ class Tree:
         self.blobs = root / "blobs"
         self.bundles = root / "bundles"
         self.quarantine = root / "quarantine"
+        self.server = root / "server"
         #: All content is written here before it is verified.
         self.ingest = root / "ingest"
         self.leases = self.ingest / "leases"

@@ -51,6 +51,7 @@ class ScriptedEngine:
         self.wait: asyncio.Event | None = None
         self.submitted: list[tuple[list[int], SamplingParams, int]] = []
         self.salts: list[bytes] = []
+        self.requests: list[EngineRequest] = []
         self.aborted: list[Abort] = []
         self.tokenizer: Tokenizer = tiny_tokenizer()
         self.tokenizer._chat_template = ChatTemplate(template)
@@ -73,6 +74,7 @@ class ScriptedEngine:
         params.check(self.vocab_size)
         self.submitted.append((token_ids, params, n))
         self.salts.append(request.cache_salt)
+        self.requests.append(request)
         name = f"request-{next(self._numbers)}"
         stream = RequestStream(name, len(token_ids), n, self._abort)
         self._streams[name] = stream

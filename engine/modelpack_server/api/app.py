@@ -20,11 +20,13 @@ from modelpack.http.listener import GRACE, LOGGERS, ON_STOP, AppServer
 from modelpack_server.api import anthropic, console, model_runner, ollama, openai, page, system
 from modelpack_server.api import traces as cancellation
 from modelpack_server.api.errors import Failures, Problem, install, respond
+from modelpack_server.api.openai.batch_runner import BatchRunner
 from modelpack_server.api.openai.responses import BackgroundResponses
+from modelpack_server.api.openai.stored_files import StoredFiles
 from modelpack_server.api.page.reference import add_reference
 from modelpack_server.api.system import LogBuffer
 from modelpack_server.api.traces import EngineTraces
-from modelpack_server.gateway.caller import caller_of
+from modelpack_server.gateway.caller import caller_of, entry_of
 from modelpack_server.gateway.families import ERROR_SCHEMAS, family_in, family_of
 from modelpack_server.gateway.protection import CanonicalPath, Protection, protect
 from modelpack_server.pool.names import acting_for
@@ -66,12 +68,18 @@ def describe_errors(app: FastAPI) -> None:
 
 
 class Callers:
-    """ASGI middleware that limits the pool's view to the models that the API key may use."""
+    """ASGI middleware that limits the pool's view to the models that the API key may use.
 
-    def __init__(self, app: ASGIApp) -> None:
+    At the start it tells `batches` where their requests enter.
+    """
+
+    def __init__(self, app: ASGIApp, batches: BatchRunner) -> None:
         self._app = app
+        self._batches = batches
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            self._batches.enter(entry_of(scope), unprotected=scope["app"])
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -85,18 +93,22 @@ def create_app(
     request_templates: bool = False,
     share_prefix_cache: bool = False,
     show_content: bool = False,
+    state: Path | None = None,
 ) -> FastAPI:
     """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol).
 
     `request_templates` lets admins send chat templates with their requests. With
     `share_prefix_cache`, prompts of all API keys share prefixes in the KV cache. `show_content`
-    shows admins the prompts and replies of all API keys.
+    shows admins the prompts and replies of all API keys. `state` is the directory of uploaded files
+    and batches; None: a temporary one. The requests of batches go through `protect`, if it wraps
+    the application.
     """
     logs = LogBuffer()
     running = cancellation.RunningRequests()
     records = model_runner.Records()
     history = console.RequestHistory()
     background = BackgroundResponses()
+    batches = BatchRunner(StoredFiles(state))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -104,9 +116,16 @@ def create_app(
         for logger in loggers:
             logger.addHandler(logs)
         await pool.start()
+        await batches.start()
+
+        def begin_to_stop() -> None:
+            background.close()
+            batches.interrupt()
+
         try:
-            yield {ON_STOP: background.close}
+            yield {ON_STOP: begin_to_stop}
         finally:
+            await batches.stop()
             await pool.close()
             for logger in loggers:
                 logger.removeHandler(logs)
@@ -125,7 +144,7 @@ def create_app(
     app.include_router(console.router(pool, history, records, show_content=show_content))
     app.include_router(cancellation.router(running))
     app.include_router(anthropic.router(pool))
-    app.include_router(openai.router(pool, background))
+    app.include_router(openai.router(pool, background, batches))
     app.include_router(ollama.router(pool, request_templates=request_templates))
     app.include_router(model_runner.router(pool, records))
 
@@ -135,7 +154,7 @@ def create_app(
     )
     app.add_middleware(model_runner.Recording, pool=pool, records=records)
     app.add_middleware(CanonicalPath)
-    app.add_middleware(Callers)
+    app.add_middleware(Callers, batches=batches)
     # The middleware added last is the outermost: it turns every exception into a response.
     app.add_middleware(
         Failures, respond=lambda request, error: respond(request, error, _error_response)
@@ -157,7 +176,7 @@ class ModelServer(AppServer):
     It accepts requests while models are loading: /health returns 503 until the pinned models are
     loaded. `wrap` wraps the application in middleware; the default is `protect` without keys,
     which limits request bodies, and a replacement must limit them too. `create_app` describes
-    `request_templates`, `share_prefix_cache` and `show_content`.
+    `request_templates`, `share_prefix_cache`, `show_content` and `state`.
     """
 
     def __init__(
@@ -170,6 +189,7 @@ class ModelServer(AppServer):
         request_templates: bool = False,
         share_prefix_cache: bool = False,
         show_content: bool = False,
+        state: Path | None = None,
         wrap: Callable[[ASGIApp], ASGIApp] = lambda app: protect(app, Protection()),
         tls: tuple[Path, Path] | None = None,
     ) -> None:
@@ -178,7 +198,7 @@ class ModelServer(AppServer):
         def make() -> ASGIApp:
             app = create_app(
                 make_pool(), request_templates=request_templates,
-                share_prefix_cache=share_prefix_cache, show_content=show_content,
+                share_prefix_cache=share_prefix_cache, show_content=show_content, state=state,
             )  # fmt: skip
             return wrap(app)
 

@@ -30,10 +30,12 @@ def add_route(
     methods: Sequence[str] = ("POST",),
     bare: bool = False,
     prefixes: Sequence[str] = (),
+    extra: dict[str, Any] | None = None,
 ) -> None:
     """Add the route `/v1` + `tail` and its aliases; `bare` adds one without a prefix.
 
-    `prefixes` are additional prefixes. The OpenAPI document has only the `/v1` route.
+    `prefixes` are additional prefixes. The OpenAPI document has only the `/v1` route, with the
+    fields of `extra`.
     """
     places = ["/v1", "/engines/v1", *prefixes, *([""] if bare else []), "/engines/{backend}/v1"]
     for place in places:
@@ -43,5 +45,6 @@ def add_route(
             methods=list(methods),
             response_model=None,
             include_in_schema=place == "/v1",
+            openapi_extra=extra,
             dependencies=[Depends(check_backend)] if "{backend}" in place else None,
         )

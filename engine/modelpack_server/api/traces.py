@@ -18,7 +18,7 @@ from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.core.block_manager import cache_salt
 from modelpack_server.api.console import RequestHistory
 from modelpack_server.conversation.served_model import RequestContext, request_context
-from modelpack_server.gateway.caller import caller_of
+from modelpack_server.gateway.caller import background_of, caller_of
 from modelpack_server.gateway.traces import Trace, trace_of
 
 
@@ -125,7 +125,8 @@ class EngineTraces:
             running.submitted(model, stream)
 
         salt = cache_salt(owner=None if self._share_prefix_cache else owner)
-        token = request_context.set(RequestContext(salt, submitted))
+        background = background_of(scope) is not None
+        token = request_context.set(RequestContext(salt, submitted, background))
         try:
             await self._app(scope, receive, send)
         finally:

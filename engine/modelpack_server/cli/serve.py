@@ -34,6 +34,7 @@ from modelpack.cli.output import human_size, note, request_log, show_error, show
 from modelpack.deploy.local_server import PORT
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
+from modelpack.store.tree import Tree
 from modelpack_server.cli.engine_options import (
     ENGINE_HEADINGS,
     MORE_OPTIONS,
@@ -326,6 +327,7 @@ def serve(
             request_templates=allow_request_templates,
             share_prefix_cache=share_prefix_cache,
             show_content=show_content,
+            state=Tree(settings.store().root).server,
             wrap=lambda app: protect(app, protected_by, resolves=True),
             tls=tls,
         )

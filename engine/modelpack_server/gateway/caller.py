@@ -11,9 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from starlette.types import Scope
+from starlette.types import ASGIApp, Scope
 
 _SCOPE_KEY = "modelpack.caller"
+_KEY_NAME = "modelpack.key"
+_BACKGROUND = "modelpack.background"
+_ENTRY = "modelpack.entry"
 
 # Texts that a server may interpret as a model id or the beginning of one.
 _ID = re.compile(r"\s*(?:sha(?:256|512):.*|[0-9a-f]{4,128})\s*", re.IGNORECASE | re.DOTALL)
@@ -55,9 +58,52 @@ class Caller:
 ANYONE = Caller()
 
 
-def put_caller(scope: Scope, caller: Caller) -> None:
-    """Set the sender of the request with this `scope`."""
+@dataclass(frozen=True, slots=True)
+class Background:
+    """Marks a request that the server makes itself, for the owner of a batch, at low priority.
+
+    `key` is the name of the API key that created the batch, None on a server without keys: `Checks`
+    applies its limits and models as they are now, and refuses the request if the key was removed.
+    """
+
+    key: str | None
+
+
+def put_background(scope: Scope, background: Background) -> None:
+    """Mark the request with this `scope`; clients cannot, since headers do not set it."""
+    scope[_BACKGROUND] = background
+
+
+def background_of(scope: Scope) -> Background | None:
+    """Return the mark of a request that the server makes itself, or None."""
+    background = scope.get(_BACKGROUND)
+    return background if isinstance(background, Background) else None
+
+
+def put_entry(scope: Scope, app: ASGIApp) -> None:
+    """Tell the application that gets the `scope` of the lifespan that `app` protects it."""
+    scope[_ENTRY] = app
+
+
+def entry_of(scope: Scope) -> ASGIApp | None:
+    """Return the protected application, for requests that the server makes itself, or None."""
+    entry: ASGIApp | None = scope.get(_ENTRY)
+    return entry
+
+
+def put_caller(scope: Scope, caller: Caller, key: str | None = None) -> None:
+    """Set the sender of the request with this `scope`, and the name of the API key that it sent."""
     scope[_SCOPE_KEY] = caller
+    scope[_KEY_NAME] = key
+
+
+def key_name_of(scope: Scope) -> str | None:
+    """Return the name of the API key that a request sent, or None.
+
+    It differs from the caller's owner if a gateway names its own caller.
+    """
+    name = scope.get(_KEY_NAME)
+    return name if isinstance(name, str) else None
 
 
 def caller_of(scope: Scope) -> Caller:

@@ -28,7 +28,7 @@ from modelpack_server.gateway.bodies import (
     replayed,
     tokens_in,
 )
-from modelpack_server.gateway.caller import Caller, put_caller
+from modelpack_server.gateway.caller import Background, Caller, background_of, put_caller
 from modelpack_server.gateway.families import Family, error_response, family_in, retry_headers
 from modelpack_server.gateway.forwarding import (
     ForwardingError,
@@ -60,13 +60,22 @@ _LISTING = re.compile(
     r"|" + _PREFIX + r"/responses/[A-Za-z0-9_.-]+(?:/input_items)?"
     r"|" + _PREFIX + r"/conversations/[A-Za-z0-9_.-]+(?:/items(?:/[A-Za-z0-9_.-]+)?)?"
 )
+_V1 = r"(?:/engines(?:/[A-Za-z0-9._-]+)?)?/v1"
+_FILES = re.compile(_V1 + r"/files")
+_BATCHES = re.compile(_V1 + r"/batches")
+_STORED = re.compile(_V1 + r"/(?:files|batches)(?:/[A-Za-z0-9_-]+(?:/content|/cancel)?)?")
 _OWN = _PREFIX + r"/(?:responses|requests)/[A-Za-z0-9_.:-]+"
 _CONVERSATIONS = _PREFIX + r"/conversations"
 _CONVERSATION = _CONVERSATIONS + r"/[A-Za-z0-9_.-]+"
 # Other POST requests below /responses use models (`/v1/responses/compact`).
 _CHANGES_OWN = {
-    "DELETE": re.compile(rf"{_OWN}|{_CONVERSATION}(?:/items/[A-Za-z0-9_.-]+)?"),
-    "POST": re.compile(rf"{_OWN}/cancel|{_CONVERSATIONS}|{_CONVERSATION}(?:/items)?"),
+    "DELETE": re.compile(
+        rf"{_OWN}|{_CONVERSATION}(?:/items/[A-Za-z0-9_.-]+)?|{_V1}/files/[A-Za-z0-9_-]+"
+    ),
+    "POST": re.compile(
+        rf"{_OWN}/cancel|{_CONVERSATIONS}|{_CONVERSATION}(?:/items)?"
+        rf"|{_V1}/batches/[A-Za-z0-9_-]+/cancel"
+    ),
 }
 _ONE_MODEL = re.compile(r"(?:/engines(?:/[A-Za-z0-9._-]+)?|/anthropic)?/v1/models/(?P<model>.+)")
 _OPEN = frozenset(("/", "/health", "/v1/health", "/ping", "/version"))
@@ -84,6 +93,8 @@ class Route(Enum):
     ONE_MODEL = auto()  # reads the model in its path
     METRICS = auto()  # reads metrics, which name all models and keys
     UPLOAD = auto()  # its body is a file of any size
+    FILE = auto()  # uploads a file of the caller's own, whose size the application limits
+    BATCH = auto()  # runs the requests of a file, which name their models
     MANAGEMENT = auto()  # everything else
 
 
@@ -97,18 +108,27 @@ def route_of(method: str, path: str) -> Route:
     if method in ("GET", "HEAD"):
         if path in _OPEN:
             return Route.OPEN
-        if _LISTING.fullmatch(path):
+        if _LISTING.fullmatch(path) or _STORED.fullmatch(path):
             return Route.LISTING
         if _ONE_MODEL.fullmatch(path):
             return Route.ONE_MODEL
         return Route.MANAGEMENT
     if method == "POST" and _INFERENCE.fullmatch(path):
         return Route.INFERENCE
+    if method == "POST" and _FILES.fullmatch(path):
+        return Route.FILE
+    if method == "POST" and _BATCHES.fullmatch(path):
+        return Route.BATCH
     if method in ("POST", "PUT") and _UPLOADS.fullmatch(path):
         return Route.UPLOAD
     if method in _CHANGES_OWN and _CHANGES_OWN[method].fullmatch(path):
         return Route.LISTING
     return Route.MANAGEMENT
+
+
+def is_stored_on_server(path: str) -> bool:
+    """Return whether a path is of files or batches, which only the server that has them knows."""
+    return _STORED.fullmatch(path) is not None
 
 
 def is_plain(path: str) -> bool:
@@ -182,9 +202,9 @@ class Checks:
                     route = self._route(scope)
                     key = self._authenticate(scope, route)
                     caller = self._caller(scope, key)
-                    put_caller(scope, caller)
+                    put_caller(scope, caller, key.name if key is not None else None)
                     grant = self._admit(scope, key)
-                    if _has_body(scope) and route is not Route.UPLOAD:
+                    if _has_body(scope) and route not in (Route.UPLOAD, Route.FILE):
                         # Requests without a key may not use memory.
                         limit = 0 if route is Route.OPEN else self._max_body
                         reuse = scope.get("extensions", {}).get(REUSE, {})
@@ -263,6 +283,8 @@ class Checks:
         return route_of(scope["method"], scope["path"])
 
     def _authenticate(self, scope: Scope, route: Route) -> Key | None:
+        if (background := background_of(scope)) is not None:
+            return self._key_of(background, scope)
         if self._keys is None:
             # Without keys, the load of the server is visible to this machine only.
             if route is Route.METRICS and not is_direct(scope):
@@ -287,6 +309,17 @@ class Checks:
             "missing_api_key",
         )
 
+    def _key_of(self, background: Background, scope: Scope) -> Key | None:
+        """Return the current key of a request that the server makes itself."""
+        if self._keys is None and background.key is None:
+            return None
+        key = self._keys().named(background.key) if self._keys is not None else None
+        if key is None:
+            raise _Refusal(401, "the API key of the batch does not exist", "invalid_api_key")
+        if trace := trace_of(scope):
+            trace.key = key.name
+        return key
+
     def _caller(self, scope: Scope, key: Key | None) -> Caller:
         if not self._forwarded_callers:
             scope["headers"] = without_caller(scope["headers"])
@@ -298,9 +331,16 @@ class Checks:
     def _check_model(self, scope: Scope, route: Route, caller: Caller, asked: Asked) -> None:
         if asked.models and (trace := trace_of(scope)):
             trace.model = asked.models[0][:256]
-        if not caller.is_restricted or route in (Route.OPEN, Route.LISTING):
+        if not caller.is_restricted or route in (Route.OPEN, Route.LISTING, Route.FILE):
             return
-        if route not in (Route.INFERENCE, Route.ONE_MODEL):
+        if route is Route.BATCH and not self._resolves:
+            raise _Refusal(
+                403,
+                f"the key {caller.owner!r} may only use some models, and those of a batch are "
+                "named in its file; creating batches here requires a key without 'models'",
+                "route_not_allowed",
+            )
+        if route not in (Route.INFERENCE, Route.ONE_MODEL, Route.BATCH):
             raise _Refusal(
                 403,
                 f"the key {caller.owner!r} may only use models; "

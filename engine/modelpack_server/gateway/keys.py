@@ -85,6 +85,10 @@ class Keys:
                 found = key
         return found
 
+    def named(self, name: str | None) -> Key | None:
+        """Return the key with this name, or None."""
+        return next((key for key in self.keys if key.name == name), None)
+
 
 def hash_of(secret: str) -> bytes:
     """Return the SHA-256 of a secret, for `Key.sha256`."""

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from modelpack.errors import UsageError
 from modelpack_server.gateway.caller import caller_of
+from modelpack_server.gateway.checks import is_stored_on_server
 from modelpack_server.gateway.families import error_response, family_in, retry_headers, stream_error
 from modelpack_server.gateway.forwarding import CALLER_HEADERS, caller_headers, names_callers
 from modelpack_server.gateway.traces import Trace, trace_of
@@ -173,7 +174,8 @@ _UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
 class Proxy:
     """ASGI application that forwards requests to upstreams.
 
-    It retries on another upstream only if the first cannot have begun the request: it was
+    Files and batches are on the first upstream, wherever other requests go. The proxy
+    retries on another upstream only if the first cannot have begun the request: it was
     unreachable, or returned 503 (529) with Retry-After; and only if the whole body is in memory.
     `keyed`: the credentials belong to the gateway's keys and are not forwarded. `upstream_key` is
     sent to upstreams. Without it, only upstreams at loopback addresses get the caller's name, since
@@ -198,6 +200,7 @@ class Proxy:
         self._timeout = httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=None).as_dict()
         self._withheld = _NOT_FORWARDED | (_CREDENTIALS if keyed or upstream_key else set())
         self._upstream_key = upstream_key
+        self._keyed = keyed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request; if the client disconnects, close the upstream's connection."""
@@ -219,10 +222,18 @@ class Proxy:
     async def _forward(self, scope: Scope, body: _Body, send: Send) -> None:
         trace = trace_of(scope)
         tried: list[str] = []
+        if is_stored_on_server(scope["path"]):
+            first, *others = self._upstreams.all
+            if self._keyed and not names_callers(first.url.host, self._upstream_key):
+                text = "files and batches need an upstream that trusts the gateway's callers"
+                await self._fail(scope, send, 501, f"{text}: set MODELPACK_UPSTREAM_KEY")
+                return
+            tried = [upstream.name for upstream in others]
+        skipped = len(tried)
         while (upstream := self._upstreams.choose(tried)) is not None:
             tried.append(upstream.name)
             if trace:
-                trace.upstream, trace.attempts = upstream.name, len(tried)
+                trace.upstream, trace.attempts = upstream.name, len(tried) - skipped
                 trace.queue_s = trace.clock() - trace.started
             with upstream.busy():
                 try:

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modelpack.errors import UsageError
+from modelpack_server.gateway.caller import put_entry
 from modelpack_server.gateway.families import family_of
 from modelpack_server.gateway.traces import Trace, put_trace
 from modelpack_server.gateway.usage import ReplyReader
@@ -61,6 +62,8 @@ class Traced:
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            put_entry(scope, self)
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

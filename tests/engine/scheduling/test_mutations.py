@@ -91,7 +91,7 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (WaitingQueue.add, "self._overtaking", "0"),
     (WaitingQueue.put_back, "insert(0, sequence)", "append(sequence)"),
     (WaitingQueue.put_back, "sequence.priority = _PREEMPTED", "pass"),
-    (WaitingQueue.pop, "self._next()[0]", "self._next()[-1]"),
+    (WaitingQueue.pop, "sequence = self.first", "sequence = self._next()[-1]"),
     (WaitingQueue.pop, "self._served.add(sequence.cache_salt)", "pass"),
     (WaitingQueue.pop, "self._served.clear()", "pass"),
     (WaitingQueue._next, "key=_of_first", "key=len"),

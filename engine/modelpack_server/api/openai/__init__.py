@@ -1,4 +1,5 @@
-"""The OpenAI API: chat completions, completions, responses, embeddings, rerank and models.
+"""The OpenAI API: chat completions, completions, responses, embeddings, rerank, models, files
+and batches.
 
 `tokenize` has the routes of vLLM that clients of this API call.
 """
@@ -7,10 +8,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from modelpack_server.api.openai.batch_runner import BatchRunner
+from modelpack_server.api.openai.batches import router as batch_routes
 from modelpack_server.api.openai.chat import router as chat
 from modelpack_server.api.openai.completions import router as completions
 from modelpack_server.api.openai.embeddings import ranking_routes
 from modelpack_server.api.openai.embeddings import router as embeddings
+from modelpack_server.api.openai.files import router as file_routes
 from modelpack_server.api.openai.models import router as models
 from modelpack_server.api.openai.responses import BackgroundResponses
 from modelpack_server.api.openai.responses import router as responses
@@ -18,10 +22,15 @@ from modelpack_server.api.openai.tokenize import router as tokenize
 from modelpack_server.pool.pool import ModelPool
 
 
-def router(pool: ModelPool, background: BackgroundResponses) -> APIRouter:
-    """Return the routes of the OpenAI API; `background` has its running background responses."""
+def router(pool: ModelPool, background: BackgroundResponses, batches: BatchRunner) -> APIRouter:
+    """Return the routes of the OpenAI API.
+
+    `background` has its running background responses, `batches` its batches and files.
+    """
     routes = APIRouter()
     for part in (chat, completions, embeddings, ranking_routes, models, tokenize):
         routes.include_router(part(pool))
     routes.include_router(responses(pool, background))
+    routes.include_router(file_routes(batches.files))
+    routes.include_router(batch_routes(batches))
     return routes

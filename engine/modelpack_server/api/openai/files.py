@@ -1,0 +1,276 @@
+"""The routes below /v1/files: upload, list, read and delete files (`stored_files`)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from modelpack_engine.errors import RequestError
+from modelpack_server.api.errors import ClientGoneError
+from modelpack_server.api.openai.stored_files import (
+    KEPT_FOR,
+    LONGEST,
+    MAX_FILE_BYTES,
+    SHORTEST,
+    StoredFile,
+    StoredFiles,
+    Upload,
+    page,
+)
+from modelpack_server.api.paths import add_route
+from modelpack_server.gateway.caller import caller_of
+
+#: The purposes of uploads. Only files of the purpose `batch` are used, as the input of batches.
+PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
+
+_MAX_FIELD = 4096  # bytes of a field of the form
+_MAX_FIELDS = 16
+_FRAME = 64 * 1024  # bytes of a form without its file
+_PIECE = 1024 * 1024  # bytes of an upload that are collected before a thread writes them
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"enum": list(PURPOSES)},
+                        "expires_after[anchor]": {"const": "created_at"},
+                        "expires_after[seconds]": {"type": "integer"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def router(files: StoredFiles) -> APIRouter:
+    routes = APIRouter(tags=["OpenAI"])
+
+    async def upload_file(request: Request) -> dict[str, Any]:
+        """Store a file; `purpose` says what it is for, `expires_after` when it is deleted."""
+        owner = caller_of(request.scope).owner
+        upload = await asyncio.to_thread(files.upload, owner)
+        try:
+            form = _Form(request.headers.get("content-type", ""))
+            try:
+                await _receive(request, form, upload)
+            except ClientDisconnect:
+                raise ClientGoneError("the client disconnected") from None
+            purpose, seconds = _checked(form.fields)
+            filename = form.filename
+            if filename is None:
+                raise RequestError("file is required", param="file")
+            stored = await asyncio.to_thread(
+                upload.finish, purpose=purpose, filename=filename, seconds=seconds
+            )
+            return stored.json()
+        finally:
+            await asyncio.to_thread(upload.close)
+
+    async def list_files(
+        request: Request,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
+        """List the files of the API key."""
+        owner = caller_of(request.scope).owner
+        found = await asyncio.to_thread(files.list, owner, purpose)
+        return page(found if order == "asc" else reversed(found), after, limit)
+
+    async def find(request: Request, file_id: str) -> StoredFile:
+        return await asyncio.to_thread(files.find, caller_of(request.scope).owner, file_id)
+
+    async def retrieve_file(file_id: str, request: Request) -> dict[str, Any]:
+        """Return the attributes of a file."""
+        return (await find(request, file_id)).json()
+
+    async def download_file(file_id: str, request: Request) -> Response:
+        """Return the bytes of a file."""
+        file = await find(request, file_id)
+        return FileResponse(
+            files.path(file), media_type="application/octet-stream", filename=file.filename
+        )
+
+    async def delete_file(file_id: str, request: Request) -> dict[str, Any]:
+        """Delete a file; a batch that was created from it continues."""
+        await asyncio.to_thread(files.remove, caller_of(request.scope).owner, file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
+
+    add_route(routes, "/files", upload_file, extra=_FORM)
+    add_route(routes, "/files", list_files, methods=["GET"])
+    add_route(routes, "/files/{file_id}", retrieve_file, methods=["GET"])
+    add_route(routes, "/files/{file_id}", delete_file, methods=["DELETE"])
+    add_route(routes, "/files/{file_id}/content", download_file, methods=["GET"])
+    return routes
+
+
+async def _receive(request: Request, form: _Form, upload: Upload) -> None:
+    """Write the file of a form to `upload`, within its limits."""
+    size = 0
+    async with aclosing(request.stream()) as pieces:
+        async for piece in pieces:
+            form.feed(piece)
+            size += len(piece)
+            if form.size > MAX_FILE_BYTES or size > MAX_FILE_BYTES + _FRAME:
+                raise HTTPException(413, f"the file exceeds {MAX_FILE_BYTES} bytes")
+            if len(form.content) >= _PIECE:
+                await asyncio.to_thread(upload.write, form.take())
+    form.end()
+    await asyncio.to_thread(upload.write, form.take())
+
+
+def _checked(fields: dict[str, str]) -> tuple[str, float]:
+    """Return the purpose of an upload, and the seconds for which the file is kept."""
+    purpose = fields.get("purpose")
+    if purpose not in PURPOSES:
+        given = "missing" if purpose is None else repr(purpose[:100])
+        raise RequestError(
+            f"purpose is {given}, expected one of {', '.join(PURPOSES)}", param="purpose"
+        )
+    anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return purpose, KEPT_FOR
+    return purpose, expiry(anchor, seconds)
+
+
+def expiry(anchor: object, seconds: object, param: str = "expires_after") -> float:
+    """Return the seconds of an expiration policy; raises `RequestError`."""
+    if anchor != "created_at":
+        raise RequestError("anchor: expected created_at", param=f"{param}.anchor")
+    text = str(seconds)
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    if not SHORTEST <= number <= LONGEST:
+        raise RequestError(
+            f"seconds is {text[:100]}, expected {SHORTEST} to {LONGEST}", param=f"{param}.seconds"
+        )
+    return number
+
+
+@dataclass(slots=True)
+class _Part:
+    """A part of a form; `name` and `filename` are known after its headers."""
+
+    headers: dict[str, str] = field(default_factory=dict)
+    header: bytearray = field(default_factory=bytearray)
+    value: bytearray = field(default_factory=bytearray)
+    name: str = ""
+    is_file: bool = False
+
+
+class _Form:
+    """Parses multipart/form-data as it arrives; `content` collects the bytes of its file."""
+
+    def __init__(self, content_type: str) -> None:
+        """Raises `RequestError` for another media type."""
+        # Imported here: python-multipart is needed for uploads only.
+        from python_multipart import MultipartParser
+        from python_multipart.multipart import parse_options_header
+
+        media_type, options = parse_options_header(content_type)
+        boundary = options.get(b"boundary")
+        if media_type != b"multipart/form-data" or not boundary or len(boundary) > 70:
+            raise RequestError("expected a form, sent as multipart/form-data", param="file")
+        self.fields: dict[str, str] = {}
+        self.filename: str | None = None
+        self.content = bytearray()
+        self.size = 0  # of the file so far
+        self._part = _Part()
+        self._ended = False
+        self._options = parse_options_header
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": self._name,
+                "on_header_value": self._value,
+                "on_header_end": self._header,
+                "on_headers_finished": self._start,
+                "on_part_data": self._data,
+                "on_part_end": self._finish,
+                "on_end": self._end,
+            },
+        )
+
+    def feed(self, piece: bytes) -> None:
+        """Parse the next bytes; raises `RequestError`."""
+        from python_multipart.exceptions import FormParserError
+
+        try:
+            self._parser.write(piece)
+        except FormParserError as error:
+            raise RequestError(f"the form is not valid: {error}", param="file") from None
+
+    def end(self) -> None:
+        """Check that the form is complete; raises `RequestError`."""
+        if not self._ended:
+            raise RequestError("the form is not complete", param="file")
+
+    def take(self) -> bytes:
+        """Return the collected bytes of the file, and forget them."""
+        found = bytes(self.content)
+        self.content.clear()
+        return found
+
+    def _begin(self) -> None:
+        self._part = _Part()
+
+    def _name(self, data: bytes, start: int, end: int) -> None:
+        self._part.header += data[start:end]
+
+    def _value(self, data: bytes, start: int, end: int) -> None:
+        self._part.value += data[start:end]
+
+    def _header(self) -> None:
+        part = self._part
+        part.headers[part.header.decode("latin-1").lower()] = part.value.decode("latin-1")
+        part.header.clear()
+        part.value.clear()
+
+    def _start(self) -> None:
+        part = self._part
+        _, options = self._options(part.headers.get("content-disposition"))
+        part.name = options.get(b"name", b"").decode(errors="replace")
+        filename = options.get(b"filename")
+        part.is_file = filename is not None
+        if filename is None:
+            return
+        if part.name != "file" or self.filename is not None:
+            raise RequestError("expected one file, in the field 'file'", param="file")
+        text = _UNPRINTABLE.sub("", filename.decode(errors="replace"))
+        self.filename = re.split(r"[/\\]", text)[-1][:255] or "file"
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._part.is_file:
+            self.content += data[start:end]
+            self.size += end - start
+            return
+        self._part.value += data[start:end]
+        if len(self._part.value) > _MAX_FIELD:
+            raise RequestError("a field of the form is too long", param=self._part.name or None)
+
+    def _finish(self) -> None:
+        part = self._part
+        if part.is_file:
+            return
+        if len(self.fields) == _MAX_FIELDS:
+            raise RequestError(f"the form has more than {_MAX_FIELDS} fields")
+        self.fields[part.name] = part.value.decode(errors="replace")
+
+    def _end(self) -> None:
+        self._ended = True
