@@ -15,32 +15,39 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Scope
 
 from modelpack.errors import ModelpackError
-from modelpack.store.filesystem import map_os_errors
+from modelpack.store.filesystem import map_os_errors, write_all
 from modelpack_server.api.openai.batch_input import (
-    ENDPOINTS,
     Line,
     LineError,
     key_of,
     read_lines,
     validate,
 )
+from modelpack_server.api.openai.stored_batches import (
+    PARTS,
+    Batch,
+    Ending,
+    Sender,
+    delete_parts,
+    error_object,
+    read_batches,
+)
 from modelpack_server.api.openai.stored_files import (
     KEPT_FOR,
     StoredFile,
     StoredFiles,
     link_or_copy,
-    read_document,
     write_document,
 )
 from modelpack_server.gateway.caller import Background, put_background
@@ -63,84 +70,10 @@ WINDOW = 24 * 3600.0
 _TICK = 60.0  # seconds between looks for expired files, and for a directory that becomes free
 _SHUTDOWN = 5.0  # seconds for requests to notice that the server stops
 _AHEAD = 16  # lines that are read at a time
-_FINAL = ("completed", "failed", "expired", "cancelled")
 _REST = {
     "cancelled": ("batch_cancelled", "The batch was cancelled before this request was executed."),
     "expired": ("batch_expired", "The batch expired before this request was executed."),
 }
-Ending = Literal["completed", "failed", "expired", "cancelled"]
-
-
-@dataclass(slots=True)
-class Batch:
-    """A batch; times are in seconds since 1970.
-
-    `key`, `headers` and `client` are those of the request that created it: the name of its API key,
-    the headers in which a gateway names its caller, and the address. `ending` is the final status,
-    once it is known.
-    """
-
-    id: str
-    owner: str | None
-    key: str | None
-    headers: list[list[str]]
-    client: str
-    endpoint: str
-    input_file_id: str
-    input_bytes: int
-    metadata: dict[str, str] | None
-    output_seconds: float
-    created: float
-    expires: float
-    status: str = "validating"
-    ending: Ending | None = None
-    model: str | None = None
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-    errors: list[dict[str, Any]] = field(default_factory=list)
-    times: dict[str, int] = field(default_factory=dict)
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-
-    @property
-    def is_final(self) -> bool:
-        return self.status in _FINAL
-
-    def json(self) -> dict[str, Any]:
-        """Return the OpenAI batch object."""
-        names = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling",
-                 "cancelled")  # fmt: skip
-        ended = self.is_final
-        return {
-            "id": self.id,
-            "object": "batch",
-            "endpoint": self.endpoint,
-            "model": self.model,
-            "errors": {"object": "list", "data": self.errors} if self.errors else None,
-            "input_file_id": self.input_file_id,
-            "completion_window": "24h",
-            "status": self.status,
-            "output_file_id": self.output_file_id if ended else None,
-            "error_file_id": self.error_file_id if ended else None,
-            "created_at": int(self.created),
-            "expires_at": int(self.expires),
-            **{f"{name}_at": self.times.get(name) for name in names},
-            "request_counts": {
-                "total": self.total, "completed": self.completed, "failed": self.failed
-            },
-            "metadata": self.metadata,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Sender:
-    """Who created a batch; see `Batch`."""
-
-    owner: str | None
-    key: str | None
-    headers: list[list[str]]
-    client: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +262,7 @@ class BatchRunner:
         async with self._opening:
             if self._folder is None:
                 folder = await asyncio.to_thread(self.files.open) / "batches"
-                for batch in await asyncio.to_thread(_read_batches, folder):
+                for batch in await asyncio.to_thread(read_batches, folder):
                     self._batches[batch.id] = batch
                     if not batch.is_final:
                         self.files.reserve(batch.owner, batch.input_bytes, check=False)
@@ -373,7 +306,7 @@ class BatchRunner:
             await run.run()
         except Exception as error:  # noqa: BLE001 - it fails this batch only
             _log.exception("the batch %s failed", batch.id)
-            batch.errors.append(_error("server_error", f"unexpected {type(error).__name__}"))
+            batch.errors.append(error_object("server_error", f"unexpected {type(error).__name__}"))
             batch.ending = "failed"
             with suppress(ModelpackError, OSError):
                 await self.set_status(batch, "failed")
@@ -403,46 +336,13 @@ class BatchRunner:
         for batch in [b for b in self._batches.values() if b.is_final and b.created < before]:
             del self._batches[batch.id]
             assert self._folder is not None
-            await asyncio.to_thread(_delete, self._folder / batch.id, (".json", *_PARTS))
+            await asyncio.to_thread(delete_parts, self._folder / batch.id, (".json", *PARTS))
 
     def _save(self, batch: Batch) -> None:
         assert self._folder is not None
         path = self._folder / f"{batch.id}.json"
         with map_os_errors("write", path):
             write_document(path, asdict(batch))
-
-
-_PARTS = (".in", ".out", ".err")
-
-
-def _delete(base: Path, suffixes: Iterable[str]) -> None:
-    for suffix in suffixes:
-        base.with_suffix(suffix).unlink(missing_ok=True)
-
-
-def _read_batches(folder: Path) -> list[Batch]:
-    """Return the stored batches, the oldest first; delete what is incomplete."""
-    found: dict[str, Batch] = {}
-    for path in folder.glob("*.json"):
-        try:
-            batch = Batch(**read_document(path))
-            if batch.id != path.stem or batch.endpoint not in ENDPOINTS:
-                raise ValueError("its id or its endpoint is not valid")
-            found[batch.id] = batch
-        except (OSError, ValueError, TypeError) as error:
-            _log.warning("dropping the batch %s: %s", path.stem, error)
-            path.unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.stem not in found:
-            _log.warning("deleting the incomplete file %s", path)
-            path.unlink(missing_ok=True)
-    return sorted(found.values(), key=lambda batch: batch.created)
-
-
-def _error(
-    code: str, message: str, line: int | None = None, param: str | None = None
-) -> dict[str, Any]:
-    return {"code": code, "message": message, "line": line, "param": param}
 
 
 class _Run:
@@ -494,7 +394,7 @@ class _Run:
         if self._stop.is_set():
             return
         if found.errors:
-            batch.errors = [_error(e.code, e.message, e.line, e.param) for e in found.errors]
+            batch.errors = [error_object(e.code, e.message, e.line, e.param) for e in found.errors]
             batch.ending = "failed"
             return
         batch.total, batch.model = found.total, found.model
@@ -576,7 +476,7 @@ class _Run:
 
     def _fail(self, code: str, message: str) -> None:
         if self._why is None:
-            self._batch.errors.append(_error(code, message))
+            self._batch.errors.append(error_object(code, message))
         self.end("failed")
 
     def _record(self, line: Line, reply: Reply) -> None:
@@ -592,6 +492,7 @@ class _Run:
         row = {"id": _row_id(), "custom_id": line.custom_id, "response": response, "error": error}
         self._append(".out" if succeeded else ".err", [row])
         self._done.add(line.key)
+        self._batch.count(response["body"])
         self._batch.completed += succeeded
         self._batch.failed += not succeeded
 
@@ -609,11 +510,10 @@ class _Run:
     def _append(self, suffix: str, rows: list[dict[str, Any]]) -> None:
         text = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
         path = self._base.with_suffix(suffix)
-        with map_os_errors("write", path), path.open("ab") as stream:
+        with map_os_errors("write", path), path.open("ab", buffering=0) as stream:
             size = stream.tell()
             try:
-                stream.write(text)
-                stream.flush()
+                write_all(stream.fileno(), memoryview(text))
             except OSError:
                 os.truncate(path, size)
                 raise
@@ -623,6 +523,7 @@ class _Run:
         """Read which lines ended in an earlier run; a line that was half written did not."""
         batch = self._batch
         batch.completed = batch.failed = 0
+        batch.usage.clear()
         for suffix in (".out", ".err"):
             path = self._base.with_suffix(suffix)
             if not path.exists():
@@ -633,7 +534,8 @@ class _Run:
                     try:
                         row: Any = json.loads(raw) if raw.endswith(b"\n") else None
                         self._done.add(key_of(row["custom_id"]))
-                    except (ValueError, TypeError, KeyError):
+                        batch.count((row["response"] or {}).get("body"))
+                    except (ValueError, TypeError, KeyError, AttributeError):
                         _log.warning("%s: dropping a line that is not complete", path)
                         break
                     whole += len(raw)
@@ -661,7 +563,7 @@ class _Run:
                     name=name,
                 )  # fmt: skip
         await runner.set_status(batch, ending)
-        await asyncio.to_thread(_delete, self._base, _PARTS)
+        await asyncio.to_thread(delete_parts, self._base, PARTS)
 
 
 def _row_id() -> str:

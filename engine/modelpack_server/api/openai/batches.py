@@ -11,8 +11,9 @@ from pydantic import Field, StrictStr
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import BodyRoute, SparseBody
 from modelpack_server.api.openai.batch_input import ENDPOINTS
-from modelpack_server.api.openai.batch_runner import BatchRunner, Sender
+from modelpack_server.api.openai.batch_runner import BatchRunner
 from modelpack_server.api.openai.files import expiry
+from modelpack_server.api.openai.stored_batches import Sender
 from modelpack_server.api.openai.stored_files import KEPT_FOR, page
 from modelpack_server.api.paths import add_route
 from modelpack_server.gateway.caller import caller_of, key_name_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from modelpack_server.api.openai.stored_files import (
     page,
 )
 from modelpack_server.api.paths import add_route
+from modelpack_server.gateway.bodies import SLOW_START, SLOWEST_RATE
 from modelpack_server.gateway.caller import caller_of
 
 #: The purposes of uploads. Only files of the purpose `batch` are used, as the input of batches.
@@ -122,9 +124,16 @@ def router(files: StoredFiles) -> APIRouter:
 
 async def _receive(request: Request, form: _Form, upload: Upload) -> None:
     """Write the file of a form to `upload`, within its limits."""
-    size = 0
+    size, began = 0, time.monotonic()
     async with aclosing(request.stream()) as pieces:
-        async for piece in pieces:
+        while True:
+            patience = SLOW_START + size / SLOWEST_RATE - (time.monotonic() - began)
+            try:
+                piece = await asyncio.wait_for(anext(pieces, None), patience)
+            except TimeoutError:
+                raise HTTPException(408, "the file arrived too slowly") from None
+            if piece is None:
+                break
             form.feed(piece)
             size += len(piece)
             if form.size > MAX_FILE_BYTES or size > MAX_FILE_BYTES + _FRAME:

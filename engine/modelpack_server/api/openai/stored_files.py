@@ -36,7 +36,7 @@ from modelpack.store.filesystem import (
     read_own,
     write_atomically,
 )
-from modelpack_engine.errors import RequestError
+from modelpack_engine.errors import QueueFullError, RequestError
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ MAX_FILE_BYTES = 200 * 1024 * 1024
 #: The limits of an owner, and of all owners together. One owner cannot fill the directory.
 MAX_OWNER_FILES, MAX_FILES = 1000, 10_000
 MAX_OWNER_BYTES, MAX_BYTES = 2 * 1024**3, 8 * 1024**3
+#: The uploads of an owner, and of all owners, that run at a time. Each takes up to 1 MiB of memory.
+MAX_OWNER_UPLOADS, MAX_UPLOADS = 8, 32
 #: The seconds after which files are deleted unless their upload says otherwise, and the range.
 KEPT_FOR = 30 * 86400
 SHORTEST, LONGEST = 3600, 30 * 86400
@@ -241,7 +243,10 @@ class StoredFiles:
         self.reserve(file.owner, -file.bytes)
 
     def upload(self, owner: str | None) -> Upload:
-        """Begin a file of `owner`; raises `RequestError` beyond a limit of files."""
+        """Begin a file of `owner`.
+
+        Raises `RequestError` beyond a limit of files, and `QueueFullError` beyond one of uploads.
+        """
         with self._lock:
             self.open()
             self.sweep()
@@ -297,6 +302,8 @@ class StoredFiles:
 
     def _check_number(self, owner: str | None) -> None:
         uploads = sum(self._uploads.values())
+        if uploads >= MAX_UPLOADS or self._uploads.get(owner, 0) >= MAX_OWNER_UPLOADS:
+            raise QueueFullError("too many uploads run at the same time", retry_after=1.0)
         mine = sum(file.owner == owner for file in self._files.values())
         for count, limit in (
             (mine + self._uploads.get(owner, 0), MAX_OWNER_FILES),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,12 @@ def test_a_batch_from_upload_to_output(api: Desk) -> None:
     assert (reply["status_code"], output["r0"]["error"]) == (200, None)
     assert reply["request_id"].startswith("req_")
     direct = httpx.post(f"{api.url}{CHAT}", json=chat("r0")).json()
+    tokens = [each["response"]["body"]["usage"] for each in output.values()]
+    assert batch.usage is not None
+    assert batch.usage.input_tokens == sum(each["prompt_tokens"] for each in tokens)
+    assert batch.usage.output_tokens == sum(each["completion_tokens"] for each in tokens)
+    assert batch.usage.total_tokens == sum(each["total_tokens"] for each in tokens) > 0
+    assert batch.usage.input_tokens_details.cached_tokens == 28
     kept = ("object", "model", "choices", "usage")
     assert {k: reply["body"][k] for k in kept} == {k: direct[k] for k in kept}
     assert {name: each["response"]["status_code"] for name, each in errors.items()} == {
@@ -246,6 +254,25 @@ def test_the_output_is_limited(api: Desk, monkeypatch: pytest.MonkeyPatch) -> No
     assert batch.errors is not None
     assert [e.code for e in batch.errors.data or ()] == ["output_too_large"]
     assert 0 < len(api.rows(batch.output_file_id)) < 100
+
+
+def test_a_full_disk_ends_a_batch(api: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replies so far are whole, and there to be read."""
+    write_all, calls = batch_runner.write_all, []
+
+    def write(descriptor: int, view: memoryview) -> None:
+        calls.append(view)
+        if len(calls) > 5:
+            write_all(descriptor, view[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(descriptor, view)
+
+    monkeypatch.setattr(batch_runner, "write_all", write)
+    batch = api.ended(api.begin([row(f"r{i}") for i in range(50)]))
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    assert [e.code for e in batch.errors.data or ()] == ["storage_full"]
+    assert len(api.rows(batch.output_file_id)) == 5
 
 
 def test_a_reply_is_limited(api: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from modelpack.errors import LockedError
-from modelpack_engine.errors import RequestError
+from modelpack_engine.errors import QueueFullError, RequestError
 from modelpack_server.api.openai import files, stored_files
 from modelpack_server.api.openai.stored_files import StoredFile, StoredFiles
 from tests.engine.families.batches.served import Desk, desk
@@ -122,6 +123,35 @@ def test_a_file_that_is_too_large(
         api.upload(b"x" * 1001)
     assert caught.value.status_code == 413
     assert len(list((tmp_path / "state" / "files").iterdir())) == 2
+
+
+def test_an_upload_that_stalls_is_given_up(
+    api: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SLOW_START", 0.2)
+    host, _, port = api.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as stalled:
+        stalled.sendall(
+            b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + HEAD
+        )
+        assert stalled.recv(1000).startswith(b"HTTP/1.1 408")
+    assert list((tmp_path / "state" / "files").iterdir()) == []
+
+
+def test_few_uploads_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stalled upload holds memory: those of one owner leave room for others."""
+    monkeypatch.setattr(stored_files, "MAX_OWNER_UPLOADS", 2)
+    monkeypatch.setattr(stored_files, "MAX_UPLOADS", 3)
+    store = StoredFiles(tmp_path)
+    first, _ = store.upload("alice"), store.upload("alice")
+    with pytest.raises(QueueFullError):
+        store.upload("alice")
+    store.upload("bob")
+    with pytest.raises(QueueFullError):
+        store.upload("carol")
+    first.close()
+    store.upload("carol")
 
 
 def stored(store: StoredFiles, owner: str | None, content: bytes = b"x" * 10) -> StoredFile:

@@ -47,6 +47,11 @@ def test_a_server_that_is_started_again_goes_on(tmp_path: Path) -> None:
         assert second.rows(batch.output_file_id).keys() == {f"r{i}" for i in range(COUNT)}
         assert batch.request_counts is not None
         assert batch.request_counts.completed == COUNT
+        rows = second.rows(batch.output_file_id).values()
+        assert batch.usage is not None
+        assert batch.usage.total_tokens == sum(
+            each["response"]["body"]["usage"]["total_tokens"] for each in rows
+        )
         again = second.prompts()
         assert len(again) == len(set(again))
         assert set(again) == {f"r{i}" for i in range(COUNT)} - ended, "ended requests are repeated"
