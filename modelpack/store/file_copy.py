@@ -1,4 +1,4 @@
-"""Copy and hash large files with little memory: direct writes, write-behind, hashing threads.
+"""Copy and hash large files with little memory: direct writes, write-behind, worker threads.
 
 A copied model is seldom read soon, so its pages in the page cache cost more than they give: they
 need fresh memory and evict what other programs have cached. Where the system allows it (Linux with
@@ -143,13 +143,18 @@ class Hashing:
             threaded = self.size >= _MIN_BYTES_FOR_THREAD and _busy + 2 <= _processors()
             self._share = 2 if threaded else 1
             _busy += self._share
-        for _ in range(_BUFFERS if threaded else 2):  # the other may be in use by a write
+        for _ in range(_BUFFERS if threaded else 2):
             # Whole pages, as direct writes need them.
             self._free.put(memoryview(mmap.mmap(-1, CHUNK)))
         if threaded:
             self._thread = threading.Thread(target=self._run, name="modelpack-hash", daemon=True)
             self._thread.start()
         return self
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether a thread hashes the buffers."""
+        return self._thread is not None
 
     def buffer(self) -> memoryview:
         """Return a buffer to fill."""
@@ -192,16 +197,13 @@ def copy_and_hash(
     raise to stop the copy.
     """
     total = reported = 0
-    writer = DirectWriter(target, hashing.size)
-    with hashing:
+    with hashing, _BufferWriter(DirectWriter(target, hashing.size), path, hashing) as writing:
         while True:
             buffer = hashing.buffer()
             length = fill(buffer)
             if not length:
                 break
-            hashing.update(buffer, length)
-            with map_os_errors("write", path):
-                writer.write(buffer[:length])
+            writing.put(buffer, length)
             total += length
             if total - reported >= STEP:
                 reported = total
@@ -209,6 +211,61 @@ def copy_and_hash(
     if reported != total:
         seen(total)
     return total
+
+
+class _BufferWriter:
+    """Writes buffers and then has them hashed; in a thread of its own if `hashing` has one too.
+
+    Direct writes wait for the disk, so the next buffers are filled and earlier ones are hashed
+    meanwhile. Everything is written at the end of the block; `path` names the file in errors.
+    Without a thread, other copies of this process use the processor during a write.
+    """
+
+    def __init__(self, writer: DirectWriter, path: Path, hashing: Hashing) -> None:
+        self._writer = writer
+        self._path = path
+        self._hashing = hashing
+        self._filled: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> _BufferWriter:
+        if self._hashing.has_thread:
+            self._thread = threading.Thread(target=self._run, name="modelpack-write", daemon=True)
+            self._thread.start()
+        return self
+
+    def put(self, buffer: memoryview, length: int) -> None:
+        """Write the first `length` bytes of a buffer, maybe later; raises earlier errors."""
+        if self._failure is not None:
+            raise self._failure
+        if self._thread is not None:
+            self._filled.put((buffer, length))
+        else:
+            self._write(buffer, length)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._thread is not None:
+            self._filled.put(None)
+            self._thread.join()
+        if error is None and self._failure is not None:
+            raise self._failure
+
+    def _write(self, buffer: memoryview, length: int) -> None:
+        with map_os_errors("write", self._path):
+            self._writer.write(buffer[:length])
+        self._hashing.update(buffer, length)
+
+    def _run(self) -> None:
+        while (item := self._filled.get()) is not None:
+            buffer, length = item
+            if self._failure is None:
+                try:
+                    self._write(buffer, length)
+                except Exception as error:  # noqa: BLE001 - raised by `put` and at the end
+                    self._failure = error
+            if self._failure is not None:
+                self._hashing.update(buffer, 0)  # free the buffer: `buffer` may wait for one
 
 
 def fill_from(source: int) -> Callable[[memoryview], int]:
