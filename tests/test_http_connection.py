@@ -384,6 +384,25 @@ def test_parts_of_a_file(file: Path, parts: list[tuple[int, int]], is_long: bool
             assert answer(connection, "GET") == (200, expected)
 
 
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_worker_waits_briefly_for_a_full_socket(
+    is_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8 * 1024 * KIB))  # more than sockets of this kind hold
+    monkeypatch.setattr(http_connection, "_FULL_MILLISECONDS", 20_000 if is_read else 1)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ThreadPoolExecutor(1) as executor, ours, theirs, path.open("rb") as stream:
+        size = path.stat().st_size
+        if is_read:
+            received = executor.submit(lambda: theirs.recv(size, socket.MSG_WAITALL))
+        sent = http_connection._send_what_fits(ours, stream.fileno(), 0, size)
+        assert (sent == size) is is_read
+        if is_read:
+            assert len(received.result()) == size
+
+
 def test_head_sends_no_file(file: Path) -> None:
     with connected(Sender(file, (0, PIECE), length=PIECE)) as connection:
         for _ in range(2):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import select
 import socket
 import threading
 from collections import deque
@@ -53,6 +54,7 @@ _AT_ONCE: Final = 4
 HEAD_SECONDS: Final = 30.0
 _CLOSE: Final = (b"connection", b"close")
 _READ_SIZE: Final = 256 * 1024  # what asyncio reads at once by itself
+_FULL_MILLISECONDS: Final = 5  # that a worker thread waits for a full socket
 _BARE_LF: Final = re.compile(rb"(?<!\r)\n")
 _BARE_CR: Final = re.compile(rb"\r(?!\n)")
 
@@ -436,11 +438,19 @@ class _Length:
 
 
 def _send_what_fits(sink: socket.socket, file: int, offset: int, end: int) -> int:
-    """Send until the socket is full; return the offset of the next byte. Raises `OSError`."""
+    """Send until the socket stays full; return the offset of the next byte. Raises `OSError`.
+
+    A full socket is waited for briefly, since a fast client empties it sooner than the event loop
+    would start another call.
+    """
+    poll = select.poll()
+    poll.register(sink, select.POLLOUT)
     while offset < end:
         try:
             count = os.sendfile(sink.fileno(), file, offset, end - offset)
         except BlockingIOError:
+            if poll.poll(_FULL_MILLISECONDS):
+                continue
             break
         if count == 0:
             raise ConnectionAbortedError("the file ends before the part to send does")
