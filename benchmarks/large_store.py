@@ -7,7 +7,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from measuring import MODELPACK, Run, measure, print_machine
+from measuring import MODELPACK, Run, machine_rates, measure, print_machine
 
 import modelpack
 from modelpack.artifacts import media_types
@@ -81,6 +81,7 @@ def main() -> None:
     print(f"load before: {os.getloadavg()[0]:.1f}", flush=True)
     figures: dict[int, dict[str, Run]] = {}
     with tempfile.TemporaryDirectory(prefix="modelpack-bench-") as scratch:
+        machine_rates(Path(scratch))
         measure([MODELPACK, "list"], {"MODELPACK_STORE": str(Path(scratch) / "empty")})  # bytecode
         for tags in (TAGS // 10, TAGS // 2, TAGS):
             root = Path(scratch) / str(tags)

@@ -1,21 +1,31 @@
-"""Time whole processes in alternating pairs, with the kernel's accounting of each process."""
+"""Time whole processes in alternating pairs, with the kernel's accounting of each process.
+
+Ratios of byte-moving commands depend on the machine: `machine_rates` measures how fast it hashes,
+writes, reads and sends, so that the figures of two machines can be told apart.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 import os
 import platform
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MODELPACK = str(Path(sys.executable).with_name("modelpack"))
 MEASURED = str(Path(__file__).parents[1] / "scripts" / "measured")
+MIB = 1024**2
 GIB = 1024**3
 
 
@@ -129,3 +139,93 @@ def print_machine(*versions: Sequence[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         print(f"{command[0]}: {(done.stdout or done.stderr).strip().splitlines()[0]}")
     print(flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes per second of one core's SHA-256, of the disk without the page cache, of loopback."""
+
+    sha256: float
+    write: float
+    read: float
+    loopback: float
+
+    def __str__(self) -> str:
+        return (
+            f"SHA-256 {self.sha256 / 1e9:.2f} GB/s a core; disk: write {self.write / 1e9:.2f} GB/s,"
+            f" read {self.read / 1e9:.2f} GB/s; loopback {self.loopback / 1e9:.2f} GB/s"
+        )
+
+    def bound(self, size: int, *, files: int = 1) -> str:
+        """Return, as text, the shortest time to hash and write `size` bytes, and what limits it.
+
+        Each of the `files` can be hashed on another core.
+        """
+        cores = min(files, os.cpu_count() or 1)
+        times = {"SHA-256": size / self.sha256 / cores, "disk writes": size / self.write}
+        limit = max(times, key=lambda name: times[name])
+        return f"bound {times[limit]:.2f} s ({limit})"
+
+
+def machine_rates(directory: Path, size: int = 512 * MIB) -> Rates:
+    """Measure and print the rates of this machine and the disk of `directory`, best of three."""
+    tries = [_rates(directory, size) for _ in range(3)]
+    rates = Rates(
+        max(rates.sha256 for rates in tries),
+        max(rates.write for rates in tries),
+        max(rates.read for rates in tries),
+        max(rates.loopback for rates in tries),
+    )
+    print(f"rates: {rates}", flush=True)
+    return rates
+
+
+def _rates(directory: Path, size: int) -> Rates:
+    buffer = memoryview(mmap.mmap(-1, MIB))  # whole pages, as direct writes need them
+    buffer[:] = os.urandom(MIB)
+    direct = getattr(os, "O_DIRECT", 0)
+    path = directory / "rates"
+    hasher = hashlib.sha256()
+
+    def timed(step: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        for _ in range(size // MIB):
+            step()
+        return size / (time.perf_counter() - started)
+
+    try:
+        sha256 = timed(lambda: hasher.update(buffer))
+        file = os.open(path, os.O_RDWR | os.O_CREAT | direct, 0o600)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file, 0, size)
+            write = timed(lambda: os.writev(file, [buffer]))
+            os.fsync(file)
+            os.lseek(file, 0, os.SEEK_SET)
+            read = timed(lambda: os.readv(file, [buffer]))
+        finally:
+            os.close(file)
+        return Rates(sha256, write, read, _loopback_rate(path, size))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _loopback_rate(path: Path, size: int) -> float:
+    """Return the rate at which one thread sends a cached file by `sendfile` and another reads."""
+    warm(path)
+    with (
+        path.open("rb") as stream,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as sender,
+    ):
+        receiver, _ = listener.accept()
+        with receiver:
+            unused = bytearray(MIB)
+            started = time.perf_counter()
+            thread = threading.Thread(target=sender.sendfile, args=(stream,))
+            thread.start()
+            left = size
+            while left and (count := receiver.recv_into(unused)):
+                left -= count
+            thread.join()
+            return size / (time.perf_counter() - started)

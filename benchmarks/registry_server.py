@@ -2,10 +2,11 @@
 
 Both servers and the clients share one machine, and runs alternate. The clients are threads of this
 process and do little work: a push is a POST and one PUT whose body the kernel sends from a warm
-file, and a pull is read into one buffer and dropped. A third server, which stores nothing
-(`null_registry.py`), shows the limit of these clients. Both registries hash pushed blobs and flush
-them to disk before they respond. Finally, the memory of the embedded registry is measured while
-eight clients push a GiB each. `--only push`, `pulls` or `memory` runs that part alone.
+file, and a pull is read into one buffer and dropped. Pulls by processes of curl are measured too. A
+third server, which stores nothing and sends by `sendfile` (`null_registry.py`), shows the limit of
+these clients. Both registries hash pushed blobs and flush them to disk before they respond.
+Finally, the memory of the embedded registry is measured while eight clients push a GiB each.
+`--only push`, `pulls` or `memory` runs that part alone.
 
     python benchmarks/registry_server.py [--rounds N] [--mib SIZE] [--memory-mib SIZE] [--only PART]
 """
@@ -31,11 +32,10 @@ from http.client import HTTPConnection, HTTPResponse
 from importlib.metadata import version
 from pathlib import Path
 
-from measuring import MODELPACK, print_machine, random_file, warm
+from measuring import MIB, MODELPACK, machine_rates, print_machine, random_file, warm
 
 from tests.peers import docker_registry
 
-MIB = 1024**2
 CLIENTS = 8
 TAIL = 16
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -112,6 +112,13 @@ class Server:
                 if not count:
                     sys.exit(f"{self.host} ended a blob early")
                 left -= count
+
+    def curl(self, digest: str, clients: int) -> None:
+        """Pull a blob by so many processes of curl at once."""
+        command = ["curl", "-sf", "-o", os.devnull, f"http://{self.host}{REPOSITORY}/{digest}"]
+        processes = [subprocess.Popen(command) for _ in range(clients)]
+        if sum(process.wait() for process in processes):
+            sys.exit(f"{self.host}: curl failed")
 
     def cpu(self) -> float:
         """Return the processor seconds of the server so far."""
@@ -276,6 +283,14 @@ def compare_all(root: Path, options: argparse.Namespace) -> None:
             1.0,
             lambda server: pull(server, digest, source.size, CLIENTS),
         )
+        for clients in (1, CLIENTS):
+            rounds_of(
+                f"{clients} curl {'pulls' if clients == 1 else 'pull'}",
+                1.0,
+                lambda server, clients=clients: timed(  # type: ignore[misc]
+                    server, [lambda: server.curl(digest, clients)]
+                ),
+            )
 
 
 def measure_memory(root: Path, mib: int) -> None:
@@ -297,11 +312,14 @@ def main() -> None:
     parser.add_argument("--memory-mib", type=int, default=1024, help="size of the eight blobs")
     parser.add_argument("--only", choices=["push", "pulls", "memory"], help="do this part alone")
     options = parser.parse_args()
-    print_machine(["docker-registry", "--version"], [MODELPACK, "--version"])
+    versions = [["docker-registry", "--version"], ["curl", "--version"], [MODELPACK, "--version"]]
+    print_machine(*versions)
     print(", ".join(f"{name} {version(name)}" for name in ("uvicorn", "h11", "starlette")))
     print(f"load before: {os.getloadavg()[0]:.1f}", flush=True)
     with tempfile.TemporaryDirectory(prefix="modelpack-bench-") as scratch:
         root = Path(scratch)
+        rates = machine_rates(root)
+        print(f"push of {options.mib} MiB: {rates.bound(options.mib * MIB)}", flush=True)
         if options.only != "memory":
             compare_all(root, options)
         if options.only in (None, "memory"):

@@ -16,7 +16,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measuring import GIB, MODELPACK, Run, compare_all, measure, print_machine, warm, weights
+from measuring import (
+    GIB,
+    MODELPACK,
+    Run,
+    compare_all,
+    machine_rates,
+    measure,
+    print_machine,
+    warm,
+    weights,
+)
 from peers import only_manifest, oras_cli
 
 from tests.peers import docker_registry
@@ -35,6 +45,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="modelpack-bench-") as scratch:
         root = Path(scratch)
+        rates = machine_rates(root)
         model = root / "model"
         model.mkdir()
         weights(model / "model.safetensors", 2 * GIB)
@@ -73,6 +84,7 @@ def main() -> None:
             compare_all(
                 "push 2 GiB", push, {"skopeo": skopeo_push, "oras": oras_push}, runs=pairs, goal=1.0
             )
+            print(f"push 2 GiB: {rates.bound(2 * GIB)}, by the registry", flush=True)
 
             source = f"{host}/bench/m:v1"
             first = measure([MODELPACK, "push", "-q", NAME, "--to", source], env)
@@ -105,6 +117,7 @@ def main() -> None:
                 runs=pairs,
                 goal=1.0,
             )
+            print(f"pull 2 GiB, verified: {rates.bound(2 * GIB)}", flush=True)
             subprocess.run(["sync"], check=False)
 
 
