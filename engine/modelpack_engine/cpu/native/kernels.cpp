@@ -305,12 +305,27 @@ INLINE float max_of(f32x16 v) {
 }
 INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
+// The largest magnitude; NaN if there is one, as its bits without the sign are larger than others.
+INLINE float largest(f32x16 a, f32x16 b) {
+    const i32x16 x = (i32x16)a & 0x7fffffff, y = (i32x16)b & 0x7fffffff, both = x > y ? x : y;
+    int32_t bits = both[0];
+    for (int i = 1; i < 16; i++) bits = both[i] > bits ? both[i] : bits;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
 void to_codes(const float* x, int columns, int8_t* codes, float* scales, float* sums) {
     typedef int8_t i8x16 __attribute__((vector_size(16)));
     for (int g = 0; g < columns / kGroup; g++) {
         const f32x16 a = load<f32x16>(x + 32 * g), b = load<f32x16>(x + 32 * g + 16);
-        const float most = max_of(max(max(a, -a), max(b, -b)));
-        const float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+        const float most = largest(a, b);
+        if (!(most > 1e-36f && most < INFINITY)) {  // no codes: too small to divide by, or not finite
+            std::memset(codes + 32 * g, 0, kGroup);
+            scales[g] = sums[2 * g] = sums[2 * g + 1] = most - most;  // then products are NaN
+            continue;
+        }
+        const float scale = most / 127, inverse = 127 / most;
         scales[g] = scale;
         const f32x16 parts[2] = {a, b};
         for (int h = 0; h < 2; h++) {
