@@ -89,7 +89,7 @@ const Kernels* named_kernels(const char* name) {
 }
 
 const Kernels* kernels = best_kernels();
-std::unique_ptr<Threads> threads;
+Threads* threads = nullptr;  // never freed: at exit, other threads may still run programs
 
 struct Deleter {
     void operator()(void* data) const { std::free(data); }
@@ -401,7 +401,7 @@ extern "C" {
 
 // Start `count` threads, once for a process; return the number of threads.
 int mp_start(int count) {
-    if (!threads) threads = std::make_unique<Threads>(std::max(1, count));
+    if (!threads) threads = new Threads(std::max(1, count));
     return threads->count();
 }
 

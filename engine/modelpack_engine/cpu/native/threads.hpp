@@ -6,7 +6,6 @@
 #include <functional>
 #include <mutex>
 #include <thread>
-#include <vector>
 #include <sched.h>
 
 namespace modelpack {
@@ -19,15 +18,12 @@ inline void pause_briefly() {
 #endif
 }
 
+// They run until the process ends: an object is never destroyed.
 class Threads {
   public:
+    ~Threads() = delete;
     explicit Threads(int count) : count_(count) {
-        for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
-    }
-    ~Threads() {
-        stop_ = true;
-        start();
-        for (auto& worker : workers_) worker.join();
+        for (int i = 1; i < count; i++) std::thread([this, i] { work(i); }).detach();
     }
 
     int count() const { return count_; }
@@ -81,19 +77,16 @@ class Threads {
                 wake_.wait(lock, [&] { return number_.load(std::memory_order_relaxed) != seen; });
             }
             seen++;
-            if (stop_) return;
             (*function_)(index);
             left_.fetch_sub(1, std::memory_order_release);
         }
     }
 
     const int count_;
-    std::vector<std::thread> workers_;
     std::mutex running_, mutex_;
     std::condition_variable wake_;
     std::atomic<unsigned> number_{0}, generation_{0};
     std::atomic<int> arrived_{0}, left_{0};
-    std::atomic<bool> stop_{false};
     const std::function<void(int)>* function_ = nullptr;
 };
 
