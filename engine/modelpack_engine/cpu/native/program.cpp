@@ -140,6 +140,7 @@ struct Program {
     std::vector<Scratch> scratch;
     std::vector<Memory<float>> turns;  // by rope: cosines and sines [rows][dims]
     std::vector<std::atomic<int>> next;  // by phase: the next piece of work
+    std::mutex running;
 
     Program(const Operation* first, int count, const Rope* rope, int num_ropes, const int32_t* width,
             int num_buffers, int rows, int most_columns)
@@ -459,6 +460,7 @@ void mp_program_free(void* program) { delete (Program*)program; }
 
 int mp_program_run(void* pointer, const Step* step) {
     Program& program = *(Program*)pointer;
+    std::lock_guard<std::mutex> one(program.running);
     if (step->rows < 1 || step->rows > program.max_rows || step->sampled > program.max_rows) return 1;
     int shared = 1;
     for (const Operation& o : program.operations)
