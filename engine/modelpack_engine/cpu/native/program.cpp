@@ -22,6 +22,7 @@ enum class Code : int32_t { EMBED, MULTIPLY, ROTATE, ATTEND, NORM, ADD, SELECT, 
 enum class Ending : int32_t { STORE, ADD, GATED };
 
 constexpr int kLogits = -1;  // the output buffer that the caller of a step provides
+constexpr int kLargestHead = 256;
 
 }  // namespace
 
@@ -64,31 +65,23 @@ struct Step {
 
 namespace {
 
-const Kernels* best_kernels() {
+// The kernels that the processor can run, the best ones last.
+std::vector<const Kernels*> usable_kernels() {
+    std::vector<const Kernels*> found{kernels_portable()};
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(kernels_avx2());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni"))
-        return __builtin_cpu_supports("avx512bf16") ? kernels_avx512_bf16() : kernels_avx512();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2();
+        __builtin_cpu_supports("avx512vnni")) {
+        found.push_back(kernels_avx512());
+        if (__builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
+    }
 #endif
-    return kernels_portable();
+    return found;
 }
 
-const Kernels* named_kernels(const char* name) {
-    const Kernels* all[] = {
-        kernels_portable(),
-#if defined(__x86_64__)
-        kernels_avx2(), kernels_avx512(), kernels_avx512_bf16(),
-#endif
-    };
-    for (const Kernels* kernels : all)
-        if (!std::strcmp(kernels->name, name)) return kernels;
-    return nullptr;
-}
-
-const Kernels* kernels = best_kernels();
+const Kernels* kernels = usable_kernels().back();
 Threads* threads = nullptr;  // never freed: at exit, other threads may still run programs
 
 struct Deleter {
@@ -372,7 +365,7 @@ class Run {
             const Group& group = groups_[piece / o.kv_heads];
             const int head = piece % o.kv_heads, count = group.count * shared;
             const int most = 64;
-            alignas(64) float queries[most * 256], output[most * 256];
+            alignas(64) float queries[most * kLargestHead], output[most * kLargestHead];
             int32_t first[most], length[most];
             float sinks[most];
             for (int from = 0; from < count; from += most) {
@@ -408,13 +401,14 @@ int mp_start(int count) {
 
 const char* mp_kernels() { return kernels->name; }
 
-// Use the kernels of this name, for tests. They must be those of an instruction set that the
-// processor has.
+// Use the kernels of this name, for tests; fails if the processor cannot run them.
 int mp_use_kernels(const char* name) {
-    const Kernels* found = named_kernels(name);
-    if (!found) return 1;
-    kernels = found;
-    return 0;
+    for (const Kernels* found : usable_kernels())
+        if (!std::strcmp(found->name, name)) {
+            kernels = found;
+            return 0;
+        }
+    return 1;
 }
 
 void* mp_matrix_new(int source, int rows, int columns, const uint8_t* data) {
@@ -449,6 +443,13 @@ void mp_matrix_free(void* matrix) {
 
 void* mp_program_new(const Operation* operations, int count, const Rope* ropes, int num_ropes, const int32_t* widths,
                      int num_buffers, int rows, int columns) {
+    if (count < 0 || num_ropes < 0 || num_buffers < 0 || rows < 1 || columns < 1) return nullptr;
+    for (int i = 0; i < count; i++) {
+        const Operation& o = operations[i];
+        const bool heads = o.code == (int)Code::ROTATE || o.code == (int)Code::ATTEND;
+        if (heads && (o.kv_heads < 1 || o.heads % o.kv_heads || o.dim % 16 || o.dim < 16 || o.dim > kLargestHead))
+            return nullptr;
+    }
     try {
         return new Program(operations, count, ropes, num_ropes, widths, num_buffers, rows, columns);
     } catch (const std::bad_alloc&) {
