@@ -1,6 +1,7 @@
 // The kernels, compiled once for each instruction set: MODELPACK_ISA names the function that
-// returns them. Vectors are those of GCC and Clang; only dot products and conversions of halves
-// need intrinsics.
+// returns them. Vectors are those of GCC and Clang, as wide as the registers: they compile wider
+// ones to loads and stores of each part. Only dot products and conversions of halves need
+// intrinsics.
 #include "kernels.hpp"
 
 #include <cmath>
@@ -14,10 +15,30 @@
 namespace modelpack {
 namespace {
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint8_t u8x64 __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kParts = kTile / kLanes;  // vectors of a tile
+
+// The largest blocks: rows and vectors whose sums fit into the registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kCodeRows = 4, kVectors = 2, kVectorsOfOneRow = 4;
+#elif defined(__AVX2__)
+constexpr int kRows = 4, kCodeRows = 4, kVectors = 2, kVectorsOfOneRow = 2;
+#else
+constexpr int kRows = 2, kCodeRows = 2, kVectors = 2, kVectorsOfOneRow = 2;
+#endif
+
+typedef float f32s __attribute__((vector_size(4 * kLanes)));
+typedef int32_t i32s __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t u32s __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t u8s __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t u16s __attribute__((vector_size(2 * kLanes)));
+typedef int8_t i8s __attribute__((vector_size(kLanes)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -27,63 +48,46 @@ template <class V> INLINE V load(const void* from) {
     return v;
 }
 template <class V> INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof v); }
-INLINE f32x16 splat(float x) { return f32x16{} + x; }
-INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+INLINE f32s splat(float x) { return f32s{} + x; }
+INLINE f32s to_float(i32s v) { return __builtin_convertvector(v, f32s); }
 
-INLINE f32x16 load_half(const void* from) {
+INLINE f32s load_half(const void* from) {
 #if defined(__AVX512F__)
-    return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+    return (f32s)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 #elif defined(__F16C__)
-    f32x16 v;
-    ((__m256*)&v)[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-    ((__m256*)&v)[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from + 1));
-    return v;
+    return (f32s)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
-    f32x16 v;
-    for (int i = 0; i < 16; i++) {
-        uint16_t h;
-        std::memcpy(&h, (const uint8_t*)from + 2 * i, 2);
-        uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, part = h & 1023;
-        float f;
-        if (exponent == 0) {
-            f = part * 5.9604644775390625e-8f;  // 2^-24
-        } else {
-            uint32_t bits = exponent == 31 ? 0x7f800000u | part << 13 : (exponent + 112) << 23 | part << 13;
-            std::memcpy(&f, &bits, 4);
-        }
-        v[i] = sign ? -f : f;
-    }
-    return v;
+    // The exponent of a half is 112 less than that of a float, also without a leading one.
+    const u32s v = __builtin_convertvector(load<u16s>(from), u32s), bits = (v & 0x7fff) << 13;
+    const f32s finite = (f32s)bits * 5.192296858534828e33f;
+    const u32s f = (v & 0x7c00) == 0x7c00 ? bits | 0x7f800000 : (u32s)finite;
+    return (f32s)(f | (v & 0x8000) << 16);
 #endif
 }
 
-INLINE f32x16 load_bfloat16(const void* from) {
-    typedef uint16_t u16x16 __attribute__((vector_size(32)));
-    return (f32x16)(__builtin_convertvector(load<u16x16>(from), u32x16) << 16);
+INLINE f32s load_bfloat16(const void* from) {
+    return (f32s)(__builtin_convertvector(load<u16s>(from), u32s) << 16);
 }
 
 // acc + the four products of unsigned bytes of w and signed bytes of x in each lane.
-INLINE i32x16 dot(i32x16 acc, u8x64 w, int32_t x) {
+INLINE i32s dot(i32s acc, u8s w, int32_t x) {
 #if defined(__AVX512VNNI__)
-    return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+    return (i32s)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
 #elif defined(__AVX2__)
-    const __m256i b = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(127);
-    __m256i* a = (__m256i*)&acc;
-    const __m256i* v = (const __m256i*)&w;
-    for (int i = 0; i < 2; i++) {  // two sums, since that of bytes above 127 could overflow 16 bits
-        const __m256i small = _mm256_maddubs_epi16(_mm256_and_si256(v[i], low), b);
-        const __m256i top = _mm256_and_si256(_mm256_srli_epi16(v[i], 7), _mm256_set1_epi8(1));
-        const __m256i large = _mm256_maddubs_epi16(top, b);
-        a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(small, ones));
-        a[i] = _mm256_add_epi32(a[i], _mm256_slli_epi32(_mm256_madd_epi16(large, ones), 7));
-    }
-    return acc;
+    // Two sums, since that of bytes above 127 could overflow 16 bits.
+    const __m256i v = (__m256i)w, b = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
+    const __m256i small = _mm256_maddubs_epi16(_mm256_and_si256(v, _mm256_set1_epi8(127)), b);
+    const __m256i top = _mm256_and_si256(_mm256_srli_epi16(v, 7), _mm256_set1_epi8(1));
+    const __m256i large = _mm256_madd_epi16(_mm256_maddubs_epi16(top, b), ones);
+    acc += (i32s)_mm256_madd_epi16(small, ones);
+    return acc + ((i32s)large << 7);
 #else
-    int8_t b[4];
-    std::memcpy(b, &x, 4);
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 4; j++) acc[i] += (int32_t)w[4 * i + j] * b[j];
-    return acc;
+    // Products of bytes fit into 16 bits: those of even bytes, then those of odd ones.
+    typedef int16_t i16s __attribute__((vector_size(4 * kLanes)));
+    const i16s b = (i16s)(i32s{} + x);
+    const i16s low = (i16s)((u32s)w & 0x00ff00ff), high = (i16s)((u32s)w >> 8 & 0x00ff00ff);
+    const i32s even = (i32s)(low * (b << 8 >> 8)), odd = (i32s)(high * (b >> 8));
+    return acc + (even << 16 >> 16) + (even >> 16) + (odd << 16 >> 16) + (odd >> 16);
 #endif
 }
 
@@ -93,63 +97,65 @@ INLINE int32_t four(const int8_t* from) { return load<int32_t>(from); }
 
 struct Int4 {
     static constexpr int bytes = 320, scales = 256;
-    static INLINE void codes(const uint8_t* group, u8x64 (&c)[8]) {
+    static INLINE void codes(const uint8_t* group, u8s (&c)[8]) {
         for (int s = 0; s < 4; s++) {
-            const u32x16 v = load<u32x16>(group + 64 * s);
-            c[s] = (u8x64)(v & 0x0f0f0f0f);
-            c[s + 4] = (u8x64)(v >> 4 & 0x0f0f0f0f);
+            const u32s v = load<u32s>(group + 64 * s);
+            c[s] = (u8s)(v & 0x0f0f0f0f);
+            c[s + 4] = (u8s)(v >> 4 & 0x0f0f0f0f);
         }
     }
 };
 struct Int6 {
     static constexpr int bytes = 448, scales = 384;
-    static INLINE void codes(const uint8_t* group, u8x64 (&c)[8]) {
+    static INLINE void codes(const uint8_t* group, u8s (&c)[8]) {
         for (int s = 0; s < 4; s++) {
-            const u32x16 v = load<u32x16>(group + 64 * s);
-            c[s] = (u8x64)(v & 0x0f0f0f0f);
-            c[s + 4] = (u8x64)(v >> 4 & 0x0f0f0f0f);
+            const u32s v = load<u32s>(group + 64 * s);
+            c[s] = (u8s)(v & 0x0f0f0f0f);
+            c[s + 4] = (u8s)(v >> 4 & 0x0f0f0f0f);
         }
         for (int h = 0; h < 2; h++) {
-            const u32x16 v = load<u32x16>(group + 256 + 64 * h);
+            const u32s v = load<u32s>(group + 256 + 64 * h);
             for (int i = 0; i < 4; i++)
-                c[4 * h + i] |= (u8x64)((v >> 2 * i & 0x03030303) << 4);
+                c[4 * h + i] |= (u8s)((v >> 2 * i & 0x03030303) << 4);
         }
     }
 };
 struct Int8 {
     static constexpr int bytes = 544, scales = 512;
-    static INLINE void codes(const uint8_t* group, u8x64 (&c)[8]) {
-        for (int s = 0; s < 8; s++) c[s] = load<u8x64>(group + 64 * s);
+    static INLINE void codes(const uint8_t* group, u8s (&c)[8]) {
+        for (int s = 0; s < 8; s++) c[s] = load<u8s>(group + 64 * s);
     }
 };
 
-// MR rows of activations times NT tiles. With `unpacked`, codes come from there, 512 bytes a group.
+// MR rows of activations times NT vectors of tiles, the first of which is part `part` of a tile.
+// With `unpacked`, codes come from there, 512 bytes a group.
 template <class W, int MR, int NT>
 INLINE void multiply_codes(const uint8_t* const (&tiles)[NT], const uint8_t* const (&unpacked)[NT],
-                           bool is_unpacked, const Rows& x, int row, float* out, int stride) {
+                           int part, bool is_unpacked, const Rows& x, int row, float* out, int stride) {
     const int groups = x.columns / kGroup;
-    f32x16 sum[MR][NT];
+    f32s sum[MR][NT];
     for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NT; n++) sum[m][n] = f32x16{};
+        for (int n = 0; n < NT; n++) sum[m][n] = f32s{};
     const int8_t* codes = x.codes + (size_t)row * x.columns;
     const float* scales = x.scales + (size_t)row * groups;
     const float* sums = x.sums + (size_t)row * groups * 2;
     for (int g = 0; g < groups; g++) {
         for (int n = 0; n < NT; n++) {
             const uint8_t* group = tiles[n] + (size_t)g * W::bytes;
-            u8x64 c[8];
+            u8s c[8];
             if (is_unpacked)
-                for (int s = 0; s < 8; s++) c[s] = load<u8x64>(unpacked[n] + (size_t)g * 512 + 64 * s);
+                for (int s = 0; s < 8; s++) c[s] = load<u8s>(unpacked[n] + (size_t)g * 512 + 64 * s);
             else
                 W::codes(group, c);
-            const f32x16 scale = load_half(group + W::scales);
-            f32x16 other{};
-            if constexpr (W::bytes != Int8::bytes) other = load_half(group + W::scales + 32);
+            const uint8_t* halves = group + W::scales - 2 * kLanes * ((part + n) % kParts);
+            const f32s scale = load_half(halves);
+            f32s other{};
+            if constexpr (W::bytes != Int8::bytes) other = load_half(halves + 32);
             for (int m = 0; m < MR; m++) {
                 const int8_t* b = codes + (size_t)m * x.columns + g * kGroup;
                 const float d = scales[(size_t)m * groups + g];
                 const float* s = sums + ((size_t)m * groups + g) * 2;
-                i32x16 low{}, high{};
+                i32s low{}, high{};
                 for (int i = 0; i < 4; i++) {
                     low = dot(low, c[i], four(b + 4 * i));
                     high = dot(high, c[i + 4], four(b + 16 + 4 * i));
@@ -167,7 +173,7 @@ INLINE void multiply_codes(const uint8_t* const (&tiles)[NT], const uint8_t* con
         }
     }
     for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NT; n++) store(out + (size_t)m * stride + n * kTile, sum[m][n]);
+        for (int n = 0; n < NT; n++) store(out + (size_t)m * stride + n * kLanes, sum[m][n]);
 }
 
 // ---- Dense weights ------------------------------------------------------------------------------
@@ -183,22 +189,22 @@ struct BF16 {
 };
 
 template <class W, int MR, int NT>
-INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], const uint8_t* const (&)[NT], bool,
+INLINE void multiply_dense(const uint8_t* const (&tiles)[NT],
                            const Rows& x, int row, float* out, int stride) {
-    f32x16 sum[MR][NT];
+    f32s sum[MR][NT];
     for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NT; n++) sum[m][n] = f32x16{};
+        for (int n = 0; n < NT; n++) sum[m][n] = f32s{};
     const int steps = x.columns / W::step;
 #if defined(__AVX512BF16__)
     if constexpr (W::step == 2) {
         const uint16_t* in = x.halves + (size_t)row * x.columns;
         for (int k = 0; k < steps; k++) {
-            u32x16 w[NT];
-            for (int n = 0; n < NT; n++) w[n] = load<u32x16>(tiles[n] + (size_t)k * 64);
+            u32s w[NT];
+            for (int n = 0; n < NT; n++) w[n] = load<u32s>(tiles[n] + (size_t)k * 64);
             for (int m = 0; m < MR; m++) {
                 const __m512i b = _mm512_set1_epi32(load<int32_t>(in + (size_t)m * x.columns + 2 * k));
                 for (int n = 0; n < NT; n++)
-                    sum[m][n] = (f32x16)_mm512_dpbf16_ps((__m512)sum[m][n], (__m512bh)w[n], (__m512bh)b);
+                    sum[m][n] = (f32s)_mm512_dpbf16_ps((__m512)sum[m][n], (__m512bh)w[n], (__m512bh)b);
             }
         }
     } else
@@ -209,74 +215,80 @@ INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], const uint8_t* con
             for (int n = 0; n < NT; n++) {
                 const uint8_t* from = tiles[n] + (size_t)k * W::bytes;
                 if constexpr (W::step == 2) {
-                    const u32x16 pair = load<u32x16>(from);
-                    const f32x16 even = (f32x16)(pair << 16), odd = (f32x16)(pair & 0xffff0000u);
+                    const u32s pair = load<u32s>(from);
+                    const f32s even = (f32s)(pair << 16), odd = (f32s)(pair & 0xffff0000u);
                     for (int m = 0; m < MR; m++) {
                         sum[m][n] += even * in[(size_t)m * x.columns + 2 * k];
                         sum[m][n] += odd * in[(size_t)m * x.columns + 2 * k + 1];
                     }
                 } else {
-                    const f32x16 w = W::bytes == 64 ? load<f32x16>(from) : load_half(from);
+                    const f32s w = W::bytes == 64 ? load<f32s>(from) : load_half(from);
                     for (int m = 0; m < MR; m++) sum[m][n] += w * in[(size_t)m * x.columns + k];
                 }
             }
     }
     for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NT; n++) store(out + (size_t)m * stride + n * kTile, sum[m][n]);
+        for (int n = 0; n < NT; n++) store(out + (size_t)m * stride + n * kLanes, sum[m][n]);
 }
 
 template <class W> constexpr bool is_codes() { return W::bytes > 64; }
 
 template <class W, int MR, int NT>
 INLINE void multiply_block(const uint8_t* const (&tiles)[NT], const uint8_t* const (&unpacked)[NT],
-                           bool is_unpacked, const Rows& x, int row, float* out, int stride) {
+                           int part, bool is_unpacked, const Rows& x, int row, float* out, int stride) {
     if constexpr (is_codes<W>())
-        multiply_codes<W, MR, NT>(tiles, unpacked, is_unpacked, x, row, out, stride);
+        multiply_codes<W, MR, NT>(tiles, unpacked, part, is_unpacked, x, row, out, stride);
     else
-        multiply_dense<W, MR, NT>(tiles, unpacked, is_unpacked, x, row, out, stride);
+        multiply_dense<W, MR, NT>(tiles, x, row, out, stride);
 }
 
-// All rows by NT tiles, in blocks of up to MR rows.
+// All rows by NT vectors of tiles from `first` on, in blocks of up to MR rows.
 template <class W, int MR, int NT>
-void multiply_rows(const Matrix& matrix, int tile, const Rows& x, int row, int rows, float* out,
+void multiply_rows(const Matrix& matrix, int first, const Rows& x, int row, int rows, float* out,
                    int stride, uint8_t* scratch) {
     const uint8_t *tiles[NT], *unpacked[NT];
     const bool unpack = is_codes<W>() && !std::is_same_v<W, Int8> && rows > 2 * MR;
     for (int n = 0; n < NT; n++) {
-        tiles[n] = matrix.data + (size_t)(tile + n) * matrix.tile_bytes;
-        unpacked[n] = scratch + (size_t)n * x.columns * kTile;
+        const int tile = (first + n) / kParts, lane = (first + n) % kParts * kLanes;
+        tiles[n] = matrix.data + tile * matrix.tile_bytes + lane * (W::bytes == F16::bytes ? 2 : 4);
+        unpacked[n] = scratch + (size_t)(tile - first / kParts) * x.columns * kTile + 4 * lane;
         if constexpr (is_codes<W>())
             if (unpack)
                 for (int g = 0; g < x.columns / kGroup; g++) {
-                    u8x64 c[8];
+                    u8s c[8];
                     W::codes(tiles[n] + (size_t)g * W::bytes, c);
                     for (int s = 0; s < 8; s++)
                         store((uint8_t*)unpacked[n] + (size_t)g * 512 + 64 * s, c[s]);
                 }
     }
+    const int part = first % kParts;
     int done = 0;
     for (; done + MR <= rows; done += MR) {
         if (unpack)
-            multiply_block<W, MR, NT>(tiles, unpacked, true, x, row + done, out + (size_t)done * stride, stride);
+            multiply_block<W, MR, NT>(tiles, unpacked, part, true, x, row + done, out + (size_t)done * stride, stride);
         else
-            multiply_block<W, MR, NT>(tiles, unpacked, false, x, row + done, out + (size_t)done * stride, stride);
+            multiply_block<W, MR, NT>(tiles, unpacked, part, false, x, row + done, out + (size_t)done * stride, stride);
     }
     if constexpr (MR > 1)
         if (done < rows)
-            multiply_rows<W, MR / 2, NT>(matrix, tile, x, row + done, rows - done,
+            multiply_rows<W, MR / 2, NT>(matrix, first, x, row + done, rows - done,
                                          out + (size_t)done * stride, stride, scratch);
 }
 
 template <class W>
 void multiply_kind(const Matrix& matrix, int tile, int tiles, const Rows& x, int row, int rows,
                    float* out, uint8_t* scratch) {
-    const int stride = tiles * kTile;
-    if (rows == 1 && tiles == 4) return multiply_rows<W, 1, 4>(matrix, tile, x, row, rows, out, stride, scratch);
+    const int stride = tiles * kTile, first = tile * kParts, vectors = tiles * kParts;
     int n = 0;
-    for (; n + 2 <= tiles; n += 2)
-        multiply_rows<W, (is_codes<W>() ? 4 : 8), 2>(matrix, tile + n, x, row, rows, out + n * kTile, stride, scratch);
-    if (n < tiles)
-        multiply_rows<W, 8, 1>(matrix, tile + n, x, row, rows, out + n * kTile, stride, scratch);
+    if (rows == 1 && vectors % kVectorsOfOneRow == 0)
+        for (; n < vectors; n += kVectorsOfOneRow)
+            multiply_rows<W, 1, kVectorsOfOneRow>(matrix, first + n, x, row, 1, out + n * kLanes, stride, scratch);
+    for (; n + kVectors <= vectors; n += kVectors)
+        multiply_rows<W, (is_codes<W>() ? kCodeRows : kRows), kVectors>(
+            matrix, first + n, x, row, rows, out + n * kLanes, stride, scratch);
+    if constexpr (kParts % kVectors != 0)
+        if (n < vectors)
+            multiply_rows<W, kRows, 1>(matrix, first + n, x, row, rows, out + n * kLanes, stride, scratch);
 }
 
 void multiply(const Matrix& matrix, int tile, int tiles, const Rows& x, int row, int rows,
@@ -293,72 +305,79 @@ void multiply(const Matrix& matrix, int tile, int tiles, const Rows& x, int row,
 
 // ---- Activations --------------------------------------------------------------------------------
 
-INLINE float sum_of(f32x16 v) {
+INLINE float sum_of(f32s v) {
     float total = 0;
-    for (int i = 0; i < 16; i++) total += v[i];
+    for (int i = 0; i < kLanes; i++) total += v[i];
     return total;
 }
-INLINE float max_of(f32x16 v) {
+INLINE float max_of(f32s v) {
     float most = v[0];
-    for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
+    for (int i = 1; i < kLanes; i++) most = v[i] > most ? v[i] : most;
     return most;
 }
-INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+INLINE f32s max(f32s a, f32s b) { return a > b ? a : b; }
 
 // The largest magnitude; NaN if there is one, as its bits without the sign are larger than others.
-INLINE float largest(f32x16 a, f32x16 b) {
-    const i32x16 x = (i32x16)a & 0x7fffffff, y = (i32x16)b & 0x7fffffff, both = x > y ? x : y;
-    int32_t bits = both[0];
-    for (int i = 1; i < 16; i++) bits = both[i] > bits ? both[i] : bits;
+template <int N> INLINE float largest(const f32s (&v)[N]) {
+    i32s most{};
+    for (int i = 0; i < N; i++) {
+        const i32s x = (i32s)v[i] & 0x7fffffff;
+        most = x > most ? x : most;
+    }
+    int32_t bits = most[0];
+    for (int i = 1; i < kLanes; i++) bits = most[i] > bits ? most[i] : bits;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
 }
 
 void to_codes(const float* x, int columns, int8_t* codes, float* scales, float* sums) {
-    typedef int8_t i8x16 __attribute__((vector_size(16)));
+    constexpr int count = kGroup / kLanes;
     for (int g = 0; g < columns / kGroup; g++) {
-        const f32x16 a = load<f32x16>(x + 32 * g), b = load<f32x16>(x + 32 * g + 16);
-        const float most = largest(a, b);
+        f32s v[count];
+        for (int i = 0; i < count; i++) v[i] = load<f32s>(x + kGroup * g + kLanes * i);
+        const float most = largest(v);
         if (!(most > 1e-36f && most < INFINITY)) {  // no codes: too small to divide by, or not finite
-            std::memset(codes + 32 * g, 0, kGroup);
+            std::memset(codes + kGroup * g, 0, kGroup);
             scales[g] = sums[2 * g] = sums[2 * g + 1] = most - most;  // then products are NaN
             continue;
         }
         const float scale = most / 127, inverse = 127 / most;
         scales[g] = scale;
-        const f32x16 parts[2] = {a, b};
         for (int h = 0; h < 2; h++) {
-            const f32x16 v = parts[h] * inverse;
-            const i32x16 q = __builtin_convertvector(v + (v < 0 ? splat(-0.5f) : splat(0.5f)), i32x16);
-            store(codes + 32 * g + 16 * h, __builtin_convertvector(q, i8x16));
-            int total = 0;
-            for (int i = 0; i < 16; i++) total += q[i];
-            sums[2 * g + h] = scale * total;
+            i32s total{};
+            for (int i = h * count / 2; i < (h + 1) * count / 2; i++) {
+                const f32s scaled = v[i] * inverse;
+                const i32s q = __builtin_convertvector(scaled + (scaled < 0 ? splat(-0.5f) : splat(0.5f)), i32s);
+                store(codes + kGroup * g + kLanes * i, __builtin_convertvector(q, i8s));
+                total += q;
+            }
+            int sum = 0;
+            for (int i = 0; i < kLanes; i++) sum += total[i];
+            sums[2 * g + h] = scale * sum;
         }
     }
 }
 
 void to_bfloat16(const float* x, int columns, uint16_t* out) {
-    typedef uint16_t u16x16 __attribute__((vector_size(32)));
-    for (int i = 0; i < columns; i += 16) {
-        const u32x16 v = load<u32x16>(x + i);
-        const u32x16 rounded = (v + 0x7fff + (v >> 16 & 1)) >> 16;
-        const u32x16 nan = (v >> 16) | 0x40;
-        const u32x16 found = (v & 0x7fffffff) > 0x7f800000u ? nan : rounded;
-        store(out + i, __builtin_convertvector(found, u16x16));
+    for (int i = 0; i < columns; i += kLanes) {
+        const u32s v = load<u32s>(x + i);
+        const u32s rounded = (v + 0x7fff + (v >> 16 & 1)) >> 16;
+        const u32s nan = (v >> 16) | 0x40;
+        const u32s found = (v & 0x7fffffff) > 0x7f800000u ? nan : rounded;
+        store(out + i, __builtin_convertvector(found, u16s));
     }
 }
 
 void row_of(const Matrix& matrix, int row, float* out) {
     const uint8_t* tile = matrix.data + (size_t)(row / kTile) * matrix.tile_bytes;
-    const int lane = row % kTile;
+    const int lane = row % kTile, part = lane / kLanes * kLanes;
     if (matrix.kind < Kind::INT4) {
         for (int k = 0; k < matrix.columns; k++) {
             if (matrix.kind == Kind::F32) {
                 out[k] = load<float>(tile + ((size_t)k * kTile + lane) * 4);
             } else if (matrix.kind == Kind::F16) {
-                out[k] = load_half(tile + (size_t)k * 32)[lane];
+                out[k] = load_half(tile + (size_t)k * 32 + 2 * part)[lane - part];
             } else {
                 uint32_t bits = (uint32_t)load<uint16_t>(tile + ((size_t)(k / 2) * kTile + lane) * 4 + k % 2 * 2) << 16;
                 std::memcpy(out + k, &bits, 4);
@@ -368,76 +387,77 @@ void row_of(const Matrix& matrix, int row, float* out) {
     }
     const int size = (int)(tile_bytes(matrix.kind, kGroup));
     for (int g = 0; g < matrix.columns / kGroup; g++, tile += size, out += kGroup) {
-        u8x64 c[8];
-        f32x16 scale, other{};
+        u8s c[8];
+        f32s scale, other{};
+        const uint8_t *codes = tile + 4 * part, *halves = tile + 2 * part;
         if (matrix.kind == Kind::INT4) {
-            Int4::codes(tile, c);
-            scale = load_half(tile + Int4::scales), other = load_half(tile + Int4::scales + 32);
+            Int4::codes(codes, c);
+            scale = load_half(halves + Int4::scales), other = load_half(halves + Int4::scales + 32);
         } else if (matrix.kind == Kind::INT6) {
-            Int6::codes(tile, c);
-            scale = load_half(tile + Int6::scales), other = load_half(tile + Int6::scales + 32);
+            Int6::codes(codes, c);
+            scale = load_half(halves + Int6::scales), other = load_half(halves + Int6::scales + 32);
         } else {
-            Int8::codes(tile, c);
-            scale = load_half(tile + Int8::scales);
+            Int8::codes(codes, c);
+            scale = load_half(halves + Int8::scales);
         }
         for (int k = 0; k < kGroup; k++) {
-            const int code = c[k / 4][4 * lane + k % 4];
-            if (matrix.kind == Kind::INT4) out[k] = scale[lane] * code + other[lane];
-            else if (matrix.kind == Kind::INT6) out[k] = (k < 16 ? scale : other)[lane] * (code - 32);
-            else out[k] = scale[lane] * (code - 128);
+            const int code = c[k / 4][4 * (lane - part) + k % 4];
+            if (matrix.kind == Kind::INT4) out[k] = scale[lane - part] * code + other[lane - part];
+            else if (matrix.kind == Kind::INT6) out[k] = (k < 16 ? scale : other)[lane - part] * (code - 32);
+            else out[k] = scale[lane - part] * (code - 128);
         }
     }
 }
 
 void norm(const float* x, const float* weight, int columns, float eps, float* out) {
-    f32x16 squares{};
-    for (int i = 0; i < columns; i += 16) squares += load<f32x16>(x + i) * load<f32x16>(x + i);
+    f32s squares{};
+    for (int i = 0; i < columns; i += kLanes) squares += load<f32s>(x + i) * load<f32s>(x + i);
     const float factor = 1 / std::sqrt(sum_of(squares) / columns + eps);
-    for (int i = 0; i < columns; i += 16) {
-        f32x16 v = load<f32x16>(x + i) * factor;
-        if (weight) v *= load<f32x16>(weight + i);
+    for (int i = 0; i < columns; i += kLanes) {
+        f32s v = load<f32s>(x + i) * factor;
+        if (weight) v *= load<f32s>(weight + i);
         store(out + i, v);
     }
 }
 
 // e^x, to about 2 units in the last place: 2^n times a polynomial in the rest.
-INLINE f32x16 exponential(f32x16 x) {
+INLINE f32s exponential(f32s x) {
     x = x < -87.0f ? splat(-87.0f) : x;
     x = x > 88.0f ? splat(88.0f) : x;
-    const f32x16 scaled = x * 1.44269504f;
-    const i32x16 n = __builtin_convertvector(scaled + (scaled < 0 ? splat(-0.5f) : splat(0.5f)), i32x16);
-    const f32x16 whole = to_float(n);
-    const f32x16 r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    f32x16 p = splat(1.9875691500e-4f);
+    const f32s scaled = x * 1.44269504f;
+    const i32s n = __builtin_convertvector(scaled + (scaled < 0 ? splat(-0.5f) : splat(0.5f)), i32s);
+    const f32s whole = to_float(n);
+    const f32s r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    f32s p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * (f32x16)((n + 127) << 23);
+    return p * (f32s)((n + 127) << 23);
 }
 
-INLINE f32x16 hyperbolic_tangent(f32x16 x) {
-    const f32x16 e = exponential(x * 2.0f);
+INLINE f32s hyperbolic_tangent(f32s x) {
+    const f32s e = exponential(x * 2.0f);
     return 1.0f - 2.0f / (e + 1.0f);
 }
 
 // SiLU or the tanh form of GELU, of the gate, times up.
 void gated(const float* gate, const float* up, int count, int activation, float* out) {
-    for (int i = 0; i < count; i += 16) {
-        const f32x16 g = load<f32x16>(gate + i);
-        f32x16 v;
+    for (int i = 0; i < count; i += kLanes) {
+        const f32s g = load<f32s>(gate + i);
+        f32s v;
         if (activation == 0) v = g / (1.0f + exponential(-g));
         else v = 0.5f * g * (1.0f + hyperbolic_tangent(0.79788456f * (g + 0.044715f * g * g * g)));
-        store(out + i, v * load<f32x16>(up + i));
+        store(out + i, v * load<f32s>(up + i));
     }
 }
 
 // ---- Attention ----------------------------------------------------------------------------------
 
-template <Cache C> INLINE f32x16 load_cached(const uint8_t* from) {
-    if constexpr (C == Cache::F32) return load<f32x16>(from);
+template <Cache C> INLINE f32s load_cached(const uint8_t* from) {
+    if constexpr (C == Cache::F32) return load<f32s>(from);
     else if constexpr (C == Cache::F16) return load_half(from);
     else return load_bfloat16(from);
 }
@@ -449,8 +469,10 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
     constexpr int size = C == Cache::F32 ? 4 : 2;
     const size_t part = (size_t)a.block_size * a.dim * size, block = 2 * part * a.heads;
     alignas(64) float scores[Q][kTokens];
-    const int chunks = a.dim / 16;
+    const int chunks = a.dim / kLanes;
     const float* queries[Q];
+    i32s numbers{};
+    for (int i = 0; i < kLanes; i++) numbers[i] = i;
     int first = INT32_MAX, stop = 0;
     float most[Q], total[Q];
     for (int q = 0; q < Q; q++) {
@@ -460,24 +482,24 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
         most[q] = a.sinks ? a.sinks[start + q] : -INFINITY;
         total[q] = a.sinks ? 1 : 0;
         for (int c = 0; c < chunks; c++)
-            store(a.output + (size_t)(start + q) * a.dim + 16 * c, f32x16{});
+            store(a.output + (size_t)(start + q) * a.dim + kLanes * c, f32s{});
     }
     for (int base = first / 16 * 16; base < stop; base += kTokens) {
         const int end = base + kTokens < stop ? base + kTokens : stop;
-        f32x16 peak[Q];
+        f32s peak[Q];
         for (int q = 0; q < Q; q++) peak[q] = splat(-INFINITY);
-        for (int token = base; token < end; token += 16) {
+        for (int token = base; token < end; token += kLanes) {
             const uint8_t* keys = a.pool + (size_t)a.table[token / a.block_size] * block + part * a.head +
-                                  (size_t)(token % a.block_size / 16) * a.dim * 16 * size;
-            f32x16 s[Q];
-            for (int q = 0; q < Q; q++) s[q] = f32x16{};
+                                  ((size_t)(token % a.block_size / 16) * a.dim * 16 + token % 16) * size;
+            f32s s[Q];
+            for (int q = 0; q < Q; q++) s[q] = f32s{};
             for (int d = 0; d < a.dim; d++) {
-                const f32x16 k = load_cached<C>(keys + (size_t)d * 16 * size);
+                const f32s k = load_cached<C>(keys + (size_t)d * 16 * size);
                 for (int q = 0; q < Q; q++) s[q] += k * queries[q][d];
             }
-            const i32x16 place = token + i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            const i32s place = token + numbers;
             for (int q = 0; q < Q; q++) {
-                f32x16 v = s[q] * a.scale;
+                f32s v = s[q] * a.scale;
                 if (a.softcap > 0) v = a.softcap * hyperbolic_tangent(v / a.softcap);
                 v = place < a.length[start + q] ? v : splat(-INFINITY);
                 v = place >= a.first[start + q] ? v : splat(-INFINITY);
@@ -485,17 +507,17 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
                 peak[q] = max(peak[q], v);
             }
         }
-        const int span = (end - base + 15) / 16 * 16;
+        const int span = (end - base + kLanes - 1) / kLanes * kLanes;
         for (int q = 0; q < Q; q++) {
             const float top = max_of(peak[q]);
             const float best = top > most[q] ? top : most[q];
             const bool any = best > -INFINITY;
             const float shrink = any ? std::exp(most[q] - best) : 1;
-            f32x16 sum{};
-            for (int i = 0; i < span; i += 16) {
-                const f32x16 v = load<f32x16>(&scores[q][i]);
-                f32x16 p = exponential(v - (any ? best : 0));
-                p = v == -INFINITY ? f32x16{} : p;
+            f32s sum{};
+            for (int i = 0; i < span; i += kLanes) {
+                const f32s v = load<f32s>(&scores[q][i]);
+                f32s p = exponential(v - (any ? best : 0));
+                p = v == -INFINITY ? f32s{} : p;
                 store(&scores[q][i], p);
                 sum += p;
             }
@@ -503,29 +525,29 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
             most[q] = best;
             if (shrink != 1)
                 for (int c = 0; c < chunks; c++) {
-                    float* out = a.output + (size_t)(start + q) * a.dim + 16 * c;
-                    store(out, load<f32x16>(out) * shrink);
+                    float* out = a.output + (size_t)(start + q) * a.dim + kLanes * c;
+                    store(out, load<f32s>(out) * shrink);
                 }
         }
         for (int c = 0; c < chunks; c++) {
-            f32x16 sum[Q];
-            for (int q = 0; q < Q; q++) sum[q] = load<f32x16>(a.output + (size_t)(start + q) * a.dim + 16 * c);
+            f32s sum[Q];
+            for (int q = 0; q < Q; q++) sum[q] = load<f32s>(a.output + (size_t)(start + q) * a.dim + kLanes * c);
             for (int token = base; token < end; token += 16) {
                 const uint8_t* values = a.pool + (size_t)a.table[token / a.block_size] * block + part * (a.heads + a.head) +
-                                        ((size_t)(token % a.block_size) * a.dim + 16 * c) * size;
+                                        ((size_t)(token % a.block_size) * a.dim + kLanes * c) * size;
                 const int count = end - token < 16 ? end - token : 16;
                 for (int t = 0; t < count; t++) {
-                    const f32x16 v = load_cached<C>(values + (size_t)t * a.dim * size);
+                    const f32s v = load_cached<C>(values + (size_t)t * a.dim * size);
                     for (int q = 0; q < Q; q++) sum[q] += v * scores[q][token - base + t];
                 }
             }
-            for (int q = 0; q < Q; q++) store(a.output + (size_t)(start + q) * a.dim + 16 * c, sum[q]);
+            for (int q = 0; q < Q; q++) store(a.output + (size_t)(start + q) * a.dim + kLanes * c, sum[q]);
         }
     }
     for (int q = 0; q < Q; q++)
         for (int c = 0; c < chunks; c++) {
-            float* out = a.output + (size_t)(start + q) * a.dim + 16 * c;
-            store(out, load<f32x16>(out) * (1 / total[q]));
+            float* out = a.output + (size_t)(start + q) * a.dim + kLanes * c;
+            store(out, load<f32s>(out) * (1 / total[q]));
         }
 }
 

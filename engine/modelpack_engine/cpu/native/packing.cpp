@@ -41,7 +41,7 @@ void nibbles(const uint8_t* from, uint8_t* codes) {
 }
 
 void read_group(Source source, const uint8_t* row, int group, Group* out) {
-    out->minimum = 0;
+    out->minimum = out->scale[1] = 0;
     switch (source) {
         case Source::Q4_0: {
             const uint8_t* block = row + (size_t)group * 18;
