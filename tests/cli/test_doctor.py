@@ -6,7 +6,7 @@ import os
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -15,6 +15,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from modelpack_server.cli.doctor import (
     Verdict,
+    check_kernels,
     check_model,
     check_port,
     check_registry,
@@ -55,6 +56,31 @@ def test_a_machine_that_is_well(store: LayoutStore, monkeypatch: pytest.MonkeyPa
     assert found["safetensors files"]["details"]["backend"] == "mlx"
     assert found["model docker.io/team/tiny:latest"]["details"]["backend"] == chosen
     assert found["memory"]["details"]["available"] > 0
+
+
+class Library:
+    """The library for CPUs, as far as doctor asks it."""
+
+    def mp_kernels(self) -> bytes:
+        return b"avx2"
+
+
+def test_kernels_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelpack_engine.cpu.library.num_threads", lambda: 3)
+    monkeypatch.setattr("modelpack_engine.cpu.library.library", Library)
+    check = check_kernels("cpu")
+    assert (check.verdict, check.message) == (Verdict.OK, "avx2, 3 threads")
+    assert check.details == {"kernels": "avx2", "threads": 3}
+
+
+@pytest.mark.parametrize(("device", "verdict"), [("cpu", Verdict.WARNING), ("gpu", Verdict.OK)])
+def test_kernels_for_cpus_that_are_not_built(
+    device: Literal["cpu", "gpu"], verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelpack_engine.cpu.library.library", lambda: None)
+    check = check_kernels(device)
+    assert (check.verdict, "not built" in check.message) == (verdict, True)
+    assert check.hint == "install g++, then install modelpack again from its source"
 
 
 def test_what_has_failed_is_the_exit_code(store: LayoutStore) -> None:

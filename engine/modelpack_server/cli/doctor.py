@@ -160,6 +160,23 @@ def check_device() -> tuple[Check, Device]:
     return Check("device", Verdict.OK, f"CPU; {machine}; no GPU", details=details), device
 
 
+def check_kernels(device: Device) -> Check:
+    """Return the check of the engine's own kernels for CPUs, which Linux has."""
+    from modelpack_engine.cpu.library import library, num_threads
+
+    name = "cpu kernels"
+    found = library()
+    if found is None:
+        verdict = Verdict.WARNING if device == "cpu" else Verdict.OK
+        return Check(
+            name, verdict, "not built; MLX runs models on the CPU, more slowly",
+            hint="install g++, then install modelpack again from its source",
+        )  # fmt: skip
+    kernels, threads = found.mp_kernels().decode(), num_threads()
+    text = f"{kernels}, {threads} thread{'' if threads == 1 else 's'}"
+    return Check(name, Verdict.OK, text, details={"kernels": kernels, "threads": threads})
+
+
 def check_memory() -> Check:
     """Return the check of the memory that models may use."""
     from modelpack_server.pool.memory import device_memory
@@ -288,7 +305,8 @@ def _engine_checks(settings: Settings, models: tuple[str, ...]) -> list[Check]:
 
     device, where = check_device()
     memory = check_memory()
-    checks = [device, memory, *check_backends(), *check_choices(where)]
+    kernels = [check_kernels(where)] if platform.system() == "Linux" else []
+    checks = [device, *kernels, memory, *check_backends(), *check_choices(where)]
     available = (memory.details or {}).get("available", 0)
     for name in models:
         try:
