@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from modelpack_engine.cpu import program
+from modelpack_engine.cpu.library import library
 from modelpack_engine.models.precision import pack
 from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_engine.runner.model_layout import find_layout
@@ -52,6 +56,31 @@ def test_tokens_are_those_of_mlx_lm(specimen: Specimen, setting: Setting) -> Non
     driver = specimen.drive(setting, runner)
     assert driver.tokens == specimen.reference.tokens
     assert driver.scheduler.stats().cached_tokens >= (32 if setting == Setting() else 0)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels of an instruction set instead of the processor's best."""
+    lib = library()
+    best = lib.mp_kernels()
+    assert lib.mp_use_kernels(request.param.encode()) == 0
+    yield lib.mp_kernels().decode()
+    lib.mp_use_kernels(best)
+
+
+def instruction_sets() -> list[str]:
+    """Return those that this processor has."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    found = {"avx2": "avx2", "avx512": "avx512_vnni", "avx512_bf16": "avx512_bf16"}
+    return ["portable", *(name for name, flag in found.items() if flag in flags)]
+
+
+@pytest.mark.parametrize("kernels", instruction_sets(), indirect=True)
+def test_each_instruction_set(specimen: Specimen, kernels: str) -> None:
+    assert kernels in instruction_sets()
+    driver = specimen.drive(Setting(), packed(specimen.configuration))
+    assert driver.tokens == specimen.reference.tokens
 
 
 def test_other_weights_give_other_tokens(specimen: Specimen) -> None:
