@@ -8,7 +8,8 @@
 # What is installed is what requirements/image.lock has, by hash, or requirements/image-engine.lock for
 # EXTRAS=engine,gateway,tokens; other EXTRAS have no lock file and take what pyproject.toml allows.
 #
-# BASE needs Python >= 3.11 as `python`, with venv and pip, and a shell. Nothing else of it is used.
+# BASE needs Python >= 3.11 as `python`, with venv and pip, and a shell. Nothing else of it is used,
+# but that the engine's library for CPUs is compiled by g++, which apt-get installs if there is none.
 # The digest is that of the tag in September 2026. Use --build-arg BASE=IMAGE@DIGEST for a newer one.
 
 ARG BASE=python:3.13-slim@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b
@@ -21,9 +22,16 @@ COPY pyproject.toml README.md LICENSE /src/
 COPY spec /src/spec
 COPY modelpack /src/modelpack
 COPY engine /src/engine
-COPY scripts/documents /src/scripts/documents
+COPY scripts /src/scripts
 COPY requirements /src/requirements
-RUN python -m venv /opt/build && python -m venv /opt/modelpack \
+RUN case ",${EXTRAS}," in \
+      *,engine,*) \
+        if ! command -v g++ && command -v apt-get; then \
+          apt-get update && apt-get install -y --no-install-recommends g++; \
+        fi ;; \
+      *) export MODELPACK_NATIVE=0 ;; \
+    esac \
+    && python -m venv /opt/build && python -m venv /opt/modelpack \
     && export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     && /opt/build/bin/python -m pip install --require-hashes --no-deps -r /src/requirements/build.lock \
     && /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation -w /opt/wheel /src \

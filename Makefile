@@ -3,16 +3,20 @@
 # Keep .pyc files: the test workers and their subprocesses reuse them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-long check docs format wheel bench clean
+.PHONY: demo test test-long native check docs format wheel bench clean
 
-demo: .venv/.engine
+demo: .venv/.engine native
 	.venv/bin/python scripts/demo
 
-test: .venv/.dev
+test: .venv/.dev native
 	.venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
-test-long: .venv/.dev
+test-long: .venv/.dev native
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "long or hypothesis"
+
+# The library for CPUs, where its sources have changed since the installation.
+native:
+	@.venv/bin/python -m scripts.native.build
 
 check: .venv/.dev
 	scripts/check
