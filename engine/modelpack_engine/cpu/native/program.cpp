@@ -132,13 +132,13 @@ struct Program {
     Converted converted;
     std::vector<Scratch> scratch;
     std::vector<Memory<float>> turns;  // by rope: cosines and sines [rows][dims]
-    std::vector<std::atomic<int>> next;  // by phase: the next piece of work
+    std::vector<Work> phases;  // two for each operation, and one before them
     std::mutex running;
 
     Program(const Operation* first, int count, const Rope* rope, int num_ropes, const int32_t* width,
             int num_buffers, int rows, int most_columns)
         : operations(first, first + count), ropes(rope, rope + num_ropes), widths(width, width + num_buffers),
-          max_rows(rows), columns(most_columns), converted(rows, most_columns), next(2 * count + 2) {
+          max_rows(rows), columns(most_columns), converted(rows, most_columns), phases(2 * count + 1) {
         for (int w : widths) buffers.push_back(allocate<float>((size_t)rows * w));
         for (int i = 0; i < threads->count(); i++) scratch.emplace_back(rows, most_columns);
         for (const Rope& r : ropes) turns.push_back(allocate<float>((size_t)rows * r.dims));
@@ -155,7 +155,6 @@ class Run {
         share(step_.rows, 1, [&](int row) {
             for (size_t i = 0; i < p_.ropes.size(); i++) turn(i, row);
         });
-        threads->barrier();
         int rows = step_.rows;
         for (const Operation& o : p_.operations) {
             switch ((Code)o.code) {
@@ -188,7 +187,6 @@ class Run {
                     });
                     break;
             }
-            threads->barrier();
         }
     }
 
@@ -201,18 +199,8 @@ class Run {
 
     float* at(int buffer, int row) { return p_.buffers[buffer].get() + (size_t)row * p_.widths[buffer]; }
 
-    // Call `work` for each of `count` pieces, `size` at a time; all threads take part.
-    template <class Work> void share(int count, int size, Work work) {
-        std::atomic<int>& next = p_.next[phase_++];
-        if (count <= 1) {  // whoever comes first
-            if (count == 1 && next.fetch_add(1, std::memory_order_relaxed) == 0) work(0);
-            return;
-        }
-        for (;;) {
-            const int from = next.fetch_add(size, std::memory_order_relaxed);
-            if (from >= count) return;
-            for (int i = from; i < std::min(from + size, count); i++) work(i);
-        }
+    template <class Piece> void share(int count, int size, Piece work) {
+        p_.phases[phase_++].share(count, size, work);
     }
 
     void turn(size_t index, int row) {
@@ -260,21 +248,19 @@ class Run {
     // output = input (normed with `norm`) times up to three matrices, side by side; or added to
     // output, times `scale`; or the activation of matrix[0]'s part times matrix[1]'s.
     void multiply(const Operation& o, int rows) {
-        Converted* from = &p_.converted;
-        if (rows == 1) {  // every thread converts it: that takes less time than to wait
-            from = &own_.row;
-            convert(o, 0, *from, 0);
-            phase_++;
-        } else {
-            share(rows, 4, [&](int row) { convert(o, row, p_.converted, row); });
-            threads->barrier();
-        }
-        const Rows x{from->floats.get(), from->halves.get(), from->codes.get(), from->scales.get(), from->sums.get(),
-                     o.matrix[0]->columns};
         const bool gated = o.ending == (int)Ending::GATED;
         int starts[4] = {0};
         for (int i = 0; i < 3; i++)
             starts[i + 1] = starts[i] + (o.matrix[i] && !(gated && i) ? (o.matrix[i]->tiles + kTiles - 1) / kTiles : 0);
+        Converted* from = &p_.converted;
+        if (rows == 1) {  // every thread converts it: that takes less time than to wait
+            from = &own_.row;
+            if (p_.phases[phase_].left(starts[3])) convert(o, 0, *from, 0);
+        } else {
+            share(rows, 4, [&](int row) { convert(o, row, p_.converted, row); });
+        }
+        const Rows x{from->floats.get(), from->halves.get(), from->codes.get(), from->scales.get(), from->sums.get(),
+                     o.matrix[0]->columns};
         share(starts[3], 1, [&](int piece) {
             int which = 0;
             while (piece >= starts[which + 1]) which++;
@@ -471,7 +457,7 @@ int mp_program_run(void* pointer, const Step* step) {
     for (int i = 0; i < step->spans; i++)
         for (int row = 0; row < step->span[i].length; row += together)
             groups.push_back({&step->span[i], step->span[i].row + row, std::min(together, step->span[i].length - row)});
-    for (auto& next : program.next) next.store(0, std::memory_order_relaxed);
+    for (Work& phase : program.phases) phase.reset();
     threads->run([&](int thread) { Run(program, *step, groups, thread).run(); });
     return 0;
 }

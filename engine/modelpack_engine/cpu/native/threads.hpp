@@ -1,4 +1,5 @@
-// Threads: runs a function on all threads at once; inside it, threads share work and wait.
+// Threads: runs a function on all threads at once. Work: the pieces of one phase, which the threads
+// share: a phase ends when its pieces are done, so a thread that has no core holds up nobody.
 #pragma once
 
 #include <atomic>
@@ -10,6 +11,8 @@
 
 namespace modelpack {
 
+constexpr int kSpins = 4000;  // about 50 us: steps follow one another that quickly
+
 inline void pause_briefly() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -17,6 +20,36 @@ inline void pause_briefly() {
     __asm__ volatile("yield");
 #endif
 }
+
+template <class Done> void wait_until(Done done) {
+    for (int i = 0; !done(); i++) {
+        if (i < kSpins) pause_briefly();
+        else sched_yield();  // another program has the core of a thread that we wait for
+    }
+}
+
+struct alignas(64) Work {
+    std::atomic<int> next{0}, done{0};
+
+    void reset() {
+        next.store(0, std::memory_order_relaxed);
+        done.store(0, std::memory_order_relaxed);
+    }
+
+    bool left(int count) const { return next.load(std::memory_order_relaxed) < count; }
+
+    // Call `work` for pieces 0 to `count` - 1, `size` at a time; return when all are done.
+    template <class Piece> void share(int count, int size, Piece work) {
+        int own = 0;
+        for (int from; left(count) && (from = next.fetch_add(size, std::memory_order_relaxed)) < count;) {
+            const int stop = from + size < count ? from + size : count;
+            for (int i = from; i < stop; i++) work(i);
+            own += stop - from;
+        }
+        if (own) done.fetch_add(own, std::memory_order_acq_rel);
+        wait_until([&] { return done.load(std::memory_order_acquire) == count; });
+    }
+};
 
 // They run until the process ends: an object is never destroyed.
 class Threads {
@@ -38,28 +71,7 @@ class Threads {
         wait_until([this] { return left_.load(std::memory_order_acquire) == 0; });
     }
 
-    // Wait until all threads have called it.
-    void barrier() {
-        if (count_ == 1) return;
-        const unsigned now = generation_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            generation_.store(now + 1, std::memory_order_release);
-        } else {
-            wait_until([&] { return generation_.load(std::memory_order_acquire) != now; });
-        }
-    }
-
   private:
-    static constexpr int kSpins = 4000;  // about 50 us: steps follow one another that quickly
-
-    template <class Done> static void wait_until(Done done) {
-        for (int i = 0; !done(); i++) {
-            if (i < kSpins) pause_briefly();
-            else sched_yield();  // another program has the core of a thread that we wait for
-        }
-    }
-
     void start() {
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -85,8 +97,8 @@ class Threads {
     const int count_;
     std::mutex running_, mutex_;
     std::condition_variable wake_;
-    std::atomic<unsigned> number_{0}, generation_{0};
-    std::atomic<int> arrived_{0}, left_{0};
+    std::atomic<unsigned> number_{0};
+    std::atomic<int> left_{0};
     const std::function<void(int)>* function_ = nullptr;
 };
 
