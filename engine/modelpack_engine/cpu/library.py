@@ -162,7 +162,8 @@ class Matrix:
             raise OutOfMemoryError(
                 f"weights of {rows} rows and {columns} columns ({source.name}) cannot be packed"
             )
-        weakref.finalize(self, lib.mp_matrix_free, self.pointer)
+        # Not at exit: a thread may still run it.
+        weakref.finalize(self, lib.mp_matrix_free, self.pointer).atexit = False
         self.nbytes = int(lib.mp_matrix_bytes(self.pointer))
 
     def row(self, index: int) -> NDArray[np.float32]:

@@ -143,7 +143,8 @@ class Program:
                 f"the buffers of steps with {max_rows} tokens do not fit in memory",
                 hint="lower max_num_batched_tokens",
             )
-        weakref.finalize(self, lib.mp_program_free, self._pointer)
+        # Not at exit: a thread may still run it.
+        weakref.finalize(self, lib.mp_program_free, self._pointer).atexit = False
 
     def run(self, step: Step) -> None:
         """Compute a step: write keys and values, and the logits of the sampled rows."""
