@@ -67,7 +67,8 @@ MAX_OUTPUT_BYTES = 512 * 1024 * 1024
 #: The seconds that a batch has: OpenAI's completion_window "24h".
 WINDOW = 24 * 3600.0
 
-_TICK = 60.0  # seconds between looks for expired files, and for a directory that becomes free
+_TICK = 60.0  # seconds between looks for expired files
+_LOCKED_TICK = 1.0  # and for a directory that becomes free
 _SHUTDOWN = 5.0  # seconds for requests to notice that the server stops
 _AHEAD = 16  # lines that are read at a time
 _REST = {
@@ -286,7 +287,7 @@ class BatchRunner:
             if self._folder is not None:
                 self._begin_due()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _TICK)
+                await asyncio.wait_for(self._wake.wait(), _LOCKED_TICK if was_locked else _TICK)
             self._wake.clear()
 
     def _begin_due(self) -> None:
