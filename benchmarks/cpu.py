@@ -1,154 +1,187 @@
-"""Compare the engine's two backends and plain llama.cpp on a CPU, with SmolLM2-135M Q4_1.
+"""Compare the engine with llama.cpp and vLLM on a CPU.
 
-    python benchmarks/cpu.py
+    MODELPACK_LLAMA_CPP_PYTHON=… MODELPACK_VLLM_PYTHON=… python benchmarks/cpu.py \\
+        [CASE …] [--rounds 3] [--models DIR]
 
-`mlx` unpacks the weights to float32 and computes with the BLAS that modelpack_engine loads,
-`llama.cpp` is our engine with that backend, and `raw` only calls llama.cpp's decode with the most
-likely token. Each variant runs all loads in a separate process, one after the other. All use one
-thread, so that tokens per second of processor time can be compared on a machine with other work;
-wall time is printed too. Needs llama-cpp-python in this environment, or in the one of the
-interpreter MODELPACK_LLAMA_CPP_PYTHON.
+A case is a model and a file type (`smollm2-q4_1`, `llama-1b-bf16`; all are the default). bf16 is
+safetensors and compared with vLLM; the others are GGUF and compared with llama.cpp. The variables
+name the Pythons that have llama-cpp-python (built for this processor) and vLLM for CPUs; a peer
+without one is left out, but llama.cpp also writes the GGUF files. The models are made in DIR, by
+default a temporary directory; the 1B model needs 8 GB there.
+
+Each measurement is a process of its own (cpu_engines.py); in each round all engines run in turn,
+and ratios are taken within a round. Prompts are random tokens, the same for all.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from modelpack_engine.platform import blas
+import modelpack_engine  # noqa: F401  before MLX, which cpu_models imports
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-ROUNDS, MOST = 3, 8
-#: Concurrent requests, tokens of a prompt, tokens of a response.
-LOADS = {
-    "1 stream, 64 + 64": (1, 64, 64),
-    "8 streams, 64 + 64": (8, 64, 64),
-    "8 prompts of 128": (8, 128, 1),
+import cpu_models  # noqa: E402
+from measuring import print_machine, warm  # noqa: E402
+
+ENGINES_SCRIPT = Path(__file__).with_name("cpu_engines.py")
+CASES = [
+    *(("smollm2", file_type) for file_type in cpu_models.FORMATS),
+    *(("llama-1b", file_type) for file_type in ("bf16", "q4_k_m", "q8_0")),
+]
+MODEL_LEN, STREAMS = 576, 8
+LOAD = {
+    "prompt": 94,
+    "answer": 64,
+    "streams": STREAMS,
+    "long_prompt": 512,
+    "model_len": MODEL_LEN,
+    "kv_tokens": MODEL_LEN * STREAMS,
 }
-KINDS = ("mlx", "llama.cpp", "raw")
+PEERS = {
+    "vllm": ("MODELPACK_VLLM_PYTHON", "import vllm; print(vllm.__version__)"),
+    "llama.cpp": (
+        "MODELPACK_LLAMA_CPP_PYTHON",
+        "import llama_cpp; print('llama-cpp-python', llama_cpp.__version__)",
+    ),
+}
+#: How a figure is shown, and whether more is better.
+UNITS = {
+    "one stream": ("one stream, tok/s", 1.0, True),
+    "streams": (f"{STREAMS} streams, tok/s", 1.0, True),
+    "first token": ("first token of 512, s", 1.0, False),
+    "load": ("load to first token, s", 1.0, False),
+    "peak": ("peak memory, MB", 1e-6, False),
+}
+#: The most seconds from the start of loading, and bytes beside the file and the KV cache.
+MOST_LOAD, MOST_MEMORY = 1.5, 150_000_000
+
+Figures = dict[str, float]
 
 
-def prompts(count: int, length: int) -> list[list[int]]:
-    """Return prompts of random tokens."""
-    generator = random.Random(length)
-    return [[generator.randrange(1000, 40000) for _ in range(length)] for _ in range(count)]
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model in one file type."""
+
+    model: str
+    file_type: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.file_type}"
+
+    @property
+    def peer(self) -> str:
+        return "vllm" if self.file_type == "bf16" else "llama.cpp"
+
+    @property
+    def kv_bytes(self) -> int:
+        return cpu_models.kv_bytes_per_token(self.model) * LOAD["kv_tokens"]
+
+    def goal(self, figure: str) -> float | None:
+        """Return the least ratio to the peer, our speed by its."""
+        if figure == "one stream":
+            return 1.0 if self.peer == "vllm" else 0.9
+        return {"streams": 1.2, "first token": 1.0}.get(figure)
 
 
-def tokens_of(streams: int, prompt: int, answer: int) -> int:
-    """Return the number of tokens to count: those of responses, or of prompts in prompt loads."""
-    return streams * (prompt if answer == 1 else answer)
+def python_of(engine: str) -> str | None:
+    """Return the Python that has `engine`, or None."""
+    return sys.executable if engine == "modelpack" else os.environ.get(PEERS[engine][0])
 
 
-def engine(backend: str) -> Any:
-    """Return our engine with SmolLM2."""
-    from modelpack.testing.weights import smollm2_gguf
-    from modelpack_engine import EngineConfig
-    from modelpack_engine.engine import Engine
-    from modelpack_engine.models import ModelFiles, load
-
-    files = ModelFiles.from_directory(smollm2_gguf())
-    config = EngineConfig(device="cpu", max_num_seqs=MOST, max_model_len=2048)
-    if backend == "mlx":
-        return Engine(load(files, device="cpu"), config)
-    from modelpack_engine.llama_cpp.engine import LlamaCppEngine
-    from modelpack_engine.llama_cpp.model import LlamaModel
-    from modelpack_engine.models.loader import gguf_tokenizer_of
-
-    return LlamaCppEngine(LlamaModel(files.weights), gguf_tokenizer_of(files), config)
-
-
-def ours(backend: str) -> dict[str, tuple[float, float]]:
-    """Return tokens per second of wall time and of processor time, by load."""
-    from modelpack_engine import SamplingParams
-
-    made = engine(backend)
-    made.generate([[5] * 8], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
-    found = {}
-    for load, (streams, prompt, answer) in LOADS.items():
-        params = SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
-        wall, cpu = time.perf_counter(), time.process_time()
-        answers = made.generate(prompts(streams, prompt), params)
-        assert all(len([t for e in events for t in e.token_ids]) == answer for events in answers)
-        count = tokens_of(streams, prompt, answer)
-        found[load] = count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
-    return found
-
-
-def raw() -> dict[str, tuple[float, float]]:
-    """Return the same figures for llama.cpp without our engine."""
-    from modelpack.testing.weights import smollm2_gguf
-    from modelpack_engine.llama_cpp.model import Context, LlamaModel
-    from modelpack_engine.models import ModelFiles
-
-    model = LlamaModel(ModelFiles.from_directory(smollm2_gguf()).weights)
-    context = Context(model, num_cells=2048, num_slots=MOST, max_rows=256)
-    found = {}
-    for load, (streams, length, answer) in LOADS.items():
-        context.clear()
-        wall, cpu = time.perf_counter(), time.process_time()
-        newest = []
-        for slot, prompt in enumerate(prompts(streams, length)):
-            logits = context.compute(prompt, range(length), [slot] * length, [length - 1])
-            newest.append(int(logits[0].argmax()))
-        for position in range(length, length + answer - 1):
-            rows = range(streams)
-            logits = context.compute(newest, [position] * streams, rows, rows)
-            newest = logits.argmax(axis=-1).tolist()
-        count = tokens_of(streams, length, answer)
-        found[load] = count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
-    return found
-
-
-def measure(kind: str) -> dict[str, list[float]]:
-    """Run one variant in a separate process."""
-    done = subprocess.run(
-        [sys.executable, __file__, kind], capture_output=True, text=True, check=False,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
+def run(engine: str, case: Case, path: Path, eager: bool) -> Figures:
+    """Measure one engine in a process of its own."""
+    python = python_of(engine)
+    assert python is not None
+    job = {
+        **LOAD,
+        "kv_bytes": case.kv_bytes,
+        "repeats": 3 if case.model == "smollm2" else 1,
+        "kv_unified": False,
+        "eager": eager,
+    }
+    # -P: a module of this directory has the name of a package that vLLM looks for.
+    command = [python, "-P", str(ENGINES_SCRIPT), engine, str(path), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        sys.exit(f"{kind} failed:\n{done.stderr}")
-    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+        sys.exit(f"{engine} failed with {case.name}: exit code {done.returncode}\n{done.stderr}")
+    found: Figures = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def compare(case: Case, path: Path, rounds: int, eager: bool) -> None:
+    """Print the medians of all engines, the ratios and the goals."""
+    engines = ["modelpack"]
+    if python_of(case.peer):
+        engines.append(case.peer)
+    warm(path / "model.safetensors" if path.is_dir() else path)
+    measured = [{e: run(e, case, path, eager) for e in engines} for _ in range(rounds)]
+    size = cpu_models.size_of(path)
+    print(f"{case.name}: file {size / 1e6:.0f} MB, KV cache {case.kv_bytes / 1e6:.0f} MB")
+    for figure, (label, scale, more) in UNITS.items():
+        medians = {e: statistics.median(r[e][figure] for r in measured) for e in engines}
+        parts = [f"{e} {value * scale:.4g}" for e, value in medians.items()]
+        if len(engines) == 2:
+            ours, theirs = ([r[e][figure] for r in measured] for e in engines)
+            pairs = zip(ours, theirs, strict=True)
+            ratios = sorted(o / t if more else t / o for o, t in pairs)
+            ratio = statistics.median(ratios)
+            parts.append(f"ratio {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+            goal = case.goal(figure)
+            if goal is not None:
+                parts.append(f"goal {goal}: {'met' if ratio >= goal else 'MISSED'}")
+        most = {"load": MOST_LOAD, "peak": size + case.kv_bytes + MOST_MEMORY}.get(figure)
+        if most is not None:
+            met = "met" if medians["modelpack"] <= most else "MISSED"
+            parts.append(f"goal {most * scale:.4g}: {met}")
+        print(f"  {label}: " + "; ".join(parts), flush=True)
+
+
+def print_peers() -> None:
+    """Print the version of each peer, or that it is left out."""
+    for name, (variable, program) in PEERS.items():
+        python = os.environ.get(variable)
+        if python is None:
+            print(f"{name}: left out, because {variable} is not set")
+            continue
+        done = subprocess.run([python, "-P", "-c", program], capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{variable}: {python} cannot import it:\n{done.stderr}")
+        print(f"{name}: {done.stdout.splitlines()[-1]}")
 
 
 def main() -> None:
-    from measuring import print_machine
-
+    cases = {case.name: case for case in (Case(*names) for names in CASES)}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", type=Path, help="directory of the models, to keep them")
+    parser.add_argument("--eager", action="store_true", help="do not let vLLM compile")
+    given = parser.parse_args()
+    unknown = set(given.cases) - set(cases)
+    if unknown:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; use {', '.join(cases)}")
     print_machine()
-    rounds = [{kind: measure(kind) for kind in KINDS} for _ in range(ROUNDS)]
-    for load in LOADS:
-        for kind in KINDS:
-            wall, cpu = (statistics.median(r[kind][load][at] for r in rounds) for at in (0, 1))
-            print(f"{load}, {kind}: {cpu:.1f} tok/s of processor time, {wall:.1f} wall")
-        for other in KINDS[1:]:
-            ratios = sorted(r[other][load][1] / r["mlx"][load][1] for r in rounds)
-            spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-            median = statistics.median(ratios)
-            print(f"{load}, {other} / mlx, processor time: {median:.2f} ({spread})")
-
-
-def find_llama_cpp() -> None:
-    """Add the environment of MODELPACK_LLAMA_CPP_PYTHON to the path; limit to one thread."""
-    named = os.environ.get("MODELPACK_LLAMA_CPP_PYTHON")
-    if named:
-        command = [named, "-c", "import json, site; print(json.dumps(site.getsitepackages()))"]
-        sys.path.extend(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
-    if hasattr(os, "sched_setaffinity"):  # half of two processors is one thread
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    print_peers()
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = given.models or Path(temporary)
+        for case in map(cases.__getitem__, given.cases):
+            llama_cpp = python_of("llama.cpp")
+            if case.file_type not in ("bf16", "q4_1") and llama_cpp is None:
+                print(f"{case.name}: left out, because llama.cpp writes the file")
+                continue
+            path = cpu_models.prepare(case.model, case.file_type, directory, llama_cpp)
+            compare(case, path, given.rounds, given.eager)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        find_llama_cpp()
-        blas.prepare()  # before MLX
-        print(json.dumps(raw() if sys.argv[1] == "raw" else ours(sys.argv[1])))
+    main()
