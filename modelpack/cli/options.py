@@ -158,6 +158,23 @@ common_options = common_options_without()
 _VALUES: Final = ("store", "as_json", "quiet", "progress")
 
 
+def checked(check: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Return a callback that gives an option's value to `check`, whose errors then name the option.
+
+    The value that `check` returns is dropped: the library checks again, and converts.
+    """
+
+    def callback(_: click.Context, option: click.Parameter, value: Any) -> Any:
+        if value:
+            try:
+                check(value)
+            except UsageError as error:
+                raise UsageError(f"{typed_name(option)}: {error}", hint=error.hint) from error
+        return value
+
+    return callback
+
+
 def typed_name(option: click.Parameter) -> str:
     """Return the name of an option as help shows it first: --url of --url/--host."""
     return next((name for name in option.opts if name.startswith("--")), option.opts[0])

@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from modelpack.builder.request import PackageRequest
+from modelpack.builder.times import created_time
 from modelpack.cli.help import command
 from modelpack.cli.options import (
     BOTH,
     Settings,
     annotation_option,
+    checked,
     common_options,
     model_argument,
     model_names,
@@ -73,6 +75,7 @@ _BITS = {"q4": 4, "q8": 8}
 @click.option(
     "--created",
     metavar="now|TIME",
+    callback=checked(lambda text: created_time(text, {})),
     help="Set the creation time (RFC 3339). [default: SOURCE_DATE_EPOCH or 1970-01-01T00:00:00Z]",
 )
 @click.option("--preserve", is_flag=True, help="Keep file modes and times, as Docker does.")

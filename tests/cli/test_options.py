@@ -160,6 +160,10 @@ def test_the_context_has_one_name() -> None:
         assert names == ["--max-model-len", "--context-size"]
 
 
+#: Options whose text the library checks.
+CHECKED = ("--cors", "--created", "--preset")
+
+
 def bad_values() -> Iterator[tuple[str, click.Option, str]]:
     """Yield each option that checks its value, with a value that is wrong."""
     for name, option in OPTIONS:
@@ -170,7 +174,9 @@ def bad_values() -> Iterator[tuple[str, click.Option, str]]:
             yield name, option, "/nonexistent/file"
         elif isinstance(kind, click.Path) and not kind.dir_okay:
             continue
-        elif kind is not click.STRING and not isinstance(kind, click.Path):
+        elif (kind is not click.STRING and not isinstance(kind, click.Path)) or option.opts[
+            0
+        ] in CHECKED:
             yield name, option, "bad value"
 
 
@@ -189,3 +195,16 @@ def test_an_error_shows_the_option_as_typed(name: str, option: click.Option, val
     python = {one.name for one in COMMANDS[name].params if one.name and "_" in one.name}
     words = failed.err.replace("Usage:", "").split()
     assert not python & {word.strip("',.:;()") for word in words}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--speculative-method", "draft"], "--speculative-method draft requires --draft-model"),
+        (["--kv-offload-disk", "1GiB"], "--kv-offload-disk requires --kv-offload-dir"),
+    ],
+)
+def test_an_option_that_needs_another_says_so(options: list[str], problem: str) -> None:
+    failed = modelpack("serve", *options)
+    assert (failed.code, failed.out) == (2, "")
+    assert problem in failed.err

@@ -21,6 +21,7 @@ from modelpack.cli.help import Command, command
 from modelpack.cli.options import Settings, common_options_without, model_argument, model_names
 from modelpack.cli.output import human_size, note, show, show_json, table
 from modelpack.errors import ModelpackError, NotFoundError, UsageError
+from modelpack_server.cli.engine_options import preset_option
 from modelpack_server.server_client import DEFAULT_HOST, call_server
 
 _HEADER = ("MODEL NAME", "STATE", "REQUESTS", "CONTEXT", "MEMORY", "UNTIL")
@@ -72,7 +73,7 @@ def unload(
 @model_argument()
 @click.option("--max-model-len", "--context-size", "context_size", type=click.IntRange(min=2),
               help="Limit the context to this many tokens.")  # fmt: skip
-@click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
+@preset_option
 @click.option("--keep-alive", metavar="TIME",
               help="Keep the model loaded for this time after its last use, like 5m; "
               "-1: forever.")  # fmt: skip

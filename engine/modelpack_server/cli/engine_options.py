@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from modelpack.cli.options import REGISTRIES, SIGNATURES, SIZE, Settings
+from modelpack.cli.options import REGISTRIES, SIGNATURES, SIZE, Settings, checked
 from modelpack.cli.output import shown_progress
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
@@ -67,6 +67,18 @@ def require_engine() -> None:
             )
 
 
+def _check_preset(name: str) -> None:
+    from modelpack_server.pool.settings import preset_named
+
+    preset_named(name)
+
+
+preset_option = click.option(
+    "--preset", callback=checked(_check_preset),
+    help="Use this preset: code, chat, creative or long-context.",
+)  # fmt: skip
+
+
 def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
     """Add the options of the engine; the command gets `config`, a function that returns them.
 
@@ -80,6 +92,10 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
             require_engine()
         fields = {field.name for field in dataclasses.fields(EngineConfig)}
         given = {name: arguments.pop(name) for name in fields & arguments.keys()}
+        if given["speculative_method"] == "draft" and not given["draft_model"]:
+            raise UsageError("--speculative-method draft requires --draft-model")
+        if given["kv_offload_disk"] and not given["kv_offload_dir"]:
+            raise UsageError("--kv-offload-disk requires --kv-offload-dir")
 
         def config() -> EngineConfig:
             given["kv_cache_dtype"] = parse_kv_cache_dtype(given["kv_cache_dtype"])

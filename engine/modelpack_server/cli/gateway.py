@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import click
 
 from modelpack.cli.help import Group, group
-from modelpack.cli.options import Settings, common_options_without, tls_options
+from modelpack.cli.options import Settings, checked, common_options_without, tls_options
 from modelpack.cli.output import SCHEMA_VERSION, note, show, table
 from modelpack.errors import UsageError
 from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
@@ -37,6 +37,12 @@ _KEY_FILE = click.option(
 )
 
 
+def _check_origins(origins: tuple[str, ...]) -> None:
+    from modelpack_server.gateway.protection import check_origins
+
+    check_origins(origins)
+
+
 def protection_options(command: F) -> F:
     """Add the options that protect a server.
 
@@ -50,7 +56,7 @@ def protection_options(command: F) -> F:
         help="Allow an address that is not loopback without API keys.",
     )  # fmt: skip
     @click.option(
-        "--cors", "origins", metavar="ORIGIN", multiple=True,
+        "--cors", "origins", metavar="ORIGIN", multiple=True, callback=checked(_check_origins),
         help="Allow web pages of this origin: https://app.example, http://localhost:* or *. "
         "May be repeated. [default: only its own page]",
     )  # fmt: skip

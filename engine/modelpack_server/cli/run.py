@@ -31,6 +31,7 @@ from modelpack_server.cli.engine_options import (
     ENGINE_HEADINGS,
     MORE_OPTIONS,
     engine_options,
+    preset_option,
     pull_draft,
 )
 from modelpack_server.cli.load_display import LoadDisplay
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--seed", type=int, help="Use this random seed, for reproducible output.")
 @click.option("--system", default="", help="Set the system message.")
-@click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
+@preset_option
 @click.option("--think/--no-think", default=None, help="Enable or disable reasoning.")
 @click.option("--url", "--host", "host", metavar="URL",
               help="Use a running server instead of loading the model.")  # fmt: skip

@@ -39,6 +39,7 @@ from modelpack_server.cli.engine_options import (
     ENGINE_HEADINGS,
     MORE_OPTIONS,
     engine_options,
+    preset_option,
     pull_draft,
 )
 from modelpack_server.cli.gateway import announce, protection_options
@@ -202,7 +203,7 @@ def _given(ctx: click.Context) -> dict[str, Any]:
 @log_format_option
 @protection_options
 @tls_options
-@click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
+@preset_option
 @click.option(
     "--keep-alive", metavar="TIME", default=DEFAULT_KEEP_ALIVE, show_default=True,
     help="Unload a model this long after its last use, unless it is a MODEL; -1: never.",
