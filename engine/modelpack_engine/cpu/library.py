@@ -117,7 +117,7 @@ def library() -> Any:
     found.mp_start.argtypes = (c_int,)
     found.mp_kernels.restype = c_char_p
     found.mp_use_kernels.argtypes = (c_char_p,)
-    found.mp_matrix_new.argtypes = (c_int, c_int, c_int, c_void_p)
+    found.mp_matrix_new.argtypes = (c_int, c_int, c_int, c_void_p, c_size_t)
     found.mp_matrix_new.restype = c_void_p
     found.mp_matrix_bytes.argtypes = (c_void_p,)
     found.mp_matrix_bytes.restype = c_size_t
@@ -157,7 +157,7 @@ class Matrix:
         assert data.flags.c_contiguous
         self.rows, self.columns = rows, columns
         lib = library()
-        self.pointer = lib.mp_matrix_new(source, rows, columns, data.ctypes.data)
+        self.pointer = lib.mp_matrix_new(source, rows, columns, data.ctypes.data, data.nbytes)
         if not self.pointer:
             raise OutOfMemoryError(
                 f"weights of {rows} rows and {columns} columns ({source.name}) cannot be packed"

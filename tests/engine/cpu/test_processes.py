@@ -189,12 +189,22 @@ def test_memory_is_freed() -> None:
 )  # fmt: skip
 def test_a_matrix_that_has_no_layout(source: int, rows: int, columns: int) -> None:
     data = np.zeros(1 << 16, np.uint8)
-    assert not library().mp_matrix_new(source, rows, columns, data.ctypes.data)
+    for element in (1, 2, 4):
+        size = max(0, rows * columns * element)
+        assert not library().mp_matrix_new(source, rows, columns, data.ctypes.data, size)
+
+
+@pytest.mark.parametrize("size", [0, 32 * 4 * 7, 32 * 4 * 8 - 1, 32 * 4 * 8 + 1])
+def test_a_matrix_of_another_size_than_its_data(size: int) -> None:
+    data = np.zeros(1 << 16, np.uint8)
+    assert not library().mp_matrix_new(Source.F32, 8, 32, data.ctypes.data, size)
 
 
 def test_a_matrix_that_does_not_fit_in_memory() -> None:
     data = np.zeros(1, np.uint8)
-    assert not library().mp_matrix_new(Source.F32, 2**31 - 1, 2**31 - 32, data.ctypes.data)
+    rows, columns = 2**31 - 1, 2**31 - 32
+    size = (rows * columns * 4) % 2**64
+    assert not library().mp_matrix_new(Source.F32, rows, columns, data.ctypes.data, size)
 
 
 def test_a_program_that_does_not_fit_in_memory() -> None:

@@ -397,9 +397,11 @@ int mp_use_kernels(const char* name) {
     return 1;
 }
 
-void* mp_matrix_new(int source, int rows, int columns, const uint8_t* data) {
+// Pack `size` bytes of rows; fails if these are not the bytes of such a matrix.
+void* mp_matrix_new(int source, int rows, int columns, const uint8_t* data, size_t size) {
     Kind kind;
     if (rows <= 0 || !kind_of((Source)source, columns, &kind)) return nullptr;
+    if (size != row_bytes((Source)source, columns) * rows) return nullptr;
     const int tiles = (rows + kTile - 1) / kTile;
     auto* matrix = new (std::nothrow) Matrix{kind, rows, columns, tiles, tile_bytes(kind, columns), nullptr};
     void* memory = nullptr;
