@@ -61,6 +61,7 @@ def test_https_by_a_certificate(server: AppServer, authority: Pair) -> None:
 def test_files_that_do_not_serve(
     command: list[str], options: list[str], problem: str, tmp_path: Path
 ) -> None:
-    done = modelpack(*command, "--port", "0", *options, "--store", tmp_path / "store")
+    store = ["--store", tmp_path / "store"] if command == ["serve"] else []
+    done = modelpack(*command, "--port", "0", *options, *store)
     assert done.code == 2
     assert problem in done.err

@@ -192,7 +192,7 @@ def test_commands(
     manifest_for(registry)
     config.write_text(json.dumps({"auths": {registry.host: scenario(registry)}}))
     reference = f"{registry.host}/team/model:v1"
-    result = modelpack("manifest", "--remote", "--debug", *json_errors, reference)
+    result = modelpack("inspect", "--remote", "--debug", *json_errors, reference)
     assert (result.code == 0) is (scenario is all_is_well)
     assert registry.requests, "the registry was asked"
     heard.check(result.err, result.out)

@@ -65,7 +65,7 @@ class PackedWeights:
         `dense` decodes it to floats.
         """
         if len(tensor.shape) == 1:
-            self.vectors[name] = np.ascontiguousarray(dense(tensor), np.float32)
+            self.vectors[name] = np.array(dense(tensor), np.float32)  # not a part of the file
             return
         source = _BLOCKS.get(tensor.dtype, Source.F32_AS_INT8)
         rows: NDArray[Any] = dense(tensor) if source is Source.F32_AS_INT8 else tensor.raw

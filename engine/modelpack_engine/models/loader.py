@@ -23,6 +23,7 @@ from modelpack_engine.models.chat_template import as_jinja
 from modelpack_engine.models.config_guard import check_fields
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.gguf import GGUFLoader
+from modelpack_engine.models.gguf_architectures import ARCHITECTURES
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
 from modelpack_engine.models.load_progress import LoadCallback
 from modelpack_engine.models.model_config import normalised
@@ -118,13 +119,21 @@ def runs_packed(files: ModelFiles, config: EngineConfig, device: Device) -> bool
     kind = parse_kv_cache_dtype(config.kv_cache_dtype)
     if device != "cpu" or config.backend != "auto" or kind not in ("auto", "bf16", "fp16"):
         return False
-    if library() is None or not files.weights:
+    if not files.weights:
         return False
     if files.format == "gguf":
         name = GGUFFile.open(files.weights).metadata.text("general.architecture", "")
     else:
         name = normalised(read_config(files))["model_type"]
-    return name in program.MODELS
+    return is_packable(files.format, name)
+
+
+def is_packable(format: str, architecture: str) -> bool:
+    """Return whether the library for CPUs is there, and knows an architecture of such files."""
+    if format == "gguf":
+        known = ARCHITECTURES.get(architecture)
+        architecture = known.model_type if known is not None else ""
+    return library() is not None and architecture in program.MODELS
 
 
 def _load_gguf(

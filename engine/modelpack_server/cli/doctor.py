@@ -210,10 +210,14 @@ def check_backends() -> list[Check]:
 
 def check_choices(device: Device) -> list[Check]:
     """Return a check for each format, with the backend that `auto` selects."""
+    from modelpack_engine.cpu.library import library
     from modelpack_engine.llama_cpp.library import automatic_backend
 
+    kernels = ""
+    if device == "cpu" and library() is not None:
+        kernels = ", unless the kernels for CPUs know the architecture"
     return [
-        Check(f"{kind} files", Verdict.OK, f"run by {backend} on the {device}",
+        Check(f"{kind} files", Verdict.OK, f"run by {backend} on the {device}{kernels}",
               details={"format": kind, "backend": backend, "device": device})
         for kind in _FORMATS
         for backend in [automatic_backend(kind, device)]
@@ -223,6 +227,7 @@ def check_choices(device: Device) -> list[Check]:
 def check_model(model: Model, device: Device, available: int) -> Check:
     """Return the check of a model, which fails if it exceeds `available` bytes."""
     from modelpack_engine.llama_cpp.library import automatic_backend
+    from modelpack_engine.models.loader import is_packable
 
     name = f"model {model.reference or model.short_id}"
     weights = [file for file in model.files() if file.format in _FORMATS]
@@ -231,8 +236,10 @@ def check_model(model: Model, device: Device, available: int) -> Check:
         return Check(name, Verdict.FAILED, f"no backend for {formats or 'this model'}: expected "
                      "GGUF or safetensors weights")  # fmt: skip
     size = sum(file.descriptor.size for file in weights)
-    kind = weights[0].format
-    backend = automatic_backend(kind, device)
+    kind = weights[0].format or ""
+    backend: str = automatic_backend(kind, device)
+    if device == "cpu" and is_packable(kind, model.config.architecture or ""):
+        backend = "the kernels for CPUs"
     details = {"format": kind, "backend": backend, "device": device, "weights": size}
     text = f"{kind}, {size / 1e9:.1f} GB: run by {backend} on the {device}"
     if size + _MIN_WORKING_BYTES > available:
