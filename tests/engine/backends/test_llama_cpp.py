@@ -24,9 +24,10 @@ from modelpack_engine.llama_cpp import library as choosing
 from modelpack_engine.llama_cpp.engine import LlamaCppEngine
 from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.llama_cpp.model import Context, LlamaModel, try_out
-from modelpack_engine.models import ModelFiles, load
+from modelpack_engine.models import ModelFiles, load, loader
 from modelpack_engine.models.loader import gguf_tokenizer_of
 from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
@@ -92,7 +93,20 @@ def test_what_only_mlx_does(
             choose_backend(files, replace(config, backend="llama.cpp"), "cpu")
 
 
+@pytest.fixture
+def unknown_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the library for CPUs did not know the model."""
+    monkeypatch.setattr(loader, "is_packable", lambda *names: False)
+
+
 @pytest.mark.usefixtures("llama_cpp")
+def test_the_library_for_cpus_comes_first(opened: Opened) -> None:
+    engine = opened.engine(EngineConfig(device="cpu", max_num_seqs=2))
+    assert isinstance(engine, Engine)
+    assert isinstance(engine._runner, CpuRunner)
+
+
+@pytest.mark.usefixtures("llama_cpp", "unknown_architecture")
 @pytest.mark.parametrize("backend", ["auto", "llama.cpp"])
 def test_it_is_taken_and_says_so(opened: Opened, backend: Backend) -> None:
     engine = opened.engine(EngineConfig(device="cpu", backend=backend, max_num_seqs=2))
@@ -133,7 +147,7 @@ def test_another_version(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> Non
         opened.engine(EngineConfig(device="cpu", backend="llama.cpp"))
 
 
-@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.usefixtures("llama_cpp", "unknown_architecture")
 def test_what_it_cannot_load_mlx_is_asked_for(
     opened: Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,7 +232,7 @@ def test_served(opened: Opened, gguf_file: Path) -> None:
         backend: catalogue.needs(catalogue.find(key), ModelSettings())
         for backend, catalogue in catalogues.items()
     }
-    assert needs["auto"] == needs["llama.cpp"] < needs["mlx"]
+    assert needs["llama.cpp"] < needs["auto"] < needs["mlx"]
     with ModelServer(lambda: ModelPool(catalogues["llama.cpp"]), address="127.0.0.1:0") as server:
         body = {"model": key, "prompt": [5, 6, 7], "max_tokens": 5, "logprobs": 2, "seed": 1,
                 "ignore_eos": True}  # fmt: skip

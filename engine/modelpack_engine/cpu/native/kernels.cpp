@@ -136,7 +136,7 @@ INLINE void multiply_codes(const uint8_t* const (&tiles)[NT], const uint8_t* con
     f32s sum[MR][NT];
     for (int m = 0; m < MR; m++)
         for (int n = 0; n < NT; n++) sum[m][n] = f32s{};
-    const int8_t* codes = x.codes + (size_t)row * x.columns;
+    const int8_t* codes = x.codes + (size_t)row * x.columns * 2;
     const float* scales = x.scales + (size_t)row * groups;
     const float* sums = x.sums + (size_t)row * groups * 2;
     for (int g = 0; g < groups; g++) {
@@ -152,22 +152,26 @@ INLINE void multiply_codes(const uint8_t* const (&tiles)[NT], const uint8_t* con
             f32s other{};
             if constexpr (W::bytes != Int8::bytes) other = load_half(halves + 32);
             for (int m = 0; m < MR; m++) {
-                const int8_t* b = codes + (size_t)m * x.columns + g * kGroup;
+                const int8_t* b = codes + ((size_t)m * x.columns + g * kGroup) * 2;
                 const float d = scales[(size_t)m * groups + g];
                 const float* s = sums + ((size_t)m * groups + g) * 2;
-                i32s low{}, high{};
-                for (int i = 0; i < 4; i++) {
-                    low = dot(low, c[i], four(b + 4 * i));
-                    high = dot(high, c[i + 4], four(b + 16 + 4 * i));
+                i32s coarse[2]{}, fine[2]{};  // of the first and the last 16 columns
+                constexpr int halves_apart = W::bytes == Int6::bytes;
+                for (int i = 0; i < 8; i++) {
+                    const int half = halves_apart ? i / 4 : 0;
+                    coarse[half] = dot(coarse[half], c[i], four(b + 4 * i));
+                    fine[half] = dot(fine[half], c[i], four(b + kGroup + 4 * i));
                 }
+                const f32s low = to_float((coarse[0] << 8) + fine[0]);
                 if constexpr (W::bytes == Int6::bytes) {
-                    sum[m][n] += scale * (to_float(low) * d - 32 * s[0]);
-                    sum[m][n] += other * (to_float(high) * d - 32 * s[1]);
+                    const f32s high = to_float((coarse[1] << 8) + fine[1]);
+                    sum[m][n] += scale * (low * d - 32 * s[0]);
+                    sum[m][n] += other * (high * d - 32 * s[1]);
                 } else if constexpr (W::bytes == Int4::bytes) {
-                    sum[m][n] += to_float(low + high) * d * scale;
+                    sum[m][n] += low * d * scale;
                     sum[m][n] += other * (s[0] + s[1]);
                 } else {
-                    sum[m][n] += scale * (to_float(low + high) * d - 128 * (s[0] + s[1]));
+                    sum[m][n] += scale * (low * d - 128 * (s[0] + s[1]));
                 }
             }
         }
@@ -331,6 +335,8 @@ template <int N> INLINE float largest(const f32s (&v)[N]) {
     return value;
 }
 
+INLINE i32s rounded(f32s v) { return __builtin_convertvector(v + (v < 0 ? splat(-0.5f) : splat(0.5f)), i32s); }
+
 void to_codes(const float* x, int columns, int8_t* codes, float* scales, float* sums) {
     constexpr int count = kGroup / kLanes;
     for (int g = 0; g < columns / kGroup; g++) {
@@ -338,19 +344,22 @@ void to_codes(const float* x, int columns, int8_t* codes, float* scales, float* 
         for (int i = 0; i < count; i++) v[i] = load<f32s>(x + kGroup * g + kLanes * i);
         const float most = largest(v);
         if (!(most > 1e-36f && most < INFINITY)) {  // no codes: too small to divide by, or not finite
-            std::memset(codes + kGroup * g, 0, kGroup);
+            std::memset(codes + 2 * kGroup * g, 0, 2 * kGroup);
             scales[g] = sums[2 * g] = sums[2 * g + 1] = most - most;  // then products are NaN
             continue;
         }
-        const float scale = most / 127, inverse = 127 / most;
+        const float scale = most / (127 * 256), inverse = 127 / most;
         scales[g] = scale;
         for (int h = 0; h < 2; h++) {
             i32s total{};
             for (int i = h * count / 2; i < (h + 1) * count / 2; i++) {
                 const f32s scaled = v[i] * inverse;
-                const i32s q = __builtin_convertvector(scaled + (scaled < 0 ? splat(-0.5f) : splat(0.5f)), i32s);
-                store(codes + kGroup * g + kLanes * i, __builtin_convertvector(q, i8s));
-                total += q;
+                const i32s coarse = rounded(scaled);
+                i32s fine = rounded((scaled - to_float(coarse)) * 256.0f);
+                fine = fine > 127 ? i32s{} + 127 : fine;
+                store(codes + 2 * kGroup * g + kLanes * i, __builtin_convertvector(coarse, i8s));
+                store(codes + 2 * kGroup * g + kGroup + kLanes * i, __builtin_convertvector(fine, i8s));
+                total += (coarse << 8) + fine;
             }
             int sum = 0;
             for (int i = 0; i < kLanes; i++) sum += total[i];

@@ -47,8 +47,10 @@ inline size_t tile_bytes(Kind kind, int columns) {
     }
 }
 
-// Rows of activations, as a kernel reads them. Bytes of codes are signed; `scales` has a value for
-// each group of 32 columns, `sums` the sum of codes times scale for each 16 columns.
+// Rows of activations, as a kernel reads them. Each group of 32 columns has 32 coarse codes and then
+// 32 fine ones, signed bytes: value = scale * (256 * coarse + fine). With coarse codes alone, as
+// llama.cpp has them, small models say other things than in float32. `sums` has the sum of the
+// values of each 16 columns.
 struct Rows {
     const float* floats;
     const uint16_t* halves;  // bfloat16

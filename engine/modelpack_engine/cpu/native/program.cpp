@@ -101,7 +101,7 @@ struct Converted {
     Memory<float> scales, sums, floats;
     Memory<uint16_t> halves;
     Converted(size_t rows, size_t columns)
-        : codes(allocate<int8_t>(rows * columns)), scales(allocate<float>(rows * columns / kGroup + 1)),
+        : codes(allocate<int8_t>(rows * columns * 2)), scales(allocate<float>(rows * columns / kGroup + 1)),
           sums(allocate<float>(rows * columns / 16 + 1)), floats(allocate<float>(rows * columns)),
           halves(allocate<uint16_t>(rows * columns)) {}
 };
@@ -239,7 +239,7 @@ class Run {
             whole |= m->kind < Kind::BF16 || (m->kind == Kind::BF16 && !kernels->bfloat16);
         }
         if (codes)
-            kernels->to_codes(x, n, to.codes.get() + (size_t)to_row * n, to.scales.get() + (size_t)to_row * (n / kGroup),
+            kernels->to_codes(x, n, to.codes.get() + (size_t)to_row * n * 2, to.scales.get() + (size_t)to_row * (n / kGroup),
                               to.sums.get() + (size_t)to_row * (n / 16));
         if (halves) kernels->to_bfloat16(x, n, to.halves.get() + (size_t)to_row * n);
         if (whole && x != floats) std::memcpy(floats, x, sizeof(float) * n);
