@@ -70,13 +70,10 @@ def to_8_bits(name: str, values: np.ndarray) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_codes(name: str, tmp_path: Path) -> None:
-    """The same file, computed by MLX in float32.
-
-    The library rounds activations to 8 bits, which random weights with their wide logits amplify.
-    """
+    """The same file, computed by MLX in float32: the library keeps 16 bits of activations."""
     path = TINY_MODELS[name].write(tmp_path / "m.gguf", to_8_bits)
     files = ModelFiles.from_directory(path)
     got = logits_of(load(files, device="cpu", packed=True))
     expected = TINY_MODELS[name].logits(load(files, device="cpu").model)
     for a, b in zip(got, expected, strict=True):
-        assert np.corrcoef(a, b)[0, 1] > 0.985
+        assert np.corrcoef(a, b)[0, 1] > 0.99999

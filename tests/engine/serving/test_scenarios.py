@@ -404,7 +404,7 @@ def test_wrong_requests_leave_the_connection_usable(smollm2_url: str) -> None:
 
 
 def test_a_prompt_over_the_context(client: openai.OpenAI) -> None:
-    long: Any = [{"role": "user", "content": "word " * 4000}]
+    long: Any = [{"role": "user", "content": "word " * 9000}]
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(**(FRANCE | {"messages": long}))
     assert raised.value.code == "context_length_exceeded"
