@@ -16,11 +16,10 @@ from modelpack_engine.kernels.plan import vector_width
 from modelpack_engine.layers.matmul import (
     OUTPUTS,
     THREADS,
-    Weights,
     fits,
-    random_weights,
     stage_bytes,
 )
+from modelpack_engine.layers.weights import Weights, random_weights
 
 _SIMDGROUPS = 4
 

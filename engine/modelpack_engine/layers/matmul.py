@@ -7,15 +7,13 @@ to add. With many rows, quantised weights are dequantised first. MLX computes al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers import kernels
+from modelpack_engine.layers.weights import Weights, random_weights
 
 #: The most rows for which our kernel is used, with quantised weights and with plain ones: see
 #: benchmarks/results/engine-h200.md. With more rows, quantised weights are dequantised first.
@@ -31,67 +29,6 @@ _TILES = {
 }
 #: Threadgroups that keep a large GPU busy, and the fewest tiles that each of them should have.
 _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """The parameters of a linear layer, or of the experts of one: plain weights [..., out, in].
-
-    With `bits`, weights are quantised: packed in uint32, low bits first, with scales and biases
-    [..., out, in / group]. `transposed` is a view of plain weights, made once for all steps.
-    """
-
-    weight: mx.array
-    scales: mx.array | None
-    biases: mx.array | None
-    bias: mx.array | None
-    bits: int | None
-    group_size: int
-    mode: str
-    transposed: mx.array | None = None
-
-    @classmethod
-    def plain(cls, weight: mx.array, bias: mx.array | None = None) -> Weights:
-        """Return weights that are not quantised."""
-        return cls(weight, None, None, bias, None, 0, "")
-
-    @property
-    def num_outputs(self) -> int:
-        """The number of outputs."""
-        return self.weight.shape[-2]
-
-    @property
-    def num_inputs(self) -> int:
-        """The number of inputs."""
-        return self.weight.shape[-1] * (32 // self.bits if self.bits else 1)
-
-    def ready(self) -> Weights:
-        """Return these weights with `transposed` set, which each step would compute otherwise."""
-        if self.bits is not None:
-            return self
-        transposed = self.weight.T
-        mx.eval(transposed)
-        return replace(self, transposed=transposed)
-
-
-def weights_of(layer: nn.Module) -> Weights | None:
-    """Return the parameters of a linear layer, or of an embedding used as one; None for others.
-
-    Swapped classes count as their originals; layers that are sharded over devices do not.
-    """
-    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        return quantised_weights(layer)
-    if isinstance(layer, nn.Linear | nn.Embedding):
-        return Weights.plain(layer["weight"], layer.get("bias"))
-    return None
-
-
-def quantised_weights(layer: Any) -> Weights:
-    """Return the parameters of any quantised layer."""
-    return Weights(
-        layer["weight"], layer["scales"], layer.get("biases"), layer.get("bias"),
-        layer.bits, layer.group_size, layer.mode,
-    )  # fmt: skip
 
 
 def multiply(x: mx.array, weights: Weights) -> mx.array:
@@ -223,25 +160,6 @@ def _run(
     return out
 
 
-def random_weights(
-    dtype: mx.Dtype,
-    bits: int,
-    shape: tuple[int, ...],
-    scale: float,
-    key: mx.array,
-    of_bias: mx.array,
-) -> tuple[Weights, mx.array, mx.array]:
-    """Return random weights for a test, and the same weights and their bias in float32."""
-    full = (mx.random.normal(shape, key=key) * scale).astype(dtype)
-    bias = mx.random.normal(shape[:-1], key=of_bias).astype(dtype)
-    weights = Weights.plain(full, bias)
-    if bits < 16:
-        packed = mx.quantize(full, 32, bits)
-        full = mx.dequantize(*packed, 32, bits)
-        weights = Weights(*packed, bias, bits, 32, "affine")
-    return weights, full.astype(mx.float32), bias.astype(mx.float32)
-
-
 def _compare(dtype: mx.Dtype, bits: int) -> str | None:
     keys = mx.random.split(mx.random.key(9), 3)
     outputs, inputs = 208, 1024
@@ -264,46 +182,3 @@ def _compare(dtype: mx.Dtype, bits: int) -> str | None:
 #: None if our kernel multiplies as MLX does for a type and the bits of a weight, otherwise the
 #: problem.
 verdict = launch.verdict(_compare)
-
-
-_PARAMETERS = ("weight", "scales", "biases", "bias")
-
-
-def can_join(layers: Sequence[nn.Module]) -> bool:
-    """Return whether layers are linears of one kind, with inputs and types that are equal."""
-    kinds = {type(layer) for layer in layers}
-    if kinds not in ({nn.Linear}, {nn.QuantizedLinear}):
-        return False
-    names = {tuple(sorted(layer)) for layer in layers}
-    widths = {layer["weight"].shape[1] for layer in layers}
-    dtypes = {tuple(layer[name].dtype for name in sorted(layer)) for layer in layers}
-    how = {
-        tuple(getattr(layer, name, None) for name in ("group_size", "bits", "mode"))
-        for layer in layers
-    }
-    return all(len(values) == 1 for values in (names, widths, dtypes, how))
-
-
-def join(layers: Sequence[nn.Module]) -> Weights:
-    """Return the joint weights of layers for which `can_join` is true: their outputs concatenated.
-
-    The layers' parameters become views of the joint ones, so no memory is used twice.
-    """
-    joint: dict[str, mx.array] = {}
-    for name in _PARAMETERS:
-        if name not in layers[0]:
-            continue
-        joint[name] = mx.concatenate([layer[name] for layer in layers])
-        mx.eval(joint[name])
-        start = 0
-        for layer in layers:
-            size = layer[name].shape[0]
-            layer[name] = joint[name][start : start + size]
-            start += size
-        mx.eval([layer[name] for layer in layers])
-    first = weights_of(layers[0])
-    assert first is not None, "plain layers have weights"
-    return Weights(
-        joint["weight"], joint.get("scales"), joint.get("biases"), joint.get("bias"),
-        first.bits, first.group_size, first.mode,
-    ).ready()  # fmt: skip

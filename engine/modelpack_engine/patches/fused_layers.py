@@ -34,13 +34,15 @@ from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
 from modelpack_engine.layers.kernels import find_rotation, take_rows
 from modelpack_engine.layers.matmul import (
     FEW_ROWS,
+    multiply,
+    multiply_in_parts,
+    swiglu,
+)
+from modelpack_engine.layers.weights import (
     Weights,
     can_join,
     join,
-    multiply,
-    multiply_in_parts,
     quantised_weights,
-    swiglu,
     weights_of,
 )
 from modelpack_engine.patches import functions

@@ -18,7 +18,8 @@ import mlx.nn as nn
 from modelpack_engine.attention.cache_handle import KVHandle
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.layers.matmul import multiply, quantised_weights
+from modelpack_engine.layers.matmul import multiply
+from modelpack_engine.layers.weights import quantised_weights
 
 Call = Callable[..., Any]
 

@@ -16,11 +16,13 @@ from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.kernels import find_rotation
 from modelpack_engine.layers.matmul import (
     Parts,
-    can_join,
-    join,
     multiply,
     multiply_in_parts,
     num_parts,
+)
+from modelpack_engine.layers.weights import (
+    can_join,
+    join,
     weights_of,
 )
 
