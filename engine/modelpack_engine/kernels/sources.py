@@ -3,7 +3,7 @@
 A body uses only `PA_*` macros, which the preamble defines, and the common subset of Metal, CUDA and
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
-host, a third backend. `prefill`, `product` and `experts` are for CUDA only.
+host, a third backend. `prefill`, `product`, `packed` and `experts` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Backend = Literal["metal", "cuda", "none"]
 Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
-    "draw",
+    "draw", "packed",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -39,6 +39,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "swiglu": ("joint",),
     "dequantise": ("weight", "scales", "biases"),
     "product": ("x", "weight", "scales", "biases", "bias"),
+    "packed": ("x", "weight", "scales", "biases", "bias"),
     "state_space": ("x", "dt", "a", "b", "c", "d", "state"),
     "delta_rule": ("q", "k", "v", "g", "beta", "state"),
     "rows": ("table", "index"),
@@ -96,8 +97,10 @@ def kernel_source(
     short source takes less time.
     """
     headers, parts = ["common"], [backend, body]
-    if body in ("prefill", "product", "experts"):
+    if body in ("prefill", "product", "experts", "packed"):
         headers.append("tensor_cores")
+    if body == "packed":
+        headers += ["codes", "warpgroups"]
     if body == "experts":
         parts.append("product")
     outputs = OUTPUTS[body]

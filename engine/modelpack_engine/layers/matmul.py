@@ -2,7 +2,8 @@
 
 With few rows, most of the time is spent reading the weights, which MLX's matmuls do at half of the
 memory bandwidth. Our kernel computes these matmuls, and may leave partial sums for the next kernel
-to add. With many rows, quantised weights are dequantised first. MLX computes all other matmuls.
+to add. `packed` multiplies by quantised weights where it can; elsewhere, with many rows, they are
+dequantised first. MLX computes all other matmuls.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers import kernels
+from modelpack_engine.layers import kernels, packed
 from modelpack_engine.layers.weights import Weights, random_weights
 
 #: The most rows for which our kernel is used, with quantised weights and with plain ones: see
@@ -33,6 +34,8 @@ _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
 
 def multiply(x: mx.array, weights: Weights) -> mx.array:
     """Return x [rows, in] times the weights, plus the bias: [rows, out] in x's type."""
+    if tile := packed.tile_for(x, weights):
+        return packed.multiply(x, weights, tile)
     if _takes(x, weights):
         return _run(x, weights, 1, (x.shape[0], weights.num_outputs))
     product = _by_mlx(x, weights)
@@ -54,6 +57,9 @@ class Parts:
 
 def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
     """Return the partial sums of rows x [rows, ...] times the weights: parts [rows, out]."""
+    if tile := packed.tile_for(x, weights):
+        parts = packed.num_parts(tile, x.shape[0], weights.num_outputs, weights.num_inputs)
+        return Parts(packed.multiply(x, weights, tile, parts), parts)
     if not _takes(x, weights):
         return Parts(multiply(x.reshape(x.shape[0], -1), weights), 1)
     parts = num_parts(weights.num_outputs, weights.num_inputs)
@@ -64,6 +70,8 @@ def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
 def swiglu(x: mx.array, weights: Weights) -> mx.array:
     """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""
     width = weights.num_outputs // 2
+    if weights.num_outputs % 2 == 0 and (tile := packed.tile_for(x, weights)):
+        return packed.multiply(x, weights, tile, swiglu=True)
     if _takes(x, weights) and weights.num_outputs % 2 == 0:
         return _run(x, weights, 1, (x.shape[0], width), swiglu=True)
     return kernels.swiglu(multiply(x.reshape(x.shape[0], -1), weights))

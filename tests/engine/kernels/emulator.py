@@ -112,9 +112,12 @@ def _program(instances: Sequence[Instance], edit: Edit) -> str:
         first = next((i for i in instances if i.body == body), None)
         if first is not None:
             arguments = argument_list(body, {}, shape_type="const int*")
+            if body == "packed":
+                lines += [(STUBS / "tensor.h").read_text(), text("codes")]
             lines += [
                 f"template <{first.parameters()}>",
                 f"void {body}(Emu& emu, {arguments}) {{",
+                "pa_emu = &emu;" if body == "packed" else "",
                 edit(body, text(body)),
                 "}",
             ]

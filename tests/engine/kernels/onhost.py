@@ -60,7 +60,7 @@ class Host:
         """Run bodies modified by `edit`."""
         self.edit, self._built = edit, {}
 
-    def kernel(self, body: Body, on: Backend, *, split: bool = False) -> Any:
+    def kernel(self, body: Body, on: Backend, shared_bytes: int = 0, *, split: bool = False) -> Any:
         """Return the kernel that MLX would make from a body."""
         source = kernel_source(body, on, split=split)
 

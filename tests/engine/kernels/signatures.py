@@ -50,6 +50,9 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "spans": "int",
     },
     "combine": {"given": "T", "place": "int", "scores": "S", "out": "O"},
+    "packed": {
+        "x": "T", "weight": "uint32_t", "scales": "T", "biases": "T", "bias": "T", "out": "O",
+    },
     "draw": {"logits": "T", "settings": "int", "token": "int"},
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]

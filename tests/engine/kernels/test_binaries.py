@@ -24,7 +24,7 @@ from modelpack_engine.kernels.cuda import (
 from modelpack_engine.kernels.plan import AttentionShape
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.kernels.sources import KernelSource, kernel_source
-from modelpack_engine.layers import delta_rule, expert_kernels, kernels, matmul, state_space
+from modelpack_engine.layers import delta_rule, expert_kernels, kernels, matmul, packed, state_space
 from modelpack_engine.sampling import sampler
 from tests.peers import require
 
@@ -309,6 +309,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "routes": lambda: expert_kernels._compare_routing(BF16),
     "products": lambda: matmul._compare(BF16, 16),
     "products, 4 bits": lambda: matmul._compare(F16, 4),
+    "packed weights": lambda: packed._compare(BF16, 4, 64, packed.TILES[0]),
+    "packed weights, 8 bits": lambda: packed._compare(F16, 8, 32, packed.TILES[0]),
     "experts": lambda: expert_kernels._compare_matmul(BF16, 16, 32, swiglu=True),
     "experts, 8 bits": lambda: expert_kernels._compare_matmul(F16, 8, 64, swiglu=False),
     "draws": lambda: sampler._compare(BF16, 1000),
@@ -333,6 +335,19 @@ def test_nvidia_s_compiler_takes_the_texts(
     monkeypatch.setattr(launch, "kernel", compiling.kernel)
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
     CALLS[name]()  # returns an error: the fake kernels return zeros
+    assert compiling.done
+
+
+@pytest.mark.parametrize("tile", packed.TILES)
+@pytest.mark.parametrize(
+    "dtype", [BF16, pytest.param(F16, marks=pytest.mark.long)], ids=["bf16", "f16"]
+)
+def test_nvidia_s_compiler_takes_warpgroups(
+    monkeypatch: pytest.MonkeyPatch, tile: packed.Tile, dtype: mx.Dtype
+) -> None:
+    compiling = Compiling("sm_90a")
+    monkeypatch.setattr(launch, "kernel", compiling.kernel)
+    packed._compare(dtype, 4, 64, tile)
     assert compiling.done
 
 

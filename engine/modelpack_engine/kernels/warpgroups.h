@@ -1,0 +1,68 @@
+// CUDA: copies, and matmuls of a warpgroup's 64 rows in registers with a matrix in shared
+// memory. (PTX ISA: cp.async; wgmma.mma_async, compute capability 9.0a.)
+template <int BYTES>
+__device__ inline void pa_copy_or_zero(void* to, const void* from, bool there) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from), "n"(BYTES),
+               "r"(there ? BYTES : 0)
+               : "memory");
+}
+template <int LEFT>
+__device__ inline void pa_copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+__device__ inline void pa_copies_commit() { asm volatile("cp.async.commit_group;"); }
+// (numbers - offsets) * scales + biases, of pairs.
+template <typename E>
+__device__ inline unsigned pa_affine(unsigned numbers, unsigned offsets, unsigned scales, unsigned biases);
+template <>
+__device__ inline unsigned pa_affine<__nv_bfloat16>(
+    unsigned numbers, unsigned offsets, unsigned scales, unsigned biases) {
+  unsigned y;
+  asm("{.reg .b32 t; sub.rn.bf16x2 t, %1, %2; fma.rn.bf16x2 %0, t, %3, %4;}"
+      : "=r"(y) : "r"(numbers), "r"(offsets), "r"(scales), "r"(biases));
+  return y;
+}
+template <>
+__device__ inline unsigned pa_affine<__half>(
+    unsigned numbers, unsigned offsets, unsigned scales, unsigned biases) {
+  unsigned y;
+  asm("{.reg .b32 t; sub.rn.f16x2 t, %1, %2; fma.rn.f16x2 %0, t, %3, %4;}"
+      : "=r"(y) : "r"(numbers), "r"(offsets), "r"(scales), "r"(biases));
+  return y;
+}
+// The descriptor of a [rows, 64] matrix in shared memory, of 128 bytes a row, whose 16-byte chunks are
+// exchanged: chunk ^ row % 8.
+__device__ inline unsigned long long pa_matrix(const void* from) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(from));
+  return (unsigned long long)(shared >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+#define PA_4(n) "+f"(d[FROM + n][0]), "+f"(d[FROM + n][1]), "+f"(d[FROM + n][2]), "+f"(d[FROM + n][3])
+#define PA_16(n) PA_4(n), PA_4(n + 1), PA_4(n + 2), PA_4(n + 3)
+#define PA_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define PA_R32 PA_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define PA_R64 PA_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+  ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define PA_BY(type, n, sums, operands, a0, a1, a2, a3, b) \
+  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type \
+               "." type " {" sums "}, {" a0 "," a1 "," a2 "," a3 "}, " b ", p, 1, 1, 0;}" \
+               : operands : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix))
+#define PA_OPERANDS32 PA_16(0), PA_16(4)
+#define PA_OPERANDS64 PA_16(0), PA_16(4), PA_16(8), PA_16(12)
+// Add the product of a warpgroup's 64 rows a [16 in each warp, 16] and a matrix of 8 * N rows [8 N, 16].
+template <typename E, int N, int FROM, int TILES>
+__device__ inline void pa_wgmma(float (&d)[TILES][4], const unsigned (&a)[4], unsigned long long matrix) {
+  if constexpr (PaCodes<E, 4>::OFFSET == 1024) {
+    if constexpr (N == 4) PA_BY("f16", "32", PA_R16, PA_16(0), "%16", "%17", "%18", "%19", "%20");
+    if constexpr (N == 8) PA_BY("f16", "64", PA_R32, PA_OPERANDS32, "%32", "%33", "%34", "%35", "%36");
+    if constexpr (N == 16) PA_BY("f16", "128", PA_R64, PA_OPERANDS64, "%64", "%65", "%66", "%67", "%68");
+  } else {
+    if constexpr (N == 4) PA_BY("bf16", "32", PA_R16, PA_16(0), "%16", "%17", "%18", "%19", "%20");
+    if constexpr (N == 8) PA_BY("bf16", "64", PA_R32, PA_OPERANDS32, "%32", "%33", "%34", "%35", "%36");
+    if constexpr (N == 16) PA_BY("bf16", "128", PA_R64, PA_OPERANDS64, "%64", "%65", "%66", "%67", "%68");
+  }
+}
+__device__ inline void pa_wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+__device__ inline void pa_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void pa_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void pa_async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

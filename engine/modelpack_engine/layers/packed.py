@@ -1,0 +1,169 @@
+"""Matmuls with packed weights: rows times affine quantised weights, converted in registers.
+
+With few rows, the time is that of reading the packed weights. With many, it is nearly that of a
+matmul with plain weights, without a copy of the weights in full. Needs tensor cores; with more than
+a few rows, those of Hopper (compute capability 9.0), which multiply for a warpgroup at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from modelpack_engine.kernels import launch
+from modelpack_engine.layers.weights import Weights, random_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a block computes: its rows, warps with strips of 16 outputs, and a step of the inputs.
+
+    `wide` is by warpgroups. `stages` steps are in shared memory, or on their way there.
+    """
+
+    rows: int
+    warps: int
+    strips: int
+    depth: int
+    stages: int
+    wide: bool
+
+    @property
+    def outputs(self) -> int:
+        """The outputs of a block."""
+        return self.warps * self.strips * 16
+
+    @property
+    def step(self) -> int:
+        """The inputs that a part must be a multiple of: the loop over them takes two at a time."""
+        return self.depth * 2 if self.wide else self.depth
+
+    def span(self, groups: int, group_size: int) -> int | None:
+        """The groups of an output whose scales are copied at a time; None if none is possible."""
+        fit = (n for n in (8, 4, 2) if groups % n == 0 and n * group_size >= self.depth)
+        return next(fit, None)
+
+    def shared_bytes(self, bits: int, group_size: int, span: int) -> int:
+        """The bytes of shared memory of all stages, and of the scales."""
+        stage = self.rows * self.depth * 2 + self.outputs * self.depth * bits // 8
+        ahead = self.stages - 2 if self.wide else self.stages - 1
+        places = ahead // max(1, span * group_size // self.depth) + 2
+        return self.stages * stage + places * self.outputs * 4 * span
+
+
+#: The tiles by the rows that they are for, as measured: benchmarks/results/packed-h200.md. Few, as
+#: each takes half a second to compile.
+TILES = (
+    Tile(8, 2, 2, 256, 4, wide=False),
+    Tile(32, 4, 1, 128, 4, wide=True),
+    Tile(64, 4, 1, 128, 4, wide=True),
+    Tile(128, 8, 1, 64, 5, wide=True),
+    Tile(256, 8, 1, 64, 5, wide=True),
+)
+#: The blocks that keep a large GPU busy, and the most parts that the next kernel adds up.
+_BLOCKS, _MOST_PARTS = 264, 8
+
+
+def tile_for(x: mx.array, weights: Weights) -> Tile | None:
+    """Return the tile by which our kernel multiplies these rows; None if it does not."""
+    if not fits(x, weights):
+        return None
+    tile = next((tile for tile in TILES if tile.rows >= x.shape[0]), TILES[-1])
+    if weights.num_inputs % tile.step or (tile.wide and not _has_warpgroups()):
+        return None
+    if tile.span(weights.num_inputs // weights.group_size, weights.group_size) is None:
+        return None
+    assert weights.bits is not None
+    problem = verdict(x.dtype, weights.bits, weights.group_size, tile)
+    return tile if problem is None else None
+
+
+def fits(x: mx.array, weights: Weights) -> bool:
+    """Return whether the kernel supports rows x and weights of these types and sizes."""
+    return (
+        launch.backend() == "cuda"
+        and x.dtype in (mx.float16, mx.bfloat16)
+        and weights.mode == "affine"
+        and weights.bits in (4, 8)
+        and weights.group_size in (32, 64, 128)
+        and weights.scales is not None
+        and weights.biases is not None
+        and weights.scales.dtype == x.dtype
+        and (weights.bias is None or weights.bias.dtype == x.dtype)
+    )
+
+
+@cache
+def _has_warpgroups() -> bool:
+    return mx.device_info()["compute_capability_major"] == 9
+
+
+def num_parts(tile: Tile, rows: int, outputs: int, inputs: int) -> int:
+    """Return the number of parts to split the inputs into, a power of two."""
+    blocks, parts = -(-outputs // tile.outputs) * -(-rows // tile.rows), 1
+    while (
+        parts < _MOST_PARTS
+        and blocks * parts < _BLOCKS
+        and inputs % (tile.step * parts * 2) == 0
+        and inputs // (parts * 2) >= 4 * tile.depth
+    ):
+        parts *= 2
+    return parts
+
+
+def multiply(
+    x: mx.array, weights: Weights, tile: Tile, parts: int = 1, *, swiglu: bool = False
+) -> mx.array:
+    """Return rows x [rows, ...] times the weights: [rows, out], or parts of it to be added up.
+
+    Several parts are float32 [parts, rows, out]. With `swiglu`, the first half of the outputs are
+    gates: silu(gate) * other half.
+    """
+    rows, bits = x.shape[0], weights.bits
+    assert bits is not None
+    width = weights.num_outputs // 2 if swiglu else weights.num_outputs
+    across = tile.outputs // 2 if swiglu else tile.outputs
+    out_dtype = x.dtype if parts == 1 else mx.float32
+    span = tile.span(weights.num_inputs // weights.group_size, weights.group_size)
+    assert span is not None
+    threads, shared_bytes = tile.warps * 32, tile.shared_bytes(bits, weights.group_size, span)
+    (out,) = launch.kernel("packed", "cuda", shared_bytes)(
+        inputs=[
+            x, weights.weight, weights.scales, weights.biases,
+            x if weights.bias is None else weights.bias,
+        ],
+        template=[
+            ("T", x.dtype), ("O", out_dtype), ("BITS", bits), ("GROUP", weights.group_size),
+            ("BIAS", weights.bias is not None), ("SWIGLU", swiglu), ("MT", tile.rows),
+            ("WARPS", tile.warps), ("STRIPS", tile.strips), ("DEPTH", tile.depth),
+            ("STAGES", tile.stages), ("WIDE", tile.wide), ("SPAN", span),
+        ],
+        grid=(-(-rows // tile.rows) * threads, -(-width // across), parts),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(rows, width) if parts == 1 else (parts, rows, width)],
+        output_dtypes=[out_dtype],
+    )  # fmt: skip
+    return out
+
+
+def _compare(dtype: mx.Dtype, bits: int, group_size: int, tile: Tile) -> str | None:
+    keys = mx.random.split(mx.random.key(9), 3)
+    rows, outputs, inputs = tile.rows + 5, 208, 1024
+    weights, full, bias = random_weights(
+        dtype, bits, (outputs, inputs), 1 / 32, keys[0], keys[1], group_size
+    )
+    x = mx.random.normal((rows, inputs), key=keys[2]).astype(dtype)
+    expected = x.astype(mx.float32) @ full.T + bias
+    found = multiply(x, weights, tile, 2).sum(axis=0)
+    problem = launch.difference({f"the sum of {rows} rows": (found, expected)}, 5e-2)
+    if problem is not None:
+        return problem
+    gate, up = mx.split(expected, 2, axis=1)
+    found = multiply(x, weights, tile, swiglu=True)
+    return launch.difference({f"SwiGLU of {rows} rows": (found, gate * mx.sigmoid(gate) * up)}, 0.2)
+
+
+#: None if our kernel multiplies as MLX does for a type, weights and a tile, otherwise the problem.
+verdict = launch.verdict(_compare)

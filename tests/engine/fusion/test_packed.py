@@ -1,0 +1,123 @@
+"""Matmuls with packed weights: which tile multiplies what, and the kernel on an emulated GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpack_engine.kernels import launch
+from modelpack_engine.layers import matmul, packed
+from modelpack_engine.layers.weights import Weights, random_weights
+from tests.engine.kernels.onhost import Compiled, Host, emulated
+
+BF16 = mx.bfloat16
+
+
+def weights(bits: int = 4, group_size: int = 64, inputs: int = 256, **more: Any) -> Weights:
+    given: dict[str, Any] = {"dtype": BF16, "shape": (48, inputs), **more}
+    keys = mx.random.split(mx.random.key(2))
+    made, _, _ = random_weights(
+        given["dtype"], bits, given["shape"], 1 / 16, keys[0], keys[1], group_size
+    )
+    return made
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    monkeypatch.setattr(packed, "_has_warpgroups", lambda: True)
+    monkeypatch.setattr(packed, "verdict", lambda *_: None)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_the_smallest_tile_for_the_rows_multiplies() -> None:
+    for rows in (1, 8, 9, 32, 33, 128, 129, 256, 5000):
+        tile = packed.tile_for(mx.zeros((rows, 256), BF16), weights())
+        assert tile is not None
+        assert tile.rows >= min(rows, packed.TILES[-1].rows)
+        assert all(other.rows < rows for other in packed.TILES if other.rows < tile.rows)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("x", "with_weights"),
+    [
+        (mx.float32, {"dtype": mx.float32}),
+        (mx.float16, {}),
+        (BF16, {"bits": 16}),
+        (BF16, {"inputs": 192}),
+        (BF16, {"shape": (3, 320), "group_size": 64}),
+    ],
+)
+def test_other_types_and_sizes_are_left_to_mlx(x: mx.Dtype, with_weights: dict[str, Any]) -> None:
+    made = weights(**with_weights)
+    assert packed.tile_for(mx.zeros((4, made.num_inputs), x), made) is None
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_without_warpgroups_or_by_a_problem_few_rows_or_none_are_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed, "_has_warpgroups", lambda: False)
+    few, many = mx.zeros((4, 256), BF16), mx.zeros((40, 256), BF16)
+    assert packed.tile_for(few, weights()) is not None
+    assert packed.tile_for(many, weights()) is None
+    monkeypatch.setattr(packed, "verdict", lambda *_: "it is off")
+    assert packed.tile_for(few, weights()) is None
+
+
+@given(
+    tile=st.sampled_from(packed.TILES), rows=st.integers(1, 4000),
+    outputs=st.integers(1, 200_000), steps=st.integers(1, 300),
+)  # fmt: skip
+def test_parts_are_whole_steps(tile: packed.Tile, rows: int, outputs: int, steps: int) -> None:
+    parts = packed.num_parts(tile, rows, outputs, steps * tile.step)
+    assert steps % parts == 0
+    assert 1 <= parts <= 8
+    assert max(tile.shared_bytes(8, 32, span) for span in (4, 8)) <= 227 << 10
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
+    with emulated(monkeypatch, compiled, packed.verdict) as found:
+        monkeypatch.setattr(launch, "backend", lambda: "cuda")
+        monkeypatch.setattr(packed, "_has_warpgroups", lambda: True)
+        yield found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [3, 20])
+def test_layers_multiply_by_the_kernel(host: Host, rows: int) -> None:
+    made = weights()
+    x = mx.random.normal((rows, 256), key=mx.random.key(1)).astype(BF16)
+    assert made.scales is not None
+    assert made.biases is not None
+    assert made.bias is not None
+    expected = mx.quantized_matmul(
+        x.astype(mx.float32), made.weight, made.scales.astype(mx.float32),
+        made.biases.astype(mx.float32), group_size=64, bits=4,
+    ) + made.bias.astype(mx.float32)  # fmt: skip
+    gate, up = mx.split(expected, 2, axis=1)
+    parts = matmul.multiply_in_parts(x[:, None], made)
+    total = parts.array if parts.count == 1 else parts.array.sum(axis=0)
+    for found, wanted in (
+        (matmul.multiply(x, made), expected),
+        (total, expected),
+        (matmul.swiglu(x, made), gate * mx.sigmoid(gate) * up),
+    ):
+        np.testing.assert_allclose(found.astype(mx.float32), wanted, rtol=0.02, atol=0.02)
+    assert {body for body, _ in host.calls} == {"packed"}
+
+
+@pytest.mark.long
+def test_the_verdict_names_a_wrong_kernel(host: Host) -> None:
+    host.break_by(lambda _, text: text.replace("- Codes::OFFSET * scale", ""))
+    problem = packed.verdict(BF16, 4, 64, packed.TILES[0])
+    assert problem is not None
+    assert "the sum of 13 rows is off" in problem

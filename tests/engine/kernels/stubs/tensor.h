@@ -1,0 +1,103 @@
+// CUDA's blocks, copies and tensor cores on the host: what tensor_cores.h and warpgroups.h declare.
+typedef bfloat16_t __nv_bfloat16;
+typedef float16_t __half;
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct Dim {
+  int x, y, z;
+};
+thread_local Emu* pa_emu;
+alignas(1024) unsigned char pa_memory[232448];
+#define __device__
+#define __shared__
+#define __align__(n)
+#define threadIdx (Dim{emu.thread, 0, 0})
+#define blockIdx (Dim{emu.x, emu.y, emu.z})
+#define gridDim (Dim{0, 0, emu.depth})
+inline void __syncthreads() { pa_emu->sync(); }
+inline float __uint_as_float(unsigned bits) { return pa_float(bits); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t both = uint64_t(y) << 32 | x;
+  unsigned found = 0;
+  for (int i = 0; i < 4; i++) found |= unsigned(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return found;
+}
+template <int SIZE>
+void pa_copy_or_zero(void* to, const void* from, bool there) {
+  if (size_t(from) % SIZE || size_t(to) % SIZE) std::abort();
+  if (there) std::memcpy(to, from, SIZE);
+  else std::memset(to, 0, SIZE);
+}
+inline void pa_copy16_or_zero(void* to, const void* from, bool there) { pa_copy_or_zero<16>(to, from, there); }
+inline void pa_copies_commit() {}
+template <int LEFT>
+void pa_copies_wait() { static_assert(LEFT >= 0); }
+template <typename E>
+unsigned pa_pack(float x, float y) {
+  const E both[2] = {E(x), E(y)};
+  unsigned found;
+  std::memcpy(&found, both, 4);
+  return found;
+}
+template <typename E>
+float pa_half_of(unsigned pair, int i) {
+  E both[2];
+  std::memcpy(both, &pair, 4);
+  return float(both[i]);
+}
+template <typename E>
+unsigned pa_affine(unsigned numbers, unsigned offsets, unsigned scales, unsigned biases) {
+  float y[2];
+  for (int i = 0; i < 2; i++) {
+    y[i] = (pa_half_of<E>(numbers, i) - pa_half_of<E>(offsets, i)) * pa_half_of<E>(scales, i) + pa_half_of<E>(biases, i);
+  }
+  return pa_pack<E>(y[0], y[1]);
+}
+// A warp's registers, which its lanes show each other.
+unsigned pa_shown[8][32][6];
+template <typename Element>  // of the matrix b, at k and n
+void pa_multiply(float (&d)[4], const unsigned (*lanes)[6], float (*a)(unsigned, int), Element b) {
+  const int r = (pa_emu->thread & 31) / 4, c = pa_emu->thread % 4;
+  for (int i = 0; i < 4; i++) {
+    const int row = r + i / 2 * 8, n = c * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      d[i] += a(lanes[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) * b(k, n);
+    }
+  }
+}
+template <typename E>
+void pa_mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  auto* lanes = pa_shown[pa_emu->thread / 32];
+  unsigned* own = lanes[pa_emu->thread & 31];
+  std::memcpy(own, a, 16), own[4] = b0, own[5] = b1;
+  pa_emu->simd->barrier.wait();
+  pa_multiply(d, lanes, pa_half_of<E>, [&](int k, int n) {
+    return pa_half_of<E>(lanes[n * 4 + k % 8 / 2][4 + k / 8], k % 2);
+  });
+  pa_emu->simd->barrier.wait();
+}
+inline unsigned long long pa_matrix(const void* from) { return (const unsigned char*)from - pa_memory; }
+template <typename E, int N, int FROM, int TILES>
+void pa_wgmma(float (&d)[TILES][4], const unsigned (&a)[4], unsigned long long matrix) {
+  auto* lanes = pa_shown[pa_emu->thread / 32];
+  std::memcpy(lanes[pa_emu->thread & 31], a, 16);
+  pa_emu->simd->barrier.wait();
+  for (int tile = 0; tile < N; tile++) {
+    pa_multiply(d[FROM + tile], lanes, pa_half_of<E>, [&](int k, int n) {
+      size_t at = matrix + (tile * 8 + n) * 128 + k * 2;
+      at ^= (at >> 7 & 7) << 4;
+      E value;
+      std::memcpy(&value, pa_memory + at, 2);
+      return float(value);
+    });
+  }
+  pa_emu->simd->barrier.wait();
+}
+inline void pa_wgmma_wait() {}
+inline void pa_wgmma_commit() {}
+inline void pa_wgmma_fence() {}
+inline void pa_async_fence() {}

@@ -1,0 +1,105 @@
+"""The kernel that multiplies by packed weights, on the host: its sums against float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.engine.kernels.emulator import Emulator, build
+from tests.engine.kernels.onhost import C_TYPES, memory
+from tests.engine.kernels.signatures import Instance
+
+BF16, F16 = mx.bfloat16, mx.float16
+
+
+def instance(dtype: mx.Dtype, out: mx.Dtype, constants: dict[str, int | bool]) -> Instance:
+    types = (("T", C_TYPES[dtype]), ("O", C_TYPES[out]))
+    return Instance("packed", types, tuple(constants.items()))
+
+
+def check(
+    tmp_path: Path,
+    dtype: mx.Dtype,
+    shape: tuple[int, int, int],
+    parts: int = 1,
+    *,
+    swiglu: bool = False,
+    **more: Any,
+) -> None:
+    rows, outputs, inputs = shape
+    mx.random.seed(7)
+    given: dict[str, Any] = {
+        "BITS": 4, "GROUP": 64, "BIAS": True, "SWIGLU": swiglu, "MT": 8, "WARPS": 4, "STRIPS": 1,
+        "DEPTH": 64, "STAGES": 3, "WIDE": False, "SPAN": 4,
+    } | more  # fmt: skip
+    out_dtype = dtype if parts == 1 else mx.float32
+    made = instance(dtype, out_dtype, given)
+    emulator: Emulator = build(tmp_path, [made])
+    weight = (mx.random.normal((outputs, inputs)) / inputs**0.5).astype(dtype)
+    packed = mx.quantize(weight, given["GROUP"], given["BITS"])
+    x = mx.random.normal((rows, inputs)).astype(dtype)
+    bias = mx.random.normal((outputs,)).astype(dtype)
+    width = outputs // 2 if swiglu else outputs
+    out = mx.full((parts, rows, width), 7, out_dtype)
+    arrays = dict(
+        zip(
+            ("x", "weight", "scales", "biases", "bias", "out"), (x, *packed, bias, out), strict=True
+        )
+    )
+    views = {name: memory(array) for name, array in arrays.items()}
+    across = given["WARPS"] * given["STRIPS"] * (8 if swiglu else 16)
+    grid = (-(-rows // given["MT"]), -(-width // across), parts)
+    done = emulator.run(made, views, grid, given["WARPS"] * 32, tmp_path / "run")
+    assert done.returncode == 0, done.stderr[:2000]
+    codes = np.array(packed[0]).view(np.uint8)
+    if given["BITS"] == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(outputs, inputs)
+    scales, biases = (
+        np.repeat(np.array(a.astype(mx.float32), np.float64), given["GROUP"], axis=1)
+        for a in packed[1:]
+    )
+    full = codes * scales + biases
+    expected = np.array(x.astype(mx.float32), np.float64) @ full.T
+    expected += np.array(bias.astype(mx.float32), np.float64)
+    if swiglu:
+        gate, up = np.split(expected, 2, axis=1)
+        expected = gate / (1 + np.exp(-gate)) * up
+    found = np.array(out.astype(mx.float32), np.float64).sum(axis=0)
+    error = np.abs(found - expected) / (1 + np.abs(expected))
+    assert error.max() < (0.01 if dtype == BF16 else 0.002), error.max()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("depth", [64, 128])
+@pytest.mark.parametrize("wide", [False, True])
+def test_sums_equal_those_of_float64(
+    tmp_path: Path, dtype: mx.Dtype, bits: int, group: int, depth: int, wide: bool
+) -> None:
+    rows = 32 if wide else 16
+    check(
+        tmp_path, dtype, (rows + 3, 72, 512), 2, BITS=bits, GROUP=group, DEPTH=depth, WIDE=wide,
+        MT=rows, STAGES=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_gates_meet_their_up_rows(tmp_path: Path, wide: bool) -> None:
+    check(tmp_path, BF16, (5, 2 * 40, 256), swiglu=True, WIDE=wide, MT=32 if wide else 8, STAGES=4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [128, 256])
+def test_a_warpgroup_multiplies_many_rows(tmp_path: Path, rows: int) -> None:
+    check(tmp_path, BF16, (rows, 128, 256), WIDE=True, MT=rows, WARPS=8, STAGES=4)
+
+
+@pytest.mark.long
+def test_a_warp_computes_several_strips(tmp_path: Path) -> None:
+    check(tmp_path, F16, (9, 136, 256), 2, MT=16, STRIPS=2, WARPS=4, DEPTH=128)
