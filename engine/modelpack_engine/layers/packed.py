@@ -1,8 +1,8 @@
 """Matmuls with packed weights: rows times affine quantised weights, converted in registers.
 
-With few rows, the time is that of reading the packed weights. With many, it is nearly that of a
-matmul with plain weights, without a copy of the weights in full. Needs tensor cores; with more than
-a few rows, those of Hopper (compute capability 9.0), which multiply for a warpgroup at once.
+With few rows, the time is that of reading the packed weights. It needs tensor cores; with more than
+a few rows, those of Hopper (compute capability 9.0), which multiply for a warpgroup at once. With
+more rows than the largest tile has, a copy in full and the vendor's matmul are faster.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ _BLOCKS, _MOST_PARTS = 264, 8
 
 def tile_for(x: mx.array, weights: Weights) -> Tile | None:
     """Return the tile by which our kernel multiplies these rows; None if it does not."""
-    if not fits(x, weights):
+    rows = x.shape[0]
+    if rows > TILES[-1].rows or not fits(x, weights):  # dequantised weights pay from there on
         return None
-    tile = next((tile for tile in TILES if tile.rows >= x.shape[0]), TILES[-1])
+    tile = next(tile for tile in TILES if tile.rows >= rows)
     if weights.num_inputs % tile.step or (tile.wide and not _has_warpgroups()):
         return None
     if tile.span(weights.num_inputs // weights.group_size, weights.group_size) is None:
