@@ -194,7 +194,7 @@ def wheel(project: Path, out: Path, **environ: str) -> Path:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check",
          "--no-deps", "--wheel-dir", str(out), str(project)],
-        env={**os.environ, "CXX": "", **environ}, check=True, timeout=300,
+        env={**os.environ, "CXX": "", "MODELPACK_NATIVE": "", **environ}, check=True, timeout=300,
     )  # fmt: skip
     [made] = out.iterdir()
     return made

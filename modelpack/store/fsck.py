@@ -187,7 +187,11 @@ class Checker:
             return self._add(Fault.STRAY, f"{path} is not a file", digest)
         size = found.st_size
         wrong = sorted(need.sizes - {size})
-        if (not self._fast or wrong) and not self._hashes(digest, path):
+        try:
+            intact = (self._fast and not wrong) or self._hashes(digest, path)
+        except NotFoundError:
+            return self._missing(digest, need)
+        if not intact:
             message = f"blob {digest} was damaged and is in {self._tree.quarantine} now"
             return self._add(Fault.CONTENT, message, digest)
         if wrong:
@@ -265,10 +269,13 @@ class Checker:
         return None, ()
 
     def _hashes(self, digest: Digest, path: Path) -> bool:
-        """Return whether the blob is intact; if not, move it to quarantine."""
+        """Return whether the blob is intact; if not, move it to quarantine.
+
+        Raises `NotFoundError` if another process removes it.
+        """
         if digest in self._intact or digest in self._damaged:
             return digest in self._intact
-        size = path.stat().st_size
+        size = 0
 
         def seen(completed: int) -> None:
             self._watch.stop.check()
@@ -276,7 +283,11 @@ class Checker:
             self._watch.report(report)
 
         with map_os_errors("read", path):
-            got = hash_file(path, digest.algorithm, seen)
+            try:
+                size = path.stat().st_size
+                got = hash_file(path, digest.algorithm, seen)
+            except FileNotFoundError:
+                raise NotFoundError(f"blob {digest} was removed during the check") from None
         self._bytes_checked += size
         if got == digest:
             self._intact.add(digest)

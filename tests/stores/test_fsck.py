@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import encode
 from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import InterruptedTransferError
+from modelpack.store import fsck
+from modelpack.store.file_copy import hash_file
 from modelpack.store.fsck import Fault, Problem
 from modelpack.store.layout import LayoutStore
 from modelpack.store.tree import label
@@ -164,6 +167,25 @@ def test_a_model_removed_meanwhile_misses_nothing(store: LayoutStore, model: Sma
 
     watch = replace(watcher.watch, report=remove_once)
     assert store.fsck(watch=watch).ok
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("which", range(2))
+def test_a_model_removed_while_a_blob_is_opened(
+    store: LayoutStore, model: SmallModel, monkeypatch: pytest.MonkeyPatch, which: int, fast: bool
+) -> None:
+    opened = []
+
+    def removed(path: Path, *arguments: Any) -> Digest:
+        opened.append(path)
+        if len(opened) == which + 1:
+            LayoutStore(store.root).remove("x")
+            store.gc(grace_seconds=0)
+        return hash_file(path, *arguments)
+
+    monkeypatch.setattr(fsck, "hash_file", removed)
+    assert store.fsck(fast=fast, watch=Watcher().watch).ok
+    assert opened
 
 
 def test_a_stop_request_ends_a_check(store: LayoutStore, model: SmallModel) -> None:
