@@ -13,6 +13,7 @@ import pytest
 import modelpack
 from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
+from modelpack_engine.cpu.library import library
 from modelpack_server.cli.doctor import (
     Verdict,
     check_kernels,
@@ -54,7 +55,8 @@ def test_a_machine_that_is_well(store: LayoutStore, monkeypatch: pytest.MonkeyPa
         "format": "gguf", "backend": chosen, "device": device
     }  # fmt: skip
     assert found["safetensors files"]["details"]["backend"] == "mlx"
-    assert found["model docker.io/team/tiny:latest"]["details"]["backend"] == chosen
+    of_model = "cpu kernels" if device == "cpu" and library() is not None else chosen
+    assert found["model docker.io/team/tiny:latest"]["details"]["backend"] == of_model
     assert found["memory"]["details"]["available"] > 0
 
 

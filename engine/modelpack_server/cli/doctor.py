@@ -239,7 +239,7 @@ def check_model(model: Model, device: Device, available: int) -> Check:
     kind = weights[0].format or ""
     backend: str = automatic_backend(kind, device)
     if device == "cpu" and is_packable(kind, model.config.architecture or ""):
-        backend = "the kernels for CPUs"
+        backend = "cpu kernels"
     details = {"format": kind, "backend": backend, "device": device, "weights": size}
     text = f"{kind}, {size / 1e9:.1f} GB: run by {backend} on the {device}"
     if size + _MIN_WORKING_BYTES > available:
