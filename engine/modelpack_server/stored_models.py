@@ -26,12 +26,7 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, ModelFiles, load, load_progress
 from modelpack_engine.models.gguf_file import GGUFFile
-from modelpack_engine.models.loader import (
-    Shard,
-    context_length_of,
-    gguf_tokenizer_of,
-    runs_packed,
-)
+from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of
 from modelpack_engine.models.safetensors import read_config
 from modelpack_engine.platform.device import choose_device
 from modelpack_engine.runner.base_engine import BaseEngine
@@ -80,7 +75,8 @@ def load_model(
     model. Has to run in the thread that steps it.
     """
     where = choose_device(device)
-    if choose_backend(opened.files, device, where) == "llama.cpp":
+    backend = choose_backend(opened.files, device, where)
+    if backend == "llama.cpp":
         try:
             return _load_llama_cpp(opened, configure)
         except ModelLoadError as error:
@@ -88,7 +84,7 @@ def load_model(
                 raise
             _log.warning("llama.cpp does not run the model, MLX does: %s", error)
     ignored = device.ignore_config_fields
-    packed = runs_packed(opened.files, device, where)
+    packed = backend == "cpu kernels"
     loaded = load(opened.files, device=where, ignored_fields=ignored, packed=packed)
     drafting = load(draft, device=where, ignored_fields=ignored) if draft is not None else None
     weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)

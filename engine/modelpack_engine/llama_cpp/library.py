@@ -81,14 +81,16 @@ def _logger(module: Any) -> Any:
 
 def choose_backend(
     files: ModelFiles, config: EngineConfig, device: Literal["cpu", "gpu"]
-) -> Literal["mlx", "llama.cpp"]:
+) -> Literal["cpu kernels", "mlx", "llama.cpp"]:
     """Return the backend of a model; raises `EngineError` if llama.cpp is required but cannot run.
 
-    The backend `auto` is llama.cpp for GGUF on a CPU if it is installed and our own kernels do not
-    know the architecture (speeds are in benchmarks/results/cpu.md), and otherwise MLX.
+    The backend `auto` is the library for CPUs if it knows the architecture, or llama.cpp for GGUF
+    on a CPU if it is installed (speeds are in benchmarks/results/cpu.md), and otherwise MLX.
     """
-    if config.backend == "mlx" or runs_packed(files, config, device):
+    if config.backend == "mlx":
         return "mlx"
+    if runs_packed(files, config, device):
+        return "cpu kernels"
     lacking = _lacking(config)
     if config.backend == "auto":
         return "mlx" if lacking is not None else automatic_backend(files.format, device)

@@ -200,7 +200,6 @@ class StoreCatalogue:
     def _loaded_bytes(self, store: LayoutStore, model: Model, config: EngineConfig) -> int:
         """Return an estimate of the weights' memory in an engine with `config`, in bytes."""
         from modelpack_engine.llama_cpp.library import choose_backend
-        from modelpack_engine.models.loader import runs_packed
         from modelpack_engine.platform.device import choose_device
         from modelpack_server.stored_models import stored_files
 
@@ -209,12 +208,10 @@ class StoreCatalogue:
         if device != "cpu" or model.config.format != "gguf":
             return size
         files = stored_files(model, store)
-        if self.ranks is None:
-            if runs_packed(files, config, device):
-                return size + size // 8  # codes of 4 bits take 5 with their scales
-            if choose_backend(files, config, device) != "mlx":
-                return size
-        return size * _UNPACKED
+        backend = "mlx" if self.ranks is not None else choose_backend(files, config, device)
+        if backend == "cpu kernels":
+            return size + size // 8  # codes of 4 bits take 5 with their scales
+        return size if backend == "llama.cpp" else size * _UNPACKED
 
 
 def _names(store: LayoutStore, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
