@@ -3,7 +3,7 @@
 A layer is six operations: queries, keys and values in one multiplication, their rotation and the
 write to the cache, attention, its output added to the residual stream, gate and up with the
 activation between them, and down added to the stream. Norms belong to the multiplication that
-reads them; Gemma's norms of outputs are operations of their own. `why_not` says which models have
+reads them; Gemma's norms of outputs are operations of their own. `can_run` says which models have
 this shape.
 """
 
@@ -30,7 +30,7 @@ from modelpack_engine.cpu.library import (
     Step,
     library,
 )
-from modelpack_engine.cpu.weights import PackedWeights
+from modelpack_engine.cpu.weights import PackedWeights, can_pack
 from modelpack_engine.errors import OutOfMemoryError
 
 #: The modules of mlx-lm whose layers are as `Program` builds them.
@@ -44,23 +44,23 @@ _SILU, _GELU = 0, 1
 _AFTER_ATTENTION, _AFTER_MLP = "post_attention_layernorm", "post_feedforward_layernorm"
 
 
-def why_not(model: Any) -> str | None:
-    """Return why the library cannot run a model, or None if it can."""
-    if library() is None:
-        return "the library for CPUs was not built"
-    name = _name(model)
-    if name not in MODELS:
-        return f"the library for CPUs has no layers of {name}"
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        if _frequencies(attention.rope) is None:
-            return f"the library for CPUs has no {type(attention.rope).__name__}"
-        dim = _head_dim(attention)
-        if dim % TILE or dim > _LARGEST_HEAD or attention.n_heads % attention.n_kv_heads:
-            return f"heads of {dim} elements are not supported"
-        if layer.mlp.down_proj.weight.shape[0] % GROUP:
-            return "the width is not a multiple of 32"
-    return None
+def can_run(model: Any) -> bool:
+    """Return whether the library is there, and can run a model."""
+    if library() is None or _name(model) not in MODELS or not can_pack(model):
+        return False
+    return all(map(_can_run_layer, model.model.layers))
+
+
+def _can_run_layer(layer: Any) -> bool:
+    attention, width = layer.self_attn, layer.mlp.down_proj.weight.shape[0]
+    dim = _head_dim(attention)
+    return (
+        _frequencies(attention.rope) is not None
+        and dim % TILE == 0
+        and dim <= _LARGEST_HEAD
+        and attention.n_heads % attention.n_kv_heads == 0
+        and width % GROUP == 0
+    )
 
 
 def _embedding_scale(model: Any) -> float:

@@ -85,12 +85,11 @@ class PackedWeights:
         return sum(w.nbytes for part in (self.matrices, self.vectors) for w in part.values())
 
 
-def unpackable(model: Any) -> str | None:
-    """Return why the arrays of a model cannot be packed, or None."""
+def can_pack(model: Any) -> bool:
+    """Return whether the types and shapes of all parameters of a model can be packed."""
     parameters: Any = tree_flatten(model.parameters())
-    for name, array in parameters:
-        if array.dtype not in _DENSE:
-            return f"{name} has the type {array.dtype}"
-        if array.ndim > 2 or (array.ndim == 2 and array.shape[1] % GROUP):
-            return f"{name} has the shape {list(array.shape)}"
-    return None
+    return all(
+        array.dtype in _DENSE
+        and (array.ndim < 2 or (array.ndim == 2 and array.shape[1] % GROUP == 0))
+        for _, array in parameters
+    )

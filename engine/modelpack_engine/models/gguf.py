@@ -21,7 +21,7 @@ from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 
 from modelpack_engine.cpu import program
-from modelpack_engine.cpu.weights import PackedWeights, unpackable
+from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.models import gguf_blocks, load_progress
 from modelpack_engine.models.gguf_architectures import Config, Hyperparameters, architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE
@@ -212,7 +212,7 @@ class GGUFLoader:
         """Return the model without weights if the library for CPUs can run it, else None."""
         model = self._build()
         self._set_rope_frequencies(model)
-        if program.why_not(model) is not None or unpackable(model) is not None:
+        if not program.can_run(model):
             return None
         model.set_dtype(mx.float16)  # that of keys and values
         return model

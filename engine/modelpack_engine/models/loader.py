@@ -16,7 +16,7 @@ from modelpack.artifacts.model import CHAT_TEMPLATE
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import library
-from modelpack_engine.cpu.weights import PackedWeights, unpackable
+from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.models import gguf_tokenizer, json_tokenizer, load_progress
 from modelpack_engine.models.chat_template import as_jinja
@@ -212,7 +212,7 @@ def _load_safetensors(
     model, config, limits = load_safetensors(files, config, ignored_fields=ignored_fields)
     notes += limits.notes
     weights = None
-    if packed and unpackable(model) is None and program.why_not(model) is None:
+    if packed and program.can_run(model):
         weights = pack(model)
     elif dtype is None and device == "cpu":
         dtype = mx.float32

@@ -31,7 +31,7 @@ def specimen(request: pytest.FixtureRequest) -> Specimen:
 
 def packed(configuration: Configuration, num_blocks: int = 64) -> CpuRunner:
     model = configuration.build()
-    assert program.why_not(model) is None
+    assert program.can_run(model)
     layout = find_layout(model)
     weights = pack(model)
     return CpuRunner(model, weights, layout, num_blocks=num_blocks, block_size=16, max_rows=64)
