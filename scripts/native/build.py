@@ -28,7 +28,7 @@ FLAGS = (
     "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-# Only what `best_kernels` in program.cpp looks for: some processors with VNNI lack VBMI.
+# Only what `usable_kernels` in program.cpp looks for: some processors with VNNI lack VBMI.
 _AVX512 = (
     *_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
     "-mprefer-vector-width=512",

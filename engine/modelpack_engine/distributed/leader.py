@@ -121,7 +121,7 @@ class LeadingRunner:
         #: Not with recurrent state: each rank has snapshots of its own, which are not synchronised.
         self.supports_prefix_cache = runner.can_go_back
         self.writes_in_place = runner.writes_in_place
-        self.computes_at_once = False
+        self.computes_at_once = runner.computes_at_once
         self.pools, self.undo = runner.pools, runner.undo
         self.block_contents = runner.block_contents
 

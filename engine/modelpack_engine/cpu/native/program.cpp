@@ -128,7 +128,7 @@ struct Program {
     std::vector<Rope> ropes;
     std::vector<int> widths;
     std::vector<Memory<float>> buffers;
-    int max_rows, columns;
+    int max_rows, together = kQueries;  // rows whose queries of one head of keys attend together
     Converted converted;
     std::vector<Scratch> scratch;
     std::vector<Memory<float>> turns;  // by rope: cosines and sines [rows][dims]
@@ -138,7 +138,10 @@ struct Program {
     Program(const Operation* first, int count, const Rope* rope, int num_ropes, const int32_t* width,
             int num_buffers, int rows, int most_columns)
         : operations(first, first + count), ropes(rope, rope + num_ropes), widths(width, width + num_buffers),
-          max_rows(rows), columns(most_columns), converted(rows, most_columns), phases(2 * count + 1) {
+          max_rows(rows), converted(rows, most_columns), phases(2 * count + 1) {
+        for (const Operation& o : operations)
+            if (o.code == (int)Code::ATTEND)
+                together = std::min(together, std::max(1, kQueries / (o.heads / o.kv_heads)));
         for (int w : widths) buffers.push_back(allocate<float>((size_t)rows * w));
         for (int i = 0; i < threads->count(); i++) scratch.emplace_back(rows, most_columns);
         for (const Rope& r : ropes) turns.push_back(allocate<float>((size_t)rows * r.dims));
@@ -451,14 +454,10 @@ int mp_program_run(void* pointer, const Step* step) {
     Program& program = *(Program*)pointer;
     std::lock_guard<std::mutex> one(program.running);
     if (step->rows < 1 || step->rows > program.max_rows || step->sampled > program.max_rows) return 1;
-    int shared = 1;
-    for (const Operation& o : program.operations)
-        if (o.code == (int)Code::ATTEND) shared = std::max(shared, o.heads / o.kv_heads);
-    const int together = std::max(1, kQueries / shared);
     std::vector<Group> groups;
     for (int i = 0; i < step->spans; i++)
-        for (int row = 0; row < step->span[i].length; row += together)
-            groups.push_back({&step->span[i], step->span[i].row + row, std::min(together, step->span[i].length - row)});
+        for (int row = 0; row < step->span[i].length; row += program.together)
+            groups.push_back({&step->span[i], step->span[i].row + row, std::min(program.together, step->span[i].length - row)});
     for (Work& phase : program.phases) phase.reset();
     threads->run([&](int thread) { Run(program, *step, groups, thread).run(); });
     return 0;
