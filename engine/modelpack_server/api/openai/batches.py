@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
-from pydantic import Field, StrictStr
+from fastapi import APIRouter, Request
+from pydantic import StrictStr
 
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import BodyRoute, SparseBody
 from modelpack_server.api.openai.batch_input import ENDPOINTS
 from modelpack_server.api.openai.batch_runner import BatchRunner
 from modelpack_server.api.openai.files import expiry
+from modelpack_server.api.openai.requests import Metadata, PageLimit
 from modelpack_server.api.openai.stored_batches import Sender
 from modelpack_server.api.openai.stored_files import KEPT_FOR, page
 from modelpack_server.api.paths import add_route
@@ -21,8 +22,6 @@ from modelpack_server.gateway.forwarding import CALLER_HEADERS
 
 # The headers by which limits and logs name the caller of a request.
 _TRACED = frozenset((b"x-modelpack-caller", b"x-modelpack-stack", b"x-modelpack-user"))
-_Key = Annotated[StrictStr, Field(max_length=64)]
-_Value = Annotated[StrictStr, Field(max_length=512)]
 
 
 class BatchRequest(SparseBody):
@@ -31,7 +30,7 @@ class BatchRequest(SparseBody):
     input_file_id: StrictStr
     endpoint: StrictStr
     completion_window: StrictStr
-    metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     output_expires_after: dict[str, Any] | None = None
 
     def check(self) -> None:
@@ -85,7 +84,7 @@ def router(runner: BatchRunner) -> APIRouter:
     async def list_batches(
         request: Request,
         after: str | None = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        limit: PageLimit = 20,
     ) -> dict[str, Any]:
         """List the batches of the API key, the newest first."""
         return page(await runner.list(caller_of(request.scope).owner), after, limit)

@@ -7,7 +7,7 @@ import re
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.errors import ClientGoneError
+from modelpack_server.api.openai.requests import Order
 from modelpack_server.api.openai.stored_files import (
     KEPT_FOR,
     LONGEST,
@@ -88,7 +89,7 @@ def router(files: StoredFiles) -> APIRouter:
         purpose: str | None = None,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
-        order: Literal["asc", "desc"] = "desc",
+        order: Order = "desc",
     ) -> dict[str, Any]:
         """List the files of the API key."""
         owner = caller_of(request.scope).owner

@@ -34,6 +34,17 @@ def total_usage(usages: Sequence[Usage], prompts: int = 1) -> dict[str, Any]:
     }
 
 
+def list_object(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """Return a page of a list of objects, each of which has an `id`."""
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": has_more,
+    }
+
+
 #: Returns text as a JSON string.
 quoted: Callable[[str], str] = encode_basestring
 

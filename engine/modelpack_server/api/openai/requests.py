@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast, get_args
 
+from fastapi import Query
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.errors import RequestError
@@ -12,6 +13,14 @@ from modelpack_server.api.bodies import Body, SparseBody
 from modelpack_server.structured_output import Constraint
 from modelpack_server.structured_output.closed_objects import check_strict
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
+
+#: Metadata of batches and conversations, within OpenAI's limits.
+_Key = Annotated[StrictStr, Field(max_length=64)]
+_Value = Annotated[StrictStr, Field(max_length=512)]
+Metadata = Annotated[dict[_Key, _Value], Field(max_length=16)]
+#: Parameters of routes that list objects in pages.
+PageLimit = Annotated[int, Query(ge=1, le=100)]
+Order = Literal["asc", "desc"]
 
 
 class FunctionCall(Body):

@@ -37,6 +37,7 @@ from modelpack.store.filesystem import (
     write_atomically,
 )
 from modelpack_engine.errors import QueueFullError, RequestError
+from modelpack_server.api.openai.replies import list_object
 
 _log = logging.getLogger(__name__)
 
@@ -105,13 +106,7 @@ def page(found: Iterable[Identified], after: str | None, limit: int) -> dict[str
         if start > len(rows):
             raise RequestError(f"after: no such object: {after[:100]!r}", param="after")
     shown = rows[start : start + limit]
-    return {
-        "object": "list",
-        "data": [row.json() for row in shown],
-        "first_id": shown[0].id if shown else None,
-        "last_id": shown[-1].id if shown else None,
-        "has_more": start + limit < len(rows),
-    }
+    return list_object([row.json() for row in shown], has_more=start + limit < len(rows))
 
 
 class StoredFiles:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
-from pydantic import Field, StrictStr
+from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body, BodyRoute, SparseBody, compute
+from modelpack_server.api.openai.replies import list_object
+from modelpack_server.api.openai.requests import Metadata, Order, PageLimit
 from modelpack_server.api.openai.responses.memory import Conversation, ResponseMemory
 from modelpack_server.api.openai.responses.requests import Item, items_of
 from modelpack_server.api.paths import add_route
@@ -23,11 +25,6 @@ PREFIXES = ("/engines",)
 MAX_NEW_ITEMS = 20
 #: The limit of items in a conversation, after which it accepts no input.
 MAX_ITEMS = 10_000
-
-# OpenAI's limits.
-_Key = Annotated[StrictStr, Field(max_length=64)]
-_Value = Annotated[StrictStr, Field(max_length=512)]
-Metadata = Annotated[dict[_Key, _Value], Field(max_length=16)]
 
 
 class ConversationRequest(SparseBody):
@@ -104,8 +101,8 @@ def conversation_routes(kept: ResponseMemory) -> APIRouter:
     async def list_items(
         name: str,
         request: Request,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        order: Literal["asc", "desc"] = "desc",
+        limit: PageLimit = 20,
+        order: Order = "desc",
         after: str | None = None,
     ) -> dict[str, Any]:
         """List the items of a conversation, one page per request."""
@@ -142,9 +139,7 @@ def conversation_routes(kept: ResponseMemory) -> APIRouter:
     return routes
 
 
-def page(
-    inputs: Sequence[Item], limit: int, order: Literal["asc", "desc"], after: str | None
-) -> dict[str, Any]:
+def page(inputs: Sequence[Item], limit: int, order: Order, after: str | None) -> dict[str, Any]:
     """Return a page of items. Raises `RequestError` for an unknown id."""
     items = list(inputs) if order == "asc" else list(reversed(inputs))
     ids = [item["id"] for item in items]
@@ -152,13 +147,7 @@ def page(
         raise RequestError(f"no such item: {after!r}", param="after")
     rest = items[ids.index(after) + 1 :] if after is not None else items
     shown = rest[:limit]
-    return {
-        "object": "list",
-        "data": shown,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
-        "has_more": len(shown) < len(rest),
-    }
+    return list_object(shown, has_more=len(shown) < len(rest))
 
 
 def found_conversation(kept: ResponseMemory, owner: str | None, name: str) -> Conversation:

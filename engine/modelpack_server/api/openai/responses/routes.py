@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -24,6 +24,7 @@ from modelpack_server.api.model_use import (
     seconds_of,
     unless_gone,
 )
+from modelpack_server.api.openai.requests import Order, PageLimit
 from modelpack_server.api.openai.responses.background import (
     BackgroundResponse,
     BackgroundResponses,
@@ -300,8 +301,8 @@ def router(pool: ModelPool, background: BackgroundResponses) -> APIRouter:
     async def list_input_items(
         name: str,
         request: Request,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        order: Literal["asc", "desc"] = "desc",
+        limit: PageLimit = 20,
+        order: Order = "desc",
         after: str | None = None,
     ) -> dict[str, Any]:
         """List the input items of a response with those of earlier turns, one page per request."""
