@@ -1,4 +1,4 @@
-"""Background sequences run on what others leave over, and give their place to who waits."""
+"""Background sequences get the blocks and rows that others leave; others preempt them."""
 
 from __future__ import annotations
 

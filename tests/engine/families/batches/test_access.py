@@ -172,7 +172,7 @@ def test_a_removed_key_ends_its_batches(tmp_path: Path) -> None:
         store = tmp_path / "state" / "batches" / f"{batch.id}.json"
         wait_until(lambda: '"status": "completed"' in store.read_text(), "the batch to end")
         assert len(api.engine.requests) < 30
-    # The same directory, by a server without keys: nobody is alice, and her batch does not run.
+    # A server without keys opens the same directory. It knows no alice, so her batch does not run.
     with desk(tmp_path / "state") as open_:
         assert list(open_.client.batches.list()) == []
 
