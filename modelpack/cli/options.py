@@ -369,6 +369,22 @@ def tls_options(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def stop_options(command: F) -> F:
+    """Add the options of how a server stops; the command gets seconds as `drain` and `grace`."""
+    for option in (
+        click.option(
+            "--stop-timeout", "grace", type=click.IntRange(min=0), metavar="SECONDS", default=30,
+            show_default=True, help="Give running requests this long to finish on a stop.",
+        ),
+        click.option(
+            "--drain", type=click.IntRange(min=0), metavar="SECONDS", default=0, show_default=True,
+            help="Go on accepting requests this long after SIGTERM, each on a new connection.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """Return the names of stored models that start with `incomplete`, for shell completion."""
     from modelpack.errors import ModelpackError

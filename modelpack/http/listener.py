@@ -9,6 +9,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ _SWITCH = 0.0001
 _COLLECTED = 50_000
 _ANCESTORS = (b"content-security-policy", b"frame-ancestors 'none'")
 _FRAMES = (b"x-frame-options", b"DENY")
+_CLOSE = (b"connection", b"close")
 
 
 class AppServer:
@@ -57,10 +59,14 @@ class AppServer:
         name: str,
         allow_remote: bool = False,
         grace: int = GRACE,
+        drain: int = 0,
         lifespan: bool = False,
         tls: tuple[Path, Path] | None = None,
     ) -> None:
         """Raises `UsageError` for an invalid address, or unless `allow_remote` one beyond loopback.
+
+        After SIGTERM, the server accepts requests for another `drain` seconds and closes each
+        connection after its response; then running requests get `grace` seconds.
 
         With `lifespan`, the application gets the events of start and end (ASGI's lifespan
         protocol). `tls` are the PEM files of a certificate and its key; without them the server
@@ -77,6 +83,7 @@ class AppServer:
         self._make_app = make_app
         self._name = name
         self._grace = grace
+        self._drain = drain
         self._lifespan = lifespan
         self._tls = tls
         self._socket: socket.socket | None = None
@@ -98,6 +105,8 @@ class AppServer:
 
     def run(self, on_ready: Callable[[], None] | None = None) -> None:
         """Serve until SIGINT or SIGTERM, then let requests finish; a second SIGINT cuts them.
+
+        A second signal also ends the draining that SIGTERM begins.
 
         Runs in the main thread; `on_ready` is called once connections are accepted.
         """
@@ -149,7 +158,7 @@ class AppServer:
     def _prepare(self, on_ready: Callable[[], None] | None) -> _Server:
         if self._server is not None:
             raise UsageError(f"the {self._name} at {self.url} is already running")
-        app = Unframed(self._make_app())
+        app = Draining(Unframed(self._make_app()))
         self._socket = _bound_socket(*self.address)
         # A library writes no log by default: an application that wants it configures `logging`.
         logging.getLogger("uvicorn").addHandler(logging.NullHandler())
@@ -167,7 +176,7 @@ class AppServer:
             ssl_certfile=self._tls[0] if self._tls else None,
             ssl_keyfile=self._tls[1] if self._tls else None,
         )
-        self._server = _Server(config, on_ready)
+        self._server = _Server(config, on_ready, app, self._drain)
         return self._server
 
     def _clean_up(self) -> None:
@@ -195,17 +204,53 @@ class Unframed:
         await self._app(scope, receive, unframed)
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn's server, which calls `on_ready`, and returns after a signal."""
+class Draining:
+    """ASGI middleware that closes connections after their responses once `until` is set.
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
+    Clients then open their next connection to another server, since a proxy or Service no longer
+    sends new connections to one that stops. `until` is a time of `time.monotonic`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.until: float | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.until is not None:
+                others = [pair for pair in message["headers"] if pair[0].lower() != _CLOSE[0]]
+                message = {**message, "headers": [*others, _CLOSE]}
+            await send(message)
+
+        await self._app(scope, receive, closing)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's server: it calls `on_ready`, drains after SIGTERM, and returns after signals."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_ready: Callable[[], None] | None,
+        draining: Draining,
+        drain: int,
+    ) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._draining = draining
+        self._drain = drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._on_ready is not None:
             self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop when draining is over; uvicorn calls this ten times a second."""
+        until = self._draining.until
+        if until is not None and time.monotonic() >= until:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell the application that the server stops, and then stop."""
@@ -229,6 +274,9 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and self._drain and self._draining.until is None:
+            self._draining.until = time.monotonic() + self._drain
+            return
         self.force_exit = self.should_exit and number == signal.SIGINT
         self.should_exit = True
 

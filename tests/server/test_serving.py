@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,59 @@ def test_the_garbage_collector_passes_over_what_was_imported(tmp_path: Path) -> 
     )
     imported, served = map(int, done.stdout.split())
     assert served < imported / 4
+
+
+DRAINING = """
+import sys
+from modelpack.http.listener import AppServer
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200,
+                "headers": [(b"content-length", b"2"), (b"connection", b"keep-alive")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+server = AppServer(lambda: app, "127.0.0.1:0", name="test server", drain=int(sys.argv[1]))
+server.run(on_ready=lambda: print(server.url, flush=True))
+"""
+
+
+@contextmanager
+def draining_server(seconds: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server that drains for this long after SIGTERM, and its address."""
+    with subprocess.Popen(
+        [sys.executable, "-c", DRAINING, str(seconds)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def test_a_server_that_drains_answers_and_closes_each_connection() -> None:
+    with draining_server(3600) as (process, url), requests.Session() as session:
+        assert session.get(url, timeout=10).headers["connection"] == "keep-alive"
+        process.send_signal(signal.SIGTERM)
+        # The signal arrives some requests later, perhaps.
+        while session.get(url, timeout=10).headers["connection"] != "close":
+            assert process.poll() is None
+        for _ in range(3):  # each on a connection of its own
+            assert session.get(url, timeout=10).headers["connection"] == "close"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+
+
+def test_a_server_stops_when_it_has_drained() -> None:
+    with draining_server(1) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+
+
+def test_an_interrupt_does_not_drain() -> None:
+    with draining_server(3600) as (process, _):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

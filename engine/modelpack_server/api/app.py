@@ -186,6 +186,7 @@ class ModelServer(AppServer):
         address: str = "127.0.0.1:12434",
         allow_remote: bool = False,
         grace: int = GRACE,
+        drain: int = 0,
         request_templates: bool = False,
         share_prefix_cache: bool = False,
         show_content: bool = False,
@@ -204,5 +205,5 @@ class ModelServer(AppServer):
 
         super().__init__(
             make, address, name="model server",
-            allow_remote=allow_remote, grace=grace, lifespan=True, tls=tls,
+            allow_remote=allow_remote, grace=grace, drain=drain, lifespan=True, tls=tls,
         )  # fmt: skip

@@ -14,7 +14,13 @@ from urllib.parse import urlsplit
 import click
 
 from modelpack.cli.help import Group, group
-from modelpack.cli.options import Settings, checked, common_options_without, tls_options
+from modelpack.cli.options import (
+    Settings,
+    checked,
+    common_options_without,
+    stop_options,
+    tls_options,
+)
 from modelpack.cli.output import SCHEMA_VERSION, note, show, table
 from modelpack.errors import UsageError
 from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
@@ -117,6 +123,7 @@ def protection_options(command: F) -> F:
 )  # fmt: skip
 @protection_options
 @tls_options
+@stop_options
 @log_format_option
 @common_options_without("store", "progress")
 @click.pass_context
@@ -130,6 +137,8 @@ def gateway(
     timeout: float,
     protection: Callable[[str], Protection],
     tls: tuple[Path, Path] | None,
+    drain: int,
+    grace: int,
     log_format: LogFormat | None,
 ) -> None:
     """Forward requests to servers, with API keys, limits, traces and failover; print the address.
@@ -146,7 +155,7 @@ def gateway(
     guard = protection(host)
     with serving_log(settings, log_format):
         chosen = GatewaySettings(upstreams, guard, balance, timeout, upstream_key=key)
-        server = GatewayServer(chosen, port, tls=tls)
+        server = GatewayServer(chosen, port, tls=tls, drain=drain, grace=grace)
         shared = [url for url in upstreams if not names_callers(urlsplit(url).hostname or "", key)]
         if guard.keys is not None and shared:
             note(

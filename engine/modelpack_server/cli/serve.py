@@ -25,6 +25,7 @@ from modelpack.cli.options import (
     common_options,
     model_names,
     remote_options,
+    stop_options,
     tls_options,
     transfer_options,
     trust_options,
@@ -203,6 +204,7 @@ def _given(ctx: click.Context) -> dict[str, Any]:
 @log_format_option
 @protection_options
 @tls_options
+@stop_options
 @preset_option
 @click.option(
     "--keep-alive", metavar="TIME", default=DEFAULT_KEEP_ALIVE, show_default=True,
@@ -243,6 +245,8 @@ def serve(
     served_model_name: str | None,
     protection: Callable[[str], Protection],
     tls: tuple[Path, Path] | None,
+    drain: int,
+    grace: int,
     log_format: LogFormat | None,
     preset: str | None,
     keep_alive: str,
@@ -331,6 +335,8 @@ def serve(
             state=Tree(settings.store().root).server,
             wrap=lambda app: protect(app, protected_by, resolves=True),
             tls=tls,
+            drain=drain,
+            grace=grace,
         )
         text = f"serving {', '.join(models) or 'the store'}"
         names = [found.alias or found.name for found in opened]

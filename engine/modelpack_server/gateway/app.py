@@ -123,6 +123,7 @@ class GatewayServer(AppServer):
         port: int = 0,
         *,
         grace: int = GRACE,
+        drain: int = 0,
         tls: tuple[Path, Path] | None = None,
     ) -> None:
         """Raises `UsageError` for invalid upstreams, origins or addresses."""
@@ -134,6 +135,7 @@ class GatewayServer(AppServer):
             name="gateway",
             allow_remote=True,  # `Protection` requires keys beyond loopback
             grace=grace,
+            drain=drain,
             lifespan=True,
             tls=tls,
         )
