@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,8 +20,17 @@ from modelpack.cli.options import (
     trust_options,
 )
 from modelpack.cli.output import note, show
-from modelpack.errors import ModelpackError, UsageError, exit_status
+from modelpack.errors import (
+    ModelpackError,
+    RemoteUnavailableError,
+    UsageError,
+    exit_status,
+)
 from modelpack.operations.remote import RemoteOptions
+
+if TYPE_CHECKING:
+    from modelpack.artifacts.reference import Reference
+    from modelpack.deploy.kubernetes import Access
 
 _VLLM_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
 _OWN_IMAGE = f"modelpack:{__version__}"
@@ -64,6 +75,14 @@ _OWN_IMAGE = f"modelpack:{__version__}"
     help="Assume this memory of one GPU.",
 )  # fmt: skip
 @click.option(
+    "--cpus", type=click.FloatRange(min=0.1, max=512), default=1, show_default=True, metavar="N",
+    help="Request this many CPU cores for each pod, which may use more.",
+)  # fmt: skip
+@click.option(
+    "--user", type=click.IntRange(min=0), default=10001, show_default=True, metavar="UID",
+    help="Run containers as this user; 0 is root, which the restricted policy refuses.",
+)  # fmt: skip
+@click.option(
     "--pull-secret",
     metavar="NAME",
     help="Pull with this secret of type kubernetes.io/dockerconfigjson.",
@@ -90,6 +109,8 @@ def k8s(
     replicas: int,
     gpus: int | None,
     gpu_memory: int,
+    cpus: float,
+    user: int,
     pull_secret: str | None,
     hosts: tuple[str, ...],
     remote: RemoteOptions,
@@ -119,6 +140,9 @@ def k8s(
             "signatures, which --verify-key or --policy requires",
             hint="leave out --model-image: pods then pull the signed model by digest",
         )
+    access = _access(remote)
+    if model_image is not None:
+        _check_image(settings, Reference.parse(model_image), remote)
     wanted = Reference.parse(reference)
     model = inspect(reference, remote=remote, from_registry=True)
     check_remote(model, remote, watching(None))  # pods pull the checked digest
@@ -137,7 +161,9 @@ def k8s(
         namespace=namespace,
         replicas=replicas,
         pull_secret=pull_secret,
-        plain_http=bool(remote.plain_http),
+        access=access,
+        cpus=round(Decimal(cpus), 3),
+        user=user,
         hosts=hosts,
     )
     objects = inference_service(workload) if kserve else deployment(workload)
@@ -146,6 +172,38 @@ def k8s(
         click.echo(json.dumps(listed, indent=2))
     else:
         click.echo(_yaml(yaml, objects), nl=False)
+
+
+def _access(remote: RemoteOptions) -> Access:
+    """Return how pods reach the registry, as this command does."""
+    from modelpack.deploy.kubernetes import Access
+
+    tls = remote.tls
+    if tls is None:
+        return Access(bool(remote.plain_http))
+    if tls.client_certificate:
+        raise UsageError(
+            "--client-cert cannot be used here: pods would need its private key",
+            hint="let pods pull with --pull-secret, or mount an image with --model-image",
+        )
+    authority = None
+    if tls.ca_file is not None:
+        try:
+            authority = tls.ca_file.read_text("ascii")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--ca-file: cannot read {tls.ca_file}: {error}") from error
+    return Access(bool(remote.plain_http), tuple(sorted(tls.insecure)), authority)
+
+
+def _check_image(settings: Settings, image: Reference, remote: RemoteOptions) -> None:
+    """Raise `UnsupportedError` for a model; an image that only the cluster can reach is noted."""
+    from modelpack.operations.lookup import check_image
+    from modelpack.registry import RetryPolicy
+
+    try:
+        check_image(image, replace(remote, retry=RetryPolicy(tries=1)))
+    except RemoteUnavailableError as error:
+        note(settings, f"warning: {image} was not checked: {error}")
 
 
 def _yaml(yaml: Any, objects: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from modelpack.artifacts.model import CHAT_TEMPLATE, Model
@@ -74,13 +75,39 @@ _MOUNT = "/model"
 _SECRET = "/var/run/modelpack/docker"  # noqa: S105 - a directory
 _PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": PORT}
 _NAMESPACE = "POD_NAMESPACE"
-_VOLUME, _SHARED, _LOGIN = "model", "shm", "login"
+_VOLUME, _SHARED, _LOGIN, _TEMPORARY, _TRUSTED = "model", "shm", "login", "tmp", "registry-ca"
+_CA_DIRECTORY, _CA_FILE = "/var/run/modelpack/ca", "ca.crt"
+_HOME = {"name": "HOME", "value": "/tmp"}  # noqa: S108 - the pod's own
+#: Seconds in which a pod that stops still accepts requests, until no node sends it any, and seconds
+#: for running requests after that; the kubelet kills the pod some time later.
+_DRAIN, _STOP_TIMEOUT, _KILL = 15, 300, 15
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
+#: What the Pod Security Standard "restricted" demands of containers, and a file system to read.
 _LOCKED: dict[str, Any] = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
+#: The user of Modelpack's image.
+USER = 10001
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How pods reach the registry: http, hosts with unchecked certificates, an authority (PEM)."""
+
+    plain_http: bool = False
+    insecure: tuple[str, ...] = ()
+    authority: str | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """The options of a command that pulls in a pod."""
+        made = ["--plain-http"] if self.plain_http else []
+        for host in self.insecure:
+            made += ["--insecure", host]
+        return made + (["--ca-file", f"{_CA_DIRECTORY}/{_CA_FILE}"] if self.authority else [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +117,9 @@ class Workload:
     `engine_image` contains the server. `tool_image` contains modelpack, which pulls the model into
     the pod, unless `model_image` is set: an OCI image with the model's files under /models, which
     is mounted. `pull_secret` names a secret of type kubernetes.io/dockerconfigjson. With `gpus` 0,
-    the server runs on a CPU. `served_name` is the model name in API requests. `hosts` are host
-    names that clients use in addition to those of the Service.
+    the server runs on a CPU. `cpus` are requested for the server, which may use more. `user` is the
+    user id of all containers; 0 is root. `served_name` is the model name in API requests. `hosts`
+    are host names that clients use in addition to those of the Service.
     """
 
     model: Model
@@ -106,7 +134,9 @@ class Workload:
     namespace: str | None = None
     replicas: int = 1
     pull_secret: str | None = None
-    plain_http: bool = False
+    access: Access = Access()
+    cpus: Decimal = Decimal(1)
+    user: int = USER
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -125,6 +155,11 @@ class Workload:
         if self.engine == "vllm" and not self.gpus:
             raise UsageError(
                 "--engine vllm requires a GPU", hint="give --engine modelpack to run on a CPU"
+            )
+        if self.engine == "vllm" and self.model.config.format == "gguf":
+            raise UsageError(
+                f"--engine vllm cannot serve {self.reference.familiar}: it is a GGUF file",
+                hint="give --engine modelpack",
             )
 
     @property
@@ -159,7 +194,7 @@ def default_name(reference: Reference) -> str:
 
 
 def deployment(workload: Workload) -> list[dict[str, Any]]:
-    """Return the Deployment and the Service."""
+    """Return the Deployment, the Service, and a ConfigMap if the registry has an authority."""
     spec: dict[str, Any] = {
         "replicas": workload.replicas,
         "selector": {"matchLabels": workload.labels},
@@ -180,7 +215,16 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
             "spec": spec,
         },
         {"apiVersion": "v1", "kind": "Service", "metadata": workload.metadata(), "spec": service},
+        *_authority(workload),
     ]
+
+
+def _authority(workload: Workload) -> list[dict[str, Any]]:
+    if not workload.access.authority or workload.model_image:
+        return []
+    metadata = {**workload.metadata(), "name": f"{workload.name}-{_TRUSTED}"}
+    data = {_CA_FILE: workload.access.authority}
+    return [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}]
 
 
 def pod_spec(
@@ -190,7 +234,17 @@ def pod_spec(
 
     `service` is the name of the Service of the pod (None: the name of the workload).
     """
-    made: dict[str, Any] = {"automountServiceAccountToken": False}
+    made: dict[str, Any] = {
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": _DRAIN + _STOP_TIMEOUT + _KILL,
+    }
+    if workload.user:
+        made["securityContext"] = {
+            "runAsNonRoot": True,
+            "runAsUser": workload.user,
+            "runAsGroup": workload.user,
+            "fsGroup": workload.user,
+        }
     if not workload.model_image:
         made["initContainers"] = [_pull(workload)]
     made["containers"] = [_server(workload, container, service or workload.name)]
@@ -206,6 +260,7 @@ def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
         del mounts[0]["readOnly"]  # the locks of the store are files
     if workload.gpus > 1:
         mounts.append({"name": _SHARED, "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
+    mounts.append({"name": _TEMPORARY, "mountPath": "/tmp"})  # noqa: S108 - the pod's own
     return {
         "name": name,
         "image": workload.engine_image,
@@ -214,6 +269,7 @@ def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
         "resources": resources(workload),
         "volumeMounts": mounts,
         "securityContext": _LOCKED,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         **_probes(workload),
     }
 
@@ -224,7 +280,8 @@ def _command(workload: Workload, service: str) -> dict[str, Any]:
         device = "gpu" if workload.gpus else "cpu"
         command = ["modelpack", "serve", workload.pinned, "--served-model-name",
                    workload.served_name, "--host", "0.0.0.0", "--allow-anonymous", "--port", port,  # noqa: S104
-                   "--device", device]  # fmt: skip
+                   "--device", device, "--drain", str(_DRAIN),
+                   "--stop-timeout", str(_STOP_TIMEOUT)]  # fmt: skip
         if workload.gpus > 1:
             command += ["--tensor-parallel-size", str(workload.gpus)]
         # The kubelet fills in the namespace. (Kubernetes, "DNS for Services and Pods")
@@ -236,15 +293,18 @@ def _command(workload: Workload, service: str) -> dict[str, Any]:
             "env": [
                 {"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"},
                 {"name": _NAMESPACE, "valueFrom": namespace},
+                _HOME,
             ],
         }
     where = f"{_MOUNT}/models" if workload.model_image else f"{_MOUNT}/bundle/model"
     return {
         "command": ["vllm", "serve", where, "--served-model-name", workload.served_name,
                     "--port", port, "--tensor-parallel-size", str(workload.gpus),
-                    *vllm_flags(workload, where)],
-        # All files are in the volume, so vLLM must not contact the hub.
-        "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
+                    "--shutdown-timeout", str(_STOP_TIMEOUT), *vllm_flags(workload, where)],
+        # All files are in the volume, so vLLM must not contact the hub. PyTorch asks for the user's
+        # name, which the image may not know.
+        "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}, {"name": "USER", "value": "vllm"}, _HOME],
+        "lifecycle": {"preStop": {"sleep": {"seconds": _DRAIN}}},
     }  # fmt: skip
 
 
@@ -259,13 +319,18 @@ def vllm_flags(workload: Workload, directory: str) -> list[str]:
 
 def _pull(workload: Workload) -> dict[str, Any]:
     """Return the init container, which pulls the model by digest and resumes after a restart."""
-    remote = ["--plain-http"] if workload.plain_http else []
+    remote = workload.access.options
     command = ["modelpack", "pull", workload.pinned, *remote]
     if workload.engine == "vllm":
         command = ["modelpack", "bundle", "--pull", "--force", workload.pinned,
                    f"{_MOUNT}/bundle", *remote]  # fmt: skip
-    env = [{"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"}]
-    mounts: list[dict[str, Any]] = [{"name": _VOLUME, "mountPath": _MOUNT}]
+    env = [{"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"}, _HOME]
+    mounts: list[dict[str, Any]] = [
+        {"name": _VOLUME, "mountPath": _MOUNT},
+        {"name": _TEMPORARY, "mountPath": "/tmp"},  # noqa: S108 - the pod's own
+    ]
+    if workload.access.authority:
+        mounts.append({"name": _TRUSTED, "mountPath": _CA_DIRECTORY, "readOnly": True})
     if workload.pull_secret:
         env.append({"name": "DOCKER_CONFIG", "value": _SECRET})
         mounts.append({"name": _LOGIN, "mountPath": _SECRET, "readOnly": True})
@@ -281,6 +346,7 @@ def _pull(workload: Workload) -> dict[str, Any]:
         },
         "volumeMounts": mounts,
         "securityContext": _LOCKED,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
     }  # fmt: skip
 
 
@@ -299,6 +365,10 @@ def _volumes(workload: Workload) -> list[dict[str, Any]]:
         items = [{"key": ".dockerconfigjson", "path": "config.json"}]
         secret = {"secretName": workload.pull_secret, "items": items}
         volumes.append({"name": _LOGIN, "secret": secret})
+    volumes.append({"name": _TEMPORARY, "emptyDir": {}})
+    if workload.access.authority and not workload.model_image:
+        found = {"name": f"{workload.name}-{_TRUSTED}"}
+        volumes.append({"name": _TRUSTED, "configMap": found})
     return volumes
 
 
@@ -306,7 +376,8 @@ def resources(workload: Workload) -> dict[str, Any]:
     """Return the requests and limits of the server."""
     demands = workload.demands
     memory = f"{demands.host_memory if workload.gpus else demands.memory}Gi"
-    made = {"requests": {"cpu": "4", "memory": memory}, "limits": {"memory": memory}}
+    cpus = f"{int(workload.cpus * 1000)}m" if workload.cpus % 1 else str(int(workload.cpus))
+    made = {"requests": {"cpu": cpus, "memory": memory}, "limits": {"memory": memory}}
     if workload.gpus:
         made["limits"]["nvidia.com/gpu"] = str(workload.gpus)
     return made
@@ -318,14 +389,10 @@ def _probes(workload: Workload) -> dict[str, Any]:
     failures = -(-workload.demands.start_seconds // period)
     return {
         # During loading, only the startup probe runs. Afterwards, a server that is not ready gets
-        # no requests. It is restarted only if it does not accept connections, not if it is busy.
+        # no requests. It is restarted if it does not answer for half a minute.
         "startupProbe": {**health, "failureThreshold": failures},
         "readinessProbe": {**health, "timeoutSeconds": 5},
-        "livenessProbe": {
-            "tcpSocket": {"port": "http"},
-            "periodSeconds": 30,
-            "failureThreshold": 3,
-        },
+        "livenessProbe": {**health, "timeoutSeconds": 10, "failureThreshold": 3},
     }
 
 
@@ -336,7 +403,7 @@ _KSERVE_MOUNT = "/mnt/models"
 
 
 def inference_service(workload: Workload) -> list[dict[str, Any]]:
-    """Return the InferenceService."""
+    """Return the InferenceService, and a ConfigMap if the registry has an authority."""
     timeout = workload.demands.start_seconds
     predictor: dict[str, Any] = {"minReplicas": workload.replicas, "timeout": timeout}
     if workload.model_image:
@@ -361,4 +428,4 @@ def inference_service(workload: Workload) -> list[dict[str, Any]]:
         "metadata": metadata,
         "spec": {"predictor": predictor},
     }
-    return [service]
+    return [service, *_authority(workload)]

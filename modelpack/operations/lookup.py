@@ -12,7 +12,12 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.manifest import Index, Manifest
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference, begins_id, is_model_id
-from modelpack.errors import InvalidReferenceError, NotFoundError, PartialModelError
+from modelpack.errors import (
+    InvalidReferenceError,
+    NotFoundError,
+    PartialModelError,
+    UnsupportedError,
+)
 from modelpack.hub.reference import HubReference, local_name
 from modelpack.operations.remote import (
     RemoteOptions,
@@ -122,6 +127,27 @@ def stored_image(store: LayoutStore, name: str) -> StoredImage | None:
         return None
     sizes = {blob.digest: blob.size for manifest in manifests for blob in manifest.blobs}
     return StoredImage(found.descriptor, found.references, index, sum(sizes.values()))
+
+
+def check_image(reference: Reference, remote: RemoteOptions) -> None:
+    """Raise `UnsupportedError` unless `reference` is a container image in its registry.
+
+    Raises `NotFoundError` if there is none, and the errors of the registry.
+    """
+    with open_repository(reference, remote, watching(None)) as repository:
+        found, raw = fetch_referenced_manifest(repository, reference)
+        if found.media_type in media_types.INDEX_TYPES:
+            children = Index.parse(raw, str(reference)).manifests
+            if not children:
+                raise UnsupportedError(f"{reference} is an index without images")
+            raw = repository.fetch_manifest(children[0])
+        manifest = Manifest.parse(raw, str(reference))
+    if manifest.config.media_type not in _IMAGE_CONFIGS:
+        raise UnsupportedError(
+            f"{reference} is not a container image: its config has the type "
+            f"{manifest.config.media_type}",
+            hint="run `modelpack convert --to image --push` to make an image from a model",
+        )
 
 
 def reference_in(source: Source, name: str, found: Descriptor) -> Reference | None:

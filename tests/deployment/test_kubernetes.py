@@ -25,7 +25,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
-from tests.models import package, tiny_safetensors
+from tests.models import package, tiny_gguf, tiny_safetensors
 
 VERSIONS = ("1.35", "1.37")
 IMAGE = "registry.example/team/tiny-image@sha256:" + "a" * 64
@@ -60,7 +60,7 @@ def pod(found: list[dict[str, Any]]) -> dict[str, Any]:
         ("--gpus", "4", "--pull-secret", "login", "--namespace", "models", "--replicas", "2"),
         ("--model-image", IMAGE, "--pull-secret", "login"),
         ("--engine", "modelpack"),
-        ("--engine", "modelpack", "--gpus", "2", "--plain-http"),
+        ("--engine", "modelpack", "--gpus", "2", "--plain-http", "--cpus", "2.5", "--user", "0"),
     ],
     ids=lambda arguments: " ".join(arguments)[:40] or "plain",
 )
@@ -71,6 +71,114 @@ def test_the_schemas_of_kubernetes_allow_it(
     assert [item["kind"] for item in found] == ["Deployment", "Service"]
     for item in found:
         kubernetes_validate.validate(item, version, strict=True)
+
+
+def test_pods_satisfy_the_restricted_policy(published: tuple[str, str]) -> None:
+    """Pod Security Standards, "Restricted": what it demands of a pod and its containers."""
+    for options in ((), ("--engine", "modelpack"), ("--model-image", IMAGE)):
+        spec = pod(objects(published[0], *options))
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] == 10001
+        containers = [*spec.get("initContainers", []), *spec["containers"]]
+        for container in containers:
+            locked = container["securityContext"]
+            assert locked["allowPrivilegeEscalation"] is False
+            assert locked["capabilities"] == {"drop": ["ALL"]}
+            assert locked["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert locked["readOnlyRootFilesystem"] is True
+            assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
+            assert {"name": "HOME", "value": "/tmp"} in container["env"]
+            assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+        assert {"name": "tmp", "emptyDir": {}} in spec["volumes"]
+    as_root = pod(objects(published[0], "--user", "0"))
+    assert "securityContext" not in as_root
+
+
+def test_a_pod_drains_before_it_stops(published: tuple[str, str]) -> None:
+    """Requests that arrive after the stop are answered, and streams may run for five minutes."""
+    ours = pod(objects(published[0], "--engine", "modelpack"))
+    [server] = ours["containers"]
+    command = server["command"]
+    drain, timeout = (
+        int(command[command.index(option) + 1]) for option in ("--drain", "--stop-timeout")
+    )
+    assert (drain, timeout) == (15, 300)
+    assert ours["terminationGracePeriodSeconds"] > drain + timeout
+    assert "lifecycle" not in server
+    theirs = pod(objects(published[0]))
+    [server] = theirs["containers"]
+    assert server["lifecycle"] == {"preStop": {"sleep": {"seconds": 15}}}
+    assert server["command"][server["command"].index("--shutdown-timeout") + 1] == "300"
+    assert theirs["terminationGracePeriodSeconds"] > 315
+
+
+def test_a_server_that_does_not_answer_is_restarted_within_a_minute(
+    published: tuple[str, str],
+) -> None:
+    [server] = pod(objects(published[0]))["containers"]
+    probe = server["livenessProbe"]
+    assert probe["httpGet"] == {"path": "/health", "port": "http"}
+    assert probe["failureThreshold"] * probe["periodSeconds"] + probe["timeoutSeconds"] <= 60
+
+
+@pytest.mark.parametrize(
+    ("options", "cpus"), [((), "1"), (("--cpus", "4"), "4"), (("--cpus", "0.25"), "250m")]
+)
+def test_the_request_for_cpus(
+    published: tuple[str, str], options: tuple[str, ...], cpus: str
+) -> None:
+    [server] = pod(objects(published[0], *options))["containers"]
+    assert server["resources"]["requests"]["cpu"] == cpus
+    assert "cpu" not in server["resources"]["limits"]
+
+
+def test_pods_trust_the_authority_that_the_command_trusts(
+    published: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "ca.pem").write_text(
+        "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    )
+    options = ["--ca-file", str(tmp_path / "ca.pem"), "--insecure", "registry.example:5000"]
+    deployment, _, trusted = objects(published[0], *options, "--name", "tiny")
+    assert trusted["kind"] == "ConfigMap"
+    assert trusted["metadata"]["name"] == "tiny-registry-ca"
+    assert trusted["data"] == {"ca.crt": (tmp_path / "ca.pem").read_text()}
+    kubernetes_validate.validate(trusted, "1.37", strict=True)
+    spec = pod([deployment])
+    [pull] = spec["initContainers"]
+    assert pull["command"][-4:] == [
+        "--insecure", "registry.example:5000", "--ca-file", "/var/run/modelpack/ca/ca.crt"
+    ]  # fmt: skip
+    mount = {"name": "registry-ca", "mountPath": "/var/run/modelpack/ca", "readOnly": True}
+    assert mount in pull["volumeMounts"]
+    volume = {"name": "registry-ca", "configMap": {"name": "tiny-registry-ca"}}
+    assert volume in spec["volumes"]
+    assert objects(published[0], *options, "--kserve")[1]["kind"] == "ConfigMap"
+
+
+def test_a_gguf_model_is_not_for_vllm(tmp_path: Path) -> None:
+    with registry() as server:
+        name = f"{server.host}/team/tiny:v1"
+        package(name, tiny_gguf(tmp_path), LayoutStore(tmp_path / "store"), push=True)
+        refused = run("k8s", name)
+        assert refused.code == 2
+        assert "it is a GGUF file" in refused.err
+        assert "--engine modelpack" in refused.err
+        assert objects(name, "--engine", "modelpack")
+
+
+def test_a_model_is_no_image_to_mount(published: tuple[str, str]) -> None:
+    refused = run("k8s", published[0], "--model-image", published[0])
+    assert refused.code == 1
+    assert "is not a container image" in refused.err
+    assert "convert --to image" in refused.err
+    missing = run("k8s", published[0], "--model-image", f"{published[0]}-absent")
+    assert missing.code == 3
+
+
+def test_an_image_that_cannot_be_reached_is_noted(published: tuple[str, str]) -> None:
+    found = succeed("k8s", published[0], "--model-image", IMAGE)
+    assert f"warning: {IMAGE} was not checked" in found.err
 
 
 def test_the_schemas_would_refuse_what_is_wrong(published: tuple[str, str]) -> None:
@@ -138,9 +246,8 @@ def test_the_commands_in_the_pod_are_ours(published: tuple[str, str], tmp_path: 
 def test_an_image_is_mounted_and_nothing_is_pulled(published: tuple[str, str]) -> None:
     spec = pod(objects(published[0], "--model-image", IMAGE))
     assert "initContainers" not in spec
-    assert spec["volumes"] == [
-        {"name": "model", "image": {"reference": IMAGE, "pullPolicy": "IfNotPresent"}}
-    ]
+    image = {"reference": IMAGE, "pullPolicy": "IfNotPresent"}
+    assert {"name": "model", "image": image} in spec["volumes"]
     assert spec["containers"][0]["command"][2] == "/model/models"
 
 
@@ -151,8 +258,8 @@ def test_an_image_that_convert_makes_has_its_files_where_the_pod_looks(
     digest = succeed("convert", published[0], image, "--to", "image", "--push").out
     pinned = f"{image.rpartition(':')[0]}@{digest}"
     spec = pod(objects(published[0], "--model-image", pinned))
-    [volume] = spec["volumes"]
-    assert volume["image"]["reference"] == pinned
+    [mounted] = [volume["image"] for volume in spec["volumes"] if "image" in volume]
+    assert mounted["reference"] == pinned
     [server] = spec["containers"]
     below = Path(server["command"][2]).relative_to(server["volumeMounts"][0]["mountPath"])
     files = {name for name in names_in(pinned) if not name.endswith("/")}
@@ -204,6 +311,9 @@ def test_json_is_a_list(published: tuple[str, str]) -> None:
             "cannot be combined with --model-image",
         ),
         (("--gpus", "0"), "requires a GPU"),
+        (("--cpus", "0"), "--cpus"),
+        (("--ca-file", "/dev/null/none"), "--ca-file"),
+        (("--client-cert", __file__), "--client-cert cannot be used"),
         (("--gpu-memory", "many"), "many"),
     ],
 )
