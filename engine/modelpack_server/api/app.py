@@ -139,14 +139,18 @@ def create_app(
     app.add_api_route("/", page.root, methods=["GET", "HEAD"], include_in_schema=False)
     add_reference(app)
 
-    app.include_router(system.router(pool, logs))
-    app.include_router(system.pool_router(pool))
-    app.include_router(console.router(pool, history, records, show_content=show_content))
-    app.include_router(cancellation.router(running))
-    app.include_router(anthropic.router(pool))
-    app.include_router(openai.router(pool, background, batches))
-    app.include_router(ollama.router(pool, request_templates=request_templates))
-    app.include_router(model_runner.router(pool, records))
+    for part in (
+        system.router(pool, logs),
+        system.pool_router(pool),
+        console.router(pool, history, records, show_content=show_content),
+        cancellation.router(running),
+        anthropic.router(pool),
+        openai.router(pool, background, batches),
+        ollama.router(pool, request_templates=request_templates),
+        model_runner.router(pool, records),
+    ):
+        # `include_router` would build each route again, at the first request.
+        app.routes.extend(part.routes)
 
     describe_errors(app)
     app.add_middleware(
@@ -159,15 +163,7 @@ def create_app(
     app.add_middleware(
         Failures, respond=lambda request, error: respond(request, error, _error_response)
     )
-    _build_routes(app)
     return app
-
-
-def _build_routes(app: FastAPI) -> None:
-    """Have FastAPI build its routes now: it would at the first request, for 100 ms and more."""
-    scope = {"type": "http", "method": "GET", "path": "/", "root_path": "", "headers": []}
-    for route in app.routes:
-        route.matches(scope)
 
 
 class ModelServer(AppServer):

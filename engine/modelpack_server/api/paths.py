@@ -6,11 +6,15 @@ mlx-lm's server has no prefix.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
+from starlette.types import Receive, Scope, Send
 
 #: The accepted backends in `/engines/{backend}/…`; all of them mean the one engine.
 BACKENDS = ("llama.cpp", "vllm", "mlx", "modelpack")
@@ -37,14 +41,26 @@ def add_route(
     `prefixes` are additional prefixes. The OpenAPI document has only the `/v1` route, with the
     fields of `extra`.
     """
-    places = ["/v1", "/engines/v1", *prefixes, *([""] if bare else []), "/engines/{backend}/v1"]
-    for place in places:
-        router.add_api_route(
-            place + tail,
-            endpoint,
-            methods=list(methods),
-            response_model=None,
-            include_in_schema=place == "/v1",
-            openapi_extra=extra,
-            dependencies=[Depends(check_backend)] if "{backend}" in place else None,
-        )
+    router.add_api_route(
+        f"/v1{tail}", endpoint, methods=list(methods), response_model=None, openapi_extra=extra
+    )
+    route = router.routes[-1]
+    assert isinstance(route, APIRoute)
+    aliases = ["/engines/v1", *prefixes, *([""] if bare else []), "/engines/{backend}/v1"]
+    router.routes.extend(_alias(route, prefix, tail) for prefix in aliases)
+
+
+def _alias(route: APIRoute, prefix: str, tail: str) -> APIRoute:
+    """Return a route of another path with the same handler, which FastAPI takes long to build."""
+    alias = copy.copy(route)
+    alias.path, alias.include_in_schema = prefix + tail, False
+    alias.path_regex, alias.path_format, alias.param_convertors = compile_path(alias.path)
+    if "{backend}" in prefix:
+        handle = route.app
+
+        async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+            check_backend(scope["path_params"]["backend"])
+            await handle(scope, receive, send)
+
+        alias.app = checked
+    return alias

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from modelpack_engine.errors import ModelLoadError
@@ -64,6 +65,12 @@ def test_paths_that_are_none(api: Scripted, method: str, path: str, status: int)
     response = api.http.request(method, path, json=CHAT)
     assert response.status_code == status
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_routes_are_built_with_the_application(api: Scripted) -> None:
+    """FastAPI would build those of an included router again, at the first request."""
+    pool = ModelPool(ScriptedCatalogue(api.engine), memory=10)
+    assert all(isinstance(route, Route) for route in create_app(pool).routes)
 
 
 def test_an_unknown_backend_is_named(api: Scripted) -> None:

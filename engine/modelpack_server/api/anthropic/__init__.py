@@ -13,5 +13,5 @@ def router(pool: ModelPool) -> APIRouter:
     """Return the routes. They come before OpenAI's, with which they share /v1/models."""
     routes = APIRouter()
     for part in (messages, models):
-        routes.include_router(part(pool))
+        routes.routes.extend(part(pool).routes)
     return routes

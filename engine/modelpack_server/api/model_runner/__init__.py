@@ -28,5 +28,5 @@ def router(pool: ModelPool, records: Records) -> APIRouter:
     """Return the routes; /engines/requests shows `records`."""
     routes = APIRouter()
     for part in (models.router(pool), engines.router(pool), record_routes(pool, records)):
-        routes.include_router(part)
+        routes.routes.extend(part.routes)
     return routes

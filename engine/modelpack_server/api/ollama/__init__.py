@@ -17,7 +17,7 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
     """Return the routes of the Ollama API; `request_templates` lets admins send templates."""
     routes = APIRouter()
     for part in (generate, create):
-        routes.include_router(part(pool, request_templates=request_templates))
+        routes.routes.extend(part(pool, request_templates=request_templates).routes)
     for other in (chat, embed, models, transfers):
-        routes.include_router(other(pool))
+        routes.routes.extend(other(pool).routes)
     return routes

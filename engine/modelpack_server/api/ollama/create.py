@@ -137,7 +137,7 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
         job = Job(work, lambda ended: None)
         return await tell(request, job, _STEPS, stream=body.stream)
 
-    routes.include_router(_blob_routes(pool))
+    routes.routes.extend(_blob_routes(pool).routes)
     return routes
 
 

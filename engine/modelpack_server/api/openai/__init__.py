@@ -29,8 +29,8 @@ def router(pool: ModelPool, background: BackgroundResponses, batches: BatchRunne
     """
     routes = APIRouter()
     for part in (chat, completions, embeddings, ranking_routes, models, tokenize):
-        routes.include_router(part(pool))
-    routes.include_router(responses(pool, background))
-    routes.include_router(file_routes(batches.files))
-    routes.include_router(batch_routes(batches))
+        routes.routes.extend(part(pool).routes)
+    routes.routes.extend(responses(pool, background).routes)
+    routes.routes.extend(file_routes(batches.files).routes)
+    routes.routes.extend(batch_routes(batches).routes)
     return routes

@@ -317,7 +317,7 @@ def router(pool: ModelPool, background: BackgroundResponses) -> APIRouter:
         ("/responses/{name}/input_items", list_input_items, "GET"),
     ):
         add_route(routes, tail, endpoint, methods=[method], bare=True, prefixes=PREFIXES)
-    routes.include_router(conversation_routes(kept))
+    routes.routes.extend(conversation_routes(kept).routes)
     return routes
 
 
