@@ -1,8 +1,12 @@
-"""The library for CPUs: used with the kernels of one instruction set after the other."""
+"""The library for CPUs: used with the kernels of one instruction set after the other.
+
+A plain run tests the kernels that the processor gets, a long one those of the other sets too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,7 +22,15 @@ def built() -> None:
         missing("the library for CPUs was not built")
 
 
-@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def _instruction_sets() -> list[Any]:
+    own = INSTRUCTION_SETS[-1] if library() is None else library().mp_kernels().decode()
+    return [
+        pytest.param(name, marks=[] if name == own else pytest.mark.long)
+        for name in INSTRUCTION_SETS
+    ]
+
+
+@pytest.fixture(scope="module", params=_instruction_sets())
 def kernels(request: pytest.FixtureRequest, built: None) -> Iterator[str]:
     """Use the kernels of an instruction set that the processor has."""
     name: str = request.param
