@@ -8,8 +8,8 @@ parent's hash, and the first parent covers model, adapter and media. The hash fu
 with 128 bits. Clients cannot make it collide, so the manager compares hashes, not tokens.
 
 A recurrent layer cannot continue from keys and values alone, so sequences of such a model share a
-prefix up to the last block that has a snapshot of the state. Snapshots are taken where a prompt's
-chunk ends with a block: there, the state is available.
+prefix up to the last block that has a snapshot of the state. `BlockManager.next_snapshot` says
+where snapshots are taken.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 from functools import lru_cache
 from typing import cast
 
 from modelpack_engine.config import BLOCK_SIZE
-from modelpack_engine.core.sequence import Sequence
-from modelpack_engine.offload.tiers import PrefixOffload
+from modelpack_engine.core.sequence import Restore, Sequence
+from modelpack_engine.offload.tiers import PrefixOffload, state_key
 
 HASH_SIZE = 16  # bytes
 
@@ -82,11 +82,13 @@ def cache_salt(
 class PrefixSnapshots:
     """At most `limit` recurrent states, by the hash of the block that they come after (LRU).
 
-    The runner makes and reads the states; the block manager only stores them.
+    The runner makes and reads the states; the block manager only stores them. `evicted` is called
+    with the hash and the state of each that is dropped for another.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.evicted: Callable[[bytes, object], None] | None = None
         self._states: OrderedDict[bytes, object] = OrderedDict()
 
     def __contains__(self, hash_: bytes) -> bool:
@@ -102,12 +104,22 @@ class PrefixSnapshots:
         self._states[hash_] = state
         self._states.move_to_end(hash_)
         if len(self._states) > self.limit:
-            self._states.popitem(last=False)
+            self.evict(next(iter(self._states)))
 
     def get(self, hash_: bytes) -> object:
         """Return a state that is present, and mark it as used."""
         self._states.move_to_end(hash_)
         return self._states[hash_]
+
+    def evict(self, hash_: bytes) -> None:
+        """Drop the state after a block, if there is one."""
+        state = self._states.pop(hash_, None)
+        if state is not None and self.evicted is not None:
+            self.evicted(hash_, state)
+
+    def items(self) -> list[tuple[bytes, object]]:
+        """Return hashes and states, in reverse order of eviction."""
+        return list(reversed(self._states.items()))
 
     def discard(self, hashes: Iterable[bytes]) -> None:
         """Drop states whose content is wrong."""
@@ -167,6 +179,12 @@ class BlockManager:
         self.offload: PrefixOffload | None = None
         self.snapshots = snapshots if enable_prefix_caching else None
 
+    def set_offload(self, offload: PrefixOffload) -> None:
+        """Keep evicted blocks and snapshots in `offload`, and restore them from there."""
+        self.offload = offload
+        if self.snapshots is not None:
+            self.snapshots.evicted = offload.evict_state
+
     # Counts, in blocks.
 
     @property
@@ -207,6 +225,8 @@ class BlockManager:
             del self._block_of[hash_]
             if self.offload is not None:
                 self.offload.evict(block, hash_)
+            if self.snapshots is not None:
+                self.snapshots.evict(hash_)
         assert self._ref_counts[block] == 0
         self._ref_counts[block] = 1
         return block
@@ -248,7 +268,7 @@ class BlockManager:
             if hash_ is not None:
                 del self._block_of[hash_]
         if self.offload is not None:
-            self.offload.tiers.discard(sequence.block_hashes)
+            self.offload.discard(sequence.block_hashes)
         if self.snapshots is not None:
             self.snapshots.discard(sequence.block_hashes)
         return [block for block in sequence.block_table if self._ref_counts[block] == 1]
@@ -316,15 +336,21 @@ class BlockManager:
 
     def free(self, sequence: Sequence) -> None:
         """Release the whole table, last block first, so that a prefix is evicted last."""
-        for block in reversed(sequence.block_table):
-            if block != NULL_BLOCK:
-                self.release(block)
+        if sequence.restore is not None:
+            self._release_all(reversed(sequence.restore.blocks))
+            sequence.restore = None
+        self._release_all(reversed(sequence.block_table))
         sequence.block_table.clear()
         sequence.num_published_blocks = 0
         sequence.snapshot = None
         sequence.num_unseen_blocks = 0
         if self.offload is not None:
             self.offload.drop(sequence.seq_id)
+
+    def _release_all(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            if block != NULL_BLOCK:
+                self.release(block)
 
     # A sequence's prefix.
 
@@ -399,16 +425,18 @@ class BlockManager:
 
         Offloaded blocks that have been fetched are restored into newly allocated blocks.
         """
-        blocks, reach = self._match(sequence)
-        if self.snapshots is not None and reach > len(blocks):
-            sequence.branch = (len(sequence.block_table) + reach) * self.block_size
-        self.share(blocks)
-        num_tokens = self._extend(sequence, blocks)
-        if blocks and self.snapshots is not None:
-            last = len(sequence.block_table) - 1
-            sequence.snapshot = self.snapshots.get(self._hash(sequence, last))
+        num_tokens = 0
+        if sequence.restore is None:
+            blocks, reach = self._match(sequence)
+            if self.snapshots is not None and reach > len(blocks):
+                sequence.branch = (len(sequence.block_table) + reach) * self.block_size
+            self.share(blocks)
+            num_tokens = self._extend(sequence, blocks)
+            if blocks and self.snapshots is not None:
+                last = len(sequence.block_table) - 1
+                sequence.snapshot = self.snapshots.get(self._hash(sequence, last))
         if self.offload is not None:
-            num_tokens += self._extend(sequence, self._restore(sequence, self.offload))
+            num_tokens += self._restore(sequence, self.offload)
         return num_tokens
 
     def _extend(self, sequence: Sequence, blocks: list[int]) -> int:
@@ -419,21 +447,104 @@ class BlockManager:
         self.release_unseen(sequence)
         return len(blocks) * self.block_size
 
-    def _restore(self, sequence: Sequence, offload: PrefixOffload) -> list[int]:
-        """Allocate blocks for the offloaded content that was fetched; return and publish them."""
-        blocks: list[int] = []
-        indices = self._shareable(sequence) if self._may_share(sequence) else ()
-        hashes = [self._hash(sequence, index) for index in indices]
-        for hash_, content in zip(hashes, offload.fetch(sequence.seq_id, hashes), strict=False):
-            if hash_ in self._block_of:  # Another sequence has computed it since.
+    def _restore(self, sequence: Sequence, offload: PrefixOffload) -> int:
+        """Append blocks that have been fetched from the offload; return how many tokens they hold.
+
+        Blocks that a sequence cannot continue from yet, without a snapshot or with a gap in the
+        window, are held in `sequence.restore`. They are released if something cannot be fetched.
+        """
+        if sequence.restore is None:
+            sequence.restore = self._restorable(sequence, offload)
+        if (restore := sequence.restore) is None:
+            offload.fetch(sequence.seq_id, [])
+            if self._may_share(sequence) and self._shareable(sequence):
+                offload.tiers.scan()
+            return 0
+        next_index = len(sequence.block_table) + len(restore.blocks)
+        hashes = [self._hash(sequence, index) for index in range(next_index, restore.stop)]
+        last = self._hash(sequence, restore.stop - 1)
+        unseen = max(0, restore.first_seen - next_index)
+        keys = [hash_ for hash_ in hashes[unseen:] if hash_ not in self._block_of]
+        keys = keys if offload.has_blocks else []
+        if self.snapshots is not None and last not in self.snapshots:
+            keys.append(state_key(last))
+        contents = dict(zip(keys, offload.fetch(sequence.seq_id, keys), strict=False))
+        num_usable = self._hold(sequence, restore, hashes, contents, offload)
+        if len(sequence.block_table) + len(restore.blocks) == restore.stop:
+            if self.snapshots is None or last in self.snapshots:
+                num_usable = len(restore.blocks)
+            elif (content := contents.get(state_key(last))) is not None:
+                num_usable = len(restore.blocks)
+                self.snapshots.put(last, offload.make_state(content))
+        usable, restore.blocks = restore.blocks[:num_usable], restore.blocks[num_usable:]
+        num_tokens = self._extend(sequence, usable)
+        if usable and self.snapshots is not None:
+            last = self._hash(sequence, len(sequence.block_table) - 1)
+            if last in self.snapshots:
+                sequence.snapshot = self.snapshots.get(last)
+        if len(sequence.block_table) == restore.stop or not offload.awaits(sequence.seq_id):
+            self._release_all(reversed(restore.blocks))
+            sequence.restore = None
+        return num_tokens
+
+    def _restorable(self, sequence: Sequence, offload: PrefixOffload) -> Restore | None:
+        """Return the longest prefix that the device and the offload have, if there is one.
+
+        Only the blocks within the window are needed, and a snapshot after the last block.
+        """
+        if not self._may_share(sequence):
+            return None
+        indices = self._shareable(sequence)
+        best: Restore | None = None
+        run = 0
+        for index in indices:
+            hash_ = self._hash(sequence, index)
+            if hash_ in self._block_of or offload.has_block(hash_):
+                run += 1
+            elif self.window is None:
+                break
+            else:
+                run = 0
+                continue
+            first_seen = indices.start
+            if self.window is not None:
+                seen_from = max(0, (index + 1) * self.block_size - self.window) // self.block_size
+                first_seen = max(first_seen, seen_from)
+            complete = run > index - first_seen
+            if complete and (self._may_go_on(hash_) or offload.has_state(hash_)):
+                best = Restore(index + 1, first_seen)
+        return best
+
+    def _hold(
+        self,
+        sequence: Sequence,
+        restore: Restore,
+        hashes: list[bytes],
+        contents: dict[bytes, bytes],
+        offload: PrefixOffload,
+    ) -> int:
+        """Add the blocks of `hashes` to `restore`, up to the first that was not found.
+
+        Return how many of its blocks the sequence can continue from.
+        """
+        num_usable = 0
+        for hash_ in hashes:
+            if len(sequence.block_table) + len(restore.blocks) < restore.first_seen:
+                restore.blocks.append(NULL_BLOCK)
+                continue
+            if hash_ in self._block_of:
                 self.share([block := self._block_of[hash_]])
-            elif self.can_allocate(1):
-                offload.restore(block := self.allocate(), content)
+            elif (hash_ in contents or not offload.has_blocks) and self.can_allocate(1):
+                block = self.allocate()
+                if offload.has_blocks:
+                    offload.restore(block, contents[hash_])
                 self.publish(block, hash_)
             else:
                 break
-            blocks.append(block)
-        return blocks
+            restore.blocks.append(block)
+            if self.window is None and self._may_go_on(hash_):
+                num_usable = len(restore.blocks)
+        return num_usable
 
     def awaits_blocks(self, sequence: Sequence) -> bool:
         """Return whether the next blocks of a sequence are being loaded from the offload."""

@@ -25,6 +25,19 @@ _FINISHED = SequenceStatus.FINISHED
 
 
 @dataclass(slots=True, eq=False)
+class Restore:
+    """Blocks that a sequence gets from the prefix cache and the offload, before it can use them.
+
+    They follow its block table, which then has `stop` blocks. Those before `first_seen` are before
+    the window of all layers. `blocks` are those that it holds so far.
+    """
+
+    stop: int
+    first_seen: int
+    blocks: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A prompt and its output so far. Only the scheduler changes it.
 
@@ -73,6 +86,8 @@ class Sequence:
     num_published_blocks: int = field(default=0, init=False, repr=False)
     #: The recurrent snapshot to continue from, after a shared prefix.
     snapshot: object | None = field(default=None, init=False, repr=False)
+    #: Blocks that are being restored.
+    restore: Restore | None = field(default=None, init=False, repr=False)
     #: The position where the prompt leaves a cached prefix that has no snapshot there.
     branch: int = field(default=0, init=False, repr=False)
     #: Blocks at the start of the table that are before the window of all layers, and released.

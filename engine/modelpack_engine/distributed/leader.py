@@ -123,7 +123,7 @@ class LeadingRunner:
         self.writes_in_place = runner.writes_in_place
         self.computes_at_once = runner.computes_at_once
         self.pools, self.undo = runner.pools, runner.undo
-        self.block_contents = runner.block_contents
+        self.block_contents, self.state_contents = runner.block_contents, runner.state_contents
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
         self._channel.send(Kind.STEP, pack_step(batch, len(batch.sample_seqs)))

@@ -1,4 +1,4 @@
-"""BlockDirectory: offloaded KV blocks on disk, one file for each block.
+"""BlockDirectory: offloaded KV blocks and recurrent states on disk, one file for each.
 
     magic 8 | identity 16 | hash 16 | length of the content, u64 little-endian | SHA-256 | content
 
@@ -66,8 +66,8 @@ def write_block(path: Path, identity: bytes, hash_: bytes, content: bytes) -> No
         raise
 
 
-def read_block(path: Path, identity: bytes, hash_: bytes, length: int) -> bytes:
-    """Return the content of a file: `length` bytes of the block with this identity and hash.
+def read_block(path: Path, identity: bytes, hash_: bytes, *lengths: int) -> bytes:
+    """Return the content of a file, if it has this identity and hash, and one of the `lengths`.
 
     Raises `BadBlockFileError` if the file is anything else, and `OSError`.
     """
@@ -78,8 +78,10 @@ def read_block(path: Path, identity: bytes, hash_: bytes, length: int) -> bytes:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise BadBlockFileError("not a regular file")
-        if found.st_size != HEADER_SIZE + length:
-            raise BadBlockFileError(f"{found.st_size} bytes, expected {HEADER_SIZE + length}")
+        length = found.st_size - HEADER_SIZE
+        if length not in lengths:
+            expected_sizes = " or ".join(str(HEADER_SIZE + length) for length in lengths)
+            raise BadBlockFileError(f"{found.st_size} bytes, expected {expected_sizes}")
         with open(file, "rb", 0, closefd=False) as stream:
             data = stream.read()
     finally:
@@ -100,16 +102,20 @@ def _checksum(head: bytes, content: bytes) -> bytes:
 
 
 class BlockDirectory:
-    """The blocks of one identity, each of `length` bytes; all identities share `limit` bytes.
+    """The contents of one identity, of `lengths` bytes; all identities share `limit` bytes.
+
+    There is one length for blocks, and one for snapshots of recurrent state.
 
     One thread reads and writes; others may use `in`. Raises `EngineError` if the directory cannot
     be created or is not private to this user.
     """
 
-    def __init__(self, root: Path, identity: bytes, *, length: int, limit: int) -> None:
+    def __init__(
+        self, root: Path, identity: bytes, *, lengths: tuple[int, ...], limit: int
+    ) -> None:
         self.root, self.limit = root, limit
         self.num_bytes = self.num_dropped = 0
-        self._identity, self._length = identity, length
+        self._identity, self._lengths = identity, lengths
         self._path = root / identity.hex()
         self._known: set[bytes] = set()
         self._failing = False
@@ -147,7 +153,7 @@ class BlockDirectory:
         """Return a block; None if it is missing, or damaged and now removed."""
         path = self._file(hash_)
         try:
-            content = read_block(path, self._identity, hash_, self._length)
+            content = read_block(path, self._identity, hash_, *self._lengths)
             os.utime(path)
         except FileNotFoundError:
             self._known.discard(hash_)
@@ -161,7 +167,7 @@ class BlockDirectory:
 
     def write(self, hash_: bytes, content: bytes) -> bool:
         """Write a block, making room for it; return False if that fails."""
-        assert len(content) == self._length
+        assert len(content) in self._lengths
         size = HEADER_SIZE + len(content)
         if hash_ in self._known or size > self.limit or time.monotonic() < self._paused_until:
             return False
@@ -187,8 +193,10 @@ class BlockDirectory:
         """Remove a block, if it is present."""
         self._known.discard(hash_)
         with contextlib.suppress(OSError):
-            self._file(hash_).unlink()
-            self.num_bytes = max(self.num_bytes - HEADER_SIZE - self._length, 0)
+            path = self._file(hash_)
+            size = path.lstat().st_size
+            path.unlink()
+            self.num_bytes = max(self.num_bytes - size, 0)
 
     def _make_room(self, size: int) -> None:
         """Remove the least recently used files of all models until `size` more bytes fit."""

@@ -1,20 +1,28 @@
-"""Offloaded KV blocks by hash, in bounded memory (LRU) and on disk.
+"""Offloaded KV blocks and recurrent states by hash, in bounded memory (LRU) and on disk.
 
 The block manager calls `PrefixOffload`: it reports the blocks that it evicts, and requests those
 that a prompt needs next. `OffloadTiers` keeps the contents, with a thread for the files. The block
 mover copies the requested blocks after a step is scheduled, before that step writes to any block.
+
+The snapshot of the recurrent state after a block is a content of its own, under `state_key`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 from modelpack_engine.offload.directory import BlockDirectory
+
+
+def state_key(hash_: bytes) -> bytes:
+    """Return the key of the recurrent state after the block with this hash."""
+    return hashlib.blake2b(hash_, digest_size=len(hash_), person=b"kv state").digest()
 
 
 class BlockMemory:
@@ -79,21 +87,19 @@ class Load:
 
 
 class OffloadTiers:
-    """The contents of blocks by hash, each of `length` bytes.
+    """The contents of blocks and states by hash.
 
     Call it from one thread; it accesses files in a thread of its own. `close` writes the blocks
     that are still waiting.
     """
 
-    def __init__(
-        self, memory: BlockMemory, directory: BlockDirectory | None, *, length: int
-    ) -> None:
+    def __init__(self, memory: BlockMemory, directory: BlockDirectory | None) -> None:
         self.memory = memory
         self.directory = directory
-        self.length = length
         self._state = threading.Condition()
         self._loads: deque[Load] = deque()
         self._writes: OrderedDict[bytes, bytes] = OrderedDict()
+        self._queued = 0  # bytes in `_writes`
         self._removals: deque[bytes] = deque()
         self._staged = 0
         self._closing = False
@@ -113,13 +119,13 @@ class OffloadTiers:
 
     def save(self, hash_: bytes, content: bytes) -> None:
         """Keep a block in memory, and queue it for the directory."""
-        assert len(content) == self.length
         self.memory.put(hash_, content)
         if self.directory is None:
             return
         with self._state:
-            if len(self._writes) * self.length < _LONGEST_QUEUE:
+            if self._queued < _LONGEST_QUEUE and hash_ not in self._writes:
                 self._writes[hash_] = content
+                self._queued += len(content)
                 self._state.notify_all()
 
     def load(self, hashes: list[bytes]) -> Load:
@@ -160,7 +166,7 @@ class OffloadTiers:
         with self._state:
             for hash_ in hashes:
                 self.memory.discard(hash_)
-                self._writes.pop(hash_, None)
+                self._unqueue(hash_)
                 if self.directory is not None:
                     self.directory.forget(hash_)
                     self._removals.append(hash_)
@@ -208,8 +214,13 @@ class OffloadTiers:
                 self._next_scan = begin + max(_SCAN_EVERY, _SCAN_FACTOR * took)
             if write is not None:
                 with self._state:
-                    self._writes.pop(write[0], None)
+                    self._unqueue(write[0])
                     self._state.notify_all()
+
+    def _unqueue(self, hash_: bytes) -> None:
+        content = self._writes.pop(hash_, None)
+        if content is not None:
+            self._queued -= len(content)
 
     def _has_work(self) -> bool:
         can_load = bool(self._loads) and self._staged < _MOST_STAGED
@@ -245,18 +256,30 @@ class OffloadTiers:
 
 
 class PrefixOffload:
-    """The blocks to move between the device and `tiers`.
+    """The blocks and states to move between the device and `tiers`.
 
-    At most `per_step` blocks are loaded at a time, and restored in one step.
+    At most `per_step` blocks are loaded at a time, and restored in one step. `make_state` returns
+    the snapshot with a content. Without `has_blocks`, the model keeps nothing in its blocks.
     """
 
-    def __init__(self, tiers: OffloadTiers, *, per_step: int) -> None:
+    def __init__(
+        self,
+        tiers: OffloadTiers,
+        *,
+        per_step: int,
+        make_state: Callable[[bytes], object] | None = None,
+        has_blocks: bool = True,
+    ) -> None:
         assert per_step > 0
         self.tiers = tiers
         self.per_step = per_step
+        self.has_blocks = has_blocks
         self.num_restored = self.num_from_disk = self.num_restores = 0
+        self.num_restored_states = 0
+        self._make_state = make_state
         self._evicted: list[tuple[int, bytes]] = []
-        self._restored: list[tuple[int, bytes]] = []
+        self._evicted_states: list[tuple[bytes, object]] = []
+        self._restored: dict[int, bytes] = {}
         self._left = per_step
         self._loads: dict[int, Load] = {}  # by seq_id
         self._waiting: set[int] = set()
@@ -266,10 +289,41 @@ class PrefixOffload:
 
     def evict(self, block: int, hash_: bytes) -> None:
         """Save a block that is about to be overwritten."""
+        restored = self._restored.pop(block, None)
         if hash_ in self.tiers:
             self.tiers.memory.get(hash_)  # marks it as used
-        else:
+        elif restored is not None:  # it is not on the device yet
+            self.tiers.save(hash_, restored)
+        elif self.has_blocks:
             self._evicted.append((block, hash_))
+
+    def evict_state(self, hash_: bytes, state: object) -> None:
+        """Save the state after a block before it is dropped."""
+        key = state_key(hash_)
+        if key in self.tiers:
+            self.tiers.memory.get(key)
+        else:
+            self._evicted_states.append((key, state))
+
+    def has_block(self, hash_: bytes) -> bool:
+        """Return whether a block can be fetched, or needs no content."""
+        return not self.has_blocks or hash_ in self.tiers
+
+    def has_state(self, hash_: bytes) -> bool:
+        """Return whether the state after a block can be fetched."""
+        return state_key(hash_) in self.tiers
+
+    def make_state(self, content: bytes) -> object:
+        """Return the snapshot of a fetched state."""
+        assert self._make_state is not None, "the model has recurrent state"
+        self.num_restored_states += 1
+        return self._make_state(content)
+
+    def discard(self, hashes: Iterable[bytes]) -> None:
+        """Drop blocks whose content is wrong, and the states after them."""
+        hashes = list(hashes)
+        states = map(state_key, hashes) if self._make_state is not None else ()
+        self.tiers.discard([*hashes, *states])
 
     def fetch(self, seq_id: int, hashes: list[bytes]) -> list[bytes]:
         """Return the contents of the first blocks of `hashes` that are loaded.
@@ -312,7 +366,7 @@ class PrefixOffload:
 
     def restore(self, block: int, content: bytes) -> None:
         """Write fetched content to a block before the next step."""
-        self._restored.append((block, content))
+        self._restored[block] = content
 
     def drop(self, seq_id: int) -> None:
         """Forget a sequence that ended or was preempted."""
@@ -324,9 +378,14 @@ class PrefixOffload:
 
     def take(self) -> tuple[list[tuple[int, bytes]], list[tuple[int, bytes]]]:
         """Return and clear (block, hash) pairs to save, and (block, content) pairs to restore."""
-        taken = self._evicted, self._restored
-        self._evicted, self._restored = [], []
+        taken = self._evicted, list(self._restored.items())
+        self._evicted, self._restored = [], {}
         self._left = self.per_step
+        return taken
+
+    def take_states(self) -> list[tuple[bytes, object]]:
+        """Return and clear (key, snapshot) pairs to save."""
+        taken, self._evicted_states = self._evicted_states, []
         return taken
 
     def wait(self, timeout: float) -> None:

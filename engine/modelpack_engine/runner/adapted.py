@@ -35,7 +35,13 @@ from modelpack_engine.patches.modules import (
     take_logit_rows,
 )
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout
-from modelpack_engine.runner.recurrent import RecurrentState, Snapshot, StateRows
+from modelpack_engine.runner.recurrent import (
+    RecurrentState,
+    Snapshot,
+    StateContents,
+    StateRows,
+    take_snapshot,
+)
 
 
 class Adapted:
@@ -144,6 +150,12 @@ class Adapted:
         arrays += [a for state in self.states for a in state.arrays if a is not None]
         return arrays + [array for snapshot in self.taken for array in snapshot.arrays]
 
+    def state_contents(self) -> StateContents | None:
+        """Return the access to the contents of snapshots; None for a model without such state."""
+        contents = (leaf.content for leaf in self.layout.leaves())
+        layouts = [content for content in contents if isinstance(content, StateLayout)]
+        return StateContents(self.states, layouts) if self.states else None
+
     def begin(self, batch: StepBatch) -> None:
         """Plan where the recurrent states of a step come from."""
         if self.states:
@@ -161,7 +173,7 @@ class Adapted:
         for chunk in batch.chunks:
             hash_, snapshots = chunk.block_hash, self.snapshots
             if snapshots is not None and hash_ is not None and hash_ not in snapshots:
-                snapshot = Snapshot(self.states, self.rows.rows[chunk.seq_id])
+                snapshot = take_snapshot(self.states, self.rows.rows[chunk.seq_id])
                 snapshots.put(hash_, snapshot)
                 self.taken.append(snapshot)
 

@@ -116,6 +116,9 @@ class CpuRunner:
     def block_contents(self) -> CpuBlocks:
         return self._contents
 
+    def state_contents(self) -> None:
+        """Return nothing: no layer has recurrent state."""
+
     def warm_up(self, shapes: Iterable[StepShape]) -> None:
         """Do nothing: nothing is compiled."""
 

@@ -86,6 +86,9 @@ class FallbackRunner:
     def block_contents(self) -> None:
         """Return None: there are no blocks."""
 
+    def state_contents(self) -> None:
+        """Return None: there are no snapshots."""
+
     def warm_up(self, shapes: Iterable[StepShape]) -> None:
         """Do nothing: shapes are not padded, so every length is a shape of its own."""
 

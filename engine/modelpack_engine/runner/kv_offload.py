@@ -1,4 +1,4 @@
-"""BlockMover: copy KV blocks between the pools and the offload tiers, between two steps."""
+"""BlockMover: copy KV blocks and recurrent states to and from the offload, between two steps."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.errors import EngineError
 from modelpack_engine.offload.directory import BlockDirectory
-from modelpack_engine.offload.tiers import BlockMemory, OffloadTiers, PrefixOffload
+from modelpack_engine.offload.tiers import BlockMemory, OffloadTiers, PrefixOffload, state_key
 from modelpack_engine.outputs import OffloadStats
 from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.recurrent import Snapshot
 
 _log = logging.getLogger(__name__)
 
 IDENTITY_SIZE = 16  # bytes
 
 #: Increased whenever the format of a block's bytes changes.
-VERSION = 1
+VERSION = 2
 
 #: Seconds that the engine waits for a file when it has nothing else to do.
 _WAIT = 0.05
@@ -60,8 +61,9 @@ class BlockMover:
     ) -> None:
         self._runner, self._blocks, self._offload = runner, blocks, offload
         self._contents = runner.block_contents()
+        self._states = runner.state_contents()
         self._saving: list[tuple[list[bytes], mx.array]] = []
-        self._num_saved = 0
+        self._saved_bytes = 0
 
     def move(self, *, has_step: bool, in_flight: bool) -> None:
         """Save and restore the blocks that scheduling requested; call it before building the step.
@@ -75,6 +77,8 @@ class BlockMover:
         try:
             if evicted:
                 self._save(evicted)
+            for key, state in offload.take_states():
+                self._save_state(key, state)
             if restored:
                 contents.write(*zip(*restored, strict=True))
         except BaseException:
@@ -97,27 +101,31 @@ class BlockMover:
             for row, hash_ in enumerate(hashes):
                 content = view[row * rows.shape[1] : (row + 1) * rows.shape[1]]
                 self._offload.tiers.save(hash_, bytes(content))
-            self._num_saved += len(hashes)
+            self._saved_bytes += view.nbytes
 
     def forget(self) -> None:
         """Drop the gathered blocks, after a step that failed."""
         self._saving.clear()
         if self._offload is not None:
             self._offload.take()
+            self._offload.take_states()
 
     def stats(self) -> OffloadStats:
         """Return counters since the start, and current gauges."""
         if self._offload is None or self._contents is None:
             return OffloadStats()
-        offload, length = self._offload, self._contents.length
+        offload = self._offload
         directory = offload.tiers.directory
+        num_states = offload.num_restored_states
+        num_blocks = offload.num_restored - num_states
+        state_bytes = num_states * self._states.length if self._states is not None else 0
         return OffloadStats(
             restores=offload.num_restores,
-            restored_tokens=offload.num_restored * self._blocks.block_size,
+            restored_tokens=num_blocks * self._blocks.block_size,
             memory_hits=offload.num_restored - offload.num_from_disk,
             disk_hits=offload.num_from_disk,
-            saved_bytes=self._num_saved * length,
-            restored_bytes=offload.num_restored * length,
+            saved_bytes=self._saved_bytes,
+            restored_bytes=num_blocks * self._contents.length + state_bytes,
             dropped_files=directory.num_dropped if directory else 0,
             memory_bytes=offload.tiers.memory.num_bytes,
             disk_bytes=directory.num_bytes if directory else 0,
@@ -129,23 +137,52 @@ class BlockMover:
             return
         tiers = self._offload.tiers
         self.collect()
-        if tiers.directory is not None:
-            room = tiers.directory.limit // self._contents.length
-            found = [pair for pair in self._blocks.published() if pair[1] not in tiers][:room]
-            step = max(_LAST_BATCH // self._contents.length, 1)
-            for start in range(0, len(found), step):
-                self._save(found[start : start + step])
-                self.collect()
-                if not tiers.flush(_LAST_SECONDS):
-                    break
+        if tiers.directory is not None and self._write_states(tiers, tiers.directory.limit):
+            self._write_blocks(tiers, tiers.directory.limit)
         tiers.close(_LAST_SECONDS)
         self._offload = None
+
+    def _write_states(self, tiers: OffloadTiers, limit: int) -> bool:
+        """Write the newest snapshots, up to half of the limit; return whether there was time."""
+        snapshots, states = self._blocks.snapshots, self._states
+        if snapshots is None or states is None:
+            return True
+        pairs = [(state_key(hash_), state) for hash_, state in snapshots.items()]
+        for key, state in [pair for pair in pairs if pair[0] not in tiers][
+            : limit // 2 // max(states.length, 1)
+        ]:
+            self._save_state(key, state)
+            self.collect()
+            if not tiers.flush(_LAST_SECONDS):
+                return False
+        return True
+
+    def _write_blocks(self, tiers: OffloadTiers, limit: int) -> None:
+        """Write the newest blocks, up to the limit."""
+        assert self._contents is not None
+        length = self._contents.length
+        if not length:
+            return
+        found = [pair for pair in self._blocks.published() if pair[1] not in tiers]
+        step = max(_LAST_BATCH // length, 1)
+        for start in range(0, len(found := found[: limit // length]), step):
+            self._save(found[start : start + step])
+            self.collect()
+            if not tiers.flush(_LAST_SECONDS):
+                return
 
     def _save(self, blocks: Sequence[tuple[int, bytes]]) -> None:
         assert self._contents is not None
         rows = self._contents.read([block for block, _ in blocks])
         mx.async_eval(rows)
         self._saving.append(([hash_ for _, hash_ in blocks], rows))
+
+    def _save_state(self, key: bytes, state: object) -> None:
+        assert self._states is not None
+        assert isinstance(state, Snapshot)
+        if (row := self._states.read(state)) is not None:
+            mx.async_eval(row)
+            self._saving.append(([key], row))
 
 
 def open_offload(
@@ -158,11 +195,12 @@ def open_offload(
     """
     wanted = config.kv_offload_dir is not None or config.kv_offload_memory
     contents = runner.block_contents()
-    paged = blocks.enable_prefix_caching and blocks.snapshots is None
-    if not wanted or contents is None or not paged:
+    if not wanted or contents is None or not blocks.enable_prefix_caching:
         if wanted:
-            _log.warning("no KV offload: the prefix cache is off, or the model has recurrent state")
+            _log.warning("no KV offload: the prefix cache is off, or the KV cache is not paged")
         return BlockMover(runner, blocks, None)
+    states = runner.state_contents()
+    lengths = (contents.length,) if states is None else (contents.length, states.length)
     directory = None
     if config.kv_offload_dir is not None:
         if not model_id:
@@ -171,16 +209,23 @@ def open_offload(
                 hint="give the engine a model_id",
             )
         device = str(mx.default_device())
-        versions = [__version__, version("mlx"), version("mlx-lm")]
+        parts = [device, __version__, version("mlx"), version("mlx-lm"), *contents.describe()]
+        parts += states.describe() if states is not None else []
         directory = BlockDirectory(
             Path(config.kv_offload_dir),
-            cache_identity(model_id, blocks.block_size, [device, *versions, *contents.describe()]),
-            length=contents.length,
+            cache_identity(model_id, blocks.block_size, parts),
+            lengths=lengths,
             limit=_DISK if config.kv_offload_disk is None else config.kv_offload_disk,
         )
     limit = _MEMORY if config.kv_offload_memory is None else config.kv_offload_memory
-    tiers = OffloadTiers(BlockMemory(limit), directory, length=contents.length)
-    blocks.offload = PrefixOffload(tiers, per_step=max(_PER_STEP // contents.length, 1))
-    mover = BlockMover(runner, blocks, blocks.offload)
+    tiers = OffloadTiers(BlockMemory(limit), directory)
+    offload = PrefixOffload(
+        tiers,
+        per_step=max(_PER_STEP // max(contents.length, 1), 1),
+        make_state=None if states is None else states.snapshot,
+        has_blocks=contents.length > 0,
+    )
+    blocks.set_offload(offload)
+    mover = BlockMover(runner, blocks, offload)
     weakref.finalize(mover, tiers.close, 0.0)  # ends the thread of an engine that was not closed
     return mover

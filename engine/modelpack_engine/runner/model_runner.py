@@ -33,6 +33,7 @@ from modelpack_engine.runner.model_layout import (
     with_cache_type,
 )
 from modelpack_engine.runner.paged import PagedRunner
+from modelpack_engine.runner.recurrent import StateContents
 from modelpack_engine.runner.tiers import MODEL_ERRORS, TierSearch, model_name, refuse
 
 
@@ -109,6 +110,9 @@ class ModelRunner(Protocol):
 
     def block_contents(self) -> BlockContents | CpuBlocks | None:
         """Return the access to the contents of blocks; None if there are no blocks."""
+
+    def state_contents(self) -> StateContents | None:
+        """Return the access to the contents of snapshots; None if there are no snapshots."""
 
     def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:
         """Run steps of padding in these shapes, which compiles their kernels.

@@ -33,6 +33,7 @@ from modelpack_engine.kernels import TILE_ROWS, Tiles
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.model_layout import ModelLayout
+from modelpack_engine.runner.recurrent import StateContents
 
 #: The longest context, in tokens, of a prompt whose rows attend by the decode kernel.
 LONGEST_PROMPT = 1024
@@ -395,8 +396,11 @@ class PagedRunner:
         for kv in self.adapted.paged:
             kv.pools.zero(mx.array(slots, mx.int32))
 
-    def block_contents(self) -> BlockContents | None:
-        return BlockContents(self.adapted.paged) if self.adapted.paged else None
+    def block_contents(self) -> BlockContents:
+        return BlockContents(self.adapted.paged)
+
+    def state_contents(self) -> StateContents | None:
+        return self.adapted.state_contents()
 
     def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:
         """Run steps of padding in these shapes; return the type of the logits, if any step ran.

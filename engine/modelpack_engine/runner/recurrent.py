@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
@@ -20,6 +20,7 @@ from modelpack_engine.errors import EngineError
 
 if TYPE_CHECKING:
     from modelpack_engine.core.batch import Chunk, StepBatch
+    from modelpack_engine.runner.model_layout import StateLayout
 
 
 #: The alignment of parts in bytes, enough for every type.
@@ -35,32 +36,18 @@ class _Part:
     dtype: mx.Dtype
 
 
+#: Where the arrays of each layer's state are within the arrays of a snapshot.
+_Places = dict["RecurrentState", list[_Part | None]]
+
+#: The shape without the batch, and the type, of each array of a layer's state.
+_Shapes = Iterable[tuple[tuple[int, ...], mx.Dtype] | None]
+
+
 class Snapshot:
-    """The states of one sequence in all layers, copied into one array for each type.
+    """The states of one sequence in all layers, in one array for each type."""
 
-    The state itself is usually a view: a row of the states of all sequences, or the end of an array
-    that a whole chunk computed. Keeping the view would keep all of that memory.
-    """
-
-    def __init__(self, states: Sequence[RecurrentState], row: int) -> None:
-        self._parts: dict[RecurrentState, list[_Part | None]] = {}
-        pieces: dict[mx.Dtype, list[mx.array]] = {}
-        sizes: dict[mx.Dtype, int] = {}
-        for state in states:
-            parts = self._parts[state] = []
-            for array in state.arrays:
-                if array is None:
-                    parts.append(None)
-                    continue
-                dtype, start = array.dtype, sizes.get(array.dtype, 0)
-                parts.append(_Part(start, (1, *array.shape[1:]), dtype))
-                piece = array[row].reshape(-1)
-                each = _ALIGNMENT // dtype.size
-                # Always add padding: MLX does not copy a single array to concatenate it.
-                padding = -piece.size % each + each
-                pieces.setdefault(dtype, []).extend([piece, mx.zeros((padding,), dtype)])
-                sizes[dtype] = start + piece.size + padding
-        self._arrays = {dtype: mx.concatenate(some) for dtype, some in pieces.items()}
+    def __init__(self, places: _Places, arrays: dict[mx.Dtype, mx.array]) -> None:
+        self.places, self._arrays = places, arrays
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -69,11 +56,91 @@ class Snapshot:
 
     def of(self, state: RecurrentState) -> list[mx.array | None]:
         """Return the arrays of one layer, with batch size 1."""
-        return [None if part is None else self._array(part) for part in self._parts[state]]
+        return [None if part is None else self._array(part) for part in self.places[state]]
 
     def _array(self, part: _Part) -> mx.array:
         stop = part.start + math.prod(part.shape)
         return mx.contiguous(self._arrays[part.dtype][part.start : stop]).reshape(part.shape)
+
+
+def take_snapshot(states: Sequence[RecurrentState], row: int) -> Snapshot:
+    """Return a copy of the states of one sequence.
+
+    The state itself is usually a view: a row of the states of all sequences, or the end of an array
+    that a whole chunk computed. Keeping the view would keep all of that memory.
+    """
+    places, sizes = _places(
+        (state, [None if a is None else (a.shape[1:], a.dtype) for a in state.arrays])
+        for state in states
+    )
+    pieces: dict[mx.Dtype, list[mx.array]] = {dtype: [] for dtype in sizes}
+    for state in states:
+        for array, part in zip(state.arrays, places[state], strict=True):
+            if array is not None and part is not None:
+                piece = array[row].reshape(-1)
+                padding = mx.zeros((_padding(piece.size, part.dtype),), part.dtype)
+                pieces[part.dtype] += [piece, padding]
+    return Snapshot(places, {dtype: mx.concatenate(some) for dtype, some in pieces.items()})
+
+
+def _places(
+    layers: Iterable[tuple[RecurrentState, _Shapes]],
+) -> tuple[_Places, dict[mx.Dtype, int]]:
+    """Return the places of all layers, and the size of the array of each type."""
+    places: _Places = {}
+    sizes: dict[mx.Dtype, int] = {}
+    for state, shapes in layers:
+        parts = places[state] = list[_Part | None]()
+        for found in shapes:
+            if found is None:
+                parts.append(None)
+                continue
+            shape, dtype = found
+            start, size = sizes.get(dtype, 0), math.prod(shape)
+            parts.append(_Part(start, (1, *shape), dtype))
+            sizes[dtype] = start + size + _padding(size, dtype)
+    return places, sizes
+
+
+def _padding(size: int, dtype: mx.Dtype) -> int:
+    """Return the elements after a part; never 0, as MLX does not copy a single array to join it."""
+    each = _ALIGNMENT // dtype.size
+    return -size % each + each
+
+
+class StateContents:
+    """Snapshots as bytes, and back: `length` bytes for the states that `layouts` describe."""
+
+    def __init__(self, states: Sequence[RecurrentState], layouts: Sequence[StateLayout]) -> None:
+        def shapes(layout: StateLayout) -> _Shapes:
+            for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True):
+                yield None if shape is None or dtype is None else (shape[1:], dtype)
+
+        pairs = zip(states, layouts, strict=True)
+        self._places, self._sizes = _places((state, shapes(layout)) for state, layout in pairs)
+        self.length = sum(size * dtype.size for dtype, size in self._sizes.items())
+
+    def describe(self) -> list[str]:
+        """Describe the layout of a snapshot; equal descriptions mean compatible bytes."""
+        return [f"state {parts}" for parts in self._places.values()]
+
+    def read(self, snapshot: Snapshot) -> mx.array | None:
+        """Return uint8 [1, length]; None for states of other shapes, which a few models have."""
+        if snapshot.places != self._places:
+            return None
+        arrays = dict(zip(self._sizes, snapshot.arrays, strict=True))
+        return mx.concatenate([array.view(mx.uint8) for array in arrays.values()])[None]
+
+    def snapshot(self, content: bytes) -> Snapshot:
+        """Return the snapshot whose bytes `read` returned."""
+        data: Any = memoryview(content)
+        whole, start = mx.array(data), 0
+        arrays = {}
+        for dtype, size in self._sizes.items():
+            stop = start + size * dtype.size
+            arrays[dtype] = mx.contiguous(whole[start:stop]).view(dtype)
+            start = stop
+        return Snapshot(self._places, arrays)
 
 
 @dataclass(frozen=True, slots=True)

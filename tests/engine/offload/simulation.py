@@ -19,7 +19,7 @@ class SlowTiers(OffloadTiers):
     """Tiers in memory, whose loads are late and incomplete at random."""
 
     def __init__(self, room: int, seed: int) -> None:
-        super().__init__(BlockMemory(room), None, length=0)
+        super().__init__(BlockMemory(room), None)
         self.random = random.Random(seed)
         self.slow: list[Load] = []
 
@@ -62,8 +62,10 @@ class OffloadSimulation(Simulation):
     def __post_init__(self) -> None:
         Simulation.__post_init__(self)
         self.tiers = SlowTiers(self.room, self.seed)
-        self.offload = PrefixOffload(self.tiers, per_step=self.per_step)
-        self.blocks.offload = self.offload
+        self.offload = PrefixOffload(
+            self.tiers, per_step=self.per_step, make_state=lambda content: int(content.decode())
+        )
+        self.blocks.set_offload(self.offload)
 
     def await_blocks(self) -> bool:
         self.tiers.go_on()
@@ -88,6 +90,8 @@ class OffloadSimulation(Simulation):
             content = memory[block * size : (block + 1) * size]
             assert None not in content
             self.tiers.save(hash_, repr(content).encode())
+        for key, state in self.offload.take_states():
+            self.tiers.save(key, repr(state).encode())
         for block, content in restored:
             memory[block * size : (block + 1) * size] = ast.literal_eval(content.decode())
 

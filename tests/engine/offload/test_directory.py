@@ -31,7 +31,7 @@ def block(number: int) -> bytes:
 
 
 def opened(root: Path, *, blocks: int = 10, identity: bytes = IDENTITY) -> BlockDirectory:
-    return BlockDirectory(root, identity, length=LENGTH, limit=blocks * SIZE)
+    return BlockDirectory(root, identity, lengths=(LENGTH,), limit=blocks * SIZE)
 
 
 def fill(directory: BlockDirectory, numbers: range) -> None:
@@ -128,7 +128,7 @@ def test_all_models_share_the_bound_and_nothing_else_is_touched(tmp_path: Path) 
 
 
 def test_one_block_above_the_limit_is_not_kept(tmp_path: Path) -> None:
-    directory = BlockDirectory(tmp_path, IDENTITY, length=LENGTH, limit=SIZE - 1)
+    directory = BlockDirectory(tmp_path, IDENTITY, lengths=(LENGTH,), limit=SIZE - 1)
     assert not directory.write(name(1), block(1))
     assert not list(tmp_path.rglob("*.kv"))
 

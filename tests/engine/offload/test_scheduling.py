@@ -28,6 +28,9 @@ class OffloadTraffic(Traffic):
         room=st.sampled_from([400, 4000, 40000]),
         per_step=st.integers(1, 3),
         seed=st.integers(0, 99),
+        recurrent=st.booleans(),
+        num_snapshots=st.sampled_from([0, 1, 5]),
+        window=st.sampled_from([None, None, 5, 9]),
         mode=st.sampled_from(MODES),
         texts=st.lists(st.lists(token_ids, min_size=24, max_size=24), min_size=1, max_size=3),
     )
@@ -44,10 +47,11 @@ TestOffloadTraffic.settings = settings(max_examples=50, stateful_step_count=30, 
 def test_prefixes_come_back_and_others_go_on() -> None:
     """Seeded traffic in which every kind of event occurs."""
     seen: Counter[str] = Counter()
-    for seed in range(8):
+    for seed in range(12):
         sim = OffloadSimulation(
             num_blocks=14, seed=seed, per_step=1 + seed % 3, buckets=(EXACT, FEW)[seed % 7 == 6],
-            max_num_batched_tokens=(16, 256)[seed % 7 == 6],
+            max_num_batched_tokens=(16, 256)[seed % 7 == 6], recurrent=seed % 2 == 1,
+            window=(None, None, 9)[seed % 3], num_snapshots=2,
         )  # fmt: skip
         for turn in range(8):
             for text in range(3):
@@ -60,8 +64,15 @@ def test_prefixes_come_back_and_others_go_on() -> None:
             )
             if sim.offload.is_awaited and turn % 2:
                 sim.abort(f"{turn} {seed % 3}")
+            held = [seq for seq in sim.running if seq.restore and any(seq.restore.blocks)]
+            seen["held blocks to use later"] += len(held)
+            if held and seed % 4 == 3:
+                sim.abort(held[0].request_id)
+            for hash_, _ in sim.blocks.snapshots.items() if sim.blocks.snapshots else ():
+                assert hash_ in sim.blocks._block_of, "a snapshot is kept without its block"
         sim.drain()
-        seen["restored"] += sim.offload.num_restored
+        seen["restored"] += sim.offload.num_restored - sim.offload.num_restored_states
+        seen["restored states"] += sim.offload.num_restored_states
         seen["restores"] += sim.offload.num_restores
         seen["preempted"] += sim.scheduler.stats().num_preemptions
     assert all(count > 5 for count in seen.values()), seen

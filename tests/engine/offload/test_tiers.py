@@ -20,7 +20,7 @@ class Gated(BlockDirectory):
     """A directory whose reads and writes wait for the test's permission."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__(root, IDENTITY, length=LENGTH, limit=1000 * (LENGTH + HEADER_SIZE))
+        super().__init__(root, IDENTITY, lengths=(LENGTH,), limit=1000 * (LENGTH + HEADER_SIZE))
         self.gate = threading.Event()
         self.gate.set()
 
@@ -40,7 +40,7 @@ def directory(tmp_path: Path) -> Gated:
 
 @pytest.fixture
 def tiers(directory: Gated) -> Iterator[OffloadTiers]:
-    tiers = OffloadTiers(BlockMemory(2 * LENGTH), directory, length=LENGTH)
+    tiers = OffloadTiers(BlockMemory(2 * LENGTH), directory)
     yield tiers
     directory.gate.set()
     tiers.close(SECONDS)
@@ -167,7 +167,7 @@ def test_what_another_server_writes_is_found(
 
 
 def test_closing_writes_what_waits_and_ends_loads(directory: Gated) -> None:
-    tiers = OffloadTiers(BlockMemory(0), directory, length=LENGTH)
+    tiers = OffloadTiers(BlockMemory(0), directory)
     directory.gate.clear()
     fill(tiers, 5)
     load: Load = tiers.load(names(77))

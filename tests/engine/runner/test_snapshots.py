@@ -13,7 +13,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout, find_layout
-from modelpack_engine.runner.recurrent import RecurrentState, Snapshot, StateRows
+from modelpack_engine.runner.recurrent import RecurrentState, StateRows, take_snapshot
 from tests.engine.launching import WAYS, launch
 from tests.engine.runner.test_step import tiny_mamba
 from tests.engine.serving.tiny import CONTEXT, tiny_model, tiny_tokenizer
@@ -30,7 +30,7 @@ def test_a_snapshot_gives_back_every_array() -> None:
             if kind is not None:
                 state.arrays[slot] = mx.random.normal((4, *kind[0])).astype(kind[1])
     expected = [[a if a is None else a[2:3] for a in state.arrays] for state in states]
-    snapshot = Snapshot(states, 2)
+    snapshot = take_snapshot(states, 2)
     for state, arrays in zip(states, expected, strict=True):
         for array, found in zip(arrays, snapshot.of(state), strict=True):
             assert (array is None) == (found is None)
@@ -44,7 +44,7 @@ def test_a_snapshot_holds_nothing_but_itself() -> None:
     state = RecurrentState(1, StepInputs(16, exact=True), rows)
     state.arrays[0] = mx.zeros((64, 1 << 16))
     mx.eval(state.arrays[0])
-    snapshot = Snapshot([state], 5)
+    snapshot = take_snapshot([state], 5)
     (array,) = snapshot.arrays
     mx.eval(array)
     before = mx.get_active_memory()

@@ -49,10 +49,12 @@ def sequence(
 def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
     """Check the block manager's counts against the tables of all sequences."""
     tables = [seq.block_table[seq.num_unseen_blocks :] for seq in sequences]
-    refs = Counter(block for table in tables for block in table)
+    held = [seq.restore.blocks for seq in sequences if seq.restore is not None]
+    refs = Counter(block for table in (*tables, *held) for block in table if block != NULL_BLOCK)
     for seq in sequences:
         unseen = seq.block_table[: seq.num_unseen_blocks]
         assert set(unseen) <= {NULL_BLOCK}, "a block is kept that no token will see"
+        assert NULL_BLOCK not in seq.block_table[seq.num_unseen_blocks :]
     everything = range(len(blocks._ref_counts))
     assert [refs[block] for block in everything] == blocks._ref_counts, "ref counts are wrong"
     for table in tables:

@@ -47,7 +47,7 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (BlockManager.release_unseen, "self.release(table[index])", "pass"),
     (BlockManager.release_unseen, "table[index] = NULL_BLOCK", "pass"),
     (BlockManager.free, "sequence.num_unseen_blocks = 0", "pass"),
-    (BlockManager.free, "if block != NULL_BLOCK", "if True"),
+    (BlockManager._release_all, "if block != NULL_BLOCK", "if True"),
     (BlockManager._match_window, "run >= seen", "run >= 1"),
     (BlockManager._match_window, "- window) //", "- window // 2) //"),
     (Scheduler.submitted, "self._blocks.release_unseen(sequence)", "pass"),

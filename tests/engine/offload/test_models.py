@@ -1,0 +1,129 @@
+"""Prefixes of every kind of model are restored after a restart, and little is computed again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.models import LoadedModel
+from modelpack_engine.request import SamplingParams
+from tests.engine.serving.tiny import tiny_tokenizer
+from tests.engine.zoo.catalogue import CATALOGUE
+from tests.engine.zoo.configuration import VOCABULARY
+
+pytestmark = pytest.mark.long
+
+#: Sliding windows in some layers and in all, latents, and every kind of recurrent layer.
+NAMES = (
+    "gemma3_text", "gpt_oss", "deepseek_v3", "recurrent_gemma", "qwen3_next", "nemotron_h",
+    "kimi_linear", "lfm2", "baichuan_m1", "mamba", "mamba2", "rwkv7", "jamba",
+)  # fmt: skip
+MODELS = {configuration.id: configuration for configuration in CATALOGUE}
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+BLOCK = 16
+
+_rng = random.Random(9)
+FIRST = [_rng.randrange(1, VOCABULARY) for _ in range(150)]
+NEXT = [_rng.randrange(1, VOCABULARY) for _ in range(20)]
+OTHERS = [[_rng.randrange(1, VOCABULARY) for _ in range(100)] for _ in range(4)]
+
+Open = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return MODELS[request.param].build()
+
+
+@pytest.fixture
+def open_engine(model: nn.Module, tmp_path: Path) -> Iterator[Open]:
+    """Opens engines of one model with the same directory, one after the other."""
+    engines: list[Engine] = []
+
+    def opened(**settings: object) -> Engine:
+        for engine in engines:
+            engine.close()
+            engine._runner.undo()
+        engines.clear()
+        given: dict[str, object] = {
+            "device": "cpu", "max_num_seqs": 2, "max_num_batched_tokens": 64, "self_test": False,
+            "kv_offload_memory": 0, "kv_offload_dir": str(tmp_path / "kv"),
+        }  # fmt: skip
+        loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, tiny_tokenizer(), "zoo", 512, (), 0)
+        config = EngineConfig(**given | settings)  # type: ignore[arg-type]
+        engines.append(Engine(loaded, config, model_id="zoo"))
+        return engines[-1]
+
+    yield opened
+    for engine in engines:
+        engine.close()
+        engine._runner.undo()
+
+
+def expected(model: nn.Module, prompt: list[int]) -> list[int]:
+    """Return mlx-lm's tokens for a prompt."""
+    cache = make_prompt_cache(model)
+    steps = generate_step(mx.array(prompt), model, max_tokens=6, prompt_cache=cache)
+    return [int(token) for token, _ in steps]
+
+
+def answer(engine: Engine, prompt: list[int]) -> tuple[list[int], int]:
+    """Return the tokens of an answer, and how many of the prompt's tokens were computed."""
+    (events,) = engine.generate([prompt], GREEDY)
+    usage = events[-1].usage
+    assert usage is not None
+    tokens = [token for event in events for token in event.token_ids]
+    return tokens, len(prompt) - usage.cached_tokens
+
+
+def test_a_second_turn_after_a_restart(open_engine: Open, model: nn.Module) -> None:
+    answers = [expected(model, FIRST)]
+    second = FIRST + answers[0] + NEXT
+    answers.append(expected(model, second))
+    assert answer(open_engine(), FIRST) == (answers[0], 150)
+    tokens, computed = answer(again := open_engine(), second)
+    assert (tokens, computed) == (answers[1], len(second) - 150 // BLOCK * BLOCK)
+    assert again.stats().offload.disk_hits > 0
+    assert again.stats().blocks_used == 0
+    assert answer(again, second) == (answers[1], (len(second) - 1) % BLOCK + 1)
+
+
+def test_a_second_turn_after_others(open_engine: Open, model: nn.Module) -> None:
+    """The prefix was evicted to memory by other prompts."""
+    engine = open_engine(kv_offload_dir=None, kv_offload_memory=10**8)
+    small = 14 * BLOCK * max(engine.kv_cache_bytes // engine.stats().blocks_total // BLOCK, 1)
+    engine = open_engine(
+        kv_offload_dir=None, kv_offload_memory=10**8, kv_cache_bytes=small, max_model_len=200
+    )
+    answers = [expected(model, FIRST)]
+    second = FIRST + answers[0] + NEXT
+    answers.append(expected(model, second))
+    assert answer(engine, FIRST) == (answers[0], 150)
+    for prompt in OTHERS:
+        answer(engine, prompt)
+    tokens, computed = answer(engine, second)
+    assert (tokens, computed) == (answers[1], len(second) - 150 // BLOCK * BLOCK)
+
+
+def test_files_that_are_damaged_cost_time_only(
+    open_engine: Open, model: nn.Module, tmp_path: Path
+) -> None:
+    tokens = expected(model, FIRST)
+    answer(open_engine(), FIRST)
+    for seed in range(3):
+        open_engine(kv_offload_dir=None)  # closes the last one
+        files = sorted((tmp_path / "kv").rglob("*.kv"))
+        for path in random.Random(seed).sample(files, len(files) // 4 + 1):
+            path.write_bytes(path.read_bytes()[:-1])
+        again = open_engine()
+        assert answer(again, FIRST)[0] == tokens
+        assert again.stats().blocks_used == 0
