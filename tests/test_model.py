@@ -221,6 +221,7 @@ def test_every_short_name_is_a_name_of_something() -> None:
         *V01,
         (mediatypes.DOCKER_SAFETENSORS, "x.safetensors"),
         (mediatypes.DOCKER_DDUF, "x.dduf"),
+        (mediatypes.ADAPTER_SAFETENSORS, "adapter_model.safetensors"),
         (f"{CNCF}doc.v1.raw", "README.md"),
         (f"{CNCF}code.v1.raw", "x.py"),
         (f"{CNCF}dataset.v1.raw", "x.csv"),

@@ -33,6 +33,13 @@ DOCKER_LICENSE: Final = "application/vnd.docker.ai.license"
 DOCKER_MODEL_FILE: Final = "application/vnd.docker.ai.model.file"
 DOCKER_VLLM_CONFIG_TAR: Final = "application/vnd.docker.ai.vllm.config.tar"
 DOCKER_DIR_TAR: Final = "application/vnd.docker.ai.dir.tar"
+# docker/model-spec has this type for LoRA adapters; Docker Model Runner does not write it.
+DOCKER_GGUF_LORA: Final = "application/vnd.docker.ai.gguf.v3.lora"
+
+# Ours: an artifact that is an adapter of another model, and its weights (PEFT's or mlx-lm's).
+ADAPTER: Final = "application/vnd.modelpack.adapter.v1"
+ADAPTER_SAFETENSORS: Final = "application/vnd.modelpack.adapter.v1.safetensors"
+ADAPTER_TYPES: Final = (DOCKER_GGUF_LORA, ADAPTER_SAFETENSORS)
 
 # CNCF ModelPack
 CNCF_MANIFEST: Final = "application/vnd.cncf.model.manifest.v1+json"
@@ -82,6 +89,13 @@ CONTAINERD_NAME: Final = "io.containerd.image.name"
 TITLE: Final = "org.opencontainers.image.title"
 SOURCE: Final = "org.opencontainers.image.source"
 REVISION: Final = "org.opencontainers.image.revision"
+# On an adapter: the manifest's digest and the reference of the model that it changes.
+BASE_DIGEST: Final = "org.opencontainers.image.base.digest"
+BASE_NAME: Final = "org.opencontainers.image.base.name"
+# Ours, on an adapter.
+ADAPTER_KIND: Final = "org.modelpack.adapter"  # lora, dora
+ADAPTER_RANK: Final = "org.modelpack.adapter.rank"  # the largest of all targets, in decimal
+ADAPTER_TARGETS: Final = "org.modelpack.adapter.targets"  # names of modules, with commas
 MODEL: Final = "org.modelpack.model"  # ours, on an image: the digest of the model in it
 # Ours, on the manifests of an index, each of which is a variant of the model for some machines.
 VARIANT: Final = "org.modelpack.variant"  # the name of the variant

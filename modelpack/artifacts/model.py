@@ -49,6 +49,7 @@ class Role(StrEnum):
 
     WEIGHT = "weight"
     PROJECTOR = "projector"  # multimodal: images to the model's embeddings
+    ADAPTER = "adapter"  # LoRA weights that change another model
     CHAT_TEMPLATE = "chat_template"
     LICENSE = "license"
     CONFIG = "config"  # configuration, tokenizer, index
@@ -103,6 +104,11 @@ class Model:
         """The first 12 hex digits of the id, as in `docker model list`."""
         return self.digest.short
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is an adapter of another model, which cannot run without it."""
+        return any(layer.media_type in media_types.ADAPTER_TYPES for layer in self.manifest.layers)
+
     def files(self) -> tuple[ModelFile, ...]:
         """Return the layers as files, in the order of the manifest.
 
@@ -154,7 +160,7 @@ class Model:
             path = None  # modctl writes "." for a whole directory
         filepath = None if path is None else checked_path(path.rstrip("/") if archive else path)
         role = role_of(layer.media_type, filepath)
-        weights = role in (Role.WEIGHT, Role.PROJECTOR)
+        weights = role in (Role.WEIGHT, Role.PROJECTOR, Role.ADAPTER)
         kind = format_of(layer.media_type, filepath) if weights else ""
         if role is Role.WEIGHT and not kind:
             kind = self.config.format.lower().replace("diffusers", "dduf")
@@ -189,6 +195,8 @@ def role_of(media_type: str, path: str | None) -> Role:
     match media_type:
         case media_types.DOCKER_MMPROJ | media_types.OLLAMA_PROJECTOR:
             return Role.PROJECTOR
+        case media_types.DOCKER_GGUF_LORA | media_types.ADAPTER_SAFETENSORS:
+            return Role.ADAPTER
         case media_types.DOCKER_LICENSE | media_types.OLLAMA_LICENSE:
             return Role.LICENSE
         case media_types.DOCKER_CHAT_TEMPLATE:
@@ -269,6 +277,8 @@ _WEIGHT_SUFFIXES = tuple(f".{name}" for name in _WEIGHT_FORMATS)
 _FORMATS_BY_TYPE = {
     media_types.DOCKER_GGUF: "gguf",
     media_types.DOCKER_MMPROJ: "gguf",
+    media_types.DOCKER_GGUF_LORA: "gguf",
+    media_types.ADAPTER_SAFETENSORS: "safetensors",
     media_types.CNCF_WEIGHT_GGUF: "gguf",
     media_types.DOCKER_SAFETENSORS: "safetensors",
     media_types.CNCF_WEIGHT_SAFETENSORS: "safetensors",
@@ -343,6 +353,7 @@ _TESTS: Mapping[str, _Test] = {
     "safetensors": _has_format("safetensors"),
     "dduf": _has_format("dduf"),
     "mmproj": _has_role(Role.PROJECTOR),
+    "adapter": _has_role(Role.ADAPTER),
     "chat-template": _has_role(Role.CHAT_TEMPLATE),
     "license": _has_role(Role.LICENSE),
     "config": _has_role(Role.CONFIG),
@@ -354,6 +365,7 @@ _TESTS: Mapping[str, _Test] = {
 _ALIASES = {
     "weights": "weight",
     "projector": "mmproj",
+    "lora": "adapter",
     "chat_template": "chat-template",
     "template": "chat-template",
     "licence": "license",

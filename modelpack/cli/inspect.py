@@ -117,6 +117,7 @@ def model_text(
         ("Quantization", config.quantization),
         ("Context size", context),
         ("Size", human_size(model.manifest.total_size)),
+        *(_adapter_lines(model) if model.is_adapter else ()),
     ]
     text = [f"{label + ':':<14}{value}" for label, value in lines if value]
     text.append("Files:")
@@ -125,6 +126,17 @@ def model_text(
         line = f"  {file.role!s:<14}{size:>10}  {file.filepath or file.descriptor.digest}"
         text.append(line + ("  (missing)" if file.descriptor.digest in missing else ""))
     return "\n".join(map(one_line, text))
+
+
+def _adapter_lines(model: Model) -> list[tuple[str, str]]:
+    found = model.manifest.annotations
+    return [
+        ("Adapter", found.get(mediatypes.ADAPTER_KIND, "")),
+        ("Rank", found.get(mediatypes.ADAPTER_RANK, "")),
+        ("Targets", found.get(mediatypes.ADAPTER_TARGETS, "")),
+        ("Base", found.get(mediatypes.BASE_NAME, "")),
+        ("Base digest", found.get(mediatypes.BASE_DIGEST, "")),
+    ]
 
 
 def show_image(settings: Settings, image: lookup.StoredImage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,7 @@ from modelpack.cli.options import (
 )
 from modelpack.cli.output import full_reference, human_size, note, plural, show, shown_progress
 from modelpack.errors import UsageError
+from modelpack.operations.adapters import package_adapter
 from modelpack.operations.convert import FORMS, PLATFORMS, Form
 from modelpack.operations.convert import convert as convert_model
 from modelpack.operations.package import Packaged
@@ -50,6 +52,14 @@ _BITS = {"q4": 4, "q8": 8}
     "--safetensors-dir", type=PATH, help="Package this directory with safetensors weights."
 )
 @click.option("--dduf", type=PATH, help="Package this DDUF file.")
+@click.option(
+    "--adapter", type=PATH,
+    help="Package the LoRA adapter in this directory (PEFT, mlx-lm) or GGUF file; requires --base.",
+)  # fmt: skip
+@click.option(
+    "--base", metavar="REF", shell_complete=model_names,
+    help="Name the stored or remote model that --adapter changes.",
+)  # fmt: skip
 @click.option(
     "--from", "from_model", metavar="REF", shell_complete=model_names,
     help="Start from this stored or remote model, to add files or change its context size.",
@@ -98,6 +108,8 @@ _BITS = {"q4": 4, "q8": 8}
 def package(
     settings: Settings,
     reference: str,
+    adapter: Path | None,
+    base: str | None,
     from_model: str | None,
     quantize: str | None,
     link: bool,
@@ -111,9 +123,16 @@ def package(
     The same files give the same digest on every machine.
     """
     sources = ("gguf", "safetensors_dir", "dduf")
-    if from_model is None and not any(inputs[source] for source in sources):
+    if (adapter is None) != (base is None):
+        raise UsageError("--adapter and --base are required together")
+    if adapter is not None:
+        others = ("chat_template", "mmproj", "context_size", *sources)
+        if from_model or quantize or any(inputs[name] for name in others):
+            raise UsageError("--adapter cannot be combined with weights or files of a model")
+    elif from_model is None and not any(inputs[source] for source in sources):
         raise UsageError(
-            "no files to package", hint="give --gguf, --safetensors-dir, --dduf or --from"
+            "no files to package",
+            hint="give --gguf, --safetensors-dir, --dduf, --adapter or --from",
         )
     if push and dry_run:
         raise UsageError("--push cannot be combined with --dry-run")
@@ -124,10 +143,12 @@ def package(
             directory = Path(stack.enter_context(TemporaryDirectory(prefix="modelpack-quantized-")))
             inputs["safetensors_dir"] = _quantized(settings, inputs, quantize, directory, progress)
         request = PackageRequest(**inputs)
-        made = package_model(
-            where,
-            request,
-            from_model=from_model,
+        work = (
+            partial(package_model, where, request, from_model=from_model)
+            if adapter is None or base is None
+            else partial(package_adapter, where, adapter, base, request=request)
+        )
+        made = work(
             push=push,
             dry_run=dry_run,
             link=link,

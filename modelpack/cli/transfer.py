@@ -41,15 +41,17 @@ from modelpack.errors import (
     UsageError,
     exit_status,
 )
+from modelpack.operations.adapters import find_base
 from modelpack.operations.lock import check_lock, pull_locked, unlock
 from modelpack.operations.lock import lock as lock_references
-from modelpack.operations.lookup import is_stored_id
+from modelpack.operations.lookup import is_stored_id, stored_model
 from modelpack.operations.pull import Part, Pulled, Selection
 from modelpack.operations.pull import pull as pull_model
 from modelpack.operations.push import copy as copy_model
 from modelpack.operations.push import push as push_model
 from modelpack.operations.remote import RemoteOptions, named
 from modelpack.operations.transfer import Transfer
+from modelpack.storage import watching
 
 LOCK_FILE = click.option(
     "--lock-file", type=click.Path(path_type=Path, dir_okay=False, readable=False),
@@ -149,6 +151,7 @@ WITH_REFERRERS = click.option(
     help="Pull the digests of the lock file; without REFERENCE, of all its models.",
 )
 @click.option("--offline", is_flag=True, help="With --locked: fail if a model is not stored.")
+@click.option("--no-base", is_flag=True, help="Do not fetch the base of an adapter.")
 @LOCK_FILE
 @remote_options
 @transfer_options(*DOWNLOAD)
@@ -165,6 +168,7 @@ def pull(
     with_referrers: bool,
     locked: bool,
     offline: bool,
+    no_base: bool,
     lock_file: Path,
     remote: RemoteOptions,
 ) -> int:
@@ -172,8 +176,8 @@ def pull(
 
     REFERENCE names a model in a registry, or hf.co/ORG/NAME[:QUANT][@REVISION] on the Hugging Face
     Hub. An interrupted pull resumes. Leaving out files marks the model as partial; the next pull
-    fetches the rest. If one of several models fails, the others are still pulled; the exit code is
-    that of the first failure.
+    fetches the rest. The base of an adapter is fetched too, unless it is stored. If one of several
+    models fails, the others are still pulled; the exit code is that of the first failure.
     """
     selection = Selection(include, exclude, media_types, Part(only) if only else None)
     if locked:
@@ -201,6 +205,13 @@ def pull(
                 remote=remote,
                 progress=progress,
             )
+            if not no_base and selection.is_everything:
+                store = settings.store()
+                model = stored_model(store, str(done.digest))
+                if model.is_adapter:
+                    watch = watching(progress)
+                    base = find_base(model, store, pull=True, remote=remote, watch=watch)
+                    note(settings, f"base: {base.reference or base.digest}")
         return _about_pull(settings, str(source), done)
 
     return _for_each(settings, references, pull_one)

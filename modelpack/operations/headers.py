@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from modelpack.artifacts.model import Model, ModelFile
 from modelpack.artifacts.reference import Reference
@@ -17,9 +17,11 @@ from modelpack.operations.lookup import check_whole, model_in, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.operations.resolve import has_packed_weights, unpacked_files
 from modelpack.progress import Stop
-from modelpack.registry import Repository
 from modelpack.storage import watching
 from modelpack.store.layout import LayoutStore
+
+if TYPE_CHECKING:
+    from modelpack.registry import Repository
 
 _READERS: dict[str, Callable[[WeightFile], GGUFHeader | SafetensorsHeader]] = {
     "gguf": read_gguf_header,

@@ -118,6 +118,11 @@ class ModelFiles:
                 weights.append((file.format, file.filepath or "", path))
             elif file.role is Role.PROJECTOR:
                 notes.append("the multimodal projector is left out: text only")
+            elif file.role is Role.ADAPTER:
+                raise ModelLoadError(
+                    f"{_shown(model)} is a LoRA adapter, which cannot run without its base",
+                    hint="run modelpack inspect to see the name of its base",
+                )
             elif at == template:
                 names[CHAT_TEMPLATE] = path
             elif file.role is Role.CHAT_TEMPLATE:

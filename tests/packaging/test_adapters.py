@@ -1,0 +1,283 @@
+"""LoRA adapters: read, compared with their base, packaged, pulled with it, and refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import modelpack
+from modelpack.artifacts import media_types
+from modelpack.artifacts.model import Role
+from modelpack.errors import ModelpackError, NotFoundError
+from modelpack.formats.adapter import AdapterError, canonical, read_adapter
+from modelpack.operations.adapters import package_adapter, stored_adapter
+from modelpack.testing import registry
+from tests.adapters import TARGETS, tiny_base, write_gguf, write_mlx, write_peft
+from tests.cli.running import modelpack as run
+from tests.cli.running import succeed
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def test_peft(tmp_path: Path) -> None:
+    adapter = read_adapter(write_peft(tmp_path))
+    assert (adapter.format, adapter.rank, adapter.kind, adapter.base) == (
+        "peft", 2, "lora", "team/base"
+    )  # fmt: skip
+    assert adapter.modules == ("down_proj", "q_proj")
+    target = next(target for target in adapter.targets if target.module == MODULE)
+    assert (target.inputs, target.outputs, target.scale) == (4, 8, 2.0)
+    assert target.a.endswith("lora_A.weight")
+    assert not target.transposed
+
+
+def test_scales(tmp_path: Path) -> None:
+    rslora = read_adapter(write_peft(tmp_path / "rs", use_rslora=True))
+    assert rslora.targets[0].scale == pytest.approx(4 / math.sqrt(2))
+    pattern = read_adapter(write_peft(tmp_path / "alpha", alpha_pattern={"q_proj": 16}))
+    assert {target.module: target.scale for target in pattern.targets} == {
+        MODULE: 8.0,
+        "model.layers.0.mlp.down_proj": 2.0,
+    }
+    assert read_adapter(write_mlx(tmp_path / "mlx", scale=20.0)).targets[0].scale == 20.0
+    file = write_gguf(tmp_path / "lora.gguf", {"blk.0.attn_q": (8, 4)}, alpha=6.0)
+    assert read_adapter(file).targets[0].scale == 3.0
+
+
+def test_dora(tmp_path: Path) -> None:
+    vectors = {
+        f"base_model.model.{name}.lora_magnitude_vector": np.ones(shape[0], np.float32)
+        for name, shape in TARGETS.items()
+    }
+    adapter = read_adapter(write_peft(tmp_path, use_dora=True, extra=vectors))
+    assert adapter.kind == "dora"
+    assert all(target.magnitude for target in adapter.targets)
+
+
+def test_mlx_is_transposed(tmp_path: Path) -> None:
+    adapter = read_adapter(write_mlx(tmp_path, rank=3))
+    target = next(target for target in adapter.targets if target.module == MODULE)
+    assert (adapter.format, target.rank, target.inputs, target.outputs) == ("mlx", 3, 4, 8)
+    assert target.transposed
+
+
+def _tensor(name: str, *shape: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
+    return {f"base_model.model.{name}": np.zeros(shape, dtype)}
+
+
+BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "rank 0": (lambda at: write_peft(at, r=0), "r is 0, expected 1 to 4096"),
+    "rank too large": (lambda at: write_peft(at, r=10**9), "expected 1 to 4096"),
+    "rank is text": (lambda at: write_peft(at, r="8"), "r is 8, expected 1 to 4096"),
+    "other rank": (lambda at: write_peft(at, r=4), "the rank is 2, expected 4"),
+    "NaN alpha": (lambda at: write_peft(at, lora_alpha=math.nan), "NaN"),
+    "infinite alpha": (lambda at: write_peft(at, lora_alpha=1e300), "expected a finite number"),
+    "IA3": (lambda at: write_peft(at, peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
+    "biases": (lambda at: write_peft(at, bias="all"), "bias is 'all', expected 'none'"),
+    "modules to save": (
+        lambda at: write_peft(at, modules_to_save=["lm_head"]),
+        "modules_to_save is set, which is not supported",
+    ),
+    "unknown tensor": (
+        lambda at: write_peft(at, extra=_tensor("lm_head.weight", 4, 4)),
+        "unknown tensor 'base_model.model.lm_head.weight'",
+    ),
+    "no B": (
+        lambda at: write_peft(at, extra=_tensor("x.lora_A.weight", 2, 4)),
+        "x: has no LoRA B matrix",
+    ),
+    "A and B differ": (
+        lambda at: write_peft(
+            at, extra=_tensor("x.lora_A.weight", 2, 4) | _tensor("x.lora_B.weight", 4, 3)
+        ),
+        "x: A has shape [2, 4] and B [4, 3]",
+    ),
+    "integers": (
+        lambda at: write_peft(at, extra=_tensor("x.lora_A.weight", 2, 4, dtype=np.int32)),
+        "is I32, expected F16, BF16 or F32",
+    ),
+    "DoRA without magnitudes": (
+        lambda at: write_peft(at, use_dora=True),
+        "use_dora is set, but it has no magnitude",
+    ),
+    "mlx rank": (
+        lambda at: write_mlx(at, lora_parameters={"rank": 7, "scale": 1.0}),
+        "expected the rank 7",
+    ),
+    "mlx full": (lambda at: write_mlx(at, fine_tune_type="full"), "fine_tune_type is 'full'"),
+    "mlx scale": (
+        lambda at: write_mlx(at, lora_parameters={"rank": 2, "scale": None}),
+        "lora_parameters.scale is None",
+    ),
+    "gguf NaN alpha": (
+        lambda at: write_gguf(at.with_suffix(".gguf"), {"blk.0.attn_q": (8, 4)}, alpha=math.nan),
+        "adapter.lora.alpha is nan",
+    ),
+    "gguf other type": (
+        lambda at: write_gguf(at.with_suffix(".gguf"), {"blk.0.attn_q": (8, 4)}, kind="alora"),
+        "not a LoRA adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_adapters_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    write, message = BAD[case]
+    with pytest.raises(AdapterError) as raised:
+        read_adapter(write(tmp_path / "adapter"))
+    assert message in str(raised.value)
+
+
+def test_truncated_weights(tmp_path: Path) -> None:
+    file = write_peft(tmp_path) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(modelpack.errors.WeightFormatError, match="truncated"):
+        read_adapter(tmp_path)
+
+
+def test_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"no adapter_config\.json"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("model.layers.0.mlp.up_proj", "layers.0.mlp.up_proj"),
+        ("language_model.model.layers.11.a", "layers.11.a"),
+        ("transformer.h.3.attn.c_attn", "h.3.attn.c_attn"),
+        ("model.embed_tokens", "embed_tokens"),
+    ],
+)
+def test_names_of_modules(name: str, found: str) -> None:
+    assert canonical(name) == found
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> modelpack.Store:
+    store = modelpack.Store(tmp_path / "store")
+    request = modelpack.PackageRequest(safetensors_dir=tiny_base(tmp_path / "base"))
+    modelpack.package("team/base:v1", request, store=store)
+    return store
+
+
+def test_package(store: modelpack.Store, tmp_path: Path) -> None:
+    path = write_peft(tmp_path / "adapter")
+    (path / "training_args.bin").write_bytes(b"\x80\x02}q\x00.")
+    (path / "README.md").write_text("# Adapter")
+    made = package_adapter("team/adapter:v1", path, "team/base:v1", store=store)
+    assert made.manifest.artifact_type == media_types.ADAPTER
+    base = modelpack.inspect("team/base:v1", store=store)
+    assert dict(made.manifest.annotations) == {
+        media_types.BASE_DIGEST: str(base.digest),
+        media_types.BASE_NAME: "docker.io/team/base:v1",
+        media_types.ADAPTER_KIND: "lora",
+        media_types.ADAPTER_RANK: "2",
+        media_types.ADAPTER_TARGETS: "down_proj,q_proj",
+    }
+    assert [one.path for one in made.skipped] == ["training_args.bin"]
+    model = modelpack.inspect("team/adapter:v1", store=store)
+    assert model.is_adapter
+    assert not base.is_adapter
+    assert {file.filepath: file.role for file in model.files()} == {
+        "adapter_model.safetensors": Role.ADAPTER,
+        "adapter_config.json": Role.CONFIG,
+        "README.md": Role.DOC,
+    }
+    assert stored_adapter(model, store).targets == read_adapter(path).targets
+    again = package_adapter("team/other:v1", path, "team/base:v1", store=store, dry_run=True)
+    assert again.digest == made.digest
+
+
+def test_resolved_by_type(store: modelpack.Store, tmp_path: Path) -> None:
+    package_adapter("team/a:v1", write_mlx(tmp_path / "a"), "team/base:v1", store=store)
+    (found,) = modelpack.resolve("team/a:v1", media_types=["adapter"], store=store).files
+    assert found.path.read_bytes() == (tmp_path / "a" / "adapters.safetensors").read_bytes()
+    (found,) = modelpack.resolve(
+        "team/a:v1", media_types=[media_types.ADAPTER_SAFETENSORS], store=store
+    ).files
+    assert found.file.format == "safetensors"
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({"model.layers.0.self_attn.o_proj": (4, 4)}, "the base has no module"),
+        ({MODULE: (8, 5)}, r"a weight of shape \[8, 5\], but the base has \[8, 4\]"),
+        ({"model.layers.7.self_attn.q_proj": (8, 4)}, "the base has no module"),
+    ],
+)
+def test_wrong_base(
+    targets: dict[str, tuple[int, int]], message: str, store: modelpack.Store, tmp_path: Path
+) -> None:
+    path = write_peft(tmp_path / "adapter", targets)
+    with pytest.raises(AdapterError, match=message):
+        package_adapter("team/adapter:v1", path, "team/base:v1", store=store)
+    with pytest.raises(NotFoundError):
+        modelpack.inspect("team/adapter:v1", store=store)
+
+
+def test_gguf_adapter_of_safetensors(store: modelpack.Store, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "lora.gguf", {"blk.0.attn_q": (8, 4)})
+    with pytest.raises(AdapterError, match="the adapter is of format gguf, but the base is"):
+        package_adapter("team/adapter:v1", file, "team/base:v1", store=store)
+
+
+def test_base_is_no_adapter(store: modelpack.Store, tmp_path: Path) -> None:
+    path = write_peft(tmp_path / "a")
+    package_adapter("team/a:v1", path, "team/base:v1", store=store)
+    with pytest.raises(ModelpackError, match="is an adapter itself"):
+        package_adapter("team/b:v1", path, "team/a:v1", store=store)
+
+
+def test_pull_fetches_the_base(tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "adapter")
+    with registry() as server:
+        base, name = f"{server.host}/team/base:v1", f"{server.host}/team/adapter:v1"
+        digest = succeed(
+            "package", "--safetensors-dir", tiny_base(tmp_path / "base"), "--push", base
+        ).out
+        succeed("rm", base)
+        # The base is not stored: the adapter is compared with headers read by ranges.
+        succeed("package", "--adapter", adapter, "--base", base, "--push", name)
+        text = succeed("inspect", name).out
+        shown = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        assert shown["Base digest"].strip() == digest
+        assert (shown["Base"].strip(), shown["Rank"].strip()) == (base, "2")
+        succeed("rm", name)
+
+        succeed("pull", "--no-base", name)
+        assert run("inspect", digest).code == 3
+        assert "base:" in succeed("pull", name).err
+        assert succeed("inspect", "--json", digest).json["digest"] == digest
+        assert "blobs fetched" in succeed("pull", name).err
+
+
+def test_wrong_adapter_of_a_remote_base(tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "adapter", {MODULE: (9, 4)})
+    with registry() as server:
+        base = f"{server.host}/team/base:v1"
+        succeed("package", "--safetensors-dir", tiny_base(tmp_path / "base"), "--push", base)
+        succeed("rm", base)
+        done = run("package", "--adapter", adapter, "--base", base, "team/adapter:v1")
+    assert done.code == 1
+    assert "but the base has [8, 4]" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "x"], "--adapter and --base are required together"),
+        (["--base", "x"], "--adapter and --base are required together"),
+        (["--adapter", "x", "--base", "y", "--gguf", "z"], "cannot be combined"),
+        (["--adapter", "x", "--base", "y", "--format", "cncf"], "CNCF ModelPack has no adapters"),
+    ],
+)
+def test_usage(arguments: list[str], message: str) -> None:
+    done = run("package", *arguments, "team/a:v1")
+    assert done.code == 2
+    assert message in done.err
