@@ -1,9 +1,10 @@
-"""Read, write and generate ECDSA P-256 keys for signatures, in the encrypted format of cosign.
+"""Read, write and generate ECDSA keys for signatures, in the encrypted format of cosign.
 
 An encrypted key is a PEM of type ENCRYPTED SIGSTORE PRIVATE KEY (formerly COSIGN). It contains a
 JSON object with the parameters of scrypt, and the nonce and ciphertext of a NaCl secret box, which
 contains the key in PKCS #8.
-Source: secure-systems-lab/go-securesystemslib, encrypted/encrypted.go.
+Sources: secure-systems-lab/go-securesystemslib, encrypted/encrypted.go; the algorithm registries of
+Sigstore and OpenSSF model signing for curves and their hashes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _SALT_BYTES: Final = 32
 _NONCE_BYTES: Final = 24
 _KEY_BYTES: Final = 32
 _LINE: Final = 64
+#: The supported curves, and the hash that signatures of their keys are made with.
+_HASHES: Final = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 
 
 def is_sealed(pem: bytes) -> bool:
@@ -168,10 +171,9 @@ class PublicKey:
         """Return whether `signature` (ASN.1) is one of this key over `content`."""
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
-        from cryptography.hazmat.primitives.hashes import SHA256
 
         try:
-            self.key.verify(signature, content, ECDSA(SHA256()))
+            self.key.verify(signature, content, ECDSA(_hash_of(self.key)))
         except InvalidSignature:
             return False
         return True
@@ -195,9 +197,8 @@ class PrivateKey:
     def sign(self, content: bytes) -> bytes:
         """Return the ASN.1 signature over `content`."""
         from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
-        from cryptography.hazmat.primitives.hashes import SHA256
 
-        return self.key.sign(content, ECDSA(SHA256()))
+        return self.key.sign(content, ECDSA(_hash_of(self.key)))
 
 
 def read_public_key(path: Path | str) -> PublicKey:
@@ -221,7 +222,7 @@ def parse_public_key(pem: bytes, name: str) -> PublicKey:
         key = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm):
         raise FormatError("is not a public key in PEM", path=name, hint=_HINT) from None
-    return PublicKey(_on_p256(key, name), name)
+    return PublicKey(_supported(key, name), name)
 
 
 def read_private_key(path: Path | str, password: bytes | None = None) -> PrivateKey:
@@ -252,7 +253,7 @@ def read_private_key(path: Path | str, password: bytes | None = None) -> Private
     except (ValueError, TypeError, UnsupportedAlgorithm):
         what = "the password is wrong" if encrypted else "is not a private key in PEM"
         raise FormatError(what, path=name, hint=None if encrypted else _HINT) from None
-    return PrivateKey(_on_p256(key, name), name)
+    return PrivateKey(_supported(key, name), name)
 
 
 def generate_key_pair(prefix: Path | str, password: bytes) -> tuple[Path, Path]:
@@ -275,12 +276,21 @@ def generate_key_pair(prefix: Path | str, password: bytes) -> tuple[Path, Path]:
     return private, public
 
 
-def _on_p256(key: Any, name: str) -> Any:
+def _supported(key: Any, name: str) -> Any:
     curve = getattr(getattr(key, "curve", None), "name", None)
-    if curve != "secp256r1":
+    if curve not in _HASHES:
         got = f"a key on {curve}" if curve else f"a {type(key).__name__.lstrip('_')}"
-        raise UnsupportedError(f"is {got}, expected ECDSA on P-256", path=name, hint=_HINT)
+        raise UnsupportedError(
+            f"is {got}, expected ECDSA on P-256, P-384 or P-521", path=name, hint=_HINT
+        )
     return key
+
+
+def _hash_of(key: Any) -> Any:
+    """Return the hash that signatures of a key are made with."""
+    from cryptography.hazmat.primitives import hashes
+
+    return getattr(hashes, _HASHES[key.curve.name])()
 
 
 def _read(path: Path) -> bytes:

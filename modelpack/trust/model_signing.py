@@ -7,13 +7,13 @@ The format covers only files. A model also has a config, annotations, and types 
 layers. Statements of Modelpack therefore also name the manifest, in a field of the predicate that
 other verifiers ignore. A statement without that field is accepted only for a model whose other
 parts cannot change how it runs, see `uncovered`.
-Source: sigstore/model-transparency, model_signing/_signing/signing.py ("any other field should be
-ignored by verifiers").
+Sources: ossf/model-signing-spec, spec/v1.0.md; sigstore/model-transparency,
+model_signing/_signing/signing.py ("any other field should be ignored by verifiers").
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from modelpack.artifacts.digest import Digest
@@ -24,6 +24,8 @@ from modelpack.trust.sigstore import MODEL_SIGNING, Statement, Subject
 
 #: The field of the predicate that holds the digest of the manifest.
 MANIFEST: Final = "dev.modelpack.manifest"
+#: Names at the root of a model that signers leave out. (Specification, 6.2)
+_IGNORED: Final = frozenset((".git", ".gitattributes", ".github", ".gitignore"))
 _SERIALIZATION: Final = {
     "method": "files",
     "hash_type": "sha256",
@@ -87,8 +89,9 @@ def names_manifest(statement: Statement) -> bool:
 def check_model(statement: Statement, model: Model) -> None:
     """Raise `IntegrityError` unless the statement is about `model` and covers all of it.
 
-    It must list exactly the model's files. If it names a manifest, that must be the model's;
-    otherwise the model must have no `uncovered` parts. Raises `FormatError` for a statement whose
+    It must list exactly the model's files, but for those that its signer ignored. If it names a
+    manifest, that must be the model's; otherwise the model must have no `uncovered` parts, and
+    ignored files must not change how it runs. Raises `FormatError` for a statement whose
     digest is not that of the listed files, or whose serialization method is not `files`.
     """
     what = f"model signature of {model.reference or model.digest}"
@@ -111,14 +114,37 @@ def check_model(statement: Statement, model: Model) -> None:
         raise FormatError("its digest is not that of the listed files", path=what)
     files = files_of(model)
     wrong = sorted(path for path in signed.keys() & files.keys() if signed[path] != files[path])
-    wrong += sorted(signed.keys() ^ files.keys())
+    ignored = _ignored(files.keys() - signed.keys(), serialization.get("ignore_paths"))
+    wrong += sorted((signed.keys() ^ files.keys()) - ignored)
     if wrong:
         raise IntegrityError(f"{what}: signs other files: {', '.join(wrong[:8])}")
-    if not names_manifest(statement) and (parts := uncovered(model)):
+    if not names_manifest(statement) and (parts := _running(ignored, model) + uncovered(model)):
         raise IntegrityError(
             f"{what}: signs only the files, not other parts of the model: {', '.join(parts[:8])}",
             hint="sign the manifest: `modelpack sign`",
         )
+
+
+def _ignored(paths: Iterable[str], listed: Any) -> set[str]:
+    """Return which paths a signer left out: by default, and by the ignore paths of a statement."""
+    entries = [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+    return {
+        path
+        for path in paths
+        if path.partition("/")[0] in _IGNORED
+        or any(path == one or path.startswith(f"{one}/") for one in entries)
+    }
+
+
+def _running(ignored: Collection[str], model: Model) -> tuple[str, ...]:
+    """Return the ignored files that a runtime may read."""
+    harmless = (Role.LICENSE, Role.DOC)
+    roles = {placed.path: placed.file.role for placed in arrange(model).files}
+    return tuple(
+        f"the file {path}, which its signer ignored"
+        for path in sorted(ignored)
+        if path.partition("/")[0] not in _IGNORED and roles[path] not in harmless
+    )
 
 
 def uncovered(model: Model) -> tuple[str, ...]:

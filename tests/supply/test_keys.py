@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -40,6 +41,18 @@ def test_a_pair_signs_and_verifies(keys: Path) -> None:
     assert not public.verifies(signature[:-1], b"content")
     assert not read_public_key(keys / "theirs.pub").verifies(signature, b"content")
     assert stat.S_IMODE((keys / "ours.key").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=str)
+def test_the_curves_and_their_hashes(tmp_path: Path, curve: ec.EllipticCurve) -> None:
+    """Sigstore's algorithm registry: ECDSA on P-384 with SHA-384, on P-521 with SHA-512."""
+    (tmp_path / "key").write_bytes(_pem(ec.generate_private_key(curve)))
+    private = read_private_key(tmp_path / "key")
+    signature = private.sign(b"content")
+    assert private.public.verifies(signature, b"content")
+    assert not private.public.verifies(signature, b"another")
+    hashed = {256: hashes.SHA256(), 384: hashes.SHA384(), 521: hashes.SHA512()}[curve.key_size]
+    private.key.public_key().verify(signature, b"content", ec.ECDSA(hashed))
 
 
 def test_a_key_of_the_real_cosign() -> None:
@@ -77,7 +90,7 @@ def _pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
     ("content", "password", "error", "says"),
     [
         (lambda: b"no key", b"", FormatError, "is not a private key in PEM"),
-        (lambda: _pem(ec.generate_private_key(ec.SECP384R1())), b"", UnsupportedError, "secp384r1"),
+        (lambda: _pem(ec.generate_private_key(ec.SECP256K1())), b"", UnsupportedError, "secp256k1"),
         (lambda: _pem(ed25519.Ed25519PrivateKey.generate()), b"", UnsupportedError, "Ed25519"),
         (lambda: (COSIGN / "cosign.key").read_bytes(), b"wrong", FormatError, "password is wrong"),
         (lambda: (COSIGN / "cosign.key").read_bytes(), None, PasswordNeededError, "is encrypted"),

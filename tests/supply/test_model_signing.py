@@ -8,13 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 import modelpack
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import UntrustedError
 from modelpack.operations import signatures
-from modelpack.operations.lookup import inspect
+from modelpack.operations.lookup import inspect, model_in
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.storage import watching
 from modelpack.trust.keys import PrivateKey
@@ -66,19 +71,32 @@ def test_theirs_verifies_ours(
     assert done.returncode != 0
 
 
-def test_ours_verifies_theirs(
-    published: Published, files: Path, ours: PrivateKey, theirs: PrivateKey, tmp_path: Path
-) -> None:
-    plain = tmp_path / "key.pem"
-    plain.write_bytes(ours.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    signature = tmp_path / "model.sig"
-    done = model_signing("sign", files, signature=signature, private_key=plain)
-    assert done.returncode == 0, done.stderr
-    where = Reference.parse(published.reference)
+def attach(reference: str, signature: bytes) -> None:
+    """Attach a signature of the real tool to a model in its registry."""
+    where = Reference.parse(reference)
     with open_repository(where, RemoteOptions(), watching(None), writes=True) as repository:
-        model = inspect(published.reference, from_registry=True)
-        manifest, blobs = bundle_manifest(signature.read_bytes(), MODEL_SIGNING, model.descriptor)
+        model = inspect(reference, from_registry=True)
+        manifest, blobs = bundle_manifest(signature, MODEL_SIGNING, model.descriptor)
         signatures.put(repository, manifest, blobs, None, watching(None))
+
+
+def signed(files: Path, key: PrivateKey, *options: str) -> bytes:
+    """Return the signature of the real tool over a directory, which does not get it."""
+    plain, signature = files.parent / "key.pem", files.parent / "model.sig"
+    plain.write_bytes(key.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    command = [sys.executable, "-m", "model_signing", "sign", "key", str(files), *options]
+    command += [f"--signature={signature}", f"--private_key={plain}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return signature.read_bytes()
+
+
+@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=str)
+def test_ours_verifies_theirs(
+    published: Published, files: Path, theirs: PrivateKey, curve: ec.EllipticCurve
+) -> None:
+    ours = PrivateKey(ec.generate_private_key(curve), "ours")
+    attach(published.reference, signed(files, ours))
     formats = [SignatureKind.FILES]
     _, found = signatures.verify(published.reference, [ours.public], formats=formats)
     assert [one.kind for one in found.signatures] == formats
@@ -86,3 +104,56 @@ def test_ours_verifies_theirs(
         signatures.verify(published.reference, [theirs.public], formats=formats)
     with pytest.raises(UntrustedError, match="covers the files and not the manifest"):
         signatures.verify(published.reference, [ours.public])
+
+
+@pytest.mark.parametrize(
+    ("ignored", "refused"),
+    [
+        ((), None),
+        (("README.md",), None),
+        (("docs",), None),
+        (("config.json",), "the file config.json, which its signer ignored"),
+    ],
+    ids=["git's files", "a document", "a directory", "a configuration"],
+)
+def test_files_that_their_signer_ignored(
+    tmp_path: Path, ours: PrivateKey, ignored: tuple[str, ...], refused: str | None
+) -> None:
+    """Git's files are left out by every signer, others by --ignore-paths."""
+    files = files_in(tmp_path)
+    (files / "docs").mkdir()
+    (files / "docs" / "more.md").write_text("More.")
+    with publishing(tmp_path, files) as published:
+        for name in (".gitattributes", ".gitignore"):
+            add_file(published.reference, name, b"*.safetensors filter=lfs")
+            (files / name).write_bytes(b"*.safetensors filter=lfs")
+        options = [word for name in ignored for word in ("--ignore-paths", str(files / name))]
+        attach(published.reference, signed(files, ours, *options))
+        formats = [SignatureKind.FILES]
+        if refused is None:
+            _, found = signatures.verify(published.reference, [ours.public], formats=formats)
+            assert [one.kind for one in found.signatures] == formats
+        else:
+            with pytest.raises(UntrustedError, match=refused):
+                signatures.verify(published.reference, [ours.public], formats=formats)
+        add_file(published.reference, "other.md", b"Not signed, and not ignored.")
+        attach(published.reference, (files.parent / "model.sig").read_bytes())
+        with pytest.raises(UntrustedError, match=r"signs other files: other\.md"):
+            signatures.verify(published.reference, [ours.public], formats=formats)
+
+
+def add_file(reference: str, path: str, content: bytes) -> None:
+    """Add a layer with a document to a model in its registry."""
+    where = Reference.parse(reference)
+    with open_repository(where, RemoteOptions(), watching(None), writes=True) as repository:
+        model = model_in(repository, where)
+        layer = Descriptor(
+            media_types.DOCKER_MODEL_FILE, Digest.of(content), len(content),
+            {media_types.FILEPATH: path},
+        )  # fmt: skip
+        manifest = Manifest.build(
+            model.manifest.config,
+            (*model.manifest.layers, layer),
+            annotations=model.manifest.annotations,
+        )
+        signatures.put(repository, manifest, {layer: content}, where.tag, watching(None))
