@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
@@ -33,6 +34,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Choose how many examples the properties are tried with."""
     few = "not long" in config.getoption("markexpr")
     hypothesis.settings.load_profile("few" if few else "modelpack")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Spare the garbage collector the tests themselves, which stay in memory until the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.fixture

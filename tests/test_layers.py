@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,18 +45,18 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield the modules that a file imports, those inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Return the modules that a module imports, those inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_bytes())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield full if full in MODULES else node.module
-
-
-GRAPH = {name: set(imports(path)) - {name} for name, path in MODULES.items()}
+                found.add(full if full in MODULES else node.module)
+    return frozenset(found - {module})
 
 
 def part_of(module: str) -> str:
@@ -77,7 +77,7 @@ def test_imports_go_down(package: str) -> None:
         if name.split(".")[0] != package or part_of(name) == "__init__":
             continue  # a package's own names may come from anywhere in it
         own = RANKS[package][part_of(name)]
-        for other in GRAPH[name]:
+        for other in imports(name):
             top, part = other.split(".")[0], part_of(other)
             if top != package or part in {part_of(name), "__init__"}:
                 continue
@@ -92,7 +92,7 @@ def test_packages_import_those_below(package: str) -> None:
         f"{name} imports {other}"
         for name in MODULES
         if name.split(".")[0] == package
-        for other in GRAPH[name]
+        for other in imports(name)
         if other.split(".")[0] in RANKS and other.split(".")[0] not in {package, *ALLOWED[package]}
     ]
     assert not wrong
@@ -102,7 +102,7 @@ def test_the_engine_knows_no_store_and_no_http() -> None:
     wrong = []
     for name in MODULES:
         if name.split(".")[0] == "modelpack_engine":
-            for other in GRAPH[name]:
+            for other in imports(name):
                 top = other.split(".")[0]
                 if top in HTTP or (top == "modelpack" and part_of(other) not in ENGINE_MAY_USE):
                     wrong.append(f"{name} imports {other}")
@@ -114,7 +114,7 @@ def test_only_the_http_side_of_the_server_knows_http() -> None:
         f"{name} imports {other}"
         for name in MODULES
         if name.split(".")[0] == "modelpack_server" and part_of(name) not in HTTP_SIDE
-        for other in GRAPH[name]
+        for other in imports(name)
         if other.split(".")[0] in HTTP
     ]
     assert not wrong
@@ -125,13 +125,13 @@ def test_families_do_not_know_each_other(family: str) -> None:
     own = {name for name in MODULES if name.startswith(f"modelpack_server.api.{family}")}
     assert own
     others = tuple(f"modelpack_server.api.{other}" for other in FAMILIES if other != family)
-    assert not [(name, other) for name in own for other in GRAPH[name] if other.startswith(others)]
+    assert not [(name, other) for name in own for other in imports(name) if other.startswith(others)]
 
 
 def test_no_module_is_in_a_cycle() -> None:
     """Packages that only export names from their modules do not count."""
     graph = {
-        name: {other for other in GRAPH[name] & MODULES.keys() if not _is_package(other)}
+        name: {other for other in imports(name) & MODULES.keys() if not _is_package(other)}
         for name in MODULES
         if not _is_package(name)
     }
