@@ -125,7 +125,9 @@ def test_families_do_not_know_each_other(family: str) -> None:
     own = {name for name in MODULES if name.startswith(f"modelpack_server.api.{family}")}
     assert own
     others = tuple(f"modelpack_server.api.{other}" for other in FAMILIES if other != family)
-    assert not [(name, other) for name in own for other in imports(name) if other.startswith(others)]
+    assert not [
+        (name, other) for name in own for other in imports(name) if other.startswith(others)
+    ]
 
 
 def test_no_module_is_in_a_cycle() -> None:
