@@ -97,6 +97,7 @@ class Engine(BaseEngine):
             model_id=model_id if kind == "auto" else f"{model_id} {kind}",
             enable_prefix_caching=caching,
             snapshots=self._runner.snapshots,
+            snapshot_interval=layout.snapshot_interval(self.config.block_size) if layout else 0,
             window=layout.window if layout else None,
         )
         self._mover = open_offload(self.config, self._runner, self._blocks, model_id)
@@ -223,7 +224,8 @@ class Engine(BaseEngine):
     def _build(self, output: SchedulerOutput) -> ScheduledStep:
         last = self._in_flight
         buckets, size = self._sizes.buckets, self.config.block_size
-        batch = build_batch(output, last.batch if last else None, buckets, size)
+        interval = self._blocks.snapshot_interval
+        batch = build_batch(output, last.batch if last else None, buckets, size, interval)
         staging = self._runner.staging
         staging_step = staging.next_step()
         token_ids = row_token_ids(batch, last.sampled if last else None, staging)

@@ -24,7 +24,7 @@ class Chunk:
     null block to a bucket that holds kv_length + padded_length - length tokens.
 
     For recurrent layers, `snapshot` is the state that the chunk starts from, if it is not the state
-    of its sequence. `block_hash` is set if the chunk ends with a block: the key of a snapshot.
+    of its sequence. If `snapshot_hash` is set, a snapshot of the state after it is kept by it.
     """
 
     row: int
@@ -34,7 +34,7 @@ class Chunk:
     block_table: tuple[int, ...]
     seq_id: int
     snapshot: object | None = None
-    block_hash: bytes | None = None
+    snapshot_hash: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class StepBatch:
     `sample_rows` are the rows whose next token is sampled, in ascending order, and `sample_seqs`
     are their sequences; all rows of a proposal are sampled. `prompt_logprob_rows` are the rows for
     log-probabilities of the prompt token after them, and `prompt_logprob_seqs` their sequences.
-    `released` are the ids of sequences whose state is dropped before this step.
+    `released` are the ids of sequences whose state is dropped before this step. `decode_snapshots`
+    has pairs (decode row, index of the block that it completes): the state after it is kept.
     """
 
     token_ids: list[int]
@@ -70,6 +71,7 @@ class StepBatch:
     prompt_logprob_rows: tuple[int, ...] = ()
     prompt_logprob_seqs: tuple[Sequence, ...] = ()
     released: tuple[int, ...] = ()
+    decode_snapshots: tuple[tuple[int, int], ...] = ()
     table_width: int = 0
 
     @property
@@ -89,11 +91,16 @@ class StepBatch:
 
 
 def build_batch(
-    output: SchedulerOutput, previous: StepBatch | None, buckets: Buckets, block_size: int
+    output: SchedulerOutput,
+    previous: StepBatch | None,
+    buckets: Buckets,
+    block_size: int,
+    snapshot_interval: int = 0,
 ) -> StepBatch:
     """Return the batch of a step that was scheduled and is not submitted yet.
 
-    `previous` is the batch of the step in flight; None if all tokens have been read.
+    `previous` is the batch of the step in flight; None if all tokens have been read. Every
+    `snapshot_interval` tokens, a snapshot of the recurrent state of decode rows is taken.
     """
     rows = _Rows(buckets, block_size)
     chunks = []
@@ -132,6 +139,19 @@ def build_batch(
         prompt_logprob_rows=tuple(row for row, _ in prompt_rows),
         prompt_logprob_seqs=tuple(sequence for _, sequence in prompt_rows),
         released=output.released,
+        decode_snapshots=_decode_snapshots(output, snapshot_interval, block_size),
+    )
+
+
+def _decode_snapshots(
+    output: SchedulerOutput, interval: int, block_size: int
+) -> tuple[tuple[int, int], ...]:
+    """Return the rows after which snapshots are taken, with the indices of their blocks."""
+    if not interval:
+        return ()
+    ends = (sequence.num_computed_tokens + 1 for sequence in output.decode)
+    return tuple(
+        (row, end // block_size - 1) for row, end in enumerate(ends) if end % interval == 0
     )
 
 
@@ -218,11 +238,9 @@ class _Rows:
         """Add the rows of a chunk, and its padding."""
         stop = part.start + part.length
         token_ids = part.sequence.token_ids(part.start, stop)
-        full, rest = divmod(stop, self._block_size)
-        hashes = part.sequence.block_hashes
-        block_hash = hashes[full - 1] if rest == 0 and full <= len(hashes) else None
-        snapshot = part.sequence.snapshot
-        return self._add_chunk(part.sequence, part.start, token_ids, snapshot, block_hash)
+        return self._add_chunk(
+            part.sequence, part.start, token_ids, part.sequence.snapshot, part.snapshot_hash
+        )
 
     def _add_chunk(
         self,
@@ -230,7 +248,7 @@ class _Rows:
         start: int,
         token_ids: list[int],
         snapshot: object | None = None,
-        block_hash: bytes | None = None,
+        snapshot_hash: bytes | None = None,
     ) -> Chunk:
         length = len(token_ids)
         stop = start + length
@@ -247,7 +265,7 @@ class _Rows:
         width = self._buckets.pad_table_width(-(-num_keys // size))
         table += [NULL_BLOCK] * (width - len(table))
         return Chunk(
-            row, length, padded_length, stop, tuple(table), sequence.seq_id, snapshot, block_hash
+            row, length, padded_length, stop, tuple(table), sequence.seq_id, snapshot, snapshot_hash
         )
 
     def _pad(self, count: int) -> None:

@@ -90,6 +90,7 @@ class PrefixSnapshots:
         self.limit = limit
         self.evicted: Callable[[bytes, object], None] | None = None
         self._states: OrderedDict[bytes, object] = OrderedDict()
+        self._unnamed: dict[int, tuple[int, object]] = {}  # by seq_id: index of a block, and state
 
     def __contains__(self, hash_: bytes) -> bool:
         return hash_ in self._states
@@ -105,6 +106,19 @@ class PrefixSnapshots:
         self._states.move_to_end(hash_)
         if len(self._states) > self.limit:
             self.evict(next(iter(self._states)))
+
+    def put_unnamed(self, seq_id: int, index: int, state: object) -> None:
+        """Keep the state after block `index` of a sequence until the block's hash is known."""
+        self._unnamed[seq_id] = (index, state)
+
+    def name(self, seq_id: int, index: int, hash_: bytes) -> None:
+        """Keep the unnamed state after block `index` of a sequence, if there is one, by hash."""
+        if seq_id in self._unnamed and self._unnamed[seq_id][0] == index:
+            self.put(hash_, self._unnamed.pop(seq_id)[1])
+
+    def drop_unnamed(self, seq_id: int) -> None:
+        """Forget the unnamed state of a sequence."""
+        self._unnamed.pop(seq_id, None)
 
     def get(self, hash_: bytes) -> object:
         """Return a state that is present, and mark it as used."""
@@ -129,6 +143,7 @@ class PrefixSnapshots:
     def clear(self) -> None:
         """Drop all states."""
         self._states.clear()
+        self._unnamed.clear()
 
 
 #: The block that padding rows write to; it is never allocated.
@@ -148,7 +163,7 @@ class BlockManager:
 
     `model_id` names the weights: blocks of another model never match. Without prefix caching, no
     blocks are shared. With an `offload`, evicted blocks may be restored. With `snapshots`, prefixes
-    are shared up to blocks that have a snapshot.
+    are shared up to blocks that have a snapshot; one is taken every `snapshot_interval` tokens.
 
     If every layer has an attention window of at most `window` tokens, blocks before the window are
     released while their sequence runs, and its table has the null block in their place.
@@ -162,11 +177,13 @@ class BlockManager:
         model_id: str = "",
         enable_prefix_caching: bool = True,
         snapshots: PrefixSnapshots | None = None,
+        snapshot_interval: int = 0,
         window: int | None = None,
     ) -> None:
         assert num_blocks > 1, "there must be a block in addition to the null block"
         assert block_size > 0
         assert window is None or window > 0
+        assert snapshot_interval % block_size == 0, "snapshots belong to whole blocks"
         self.window = window
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -178,6 +195,7 @@ class BlockManager:
         self._hash_of: dict[int, bytes] = {}
         self.offload: PrefixOffload | None = None
         self.snapshots = snapshots if enable_prefix_caching else None
+        self.snapshot_interval = snapshot_interval if self.snapshots is not None else 0
 
     def set_offload(self, offload: PrefixOffload) -> None:
         """Keep evicted blocks and snapshots in `offload`, and restore them from there."""
@@ -343,6 +361,8 @@ class BlockManager:
         sequence.block_table.clear()
         sequence.num_published_blocks = 0
         sequence.snapshot = None
+        if self.snapshots is not None:
+            self.snapshots.drop_unnamed(sequence.seq_id)
         sequence.num_unseen_blocks = 0
         if self.offload is not None:
             self.offload.drop(sequence.seq_id)
@@ -570,14 +590,30 @@ class BlockManager:
         """Return the next position at which a chunk must end, to take a snapshot there.
 
         Snapshots are taken at the end of the last full block, for requests that continue the
-        prompt, and where the prompt leaves a cached prefix that has no snapshot, for requests that
-        share this prefix.
+        prompt, where the prompt leaves a cached prefix that has no snapshot, for requests that
+        share this prefix, and at multiples of `snapshot_interval`.
         """
         if self.snapshots is None:
             return None
-        last = self._shareable(sequence).stop * self.block_size
-        start = sequence.num_computed_tokens
-        return min((end for end in (sequence.branch, last) if end > start), default=None)
+        start, interval = sequence.num_computed_tokens, self.snapshot_interval
+        ends = [sequence.branch, self._last_shareable(sequence)]
+        if interval:
+            ends.append((start // interval + 1) * interval)
+        return min((end for end in ends if end > start), default=None)
+
+    def snapshot_hash(self, sequence: Sequence, end: int) -> bytes | None:
+        """Return the hash for a snapshot of a prompt after `end` tokens, if one is taken there."""
+        if self.snapshots is None or end % self.block_size:
+            return None
+        regular = self.snapshot_interval and end % self.snapshot_interval == 0
+        last = sequence.num_prefill_tokens, self._last_shareable(sequence)
+        if not regular and end not in (sequence.branch, *last):
+            return None
+        return self._hash(sequence, end // self.block_size - 1)
+
+    def _last_shareable(self, sequence: Sequence) -> int:
+        """Return the end of a prompt's last block that can be shared."""
+        return (sequence.num_prefill_tokens - 1) // self.block_size * self.block_size
 
     def hashes_between(self, sequence: Sequence, start: int, stop: int) -> list[bytes]:
         """Return the hashes of the blocks that the tokens from `start` to `stop` complete."""
@@ -593,8 +629,10 @@ class BlockManager:
             return
         full = min(sequence.num_computed_tokens, sequence.num_known_tokens) // self.block_size
         for index in range(sequence.num_published_blocks, full):
-            self.publish(sequence.block_table[index], self._hash(sequence, index))
+            self.publish(sequence.block_table[index], hash_ := self._hash(sequence, index))
             sequence.num_published_blocks = index + 1
+            if self.snapshots is not None:
+                self.snapshots.name(sequence.seq_id, index, hash_)
 
     def _shareable(self, sequence: Sequence) -> range:
         # The block of the last token is left out: its logits are needed.

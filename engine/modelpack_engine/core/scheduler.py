@@ -78,12 +78,16 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """`length` tokens of a sequence from position `start`; the last chunk's last row is sampled."""
+    """`length` tokens of a sequence from position `start`; the last chunk's last row is sampled.
+
+    A snapshot of the recurrent state after the chunk is kept by `snapshot_hash`, if it is set.
+    """
 
     sequence: Sequence
     start: int
     length: int
     is_last: bool
+    snapshot_hash: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -565,7 +569,8 @@ class Scheduler:
         grown = blocks.grow(sequence, start + length)
         assert grown, "the chunk fits in the available blocks"
         computing.update(blocks.hashes_between(sequence, start, start + length))
-        return PrefillChunk(sequence, start, length, is_last=length == remaining)
+        snapshot_hash = blocks.snapshot_hash(sequence, start + length)
+        return PrefillChunk(sequence, start, length, length == remaining, snapshot_hash)
 
     def _preempt_youngest(self) -> Sequence:
         sequence = self._running.pop()

@@ -115,9 +115,17 @@ def fields(body: bytes, **types: type) -> dict[str, Any]:
 
 
 #: Fields of a batch that stay at rank 0: they are for sampling and for the host.
-LEFT_OUT = frozenset({"sample_seqs", "prompt_logprob_rows", "prompt_logprob_seqs", "table_width"})
+LEFT_OUT = frozenset(
+    {
+        "sample_seqs",
+        "prompt_logprob_rows",
+        "prompt_logprob_seqs",
+        "table_width",
+        "decode_snapshots",
+    }
+)
 #: Fields of a chunk that stay at rank 0: a divided model keeps no snapshots of prefixes.
-LEFT_OUT_OF_CHUNKS = frozenset({"snapshot", "block_hash"})
+LEFT_OUT_OF_CHUNKS = frozenset({"snapshot", "snapshot_hash"})
 
 _ITEM = 4
 

@@ -164,16 +164,21 @@ class Adapted:
     def finish(self, batch: StepBatch) -> None:
         """Adopt the states of a step, once its graph is built, and take snapshots.
 
-        A snapshot is taken after each chunk that ends with a block, under the block's hash.
+        The states after decode rows are kept without a hash: their last token is not known yet.
         """
-        if not self.states:
+        snapshots = self.snapshots
+        if snapshots is None:
             return
         self.rows.finish()
-        self.taken = []
+        self.taken, rows = [], self.rows.rows
+        for row, index in batch.decode_snapshots:
+            seq_id = batch.decode_seq_ids[row]
+            self.taken.append(snapshot := take_snapshot(self.states, rows[seq_id]))
+            snapshots.put_unnamed(seq_id, index, snapshot)
         for chunk in batch.chunks:
-            hash_, snapshots = chunk.block_hash, self.snapshots
-            if snapshots is not None and hash_ is not None and hash_ not in snapshots:
-                snapshot = take_snapshot(self.states, self.rows.rows[chunk.seq_id])
+            hash_ = chunk.snapshot_hash
+            if hash_ is not None and hash_ not in snapshots:
+                snapshot = take_snapshot(self.states, rows[chunk.seq_id])
                 snapshots.put(hash_, snapshot)
                 self.taken.append(snapshot)
 

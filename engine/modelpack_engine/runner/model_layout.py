@@ -28,8 +28,13 @@ from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.config import KVCacheDtype
 from modelpack_engine.errors import EngineError
 from modelpack_engine.kernels.quantised import GROUPS, quantisation
+from modelpack_engine.platform import device
 
-_SNAPSHOT_BYTES = 256 * 1024**2
+#: Bytes of all snapshots, or the share of a GPU's memory if that is more.
+_SNAPSHOT_BYTES, _SNAPSHOT_SHARE = 256 * 1024**2, 64
+
+#: The fewest and the most tokens between two snapshots.
+_SHORTEST_INTERVAL, _LONGEST_INTERVAL = 512, 4096
 
 
 class UnknownCacheError(EngineError):
@@ -139,10 +144,25 @@ class ModelLayout:
 
     @property
     def num_snapshots(self) -> int:
-        """The number of recurrent snapshots to keep: as many as fit in 256 MiB, at least 4."""
+        """The number of recurrent snapshots to keep: as many as fit in their memory, at least 4."""
         if not self.bytes_per_sequence:
             return 0
-        return min(max(_SNAPSHOT_BYTES // self.bytes_per_sequence, 4), 256)
+        room = _SNAPSHOT_BYTES
+        if mx.default_device() != mx.Device(mx.cpu):
+            room = max(room, device.total_memory() // _SNAPSHOT_SHARE)
+        return min(max(room // self.bytes_per_sequence, 4), 256)
+
+    def snapshot_interval(self, block_size: int) -> int:
+        """Return the tokens between two snapshots of a sequence: 0 without recurrent state.
+
+        The tokens' keys and values take as much memory as the state, within limits.
+        """
+        if not self.bytes_per_sequence:
+            return 0
+        tokens = self.bytes_per_sequence // max(self.bytes_per_token, 1)
+        tokens = min(max(tokens, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
+        step = math.lcm(_SHORTEST_INTERVAL, block_size)  # where chunks of prompts end
+        return -(-tokens // step) * step
 
     @property
     def snapshot_bytes(self) -> int:

@@ -16,6 +16,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner import model_layout
 from tests.engine.serving.tiny import tiny_tokenizer
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import VOCABULARY
@@ -28,7 +29,6 @@ NAMES = (
     "kimi_linear", "lfm2", "baichuan_m1", "mamba", "mamba2", "rwkv7", "jamba",
 )  # fmt: skip
 MODELS = {configuration.id: configuration for configuration in CATALOGUE}
-GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 BLOCK = 16
 
 _rng = random.Random(9)
@@ -69,16 +69,17 @@ def open_engine(model: nn.Module, tmp_path: Path) -> Iterator[Open]:
         engine._runner.undo()
 
 
-def expected(model: nn.Module, prompt: list[int]) -> list[int]:
+def expected(model: nn.Module, prompt: list[int], max_tokens: int = 6) -> list[int]:
     """Return mlx-lm's tokens for a prompt."""
     cache = make_prompt_cache(model)
-    steps = generate_step(mx.array(prompt), model, max_tokens=6, prompt_cache=cache)
+    steps = generate_step(mx.array(prompt), model, max_tokens=max_tokens, prompt_cache=cache)
     return [int(token) for token, _ in steps]
 
 
-def answer(engine: Engine, prompt: list[int]) -> tuple[list[int], int]:
+def answer(engine: Engine, prompt: list[int], max_tokens: int = 6) -> tuple[list[int], int]:
     """Return the tokens of an answer, and how many of the prompt's tokens were computed."""
-    (events,) = engine.generate([prompt], GREEDY)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    (events,) = engine.generate([prompt], params)
     usage = events[-1].usage
     assert usage is not None
     tokens = [token for event in events for token in event.token_ids]
@@ -95,6 +96,24 @@ def test_a_second_turn_after_a_restart(open_engine: Open, model: nn.Module) -> N
     assert again.stats().offload.disk_hits > 0
     assert again.stats().blocks_used == 0
     assert answer(again, second) == (answers[1], (len(second) - 1) % BLOCK + 1)
+
+
+@pytest.mark.parametrize("restart", [True, False], ids=["restarted", "running"])
+def test_a_second_turn_after_a_long_reply(
+    open_engine: Open, model: nn.Module, monkeypatch: pytest.MonkeyPatch, *, restart: bool
+) -> None:
+    """At most one interval between two snapshots is computed again."""
+    monkeypatch.setattr(model_layout, "_SHORTEST_INTERVAL", 48)
+    monkeypatch.setattr(model_layout, "_LONGEST_INTERVAL", 48)
+    reply = expected(model, FIRST, 100)
+    second = FIRST + reply + NEXT
+    engine = open_engine()
+    assert answer(engine, FIRST, 100) == (reply, 150)
+    tokens, computed = answer(open_engine() if restart else engine, second)
+    assert tokens == expected(model, second)
+    recurrent = engine._blocks.snapshots is not None
+    known = (150 + 100 - 1) // (48 if recurrent else BLOCK) * (48 if recurrent else BLOCK)
+    assert computed == len(second) - known
 
 
 def test_a_second_turn_after_others(open_engine: Open, model: nn.Module) -> None:

@@ -91,9 +91,14 @@ class FakeDevice:
                 table = chunk.block_table
                 entries[row] = self._write(batch, token_ids, row, table, length, chunk.seq_id)
             assert length == chunk.kv_length
-            if self.snapshots is not None and chunk.block_hash is not None:
+            if self.snapshots is not None and chunk.snapshot_hash is not None:
                 assert length % self.block_size == 0
-                self.snapshots.put(chunk.block_hash, self.states[chunk.seq_id])
+                self.snapshots.put(chunk.snapshot_hash, self.states[chunk.seq_id])
+        for row, index in batch.decode_snapshots:
+            assert self.snapshots is not None
+            seq_id = batch.decode_seq_ids[row]
+            assert batch.decode_lengths[row] == (index + 1) * self.block_size
+            self.snapshots.put_unnamed(seq_id, index, self.states[seq_id])
         return [
             sampled(entries[row], sequence.index)
             for row, sequence in zip(batch.sample_rows, batch.sample_seqs, strict=True)

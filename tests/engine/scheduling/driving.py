@@ -23,6 +23,7 @@ def some_simulation(seed: int, window: int | None = None) -> Simulation:
         buckets=rng.choice([EXACT, SMALL_BUCKETS, ODD_BUCKETS]),
         prefix_caching=rng.random() < 0.8,
         recurrent=rng.random() < 0.3,
+        snapshot_interval=(0, 4, 8)[seed % 3],
         window=window,
         overtaking=(0, 1, 3)[seed % 3],
         mode=rng.choice(MODES),

@@ -93,6 +93,7 @@ class Simulation:
     prefix_caching: bool = True
     recurrent: bool = False
     num_snapshots: int = 5
+    snapshot_interval: int = 0
     window: int | None = None
     overtaking: int = 0
     mode: Mode = "build-ahead"
@@ -118,6 +119,7 @@ class Simulation:
             model_id="model",
             enable_prefix_caching=self.prefix_caching,
             snapshots=PrefixSnapshots(self.num_snapshots) if self.recurrent else None,
+            snapshot_interval=self.snapshot_interval,
             window=self.window,
         )
         config = SchedulerConfig(
@@ -198,7 +200,11 @@ class Simulation:
             return False
         previous = self.pending
         batch = build_batch(
-            output, previous.batch if previous else None, self.buckets, self.block_size
+            output,
+            previous.batch if previous else None,
+            self.buckets,
+            self.block_size,
+            self.blocks.snapshot_interval,
         )
         self._check_batch(output, batch)
         if between is not None:

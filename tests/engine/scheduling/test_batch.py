@@ -46,8 +46,8 @@ def test_exact_sizes() -> None:
         decode_lengths=[],
         decode_seq_ids=(),
         chunks=(
-            Chunk(0, 4, 4, 4, (1,), a.seq_id, block_hash=a.block_hashes[0]),
-            Chunk(4, 8, 8, 8, (2, 3), b.seq_id, block_hash=b.block_hashes[1]),
+            Chunk(0, 4, 4, 4, (1,), a.seq_id),
+            Chunk(4, 8, 8, 8, (2, 3), b.seq_id),
         ),
         sample_rows=(3, 11),
         sample_seqs=(a, b),

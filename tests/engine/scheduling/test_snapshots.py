@@ -9,12 +9,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from modelpack_engine.core.batch import _Rows
 from modelpack_engine.core.block_manager import BlockManager, PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT
 from modelpack_engine.core.scheduler import Scheduler
 from tests.engine.scheduling.driving import ODD_BUCKETS
-from tests.engine.scheduling.simulation import MODES, Simulation, sequence
+from tests.engine.scheduling.simulation import MODES, Mode, Simulation, sequence
 from tests.engine.scheduling.steps import prompt
 from tests.engine.scheduling.test_mutations import apply
 
@@ -57,12 +56,32 @@ def test_choices_of_one_prompt_compute_it_once() -> None:
     assert [choice.num_cached_tokens for choice in choices] == [0, 32, 32]
 
 
-def test_a_long_prompt_leaves_a_snapshot_after_each_chunk() -> None:
-    sim = simulation(max_num_batched_tokens=12, max_prefill_chunk=12)
+@pytest.mark.parametrize(("interval", "shared", "count"), [(8, 24, 6), (12, 24, 5), (0, 0, 3)])
+def test_a_long_prompt_leaves_snapshots_at_intervals(
+    interval: int, shared: int, count: int
+) -> None:
+    sim = simulation(
+        max_num_batched_tokens=12, max_prefill_chunk=12, snapshot_interval=interval,
+        num_snapshots=9,
+    )  # fmt: skip
     text = prompt(41)
-    assert cached(sim, text, text[:25] + [6] * 9) == [0, 24]
+    assert cached(sim, text, text[:25] + [6] * 9) == [0, shared]
     assert sim.blocks.snapshots is not None
-    assert len(sim.blocks.snapshots) == 5
+    assert len(sim.blocks.snapshots) == count
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("interval", [8, 20])
+def test_a_second_turn_computes_at_most_one_interval(mode: Mode, interval: int) -> None:
+    """The reply is longer than the prompt: its states are kept while it is decoded."""
+    sim = simulation(snapshot_interval=interval, mode=mode, num_blocks=99, num_snapshots=50)
+    (first,) = sim.add(sequence(prompt(30), 75))
+    sim.drain()
+    conversation = prompt(30) + first.output_token_ids
+    (second,) = sim.add(sequence([*conversation, 5, 5, 5], 2, request_id="second"))
+    sim.drain()
+    assert second.num_cached_tokens == (len(conversation) - 1) // interval * interval
+    assert len(conversation) - second.num_cached_tokens <= interval
 
 
 def test_few_snapshots_are_kept() -> None:
@@ -119,7 +138,7 @@ def drive() -> None:
     for seed in range(6):
         sim = simulation(
             num_blocks=(14, 40)[seed % 2], mode=MODES[seed % 3], num_snapshots=1 + 3 * (seed % 3),
-            max_num_batched_tokens=16, max_prefill_chunk=None,
+            max_num_batched_tokens=16, max_prefill_chunk=None, snapshot_interval=4 * (seed % 3),
             buckets=(EXACT, ODD_BUCKETS)[seed == 5],
         )  # fmt: skip
         for turn in range(10):
@@ -135,6 +154,9 @@ def drive() -> None:
 def drive_all() -> None:
     drive()
     test_nothing_is_shared_of_what_failed()
+    test_a_second_turn_computes_at_most_one_interval("build-ahead", 8)
+    test_a_prompt_is_shared_up_to_its_last_full_block(8, 4)
+    test_a_long_prompt_leaves_snapshots_at_intervals(8, 24, 6)
 
 
 def test_traffic() -> None:
@@ -146,8 +168,10 @@ MUTATIONS = [
     (BlockManager.share_prefix, "sequence.snapshot = ", "_ = "),
     (BlockManager.forget_content, "self.snapshots.clear()", "pass"),
     (Scheduler.submitted, "sequence.snapshot = None", "pass"),
-    (_Rows.add_chunk, "rest == 0", "True"),
-    (_Rows.add_chunk, "hashes[full - 1]", "hashes[-1]"),
+    (BlockManager.snapshot_hash, "end // self.block_size - 1", "0"),
+    (BlockManager.publish_prefix, "index, hash_)", "index, b'x')"),
+    (BlockManager.next_snapshot, "ends.append", "_ = "),
+    (BlockManager.snapshot_hash, "*last", ""),
 ]
 
 
