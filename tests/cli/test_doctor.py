@@ -68,7 +68,7 @@ class Library:
 
 
 def test_kernels_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelpack_engine.cpu.library.num_threads", lambda: 3)
+    monkeypatch.setattr("modelpack_engine.platform.device.usable_cores", lambda: 3)
     monkeypatch.setattr("modelpack_engine.cpu.library.library", Library)
     check = check_kernels("cpu")
     assert (check.verdict, check.message) == (Verdict.OK, "avx2, 3 threads")

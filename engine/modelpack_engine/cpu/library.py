@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_size_t, c_void_p
 from enum import IntEnum
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpack_engine.errors import OutOfMemoryError
-from modelpack_engine.platform.device import usable_processors
+from modelpack_engine.platform.device import usable_cores
 
 #: Rows of a matrix in a tile; columns in a group of codes.
 TILE, GROUP = 16, 32
@@ -129,24 +128,8 @@ def library() -> Any:
     found.mp_program_new.restype = c_void_p
     found.mp_program_free.argtypes = (c_void_p,)
     found.mp_program_run.argtypes = (c_void_p, c_void_p)
-    found.mp_start(num_threads())
+    found.mp_start(usable_cores())
     return found
-
-
-def num_threads() -> int:
-    """Return the number of threads: the cores that this process may use.
-
-    A core often counts as two processors; the second adds little, as both share its dot products.
-    """
-    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    cores = set()
-    for number in processors:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text())
-        except OSError:
-            return usable_processors()
-    return max(1, min(len(cores), usable_processors()))
 
 
 class Matrix:

@@ -13,7 +13,6 @@ from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.loader import runs_packed
-from modelpack_engine.platform.device import usable_processors
 
 _log = logging.getLogger(__name__)
 
@@ -47,15 +46,6 @@ def bindings() -> Any:
     module.llama_log_set(_logger(module), ctypes.c_void_p(0))
     module.llama_backend_init()
     return module
-
-
-def num_threads() -> int:
-    """Return the number of threads: half of the processors that this process may use.
-
-    A core usually counts as two processors, and the second adds no speed. llama.cpp's threads wait
-    for each other in a loop, so a thread without a processor delays all others.
-    """
-    return max(1, usable_processors() // 2)
 
 
 def _version() -> str:

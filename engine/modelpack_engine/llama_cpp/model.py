@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpack_engine.errors import EngineError, ModelLoadError
-from modelpack_engine.llama_cpp.library import bindings, num_threads
+from modelpack_engine.llama_cpp.library import bindings
 from modelpack_engine.models.load_budget import LOAD_SECONDS
+from modelpack_engine.platform.device import usable_cores
 from modelpack_engine.worker.process import worker_environment
 
 _NO_ROOM = 1
@@ -113,7 +114,7 @@ class Context:
         # llama.cpp reserves a batch with a row of each sequence, and aborts if that does not fit.
         parameters.n_batch = parameters.n_ubatch = max(max_rows, num_slots)
         parameters.n_seq_max = num_slots
-        parameters.n_threads = parameters.n_threads_batch = num_threads()
+        parameters.n_threads = parameters.n_threads_batch = usable_cores()
         parameters.kv_unified = True  # sequences share cells: copying a prefix only marks them
         parameters.swa_full = True  # otherwise sequences could not be cut back to a prefix
         parameters.no_perf = True

@@ -9,6 +9,7 @@ import sys
 from collections import Counter, deque
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
@@ -48,6 +49,23 @@ def usable_processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on: how many threads compute fastest.
+
+    A core often counts as two processors; the second adds little, as both share its dot products.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return usable_processors()
+    cores = set()
+    for number in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            return usable_processors()
+    return len(cores)
 
 
 def keep_freed_memory() -> bool:

@@ -162,7 +162,8 @@ def check_device() -> tuple[Check, Device]:
 
 def check_kernels(device: Device) -> Check:
     """Return the check of the engine's own kernels for CPUs, which Linux has."""
-    from modelpack_engine.cpu.library import library, num_threads
+    from modelpack_engine.cpu.library import library
+    from modelpack_engine.platform.device import usable_cores
 
     name = "cpu kernels"
     found = library()
@@ -172,7 +173,7 @@ def check_kernels(device: Device) -> Check:
             name, verdict, "not built; MLX runs models on the CPU, more slowly",
             hint="install g++, then install modelpack again from its source",
         )  # fmt: skip
-    kernels, threads = found.mp_kernels().decode(), num_threads()
+    kernels, threads = found.mp_kernels().decode(), usable_cores()
     text = f"{kernels}, {threads} thread{'' if threads == 1 else 's'}"
     return Check(name, Verdict.OK, text, details={"kernels": kernels, "threads": threads})
 

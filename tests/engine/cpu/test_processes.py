@@ -13,6 +13,7 @@ import pytest
 
 from modelpack_engine.cpu import library as native
 from modelpack_engine.cpu.library import CacheType, Code, Matrix, Operation, Source, library
+from modelpack_engine.platform import device
 from tests.engine.cpu.programs import (
     INSTRUCTION_SETS,
     LOGITS,
@@ -99,6 +100,25 @@ else:
 def test_a_process_ends(how: str) -> None:
     """Also the child of a fork, which has no threads, and while a thread runs a program."""
     python("-W", "ignore", "-c", AT_EXIT, how)
+
+
+@pytest.mark.parametrize(
+    ("usable_processors", "cores"), [({0, 1, 2, 3}, 2), ({0, 2, 3}, 2), ({1}, 1), ({0, 9}, 2)]
+)
+def test_processors_of_one_core_count_once(
+    monkeypatch: pytest.MonkeyPatch, usable_processors: set[int], cores: int
+) -> None:
+    """Of two cores with two processors each; Linux says nothing about processor 9."""
+
+    def read_text(path: Path) -> str:
+        number = int(path.parts[-3].removeprefix("cpu"))
+        if number > 3:
+            raise FileNotFoundError(path)
+        return f"{number // 2 * 2}-{number // 2 * 2 + 1}\n"
+
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: usable_processors)
+    monkeypatch.setattr(device.Path, "read_text", read_text)
+    assert device.usable_cores() == cores
 
 
 #: The flags of each instruction set, in the order of `INSTRUCTION_SETS`.

@@ -107,7 +107,7 @@ class TinyModel:
 def main(path: str, threads: str, *instruction_sets: str) -> None:
     """Print the number of threads, and a digest of the logits of each instruction set."""
     native.PATH = Path(path)
-    native.num_threads = lambda: int(threads)
+    native.usable_cores = lambda: int(threads)
     library = native.library()
     print(library.mp_start(1))
     for name in instruction_sets:
