@@ -96,9 +96,28 @@ else:
 """
 
 
+IN_A_CHILD = """
+import os, sys
+from tests.engine.cpu.tiny_model import TinyModel
+
+model = TinyModel()
+expected = model.run(steps=1)
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+assert (model.run(steps=1) == expected).all()
+assert (TinyModel().run(steps=1) == expected).all()
+"""
+
+
+def test_a_child_of_a_fork_runs_programs() -> None:
+    """The parent's threads are not in it: it starts its own."""
+    python("-W", "ignore", "-c", IN_A_CHILD)
+
+
 @pytest.mark.parametrize("how", ["fork", "daemon"])
 def test_a_process_ends(how: str) -> None:
-    """Also the child of a fork, which has no threads, and while a thread runs a program."""
+    """Also the child of a fork that computes nothing, and while a thread runs a program."""
     python("-W", "ignore", "-c", AT_EXIT, how)
 
 

@@ -82,7 +82,18 @@ std::vector<const Kernels*> usable_kernels() {
 }
 
 const Kernels* kernels = usable_kernels().back();
-Threads* threads = nullptr;  // never freed: at exit, other threads may still run programs
+int number_of_threads = 1;
+std::atomic<Threads*> threads{nullptr};  // never freed: at exit, others may still run programs
+std::mutex starting;
+
+// The threads of this process, which are started if it was forked since.
+Threads& pool() {
+    if (Threads* found = threads.load(std::memory_order_acquire)) return *found;
+    std::lock_guard<std::mutex> one(starting);
+    if (!threads.load(std::memory_order_relaxed))
+        threads.store(new Threads(number_of_threads), std::memory_order_release);
+    return *threads.load(std::memory_order_relaxed);
+}
 
 struct Deleter {
     void operator()(void* data) const { std::free(data); }
@@ -143,7 +154,7 @@ struct Program {
             if (o.code == (int)Code::ATTEND)
                 together = std::min(together, std::max(1, kQueries / (o.heads / o.kv_heads)));
         for (int w : widths) buffers.push_back(allocate<float>((size_t)rows * w));
-        for (int i = 0; i < threads->count(); i++) scratch.emplace_back(rows, most_columns);
+        for (int i = 0; i < number_of_threads; i++) scratch.emplace_back(rows, most_columns);
         for (const Rope& r : ropes) turns.push_back(allocate<float>((size_t)rows * r.dims));
     }
 };
@@ -384,8 +395,11 @@ extern "C" {
 
 // Start `count` threads, once for a process; return the number of threads.
 int mp_start(int count) {
-    if (!threads) threads = new Threads(std::max(1, count));
-    return threads->count();
+    if (!threads) {
+        number_of_threads = std::max(1, count);
+        pthread_atfork(nullptr, nullptr, [] { threads = nullptr; });  // a child has none of them
+    }
+    return pool().count();
 }
 
 const char* mp_kernels() { return kernels->name; }
@@ -414,7 +428,7 @@ void* mp_matrix_new(int source, int rows, int columns, const uint8_t* data, size
     }
     matrix->data = (uint8_t*)memory;
     std::atomic<int> next{0};
-    threads->run([&](int) {
+    pool().run([&](int) {
         for (int tile; (tile = next.fetch_add(1)) < tiles;) pack_tile(*matrix, (Source)source, data, tile);
     });
     return matrix;
@@ -459,7 +473,7 @@ int mp_program_run(void* pointer, const Step* step) {
         for (int row = 0; row < step->span[i].length; row += program.together)
             groups.push_back({&step->span[i], step->span[i].row + row, std::min(program.together, step->span[i].length - row)});
     for (Work& phase : program.phases) phase.reset();
-    threads->run([&](int thread) { Run(program, *step, groups, thread).run(); });
+    pool().run([&](int thread) { Run(program, *step, groups, thread).run(); });
     return 0;
 }
 
