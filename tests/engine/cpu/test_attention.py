@@ -331,6 +331,36 @@ def test_values_that_are_not_finite_stay_in_their_sequence(
         assert not np.isfinite(found[4]).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("cache", list(CacheType))
+def test_values_that_are_not_finite_change_no_earlier_row(
+    cache: CacheType, value: float, kernels: str
+) -> None:
+    """A row does not see the keys and values of later rows of its own sequence."""
+    case = Case(cache=cache, sequences=((20, 9),), norms=True)
+    clean = Layer(case).compute()
+    for head in (0, case.heads, case.heads + case.kv_heads):  # a query, a key, a value
+        layer = Layer(case)
+        layer.heads[4, head * case.dim : (head + 1) * case.dim] = value
+        found = layer.compute()
+        np.testing.assert_array_equal(found[:4], clean[:4])
+        assert not np.isfinite(found[4]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_change_no_row_whose_window_is_past_them(
+    value: float, kernels: str
+) -> None:
+    case = Case(sequences=((20, 9),), window=3)
+    clean = Layer(case).compute()
+    for head in (case.heads, case.heads + case.kv_heads):  # a key, a value
+        layer = Layer(case)
+        layer.heads[2, head * case.dim : (head + 1) * case.dim] = value
+        found = layer.compute()
+        np.testing.assert_array_equal(found[[0, 1, 5, 6, 7, 8]], clean[[0, 1, 5, 6, 7, 8]])
+        assert not np.isfinite(found[2]).all()
+
+
 def test_rows_do_not_depend_on_their_batch(kernels: str) -> None:
     """A row alone has the bits that it has beside others."""
     case = Case(sequences=((20, 1), (0, 9), (40, 1)), rope_dims=64)

@@ -482,12 +482,15 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
     const float* queries[Q];
     i32s numbers{};
     for (int i = 0; i < kLanes; i++) numbers[i] = i;
-    int first = INT32_MAX, stop = 0;
+    // All queries see the tokens from `all_from` to `all_stop`, and none those out of first to stop.
+    int first = INT32_MAX, stop = 0, all_from = 0, all_stop = INT32_MAX;
     float most[Q], total[Q];
     for (int q = 0; q < Q; q++) {
         queries[q] = a.queries + (size_t)(start + q) * a.query_stride;
         if (a.first[start + q] < first) first = a.first[start + q];
         if (a.length[start + q] > stop) stop = a.length[start + q];
+        if (a.first[start + q] > all_from) all_from = a.first[start + q];
+        if (a.length[start + q] < all_stop) all_stop = a.length[start + q];
         most[q] = a.sinks ? a.sinks[start + q] : -INFINITY;
         total[q] = a.sinks ? 1 : 0;
         for (int c = 0; c < chunks; c++)
@@ -547,7 +550,13 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
                 const int count = end - token < 16 ? end - token : 16;
                 for (int t = 0; t < count; t++) {
                     const f32s v = load_cached<C>(values + (size_t)t * a.dim * size);
-                    for (int q = 0; q < Q; q++) sum[q] += v * scores[q][token - base + t];
+                    // A score of 0 would not keep out a value that is not finite.
+                    if (token + t >= all_from && token + t < all_stop)
+                        for (int q = 0; q < Q; q++) sum[q] += v * scores[q][token - base + t];
+                    else
+                        for (int q = 0; q < Q; q++)
+                            if (token + t >= a.first[start + q] && token + t < a.length[start + q])
+                                sum[q] += v * scores[q][token - base + t];
                 }
             }
             for (int q = 0; q < Q; q++) store(a.output + (size_t)(start + q) * a.dim + kLanes * c, sum[q]);
