@@ -127,8 +127,19 @@ struct Int8 {
     }
 };
 
+template <class W> constexpr int scales_of() { return W::bytes == Int6::bytes ? 2 : 1; }
+
+// Add the products of half `half` of a group (INT6), or of all of it, which are exact, to a sum.
+template <class W>
+INLINE f32s add_products(f32s sum, i32s products, int half, float d, const float* s, f32s scale, f32s other) {
+    const f32s found = to_float(products);
+    if constexpr (W::bytes == Int6::bytes) return sum + (half ? other : scale) * (found * d - 32 * s[half]);
+    else if constexpr (W::bytes == Int4::bytes) return (sum + found * d * scale) + other * (s[0] + s[1]);
+    else return sum + scale * (found * d - 128 * (s[0] + s[1]));
+}
+
 // MR rows of activations times NT vectors of tiles, the first of which is part `part` of a tile.
-// With `unpacked`, codes come from there, 512 bytes a group.
+// Codes are those in `unpacked`, 512 bytes a group, if `is_unpacked`.
 template <class W, int MR, int NT>
 INLINE void multiply_codes(const uint8_t* const (&tiles)[NT], const uint8_t* const (&unpacked)[NT],
                            int part, bool is_unpacked, const Rows& x, int row, float* out, int stride) {
@@ -139,41 +150,38 @@ INLINE void multiply_codes(const uint8_t* const (&tiles)[NT], const uint8_t* con
     const int8_t* codes = x.codes + (size_t)row * x.columns * 2;
     const float* scales = x.scales + (size_t)row * groups;
     const float* sums = x.sums + (size_t)row * groups * 2;
+    constexpr int halves = scales_of<W>(), steps = 8 / halves;
     for (int g = 0; g < groups; g++) {
+        u8s c[NT][8];
+        f32s scale[NT], other[NT];
         for (int n = 0; n < NT; n++) {
             const uint8_t* group = tiles[n] + (size_t)g * W::bytes;
-            u8s c[8];
-            if (is_unpacked)
-                for (int s = 0; s < 8; s++) c[s] = load<u8s>(unpacked[n] + (size_t)g * 512 + 64 * s);
-            else
-                W::codes(group, c);
-            const uint8_t* halves = group + W::scales - 2 * kLanes * ((part + n) % kParts);
-            const f32s scale = load_half(halves);
-            f32s other{};
-            if constexpr (W::bytes != Int8::bytes) other = load_half(halves + 32);
-            for (int m = 0; m < MR; m++) {
-                const int8_t* b = codes + ((size_t)m * x.columns + g * kGroup) * 2;
-                const float d = scales[(size_t)m * groups + g];
-                const float* s = sums + ((size_t)m * groups + g) * 2;
-                i32s coarse[2]{}, fine[2]{};  // of the first and the last 16 columns
-                constexpr int halves_apart = W::bytes == Int6::bytes;
-                for (int i = 0; i < 8; i++) {
-                    const int half = halves_apart ? i / 4 : 0;
-                    coarse[half] = dot(coarse[half], c[i], four(b + 4 * i));
-                    fine[half] = dot(fine[half], c[i], four(b + kGroup + 4 * i));
+            if (!is_unpacked) W::codes(group, c[n]);
+            const uint8_t* at = group + W::scales - 2 * kLanes * ((part + n) % kParts);
+            scale[n] = load_half(at);
+            other[n] = W::bytes == Int8::bytes ? f32s{} : load_half(at + 32);
+        }
+        for (int h = 0; h < halves; h++) {
+            i32s products[MR][NT];
+            for (int m = 0; m < MR; m++)
+                for (int n = 0; n < NT; n++) products[m][n] = i32s{};
+            for (int fine = 0; fine < 2; fine++) {
+                for (int i = h * steps; i < (h + 1) * steps; i++) {
+                    u8s w[NT];
+                    for (int n = 0; n < NT; n++) w[n] = is_unpacked ? load<u8s>(unpacked[n] + (size_t)g * 512 + 64 * i) : c[n][i];
+                    for (int m = 0; m < MR; m++) {
+                        const int32_t b = four(codes + ((size_t)m * x.columns + g * kGroup) * 2 + fine * kGroup + 4 * i);
+                        for (int n = 0; n < NT; n++) products[m][n] = dot(products[m][n], w[n], b);
+                    }
                 }
-                const f32s low = to_float((coarse[0] << 8) + fine[0]);
-                if constexpr (W::bytes == Int6::bytes) {
-                    const f32s high = to_float((coarse[1] << 8) + fine[1]);
-                    sum[m][n] += scale * (low * d - 32 * s[0]);
-                    sum[m][n] += other * (high * d - 32 * s[1]);
-                } else if constexpr (W::bytes == Int4::bytes) {
-                    sum[m][n] += low * d * scale;
-                    sum[m][n] += other * (s[0] + s[1]);
-                } else {
-                    sum[m][n] += scale * (low * d - 128 * (s[0] + s[1]));
-                }
+                if (!fine)
+                    for (int m = 0; m < MR; m++)
+                        for (int n = 0; n < NT; n++) products[m][n] = products[m][n] << 8;
             }
+            for (int m = 0; m < MR; m++)
+                for (int n = 0; n < NT; n++)
+                    sum[m][n] = add_products<W>(sum[m][n], products[m][n], h, scales[(size_t)m * groups + g],
+                                                sums + ((size_t)m * groups + g) * 2, scale[n], other[n]);
         }
     }
     for (int m = 0; m < MR; m++)
