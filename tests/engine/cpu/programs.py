@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,22 @@ from modelpack_engine.cpu.library import (
 
 Array = npt.NDArray[Any]
 
-#: The instruction sets that the kernels are compiled for.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+#: The instruction sets that the kernels are compiled for, and Linux's name of what each needs.
+INSTRUCTION_SETS = {
+    "portable": "",
+    "avx2": "avx2",
+    "avx512": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+}
+
+
+def usable() -> list[str]:
+    """Return the instruction sets that this processor has."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = {"", *(cpuinfo.read_text().split() if cpuinfo.exists() else ())}
+    return [name for name, flag in INSTRUCTION_SETS.items() if flag in flags]
+
+
 LOGITS = -1
 #: The distance of 1 to the next float32; half of it is the most that one rounding changes.
 EPS = float(np.finfo(np.float32).eps)

@@ -22,6 +22,7 @@ from tests.engine.cpu.programs import (
     identity,
     operation,
     random_rows,
+    usable,
 )
 from tests.engine.cpu.tiny_model import TinyModel
 from tests.peers import require
@@ -29,14 +30,6 @@ from tests.peers import require
 pytestmark = pytest.mark.usefixtures("built")
 ROOT = Path(__file__).parents[3]
 NATIVE = Path(native.__file__).parent / "native"
-
-
-def usable() -> list[str]:
-    best = library().mp_kernels()
-    try:
-        return [n for n in INSTRUCTION_SETS if not library().mp_use_kernels(n.encode())]
-    finally:
-        library().mp_use_kernels(best)
 
 
 def python(*arguments: str, **environment: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,6 +11,7 @@ from modelpack_engine.cpu.library import library
 from modelpack_engine.models.precision import pack
 from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_engine.runner.model_layout import find_layout
+from tests.engine.cpu.programs import usable
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.driving import Setting
@@ -68,17 +68,9 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     lib.mp_use_kernels(best)
 
 
-def instruction_sets() -> list[str]:
-    """Return those that this processor has."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    found = {"avx2": "avx2", "avx512": "avx512_vnni", "avx512_bf16": "avx512_bf16"}
-    return ["portable", *(name for name, flag in found.items() if flag in flags)]
-
-
-@pytest.mark.parametrize("kernels", instruction_sets(), indirect=True)
+@pytest.mark.parametrize("kernels", usable(), indirect=True)
 def test_each_instruction_set(specimen: Specimen, kernels: str) -> None:
-    assert kernels in instruction_sets()
+    assert kernels in usable()
     driver = specimen.drive(Setting(), packed(specimen.configuration))
     assert driver.tokens == specimen.reference.tokens
 
