@@ -1,5 +1,6 @@
 #include "packing.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -107,23 +108,36 @@ void read_group(Source source, const uint8_t* row, int group, Group* out) {
     }
 }
 
+// Write a lane of a group of a tile, four codes at a time.
 void write_group(Kind kind, uint8_t* to, int lane, const Group& group) {
-    for (int k = 0; k < kGroup; k++) {
-        const int byte = 4 * lane + k % 4;
-        const uint8_t code = group.codes[k];
-        if (kind == Kind::INT8) {
-            to[64 * (k / 4) + byte] = code;
-            continue;
-        }
-        const int low = code & 15;
-        if (k < 16) to[64 * (k / 4) + byte] |= low;
-        else to[64 * (k / 4 - 4) + byte] |= low << 4;
-        if (kind == Kind::INT6) to[256 + 64 * (k / 16) + byte] |= (code >> 4) << 2 * (k / 4 % 4);
+    uint32_t codes[8], *words = (uint32_t*)to + lane;
+    std::memcpy(codes, group.codes, sizeof codes);
+    if (kind == Kind::INT8) {
+        for (int s = 0; s < 8; s++) words[kTile * s] = codes[s];
+    } else {
+        for (int s = 0; s < 4; s++) words[kTile * s] = (codes[s] & 0x0f0f0f0f) | (codes[s + 4] & 0x0f0f0f0f) << 4;
     }
+    if (kind == Kind::INT6)
+        for (int h = 0; h < 2; h++) {
+            uint32_t high = 0;
+            for (int i = 0; i < 4; i++) high |= (codes[4 * h + i] >> 4 & 0x03030303) << 2 * i;
+            words[kTile * (4 + h)] = high;
+        }
     uint8_t* scales = to + (kind == Kind::INT8 ? 512 : kind == Kind::INT6 ? 384 : 256);
     write(scales + 2 * lane, float_to_half(group.scale[0]));
     if (kind == Kind::INT4) write(scales + 32 + 2 * lane, float_to_half(group.minimum));
     if (kind == Kind::INT6) write(scales + 32 + 2 * lane, float_to_half(group.scale[1]));
+}
+
+// Turn `lanes` rows of `count` numbers, or pairs of them, into [count][16]; 16 at a time, which stay
+// in the nearest cache.
+template <class T> void write_dense(uint8_t* to, const uint8_t* rows, size_t stride, int lanes, int count) {
+    for (int from = 0; from < count; from += 16)
+        for (int lane = 0; lane < lanes; lane++) {
+            const uint8_t* row = rows + (size_t)lane * stride;
+            for (int i = from; i < from + 16; i++)
+                write(to + ((size_t)i * kTile + lane) * sizeof(T), read<T>(row + (size_t)i * sizeof(T)));
+        }
 }
 
 }  // namespace
@@ -165,27 +179,19 @@ size_t row_bytes(Source source, int columns) {
 
 void pack_tile(const Matrix& matrix, Source source, const uint8_t* data, int tile) {
     uint8_t* to = matrix.data + (size_t)tile * matrix.tile_bytes;
-    std::memset(to, 0, matrix.tile_bytes);
-    const size_t stride = row_bytes(source, matrix.columns), group_bytes = tile_bytes(matrix.kind, kGroup);
-    for (int lane = 0; lane < kTile && tile * kTile + lane < matrix.rows; lane++) {
-        const uint8_t* row = data + (size_t)(tile * kTile + lane) * stride;
-        if (matrix.kind == Kind::F32) {
-            for (int k = 0; k < matrix.columns; k++)
-                std::memcpy(to + ((size_t)k * kTile + lane) * 4, row + (size_t)k * 4, 4);
-        } else if (matrix.kind == Kind::F16) {
-            for (int k = 0; k < matrix.columns; k++)
-                std::memcpy(to + ((size_t)k * kTile + lane) * 2, row + (size_t)k * 2, 2);
-        } else if (matrix.kind == Kind::BF16) {
-            for (int k = 0; k < matrix.columns; k += 2)
-                std::memcpy(to + ((size_t)(k / 2) * kTile + lane) * 4, row + (size_t)k * 2, 4);
-        } else {
-            for (int g = 0; g < matrix.columns / kGroup; g++) {
-                Group group;
-                read_group(source, row, g, &group);
-                write_group(matrix.kind, to + (size_t)g * group_bytes, lane, group);
-            }
+    const int lanes = std::min(kTile, matrix.rows - tile * kTile), columns = matrix.columns;
+    const size_t stride = row_bytes(source, columns), group_bytes = tile_bytes(matrix.kind, kGroup);
+    const uint8_t* rows = data + (size_t)tile * kTile * stride;
+    if (lanes < kTile) std::memset(to, 0, matrix.tile_bytes);
+    if (matrix.kind == Kind::F32) return write_dense<uint32_t>(to, rows, stride, lanes, columns);
+    if (matrix.kind == Kind::F16) return write_dense<uint16_t>(to, rows, stride, lanes, columns);
+    if (matrix.kind == Kind::BF16) return write_dense<uint32_t>(to, rows, stride, lanes, columns / 2);
+    for (int g = 0; g < columns / kGroup; g++)
+        for (int lane = 0; lane < lanes; lane++) {
+            Group group;
+            read_group(source, rows + (size_t)lane * stride, g, &group);
+            write_group(matrix.kind, to + (size_t)g * group_bytes, lane, group);
         }
-    }
 }
 
 float half_to_float(uint16_t half) {

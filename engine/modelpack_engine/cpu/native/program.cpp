@@ -14,6 +14,8 @@
 #include "packing.hpp"
 #include "threads.hpp"
 
+#include <sys/mman.h>
+
 using namespace modelpack;
 
 namespace {
@@ -23,6 +25,7 @@ enum class Ending : int32_t { STORE, ADD, GATED };
 
 constexpr int kLogits = -1;  // the output buffer that the caller of a step provides
 constexpr int kLargestHead = 256;
+constexpr size_t kHugePage = 2 << 20;
 
 }  // namespace
 
@@ -422,10 +425,12 @@ void* mp_matrix_new(int source, int rows, int columns, const uint8_t* data, size
     const int tiles = (rows + kTile - 1) / kTile;
     auto* matrix = new (std::nothrow) Matrix{kind, rows, columns, tiles, tile_bytes(kind, columns), nullptr};
     void* memory = nullptr;
-    if (!matrix || posix_memalign(&memory, 64, matrix->tile_bytes * tiles)) {
+    const size_t bytes = matrix ? matrix->tile_bytes * tiles : 0, whole = bytes / kHugePage * kHugePage;
+    if (!matrix || posix_memalign(&memory, whole ? kHugePage : 64, bytes)) {
         delete matrix;
         return nullptr;
     }
+    if (whole) madvise(memory, whole, MADV_HUGEPAGE);  // if it fails, there are more faults
     matrix->data = (uint8_t*)memory;
     std::atomic<int> next{0};
     pool().run([&](int) {
