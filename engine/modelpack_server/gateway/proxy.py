@@ -18,6 +18,7 @@ from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.checks import is_stored_on_server
 from modelpack_server.gateway.families import error_response, family_in, retry_headers, stream_error
 from modelpack_server.gateway.forwarding import CALLER_HEADERS, caller_headers, names_callers
+from modelpack_server.gateway.stored_objects import Locations, stored_object
 from modelpack_server.gateway.traces import Trace, trace_of
 
 Policy = Literal["least-busy", "round-robin"]
@@ -168,15 +169,18 @@ _NOT_RETURNED = _HOP_BY_HOP | {b"date"}  # our server adds its own
 _WITH_BODY = ("POST", "PUT", "PATCH", "DELETE")
 _BUSY = (503, 529)
 _CONNECT_TIMEOUT = 5.0
+_LOOKUP_TIMEOUT = 10.0
 _UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
 class Proxy:
     """ASGI application that forwards requests to upstreams.
 
-    Files and batches are on the first upstream, wherever other requests go. The proxy
-    retries on another upstream only if the first cannot have begun the request: it was
-    unreachable, or returned 503 (529) with Retry-After; and only if the whole body is in memory.
+    Files and batches are on the first upstream, wherever other requests go. A request that names a
+    stored response or conversation goes to the upstream that has it. The proxy retries on another
+    upstream only if the first cannot have begun the request: it was unreachable, or returned 503
+    (529) with Retry-After; and only if the whole body is in memory.
+
     `keyed`: the credentials belong to the gateway's keys and are not forwarded. `upstream_key` is
     sent to upstreams. Without it, only upstreams at loopback addresses get the caller's name, since
     others would not trust the gateway (`gateway.forwarding`). `timeout` is the limit of seconds
@@ -201,6 +205,7 @@ class Proxy:
         self._withheld = _NOT_FORWARDED | (_CREDENTIALS if keyed or upstream_key else set())
         self._upstream_key = upstream_key
         self._keyed = keyed
+        self._locations = Locations()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request; if the client disconnects, close the upstream's connection."""
@@ -229,6 +234,14 @@ class Proxy:
                 await self._fail(scope, send, 501, f"{text}: set MODELPACK_UPSTREAM_KEY")
                 return
             tried = [upstream.name for upstream in others]
+        elif len(self._upstreams.all) > 1 and (stored := stored_object(scope)) is not None:
+            try:
+                holder = await self._holder(scope, stored)
+            except _UnknownHolderError:
+                text = f"an upstream that may have {stored} cannot be reached"
+                await self._fail(scope, send, 503, text, retry_after=1)
+                return
+            tried = [u.name for u in self._upstreams.all if holder not in (None, u.name)]
         skipped = len(tried)
         while (upstream := self._upstreams.choose(tried)) is not None:
             tried.append(upstream.name)
@@ -271,7 +284,42 @@ class Proxy:
         busy = response.status_code in _BUSY and "retry-after" in response.headers
         return busy and body.replayable and len(tried) < len(self._upstreams.all)
 
-    def _request(self, scope: Scope, body: _Body, upstream: Upstream) -> httpx.Request:
+    async def _holder(self, scope: Scope, stored: str) -> str | None:
+        """Return the name of the upstream that has a stored object, None if none has it.
+
+        Raises `_UnknownHolderError` if none has it, and one cannot be asked.
+        """
+        if (known := self._locations.get(stored)) is not None:
+            return known
+        upstreams = self._upstreams.all
+        found = await asyncio.gather(*(self._has(scope, stored, each) for each in upstreams))
+        for upstream, has in zip(upstreams, found, strict=True):
+            if has:
+                self._locations.put(stored, upstream.name)
+                return upstream.name
+        if None in found:
+            raise _UnknownHolderError
+        return None
+
+    async def _has(self, scope: Scope, stored: str, upstream: Upstream) -> bool | None:
+        """Return whether the upstream has an object of the caller, None if it does not say."""
+        headers = [
+            (name, value)
+            for name, value in self._headers(scope, upstream)
+            if name not in (b"content-type", b"accept")
+        ]
+        extensions = {"timeout": httpx.Timeout(_LOOKUP_TIMEOUT, pool=None).as_dict()}
+        url = upstream.target(stored.encode(), b"")
+        request = httpx.Request("GET", url, headers=headers, extensions=extensions)
+        try:
+            response = await self._transport().handle_async_request(request)
+            await response.aclose()
+        except httpx.HTTPError:
+            return None
+        unavailable = response.status_code >= 500 and response.status_code != 501
+        return None if unavailable else response.is_success
+
+    def _headers(self, scope: Scope, upstream: Upstream) -> list[Header]:
         headers = [(n, v) for n, v in _end_to_end(scope["headers"]) if n not in self._withheld]
         if names_callers(upstream.url.host, self._upstream_key):
             headers += caller_headers(caller_of(scope))
@@ -281,6 +329,10 @@ class Proxy:
             headers.append((b"x-forwarded-for", client[0].encode()))
         if self._upstream_key:
             headers.append((b"authorization", f"Bearer {self._upstream_key}".encode()))
+        return headers
+
+    def _request(self, scope: Scope, body: _Body, upstream: Upstream) -> httpx.Request:
+        headers = self._headers(scope, upstream)
         content: bytes | AsyncIterator[bytes] | None = body.whole
         if scope["method"] not in _WITH_BODY:
             content = None
@@ -347,6 +399,10 @@ class Proxy:
             request_id=trace.id if trace else None,
         )
         await response(scope, _nothing, send)
+
+
+class _UnknownHolderError(Exception):
+    """No upstream that can be reached has the object, and others cannot be reached."""
 
 
 class _ClientGoneError(Exception):
