@@ -36,6 +36,7 @@ from modelpack_engine.models import json_tokenizer
 from modelpack_engine.models.files import MODULES, ModelFiles
 from modelpack_engine.models.gguf import TensorPlan, arrays_of
 from modelpack_engine.models.gguf_file import GGUFFile
+from modelpack_engine.models.gguf_tensors import Parameter
 from modelpack_engine.models.load_budget import TensorBounds
 from modelpack_engine.models.loader import Device, context_length_of, gguf_tokenizer_of, load
 from modelpack_engine.models.precision import (
@@ -205,7 +206,7 @@ def _load_encoder(
     plans = []
     for tensor in file:
         path, _, parameter = tensor.name.rpartition(".")
-        plans.append(TensorPlan(tensor, path, parameter))
+        plans.append(TensorPlan(Parameter.of(tensor, path, parameter)))
     load_tensors(
         encoder,
         rename_tensors(config, dict(arrays_of(plans, dtype)), GGUF_NAMES),

@@ -23,9 +23,11 @@ from mlx.nn.layers.quantized import quantize
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.models import gguf_blocks, load_progress
-from modelpack_engine.models.gguf_architectures import Config, Hyperparameters, architecture_of
+from modelpack_engine.models.gguf_architectures import architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE
-from modelpack_engine.models.gguf_file import GGUFFile, GGUFTensor
+from modelpack_engine.models.gguf_file import GGUFFile
+from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters
+from modelpack_engine.models.gguf_tensors import Parameter, Source
 from modelpack_engine.models.load_budget import TensorBounds, checkpoint
 from modelpack_engine.models.precision import (
     Precision,
@@ -54,22 +56,17 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """How a tensor becomes the parameters of a module.
+    """A parameter to decode, and how MLX holds it; None for an array of floats."""
 
-    `path` and `parameter` name it in the model; `shift` is added to its values.
-    """
-
-    tensor: GGUFTensor
-    path: str
-    parameter: str
+    parameter: Parameter
     packing: Packing | None = None
-    shift: float = 0.0
 
     @property
     def decoded_bytes(self) -> int:
-        """The approximate size of the decoded tensor."""
-        packed = self.packing and gguf_blocks.affine_bits(self.tensor.dtype)
-        return self.tensor.raw.size * 3 // 2 if packed else self.tensor.elements * 4
+        """The approximate size of the decoded parameter."""
+        packed = self.packing and gguf_blocks.affine_bits(self.parameter.dtype)
+        stored = self.parameter.stored_bytes
+        return stored * 3 // 2 if packed else self.parameter.elements * 4
 
 
 Decoded = dict[str, npt.NDArray[Any]]
@@ -83,14 +80,14 @@ def arrays_of(plans: Collection[TensorPlan], dtype: mx.Dtype) -> Iterator[tuple[
     with ThreadPoolExecutor(_threads(), thread_name_prefix="decode") as pool:
         waiting: deque[tuple[TensorPlan, Future[Decoded]]] = deque()
         ahead, limit = 0, max(MAX_AHEAD, (available_memory() or 0) // _AHEAD_PART)
-        total, done = sum(item.tensor.raw.size for item in plans), 0
+        total, done = sum(item.parameter.stored_bytes for item in plans), 0
 
         def next_arrays() -> Iterator[tuple[str, mx.array]]:
             nonlocal ahead, done
             first, future = waiting.popleft()
             ahead -= first.decoded_bytes
             yield from _arrays(first, future.result(), dtype)
-            done += first.tensor.raw.size
+            done += first.parameter.stored_bytes
             load_progress.read(done / total if total else 1)
 
         for item in plans:
@@ -116,7 +113,7 @@ def packing_of(dtype: str, *, requantize: bool) -> Packing | None:
 
 def _decode(item: TensorPlan) -> Decoded:
     """Decode a tensor to numpy arrays in their final shapes: its packed parts, or its values."""
-    tensor = item.tensor
+    tensor = item.parameter.read()
     *rows, columns = tensor.shape or (1,)
     groups = (*rows, columns // GROUP_SIZE)
     if item.packing and item.packing.mode == "mxfp4":
@@ -129,29 +126,29 @@ def _decode(item: TensorPlan) -> Decoded:
             "scales": blocks.scales.reshape(groups),
             "biases": blocks.biases.reshape(groups),
         }
-    if item.shift or not gguf_blocks.is_float(tensor.dtype):
-        return {"values": gguf_blocks.dense(tensor) + np.float32(item.shift)}
+    if not gguf_blocks.is_float(tensor.dtype):
+        return {"values": gguf_blocks.dense(tensor)}
     return {"values": gguf_blocks.as_stored(tensor)}
 
 
 def _arrays(item: TensorPlan, decoded: Decoded, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
-    values = decoded.get("values")
+    path, values = item.parameter.path, decoded.get("values")
     if values is None:
         for name, part in decoded.items():
             array = mx.array(part)
             floating = mx.issubdtype(array.dtype, mx.floating)
-            yield f"{item.path}.{name}", array.astype(dtype) if floating else array
+            yield f"{path}.{name}", array.astype(dtype) if floating else array
         return
     array = mx.array(values)
     if array.dtype == mx.uint16:  # bfloat16, which numpy does not have
         array = array.view(mx.bfloat16)
     if item.packing is None:
-        yield f"{item.path}.{item.parameter}", array.astype(dtype)
+        yield f"{path}.{item.parameter.name}", array.astype(dtype)
         return
     weight, scales, biases = mx.quantize(array, GROUP_SIZE, item.packing.bits)
-    yield f"{item.path}.weight", weight
-    yield f"{item.path}.scales", scales.astype(dtype)
-    yield f"{item.path}.biases", biases.astype(dtype)
+    yield f"{path}.weight", weight
+    yield f"{path}.scales", scales.astype(dtype)
+    yield f"{path}.biases", biases.astype(dtype)
 
 
 def _threads() -> int:
@@ -175,29 +172,29 @@ class GGUFLoader:
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
         self._error = file.metadata.error
-        self.name, self.architecture = architecture_of(file.metadata)
-        self.config: Config = self.architecture.config(
-            Hyperparameters(self.name, file.metadata, file)
-        )
-        self._check_layers()
+        self.name, self.architecture = architecture_of(file)
+        values = Hyperparameters(self.name, file.metadata, file)
+        self._names = self._used_names(values)
+        self.config: Config = self.architecture.config(values)
         self._add_rope_factors()
-        self._targets = self._find_targets()
+        self._parameters = self._find_parameters()
+        self._shapes = {f"{p.path}.{p.name}": self._shape(p) for p in self._parameters}
 
     @property
     def dense_elements(self) -> int:
         """The number of weights in all tensors."""
-        return sum(self.file[name].elements for name in self._targets)
+        return sum(parameter.elements for parameter in self._parameters)
 
     def load(self, precision: Precision) -> Module:
         """Return the model with its weights, which MLX may not have evaluated yet."""
         model: Any = self._build()
         modules = dict(model.named_modules())
         plans = [
-            self._plan(self.file[name], path, parameter, modules.get(path), precision)
-            for name, (path, parameter) in self._targets.items()
+            TensorPlan(parameter, _packing(parameter, modules.get(parameter.path), precision))
+            for parameter in self._parameters
         ]
         packed = {
-            plan.path: {"group_size": GROUP_SIZE, **asdict(plan.packing)}
+            plan.parameter.path: {"group_size": GROUP_SIZE, **asdict(plan.packing)}
             for plan in plans
             if plan.packing
         }
@@ -220,30 +217,19 @@ class GGUFLoader:
     def packed(self) -> PackedWeights:
         """Return all weights, packed as they are stored."""
         packed, mapped, done = PackedWeights(), 0, 0
-        total = sum(self.file[name].raw.size for name in self._targets)
-        for name, (path, parameter) in self._targets.items():
+        total = sum(parameter.stored_bytes for parameter in self._parameters)
+        for parameter in self._parameters:
             checkpoint()
-            tensor = self.file[name]
-            packed.add_tensor(f"{path}.{parameter}", tensor, gguf_blocks.dense)
-            if self.architecture.shifted_norms and path.endswith("norm"):
-                packed.vectors[f"{path}.{parameter}"] -= 1
-            done += tensor.raw.size
-            mapped += tensor.raw.size
+            name = f"{parameter.path}.{parameter.name}"
+            packed.add_tensor(name, parameter.read(), gguf_blocks.dense)
+            done += parameter.stored_bytes
+            mapped += parameter.stored_bytes
             if mapped > _MOST_MAPPED:
                 self.file.release()
                 mapped = 0
             load_progress.read(done / total)
         self.file.release()
         return packed
-
-    def _plan(
-        self, tensor: GGUFTensor, path: str, parameter: str, module: Any, precision: Precision
-    ) -> TensorPlan:
-        packing = None
-        if not precision.dense and parameter == "weight" and hasattr(module, "to_quantized"):
-            packing = packing_of(tensor.dtype, requantize=precision.requantize)
-        shifted = self.architecture.shifted_norms and path.endswith("norm")
-        return TensorPlan(tensor, path, parameter, packing, -1.0 if shifted else 0.0)
 
     def _build(self) -> Module:
         model_type = self.config["model_type"]
@@ -257,44 +243,61 @@ class GGUFLoader:
                 correct(model, self.config)
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
             raise self._error(f"cannot build {model_type} from its metadata: {error}") from error
-        got = {".".join(target): self.file[name].shape for name, target in self._targets.items()}
         if hasattr(model, "sanitize"):  # may drop the output layer of a model with tied embeddings
-            model.sanitize({name: mx.zeros(shape) for name, shape in got.items()})
-        check_parameters(self.file.metadata.path, shapes_of(model), got)
+            model.sanitize({name: mx.zeros(shape) for name, shape in self._shapes.items()})
+        check_parameters(self.file.metadata.path, shapes_of(model), self._shapes)
         return model
 
-    def _check_layers(self) -> None:
-        layers = self.config["num_hidden_layers"]
-        numbers = {
-            int(parts[1])
-            for name in self.file.names
-            if (parts := name.split("."))[0] == "blk" and len(parts) > 1 and parts[1].isdecimal()
-        }
+    def _shape(self, parameter: Parameter) -> tuple[int, ...]:
+        try:
+            return parameter.shape
+        except ValueError as error:
+            names = ", ".join(source.tensor.name for source in parameter.sources)
+            shapes = ", ".join(str(list(source.tensor.shape)) for source in parameter.sources)
+            raise self._error(
+                f"the shape of {names}, {shapes}, does not fit the metadata",
+                hint="convert the model again",
+            ) from error
+
+    def _used_names(self, values: Hyperparameters) -> list[str]:
+        """Return the names of tensors, without those of layers that predict further tokens."""
+        layers, left_out = values.layers, values.predicting_layers
+        numbered = {name: _layer(name) for name in self.file.names}
+        used = [
+            name for name, at in numbered.items() if at is None or not 0 <= at - layers < left_out
+        ]
+        numbers = {at for name in used if (at := numbered[name]) is not None}
         if not 0 < layers <= _MAX_LAYERS or numbers != set(range(layers)):
             raise self._error(
                 f"the metadata name {layers} layers, but the tensors are of {len(numbers)}",
                 hint="package the complete file, or all shards of the model",
             )
+        return used
 
-    def _find_targets(self) -> dict[str, tuple[str, str]]:
-        """Return the path of the module, and the name of the parameter, of each tensor."""
-        targets, unknown = {}, []
-        for name in self.file.names:
+    def _find_parameters(self) -> list[Parameter]:
+        """Return the parameters of the model in the order of their tensors in the file."""
+        found: dict[tuple[str, str], list[Source]] = {}
+        unknown = []
+        for name in self._names:
             if name == _ROPE_FREQS and self._has_llama3_rope:
                 continue
             if name in _ROPE_FACTORS and self.name == "phi3":
                 continue
-            found = self.architecture.module_path(name)
-            if found is None:
+            targets = self.architecture.targets(name)
+            for path, parameter, target in targets:
+                source = Source(self.file[name], target, self.config)
+                found.setdefault((path, parameter), []).append(source)
+            if not targets:
                 unknown.append(name)
-            else:
-                targets[name] = found
         if unknown:
             raise self._error(
                 f"{self.name} has no such tensors: {named(unknown)}",
                 hint="load another model: this variant of the architecture is not supported",
             )
-        return targets
+        return [
+            Parameter(path, name, tuple(sorted(sources, key=lambda source: source.target.place)))
+            for (path, name), sources in found.items()
+        ]
 
     @property
     def _has_llama3_rope(self) -> bool:
@@ -327,4 +330,18 @@ class GGUFLoader:
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
         frequencies = mx.array(np.float32(self.config["rope_theta"]) ** exponents * factors)
         for layer in model.layers:
-            layer.self_attn.rope._freqs = frequencies
+            if "rope" in layer.self_attn:  # some layers of Exaone have none
+                layer.self_attn.rope._freqs = frequencies
+
+
+def _packing(parameter: Parameter, module: Any, precision: Precision) -> Packing | None:
+    if precision.dense or parameter.name != "weight" or not hasattr(module, "to_quantized"):
+        return None
+    return packing_of(parameter.dtype, requantize=precision.requantize)
+
+
+def _layer(tensor: str) -> int | None:
+    """Return the number of a tensor's layer, or None for one outside the layers."""
+    parts = tensor.split(".")
+    numbered = parts[0] == "blk" and len(parts) > 1 and parts[1].isdecimal()
+    return int(parts[1]) if numbered else None

@@ -1,130 +1,148 @@
-"""Map llama.cpp's architectures to mlx-lm's: config fields, names of tensors, small differences.
+"""Map llama.cpp's architectures to mlx-lm's: names of tensors, config fields, small differences.
 
-Sources: llama.cpp src/models/*.cpp and conversion/*.py for the contents of a file,
-mlx_lm/models/*.py for the fields of a class. Architectures missing from `ARCHITECTURES` are
-rejected by name.
+`ARCHITECTURES` has a row for each architecture that loads; others are rejected by name. A row
+needs a tiny model in tests/engine/loaders/tiny_models.py, whose logits are compared with mlx-lm's
+and with llama.cpp's. Sources: llama.cpp src/models/*.cpp and conversion/*.py for the contents of a
+file, mlx_lm/models/*.py for the fields of a class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
+from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters, rope_scaling
+from modelpack_engine.models.gguf_tensors import (
+    Target,
+    halves,
+    heads_of,
+    minus_one,
+    one_row,
+)
 
-Config = dict[str, Any]
+# From the stem of a tensor's name to the path of its module: a string, or targets for tensors that
+# do not become a parameter as they are.
+Names = Mapping[str, str | Target | tuple[Target, ...]]
 
-# From the stem of a tensor's name to the path of its module.
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_ATTENTION = {
-    "attn_norm": "input_layernorm",
+
+def _parameter(path: str) -> Target:
+    """Return a target that is a parameter, and not a module with a weight."""
+    return Target(path, is_parameter=True)
+
+
+def _shifted(names: Names) -> Names:
+    """Return `names` for norms that are stored as 1 + w where the class wants w."""
+    return {
+        name: Target(path, values=minus_one)
+        if isinstance(path, str) and path.endswith("norm")
+        else path
+        for name, path in names.items()
+    }
+
+
+def _experts(module: str, router: str = "gate", switch: str = "switch_mlp") -> Names:
+    return {
+        "ffn_gate_inp": f"{module}.{router}",
+        "ffn_gate_exps": f"{module}.{switch}.gate_proj",
+        "ffn_up_exps": f"{module}.{switch}.up_proj",
+        "ffn_down_exps": f"{module}.{switch}.down_proj",
+    }
+
+
+def _mlp(module: str, suffix: str = "") -> Names:
+    return {f"ffn_{part}{suffix}": f"{module}.{part}_proj" for part in ("gate", "up", "down")}
+
+
+_OUTER: Names = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_NORM: Names = {"attn_norm": "input_layernorm"}
+_QKV: Names = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
 }
-_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_LLAMA = {**_ATTENTION, **_FFN_NORM, **_MLP}
-_GEMMA = {
-    **_ATTENTION,
-    **_MLP,
+# For classes that rotate halves of a head; llama.cpp rotates pairs.
+_QKV_OF_PAIRS: Names = {
+    **_QKV,
+    "attn_q": Target("self_attn.q_proj", rows=halves("num_attention_heads")),
+    "attn_k": Target("self_attn.k_proj", rows=halves("num_key_value_heads")),
+}
+_ATTENTION: Names = {**_NORM, **_QKV}
+_QK_NORM: Names = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_FFN_NORM: Names = {"ffn_norm": "post_attention_layernorm"}
+_LATER_NORMS: Names = {
     "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_PHI3 = {
+_LLAMA: Names = {**_ATTENTION, **_FFN_NORM, **_mlp("mlp")}
+_GEMMA: Names = {
+    **_ATTENTION,
+    **_mlp("mlp"),
+    **_LATER_NORMS,
+    "ffn_norm": "pre_feedforward_layernorm",
+}
+_PHI2: Names = {
+    **_ATTENTION,
+    "attn_qkv": tuple(
+        Target(f"self_attn.{part}_proj", rows=heads_of(at)) for at, part in enumerate("qkv")
+    ),
+    "attn_output": "self_attn.dense",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
+_PHI3: Names = {
+    **_NORM,
     **_FFN_NORM,
-    "attn_norm": "input_layernorm",
     "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_STARCODER2 = {**_ATTENTION, **_FFN_NORM, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
-_QWEN3_MOE = {
+_STARCODER2: Names = {**_ATTENTION, **_FFN_NORM, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
+_QWEN2_MOE: Names = {
     **_ATTENTION,
-    **_QK_NORM,
     **_FFN_NORM,
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.switch_mlp.gate_proj",
-    "ffn_up_exps": "mlp.switch_mlp.up_proj",
-    "ffn_down_exps": "mlp.switch_mlp.down_proj",
+    **_experts("mlp"),
+    **_mlp("mlp.shared_expert", "_shexp"),
+    "ffn_gate_inp_shexp": Target("mlp.shared_expert_gate", values=one_row),
 }
-_GPT_OSS = {
+_GLM4: Names = {
+    **_ATTENTION,
+    **_FFN_NORM,
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GRANITE: Names = {**_LLAMA, **_QKV_OF_PAIRS}
+_GPT_OSS: Names = {
     **_ATTENTION,
     "post_attention_norm": "post_attention_layernorm",
-    "attn_sinks": "self_attn.sinks",
-    "ffn_gate_inp": "mlp.router",
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
+    "attn_sinks": _parameter("self_attn.sinks"),
+    **_experts("mlp", "router", "experts"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Hyperparameters:
-    """The hyperparameters of a model, by their names without the prefix of the architecture."""
-
-    architecture: str
-    metadata: Metadata
-    file: GGUFFile
-
-    def __contains__(self, name: str) -> bool:
-        return self._key(name) in self.metadata
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        return self.metadata.integer(self._key(name), default)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        return self.metadata.number(self._key(name), default)
-
-    def text(self, name: str, default: str | None = None) -> str:
-        return self.metadata.text(self._key(name), default)
-
-    def flags(self, name: str) -> list[bool] | None:
-        """Return a flag for each layer, or None if the value is not an array."""
-        key = self._key(name)
-        if not self.metadata.is_array(key):
-            return None
-        return list(map(bool, self.metadata.numbers(key).tolist()))
-
-    def unsupported(self, what: str) -> ModelLoadError:
-        """Return the error for a supported architecture with an unsupported feature, `what`."""
-        return self.metadata.error(f"{self.architecture} with {what} is not supported")
-
-    @property
-    def layers(self) -> int:
-        return self.integer("block_count")
-
-    @property
-    def heads(self) -> int:
-        return self.integer("attention.head_count")
-
-    @property
-    def head_dim(self) -> int:
-        return self.integer("attention.key_length", self.integer("embedding_length") // self.heads)
-
-    def _key(self, name: str) -> str:
-        return f"{self.architecture}.{name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """How a GGUF architecture becomes an mlx-lm model.
 
-    `layer_names` maps the names of tensors inside a layer to module paths inside a layer.
-    `shifted_norms`: norms are stored as 1 + w where the class wants w.
+    `layer` maps the names of tensors inside a layer to paths inside a layer, `outer` those of other
+    tensors. `extend` adds fields to the config. With `partial_rope`, the class rotates a part of
+    each head; without `scaled_rope`, a scaled rotation is rejected.
     """
 
     model_type: str
-    layer_names: Mapping[str, str]
+    layer: Names
     extend: Callable[[Hyperparameters, Config], None] = field(default=lambda values, config: None)
-    shifted_norms: bool = False
-    rope_scaling: bool = True
+    outer: Names = field(default_factory=lambda: _OUTER)
+    partial_rope: bool = False
+    scaled_rope: bool = True
 
     def config(self, values: Hyperparameters) -> Config:
         """Return the config for mlx-lm's class. Raises `ModelLoadError`, naming a missing value."""
@@ -138,7 +156,7 @@ class Architecture:
             "hidden_size": values.integer("embedding_length"),
             "num_hidden_layers": values.layers,
             "num_attention_heads": values.heads,
-            "num_key_value_heads": values.integer("attention.head_count_kv", values.heads),
+            "num_key_value_heads": values.key_heads,
             "head_dim": values.head_dim,
             "max_position_embeddings": values.integer("context_length"),
             "rope_theta": values.number("rope.freq_base", 10000.0),
@@ -146,78 +164,71 @@ class Architecture:
             "tie_word_embeddings": "output.weight" not in values.file,
         }
         if "feed_forward_length" in values:
-            config["intermediate_size"] = values.integer("feed_forward_length")
+            config["intermediate_size"] = values.largest("feed_forward_length")
         if "attention.layer_norm_rms_epsilon" in values:
             config["rms_norm_eps"] = values.number("attention.layer_norm_rms_epsilon")
-        scaling = _rope_scaling(values)
-        if scaling and not self.rope_scaling:
+        if "attention.layer_norm_epsilon" in values:
+            config["layer_norm_eps"] = values.number("attention.layer_norm_epsilon")
+        scaling = rope_scaling(values)
+        if scaling and not self.scaled_rope:
             raise values.unsupported(f"rope scaling {scaling['rope_type']!r}")
         if scaling:
             config["rope_scaling"] = scaling
-        if self.model_type != "phi3" and values.integer(
-            "rope.dimension_count", values.head_dim
-        ) not in (0, values.head_dim):
+        rotated = values.integer("rope.dimension_count", values.head_dim)
+        if self.partial_rope:
+            config["partial_rotary_factor"] = rotated / values.head_dim
+        elif rotated not in (0, values.head_dim):
             raise values.unsupported("rope on a part of each head")
         self.extend(values, config)
         return config
 
-    def module_path(self, tensor: str) -> tuple[str, str] | None:
-        """Return the path of a tensor's module and the parameter's name, or None if unknown."""
-        stem, dot, parameter = tensor.rpartition(".")
-        if not dot or parameter not in ("weight", "bias"):
-            return None
-        if stem in _OUTER:
-            return _OUTER[stem], parameter
-        parts = stem.split(".")
-        if len(parts) != 3 or parts[0] != "blk" or not parts[1].isdecimal():
-            return None
-        inner = self.layer_names.get(parts[2])
-        if inner is None:
-            return None
-        path = f"model.layers.{parts[1]}.{inner}"
-        if inner.endswith(".sinks"):  # a parameter of the attention module itself
-            module, _, parameter = path.rpartition(".")
-            return module, parameter
-        return path, parameter
+    def targets(self, tensor: str) -> list[tuple[str, str, Target]]:
+        """Return the module's path and the parameter's name for each target of a tensor.
 
-
-def _rope_scaling(values: Hyperparameters) -> Config | None:
-    kind = values.text("rope.scaling.type", "none")
-    factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
-    if kind == "none" and factor == 1.0:
-        return None
-    if kind in ("none", "linear"):
-        return {"rope_type": "linear", "type": "linear", "factor": factor} if factor != 1 else None
-    if kind == "yarn":
-        attention = values.number("rope.scaling.yarn_attn_factor", 1.0)
-        attention *= values.number("rope.scaling.attn_factor", 1.0)
-        extrapolation = values.number("rope.scaling.yarn_ext_factor", 1.0)
-        if attention != 1.0 or extrapolation != 1.0:
-            raise values.unsupported("a yarn rope that scales attention")
-        return {
-            "rope_type": "yarn",
-            "type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": values.integer(
-                "rope.scaling.original_context_length", values.integer("context_length")
-            ),
-            "beta_fast": values.number("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": values.number("rope.scaling.yarn_beta_slow", 1.0),
-        }
-    if kind == "longrope":  # its factors are tensors, which `GGUFLoader` adds
-        return None
-    raise values.unsupported(f"rope scaling {kind!r}")
+        There are none for an unknown tensor.
+        """
+        stem, _, parameter = tensor.rpartition(".")
+        if parameter not in ("weight", "bias"):
+            stem, parameter = tensor, ""
+        prefix, names = "", self.outer
+        parts = stem.split(".", 2)
+        if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal():
+            stem, names = parts[2], self.layer
+            prefix = f"model.layers.{parts[1]}."
+        found = names.get(stem, ())
+        if isinstance(found, str):
+            found = Target(found)
+        targets = found if isinstance(found, tuple) else (found,)
+        return [
+            (*target.resolved(prefix, parameter), target)
+            for target in targets
+            if parameter or target.is_parameter
+        ]
 
 
 def _llama(values: Hyperparameters, config: Config) -> None:
-    if values.integer("expert_count", 0):
-        raise values.unsupported("experts (Mixtral)")
     config["rope_traditional"] = True  # the rows of q and k are stored in its order
-    config["attention_bias"] = "blk.0.attn_q.bias" in values.file
-    config["mlp_bias"] = "blk.0.ffn_gate.bias" in values.file
+    config["attention_bias"] = values.has("attn_q.bias")
+    config["mlp_bias"] = values.has("ffn_gate.bias")
+    _llama3_rope(values, config)
+
+
+def _llama3_rope(values: Hyperparameters, config: Config) -> None:
     if "rope_freqs.weight" in values.file:
         # This only selects the class of the rope; `GGUFLoader` sets the file's own frequencies.
         config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+
+
+def _mixtral(values: Hyperparameters, config: Config) -> None:
+    _llama(values, config)
+    _count_experts(values, config, "num_local_experts")
+    if values.head_dim * values.heads != config["hidden_size"]:
+        raise values.unsupported("experts, and heads of another size than its width / heads")
+
+
+def _count_experts(values: Hyperparameters, config: Config, name: str = "num_experts") -> None:
+    config[name] = values.integer("expert_count")
+    config["num_experts_per_tok"] = values.integer("expert_used_count")
 
 
 def _smollm3(values: Hyperparameters, config: Config) -> None:
@@ -225,10 +236,16 @@ def _smollm3(values: Hyperparameters, config: Config) -> None:
     config["no_rope_layer_interval"] = 4
 
 
+def _qwen2_moe(values: Hyperparameters, config: Config) -> None:
+    _count_experts(values, config)
+    config["moe_intermediate_size"] = values.integer("expert_feed_forward_length")
+    config["shared_expert_intermediate_size"] = values.integer("expert_shared_feed_forward_length")
+    config.setdefault("intermediate_size", config["moe_intermediate_size"])
+
+
 def _qwen3_moe(values: Hyperparameters, config: Config) -> None:
+    _count_experts(values, config)
     config |= {
-        "num_experts": values.integer("expert_count"),
-        "num_experts_per_tok": values.integer("expert_used_count"),
         "moe_intermediate_size": values.integer("expert_feed_forward_length"),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -238,8 +255,6 @@ def _qwen3_moe(values: Hyperparameters, config: Config) -> None:
 
 
 def _phi3(values: Hyperparameters, config: Config) -> None:
-    rotated = values.integer("rope.dimension_count", values.head_dim)
-    config["partial_rotary_factor"] = rotated / values.head_dim
     config["original_max_position_embeddings"] = values.integer(
         "rope.scaling.original_context_length", config["max_position_embeddings"]
     )
@@ -247,6 +262,7 @@ def _phi3(values: Hyperparameters, config: Config) -> None:
 
 
 def _starcoder2(values: Hyperparameters, config: Config) -> None:
+    config["norm_epsilon"] = config.pop("layer_norm_eps", None)
     config["norm_epsilon"] = values.number("attention.layer_norm_epsilon")
     config["sliding_window"] = values.integer("attention.sliding_window", 0)
 
@@ -288,13 +304,83 @@ def _gpt_oss(values: Hyperparameters, config: Config) -> None:
     if config["tie_word_embeddings"]:
         raise values.unsupported("tied embeddings")
     kinds = ("sliding_attention", "full_attention")
+    _count_experts(values, config, "num_local_experts")
     config |= {
-        "num_local_experts": values.integer("expert_count"),
-        "num_experts_per_tok": values.integer("expert_used_count"),
         "intermediate_size": values.integer("expert_feed_forward_length"),
         "sliding_window": values.integer("attention.sliding_window"),
         "layer_types": [kinds[layer % 2] for layer in range(values.layers)],
     }
+
+
+def _cohere(values: Hyperparameters, config: Config) -> None:
+    config["logit_scale"] = values.number("logit_scale")
+    config["attention_bias"] = values.has("attn_q.bias")
+    config["use_qk_norm"] = values.has("attn_q_norm.weight")
+    if not config.pop("tie_word_embeddings"):
+        raise values.unsupported("a separate output layer")
+
+
+def _cohere2(values: Hyperparameters, config: Config) -> None:
+    _cohere(values, config)
+    config["sliding_window"] = values.integer("attention.sliding_window")
+    config["sliding_window_pattern"] = _sliding_pattern(values, 4)
+
+
+def _olmo3(values: Hyperparameters, config: Config) -> None:
+    period = _sliding_pattern(values, 4)
+    kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
+    config["sliding_window"] = values.integer("attention.sliding_window")
+    config["layer_types"] = [kinds[layer % period] for layer in range(values.layers)]
+
+
+def _glm4(values: Hyperparameters, config: Config) -> None:
+    config["attention_bias"] = values.has("attn_q.bias")
+
+
+def _granite(values: Hyperparameters, config: Config) -> None:
+    config |= {
+        "attention_multiplier": values.number("attention.scale", values.head_dim**-0.5),
+        "embedding_multiplier": values.number("embedding_scale", 1.0),
+        "residual_multiplier": values.number("residual_scale", 1.0),
+        "logits_scaling": values.number("logit_scale", 1.0),
+        "attention_bias": values.has("attn_q.bias"),
+        "mlp_bias": values.has("ffn_gate.bias"),
+    }
+
+
+def _granite_moe(values: Hyperparameters, config: Config) -> None:
+    _granite(values, config)
+    _count_experts(values, config, "num_local_experts")
+
+
+def _stablelm(values: Hyperparameters, config: Config) -> None:
+    if values.has("attn_q_norm.weight"):
+        raise values.unsupported("norms of queries and keys")
+    config["use_qkv_bias"] = values.has("attn_q.bias")
+    config["use_parallel_residual"] = values.flag("use_parallel_residual", False)
+
+
+def _exaone4(values: Hyperparameters, config: Config) -> None:
+    window = values.integer("attention.sliding_window", 0)
+    config.setdefault("rope_scaling", None)
+    _llama3_rope(values, config)
+    config["sliding_window"] = window or None
+    period = _sliding_pattern(values, 4) if window else 0
+    config["sliding_window_pattern"] = "L" * (period - 1) + "G" if period else None
+
+
+def _hunyuan(values: Hyperparameters, config: Config) -> None:
+    config["attention_bias"] = values.has("attn_q.bias")
+    config["use_qk_norm"] = values.has("attn_q_norm.weight")
+
+
+def _ernie(values: Hyperparameters, config: Config) -> None:
+    config["use_bias"] = values.has("attn_q.bias")
+
+
+def _seed_oss(values: Hyperparameters, config: Config) -> None:
+    config["attention_bias"] = values.has("attn_q.bias")
+    config["attention_out_bias"] = values.has("attn_output.bias")
 
 
 def _sliding_pattern(values: Hyperparameters, default: int) -> int:
@@ -308,26 +394,69 @@ def _sliding_pattern(values: Hyperparameters, default: int) -> int:
     return default
 
 
+_WITHOUT_HEAD: Names = {name: path for name, path in _OUTER.items() if name != "output"}
+_PHI2_OUTER: Names = {**_OUTER, "output_norm": "model.final_layernorm"}
+_HUNYUAN_NORMS: Names = {
+    "attn_q_norm": "self_attn.query_layernorm",
+    "attn_k_norm": "self_attn.key_layernorm",
+}
+_LATE_NORMS: Names = {**_QKV, **_QK_NORM, **_LATER_NORMS, **_mlp("mlp")}
+_SEED_OSS: Names = {**_LLAMA, "post_attention_norm": "post_attention_layernorm"}
+_GRANITE_MOE: Names = {
+    **_NORM,
+    **_FFN_NORM,
+    **_QKV_OF_PAIRS,
+    **_experts("block_sparse_moe", "router.layer"),
+}
+_MIXTRAL: Names = {**_ATTENTION, **_FFN_NORM, **_experts("block_sparse_moe")}
+_QWEN3_MOE: Names = {**_ATTENTION, **_QK_NORM, **_FFN_NORM, **_experts("mlp")}
+
 #: The architectures that load, by the name that GGUF files give them.
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", _LLAMA, _llama),  # Mistral, SmolLM2, … are written as llama
     "qwen2": Architecture("qwen2", _LLAMA),
+    "qwen2moe": Architecture("qwen2_moe", _QWEN2_MOE, _qwen2_moe),
     "qwen3": Architecture("qwen3", {**_LLAMA, **_QK_NORM}),
     "qwen3moe": Architecture("qwen3_moe", _QWEN3_MOE, _qwen3_moe),
     "smollm3": Architecture("smollm3", _LLAMA, _smollm3),
-    "phi3": Architecture("phi3", _PHI3, _phi3, rope_scaling=False),
+    "phi2": Architecture("phi", _PHI2, outer=_PHI2_OUTER, partial_rope=True, scaled_rope=False),
+    "phi3": Architecture("phi3", _PHI3, _phi3, partial_rope=True, scaled_rope=False),
     "starcoder2": Architecture("starcoder2", _STARCODER2, _starcoder2),
-    "gemma2": Architecture("gemma2", _GEMMA, _gemma2, shifted_norms=True),
-    "gemma3": Architecture("gemma3_text", {**_GEMMA, **_QK_NORM}, _gemma3, shifted_norms=True),
+    "gemma2": Architecture("gemma2", _shifted(_GEMMA), _gemma2, outer=_shifted(_OUTER)),
+    "gemma3": Architecture(
+        "gemma3_text", _shifted({**_GEMMA, **_QK_NORM}), _gemma3, outer=_shifted(_OUTER)
+    ),
     "gpt-oss": Architecture("gpt_oss", _GPT_OSS, _gpt_oss),
+    "command-r": Architecture(
+        "cohere", {**_LLAMA, **_QK_NORM}, _cohere, outer=_WITHOUT_HEAD, scaled_rope=False
+    ),
+    "cohere2": Architecture("cohere2", _LLAMA, _cohere2, outer=_WITHOUT_HEAD, scaled_rope=False),
+    "olmo2": Architecture("olmo2", _LATE_NORMS),
+    "glm4": Architecture("glm4", _GLM4, _glm4, partial_rope=True),
+    "granite": Architecture("granite", _GRANITE, _granite),
+    "granitemoe": Architecture("granitemoe", _GRANITE_MOE, _granite_moe),
+    "stablelm": Architecture("stablelm", _LLAMA, _stablelm, partial_rope=True, scaled_rope=False),
+    "exaone4": Architecture(
+        "exaone4", {**_QKV, **_QK_NORM, **_LATER_NORMS, **_mlp("mlp")}, _exaone4
+    ),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", {**_LLAMA, **_HUNYUAN_NORMS}, _hunyuan),
+    "ernie4_5": Architecture("ernie4_5", _LLAMA, _ernie),
+    "seed_oss": Architecture("seed_oss", _SEED_OSS, _seed_oss),
+}
+
+#: Variants with classes of their own, by the metadata that tells them.
+VARIANTS: Mapping[tuple[str, str], Architecture] = {
+    ("llama", "expert_count"): Architecture("mixtral", _MIXTRAL, _mixtral),
+    ("olmo2", "attention.sliding_window"): Architecture("olmo3", _LATE_NORMS, _olmo3),
 }
 
 
-def architecture_of(metadata: Metadata) -> tuple[str, Architecture]:
+def architecture_of(file: GGUFFile) -> tuple[str, Architecture]:
     """Return the name of a file's architecture, and how to load it.
 
     Raises `ModelLoadError` that names the architecture and lists those that load.
     """
+    metadata: Metadata = file.metadata
     name = metadata.text("general.architecture")
     found = ARCHITECTURES.get(name)
     if found is None:
@@ -336,4 +465,7 @@ def architecture_of(metadata: Metadata) -> tuple[str, Architecture]:
             hint=f"use one of {', '.join(sorted(ARCHITECTURES))}, or load the model from"
             " safetensors, which supports many more",
         )
+    for (variant, key), architecture in VARIANTS.items():
+        if variant == name and metadata.integer(f"{name}.{key}", 0):
+            return name, architecture
     return name, found

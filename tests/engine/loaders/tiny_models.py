@@ -173,6 +173,96 @@ def _llama3_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
 
 
+def _mixtral_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _llama_keys(writer, config)
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+
+
+def _qwen2_moe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _moe_keys(writer, config)
+    writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+
+
+def _window_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_sliding_window(config["sliding_window"])
+
+
+def _cohere_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_logit_scale(config["logit_scale"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
+def _cohere2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _cohere_keys(writer, config)
+    _window_keys(writer, config)
+    writer.add_rope_dimension_count(config["head_dim"])
+
+
+def _partial_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_rope_dimension_count(int(_head_dim(config) * config["partial_rotary_factor"]))
+
+
+def _phi2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _partial_keys(writer, config)
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+
+
+def _stablelm_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _phi2_keys(writer, config)
+    writer.add_parallel_residual(config.get("use_parallel_residual", False))
+
+
+def _granite_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _llama_keys(writer, config)
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+
+
+def _granite_moe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _granite_keys(writer, config)
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+
+
+def _exaone4_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _llama3_keys(writer, config)
+    _window_keys(writer, config)
+    pattern, layers = config["sliding_window_pattern"], range(config["num_hidden_layers"])
+    writer.add_sliding_window_pattern([pattern[layer % len(pattern)] == "L" for layer in layers])
+
+
+def _renamed(names: Mapping[str, str], weights: Weights) -> Weights:
+    """Replace parts of mlx-lm's names by those of transformers."""
+    changed = {}
+    for name, value in weights.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        changed[name] = value
+    return changed
+
+
+def _joined_heads(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """Join queries, keys and values, as in files of Phi-2 from 2023."""
+    joined = dict(weights)
+    for name in weights:
+        if "q_proj" in name:
+            parts = [joined.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            joined[name.replace("q_proj", "query_key_value")] = np.concatenate(parts)
+    return joined
+
+
+_MIXTRAL = {
+    "switch_mlp.gate_proj": "experts.w1",
+    "switch_mlp.down_proj": "experts.w2",
+    "switch_mlp.up_proj": "experts.w3",
+}
+_GRANITE_MOE = {"block_sparse_moe.switch_mlp": "mlp.experts"}
+
+
 @dataclass(frozen=True)
 class TinyModel:
     """A tiny model: its `arch` in GGUF, its config for mlx-lm, and how it is converted."""
@@ -253,6 +343,33 @@ _LONG_ROPE = {
     "short_factor": [1.0, 1.0, 1.1, 1.2],
 }
 _GEMMA = {"head_dim": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+
+_COHERE = {
+    **{key: value for key, value in _SIZES.items() if key != "rms_norm_eps"},
+    "model_type": "cohere",
+    "vocab_size": VOCABULARY_SIZE,
+    "rope_theta": 10000.0,
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.25,
+    "tie_word_embeddings": True,
+}
+_LAYER_NORM = {
+    **{key: value for key, value in _SIZES.items() if key != "rms_norm_eps"},
+    "vocab_size": VOCABULARY_SIZE,
+    "rope_theta": 10000.0,
+    "layer_norm_eps": 1e-5,
+}
+_SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+_GRANITE = _model(
+    "granite",
+    "granite",
+    attention_multiplier=0.3,
+    embedding_multiplier=2.0,
+    residual_multiplier=0.7,
+    logits_scaling=3.0,
+    attention_bias=False,
+    mlp_bias=False,
+)
 
 TINY_MODELS: dict[str, TinyModel] = {
     "llama": TinyModel("llama", _model("llama", "llama"), _llama_keys, _permuted),
@@ -387,5 +504,113 @@ TINY_MODELS: dict[str, TinyModel] = {
         _gpt_oss_keys,
         _sinks,
         tolerance=1e-4,
+    ),
+    "mixtral": TinyModel(
+        "llama",
+        _model("llama", "mixtral", num_local_experts=8, num_experts_per_tok=2),
+        _mixtral_keys,
+        lambda config, weights: _renamed(_MIXTRAL, _permuted(config, weights)),
+    ),
+    "qwen2moe": TinyModel(
+        "qwen2moe",
+        _model(
+            "qwen2moe",
+            "qwen2_moe",
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=64,
+        ),
+        _qwen2_moe_keys,
+        _experts,
+    ),
+    "olmo2": TinyModel("olmo2", _model("olmo2", "olmo2", num_key_value_heads=4)),
+    "olmo3": TinyModel(
+        "olmo2",
+        _model("olmo2", "olmo3", num_hidden_layers=4, sliding_window=8, num_key_value_heads=4),
+        _window_keys,
+    ),
+    "command-r": TinyModel("command-r", _COHERE, _cohere_keys),
+    # llama.cpp knows its norms of queries and keys by the number of layers.
+    "command-r-plus": TinyModel(
+        "command-r",
+        {**_COHERE, **_SMALL, "num_hidden_layers": 64, "use_qk_norm": True},
+        _cohere_keys,
+    ),
+    "cohere2": TinyModel(
+        "cohere2",
+        {
+            **_COHERE,
+            "model_type": "cohere2",
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "sliding_window": 8,
+        },
+        _cohere2_keys,
+    ),
+    "glm4": TinyModel(
+        "glm4",
+        _model("glm4", "glm4", head_dim=32, partial_rotary_factor=0.5, attention_bias=True),
+        _partial_keys,
+    ),
+    "granite": TinyModel("granite", _GRANITE, _granite_keys, _permuted),
+    "granitemoe": TinyModel(
+        "granitemoe",
+        {**_GRANITE, "model_type": "granitemoe", "num_local_experts": 8, "num_experts_per_tok": 2},
+        _granite_moe_keys,
+        lambda config, weights: _renamed(_GRANITE_MOE, _permuted(config, weights)),
+    ),
+    "phi2": TinyModel(
+        "phi2", {**_LAYER_NORM, "model_type": "phi", "partial_rotary_factor": 0.5}, _phi2_keys
+    ),
+    "phi2-joined": TinyModel(
+        "phi2",
+        {**_LAYER_NORM, "model_type": "phi", "partial_rotary_factor": 0.5},
+        _phi2_keys,
+        _joined_heads,
+    ),
+    "stablelm": TinyModel(
+        "stablelm",
+        {
+            **_LAYER_NORM,
+            "model_type": "stablelm",
+            "partial_rotary_factor": 0.25,
+            "use_qkv_bias": True,
+        },
+        _stablelm_keys,
+    ),
+    "exaone4": TinyModel(
+        "exaone4",
+        _model(
+            "exaone4",
+            "exaone4",
+            head_dim=16,
+            sliding_window=None,
+            sliding_window_pattern=None,
+            rope_scaling=_LLAMA3_ROPE,
+        ),
+        _llama3_keys,
+    ),
+    # llama.cpp knows its windows by the number of layers.
+    "exaone4-32b": TinyModel(
+        "exaone4",
+        _model(
+            "exaone4",
+            "exaone4",
+            **_SMALL,
+            head_dim=16,
+            num_hidden_layers=64,
+            sliding_window=8,
+            sliding_window_pattern="LLLG",
+            rope_scaling=_LLAMA3_ROPE,
+        ),
+        _exaone4_keys,
+    ),
+    "hunyuan-dense": TinyModel(
+        "hunyuan-dense", _model("hunyuan-dense", "hunyuan_v1_dense", head_dim=32)
+    ),
+    "ernie4_5": TinyModel("ernie4_5", _model("ernie4_5", "ernie4_5", head_dim=32, use_bias=False)),
+    "seed_oss": TinyModel(
+        "seed_oss", _model("seed_oss", "seed_oss", head_dim=32, attention_bias=True)
     ),
 }

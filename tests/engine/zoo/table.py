@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx_lm
 
 from modelpack_engine.attention.kv_pools import KVLayout
+from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS
 from modelpack_engine.runner.model_layout import StateLayout
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.oracle.answers import FIXTURES, fixture
@@ -41,8 +42,11 @@ Recurrent layers always run sequence by sequence in a prompt, and as one group w
 Prefixes of these models are shared up to a snapshot of their state
 ([how](engine.md#prefix-caching)).
 
-| architecture | tier | prefixes shared | layers | |
-|---|---|---|---|---|
+The column GGUF names the architectures of GGUF files that run with this class; their logits are
+compared with llama.cpp's ([tests/engine/loaders](../tests/engine/loaders)).
+
+| architecture | GGUF | tier | prefixes shared | layers | |
+|---|---|---|---|---|---|
 """
 
 EXCLUDED_HEAD = """
@@ -117,8 +121,16 @@ def agreement() -> str:
 def row(configuration: Configuration, runner: ModelRunner) -> str:
     """Return the table's line for a loaded model."""
     shared = "yes" if runner.supports_prefix_cache else "no"
-    cells = (configuration.id, runner.tier, shared, _layers(runner), "; ".join(runner.notes))
+    gguf, notes = gguf_names(configuration.architecture), "; ".join(runner.notes)
+    cells = (configuration.id, gguf, runner.tier, shared, _layers(runner), notes)
     return f"| {' | '.join(cells)} |\n"
+
+
+def gguf_names(model_type: str) -> str:
+    """Return the names of the GGUF architectures that a class of mlx-lm runs."""
+    classes = [(name, architecture.model_type) for name, architecture in ARCHITECTURES.items()]
+    classes += [(name, architecture.model_type) for (name, _), architecture in VARIANTS.items()]
+    return ", ".join(dict.fromkeys(name for name, found in classes if found == model_type))
 
 
 def _layers(runner: ModelRunner) -> str:

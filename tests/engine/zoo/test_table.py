@@ -7,6 +7,7 @@ import pkgutil
 import mlx_lm
 import mlx_lm.models
 
+from tests.engine.zoo import table
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.excluded import EXCLUDED, PARTS
 
@@ -16,3 +17,10 @@ def test_every_architecture_is_listed() -> None:
     known = {c.architecture for c in CATALOGUE} | set(EXCLUDED) | PARTS
     found = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
     assert found == known
+
+
+def test_every_gguf_architecture_is_in_the_document() -> None:
+    lines = table.PATH.read_text().splitlines()
+    for configuration in CATALOGUE:
+        start = f"| {configuration.id} | {table.gguf_names(configuration.architecture)} |"
+        assert any(line.startswith(start) for line in lines), "run python -m tests.engine.zoo.table"

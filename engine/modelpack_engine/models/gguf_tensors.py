@@ -1,0 +1,183 @@
+"""Parameters of a model made from the tensors of a GGUF file: renamed, cut, joined, reordered.
+
+`gguf_architectures` has a table of `Target` for each architecture. Rows are moved as they are
+stored, so quantised weights stay bit for bit what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modelpack_engine.models import gguf_blocks
+from modelpack_engine.models.gguf_blocks import Floats
+from modelpack_engine.models.gguf_file import Bytes, GGUFTensor
+
+Config = Mapping[str, Any]
+Shape = tuple[int, ...]
+#: Selects or reorders rows, given the model's config: [..., bytes of a row] to the same.
+RowOrder = Callable[[Config, Bytes], Bytes]
+#: Changes decoded values and their shape.
+Values = Callable[[Floats], Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a tensor of the file becomes.
+
+    `path` is the path of a module, or of a parameter if `is_parameter`. Tensors with the same path
+    are joined along the first dimension, ordered by `place`.
+    """
+
+    path: str
+    rows: RowOrder | None = None
+    values: Values | None = None
+    place: int = 0
+    is_parameter: bool = False
+
+    def resolved(self, prefix: str, suffix: str) -> tuple[str, str]:
+        """Return the path of the module and the name of the parameter."""
+        if not self.is_parameter:
+            return prefix + self.path, suffix
+        path, _, name = (prefix + self.path).rpartition(".")
+        return path, name
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor, or a part of it, for a parameter."""
+
+    tensor: GGUFTensor
+    target: Target
+    config: Config
+
+    @property
+    def dtype(self) -> str:
+        """The type after `read`: values that are changed are float32."""
+        return "F32" if self.target.values else self.tensor.dtype
+
+    @property
+    def shape(self) -> Shape:
+        """The shape after `read`. Raises `ValueError` if the tensor does not fit the model."""
+        shape = self._shape_of_rows()
+        if self.target.values is not None:
+            shape = self.target.values(np.broadcast_to(np.float32(-1), shape)).shape
+        return shape
+
+    def read(self) -> GGUFTensor:
+        """Return the rows and values of the target."""
+        tensor = self.tensor
+        if self.target.rows is not None:
+            stored = tensor.raw.reshape(*self._leading(), -1)
+            raw = np.ascontiguousarray(self.target.rows(self.config, stored)).reshape(-1)
+            tensor = GGUFTensor(tensor.name, tensor.dtype, self._shape_of_rows(), raw)
+        if self.target.values is not None:
+            changed = self.target.values(gguf_blocks.dense(tensor))
+            raw = np.ascontiguousarray(changed, np.float32).reshape(-1).view(np.uint8)
+            tensor = GGUFTensor(tensor.name, "F32", changed.shape, raw)
+        return tensor
+
+    def _leading(self) -> Shape:
+        """Return the dimensions of rows; each number of a vector is a row."""
+        shape = self.tensor.shape
+        return shape[:-1] if len(shape) > 1 else shape
+
+    def _shape_of_rows(self) -> Shape:
+        shape = self.tensor.shape
+        if self.target.rows is None:
+            return shape
+        leading = self.target.rows(self.config, np.zeros((*self._leading(), 1), np.uint8)).shape
+        return (*leading[:-1], shape[-1]) if len(shape) > 1 else leading[:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of the model: its module's `path`, its `name` there, and what it is made of."""
+
+    path: str
+    name: str
+    sources: tuple[Source, ...]
+
+    @classmethod
+    def of(cls, tensor: GGUFTensor, path: str, name: str) -> Parameter:
+        """Return a parameter that is one tensor, unchanged."""
+        return cls(path, name, (Source(tensor, Target(path), {}),))
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes of the tensors in the file."""
+        return sum(source.tensor.raw.size for source in self.sources)
+
+    @property
+    def elements(self) -> int:
+        """The number of weights."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def dtype(self) -> str:
+        """The type of the joined tensors; float32 if they differ."""
+        types = {source.dtype for source in self.sources}
+        return types.pop() if len(types) == 1 else "F32"
+
+    @property
+    def shape(self) -> Shape:
+        """The shape. Raises `ValueError` for tensors that cannot be joined."""
+        first, *others = (source.shape for source in self.sources)
+        if any(shape[1:] != first[1:] for shape in others):
+            raise ValueError(f"{list(first)} and {list(others[0])} cannot be joined")
+        return (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
+
+    def read(self) -> GGUFTensor:
+        """Return the joined tensors."""
+        parts = [source.read() for source in self.sources]
+        if len(parts) == 1:
+            return parts[0]
+        name, dtype = parts[0].name, self.dtype
+        raws = [part.raw for part in parts]
+        if any(part.dtype != dtype for part in parts):
+            raws = [gguf_blocks.dense(part).reshape(-1).view(np.uint8) for part in parts]
+        return GGUFTensor(name, dtype, self.shape, np.concatenate(raws))
+
+
+# Orders of rows
+
+
+def halves(heads: str) -> RowOrder:
+    """Undo llama.cpp's permutation of queries or keys: pairs of a rotation to its two halves.
+
+    `heads` is the field of the config with the number of heads.
+    """
+
+    def order(config: Config, rows: Bytes) -> Bytes:
+        pairs = rows.reshape(config[heads], -1, 2, rows.shape[-1])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+    return order
+
+
+def heads_of(index: int) -> RowOrder:
+    """Select the queries (0), keys (1) or values (2) of a joined projection."""
+
+    def select(config: Config, rows: Bytes) -> Bytes:
+        queries, keys = config["num_attention_heads"], config["num_key_value_heads"]
+        heads = rows.reshape(queries + 2 * keys, -1, rows.shape[-1])
+        parts = np.split(heads, [queries, queries + keys])
+        return parts[index].reshape(-1, rows.shape[-1])
+
+    return select
+
+
+# Changes of values
+
+
+def minus_one(values: Floats) -> Floats:
+    """Return w of norms that are stored as 1 + w."""
+    return values - np.float32(1)
+
+
+def one_row(values: Floats) -> Floats:
+    """Return the values as a matrix with one row."""
+    return values.reshape(1, -1)
