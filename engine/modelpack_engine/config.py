@@ -71,6 +71,8 @@ class EngineConfig:
     `kv_offload_disk` bytes of files in `kv_offload_dir`. If neither memory nor a directory is set,
     they are dropped; with a directory, the defaults are 1 GiB and 16 GiB.
 
+    `max_loras` is the most LoRA adapters in memory; 0 means that requests cannot name adapters.
+
     A field of config.json that changes the output and that the model's class does not read is an
     error, unless `ignore_config_fields` names it.
     """
@@ -98,6 +100,7 @@ class EngineConfig:
     kv_offload_memory: int | None = None
     kv_offload_disk: int | None = None
     ignore_config_fields: tuple[str, ...] = ()
+    max_loras: int = 0
     warm_up: bool = True
     self_test: bool = True
 

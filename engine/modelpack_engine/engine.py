@@ -21,19 +21,25 @@ is collected before N + 1 is scheduled. The step that verifies proposals is coll
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
+from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
 
+from modelpack.formats.adapter import Adapter
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.core.batch import build_batch
-from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.block_manager import BlockManager, root_hash
 from modelpack_engine.core.metrics import StepClock
 from modelpack_engine.core.scheduler import Proposal, Scheduler, SchedulerOutput
+from modelpack_engine.errors import RequestError
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
+from modelpack_engine.request import EngineRequest
+from modelpack_engine.runner.adapters import AdapterSet
 from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu, step_memory
@@ -90,6 +96,12 @@ class Engine(BaseEngine):
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
         self.memory_bytes = self.weight_bytes + self.kv_cache_bytes + self._sizes.step_bytes
         self._runner = self._make_runner(loaded, layout)
+        self._adapters: AdapterSet | None = None
+        rows = self._runner.adapter_rows
+        if self.config.max_loras and rows is not None:
+            self._adapters = AdapterSet(
+                loaded.model, rows, self.config.max_loras, lambda name: self.is_known(name)
+            )
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(
             self._sizes.num_blocks,
@@ -117,6 +129,47 @@ class Engine(BaseEngine):
             most = self._speculator.most_rows if self._speculator else 0
             dtype = self._runner.warm_up(self._sizes.step_shapes(self.config, most))
             self._sampler.warm_up(dtype or mx.float32)
+
+    def add_request(self, request_id: str, request: EngineRequest) -> None:
+        if request.adapter is None:
+            super().add_request(request_id, request)
+            return
+        adapters = self._adapters_or_refuse()
+        with self._counted(adapters):
+            slot, identity = adapters.acquire(request.adapter, request_id)
+        salt = root_hash(b"adapter", identity.encode(), request.cache_salt)
+        try:
+            self._add(request_id, replace(request, cache_salt=salt), slot)
+        except BaseException:
+            adapters.release(request.adapter, request_id)
+            raise
+
+    def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
+        adapters = self._adapters_or_refuse()
+        with self._counted(adapters):
+            adapters.add(name, adapter, identity)
+
+    def remove_adapter(self, name: str) -> None:
+        adapters = self._adapters_or_refuse()
+        with self._counted(adapters):
+            adapters.remove(name)
+
+    @contextmanager
+    def _counted(self, adapters: AdapterSet) -> Iterator[None]:
+        """Count the memory of adapters that the block loads or unloads."""
+        before = adapters.nbytes
+        try:
+            yield
+        finally:
+            self.memory_bytes += adapters.nbytes - before
+
+    def _adapters_or_refuse(self) -> AdapterSet:
+        if self._adapters is None:
+            raise RequestError(
+                "the model is loaded without LoRA adapters", param="model",
+                hint="set max_loras in EngineConfig",
+            )  # fmt: skip
+        return self._adapters
 
     @property
     def has_work(self) -> bool:

@@ -146,7 +146,7 @@ class EngineRequest:
     `n` sequences are sampled from the prompt (the API's choices). `continues_text` is for
     completions, whose text continues the prompt instead of starting a new message. Requests share
     cached prefixes only with requests of the same `cache_salt`. A `background` request gives its
-    place to other requests that wait for one.
+    place to other requests that wait for one. `adapter` names an adapter of the engine.
     """
 
     prompt_token_ids: Sequence[int]
@@ -155,6 +155,7 @@ class EngineRequest:
     continues_text: bool = False
     cache_salt: bytes = b""
     background: bool = False
+    adapter: str | None = None
 
     def check(self, vocab_size: int) -> None:
         """Raise `RequestError`, naming the field, unless a model of `vocab_size` can serve it."""

@@ -7,7 +7,8 @@ stream one after the other in one thread, so that parallel work needs another st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -53,6 +54,52 @@ def make_positions(positions: list[int], *, rotate: bool) -> Positions:
     made = Positions(mx.array(positions, mx.int32))
     made.rotations = {} if rotate and len(positions) <= FEW_ROWS else None
     return made
+
+
+class AdapterRows:
+    """The adapters of the rows that are being computed, by slot: 0 is the base without adapter.
+
+    `slots` is int32 [rows], or None if no row has an adapter: layers then compute as without
+    adapters. `same` is the slot of all rows, if they have the same. `order` is set within experts
+    that sort their rows: for each sorted row, its index before.
+    """
+
+    def __init__(self) -> None:
+        self.slots: mx.array | None = None
+        self.same: int | None = None
+        self.order: mx.array | None = None
+        self._host: list[int] = []
+
+    def begin(self, slots: list[int]) -> None:
+        """Set the slots of a step's rows; [] means no adapters, and -1 stands for padding."""
+        self._set(slots if any(slot > 0 for slot in slots) else [])
+
+    def take(self, rows: mx.array) -> None:
+        """Reduce the rows to these, int32."""
+        if self.slots is not None:
+            self.slots = self.slots[rows]
+
+    @contextmanager
+    def only(self, start: int, stop: int) -> Iterator[None]:
+        """Reduce the rows to a range within the block."""
+        if self.slots is None:
+            yield
+            return
+        before = self.slots, self.same, self._host
+        self._set(self._host[start:stop])
+        try:
+            yield
+        finally:
+            self.slots, self.same, self._host = before
+
+    def _set(self, slots: list[int]) -> None:
+        self.order, self._host = None, slots
+        if not slots:
+            self.slots = self.same = None
+            return
+        different = {slot for slot in slots if slot >= 0}
+        self.same = different.pop() if len(different) == 1 else None
+        self.slots = mx.array([max(slot, 0) for slot in slots], mx.int32)
 
 
 T = TypeVar("T")
@@ -109,6 +156,7 @@ class StepInputs:
         self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
         self.active = self.all_rows_sampled = self.rows_taken = False
         self.tiles: Tiles | None = None
+        self.adapters = AdapterRows()
         #: Whether a layer had no kernel for tiles and attended row by row.
         self.tiles_refused = False
 
@@ -134,6 +182,7 @@ class StepInputs:
             self.sample_rows = packed[2 * self.num_rows :]
         self.all_rows_sampled = sample_rows == list(range(self.num_rows))
         self.rows_taken, self.active = False, True
+        self.adapters.begin(batch.adapter_slots)
 
     def begin_rows(
         self,
@@ -157,6 +206,12 @@ class StepInputs:
         self.all_rows_sampled = sample_rows is None
         self.sample_rows = mx.zeros((0,), mx.int32) if sample_rows is None else sample_rows
         self.rows_taken, self.active = False, True
+        self.adapters.begin([])
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a step is being built whose rows have no adapters: layers may be fused."""
+        return self.active and self.adapters.slots is None
 
     @property
     def samples_few(self) -> bool:
@@ -168,6 +223,7 @@ class StepInputs:
         self._memo = {}
         self.positions.rotations = None
         self.active = False
+        self.adapters.begin([])
 
     def remember(self, key: object, make: Callable[[], T]) -> T:
         """Return the value for `key`, made by `make` once per step."""

@@ -8,7 +8,7 @@ row has token 0 at position 0 and writes to slot 0, in the null block, whose con
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modelpack_engine.core.block_manager import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
@@ -55,6 +55,8 @@ class StepBatch:
     log-probabilities of the prompt token after them, and `prompt_logprob_seqs` their sequences.
     `released` are the ids of sequences whose state is dropped before this step. `decode_snapshots`
     has pairs (decode row, index of the block that it completes): the state after it is kept.
+    `adapter_slots` has the adapter's slot for each row, -1 for padding; it is empty if no row has
+    an adapter.
     """
 
     token_ids: list[int]
@@ -73,6 +75,7 @@ class StepBatch:
     released: tuple[int, ...] = ()
     decode_snapshots: tuple[tuple[int, int], ...] = ()
     table_width: int = 0
+    adapter_slots: list[int] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:
@@ -140,6 +143,7 @@ def build_batch(
         prompt_logprob_seqs=tuple(sequence for _, sequence in prompt_rows),
         released=output.released,
         decode_snapshots=_decode_snapshots(output, snapshot_interval, block_size),
+        adapter_slots=rows.adapter_slots if any(slot > 0 for slot in rows.adapter_slots) else [],
     )
 
 
@@ -170,6 +174,7 @@ class _Rows:
         self.table_width = 0
         self.decode_lengths: list[int] = []
         self.decode_seq_ids: list[int] = []
+        self.adapter_slots: list[int] = []
 
     def add_decode(
         self,
@@ -203,6 +208,8 @@ class _Rows:
         self._pad(padding)
         self.decode_lengths = [position + 1 for position in positions] + [1] * padding
         self.decode_seq_ids = [sequence.seq_id for sequence in members]
+        slots = [sequence.adapter_slot for sequence in members]
+        self.adapter_slots = slots + [-1] * padding
         self.table_width = self._buckets.pad_table_width(max(ends) + 1)
         self.decode_tables = [table[: end + 1] for table, end in zip(tables, ends, strict=True)]
         self.decode_tables += [[] for _ in range(padding)]
@@ -261,6 +268,7 @@ class _Rows:
             low, high = max(start - index * size, 0), min(stop - index * size, size)
             self.slots += range(table[index] * size + low, table[index] * size + high)
         self._pad(padded_length - length)
+        self.adapter_slots += [sequence.adapter_slot] * length + [-1] * (padded_length - length)
         num_keys = stop + padded_length - length
         width = self._buckets.pad_table_width(-(-num_keys // size))
         table += [NULL_BLOCK] * (width - len(table))

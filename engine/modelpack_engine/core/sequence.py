@@ -58,6 +58,8 @@ class Sequence:
     cache_salt: bytes = field(default=b"", repr=False)
     #: Whether the sequence gives its place to others that wait.
     background: bool = field(default=False, repr=False)
+    #: The slot of its adapter in the runner; 0 without an adapter.
+    adapter_slot: int = field(default=0, repr=False)
     seq_id: int = field(default_factory=_next_seq_id)
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -110,6 +112,7 @@ class Sequence:
             eos_token_ids=self.eos_token_ids,
             cache_salt=self.cache_salt,
             background=self.background,
+            adapter_slot=self.adapter_slot,
         )
 
     @property

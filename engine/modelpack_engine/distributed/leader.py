@@ -112,6 +112,8 @@ class Ranks:
 class LeadingRunner:
     """Runs rank 0's part of a model, and sends each step to the other ranks before running it."""
 
+    adapter_rows = None
+
     def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
         self._runner, self._channel = runner, ranks.channel
         self.model, self.layout = runner.model, runner.layout
@@ -231,6 +233,7 @@ def _check_supported(config: EngineConfig) -> None:
     unsupported = {
         "llama.cpp": config.backend == "llama.cpp",
         "a draft model": config.speculation == "draft",
+        "an adapter (max_loras)": bool(config.max_loras),
         "keeping evicted prefixes (kv_offload_dir, kv_offload_memory)": (
             config.kv_offload_dir is not None or bool(config.kv_offload_memory)
         ),

@@ -108,6 +108,8 @@ def _lacking(config: EngineConfig) -> str | None:
     """Return the requested feature that only MLX has, or None."""
     if parse_kv_cache_dtype(config.kv_cache_dtype) not in ("auto", "fp16"):
         return f"a KV cache of type {config.kv_cache_dtype}"
+    if config.max_loras:
+        return "LoRA adapters"
     if config.kv_offload_dir is not None or config.kv_offload_memory:
         return "KV offload"
     return "speculative decoding" if config.speculation is not None else None

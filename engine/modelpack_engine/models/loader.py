@@ -114,10 +114,16 @@ def load(
 def runs_packed(files: ModelFiles, config: EngineConfig, device: Device) -> bool:
     """Return whether `load` should pack a model: the library for CPUs knows its architecture.
 
-    The backend `mlx` computes with MLX alone, and only MLX has a KV cache of 8 or 4 bits.
+    The backend `mlx` computes with MLX alone, and only MLX has adapters and a KV cache of 8 or 4
+    bits.
     """
     kind = parse_kv_cache_dtype(config.kv_cache_dtype)
-    if device != "cpu" or config.backend != "auto" or kind not in ("auto", "bf16", "fp16"):
+    if (
+        device != "cpu"
+        or config.backend != "auto"
+        or config.max_loras
+        or kind not in ("auto", "bf16", "fp16")
+    ):
         return False
     if not files.weights:
         return False

@@ -2,6 +2,7 @@
 
     functions       functions replaced in the process; `install` and `uninstall`
     modules         calls of single modules of a model, by their class; `ClassSwaps.undo`
+    lora            LoRA adapters on the layers of a model, for each row of a step
     fused_layers    decoder layers and mixtures of experts by fused kernels
     corrections     models that mlx-lm builds or reads differently from transformers
     mlx_lm_imports  the import of mlx-lm without transformers

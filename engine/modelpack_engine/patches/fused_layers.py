@@ -202,7 +202,7 @@ def _fuse_block(
     """Fuse a block; the last one drops rows that are not sampled after its attention."""
 
     def call(original: Call, block: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
-        if not step.active or cache is None:
+        if not step.fuses or cache is None:
             return original(block, x, mask, cache)
         attended = block.self_attn(block.input_layernorm(x), mask, cache)
         if is_last and x.shape[0] == step.num_rows and step.samples_few:
@@ -217,7 +217,7 @@ def _fuse_block(
 def _fuse_embedding(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
     def call(original: Call, embedding: Any, x: mx.array) -> Any:
         table = embedding["weight"]
-        if not step.active or x.dtype != mx.int32 or table.dtype not in _FLOATS:
+        if not step.fuses or x.dtype != mx.int32 or table.dtype not in _FLOATS:
             return original(embedding, x)
         return kernels.take_rows(table, x.reshape(-1)).reshape(*x.shape, -1)
 
@@ -245,7 +245,7 @@ def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> b
     joint, down = join(layers), _ready(module.down_proj)
 
     def call(original: Call, mlp: Any, x: mx.array) -> Any:
-        if not step.active:
+        if not step.fuses:
             return original(mlp, x)
         return _project(swiglu(x, joint), down, x, sums)
 
@@ -284,7 +284,11 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
         original: Call, attention: Any, x: mx.array, mask: Any = None, cache: Any = None
     ) -> Any:
         pools = cache.pools if isinstance(cache, PagedKV) else None
-        if not isinstance(pools, TokenMajorPools) or cache.layout.quantised is not None:
+        if (
+            not isinstance(pools, TokenMajorPools)
+            or cache.layout.quantised is not None
+            or not cache.step.fuses
+        ):
             return original(attention, x, mask, cache)
         rows = multiply_in_parts(x, joint)
         window = mask.window if isinstance(mask, RowMask) else None
@@ -350,7 +354,7 @@ def _fuse_gate(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
         return False
 
     def call(original: Call, gate: Any, x: mx.array) -> Any:
-        if not step.active:
+        if not step.fuses:
             return original(gate, x)
         return _routed(
             x, Weights.plain(gate.weight), routing, gate.e_score_correction_bias, mx.float32
@@ -368,7 +372,7 @@ def _fuse_experts_block(module: Any, step: StepInputs, swaps: ClassSwaps, rest: 
     routing = Routing(module.top_k, normed=bool(module.norm_topk_prob))
 
     def call(original: Call, block: Any, x: mx.array) -> Any:
-        if not step.active or block.sharding_group is not None:
+        if not step.fuses or block.sharding_group is not None:
             return original(block, x)
         weights = weights_of(block.gate)
         assert weights is not None, "the router is a linear layer"
@@ -417,7 +421,7 @@ def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool
         return False
 
     def call(original: Call, experts: Any, x: mx.array, indices: mx.array) -> Any:
-        if not step.active or indices.size < _FEWEST_PAIRS or x.dtype not in _FLOATS:
+        if not step.fuses or indices.size < _FEWEST_PAIRS or x.dtype not in _FLOATS:
             return original(experts, x, indices)
         rows = x.reshape(-1, x.shape[-1])
         chosen = indices.reshape(rows.shape[0], -1).astype(mx.uint32)

@@ -241,6 +241,9 @@ def take_logit_rows(inner: nn.Module, step: StepInputs, swaps: ClassSwaps) -> No
         if not step.active or not isinstance(hidden, mx.array) or hidden.shape[0] != step.num_rows:
             return hidden
         step.rows_taken = True
-        return hidden if step.all_rows_sampled else hidden[step.sample_rows]
+        if step.all_rows_sampled:
+            return hidden
+        step.adapters.take(step.sample_rows)
+        return hidden[step.sample_rows]
 
     swaps.override(inner, call)

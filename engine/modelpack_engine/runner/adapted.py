@@ -386,7 +386,7 @@ class _Pieces:
             )
         args = [self._cut(value, piece, views) for value in self.args]
         kwargs = {name: self._cut(value, piece, views) for name, value in self.kwargs.items()}
-        with fast_recurrence():
+        with fast_recurrence(), self.step.adapters.only(piece.start, piece.stop):
             return self.call(*args, **kwargs), views
 
     def _cut(self, value: Any, piece: Piece, views: dict[int, Any]) -> Any:

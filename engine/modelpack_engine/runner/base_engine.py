@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 
+from modelpack.formats.adapter import Adapter
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.metrics import StepClock
 from modelpack_engine.core.scheduler import Scheduler
 from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.errors import RequestError
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest, SamplingParams
@@ -57,7 +59,25 @@ class BaseEngine(ABC):
 
         Raises `RequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
         """
-        self._outputs.add(make_outputs(request_id, request, self.tokenizer, self.vocab_size))
+        if request.adapter is not None:
+            raise RequestError("this engine runs no LoRA adapters", param="model")
+        self._add(request_id, request)
+
+    def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
+        """Make an adapter available to requests by name; `identity` stands for its content.
+
+        Raises `AdapterError` if it does not fit the model, `BusyError` if unfinished requests use
+        another adapter of this name, and `RequestError` if the engine runs no adapters.
+        """
+        raise RequestError("this engine runs no LoRA adapters", param="model")
+
+    def remove_adapter(self, name: str) -> None:
+        """Remove an adapter; raises `RequestError` if unknown, `BusyError` if it is in use."""
+        raise RequestError("this engine runs no LoRA adapters", param="model")
+
+    def _add(self, request_id: str, request: EngineRequest, adapter_slot: int = 0) -> None:
+        outputs = make_outputs(request_id, request, self.tokenizer, self.vocab_size, adapter_slot)
+        self._outputs.add(outputs)
 
     @property
     def has_work(self) -> bool:

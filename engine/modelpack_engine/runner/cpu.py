@@ -39,6 +39,7 @@ class CpuRunner:
     snapshots = None
     computes_at_once = True
     buckets = EXACT
+    adapter_rows = None
 
     def __init__(
         self,

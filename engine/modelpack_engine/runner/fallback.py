@@ -6,7 +6,8 @@ the weights again, and it has no prefix cache; but it always returns mlx-lm's lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class FallbackRunner:
     ) -> None:
         self.model, self.layout, self.notes = model, layout, notes
         self.buckets, self.staging = buckets, staging
+        self.adapter_rows: AdapterRows | None = AdapterRows()
         self._caches: dict[int, list[Any]] = {}
         self._last_caches: list[list[Any]] = []  # those that the last step wrote
 
@@ -52,15 +55,26 @@ class FallbackRunner:
         for row, seq_id in enumerate(batch.decode_seq_ids):
             if seq_id not in self._caches:
                 raise EngineError(f"sequence {seq_id} has no cache to continue from")
-            found[row] = self._run(seq_id, token_ids[row : row + 1])[0]
+            with self._adapters(batch, row):
+                found[row] = self._run(seq_id, token_ids[row : row + 1])[0]
         for chunk in batch.chunks:
             if chunk.kv_length == chunk.length:
                 self._caches[chunk.seq_id] = make_prompt_cache(self.model)
-            logits = self._run(chunk.seq_id, token_ids[chunk.row : chunk.row + chunk.length])
+            with self._adapters(batch, chunk.row, chunk.length):
+                logits = self._run(chunk.seq_id, token_ids[chunk.row : chunk.row + chunk.length])
             found.update((chunk.row + index, logits[index]) for index in range(chunk.length))
         if not batch.sample_rows:
             return mx.stack(list(found.values()))[:0]
         return mx.stack([found[row] for row in batch.sample_rows])
+
+    @contextmanager
+    def _adapters(self, batch: StepBatch, row: int, count: int = 1) -> Iterator[None]:
+        assert self.adapter_rows is not None
+        self.adapter_rows.begin(batch.adapter_slots[row : row + count])
+        try:
+            yield
+        finally:
+            self.adapter_rows.begin([])
 
     def _run(self, seq_id: int, ids: mx.array) -> mx.array:
         cache = self._caches[seq_id]

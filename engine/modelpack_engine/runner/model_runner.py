@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from modelpack_engine import kernels
-from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.metadata import AdapterRows, StepInputs
 from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.config import BLOCK_SIZE, EngineConfig, KVCacheDtype, parse_kv_cache_dtype
 from modelpack_engine.core.batch import StepBatch, StepShape
@@ -54,6 +54,10 @@ class ModelRunner(Protocol):
     @property
     def layout(self) -> ModelLayout | None:
         """The layout of the model's caches; None if a cache is of an unknown kind."""
+
+    @property
+    def adapter_rows(self) -> AdapterRows | None:
+        """The adapters of the rows that a step computes; None if it supports no adapters."""
 
     @property
     def tier(self) -> str:

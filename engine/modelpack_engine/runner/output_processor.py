@@ -21,7 +21,11 @@ from modelpack_engine.runner.step import NextToken
 
 
 def make_outputs(
-    request_id: str, request: EngineRequest, tokenizer: Tokenizer, vocab_size: int
+    request_id: str,
+    request: EngineRequest,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    adapter_slot: int = 0,
 ) -> list[SequenceOutput]:
     """Return the outputs of the `n` new sequences of a request; raise `RequestError` if invalid."""
     request.check(vocab_size)
@@ -32,6 +36,7 @@ def make_outputs(
         eos_token_ids=tokenizer.eos_token_ids,
         cache_salt=request.cache_salt,
         background=request.background,
+        adapter_slot=adapter_slot,
     )
     sequences = [first, *(first.fork(index) for index in range(1, request.n))]
     return [SequenceOutput(sequence, tokenizer, request.continues_text) for sequence in sequences]

@@ -103,10 +103,13 @@ class CompiledSteps:
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
 
-        Its prompts must be short, unless the prefill kernel attends from tiles. A recurrent model's
-        step must have no prompts, and a state for every row.
+        Its rows must have no adapters, and its prompts must be short, unless the prefill kernel
+        attends from tiles. A recurrent model's step must have no prompts, and a state for every
+        row.
         """
         states = self._adapted.states
+        if batch.adapter_slots:
+            return False
         if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
             return False
         return not self._step.tiles_refused or all(
@@ -304,6 +307,7 @@ class PagedRunner:
         self.model, self.buckets, self.staging = model, buckets, staging
         self.notes: tuple[str, ...] = ()
         self._step = step
+        self.adapter_rows = step.adapters
         self.adapted = Adapted(
             model,
             layout,

@@ -56,10 +56,18 @@ class Driver:
         )
         self.scheduler = Scheduler(config, self.blocks)
 
-    def add(self, prompt: list[int], max_tokens: int) -> Sequence:
+    def add(self, prompt: list[int], max_tokens: int, *, adapter: int = 0) -> Sequence:
+        """Add a prompt that runs with the adapter in this slot."""
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
         name = str(len(self.sequences))
-        sequence = Sequence(name, prompt, params, eos_token_ids=self.setting.eos)
+        sequence = Sequence(
+            name,
+            prompt,
+            params,
+            eos_token_ids=self.setting.eos,
+            cache_salt=b"%d" % adapter if adapter else b"",
+            adapter_slot=adapter,
+        )
         self.scheduler.add(sequence)
         self.sequences.append(sequence)
         return sequence

@@ -1,0 +1,276 @@
+"""LoRA and DoRA adapters on the layers of a model, chosen for each row of a step.
+
+`LoRALayers` replaces the calls of the layers that adapters change. If no row of a step has an
+adapter, the original call runs alone. If all rows have the same one, its two matrices are
+multiplied with all rows; otherwise the matrices of all adapters are stacked, their ranks padded,
+and each row is multiplied with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from modelpack_engine.attention.metadata import AdapterRows
+from modelpack_engine.errors import EngineError
+from modelpack_engine.patches.modules import Call, ClassSwaps
+
+LINEARS = (nn.Linear, nn.QuantizedLinear)
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """What an adapter adds to one layer: x @ a @ b, where b includes the adapter's scale.
+
+    `a` is [inputs, rank] and `b` [rank, outputs], both [experts, ...] for experts. With `gain`
+    [outputs] (DoRA), the output without its bias is multiplied by it.
+    """
+
+    a: mx.array
+    b: mx.array
+    gain: mx.array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all arrays."""
+        return self.a.nbytes + self.b.nbytes + (self.gain.nbytes if self.gain is not None else 0)
+
+
+#: The matrices of an adapter, by the path of the layer in the model.
+Layers = Mapping[str, Matrices]
+
+
+class _Stack:
+    """The matrices of all adapters for one layer, by slot; slot 0 has no adapter."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, Matrices] = {}
+        self._stacked: Matrices | None = None
+
+    def set(self, slot: int, matrices: Matrices | None) -> None:
+        """Set or remove the matrices of a slot."""
+        self._stacked = None
+        if matrices is None:
+            self.slots.pop(slot, None)
+        else:
+            self.slots[slot] = matrices
+
+    def stacked(self, num_slots: int) -> Matrices:
+        """Return the matrices as [slots, ...], with zeros for slots without any."""
+        if self._stacked is None or self._stacked.a.shape[0] < num_slots:
+            self._stacked = self._stack(num_slots)
+        return self._stacked
+
+    def _stack(self, num_slots: int) -> Matrices:
+        some = next(iter(self.slots.values()))
+        rank = max(one.a.shape[-1] for one in self.slots.values())
+        a = mx.zeros((num_slots, *some.a.shape[:-1], rank), some.a.dtype)
+        b = mx.zeros((num_slots, *some.b.shape[:-2], rank, some.b.shape[-1]), some.b.dtype)
+        gains = None
+        if any(one.gain is not None for one in self.slots.values()):
+            gains = mx.ones((num_slots, some.b.shape[-1]), some.b.dtype)
+        for slot, one in self.slots.items():
+            own = one.a.shape[-1]
+            a[slot, ..., :own] = one.a
+            b[slot, ..., :own, :] = one.b
+            if one.gain is not None and gains is not None:
+                gains[slot] = one.gain
+        mx.eval([array for array in (a, b, gains) if array is not None])
+        return Matrices(a, b, gains)
+
+
+class LoRALayers:
+    """The adapters of one model; `rows` says which of them each row of a step has."""
+
+    def __init__(self, model: nn.Module, rows: AdapterRows) -> None:
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._rows, self._swaps = rows, ClassSwaps()
+        self._stacks: dict[str, _Stack] = {}
+        self._mixtures: set[int] = set()
+        self._num_slots = 1
+
+    def set(self, slot: int, layers: Layers) -> None:
+        """Put an adapter into a slot, from 1; the previous one is removed."""
+        self._num_slots = max(self._num_slots, slot + 1)
+        for name in self._stacks.keys() - layers.keys():
+            self._stacks[name].set(slot, None)
+        for name, matrices in layers.items():
+            if name not in self._stacks:
+                self._stacks[name] = _Stack()
+                self._override(name, self._stacks[name])
+            self._stacks[name].set(slot, matrices)
+
+    def undo(self) -> None:
+        """Restore the calls of all layers."""
+        self._swaps.undo()
+        self._stacks.clear()
+
+    def _override(self, name: str, stack: _Stack) -> None:
+        module = self._modules[name]
+        if isinstance(module, EMBEDDINGS):
+            self._swaps.override(module, partial(self._embed, stack))
+            self._swaps.override(module, partial(self._project, stack), "as_linear")
+        elif isinstance(module, EXPERTS):
+            self._swaps.override(module, partial(self._route, stack))
+            owner = self._modules[name.rpartition(".")[0]]
+            if id(owner) not in self._mixtures:
+                self._mixtures.add(id(owner))
+                self._swaps.override(owner, self._mix)
+        else:
+            self._swaps.override(module, partial(self._linear, stack))
+
+    # Calls of layers
+
+    def _linear(self, stack: _Stack, original: Call, module: Any, x: mx.array) -> Any:
+        y = original(module, x)
+        if self._is_idle(stack):
+            return y
+        one = self._only(stack)
+        if one is not None:
+            delta, gain = (x @ one.a) @ one.b, one.gain
+        else:
+            all_, slots = stack.stacked(self._num_slots), self._slots(x)
+            delta = _gathered(x.reshape(-1, 1, x.shape[-1]), all_.a, all_.b, slots)
+            delta = delta.reshape(y.shape)
+            gain = None
+            if all_.gain is not None:
+                gain = all_.gain[slots].reshape(y.shape)
+        if gain is None:
+            return y + delta
+        if "bias" in module:
+            return (y - module["bias"] + delta) * gain + module["bias"]
+        return (y + delta) * gain
+
+    def _embed(self, stack: _Stack, original: Call, module: Any, ids: mx.array) -> Any:
+        y = original(module, ids)
+        if self._is_idle(stack):
+            return y
+        one = self._only(stack)
+        if one is not None:
+            return y + one.a[ids] @ one.b
+        all_, slots = stack.stacked(self._num_slots), self._slots(ids[..., None])
+        rows = all_.a[slots, ids.reshape(-1)][:, None]
+        return y + mx.gather_mm(rows, all_.b, rhs_indices=slots).reshape(y.shape)
+
+    def _project(self, stack: _Stack, original: Call, module: Any, x: mx.array) -> Any:
+        """Compute logits by an embedding that the adapter changes."""
+        y = original(module, x)
+        if self._is_idle(stack):
+            return y
+        one = self._only(stack)
+        if one is not None:
+            return y + (x @ one.b.T) @ one.a.T
+        all_, slots = stack.stacked(self._num_slots), self._slots(x)
+        flat = x.reshape(-1, 1, x.shape[-1])
+        a, b = all_.a.swapaxes(-1, -2), all_.b.swapaxes(-1, -2)
+        return y + _gathered(flat, b, a, slots).reshape(y.shape)
+
+    def _mix(self, original: Call, module: Any, x: mx.array, indices: mx.array) -> Any:
+        """Remember the order in which a mixture of experts sorts its rows."""
+        rows = self._rows
+        if rows.slots is None or rows.same is not None:
+            return original(module, x, indices)
+        rows.order = mx.argsort(indices.flatten()) // indices.shape[-1]
+        try:
+            return original(module, x, indices)
+        finally:
+            rows.order = None
+
+    def _route(
+        self,
+        stack: _Stack,
+        original: Call,
+        module: Any,
+        x: mx.array,
+        indices: mx.array,
+        sorted_indices: bool = False,
+    ) -> Any:
+        y = original(module, x, indices, sorted_indices=sorted_indices)
+        if self._is_idle(stack):
+            return y
+        one, rows = self._only(stack), self._rows
+        if one is not None:
+            return y + _gathered(x, one.a, one.b, indices)
+        slots = rows.slots
+        assert slots is not None, "some row has an adapter"
+        if not sorted_indices:
+            count = indices.size // indices.shape[-1]
+            slots = mx.broadcast_to(slots.reshape(count, 1), (count, indices.shape[-1]))
+        elif rows.order is None:
+            raise EngineError("an adapter cannot be applied: experts sort rows in an unknown way")
+        else:
+            slots = slots[rows.order]
+        all_ = stack.stacked(self._num_slots)
+        experts = all_.a.shape[1]
+        chosen = slots.reshape(indices.shape) * experts + indices.astype(mx.int32)
+        return y + _gathered(x, all_.a.flatten(0, 1), all_.b.flatten(0, 1), chosen)
+
+    def _is_idle(self, stack: _Stack) -> bool:
+        """Return whether no row has an adapter for the layer of `stack`."""
+        same = self._rows.same
+        none = self._rows.slots is None or not stack.slots
+        return none or (same is not None and same not in stack.slots)
+
+    def _only(self, stack: _Stack) -> Matrices | None:
+        """Return the matrices of all rows; None if rows differ."""
+        same = self._rows.same
+        return None if same is None else stack.slots[same]
+
+    def _slots(self, x: mx.array) -> mx.array:
+        """Return the slot of each row of x [..., inputs]."""
+        slots = self._rows.slots
+        assert slots is not None, "some row has an adapter"
+        if x.size // x.shape[-1] != slots.size:
+            raise EngineError(
+                f"an adapter cannot be applied: a layer got {x.size // x.shape[-1]} rows, "
+                f"expected {slots.size}"
+            )
+        return slots
+
+
+def _gathered(x: mx.array, a: mx.array, b: mx.array, indices: mx.array) -> mx.array:
+    return mx.gather_mm(mx.gather_mm(x, a, rhs_indices=indices), b, rhs_indices=indices)
+
+
+def merge(model: nn.Module, layers: Layers) -> None:
+    """Add an adapter to the weights of a model; quantised weights are quantised again."""
+    modules = dict(model.named_modules())
+    for name, one in layers.items():
+        module: Any = modules[name]
+        weight = dense_weight(module)
+        delta = one.a.astype(mx.float32) @ one.b.astype(mx.float32)
+        weight = weight + (delta if isinstance(module, EMBEDDINGS) else delta.swapaxes(-1, -2))
+        if one.gain is not None:
+            weight = weight * one.gain[:, None]
+        if hasattr(module, "bits"):
+            packed = mx.quantize(weight, module.group_size, module.bits, mode=module.mode)
+            dtype = module.scales.dtype
+            module.weight = packed[0]
+            for part, array in zip(("scales", "biases"), packed[1:], strict=False):
+                module[part] = array.astype(dtype) if module.mode == "affine" else array
+        else:
+            module.weight = weight.astype(module.weight.dtype)
+        mx.eval(module.parameters())
+
+
+def dense_weight(module: Any) -> mx.array:
+    """Return the weight of a layer in float32, dequantised if it is quantised."""
+    if not hasattr(module, "bits"):
+        return module.weight.astype(mx.float32)  # type: ignore[no-any-return]
+    return mx.dequantize(
+        module.weight, module.scales, module.get("biases"), module.group_size, module.bits,
+        mode=module.mode,
+    ).astype(mx.float32)  # fmt: skip
+
+
+def nbytes(layers: Iterable[Matrices]) -> int:
+    """Return the bytes of an adapter's matrices."""
+    return sum(one.nbytes for one in layers)

@@ -1,0 +1,3 @@
+"""Fixtures of the tests of adapters."""
+
+from tests.engine.zoo.conftest import uncompiled as uncompiled

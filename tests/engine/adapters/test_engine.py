@@ -1,0 +1,238 @@
+"""Adapters of an engine: requests by name, the prefix cache, eviction, memory, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from modelpack.formats.adapter import Adapter, AdapterError, read_adapter
+from modelpack_engine.attention.metadata import AdapterRows
+from modelpack_engine.engine import Engine
+from modelpack_engine.errors import BusyError, QueueFullError, RequestError
+from modelpack_engine.models.adapter import read_layers
+from modelpack_engine.patches.lora import LoRALayers, Matrices, merge
+from modelpack_engine.request import EngineRequest, SamplingParams
+from tests.adapters import write_gguf, write_mlx, write_peft
+from tests.engine.adapters.test_zoo import linears
+from tests.engine.serving.test_engine import GREEDY, prompts, run, tokens
+from tests.engine.serving.tiny import tiny_engine, tiny_loaded, tiny_model
+from tests.engine.zoo.catalogue import CATALOGUE
+
+PROMPT = prompts(4)[3]
+
+
+def adapter(directory: Path, seed: int, *, rank: int = 2) -> Adapter:
+    """Return an adapter of all linear layers of the tiny model."""
+    targets = linears(tiny_model())
+    return read_adapter(write_peft(directory / str(seed), targets, rank=rank, seed=seed, size=0.3))
+
+
+def merged_tokens(one: Adapter | None, prompt: list[int], **settings: object) -> list[int]:
+    """Return the greedy output of an engine whose model has the adapter merged."""
+    loaded = tiny_loaded()
+    if one is not None:
+        merge(loaded.model, read_layers(one, loaded.model))
+    engine = tiny_engine(**settings)
+    engine = Engine(loaded, engine.config)
+    return tokens(engine.generate([prompt], GREEDY)[0])
+
+
+def ask(engine: Engine, names: list[str | None], prompt: list[int]) -> list[list[int]]:
+    """Return the output of the same prompt with each of these adapters, in one batch."""
+    for index, name in enumerate(names):
+        engine.add_request(str(index), EngineRequest(prompt, GREEDY, adapter=name))
+    found = run(engine)
+    return [tokens(found[str(index), 0]) for index in range(len(names))]
+
+
+def test_requests_by_name(tmp_path: Path) -> None:
+    one, two = adapter(tmp_path, 1), adapter(tmp_path, 2, rank=5)
+    engine = tiny_engine(max_loras=2)
+    before = engine.memory_bytes
+    engine.add_adapter("one", one, "digest of one")
+    engine.add_adapter("two", two, "digest of two")
+    assert engine.memory_bytes > before
+    expected = [merged_tokens(each, PROMPT) for each in (one, two, None)]
+    assert len({str(each) for each in expected}) == 3
+    assert ask(engine, ["one", "two", None], PROMPT) == expected
+    engine.remove_adapter("one")
+    engine.remove_adapter("two")
+    assert engine.memory_bytes == before
+    assert ask(engine, [None], PROMPT) == expected[2:]
+
+
+def test_prefixes_are_not_shared_between_adapters(tmp_path: Path) -> None:
+    engine = tiny_engine(max_loras=2)
+    engine.add_adapter("one", adapter(tmp_path, 1), "a")
+    (first,) = ask(engine, [None], PROMPT)
+    assert engine.stats().cached_tokens == 0
+    (second,) = ask(engine, ["one"], PROMPT)
+    assert engine.stats().cached_tokens == 0
+    assert first != second
+    assert ask(engine, ["one"], PROMPT) == [second]
+    assert engine.stats().cached_tokens == 32
+    # Another adapter of the same name does not find the prefixes of the first.
+    engine.add_adapter("one", adapter(tmp_path, 2), "b")
+    assert ask(engine, ["one"], PROMPT) == [merged_tokens(adapter(tmp_path, 2), PROMPT)]
+    assert engine.stats().cached_tokens == 32
+
+
+def test_the_least_recently_used_adapter_is_evicted(tmp_path: Path) -> None:
+    engine = tiny_engine(max_loras=2)
+    known = {name: adapter(tmp_path, seed) for seed, name in enumerate("abc", start=1)}
+    for name, one in known.items():
+        engine.add_adapter(name, one, name)
+    adapters = engine._adapters
+    assert adapters is not None
+    assert adapters.loaded() == ["a", "b"]
+    ask(engine, ["b"], PROMPT)
+    memory = engine.memory_bytes
+    expected = merged_tokens(known["c"], PROMPT)
+    assert ask(engine, ["c"], PROMPT) == [expected]
+    assert adapters.loaded() == ["b", "c"]
+    assert engine.memory_bytes == memory
+    assert ask(engine, ["a", "c"], PROMPT) == [merged_tokens(known["a"], PROMPT), expected]
+    assert adapters.loaded() == ["a", "c"]
+    assert adapters.names() == ["a", "b", "c"]
+
+
+def test_adapters_in_use_stay(tmp_path: Path) -> None:
+    engine = tiny_engine(max_loras=1)
+    for seed, name in enumerate("ab", start=1):
+        engine.add_adapter(name, adapter(tmp_path, seed), name)
+    engine.add_request("0", EngineRequest(PROMPT, GREEDY, adapter="a"))
+    with pytest.raises(QueueFullError, match="requests use 1 other adapters"):
+        engine.add_request("1", EngineRequest(PROMPT, GREEDY, adapter="b"))
+    with pytest.raises(BusyError, match="the adapter a is in use"):
+        engine.remove_adapter("a")
+    engine.abort("0")
+    assert ask(engine, ["b"], PROMPT) == [merged_tokens(adapter(tmp_path, 2), PROMPT)]
+
+
+def test_a_refused_request_does_not_hold_its_adapter(tmp_path: Path) -> None:
+    engine = tiny_engine(max_loras=1)
+    engine.add_adapter("a", adapter(tmp_path, 1), "a")
+    with pytest.raises(RequestError, match="max_tokens"):
+        engine.add_request("0", EngineRequest(PROMPT, SamplingParams(max_tokens=0), adapter="a"))
+    engine.remove_adapter("a")
+
+
+def test_unknown_and_disabled_adapters(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no such adapter: x"):
+        tiny_engine(max_loras=1).add_request("0", EngineRequest(PROMPT, GREEDY, adapter="x"))
+    with pytest.raises(RequestError, match="without LoRA adapters"):
+        tiny_engine().add_request("0", EngineRequest(PROMPT, GREEDY, adapter="x"))
+    with pytest.raises(RequestError, match="without LoRA adapters"):
+        tiny_engine().add_adapter("x", adapter(tmp_path, 1), "x")
+
+
+def test_choices_have_the_adapter(tmp_path: Path) -> None:
+    engine = tiny_engine(max_loras=1)
+    one = adapter(tmp_path, 1)
+    engine.add_adapter("one", one, "one")
+    engine.add_request("0", EngineRequest(PROMPT, GREEDY, n=3, adapter="one"))
+    found = run(engine)
+    expected = merged_tokens(one, PROMPT)
+    assert [tokens(found["0", index]) for index in range(3)] == [expected] * 3
+
+
+Q = "model.layers.0.self_attn.q_proj"
+A, B = (f"base_model.model.{Q}.lora_{part}.weight" for part in "AB")
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({"model.layers.0.self_attn.w_proj": (64, 64)}, "target .*w_proj is not in the model"),
+        ({"model.layers.9.self_attn.q_proj": (64, 64)}, r"target .*9.*q_proj is not in the model"),
+        ({"model.norm": (64, 64)}, "target model.norm is not in the model"),
+        ({Q: (64, 32)}, r"a weight of shape \[64, 32\], but the model has \[64, 64\]"),
+    ],
+)
+def test_adapters_that_do_not_fit(
+    targets: Mapping[str, tuple[int, int]], message: str, tmp_path: Path
+) -> None:
+    engine = tiny_engine(max_loras=1)
+    with pytest.raises(AdapterError, match=message):
+        engine.add_adapter("x", read_adapter(write_peft(tmp_path, targets)), "x")
+    with pytest.raises(RequestError, match="no such adapter: x"):
+        engine.remove_adapter("x")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    bad = {A: np.full((2, 64), value, np.float32), B: np.zeros((64, 2), np.float32)}
+    path = write_peft(tmp_path, {Q: (64, 64)}, extra=bad)
+    with pytest.raises(AdapterError, match="values that are not finite"):
+        tiny_engine(max_loras=1).add_adapter("x", read_adapter(path), "x")
+
+
+def test_gguf_adapters_are_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "lora.gguf", {"blk.0.attn_q": (64, 64)})
+    with pytest.raises(AdapterError, match="GGUF adapters cannot be served"):
+        tiny_engine(max_loras=1).add_adapter("x", read_adapter(path), "x")
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    """The tiny model's head is its embedding, so that the adapter changes both."""
+    path = write_mlx(tmp_path / "a", {"model.embed_tokens": (64, 257)}, rank=3, size=0.5)
+    other = write_mlx(tmp_path / "b", {"model.embed_tokens": (64, 257)}, rank=2, seed=4, size=0.5)
+    engine = tiny_engine(max_loras=2)
+    adapters = [read_adapter(path), read_adapter(other)]
+    for name, one in zip("ab", adapters, strict=True):
+        engine.add_adapter(name, one, name)
+    expected = [merged_tokens(one, PROMPT) for one in (*adapters, None)]
+    assert len({str(each) for each in expected}) == 3
+    assert ask(engine, ["a", "b", None], PROMPT) == expected
+    assert ask(engine, ["b"], PROMPT) == expected[1:2]
+
+
+def test_quantised_base(tmp_path: Path) -> None:
+    """An adapter of a quantised model computes as with the same weights unpacked and merged."""
+    one, model = adapter(tmp_path, 1), tiny_model()
+    nn.quantize(model, group_size=32, bits=8)
+    layers, layer = read_layers(one, model), model.model.layers[0].self_attn.q_proj
+    dense = nn.Linear(64, 64, bias=False)
+    dense.weight = mx.dequantize(layer.weight, layer.scales, layer.biases, 32, 8)
+    merge(dense_only := nn.Sequential(dense), {"layers.0": layers[Q]})
+    rows = AdapterRows()
+    loras = LoRALayers(model, rows)
+    loras.set(1, layers)
+    x = mx.random.normal((3, 1, 64))
+    rows.begin([1, 1, 1])
+    assert mx.allclose(layer(x), dense_only(x), atol=1e-4)
+    rows.begin([0, 1, -1])
+    assert mx.allclose(layer(x)[1], dense_only(x)[1], atol=1e-4)
+    rows.begin([])
+    without = layer(x)
+    assert not mx.allclose(without, dense_only(x), atol=1e-2)
+    loras.undo()
+    merge(model, {Q: layers[Q]})
+    assert layer.weight.dtype == mx.uint32, "merged and quantised again"
+    assert mx.abs(layer(x) - dense_only(x)).max() < mx.abs(without - dense_only(x)).max() / 20
+
+
+def test_experts_that_are_modules(tmp_path: Path) -> None:
+    """PEFT's modules of single experts are stacked; other experts have no adapter."""
+    configuration = next(each for each in CATALOGUE if each.id == "mixtral")
+    model = configuration.build()
+    block = "model.layers.1.block_sparse_moe"
+    count, outputs, inputs = model.model.layers[
+        1
+    ].block_sparse_moe.switch_mlp.gate_proj.weight.shape
+    path = write_peft(tmp_path, {f"{block}.experts.2.w1": (outputs, inputs)})
+    one = read_adapter(path)
+    ((name, found),) = read_layers(one, model).items()
+    assert name == f"{block}.switch_mlp.gate_proj"
+    assert isinstance(found, Matrices)
+    assert found.a.shape == (count, inputs, 2)
+    used = mx.any(found.a != 0, axis=(1, 2)).tolist()
+    assert used == [index == 2 for index in range(count)]
+    bad = read_adapter(write_peft(tmp_path, {f"{block}.experts.{count}.w1": (outputs, inputs)}))
+    with pytest.raises(AdapterError, match=f"the model has {count} experts"):
+        read_layers(bad, model)
