@@ -88,6 +88,9 @@ _PLAIN = PreTokenizer((_GPT2,))
 _LLAMA3_LIKE = PreTokenizer((_LLAMA3,), whole_words=True, add_bos=True)
 _QWEN2_LIKE = PreTokenizer((_QWEN2,))
 _DEEPSEEK3 = PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3_WORDS))
+_SEED = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
+)
 _O200K = PreTokenizer((_cased(r"\p{N}{1,3}", rf"{_CONTRACTIONS}?"),))
 
 _NAMES: Mapping[PreTokenizer, tuple[str, ...]] = {
@@ -118,6 +121,7 @@ _NAMES: Mapping[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _ASIAN, r"\p{N}")): ("deepseek-coder",),
     PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")): ("falcon",),
     PreTokenizer((_cased(r"\p{N}", ""),), whole_words=True, add_bos=True): ("tekken",),
+    PreTokenizer((_SEED,)): ("seed-coder",),
     _O200K: ("gpt-4o", "llama4", "kanana2"),
 }
 
