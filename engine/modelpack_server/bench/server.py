@@ -28,6 +28,7 @@ from modelpack.errors import (
     RemoteUnavailableError,
     UsageError,
 )
+from modelpack_server.bench.streams import ConnectionLostError, EventResponse, EventServer
 
 _TEXT = """
 able about above act add after again age ago air all alone along also always and animal answer
@@ -125,6 +126,9 @@ class OpenAIServer:
         self._clock = clock
         self._fields: Mapping[str, Any] = _IGNORE_EOS
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._events = EventServer(
+            self.url, headers, read_seconds=read_seconds, connect_seconds=_CONNECT
+        )
         self._http = httpx.AsyncClient(
             headers=headers,
             timeout=httpx.Timeout(read_seconds, connect=_CONNECT),
@@ -136,6 +140,7 @@ class OpenAIServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._events.close()
         await self._http.aclose()
 
     async def open(self) -> Served:
@@ -156,20 +161,20 @@ class OpenAIServer:
     async def ask(self, messages: list[dict[str, str]], max_tokens: int) -> Answer:
         """Return the response to a conversation; raise `AnswerError`."""
         answer = Answer()
-        body = self._body(messages, max_tokens)
+        body = json.dumps(self._body(messages, max_tokens)).encode()
         try:
-            async with self._http.stream("POST", self._chat, json=body) as response:
-                if response.status_code != 200:
-                    raise AnswerError(f"HTTP {response.status_code}")
+            async with await self._events.post("/chat/completions", body) as response:
+                if response.status != 200:
+                    raise AnswerError(f"HTTP {response.status}")
                 complete = False
                 async for data in _events(response):
                     complete |= self._take(data, answer)
-        except httpx.TimeoutException:
+        except TimeoutError:
             raise AnswerError("timed out") from None
-        except httpx.ConnectError:
-            raise AnswerError("cannot connect") from None
-        except httpx.HTTPError:
+        except ConnectionLostError:
             raise AnswerError("connection lost") from None
+        except OSError:
+            raise AnswerError("cannot connect") from None
         if not complete:
             raise AnswerError("incomplete stream")
         if not answer.times:
@@ -191,12 +196,12 @@ class OpenAIServer:
             **self._fields,
         }
 
-    def _take(self, data: str, answer: Answer) -> bool:
+    def _take(self, data: bytes, answer: Answer) -> bool:
         """Add an event to the response; return whether it is the last one."""
-        if data == "[DONE]":
+        if data == b"[DONE]":
             return True
         try:
-            event = json.loads(data)
+            event = json.loads(data.decode("utf-8", "replace"))
             if event.get("error"):
                 raise AnswerError(f"the server failed: {_message(event)[:80]}")
             usage = event.get("usage")
@@ -309,16 +314,16 @@ def api_root(url: str) -> str:
     return root if root.endswith("/v1") else f"{root}/v1"
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[str]:
+async def _events(response: EventResponse) -> AsyncIterator[bytes]:
     """Yield the data of server-sent events as they arrive."""
     rest = b""
-    async for chunk in response.aiter_bytes():
+    async for chunk in response.pieces():
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
-                yield line[5:].strip().decode("utf-8", "replace")
+                yield line[5:].strip()
     if rest.startswith(b"data:"):
-        yield rest[5:].strip().decode("utf-8", "replace")
+        yield rest[5:].strip()
 
 
 def _decoded(response: httpx.Response) -> Any:
