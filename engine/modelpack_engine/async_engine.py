@@ -15,7 +15,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -135,14 +135,12 @@ def _joined(first: RequestEvent, second: RequestEvent) -> RequestEvent:
     logprobs = first.logprobs
     if second.logprobs is not None:
         logprobs = (*(logprobs or ()), *second.logprobs)
-    return replace(
-        second,
-        token_ids=first.token_ids + second.token_ids,
-        text=first.text + second.text,
-        logprobs=logprobs,
-        prompt_logprobs=first.prompt_logprobs,
-        cached_tokens=first.cached_tokens,
-    )
+    return RequestEvent(  # `replace` takes several times as long
+        second.request_id, second.index, first.token_ids + second.token_ids,
+        first.text + second.text, logprobs, first.prompt_logprobs, second.finish_reason,
+        second.stop_reason, second.usage, second.timing, second.error, second.error_param,
+        first.cached_tokens,
+    )  # fmt: skip
 
 
 _Delivery = tuple[RequestStream, RequestEvent | Exception]

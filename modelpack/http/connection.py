@@ -155,6 +155,7 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         cycle = self.cycle
+        chunked = False
 
         async def receive_piece() -> Message:
             if cycle.response_complete:
@@ -168,11 +169,23 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
             return {"type": "http.request", "body": piece, "more_body": more}
 
         async def send_any(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._is_asked_for_100():
-                # The client may send the body or another request now, so nothing after it can be
-                # read.
-                message = {**message, "headers": [*message.get("headers", ()), _CLOSE]}
-            if message["type"] == ZERO_COPY_SEND:
+            nonlocal chunked
+            kind = message["type"]
+            if chunked and kind == "http.response.body" and message.get("more_body"):
+                # The same bytes as h11 makes, in a fraction of the time.
+                if self.flow.write_paused and not cycle.disconnected:
+                    await self.flow.drain()
+                if (body := message.get("body")) and not cycle.disconnected:
+                    self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+                return
+            chunked = False  # the body's last part
+            if kind == "http.response.start":
+                if self._is_asked_for_100():
+                    # The client may send the body or another request now, so nothing after it can
+                    # be read.
+                    message = {**message, "headers": [*message.get("headers", ()), _CLOSE]}
+                chunked = _is_chunked(scope, message)
+            if kind == ZERO_COPY_SEND:
                 if scope["method"] != "HEAD":
                     await self._send_file(message["file"], message["offset"], message["count"])
                 if message.get("more_body", False):
@@ -375,6 +388,19 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
     def _wake(self) -> None:
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
+
+
+def _is_chunked(scope: Scope, start: Message) -> bool:
+    """Return whether h11 sends the body of a response in chunks (RFC 9112 section 6.3)."""
+    return (
+        scope["http_version"] == "1.1"
+        and scope["method"] != "HEAD"
+        and start["status"] not in (204, 304)
+        and not any(
+            name.lower() in (b"content-length", b"transfer-encoding")
+            for name, _ in start.get("headers", ())
+        )
+    )
 
 
 class _StrictConnection(h11.Connection):

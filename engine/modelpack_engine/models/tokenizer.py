@@ -84,7 +84,7 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(at for at, token in added.items() if token.special)
-        self._added = {at: token.content.encode() for at, token in added.items()}
+        self._bytes = {at: token.content.encode() for at, token in added.items()}
         self._text = text
 
     @property
@@ -187,15 +187,20 @@ class Tokenizer:
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_leading_space else text
 
-    @_guarded
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for, b"" for an id without a token.
 
         Several tokens may make one character, so a token's bytes need not be UTF-8.
         """
-        added = self._added.get(token_id)
-        if added is not None:
-            return added
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._find_bytes(token_id)
+            if found:  # at most one entry for each token
+                self._bytes[token_id] = found
+        return found
+
+    @_guarded
+    def _find_bytes(self, token_id: int) -> bytes:
         piece: str | None = self._backend.id_to_token(token_id) if token_id >= 0 else None
         if piece is None:
             return b""

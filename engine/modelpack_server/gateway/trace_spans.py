@@ -85,7 +85,11 @@ class Traced:
                     reader = ReplyReader(trace, media_type_of(sent))
             elif message["type"] == "http.response.body":
                 if reader is not None:
-                    await _feed(reader, message.get("body", b""), self._clock())
+                    body = message.get("body", b"")
+                    if len(body) <= _BLOCK:
+                        reader.feed(body, self._clock())
+                    else:
+                        await _feed(reader, body, self._clock())
                 complete = complete or not message.get("more_body", False)
             await send(message)
 
