@@ -20,7 +20,6 @@ from typing import Any
 
 import mlx.core as mx
 from gpu_engine import Silent
-from mlx.nn.layers.base import Module
 from mlx_lm.models import llama
 
 from modelpack_engine.config import EngineConfig
@@ -62,9 +61,9 @@ class HostEngine(Engine):
     ) -> Sizes:
         return replace(super()._choose_sizes(layout, context_length, draft_bytes), buckets=FEW)
 
-    def _make_runner(self, model: Module) -> ModelRunner:
+    def _make_runner(self, loaded: LoadedModel, layout: ModelLayout | None) -> ModelRunner:
         runner = make_runner(
-            model,
+            loaded.model,
             num_blocks=self._sizes.num_blocks,
             buckets=FEW,
             exact=False,

@@ -180,6 +180,7 @@ def matrix(concurrency: int, prompt: int, answer: int = 128) -> Workload:
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "load-m-32": load_m,
     "load-m-128": lambda: load_m(128),
+    "load-m-256": lambda: load_m(256),
     "nano-vllm": nano_vllm,
     "sonnet": sonnet,
     "rounds-of-five": rounds_of_five,
