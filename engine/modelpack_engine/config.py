@@ -37,6 +37,8 @@ DEFAULT_MAX_WAITING = 1024
 #: The default rows of a step, which include those of prompts. On a GPU, fewer if memory is scarce.
 GPU_BATCHED_TOKENS = 2048
 CPU_BATCHED_TOKENS = 256
+#: The default number of sequences of a step; a large one is a CUDA device with enough memory.
+NUM_SEQS, LARGE_GPU_NUM_SEQS = 64, 256
 
 Device = Literal["auto", "gpu", "cpu"]
 Backend = Literal["auto", "mlx", "llama.cpp"]
@@ -50,6 +52,9 @@ class EngineConfig:
 
     `backend` "auto" is, on a CPU, the library `modelpack_engine.cpu` for the architectures that it
     knows, else llama.cpp for GGUF if it is installed; otherwise MLX.
+
+    `max_num_seqs` limits the sequences that run at the same time (default 256 on a CUDA device with
+    32 GiB or more, else 64).
 
     `max_num_batched_tokens` limits the rows of one step (default 2048 on a GPU, 256 on a CPU), and
     `max_prefill_chunk` those of one prompt, so that a long prompt does not delay running streams.
@@ -80,7 +85,7 @@ class EngineConfig:
     device: Device = "auto"
     backend: Backend = "auto"
     block_size: int = BLOCK_SIZE
-    max_num_seqs: int = 64
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_prefill_chunk: int | None = None
     max_model_len: int | None = None

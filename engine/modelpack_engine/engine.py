@@ -42,7 +42,13 @@ from modelpack_engine.request import EngineRequest
 from modelpack_engine.runner.adapters import AdapterSet
 from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.runner.cpu import CpuRunner
-from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu, step_memory
+from modelpack_engine.runner.kv_cache_size import (
+    Sizes,
+    choose_sizes,
+    max_num_seqs,
+    on_gpu,
+    step_memory,
+)
 from modelpack_engine.runner.kv_offload import open_offload
 from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_type
 from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner
@@ -116,7 +122,7 @@ class Engine(BaseEngine):
         self._scheduler = Scheduler(self._sizes.scheduler_config(self.config), self._blocks)
         eos_token_ids = self.tokenizer.eos_token_ids
         self._sampler = Sampler(
-            self.vocab_size, self.config.max_num_seqs, eos_token_ids, self._runner.staging
+            self.vocab_size, max_num_seqs(self.config), eos_token_ids, self._runner.staging
         )
         self._speculator, notes = make_speculator(
             self.config, drafting, self._runner, self._sampler, self._sizes, self.vocab_size

@@ -26,7 +26,7 @@ from modelpack_engine.llama_cpp.model import Context, LlamaModel
 from modelpack_engine.models import Tokenizer
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.runner.base_engine import BaseEngine
-from modelpack_engine.runner.kv_cache_size import choose_sizes
+from modelpack_engine.runner.kv_cache_size import choose_sizes, max_num_seqs
 from modelpack_engine.runner.output_processor import OutputProcessor
 from modelpack_engine.runner.step import (
     LaunchedStep,
@@ -199,9 +199,10 @@ class LlamaCppEngine(BaseEngine):
         Raises `EngineError`; `OutOfMemoryError` if the cache would not hold a single prompt.
         """
         self.config = config = config or EngineConfig()
-        if config.max_num_seqs >= _MOST_SLOTS:
+        num_seqs = max_num_seqs(config)
+        if num_seqs >= _MOST_SLOTS:
             raise EngineError(
-                f"max_num_seqs is {config.max_num_seqs}, but llama.cpp allows {_MOST_SLOTS - 1}",
+                f"max_num_seqs is {num_seqs}, but llama.cpp allows {_MOST_SLOTS - 1}",
                 hint="lower it, or use --backend mlx",
             )
         self.tokenizer = tokenizer
@@ -213,7 +214,7 @@ class LlamaCppEngine(BaseEngine):
         #: Bytes of the weights and the KV cache.
         self.memory_bytes = self.weight_bytes + self.kv_cache_bytes
         self.notes = (*notes, "llama.cpp runs the model; use --backend mlx to run it with MLX")
-        num_slots = min(_MOST_SLOTS, config.max_num_seqs + _SPARE_SLOTS)
+        num_slots = min(_MOST_SLOTS, num_seqs + _SPARE_SLOTS)
         self._context = Context(
             model,
             num_cells=sizes.num_blocks * config.block_size,
@@ -230,7 +231,7 @@ class LlamaCppEngine(BaseEngine):
         self._scheduler = Scheduler(
             replace(sizes.scheduler_config(config), buckets=EXACT), self._slots
         )
-        self._sampler = Sampler(self.vocab_size, config.max_num_seqs, self.tokenizer.eos_token_ids)
+        self._sampler = Sampler(self.vocab_size, num_seqs, self.tokenizer.eos_token_ids)
         self._outputs = OutputProcessor(self._scheduler)
         self._clock = StepClock()  # "launch" is sampling, "wait" is computing
 

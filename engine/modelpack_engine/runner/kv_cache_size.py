@@ -17,7 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from modelpack_engine.config import CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS, EngineConfig
+from modelpack_engine.config import (
+    CPU_BATCHED_TOKENS,
+    GPU_BATCHED_TOKENS,
+    LARGE_GPU_NUM_SEQS,
+    NUM_SEQS,
+    EngineConfig,
+)
 from modelpack_engine.core.batch import StepShape
 from modelpack_engine.core.block_manager import window_blocks
 from modelpack_engine.core.buckets import EXACT, FEW, Buckets, round_up, sizes_up_to
@@ -38,6 +44,9 @@ _CPU_BYTES = 512 * 1024**2
 
 # Memory for everything other than weights, KV cache and steps' arrays.
 _RESERVE = 256 * 1024**2
+
+# The memory of a CUDA device that runs many sequences by default.
+_LARGE_GPU = 32 << 30
 
 # Steps that the device holds at a time: one runs while the next is launched.
 _STEPS = 2
@@ -82,7 +91,7 @@ class Sizes:
     def scheduler_config(self, config: EngineConfig) -> SchedulerConfig:
         """Return the scheduler's limits."""
         return SchedulerConfig(
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=max_num_seqs(config),
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             max_prefill_chunk=config.max_prefill_chunk or self.max_prefill_chunk,
@@ -98,7 +107,7 @@ class Sizes:
         count = min(
             self.max_num_batched_tokens // length,
             (self.num_blocks - 1) // _blocks(length, config.block_size),
-            config.max_num_seqs,
+            max_num_seqs(config),
         )
         return (length,) * count
 
@@ -117,6 +126,14 @@ class Sizes:
 def on_gpu() -> bool:
     """Return whether MLX computes on a GPU by default."""
     return mx.default_device() != mx.Device(mx.cpu)
+
+
+def max_num_seqs(config: EngineConfig) -> int:
+    """Return how many sequences run at the same time: as configured, or the device's default."""
+    if config.max_num_seqs is not None:
+        return config.max_num_seqs
+    is_large = on_gpu() and mx.cuda.is_available() and device.total_memory() >= _LARGE_GPU
+    return LARGE_GPU_NUM_SEQS if is_large else NUM_SEQS
 
 
 class Cached(Protocol):
@@ -163,7 +180,8 @@ def choose_sizes(
     if not (gpu and mx.cuda.is_available()):  # elsewhere MLX frees arrays before a step ends
         step_memory = StepMemory()
     default = _rows_of_a_step(step_memory.per_row) if gpu else CPU_BATCHED_TOKENS
-    tokens = max(config.max_num_batched_tokens or default, 2 * config.max_num_seqs)
+    num_seqs = max_num_seqs(config)
+    tokens = max(config.max_num_batched_tokens or default, 2 * num_seqs)
     step_bytes = _STEPS * tokens * step_memory.per_row + step_memory.per_step
 
     def held(length: int) -> int:
@@ -172,11 +190,11 @@ def choose_sizes(
         if window is None:
             return blocks
         chunk = SchedulerConfig(
-            config.max_num_seqs, tokens, wanted, config.max_prefill_chunk, buckets=buckets
+            num_seqs, tokens, wanted, config.max_prefill_chunk, buckets=buckets
         ).chunk_rows
         return min(blocks, window_blocks(window, chunk, config.block_size))
 
-    useful = config.max_num_seqs * held(wanted) + 1
+    useful = num_seqs * held(wanted) + 1
     num_blocks = useful
     if layout and per_block:
         one_context = (held(wanted) + 1) * per_block

@@ -15,7 +15,7 @@ from modelpack_engine.errors import EngineError
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.outputs import EngineStats
-from modelpack_engine.runner.kv_cache_size import Sizes, on_gpu
+from modelpack_engine.runner.kv_cache_size import Sizes, max_num_seqs, on_gpu
 from modelpack_engine.runner.model_layout import ModelLayout, layout_of
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.runner.step import MaskOf, can_look_ahead
@@ -184,7 +184,7 @@ def make_speculator(
     if not runner.can_go_back:
         return None, ("no speculation: the model's state cannot return to an earlier token",)
     max_batch = config.speculative_disable_by_batch_size
-    max_batch = min(MAX_BATCH if max_batch is None else max_batch, config.max_num_seqs)
+    max_batch = min(MAX_BATCH if max_batch is None else max_batch, max_num_seqs(config))
     if draft is None:
         num_tokens = config.num_speculative_tokens or NGRAM_TOKENS
         return Speculator(NgramProposer(), num_tokens=num_tokens, max_batch=max_batch), ()

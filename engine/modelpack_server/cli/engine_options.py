@@ -120,8 +120,9 @@ def _options(others: tuple[str, ...]) -> tuple[Callable[[F], F], ...]:
             "on a CPU if installed, else MLX."),
         click.option("--max-model-len", "--context-size", type=click.IntRange(min=2),
             help="Limit the context to this many tokens."),
-        click.option("--max-num-seqs", type=count, default=_DEFAULTS.max_num_seqs,
-            show_default=True, help="Run at most this many requests at a time."),
+        click.option("--max-num-seqs", type=count,
+            help="Run at most this many requests at a time (default: 256 on a large GPU, else "
+            "64)."),
         click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True),
             default=_DEFAULTS.gpu_memory_utilization, show_default=True,
             help="Use this fraction of GPU memory."),

@@ -55,6 +55,19 @@ def test_what_a_gpu_has(
     assert device_memory.device_memory(config) == total // 2
 
 
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [(CUDA, 256), (CUDA | {"total_memory": 24 * GIB, "free_memory": 20 * GIB}, 64), (METAL, 64)],
+)
+def test_large_cuda_devices_run_more_sequences(
+    gpu: Any, info: dict[str, Any], expected: int
+) -> None:
+    assert kv_cache_size.max_num_seqs(EngineConfig()) == 64  # on a CPU
+    gpu(info)
+    assert kv_cache_size.max_num_seqs(EngineConfig()) == expected
+    assert kv_cache_size.max_num_seqs(EngineConfig(max_num_seqs=7)) == 7
+
+
 def test_steps_leave_less_for_the_kv_cache_on_cuda(gpu: Any) -> None:
     config = EngineConfig(max_num_seqs=1 << 10)
     memory = StepMemory(per_row=GIB // 2048, per_step=GIB)
