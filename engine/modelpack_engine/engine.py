@@ -291,7 +291,9 @@ class Engine(BaseEngine):
         logits = self._runner.forward(with_prompt_rows(batch), token_ids)
         logits, prompt_logprobs = split_logits(batch, logits)
         sampled = masked_logits = None
-        if any(sequence.params.mask is not None for sequence in batch.sample_seqs):
+        if self._outputs.has_masks and any(
+            sequence.params.mask is not None for sequence in batch.sample_seqs
+        ):
             masked_logits = logits
         elif batch.sample_seqs:
             sampled = self._sample(logits, sample_rows(output))

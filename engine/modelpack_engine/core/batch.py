@@ -9,6 +9,7 @@ row has token 0 at position 0 and writes to slot 0, in the null block, whose con
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from modelpack_engine.core.block_manager import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
@@ -130,7 +131,7 @@ def build_batch(
         token_ids=rows.token_ids,
         positions=rows.positions,
         slots=rows.slots,
-        from_previous=tuple(rows.from_previous),
+        from_previous=rows.from_previous,
         num_decode=rows.num_decode,
         decode_tables=rows.decode_tables,
         table_width=rows.table_width,
@@ -159,6 +160,12 @@ def _decode_snapshots(
     )
 
 
+@lru_cache(maxsize=512)
+def same_rows(count: int) -> tuple[tuple[int, int], ...]:
+    """Return `from_previous` of rows that continue the same rows of the previous step."""
+    return tuple((row, row) for row in range(count))
+
+
 class _Rows:
     """The rows of a batch while they are added."""
 
@@ -168,7 +175,7 @@ class _Rows:
         self.token_ids: list[int] = []
         self.positions: list[int] = []
         self.slots: list[int] = []
-        self.from_previous: list[tuple[int, int]] = []
+        self.from_previous: tuple[tuple[int, int], ...] = ()
         self.num_decode = 0
         self.decode_tables: list[list[int]] = []
         self.table_width = 0
@@ -222,6 +229,15 @@ class _Rows:
     ) -> None:
         """Add the newest token of each sequence, or its index in the tokens of `previous`."""
         before = previous.sample_seqs if previous else ()
+        if (
+            sequences == before[: len(sequences)]  # the same objects, as in most steps
+            and not self.token_ids
+            and all(sequence.num_inflight == 1 for sequence in sequences)
+        ):
+            self.token_ids = [0] * len(sequences)
+            self.from_previous = same_rows(len(sequences))
+            return
+        known: list[tuple[int, int]] = []
         places: dict[Sequence, int] | None = None
         for row, sequence in enumerate(sequences):
             if not sequence.num_inflight:
@@ -229,12 +245,13 @@ class _Rows:
                 continue
             assert sequence.num_inflight == 1, "at most one step is in flight"
             self.token_ids.append(0)
-            if row < len(before) and before[row] is sequence:  # as in most steps
-                self.from_previous.append((row, row))
+            if row < len(before) and before[row] is sequence:
+                known.append((row, row))
                 continue
             if places is None:
                 places = {seq: index for index, seq in enumerate(before)}
-            self.from_previous.append((row, places[sequence]))
+            known.append((row, places[sequence]))
+        self.from_previous = tuple(known)
 
     def add_proposal(self, proposal: Proposal) -> Chunk:
         """Add the rows of a proposal as a chunk."""

@@ -183,6 +183,9 @@ OVERTAKING = 16
 #: owner that had its turn waiting forever.
 ROUND = 64
 
+#: Read for every token: looking up an enumeration's member takes three times as long.
+_FINISHED = SequenceStatus.FINISHED
+
 _PREEMPTED = -1  # before all other priorities
 _by_priority = attrgetter("priority")
 
@@ -593,7 +596,7 @@ class Scheduler:
         """Record that a step was submitted: its tokens are in flight, its KV written."""
         blocks, size = self._blocks, self._blocks.block_size
         for sequence in output.decoding:
-            if sequence.is_finished:
+            if sequence.status is _FINISHED:
                 continue  # It finished after the step was scheduled, and its blocks are freed.
             sequence.num_computed_tokens = end = sequence.num_computed_tokens + 1
             if end % size == 0:
@@ -647,12 +650,16 @@ class Scheduler:
         Called after `collect` for the tokens of an accepted proposal. The step has computed the
         keys and values of the token before.
         """
-        if sequence.is_finished:
+        if sequence.status is _FINISHED:
             return False
-        sequence.num_computed_tokens = max(sequence.num_computed_tokens, sequence.num_known_tokens)
-        sequence.output_token_ids.append(token_id)
+        output = sequence.output_token_ids
+        num_known = len(sequence.prompt_token_ids) + len(output)
+        if sequence.num_computed_tokens < num_known:
+            sequence.num_computed_tokens = num_known
+        output.append(token_id)
         self._generated_tokens += 1
-        self._blocks.publish_prefix(sequence)
+        if (num_known + 1) // self._blocks.block_size > sequence.num_published_blocks:
+            self._blocks.publish_prefix(sequence)
         if ending := sequence.ending():
             self.finish(sequence, *ending)
         return True

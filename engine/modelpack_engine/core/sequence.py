@@ -185,12 +185,13 @@ class Sequence:
 
     def ending(self) -> tuple[FinishReason, int | None] | None:
         """Return why the newest token ends the sequence, and the stop token if one did; or None."""
-        token_id = self.output_token_ids[-1]
-        if len(self.output_token_ids) > self.params.min_tokens:
-            if token_id in self.params.stop_token_ids:
+        output, params = self.output_token_ids, self.params
+        num_output, token_id = len(output), output[-1]
+        if num_output > params.min_tokens:
+            if token_id in params.stop_token_ids:
                 return FinishReason.STOP, token_id
-            if token_id in self.eos_token_ids and not self.params.ignore_eos:
+            if token_id in self.eos_token_ids and not params.ignore_eos:
                 return FinishReason.STOP, None
-        if self.num_known_tokens >= self.max_num_tokens:
+        if len(self.prompt_token_ids) + num_output >= self.max_num_tokens:
             return FinishReason.LENGTH, None
         return None

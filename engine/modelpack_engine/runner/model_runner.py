@@ -89,6 +89,7 @@ class ModelRunner(Protocol):
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
         """Build the graph of a step; return the logits [rows, vocabulary] of its sampled rows.
 
+        Rows of padding may follow.
         `token_ids` int32 [rows] are the batch's, including those that the previous step sampled.
         Evaluate the logits together with `pools()`, after the previous step has been read: MLX then
         copies no pool.

@@ -60,18 +60,15 @@ class SequenceOutput:
 
     def take(self, token_id: int, logprob: TokenLogprob | None) -> tuple[RequestEvent, str | None]:
         """Return the event of a new token, and the stop string that it completes, if any."""
-        sequence = self.sequence
         if self._first_token is None:
             self._first_token = time.monotonic()
         if self.mask is not None:
             self.mask.accept(token_id)
-        token_ids, reason = (token_id,), sequence.finish_reason
-        ends_text = token_id in self._ending_ids and reason is FinishReason.STOP
-        delta = self._detokenizer.push(() if ends_text else token_ids)
-        event = self._event(token_ids, delta.text, logprob)
-        if reason is not None:
-            event = self.ended(event)
-        return event, delta.stopped_by
+        token_ids, reason = (token_id,), self.sequence.finish_reason
+        ends_text = reason is FinishReason.STOP and token_id in self._ending_ids
+        text, stopped_by = self._detokenizer.push(() if ends_text else token_ids)
+        event = self._event(token_ids, text, logprob)
+        return event if reason is None else self.ended(event), stopped_by
 
     def ended(self, event: RequestEvent) -> RequestEvent:
         """Return `event` as the sequence's last one, with the rest of its text and why it ended."""
@@ -133,12 +130,15 @@ class OutputProcessor:
         self._scheduler = scheduler
         self._outputs: dict[int, SequenceOutput] = {}  # by seq_id
         self._events: list[RequestEvent] = []
+        #: Whether any sequence had a mask so far.
+        self.has_masks = False
 
     def add(self, outputs: Iterable[SequenceOutput]) -> None:
         """Queue the sequences of one request; raise what `Scheduler.add` raises."""
         added = {output.sequence.seq_id: output for output in outputs}
         self._scheduler.add(*(output.sequence for output in added.values()))
         self._outputs |= added
+        self.has_masks = self.has_masks or any(output.mask is not None for output in added.values())
 
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence.seq_id in self._outputs

@@ -123,6 +123,7 @@ class CompiledSteps:
     def forward(self, batch: StepBatch, token_ids: mx.array, sample_rows: list[int]) -> mx.array:
         """Build a step: return the logits [sampled rows, vocabulary], and replace pools and states.
 
+        The logits are padded to a bucket: the next step's rows can then be the sampled ones.
         Call `adapted.begin` before, which plans where the states come from.
         """
         adapted = self._adapted
@@ -169,7 +170,7 @@ class CompiledSteps:
                 state.arrays = list(own)
         if aside:
             adapted.rows.put_back(adapted.states, aside, batch.num_decode)
-        found: mx.array = logits[: len(sample_rows), -1]
+        found: mx.array = logits[:, -1]
         return found
 
     def _graph(self, layout: Layout) -> Callable[..., Any]:
@@ -237,10 +238,11 @@ class CompiledSteps:
             new = np.flatnonzero(blocks != self._blocks)
         else:
             tables = np.full((rows, width), NULL_BLOCK, np.int32)
-            kept = [(row, known[seq_id]) for seq_id, row in places.items() if seq_id in known]
+            before = np.array([known.get(seq_id, -1) for seq_id in places], np.int32)
+            here = np.flatnonzero(before >= 0)
             new = np.ones(count, np.bool_)
-            if kept:
-                here, there = np.array(kept).T
+            if len(here):
+                there = before[here]
                 columns = min(width, self._tables.shape[1])
                 tables[here, :columns] = self._tables[there, :columns]
                 new[here] = blocks[here] != self._blocks[there]

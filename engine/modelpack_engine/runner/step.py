@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
-from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.core.batch import StepBatch, same_rows
 from modelpack_engine.core.scheduler import Proposal, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
@@ -130,7 +130,11 @@ class StepResult:
 
 def sample_rows(output: SchedulerOutput) -> list[SampleRow]:
     """Return the rows that sample a step's tokens, in the order of its batch."""
-    rows = [_sample_row(sequence) for sequence in output.decode]
+    rows = []
+    for sequence in output.decode:  # without calls: they are most rows of most steps
+        num_output = len(sequence.output_token_ids) + sequence.num_inflight
+        position = len(sequence.prompt_token_ids) + num_output
+        rows.append(SampleRow(sequence.seq_id, position, num_output))
     for proposal in output.proposals:
         rows += [
             _sample_row(proposal.sequence, proposal.token_ids[:count])
@@ -154,6 +158,8 @@ def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) 
     # A row whose sampling failed continues with an arbitrary id until the host reads the failure.
     sampled = previous.next_ids
     count, num_known = batch.num_rows, len(batch.from_previous)
+    if batch.from_previous is same_rows(num_known) and not batch.chunks and count <= sampled.size:
+        return sampled[:count]  # rows after them are padding: any id is right
     numbers = np.fromiter(chain.from_iterable(batch.from_previous), np.int32, 2 * num_known)
     rows, indices = numbers[::2], numbers[1::2]
     if num_known == count <= sampled.size and np.array_equal(rows, indices):

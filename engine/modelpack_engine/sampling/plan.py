@@ -210,6 +210,17 @@ def has_penalties(params: SamplingParams) -> bool:
     )
 
 
+def is_plain(params: SamplingParams) -> bool:
+    """Return whether the most likely token is chosen from the model's own logits."""
+    return (
+        params.temperature < GREEDY_BELOW
+        and params.logprobs is None
+        and not params.logit_bias
+        and not params.min_tokens
+        and not has_penalties(params)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Edits:
     """Amounts to add to single logits: biases, and -inf for end tokens before `min_tokens`."""
@@ -305,6 +316,10 @@ class Plan:
     penalties: Penalties | None
     draws: Draws | None
     num_top: int | None
+
+
+#: The plan of rows that are all plain.
+PLAIN = Plan(edits=None, penalties=None, draws=None, num_top=None)
 
 
 def make_plan(

@@ -29,6 +29,7 @@ from modelpack_engine.platform.device import Staging
 from modelpack_engine.request import MAX_LOGPROBS, SamplingParams
 from modelpack_engine.sampling.plan import (
     OUTPUT,
+    PLAIN,
     Draws,
     Entry,
     Penalties,
@@ -39,6 +40,7 @@ from modelpack_engine.sampling.plan import (
     draw,
     draw_keys,
     has_penalties,
+    is_plain,
     make_plan,
     padded_rows,
     penalise,
@@ -291,8 +293,9 @@ class Sampler:
         self._history = TokenHistory(vocab_size, max_num_seqs)
         self._entries: dict[int, Entry] = {}
         self._least: dict[int, int] = {}  # min_tokens by seq_id, if set
+        self._planned_for: set[int] = set()  # the seq_ids that need a plan
         self._composition: tuple[object, ...] = ()
-        self._plan = Plan(edits=None, penalties=None, draws=None, num_top=None)
+        self._plan = PLAIN
 
     def warm_up(self, dtype: mx.Dtype) -> None:
         """Compile the kernels that draw from logits of this type, and from adjusted ones."""
@@ -329,11 +332,14 @@ class Sampler:
         )
         if params.min_tokens:
             self._least[seq_id] = params.min_tokens
+        if not is_plain(params):
+            self._planned_for.add(seq_id)
 
     def remove(self, seq_id: int) -> None:
         """Remove a sequence that ended or was preempted; a step in flight may still sample it."""
         entry = self._entries.pop(seq_id)
         self._least.pop(seq_id, None)
+        self._planned_for.discard(seq_id)
         if entry.slot is not None:
             self._history.close(entry.slot)
         self._composition = ()
@@ -355,15 +361,7 @@ class Sampler:
         plan = self._planned(seqs, batch_logits.shape[0])
         allowed = {row: seq.allowed for row, seq in enumerate(seqs) if seq.allowed is not None}
         chosen_from = self._adjust(batch_logits, plan, allowed, seqs)
-        if (draws := plan.draws) is None:
-            token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
-        else:
-            positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
-            keys = draw_keys(draws.seeds, positions[draws.batch_rows])
-            token_ids = choose(chosen_from, draws, keys, self._staging)
-        token_ids, next_ids = _usable(token_ids, chosen_from.max(axis=-1))
-        if chosen_from is not batch_logits:  # a mask may have hidden the NaN
-            token_ids, next_ids = _usable(token_ids, batch_logits.max(axis=-1))
+        token_ids, next_ids = self._choose(batch_logits, chosen_from, plan.draws, seqs)
         if (penalties := plan.penalties) is not None:
             self._history.append(penalties.slots, next_ids[penalties.rows], penalties.increments)
         if plan.num_top is None:
@@ -371,8 +369,30 @@ class Sampler:
         logprobs = gather_logprobs(batch_logits, token_ids, plan.num_top)
         return Sampled(token_ids, next_ids, logprobs)
 
+    def _choose(
+        self,
+        batch_logits: mx.array,
+        chosen_from: mx.array,
+        draws: Draws | None,
+        seqs: Sequence[SampleRow],
+    ) -> tuple[mx.array, mx.array]:
+        """Return the tokens chosen from the adjusted logits, and the ids of the next step."""
+        adjusted = chosen_from is not batch_logits
+        if draws is not None:
+            positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
+            keys = draw_keys(draws.seeds, positions[draws.batch_rows])
+            token_ids = choose(chosen_from, draws, keys, self._staging)
+        else:
+            token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
+        token_ids, next_ids = _usable(token_ids, chosen_from.max(axis=-1))
+        if adjusted:  # a mask may have hidden the NaN
+            token_ids, next_ids = _usable(token_ids, batch_logits.max(axis=-1))
+        return token_ids, next_ids
+
     def _planned(self, seqs: Sequence[SampleRow], num_rows: int) -> Plan:
         """Return the plan, which is made and uploaded only when the batch's composition changes."""
+        if not self._planned_for:  # as for most steps of greedy requests
+            return PLAIN
         least = self._least
         ends_masked = [seq.num_output < least.get(seq.seq_id, 0) for seq in seqs] if least else []
         counted = [seq.assumed is None for seq in seqs]

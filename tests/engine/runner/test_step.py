@@ -9,11 +9,14 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import mamba2
 
-from modelpack_engine.core.batch import StepShape
+from modelpack_engine.core.batch import StepShape, same_rows
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError
+from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.kv_cache_size import step_shapes
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
+from modelpack_engine.runner.step import row_token_ids
+from modelpack_engine.sampling.sampler import Sampled
 from tests.engine.runner.models import decode, prefill, tiny_llama, token_ids
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -189,3 +192,19 @@ def test_step_shapes() -> None:
         StepShape(0, 1, 16),
         StepShape(0, 2, 16),
     ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (same_rows(3), [5, 6, 7, 8]),  # the last row is padding: it may have any token
+        (((0, 2), (1, 0), (2, 1)), [7, 5, 6, 0]),
+        (((0, 0), (2, 1)), [5, 9, 6, 0]),
+    ],
+)
+def test_rows_continue_the_tokens_of_the_previous_step(
+    pairs: tuple[tuple[int, int], ...], expected: list[int]
+) -> None:
+    batch = replace(decode(1, 5, 9, [1]), token_ids=[0, 9, 0, 0], from_previous=pairs)
+    sampled = Sampled.of(mx.array([5, 6, 7, 8], mx.int32))
+    assert row_token_ids(batch, sampled, Staging()).tolist() == expected
