@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from modelpack_engine.kernels import launch, prefill, reference
+from modelpack_engine.kernels import grouped, launch, prefill, reference
 from modelpack_engine.kernels.launch import tried
 from modelpack_engine.kernels.plan import (
     AttentionShape,
@@ -122,6 +122,15 @@ def decode_attention(
             q, k_pool, v_pool, after(block_tables, k_pool, v_pool), context_lens,
             scale=scale, num_kv_heads=num_kv_heads, window=window, softcap=softcap, sinks=sinks,
             q_more=q_more, value_dim=value_dim, block_size=block_size, quantised=quantised,
+        )  # fmt: skip
+    if (
+        split is None
+        and grouped.takes(shape, q.shape[0])
+        and may_group(shape, q.dtype, k_pool.dtype)
+    ):
+        return grouped.attend(
+            q, k_pool, v_pool, block_tables.astype(mx.int32), context_lens.astype(mx.int32), shape,
+            scale=scale, softcap=softcap, sinks=sinks, written=token,
         )  # fmt: skip
     plan = plan_decode(
         shape, k_pool.dtype.size, q.shape[0], block_tables.shape[1] * block_size, split,
@@ -253,6 +262,19 @@ def may_decode(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
         else:
             reason = refusal(shape, pool.size) or tried(probe_decode, shape, on, dtype, pool)
         _conclude(key, reason, f"decode on {on} for {shape} in {dtype}", "gathered blocks")
+    return _verdicts[key] is None
+
+
+def may_group(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
+    """Return whether the kernel for grouped heads is correct for `shape`, probing it as needed."""
+    key = ("grouped", launch.backend(), shape, dtype, pool)
+    if key not in _verdicts:
+        refused = grouped.refusal(shape, dtype, pool)
+        if refused is not None:
+            _verdicts[key] = refused
+        else:
+            reason = tried(grouped.probe, shape, dtype)
+            _conclude(key, reason, f"grouped decode for {shape} in {dtype}", "the other kernel")
     return _verdicts[key] is None
 
 

@@ -3,7 +3,7 @@
 A body uses only `PA_*` macros, which the preamble defines, and the common subset of Metal, CUDA and
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
-host, a third backend. `prefill`, `product`, `packed` and `experts` are for CUDA only.
+host, a third backend. `prefill`, `grouped`, `product`, `packed` and `experts` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Backend = Literal["metal", "cuda", "none"]
 Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
-    "draw", "packed",
+    "draw", "packed", "grouped", "greedy",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -51,6 +51,10 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "dispatch": ("experts",),
     "combine": ("given", "place", "scores"),
     "draw": ("logits", "settings"),
+    "greedy": ("logits",),
+    "grouped": (
+        "q", "k_pool", "v_pool", "block_tables", "context_lens", "sinks", "params", "written",
+    ),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "decode": ("out", "stats"),
@@ -64,6 +68,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "route": ("chosen", "scores"),
     "dispatch": ("source", "place", "sorted", "spans"),
     "draw": ("token",),
+    "greedy": ("token", "next"),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.
@@ -97,7 +102,7 @@ def kernel_source(
     short source takes less time.
     """
     headers, parts = ["common"], [backend, body]
-    if body in ("prefill", "product", "experts", "packed"):
+    if body in ("prefill", "product", "experts", "packed", "grouped"):
         headers.append("tensor_cores")
     if body == "packed":
         headers += ["codes", "warpgroups"]

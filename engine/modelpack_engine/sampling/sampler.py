@@ -221,6 +221,53 @@ def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
 verdict = launch.verdict(_compare)
 
 
+def greedy(batch_logits: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the most likely tokens of [rows, vocab_size], and the next step's ids, by a kernel.
+
+    They are those of `mx.argmax` and `_usable`, which read the logits twice.
+    """
+    rows, vocab_size = batch_logits.shape
+    simdgroups = min(_MOST_SIMDGROUPS, max(1, vocab_size // 512))
+    token_ids, next_ids = launch.run(
+        "greedy",
+        [batch_logits],
+        [("T", batch_logits.dtype)],
+        [
+            ("V", vocab_size),
+            ("VEC", vector_width(batch_logits.dtype.size, vocab_size)),
+            ("NSG", simdgroups),
+        ],
+        threads=rows * simdgroups * 32,
+        group=simdgroups * 32,
+        shapes=[(rows,), (rows,)],
+        dtypes=[mx.int32, mx.int32],
+    )
+    return token_ids, next_ids
+
+
+def _compare_greedy(dtype: mx.Dtype, vocab_size: int) -> str | None:
+    if dtype not in _ZEROS or vocab_size < _FEWEST:
+        return f"there is no kernel for {vocab_size} logits in {dtype}"
+    rows = mx.random.normal((7, vocab_size), key=mx.random.key(29))
+    rows[0, vocab_size // 3 :: 5] = 99.0  # the first of equal ones
+    rows[1, vocab_size - 1] = mx.nan
+    rows[2, 3] = mx.inf
+    rows[3] = -mx.inf
+    rows[4, : vocab_size - 1] = -mx.inf
+    rows = rows.astype(dtype)
+    ids = mx.argmax(rows, axis=-1).astype(mx.int32)
+    for name, found, wanted in zip(
+        ("tokens", "next ids"), greedy(rows), _usable(ids, rows.max(axis=-1)), strict=True
+    ):
+        if found.tolist() != wanted.tolist():
+            return f"{name} differ: {found.tolist()} instead of {wanted.tolist()}"
+    return None
+
+
+#: None if the kernel chooses the same tokens as MLX's functions, otherwise the problem.
+greedy_verdict = launch.verdict(_compare_greedy)
+
+
 #: In place of a token that could not be chosen: the row had NaN, infinity or no allowed token.
 NO_TOKEN = -1
 
@@ -301,6 +348,7 @@ class Sampler:
         """Compile the kernels that draw from logits of this type, and from adjusted ones."""
         for each in (dtype, mx.float32):
             verdict(each, self._vocab_size)
+        greedy_verdict(dtype, self._vocab_size)
 
     def __contains__(self, seq_id: int) -> bool:
         """Return whether a sequence was added and not removed."""
@@ -382,6 +430,8 @@ class Sampler:
             positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
             keys = draw_keys(draws.seeds, positions[draws.batch_rows])
             token_ids = choose(chosen_from, draws, keys, self._staging)
+        elif not adjusted and greedy_verdict(chosen_from.dtype, chosen_from.shape[-1]) is None:
+            return greedy(chosen_from)
         else:
             token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
         token_ids, next_ids = _usable(token_ids, chosen_from.max(axis=-1))

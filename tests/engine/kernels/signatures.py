@@ -54,6 +54,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "x": "T", "weight": "uint32_t", "scales": "T", "biases": "T", "bias": "T", "out": "O",
     },
     "draw": {"logits": "T", "settings": "int", "token": "int"},
+    "greedy": {"logits": "T", "token": "int", "next": "int"},
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
 
@@ -120,6 +121,12 @@ def draw_instance(vocab_size: int) -> Instance:
         ("V", vocab_size), ("VEC", vector_width(2, vocab_size)), ("SHIFT", 16), ("NSG", 16),
     )  # fmt: skip
     return Instance("draw", (("T", "bfloat16_t"),), constants)
+
+
+def greedy_instance(vocab_size: int) -> Instance:
+    """Return the kernel that chooses the most likely tokens by logits in bfloat16."""
+    constants = (("V", vocab_size), ("VEC", vector_width(2, vocab_size)), ("NSG", 16))
+    return Instance("greedy", (("T", "bfloat16_t"),), constants)
 
 
 def names_in_use(body: Body) -> Sequence[str]:

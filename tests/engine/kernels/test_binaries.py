@@ -14,7 +14,7 @@ import pytest
 
 from modelpack_engine.kernels import cuda as binaries
 from modelpack_engine.kernels import cuda as nvrtc
-from modelpack_engine.kernels import launch, operations, prefill
+from modelpack_engine.kernels import grouped, launch, operations, prefill
 from modelpack_engine.kernels.cuda import (
     GeneratedKernel,
     binaries_folder,
@@ -304,6 +304,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "quantise": lambda: operations.probe_quantise("cuda", BF16, Quantisation(4, 64)),
     "prefill": lambda: prefill.probe(LLAMA, BF16),
     "prefill, sinks": lambda: prefill.probe(SINKS, F16),
+    "grouped": lambda: grouped.probe(AttentionShape(8, 2, 128, 128), BF16),
+    "grouped, sinks": lambda: grouped.probe(
+        AttentionShape(16, 1, 64, 64, window=128, softcap=True, sinks=True), F16
+    ),
     "fused layers": lambda: kernels._compare(BF16),
     "fused layers, float32": lambda: kernels._compare(F32),
     "routes": lambda: expert_kernels._compare_routing(BF16),
@@ -313,6 +317,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "packed weights, 8 bits": lambda: packed._compare(F16, 8, 32, packed.TILES[0]),
     "experts": lambda: expert_kernels._compare_matmul(BF16, 16, 32, swiglu=True),
     "experts, 8 bits": lambda: expert_kernels._compare_matmul(F16, 8, 64, swiglu=False),
+    "greedy": lambda: sampler._compare_greedy(BF16, 1000),
     "draws": lambda: sampler._compare(BF16, 1000),
     "delta rule": lambda: delta_rule._compare(BF16),
     "state space": lambda: state_space._compare(BF16),

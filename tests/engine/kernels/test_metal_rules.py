@@ -14,6 +14,7 @@ from tests.engine.kernels.metal_rules import judge
 from tests.engine.kernels.signatures import (
     Instance,
     draw_instance,
+    greedy_instance,
     quantise_instance,
     write_instance,
 )
@@ -112,6 +113,7 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "dispatch": (),
     "combine": (),
     "draw": ("settings",),
+    "greedy": (),
 }
 #: Inputs that always have fewer than 8 elements.
 TINY: dict[Body, tuple[str, ...]] = {
@@ -128,6 +130,8 @@ INSTANCES = [
     quantise_instance(64, 64, Quantisation(4, 64), rows="float"),
     draw_instance(128256),
     draw_instance(50257),
+    greedy_instance(128256),
+    greedy_instance(50257),
     *FUSED,
     *MIXTURES,
     *RECURRENT,
