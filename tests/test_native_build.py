@@ -67,6 +67,7 @@ def tree(tmp_path: Path) -> Tree:
 
 OBJECTS = {
     "kernels_portable.o", "kernels_avx2.o", "kernels_avx512.o", "kernels_avx512_bf16.o",
+    "kernels_amx.o",
     "packing.o", "program.o",
 }  # fmt: skip
 

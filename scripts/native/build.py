@@ -36,6 +36,7 @@ _AVX512 = (
 #: The flags of each instruction set that kernels.cpp is compiled for, by machine.
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "x86_64": {
+        "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
         "avx512_bf16": (*_AVX512, "-mavx512bf16"),
         "avx512": _AVX512,
         "avx2": _AVX2,

@@ -33,6 +33,7 @@ INSTRUCTION_SETS = {
     "avx2": "avx2",
     "avx512": "avx512_vnni",
     "avx512_bf16": "avx512_bf16",
+    "amx": "amx_bf16",
 }
 
 

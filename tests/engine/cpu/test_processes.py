@@ -139,6 +139,8 @@ FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512",
     "avx512_bf16": "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mprefer-vector-width=512",
+    "amx": "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16"
+    " -mprefer-vector-width=512",
 }
 
 

@@ -287,10 +287,69 @@ void multiply_rows(const Matrix& matrix, int first, const Rows& x, int row, int 
                                          out + (size_t)done * stride, stride, scratch);
 }
 
+#if defined(__AMX_BF16__)
+// Give the registers of AMX their shapes: sums and activations `rows` rows, weights 16.
+INLINE void use_tiles(int rows) {
+    struct alignas(64) {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; i++) {
+        config.bytes[i] = 64;
+        config.rows[i] = (uint8_t)(i < 5 ? rows : 16);
+    }
+    _tile_loadconfig(&config);
+}
+
+// Any number of rows, 16 at a time, by AMX: registers 0 to 3 have the sums of up to four tiles, 4
+// activations, 5 and 6 weights. A single row is as fast as by vectors, whose sums have other bits.
+void multiply_by_tiles(const Matrix& matrix, int tile, int tiles, const Rows& x, int row, int rows, float* out) {
+    const uint8_t* weights = matrix.data + tile * matrix.tile_bytes;
+    const size_t size = matrix.tile_bytes;
+    const long stride = (long)tiles * kTile * 4;
+    for (int done = 0; done < rows; done += 16) {
+        if (done == 0 || rows - done < 16) use_tiles(rows - done < 16 ? rows - done : 16);
+        const uint16_t* in = x.halves + (size_t)(row + done) * x.columns;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int k = 0; k < x.columns; k += 32) {
+            const uint8_t* from = weights + (size_t)k * 32;
+            _tile_loadd(4, in + k, (long)x.columns * 2);
+            _tile_loadd(5, from, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            if (tiles > 1) {
+                _tile_loadd(6, from + size, 64);
+                _tile_dpbf16ps(1, 4, 6);
+            }
+            if (tiles > 2) {
+                _tile_loadd(5, from + 2 * size, 64);
+                _tile_dpbf16ps(2, 4, 5);
+            }
+            if (tiles > 3) {
+                _tile_loadd(6, from + 3 * size, 64);
+                _tile_dpbf16ps(3, 4, 6);
+            }
+        }
+        float* to = out + (size_t)done * tiles * kTile;
+        _tile_stored(0, to, stride);
+        if (tiles > 1) _tile_stored(1, to + kTile, stride);
+        if (tiles > 2) _tile_stored(2, to + 2 * kTile, stride);
+        if (tiles > 3) _tile_stored(3, to + 3 * kTile, stride);
+    }
+    _tile_release();
+}
+#endif
+
 template <class W>
 void multiply_kind(const Matrix& matrix, int tile, int tiles, const Rows& x, int row, int rows,
                    float* out, uint8_t* scratch) {
     const int stride = tiles * kTile, first = tile * kParts, vectors = tiles * kParts;
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<W, BF16>) return multiply_by_tiles(matrix, tile, tiles, x, row, rows, out);
+#endif
     int n = 0;
     if (rows == 1 && vectors % kVectorsOfOneRow == 0)
         for (; n < vectors; n += kVectorsOfOneRow)

@@ -16,6 +16,12 @@
 
 #include <sys/mman.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 using namespace modelpack;
 
 namespace {
@@ -68,6 +74,18 @@ struct Step {
 
 namespace {
 
+#if defined(__x86_64__)
+// Whether the processor has AMX for bfloat16, and Linux lets this process use it.
+bool may_use_amx() {
+    unsigned a, b, c, features;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &features)) return false;
+    if (!(features & bf16) || !(features & tile)) return false;
+    constexpr int request_permission = 0x1023, tile_data = 18;  // as in Linux's asm/prctl.h
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 // The kernels that the processor can run, the best ones last.
 std::vector<const Kernels*> usable_kernels() {
     std::vector<const Kernels*> found{kernels_portable()};
@@ -78,7 +96,10 @@ std::vector<const Kernels*> usable_kernels() {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vnni")) {
         found.push_back(kernels_avx512());
-        if (__builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
+        if (__builtin_cpu_supports("avx512bf16")) {
+            found.push_back(kernels_avx512_bf16());
+            if (may_use_amx()) found.push_back(kernels_amx());
+        }
     }
 #endif
     return found;
