@@ -110,6 +110,7 @@ class Driver:
 
     def _collect(self) -> None:
         assert self._flight is not None
-        output, _, tokens = self._flight
+        output, batch, tokens = self._flight
         self._flight = None
-        self.scheduler.collect(output, tokens.tolist())
+        # Rows of padding may follow.
+        self.scheduler.collect(output, tokens.tolist()[: len(batch.sample_rows)])
