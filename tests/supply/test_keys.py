@@ -43,7 +43,9 @@ def test_a_pair_signs_and_verifies(keys: Path) -> None:
     assert stat.S_IMODE((keys / "ours.key").stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=str)
+@pytest.mark.parametrize(
+    "curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name
+)
 def test_the_curves_and_their_hashes(tmp_path: Path, curve: ec.EllipticCurve) -> None:
     """Sigstore's algorithm registry: ECDSA on P-384 with SHA-384, on P-521 with SHA-512."""
     (tmp_path / "key").write_bytes(_pem(ec.generate_private_key(curve)))

@@ -91,7 +91,9 @@ def signed(files: Path, key: PrivateKey, *options: str) -> bytes:
     return signature.read_bytes()
 
 
-@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=str)
+@pytest.mark.parametrize(
+    "curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name
+)
 def test_ours_verifies_theirs(
     published: Published, files: Path, theirs: PrivateKey, curve: ec.EllipticCurve
 ) -> None:
