@@ -171,6 +171,11 @@ class CompiledSteps:
         if aside:
             adapted.rows.put_back(adapted.states, aside, batch.num_decode)
         found: mx.array = logits[:, -1]
+        if adapted.writes_in_place and not sample_rows and adapted.paged:
+            # Nobody evaluates these logits, and pools that the step writes in place do not depend
+            # on it: without this, MLX would never run the step.
+            first = adapted.paged[0].pools
+            first.keys = mx.depends(first.keys, found)
         return found
 
     def _graph(self, layout: Layout) -> Callable[..., Any]:

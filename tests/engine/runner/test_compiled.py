@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -22,6 +24,7 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner import model_runner, paged
+from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.kv_cache_size import Sizes, step_shapes
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.runner.paged import PagedRunner
@@ -81,6 +84,29 @@ def test_the_same_logits(windowed: bool) -> None:
         runs.append(logits_of_a_run(runner))
     for one, other in zip(*runs, strict=True):
         assert mx.allclose(one, other, atol=1e-4).item()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_pools_wait_for_a_step_without_sampled_rows(
+    monkeypatch: pytest.MonkeyPatch, sampled: bool
+) -> None:
+    """Such a step is the beginning of a long prompt: only its pools are evaluated.
+
+    With pools that are written in place, no array but the logits depends on a compiled step.
+    """
+    runner = make_runner(tiny_llama(), num_blocks=64, buckets=FEW, exact=False, compiled=True)
+    assert isinstance(runner, PagedRunner)
+    assert runner.compiled is not None
+    runner.compiled._graphs.clear()  # those of the self-test return the pools
+    monkeypatch.setattr(Adapted, "writes_in_place", property(lambda self: True))
+    batch = prefill(1, [3, 1, 4, 1, 5, 9, 2, 6], [1])
+    if not sampled:
+        batch = replace(batch, sample_rows=(), sample_seqs=())
+    mx.eval(runner.pools())
+    runner.forward(batch, token_ids(batch))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *runner.pools())
+    assert ("Matmul" in graph.getvalue()) is not sampled
 
 
 def test_built_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
