@@ -114,7 +114,8 @@ def fields(body: bytes, **types: type) -> dict[str, Any]:
     return found
 
 
-#: Fields of a batch that stay at rank 0: they are for sampling and for the host.
+#: Fields of a batch that stay at rank 0: they are for sampling and for the host, and a divided model
+#: takes no adapters.
 LEFT_OUT = frozenset(
     {
         "sample_seqs",
@@ -122,6 +123,7 @@ LEFT_OUT = frozenset(
         "prompt_logprob_seqs",
         "table_width",
         "decode_snapshots",
+        "adapter_slots",
     }
 )
 #: Fields of a chunk that stay at rank 0: a divided model keeps no snapshots of prefixes.
