@@ -114,7 +114,7 @@ def fields(body: bytes, **types: type) -> dict[str, Any]:
     return found
 
 
-#: Fields of a batch that stay at rank 0: they are for sampling and for the host, and a divided model
+#: Fields of a batch that stay at rank 0: they are for sampling and for the host. A divided model
 #: takes no adapters.
 LEFT_OUT = frozenset(
     {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,9 +39,11 @@ INSTRUCTION_SETS = {
 
 
 def usable() -> list[str]:
-    """Return the instruction sets that this processor has."""
+    """Return the instruction sets that this processor has; AMX only if the library is to use it."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = {"", *(cpuinfo.read_text().split() if cpuinfo.exists() else ())}
+    if os.environ.get("MODELPACK_AMX") != "1":
+        flags.discard("amx_bf16")
     return [name for name, flag in INSTRUCTION_SETS.items() if flag in flags]
 
 

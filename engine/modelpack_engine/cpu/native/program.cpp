@@ -75,8 +75,11 @@ struct Step {
 namespace {
 
 #if defined(__x86_64__)
-// Whether the processor has AMX for bfloat16, and Linux lets this process use it.
+// Whether the processor has AMX for bfloat16, Linux lets this process use it, and the user asks for it:
+// some virtual machines have it in name only, and programs crash there.
 bool may_use_amx() {
+    const char* asked = std::getenv("MODELPACK_AMX");
+    if (!asked || std::strcmp(asked, "1")) return false;
     unsigned a, b, c, features;
     constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &features)) return false;
