@@ -278,6 +278,7 @@ def test_the_sources_have_no_warnings(tmp_path: Path) -> None:
     # GCC 12 warns of its own headers of AVX-512; notes of an ABI concern functions inlined here.
     off = ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
     for name, source, flags in compiler.objects():
-        arguments = [*flags, "-Wall", "-Wextra", "-Werror", *(off if "avx512" in name else off[2:])]
+        ignored = off if "-mavx512f" in flags else off[2:]
+        arguments = [*flags, "-Wall", "-Wextra", "-Werror", *ignored]
         compiler.run([*arguments, "-c", source, "-o", str(tmp_path / name)], ROOT / NATIVE)
         assert (tmp_path / name).stat().st_size > 0
