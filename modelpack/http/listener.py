@@ -158,7 +158,7 @@ class AppServer:
     def _prepare(self, on_ready: Callable[[], None] | None) -> _Server:
         if self._server is not None:
             raise UsageError(f"the {self._name} at {self.url} is already running")
-        app = Draining(Unframed(self._make_app()))
+        app = Unframed(self._make_app())
         self._socket = _bound_socket(*self.address)
         # A library writes no log by default: an application that wants it configures `logging`.
         logging.getLogger("uvicorn").addHandler(logging.NullHandler())
@@ -188,41 +188,26 @@ class AppServer:
 class Unframed:
     """ASGI middleware that forbids pages of other sites to show a response in a frame.
 
-    Policies of the application or an upstream stay: browsers apply all of them.
+    Policies of the application or an upstream stay: browsers apply all of them. Once `closes` is
+    set, connections are closed after their responses: clients then open the next one to another
+    server, since a proxy or Service sends no new connections to one that stops.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self.closes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def unframed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 others = [pair for pair in message["headers"] if pair[0].lower() != _FRAMES[0]]
-                message = {**message, "headers": [*others, _FRAMES, _ANCESTORS]}
+                others += _FRAMES, _ANCESTORS
+                if self.closes:
+                    others = [pair for pair in others if pair[0].lower() != _CLOSE[0]] + [_CLOSE]
+                message = {**message, "headers": others}
             await send(message)
 
         await self._app(scope, receive, unframed)
-
-
-class Draining:
-    """ASGI middleware that closes connections after their responses once `until` is set.
-
-    Clients then open their next connection to another server, since a proxy or Service no longer
-    sends new connections to one that stops. `until` is a time of `time.monotonic`.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self.until: float | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def closing(message: Message) -> None:
-            if message["type"] == "http.response.start" and self.until is not None:
-                others = [pair for pair in message["headers"] if pair[0].lower() != _CLOSE[0]]
-                message = {**message, "headers": [*others, _CLOSE]}
-            await send(message)
-
-        await self._app(scope, receive, closing)
 
 
 class _Server(uvicorn.Server):
@@ -232,13 +217,14 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         on_ready: Callable[[], None] | None,
-        draining: Draining,
+        app: Unframed,
         drain: int,
     ) -> None:
         super().__init__(config)
         self._on_ready = on_ready
-        self._draining = draining
+        self._app = app
         self._drain = drain
+        self._until: float | None = None  # the end of draining, of `time.monotonic`
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -247,8 +233,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Stop when draining is over; uvicorn calls this ten times a second."""
-        until = self._draining.until
-        if until is not None and time.monotonic() >= until:
+        if self._until is not None and time.monotonic() >= self._until:
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -274,8 +259,8 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and self._drain and self._draining.until is None:
-            self._draining.until = time.monotonic() + self._drain
+        if number == signal.SIGTERM and self._drain and self._until is None:
+            self._app.closes, self._until = True, time.monotonic() + self._drain
             return
         self.force_exit = self.should_exit and number == signal.SIGINT
         self.should_exit = True
