@@ -1,7 +1,7 @@
 """Package LoRA adapters as artifacts that name their base by digest, and pull an adapter's base.
 
 `package_adapter` compares the adapter with the headers of the base's weights: those in the store,
-or by a few ranges from the registry. `pull_base` fetches the base of a stored adapter.
+or by a few ranges from the registry. `find_base` finds the base of a stored adapter, or pulls it.
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ class CompiledSteps:
             adapted.rows.put_back(adapted.states, aside, batch.num_decode)
         found: mx.array = logits[:, -1]
         if adapted.writes_in_place and not sample_rows and adapted.paged:
-            # Nobody evaluates these logits, and pools that the step writes in place do not depend
-            # on it: without this, MLX would never run the step.
+            # Only the pools are evaluated after a step without sampled rows. A step that writes
+            # them in place returns none that depend on it, so MLX would never run it.
             first = adapted.paged[0].pools
             first.keys = mx.depends(first.keys, found)
         return found
