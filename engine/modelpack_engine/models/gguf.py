@@ -31,12 +31,12 @@ from modelpack_engine.models.gguf_tensors import Parameter, Source
 from modelpack_engine.models.load_budget import TensorBounds, checkpoint
 from modelpack_engine.models.precision import (
     Precision,
-    available_memory,
     check_parameters,
     named,
     shapes_of,
 )
 from modelpack_engine.patches.corrections import correct
+from modelpack_engine.platform.device import available_memory
 
 #: The most decoded bytes that wait for MLX; with much free memory, a part of that memory.
 MAX_AHEAD = 128 * 1024 * 1024
@@ -79,7 +79,7 @@ def arrays_of(plans: Collection[TensorPlan], dtype: mx.Dtype) -> Iterator[tuple[
     """
     with ThreadPoolExecutor(_threads(), thread_name_prefix="decode") as pool:
         waiting: deque[tuple[TensorPlan, Future[Decoded]]] = deque()
-        ahead, limit = 0, max(MAX_AHEAD, (available_memory() or 0) // _AHEAD_PART)
+        ahead, limit = 0, max(MAX_AHEAD, available_memory() // _AHEAD_PART)
         total, done = sum(item.parameter.stored_bytes for item in plans), 0
 
         def next_arrays() -> Iterator[tuple[str, mx.array]]:

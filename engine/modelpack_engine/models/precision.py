@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +17,7 @@ from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import load_progress
 from modelpack_engine.models.load_budget import checkpoint
+from modelpack_engine.platform.device import available_memory
 
 Shape = tuple[int, ...]
 
@@ -119,23 +119,7 @@ class Precision:
 
 def fits(num_bytes: int) -> bool:
     """Return whether weights of this size leave enough of the free memory for the KV cache."""
-    free = available_memory()
-    return free is None or num_bytes <= _SHARE * free
-
-
-def available_memory() -> int | None:
-    """Return the bytes of memory that programs can still get, or None if unknown."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
+    return num_bytes <= _SHARE * available_memory()
 
 
 def evaluate(model: Module) -> int:

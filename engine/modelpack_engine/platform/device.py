@@ -85,6 +85,21 @@ def total_memory() -> int:
     return min(total, int(info.get("max_recommended_working_set_size", total)))
 
 
+def available_memory() -> int:
+    """Return the bytes of the host's memory that programs can get without swapping.
+
+    Half of the memory where the system does not report it, as macOS.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
 def used_memory() -> int:
     """Return the used bytes: MLX's, and those of other processes if the GPU reports them."""
     info = mx.device_info()

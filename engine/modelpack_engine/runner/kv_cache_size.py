@@ -9,7 +9,6 @@ requests of the full context can use. `step_shapes` lists the shapes of steps to
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -250,21 +249,9 @@ def _kv_budget(config: EngineConfig, one_context: int, others: int) -> int:
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if not on_gpu():
-        return min(int(available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
+        return min(int(device.available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
     room = int(device.total_memory() * share) - device.used_memory()
     return max(0, room - _RESERVE - others)
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that can be used without swapping."""
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:

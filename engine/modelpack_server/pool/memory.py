@@ -19,8 +19,7 @@ def device_memory(config: EngineConfig) -> int:
     four fifths of the memory that is available without swapping.
     """
     blas.prepare()
-    from modelpack_engine.platform.device import choose_device, total_memory
-    from modelpack_engine.runner.kv_cache_size import available_memory
+    from modelpack_engine.platform.device import available_memory, choose_device, total_memory
 
     if choose_device(config) == "cpu":
         return int(available_memory() * _CPU_SHARE)

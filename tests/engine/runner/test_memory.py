@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -136,3 +138,17 @@ def test_what_layers_put_out() -> None:
     nn.quantize(model, group_size=32, bits=4)
     weights = 2 * 32 * (32 + 16 + 16 + 32 + 64 + 64 + 64)
     assert step_memory(model, 64) == StepMemory(int(outputs * 1.6) * 4, weights * 4)
+
+
+def test_available_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Linux reports, otherwise half of the memory."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    text = "MemTotal: 900 kB\nMemAvailable: 700 kB\n"
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(text))
+    assert device.available_memory() == 700 * 1024
+
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", fail)
+    assert device.available_memory() == physical // 2
