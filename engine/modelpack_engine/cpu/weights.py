@@ -27,12 +27,8 @@ class GGUFTensor(Protocol):
 
 Decode = Callable[[Any], NDArray[np.float32]]
 
-#: The types of arrays whose rows the library reads as they are, and how numpy sees them.
-_DENSE = {
-    mx.float32: (Source.F32, mx.float32),
-    mx.float16: (Source.F16, mx.float16),
-    mx.bfloat16: (Source.BF16, mx.uint16),  # which numpy does not have
-}
+#: The types of arrays whose rows the library reads as they are.
+_DENSE = {mx.float32: Source.F32, mx.float16: Source.F16, mx.bfloat16: Source.BF16}
 #: GGUF's types that the library reads as they are; others are held in 8 bits.
 _BLOCKS: dict[str, Source] = {
     source.name: source for source in Source if source is not Source.F32_AS_INT8
@@ -45,19 +41,28 @@ _HALVES = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 
 
 @dataclass(frozen=True, slots=True)
+class StoredArray:
+    """An array of floats in a file: its type, its shape, and the bytes of its elements."""
+
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+    raw: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
 class PackedWeights:
     """Weights by the names of mlx-lm's parameters: matrices, and float32 vectors."""
 
     matrices: dict[str, Matrix] = field(default_factory=dict)
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
-    def add_array(self, name: str, array: mx.array) -> None:
-        """Add a parameter: a matrix [rows, columns] or a vector [elements]."""
-        if array.ndim == 1:
-            self.vectors[name] = np.array(array.astype(mx.float32))
+    def add_stored(self, name: str, array: StoredArray) -> None:
+        """Add a parameter, a matrix [rows, columns] or a vector [elements], from the file."""
+        if len(array.shape) == 1:
+            values = mx.array(array.raw).view(array.dtype)
+            self.vectors[name] = np.array(values.astype(mx.float32))
             return
-        source, seen = _DENSE[array.dtype]
-        self._add(name, source, array.shape, np.array(mx.contiguous(array).view(seen), copy=False))
+        self._add(name, _DENSE[array.dtype], array.shape, array.raw)
 
     def add_tensor(self, name: str, tensor: GGUFTensor, dense: Decode) -> None:
         """Add a tensor of GGUF, as it is or, if the library does not read its type, in 8 bits.

@@ -32,11 +32,10 @@ from modelpack_engine.models.precision import (
     dense_bytes,
     evaluate,
     fits,
-    pack,
     position_rows,
     unpack,
 )
-from modelpack_engine.models.safetensors import load_safetensors, read_config
+from modelpack_engine.models.safetensors import load_safetensors, open_packable, read_config
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.platform import cuda_graphs
 
@@ -215,12 +214,15 @@ def _load_safetensors(
     json_tokenizer.begin_check(json_tokenizer.text_of(files))
     notes = list(files.notes)
     named = config
-    model, config, limits = load_safetensors(files, config, ignored_fields=ignored_fields)
-    notes += limits.notes
+    opened = open_packable(files, config, ignored_fields=ignored_fields) if packed else None
     weights = None
-    if packed and program.can_run(model):
-        weights = pack(model)
-    elif dtype is None and device == "cpu":
+    if opened is not None:
+        model, config, limits = opened.model, opened.config, opened.limits
+        weights = opened.pack()
+    else:
+        model, config, limits = load_safetensors(files, config, ignored_fields=ignored_fields)
+    notes += limits.notes
+    if weights is None and dtype is None and device == "cpu":
         dtype = mx.float32
     if dense is None and weights is None:
         dense = device == "cpu" and fits(dense_bytes(model, _FLOAT32_BYTES))

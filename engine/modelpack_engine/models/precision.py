@@ -13,7 +13,6 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx.utils import tree_flatten, tree_unflatten
 
-from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import load_progress
 from modelpack_engine.models.load_budget import checkpoint
@@ -144,27 +143,6 @@ def evaluate(model: Module) -> int:
     except (RuntimeError, ValueError) as error:
         raise ModelLoadError(f"the weights cannot be read: {error}") from error
     return total
-
-
-def pack(model: Module) -> PackedWeights:
-    """Evaluate the weights one by one, and move them to the library for CPUs.
-
-    The model keeps arrays of the same shapes and types that are never evaluated. Raises
-    `ModelLoadError` for a file that MLX cannot read.
-    """
-    arrays, packed = parameters_of(model), PackedWeights()
-    total, done = sum(array.nbytes for array in arrays.values()), 0
-    model.update(tree_unflatten([(n, mx.zeros(a.shape, a.dtype)) for n, a in arrays.items()]))
-    try:
-        for name in list(arrays):
-            checkpoint()
-            array = arrays.pop(name)
-            done += array.nbytes
-            packed.add_array(name, array)
-            load_progress.read(done / total)
-    except (RuntimeError, ValueError) as error:
-        raise ModelLoadError(f"the weights cannot be read: {error}") from error
-    return packed
 
 
 def dense_bytes(model: Any, itemsize: int) -> int:

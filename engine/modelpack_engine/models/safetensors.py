@@ -1,28 +1,38 @@
 """Load safetensors through mlx-lm's loader, so that all of its quantisations work.
 
 mlx-lm expects a directory with known file names, but blobs are named by digest. It therefore gets a
-temporary directory of links, and a config that runs none of the model's code.
+temporary directory of links, and a config that runs none of the model's code. `open_packable` is
+for the library for CPUs: it builds the model without weights, and maps the files.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import mmap
 import re
 import tempfile
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
+from mlx.utils import tree_unflatten
 
 from modelpack.errors import ModelpackError
 from modelpack.formats.safetensors import read_safetensors_header
+from modelpack_engine.cpu import program
+from modelpack_engine.cpu.weights import PackedWeights, StoredArray
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models import load_progress
 from modelpack_engine.models.config_guard import Limits, check_fields
 from modelpack_engine.models.files import ModelFiles, decode_object
-from modelpack_engine.models.load_budget import TensorBounds
+from modelpack_engine.models.load_budget import TensorBounds, checkpoint
 from modelpack_engine.models.model_config import completed, normalised, with_tied_embeddings
+from modelpack_engine.models.precision import shapes_of
 from modelpack_engine.patches.corrections import Classes, corrected
 from modelpack_engine.patches.mlx_lm_imports import kept_file_limit
 
@@ -63,19 +73,10 @@ def load_safetensors(
     that changes the output and that the class does not read, and for tensors that are missing,
     unknown or of the wrong shape; `WeightFormatError` for a damaged file.
     """
-    bounds, names = read_headers(files)
-    bounds.check(config)
     with kept_file_limit():
         from mlx_lm.utils import _get_classes, load_model
 
-    config = with_tied_embeddings(normalised(config), names)
-    try:
-        _, arguments = (classes or _get_classes)(config)
-    except (Exception, SystemExit) as error:  # mlx-lm's olmo exits if its package is missing
-        raise _translated(error, str(config["model_type"])) from error
-    limits = check_fields(config, arguments, ignored_fields)
-    config = completed(config, arguments)
-
+    bounds, config, limits = _prepared(files, config, classes or _get_classes, ignored_fields)
     with tempfile.TemporaryDirectory(prefix="modelpack-") as directory:
         root = Path(directory)
         (root / "config.json").write_text(json.dumps(config))
@@ -101,6 +102,114 @@ def load_safetensors(
             raise _translated(error, str(config["model_type"])) from error
     _check_weights(model)
     return model, made, limits
+
+
+def _prepared(
+    files: ModelFiles, config: Mapping[str, Any], classes: Classes, ignored: Collection[str]
+) -> tuple[TensorBounds, dict[str, Any], Limits]:
+    """Return the tensors' bounds, and the checked config in the spelling of mlx-lm's class."""
+    bounds, names = read_headers(files)
+    bounds.check(config)
+    config = with_tied_embeddings(normalised(config), names)
+    try:
+        _, arguments = classes(config)
+    except (Exception, SystemExit) as error:  # mlx-lm's olmo exits if its package is missing
+        raise _translated(error, str(config["model_type"])) from error
+    limits = check_fields(config, arguments, ignored)
+    return bounds, completed(config, arguments), limits
+
+
+#: The types of tensors that the library for CPUs reads.
+_DENSE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+# Bytes of the files that stay in memory while weights are packed.
+_MOST_MAPPED = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PackableModel:
+    """A model of shapes only, and its weights in files, which the library for CPUs can read."""
+
+    model: Module
+    config: dict[str, Any]
+    limits: Limits
+    _arrays: Mapping[str, StoredArray]
+    _maps: tuple[mmap.mmap, ...]
+
+    def pack(self) -> PackedWeights:
+        """Return all weights, packed from the mapped files."""
+        packed, mapped, done = PackedWeights(), 0, 0
+        total = sum(array.raw.nbytes for array in self._arrays.values())
+        for name, array in self._arrays.items():
+            checkpoint()
+            packed.add_stored(name, array)
+            done += array.raw.nbytes
+            mapped += array.raw.nbytes
+            if mapped > _MOST_MAPPED or done == total:
+                for each in self._maps:
+                    if hasattr(mmap, "MADV_DONTNEED"):
+                        each.madvise(mmap.MADV_DONTNEED)
+                mapped = 0
+            load_progress.read(done / total)
+        return packed
+
+
+def open_packable(
+    files: ModelFiles, config: Mapping[str, Any], *, ignored_fields: Collection[str] = ()
+) -> PackableModel | None:
+    """Return a model whose weights the library for CPUs reads as they are stored; None for others.
+
+    mlx-lm's loader is not imported: with transformers, that takes a second. Errors are those of
+    `load_safetensors`; tensors that do not match the model are left to it.
+    """
+    kind = str(config["model_type"])
+    if kind not in program.MODELS or _is_quantised(files, config):
+        return None
+    module: Any = importlib.import_module(f"mlx_lm.models.{kind}")
+    classes = corrected(lambda _: (module.Model, module.ModelArgs))
+    bounds, config, limits = _prepared(files, config, classes, ignored_fields)
+    if (mapped := _mapped(files)) is None:
+        return None
+    arrays, maps = mapped
+    try:
+        with bounds.building("config.json"):
+            model: Any = classes(config)[0](module.ModelArgs.from_dict(config))
+    except ModelpackError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _translated(error, kind) from error
+    given = {name: mx.zeros(array.shape, array.dtype) for name, array in arrays.items()}
+    kept = model.sanitize(dict(given)) if hasattr(model, "sanitize") else given
+    shapes = {name: tuple(array.shape) for name, array in kept.items()}
+    if shapes != shapes_of(model) or any(given.get(n) is not array for n, array in kept.items()):
+        return None
+    model.update(tree_unflatten(list(kept.items())))
+    if not program.can_run(model):
+        return None
+    return PackableModel(model, config, limits, {name: arrays[name] for name in kept}, maps)
+
+
+def _is_quantised(files: ModelFiles, config: Mapping[str, Any]) -> bool:
+    keys = ("quantization", "quantization_config")
+    return any(config.get(k) for k in keys) or files.read("hf_quant_config.json") is not None
+
+
+def _mapped(files: ModelFiles) -> tuple[dict[str, StoredArray], tuple[mmap.mmap, ...]] | None:
+    """Map the files, and return the arrays in them; None if they are not all floats."""
+    arrays: dict[str, StoredArray] = {}
+    maps: list[mmap.mmap] = []
+    for path in files.weights:
+        header = read_safetensors_header(path)
+        if header.file_size == header.data_offset:  # no tensors
+            continue
+        with path.open("rb") as file:
+            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        data = np.frombuffer(maps[-1], np.uint8)[header.data_offset :]
+        for tensor in header.tensors:
+            if (dtype := _DENSE.get(tensor.dtype)) is None:
+                return None
+            raw = data[tensor.offset : tensor.offset + tensor.size]
+            arrays[tensor.name] = StoredArray(dtype, tensor.shape, raw)
+    return arrays, tuple(maps)
 
 
 def read_headers(files: ModelFiles) -> tuple[TensorBounds, Collection[str]]:

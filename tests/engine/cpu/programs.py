@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+from mlx.utils import tree_flatten
 
 from modelpack_engine.cpu.library import (
     Code,
@@ -25,6 +27,7 @@ from modelpack_engine.cpu.library import (
     Step,
     library,
 )
+from modelpack_engine.cpu.weights import PackedWeights, StoredArray
 
 Array = npt.NDArray[Any]
 
@@ -228,6 +231,15 @@ def packed(source: Source, rows: int, columns: int, seed: int = 0) -> tuple[Matr
     """Return a matrix of random weights, and its values as the library reads them back."""
     matrix = Matrix(source, rows, columns, random_rows(source, rows, columns, seed))
     return matrix, np.stack([matrix.row(i) for i in range(rows)]).astype(np.float64)
+
+
+def pack(model: Any) -> PackedWeights:
+    """Return the weights of a model of mlx-lm for the library."""
+    packed = PackedWeights()
+    for name, array in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())):
+        raw = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
+        packed.add_stored(name, StoredArray(array.dtype, array.shape, raw))
+    return packed
 
 
 def to_bfloat16(values: Array) -> Array:

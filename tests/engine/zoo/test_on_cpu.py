@@ -8,10 +8,9 @@ import pytest
 
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import library
-from modelpack_engine.models.precision import pack
 from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_engine.runner.model_layout import find_layout
-from tests.engine.cpu.programs import usable
+from tests.engine.cpu.programs import pack, usable
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.driving import Setting
