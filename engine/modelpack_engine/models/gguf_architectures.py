@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from modelpack_engine.models import gguf_recurrent as recurrent
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
 from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters, rope_scaling
 from modelpack_engine.models.gguf_tensors import (
@@ -442,6 +443,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "hunyuan-dense": Architecture("hunyuan_v1_dense", {**_LLAMA, **_HUNYUAN_NORMS}, _hunyuan),
     "ernie4_5": Architecture("ernie4_5", _LLAMA, _ernie),
     "seed_oss": Architecture("seed_oss", _SEED_OSS, _seed_oss),
+    # Models with recurrent layers
+    "lfm2": Architecture(
+        "lfm2", recurrent.LFM2, recurrent.lfm2, outer=recurrent.LFM2_OUTER, scaled_rope=False
+    ),
+    "lfm2moe": Architecture(
+        "lfm2_moe",
+        recurrent.LFM2_MOE,
+        recurrent.lfm2_moe,
+        outer=recurrent.LFM2_OUTER,
+        scaled_rope=False,
+    ),
 }
 
 #: Variants with classes of their own, by the metadata that tells them.

@@ -181,3 +181,8 @@ def minus_one(values: Floats) -> Floats:
 def one_row(values: Floats) -> Floats:
     """Return the values as a matrix with one row."""
     return values.reshape(1, -1)
+
+
+def one_channel(values: Floats) -> Floats:
+    """Return the kernels of a depthwise convolution with their channel, as [..., size, 1]."""
+    return values[..., None]

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from tests.engine.loaders import tiny_hybrids as hybrids
 from tests.engine.loaders.vocabularies import Vocabulary, finish
 
 Weights = dict[str, np.ndarray]
@@ -44,7 +45,7 @@ def _keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_head_count_kv(hybrids.key_heads(config))
     if "rms_norm_eps" in config:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if "rope_theta" in config:
@@ -612,5 +613,15 @@ TINY_MODELS: dict[str, TinyModel] = {
     "ernie4_5": TinyModel("ernie4_5", _model("ernie4_5", "ernie4_5", head_dim=32, use_bias=False)),
     "seed_oss": TinyModel(
         "seed_oss", _model("seed_oss", "seed_oss", head_dim=32, attention_bias=True)
+    ),
+    # Models with recurrent layers
+    "lfm2": TinyModel(
+        "lfm2", _model("lfm2", "lfm2", **hybrids.LFM2), hybrids.lfm2_keys, hybrids.lfm2
+    ),
+    "lfm2moe": TinyModel(
+        "lfm2moe",
+        _model("lfm2moe", "lfm2_moe", **hybrids.LFM2_MOE),
+        hybrids.lfm2_moe_keys,
+        hybrids.lfm2,
     ),
 }

@@ -1,0 +1,48 @@
+"""GGUF files of models with recurrent layers whose metadata do not fit mlx-lm's class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from modelpack_engine.errors import ModelLoadError
+from tests.engine.loaders.test_architectures import load_tiny
+from tests.engine.loaders.tiny_models import TINY_MODELS
+
+
+def write(name: str, path: Path, **values: Any) -> Path:
+    """Write a tiny model whose metadata are changed, with `__` for a dot in a name."""
+    tiny = TINY_MODELS[name]
+
+    def keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+        tiny.keys(writer, config)
+        for key, value in values.items():
+            key = f"{tiny.arch}.{key.replace('__', '.')}"
+            for shard in writer.kv_data:
+                shard.pop(key, None)
+            writer.add_array(key, value) if isinstance(value, list) else writer.add_uint32(
+                key, value
+            )
+
+    return replace(tiny, keys=keys).write(path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("lfm2", {"attention__head_count_kv": 2}, "head_count_kv that is not given for each layer"),
+        ("lfm2", {"attention__head_count_kv": [0, 0, 0, 0]}, "no layer with attention"),
+        ("lfm2", {"attention__sliding_window": 8}, "sliding windows"),
+        ("lfm2moe", {"expert_gating_func": 1}, "experts that are not scored by a sigmoid"),
+    ],
+)
+def test_a_variant_that_the_class_does_not_have(
+    name: str, values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelLoadError, match=f"{name} with .*{message}.* is not supported"):
+        load_tiny(write(name, tmp_path, **values))
