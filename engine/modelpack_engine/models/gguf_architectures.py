@@ -55,6 +55,13 @@ def _mlp(module: str, suffix: str = "") -> Names:
     return {f"ffn_{part}{suffix}": f"{module}.{part}_proj" for part in ("gate", "up", "down")}
 
 
+# Experts that are chosen by a score with a bias for each, and experts that all tokens share.
+_ROUTED: Names = {
+    **_mlp("mlp"),
+    **_mlp("mlp.shared_experts", "_shexp"),
+    **_experts("mlp"),
+    "exp_probs_b": _parameter("mlp.gate.e_score_correction_bias"),
+}
 _OUTER: Names = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -255,6 +262,34 @@ def _qwen3_moe(values: Hyperparameters, config: Config) -> None:
     config.setdefault("intermediate_size", config["moe_intermediate_size"])
 
 
+_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of the functions that make scores of experts
+
+
+def _routed_experts(values: Hyperparameters, config: Config) -> None:
+    """Add the fields of classes whose experts are those of DeepSeek V2 or V3."""
+    _count_experts(values, config, "n_routed_experts")
+    config |= {
+        "n_shared_experts": values.integer("expert_shared_count", 0) or None,
+        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
+        "first_k_dense_replace": values.integer("leading_dense_block_count", 0),
+        "norm_topk_prob": values.flag("expert_weights_norm", False),
+        "routed_scaling_factor": values.number("expert_weights_scale", 0.0) or 1.0,
+        "n_group": values.integer("expert_group_count", 0) or 1,
+        "topk_group": values.integer("expert_group_used_count", 0) or 1,
+    }
+
+
+def _glm4_moe(values: Hyperparameters, config: Config) -> None:
+    if values.integer("expert_gating_func", _SIGMOID) != _SIGMOID:
+        raise values.unsupported("experts that are not scored by a sigmoid")
+    if config["tie_word_embeddings"]:
+        raise values.unsupported("tied embeddings")
+    _routed_experts(values, config)
+    config.setdefault("rope_scaling", None)
+    config["attention_bias"] = values.has("attn_q.bias")
+    config["use_qk_norm"] = values.has("attn_q_norm.weight")
+
+
 def _phi3(values: Hyperparameters, config: Config) -> None:
     config["original_max_position_embeddings"] = values.integer(
         "rope.scaling.original_context_length", config["max_position_embeddings"]
@@ -411,6 +446,12 @@ _GRANITE_MOE: Names = {
 }
 _MIXTRAL: Names = {**_ATTENTION, **_FFN_NORM, **_experts("block_sparse_moe")}
 _QWEN3_MOE: Names = {**_ATTENTION, **_QK_NORM, **_FFN_NORM, **_experts("mlp")}
+_GLM4_MOE: Names = {
+    **_ATTENTION,
+    **_QK_NORM,
+    "post_attention_norm": "post_attention_layernorm",
+    **_ROUTED,
+}
 
 #: The architectures that load, by the name that GGUF files give them.
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -434,6 +475,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "cohere2": Architecture("cohere2", _LLAMA, _cohere2, outer=_WITHOUT_HEAD, scaled_rope=False),
     "olmo2": Architecture("olmo2", _LATE_NORMS),
     "glm4": Architecture("glm4", _GLM4, _glm4, partial_rope=True),
+    "glm4moe": Architecture("glm4_moe", _GLM4_MOE, _glm4_moe, partial_rope=True),
     "granite": Architecture("granite", _GRANITE, _granite),
     "granitemoe": Architecture("granitemoe", _GRANITE_MOE, _granite_moe),
     "stablelm": Architecture("stablelm", _LLAMA, _stablelm, partial_rope=True, scaled_rope=False),

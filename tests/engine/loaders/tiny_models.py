@@ -82,6 +82,11 @@ def _experts(config: Mapping[str, Any], weights: Weights) -> Weights:
     return {name.replace("switch_mlp", "experts"): value for name, value in weights.items()}
 
 
+def _routed(config: Mapping[str, Any], weights: Weights) -> Weights:
+    names = {"switch_mlp": "experts", "e_score_correction_bias": "e_score_correction.bias"}
+    return _renamed(names, weights)
+
+
 def _sinks(config: Mapping[str, Any], weights: Weights) -> Weights:
     return {f"{n}.weight" if n.endswith("sinks") else n: value for n, value in weights.items()}
 
@@ -203,6 +208,26 @@ def _cohere2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 
 def _partial_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_rope_dimension_count(int(_head_dim(config) * config["partial_rotary_factor"]))
+
+
+def _routed_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    if config["n_group"] > 1:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+    softmax, sigmoid = gguf.ExpertGatingFuncType.SOFTMAX, gguf.ExpertGatingFuncType.SIGMOID
+    writer.add_expert_gating_func(sigmoid if config["norm_topk_prob"] else softmax)
+
+
+def _glm4_moe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _partial_keys(writer, config)
+    _routed_keys(writer, config)
 
 
 def _phi2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -342,6 +367,17 @@ _LONG_ROPE = {
     "type": "longrope",
     "long_factor": [1.0, 1.5, 2.0, 4.0],
     "short_factor": [1.0, 1.0, 1.1, 1.2],
+}
+_ROUTED = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "n_group": 1,
+    "topk_group": 1,
 }
 _GEMMA = {"head_dim": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
 
@@ -553,6 +589,21 @@ TINY_MODELS: dict[str, TinyModel] = {
         "glm4",
         _model("glm4", "glm4", head_dim=32, partial_rotary_factor=0.5, attention_bias=True),
         _partial_keys,
+    ),
+    "glm4moe": TinyModel(
+        "glm4moe",
+        _model(
+            "glm4moe",
+            "glm4_moe",
+            **_ROUTED,
+            head_dim=32,
+            rope_scaling=None,
+            use_qk_norm=True,
+            attention_bias=True,
+            partial_rotary_factor=0.5,
+        ),
+        _glm4_moe_keys,
+        _routed,
     ),
     "granite": TinyModel("granite", _GRANITE, _granite_keys, _permuted),
     "granitemoe": TinyModel(
