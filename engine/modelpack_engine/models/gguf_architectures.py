@@ -17,9 +17,13 @@ from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters
 from modelpack_engine.models.gguf_tensors import (
     Target,
     halves,
+    heads_joined,
     heads_of,
+    keys_by_head,
     minus_one,
     one_row,
+    transposed,
+    values_by_head,
 )
 
 # From the stem of a tensor's name to the path of its module: a string, or targets for tensors that
@@ -290,6 +294,45 @@ def _glm4_moe(values: Hyperparameters, config: Config) -> None:
     config["use_qk_norm"] = values.has("attn_q_norm.weight")
 
 
+def _dots1(values: Hyperparameters, config: Config) -> None:
+    if values.integer("expert_gating_func", _SIGMOID) != _SIGMOID:
+        raise values.unsupported("experts that are not scored by a sigmoid")
+    _routed_experts(values, config)
+
+
+def _deepseek(values: Hyperparameters, config: Config) -> None:
+    """Add the fields of multi-head latent attention (MLA) and of the experts."""
+    if config["tie_word_embeddings"]:
+        raise values.unsupported("tied embeddings")
+    if values.number("attention.temperature_scale", 0.0):
+        raise values.unsupported("attention scaled by the position")
+    _routed_experts(values, config)
+    split = values.has("attn_k_b.weight")  # its metadata are those of attention to one latent head
+    head_dim = values.integer("attention.key_length_mla" if split else "attention.key_length")
+    rotated = values.integer("rope.dimension_count")
+    config |= {
+        "q_lora_rank": values.integer("attention.q_lora_rank", 0) or None,
+        "kv_lora_rank": values.integer("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": head_dim - rotated,
+        "v_head_dim": values.integer(
+            "attention.value_length_mla" if split else "attention.value_length"
+        ),
+    }
+    if scaling := config.get("rope_scaling"):
+        attention = 10 * values.number("rope.scaling.yarn_log_multiplier", 0.0)
+        scaling |= {"mscale": attention, "mscale_all_dim": attention}
+
+
+def _deepseek2(values: Hyperparameters, config: Config) -> None:
+    _deepseek(values, config)
+    if values.integer("expert_gating_func", _SOFTMAX) != _SOFTMAX:
+        raise values.unsupported("experts that are scored by another function")
+    if config["n_group"] > 1 or config["norm_topk_prob"]:
+        raise values.unsupported("groups of experts, or normalised scores, of a softmax")
+    config.setdefault("rope_scaling", {"type": "yarn", "factor": 1.0})
+
+
 def _phi3(values: Hyperparameters, config: Config) -> None:
     config["original_max_position_embeddings"] = values.integer(
         "rope.scaling.original_context_length", config["max_position_embeddings"]
@@ -452,6 +495,41 @@ _GLM4_MOE: Names = {
     "post_attention_norm": "post_attention_layernorm",
     **_ROUTED,
 }
+_DOTS1: Names = {
+    **_ATTENTION,
+    **_QK_NORM,
+    **_FFN_NORM,
+    **_ROUTED,
+    **_experts("mlp", switch="experts"),
+}
+_MLA: Names = {
+    **_NORM,
+    **_FFN_NORM,
+    **_ROUTED,
+    "attn_q": "self_attn.q_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_output": "self_attn.o_proj",
+}
+# Files from before April 2025 have keys and values in one tensor.
+_DEEPSEEK3: Names = {
+    **_MLA,
+    "attn_k_b": "self_attn.embed_q",
+    "attn_v_b": "self_attn.unembed_out",
+    "attn_kv_b": (
+        Target("self_attn.embed_q", rows=keys_by_head, values=transposed),
+        Target("self_attn.unembed_out", rows=values_by_head),
+    ),
+}
+_DEEPSEEK2: Names = {
+    **_MLA,
+    "attn_k_b": Target("self_attn.kv_b_proj", values=transposed, join=heads_joined),
+    "attn_v_b": Target("self_attn.kv_b_proj", place=1, join=heads_joined),
+    "attn_kv_b": "self_attn.kv_b_proj",
+}
 
 #: The architectures that load, by the name that GGUF files give them.
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -468,6 +546,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma3": Architecture(
         "gemma3_text", _shifted({**_GEMMA, **_QK_NORM}), _gemma3, outer=_shifted(_OUTER)
     ),
+    "deepseek2": Architecture("deepseek_v2", _DEEPSEEK2, _deepseek2, partial_rope=True),
+    "dots1": Architecture("dots1", _DOTS1, _dots1),
     "gpt-oss": Architecture("gpt_oss", _GPT_OSS, _gpt_oss),
     "command-r": Architecture(
         "cohere", {**_LLAMA, **_QK_NORM}, _cohere, outer=_WITHOUT_HEAD, scaled_rope=False
@@ -499,9 +579,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 #: Variants with classes of their own, by the metadata that tells them.
-VARIANTS: Mapping[tuple[str, str], Architecture] = {
-    ("llama", "expert_count"): Architecture("mixtral", _MIXTRAL, _mixtral),
-    ("olmo2", "attention.sliding_window"): Architecture("olmo3", _LATE_NORMS, _olmo3),
+#: With 0, any value but 0 does.
+VARIANTS: Mapping[tuple[str, str, int], Architecture] = {
+    ("llama", "expert_count", 0): Architecture("mixtral", _MIXTRAL, _mixtral),
+    ("olmo2", "attention.sliding_window", 0): Architecture("olmo3", _LATE_NORMS, _olmo3),
+    # DeepSeek V3 and GLM 4.7 Flash
+    ("deepseek2", "expert_gating_func", _SIGMOID): Architecture(
+        "deepseek_v3", _DEEPSEEK3, _deepseek, partial_rope=True
+    ),
 }
 
 
@@ -519,7 +604,8 @@ def architecture_of(file: GGUFFile) -> tuple[str, Architecture]:
             hint=f"use one of {', '.join(sorted(ARCHITECTURES))}, or load the model from"
             " safetensors, which supports many more",
         )
-    for (variant, key), architecture in VARIANTS.items():
-        if variant == name and metadata.integer(f"{name}.{key}", 0):
+    for (variant, key, value), architecture in VARIANTS.items():
+        given = metadata.integer(f"{name}.{key}", 0) if variant == name else 0
+        if given and value in (0, given):
             return name, architecture
     return name, found

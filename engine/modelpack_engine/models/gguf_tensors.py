@@ -6,7 +6,7 @@ stored, so quantised weights stay bit for bit what they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ Shape = tuple[int, ...]
 RowOrder = Callable[[Config, Bytes], Bytes]
 #: Changes decoded values and their shape.
 Values = Callable[[Floats], Floats]
+#: Joins the decoded values of several tensors.
+Join = Callable[[Sequence[Floats]], Floats]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Target:
     """What a tensor of the file becomes.
 
     `path` is the path of a module, or of a parameter if `is_parameter`. Tensors with the same path
-    are joined along the first dimension, ordered by `place`.
+    are joined along the first dimension, or by `join`, ordered by `place`.
     """
 
     path: str
@@ -37,6 +39,7 @@ class Target:
     values: Values | None = None
     place: int = 0
     is_parameter: bool = False
+    join: Join | None = None
 
     def resolved(self, prefix: str, suffix: str) -> tuple[str, str]:
         """Return the path of the module and the name of the parameter."""
@@ -120,12 +123,15 @@ class Parameter:
     def dtype(self) -> str:
         """The type of the joined tensors; float32 if they differ."""
         types = {source.dtype for source in self.sources}
-        return types.pop() if len(types) == 1 else "F32"
+        return types.pop() if len(types) == 1 and self._join is None else "F32"
 
     @property
     def shape(self) -> Shape:
         """The shape. Raises `ValueError` for tensors that cannot be joined."""
         first, *others = (source.shape for source in self.sources)
+        if self._join is not None:
+            shapes = (first, *others)
+            return self._join([np.broadcast_to(np.float32(0), shape) for shape in shapes]).shape
         if any(shape[1:] != first[1:] for shape in others):
             raise ValueError(f"{list(first)} and {list(others[0])} cannot be joined")
         return (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
@@ -133,13 +139,20 @@ class Parameter:
     def read(self) -> GGUFTensor:
         """Return the joined tensors."""
         parts = [source.read() for source in self.sources]
+        name, dtype = parts[0].name, self.dtype
+        if self._join is not None:
+            joined = self._join([gguf_blocks.dense(part) for part in parts])
+            return GGUFTensor(name, dtype, joined.shape, joined.reshape(-1).view(np.uint8))
         if len(parts) == 1:
             return parts[0]
-        name, dtype = parts[0].name, self.dtype
         raws = [part.raw for part in parts]
         if any(part.dtype != dtype for part in parts):
             raws = [gguf_blocks.dense(part).reshape(-1).view(np.uint8) for part in parts]
         return GGUFTensor(name, dtype, self.shape, np.concatenate(raws))
+
+    @property
+    def _join(self) -> Join | None:
+        return self.sources[0].target.join
 
 
 # Orders of rows
@@ -170,7 +183,27 @@ def heads_of(index: int) -> RowOrder:
     return select
 
 
+def keys_by_head(config: Config, rows: Bytes) -> Bytes:
+    """Select the rows of keys in an up-projection of MLA (`kv_b`), as [heads, rows, ...]."""
+    return _latent_heads(config, rows)[:, : config["qk_nope_head_dim"]]
+
+
+def values_by_head(config: Config, rows: Bytes) -> Bytes:
+    """Select the rows of values in an up-projection of MLA (`kv_b`), as [heads, rows, ...]."""
+    return _latent_heads(config, rows)[:, config["qk_nope_head_dim"] :]
+
+
+def _latent_heads(config: Config, rows: Bytes) -> Bytes:
+    size = config["qk_nope_head_dim"] + config["v_head_dim"]
+    return rows.reshape(config["num_attention_heads"], size, rows.shape[-1])
+
+
 # Changes of values
+
+
+def transposed(values: Floats) -> Floats:
+    """Return each matrix transposed."""
+    return values.swapaxes(-1, -2)
 
 
 def minus_one(values: Floats) -> Floats:
@@ -186,3 +219,11 @@ def one_row(values: Floats) -> Floats:
 def one_channel(values: Floats) -> Floats:
     """Return the kernels of a depthwise convolution with their channel, as [..., size, 1]."""
     return values[..., None]
+
+
+# Ways to join
+
+
+def heads_joined(parts: Sequence[Floats]) -> Floats:
+    """Return the rows of all parts, [heads, rows, columns], head by head, as one matrix."""
+    return np.concatenate(parts, axis=1).reshape(-1, parts[0].shape[-1])

@@ -143,6 +143,11 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("phi3", "phi3.rope.scaling.type", "yarn", "phi3 with rope scaling 'yarn'"),
         ("gemma3", "gemma3.final_logit_softcapping", 30.0, "gemma3 with softcapped logits"),
         ("gpt-oss", "gpt-oss.attention.sliding_window_pattern", 3, "another pattern"),
+        ("glm4moe", "glm4moe.expert_gating_func", 1, "not scored by a sigmoid"),
+        ("dots1", "dots1.expert_gating_func", 1, "not scored by a sigmoid"),
+        ("deepseek-v2-lite", "deepseek2.expert_gating_func", 3, "scored by another function"),
+        ("deepseek-v2-lite", "deepseek2.expert_group_count", 4, "groups of experts"),
+        ("deepseek-v3", "deepseek2.attention.temperature_scale", 0.1, "scaled by the position"),
         ("qwen2-yarn", "qwen2.rope.scaling.yarn_attn_factor", 2.0, "scales attention"),
     ],
 )

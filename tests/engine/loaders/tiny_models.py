@@ -87,6 +87,31 @@ def _routed(config: Mapping[str, Any], weights: Weights) -> Weights:
     return _renamed(names, weights)
 
 
+def _split_latent(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/deepseek.py: `kv_b_proj` becomes `k_b_proj`, transposed, and `v_b_proj`."""
+    split = {}
+    for name, value in _routed(config, weights).items():
+        if "kv_b_proj" in name:
+            heads = value.reshape(config["num_attention_heads"], -1, value.shape[-1])
+            keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
+            split[name.replace("kv_b", "k_b")] = np.ascontiguousarray(keys.swapaxes(1, 2))
+            split[name.replace("kv_b", "v_b")] = np.ascontiguousarray(values)
+        else:
+            split[name.replace("embed_q", "k_b_proj").replace("unembed_out", "v_b_proj")] = value
+    return split
+
+
+def _joined_latent(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """Join keys and values to `kv_b_proj`, as DeepSeek publishes them."""
+    joined = _routed(config, weights)
+    for name in [name for name in joined if "embed_q" in name]:
+        keys = joined.pop(name).swapaxes(1, 2)
+        values = joined.pop(name.replace("embed_q", "unembed_out"))
+        heads = np.concatenate([keys, values], axis=1)
+        joined[name.replace("embed_q", "kv_b_proj")] = heads.reshape(-1, heads.shape[-1])
+    return joined
+
+
 def _sinks(config: Mapping[str, Any], weights: Weights) -> Weights:
     return {f"{n}.weight" if n.endswith("sinks") else n: value for n, value in weights.items()}
 
@@ -223,6 +248,35 @@ def _routed_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_expert_group_used_count(config["topk_group"])
     softmax, sigmoid = gguf.ExpertGatingFuncType.SOFTMAX, gguf.ExpertGatingFuncType.SIGMOID
     writer.add_expert_gating_func(sigmoid if config["norm_topk_prob"] else softmax)
+
+
+def _mla_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/deepseek.py: heads are of the latent keys, their real sizes are named mla."""
+    _deepseek_keys(writer, config)
+    latent = config["kv_lora_rank"]
+    writer.add_key_length(latent + config["qk_rope_head_dim"])
+    writer.add_value_length(latent)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+    writer.add_value_length_mla(config["v_head_dim"])
+
+
+def _old_mla_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """Files from before April 2025."""
+    _deepseek_keys(writer, config)
+    writer.add_key_length(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+    writer.add_value_length(config["v_head_dim"])
+
+
+def _deepseek_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _routed_keys(writer, config)
+    writer.add_rope_dimension_count(config["qk_rope_head_dim"])
+    writer.add_kv_lora_rank(config["kv_lora_rank"])
+    writer.add_vocab_size(config["vocab_size"])
+    if config["q_lora_rank"]:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    if scaling := config["rope_scaling"]:
+        _yarn_keys(writer, config)
+        writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
 
 
 def _glm4_moe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -378,6 +432,33 @@ _ROUTED = {
     "routed_scaling_factor": 1.5,
     "n_group": 1,
     "topk_group": 1,
+}
+_MLA = {
+    **_ROUTED,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-6,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "rope_scaling": {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
+_DEEPSEEK3 = _model("deepseek2", "deepseek_v3", **_MLA)
+# llama.cpp knows it by its number of layers.
+_DEEPSEEK2_LITE = {
+    **_DEEPSEEK3,
+    "model_type": "deepseek_v2",
+    "q_lora_rank": None,
+    "num_hidden_layers": 27,
+    "norm_topk_prob": False,
 }
 _GEMMA = {"head_dim": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
 
@@ -604,6 +685,29 @@ TINY_MODELS: dict[str, TinyModel] = {
         ),
         _glm4_moe_keys,
         _routed,
+    ),
+    "dots1": TinyModel(
+        "dots1",
+        _model("dots1", "dots1", **_ROUTED, head_dim=16, num_key_value_heads=4),
+        _routed_keys,
+        _routed,
+    ),
+    "deepseek-v2-lite": TinyModel("deepseek2", _DEEPSEEK2_LITE, _mla_keys, _split_latent),
+    "deepseek-v2-lite-old": TinyModel(
+        "deepseek2", {**_DEEPSEEK2_LITE, "num_key_value_heads": 4}, _old_mla_keys, _routed
+    ),
+    "deepseek-v3": TinyModel(
+        "deepseek2", {**_DEEPSEEK3, "n_group": 4, "topk_group": 2}, _mla_keys, _split_latent
+    ),
+    "deepseek-v3-old": TinyModel(
+        "deepseek2", {**_DEEPSEEK3, "num_key_value_heads": 4}, _old_mla_keys, _joined_latent
+    ),
+    # GLM 4.7 Flash: llama.cpp converts it to deepseek2.
+    "glm4-moe-lite": TinyModel(
+        "deepseek2",
+        {**_DEEPSEEK3, "model_type": "glm4_moe_lite", "rope_scaling": None},
+        _mla_keys,
+        _split_latent,
     ),
     "granite": TinyModel("granite", _GRANITE, _granite_keys, _permuted),
     "granitemoe": TinyModel(

@@ -129,7 +129,7 @@ def row(configuration: Configuration, runner: ModelRunner) -> str:
 def gguf_names(model_type: str) -> str:
     """Return the names of the GGUF architectures that a class of mlx-lm runs."""
     classes = [(name, architecture.model_type) for name, architecture in ARCHITECTURES.items()]
-    classes += [(name, architecture.model_type) for (name, _), architecture in VARIANTS.items()]
+    classes += [(name, architecture.model_type) for (name, *_), architecture in VARIANTS.items()]
     return ", ".join(dict.fromkeys(name for name, found in classes if found == model_type))
 
 
