@@ -46,6 +46,12 @@ def _shifted(names: Names) -> Names:
     }
 
 
+def _shifted_weights(names: Names) -> Names:
+    """Return `names` for norms that have a bias, which is not shifted."""
+    shifted = {f"{name}.weight": path for name, path in names.items()}
+    return {**names, **_shifted(shifted)}
+
+
 def _experts(module: str, router: str = "gate", switch: str = "switch_mlp") -> Names:
     return {
         "ffn_gate_inp": f"{module}.{router}",
@@ -207,7 +213,7 @@ class Architecture:
         if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal():
             stem, names = parts[2], self.layer
             prefix = f"model.layers.{parts[1]}."
-        found = names.get(stem, ())
+        found = names.get(f"{stem}.{parameter}", names.get(stem, ()))
         if isinstance(found, str):
             found = Target(found)
         targets = found if isinstance(found, tuple) else (found,)
@@ -241,6 +247,36 @@ def _mixtral(values: Hyperparameters, config: Config) -> None:
 def _count_experts(values: Hyperparameters, config: Config, name: str = "num_experts") -> None:
     config[name] = values.integer("expert_count")
     config["num_experts_per_tok"] = values.integer("expert_used_count")
+
+
+def _mistral3(values: Hyperparameters, config: Config) -> None:
+    """Add the rope, and the growth of attention with the position that Llama 4 introduced."""
+    context = values.integer(
+        "rope.scaling.original_context_length", values.integer("context_length")
+    )
+    rope: Config = config.pop("rope_scaling", None) or {"rope_type": "default"}
+    if rope["rope_type"] == "yarn":
+        attention = values.number("rope.scaling.yarn_log_multiplier", 0.0)
+        rope |= {"mscale": 1.0, "mscale_all_dim": attention}
+    config["rope_parameters"] = {
+        **rope,
+        "rope_theta": config["rope_theta"],
+        "original_max_position_embeddings": context,
+        "llama_4_scaling_beta": values.number("attention.temperature_scale", 0.0),
+    }
+
+
+def _olmoe(values: Hyperparameters, config: Config) -> None:
+    _count_experts(values, config)
+
+
+def _nemotron(values: Hyperparameters, config: Config) -> None:
+    config |= {
+        "hidden_act": "relu2",
+        "norm_eps": config.pop("layer_norm_eps", None),
+        "attention_bias": values.has("attn_q.bias"),
+        "mlp_bias": values.has("ffn_up.bias"),
+    }
 
 
 def _smollm3(values: Hyperparameters, config: Config) -> None:
@@ -530,6 +566,8 @@ _DEEPSEEK2: Names = {
     "attn_v_b": Target("self_attn.kv_b_proj", place=1, join=heads_joined),
     "attn_kv_b": "self_attn.kv_b_proj",
 }
+_OLMOE: Names = {**_ATTENTION, **_QK_NORM, **_FFN_NORM, **_experts("mlp")}
+_NEMOTRON: Names = {**_LLAMA, **_shifted_weights(_NORM), **_shifted_weights(_FFN_NORM)}
 
 #: The architectures that load, by the name that GGUF files give them.
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -545,6 +583,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma2": Architecture("gemma2", _shifted(_GEMMA), _gemma2, outer=_shifted(_OUTER)),
     "gemma3": Architecture(
         "gemma3_text", _shifted({**_GEMMA, **_QK_NORM}), _gemma3, outer=_shifted(_OUTER)
+    ),
+    "mistral3": Architecture("ministral3", _GRANITE, _mistral3),
+    "olmoe": Architecture("olmoe", _OLMOE, _olmoe),
+    "nemotron": Architecture(
+        "nemotron",
+        _NEMOTRON,
+        _nemotron,
+        outer={**_OUTER, "output_norm.weight": Target("model.norm", values=minus_one)},
+        partial_rope=True,
+        scaled_rope=False,
     ),
     "deepseek2": Architecture("deepseek_v2", _DEEPSEEK2, _deepseek2, partial_rope=True),
     "dots1": Architecture("dots1", _DOTS1, _dots1),

@@ -50,14 +50,17 @@ def test_logits(name: str, tmp_path: Path) -> None:
     assert loaded.weight_bytes == sum(sizes)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "llama-3", "phi3-long", "smollm3"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", "gpt-oss", "llama-3", "mistral3", "phi3-long", "smollm3"]
+)
 def test_logits_tell_a_wrong_detail(name: str, tmp_path: Path) -> None:
     """Each special feature of a model changes its logits by more than the tolerance."""
-    tiny = TINY_MODELS[name]
+    tiny, unscaled = TINY_MODELS[name], {"llama_4_scaling_beta": 0.0}
     changes: dict[str, dict[str, Any]] = {
         "gemma3": {"sliding_window": 512},
         "gpt-oss": {"sliding_window": 512},
         "llama-3": {"rope_scaling": None},
+        "mistral3": {"rope_parameters": {**tiny.config.get("rope_parameters", {}), **unscaled}},
         "phi3-long": {"rope_scaling": None},
         "smollm3": {"no_rope_layer_interval": 8},
     }

@@ -144,6 +144,7 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("gemma3", "gemma3.final_logit_softcapping", 30.0, "gemma3 with softcapped logits"),
         ("gpt-oss", "gpt-oss.attention.sliding_window_pattern", 3, "another pattern"),
         ("glm4moe", "glm4moe.expert_gating_func", 1, "not scored by a sigmoid"),
+        ("nemotron", "nemotron.rope.scaling.factor", 4.0, "nemotron with rope scaling 'linear'"),
         ("dots1", "dots1.expert_gating_func", 1, "not scored by a sigmoid"),
         ("deepseek-v2-lite", "deepseek2.expert_gating_func", 3, "scored by another function"),
         ("deepseek-v2-lite", "deepseek2.expert_group_count", 4, "groups of experts"),

@@ -250,6 +250,27 @@ def _routed_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_expert_gating_func(sigmoid if config["norm_topk_prob"] else softmax)
 
 
+def _mistral3_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _llama_keys(writer, config)
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+
+
+def _olmoe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+
+
+def _nemotron_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    _partial_keys(writer, config)
+    writer.add_layer_norm_eps(config["norm_eps"])
+
+
 def _mla_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     """conversion/deepseek.py: heads are of the latent keys, their real sizes are named mla."""
     _deepseek_keys(writer, config)
@@ -685,6 +706,48 @@ TINY_MODELS: dict[str, TinyModel] = {
         ),
         _glm4_moe_keys,
         _routed,
+    ),
+    "mistral3": TinyModel(
+        "mistral3",
+        {
+            **{
+                key: value
+                for key, value in _model("mistral3", "ministral3", head_dim=32).items()
+                if key != "rope_theta"
+            },
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+        _mistral3_keys,
+        _permuted,
+    ),
+    "olmoe": TinyModel(
+        "olmoe",
+        _model("olmoe", "olmoe", num_key_value_heads=4, num_experts=8, num_experts_per_tok=2),
+        _olmoe_keys,
+        _experts,
+    ),
+    "nemotron": TinyModel(
+        "nemotron",
+        {
+            **{key: value for key, value in _LAYER_NORM.items() if key != "layer_norm_eps"},
+            "model_type": "nemotron",
+            "norm_eps": 1e-5,
+            "hidden_act": "relu2",
+            "partial_rotary_factor": 0.5,
+        },
+        _nemotron_keys,
+        _shifted,
     ),
     "dots1": TinyModel(
         "dots1",
