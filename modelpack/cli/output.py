@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelpack.cli.options import Settings
-from modelpack.errors import ModelpackError
+from modelpack.errors import InvalidReferenceError, ModelpackError
 from modelpack.progress import Action, Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
@@ -75,9 +75,19 @@ def note(settings: Settings, message: str) -> None:
 
 
 def full_reference(settings: Settings, typed: str) -> Reference:
-    """Return the reference that the user typed, and print it if they typed a shorter one."""
-    from modelpack.artifacts.reference import Reference
+    """Return the reference that the user typed, and print it if they typed a shorter one.
 
+    Raises `InvalidReferenceError` for a digest too, which Docker reads as the name `sha256` and a
+    tag.
+    """
+    from modelpack.artifacts.reference import Reference, is_model_id
+
+    if ":" in typed and is_model_id(typed.strip()):
+        raise InvalidReferenceError(
+            f"{typed.strip()}: a digest does not name a model in a registry",
+            reference=typed,
+            hint=f"type NAME@{typed.strip()}",
+        )
     reference = Reference.parse(typed)
     if typed.strip() not in (str(reference), reference.name):
         note(settings, f"{typed.strip()} is {reference}")

@@ -27,6 +27,7 @@ from modelpack.cli.output import (
     shown_progress,
     table,
 )
+from modelpack.errors import UsageError
 from modelpack.operations.lookup import is_stored_id
 from modelpack.operations.referrers import DEFAULT_FILE_TYPE, AttachedFile
 from modelpack.operations.referrers import attach as attach_files
@@ -62,7 +63,7 @@ def attach(
 
     The media type of a file may follow its name after a colon. The same files give the same digest.
     """
-    where = full_reference(settings, reference)
+    where = subject_to_name(settings, reference)
     with shown_progress(settings) as progress:
         done = attach_files(
             where,
@@ -127,9 +128,21 @@ def named_subject(
     """
     store = settings.existing_store() if local or begins_id(typed) else None
     if store is not None and is_stored_id(store, typed):
-        note(settings, f"{typed} is the stored model {store.resolve(typed).digest}")
+        digest = str(store.resolve(typed).digest)
+        if typed.strip() != digest:
+            note(settings, f"{typed} is the stored model {digest}")
         return typed, store
     return full_reference(settings, typed), store if local else None
+
+
+def subject_to_name(settings: Settings, typed: str) -> Reference:
+    """Return the reference that the user typed; raise `UsageError` for the id of a stored model."""
+    if begins_id(typed) and is_stored_id(settings.existing_store(), typed):
+        raise UsageError(
+            f"{typed}: an id does not name a registry",
+            hint="type the name of the model, like REGISTRY/REPOSITORY:TAG",
+        )
+    return full_reference(settings, typed)
 
 
 def _file(text: str) -> AttachedFile:

@@ -19,8 +19,8 @@ from modelpack.cli.options import (
     model_argument,
     remote_options,
 )
-from modelpack.cli.output import full_reference, note, plural, show, show_json, visible
-from modelpack.cli.referrers import LOCAL, named_subject
+from modelpack.cli.output import note, plural, show, show_json, visible
+from modelpack.cli.referrers import LOCAL, named_subject, subject_to_name
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack.plugins import load_function
@@ -107,7 +107,7 @@ def sign(
     from modelpack.operations.signatures import sign as sign_model
     from modelpack.trust.signatures import SignatureKind
 
-    where = full_reference(settings, reference)
+    where = subject_to_name(settings, reference)
     done = sign_model(
         where,
         private_key(key),

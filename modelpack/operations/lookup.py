@@ -174,10 +174,12 @@ def is_stored_id(store: LayoutStore, name: str) -> bool:
     """
     if not begins_id(name):
         return False
-    for text, found in ((str(Reference.parse(name)), False), (name, True)):
-        with suppress(NotFoundError):
-            store.resolve(text)
-            return found
+    with suppress(InvalidReferenceError, NotFoundError):  # 64 digits are no name
+        store.resolve(str(Reference.parse(name)))
+        return False
+    with suppress(NotFoundError):
+        store.resolve(name)
+        return True
     return False
 
 

@@ -49,9 +49,35 @@ def test_referrers_of_an_id_are_those_in_the_store(report: Path, tmp_path: Path)
             result = succeed("referrers", name, "--json", *local)
             assert result.json["reference"] is None
             assert [one["digest"] for one in result.json["referrers"]] == [made.out]
-            assert f"{name} is the stored model {digest}" in result.err
+            assert (f"{name} is the stored model {digest}" in result.err) == (name != digest)
     absent = modelpack("referrers", "aaaaaaa", "--local")
     assert absent.code == 3
+
+
+def test_an_id_names_no_registry(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COSIGN_PASSWORD", "secret")
+    digest = succeed("package", "--gguf", tiny_gguf(tmp_path), "tiny:v1").out
+    succeed("keygen", tmp_path / "ours")
+    for name in (digest[7:13], digest[7:19], digest):
+        for arguments in (
+            ["attach", name, report, "--artifact-type", KIND],
+            ["sign", name, "--key", tmp_path / "ours.key"],
+        ):
+            refused = modelpack(*arguments)
+            assert refused.code == 2
+            assert f"error: {name}: an id does not name a registry" in refused.err
+            assert "docker.io" not in refused.err
+
+
+@pytest.mark.parametrize("command", [["referrers"], ["pull"], ["verify", "--key", "ours.pub"]])
+def test_an_unknown_digest_is_no_name(command: list[str]) -> None:
+    digest = f"sha256:{'a' * 64}"
+    refused = modelpack(*command, digest)
+    assert refused.code == 2
+    assert f"error: {digest}: a digest does not name a model in a registry" in refused.err
+    assert f"hint: type NAME@{digest}" in refused.err
 
 
 def test_with_referrers(published: Published, report: Path, tmp_path: Path) -> None:
