@@ -18,6 +18,8 @@ from modelpack_engine.platform.device import usable_cores
 
 #: Rows of a matrix in a tile; columns in a group of codes.
 TILE, GROUP = 16, 32
+#: The sizes of MLX's affine codes.
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 
 class Source(IntEnum):
@@ -118,6 +120,10 @@ def library() -> Any:
     found.mp_use_kernels.argtypes = (c_char_p,)
     found.mp_matrix_new.argtypes = (c_int, c_int, c_int, c_void_p, c_size_t)
     found.mp_matrix_new.restype = c_void_p
+    found.mp_matrix_new_affine.argtypes = (
+        c_int, c_int, c_int, c_int, c_int, c_void_p, c_size_t, c_void_p, c_void_p, c_size_t,
+    )  # fmt: skip
+    found.mp_matrix_new_affine.restype = c_void_p
     found.mp_matrix_bytes.argtypes = (c_void_p,)
     found.mp_matrix_bytes.restype = c_size_t
     found.mp_matrix_row.argtypes = (c_void_p, c_int, c_void_p)
@@ -138,16 +144,36 @@ class Matrix:
     def __init__(self, source: Source, rows: int, columns: int, data: NDArray[Any]) -> None:
         """`data` has the bytes of the rows, one after the other, in the layout `source`."""
         assert data.flags.c_contiguous
+        pointer = library().mp_matrix_new(source, rows, columns, data.ctypes.data, data.nbytes)
+        self._own(pointer, rows, columns, source.name)
+
+    @classmethod
+    def affine(
+        cls, rows: int, columns: int, codes: NDArray[Any], scales: NDArray[Any],
+        biases: NDArray[Any], *, bits: int, group_size: int, source: Source,
+    ) -> Matrix:  # fmt: skip
+        """Pack MLX's affine codes; scales and biases have the layout `source`, a float."""
+        assert all(part.flags.c_contiguous for part in (codes, scales, biases))
+        assert scales.nbytes == biases.nbytes
+        pointer = library().mp_matrix_new_affine(
+            bits, group_size, source, rows, columns, codes.ctypes.data, codes.nbytes,
+            scales.ctypes.data, biases.ctypes.data, scales.nbytes,
+        )  # fmt: skip
+        matrix = cls.__new__(cls)
+        matrix._own(pointer, rows, columns, f"{bits} bits in groups of {group_size}")
+        return matrix
+
+    def _own(self, pointer: int | None, rows: int, columns: int, layout: str) -> None:
         self.rows, self.columns = rows, columns
-        lib = library()
-        self.pointer = lib.mp_matrix_new(source, rows, columns, data.ctypes.data, data.nbytes)
-        if not self.pointer:
+        self.pointer = pointer
+        if not pointer:
             raise OutOfMemoryError(
-                f"weights of {rows} rows and {columns} columns ({source.name}) cannot be packed"
+                f"weights of {rows} rows and {columns} columns ({layout}) cannot be packed"
             )
+        lib = library()
         # Not at exit: a thread may still run it.
-        weakref.finalize(self, lib.mp_matrix_free, self.pointer).atexit = False
-        self.nbytes = int(lib.mp_matrix_bytes(self.pointer))
+        weakref.finalize(self, lib.mp_matrix_free, pointer).atexit = False
+        self.nbytes = int(lib.mp_matrix_bytes(pointer))
 
     def row(self, index: int) -> NDArray[np.float32]:
         """Return the values of a row, float32 [columns]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -42,11 +43,38 @@ _HALVES = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """An array of floats in a file: its type, its shape, and the bytes of its elements."""
+    """An array in a file: its type, its shape, and the bytes of its elements."""
 
     dtype: mx.Dtype
     shape: tuple[int, ...]
     raw: NDArray[np.uint8]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return self.raw.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAffine:
+    """A matrix in MLX's affine codes, in a file."""
+
+    bits: int
+    group_size: int
+    shape: tuple[int, ...]
+    codes: StoredArray
+    scales: StoredArray
+    biases: StoredArray
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of the values: that of the scales."""
+        return self.scales.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return self.codes.nbytes + self.scales.nbytes + self.biases.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +84,24 @@ class PackedWeights:
     matrices: dict[str, Matrix] = field(default_factory=dict)
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
-    def add_stored(self, name: str, array: StoredArray) -> None:
+    def add_stored(self, name: str, array: StoredArray | StoredAffine) -> None:
         """Add a parameter, a matrix [rows, columns] or a vector [elements], from the file."""
+        if isinstance(array, StoredAffine):
+            parts = [array.codes.raw, array.scales.raw, array.biases.raw]
+            source, bits, size = _DENSE[array.scales.dtype], array.bits, array.group_size
+
+            def affine(rows: int, columns: int, *data: NDArray[Any]) -> Matrix:
+                return Matrix.affine(
+                    rows, columns, *data, bits=bits, group_size=size, source=source
+                )
+
+            self._add(name, affine, array.shape, *parts)
+            return
         if len(array.shape) == 1:
             values = mx.array(array.raw).view(array.dtype)
             self.vectors[name] = np.array(values.astype(mx.float32))
             return
-        self._add(name, _DENSE[array.dtype], array.shape, array.raw)
+        self._add(name, partial(Matrix, _DENSE[array.dtype]), array.shape, array.raw)
 
     def add_tensor(self, name: str, tensor: GGUFTensor, dense: Decode) -> None:
         """Add a tensor of GGUF, as it is or, if the library does not read its type, in 8 bits.
@@ -74,15 +113,18 @@ class PackedWeights:
             return
         source = _BLOCKS.get(tensor.dtype, Source.F32_AS_INT8)
         rows: NDArray[Any] = dense(tensor) if source is Source.F32_AS_INT8 else tensor.raw
-        self._add(name, source, tensor.shape, np.ascontiguousarray(rows))
+        self._add(name, partial(Matrix, source), tensor.shape, np.ascontiguousarray(rows))
 
-    def _add(self, name: str, source: Source, shape: Sequence[int], data: NDArray[Any]) -> None:
+    def _add(
+        self, name: str, make: Callable[..., Matrix], shape: Sequence[int], *data: NDArray[Any]
+    ) -> None:
         rows, columns = shape
         if not name.endswith(_FUSED):
-            self.matrices[name] = Matrix(source, rows, columns, data)
+            self.matrices[name] = make(rows, columns, *data)
             return
-        for half, part in zip(_HALVES, np.split(data.reshape(-1), 2), strict=True):
-            self.matrices[name.replace(_FUSED, half)] = Matrix(source, rows // 2, columns, part)
+        halves = zip(*(np.split(part.reshape(-1), 2) for part in data), strict=True)
+        for half, parts in zip(_HALVES, halves, strict=True):
+            self.matrices[name.replace(_FUSED, half)] = make(rows // 2, columns, *parts)
 
     @property
     def nbytes(self) -> int:

@@ -321,7 +321,7 @@ def _vocabulary(metadata: Metadata) -> _Vocabulary:
         raw.decode(errors="surrogateescape") or f"[EMPTY_{at}]"
         for at, raw in enumerate(metadata.strings(f"{_KEY}tokens"))
     ]
-    if any("\udc80" <= character <= "\udcff" for token in tokens for character in token):
+    if not _is_utf8("".join(tokens)):
         tokens = [
             token.encode(errors="surrogateescape").decode(errors="replace") for token in tokens
         ]
@@ -344,6 +344,15 @@ def _vocabulary(metadata: Metadata) -> _Vocabulary:
         _CONTROL if token in _ENDS else kind for token, kind in zip(tokens, types, strict=False)
     ]
     return _Vocabulary(tokens, types, list(scores))
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a text has no bytes that were not UTF-8, which surrogates stand for."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _pre_tokenizer(metadata: Metadata) -> PreTokenizer:

@@ -25,7 +25,8 @@ from mlx.utils import tree_unflatten
 from modelpack.errors import ModelpackError
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack_engine.cpu import program
-from modelpack_engine.cpu.weights import PackedWeights, StoredArray
+from modelpack_engine.cpu.library import AFFINE_BITS, GROUP
+from modelpack_engine.cpu.weights import PackedWeights, StoredAffine, StoredArray
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import load_progress
 from modelpack_engine.models.config_guard import Limits, check_fields
@@ -119,8 +120,8 @@ def _prepared(
     return bounds, completed(config, arguments), limits
 
 
-#: The types of tensors that the library for CPUs reads.
-_DENSE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+# The types of tensors that the library for CPUs reads; U32 has codes.
+_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 # Bytes of the files that stay in memory while weights are packed.
 _MOST_MAPPED = 32 * 1024 * 1024
 
@@ -132,18 +133,18 @@ class PackableModel:
     model: Module
     config: dict[str, Any]
     limits: Limits
-    _arrays: Mapping[str, StoredArray]
+    _arrays: Mapping[str, StoredArray | StoredAffine]
     _maps: tuple[mmap.mmap, ...]
 
     def pack(self) -> PackedWeights:
         """Return all weights, packed from the mapped files."""
         packed, mapped, done = PackedWeights(), 0, 0
-        total = sum(array.raw.nbytes for array in self._arrays.values())
+        total = sum(array.nbytes for array in self._arrays.values())
         for name, array in self._arrays.items():
             checkpoint()
             packed.add_stored(name, array)
-            done += array.raw.nbytes
-            mapped += array.raw.nbytes
+            done += array.nbytes
+            mapped += array.nbytes
             if mapped > _MOST_MAPPED or done == total:
                 for each in self._maps:
                     if hasattr(mmap, "MADV_DONTNEED"):
@@ -162,7 +163,7 @@ def open_packable(
     `load_safetensors`; tensors that do not match the model are left to it.
     """
     kind = str(config["model_type"])
-    if kind not in program.MODELS or _is_quantised(files, config):
+    if kind not in program.MODELS or _is_in_other_codes(files, config):
         return None
     module: Any = importlib.import_module(f"mlx_lm.models.{kind}")
     classes = corrected(lambda _: (module.Model, module.ModelArgs))
@@ -179,22 +180,58 @@ def open_packable(
         raise _translated(error, kind) from error
     given = {name: mx.zeros(array.shape, array.dtype) for name, array in arrays.items()}
     kept = model.sanitize(dict(given)) if hasattr(model, "sanitize") else given
-    shapes = {name: tuple(array.shape) for name, array in kept.items()}
-    if shapes != shapes_of(model) or any(given.get(n) is not array for n, array in kept.items()):
+    if any(given.get(name) is not array for name, array in kept.items()):
         return None
-    model.update(tree_unflatten(list(kept.items())))
+    shapes = shapes_of(model)
+    stored = _with_affine({name: arrays[name] for name in kept}, shapes)
+    if {name: array.shape for name, array in stored.items()} != shapes:
+        return None
+    zeros = [(name, mx.zeros(array.shape, array.dtype)) for name, array in stored.items()]
+    model.update(tree_unflatten(zeros))
     if not program.can_run(model):
         return None
-    return PackableModel(model, config, limits, {name: arrays[name] for name in kept}, maps)
+    return PackableModel(model, config, limits, stored, maps)
 
 
-def _is_quantised(files: ModelFiles, config: Mapping[str, Any]) -> bool:
-    keys = ("quantization", "quantization_config")
-    return any(config.get(k) for k in keys) or files.read("hf_quant_config.json") is not None
+def _is_in_other_codes(files: ModelFiles, config: Mapping[str, Any]) -> bool:
+    """Return whether a config describes quantised weights other than those of mlx-lm."""
+    if config.get("quantization"):
+        return False
+    return bool(config.get("quantization_config")) or files.read("hf_quant_config.json") is not None
+
+
+def _with_affine(
+    arrays: Mapping[str, StoredArray], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredArray | StoredAffine]:
+    """Return the arrays, those of MLX's affine codes joined as the weights of these `shapes`."""
+    joined: dict[str, StoredArray | StoredAffine] = dict(arrays)
+    for name, scales in arrays.items():
+        path, _, part = name.rpartition(".")
+        weight = f"{path}.weight"
+        codes, biases = arrays.get(weight), arrays.get(f"{path}.biases")
+        shape = shapes.get(weight, ())
+        if part != "scales" or codes is None or biases is None or len(shape) != 2:
+            continue
+        rows, columns = shape
+        groups = scales.shape[-1] if scales.shape else 0
+        same = (biases.shape, biases.dtype) == (scales.shape, scales.dtype)
+        bits = codes.raw.nbytes * 8 // max(1, rows * columns)
+        if (
+            same
+            and groups > 0
+            and scales.shape == (rows, groups)
+            and columns % (groups * GROUP) == 0
+            and codes.shape == (rows, columns * bits // 32)
+            and bits in AFFINE_BITS
+        ):
+            size = columns // groups
+            joined[weight] = StoredAffine(bits, size, shape, codes, scales, biases)
+            del joined[name], joined[f"{path}.biases"]
+    return joined
 
 
 def _mapped(files: ModelFiles) -> tuple[dict[str, StoredArray], tuple[mmap.mmap, ...]] | None:
-    """Map the files, and return the arrays in them; None if they are not all floats."""
+    """Map the files, and return the arrays in them; None for types that the library lacks."""
     arrays: dict[str, StoredArray] = {}
     maps: list[mmap.mmap] = []
     for path in files.weights:
@@ -205,7 +242,7 @@ def _mapped(files: ModelFiles) -> tuple[dict[str, StoredArray], tuple[mmap.mmap,
             maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         data = np.frombuffer(maps[-1], np.uint8)[header.data_offset :]
         for tensor in header.tensors:
-            if (dtype := _DENSE.get(tensor.dtype)) is None:
+            if (dtype := _TYPES.get(tensor.dtype)) is None:
                 return None
             raw = data[tensor.offset : tensor.offset + tensor.size]
             arrays[tensor.name] = StoredArray(dtype, tensor.shape, raw)

@@ -27,7 +27,7 @@ from modelpack_engine.cpu.library import (
     Step,
     library,
 )
-from modelpack_engine.cpu.weights import PackedWeights, StoredArray
+from modelpack_engine.cpu.weights import PackedWeights, StoredAffine, StoredArray
 
 Array = npt.NDArray[Any]
 
@@ -234,12 +234,27 @@ def packed(source: Source, rows: int, columns: int, seed: int = 0) -> tuple[Matr
 
 
 def pack(model: Any) -> PackedWeights:
-    """Return the weights of a model of mlx-lm for the library."""
+    """Return the weights of a model of mlx-lm for the library, also those in affine codes."""
     packed = PackedWeights()
-    for name, array in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())):
-        raw = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
-        packed.add_stored(name, StoredArray(array.dtype, array.shape, raw))
+    arrays = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    stored = {name: _stored(array) for name, array in arrays}
+    for path, module in model.named_modules():
+        if "scales" in module:
+            codes, scales, biases = (stored.pop(f"{path}.{part}") for part in AFFINE)
+            shape = codes.shape[0], codes.shape[1] * 32 // module.bits
+            affine = StoredAffine(module.bits, module.group_size, shape, codes, scales, biases)
+            packed.add_stored(f"{path}.weight", affine)
+    for name, array in stored.items():
+        packed.add_stored(name, array)
     return packed
+
+
+AFFINE = ("weight", "scales", "biases")
+
+
+def _stored(array: mx.array) -> StoredArray:
+    raw = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8))
+    return StoredArray(array.dtype, array.shape, raw)
 
 
 def to_bfloat16(values: Array) -> Array:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from tests.engine.cpu.test_gguf_models import NAMES, logits_of
 from tests.engine.loaders.test_safetensors import save
 from tests.engine.loaders.tiny_models import TINY_MODELS
+
+HALF = 2.0**-11  # the relative error of rounding to a half
 
 pytestmark = pytest.mark.usefixtures("built")
 
@@ -52,6 +57,74 @@ def test_weights_are_those_of_the_file(dtype: mx.Dtype, tmp_path: Path) -> None:
         rows = np.stack([matrix.row(i) for i in range(matrix.rows)])
         np.testing.assert_array_equal(rows, np.array(weights[name].astype(mx.float32)))
     assert {array.dtype for _, array in tree_flatten(loaded.model.parameters())} == {dtype}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (8, 32), (8, 64)])
+def test_logits_of_codes(name: str, bits: int, group_size: int, tmp_path: Path) -> None:
+    """MLX's own quantisation, computed by MLX in float32: the library keeps 16 bits."""
+    tiny = TINY_MODELS[name]
+
+    def predicate(_: str, module: Any) -> bool:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
+
+    model, config = quantize_model(
+        tiny.build(), copy.deepcopy(tiny.config), group_size, bits, quant_predicate=predicate
+    )
+    model.set_dtype(mx.float16)  # which halves hold; biases too
+    loaded = load_packed(save(tmp_path, model, config))
+    model.set_dtype(mx.float32)
+    assert close(logits_of(loaded), tiny.logits(model), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes_of_any_size(bits: int, dtype: mx.Dtype, tmp_path: Path) -> None:
+    """Their values are MLX's; scales in float32 are rounded to halves."""
+    tiny = TINY_MODELS["llama"]
+    model, config = quantize_model(tiny.build(), copy.deepcopy(tiny.config), 64, bits)
+    model.set_dtype(dtype)
+    loaded = load_packed(save(tmp_path, model, config))
+    assert loaded.packed is not None
+    for path, module in model.named_modules():
+        if "scales" not in module:
+            continue
+        parts = [module[part] for part in ("scales", "biases")]
+        scales, biases = (part.astype(mx.float32) for part in parts)
+        settings = {"group_size": 64, "bits": bits}
+        expected = np.array(mx.dequantize(module.weight, scales, biases, **settings))
+        codes = mx.abs(scales) * (2**bits - 1) + mx.abs(biases)
+        rounding = HALF * np.array(codes).repeat(64, axis=1) + 2.0**-24
+        matrix = loaded.packed.matrices[f"{path}.weight"]
+        found = np.stack([matrix.row(i) for i in range(matrix.rows)])
+        excess = np.abs(found - expected) - (rounding if dtype == mx.float32 else 1e-6 * rounding)
+        assert excess.max() <= 2.0**-22, (path, excess.max())
+
+
+def test_some_modules_in_other_codes(tmp_path: Path) -> None:
+    """As mlx-lm's mixed quantisations: other bits for some paths, and none for others."""
+    tiny = TINY_MODELS["llama"]
+
+    def predicate(path: str, module: Any) -> Any:
+        if path.endswith("v_proj"):
+            return {"bits": 8, "group_size": 32}
+        return not path.endswith("o_proj") and hasattr(module, "to_quantized")
+
+    config = copy.deepcopy(tiny.config)
+    model, config = quantize_model(tiny.build(), config, 64, 4, quant_predicate=predicate)
+    model.set_dtype(mx.float16)
+    loaded = load_packed(save(tmp_path, model, config))
+    model.set_dtype(mx.float32)
+    assert close(logits_of(loaded), tiny.logits(model), 1e-3)
+
+
+@pytest.mark.parametrize(("mode", "bits", "size"), [("mxfp4", 4, 32), ("nvfp4", 4, 16)])
+def test_other_quantisations_run_on_mlx(mode: str, bits: int, size: int, tmp_path: Path) -> None:
+    tiny = TINY_MODELS["llama"]
+    model, config = quantize_model(tiny.build(), copy.deepcopy(tiny.config), size, bits, mode=mode)
+    loaded = load_packed(save(tmp_path, model, config))
+    assert loaded.packed is None
+    assert close(tiny.logits(loaded.model), tiny.logits(model), 1e-4)
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "of another shape"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from modelpack_engine.cpu import program
@@ -14,7 +16,7 @@ from tests.engine.cpu.programs import pack, usable
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.driving import Setting
-from tests.engine.zoo.specimen import Specimen, make_specimen
+from tests.engine.zoo.specimen import Specimen, make_reference, make_specimen
 
 CONFIGURATIONS = [
     configuration
@@ -55,6 +57,21 @@ def test_tokens_are_those_of_mlx_lm(specimen: Specimen, setting: Setting) -> Non
     driver = specimen.drive(setting, runner)
     assert driver.tokens == specimen.reference.tokens
     assert driver.scheduler.stats().cached_tokens >= (32 if setting == Setting() else 0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tokens_of_mlx_codes(specimen: Specimen, bits: int) -> None:
+    """Weights in MLX's affine codes: the tokens are those of mlx-lm for the same codes."""
+    configuration = specimen.configuration
+    model = configuration.build()
+    nn.quantize(model, 32, bits)
+    model.set_dtype(mx.float16)  # so that scales and biases are halves
+    model.set_dtype(mx.float32)
+    dense = configuration.build()
+    runner = CpuRunner(
+        dense, pack(model), find_layout(dense), num_blocks=64, block_size=16, max_rows=64
+    )
+    assert specimen.drive(Setting(), runner).tokens == make_reference(configuration, model).tokens
 
 
 @pytest.fixture

@@ -126,6 +126,10 @@ struct Int8 {
         for (int s = 0; s < 8; s++) c[s] = load<u8s>(group + 64 * s);
     }
 };
+struct UInt8 {
+    static constexpr int bytes = 576, scales = 512;
+    static INLINE void codes(const uint8_t* group, u8s (&c)[8]) { Int8::codes(group, c); }
+};
 
 template <class W> constexpr int scales_of() { return W::bytes == Int6::bytes ? 2 : 1; }
 
@@ -135,6 +139,7 @@ INLINE f32s add_products(f32s sum, i32s products, int half, float d, const float
     const f32s found = to_float(products);
     if constexpr (W::bytes == Int6::bytes) return sum + (half ? other : scale) * (found * d - 32 * s[half]);
     else if constexpr (W::bytes == Int4::bytes) return (sum + found * d * scale) + other * (s[0] + s[1]);
+    else if constexpr (W::bytes == UInt8::bytes) return sum + (found * d * scale + other * (s[0] + s[1]));
     else return sum + scale * (found * d - 128 * (s[0] + s[1]));
 }
 
@@ -259,7 +264,8 @@ template <class W, int MR, int NT>
 void multiply_rows(const Matrix& matrix, int first, const Rows& x, int row, int rows, float* out,
                    int stride, uint8_t* scratch) {
     const uint8_t *tiles[NT], *unpacked[NT];
-    const bool unpack = is_codes<W>() && !std::is_same_v<W, Int8> && rows > 2 * MR;
+    const bool bytes = std::is_same_v<W, Int8> || std::is_same_v<W, UInt8>;
+    const bool unpack = is_codes<W>() && !bytes && rows > 2 * MR;
     for (int n = 0; n < NT; n++) {
         const int tile = (first + n) / kParts, lane = (first + n) % kParts * kLanes;
         tiles[n] = matrix.data + tile * matrix.tile_bytes + lane * (W::bytes == F16::bytes ? 2 : 4);
@@ -371,6 +377,7 @@ void multiply(const Matrix& matrix, int tile, int tiles, const Rows& x, int row,
         case Kind::INT4: return multiply_kind<Int4>(matrix, tile, tiles, x, row, rows, out, scratch);
         case Kind::INT6: return multiply_kind<Int6>(matrix, tile, tiles, x, row, rows, out, scratch);
         case Kind::INT8: return multiply_kind<Int8>(matrix, tile, tiles, x, row, rows, out, scratch);
+        case Kind::UINT8: return multiply_kind<UInt8>(matrix, tile, tiles, x, row, rows, out, scratch);
     }
 }
 
@@ -475,10 +482,11 @@ void row_of(const Matrix& matrix, int row, float* out) {
         } else {
             Int8::codes(codes, c);
             scale = load_half(halves + Int8::scales);
+            if (matrix.kind == Kind::UINT8) other = load_half(halves + UInt8::scales + 32);
         }
         for (int k = 0; k < kGroup; k++) {
             const int code = c[k / 4][4 * (lane - part) + k % 4];
-            if (matrix.kind == Kind::INT4) out[k] = scale[lane - part] * code + other[lane - part];
+            if (matrix.kind == Kind::INT4 || matrix.kind == Kind::UINT8) out[k] = scale[lane - part] * code + other[lane - part];
             else if (matrix.kind == Kind::INT6) out[k] = (k < 16 ? scale : other)[lane - part] * (code - 32);
             else out[k] = scale[lane - part] * (code - 128);
         }

@@ -15,6 +15,7 @@
 //          columns: value = scale * (code - 32)
 //   INT8   groups of 32 columns: 8 vectors of codes, then scales half [16]:
 //          value = scale * (code - 128)
+//   UINT8  as INT8, and then minima half [16]: value = scale * code + minimum
 //
 // Rows beyond the last of a matrix are zero.
 #pragma once
@@ -26,7 +27,7 @@ namespace modelpack {
 
 constexpr int kTile = 16, kGroup = 32;
 
-enum class Kind : int32_t { F32, F16, BF16, INT4, INT6, INT8 };
+enum class Kind : int32_t { F32, F16, BF16, INT4, INT6, INT8, UINT8 };
 
 struct Matrix {
     Kind kind;
@@ -43,6 +44,7 @@ inline size_t tile_bytes(Kind kind, int columns) {
         case Kind::BF16: return n * kTile * 2;
         case Kind::INT4: return groups * 320;
         case Kind::INT6: return groups * 448;
+        case Kind::UINT8: return groups * 576;
         default: return groups * 544;
     }
 }

@@ -108,11 +108,46 @@ void read_group(Source source, const uint8_t* row, int group, Group* out) {
     }
 }
 
+float number_at(Source type, const uint8_t* from, size_t index) {
+    if (type == Source::F32) return read<float>(from + 4 * index);
+    const uint16_t bits = read<uint16_t>(from + 2 * index);
+    if (type == Source::F16) return half_to_float(bits);
+    const uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+// 32 codes of up to 8 bits each, in as many words as they have bits.
+void read_codes(int bits, const uint8_t* from, uint8_t* codes) {
+    if (bits == 8) {
+        std::memcpy(codes, from, kGroup);
+        return;
+    }
+    if (bits == 4) {
+        for (int i = 0; i < 16; i++) {
+            codes[2 * i] = from[i] & 15;
+            codes[2 * i + 1] = from[i] >> 4;
+        }
+        return;
+    }
+    uint64_t held = 0;
+    for (int i = 0, count = 0; i < kGroup; i++, count -= bits, held >>= bits) {
+        if (count < bits) {
+            held |= (uint64_t)read<uint32_t>(from) << count;
+            from += 4;
+            count += 32;
+        }
+        codes[i] = held & ((1 << bits) - 1);
+    }
+}
+
 // Write a lane of a group of a tile, four codes at a time.
 void write_group(Kind kind, uint8_t* to, int lane, const Group& group) {
     uint32_t codes[8], *words = (uint32_t*)to + lane;
     std::memcpy(codes, group.codes, sizeof codes);
-    if (kind == Kind::INT8) {
+    const bool bytes = kind == Kind::INT8 || kind == Kind::UINT8;
+    if (bytes) {
         for (int s = 0; s < 8; s++) words[kTile * s] = codes[s];
     } else {
         for (int s = 0; s < 4; s++) words[kTile * s] = (codes[s] & 0x0f0f0f0f) | (codes[s + 4] & 0x0f0f0f0f) << 4;
@@ -123,9 +158,9 @@ void write_group(Kind kind, uint8_t* to, int lane, const Group& group) {
             for (int i = 0; i < 4; i++) high |= (codes[4 * h + i] >> 4 & 0x03030303) << 2 * i;
             words[kTile * (4 + h)] = high;
         }
-    uint8_t* scales = to + (kind == Kind::INT8 ? 512 : kind == Kind::INT6 ? 384 : 256);
+    uint8_t* scales = to + (bytes ? 512 : kind == Kind::INT6 ? 384 : 256);
     write(scales + 2 * lane, float_to_half(group.scale[0]));
-    if (kind == Kind::INT4) write(scales + 32 + 2 * lane, float_to_half(group.minimum));
+    if (kind == Kind::INT4 || kind == Kind::UINT8) write(scales + 32 + 2 * lane, float_to_half(group.minimum));
     if (kind == Kind::INT6) write(scales + 32 + 2 * lane, float_to_half(group.scale[1]));
 }
 
@@ -190,6 +225,31 @@ void pack_tile(const Matrix& matrix, Source source, const uint8_t* data, int til
         for (int lane = 0; lane < lanes; lane++) {
             Group group;
             read_group(source, rows + (size_t)lane * stride, g, &group);
+            write_group(matrix.kind, to + (size_t)g * group_bytes, lane, group);
+        }
+}
+
+bool kind_of(const Affine& from, int columns, Kind* kind) {
+    if (from.bits < 2 || from.bits > 8 || from.bits == 7 || from.group <= 0) return false;
+    if (from.group % kGroup || columns <= 0 || columns % from.group) return false;
+    if (from.type != Source::F32 && from.type != Source::F16 && from.type != Source::BF16) return false;
+    *kind = from.bits <= 4 ? Kind::INT4 : Kind::UINT8;
+    return true;
+}
+
+void pack_tile(const Matrix& matrix, const Affine& from, int tile) {
+    uint8_t* to = matrix.data + (size_t)tile * matrix.tile_bytes;
+    const int lanes = std::min(kTile, matrix.rows - tile * kTile), groups = matrix.columns / kGroup;
+    const size_t group_bytes = tile_bytes(matrix.kind, kGroup);
+    if (lanes < kTile) std::memset(to, 0, matrix.tile_bytes);
+    for (int g = 0; g < groups; g++)
+        for (int lane = 0; lane < lanes; lane++) {
+            const size_t row = (size_t)tile * kTile + lane;
+            const size_t at = row * (matrix.columns / from.group) + g * kGroup / from.group;
+            Group group;
+            read_codes(from.bits, from.codes + (row * groups + g) * from.bits * 4, group.codes);
+            group.scale[0] = number_at(from.type, from.scales, at);
+            group.minimum = number_at(from.type, from.biases, at);
             write_group(matrix.kind, to + (size_t)g * group_bytes, lane, group);
         }
 }

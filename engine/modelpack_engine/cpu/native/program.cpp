@@ -416,6 +416,25 @@ class Run {
     }
 };
 
+// Return a matrix whose tiles are written by `pack`, or null without memory.
+template <class Pack> Matrix* new_matrix(Kind kind, int rows, int columns, Pack pack) {
+    const int tiles = (rows + kTile - 1) / kTile;
+    auto* matrix = new (std::nothrow) Matrix{kind, rows, columns, tiles, tile_bytes(kind, columns), nullptr};
+    void* memory = nullptr;
+    const size_t bytes = matrix ? matrix->tile_bytes * tiles : 0, whole = bytes / kHugePage * kHugePage;
+    if (!matrix || posix_memalign(&memory, whole ? kHugePage : 64, bytes)) {
+        delete matrix;
+        return nullptr;
+    }
+    if (whole) madvise(memory, whole, MADV_HUGEPAGE);  // if it fails, there are more faults
+    matrix->data = (uint8_t*)memory;
+    std::atomic<int> next{0};
+    pool().run([&](int) {
+        for (int tile; (tile = next.fetch_add(1)) < tiles;) pack(*matrix, tile);
+    });
+    return matrix;
+}
+
 }  // namespace
 
 extern "C" {
@@ -446,21 +465,21 @@ void* mp_matrix_new(int source, int rows, int columns, const uint8_t* data, size
     Kind kind;
     if (rows <= 0 || !kind_of((Source)source, columns, &kind)) return nullptr;
     if (size != row_bytes((Source)source, columns) * rows) return nullptr;
-    const int tiles = (rows + kTile - 1) / kTile;
-    auto* matrix = new (std::nothrow) Matrix{kind, rows, columns, tiles, tile_bytes(kind, columns), nullptr};
-    void* memory = nullptr;
-    const size_t bytes = matrix ? matrix->tile_bytes * tiles : 0, whole = bytes / kHugePage * kHugePage;
-    if (!matrix || posix_memalign(&memory, whole ? kHugePage : 64, bytes)) {
-        delete matrix;
-        return nullptr;
-    }
-    if (whole) madvise(memory, whole, MADV_HUGEPAGE);  // if it fails, there are more faults
-    matrix->data = (uint8_t*)memory;
-    std::atomic<int> next{0};
-    pool().run([&](int) {
-        for (int tile; (tile = next.fetch_add(1)) < tiles;) pack_tile(*matrix, (Source)source, data, tile);
+    return new_matrix(kind, rows, columns, [=](const Matrix& matrix, int tile) {
+        pack_tile(matrix, (Source)source, data, tile);
     });
-    return matrix;
+}
+
+// Pack MLX's affine codes, of `size` bytes; `scale_size` bytes of scales and of biases have the layout
+// `type`. Fails if these are not the bytes of such a matrix.
+void* mp_matrix_new_affine(int bits, int group, int type, int rows, int columns, const uint8_t* codes, size_t size,
+                           const uint8_t* scales, const uint8_t* biases, size_t scale_size) {
+    const Affine from{bits, group, (Source)type, codes, scales, biases};
+    Kind kind;
+    if (rows <= 0 || !kind_of(from, columns, &kind)) return nullptr;
+    if (size != (size_t)rows * (columns / kGroup) * bits * 4) return nullptr;
+    if (scale_size != (size_t)rows * (columns / group) * row_bytes((Source)type, 1)) return nullptr;
+    return new_matrix(kind, rows, columns, [=](const Matrix& matrix, int tile) { pack_tile(matrix, from, tile); });
 }
 
 size_t mp_matrix_bytes(const void* matrix) {
