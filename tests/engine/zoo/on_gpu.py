@@ -3,8 +3,9 @@
     python -m tests.engine.zoo.on_gpu [NAME ...]
 
 Steps are compiled, and use kernels where there are any. Each model serves five requests that arrive
-in different steps, with and without the prefix cache, and one after another. Prints one line per
-model; exits with 1 if tokens differ although mlx-lm's first choice was clear.
+in different steps, with and without the prefix cache, and one after another, with their prompts in
+one step or in several. Prints one line per model; exits with 1 if tokens differ although mlx-lm's
+first choice was clear.
 
 Matmuls of float32 are computed in float32, for mlx-lm as well: with TF32, which has ten bits, sums
 in another order sometimes choose another expert or token. Set MLX_ENABLE_TF32=1 for MLX's default.
@@ -30,6 +31,8 @@ SETTINGS = {
     "batch": Setting(exact=False, buckets=FEW, rows=256),
     "without prefixes": Setting(exact=False, buckets=FEW, rows=256, prefix_cache=False),
     "alone": Setting(exact=False, buckets=FEW, rows=256, max_num_seqs=1, prefix_cache=False),
+    # The first steps of a prompt that comes in several sample no token.
+    "in chunks": Setting(exact=False, buckets=FEW, max_num_seqs=1, prefix_cache=False),
 }
 
 
