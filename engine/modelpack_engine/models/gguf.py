@@ -264,7 +264,10 @@ class GGUFLoader:
         layers, left_out = values.layers, values.predicting_layers
         numbered = {name: _layer(name) for name in self.file.names}
         used = [
-            name for name, at in numbered.items() if at is None or not 0 <= at - layers < left_out
+            name
+            for name, at in numbered.items()
+            if (at is None or not 0 <= at - layers < left_out)
+            and not self.architecture.is_unused(values, name)
         ]
         numbers = {at for name in used if (at := numbered[name]) is not None}
         if not 0 < layers <= _MAX_LAYERS or numbers != set(range(layers)):

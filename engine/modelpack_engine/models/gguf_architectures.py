@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from modelpack_engine.models import gguf_gemma4 as gemma4
 from modelpack_engine.models import gguf_recurrent as recurrent
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
 from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters, rope_scaling
@@ -152,7 +153,8 @@ class Architecture:
 
     `layer` maps the names of tensors inside a layer to paths inside a layer, `outer` those of other
     tensors. `extend` adds fields to the config. With `partial_rope`, the class rotates a part of
-    each head; without `scaled_rope`, a scaled rotation is rejected.
+    each head; without `scaled_rope`, a scaled rotation is rejected. Tensors for which
+    `is_unused` is true are left out.
     """
 
     model_type: str
@@ -161,6 +163,7 @@ class Architecture:
     outer: Names = field(default_factory=lambda: _OUTER)
     partial_rope: bool = False
     scaled_rope: bool = True
+    is_unused: Callable[[Hyperparameters, str], bool] = lambda values, tensor: False
 
     def config(self, values: Hyperparameters) -> Config:
         """Return the config for mlx-lm's class. Raises `ModelLoadError`, naming a missing value."""
@@ -583,6 +586,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma2": Architecture("gemma2", _shifted(_GEMMA), _gemma2, outer=_shifted(_OUTER)),
     "gemma3": Architecture(
         "gemma3_text", _shifted({**_GEMMA, **_QK_NORM}), _gemma3, outer=_shifted(_OUTER)
+    ),
+    "gemma4": Architecture(
+        "gemma4_text",
+        {**_GEMMA, **_QK_NORM, **gemma4.LAYER},
+        gemma4.config_of,
+        outer={**_OUTER, **gemma4.OUTER},
+        scaled_rope=False,
+        is_unused=gemma4.is_unused,
     ),
     "mistral3": Architecture("ministral3", _GRANITE, _mistral3),
     "olmoe": Architecture("olmoe", _OLMOE, _olmoe),

@@ -41,6 +41,16 @@ class Hyperparameters:
             return self.integer(name)
         return max((int(number) for number in self.metadata.numbers(key).tolist()), default=0)
 
+    def each_layer(self, name: str) -> list[int]:
+        """Return a whole number for each layer. Raises `ModelLoadError` if there are too few."""
+        key = self._key(name)
+        if not self.metadata.is_array(key):
+            return [self.integer(name)] * self.layers
+        found = [int(number) for number in self.metadata.numbers(key).tolist()]
+        if len(found) < self.layers:
+            raise self.metadata.error(f"{key!r} has {len(found)} values for {self.layers} layers")
+        return found[: self.layers]
+
     def flags(self, name: str) -> list[bool] | None:
         """Return a flag for each layer, or None if the value is not an array."""
         key = self._key(name)

@@ -183,6 +183,11 @@ def heads_of(index: int) -> RowOrder:
     return select
 
 
+def half(index: int) -> RowOrder:
+    """Select the first (0) or second (1) half of the rows of each matrix."""
+    return lambda config, rows: np.split(rows, 2, axis=-2)[index]
+
+
 def keys_by_head(config: Config, rows: Bytes) -> Bytes:
     """Select the rows of keys in an up-projection of MLA (`kv_b`), as [heads, rows, ...]."""
     return _latent_heads(config, rows)[:, : config["qk_nope_head_dim"]]

@@ -277,11 +277,15 @@ def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
         text, add_bos, prefix = TokenText.BYTE_LEVEL, pre_tokenizer.add_bos, False
     elif kind == "llama":
         prefix = metadata.flag(f"{_KEY}add_space_prefix", True)
-        backend = _sentencepiece(metadata, vocabulary, prefix)
+        merges = _merges_by_score(metadata, vocabulary)
+        backend = _sentencepiece(metadata, vocabulary, merges, prefix)
         text, add_bos = TokenText.SENTENCEPIECE, True
+    elif kind == "gemma4":
+        backend = _sentencepiece(metadata, vocabulary, _merges(metadata, vocabulary), False)
+        text, add_bos, prefix = TokenText.SENTENCEPIECE, True, False
     else:
         raise metadata.error(
-            f"the tokenizer {kind[:100]!r} is not supported, expected gpt2, llama or bert",
+            f"the tokenizer {kind[:100]!r} is not supported, expected gpt2, llama, gemma4 or bert",
             hint="package the model's tokenizer.json beside the weights",
         )
     _add_special_tokens(backend, metadata, vocabulary)
@@ -366,9 +370,8 @@ def _pre_tokenizer(metadata: Metadata) -> PreTokenizer:
     return found
 
 
-def _byte_level(
-    metadata: Metadata, vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer
-) -> tokenizers.Tokenizer:
+def _merges(metadata: Metadata, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    """Return the merges of the file whose parts and result are tokens."""
     known = vocabulary.ids()
     merges: list[tuple[str, str]] = []
     for raw in metadata.strings(f"{_KEY}merges"):
@@ -379,7 +382,14 @@ def _byte_level(
         left, right = merge[:at], merge[at + 1 :]
         if left in known and right in known and left + right in known:
             merges.append((left, right))
-    model = models.BPE(known, merges, ignore_merges=pre_tokenizer.whole_words)
+    return merges
+
+
+def _byte_level(
+    metadata: Metadata, vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer
+) -> tokenizers.Tokenizer:
+    merges = _merges(metadata, vocabulary)
+    model = models.BPE(vocabulary.ids(), merges, ignore_merges=pre_tokenizer.whole_words)
     backend = tokenizers.Tokenizer(model)
     patterns = map(tokenizers.Regex, pre_tokenizer.patterns)
     splits = [pre_tokenizers.Split(pattern, "isolated") for pattern in patterns]
@@ -390,12 +400,12 @@ def _byte_level(
 
 
 def _sentencepiece(
-    metadata: Metadata, vocabulary: _Vocabulary, prefix: bool
+    metadata: Metadata, vocabulary: _Vocabulary, merges: list[tuple[str, str]], prefix: bool
 ) -> tokenizers.Tokenizer:
     unknown = _special_id(metadata, "unknown", vocabulary)
     model = models.BPE(
         vocabulary.ids(),
-        _merges_by_score(metadata, vocabulary),
+        merges,
         unk_token=None if unknown is None else vocabulary.tokens[unknown],
         byte_fallback=True,
         fuse_unk=False,

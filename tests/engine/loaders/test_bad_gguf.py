@@ -144,6 +144,7 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("gemma3", "gemma3.final_logit_softcapping", 30.0, "gemma3 with softcapped logits"),
         ("gpt-oss", "gpt-oss.attention.sliding_window_pattern", 3, "another pattern"),
         ("glm4moe", "glm4moe.expert_gating_func", 1, "not scored by a sigmoid"),
+        ("gemma4", "gemma4.attention.sliding_window_pattern", 2, "windows in all layers, or in"),
         ("nemotron", "nemotron.rope.scaling.factor", 4.0, "nemotron with rope scaling 'linear'"),
         ("dots1", "dots1.expert_gating_func", 1, "not scored by a sigmoid"),
         ("deepseek-v2-lite", "deepseek2.expert_gating_func", 3, "scored by another function"),
@@ -197,6 +198,31 @@ def test_old_files_with_a_tensor_for_each_expert(tmp_path: Path) -> None:
             weights["model.layers.0.mlp.up_proj.weight"] = weights.pop(name)[0]
 
     refuse(written(tmp_path, tiny, change), r"llama has no such tensors: blk\.0\.ffn_up\.weight")
+
+
+def test_gemma4_without_heads_for_each_layer(tmp_path: Path) -> None:
+    tiny = TINY_MODELS["gemma4"]
+
+    def keys(writer: gguf.GGUFWriter, config: Any) -> None:
+        tiny.keys(writer, config)
+        writer.kv_data[0].pop("gemma4.attention.head_count_kv")
+        writer.add_head_count_kv([1, 1])
+
+    path = replace(tiny, keys=keys).write(tmp_path / "m.gguf")
+    refuse(path, "head_count_kv' has 2 values for 6 layers")
+
+
+def test_gemma4_with_rope_factors_of_the_wrong_length(tmp_path: Path) -> None:
+    tiny = TINY_MODELS["gemma4"]
+
+    def keys(writer: gguf.GGUFWriter, config: Any) -> None:
+        tiny.keys(writer, config)
+        for key in ("gemma4.attention.key_length", "gemma4.rope.dimension_count"):
+            writer.kv_data[0].pop(key)
+            writer.add_uint32(key, 64)
+
+    path = replace(tiny, keys=keys).write(tmp_path / "m.gguf")
+    refuse(path, "expected 32 rope factors, got 16")
 
 
 def test_half_of_the_rope_factors(tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def small(name: str, tmp_path: Path) -> Tokenizer:
     if name == "spm-no-prefix":
         flags = {"add_space_prefix": False, "add_bos_token": False}
         return read(write_vocabulary(path, Vocabulary.read("spm"), pre="default", **flags))
+    if name == "gemma4":
+        vocabulary = Vocabulary.read("spm").with_merges("gemma4")
+        return read(write_vocabulary(path, vocabulary, pre="gemma4"))
     return read(write_vocabulary(path, Vocabulary.read("uncut"), pre=name))
 
 
@@ -64,7 +67,7 @@ def check(
     assert sum((at + 1) * sum(piece) for at, piece in enumerate(pieces)) == answer["pieces"]
 
 
-@pytest.mark.parametrize("name", [*BYTE_LEVEL, "spm", "spm-no-prefix"])
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, "spm", "spm-no-prefix", "gemma4"])
 def test_ids_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
     # llama.cpp's patterns for these two split words at marks; the models' own patterns do not.
     cased = name in ("tekken", "gpt-4o")
@@ -93,14 +96,14 @@ def test_pre_tokenizers_differ() -> None:
         assert len({PRE_TOKENIZERS[name].patterns for name in names}) == 1, names
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "spm", "spm-no-prefix"])
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "spm", "spm-no-prefix", "gemma4"])
 @pytest.mark.parametrize("parse_special", [True, False])
 def test_text_comes_back(name: str, parse_special: bool, tmp_path: Path) -> None:
     tokenizer = small(name, tmp_path)
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False, parse_special=parse_special)
         joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
-        if "▁" in text and name.startswith("spm"):  # is a space there
+        if "▁" in text and name.startswith(("spm", "gemma")):  # is a space there
             continue
         if name == "spm" and "<" in text:  # a space follows every special token
             continue

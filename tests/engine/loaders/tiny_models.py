@@ -162,6 +162,70 @@ def _gemma3_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
 
 
+def _gemma4_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/gemma.py: Gemma4Model."""
+    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
+    layers, shared = len(sliding), config["num_kv_shared_layers"]
+    wide = config["use_double_wide_mlp"]
+    heads = (config["num_global_key_value_heads"], config["num_key_value_heads"])
+    size = config["global_head_dim"]
+    for name in ("key_length", "value_length", "head_count_kv"):
+        writer.kv_data[0].pop(f"gemma4.attention.{name}", None)
+    writer.kv_data[0].pop("gemma4.feed_forward_length")
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_value_length_swa(config["head_dim"])
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_dimension_count_swa(config["head_dim"])
+    writer.add_head_count_kv([heads[slides] for slides in sliding])
+    writer.add_feed_forward_length(
+        [
+            config["intermediate_size"] * (1 + (wide and at >= layers - shared))
+            for at in range(layers)
+        ]
+    )
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern(sliding)
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+    rotated = int(size * rope["full_attention"]["partial_rotary_factor"]) // 2
+    factors = [1.0] * rotated + [1e30] * (size // 2 - rotated)
+    writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+    if config.get("enable_moe_block"):
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["top_k_experts"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+
+
+def _gemma4(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """Join gate and up of experts, and add keys to the layers that share others'."""
+    names = {
+        "experts.switch_glu.down_proj.weight": "experts.down_proj.weight",
+        "router.per_expert_scale": "experts.down_proj.scale",
+        "router.scale": "router.proj.scale",
+        "layer_scalar": "layer_scalar.weight",
+    }
+    changed = _renamed(names, weights)
+    for name in [name for name in changed if "switch_glu.gate_proj" in name]:
+        parts = [changed.pop(name), changed.pop(name.replace("gate", "up"))]
+        new = name.replace("switch_glu.gate_proj", "gate_up_proj")
+        changed[new] = np.concatenate(parts, axis=1)
+    if config["num_kv_shared_layers"]:
+        last = f"model.layers.{config['num_hidden_layers'] - 1}.self_attn"
+        for name in ("k_proj", "v_proj", "k_norm"):
+            changed[f"{last}.{name}.weight"] = np.ones_like(
+                changed[
+                    f"model.layers.{config['layer_types'].index('full_attention')}.self_attn.{name}.weight"
+                ]
+            )
+    return changed
+
+
 def _gpt_oss_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_expert_count(config["num_local_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -391,7 +455,9 @@ class TinyModel:
         random = np.random.default_rng(self.seed)
         made = {}
         for name, array in sorted(tree_flatten(model.parameters())):
-            norm = name.endswith("norm.weight") and "gemma" not in self.config["model_type"]
+            near_one = ("norm.weight", "norm_1.weight", "norm_2.weight", "scale", "layer_scalar")
+            shifted = self.config["model_type"] in ("gemma2", "gemma3_text")
+            norm = name.endswith(near_one) and not shifted
             scale = 0.1 if array.ndim == 1 else 2.0 / np.sqrt(array.shape[-1])
             values = random.standard_normal(array.shape) * scale + (1 if norm else 0)
             made[name] = values.astype(np.float32)
@@ -410,7 +476,7 @@ class TinyModel:
         arch = next(at for at, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
         names = gguf.get_tensor_name_map(arch, self.config["num_hidden_layers"])
         for name, values in weights.items():
-            new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            new = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
             assert new is not None, name
             packed = quantize(new, values) if quantize and values.ndim > 1 else None
             if packed is None:
@@ -480,6 +546,42 @@ _DEEPSEEK2_LITE = {
     "q_lora_rank": None,
     "num_hidden_layers": 27,
     "norm_topk_prob": False,
+}
+_GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 2,
+    "num_key_value_heads": 1,
+    "num_global_key_value_heads": 1,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCABULARY_SIZE,
+    "final_logit_softcapping": 30.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.25,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+_GEMMA4_MOE = {
+    **_GEMMA4,
+    "num_kv_shared_layers": 0,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "use_double_wide_mlp": False,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
 }
 _GEMMA = {"head_dim": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
 
@@ -621,6 +723,24 @@ TINY_MODELS: dict[str, TinyModel] = {
         _gemma3_keys,
         _shifted,
         tolerance=1e-4,  # mlx-lm rounds the embedding's scale to bfloat16
+    ),
+    # As E2B: layers that share keys, and inputs for each layer.
+    "gemma4": TinyModel(
+        "gemma4",
+        {k: v for k, v in _model("gemma4", "gemma4_text", **_GEMMA4).items() if k != "rope_theta"},
+        _gemma4_keys,
+        _gemma4,
+    ),
+    # As 26B: experts, and values that are the keys.
+    "gemma4-moe": TinyModel(
+        "gemma4",
+        {
+            k: v
+            for k, v in _model("gemma4", "gemma4_text", **_GEMMA4_MOE).items()
+            if k != "rope_theta"
+        },
+        _gemma4_keys,
+        _gemma4,
     ),
     "gpt-oss": TinyModel(
         "gpt-oss",

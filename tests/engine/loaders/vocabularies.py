@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,20 @@ class Vocabulary:
 
     def id(self, token: str) -> int:
         return self.tokens.index(token)
+
+    def with_merges(self, model: str) -> Vocabulary:
+        """Return the same tokens for a tokenizer that has merges instead of scores."""
+        assert self.scores is not None
+        rows = zip(self.tokens, self.types, self.scores, strict=True)
+        scores = {token: score for token, kind, score in rows if kind == NORMAL}
+        merges = [
+            (-score, f"{token[:at]} {token[at:]}")
+            for token, score in scores.items()
+            for at in range(1, len(token))
+            if token[:at] in scores and token[at:] in scores
+        ]
+        merges.sort(key=lambda merge: merge[0])
+        return replace(self, model=model, merges=[text for _, text in merges])
 
     def add_to(
         self, writer: gguf.GGUFWriter, *, pre: str | None, special: Iterable[str] = ()

@@ -116,6 +116,9 @@ def make_answers(work: Path) -> None:
     files["spm-no-prefix"] = write_vocabulary(
         work / "spm2.gguf", spm, pre="default", add_space_prefix=False, add_bos_token=False
     )
+    files["gemma4"] = write_vocabulary(
+        work / "gemma4.gguf", spm.with_merges("gemma4"), pre="gemma4"
+    )
     files["smollm2"] = smollm2_gguf()
     tasks = [{"task": "tokenize", "model": str(path), "texts": texts} for path in files.values()]
     write("tokens", dict(zip(files, ask(tasks, work), strict=True)))
