@@ -35,6 +35,8 @@ from modelpack_engine.errors import OutOfMemoryError
 
 #: The modules of mlx-lm whose layers are as `Program` builds them.
 MODELS = ("gemma2", "gemma3_text", "granite", "llama", "phi3", "qwen2", "qwen3", "smollm3")
+#: The other names of these modules in config.json (`mlx_lm.utils.MODEL_REMAPPING`).
+OTHER_NAMES = {"iquestcoder": "llama", "mistral": "llama", "xverse": "llama"}
 
 _LARGEST_HEAD = 256
 #: The buffers of activations.

@@ -138,6 +138,8 @@ def is_packable(format: str, architecture: str) -> bool:
     if format == "gguf":
         known = ARCHITECTURES.get(architecture)
         architecture = known.model_type if known is not None else ""
+    else:
+        architecture = program.OTHER_NAMES.get(architecture, architecture)
     return library() is not None and architecture in program.MODELS
 
 

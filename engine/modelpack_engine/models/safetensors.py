@@ -163,6 +163,7 @@ def open_packable(
     `load_safetensors`; tensors that do not match the model are left to it.
     """
     kind = str(config["model_type"])
+    kind = program.OTHER_NAMES.get(kind, kind)
     if kind not in program.MODELS or _is_in_other_codes(files, config):
         return None
     module: Any = importlib.import_module(f"mlx_lm.models.{kind}")

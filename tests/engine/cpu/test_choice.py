@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("built")
         ("safetensors", "gemma3_text", True),
         ("safetensors", "gemma3", False),
         ("safetensors", "mamba", False),
+        ("safetensors", "mistral", True),
+        ("gguf", "mistral", False),
     ],
 )
 def test_architectures_have_the_names_of_their_format(

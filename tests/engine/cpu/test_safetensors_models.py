@@ -12,8 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.utils import quantize_model
+from mlx_lm.utils import MODEL_REMAPPING, quantize_model
 
+from modelpack_engine.cpu import program
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from tests.engine.cpu.test_gguf_models import NAMES, logits_of
@@ -40,6 +41,20 @@ def test_logits(name: str, shards: int, tmp_path: Path) -> None:
     model = tiny.build()
     loaded = load_packed(save(tmp_path, model, tiny.config, shards=shards))
     assert close(logits_of(loaded), tiny.logits(model), 1e-4)
+
+
+@pytest.mark.parametrize("name", program.OTHER_NAMES)
+def test_models_of_other_names(name: str, tmp_path: Path) -> None:
+    """They are Llama's: Mistral's, for example."""
+    tiny = TINY_MODELS["llama"]
+    model = tiny.build()
+    loaded = load_packed(save(tmp_path, model, {**tiny.config, "model_type": name}))
+    assert close(logits_of(loaded), tiny.logits(model), 1e-4)
+
+
+def test_the_other_names_are_those_of_mlx_lm() -> None:
+    found = {name: module for name, module in MODEL_REMAPPING.items() if module in program.MODELS}
+    assert found == program.OTHER_NAMES
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
