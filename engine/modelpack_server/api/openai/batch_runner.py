@@ -111,6 +111,7 @@ class BatchRunner:
         self._folder: Path | None = None
         self._wake = asyncio.Event()
         self._main: asyncio.Task[None] | None = None
+        self._is_stopping = False
 
     def enter(self, protected: ASGIApp | None, *, unprotected: ASGIApp) -> None:
         """Set the application that gets the requests, with or without checks of API keys."""
@@ -122,6 +123,7 @@ class BatchRunner:
 
     def interrupt(self) -> None:
         """Drop the requests that run, and send no more; they are sent again at the next start."""
+        self._is_stopping = True
         if self._main is not None:
             self._main.cancel()
         for run in self._runs.values():
@@ -273,7 +275,7 @@ class BatchRunner:
 
     async def _run_all(self) -> None:
         was_locked = False
-        while True:
+        while not self._is_stopping:  # Python 3.11's `wait_for` may lose a cancellation
             try:
                 if self.files.exists:
                     await self._open()

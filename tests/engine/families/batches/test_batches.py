@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ from modelpack_engine.errors import QueueFullError
 from modelpack_engine.request import EngineRequest
 from modelpack_server.api.openai import batch_input, batch_runner
 from modelpack_server.api.openai.batch_input import LineError, validate
+from modelpack_server.api.openai.stored_files import StoredFiles
 from tests.engine.families.batches.served import CHAT, Desk, chat, desk, jsonl, row
 from tests.engine.families.served import PLAIN, TurnsEngine
 from tests.scenarios.processes import wait_until
@@ -324,3 +326,22 @@ def test_cancelling_at_once(api: Desk) -> None:
         total = batch.request_counts.total if batch.request_counts is not None else 0
         rows = api.rows(batch.output_file_id) | api.rows(batch.error_file_id)
         assert len(rows) == total
+
+
+def test_a_batch_that_comes_with_the_end_is_not_begun(tmp_path: Path) -> None:
+    """Python 3.11's `wait_for` drops a cancellation where what it waits for has just happened."""
+
+    async def stopped_as_it_wakes() -> bool:
+        runner = batch_runner.BatchRunner(StoredFiles(tmp_path / "none"))
+        await runner.start()
+        main = runner._main
+        assert main is not None
+        for _ in range(3):
+            await asyncio.sleep(0)
+        runner._wake.set()
+        runner.interrupt()
+        done, _ = await asyncio.wait({main}, timeout=1)
+        await runner.stop()
+        return main in done
+
+    assert asyncio.run(stopped_as_it_wakes())
