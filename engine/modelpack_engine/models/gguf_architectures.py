@@ -151,16 +151,17 @@ _GPT_OSS: Names = {
 class Architecture:
     """How a GGUF architecture becomes an mlx-lm model.
 
-    `layer` maps the names of tensors inside a layer to paths inside a layer, `outer` those of other
-    tensors. `extend` adds fields to the config. With `partial_rope`, the class rotates a part of
-    each head; without `scaled_rope`, a scaled rotation is rejected. Tensors for which
-    `is_unused` is true are left out.
+    `layer` maps the names of tensors inside a layer to paths inside a layer, which is in `layers`;
+    `outer` maps those of other tensors. `extend` adds fields to the config. With `partial_rope`,
+    the class rotates a part of each head; without `scaled_rope`, a scaled rotation is rejected.
+    Tensors for which `is_unused` is true are left out.
     """
 
     model_type: str
     layer: Names
     extend: Callable[[Hyperparameters, Config], None] = field(default=lambda values, config: None)
     outer: Names = field(default_factory=lambda: _OUTER)
+    layers: str = "model.layers"
     partial_rope: bool = False
     scaled_rope: bool = True
     is_unused: Callable[[Hyperparameters, str], bool] = lambda values, tensor: False
@@ -215,7 +216,7 @@ class Architecture:
         parts = stem.split(".", 2)
         if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal():
             stem, names = parts[2], self.layer
-            prefix = f"model.layers.{parts[1]}."
+            prefix = f"{self.layers}.{parts[1]}."
         found = names.get(f"{stem}.{parameter}", names.get(stem, ()))
         if isinstance(found, str):
             found = Target(found)
@@ -634,6 +635,22 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         recurrent.lfm2_moe,
         outer=recurrent.LFM2_OUTER,
         scaled_rope=False,
+    ),
+    "nemotron_h": Architecture(
+        "nemotron_h",
+        recurrent.NEMOTRON_H,
+        recurrent.nemotron_h,
+        outer=recurrent.NEMOTRON_H_OUTER,
+        layers="backbone.layers",
+        partial_rope=True,  # files name a rotation, which the model does not use
+    ),
+    "nemotron_h_moe": Architecture(
+        "nemotron_h",
+        recurrent.NEMOTRON_H_MOE,
+        recurrent.nemotron_h_moe,
+        outer=recurrent.NEMOTRON_H_OUTER,
+        layers="backbone.layers",
+        partial_rope=True,
     ),
 }
 

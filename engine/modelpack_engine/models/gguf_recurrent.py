@@ -8,9 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters
-from modelpack_engine.models.gguf_tensors import Target, one_channel
+from modelpack_engine.models.gguf_tensors import Target, flat, log_of_decay, one_channel
 
 Names = Mapping[str, str | Target | tuple[Target, ...]]
+
+
+def _mamba2(module: str) -> Names:
+    return {
+        "ssm_in": f"{module}.in_proj",
+        "ssm_conv1d": Target(f"{module}.conv1d", values=one_channel),
+        "ssm_dt": Target(f"{module}.dt_bias", is_parameter=True),
+        "ssm_a": Target(f"{module}.A_log", values=log_of_decay, is_parameter=True),
+        "ssm_d": Target(f"{module}.D", values=flat, is_parameter=True),
+        "ssm_norm": Target(f"{module}.norm", values=flat),
+        "ssm_out": f"{module}.out_proj",
+    }
+
 
 LFM2_OUTER: Names = {
     "token_embd": "model.embed_tokens",
@@ -47,6 +60,32 @@ LFM2_MOE: Names = {
     "ffn_down_exps": "feed_forward.switch_mlp.down_proj",
     "exp_probs_b": Target("feed_forward.expert_bias", is_parameter=True),
 }
+NEMOTRON_H_OUTER: Names = {
+    "token_embd": "backbone.embeddings",
+    "output_norm": "backbone.norm_f",
+    "output": "lm_head",
+}
+NEMOTRON_H: Names = {
+    "attn_norm": "norm",
+    "attn_q": "mixer.q_proj",
+    "attn_k": "mixer.k_proj",
+    "attn_v": "mixer.v_proj",
+    "attn_output": "mixer.o_proj",
+    "ffn_up": "mixer.up_proj",
+    "ffn_down": "mixer.down_proj",
+    **_mamba2("mixer"),
+}
+NEMOTRON_H_MOE: Names = {
+    **NEMOTRON_H,
+    "ffn_gate_inp": "mixer.gate",
+    "exp_probs_b": Target("mixer.gate.e_score_correction_bias", is_parameter=True),
+    "ffn_up_exps": "mixer.switch_mlp.fc1",
+    "ffn_down_exps": "mixer.switch_mlp.fc2",
+    "ffn_up_shexp": "mixer.shared_experts.up_proj",
+    "ffn_down_shexp": "mixer.shared_experts.down_proj",
+    "ffn_latent_down": "mixer.fc1_latent_proj",
+    "ffn_latent_up": "mixer.fc2_latent_proj",
+}
 _SIGMOID = 2  # llama.cpp's number of the function that scores experts
 
 
@@ -59,6 +98,11 @@ def layers_with(values: Hyperparameters, name: str) -> list[int]:
     if found is None or len(found) < values.layers:
         raise values.unsupported(f"a {name} that is not given for each layer")
     return [layer for layer, there in enumerate(found[: values.layers]) if there]
+
+
+def some_layer_has(values: Hyperparameters, tensor: str) -> bool:
+    """Return whether any layer has a tensor, named without its layer."""
+    return any(f"blk.{layer}.{tensor}" in values.file for layer in range(values.layers))
 
 
 def lfm2(values: Hyperparameters, config: Config) -> None:
@@ -93,5 +137,49 @@ def lfm2_moe(values: Hyperparameters, config: Config) -> None:
         "num_dense_layers": values.integer("leading_dense_block_count"),
         "norm_topk_prob": True,
         "routed_scaling_factor": values.number("expert_weights_scale", 0.0) or 1.0,
-        "use_expert_bias": any(".exp_probs_b" in name for name in values.file.names),
+        "use_expert_bias": some_layer_has(values, "exp_probs_b.bias"),
+    }
+
+
+def nemotron_h(values: Hyperparameters, config: Config) -> None:
+    if config["tie_word_embeddings"]:
+        raise values.unsupported("tied embeddings")
+    attention = layers_with(values, "attention.head_count_kv")
+    wide = layers_with(values, "feed_forward_length")
+    experts = values.integer("expert_count", 0)
+    heads = values.integer("ssm.time_step_rank")
+    config |= {
+        "hybrid_override_pattern": [
+            "*" if at in attention else ("E" if experts else "-") if at in wide else "M"
+            for at in range(values.layers)
+        ],
+        "attention_bias": some_layer_has(values, "attn_q.bias"),
+        "mlp_bias": some_layer_has(values, "ffn_up.bias"),
+        "use_bias": False,
+        "layer_norm_epsilon": values.number("attention.layer_norm_rms_epsilon"),
+        "mamba_num_heads": heads,
+        "mamba_head_dim": values.integer("ssm.inner_size") // heads,
+        "mamba_proj_bias": False,
+        "ssm_state_size": values.integer("ssm.state_size"),
+        "conv_kernel": values.integer("ssm.conv_kernel"),
+        "n_groups": values.integer("ssm.group_count"),
+        "use_conv_bias": some_layer_has(values, "ssm_conv1d.bias"),
+    }
+
+
+def nemotron_h_moe(values: Hyperparameters, config: Config) -> None:
+    nemotron_h(values, config)
+    if values.integer("expert_group_count", 1) > 1:
+        raise values.unsupported("groups of experts")
+    config |= {
+        "n_routed_experts": values.integer("expert_count"),
+        "num_experts_per_tok": values.integer("expert_used_count"),
+        "n_shared_experts": values.integer("expert_shared_count", 0) or None,
+        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
+        "moe_shared_expert_intermediate_size": values.integer("expert_shared_feed_forward_length"),
+        "moe_latent_size": values.integer("moe_latent_size", 0) or None,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": values.flag("expert_weights_norm", False),
+        "routed_scaling_factor": values.number("expert_weights_scale", 0.0) or 1.0,
     }

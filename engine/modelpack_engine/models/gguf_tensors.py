@@ -222,8 +222,21 @@ def one_row(values: Floats) -> Floats:
 
 
 def one_channel(values: Floats) -> Floats:
-    """Return the kernels of a depthwise convolution with their channel, as [..., size, 1]."""
-    return values[..., None]
+    """Return the kernels [channels, size] of a depthwise convolution as [channels, size, 1].
+
+    Its bias [channels] stays as it is.
+    """
+    return values[..., None] if values.ndim > 1 else values
+
+
+def flat(values: Floats) -> Floats:
+    """Return the values as a vector."""
+    return values.reshape(-1)
+
+
+def log_of_decay(values: Floats) -> Floats:
+    """Return the vector A_log of a state-space layer, which is stored as -exp(A_log)."""
+    return np.log(-values).reshape(-1)
 
 
 # Ways to join

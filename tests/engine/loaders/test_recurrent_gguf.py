@@ -39,6 +39,8 @@ def write(name: str, path: Path, **values: Any) -> Path:
         ("lfm2", {"attention__head_count_kv": [0, 0, 0, 0]}, "no layer with attention"),
         ("lfm2", {"attention__sliding_window": 8}, "sliding windows"),
         ("lfm2moe", {"expert_gating_func": 1}, "experts that are not scored by a sigmoid"),
+        ("nemotron_h", {"feed_forward_length": 96}, "feed_forward_length that is not given"),
+        ("nemotron_h_moe", {"expert_group_count": 2}, "groups of experts"),
     ],
 )
 def test_a_variant_that_the_class_does_not_have(

@@ -14,10 +14,48 @@ Weights = dict[str, np.ndarray]
 def key_heads(config: Mapping[str, Any]) -> int | list[int]:
     """Return the number of heads of keys; with recurrent layers, one for each layer."""
     heads: int = config["num_key_value_heads"]
-    if "full_attn_idxs" not in config:
-        return heads
-    attention = config["full_attn_idxs"]
-    return [heads if at in attention else 0 for at in range(config["num_hidden_layers"])]
+    layers = range(config["num_hidden_layers"])
+    if "full_attn_idxs" in config:
+        return [heads if at in config["full_attn_idxs"] else 0 for at in layers]
+    if "hybrid_override_pattern" in config:
+        return [heads if kind == "*" else 0 for kind in config["hybrid_override_pattern"]]
+    return heads
+
+
+def feed_forward_sizes(config: Mapping[str, Any]) -> int | list[int]:
+    """Return the size of feed-forward layers; with layers of other kinds, one for each layer."""
+    size: int = config["intermediate_size"]
+    if "hybrid_override_pattern" in config:
+        return [size if kind in "-E" else 0 for kind in config["hybrid_override_pattern"]]
+    return size
+
+
+def ssm_keys(
+    writer: gguf.GGUFWriter, *, kernel: int, state: int, heads: int, inner: int, groups: int
+) -> None:
+    writer.add_ssm_conv_kernel(kernel)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_group_count(groups)
+
+
+def mamba2(weights: Weights, groups: int) -> Weights:
+    """conversion/mamba.py: Mamba2Model.modify_tensors."""
+    changed = {}
+    for name, values in weights.items():
+        if name.endswith("dt_bias"):
+            name = name.replace("dt_bias", "dt_proj.bias")
+        elif name.endswith("conv1d.weight"):
+            values = values.squeeze(-1)
+        elif name.endswith("A_log"):
+            values = -np.exp(values).reshape(-1, 1)
+        elif name.endswith(".D"):
+            values = values.reshape(-1, 1)
+        elif name.endswith(("mixer.norm.weight", "mamba.norm.weight")):
+            values = values.reshape(groups, -1)
+        changed[name] = values
+    return changed
 
 
 LFM2: dict[str, Any] = {
@@ -77,4 +115,71 @@ def lfm2(config: Mapping[str, Any], weights: Weights) -> Weights:
         if ".experts." in name:
             name = name.replace("model.layers", "layers")
         changed[name] = values.squeeze(-1) if ".conv.conv." in name else values
+    return changed
+
+
+NEMOTRON_H: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "hybrid_override_pattern": ["M", "-", "*", "M"],
+    "head_dim": 32,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "layer_norm_epsilon": 1e-5,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "mamba_proj_bias": False,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "n_groups": 2,
+    "use_conv_bias": True,
+}
+NEMOTRON_H_MOE: dict[str, Any] = {
+    **NEMOTRON_H,
+    "hybrid_override_pattern": ["M", "E", "*", "E"],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+
+
+def nemotron_h_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    ssm_keys(
+        writer,
+        kernel=config["conv_kernel"],
+        state=config["ssm_state_size"],
+        heads=config["mamba_num_heads"],
+        inner=config["mamba_num_heads"] * config["mamba_head_dim"],
+        groups=config["n_groups"],
+    )
+
+
+def nemotron_h_moe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    nemotron_h_keys(writer, config)
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_feed_forward_length(config["moe_shared_expert_intermediate_size"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_group_count(config["n_group"])
+
+
+def nemotron_h(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/nemotron.py: Mamba 2's tensors, and the experts under other names."""
+    changed = {}
+    for name, values in mamba2(weights, config["n_groups"]).items():
+        if ".switch_mlp." in name:
+            name = name.replace("backbone", "model").replace("mixer.switch_mlp", "mlp.experts")
+            name = name.replace("fc1", "up_proj").replace("fc2", "down_proj")
+        name = name.replace("dt_proj.bias", "dt.bias")
+        changed[name.replace("correction_bias", "correction.bias")] = values
     return changed

@@ -43,7 +43,7 @@ def _keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_feed_forward_length(hybrids.feed_forward_sizes(config))
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(hybrids.key_heads(config))
     if "rms_norm_eps" in config:
@@ -961,5 +961,17 @@ TINY_MODELS: dict[str, TinyModel] = {
         _model("lfm2moe", "lfm2_moe", **hybrids.LFM2_MOE),
         hybrids.lfm2_moe_keys,
         hybrids.lfm2,
+    ),
+    "nemotron_h": TinyModel(
+        "nemotron_h",
+        _model("nemotron_h", "nemotron_h", **hybrids.NEMOTRON_H),
+        hybrids.nemotron_h_keys,
+        hybrids.nemotron_h,
+    ),
+    "nemotron_h_moe": TinyModel(
+        "nemotron_h_moe",
+        _model("nemotron_h_moe", "nemotron_h", **hybrids.NEMOTRON_H_MOE),
+        hybrids.nemotron_h_moe_keys,
+        hybrids.nemotron_h,
     ),
 }
