@@ -472,6 +472,11 @@ def _granite_moe(values: Hyperparameters, config: Config) -> None:
     _count_experts(values, config, "num_local_experts")
 
 
+def _granite_hybrid(values: Hyperparameters, config: Config) -> None:
+    _granite(values, config)
+    recurrent.granite_hybrid(values, config)
+
+
 def _stablelm(values: Hyperparameters, config: Config) -> None:
     if values.has("attn_q_norm.weight"):
         raise values.unsupported("norms of queries and keys")
@@ -651,6 +656,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         outer=recurrent.NEMOTRON_H_OUTER,
         layers="backbone.layers",
         partial_rope=True,
+    ),
+    "granitehybrid": Architecture(
+        "granitemoehybrid",
+        {**_GRANITE_MOE, **_mlp("mlp"), **recurrent.GRANITE_HYBRID},
+        _granite_hybrid,
+        scaled_rope=False,
+    ),
+    "falcon-h1": Architecture(
+        "falcon_h1",
+        recurrent.FALCON_H1,
+        recurrent.falcon_h1,
+        outer=recurrent.FALCON_H1_OUTER,
+        scaled_rope=False,
     ),
 }
 

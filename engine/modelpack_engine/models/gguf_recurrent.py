@@ -86,6 +86,30 @@ NEMOTRON_H_MOE: Names = {
     "ffn_latent_down": "mixer.fc1_latent_proj",
     "ffn_latent_up": "mixer.fc2_latent_proj",
 }
+GRANITE_HYBRID: Names = {
+    **_mamba2("mamba"),
+    "ffn_gate_shexp": "shared_mlp.input_linear",
+    "ffn_up_shexp": Target("shared_mlp.input_linear", place=1),
+    "ffn_down_shexp": "shared_mlp.output_linear",
+}
+FALCON_H1_OUTER: Names = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.final_layernorm",
+    "output": "lm_head",
+}
+FALCON_H1: Names = {
+    **_mamba2("mamba"),
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    # Files name it without `.weight`.
+    "ffn_norm": Target("pre_ff_layernorm.weight", is_parameter=True),
+    "ffn_gate": "feed_forward.gate_proj",
+    "ffn_up": "feed_forward.up_proj",
+    "ffn_down": "feed_forward.down_proj",
+}
 _SIGMOID = 2  # llama.cpp's number of the function that scores experts
 
 
@@ -182,4 +206,51 @@ def nemotron_h_moe(values: Hyperparameters, config: Config) -> None:
         "topk_group": 1,
         "norm_topk_prob": values.flag("expert_weights_norm", False),
         "routed_scaling_factor": values.number("expert_weights_scale", 0.0) or 1.0,
+    }
+
+
+def _mamba2_fields(values: Hyperparameters) -> Config:
+    """Return the fields of Mamba 2's layers by the names of Granite and Falcon."""
+    heads = values.integer("ssm.time_step_rank")
+    return {
+        "mamba_n_heads": heads,
+        "mamba_d_head": values.integer("ssm.inner_size") // heads,
+        "mamba_d_state": values.integer("ssm.state_size"),
+        "mamba_d_conv": values.integer("ssm.conv_kernel"),
+        "mamba_n_groups": values.integer("ssm.group_count"),
+        "mamba_conv_bias": some_layer_has(values, "ssm_conv1d.bias"),
+        "mamba_proj_bias": False,
+        "attention_bias": some_layer_has(values, "attn_q.bias"),
+    }
+
+
+def granite_hybrid(values: Hyperparameters, config: Config) -> None:
+    if values.integer("ssm.group_count") > 1:
+        raise values.unsupported("norms of several groups in recurrent layers")
+    attention = layers_with(values, "attention.head_count_kv")
+    config |= _mamba2_fields(values)
+    config |= {
+        "layer_types": ["attention" if at in attention else "mamba" for at in range(values.layers)],
+        "position_embedding_type": (
+            "rope" if values.flag("rope.scaling.finetuned", False) else "nope"
+        ),
+        "time_step_limit": (0.0, float("inf")),
+        "num_local_experts": values.integer("expert_count", 0) or None,
+        "num_experts_per_tok": values.integer("expert_used_count", 0) or None,
+        "shared_intermediate_size": values.integer("expert_shared_feed_forward_length", 0) or None,
+    }
+
+
+def falcon_h1(values: Hyperparameters, config: Config) -> None:
+    if some_layer_has(values, "ssm_norm.weight"):
+        raise values.unsupported("norms in recurrent layers")
+    config |= _mamba2_fields(values)
+    config |= {
+        "mamba_d_ssm": values.integer("ssm.inner_size"),
+        "mamba_rms_norm": False,
+        "mlp_bias": some_layer_has(values, "ffn_gate.bias"),
+        "projectors_bias": False,
+        # The file's weights are multiplied already.
+        "embedding_multiplier": 1.0,
+        "lm_head_multiplier": 1.0,
     }

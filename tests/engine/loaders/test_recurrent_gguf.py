@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 
 from modelpack_engine.errors import ModelLoadError
@@ -41,6 +42,7 @@ def write(name: str, path: Path, **values: Any) -> Path:
         ("lfm2moe", {"expert_gating_func": 1}, "experts that are not scored by a sigmoid"),
         ("nemotron_h", {"feed_forward_length": 96}, "feed_forward_length that is not given"),
         ("nemotron_h_moe", {"expert_group_count": 2}, "groups of experts"),
+        ("granitehybrid", {"ssm__group_count": 2}, "norms of several groups"),
     ],
 )
 def test_a_variant_that_the_class_does_not_have(
@@ -48,3 +50,11 @@ def test_a_variant_that_the_class_does_not_have(
 ) -> None:
     with pytest.raises(ModelLoadError, match=f"{name} with .*{message}.* is not supported"):
         load_tiny(write(name, tmp_path, **values))
+
+
+def test_falcon_with_norms(tmp_path: Path) -> None:
+    tiny = TINY_MODELS["falcon-h1"]
+    norms = {f"model.layers.{at}.mamba.norm.weight": np.ones((2, 64), np.float32) for at in (0, 1)}
+    written = replace(tiny, converted=lambda config, w: tiny.converted(config, w) | norms)
+    with pytest.raises(ModelLoadError, match="falcon-h1 with norms in recurrent layers"):
+        load_tiny(written.write(tmp_path / "m.gguf"))

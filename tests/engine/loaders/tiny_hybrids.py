@@ -19,6 +19,8 @@ def key_heads(config: Mapping[str, Any]) -> int | list[int]:
         return [heads if at in config["full_attn_idxs"] else 0 for at in layers]
     if "hybrid_override_pattern" in config:
         return [heads if kind == "*" else 0 for kind in config["hybrid_override_pattern"]]
+    if "layer_types" in config:
+        return [heads if kind == "attention" else 0 for kind in config["layer_types"]]
     return heads
 
 
@@ -183,3 +185,91 @@ def nemotron_h(config: Mapping[str, Any], weights: Weights) -> Weights:
         name = name.replace("dt_proj.bias", "dt.bias")
         changed[name.replace("correction_bias", "correction.bias")] = values
     return changed
+
+
+_MAMBA2: dict[str, Any] = {
+    "attention_bias": False,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_n_groups": 1,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
+GRANITE_HYBRID: dict[str, Any] = {
+    **_MAMBA2,
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 3.0,
+    "position_embedding_type": "nope",
+    "time_step_limit": (0.0, float("inf")),
+}
+GRANITE_HYBRID_MOE: dict[str, Any] = {
+    **GRANITE_HYBRID,
+    "tie_word_embeddings": True,
+    "position_embedding_type": "rope",  # Bamba
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 48,
+}
+FALCON_H1: dict[str, Any] = {
+    **_MAMBA2,
+    "mamba_d_ssm": 128,
+    "mamba_n_groups": 2,
+    "head_dim": 32,
+    "rope_theta": 1e11,
+    "tie_word_embeddings": True,
+    "mamba_rms_norm": False,
+    "projectors_bias": False,
+    "mlp_bias": False,
+    "embedding_multiplier": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+
+
+def mamba2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    ssm_keys(
+        writer,
+        kernel=config["mamba_d_conv"],
+        state=config["mamba_d_state"],
+        heads=config["mamba_n_heads"],
+        inner=config["mamba_n_heads"] * config["mamba_d_head"],
+        groups=config["mamba_n_groups"],
+    )
+
+
+def granite_hybrid_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    mamba2_keys(writer, config)
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+    writer.add_rope_scaling_finetuned(config["position_embedding_type"] == "rope")
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    if config.get("num_local_experts"):
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+
+
+def granite_hybrid(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/granite.py: Mamba 2's tensors, and the halves of the shared expert."""
+    changed = {}
+    for name, values in mamba2(weights, config["mamba_n_groups"]).items():
+        if name.endswith("shared_mlp.input_linear.weight"):
+            for part, half in zip(("gate", "up"), np.split(values, 2), strict=True):
+                changed[
+                    name.replace("shared_mlp.input_linear", f"mlp.shared_expert.{part}_proj")
+                ] = half
+        else:
+            changed[name.replace("block_sparse_moe.switch_mlp", "mlp.experts")] = values
+    return changed
+
+
+def falcon_h1(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/falcon_h1.py; the multipliers are 1."""
+    return mamba2(weights, config["mamba_n_groups"])

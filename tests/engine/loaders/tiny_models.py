@@ -445,7 +445,8 @@ class TinyModel:
         module = importlib.import_module(f"mlx_lm.models.{self.config['model_type']}")
         model = module.Model(module.ModelArgs.from_dict(self.config))
         if self.config.get("tie_word_embeddings") and hasattr(model, "sanitize"):
-            model.sanitize({})
+            given = dict(tree_flatten(model.parameters()))
+            model.sanitize({n: v for n, v in given.items() if not n.startswith("lm_head")})
         model.load_weights([(n, mx.array(v)) for n, v in self.weights(model).items()])
         model.eval()
         mx.eval(model.parameters())
@@ -973,5 +974,23 @@ TINY_MODELS: dict[str, TinyModel] = {
         _model("nemotron_h_moe", "nemotron_h", **hybrids.NEMOTRON_H_MOE),
         hybrids.nemotron_h_moe_keys,
         hybrids.nemotron_h,
+    ),
+    "granitehybrid": TinyModel(
+        "granitehybrid",
+        _model("granitehybrid", "granitemoehybrid", **hybrids.GRANITE_HYBRID),
+        hybrids.granite_hybrid_keys,
+        lambda config, weights: hybrids.granite_hybrid(config, _permuted(config, weights)),
+    ),
+    "granitehybrid-moe": TinyModel(
+        "granitehybrid",
+        _model("granitehybrid", "granitemoehybrid", **hybrids.GRANITE_HYBRID_MOE),
+        hybrids.granite_hybrid_keys,
+        lambda config, weights: hybrids.granite_hybrid(config, _permuted(config, weights)),
+    ),
+    "falcon-h1": TinyModel(
+        "falcon-h1",
+        _model("falcon-h1", "falcon_h1", **hybrids.FALCON_H1),
+        hybrids.mamba2_keys,
+        hybrids.falcon_h1,
     ),
 }
