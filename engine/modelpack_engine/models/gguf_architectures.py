@@ -670,6 +670,24 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         outer=recurrent.FALCON_H1_OUTER,
         scaled_rope=False,
     ),
+    "qwen35": Architecture(
+        "qwen3_5",
+        {**recurrent.QWEN35, **_mlp("mlp")},
+        recurrent.qwen35,
+        outer=recurrent.QWEN35_OUTER,
+        layers="language_model.model.layers",
+        partial_rope=True,
+        scaled_rope=False,
+    ),
+    "qwen35moe": Architecture(
+        "qwen3_5_moe",
+        {**_QWEN2_MOE, **recurrent.QWEN35},
+        recurrent.qwen35_moe,
+        outer=recurrent.QWEN35_OUTER,
+        layers="language_model.model.layers",
+        partial_rope=True,
+        scaled_rope=False,
+    ),
 }
 
 #: Variants with classes of their own, by the metadata that tells them.

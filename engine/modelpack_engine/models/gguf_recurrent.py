@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters
-from modelpack_engine.models.gguf_tensors import Target, flat, log_of_decay, one_channel
+from modelpack_engine.models.gguf_tensors import (
+    Target,
+    by_key_head,
+    columns_by_key_head,
+    flat,
+    log_of_decay,
+    one_channel,
+    values_by_key_head,
+)
 
 Names = Mapping[str, str | Target | tuple[Target, ...]]
 
@@ -109,6 +117,31 @@ FALCON_H1: Names = {
     "ffn_gate": "feed_forward.gate_proj",
     "ffn_up": "feed_forward.up_proj",
     "ffn_down": "feed_forward.down_proj",
+}
+QWEN35_OUTER: Names = {
+    "token_embd": "language_model.model.embed_tokens",
+    "output_norm": "language_model.model.norm",
+    "output": "language_model.lm_head",
+}
+# Norms are stored as 1 + w, as mlx-lm's class has them.
+QWEN35: Names = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_qkv": Target("linear_attn.in_proj_qkv", rows=values_by_key_head),
+    "attn_gate": Target("linear_attn.in_proj_z", rows=by_key_head),
+    "ssm_beta": Target("linear_attn.in_proj_b", rows=by_key_head),
+    "ssm_alpha": Target("linear_attn.in_proj_a", rows=by_key_head),
+    "ssm_conv1d": Target("linear_attn.conv1d", rows=values_by_key_head, values=one_channel),
+    "ssm_dt": Target("linear_attn.dt_bias", rows=by_key_head, is_parameter=True),
+    "ssm_a": Target("linear_attn.A_log", rows=by_key_head, values=log_of_decay, is_parameter=True),
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": Target("linear_attn.out_proj", columns=columns_by_key_head),
 }
 _SIGMOID = 2  # llama.cpp's number of the function that scores experts
 
@@ -253,4 +286,34 @@ def falcon_h1(values: Hyperparameters, config: Config) -> None:
         # The file's weights are multiplied already.
         "embedding_multiplier": 1.0,
         "lm_head_multiplier": 1.0,
+    }
+
+
+def qwen35(values: Hyperparameters, config: Config) -> None:
+    if "attention.recurrent_layers" in values:
+        raise values.unsupported("layers that are recurrent in another pattern")
+    heads = values.integer("ssm.time_step_rank")
+    config |= {
+        "full_attention_interval": values.integer("full_attention_interval", 4),
+        "linear_num_value_heads": heads,
+        "linear_num_key_heads": values.integer("ssm.group_count"),
+        "linear_key_head_dim": values.integer("ssm.state_size"),
+        "linear_value_head_dim": values.integer("ssm.inner_size") // heads,
+        "linear_conv_kernel_dim": values.integer("ssm.conv_kernel"),
+        "rope_parameters": {
+            "type": "default",
+            "rope_theta": config["rope_theta"],
+            "partial_rotary_factor": config["partial_rotary_factor"],
+        },
+    }
+
+
+def qwen35_moe(values: Hyperparameters, config: Config) -> None:
+    qwen35(values, config)
+    config |= {
+        "num_experts": values.integer("expert_count"),
+        "num_experts_per_tok": values.integer("expert_used_count"),
+        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": values.integer("expert_shared_feed_forward_length"),
+        "norm_topk_prob": True,
     }

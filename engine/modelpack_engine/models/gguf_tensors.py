@@ -20,6 +20,8 @@ Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 #: Selects or reorders rows, given the model's config: [..., bytes of a row] to the same.
 RowOrder = Callable[[Config, Bytes], Bytes]
+#: Reorders the columns of decoded values, given the model's config.
+ColumnOrder = Callable[[Config, Floats], Floats]
 #: Changes decoded values and their shape.
 Values = Callable[[Floats], Floats]
 #: Joins the decoded values of several tensors.
@@ -39,6 +41,7 @@ class Target:
     values: Values | None = None
     place: int = 0
     is_parameter: bool = False
+    columns: ColumnOrder | None = None
     join: Join | None = None
 
     def resolved(self, prefix: str, suffix: str) -> tuple[str, str]:
@@ -60,7 +63,7 @@ class Source:
     @property
     def dtype(self) -> str:
         """The type after `read`: values that are changed are float32."""
-        return "F32" if self.target.values else self.tensor.dtype
+        return "F32" if self.target.values or self.target.columns else self.tensor.dtype
 
     @property
     def shape(self) -> Shape:
@@ -77,6 +80,10 @@ class Source:
             stored = tensor.raw.reshape(*self._leading(), -1)
             raw = np.ascontiguousarray(self.target.rows(self.config, stored)).reshape(-1)
             tensor = GGUFTensor(tensor.name, tensor.dtype, self._shape_of_rows(), raw)
+        if self.target.columns is not None:  # a block has columns of several heads
+            ordered = self.target.columns(self.config, gguf_blocks.dense(tensor))
+            raw = np.ascontiguousarray(ordered, np.float32).reshape(-1).view(np.uint8)
+            tensor = GGUFTensor(tensor.name, "F32", ordered.shape, raw)
         if self.target.values is not None:
             changed = self.target.values(gguf_blocks.dense(tensor))
             raw = np.ascontiguousarray(changed, np.float32).reshape(-1).view(np.uint8)
@@ -201,6 +208,29 @@ def values_by_head(config: Config, rows: Bytes) -> Bytes:
 def _latent_heads(config: Config, rows: Bytes) -> Bytes:
     size = config["qk_nope_head_dim"] + config["v_head_dim"]
     return rows.reshape(config["num_attention_heads"], size, rows.shape[-1])
+
+
+def by_key_head(config: Config, rows: Bytes) -> Bytes:
+    """Order heads of values by the head of keys that they share; files repeat the heads of keys."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    heads = rows.reshape(values // keys, keys, -1, rows.shape[-1])
+    return heads.swapaxes(0, 1).reshape(rows.shape)
+
+
+def values_by_key_head(config: Config, rows: Bytes) -> Bytes:
+    """Order the heads of values in rows of queries, keys and values, as `by_key_head` does."""
+    start = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    return np.concatenate([rows[:start], by_key_head(config, rows[start:])])
+
+
+# Orders of columns
+
+
+def columns_by_key_head(config: Config, matrix: Floats) -> Floats:
+    """Order the columns of a projection of heads of values, as `by_key_head` does."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    heads = matrix.reshape(len(matrix), values // keys, keys, -1)
+    return heads.swapaxes(1, 2).reshape(matrix.shape)
 
 
 # Changes of values

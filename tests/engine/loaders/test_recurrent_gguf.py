@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from modelpack_engine.errors import ModelLoadError
 from tests.engine.loaders.test_architectures import load_tiny
 from tests.engine.loaders.tiny_models import TINY_MODELS
+
+Q = gguf.GGMLQuantizationType
 
 
 def write(name: str, path: Path, **values: Any) -> Path:
@@ -42,6 +45,7 @@ def write(name: str, path: Path, **values: Any) -> Path:
         ("lfm2moe", {"expert_gating_func": 1}, "experts that are not scored by a sigmoid"),
         ("nemotron_h", {"feed_forward_length": 96}, "feed_forward_length that is not given"),
         ("nemotron_h_moe", {"expert_group_count": 2}, "groups of experts"),
+        ("qwen35", {"attention__recurrent_layers": [1, 0, 0, 1]}, "recurrent in another pattern"),
         ("granitehybrid", {"ssm__group_count": 2}, "norms of several groups"),
     ],
 )
@@ -58,3 +62,19 @@ def test_falcon_with_norms(tmp_path: Path) -> None:
     written = replace(tiny, converted=lambda config, w: tiny.converted(config, w) | norms)
     with pytest.raises(ModelLoadError, match="falcon-h1 with norms in recurrent layers"):
         load_tiny(written.write(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("name", ["qwen35moe", "nemotron_h_moe"])
+def test_quantised_weights_are_reordered(name: str, tmp_path: Path) -> None:
+    """Packed weights, whose rows are moved as they are stored, give the logits of dense ones."""
+    tiny = TINY_MODELS[name]
+
+    def quantize(tensor: str, values: np.ndarray) -> Any:
+        if values.shape[-1] % 32 or "ffn_gate_inp" in tensor:
+            return None
+        return gguf.quants.quantize(values, Q.Q8_0), Q.Q8_0
+
+    path = tiny.write(tmp_path / "m.gguf", quantize)
+    dense, packed = load_tiny(path, dense=True), load_tiny(path, dense=False, dtype=mx.float32)
+    assert packed.weight_bytes < dense.weight_bytes / 2
+    assert np.abs(tiny.logits(packed.model) - tiny.logits(dense.model)).max() < 1e-3

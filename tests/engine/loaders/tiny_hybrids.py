@@ -273,3 +273,78 @@ def granite_hybrid(config: Mapping[str, Any], weights: Weights) -> Weights:
 def falcon_h1(config: Mapping[str, Any], weights: Weights) -> Weights:
     """conversion/falcon_h1.py; the multipliers are 1."""
     return mamba2(weights, config["mamba_n_groups"])
+
+
+QWEN35: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "head_dim": 32,
+    "linear_num_value_heads": 6,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
+}
+QWEN35_MOE: dict[str, Any] = {
+    **QWEN35,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+
+
+def qwen35_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    heads = config["linear_num_value_heads"]
+    ssm_keys(
+        writer,
+        kernel=config["linear_conv_kernel_dim"],
+        state=config["linear_key_head_dim"],
+        heads=heads,
+        inner=heads * config["linear_value_head_dim"],
+        groups=config["linear_num_key_heads"],
+    )
+    writer.add_full_attention_interval(config["full_attention_interval"])
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_dimension_sections([2, 1, 1, 0])
+    if config.get("num_experts"):
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+
+
+def qwen35(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/qwen.py: heads of values in the order of repeated heads of keys.
+
+    Norms stay as they are, because mlx-lm's class has 1 + w too.
+    """
+    keys, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    start = 2 * keys * config["linear_key_head_dim"]
+    order = np.arange(heads).reshape(keys, -1).T.reshape(-1)
+
+    def repeated(values: np.ndarray) -> np.ndarray:
+        return values.reshape(heads, -1, *values.shape[1:])[order].reshape(values.shape)
+
+    changed = {}
+    for name, values in weights.items():
+        name = name.removeprefix("language_model.").replace("switch_mlp", "experts")
+        if name.endswith((".A_log", ".dt_bias", "_z.weight", "_a.weight", "_b.weight")):
+            values = repeated(values)
+        elif name.endswith(("in_proj_qkv.weight", "linear_attn.conv1d.weight")):
+            values = np.concatenate([values[:start], repeated(values[start:])])
+        elif name.endswith("linear_attn.out_proj.weight"):
+            values = np.ascontiguousarray(repeated(values.T).T)
+        if name.endswith(".A_log"):
+            values = -np.exp(values)
+        elif name.endswith("conv1d.weight"):
+            values = values.squeeze(-1)
+        elif name.endswith("shared_expert_gate.weight"):
+            values = values.reshape(-1)
+        changed[name.replace(".dt_bias", ".dt_proj.bias")] = values
+    return changed

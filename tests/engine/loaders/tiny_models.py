@@ -993,4 +993,16 @@ TINY_MODELS: dict[str, TinyModel] = {
         hybrids.mamba2_keys,
         hybrids.falcon_h1,
     ),
+    "qwen35": TinyModel(
+        "qwen35",
+        _model("qwen35", "qwen3_5", **hybrids.QWEN35),
+        hybrids.qwen35_keys,
+        hybrids.qwen35,
+    ),
+    "qwen35moe": TinyModel(
+        "qwen35moe",
+        _model("qwen35moe", "qwen3_5_moe", **hybrids.QWEN35_MOE),
+        hybrids.qwen35_keys,
+        hybrids.qwen35,
+    ),
 }
