@@ -340,6 +340,24 @@ def _dots1(values: Hyperparameters, config: Config) -> None:
     _routed_experts(values, config)
 
 
+def _bailing_moe2(values: Hyperparameters, config: Config) -> None:
+    if values.integer("expert_gating_func", _SIGMOID) != _SIGMOID:
+        raise values.unsupported("experts that are not scored by a sigmoid")
+    if values.head_dim * values.heads != config["hidden_size"]:
+        raise values.unsupported("heads of another size than its width / heads")
+    _routed_experts(values, config)
+    config |= {
+        "num_experts": config.pop("n_routed_experts"),
+        "num_shared_experts": config.pop("n_shared_experts") or 0,
+        "score_function": "sigmoid",
+        "use_qk_norm": True,
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": values.integer(
+            "expert_shared_feed_forward_length", config["moe_intermediate_size"]
+        ),
+    }
+
+
 def _deepseek(values: Hyperparameters, config: Config) -> None:
     """Add the fields of multi-head latent attention (MLA) and of the experts."""
     if config["tie_word_embeddings"]:
@@ -547,6 +565,17 @@ _DOTS1: Names = {
     **_ROUTED,
     **_experts("mlp", switch="experts"),
 }
+_BAILING_MOE2: Names = {
+    **_NORM,
+    **_FFN_NORM,
+    **_ROUTED,
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    "attn_q_norm": "attention.query_layernorm",
+    "attn_k_norm": "attention.key_layernorm",
+    "ffn_gate_inp": "mlp.gate.gate_proj",
+    "exp_probs_b": _parameter("mlp.gate.expert_bias"),
+}
 _MLA: Names = {
     **_NORM,
     **_FFN_NORM,
@@ -589,6 +618,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi2": Architecture("phi", _PHI2, outer=_PHI2_OUTER, partial_rope=True, scaled_rope=False),
     "phi3": Architecture("phi3", _PHI3, _phi3, partial_rope=True, scaled_rope=False),
     "starcoder2": Architecture("starcoder2", _STARCODER2, _starcoder2),
+    "gemma": Architecture(
+        "gemma", _shifted(_LLAMA), outer=_shifted(_WITHOUT_HEAD), scaled_rope=False
+    ),
     "gemma2": Architecture("gemma2", _shifted(_GEMMA), _gemma2, outer=_shifted(_OUTER)),
     "gemma3": Architecture(
         "gemma3_text", _shifted({**_GEMMA, **_QK_NORM}), _gemma3, outer=_shifted(_OUTER)
@@ -610,6 +642,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         outer={**_OUTER, "output_norm.weight": Target("model.norm", values=minus_one)},
         partial_rope=True,
         scaled_rope=False,
+    ),
+    "bailingmoe2": Architecture(
+        "bailing_moe",
+        _BAILING_MOE2,
+        _bailing_moe2,
+        outer={**_OUTER, "token_embd": "model.word_embeddings"},
+        partial_rope=True,
     ),
     "deepseek2": Architecture("deepseek_v2", _DEEPSEEK2, _deepseek2, partial_rope=True),
     "dots1": Architecture("dots1", _DOTS1, _dots1),

@@ -105,7 +105,10 @@ _NAMES: Mapping[PreTokenizer, tuple[str, ...]] = {
     _LLAMA3_LIKE: ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"),
     PreTokenizer((_LLAMA3,)): ("dbrx", "smaug-bpe", "chatglm-bpe"),
     PreTokenizer((_LLAMA3,), whole_words=True): ("glm4",),
-    _QWEN2_LIKE: ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open"),
+    _QWEN2_LIKE: (
+        *("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open"),
+        *("bailingmoe", "bailingmoe2", "llada-moe"),  # differ in writing only: \s*[\r\n]
+    ),
     PreTokenizer((_words(r"\p{N}", r"[\p{L}\p{M}]", r"\p{L}\p{M}\p{N}"),)): ("qwen35",),
     _DEEPSEEK3: ("deepseek-v3", "hunyuan-dense"),
     PreTokenizer(

@@ -146,6 +146,8 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("glm4moe", "glm4moe.expert_gating_func", 1, "not scored by a sigmoid"),
         ("gemma4", "gemma4.attention.sliding_window_pattern", 2, "windows in all layers, or in"),
         ("nemotron", "nemotron.rope.scaling.factor", 4.0, "nemotron with rope scaling 'linear'"),
+        ("bailingmoe2", "bailingmoe2.expert_gating_func", 1, "not scored by a sigmoid"),
+        ("bailingmoe2", "bailingmoe2.attention.key_length", 32, "another size than its width"),
         ("dots1", "dots1.expert_gating_func", 1, "not scored by a sigmoid"),
         ("deepseek-v2-lite", "deepseek2.expert_gating_func", 3, "scored by another function"),
         ("deepseek-v2-lite", "deepseek2.expert_group_count", 4, "groups of experts"),

@@ -325,6 +325,21 @@ def _mistral3_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
 
 
+def _bailing_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    numbers = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
+    _glm4_moe_keys(writer, {**config, **{new: config[old] for new, old in numbers.items()}})
+    writer.add_expert_shared_feed_forward_length(config["moe_intermediate_size"])
+
+
+def _bailing(config: Mapping[str, Any], weights: Weights) -> Weights:
+    names = {
+        "switch_mlp": "experts",
+        "mlp.gate.gate_proj": "mlp.gate",
+        "mlp.gate.expert_bias": "mlp.gate.e_score_correction.bias",
+    }
+    return _renamed(names, weights)
+
+
 def _olmoe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_expert_count(config["num_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -457,7 +472,7 @@ class TinyModel:
         made = {}
         for name, array in sorted(tree_flatten(model.parameters())):
             near_one = ("norm.weight", "norm_1.weight", "norm_2.weight", "scale", "layer_scalar")
-            shifted = self.config["model_type"] in ("gemma2", "gemma3_text")
+            shifted = self.config["model_type"] in ("gemma", "gemma2", "gemma3_text")
             norm = name.endswith(near_one) and not shifted
             scale = 0.1 if array.ndim == 1 else 2.0 / np.sqrt(array.shape[-1])
             values = random.standard_normal(array.shape) * scale + (1 if norm else 0)
@@ -521,6 +536,17 @@ _ROUTED = {
     "n_group": 1,
     "topk_group": 1,
 }
+_BAILING_MOE2 = _model(
+    "bailingmoe2",
+    "bailing_moe",
+    **{k: v for k, v in _ROUTED.items() if k not in ("n_routed_experts", "n_shared_experts")},
+    num_experts=8,
+    num_shared_experts=1,
+    score_function="sigmoid",
+    use_qk_norm=True,
+    moe_router_enable_expert_bias=True,
+    partial_rotary_factor=0.5,
+)
 _MLA = {
     **_ROUTED,
     "num_key_value_heads": 1,
@@ -692,6 +718,12 @@ TINY_MODELS: dict[str, TinyModel] = {
             if key != "rms_norm_eps"
         },
         _starcoder2_keys,
+        tolerance=1e-4,  # mlx-lm computes the GELU exactly, llama.cpp by tanh
+    ),
+    "gemma": TinyModel(
+        "gemma",
+        _model("gemma", "gemma", **_GEMMA),
+        converted=_shifted,
         tolerance=1e-4,  # mlx-lm computes the GELU exactly, llama.cpp by tanh
     ),
     "gemma2": TinyModel(
@@ -870,6 +902,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         _nemotron_keys,
         _shifted,
     ),
+    "bailingmoe2": TinyModel("bailingmoe2", _BAILING_MOE2, _bailing_keys, _bailing),
     "dots1": TinyModel(
         "dots1",
         _model("dots1", "dots1", **_ROUTED, head_dim=16, num_key_value_heads=4),

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[4]
 PRE_TOKENIZERS = (
     *("default", "gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "deepseek-llm"),
     *("deepseek-coder", "deepseek-v3", "falcon", "starcoder", "dbrx", "glm4", "command-r"),
-    *("tekken", "gpt-4o", "seed-coder"),
+    *("tekken", "gpt-4o", "seed-coder", "bailingmoe2"),
 )
 _CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _DEFINED = ["<tool>", "</tool>"]
