@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -72,10 +72,13 @@ class TensorPlan:
 Decoded = dict[str, npt.NDArray[Any]]
 
 
-def arrays_of(plans: Collection[TensorPlan], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
-    """Yield the name and array of each parameter; arrays that are not packed have `dtype`.
+def arrays_of(
+    plans: Collection[TensorPlan], dtype: mx.Dtype, casts: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, mx.array]]:
+    """Yield the name and array of each parameter.
 
-    Raises `ModelLoadError` for a type that is not supported.
+    Arrays that are not packed have `dtype`, or if `casts` is false for their names, the type in the
+    file. Raises `ModelLoadError` for a type that is not supported.
     """
     with ThreadPoolExecutor(_threads(), thread_name_prefix="decode") as pool:
         waiting: deque[tuple[TensorPlan, Future[Decoded]]] = deque()
@@ -86,7 +89,9 @@ def arrays_of(plans: Collection[TensorPlan], dtype: mx.Dtype) -> Iterator[tuple[
             nonlocal ahead, done
             first, future = waiting.popleft()
             ahead -= first.decoded_bytes
-            yield from _arrays(first, future.result(), dtype)
+            for name, array in _arrays(first, future.result()):
+                floating = mx.issubdtype(array.dtype, mx.floating) and casts(name)
+                yield name, array.astype(dtype) if floating else array
             done += first.parameter.stored_bytes
             load_progress.read(done / total if total else 1)
 
@@ -131,24 +136,20 @@ def _decode(item: TensorPlan) -> Decoded:
     return {"values": gguf_blocks.as_stored(tensor)}
 
 
-def _arrays(item: TensorPlan, decoded: Decoded, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+def _arrays(item: TensorPlan, decoded: Decoded) -> Iterator[tuple[str, mx.array]]:
     path, values = item.parameter.path, decoded.get("values")
     if values is None:
         for name, part in decoded.items():
-            array = mx.array(part)
-            floating = mx.issubdtype(array.dtype, mx.floating)
-            yield f"{path}.{name}", array.astype(dtype) if floating else array
+            yield f"{path}.{name}", mx.array(part)
         return
     array = mx.array(values)
     if array.dtype == mx.uint16:  # bfloat16, which numpy does not have
         array = array.view(mx.bfloat16)
     if item.packing is None:
-        yield f"{path}.{item.parameter.name}", array.astype(dtype)
+        yield f"{path}.{item.parameter.name}", array
         return
-    weight, scales, biases = mx.quantize(array, GROUP_SIZE, item.packing.bits)
-    yield f"{path}.weight", weight
-    yield f"{path}.scales", scales.astype(dtype)
-    yield f"{path}.biases", biases.astype(dtype)
+    quantised = mx.quantize(array, GROUP_SIZE, item.packing.bits)
+    yield from zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), quantised, strict=True)
 
 
 def _threads() -> int:
@@ -200,8 +201,9 @@ class GGUFLoader:
         }
         if packed:
             quantize(model, class_predicate=lambda path, _: packed.get(path, False))
+        casts = getattr(model, "cast_predicate", lambda name: True)  # mlx-lm's, of its conversion
         # Not strict, because `_build` has compared names and shapes.
-        model.load_weights(list(arrays_of(plans, precision.dtype)), strict=False)
+        model.load_weights(list(arrays_of(plans, precision.dtype, casts)), strict=False)
         self._set_rope_frequencies(model)
         return cast(Module, model)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models.precision import parameters_of
 from tests.engine.loaders.test_architectures import load_tiny
 from tests.engine.loaders.tiny_models import TINY_MODELS
 
@@ -78,3 +79,21 @@ def test_quantised_weights_are_reordered(name: str, tmp_path: Path) -> None:
     dense, packed = load_tiny(path, dense=True), load_tiny(path, dense=False, dtype=mx.float32)
     assert packed.weight_bytes < dense.weight_bytes / 2
     assert np.abs(tiny.logits(packed.model) - tiny.logits(dense.model)).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("nemotron_h_moe", {"A_log", "e_score_correction_bias"}),
+        ("qwen35", {"A_log"}),
+        ("deepseek-v3", {"e_score_correction_bias"}),
+        ("falcon-h1", set()),
+    ],
+)
+def test_parameters_that_mlx_lm_keeps_in_float32(name: str, kept: set[str], tmp_path: Path) -> None:
+    path = TINY_MODELS[name].write(tmp_path / "m.gguf")
+    model = load_tiny(path, dense=True, dtype=mx.bfloat16).model
+    found = parameters_of(model)
+    wide = {name.rpartition(".")[2] for name, array in found.items() if array.dtype == mx.float32}
+    assert wide == kept
+    assert model(mx.array([[1, 2, 3]])).dtype == mx.bfloat16
