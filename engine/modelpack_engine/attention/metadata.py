@@ -7,7 +7,7 @@ stream one after the other in one thread, so that parallel work needs another st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -80,13 +80,13 @@ class AdapterRows:
             self.slots = self.slots[rows]
 
     @contextmanager
-    def only(self, start: int, stop: int) -> Iterator[None]:
-        """Reduce the rows to a range within the block."""
+    def only(self, rows: Iterable[int]) -> Iterator[None]:
+        """Compute these rows of the step within the block."""
         if self.slots is None:
             yield
             return
         before = self.slots, self.same, self._host
-        self._set(self._host[start:stop])
+        self._set([self._host[row] for row in rows])
         try:
             yield
         finally:

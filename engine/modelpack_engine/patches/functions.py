@@ -174,19 +174,24 @@ def _state_space(
     x: Any, A_log: Any, B: Any, C: Any, D: Any, dt: Any, dt_bias: Any, state: Any = None,
     time_step_limit: Any = (0.001, 100.0), mask: Any = None, lengths: Any = None, step: int = 256,
 ) -> Any:  # fmt: skip
-    if not _fast_recurrence.get() or mask is not None or lengths is not None:
+    if not _fast_recurrence.get():
         return native_ssm_attn(
             x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths, step
         )
     dt = ssm.compute_dt(dt, dt_bias, time_step_limit)
+    if mask is not None:  # no time passes at padding, which leaves the state as it is
+        dt = mx.where(mask[..., None], dt, 0)
     return state_space.attend(x, A_log, B, C, D, dt, state, step)
 
 
 def _delta_rule(
     q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any = None, mask: Any = None
 ) -> Any:
-    if not _fast_recurrence.get() or mask is not None or not delta_rule.takes(q, k, v):
+    if not _fast_recurrence.get() or not delta_rule.takes(q, k, v):
         return native_gated_delta_ops(q, k, v, g, beta, state, mask)
+    if mask is not None:  # padding neither decays the state nor adds to it
+        g = mx.where(mask[..., None] if g.ndim == 3 else mask[..., None, None], g, 1)
+        beta = mx.where(mask[..., None], beta, 0)
     return delta_rule.update(q, k, v, g, beta, state)
 
 

@@ -1,23 +1,27 @@
 """Adapted: an mlx-lm model prepared to run the flattened batch of a step, and its paged caches.
 
-Most modules run on the rows of all sequences at once. Recurrent layers, and attention that failed
-the self-test, run sequence by sequence: `_call` calls the module once for each decode row and
-chunk, with a `KVView`, which shows it the paged cache of one sequence.
+Most modules run on the rows of all sequences at once. Attention that failed the self-test runs
+sequence by sequence: `_call` calls the module once for each decode row and chunk, with a `KVView`,
+which shows it the paged cache of one sequence. Recurrent layers run once for all decode rows, and
+once for each chunk, or for all chunks of similar length together if they support padding.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from modelpack_engine import kernels
 from modelpack_engine.attention.cache_handle import LostHandleError, RowMask
+from modelpack_engine.attention.kv_pools import length_groups
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.core.batch import StepBatch
@@ -48,7 +52,7 @@ class Adapted:
     """A model with the classes of some modules swapped, and the caches to call it with.
 
     Attention modules of the classes in `per_sequence` run sequence by sequence, and others on rows;
-    recurrent modules always run sequence by sequence. `fold` flattens the inputs of quantised
+    recurrent modules run in groups of sequences. `fold` flattens the inputs of quantised
     linears to two dimensions. `fused` layers run by fused kernels.
     """
 
@@ -233,6 +237,33 @@ class Adapted:
         self.paged, self.states, self.caches = [], [], []
 
 
+#: Recurrent classes of mlx-lm that compute prompts of different lengths together, by the module
+#: that defines them: they use a mask, and the lengths in their cache, for padding after a prompt.
+PADDED = frozenset(
+    {
+        ("bailing_moe_v3", "BailingKDA"),
+        ("falcon_h1", "FalconH1Mixer"),
+        ("granitemoehybrid", "GraniteMoeHybridMamba2Mixer"),
+        ("kimi_k3", "KimiK3DeltaAttention"),
+        ("kimi_linear", "KimiDeltaAttention"),
+        ("lfm2", "ShortConv"),
+        ("lfm2_moe", "ShortConv"),
+        ("mamba2", "Mamba2Block"),
+        ("nemotron_h", "NemotronHMamba2Mixer"),
+        ("qwen3_5", "GatedDeltaNet"),
+        ("qwen3_next", "Qwen3NextGatedDeltaNet"),
+    }
+)
+
+
+@lru_cache(maxsize=256)
+def _mask_position(call: Call, owner: tuple[str, str]) -> int | None:
+    """Return the position of the mask among the arguments, for classes that pad prompts."""
+    if owner not in PADDED:
+        return None
+    return list(inspect.signature(call).parameters).index("mask") - 1  # without self
+
+
 class KVView(KVCache):
     """The keys and values that one decode row or chunk sees, with the interface of mlx-lm's cache.
 
@@ -296,6 +327,86 @@ class KVView(KVCache):
 Cache = PagedKV | RecurrentState
 
 
+class Padded:
+    """Chunks of prompts of similar length as an array [chunks, tokens, …], padded at their ends."""
+
+    def __init__(self, step: StepInputs, indices: list[int]) -> None:
+        self.indices = indices
+        chunks = [step.chunks[index] for index in indices]
+        self.lengths = [chunk.length for chunk in chunks]
+        self.width = max(self.lengths)
+        #: The row of the step for each token; padding repeats the last row of its chunk.
+        self.places = [c.row + min(i, c.length - 1) for c in chunks for i in range(self.width)]
+        self.rows = mx.array(self.places, mx.int32).reshape(len(chunks), self.width)
+        self.mask: mx.array | None = None
+        if min(self.lengths) < self.width:
+            self.mask = mx.arange(self.width) < mx.array(self.lengths)[:, None]
+
+    def cut(self, rows: mx.array) -> mx.array:
+        """Return the chunks of an array [rows, 1, …] of the whole step."""
+        return rows[:, 0][self.rows]
+
+    def view(self, state: RecurrentState) -> ArraysCache:
+        """Return the states before the chunks."""
+        view = state.chunks_view(self.indices)
+        if self.mask is not None:
+            view.prepare(lengths=self.lengths)
+        return view
+
+
+# The longest chunks that are padded: the computation of longer ones costs more than a call.
+_MOST_PADDED = 64
+
+
+def _groups(lengths: list[int]) -> list[list[int]]:
+    """Return the chunks that run together: short ones of similar and long ones of equal length."""
+    short = [index for index, length in enumerate(lengths) if length <= _MOST_PADDED]
+    groups = [[short[at] for at in group] for group in length_groups([lengths[i] for i in short])]
+    long: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        if length > _MOST_PADDED:
+            long.setdefault(length, []).append(index)
+    return [*groups, *long.values()]
+
+
+class Prompts:
+    """All chunks of a step, in groups that run together."""
+
+    def __init__(self, step: StepInputs) -> None:
+        lengths = [chunk.length for chunk in step.chunks]
+        self.groups = [Padded(step, indices) for indices in _groups(lengths)]
+        order = [index for group in self.groups for index in group.indices]
+        #: The place of each chunk in the groups; None if it is the same.
+        self.order: mx.array | None = None
+        if order != sorted(order):
+            self.order = mx.array(sorted(range(len(order)), key=order.__getitem__), mx.int32)
+        self.first = step.num_decode
+        places = [0] * (step.num_rows - self.first)
+        start = 0
+        for group in self.groups:
+            for index, length in zip(group.indices, group.lengths, strict=True):
+                row = step.chunks[index].row - self.first
+                places[row : row + length] = range(start, start + length)
+                start += group.width
+        self.places = mx.array(places, mx.int32)
+
+    def join(self, outputs: list[mx.array]) -> mx.array:
+        """Return rows [rows, 1, …] of the groups' outputs, from the first row of a chunk on."""
+        flat = [output.reshape(-1, 1, *output.shape[2:]) for output in outputs]
+        return (flat[0] if len(flat) == 1 else mx.concatenate(flat))[self.places]
+
+    def states(self, views: list[ArraysCache]) -> list[ArraysCache]:
+        """Return the states after the chunks, in the order of the chunks."""
+        if self.order is None:
+            return views
+        joined = ArraysCache(len(views[0].cache))
+        for slot in range(len(joined.cache)):
+            found = [view[slot] for view in views]
+            if all(array is not None for array in found):
+                joined[slot] = mx.concatenate(found)[self.order]
+        return [joined]
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Rows [start, stop) of a step that run together: decode rows [n, 1, …] or a chunk [1, n, …].
@@ -326,6 +437,11 @@ def _call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _Pieces(original, module, args, kwargs, caches).run()
 
 
+def _class_of(call: Call) -> tuple[str, str]:
+    """Return the last part of the name of the module that defines a method, and its class."""
+    return call.__module__.rpartition(".")[2], call.__qualname__.partition(".")[0]
+
+
 def _leaves(value: Any) -> list[Cache]:
     if isinstance(value, PagedKV | RecurrentState):
         return [value]
@@ -346,6 +462,7 @@ class _Pieces:
         caches: list[Cache],
     ) -> None:
         self.call: Callable[..., Any] = lambda *a, **k: original(module, *a, **k)
+        self.mask_position = _mask_position(original, _class_of(original))
         self.args, self.kwargs = args, kwargs
         self.step = caches[0].step
         self.paged = [cache for cache in caches if isinstance(cache, PagedKV)]
@@ -353,6 +470,8 @@ class _Pieces:
         self.pieces = list_pieces(self.step, one_by_one=bool(self.paged))
 
     def run(self) -> Any:
+        if self.mask_position is not None and len(self.step.chunks) > 1 and not self.paged:
+            return self._run_together(self.mask_position)
         if self.paged:
             self._write()
         runs = [self._run_piece(piece, attend=True) for piece in self.pieces]
@@ -361,6 +480,41 @@ class _Pieces:
             first_chunk = len(made) - len(self.step.chunks)
             state.store(made[:first_chunk], made[first_chunk:])
         return self._join([output for output, _ in runs])
+
+    def _run_together(self, mask_position: int) -> mx.array:
+        """Run the decode rows in one call, and the chunks in one call for each group of lengths."""
+        prompts: Prompts = self.step.remember("prompts", lambda: Prompts(self.step))
+        decode = [self._run_piece(piece, attend=True) for piece in self.pieces[:1]]
+        if not self.step.num_decode:
+            decode = []
+        outputs: list[mx.array] = []
+        after: list[dict[int, ArraysCache]] = []
+        for group in prompts.groups:
+            views = {id(state): group.view(state) for state in self.states}
+            args, kwargs = list(self._padded(self.args, group, views)), self.kwargs
+            kwargs = {name: self._padded(value, group, views) for name, value in kwargs.items()}
+            if len(args) > mask_position:
+                args[mask_position] = group.mask
+            else:
+                kwargs["mask"] = group.mask
+            with fast_recurrence(), self.step.adapters.only(group.places):
+                outputs.append(self.call(*args, **kwargs))
+            after.append(views)
+        for state in self.states:
+            chunks = prompts.states([views[id(state)] for views in after])
+            state.store([views[id(state)] for _, views in decode], chunks)
+        parts = [*(output for output, _ in decode), prompts.join(outputs)]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _padded(self, value: Any, group: Padded, views: dict[int, ArraysCache]) -> Any:
+        """Return the part of an argument that belongs to the chunks of `group`."""
+        if isinstance(value, RecurrentState):
+            return views[id(value)]
+        if isinstance(value, mx.array) and value.shape[:2] == (self.step.num_rows, 1):
+            return group.cut(value)
+        if isinstance(value, tuple | list):
+            return type(value)(self._padded(member, group, views) for member in value)
+        return value
 
     def _write(self) -> None:
         """Run every piece to get its new rows, and write them to the pools."""
@@ -386,7 +540,7 @@ class _Pieces:
             )
         args = [self._cut(value, piece, views) for value in self.args]
         kwargs = {name: self._cut(value, piece, views) for name, value in self.kwargs.items()}
-        with fast_recurrence(), self.step.adapters.only(piece.start, piece.stop):
+        with fast_recurrence(), self.step.adapters.only(range(piece.start, piece.stop)):
             return self.call(*args, **kwargs), views
 
     def _cut(self, value: Any, piece: Piece, views: dict[int, Any]) -> Any:

@@ -292,6 +292,24 @@ class RecurrentState:
                 view[slot] = None if array is None else array[row : row + 1]
         return view
 
+    def chunks_view(self, indices: Sequence[int]) -> ArraysCache:
+        """Return a cache with the states of the sequences of chunks `indices`, in this order."""
+        rows = [self._plan().chunks[index] for index in indices]
+        view = ArraysCache(len(self.arrays))
+        if all(isinstance(row, int) for row in rows):
+            index = mx.array(rows, mx.int32)
+            for slot, array in enumerate(self.arrays):
+                view[slot] = None if array is None else array[index]
+            return view
+        views = [self.chunk_view(index) for index in indices]
+        for slot in range(len(self.arrays)):
+            found = [each[slot] for each in views]
+            given = next((array for array in found if array is not None), None)
+            if given is not None:
+                start = mx.zeros_like(given)
+                view[slot] = mx.concatenate([start if a is None else a for a in found])
+        return view
+
     def store(self, decode: Sequence[ArraysCache], chunks: Sequence[ArraysCache]) -> None:
         """Store the states that the pieces computed: decode rows in order, then chunks."""
         kept = self._plan().kept

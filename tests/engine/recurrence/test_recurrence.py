@@ -74,16 +74,22 @@ def test_state_spaces_are_those_of_mlx_lm(
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_padded_state_spaces_stay_with_mlx_lm() -> None:
-    inputs = state_space_inputs(2, 5, 4, 2, started=False)
-    limits = (0.001, 100.0)
-    mask = mx.array([[True] * 5, [False] * 2 + [True] * 3])
+@pytest.mark.parametrize("started", [False, True])
+def test_padding_after_a_prompt_leaves_the_state(*, started: bool) -> None:
+    lengths = [2, 5, 4]
+    inputs = state_space_inputs(3, 5, 4, 2, started=started)
+    mask = mx.arange(5) < mx.array(lengths)[:, None]
     functions.install()
     with functions.fast_recurrence():
-        found = ssm.ssm_attn(*inputs, limits, mask)
-    expected = functions.native_ssm_attn(*inputs, limits, mask)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        found = ssm.ssm_attn(*inputs, (0.001, 100.0), mask, mx.array(lengths))
+    x, a_log, b, c, d, dt, bias, state = inputs
+    for row, length in enumerate(lengths):
+        one, some = slice(row, row + 1), slice(length)
+        before = None if state is None else state[one]
+        of_row = (x[one, some], a_log, b[one, some], c[one, some], d, dt[one, some], bias, before)
+        expected = functions.native_ssm_attn(*of_row)
+        np.testing.assert_allclose(found[0][one, some], expected[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found[1][one], expected[1], rtol=1e-4, atol=1e-4)
 
 
 def test_outside_of_steps_mlx_lm_computes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +200,26 @@ def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str]) ->
     verdict = module.verdict(mx.float32)
     assert verdict is not None
     assert " is off by " in verdict
+
+
+def test_padding_leaves_the_state_of_the_delta_rule(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions.install()
+    monkeypatch.setattr(functions, "native_gated_delta_ops", None)
+    monkeypatch.setattr(delta_rule, "takes", lambda *_: True)
+    mask = mx.arange(6) < mx.array([4, 6])[:, None]
+    for every in (False, True):
+        q, k, v, g, beta, before = delta_rule_inputs(6, every=every)
+        with functions.fast_recurrence():
+            y, state = gated_delta.gated_delta_ops(q, k, v, g, beta, before, mask)
+        for row, length in enumerate((4, 6)):
+            one, some = slice(row, row + 1), slice(length)
+            wanted, after = delta_rule.by_definition(
+                q[one, some], k[one, some], v[one, some], g[one, some], beta[one, some], before[one]
+            )
+            np.testing.assert_allclose(y[row : row + 1, :length], wanted, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(state[row : row + 1], after, rtol=1e-4, atol=1e-4)
 
 
 def test_a_prompt_is_as_its_tokens_one_by_one(host: Host) -> None:
