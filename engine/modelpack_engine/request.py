@@ -145,8 +145,9 @@ class EngineRequest:
 
     `n` sequences are sampled from the prompt (the API's choices). `continues_text` is for
     completions, whose text continues the prompt instead of starting a new message. Requests share
-    cached prefixes only with requests of the same `cache_salt`. A `background` request gives its
-    place to other requests that wait for one. `adapter` names an adapter of the engine.
+    cached prefixes only with requests of the same `cache_salt`. Waiting requests of different
+    `owner` take turns. A `background` request gives its place to other requests that wait for one.
+    `adapter` names an adapter of the engine.
     """
 
     prompt_token_ids: Sequence[int]
@@ -154,6 +155,7 @@ class EngineRequest:
     n: int = 1
     continues_text: bool = False
     cache_salt: bytes = b""
+    owner: bytes = b""
     background: bool = False
     adapter: str | None = None
 

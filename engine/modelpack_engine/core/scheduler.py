@@ -232,7 +232,7 @@ class WaitingQueue:
             self._background.append(sequence)
             return
         sequence.priority = now + self._overtaking * num_uncached
-        insort(self._owners.setdefault(sequence.cache_salt, []), sequence, key=_by_priority)
+        insort(self._owners.setdefault(sequence.owner, []), sequence, key=_by_priority)
 
     def put_back(self, sequence: Sequence) -> None:
         """Add a sequence that was preempted."""
@@ -247,9 +247,9 @@ class WaitingQueue:
         """Remove and return the first sequence."""
         sequence = self.first
         if not sequence.background and sequence.priority != _PREEMPTED:
-            if sequence.cache_salt in self._served or len(self._served) == ROUND:
+            if sequence.owner in self._served or len(self._served) == ROUND:
                 self._served.clear()
-            self._served.add(sequence.cache_salt)
+            self._served.add(sequence.owner)
         self.remove(sequence)
         return sequence
 
@@ -260,10 +260,10 @@ class WaitingQueue:
         elif sequence.priority == _PREEMPTED:
             self._preempted.remove(sequence)
         else:
-            queue = self._owners[sequence.cache_salt]
+            queue = self._owners[sequence.owner]
             queue.remove(sequence)
             if not queue:
-                del self._owners[sequence.cache_salt]
+                del self._owners[sequence.owner]
         self._count -= 1
         if not self._count:
             self._served.clear()

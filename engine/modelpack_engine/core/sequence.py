@@ -43,7 +43,7 @@ class Sequence:
 
     `seq_id` is unique in the process: the key of recurrent state and of sampler rows. `cache_salt`
     covers what the keys and values depend on besides model and tokens: adapter, media, and the
-    owner if owners do not share prefixes.
+    owner if owners do not share prefixes. Waiting sequences of different `owner` take turns.
 
     Known tokens are in `prompt_token_ids` and `output_token_ids`. `num_inflight` more tokens are in
     flight: sampled by a submitted step that the host has not read. The keys and values of the first
@@ -56,6 +56,7 @@ class Sequence:
     index: int = 0
     eos_token_ids: frozenset[int] = field(default=frozenset(), repr=False)
     cache_salt: bytes = field(default=b"", repr=False)
+    owner: bytes = field(default=b"", repr=False)
     #: Whether the sequence gives its place to others that wait.
     background: bool = field(default=False, repr=False)
     #: The slot of its adapter in the runner; 0 without an adapter.
@@ -111,6 +112,7 @@ class Sequence:
             index=index,
             eos_token_ids=self.eos_token_ids,
             cache_salt=self.cache_salt,
+            owner=self.owner,
             background=self.background,
             adapter_slot=self.adapter_slot,
         )

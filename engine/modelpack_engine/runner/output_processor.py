@@ -35,6 +35,7 @@ def make_outputs(
         request.params,
         eos_token_ids=tokenizer.eos_token_ids,
         cache_salt=request.cache_salt,
+        owner=request.owner,
         background=request.background,
         adapter_slot=adapter_slot,
     )

@@ -126,7 +126,8 @@ class ServedModel:
         Raises what `AsyncEngine.submit` raises.
         """
         context = request_context.get()
-        request = replace(request, cache_salt=context.cache_salt, background=context.background)
+        salt = context.cache_salt
+        request = replace(request, cache_salt=salt, owner=salt, background=context.background)
         stream = await self.engine.submit(request)
         if context.submitted is not None:
             context.submitted(self.name, stream)

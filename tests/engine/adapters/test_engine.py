@@ -82,6 +82,21 @@ def test_prefixes_are_not_shared_between_adapters(tmp_path: Path) -> None:
     assert engine.stats().cached_tokens == 32
 
 
+def test_a_client_with_several_adapters_is_one_owner(tmp_path: Path) -> None:
+    """Its requests wait in one queue, whichever adapters they name."""
+    engine = tiny_engine(max_loras=2, max_num_seqs=1)
+    for seed, name in enumerate(("one", "two"), start=1):
+        engine.add_adapter(name, adapter(tmp_path, seed), name)
+    requests = [(b"alice", "one"), (b"alice", "two"), (b"alice", None), (b"bob", None)]
+    for index, (owner, name) in enumerate(requests):
+        request = EngineRequest(PROMPT, GREEDY, cache_salt=owner, owner=owner, adapter=name)
+        engine.add_request(str(index), request)
+    order: dict[str, None] = {}
+    while engine.has_work:
+        order |= dict.fromkeys(event.request_id for event in engine.step())
+    assert list(order) == ["0", "3", "1", "2"]
+
+
 def test_the_least_recently_used_adapter_is_evicted(tmp_path: Path) -> None:
     engine = tiny_engine(max_loras=2)
     known = {name: adapter(tmp_path, seed) for seed, name in enumerate("abc", start=1)}

@@ -42,11 +42,13 @@ def drive(seed: int, num_actions: int = 60, window: int | None = None) -> Simula
             num_requests += 1
             own = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(3))]
             prompt = rng.choice(texts)[: rng.randrange(1, 24)] + own
+            max_tokens, salt = rng.randrange(1, 14), rng.choice([b"", b"", b"x"])
             first = sequence(
                 prompt,
-                rng.randrange(1, 14),
+                max_tokens,
                 request_id=str(num_requests),
-                salt=rng.choice([b"", b"", b"x"]),
+                salt=salt,
+                owner=salt,
                 eos=rng.random() < 0.5,
                 min_tokens=rng.choice([0, 0, 1]),
                 prompt_logprobs=rng.choice([None, None, None, 0]),

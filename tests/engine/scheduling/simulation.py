@@ -31,6 +31,7 @@ def sequence(
     *,
     request_id: str = "r",
     salt: bytes = b"",
+    owner: bytes = b"",
     eos: bool = False,
     background: bool = False,
     **params: object,
@@ -42,6 +43,7 @@ def sequence(
         SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         eos_token_ids=frozenset({EOS}) if eos else frozenset(),
         cache_salt=salt,
+        owner=owner,
         background=background,
     )
 
@@ -261,18 +263,18 @@ class Simulation:
         """Return sequences in the order of their owners' turns."""
         order, served = list[Sequence](), set(self.served)
         while left:
-            due = [seq for seq in left if seq.cache_salt not in served]
+            due = [seq for seq in left if seq.owner not in served]
             if not due:
                 due, served = left, set()
             order.append(due[0])
-            served.add(due[0].cache_salt)
+            served.add(due[0].owner)
             left = [seq for seq in left if seq is not due[0]]
         return order
 
     def _count_turn(self, seq: Sequence) -> None:
-        if seq.cache_salt in self.served:
+        if seq.owner in self.served:
             self.served.clear()
-        self.served.add(seq.cache_salt)
+        self.served.add(seq.owner)
 
     # Invariants
 

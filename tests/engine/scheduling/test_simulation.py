@@ -49,6 +49,7 @@ class Traffic(RuleBasedStateMachine):
         max_tokens=st.integers(1, 14),
         n=st.sampled_from([1, 1, 2, 3]),
         salt=st.sampled_from([b"", b"x"]),
+        owner=st.sampled_from([b"", b"y"]),
         eos=st.booleans(),
         stop_token_ids=st.sampled_from([(), (), (3,)]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
@@ -61,6 +62,7 @@ class Traffic(RuleBasedStateMachine):
         max_tokens: int,
         n: int,
         salt: bytes,
+        owner: bytes,
         eos: bool,
         **params: object,
     ) -> None:
@@ -68,7 +70,16 @@ class Traffic(RuleBasedStateMachine):
         prompt = data.draw(st.sampled_from(self.texts))[:length] + own
         request_id = str(self.num_requests)
         self.sim.add(
-            sequence(prompt, max_tokens, request_id=request_id, salt=salt, eos=eos, **params), n
+            sequence(
+                prompt,
+                max_tokens,
+                request_id=request_id,
+                salt=salt,
+                owner=owner,
+                eos=eos,
+                **params,
+            ),
+            n,
         )
 
     @rule(count=st.integers(1, 4))

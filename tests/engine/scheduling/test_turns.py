@@ -50,7 +50,7 @@ def popped(arrivals: Arrivals, overtaking: int) -> list[tuple[Sequence, list[Seq
 
     for owner, length, computed, pops in arrivals:
         now += computed
-        added = sequence([1] * length, 1, salt=owner)
+        added = sequence([1] * length, 1, owner=owner)
         queue.add(added, length, now)
         waiting.append(added)
         for _ in range(min(pops, len(waiting))):
@@ -74,7 +74,7 @@ def test_a_single_owner_has_the_order_of_priorities(arrivals: Arrivals, overtaki
 @given(ARRIVALS, st.sampled_from([0, 1, 16]))
 def test_each_owner_has_the_order_of_priorities(arrivals: Arrivals, overtaking: int) -> None:
     for first, waiting in popped(arrivals, overtaking):
-        assert first is first_of([w for w in waiting if w.cache_salt == first.cache_salt])
+        assert first is first_of([w for w in waiting if w.owner == first.owner])
 
 
 @given(ARRIVALS, st.sampled_from([0, 1, 16]))
@@ -84,8 +84,8 @@ def test_nobody_has_three_turns_while_another_owner_waits(
     """An owner is overtaken at most twice: by the last of a round and the first of the next."""
     turns: dict[tuple[bytes, bytes], int] = {}  # of one owner, while another waits
     for first, waiting in popped(arrivals, overtaking):
-        owner = first.cache_salt
-        others = {each.cache_salt for each in waiting} - {owner}
+        owner = first.owner
+        others = {each.owner for each in waiting} - {owner}
         turns = {
             (one, other): number
             for (one, other), number in turns.items()
@@ -108,18 +108,18 @@ def test_owners_with_one_each_have_the_order_of_priorities(
 def test_new_owners_keep_nobody_waiting_for_ever() -> None:
     queue, names = WaitingQueue(16), count()
     for _ in range(2):
-        queue.add(sequence([1] * 9, 1, salt=b"old"), 9, 0)
+        queue.add(sequence([1] * 9, 1, owner=b"old"), 9, 0)
     turns = []
     for now in range(3 * ROUND):
-        salt = str(next(names)).encode()
-        queue.add(sequence([1], 1, salt=salt), 1, 1000 * now)
-        turns.append(queue.pop().cache_salt)
+        owner = str(next(names)).encode()
+        queue.add(sequence([1], 1, owner=owner), 1, 1000 * now)
+        turns.append(queue.pop().owner)
     assert turns.count(b"old") == 2
 
 
 def test_who_was_preempted_precedes_all_owners() -> None:
     queue = WaitingQueue(0)
-    first, second, third = (sequence([1], 1, salt=salt) for salt in (b"a", b"a", b"b"))
+    first, second, third = (sequence([1], 1, owner=owner) for owner in (b"a", b"a", b"b"))
     for each in (first, second, third):
         queue.add(each, 1, 0)
     assert queue.pop() is first
@@ -133,9 +133,9 @@ def test_one_request_beside_a_thousand_of_another_owner(overtaking: int) -> None
     """The owner that came first has its turn, then the other owner."""
     sched = scheduler(max_num_seqs=1, max_waiting=2000, overtaking=overtaking)
     for number in range(1000):
-        sched.add(sequence(prompt(3, 1), 1, request_id=f"flood-{number}", salt=b"a"))
+        sched.add(sequence(prompt(3, 1), 1, request_id=f"flood-{number}", owner=b"a"))
     run(sched)
-    sched.add(sequence(prompt(9, 2), 1, request_id="single", salt=b"b"))
+    sched.add(sequence(prompt(9, 2), 1, request_id="single", owner=b"b"))
     order: dict[str, None] = {}
     while "single" not in order:
         order |= dict.fromkeys(name for name, _, _ in chunks(run(sched)))

@@ -124,6 +124,7 @@ def test_requests_of_a_batch_have_the_prefixes_of_their_owner(house: House) -> N
             assert api.ended(api.begin([row("a")])).status == "completed"
     first, same, other, again = [request.cache_salt for request in house.server.engine.requests]
     assert first == same != other == again
+    assert len({request.owner for request in house.server.engine.requests}) == 2
 
 
 def test_the_models_of_a_key_hold_in_a_batch(tmp_path: Path) -> None:
