@@ -284,7 +284,9 @@ class Engine(BaseEngine):
         last = self._in_flight
         buckets, size = self._sizes.buckets, self.config.block_size
         interval = self._blocks.snapshot_interval
-        batch = build_batch(output, last.batch if last else None, buckets, size, interval)
+        before = last.batch if last else None
+        recurrent = self._runner.snapshots is not None
+        batch = build_batch(output, before, buckets, size, interval, proposals_as_rows=recurrent)
         staging = self._runner.staging
         staging_step = staging.next_step()
         token_ids = row_token_ids(batch, last.sampled if last else None, staging)
@@ -355,6 +357,7 @@ class Engine(BaseEngine):
             return
         assert self._speculator is not None
         num_accepted = max(0, len(tokens) - 1)
+        self._runner.verified(proposal.sequence.seq_id, len(tokens))
         self._scheduler.verified(proposal, num_accepted)
         self._speculator.verified(proposal, num_accepted, spoilt=not tokens)
         self._sampler.accept(proposal.sequence.seq_id, [token.token_id for token in tokens])

@@ -100,15 +100,18 @@ def build_batch(
     buckets: Buckets,
     block_size: int,
     snapshot_interval: int = 0,
+    *,
+    proposals_as_rows: bool = False,
 ) -> StepBatch:
     """Return the batch of a step that was scheduled and is not submitted yet.
 
     `previous` is the batch of the step in flight; None if all tokens have been read. Every
-    `snapshot_interval` tokens, a snapshot of the recurrent state of decode rows is taken.
+    `snapshot_interval` tokens, a snapshot of the recurrent state of decode rows is taken. With
+    `proposals_as_rows`, the tokens of proposals are never a chunk: recurrent models need it.
     """
     rows = _Rows(buckets, block_size)
     chunks = []
-    if buckets.exact:
+    if buckets.exact and not proposals_as_rows:
         rows.add_decode(output.decode, previous)
         sample_rows = list(range(len(output.decode)))
         for proposal in output.proposals:

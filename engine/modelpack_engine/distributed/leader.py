@@ -119,9 +119,11 @@ class LeadingRunner:
         self.model, self.layout = runner.model, runner.layout
         self.buckets, self.staging = runner.buckets, runner.staging
         self.tier, self.fused, self.notes = runner.tier, runner.fused, runner.notes
-        self.snapshots, self.can_go_back = runner.snapshots, runner.can_go_back
+        self.snapshots = runner.snapshots
+        #: Not with recurrent state: the other ranks do not learn which tokens were accepted.
+        self.can_go_back = runner.can_go_back and runner.snapshots is None
         #: Not with recurrent state: each rank has snapshots of its own, which are not synchronised.
-        self.supports_prefix_cache = runner.can_go_back
+        self.supports_prefix_cache = self.can_go_back
         self.writes_in_place = runner.writes_in_place
         self.computes_at_once = runner.computes_at_once
         self.pools, self.undo = runner.pools, runner.undo
@@ -136,6 +138,9 @@ class LeadingRunner:
         if seq_ids:
             self._channel.send_integers(Kind.RELEASE, seq_ids)
         self._runner.release(seq_ids)
+
+    def verified(self, seq_id: int, num_tokens: int) -> None:
+        """Do nothing: ranks have no proposals for models with recurrent state."""
 
     def scrub(self, blocks: Iterable[int]) -> None:
         blocks = tuple(blocks)

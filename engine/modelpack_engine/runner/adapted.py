@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -44,6 +44,7 @@ from modelpack_engine.runner.recurrent import (
     Snapshot,
     StateContents,
     StateRows,
+    repeated,
     take_snapshot,
 )
 
@@ -257,11 +258,12 @@ PADDED = frozenset(
 
 
 @lru_cache(maxsize=256)
-def _mask_position(call: Call, owner: tuple[str, str]) -> int | None:
+def _mask_position(kind: type[nn.Module]) -> int | None:
     """Return the position of the mask among the arguments, for classes that pad prompts."""
-    if owner not in PADDED:
-        return None
-    return list(inspect.signature(call).parameters).index("mask") - 1  # without self
+    for base in kind.__mro__:  # without those of swapped classes
+        if (base.__module__.rpartition(".")[2], base.__qualname__) in PADDED:
+            return list(inspect.signature(base.__call__).parameters).index("mask") - 1  # self
+    return None
 
 
 class KVView(KVCache):
@@ -411,12 +413,14 @@ class Prompts:
 class Piece:
     """Rows [start, stop) of a step that run together: decode rows [n, 1, …] or a chunk [1, n, …].
 
-    `chunk` is the index of the chunk; None for decode rows.
+    `chunk` is the index of the chunk; None for decode rows. A row of a proposal `follows` the piece
+    before it: its recurrent state continues from there.
     """
 
     start: int
     stop: int
     chunk: int | None
+    follows: bool = False
 
     def cut(self, rows: mx.array) -> mx.array:
         """Return the piece's part of an array [rows, 1, …] of the whole step."""
@@ -435,11 +439,6 @@ def _call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not caches:
         return original(module, *args, **kwargs)
     return _Pieces(original, module, args, kwargs, caches).run()
-
-
-def _class_of(call: Call) -> tuple[str, str]:
-    """Return the last part of the name of the module that defines a method, and its class."""
-    return call.__module__.rpartition(".")[2], call.__qualname__.partition(".")[0]
 
 
 def _leaves(value: Any) -> list[Cache]:
@@ -462,7 +461,7 @@ class _Pieces:
         caches: list[Cache],
     ) -> None:
         self.call: Callable[..., Any] = lambda *a, **k: original(module, *a, **k)
-        self.mask_position = _mask_position(original, _class_of(original))
+        self.mask_position = _mask_position(type(module))  # type: ignore[arg-type]  # it has a hash
         self.args, self.kwargs = args, kwargs
         self.step = caches[0].step
         self.paged = [cache for cache in caches if isinstance(cache, PagedKV)]
@@ -474,7 +473,7 @@ class _Pieces:
             return self._run_together(self.mask_position)
         if self.paged:
             self._write()
-        runs = [self._run_piece(piece, attend=True) for piece in self.pieces]
+        runs = self._run_pieces(self.pieces, attend=True)
         for state in self.states:
             made = [views[id(state)] for _, views in runs]
             first_chunk = len(made) - len(self.step.chunks)
@@ -484,9 +483,8 @@ class _Pieces:
     def _run_together(self, mask_position: int) -> mx.array:
         """Run the decode rows in one call, and the chunks in one call for each group of lengths."""
         prompts: Prompts = self.step.remember("prompts", lambda: Prompts(self.step))
-        decode = [self._run_piece(piece, attend=True) for piece in self.pieces[:1]]
-        if not self.step.num_decode:
-            decode = []
+        rows = [piece for piece in self.pieces if piece.chunk is None]
+        decode = self._run_pieces(rows, attend=True)
         outputs: list[mx.array] = []
         after: list[dict[int, ArraysCache]] = []
         for group in prompts.groups:
@@ -503,8 +501,8 @@ class _Pieces:
         for state in self.states:
             chunks = prompts.states([views[id(state)] for views in after])
             state.store([views[id(state)] for _, views in decode], chunks)
-        parts = [*(output for output, _ in decode), prompts.join(outputs)]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        parts = [(piece.start, output) for piece, (output, _) in zip(rows, decode, strict=True)]
+        return self._fill([*parts, (prompts.first, prompts.join(outputs))])
 
     def _padded(self, value: Any, group: Padded, views: dict[int, ArraysCache]) -> Any:
         """Return the part of an argument that belongs to the chunks of `group`."""
@@ -518,7 +516,7 @@ class _Pieces:
 
     def _write(self) -> None:
         """Run every piece to get its new rows, and write them to the pools."""
-        learned = [self._run_piece(piece, attend=False)[1] for piece in self.pieces]
+        learned = [views for _, views in self._run_pieces(self.pieces, attend=False)]
         for cache in self.paged:
             new = [views[id(cache)].new for views in learned]
             if any(rows is None for rows in new):
@@ -528,11 +526,26 @@ class _Pieces:
             )
             cache.write(keys, values)
 
-    def _run_piece(self, piece: Piece, *, attend: bool) -> tuple[Any, dict[int, Any]]:
+    def _run_pieces(
+        self, pieces: Sequence[Piece], *, attend: bool
+    ) -> list[tuple[Any, dict[int, Any]]]:
+        runs: list[tuple[Any, dict[int, Any]]] = []
+        for piece in pieces:
+            before = runs[-1][1] if piece.follows else None
+            runs.append(self._run_piece(piece, before, attend=attend))
+        return runs
+
+    def _run_piece(
+        self, piece: Piece, before: dict[int, Any] | None, *, attend: bool
+    ) -> tuple[Any, dict[int, Any]]:
+        """Return the output of a piece, and its views; `before` are those it continues from."""
         views: dict[int, Any] = {}
         for paged in self.paged:
             views[id(paged)] = KVView(paged, piece.start, piece.chunk, attend=attend)
         for state in self.states:
+            if before is not None:
+                views[id(state)] = state.next_view(before[id(state)])
+                continue
             views[id(state)] = (
                 state.decode_view(slice(piece.start, piece.stop))
                 if piece.chunk is None
@@ -585,25 +598,26 @@ class _Pieces:
         """Join the outputs of all pieces into the output for all rows."""
         first = outputs[0]
         if isinstance(first, mx.array):
-            return self._fill([p.uncut(o) for p, o in zip(self.pieces, outputs, strict=True)])
+            pairs = zip(self.pieces, outputs, strict=True)
+            return self._fill([(piece.start, piece.uncut(output)) for piece, output in pairs])
         if isinstance(first, tuple | list):
             return type(first)(
                 self._join([output[i] for output in outputs]) for i in range(len(first))
             )
         return first
 
-    def _fill(self, parts: list[mx.array]) -> mx.array:
-        """Concatenate the rows of the pieces, with zeros for padding rows."""
+    def _fill(self, parts: list[tuple[int, mx.array]]) -> mx.array:
+        """Concatenate rows, given with the place of the first; padding rows between are zeros."""
         filled: list[mx.array] = []
         row = 0
-        for piece, part in zip(self.pieces, parts, strict=True):
-            if piece.start > row:
-                filled.append(mx.zeros((piece.start - row, *part.shape[1:]), part.dtype))
+        for start, part in parts:
+            if start > row:
+                filled.append(mx.zeros((start - row, *part.shape[1:]), part.dtype))
             filled.append(part)
-            row = piece.stop
+            row = start + len(part)
         if row < self.step.num_rows:
-            shape = (self.step.num_rows - row, *parts[-1].shape[1:])
-            filled.append(mx.zeros(shape, parts[-1].dtype))
+            last = parts[-1][1]
+            filled.append(mx.zeros((self.step.num_rows - row, *last.shape[1:]), last.dtype))
         return filled[0] if len(filled) == 1 else mx.concatenate(filled)
 
 
@@ -611,12 +625,21 @@ def list_pieces(step: StepInputs, *, one_by_one: bool) -> list[Piece]:
     """Return the pieces of a step: decode rows `one_by_one` or together, then each chunk.
 
     The list has no padding rows, unless decode rows run together. If all rows are padding, it has
-    one of them, because the forward pass must return an output.
+    one of them, because the forward pass must return an output. Rows of proposals run one by one.
     """
     pieces = []
-    if one_by_one:
-        count = len(step.decode_seq_ids) or min(step.num_decode, 1)
-        pieces += [Piece(row, row + 1, None) for row in range(count)]
+    ids = step.decode_seq_ids
+    proposing = {*repeated(ids)}
+    if one_by_one or proposing:
+        together = 0
+        if not one_by_one:  # rows of sequences without proposals come first
+            together = next(row for row, seq_id in enumerate(ids) if seq_id in proposing)
+            pieces += [Piece(0, together, None)] if together else []
+        count = len(ids) or min(step.num_decode, 1)
+        pieces += [
+            Piece(row, row + 1, None, follows=0 < row < len(ids) and ids[row] == ids[row - 1])
+            for row in range(together, count)
+        ]
     elif step.num_decode:
         pieces.append(Piece(0, step.num_decode, None))
     for index, chunk in enumerate(step.chunks):

@@ -98,6 +98,9 @@ class CpuRunner:
     def release(self, seq_ids: Iterable[int]) -> None:
         """Do nothing: sequences have no state but their blocks."""
 
+    def verified(self, seq_id: int, num_tokens: int) -> None:
+        """Do nothing: there is no recurrent state to keep."""
+
     def scrub(self, blocks: Iterable[int]) -> None:
         for pool in self._contents.pools:
             pool[list(blocks)] = 0

@@ -91,6 +91,9 @@ class FallbackRunner:
         for seq_id in seq_ids:
             self._caches.pop(seq_id, None)
 
+    def verified(self, seq_id: int, num_tokens: int) -> None:
+        """Do nothing: there is no recurrent state to keep."""
+
     def scrub(self, blocks: Iterable[int]) -> None:
         """Do nothing: no two sequences share memory."""
 

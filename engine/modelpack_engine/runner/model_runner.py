@@ -77,7 +77,7 @@ class ModelRunner(Protocol):
 
     @property
     def can_go_back(self) -> bool:
-        """Whether a sequence can drop its last tokens, which recurrent state does not allow."""
+        """Whether a sequence can drop its last tokens, if a step verified them as a proposal."""
 
     @property
     def writes_in_place(self) -> bool:
@@ -103,6 +103,12 @@ class ModelRunner(Protocol):
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Drop the state of sequences that is not in blocks."""
+
+    def verified(self, seq_id: int, num_tokens: int) -> None:
+        """Keep the recurrent state after the first `num_tokens` rows of a proposal; 0 is before it.
+
+        Call this before the next step is built.
+        """
 
     def scrub(self, blocks: Iterable[int]) -> None:
         """Zero the blocks of a sequence whose logits were NaN, before another sequence gets them.

@@ -33,7 +33,7 @@ from modelpack_engine.kernels import TILE_ROWS, Tiles
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.model_layout import ModelLayout
-from modelpack_engine.runner.recurrent import StateContents
+from modelpack_engine.runner.recurrent import StateContents, repeated
 
 #: The longest context, in tokens, of a prompt whose rows attend by the decode kernel.
 LONGEST_PROMPT = 1024
@@ -109,6 +109,8 @@ class CompiledSteps:
         """
         states = self._adapted.states
         if batch.adapter_slots:
+            return False
+        if states and repeated(batch.decode_seq_ids):
             return False
         if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
             return False
@@ -359,7 +361,7 @@ class PagedRunner:
 
     @property
     def can_go_back(self) -> bool:
-        return self.snapshots is None
+        return True
 
     @cached_property
     def writes_in_place(self) -> bool:
@@ -398,6 +400,9 @@ class PagedRunner:
     def release(self, seq_ids: Iterable[int]) -> None:
         """Drop the recurrent state of sequences."""
         self.adapted.rows.release(seq_ids)
+
+    def verified(self, seq_id: int, num_tokens: int) -> None:
+        self.adapted.rows.verified(seq_id, num_tokens)
 
     def scrub(self, blocks: Iterable[int]) -> None:
         size = self._step.block_size

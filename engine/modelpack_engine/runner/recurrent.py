@@ -3,11 +3,15 @@
 A recurrent layer (Mamba, gated delta nets, short convolutions, …) keeps a state per sequence. The
 states after a step stay in arrays in the order of the step's rows. As long as the batch has the
 same sequences, the next step uses these arrays without gathering or scattering rows.
+
+Each row of a proposal has a state of its own. Once the tokens are verified, the sequence
+continues from the row of the last accepted token.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -149,7 +153,7 @@ class _Plan:
 
     `decode` is None if the arrays are used unchanged. An entry of `chunks` is None for a sequence
     that starts, or a snapshot for one that starts after a cached prefix. `kept` are the rows of
-    sequences that are not in this step.
+    sequences that are not in this step, and the states before the rows of proposals.
     """
 
     decode: list[int] | None
@@ -170,6 +174,9 @@ class StateRows:
     total: int = 0
     plan: _Plan | None = None
     _next_rows: dict[int, int] = field(default_factory=dict)
+    #: By seq_id: the row of the state before the proposal that the last step verifies.
+    _before: dict[int, int] = field(default_factory=dict)
+    _next_before: dict[int, int] = field(default_factory=dict)
     next_total: int = 0  # rows after the step that `begin` planned
 
     def begin(self, batch: StepBatch) -> None:
@@ -180,17 +187,31 @@ class StateRows:
         chunks = tuple(self._source(chunk) for chunk in batch.chunks)
         present = {*batch.decode_seq_ids, *(chunk.seq_id for chunk in batch.chunks)}
         kept = [seq_id for seq_id in self.rows if seq_id not in present]
-        self.plan = _Plan(None if as_is else decode, chunks, [self.rows[seq_id] for seq_id in kept])
-        self._next_rows = {seq_id: row for row, seq_id in enumerate(batch.decode_seq_ids)}
+        verified = repeated(batch.decode_seq_ids)
+        rest = [self.rows[seq_id] for seq_id in [*kept, *verified]]
+        self.plan = _Plan(None if as_is else decode, chunks, rest)
+        self._next_rows, self._next_before = {}, {}
+        for row, seq_id in enumerate(batch.decode_seq_ids):
+            self._next_rows.setdefault(seq_id, row)
         self.next_total = batch.num_decode
         for seq_id in [*(chunk.seq_id for chunk in batch.chunks), *kept]:
             self._next_rows[seq_id] = self.next_total
+            self.next_total += 1
+        for seq_id in verified:
+            self._next_before[seq_id] = self.next_total
             self.next_total += 1
         self.next_total = self.pad_rows(self.next_total)
 
     def finish(self) -> None:
         """Adopt the rows of the step that `begin` planned."""
         self.rows, self.total, self.plan = self._next_rows, self.next_total, None
+        self._before = self._next_before
+
+    def verified(self, seq_id: int, num_tokens: int) -> None:
+        """Continue a sequence after the first `num_tokens` rows of its proposal; 0 is before it."""
+        before = self._before.pop(seq_id, None)
+        if seq_id in self.rows and before is not None:
+            self.rows[seq_id] = self.rows[seq_id] + num_tokens - 1 if num_tokens else before
 
     def set_aside(
         self, states: Sequence[RecurrentState], num_rows: int
@@ -236,7 +257,7 @@ class StateRows:
 
     def clear(self) -> None:
         """Forget all sequences."""
-        self.rows, self.total, self.plan = {}, 0, None
+        self.rows, self.total, self.plan, self._before = {}, 0, None, {}
 
     def _source(self, chunk: Chunk) -> int | Snapshot | None:
         if isinstance(chunk.snapshot, Snapshot):
@@ -247,6 +268,11 @@ class StateRows:
         if seq_id not in self.rows:
             raise EngineError(f"sequence {seq_id} has no recurrent state to continue from")
         return self.rows[seq_id]
+
+
+def repeated(seq_ids: Sequence[int]) -> list[int]:
+    """Return the ids that occur several times: the sequences that have proposals."""
+    return [seq_id for seq_id, count in Counter(seq_ids).items() if count > 1]
 
 
 class RecurrentState:
@@ -279,6 +305,13 @@ class RecurrentState:
             else:
                 view[index] = array[mx.array(plan.decode[rows], mx.int32)]
         return view
+
+    def next_view(self, view: ArraysCache) -> ArraysCache:
+        """Return a cache that continues after `view`, the row before in the same proposal."""
+        following = ArraysCache(len(self.arrays))
+        for slot in range(len(self.arrays)):
+            following[slot] = view[slot]
+        return following
 
     def chunk_view(self, index: int) -> ArraysCache:
         """Return a cache with the state of the sequence of chunk `index`."""

@@ -1,0 +1,139 @@
+"""Speculation with recurrent state: the state returns to the last accepted token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.models import LoadedModel
+from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.runner.adapted import _Pieces
+from tests.engine.serving.tiny import tiny_tokenizer
+from tests.engine.speculation.oracle import Oracle, speculate
+from tests.engine.speculation.test_same_output import Events, check_same, shapes, tokens
+from tests.engine.zoo.configuration import VOCABULARY, Configuration
+from tests.engine.zoo.recurrent import RECURRENT
+
+__all__ = ["shapes"]  # a fixture
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+SEEDED = SamplingParams(max_tokens=24, temperature=0.9, seed=3, ignore_eos=True)
+SOME = [c for c in RECURRENT if c.id in {"mamba2", "qwen3_next", "falcon_h1", "lfm2"}]
+
+
+def engine_of(model: nn.Module, **given: object) -> Engine:
+    config = {"vocab_size": VOCABULARY}
+    loaded = LoadedModel(model, config, tiny_tokenizer(), "tiny", 256, (), 0)
+    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "device": "cpu"} | given
+    return Engine(loaded, EngineConfig(**settings))  # type: ignore[arg-type]
+
+
+def ask(
+    engine: Engine,
+    max_tokens: int = 24,
+    logit_bias: Mapping[int, float] = MappingProxyType({}),
+    *,
+    late: int = 0,
+) -> Events:
+    """Run four requests, the last two `late` steps after the others."""
+    waiting: list[tuple[str, EngineRequest]] = []
+    for number, params in enumerate([GREEDY, SEEDED, replace(GREEDY, logprobs=2), SEEDED]):
+        prompt = [number + 1, 2, 3, 4, 2, 3, 4, 2, 3][: 4 + number]
+        params = replace(params, max_tokens=max_tokens - number, logit_bias=logit_bias)
+        waiting.append((str(number), EngineRequest(prompt, params)))
+    found: Events = {}
+    steps = 0
+    while engine.has_work or waiting:
+        count = 4 if steps == late else 2 if steps == 0 else 0
+        for name, request in waiting[:count]:
+            engine.add_request(name, request)
+        del waiting[:count]
+        for event in engine.step():
+            found.setdefault((event.request_id, event.index), []).append(event)
+        steps += 1
+    return found
+
+
+def check_all(plain: Events, found: Events) -> None:
+    assert found.keys() == plain.keys()
+    for key, expected in plain.items():
+        check_same(expected, found[key])
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("shapes")
+@pytest.mark.parametrize("wrong", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("configuration", RECURRENT, ids=lambda c: c.id)
+def test_outputs_of_all_architectures(configuration: Configuration, wrong: float) -> None:
+    check_outputs(configuration, wrong)
+
+
+@pytest.mark.usefixtures("shapes")
+@pytest.mark.parametrize("configuration", SOME, ids=lambda c: c.id)
+def test_outputs_are_the_same(configuration: Configuration) -> None:
+    check_outputs(configuration, 0.4)
+
+
+def check_outputs(configuration: Configuration, wrong: float) -> None:
+    model = configuration.build()
+    plain = ask(engine_of(model))
+    engine = engine_of(model)
+    answers = {key: tokens(events) for key, events in plain.items()}
+    speculate(engine, Oracle(answers, wrong=wrong, wrong_tokens=range(VOCABULARY)))
+    check_all(plain, ask(engine))
+    assert engine.stats().proposed_tokens
+    assert wrong == 1.0 or engine.stats().accepted_tokens
+
+
+@pytest.mark.usefixtures("shapes")
+@pytest.mark.parametrize("configuration", SOME, ids=lambda c: c.id)
+def test_prompts_that_come_during_speculation(
+    configuration: Configuration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = 0
+    real = _Pieces._run_together
+
+    def run(self: _Pieces, mask_position: int) -> mx.array:
+        nonlocal both
+        both += any(piece.follows for piece in self.pieces)
+        return real(self, mask_position)
+
+    monkeypatch.setattr(_Pieces, "_run_together", run)
+    model = configuration.build()
+    plain = ask(engine_of(model), 60, late=5)
+    engine = engine_of(model, max_num_batched_tokens=128)
+    answers = {key: tokens(events) for key, events in plain.items()}
+    speculate(engine, Oracle(answers, wrong=0.4, wrong_tokens=range(VOCABULARY)))
+    check_all(plain, ask(engine, 60, late=5))
+    assert both
+
+
+@pytest.mark.usefixtures("shapes")
+def test_preemption_and_the_prefix_cache() -> None:
+    model = next(c for c in SOME if c.id == "qwen3_next").build()
+    roomy = engine_of(model)
+    plain = ask(roomy, 90)
+    per_block = roomy.kv_cache_bytes // roomy._sizes.num_blocks
+    engine = engine_of(model, kv_cache_bytes=18 * per_block)
+    answers = {key: tokens(events) for key, events in plain.items()}
+    speculate(engine, Oracle(answers, wrong=0.3, wrong_tokens=range(VOCABULARY)))
+    check_all(plain, ask(engine, 90))
+    assert engine.stats().num_preemptions
+    check_all(plain, ask(engine, 90))  # from the prefix cache
+
+
+def test_prompt_lookup() -> None:
+    model = next(c for c in SOME if c.id == "lfm2").build()
+    few = {65: 40.0, 66: 40.0, 67: 40.0}  # so few tokens that they repeat themselves
+    plain = ask(engine_of(model), 60, few)
+    engine = engine_of(model, speculative_method="ngram")
+    check_all(plain, ask(engine, 60, few))
+    assert not [note for note in engine.notes if "no speculation" in note]
+    assert engine.stats().proposed_tokens
