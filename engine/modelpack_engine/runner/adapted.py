@@ -467,6 +467,7 @@ class _Pieces:
         self.paged = [cache for cache in caches if isinstance(cache, PagedKV)]
         self.states = [cache for cache in caches if isinstance(cache, RecurrentState)]
         self.pieces = list_pieces(self.step, one_by_one=bool(self.paged))
+        self.starts = [piece.start for piece in self.pieces]
 
     def run(self) -> Any:
         if self.mask_position is not None and len(self.step.chunks) > 1 and not self.paged:
@@ -501,8 +502,8 @@ class _Pieces:
         for state in self.states:
             chunks = prompts.states([views[id(state)] for views in after])
             state.store([views[id(state)] for _, views in decode], chunks)
-        parts = [(piece.start, output) for piece, (output, _) in zip(rows, decode, strict=True)]
-        return self._fill([*parts, (prompts.first, prompts.join(outputs))])
+        starts = [*(piece.start for piece in rows), prompts.first]
+        return self._fill(starts, [*(output for output, _ in decode), prompts.join(outputs)])
 
     def _padded(self, value: Any, group: Padded, views: dict[int, ArraysCache]) -> Any:
         """Return the part of an argument that belongs to the chunks of `group`."""
@@ -522,7 +523,8 @@ class _Pieces:
             if any(rows is None for rows in new):
                 continue  # The module only reads this cache.
             keys, values = (
-                self._fill([rows[part].transpose(2, 1, 0, 3) for rows in new]) for part in (0, 1)
+                self._fill(self.starts, [rows[part].transpose(2, 1, 0, 3) for rows in new])
+                for part in (0, 1)
             )
             cache.write(keys, values)
 
@@ -598,26 +600,26 @@ class _Pieces:
         """Join the outputs of all pieces into the output for all rows."""
         first = outputs[0]
         if isinstance(first, mx.array):
-            pairs = zip(self.pieces, outputs, strict=True)
-            return self._fill([(piece.start, piece.uncut(output)) for piece, output in pairs])
+            parts = [p.uncut(o) for p, o in zip(self.pieces, outputs, strict=True)]
+            return self._fill(self.starts, parts)
         if isinstance(first, tuple | list):
             return type(first)(
                 self._join([output[i] for output in outputs]) for i in range(len(first))
             )
         return first
 
-    def _fill(self, parts: list[tuple[int, mx.array]]) -> mx.array:
-        """Concatenate rows, given with the place of the first; padding rows between are zeros."""
+    def _fill(self, starts: list[int], parts: list[mx.array]) -> mx.array:
+        """Concatenate parts that begin at these rows, with zeros for padding rows."""
         filled: list[mx.array] = []
         row = 0
-        for start, part in parts:
+        for start, part in zip(starts, parts, strict=True):
             if start > row:
                 filled.append(mx.zeros((start - row, *part.shape[1:]), part.dtype))
             filled.append(part)
             row = start + len(part)
         if row < self.step.num_rows:
-            last = parts[-1][1]
-            filled.append(mx.zeros((self.step.num_rows - row, *last.shape[1:]), last.dtype))
+            shape = (self.step.num_rows - row, *parts[-1].shape[1:])
+            filled.append(mx.zeros(shape, parts[-1].dtype))
         return filled[0] if len(filled) == 1 else mx.concatenate(filled)
 
 
