@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from modelpack_engine.models import gguf_gemma4 as gemma4
 from modelpack_engine.models import gguf_recurrent as recurrent
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
-from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters, rope_scaling
+from modelpack_engine.models.gguf_hyperparameters import (
+    SIGMOID,
+    SOFTMAX,
+    Config,
+    Hyperparameters,
+    check_sigmoid,
+    rope_scaling,
+)
 from modelpack_engine.models.gguf_tensors import (
     Target,
     halves,
@@ -270,10 +277,6 @@ def _mistral3(values: Hyperparameters, config: Config) -> None:
     }
 
 
-def _olmoe(values: Hyperparameters, config: Config) -> None:
-    _count_experts(values, config)
-
-
 def _nemotron(values: Hyperparameters, config: Config) -> None:
     config |= {
         "hidden_act": "relu2",
@@ -306,9 +309,6 @@ def _qwen3_moe(values: Hyperparameters, config: Config) -> None:
     config.setdefault("intermediate_size", config["moe_intermediate_size"])
 
 
-_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of the functions that make scores of experts
-
-
 def _routed_experts(values: Hyperparameters, config: Config) -> None:
     """Add the fields of classes whose experts are those of DeepSeek V2 or V3."""
     _count_experts(values, config, "n_routed_experts")
@@ -324,8 +324,7 @@ def _routed_experts(values: Hyperparameters, config: Config) -> None:
 
 
 def _glm4_moe(values: Hyperparameters, config: Config) -> None:
-    if values.integer("expert_gating_func", _SIGMOID) != _SIGMOID:
-        raise values.unsupported("experts that are not scored by a sigmoid")
+    check_sigmoid(values)
     if config["tie_word_embeddings"]:
         raise values.unsupported("tied embeddings")
     _routed_experts(values, config)
@@ -335,14 +334,12 @@ def _glm4_moe(values: Hyperparameters, config: Config) -> None:
 
 
 def _dots1(values: Hyperparameters, config: Config) -> None:
-    if values.integer("expert_gating_func", _SIGMOID) != _SIGMOID:
-        raise values.unsupported("experts that are not scored by a sigmoid")
+    check_sigmoid(values)
     _routed_experts(values, config)
 
 
 def _bailing_moe2(values: Hyperparameters, config: Config) -> None:
-    if values.integer("expert_gating_func", _SIGMOID) != _SIGMOID:
-        raise values.unsupported("experts that are not scored by a sigmoid")
+    check_sigmoid(values)
     if values.head_dim * values.heads != config["hidden_size"]:
         raise values.unsupported("heads of another size than its width / heads")
     _routed_experts(values, config)
@@ -384,7 +381,7 @@ def _deepseek(values: Hyperparameters, config: Config) -> None:
 
 def _deepseek2(values: Hyperparameters, config: Config) -> None:
     _deepseek(values, config)
-    if values.integer("expert_gating_func", _SOFTMAX) != _SOFTMAX:
+    if values.integer("expert_gating_func", SOFTMAX) != SOFTMAX:
         raise values.unsupported("experts that are scored by another function")
     if config["n_group"] > 1 or config["norm_topk_prob"]:
         raise values.unsupported("groups of experts, or normalised scores, of a softmax")
@@ -604,7 +601,6 @@ _DEEPSEEK2: Names = {
     "attn_v_b": Target("self_attn.kv_b_proj", place=1, join=heads_joined),
     "attn_kv_b": "self_attn.kv_b_proj",
 }
-_OLMOE: Names = {**_ATTENTION, **_QK_NORM, **_FFN_NORM, **_experts("mlp")}
 _NEMOTRON: Names = {**_LLAMA, **_shifted_weights(_NORM), **_shifted_weights(_FFN_NORM)}
 
 #: The architectures that load, by the name that GGUF files give them.
@@ -634,7 +630,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         is_unused=gemma4.is_unused,
     ),
     "mistral3": Architecture("ministral3", _GRANITE, _mistral3),
-    "olmoe": Architecture("olmoe", _OLMOE, _olmoe),
+    "olmoe": Architecture("olmoe", _QWEN3_MOE, _count_experts),
     "nemotron": Architecture(
         "nemotron",
         _NEMOTRON,
@@ -735,7 +731,7 @@ VARIANTS: Mapping[tuple[str, str, int], Architecture] = {
     ("llama", "expert_count", 0): Architecture("mixtral", _MIXTRAL, _mixtral),
     ("olmo2", "attention.sliding_window", 0): Architecture("olmo3", _LATE_NORMS, _olmo3),
     # DeepSeek V3 and GLM 4.7 Flash
-    ("deepseek2", "expert_gating_func", _SIGMOID): Architecture(
+    ("deepseek2", "expert_gating_func", SIGMOID): Architecture(
         "deepseek_v3", _DEEPSEEK3, _deepseek, partial_rope=True
     ),
 }

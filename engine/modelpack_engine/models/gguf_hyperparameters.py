@@ -10,6 +10,9 @@ from modelpack_engine.models.gguf_file import GGUFFile, Metadata
 
 Config = dict[str, Any]
 
+#: llama.cpp's numbers of the functions that score experts.
+SOFTMAX, SIGMOID = 1, 2
+
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
@@ -92,6 +95,12 @@ class Hyperparameters:
 
     def _key(self, name: str) -> str:
         return f"{self.architecture}.{name}"
+
+
+def check_sigmoid(values: Hyperparameters) -> None:
+    """Raise `ModelLoadError` unless a sigmoid scores the experts."""
+    if values.integer("expert_gating_func", SIGMOID) != SIGMOID:
+        raise values.unsupported("experts that are not scored by a sigmoid")
 
 
 def rope_scaling(values: Hyperparameters) -> Config | None:

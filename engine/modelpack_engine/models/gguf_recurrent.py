@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters
+from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters, check_sigmoid
 from modelpack_engine.models.gguf_tensors import (
     Target,
     by_key_head,
@@ -143,7 +143,6 @@ QWEN35: Names = {
     "ssm_norm": "linear_attn.norm",
     "ssm_out": Target("linear_attn.out_proj", columns=columns_by_key_head),
 }
-_SIGMOID = 2  # llama.cpp's number of the function that scores experts
 
 
 def layers_with(values: Hyperparameters, name: str) -> list[int]:
@@ -185,8 +184,7 @@ def lfm2(values: Hyperparameters, config: Config) -> None:
 
 def lfm2_moe(values: Hyperparameters, config: Config) -> None:
     lfm2(values, config)
-    if values.integer("expert_gating_func", _SIGMOID) != _SIGMOID:
-        raise values.unsupported("experts that are not scored by a sigmoid")
+    check_sigmoid(values)
     config |= {
         "num_experts": values.integer("expert_count"),
         "num_experts_per_tok": values.integer("expert_used_count"),
