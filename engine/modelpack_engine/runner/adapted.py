@@ -466,7 +466,10 @@ class _Pieces:
         self.step = caches[0].step
         self.paged = [cache for cache in caches if isinstance(cache, PagedKV)]
         self.states = [cache for cache in caches if isinstance(cache, RecurrentState)]
-        self.pieces = list_pieces(self.step, one_by_one=bool(self.paged))
+        one_by_one = bool(self.paged)
+        self.pieces = self.step.remember(
+            ("pieces", one_by_one), lambda: list_pieces(self.step, one_by_one=one_by_one)
+        )
         self.starts = [piece.start for piece in self.pieces]
 
     def run(self) -> Any:
