@@ -28,6 +28,7 @@ from modelpack_engine.request import EngineRequest
 if TYPE_CHECKING:
     from modelpack_engine.models.tokenizer import Tokenizer
     from modelpack_engine.runner.base_engine import BaseEngine
+    from modelpack_engine.vision.encoder import Vision
 
 _log = logging.getLogger(__name__)
 
@@ -261,6 +262,11 @@ class AsyncEngine(ModelThread["BaseEngine"]):
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; any thread may use it."""
         return self._ready().tokenizer
+
+    @property
+    def vision(self) -> Vision | None:
+        """What reads pictures, for the processor, which any thread may use; None for text only."""
+        return self._ready().vision
 
     @property
     def max_model_len(self) -> int:

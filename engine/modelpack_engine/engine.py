@@ -86,7 +86,7 @@ class Engine(BaseEngine):
         for speculation. Raises `OutOfMemoryError`, saying what would fit, if a prompt would not.
         """
         self.config = config or EngineConfig()
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self.vision = loaded.tokenizer, loaded.vision
         kind = parse_kv_cache_dtype(self.config.kv_cache_dtype)
         layout = layout_with_cache_type(loaded.model, kind)
         drafting = check_draft(self.config, loaded, draft)
@@ -137,6 +137,11 @@ class Engine(BaseEngine):
             self._sampler.warm_up(dtype or mx.float32)
 
     def add_request(self, request_id: str, request: EngineRequest) -> None:
+        for media in request.media:
+            if self.vision is None:
+                raise RequestError("this model reads no pictures", param="messages")
+            # Now, so that a picture that cannot be encoded fails its request and not a step.
+            self.vision.encoder.embeddings(media)
         if request.adapter is None:
             super().add_request(request_id, request)
             return
@@ -290,7 +295,10 @@ class Engine(BaseEngine):
         staging = self._runner.staging
         staging_step = staging.next_step()
         token_ids = row_token_ids(batch, last.sampled if last else None, staging)
-        logits = self._runner.forward(with_prompt_rows(batch), token_ids)
+        embeddings = None
+        if self.vision is not None:
+            embeddings = self.vision.encoder.input_embeddings(batch, token_ids)
+        logits = self._runner.forward(with_prompt_rows(batch), token_ids, embeddings)
         logits, prompt_logprobs = split_logits(batch, logits)
         sampled = masked_logits = None
         if self._outputs.has_masks and any(

@@ -1,13 +1,16 @@
-"""EngineRequest and SamplingParams: a prompt, how to sample its continuation, and the limits."""
+"""EngineRequest, SamplingParams and Media: a prompt, how to sample its continuation, and limits."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from modelpack_engine.errors import RequestError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -139,6 +142,25 @@ class SamplingParams:
                 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Media:
+    """A picture in a prompt: the `token_ids` from position `start` stand for it.
+
+    `digest` is the SHA-256 of the decoded picture and of everything else that the encoder's
+    `inputs` depend on: equal digests mean equal embeddings.
+    """
+
+    start: int
+    token_ids: tuple[int, ...] = field(repr=False)
+    digest: bytes
+    inputs: Mapping[str, NDArray[Any]] = field(repr=False)
+
+    @property
+    def stop(self) -> int:
+        """The position after the last token."""
+        return self.start + len(self.token_ids)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """A prompt and how to continue it.
@@ -147,7 +169,7 @@ class EngineRequest:
     completions, whose text continues the prompt instead of starting a new message. Requests share
     cached prefixes only with requests of the same `cache_salt`. Waiting requests of different
     `owner` take turns. A `background` request gives its place to other requests that wait for one.
-    `adapter` names an adapter of the engine.
+    `adapter` names an adapter of the engine. `media` are the pictures of the prompt, in its order.
     """
 
     prompt_token_ids: Sequence[int]
@@ -158,6 +180,7 @@ class EngineRequest:
     owner: bytes = b""
     background: bool = False
     adapter: str | None = None
+    media: tuple[Media, ...] = ()
 
     def check(self, vocab_size: int) -> None:
         """Raise `RequestError`, naming the field, unless a model of `vocab_size` can serve it."""
@@ -170,6 +193,14 @@ class EngineRequest:
                 f"the prompt has the token {wrong}, but the vocabulary has {vocab_size}",
                 param="prompt",
             )
+        before = 0
+        for media in self.media:
+            placed = tuple(self.prompt_token_ids[media.start : media.stop])
+            if media.start < before or not placed or placed != media.token_ids:
+                raise RequestError(
+                    f"the picture at token {media.start} does not match the prompt", param="prompt"
+                )
+            before = media.stop
 
 
 def _all_below(token_ids: Collection[int], size: int) -> bool:

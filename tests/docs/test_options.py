@@ -27,7 +27,7 @@ OTHERS = {
     "--speculative-draft-model --speculative-min-acceptance-rate --speculative-num-tokens",
     "kit, modctl": "--filter --no-creation-time --patterns",
     "mlx.launch, ray": "--address --head --hostfile",
-    "pip": "--find-links --no-index",
+    "pip": "--find-links --no-deps --no-index",
     "runtime flags": "--block-size --ctx-size --draft-max --draft-p-min --frequency-penalty "
     "--ignore-eos --min-p --model-draft --n-predict --no-enable-prefix-caching --presence-penalty "
     "--repeat-penalty --temp --threads --top-k --top-p --verbose",

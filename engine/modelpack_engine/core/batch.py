@@ -15,6 +15,7 @@ from modelpack_engine.core.block_manager import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.scheduler import PrefillChunk, Proposal, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.request import Media
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,16 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class MediaRows:
+    """Rows [row, row + length) are the tokens of a piece of media from its token `first` on."""
+
+    row: int
+    length: int
+    media: Media
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """The inputs of one step, as plain integers.
 
@@ -57,7 +68,7 @@ class StepBatch:
     `released` are the ids of sequences whose state is dropped before this step. `decode_snapshots`
     has pairs (decode row, index of the block that it completes): the state after it is kept.
     `adapter_slots` has the adapter's slot for each row, -1 for padding; it is empty if no row has
-    an adapter.
+    an adapter. `media_rows` are the rows of pictures: embeddings replace those of their tokens.
     """
 
     token_ids: list[int]
@@ -77,6 +88,7 @@ class StepBatch:
     decode_snapshots: tuple[tuple[int, int], ...] = ()
     table_width: int = 0
     adapter_slots: list[int] = field(default_factory=list)
+    media_rows: tuple[MediaRows, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -121,6 +133,7 @@ def build_batch(
         rows.add_decode(output.decode, previous, output.proposals)
         sample_rows = list(range(len(rows.decode_seq_ids)))
     prompt_rows: list[tuple[int, Sequence]] = []
+    media_rows: list[MediaRows] = []
     sample_seqs = list(output.decode)
     for proposal in output.proposals:
         sample_seqs += [proposal.sequence] * (1 + len(proposal.token_ids))
@@ -130,6 +143,7 @@ def build_batch(
             sample_rows.append(chunk.row + chunk.length - 1)
             sample_seqs.append(part.sequence)
         prompt_rows += _prompt_logprob_rows(part, chunk.row)
+        media_rows += _media_rows(part, chunk.row)
     return StepBatch(
         token_ids=rows.token_ids,
         positions=rows.positions,
@@ -148,6 +162,7 @@ def build_batch(
         released=output.released,
         decode_snapshots=_decode_snapshots(output, snapshot_interval, block_size),
         adapter_slots=rows.adapter_slots if any(slot > 0 for slot in rows.adapter_slots) else [],
+        media_rows=tuple(media_rows),
     )
 
 
@@ -315,6 +330,18 @@ def _prompt_logprob_rows(part: PrefillChunk, row: int) -> list[tuple[int, Sequen
     start = max(part.start, sequence.num_prompt_logprobs)
     stop = min(part.start + part.length, len(sequence.prompt_token_ids) - 1)
     return [(row + position - part.start, sequence) for position in range(start, stop)]
+
+
+def _media_rows(part: PrefillChunk, row: int) -> list[MediaRows]:
+    """Return the rows of pictures in a chunk that starts at `row`."""
+    found = []
+    for media in part.sequence.media:
+        start, stop = max(media.start, part.start), min(media.stop, part.start + part.length)
+        if start < stop:
+            found.append(
+                MediaRows(row + start - part.start, stop - start, media, start - media.start)
+            )
+    return found
 
 
 #: The seq_id of padding, which no sequence has.

@@ -4,8 +4,9 @@ The scheduler allocates blocks here. The manager knows their ids and hashes, not
 
 Equal hashes mean equal keys and values. A block's keys and values depend on its tokens, on every
 token before them, and on the model, adapter and media. So hashes are chained: each covers its
-parent's hash, and the first parent covers model, adapter and media. The hash function is BLAKE2b
-with 128 bits. Clients cannot make it collide, so the manager compares hashes, not tokens.
+parent's hash and the media in its block, and the first parent covers model and adapter. The hash
+function is BLAKE2b with 128 bits. Clients cannot make it collide, so the manager compares hashes,
+not tokens.
 
 A recurrent layer cannot continue from keys and values alone, so sequences of such a model share a
 prefix up to the last block that has a snapshot of the state. `BlockManager.next_snapshot` says
@@ -25,6 +26,7 @@ from typing import cast
 from modelpack_engine.config import BLOCK_SIZE
 from modelpack_engine.core.sequence import Restore, Sequence
 from modelpack_engine.offload.tiers import PrefixOffload, state_key
+from modelpack_engine.request import Media
 
 HASH_SIZE = 16  # bytes
 
@@ -64,16 +66,13 @@ def _hashes(parent: bytes, packed: bytes, size: int) -> tuple[bytes, ...]:
     return tuple(hashes)
 
 
-def cache_salt(
-    adapter: str = "", media: Iterable[bytes] = (), *, owner: str | None = None
-) -> bytes:
+def cache_salt(adapter: str = "", *, owner: str | None = None) -> bytes:
     """Return the salt of a sequence: sequences share prefixes only if their salts are equal.
 
-    It covers the adapter's name, the digests of the media in order, and the owner of the request:
-    requests of other owners must not find its prompts in the cache. It is empty without all three.
+    It covers the adapter's name and the owner of the request: requests of other owners must not
+    find its prompts in the cache. It is empty without both. Blocks with media have their own hash.
     """
-    media = tuple(media)
-    content = root_hash(adapter.encode(), *media) if adapter or media else b""
+    content = root_hash(adapter.encode()) if adapter else b""
     if owner is None:
         return content
     return b"owner" + root_hash(owner.encode(), content)
@@ -388,6 +387,8 @@ class BlockManager:
         Most sequences have none. Without a window, the hash of the first block shows that.
         """
         size = self.block_size
+        if sequence.media:
+            return len(self.match_prefix(sequence)) * size
         if self.window is None and self._shareable(sequence) and self._may_share(sequence):
             root = root_hash(self._model_id, sequence.cache_salt)
             if block_hashes(root, sequence.token_ids(0, size), size)[0] not in self._block_of:
@@ -652,5 +653,19 @@ class BlockManager:
             start, known = len(hashes) * size, sequence.num_known_tokens // size * size
             stop = max((index + 1) * size, min(start + HASHED_AT_ONCE * size, known))
             parent = hashes[-1] if hashes else root_hash(self._model_id, sequence.cache_salt)
-            hashes += block_hashes(parent, sequence.token_ids(start, stop), size)
+            if not sequence.media or start >= sequence.media[-1].stop:
+                hashes += block_hashes(parent, sequence.token_ids(start, stop), size)
+                return hashes[index]
+            for at in range(start, stop, size):
+                parent = _with_media(parent, sequence.media, at, at + size)
+                hashes += block_hashes(parent, sequence.token_ids(at, at + size), size)
+                parent = hashes[-1]
         return hashes[index]
+
+
+def _with_media(parent: bytes, media: Tokens[Media], start: int, stop: int) -> bytes:
+    """Return the parent hash of a block of tokens [start, stop), with the media in it."""
+    found = [each for each in media if each.start < stop and start < each.stop]
+    if not found:
+        return parent
+    return root_hash(parent, *(b"%d %b" % (each.start, each.digest) for each in found))

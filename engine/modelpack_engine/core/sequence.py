@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import Media, SamplingParams
 
 _next_seq_id = itertools.count().__next__
 
@@ -42,7 +42,7 @@ class Sequence:
     """A prompt and its output so far. Only the scheduler changes it.
 
     `seq_id` is unique in the process: the key of recurrent state and of sampler rows. `cache_salt`
-    covers what the keys and values depend on besides model and tokens: adapter, media, and the
+    covers what the keys and values depend on besides model, tokens and media: adapter, and the
     owner if owners do not share prefixes. Waiting sequences of different `owner` take turns.
 
     Known tokens are in `prompt_token_ids` and `output_token_ids`. `num_inflight` more tokens are in
@@ -61,6 +61,8 @@ class Sequence:
     background: bool = field(default=False, repr=False)
     #: The slot of its adapter in the runner; 0 without an adapter.
     adapter_slot: int = field(default=0, repr=False)
+    #: The pictures of the prompt, in its order.
+    media: tuple[Media, ...] = field(default=(), repr=False)
     seq_id: int = field(default_factory=_next_seq_id)
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -115,6 +117,7 @@ class Sequence:
             owner=self.owner,
             background=self.background,
             adapter_slot=self.adapter_slot,
+            media=self.media,
         )
 
     @property

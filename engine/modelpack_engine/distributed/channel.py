@@ -115,7 +115,7 @@ def fields(body: bytes, **types: type) -> dict[str, Any]:
 
 
 #: Fields of a batch that stay at rank 0: they are for sampling and for the host. A divided model
-#: takes no adapters.
+#: takes no adapters and reads no pictures.
 LEFT_OUT = frozenset(
     {
         "sample_seqs",
@@ -124,6 +124,7 @@ LEFT_OUT = frozenset(
         "table_width",
         "decode_snapshots",
         "adapter_slots",
+        "media_rows",
     }
 )
 #: Fields of a chunk that stay at rank 0: a divided model keeps no snapshots of prefixes.

@@ -32,9 +32,11 @@ from modelpack_engine.runner.paged import PagedRunner
 class OrderedPagedRunner(PagedRunner):
     """A paged runner of one rank's part of a model; its collectives run in order."""
 
-    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+    def forward(
+        self, batch: StepBatch, token_ids: mx.array, input_embeddings: mx.array | None = None
+    ) -> mx.array:
         functions.begin_collectives()
-        logits = super().forward(batch, token_ids)
+        logits = super().forward(batch, token_ids, input_embeddings)
         if self.is_compiled(batch):
             # The arrays of a trace must not be used outside it; its graph is connected anyway.
             functions.begin_collectives()
@@ -44,9 +46,11 @@ class OrderedPagedRunner(PagedRunner):
 class OrderedFallbackRunner(FallbackRunner):
     """A fallback runner of one rank's part of a model; its collectives run in order."""
 
-    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+    def forward(
+        self, batch: StepBatch, token_ids: mx.array, input_embeddings: mx.array | None = None
+    ) -> mx.array:
         functions.begin_collectives()
-        return super().forward(batch, token_ids)
+        return super().forward(batch, token_ids, input_embeddings)
 
 
 def make_ordered_runner(model: nn.Module, sizes: Sizes, config: EngineConfig) -> ModelRunner:

@@ -129,7 +129,10 @@ class LeadingRunner:
         self.pools, self.undo = runner.pools, runner.undo
         self.block_contents, self.state_contents = runner.block_contents, runner.state_contents
 
-    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+    def forward(
+        self, batch: StepBatch, token_ids: mx.array, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        assert input_embeddings is None, "models with a vision tower run on one device"
         self._channel.send(Kind.STEP, pack_step(batch, len(batch.sample_seqs)))
         return self._runner.forward(batch, token_ids)
 

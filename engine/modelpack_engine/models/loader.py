@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import library
 from modelpack_engine.cpu.weights import PackedWeights
-from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
 from modelpack_engine.models import gguf_tokenizer, json_tokenizer, load_progress
 from modelpack_engine.models.chat_template import as_jinja
 from modelpack_engine.models.config_guard import check_fields
@@ -38,6 +38,8 @@ from modelpack_engine.models.precision import (
 from modelpack_engine.models.safetensors import load_safetensors, open_packable, read_config
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.platform import cuda_graphs
+from modelpack_engine.vision.encoder import Vision, open_vision
+from modelpack_engine.vision.models import language_tower, vision_classes
 
 Device = Literal["cpu", "gpu"]
 
@@ -64,6 +66,7 @@ class LoadedModel:
     (`general.architecture`, or `model_type`), `context_length` in tokens. `notes` tell the user
     what differs from the files. All weights are in memory, in `weight_bytes` bytes: in `packed` if
     the library for CPUs runs the model, whose `model` then has only shapes; otherwise in `model`.
+    `vision` reads pictures, if the model can.
     """
 
     model: Module
@@ -74,6 +77,7 @@ class LoadedModel:
     notes: tuple[str, ...]
     weight_bytes: int
     packed: PackedWeights | None = None
+    vision: Vision | None = None
 
 
 def load(
@@ -216,13 +220,23 @@ def _load_safetensors(
     json_tokenizer.begin_check(json_tokenizer.text_of(files))
     notes = list(files.notes)
     named = config
+    if (seeing := vision_classes(config)) is not None and shard is not None:
+        raise ModelLoadError(
+            f"the architecture {config['model_type']!r} runs on one device only",
+            hint="leave out --tensor-parallel-size",
+        )
     opened = open_packable(files, config, ignored_fields=ignored_fields) if packed else None
     weights = None
     if opened is not None:
         model, config, limits = opened.model, opened.config, opened.limits
         weights = opened.pack()
     else:
-        model, config, limits = load_safetensors(files, config, ignored_fields=ignored_fields)
+        model, config, limits = load_safetensors(
+            files,
+            config,
+            classes=None if seeing is None else lambda config: seeing,
+            ignored_fields=ignored_fields,
+        )
     notes += limits.notes
     if weights is None and dtype is None and device == "cpu":
         dtype = mx.float32
@@ -241,9 +255,24 @@ def _load_safetensors(
         notes.append(f"the config names no context length; {context} tokens are assumed")
     context = min(context, limits.max_length or context)
     make_tokenizer = partial(json_tokenizer.tokenizer_of, files, named)
-    return _loaded(
+    loaded = _loaded(
         model, config, make_tokenizer, config["model_type"], context, notes, shard, weights
     )
+    return loaded if seeing is None else _with_vision(loaded, files)
+
+
+def _with_vision(loaded: LoadedModel, files: ModelFiles) -> LoadedModel:
+    """Return a model of `vision_classes` with its vision, or with a note why it reads text only."""
+    notes, vision = loaded.notes, None
+    encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
+    try:
+        settings = files.json("preprocessor_config.json") or files.json("processor_config.json")
+        if settings is None:
+            raise ModelLoadError("the model has no preprocessor_config.json")
+        vision = open_vision(loaded.model, loaded.config, settings, encode)
+    except EngineError as error:
+        notes = (*notes, f"pictures are not read: {error}")
+    return replace(loaded, model=language_tower(loaded.model), notes=notes, vision=vision)
 
 
 def _loaded(

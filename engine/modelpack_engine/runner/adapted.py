@@ -187,13 +187,14 @@ class Adapted:
                 snapshots.put(hash_, snapshot)
                 self.taken.append(snapshot)
 
-    def run(self, token_ids: mx.array) -> mx.array:
+    def run(self, token_ids: mx.array, input_embeddings: mx.array | None = None) -> mx.array:
         """Call the model on the rows of the step that has begun, and end it; return the logits.
 
         Raises `LostHandleError` if a layer did not attend to its paged cache.
         """
+        extra = {} if input_embeddings is None else {"input_embeddings": input_embeddings[:, None]}
         try:
-            logits: mx.array = self.model(token_ids[:, None], cache=self.caches)
+            logits: mx.array = self.model(token_ids[:, None], cache=self.caches, **extra)
             for paged in self.paged:
                 paged.close()
         except BaseException:

@@ -17,6 +17,7 @@ from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.output_processor import OutputProcessor, make_outputs
 from modelpack_engine.sampling.sampler import Sampler
+from modelpack_engine.vision.encoder import Vision
 
 
 class BaseEngine(ABC):
@@ -28,6 +29,8 @@ class BaseEngine(ABC):
 
     config: EngineConfig
     tokenizer: Tokenizer
+    #: What reads pictures; None if the engine reads text only.
+    vision: Vision | None = None
     vocab_size: int
     max_model_len: int
     memory_bytes: int
@@ -61,6 +64,8 @@ class BaseEngine(ABC):
         """
         if request.adapter is not None:
             raise RequestError("this engine runs no LoRA adapters", param="model")
+        if request.media and self.vision is None:
+            raise RequestError("this model reads no pictures", param="messages")
         self._add(request_id, request)
 
     def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:

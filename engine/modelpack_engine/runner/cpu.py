@@ -65,8 +65,11 @@ class CpuRunner:
         pools = [pool.ctypes.data for pool in self._contents.pools]
         self._pools = (ctypes.c_void_p * len(pools))(*pools)
 
-    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+    def forward(
+        self, batch: StepBatch, token_ids: mx.array, input_embeddings: mx.array | None = None
+    ) -> mx.array:
         """Compute a step; return its logits, float32 [sampled rows, vocabulary]."""
+        assert input_embeddings is None, "models with a vision tower run with MLX"
         rows = batch.num_rows
         columns = [np.array(token_ids), batch.positions, batch.slots, batch.sample_rows]
         tokens, positions, slots, sampled = (np.ascontiguousarray(c, np.int32) for c in columns)

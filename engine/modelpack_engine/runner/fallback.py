@@ -48,7 +48,9 @@ class FallbackRunner:
         self._caches: dict[int, list[Any]] = {}
         self._last_caches: list[list[Any]] = []  # those that the last step wrote
 
-    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+    def forward(
+        self, batch: StepBatch, token_ids: mx.array, input_embeddings: mx.array | None = None
+    ) -> mx.array:
         self.release(batch.released)
         self._last_caches = []
         found: dict[int, mx.array] = {}
@@ -61,7 +63,9 @@ class FallbackRunner:
             if chunk.kv_length == chunk.length:
                 self._caches[chunk.seq_id] = make_prompt_cache(self.model)
             with self._adapters(batch, chunk.row, chunk.length):
-                logits = self._run(chunk.seq_id, token_ids[chunk.row : chunk.row + chunk.length])
+                rows = slice(chunk.row, chunk.row + chunk.length)
+                embeddings = None if input_embeddings is None else input_embeddings[rows]
+                logits = self._run(chunk.seq_id, token_ids[rows], embeddings)
             found.update((chunk.row + index, logits[index]) for index in range(chunk.length))
         if not batch.sample_rows:
             return mx.stack(list(found.values()))[:0]
@@ -76,10 +80,11 @@ class FallbackRunner:
         finally:
             self.adapter_rows.begin([])
 
-    def _run(self, seq_id: int, ids: mx.array) -> mx.array:
+    def _run(self, seq_id: int, ids: mx.array, embeddings: mx.array | None = None) -> mx.array:
         cache = self._caches[seq_id]
         self._last_caches.append(cache)
-        logits: mx.array = self.model(ids[None], cache=cache)
+        extra = {} if embeddings is None else {"input_embeddings": embeddings[None]}
+        logits: mx.array = self.model(ids[None], cache=cache, **extra)
         return logits[0]
 
     def pools(self) -> list[mx.array]:

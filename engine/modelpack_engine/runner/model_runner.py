@@ -86,11 +86,14 @@ class ModelRunner(Protocol):
         Our kernel writes into the pools. MLX's own updates copy an array that another step holds.
         """
 
-    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+    def forward(
+        self, batch: StepBatch, token_ids: mx.array, input_embeddings: mx.array | None = None
+    ) -> mx.array:
         """Build the graph of a step; return the logits [rows, vocabulary] of its sampled rows.
 
         Rows of padding may follow.
         `token_ids` int32 [rows] are the batch's, including those that the previous step sampled.
+        `input_embeddings` [rows, width] replace those of the model's table.
         Evaluate the logits together with `pools()`, after the previous step has been read: MLX then
         copies no pool.
         """

@@ -38,6 +38,7 @@ def make_outputs(
         owner=request.owner,
         background=request.background,
         adapter_slot=adapter_slot,
+        media=request.media,
     )
     sequences = [first, *(first.fork(index) for index in range(1, request.n))]
     return [SequenceOutput(sequence, tokenizer, request.continues_text) for sequence in sequences]

@@ -367,11 +367,13 @@ class PagedRunner:
     def writes_in_place(self) -> bool:
         return self.adapted.writes_in_place
 
-    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+    def forward(
+        self, batch: StepBatch, token_ids: mx.array, input_embeddings: mx.array | None = None
+    ) -> mx.array:
         self.release(batch.released)
         adapted, rows = self.adapted, list(batch.sample_rows)
         if self.compiled is not None:
-            if self.compiled.takes(batch):
+            if input_embeddings is None and self.compiled.takes(batch):
                 adapted.begin(batch)
                 found = self.compiled.forward(batch, token_ids, rows)
                 adapted.finish(batch)
@@ -381,7 +383,7 @@ class PagedRunner:
         padded = self.buckets.pad_rows(count) or 1
         self._step.begin(batch, rows + [0] * (padded - count))
         adapted.begin(batch)
-        logits = adapted.run(token_ids)
+        logits = adapted.run(token_ids, input_embeddings)
         adapted.finish(batch)
         if not self._step.rows_taken:
             logits = logits[self._step.sample_rows]

@@ -1,0 +1,120 @@
+"""VisionEncoder: the embeddings of pictures, by the vision tower, in a bounded cache.
+
+`Vision` is what a loaded model has beside its language model; `open_vision` makes it, and tests it
+with one picture.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.request import Media
+from modelpack_engine.vision.models import VisionModel
+from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
+
+#: Bytes of embeddings that are kept.
+MAX_CACHE_BYTES = 256 * 1024 * 1024
+
+_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, EngineError, LookupError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+
+
+class VisionEncoder:
+    """Runs the vision tower of a model; keeps embeddings by the digest of their picture (LRU)."""
+
+    def __init__(self, model: VisionModel, max_bytes: int = MAX_CACHE_BYTES) -> None:
+        self._model, self._max_bytes = model, max_bytes
+        self._kept: OrderedDict[bytes, mx.array] = OrderedDict()
+        self._nbytes = 0
+        #: Pictures whose embeddings were in the cache, and those that were computed.
+        self.hits = self.misses = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the embeddings that are kept."""
+        return self._nbytes
+
+    def embeddings(self, media: Media) -> mx.array:
+        """Return the embeddings [tokens, width] of a picture, computed or to be computed.
+
+        Raises `RequestError` if the model cannot encode it.
+        """
+        found = self._kept.get(media.digest)
+        if found is not None:
+            self.hits += 1
+            self._kept.move_to_end(media.digest)
+            return found
+        self.misses += 1
+        inputs = {name: mx.array(value) for name, value in media.inputs.items()}
+        try:
+            made = self._model.embed(mx.array(media.token_ids, mx.int32), inputs)
+            mx.eval(made)
+        except _FAILURES as error:
+            raise RequestError(
+                f"the picture cannot be encoded: {error}", param="messages"
+            ) from error
+        self._keep(media.digest, made)
+        return made
+
+    def _keep(self, digest: bytes, made: mx.array) -> None:
+        if made.nbytes > self._max_bytes:
+            return
+        self._kept[digest] = made
+        self._nbytes += made.nbytes
+        while self._nbytes > self._max_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self._nbytes -= dropped.nbytes
+
+    def input_embeddings(self, batch: StepBatch, token_ids: mx.array) -> mx.array | None:
+        """Return the embeddings [rows, width] of a step with pictures, None for other steps."""
+        if not batch.media_rows:
+            return None
+        rows = self._model.embed(token_ids, {})
+        for part in batch.media_rows:
+            made = self.embeddings(part.media)[part.first : part.first + part.length]
+            rows[part.row : part.row + part.length] = made.astype(rows.dtype)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """What a model needs to read pictures: the processor before, and the encoder in its engine."""
+
+    processor: PictureProcessor
+    encoder: VisionEncoder
+
+
+def open_vision(
+    model: Any, config: Mapping[str, Any], settings: Mapping[str, Any], encode: Encode
+) -> Vision:
+    """Return the vision of a loaded model of `vision_classes`.
+
+    A picture of noise goes through it first: raises `EngineError` if the model cannot read it, or
+    if its pixels change nothing.
+    """
+    vision = Vision(PictureProcessor(config, settings, encode), VisionEncoder(model))
+    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), np.uint8)
+    prompt = [vision.processor.image_token_id]
+    made = []
+    for pixels in noise:
+        _, (media,) = vision.processor.place(prompt, [Picture(pixels)])
+        embeddings = VisionEncoder(model).embeddings(media)
+        if len(embeddings) != len(media.token_ids):
+            raise EngineError(
+                f"the vision tower returned {len(embeddings)} embeddings for"
+                f" {len(media.token_ids)} tokens"
+            )
+        made.append(embeddings)
+    if not mx.all(mx.isfinite(made[0])) or mx.array_equal(made[0], made[1]):
+        raise EngineError("the vision tower returned the same or infinite embeddings")
+    return vision

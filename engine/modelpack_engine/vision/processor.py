@@ -1,0 +1,185 @@
+"""PictureProcessor: from decoded pictures to the tokens that stand for them, and encoder inputs.
+
+mlx-vlm's processors expand the placeholders of a text and tokenise it with transformers. Here the
+text is tokenised already, so the placeholder tokens are replaced by those of each picture. Image
+processors are those of transformers, by the model's preprocessor_config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.request import Media
+
+#: The largest side, in pixels, to which a preprocessor_config.json may scale pictures.
+MAX_SIDE = 8192
+_SIZES = ("size", "max_image_size", "crop_size", "pad_size")
+#: The inputs that mlx-vlm's models take, among those that image processors return.
+_INPUTS = ("pixel_values", "pixel_attention_mask")
+
+#: Returns the token ids of a text, in which special tokens are recognised.
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """A decoded picture: RGB, uint8 [height, width, 3]. `param` names it in error messages."""
+
+    pixels: NDArray[np.uint8]
+    param: str = "messages"
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 of the shape and the pixels."""
+        found = hashlib.sha256(repr(self.pixels.shape).encode())
+        found.update(np.ascontiguousarray(self.pixels).data)
+        return found.digest()
+
+
+class _ImageProcessor(Protocol):
+    """An image processor of transformers."""
+
+    def __call__(self, images: Any, **options: Any) -> Mapping[str, Any]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class PictureProcessor:
+    """Places pictures in prompts of one model. Any thread may use it.
+
+    `image_token` is the text of the placeholder in chat templates.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], settings: Mapping[str, Any], encode: Encode
+    ) -> None:
+        """Read config.json and preprocessor_config.json (`settings`).
+
+        Raises `ModelLoadError` if the tokenizer has no placeholder, or the settings are wrong.
+        """
+        self.image_token = "<image>"  # noqa: S105 - a token of the vocabulary
+        self._kind = str(config["model_type"])
+        self._config, self._encode = config, encode
+        ids = encode(self.image_token)
+        self.image_token_id = config.get("image_token_id", config.get("image_token_index"))
+        if len(ids) != 1 or ids[0] != self.image_token_id:
+            raise ModelLoadError(
+                f"{self.image_token!r} is not the token {self.image_token_id} of config.json"
+            )
+        self._image_processor = _image_processor(config, settings)
+
+    def place(
+        self, token_ids: Sequence[int], pictures: Sequence[Picture]
+    ) -> tuple[list[int], tuple[Media, ...]]:
+        """Return a prompt with the tokens of each picture in place of its placeholder.
+
+        Raises `RequestError` unless the prompt has one placeholder for each picture, and if a
+        picture cannot be processed.
+        """
+        count = sum(token_id == self.image_token_id for token_id in token_ids)
+        if count != len(pictures):
+            raise RequestError(
+                f"the prompt has {count} placeholders {self.image_token} for {len(pictures)}"
+                " pictures",
+                param="messages",
+                hint=f"leave {self.image_token} out of the text",
+            )
+        placed: list[int] = []
+        media: list[Media] = []
+        left = iter(pictures)
+        for token_id in token_ids:
+            if token_id != self.image_token_id:
+                placed.append(token_id)
+                continue
+            media.append(self._media(next(left), len(placed)))
+            placed += media[-1].token_ids
+        return placed, tuple(media)
+
+    def _media(self, picture: Picture, start: int) -> Media:
+        from PIL import Image
+
+        try:
+            made = self._image_processor(
+                [[Image.fromarray(picture.pixels)]] if self._is_tiled else
+                [Image.fromarray(picture.pixels)],
+                return_tensors="np",
+                **({"return_row_col_info": True} if self._is_tiled else {}),
+            )  # fmt: skip
+            inputs = {name: np.asarray(made[name]) for name in _INPUTS if name in made}
+            tokens = self._encode(self._text(made, inputs["pixel_values"]))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            height, width = picture.pixels.shape[:2]
+            raise RequestError(
+                f"the picture of {width} x {height} pixels cannot be processed: {error}",
+                param=picture.param,
+            ) from error
+        digest = hashlib.sha256(self._settings_digest + picture.digest()).digest()
+        return Media(start, tuple(tokens), digest, inputs)
+
+    @property
+    def _is_tiled(self) -> bool:
+        return self._kind in ("idefics3", "smolvlm")
+
+    def _text(self, made: Mapping[str, Any], pixels: NDArray[Any]) -> str:
+        """Return the text that stands for a picture."""
+        height, width = map(int, pixels.shape[-2:])
+        vision = self._config["vision_config"]
+        patch = int(vision["patch_size"])
+        patches = (height // patch) * (width // patch)
+        if not self._is_tiled:
+            with_class = self._config.get("vision_feature_select_strategy", "default") == "full"
+            has_class = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+            return self.image_token * (patches + int(with_class and has_class))
+        count = patches // int(self._config.get("scale_factor", 2)) ** 2
+        tile = self.image_token * count
+        edge = "<fake_token_around_image>"
+        rows, columns = int(made["rows"][0][0]), int(made["cols"][0][0])
+        tiles = "".join(
+            "".join(f"{edge}<row_{y + 1}_col_{x + 1}>{tile}" for x in range(columns)) + "\n"
+            for y in range(rows)
+        )
+        whole = f"{edge}<global-img>{tile}{edge}"
+        return f"{tiles}\n{whole}" if rows else whole
+
+    @cached_property
+    def _settings_digest(self) -> bytes:
+        """The SHA-256 of everything but the picture on which the encoder's inputs depend."""
+        settings = self._image_processor.to_dict()
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
+
+
+def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> _ImageProcessor:
+    """Return the image processor of transformers for these settings; it runs no code of models."""
+    inner = settings.get("image_processor")  # transformers 5 writes it in processor_config.json
+    settings = dict(inner if isinstance(inner, Mapping) else settings)
+    settings.pop("auto_map", None)
+    for name in _SIZES:
+        sizes = settings.get(name)
+        for value in sizes.values() if isinstance(sizes, Mapping) else [sizes]:
+            if isinstance(value, int | float) and not 0 < value <= MAX_SIDE:
+                raise ModelLoadError(
+                    f"preprocessor_config.json: {name} is {value}, the limit is {MAX_SIDE}"
+                )
+    from transformers import AutoImageProcessor
+
+    with tempfile.TemporaryDirectory(prefix="modelpack-") as directory:
+        path = Path(directory)
+        (path / "preprocessor_config.json").write_text(json.dumps(settings))
+        (path / "config.json").write_text(json.dumps({"model_type": config["model_type"]}))
+        try:
+            made: _ImageProcessor = AutoImageProcessor.from_pretrained(
+                directory, backend="pil", trust_remote_code=False, local_files_only=True
+            )
+        except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
+            raise ModelLoadError(f"preprocessor_config.json: {error}") from error
+    return made

@@ -1,0 +1,233 @@
+"""Pictures in an engine's prompts: the tokens are those of mlx-vlm's single-request path."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.request import EngineRequest, Media, SamplingParams
+from modelpack_engine.vision.encoder import VisionEncoder, open_vision
+from modelpack_engine.vision.processor import Picture
+from tests.engine.serving.tiny import tiny_engine as text_engine
+from tests.engine.vision import tiny
+from tests.engine.vision.tiny import KINDS, picture, request, run
+
+ONE, TWO, WIDE = picture(1), picture(2, 31, 17), picture(3, 16, 64)
+PROMPTS = {
+    "text only": ("hello there", []),
+    "one picture": ("<image>What is it?", [ONE]),
+    "two pictures": ("<image><image>Which one?", [ONE, TWO]),
+    "between texts": ("this is <image> and that is <image>, see?", [TWO, WIDE]),
+    "the same twice": ("<image> or <image>", [ONE, ONE]),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_tokens_are_those_of_mlx_vlm(kind: str, name: str) -> None:
+    text, pictures = PROMPTS[name]
+    engine = tiny.tiny_engine(kind, max_num_batched_tokens=256)
+    made = request(engine, text, pictures)
+    assert run(engine, made) == [tiny.expected(kind, text, pictures)]
+
+
+def test_it_runs_in_the_paged_tier(kind: str) -> None:
+    engine = tiny.tiny_engine(kind)
+    assert engine._runner.tier == "paged"
+    assert engine.notes == ()
+
+
+@pytest.mark.parametrize("rows", [8, 17, 32])
+def test_chunks_split_pictures(kind: str, rows: int) -> None:
+    """A chunk boundary within a picture changes nothing."""
+    text, pictures = PROMPTS["between texts"]
+    engine = tiny.tiny_engine(kind, max_num_batched_tokens=rows)
+    made = request(engine, text, pictures)
+    assert len(made.media[0].token_ids) > rows or rows > 8
+    assert run(engine, made) == [tiny.expected(kind, text, pictures)]
+
+
+def test_one_batch_with_text_only_requests(kind: str) -> None:
+    engine = tiny.tiny_engine(kind, max_num_batched_tokens=24)
+    made = [
+        request(engine, *PROMPTS[name]) for name in ("text only", "one picture", "two pictures")
+    ]
+    names = ("text only", "one picture", "two pictures")
+    assert run(engine, *made) == [tiny.expected(kind, *PROMPTS[name]) for name in names]
+    assert engine.stats().num_mixed_steps > 0
+
+
+def test_the_prefix_cache_changes_nothing(kind: str) -> None:
+    text, pictures = PROMPTS["between texts"]
+    expected = [tiny.expected(kind, text, pictures)]
+    for cached in (True, False):
+        engine = tiny.tiny_engine(kind, enable_prefix_caching=cached, block_size=8)
+        made = request(engine, text, pictures)
+        assert [run(engine, made) for _ in range(2)] == [expected, expected]
+        assert (engine.stats().cached_tokens > 0) == cached
+
+
+def test_a_second_question_reads_the_picture_once() -> None:
+    engine = tiny.tiny_engine("idefics3", block_size=8)
+    first = request(engine, "<image>What is it?", [ONE])
+    second = request(engine, "<image>How many?", [ONE])
+    run(engine, first)
+    assert engine.vision is not None
+    encoder = engine.vision.encoder
+    assert encoder.misses == 1
+    [tokens] = run(engine, second)
+    assert encoder.misses == 1
+    assert encoder.hits > 0
+    shared = len(first.media[0].token_ids) // 8 * 8
+    assert engine.stats().cached_tokens == shared
+    assert tokens == tiny.expected("idefics3", "<image>How many?", [ONE])
+
+
+def test_a_preempted_picture_is_computed_again() -> None:
+    """Blocks for one request and a half: one of the two is preempted and computed again."""
+    text, pictures = PROMPTS["one picture"]
+    engine = tiny.tiny_engine("llava", block_size=8, kv_cache_bytes=10 * 8 * 512)
+    made = [request(engine, text, pictures, count=20), request(engine, "ab<image>", [TWO], 20)]
+    tokens = run(engine, *made)
+    assert engine.stats().num_preemptions > 0
+    assert tokens == [
+        tiny.expected("llava", text, pictures, 20), tiny.expected("llava", "ab<image>", [TWO], 20)
+    ]  # fmt: skip
+
+
+def test_choices_share_a_picture() -> None:
+    engine = tiny.tiny_engine("llava", block_size=8)
+    made = request(engine, "<image>What is it?", [ONE], n=2)
+    engine.add_request("both", made)
+    tokens: dict[int, list[int]] = {0: [], 1: []}
+    while engine.has_work:
+        for event in engine.step():
+            tokens[event.index] += event.token_ids
+    assert tokens[0] == tokens[1] == tiny.expected("llava", "<image>What is it?", [ONE])
+
+
+def test_changed_pixels_change_the_answer(kind: str) -> None:
+    """The control: one block of pixels decides the tokens, and never meets the other's cache."""
+    pixels = ONE.pixels.copy()
+    pixels[:10, :10] = 255 - pixels[:10, :10]
+    changed, text = Picture(pixels), "<image>What is it?"
+    engine = tiny.tiny_engine(kind, block_size=8)
+    [[first], [second]] = [run(engine, request(engine, text, [p])) for p in (ONE, changed)]
+    assert first == tiny.expected(kind, text, [ONE])
+    assert second == tiny.expected(kind, text, [changed])
+    assert first != second
+    assert engine.stats().cached_tokens == 0
+
+
+def test_zeroed_embeddings_are_detected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the comparison itself: without the picture's embeddings, tokens differ."""
+    text, pictures = PROMPTS["one picture"]
+    engine = tiny.tiny_engine(kind)
+    made = request(engine, text, pictures)
+    monkeypatch.setattr(VisionEncoder, "input_embeddings", lambda *_: None)
+    assert run(engine, made) != [tiny.expected(kind, text, pictures)]
+
+
+def test_text_before_two_pictures_is_shared() -> None:
+    """Only blocks with a picture, and those after, have hashes of their own."""
+    engine = tiny.tiny_engine("llava", block_size=8)
+    text = "a system prompt of 24 ch<image>What is it?"
+    run(engine, request(engine, text, [ONE]))
+    run(engine, request(engine, text, [TWO]))
+    assert engine.stats().cached_tokens == 24
+
+
+def test_settings_of_the_processor_are_part_of_the_digest() -> None:
+    settings = tiny.settings_of("llava")
+    loaded = tiny.tiny_loaded("llava")
+    digests = set()
+    for mean in ([0.5, 0.5, 0.5], [0.4, 0.5, 0.5]):
+        encode = lambda text: loaded.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+        found = tiny.processor({**settings, "image_mean": mean}, encode)
+        _, (media,) = found.place([tiny.IMAGE], [ONE])
+        digests.add(media.digest)
+    assert len(digests) == 2
+
+
+def test_pictures_of_other_shapes_have_other_digests() -> None:
+    flat = np.zeros((4, 6, 3), np.uint8)
+    assert Picture(flat).digest() != Picture(flat.reshape(6, 4, 3)).digest()
+
+
+class CountingModel:
+    """Embeds every token as one number, and counts the calls."""
+
+    def __init__(self) -> None:
+        self.config, self.calls = None, 0
+
+    def embed(self, token_ids: mx.array, inputs: object) -> mx.array:
+        self.calls += 1
+        return mx.ones((token_ids.size, 4))
+
+
+def test_the_cache_of_embeddings_is_bounded() -> None:
+    model = CountingModel()
+    encoder = VisionEncoder(model, max_bytes=2 * 3 * 4 * 4)
+    media = [Media(0, (1, 2, 3), bytes([i]), {}) for i in range(3)]
+    for each in (0, 1, 0, 2, 0, 1):  # 2 drops 1, the least recently used
+        encoder.embeddings(media[each])
+    assert (model.calls, encoder.hits, encoder.misses) == (4, 2, 4)
+    assert encoder.nbytes == 2 * 3 * 4 * 4
+    encoder.embeddings(Media(0, tuple(range(99)), b"large", {}))
+    assert encoder.nbytes == 2 * 3 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("no place", 1), ("<image><image>", 1), ("<image>", 2)]
+)
+def test_placeholders_that_are_not_the_pictures(text: str, count: int) -> None:
+    engine = tiny.tiny_engine("llava")
+    with pytest.raises(RequestError, match=r"placeholders <image> for \d pictures"):
+        request(engine, text, [ONE] * count)
+
+
+def test_a_model_of_text_refuses_pictures() -> None:
+    engine = text_engine()
+    media = Media(0, (1, 2), b"digest", {})
+    with pytest.raises(RequestError, match="reads no pictures"):
+        engine.add_request("r", EngineRequest([1, 2, 3], SamplingParams(), media=(media,)))
+    assert not engine.has_work
+
+
+def test_media_must_match_the_prompt() -> None:
+    engine = tiny.tiny_engine("llava")
+    made = request(engine, "ab<image>", [ONE])
+    moved = dataclasses.replace(made.media[0], start=1)
+    with pytest.raises(RequestError, match="does not match the prompt"):
+        engine.add_request("r", dataclasses.replace(made, media=(moved,)))
+    assert not engine.has_work
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_request_alone() -> None:
+    engine = tiny.tiny_engine("llava")
+    engine.add_request("good", request(engine, "<image>What is it?", [ONE]))
+    made = request(engine, "<image>", [TWO])
+    broken = dataclasses.replace(
+        made.media[0], digest=b"other", inputs={"pixel_values": np.zeros((1, 3, 7), np.float32)}
+    )
+    with pytest.raises(RequestError, match="cannot be encoded"):
+        engine.add_request("bad", dataclasses.replace(made, media=(broken,)))
+    tokens: list[int] = []
+    while engine.has_work:
+        tokens += [token for event in engine.step() for token in event.token_ids]
+    assert tokens == tiny.expected("llava", "<image>What is it?", [ONE])
+
+
+def test_a_tower_that_ignores_pixels_is_detected() -> None:
+    loaded = tiny.tiny_loaded("llava")
+    encode = lambda text: loaded.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    with pytest.raises(EngineError, match="same or infinite"):
+        open_vision(CountingModel(), tiny.config_of("llava"), tiny.settings_of("llava"), encode)

@@ -1,0 +1,215 @@
+"""Tiny random models with a vision tower, as directories, and mlx-vlm's own answers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.models import LoadedModel, load
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.patches.mlx_vlm_imports import prepare
+from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
+
+KINDS = ("idefics3", "llava", "smolvlm")
+EOS = 256
+SPECIAL = [
+    "<eos>", "<image>", "<fake_token_around_image>", "<global-img>",
+    *(f"<row_{y}_col_{x}>" for y in range(1, 5) for x in range(1, 5)),
+]  # fmt: skip
+IMAGE = EOS + 1
+VOCABULARY = 288
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}"
+    "{% endif %}{% endfor %}{% endif %}\n{% endfor %}assistant:"
+)
+
+_TEXT = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+}  # fmt: skip
+_VISION = {
+    "hidden_size": 32, "num_attention_heads": 2, "patch_size": 4, "num_hidden_layers": 2,
+    "intermediate_size": 48, "num_channels": 3,
+}  # fmt: skip
+_TILED: dict[str, Any] = {
+    "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True,
+    "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5], "max_image_size": {"longest_edge": 16}, "resample": 1,
+    "size": {"longest_edge": 32},
+}  # fmt: skip
+
+
+def config_of(kind: str) -> dict[str, Any]:
+    """Return config.json of a tiny model."""
+    if kind == "llava":
+        vision = {**_VISION, "model_type": "clip_vision_model", "image_size": 16}
+        return {
+            "model_type": kind, "text_config": _TEXT, "vision_config": vision,
+            "image_token_index": IMAGE, "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default", "vocab_size": VOCABULARY,
+        }  # fmt: skip
+    return {
+        "model_type": kind, "text_config": _TEXT, "image_token_id": IMAGE, "scale_factor": 2,
+        "vision_config": {**_VISION, "model_type": f"{kind}_vision", "image_size": 16},
+        "vocab_size": VOCABULARY,
+    }  # fmt: skip
+
+
+def settings_of(kind: str) -> dict[str, Any]:
+    """Return preprocessor_config.json of a tiny model."""
+    if kind == "llava":
+        return {
+            "image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
+            "do_normalize": True, "do_resize": True, "do_rescale": True, "do_convert_rgb": True,
+            "crop_size": {"height": 16, "width": 16}, "size": {"shortest_edge": 16},
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "resample": 3,
+        }  # fmt: skip
+    name = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
+    return {**_TILED, "image_processor_type": f"{name}ImageProcessor"}
+
+
+def _tokenizer() -> Tokenizer:
+    """A tokenizer of one token for each byte, and the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL])
+    return backend
+
+
+@cache
+def directory(kind: str) -> Path:
+    """Return the directory of a tiny model with reproducible random weights."""
+    prepare()
+    config = config_of(kind)
+    package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
+    arguments = package.ModelConfig.from_dict(config)
+    arguments.text_config = package.TextConfig.from_dict(config["text_config"])
+    arguments.vision_config = package.VisionConfig.from_dict(config["vision_config"])
+    model = package.Model(arguments)
+    mx.random.seed(5)
+    weights = {}
+    for name, value in tree_flatten(model.parameters()):
+        scale = 0.2 if value.ndim == 1 else 1.6 / value.shape[-1] ** 0.5
+        noise = mx.random.normal(value.shape) * scale
+        weights[name] = noise + 1 if value.ndim == 1 and name.endswith("weight") else noise
+    path = Path(mkdtemp(prefix=f"modelpack-tiny-{kind}-"))
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    documents = {
+        "config.json": config,
+        "preprocessor_config.json": settings_of(kind),
+        "processor_config.json": {
+            "image_seq_len": 4, "patch_size": 4, "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+        "tokenizer_config.json": {
+            "eos_token": "<eos>", "chat_template": TEMPLATE,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    }  # fmt: skip
+    for name, document in documents.items():
+        (path / name).write_text(json.dumps(document))
+    _tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+def tiny_loaded(kind: str) -> LoadedModel:
+    """Return a tiny model as the loaders return it."""
+    return load(ModelFiles.from_directory(directory(kind)), device="cpu")
+
+
+def tiny_engine(kind: str, **settings: object) -> Engine:
+    """Return an engine with a tiny model; `settings` are fields of EngineConfig."""
+    given = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "device": "cpu"} | settings
+    return Engine(tiny_loaded(kind), EngineConfig(**given))  # type: ignore[arg-type]
+
+
+def processor(settings: dict[str, Any], encode: Encode) -> PictureProcessor:
+    """Return the processor of the tiny llava with other settings."""
+    return PictureProcessor(config_of("llava"), settings, encode)
+
+
+def picture(seed: int, height: int = 20, width: int = 30) -> Picture:
+    """Return a picture of random blocks of 5 x 5 pixels."""
+    blocks = np.random.default_rng(seed).integers(
+        0, 256, (-(-height // 5), -(-width // 5), 3), np.uint8
+    )
+    return Picture(blocks.repeat(5, axis=0).repeat(5, axis=1)[:height, :width].copy())
+
+
+def request(
+    engine: Engine, text: str, pictures: list[Picture], count: int = 8, **fields: Any
+) -> EngineRequest:
+    """Return a greedy request of a text with <image> in the places of the pictures."""
+    ids, media = engine.tokenizer.encode(text, add_special_tokens=False), ()
+    if pictures:
+        assert engine.vision is not None
+        ids, media = engine.vision.processor.place(ids, pictures)
+    params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
+    return EngineRequest(ids, params, media=media, **fields)
+
+
+def run(engine: Engine, *requests: EngineRequest) -> list[list[int]]:
+    """Run requests in one batch; return their tokens."""
+    names = [f"r{index}" for index in range(len(requests))]
+    tokens: dict[str, list[int]] = {name: [] for name in names}
+    for name, each in zip(names, requests, strict=True):
+        engine.add_request(name, each)
+    while engine.has_work:
+        for event in engine.step():
+            assert event.error is None, event.error
+            tokens[event.request_id] += event.token_ids
+    return [tokens[name] for name in names]
+
+
+@cache
+def _peer(kind: str) -> tuple[Any, Any]:
+    """Return mlx-vlm's model and processor."""
+    prepare()
+    config, path = config_of(kind), directory(kind)
+    package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
+    arguments = package.ModelConfig.from_dict(config)
+    arguments.text_config = package.TextConfig.from_dict(config["text_config"])
+    arguments.vision_config = package.VisionConfig.from_dict(config["vision_config"])
+    model = package.Model(arguments)
+    model.load_weights(str(path / "model.safetensors"))
+    processor_module: Any = importlib.import_module(f"mlx_vlm.models.{kind}.processing_{kind}")
+    names = {"idefics3": "Idefics3", "llava": "Llava", "smolvlm": "SmolVLM"}
+    processor = getattr(processor_module, f"{names[kind]}Processor").from_pretrained(path)
+    return model, processor
+
+
+def expected(kind: str, text: str, pictures: list[Picture], count: int = 8) -> list[int]:
+    """Return the greedy tokens of mlx-vlm's own processor, model and cache, for one request."""
+    from mlx_vlm.models.cache import make_prompt_cache
+    from PIL import Image
+
+    model, processor = _peer(kind)
+    images = [Image.fromarray(each.pixels) for each in pictures]
+    inputs = processor(images=images or None, text=[text])
+    ids = mx.array(inputs.pop("input_ids"))
+    pixels = inputs.pop("pixel_values", None)
+    inputs.pop("attention_mask", None)
+    features = model.get_input_embeddings(ids, pixels, **inputs)
+    cache_ = make_prompt_cache(model.language_model)
+    found: list[int] = []
+    logits = model.language_model(ids, inputs_embeds=features.inputs_embeds, cache=cache_).logits
+    for _ in range(count):
+        found.append(int(mx.argmax(logits[0, -1])))
+        logits = model.language_model(mx.array([[found[-1]]]), cache=cache_).logits
+    return found
