@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from modelpack_engine.core.block_manager import NULL_BLOCK
+from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.scheduler import PrefillChunk, Proposal, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence

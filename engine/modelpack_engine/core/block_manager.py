@@ -1,6 +1,6 @@
-"""BlockManager: the KV blocks of one engine, their prefix cache, and recurrent snapshots.
+"""BlockManager: the block tables of sequences, their prefix cache, and recurrent snapshots.
 
-The scheduler allocates blocks here. The manager knows their ids and hashes, not their contents.
+The scheduler allocates blocks here, from a `BlockPool`. Neither knows the contents of blocks.
 
 Equal hashes mean equal keys and values. A block's keys and values depend on its tokens, on every
 token before them, and on the model, adapter and media. So hashes are chained: each covers its
@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 from functools import lru_cache
 from typing import cast
 
 from modelpack_engine.config import BLOCK_SIZE
+from modelpack_engine.core.block_pool import NULL_BLOCK, BlockPool
 from modelpack_engine.core.sequence import Restore, Sequence
 from modelpack_engine.offload.tiers import PrefixOffload, state_key
 from modelpack_engine.request import Media
@@ -145,9 +146,6 @@ class PrefixSnapshots:
         self._unnamed.clear()
 
 
-#: The block that padding rows write to; it is never allocated.
-NULL_BLOCK = 0
-
 #: Blocks whose hashes are computed together, which is several times as fast as one by one.
 HASHED_AT_ONCE = 64
 
@@ -179,7 +177,6 @@ class BlockManager:
         snapshot_interval: int = 0,
         window: int | None = None,
     ) -> None:
-        assert num_blocks > 1, "there must be a block in addition to the null block"
         assert block_size > 0
         assert window is None or window > 0
         assert snapshot_interval % block_size == 0, "snapshots belong to whole blocks"
@@ -187,11 +184,8 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._model_id = model_id.encode()
-        self._ref_counts = [0] * num_blocks
-        self._free = deque(range(NULL_BLOCK + 1, num_blocks))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._block_of: dict[bytes, int] = {}
-        self._hash_of: dict[int, bytes] = {}
+        self.pool = BlockPool(num_blocks)
+        self.pool.evicted = self._evicted
         self.offload: PrefixOffload | None = None
         self.snapshots = snapshots if enable_prefix_caching else None
         self.snapshot_interval = snapshot_interval if self.snapshots is not None else 0
@@ -207,21 +201,21 @@ class BlockManager:
     @property
     def num_total(self) -> int:
         """The blocks that can be allocated: all but the null block."""
-        return len(self._ref_counts) - 1
+        return self.pool.num_total
 
     @property
     def num_available(self) -> int:
         """The blocks that are free, or cached and can be evicted."""
-        return len(self._free) + len(self._cached)
+        return self.pool.num_available
 
     @property
     def num_used(self) -> int:
-        return self.num_total - self.num_available
+        return self.pool.num_used
 
     @property
     def num_cached(self) -> int:
         """The blocks that no sequence uses, kept for the prefix cache."""
-        return len(self._cached)
+        return self.pool.num_cached
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks `num_tokens` tokens need."""
@@ -230,77 +224,32 @@ class BlockManager:
     def can_allocate(self, num_blocks: int) -> bool:
         return num_blocks <= self.num_available
 
-    # One block.
+    # Contents.
 
-    def allocate(self) -> int:
-        """Return a block of unknown content; evict the least recently used one if none is free."""
-        if self._free:
-            block = self._free.popleft()
-        else:
-            block, _ = self._cached.popitem(last=False)
-            hash_ = self._hash_of.pop(block)
-            del self._block_of[hash_]
-            if self.offload is not None:
-                self.offload.evict(block, hash_)
-            if self.snapshots is not None:
-                self.snapshots.evict(hash_)
-        assert self._ref_counts[block] == 0
-        self._ref_counts[block] = 1
-        return block
-
-    def share(self, blocks: Iterable[int]) -> None:
-        """Add a reference to each of `blocks`, except the null block, which is not counted."""
-        counts, cached = self._ref_counts, self._cached
-        for block in blocks:
-            if block == NULL_BLOCK:
-                continue
-            if counts[block] == 0:
-                del cached[block]
-            counts[block] += 1
-
-    def release(self, block: int) -> None:
-        """Drop a reference; an unreferenced block is cached if it has a hash, or free."""
-        assert self._ref_counts[block] > 0, f"block {block} is released too often"
-        self._ref_counts[block] -= 1
-        if self._ref_counts[block] == 0:
-            if block in self._hash_of:
-                self._cached[block] = None
-            else:
-                self._free.append(block)
-
-    def publish(self, block: int, hash_: bytes) -> None:
-        """Add a full block to the prefix cache by its hash, unless the hash is already there."""
-        assert self._ref_counts[block] > 0, f"block {block} is not in use"
-        if hash_ not in self._block_of and block not in self._hash_of:
-            self._block_of[hash_] = block
-            self._hash_of[block] = hash_
+    def _evicted(self, block: int, hash_: bytes) -> None:
+        if self.offload is not None:
+            self.offload.evict(block, hash_)
+        if self.snapshots is not None:
+            self.snapshots.evict(hash_)
 
     def withdraw(self, sequence: Sequence) -> list[int]:
         """Remove the blocks of a sequence from the prefix cache: their content may be wrong.
 
         Return the blocks that no other sequence uses, which can be overwritten.
         """
-        for block in sequence.block_table:
-            hash_ = self._hash_of.pop(block, None)
-            if hash_ is not None:
-                del self._block_of[hash_]
         if self.offload is not None:
             self.offload.discard(sequence.block_hashes)
         if self.snapshots is not None:
             self.snapshots.discard(sequence.block_hashes)
-        return [block for block in sequence.block_table if self._ref_counts[block] == 1]
+        return self.pool.withdraw(sequence.block_table)
 
     def published(self) -> list[tuple[int, bytes]]:
         """Return the blocks of the prefix cache with their hashes, in reverse order of eviction."""
-        idle = [(block, self._hash_of[block]) for block in reversed(self._cached)]
-        return [item for item in self._hash_of.items() if item[0] not in self._cached] + idle
+        return self.pool.published()
 
     def forget_content(self) -> None:
         """Empty the prefix cache: the contents of all blocks may be wrong."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        self._block_of.clear()
-        self._hash_of.clear()
+        self.pool.forget_content()
         if self.snapshots is not None:
             self.snapshots.clear()
 
@@ -332,7 +281,7 @@ class BlockManager:
         table = sequence.block_table
         for index in range(sequence.num_unseen_blocks, unseen):
             if table[index] != NULL_BLOCK:
-                self.release(table[index])
+                self.pool.release(table[index])
                 table[index] = NULL_BLOCK
         sequence.num_unseen_blocks = max(sequence.num_unseen_blocks, unseen)
 
@@ -348,15 +297,15 @@ class BlockManager:
             return True
         if not self.can_allocate(missing):
             return False
-        sequence.block_table.extend(self.allocate() for _ in range(missing))
+        sequence.block_table.extend(self.pool.allocate() for _ in range(missing))
         return True
 
     def free(self, sequence: Sequence) -> None:
         """Release the whole table, last block first, so that a prefix is evicted last."""
         if sequence.restore is not None:
-            self._release_all(reversed(sequence.restore.blocks))
+            self.pool.release_all(reversed(sequence.restore.blocks))
             sequence.restore = None
-        self._release_all(reversed(sequence.block_table))
+        self.pool.release_all(reversed(sequence.block_table))
         sequence.block_table.clear()
         sequence.num_published_blocks = 0
         sequence.snapshot = None
@@ -365,11 +314,6 @@ class BlockManager:
         sequence.num_unseen_blocks = 0
         if self.offload is not None:
             self.offload.drop(sequence.seq_id)
-
-    def _release_all(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            if block != NULL_BLOCK:
-                self.release(block)
 
     # A sequence's prefix.
 
@@ -391,7 +335,7 @@ class BlockManager:
             return len(self.match_prefix(sequence)) * size
         if self.window is None and self._shareable(sequence) and self._may_share(sequence):
             root = root_hash(self._model_id, sequence.cache_salt)
-            if block_hashes(root, sequence.token_ids(0, size), size)[0] not in self._block_of:
+            if self.pool.find(block_hashes(root, sequence.token_ids(0, size), size)[0]) is None:
                 return 0
         return len(self.match_prefix(sequence)) * size
 
@@ -403,7 +347,7 @@ class BlockManager:
         if self.window is not None:
             return self._match_window(sequence, self.window)
         indices, first = self._shareable(sequence), len(sequence.block_table)
-        hashes, find = sequence.block_hashes, self._block_of.get
+        hashes, find = sequence.block_hashes, self.pool.find
         for start in range(indices.start, indices.stop, HASHED_AT_ONCE):
             stop = min(start + HASHED_AT_ONCE, indices.stop)
             if find(self._hash(sequence, start)) is None:
@@ -423,7 +367,7 @@ class BlockManager:
         """Return what `_match` returns, for a window: only the blocks within it must be cached."""
         indices = self._shareable(sequence)
         hashes = [self._hash(sequence, index) for index in indices]
-        found = [self._block_of.get(hash_) for hash_ in hashes]
+        found = list(map(self.pool.find, hashes))
         best, first_seen, reach, run = 0, 0, 0, 0
         for count, block in enumerate(found, 1):
             run = 0 if block is None else run + 1
@@ -451,7 +395,7 @@ class BlockManager:
             blocks, reach = self._match(sequence)
             if self.snapshots is not None and reach > len(blocks):
                 sequence.branch = (len(sequence.block_table) + reach) * self.block_size
-            self.share(blocks)
+            self.pool.share(blocks)
             num_tokens = self._extend(sequence, blocks)
             if blocks and self.snapshots is not None:
                 last = len(sequence.block_table) - 1
@@ -485,7 +429,7 @@ class BlockManager:
         hashes = [self._hash(sequence, index) for index in range(next_index, restore.stop)]
         last = self._hash(sequence, restore.stop - 1)
         unseen = max(0, restore.first_seen - next_index)
-        keys = [hash_ for hash_ in hashes[unseen:] if hash_ not in self._block_of]
+        keys = [hash_ for hash_ in hashes[unseen:] if self.pool.find(hash_) is None]
         keys = keys if offload.has_blocks else []
         if self.snapshots is not None and last not in self.snapshots:
             keys.append(state_key(last))
@@ -504,7 +448,7 @@ class BlockManager:
             if last in self.snapshots:
                 sequence.snapshot = self.snapshots.get(last)
         if len(sequence.block_table) == restore.stop or not offload.awaits(sequence.seq_id):
-            self._release_all(reversed(restore.blocks))
+            self.pool.release_all(reversed(restore.blocks))
             sequence.restore = None
         return num_tokens
 
@@ -520,7 +464,7 @@ class BlockManager:
         run = 0
         for index in indices:
             hash_ = self._hash(sequence, index)
-            if hash_ in self._block_of or offload.has_block(hash_):
+            if self.pool.find(hash_) is not None or offload.has_block(hash_):
                 run += 1
             elif self.window is None:
                 break
@@ -553,13 +497,14 @@ class BlockManager:
             if len(sequence.block_table) + len(restore.blocks) < restore.first_seen:
                 restore.blocks.append(NULL_BLOCK)
                 continue
-            if hash_ in self._block_of:
-                self.share([block := self._block_of[hash_]])
+            block = self.pool.find(hash_)
+            if block is not None:
+                self.pool.share([block])
             elif (hash_ in contents or not offload.has_blocks) and self.can_allocate(1):
-                block = self.allocate()
+                block = self.pool.allocate()
                 if offload.has_blocks:
                     offload.restore(block, contents[hash_])
-                self.publish(block, hash_)
+                self.pool.publish(block, hash_)
             else:
                 break
             restore.blocks.append(block)
@@ -578,7 +523,7 @@ class BlockManager:
 
     def num_idle(self, blocks: list[int]) -> int:
         """Return how many of `blocks` no sequence uses: sharing them makes fewer available."""
-        return sum(block != NULL_BLOCK and not self._ref_counts[block] for block in blocks)
+        return self.pool.num_idle(blocks)
 
     def next_hash(self, sequence: Sequence) -> bytes | None:
         """Return the hash of the block that a sequence computes next, if it could be shared."""
@@ -630,7 +575,7 @@ class BlockManager:
             return
         full = min(sequence.num_computed_tokens, sequence.num_known_tokens) // self.block_size
         for index in range(sequence.num_published_blocks, full):
-            self.publish(sequence.block_table[index], hash_ := self._hash(sequence, index))
+            self.pool.publish(sequence.block_table[index], hash_ := self._hash(sequence, index))
             sequence.num_published_blocks = index + 1
             if self.snapshots is not None:
                 self.snapshots.name(sequence.seq_id, index, hash_)

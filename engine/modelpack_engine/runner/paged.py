@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.core.batch import PADDING_SEQ_ID, StepBatch, StepShape, padding_batch
-from modelpack_engine.core.block_manager import NULL_BLOCK
+from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.kernels import TILE_ROWS, Tiles

@@ -14,13 +14,13 @@ from tests.engine.offload.test_scheduling import test_prefixes_come_back_and_oth
 from tests.engine.scheduling.test_mutations import apply
 
 MUTATIONS = [
-    (BlockManager.allocate, "self.offload.evict(block, hash_)", "pass"),
-    (BlockManager.allocate, "self.snapshots.evict(hash_)", "pass"),
+    (BlockManager._evicted, "self.offload.evict(block, hash_)", "pass"),
+    (BlockManager._evicted, "self.snapshots.evict(hash_)", "pass"),
     (BlockManager._hold, "offload.restore(block, contents[hash_])", "pass"),
     (BlockManager._hold, "self.window is None and self._may_go_on(hash_)", "True"),
     (BlockManager._restore, "sequence.snapshot = self.snapshots.get(last)", "pass"),
-    (BlockManager._restore, "self._release_all(reversed(restore.blocks))", "pass"),
-    (BlockManager.free, "self._release_all(reversed(sequence.restore.blocks))", "pass"),
+    (BlockManager._restore, "self.pool.release_all(reversed(restore.blocks))", "pass"),
+    (BlockManager.free, "self.pool.release_all(reversed(sequence.restore.blocks))", "pass"),
     (BlockManager.set_offload, "self.snapshots.evicted = offload.evict_state", "pass"),
     (PrefixOffload.fetch, "if hash_ not in load.contents:", "if not load.contents:"),
     (PrefixOffload.take, "self._left = self.per_step", "pass"),

@@ -69,7 +69,7 @@ def test_prefixes_come_back_and_others_go_on() -> None:
             if held and seed % 4 == 3:
                 sim.abort(held[0].request_id)
             for hash_, _ in sim.blocks.snapshots.items() if sim.blocks.snapshots else ():
-                assert hash_ in sim.blocks._block_of, "a snapshot is kept without its block"
+                assert hash_ in sim.blocks.pool._block_of, "a snapshot is kept without its block"
         sim.drain()
         seen["restored"] += sim.offload.num_restored - sim.offload.num_restored_states
         seen["restored states"] += sim.offload.num_restored_states

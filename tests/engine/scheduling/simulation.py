@@ -10,7 +10,8 @@ from typing import Literal
 import pytest
 
 from modelpack_engine.core.batch import StepBatch, build_batch
-from modelpack_engine.core.block_manager import NULL_BLOCK, BlockManager, PrefixSnapshots
+from modelpack_engine.core.block_manager import BlockManager, PrefixSnapshots
+from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import EXACT, Buckets
 from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence, SequenceStatus
@@ -57,16 +58,17 @@ def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
         unseen = seq.block_table[: seq.num_unseen_blocks]
         assert set(unseen) <= {NULL_BLOCK}, "a block is kept that no token will see"
         assert NULL_BLOCK not in seq.block_table[seq.num_unseen_blocks :]
-    everything = range(len(blocks._ref_counts))
-    assert [refs[block] for block in everything] == blocks._ref_counts, "ref counts are wrong"
+    pool = blocks.pool
+    everything = range(len(pool._ref_counts))
+    assert [refs[block] for block in everything] == pool._ref_counts, "ref counts are wrong"
     for table in tables:
         assert len(set(table)) == len(table), "a block is twice in a table"
-    places = [*blocks._free, *blocks._cached, *refs]
+    places = [*pool._free, *pool._cached, *refs]
     assert sorted(places) == list(everything)[1:], "a block is lost, or in two places"
     assert NULL_BLOCK not in places
-    assert blocks._block_of == {hash_: block for block, hash_ in blocks._hash_of.items()}
-    assert all(block in blocks._hash_of for block in blocks._cached)
-    assert not any(block in blocks._hash_of for block in blocks._free)
+    assert pool._block_of == {hash_: block for block, hash_ in pool._hash_of.items()}
+    assert all(block in pool._hash_of for block in pool._cached)
+    assert not any(block in pool._hash_of for block in pool._free)
     assert blocks.num_used == len(refs)
     assert blocks.num_total == blocks.num_available + blocks.num_used
 
@@ -335,7 +337,7 @@ class Simulation:
     def _check_published(self) -> None:
         """Check that equal hashes mean equal, completely computed contents."""
         size = self.block_size
-        for hash_, block in self.blocks._block_of.items():
+        for hash_, block in self.blocks.pool._block_of.items():
             entries = tuple(self.device.memory[block * size : (block + 1) * size])
             assert None not in entries, "a block is published before it is computed"
             assert self.content.setdefault(hash_, entries) == entries, "a hit on other content"

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from modelpack_engine.core.block_manager import NULL_BLOCK, BlockManager
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.block_pool import NULL_BLOCK, BlockPool
 from modelpack_engine.core.sequence import Sequence
 from tests.engine.scheduling.simulation import audit, sequence
 
@@ -157,10 +158,10 @@ class Blocks(RuleBasedStateMachine):
         if not hasattr(self, "blocks"):
             return
         audit(self.blocks, self.live)
-        assert list(self.blocks._cached) == self.idle
+        assert list(self.blocks.pool._cached) == self.idle
         assert self.blocks.num_cached == len(self.idle)
         assert self.blocks.num_available == self.unused + len(self.idle)
-        assert set(self.blocks._hash_of) == set(self.published)
+        assert set(self.blocks.pool._hash_of) == set(self.published)
         for seq in self.live:
             waste = len(seq.block_table) * SIZE - seq.num_computed_tokens
             assert 0 <= waste < SIZE
@@ -182,14 +183,14 @@ def filled(blocks: BlockManager, tokens: list[int], **params: object) -> Sequenc
 
 def test_all_blocks_but_the_null_block_are_allocated_once() -> None:
     blocks = BlockManager(6, SIZE)
-    assert {blocks.allocate() for _ in range(5)} == {1, 2, 3, 4, 5}
+    assert {blocks.pool.allocate() for _ in range(5)} == {1, 2, 3, 4, 5}
     assert not blocks.can_allocate(1)
     assert blocks.can_allocate(0)
     assert (blocks.num_total, blocks.num_used, blocks.num_available) == (5, 5, 0)
 
 
 def test_a_block_is_not_released_twice() -> None:
-    blocks = BlockManager(3, SIZE)
+    blocks = BlockPool(3)
     block = blocks.allocate()
     blocks.release(block)
     with pytest.raises(AssertionError, match="released too often"):
@@ -269,9 +270,9 @@ def test_a_tail_is_evicted_before_its_prefix() -> None:
     blocks = BlockManager(4, SIZE)
     tokens = list(range(9))
     blocks.free(filled(blocks, tokens))
-    blocks.allocate()
+    blocks.pool.allocate()
     assert len(blocks.match_prefix(sequence([*tokens, 9]))) == 2
-    blocks.allocate()
+    blocks.pool.allocate()
     assert len(blocks.match_prefix(sequence([*tokens, 9]))) == 1
 
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from modelpack_engine.core import batch
 from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.block_pool import BlockPool
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.scheduler import Scheduler, WaitingQueue
 from modelpack_engine.core.sequence import Sequence
@@ -30,13 +31,13 @@ SEEDS = range(80)
 # Method, source, replacement.
 MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     # Blocks are leaked, freed twice, or allocated while they are used or cached.
-    (BlockManager.release, "self._ref_counts[block] -= 1", "pass"),
-    (BlockManager.release, "if block in self._hash_of", "if False"),
-    (BlockManager.release, "self._free.append(block)", "pass"),
-    (BlockManager.share, "counts[block] += 1", "counts[block] = 1"),
-    (BlockManager.share, "del cached[block]", "pass"),
-    (BlockManager.allocate, "del self._block_of[hash_]", "pass"),
-    (BlockManager.__init__, "range(NULL_BLOCK + 1, num_blocks)", "range(num_blocks)"),
+    (BlockPool.release, "self._ref_counts[block] -= 1", "pass"),
+    (BlockPool.release, "if block in self._hash_of", "if False"),
+    (BlockPool.release, "self._free.append(block)", "pass"),
+    (BlockPool.share, "counts[block] += 1", "counts[block] = 1"),
+    (BlockPool.share, "del cached[block]", "pass"),
+    (BlockPool.allocate, "del self._block_of[hash_]", "pass"),
+    (BlockPool.__init__, "range(NULL_BLOCK + 1, num_blocks)", "range(num_blocks)"),
     (BlockManager.free, "reversed(sequence.block_table)", "sequence.block_table[1:]"),
     (BlockManager.free, "sequence.block_table.clear()", "pass"),
     (BlockManager.free, "sequence.num_published_blocks = 0", "pass"),
@@ -46,12 +47,12 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (BlockManager._hash, "hashes[-1] if hashes else", ""),
     (BlockManager._hash, "sequence.cache_salt", "b''"),
     (BlockManager._hash, "token_ids(start, stop)", "token_ids(start, stop - 1)"),
-    (BlockManager.publish, "hash_ not in self._block_of and", ""),
+    (BlockPool.publish, "hash_ not in self._block_of and", ""),
     (BlockManager.publish_prefix, "sequence.num_computed_tokens, ", "10**9, "),
     (BlockManager.publish_prefix, ", sequence.num_known_tokens", ", sequence.num_tokens"),
     (BlockManager._shareable, "sequence.num_prefill_tokens - 1", "sequence.num_prefill_tokens"),
     (BlockManager._may_share, "and between", ""),
-    (BlockManager.share_prefix, "self.share(blocks)", "pass"),
+    (BlockManager.share_prefix, "self.pool.share(blocks)", "pass"),
     (BlockManager._extend, "sequence.num_computed_tokens += len", "len"),
     (BlockManager._extend, "sequence.num_published_blocks += len(blocks)", "pass"),
     # Sequences lose or gain tokens.
@@ -166,10 +167,14 @@ COSTLY: list[tuple[Callable[..., Any], str, str, Callable[[], object]]] = [
 
 # The model of the block manager also detects a wrong order.
 OF_BLOCKS = [
-    *(mutation for mutation in MUTATIONS if mutation[0] in vars(BlockManager).values()),
-    (BlockManager.allocate, "popitem(last=False)", "popitem()"),
+    *(
+        mutation
+        for mutation in MUTATIONS
+        if mutation[0] in (*vars(BlockManager).values(), *vars(BlockPool).values())
+    ),
+    (BlockPool.allocate, "popitem(last=False)", "popitem()"),
     (BlockManager.free, "reversed(sequence.block_table)", "sequence.block_table"),
-    (BlockManager.allocate, "if self._free:", "if self._free and not self._cached:"),
+    (BlockPool.allocate, "if self._free:", "if self._free and not self._cached:"),
 ]
 # It has no generated tokens and no preempted sequences, and seldom a sequence within a block whose
 # next block is cached; publishing twice is harmless.

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.core.block_manager import NULL_BLOCK, BlockManager, window_blocks
+from modelpack_engine.core.block_manager import BlockManager, window_blocks
+from modelpack_engine.core.block_pool import NULL_BLOCK, BlockPool
 from modelpack_engine.core.scheduler import Scheduler
 from tests.engine.scheduling.driving import drive
 from tests.engine.scheduling.simulation import Simulation, sequence
@@ -44,10 +45,10 @@ def test_any_traffic_over_windows() -> None:
 MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (BlockManager.release_unseen, "- self.window", "- self.window + 2 * self.block_size"),
     (BlockManager.release_unseen, "- self.window", "- self.window - self.block_size"),
-    (BlockManager.release_unseen, "self.release(table[index])", "pass"),
+    (BlockManager.release_unseen, "self.pool.release(table[index])", "pass"),
     (BlockManager.release_unseen, "table[index] = NULL_BLOCK", "pass"),
     (BlockManager.free, "sequence.num_unseen_blocks = 0", "pass"),
-    (BlockManager._release_all, "if block != NULL_BLOCK", "if True"),
+    (BlockPool.release_all, "if block != NULL_BLOCK", "if True"),
     (BlockManager._match_window, "run >= seen", "run >= 1"),
     (BlockManager._match_window, "- window) //", "- window // 2) //"),
     (Scheduler.submitted, "self._blocks.release_unseen(sequence)", "pass"),
@@ -93,7 +94,7 @@ def test_a_prefix_is_found_although_its_beginning_is_gone() -> None:
     sim.add(sequence(prompt, 1, request_id="first"))
     sim.drain()
     first_block = sim.sequences[0].block_hashes[0]
-    assert first_block not in sim.blocks._block_of, "the cache is too large for this test"
+    assert first_block not in sim.blocks.pool._block_of, "the cache is too large for this test"
     (again,) = sim.add(sequence(prompt, 5, request_id="again"))
     sim.drain()
     assert again.num_cached_tokens == 60
@@ -113,6 +114,6 @@ def test_the_null_block_is_never_published_or_handed_out() -> None:
     (seq,) = sim.add(sequence([1, 2, 3] * 6, 20))
     while not seq.is_finished:
         sim.step()
-        assert NULL_BLOCK not in sim.blocks._hash_of
-        assert sim.blocks._ref_counts[NULL_BLOCK] == 0
+        assert NULL_BLOCK not in sim.blocks.pool._hash_of
+        assert sim.blocks.pool._ref_counts[NULL_BLOCK] == 0
     sim.drain()

@@ -123,7 +123,7 @@ def test_the_same_model_is_right_at_any_temperature() -> None:
 def test_a_draft_with_a_small_cache_gives_up_the_oldest(plain: list[list[RequestEvent]]) -> None:
     engine = engine_with(noisy(0.05))
     blocks = proposer(engine)._blocks
-    taken = [blocks.allocate() for _ in range(blocks.num_available - 8)]
+    taken = [blocks.pool.allocate() for _ in range(blocks.num_available - 8)]
     for found, expected in zip(ask_all(engine), plain, strict=True):
         check_same(expected, found)
     assert engine.stats().proposed_tokens > 0

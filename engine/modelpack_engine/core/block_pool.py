@@ -1,0 +1,135 @@
+"""BlockPool: the blocks of one group of layers: free, in use, or kept for the prefix cache.
+
+A pool knows the ids and hashes of its blocks, not their contents. `BlockManager` has a pool for
+each group of layers, and the tables of sequences.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+
+#: The block that padding rows write to; it is never allocated.
+NULL_BLOCK = 0
+
+
+class BlockPool:
+    """`num_blocks` blocks; one of them is the null block.
+
+    `evicted` is called with a block that is allocated again and the hash of the content it had.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        assert num_blocks > 1, "there must be a block in addition to the null block"
+        self.evicted: Callable[[int, bytes], None] | None = None
+        self._ref_counts = [0] * num_blocks
+        self._free = deque(range(NULL_BLOCK + 1, num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    # Counts, in blocks.
+
+    @property
+    def num_total(self) -> int:
+        """The blocks that can be allocated: all but the null block."""
+        return len(self._ref_counts) - 1
+
+    @property
+    def num_available(self) -> int:
+        """The blocks that are free, or cached and can be evicted."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_total - self.num_available
+
+    @property
+    def num_cached(self) -> int:
+        """The blocks that no sequence uses, kept for the prefix cache."""
+        return len(self._cached)
+
+    def num_idle(self, blocks: Iterable[int]) -> int:
+        """Return how many of `blocks` no sequence uses: sharing them makes fewer available."""
+        return sum(block != NULL_BLOCK and not self._ref_counts[block] for block in blocks)
+
+    # References.
+
+    def allocate(self) -> int:
+        """Return a block of unknown content; evict the least recently used one if none is free."""
+        if self._free:
+            block = self._free.popleft()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            hash_ = self._hash_of.pop(block)
+            del self._block_of[hash_]
+            if self.evicted is not None:
+                self.evicted(block, hash_)
+        assert self._ref_counts[block] == 0
+        self._ref_counts[block] = 1
+        return block
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add a reference to each of `blocks`, except the null block, which is not counted."""
+        counts, cached = self._ref_counts, self._cached
+        for block in blocks:
+            if block == NULL_BLOCK:
+                continue
+            if counts[block] == 0:
+                del cached[block]
+            counts[block] += 1
+
+    def release(self, block: int) -> None:
+        """Drop a reference; an unreferenced block is cached if it has a hash, or free."""
+        assert self._ref_counts[block] > 0, f"block {block} is released too often"
+        self._ref_counts[block] -= 1
+        if self._ref_counts[block] == 0:
+            if block in self._hash_of:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
+
+    def release_all(self, blocks: Iterable[int]) -> None:
+        """Drop a reference to each of `blocks`, in this order, except the null block."""
+        for block in blocks:
+            if block != NULL_BLOCK:
+                self.release(block)
+
+    # Contents, by hash.
+
+    def find(self, hash_: bytes) -> int | None:
+        """Return the block with the content of `hash_`, if there is one."""
+        return self._block_of.get(hash_)
+
+    def publish(self, block: int, hash_: bytes) -> None:
+        """Add a full block to the prefix cache by its hash, unless the hash is already there."""
+        assert self._ref_counts[block] > 0, f"block {block} is not in use"
+        if hash_ not in self._block_of and block not in self._hash_of:
+            self._block_of[hash_] = block
+            self._hash_of[block] = hash_
+
+    def withdraw(self, blocks: Iterable[int]) -> list[int]:
+        """Remove the blocks of a table from the prefix cache: their content may be wrong.
+
+        Return those with one reference, which can be overwritten.
+        """
+        exclusive = []
+        for block in blocks:
+            hash_ = self._hash_of.pop(block, None)
+            if hash_ is not None:
+                del self._block_of[hash_]
+            if self._ref_counts[block] == 1:
+                exclusive.append(block)
+        return exclusive
+
+    def published(self) -> list[tuple[int, bytes]]:
+        """Return the blocks of the prefix cache with their hashes, in reverse order of eviction."""
+        idle = [(block, self._hash_of[block]) for block in reversed(self._cached)]
+        return [item for item in self._hash_of.items() if item[0] not in self._cached] + idle
+
+    def forget_content(self) -> None:
+        """Empty the prefix cache: the contents of all blocks may be wrong."""
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of.clear()
