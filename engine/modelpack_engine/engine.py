@@ -137,11 +137,10 @@ class Engine(BaseEngine):
             self._sampler.warm_up(dtype or mx.float32)
 
     def add_request(self, request_id: str, request: EngineRequest) -> None:
-        for media in request.media:
+        if request.media:
             if self.vision is None:
                 raise RequestError("this model reads no pictures", param="messages")
-            # Now, so that a picture that cannot be encoded fails its request and not a step.
-            self.vision.encoder.embeddings(media)
+            self.vision.encoder.add(request.media, request.owner)
         if request.adapter is None:
             super().add_request(request_id, request)
             return

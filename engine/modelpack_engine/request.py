@@ -142,7 +142,7 @@ class SamplingParams:
                 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Media:
     """A picture in a prompt: the `token_ids` from position `start` stand for it.
 
@@ -159,6 +159,11 @@ class Media:
     def stop(self) -> int:
         """The position after the last token."""
         return self.start + len(self.token_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the encoder's inputs."""
+        return sum(array.nbytes for array in self.inputs.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,12 +41,16 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class MediaRows:
-    """Rows [row, row + length) are the tokens of a piece of media from its token `first` on."""
+    """Rows [row, row + length) are the tokens of a piece of media from its token `first` on.
+
+    `owner` is that of its request.
+    """
 
     row: int
     length: int
     media: Media
     first: int
+    owner: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,9 +342,8 @@ def _media_rows(part: PrefillChunk, row: int) -> list[MediaRows]:
     for media in part.sequence.media:
         start, stop = max(media.start, part.start), min(media.stop, part.start + part.length)
         if start < stop:
-            found.append(
-                MediaRows(row + start - part.start, stop - start, media, start - media.start)
-            )
+            at, first = row + start - part.start, start - media.start
+            found.append(MediaRows(at, stop - start, media, first, part.sequence.owner))
     return found
 
 

@@ -69,6 +69,9 @@ class _Item:
 class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
     """Starts a thread that makes the model with `make_model` and then serves requests."""
 
+    #: It reads text only.
+    vision = None
+
     def __init__(
         self, make_model: Callable[[], Embedder | CrossEncoder], meter: Meter | None = None
     ) -> None:

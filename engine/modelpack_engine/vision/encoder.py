@@ -7,21 +7,24 @@ with one picture.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 import numpy as np
 
 from modelpack_engine.core.batch import StepBatch
-from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.errors import RETRY_AFTER, EngineError, QueueFullError, RequestError
 from modelpack_engine.request import Media
 from modelpack_engine.vision.models import VisionModel
 from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
 
 #: Bytes of embeddings that are kept.
 MAX_CACHE_BYTES = 256 * 1024 * 1024
+#: Bytes of the encoder's inputs that unfinished requests hold together.
+MAX_INPUT_BYTES = 1024 * 1024 * 1024
 
 _FAILURES = (
     ArithmeticError, AssertionError, AttributeError, EngineError, LookupError, RuntimeError,
@@ -30,12 +33,21 @@ _FAILURES = (
 
 
 class VisionEncoder:
-    """Runs the vision tower of a model; keeps embeddings by the digest of their picture (LRU)."""
+    """Runs the vision tower of a model; keeps embeddings by the digest of their picture (LRU).
 
-    def __init__(self, model: VisionModel, max_bytes: int = MAX_CACHE_BYTES) -> None:
-        self._model, self._max_bytes = model, max_bytes
-        self._kept: OrderedDict[bytes, mx.array] = OrderedDict()
+    Owners share none: the time of a reply would tell which pictures another one has sent.
+    """
+
+    def __init__(
+        self,
+        model: VisionModel,
+        max_bytes: int = MAX_CACHE_BYTES,
+        max_input_bytes: int = MAX_INPUT_BYTES,
+    ) -> None:
+        self._model, self._max_bytes, self._max_input_bytes = model, max_bytes, max_input_bytes
+        self._kept: OrderedDict[tuple[bytes, bytes], mx.array] = OrderedDict()
         self._nbytes = 0
+        self._pending: WeakSet[Media] = WeakSet()
         #: Pictures whose embeddings were in the cache, and those that were computed.
         self.hits = self.misses = 0
 
@@ -44,15 +56,31 @@ class VisionEncoder:
         """The bytes of the embeddings that are kept."""
         return self._nbytes
 
-    def embeddings(self, media: Media) -> mx.array:
-        """Return the embeddings [tokens, width] of a picture, computed or to be computed.
+    def add(self, media: Iterable[Media], owner: bytes = b"") -> None:
+        """Encode the pictures of a new request, so that a bad one fails it and not a step.
+
+        Raises `RequestError` if the model cannot encode one, and `QueueFullError` if the pictures
+        of all requests have too many bytes.
+        """
+        for each in media:
+            if sum(one.nbytes for one in self._pending) + each.nbytes > self._max_input_bytes:
+                raise QueueFullError(
+                    f"the pictures of all requests have more than {self._max_input_bytes} bytes",
+                    retry_after=RETRY_AFTER,
+                )
+            self.embeddings(each, owner)
+            self._pending.add(each)
+
+    def embeddings(self, media: Media, owner: bytes = b"") -> mx.array:
+        """Return the embeddings [tokens, width] of a picture.
 
         Raises `RequestError` if the model cannot encode it.
         """
-        found = self._kept.get(media.digest)
+        key = owner, media.digest
+        found = self._kept.get(key)
         if found is not None:
             self.hits += 1
-            self._kept.move_to_end(media.digest)
+            self._kept.move_to_end(key)
             return found
         self.misses += 1
         inputs = {name: mx.array(value) for name, value in media.inputs.items()}
@@ -63,13 +91,13 @@ class VisionEncoder:
             raise RequestError(
                 f"the picture cannot be encoded: {error}", param="messages"
             ) from error
-        self._keep(media.digest, made)
+        self._keep(key, made)
         return made
 
-    def _keep(self, digest: bytes, made: mx.array) -> None:
+    def _keep(self, key: tuple[bytes, bytes], made: mx.array) -> None:
         if made.nbytes > self._max_bytes:
             return
-        self._kept[digest] = made
+        self._kept[key] = made
         self._nbytes += made.nbytes
         while self._nbytes > self._max_bytes:
             _, dropped = self._kept.popitem(last=False)
@@ -81,7 +109,7 @@ class VisionEncoder:
             return None
         rows = self._model.embed(token_ids, {})
         for part in batch.media_rows:
-            made = self.embeddings(part.media)[part.first : part.first + part.length]
+            made = self.embeddings(part.media, part.owner)[part.first : part.first + part.length]
             rows[part.row : part.row + part.length] = made.astype(rows.dtype)
         return rows
 

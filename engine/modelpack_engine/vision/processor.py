@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +79,7 @@ class PictureProcessor:
         self._image_processor = _image_processor(config, settings)
 
     def place(
-        self, token_ids: Sequence[int], pictures: Sequence[Picture]
+        self, token_ids: Sequence[int], pictures: Collection[Picture]
     ) -> tuple[list[int], tuple[Media, ...]]:
         """Return a prompt with the tokens of each picture in place of its placeholder.
 

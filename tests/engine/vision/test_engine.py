@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.errors import EngineError, QueueFullError, RequestError
 from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.vision.encoder import VisionEncoder, open_vision
 from modelpack_engine.vision.processor import Picture
@@ -183,6 +183,31 @@ def test_the_cache_of_embeddings_is_bounded() -> None:
     assert encoder.nbytes == 2 * 3 * 4 * 4
     encoder.embeddings(Media(0, tuple(range(99)), b"large", {}))
     assert encoder.nbytes == 2 * 3 * 4 * 4
+
+
+def test_owners_share_no_embeddings() -> None:
+    """Otherwise the time of a reply would tell which pictures another owner has sent."""
+    engine = tiny.tiny_engine("llava")
+    assert engine.vision is not None
+    for owner, misses in ((b"a", 1), (b"b", 2), (b"a", 2)):
+        run(engine, request(engine, "<image>What is it?", [ONE], owner=owner, cache_salt=owner))
+        assert engine.vision.encoder.misses == misses
+
+
+def test_the_inputs_of_unfinished_requests_are_bounded() -> None:
+    engine = tiny.tiny_engine("llava")
+    assert engine.vision is not None
+    first = request(engine, "<image>What is it?", [ONE])
+    engine.vision.encoder._max_input_bytes = first.media[0].nbytes
+    second = request(engine, "<image>What is it?", [TWO])
+    engine.add_request("first", first)
+    with pytest.raises(QueueFullError, match="the pictures of all requests have more than"):
+        engine.add_request("second", second)
+    del first
+    while engine.has_work:
+        engine.step()
+    run(engine, request(engine, "hello", []))  # the engine holds its last step
+    engine.add_request("second", second)
 
 
 @pytest.mark.parametrize(

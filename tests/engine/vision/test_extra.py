@@ -16,6 +16,7 @@ from modelpack_engine.vision import models
 from tests.engine.vision import tiny
 
 
+@pytest.mark.long
 def test_it_imports_model_and_processor_modules_only() -> None:
     """None of mlx-vlm's own dependencies but transformers and Pillow."""
     code = (

@@ -33,7 +33,7 @@ VOCABULARY = 288
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}"
     "{% else %}{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}"
-    "{% endif %}{% endfor %}{% endif %}\n{% endfor %}assistant:"
+    "{% endif %}{% endfor %}{% endif %}{{ '\n' }}{% endfor %}assistant:"
 )
 
 _TEXT = {
