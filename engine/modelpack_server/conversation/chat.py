@@ -10,10 +10,16 @@ from typing import Any
 from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.core.detokenizer import stop_strings
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
-from modelpack_engine.request import EngineRequest
+from modelpack_engine.request import EngineRequest, Media
 from modelpack_engine.worker.threads import prepare
 from modelpack_server.conversation.logprobs import TextLogprobs
 from modelpack_server.conversation.masks import make_masks
+from modelpack_server.conversation.pictures import (
+    PictureFile,
+    place_pictures,
+    shows_pictures,
+    take_pictures,
+)
 from modelpack_server.conversation.prompt import PLAIN_FAMILY, render
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatDelta, ChatSpec, ChatUsage, Finish
@@ -217,7 +223,7 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
     """
     spec = _completed(spec, model)
     # In a thread, since a template or a long text may take long.
-    prompt, token_ids = await _prepared(model, spec)
+    prompt, token_ids, media = await _prepared(model, spec)
     tools = offered_tools(spec)
     limit = model.token_limit(len(token_ids), spec.max_tokens)
     written = model.format
@@ -259,14 +265,14 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
 
     answers = [answer(index) for index in range(spec.n)]
     stream = await model.submit(
-        EngineRequest(token_ids, params, n=spec.n, continues_text=spec.continues)
+        EngineRequest(token_ids, params, n=spec.n, continues_text=spec.continues, media=media)
     )
     return ChatStream(stream, answers, reasons, token_ids)
 
 
 async def prompt_ids(model: ServedModel, spec: ChatSpec) -> list[int]:
     """Return the tokens of the conversation's prompt; raises `ContextLengthError`."""
-    _, token_ids = await _prepared(model, _completed(spec, model))
+    _, token_ids, _ = await _prepared(model, _completed(spec, model))
     return token_ids
 
 
@@ -294,8 +300,8 @@ def offered_tools(spec: ChatSpec) -> tuple[Tool, ...]:
     return tuple(tool for tool in spec.tools if tool.name in spec.tool_choice.names)
 
 
-async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
-    """Return the text and the tokens of the prompt. Raises `ContextLengthError`.
+async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int], tuple[Media, ...]]:
+    """Return the text, the tokens and the pictures of the prompt. Raises `ContextLengthError`.
 
     Messages with too many characters for the context are refused before rendering.
     """
@@ -306,17 +312,29 @@ async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]
 
 
 def _characters(message: Mapping[str, Any]) -> int:
-    return sum(len(value) for value in message.values() if isinstance(value, str))
+    parts = message.get("content")
+    texts = [part.get("text", "") for part in parts] if isinstance(parts, list) else []
+    return sum(len(value) for value in (*message.values(), *texts) if isinstance(value, str))
 
 
-def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
+def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int], tuple[Media, ...]]:
     tokenizer = model.tokenizer
-    spec = replace(spec, messages=model.preface.before(spec.messages))
-    text = render(spec, tokenizer, model.format)
+    media: tuple[Media, ...] = ()
+    messages: Sequence[dict[str, Any]] = model.preface.before(spec.messages)
+    files: list[PictureFile] = []
+    processor = (
+        model.pictures if any(isinstance(m.get("content"), list) for m in messages) else None
+    )
+    if processor is not None:
+        shown = shows_pictures(spec.template or tokenizer.chat_template)
+        messages, files = take_pictures(messages, None if shown else processor.image_token)
+    text = render(replace(spec, messages=messages), tokenizer, model.format)
     token_ids = model.encode(text, add_special_tokens=False)
     if spec.earlier:
         # The earlier turns begin with the BOS token. If it occurs again, it begins each turn.
         if token_ids[:1] == [tokenizer.bos] and token_ids.count(token_ids[0]) == 1:
             del token_ids[0]
         token_ids = [*spec.earlier, *token_ids]
-    return text, token_ids
+    if processor is not None and files:
+        token_ids, media = place_pictures(processor, token_ids, files)
+    return text, token_ids, media

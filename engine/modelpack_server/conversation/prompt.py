@@ -22,6 +22,7 @@ from typing import Any
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.models.tokenizer import Tokenizer
+from modelpack_server.conversation.pictures import joined_content
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.tool_parsers.families import OutputFormat, starts_reasoning
 from modelpack_server.tool_parsers.history import template_messages
@@ -72,7 +73,7 @@ def _joined(turn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     texts = [part["content"] for part in turn if part.get("content")]
     thoughts = [part["reasoning_content"] for part in turn if part.get("reasoning_content")]
     joined = {key: value for part in turn for key, value in part.items()}
-    joined["content"] = "\n\n".join(texts)
+    joined["content"] = joined_content(texts)
     return joined | ({"reasoning_content": "\n\n".join(thoughts)} if thoughts else {})
 
 

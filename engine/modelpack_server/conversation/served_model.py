@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.errors import ContextLengthError, RequestError
@@ -16,6 +16,10 @@ from modelpack_engine.outputs import EngineStats
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.worker.threads import prepare
 from modelpack_server.tool_parsers.families import OutputFormat, find_format
+
+if TYPE_CHECKING:
+    from modelpack_engine.vision.encoder import Vision
+    from modelpack_engine.vision.processor import PictureProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,9 @@ class ServingEngine(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def vision(self) -> Vision | None: ...
+
     async def submit(self, request: EngineRequest) -> RequestStream: ...
 
     def stats(self) -> EngineStats: ...
@@ -114,6 +121,12 @@ class ServedModel:
     def vocab_size(self) -> int:
         """The width of the model's logits."""
         return self.engine.vocab_size
+
+    @property
+    def pictures(self) -> PictureProcessor | None:
+        """What places pictures in prompts; None for a model that reads text only."""
+        vision = self.engine.vision
+        return None if vision is None else vision.processor
 
     @cached_property
     def format(self) -> OutputFormat:

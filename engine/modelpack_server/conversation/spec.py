@@ -18,7 +18,8 @@ Finish = Literal["stop", "length", "tool_calls", "abort"]
 class ChatSpec:
     """A chat request, independent of any API.
 
-    `messages` have the form that chat templates expect: `role`, `content` as text, and optionally
+    `messages` have the form that chat templates expect: `role`, `content` as text (or as a list of
+    parts with those of `PictureReader`, where the model has vision), and optionally
     `tool_calls` (`{"id", "type", "function": {"name", "arguments"}}`, with the arguments as JSON
     text), `tool_call_id` and `reasoning_content`. `max_tokens` limits the reply, which otherwise
     may fill the context; `params.max_tokens` is ignored. `constraint` applies to the text outside

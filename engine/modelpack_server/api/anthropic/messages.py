@@ -23,6 +23,7 @@ from modelpack_server.api.model_use import PRESET_HEADER, answer, preloadable, u
 from modelpack_server.api.paths import add_route
 from modelpack_server.api.sse import error_event, event
 from modelpack_server.conversation.chat import ChatStream, count_prompt, start_chat
+from modelpack_server.conversation.pictures import picture_reader
 from modelpack_server.conversation.prompt import fit_turns
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatDelta, ChatSpec, ChatUsage
@@ -241,7 +242,7 @@ def router(pool: ModelPool) -> APIRouter:
 
 def spec_of(body: PromptRequest, model: ServedModel, preset: str | None = None) -> ChatSpec:
     """Return the API-neutral form of a request; raises `RequestError`."""
-    messages = template_messages(body.system, body.messages)
+    messages = template_messages(body.system, body.messages, picture_reader(model))
     messages = fit_turns(messages, model.tokenizer.chat_template)
     tools, choice = tools_of(body.tools, body.tool_choice)
     last = messages[-1]

@@ -11,6 +11,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body, SparseBody
 from modelpack_server.api.continuation import carried
+from modelpack_server.conversation.pictures import PictureReader, joined_content
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 
 
@@ -237,12 +238,15 @@ def unknown_block(block: Mapping[str, Any], where: str) -> RequestError:
 
 
 def template_messages(
-    system: str | Sequence[Mapping[str, Any]] | None, messages: Sequence[MessageFields]
+    system: str | Sequence[Mapping[str, Any]] | None,
+    messages: Sequence[MessageFields],
+    pictures: PictureReader | None = None,
 ) -> list[dict[str, Any]]:
     """Return the conversation in the form that chat templates expect.
 
-    Tool results become messages of their own, before the text of the same turn. Raises
-    `RequestError` with the name of the block that cannot become part of the prompt.
+    Tool results become messages of their own, before the text of the same turn. A turn with images
+    has a list of parts; without `pictures`, images are refused. Raises `RequestError` with the name
+    of the block that cannot become part of the prompt.
     """
     turns: list[dict[str, Any]] = []
     if instructions := system_text(system):
@@ -252,7 +256,7 @@ def template_messages(
         if isinstance(message.content, str):
             turns.append({"role": message.role, "content": message.content})
         elif message.role == "user":
-            turns += _user(message.content, where)
+            turns += _user(message.content, where, pictures)
         elif message.role == "assistant":
             turns.append(_assistant(message.content, where))
         else:
@@ -260,17 +264,32 @@ def template_messages(
     return turns
 
 
-def _user(blocks: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
-    results, texts = [], []
+def _user(
+    blocks: Sequence[Mapping[str, Any]], where: str, pictures: PictureReader | None
+) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    contents: list[str | list[dict[str, Any]]] = []
     for i, block in enumerate(blocks):
         place = f"{where}.{i}"
         if block.get("type") == "tool_result":
             results.append(_result(block, place))
+        elif block.get("type") == "image" and pictures is not None:
+            contents.append([_image(block, place, pictures)])
         else:
-            texts.append(shown(block, place))
-    if texts or not results:
-        results.append({"role": "user", "content": "\n\n".join(texts)})
+            contents.append(shown(block, place))
+    if contents or not results:
+        results.append({"role": "user", "content": joined_content(contents)})
     return results
+
+
+def _image(block: Mapping[str, Any], where: str, pictures: PictureReader) -> dict[str, Any]:
+    source = block.get("source")
+    kind = source.get("type") if isinstance(source, Mapping) else None
+    if isinstance(source, Mapping) and kind == "base64":
+        return pictures.base64(source.get("data"), where)
+    if isinstance(source, Mapping) and kind == "url":
+        return pictures.url(source.get("url"), where)
+    raise RequestError(f"{where}: images have a source of type base64, not {kind!r}", param=where)
 
 
 def _result(block: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from modelpack_server.api.ollama.replies import Clock, Pieces, Reader, Writer
 from modelpack_server.api.sse import dumps
 from modelpack_server.api.vocabulary import Vocabulary
 from modelpack_server.conversation.chat import ChatStream, start_chat
+from modelpack_server.conversation.pictures import PictureReader, picture_reader
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.pool.entry import ModelState
@@ -87,10 +88,16 @@ def common_spec(
     )
 
 
-def refuse_images(images: list[Any], model: str) -> None:
-    """Raise `RequestError` if there are images."""
-    if images:
+def with_images(
+    text: str, images: list[Any], model: str, pictures: PictureReader | None
+) -> str | list[dict[str, Any]]:
+    """Return the content of a message; raises `RequestError` for images without `pictures`."""
+    if not images:
+        return text
+    if pictures is None:
         raise RequestError(f"{model!r} does not support images: text only", param="images")
+    parts = [pictures.base64(image, f"images[{i}]") for i, image in enumerate(images)]
+    return [*parts, {"type": "text", "text": text}]
 
 
 async def fit_context(pool: ModelPool, body: TextBody) -> None:
@@ -222,25 +229,28 @@ def router(pool: ModelPool) -> APIRouter:
 
 def spec_of(body: ChatBody, model: ServedModel) -> ChatSpec:
     """Return the API-neutral form of a request; raises `RequestError`."""
-    messages = template_messages(body.messages, body.model)
+    messages = template_messages(body.messages, body.model, picture_reader(model))
     tools = tuple(map(_tool, body.tools))
     check_names(tools)
     return common_spec(body, model, messages, tools=tools)
 
 
-def template_messages(messages: Sequence[ChatMessage], model: str) -> list[dict[str, Any]]:
+def template_messages(
+    messages: Sequence[ChatMessage], model: str, pictures: PictureReader | None = None
+) -> list[dict[str, Any]]:
     """Return messages in the form that chat templates expect.
 
     Calls in Ollama's API may lack ids. A result then belongs to an earlier call of the same tool,
-    or to the first call without a result. Raises `RequestError` for images.
+    or to the first call without a result. Images come before the text of their message. Raises
+    `RequestError` for images without `pictures`.
     """
     found = []
     waiting = _Waiting()
     numbers = iter(range(sum(len(message.tool_calls) for message in messages)))
     for message in messages:
-        refuse_images(message.images, model)
+        content = with_images(message.content, message.images, model, pictures)
         role = "system" if message.role == "developer" else message.role
-        plain: dict[str, Any] = {"role": role, "content": message.content}
+        plain: dict[str, Any] = {"role": role, "content": content}
         if role == "assistant":
             if message.thinking:
                 plain["reasoning_content"] = message.thinking

@@ -13,21 +13,23 @@ from modelpack_engine.errors import RequestError
 from modelpack_engine.models.chat_template import as_jinja
 from modelpack_engine.request import EngineRequest
 from modelpack_engine.worker.threads import in_thread, prepare
+from modelpack_server.api.bodies import compute
 from modelpack_server.api.ollama import replies
 from modelpack_server.api.ollama.bodies import GenerateBody, check_request_template
 from modelpack_server.api.ollama.chat import (
     common_spec,
     constraint_of,
     load_or_unload,
-    refuse_images,
     reply,
     sampling,
+    with_images,
 )
 from modelpack_server.api.ollama.models import shown_template
 from modelpack_server.api.ollama.ndjson import JsonRoute
 from modelpack_server.conversation.chat import Answer, ChatStream, start_chat
 from modelpack_server.conversation.logprobs import TextLogprobs
 from modelpack_server.conversation.masks import text_mask
+from modelpack_server.conversation.pictures import picture_reader
 from modelpack_server.conversation.prompt import Markers, find_markers, infilling_prompt
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
@@ -41,9 +43,8 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
     @routes.post("/api/generate", response_model=None)
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Reply to a prompt, with lines or one object; without a prompt, load the model."""
-        refuse_images(body.images, body.model)
         _check_raw(body)
-        if not body.prompt and not body.suffix:
+        if not body.prompt and not body.suffix and not body.images:
             return await load_or_unload(request, pool, body, replies.generated)
 
         async def start(model: ServedModel) -> ChatStream:
@@ -52,7 +53,7 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
             if body.raw:
                 return await _continue(body, model, await model.text_prompt(body.prompt))
             template = await _template(pool, body, model, request, request_templates)
-            return await start_chat(model, spec_of(body, model, template))
+            return await start_chat(model, await compute(spec_of, body, model, template))
 
         def context(stream: ChatStream, reader: replies.Reader) -> dict[str, Any]:
             if body.raw or body.suffix:
@@ -85,7 +86,8 @@ async def _template(
 def spec_of(body: GenerateBody, model: ServedModel, template: str | None = None) -> ChatSpec:
     """Return the API-neutral form of a request; raises `RequestError`."""
     system = [{"role": "system", "content": body.system}] if body.system else []
-    messages = [*system, {"role": "user", "content": body.prompt}]
+    content = with_images(body.prompt, body.images, body.model, picture_reader(model))
+    messages: list[dict[str, Any]] = [*system, {"role": "user", "content": content}]
     return common_spec(body, model, messages, template=template, earlier=body.context)
 
 
@@ -120,7 +122,10 @@ async def _continue(body: GenerateBody, model: ServedModel, prompt: list[int]) -
 
 
 def _check_raw(body: GenerateBody) -> None:
-    """Raise `RequestError` for fields that a raw prompt cannot be combined with."""
+    """Raise `RequestError` for fields that cannot be combined."""
     for name in ("template", "system", "context", "suffix"):
         if body.raw and getattr(body, name):
             raise RequestError(f"raw cannot be combined with {name}", param=name)
+    for name in ("raw", "suffix"):
+        if body.images and getattr(body, name):
+            raise RequestError(f"images cannot be combined with {name}", param="images")

@@ -24,6 +24,7 @@ from modelpack_server.api.paths import add_route
 from modelpack_server.api.sse import DONE
 from modelpack_server.api.vocabulary import Vocabulary
 from modelpack_server.conversation.chat import ChatStream, start_chat
+from modelpack_server.conversation.pictures import picture_reader
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatDelta, ChatSpec, ChatUsage
 from modelpack_server.pool.pool import ModelPool
@@ -201,7 +202,7 @@ def spec_of(body: ChatRequest, model: ServedModel, preset: str | None = None) ->
     if reasoning is None and isinstance(options.get("enable_thinking"), bool):
         reasoning = options["enable_thinking"]
     return ChatSpec(
-        messages=template_messages(body.messages),
+        messages=template_messages(body.messages, picture_reader(model)),
         params=model.sampling_params(given, preset=body.preset or preset),
         max_tokens=body.max_completion_tokens or body.max_tokens or model.default("max_tokens"),
         n=body.n,

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body, SparseBody
+from modelpack_server.conversation.pictures import PictureReader
 from modelpack_server.structured_output import Constraint
 from modelpack_server.structured_output.closed_objects import check_strict
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
@@ -53,19 +54,24 @@ class Message(Body):
     refusal: StrictStr | None = None
 
 
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def template_messages(
+    messages: Sequence[Message], pictures: PictureReader | None = None
+) -> list[dict[str, Any]]:
     """Return messages in the form that chat templates expect: content as text, current tool fields.
 
+    The content of a message with pictures is a list of parts; without `pictures`, they are refused.
     Raises `RequestError` with the place of the content that cannot become part of the prompt.
     """
-    return [_plain(message, i) for i, message in enumerate(messages)]
+    return [_plain(message, i, pictures) for i, message in enumerate(messages)]
 
 
-def _plain(message: Message, index: int) -> dict[str, Any]:
+def _plain(message: Message, index: int, pictures: PictureReader | None) -> dict[str, Any]:
     where = f"messages[{index}]"
     plain: dict[str, Any] = dict(message.model_extra or {})
     plain["role"] = {"developer": "system", "function": "tool"}.get(message.role, message.role)
-    plain["content"] = _text(message.content, where)
+    if message.role != "user":
+        pictures = None
+    plain["content"] = _content(message.content, where, pictures)
     if message.refusal and not plain["content"]:
         plain["content"] = message.refusal
     if message.name is not None:
@@ -93,11 +99,28 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
     return plain
 
 
-def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
+def _content(
+    content: str | list[dict[str, Any]] | None, where: str, pictures: PictureReader | None
+) -> str | list[dict[str, Any]]:
+    """Return text, or a list of parts if there are pictures."""
     if content is None or isinstance(content, str):
         return content or ""
-    texts = []
+    if pictures is None or all(part.get("type") != "image_url" for part in content):
+        return _text(content, where)
+    parts = []
     for i, part in enumerate(content):
+        if part.get("type") == "image_url":
+            given = part.get("image_url")
+            url = given.get("url") if isinstance(given, dict) else given
+            parts.append(pictures.url(url, f"{where}.content[{i}]"))
+        else:
+            parts.append({"type": "text", "text": _text([part], where, i)})
+    return parts
+
+
+def _text(content: list[dict[str, Any]], where: str, first: int = 0) -> str:
+    texts = []
+    for i, part in enumerate(content, first):
         kind = part.get("type")
         text = part.get("refusal" if kind == "refusal" else "text")
         if kind not in ("text", "refusal") or not isinstance(text, str):

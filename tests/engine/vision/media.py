@@ -1,0 +1,118 @@
+"""Picture files for tests, good and bad."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from modelpack_engine.vision.processor import Picture
+
+
+def file_of(picture: Picture, format: str = "PNG", **options: Any) -> bytes:
+    """Return a picture as a file."""
+    file = io.BytesIO()
+    Image.fromarray(picture.pixels).save(file, format, **options)
+    return file.getvalue()
+
+
+def saved(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """Return a picture of Pillow as a file."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def url(data: bytes, kind: str = "image/png") -> str:
+    """Return a file as a data: URL."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, pixels: bytes = b"", extra: bytes = b"") -> bytes:
+    """Return a PNG of RGB whose header says `width` x `height`, whatever the `pixels` are."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + extra
+        + _chunk(b"IDAT", zlib.compress(pixels)) + _chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+_PLAIN = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+_NOISE = Image.effect_noise((99, 99), 9)
+_GOOD = saved(_PLAIN)
+
+
+def _frames(format: str) -> bytes:
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 120, 240)]
+    return saved(frames[0], format, save_all=True, append_images=frames[1:])
+
+
+def _bomb_text() -> bytes:
+    text = zlib.compress(b"a" * 80_000_000)
+    return png(8, 8, b"\0" * 200, _chunk(b"zTXt", b"Comment\0\0" + text))
+
+
+#: Files that are refused: a name, the file, and a part of the message.
+BAD_FILES: list[tuple[str, Callable[[], bytes], str]] = [
+    ("empty", lambda: b"", "the picture is empty"),
+    ("text", lambda: b"hello, this is no picture", "unknown format, expected PNG"),
+    ("html", lambda: b"<html><img src=x></html>", "unknown format"),
+    ("svg", lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "unknown format"),
+    ("pdf", lambda: b"%PDF-1.7\n1 0 obj\n", "unknown format"),
+    ("zeros", lambda: bytes(1000), "unknown format"),
+    ("tiff", lambda: saved(_PLAIN, "TIFF"), "unknown format"),
+    ("bmp", lambda: saved(_PLAIN, "BMP"), "unknown format"),
+    ("eps", lambda: saved(_PLAIN, "EPS"), "unknown format"),
+    ("ico", lambda: saved(_PLAIN, "ICO"), "unknown format"),
+    ("only the signature", lambda: _GOOD[:8], "the picture is"),
+    ("half a png", lambda: saved(_NOISE)[:2000], "is damaged"),
+    ("half a jpeg", lambda: saved(_NOISE, "JPEG")[:900], "is damaged"),
+    ("half a webp", lambda: saved(_NOISE, "WEBP", lossless=True)[:2000], "is damaged"),
+    ("half a gif", lambda: saved(_PLAIN, "GIF")[:20], "the picture is"),
+    ("a wrong checksum", lambda: _GOOD[:20] + b"\xff" + _GOOD[21:], "the picture is"),
+    ("wrong pixels", lambda: png(8, 8, b"\x09" * 200), "is damaged"),
+    ("too few pixels", lambda: png(64, 64, b"\0" * 100), "is damaged"),
+    ("zero width", lambda: png(0, 8), "the picture is"),
+    ("zero height", lambda: png(8, 0), "the picture is"),
+    ("36 megapixels", lambda: png(6000, 6000), "it has 6000 x 6000 pixels, the limit"),
+    ("100 megapixels", lambda: png(10_000, 10_000), "33177600"),
+    ("a bomb", lambda: png(60_000, 60_000), "has more than 33177600 pixels"),
+    ("one long line", lambda: png(20_000, 1), "16384 a side"),
+    ("a bomb of text", _bomb_text, "is damaged"),
+    ("an animated gif", lambda: _frames("GIF"), "it is animated"),
+    ("an animated webp", lambda: _frames("WEBP"), "it is animated"),
+    ("an animated png", lambda: _frames("PNG"), "it is animated"),
+]
+
+#: URLs and values in place of a URL that are refused, with a part of the message.
+BAD_URLS: list[tuple[Any, str]] = [
+    ("http://127.0.0.1/a.png", "not fetched from the network; there is no --allow-media-url yet"),
+    ("https://example.com/a.png", "not fetched from the network"),
+    ("HTTP://169.254.169.254/latest/meta-data/", "not fetched from the network"),
+    ("file:///etc/passwd", "is not a data: URL"),
+    ("ftp://example.com/a.png", "is not a data: URL"),
+    ("/etc/passwd", "is not a data: URL"),
+    ("gopher://localhost:70/", "is not a data: URL"),
+    ("data:image/png,abc", "the data: URL has no base64"),
+    ("data:image/png;base64", "the data: URL has no base64"),
+    ("data:", "the data: URL has no base64"),
+    ("data:text/plain;base64,aGk=", "'text/plain' is not a picture"),
+    ("data:application/pdf;base64,aGk=", "'application/pdf' is not a picture"),
+    ("data:image/png;base64,a", "the base64 is not valid"),
+    ("data:image/png;base64,a!b=", "the base64 is not valid"),
+    ("data:image/png;base64,", "the picture is empty"),
+    ("", "is not a string"),
+    (None, "is not a string"),
+    (7, "is not a string"),
+    (["data:"], "is not a string"),
+]

@@ -1,0 +1,240 @@
+"""Pictures through the APIs of a server: OpenAI, Anthropic and Ollama."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from modelpack_server.api.app import create_app
+from modelpack_server.pool.pool import ModelPool
+from tests.engine.serving.tiny import TinyCatalogue
+from tests.engine.vision import tiny
+from tests.engine.vision.media import BAD_FILES, BAD_URLS, file_of, url
+from tests.engine.vision.tiny import picture
+
+ONE, TWO = file_of(picture(1)), file_of(picture(2, 31, 17))
+IN_PROMPT = "user: <image>What is it?\nassistant:"
+
+
+class Served:
+    """A client of a server with one tiny model, and the model's engine."""
+
+    def __init__(self, http: TestClient, catalogue: TinyCatalogue) -> None:
+        self.http, self.catalogue = http, catalogue
+
+    def chat(self, content: Any, **body: Any) -> Any:
+        given = {
+            "model": "tiny", "messages": [{"role": "user", "content": content}],
+            "temperature": 0, "max_tokens": 8, "ignore_eos": True,
+        }  # fmt: skip
+        return self.http.post("/v1/chat/completions", json=given | body)
+
+
+def served(kind: str) -> Iterator[Served]:
+    catalogue = TinyCatalogue(lambda: tiny.tiny_engine(kind, max_num_batched_tokens=256))
+    with TestClient(create_app(ModelPool(catalogue, memory=10_000, grace=0.0))) as http:
+        yield Served(http, catalogue)
+
+
+@pytest.fixture(scope="module")
+def llava() -> Iterator[Served]:
+    yield from served("llava")
+
+
+@pytest.fixture(scope="module")
+def idefics() -> Iterator[Served]:
+    yield from served("idefics3")
+
+
+@pytest.fixture(scope="module")
+def text() -> Iterator[Served]:
+    catalogue = TinyCatalogue()
+    with TestClient(create_app(ModelPool(catalogue, memory=10_000, grace=0.0))) as http:
+        yield Served(http, catalogue)
+
+
+def image(data: bytes) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url(data), "detail": "low"}}
+
+
+def said(kind: str, prompt: str, *pictures: Any) -> str:
+    """Return the text that mlx-vlm's tokens are."""
+    tokens = tiny.expected(kind, prompt, list(pictures))
+    return tiny.tiny_loaded(kind).tokenizer.decode(tokens)
+
+
+QUESTION = {"type": "text", "text": "What is it?"}
+
+
+@pytest.mark.parametrize("kind", ["llava", "idefics3"])
+def test_openai(kind: str, llava: Served, idefics: Served) -> None:
+    one = {"llava": llava, "idefics3": idefics}[kind]
+    answer = one.chat([image(ONE), QUESTION]).json()
+    [choice] = answer["choices"]
+    assert choice["message"]["content"] == said(kind, IN_PROMPT, picture(1))
+    again = one.chat([image(ONE), {"type": "text", "text": "How many?"}]).json()
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    streamed = one.chat([image(ONE), QUESTION], stream=True)
+    assert streamed.status_code == 200
+
+
+def test_two_pictures_in_turns(llava: Served) -> None:
+    messages = [
+        {"role": "user", "content": [QUESTION, image(ONE)]},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": [image(TWO), {"type": "text", "text": "And it?"}]},
+    ]
+    prompt = "user: What is it?<image>\nassistant: no\nuser: <image>And it?\nassistant:"
+    answer = llava.chat("", messages=messages).json()
+    expected = said("llava", prompt, picture(1), picture(2, 31, 17))
+    assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_anthropic(llava: Served) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(ONE).decode()}
+    body = {
+        "model": "tiny", "max_tokens": 8, "temperature": 0,
+        "messages": [{"role": "user", "content": [{"type": "image", "source": source}, QUESTION]}],
+    }  # fmt: skip
+    answer = llava.http.post("/v1/messages", json=body).json()
+    expected = said("llava", "user: <image>\n\nWhat is it?\nassistant:", picture(1))
+    found = answer["content"][0]["text"]
+    assert found
+    assert expected.startswith(found)
+    counted = llava.http.post("/v1/messages/count_tokens", json=body | {"max_tokens": 1}).json()
+    assert counted["input_tokens"] > 16
+
+
+def test_anthropic_refuses_other_sources(llava: Served) -> None:
+    for source, message in (
+        ({"type": "url", "url": "https://example.com/a.png"}, "not fetched from the network"),
+        ({"type": "file", "file_id": "f"}, "type base64, not 'file'"),
+        ({"type": "base64", "data": 7}, "is not a base64 string"),
+        (None, "type base64, not None"),
+    ):
+        content = [{"type": "image", "source": source}, QUESTION]
+        body = {
+            "model": "tiny",
+            "max_tokens": 8,
+            "messages": [{"role": "user", "content": content}],
+        }
+        refused = llava.http.post("/v1/messages", json=body)
+        assert refused.status_code == 400
+        assert message in refused.json()["error"]["message"]
+        assert "messages.0.content.0" in refused.json()["error"]["message"]
+
+
+def test_ollama(llava: Served) -> None:
+    data = base64.b64encode(ONE).decode()
+    body: dict[str, Any] = {
+        "model": "tiny", "stream": False, "options": {"temperature": 0, "num_predict": 8},
+    }  # fmt: skip
+    message = {"role": "user", "content": "What is it?", "images": [data]}
+    expected = said("llava", IN_PROMPT, picture(1))
+    chat = llava.http.post("/api/chat", json=body | {"messages": [message]})
+    found = chat.json()["message"]["content"]
+    assert found
+    assert expected.startswith(found)
+    made = llava.http.post("/api/generate", json=body | {"prompt": "What is it?", "images": [data]})
+    assert made.json()["response"] == found
+    for extra in ({"raw": True}, {"suffix": "b"}):
+        refused = llava.http.post(
+            "/api/generate", json=body | {"prompt": "a", "images": [data]} | extra
+        )
+        assert refused.status_code == 400
+        assert "images cannot be combined" in refused.json()["error"]
+    bad = llava.http.post("/api/generate", json=body | {"prompt": "a", "images": ["!"]})
+    assert bad.status_code == 400
+    assert "images[0]: the base64 is not valid" in bad.json()["error"]
+
+
+def test_a_model_of_text_refuses_pictures(text: Served) -> None:
+    refused = text.chat([QUESTION, image(ONE)])
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["message"] == "this model accepts text only, not 'image_url'"
+    assert error["param"] == "messages[0].content[1]"
+
+
+@pytest.mark.parametrize(("name", "make", "message"), BAD_FILES, ids=[b[0] for b in BAD_FILES])
+def test_bad_files(llava: Served, name: str, make: Any, message: str) -> None:
+    refused = llava.chat([QUESTION, image(make())])
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert message in error["message"]
+    assert error["param"] == "messages[0].content[1]"
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_URLS)
+def test_bad_urls(llava: Served, given: Any, message: str) -> None:
+    refused = llava.chat([{"type": "image_url", "image_url": {"url": given}}, QUESTION])
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert message in error["message"]
+    assert error["param"] == "messages[0].content[0]"
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image_url"}, "is not a string"),
+        ({"type": "image_url", "image_url": []}, "is not a string"),
+        ({"type": "image", "picture": "x"}, "this model accepts text only, not 'image'"),
+        ({"type": "input_audio"}, "this model accepts text only, not 'input_audio'"),
+        ({"type": "image_url", "picture": 1, "image_url": url(b"")}, "the picture is empty"),
+    ],
+)
+def test_bad_parts(llava: Served, part: dict[str, Any], message: str) -> None:
+    refused = llava.chat([QUESTION, part])
+    assert refused.status_code == 400
+    assert message in refused.json()["error"]["message"]
+
+
+def test_pictures_are_for_users(llava: Served) -> None:
+    messages = [{"role": "system", "content": [image(ONE)]}, {"role": "user", "content": "a"}]
+    refused = llava.chat("", messages=messages)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "messages[0].content[0]"
+
+
+def test_a_placeholder_in_the_text(llava: Served) -> None:
+    """It would take the picture's place, so the request is refused; text alone is as before."""
+    refused = llava.chat([image(ONE), {"type": "text", "text": "an <image>?"}])
+    assert refused.status_code == 400
+    assert "2 placeholders <image> for 1 pictures" in refused.json()["error"]["message"]
+    assert llava.chat("an <image>?").status_code == 200
+
+
+def test_a_bad_file_fails_its_request_alone(llava: Served) -> None:
+    assert llava.chat([QUESTION, image(b"bad")]).status_code == 400
+    answer = llava.chat([image(ONE), QUESTION]).json()
+    expected = said("llava", IN_PROMPT, picture(1))
+    assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_more_tokens_than_the_context(idefics: Served) -> None:
+    refused = idefics.chat([image(ONE)] * 32)
+    assert refused.status_code == 400
+    assert "maximum context length is 1024 tokens" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
+])  # fmt: skip
+def test_templates_that_show_text_only(template: str, llava: Served) -> None:
+    """The placeholder comes where the picture is."""
+    from modelpack_engine.models.chat_template import ChatTemplate
+
+    engine = llava.catalogue.engines[-1]
+    tokenizer, own = engine.tokenizer, engine.tokenizer._chat_template
+    tokenizer._chat_template = ChatTemplate(template)
+    try:
+        answer = llava.chat([image(ONE), QUESTION]).json()
+    finally:
+        tokenizer._chat_template = own
+    expected = said("llava", IN_PROMPT, picture(1))
+    assert answer["choices"][0]["message"]["content"] == expected
