@@ -7,8 +7,9 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -91,11 +92,16 @@ def run(
     """Print the response of MODEL to PROMPT and stdin; without either, start a chat.
 
     MODEL may be a path: a GGUF file or a directory of safetensors. In the chat, /help lists the
-    commands.
+    commands. An argument after the prompt that names a file in PNG, JPEG, WebP or GIF is a picture,
+    for models that read pictures.
     """
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
+    prompt, files = _without_pictures(prompt)
     text = _question(prompt)
+    pictures = _pictures(files)
+    if pictures and not text:
+        raise UsageError("no prompt for the pictures", hint="give a prompt before the files")
     from modelpack_server.pool.settings import preset_named
 
     if preset is not None:
@@ -113,7 +119,15 @@ def run(
             return RemoteModel(target.url, target.model, target.context)
 
         with asyncio.Runner() as runner:
-            _talk(settings, RemoteChat(find(model), **chosen), find, text, verbose, runner.run)
+            _talk(
+                settings,
+                RemoteChat(find(model), **chosen),
+                find,
+                text,
+                pictures,
+                verbose,
+                runner.run,
+            )
         return
     from modelpack_server.pool.settings import ModelSettings
     from modelpack_server.repl.chat import Chat, LocalModels, require_chat
@@ -130,7 +144,7 @@ def run(
         ModelSources(settings, remote) as sources,
         LocalModels(sources.catalogue(engine), engine, LoadDisplay(settings).report) as models,
     ):
-        _talk(settings, Chat(load(model), **chosen), load, text, verbose, models.call)
+        _talk(settings, Chat(load(model), **chosen), load, text, pictures, verbose, models.call)
 
 
 def _talk(
@@ -138,10 +152,11 @@ def _talk(
     chat: Chat,
     load: Callable[[str], ServedModel],
     text: str,
+    pictures: list[dict[str, Any]],
     verbose: bool,
     call: Callable[[Coroutine[Any, Any, None]], None],
 ) -> None:
-    """Respond to `text`, or start the chat if it is empty."""
+    """Respond to `text` with `pictures`, or start the chat if it is empty."""
     from modelpack_engine.errors import RequestError
 
     try:
@@ -150,7 +165,7 @@ def _talk(
         raise UsageError(str(error)) from None
 
     def ask(question: str) -> None:
-        call(answer(settings, chat, question, verbose=verbose))
+        call(answer(settings, chat, question, pictures, verbose=verbose))
 
     if text:
         ask(text)
@@ -158,6 +173,31 @@ def _talk(
     from modelpack_server.repl.loop import Loop
 
     Loop(settings, chat, ask, load).run()
+
+
+_PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".webp")
+
+
+def _without_pictures(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Path]]:
+    """Return the arguments before the pictures, and the files of these."""
+    files: list[Path] = []
+    for name in reversed(prompt):
+        if not name.lower().endswith(_PICTURES) or not Path(name).is_file():
+            break
+        files.insert(0, Path(name))
+    return prompt[: len(prompt) - len(files)], files
+
+
+def _pictures(files: list[Path]) -> list[dict[str, Any]]:
+    """Return the files as parts of a message."""
+    from modelpack_engine.errors import RequestError
+    from modelpack_server.conversation.pictures import PictureReader
+
+    reader = PictureReader()
+    try:
+        return [reader.file(path.read_bytes(), str(path)) for path in files]
+    except (OSError, RequestError) as error:
+        raise UsageError(str(error)) from None
 
 
 def _question(prompt: tuple[str, ...]) -> str:
@@ -180,7 +220,14 @@ def _is_piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-async def answer(settings: Settings, chat: Chat, question: str, *, verbose: bool = False) -> None:
+async def answer(
+    settings: Settings,
+    chat: Chat,
+    question: str,
+    pictures: Sequence[dict[str, Any]] = (),
+    *,
+    verbose: bool = False,
+) -> None:
     """Stream the response to the terminal; with --json, print it when it is complete."""
     from modelpack_server.tool_parsers.parts import Reasoning, Text
 
@@ -189,7 +236,7 @@ async def answer(settings: Settings, chat: Chat, question: str, *, verbose: bool
     finish, usage = None, None
     start, first = time.perf_counter(), None
     try:
-        async with aclosing(chat.ask(question)) as deltas:
+        async with aclosing(chat.ask(question, pictures)) as deltas:
             async for delta in deltas:
                 if first is None and (delta.token_ids or delta.parts):
                     first = time.perf_counter()

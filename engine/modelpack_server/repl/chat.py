@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from modelpack.errors import ModelpackError, RemoteUnavailableError, UsageError
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.errors import RequestError
 from modelpack_engine.models.load_progress import LoadProgress
 from modelpack_engine.request import SamplingParams
 from modelpack_server.conversation.chat import start_chat
@@ -133,12 +134,17 @@ class Chat:
         """Delete all messages, but keep the settings."""
         self.turns = []
 
-    async def ask(self, text: str) -> AsyncGenerator[ChatDelta, None]:
+    async def ask(
+        self, text: str, pictures: Sequence[dict[str, Any]] = ()
+    ) -> AsyncGenerator[ChatDelta, None]:
         """Stream the response to `text`; keep it as a message, even if it is interrupted.
 
-        Raises the errors of `start_chat`; then no message is kept.
+        `pictures` are parts of `PictureReader`. Raises the errors of `start_chat`, and
+        `RequestError` if the model reads no pictures; then no message is kept.
         """
-        question = {"role": "user", "content": text}
+        if pictures and self.model.pictures is None:
+            raise RequestError(f"{self.model.name} accepts text only, not pictures")
+        question = _question(text, pictures)
         said: list[Part] = []
         stream = await start_chat(self.model, self._spec([*self.turns, question]))
         async with stream:
@@ -222,11 +228,13 @@ class RemoteChat(Chat):
     model: RemoteModel  # type: ignore[assignment]
     knows_defaults = False
 
-    async def ask(self, text: str) -> AsyncGenerator[ChatDelta, None]:
+    async def ask(
+        self, text: str, pictures: Sequence[dict[str, Any]] = ()
+    ) -> AsyncGenerator[ChatDelta, None]:
         """Stream the response, as `Chat.ask` does; closing the generator cancels the request."""
         import httpx
 
-        question = {"role": "user", "content": text}
+        question = _question(text, pictures)
         url = f"{self.model.url}/v1/chat/completions"
         key = os.environ.get("MODELPACK_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -255,12 +263,30 @@ class RemoteChat(Chat):
                     "enable_thinking": self.reasoning}  # fmt: skip
         return {
             "model": self.model.name,
-            "messages": [*system, *turns],
+            "messages": [*system, *map(_as_json, turns)],
             "stream": True,
             "stream_options": {"include_usage": True},
             **{name: value for name, value in optional.items() if value is not None},
             **self.given,
         }
+
+
+def _question(text: str, pictures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    parts = [*pictures, {"type": "text", "text": text}]
+    return {"role": "user", "content": parts if pictures else text}
+
+
+def _as_json(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return a message as OpenAI's API takes it: pictures as data: URLs."""
+    if not isinstance(turn["content"], list):
+        return turn
+    parts = [
+        {"type": "image_url", "image_url": {"url": part["picture"].data_url}}
+        if part["type"] == "image"
+        else part
+        for part in turn["content"]
+    ]
+    return {**turn, "content": parts}
 
 
 def _decoded(raw: bytes) -> Any:

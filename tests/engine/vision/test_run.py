@@ -1,0 +1,94 @@
+"""`modelpack run MODEL PROMPT FILE`: pictures from files, here and through a server."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from modelpack_server.api.app import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from tests.cli.running import Result
+from tests.cli.running import modelpack as run
+from tests.engine.serving.tiny import TinyCatalogue, write_tiny
+from tests.engine.vision import tiny
+from tests.engine.vision.media import file_of
+from tests.engine.vision.test_api import said
+from tests.engine.vision.tiny import picture
+
+SMALL = ("--device", "cpu", "--kv-cache-bytes", "2000000", "--max-tokens", "8", "--json")
+PROMPT = "user: <image>What is it?\nassistant:"
+
+
+@pytest.fixture(autouse=True)
+def stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "a photo.PNG"
+    path.write_bytes(file_of(picture(1)))
+    return path
+
+
+def ask(model: object, *arguments: object) -> Result:
+    return run("run", model, *arguments, "--temperature", "0", *SMALL)
+
+
+def test_a_picture_after_the_prompt(photo: Path, tmp_path: Path) -> None:
+    store = ("--store", tmp_path / "store")
+    found = ask(tiny.directory("llava"), "What is it?", photo, *store)
+    assert found.code == 0, found.err
+    text = found.json["text"]
+    assert text
+    assert said("llava", PROMPT, picture(1)).startswith(text)
+    assert "PyTorch" not in found.err
+
+
+def test_two_pictures(photo: Path, tmp_path: Path) -> None:
+    store = ("--store", tmp_path / "store")
+    one = ask(tiny.directory("llava"), "What is it?", photo, *store)
+    two = ask(tiny.directory("llava"), "What is it?", photo, photo, *store)
+    assert two.json["prompt_tokens"] == one.json["prompt_tokens"] + 16
+
+
+def test_a_model_of_text(photo: Path, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "text")
+    found = ask(tmp_path / "text", "What is it?", photo, "--store", tmp_path / "store")
+    assert found.code != 0
+    assert "text accepts text only, not pictures" in found.err
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt", "message"),
+    [
+        (b"", ["hi"], "the picture is empty"),
+        (b"bad", ["hi"], "unknown format"),
+        (b"bad", [], "no prompt"),
+    ],
+)
+def test_bad_pictures(content: bytes, prompt: list[str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    found = ask(tiny.directory("llava"), *prompt, path, "--store", tmp_path / "store")
+    assert found.code != 0
+    assert message in found.err
+
+
+def test_a_name_that_is_no_file_is_text(tmp_path: Path) -> None:
+    found = ask(tiny.directory("llava"), "explain", "a.png", "--store", tmp_path / "store")
+    assert found.code == 0, found.err
+    assert found.json["prompt_tokens"] == len("user: explain a.png\nassistant:")
+
+
+def test_through_a_server(photo: Path) -> None:
+    catalogue = TinyCatalogue(lambda: tiny.tiny_engine("llava"))
+    with ModelServer(
+        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
+    ) as server:
+        found = ask("tiny", "What is it?", photo, "--url", server.url)
+    assert found.code == 0, found.err
+    assert said("llava", PROMPT, picture(1)).startswith(found.json["text"])
+    assert found.json["prompt_tokens"] == 16 + len(PROMPT) - len("<image>")
