@@ -42,7 +42,7 @@ NUM_SEQS, LARGE_GPU_NUM_SEQS = 64, 256
 
 Device = Literal["auto", "gpu", "cpu"]
 Backend = Literal["auto", "mlx", "llama.cpp"]
-SpeculativeMethod = Literal["ngram", "draft"]
+SpeculativeMethod = Literal["ngram", "draft", "eagle3", "none"]
 SchedulingPolicy = Literal["shortest-first", "fcfs"]
 
 
@@ -68,9 +68,10 @@ class EngineConfig:
 
     Speculation proposes `num_speculative_tokens` tokens and verifies them in one step. The method
     "ngram" looks them up in the sequence; "draft", the default with a `draft_model` (a name or a
-    path), samples them from that smaller model. There are no proposals while more than
-    `speculative_disable_by_batch_size` sequences decode. A proposal of a draft model ends before a
-    token with a probability below `speculative_min_acceptance`.
+    path), samples them from that smaller model, or drafts them if it is an EAGLE-3 head, which
+    "eagle3" requires; "none" is no speculation even if the store has a head. There are no proposals
+    while more than `speculative_disable_by_batch_size` sequences decode. A proposal of a draft
+    model ends before a token with a probability below `speculative_min_acceptance`.
 
     Blocks that the prefix cache evicts are kept in `kv_offload_memory` bytes of host memory, and in
     `kv_offload_disk` bytes of files in `kv_offload_dir`. If neither memory nor a directory is set,
@@ -112,4 +113,11 @@ class EngineConfig:
     @property
     def speculation(self) -> SpeculativeMethod | None:
         """The method that proposes tokens; None without speculation."""
+        if self.speculative_method == "none":
+            return None
         return self.speculative_method or ("draft" if self.draft_model else None)
+
+    @property
+    def uses_draft_model(self) -> bool:
+        """Whether `draft_model` is to be loaded."""
+        return self.speculation in ("draft", "eagle3") and self.draft_model is not None

@@ -36,6 +36,7 @@ from modelpack_engine.core.metrics import StepClock
 from modelpack_engine.core.scheduler import Proposal, Scheduler, SchedulerOutput
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models import LoadedModel
+from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest
@@ -53,6 +54,7 @@ from modelpack_engine.runner.kv_offload import open_offload
 from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_type
 from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner
 from modelpack_engine.runner.output_processor import OutputProcessor
+from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.runner.step import (
     LaunchedStep,
     NextToken,
@@ -66,7 +68,7 @@ from modelpack_engine.runner.step import (
     with_prompt_rows,
 )
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
-from modelpack_engine.speculation.speculator import check_draft, make_speculator
+from modelpack_engine.speculation.speculator import Draft, check_draft, make_speculator
 
 
 class Engine(BaseEngine):
@@ -78,12 +80,13 @@ class Engine(BaseEngine):
         config: EngineConfig | None = None,
         *,
         model_id: str = "",
-        draft: LoadedModel | None = None,
+        draft: LoadedModel | EagleHead | None = None,
     ) -> None:
         """Allocate the KV cache, test the model and warm it up.
 
-        `model_id` names the weights in the prefix cache. `draft` is the model that `config` names
-        for speculation. Raises `OutOfMemoryError`, saying what would fit, if a prompt would not.
+        `model_id` names the weights in the prefix cache. `draft` is the model or EAGLE head that
+        `config` names for speculation. Raises `OutOfMemoryError`, saying what would fit, if a
+        prompt would not.
         """
         self.config = config or EngineConfig()
         self.tokenizer, self.vision = loaded.tokenizer, loaded.vision
@@ -92,13 +95,13 @@ class Engine(BaseEngine):
         drafting = check_draft(self.config, loaded, draft)
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
         check_token_rows(loaded.model, self.vocab_size)
-        draft_bytes = drafting.layout.bytes_per_token if drafting else 0
+        draft_bytes = drafting.layout.bytes_per_token if isinstance(drafting, Draft) else 0
         self._step_memory = step_memory(loaded.model, self.vocab_size)
         self._sizes = self._choose_sizes(layout, loaded.context_length, draft_bytes)
         self.max_model_len = self._sizes.max_model_len
         per_token = (layout.bytes_per_token if layout else 0) + draft_bytes
         self.kv_cache_bytes = self._sizes.num_blocks * self.config.block_size * per_token
-        self.weight_bytes = loaded.weight_bytes + (drafting.loaded.weight_bytes if drafting else 0)
+        self.weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
         self.memory_bytes = self.weight_bytes + self.kv_cache_bytes + self._sizes.step_bytes
         self._runner = self._make_runner(loaded, layout)
@@ -298,6 +301,8 @@ class Engine(BaseEngine):
         if self.vision is not None:
             embeddings = self.vision.encoder.input_embeddings(batch, token_ids)
         logits = self._runner.forward(with_prompt_rows(batch), token_ids, embeddings)
+        if self._speculator is not None and isinstance(self._runner, PagedRunner):
+            self._speculator.record(output, batch, self._runner.hidden_rows())
         logits, prompt_logprobs = split_logits(batch, logits)
         sampled = masked_logits = None
         if self._outputs.has_masks and any(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+import mlx.core as mx
+
 from modelpack.artifacts.model import Model
 from modelpack.errors import UntrustedError
 from modelpack.operations.pull import find_model
@@ -25,6 +27,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, ModelFiles, load, load_progress
+from modelpack_engine.models.eagle import EagleHead, is_head, load_head
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of
 from modelpack_engine.models.safetensors import read_config
@@ -86,7 +89,12 @@ def load_model(
     ignored = device.ignore_config_fields
     packed = backend == "cpu kernels"
     loaded = load(opened.files, device=where, ignored_fields=ignored, packed=packed)
-    drafting = load(draft, device=where, ignored_fields=ignored) if draft is not None else None
+    drafting: LoadedModel | EagleHead | None = None
+    if draft is not None and is_head(draft.json("config.json")):
+        with mx.stream(mx.cpu if where == "cpu" else mx.gpu):
+            drafting = load_head(draft)
+    elif draft is not None:
+        drafting = load(draft, device=where, ignored_fields=ignored)
     weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
     config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
     load_progress.warm_up()
@@ -156,7 +164,7 @@ def draft_files(
     A name is one of the store's. Raises as `open_model` does, and `UntrustedError` for a directory
     where `remote` says who is trusted: nobody can have signed it.
     """
-    if config.draft_model is None or config.speculation != "draft":
+    if not config.uses_draft_model or config.draft_model is None:
         return None
     if isinstance(config.draft_model, str):
         remote = None if remote is None else replace(remote, variant=None)

@@ -38,6 +38,7 @@ from modelpack_engine.patches.modules import (
     patch_modules,
     take_logit_rows,
 )
+from modelpack_engine.runner.hidden_states import HiddenStates
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout
 from modelpack_engine.runner.recurrent import (
     RecurrentState,
@@ -88,6 +89,8 @@ class Adapted:
         if layout.inner is not None:
             take_logit_rows(layout.inner, step, self.swaps)
         self.sums = Sums()
+        self.hidden_states: HiddenStates | None = None  # recorded for an EAGLE head
+        self.hidden: mx.array | None = None  # those of the last step
         self.fused: dict[str, int] = {}
         if fused:
             owners = {id(self._owners[id(kv)]): kv for kv in self.paged if id(kv) in self._owners}
@@ -153,6 +156,8 @@ class Adapted:
         """Return the arrays a step writes: evaluate them with its tokens, and do not keep them."""
         arrays = [pool for kv in self.paged for pool in (kv.pools.keys, kv.pools.values)]
         arrays += [a for state in self.states for a in state.arrays if a is not None]
+        if self.hidden is not None:
+            arrays.append(self.hidden)
         return arrays + [array for snapshot in self.taken for array in snapshot.arrays]
 
     def state_contents(self) -> StateContents | None:
@@ -197,6 +202,8 @@ class Adapted:
             logits: mx.array = self.model(token_ids[:, None], cache=self.caches, **extra)
             for paged in self.paged:
                 paged.close()
+            if self.hidden_states is not None:
+                self.hidden = self.hidden_states.take(self.sums, len(token_ids))
         except BaseException:
             for paged in self.paged:
                 paged.abandon()
@@ -237,6 +244,7 @@ class Adapted:
         """Restore the model's classes, and drop the pools."""
         self.swaps.undo()
         self.paged, self.states, self.caches = [], [], []
+        self.hidden = None
 
 
 #: Recurrent classes of mlx-lm that compute prompts of different lengths together, by the module

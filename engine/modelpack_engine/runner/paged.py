@@ -32,6 +32,7 @@ from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.kernels import TILE_ROWS, Tiles
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
+from modelpack_engine.runner.hidden_states import HiddenRows, HiddenStates
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.recurrent import StateContents, repeated
 
@@ -99,6 +100,8 @@ class CompiledSteps:
         self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)
         self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
         self._graphs: dict[Layout, Callable[..., Any]] = {}
+        #: The graph's row for each row of the last batch; None if they are the same.
+        self.places: NDArray[np.int32] | None = None
 
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
@@ -121,6 +124,11 @@ class CompiledSteps:
     def forget(self) -> None:
         """Forget the rows of the last step, before a step that is not compiled."""
         self._rows = {}
+        self.places = None
+
+    def clear(self) -> None:
+        """Drop all graphs, after a change of the model's modules."""
+        self._graphs.clear()
 
     def forward(self, batch: StepBatch, token_ids: mx.array, sample_rows: list[int]) -> mx.array:
         """Build a step: return the logits [sampled rows, vocabulary], and replace pools and states.
@@ -132,6 +140,7 @@ class CompiledSteps:
         positions = np.array(batch.positions, np.int32)
         rows = self._lay_out(batch, positions)
         slots = np.array(batch.slots, np.int32)
+        self.places = None
         if rows.order is not None:
             order = np.maximum(rows.order, 0)
             positions, slots = (
@@ -140,6 +149,7 @@ class CompiledSteps:
             places = np.zeros(batch.num_rows, np.int32)
             places[order[::-1]] = np.arange(len(order) - 1, -1, -1, dtype=np.int32)
             sample_rows = places[sample_rows].tolist()
+            self.places = places
         elif rows.padding:
             token_ids = mx.concatenate([token_ids, mx.zeros((rows.padding,), mx.int32)])
             positions, slots = (np.pad(column, (0, rows.padding)) for column in (positions, slots))
@@ -162,7 +172,10 @@ class CompiledSteps:
         aside = adapted.rows.set_aside(adapted.states, len(rows.tables)) if arrays else []
         states = [list(state.arrays) for state in adapted.states]
         try:
-            logits, new_pools, arrays = self._graph(layout)(token_ids, packed, pools, states)
+            logits, new_pools, arrays, hidden = self._graph(layout)(
+                token_ids, packed, pools, states
+            )
+            adapted.hidden = hidden[0] if hidden else None
             pools = new_pools or pools
         finally:
             # Tracing leaves placeholder arrays in the caches; put back the real ones.
@@ -265,11 +278,12 @@ class CompiledSteps:
 
     def _trace(
         self, layout: Layout, token_ids: mx.array, packed: mx.array, pools: Pools, states: States
-    ) -> tuple[mx.array, Pools, States]:
+    ) -> tuple[mx.array, Pools, States, list[mx.array]]:
         """Build the graph of a layout from placeholder arrays.
 
-        Returns logits, pools and states. Pools that are written in place are not returned: readers
-        within the graph wait for the writes, and later steps run later on the same stream.
+        Returns logits, pools and states, and the hidden states if they are recorded. Pools that are
+        written in place are not returned: readers within the graph wait for the writes, and later
+        steps run later on the same stream.
         """
         positions, slots, tables, tile_tables, spans, sample_rows = layout.cut(packed)
         some = None if layout.sampled is None else sample_rows
@@ -284,9 +298,11 @@ class CompiledSteps:
         if not step.rows_taken and some is not None:
             logits = logits[some]
         new_states = [list(state.arrays) for state in adapted.states]
+        hidden = [] if adapted.hidden is None else [adapted.hidden]
         if adapted.writes_in_place:
-            return logits, [], new_states
-        return logits, [(kv.pools.keys, kv.pools.values) for kv in adapted.paged], new_states
+            return logits, [], new_states, hidden
+        pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
+        return logits, pools, new_states, hidden
 
 
 class PagedRunner:
@@ -391,6 +407,24 @@ class PagedRunner:
             got = logits.shape[0]
             raise EngineError(f"the model returned logits of {got} rows, expected {padded}")
         return logits[:count, -1]
+
+    def record_hidden(self, layers: Iterable[int], reduce: Callable[[mx.array], mx.array]) -> None:
+        """Record the inputs of `layers` in every step, as `reduce` returns them.
+
+        Raises `EngineError` for a model whose layers are not in a list.
+        """
+        adapted = self.adapted
+        adapted.hidden_states = HiddenStates(
+            self.layout.inner, tuple(layers), reduce, adapted.swaps
+        )
+        if self.compiled is not None:
+            self.compiled.clear()
+
+    def hidden_rows(self) -> HiddenRows | None:
+        """Return the hidden states of the last step's rows; None if they are not recorded."""
+        hidden = self.adapted.hidden
+        places = self.compiled.places if self.compiled is not None else None
+        return None if hidden is None else HiddenRows(hidden, places)
 
     def is_compiled(self, batch: StepBatch) -> bool:
         """Return whether MLX has compiled the forward pass of a step."""

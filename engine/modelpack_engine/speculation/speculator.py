@@ -7,20 +7,27 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import mlx.core as mx
+
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import BlockManager
-from modelpack_engine.core.scheduler import Proposal, Proposed
+from modelpack_engine.core.scheduler import Proposal, Proposed, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models import LoadedModel
+from modelpack_engine.models.eagle import EagleHead, check_target
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.outputs import EngineStats
+from modelpack_engine.runner.hidden_states import HiddenRows, layers_of
 from modelpack_engine.runner.kv_cache_size import Sizes, max_num_seqs, on_gpu
 from modelpack_engine.runner.model_layout import ModelLayout, layout_of
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
+from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.runner.step import MaskOf, can_look_ahead
 from modelpack_engine.sampling.sampler import Sampler
 from modelpack_engine.speculation.draft import DraftProposer
+from modelpack_engine.speculation.eagle import EagleProposer, HeadWithLookup
 from modelpack_engine.speculation.ngram import NgramProposer
 
 
@@ -63,10 +70,16 @@ def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
 
 
 class Speculator:
-    """Proposes up to `num_tokens` tokens for each sequence, if at most `max_batch` decode."""
+    """Proposes up to `num_tokens` tokens for each sequence, if at most `max_batch` decode.
 
-    def __init__(self, proposer: Proposer, *, num_tokens: int, max_batch: int) -> None:
+    With `adapt`, the length depends on how many tokens of a sequence's last proposal were accepted.
+    """
+
+    def __init__(
+        self, proposer: Proposer, *, num_tokens: int, max_batch: int, adapt: bool = True
+    ) -> None:
         assert num_tokens > 0
+        self._adapt = adapt
         self.num_tokens = num_tokens
         self.max_batch = max_batch
         self.num_proposals = self.proposed_tokens = self.accepted_tokens = 0
@@ -108,7 +121,13 @@ class Speculator:
         self.proposed_tokens += proposed
         self.accepted_tokens += num_accepted
         length = 2 * proposed if num_accepted == proposed else num_accepted + 1
+        length = length if self._adapt else self.num_tokens
         self._lengths[proposal.sequence.seq_id] = 0 if spoilt else min(length, self.num_tokens)
+
+    def record(self, output: SchedulerOutput, batch: StepBatch, hidden: HiddenRows | None) -> None:
+        """Hand the hidden states of a step that was built to the proposer, if it needs them."""
+        if hidden is not None and isinstance(self._proposer, HeadWithLookup):
+            self._proposer.head.record(output, batch, hidden)
 
     def counted(self, stats: EngineStats) -> EngineStats:
         """Return `stats` with the counts of proposals."""
@@ -132,6 +151,9 @@ class Speculator:
 #: Tokens per proposal. A lookup is free, and its tokens are mostly accepted all or not at all.
 NGRAM_TOKENS = 8
 DRAFT_TOKENS = 4
+EAGLE_TOKENS = 3
+#: The most tokens of a lookup beside an EAGLE head; two sizes, which fill buckets of rows.
+EAGLE_LOOKUP_TOKENS = 15
 #: With more sequences, speculation is slower: measured in benchmarks/results/speculative.md.
 MAX_BATCH = 4
 
@@ -143,17 +165,31 @@ class Draft:
     loaded: LoadedModel
     layout: ModelLayout
 
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of the draft model's weights."""
+        return self.loaded.weight_bytes
+
 
 def check_draft(
-    config: EngineConfig, target: LoadedModel, draft: LoadedModel | None
-) -> Draft | None:
-    """Return the draft model for `config`; None if `config` does not use one.
+    config: EngineConfig, target: LoadedModel, draft: LoadedModel | EagleHead | None
+) -> Draft | EagleHead | None:
+    """Return the draft model or EAGLE head for `config`; None if `config` does not use one.
 
     Raises `EngineError` if it is missing, if its vocabulary differs from `target`'s, or if it has
-    recurrent state, which cannot return to an earlier token.
+    recurrent state, which cannot return to an earlier token. A head is checked once the model's
+    layers are known.
     """
-    if config.speculation != "draft":
+    if config.speculation not in ("draft", "eagle3"):
         return None
+    if isinstance(draft, EagleHead):
+        return draft
+    if config.speculation == "eagle3":
+        raise EngineError(
+            f"speculative method eagle3: {'no' if draft is None else 'the draft model is no'} "
+            "EAGLE-3 head" + (" is loaded" if draft is None else ""),
+            hint="choose one with --draft-model REF",
+        )
     if draft is None:
         raise EngineError(
             "speculative method draft: no draft model is loaded",
@@ -172,7 +208,7 @@ def check_draft(
 
 def make_speculator(
     config: EngineConfig,
-    draft: Draft | None,
+    draft: Draft | EagleHead | None,
     runner: ModelRunner,
     sampler: Sampler,
     sizes: Sizes,
@@ -188,6 +224,8 @@ def make_speculator(
     if draft is None:
         num_tokens = config.num_speculative_tokens or NGRAM_TOKENS
         return Speculator(NgramProposer(), num_tokens=num_tokens, max_batch=max_batch), ()
+    if isinstance(draft, EagleHead):
+        return _with_head(config, draft, runner, vocab_size, max_batch)
     num_tokens = config.num_speculative_tokens or DRAFT_TOKENS
     per_sequence = -(-(sizes.max_model_len + num_tokens) // config.block_size)
     num_blocks = max(2, min(sizes.num_blocks, max_batch * per_sequence + 1))
@@ -218,3 +256,41 @@ def make_speculator(
         min_probability=config.speculative_min_acceptance,
     )
     return Speculator(proposer, num_tokens=num_tokens, max_batch=max_batch), small.notes
+
+
+def _with_head(
+    config: EngineConfig, head: EagleHead, runner: ModelRunner, vocab_size: int, max_batch: int
+) -> tuple[Speculator | None, tuple[str, ...]]:
+    """Return the speculator of an EAGLE head, whose hidden states `runner` then records.
+
+    Raises `EngineError` if the head does not fit the model.
+    """
+    if not isinstance(runner, PagedRunner):
+        return None, (
+            f"no speculation: the {runner.tier} tier hands out no hidden states for the EAGLE head",
+        )
+    layers, embed = (
+        layers_of(runner.layout.inner),
+        getattr(runner.layout.inner, "embed_tokens", None),
+    )
+    if embed is None:
+        raise EngineError("the model's embeddings are not where an EAGLE head needs them")
+    embedded = embed(mx.array([0]))
+    check_target(head, hidden_size=embedded.shape[-1], vocab_size=vocab_size)
+    head.set_dtype(embedded.dtype)
+    runner.record_hidden(head.config.layers_of(len(layers)), head.fc)
+    num_tokens = config.num_speculative_tokens or EAGLE_TOKENS
+    proposer = EagleProposer(
+        head,
+        embed,
+        num_tokens=num_tokens,
+        max_sequences=max_batch,
+        min_probability=config.speculative_min_acceptance,
+    )
+    found = Speculator(
+        HeadWithLookup(NgramProposer(), proposer),
+        num_tokens=max(num_tokens, EAGLE_LOOKUP_TOKENS),
+        max_batch=max_batch,
+        adapt=False,
+    )
+    return found, ()

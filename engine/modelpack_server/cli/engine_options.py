@@ -51,7 +51,7 @@ def pull_draft(config: Any, store: LayoutStore, settings: Settings, remote: Remo
     from modelpack.operations.pull import find_model
     from modelpack.storage import watching
 
-    if isinstance(config.draft_model, str) and config.speculation == "draft":
+    if isinstance(config.draft_model, str) and config.uses_draft_model:
         with shown_progress(settings) as progress:
             name, watch = config.draft_model, watching(progress)
             find_model(name, store, pull=True, remote=remote, watch=watch)
@@ -92,8 +92,9 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
             require_engine()
         fields = {field.name for field in dataclasses.fields(EngineConfig)}
         given = {name: arguments.pop(name) for name in fields & arguments.keys()}
-        if given["speculative_method"] == "draft" and not given["draft_model"]:
-            raise UsageError("--speculative-method draft requires --draft-model")
+        method = given["speculative_method"]
+        if method in ("draft", "eagle3") and not given["draft_model"]:
+            raise UsageError(f"--speculative-method {method} requires --draft-model")
         if given["kv_offload_disk"] and not given["kv_offload_dir"]:
             raise UsageError("--kv-offload-disk requires --kv-offload-dir")
 
@@ -149,11 +150,13 @@ def _options(others: tuple[str, ...]) -> tuple[Callable[[F], F], ...]:
             "there."),
         click.option("--kv-offload-disk", metavar="SIZE", type=SIZE,
             help="Limit the size of the files."),
-        click.option("--speculative-method", type=click.Choice(["ngram", "draft"]),
+        click.option("--speculative-method",
+            type=click.Choice(["ngram", "draft", "eagle3", "none"]),
             help="Decode speculatively: propose tokens by n-gram lookup in the text, or with "
-            "--draft-model, which implies draft."),
+            "--draft-model, which implies draft (eagle3 for an EAGLE-3 head)."),
         click.option("--draft-model", metavar="REF|DIR", callback=_draft_model,
-            help="Propose tokens with this smaller model, which has the same vocabulary."),
+            help="Propose tokens with this smaller model of the same vocabulary, or this EAGLE-3 "
+            "head."),
         click.option("--num-speculative-tokens", type=count,
             help="Propose this many tokens per step."),
         click.option("--speculative-min-acceptance", type=click.FloatRange(0, 1),

@@ -121,7 +121,7 @@ class StoreCatalogue:
             )
         if self.ranks is not None:
             weights //= self.ranks.size
-        if config.speculation == "draft" and isinstance(config.draft_model, str):
+        if config.uses_draft_model and isinstance(config.draft_model, str):
             draft = stored_model(self.store, config.draft_model)
             weights += self._loaded_bytes(self.store, draft, config)
         return weights + (config.kv_cache_bytes or _KV_BYTES)

@@ -86,6 +86,51 @@ def test_the_same_logits(windowed: bool) -> None:
         assert mx.allclose(one, other, atol=1e-4).item()
 
 
+def test_the_same_hidden_states() -> None:
+    """Rows are found in a compiled graph's own order, and are the inputs of the layers."""
+    runs: list[list[mx.array]] = []
+    for compiled in (False, True):
+        runner = make_runner(
+            tiny_llama(), num_blocks=64, buckets=FEW, exact=False, compiled=compiled
+        )
+        assert isinstance(runner, PagedRunner)
+        runner.record_hidden((1, 1, 2), lambda states: 2 * states)
+        found: list[mx.array] = []
+        forward = runner.forward
+
+        def noted(
+            batch: StepBatch,
+            ids: mx.array,
+            *,
+            forward: Any = forward,
+            runner: PagedRunner = runner,
+            found: list[mx.array] = found,
+        ) -> mx.array:
+            logits: mx.array = forward(batch, ids)
+            hidden = runner.hidden_rows()
+            assert hidden is not None
+            found.extend(hidden.cut(row, 1) for row in range(len(batch.decode_seq_ids)))
+            found.extend(hidden.cut(chunk.row, chunk.length) for chunk in batch.chunks)
+            return logits
+
+        runner.forward = noted  # type: ignore[method-assign]
+        logits_of_a_run(runner)
+        runs.append(found)
+        runner.undo()
+    assert len(runs[0]) == len(runs[1]) > 15
+    for one, other in zip(*runs, strict=True):
+        assert one.shape == other.shape
+        assert mx.allclose(one, other, atol=1e-4).item()
+    inner: Any = tiny_llama().model
+    hidden = inner.embed_tokens(mx.array([PROMPTS[0]]))
+    inputs = []
+    for layer in inner.layers:
+        hidden = layer(hidden, "causal", None)
+        inputs.append(hidden[0])
+    expected = 2 * mx.concatenate([inputs[0], inputs[0], inputs[1]], axis=-1)
+    assert mx.allclose(runs[1][0], expected, atol=1e-4).item()
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_the_pools_wait_for_a_step_without_sampled_rows(
     monkeypatch: pytest.MonkeyPatch, sampled: bool

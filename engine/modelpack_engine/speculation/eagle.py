@@ -1,0 +1,420 @@
+"""EagleProposer: propose tokens with an EAGLE-3 head, from the hidden states of the model's steps.
+
+The head's input for a position is the model's hidden state there and the token after it. The engine
+hands over the states of each step with `record`; the rows of rejected tokens are dropped when the
+next proposal is made. All tokens of a proposal are drafted in one compiled graph: the rows that the
+head has not computed, then one row per further token. The head drafts the most likely tokens, also
+for sampled requests.
+
+Each sequence has a cache of the head's keys and values. A prefix from the prefix cache has no
+hidden states, so the head does not see it; its positions count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import mlx.core as mx
+
+from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.core.buckets import round_up
+from modelpack_engine.core.scheduler import SchedulerOutput
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.models.eagle import EagleHead
+from modelpack_engine.runner.hidden_states import HiddenRows
+from modelpack_engine.speculation.ngram import NgramProposer
+
+# The rows that the head computes at a time while it reads a prompt.
+_CHUNKS = (16, 64, 256)
+# The sizes of caches: doubled as needed.
+_FEWEST_KEYS = 256
+
+
+@dataclass(slots=True, eq=False)
+class _Draft:
+    """The head's state for one sequence: keys and values of `length` rows, and states to read.
+
+    `pending` has pairs of the position of the first row and the states [rows, hidden].
+    """
+
+    length: int = 0
+    pending: list[tuple[int, mx.array]] = field(default_factory=list)
+    keys: mx.array | None = None
+    values: mx.array | None = None
+
+    def take(self, known: int) -> tuple[list[int], mx.array] | None:
+        """Return positions and states of the rows whose next token is known; forget all rows."""
+        positions: list[int] = []
+        states: list[mx.array] = []
+        for start, rows in self.pending:
+            count = min(len(rows), known - 1 - start)
+            if count > 0:
+                positions += range(start, start + count)
+                states.append(rows[:count])
+        self.pending = []
+        if not states:
+            return None
+        return positions, states[0] if len(states) == 1 else mx.concatenate(states)
+
+
+class EagleProposer:
+    """Proposes the `num_tokens` tokens that `head` drafts, for up to `max_sequences` sequences.
+
+    `embed` are the model's embeddings, for heads without their own. A proposal ends before the
+    first token whose probability is below `min_probability`.
+    """
+
+    def __init__(
+        self,
+        head: EagleHead,
+        embed: Callable[[mx.array], mx.array],
+        *,
+        num_tokens: int,
+        max_sequences: int,
+        min_probability: float = 0.0,
+    ) -> None:
+        self._head = head
+        self._embed = head.embed_tokens if "embed_tokens" in head else embed
+        self._num_tokens, self._max_sequences = num_tokens, max_sequences
+        self._least = min_probability
+        self._drafts: dict[int, _Draft] = {}  # by seq_id
+        self._graphs: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def expects(self, sequences: Iterable[Sequence]) -> bool:
+        """Return whether the head has read any of these sequences."""
+        return any(sequence.seq_id in self._drafts for sequence in sequences)
+
+    def record(self, output: SchedulerOutput, batch: StepBatch, hidden: HiddenRows) -> None:
+        """Keep the hidden states of a step's rows; proposals may be rejected later."""
+        parts: list[tuple[Sequence, int, int]] = []
+        if len(output.decoding) <= self._max_sequences:
+            parts += [(sequence, row, 1) for row, sequence in enumerate(output.decode)]
+            row = len(output.decode)
+            as_rows = len(batch.decode_seq_ids) > row
+            for index, proposal in enumerate(output.proposals):
+                count = 1 + len(proposal.token_ids)
+                at = row if as_rows else batch.chunks[index].row
+                parts.append((proposal.sequence, at, count))
+                row += count
+        chunks = batch.chunks[len(batch.chunks) - len(output.prefill) :]
+        for part, chunk in zip(output.prefill, chunks, strict=True):
+            parts.append((part.sequence, chunk.row, chunk.length))
+        for sequence, row, count in parts:
+            draft = self._drafts.get(sequence.seq_id)
+            if draft is None:
+                if len(self._drafts) == self._max_sequences:
+                    continue
+                draft = self._drafts[sequence.seq_id] = _Draft()
+            draft.pending.append((batch.positions[row], hidden.cut(row, count)))
+
+    def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
+        """Return the tokens that the head drafts after each sequence."""
+        going: list[tuple[Sequence, _Draft, list[int], mx.array]] = []
+        for sequence in lengths:
+            draft = self._drafts.get(sequence.seq_id)
+            found = None if draft is None else draft.take(sequence.num_known_tokens)
+            if draft is not None and found is not None:
+                going.append((sequence, draft, *self._catch_up(sequence, draft, *found)))
+        if not going:
+            return {}
+        room = max(draft.length for _, draft, _, _ in going) + self._rows + self._num_tokens
+        for _, draft, _, _ in going:
+            self._grow(draft, room)
+        drafted, probabilities = self._draft(going)
+        proposals = {}
+        for index, (sequence, _, _, _) in enumerate(going):
+            count = lengths[sequence]
+            if self._least:
+                unsure = (p < self._least for p in probabilities[index])
+                count = min(count, next((n for n, found in enumerate(unsure) if found), count))
+            if count:
+                proposals[sequence] = drafted[index][:count]
+        return proposals
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        """Drop the caches of sequences that ended or were preempted."""
+        for seq_id in seq_ids:
+            self._drafts.pop(seq_id, None)
+
+    # The head's graphs
+
+    @property
+    def _rows(self) -> int:
+        """The rows that the first part of a draft has: those after a proposal that is accepted."""
+        return self._num_tokens + 1
+
+    def _catch_up(
+        self, sequence: Sequence, draft: _Draft, positions: list[int], states: mx.array
+    ) -> tuple[list[int], mx.array]:
+        """Compute all rows but the last few, and return these."""
+        while len(positions) > self._rows:
+            count = min(len(positions) - self._rows, _CHUNKS[-1])
+            padded = round_up(count, _CHUNKS)
+            self._grow(draft, draft.length + padded)
+            ids = _next_tokens(sequence, positions[:count])
+            graph = self._graph(padded, 1, _size(draft), drafts=False)
+            keys, values = graph(
+                mx.array([_padded(ids, padded)], mx.int32),
+                _pad_rows(states[:count], padded)[None],
+                mx.array([_padded(positions[:count], padded)], mx.int32),
+                mx.array([draft.length], mx.int32),
+                mx.array([count], mx.int32),
+                [draft.keys],
+                [draft.values],
+            )
+            draft.keys, draft.values = keys[0], values[0]
+            mx.async_eval(draft.keys, draft.values)
+            draft.length += count
+            positions, states = positions[count:], states[count:]
+        return positions, states
+
+    def _draft(
+        self, going: list[tuple[Sequence, _Draft, list[int], mx.array]]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return the drafted tokens of each sequence, and their probabilities."""
+        rows = self._rows
+        ids = [_padded(_next_tokens(seq, at), rows) for seq, _, at, _ in going]
+        graph = self._graph(rows, len(going), _size(going[0][1]), drafts=True)
+        tokens, probabilities, keys, values = graph(
+            mx.array(ids, mx.int32),
+            mx.stack([_pad_rows(states, rows) for _, _, _, states in going]),
+            mx.array([_padded(at, rows) for _, _, at, _ in going], mx.int32),
+            mx.array([draft.length for _, draft, _, _ in going], mx.int32),
+            mx.array([len(at) for _, _, at, _ in going], mx.int32),
+            [draft.keys for _, draft, _, _ in going],
+            [draft.values for _, draft, _, _ in going],
+        )
+        for (_, draft, at, _), key, value in zip(going, keys, values, strict=True):
+            draft.keys, draft.values = key, value
+            draft.length += len(at)
+        mx.eval(tokens, probabilities, keys, values)
+        return tokens.tolist(), probabilities.tolist() if self._least else []
+
+    def _grow(self, draft: _Draft, rows: int) -> None:
+        """Give the caches of a sequence at least this many rows."""
+        have = 0 if draft.keys is None else draft.keys.shape[2]
+        if rows <= have:
+            return
+        size = max(_FEWEST_KEYS, 1 << (rows - 1).bit_length())
+        config = self._head.config
+        shape = (1, config.num_kv_heads, size - have, config.head_dim)
+        more = mx.zeros(shape, self._head.norm.weight.dtype)
+        if draft.keys is None or draft.values is None:
+            draft.keys, draft.values = more, more
+        else:
+            draft.keys, draft.values = (
+                mx.concatenate([array, more], axis=2) for array in (draft.keys, draft.values)
+            )
+
+    def _graph(self, rows: int, count: int, size: int, *, drafts: bool) -> Callable[..., Any]:
+        key = (rows, count, size, drafts)
+        if key not in self._graphs:
+            run = _Chain(self._head, self._embed, self._num_tokens if drafts else 0, self._least)
+            self._graphs[key] = mx.compile(run)
+        return self._graphs[key]
+
+
+class _Chain:
+    """The graph of one draft: the rows that are left, then a row for each further token."""
+
+    def __init__(
+        self,
+        head: EagleHead,
+        embed: Callable[[mx.array], mx.array],
+        num_tokens: int,
+        least: float,
+    ) -> None:
+        self._head, self._embed, self._num_tokens = head, embed, num_tokens
+        self._wants_probabilities = least > 0
+
+    def __call__(
+        self,
+        ids: mx.array,
+        states: mx.array,
+        positions: mx.array,
+        lengths: mx.array,
+        counts: mx.array,
+        keys: list[mx.array],
+        values: list[mx.array],
+    ) -> Any:
+        """Return tokens and probabilities [sequences, tokens], and the caches after the rows.
+
+        `ids` and `positions` int32 [sequences, rows] and `states` [sequences, rows, hidden] are
+        padded after `counts` rows. `lengths` count the rows in the caches [1, heads, size, dim].
+        """
+        count, rows = ids.shape
+        keys, values = list(keys), list(values)
+        hidden = self._layer(
+            states.reshape(count * rows, -1), ids.reshape(-1), positions.reshape(-1), lengths,
+            keys, values,
+        )  # fmt: skip
+        if not self._num_tokens:
+            return keys, values
+        last = mx.arange(count) * rows + counts - 1
+        hidden, at = hidden[last], positions.reshape(-1)[last]
+        tokens: list[mx.array] = []
+        probabilities: list[mx.array] = []
+        for step in range(self._num_tokens):
+            if step:
+                hidden = self._layer(
+                    hidden, tokens[-1], at + step, lengths + counts + (step - 1), keys, values
+                )
+            logits = self._head.logits(hidden)
+            best = mx.argmax(logits, axis=-1)
+            tokens.append(best.astype(mx.int32) + self._head.d2t[best])
+            if self._wants_probabilities:
+                top = mx.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
+                probabilities.append(mx.exp(top - mx.logsumexp(logits, axis=-1)))
+        found = mx.stack(tokens, axis=1)
+        return found, mx.stack(probabilities, axis=1) if probabilities else found, keys, values
+
+    def _layer(
+        self,
+        hidden: mx.array,
+        ids: mx.array,
+        positions: mx.array,
+        lengths: mx.array,
+        keys: list[mx.array],
+        values: list[mx.array],
+    ) -> mx.array:
+        """Run the head's layer on rows of all sequences, and write to their caches."""
+        head, rows = self._head, len(ids) // len(keys)
+        residual, queries, new_keys, new_values = head.project(hidden, self._embed(ids), positions)
+        outputs = []
+        for index in range(len(keys)):
+            own = slice(index * rows, (index + 1) * rows)
+            start = lengths[index : index + 1]
+            keys[index] = mx.slice_update(
+                keys[index], new_keys[own].transpose(1, 0, 2)[None], start, axes=[2]
+            )
+            values[index] = mx.slice_update(
+                values[index], new_values[own].transpose(1, 0, 2)[None], start, axes=[2]
+            )
+            seen = start + mx.arange(rows)
+            mask = mx.arange(keys[index].shape[2])[None] <= seen[:, None]
+            attended = mx.fast.scaled_dot_product_attention(
+                queries[own].transpose(1, 0, 2)[None],
+                keys[index],
+                values[index],
+                scale=head.scale,
+                mask=mask,
+            )
+            outputs.append(attended[0].transpose(1, 0, 2).reshape(rows, -1))
+        return head.finish(residual, outputs[0] if len(outputs) == 1 else mx.concatenate(outputs))
+
+
+def _next_tokens(sequence: Sequence, positions: list[int]) -> list[int]:
+    """Return the token after each position; positions ascend."""
+    first = positions[0] + 1
+    tokens = sequence.token_ids(first, positions[-1] + 2)
+    return [tokens[position + 1 - first] for position in positions]
+
+
+def _padded(numbers: list[int], count: int) -> list[int]:
+    return numbers + [0] * (count - len(numbers))
+
+
+def _pad_rows(states: mx.array, count: int) -> mx.array:
+    missing = count - len(states)
+    return mx.pad(states, [(0, missing), (0, 0)]) if missing else states
+
+
+def _size(draft: _Draft) -> int:
+    assert draft.keys is not None
+    return draft.keys.shape[2]
+
+
+# A lookup is preferred while it is right about more tokens than the head, on average.
+_LOOKUP_TOKENS = (7, 15)
+# The weight of the newest observation in an average.
+_NEWEST = 0.25
+# With fewer accepted tokens per draft the head costs more than it saves: it pauses for some steps.
+_LEAST_ACCEPTED, _PAUSE = 0.4, 64
+
+
+@dataclass(slots=True)
+class _Score:
+    """How many tokens of lookups and of drafts were right in one sequence, on average."""
+
+    lookup: float = 4.0
+    head: float = 2.0
+    pause: int = 0
+    start: int = 0  # the position of the last guesses' first token
+    looked_up: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    length: int = _LOOKUP_TOKENS[0]
+
+    def settle(self, sequence: Sequence) -> None:
+        """Compare the last guesses with the tokens that came."""
+        known = sequence.token_ids(self.start, sequence.num_known_tokens)
+        for name, guess in (("lookup", self.looked_up), ("head", self.drafted)):
+            if guess and known:
+                right = sum(
+                    1
+                    for _ in takewhile(
+                        lambda pair: pair[0] == pair[1], zip(guess, known, strict=False)
+                    )
+                )
+                right = len(guess) if right == min(len(known), len(guess)) else right
+                setattr(self, name, getattr(self, name) * (1 - _NEWEST) + _NEWEST * right)
+                if name == "lookup":
+                    self.length = _LOOKUP_TOKENS[right == len(guess)]
+        self.looked_up, self.drafted = [], []
+        self.start = sequence.num_known_tokens
+
+
+class HeadWithLookup:
+    """Proposes by prompt lookup where it was right lately, and by an EAGLE head otherwise.
+
+    Lookups are compared with the tokens that came even where they were not proposed.
+    """
+
+    def __init__(self, lookup: NgramProposer, head: EagleProposer) -> None:
+        self._lookup, self.head = lookup, head
+        self._scores: dict[int, _Score] = {}  # by seq_id
+
+    def expects(self, sequences: Iterable[Sequence]) -> bool:
+        """Return whether any sequence has a match, or is drafted by the head."""
+        sequences = tuple(sequences)
+        drafting = [seq for seq in sequences if self._score(seq).pause == 0]
+        return self._lookup.expects(sequences) or self.head.expects(drafting)
+
+    def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
+        """Return the proposals of the method that does better in each sequence."""
+        for sequence in lengths:
+            self._score(sequence).settle(sequence)
+        wanted = {seq: min(most, self._score(seq).length) for seq, most in lengths.items()}
+        found = dict(self._lookup.propose(wanted))
+        left = {}
+        for sequence, most in lengths.items():
+            score = self._score(sequence)
+            score.looked_up = found.get(sequence, [])
+            if score.looked_up and score.lookup >= score.head:
+                continue
+            if score.head < _LEAST_ACCEPTED and not score.pause:
+                score.pause, score.head = _PAUSE, 2 * _LEAST_ACCEPTED
+            if score.pause:
+                score.pause -= 1
+            else:
+                left[sequence] = most
+        drafts = self.head.propose(left) if left else {}
+        for sequence, tokens in drafts.items():
+            self._score(sequence).drafted = tokens
+        return {**{seq: found[seq] for seq in found if self._keeps(seq)}, **drafts}
+
+    def _keeps(self, sequence: Sequence) -> bool:
+        """Return whether a lookup is proposed where the head has no draft."""
+        return self._score(sequence).lookup >= 1
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        """Forget sequences that ended or were preempted."""
+        for seq_id in seq_ids:
+            self._scores.pop(seq_id, None)
+        self._lookup.release(seq_ids)
+        self.head.release(seq_ids)
+
+    def _score(self, sequence: Sequence) -> _Score:
+        return self._scores.setdefault(sequence.seq_id, _Score(start=sequence.num_known_tokens))
