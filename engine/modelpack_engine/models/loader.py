@@ -35,11 +35,21 @@ from modelpack_engine.models.precision import (
     position_rows,
     unpack,
 )
-from modelpack_engine.models.safetensors import load_safetensors, open_packable, read_config
+from modelpack_engine.models.safetensors import (
+    load_safetensors,
+    open_packable,
+    read_config,
+    read_headers,
+)
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.platform import cuda_graphs
 from modelpack_engine.vision.encoder import Vision, open_vision
-from modelpack_engine.vision.models import language_tower, vision_classes
+from modelpack_engine.vision.models import (
+    TOWER_TYPES,
+    language_tower,
+    open_tower,
+    vision_classes,
+)
 
 Device = Literal["cpu", "gpu"]
 
@@ -258,21 +268,40 @@ def _load_safetensors(
     loaded = _loaded(
         model, config, make_tokenizer, config["model_type"], context, notes, shard, weights
     )
-    return loaded if seeing is None else _with_vision(loaded, files)
+    if seeing is None and (shard is not None or config["model_type"] not in TOWER_TYPES):
+        return loaded
+    return _with_vision(loaded, files, dtype, whole=seeing is not None)
 
 
-def _with_vision(loaded: LoadedModel, files: ModelFiles) -> LoadedModel:
-    """Return a model of `vision_classes` with its vision, or with a note why it reads text only."""
-    notes, vision = loaded.notes, None
+def _with_vision(
+    loaded: LoadedModel, files: ModelFiles, dtype: mx.Dtype | None, *, whole: bool
+) -> LoadedModel:
+    """Return a model with its vision, or with a note why it reads text only.
+
+    With `whole`, it is a model of `vision_classes`; otherwise the vision tower is in the files.
+    """
+    notes, vision, weight_bytes = loaded.notes, None, loaded.weight_bytes
     encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
     try:
         settings = files.json("preprocessor_config.json") or files.json("processor_config.json")
         if settings is None:
             raise ModelLoadError("the model has no preprocessor_config.json")
-        vision = open_vision(loaded.model, loaded.config, settings, encode)
+        tower: Any = loaded.model
+        if not whole:
+            parts = loaded.config.get("vision_config")
+            if not isinstance(parts, Mapping):
+                raise ModelLoadError("config.json: vision_config is missing")
+            bounds, _ = read_headers(files)
+            bounds.check(parts, "config.json: vision_config")
+            with bounds.building("config.json: vision_config"):
+                tower = open_tower(loaded.config, files.weights, loaded.model, dtype)
+            weight_bytes += evaluate(tower)
+        vision = open_vision(tower, loaded.config, settings, encode)
     except EngineError as error:
-        notes = (*notes, f"pictures are not read: {error}")
-    return replace(loaded, model=language_tower(loaded.model), notes=notes, vision=vision)
+        hint = f" ({error.hint})" if error.hint else ""
+        notes = (*notes, f"pictures are not read: {error}{hint}")
+    model = language_tower(loaded.model) if whole else loaded.model
+    return replace(loaded, model=model, notes=notes, vision=vision, weight_bytes=weight_bytes)
 
 
 def _loaded(

@@ -198,6 +198,15 @@ _CONSTANTS: Mapping[str, Config] = {
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "solar_open": {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0},
 }
+# LlamaConfig's defaults, which text_config of LLaVA 1.5 leaves out.
+_LLAMA: Config = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 32000,
+}
 # Fields under the name that mlx-lm's class reads, and the one that transformers writes.
 _SYNONYMS: Mapping[str, Mapping[str, str]] = {
     "gpt2": {"n_ctx": "n_positions"},
@@ -219,6 +228,9 @@ def completed(config: Config, arguments: type) -> Config:
     Raises `ModelLoadError` for layer types that the class cannot express.
     """
     result = dict(config)
+    text = result.get("text_config")
+    if result.get("model_type") == "llava" and isinstance(text, dict):
+        result["text_config"] = {**(_LLAMA if text.get("model_type") == "llama" else {}), **text}
     for part in TEXT_PARTS:
         if isinstance(result.get(part), dict):
             result[part] = _with_names(result[part], str(config.get("model_type")))

@@ -36,7 +36,7 @@ from modelpack_engine.models.model_config import completed, normalised, with_tie
 from modelpack_engine.models.precision import shapes_of
 from modelpack_engine.patches.corrections import Classes, corrected
 from modelpack_engine.patches.mlx_lm_imports import kept_file_limit
-from modelpack_engine.vision.models import VISION_TYPES
+from modelpack_engine.vision.models import WHOLE_TYPES
 
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -112,7 +112,7 @@ def _prepared(
     """Return the tensors' bounds, and the checked config in the spelling of mlx-lm's class."""
     bounds, names = read_headers(files)
     bounds.check(config)
-    if config["model_type"] in VISION_TYPES:
+    if config["model_type"] in WHOLE_TYPES:
         bounds.check(config["vision_config"], "config.json: vision_config")
     config = with_tied_embeddings(normalised(config), names)
     try:

@@ -1,23 +1,29 @@
 """mlx-vlm's model classes, as mlx-lm's loader and the runners expect models.
 
-`vision_classes` returns a subclass of mlx-vlm's model, whose `embed` returns the embeddings of a
-picture's tokens. `language_tower` is the part that the runners run.
+Where mlx-lm has the language model, it runs as without pictures, and `open_tower` adds mlx-vlm's
+vision tower to it. Where mlx-lm has none, `vision_classes` returns a subclass of mlx-vlm's whole
+model, whose `language_tower` the runners run. Both are a `VisionModel`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.patches.mlx_vlm_imports import is_installed, prepare
 
-#: The model types of config.json whose pictures are read.
-VISION_TYPES = ("idefics3", "llava", "smolvlm")
+#: The model types of config.json that mlx-vlm runs.
+WHOLE_TYPES = ("idefics3", "smolvlm")
+#: Those whose language model mlx-lm runs.
+TOWER_TYPES = ("llava",)
 
 INSTALL_HINT = "pip install 'modelpack[vision]'"
 
@@ -31,18 +37,15 @@ _UNREAD: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
     "sliding_window": (None,),
 }
-#: The language models that mlx-vlm's classes compute: Llama's layers, with biases in Qwen 2's.
+#: The language models that mlx-vlm's classes compute: Llama's layers.
 _TEXT_TYPES: Mapping[str, tuple[str, ...]] = {
     "idefics3": ("idefics3", "llama", "vllama3"),
-    "llava": ("llama", "qwen2"),
     "smolvlm": ("llama", "smolvlm"),
 }
 
 
 class VisionModel(Protocol):
-    """A model of `vision_classes`."""
-
-    config: Any
+    """What encodes pictures."""
 
     def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
         """Return the embeddings [tokens, width] of a prompt's tokens, with a picture's `inputs`."""
@@ -55,7 +58,7 @@ def vision_classes(config: Mapping[str, Any]) -> tuple[type[Module], type] | Non
     for fields that mlx-vlm does not support.
     """
     kind = config.get("model_type")
-    if kind not in VISION_TYPES:
+    if kind not in WHOLE_TYPES:
         return None
     if not is_installed():
         raise ModelLoadError(
@@ -166,3 +169,104 @@ def _with_tied_head(
         if name.startswith(f"{table}.")
     }
     return {**weights, **tied}
+
+
+class _Text:
+    """The part of a language model that mlx-vlm's `get_input_embeddings` uses."""
+
+    def __init__(self, embed_tokens: Any) -> None:
+        self.model, self.embed_tokens = self, embed_tokens
+
+    def get_rope_index(self, *_: Any, **__: Any) -> tuple[None, None]:
+        """Return no positions: the engine counts them."""
+        return None, None
+
+
+#: Names of the tensors of vision towers, after an optional "model.".
+_PREFIXES = ("multi_modal_projector.", "vision_tower.", "visual.")
+
+
+def open_tower(
+    config: Mapping[str, Any],
+    weights: Sequence[Path],
+    model: Module,
+    dtype: mx.Dtype | None,
+) -> Any:
+    """Return the vision tower, not evaluated, of a model in TOWER_TYPES that is loaded otherwise.
+
+    `dtype` is that of its weights, None for that of the files. Raises `ModelLoadError` if the extra
+    `vision` is not installed, or tensors are missing or of the wrong shape.
+    """
+    kind = config["model_type"]
+    if not is_installed():
+        raise ModelLoadError("the extra 'vision' is not installed", hint=INSTALL_HINT)
+    prepare()
+    package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
+    table = next(m for name, m in model.named_modules() if name.endswith("embed_tokens"))
+    given = {
+        name.removeprefix("model."): array
+        for path in weights
+        for name, array in cast(dict[str, mx.array], mx.load(str(path))).items()
+        if name.removeprefix("model.").startswith(_PREFIXES)
+    }
+    try:
+        tower = _tower_class(package)(config, table)
+        given = tower.sanitize(given)
+        if any(name.endswith(".scales") for name in given):
+            _quantise(tower, config, given)
+        tower.load_weights(list(given.items()), strict=True)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelLoadError(f"cannot build mlx-vlm's {kind}: {error}") from error
+    if dtype is not None:
+        tower.set_dtype(dtype)
+    tower.eval()
+    return tower
+
+
+def _quantise(tower: Any, config: Mapping[str, Any], given: Mapping[str, mx.array]) -> None:
+    settings = config["quantization"]
+    nn.quantize(
+        tower,
+        group_size=settings["group_size"],
+        bits=settings["bits"],
+        mode=settings.get("mode", "affine"),
+        class_predicate=lambda path, _: f"{path}.scales" in given,
+    )
+
+
+def _tower_class(package: Any) -> Any:
+    """Return a subclass of mlx-vlm's model without its language model."""
+    base = package.Model
+
+    def initialise(self: Any, config: Mapping[str, Any], table: Any) -> None:
+        Module.__init__(self)
+        text = config.get("text_config") or config
+        self.config = SimpleNamespace(
+            text_config=SimpleNamespace(hidden_size=text["hidden_size"]),
+            vision_config=package.VisionConfig.from_dict(dict(config["vision_config"])),
+            image_token_index=config.get("image_token_index", config.get("image_token_id")),
+            vision_feature_layer=config.get("vision_feature_layer", -2),
+            vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),
+        )
+        self.language_model = _Text(table)
+        self.vision_tower = package.VisionModel(self.config.vision_config)
+        self.multi_modal_projector = package.llava.LlavaMultiModalProjector(self.config)
+        self.vision_feature_layer = self.config.vision_feature_layer
+        self.vision_feature_select_strategy = self.config.vision_feature_select_strategy
+
+    def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
+        made = base.get_input_embeddings(self, token_ids[None], **inputs)
+        return cast(mx.array, made.inputs_embeds[0])
+
+    def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        if hasattr(base, "sanitize"):
+            weights = base.sanitize(self, weights)
+        return cast(dict[str, mx.array], self.vision_tower.sanitize(weights))
+
+    body = {
+        "__init__": initialise,
+        "__module__": base.__module__,
+        "embed": embed,
+        "sanitize": sanitize,
+    }
+    return type("VisionTower", (base,), body)

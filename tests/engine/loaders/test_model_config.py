@@ -289,3 +289,17 @@ def test_rotations_that_do_not_extend_the_context(changes: dict[str, Any]) -> No
 )
 def test_contexts_of_published_models_with_yarn(name: str, context: int) -> None:
     assert context_length_of(normalised(PUBLISHED[name])) == (context, True)
+
+
+class Arguments:
+    """A class of arguments that needs none."""
+
+
+def test_the_language_model_of_llava_has_llamas_defaults() -> None:
+    """LLaVA 1.5 names only what differs from LlamaConfig."""
+    text = {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5}
+    made = completed({"model_type": "llava", "text_config": text}, Arguments)["text_config"]
+    assert (made["hidden_size"], made["num_hidden_layers"]) == (4096, 32)
+    assert (made["vocab_size"], made["rms_norm_eps"]) == (32064, 1e-5)
+    other = {"model_type": "llava", "text_config": {"model_type": "mistral"}}
+    assert "hidden_size" not in completed(other, Arguments)["text_config"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from modelpack_engine.errors import ModelLoadError
@@ -55,25 +56,80 @@ def test_fields_that_mlx_vlm_does_not_read(field: str, value: object) -> None:
         models.vision_classes(config)
 
 
-@pytest.mark.parametrize(
-    "change", [{"hidden_size": 10**9}, {"num_hidden_layers": 10**6}, {"patch_size": 0}]
-)
-def test_vision_configs_that_the_tensors_do_not_justify(
-    change: dict[str, int], tmp_path: Path
-) -> None:
-    source = tiny.directory("llava")
-    for file in source.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = tiny.config_of("llava")
-    config["vision_config"] = {**config["vision_config"], **change}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def copied(kind: str, path: Path, **change: object) -> ModelFiles:
+    """Return the files of a tiny model in another directory, with changes of its config.json."""
+    for file in tiny.directory(kind).iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    (path / "config.json").write_text(json.dumps(tiny.config_of(kind) | change))
+    return ModelFiles.from_directory(path)
+
+
+HOSTILE = [{"hidden_size": 10**9}, {"num_hidden_layers": 10**6}, {"patch_size": 0}]
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_hostile_vision_configs(change: dict[str, int], tmp_path: Path) -> None:
+    vision = {**tiny.config_of("idefics3")["vision_config"], **change}
     with pytest.raises(ModelLoadError, match=r"config\.json|cannot build"):
-        load(ModelFiles.from_directory(tmp_path), device="cpu")
+        load(copied("idefics3", tmp_path, vision_config=vision), device="cpu")
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_hostile_vision_configs_beside_text(change: dict[str, int], tmp_path: Path) -> None:
+    """A model whose language model mlx-lm runs then reads text only."""
+    vision = {**tiny.config_of("llava")["vision_config"], **change}
+    loaded = load(copied("llava", tmp_path, vision_config=vision), device="cpu")
+    assert loaded.vision is None
+    assert loaded.notes[0].startswith("pictures are not read: ")
+
+
+def test_text_is_as_before_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaVA's language model is mlx-lm's, with the extra and without it."""
+    seeing = tiny.tiny_loaded("llava")
+    monkeypatch.setattr(models, "is_installed", lambda: False)
+    loaded = tiny.tiny_loaded("llava")
+    assert type(loaded.model) is type(seeing.model)
+    assert type(loaded.model).__module__ == "mlx_lm.models.mistral3"
+    assert loaded.vision is None
+    [note] = loaded.notes
+    assert note == (
+        "pictures are not read: the extra 'vision' is not installed"
+        " (pip install 'modelpack[vision]')"
+    )
+    assert seeing.weight_bytes > loaded.weight_bytes
+
+
+def test_the_layout_of_transformers_5(tmp_path: Path) -> None:
+    """It saves all parts under `model`."""
+    files = copied("llava", tmp_path)
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    renamed = {
+        f"model.{name}".replace("language_model.model.", "language_model.").replace(
+            "model.language_model.lm_head", "lm_head"
+        ): value
+        for name, value in weights.items()
+    }
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), renamed)
+    loaded = load(files, device="cpu")
+    assert loaded.notes == ()
+    assert loaded.vision is not None
+
+
+def test_a_missing_tensor_of_the_tower(tmp_path: Path) -> None:
+    files = copied("llava", tmp_path)
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    weights.pop("multi_modal_projector.linear_1.weight")
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    loaded = load(files, device="cpu")
+    assert loaded.vision is None
+    assert "multi_modal_projector.linear_1.weight" in loaded.notes[0]
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 def test_configs_without_a_part(part: str) -> None:
-    config = tiny.config_of("llava")
+    config = tiny.config_of("idefics3")
     del config[part]
     with pytest.raises(ModelLoadError, match=f"{part} is missing"):
         models.vision_classes(config)
