@@ -1,6 +1,6 @@
-"""Compare the engine with mlx-lm on a GPU, with random weights of Llama-3.2-1B's shape.
+"""Compare the engine with mlx-lm on a GPU, with random weights of a published model's shape.
 
-    python benchmarks/gpu_engine.py [--bits 4] [--workloads load-m-32 load-m-128 ...] [--no-peers]
+    python benchmarks/gpu_engine.py [--shape llama-8b] [--bits 4] [--workloads load-m-32 ...]
 
 Prints one JSON object for each measurement, and finally the ratios of medians of three runs after a
 warm-up. mlx-lm runs first, in a separate process with MLX's default limits of command buffers: with
@@ -26,7 +26,7 @@ import mlx.core as mx
 from mlx.nn import quantize
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models import llama
+from mlx_lm.models import llama, qwen3, qwen3_moe
 
 from modelpack_engine.config import EngineConfig, SchedulingPolicy
 from modelpack_engine.engine import Engine
@@ -42,6 +42,38 @@ DEFAULT = ["load-m-32", "load-m-128"]
 LIMITS = {"MLX_MAX_OPS_PER_BUFFER": "100", "MLX_MAX_MB_PER_BUFFER": "1000"}
 
 
+COMMON = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+_QWEN = {"rms_norm_eps": 1e-6, "rope_theta": 1e6}
+#: Shapes by name: the module of mlx-lm, and what differs from COMMON.
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama-1b": (llama, _LLAMA | {
+        "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "head_dim": 64,
+        "tie_word_embeddings": True,
+    }),
+    "llama-8b": (llama, _LLAMA | {
+        "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+        "tie_word_embeddings": False,
+    }),
+    "qwen3-8b": (qwen3, _QWEN | {
+        "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36,
+        "intermediate_size": 12288, "tie_word_embeddings": False,
+    }),
+    # 16 of its 64 layers
+    "qwen3-32b": (qwen3, _QWEN | {
+        "model_type": "qwen3", "hidden_size": 5120, "num_hidden_layers": 16,
+        "intermediate_size": 25600, "num_attention_heads": 64, "tie_word_embeddings": False,
+    }),
+    # 16 of its 48 layers
+    "qwen3-30b-a3b": (qwen3_moe, _QWEN | {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 16,
+        "intermediate_size": 6144, "num_experts": 128, "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768,
+        "num_key_value_heads": 4, "tie_word_embeddings": False, "norm_topk_prob": True,
+    }),
+}  # fmt: skip
+
+
 class Silent:
     """A tokenizer without text, for random weights."""
 
@@ -53,36 +85,31 @@ class Silent:
         return b"a"
 
 
-def make_model(bits: int) -> llama.Model:
-    """Return the model, in bfloat16 or quantised in groups of 64."""
-    arguments = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=2048,
-        num_hidden_layers=16,
-        intermediate_size=8192,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        rms_norm_eps=1e-5,
-        vocab_size=VOCABULARY,
-        rope_theta=5e5,
-        max_position_embeddings=CONTEXT,
-        head_dim=64,
-        tie_word_embeddings=True,
+def make_model(shape: str, bits: int, group_size: int = 64, seed: int = 0) -> Any:
+    """Return the model, in bfloat16 or quantised."""
+    module, more = SHAPES[shape]
+    arguments = module.ModelArgs(
+        vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, **(COMMON | more)
     )
-    mx.random.seed(0)
-    model = llama.Model(arguments)
+    mx.random.seed(seed)
+    model = module.Model(arguments)
     model.update(tree_map(lambda x: x.astype(mx.bfloat16), model.parameters()))
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)  # one at a time: float32 weights do not pile up
     if bits < 16:
-        quantize(model, group_size=64, bits=bits)
-    mx.eval(model.parameters())
+        quantize(model, group_size=group_size, bits=bits)
+        mx.eval(model.parameters())
+    mx.clear_cache()
     return model
 
 
-def make_engine(model: llama.Model, seqs: int, policy: SchedulingPolicy) -> Engine:
+def make_engine(
+    model: Any, seqs: int, policy: SchedulingPolicy, kv_bytes: int = KV_BYTES
+) -> Engine:
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), "llama", CONTEXT, (), 0)
     config = EngineConfig(
         max_num_seqs=seqs,
-        kv_cache_bytes=KV_BYTES,
+        kv_cache_bytes=kv_bytes,
         max_model_len=CONTEXT,
         scheduling_policy=policy,
     )
@@ -106,7 +133,7 @@ def one_stream(engine: Engine, tokens: int = 512) -> float:
     return (count - 1) / (time.perf_counter() - first)
 
 
-def one_stream_of_peer(model: llama.Model, tokens: int = 512) -> float:
+def one_stream_of_peer(model: Any, tokens: int = 512) -> float:
     """Return the same for mlx-lm's single-request path."""
     first = 0.0
     for token, _ in generate_step(mx.array(prompt(128, 1)), model, max_tokens=tokens):
@@ -115,7 +142,7 @@ def one_stream_of_peer(model: llama.Model, tokens: int = 512) -> float:
     return (tokens - 1) / (time.perf_counter() - first)
 
 
-def peer_workload(model: llama.Model, workload: Workload) -> dict[str, Any]:
+def peer_workload(model: Any, workload: Workload) -> dict[str, Any]:
     """Run a workload of single turns through BatchGenerator."""
     sessions = list(workload.sessions)
     size = workload.concurrency
@@ -231,7 +258,7 @@ def step_seconds(engine: Engine) -> tuple[float, set[str]]:
     return time.perf_counter() - start, {event.request_id for event in events}
 
 
-def long_context(engine: Engine, model_bytes: int, tokens: int = 32768) -> None:
+def long_context(engine: Engine, model_bytes: int, token_bytes: int, tokens: int = 32768) -> None:
     """Compare a step of 8 streams of 32k tokens with reading its bytes at 4.3 TB/s."""
     params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
     for i in range(8):
@@ -249,7 +276,7 @@ def long_context(engine: Engine, model_bytes: int, tokens: int = 32768) -> None:
     step = (time.perf_counter() - start) / 100
     while engine.has_work:
         engine.step()
-    read = 8 * (tokens + 100) * 2 * 16 * 8 * 64 * 2 + model_bytes
+    read = 8 * (tokens + 100) * token_bytes + model_bytes
     show(
         "8 streams of 32k",
         {
@@ -273,7 +300,7 @@ def show_median(kind: str, found: list[dict[str, Any]], key: str) -> None:
     print(f"{kind}: {key} {statistics.median(one[key] for one in found)}", flush=True)
 
 
-def measure_peer(model: llama.Model, workloads: list[str], rounds: int) -> dict[str, float]:
+def measure_peer(model: Any, workloads: list[str], rounds: int) -> dict[str, float]:
     """Return the medians of mlx-lm: tokens per second, and seconds to the first token."""
     rates = [one_stream_of_peer(model) for _ in range(1 + rounds)][1:]
     found = {"one-stream": round(statistics.median(rates), 1)}
@@ -293,8 +320,16 @@ def measure_peer(model: llama.Model, workloads: list[str], rounds: int) -> dict[
 
 def peer_in_a_process(args: argparse.Namespace) -> dict[str, float]:
     """Measure mlx-lm in a process with MLX's default limits, and print its output."""
-    command = [sys.executable, __file__, "--peers-only", "--bits", str(args.bits)]
-    command += ["--rounds", str(args.rounds), "--workloads", *args.workloads]
+    command = [sys.executable, __file__, "--peers-only", "--shape", args.shape]
+    command += ["--bits", str(args.bits), "--group-size", str(args.group_size)]
+    command += [
+        "--seed",
+        str(args.seed),
+        "--rounds",
+        str(args.rounds),
+        "--workloads",
+        *args.workloads,
+    ]
     environment = {**os.environ, **LIMITS}
     lines: list[str] = []
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -311,11 +346,18 @@ def peer_in_a_process(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="llama-1b", choices=SHAPES)
     parser.add_argument("--bits", type=int, default=16, choices=(4, 8, 16))
+    parser.add_argument("--group-size", type=int, default=64, help="of quantised weights")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seqs", type=int, default=128, help="requests that run at a time")
+    parser.add_argument("--kv-gib", type=float, default=KV_BYTES / 2**30, help="of the KV cache")
     parser.add_argument("--workloads", nargs="*", default=DEFAULT, metavar="NAME")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--peers-only", action="store_true", help="here, with the limits there are")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="whose median counts")
+    parser.add_argument("--warm", type=int, default=2, help="rounds before, of each load")
+    parser.add_argument("--no-bursts", action="store_true")
     parser.add_argument(
         "--scheduling-policy", default="shortest-first", choices=get_args(SchedulingPolicy)
     )
@@ -326,16 +368,21 @@ def main() -> None:
 
     about = {key: value for key, value in mx.device_info().items() if isinstance(value, str | int)}
     versions = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
-    show("machine", {**versions, "bits": args.bits, "policy": args.scheduling_policy, **about})
+    show("machine", {**versions, **vars(args), **about})
+
+    def made() -> Any:
+        return make_model(args.shape, args.bits, args.group_size, args.seed)
+
     if args.peers_only:
-        show("peer", measure_peer(make_model(args.bits), args.workloads, args.rounds))
+        show("peer", measure_peer(made(), args.workloads, args.rounds))
         return
     peers = {} if args.no_peers else peer_in_a_process(args)
-    model = make_model(args.bits)
+    model = made()
     model_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     start = time.perf_counter()
     mx.reset_peak_memory()
-    engine = make_engine(model, 128, args.scheduling_policy)
+    kv_bytes = int(args.kv_gib * 2**30)
+    engine = make_engine(model, args.seqs, args.scheduling_policy, kv_bytes)
     show("engine", {"start_s": round(time.perf_counter() - start, 1), "notes": engine.notes})
     ours = {}
     rates = [one_stream(engine) for _ in range(1 + args.rounds)][1:]
@@ -343,16 +390,16 @@ def main() -> None:
     show("one stream", {"tokens_per_s": rates})
     for index, name in enumerate(args.workloads):
         found = []
-        for again in range(2 + args.rounds):
+        for again in range(args.warm + args.rounds):
             # The prefix cache must not contain the prompts of earlier rounds.
             workload = WORKLOADS[name]().in_other_words(10 * index + again)
             found.append(run_workload(engine, workload, temperature=args.temperature).to_json())
-        for one in found[2:]:
+        for one in found[args.warm :]:
             show("ours", one)
-        ours[name] = statistics.median(one["output_tokens_per_s"] for one in found[2:])
+        ours[name] = statistics.median(one["output_tokens_per_s"] for one in found[args.warm :])
         if name.startswith("load-m"):
             bursts = []
-            for again in range(args.rounds):
+            for again in range(0 if args.no_bursts else args.rounds):
                 sessions = WORKLOADS[name]().in_other_words(100 + 10 * index + again).sessions
                 turns = [session.turns[0] for session in sessions]
                 tokens = [list(turn.token_ids) for turn in turns]
@@ -360,13 +407,15 @@ def main() -> None:
                 bursts[-1].pop("tokens")
                 show("burst", {"workload": name, **bursts[-1]})
             for key in ("p50", "p99"):
-                value = statistics.median(one["ttft_from_start_s"][key] for one in bursts)
-                if peer := peers.get(f"{name} {key}"):
+                if bursts and (peer := peers.get(f"{name} {key}")):
+                    value = statistics.median(one["ttft_from_start_s"][key] for one in bursts)
                     print(f"{name}, a burst: TTFT {key} {value / peer:.3f}x mlx-lm", flush=True)
     if args.more:
         shared_prefix(engine, args.rounds)
         entering_prompt(engine, args.rounds)
-        long_context(engine, model_bytes)
+        args_of = model.args
+        token_bytes = 4 * args_of.num_hidden_layers * args_of.num_key_value_heads * args_of.head_dim
+        long_context(engine, model_bytes, token_bytes)
     plan = model_bytes + engine.memory_bytes  # KV cache, and steps' arrays
     peak = mx.get_peak_memory()
     show("memory", {"plan": plan, "peak": peak, "over": round(peak / plan - 1, 4)})

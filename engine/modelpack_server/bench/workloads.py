@@ -178,7 +178,9 @@ def matrix(concurrency: int, prompt: int, answer: int = 128) -> Workload:
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "load-m-8": lambda: load_m(8),
     "load-m-32": load_m,
+    "load-m-64": lambda: load_m(64),
     "load-m-128": lambda: load_m(128),
     "load-m-256": lambda: load_m(256),
     "nano-vllm": nano_vllm,
