@@ -188,19 +188,19 @@ class StepInputs:
         self,
         positions: mx.array,
         slots: mx.array,
-        tables: mx.array,
+        decode: tuple[mx.array, mx.array],
         sample_rows: mx.array | None,
         tiles: Tiles | None = None,
     ) -> None:
-        """Begin a step of decode rows with block tables `tables`, int32 [rows, width].
+        """Begin a step of `decode` rows: their block tables, int32 [rows, width], and lengths.
 
         The rows after them are those of `tiles`. `sample_rows` None stands for all rows.
         """
-        self.num_rows, self.num_decode = positions.shape[0], tables.shape[0]
+        self.num_rows, self.num_decode = positions.shape[0], decode[0].shape[0]
         self.tiles = tiles
         self.decode_seq_ids, self.chunks = (), ()
         self._tables, self.lengths = [], []
-        self._memo = {"rows": (tables, positions[: self.num_decode] + 1)}
+        self._memo = {"rows": decode}
         self.positions = Positions(positions)
         self.slots, self.slot_runs = slots, None
         self.all_rows_sampled = sample_rows is None

@@ -156,6 +156,11 @@ def run(
     )
 
 
+def random_keys(seed: int, count: int) -> list[mx.array]:
+    """Return keys of random arrays; to index those of `mx.random.split`, MLX compiles a gather."""
+    return [mx.random.key(100 * seed + number) for number in range(count)]
+
+
 def verdict(compare: Callable[..., str | None]) -> _lru_cache_wrapper[str | None]:
     """Return `compare`, which returns None or a problem of a kernel, with its results cached."""
 

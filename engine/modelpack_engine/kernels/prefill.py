@@ -115,7 +115,7 @@ def probe(shape: AttentionShape, dtype: mx.Dtype) -> str | None:
     One of the tiles starts in the middle of its sequence. The reference treats each row as a decode
     row.
     """
-    keys = mx.random.split(mx.random.key(5), 4)
+    keys = launch.random_keys(5, 4)
     size, blocks, width = shape.block_size, 23, 12
     lines = blocks * size, shape.num_kv_heads, shape.key_dim
     k_pool, v_pool = (mx.random.normal(lines, key=key).astype(dtype) for key in keys[:2])

@@ -1,9 +1,10 @@
-  // Gather rows of a table; each thread copies one vector.
-  //   table [n, D] T   index [rows] int   out [rows, D] T
+  // Gather rows of a table, the same ones of each part; each thread copies one vector.
+  //   table [parts, n, D] T   index [rows] int   out [parts, rows, D] T
   typedef PaVec<T, VEC> Vec;
   constexpr int EACH = D / VEC;
-  const int row = PA_THREAD / EACH, at = PA_THREAD % EACH;
-  if (row < index_shape[0]) {
-    ((PA_DEVICE Vec*)out)[(size_t)row * EACH + at] =
-        ((const PA_DEVICE Vec*)table)[(size_t)index[row] * EACH + at];
+  const int line = PA_THREAD / EACH, at = PA_THREAD % EACH, rows = index_shape[0];
+  if (line < rows * table_shape[0]) {
+    const size_t from = (size_t)(line / rows) * table_shape[1] + index[line % rows];
+    ((PA_DEVICE Vec*)out)[(size_t)line * EACH + at] =
+        ((const PA_DEVICE Vec*)table)[from * EACH + at];
   }

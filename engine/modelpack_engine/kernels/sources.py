@@ -3,7 +3,8 @@
 A body uses only `PA_*` macros, which the preamble defines, and the common subset of Metal, CUDA and
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
-host, a third backend. `prefill`, `grouped`, `product`, `packed` and `experts` are for CUDA only.
+host, a third backend. `prefill`, `grouped`, `product`, `packed`, `experts` and `usable` are for
+CUDA only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Backend = Literal["metal", "cuda", "none"]
 Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
-    "draw", "packed", "grouped", "greedy",
+    "draw", "packed", "grouped", "greedy", "usable", "angles",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -55,6 +56,8 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "grouped": (
         "q", "k_pool", "v_pool", "block_tables", "context_lens", "sinks", "params", "written",
     ),
+    "usable": ("token_ids", "maxima"),
+    "angles": ("positions", "inverse"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "decode": ("out", "stats"),
@@ -69,6 +72,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "dispatch": ("source", "place", "sorted", "spans"),
     "draw": ("token",),
     "greedy": ("token", "next"),
+    "usable": ("usable", "next"),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.

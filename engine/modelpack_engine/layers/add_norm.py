@@ -56,8 +56,7 @@ class Sums:
             taken = kernels.take_rows(whole.reshape(whole.shape[0], -1), rows)
             return taken.reshape(rows.shape[0], *whole.shape[1:])
         parts = known[1]
-        few = parts.count > 1
-        taken = parts.array[:, rows] if few else kernels.take_rows(parts.array, rows)
+        taken = kernels.take_rows(parts.array, rows)
         shape = (rows.shape[0], *array.shape[1:])
         return self.of_parts(Parts(taken, parts.count), shape, array.dtype)
 

@@ -60,7 +60,7 @@ def update(
 
 
 def _compare(dtype: mx.Dtype) -> str | None:
-    keys = mx.random.split(mx.random.key(6), 6)
+    keys = launch.random_keys(6, 6)
     batch, tokens, key_heads, heads, key_dim, dim = 2, 3, 2, 4, 64, 8
     q, k = (mx.random.normal((batch, tokens, key_heads, key_dim), key=i) / 8 for i in keys[:2])
     v = mx.random.normal((batch, tokens, heads, dim), key=keys[2])

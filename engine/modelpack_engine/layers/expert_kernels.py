@@ -123,7 +123,7 @@ def combine(given: mx.array, place: mx.array, scores: mx.array, dtype: mx.Dtype)
 
 def _compare_routing(dtype: mx.Dtype) -> str | None:
     rows, experts, each, dim = 9, 40, 3, 64
-    keys = mx.random.split(mx.random.key(21), 4)
+    keys = launch.random_keys(21, 4)
     logits = mx.random.normal((rows, experts), key=keys[0])
     bias = mx.random.normal((experts,), key=keys[1]) / 8
     choices = {
@@ -239,7 +239,7 @@ def multiply(
 
 
 def _compare_matmul(dtype: mx.Dtype, bits: int, tile: int, swiglu: bool) -> str | None:
-    keys = mx.random.split(mx.random.key(10), 4)
+    keys = launch.random_keys(10, 4)
     experts, outputs, inputs, rows, each = 5, 104, 256, 40, 2
     shape = (experts, outputs, inputs)
     made = [random_weights(dtype, bits, shape, 1 / 16, key, key) for key in keys[:2]]

@@ -34,8 +34,16 @@ class Rotation:
 
     def angles(self, positions: mx.array) -> mx.array:
         """Return cosines and sines at positions [n], times the factor: float32 [n, dims / 2, 2]."""
-        angles = positions.astype(mx.float32)[:, None] * self.inverse
-        return mx.stack([mx.cos(angles), mx.sin(angles)], axis=-1) * self.factor
+        rows, half = positions.shape[0], self.dims // 2
+        if launch.backend() == "none":
+            angles = positions.astype(mx.float32)[:, None] * self.inverse
+            return mx.stack([mx.cos(angles), mx.sin(angles)], axis=-1) * self.factor
+        (out,) = launch.run(
+            "angles", [positions, self.inverse], [],
+            [("HALF", half), ("FACTOR", launch.bits_of(self.factor))],
+            threads=rows * half, group=256, shapes=[(rows, half, 2)], dtypes=[mx.float32],
+        )  # fmt: skip
+        return out
 
 
 #: One object for equal rotations: the layers of a model have few different ones.
@@ -180,22 +188,40 @@ def _rotation_plan(itemsize: int, dim: int, dims: int, *, few: bool) -> tuple[in
 
 
 def take_rows(table: mx.array, index: mx.array) -> mx.array:
-    """Return the rows `index` (int32 [n]) of a table [rows, dim], as [n, dim]."""
+    """Return the rows `index` (int32 [n]) of a table [..., rows, dim], as [..., n, dim]."""
     if launch.backend() == "none":
-        return table[index]
-    dim = table.shape[1]
+        return mx.take(table, index, axis=-2)
+    rows, dim = table.shape[-2:]
+    tables = table.reshape(-1, rows, dim)
     vector = vector_width(table.dtype.size, dim)
     (out,) = launch.run(
         "rows",
-        [table, index],
+        [tables, index],
         [("T", table.dtype)],
         [("D", dim), ("VEC", vector)],
-        threads=index.size * (dim // vector),
+        threads=tables.shape[0] * index.size * (dim // vector),
         group=256,
-        shapes=[(index.size, dim)],
+        shapes=[(*table.shape[:-2], index.size, dim)],
         dtypes=[table.dtype],
     )
     return out
+
+
+def take(numbers: mx.array, index: mx.array) -> mx.array:
+    """Return `numbers` [n] at `index` (int32).
+
+    MLX takes two seconds to compile a gather on CUDA.
+    """
+    if launch.backend() != "cuda" or _takes_numbers(numbers.dtype) is not None:
+        return numbers[index]
+    return take_rows(numbers[:, None], index)[:, 0]
+
+
+@launch.verdict
+def _takes_numbers(dtype: mx.Dtype) -> str | None:
+    """Return why the kernel does not take numbers of `dtype`, or None."""
+    taken = take_rows(mx.arange(5).astype(dtype)[:, None], mx.array([3, 0, 3], mx.int32))
+    return None if taken.tolist() == [[3], [0], [3]] else f"it took {taken.tolist()}"
 
 
 def dequantise(
@@ -218,7 +244,7 @@ def dequantise(
 
 def _compare(dtype: mx.Dtype) -> str | None:
     """Compare the kernels with MLX's functions on small random arrays of `dtype`."""
-    keys = mx.random.split(mx.random.key(3), 6)
+    keys = launch.random_keys(3, 6)
     rows, dim = 5, 320
     a, b = (mx.random.normal((rows, dim), key=key).astype(dtype) for key in keys[:2])
     weight = mx.random.uniform(0.5, 1.5, (dim,), key=keys[2]).astype(dtype)

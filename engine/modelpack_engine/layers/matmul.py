@@ -169,9 +169,9 @@ def _run(
 
 
 def _compare(dtype: mx.Dtype, bits: int) -> str | None:
-    keys = mx.random.split(mx.random.key(9), 3)
+    keys = launch.random_keys(9, 3)
     outputs, inputs = 208, 1024
-    weights, full, bias = random_weights(dtype, bits, (outputs, inputs), 1 / 32, *keys[:2])
+    weights, full, bias = random_weights(dtype, bits, (outputs, inputs), 1 / 32, keys[0], keys[1])
     for rows in (13, max(_TILES[bits])):
         x = mx.random.normal((rows, inputs), key=keys[2]).astype(dtype)
         expected = x.astype(mx.float32) @ full.T + bias

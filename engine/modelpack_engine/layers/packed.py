@@ -150,7 +150,7 @@ def multiply(
 
 
 def _compare(dtype: mx.Dtype, bits: int, group_size: int, tile: Tile) -> str | None:
-    keys = mx.random.split(mx.random.key(9), 3)
+    keys = launch.random_keys(9, 3)
     rows, outputs, inputs = tile.rows + 5, 208, 1024
     weights, full, bias = random_weights(
         dtype, bits, (outputs, inputs), 1 / 32, keys[0], keys[1], group_size

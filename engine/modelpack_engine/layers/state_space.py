@@ -127,7 +127,7 @@ def step(
 
 
 def _compare(dtype: mx.Dtype) -> str | None:
-    keys = mx.random.split(mx.random.key(4), 6)
+    keys = launch.random_keys(4, 6)
     rows, heads, dim, groups, size = 3, 4, 8, 2, 64
     x = mx.random.normal((rows, heads, dim), key=keys[0]).astype(dtype)
     b, c = (mx.random.normal((rows, groups, size), key=i).astype(dtype) for i in keys[1:3])

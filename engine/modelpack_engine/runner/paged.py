@@ -30,6 +30,7 @@ from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.kernels import TILE_ROWS, Tiles
+from modelpack_engine.layers.kernels import take
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.hidden_states import HiddenRows, HiddenStates
@@ -64,10 +65,10 @@ class Layout:
     sampled: int | None
 
     def cut(self, packed: mx.array) -> list[mx.array]:
-        """Split `packed` into positions, slots, tables, tile tables, spans and sampled rows."""
+        """Split `packed`: positions, slots, lengths, tables, tile tables, spans, sampled rows."""
         tables = (self.decode, self.width), (self.tiles, self.tile_width), (self.tiles, 2)
         found, start = [], 0
-        for shape in ((self.rows,), (self.rows,), *tables, (self.sampled or 0,)):
+        for shape in ((self.rows,), (self.rows,), (self.decode,), *tables, (self.sampled or 0,)):
             stop = start + math.prod(shape)
             found.append(packed[start:stop].reshape(shape))
             start = stop
@@ -155,7 +156,8 @@ class CompiledSteps:
             positions, slots = (np.pad(column, (0, rows.padding)) for column in (positions, slots))
         sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
         tables = (rows.tables, rows.tile_tables, rows.spans)
-        columns = [positions, slots, *(table.ravel() for table in tables)]
+        lengths = positions[: len(rows.tables)] + 1
+        columns = [positions, slots, lengths, *(table.ravel() for table in tables)]
         if sampled is not None:
             columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
         length = sum(map(len, columns))
@@ -163,7 +165,7 @@ class CompiledSteps:
             columns.append(order)
         packed = self._staging.put(np.concatenate(columns))
         if rows.order is not None:
-            token_ids = token_ids[packed[length : length + len(order)]]
+            token_ids = take(token_ids, packed[length : length + len(order)])
         packed = packed[:length]
         (decode, width), (tiles, tile_width) = rows.tables.shape, rows.tile_tables.shape
         layout = Layout(len(positions), decode, width, tiles, tile_width, sampled)
@@ -285,7 +287,7 @@ class CompiledSteps:
         written in place are not returned: readers within the graph wait for the writes, and later
         steps run later on the same stream.
         """
-        positions, slots, tables, tile_tables, spans, sample_rows = layout.cut(packed)
+        positions, slots, lengths, tables, tile_tables, spans, sample_rows = layout.cut(packed)
         some = None if layout.sampled is None else sample_rows
         adapted, step = self._adapted, self._step
         for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
@@ -293,7 +295,7 @@ class CompiledSteps:
         for state, arrays in zip(adapted.states, states, strict=True):
             state.arrays = list(arrays)
         tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
-        step.begin_rows(positions, slots, tables, some, tiles)
+        step.begin_rows(positions, slots, (tables, lengths), some, tiles)
         logits = adapted.run(token_ids)
         if not step.rows_taken and some is not None:
             logits = logits[some]

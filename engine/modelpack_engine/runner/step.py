@@ -22,6 +22,7 @@ from modelpack_engine.core.batch import StepBatch, same_rows
 from modelpack_engine.core.scheduler import Proposal, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
+from modelpack_engine.layers.kernels import take
 from modelpack_engine.outputs import TokenLogprob
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.request import CopyableMask, LogitsMask
@@ -167,7 +168,7 @@ def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) 
     places = np.arange(count, dtype=np.int32)
     places[rows] = count + indices
     known = staging.put(np.concatenate([np.array(batch.token_ids, np.int32), places]))
-    return mx.concatenate([known[:count], sampled])[known[count : 2 * count]]
+    return take(mx.concatenate([known[:count], sampled]), known[count : 2 * count])
 
 
 def with_prompt_rows(batch: StepBatch) -> StepBatch:

@@ -15,7 +15,9 @@ run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -212,13 +214,10 @@ def compare(
         for batch, _ in steps:
             forward(batch, mx.array(batch.token_ids, mx.int32))
         return None
-    expected = {
-        seq_id: model(mx.array([ids]), cache=make_prompt_cache(model))[0]
-        for seq_id, ids in tokens.items()
-    }
+    expected = {seq_id: _plain(model, ids).squeeze(0) for seq_id, ids in tokens.items()}
     for batch, sampled in steps:
         logits = forward(batch, mx.array(batch.token_ids, mx.int32))
-        rows = mx.stack([expected[seq_id][position] for seq_id, position in sampled])
+        rows = mx.concatenate([expected[seq_id][at : at + 1] for seq_id, at in sampled])
         if logits.shape != rows.shape:
             return f"logits have the shape {logits.shape}, expected {rows.shape}"
         limit = _TOLERANCE.get(rows.dtype, 2e-2) if tolerance is None else tolerance
@@ -235,6 +234,30 @@ def compare(
         return None
     tokens = _tokens(dict(enumerate(full_step, 1)), vocab_size)
     return _compare_full(model, forward, tokens, block_size)
+
+
+def _plain(model: nn.Module, ids: list[int]) -> mx.array:
+    """Return mlx-lm's logits [1, tokens, vocabulary] of a sequence.
+
+    Functions that mlx-lm compiles run uncompiled: on CUDA, compiling one takes four seconds.
+    """
+    with uncompiled():
+        logits: mx.array = model(mx.array([ids]), cache=make_prompt_cache(model))
+        mx.eval(logits)
+    return logits
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Switch `mx.compile` off on CUDA, unless it is off, for functions called in this context."""
+    if not mx.cuda.is_available() or "MLX_DISABLE_COMPILE" in os.environ:
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
 
 
 def blocks_needed(block_size: int, full_step: Sequence[int] = ()) -> int:
@@ -257,9 +280,9 @@ def _compare_full(
     batch, _ = _step(tokens, tables, block_size, decode=[], chunks=chunks)
     logits = forward(batch, mx.array(batch.token_ids, mx.int32))
     distances = []
-    for row, ids in zip(logits, tokens.values(), strict=True):
-        expected = model(mx.array([ids]), cache=make_prompt_cache(model))[:, -1]
-        distances.append(float(_distance(row[None], expected)))
+    for row, ids in enumerate(tokens.values()):
+        expected = _plain(model, ids)[:, -1]
+        distances.append(float(_distance(logits[row : row + 1], expected)))
     distance = sum(distances) / len(distances)
     if distance <= _FULL:
         return None
@@ -295,7 +318,9 @@ def _noise(model: nn.Module, tokens: dict[int, list[int]], expected: dict[int, m
     for seq_id, ids in tokens.items():
         cache, half = make_prompt_cache(model), len(ids) // 2
         pieces = ids[:half], ids[half:-1], ids[-1:]
-        parts = [model(mx.array([piece]), cache=cache)[0] for piece in pieces if piece]
+        with uncompiled():
+            found = [model(mx.array([piece]), cache=cache) for piece in pieces if piece]
+            parts = [logits.squeeze(0) for logits in found]
         distances = _distance(mx.concatenate(parts), expected[seq_id])
         most = max(most, float(mx.max(distances)))
     return most

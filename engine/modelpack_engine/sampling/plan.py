@@ -248,9 +248,9 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """The drawn rows whose logits must be sorted, with their top-k and top-p."""
+    """The drawn rows whose logits must be sorted (None: all), with their top-k and top-p."""
 
-    rows: mx.array
+    rows: mx.array | None
     top_k: mx.array
     top_p: mx.array
     windowed: bool
@@ -261,11 +261,12 @@ class DrawArrays:
     """The inputs of MLX's functions; temperature and log of min-p are float32 [rows, 1].
 
     `sources` are the indices in `rows` of the results to use: filters apply only to the first
-    occurrence of a row, and rows repeated as padding are drawn without them.
+    occurrence of a row, and rows repeated as padding are drawn without them. Both are None if all
+    rows are drawn.
     """
 
-    rows: mx.array
-    sources: mx.array
+    rows: mx.array | None
+    sources: mx.array | None
     temperature: mx.array
     log_min_p: mx.array | None
     filters: tuple[Filter, ...]
@@ -297,11 +298,13 @@ class Draws:
             if wanted := np.flatnonzero(chosen[: self.num_drawn]).tolist():
                 rows = padded_rows(wanted, len(numbers))
                 k = mx.array(top_k[rows].astype(np.int32))
-                filters.append(Filter(mx.array(rows), k, mx.array(top_p[rows]), windowed))
+                some = None if _is_range(rows, len(numbers)) else mx.array(rows)
+                filters.append(Filter(some, k, mx.array(top_p[rows]), windowed))
         sources = [*range(self.num_drawn), *[0] * (len(numbers) - self.num_drawn)]
+        every = _is_range(self.batch_rows, len(self.settings))
         return DrawArrays(
-            rows=mx.array(self.batch_rows),
-            sources=mx.array(sources, dtype=mx.int32),
+            rows=None if every else mx.array(self.batch_rows),
+            sources=None if every else mx.array(sources, dtype=mx.int32),
             temperature=mx.array(temperature),
             log_min_p=mx.array(log_min_p) if np.isfinite(log_min_p).any() else None,
             filters=tuple(filters),
@@ -340,6 +343,10 @@ def make_plan(
         draws=plan_draws(entries, num_rows, vocab_size),
         num_top=max(tops, default=None),
     )
+
+
+def _is_range(rows: NDArray[np.int32], count: int) -> bool:
+    return len(rows) == count and bool((rows == np.arange(count)).all())
 
 
 def padded_rows(rows: list[int], num_rows: int) -> NDArray[np.int32]:

@@ -142,20 +142,27 @@ def choose(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -
 def by_functions(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
     """Return the tokens of `choose`, by MLX's functions."""
     arrays = draws.arrays
-    token_ids = mx.argmax(batch_logits, axis=-1).astype(mx.int32)
-    scaled = batch_logits[arrays.rows].astype(mx.float32) / arrays.temperature
+    drawn = batch_logits if arrays.rows is None else batch_logits[arrays.rows]
+    scaled = drawn.astype(mx.float32) / arrays.temperature
     least = None
     if arrays.log_min_p is not None or arrays.filters:
         least = mx.full((scaled.shape[0], 1), -mx.inf)
         if arrays.log_min_p is not None:
             least = scaled.max(axis=-1, keepdims=True) + arrays.log_min_p
         for f in arrays.filters:
-            least[f.rows] = cutoff(
-                scaled[f.rows], least[f.rows], f.top_k, f.top_p, windowed=f.windowed
-            )
+            if f.rows is None:
+                least = cutoff(scaled, least, f.top_k, f.top_p, windowed=f.windowed)
+            else:
+                least[f.rows] = cutoff(
+                    scaled[f.rows], least[f.rows], f.top_k, f.top_p, windowed=f.windowed
+                )
     staged = staging.put(keys.ravel().view(np.int32))[: keys.size]
     row_keys = staged.view(mx.uint32).reshape(keys.shape)
-    token_ids[arrays.rows] = draw(scaled, least, row_keys)[arrays.sources]
+    chosen = draw(scaled, least, row_keys).astype(mx.int32)
+    if arrays.rows is None:
+        return chosen
+    token_ids = mx.argmax(batch_logits, axis=-1).astype(mx.int32)
+    token_ids[arrays.rows] = chosen[arrays.sources]
     return token_ids
 
 
@@ -208,10 +215,18 @@ def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
     some[:, ::7] = -mx.inf  # as a mask does
     positions = np.arange(len(draws.seeds), dtype=np.uint64)
     keys, staging = draw_keys(draws.seeds, positions), Staging()
-    ways = by_kernel, by_functions
-    found, wanted = (np.array(way(some.astype(dtype), draws, keys, staging)) for way in ways)
+    some = some.astype(dtype)
+    found = np.array(by_kernel(some, draws, keys, staging))
     for name, at in zip(kinds, range(0, rows, each), strict=True):
-        if (found[at : at + each] != wanted[at : at + each]).any():
+        # All rows of a kind: MLX compiles no gather and no scatter, each of which takes seconds.
+        logits, chosen = some[at : at + each], entries[at : at + each]
+        own = plan_draws(chosen, each, vocab_size)
+        if own is None:
+            wanted = mx.argmax(logits, axis=-1)
+        else:
+            first = int(np.flatnonzero(draws.batch_rows == at)[0])
+            wanted = by_functions(logits, own, keys[first : first + each], staging)
+        if (found[at : at + each] != np.array(wanted)).any():
             return f"tokens differ with {name}"
     return None
 
@@ -348,6 +363,7 @@ class Sampler:
         """Compile the kernels that draw from logits of this type, and from adjusted ones."""
         for each in (dtype, mx.float32):
             verdict(each, self._vocab_size)
+            mx.eval(*_usable(mx.zeros((1,), mx.int32), mx.zeros((1,), each)))
         greedy_verdict(dtype, self._vocab_size)
 
     def __contains__(self, seq_id: int) -> bool:
@@ -504,12 +520,36 @@ class Sampler:
 # Compiled: otherwise, constants would be arrays in host memory, which kernels read slowly.
 
 
-@partial(mx.compile, shapeless=True)
 def _usable(token_ids: mx.array, maxima: mx.array) -> tuple[mx.array, mx.array]:
     """Return token ids with NO_TOKEN for invalid rows, and the ids for the next step.
 
     A row is invalid if its maximum is not finite: it has NaN, which `max` keeps, or is all -inf.
     """
+    if launch.backend() == "cuda" and _marks(maxima.dtype) is None:
+        return _mark(token_ids, maxima)
+    return _usable_compiled(token_ids, maxima)
+
+
+def _mark(token_ids: mx.array, maxima: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the same by a kernel, which takes CUDA's compiler 0.1 s instead of five."""
+    usable, following = launch.run(
+        "usable", [token_ids, maxima], [("T", maxima.dtype)], [],
+        threads=token_ids.size, group=32, shapes=[token_ids.shape] * 2, dtypes=[mx.int32] * 2,
+    )  # fmt: skip
+    return usable, following
+
+
+@launch.verdict
+def _marks(dtype: mx.Dtype) -> str | None:
+    """Return why the kernel does not mark rows for maxima of `dtype`, or None."""
+    maxima = mx.array([1.0, -mx.inf, mx.nan, mx.inf, -2.5], dtype)
+    found = [each.tolist() for each in _mark(mx.array([7, 8, 9, 10, -1], mx.int32), maxima)]
+    expected = [[7, NO_TOKEN, NO_TOKEN, NO_TOKEN, NO_TOKEN], [7, 0, 0, 0, 0]]
+    return None if found == expected else f"it found {found}, expected {expected}"
+
+
+@partial(mx.compile, shapeless=True)
+def _usable_compiled(token_ids: mx.array, maxima: mx.array) -> tuple[mx.array, mx.array]:
     usable = mx.where(mx.isfinite(maxima), token_ids, NO_TOKEN)
     return usable, mx.maximum(usable, 0)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
-from modelpack_engine.kernels import operations
+from modelpack_engine.kernels import launch, operations
 from modelpack_engine.layers import kernels
 from modelpack_engine.layers.kernels import Rotation
 from modelpack_engine.runner.model_runner import make_runner
@@ -36,8 +36,40 @@ def test_kernels_agree_with_mlx(host: Host) -> None:
         "swiglu",
         "dequantise",
         "rotate",
+        "angles",
         "rows",
     }
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (3, 7, 8), (2, 3, 7, 8), (5, 1)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_rows_of_each_part(host: Host, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    table = mx.random.normal(shape, key=mx.random.key(4)).astype(dtype)
+    index = mx.array([3, 0, 3, 4], mx.int32)
+    assert mx.array_equal(kernels.take_rows(table, index), mx.take(table, index, axis=-2)).item()
+    assert [body for body, _ in host.calls] == ["rows"]
+
+
+def test_tokens_are_taken_by_the_kernel(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    monkeypatch.setattr(kernels, "_takes_numbers", lambda dtype: None)
+    tokens, index = mx.array([70, 71, 72, 73], mx.int32), mx.array([3, 3, 0], mx.int32)
+    assert kernels.take(tokens, index).tolist() == [73, 73, 70]
+    assert [body for body, _ in host.calls] == ["rows"]
+    monkeypatch.setattr(kernels, "_takes_numbers", lambda dtype: "it does not run")
+    assert kernels.take(tokens, index).tolist() == [73, 73, 70]
+    assert len(host.calls) == 1
+
+
+@pytest.mark.parametrize(("dims", "factor"), [(64, 1.0), (32, 1.25)])
+def test_angles(host: Host, dims: int, factor: float) -> None:
+    inverse = mx.power(mx.array(10000.0), -mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    positions = np.array([0, 1, 17, 4000, 32000])
+    found = np.array(Rotation(inverse, dims, factor, False).angles(mx.array(positions, mx.int32)))
+    angles = positions[:, None] * np.array(inverse, np.float64)
+    expected = np.stack([np.cos(angles), np.sin(angles)], axis=-1) * factor
+    assert found.shape == (5, dims // 2, 2)
+    assert np.abs(found - expected).max() < 4e-3  # float32 angles of up to 32,000
 
 
 @pytest.mark.parametrize(
@@ -100,7 +132,7 @@ def test_rotation_and_kv_write(
         ("rotate", ("y * c", "y * s"), "queries"),
         ("rotate", ("(kind - 1) * HK", "(kind - 1)"), "values"),
         ("rotate", ("s = inverse[at + 1]", "s = inverse[at]"), "queries by a table"),
-        ("rows", ("index[row]", "row"), "rows"),
+        ("rows", ("index[line % rows]", "line % rows"), "rows"),
     ],
 )
 def test_the_verdict_names_a_wrong_kernel(

@@ -24,7 +24,7 @@ from tests.engine.kernels.emulator import Edit, Emulator, build, unchanged
 from tests.engine.kernels.signatures import Instance
 
 C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t",
-           mx.uint32: "uint32_t"}  # fmt: skip
+           mx.uint32: "uint32_t", mx.int32: "int"}  # fmt: skip
 UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 

@@ -55,6 +55,8 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "draw": {"logits": "T", "settings": "int", "token": "int"},
     "greedy": {"logits": "T", "token": "int", "next": "int"},
+    "angles": {"positions": "int", "inverse": "float", "out": "float"},
+    "usable": {"token_ids": "int", "maxima": "T", "usable": "int", "next": "int"},
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
 

@@ -319,6 +319,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "experts, 8 bits": lambda: expert_kernels._compare_matmul(F16, 8, 64, swiglu=False),
     "greedy": lambda: sampler._compare_greedy(BF16, 1000),
     "draws": lambda: sampler._compare(BF16, 1000),
+    "tokens without a choice": lambda: sampler._mark(
+        mx.zeros((3,), mx.int32), mx.zeros((3,), BF16)
+    ),
+    "taken numbers": lambda: kernels.take_rows(mx.zeros((5, 1), mx.int32), mx.array([3, 0])),
     "delta rule": lambda: delta_rule._compare(BF16),
     "state space": lambda: state_space._compare(BF16),
 }

@@ -145,6 +145,15 @@ def test_rows_that_cannot_be_drawn_from(host: Host, monkeypatch: pytest.MonkeyPa
     assert "draw" in {body for body, _ in host.calls}
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_rows_without_a_choice_are_marked(host: Host, dtype: mx.Dtype) -> None:
+    maxima = mx.array([1.0, -mx.inf, mx.nan, mx.inf, -2.5], dtype)
+    found = drawing._mark(mx.array([7, 8, 9, 10, NO_TOKEN], mx.int32), maxima)
+    expected = drawing._usable_compiled(mx.array([7, 8, 9, 10, NO_TOKEN], mx.int32), maxima)
+    assert [each.tolist() for each in found] == [each.tolist() for each in expected]
+    assert found[0].tolist() == [7, *[NO_TOKEN] * 4]
+
+
 def test_warming_up_is_for_logits_as_they_are_and_adjusted(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
