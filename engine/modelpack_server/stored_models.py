@@ -12,6 +12,8 @@ import mlx.core as mx
 
 from modelpack.artifacts.model import Model
 from modelpack.errors import UntrustedError
+from modelpack.formats.drafter import is_head
+from modelpack.operations.drafters import stored_drafter
 from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.resolve import has_packed_weights, unpacked_files
@@ -27,7 +29,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, ModelFiles, load, load_progress
-from modelpack_engine.models.eagle import EagleHead, is_head, load_head
+from modelpack_engine.models.eagle import EagleHead, load_head
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of
 from modelpack_engine.models.safetensors import read_config
@@ -54,7 +56,7 @@ class Opened:
 
         The context size in the model's config is the default of `max_model_len`.
         """
-        config = config or EngineConfig()
+        config = with_drafter(config or EngineConfig(), self.model, self.store)
         draft = draft_files(config, self.store, self.remote)
         return load_model(self, config, lambda _context, _bytes: config, draft)[0]
 
@@ -77,6 +79,12 @@ def load_model(
     model holds (in tokens) and the bytes of all weights are known; `draft` are the files of a draft
     model. Has to run in the thread that steps it.
     """
+    if opened.files.format == "safetensors" and is_head(opened.files.json("config.json")):
+        raise ModelLoadError(
+            f"{opened.model.reference or opened.model.digest} is an EAGLE-3 head, which cannot run "
+            "without its model",
+            hint="serve its model with --draft-model naming the head",
+        )
     where = choose_device(device)
     backend = choose_backend(opened.files, device, where)
     if backend == "llama.cpp":
@@ -154,6 +162,23 @@ def context_length_of_files(files: ModelFiles) -> int | None:
         name = metadata.text("general.architecture", "")
         return metadata.integer(f"{name}.context_length", 0) or None
     return context_length_of(read_config(files))[0]
+
+
+def with_drafter(config: EngineConfig, model: Model, store: LayoutStore | None) -> EngineConfig:
+    """Return `config` with the stored drafter of `model`, unless it names a method or a draft.
+
+    Only MLX runs drafters, which is not the default on a CPU.
+    """
+    method = config.speculative_method
+    if store is None or config.draft_model is not None or method not in (None, "eagle3"):
+        return config
+    if method is None and config.backend != "mlx" and choose_device(config) == "cpu":
+        return config
+    digest = stored_drafter(model.digest, store)
+    if digest is None:
+        return config
+    _log.info("%s: drafts with %s", model.reference or model.digest, digest)
+    return replace(config, draft_model=str(digest))
 
 
 def draft_files(

@@ -39,6 +39,8 @@ DOCKER_GGUF_LORA: Final = "application/vnd.docker.ai.gguf.v3.lora"
 # Ours: an artifact that is an adapter of another model, and its weights (PEFT's or mlx-lm's).
 ADAPTER: Final = "application/vnd.modelpack.adapter.v1"
 ADAPTER_SAFETENSORS: Final = "application/vnd.modelpack.adapter.v1.safetensors"
+# Ours: the artifact type of an EAGLE-3 head, a referrer of the model that it drafts for.
+DRAFTER: Final = "application/vnd.modelpack.drafter.v1"
 ADAPTER_TYPES: Final = (DOCKER_GGUF_LORA, ADAPTER_SAFETENSORS)
 
 # CNCF ModelPack
@@ -89,7 +91,7 @@ CONTAINERD_NAME: Final = "io.containerd.image.name"
 TITLE: Final = "org.opencontainers.image.title"
 SOURCE: Final = "org.opencontainers.image.source"
 REVISION: Final = "org.opencontainers.image.revision"
-# On an adapter: the manifest's digest and the reference of the model that it changes.
+# On an adapter or drafter: the manifest's digest and the reference of the model that it changes.
 BASE_DIGEST: Final = "org.opencontainers.image.base.digest"
 BASE_NAME: Final = "org.opencontainers.image.base.name"
 # Ours, on an adapter.

@@ -109,6 +109,11 @@ class Model:
         """Whether this is an adapter of another model, which cannot run without it."""
         return any(layer.media_type in media_types.ADAPTER_TYPES for layer in self.manifest.layers)
 
+    @property
+    def is_drafter(self) -> bool:
+        """Whether this drafts tokens for another model, and cannot run without it."""
+        return self.manifest.artifact_type == media_types.DRAFTER
+
     def files(self) -> tuple[ModelFile, ...]:
         """Return the layers as files, in the order of the manifest.
 

@@ -157,11 +157,13 @@ def assemble(
     annotations: Mapping[str, str],
     *,
     artifact_type: str | None = None,
+    subject: Descriptor | None = None,
     notes: tuple[str, ...] = (),
 ) -> Built:
     """Return the model of this config and these layers.
 
     A CNCF model gets the artifact type of CNCF; `artifact_type` is that of a Docker model, if any.
+    `subject` is the manifest that this one refers to.
     """
     config_bytes = config.encode()
     if len(config_bytes) > MAX_DOCUMENT_BYTES:
@@ -171,7 +173,11 @@ def assemble(
         artifact_type = media_types.CNCF_MANIFEST
     try:
         manifest = Manifest.build(
-            descriptor, layers, artifact_type=artifact_type, annotations=annotations
+            descriptor,
+            layers,
+            artifact_type=artifact_type,
+            subject=subject,
+            annotations=annotations,
         )
     except ManifestError as error:  # our own values are valid, so only the size can be wrong
         raise _too_large(f"the manifest of {len(layers)} layers {error.message}") from None

@@ -30,6 +30,7 @@ from modelpack.errors import UsageError
 from modelpack.operations.adapters import package_adapter
 from modelpack.operations.convert import FORMS, PLATFORMS, Form
 from modelpack.operations.convert import convert as convert_model
+from modelpack.operations.drafters import package_drafter
 from modelpack.operations.package import Packaged
 from modelpack.operations.package import package as package_model
 from modelpack.operations.remote import RemoteOptions, local_reference
@@ -57,8 +58,12 @@ _BITS = {"q4": 4, "q8": 8}
     help="Package the LoRA adapter in this directory (PEFT, mlx-lm) or GGUF file; requires --base.",
 )  # fmt: skip
 @click.option(
+    "--drafter", type=PATH,
+    help="Package the EAGLE-3 head in this directory, which drafts tokens; requires --base.",
+)  # fmt: skip
+@click.option(
     "--base", metavar="REF", shell_complete=model_names,
-    help="Name the stored or remote model that --adapter changes.",
+    help="Name the stored or remote model that --adapter or --drafter is for.",
 )  # fmt: skip
 @click.option(
     "--from", "from_model", metavar="REF", shell_complete=model_names,
@@ -109,6 +114,7 @@ def package(
     settings: Settings,
     reference: str,
     adapter: Path | None,
+    drafter: Path | None,
     base: str | None,
     from_model: str | None,
     quantize: str | None,
@@ -123,16 +129,21 @@ def package(
     The same files give the same digest on every machine.
     """
     sources = ("gguf", "safetensors_dir", "dduf")
-    if (adapter is None) != (base is None):
-        raise UsageError("--adapter and --base are required together")
-    if adapter is not None:
+    beside = adapter or drafter
+    if (beside is None) != (base is None):
+        option = "--drafter" if drafter else "--adapter"
+        raise UsageError(f"{option} and --base are required together")
+    if adapter is not None and drafter is not None:
+        raise UsageError("--adapter and --drafter are artifacts of their own: package one of them")
+    if beside is not None:
         others = ("chat_template", "mmproj", "context_size", *sources)
         if from_model or quantize or any(inputs[name] for name in others):
-            raise UsageError("--adapter cannot be combined with weights or files of a model")
+            option = "--adapter" if adapter else "--drafter"
+            raise UsageError(f"{option} cannot be combined with weights or files of a model")
     elif from_model is None and not any(inputs[source] for source in sources):
         raise UsageError(
             "no files to package",
-            hint="give --gguf, --safetensors-dir, --dduf, --adapter or --from",
+            hint="give --gguf, --safetensors-dir, --dduf, --adapter, --drafter or --from",
         )
     if push and dry_run:
         raise UsageError("--push cannot be combined with --dry-run")
@@ -145,8 +156,14 @@ def package(
         request = PackageRequest(**inputs)
         work = (
             partial(package_model, where, request, from_model=from_model)
-            if adapter is None or base is None
-            else partial(package_adapter, where, adapter, base, request=request)
+            if beside is None or base is None
+            else partial(
+                package_adapter if adapter else package_drafter,
+                where,
+                beside,
+                base,
+                request=request,
+            )
         )
         made = work(
             push=push,

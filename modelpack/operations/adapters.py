@@ -85,10 +85,10 @@ def package_adapter(
         raise UsageError("--format cncf: CNCF ModelPack has no adapters", hint="omit --format")
     store, watch = store or LayoutStore(), watching(progress, stop)
     planned = _plan(adapter, request, os.environ)
-    model, name = _find_base(base, store, remote, watch)
+    model, name = find_base_model(base, store, remote, watch)
     if model.is_adapter:
         raise UsageError(f"--base {base} is an adapter itself, expected a model")
-    headers = _headers_of(base, model, store, remote)
+    headers = headers_of_base(base, model, store, remote)
     if headers is None:
         message = f"the adapter is not compared with {base}, whose headers cannot be read"
         watch.report(Progress(Action.NOTE, message=message))
@@ -174,7 +174,7 @@ def _build(
     return assemble(config, layers, annotations, artifact_type=media_types.ADAPTER)
 
 
-def _find_base(
+def find_base_model(
     base: str, store: LayoutStore, remote: RemoteOptions | None, watch: Watch
 ) -> tuple[Model, str]:
     """Return the base, from the store or its registry without its layers, and its reference."""
@@ -189,7 +189,7 @@ def _find_base(
     return model, str(reference.without_digest()) if reference is not None else ""
 
 
-def _headers_of(
+def headers_of_base(
     base: str, model: Model, store: LayoutStore, remote: RemoteOptions | None
 ) -> tuple[FileHeader, ...] | None:
     """Return the headers of the base's weights; None if only a whole pull could read them."""

@@ -14,21 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import initialize_rope
 
+from modelpack.formats.drafter import ARCHITECTURES, is_head
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.files import ModelFiles
-
-#: Architectures in config.json that are EAGLE-3 heads with a layer like Llama's.
-ARCHITECTURES: Final = frozenset(
-    {"LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel"}
-)
 
 _HINT = "use a head that was trained for this model, or --speculative-method none"
 _MOST = 1 << 20  # for every size in a config: keeps products within 64 bits
@@ -71,15 +67,6 @@ class HeadConfig:
                 hint=_HINT,
             )
         return chosen
-
-
-def is_head(config: Mapping[str, Any] | None) -> bool:
-    """Return whether a config.json is that of an EAGLE-3 head."""
-    if config is None:
-        return False
-    named = config.get("architectures")
-    names = {name for name in named if isinstance(name, str)} if isinstance(named, list) else set()
-    return bool(names & ARCHITECTURES) or config.get("speculators_model_type") == "eagle3"
 
 
 def read_head_config(config: Mapping[str, Any]) -> HeadConfig:

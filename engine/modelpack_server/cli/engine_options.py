@@ -93,8 +93,8 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         fields = {field.name for field in dataclasses.fields(EngineConfig)}
         given = {name: arguments.pop(name) for name in fields & arguments.keys()}
         method = given["speculative_method"]
-        if method in ("draft", "eagle3") and not given["draft_model"]:
-            raise UsageError(f"--speculative-method {method} requires --draft-model")
+        if method == "draft" and not given["draft_model"]:
+            raise UsageError("--speculative-method draft requires --draft-model")
         if given["kv_offload_disk"] and not given["kv_offload_dir"]:
             raise UsageError("--kv-offload-disk requires --kv-offload-dir")
 

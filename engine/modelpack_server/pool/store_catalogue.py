@@ -105,7 +105,11 @@ class StoreCatalogue:
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return an estimate of the loaded model's memory, in bytes."""
-        from modelpack_server.stored_models import context_length_of_files, open_model
+        from modelpack_server.stored_models import (
+            context_length_of_files,
+            open_model,
+            with_drafter,
+        )
 
         config = settings.engine_config(self.config)
         store = self._store_of(model.key)
@@ -121,6 +125,8 @@ class StoreCatalogue:
             )
         if self.ranks is not None:
             weights //= self.ranks.size
+        else:
+            config = with_drafter(config, opened.model, self.store)
         if config.uses_draft_model and isinstance(config.draft_model, str):
             draft = stored_model(self.store, config.draft_model)
             weights += self._loaded_bytes(self.store, draft, config)
@@ -138,6 +144,7 @@ class StoreCatalogue:
             load_model,
             load_on_ranks,
             open_model,
+            with_drafter,
         )
 
         store = self._store_of(model.key)
@@ -154,6 +161,8 @@ class StoreCatalogue:
             _wait_until_ready(embedder)
             return LoadedEngine(embedder, embedder.model.config.architecture)
         chosen = settings.engine_config(self.config)
+        if self.ranks is None:
+            chosen = with_drafter(chosen, opened.model, self.store)
         draft = draft_files(chosen, self.store, self.remote)
         found: dict[str, str] = {}
 
@@ -185,6 +194,8 @@ class StoreCatalogue:
         from modelpack_engine.embedding.loader import purpose_of
         from modelpack_engine.models.files import ModelFiles
 
+        if model.is_drafter:
+            return ""
         if self.remote.trust is not None or has_packed_weights(model):
             name = model.config.architecture  # llama.cpp writes nomic-bert for nomic_bert
             encodes = any(is_encoder({"model_type": n}) for n in (name, name.replace("-", "_")))

@@ -1,0 +1,128 @@
+"""Package EAGLE-3 heads as referrers of the model they draft for, and find those of a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
+from modelpack.builder.build import Built, assemble, build
+from modelpack.builder.files import expanded
+from modelpack.builder.plan import plan
+from modelpack.builder.request import PackageRequest
+from modelpack.errors import PackagingError, UsageError
+from modelpack.formats.drafter import check_head
+from modelpack.formats.safetensors import read_safetensors_header
+from modelpack.operations.adapters import find_base_model, headers_of_base
+from modelpack.operations.package import Packaged, take_files
+from modelpack.operations.push import push_from
+from modelpack.operations.remote import RemoteOptions, new_reference
+from modelpack.progress import Action, Progress, ProgressCallback, Stop
+from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
+
+_MOST_CONFIG_BYTES = 1 << 20
+
+
+def package_drafter(
+    reference: str | Reference,
+    directory: Path,
+    base: str,
+    *,
+    request: PackageRequest | None = None,
+    push: bool = False,
+    dry_run: bool = False,
+    link: bool = False,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+    stop: Stop | None = None,
+) -> Packaged:
+    """Package the EAGLE-3 head in `directory` as `reference`, for the model `base`.
+
+    `base` is stored or in a registry. The manifest has the base as its subject (spec/manifest.md),
+    so that `modelpack serve` finds the head in the store, and `pull --with-referrers` in the
+    repository of the base. `request` has licences, annotations and the time of creation.
+
+    Raises `PackagingError` for a directory that is no head's or that does not fit the base, and
+    what `modelpack.package` raises.
+    """
+    where, request = new_reference(reference), request or PackageRequest()
+    if request.format == "cncf":
+        raise UsageError("--format cncf: CNCF ModelPack has no drafters", hint="omit --format")
+    directory = expanded(directory)
+    if not directory.is_dir():
+        raise PackagingError(f"--drafter {directory} is not a directory")
+    request = replace(request, safetensors_dir=directory)
+    request.check()
+    store, watch = store or LayoutStore(), watching(progress, stop)
+    planned = plan(request)
+    model, name = find_base_model(base, store, remote, watch)
+    headers = headers_of_base(base, model, store, remote)
+    shapes = None
+    if headers is None:
+        message = f"the drafter is not compared with {base}, whose headers cannot be read"
+        watch.report(Progress(Action.NOTE, message=message))
+    else:
+        shapes = {
+            tensor.name: tuple(tensor.shape) for one in headers for tensor in one.header.tensors
+        }
+    own = {
+        tensor.name.removeprefix("model."): tuple(tensor.shape)
+        for file in planned.files
+        if file.path.suffix == ".safetensors"
+        for tensor in read_safetensors_header(file.path).tensors
+    }
+    check_head(_config(directory), own, shapes, str(directory))
+
+    def built(digests: list[Digest]) -> Built:
+        made = build(planned, request, digests)
+        annotations = {**request.annotations, media_types.BASE_DIGEST: str(model.digest)}
+        if name:
+            annotations[media_types.BASE_NAME] = name
+        return assemble(
+            made.config,
+            made.manifest.layers,
+            annotations,
+            artifact_type=media_types.DRAFTER,
+            subject=model.manifest.descriptor,
+            notes=made.notes,
+        )
+
+    if dry_run:
+        done = built(take_files(planned.files, None, link, watch))
+    else:
+        with store.lease(()):
+            done = built(take_files(planned.files, store, link, watch))
+            store.write_bytes(done.config_bytes, done.manifest.config.media_type)
+            store.write_manifest(done.manifest.descriptor, done.manifest.raw, str(where))
+    pushed = None
+    if push and not dry_run:
+        pushed = push_from(store, str(where), where, remote, watch)
+    return Packaged(
+        where, done.manifest.digest, done.manifest, done.config, planned.skipped, done.notes,
+        stored=not dry_run, pushed=pushed,
+    )  # fmt: skip
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MOST_CONFIG_BYTES + 1)
+        found = json.loads(raw) if len(raw) <= _MOST_CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PackagingError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise PackagingError(f"{path}: is not a JSON object of at most {_MOST_CONFIG_BYTES} bytes")
+    return found
+
+
+def stored_drafter(model: Digest, store: LayoutStore) -> Digest | None:
+    """Return the digest of a stored drafter of the model, the first by digest; None without one."""
+    found = store.referrers(model, media_types.DRAFTER)
+    return found[0].digest if found else None

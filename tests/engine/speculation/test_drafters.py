@@ -1,0 +1,143 @@
+"""Drafters: packaged as referrers of their model, found by it, and refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import modelpack
+from modelpack.artifacts import media_types
+from modelpack.errors import ModelpackError
+from modelpack.operations.drafters import package_drafter, stored_drafter
+from modelpack.operations.package import PackageRequest
+from modelpack.store.layout import LayoutStore
+from modelpack.testing import registry
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.request import SamplingParams
+from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.store_catalogue import StoreCatalogue
+from modelpack_server.stored_models import open_model, with_drafter
+from tests.cli.running import modelpack as run
+from tests.cli.running import succeed
+from tests.engine.serving.tiny import reference_tokens, write_tiny
+from tests.engine.speculation.test_eagle import PUBLISHED, proposer_of, without, write_head
+
+CONFIG = EngineConfig(
+    device="cpu", backend="mlx", max_num_seqs=2, kv_cache_bytes=2**20, self_test=False
+)
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Path:
+    directory = tmp_path / "head"
+    directory.mkdir()
+    write_head(directory)
+    return directory
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LayoutStore:
+    made = LayoutStore(tmp_path / "store")
+    files = write_tiny(tmp_path / "files")
+    modelpack.package("ai/tiny", PackageRequest(safetensors_dir=files), store=made)
+    return made
+
+
+def test_the_engine_finds_the_drafter_of_its_model(store: LayoutStore, head: Path) -> None:
+    opened = open_model("ai/tiny", pull=False, store=store)
+    assert with_drafter(CONFIG, opened.model, store) == CONFIG
+    made = package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store)
+    assert made.manifest.artifact_type == media_types.DRAFTER
+    assert made.manifest.subject is not None
+    assert made.manifest.subject.digest == opened.model.digest
+    assert made.manifest.annotations[media_types.BASE_DIGEST] == str(opened.model.digest)
+    assert stored_drafter(opened.model.digest, store) == made.digest
+    engine = opened.engine(CONFIG)
+    assert isinstance(engine, Engine)
+    assert proposer_of(engine).head
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    [events] = engine.generate([[1, 2, 3]], params)
+    assert [t for event in events for t in event.token_ids] == reference_tokens([1, 2, 3], 12)
+    assert engine.stats().num_proposals > 0
+    chosen = {
+        "none": replace(CONFIG, speculative_method="none"),
+        "ngram": replace(CONFIG, speculative_method="ngram"),
+        "CPU kernels": replace(CONFIG, backend="auto"),
+    }
+    for config in chosen.values():
+        assert with_drafter(config, opened.model, store) == config
+    wanted = with_drafter(replace(chosen["CPU kernels"], speculative_method="eagle3"),
+                          opened.model, store)  # fmt: skip
+    assert wanted.draft_model == str(made.digest)
+
+
+def test_the_server_finds_it_and_lists_no_drafter_as_a_model(
+    store: LayoutStore, head: Path
+) -> None:
+    package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store)
+    catalogue = StoreCatalogue(store, CONFIG)
+    purposes = {model.names[0]: model.purpose for model in catalogue.stored()}
+    assert sorted(purposes.values()) == ["", "generation"]
+    plain = ModelSettings(engine={"speculative_method": "none"})
+    model = catalogue.find("ai/tiny")
+    assert catalogue.needs(model, ModelSettings()) > catalogue.needs(model, plain)
+    with pytest.raises(ModelLoadError, match="is an EAGLE-3 head, which cannot run without"):
+        open_model("ai/tiny:eagle", pull=False, store=store).engine(CONFIG)
+
+
+def test_by_command_and_over_a_registry(store: LayoutStore, head: Path, tmp_path: Path) -> None:
+    with registry() as server:
+        where = f"{server.host}/team/tiny"
+        succeed("tag", "ai/tiny", f"{where}:v1", "--store", store.root)
+        succeed("push", f"{where}:v1", "--store", store.root, "--plain-http")
+        succeed(
+            "package", f"{where}:v1-eagle", "--drafter", head, "--base", f"{where}:v1", "--push",
+            "--store", store.root, "--plain-http",
+        )  # fmt: skip
+        other = LayoutStore(tmp_path / "other")
+        succeed("pull", f"{where}:v1", "--with-referrers", "--store", other.root, "--plain-http")
+        opened = open_model(f"{where}:v1", pull=False, store=other)
+    found = with_drafter(CONFIG, opened.model, other)
+    assert found.draft_model is not None
+    assert proposer_of(opened.engine(CONFIG)).head  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "says"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, None, "is not that of an EAGLE-3 head"),
+        ({}, without("fc.weight"), "has no matrix fc.weight"),
+        ({"vocab_size": 300}, None, "a vocabulary of 300 tokens, the base's embeddings are 257"),
+        ({}, {**without(""), "fc.weight": mx.zeros((64, 96))}, "reads 96 values per token"),
+    ],
+)
+def test_heads_that_are_not_packaged(
+    store: LayoutStore, head: Path, config: dict[str, Any], tensors: Any, says: str
+) -> None:
+    write_head(head, {**PUBLISHED, **config}, tensors)
+    with pytest.raises(ModelpackError, match=says):
+        package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store)
+    assert [str(name) for model in store.models() for name in model.names] == [
+        "docker.io/ai/tiny:latest"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--drafter", "head"), "--drafter and --base are required together"),
+        (("--drafter", "h", "--base", "b", "--adapter", "a"), "package one of them"),
+        (("--drafter", "h", "--base", "b", "--mmproj", "m"), "--drafter cannot be combined"),
+        (("--drafter", "nowhere", "--base", "ai/none"), "nowhere is not a directory"),
+    ],
+)
+def test_options_that_do_not_go_together(given: tuple[str, ...], says: str) -> None:
+    refused = run("package", "ai/tiny:eagle", *given)
+    assert refused.code != 0
+    assert says in refused.err
