@@ -269,6 +269,11 @@ class AsyncEngine(ModelThread["BaseEngine"]):
         return self._ready().vision
 
     @property
+    def no_vision(self) -> str:
+        """Why the engine reads no pictures, where the model's files should."""
+        return self._ready().no_vision
+
+    @property
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its output together."""
         return self._ready().max_model_len

@@ -89,7 +89,8 @@ class Engine(BaseEngine):
         prompt would not.
         """
         self.config = config or EngineConfig()
-        self.tokenizer, self.vision = loaded.tokenizer, loaded.vision
+        self.tokenizer = loaded.tokenizer
+        self.vision, self.no_vision = loaded.vision, loaded.no_vision
         kind = parse_kv_cache_dtype(self.config.kv_cache_dtype)
         layout = layout_with_cache_type(loaded.model, kind)
         drafting = check_draft(self.config, loaded, draft)

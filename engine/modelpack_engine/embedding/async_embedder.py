@@ -71,6 +71,7 @@ class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
 
     #: It reads text only.
     vision = None
+    no_vision = ""
 
     def __init__(
         self, make_model: Callable[[], Embedder | CrossEncoder], meter: Meter | None = None

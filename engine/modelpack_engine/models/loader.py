@@ -76,7 +76,7 @@ class LoadedModel:
     (`general.architecture`, or `model_type`), `context_length` in tokens. `notes` tell the user
     what differs from the files. All weights are in memory, in `weight_bytes` bytes: in `packed` if
     the library for CPUs runs the model, whose `model` then has only shapes; otherwise in `model`.
-    `vision` reads pictures, if the model can.
+    `vision` reads pictures, if the model can; `no_vision` says why it cannot, if its files should.
     """
 
     model: Module
@@ -88,6 +88,7 @@ class LoadedModel:
     weight_bytes: int
     packed: PackedWeights | None = None
     vision: Vision | None = None
+    no_vision: str = ""
 
 
 def load(
@@ -280,7 +281,7 @@ def _with_vision(
 
     With `whole`, it is a model of `vision_classes`; otherwise the vision tower is in the files.
     """
-    notes, vision, weight_bytes = loaded.notes, None, loaded.weight_bytes
+    vision, reason, weight_bytes = None, "", loaded.weight_bytes
     encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
     try:
         settings = files.json("preprocessor_config.json") or files.json("processor_config.json")
@@ -298,10 +299,15 @@ def _with_vision(
             weight_bytes += evaluate(tower)
         vision = open_vision(tower, loaded.config, settings, encode)
     except EngineError as error:
-        hint = f" ({error.hint})" if error.hint else ""
-        notes = (*notes, f"pictures are not read: {error}{hint}")
-    model = language_tower(loaded.model) if whole else loaded.model
-    return replace(loaded, model=model, notes=notes, vision=vision, weight_bytes=weight_bytes)
+        reason = f"{error} ({error.hint})" if error.hint else str(error)
+    return replace(
+        loaded,
+        model=language_tower(loaded.model) if whole else loaded.model,
+        notes=(*loaded.notes, f"pictures are not read: {reason}") if reason else loaded.notes,
+        vision=vision,
+        no_vision=reason,
+        weight_bytes=weight_bytes,
+    )
 
 
 def _loaded(

@@ -31,6 +31,8 @@ class BaseEngine(ABC):
     tokenizer: Tokenizer
     #: What reads pictures; None if the engine reads text only.
     vision: Vision | None = None
+    #: Why the engine reads no pictures, where the model's files should.
+    no_vision: str = ""
     vocab_size: int
     max_model_len: int
     memory_bytes: int

@@ -44,6 +44,11 @@ _TEXT_TYPES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def may_read_pictures(config: Mapping[str, Any]) -> bool:
+    """Return whether models of this config.json read pictures here, if their files are complete."""
+    return config.get("model_type") in WHOLE_TYPES + TOWER_TYPES and is_installed()
+
+
 class VisionModel(Protocol):
     """What encodes pictures."""
 

@@ -102,13 +102,14 @@ class PictureFile:
 
 
 class PictureReader:
-    """Reads the pictures of one request to a model with vision."""
+    """Reads the pictures of one request to a model with vision, or says why there is none."""
 
-    def __init__(self) -> None:
-        self._count = 0
+    def __init__(self, no_vision: str = "") -> None:
+        self._no_vision, self._count = no_vision, 0
 
     def url(self, url: object, param: str) -> dict[str, Any]:
         """Return the part of a message for a data: URL; raises `RequestError` for other URLs."""
+        self._check_vision(param)
         if not isinstance(url, str) or not url:
             raise RequestError(f"{param}: the URL of the picture is not a string", param=param)
         scheme = url.partition(":")[0].lower()
@@ -138,6 +139,7 @@ class PictureReader:
 
     def base64(self, text: object, param: str) -> dict[str, Any]:
         """Return the part of a message for a file in base64."""
+        self._check_vision(param)
         if not isinstance(text, str):
             raise RequestError(f"{param}: the picture is not a base64 string", param=param)
         if len(text) > MAX_BYTES // 3 * 4 + 8:
@@ -161,6 +163,12 @@ class PictureReader:
             raise self._too_large(param)
         return {"type": "image", "picture": PictureFile(data, param)}
 
+    def _check_vision(self, param: str) -> None:
+        if self._no_vision:
+            raise RequestError(
+                f"{param}: this model accepts text only: {self._no_vision}", param=param
+            )
+
     def _too_large(self, param: str) -> RequestError:
         return RequestError(
             f"{param}: the picture has more than {MAX_BYTES} bytes", param=param,
@@ -169,8 +177,11 @@ class PictureReader:
 
 
 def picture_reader(model: ServedModel) -> PictureReader | None:
-    """Return the reader for a request to `model`; None if it reads text only."""
-    return None if model.pictures is None else PictureReader()
+    """Return the reader for a request to `model`; None if it is a model of text."""
+    if model.pictures is not None:
+        return PictureReader()
+    reason = model.engine.no_vision
+    return PictureReader(reason) if reason else None
 
 
 class PictureFiles:

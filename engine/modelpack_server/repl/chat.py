@@ -143,7 +143,9 @@ class Chat:
         `RequestError` if the model reads no pictures; then no message is kept.
         """
         if pictures and self.model.pictures is None:
-            raise RequestError(f"{self.model.name} accepts text only, not pictures")
+            reason = self.model.engine.no_vision
+            why = f": {reason}" if reason else ", not pictures"
+            raise RequestError(f"{self.model.name} accepts text only{why}")
         question = _question(text, pictures)
         said: list[Part] = []
         stream = await start_chat(self.model, self._spec([*self.turns, question]))

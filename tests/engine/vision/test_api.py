@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.vision import models
 from modelpack_server.api.app import create_app
+from modelpack_server.api.ollama.models import _capabilities
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue
 from tests.engine.vision import tiny
@@ -160,6 +163,29 @@ def test_a_model_of_text_refuses_pictures(text: Served) -> None:
     assert error["param"] == "messages[0].content[1]"
 
 
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaVA answers text, and a picture is refused with the command that installs the extra."""
+    monkeypatch.setattr(models, "is_installed", lambda: False)
+    data = base64.b64encode(ONE).decode()
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    asked = {"role": "user", "content": "What is it?", "images": [data]}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [image(ONE)]}]}),
+        ("/v1/messages", {
+            "max_tokens": 8,
+            "messages": [{"role": "user", "content": [{"type": "image", "source": source}]}],
+        }),
+        ("/api/chat", {"messages": [asked]}),
+    ]  # fmt: skip
+    for one in served("llava"):
+        assert one.chat("hello").status_code == 200
+        for path, body in bodies:
+            refused = one.http.post(path, json={"model": "tiny"} | body)
+            assert refused.status_code == 400
+            assert "this model accepts text only: the extra 'vision' is not" in refused.text
+            assert "pip install 'modelpack[vision]'" in refused.text
+
+
 @pytest.mark.parametrize(("name", "make", "message"), BAD_FILES, ids=[b[0] for b in BAD_FILES])
 def test_bad_files(llava: Served, name: str, make: Any, message: str) -> None:
     refused = llava.chat([QUESTION, image(make())])
@@ -238,3 +264,10 @@ def test_templates_that_show_text_only(template: str, llava: Served) -> None:
         tokenizer._chat_template = own
     expected = said("llava", IN_PROMPT, picture(1))
     assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_capabilities_of_ollama(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ModelFiles.from_directory(tiny.directory("llava"))
+    assert "vision" in _capabilities(files, tiny.TEMPLATE, None)
+    monkeypatch.setattr(models, "is_installed", lambda: False)
+    assert "vision" not in _capabilities(files, tiny.TEMPLATE, None)
