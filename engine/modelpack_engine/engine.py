@@ -74,6 +74,9 @@ from modelpack_engine.speculation.speculator import Draft, check_draft, make_spe
 class Engine(BaseEngine):
     """Serves one model with MLX."""
 
+    #: Whether the model runs on several devices.
+    is_divided = False
+
     def __init__(
         self,
         loaded: LoadedModel,
@@ -97,11 +100,15 @@ class Engine(BaseEngine):
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
         check_token_rows(loaded.model, self.vocab_size)
         draft_bytes = drafting.layout.bytes_per_token if isinstance(drafting, Draft) else 0
+        # Proposals of a draft model, blocks on disk, ranks and the library for CPUs know one table
+        # of a sequence.
+        offloads = self.config.kv_offload_dir is not None or self.config.kv_offload_memory
+        self._has_window_pools = not (drafting or offloads or loaded.packed or self.is_divided)
         self._step_memory = step_memory(loaded.model, self.vocab_size)
         self._sizes = self._choose_sizes(layout, loaded.context_length, draft_bytes)
         self.max_model_len = self._sizes.max_model_len
         per_token = (layout.bytes_per_token if layout else 0) + draft_bytes
-        self.kv_cache_bytes = self._sizes.num_blocks * self.config.block_size * per_token
+        self.kv_cache_bytes = self._sizes.cache_bytes(self.config.block_size, per_token)
         self.weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
         self.memory_bytes = self.weight_bytes + self.kv_cache_bytes + self._sizes.step_bytes
@@ -121,6 +128,7 @@ class Engine(BaseEngine):
             snapshots=self._runner.snapshots,
             snapshot_interval=layout.snapshot_interval(self.config.block_size) if layout else 0,
             window=layout.window if layout else None,
+            window_pools=self._sizes.window_pools,
         )
         self._mover = open_offload(self.config, self._runner, self._blocks, model_id)
         self._scheduler = Scheduler(self._sizes.scheduler_config(self.config), self._blocks)
@@ -237,6 +245,7 @@ class Engine(BaseEngine):
             self.config,
             draft_bytes=draft_bytes,
             window=window,
+            groups=layout.window_groups if layout is not None and self._has_window_pools else (),
             step_memory=self._step_memory,
         )
 
@@ -344,10 +353,11 @@ class Engine(BaseEngine):
             if not tokens:
                 self._blocks.withdraw(sequence)
             elif tokens[0].token_id == NO_TOKEN and sequence in self._outputs:
-                self._runner.scrub(self._blocks.withdraw(sequence))
+                for group, blocks in enumerate(self._blocks.withdraw(sequence)):
+                    self._runner.scrub(blocks, group)
                 self._outputs.fail_undecided(sequence)
-        if result.broken_slots:
-            self._runner.scrub_slots(result.broken_slots)
+        for group, slots in enumerate(result.broken_slots):
+            self._runner.scrub_slots(slots, group)
 
     def _emit(self, result: StepResult | None) -> None:
         """Append the tokens of a step to its sequences, and emit them as events."""

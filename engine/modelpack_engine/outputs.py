@@ -119,7 +119,10 @@ _OFFLOAD_COUNTERS = [
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the start, and gauges of the current state."""
+    """Counters since the start, and gauges of the current state.
+
+    If layers with smaller windows have blocks of their own, the gauges of blocks leave them out.
+    """
 
     num_running: int = 0
     num_waiting: int = 0

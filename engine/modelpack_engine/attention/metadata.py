@@ -137,13 +137,30 @@ class ChunkKeys:
 
 
 class StepInputs:
-    """Device arrays of the step that is being built; `begin` replaces them."""
+    """Device arrays of the step that is being built; `begin` replaces them.
 
-    def __init__(self, block_size: int, *, exact: bool, staging: Staging | None = None) -> None:
+    Layers whose blocks are in a window pool have a `StepInputs` of their own: `of_group` returns
+    it. It follows this one: only slots and block tables differ.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        *,
+        exact: bool,
+        staging: Staging | None = None,
+        leader: StepInputs | None = None,
+    ) -> None:
         self.block_size = block_size
         self._staging = staging or Staging()
         self.exact = exact
-        self.second_stream = mx.new_stream(mx.cpu) if exact and usable_processors() > 1 else None
+        self.second_stream: mx.Stream | None = None
+        if leader is not None:
+            self.second_stream = leader.second_stream
+        elif exact and usable_processors() > 1:
+            self.second_stream = mx.new_stream(mx.cpu)
+        #: The inputs of all groups of layers; the first is this one.
+        self.groups: list[StepInputs] = [self]
         self.num_rows = self.num_decode = 0
         self.decode_seq_ids: tuple[int, ...] = ()
         self.chunks: tuple[Chunk, ...] = ()
@@ -156,18 +173,21 @@ class StepInputs:
         self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
         self.active = self.all_rows_sampled = self.rows_taken = False
         self.tiles: Tiles | None = None
-        self.adapters = AdapterRows()
+        self.adapters: AdapterRows = AdapterRows() if leader is None else leader.adapters
         #: Whether a layer had no kernel for tiles and attended row by row.
         self.tiles_refused = False
 
+    def of_group(self, group: int) -> StepInputs:
+        """Return the inputs of the layers in window pool `group` - 1, or this one for 0."""
+        while group >= len(self.groups):
+            self.groups.append(
+                StepInputs(self.block_size, exact=self.exact, staging=self._staging, leader=self)
+            )
+        return self.groups[group]
+
     def begin(self, batch: StepBatch, sample_rows: list[int]) -> None:
         """Begin the step of `batch`; `sample_rows` are its sampled rows, padded to a bucket."""
-        self.num_rows, self.num_decode, self.tiles = batch.num_rows, batch.num_decode, None
-        self.decode_seq_ids = tuple(batch.decode_seq_ids)
-        self.chunks = tuple(batch.chunks)
-        self._tables, self.lengths = batch.decode_tables, batch.decode_lengths
-        self._padded_tables = batch.padded_tables
-        self._memo = {}
+        self._begin_tables(batch)
         if self.exact:
             self.positions = make_positions(batch.positions, rotate=True)
             self.slots = mx.array(batch.slots, mx.int32)
@@ -183,6 +203,28 @@ class StepInputs:
         self.all_rows_sampled = sample_rows == list(range(self.num_rows))
         self.rows_taken, self.active = False, True
         self.adapters.begin(batch.adapter_slots)
+        for group, follower in enumerate(self.groups[1:], 1):
+            follower._follow(self, batch.of_group(group))
+
+    def _begin_tables(self, batch: StepBatch) -> None:
+        self.num_rows, self.num_decode, self.tiles = batch.num_rows, batch.num_decode, None
+        self.decode_seq_ids = tuple(batch.decode_seq_ids)
+        self.chunks = tuple(batch.chunks)
+        self._tables, self.lengths = batch.decode_tables, batch.decode_lengths
+        self._padded_tables = batch.padded_tables
+        self._memo = {}
+
+    def _follow(self, leader: StepInputs, batch: StepBatch) -> None:
+        """Begin the same step as `leader`, with the slots and tables of `batch`."""
+        self._begin_tables(batch)
+        self.positions, self.sample_rows = leader.positions, leader.sample_rows
+        if self.exact:
+            self.slots = mx.array(batch.slots, mx.int32)
+            self.slot_runs = slot_runs(batch.slots, _FEW_RUNS)
+        else:
+            packed = self._staging.put(np.array(batch.slots, np.int32))
+            self.slots, self.slot_runs = packed[: self.num_rows], None
+        self.all_rows_sampled, self.active = leader.all_rows_sampled, True
 
     def begin_rows(
         self,
@@ -208,6 +250,19 @@ class StepInputs:
         self.rows_taken, self.active = False, True
         self.adapters.begin([])
 
+    def follow_rows(
+        self,
+        leader: StepInputs,
+        slots: mx.array,
+        decode: tuple[mx.array, mx.array],
+        tiles: Tiles | None,
+    ) -> None:
+        """Begin the step that `begin_rows` of `leader` began, with other slots and tables."""
+        rows = None if leader.all_rows_sampled else leader.sample_rows
+        positions = leader.positions
+        self.begin_rows(positions, slots, decode, rows, tiles)
+        self.positions = positions
+
     @property
     def fuses(self) -> bool:
         """Whether a step is being built whose rows have no adapters: layers may be fused."""
@@ -224,6 +279,8 @@ class StepInputs:
         self.positions.rotations = None
         self.active = False
         self.adapters.begin([])
+        for follower in self.groups[1:]:
+            follower._memo, follower.active = {}, False
 
     def remember(self, key: object, make: Callable[[], T]) -> T:
         """Return the value for `key`, made by `make` once per step."""

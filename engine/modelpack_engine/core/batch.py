@@ -8,7 +8,7 @@ row has token 0 at position 0 and writes to slot 0, in the null block, whose con
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from modelpack_engine.core.block_pool import NULL_BLOCK
@@ -54,6 +54,18 @@ class MediaRows:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowTables:
+    """The slots and block tables of a step in one of the block manager's window pools.
+
+    They are as in `StepBatch`; `chunk_tables` has the table of each chunk.
+    """
+
+    slots: list[int]
+    decode_tables: list[list[int]]
+    chunk_tables: list[tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """The inputs of one step, as plain integers.
 
@@ -73,6 +85,7 @@ class StepBatch:
     has pairs (decode row, index of the block that it completes): the state after it is kept.
     `adapter_slots` has the adapter's slot for each row, -1 for padding; it is empty if no row has
     an adapter. `media_rows` are the rows of pictures: embeddings replace those of their tokens.
+    `windows` has the tables of layers whose blocks are in a window pool, for each pool.
     """
 
     token_ids: list[int]
@@ -93,6 +106,21 @@ class StepBatch:
     table_width: int = 0
     adapter_slots: list[int] = field(default_factory=list)
     media_rows: tuple[MediaRows, ...] = ()
+    windows: tuple[WindowTables, ...] = ()
+
+    def of_group(self, group: int) -> StepBatch:
+        """Return the batch with the slots and tables of window pool `group` - 1; 0 is itself.
+
+        Without tables for windows, as in steps of padding, all groups have the same.
+        """
+        if not group or not self.windows:
+            return self
+        own = self.windows[group - 1]
+        pairs = zip(self.chunks, own.chunk_tables, strict=True)
+        chunks = tuple(replace(chunk, block_table=table) for chunk, table in pairs)
+        return replace(
+            self, slots=own.slots, decode_tables=own.decode_tables, chunks=chunks, windows=()
+        )
 
     @property
     def num_rows(self) -> int:
@@ -167,6 +195,7 @@ def build_batch(
         decode_snapshots=_decode_snapshots(output, snapshot_interval, block_size),
         adapter_slots=rows.adapter_slots if any(slot > 0 for slot in rows.adapter_slots) else [],
         media_rows=tuple(media_rows),
+        windows=tuple(rows.windows),
     )
 
 
@@ -204,6 +233,7 @@ class _Rows:
         self.decode_lengths: list[int] = []
         self.decode_seq_ids: list[int] = []
         self.adapter_slots: list[int] = []
+        self.windows: list[WindowTables] = []
 
     def add_decode(
         self,
@@ -242,6 +272,26 @@ class _Rows:
         self.table_width = self._buckets.pad_table_width(max(ends) + 1)
         self.decode_tables = [table[: end + 1] for table, end in zip(tables, ends, strict=True)]
         self.decode_tables += [[] for _ in range(padding)]
+        self._add_decode_windows(members, positions, padding)
+
+    def _add_decode_windows(
+        self, members: list[Sequence], positions: list[int], padding: int
+    ) -> None:
+        """Add slots and tables of decode rows in window pools."""
+        size = self._block_size
+        for index, window in enumerate(self._windows_of(members[0])):
+            for sequence, position in zip(members, positions, strict=True):
+                table = sequence.window_tables[index][: position // size + 1]
+                window.slots.append(table[-1] * size + position % size)
+                window.decode_tables.append(table)
+            window.slots.extend([0] * padding)
+            window.decode_tables.extend([] for _ in range(padding))
+
+    def _windows_of(self, sequence: Sequence) -> list[WindowTables]:
+        """Return the tables in window pools, which all sequences of a batch have."""
+        if len(self.windows) < len(sequence.window_tables):
+            self.windows = [WindowTables([], [], []) for _ in sequence.window_tables]
+        return self.windows
 
     def _add_newest(
         self,
@@ -302,17 +352,25 @@ class _Rows:
         padded_length = self._buckets.pad_chunk(length)
         self.token_ids += token_ids
         self.positions += range(start, stop)
-        table = sequence.block_table[: -(-stop // size)]
-        for index in range(start // size, len(table)):
-            low, high = max(start - index * size, 0), min(stop - index * size, size)
-            self.slots += range(table[index] * size + low, table[index] * size + high)
-        self._pad(padded_length - length)
-        self.adapter_slots += [sequence.adapter_slot] * length + [-1] * (padded_length - length)
         num_keys = stop + padded_length - length
         width = self._buckets.pad_table_width(-(-num_keys // size))
-        table += [NULL_BLOCK] * (width - len(table))
+
+        def add_slots(blocks: list[int], slots: list[int]) -> tuple[int, ...]:
+            """Add the slots of the rows without padding; return the table padded to its bucket."""
+            table = blocks[: -(-stop // size)]
+            for index in range(start // size, len(table)):
+                low, high = max(start - index * size, 0), min(stop - index * size, size)
+                slots += range(table[index] * size + low, table[index] * size + high)
+            return tuple(table + [NULL_BLOCK] * (width - len(table)))
+
+        table = add_slots(sequence.block_table, self.slots)
+        for window, blocks in zip(self._windows_of(sequence), sequence.window_tables, strict=True):
+            window.chunk_tables.append(add_slots(blocks, window.slots))
+            window.slots.extend([0] * (padded_length - length))
+        self._pad(padded_length - length)
+        self.adapter_slots += [sequence.adapter_slot] * length + [-1] * (padded_length - length)
         return Chunk(
-            row, length, padded_length, stop, tuple(table), sequence.seq_id, snapshot, snapshot_hash
+            row, length, padded_length, stop, table, sequence.seq_id, snapshot, snapshot_hash
         )
 
     def _pad(self, count: int) -> None:

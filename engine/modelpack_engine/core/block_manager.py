@@ -18,9 +18,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Tokens
 from functools import lru_cache
+from itertools import islice
 from typing import cast
 
 from modelpack_engine.config import BLOCK_SIZE
@@ -164,6 +165,11 @@ class BlockManager:
 
     If every layer has an attention window of at most `window` tokens, blocks before the window are
     released while their sequence runs, and its table has the null block in their place.
+
+    Layers with a smaller window than the others may have blocks of their own: `window_pools` are
+    pairs (window, number of blocks), and a sequence has one more table for each of them. Tables of
+    a sequence have the same length, and pools the same hashes. All other counts are of the pool of
+    the layers that see most: it limits the length of a sequence.
     """
 
     def __init__(
@@ -176,15 +182,18 @@ class BlockManager:
         snapshots: PrefixSnapshots | None = None,
         snapshot_interval: int = 0,
         window: int | None = None,
+        window_pools: Iterable[tuple[int, int]] = (),
     ) -> None:
         assert block_size > 0
-        assert window is None or window > 0
         assert snapshot_interval % block_size == 0, "snapshots belong to whole blocks"
         self.window = window
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._model_id = model_id.encode()
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, window)
+        self.window_pools = tuple(BlockPool(count, smaller) for smaller, count in window_pools)
+        #: Whether sequences release blocks while they run.
+        self.releases_blocks = window is not None or bool(self.window_pools)
         self.pool.evicted = self._evicted
         self.offload: PrefixOffload | None = None
         self.snapshots = snapshots if enable_prefix_caching else None
@@ -192,6 +201,7 @@ class BlockManager:
 
     def set_offload(self, offload: PrefixOffload) -> None:
         """Keep evicted blocks and snapshots in `offload`, and restore them from there."""
+        assert not self.window_pools, "blocks of one pool are offloaded"
         self.offload = offload
         if self.snapshots is not None:
             self.snapshots.evicted = offload.evict_state
@@ -232,16 +242,16 @@ class BlockManager:
         if self.snapshots is not None:
             self.snapshots.evict(hash_)
 
-    def withdraw(self, sequence: Sequence) -> list[int]:
+    def withdraw(self, sequence: Sequence) -> list[list[int]]:
         """Remove the blocks of a sequence from the prefix cache: their content may be wrong.
 
-        Return the blocks that no other sequence uses, which can be overwritten.
+        Return the blocks that no other sequence uses, which can be overwritten, for each pool.
         """
         if self.offload is not None:
             self.offload.discard(sequence.block_hashes)
         if self.snapshots is not None:
             self.snapshots.discard(sequence.block_hashes)
-        return self.pool.withdraw(sequence.block_table)
+        return [pool.withdraw(table) for pool, table in self._tables(sequence)]
 
     def published(self) -> list[tuple[int, bytes]]:
         """Return the blocks of the prefix cache with their hashes, in reverse order of eviction."""
@@ -249,21 +259,58 @@ class BlockManager:
 
     def forget_content(self) -> None:
         """Empty the prefix cache: the contents of all blocks may be wrong."""
-        self.pool.forget_content()
+        for pool in (self.pool, *self.window_pools):
+            pool.forget_content()
         if self.snapshots is not None:
             self.snapshots.clear()
 
-    # A sequence's table.
+    # A sequence's tables.
 
-    def most_held(self, chunk: int) -> int | None:
-        """Return the most blocks that a sequence of any length holds at once.
+    def _tables(self, sequence: Sequence) -> Iterator[tuple[BlockPool, list[int]]]:
+        """Yield the pools with the tables of a sequence."""
+        if len(sequence.window_tables) < len(self.window_pools):
+            sequence.window_tables = [[] for _ in self.window_pools]
+        yield self.pool, sequence.block_table
+        yield from zip(self.window_pools, sequence.window_tables, strict=True)
+
+    def most_held(self, chunk: int, pool: BlockPool | None = None) -> int | None:
+        """Return the most blocks of a pool that a sequence of any length holds at once.
 
         It computes up to `chunk` tokens in a step. Return None if there is no such limit.
         """
-        if self.window is None:
+        pool = pool or self.pool
+        if pool.window is None:
             return None
-        held = window_blocks(self.window, chunk, self.block_size)
-        return held if held <= self.num_total else None
+        held = window_blocks(pool.window, chunk, self.block_size)
+        return held if held <= pool.num_total else None
+
+    def capacity(self, chunk: int, max_model_len: int) -> int:
+        """Return the most tokens of a sequence that computes up to `chunk` tokens in a step."""
+        limits = []
+        for pool in (self.pool, *self.window_pools):
+            limit = pool.num_total * self.block_size
+            unlimited = self.most_held(chunk, pool) is not None
+            limits.append(max(limit, max_model_len) if unlimited else limit)
+        return min(limits)
+
+    def lacking_of_windows(self, sequences: Iterable[Sequence], chunk: int) -> list[int]:
+        """Return how many blocks of each window pool prompts need, and one token after each.
+
+        Blocks that they hold are not counted, but those that they may share are.
+        """
+        lacking = [0] * len(self.window_pools)
+        for sequence in sequences if self.window_pools else ():
+            needed = self.blocks_for(sequence.num_prefill_tokens + 1) - len(sequence.block_table)
+            for index, (pool, table) in enumerate(islice(self._tables(sequence), 1, None)):
+                held = len(table) - table.count(NULL_BLOCK)
+                most = self.most_held(chunk, pool) or pool.num_total
+                lacking[index] += max(0, min(needed, most - held))
+        return lacking
+
+    def can_allocate_windows(self, counts: Iterable[int]) -> bool:
+        """Return whether each window pool has as many blocks as `counts` says."""
+        pairs = zip(self.window_pools, counts, strict=True)
+        return all(count <= pool.num_available for pool, count in pairs)
 
     def num_held(self, sequence: Sequence, matched: list[int] | None = None) -> int:
         """Return how many blocks a sequence holds, or would hold with the `matched` blocks."""
@@ -275,38 +322,41 @@ class BlockManager:
 
         One more token than the next one sees is kept: the newest may have to be computed again.
         """
-        if self.window is None:
+        if not self.releases_blocks:
             return
-        unseen = max(0, sequence.num_computed_tokens - self.window) // self.block_size
-        table = sequence.block_table
-        for index in range(sequence.num_unseen_blocks, unseen):
-            if table[index] != NULL_BLOCK:
-                self.pool.release(table[index])
-                table[index] = NULL_BLOCK
+        for pool, table in self._tables(sequence):
+            unseen = pool.num_unseen(sequence.num_computed_tokens, self.block_size)
+            pool.release_unseen(table, unseen)
+        unseen = self.pool.num_unseen(sequence.num_computed_tokens, self.block_size)
         sequence.num_unseen_blocks = max(sequence.num_unseen_blocks, unseen)
 
     def room_for(self, sequence: Sequence) -> int:
         """Return how many more tokens a sequence could compute with all available blocks."""
-        blocks = len(sequence.block_table) + self.num_available
+        available = min(pool.num_available for pool in (self.pool, *self.window_pools))
+        blocks = len(sequence.block_table) + available
         return blocks * self.block_size - sequence.num_computed_tokens
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend a sequence's table to hold `num_tokens`; return False if blocks are lacking."""
+        """Extend a sequence's tables to hold `num_tokens`; return False if blocks are lacking."""
         missing = self.blocks_for(num_tokens) - len(sequence.block_table)
         if missing <= 0:
             return True
         if not self.can_allocate(missing):
             return False
-        sequence.block_table.extend(self.pool.allocate() for _ in range(missing))
+        if not self.can_allocate_windows([missing] * len(self.window_pools)):
+            return False
+        for pool, table in self._tables(sequence):
+            table.extend(pool.allocate() for _ in range(missing))
         return True
 
     def free(self, sequence: Sequence) -> None:
-        """Release the whole table, last block first, so that a prefix is evicted last."""
+        """Release the whole tables, last block first, so that a prefix is evicted last."""
         if sequence.restore is not None:
             self.pool.release_all(reversed(sequence.restore.blocks))
             sequence.restore = None
-        self.pool.release_all(reversed(sequence.block_table))
-        sequence.block_table.clear()
+        for pool, table in self._tables(sequence):
+            pool.release_all(reversed(table))
+            table.clear()
         sequence.num_published_blocks = 0
         sequence.snapshot = None
         if self.snapshots is not None:
@@ -359,9 +409,26 @@ class BlockManager:
             if known < len(found):
                 break
         usable = reach = len(blocks)
-        while usable and not self._may_go_on(hashes[first + usable - 1]):
-            usable -= 1
+        while usable:
+            covered = self._covered(sequence, usable)
+            if covered == usable and self._may_go_on(hashes[first + usable - 1]):
+                break
+            usable = min(covered, usable - 1)
         return blocks[:usable], reach
+
+    def _covered(self, sequence: Sequence, count: int) -> int:
+        """Return `count` if all window pools have what follows, or the next count to try.
+
+        That is the blocks of the next `count` that the token after them sees.
+        """
+        hashes, first = sequence.block_hashes, len(sequence.block_table)
+        stop = first + count
+        for pool in self.window_pools:
+            seen_from = max(first, pool.num_unseen(stop * self.block_size, self.block_size))
+            for index in range(stop - 1, seen_from - 1, -1):
+                if pool.find(hashes[index]) is None:
+                    return index - first
+        return count
 
     def _match_window(self, sequence: Sequence, window: int) -> tuple[list[int], int]:
         """Return what `_match` returns, for a window: only the blocks within it must be cached."""
@@ -376,7 +443,7 @@ class BlockManager:
             seen = min(count, indices.start + count - unseen)
             if block is not None and run >= seen:
                 reach = count
-                if self._may_go_on(hashes[count - 1]):
+                if self._may_go_on(hashes[count - 1]) and self._covered(sequence, count) == count:
                     best, first_seen = count, count - seen
         seen_blocks = [block for block in found[first_seen:best] if block is not None]
         return [NULL_BLOCK] * first_seen + seen_blocks, reach
@@ -404,8 +471,27 @@ class BlockManager:
             num_tokens += self._restore(sequence, self.offload)
         return num_tokens
 
+    def _extend_windows(self, sequence: Sequence, count: int) -> None:
+        """Append the next `count` blocks, which are cached, to the tables of window pools."""
+        first = len(sequence.block_table)
+        stop = first + count
+        for pool, table in islice(self._tables(sequence), 1, None):
+            unseen = pool.num_unseen(stop * self.block_size, self.block_size)
+            seen_from = min(max(first, unseen), stop)
+            found = map(pool.find, sequence.block_hashes[seen_from:stop])
+            blocks = [block for block in found if block is not None]
+            assert len(blocks) == stop - seen_from, "the match said that they are cached"
+            pool.share(blocks)
+            table += [NULL_BLOCK] * (seen_from - first) + blocks
+
     def _extend(self, sequence: Sequence, blocks: list[int]) -> int:
         """Append computed blocks to a sequence; return how many tokens they hold."""
+        if not blocks:
+            return 0
+        stop = (len(sequence.block_table) + len(blocks)) * self.block_size
+        for pool, table in self._tables(sequence) if self.releases_blocks else ():
+            pool.release_unseen(table, pool.num_unseen(stop, self.block_size))
+        self._extend_windows(sequence, len(blocks))
         sequence.block_table.extend(blocks)
         sequence.num_published_blocks += len(blocks)
         sequence.num_computed_tokens += len(blocks) * self.block_size
@@ -575,7 +661,9 @@ class BlockManager:
             return
         full = min(sequence.num_computed_tokens, sequence.num_known_tokens) // self.block_size
         for index in range(sequence.num_published_blocks, full):
-            self.pool.publish(sequence.block_table[index], hash_ := self._hash(sequence, index))
+            hash_ = self._hash(sequence, index)
+            for pool, table in self._tables(sequence):
+                pool.publish(table[index], hash_)
             sequence.num_published_blocks = index + 1
             if self.snapshots is not None:
                 self.snapshots.name(sequence.seq_id, index, hash_)

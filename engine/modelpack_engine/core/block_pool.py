@@ -16,11 +16,14 @@ NULL_BLOCK = 0
 class BlockPool:
     """`num_blocks` blocks; one of them is the null block.
 
+    The group's layers see `window` tokens, or all of them if it is None.
     `evicted` is called with a block that is allocated again and the hash of the content it had.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, window: int | None = None) -> None:
         assert num_blocks > 1, "there must be a block in addition to the null block"
+        assert window is None or window > 0
+        self.window = window
         self.evicted: Callable[[int, bytes], None] | None = None
         self._ref_counts = [0] * num_blocks
         self._free = deque(range(NULL_BLOCK + 1, num_blocks))
@@ -52,6 +55,10 @@ class BlockPool:
     def num_idle(self, blocks: Iterable[int]) -> int:
         """Return how many of `blocks` no sequence uses: sharing them makes fewer available."""
         return sum(block != NULL_BLOCK and not self._ref_counts[block] for block in blocks)
+
+    def num_unseen(self, num_tokens: int, block_size: int) -> int:
+        """Return how many whole blocks are before the window of the token after `num_tokens`."""
+        return 0 if self.window is None else max(0, num_tokens - self.window) // block_size
 
     # References.
 
@@ -94,6 +101,14 @@ class BlockPool:
         for block in blocks:
             if block != NULL_BLOCK:
                 self.release(block)
+
+    def release_unseen(self, table: list[int], num_unseen: int) -> None:
+        """Replace the first `num_unseen` blocks of a table by the null block, and release them."""
+        first = num_unseen = min(num_unseen, len(table))
+        while first and table[first - 1] != NULL_BLOCK:
+            first -= 1
+        self.release_all(table[first:num_unseen])
+        table[first:num_unseen] = [NULL_BLOCK] * (num_unseen - first)
 
     # Contents, by hash.
 

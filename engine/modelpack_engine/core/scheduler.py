@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import add, attrgetter
 
 from modelpack_engine.config import DEFAULT_MAX_WAITING
 from modelpack_engine.core.block_manager import BlockManager
@@ -327,9 +327,7 @@ class Scheduler:
         """
         first, config = sequences[0], self.config
         num_tokens = len(first.prompt_token_ids)
-        capacity = self._blocks.num_total * self._blocks.block_size
-        if self._blocks.most_held(self._chunk_rows) is not None:
-            capacity = max(capacity, config.max_model_len)
+        capacity = self._blocks.capacity(self._chunk_rows, config.max_model_len)
         if first.request_id in self._requests:
             raise RequestError(
                 f"request {first.request_id!r} is already running", param="request_id"
@@ -446,7 +444,9 @@ class Scheduler:
         if len(self._running) >= self.config.max_num_seqs:
             return True
         prompts = [sequence for sequence in self._running if sequence.is_prefill]
-        return not self._has_blocks(self._waiting.first, sum(map(self._num_lacking, prompts)))
+        promised = sum(map(self._num_lacking, prompts))
+        windows = self._blocks.lacking_of_windows(prompts, self._chunk_rows)
+        return not self._has_blocks(self._waiting.first, promised, windows)
 
     def _schedule_decode(self, preempted: list[Sequence]) -> list[Sequence] | None:
         """Return the sequences to decode, each with a slot for its token; None: collect first."""
@@ -506,19 +506,29 @@ class Scheduler:
             self._share_prefix(sequence)
             yield sequence
         promised = sum(map(self._num_lacking, prompts))
+        windows = self._blocks.lacking_of_windows(prompts, self._chunk_rows)
         while admit and self._waiting and len(self._running) < self.config.max_num_seqs:
             sequence = self._waiting.first
-            if not self._has_blocks(sequence, promised):
+            if not self._has_blocks(sequence, promised, windows):
                 return  # no other sequence may overtake the first
             self._admit(self._waiting.pop())
             yield sequence
             promised += self._num_lacking(sequence)
+            more = self._blocks.lacking_of_windows([sequence], self._chunk_rows)
+            windows = list(map(add, windows, more))
 
-    def _has_blocks(self, sequence: Sequence, promised: int) -> bool:
-        """Return whether a waiting sequence can be admitted beside the `promised` blocks."""
-        matched = self._blocks.match_prefix(sequence)
+    def _has_blocks(self, sequence: Sequence, promised: int, windows: list[int]) -> bool:
+        """Return whether a waiting sequence can be admitted beside the `promised` blocks.
+
+        `windows` are those that are promised of each window pool.
+        """
+        blocks = self._blocks
+        more = blocks.lacking_of_windows([sequence], self._chunk_rows)
+        if not blocks.can_allocate_windows(map(add, windows, more)):
+            return False
+        matched = blocks.match_prefix(sequence)
         lacking = self._num_lacking(sequence, matched)
-        return self._blocks.can_allocate(promised + lacking + self._blocks.num_idle(matched))
+        return blocks.can_allocate(promised + lacking + blocks.num_idle(matched))
 
     def _num_lacking(self, sequence: Sequence, matched: list[int] | None = None) -> int:
         """Return how many blocks a sequence needs for its prompt and one output token.
@@ -612,7 +622,7 @@ class Scheduler:
                 # A prompt that was preempted may have more from its first run.
                 sequence.num_prompt_logprobs = max(sequence.num_prompt_logprobs, known)
             blocks.publish_prefix(sequence)
-        if blocks.window is not None:
+        if blocks.releases_blocks:
             for sequence in output.members:
                 if not sequence.is_finished:
                     self._blocks.release_unseen(sequence)

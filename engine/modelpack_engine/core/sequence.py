@@ -85,6 +85,8 @@ class Sequence:
     #: Set while the sequence waits; the lowest is admitted first.
     priority: int = field(default=0, init=False, repr=False)
     block_table: list[int] = field(default_factory=list, init=False, repr=False)
+    #: The tables for the block manager's window pools, each as long as `block_table`.
+    window_tables: list[list[int]] = field(default_factory=list, init=False, repr=False)
     #: Hashes of its full blocks, computed as needed.
     block_hashes: list[bytes] = field(default_factory=list, init=False, repr=False)
     #: Blocks of the table that were published to the prefix cache, or came from it.

@@ -124,6 +124,7 @@ LEFT_OUT = frozenset(
         "table_width",
         "decode_snapshots",
         "adapter_slots",
+        "windows",
         "media_rows",
     }
 )

@@ -145,12 +145,14 @@ class LeadingRunner:
     def verified(self, seq_id: int, num_tokens: int) -> None:
         """Do nothing: ranks have no proposals for models with recurrent state."""
 
-    def scrub(self, blocks: Iterable[int]) -> None:
+    def scrub(self, blocks: Iterable[int], group: int = 0) -> None:
+        assert not group, "a divided model has one group"
         blocks = tuple(blocks)
         self._channel.send_integers(Kind.SCRUB, blocks)
         self._runner.scrub(blocks)
 
-    def scrub_slots(self, slots: list[int]) -> None:
+    def scrub_slots(self, slots: list[int], group: int = 0) -> None:
+        assert not group, "a divided model has one group"
         self._channel.send_integers(Kind.SCRUB_SLOTS, slots)
         self._runner.scrub_slots(slots)
 
@@ -163,6 +165,8 @@ class LeadingRunner:
 
 class ParallelEngine(Engine):
     """An engine over all ranks; the rank with the least memory determines its sizes."""
+
+    is_divided = True
 
     def __init__(
         self, loaded: LoadedModel, config: EngineConfig, *, model_id: str, ranks: Ranks

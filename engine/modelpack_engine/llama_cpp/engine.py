@@ -98,7 +98,7 @@ class Slots(BlockManager):
         self._spoilt.discard(sequence.seq_id)
         super().free(sequence)
 
-    def withdraw(self, sequence: Sequence) -> list[int]:
+    def withdraw(self, sequence: Sequence) -> list[list[int]]:
         """Prevent other sequences from reusing the tokens of a sequence."""
         self._spoilt.add(sequence.seq_id)
         return []

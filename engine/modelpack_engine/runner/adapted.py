@@ -21,7 +21,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from modelpack_engine import kernels
 from modelpack_engine.attention.cache_handle import LostHandleError, RowMask
-from modelpack_engine.attention.kv_pools import length_groups
+from modelpack_engine.attention.kv_pools import KVLayout, length_groups
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.core.batch import StepBatch
@@ -65,6 +65,7 @@ class Adapted:
         step: StepInputs,
         *,
         num_blocks: int,
+        window_blocks: tuple[int, ...] = (),
         buckets: Buckets = EXACT,
         per_sequence: frozenset[str] = frozenset(),
         fold: bool = False,
@@ -78,7 +79,7 @@ class Adapted:
         self.states: list[RecurrentState] = []
         self.taken: list[Snapshot] = []  # snapshots taken by the last step
         self._owners: dict[int, nn.Module] = {}
-        self._step, self._num_blocks = step, num_blocks
+        self._step, self._num_blocks = step, (num_blocks, *window_blocks)
         self.caches = [self._cache(entry) for entry in layout.tree]
         self.snapshots = PrefixSnapshots(layout.num_snapshots) if self.states else None
         self.patched = patch_modules(model, self.swaps)
@@ -109,17 +110,22 @@ class Adapted:
             return state
         if entry.content is None:
             return None
+        group = self._group(entry.content)
         paged = PagedKV(
             entry.content,
-            self._step,
-            num_blocks=self._num_blocks,
+            self._step.of_group(group),
+            num_blocks=self._num_blocks[group],
             name=entry.name,
-            frees_blocks=self.layout.window is not None,
+            frees_blocks=group > 0 or self.layout.window is not None,
         )
         self.paged.append(paged)
         if entry.owner is not None:
             self._owners[id(paged)] = entry.owner
         return paged
+
+    def _group(self, content: KVLayout) -> int:
+        """Return the group of a layer: 0, or one more than the index of its window pool."""
+        return self.layout.windows.index(content.window) if len(self._num_blocks) > 1 else 0
 
     def _split(self, per_sequence: frozenset[str]) -> bool:
         """Make modules run sequence by sequence; return whether these include any attention."""
@@ -221,11 +227,11 @@ class Adapted:
             for kv in self.paged
         )
 
-    def replace_pools(self, layout: ModelLayout, num_blocks: int) -> None:
-        """Replace the pools by pools of zeros for `layout`, with `num_blocks` blocks."""
+    def replace_pools(self, layout: ModelLayout, *num_blocks: int) -> None:
+        """Replace the pools by pools of zeros for `layout`, with `num_blocks` for each group."""
         self.layout = layout
         for kv, content in zip(self.paged, layout.kv_layouts(), strict=True):
-            kv.replace_pools(content, num_blocks)
+            kv.replace_pools(content, num_blocks[self._group(content)])
 
     def reset(self) -> None:
         """Forget all sequences."""

@@ -104,11 +104,11 @@ class CpuRunner:
     def verified(self, seq_id: int, num_tokens: int) -> None:
         """Do nothing: there is no recurrent state to keep."""
 
-    def scrub(self, blocks: Iterable[int]) -> None:
+    def scrub(self, blocks: Iterable[int], group: int = 0) -> None:
         for pool in self._contents.pools:
             pool[list(blocks)] = 0
 
-    def scrub_slots(self, slots: list[int]) -> None:
+    def scrub_slots(self, slots: list[int], group: int = 0) -> None:
         """Zero the blocks' tokens: the keys of a token are every sixteenth element of its head."""
         dim = self._program.dim
         for pool in self._contents.pools:

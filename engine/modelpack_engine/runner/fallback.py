@@ -99,10 +99,10 @@ class FallbackRunner:
     def verified(self, seq_id: int, num_tokens: int) -> None:
         """Do nothing: there is no recurrent state to keep."""
 
-    def scrub(self, blocks: Iterable[int]) -> None:
+    def scrub(self, blocks: Iterable[int], group: int = 0) -> None:
         """Do nothing: no two sequences share memory."""
 
-    def scrub_slots(self, slots: list[int]) -> None:
+    def scrub_slots(self, slots: list[int], group: int = 0) -> None:
         """Do nothing: no two sequences share memory."""
 
     def block_contents(self) -> None:

@@ -73,6 +73,14 @@ class Leaf:
         return f"layer {self.layer} ({kind})"
 
 
+@dataclass(frozen=True, slots=True)
+class WindowGroup:
+    """The layers that see `window` tokens, and the bytes of a token's keys and values in them."""
+
+    window: int
+    bytes_per_token: int
+
+
 #: One entry per layer, or per member of a layer's CacheList.
 Tree = tuple["Leaf | tuple[Leaf, ...]", ...]
 
@@ -84,6 +92,8 @@ class ModelLayout:
     tree: Tree
     inner: nn.Module | None
     vocab_size: int
+    #: Whether tokens of prompts see more than the window of their cache: blocks must be kept.
+    sees_past_window: bool = False
 
     def leaves(self) -> Iterator[Leaf]:
         """Yield all leaves in order."""
@@ -137,6 +147,26 @@ class ModelLayout:
         return max(known) if known and len(known) == len(windows) else None
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different windows of the layers, the largest first; None is the largest."""
+        found = {kv.window for kv in self.kv_layouts()}
+        return tuple(sorted(found, key=lambda window: -math.inf if window is None else -window))
+
+    @property
+    def window_groups(self) -> tuple[WindowGroup, ...]:
+        """The groups of layers with a smaller window than the others, the largest first."""
+        if self.sees_past_window:
+            return ()
+        return tuple(
+            WindowGroup(
+                window,
+                sum(kv.bytes_per_token for kv in self.kv_layouts() if kv.window == window),
+            )
+            for window in self.windows[1:]
+            if window is not None
+        )
+
+    @property
     def bytes_per_sequence(self) -> int:
         """The bytes of one sequence's recurrent state in all layers."""
         contents = (leaf.content for leaf in self.leaves())
@@ -185,6 +215,7 @@ class _Record:
     stack: list[nn.Module] = field(default_factory=list)
     keys: mx.array | None = None
     values: mx.array | None = None
+    window: int = 0  # the largest that a mask was requested for
 
     def note_use(self) -> None:
         """Record which modules are running."""
@@ -228,7 +259,11 @@ def _watch(cache: Any, records: dict[int, _Record]) -> Any:
             record.keys, record.values = keys, values
             return kind.update_and_fetch(self, keys, values)
 
-        methods = {"update_and_fetch": update}
+        def make_mask(self: Any, *args: Any, **kwargs: Any) -> Any:
+            record.window = max(record.window, kwargs.get("window_size") or 0)
+            return kind.make_mask(self, *args, **kwargs)
+
+        methods = {"update_and_fetch": update, "make_mask": make_mask}
     else:
         raise UnknownCacheError(f"the model keeps its keys and values in a {kind.__name__}")
     cache.__class__ = type(kind.__name__, (kind,), methods)
@@ -256,8 +291,14 @@ def find_layout(model: nn.Module) -> ModelLayout:
             tree.append(tuple(leaf(layer, member) for member in cache.caches))
         else:
             tree.append(leaf(layer, cache))
+    caches = [member for cache in caches for member in getattr(cache, "caches", [cache])]
+    sees_past_window = any(
+        isinstance(cache, RotatingKVCache) and records[id(cache)].window > cache.max_size
+        for cache in caches
+    )
     stacks = [record.stack for record in records.values() if record.stack]
-    return ModelLayout(tuple(tree), _inner_model(stacks), logits.shape[-1])
+    inner = _inner_model(stacks)
+    return ModelLayout(tuple(tree), inner, logits.shape[-1], sees_past_window)
 
 
 def layout_of(model: nn.Module) -> ModelLayout | None:

@@ -113,13 +113,14 @@ class ModelRunner(Protocol):
         Call this before the next step is built.
         """
 
-    def scrub(self, blocks: Iterable[int]) -> None:
+    def scrub(self, blocks: Iterable[int], group: int = 0) -> None:
         """Zero the blocks of a sequence whose logits were NaN, before another sequence gets them.
 
+        They are blocks of the layers of `group`: window pools count from 1.
         Masked values are multiplied by zero, and zero times NaN is NaN.
         """
 
-    def scrub_slots(self, slots: list[int]) -> None:
+    def scrub_slots(self, slots: list[int], group: int = 0) -> None:
         """Zero the keys and values of single tokens: rejected proposals whose logits were NaN."""
 
     def block_contents(self) -> BlockContents | CpuBlocks | None:
@@ -142,6 +143,7 @@ def make_runner(
     model: nn.Module,
     *,
     num_blocks: int,
+    window_blocks: tuple[int, ...] = (),
     block_size: int = BLOCK_SIZE,
     dtype: mx.Dtype | None = None,
     buckets: Buckets = EXACT,
@@ -156,9 +158,10 @@ def make_runner(
 ) -> ModelRunner:
     """Return a runner of `model`: paged if a tier passes the self-test, or a fallback.
 
-    The KV cache has `num_blocks` blocks of `block_size` tokens; block 0 is the null block. `dtype`
-    is the type of keys and values (default: the model's own), and `kv_cache_dtype` names one. The
-    self-test runs before keys and values are quantised.
+    The KV cache has `num_blocks` blocks of `block_size` tokens; block 0 is the null block. With
+    `window_blocks`, layers with smaller windows than others have as many blocks of their own, for
+    each window in descending order. `dtype` is the type of keys and values (default: the model's
+    own), and `kv_cache_dtype` names one. The self-test runs before keys and values are quantised.
 
     `exact` shapes are not padded: the default on a CPU, where a new shape costs nothing. `paged` is
     True by default, unless vllm-metal's VLLM_METAL_USE_PAGED_ATTENTION is 0. `compiled` steps are
@@ -197,6 +200,7 @@ def make_runner(
             staging=staging,
             buckets=buckets,
             num_blocks=num_blocks,
+            window_blocks=window_blocks,
             self_test=self_test,
             compiled=compiled,
             full_step=() if exact else full_step,
@@ -226,6 +230,7 @@ def make_engine_runner(
     return make_runner(
         model,
         num_blocks=sizes.num_blocks,
+        window_blocks=sizes.window_blocks,
         block_size=config.block_size,
         buckets=sizes.buckets,
         self_test=config.self_test,

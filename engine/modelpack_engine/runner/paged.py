@@ -54,7 +54,8 @@ class Layout:
 
     The graph has `rows` rows, of which `decode` are decode rows with block tables of `width`
     columns. The other rows are in `tiles` tiles with block tables of `tile_width` columns. The
-    graph returns logits of `sampled` rows; None stands for all rows.
+    graph returns logits of `sampled` rows; None stands for all rows. Each of `groups` groups of
+    layers has slots and tables.
     """
 
     rows: int
@@ -63,12 +64,17 @@ class Layout:
     tiles: int
     tile_width: int
     sampled: int | None
+    groups: int = 1
 
     def cut(self, packed: mx.array) -> list[mx.array]:
-        """Split `packed`: positions, slots, lengths, tables, tile tables, spans, sampled rows."""
-        tables = (self.decode, self.width), (self.tiles, self.tile_width), (self.tiles, 2)
+        """Split `packed` into positions, lengths, spans, sampled rows, and arrays of each group.
+
+        These are slots, tables and tile tables.
+        """
+        common = (self.rows,), (self.decode,), (self.tiles, 2), (self.sampled or 0,)
+        of_group = (self.rows,), (self.decode, self.width), (self.tiles, self.tile_width)
         found, start = [], 0
-        for shape in ((self.rows,), (self.rows,), (self.decode,), *tables, (self.sampled or 0,)):
+        for shape in (*common, *of_group * self.groups):
             stop = start + math.prod(shape)
             found.append(packed[start:stop].reshape(shape))
             start = stop
@@ -80,13 +86,14 @@ class _Rows:
     """The rows of a compiled graph: int32 arrays, decode rows first, then whole tiles.
 
     `order` has the batch's row for each row of the graph, or -1 for padding; None if the batch has
-    the same order. `padding` counts the rows that the batch does not have.
+    the same order. `padding` counts the rows that the batch does not have. Each group of layers has
+    tables.
     """
 
     order: NDArray[np.int32] | None
     padding: int
-    tables: NDArray[np.int32]
-    tile_tables: NDArray[np.int32]
+    tables: list[NDArray[np.int32]]
+    tile_tables: list[NDArray[np.int32]]
     spans: NDArray[np.int32]
 
 
@@ -98,7 +105,7 @@ class CompiledSteps:
     ) -> None:
         self._adapted, self._step, self._buckets, self._staging = adapted, step, buckets, staging
         self._rows: dict[int, int] = {}  # by seq_id: the row in the tables of the last step
-        self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)
+        self._tables: list[NDArray[np.int32]] = []  # of each group of layers
         self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
         self._graphs: dict[Layout, Callable[..., Any]] = {}
         #: The graph's row for each row of the last batch; None if they are the same.
@@ -118,7 +125,7 @@ class CompiledSteps:
             return False
         if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
             return False
-        return not self._step.tiles_refused or all(
+        return not any(group.tiles_refused for group in self._step.groups) or all(
             chunk.kv_length <= LONGEST_PROMPT for chunk in batch.chunks
         )
 
@@ -140,12 +147,13 @@ class CompiledSteps:
         adapted = self._adapted
         positions = np.array(batch.positions, np.int32)
         rows = self._lay_out(batch, positions)
-        slots = np.array(batch.slots, np.int32)
+        batches = [batch.of_group(group) for group in range(len(self._step.groups))]
+        slots = [np.array(of_group.slots, np.int32) for of_group in batches]
         self.places = None
         if rows.order is not None:
             order = np.maximum(rows.order, 0)
-            positions, slots = (
-                np.where(rows.order < 0, 0, column[order]) for column in (positions, slots)
+            positions, *slots = (
+                np.where(rows.order < 0, 0, column[order]) for column in (positions, *slots)
             )
             places = np.zeros(batch.num_rows, np.int32)
             places[order[::-1]] = np.arange(len(order) - 1, -1, -1, dtype=np.int32)
@@ -153,13 +161,16 @@ class CompiledSteps:
             self.places = places
         elif rows.padding:
             token_ids = mx.concatenate([token_ids, mx.zeros((rows.padding,), mx.int32)])
-            positions, slots = (np.pad(column, (0, rows.padding)) for column in (positions, slots))
+            positions, *slots = (
+                np.pad(column, (0, rows.padding)) for column in (positions, *slots)
+            )
         sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
-        tables = (rows.tables, rows.tile_tables, rows.spans)
-        lengths = positions[: len(rows.tables)] + 1
-        columns = [positions, slots, lengths, *(table.ravel() for table in tables)]
+        lengths = positions[: len(rows.tables[0])] + 1
+        columns = [positions, lengths, rows.spans.ravel()]
         if sampled is not None:
             columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
+        for arrays_of_group in zip(slots, rows.tables, rows.tile_tables, strict=True):
+            columns += [array.ravel() for array in arrays_of_group]
         length = sum(map(len, columns))
         if rows.order is not None:
             columns.append(order)
@@ -167,11 +178,11 @@ class CompiledSteps:
         if rows.order is not None:
             token_ids = take(token_ids, packed[length : length + len(order)])
         packed = packed[:length]
-        (decode, width), (tiles, tile_width) = rows.tables.shape, rows.tile_tables.shape
-        layout = Layout(len(positions), decode, width, tiles, tile_width, sampled)
+        (decode, width), (tiles, tile_width) = rows.tables[0].shape, rows.tile_tables[0].shape
+        layout = Layout(len(positions), decode, width, tiles, tile_width, sampled, len(batches))
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
         arrays: States = [list(state.arrays) for state in adapted.states]
-        aside = adapted.rows.set_aside(adapted.states, len(rows.tables)) if arrays else []
+        aside = adapted.rows.set_aside(adapted.states, decode) if arrays else []
         states = [list(state.arrays) for state in adapted.states]
         try:
             logits, new_pools, arrays, hidden = self._graph(layout)(
@@ -219,15 +230,19 @@ class CompiledSteps:
         tables = self._decode_tables(batch, positions, decode)
         num_tiles = (rows - decode) // TILE_ROWS
         width = max((len(chunk.block_table) for chunk in batch.chunks), default=1)
-        tile_tables = np.full((num_tiles, width), NULL_BLOCK, np.int32)
+        tile_tables = [np.full((num_tiles, width), NULL_BLOCK, np.int32) for _ in self._step.groups]
         spans = np.zeros((num_tiles, 2), np.int32)
         row, tile, size = decode, 0, self._step.block_size
         seen: list[tuple[int, int]] = []
-        for chunk, length in zip(batch.chunks, of_chunks, strict=True):
+        windows = [window.chunk_tables for window in batch.windows]
+        for index, (chunk, length) in enumerate(zip(batch.chunks, of_chunks, strict=True)):
             if order is not None:
                 order[row : row + chunk.length] = np.arange(chunk.row, chunk.row + chunk.length)
-            blocks = chunk.block_table[: -(-chunk.kv_length // size)]
-            tile_tables[tile : tile + length // TILE_ROWS, : len(blocks)] = blocks
+            own = [tables_of_chunks[index] for tables_of_chunks in windows]
+            for group, tile_table in enumerate(tile_tables):
+                table = own[group - 1] if group and own else chunk.block_table
+                blocks = table[: -(-chunk.kv_length // size)]
+                tile_table[tile : tile + length // TILE_ROWS, : len(blocks)] = blocks
             before = chunk.kv_length - chunk.length
             for first in range(0, length, TILE_ROWS):
                 seen.append((before + first, min(TILE_ROWS, chunk.length - first)))
@@ -244,8 +259,8 @@ class CompiledSteps:
 
     def _decode_tables(
         self, batch: StepBatch, positions: NDArray[np.int32], rows: int
-    ) -> NDArray[np.int32]:
-        """Return the decode rows' block tables [rows, width].
+    ) -> list[NDArray[np.int32]]:
+        """Return the decode rows' block tables [rows, width] of each group of layers.
 
         The tables of the last step are reused: only those that have grown are written again.
         """
@@ -256,25 +271,29 @@ class CompiledSteps:
         places = {seq_id: row for row, seq_id in enumerate(ids)}
         if len(places) < count:  # proposals: several rows of one sequence
             known, places = {}, {}
-        if self._tables.shape == (rows, width) and known == places and count:
+        shape = self._tables[0].shape if self._tables else (0, 1)
+        if shape == (rows, width) and known == places and count:
             new = np.flatnonzero(blocks != self._blocks)
         else:
-            tables = np.full((rows, width), NULL_BLOCK, np.int32)
+            tables = [np.full((rows, width), NULL_BLOCK, np.int32) for _ in self._step.groups]
             before = np.array([known.get(seq_id, -1) for seq_id in places], np.int32)
             here = np.flatnonzero(before >= 0)
             new = np.ones(count, np.bool_)
             if len(here):
                 there = before[here]
-                columns = min(width, self._tables.shape[1])
-                tables[here, :columns] = self._tables[there, :columns]
+                columns = min(width, shape[1])
+                for table, last in zip(tables, self._tables, strict=True):
+                    table[here, :columns] = last[there, :columns]
                 new[here] = blocks[here] != self._blocks[there]
-                if width < self._tables.shape[1]:
+                if width < shape[1]:
                     new[:] = True
             new = np.flatnonzero(new)
             self._tables = tables
-        for row in new.tolist():
-            table = batch.decode_tables[row]
-            self._tables[row, : len(table)] = table
+        windows = [window.decode_tables for window in batch.windows]
+        windows = windows or [batch.decode_tables] * (len(self._tables) - 1)
+        for tables_of_group, own in zip(self._tables, [batch.decode_tables, *windows], strict=True):
+            for row in new.tolist():
+                tables_of_group[row, : len(own[row])] = own[row]
         self._rows, self._blocks = places, blocks
         return self._tables
 
@@ -287,15 +306,21 @@ class CompiledSteps:
         written in place are not returned: readers within the graph wait for the writes, and later
         steps run later on the same stream.
         """
-        positions, slots, lengths, tables, tile_tables, spans, sample_rows = layout.cut(packed)
+        positions, lengths, spans, sample_rows, *of_groups = layout.cut(packed)
         some = None if layout.sampled is None else sample_rows
         adapted, step = self._adapted, self._step
         for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
             kv.pools.keys, kv.pools.values = keys, values
         for state, arrays in zip(adapted.states, states, strict=True):
             state.arrays = list(arrays)
-        tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
-        step.begin_rows(positions, slots, (tables, lengths), some, tiles)
+        for follower, slots, tables, tile_tables in zip(
+            step.groups, of_groups[::3], of_groups[1::3], of_groups[2::3], strict=True
+        ):
+            tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
+            if follower is step:
+                step.begin_rows(positions, slots, (tables, lengths), some, tiles)
+            else:
+                follower.follow_rows(step, slots, (tables, lengths), tiles)
         logits = adapted.run(token_ids)
         if not step.rows_taken and some is not None:
             logits = logits[some]
@@ -325,6 +350,7 @@ class PagedRunner:
         *,
         staging: Staging,
         num_blocks: int,
+        window_blocks: tuple[int, ...] = (),
         buckets: Buckets,
         per_sequence: frozenset[str],
         fold: bool,
@@ -340,6 +366,7 @@ class PagedRunner:
             layout,
             step,
             num_blocks=num_blocks,
+            window_blocks=window_blocks,
             buckets=buckets,
             per_sequence=per_sequence,
             fold=fold,
@@ -351,10 +378,10 @@ class PagedRunner:
         if compiled and not self.adapted.row_by_row:
             self.compiled = CompiledSteps(self.adapted, step, buckets, staging)
 
-    def replace_pools(self, layout: ModelLayout, num_blocks: int) -> None:
+    def replace_pools(self, layout: ModelLayout, *num_blocks: int) -> None:
         """Replace the pools by pools of `layout`, whose contents are unknown."""
-        self.adapted.replace_pools(layout, num_blocks)
-        self._allocate(num_blocks)
+        self.adapted.replace_pools(layout, *num_blocks)
+        self._allocate(num_blocks[0])
 
     def _allocate(self, num_blocks: int) -> None:
         pools = self.adapted.pools()
@@ -442,13 +469,15 @@ class PagedRunner:
     def verified(self, seq_id: int, num_tokens: int) -> None:
         self.adapted.rows.verified(seq_id, num_tokens)
 
-    def scrub(self, blocks: Iterable[int]) -> None:
+    def scrub(self, blocks: Iterable[int], group: int = 0) -> None:
         size = self._step.block_size
-        self.scrub_slots([block * size + offset for block in blocks for offset in range(size)])
+        slots = [block * size + offset for block in blocks for offset in range(size)]
+        self.scrub_slots(slots, group)
 
-    def scrub_slots(self, slots: list[int]) -> None:
+    def scrub_slots(self, slots: list[int], group: int = 0) -> None:
         for kv in self.adapted.paged:
-            kv.pools.zero(mx.array(slots, mx.int32))
+            if kv.step is self._step.groups[group]:
+                kv.pools.zero(mx.array(slots, mx.int32))
 
     def block_contents(self) -> BlockContents:
         return BlockContents(self.adapted.paged)

@@ -113,13 +113,13 @@ class StepResult:
     """The output tokens of each sampled sequence of a step.
 
     A sequence has no tokens if its proposal made the logits NaN. `broken_slots` hold the keys and
-    values of rejected rows, which may be NaN. `prompt_logprobs` has the next entries of each prompt
-    whose log-probabilities were requested.
+    values of rejected rows, which may be NaN, for each group of layers. `prompt_logprobs` has the
+    next entries of each prompt whose log-probabilities were requested.
     """
 
     output: SchedulerOutput
     tokens: list[list[NextToken]]
-    broken_slots: list[int]
+    broken_slots: list[list[int]]
     prompt_logprobs: list[tuple[Sequence, TokenLogprob | None]]
 
     def verified(self) -> list[tuple[Proposal, list[NextToken]]]:
@@ -209,7 +209,7 @@ def read_step(step: LaunchedStep) -> StepResult:
     return StepResult(step.output, tokens, broken_slots, prompt_logprobs)
 
 
-def _read_tokens(step: LaunchedStep) -> tuple[list[list[NextToken]], list[int]]:
+def _read_tokens(step: LaunchedStep) -> tuple[list[list[NextToken]], list[list[int]]]:
     """Return the output tokens of each sampled sequence, and the slots of rows with NaN logits."""
     if step.sampled is None:
         return [], []
@@ -228,9 +228,11 @@ def _read_tokens(step: LaunchedStep) -> tuple[list[list[NextToken]], list[int]]:
         tokens.append(rows[first : first + verdict.num_tokens])
         if verdict.broken is not None:
             bad = step.batch.sample_rows[first + verdict.broken : stop]
-            broken += [step.batch.slots[row] for row in bad]
+            broken += bad
         first = stop
-    return tokens + [[row] for row in rows[first:]], broken
+    slots = [step.batch.slots, *(window.slots for window in step.batch.windows)]
+    broken_slots = [[of_group[row] for row in broken] for of_group in slots] if broken else []
+    return tokens + [[row] for row in rows[first:]], broken_slots
 
 
 #: A function that returns the mask of a sequence, or None if it has no mask.

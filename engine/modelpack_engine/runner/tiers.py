@@ -65,10 +65,10 @@ MODEL_ERRORS = (
 class TierSearch:
     """Searches for a model's tier: at first all attention runs on rows, then less and less of it.
 
-    Pools have `num_blocks` blocks. `notes` say how the model runs, and what was refused and why.
-    With `self_test`, the logits of each tier are compared, including those of prompts of
-    `full_step` tokens. Without it, a forward pass is only checked for layers that lose their
-    handles.
+    Pools have `num_blocks` blocks, and those of layers with smaller windows `window_blocks`.
+    `notes` say how the model runs, and what was refused and why. With `self_test`, the logits of
+    each tier are compared, including those of prompts of `full_step` tokens. Without it, a forward
+    pass is only checked for layers that lose their handles.
     """
 
     model: nn.Module
@@ -80,6 +80,7 @@ class TierSearch:
     self_test: bool
     compiled: bool
     full_step: tuple[int, ...]
+    window_blocks: tuple[int, ...] = ()
     paged_runner: type[PagedRunner] = PagedRunner
     notes: list[str] = field(default_factory=list)
 
@@ -119,6 +120,11 @@ class TierSearch:
             self.step,
             staging=self.staging,
             num_blocks=self._num_tested if self.layout.quantised else self.num_blocks,
+            window_blocks=(
+                (self._num_tested,) * len(self.window_blocks)
+                if self.layout.quantised
+                else self.window_blocks
+            ),
             buckets=self.buckets,
             per_sequence=per_sequence,
             fold=mx.cuda.is_available(),
@@ -133,7 +139,7 @@ class TierSearch:
 
     def _quantise(self, runner: PagedRunner) -> None:
         """Replace the pools of a tier that passed by quantised ones, and note if logits change."""
-        runner.replace_pools(self.layout, self.num_blocks)
+        runner.replace_pools(self.layout, self.num_blocks, *self.window_blocks)
         paged = runner.adapted.paged
         bits = min(kv.layout.quantised.bits for kv in paged if kv.layout.quantised)
         problem, _ = self._try(runner, QUANTISED[bits])
@@ -156,7 +162,7 @@ class TierSearch:
         self, runner: PagedRunner, tolerance: float | None = None
     ) -> tuple[str | None, str | None]:
         """Return the problem of a tier, if any, and the class of the module at fault, if known."""
-        if self._num_tested > self.num_blocks:
+        if self._num_tested > min((self.num_blocks, *self.window_blocks)):
             return None, None
         try:
             problem = compare(

@@ -242,7 +242,8 @@ class DraftProposer:
                 draft.guessed.append(token_id)
                 if token_id == NO_TOKEN and draft.original.seq_id in self._drafts:
                     # Its logits are NaN: zero its blocks before other sequences get them.
-                    self._runner.scrub(self._blocks.withdraw(draft.sequence))
+                    for blocks in self._blocks.withdraw(draft.sequence):
+                        self._runner.scrub(blocks)
                     self.release([draft.original.seq_id])
                 unsure = logprobs is not None and logprobs[row] < self._least
                 if token_id == NO_TOKEN or unsure or draft.original in cut:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.core.batch import StepBatch, build_batch
+from modelpack_engine.core.batch import StepBatch, WindowTables, build_batch
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.buckets import FEW
 from modelpack_engine.core.scheduler import Scheduler
@@ -306,6 +306,7 @@ def test_tables_are_those_of_the_batch(random: Random) -> None:
     assert isinstance(runner, PagedRunner)
     steps = runner.compiled
     assert steps is not None
+    steps._step.of_group(1)
     lengths: dict[int, int] = {}
     tables: dict[int, list[int]] = {}
     fresh = itertools.count(1)
@@ -328,6 +329,7 @@ def test_tables_are_those_of_the_batch(random: Random) -> None:
         )
         padded = [tables[i] + [0] * (width - len(tables[i])) for i in ids]
         padded += [[0] * width] * (rows - len(ids))
+        in_window = [[block + 1000 for block in tables[i]] for i in ids]
         batch = StepBatch(
             token_ids=[0] * rows,
             positions=[lengths[i] - 1 for i in ids] + [0] * (rows - len(ids)),
@@ -341,6 +343,8 @@ def test_tables_are_those_of_the_batch(random: Random) -> None:
             chunks=(),
             sample_rows=tuple(range(len(ids))),
             sample_seqs=(),
+            windows=(WindowTables([], in_window + [[]] * (rows - len(ids)), []),),
         )
         found = steps._decode_tables(batch, np.array(batch.positions, np.int32), rows)
-        assert found.tolist() == (padded if rows else [])
+        others = [[block and block + 1000 for block in table] for table in padded]
+        assert [of_group.tolist() for of_group in found] == [padded, others]

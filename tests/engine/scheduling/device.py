@@ -62,6 +62,8 @@ class FakeDevice:
     memory: list[tuple[int, int] | None] = field(init=False)
     sequences: dict[int, Sequence] = field(default_factory=dict)
     states: dict[int, int] = field(default_factory=dict)
+    #: What the rows of the last step attend to.
+    read: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.memory = [None] * (self.num_blocks * self.block_size)
@@ -84,7 +86,7 @@ class FakeDevice:
             if self.recurrent and chunk.kv_length == chunk.length:
                 assert chunk.seq_id not in self.states, "a sequence starts on an old state"
                 assert chunk.snapshot is None, "a sequence starts at its beginning and elsewhere"
-            if isinstance(chunk.snapshot, int):
+            if self.recurrent and isinstance(chunk.snapshot, int):
                 self.states[chunk.seq_id] = chunk.snapshot
             for row in range(chunk.row, chunk.row + chunk.length):
                 length = batch.positions[row] + 1
@@ -94,6 +96,7 @@ class FakeDevice:
             if self.snapshots is not None and chunk.snapshot_hash is not None:
                 assert length % self.block_size == 0
                 self.snapshots.put(chunk.snapshot_hash, self.states[chunk.seq_id])
+        self.read = entries
         for row, index in batch.decode_snapshots:
             assert self.snapshots is not None
             seq_id = batch.decode_seq_ids[row]

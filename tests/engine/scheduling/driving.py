@@ -12,10 +12,16 @@ SMALL_BUCKETS = Buckets(rows=(1, 2, 4), chunk=(4, 8), table_width=(1, 2, 4, 8))
 ODD_BUCKETS = Buckets(rows=(3,), chunk=(2, 3), table_width=(5,))
 
 
-def some_simulation(seed: int, window: int | None = None) -> Simulation:
-    """Return a simulation with random limits, most of them tight."""
+def some_simulation(
+    seed: int, window: int | None = None, windows: tuple[int, ...] = ()
+) -> Simulation:
+    """Return a simulation with random limits, most of them tight.
+
+    It has a pool for each of `windows`.
+    """
     rng = random.Random(seed)
     return Simulation(
+        window_pools=tuple((smaller, 8 + (seed + 3 * smaller) % 9) for smaller in windows),
         num_blocks=rng.choice([8, 10, 12, 30]),
         max_num_batched_tokens=rng.choice([8, 16, 24]),
         max_prefill_chunk=rng.choice([None, 4, 16]),
@@ -30,9 +36,14 @@ def some_simulation(seed: int, window: int | None = None) -> Simulation:
     )
 
 
-def drive(seed: int, num_actions: int = 60, window: int | None = None) -> Simulation:
+def drive(
+    seed: int,
+    num_actions: int = 60,
+    window: int | None = None,
+    windows: tuple[int, ...] = (),
+) -> Simulation:
     """Add, abort, stop and fail requests at random, then run until all have ended."""
-    sim = some_simulation(seed, window)
+    sim = some_simulation(seed, window, windows)
     rng = random.Random(seed)
     texts = [[rng.randrange(VOCAB_SIZE) for _ in range(24)] for _ in range(2)]
     num_requests = 0

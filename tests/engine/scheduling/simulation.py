@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
 
 from modelpack_engine.core.batch import StepBatch, build_batch
 from modelpack_engine.core.block_manager import BlockManager, PrefixSnapshots
-from modelpack_engine.core.block_pool import NULL_BLOCK
+from modelpack_engine.core.block_pool import NULL_BLOCK, BlockPool
 from modelpack_engine.core.buckets import EXACT, Buckets
 from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence, SequenceStatus
@@ -51,6 +51,12 @@ def sequence(
 
 def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
     """Check the block manager's counts against the tables of all sequences."""
+    for index, pool in enumerate(blocks.window_pools):
+        others = [seq.window_tables[index] for seq in sequences if seq.window_tables]
+        audit_pool(pool, Counter(block for table in others for block in table if block))
+        for seq in sequences:
+            for table in seq.window_tables:
+                assert len(table) == len(seq.block_table), "tables are of different lengths"
     tables = [seq.block_table[seq.num_unseen_blocks :] for seq in sequences]
     held = [seq.restore.blocks for seq in sequences if seq.restore is not None]
     refs = Counter(block for table in (*tables, *held) for block in table if block != NULL_BLOCK)
@@ -58,19 +64,23 @@ def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
         unseen = seq.block_table[: seq.num_unseen_blocks]
         assert set(unseen) <= {NULL_BLOCK}, "a block is kept that no token will see"
         assert NULL_BLOCK not in seq.block_table[seq.num_unseen_blocks :]
-    pool = blocks.pool
-    everything = range(len(pool._ref_counts))
-    assert [refs[block] for block in everything] == pool._ref_counts, "ref counts are wrong"
     for table in tables:
         assert len(set(table)) == len(table), "a block is twice in a table"
+    audit_pool(blocks.pool, refs)
+
+
+def audit_pool(pool: BlockPool, refs: Counter[int]) -> None:
+    """Check the counts of a pool whose blocks have these references."""
+    everything = range(len(pool._ref_counts))
+    assert [refs[block] for block in everything] == pool._ref_counts, "ref counts are wrong"
     places = [*pool._free, *pool._cached, *refs]
     assert sorted(places) == list(everything)[1:], "a block is lost, or in two places"
     assert NULL_BLOCK not in places
     assert pool._block_of == {hash_: block for block, hash_ in pool._hash_of.items()}
     assert all(block in pool._hash_of for block in pool._cached)
     assert not any(block in pool._hash_of for block in pool._free)
-    assert blocks.num_used == len(refs)
-    assert blocks.num_total == blocks.num_available + blocks.num_used
+    assert pool.num_used == len(refs)
+    assert pool.num_total == pool.num_available + pool.num_used
 
 
 @dataclass(slots=True)
@@ -99,12 +109,15 @@ class Simulation:
     num_snapshots: int = 5
     snapshot_interval: int = 0
     window: int | None = None
+    #: Pairs (window, number of blocks) of layers that see less.
+    window_pools: tuple[tuple[int, int], ...] = ()
     overtaking: int = 0
     mode: Mode = "build-ahead"
 
     blocks: BlockManager = field(init=False)
     scheduler: Scheduler = field(init=False)
     device: FakeDevice = field(init=False)
+    others: list[FakeDevice] = field(init=False)  # the layers of window pools
     pending: Step | None = field(default=None, init=False)
     sequences: list[Sequence] = field(default_factory=list, init=False)
     #: Sequences in the order of their first admission, and where the others wait.
@@ -125,6 +138,7 @@ class Simulation:
             snapshots=PrefixSnapshots(self.num_snapshots) if self.recurrent else None,
             snapshot_interval=self.snapshot_interval,
             window=self.window,
+            window_pools=self.window_pools,
         )
         config = SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
@@ -139,6 +153,10 @@ class Simulation:
         self.device = FakeDevice(
             self.num_blocks, self.block_size, self.recurrent, self.blocks.snapshots, self.window
         )
+        self.others = [
+            FakeDevice(count, self.block_size, window=window, sequences=self.device.sequences)
+            for window, count in self.window_pools
+        ]
 
     # Events
 
@@ -175,7 +193,8 @@ class Simulation:
         live = [seq for seq in members if not seq.is_finished]
         assert self.scheduler.fail(step.output) == live
         assert {seq.finish_reason for seq in live} <= {FinishReason.ERROR}
-        self.device.memory = [None] * len(self.device.memory)
+        for device in (self.device, *self.others):
+            device.memory = [None] * len(device.memory)
         self.check()
 
     def aborting(self, request_id: str) -> Callable[[], None]:
@@ -215,7 +234,13 @@ class Simulation:
             between()
         if self.mode != "one-ahead":
             self.collect()
-        token_ids = self.device.run(batch, previous.token_ids if previous else [])
+        known = previous.token_ids if previous else []
+        token_ids = self.device.run(batch, known)
+        for group, device in enumerate(self.others, 1):
+            device.run(replace(batch.of_group(group), decode_snapshots=()), known)
+            assert device.window is not None
+            for row, entries in self.device.read.items():
+                assert device.read[row] == entries[-device.window :], "another prefix is read"
         self.scheduler.submitted(output)
         if self.mode == "one-ahead":
             self.collect()
@@ -243,7 +268,8 @@ class Simulation:
                 break
         assert not self.scheduler.has_work, "somebody starves"
         assert all(seq.is_finished for seq in self.sequences)
-        assert self.blocks.num_used == 0, "blocks leak"
+        for pool in (self.blocks.pool, *self.blocks.window_pools):
+            assert pool.num_used == 0, "blocks leak"
         assert not self.scheduler._requests
         for seq_id in self.scheduler.take_released():
             self.device.states.pop(seq_id, None)
@@ -322,6 +348,13 @@ class Simulation:
 
     def _check_window(self, seq: Sequence) -> None:
         """Check that visible tokens have blocks, and tokens before the window have none."""
+        for pool, table in zip(self.blocks.window_pools, seq.window_tables, strict=False):
+            assert pool.window is not None
+            unseen = max(0, seq.num_computed_tokens - pool.window) // self.block_size
+            free = [block == NULL_BLOCK for block in table]
+            assert free == [True] * unseen + [False] * (len(table) - unseen) or not table
+            most = self.blocks.most_held(self.scheduler.config.chunk_rows, pool)
+            assert most is None or free.count(False) <= most
         if self.window is None:
             assert seq.num_unseen_blocks == 0
             return
@@ -337,6 +370,11 @@ class Simulation:
     def _check_published(self) -> None:
         """Check that equal hashes mean equal, completely computed contents."""
         size = self.block_size
+        for pool, device in zip(self.blocks.window_pools, self.others, strict=True):
+            for hash_, block in pool._block_of.items():
+                entries = tuple(device.memory[block * size : (block + 1) * size])
+                assert None not in entries, "a block is published before it is computed"
+                assert self.content.setdefault(hash_, entries) == entries, "a hit on other content"
         for hash_, block in self.blocks.pool._block_of.items():
             entries = tuple(self.device.memory[block * size : (block + 1) * size])
             assert None not in entries, "a block is published before it is computed"

@@ -38,8 +38,8 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (BlockPool.share, "del cached[block]", "pass"),
     (BlockPool.allocate, "del self._block_of[hash_]", "pass"),
     (BlockPool.__init__, "range(NULL_BLOCK + 1, num_blocks)", "range(num_blocks)"),
-    (BlockManager.free, "reversed(sequence.block_table)", "sequence.block_table[1:]"),
-    (BlockManager.free, "sequence.block_table.clear()", "pass"),
+    (BlockManager.free, "reversed(table)", "table[1:]"),
+    (BlockManager.free, "table.clear()", "pass"),
     (BlockManager.free, "sequence.num_published_blocks = 0", "pass"),
     (BlockManager.grow, "if not self.can_allocate(missing)", "if False"),
     (BlockManager.grow, "range(missing)", "range(missing and missing + 1)"),
@@ -173,7 +173,7 @@ OF_BLOCKS = [
         if mutation[0] in (*vars(BlockManager).values(), *vars(BlockPool).values())
     ),
     (BlockPool.allocate, "popitem(last=False)", "popitem()"),
-    (BlockManager.free, "reversed(sequence.block_table)", "sequence.block_table"),
+    (BlockManager.free, "reversed(table)", "table"),
     (BlockPool.allocate, "if self._free:", "if self._free and not self._cached:"),
 ]
 # It has no generated tokens and no preempted sequences, and seldom a sequence within a block whose

@@ -43,10 +43,10 @@ def test_any_traffic_over_windows() -> None:
 
 # Method, source, replacement.
 MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
-    (BlockManager.release_unseen, "- self.window", "- self.window + 2 * self.block_size"),
-    (BlockManager.release_unseen, "- self.window", "- self.window - self.block_size"),
-    (BlockManager.release_unseen, "self.pool.release(table[index])", "pass"),
-    (BlockManager.release_unseen, "table[index] = NULL_BLOCK", "pass"),
+    (BlockPool.num_unseen, "- self.window", "- self.window + 2 * block_size"),
+    (BlockPool.num_unseen, "- self.window", "- self.window - block_size"),
+    (BlockPool.release_unseen, "self.release_all(table[first:num_unseen])", "pass"),
+    (BlockPool.release_unseen, "table[first:num_unseen] = ", "_ = "),
     (BlockManager.free, "sequence.num_unseen_blocks = 0", "pass"),
     (BlockPool.release_all, "if block != NULL_BLOCK", "if True"),
     (BlockManager._match_window, "run >= seen", "run >= 1"),

@@ -41,9 +41,11 @@ class Driver:
     _flight: tuple[SchedulerOutput, StepBatch, mx.array] | None = None
 
     def __post_init__(self) -> None:
-        setting = self.setting
+        setting, layout = self.setting, self.runner.layout
+        groups = layout.window_groups if layout is not None else ()
         self.blocks = BlockManager(
             setting.blocks,
+            window_pools=[(group.window, setting.blocks) for group in groups],
             enable_prefix_caching=setting.prefix_cache and self.runner.supports_prefix_cache,
             snapshots=self.runner.snapshots,
         )

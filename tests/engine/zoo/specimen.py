@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
+from modelpack_engine.runner.model_layout import layout_of
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.zoo.configuration import Configuration, prompts
 from tests.engine.zoo.driving import Driver, Setting
@@ -48,7 +49,12 @@ class Specimen:
         if exact not in self.runners:
             for other in self.runners.values():
                 other.undo()
-            self.runners = {exact: make_runner(self.model, num_blocks=64, exact=exact)}
+            layout = layout_of(self.model)
+            groups = layout.window_groups if layout is not None else ()
+            windows = (64,) * len(groups)
+            self.runners = {
+                exact: make_runner(self.model, num_blocks=64, window_blocks=windows, exact=exact)
+            }
         return self.runners[exact]
 
     def drive(self, setting: Setting, runner: ModelRunner | None = None) -> Driver:
