@@ -119,8 +119,9 @@ def verify(
     with opened_model(where, store, remote, watch) as (place, model):
         formats = formats or MANIFEST_FORMATS
         found = find_signatures(
-            place, model.descriptor, lambda: model, keys, tagged=store is None, formats=formats
-        )
+            place, model.descriptor, lambda: model, keys,
+            tagged=store is None, formats=formats, contents=store,
+        )  # fmt: skip
     lacking = [key for key in keys if key not in found.keys]
     if lacking:
         why = "; ".join(found.refused[:5]) or "it has no signatures"

@@ -1,28 +1,35 @@
 """OpenSSF model signing 1.0: a statement over the digests of a model's files.
 
 A layer of a model is a file, so the statement is compared with the digests in the manifest, which
-the registry client or the store has verified; no file is read again.
+the registry client or the store has verified; no file is read again. Only digests by BLAKE2b or
+BLAKE3, and those of parts of a file (shards), need the file itself.
 
 The format covers only files. A model also has a config, annotations, and types and an order of its
-layers. Statements of Modelpack therefore also name the manifest, in a field of the predicate that
-other verifiers ignore. A statement without that field is accepted only for a model whose other
+layers. Statements of Modelpack therefore also name the manifest, in an annotation of the subject
+that other verifiers ignore. A statement without it is accepted only for a model whose other
 parts cannot change how it runs, see `uncovered`.
-Sources: ossf/model-signing-spec, spec/v1.0.md; sigstore/model-transparency,
-model_signing/_signing/signing.py ("any other field should be ignored by verifiers").
+Sources: ossf/model-signing-spec, spec/v1.0.md, algorithm-registry.md and schemas/v1.0 (the
+predicate has no further fields); in-toto/attestation, spec/v1/resource_descriptor.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
+from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model, Role, format_of, role_of
 from modelpack.bundles.names import arrange
-from modelpack.errors import FormatError, IntegrityError, InvalidDigestError, UnsupportedError
+from modelpack.errors import FormatError, IntegrityError, ModelpackError, UnsupportedError
+from modelpack.storage import BlobReader, Source, fill
 from modelpack.trust.sigstore import MODEL_SIGNING, Statement, Subject
 
-#: The field of the predicate that holds the digest of the manifest.
+#: The annotation of the subject that holds the digest of the manifest. Earlier statements have it
+#: as a field of the predicate.
 MANIFEST: Final = "dev.modelpack.manifest"
 #: Names at the root of a model that signers leave out. (Specification, 6.2)
 _IGNORED: Final = frozenset((".git", ".gitattributes", ".github", ".gitignore"))
@@ -32,6 +39,8 @@ _SERIALIZATION: Final = {
     "allow_symlinks": False,
     "ignore_paths": [],
 }
+_BYTES: Final = {"sha256": 32, "blake2b": 64, "blake3": 32}
+_CHUNK: Final = 1024 * 1024
 # Annotations of a manifest that describe a model and do not change how it runs.
 _DESCRIPTIVE: Final = frozenset(
     f"org.opencontainers.image.{name}"
@@ -44,8 +53,8 @@ _DESCRIPTIVE: Final = frozenset(
 _ORDERED: Final = (Role.WEIGHT, Role.PROJECTOR, Role.CHAT_TEMPLATE)
 
 
-def files_of(model: Model) -> Mapping[str, Digest]:
-    """Return the digests of the model's files by their path in a bundle.
+def files_of(model: Model) -> Mapping[str, Descriptor]:
+    """Return the model's files by their path in a bundle.
 
     Raises `UnsupportedError` for archives and digests other than SHA-256.
     """
@@ -57,12 +66,10 @@ def files_of(model: Model) -> Mapping[str, Digest]:
             path=what,
             hint="sign the manifest instead: omit --format model-signing",
         )
-    files = {placed.path: placed.file.descriptor.digest for placed in arrangement.files}
-    for path, digest in files.items():
-        if digest.algorithm != "sha256":
-            raise UnsupportedError(
-                f"{path} has a {digest.algorithm} digest, expected sha256", path=what
-            )
+    files = {placed.path: placed.file.descriptor for placed in arrangement.files}
+    for path, descriptor in files.items():
+        if (algorithm := descriptor.digest.algorithm) != "sha256":
+            raise UnsupportedError(f"{path} has a {algorithm} digest, expected sha256", path=what)
     return files
 
 
@@ -70,64 +77,180 @@ def model_statement(model: Model, name: str) -> Statement:
     """Return the statement over the files and the manifest of `model`, called `name` in it."""
     files = files_of(model)
     resources = [
-        {"name": path, "algorithm": "sha256", "digest": files[path].encoded}
+        {"name": path, "algorithm": "sha256", "digest": files[path].digest.encoded}
         for path in sorted(files)
     ]
-    predicate = {
-        "serialization": _SERIALIZATION,
-        "resources": resources,
-        MANIFEST: str(model.digest),
-    }
-    return Statement((Subject(_root(resources), name),), MODEL_SIGNING, predicate)
+    root = Digest.of(b"".join(bytes.fromhex(one["digest"]) for one in resources))
+    subject = Subject(root, name, {MANIFEST: str(model.digest)})
+    predicate = {"serialization": _SERIALIZATION, "resources": resources}
+    return Statement((subject,), MODEL_SIGNING, predicate)
 
 
 def names_manifest(statement: Statement) -> bool:
     """Return whether the statement names the manifest in addition to the files."""
-    return MANIFEST in statement.predicate
+    return bool(_manifests(statement))
 
 
-def check_model(statement: Statement, model: Model) -> None:
+def _manifests(statement: Statement) -> list[Any]:
+    places = (statement.predicate, *(one.annotations for one in statement.subjects))
+    return [place[MANIFEST] for place in places if MANIFEST in place]
+
+
+def check_model(statement: Statement, model: Model, contents: Source | None = None) -> None:
     """Raise `IntegrityError` unless the statement is about `model` and covers all of it.
 
     It must list exactly the model's files, but for those that its signer ignored. If it names a
     manifest, that must be the model's; otherwise the model must have no `uncovered` parts, and
-    ignored files must not change how it runs. Raises `FormatError` for a statement whose
-    digest is not that of the listed files, or whose serialization method is not `files`.
+    ignored files must not change how it runs. Digests that do not follow from the manifest are
+    computed from `contents`; without it, `UnsupportedError` is raised for them. Raises
+    `FormatError` for a statement that does not follow the format, or whose digest is not that of
+    the listed files.
     """
     what = f"model signature of {model.reference or model.digest}"
-    if names_manifest(statement) and statement.predicate[MANIFEST] != str(model.digest):
-        raise IntegrityError(f"{what}: signs {statement.predicate[MANIFEST]!r}, another manifest")
-    resources: Any = statement.predicate.get("resources") or []
-    serialization = statement.predicate.get("serialization")
-    if not isinstance(serialization, dict) or serialization.get("method") != "files":
-        raise FormatError("does not have the serialization method 'files'", path=what)
-    signed: dict[str, Digest] = {}
-    try:
-        for one in resources:
-            signed[str(one["name"])] = Digest.parse(f"{one['algorithm']}:{one['digest']}")
-        root = _root(resources)
-    except (KeyError, TypeError, ValueError, InvalidDigestError):
-        raise FormatError("lists resources that are not files with digests", path=what) from None
-    if not signed or len(signed) != len(resources):
-        raise FormatError("lists no files, or the same file twice", path=what)
-    if statement.subjects[0].digest != root:
-        raise FormatError("its digest is not that of the listed files", path=what)
+    named = _manifests(statement)
+    if other := [one for one in named if one != str(model.digest)]:
+        raise IntegrityError(f"{what}: signs {other[0]!r}, another manifest")
+    listed = _Resources.parse(statement, what)
     files = files_of(model)
-    wrong = sorted(path for path in signed.keys() & files.keys() if signed[path] != files[path])
-    ignored = _ignored(files.keys() - signed.keys(), serialization.get("ignore_paths"))
-    wrong += sorted((signed.keys() ^ files.keys()) - ignored)
+    wrong, absent, whole = [], set(), []
+    left = set(listed.digests)
+    for path, descriptor in files.items():
+        count = listed.count(descriptor.size)
+        ranges = () if count > len(listed.digests) else listed.ranges(path, descriptor.size)
+        present = left.intersection(name for name, _, _ in ranges)
+        left -= present
+        if not present:
+            absent.add(path)
+        elif len(present) < count:
+            wrong.append(path)
+        else:
+            whole.append((path, descriptor, ranges))
+    ignored = _ignored(absent, listed.ignored)
+    if listed.shard_size:  # empty files have no shards
+        ignored |= {path for path in absent if not files[path].size}
+    wrong += [*(absent - ignored), *left]
+    if not wrong:  # before files are read
+        differs = _reader(listed, contents, what)
+        wrong = [path for path, descriptor, ranges in whole if differs(descriptor, ranges)]
     if wrong:
-        raise IntegrityError(f"{what}: signs other files: {', '.join(wrong[:8])}")
-    if not names_manifest(statement) and (parts := _running(ignored, model) + uncovered(model)):
+        raise IntegrityError(f"{what}: signs other files: {', '.join(sorted(wrong)[:8])}")
+    if not named and (parts := _running(ignored, model) + uncovered(model)):
         raise IntegrityError(
             f"{what}: signs only the files, not other parts of the model: {', '.join(parts[:8])}",
             hint="sign the manifest: `modelpack sign`",
         )
 
 
-def _ignored(paths: Iterable[str], listed: Any) -> set[str]:
+_Ranges = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Resources:
+    """The signed digests by name; `shard_size` is 0 if they are of whole files."""
+
+    digests: Mapping[str, bytes]
+    algorithm: str
+    shard_size: int
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, statement: Statement, what: str) -> _Resources:
+        """Return the resources that a statement lists; raise `FormatError`."""
+        value: Any = statement.predicate.get("serialization")
+        if not isinstance(value, dict) or value.get("method") not in ("files", "shards"):
+            raise FormatError("does not have the serialization 'files' or 'shards'", path=what)
+        algorithm, size = value.get("hash_type"), value.get("shard_size", 0)
+        if not isinstance(algorithm, str) or algorithm not in _BYTES:
+            raise FormatError(
+                f"has the hash {algorithm!r}, expected sha256, blake2b or blake3", path=what
+            )
+        if isinstance(size, float) and size.is_integer():  # as OpenSSF's own tool writes it
+            size = int(size)
+        if type(size) is not int or size < 0 or (value["method"] == "shards") != (size > 0):
+            raise FormatError(f"has the shard size {size!r} with {value['method']!r}", path=what)
+        # OpenSSF's own tool appends the size of the shards to the name of the algorithm.
+        names = (algorithm, f"{algorithm}-sharded-{size}") if size else (algorithm,)
+        resources = statement.predicate.get("resources")
+        digests: dict[str, bytes] = {}
+        try:
+            for one in resources if isinstance(resources, list) else []:
+                if one["algorithm"] not in names or not re.fullmatch("[0-9a-f]+", one["digest"]):
+                    raise ValueError
+                digests[str(one["name"])] = digest = bytes.fromhex(one["digest"])
+                if len(digest) != _BYTES[algorithm]:
+                    raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise FormatError(
+                f"lists resources that are not files with {algorithm} digests", path=what
+            ) from None
+        if not digests or len(digests) != len(resources or ()):
+            raise FormatError("lists no files, or the same file twice", path=what)
+        if len(statement.subjects) != 1:
+            raise FormatError(f"has {len(statement.subjects)} subjects, expected 1", path=what)
+        if statement.subjects[0].digest != Digest.of(b"".join(digests.values())):
+            raise FormatError("its digest is not that of the listed files", path=what)
+        paths = value.get("ignore_paths")
+        ignored = [one for one in paths if isinstance(one, str)] if isinstance(paths, list) else ()
+        return cls(digests, algorithm, size, tuple(ignored))
+
+    def count(self, size: int) -> int:
+        """Return the number of digests of a file of `size` bytes."""
+        return -(-size // self.shard_size) if self.shard_size else 1
+
+    def ranges(self, path: str, size: int) -> _Ranges:
+        """Return the names of the digests of a file, each with the range of bytes."""
+        if not self.shard_size:
+            return ((path, 0, size),)
+        bounds = [(at, min(at + self.shard_size, size)) for at in range(0, size, self.shard_size)]
+        return tuple((f"{path}:{start}:{end}", start, end) for start, end in bounds)
+
+
+def _reader(
+    listed: _Resources, contents: Source | None, what: str
+) -> Callable[[Descriptor, _Ranges], bool]:
+    """Return a function that says whether a file has other digests than the listed ones."""
+
+    def differs(file: Descriptor, ranges: _Ranges) -> bool:
+        signed = [listed.digests[name] for name, _, _ in ranges]
+        if listed.algorithm == "sha256" and len(ranges) == 1:
+            return signed != [bytes.fromhex(file.digest.encoded)]
+        if contents is None:
+            kind = "shards" if listed.shard_size else "files"
+            raise UnsupportedError(
+                f"signs {listed.algorithm} digests of {kind}, which only the stored files verify",
+                path=what,
+                hint="run `modelpack pull --with-referrers`, then `modelpack verify --local`",
+            )
+        with contents.blob(file).open() as stream:
+            sizes = [end - start for _, start, end in ranges]
+            return signed != [_hash(stream, size, listed.algorithm) for size in sizes]
+
+    return differs
+
+
+def _hash(stream: BlobReader, size: int, algorithm: str) -> bytes:
+    """Return the digest of the next `size` bytes."""
+    hasher = _blake3() if algorithm == "blake3" else hashlib.new(algorithm)
+    buffer = memoryview(bytearray(min(size, _CHUNK)))
+    while size and (count := fill(stream, buffer[: min(size, _CHUNK)])):
+        hasher.update(buffer[:count])
+        size -= count
+    return bytes(hasher.digest())
+
+
+def _blake3() -> Any:
+    try:
+        from blake3 import blake3
+    except ImportError:
+        raise ModelpackError(
+            "BLAKE3 digests need the package blake3, which is not installed",
+            hint="pip install blake3",
+        ) from None
+    return blake3()
+
+
+def _ignored(paths: Iterable[str], entries: Iterable[str]) -> set[str]:
     """Return which paths a signer left out: by default, and by the ignore paths of a statement."""
-    entries = [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
     return {
         path
         for path in paths
@@ -188,7 +311,3 @@ def uncovered(model: Model) -> tuple[str, ...]:
 
 def _format(role: Role, path: str) -> str:
     return format_of("", path) if role in (Role.WEIGHT, Role.PROJECTOR) else ""
-
-
-def _root(resources: Any) -> Digest:
-    return Digest.of(b"".join(bytes.fromhex(one["digest"]) for one in resources))

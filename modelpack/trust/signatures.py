@@ -2,8 +2,9 @@
 
 Cosign's simple signatures are under its tag; sigstore bundles are attached to the model and sign
 its manifest (cosign) or its files (OpenSSF model signing). A manifest contains the digests of all
-files, which are verified when the model is transferred, so no file is read here. By default only
-formats that cover the manifest count: a model has more parts than its files.
+files, which are verified when the model is transferred, so files are read only for signatures over
+other digests. By default only formats that cover the manifest count: a model has more parts than
+its files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model
 from modelpack.errors import FormatError, IntegrityError, NotFoundError, UntrustedError
-from modelpack.storage import ReferrerSource, read_blob
+from modelpack.storage import ReferrerSource, Source, read_blob
 from modelpack.trust.keys import PublicKey
 from modelpack.trust.model_signing import check_model, names_manifest
 from modelpack.trust.sigstore import (
@@ -85,15 +86,17 @@ def find_signatures(
     *,
     tagged: bool,
     formats: Collection[SignatureKind] = MANIFEST_FORMATS,
+    contents: Source | None = None,
 ) -> Findings:
     """Return the signatures by `keys` over the manifest `subject` or the files of its `model`.
 
     With `tagged`, search cosign's tag, too. Signatures that are broken, by other keys or not of one
-    of the `formats` do not count, without an effect on others. Errors of the source are raised.
+    of the `formats` do not count, without an effect on others. Files are read only from `contents`,
+    for digests that are not in the manifest. Errors of the source are raised.
     """
     found: list[Signature] = []
     refused: list[str] = []
-    for manifest, kind, check in _candidates(source, subject, model, refused, tagged):
+    for manifest, kind, check in _candidates(source, subject, model, refused, tagged, contents):
         if kind not in formats:
             why = "its format is not accepted"
             if kind is SignatureKind.FILES:
@@ -127,6 +130,7 @@ def _candidates(
     model: Callable[[], Model],
     refused: list[str],
     tagged: bool,
+    contents: Source | None,
 ) -> Iterator[tuple[Descriptor, SignatureKind, _Check]]:
     attached = [one for one in source.referrers(subject.digest) if one.artifact_type in _LISTED_AS]
     if len(attached) > MAX_SIGNATURES:
@@ -137,7 +141,7 @@ def _candidates(
         )
     for referrer in attached:
         try:
-            candidate = _bundle(source, referrer, subject, model)
+            candidate = _bundle(source, referrer, subject, model, contents)
         except (FormatError, IntegrityError, NotFoundError) as error:
             refused.append(str(error))
             continue
@@ -149,7 +153,11 @@ def _candidates(
 
 
 def _bundle(
-    source: ReferrerSource, referrer: Descriptor, subject: Descriptor, model: Callable[[], Model]
+    source: ReferrerSource,
+    referrer: Descriptor,
+    subject: Descriptor,
+    model: Callable[[], Model],
+    contents: Source | None,
 ) -> tuple[SignatureKind, _Check] | None:
     """Return the format of an attached bundle and its check, or None if it is not a signature."""
     what = f"bundle {referrer.digest.short}"
@@ -168,7 +176,7 @@ def _bundle(
     def signs_files(key: PublicKey) -> bool:
         if not bundle.envelope.is_signed_by(key):
             return False
-        check_model(statement, model())
+        check_model(statement, model(), contents)
         return True
 
     kind = SignatureKind.MODEL_SIGNING if names_manifest(statement) else SignatureKind.FILES

@@ -37,6 +37,7 @@ class Subject:
 
     digest: Digest
     name: str = ""
+    annotations: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Statement:
             "subject": [
                 ({"name": one.name} if one.name else {})
                 | {"digest": {one.digest.algorithm: one.digest.encoded}}
+                | ({"annotations": dict(one.annotations)} if one.annotations else {})
                 for one in self.subjects
             ],
             "predicateType": self.predicate_type,
@@ -85,7 +87,11 @@ def _subject(value: Any) -> Subject:
     """Return the subject in decoded JSON, with its SHA-256 digest if it has several."""
     digests = value["digest"]
     algorithm = "sha256" if "sha256" in digests else "sha512"
-    return Subject(Digest.parse(f"{algorithm}:{digests[algorithm]}"), str(value.get("name", "")))
+    digest = Digest.parse(f"{algorithm}:{digests[algorithm]}")
+    annotations = value.get("annotations") or {}
+    if not isinstance(annotations, dict):
+        raise TypeError
+    return Subject(digest, str(value.get("name", "")), annotations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +176,27 @@ class Bundle:
                 f"has a payload of type {envelope.payload_type!r}, expected {PAYLOAD_TYPE}",
                 path=what,
             )
-        return cls(envelope, Statement.parse(envelope.payload, what))
+        statement = Statement.parse(envelope.payload, what)
+        if statement.predicate_type == MODEL_SIGNING and not _has_material(value):
+            raise FormatError(
+                "has no verification material: expected a public key, a chain of certificates, or "
+                "a certificate with log entries",
+                path=what,
+            )
+        return cls(envelope, statement)
+
+
+def _has_material(bundle: Mapping[str, Any]) -> bool:
+    """Return whether a bundle has the fields of a signing method (model signing 1.0, 4.1)."""
+    material = bundle.get("verificationMaterial")
+    if not isinstance(material, dict):
+        return False
+    key, chain = material.get("publicKey"), material.get("x509CertificateChain")
+    if isinstance(key, dict) and key.keys() & {"hint", "rawBytes"}:
+        return True
+    if isinstance(chain, dict) and chain.get("certificates"):
+        return True
+    return bool(material.get("certificate") and material.get("tlogEntries"))
 
 
 def signed_bundle(statement: Statement, key: PrivateKey) -> bytes:

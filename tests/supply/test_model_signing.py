@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -17,15 +23,22 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.reference import Reference
-from modelpack.errors import UntrustedError
+from modelpack.errors import FormatError, IntegrityError, UntrustedError
 from modelpack.operations import signatures
 from modelpack.operations.lookup import inspect, model_in
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.storage import watching
 from modelpack.trust.keys import PrivateKey
-from modelpack.trust.model_signing import model_statement
+from modelpack.trust.model_signing import MANIFEST, check_model, files_of, model_statement
 from modelpack.trust.signatures import SignatureKind
-from modelpack.trust.sigstore import MODEL_SIGNING, bundle_manifest, signed_bundle
+from modelpack.trust.sigstore import (
+    MODEL_SIGNING,
+    Bundle,
+    Statement,
+    Subject,
+    bundle_manifest,
+    signed_bundle,
+)
 from tests.supply.conftest import Published, publishing
 from tests.supply.test_tampering import files_in
 
@@ -59,7 +72,8 @@ def test_theirs_verifies_ours(
     model = inspect(published.reference, store=published.origin)
     signature = tmp_path / "model.sig"
     statement = model_statement(model, "model")
-    assert statement.predicate["dev.modelpack.manifest"] == str(model.digest)
+    annotations = statement.subjects[0].annotations
+    assert annotations == {"dev.modelpack.manifest": str(model.digest)}
     signature.write_bytes(signed_bundle(statement, ours))
     options = {"signature": signature, "public_key": keys / "ours.pub"}
     done = model_signing("verify", files, **options)
@@ -80,11 +94,11 @@ def attach(reference: str, signature: bytes) -> None:
         signatures.put(repository, manifest, blobs, None, watching(None))
 
 
-def signed(files: Path, key: PrivateKey, *options: str) -> bytes:
+def signed(files: Path, key: PrivateKey, *options: str, method: str = "key") -> bytes:
     """Return the signature of the real tool over a directory, which does not get it."""
     plain, signature = files.parent / "key.pem", files.parent / "model.sig"
     plain.write_bytes(key.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    command = [sys.executable, "-m", "model_signing", "sign", "key", str(files), *options]
+    command = [sys.executable, "-m", "model_signing", "sign", method, str(files), *options]
     command += [f"--signature={signature}", f"--private_key={plain}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -159,3 +173,220 @@ def add_file(reference: str, path: str, content: bytes) -> None:
             annotations=model.manifest.annotations,
         )
         signatures.put(repository, manifest, {layer: content}, where.tag, watching(None))
+
+
+def test_a_certificate_is_its_public_key(
+    published: Published, files: Path, ours: PrivateKey, theirs: PrivateKey
+) -> None:
+    """Chain and dates have no effect: whoever gives the key of a certificate trusts the key."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ours")])
+    ended = datetime(2020, 1, 2, tzinfo=UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, ours.public.key, 1, ended - timedelta(1), ended)
+        .sign(ours.key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+    pem = files.parent / "certificate.pem"
+    pem.write_bytes(certificate)
+    options = (f"--signing_certificate={pem}", f"--certificate_chain={pem}")
+    signature = signed(files, ours, *options, method="certificate")
+    assert "x509CertificateChain" in json.loads(signature)["verificationMaterial"]
+    attach(published.reference, signature)
+    formats = [SignatureKind.FILES]
+    signatures.verify(published.reference, [ours.public], formats=formats)
+    with pytest.raises(UntrustedError, match="made by none of the keys"):
+        signatures.verify(published.reference, [theirs.public], formats=formats)
+
+
+#: How OpenSSF's library hashes: method, algorithm and size of the shards, and whether the digests
+#: that it signs are in the manifest.
+HASHING = {
+    "shards": ("shards", "sha256", 100, False),
+    "large shards": ("shards", "sha256", 1_000_000_000, True),
+    "shards by blake2b": ("shards", "blake2", 64, False),
+    "blake2b": ("files", "blake2", 0, False),
+    "blake3": ("files", "blake3", 0, False),
+}
+
+
+def hashed_and_signed(
+    files: Path, key: PrivateKey, method: str, algorithm: str, size: int
+) -> bytes:
+    """Return the signature of OpenSSF's library over a directory, with this hashing."""
+    from model_signing import hashing, signing
+
+    plain, signature = files.parent / "key.pem", files.parent / "model.sig"
+    plain.write_bytes(key.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    config = hashing.Config()
+    if method == "shards":
+        config.use_shard_serialization(hashing_algorithm=algorithm, shard_size=size)
+    else:
+        config.use_file_serialization(hashing_algorithm=algorithm)
+    signer = signing.Config().use_elliptic_key_signer(private_key=plain)
+    signer.set_hashing_config(config).sign(files, signature)
+    return signature.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "algorithm", "size", "in_manifest"), HASHING.values(), ids=HASHING
+)
+def test_other_digests_are_computed_from_stored_files(
+    published: Published,
+    files: Path,
+    ours: PrivateKey,
+    method: str,
+    algorithm: str,
+    size: int,
+    in_manifest: bool,
+) -> None:
+    """Without the files, such signatures are refused."""
+    attach(published.reference, hashed_and_signed(files, ours, method, algorithm, size))
+    formats = [SignatureKind.FILES]
+    if not in_manifest:
+        with pytest.raises(UntrustedError, match="which only the stored files verify"):
+            signatures.verify(published.reference, [ours.public], formats=formats)
+    modelpack.pull(published.reference, store=published.store, with_referrers=True)
+    _, found = signatures.verify(
+        published.reference, [ours.public], formats=formats, store=published.store
+    )
+    assert [one.kind for one in found.signatures] == formats
+
+
+@pytest.mark.parametrize(
+    ("method", "algorithm", "size", "in_manifest"), HASHING.values(), ids=HASHING
+)
+def test_a_changed_byte_is_found_by_any_digest(
+    published: Published,
+    files: Path,
+    ours: PrivateKey,
+    method: str,
+    algorithm: str,
+    size: int,
+    in_manifest: bool,
+) -> None:
+    weights = files / "model-00001-of-00002.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    attach(published.reference, hashed_and_signed(files, ours, method, algorithm, size))
+    modelpack.pull(published.reference, store=published.store, with_referrers=True)
+    with pytest.raises(UntrustedError, match=f"signs other files: {weights.name}"):
+        signatures.verify(
+            published.reference,
+            [ours.public],
+            formats=[SignatureKind.FILES],
+            store=published.store,
+        )
+
+
+def in_shards(statement: Statement, files: dict[str, int], size: int) -> Statement:
+    """Return the statement over shards of files of these sizes, with digests of zeros."""
+    resources = [
+        {"name": f"{path}:{at}:{min(at + size, end)}", "algorithm": "sha256", "digest": "0" * 64}
+        for path, end in files.items()
+        for at in range(0, end, size)
+    ]
+    serialization = {"method": "shards", "hash_type": "sha256", "shard_size": size}
+    root = Digest.of(bytes(32 * len(resources)))
+    predicate = {"resources": resources, "serialization": serialization}
+    return replace(statement, subjects=(Subject(root, "model"),), predicate=predicate)
+
+
+def test_shards_cover_every_byte(published: Published) -> None:
+    """The names of shards are compared before a file is read."""
+    model = inspect(published.reference, store=published.origin)
+    good = model_statement(model, "model")
+    sizes = {path: file.size for path, file in files_of(model).items()}
+    name = max(sizes, key=lambda path: sizes[path])
+    for other in (
+        {**sizes, name: sizes[name] - 100},
+        {**sizes, name: sizes[name] + 100},
+        {path: size for path, size in sizes.items() if path != name},
+        {**sizes, "more": 100},
+    ):
+        with pytest.raises(IntegrityError, match="signs other files"):
+            check_model(in_shards(good, other, 100), model)
+    # Shards of one byte, of which only few are signed, are counted and not listed.
+    with pytest.raises(IntegrityError, match="signs other files"):
+        check_model(in_shards(good, {name: 10}, 1), model)
+
+
+def test_an_empty_file_has_no_shards(tmp_path: Path, ours: PrivateKey) -> None:
+    """A signature over shards does not list it, so it must not change how the model runs."""
+    formats = [SignatureKind.FILES]
+    with publishing(tmp_path, files_in(tmp_path)) as published:
+        directory = tmp_path / "bundle"
+        modelpack.bundle(published.reference, directory, store=published.origin, links="copy")
+        signature = hashed_and_signed(directory / "model", ours, "shards", "sha256", 1_000_000_000)
+        add_file(published.reference, "empty.md", b"")
+        attach(published.reference, signature)
+        _, found = signatures.verify(published.reference, [ours.public], formats=formats)
+        assert [one.kind for one in found.signatures] == formats
+        add_file(published.reference, "generation_config.json", b"")
+        attach(published.reference, signature)
+        with pytest.raises(UntrustedError, match=r"the file generation_config\.json"):
+            signatures.verify(published.reference, [ours.public], formats=formats)
+
+
+@pytest.mark.parametrize(
+    ("material", "problem"),
+    [
+        ({"publicKey": {"hint": "e8450dec"}, "tlogEntries": []}, None),
+        ({"publicKey": {"rawBytes": "AA=="}}, None),
+        ({"x509CertificateChain": {"certificates": [{"rawBytes": "AA=="}]}}, None),
+        ({"certificate": {"rawBytes": "AA=="}, "tlogEntries": [{"logIndex": "1"}]}, None),
+        ({"certificate": {"rawBytes": "AA=="}}, "has no verification material"),
+        ({"certificate": {"rawBytes": "AA=="}, "tlogEntries": []}, "has no verification material"),
+        ({"publicKey": {}}, "has no verification material"),
+        (None, "has no verification material"),
+    ],
+)
+def test_the_material_of_a_bundle(
+    published: Published, ours: PrivateKey, material: object, problem: str | None
+) -> None:
+    """The cases of OpenSSF's test vectors for 1.0, and the older form of a key."""
+    model = inspect(published.reference, store=published.origin)
+    value = json.loads(signed_bundle(model_statement(model, "model"), ours))
+    del value["verificationMaterial"]
+    if material is not None:
+        value["verificationMaterial"] = material
+    raw = json.dumps(value).encode()
+    if problem is None:
+        assert Bundle.parse(raw, "bundle").envelope.is_signed_by(ours.public)
+    else:
+        with pytest.raises(FormatError, match=problem):
+            Bundle.parse(raw, "bundle")
+    del value["dsseEnvelope"]
+    for broken in (json.dumps(value).encode(), b""):
+        with pytest.raises(FormatError):
+            Bundle.parse(broken, "bundle")
+
+
+def test_ours_have_only_the_fields_of_the_schemas(published: Published, ours: PrivateKey) -> None:
+    """Bundle, envelope, statement and predicate of the specification allow no other fields."""
+    model = inspect(published.reference, store=published.origin)
+    bundle = json.loads(signed_bundle(model_statement(model, "model"), ours))
+    assert bundle.keys() == {"mediaType", "verificationMaterial", "dsseEnvelope"}
+    assert bundle["dsseEnvelope"].keys() == {"payload", "payloadType", "signatures"}
+    statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    assert statement.keys() == {"_type", "subject", "predicateType", "predicate"}
+    assert statement["predicate"].keys() == {"resources", "serialization"}
+    names = [one["name"] for one in statement["predicate"]["resources"]]
+    assert names == sorted(names)
+
+
+def test_statements_that_name_the_manifest_in_the_predicate(published: Published) -> None:
+    """Modelpack wrote it there before; wherever it is, it must be the model's."""
+    model = inspect(published.reference, store=published.origin)
+    good = model_statement(model, "model")
+    (subject,) = good.subjects
+    predicate = {**good.predicate, MANIFEST: str(model.digest)}
+    check_model(replace(good, subjects=(Subject(subject.digest),), predicate=predicate), model)
+    other = {**good.predicate, MANIFEST: str(subject.digest)}
+    for subjects in (good.subjects, (Subject(subject.digest),)):
+        with pytest.raises(IntegrityError, match="another manifest"):
+            check_model(replace(good, subjects=subjects, predicate=other), model)
+    twice = replace(good, subjects=(subject, subject))
+    with pytest.raises(FormatError, match="has 2 subjects"):
+        check_model(twice, model)

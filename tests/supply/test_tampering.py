@@ -198,8 +198,9 @@ class Signer:
 
 def files_only(statement: Statement) -> Statement:
     """Return the statement of OpenSSF's own tool, which does not name the manifest."""
-    predicate = {key: value for key, value in statement.predicate.items() if key != MANIFEST}
-    return replace(statement, predicate=predicate)
+    (subject,) = statement.subjects
+    assert MANIFEST in subject.annotations
+    return replace(statement, subjects=(replace(subject, annotations={}),))
 
 
 def move_signatures(repository: Repository, old: Descriptor, new: Descriptor) -> None:
