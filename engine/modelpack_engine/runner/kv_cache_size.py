@@ -286,13 +286,15 @@ def _share_budget(budget: int, num_seqs: int, own: _Pool, windows: list[_Pool]) 
     if not windows:
         return [min(useful, equal)]
     count = max(
-        min(
-            budget // (_FULL_PER_SLIDING * own.block_bytes + block_bytes),
-            (budget - (own.held + 1) * own.block_bytes) // block_bytes,
-        ),
+        budget // (_FULL_PER_SLIDING * own.block_bytes + block_bytes),
         (budget - useful * own.block_bytes) // block_bytes,
     )
-    counts = [min(useful, max(count, min(pool.held + 1, equal))) for pool in windows]
+    one_request = sum((pool.held + 1) * pool.block_bytes for pool in (own, *windows))
+    spare = max(0, budget - one_request) // block_bytes
+    counts = [
+        min(useful, max(min(count, pool.held + 1 + spare), min(pool.held + 1, equal)))
+        for pool in windows
+    ]
     taken = sum(pool.block_bytes * n for pool, n in zip(windows, counts, strict=True))
     return [min(useful, (budget - taken) // own.block_bytes), *counts]
 

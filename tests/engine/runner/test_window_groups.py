@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
@@ -210,6 +210,7 @@ def test_a_llama_of_windows_has_groups() -> None:
     num_seqs=st.integers(1, 300),
     budget=st.integers(2000, 10**7),
 )
+@example(own=1, windows=[(10, 50), (10, 2)], held=1000, num_seqs=2, budget=1600)
 def test_a_request_that_fits_in_equal_pools_fits(
     own: int, windows: list[tuple[int, int]], held: int, num_seqs: int, budget: int
 ) -> None:
