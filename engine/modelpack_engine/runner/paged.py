@@ -269,10 +269,10 @@ class CompiledSteps:
         blocks = positions[:count] // self._step.block_size
         known = self._rows
         places = {seq_id: row for row, seq_id in enumerate(ids)}
-        if len(places) < count:  # proposals: several rows of one sequence
+        if len(places) < count:  # proposals: several rows of one sequence, all written again
             known, places = {}, {}
         shape = self._tables[0].shape if self._tables else (0, 1)
-        if shape == (rows, width) and known == places and count:
+        if shape == (rows, width) and known == places and places:
             new = np.flatnonzero(blocks != self._blocks)
         else:
             tables = [np.full((rows, width), NULL_BLOCK, np.int32) for _ in self._step.groups]

@@ -299,7 +299,7 @@ def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_tables_are_those_of_the_batch(random: Random) -> None:
-    """Block tables are reused between steps, while sequences join, leave, grow or skip a step."""
+    """Tables are reused between steps, while sequences join, leave, grow, propose or skip one."""
     runner = make_runner(
         tiny_llama(), num_blocks=8, buckets=FEW, exact=False, compiled=True, self_test=False
     )
@@ -319,7 +319,11 @@ def test_tables_are_those_of_the_batch(random: Random) -> None:
             lengths[seq_id], tables[seq_id] = random.randrange(1, 150), []
         ids = [i for i in lengths if random.random() < 0.9]
         random.shuffle(ids)
+        proposes = random.random() < 0.5
+        ids = [i for i in ids for _ in range(random.randint(1, 3) if proposes else 1)]
+        positions = []
         for i in ids:
+            positions.append(lengths[i])
             lengths[i] += 1
             while len(tables[i]) * 16 < lengths[i]:
                 tables[i].append(next(fresh))
@@ -332,7 +336,7 @@ def test_tables_are_those_of_the_batch(random: Random) -> None:
         in_window = [[block + 1000 for block in tables[i]] for i in ids]
         batch = StepBatch(
             token_ids=[0] * rows,
-            positions=[lengths[i] - 1 for i in ids] + [0] * (rows - len(ids)),
+            positions=positions + [0] * (rows - len(ids)),
             slots=[0] * rows,
             from_previous=(),
             num_decode=rows,
