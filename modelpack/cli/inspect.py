@@ -117,7 +117,7 @@ def model_text(
         ("Quantization", config.quantization),
         ("Context size", context),
         ("Size", human_size(model.manifest.total_size)),
-        *(_adapter_lines(model) if model.is_adapter else ()),
+        *(_base_lines(model) if model.is_adapter or model.is_drafter else ()),
     ]
     text = [f"{label + ':':<14}{value}" for label, value in lines if value]
     text.append("Files:")
@@ -128,9 +128,11 @@ def model_text(
     return "\n".join(map(one_line, text))
 
 
-def _adapter_lines(model: Model) -> list[tuple[str, str]]:
+def _base_lines(model: Model) -> list[tuple[str, str]]:
+    """Return what an adapter or drafter is, and its base."""
     found = model.manifest.annotations
     return [
+        ("Drafter", "EAGLE-3" if model.is_drafter else ""),
         ("Adapter", found.get(mediatypes.ADAPTER_KIND, "")),
         ("Rank", found.get(mediatypes.ADAPTER_RANK, "")),
         ("Targets", found.get(mediatypes.ADAPTER_TARGETS, "")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ def test_by_command_and_over_a_registry(store: LayoutStore, head: Path, tmp_path
             "package", f"{where}:v1-eagle", "--drafter", head, "--base", f"{where}:v1", "--push",
             "--store", store.root, "--plain-http",
         )  # fmt: skip
+        shown = succeed("inspect", f"{where}:v1-eagle", "--store", store.root).out
+        assert re.search(r"Drafter: +EAGLE-3\nBase: +" + re.escape(f"{where}:v1\n"), shown)
         other = LayoutStore(tmp_path / "other")
         succeed("pull", f"{where}:v1", "--with-referrers", "--store", other.root, "--plain-http")
         opened = open_model(f"{where}:v1", pull=False, store=other)

@@ -12,9 +12,13 @@ import pytest
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
+from modelpack_engine.errors import EngineError
 from modelpack_engine.models import LoadedModel
+from modelpack_engine.models.eagle import EagleHead, HeadConfig
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.adapted import _Pieces
+from modelpack_engine.runner.model_layout import find_layout
+from modelpack_engine.speculation import eagle
 from tests.engine.serving.tiny import tiny_tokenizer
 from tests.engine.speculation.oracle import Oracle, speculate
 from tests.engine.speculation.test_same_output import Events, check_same, shapes, tokens
@@ -90,6 +94,34 @@ def check_outputs(configuration: Configuration, wrong: float) -> None:
     check_all(plain, ask(engine))
     assert engine.stats().proposed_tokens
     assert wrong == 1.0 or engine.stats().accepted_tokens
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("shapes")
+@pytest.mark.parametrize("configuration", SOME, ids=lambda c: c.id)
+def test_outputs_are_the_same_with_an_eagle_head(
+    configuration: Configuration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eagle, "_LEAST_ACCEPTED", -1.0)
+    model = configuration.build()
+    plain = ask(engine_of(model))
+    layout = find_layout(model)
+    embed = getattr(layout.inner, "embed_tokens", None)
+    size = 8 if embed is None else embed(mx.array([0])).shape[-1]
+    config = HeadConfig(size, size, 32, 4, 2, 8, VOCABULARY, VOCABULARY, layers=(1, 1, 2))
+    mx.random.seed(3)
+    loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, tiny_tokenizer(), "tiny", 256, (), 0)
+    given = EngineConfig(
+        max_num_seqs=8, max_num_batched_tokens=32, device="cpu", draft_model="head",
+        speculative_disable_by_batch_size=8,
+    )  # fmt: skip
+    if embed is None:
+        with pytest.raises(EngineError, match="embeddings are not where"):
+            Engine(loaded, given, draft=EagleHead(config))
+        return
+    engine = Engine(loaded, given, draft=EagleHead(config))
+    check_all(plain, ask(engine))
+    assert engine.stats().proposed_tokens > 40
 
 
 @pytest.mark.usefixtures("shapes")
