@@ -222,9 +222,11 @@ def choose_sizes(
     own = _Pool(per_block - sum(pool.block_bytes for pool in of_groups), most)
     num_blocks, *of_windows = [num_seqs * pool.held + 1 for pool in (own, *of_groups)]
     if layout and per_block:
-        one_context = sum((pool.held + 1) * pool.block_bytes for pool in (own, *of_groups))
-        budget = _kv_budget(config, one_context, layout.snapshot_bytes + step_bytes)
-        num_blocks, *of_windows = _share_budget(budget, num_seqs, own, of_groups)
+        one_context = _bytes_of_a_request(own, of_groups)
+        default = _bytes_of_a_request(own, of_groups, shared=True)
+        budget = _kv_budget(config, default, layout.snapshot_bytes + step_bytes)
+        required = asked is not None
+        num_blocks, *of_windows = _share_budget(budget, num_seqs, own, of_groups, required=required)
         if num_blocks < _FEWEST_BLOCKS:
             raise OutOfMemoryError(
                 f"the KV cache has {budget} bytes, but a block of {config.block_size} tokens "
@@ -273,12 +275,23 @@ class _Pool:
 _FULL_PER_SLIDING = 4
 
 
-def _share_budget(budget: int, num_seqs: int, own: _Pool, windows: list[_Pool]) -> list[int]:
+def _bytes_of_a_request(own: _Pool, windows: list[_Pool], *, shared: bool = False) -> int:
+    """Return the bytes of the pools that hold a request; if `shared`, also several short ones."""
+    least = (own.held + 1) // _FULL_PER_SLIDING if shared else 0
+    others = (max(pool.held + 1, least) * pool.block_bytes for pool in windows)
+    return (own.held + 1) * own.block_bytes + sum(others)
+
+
+def _share_budget(
+    budget: int, num_seqs: int, own: _Pool, windows: list[_Pool], *, required: bool
+) -> list[int]:
     """Return the blocks of the pool `own`, and of the pools of layers with smaller windows.
 
     No pool gets more than `num_seqs` requests hold in all layers: blocks that no request holds keep
     prefixes. A request that fits in equal pools always fits: a pool is smaller than those only if
-    it holds all that a request needs.
+    it holds all that a request needs. If a request of the full context is `required`, it fits if
+    the budget is enough for it alone; otherwise the context is shortened, as window pools with the
+    blocks of one request would run short ones one by one.
     """
     useful = num_seqs * own.held + 1
     block_bytes = sum(pool.block_bytes for pool in windows)
@@ -289,8 +302,9 @@ def _share_budget(budget: int, num_seqs: int, own: _Pool, windows: list[_Pool]) 
         budget // (_FULL_PER_SLIDING * own.block_bytes + block_bytes),
         (budget - useful * own.block_bytes) // block_bytes,
     )
-    one_request = sum((pool.held + 1) * pool.block_bytes for pool in (own, *windows))
-    spare = max(0, budget - one_request) // block_bytes
+    spare = max(0, budget - _bytes_of_a_request(own, windows)) // block_bytes
+    if not required and budget < _bytes_of_a_request(own, windows, shared=True):
+        spare = count
     counts = [
         min(useful, max(min(count, pool.held + 1 + spare), min(pool.held + 1, equal)))
         for pool in windows

@@ -209,14 +209,15 @@ def test_a_llama_of_windows_has_groups() -> None:
     held=st.integers(100, 9000),
     num_seqs=st.integers(1, 300),
     budget=st.integers(2000, 10**7),
+    required=st.booleans(),
 )
-@example(own=1, windows=[(10, 50), (10, 2)], held=1000, num_seqs=2, budget=1600)
+@example(own=1, windows=[(10, 50), (10, 2)], held=1000, num_seqs=2, budget=1600, required=True)
 def test_a_request_that_fits_in_equal_pools_fits(
-    own: int, windows: list[tuple[int, int]], held: int, num_seqs: int, budget: int
+    own: int, windows: list[tuple[int, int]], held: int, num_seqs: int, budget: int, required: bool
 ) -> None:
     """And one fits if the budget is enough for exactly one request."""
     pools = [_Pool(*window) for window in windows]
-    full, *others = _share_budget(budget, num_seqs, _Pool(own, held), pools)
+    full, *others = _share_budget(budget, num_seqs, _Pool(own, held), pools, required=required)
     sliding_bytes = sum(pool.block_bytes for pool in pools)
     assert own * full + sum(p.block_bytes * n for p, n in zip(pools, others, strict=True)) <= budget
     equal = budget // (own + sliding_bytes)
@@ -224,20 +225,27 @@ def test_a_request_that_fits_in_equal_pools_fits(
     for pool, count in zip(pools, others, strict=True):
         assert count >= min(equal, pool.held + 1)
     one = own * (held + 1) + sum(pool.block_bytes * (pool.held + 1) for pool in pools)
-    if equal > max(pool.held for pool in pools) and one <= budget:
+    if required and equal > max(pool.held for pool in pools) and one <= budget:
         assert full > held
+    shared = sum(p.block_bytes * max(p.held + 1, (held + 1) // 4) for p in pools)
+    if equal > max(pool.held for pool in pools) and own * (held + 1) + shared <= budget:
+        assert full > held, "the default of a CPU"
+    if not required:  # short requests run side by side
+        assert all(4 * count + 4 >= min(equal, num_seqs * held + 1) for count in others)
 
 
 def test_blocks_of_gemma_3_27b() -> None:
     """The numbers beside `_FULL_PER_SLIDING`: 2.7 times, and 67%, of equal pools' blocks."""
     layer = 16 * 2 * 16 * 128 * 2
     own, window = _Pool(10 * layer, 2048), _Pool(52 * layer, 97)
-    full, sliding = _share_budget(20 * 10**9, 256, own, [window])
+    full, sliding = _share_budget(20 * 10**9, 256, own, [window], required=False)
     equal = 20 * 10**9 // (62 * layer)
     assert 2.65 < full / equal < 2.75
     assert 0.66 < sliding / equal < 0.68
-    # With less memory than a request of 32768 tokens needs: what it needs in sliding layers.
-    assert _share_budget(2 * 10**9, 256, own, [window])[1] == 98
+    # With less memory than a request of 32768 tokens needs, the context is shorter, unless it is
+    # required: then the window pool has the blocks of one request.
+    assert _share_budget(2 * 10**9, 256, own, [window], required=False) == [667, 165]
+    assert _share_budget(2 * 10**9, 256, own, [window], required=True)[1] == 98
 
 
 def logits_of_a_run(runner: ModelRunner, layout: ModelLayout, *, grouped: bool) -> list[mx.array]:
