@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,20 @@ def test_metrics_without_keys_are_for_this_machine() -> None:
     with serving(from_afar) as url, new_client(url) as client:
         assert client.get("/metrics").status_code == 403
         assert client.get("/health").status_code == 200
+
+
+def test_a_server_without_keys_may_be_monitored_from_other_machines(tmp_path: Path) -> None:
+    async def from_afar(scope: Scope, receive: Receive, send: Send) -> None:
+        await inner({**scope, "client": ("192.0.2.1", 1)}, receive, send)
+
+    opened = Protection(host="0.0.0.0", allow_anonymous=True, remote_metrics=True)
+    inner = protect(Upstream(), opened)
+    with serving(from_afar) as url, new_client(url) as client:
+        assert client.get("/metrics").status_code == 200
+    add_key(tmp_path / "k", "a")
+    inner = protect(Upstream(), replace(opened, keys=KeyFile(tmp_path / "k")))
+    with serving(from_afar) as url, new_client(url) as client:
+        assert client.get("/metrics").status_code == 401
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "models.lan", "::"])

@@ -61,6 +61,8 @@ def protection_options(command: F) -> F:
         "--allow-anonymous", "--allow-remote", "allow_anonymous", is_flag=True,
         help="Allow an address that is not loopback without API keys.",
     )  # fmt: skip
+    @click.option("--allow-remote-metrics", is_flag=True,
+                  help="Without API keys, let other machines read /metrics.")  # fmt: skip
     @click.option(
         "--cors", "origins", metavar="ORIGIN", multiple=True, callback=checked(_check_origins),
         help="Allow web pages of this origin: https://app.example, http://localhost:* or *. "
@@ -80,6 +82,7 @@ def protection_options(command: F) -> F:
         *args: Any,
         key_file: Path | None,
         allow_anonymous: bool,
+        allow_remote_metrics: bool,
         origins: tuple[str, ...],
         hosts: tuple[str, ...],
         max_body: int,
@@ -96,6 +99,7 @@ def protection_options(command: F) -> F:
                 allowed_hosts=hosts,
                 max_body=max_body * _MIB,
                 allow_anonymous=allow_anonymous,
+                remote_metrics=allow_remote_metrics,
             )
 
         return command(*args, protection=protection, **arguments)

@@ -175,6 +175,7 @@ class Checks:
         limiter: Limiter | None = None,
         resolves: bool = False,
         forwarded_callers: bool = True,
+        remote_metrics: bool = False,
     ) -> None:
         self._app = app
         self._keys = keys
@@ -183,6 +184,7 @@ class Checks:
         self._budget = BodyBudget(max(MAX_IN_FLIGHT, 2 * max_body))
         self._resolves = resolves
         self._forwarded_callers = forwarded_callers
+        self._remote_metrics = remote_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -286,8 +288,8 @@ class Checks:
         if (background := background_of(scope)) is not None:
             return self._key_of(background, scope)
         if self._keys is None:
-            # Without keys, the load of the server is visible to this machine only.
-            if route is Route.METRICS and not is_direct(scope):
+            # Without keys, the load of the server is visible to this machine only, by default.
+            if route is Route.METRICS and not (self._remote_metrics or is_direct(scope)):
                 raise _Refusal(
                     403, "metrics are served to clients on this machine only", "metrics_not_allowed"
                 )

@@ -228,7 +228,8 @@ class Protection:
     keys; `cors` the origins whose pages may use it; `allowed_hosts` the accepted host names, in
     addition to loopback names and the address of the connection; `max_body` the limit of a body in
     bytes. `report` is called with the trace of each request (None: log it). With
-    `forwarded_callers`, a gateway in front of this server may name the caller of a request.
+    `forwarded_callers`, a gateway in front of this server may name the caller of a request. With
+    `remote_metrics`, other machines may read /metrics of a server without keys.
     """
 
     host: str = "127.0.0.1"
@@ -238,6 +239,7 @@ class Protection:
     max_body: int = MAX_BODY
     allow_anonymous: bool = False
     forwarded_callers: bool = True
+    remote_metrics: bool = False
     report: Callable[[Trace], None] | None = None
 
     def __post_init__(self) -> None:
@@ -269,6 +271,7 @@ def protect(
         max_body=settings.max_body,
         limiter=Limiter(clock),
         forwarded_callers=settings.forwarded_callers,
+        remote_metrics=settings.remote_metrics,
         resolves=resolves,
     )
     checked = Cors(checked, settings.cors)
