@@ -67,6 +67,12 @@ _OWN_IMAGE = f"modelpack:{__version__}"
 @click.option("--replicas", type=click.IntRange(min=0), default=1, show_default=True,
               help="Run this many pods.")  # fmt: skip
 @click.option(
+    "--max-replicas", type=click.IntRange(min=1), metavar="N",
+    help="Add pods up to this many while requests wait or the KV cache is nearly full.",
+)  # fmt: skip
+@click.option("--monitor", is_flag=True,
+              help="Print a ServiceMonitor too, for Prometheus' operator.")  # fmt: skip
+@click.option(
     "--gpus", type=click.IntRange(min=0), metavar="N",
     help="Request this many GPUs for each pod. [default: by model size for vllm, 0 for modelpack]",
 )  # fmt: skip
@@ -107,6 +113,8 @@ def k8s(
     namespace: str | None,
     served_model_name: str | None,
     replicas: int,
+    max_replicas: int | None,
+    monitor: bool,
     gpus: int | None,
     gpu_memory: int,
     cpus: float,
@@ -140,6 +148,12 @@ def k8s(
             "signatures, which --verify-key or --policy requires",
             hint="leave out --model-image: pods then pull the signed model by digest",
         )
+    if kserve and (max_replicas is not None or monitor):
+        raise UsageError(
+            "--kserve cannot be combined with --max-replicas or --monitor: KServe has its own "
+            "autoscaler and metrics",
+            hint="leave out --kserve, or set spec.predictor.maxReplicas of the InferenceService",
+        )
     access = _access(remote)
     if model_image is not None:
         _check_image(settings, Reference.parse(model_image), remote)
@@ -165,6 +179,8 @@ def k8s(
         cpus=round(Decimal(cpus), 3),
         user=user,
         hosts=hosts,
+        max_replicas=max_replicas,
+        monitored=monitor,
     )
     objects = inference_service(workload) if kserve else deployment(workload)
     if settings.json:

@@ -81,6 +81,11 @@ _HOME = {"name": "HOME", "value": "/tmp"}  # noqa: S108 - the pod's own
 #: Seconds in which a pod that stops still accepts requests, until no node sends it any, and seconds
 #: for running requests after that; the kubelet kills the pod some time later.
 _DRAIN, _STOP_TIMEOUT, _KILL = 15, 300, 15
+#: Replicas are added above these averages of a pod: waiting requests, and the share of the KV cache
+#: in use. Prometheus' adapter serves vLLM's metrics under these names, since `:` is not allowed.
+_WAITING, _CACHE_USE = ("vllm_num_requests_waiting", "4"), ("vllm_kv_cache_usage_perc", "800m")
+#: Seconds of lower load before a pod is removed, since a new one takes minutes to load.
+_SCALE_DOWN = 600
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
 #: What the Pod Security Standard "restricted" demands of containers, and a file system to read.
 _LOCKED: dict[str, Any] = {
@@ -119,7 +124,9 @@ class Workload:
     is mounted. `pull_secret` names a secret of type kubernetes.io/dockerconfigjson. With `gpus` 0,
     the server runs on a CPU. `cpus` are requested for the server, which may use more. `user` is the
     user id of all containers; 0 is root. `served_name` is the model name in API requests. `hosts`
-    are host names that clients use in addition to those of the Service.
+    are host names that clients use in addition to those of the Service. With `max_replicas`, the
+    number of pods follows the load, from `replicas` up. With `monitored`, Prometheus' operator
+    scrapes the pods.
     """
 
     model: Model
@@ -138,6 +145,8 @@ class Workload:
     cpus: Decimal = Decimal(1)
     user: int = USER
     hosts: tuple[str, ...] = ()
+    max_replicas: int | None = None
+    monitored: bool = False
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for an invalid Kubernetes name and for conflicting options."""
@@ -147,6 +156,11 @@ class Workload:
                     f"{what} {text!r} is not a valid Kubernetes name: expected a letter, "
                     "then up to 62 of a-z, 0-9 and -"
                 )
+        if self.max_replicas is not None and not 1 <= self.replicas <= self.max_replicas:
+            raise UsageError(
+                f"--max-replicas {self.max_replicas} with --replicas {self.replicas}: expected "
+                "at least 1 replica, and no more than the maximum"
+            )
         if self.engine == "modelpack" and self.model_image:
             raise UsageError(
                 "--engine modelpack cannot be combined with --model-image",
@@ -194,9 +208,14 @@ def default_name(reference: Reference) -> str:
 
 
 def deployment(workload: Workload) -> list[dict[str, Any]]:
-    """Return the Deployment, the Service, and a ConfigMap if the registry has an authority."""
+    """Return the Deployment, the Service and the objects that the workload's options add.
+
+    These are a ConfigMap if the registry has an authority, a PodDisruptionBudget for several pods,
+    a HorizontalPodAutoscaler and a ServiceMonitor.
+    """
     spec: dict[str, Any] = {
-        "replicas": workload.replicas,
+        # An autoscaler owns the number: applying the manifest again must not reset it.
+        **({} if workload.max_replicas else {"replicas": workload.replicas}),
         "selector": {"matchLabels": workload.labels},
         # A rolling update would need twice the GPUs, which few clusters have.
         "strategy": {"type": "Recreate"} if workload.gpus else {"type": "RollingUpdate"},
@@ -208,15 +227,52 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
         "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
     }
     return [
-        {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": workload.metadata(),
-            "spec": spec,
-        },
-        {"apiVersion": "v1", "kind": "Service", "metadata": workload.metadata(), "spec": service},
+        _object("apps/v1", "Deployment", workload, spec),
+        _object("v1", "Service", workload, service),
         *_authority(workload),
+        *_disruption_budget(workload),
+        *_autoscaler(workload),
+        *_monitor(workload),
     ]
+
+
+def _disruption_budget(workload: Workload) -> list[dict[str, Any]]:
+    """Return the budget that lets nodes drain one pod at a time; a single pod may always leave."""
+    if max(workload.replicas, workload.max_replicas or 0) < 2:
+        return []
+    spec = {"maxUnavailable": 1, "selector": {"matchLabels": workload.labels}}
+    return [_object("policy/v1", "PodDisruptionBudget", workload, spec)]
+
+
+def _autoscaler(workload: Workload) -> list[dict[str, Any]]:
+    if workload.max_replicas is None:
+        return []
+    spec = {
+        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": workload.name},
+        "minReplicas": workload.replicas,
+        "maxReplicas": workload.max_replicas,
+        "metrics": [
+            {"type": "Pods", "pods": {"metric": {"name": name},
+                                      "target": {"type": "AverageValue", "averageValue": value}}}
+            for name, value in (_WAITING, _CACHE_USE)
+        ],
+        "behavior": {"scaleDown": {"stabilizationWindowSeconds": _SCALE_DOWN}},
+    }  # fmt: skip
+    return [_object("autoscaling/v2", "HorizontalPodAutoscaler", workload, spec)]
+
+
+def _monitor(workload: Workload) -> list[dict[str, Any]]:
+    if not workload.monitored:
+        return []
+    spec = {
+        "selector": {"matchLabels": workload.labels},
+        "endpoints": [{"port": "http", "path": "/metrics", "interval": "15s"}],
+    }
+    return [_object("monitoring.coreos.com/v1", "ServiceMonitor", workload, spec)]
+
+
+def _object(version: str, kind: str, workload: Workload, spec: dict[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": version, "kind": kind, "metadata": workload.metadata(), "spec": spec}
 
 
 def _authority(workload: Workload) -> list[dict[str, Any]]:
@@ -282,6 +338,8 @@ def _command(workload: Workload, service: str) -> dict[str, Any]:
                    workload.served_name, "--host", "0.0.0.0", "--allow-anonymous", "--port", port,  # noqa: S104
                    "--device", device, "--drain", str(_DRAIN),
                    "--stop-timeout", str(_STOP_TIMEOUT)]  # fmt: skip
+        if workload.monitored:
+            command.append("--allow-remote-metrics")
         if workload.gpus > 1:
             command += ["--tensor-parallel-size", str(workload.gpus)]
         # The kubelet fills in the namespace. (Kubernetes, "DNS for Services and Pods")

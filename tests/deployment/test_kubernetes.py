@@ -6,6 +6,8 @@ import copy
 import io
 import itertools
 import json
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +70,8 @@ def test_the_schemas_of_kubernetes_allow_it(
     published: tuple[str, str], arguments: tuple[str, ...], version: str
 ) -> None:
     found = objects(published[0], *arguments)
-    assert [item["kind"] for item in found] == ["Deployment", "Service"]
+    budget = ["PodDisruptionBudget"] if "--replicas" in arguments else []
+    assert [item["kind"] for item in found] == ["Deployment", "Service", *budget]
     for item in found:
         kubernetes_validate.validate(item, version, strict=True)
 
@@ -119,6 +122,78 @@ def test_a_server_that_does_not_answer_is_restarted_within_a_minute(
     probe = server["livenessProbe"]
     assert probe["httpGet"] == {"path": "/health", "port": "http"}
     assert probe["failureThreshold"] * probe["periodSeconds"] + probe["timeoutSeconds"] <= 60
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_autoscaler_owns_the_number_of_pods(published: tuple[str, str], version: str) -> None:
+    """It scales by vLLM's metrics, with `_` for `:`, as the rule for the adapter in docs/ does."""
+    found = objects(published[0], "--replicas", "2", "--max-replicas", "5", "--name", "tiny")
+    kinds = {item["kind"]: item for item in found}
+    assert "replicas" not in kinds["Deployment"]["spec"]
+    scaler = kinds["HorizontalPodAutoscaler"]
+    kubernetes_validate.validate(scaler, version, strict=True)
+    spec = scaler["spec"]
+    assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 5)
+    target = spec["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", "tiny")
+    named = {item["pods"]["metric"]["name"] for item in spec["metrics"]}
+    assert named == {"vllm_num_requests_waiting", "vllm_kv_cache_usage_perc"}
+
+
+def test_nodes_drain_one_of_several_pods_at_a_time(published: tuple[str, str]) -> None:
+    deployment, _, budget = objects(published[0], "--replicas", "2")
+    assert budget["kind"] == "PodDisruptionBudget"
+    assert budget["spec"]["maxUnavailable"] == 1
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    scaled = objects(published[0], "--max-replicas", "2")
+    assert "PodDisruptionBudget" in [item["kind"] for item in scaled]
+
+
+def test_prometheus_finds_the_port_of_the_service(published: tuple[str, str]) -> None:
+    """A server without keys refuses /metrics to other machines unless it is told to."""
+    options = ("--engine", "modelpack")
+    found = objects(published[0], *options, "--monitor")
+    kinds = {item["kind"]: item for item in found}
+    service, monitor = kinds["Service"], kinds["ServiceMonitor"]
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    [endpoint] = monitor["spec"]["endpoints"]
+    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+    selected = monitor["spec"]["selector"]["matchLabels"]
+    assert selected.items() <= service["metadata"]["labels"].items()
+    assert "--allow-remote-metrics" in pod(found)["containers"][0]["command"]
+    for other in (options, ("--monitor",)):
+        [server] = pod(objects(published[0], *other))["containers"]
+        assert "--allow-remote-metrics" not in server["command"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_the_output_is_a_base_for_kustomize(published: tuple[str, str], tmp_path: Path) -> None:
+    """An overlay changes the namespace, the image and a label of a base, as docs/ shows."""
+    base, overlay = tmp_path / "base", tmp_path / "production"
+    for folder in (base, overlay):
+        folder.mkdir()
+    options = ["--name", "tiny", "--max-replicas", "3", "--monitor"]
+    (base / "model.yaml").write_bytes(succeed("k8s", published[0], *options).stdout)
+    (base / "kustomization.yaml").write_text("resources: [model.yaml]\n")
+    change = {
+        "resources": ["../base"],
+        "namespace": "production",
+        "labels": [{"pairs": {"team": "search"}}],
+        "images": [{"name": "modelpack", "newName": "registry.example/modelpack", "newTag": "v2"}],
+    }
+    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(change))
+    made = subprocess.run(
+        ["kubectl", "kustomize", str(overlay)], check=True, capture_output=True, text=True
+    )
+    found: list[dict[str, Any]] = list(yaml.safe_load_all(made.stdout))
+    kinds = {item["kind"] for item in found}
+    assert kinds == {"Deployment", "Service", "PodDisruptionBudget", "HorizontalPodAutoscaler",
+                     "ServiceMonitor"}  # fmt: skip
+    assert {item["metadata"]["namespace"] for item in found} == {"production"}
+    assert {item["metadata"]["labels"]["team"] for item in found} == {"search"}
+    [pull] = pod(found)["initContainers"]
+    assert pull["image"] == "registry.example/modelpack:v2"
 
 
 @pytest.mark.parametrize(
@@ -312,6 +387,9 @@ def test_json_is_a_list(published: tuple[str, str]) -> None:
         ),
         (("--gpus", "0"), "requires a GPU"),
         (("--cpus", "0"), "--cpus"),
+        (("--replicas", "3", "--max-replicas", "2"), "--max-replicas 2 with --replicas 3"),
+        (("--replicas", "0", "--max-replicas", "2"), "at least 1 replica"),
+        (("--kserve", "--monitor"), "--kserve cannot be combined"),
         (("--ca-file", "/dev/null/none"), "--ca-file"),
         (("--client-cert", __file__), "--client-cert cannot be used"),
         (("--gpu-memory", "many"), "many"),
