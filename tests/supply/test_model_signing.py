@@ -307,6 +307,13 @@ def test_shards_cover_every_byte(published: Published) -> None:
     ):
         with pytest.raises(IntegrityError, match="signs other files"):
             check_model(in_shards(good, other, 100), model)
+    shards = in_shards(good, sizes, 100).predicate["resources"]
+    for left_out in [one for one in shards if one["name"].startswith(name)]:
+        rest = [one for one in shards if one != left_out]
+        predicate = {**in_shards(good, sizes, 100).predicate, "resources": rest}
+        root = Subject(Digest.of(bytes(32 * len(rest))), "model")
+        with pytest.raises(IntegrityError, match=f"signs other files: {name}"):
+            check_model(replace(good, subjects=(root,), predicate=predicate), model)
     # Shards of one byte, of which only few are signed, are counted and not listed.
     with pytest.raises(IntegrityError, match="signs other files"):
         check_model(in_shards(good, {name: 10}, 1), model)
