@@ -119,7 +119,8 @@ def outputs(
     chooser.shuffle(pairs)
     config = EngineConfig(
         device=device(), max_model_len=1024, self_test=False, warm_up=False,
-        max_num_seqs=256 if device() == "gpu" else 16, speculative_method="none",
+        max_num_seqs=256 if device() == "gpu" else 16, max_waiting=count,
+        speculative_method="none",
     )  # fmt: skip
     engine = Engine(loaded, config)
     found: dict[str, tuple[list[int], list[int]]] = {}
