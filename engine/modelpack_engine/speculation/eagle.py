@@ -1,8 +1,8 @@
 """EagleProposer: propose tokens with an EAGLE-3 head, from the hidden states of the model's steps.
 
 The head's input for a position is the model's hidden state there and the token after it. The engine
-hands over the states of each step with `record`; the rows of rejected tokens are dropped when the
-next proposal is made. All tokens of a proposal are drafted in one compiled graph: the rows that the
+hands over the states of each step with `record`; the rows of rejected tokens are dropped with the next
+proposal or step. All tokens of a proposal are drafted in one compiled graph: the rows that the
 head has not computed, then one row per further token. The head drafts the most likely tokens, also
 for sampled requests.
 
@@ -44,6 +44,16 @@ class _Draft:
     pending: list[tuple[int, mx.array]] = field(default_factory=list)
     keys: mx.array | None = None
     values: mx.array | None = None
+
+    def add(self, start: int, rows: mx.array) -> None:
+        """Keep the states of rows from position `start` on, in place of rejected rows there."""
+        while self.pending and self.pending[-1][0] >= start:
+            self.pending.pop()
+        if self.pending:
+            first, before = self.pending[-1]
+            if first + len(before) > start:
+                self.pending[-1] = first, before[: start - first]
+        self.pending.append((start, rows))
 
     def take(self, known: int) -> tuple[list[int], mx.array] | None:
         """Return positions and states of the rows whose next token is known; forget all rows.
@@ -113,7 +123,7 @@ class EagleProposer:
                 if len(self._drafts) == self._max_sequences:
                     continue
                 draft = self._drafts[sequence.seq_id] = _Draft()
-            draft.pending.append((batch.positions[row], hidden.cut(row, count)))
+            draft.add(batch.positions[row], hidden.cut(row, count))
 
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
         """Return the tokens that the head drafts after each sequence."""

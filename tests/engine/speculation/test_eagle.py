@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +26,7 @@ from modelpack_engine.runner import kv_cache_size
 from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.speculation import eagle
 from modelpack_engine.speculation.eagle import EagleProposer, HeadWithLookup
+from modelpack_engine.speculation.ngram import NgramProposer
 from tests.engine.serving.tiny import VOCAB, tiny_engine, tiny_loaded
 from tests.engine.speculation.test_draft import LONG, PROMPTS, ask_all
 from tests.engine.speculation.test_same_output import check_same
@@ -125,11 +127,21 @@ def expected_drafts(head: EagleHead, tokens: list[int], count: int) -> list[int]
 
 
 @pytest.mark.usefixtures("shapes")
+@pytest.mark.parametrize("lookups", [False, True])
 def test_the_head_drafts_from_the_models_own_hidden_states(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, lookups: bool
 ) -> None:
     """Whatever was rejected before, the drafts are those of a head that read the whole text."""
     monkeypatch.setattr(eagle, "_LEAST_ACCEPTED", -1.0)
+    calls = itertools.count()
+
+    def guess(self: NgramProposer, lengths: Mapping[Sequence, int]) -> Any:
+        """Propose wrong tokens in two steps of three."""
+        return {} if not next(calls) % 3 else dict.fromkeys(lengths, [0, 0, 0, 0, 0])
+
+    if lookups:
+        monkeypatch.setattr(eagle, "_NEWEST", 0.0)  # lookups are preferred to the end
+        monkeypatch.setattr(NgramProposer, "propose", guess)
     seen: list[tuple[list[int], list[int]]] = []
     propose = EagleProposer.propose
 
@@ -141,7 +153,7 @@ def test_the_head_drafts_from_the_models_own_hidden_states(
     monkeypatch.setattr(EagleProposer, "propose", noted)
     head = random_head()
     engine = engine_with(head, enable_prefix_caching=False, num_speculative_tokens=4)
-    engine.generate(PROMPTS[:2], replace(LONG, max_tokens=12))
+    engine.generate(PROMPTS[:2], replace(LONG, max_tokens=24 if lookups else 12))
     assert len(seen) > 10
     for tokens, drafted in seen:
         assert drafted == expected_drafts(random_head(), tokens, len(drafted))
