@@ -1,8 +1,8 @@
 """EagleProposer: propose tokens with an EAGLE-3 head, from the hidden states of the model's steps.
 
 The head's input for a position is the model's hidden state there and the token after it. The engine
-hands over the states of each step with `record`; the rows of rejected tokens are dropped with the next
-proposal or step. All tokens of a proposal are drafted in one compiled graph: the rows that the
+hands over the states of each step with `record`; the rows of rejected tokens are dropped with the
+next proposal or step. All tokens of a proposal are drafted in one compiled graph: the rows that the
 head has not computed, then one row per further token. The head drafts the most likely tokens, also
 for sampled requests.
 

@@ -137,7 +137,7 @@ def test_the_head_drafts_from_the_models_own_hidden_states(
 
     def guess(self: NgramProposer, lengths: Mapping[Sequence, int]) -> Any:
         """Propose wrong tokens in two steps of three."""
-        return {} if not next(calls) % 3 else dict.fromkeys(lengths, [0, 0, 0, 0, 0])
+        return {seq: [0] * 5 for seq in lengths} if next(calls) % 3 else {}
 
     if lookups:
         monkeypatch.setattr(eagle, "_NEWEST", 0.0)  # lookups are preferred to the end
