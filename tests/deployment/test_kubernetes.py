@@ -6,7 +6,6 @@ import copy
 import io
 import itertools
 import json
-import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -27,7 +26,10 @@ from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
+from tests.conftest import ROOT
+from tests.interop.go_tool import build_go_tool
 from tests.models import package, tiny_gguf, tiny_safetensors
+from tests.peers import require
 
 VERSIONS = ("1.35", "1.37")
 IMAGE = "registry.example/team/tiny-image@sha256:" + "a" * 64
@@ -167,7 +169,8 @@ def test_prometheus_finds_the_port_of_the_service(published: tuple[str, str]) ->
         assert "--allow-remote-metrics" not in server["command"]
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.long  # kustomize is compiled, the first time
+@pytest.mark.peer("go")
 def test_the_output_is_a_base_for_kustomize(published: tuple[str, str], tmp_path: Path) -> None:
     """An overlay changes the namespace, the image and a label of a base, as docs/ shows."""
     base, overlay = tmp_path / "base", tmp_path / "production"
@@ -183,8 +186,10 @@ def test_the_output_is_a_base_for_kustomize(published: tuple[str, str], tmp_path
         "images": [{"name": "modelpack", "newName": "registry.example/modelpack", "newTag": "v2"}],
     }
     (overlay / "kustomization.yaml").write_text(yaml.safe_dump(change))
+    require("go")
+    kustomize = build_go_tool(ROOT / "tests" / "interop" / "kustomize_cli", ROOT / ".cache")
     made = subprocess.run(
-        ["kubectl", "kustomize", str(overlay)], check=True, capture_output=True, text=True
+        [kustomize, "build", str(overlay)], check=True, capture_output=True, text=True
     )
     found: list[dict[str, Any]] = list(yaml.safe_load_all(made.stdout))
     kinds = {item["kind"] for item in found}
