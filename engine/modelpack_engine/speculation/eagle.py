@@ -56,16 +56,11 @@ class _Draft:
         self.pending.append((start, rows))
 
     def take(self, known: int) -> tuple[list[int], mx.array] | None:
-        """Return positions and states of the rows whose next token is known; forget all rows.
-
-        A step begins at the first row that the one before did not compute, or whose proposal was
-        rejected: rows of rejected tokens are dropped.
-        """
+        """Return positions and states of the rows whose next token is known; forget all rows."""
         positions: list[int] = []
         states: list[mx.array] = []
-        stops = [start for start, _ in self.pending[1:]] + [known - 1]
-        for (start, rows), stop in zip(self.pending, stops, strict=True):
-            count = min(len(rows), stop - start)
+        for start, rows in self.pending:
+            count = min(len(rows), known - 1 - start)
             if count > 0:
                 positions += range(start, start + count)
                 states.append(rows[:count])

@@ -188,12 +188,10 @@ def test_a_head_that_is_mostly_wrong_pauses() -> None:
 
 def test_rows_of_rejected_tokens_are_dropped() -> None:
     """Three steps without a draft: a proposal of 4 of which 2 are accepted, then one row each."""
-    steps = [(10, 5), (13, 1), (14, 1)]
-    pending = [
-        (start, mx.arange(100 * index, 100 * index + count)[:, None])
-        for index, (start, count) in enumerate(steps)
-    ]
-    found = eagle._Draft(pending=pending).take(known=16)
+    draft = eagle._Draft()
+    for index, (start, count) in enumerate([(10, 5), (13, 1), (14, 1)]):
+        draft.add(start, mx.arange(100 * index, 100 * index + count)[:, None])
+    found = draft.take(known=16)
     assert found is not None
     assert found[0] == [10, 11, 12, 13, 14]
     assert found[1][:, 0].tolist() == [0, 1, 2, 100, 200]
