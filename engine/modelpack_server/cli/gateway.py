@@ -118,8 +118,9 @@ def protection_options(command: F) -> F:
     help="Listen on this port; 0 selects a free port.",
 )  # fmt: skip
 @click.option(
-    "--balance", type=click.Choice(["least-busy", "round-robin"]), default="least-busy",
-    show_default=True, help="Choose the least busy healthy upstream, or each in turn.",
+    "--balance", type=click.Choice(["least-busy", "prefix", "round-robin"]), default="least-busy", show_default=True,
+    help="Choose the least busy healthy upstream, the one that has served a prompt with the same "
+    "beginning, or each in turn.",
 )  # fmt: skip
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,14 +16,21 @@ import httpx
 from starlette.types import Message, Receive, Scope, Send
 
 from modelpack.errors import UsageError
+from modelpack_server.gateway.affinity import prefix_key
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.checks import is_stored_on_server
 from modelpack_server.gateway.families import error_response, family_in, retry_headers, stream_error
 from modelpack_server.gateway.forwarding import CALLER_HEADERS, caller_headers, names_callers
+from modelpack_server.gateway.json_bodies import document_in
 from modelpack_server.gateway.stored_objects import Locations, stored_object
 from modelpack_server.gateway.traces import Trace, trace_of
 
-Policy = Literal["least-busy", "round-robin"]
+Policy = Literal["least-busy", "prefix", "round-robin"]
+
+#: By the policy "prefix", an upstream gets another prompt's requests until it runs this many, or
+#: this many times the mean (consistent hashing with bounded loads, arXiv 1608.01350).
+FEW_RUNNING = 8
+MOST_OF_MEAN = 1.25
 
 #: Seconds between probes of GET /health, while an upstream is down, and the limit for a probe.
 PROBE_INTERVAL = 5.0
@@ -70,14 +79,25 @@ class Upstreams:
         if not self.all:
             raise UsageError("a gateway needs an upstream", hint="pass --upstream URL")
         self._policy = policy
+        self.by_prefix = policy == "prefix" and len(self.all) > 1
         self._turn = 0
 
-    def choose(self, tried: Collection[str] = ()) -> Upstream | None:
-        """Return the next upstream whose name is not in `tried`, by the policy, or None."""
+    def choose(self, tried: Collection[str] = (), prefix: bytes | None = None) -> Upstream | None:
+        """Return the next upstream whose name is not in `tried`, by the policy, or None.
+
+        `prefix` is a hash of the prompt's beginning, for the policy of that name.
+        """
         turn, self._turn = self._turn, (self._turn + 1) % len(self.all)
         inline = [u for u in self.all[turn:] + self.all[:turn] if u.name not in tried]
         now = time.monotonic()
-        least_busy = self._policy == "least-busy"
+        if self._policy == "prefix" and prefix is not None:
+            usable = [u for u in inline if u.healthy and u.rests_until <= now]
+            running = 1 + sum(u.running for u in usable)
+            most = max(FEW_RUNNING, math.ceil(MOST_OF_MEAN * running / max(1, len(usable))))
+            usable = [u for u in usable if u.running < most]
+            if usable:  # the same one each time, and no other prompt's moves when one is gone
+                return max(usable, key=lambda u: hashlib.sha256(prefix + u.name.encode()).digest())
+        least_busy = self._policy != "round-robin"
         return min(
             inline,
             key=lambda u: (not u.healthy, u.rests_until > now, u.running if least_busy else 0),
@@ -243,7 +263,8 @@ class Proxy:
                 return
             tried = [u.name for u in self._upstreams.all if holder not in (None, u.name)]
         skipped = len(tried)
-        while (upstream := self._upstreams.choose(tried)) is not None:
+        prefix = prefix_key(document_in(scope)) if self._upstreams.by_prefix else None
+        while (upstream := self._upstreams.choose(tried, prefix)) is not None:
             tried.append(upstream.name)
             if trace:
                 trace.upstream, trace.attempts = upstream.name, len(tried) - skipped
