@@ -118,7 +118,8 @@ def protection_options(command: F) -> F:
     help="Listen on this port; 0 selects a free port.",
 )  # fmt: skip
 @click.option(
-    "--balance", type=click.Choice(["least-busy", "prefix", "round-robin"]), default="least-busy", show_default=True,
+    "--balance", type=click.Choice(["least-busy", "prefix", "round-robin"]), default="least-busy",
+    show_default=True,
     help="Choose the least busy healthy upstream, the one that has served a prompt with the same "
     "beginning, or each in turn.",
 )  # fmt: skip
