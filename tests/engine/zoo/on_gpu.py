@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 
 from modelpack_engine.core.buckets import FEW
-from modelpack_engine.runner.model_runner import make_runner
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.driving import Setting
@@ -41,7 +40,7 @@ def check(configuration: Configuration) -> bool:
     start = time.perf_counter()
     specimen = make_specimen(configuration)
     wanted = specimen.reference.tokens
-    runner = make_runner(specimen.model, num_blocks=64, exact=False, buckets=FEW)
+    runner = specimen.make_runner(exact=False, buckets=FEW)
     try:
         found = {name: specimen.drive(how, runner).tokens for name, how in SETTINGS.items()}
         wrong = {

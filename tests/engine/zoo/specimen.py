@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,13 +50,14 @@ class Specimen:
         if exact not in self.runners:
             for other in self.runners.values():
                 other.undo()
-            layout = layout_of(self.model)
-            groups = layout.window_groups if layout is not None else ()
-            windows = (64,) * len(groups)
-            self.runners = {
-                exact: make_runner(self.model, num_blocks=64, window_blocks=windows, exact=exact)
-            }
+            self.runners = {exact: self.make_runner(exact=exact)}
         return self.runners[exact]
+
+    def make_runner(self, **given: Any) -> ModelRunner:
+        """Return a runner with 64 blocks of each group of layers, as `drive` expects them."""
+        layout = layout_of(self.model)
+        groups = layout.window_groups if layout is not None else ()
+        return make_runner(self.model, num_blocks=64, window_blocks=(64,) * len(groups), **given)
 
     def drive(self, setting: Setting, runner: ModelRunner | None = None) -> Driver:
         """Run the five prompts, which arrive in different steps; all blocks are free at the end."""

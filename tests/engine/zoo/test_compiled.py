@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from modelpack_engine.core.buckets import Buckets
-from modelpack_engine.runner.model_runner import make_runner
 from modelpack_engine.runner.paged import CompiledSteps
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.driving import Setting
@@ -34,9 +33,7 @@ def test_recurrent(
         return taken[-1]
 
     monkeypatch.setattr(CompiledSteps, "takes", noticed)
-    runner = make_runner(
-        found.model, num_blocks=64, buckets=BUCKETS, exact=False, compiled=True, self_test=False
-    )
+    runner = found.make_runner(buckets=BUCKETS, exact=False, compiled=True, self_test=False)
     try:
         taken.clear()
         setting = Setting(buckets=BUCKETS, exact=False, rows=32, blocks=9)

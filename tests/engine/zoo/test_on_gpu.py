@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from modelpack_engine.attention.paged import PagedKV
-from tests.engine.zoo import on_gpu
+from tests.engine.zoo import on_gpu, specimen
 
 
 @pytest.mark.long
@@ -22,7 +22,7 @@ def test_what_is_wrong_is_noticed(
 ) -> None:
     positions = property(lambda self: mx.maximum(self.step.positions * 2, 0))
     monkeypatch.setattr(PagedKV, "offset", positions)
-    monkeypatch.setattr(on_gpu, "make_runner", _untested)
+    monkeypatch.setattr(specimen, "make_runner", _untested)
     assert on_gpu.main(["llama"]) == 1
     assert "llama: WRONG; " in capsys.readouterr().out
 
