@@ -131,7 +131,11 @@ class Engine(BaseEngine):
             window_pools=self._sizes.window_pools,
         )
         self._mover = open_offload(self.config, self._runner, self._blocks, model_id)
-        self._scheduler = Scheduler(self._sizes.scheduler_config(self.config), self._blocks)
+        self._scheduler = Scheduler(
+            self._sizes.scheduler_config(self.config),
+            self._blocks,
+            None if self.vision is None else self.vision.encoder,
+        )
         eos_token_ids = self.tokenizer.eos_token_ids
         self._sampler = Sampler(
             self.vocab_size, max_num_seqs(self.config), eos_token_ids, self._runner.staging
@@ -149,10 +153,8 @@ class Engine(BaseEngine):
             self._sampler.warm_up(dtype or mx.float32)
 
     def add_request(self, request_id: str, request: EngineRequest) -> None:
-        if request.media:
-            if self.vision is None:
-                raise RequestError("this model reads no pictures", param="messages")
-            self.vision.encoder.add(request.media, request.owner)
+        if request.media and self.vision is None:
+            raise RequestError("this model reads no pictures", param="messages")
         if request.adapter is None:
             super().add_request(request_id, request)
             return
@@ -284,7 +286,12 @@ class Engine(BaseEngine):
         proposed = None
         if self._speculator is not None and self._in_flight is None:
             proposed = self._speculator.propose(self._scheduler.decoding(), self._outputs.mask_of)
+        if self.vision is not None:
+            self.vision.encoder.begin_step()
         output = self._scheduler.schedule(proposed)
+        if self.vision is not None:
+            for sequence, error in self.vision.encoder.take_failures():
+                self._outputs.fail(sequence, str(error), error.param)
         self._mover.move(has_step=output is not None, in_flight=self._in_flight is not None)
         scheduled = None
         if output is None:

@@ -147,13 +147,14 @@ class Media:
     """A picture in a prompt: the `token_ids` from position `start` stand for it.
 
     `digest` is the SHA-256 of the decoded picture and of everything else that the encoder's
-    `inputs` depend on: equal digests mean equal embeddings.
+    `inputs` depend on: equal digests mean equal embeddings. `param` names the picture in errors.
     """
 
     start: int
     token_ids: tuple[int, ...] = field(repr=False)
     digest: bytes
     inputs: Mapping[str, NDArray[Any]] = field(repr=False)
+    param: str = "messages"
 
     @property
     def stop(self) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from operator import add, attrgetter
+from typing import Protocol
 
 from modelpack_engine.config import DEFAULT_MAX_WAITING
 from modelpack_engine.core.block_manager import BlockManager
@@ -26,6 +27,7 @@ from modelpack_engine.errors import (
     RequestError,
 )
 from modelpack_engine.outputs import EngineStats, FinishReason
+from modelpack_engine.request import Media
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,13 @@ def _of_first(queue: list[Sequence]) -> tuple[int, int]:
     return queue[0].priority, queue[0].seq_id
 
 
+class PictureEncoder(Protocol):
+    """What encodes pictures before the steps that need them; `VisionEncoder` implements this."""
+
+    def prepare(self, sequence: Sequence, media: Media, *, alone: bool) -> bool:
+        """Return whether a picture can be a part of this step."""
+
+
 class Scheduler:
     """Continuous batching over one pool of blocks.
 
@@ -297,10 +306,19 @@ class Scheduler:
 
     Background sequences count as younger than all others: they get the rows and blocks that others
     leave over, and are preempted when another sequence waits for their place.
+
+    A chunk ends before a picture that `pictures` cannot encode in this step.
     """
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        blocks: BlockManager,
+        pictures: PictureEncoder | None = None,
+    ) -> None:
         self.config = config
+        self._pictures = pictures
+        self._awaits_pictures = False  # whether a prompt of this step does
         self._chunk_rows = config.chunk_rows
         self._blocks = blocks
         self._waiting = WaitingQueue(config.overtaking)
@@ -354,13 +372,7 @@ class Scheduler:
             )
         # Background sequences leave half of the queue to others.
         is_full = first.background and 2 * len(self._waiting) >= config.max_waiting
-        if is_full or len(self._waiting) + len(sequences) > config.max_waiting:
-            raise QueueFullError(
-                f"the queue is full: {len(self._waiting)} sequences wait, the limit is "
-                f"{config.max_waiting}",
-                retry_after=RETRY_AFTER,
-                hint="try again later",
-            )
+        self.check_queue(config.max_waiting + 1 if is_full else len(sequences))
         num_cached = self._blocks.num_cached_tokens(first) if config.overtaking else 0
         for sequence in sequences:
             # The last token needs no slot, as its keys and values are not used: capacity + 1.
@@ -369,6 +381,17 @@ class Scheduler:
             )
             self._waiting.add(sequence, num_tokens - num_cached, self._num_computed)
         self._requests[first.request_id] = list(sequences)
+
+    def check_queue(self, num_sequences: int = 1) -> None:
+        """Raise `QueueFullError` if the queue has no room for so many sequences now."""
+        num_waiting = len(self._waiting)
+        if num_waiting + num_sequences > self.config.max_waiting:
+            raise QueueFullError(
+                f"the queue is full: {num_waiting} sequences wait, the limit is "
+                f"{self.config.max_waiting}",
+                retry_after=RETRY_AFTER,
+                hint="try again later",
+            )
 
     def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
         """End a request, or its choice `index`; return the sequences that were unfinished."""
@@ -414,6 +437,7 @@ class Scheduler:
         the same step.
         """
         cleared: list[Sequence] = []
+        self._awaits_pictures = False
         while self._is_blocked_by_background():
             if self._num_inflight:
                 return None
@@ -430,6 +454,7 @@ class Scheduler:
         if not decode_rows and not prefill:
             # Prompts are admitted only if all of them have room when no sequence decodes.
             idle = self._num_inflight or not self._running or self._blocks.is_awaited
+            idle = idle or self._awaits_pictures
             assert idle, "prompts block each other"
             return None
         return SchedulerOutput(
@@ -480,7 +505,7 @@ class Scheduler:
         def take(sequence: Sequence) -> None:
             nonlocal rows
             most = self.config.chunk_rows_at(sequence.num_computed_tokens, alone=alone)
-            if chunk := self._chunk(sequence, min(rows, most), computing):
+            if chunk := self._chunk(sequence, min(rows, most), computing, alone=alone):
                 chunks.append(chunk)
                 rows -= buckets.pad_chunk(chunk.length)
 
@@ -558,12 +583,13 @@ class Scheduler:
             self._cached_tokens += num_tokens
 
     def _chunk(
-        self, sequence: Sequence, max_rows: int, computing: set[bytes]
+        self, sequence: Sequence, max_rows: int, computing: set[bytes], *, alone: bool
     ) -> PrefillChunk | None:
         """Return the chunk of a prompt in this step, or None if the prompt has to wait.
 
-        It waits for free blocks, for blocks that are being loaded from the offload, and for another
-        prompt of this step that computes its next block, which it can then share. `computing` has
+        It waits for free blocks, for blocks that are being loaded from the offload, for a picture,
+        and for another prompt of this step that computes its next block, which it can then share.
+        `alone` says that no sequence decodes in this step. `computing` has
         the hashes of the blocks that this step computes; those of the chunk are added.
         """
         blocks, buckets, block_size = self._blocks, self.config.buckets, self._blocks.block_size
@@ -577,6 +603,8 @@ class Scheduler:
             length -= (start + length) % block_size  # blocks are shared whole
         if (end := blocks.next_snapshot(sequence)) is not None:
             length = min(length, end - start)
+        if sequence.media and length > 0:
+            length = min(length, self._encoded_until(sequence, start + length, alone) - start)
         if length <= 0:
             return None
         grown = blocks.grow(sequence, start + length)
@@ -584,6 +612,17 @@ class Scheduler:
         computing.update(blocks.hashes_between(sequence, start, start + length))
         snapshot_hash = blocks.snapshot_hash(sequence, start + length)
         return PrefillChunk(sequence, start, length, length == remaining, snapshot_hash)
+
+    def _encoded_until(self, sequence: Sequence, stop: int, alone: bool) -> int:
+        """Return the position, up to `stop`, to which the sequence's pictures are encoded."""
+        assert self._pictures is not None, "only models that read pictures get them"
+        for media in sequence.media:
+            if media.stop <= sequence.num_computed_tokens or media.start >= stop:
+                continue
+            if not self._pictures.prepare(sequence, media, alone=alone):
+                self._awaits_pictures = True
+                return media.start
+        return stop
 
     def _preempt_youngest(self) -> Sequence:
         sequence = self._running.pop()

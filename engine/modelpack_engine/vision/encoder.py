@@ -6,26 +6,26 @@ with one picture.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import mlx.core as mx
 import numpy as np
 
 from modelpack_engine.core.batch import StepBatch
-from modelpack_engine.errors import RETRY_AFTER, EngineError, QueueFullError, RequestError
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.request import Media
 from modelpack_engine.vision.models import VisionModel
 from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
 
 #: Bytes of embeddings that are kept.
 MAX_CACHE_BYTES = 256 * 1024 * 1024
-#: Bytes of the encoder's inputs that unfinished requests hold together.
-MAX_INPUT_BYTES = 1024 * 1024 * 1024
 
+_log = logging.getLogger(__name__)
 _FAILURES = (
     ArithmeticError, AssertionError, AttributeError, EngineError, LookupError, RuntimeError,
     TypeError, ValueError,
@@ -36,18 +36,19 @@ class VisionEncoder:
     """Runs the vision tower of a model; keeps embeddings by the digest of their picture (LRU).
 
     Owners share none: the time of a reply would tell which pictures another one has sent.
+
+    The scheduler calls `prepare` for each picture of a chunk, and `input_embeddings` then finds
+    them. While sequences decode in a step, it encodes one picture, so that their tokens wait for no
+    more than that.
     """
 
-    def __init__(
-        self,
-        model: VisionModel,
-        max_bytes: int = MAX_CACHE_BYTES,
-        max_input_bytes: int = MAX_INPUT_BYTES,
-    ) -> None:
-        self._model, self._max_bytes, self._max_input_bytes = model, max_bytes, max_input_bytes
+    def __init__(self, model: VisionModel, max_bytes: int = MAX_CACHE_BYTES) -> None:
+        self._model, self._max_bytes = model, max_bytes
         self._kept: OrderedDict[tuple[bytes, bytes], mx.array] = OrderedDict()
         self._nbytes = 0
-        self._pending: WeakSet[Media] = WeakSet()
+        self._step: dict[tuple[bytes, bytes], mx.array] = {}  # those of the step being built
+        self._num_encoded = 0  # in this step
+        self._failures: list[tuple[Sequence, RequestError]] = []
         #: Pictures whose embeddings were in the cache, and those that were computed.
         self.hits = self.misses = 0
 
@@ -56,20 +57,35 @@ class VisionEncoder:
         """The bytes of the embeddings that are kept."""
         return self._nbytes
 
-    def add(self, media: Iterable[Media], owner: bytes = b"") -> None:
-        """Encode the pictures of a new request, so that a bad one fails it and not a step.
+    def begin_step(self) -> None:
+        """Forget what the step before needed."""
+        self._step.clear()
+        self._num_encoded = 0
 
-        Raises `RequestError` if the model cannot encode one, and `QueueFullError` if the pictures
-        of all requests have too many bytes.
+    def prepare(self, sequence: Sequence, media: Media, *, alone: bool) -> bool:
+        """Return whether a picture can be a part of this step; encode it if there is time.
+
+        `alone` says that no sequence decodes in the step. A picture that cannot be encoded is one
+        of `take_failures`.
         """
-        for each in media:
-            if sum(one.nbytes for one in self._pending) + each.nbytes > self._max_input_bytes:
-                raise QueueFullError(
-                    f"the pictures of all requests have more than {self._max_input_bytes} bytes",
-                    retry_after=RETRY_AFTER,
-                )
-            self.embeddings(each, owner)
-            self._pending.add(each)
+        key = sequence.owner, media.digest
+        if key in self._step:
+            return True
+        if key not in self._kept:
+            if self._num_encoded and not alone:
+                return False
+            self._num_encoded += 1
+        try:
+            self._step[key] = self.embeddings(media, sequence.owner)
+        except RequestError as error:
+            self._failures.append((sequence, error))
+            return False
+        return True
+
+    def take_failures(self) -> list[tuple[Sequence, RequestError]]:
+        """Return the sequences with a picture that cannot be encoded, each of them once."""
+        failures, self._failures = self._failures, []
+        return failures
 
     def embeddings(self, media: Media, owner: bytes = b"") -> mx.array:
         """Return the embeddings [tokens, width] of a picture.
@@ -88,8 +104,9 @@ class VisionEncoder:
             made = self._model.embed(mx.array(media.token_ids, mx.int32), inputs)
             mx.eval(made)
         except _FAILURES as error:
+            _log.warning("a picture cannot be encoded: %s", error)
             raise RequestError(
-                f"the picture cannot be encoded: {error}", param="messages"
+                f"{media.param}: the model cannot encode this picture", param=media.param
             ) from error
         self._keep(key, made)
         return made
@@ -109,7 +126,8 @@ class VisionEncoder:
             return None
         rows = self._model.embed(token_ids, {})
         for part in batch.media_rows:
-            made = self.embeddings(part.media, part.owner)[part.first : part.first + part.length]
+            made = self._step[part.owner, part.media.digest]
+            made = made[part.first : part.first + part.length]
             rows[part.row : part.row + part.length] = made.astype(rows.dtype)
         return rows
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.errors import RETRY_AFTER, ModelLoadError, QueueFullError, RequestError
 from modelpack_engine.request import Media
 
 #: The largest side, in pixels, to which a preprocessor_config.json may scale pictures.
 MAX_SIDE = 8192
+#: Bytes of the encoder's inputs that all unfinished requests of a model hold together.
+MAX_INPUT_BYTES = 1024 * 1024 * 1024
 _SIZES = ("size", "max_image_size", "crop_size", "pad_size")
 #: The inputs that mlx-vlm's models take, among those that image processors return.
 _INPUTS = ("pixel_values", "pixel_attention_mask")
@@ -44,6 +48,40 @@ class Picture:
         found = hashlib.sha256(repr(self.pixels.shape).encode())
         found.update(np.ascontiguousarray(self.pixels).data)
         return found.digest()
+
+
+class InputMemory:
+    """Counts the bytes of encoder inputs from their creation to their end. Thread-safe."""
+
+    def __init__(self, max_bytes: int = MAX_INPUT_BYTES) -> None:
+        self.max_bytes = max_bytes
+        #: The bytes of all inputs that exist.
+        self.nbytes = 0
+        self._lock = threading.RLock()  # a garbage collection may free inputs while it is held
+
+    def add(self, media: Media, before: int) -> None:
+        """Count a picture of a request that has `before` bytes of inputs already.
+
+        Raises `RequestError` if one request has too many bytes, and `QueueFullError` if all have.
+        """
+        if before + media.nbytes > self.max_bytes:
+            raise RequestError(
+                f"{media.param}: the pictures of the request take more than {self.max_bytes} bytes",
+                param=media.param,
+                hint="send fewer or smaller pictures",
+            )
+        with self._lock:
+            if self.nbytes + media.nbytes > self.max_bytes:
+                raise QueueFullError(
+                    f"the pictures of all requests have more than {self.max_bytes} bytes",
+                    retry_after=RETRY_AFTER,
+                )
+            self.nbytes += media.nbytes
+        weakref.finalize(media, self._free, media.nbytes).atexit = False
+
+    def _free(self, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes -= nbytes
 
 
 class _ImageProcessor(Protocol):
@@ -77,14 +115,19 @@ class PictureProcessor:
                 f"{self.image_token!r} is not the token {self.image_token_id} of config.json"
             )
         self._image_processor = _image_processor(config, settings)
+        self.memory = InputMemory()
 
     def place(
-        self, token_ids: Sequence[int], pictures: Collection[Picture]
+        self,
+        token_ids: Sequence[int],
+        pictures: Collection[Picture],
+        check_room: Callable[[int], None] = lambda _: None,
     ) -> tuple[list[int], tuple[Media, ...]]:
         """Return a prompt with the tokens of each picture in place of its placeholder.
 
+        Before each picture, `check_room` is called with the tokens that the prompt has at least.
         Raises `RequestError` unless the prompt has one placeholder for each picture, and if a
-        picture cannot be processed.
+        picture cannot be processed; `QueueFullError` if the pictures of all requests are too large.
         """
         count = sum(token_id == self.image_token_id for token_id in token_ids)
         if count != len(pictures):
@@ -97,12 +140,15 @@ class PictureProcessor:
         placed: list[int] = []
         media: list[Media] = []
         left = iter(pictures)
-        for token_id in token_ids:
+        for position, token_id in enumerate(token_ids):
             if token_id != self.image_token_id:
                 placed.append(token_id)
                 continue
-            media.append(self._media(next(left), len(placed)))
-            placed += media[-1].token_ids
+            check_room(len(placed) + len(token_ids) - position)
+            made = self._media(next(left), len(placed))
+            self.memory.add(made, sum(each.nbytes for each in media))
+            media.append(made)
+            placed += made.token_ids
         return placed, tuple(media)
 
     def _media(self, picture: Picture, start: int) -> Media:
@@ -120,11 +166,12 @@ class PictureProcessor:
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             height, width = picture.pixels.shape[:2]
             raise RequestError(
-                f"the picture of {width} x {height} pixels cannot be processed: {error}",
+                f"{picture.param}: the picture of {width} x {height} pixels cannot be processed:"
+                f" {error}",
                 param=picture.param,
             ) from error
         digest = hashlib.sha256(self._settings_digest + picture.digest()).digest()
-        return Media(start, tuple(tokens), digest, inputs)
+        return Media(start, tuple(tokens), digest, inputs, picture.param)
 
     @property
     def _is_tiled(self) -> bool:

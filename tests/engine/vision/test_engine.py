@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from modelpack_engine.errors import EngineError, QueueFullError, RequestError
 from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.vision.encoder import VisionEncoder, open_vision
+from modelpack_engine.vision.models import VisionModel
 from modelpack_engine.vision.processor import Picture
 from tests.engine.serving.tiny import tiny_engine as text_engine
 from tests.engine.vision import tiny
@@ -198,16 +200,21 @@ def test_the_inputs_of_unfinished_requests_are_bounded() -> None:
     engine = tiny.tiny_engine("llava")
     assert engine.vision is not None
     first = request(engine, "<image>What is it?", [ONE])
-    engine.vision.encoder._max_input_bytes = first.media[0].nbytes
-    second = request(engine, "<image>What is it?", [TWO])
-    engine.add_request("first", first)
+    memory = engine.vision.processor.memory
+    assert memory.nbytes == first.media[0].nbytes
+    memory.max_bytes = memory.nbytes
     with pytest.raises(QueueFullError, match="the pictures of all requests have more than"):
-        engine.add_request("second", second)
+        request(engine, "<image>What is it?", [TWO])  # however far the first one is
+    engine.add_request("first", first)
     del first
     while engine.has_work:
         engine.step()
     run(engine, request(engine, "hello", []))  # the engine holds its last step
-    engine.add_request("second", second)
+    assert memory.nbytes == 0
+    request(engine, "<image>What is it?", [TWO])
+    with pytest.raises(RequestError, match="the pictures of the request take more than"):
+        request(engine, "<image><image>", [ONE, TWO])
+    assert memory.nbytes == 0
 
 
 @pytest.mark.parametrize(
@@ -241,14 +248,20 @@ def test_a_picture_that_cannot_be_encoded_fails_its_request_alone() -> None:
     engine.add_request("good", request(engine, "<image>What is it?", [ONE]))
     made = request(engine, "<image>", [TWO])
     broken = dataclasses.replace(
-        made.media[0], digest=b"other", inputs={"pixel_values": np.zeros((1, 3, 7), np.float32)}
-    )
-    with pytest.raises(RequestError, match="cannot be encoded"):
-        engine.add_request("bad", dataclasses.replace(made, media=(broken,)))
+        made.media[0], digest=b"other", inputs={"pixel_values": np.zeros((1, 3, 7), np.float32)},
+        param="messages[3].content[1]",
+    )  # fmt: skip
+    engine.add_request("bad", dataclasses.replace(made, media=(broken,), n=2))
     tokens: list[int] = []
+    failures = []
     while engine.has_work:
-        tokens += [token for event in engine.step() for token in event.token_ids]
+        for event in engine.step():
+            tokens += event.token_ids
+            failures += [(event.request_id, event.error, event.error_param)] * bool(event.error)
     assert tokens == tiny.expected("llava", "<image>What is it?", [ONE])
+    part = "messages[3].content[1]"
+    assert failures == [("bad", f"{part}: the model cannot encode this picture", part)] * 2
+    assert engine.stats().blocks_used == 0
 
 
 def test_a_tower_that_ignores_pixels_is_detected() -> None:
@@ -256,3 +269,72 @@ def test_a_tower_that_ignores_pixels_is_detected() -> None:
     encode = lambda text: loaded.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     with pytest.raises(EngineError, match="same or infinite"):
         open_vision(CountingModel(), tiny.config_of("llava"), tiny.settings_of("llava"), encode)
+
+
+def test_a_picture_that_fails_once_its_embeddings_are_dropped_fails_its_request_alone() -> None:
+    """They are dropped between two chunks of the picture, and then the model cannot encode it."""
+    engine = tiny.tiny_engine("idefics3", max_num_batched_tokens=24, block_size=8)
+    assert engine.vision is not None
+    encoder = engine.vision.encoder
+    encoder._max_bytes = 0
+    engine.add_request("bad", request(engine, "<image>What is it?", [WIDE]))
+    engine.step()
+    model = encoder._model
+    encoder._model = BrokenModel(model)
+    errors = [event.error for event in engine.step()]
+    assert errors == ["messages: the model cannot encode this picture"]
+    encoder._model = model
+    expected = tiny.expected("idefics3", "<image>What is it?", [WIDE])
+    assert run(engine, request(engine, "<image>What is it?", [WIDE])) == [expected]
+
+
+class BrokenModel:
+    """Cannot encode pictures, as when memory is short."""
+
+    def __init__(self, model: VisionModel) -> None:
+        self._model = model
+
+    def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
+        if inputs:
+            raise RuntimeError("[metal::malloc] out of memory")
+        return self._model.embed(token_ids, inputs)
+
+
+def test_pictures_are_encoded_in_the_steps_that_need_them() -> None:
+    engine = tiny.tiny_engine("llava", max_num_batched_tokens=256, max_num_seqs=1)
+    assert engine.vision is not None
+    engine.add_request("one", request(engine, "hello", []))
+    engine.add_request("two", request(engine, "<image>What is it?", [ONE]))
+    assert engine.vision.encoder.misses == 0
+    engine.step()  # the second one waits for the place of the first
+    assert engine.vision.encoder.misses == 0
+    engine.abort("two")
+    while engine.has_work:
+        engine.step()
+    assert engine.vision.encoder.misses == 0
+    expected = tiny.expected("llava", "<image>What is it?", [ONE])
+    assert run(engine, request(engine, "<image>What is it?", [ONE])) == [expected]
+
+
+def test_a_step_with_tokens_encodes_one_picture() -> None:
+    """20 pictures of a request let another one's tokens through after each; alone, they do not."""
+    pictures = [picture(seed) for seed in range(10, 30)]
+    text = "<image>" * 20 + "Which one?"
+    engine = tiny.tiny_engine("llava", max_num_batched_tokens=1024)
+    assert engine.vision is not None
+    encoder = engine.vision.encoder
+    engine.add_request("text", request(engine, "hello", [], count=60))
+    while not any(event.token_ids for event in engine.step()):
+        pass
+    engine.add_request("pictures", request(engine, text, pictures))
+    tokens: dict[str, list[int]] = {"text": [], "pictures": []}
+    while engine.has_work:
+        before = encoder.misses
+        for event in engine.step():
+            tokens[event.request_id] += event.token_ids
+        assert encoder.misses <= before + 1
+    assert encoder.misses == 20
+    assert tokens["pictures"] == tiny.expected("llava", text, pictures)
+    engine = tiny.tiny_engine("llava", max_num_batched_tokens=1024)
+    assert run(engine, request(engine, text, pictures)) == [tokens["pictures"]]
+    assert engine.stats().num_steps < 20
