@@ -258,6 +258,10 @@ class AsyncEngine(ModelThread["BaseEngine"]):
             raise
         return stream
 
+    def check_queue(self) -> None:
+        """Raise `QueueFullError` if a request would find the queue full now."""
+        self._ready().check_queue()
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; any thread may use it."""

@@ -70,6 +70,9 @@ class ScriptedEngine:
         """The last request's parameters."""
         return self.submitted[-1][1]
 
+    def check_queue(self) -> None:
+        """There is always room."""
+
     async def submit(self, request: EngineRequest) -> RequestStream:
         token_ids, params, n = list(request.prompt_token_ids), request.params, request.n
         params.check(self.vocab_size)

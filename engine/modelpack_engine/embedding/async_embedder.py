@@ -118,6 +118,9 @@ class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
             prompt_tokens=self._prompt_tokens,
         )
 
+    def check_queue(self) -> None:
+        """Do nothing: prompts that would wait are refused by `submit`."""
+
     async def submit(self, request: EngineRequest) -> RequestStream:
         """Raise `RequestError`: the model does not generate text."""
         raise RequestError(

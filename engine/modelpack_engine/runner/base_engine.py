@@ -70,6 +70,10 @@ class BaseEngine(ABC):
             raise RequestError("this model reads no pictures", param="messages")
         self._add(request_id, request)
 
+    def check_queue(self) -> None:
+        """Raise `QueueFullError` if a request would find the queue full now; any thread may ask."""
+        self._scheduler.check_queue()
+
     def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
         """Make an adapter available to requests by name; `identity` stands for its content.
 

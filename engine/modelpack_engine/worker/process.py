@@ -1,4 +1,7 @@
-"""WorkerProcess: one worker and its messages (a big-endian length of 4 bytes, then JSON)."""
+"""WorkerProcess: one worker and its messages.
+
+A message is a big-endian length of 4 bytes, JSON in one line, and bytes (`raw`) after it, if any.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,24 @@ MAX_FRAME = 256 * 1024 * 1024
 LENGTH = struct.Struct(">I")
 
 
-def encoded(message: dict[str, Any]) -> bytes:
+def encoded(message: dict[str, Any], raw: bytes | None = None) -> bytes:
     """Return a message as bytes; raise `ValueError` if it is not JSON or too large."""
     # ASCII: halves of surrogate pairs have no UTF-8.
-    raw = json.dumps(message).encode()
-    if len(raw) > MAX_FRAME:
-        raise ValueError(f"it has {len(raw)} bytes, the limit is {MAX_FRAME}")
-    return LENGTH.pack(len(raw)) + raw
+    body = json.dumps(message).encode()
+    if raw is not None:
+        body += b"\n" + raw
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"it has {len(body)} bytes, the limit is {MAX_FRAME}")
+    return LENGTH.pack(len(body)) + body
+
+
+def decoded(body: bytes) -> dict[str, Any]:
+    """Return a message without its length; its bytes, if any, are in the field `raw`."""
+    text, line_end, raw = body.partition(b"\n")
+    message: dict[str, Any] = json.loads(text)
+    if line_end:
+        message["raw"] = raw
+    return message
 
 
 def read(source: BinaryIO) -> dict[str, Any] | None:
@@ -36,11 +50,8 @@ def read(source: BinaryIO) -> dict[str, Any] | None:
     if len(head) < LENGTH.size:
         return None
     (size,) = LENGTH.unpack(head)
-    raw = source.read(size)
-    if len(raw) < size:
-        return None
-    message: dict[str, Any] = json.loads(raw)
-    return message
+    body = source.read(size)
+    return decoded(body) if len(body) == size else None
 
 
 #: The module that a worker process runs.
@@ -95,7 +106,7 @@ class WorkerProcess:
         return not self._killed and self._process.poll() is None
 
     def call(self, message: bytes, seconds: float) -> bytes:
-        """Send an encoded message; return the JSON of the response.
+        """Send an encoded message; return the response without its length.
 
         `seconds` start once the process is ready. Raises `WorkerTimeoutError` and
         `WorkerDiedError`; the process cannot be used after that.

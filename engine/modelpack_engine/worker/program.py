@@ -1,4 +1,4 @@
-"""The program of a worker process, which renders templates and tests tokenizer.json files.
+"""The program of a worker process: render templates, test tokenizer.json files, decode pictures.
 
 A hostile file may panic, hang, overflow the stack or exhaust memory; only this process ends.
 """
@@ -173,7 +173,8 @@ def main() -> None:
         if "error" in result:
             gc.collect()  # the frames of a failed template are in cycles, with its values
         result["last"] = _resident() > _MAX_RESIDENT
-        target.write(frames.encoded(result))
+        raw = result.pop("raw", None)
+        target.write(frames.encoded(result, raw))
         target.flush()
 
 
@@ -191,6 +192,8 @@ def _run(job: Mapping[str, Any]) -> dict[str, Any]:
         except (BadTokenizerError, MemoryError) as error:
             return {"error": str(error) or "it takes too much memory"}
         return {"value": None}
+    if job["kind"] == "picture":
+        return _decode_picture(job["raw"])
     from modelpack_engine.templates.environment import TemplateFailedError
     from modelpack_engine.templates.go_template import GoSyntaxError, as_jinja
 
@@ -210,6 +213,18 @@ def _run(job: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: it takes too much memory"}
     except Exception as error:  # noqa: BLE001 - an error of one job must not end the worker
         return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _decode_picture(data: bytes) -> dict[str, Any]:
+    from modelpack_engine.worker.picture import BadPictureError, decode
+
+    try:
+        width, height, pixels = decode(data)
+    except BadPictureError as error:
+        return {"value": {"problem": str(error)}}
+    except (MemoryError, RecursionError):
+        return {"error": "it takes too much memory"}
+    return {"value": {"width": width, "height": height}, "raw": pixels}
 
 
 def _limit(which: int, value: int) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +14,7 @@ from modelpack_engine.worker.process import (
     WorkerDiedError,
     WorkerProcess,
     WorkerTimeoutError,
+    decoded,
     encoded,
 )
 from modelpack_engine.worker.threads import Cancellation, current_cancellation
@@ -38,8 +38,16 @@ class Workers:
     others. At most `waiting` jobs wait.
     """
 
-    def __init__(self, *, count: int = 2, waiting: int = 64, memory: int = MAX_MEMORY) -> None:
+    def __init__(
+        self,
+        *,
+        count: int = 2,
+        waiting: int = 64,
+        memory: int = MAX_MEMORY,
+        purpose: str = "render",
+    ) -> None:
         self._count, self._waiting, self._memory = count, waiting, memory
+        self._purpose = purpose
         self._idle: list[WorkerProcess] = []
         self._busy: dict[str, WorkerProcess | None] = {}
         self._waiters = 0
@@ -54,26 +62,25 @@ class Workers:
         message = encoded({**job, "seconds": seconds})
         cancellation = current_cancellation.get() or Cancellation()
         with self._worker(key, cancellation) as worker:
-            cancellation.set_end(worker.kill)
-            try:
-                answer = json.loads(worker.call(message, seconds + _GRACE))
-            except WorkerTimeoutError:
-                worker.kill()
-                raise JobFailedError(f"it took longer than {seconds:g} s") from None
-            except WorkerDiedError:
-                worker.kill()
-                reason = "the request was cancelled" if cancellation.is_set else _DIED
-                raise JobFailedError(reason) from None
-            except BaseException:
-                worker.kill()  # its response would go to the next caller
-                raise
-            finally:
-                cancellation.set_end(None)
-            if answer["last"]:
-                worker.kill()
-        if "error" in answer:
-            raise JobFailedError(answer["error"])
-        return answer["value"]
+            return _call(worker, message, seconds, cancellation)["value"]
+
+    @contextmanager
+    def reserved(
+        self, key: str
+    ) -> Iterator[Callable[[dict[str, Any], bytes, float], dict[str, Any]]]:
+        """Reserve a worker for jobs of `key`; yield what runs one, as `run` does.
+
+        It takes the job, its bytes and seconds, and returns the answer: `value`, and `raw` if the
+        answer has bytes. The worker stays reserved while the caller works on them.
+        """
+        cancellation = current_cancellation.get() or Cancellation()
+        with self._worker(key, cancellation) as worker:
+
+            def run(job: dict[str, Any], raw: bytes, seconds: float) -> dict[str, Any]:
+                message = encoded({**job, "seconds": seconds}, raw)
+                return _call(worker, message, seconds, cancellation)
+
+            yield run
 
     def close(self) -> None:
         """Kill all workers."""
@@ -110,7 +117,7 @@ class Workers:
         with self._changed:
             if self._must_wait(key) and self._waiters >= self._waiting:
                 raise QueueFullError(
-                    f"{self._waiters} requests wait for their chat template to be rendered",
+                    f"{self._waiters} requests wait for {_QUEUES[self._purpose]}",
                     retry_after=RETRY_AFTER,
                     hint="try again later",
                 )
@@ -137,7 +144,7 @@ class Workers:
                 worker = self._idle.pop() if self._idle else None
             if worker is None:
                 try:
-                    return WorkerProcess(self._memory)
+                    return WorkerProcess(self._memory, purpose=self._purpose)
                 except OSError as error:
                     raise RequestError(
                         f"cannot start a worker process: {error.strerror}"
@@ -147,17 +154,49 @@ class Workers:
             worker.close()
 
 
+def _call(
+    worker: WorkerProcess, message: bytes, seconds: float, cancellation: Cancellation
+) -> dict[str, Any]:
+    cancellation.set_end(worker.kill)
+    try:
+        answer = decoded(worker.call(message, seconds + _GRACE))
+    except WorkerTimeoutError:
+        worker.kill()
+        raise JobFailedError(f"it took longer than {seconds:g} s") from None
+    except WorkerDiedError:
+        worker.kill()
+        reason = "the request was cancelled" if cancellation.is_set else _DIED
+        raise JobFailedError(reason) from None
+    except BaseException:
+        worker.kill()  # its response would go to the next caller
+        raise
+    finally:
+        cancellation.set_end(None)
+    if answer["last"]:
+        worker.kill()
+    if "error" in answer:
+        raise JobFailedError(answer["error"])
+    return answer
+
+
 _DIED = "its worker process ended: it takes too much memory or processor time"
-_shared: tuple[int, Workers] | None = None
+#: Bytes of address space of a worker that decodes pictures, whose pixels it holds four times.
+_PICTURE_MEMORY = 2 * MAX_MEMORY
+_QUEUES = {"render": "their chat template to be rendered", "picture": "a picture to be decoded"}
+_shared: dict[str, Workers] = {}
+_owner = 0  # the process that has started them
 _lock = threading.Lock()
 
 
-def shared_workers() -> Workers:
-    """Return the workers of this process."""
-    global _shared
+def shared_workers(purpose: str = "render") -> Workers:
+    """Return the workers of this process that "render" templates or decode a "picture"."""
+    global _owner
     with _lock:
-        if _shared is None or _shared[0] != os.getpid():  # workers of a parent process belong to it
-            made = Workers()
-            atexit.register(made.close)
-            _shared = (os.getpid(), made)
-        return _shared[1]
+        if _owner != os.getpid():  # workers of a parent process belong to it
+            _shared.clear()
+            _owner = os.getpid()
+        if purpose not in _shared:
+            memory = _PICTURE_MEMORY if purpose == "picture" else MAX_MEMORY
+            _shared[purpose] = Workers(memory=memory, purpose=purpose)
+            atexit.register(_shared[purpose].close)
+        return _shared[purpose]

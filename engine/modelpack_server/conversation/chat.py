@@ -336,5 +336,6 @@ def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int], tuple[M
             del token_ids[0]
         token_ids = [*spec.earlier, *token_ids]
     if processor is not None and files:
-        token_ids, media = place_pictures(processor, token_ids, files)
+        model.check_room(len(token_ids))
+        token_ids, media = place_pictures(model, token_ids, files)
     return text, token_ids, media

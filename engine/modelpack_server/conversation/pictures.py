@@ -1,42 +1,42 @@
 """Pictures in messages: from the base64 of a request to decoded pixels, within limits.
 
 `PictureReader` is for the edge of an API: it makes a part of a message from a data: URL. The part
-keeps the file as it was sent; `take_pictures` collects the files of a conversation, and iterating
-over them decodes one at a time.
+keeps the file as it was sent; `take_pictures` collects the files of a conversation, and
+`place_pictures` decodes one at a time in a worker process.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from modelpack_engine.errors import RequestError
+from modelpack_engine.worker.picture import ACCEPTED
+from modelpack_engine.worker.workers import JobFailedError, shared_workers
+from modelpack_server.conversation.served_model import ServedModel, request_context
 
 if TYPE_CHECKING:
     from modelpack_engine.request import Media
-    from modelpack_engine.vision.processor import Picture, PictureProcessor
-    from modelpack_server.conversation.served_model import ServedModel
+    from modelpack_engine.vision.processor import Picture
 
 MAX_PICTURES = 32  # in one request
 MAX_BYTES = 20 * 1024 * 1024  # of one file
-MAX_PIXELS = 33_177_600  # of one picture: 8K, 7680 x 4320
-MAX_SIDE = 16_384
+MAX_SECONDS = 10.0  # to decode one file
+MAX_SECONDS_ALL = 60.0  # to decode those of one request
 
-#: The formats that OpenAI's and Anthropic's APIs take.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"))
-_ACCEPTED = "expected PNG, JPEG, WebP or GIF"
-
 _DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<options>(?:;[^;,]*)*),", re.IGNORECASE)
-#: Decoded pictures take up to 100 MB each, so few requests process theirs at a time.
-_processing = threading.Semaphore(2)
+
+
+#: Runs a job with bytes in a reserved worker, for at most so many seconds.
+Job = Callable[[dict[str, Any], bytes, float], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,53 +52,24 @@ class PictureFile:
         kind = next((kind for sign, kind in _SIGNS if self.data.startswith(sign)), "webp")
         return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
 
-    def decode(self) -> Picture:
+    def decode(self, run: Job, seconds: float) -> Picture:
         """Return the decoded picture, upright; raises `RequestError` for bad and large files."""
-        from PIL import Image, ImageOps, UnidentifiedImageError
-
-        try:
-            image = Image.open(io.BytesIO(self.data), formats=FORMATS)  # reads the header only
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise self._refused(f"it has more than {MAX_PIXELS} pixels") from None
-        except UnidentifiedImageError:
-            raise self._refused(f"unknown format, {_ACCEPTED}") from None
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            raise self._damaged(error) from error
-        width, height = image.size
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            raise self._refused(
-                f"it has {width} x {height} pixels, the limit is {MAX_PIXELS} pixels and"
-                f" {MAX_SIDE} a side"
-            )
-        if not width or not height:
-            raise self._refused(f"it has {width} x {height} pixels")
-        try:
-            if getattr(image, "is_animated", False):
-                raise self._refused("it is animated; send one frame")
-            return self._decoded(ImageOps.exif_transpose(image))
-        except RequestError:
-            raise
-        except Exception as error:
-            raise self._damaged(error) from error
-
-    def _decoded(self, image: Any) -> Picture:
         import numpy as np
 
         from modelpack_engine.vision.processor import Picture
 
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-            grey = np.asarray(image).astype(np.uint32) >> 8
-            pixels = np.repeat(grey[..., None], 3, axis=2)
-        else:
-            pixels = np.asarray(image.convert("RGB"))
-        return Picture(np.ascontiguousarray(pixels, np.uint8), self.param)
+        try:
+            answer = run({"kind": "picture"}, self.data, seconds)
+        except JobFailedError as error:
+            raise self._bad(f"refused: {error}") from None
+        found = answer["value"]
+        if "problem" in found:
+            raise self._bad(found["problem"])
+        pixels = np.frombuffer(answer["raw"], np.uint8)
+        return Picture(pixels.reshape(found["height"], found["width"], 3), self.param)
 
-    def _refused(self, why: str) -> RequestError:
-        return RequestError(f"{self.param}: the picture is refused: {why}", param=self.param)
-
-    def _damaged(self, error: Exception) -> RequestError:
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        return RequestError(f"{self.param}: the picture is damaged: {why}", param=self.param)
+    def _bad(self, why: str) -> RequestError:
+        return RequestError(f"{self.param}: the picture is {why}", param=self.param)
 
 
 class PictureReader:
@@ -133,7 +104,7 @@ class PictureReader:
             )  # fmt: skip
         kind = found["type"].lower()
         if kind and not kind.startswith("image/"):
-            raise RequestError(f"{param}: {kind[:50]!r} is not a picture; {_ACCEPTED}", param=param)
+            raise RequestError(f"{param}: {kind[:50]!r} is not a picture; {ACCEPTED}", param=param)
         text = url[found.end() :]
         return self.base64(unquote(text) if "%" in text else text, param)
 
@@ -185,16 +156,45 @@ def picture_reader(model: ServedModel) -> PictureReader | None:
 
 
 class PictureFiles:
-    """The pictures of a conversation, in order; iterating decodes one at a time."""
+    """The pictures of a request, in order; iterating decodes one at a time, in a worker process.
 
-    def __init__(self, files: Sequence[PictureFile]) -> None:
+    Few workers decode, and requests of one `owner` take one of them. It stays reserved until the
+    caller asks for the next picture, because decoded ones take up to 100 MB. Leaving the context
+    frees it.
+    """
+
+    def __init__(self, files: Sequence[PictureFile], owner: bytes = b"") -> None:
         self._files = files
+        self._key = owner.hex() or f"request {id(self)}"
+        self._worker = ExitStack()
+
+    def __enter__(self) -> PictureFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.close()
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __iter__(self) -> Iterator[Picture]:
-        return (file.decode() for file in self._files)
+        left = MAX_SECONDS_ALL
+        for file in self._files:
+            self._worker.close()
+            try:
+                reserved = shared_workers("picture").reserved(self._key)
+                run = self._worker.enter_context(reserved)
+            except JobFailedError as error:  # the request was cancelled
+                raise RequestError(f"{file.param}: {error}", param=file.param) from None
+            if left <= 0:
+                raise RequestError(
+                    f"{file.param}: the pictures of the request take longer than"
+                    f" {MAX_SECONDS_ALL:g} s",
+                    param=file.param,
+                )
+            began = time.monotonic()
+            yield file.decode(run, min(MAX_SECONDS, left))
+            left -= time.monotonic() - began
 
     def __contains__(self, item: object) -> bool:
         return False
@@ -230,11 +230,17 @@ def shows_pictures(chat_template: str | None) -> bool:
 
 
 def place_pictures(
-    processor: PictureProcessor, token_ids: list[int], files: Sequence[PictureFile]
+    model: ServedModel, token_ids: list[int], files: Sequence[PictureFile]
 ) -> tuple[list[int], tuple[Media, ...]]:
-    """Return a prompt with its pictures in place; raises `RequestError`. Call it in a thread."""
-    with _processing:
-        return processor.place(token_ids, PictureFiles(files))
+    """Return a prompt with its pictures in place. Call it in a thread.
+
+    Raises `RequestError`, `ContextLengthError` as soon as the prompt is too long, and
+    `QueueFullError` if the queue is full already or too many pictures wait.
+    """
+    assert model.pictures is not None
+    model.engine.check_queue()
+    with PictureFiles(files, request_context.get().cache_salt) as pictures:
+        return model.pictures.place(token_ids, pictures, model.check_room)
 
 
 def joined_content(contents: Sequence[str | list[dict[str, Any]]]) -> str | list[dict[str, Any]]:

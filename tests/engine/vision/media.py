@@ -34,7 +34,8 @@ def url(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _chunk(kind: bytes, body: bytes) -> bytes:
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """Return a chunk of a PNG."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
@@ -42,8 +43,8 @@ def png(width: int, height: int, pixels: bytes = b"", extra: bytes = b"") -> byt
     """Return a PNG of RGB whose header says `width` x `height`, whatever the `pixels` are."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + extra
-        + _chunk(b"IDAT", zlib.compress(pixels)) + _chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra
+        + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
     )  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def _frames(format: str) -> bytes:
 
 def _bomb_text() -> bytes:
     text = zlib.compress(b"a" * 80_000_000)
-    return png(8, 8, b"\0" * 200, _chunk(b"zTXt", b"Comment\0\0" + text))
+    return png(8, 8, b"\0" * 200, chunk(b"zTXt", b"Comment\0\0" + text))
 
 
 #: Files that are refused: a name, the file, and a part of the message.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -225,6 +226,7 @@ def test_pictures_are_for_users(llava: Served) -> None:
     refused = llava.chat("", messages=messages)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "messages[0].content[0]"
+    assert "pictures are read in messages of the user only" in refused.text
 
 
 def test_a_placeholder_in_the_text(llava: Served) -> None:
@@ -243,9 +245,20 @@ def test_a_bad_file_fails_its_request_alone(llava: Served) -> None:
 
 
 def test_more_tokens_than_the_context(idefics: Served) -> None:
-    refused = idefics.chat([image(ONE)] * 32)
+    """Pictures after the context's end are not even decoded."""
+    refused = idefics.chat([image(ONE)] * 31 + [image(b"bad")])
     assert refused.status_code == 400
     assert "maximum context length is 1024 tokens" in refused.json()["error"]["message"]
+
+
+def test_a_full_queue_refuses_pictures_before_they_are_decoded(
+    llava: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = llava.catalogue.engines[-1]._ready()._scheduler
+    monkeypatch.setattr(scheduler, "config", dataclasses.replace(scheduler.config, max_waiting=0))
+    refused = llava.chat([image(b"bad")])
+    assert refused.status_code == 429
+    assert "the queue is full" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("template", [

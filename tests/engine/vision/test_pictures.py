@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,30 @@ import pytest
 from PIL import Image
 
 from modelpack_engine.errors import RequestError
+from modelpack_engine.worker.workers import Workers
 from modelpack_server.conversation import pictures
-from modelpack_server.conversation.pictures import PictureFile, PictureReader, take_pictures
+from modelpack_server.conversation.pictures import (
+    PictureFile,
+    PictureFiles,
+    PictureReader,
+    take_pictures,
+)
 from tests.engine.vision import media
 from tests.engine.vision.media import BAD_FILES, BAD_URLS, file_of, saved, url
 from tests.engine.vision.tiny import picture
+from tests.engine.worker.test_workers import until
 
 GRADIENT = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3)
 
 
+def pixels_of(part: dict[str, Any]) -> np.ndarray:
+    with PictureFiles([part["picture"]]) as files:
+        [found] = files
+    return found.pixels
+
+
 def decoded(data: bytes) -> np.ndarray:
-    part = PictureReader().url(url(data), "here")
-    return part["picture"].decode().pixels
+    return pixels_of(PictureReader().url(url(data), "here"))
 
 
 @pytest.mark.parametrize(("name", "make", "message"), BAD_FILES, ids=[b[0] for b in BAD_FILES])
@@ -90,8 +103,7 @@ def test_data_urls_are_read_loosely() -> None:
         f"data:image/png;base64,{text[:20]}\n{text[20:]}",
         "data:image/png;base64," + text.replace("+", "%2B").replace("=", "%3D"),
     ):  # fmt: skip
-        part = PictureReader().url(given, "here")
-        assert np.array_equal(part["picture"].decode().pixels, GRADIENT)
+        assert np.array_equal(pixels_of(PictureReader().url(given, "here")), GRADIENT)
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,3 +145,87 @@ def test_data_urls_for_other_servers() -> None:
     for kind in ("PNG", "JPEG", "GIF", "WEBP"):
         file = PictureFile(saved(Image.fromarray(GRADIENT), kind), "here")
         assert file.data_url == media.url(file.data, f"image/{kind.lower()}")
+
+
+def _comments_of_gif(count: int) -> bytes:
+    data = saved(Image.new("P", (8, 8)), "GIF")
+    start = 13 + 3 * (2 << (data[10] & 7))  # after the header and the table of colours
+    return data[:start] + b"\x21\xfe\x01a\x00" * count + data[start:]
+
+
+def _scans_of_jpeg(count: int) -> bytes:
+    data = saved(Image.new("L", (7680, 4320)), "JPEG", progressive=True)
+    last = data.rfind(b"\xff\xda")
+    return data[:-2] + data[last:-2] * count + data[-2:]
+
+
+#: Files within all limits on bytes and pixels that take Pillow seconds or minutes.
+SLOW_FILES: dict[str, Callable[[], bytes]] = {
+    "chunks of png": lambda: media.png(8, 8, b"\0" * 200, media.chunk(b"abCd", b"") * 1_500_000),
+    "comments of gif": lambda: _comments_of_gif(4_000_000),
+    "comments of jpeg": lambda: JPEG[:2] + b"\xff\xfe\x00\x03a" * 4_000_000 + JPEG[2:],
+    "padding of jpeg": lambda: JPEG[:2] + b"\xff" * 20_000_000 + JPEG[2:],
+    "scans of jpeg": lambda: _scans_of_jpeg(20_000),
+}
+JPEG = saved(Image.new("RGB", (8, 8)), "JPEG")
+
+
+@pytest.mark.parametrize("name", SLOW_FILES)
+def test_slow_files_are_given_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_SECONDS", 0.2)
+    data = SLOW_FILES[name]()
+    assert len(data) <= pictures.MAX_BYTES
+    with pytest.raises(RequestError, match=r"here: the picture is refused: .* longer than 0.2 s"):
+        decoded(data)
+    monkeypatch.undo()
+    assert decoded(saved(Image.fromarray(GRADIENT))).shape == GRADIENT.shape
+
+
+def test_the_pictures_of_a_request_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_SECONDS_ALL", 1e-9)
+    good = saved(Image.fromarray(GRADIENT))
+    files = [PictureFile(good, "first"), PictureFile(good, "second")]
+    monkeypatch.setattr(pictures, "MAX_SECONDS", 10.0)
+    with (
+        PictureFiles(files) as reading,
+        pytest.raises(RequestError, match="take longer than 1e-09 s"),
+    ):
+        list(reading)
+
+
+def test_one_owner_leaves_a_worker_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures wait for each other, however many requests they are in."""
+    monkeypatch.setattr(pictures, "MAX_SECONDS", 60.0)
+    workers = Workers(memory=2 << 30, purpose="picture")
+    monkeypatch.setattr(pictures, "shared_workers", lambda _: workers)
+    slow, good = PictureFile(_scans_of_jpeg(20_000), "slow"), saved(Image.fromarray(GRADIENT))
+
+    def read(owner: bytes, file: PictureFile) -> int:
+        with PictureFiles([file], owner) as files:
+            return len(list(files))
+
+    with ThreadPoolExecutor(4) as threads:
+        try:
+            waiting = [threads.submit(read, b"a", slow) for _ in range(3)]
+            until(lambda: any(workers._busy.values()) and workers._waiters == 2)
+            assert read(b"b", PictureFile(good, "good")) == 1
+            assert list(workers._busy) == [b"a".hex()]
+        finally:
+            until(lambda: workers.close() or all(future.done() for future in waiting))
+    for future in waiting:
+        with pytest.raises(RequestError, match="slow: the picture is refused: its worker"):
+            future.result()
+
+
+def test_a_worker_is_free_after_a_picture_that_fails() -> None:
+    good = PictureFile(saved(Image.fromarray(GRADIENT)), "good")
+
+    def read() -> None:
+        with PictureFiles([good]) as files:
+            for _ in files:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        read()
+    assert caught.value.__traceback__ is not None  # which holds on to the iteration
+    assert not pictures.shared_workers("picture")._busy

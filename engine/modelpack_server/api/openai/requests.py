@@ -69,7 +69,8 @@ def _plain(message: Message, index: int, pictures: PictureReader | None) -> dict
     where = f"messages[{index}]"
     plain: dict[str, Any] = dict(message.model_extra or {})
     plain["role"] = {"developer": "system", "function": "tool"}.get(message.role, message.role)
-    if message.role != "user":
+    if message.role != "user" and pictures is not None:
+        _refuse_pictures(message.content, where)
         pictures = None
     plain["content"] = _content(message.content, where, pictures)
     if message.refusal and not plain["content"]:
@@ -97,6 +98,15 @@ def _plain(message: Message, index: int, pictures: PictureReader | None) -> dict
         if reasoning:
             plain["reasoning_content"] = reasoning
     return plain
+
+
+def _refuse_pictures(content: str | list[dict[str, Any]] | None, where: str) -> None:
+    for i, part in enumerate(content if isinstance(content, list) else ()):
+        if part.get("type") == "image_url":
+            param = f"{where}.content[{i}]"
+            raise RequestError(
+                f"{param}: pictures are read in messages of the user only", param=param
+            )
 
 
 def _content(
