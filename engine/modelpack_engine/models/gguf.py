@@ -35,7 +35,7 @@ from modelpack_engine.models.precision import (
     named,
     shapes_of,
 )
-from modelpack_engine.patches.corrections import correct
+from modelpack_engine.patches.corrections import corrected
 from modelpack_engine.platform.device import available_memory
 
 #: The most decoded bytes that wait for MLX; with much free memory, a part of that memory.
@@ -240,9 +240,11 @@ class GGUFLoader:
         what = str(self.file.metadata.path)
         bounds.check(self.config, what)
         try:
+            made, arguments = corrected(lambda config: (module.Model, module.ModelArgs))(
+                self.config
+            )
             with bounds.building(what):
-                model: Module = module.Model(module.ModelArgs.from_dict(self.config))
-                correct(model, self.config)
+                model: Module = made(cast(Any, arguments).from_dict(self.config))
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
             raise self._error(f"cannot build {model_type} from its metadata: {error}") from error
         if hasattr(model, "sanitize"):  # may drop the output layer of a model with tied embeddings

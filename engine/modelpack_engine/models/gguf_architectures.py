@@ -24,6 +24,7 @@ from modelpack_engine.models.gguf_hyperparameters import (
 )
 from modelpack_engine.models.gguf_tensors import (
     Target,
+    by_head,
     halves,
     heads_joined,
     heads_of,
@@ -161,7 +162,7 @@ class Architecture:
     `layer` maps the names of tensors inside a layer to paths inside a layer, which is in `layers`;
     `outer` maps those of other tensors. `extend` adds fields to the config. With `partial_rope`,
     the class rotates a part of each head; without `scaled_rope`, a scaled rotation is rejected.
-    Tensors for which `is_unused` is true are left out.
+    Tensors for which `is_unused` is true are left out. Without `attends`, no layer has heads.
     """
 
     model_type: str
@@ -172,11 +173,10 @@ class Architecture:
     partial_rope: bool = False
     scaled_rope: bool = True
     is_unused: Callable[[Hyperparameters, str], bool] = lambda values, tensor: False
+    attends: bool = True
 
     def config(self, values: Hyperparameters) -> Config:
         """Return the config for mlx-lm's class. Raises `ModelLoadError`, naming a missing value."""
-        if values.heads < 1 or values.head_dim < 1:
-            raise values.metadata.error("the model has no attention heads, or heads of size 0")
         embeddings = "token_embd.weight"
         if embeddings not in values.file:
             raise values.metadata.error(f"the tensor {embeddings!r} is missing")
@@ -184,11 +184,7 @@ class Architecture:
             "model_type": self.model_type,
             "hidden_size": values.integer("embedding_length"),
             "num_hidden_layers": values.layers,
-            "num_attention_heads": values.heads,
-            "num_key_value_heads": values.key_heads,
-            "head_dim": values.head_dim,
             "max_position_embeddings": values.integer("context_length"),
-            "rope_theta": values.number("rope.freq_base", 10000.0),
             "vocab_size": values.file[embeddings].shape[0],
             "tie_word_embeddings": "output.weight" not in values.file,
         }
@@ -198,6 +194,21 @@ class Architecture:
             config["rms_norm_eps"] = values.number("attention.layer_norm_rms_epsilon")
         if "attention.layer_norm_epsilon" in values:
             config["layer_norm_eps"] = values.number("attention.layer_norm_epsilon")
+        if self.attends:
+            self._add_attention(values, config)
+        self.extend(values, config)
+        return config
+
+    def _add_attention(self, values: Hyperparameters, config: Config) -> None:
+        """Add the fields of heads and of their rope."""
+        if values.heads < 1 or values.head_dim < 1:
+            raise values.metadata.error("the model has no attention heads, or heads of size 0")
+        config |= {
+            "num_attention_heads": values.heads,
+            "num_key_value_heads": values.key_heads,
+            "head_dim": values.head_dim,
+            "rope_theta": values.number("rope.freq_base", 10000.0),
+        }
         scaling = rope_scaling(values)
         if scaling and not self.scaled_rope:
             raise values.unsupported(f"rope scaling {scaling['rope_type']!r}")
@@ -208,8 +219,6 @@ class Architecture:
             config["partial_rotary_factor"] = rotated / values.head_dim
         elif rotated not in (0, values.head_dim):
             raise values.unsupported("rope on a part of each head")
-        self.extend(values, config)
-        return config
 
     def targets(self, tensor: str) -> list[tuple[str, str, Target]]:
         """Return the module's path and the parameter's name for each target of a tensor.
@@ -240,6 +249,12 @@ def _llama(values: Hyperparameters, config: Config) -> None:
     config["attention_bias"] = values.has("attn_q.bias")
     config["mlp_bias"] = values.has("ffn_gate.bias")
     _llama3_rope(values, config)
+
+
+def _exaone(values: Hyperparameters, config: Config) -> None:
+    """Add the rope of Llama 3, on halves of each head."""
+    _llama3_rope(values, config)
+    config["attention_bias"] = config["mlp_bias"] = False
 
 
 def _llama3_rope(values: Hyperparameters, config: Config) -> None:
@@ -320,6 +335,57 @@ def _routed_experts(values: Hyperparameters, config: Config) -> None:
         "routed_scaling_factor": values.number("expert_weights_scale", 0.0) or 1.0,
         "n_group": values.integer("expert_group_count", 0) or 1,
         "topk_group": values.integer("expert_group_used_count", 0) or 1,
+    }
+
+
+def _minimax_m2(values: Hyperparameters, config: Config) -> None:
+    check_sigmoid(values)
+    _count_experts(values, config, "num_local_experts")
+    size = values.integer("expert_feed_forward_length")
+    config |= {
+        "intermediate_size": size,
+        "shared_intermediate_size": 0,
+        "rotary_dim": values.integer("rope.dimension_count", values.head_dim),
+    }
+
+
+def _llama4(values: Hyperparameters, config: Config) -> None:
+    if config["tie_word_embeddings"]:
+        raise values.unsupported("tied embeddings")
+    chunk = values.integer("attention.sliding_window", 8192)
+    if not chunk:
+        raise values.unsupported("attention that is not cut into chunks")
+    config.setdefault("rope_scaling", None)
+    _llama3_rope(values, config)
+    _count_experts(values, config, "num_local_experts")
+    config |= {
+        "attention_bias": values.has("attn_q.bias"),
+        "attention_chunk_size": chunk,
+        "interleave_moe_layer_step": values.integer("interleave_moe_layer_step"),
+        "intermediate_size_mlp": config["intermediate_size"],
+        "intermediate_size": values.integer("expert_feed_forward_length"),
+        # llama.cpp tells Maverick, which has no norms of queries and keys, by its experts.
+        "use_qk_norm": values.integer("expert_count") != 128,
+    }
+    config["text_config"] = dict(config)
+
+
+def _gpt2(values: Hyperparameters, config: Config) -> None:
+    config |= {
+        "n_embd": config["hidden_size"],
+        "n_head": config["num_attention_heads"],
+        "n_layer": config["num_hidden_layers"],
+        "n_ctx": config["max_position_embeddings"],
+        "n_positions": config["max_position_embeddings"],
+        "layer_norm_epsilon": values.number("attention.layer_norm_epsilon"),
+    }
+
+
+def _gpt_neox(values: Hyperparameters, config: Config) -> None:
+    config |= {
+        "rotary_emb_base": config["rope_theta"],
+        "rotary_pct": config["partial_rotary_factor"],
+        "use_parallel_residual": values.flag("use_parallel_residual"),
     }
 
 
@@ -482,6 +548,16 @@ def _granite(values: Hyperparameters, config: Config) -> None:
     }
 
 
+def _minicpm(values: Hyperparameters, config: Config) -> None:
+    """Add the scales; old files have none, and are of MiniCPM 1B or 2B."""
+    _granite(values, config)
+    config |= {
+        "embedding_multiplier": values.number("embedding_scale", 12.0),
+        "residual_multiplier": values.number("residual_scale", 1.4 / values.layers**0.5),
+        "logits_scaling": values.number("logit_scale", config["hidden_size"] / 256),
+    }
+
+
 def _granite_moe(values: Hyperparameters, config: Config) -> None:
     _granite(values, config)
     _count_experts(values, config, "num_local_experts")
@@ -517,6 +593,18 @@ def _ernie(values: Hyperparameters, config: Config) -> None:
     config["use_bias"] = values.has("attn_q.bias")
 
 
+def _ernie_moe(values: Hyperparameters, config: Config) -> None:
+    _ernie(values, config)
+    config |= {
+        "moe_num_experts": values.integer("expert_count"),
+        "moe_k": values.integer("expert_used_count"),
+        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
+        "moe_num_shared_experts": values.integer("expert_shared_count", 0),
+        "moe_layer_start_index": values.integer("leading_dense_block_count", 0),
+        "moe_layer_interval": values.integer("interleave_moe_layer_step"),
+    }
+
+
 def _seed_oss(values: Hyperparameters, config: Config) -> None:
     config["attention_bias"] = values.has("attn_q.bias")
     config["attention_out_bias"] = values.has("attn_output.bias")
@@ -540,6 +628,11 @@ _HUNYUAN_NORMS: Names = {
     "attn_k_norm": "self_attn.key_layernorm",
 }
 _LATE_NORMS: Names = {**_QKV, **_QK_NORM, **_LATER_NORMS, **_mlp("mlp")}
+_ERNIE_MOE: Names = {
+    **_LLAMA,
+    **_ROUTED,
+    "exp_probs_b": _parameter("mlp.moe_statics.e_score_correction_bias"),
+}
 _SEED_OSS: Names = {**_LLAMA, "post_attention_norm": "post_attention_layernorm"}
 _GRANITE_MOE: Names = {
     **_NORM,
@@ -601,15 +694,52 @@ _DEEPSEEK2: Names = {
     "attn_v_b": Target("self_attn.kv_b_proj", place=1, join=heads_joined),
     "attn_kv_b": "self_attn.kv_b_proj",
 }
+_MINIMAX_M2: Names = {
+    **_ATTENTION,
+    **_QK_NORM,
+    **_FFN_NORM,
+    **_experts("block_sparse_moe"),
+    "exp_probs_b": _parameter("block_sparse_moe.e_score_correction_bias"),
+}
+_LLAMA4: Names = {
+    **_ATTENTION,
+    **_FFN_NORM,
+    **_mlp("feed_forward"),
+    **_mlp("feed_forward.shared_expert", "_shexp"),
+    **_experts("feed_forward", "router", "experts"),
+}
+_GPT2: Names = {
+    "attn_norm": "ln_1",
+    "ffn_norm": "ln_2",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_GPT_NEOX: Names = {
+    **_NORM,
+    **_FFN_NORM,
+    "attn_qkv": Target("attention.query_key_value", rows=by_head),
+    "attn_output": "attention.dense",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
 _NEMOTRON: Names = {**_LLAMA, **_shifted_weights(_NORM), **_shifted_weights(_FFN_NORM)}
 
 #: The architectures that load, by the name that GGUF files give them.
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", _LLAMA, _llama),  # Mistral, SmolLM2, … are written as llama
+    "internlm2": Architecture("llama", _LLAMA, _llama),
+    "exaone": Architecture("llama", _LLAMA, _exaone),
+    "minicpm": Architecture("granite", _GRANITE, _minicpm),
     "qwen2": Architecture("qwen2", _LLAMA),
     "qwen2moe": Architecture("qwen2_moe", _QWEN2_MOE, _qwen2_moe),
     "qwen3": Architecture("qwen3", {**_LLAMA, **_QK_NORM}),
     "qwen3moe": Architecture("qwen3_moe", _QWEN3_MOE, _qwen3_moe),
+    # Models of pictures, without their encoder: text has one position where pictures have three.
+    "qwen2vl": Architecture("qwen2", _LLAMA),
+    "qwen3vl": Architecture("qwen3", {**_LLAMA, **_QK_NORM}),
+    "qwen3vlmoe": Architecture("qwen3_moe", _QWEN3_MOE, _qwen3_moe),
     "smollm3": Architecture("smollm3", _LLAMA, _smollm3),
     "phi2": Architecture("phi", _PHI2, outer=_PHI2_OUTER, partial_rope=True, scaled_rope=False),
     "phi3": Architecture("phi3", _PHI3, _phi3, partial_rope=True, scaled_rope=False),
@@ -664,8 +794,63 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "hunyuan-dense": Architecture("hunyuan_v1_dense", {**_LLAMA, **_HUNYUAN_NORMS}, _hunyuan),
     "ernie4_5": Architecture("ernie4_5", _LLAMA, _ernie),
+    "ernie4_5-moe": Architecture("ernie4_5_moe", _ERNIE_MOE, _ernie_moe),
     "seed_oss": Architecture("seed_oss", _SEED_OSS, _seed_oss),
+    "minimax-m2": Architecture(
+        "minimax", _MINIMAX_M2, _minimax_m2, partial_rope=True, scaled_rope=False
+    ),
+    "llama4": Architecture(
+        "llama4",
+        _LLAMA4,
+        _llama4,
+        outer={name: f"language_model.{path}" for name, path in _OUTER.items()},
+        layers="language_model.model.layers",
+        scaled_rope=False,
+    ),
+    "gpt2": Architecture(
+        "gpt2",
+        _GPT2,
+        _gpt2,
+        outer={
+            "token_embd": "model.wte",
+            "position_embd": "model.wpe",
+            "output_norm": "model.ln_f",
+        },
+        layers="model.h",
+        scaled_rope=False,
+        # The embeddings again, in files of older converters.
+        is_unused=lambda values, tensor: tensor == "output.weight",
+    ),
+    "gptneox": Architecture(
+        "gpt_neox",
+        _GPT_NEOX,
+        _gpt_neox,
+        outer={
+            "token_embd": "model.embed_in",
+            "output_norm": "model.final_layer_norm",
+            "output": "model.embed_out",
+        },
+        layers="model.h",
+        partial_rope=True,
+        scaled_rope=False,
+    ),
     # Models with recurrent layers
+    "mamba": Architecture(
+        "mamba",
+        recurrent.MAMBA,
+        recurrent.mamba,
+        outer=recurrent.BACKBONE,
+        layers="backbone.layers",
+        attends=False,
+    ),
+    "mamba2": Architecture(
+        "mamba2",
+        recurrent.MAMBA2,
+        recurrent.mamba2,
+        outer=recurrent.BACKBONE,
+        layers="backbone.layers",
+        attends=False,
+    ),
     "lfm2": Architecture(
         "lfm2", recurrent.LFM2, recurrent.lfm2, outer=recurrent.LFM2_OUTER, scaled_rope=False
     ),
@@ -680,7 +865,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "nemotron_h",
         recurrent.NEMOTRON_H,
         recurrent.nemotron_h,
-        outer=recurrent.NEMOTRON_H_OUTER,
+        outer=recurrent.BACKBONE,
         layers="backbone.layers",
         partial_rope=True,  # files name a rotation, which the model does not use
     ),
@@ -688,7 +873,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "nemotron_h",
         recurrent.NEMOTRON_H_MOE,
         recurrent.nemotron_h_moe,
-        outer=recurrent.NEMOTRON_H_OUTER,
+        outer=recurrent.BACKBONE,
         layers="backbone.layers",
         partial_rope=True,
     ),
@@ -704,6 +889,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         recurrent.falcon_h1,
         outer=recurrent.FALCON_H1_OUTER,
         scaled_rope=False,
+    ),
+    "qwen3next": Architecture(
+        "qwen3_next",
+        {**_QWEN2_MOE, **recurrent.QWEN3_NEXT},
+        recurrent.qwen3_next,
+        partial_rope=True,
     ),
     "qwen35": Architecture(
         "qwen3_5",

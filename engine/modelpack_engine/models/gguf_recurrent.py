@@ -5,6 +5,7 @@ Metadata tell a recurrent layer by its number of heads of keys, which is 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters, check_sigmoid
@@ -13,6 +14,7 @@ from modelpack_engine.models.gguf_tensors import (
     by_key_head,
     columns_by_key_head,
     flat,
+    key_heads_joined,
     log_of_decay,
     one_channel,
     values_by_key_head,
@@ -21,16 +23,33 @@ from modelpack_engine.models.gguf_tensors import (
 Names = Mapping[str, str | Target | tuple[Target, ...]]
 
 
-def _mamba2(module: str) -> Names:
+def _mamba(module: str) -> Names:
     return {
         "ssm_in": f"{module}.in_proj",
         "ssm_conv1d": Target(f"{module}.conv1d", values=one_channel),
-        "ssm_dt": Target(f"{module}.dt_bias", is_parameter=True),
+        "ssm_x": f"{module}.x_proj",
+        "ssm_dt": f"{module}.dt_proj",
         "ssm_a": Target(f"{module}.A_log", values=log_of_decay, is_parameter=True),
         "ssm_d": Target(f"{module}.D", values=flat, is_parameter=True),
-        "ssm_norm": Target(f"{module}.norm", values=flat),
         "ssm_out": f"{module}.out_proj",
     }
+
+
+def _mamba2(module: str) -> Names:
+    return {
+        **_mamba(module),
+        "ssm_dt": Target(f"{module}.dt_bias", is_parameter=True),
+        "ssm_norm": Target(f"{module}.norm", values=flat),
+    }
+
+
+BACKBONE: Names = {
+    "token_embd": "backbone.embeddings",
+    "output_norm": "backbone.norm_f",
+    "output": "lm_head",
+}
+MAMBA: Names = {"attn_norm": "norm", **_mamba("mixer")}
+MAMBA2: Names = {"attn_norm": "norm", **_mamba2("mixer")}
 
 
 LFM2_OUTER: Names = {
@@ -67,11 +86,6 @@ LFM2_MOE: Names = {
     "ffn_up_exps": "feed_forward.switch_mlp.up_proj",
     "ffn_down_exps": "feed_forward.switch_mlp.down_proj",
     "exp_probs_b": Target("feed_forward.expert_bias", is_parameter=True),
-}
-NEMOTRON_H_OUTER: Names = {
-    "token_embd": "backbone.embeddings",
-    "output_norm": "backbone.norm_f",
-    "output": "lm_head",
 }
 NEMOTRON_H: Names = {
     "attn_norm": "norm",
@@ -123,8 +137,8 @@ QWEN35_OUTER: Names = {
     "output_norm": "language_model.model.norm",
     "output": "language_model.lm_head",
 }
-# Norms are stored as 1 + w, as mlx-lm's class has them.
-QWEN35: Names = {
+# Norms are stored as 1 + w, as mlx-lm's classes have them.
+_QWEN: Names = {
     "attn_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -133,6 +147,22 @@ QWEN35: Names = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "ssm_norm": "linear_attn.norm",
+}
+_QWEN3_NEXT_INPUT = "linear_attn.in_proj_qkvz"
+QWEN3_NEXT: Names = {
+    **_QWEN,
+    "attn_qkv": Target(_QWEN3_NEXT_INPUT, join=key_heads_joined),
+    "attn_gate": Target(_QWEN3_NEXT_INPUT, place=1, join=key_heads_joined),
+    "ssm_in": _QWEN3_NEXT_INPUT,  # files from before 2026 have both in one tensor
+    "ssm_ba": "linear_attn.in_proj_ba",
+    "ssm_conv1d": Target("linear_attn.conv1d", values=one_channel),
+    "ssm_dt": Target("linear_attn.dt_bias", is_parameter=True),
+    "ssm_a": Target("linear_attn.A_log", values=log_of_decay, is_parameter=True),
+    "ssm_out": "linear_attn.out_proj",
+}
+QWEN35: Names = {
+    **_QWEN,
     "attn_qkv": Target("linear_attn.in_proj_qkv", rows=values_by_key_head),
     "attn_gate": Target("linear_attn.in_proj_z", rows=by_key_head),
     "ssm_beta": Target("linear_attn.in_proj_b", rows=by_key_head),
@@ -140,7 +170,6 @@ QWEN35: Names = {
     "ssm_conv1d": Target("linear_attn.conv1d", rows=values_by_key_head, values=one_channel),
     "ssm_dt": Target("linear_attn.dt_bias", rows=by_key_head, is_parameter=True),
     "ssm_a": Target("linear_attn.A_log", rows=by_key_head, values=log_of_decay, is_parameter=True),
-    "ssm_norm": "linear_attn.norm",
     "ssm_out": Target("linear_attn.out_proj", columns=columns_by_key_head),
 }
 
@@ -240,6 +269,33 @@ def nemotron_h_moe(values: Hyperparameters, config: Config) -> None:
     }
 
 
+def mamba(values: Hyperparameters, config: Config) -> None:
+    """Add the fields of Mamba 1, and those that Mamba 2 has under the same names."""
+    if not math.isclose(config["rms_norm_eps"], 1e-5, rel_tol=1e-6):  # that of the classes
+        raise values.unsupported("norms with another epsilon")
+    if values.flag("ssm.dt_b_c_rms", False):
+        raise values.unsupported("norms in recurrent layers")
+    config |= {
+        "intermediate_size": values.integer("ssm.inner_size"),
+        "state_size": values.integer("ssm.state_size"),
+        "conv_kernel": values.integer("ssm.conv_kernel"),
+        "time_step_rank": values.integer("ssm.time_step_rank"),
+        "use_bias": False,
+        "use_conv_bias": some_layer_has(values, "ssm_conv1d.bias"),
+    }
+
+
+def mamba2(values: Hyperparameters, config: Config) -> None:
+    mamba(values, config)
+    config |= {
+        "num_heads": config["time_step_rank"],
+        "head_dim": config["intermediate_size"] // config["time_step_rank"],
+        "n_groups": values.integer("ssm.group_count"),
+        "layer_norm_epsilon": 1e-5,
+        "time_step_limit": (0.0, float("inf")),
+    }
+
+
 def _mamba2_fields(values: Hyperparameters) -> Config:
     """Return the fields of Mamba 2's layers by the names of Granite and Falcon."""
     heads = values.integer("ssm.time_step_rank")
@@ -287,27 +343,25 @@ def falcon_h1(values: Hyperparameters, config: Config) -> None:
     }
 
 
-def qwen35(values: Hyperparameters, config: Config) -> None:
-    if "attention.recurrent_layers" in values:
+def _gated_delta(values: Hyperparameters, config: Config) -> None:
+    """Add the fields of Qwen's layers with gated deltas, and of their place among the others."""
+    interval = values.integer("full_attention_interval", 4)
+    expected = [(layer + 1) % interval != 0 for layer in range(values.layers)]
+    name = "attention.recurrent_layers"
+    if name in values and (values.flags(name) or [])[: values.layers] != expected:
         raise values.unsupported("layers that are recurrent in another pattern")
     heads = values.integer("ssm.time_step_rank")
     config |= {
-        "full_attention_interval": values.integer("full_attention_interval", 4),
+        "full_attention_interval": interval,
         "linear_num_value_heads": heads,
         "linear_num_key_heads": values.integer("ssm.group_count"),
         "linear_key_head_dim": values.integer("ssm.state_size"),
         "linear_value_head_dim": values.integer("ssm.inner_size") // heads,
         "linear_conv_kernel_dim": values.integer("ssm.conv_kernel"),
-        "rope_parameters": {
-            "type": "default",
-            "rope_theta": config["rope_theta"],
-            "partial_rotary_factor": config["partial_rotary_factor"],
-        },
     }
 
 
-def qwen35_moe(values: Hyperparameters, config: Config) -> None:
-    qwen35(values, config)
+def _gated_delta_experts(values: Hyperparameters, config: Config) -> None:
     config |= {
         "num_experts": values.integer("expert_count"),
         "num_experts_per_tok": values.integer("expert_used_count"),
@@ -315,3 +369,24 @@ def qwen35_moe(values: Hyperparameters, config: Config) -> None:
         "shared_expert_intermediate_size": values.integer("expert_shared_feed_forward_length"),
         "norm_topk_prob": True,
     }
+
+
+def qwen3_next(values: Hyperparameters, config: Config) -> None:
+    _gated_delta(values, config)
+    _gated_delta_experts(values, config)
+    config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    config.setdefault("intermediate_size", config["moe_intermediate_size"])
+
+
+def qwen35(values: Hyperparameters, config: Config) -> None:
+    _gated_delta(values, config)
+    config["rope_parameters"] = {
+        "type": "default",
+        "rope_theta": config["rope_theta"],
+        "partial_rotary_factor": config["partial_rotary_factor"],
+    }
+
+
+def qwen35_moe(values: Hyperparameters, config: Config) -> None:
+    qwen35(values, config)
+    _gated_delta_experts(values, config)

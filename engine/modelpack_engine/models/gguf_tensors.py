@@ -24,8 +24,8 @@ RowOrder = Callable[[Config, Bytes], Bytes]
 ColumnOrder = Callable[[Config, Floats], Floats]
 #: Changes decoded values and their shape.
 Values = Callable[[Floats], Floats]
-#: Joins the decoded values of several tensors.
-Join = Callable[[Sequence[Floats]], Floats]
+#: Joins the rows of several tensors, given the model's config: [..., bytes of a row] to the same.
+Join = Callable[[Config, Sequence[Bytes]], Bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ class Target:
     """What a tensor of the file becomes.
 
     `path` is the path of a module, or of a parameter if `is_parameter`. Tensors with the same path
-    are joined along the first dimension, or by `join`, ordered by `place`.
+    are joined along the first dimension, or by `join`, ordered by `place`: as they are stored if
+    all have one type, else as float32.
     """
 
     path: str
@@ -130,15 +131,15 @@ class Parameter:
     def dtype(self) -> str:
         """The type of the joined tensors; float32 if they differ."""
         types = {source.dtype for source in self.sources}
-        return types.pop() if len(types) == 1 and self._join is None else "F32"
+        return types.pop() if len(types) == 1 else "F32"
 
     @property
     def shape(self) -> Shape:
         """The shape. Raises `ValueError` for tensors that cannot be joined."""
         first, *others = (source.shape for source in self.sources)
-        if self._join is not None:
-            shapes = (first, *others)
-            return self._join([np.broadcast_to(np.float32(0), shape) for shape in shapes]).shape
+        if (join := self._join) is not None:
+            rows = [np.zeros((*shape[:-1], 1), np.uint8) for shape in (first, *others)]
+            return (*join(self.sources[0].config, rows).shape[:-1], first[-1])
         if any(shape[1:] != first[1:] for shape in others):
             raise ValueError(f"{list(first)} and {list(others[0])} cannot be joined")
         return (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
@@ -146,16 +147,17 @@ class Parameter:
     def read(self) -> GGUFTensor:
         """Return the joined tensors."""
         parts = [source.read() for source in self.sources]
-        name, dtype = parts[0].name, self.dtype
-        if self._join is not None:
-            joined = self._join([gguf_blocks.dense(part) for part in parts])
-            return GGUFTensor(name, dtype, joined.shape, joined.reshape(-1).view(np.uint8))
-        if len(parts) == 1:
+        name, dtype, join = parts[0].name, self.dtype, self._join
+        if len(parts) == 1 and join is None:
             return parts[0]
         raws = [part.raw for part in parts]
         if any(part.dtype != dtype for part in parts):
             raws = [gguf_blocks.dense(part).reshape(-1).view(np.uint8) for part in parts]
-        return GGUFTensor(name, dtype, self.shape, np.concatenate(raws))
+        if join is None:
+            return GGUFTensor(name, dtype, self.shape, np.concatenate(raws))
+        rows = [raw.reshape(*part.shape[:-1], -1) for raw, part in zip(raws, parts, strict=True)]
+        joined = join(self.sources[0].config, rows)
+        return GGUFTensor(name, dtype, self.shape, joined.reshape(-1))
 
     @property
     def _join(self) -> Join | None:
@@ -188,6 +190,12 @@ def heads_of(index: int) -> RowOrder:
         return parts[index].reshape(-1, rows.shape[-1])
 
     return select
+
+
+def by_head(config: Config, rows: Bytes) -> Bytes:
+    """Order queries, keys and values of a joined projection by their heads."""
+    parts = rows.reshape(3, config["num_attention_heads"], -1, rows.shape[-1])
+    return parts.swapaxes(0, 1).reshape(rows.shape)
 
 
 def half(index: int) -> RowOrder:
@@ -265,13 +273,30 @@ def flat(values: Floats) -> Floats:
 
 
 def log_of_decay(values: Floats) -> Floats:
-    """Return the vector A_log of a state-space layer, which is stored as -exp(A_log)."""
-    return np.log(-values).reshape(-1)
+    """Return A_log of a state-space layer, which is stored as -exp(A_log).
+
+    Mamba 1 has a matrix; the one column of Mamba 2 becomes a vector.
+    """
+    logs = np.log(-values)
+    return logs.reshape(-1) if logs.ndim > 1 and logs.shape[-1] == 1 else logs
 
 
 # Ways to join
 
 
-def heads_joined(parts: Sequence[Floats]) -> Floats:
+def heads_joined(config: Config, parts: Sequence[Bytes]) -> Bytes:
     """Return the rows of all parts, [heads, rows, columns], head by head, as one matrix."""
     return np.concatenate(parts, axis=1).reshape(-1, parts[0].shape[-1])
+
+
+def key_heads_joined(config: Config, parts: Sequence[Bytes]) -> Bytes:
+    """Return queries, keys and values, and gates, of each head of keys after each other.
+
+    The parts are a projection of queries, keys and values, each for all heads, and one of gates.
+    """
+    projected, gates = parts
+    heads, size = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    split = [*np.split(projected, [heads * size, 2 * heads * size]), gates]
+    columns = gates.shape[-1]
+    by_head = [part.reshape(heads, -1, columns) for part in split]
+    return np.concatenate(by_head, axis=1).reshape(-1, columns)

@@ -85,6 +85,39 @@ def test_yarn_of_an_architecture_whose_class_ignores_it(tmp_path: Path) -> None:
     assert np.abs(tiny.logits(tiny.build()) - expected).max() > 0.1
 
 
+def test_the_bias_of_ernies_router(tmp_path: Path) -> None:
+    """`tests/engine/oracle` compares the safetensors model with transformers."""
+    tiny, random = TINY_MODELS["ernie4_5-moe"], np.random.default_rng(1)
+    name = "model.layers.{}.mlp.moe_statics.e_score_correction"
+    biases = {at: random.standard_normal(8).astype(np.float32) for at in (1, 2, 3)}
+
+    def converted(config: Any, weights: Any) -> Any:
+        made = tiny.converted(config, weights)
+        return {**made, **{f"{name.format(at)}.bias": value for at, value in biases.items()}}
+
+    loaded = load_tiny(replace(tiny, converted=converted).write(tmp_path / "m.gguf"))
+    directory, model = tmp_path / "safetensors", tiny.build()
+    directory.mkdir()
+    save(directory, model, tiny.config)
+    path = str(directory / "model.safetensors")
+    given = {f"{name.format(at)}_bias": mx.array(value) for at, value in biases.items()}
+    mx.save_safetensors(path, {**dict(mx.load(path)), **given}, metadata={"format": "mlx"})
+    expected = tiny.logits(load_tiny(directory).model)
+    assert np.abs(tiny.logits(loaded.model) - expected).max() < 1e-4
+    assert np.abs(tiny.logits(model) - expected).max() > 0.1
+
+
+def test_the_copied_head_of_gpt2(tmp_path: Path) -> None:
+    tiny = TINY_MODELS["gpt2"]
+
+    def converted(config: Any, weights: Any) -> Any:
+        made = tiny.converted(config, weights)
+        return {**made, "lm_head.weight": made["transformer.wte.weight"]}
+
+    loaded = load_tiny(replace(tiny, converted=converted).write(tmp_path / "m.gguf"))
+    assert np.abs(tiny.logits(loaded.model) - tiny.logits(tiny.build())).max() < 1e-4
+
+
 def quantizer(type: Q) -> Callable[[str, np.ndarray], Any]:
     def quantize(name: str, values: np.ndarray) -> Any:
         if name.endswith("bias") or "ffn_gate_inp" in name:
@@ -95,7 +128,9 @@ def quantizer(type: Q) -> Callable[[str, np.ndarray], Any]:
 
 
 @pytest.mark.parametrize("type", [Q.Q4_0, Q.Q5_1, Q.Q8_0, Q.MXFP4, Q.F16, Q.BF16])
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3moe", "gpt-oss", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "qwen3moe", "gpt-oss", "phi3", "gptneox", "llama4", "ernie4_5-moe"]
+)
 def test_packed_is_dense(name: str, type: Q, tmp_path: Path) -> None:
     """Quantised weights give the same logits packed (as on a GPU) and dense (as on a CPU)."""
     tiny = TINY_MODELS[name]

@@ -40,13 +40,13 @@ def written(tmp_path: Path, tiny: TinyModel, change: Callable[[Weights], None]) 
 
 def test_unknown_architecture(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "mamba")
+    writer = gguf.GGUFWriter(path, "bloom")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelLoadError, match="architecture 'mamba' is not supported") as caught:
+    with pytest.raises(ModelLoadError, match="architecture 'bloom' is not supported") as caught:
         load(ModelFiles.from_directory(path), device="cpu")
     assert all(name in (caught.value.hint or "") for name in ("gpt-oss", "llama", "phi3"))
 

@@ -30,9 +30,15 @@ def write(name: str, path: Path, **values: Any) -> Path:
             key = f"{tiny.arch}.{key.replace('__', '.')}"
             for shard in writer.kv_data:
                 shard.pop(key, None)
-            writer.add_array(key, value) if isinstance(value, list) else writer.add_uint32(
-                key, value
-            )
+            match value:
+                case list():
+                    writer.add_array(key, value)
+                case bool():
+                    writer.add_bool(key, value)
+                case float():
+                    writer.add_float32(key, value)
+                case _:
+                    writer.add_uint32(key, value)
 
     return replace(tiny, keys=keys).write(path / "m.gguf")
 
@@ -47,6 +53,10 @@ def write(name: str, path: Path, **values: Any) -> Path:
         ("nemotron_h", {"feed_forward_length": 96}, "feed_forward_length that is not given"),
         ("nemotron_h_moe", {"expert_group_count": 2}, "groups of experts"),
         ("qwen35", {"attention__recurrent_layers": [1, 0, 0, 1]}, "recurrent in another pattern"),
+        ("qwen3next", {"attention__recurrent_layers": [1, 1, 0, 1]}, "recurrent in another"),
+        ("qwen3next", {"attention__recurrent_layers": True}, "recurrent in another pattern"),
+        ("mamba", {"ssm__dt_b_c_rms": True}, "norms in recurrent layers"),
+        ("mamba2", {"attention__layer_norm_rms_epsilon": 1e-6}, "another epsilon"),
         ("granitehybrid", {"ssm__group_count": 2}, "norms of several groups"),
     ],
 )
@@ -57,6 +67,14 @@ def test_a_variant_that_the_class_does_not_have(
         load_tiny(write(name, tmp_path, **values))
 
 
+@pytest.mark.parametrize("name", ["qwen35", "qwen35moe"])
+def test_the_usual_pattern_of_recurrent_layers_is_accepted(name: str, tmp_path: Path) -> None:
+    """Converters of 2026 write it beside the interval."""
+    path = write(name, tmp_path, attention__recurrent_layers=[1, 0, 1, 0])
+    tiny = TINY_MODELS[name]
+    assert np.abs(tiny.logits(load_tiny(path).model) - tiny.logits(tiny.build())).max() < 1e-4
+
+
 def test_falcon_with_norms(tmp_path: Path) -> None:
     tiny = TINY_MODELS["falcon-h1"]
     norms = {f"model.layers.{at}.mamba.norm.weight": np.ones((2, 64), np.float32) for at in (0, 1)}
@@ -65,7 +83,9 @@ def test_falcon_with_norms(tmp_path: Path) -> None:
         load_tiny(written.write(tmp_path / "m.gguf"))
 
 
-@pytest.mark.parametrize("name", ["qwen35moe", "nemotron_h_moe"])
+@pytest.mark.parametrize(
+    "name", ["qwen35moe", "nemotron_h_moe", "qwen3next", "qwen3next-old", "mamba2"]
+)
 def test_quantised_weights_are_reordered(name: str, tmp_path: Path) -> None:
     """Packed weights, whose rows are moved as they are stored, give the logits of dense ones."""
     tiny = TINY_MODELS[name]
@@ -78,6 +98,19 @@ def test_quantised_weights_are_reordered(name: str, tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "m.gguf", quantize)
     dense, packed = load_tiny(path, dense=True), load_tiny(path, dense=False, dtype=mx.float32)
     assert packed.weight_bytes < dense.weight_bytes / 2
+    assert np.abs(tiny.logits(packed.model) - tiny.logits(dense.model)).max() < 1e-3
+
+
+def test_joined_rows_of_two_types(tmp_path: Path) -> None:
+    """Mixtures such as Q4_K_M give a layer's projections different types."""
+    tiny = TINY_MODELS["qwen3next"]
+
+    def quantize(tensor: str, values: np.ndarray) -> Any:
+        kind = {"attn_qkv.weight": Q.Q8_0, "attn_gate.weight": Q.Q5_1}.get(tensor[6:])
+        return kind and (gguf.quants.quantize(values, kind), kind)
+
+    path = tiny.write(tmp_path / "m.gguf", quantize)
+    dense, packed = load_tiny(path, dense=True), load_tiny(path, dense=False, dtype=mx.float32)
     assert np.abs(tiny.logits(packed.model) - tiny.logits(dense.model)).max() < 1e-3
 
 

@@ -13,7 +13,7 @@ Weights = dict[str, np.ndarray]
 
 def key_heads(config: Mapping[str, Any]) -> int | list[int]:
     """Return the number of heads of keys; with recurrent layers, one for each layer."""
-    heads: int = config["num_key_value_heads"]
+    heads: int = config.get("num_key_value_heads", 0)
     layers = range(config["num_hidden_layers"])
     if "full_attn_idxs" in config:
         return [heads if at in config["full_attn_idxs"] else 0 for at in layers]
@@ -27,6 +27,8 @@ def key_heads(config: Mapping[str, Any]) -> int | list[int]:
 def feed_forward_sizes(config: Mapping[str, Any]) -> int | list[int]:
     """Return the size of feed-forward layers; with layers of other kinds, one for each layer."""
     size: int = config["intermediate_size"]
+    if "state_size" in config:
+        return 0
     if "hybrid_override_pattern" in config:
         return [size if kind in "-E" else 0 for kind in config["hybrid_override_pattern"]]
     return size
@@ -216,6 +218,29 @@ GRANITE_HYBRID_MOE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "shared_intermediate_size": 48,
 }
+MAMBA: dict[str, Any] = {
+    "model_type": "mamba",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "intermediate_size": 128,
+    "state_size": 16,
+    "conv_kernel": 4,
+    "time_step_rank": 8,
+    "use_bias": False,
+    "use_conv_bias": True,
+}
+MAMBA2: dict[str, Any] = {
+    **MAMBA,
+    "model_type": "mamba2",
+    "num_heads": 8,
+    "head_dim": 16,
+    "n_groups": 1,
+    "layer_norm_epsilon": 1e-5,
+    "time_step_limit": (0.0, float("inf")),
+}
 FALCON_H1: dict[str, Any] = {
     **_MAMBA2,
     "mamba_d_ssm": 128,
@@ -240,6 +265,31 @@ def mamba2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         inner=config["mamba_n_heads"] * config["mamba_d_head"],
         groups=config["mamba_n_groups"],
     )
+
+
+def mamba_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/mamba.py: no heads, and no feed-forward layers."""
+    name = f"{config['model_type']}.attention"
+    for key in ("key_length", "value_length", "head_count_kv"):
+        writer.kv_data[0].pop(f"{name}.{key}", None)
+    writer.add_ssm_conv_kernel(config["conv_kernel"])
+    writer.add_ssm_inner_size(config["intermediate_size"])
+    writer.add_ssm_state_size(config["state_size"])
+    writer.add_ssm_time_step_rank(config["time_step_rank"])
+    if "n_groups" in config:
+        writer.add_ssm_group_count(config["n_groups"])
+    else:
+        writer.add_ssm_dt_b_c_rms(False)
+
+
+def mamba(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/mamba.py: MambaModel.modify_tensors."""
+    changed = {}
+    for name, values in weights.items():
+        if name.endswith(".A_log"):
+            values = -np.exp(values)
+        changed[name] = values.squeeze(-1) if name.endswith("conv1d.weight") else values
+    return changed
 
 
 def granite_hybrid_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -299,6 +349,16 @@ QWEN35_MOE: dict[str, Any] = {
 }
 
 
+QWEN3_NEXT: dict[str, Any] = {
+    **QWEN35_MOE,
+    "linear_num_value_heads": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "partial_rotary_factor": 0.25,
+}
+
+
 def qwen35_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     heads = config["linear_num_value_heads"]
     ssm_keys(
@@ -347,4 +407,43 @@ def qwen35(config: Mapping[str, Any], weights: Weights) -> Weights:
         elif name.endswith("shared_expert_gate.weight"):
             values = values.reshape(-1)
         changed[name.replace(".dt_bias", ".dt_proj.bias")] = values
+    return changed
+
+
+def qwen3_next_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    qwen35_keys(writer, config)
+    interval = config["full_attention_interval"]
+    recurrent = [(at + 1) % interval != 0 for at in range(config["num_hidden_layers"])]
+    writer.add_array("qwen3next.attention.recurrent_layers", recurrent)
+
+
+def qwen3_next(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/qwen.py: Qwen3NextModel, which splits queries, keys and values from gates."""
+    keys, size = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    changed = {}
+    for name, values in qwen3_next_joined(config, weights).items():
+        if name.endswith("in_proj_qkvz.weight"):
+            heads = values.reshape(keys, -1, values.shape[-1])
+            gates = (heads.shape[1] - 2 * size) // 2
+            *parts, gate = np.split(heads, [size, 2 * size, 2 * size + gates], axis=1)
+            rows = [part.reshape(-1, values.shape[-1]) for part in parts]
+            changed[name.replace("qkvz", "qkv")] = np.concatenate(rows)
+            changed[name.replace("qkvz", "z")] = gate.reshape(-1, values.shape[-1])
+        else:
+            changed[name] = values
+    return changed
+
+
+def qwen3_next_joined(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """The same, with queries, keys, values and gates in one tensor, as in files from 2025."""
+    changed = {}
+    for name, values in weights.items():
+        name = name.replace("switch_mlp", "experts").replace(".dt_bias", ".dt_proj.bias")
+        if name.endswith(".A_log"):
+            values = -np.exp(values)
+        elif name.endswith("conv1d.weight"):
+            values = values.squeeze(-1)
+        elif name.endswith("shared_expert_gate.weight"):
+            values = values.reshape(-1)
+        changed[name] = values
     return changed

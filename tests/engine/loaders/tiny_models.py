@@ -44,7 +44,7 @@ def _keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(hybrids.feed_forward_sizes(config))
-    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count(config.get("num_attention_heads", 0))
     writer.add_head_count_kv(hybrids.key_heads(config))
     if "rms_norm_eps" in config:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -268,6 +268,39 @@ def _llama3_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
 
 
+def _pictures_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/qwenvl.py: the parts of a head that rotate by time, height and width."""
+    pairs = _head_dim(config) // 2
+    third = pairs // 3
+    writer.add_rope_dimension_sections([pairs - 2 * third, third, third, 0])
+    if "num_experts" in config:
+        _moe_keys(writer, config)
+
+
+def _ernie_moe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/ernie.py."""
+    writer.add_expert_count(config["moe_num_experts"])
+    writer.add_expert_used_count(config["moe_k"])
+    writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+    writer.add_leading_dense_block_count(config["moe_layer_start_index"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_count(config["moe_num_shared_experts"])
+    shared = config["moe_num_shared_experts"] * config["moe_intermediate_size"]
+    writer.add_expert_shared_feed_forward_length(shared)
+
+
+def _ernie_moe(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """Add biases that leave the choice of experts as it is: mlx-lm's class has none."""
+    biases = {
+        name.replace("gate.weight", "moe_statics.e_score_correction.bias"): np.full(
+            len(value), 0.25, np.float32
+        )
+        for name, value in weights.items()
+        if name.endswith("mlp.gate.weight")
+    }
+    return {**_experts(config, weights), **biases}
+
+
 def _mixtral_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     _llama_keys(writer, config)
     writer.add_expert_count(config["num_local_experts"])
@@ -397,6 +430,58 @@ def _stablelm_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 def _granite_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     _llama_keys(writer, config)
     writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+
+
+def _minimax_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_rope_dimension_count(config["rotary_dim"])
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def _llama4_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/llama.py."""
+    text = config["text_config"]
+    writer.kv_data[0].pop("llama4.feed_forward_length")
+    writer.add_feed_forward_length(text["intermediate_size_mlp"])
+    writer.add_interleave_moe_layer_step(text["interleave_moe_layer_step"])
+    writer.add_expert_feed_forward_length(text["intermediate_size"])
+    writer.add_expert_count(text["num_local_experts"])
+    writer.add_expert_used_count(text["num_experts_per_tok"])
+    _llama3_keys(writer, text)
+
+
+def _llama4(config: Mapping[str, Any], weights: Weights) -> Weights:
+    return {name.removeprefix("language_model."): value for name, value in weights.items()}
+
+
+def _gpt2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+
+
+def _gpt_neox_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_rope_dimension_count(int(_head_dim(config) * config["rotary_pct"]))
+    writer.add_parallel_residual(config["use_parallel_residual"])
+
+
+def _gpt_neox(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/gptneox.py: queries, keys and values, each for all heads."""
+    changed = {}
+    for name, value in weights.items():
+        if "query_key_value" in name:
+            heads = value.reshape(config["num_attention_heads"], 3, -1, *value.shape[1:])
+            value = heads.swapaxes(0, 1).reshape(value.shape)
+        new = name.replace("model.h.", "gpt_neox.layers.").replace("model.", "gpt_neox.")
+        changed[new.replace("gpt_neox.embed_out", "embed_out")] = value
+    return changed
+
+
+def _minicpm_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_embedding_scale(config["embedding_multiplier"])
     writer.add_residual_scale(config["residual_multiplier"])
     writer.add_logit_scale(config["logits_scaling"])
@@ -536,6 +621,15 @@ _ROUTED = {
     "n_group": 1,
     "topk_group": 1,
 }
+_QWEN3_MOE = {
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
 _BAILING_MOE2 = _model(
     "bailingmoe2",
     "bailing_moe",
@@ -639,6 +733,47 @@ _GRANITE = _model(
     mlp_bias=False,
 )
 
+_LLAMA4 = _model(
+    "llama4",
+    "llama4",
+    attention_bias=False,
+    attention_chunk_size=8192,
+    head_dim=16,
+    num_hidden_layers=4,
+    interleave_moe_layer_step=2,
+    intermediate_size=32,
+    intermediate_size_mlp=96,
+    num_local_experts=8,
+    num_experts_per_tok=1,
+    use_qk_norm=True,
+    rope_scaling=_LLAMA3_ROPE,
+)
+_GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 64,
+    "n_embd": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_head": 4,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "max_position_embeddings": 512,
+    "n_ctx": 512,
+    "n_positions": 512,
+    "intermediate_size": 256,
+    "layer_norm_epsilon": 1e-5,
+}
+_GPT_NEOX = {
+    **{key: value for key, value in _LAYER_NORM.items() if key != "rope_theta"},
+    "model_type": "gpt_neox",
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "use_parallel_residual": True,
+}
+
 TINY_MODELS: dict[str, TinyModel] = {
     "llama": TinyModel("llama", _model("llama", "llama"), _llama_keys, _permuted),
     "llama-tied": TinyModel(
@@ -672,19 +807,23 @@ TINY_MODELS: dict[str, TinyModel] = {
     "qwen3": TinyModel("qwen3", _model("qwen3", "qwen3", head_dim=32, rope_theta=1e6)),
     "qwen3moe": TinyModel(
         "qwen3moe",
-        _model(
-            "qwen3moe",
-            "qwen3_moe",
-            head_dim=32,
-            num_experts=8,
-            num_experts_per_tok=2,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-            moe_intermediate_size=32,
-            norm_topk_prob=True,
-        ),
+        _model("qwen3moe", "qwen3_moe", **_QWEN3_MOE),
         _moe_keys,
         _experts,
+    ),
+    "qwen2vl": TinyModel("qwen2vl", _model("qwen2vl", "qwen2", rope_theta=1e6), _pictures_keys),
+    "qwen3vl": TinyModel("qwen3vl", _model("qwen3vl", "qwen3", head_dim=32), _pictures_keys),
+    "qwen3vlmoe": TinyModel(
+        "qwen3vlmoe", _model("qwen3vlmoe", "qwen3_moe", **_QWEN3_MOE), _pictures_keys, _experts
+    ),
+    "internlm2": TinyModel(
+        "internlm2", _model("internlm2", "llama", rope_theta=1e6), _llama_keys, _permuted
+    ),
+    "exaone": TinyModel(
+        "exaone", _model("exaone", "llama", rope_scaling=_LLAMA3_ROPE), _llama3_keys
+    ),
+    "minicpm": TinyModel(
+        "minicpm", {**_GRANITE, "attention_multiplier": 0.25}, _minicpm_keys, _permuted
     ),
     "smollm3": TinyModel(
         "smollm3",
@@ -983,10 +1122,72 @@ TINY_MODELS: dict[str, TinyModel] = {
         "hunyuan-dense", _model("hunyuan-dense", "hunyuan_v1_dense", head_dim=32)
     ),
     "ernie4_5": TinyModel("ernie4_5", _model("ernie4_5", "ernie4_5", head_dim=32, use_bias=False)),
+    "ernie4_5-moe": TinyModel(
+        "ernie4_5-moe",
+        _model(
+            "ernie4_5-moe",
+            "ernie4_5_moe",
+            head_dim=32,
+            num_hidden_layers=4,
+            use_bias=False,
+            moe_num_experts=8,
+            moe_k=2,
+            moe_intermediate_size=32,
+            moe_num_shared_experts=2,
+            moe_layer_start_index=1,
+            moe_layer_interval=1,
+        ),
+        _ernie_moe_keys,
+        _ernie_moe,
+    ),
     "seed_oss": TinyModel(
         "seed_oss", _model("seed_oss", "seed_oss", head_dim=32, attention_bias=True)
     ),
+    "minimax-m2": TinyModel(
+        "minimax-m2",
+        _model(
+            "minimax-m2",
+            "minimax",
+            head_dim=32,
+            rotary_dim=16,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            shared_intermediate_size=0,
+        ),
+        _minimax_keys,
+        lambda config, weights: _renamed(
+            {**_MIXTRAL, "correction_bias": "correction.bias"}, weights
+        ),
+    ),
+    "llama4": TinyModel(
+        "llama4",
+        {**_LLAMA4, "text_config": _LLAMA4},
+        _llama4_keys,
+        _llama4,
+    ),
+    "gpt2": TinyModel(
+        "gpt2",
+        _GPT2,
+        _gpt2_keys,
+        lambda config, weights: _renamed({"model.": "transformer."}, weights),
+    ),
+    "gptneox": TinyModel("gptneox", _GPT_NEOX, _gpt_neox_keys, _gpt_neox),
+    "gptneox-serial": TinyModel(
+        "gptneox", {**_GPT_NEOX, "use_parallel_residual": False}, _gpt_neox_keys, _gpt_neox
+    ),
     # Models with recurrent layers
+    "mamba": TinyModel(
+        "mamba",
+        {**hybrids.MAMBA, "vocab_size": VOCABULARY_SIZE},
+        hybrids.mamba_keys,
+        hybrids.mamba,
+    ),
+    "mamba2": TinyModel(
+        "mamba2",
+        {**hybrids.MAMBA2, "vocab_size": VOCABULARY_SIZE},
+        hybrids.mamba_keys,
+        lambda config, weights: hybrids.mamba2(weights, config["n_groups"]),
+    ),
     "lfm2": TinyModel(
         "lfm2", _model("lfm2", "lfm2", **hybrids.LFM2), hybrids.lfm2_keys, hybrids.lfm2
     ),
@@ -1025,6 +1226,18 @@ TINY_MODELS: dict[str, TinyModel] = {
         _model("falcon-h1", "falcon_h1", **hybrids.FALCON_H1),
         hybrids.mamba2_keys,
         hybrids.falcon_h1,
+    ),
+    "qwen3next": TinyModel(
+        "qwen3next",
+        _model("qwen3next", "qwen3_next", **hybrids.QWEN3_NEXT),
+        hybrids.qwen3_next_keys,
+        hybrids.qwen3_next,
+    ),
+    "qwen3next-old": TinyModel(
+        "qwen3next",
+        _model("qwen3next", "qwen3_next", **hybrids.QWEN3_NEXT),
+        hybrids.qwen35_keys,
+        hybrids.qwen3_next_joined,
     ),
     "qwen35": TinyModel(
         "qwen35",
