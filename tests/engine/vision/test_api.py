@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,7 +157,84 @@ def test_ollama(llava: Served) -> None:
     assert "images[0]: the base64 is not valid" in bad.json()["error"]
 
 
+def asked(data: bytes, text: str = "What is it?", **fields: Any) -> dict[str, Any]:
+    """Return a message of the Responses API."""
+    picture = {"type": "input_image", "image_url": url(data), "detail": "high"} | fields
+    return {"role": "user", "content": [picture, {"type": "input_text", "text": text}]}
+
+
+def test_responses(llava: Served) -> None:
+    body: dict[str, Any] = {
+        "model": "tiny", "temperature": 0, "max_output_tokens": 8, "ignore_eos": True,
+    }  # fmt: skip
+    first = llava.http.post("/v1/responses", json=body | {"input": [asked(ONE)]}).json()
+    found = first["output"][0]["content"][0]["text"]
+    assert found == said("llava", IN_PROMPT, picture(1))
+    assert first["usage"]["input_tokens"] == 44
+    more = body | {"previous_response_id": first["id"]}
+    second = llava.http.post("/v1/responses", json=more | {"input": [asked(TWO, "And it?")]}).json()
+    # Ids would be as random as the text of the first answer, which is no text that is read again.
+    assert second["usage"]["input_tokens"] > 80
+    listed = llava.http.get(f"/v1/responses/{second['id']}/input_items").json()["data"]
+    assert [item["content"][0]["type"] for item in listed] == [
+        "input_image", "output_text", "input_image",
+    ]  # fmt: skip
+    assert listed[-1]["content"][0] == asked(ONE)["content"][0]
+    counted = llava.http.post(
+        "/v1/responses/input_tokens", json={"model": "tiny", "input": [asked(ONE)]}
+    )
+    assert counted.json()["input_tokens"] == 44
+    for given in (body | {"stream": True}, body | {"truncation": "auto"}):
+        again = llava.http.post("/v1/responses", json=given | {"input": [asked(ONE)]})
+        assert again.status_code == 200
+        assert json.dumps(found, ensure_ascii=False)[1:-1] in again.text or found in again.text
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"image_url": None}, "image_url is required and must be a string"),
+        ({"image_url": None, "file_id": "f"}, "files are not read"),
+        ({"image_url": {"url": url(ONE)}}, "image_url is required and must be a string"),
+        ({"image_url": "https://example.com/a.png"}, "not fetched from the network"),
+        ({"image_url": url(b"bad")}, "unknown format"),
+        ({"image_url": url(b"")}, "the picture is empty"),
+    ],
+)
+def test_responses_refuse_bad_pictures(llava: Served, part: Any, message: str) -> None:
+    given = [{"role": "user", "content": "hello"}, asked(ONE, **part)]
+    refused = llava.http.post("/v1/responses", json={"model": "tiny", "input": given})
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert message in error["message"]
+    assert error["message"].startswith("input[1].content[0]: ")
+    assert error["param"] == "input[1].content[0]"
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+def test_responses_read_pictures_of_users_only(llava: Served, role: str) -> None:
+    given = asked(ONE) | {"role": role}
+    refused = llava.http.post("/v1/responses", json={"model": "tiny", "input": [given]})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "input[0].content[0]"
+
+
+def test_no_context_of_ollama_without_its_pictures(llava: Served) -> None:
+    """The next request would have their tokens and not the pictures."""
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "stream": False}
+    body |= {"options": {"num_predict": 2}}
+    assert "context" in llava.http.post("/api/generate", json=body).json()
+    body["images"] = [base64.b64encode(ONE).decode()]
+    answer = llava.http.post("/api/generate", json=body)
+    assert answer.status_code == 200
+    assert "context" not in answer.json()
+
+
 def test_a_model_of_text_refuses_pictures(text: Served) -> None:
+    by_responses = text.http.post("/v1/responses", json={"model": "tiny", "input": [asked(ONE)]})
+    assert by_responses.status_code == 400
+    assert by_responses.json()["error"]["param"] == "input[0].content[0]"
+    assert "accepts text only, not 'input_image'" in by_responses.text
     refused = text.chat([QUESTION, image(ONE)])
     assert refused.status_code == 400
     error = refused.json()["error"]

@@ -56,6 +56,8 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
             return await start_chat(model, await compute(spec_of, body, model, template))
 
         def context(stream: ChatStream, reader: replies.Reader) -> dict[str, Any]:
+            if body.images:
+                return {}  # tokens that stand for pictures mean nothing without them
             if body.raw or body.suffix:
                 return {}
             return {"context": [*stream.prompt_ids, *reader.token_ids]}

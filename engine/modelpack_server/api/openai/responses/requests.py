@@ -22,6 +22,7 @@ from modelpack_server.api.openai.requests import (
     choice_of,
     constraint_of,
 )
+from modelpack_server.conversation.pictures import PictureReader
 from modelpack_server.structured_output import Constraint
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice
 
@@ -280,7 +281,7 @@ def _message(given: Mapping[str, Any], where: str) -> Item:
             f"role is {role!r}, expected one of {', '.join(_ROLES)}", param=f"{where}.role"
         )
     content = given.get("content")
-    plain_text(content, f"{where}.content")
+    plain_text(content, f"{where}.content", pictures=role == "user")
     if isinstance(content, str):
         said = role == "assistant"
         part: Item = {"type": "output_text" if said else "input_text", "text": content}
@@ -312,8 +313,11 @@ def _text_field(given: Mapping[str, Any], key: str, where: str) -> str:
     return text
 
 
-def plain_text(content: Any, where: str) -> str:
-    """Return the text of content that consists of text only; `where` names it in errors."""
+def plain_text(content: Any, where: str, *, pictures: bool = False) -> str:
+    """Return the text of content, which has nothing else but `pictures` if these are allowed.
+
+    `where` names it in errors.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -321,6 +325,14 @@ def plain_text(content: Any, where: str) -> str:
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if pictures and kind == "input_image":
+            if not isinstance(part.get("image_url"), str):
+                raise RequestError(
+                    f"{where}[{i}]: image_url is required and must be a string",
+                    param=f"{where}[{i}]",
+                    hint="send the picture as a data: URL; files are not read",
+                )
+            continue
         text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
         if not isinstance(text, str):
             raise RequestError(f"this model accepts text only, not {kind!r}", param=f"{where}[{i}]")
@@ -328,19 +340,42 @@ def plain_text(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def template_messages(instructions: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
+def _content(
+    content: str | list[dict[str, Any]], where: str, pictures: PictureReader | None
+) -> str | list[dict[str, Any]]:
+    """Return text, or a list of parts if there are pictures."""
+    if pictures is None or isinstance(content, str):
+        return plain_text(content, where)
+    if all(part["type"] != "input_image" for part in content):
+        return plain_text(content, where)
+    return [
+        pictures.url(part["image_url"], f"{where}[{i}]")
+        if part["type"] == "input_image"
+        else {"type": "text", "text": plain_text([part], where)}
+        for i, part in enumerate(content)
+    ]
+
+
+def template_messages(
+    instructions: str | None,
+    items: Sequence[Item],
+    pictures: PictureReader | None = None,
+    num_earlier: int = 0,
+) -> list[dict[str, Any]]:
     """Return a conversation in the form that chat templates expect.
 
-    Reasoning, text and tool calls of one assistant turn become one message.
+    Reasoning, text and tool calls of one assistant turn become one message. The content of a
+    message with pictures is a list of parts; without `pictures`, they are refused. The first
+    `num_earlier` items are not those of the request's input, whose places errors name.
     """
     messages: list[dict[str, Any]] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
     turn: dict[str, Any] | None = None
-    for item in items:
+    for i, item in enumerate(items, -num_earlier):
         if item["type"] == "function_call_output" or item.get("role", "assistant") != "assistant":
             turn = None
-            messages.append(_others(item))
+            messages.append(_others(item, f"input[{i}]" if i >= 0 else "input", pictures))
             continue
         if turn is None or _is_begun(turn, item):
             turn = {"role": "assistant", "content": [], "reasoning_content": []}
@@ -351,19 +386,21 @@ def template_messages(instructions: str | None, items: Sequence[Item]) -> list[d
 
 def _with_texts(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message whose collected texts are joined."""
-    if not isinstance(message["content"], list):
+    if message["role"] != "assistant":
         return message
     thoughts = "".join(message.pop("reasoning_content"))
     message["content"] = "".join(message["content"])
     return message | ({"reasoning_content": thoughts} if thoughts else {})
 
 
-def _others(item: Item) -> dict[str, Any]:
+def _others(item: Item, where: str, pictures: PictureReader | None) -> dict[str, Any]:
     if item["type"] == "function_call_output":
         text = plain_text(item["output"], "input")
         return {"role": "tool", "tool_call_id": item["call_id"], "content": text}
     role = "system" if item["role"] == "developer" else item["role"]
-    return {"role": role, "content": plain_text(item["content"], "input")}
+    if role != "user":
+        pictures = None
+    return {"role": role, "content": _content(item["content"], f"{where}.content", pictures)}
 
 
 def _is_begun(turn: Mapping[str, Any], item: Item) -> bool:

@@ -51,6 +51,7 @@ from modelpack_server.api.paths import add_route
 from modelpack_server.api.sse import LiveStream
 from modelpack_server.api.vocabulary import Vocabulary
 from modelpack_server.conversation.chat import ChatStream, count_prompt, start_chat
+from modelpack_server.conversation.pictures import picture_reader
 from modelpack_server.conversation.prompt import fit_turns
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
@@ -337,7 +338,10 @@ def spec_of(
     options = dict(body.chat_template_kwargs)
     if body.effort is not None:
         options.setdefault("reasoning_effort", body.effort)
-    messages = template_messages(body.instructions, items)
+    num_own = len(body.input) if isinstance(body.input, list) else int(bool(body.input))
+    messages = template_messages(
+        body.instructions, items, picture_reader(model), len(items) - num_own
+    )
     return ChatSpec(
         messages=fit_turns(messages, model.tokenizer.chat_template),
         params=model.sampling_params(given, preset=preset),

@@ -1,0 +1,106 @@
+"""Official SDKs send pictures to a server on a port."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import ollama
+import openai
+import pytest
+
+from modelpack_server.api.app import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from tests.engine.serving.tiny import TinyCatalogue
+from tests.engine.vision import tiny
+from tests.engine.vision.media import file_of, url
+from tests.engine.vision.tiny import picture
+
+ONE = file_of(picture(1))
+GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    def make_pool() -> ModelPool:
+        catalogue = TinyCatalogue(lambda: tiny.tiny_engine("llava", max_num_batched_tokens=256))
+        return ModelPool(catalogue, memory=10_000, grace=0.0)
+
+    with ModelServer(make_pool, address="127.0.0.1:0") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    tokens = tiny.expected("llava", "user: <image>What is it?\nassistant:", [picture(1)])
+    return tiny.tiny_loaded("llava").tokenizer.decode(tokens)
+
+
+def test_openai_chat(address: str, expected: str) -> None:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        content: Any = [
+            {"type": "image_url", "image_url": {"url": url(ONE), "detail": "auto"}},
+            {"type": "text", "text": "What is it?"},
+        ]
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=8, **GREEDY
+        )
+        assert answer.choices[0].message.content == expected
+        content[0]["image_url"]["url"] = url(b"bad")
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": content}], max_tokens=8
+            )
+        assert caught.value.param == "messages[0].content[0]"
+
+
+def test_openai_responses(address: str, expected: str) -> None:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        content: Any = [
+            {"type": "input_image", "image_url": url(ONE), "detail": "auto"},
+            {"type": "input_text", "text": "What is it?"},
+        ]
+        answer = client.responses.create(
+            model="tiny",
+            input=[{"role": "user", "content": content}],
+            max_output_tokens=8,
+            **GREEDY,
+        )
+        assert answer.output_text == expected
+        listed = client.responses.input_items.list(answer.id).data
+        assert listed[0].model_dump()["content"][0]["image_url"] == url(ONE)
+
+
+def test_anthropic(address: str, expected: str) -> None:
+    with anthropic.Anthropic(base_url=address, api_key="none") as client:
+        data = base64.b64encode(ONE).decode()
+        content: Any = [
+            {
+                "type": "image",
+                "source": {"type": "base64", "media_type": "image/png", "data": data},
+            },
+            {"type": "text", "text": "What is it?"},
+        ]
+        answer = client.messages.create(
+            model="tiny", max_tokens=8, messages=[{"role": "user", "content": content}],
+            extra_body={"temperature": 0},
+        )  # fmt: skip
+        [block] = answer.content
+        assert block.type == "text"
+        tokens = tiny.expected("llava", "user: <image>\n\nWhat is it?\nassistant:", [picture(1)])
+        text = tiny.tiny_loaded("llava").tokenizer.decode(tokens)
+        assert block.text
+        assert text.startswith(block.text)
+
+
+def test_ollama(address: str, expected: str) -> None:
+    with ollama.Client(address) as client:
+        options = {"temperature": 0, "num_predict": 8}
+        message = {"role": "user", "content": "What is it?", "images": [ONE]}
+        found = client.chat("tiny", messages=[message], options=options).message.content
+        assert found
+        assert expected.startswith(found)
+        made = client.generate("tiny", "What is it?", images=[ONE], options=options)
+        assert made.response == found
