@@ -31,7 +31,7 @@ Decode = Callable[[Any], NDArray[np.float32]]
 #: The types of arrays whose rows the library reads as they are.
 _DENSE = {mx.float32: Source.F32, mx.float16: Source.F16, mx.bfloat16: Source.BF16}
 #: GGUF's types that the library reads as they are; others are held in 8 bits.
-_BLOCKS: dict[str, Source] = {
+BLOCKS: dict[str, Source] = {
     source.name: source for source in Source if source is not Source.F32_AS_INT8
 }
 
@@ -111,7 +111,7 @@ class PackedWeights:
         if len(tensor.shape) == 1:
             self.vectors[name] = np.array(dense(tensor), np.float32)  # not a part of the file
             return
-        source = _BLOCKS.get(tensor.dtype, Source.F32_AS_INT8)
+        source = BLOCKS.get(tensor.dtype, Source.F32_AS_INT8)
         rows: NDArray[Any] = dense(tensor) if source is Source.F32_AS_INT8 else tensor.raw
         self._add(name, partial(Matrix, source), tensor.shape, np.ascontiguousarray(rows))
 

@@ -62,6 +62,8 @@ TILES = (
     Tile(128, 8, 1, 64, 5, wide=True),
     Tile(256, 8, 1, 64, 5, wide=True),
 )
+#: The bits of codes that the kernel reads; MLX multiplies by others.
+CODE_BITS = (4, 8)
 #: The blocks that keep a large GPU busy, and the most parts that the next kernel adds up.
 _BLOCKS, _MOST_PARTS = 264, 8
 
@@ -87,7 +89,7 @@ def fits(x: mx.array, weights: Weights) -> bool:
         launch.backend() == "cuda"
         and x.dtype in (mx.float16, mx.bfloat16)
         and weights.mode == "affine"
-        and weights.bits in (4, 8)
+        and weights.bits in CODE_BITS
         and weights.group_size in (32, 64, 128)
         and weights.scales is not None
         and weights.biases is not None

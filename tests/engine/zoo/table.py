@@ -9,9 +9,16 @@ import mlx.core as mx
 import mlx_lm
 
 from modelpack_engine.attention.kv_pools import KVLayout
+from modelpack_engine.cpu.weights import BLOCKS as BLOCKS_OF_CPU
+from modelpack_engine.layers.packed import CODE_BITS
+from modelpack_engine.models import gguf_blocks
+from modelpack_engine.models.gguf import TensorPlan, arrays_of, packing_of
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS
+from modelpack_engine.models.gguf_file import GGUFTensor
+from modelpack_engine.models.gguf_tensors import Parameter
 from modelpack_engine.runner.model_layout import StateLayout
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
+from tests.engine.loaders.blocks import random_blocks
 from tests.engine.oracle.answers import FIXTURES, fixture
 from tests.engine.oracle.differences import DIFFERENCES, LOAD_ERRORS, OTHER_ANSWERS
 from tests.engine.zoo.catalogue import CATALOGUE
@@ -57,6 +64,24 @@ Not compared with mlx-lm:
 |---|---|
 """
 
+BLOCKS = """
+## Block types of GGUF
+
+How a tensor of each type is held, in bits per weight with the scales. Tensors that are transposed
+or whose columns are reordered are unpacked (a few of DeepSeek V2 and Qwen 3.5), and so are those
+that are joined with one of another type.
+
+- **MLX** computes on Metal and CUDA, and on a CPU; there, weights are unpacked to float32 if they
+  fit into memory. "own codes" are those of the file, with scales in the model's type (bfloat16 on a
+  GPU); "8 bits" are codes made at load, which round the values of the file.
+- **CUDA** says which kernel multiplies a few rows by such weights on an NVIDIA GPU: ours or MLX's.
+  On Metal it is MLX's.
+- **CPU library** is [our own](cpu.md), for models of Llama's shape.
+
+| type | file | MLX | in memory | CUDA | CPU library |
+|---|---|---|---|---|---|
+"""
+
 CONFIGURATIONS = """
 ## Configurations
 
@@ -98,6 +123,32 @@ Model types that do not agree, by the version of transformers that saved them:
 | model type | transformers | result | why |
 |---|---|---|---|
 """
+
+
+def block_types() -> str:
+    """Return the section about the block types of GGUF; the bits are those of a loaded tensor."""
+    rows = []
+    for dtype in gguf_blocks.SUPPORTED_TYPES:
+        raw = random_blocks(dtype, 8, 512)
+        parameter = Parameter.of(GGUFTensor("w", dtype, (8, 512), raw.reshape(-1)), "w", "weight")
+        packing = packing_of(dtype, requantize=True)
+        arrays = arrays_of([TensorPlan(parameter, packing)], mx.bfloat16)
+        held = sum(array.nbytes for _, array in arrays) / (512 * 8) * 8
+        if packing is None:
+            how, cuda = "bfloat16", "ours"
+        else:
+            own = packing.mode != "affine" or gguf_blocks.affine_bits(dtype) == packing.bits
+            how = "own codes" if own else f"{packing.bits} bits"
+            ours = packing.mode == "affine" and packing.bits in CODE_BITS
+            cuda = "ours" if ours else "MLX's"
+        library = "8 bits"
+        if dtype in BLOCKS_OF_CPU:
+            library = "as stored" if gguf_blocks.is_float(dtype) else "own codes"
+        rows.append((raw.nbytes / (512 * 8) * 8, dtype, how, held, cuda, library))
+    return BLOCKS + "".join(
+        f"| {dtype} | {stored:.4g} | {how} | {held:.4g} | {cuda} | {library} |\n"
+        for stored, dtype, how, held, cuda, library in sorted(rows)
+    )
 
 
 def agreement() -> str:
@@ -154,7 +205,15 @@ def render(rows: list[str]) -> str:
     """Return the whole document."""
     excluded = "".join(f"| {name} | {why} |\n" for name, why in sorted(EXCLUDED.items()))
     head = HEAD.format(version=mlx_lm.__version__)
-    return head + "".join(rows) + EXCLUDED_HEAD + excluded + CONFIGURATIONS + agreement()
+    return (
+        head
+        + "".join(rows)
+        + EXCLUDED_HEAD
+        + excluded
+        + block_types()
+        + CONFIGURATIONS
+        + agreement()
+    )
 
 
 def main() -> None:

@@ -24,3 +24,8 @@ def test_every_gguf_architecture_is_in_the_document() -> None:
     for configuration in CATALOGUE:
         start = f"| {configuration.id} | {table.gguf_names(configuration.architecture)} |"
         assert any(line.startswith(start) for line in lines), "run python -m tests.engine.zoo.table"
+
+
+def test_the_block_types_in_the_document() -> None:
+    text = table.PATH.read_text()
+    assert table.block_types() in text, "run python -m tests.engine.zoo.table"
