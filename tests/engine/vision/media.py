@@ -58,6 +58,13 @@ def _frames(format: str) -> bytes:
     return saved(frames[0], format, save_all=True, append_images=frames[1:])
 
 
+def slow_jpeg() -> bytes:
+    """Return an 8K picture of 1 MB with so many scans that decoding takes minutes."""
+    data = saved(Image.new("L", (7680, 4320)), "JPEG", progressive=True)
+    last = data.rfind(b"\xff\xda")
+    return data[:-2] + data[last:-2] * 20_000 + data[-2:]
+
+
 def _bomb_text() -> bytes:
     text = zlib.compress(b"a" * 80_000_000)
     return png(8, 8, b"\0" * 200, chunk(b"zTXt", b"Comment\0\0" + text))

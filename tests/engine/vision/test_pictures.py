@@ -21,7 +21,7 @@ from modelpack_server.conversation.pictures import (
     take_pictures,
 )
 from tests.engine.vision import media
-from tests.engine.vision.media import BAD_FILES, BAD_URLS, file_of, saved, url
+from tests.engine.vision.media import BAD_FILES, BAD_URLS, file_of, saved, slow_jpeg, url
 from tests.engine.vision.tiny import picture
 from tests.engine.worker.test_workers import until
 
@@ -153,19 +153,13 @@ def _comments_of_gif(count: int) -> bytes:
     return data[:start] + b"\x21\xfe\x01a\x00" * count + data[start:]
 
 
-def _scans_of_jpeg(count: int) -> bytes:
-    data = saved(Image.new("L", (7680, 4320)), "JPEG", progressive=True)
-    last = data.rfind(b"\xff\xda")
-    return data[:-2] + data[last:-2] * count + data[-2:]
-
-
 #: Files within all limits on bytes and pixels that take Pillow seconds or minutes.
 SLOW_FILES: dict[str, Callable[[], bytes]] = {
     "chunks of png": lambda: media.png(8, 8, b"\0" * 200, media.chunk(b"abCd", b"") * 1_500_000),
     "comments of gif": lambda: _comments_of_gif(4_000_000),
     "comments of jpeg": lambda: JPEG[:2] + b"\xff\xfe\x00\x03a" * 4_000_000 + JPEG[2:],
     "padding of jpeg": lambda: JPEG[:2] + b"\xff" * 20_000_000 + JPEG[2:],
-    "scans of jpeg": lambda: _scans_of_jpeg(20_000),
+    "scans of jpeg": slow_jpeg,
 }
 JPEG = saved(Image.new("RGB", (8, 8)), "JPEG")
 
@@ -198,7 +192,7 @@ def test_one_owner_leaves_a_worker_to_others(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pictures, "MAX_SECONDS", 60.0)
     workers = Workers(memory=2 << 30, purpose="picture")
     monkeypatch.setattr(pictures, "shared_workers", lambda _: workers)
-    slow, good = PictureFile(_scans_of_jpeg(20_000), "slow"), saved(Image.fromarray(GRADIENT))
+    slow, good = PictureFile(slow_jpeg(), "slow"), saved(Image.fromarray(GRADIENT))
 
     def read(owner: bytes, file: PictureFile) -> int:
         with PictureFiles([file], owner) as files:

@@ -1,24 +1,30 @@
-"""Official SDKs send pictures to a server on a port."""
+"""Pictures over HTTP: official SDKs, clients that leave, and failures."""
 
 from __future__ import annotations
 
 import base64
+import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import httpx
 import ollama
 import openai
 import pytest
 
 from modelpack_server.api.app import ModelServer
+from modelpack_server.conversation import pictures
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue
 from tests.engine.vision import tiny
-from tests.engine.vision.media import file_of, url
+from tests.engine.vision.media import file_of, slow_jpeg, url
 from tests.engine.vision.tiny import picture
+from tests.engine.worker.test_workers import until
 
 ONE = file_of(picture(1))
+CATALOGUES: list[TinyCatalogue] = []
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
@@ -26,6 +32,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 def address() -> Iterator[str]:
     def make_pool() -> ModelPool:
         catalogue = TinyCatalogue(lambda: tiny.tiny_engine("llava", max_num_batched_tokens=256))
+        CATALOGUES.append(catalogue)
         return ModelPool(catalogue, memory=10_000, grace=0.0)
 
     with ModelServer(make_pool, address="127.0.0.1:0") as server:
@@ -104,3 +111,47 @@ def test_ollama(address: str, expected: str) -> None:
         assert expected.startswith(found)
         made = client.generate("tiny", "What is it?", images=[ONE], options=options)
         assert made.response == found
+
+
+def test_a_client_that_leaves_ends_the_decoding(
+    address: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MAX_SECONDS", 3600.0)
+    content = [{"type": "image_url", "image_url": {"url": url(slow_jpeg(), "image/jpeg")}}]
+    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": content}]})
+    host, port = address.removeprefix("http://").split(":")
+    workers = pictures.shared_workers("picture")
+    with socket.create_connection((host, int(port))) as connection:
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        until(lambda: any(workers._busy.values()))
+    until(lambda: not workers._busy)
+    test_openai_chat(address, expected)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_picture_that_cannot_be_encoded(
+    address: str, stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client is told which one; why is for the log."""
+
+    def encode(*_: object) -> None:
+        raise RuntimeError("[metal::malloc] out of memory at 0x7f")
+
+    monkeypatch.setattr(CATALOGUES[-1].engines[-1].vision.encoder._model, "embed", encode)
+    part = {"type": "image_url", "image_url": {"url": url(file_of(picture(77)))}}
+    answer = httpx.post(
+        f"{address}/v1/chat/completions",
+        json={
+            "model": "tiny", "stream": stream, "max_tokens": 4, "n": 2,
+            "messages": [{"role": "user", "content": [part]}],
+        },
+    )  # fmt: skip
+    message = "messages[0].content[0]: the model cannot encode this picture"
+    assert message in answer.text
+    assert "metal" not in answer.text
+    assert answer.status_code == (200 if stream else 400)
+    assert "[metal::malloc] out of memory" in caplog.text
