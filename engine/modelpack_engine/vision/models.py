@@ -211,7 +211,9 @@ def open_tower(
     given = {
         name.removeprefix("model."): array
         for path in weights
-        for name, array in cast(dict[str, mx.array], mx.load(str(path))).items()
+        for name, array in cast(
+            dict[str, mx.array], mx.load(str(path), format="safetensors")
+        ).items()
         if name.removeprefix("model.").startswith(_PREFIXES)
     }
     try:
