@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import modelpack
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.lookup import stored_model
 from modelpack.operations.remote import RemoteOptions
@@ -50,12 +51,13 @@ class SmokeReport:
     """What a smoke test saw. Times are in seconds; `error` is what kept it from an answer.
 
     Of a model that generates text there are `answer` and what follows it, of one that embeds or
-    ranks `dimensions`, the length of its vectors.
+    ranks `dimensions`, the length of its vectors. `images` are the digests of the pictures' files.
     """
 
     reference: str | None
     digest: str
     prompt: str
+    images: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     error: str | None = None
     load_seconds: float = 0.0
@@ -90,6 +92,7 @@ class SmokeReport:
             "reference": self.reference,
             "digest": self.digest,
             "prompt": self.prompt,
+            **({"images": list(self.images)} if self.images else {}),
             "load_seconds": round(self.load_seconds, 3),
             "device": self.device,
             "versions": self.versions,
@@ -116,12 +119,14 @@ def smoke_test(
     expect: str | None = None,
     min_tokens_per_second: float | None = None,
     max_tokens: int = 64,
+    pictures: Sequence[dict[str, Any]] = (),
     remote: RemoteOptions | None = None,
     on_progress: Callable[[str, LoadProgress | None], None] | None = None,
 ) -> SmokeReport:
     """Load the model `name` of the store, ask it once, greedily, and check the answer.
 
-    `on_progress` gets the model's name and how far its load is.
+    `on_progress` gets the model's name and how far its load is. `pictures` come before the prompt;
+    they are parts of `PictureReader`.
 
     Where `remote` says who is trusted, the model has to be signed.
 
@@ -141,6 +146,7 @@ def smoke_test(
     stored = stored_model(store, name)
     report = SmokeReport(
         str(stored.reference) if stored.reference is not None else None, str(stored.digest), prompt,
+        tuple(str(Digest.of(part["picture"].data)) for part in pictures),
         device=choose_device(config), versions=_versions(),
     )  # fmt: skip
     start = time.perf_counter()
@@ -148,7 +154,9 @@ def smoke_test(
         with LocalModels(catalogue, config, on_progress) as models:
             model = models.load(name)
             report = replace(report, load_seconds=time.perf_counter() - start)
-            return models.call(_try(model, report, pattern, min_tokens_per_second, max_tokens))
+            return models.call(
+                _try(model, report, pattern, min_tokens_per_second, max_tokens, pictures)
+            )
     except UsageError:
         raise
     except ModelpackError as error:
@@ -161,19 +169,22 @@ async def _try(
     pattern: re.Pattern[str] | None,
     min_speed: float | None,
     max_tokens: int,
+    pictures: Sequence[dict[str, Any]],
 ) -> SmokeReport:
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 
     if isinstance(model.engine, AsyncEmbedder):
         if pattern is not None or min_speed is not None:
             raise UsageError("an embedding model writes no text that could be expected or timed")
+        if pictures:
+            raise UsageError("an embedding model reads no pictures")
         return await _embed(model.engine, report)
     chat = Chat(model, given={"temperature": 0.0}, max_tokens=max_tokens)
     start = time.perf_counter()
     first = 0.0
     texts, thoughts, last = [], [], None
     tokens: list[int] = []
-    async with aclosing(chat.ask(report.prompt)) as deltas:
+    async with aclosing(chat.ask(report.prompt, pictures)) as deltas:
         async for delta in deltas:
             if delta.token_ids and not first:
                 first = time.perf_counter()

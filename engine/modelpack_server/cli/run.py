@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,7 @@ def run(
     given = {name: value for name, value in sampling.items() if value is not None}
     prompt, files = _without_pictures(prompt)
     text = _question(prompt)
-    pictures = _pictures(files)
+    pictures = picture_parts(files)
     if pictures and not text:
         raise UsageError("no prompt for the pictures", hint="give a prompt before the files")
     from modelpack_server.pool.settings import preset_named
@@ -188,7 +188,7 @@ def _without_pictures(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Pa
     return prompt[: len(prompt) - len(files)], files
 
 
-def _pictures(files: list[Path]) -> list[dict[str, Any]]:
+def picture_parts(files: Iterable[Path]) -> list[dict[str, Any]]:
     """Return the files as parts of a message."""
     from modelpack_engine.errors import RequestError
     from modelpack_server.conversation.pictures import PictureReader

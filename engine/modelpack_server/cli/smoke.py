@@ -33,6 +33,7 @@ from modelpack_server.cli.engine_options import (
     pull_draft,
 )
 from modelpack_server.cli.load_display import LoadDisplay
+from modelpack_server.cli.run import picture_parts
 
 if TYPE_CHECKING:
     from modelpack.artifacts.model import Model
@@ -91,6 +92,11 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
 @model_argument()
 @click.option("--prompt", default="What is the capital of France?", show_default=True,
               help="Send this prompt.")  # fmt: skip
+@click.option(
+    "--image", "images", multiple=True, metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Send this picture before the prompt (repeatable).",
+)  # fmt: skip
 @click.option("--expect", metavar="REGEX", help="Require the response to match this pattern.")
 @click.option("--min-tps", type=click.FloatRange(min=0),
               help="Require this many tokens per second.")  # fmt: skip
@@ -119,6 +125,7 @@ def smoke(
     settings: Settings,
     model: str,
     prompt: str,
+    images: tuple[Path, ...],
     expect: str | None,
     min_tps: float | None,
     max_tokens: int,
@@ -134,7 +141,8 @@ def smoke(
     from modelpack_server import open_model
     from modelpack_server.smoke_test import smoke_test
 
-    # A wrong password fails before the model is loaded.
+    # A wrong password or picture fails before the model is loaded.
+    pictures = picture_parts(images)
     attestation = attestation_of(model, attest, key, local, clean)
     with _store(settings, clean) as store:
         with shown_progress(settings) as progress:
@@ -145,7 +153,8 @@ def smoke(
         del opened  # smoke_test loads the stored files itself
         report = smoke_test(
             model, store, engine, prompt=prompt, expect=expect, min_tokens_per_second=min_tps,
-            max_tokens=max_tokens, remote=remote, on_progress=LoadDisplay(settings).report,
+            max_tokens=max_tokens, pictures=pictures, remote=remote,
+            on_progress=LoadDisplay(settings).report,
         )  # fmt: skip
     show_json(report.to_json())
     if junit is not None:

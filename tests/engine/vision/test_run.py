@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.engine.serving.tiny import TinyCatalogue, write_tiny
 from tests.engine.vision import tiny
 from tests.engine.vision.media import file_of
 from tests.engine.vision.test_api import said
-from tests.engine.vision.tiny import picture
+from tests.engine.vision.tiny import KINDS, picture
 
 SMALL = ("--device", "cpu", "--kv-cache-bytes", "2000000", "--max-tokens", "8", "--json")
 PROMPT = "user: <image>What is it?\nassistant:"
@@ -92,3 +93,39 @@ def test_through_a_server(photo: Path) -> None:
     assert found.code == 0, found.err
     assert said("llava", PROMPT, picture(1)).startswith(found.json["text"])
     assert found.json["prompt_tokens"] == 16 + len(PROMPT) - len("<image>")
+
+
+def smoke(*arguments: object) -> Result:
+    return run("smoke", *arguments, *SMALL[:-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_smoke_with_a_picture(kind: str, photo: Path, tmp_path: Path) -> None:
+    """The reply of the stored model is the one to this picture, and the report names it."""
+    store = ("--store", tmp_path / "store")
+    made = run("package", "--safetensors-dir", tiny.directory(kind), "tiny", *store)
+    assert made.code == 0, made.err
+    found = smoke("tiny", "--prompt", "What is it?", "--image", photo, *store).json
+    assert found["images"] == [f"sha256:{hashlib.sha256(photo.read_bytes()).hexdigest()}"]
+    assert found["answer"]
+    assert said(kind, PROMPT, picture(1)).startswith(found["answer"])
+    plain = smoke("tiny", "--prompt", "What is it?", *store).json
+    assert "images" not in plain
+    assert plain["answer"] != found["answer"]
+    photo.write_bytes(b"bad")
+    bad = smoke("tiny", "--image", photo, *store)
+    assert bad.code == 1
+    assert "unknown format" in bad.json["problems"][0]
+    missing = smoke("tiny", "--image", tmp_path / "none.png", *store)
+    assert missing.code == 2
+    assert "none.png" in missing.err
+
+
+def test_smoke_of_a_model_of_text(photo: Path, tmp_path: Path) -> None:
+    store = ("--store", tmp_path / "store")
+    write_tiny(tmp_path / "text")
+    made = run("package", "--safetensors-dir", tmp_path / "text", "text", *store)
+    assert made.code == 0, made.err
+    found = smoke("text", "--image", photo, *store)
+    assert found.code == 1
+    assert "accepts text only, not pictures" in found.json["problems"][0]
