@@ -66,3 +66,23 @@ struct PaElements<P, N, 0> {
   typedef PaVec<P, N> Wide;
   static PA_FUNCTION Wide wide(Packed packed, P) { return packed; }
 };
+
+// 16 bytes of weights of BITS bits (16: of type T), lowest bits first, as floats; codes of 4 bits with OFFSET
+// added, which saves a subtraction.
+template <typename T, int BITS>
+struct PaWeights {
+  typedef PaVec<unsigned int, 4> Load;
+  enum { COUNT = 128 / BITS, OFFSET = BITS == 4 ? 128 : 0 };
+  static PA_FUNCTION float at(Load load, int i) {
+    const unsigned int word = load.e[i * BITS / 32];
+    if (BITS == 4) return pa_float((word >> (i % 8 * 4) & 15u) << 16 | 0x43000000u);
+    // 2^23 + code, as bits
+    return pa_float((word >> (i % 4 * 8) & 255u) | 0x4b000000u) - 8388608.0f;
+  }
+};
+template <typename T>
+struct PaWeights<T, 16> {
+  typedef PaVec<T, 8> Load;
+  enum { COUNT = 8, OFFSET = 0 };
+  static PA_FUNCTION float at(Load load, int i) { return float(load.e[i]); }
+};

@@ -72,10 +72,30 @@ def _includes_files() -> bool:
 
 
 @cache
-def kernel(body: Body, on: Backend, shared_bytes: int = 0, *, split: bool = False) -> Kernel:
-    """Return the kernel of a body; `shared_bytes` is its dynamic shared memory (CUDA)."""
-    found = kernel_source(body, on, split=split, by_path=on == "cuda" and _includes_files())
+def kernel(
+    body: Body,
+    on: Backend,
+    shared_bytes: int = 0,
+    *,
+    split: bool = False,
+    absent: tuple[str, ...] = (),
+) -> Kernel:
+    """Return the kernel of a body without the inputs `absent` (CUDA).
+
+    `shared_bytes` is its dynamic shared memory (CUDA).
+    """
+    by_path = on == "cuda" and _includes_files()
+    found = kernel_source(body, on, split=split, by_path=by_path, absent=absent)
     return _made(found, on, shared_bytes)
+
+
+def run_on_cuda(
+    body: Body, inputs: Mapping[str, mx.array | None], shared_bytes: int = 0, **more: Any
+) -> list[mx.array]:
+    """Run the kernel of a body; inputs that are None are absent. `more` is as for `Kernel`."""
+    absent = tuple(name for name, array in inputs.items() if array is None)
+    given = [array for array in inputs.values() if array is not None]
+    return kernel(body, "cuda", shared_bytes, absent=absent)(inputs=given, **more)
 
 
 def _made(found: KernelSource, on: Backend, shared_bytes: int = 0) -> Kernel:

@@ -1,6 +1,6 @@
   // Choose the K experts of each row, with their scores. One simdgroup per row: lane l has the experts
   // l, l + 32, …
-  //   logits [rows, EXPERTS] T   bias [EXPERTS] B: for choosing only (SIGMOID)
+  //   logits [rows, EXPERTS] L, or [PARTS, rows, EXPERTS] to be added up, and then T   bias [EXPERTS] B: for choosing only (SIGMOID)
   //   chosen [rows, K] uint   scores [rows, K] S
   //   SIGMOID: scores are sigmoids; of GROUPS of experts, the KEEP groups with the largest sums of two
   //   are used (others count as 0), and the best expert is first. Otherwise scores are the softmax in T,
@@ -9,14 +9,20 @@
   constexpr int N = (EXPERTS + 31) / 32, SIZE = EXPERTS / GROUPS;
   constexpr float LOWEST = -1e30f, LOG2E = 1.4426950408889634f;
   const int row = PA_X * NSG + PA_SIMD, lane = PA_LANE;
-  const bool there = row < logits_shape[0];
+  const int rows = logits_shape[PARTS > 1 ? 1 : 0];
+  const bool there = row < rows;
   const size_t from = (size_t)(there ? row : 0) * EXPERTS;
   float score[N], value[N];  // experts are chosen by value
   int position[N];
   float top = LOWEST, sum = 0.0f;
   PA_UNROLL for (int n = 0; n < N; n++) {
     const int e = n * 32 + lane;
-    score[n] = e < EXPERTS ? float(logits[from + e]) : LOWEST;
+    score[n] = LOWEST;
+    if (e < EXPERTS) {
+      float logit = 0.0f;
+      PA_UNROLL for (int p = 0; p < PARTS; p++) logit += float(logits[(size_t)p * rows * EXPERTS + from + e]);
+      score[n] = float(T(logit));
+    }
     top = score[n] > top ? score[n] : top;
     position[n] = -1;
   }

@@ -3,8 +3,8 @@
 A body uses only `PA_*` macros, which the preamble defines, and the common subset of Metal, CUDA and
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
-host, a third backend. `prefill`, `grouped`, `product`, `packed`, `experts` and `usable` are for
-CUDA only.
+host, a third backend. `prefill`, `grouped`, `product`, `packed`, `experts`, `experts_wide` and
+`usable` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ Backend = Literal["metal", "cuda", "none"]
 Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
-    "draw", "packed", "grouped", "greedy", "usable", "angles",
+    "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
+    "dots",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -47,6 +48,11 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "experts": (
         "x", "weight", "scales", "biases", "bias", "weight_up", "scales_up", "biases_up", "bias_up",
         "source", "spans",
+    ),
+    "experts_wide": ("x", "weight", "bias", "weight_up", "bias_up", "source", "spans"),
+    "dots": (
+        "x", "weight", "scales", "biases", "bias", "weight_up", "scales_up", "biases_up", "bias_up",
+        "chosen", "scores",
     ),
     "route": ("logits", "bias"),
     "dispatch": ("experts",),
@@ -75,6 +81,17 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "usable": ("usable", "next"),
 }
 
+#: What stands for inputs that a kernel is made without (CUDA). MLX takes longer to launch a kernel
+#: with more inputs, even if they are one array.
+ABSENT: dict[str, str] = {
+    "chosen": "const unsigned int* const chosen = nullptr;\n",
+    "scores": "const S* const scores = nullptr;\n",
+    "weight_up": "const auto* const weight_up = weight;\n",
+}
+for _name in ("scales", "biases", "bias"):
+    ABSENT[_name] = f"const T* const {_name} = nullptr;\n"
+    ABSENT[f"{_name}_up"] = f"const T* const {_name}_up = {_name};\n"
+
 #: MLX binds inputs with fewer elements in Metal's constant address space.
 CONSTANT_BELOW = 8
 
@@ -98,35 +115,45 @@ def text(name: str) -> str:
 
 @cache
 def kernel_source(
-    body: Body, backend: Backend, *, split: bool = False, by_path: bool = False
+    body: Body,
+    backend: Backend,
+    *,
+    split: bool = False,
+    by_path: bool = False,
+    absent: tuple[str, ...] = (),
 ) -> KernelSource:
     """Return the source of `body` for `backend`; only `split` attention returns statistics.
+
+    The kernel has no inputs `absent`, which are names in ABSENT.
 
     `by_path` includes the files by path (CUDA): MLX hashes a kernel's source at every call, and a
     short source takes less time.
     """
-    headers, parts = ["common"], [backend, body]
-    if body in ("prefill", "product", "experts", "packed", "grouped"):
+    headers, parts = ["common"], [body]
+    if body in ("prefill", "product", "experts", "experts_wide", "packed", "grouped"):
         headers.append("tensor_cores")
-    if body == "packed":
+    if body in ("packed", "experts_wide"):
         headers += ["codes", "warpgroups"]
     if body == "experts":
         parts.append("product")
     outputs = OUTPUTS[body]
-    before = ""
+    before = "".join(ABSENT[name] for name in absent)
     if body in ("decode", "prefill") and not split:
         outputs = outputs[:1]
         before = "PA_DEVICE float* stats = nullptr;\n"
-    header, source = "".join(map(text, headers)), before.join(map(text, parts))
+    header = "".join(map(text, headers))
+    source = text(backend) + before + "".join(map(text, parts))
+    inputs = tuple(name for name in INPUTS[body] if name not in absent)
     digest = blake2b((header + source).encode(), digest_size=6).hexdigest()
     if by_path:
         # MLX passes the shapes whose names it finds in the source.
-        shapes = [f"{name}_shape" for name in INPUTS[body] if f"{name}_shape" in source]
+        shapes = [f"{name}_shape" for name in inputs if f"{name}_shape" in source]
         header = "".join(map(_include, headers))
-        source = f"// {' '.join(shapes)}\n" + before.join(map(_include, parts))
+        source = f"// {' '.join(shapes)}\n{_include(backend)}{before}"
+        source += "".join(map(_include, parts))
     else:
         header, source = _bare(header), _bare(source)
-    return KernelSource(f"paged_{body}_{digest}", header, source, INPUTS[body], outputs)
+    return KernelSource(f"paged_{body}_{digest}", header, source, inputs, outputs)
 
 
 def can_include() -> bool:

@@ -1,5 +1,5 @@
-// CUDA: copies, and matmuls of a warpgroup's 64 rows in registers with a matrix in shared
-// memory. (PTX ISA: cp.async; wgmma.mma_async, compute capability 9.0a.)
+// CUDA: copies, and matmuls of a warpgroup's 64 rows, in registers or shared memory, with a matrix in
+// shared memory. (PTX ISA: cp.async; wgmma.mma_async, compute capability 9.0a.)
 template <int BYTES>
 __device__ inline void pa_copy_or_zero(void* to, const void* from, bool there) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -7,6 +7,10 @@ __device__ inline void pa_copy_or_zero(void* to, const void* from, bool there) {
                "r"(there ? BYTES : 0)
                : "memory");
 }
+template <int N>
+struct PaNumber {
+  static constexpr int VALUE = N;
+};
 template <int LEFT>
 __device__ inline void pa_copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
@@ -62,7 +66,28 @@ __device__ inline void pa_wgmma(float (&d)[TILES][4], const unsigned (&a)[4], un
     if constexpr (N == 16) PA_BY("bf16", "128", PA_R64, PA_OPERANDS64, "%64", "%65", "%66", "%67", "%68");
   }
 }
-__device__ inline void pa_wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// The same with the 64 rows a [64, 16] in shared memory, too.
+#define PA_BOTH(type, n, sums, operands, a, b) \
+  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type \
+               "." type " {" sums "}, " a ", " b ", p, 1, 1, 0, 0;}" : operands : "l"(rows), "l"(matrix))
+template <typename E, int N, int TILES>
+__device__ inline void pa_wgmma_shared(
+    float (&d)[TILES][4], unsigned long long rows, unsigned long long matrix) {
+  constexpr int FROM = 0;
+  if constexpr (PaCodes<E, 4>::OFFSET == 1024) {
+    if constexpr (N == 4) PA_BOTH("f16", "32", PA_R16, PA_16(0), "%16", "%17");
+    if constexpr (N == 8) PA_BOTH("f16", "64", PA_R32, PA_OPERANDS32, "%32", "%33");
+    if constexpr (N == 16) PA_BOTH("f16", "128", PA_R64, PA_OPERANDS64, "%64", "%65");
+  } else {
+    if constexpr (N == 4) PA_BOTH("bf16", "32", PA_R16, PA_16(0), "%16", "%17");
+    if constexpr (N == 8) PA_BOTH("bf16", "64", PA_R32, PA_OPERANDS32, "%32", "%33");
+    if constexpr (N == 16) PA_BOTH("bf16", "128", PA_R64, PA_OPERANDS64, "%64", "%65");
+  }
+}
+template <int LEFT = 0>
+__device__ inline void pa_wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
 __device__ inline void pa_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ inline void pa_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void pa_async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

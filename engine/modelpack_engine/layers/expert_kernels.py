@@ -1,7 +1,8 @@
 """Kernels for mixtures of experts: routing, sorting rows by expert, matmuls, combining outputs.
 
-The matmul kernel is for CUDA. MLX uses tiles of 256 rows, however few rows an expert gets: 52 us
-for 8 rows for each of 32 experts of 512 x 1024, where reading the weights takes 8 us.
+The matmul kernels are for CUDA. MLX uses tiles of 256 rows, however few rows an expert gets: 52 us
+for 8 rows for each of 32 experts of 512 x 1024, where reading the weights takes 8 us. With 128 rows
+for each of 128 experts of 768 x 2048, it reaches 61 TFLOP/s on an H200.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from modelpack_engine.layers.matmul import (
     fits,
     stage_bytes,
 )
-from modelpack_engine.layers.weights import Weights, random_weights
+from modelpack_engine.layers.packed import has_warpgroups
+from modelpack_engine.layers.weights import NO_UP, Weights, random_weights
 
 _SIMDGROUPS = 4
 
@@ -58,19 +60,28 @@ class Dispatch:
 
 
 def route(
-    logits: mx.array, routing: Routing, bias: mx.array | None, dtype: mx.Dtype
+    logits: mx.array,
+    routing: Routing,
+    bias: mx.array | None,
+    dtype: mx.Dtype,
+    rounded: mx.Dtype | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Return the experts, uint32 [rows, top_k], and scores in `dtype`, of logits [rows, experts].
 
+    Logits may be partial sums [parts, rows, experts], whose sum is `rounded` to the layer's type.
     They have the order of MLX's sorts: with sigmoids, the best expert is first, and the first of
     equal experts is chosen; with softmax, the best is last, and the last of equal ones is chosen.
     """
-    rows, experts = logits.shape
+    rows, experts = logits.shape[-2:]
     found = launch.run(
         "route",
         [logits, logits if bias is None else bias],
-        [("T", logits.dtype), ("B", logits.dtype if bias is None else bias.dtype), ("S", dtype)],
         [
+            ("L", logits.dtype), ("T", rounded or logits.dtype),
+            ("B", logits.dtype if bias is None else bias.dtype), ("S", dtype),
+        ],
+        [
+            ("PARTS", logits.shape[0] if logits.ndim == 3 else 1),
             ("EXPERTS", experts), ("K", routing.top_k), ("SIGMOID", routing.sigmoid),
             ("GROUPS", routing.groups), ("KEEP", routing.keep), ("NORMED", routing.normed),
             ("FACTOR", launch.bits_of(routing.factor)), ("NSG", _SIMDGROUPS),
@@ -138,6 +149,9 @@ def _compare_routing(dtype: mx.Dtype) -> str | None:
             return f"experts by {name} differ"
         if not mx.allclose(scores, scores_of, 1e-3, 1e-3).item():
             return f"scores by {name} differ"
+    both = mx.stack([logits / 4, logits * 3 / 4])
+    if route(both, routing, some_bias, mx.float32, logits.dtype)[0].tolist() != chosen.tolist():
+        return "experts by partial sums differ"
     # Some experts have more than one span, and most have none.
     few = mx.random.randint(0, 4, (rows, each), mx.int32, key=keys[2])
     chosen = (few * (experts - 1) // 3).astype(mx.uint32)
@@ -182,25 +196,31 @@ def _routed(logits: mx.array, routing: Routing, bias: mx.array | None) -> tuple[
     return chosen, scores * routing.factor
 
 
-#: The tile sizes that the matmul kernel is compiled for, with their pipeline stages; and the most
-#: rows per expert, on average, with which it is faster than MLX.
-_TILES, _MOST_ROWS = {32: 4, 64: 3}, 64
+#: The tile sizes that the matmul kernels are compiled for, with their pipeline stages. The last is
+#: that of the kernel by warpgroups.
+_TILES = {32: 4, 64: 3, 128: 4}
+SMALLEST_TILE, _WIDE = min(_TILES), max(_TILES)
+#: The most rows per expert, on average, for tiles of 32, and for ours without warpgroups, after
+#: which MLX is faster: see benchmarks/results/experts-h200.md.
+_MOST_NARROW, _MOST_ROWS = 32, 64
 
 
-def takes(x: mx.array, weights: Weights, pairs: int, *, swiglu: bool) -> bool:
-    """Return whether our kernel multiplies `pairs` rows by the weights [experts, out, in]."""
-    experts = weights.weight.shape[0]
-    return (
-        pairs <= _MOST_ROWS * experts
-        and fits(x, weights)
-        and matmul_verdict(x.dtype, weights.bits or 16, tile_for(pairs, experts), swiglu=swiglu)
-        is None
-    )
+def tile_for(x: mx.array, weights: Weights, pairs: int, *, swiglu: bool) -> int | None:
+    """Return the tile by which a kernel multiplies `pairs` rows by weights [experts, out, in].
 
-
-def tile_for(pairs: int, experts: int) -> int:
-    """Return the tile size for `pairs` rows of `experts` experts."""
-    return min(_TILES) if pairs <= 24 * experts else max(_TILES)
+    None: no kernel of ours does, or MLX is faster.
+    """
+    if not fits(x, weights):
+        return None
+    experts, outputs = weights.weight.shape[0], weights.num_outputs
+    many = pairs > _MOST_NARROW * experts
+    if many and weights.bits is None and outputs % 8 == 0 and has_warpgroups():
+        return _WIDE if wide_verdict(x.dtype, swiglu=swiglu) is None else None
+    if pairs > _MOST_ROWS * experts:
+        return None
+    tile = 64 if many else 32
+    problem = matmul_verdict(x.dtype, weights.bits or 16, tile, swiglu=swiglu)
+    return tile if problem is None else None
 
 
 def multiply(
@@ -216,15 +236,16 @@ def multiply(
     With `gather`, x has the rows in their original order. With `multiplied`, the weights of the up
     projection, `weights` are those of the gate, and the result is silu(gate) * up.
     """
-    bits, up = weights.bits or 16, weights if multiplied is None else multiplied
+    if sent.tile == _WIDE:
+        return _multiply_wide(x, weights, sent, multiplied, gather=gather)
+    ups = NO_UP if multiplied is None else multiplied.inputs("_up")
+    bits = weights.bits or 16
     outputs, stages = weights.num_outputs, _TILES[sent.tile]
-    inputs = [x]
-    for some in (weights, up):
-        inputs.append(some.weight)
-        inputs += [x if a is None else a for a in (some.scales, some.biases, some.bias)]
     across = OUTPUTS if multiplied is None else OUTPUTS // 2
-    (out,) = launch.kernel("experts", "cuda", stages * stage_bytes(bits, sent.tile))(
-        inputs=[*inputs, sent.source, sent.spans],
+    (out,) = launch.run_on_cuda(
+        "experts",
+        {"x": x, **weights.inputs(), **ups, "source": sent.source, "spans": sent.spans},
+        stages * stage_bytes(bits, sent.tile),
         template=[
             ("T", x.dtype), ("O", x.dtype), ("BITS", bits), ("GROUP", weights.group_size or 64),
             ("BIAS", weights.bias is not None), ("MT", sent.tile), ("STAGES", stages),
@@ -238,9 +259,35 @@ def multiply(
     return out
 
 
+def _multiply_wide(
+    x: mx.array, weights: Weights, sent: Dispatch, up: Weights | None, *, gather: bool
+) -> mx.array:
+    outputs, threads, stages = weights.num_outputs, 256, _TILES[_WIDE]
+    across, stage = 256 if up is None else 128, (256 + _WIDE) * 128
+    biases = weights.bias, None if up is None else up.bias
+    (out,) = launch.run_on_cuda(
+        "experts_wide",
+        {
+            "x": x, "weight": weights.weight, "bias": biases[0],
+            "weight_up": None if up is None else up.weight, "bias_up": biases[1],
+            "source": sent.source, "spans": sent.spans,
+        },
+        stages * stage,
+        template=[
+            ("T", x.dtype), ("BIAS", weights.bias is not None), ("MT", _WIDE), ("STAGES", stages),
+            ("SWIGLU", up is not None), ("GATHER", gather),
+        ],
+        grid=(-(-outputs // across) * threads, sent.spans.shape[0], 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(sent.source.shape[0], outputs)],
+        output_dtypes=[x.dtype],
+    )  # fmt: skip
+    return out
+
+
 def _compare_matmul(dtype: mx.Dtype, bits: int, tile: int, swiglu: bool) -> str | None:
     keys = launch.random_keys(10, 4)
-    experts, outputs, inputs, rows, each = 5, 104, 256, 40, 2
+    experts, outputs, inputs, rows, each = 5, 104, 256, 5 * tile // 4, 2
     shape = (experts, outputs, inputs)
     made = [random_weights(dtype, bits, shape, 1 / 16, key, key) for key in keys[:2]]
     x = mx.random.normal((rows, inputs), key=keys[2]).astype(dtype)
@@ -266,3 +313,11 @@ def _compare_matmul(dtype: mx.Dtype, bits: int, tile: int, swiglu: bool) -> str 
 #: without SwiGLU; otherwise the problem. Each variant takes seconds to compile, so only those that
 #: a model uses are tested.
 matmul_verdict = launch.verdict(_compare_matmul)
+
+
+def _compare_wide(dtype: mx.Dtype, swiglu: bool) -> str | None:
+    return _compare_matmul(dtype, 16, _WIDE, swiglu)
+
+
+#: The same for the kernel by warpgroups.
+wide_verdict = launch.verdict(_compare_wide)

@@ -2,8 +2,8 @@
 
 With few rows, most of the time is spent reading the weights, which MLX's matmuls do at half of the
 memory bandwidth. Our kernel computes these matmuls, and may leave partial sums for the next kernel
-to add. `packed` multiplies by quantised weights where it can; elsewhere, with many rows, they are
-dequantised first. MLX computes all other matmuls.
+to add. `dots` multiplies one row, and `packed` multiplies by quantised weights where it can;
+elsewhere, with many rows, they are dequantised first. MLX computes all other matmuls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers import kernels, packed
+from modelpack_engine.layers import dots, kernels, packed
 from modelpack_engine.layers.weights import Weights, random_weights
 
 #: The most rows for which our kernel is used, with quantised weights and with plain ones: see
@@ -34,6 +34,8 @@ _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
 
 def multiply(x: mx.array, weights: Weights) -> mx.array:
     """Return x [rows, in] times the weights, plus the bias: [rows, out] in x's type."""
+    if _takes_one(x, weights):
+        return dots.multiply(x, weights)
     if tile := packed.tile_for(x, weights):
         return packed.multiply(x, weights, tile)
     if _takes(x, weights):
@@ -57,6 +59,8 @@ class Parts:
 
 def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
     """Return the partial sums of rows x [rows, ...] times the weights: parts [rows, out]."""
+    if _takes_one(x, weights):
+        return Parts(dots.multiply(x, weights), 1)
     if tile := packed.tile_for(x, weights):
         parts = packed.num_parts(tile, x.shape[0], weights.num_outputs, weights.num_inputs)
         return Parts(packed.multiply(x, weights, tile, parts), parts)
@@ -70,6 +74,8 @@ def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
 def swiglu(x: mx.array, weights: Weights) -> mx.array:
     """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""
     width = weights.num_outputs // 2
+    if weights.num_outputs % 2 == 0 and _takes_one(x, weights, swiglu=True):
+        return dots.multiply(x, weights, swiglu=True)
     if weights.num_outputs % 2 == 0 and (tile := packed.tile_for(x, weights)):
         return packed.multiply(x, weights, tile, swiglu=True)
     if _takes(x, weights) and weights.num_outputs % 2 == 0:
@@ -101,6 +107,17 @@ def _is_affine(x: mx.array, weights: Weights) -> bool:
         and weights.group_size % 32 == 0
         and weights.scales is not None
         and weights.scales.dtype == x.dtype
+    )
+
+
+def _takes_one(x: mx.array, weights: Weights, *, swiglu: bool = False) -> bool:
+    """Return whether `dots` multiplies x, which has one row."""
+    bits = weights.bits or 16
+    return (
+        x.shape[0] == 1
+        and (bits != 4 or swiglu)  # `packed` is faster
+        and dots.fits(x, weights)
+        and dots.verdict(x.dtype, bits, weights.group_size or 64) is None
     )
 
 
@@ -151,10 +168,10 @@ def _run(
     bits = weights.bits or 16
     tile, stages = next(item for item in _TILES[bits].items() if item[0] >= rows)
     out_dtype = x.dtype if parts == 1 else mx.float32
-    scales = x if weights.scales is None else weights.scales
-    biases = x if weights.biases is None else weights.biases
-    (out,) = launch.kernel("product", "cuda", stages * stage_bytes(bits, tile))(
-        inputs=[x, weights.weight, scales, biases, x if weights.bias is None else weights.bias],
+    (out,) = launch.run_on_cuda(
+        "product",
+        {"x": x, **weights.inputs()},
+        stages * stage_bytes(bits, tile),
         template=[
             ("T", x.dtype), ("O", out_dtype), ("BITS", bits), ("GROUP", weights.group_size or 64),
             ("BIAS", weights.bias is not None), ("MT", tile), ("STAGES", stages),

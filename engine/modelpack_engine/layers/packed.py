@@ -74,7 +74,7 @@ def tile_for(x: mx.array, weights: Weights) -> Tile | None:
     if rows > TILES[-1].rows or not fits(x, weights):  # dequantised weights pay from there on
         return None
     tile = next(tile for tile in TILES if tile.rows >= rows)
-    if weights.num_inputs % tile.step or (tile.wide and not _has_warpgroups()):
+    if weights.num_inputs % tile.step or (tile.wide and not has_warpgroups()):
         return None
     if tile.span(weights.num_inputs // weights.group_size, weights.group_size) is None:
         return None
@@ -99,7 +99,8 @@ def fits(x: mx.array, weights: Weights) -> bool:
 
 
 @cache
-def _has_warpgroups() -> bool:
+def has_warpgroups() -> bool:
+    """Return whether the GPU multiplies by warpgroups."""
     return mx.device_info()["compute_capability_major"] == 9
 
 
@@ -132,11 +133,10 @@ def multiply(
     span = tile.span(weights.num_inputs // weights.group_size, weights.group_size)
     assert span is not None
     threads, shared_bytes = tile.warps * 32, tile.shared_bytes(bits, weights.group_size, span)
-    (out,) = launch.kernel("packed", "cuda", shared_bytes)(
-        inputs=[
-            x, weights.weight, weights.scales, weights.biases,
-            x if weights.bias is None else weights.bias,
-        ],
+    (out,) = launch.run_on_cuda(
+        "packed",
+        {"x": x, **weights.inputs()},
+        shared_bytes,
         template=[
             ("T", x.dtype), ("O", out_dtype), ("BITS", bits), ("GROUP", weights.group_size),
             ("BIAS", weights.bias is not None), ("SWIGLU", swiglu), ("MT", tile.rows),

@@ -9,6 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+_PARAMETERS = ("weight", "scales", "biases", "bias")
+#: The inputs of a kernel that has no second weights, that of an up projection.
+NO_UP: dict[str, mx.array | None] = {f"{name}_up": None for name in _PARAMETERS}
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -42,6 +46,11 @@ class Weights:
         """The number of inputs."""
         return self.weight.shape[-1] * (32 // self.bits if self.bits else 1)
 
+    def inputs(self, suffix: str = "") -> dict[str, mx.array | None]:
+        """Return the parameters as a kernel's inputs, whose names end in `suffix`."""
+        parameters = self.weight, self.scales, self.biases, self.bias
+        return {name + suffix: array for name, array in zip(_PARAMETERS, parameters, strict=True)}
+
     def ready(self) -> Weights:
         """Return these weights with `transposed` set, which each step would compute otherwise."""
         if self.bits is not None:
@@ -69,9 +78,6 @@ def quantised_weights(layer: Any) -> Weights:
         layer["weight"], layer["scales"], layer.get("biases"), layer.get("bias"),
         layer.bits, layer.group_size, layer.mode,
     )  # fmt: skip
-
-
-_PARAMETERS = ("weight", "scales", "biases", "bias")
 
 
 def can_join(layers: Sequence[nn.Module]) -> bool:

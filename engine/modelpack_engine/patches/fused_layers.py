@@ -14,6 +14,7 @@ import inspect
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -28,16 +29,11 @@ from modelpack_engine.attention.cache_handle import RowMask
 from modelpack_engine.attention.kv_pools import TokenMajorPools
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.layers import expert_kernels, kernels
+from modelpack_engine.layers import dots, expert_kernels, kernels
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
 from modelpack_engine.layers.kernels import find_rotation, take_rows
-from modelpack_engine.layers.matmul import (
-    FEW_ROWS,
-    multiply,
-    multiply_in_parts,
-    swiglu,
-)
+from modelpack_engine.layers.matmul import FEW_ROWS, multiply_in_parts, swiglu
 from modelpack_engine.layers.weights import (
     Weights,
     can_join,
@@ -386,9 +382,9 @@ def _routed(
     x: mx.array, weights: Weights, routing: Routing, bias: mx.array | None, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
     """Return experts and scores [..., top_k] of x [..., in]."""
-    logits = multiply(x.reshape(-1, x.shape[-1]), weights)
+    logits = multiply_in_parts(x.reshape(-1, x.shape[-1]), weights).array
     shape = (*x.shape[:-1], routing.top_k)
-    chosen, scores = route(logits, routing, bias, dtype)
+    chosen, scores = route(logits, routing, bias, dtype, x.dtype)
     return chosen.reshape(shape), scores.reshape(shape)
 
 
@@ -403,8 +399,8 @@ def _mixed_and_shared(block: Any, x: mx.array, chosen: mx.array, scores: mx.arra
     return given + shared
 
 
-#: With fewer pairs of row and expert, MLX's own kernels are faster.
-_FEWEST_PAIRS = 16
+#: The most pairs of row and expert that are not sorted by expert.
+_FEW_PAIRS = 16
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -421,27 +417,60 @@ def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool
         return False
 
     def call(original: Call, experts: Any, x: mx.array, indices: mx.array) -> Any:
-        if not step.fuses or indices.size < _FEWEST_PAIRS or x.dtype not in _FLOATS:
+        if not step.fuses or x.dtype not in _FLOATS:
             return original(experts, x, indices)
         rows = x.reshape(-1, x.shape[-1])
         chosen = indices.reshape(rows.shape[0], -1).astype(mx.uint32)
+        if indices.size <= _FEW_PAIRS:
+            few = _few_expert_outputs(experts, rows, chosen, indices.shape)
+            return original(experts, x, indices) if few is None else few
         given, sent = _expert_outputs(experts, rows, chosen)
-        return _ExpertRows.of(given, sent.place, (*indices.shape, given.shape[-1]))
+        in_order = take_rows(given, sent.place).reshape(*indices.shape, -1)
+        return _ExpertRows.of(in_order, lambda *by: expert_kernels.combine(given, sent.place, *by))
 
     swaps.override(module, call)
     return True
 
 
+def _few_expert_outputs(
+    experts: Any, rows: mx.array, chosen: mx.array, shape: tuple[int, ...]
+) -> _ExpertRows | None:
+    """Return the outputs of few rows' experts; None if our kernels do not compute them."""
+    gate, up, down = _three_weights(experts)
+    if type(experts.activation) is not SwiGLU or _kind(gate) != _kind(up):
+        return None
+    if not all(
+        dots.fits(rows, weights)
+        and dots.experts_verdict(rows.dtype, weights.bits or 16, weights.group_size or 64) is None
+        for weights in (gate, down)
+    ):
+        return None
+    hidden = dots.multiply_experts(rows, gate, up, chosen)
+    given = dots.multiply_experts(
+        hidden.reshape(chosen.size, -1), down, None, chosen.reshape(-1, 1)
+    )
+    return _ExpertRows.of(
+        given.reshape(*shape, -1), lambda *by: dots.sum_experts(hidden, down, chosen, *by)
+    )
+
+
+def _three_weights(experts: Any) -> tuple[Weights, Weights, Weights]:
+    """Return the weights of gates, ups and downs."""
+    layers = experts.gate_proj, experts.up_proj, experts.down_proj
+    gate, up, down = (_weights_of(layer) for layer in layers)
+    return gate, up, down
+
+
 def _expert_outputs(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dispatch]:
     """Return the experts' outputs, sorted by expert, and the dispatch that maps them to rows."""
-    gate, up, down = (
-        _weights_of(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj)
-    )
+    gate, up, down = _three_weights(experts)
     count, pairs = gate.weight.shape[0], chosen.size
-    sent = expert_kernels.dispatch(chosen, count, expert_kernels.tile_for(pairs, count))
     swiglu = type(experts.activation) is SwiGLU
-    alike = _kind(gate) == _kind(up)
-    if not (alike and expert_kernels.takes(rows, gate, pairs, swiglu=swiglu)):
+    tile = None
+    if _kind(gate) == _kind(up):
+        tile = expert_kernels.tile_for(rows, gate, pairs, swiglu=swiglu)
+    sent = expert_kernels.dispatch(chosen, count, tile or expert_kernels.SMALLEST_TILE)
+    if tile is None:
         wide = _one_by_one(take_rows(rows, sent.source))
         hidden = experts.activation(
             *(layer(wide, sent.experts, True) for layer in (experts.up_proj, experts.gate_proj))
@@ -452,7 +481,7 @@ def _expert_outputs(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.
         hidden = experts.activation(
             *(expert_kernels.multiply(rows, weights, sent, gather=True) for weights in (up, gate))
         )
-    if expert_kernels.takes(hidden, down, pairs, swiglu=swiglu):
+    if tile and tile == expert_kernels.tile_for(hidden, down, pairs, swiglu=swiglu):
         return expert_kernels.multiply(hidden, down, sent), sent
     return experts.down_proj(_one_by_one(hidden), sent.experts, True)[:, 0], sent
 
@@ -479,15 +508,17 @@ def _kind(weights: Weights) -> tuple[Any, ...]:
 
 
 class _ExpertRows(mx.array):
-    """Outputs of experts [..., each, dim]; multiplied by scores and summed by one kernel."""
+    """Outputs of experts [..., each, dim]; multiplied by scores and summed by one kernel.
 
-    given: mx.array
-    place: mx.array
+    `combined` returns the sums [rows, dim] for scores [rows, each], in a type.
+    """
+
+    combined: Callable[[mx.array, mx.Dtype], mx.array]
 
     @classmethod
-    def of(cls, given: mx.array, place: mx.array, shape: tuple[int, ...]) -> _ExpertRows:
-        made = cls(take_rows(given, place).reshape(shape))
-        made.given, made.place = given, place
+    def of(cls, given: mx.array, combined: Callable[[mx.array, mx.Dtype], mx.array]) -> _ExpertRows:
+        made = cls(given)
+        made.combined = combined
         return made
 
     def __mul__(self, other: Any) -> Any:
@@ -515,9 +546,7 @@ class _Weighted(mx.array):
         return made
 
     def _combined(self, dtype: mx.Dtype) -> mx.array:
-        rows = self.rows
-        total = expert_kernels.combine(rows.given, rows.place, self.scores, dtype)
-        return total.reshape(*self.shape[:-2], -1)
+        return self.rows.combined(self.scores, dtype).reshape(*self.shape[:-2], -1)
 
 
 class _Combined(mx.array):

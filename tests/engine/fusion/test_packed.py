@@ -31,7 +31,7 @@ def weights(bits: int = 4, group_size: int = 64, inputs: int = 256, **more: Any)
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
-    monkeypatch.setattr(packed, "_has_warpgroups", lambda: True)
+    monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
     monkeypatch.setattr(packed, "verdict", lambda *_: None)
 
 
@@ -65,7 +65,7 @@ def test_other_types_and_sizes_are_left_to_mlx(x: mx.Dtype, with_weights: dict[s
 def test_without_warpgroups_or_by_a_problem_few_rows_or_none_are_multiplied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packed, "_has_warpgroups", lambda: False)
+    monkeypatch.setattr(packed, "has_warpgroups", lambda: False)
     few, many = mx.zeros((4, 256), BF16), mx.zeros((40, 256), BF16)
     assert packed.tile_for(few, weights()) is not None
     assert packed.tile_for(many, weights()) is None
@@ -88,7 +88,7 @@ def test_parts_are_whole_steps(tile: packed.Tile, rows: int, outputs: int, steps
 def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
     with emulated(monkeypatch, compiled, packed.verdict) as found:
         monkeypatch.setattr(launch, "backend", lambda: "cuda")
-        monkeypatch.setattr(packed, "_has_warpgroups", lambda: True)
+        monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
         yield found
 
 

@@ -20,6 +20,8 @@ from tests.engine.kernels.signatures import ELEMENTS, Instance, argument_list, n
 from tests.peers import require
 
 STUBS = Path(__file__).parent / "stubs"
+#: Bodies on tensor cores that stubs stand for.
+ON_TENSOR_CORES: tuple[Body, ...] = ("packed", "experts_wide")
 Array = npt.NDArray[Any]
 Edit = Callable[[Body, str], str]
 
@@ -112,12 +114,12 @@ def _program(instances: Sequence[Instance], edit: Edit) -> str:
         first = next((i for i in instances if i.body == body), None)
         if first is not None:
             arguments = argument_list(body, {}, shape_type="const int*")
-            if body == "packed":
+            if body in ON_TENSOR_CORES and "struct Dim" not in "".join(lines):
                 lines += [(STUBS / "tensor.h").read_text(), text("codes")]
             lines += [
                 f"template <{first.parameters()}>",
                 f"void {body}(Emu& emu, {arguments}) {{",
-                "pa_emu = &emu;" if body == "packed" else "",
+                "pa_emu = &emu;" if body in ON_TENSOR_CORES else "",
                 edit(body, text(body)),
                 "}",
             ]

@@ -44,7 +44,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "new_state": "float",
     },
     "rows": {"table": "T", "index": "int", "out": "T"},
-    "route": {"logits": "T", "bias": "B", "chosen": "uint32_t", "scores": "S"},
+    "route": {"logits": "L", "bias": "B", "chosen": "uint32_t", "scores": "S"},
     "dispatch": {
         "experts": "uint32_t", "source": "int", "place": "int", "sorted": "uint32_t",
         "spans": "int",
@@ -52,6 +52,15 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     "combine": {"given": "T", "place": "int", "scores": "S", "out": "O"},
     "packed": {
         "x": "T", "weight": "uint32_t", "scales": "T", "biases": "T", "bias": "T", "out": "O",
+    },
+    "experts_wide": {
+        "x": "T", "weight": "T", "bias": "T", "weight_up": "T", "bias_up": "T", "source": "int",
+        "spans": "int", "out": "T",
+    },
+    "dots": {
+        "x": "T", "weight": "W", "scales": "T", "biases": "T", "bias": "T", "weight_up": "W",
+        "scales_up": "T", "biases_up": "T", "bias_up": "T", "chosen": "uint32_t", "scores": "S",
+        "out": "O",
     },
     "draw": {"logits": "T", "settings": "int", "token": "int"},
     "greedy": {"logits": "T", "token": "int", "next": "int"},

@@ -24,7 +24,15 @@ from modelpack_engine.kernels.cuda import (
 from modelpack_engine.kernels.plan import AttentionShape
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.kernels.sources import KernelSource, kernel_source
-from modelpack_engine.layers import delta_rule, expert_kernels, kernels, matmul, packed, state_space
+from modelpack_engine.layers import (
+    delta_rule,
+    dots,
+    expert_kernels,
+    kernels,
+    matmul,
+    packed,
+    state_space,
+)
 from modelpack_engine.sampling import sampler
 from tests.peers import require
 
@@ -267,8 +275,8 @@ class Compiling:
         self.compiler = nvrtc.find()
         self.done: set[Path] = set()
 
-    def kernel(self, body: Any, on: Any, shared_bytes: int = 0, *, split: bool = False) -> Any:
-        source = kernel_source(body, "cuda", split=split, by_path=body in ("rows", "swiglu"))
+    def kernel(self, body: Any, on: Any, shared_bytes: int = 0, **more: Any) -> Any:
+        source = kernel_source(body, "cuda", by_path=body in ("rows", "swiglu"), **more)
 
         def run(
             *,
@@ -316,6 +324,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "packed weights": lambda: packed._compare(BF16, 4, 64, packed.TILES[0]),
     "packed weights, 8 bits": lambda: packed._compare(F16, 8, 32, packed.TILES[0]),
     "experts": lambda: expert_kernels._compare_matmul(BF16, 16, 32, swiglu=True),
+    "dots": lambda: dots._compare(BF16, 16, 64),
+    "dots, 4 bits": lambda: dots._compare(F16, 4, 64),
+    "dots of experts": lambda: dots._compare_experts(BF16, 16, 64),
+    "dots of experts, 8 bits": lambda: dots._compare_experts(F16, 8, 32),
     "experts, 8 bits": lambda: expert_kernels._compare_matmul(F16, 8, 64, swiglu=False),
     "greedy": lambda: sampler._compare_greedy(BF16, 1000),
     "draws": lambda: sampler._compare(BF16, 1000),
@@ -357,6 +369,17 @@ def test_nvidia_s_compiler_takes_warpgroups(
     compiling = Compiling("sm_90a")
     monkeypatch.setattr(launch, "kernel", compiling.kernel)
     packed._compare(dtype, 4, 64, tile)
+    assert compiling.done
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_nvidia_s_compiler_takes_experts_by_warpgroups(
+    monkeypatch: pytest.MonkeyPatch, swiglu: bool
+) -> None:
+    compiling = Compiling("sm_90a")
+    monkeypatch.setattr(launch, "kernel", compiling.kernel)
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    expert_kernels._compare_wide(BF16, swiglu)
     assert compiling.done
 
 

@@ -63,10 +63,10 @@ MIXTURES = [
     *(
         Instance(
             "route",
-            (*BF16, ("B", "float"), ("S", "float")),
+            (("L", "float"), *BF16, ("B", "float"), ("S", "float")),
             (
-                ("EXPERTS", 48), ("K", 4), ("SIGMOID", sigmoid), ("GROUPS", groups), ("KEEP", 2),
-                ("NORMED", True), ("FACTOR", 0x3F800000), ("NSG", 4),
+                ("PARTS", 2), ("EXPERTS", 48), ("K", 4), ("SIGMOID", sigmoid), ("GROUPS", groups),
+                ("KEEP", 2), ("NORMED", True), ("FACTOR", 0x3F800000), ("NSG", 4),
             ),
         )
         for sigmoid, groups in ((False, 1), (True, 8))

@@ -33,6 +33,7 @@ void pa_copy_or_zero(void* to, const void* from, bool there) {
   else std::memset(to, 0, SIZE);
 }
 inline void pa_copy16_or_zero(void* to, const void* from, bool there) { pa_copy_or_zero<16>(to, from, there); }
+inline void pa_copy16(void* to, const void* from) { pa_copy_or_zero<16>(to, from, true); }
 inline void pa_copies_commit() {}
 template <int LEFT>
 void pa_copies_wait() { static_assert(LEFT >= 0); }
@@ -81,6 +82,18 @@ void pa_mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   pa_emu->simd->barrier.wait();
 }
 inline unsigned long long pa_matrix(const void* from) { return (const unsigned char*)from - pa_memory; }
+template <int N>
+struct PaNumber {
+  static constexpr int VALUE = N;
+};
+// Two elements, at an even k, of a line of a matrix.
+inline unsigned pa_pair_of(unsigned long long matrix, int line, int k) {
+  size_t at = matrix + line * 128 + k * 2;
+  at ^= (at >> 7 & 7) << 4;
+  unsigned found;
+  std::memcpy(&found, pa_memory + at, 4);
+  return found;
+}
 template <typename E, int N, int FROM, int TILES>
 void pa_wgmma(float (&d)[TILES][4], const unsigned (&a)[4], unsigned long long matrix) {
   auto* lanes = pa_shown[pa_emu->thread / 32];
@@ -88,16 +101,20 @@ void pa_wgmma(float (&d)[TILES][4], const unsigned (&a)[4], unsigned long long m
   pa_emu->simd->barrier.wait();
   for (int tile = 0; tile < N; tile++) {
     pa_multiply(d[FROM + tile], lanes, pa_half_of<E>, [&](int k, int n) {
-      size_t at = matrix + (tile * 8 + n) * 128 + k * 2;
-      at ^= (at >> 7 & 7) << 4;
-      E value;
-      std::memcpy(&value, pa_memory + at, 2);
-      return float(value);
+      return pa_half_of<E>(pa_pair_of(matrix, tile * 8 + n, k / 2 * 2), k % 2);
     });
   }
   pa_emu->simd->barrier.wait();
 }
-inline void pa_wgmma_wait() {}
+template <typename E, int N, int TILES>
+void pa_wgmma_shared(float (&d)[TILES][4], unsigned long long rows, unsigned long long matrix) {
+  const int line = pa_emu->thread % 128 / 32 * 16 + pa_emu->thread % 32 / 4, k = pa_emu->thread % 4 * 2;
+  const unsigned a[4] = {pa_pair_of(rows, line, k), pa_pair_of(rows, line + 8, k),
+                         pa_pair_of(rows, line, k + 8), pa_pair_of(rows, line + 8, k + 8)};
+  pa_wgmma<E, N, 0>(d, a, matrix);
+}
+template <int LEFT = 0>
+void pa_wgmma_wait() {}
 inline void pa_wgmma_commit() {}
 inline void pa_wgmma_fence() {}
 inline void pa_async_fence() {}
