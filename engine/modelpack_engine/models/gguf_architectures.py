@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from modelpack_engine.models import gguf_gemma4 as gemma4
+from modelpack_engine.models import gguf_gemma as gemma
 from modelpack_engine.models import gguf_recurrent as recurrent
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
 from modelpack_engine.models.gguf_hyperparameters import (
@@ -753,11 +753,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "gemma4": Architecture(
         "gemma4_text",
-        {**_GEMMA, **_QK_NORM, **gemma4.LAYER},
-        gemma4.config_of,
-        outer={**_OUTER, **gemma4.OUTER},
+        {**_GEMMA, **_QK_NORM, **gemma.LAYER},
+        gemma.gemma4,
+        outer={**_OUTER, **gemma.OUTER},
         scaled_rope=False,
-        is_unused=gemma4.is_unused,
+        is_unused=gemma.is_unused,
+    ),
+    "gemma3n": Architecture(
+        "gemma3n",
+        {**_GEMMA, **_QK_NORM, **gemma.GEMMA3N_LAYER},
+        gemma.gemma3n,
+        outer=gemma.GEMMA3N_OUTER,
+        layers=f"{gemma.GEMMA3N_MODEL}.layers",
+        scaled_rope=False,
     ),
     "mistral3": Architecture("ministral3", _GRANITE, _mistral3),
     "olmoe": Architecture("olmoe", _QWEN3_MOE, _count_experts),

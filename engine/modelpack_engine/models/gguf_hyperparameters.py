@@ -54,6 +54,15 @@ class Hyperparameters:
             raise self.metadata.error(f"{key!r} has {len(found)} values for {self.layers} layers")
         return found[: self.layers]
 
+    def numbers(self, name: str) -> list[float]:
+        """Return one number for each layer. Raises `ModelLoadError` unless there are as many."""
+        found: list[float] = self.metadata.numbers(self._key(name)).tolist()
+        if len(found) != self.layers:
+            raise self.metadata.error(
+                f"{self._key(name)!r} has {len(found)} values for {self.layers} layers"
+            )
+        return found
+
     def flags(self, name: str) -> list[bool] | None:
         """Return a flag for each layer, or None if the value is not an array."""
         key = self._key(name)

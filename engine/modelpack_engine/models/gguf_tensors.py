@@ -203,6 +203,11 @@ def half(index: int) -> RowOrder:
     return lambda config, rows: np.split(rows, 2, axis=-2)[index]
 
 
+def matrix(index: int) -> RowOrder:
+    """Select one of several matrices."""
+    return lambda config, rows: rows[index]
+
+
 def keys_by_head(config: Config, rows: Bytes) -> Bytes:
     """Select the rows of keys in an up-projection of MLA (`kv_b`), as [heads, rows, ...]."""
     return _latent_heads(config, rows)[:, : config["qk_nope_head_dim"]]

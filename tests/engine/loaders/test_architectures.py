@@ -51,20 +51,22 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma3", "gpt-oss", "llama-3", "mistral3", "phi3-long", "smollm3"]
+    "name", ["gemma3", "gemma3n", "gpt-oss", "llama-3", "mistral3", "phi3-long", "smollm3"]
 )
 def test_logits_tell_a_wrong_detail(name: str, tmp_path: Path) -> None:
     """Each special feature of a model changes its logits by more than the tolerance."""
     tiny, unscaled = TINY_MODELS[name], {"llama_4_scaling_beta": 0.0}
+    gemma3n = TINY_MODELS["gemma3n"].config["text_config"]
     changes: dict[str, dict[str, Any]] = {
         "gemma3": {"sliding_window": 512},
+        "gemma3n": {"text_config": {**gemma3n, "activation_sparsity_pattern": [0.0] * 25}},
         "gpt-oss": {"sliding_window": 512},
         "llama-3": {"rope_scaling": None},
         "mistral3": {"rope_parameters": {**tiny.config.get("rope_parameters", {}), **unscaled}},
         "phi3-long": {"rope_scaling": None},
         "smollm3": {"no_rope_layer_interval": 8},
     }
-    other = TinyModel(tiny.arch, {**tiny.config, **changes[name]})
+    other = TinyModel(tiny.arch, {**tiny.config, **changes[name]}, seed=tiny.seed)
     assert distance(tiny.logits(other.build())[-1], golden("logits")[name]) > 10 * tiny.tolerance
 
 

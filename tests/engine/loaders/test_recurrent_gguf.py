@@ -1,4 +1,4 @@
-"""GGUF files of models with recurrent layers whose metadata do not fit mlx-lm's class."""
+"""GGUF files whose metadata do not fit mlx-lm's class, most with recurrent layers."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ def write(name: str, path: Path, **values: Any) -> Path:
         ("qwen3next", {"attention__recurrent_layers": True}, "recurrent in another pattern"),
         ("mamba", {"ssm__dt_b_c_rms": True}, "norms in recurrent layers"),
         ("mamba2", {"attention__layer_norm_rms_epsilon": 1e-6}, "another epsilon"),
+        ("gemma3n", {"altup__num_inputs": 3}, "another number of alternating updates"),
+        ("gemma3n", {"attention__sliding_window_pattern": [1] * 25}, "windows in all layers"),
         ("granitehybrid", {"ssm__group_count": 2}, "norms of several groups"),
     ],
 )

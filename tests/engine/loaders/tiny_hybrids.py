@@ -20,7 +20,7 @@ def key_heads(config: Mapping[str, Any]) -> int | list[int]:
     if "hybrid_override_pattern" in config:
         return [heads if kind == "*" else 0 for kind in config["hybrid_override_pattern"]]
     if "layer_types" in config:
-        return [heads if kind == "attention" else 0 for kind in config["layer_types"]]
+        return [heads if kind.endswith("attention") else 0 for kind in config["layer_types"]]
     return heads
 
 

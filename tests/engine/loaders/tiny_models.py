@@ -10,12 +10,14 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import gguf
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from tests.engine.loaders import tiny_hybrids as hybrids
 from tests.engine.loaders.vocabularies import Vocabulary, finish
@@ -223,6 +225,31 @@ def _gemma4(config: Mapping[str, Any], weights: Weights) -> Weights:
                     f"model.layers.{config['layer_types'].index('full_attention')}.self_attn.{name}.weight"
                 ]
             )
+    return changed
+
+
+def _gemma3n_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/gemma.py: Gemma3NModel."""
+    text = config["text_config"]
+    writer.add_altup_active_idx(text["altup_active_idx"])
+    writer.add_altup_num_inputs(text["altup_num_inputs"])
+    writer.add_embedding_length_per_layer_input(text["hidden_size_per_layer_input"])
+    writer.add_shared_kv_layers(text["num_kv_shared_layers"])
+    parts = text["activation_sparsity_pattern"]
+    scales = [NormalDist().inv_cdf(part) if part else -np.inf for part in parts]
+    writer.add_activation_sparsity_scale([float(scale) for scale in scales])
+    sliding = [kind == "sliding_attention" for kind in text["layer_types"]]
+    writer.add_sliding_window_pattern(sliding)
+    writer.add_sliding_window(text["sliding_window"])
+
+
+def _gemma3n(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """Stack the projections of alternating updates."""
+    names = {"language_model.": "", "correct_output_scale": "correct_output_scale.weight"}
+    changed = _renamed(names, weights)
+    for name in ("altup_projections", "altup_unembed_projections"):
+        parts = [changed.pop(f"model.{name}.{at}.weight") for at in range(3)]
+        changed[f"model.{name}.weight"] = np.stack(parts)
     return changed
 
 
@@ -589,8 +616,12 @@ class TinyModel:
         return path
 
     def logits(self, model: Any) -> np.ndarray:
-        """Return the logits of all positions of `PROMPT`."""
-        return np.array(model(mx.array([PROMPT]))[0].astype(mx.float32))
+        """Return the logits of all positions of `PROMPT`.
+
+        With a cache: without one, layers of Gemma 3n do not share their keys.
+        """
+        cache = make_prompt_cache(model)
+        return np.array(model(mx.array([PROMPT]), cache=cache)[0].astype(mx.float32))
 
 
 def _model(arch: str, model_type: str, **changes: Any) -> dict[str, Any]:
@@ -705,6 +736,29 @@ _GEMMA4_MOE = {
     "moe_intermediate_size": 32,
 }
 _GEMMA = {"head_dim": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+
+# llama.cpp has some numbers of its layers and sizes in its code.
+_GEMMA3N = _model(
+    "gemma3n",
+    "gemma3n",
+    **_GEMMA,
+    num_hidden_layers=25,
+    layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 5,
+    num_kv_shared_layers=5,
+    sliding_window=8,
+    rope_theta=1e6,
+    rope_local_base_freq=10000.0,
+    intermediate_size=1024,
+    activation_sparsity_pattern=[0.95] * 10 + [0.0] * 15,
+    final_logit_softcapping=30.0,
+    hidden_size_per_layer_input=256,
+    vocab_size_per_layer_input=VOCABULARY_SIZE,
+    altup_num_inputs=4,
+    altup_active_idx=0,
+    altup_coef_clip=None,
+    altup_correct_scale=True,
+    laurel_rank=64,
+)
 
 _COHERE = {
     **{key: value for key, value in _SIZES.items() if key != "rms_norm_eps"},
@@ -895,6 +949,15 @@ TINY_MODELS: dict[str, TinyModel] = {
         _gemma3_keys,
         _shifted,
         tolerance=1e-4,  # mlx-lm rounds the embedding's scale to bfloat16
+    ),
+    "gemma3n": TinyModel(
+        "gemma3n",
+        {**_GEMMA3N, "text_config": _GEMMA3N},
+        _gemma3n_keys,
+        _gemma3n,
+        # llama.cpp divides a variance by n - 1, and looks up the GELU in half precision.
+        tolerance=1e-3,
+        seed=2,
     ),
     # As E2B: layers that share keys, and inputs for each layer.
     "gemma4": TinyModel(

@@ -1,27 +1,63 @@
-"""The row of `gguf_architectures` for Gemma 4, whose layers differ in heads, windows and widths."""
+"""Rows of `gguf_architectures` for Gemma 3n and Gemma 4, whose layers have inputs of their own."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from modelpack_engine.models import gguf_blocks
 from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters
-from modelpack_engine.models.gguf_tensors import Target, half
+from modelpack_engine.models.gguf_tensors import Target, half, matrix
 
 _ROPE_FREQS = "rope_freqs.weight"
 _PER_LAYER = "per_layer_token_embd.weight"
+_ALTUP_INPUTS = 4  # of all files: the converter knows no other number
 
-OUTER: Mapping[str, str | Target | tuple[Target, ...]] = {
-    "per_layer_token_embd": "model.embed_tokens_per_layer",
-    "per_layer_model_proj": "model.per_layer_model_projection",
-    "per_layer_proj_norm": "model.per_layer_projection_norm",
+Names = Mapping[str, str | Target | tuple[Target, ...]]
+
+
+def _per_layer(model: str) -> Names:
+    return {
+        "per_layer_token_embd": f"{model}.embed_tokens_per_layer",
+        "per_layer_model_proj": f"{model}.per_layer_model_projection",
+        "per_layer_proj_norm": f"{model}.per_layer_projection_norm",
+    }
+
+
+def _altup(module: str) -> tuple[Target, ...]:
+    return tuple(Target(f"{module}.{at}", rows=matrix(at)) for at in range(_ALTUP_INPUTS - 1))
+
+
+OUTER = _per_layer("model")
+GEMMA3N_MODEL = "model.language_model"
+GEMMA3N_OUTER: Names = {
+    **_per_layer(GEMMA3N_MODEL),
+    "token_embd": f"{GEMMA3N_MODEL}.embed_tokens",
+    "output_norm": f"{GEMMA3N_MODEL}.norm",
+    "altup_proj": _altup(f"{GEMMA3N_MODEL}.altup_projections"),
+    "altup_unembd_proj": _altup(f"{GEMMA3N_MODEL}.altup_unembed_projections"),
 }
-#: What a layer has besides the tensors of Gemma 3.
-LAYER: Mapping[str, str | Target | tuple[Target, ...]] = {
-    "layer_output_scale": Target("layer_scalar", is_parameter=True),
+_LAYER_INPUT: Names = {
     "inp_gate": "per_layer_input_gate",
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
+}
+#: What a layer of Gemma 3n has besides the tensors of Gemma 3.
+GEMMA3N_LAYER: Names = {
+    **_LAYER_INPUT,
+    "altup_correct_coef": "altup.correction_coefs",
+    "altup_correct_scale": Target("altup.correct_output_scale", is_parameter=True),
+    "altup_predict_coef": "altup.prediction_coefs",
+    "altup_router": "altup.modality_router",
+    "altup_router_norm": "altup.router_norm",
+    "laurel_l": "laurel.linear_left",
+    "laurel_r": "laurel.linear_right",
+    "laurel_post_norm": "laurel.post_laurel_norm",
+}
+#: What a layer of Gemma 4 has besides the tensors of Gemma 3.
+LAYER: Names = {
+    **_LAYER_INPUT,
+    "layer_output_scale": Target("layer_scalar", is_parameter=True),
     "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
     "post_ffw_norm_1": "post_feedforward_layernorm_1",
     "post_ffw_norm_2": "post_feedforward_layernorm_2",
@@ -38,8 +74,44 @@ LAYER: Mapping[str, str | Target | tuple[Target, ...]] = {
 }
 
 
-def config_of(values: Hyperparameters, config: Config) -> None:
-    """Add the fields of mlx-lm's class to the config of a file."""
+def gemma3n(values: Hyperparameters, config: Config) -> None:
+    """Add the fields of mlx-lm's class for Gemma 3n, which are nested."""
+    if not config["tie_word_embeddings"]:
+        raise values.unsupported("a separate output layer")
+    if values.integer("altup.num_inputs", _ALTUP_INPUTS) != _ALTUP_INPUTS:
+        raise values.unsupported("another number of alternating updates")
+    sliding = values.flags("attention.sliding_window_pattern") or []
+    if len(sliding) < values.layers or len(set(sliding[: values.layers])) < 2:
+        raise values.unsupported("windows in all layers, or in none")
+    rank = values.file["blk.0.laurel_l.weight"] if values.has("laurel_l.weight") else None
+    scales = values.numbers("activation_sparsity_scale")
+    config["text_config"] = {
+        **config,
+        "layer_types": _layer_types(values, sliding),
+        "num_kv_shared_layers": values.integer("attention.shared_kv_layers"),
+        "sliding_window": values.integer("attention.sliding_window"),
+        "rope_local_base_freq": values.number("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": values.number("final_logit_softcapping", 30.0),
+        # The file has numbers of standard deviations, the class parts of a normal distribution.
+        "activation_sparsity_pattern": [(1 + math.erf(x / math.sqrt(2))) / 2 for x in scales],
+        "hidden_size_per_layer_input": values.integer("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": config["vocab_size"],
+        "altup_num_inputs": _ALTUP_INPUTS,
+        "altup_active_idx": values.integer("altup.active_idx", 0),
+        "altup_coef_clip": None,
+        "altup_correct_scale": True,
+        "laurel_rank": 0 if rank is None else rank.shape[0],
+    }
+
+
+def _layer_types(values: Hyperparameters, sliding: list[bool]) -> list[str]:
+    return [
+        "sliding_attention" if slides else "full_attention" for slides in sliding[: values.layers]
+    ]
+
+
+def gemma4(values: Hyperparameters, config: Config) -> None:
+    """Add the fields of mlx-lm's class for Gemma 4 to the config of a file."""
     sliding = values.flags("attention.sliding_window_pattern") or []
     if len(sliding) < values.layers or len(set(sliding[: values.layers])) < 2:
         raise values.unsupported("windows in all layers, or in none")
@@ -50,10 +122,7 @@ def config_of(values: Hyperparameters, config: Config) -> None:
         values.each_layer("feed_forward_length"),
     )
     config |= {
-        "layer_types": [
-            "sliding_attention" if slides else "full_attention"
-            for slides in sliding[: values.layers]
-        ],
+        "layer_types": _layer_types(values, sliding),
         "num_kv_shared_layers": values.layers - own_keys,
         "head_dim": values.integer("attention.key_length_swa"),
         "global_head_dim": values.head_dim,
