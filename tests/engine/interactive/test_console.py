@@ -100,9 +100,9 @@ def test_a_conversation_is_kept_edited_and_regenerated(page: Page) -> None:
 
 def test_a_text_file_goes_with_the_question(page: Page, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("seven")
-    (tmp_path / "image.png").write_bytes(b"\x89PNG\x00\x01")
-    page.set_input_files("#attach", [tmp_path / "notes.txt", tmp_path / "image.png"])
-    page.locator(".error:has-text('image.png is not a text file')").wait_for()
+    (tmp_path / "data.bin").write_bytes(b"\x7fELF\x00\x01")
+    page.set_input_files("#attach", [tmp_path / "notes.txt", tmp_path / "data.bin"])
+    page.locator(".error:has-text('data.bin is neither a text file nor a picture')").wait_for()
     ask(page, "What number?")
     assert page.locator(".user").inner_text() == "notes.txt:\n```\nseven\n```\n\nWhat number?"
 

@@ -1,7 +1,7 @@
 // The chat. `turns` are the messages that are sent; they are kept in this browser.
 
 let turns = [];
-let attached = [];    // files whose text goes with the next question
+let attached = [];    // files that go with the next question: their text, or the data: URL of a picture
 let running = null;   // the AbortController of the current reply
 
 function atEnd() {
@@ -63,8 +63,21 @@ class Answer {
   }
 }
 
+// The content of a turn with pictures is a list of parts.
+const textOf = (turn) => typeof turn.content === "string" ? turn.content
+  : turn.content.filter((part) => part.type === "text").map((part) => part.text).join("");
+const picturesOf = (turn) => typeof turn.content === "string" ? []
+  : turn.content.filter((part) => part.type === "image_url").map((part) => part.image_url.url);
+
+function picture(url) {
+  const node = document.createElement("img");
+  node.src = url;
+  node.alt = "Attached picture";
+  return node;
+}
+
 function showQuestion(turn) {
-  const node = shown(named("turn user", element("div", turn.content)));
+  const node = shown(named("turn user", element("div", ...picturesOf(turn).map(picture), textOf(turn))));
   const actions = named("actions", element("div", button("Edit", () => edit(turn))));
   node.after(actions);
   actions.classList.add("turn");
@@ -92,7 +105,8 @@ function edit(turn) {
   const at = turns.indexOf(turn);
   if (at < 0) return;
   cutBefore(at);
-  $("question").value = turn.content;
+  $("question").value = textOf(turn);
+  attach(picturesOf(turn).map((url) => ({ name: "picture", url })));
   state();
   $("question").focus();
 }
@@ -126,15 +140,17 @@ function payload(messages) {
 }
 
 function ask(question) {
-  const texts = attached.map((file) => `${file.name}:\n\`\`\`\n${file.text}\n\`\`\`\n`);
-  const turn = { role: "user", content: [...texts, question].join("\n") };
+  const texts = attached.filter((file) => !file.url).map((file) => `${file.name}:\n\`\`\`\n${file.text}\n\`\`\`\n`);
+  const text = [...texts, question].join("\n");
+  const pictures = attached.filter((file) => file.url).map((file) => ({ type: "image_url", image_url: { url: file.url } }));
+  const turn = { role: "user", content: pictures.length ? [...pictures, { type: "text", text }] : text };
   attach([]);
   turns.push(turn);
   showQuestion(turn);
   return reply(turn, question);
 }
 
-async function reply(turn, typed = turn.content) {
+async function reply(turn, typed = textOf(turn)) {
   const said = turns;  // a new chat replaces `turns`
   const answer = new Answer();
   const facts = [];
@@ -171,7 +187,10 @@ async function reply(turn, typed = turn.content) {
   } else {
     said.pop();  // there is no reply, so the question can be sent again
     if (error) {
-      $("question").value ||= typed;
+      if (!$("question").value) {
+        $("question").value = typed;
+        attach([...picturesOf(turn).map((url) => ({ name: "picture", url })), ...attached]);
+      }
       answer.node.remove();
     }
   }
@@ -182,20 +201,43 @@ async function reply(turn, typed = turn.content) {
 
 // Files
 
-async function attachChosen() {
-  const files = [...attached];
-  for (const file of $("attach").files) {
-    const text = await file.text();
-    if (text.includes("\0") || text.includes("\ufffd")) fail(new Error(`${file.name} is not a text file.`));
-    else files.push({ name: file.name, text });
+const dataUrl = (file) => new Promise((resolve, reject) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result);
+  reader.onerror = () => reject(reader.error);
+  reader.readAsDataURL(file);
+});
+
+async function read(file) {
+  if (/^image\/(png|jpeg|webp|gif)$/.test(file.type)) return { name: file.name, url: await dataUrl(file) };
+  const text = await file.text();
+  if (text.includes("\0") || text.includes("\ufffd")) throw new Error(`${file.name} is neither a text file nor a picture.`);
+  return { name: file.name, text };
+}
+
+async function attachFiles(files) {
+  const found = [];
+  for (const file of [...files]) {
+    try { found.push(await read(file)); } catch (error) { fail(error); }
   }
+  attach([...attached, ...found]);
+}
+
+async function attachChosen() {
+  await attachFiles($("attach").files);
   $("attach").value = "";
-  attach(files);
+}
+
+// Pasted and dropped files; text is left to the browser.
+function attachGiven(event, data) {
+  if (!data.files.length) return;
+  event.preventDefault();
+  attachFiles(data.files);
 }
 
 function attach(files) {
   attached = files;
-  $("files").replaceChildren(...files.map((file) => element("li", `${file.name} `,
+  $("files").replaceChildren(...files.map((file) => element("li", ...(file.url ? [picture(file.url)] : []), `${file.name} `,
     button("Remove", () => attach(attached.filter((other) => other !== file))))));
 }
 

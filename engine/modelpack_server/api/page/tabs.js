@@ -58,6 +58,9 @@ $("question").addEventListener("keydown", (event) => {
 });
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
 $("attach").addEventListener("change", attachChosen);
+$("question").addEventListener("paste", (event) => attachGiven(event, event.clipboardData));
+$("chat").addEventListener("dragover", (event) => { if (event.dataTransfer.types.includes("Files")) event.preventDefault(); });
+$("chat").addEventListener("drop", (event) => attachGiven(event, event.dataTransfer));
 $("pull").addEventListener("submit", (event) => { event.preventDefault(); pullModel($("pulled").value.trim()); });
 $("filter").addEventListener("input", showRequests);
 $("failed").addEventListener("change", showRequests);

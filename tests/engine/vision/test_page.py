@@ -1,0 +1,112 @@
+"""The chat page sends pictures: chosen, pasted and dropped."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from modelpack_server.api.app import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from tests.engine.interactive.browser import chromium
+from tests.engine.interactive.test_console import ask
+from tests.engine.serving.tiny import TinyCatalogue
+from tests.engine.vision import tiny
+from tests.engine.vision.media import file_of, url
+from tests.engine.vision.tiny import picture
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = pytest.mark.long
+
+ONE = file_of(picture(1))
+# Gives an event of pasting or dropping a file.
+_GIVE = """([selector, kind, data]) => {
+  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+  const given = new DataTransfer();
+  given.items.add(new File([bytes], "given.png", { type: "image/png" }));
+  const options = { bubbles: true, cancelable: true };
+  const event = kind === "paste" ? new ClipboardEvent(kind, { ...options, clipboardData: given })
+    : new DragEvent(kind, { ...options, dataTransfer: given });
+  return !document.querySelector(selector).dispatchEvent(event);
+}"""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    catalogue = TinyCatalogue(lambda: tiny.tiny_engine("llava", max_num_batched_tokens=256))
+    with ModelServer(
+        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
+    ) as server:
+        yield server.url
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Page]:
+    with chromium() as browser:
+        page = browser.new_page()
+        page.set_default_timeout(20_000)
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(address)
+        page.locator("#model option").first.wait_for(state="attached")
+        page.click("#more")
+        page.fill("#max_tokens", "4")
+        yield page
+        page.context.close()
+        assert problems == []
+
+
+def sent(page: Page, question: str) -> list[Any]:
+    """Send a question; return the content of its message as the server gets it."""
+    with page.expect_request("**/v1/chat/completions") as caught:
+        ask(page, question)
+    data = caught.value.post_data
+    assert data is not None
+    content: list[Any] = json.loads(data)["messages"][-1]["content"]
+    return content
+
+
+def expected(question: str, count: int = 1) -> list[Any]:
+    picture = {"type": "image_url", "image_url": {"url": url(ONE)}}
+    return [*[picture] * count, {"type": "text", "text": question}]
+
+
+def test_pictures_are_chosen_pasted_and_dropped(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(ONE)
+    page.set_input_files("#attach", path)
+    data = base64.b64encode(ONE).decode()
+    page.locator("#files img").wait_for()
+    assert page.evaluate(_GIVE, ["#question", "paste", data])
+    page.locator("#files li:nth-child(2) img").wait_for()
+    assert page.evaluate(_GIVE, ["#log", "drop", data])
+    page.locator("#files li:nth-child(3) img").wait_for()
+    page.locator("#files button").first.click()
+    assert sent(page, "Which one?") == expected("Which one?", 2)
+    assert page.locator(".error").count() == 0
+    assert page.locator("#files li").count() == 0
+    shown = page.locator(".user img")
+    assert shown.count() == 2
+    assert shown.first.evaluate("(node) => node.naturalWidth") == 30
+    page.reload()  # the conversation is kept with its pictures
+    page.locator(".user img").first.wait_for()
+    page.locator("text=Edit").click()
+    assert page.input_value("#question") == "Which one?"
+    assert page.locator("#files img").count() == 2
+
+
+def test_a_picture_that_is_refused_stays_with_its_question(page: Page, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"bad")
+    page.set_input_files("#attach", bad)
+    page.locator("#files li").wait_for()
+    sent(page, "What is it?")
+    assert "unknown format" in page.locator(".error").inner_text()
+    assert page.input_value("#question") == "What is it?"
+    assert page.locator("#files img").count() == 1
