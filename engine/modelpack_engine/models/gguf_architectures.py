@@ -851,6 +851,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         layers="backbone.layers",
         attends=False,
     ),
+    "jamba": Architecture(
+        "jamba",
+        recurrent.JAMBA,
+        recurrent.jamba,
+        outer=recurrent.FINAL_NORM_OUTER,
+        scaled_rope=False,
+    ),
     "mamba2": Architecture(
         "mamba2",
         recurrent.MAMBA2,
@@ -895,7 +902,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "falcon_h1",
         recurrent.FALCON_H1,
         recurrent.falcon_h1,
-        outer=recurrent.FALCON_H1_OUTER,
+        outer=recurrent.FINAL_NORM_OUTER,
         scaled_rope=False,
     ),
     "qwen3next": Architecture(

@@ -108,16 +108,35 @@ NEMOTRON_H_MOE: Names = {
     "ffn_latent_down": "mixer.fc1_latent_proj",
     "ffn_latent_up": "mixer.fc2_latent_proj",
 }
+FINAL_NORM_OUTER: Names = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.final_layernorm",
+    "output": "lm_head",
+}
+JAMBA: Names = {
+    **_mamba("mamba"),
+    "ssm_dt_norm": "mamba.dt_layernorm",
+    "ssm_b_norm": "mamba.b_layernorm",
+    "ssm_c_norm": "mamba.c_layernorm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "pre_ff_layernorm",
+    "ffn_gate": "feed_forward.gate_proj",
+    "ffn_up": "feed_forward.up_proj",
+    "ffn_down": "feed_forward.down_proj",
+    "ffn_gate_inp": "feed_forward.router",
+    "ffn_gate_exps": "feed_forward.switch_mlp.gate_proj",
+    "ffn_up_exps": "feed_forward.switch_mlp.up_proj",
+    "ffn_down_exps": "feed_forward.switch_mlp.down_proj",
+}
 GRANITE_HYBRID: Names = {
     **_mamba2("mamba"),
     "ffn_gate_shexp": "shared_mlp.input_linear",
     "ffn_up_shexp": Target("shared_mlp.input_linear", place=1),
     "ffn_down_shexp": "shared_mlp.output_linear",
-}
-FALCON_H1_OUTER: Names = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.final_layernorm",
-    "output": "lm_head",
 }
 FALCON_H1: Names = {
     **_mamba2("mamba"),
@@ -294,6 +313,34 @@ def mamba2(values: Hyperparameters, config: Config) -> None:
         "layer_norm_epsilon": 1e-5,
         "time_step_limit": (0.0, float("inf")),
     }
+
+
+def jamba(values: Hyperparameters, config: Config) -> None:
+    attention = layers_with(values, "attention.head_count_kv")
+    config |= {
+        "layers_block_type": [
+            "attention" if at in attention else "mamba" for at in range(values.layers)
+        ],
+        "attn_layer_offset": 0,
+        "attn_layer_period": 1,
+        **_places_of_experts(values),
+        "num_experts": max(1, values.integer("expert_count", 0)),
+        "num_experts_per_tok": max(1, values.integer("expert_used_count", 0)),
+        "mamba_expand": values.integer("ssm.inner_size") // config["hidden_size"],
+        "mamba_d_conv": values.integer("ssm.conv_kernel"),
+        "mamba_d_state": values.integer("ssm.state_size"),
+        "mamba_dt_rank": values.integer("ssm.time_step_rank"),
+        "mamba_conv_bias": some_layer_has(values, "ssm_conv1d.bias"),
+    }
+
+
+def _places_of_experts(values: Hyperparameters) -> Config:
+    """Return the fields that tell which layers have experts: offset + layer is a whole period."""
+    router = "blk.{}.ffn_gate_inp.weight"
+    layers = [at for at in range(values.layers) if router.format(at) in values.file]
+    period = layers[1] - layers[0] if len(layers) > 1 else values.layers
+    offset = -layers[0] % period if layers else 0
+    return {"expert_layer_offset": offset, "expert_layer_period": period}
 
 
 def _mamba2_fields(values: Hyperparameters) -> Config:

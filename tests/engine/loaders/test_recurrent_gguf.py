@@ -86,7 +86,7 @@ def test_falcon_with_norms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen35moe", "nemotron_h_moe", "qwen3next", "qwen3next-old", "mamba2"]
+    "name", ["qwen35moe", "nemotron_h_moe", "qwen3next", "qwen3next-old", "mamba2", "jamba"]
 )
 def test_quantised_weights_are_reordered(name: str, tmp_path: Path) -> None:
     """Packed weights, whose rows are moved as they are stored, give the logits of dense ones."""

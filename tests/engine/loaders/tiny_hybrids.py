@@ -19,6 +19,8 @@ def key_heads(config: Mapping[str, Any]) -> int | list[int]:
         return [heads if at in config["full_attn_idxs"] else 0 for at in layers]
     if "hybrid_override_pattern" in config:
         return [heads if kind == "*" else 0 for kind in config["hybrid_override_pattern"]]
+    if "layers_block_type" in config:
+        return [heads if kind == "attention" else 0 for kind in config["layers_block_type"]]
     if "layer_types" in config:
         return [heads if kind.endswith("attention") else 0 for kind in config["layer_types"]]
     return heads
@@ -265,6 +267,40 @@ def mamba2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         inner=config["mamba_n_heads"] * config["mamba_d_head"],
         groups=config["mamba_n_groups"],
     )
+
+
+JAMBA: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mamba", "mamba", "attention", "mamba"],
+    "attn_layer_offset": 2,
+    "attn_layer_period": 4,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 16,
+    "mamba_dt_rank": 8,
+    "mamba_expand": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def jamba_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/jamba.py."""
+    writer.add_ssm_conv_kernel(config["mamba_d_conv"])
+    writer.add_ssm_inner_size(config["mamba_expand"] * config["hidden_size"])
+    writer.add_ssm_state_size(config["mamba_d_state"])
+    writer.add_ssm_time_step_rank(config["mamba_dt_rank"])
+    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+
+
+def jamba(config: Mapping[str, Any], weights: Weights) -> Weights:
+    made = mamba(config, weights)
+    return {
+        name.replace("feed_forward.switch_mlp", "mlp.experts"): values
+        for name, values in made.items()
+    }
 
 
 def mamba_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:

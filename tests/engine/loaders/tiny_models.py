@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from modelpack_engine.patches.corrections import correct
 from tests.engine.loaders import tiny_hybrids as hybrids
 from tests.engine.loaders.vocabularies import Vocabulary, finish
 
@@ -568,9 +569,10 @@ class TinyModel:
     seed: int = 0
 
     def build(self) -> Any:
-        """Return mlx-lm's model with random weights that spread its logits widely."""
+        """Return mlx-lm's model, corrected, with random weights that spread its logits widely."""
         module = importlib.import_module(f"mlx_lm.models.{self.config['model_type']}")
         model = module.Model(module.ModelArgs.from_dict(self.config))
+        correct(model, self.config)
         if self.config.get("tie_word_embeddings") and hasattr(model, "sanitize"):
             given = dict(tree_flatten(model.parameters()))
             model.sanitize({n: v for n, v in given.items() if not n.startswith("lm_head")})
@@ -1244,6 +1246,18 @@ TINY_MODELS: dict[str, TinyModel] = {
         {**hybrids.MAMBA, "vocab_size": VOCABULARY_SIZE},
         hybrids.mamba_keys,
         hybrids.mamba,
+    ),
+    "jamba": TinyModel(
+        "jamba",
+        _model("jamba", "jamba", **hybrids.JAMBA),
+        hybrids.jamba_keys,
+        hybrids.jamba,
+    ),
+    "jamba-dense": TinyModel(
+        "jamba",
+        _model("jamba", "jamba", **{**hybrids.JAMBA, "num_experts": 1, "num_experts_per_tok": 1}),
+        hybrids.jamba_keys,
+        hybrids.jamba,
     ),
     "mamba2": TinyModel(
         "mamba2",
