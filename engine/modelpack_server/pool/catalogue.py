@@ -20,7 +20,8 @@ class StoredModel:
 
     `names` are its names in the store, the preferred one first; `origins` are the repositories from
     which it was pulled. Neither contains what a user typed. `size` is the size of its files, in
-    bytes. `purpose` is empty for files that the engine cannot load.
+    bytes. `purpose` is empty for files that the engine cannot load; `reads_pictures` says that it
+    takes pictures with the extra `vision` that is installed.
     """
 
     key: str
@@ -34,6 +35,7 @@ class StoredModel:
     quantization: str = ""
     format: str = ""
     purpose: Literal["", "generation", "embedding", "ranking"] = "generation"
+    reads_pictures: bool = False
 
 
 class PooledEngine(ServingEngine, Protocol):

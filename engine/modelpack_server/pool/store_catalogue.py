@@ -66,7 +66,7 @@ class StoreCatalogue:
         self.store = store or LayoutStore()
         self._files = files
         self.config = config or EngineConfig()
-        self._purposes: dict[Digest, Purpose] = {}
+        self._abilities: dict[Digest, tuple[Purpose, bool]] = {}
 
     def version(self) -> object:
         """Return the time of the last change of the store's index."""
@@ -84,8 +84,7 @@ class StoreCatalogue:
         except InvalidReferenceError as error:
             raise NotFoundError(f"no such model: {name!r} ({error})") from error
         names, origins = _names(store, model)
-        purpose = self._purpose(store, model)
-        return replace(_described(model, names), origins=origins, purpose=purpose)
+        return self._described(store, model, names, origins)
 
     def _store_of(self, name: str) -> LayoutStore:
         """Return the store with the model `name`; for an unknown name, the local store."""
@@ -98,7 +97,7 @@ class StoreCatalogue:
     def stored(self) -> Sequence[StoredModel]:
         """Return the readable models."""
         return [
-            replace(_described(model, names), origins=origins, purpose=self._purpose(store, model))
+            self._described(store, model, names, origins)
             for store in (*self._files, self.store)
             for model, names, origins in _stored(store)
         ]
@@ -184,8 +183,21 @@ class StoreCatalogue:
         defaults = {**sampling_of_files(opened.files), **own.sampling()}
         return LoadedEngine(engine, found.get("type", ""), defaults, own.preface)
 
-    def _purpose(self, store: LayoutStore, model: Model) -> Purpose | Literal[""]:
-        """Return a model's purpose by its files, "" if they cannot be loaded; read them once.
+    def _described(
+        self, store: LayoutStore, model: Model, names: tuple[str, ...], origins: tuple[str, ...]
+    ) -> StoredModel:
+        purpose, reads_pictures = self._purpose(store, model)
+        return replace(
+            _described(model, names),
+            origins=origins,
+            purpose=purpose,
+            reads_pictures=reads_pictures,
+        )
+
+    def _purpose(self, store: LayoutStore, model: Model) -> tuple[Purpose | Literal[""], bool]:
+        """Return a model's purpose, and whether it reads pictures, by its files; read them once.
+
+        The purpose is "" if they cannot be loaded.
 
         The architecture in the package's config decides if weights are in archives, and with a
         trust policy, which must be satisfied before a file is opened.
@@ -193,20 +205,25 @@ class StoreCatalogue:
         from modelpack_engine.embedding.encoder_checkpoint import is_encoder
         from modelpack_engine.embedding.loader import purpose_of
         from modelpack_engine.models.files import ModelFiles
+        from modelpack_engine.vision.models import may_read_pictures
 
         if model.is_drafter:
-            return ""
+            return "", False
         if self.remote.trust is not None or has_packed_weights(model):
             name = model.config.architecture  # llama.cpp writes nomic-bert for nomic_bert
             encodes = any(is_encoder({"model_type": n}) for n in (name, name.replace("-", "_")))
-            return "embedding" if encodes else "generation"
-        if model.digest not in self._purposes:
+            return "embedding" if encodes else "generation", False
+        if model.digest not in self._abilities:
             try:
                 files = ModelFiles.from_model(model, store.blob_path)
-                self._purposes[model.digest] = purpose_of(files)
+                purpose = purpose_of(files)
+                pictures = model.config.format != "gguf" and may_read_pictures(
+                    files.json("config.json") or {}
+                )
             except ModelpackError:
-                return ""
-        return self._purposes[model.digest]
+                return "", False
+            self._abilities[model.digest] = purpose, pictures
+        return self._abilities[model.digest]
 
     def _loaded_bytes(self, store: LayoutStore, model: Model, config: EngineConfig) -> int:
         """Return an estimate of the weights' memory in an engine with `config`, in bytes."""

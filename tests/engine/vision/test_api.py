@@ -6,17 +6,22 @@ import base64
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from modelpack import package
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.vision import models
 from modelpack_server.api.app import create_app
 from modelpack_server.api.ollama.models import _capabilities
 from modelpack_server.pool.pool import ModelPool
-from tests.engine.serving.tiny import TinyCatalogue
+from modelpack_server.pool.store_catalogue import StoreCatalogue
+from tests.engine.serving.tiny import TinyCatalogue, write_tiny
 from tests.engine.vision import tiny
 from tests.engine.vision.media import BAD_FILES, BAD_URLS, file_of, url
 from tests.engine.vision.tiny import picture
@@ -362,3 +367,24 @@ def test_capabilities_of_ollama(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "vision" in _capabilities(files, tiny.TEMPLATE, None)
     monkeypatch.setattr(models, "is_installed", lambda: False)
     assert "vision" not in _capabilities(files, tiny.TEMPLATE, None)
+
+
+def test_models_that_read_pictures_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LayoutStore(tmp_path / "store")
+    for kind in tiny.KINDS:
+        package(kind, PackageRequest(safetensors_dir=tiny.directory(kind)), store=store)
+    package("text", PackageRequest(safetensors_dir=write_tiny(tmp_path / "text")), store=store)
+
+    def listed() -> dict[str, list[str]]:
+        with TestClient(create_app(ModelPool(StoreCatalogue(store)))) as http:
+            cards = http.get("/v1/models").json()["data"]
+            for card in cards:
+                assert http.get(f"/v1/models/{card['id']}").json() == card
+            return {card["id"]: card["capabilities"] for card in cards}
+
+    expected = {kind: ["completion", "vision"] for kind in tiny.KINDS}
+    assert listed() == expected | {"text": ["completion"]}
+    monkeypatch.setattr(models, "is_installed", lambda: False)
+    assert listed() == {name: ["completion"] for name in (*expected, "text")}

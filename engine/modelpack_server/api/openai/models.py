@@ -53,6 +53,9 @@ def card(model: StoredModel) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "modelpack",
         "root": model.key,
-        "capabilities": _CAPABILITIES.get(model.purpose, []),
+        "capabilities": [
+            *_CAPABILITIES.get(model.purpose, ()),
+            *(["vision"] if model.reads_pictures else ()),
+        ],
         "dmr": {key: value for key, value in facts.items() if value},
     }
