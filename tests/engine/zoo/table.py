@@ -68,7 +68,7 @@ BLOCKS = """
 ## Block types of GGUF
 
 How a tensor of each type is held, in bits per weight with the scales. Tensors that are transposed
-or whose columns are reordered are unpacked (a few of DeepSeek V2 and Qwen 3.5), and so are those
+or whose columns are reordered are unpacked (a few of DeepSeek and of Qwen 3.5), and so are those
 that are joined with one of another type.
 
 - **MLX** computes on Metal and CUDA, and on a CPU; there, weights are unpacked to float32 if they
