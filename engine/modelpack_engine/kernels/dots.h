@@ -6,6 +6,8 @@
   //   SUMMED 1: x [rows, K] T, out [rows, N] O, or [rows, EACH, N] for every expert of a row
   //   SUMMED EACH: x [rows, EACH, K] T, out [rows, N] O: the sum over experts, times scores [rows, EACH] S
   //   SWIGLU: silu(x * weight) * (x * weight_up); JOINT: weight has N gates and then their N up rows
+  //   NORMED: what is multiplied is the RMS norm of total = x + the sum of more [PARTS, 1, D] B, times
+  //   norm [D] V (see add_norm.h); x and total [1, D] T, K is D, EPSILON a float's bits
   typedef PaWeights<T, BITS> Numbers;
   typedef typename Numbers::Load Load;
   typedef PaVec<T, 8> Eight;
@@ -14,6 +16,51 @@
   const int vectors = K / CODES, total_loads = SUMMED * vectors;
   const int lane = PA_LANE, row = PA_Y, N = weight_shape[EACH ? 1 : 0] / (JOINT ? 2 : 1);
   const int mine = PA_X * NSG + PA_SIMD, output = mine < N ? mine : N - 1;
+  PA_SHARED(Eight, normed, D / 8);
+  if (NORMED) {
+    constexpr int THREADS = NSG * 32, MOST = (D / 8 + THREADS - 1) / THREADS;
+    typedef PaVec<B, 8> Parts;
+    typedef PaVec<V, 8> Norm;
+    const int index = PA_SIMD * 32 + lane;
+    Eight kept[MOST];
+    Norm factors[MOST];
+    float squares = 0.0f;
+    PA_UNROLL for (int i = 0; i < MOST; i++) {
+      const int at = i * THREADS + index;
+      if (at < D / 8) {
+        factors[i] = ((const PA_DEVICE Norm*)norm)[at];
+        kept[i] = ((const PA_DEVICE Eight*)x)[at];
+        float added[8];
+        PA_UNROLL for (int e = 0; e < 8; e++) added[e] = 0.0f;
+        PA_UNROLL for (int part = 0; part < PARTS; part++) {
+          const Parts y = ((const PA_DEVICE Parts*)more)[part * (D / 8) + at];
+          PA_UNROLL for (int e = 0; e < 8; e++) added[e] += float(y.e[e]);
+        }
+        PA_UNROLL for (int e = 0; e < 8; e++) {
+          kept[i].e[e] = T(float(kept[i].e[e]) + float(T(added[e])));
+          squares += float(kept[i].e[e]) * float(kept[i].e[e]);
+        }
+        if (PA_X == 0 && PA_Y == 0) ((PA_DEVICE Eight*)total)[at] = kept[i];
+      }
+    }
+    PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) squares += PA_XOR(squares, mask);
+    PA_SHARED(float, partial, NSG);
+    if (lane == 0) partial[PA_SIMD] = squares;
+    PA_SYNC();
+    squares = 0.0f;
+    PA_UNROLL for (int s = 0; s < NSG; s++) squares += partial[s];
+    const float scaled = PA_RSQRT(squares / D + pa_float(EPSILON));
+    PA_UNROLL for (int i = 0; i < MOST; i++) {
+      const int at = i * THREADS + index;
+      if (at < D / 8) {
+        PA_UNROLL for (int e = 0; e < 8; e++) {
+          kept[i].e[e] = T(float(kept[i].e[e]) * scaled * float(factors[i].e[e]));
+        }
+        normed[at] = kept[i];
+      }
+    }
+    PA_SYNC();
+  }
   float sum[LINES];
   PA_UNROLL for (int l = 0; l < LINES; l++) sum[l] = 0.0f;
   for (int from = 0; from < total_loads; from += 32 * AHEAD) {
@@ -38,14 +85,14 @@
       }
     }
     PA_UNROLL for (int a = 0; a < AHEAD; a++) {
-      float dot[LINES], total = 0.0f;
+      float dot[LINES], whole = 0.0f;
       PA_UNROLL for (int l = 0; l < LINES; l++) dot[l] = 0.0f;
       PA_UNROLL for (int e = 0; e < CODES / 8; e++) {
-        const Eight eight = ((const PA_DEVICE Eight*)x)[x_at[a] + e];
+        const Eight eight = NORMED ? normed[x_at[a] + e] : ((const PA_DEVICE Eight*)x)[x_at[a] + e];
         float value[8];
         PA_UNROLL for (int i = 0; i < 8; i++) value[i] = float(eight.e[i]);
         if (BITS < 16) {
-          PA_UNROLL for (int i = 0; i < 8; i++) total += value[i];
+          PA_UNROLL for (int i = 0; i < 8; i++) whole += value[i];
         }
         PA_UNROLL for (int l = 0; l < LINES; l++) {
           PA_UNROLL for (int i = 0; i < 8; i++) {
@@ -55,7 +102,7 @@
       }
       PA_UNROLL for (int l = 0; l < LINES; l++) {
         if (BITS < 16) offset[a][l] -= float(Numbers::OFFSET) * scale[a][l];
-        sum[l] += factor[a] * (BITS < 16 ? scale[a][l] * dot[l] + offset[a][l] * total : dot[l]);
+        sum[l] += factor[a] * (BITS < 16 ? scale[a][l] * dot[l] + offset[a][l] * whole : dot[l]);
       }
     }
   }

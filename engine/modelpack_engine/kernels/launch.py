@@ -80,7 +80,7 @@ def kernel(
     split: bool = False,
     absent: tuple[str, ...] = (),
 ) -> Kernel:
-    """Return the kernel of a body without the inputs `absent` (CUDA).
+    """Return the kernel of a body without the arrays `absent` (CUDA).
 
     `shared_bytes` is its dynamic shared memory (CUDA).
     """
@@ -90,10 +90,18 @@ def kernel(
 
 
 def run_on_cuda(
-    body: Body, inputs: Mapping[str, mx.array | None], shared_bytes: int = 0, **more: Any
+    body: Body,
+    inputs: Mapping[str, mx.array | None],
+    shared_bytes: int = 0,
+    *,
+    without: tuple[str, ...] = (),
+    **more: Any,
 ) -> list[mx.array]:
-    """Run the kernel of a body; inputs that are None are absent. `more` is as for `Kernel`."""
-    absent = tuple(name for name, array in inputs.items() if array is None)
+    """Run the kernel of a body, whose inputs that are None, and the outputs `without`, are absent.
+
+    `more` are the arguments of `Kernel`.
+    """
+    absent = tuple(name for name, array in inputs.items() if array is None) + without
     given = [array for array in inputs.values() if array is not None]
     return kernel(body, "cuda", shared_bytes, absent=absent)(inputs=given, **more)
 

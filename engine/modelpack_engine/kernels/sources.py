@@ -52,7 +52,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "experts_wide": ("x", "weight", "bias", "weight_up", "bias_up", "source", "spans"),
     "dots": (
         "x", "weight", "scales", "biases", "bias", "weight_up", "scales_up", "biases_up", "bias_up",
-        "chosen", "scores",
+        "chosen", "scores", "more", "norm",
     ),
     "route": ("logits", "bias"),
     "dispatch": ("experts",),
@@ -75,18 +75,21 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "state_space": ("y", "new_state"),
     "delta_rule": ("y", "new_state"),
     "route": ("chosen", "scores"),
+    "dots": ("out", "total"),
     "dispatch": ("source", "place", "sorted", "spans"),
     "draw": ("token",),
     "greedy": ("token", "next"),
     "usable": ("usable", "next"),
 }
 
-#: What stands for inputs that a kernel is made without (CUDA). MLX takes longer to launch a kernel
-#: with more inputs, even if they are one array.
+#: What stands for arrays that a kernel is made without (CUDA).
 ABSENT: dict[str, str] = {
     "chosen": "const unsigned int* const chosen = nullptr;\n",
     "scores": "const S* const scores = nullptr;\n",
     "weight_up": "const auto* const weight_up = weight;\n",
+    "more": "const B* const more = nullptr;\n",
+    "norm": "const V* const norm = nullptr;\n",
+    "total": "T* const total = nullptr;\n",
 }
 for _name in ("scales", "biases", "bias"):
     ABSENT[_name] = f"const T* const {_name} = nullptr;\n"
@@ -124,7 +127,7 @@ def kernel_source(
 ) -> KernelSource:
     """Return the source of `body` for `backend`; only `split` attention returns statistics.
 
-    The kernel has no inputs `absent`, which are names in ABSENT.
+    The kernel has no arrays `absent`, which are names in ABSENT.
 
     `by_path` includes the files by path (CUDA): MLX hashes a kernel's source at every call, and a
     short source takes less time.
@@ -136,7 +139,7 @@ def kernel_source(
         headers += ["codes", "warpgroups"]
     if body == "experts":
         parts.append("product")
-    outputs = OUTPUTS[body]
+    outputs = tuple(name for name in OUTPUTS[body] if name not in absent)
     before = "".join(ABSENT[name] for name in absent)
     if body in ("decode", "prefill") and not split:
         outputs = outputs[:1]

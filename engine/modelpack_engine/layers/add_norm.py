@@ -2,7 +2,8 @@
 
 A block's `x + r` is usually read only by a norm and by the next sum. It stays an unevaluated MLX
 array, and the norm's kernel (`add_norm`) computes it together with the norm. `r` may also be the
-partial sums of a matmul.
+partial sums of a matmul. The norm of a single row is deferred, too: the kernel of the matmul that
+reads it computes all three.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from modelpack_engine.layers import kernels
-from modelpack_engine.layers.matmul import Parts
+from modelpack_engine.layers import dots, kernels
+from modelpack_engine.layers.dots import Normed
+from modelpack_engine.layers.matmul import Parts, multiply_in_parts, swiglu, takes_normed
+from modelpack_engine.layers.weights import Weights
 
 
 @dataclass(slots=True)
@@ -31,6 +34,7 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[int, _Sum] = {}
         self._parts: dict[int, tuple[mx.array, Parts]] = {}
+        self._normed: dict[int, tuple[mx.array, mx.array, Normed]] = {}
 
     def of_parts(self, parts: Parts, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """Return the sum of `parts` in this shape and type, and record its parts."""
@@ -74,7 +78,43 @@ class Sums:
         """Record that a kernel has computed `total` as `made`."""
         self._sums[id(total)].made = made
 
+    def norm(self, total: mx.array, weight: mx.array, epsilon: float) -> mx.array | None:
+        """Return the RMS norm of a sum times `weight`; None if its terms are unknown."""
+        terms = self.terms(total)
+        if terms is None or terms[0].dtype != total.dtype:
+            return None
+        a, parts = terms
+        made, out = kernels.add_norm(a, parts.array, parts.count, weight, epsilon)
+        self.set_made(total, made)
+        if a.size == a.shape[-1]:
+            row = Normed(a, parts.array, parts.count, weight, epsilon)
+            self._normed[id(out)] = out, total, row
+        return out
+
+    def multiply(self, x: mx.array, weights: Weights) -> Parts:
+        """Return the partial sums of rows x [rows, ...] times the weights."""
+        product = self._multiply_normed(x, weights, gated=False)
+        return multiply_in_parts(x, weights) if product is None else Parts(product, 1)
+
+    def swiglu(self, x: mx.array, weights: Weights) -> mx.array:
+        """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""
+        product = None
+        if weights.num_outputs % 2 == 0:
+            product = self._multiply_normed(x, weights, gated=True)
+        return swiglu(x, weights) if product is None else product
+
+    def _multiply_normed(self, x: mx.array, weights: Weights, *, gated: bool) -> mx.array | None:
+        """Compute a sum, its norm `x` and the product in one kernel; None if that is impossible."""
+        known = self._normed.get(id(x))
+        if known is None or not takes_normed(known[2], weights, swiglu=gated):
+            return None
+        _, total, row = known
+        product, made = dots.multiply_normed(row, weights, swiglu=gated)
+        self.set_made(total, made)
+        return product
+
     def clear(self) -> None:
         """Forget all sums: identities are reused once their arrays are freed."""
         self._sums.clear()
         self._parts.clear()
+        self._normed.clear()

@@ -7,6 +7,8 @@ sorting.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch
@@ -14,6 +16,24 @@ from modelpack_engine.layers.weights import NO_UP, Weights, random_weights
 
 #: Simdgroups of a threadgroup, and the loads of a lane that wait for memory together.
 _SIMDGROUPS, _AHEAD = 8, 4
+
+
+#: The most inputs of a norm, which shared memory holds.
+_MOST_NORMED = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """The RMS norm, times `weight` [dim], of a row `a` [..., dim] plus the sum of `count` parts.
+
+    `parts` has `count` times the elements of `a`.
+    """
+
+    a: mx.array
+    parts: mx.array
+    count: int
+    weight: mx.array
+    epsilon: float
 
 
 def fits(x: mx.array, weights: Weights) -> bool:
@@ -42,6 +62,40 @@ def multiply(x: mx.array, weights: Weights, *, swiglu: bool = False) -> mx.array
     """
     width = weights.num_outputs // 2 if swiglu else weights.num_outputs
     return _run(x, weights, (x.shape[0], width), swiglu=swiglu)
+
+
+def multiply_normed(
+    row: Normed, weights: Weights, *, swiglu: bool = False
+) -> tuple[mx.array, mx.array]:
+    """Return the normed row times the weights [1, out], as `multiply`, and the sum in a's shape."""
+    width = weights.num_outputs // 2 if swiglu else weights.num_outputs
+    dtype, groups = row.a.dtype, _SIMDGROUPS
+    out, total = launch.run_on_cuda(
+        "dots",
+        {
+            "x": row.a, **weights.inputs(), **NO_UP, "chosen": None, "scores": None,
+            "more": row.parts, "norm": row.weight,
+        },
+        template=[
+            *_types(dtype, weights, parts=row.parts.dtype, norm=row.weight.dtype),
+            *_constants(weights, swiglu=swiglu, normed=row),
+        ],
+        grid=(-(-width // groups) * groups * 32, 1, 1),
+        threadgroup=(groups * 32, 1, 1),
+        output_shapes=[(1, width), row.a.shape],
+        output_dtypes=[dtype, dtype],
+    )  # fmt: skip
+    return out, total
+
+
+def fits_normed(row: Normed, weights: Weights) -> bool:
+    """Return whether `multiply_normed` supports a row and weights."""
+    dim = row.a.shape[-1]
+    return (
+        fits(row.a, weights)
+        and dim == row.a.size == weights.num_inputs <= _MOST_NORMED
+        and dim % 8 == 0
+    )
 
 
 def multiply_experts(
@@ -83,15 +137,16 @@ def _run(
     ups = NO_UP if up is None else up.inputs("_up")
     (out,) = launch.run_on_cuda(
         "dots",
-        {"x": x, **weights.inputs(), **ups, "chosen": chosen, "scores": scores},
+        {
+            "x": x, **weights.inputs(), **ups, "chosen": chosen, "scores": scores,
+            "more": None, "norm": None,
+        },
+        without=("total",),
         template=[
-            ("T", x.dtype), ("W", weights.weight.dtype),
-            ("S", x.dtype if scores is None else scores.dtype), ("O", dtype or x.dtype),
-            ("BITS", weights.bits or 16), ("GROUP", weights.group_size or 64),
-            ("BIAS", weights.bias is not None), ("SWIGLU", swiglu),
-            ("JOINT", swiglu and up is None),
-            ("EACH", each), ("SUMMED", 1 if scores is None else each), ("NSG", _SIMDGROUPS),
-            ("AHEAD", _AHEAD),
+            *_types(x.dtype, weights, None if scores is None else scores.dtype, dtype),
+            *_constants(
+                weights, swiglu=swiglu, up=up, each=each, summed=1 if scores is None else each
+            ),
         ],
         grid=(-(-shape[-1] // _SIMDGROUPS) * _SIMDGROUPS * 32, out_rows, 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1),
@@ -99,6 +154,40 @@ def _run(
         output_dtypes=[dtype or x.dtype],
     )  # fmt: skip
     return out
+
+
+def _types(
+    dtype: mx.Dtype,
+    weights: Weights,
+    scores: mx.Dtype | None = None,
+    out: mx.Dtype | None = None,
+    parts: mx.Dtype | None = None,
+    norm: mx.Dtype | None = None,
+) -> list[tuple[str, mx.Dtype]]:
+    return [
+        ("T", dtype), ("W", weights.weight.dtype), ("S", scores or dtype), ("O", out or dtype),
+        ("B", parts or dtype), ("V", norm or dtype),
+    ]  # fmt: skip
+
+
+def _constants(
+    weights: Weights,
+    *,
+    swiglu: bool,
+    up: Weights | None = None,
+    each: int = 0,
+    summed: int = 1,
+    normed: Normed | None = None,
+) -> list[tuple[str, int | bool]]:
+    return [
+        ("BITS", weights.bits or 16), ("GROUP", weights.group_size or 64),
+        ("BIAS", weights.bias is not None), ("SWIGLU", swiglu),
+        ("JOINT", swiglu and up is None), ("EACH", each), ("SUMMED", summed),
+        ("NSG", _SIMDGROUPS), ("AHEAD", _AHEAD), ("NORMED", normed is not None),
+        ("D", 8 if normed is None else normed.a.size),
+        ("PARTS", 1 if normed is None else normed.count),
+        ("EPSILON", 0 if normed is None else launch.bits_of(normed.epsilon)),
+    ]  # fmt: skip
 
 
 def _compare(dtype: mx.Dtype, bits: int, group_size: int) -> str | None:
@@ -148,6 +237,29 @@ def _compare_experts(dtype: mx.Dtype, bits: int, group_size: int) -> str | None:
     return launch.difference(found, 2e-1)
 
 
+def _compare_normed(dtype: mx.Dtype, bits: int, group_size: int) -> str | None:
+    keys = launch.random_keys(14, 5)
+    outputs, inputs = 104, 1024
+    weights, full, bias = random_weights(
+        dtype, bits, (outputs, inputs), 1 / 32, keys[0], keys[1], group_size
+    )
+    a, b = (mx.random.normal((1, inputs), key=key).astype(dtype) for key in keys[2:4])
+    norm = mx.random.uniform(0.5, 1.5, (inputs,), key=keys[4]).astype(dtype)
+    row = Normed(a, mx.stack([b / 4, b * 3 / 4]).astype(mx.float32), 2, norm, 1e-5)
+    x = mx.fast.rms_norm(a + b, norm, 1e-5).astype(mx.float32)
+    expected = x @ full.T + bias
+    gate, up = mx.split(expected, 2, axis=1)
+    out, total = multiply_normed(row, weights)
+    gated, _ = multiply_normed(Normed(a, b, 1, norm, 1e-5), weights, swiglu=True)
+    found = {
+        "the product of a norm": (out, expected),
+        "the sum before a norm": (total, a + b),
+        "SwiGLU of a norm": (gated, gate * mx.sigmoid(gate) * up),
+    }
+    return launch.difference(found, 1e-1)
+
+
 #: None if the kernel multiplies as MLX does for a type, bits of a weight and size of a group of
-#: quantised ones, otherwise the problem; for linear layers, and for experts.
+#: quantised ones, otherwise the problem; for linear layers, for experts, and with a norm before.
 verdict, experts_verdict = launch.verdict(_compare), launch.verdict(_compare_experts)
+normed_verdict = launch.verdict(_compare_normed)

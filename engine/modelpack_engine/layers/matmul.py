@@ -110,6 +110,16 @@ def _is_affine(x: mx.array, weights: Weights) -> bool:
     )
 
 
+def takes_normed(row: dots.Normed, weights: Weights, *, swiglu: bool = False) -> bool:
+    """Return whether `dots` multiplies a normed row."""
+    bits = weights.bits or 16
+    return (
+        (bits != 4 or swiglu)
+        and dots.fits_normed(row, weights)
+        and dots.normed_verdict(row.a.dtype, bits, weights.group_size or 64) is None
+    )
+
+
 def _takes_one(x: mx.array, weights: Weights, *, swiglu: bool = False) -> bool:
     """Return whether `dots` multiplies x, which has one row."""
     bits = weights.bits or 16

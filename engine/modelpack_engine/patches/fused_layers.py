@@ -33,7 +33,7 @@ from modelpack_engine.layers import dots, expert_kernels, kernels
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
 from modelpack_engine.layers.kernels import find_rotation, take_rows
-from modelpack_engine.layers.matmul import FEW_ROWS, multiply_in_parts, swiglu
+from modelpack_engine.layers.matmul import FEW_ROWS, multiply_in_parts
 from modelpack_engine.layers.weights import (
     Weights,
     can_join,
@@ -222,13 +222,10 @@ def _fuse_embedding(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> N
 
 def _fuse_norm(module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> None:
     def call(original: Call, norm: Any, x: mx.array) -> Any:
-        terms = sums.terms(x) if step.active else None
-        if terms is None or x.dtype not in _FLOATS or terms[0].dtype != x.dtype:
-            return original(norm, sums.value(x) if step.active else x)
-        a, parts = terms
-        total, out = kernels.add_norm(a, parts.array, parts.count, norm["weight"], norm.eps)
-        sums.set_made(x, total)
-        return out
+        if not step.active:
+            return original(norm, x)
+        out = sums.norm(x, norm["weight"], norm.eps) if x.dtype in _FLOATS else None
+        return original(norm, sums.value(x)) if out is None else out
 
     swaps.override(module, call)
 
@@ -243,7 +240,7 @@ def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> b
     def call(original: Call, mlp: Any, x: mx.array) -> Any:
         if not step.fuses:
             return original(mlp, x)
-        return _project(swiglu(x, joint), down, x, sums)
+        return _project(sums.swiglu(x, joint), down, x, sums)
 
     swaps.override(module, call)
     return True
@@ -286,7 +283,7 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
             or not cache.step.fuses
         ):
             return original(attention, x, mask, cache)
-        rows = multiply_in_parts(x, joint)
+        rows = sums.multiply(x, joint)
         window = mask.window if isinstance(mask, RowMask) else None
         step = cache.step
         angles = None

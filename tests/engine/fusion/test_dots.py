@@ -13,6 +13,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers import dots, expert_kernels, matmul, packed
+from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.weights import random_weights
 from modelpack_engine.patches.fused_layers import fuse_experts
 from modelpack_engine.patches.modules import ClassSwaps
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.long
 
 BF16, F16 = mx.bfloat16, mx.float16
 VERDICTS = (
-    dots.verdict, dots.experts_verdict, expert_kernels.verdict, expert_kernels.wide_verdict,
+    dots.verdict, dots.experts_verdict, dots.normed_verdict, expert_kernels.verdict,
+    expert_kernels.wide_verdict,
 )  # fmt: skip
 
 
@@ -39,6 +41,7 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
 def test_kernels_agree_with_mlx(host: Host, dtype: mx.Dtype, bits: int) -> None:
     assert dots.verdict(dtype, bits, 64) is None
     assert dots.experts_verdict(dtype, bits, 64) is None
+    assert dots.normed_verdict(dtype, bits, 64) is None
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -113,3 +116,39 @@ def test_experts_of_few_and_many_rows(host: Host, rows: int, bodies: set[str]) -
     np.testing.assert_allclose(given.astype(mx.float32), plain, **close)
     np.testing.assert_allclose(total.astype(mx.float32), wanted, **close)
     assert {body for body, _ in host.calls} >= bodies
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_row_is_added_normed_and_multiplied_by_one_kernel(
+    host: Host, monkeypatch: pytest.MonkeyPatch, rows: int, gated: bool
+) -> None:
+    monkeypatch.setattr(matmul, "_takes", lambda *_: False)
+    keys = mx.random.split(mx.random.key(2), 5)
+    weights, full, bias = random_weights(BF16, 16, (48, 512), 1 / 16, keys[0], keys[1], 64)
+    a, b = (mx.random.normal((rows, 1, 512), key=key).astype(BF16) for key in keys[2:4])
+    norm = mx.random.uniform(0.5, 1.5, (512,), key=keys[4]).astype(BF16)
+    assert dots.normed_verdict(BF16, 16, 64) is None
+    host.calls.clear()
+    sums = Sums()
+    total = sums.add(a, b)
+    x = sums.norm(total, norm, 1e-5)
+    assert x is not None
+    if gated:
+        monkeypatch.setattr(matmul.kernels, "swiglu", lambda joint: _gated(joint))
+        found = sums.swiglu(x, weights)
+    else:
+        found = sums.multiply(x, weights).array
+    expected = mx.fast.rms_norm(a + b, norm, 1e-5).reshape(rows, -1).astype(mx.float32)
+    expected = expected @ full.T + bias
+    wanted = _gated(expected) if gated else expected
+    np.testing.assert_allclose(found.astype(mx.float32), wanted, rtol=3e-2, atol=1e-1)
+    made = sums.value(total)
+    assert made is not total
+    np.testing.assert_array_equal(made.astype(mx.float32), (a + b).astype(mx.float32))
+    assert [body for body, _ in host.calls if body in ("dots", "product")] == ["dots"][: rows == 1]
+
+
+def _gated(joint: mx.array) -> mx.array:
+    gate, up = mx.split(joint, 2, axis=1)
+    return gate * mx.sigmoid(gate) * up

@@ -60,7 +60,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     "dots": {
         "x": "T", "weight": "W", "scales": "T", "biases": "T", "bias": "T", "weight_up": "W",
         "scales_up": "T", "biases_up": "T", "bias_up": "T", "chosen": "uint32_t", "scores": "S",
-        "out": "O",
+        "more": "B", "norm": "V", "out": "O", "total": "T",
     },
     "draw": {"logits": "T", "settings": "int", "token": "int"},
     "greedy": {"logits": "T", "token": "int", "next": "int"},

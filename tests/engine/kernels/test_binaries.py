@@ -326,6 +326,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "experts": lambda: expert_kernels._compare_matmul(BF16, 16, 32, swiglu=True),
     "dots": lambda: dots._compare(BF16, 16, 64),
     "dots, 4 bits": lambda: dots._compare(F16, 4, 64),
+    "dots of norms": lambda: dots._compare_normed(BF16, 16, 64),
     "dots of experts": lambda: dots._compare_experts(BF16, 16, 64),
     "dots of experts, 8 bits": lambda: dots._compare_experts(F16, 8, 32),
     "experts, 8 bits": lambda: expert_kernels._compare_matmul(F16, 8, 64, swiglu=False),

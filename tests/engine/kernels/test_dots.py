@@ -36,8 +36,16 @@ def test_outputs_equal_those_of_float64(
     constants: dict[str, Any] = {
         "BITS": bits, "GROUP": GROUP, "BIAS": True, "SWIGLU": swiglu, "EACH": each,
         "SUMMED": summed, "NSG": 4, "AHEAD": 2, "JOINT": joint,
+        "NORMED": False, "D": 8, "PARTS": 1, "EPSILON": 0,
     }  # fmt: skip
-    names = {"T": dtype, "W": dtype if bits == 16 else mx.uint32, "S": dtype, "O": dtype}
+    names = {
+        "T": dtype,
+        "W": dtype if bits == 16 else mx.uint32,
+        "S": dtype,
+        "O": dtype,
+        "B": dtype,
+        "V": dtype,
+    }
     types = tuple((name, C_TYPES[some]) for name, some in names.items())
     made = Instance("dots", types, tuple(constants.items()))
     emulator = build(tmp_path, [made])
@@ -68,6 +76,7 @@ def test_outputs_equal_those_of_float64(
     scores = mx.random.uniform(0, 1, (pairs,), key=keys[4]).astype(dtype)
     outs = ROWS if summed > 1 else pairs
     out = mx.full((outs, OUTPUTS), 7, dtype)
+    given |= {name: mx.zeros((1, 8), dtype) for name in ("more", "norm", "total")}
     given |= {"x": x, "chosen": chosen, "scores": scores, "out": out}
     views = {name: memory(array) for name, array in given.items()}
     grid = (-(-OUTPUTS // 4), outs, 1)
