@@ -131,7 +131,7 @@ def _shim() -> str | None:
     from platformdirs import user_cache_path
 
     source = _SHIM_SOURCE.read_bytes()
-    key = hashlib.sha256(source + f"{library} {_processor()}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(source + f"{library} {_processor()} {NATIVE}".encode()).hexdigest()[:16]
     target = user_cache_path("modelpack") / "blas" / f"shim-{key}.so"
     if target.exists():
         return str(target)
@@ -146,10 +146,15 @@ def _shim() -> str | None:
     return str(target)
 
 
+#: Options for this processor. GCC's tuning for some of AMD's avoids fused multiply-adds in some
+#: loops only, so that a row's result would depend on how many rows there are.
+NATIVE = ["-march=native", "-mtune=generic"]
+
+
 def _compile(compiler: str, library: Path, target: Path) -> None:
     """Compile the shim for this processor, or for its architecture if the compiler cannot."""
     parts = [str(_SHIM_SOURCE), "-o", str(target), str(library), f"-Wl,-rpath,{library.parent}"]
-    for options in (["-march=native"], []):
+    for options in (NATIVE, []):
         command = [compiler, "-O3", "-shared", "-fPIC", *options, *parts]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=60)

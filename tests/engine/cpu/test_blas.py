@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accel
 
 ROW_MAJOR, NO_TRANS, TRANS = 101, 111, 112
 #: Vectors of 4 floats (the compiler's default), of 8, and of this machine's width.
-TARGETS = {"sse": ["-O3"], "avx2": ["-O3", "-mavx2", "-mfma"], "native": ["-O3", "-march=native"]}
+TARGETS = {"sse": ["-O3"], "avx2": ["-O3", "-mavx2", "-mfma"], "native": ["-O3", *blas.NATIVE]}
 
 
 def _has_avx2() -> bool:
