@@ -66,6 +66,7 @@ def package_adapter(
     dry_run: bool = False,
     link: bool = False,
     store: LayoutStore | None = None,
+    base_store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
@@ -73,8 +74,9 @@ def package_adapter(
     """Package the adapter in the directory or GGUF file `adapter` as `reference`.
 
     `base` is the model that it changes, stored or in a registry; only the headers of its weights
-    are read. `request` has licences, annotations and the time of creation. The manifest names the
-    base by digest, rank and targets (spec/manifest.md).
+    are read. `base_store` is where it is stored, if not in `store`. `request` has licences,
+    annotations and the time of creation. The manifest names the base by digest, rank and targets
+    (spec/manifest.md).
 
     Raises `AdapterError` for an adapter that is invalid or does not fit the base, and what
     `modelpack.package` raises.
@@ -85,10 +87,10 @@ def package_adapter(
         raise UsageError("--format cncf: CNCF ModelPack has no adapters", hint="omit --format")
     store, watch = store or LayoutStore(), watching(progress, stop)
     planned = _plan(adapter, request, os.environ)
-    model, name = find_base_model(base, store, remote, watch)
+    model, name = find_base_model(base, base_store or store, remote, watch)
     if model.is_adapter:
         raise UsageError(f"--base {base} is an adapter itself, expected a model")
-    headers = headers_of_base(base, model, store, remote)
+    headers = headers_of_base(base, model, base_store or store, remote)
     if headers is None:
         message = f"the adapter is not compared with {base}, whose headers cannot be read"
         watch.report(Progress(Action.NOTE, message=message))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +25,20 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack.hub.reference import local_name
+from modelpack.operations.adapters import base_name, find_base, package_adapter
+from modelpack.operations.lookup import stored_model
 from modelpack.operations.package import package
+from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import ProgressCallback
+from modelpack.storage import watching
 from modelpack.store.layout import LayoutStore
+from modelpack_server.pool.adapters import (
+    DEFAULT_MAX_ADAPTERS,
+    Adapters,
+    ServedAdapter,
+    check_adapter_name,
+)
 from modelpack_server.pool.file_store import FileStore
 
 if TYPE_CHECKING:
@@ -52,7 +63,10 @@ class Found:
 class ModelSources:
     """Finds the models that a user names; as a context manager, it forgets the files at the end."""
 
-    def __init__(self, settings: Settings, remote: RemoteOptions) -> None:
+    def __init__(
+        self, settings: Settings, remote: RemoteOptions, max_adapters: int = DEFAULT_MAX_ADAPTERS
+    ) -> None:
+        self.adapters = Adapters(max_adapters)
         self._settings = settings
         self._remote = remote
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -69,10 +83,14 @@ class ModelSources:
         """Return the models of the store, and all files that were opened or will be."""
         from modelpack_server.pool.store_catalogue import StoreCatalogue
 
-        return StoreCatalogue(self._settings.store(), config, ranks, self._remote, self._files)
+        return StoreCatalogue(
+            self._settings.store(), config, ranks, self._remote, self._files, self.adapters
+        )
 
     def open(self, typed: str) -> Found:
         """Return the model at the path `typed` or of this name, pulled if it is not stored.
+
+        If it is an adapter, its base is pulled too, and requests may name the adapter.
 
         Raises `NotFoundError` for a path without a model, `UntrustedError` for any path under a
         trust policy, `AmbiguousError` for the last path element of several stored models, and what
@@ -80,22 +98,80 @@ class ModelSources:
         """
         if (path := path_in(typed)) is not None:
             return self._open_file(path)
-        from modelpack_server import open_model
+        from modelpack_server.stored_models import stored_files
 
         store = self._settings.store()
         name = stored_name(store, typed)
         if name != typed:
             note(self._settings, f"{typed} is {name}")
         with shown_progress(self._settings) as progress:
-            model = open_model(name, store=store, remote=self._remote, progress=progress).model
+            watch = watching(progress)
+            model = find_model(name, store, pull=True, remote=self._remote, watch=watch)
+            if model.is_adapter:
+                base = find_base(model, store, pull=True, remote=self._remote, watch=watch)
+                stored_files(base, store)
+                served = ServedAdapter(local_name(name), model, store, str(base.digest))
+                if self.adapters.named(served.name) is None:
+                    self.adapters.add(served)
+            else:
+                stored_files(model, store)
         local = local_name(name)
         if store.resolve(local).digest != model.digest:  # the name may stand for several variants
             return Found(model, str(model.digest), typed if name != typed else local)
         return Found(model, local, typed if name != typed else None)
 
-    def _open_file(self, path: Path) -> Found:
-        from modelpack.operations.lookup import stored_model
+    def add_adapter(self, name: str, typed: str, models: Sequence[Found]) -> None:
+        """Let requests name the adapter `typed`, a path or a stored or pulled artifact, as `name`.
 
+        An artifact names its base, which has to be one of `models`; files are for the first of
+        these. Raises `UsageError` for an invalid name and for another base, `AdapterError` for an
+        adapter that is invalid or does not fit, and what `open` raises.
+        """
+        check_adapter_name(name)
+        if not models:
+            raise UsageError("--adapter requires a MODEL", hint="name the adapter's base")
+        with suppress(NotFoundError, InvalidReferenceError):
+            taken = self._settings.store().resolve(name).digest
+            raise UsageError(
+                f"--adapter {name}={typed}: {name} is a stored model, {taken}",
+                hint="give the adapter another name",
+            )
+        path = Path(typed) if Path(typed).exists() else path_in(typed)
+        with shown_progress(self._settings) as progress:
+            if path is None:
+                store = self._settings.store()
+                watch = watching(progress)
+                model = find_model(typed, store, pull=True, remote=self._remote, watch=watch)
+                wanted = base_name(model)
+            else:
+                store = self._file_store(path)
+                base = models[0].model
+                if base.is_adapter:
+                    raise UsageError(
+                        f"--adapter {name}={typed}: {models[0].name} is an adapter itself",
+                        hint="name the base as the first MODEL",
+                    )
+                packaged = package_adapter(
+                    f"adapter:{len(self.adapters)}", path, str(base.digest),
+                    store=store, base_store=self._store_of(base), progress=progress,
+                )  # fmt: skip
+                model, wanted = stored_model(store, str(packaged.digest)), str(base.digest)
+        digest = wanted.rpartition("@")[2]
+        if digest not in {str(found.model.digest) for found in models}:
+            raise UsageError(
+                f"--adapter {name}={typed}: its base is {wanted}, which is not a MODEL",
+                hint=f"add {wanted} to the MODELs",
+            )
+        self.adapters.add(ServedAdapter(name, model, store, digest))
+
+    def _open_file(self, path: Path) -> Found:
+        files = self._file_store(path)
+        with shown_progress(self._settings) as progress:
+            reference = add_file(files, path, progress)
+        return Found(stored_model(files, str(reference)), reference.familiar)
+
+    def _file_store(self, path: Path) -> FileStore:
+        """Return the store for files at `path`; raise `UntrustedError` under a trust policy."""
         if self._remote.trust is not None:
             raise UntrustedError(
                 f"{path}: files on disk have no signatures",
@@ -104,10 +180,15 @@ class ModelSources:
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="modelpack-files-")
             self._files.append(FileStore(self._directory.name))
-        [files] = self._files
-        with shown_progress(self._settings) as progress:
-            reference = add_file(files, path, progress)
-        return Found(stored_model(files, str(reference)), reference.familiar)
+        return self._files[0]
+
+    def _store_of(self, model: Model) -> LayoutStore:
+        """Return the store of an opened model."""
+        for files in self._files:
+            with suppress(NotFoundError):
+                stored_model(files, str(model.digest))
+                return files
+        return self._settings.store()
 
 
 def path_in(text: str) -> Path | None:

@@ -47,6 +47,7 @@ from modelpack_server.cli.gateway import announce, protection_options
 from modelpack_server.cli.load_display import LoadDisplay
 from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
 from modelpack_server.cli.model_sources import ModelSources
+from modelpack_server.pool.adapters import DEFAULT_MAX_ADAPTERS
 from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, ModelSettings, parse_keep_alive
 
 if TYPE_CHECKING:
@@ -184,6 +185,19 @@ def _given(ctx: click.Context) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _adapters(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """Return the name and the source of each adapter."""
+    pairs = []
+    for value in values:
+        name, equals, source = value.partition("=")
+        if not (name and equals and source):
+            raise click.BadParameter(f"{value!r}: expected NAME=REF or NAME=DIR")
+        pairs.append((name, source))
+    return tuple(pairs)
+
+
 @command(
     headings={
         "--host": "Server",
@@ -201,6 +215,14 @@ def _given(ctx: click.Context) -> dict[str, Any]:
 )  # fmt: skip
 @click.option("--served-model-name", metavar="NAME",
               help="Accept this additional name of the first MODEL in API requests.")  # fmt: skip
+@click.option(
+    "--adapter", "adapters", metavar="NAME=REF|DIR", multiple=True, callback=_adapters,
+    help="Serve this LoRA adapter of a MODEL as NAME; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--max-adapters", type=click.IntRange(min=1), default=DEFAULT_MAX_ADAPTERS, show_default=True,
+    help="Hold at most this many adapters in memory.",
+)  # fmt: skip
 @log_format_option
 @protection_options
 @tls_options
@@ -243,6 +265,8 @@ def serve(
     host: str,
     port: int,
     served_model_name: str | None,
+    adapters: tuple[tuple[str, str], ...],
+    max_adapters: int,
     protection: Callable[[str], Protection],
     tls: tuple[Path, Path] | None,
     drain: int,
@@ -286,8 +310,16 @@ def serve(
     engine = config()
     if engine.backend != "auto":
         remote = replace(remote, backend=engine.backend)
-    sources = click.get_current_context().with_resource(ModelSources(settings, remote))
+    made_sources = ModelSources(settings, remote, max_adapters)
+    sources = click.get_current_context().with_resource(made_sources)
     opened = [sources.open(model) for model in models]
+    for name, typed in adapters:
+        sources.add_adapter(name, typed, opened)
+    if len(sources.adapters) and is_parallel(tensor_parallel_size):
+        raise UsageError(
+            "--tensor-parallel-size cannot be combined with adapters",
+            hint="merge the adapter into its base",
+        )
     if len({found.name for found in opened}) < len({found.model.digest for found in opened}):
         raise UsageError("two files have the same name", hint="rename one, or serve it elsewhere")
     pull_draft(engine, settings.store(), settings, remote)
@@ -339,7 +371,7 @@ def serve(
             grace=grace,
         )
         text = f"serving {', '.join(models) or 'the store'}"
-        names = [found.alias or found.name for found in opened]
+        names = [found.alias or found.name for found in opened] + [name for name, _ in adapters]
         server.run(lambda: announce(settings, server.url, text, models=names))
     if ranks is not None:
         ranks.close()

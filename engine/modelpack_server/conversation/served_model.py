@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -89,8 +90,11 @@ class ServedModel:
 
     `defaults` are fields of SamplingParams for requests that do not set them, `presets` named sets
     of such fields. `preface` comes before every conversation. `reasoning_budget` is the default
-    limit of reasoning tokens: 0 switches reasoning off, a negative number means no limit.
+    limit of reasoning tokens: 0 switches reasoning off, a negative number means no limit. `adapter`
+    is the engine's name of the adapter that its requests use.
     """
+
+    adapter: str | None = None
 
     def __init__(
         self,
@@ -111,6 +115,12 @@ class ServedModel:
         self.created = int(time.time())
         self._defaults = dict(defaults or {})
         self._presets = presets or {}
+
+    def with_adapter(self, name: str) -> ServedModel:
+        """Return the same model for requests that use an adapter of its engine."""
+        adapted = copy.copy(self)
+        adapted.name = adapted.adapter = name
+        return adapted
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -139,13 +149,19 @@ class ServedModel:
         return find_format(self.tokenizer.chat_template, model_type=self.model_type)
 
     async def submit(self, request: EngineRequest) -> RequestStream:
-        """Submit a request to the engine, with salt, trace and urgency of `request_context`.
+        """Submit a request to the engine, with the adapter and the `request_context`.
 
         Raises what `AsyncEngine.submit` raises.
         """
         context = request_context.get()
         salt = context.cache_salt
-        request = replace(request, cache_salt=salt, owner=salt, background=context.background)
+        request = replace(
+            request,
+            cache_salt=salt,
+            owner=salt,
+            background=context.background,
+            adapter=self.adapter,
+        )
         stream = await self.engine.submit(request)
         if context.submitted is not None:
             context.submitted(self.name, stream)

@@ -21,7 +21,8 @@ class StoredModel:
     `names` are its names in the store, the preferred one first; `origins` are the repositories from
     which it was pulled. Neither contains what a user typed. `size` is the size of its files, in
     bytes. `purpose` is empty for files that the engine cannot load; `reads_pictures` says that it
-    takes pictures with the extra `vision` that is installed.
+    takes pictures with the extra `vision` that is installed. For an adapter, `base` is the key of
+    the model that it changes, whose engine knows it as `adapter`.
     """
 
     key: str
@@ -36,6 +37,8 @@ class StoredModel:
     format: str = ""
     purpose: Literal["", "generation", "embedding", "ranking"] = "generation"
     reads_pictures: bool = False
+    base: str = ""
+    adapter: str = ""
 
 
 class PooledEngine(ServingEngine, Protocol):

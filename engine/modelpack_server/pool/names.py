@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from modelpack.artifacts.reference import DEFAULT_REGISTRY, DEFAULT_TAG, Reference
 from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
+from modelpack_server.pool.adapters import base_of
 from modelpack_server.pool.catalogue import Catalogue, StoredModel
 
 if TYPE_CHECKING:
@@ -140,6 +141,10 @@ class Names:
                 return model
         raise NotFoundError(f"no such model: {name}")
 
+    async def base_of(self, adapter: StoredModel) -> StoredModel:
+        """Return the base of an adapter, even if the request may only use the adapter."""
+        return await self._resolved(adapter.base)
+
     def view_of(self, model: StoredModel) -> StoredModel | None:
         """Return the model with the names that the current request may see, or None."""
         return view_of(model, self._names_given_to(model))
@@ -162,6 +167,9 @@ class Names:
             if len(name) > MAX_NAME:
                 raise NotFoundError(f"no such model: {name[:100]}…")
             target = self._given.get(name, name)
+            base, adapter = base_of(name)
+            if target == name and base in self._given:
+                target = f"{self._given[base]}:{adapter}"
             found = await asyncio.to_thread(self._catalogue.find, target)
             if version == self._version:  # otherwise the model may be outdated
                 if len(self._found) >= _MOST_FOUND:

@@ -145,11 +145,14 @@ class ModelPool:
     ) -> AsyncIterator[ServedModel]:
         """Acquire a model, loading it if needed; it stays loaded until released.
 
+        The name of an adapter acquires its base, for requests that use the adapter.
+
         `keep_alive` replaces the seconds for which it stays loaded afterwards; `math.inf` means
         without end. Raises `NotFoundError`, what loading raises, and `LoadingError` if the model is
         not ready and `wait` is false, or if too many requests wait.
         """
-        entry = await self._entry(name)
+        stored = await self._names.find(name)
+        entry = await self._entry_of(stored)
         owner = access.owner()
         self._check_queue(entry)
         entry.waiting += 1
@@ -161,7 +164,7 @@ class ModelPool:
             entry.waiting -= 1
             self._stopped_waiting(entry)
         try:
-            yield model
+            yield model.with_adapter(stored.adapter) if stored.adapter else model
         finally:
             entry.users -= 1
             self._left(entry, owner, keep_alive)
@@ -211,7 +214,7 @@ class ModelPool:
     async def settings(self, name: str) -> ModelSettings:
         """Return the settings of a model: its own, completed by the pool's."""
         stored = await self.find(name)
-        return self._settings_of(stored.key)
+        return self._settings_of(stored.base or stored.key)
 
     def configured(self) -> dict[str, ModelSettings]:
         """Return the settings of `configure` calls, by key."""
@@ -223,14 +226,17 @@ class ModelPool:
         A pinned model is loaded again before this returns. If that fails, the model gets its
         previous settings back, and what the load raised is raised.
 
-        Raises `UsageError` for settings that are invalid or that the model cannot have,
-        `OutOfMemoryError` for those that need more than the whole budget, and `BusyError` if the
-        model is in use with other settings, or if a restricted API key configures a model that
-        other keys keep loaded.
+        Raises `UsageError` for an adapter, and for settings that are invalid or that the model
+        cannot have, `OutOfMemoryError` for those that need more than the whole budget, and
+        `BusyError` if the model is in use with other settings, or if a restricted API key
+        configures a model that other keys keep loaded.
         """
         settings.check()
-        entry = await self._entry(name)
-        key = entry.stored.key
+        stored = await self._names.find(name)
+        if stored.adapter:
+            raise UsageError(f"{name} is an adapter", hint="configure its base")
+        entry = await self._entry_of(stored)
+        key = stored.key
         before = self._configured.get(key, ModelSettings())
         if before == settings:
             return
@@ -332,7 +338,12 @@ class ModelPool:
     # Internals
 
     async def _entry(self, name: str) -> Entry:
-        stored = await self._names.find(name)
+        return await self._entry_of(await self._names.find(name))
+
+    async def _entry_of(self, stored: StoredModel) -> Entry:
+        """Return the entry of a model, or of the base of an adapter."""
+        if stored.adapter:
+            stored = await self._names.base_of(stored)
         entry = self._entries.get(stored.key)
         if entry is None:
             entry = Entry(stored, self._keep_alive_of(stored.key))

@@ -24,6 +24,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import EngineError, ModelLoadError
 from modelpack_engine.platform import blas
+from modelpack_server.pool.adapters import Adapters, ServedAdapter, base_of
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.model_defaults import ModelDefaults, sampling_of_files
 from modelpack_server.pool.settings import ModelSettings
@@ -48,7 +49,8 @@ class StoreCatalogue:
 
     With `ranks`, an engine runs on all of them, so only one generating model can be loaded. If
     `remote` has a trust policy, only models that satisfy it are loaded. `files` has further models,
-    whose names come first.
+    whose names come first. `adapters` are loaded with the models that they change; their names come
+    before all others.
     """
 
     def __init__(
@@ -58,33 +60,66 @@ class StoreCatalogue:
         ranks: Ranks | None = None,
         remote: RemoteOptions | None = None,
         files: Sequence[LayoutStore] = (),
+        adapters: Adapters | None = None,
     ) -> None:
         blas.prepare()
         self.ranks = ranks
         # Models are loaded by digest, which already determines the variant.
         self.remote = replace(remote or RemoteOptions(), variant=None)
         self.store = store or LayoutStore()
+        self.adapters = adapters or Adapters()
         self._files = files
         self.config = config or EngineConfig()
         self._abilities: dict[Digest, tuple[Purpose, bool]] = {}
 
     def version(self) -> object:
-        """Return the time of the last change of the store's index."""
+        """Return the time of the last change of the store's index, and the adapters' version."""
         try:
             status = (self.store.root / "index.json").stat()
         except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+            return self.adapters.version
+        return status.st_mtime_ns, status.st_size, status.st_ino, self.adapters.version
 
     def find(self, name: str) -> StoredModel:
-        """Return the model with this name; raise `NotFoundError`."""
+        """Return the model or the adapter with this name; raise `NotFoundError`."""
+        served = self.adapters.named(name) or self._adapter_of_base(name)
+        if served is not None:
+            return self._described_adapter(served)
         store = self._store_of(name)
         try:
             model = stored_model(store, name)
         except InvalidReferenceError as error:
             raise NotFoundError(f"no such model: {name!r} ({error})") from error
+        served = self.adapters.named(str(model.digest))
+        if served is not None:
+            return self._described_adapter(served)
         names, origins = _names(store, model)
         return self._described(store, model, names, origins)
+
+    def _adapter_of_base(self, name: str) -> ServedAdapter | None:
+        """Return the adapter that `BASE:NAME` names, where BASE is any name of its base."""
+        base, adapter = base_of(name)
+        served = self.adapters.named(adapter) if base else None
+        if served is None:
+            return None
+        with suppress(NotFoundError, InvalidReferenceError):
+            if str(stored_model(self._store_of(base), base).digest) == served.base:
+                return served
+        return None
+
+    def _described_adapter(self, served: ServedAdapter) -> StoredModel:
+        """Return an adapter with the names given to it, then those in the store."""
+        names = self.adapters.names(served.key)
+        origins: tuple[str, ...] = ()
+        if served.store is self.store:
+            stored, origins = _names(served.store, served.model)
+            names = tuple(dict.fromkeys((*names, *stored)))
+        return replace(
+            _described(served.model, names),
+            origins=origins,
+            base=served.base,
+            adapter=served.name,
+        )
 
     def _store_of(self, name: str) -> LayoutStore:
         """Return the store with the model `name`; for an unknown name, the local store."""
@@ -96,11 +131,15 @@ class StoreCatalogue:
 
     def stored(self) -> Sequence[StoredModel]:
         """Return the readable models."""
-        return [
-            self._described(store, model, names, origins)
-            for store in (*self._files, self.store)
-            for model, names, origins in _stored(store)
-        ]
+        found = []
+        for store in (*self._files, self.store):
+            for model, names, origins in _stored(store):
+                served = self.adapters.named(str(model.digest))
+                if served is not None:
+                    found.append(self._described_adapter(served))
+                else:
+                    found.append(self._described(store, model, names, origins))
+        return found
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return an estimate of the loaded model's memory, in bytes."""
@@ -129,6 +168,7 @@ class StoreCatalogue:
         if config.uses_draft_model and isinstance(config.draft_model, str):
             draft = stored_model(self.store, config.draft_model)
             weights += self._loaded_bytes(self.store, draft, config)
+        weights += self.adapters.bytes_of(model.key)
         return weights + (config.kv_cache_bytes or _KV_BYTES)
 
     def load(
@@ -148,7 +188,13 @@ class StoreCatalogue:
 
         store = self._store_of(model.key)
         opened = open_model(model.key, pull=False, store=store, remote=self.remote)
+        adapters = self.adapters.of(model.key)
         if not _generates(opened.files, settings):
+            if adapters:
+                raise ModelLoadError(
+                    f"adapter {adapters[0].name}: its base generates no text",
+                    hint="serve adapters of models that generate text",
+                )
             embedder = AsyncEmbedder(
                 lambda: load_embedder(
                     opened.files,
@@ -162,19 +208,23 @@ class StoreCatalogue:
         chosen = settings.engine_config(self.config)
         if self.ranks is None:
             chosen = with_drafter(chosen, opened.model, self.store)
+        if adapters:
+            chosen = replace(chosen, max_loras=self.adapters.max_loaded)
         draft = draft_files(chosen, self.store, self.remote)
         found: dict[str, str] = {}
 
         def config(_context: int, weight_bytes: int) -> EngineConfig:
             if "gpu_memory_utilization" in settings.engine_fields():
                 return chosen  # the model's own settings say how much memory it may use
-            return _within(chosen, weight_bytes, room)
+            return _within(chosen, weight_bytes + self.adapters.bytes_of(model.key), room)
 
         def make_engine() -> BaseEngine:
             if self.ranks is None:
                 engine, found["type"] = load_model(opened, chosen, config, draft)
             else:
                 engine, found["type"] = load_on_ranks(self.ranks, opened, self.config, config)
+            for adapter in adapters:
+                adapter.add_to(engine, self.remote)
             return engine
 
         engine = AsyncEngine(make_engine, meter)
