@@ -451,12 +451,15 @@ class Scheduler:
         rows = self.config.max_num_batched_tokens - self.config.buckets.pad_rows(decode_rows)
         # A sequence that was just preempted must not get back the blocks that others need.
         prefill = self._schedule_prefill(rows, admit=not preempted, alone=not decode_rows)
-        if not decode_rows and not prefill:
-            # Prompts are admitted only if all of them have room when no sequence decodes.
-            idle = self._num_inflight or not self._running or self._blocks.is_awaited
-            idle = idle or self._awaits_pictures
-            assert idle, "prompts block each other"
-            return None
+        while not decode_rows and not prefill:
+            waits = self._num_inflight or not self._running or self._blocks.is_awaited
+            if waits or self._awaits_pictures:
+                return None
+            # Prompts were admitted to share blocks of a window. Each gives up its reference to such
+            # a block for one of its own, so together they may need more than there are.
+            assert len(self._running) > 1, "a sequence alone does not fit"
+            preempted.append(self._preempt_youngest())
+            prefill = self._schedule_prefill(rows, admit=False, alone=True)
         return SchedulerOutput(
             tuple(decode), tuple(prefill), tuple(proposals), (*cleared, *preempted),
             self.take_released(),
@@ -705,6 +708,8 @@ class Scheduler:
         num_known = len(sequence.prompt_token_ids) + len(output)
         if sequence.num_computed_tokens < num_known:
             sequence.num_computed_tokens = num_known
+            if self._blocks.releases_blocks:
+                self._blocks.release_unseen(sequence)
         output.append(token_id)
         self._generated_tokens += 1
         if (num_known + 1) // self._blocks.block_size > sequence.num_published_blocks:
