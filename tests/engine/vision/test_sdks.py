@@ -134,9 +134,14 @@ def test_a_client_that_leaves_ends_the_decoding(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_picture_that_cannot_be_encoded(
-    address: str, stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    address: str,
+    expected: str,
+    stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The client is told which one; why is for the log."""
+    test_openai_chat(address, expected)  # the model is loaded
 
     def encode(*_: object) -> None:
         raise RuntimeError("[metal::malloc] out of memory at 0x7f")
