@@ -124,11 +124,13 @@ def verify(
         )  # fmt: skip
     lacking = [key for key in keys if key not in found.keys]
     if lacking:
-        why = "; ".join(found.refused[:5]) or "it has no signatures"
+        shown = found.refused[:5]
+        why = "; ".join(one.reason for one in shown) or "it has no signatures"
         raise UntrustedError(
             f"{where}: {model.digest} is not signed by {lacking[0].name}: {why}",
             expected=f"a signature by {lacking[0].name}",
             got=why,
+            hint=next((one.hint for one in shown if one.hint), None),
         )
     return model, found
 

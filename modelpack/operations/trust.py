@@ -19,7 +19,7 @@ from modelpack.operations.variants import variants_of
 from modelpack.storage import ReferrerSource, Watch
 from modelpack.store.layout import LayoutStore
 from modelpack.trust.policy import Rule, Trust
-from modelpack.trust.signatures import Findings, Signature, find_signatures
+from modelpack.trust.signatures import Findings, Refusal, Signature, find_signatures
 
 _MAX_SHOWN = 5
 
@@ -198,15 +198,16 @@ def _require(rules: Sequence[Rule], found: Findings, what: str) -> None:
         names = " or ".join(one.name for one in rule.publishers)
         wanted = f"{rule.threshold} of {names}" if rule.threshold > 1 else names
         others = [
-            f"a rule does not accept signatures of the format {one.kind}"
+            Refusal(f"a rule does not accept signatures of the format {one.kind}")
             for one in found.signatures
             if one.kind not in rule.formats
         ]
-        refused = tuple(dict.fromkeys((*others, *found.refused)))
-        why = "; ".join(refused[:_MAX_SHOWN]) or "it has no signatures"
+        shown = tuple(dict.fromkeys((*others, *found.refused)))[:_MAX_SHOWN]
+        why = "; ".join(one.reason for one in shown) or "it has no signatures"
+        hint = "sign it with `modelpack sign`, or check its signatures with `modelpack verify`"
         raise UntrustedError(
             f"{what}: is not signed by {wanted}: {why}",
             expected=f"a signature by {wanted}",
             got=why,
-            hint="sign it with `modelpack sign`, or check its signatures with `modelpack verify`",
+            hint=next((one.hint for one in shown if one.hint), hint),
         )

@@ -217,9 +217,9 @@ def _reader(
         if contents is None:
             kind = "shards" if listed.shard_size else "files"
             raise UnsupportedError(
-                f"signs {listed.algorithm} digests of {kind}, which only the stored files verify: "
-                "run `modelpack pull --with-referrers`, then `modelpack verify --local`",
+                f"signs {listed.algorithm} digests of {kind}, which only the stored files verify",
                 path=what,
+                hint="run `modelpack pull --with-referrers`, then `modelpack verify --local`",
             )
         with contents.blob(file).open() as stream:
             sizes = [end - start for _, start, end in ranges]

@@ -18,7 +18,13 @@ from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model
-from modelpack.errors import FormatError, IntegrityError, NotFoundError, UntrustedError
+from modelpack.errors import (
+    FormatError,
+    IntegrityError,
+    ModelpackError,
+    NotFoundError,
+    UntrustedError,
+)
 from modelpack.storage import ReferrerSource, Source, read_blob
 from modelpack.trust.keys import PublicKey
 from modelpack.trust.model_signing import check_model, names_manifest
@@ -66,11 +72,24 @@ class Signature:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """The reason why a signature does not count, and what the user can do about it."""
+
+    reason: str
+    hint: str | None = None
+
+    @classmethod
+    def of(cls, error: ModelpackError) -> Refusal:
+        """Return the refusal of a signature whose check raised `error`."""
+        return cls(str(error), error.hint)
+
+
+@dataclass(frozen=True, slots=True)
 class Findings:
-    """The valid signatures by the given keys, and the reasons why other signatures do not count."""
+    """The valid signatures by the given keys, and the refusals of other signatures."""
 
     signatures: tuple[Signature, ...]
-    refused: tuple[str, ...]
+    refused: tuple[Refusal, ...]
 
     @property
     def keys(self) -> frozenset[PublicKey]:
@@ -95,7 +114,7 @@ def find_signatures(
     for digests that are not in the manifest. Errors of the source are raised.
     """
     found: list[Signature] = []
-    refused: list[str] = []
+    refused: list[Refusal] = []
     for manifest, kind, check in _candidates(source, subject, model, refused, tagged, contents):
         if kind not in formats:
             why = "its format is not accepted"
@@ -103,16 +122,17 @@ def find_signatures(
                 why = (
                     f"covers the files and not the manifest, and the format {kind} is not accepted"
                 )
-            refused.append(f"{kind} signature {manifest.digest.short}: {why}")
+            refused.append(Refusal(f"{kind} signature {manifest.digest.short}: {why}"))
             continue
         try:
             by = [key for key in keys if check(key)]
         except (FormatError, IntegrityError) as error:
-            refused.append(str(error))
+            refused.append(Refusal.of(error))
             continue
         found += [Signature(key, kind, manifest) for key in by]
         if not by:
-            refused.append(f"{kind} signature {manifest.digest.short}: made by none of the keys")
+            why = f"{kind} signature {manifest.digest.short}: made by none of the keys"
+            refused.append(Refusal(why))
     return Findings(tuple(found), tuple(refused))
 
 
@@ -128,7 +148,7 @@ def _candidates(
     source: ReferrerSource,
     subject: Descriptor,
     model: Callable[[], Model],
-    refused: list[str],
+    refused: list[Refusal],
     tagged: bool,
     contents: Source | None,
 ) -> Iterator[tuple[Descriptor, SignatureKind, _Check]]:
@@ -143,7 +163,7 @@ def _candidates(
         try:
             candidate = _bundle(source, referrer, subject, model, contents)
         except (FormatError, IntegrityError, NotFoundError) as error:
-            refused.append(str(error))
+            refused.append(Refusal.of(error))
             continue
         if candidate is not None:
             yield (referrer, *candidate)
@@ -184,7 +204,7 @@ def _bundle(
 
 
 def _under_tag(
-    source: ReferrerSource, subject: Descriptor, refused: list[str]
+    source: ReferrerSource, subject: Descriptor, refused: list[Refusal]
 ) -> Iterator[tuple[Descriptor, SimpleSignature]]:
     tag = signature_tag(subject.digest)
     try:
@@ -193,7 +213,7 @@ def _under_tag(
     except NotFoundError:
         return
     except (FormatError, IntegrityError) as error:
-        refused.append(str(error))
+        refused.append(Refusal.of(error))
         return
     for layer in manifest.layers[:MAX_SIGNATURES]:
         if layer.media_type != PAYLOAD:
@@ -204,6 +224,6 @@ def _under_tag(
             if signature.digest != subject.digest:
                 raise IntegrityError(f"{what}: signs {signature.digest}, another manifest")
         except (FormatError, IntegrityError, NotFoundError) as error:
-            refused.append(str(error))
+            refused.append(Refusal.of(error))
             continue
         yield descriptor, signature
