@@ -24,7 +24,7 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model, Role, format_of, role_of
 from modelpack.bundles.names import arrange
-from modelpack.errors import FormatError, IntegrityError, ModelpackError, UnsupportedError
+from modelpack.errors import FormatError, IntegrityError, UnsupportedError
 from modelpack.storage import BlobReader, Source, fill
 from modelpack.trust.sigstore import MODEL_SIGNING, Statement, Subject
 
@@ -242,7 +242,7 @@ def _blake3() -> Any:
     try:
         from blake3 import blake3
     except ImportError:
-        raise ModelpackError(
+        raise UnsupportedError(
             "BLAKE3 digests need the package blake3, which is not installed",
             hint="pip install blake3",
         ) from None

@@ -254,6 +254,30 @@ def test_other_digests_are_computed_from_stored_files(
     assert [one.kind for one in found.signatures] == formats
 
 
+def test_a_signature_by_blake3_does_not_keep_others_from_counting(
+    published: Published, files: Path, ours: PrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach(published.reference, hashed_and_signed(files, ours, *HASHING["blake3"][:3]))
+    modelpack.pull(published.reference, store=published.store, with_referrers=True)
+    monkeypatch.setitem(sys.modules, "blake3", None)  # not installed
+    with pytest.raises(UntrustedError, match="need the package blake3") as caught:
+        signatures.verify(
+            published.reference,
+            [ours.public],
+            formats=[SignatureKind.FILES],
+            store=published.store,
+        )
+    assert caught.value.hint == "pip install blake3"
+    signatures.sign(published.reference, ours, store=published.store)
+    _, found = signatures.verify(
+        published.reference,
+        [ours.public],
+        formats=[SignatureKind.FILES, SignatureKind.BUNDLE],
+        store=published.store,
+    )
+    assert [one.kind for one in found.signatures] == [SignatureKind.BUNDLE]
+
+
 @pytest.mark.parametrize(
     ("method", "algorithm", "size", "in_manifest"), HASHING.values(), ids=HASHING
 )
