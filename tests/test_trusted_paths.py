@@ -30,6 +30,7 @@ EXCEPTIONS = {
 OPENERS = {
     "engine/modelpack_engine/models/files.py": "itself",
     "engine/modelpack_server/stored_models.py": "after find_model",
+    "engine/modelpack_server/cli/model_sources.py": "after find_model or find_base",
     "engine/modelpack_server/pool/store_catalogue.py": "to know how large the weights are",
     "engine/modelpack_server/api/ollama/models.py": "to show them",
 }

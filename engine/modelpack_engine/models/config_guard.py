@@ -22,6 +22,7 @@ from typing import Any
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.patches.corrections import TEXT_PARTS
+from modelpack_engine.patches.modules import parsed
 
 Config = Mapping[str, Any]
 
@@ -259,7 +260,7 @@ def _collect(module: str, declared: set[str], used: set[str], seen: set[str]) ->
     path = getattr(sys.modules.get(module), "__file__", None)
     if path is None:
         return
-    for node in ast.walk(ast.parse(Path(path).read_bytes())):
+    for node in ast.walk(parsed(Path(path).read_bytes())):
         if isinstance(node, ast.ClassDef):
             names = (
                 s.target.id

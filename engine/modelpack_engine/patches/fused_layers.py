@@ -42,7 +42,7 @@ from modelpack_engine.layers.weights import (
     weights_of,
 )
 from modelpack_engine.patches import functions
-from modelpack_engine.patches.modules import Call, ClassSwaps
+from modelpack_engine.patches.modules import Call, ClassSwaps, parsed
 
 #: The type of compiled functions, which have no reference to the original function.
 _COMPILED = type(mx.compile(lambda x: x))
@@ -67,7 +67,7 @@ def reads_like(module: nn.Module, known: type[nn.Module]) -> bool:
 def _text(code: CodeType) -> str | None:
     """Return a function's source without annotations and docstring, or None if it has none."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+        tree = parsed(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return None
     definition = tree.body[0]
@@ -108,7 +108,7 @@ def _meaning(function: FunctionType, name: str) -> object:
 def _definition(module: str, name: str) -> str | None:
     """Return the source of a function that a module defines, or None if it does not."""
     try:
-        tree = ast.parse(inspect.getsource(sys.modules[module]))
+        tree = parsed(inspect.getsource(sys.modules[module]))
     except (KeyError, OSError, TypeError, SyntaxError):
         return None
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]

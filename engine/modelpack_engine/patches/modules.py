@@ -7,9 +7,11 @@ Outside of a step, or without a step's caches, the original call runs.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +24,17 @@ from modelpack_engine.layers.matmul import multiply
 from modelpack_engine.layers.weights import quantised_weights
 
 Call = Callable[..., Any]
+_parsing = Lock()
+
+
+def parsed(source: str | bytes) -> ast.Module:
+    """Return the syntax tree of a Python source; raises `SyntaxError`.
+
+    Models are loaded in threads, and Python 3.11 counts the depth of all trees together: two at a
+    time are a `SystemError` (https://github.com/python/cpython/issues/106905).
+    """
+    with _parsing:
+        return ast.parse(source)
 
 
 class ClassSwaps:
