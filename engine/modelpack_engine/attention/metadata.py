@@ -172,6 +172,8 @@ class StepInputs:
         self.positions = make_positions([], rotate=False)
         self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
         self.active = self.all_rows_sampled = self.rows_taken = False
+        #: Whether layers compute all rows although few are sampled.
+        self.keeps_rows = False
         self.tiles: Tiles | None = None
         self.adapters: AdapterRows = AdapterRows() if leader is None else leader.adapters
         #: Whether a layer had no kernel for tiles and attended row by row.
@@ -270,7 +272,9 @@ class StepInputs:
 
     @property
     def samples_few(self) -> bool:
-        """Whether fewer rows are sampled, padding included, than the step has."""
+        """Whether only sampled rows are needed, and are fewer, with padding, than the step's."""
+        if self.keeps_rows:
+            return False
         return not self.all_rows_sampled and self.sample_rows.shape[0] < self.num_rows
 
     def end(self) -> None:

@@ -33,7 +33,7 @@ from modelpack_engine.kernels import TILE_ROWS, Tiles
 from modelpack_engine.layers.kernels import take
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
-from modelpack_engine.runner.hidden_states import HiddenRows, HiddenStates
+from modelpack_engine.runner.hidden_states import HiddenRows, HiddenStates, layers_of
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.recurrent import StateContents, repeated
 
@@ -442,10 +442,10 @@ class PagedRunner:
 
         Raises `EngineError` for a model whose layers are not in a list.
         """
-        adapted = self.adapted
-        adapted.hidden_states = HiddenStates(
-            self.layout.inner, tuple(layers), reduce, adapted.swaps
-        )
+        adapted, layers = self.adapted, tuple(layers)
+        adapted.hidden_states = HiddenStates(self.layout.inner, layers, reduce, adapted.swaps)
+        # A fused last layer would return the sampled rows only.
+        self._step.keeps_rows = len(layers_of(self.layout.inner)) in layers
         if self.compiled is not None:
             self.compiled.clear()
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
+from modelpack_engine.core.batch import build_batch
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.kernels import launch, operations
 from modelpack_engine.layers import kernels
 from modelpack_engine.layers.kernels import Rotation
+from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner.model_runner import make_runner
+from modelpack_engine.runner.paged import PagedRunner
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 from tests.engine.runner.models import tiny_llama
 
@@ -150,3 +157,27 @@ def test_a_model_runs_on_fused_kernels(host: Host) -> None:
     assert runner.notes == ()
     assert set(runner.fused) == {"attention", "block", "MLP"}
     assert {"rotate", "add_norm", "swiglu", "decode", "rows"} <= {body for body, _ in host.calls}
+
+
+def test_hidden_states_after_the_last_layer_have_all_rows(host: Host) -> None:
+    """The fused last layer computes the sampled rows only, unless its output is recorded."""
+    states = []
+    for fused in (False, True):
+        model: Any = tiny_llama(head_dim=32, tie_word_embeddings=True)
+        runner = make_runner(model, num_blocks=8, exact=not fused, compiled=False)
+        assert isinstance(runner, PagedRunner)
+        assert bool(runner.fused) is fused
+        runner.record_hidden([len(model.layers)], model.model.norm)
+        scheduler = Scheduler(SchedulerConfig(2, 32, 100), BlockManager(8))
+        scheduler.add(Sequence("r", list(range(13)), SamplingParams()))
+        output = scheduler.schedule()
+        assert output is not None
+        batch = build_batch(output, None, runner.buckets, 16)
+        logits = runner.forward(batch, mx.array(batch.token_ids, mx.int32))
+        hidden = runner.hidden_rows()
+        assert hidden is not None
+        states.append(hidden.cut(batch.chunks[0].row, 13))
+        expected = model.model.embed_tokens.as_linear(states[-1][-1:])
+        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
+        runner.undo()
+    np.testing.assert_allclose(states[0], states[1], rtol=1e-3, atol=1e-3)
