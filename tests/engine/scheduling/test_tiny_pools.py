@@ -17,7 +17,7 @@ from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig, Schedule
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import RequestError
 from modelpack_engine.outputs import FinishReason
-from tests.engine.scheduling.simulation import audit, sequence
+from tests.engine.scheduling.simulation import Simulation, audit, sequence
 
 NUM_ACTIONS = 80
 MOST_STEPS = 4000
@@ -152,3 +152,16 @@ def test_every_request_ends_and_no_block_leaks(seed: int) -> None:
     assert all(one.is_finished for one in traffic.sequences)
     for pool in (traffic.blocks.pool, *traffic.blocks.window_pools):
         assert pool.num_used == 0, "a block leaks"
+
+
+def test_prompts_that_share_a_window_do_not_block_each_other() -> None:
+    """Both were admitted to share 5 blocks of the window, and then need 7 each of 9."""
+    sim = Simulation(
+        num_blocks=10, max_num_batched_tokens=8, max_prefill_chunk=2, window=20, mode="sync"
+    )
+    text = [(i * i + i // 3) % 5 for i in range(60)]
+    for request_id, length in (("a", 37), ("b", 33)):
+        sim.add(sequence(text[:length], 2, request_id=request_id))
+    sim.drain()
+    stats = sim.scheduler.stats()
+    assert (stats.num_finished, stats.num_preemptions) == (2, 1)
