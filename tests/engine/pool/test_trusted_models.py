@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 import modelpack
 from modelpack.operations import archives, signatures
 from modelpack.operations.archives import import_archive
+from modelpack.operations.drafters import package_drafter
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.trust import trusted_import
 from modelpack.registry import RetryPolicy
@@ -23,12 +24,16 @@ from modelpack.testing import registry
 from modelpack.trust.keys import PrivateKey, generate_key_pair, read_private_key
 from modelpack.trust.policy import Trust
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.models import ModelFiles
+from modelpack_engine.models.eagle import EagleHead, load_head
 from modelpack_server import stored_models
 from modelpack_server.api.app import create_app
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.stored_models import open_model
 from tests.engine.serving.tiny import write_tiny
+from tests.engine.speculation.test_eagle import write_head
 
 pytestmark = pytest.mark.long
 
@@ -245,3 +250,29 @@ def test_a_trusted_import_stays(world: World) -> None:
     with trusted_import(world.store, world.remote, watching(None)):
         import_archive(world.store, io.BytesIO(raw), watching(None))
     assert world.stored() == {world.good}
+
+
+def test_a_drafter_that_is_found_has_to_be_signed_too(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = tmp_path / "head"
+    head.mkdir()
+    write_head(head)
+    modelpack.pull(world.good, store=world.store)
+    name = f"{world.host}/team/good:v1-eagle"
+    package_drafter(name, head, world.good, push=True, store=world.store)
+    opened = open_model(world.good, pull=False, store=world.store, remote=world.remote)
+    config = replace(CONFIG, backend="mlx")
+    read: list[ModelFiles] = []
+
+    def noted(files: ModelFiles) -> EagleHead:
+        read.append(files)
+        return load_head(files)
+
+    monkeypatch.setattr(stored_models, "load_head", noted)
+    with pytest.raises(modelpack.errors.UntrustedError, match="is not signed"):
+        opened.engine(config)
+    assert not read
+    signatures.sign(name, world.key)
+    assert isinstance(opened.engine(config), Engine)
+    assert len(read) == 1
