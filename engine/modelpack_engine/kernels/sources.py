@@ -3,8 +3,8 @@
 A body uses only `PA_*` macros, which the preamble defines, and the common subset of Metal, CUDA and
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
-host, a third backend. `prefill`, `grouped`, `product`, `packed`, `experts`, `experts_wide` and
-`usable` are for CUDA only.
+host, a third backend. `prefill`, `grouped`, `product`, `packed`, `experts`, `experts_wide`,
+`usable` and `deliver` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
-    "dots",
+    "dots", "deliver",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -64,6 +64,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     ),
     "usable": ("token_ids", "maxima"),
     "angles": ("positions", "inverse"),
+    "deliver": ("numbers", "address"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "decode": ("out", "stats"),
@@ -80,6 +81,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "draw": ("token",),
     "greedy": ("token", "next"),
     "usable": ("usable", "next"),
+    "deliver": ("done",),
 }
 
 #: What stands for arrays that a kernel is made without (CUDA).

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -214,7 +214,7 @@ def _read_tokens(step: LaunchedStep) -> tuple[list[list[NextToken]], list[list[i
     if step.sampled is None:
         return [], []
     sequences = step.batch.sample_seqs
-    token_ids = cast("list[int]", step.sampled.token_ids.tolist())[: len(sequences)]
+    token_ids = step.sampled.read()[: len(sequences)]
     logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
     if step.sampled.logprobs is not None:
         wanted = [sequence.params.logprobs for sequence in sequences]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from modelpack_engine.kernels import cuda as binaries
@@ -33,7 +34,7 @@ from modelpack_engine.layers import (
     packed,
     state_space,
 )
-from modelpack_engine.sampling import sampler
+from modelpack_engine.sampling import delivery, sampler
 from tests.peers import require
 
 pytestmark = pytest.mark.long
@@ -302,6 +303,7 @@ LLAMA = AttentionShape(8, 2, 64, 64)
 SINKS = AttentionShape(8, 2, 64, 64, window=128, softcap=True, sinks=True)
 LATENT = AttentionShape(16, 1, 512, 512, 64, latent=True)
 Q8 = AttentionShape(8, 2, 64, 64, bits=8, group=64)
+PLACE = delivery.Place(np.zeros(0, np.int32), mx.zeros((4,), mx.int32))
 CALLS: dict[str, Callable[[], object]] = {
     "decode": lambda: operations.probe_decode(LLAMA, "cuda", BF16, BF16),
     "decode, half": lambda: operations.probe_decode(LLAMA, "cuda", F16, F16),
@@ -335,6 +337,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "tokens without a choice": lambda: sampler._mark(
         mx.zeros((3,), mx.int32), mx.zeros((3,), BF16)
     ),
+    "delivered tokens": lambda: delivery.deliver(mx.zeros((300,), mx.int32), PLACE),
     "taken numbers": lambda: kernels.take_rows(mx.zeros((5, 1), mx.int32), mx.array([3, 0])),
     "delta rule": lambda: delta_rule._compare(BF16),
     "state space": lambda: state_space._compare(BF16),
