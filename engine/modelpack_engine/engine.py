@@ -37,6 +37,7 @@ from modelpack_engine.core.scheduler import Proposal, Scheduler, SchedulerOutput
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.eagle import EagleHead
+from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest
@@ -83,11 +84,11 @@ class Engine(BaseEngine):
         config: EngineConfig | None = None,
         *,
         model_id: str = "",
-        draft: LoadedModel | EagleHead | None = None,
+        draft: LoadedModel | EagleHead | MtpHead | None = None,
     ) -> None:
         """Allocate the KV cache, test the model and warm it up.
 
-        `model_id` names the weights in the prefix cache. `draft` is the model or EAGLE head that
+        `model_id` names the weights in the prefix cache. `draft` is the model or head that
         `config` names for speculation. Raises `OutOfMemoryError`, saying what would fit, if a
         prompt would not.
         """

@@ -32,6 +32,7 @@ from modelpack_engine.models import LoadedModel, ModelFiles, load, load_progress
 from modelpack_engine.models.eagle import EagleHead, load_head
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of
+from modelpack_engine.models.mtp import MtpHead, load_mtp_head
 from modelpack_engine.models.safetensors import read_config
 from modelpack_engine.platform.device import choose_device
 from modelpack_engine.runner.base_engine import BaseEngine
@@ -97,12 +98,15 @@ def load_model(
     ignored = device.ignore_config_fields
     packed = backend == "cpu kernels"
     loaded = load(opened.files, device=where, ignored_fields=ignored, packed=packed)
-    drafting: LoadedModel | EagleHead | None = None
+    drafting: LoadedModel | EagleHead | MtpHead | None = None
     if draft is not None and is_head(draft.json("config.json")):
         with mx.stream(mx.cpu if where == "cpu" else mx.gpu):
             drafting = load_head(draft)
     elif draft is not None:
         drafting = load(draft, device=where, ignored_fields=ignored)
+    elif device.speculation == "mtp":
+        with mx.stream(mx.cpu if where == "cpu" else mx.gpu):
+            drafting = load_mtp_head(opened.files, loaded)
     weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
     config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
     load_progress.warm_up()

@@ -244,7 +244,7 @@ def _check_supported(config: EngineConfig) -> None:
     """Raise `EngineError` for features that need a single device."""
     unsupported = {
         "llama.cpp": config.backend == "llama.cpp",
-        "a draft model": config.speculation in ("draft", "eagle3"),
+        "a draft model": config.speculation in ("draft", "eagle3", "mtp"),
         "an adapter (max_loras)": bool(config.max_loras),
         "keeping evicted prefixes (kv_offload_dir, kv_offload_memory)": (
             config.kv_offload_dir is not None or bool(config.kv_offload_memory)

@@ -12,7 +12,7 @@ Source: Li et al., EAGLE-3, arXiv:2503.01840.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,6 +231,26 @@ class EagleHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
         logits: mx.array = self.lm_head(self.norm(hidden))
         return logits
 
+    def token_ids(self, drafted: mx.array) -> mx.array:
+        """Return the model's token ids of columns of the logits."""
+        return drafted.astype(mx.int32) + self.d2t[drafted]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """The heads of the layer's keys and values."""
+        return self.config.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """The elements of each head."""
+        return self.config.head_dim
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of the layer's keys and values."""
+        dtype: mx.Dtype = self.norm.weight.dtype
+        return dtype
+
     @property
     def scale(self) -> float:
         """The factor of the attention's scores."""
@@ -258,36 +278,58 @@ def load_head(files: ModelFiles) -> EagleHead:
     if files.format != "safetensors":
         raise ModelLoadError(f"the EAGLE head is {files.format}, expected safetensors")
     config = read_head_config(raw)
-    shapes = dict(_shapes(files))
+    shapes = tensor_shapes(files, _renamed)
     head = EagleHead(config, own_embeddings="embed_tokens.weight" in shapes)
     flat: Any = tree_flatten(head.parameters())
     wanted = {name: tuple(array.shape) for name, array in flat}
     if "d2t" not in shapes and config.draft_vocab_size == config.vocab_size:
         del wanted["d2t"]
-    for name, shape in wanted.items():
-        if name not in shapes:
-            raise ModelLoadError(f"the EAGLE head has no tensor {name}", hint="download it again")
-        if shapes[name] != shape:
-            raise ModelLoadError(
-                f"the EAGLE head's tensor {name} is {list(shapes[name])}, expected {list(shape)}"
-            )
     unknown = [name for name in shapes if name not in wanted and not name.endswith(_UNUSED)]
+    arrays = load_tensors(files, wanted, "the EAGLE head", _renamed)
     if unknown:
         raise ModelLoadError(f"the EAGLE head has an unknown tensor: {unknown[0][:100]}")
-    arrays: dict[str, mx.array] = {}
-    for path in files.weights:
-        read: Any = mx.load(str(path), format="safetensors")
-        arrays |= {_renamed(name): array for name, array in read.items()}
-    head.load_weights([(name, arrays[name]) for name in wanted], strict=False)
+    head.load_weights(list(arrays.items()), strict=False)
     head.d2t = _checked_tokens(head.d2t, config)
     mx.eval(head.parameters())
     return head
 
 
-def _shapes(files: ModelFiles) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(
+    files: ModelFiles, renamed: Callable[[str], str] = str
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors in safetensors files, by the names that `renamed` gives."""
+    return {
+        renamed(tensor.name): tuple(tensor.shape)
+        for path in files.weights
+        for tensor in read_safetensors_header(path).tensors
+    }
+
+
+def load_tensors(
+    files: ModelFiles,
+    wanted: Mapping[str, tuple[int, ...]],
+    what: str,
+    renamed: Callable[[str], str] = str,
+) -> dict[str, mx.array]:
+    """Return the `wanted` tensors of safetensors files, which have these shapes.
+
+    Raises `ModelLoadError` for those that are missing or of another shape; `what` names their
+    owner.
+    """
+    shapes = tensor_shapes(files, renamed)
+    for name, shape in wanted.items():
+        if name not in shapes:
+            raise ModelLoadError(f"{what} has no tensor {name}", hint="download it again")
+        if shapes[name] != shape:
+            raise ModelLoadError(
+                f"{what}'s tensor {name} is {list(shapes[name])}, expected {list(shape)}"
+            )
+    arrays: dict[str, mx.array] = {}
     for path in files.weights:
-        for tensor in read_safetensors_header(path).tensors:
-            yield _renamed(tensor.name), tensor.shape
+        read: Any = mx.load(str(path), format="safetensors")
+        found = ((renamed(name), array) for name, array in read.items())
+        arrays |= {name: array for name, array in found if name in wanted}
+    return arrays
 
 
 def _renamed(name: str) -> str:

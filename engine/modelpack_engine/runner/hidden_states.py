@@ -1,4 +1,4 @@
-"""HiddenStates: record the inputs of some of a model's layers in each step, for an EAGLE head."""
+"""HiddenStates: record the inputs of some of a model's layers in each step, for a head."""
 
 from __future__ import annotations
 

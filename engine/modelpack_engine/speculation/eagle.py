@@ -1,4 +1,5 @@
-"""EagleProposer: propose tokens with an EAGLE-3 head, from the hidden states of the model's steps.
+"""EagleProposer: propose tokens with an EAGLE-3 head or a model's own layer for multi-token
+prediction, from the hidden states of the model's steps.
 
 The head's input for a position is the model's hidden state there and the token after it. The engine
 hands over the states of each step with `record`; the rows of rejected tokens are dropped with the
@@ -24,6 +25,7 @@ from modelpack_engine.core.buckets import round_up
 from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.models.eagle import EagleHead
+from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.runner.hidden_states import HiddenRows
 from modelpack_engine.speculation.ngram import NgramProposer
 
@@ -79,7 +81,7 @@ class EagleProposer:
 
     def __init__(
         self,
-        head: EagleHead,
+        head: EagleHead | MtpHead,
         embed: Callable[[mx.array], mx.array],
         *,
         num_tokens: int,
@@ -209,9 +211,8 @@ class EagleProposer:
         if rows <= have:
             return
         size = max(_FEWEST_KEYS, 1 << (rows - 1).bit_length())
-        config = self._head.config
-        shape = (1, config.num_kv_heads, size - have, config.head_dim)
-        more = mx.zeros(shape, self._head.norm.weight.dtype)
+        head = self._head
+        more = mx.zeros((1, head.num_kv_heads, size - have, head.head_dim), head.dtype)
         if draft.keys is None or draft.values is None:
             draft.keys, draft.values = more, more
         else:
@@ -232,7 +233,7 @@ class _Chain:
 
     def __init__(
         self,
-        head: EagleHead,
+        head: EagleHead | MtpHead,
         embed: Callable[[mx.array], mx.array],
         num_tokens: int,
         least: float,
@@ -274,7 +275,7 @@ class _Chain:
                 )
             logits = self._head.logits(hidden)
             best = mx.argmax(logits, axis=-1)
-            tokens.append(best.astype(mx.int32) + self._head.d2t[best])
+            tokens.append(self._head.token_ids(best))
             if self._wants_probabilities:
                 top = mx.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
                 probabilities.append(mx.exp(top - mx.logsumexp(logits, axis=-1)))
@@ -377,7 +378,7 @@ class _Score:
 
 
 class HeadWithLookup:
-    """Proposes by prompt lookup where it was right lately, and by an EAGLE head otherwise.
+    """Proposes by prompt lookup where it was right lately, and by a head otherwise.
 
     Lookups are compared with the tokens that came even where they were not proposed.
     """

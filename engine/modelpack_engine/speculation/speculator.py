@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -17,6 +17,7 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.eagle import EagleHead, check_target
+from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.outputs import EngineStats
 from modelpack_engine.runner.hidden_states import HiddenRows, layers_of
@@ -172,17 +173,24 @@ class Draft:
 
 
 def check_draft(
-    config: EngineConfig, target: LoadedModel, draft: LoadedModel | EagleHead | None
-) -> Draft | EagleHead | None:
-    """Return the draft model or EAGLE head for `config`; None if `config` does not use one.
+    config: EngineConfig, target: LoadedModel, draft: LoadedModel | EagleHead | MtpHead | None
+) -> Draft | EagleHead | MtpHead | None:
+    """Return the draft model or head for `config`; None if `config` does not use one.
 
     Raises `EngineError` if it is missing, if its vocabulary differs from `target`'s, or if it has
     recurrent state, which cannot return to an earlier token. A head is checked once the model's
     layers are known.
     """
+    if config.speculation == "mtp":
+        if isinstance(draft, MtpHead):
+            return draft
+        raise EngineError(
+            "speculative method mtp: the model's layer for multi-token prediction is not loaded",
+            hint="leave out --draft-model" if config.draft_model else None,
+        )
     if config.speculation not in ("draft", "eagle3"):
         return None
-    if isinstance(draft, EagleHead):
+    if isinstance(draft, EagleHead | MtpHead):
         return draft
     if config.speculation == "eagle3":
         raise EngineError(
@@ -208,7 +216,7 @@ def check_draft(
 
 def make_speculator(
     config: EngineConfig,
-    draft: Draft | EagleHead | None,
+    draft: Draft | EagleHead | MtpHead | None,
     runner: ModelRunner,
     sampler: Sampler,
     sizes: Sizes,
@@ -224,7 +232,7 @@ def make_speculator(
     if draft is None:
         num_tokens = config.num_speculative_tokens or NGRAM_TOKENS
         return Speculator(NgramProposer(), num_tokens=num_tokens, max_batch=max_batch), ()
-    if isinstance(draft, EagleHead):
+    if isinstance(draft, EagleHead | MtpHead):
         return _with_head(config, draft, runner, vocab_size, max_batch)
     num_tokens = config.num_speculative_tokens or DRAFT_TOKENS
     per_sequence = -(-(sizes.max_model_len + num_tokens) // config.block_size)
@@ -259,26 +267,33 @@ def make_speculator(
 
 
 def _with_head(
-    config: EngineConfig, head: EagleHead, runner: ModelRunner, vocab_size: int, max_batch: int
+    config: EngineConfig,
+    head: EagleHead | MtpHead,
+    runner: ModelRunner,
+    vocab_size: int,
+    max_batch: int,
 ) -> tuple[Speculator | None, tuple[str, ...]]:
-    """Return the speculator of an EAGLE head, whose hidden states `runner` then records.
+    """Return the speculator of a head, whose hidden states `runner` then records.
 
     Raises `EngineError` if the head does not fit the model.
     """
+    what = "EAGLE head" if isinstance(head, EagleHead) else "multi-token-prediction layer"
     if not isinstance(runner, PagedRunner):
         return None, (
-            f"no speculation: the {runner.tier} tier hands out no hidden states for the EAGLE head",
+            f"no speculation: the {runner.tier} tier hands out no hidden states for the {what}",
         )
-    layers, embed = (
-        layers_of(runner.layout.inner),
-        getattr(runner.layout.inner, "embed_tokens", None),
-    )
+    inner: Any = runner.layout.inner
+    layers, embed = layers_of(inner), getattr(inner, "embed_tokens", None)
     if embed is None:
-        raise EngineError("the model's embeddings are not where an EAGLE head needs them")
+        raise EngineError(f"the model's embeddings are not where the {what} needs them")
     embedded = embed(mx.array([0]))
-    check_target(head, hidden_size=embedded.shape[-1], vocab_size=vocab_size)
+    if isinstance(head, EagleHead):
+        check_target(head, hidden_size=embedded.shape[-1], vocab_size=vocab_size)
+        read, reduce = head.config.layers_of(len(layers)), head.fc
+    else:
+        read, reduce = (len(layers),), inner.norm
     head.set_dtype(embedded.dtype)
-    runner.record_hidden(head.config.layers_of(len(layers)), head.fc)
+    runner.record_hidden(read, reduce)
     num_tokens = config.num_speculative_tokens or EAGLE_TOKENS
     proposer = EagleProposer(
         head,

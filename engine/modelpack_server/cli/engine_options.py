@@ -151,9 +151,10 @@ def _options(others: tuple[str, ...]) -> tuple[Callable[[F], F], ...]:
         click.option("--kv-offload-disk", metavar="SIZE", type=SIZE,
             help="Limit the size of the files."),
         click.option("--speculative-method",
-            type=click.Choice(["ngram", "draft", "eagle3", "none"]),
-            help="Decode speculatively: propose tokens by n-gram lookup in the text, or with "
-            "--draft-model, which implies draft (eagle3 for an EAGLE-3 head)."),
+            type=click.Choice(["ngram", "draft", "eagle3", "mtp", "none"]),
+            help="Decode speculatively: propose tokens by n-gram lookup in the text, with the "
+            "model's own layer for multi-token prediction (mtp), or with --draft-model, which "
+            "implies draft (eagle3 for an EAGLE-3 head)."),
         click.option("--draft-model", metavar="REF|DIR", callback=_draft_model,
             help="Propose tokens with this smaller model of the same vocabulary, or this EAGLE-3 "
             "head."),
