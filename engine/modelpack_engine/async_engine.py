@@ -7,6 +7,7 @@ returns. Events that wait in a stream are merged, so a slow reader gets one even
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import gc
 import itertools
@@ -26,6 +27,7 @@ from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
 from modelpack_engine.request import EngineRequest
 
 if TYPE_CHECKING:
+    from modelpack.formats.adapter import Adapter
     from modelpack_engine.models.tokenizer import Tokenizer
     from modelpack_engine.runner.base_engine import BaseEngine
     from modelpack_engine.vision.encoder import Vision
@@ -225,6 +227,14 @@ class _Add:
     accepted: asyncio.Future[None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A call that changes the engine between two steps."""
+
+    apply: Callable[[BaseEngine], None]
+    done: concurrent.futures.Future[None]
+
+
 class AsyncEngine(ModelThread["BaseEngine"]):
     """Starts a thread that makes the engine with `make_engine` and then runs its steps.
 
@@ -232,7 +242,7 @@ class AsyncEngine(ModelThread["BaseEngine"]):
     """
 
     def __init__(self, make_engine: Callable[[], BaseEngine], meter: Meter | None = None) -> None:
-        self._calls: queue.SimpleQueue[_Add | Abort | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_Add | Abort | _Change | None] = queue.SimpleQueue()
         self._gate = threading.Lock()  # guards the queue, which is not read after the engine ends
         self._streams: dict[str, RequestStream] = {}
         self._running_choices: dict[str, int] = {}
@@ -257,6 +267,26 @@ class AsyncEngine(ModelThread["BaseEngine"]):
             self._call(Abort(request_id))
             raise
         return stream
+
+    async def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
+        """Add an adapter between two steps; raises what `BaseEngine.add_adapter` raises.
+
+        Raises `EngineError` if the engine does not run.
+        """
+        await self._change(lambda engine: engine.add_adapter(name, adapter, identity))
+
+    async def remove_adapter(self, name: str) -> None:
+        """Remove an adapter between two steps; raises what `BaseEngine.remove_adapter` raises.
+
+        Raises `EngineError` if the engine does not run.
+        """
+        await self._change(lambda engine: engine.remove_adapter(name))
+
+    async def _change(self, apply: Callable[[BaseEngine], None]) -> None:
+        change = _Change(apply, concurrent.futures.Future())
+        if not self._call(change):
+            raise EngineError(f"the engine is {self.state}", hint="wait until it is ready")
+        await asyncio.wrap_future(change.done)
 
     def check_queue(self) -> None:
         """Raise `QueueFullError` if a request would find the queue full now."""
@@ -317,7 +347,7 @@ class AsyncEngine(ModelThread["BaseEngine"]):
             raise EngineError(f"the engine is {self.state}")
         return self._model
 
-    def _call(self, call: _Add | Abort) -> bool:
+    def _call(self, call: _Add | Abort | _Change) -> bool:
         """Queue a call for the engine's thread; return False if the engine does not run."""
         with self._gate:
             runs = self.state is EngineState.READY
@@ -361,8 +391,11 @@ class AsyncEngine(ModelThread["BaseEngine"]):
             self.state = state
         while not self._calls.empty():
             call = self._calls.get()
+            error = EngineError(self.failure or f"the engine is {state}")
             if isinstance(call, _Add):
-                self._settle(call, EngineError(self.failure or f"the engine is {state}"))
+                self._settle(call, error)
+            elif isinstance(call, _Change) and call.done.set_running_or_notify_cancel():
+                call.done.set_exception(error)
 
     def _take_calls(self, engine: BaseEngine) -> bool:
         """Run the queued calls; if the engine has no work, wait for one. Return False to stop."""
@@ -377,6 +410,8 @@ class AsyncEngine(ModelThread["BaseEngine"]):
                 aborted = engine.abort(call.request_id, call.index)
                 self.meter.stepped(aborted)
                 self._hand_out(aborted)
+            elif isinstance(call, _Change):
+                _apply(engine, call)
             else:
                 self._add(engine, call)
 
@@ -432,6 +467,20 @@ class AsyncEngine(ModelThread["BaseEngine"]):
         except RuntimeError:  # the loop has ended: abort its requests
             for stream, _ in batch:
                 self._call(Abort(stream.request_id))
+
+
+def _apply(engine: BaseEngine, change: _Change) -> None:
+    if not change.done.set_running_or_notify_cancel():  # its caller was cancelled
+        return
+    try:
+        change.apply(engine)
+    except ModelpackError as error:
+        change.done.set_exception(error)
+    except BaseException as error:  # noqa: BLE001 - only this change fails
+        _log.exception("the engine could not be changed")
+        change.done.set_exception(EngineError(f"unexpected {type(error).__name__}: {error}"))
+    else:
+        change.done.set_result(None)
 
 
 def _put(batch: list[_Delivery]) -> None:

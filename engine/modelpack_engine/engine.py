@@ -179,6 +179,11 @@ class Engine(BaseEngine):
         with self._counted(adapters):
             adapters.remove(name)
 
+    def _unload_removed_adapters(self) -> None:
+        if self._adapters is not None and self._adapters.has_removed:
+            with self._counted(self._adapters):
+                self._adapters.unload_removed()
+
     @contextmanager
     def _counted(self, adapters: AdapterSet) -> Iterator[None]:
         """Count the memory of adapters that the block loads or unloads."""
@@ -216,7 +221,13 @@ class Engine(BaseEngine):
         self._in_flight = self._finish_launch(scheduled)
         if self._runner.computes_at_once:
             self._emit(self._collect())
+        self._unload_removed_adapters()
         return self._outputs.take_events()
+
+    def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
+        events = super().abort(request_id, index)
+        self._unload_removed_adapters()
+        return events
 
     def fail_all(self, message: str) -> list[RequestEvent]:
         in_flight, self._in_flight = self._in_flight, None
@@ -224,6 +235,7 @@ class Engine(BaseEngine):
             self._scheduler.fail(in_flight.output)
         self._mover.forget()
         self._outputs.fail_all(message)
+        self._unload_removed_adapters()
         return self._outputs.take_events()
 
     def stats(self) -> EngineStats:

@@ -1,7 +1,7 @@
 """AdapterSet: the LoRA adapters that an engine knows, of which a limited number is in memory.
 
 Requests acquire an adapter by name. If it is not in memory, it is loaded in place of the one that
-was used least recently; adapters of unfinished requests stay.
+was used least recently; adapters of unfinished requests stay, even if they are removed meanwhile.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import mlx.nn as nn
 
+from modelpack.errors import NotFoundError
 from modelpack.formats.adapter import Adapter
 from modelpack_engine.attention.metadata import AdapterRows
-from modelpack_engine.errors import RETRY_AFTER, BusyError, QueueFullError, RequestError
+from modelpack_engine.errors import RETRY_AFTER, QueueFullError
 from modelpack_engine.models.adapter import read_layers
 from modelpack_engine.patches.lora import LoRALayers, nbytes
 
@@ -44,30 +45,36 @@ class AdapterSet:
         self._model, self._max_loaded, self._is_running = model, max_loaded, is_running
         self._layers = LoRALayers(model, rows)
         self._known: dict[str, _Known] = {}  # the least recently used one first
+        self._removed: list[_Known] = []  # those that unfinished requests use
 
     @property
     def nbytes(self) -> int:
         """The bytes of the matrices in memory, which are held twice while rows differ."""
-        return 2 * sum(known.nbytes for known in self._known.values())
+        return 2 * sum(known.nbytes for known in (*self._known.values(), *self._removed))
 
     def loaded(self) -> list[str]:
         """Return the names of the adapters in memory, the least recently used one first."""
         return [name for name, known in self._known.items() if known.slot is not None]
+
+    @property
+    def has_removed(self) -> bool:
+        """Whether unfinished requests may use a removed adapter."""
+        return bool(self._removed)
 
     def names(self) -> list[str]:
         """Return the names of all adapters, sorted."""
         return sorted(self._known)
 
     def add(self, name: str, adapter: Adapter, identity: str) -> None:
-        """Add an adapter, and load it if there is room.
+        """Add an adapter, in place of one of this name, and load it if there is room.
 
         `identity` stands for its content in the prefix cache. Raises `AdapterError` if it does not
-        fit the model, and `BusyError` if unfinished requests use another adapter of this name.
+        fit the model.
         """
-        if name in self._known:
-            self.remove(name)
         known = _Known(adapter, identity)
         layers = read_layers(adapter, self._model)
+        if name in self._known:
+            self.remove(name)
         slot = self._free_slot()
         self._known[name] = known
         if slot is not None:
@@ -75,17 +82,28 @@ class AdapterSet:
             known.slot, known.nbytes = slot, nbytes(layers.values())
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; raises `RequestError` if unknown, `BusyError` if it is in use."""
-        known = self._find(name)
-        if self._used(known):
-            raise BusyError(f"the adapter {name} is in use")
-        self._unload(known)
+        """Forget an adapter: unfinished requests keep it, new ones cannot acquire it.
+
+        Raises `NotFoundError` if it is unknown.
+        """
+        self._removed.append(self._find(name))
         del self._known[name]
+        self.unload_removed()
+
+    def unload_removed(self) -> None:
+        """Free the memory of removed adapters whose last request has ended."""
+        used = []
+        for known in self._removed:
+            if self._used(known):
+                used.append(known)
+            else:
+                self._unload(known)
+        self._removed = used
 
     def acquire(self, name: str, request_id: str) -> tuple[int, str]:
         """Return the slot and the identity of an adapter for a request, loading it if needed.
 
-        Raises `RequestError` for an unknown name, and `QueueFullError` if unfinished requests use
+        Raises `NotFoundError` for an unknown name, and `QueueFullError` if unfinished requests use
         as many other adapters as fit.
         """
         known = self._find(name)
@@ -113,11 +131,11 @@ class AdapterSet:
     def _find(self, name: str) -> _Known:
         known = self._known.get(name)
         if known is None:
-            raise RequestError(f"no such adapter: {name}", param="model")
+            raise NotFoundError(f"no such adapter: {name}")
         return known
 
     def _free_slot(self) -> int | None:
-        taken = {known.slot for known in self._known.values()}
+        taken = {known.slot for known in (*self._known.values(), *self._removed)}
         return next((s for s in range(1, self._max_loaded + 1) if s not in taken), None)
 
     def _used(self, known: _Known) -> bool:

@@ -62,7 +62,8 @@ class BaseEngine(ABC):
     def add_request(self, request_id: str, request: EngineRequest) -> None:
         """Queue a request; its events carry `request_id`.
 
-        Raises `RequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
+        Raises `RequestError`, `ContextLengthError`, `QueueFullError`, or `NotFoundError` for an
+        unknown adapter; nothing is queued then.
         """
         if request.adapter is not None:
             raise RequestError("this engine runs no LoRA adapters", param="model")
@@ -77,13 +78,16 @@ class BaseEngine(ABC):
     def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
         """Make an adapter available to requests by name; `identity` stands for its content.
 
-        Raises `AdapterError` if it does not fit the model, `BusyError` if unfinished requests use
-        another adapter of this name, and `RequestError` if the engine runs no adapters.
+        It replaces an adapter of this name, which unfinished requests keep. Raises `AdapterError`
+        if it does not fit the model, and `RequestError` if the engine runs no adapters.
         """
         raise RequestError("this engine runs no LoRA adapters", param="model")
 
     def remove_adapter(self, name: str) -> None:
-        """Remove an adapter; raises `RequestError` if unknown, `BusyError` if it is in use."""
+        """Remove an adapter; unfinished requests keep it, and its memory is freed after the last.
+
+        Raises `NotFoundError` for an unknown name, and `RequestError` if the engine runs none.
+        """
         raise RequestError("this engine runs no LoRA adapters", param="model")
 
     def _add(self, request_id: str, request: EngineRequest, adapter_slot: int = 0) -> None:

@@ -10,10 +10,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from modelpack.errors import NotFoundError
 from modelpack.formats.adapter import Adapter, AdapterError, read_adapter
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.engine import Engine
-from modelpack_engine.errors import BusyError, QueueFullError, RequestError
+from modelpack_engine.errors import QueueFullError, RequestError
 from modelpack_engine.models.adapter import read_layers
 from modelpack_engine.patches.lora import LoRALayers, Matrices, merge
 from modelpack_engine.request import EngineRequest, SamplingParams
@@ -123,10 +124,42 @@ def test_adapters_in_use_stay(tmp_path: Path) -> None:
     engine.add_request("0", EngineRequest(PROMPT, GREEDY, adapter="a"))
     with pytest.raises(QueueFullError, match="requests use 1 other adapters"):
         engine.add_request("1", EngineRequest(PROMPT, GREEDY, adapter="b"))
-    with pytest.raises(BusyError, match="the adapter a is in use"):
-        engine.remove_adapter("a")
     engine.abort("0")
     assert ask(engine, ["b"], PROMPT) == [merged_tokens(adapter(tmp_path, 2), PROMPT)]
+
+
+@pytest.mark.parametrize("end", ["step", "abort", "failure"])
+def test_a_removed_adapter_serves_its_requests_to_the_end(tmp_path: Path, end: str) -> None:
+    """Requests keep its matrices; new ones do not find it, and get another one of its name."""
+    engine = tiny_engine(max_loras=2)
+    without = engine.memory_bytes
+    one, two = adapter(tmp_path, 1), adapter(tmp_path, 2)
+    engine.add_adapter("a", one, "one")
+    size = engine.memory_bytes - without
+    assert size > 0
+    engine.add_request("0", EngineRequest(PROMPT, GREEDY, adapter="a"))
+    found = engine.step()
+    engine.remove_adapter("a")
+    with pytest.raises(NotFoundError, match="no such adapter: a"):
+        engine.add_request("1", EngineRequest(PROMPT, GREEDY, adapter="a"))
+    engine.add_adapter("a", two, "two")
+    assert engine.memory_bytes == without + 2 * size
+    engine.add_request("1", EngineRequest(PROMPT, GREEDY, adapter="a"))
+    if end == "step":
+        events = [*found, *(event for events in run(engine).values() for event in events)]
+        ids = {
+            name: [i for event in events if event.request_id == name for i in event.token_ids]
+            for name in "01"
+        }
+        assert ids == {"0": merged_tokens(one, PROMPT), "1": merged_tokens(two, PROMPT)}
+    elif end == "abort":
+        engine.abort("0")
+    else:
+        engine.fail_all("it failed")
+    assert engine.memory_bytes == without + size
+    engine.abort("1")
+    engine.remove_adapter("a")
+    assert engine.memory_bytes == without
 
 
 def test_a_refused_request_does_not_hold_its_adapter(tmp_path: Path) -> None:
@@ -138,7 +171,7 @@ def test_a_refused_request_does_not_hold_its_adapter(tmp_path: Path) -> None:
 
 
 def test_unknown_and_disabled_adapters(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no such adapter: x"):
+    with pytest.raises(NotFoundError, match="no such adapter: x"):
         tiny_engine(max_loras=1).add_request("0", EngineRequest(PROMPT, GREEDY, adapter="x"))
     with pytest.raises(RequestError, match="without LoRA adapters"):
         tiny_engine().add_request("0", EngineRequest(PROMPT, GREEDY, adapter="x"))
@@ -175,7 +208,7 @@ def test_adapters_that_do_not_fit(
     engine = tiny_engine(max_loras=1)
     with pytest.raises(AdapterError, match=message):
         engine.add_adapter("x", read_adapter(write_peft(tmp_path, targets)), "x")
-    with pytest.raises(RequestError, match="no such adapter: x"):
+    with pytest.raises(NotFoundError, match="no such adapter: x"):
         engine.remove_adapter("x")
 
 
