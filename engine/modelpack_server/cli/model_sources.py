@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack.hub.reference import local_name
-from modelpack.operations.adapters import base_name, find_base, package_adapter
+from modelpack.operations.adapters import base_name, find_base
 from modelpack.operations.lookup import stored_model
 from modelpack.operations.package import package
 from modelpack.operations.pull import find_model
@@ -35,9 +35,12 @@ from modelpack.storage import watching
 from modelpack.store.layout import LayoutStore
 from modelpack_server.pool.adapters import (
     DEFAULT_MAX_ADAPTERS,
+    AdapterLoading,
     Adapters,
     ServedAdapter,
     check_adapter_name,
+    open_artifact,
+    open_directory,
 )
 from modelpack_server.pool.file_store import FileStore
 
@@ -64,9 +67,14 @@ class ModelSources:
     """Finds the models that a user names; as a context manager, it forgets the files at the end."""
 
     def __init__(
-        self, settings: Settings, remote: RemoteOptions, max_adapters: int = DEFAULT_MAX_ADAPTERS
+        self,
+        settings: Settings,
+        remote: RemoteOptions,
+        max_adapters: int = DEFAULT_MAX_ADAPTERS,
+        *,
+        loads_adapters: bool = False,
     ) -> None:
-        self.adapters = Adapters(max_adapters)
+        self.adapters = Adapters(max_adapters, grows=loads_adapters)
         self._settings = settings
         self._remote = remote
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -140,29 +148,29 @@ class ModelSources:
         with shown_progress(self._settings) as progress:
             if path is None:
                 store = self._settings.store()
-                watch = watching(progress)
-                model = find_model(typed, store, pull=True, remote=self._remote, watch=watch)
-                wanted = base_name(model)
+                adapter = open_artifact(name, typed, store, self._remote, progress)
             else:
-                store = self._file_store(path)
                 base = models[0].model
+                files = self._file_store(path)
                 if base.is_adapter:
                     raise UsageError(
                         f"--adapter {name}={typed}: {models[0].name} is an adapter itself",
                         hint="name the base as the first MODEL",
                     )
-                packaged = package_adapter(
-                    f"adapter:{len(self.adapters)}", path, str(base.digest),
-                    store=store, base_store=self._store_of(base), progress=progress,
-                )  # fmt: skip
-                model, wanted = stored_model(store, str(packaged.digest)), str(base.digest)
-        digest = wanted.rpartition("@")[2]
-        if digest not in {str(found.model.digest) for found in models}:
+                adapter = open_directory(name, path, base, self._store_of(base), files, progress)
+        if adapter.base not in {str(found.model.digest) for found in models}:
+            wanted = base_name(adapter.model)
             raise UsageError(
                 f"--adapter {name}={typed}: its base is {wanted}, which is not a MODEL",
                 hint=f"add {wanted} to the MODELs",
             )
-        self.adapters.add(ServedAdapter(name, model, store, digest))
+        self.adapters.add(adapter)
+
+    def adapter_loading(self, directories: Sequence[Path]) -> AdapterLoading:
+        """Return what opens the adapters that requests load, from `directories` or by reference."""
+        store, files = self._settings.store(), self._files_on_disk()
+        remote = replace(self._remote, variant=None)
+        return AdapterLoading(self.adapters, store, remote, files, tuple(directories))
 
     def _open_file(self, path: Path) -> Found:
         files = self._file_store(path)
@@ -177,6 +185,9 @@ class ModelSources:
                 f"{path}: files on disk have no signatures",
                 hint="package them, sign the model, and name that",
             )
+        return self._files_on_disk()
+
+    def _files_on_disk(self) -> FileStore:
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="modelpack-files-")
             self._files.append(FileStore(self._directory.name))

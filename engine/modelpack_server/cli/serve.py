@@ -223,6 +223,15 @@ def _adapters(
     "--max-adapters", type=click.IntRange(min=1), default=DEFAULT_MAX_ADAPTERS, show_default=True,
     help="Hold at most this many adapters in memory.",
 )  # fmt: skip
+@click.option(
+    "--allow-adapter-loading", is_flag=True,
+    help="Let admins load and unload LoRA adapters with POST /v1/load_lora_adapter.",
+)  # fmt: skip
+@click.option(
+    "--adapter-directory", "adapter_directories", metavar="DIR", multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Let these requests name adapters in DIR too; may be repeated.",
+)  # fmt: skip
 @log_format_option
 @protection_options
 @tls_options
@@ -267,6 +276,8 @@ def serve(
     served_model_name: str | None,
     adapters: tuple[tuple[str, str], ...],
     max_adapters: int,
+    allow_adapter_loading: bool,
+    adapter_directories: tuple[Path, ...],
     protection: Callable[[str], Protection],
     tls: tuple[Path, Path] | None,
     drain: int,
@@ -293,6 +304,8 @@ def serve(
     """
     if served_model_name and not models:
         raise UsageError("--served-model-name requires a MODEL")
+    if adapter_directories and not allow_adapter_loading:
+        raise UsageError("--adapter-directory requires --allow-adapter-loading")
     if config is None:
         protection(host)  # the check for reachable addresses without keys
         flags, remote = _words(runtime_flags or ""), replace(remote, backend="vllm")
@@ -310,12 +323,14 @@ def serve(
     engine = config()
     if engine.backend != "auto":
         remote = replace(remote, backend=engine.backend)
-    made_sources = ModelSources(settings, remote, max_adapters)
+    made_sources = ModelSources(
+        settings, remote, max_adapters, loads_adapters=allow_adapter_loading
+    )
     sources = click.get_current_context().with_resource(made_sources)
     opened = [sources.open(model) for model in models]
     for name, typed in adapters:
         sources.add_adapter(name, typed, opened)
-    if len(sources.adapters) and is_parallel(tensor_parallel_size):
+    if (allow_adapter_loading or len(sources.adapters)) and is_parallel(tensor_parallel_size):
         raise UsageError(
             "--tensor-parallel-size cannot be combined with adapters",
             hint="merge the adapter into its base",
@@ -344,6 +359,9 @@ def serve(
             settings=chosen,
             memory=budget,
             keep_alive=seconds,
+            adapter_loading=(
+                sources.adapter_loading(adapter_directories) if allow_adapter_loading else None
+            ),
             on_ready=lambda: _note_ready(settings, made, server.url, engine, start),
             on_failure=None if keep_going else fail,
             on_progress=LoadDisplay(settings).report,

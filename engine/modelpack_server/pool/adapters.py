@@ -1,24 +1,30 @@
 """Adapters: the LoRA adapters that requests may name, and the stored models that they change.
 
 The catalogue looks names up here, and adds the adapters of a model to its engine when it is loaded.
+`AdapterLoading` opens those that requests load later.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from modelpack.artifacts.model import Model, Role
-from modelpack.errors import UsageError
-from modelpack.formats.adapter import AdapterError
-from modelpack.operations.adapters import stored_adapter
+from modelpack.errors import NotFoundError, UntrustedError, UsageError
+from modelpack.formats.adapter import Adapter, AdapterError
+from modelpack.operations.adapters import base_name, package_adapter, stored_adapter
+from modelpack.operations.lookup import stored_model
 from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions
+from modelpack.progress import ProgressCallback
 from modelpack.storage import watching
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_server.pool.file_store import FileStore
 
 if TYPE_CHECKING:
     from modelpack_engine.runner.base_engine import BaseEngine
@@ -58,10 +64,8 @@ class ServedAdapter:
         Raises `UntrustedError` if it does not satisfy `remote.trust`, and `ModelLoadError`, naming
         it, if it is invalid or does not fit the base.
         """
-        watch = watching(None)
-        find_model(self.key, self.store, pull=False, remote=remote, watch=watch)
         try:
-            engine.add_adapter(self.name, stored_adapter(self.model, self.store), self.key)
+            engine.add_adapter(self.name, self.verified(remote), self.key)
         except AdapterError as error:
             raise ModelLoadError(
                 f"adapter {self.name}: {error.message}",
@@ -73,12 +77,110 @@ class ServedAdapter:
                 hint="merge the adapter into its base",
             ) from error
 
+    def discard(self) -> None:
+        """Forget the files of a directory; an artifact stays in its store."""
+        if isinstance(self.store, FileStore):
+            with suppress(NotFoundError):
+                self.store.remove(f"adapter:{self.name}")
+
+    def verified(self, remote: RemoteOptions) -> Adapter:
+        """Return its matrices' headers.
+
+        Raises `UntrustedError` if it does not satisfy `remote.trust`, and `AdapterError`.
+        """
+        find_model(self.key, self.store, pull=False, remote=remote, watch=watching(None))
+        return stored_adapter(self.model, self.store)
+
+
+def open_artifact(
+    name: str, reference: str, store: LayoutStore, remote: RemoteOptions,
+    progress: ProgressCallback | None = None,
+) -> ServedAdapter:  # fmt: skip
+    """Return the adapter `reference` of a store, pulled if it is not stored, under `name`.
+
+    Raises what `find_model` and `base_name` raise.
+    """
+    watch = watching(progress)
+    model = find_model(reference, store, pull=True, remote=remote, watch=watch)
+    return ServedAdapter(name, model, store, base_name(model).rpartition("@")[2])
+
+
+def open_directory(
+    name: str, path: Path, base: Model, base_store: LayoutStore, files: FileStore,
+    progress: ProgressCallback | None = None,
+) -> ServedAdapter:  # fmt: skip
+    """Return the adapter in a directory under `name`, added to `files`.
+
+    Raises what `package_adapter` raises.
+    """
+    reference = f"adapter:{name}"
+    packaged = package_adapter(
+        reference, path, str(base.digest), store=files, base_store=base_store, progress=progress
+    )
+    return ServedAdapter(name, stored_model(files, str(packaged.digest)), files, str(base.digest))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoading:
+    """Opens the adapters that requests add to `adapters`: artifacts, and those in `directories`.
+
+    `remote` has the options for registries and the trust policy. `files` stores what the
+    directories contain.
+    """
+
+    adapters: Adapters
+    store: LayoutStore
+    remote: RemoteOptions
+    files: FileStore
+    directories: tuple[Path, ...] = ()
+
+    def open(self, name: str, source: str, base: str) -> ServedAdapter:
+        """Return the adapter `source` under `name`; `base` is the model of directories, by digest.
+
+        An absolute path is a directory, any other text a reference. Raises `NotFoundError` with
+        the same text for each path that is not a directory in `directories`, so that it does not
+        reveal which files exist, and what `open_artifact` and `open_directory` raise.
+        """
+        if not source.startswith("/"):
+            return open_artifact(name, source, self.store, self.remote)
+        path = self._allowed(source)
+        if self.remote.trust is not None:
+            raise UntrustedError(
+                f"{source}: files on disk have no signatures",
+                hint="package the adapter, sign it, and load that",
+            )
+        store: LayoutStore = self.files
+        try:
+            model = stored_model(store, base)
+        except NotFoundError:
+            store = self.store
+            model = stored_model(store, base)
+        return open_directory(name, path, model, store, self.files)
+
+    def _allowed(self, source: str) -> Path:
+        """Return the directory `source` without links, if it and its files may be read."""
+        with suppress(OSError, RuntimeError, ValueError):
+            path = Path(source).resolve(strict=True)
+            for root in (directory.resolve(strict=True) for directory in self.directories):
+                if not path.is_relative_to(root) or not path.is_dir():
+                    continue
+                if all(entry.resolve().is_relative_to(root) for entry in path.iterdir()):
+                    return path
+        raise NotFoundError(
+            f"no such directory, or not allowed: {source}",
+            hint="start the server with --adapter-directory for a directory above it",
+        )
+
 
 class Adapters:
-    """Adapters by name; of each model, at most `max_loaded` are in memory. Safe for threads."""
+    """Adapters by name; of each model, at most `max_loaded` are in memory. Safe for threads.
 
-    def __init__(self, max_loaded: int = DEFAULT_MAX_ADAPTERS) -> None:
+    With `grows`, all models are loaded so that adapters can be added later.
+    """
+
+    def __init__(self, max_loaded: int = DEFAULT_MAX_ADAPTERS, *, grows: bool = False) -> None:
         self.max_loaded = max_loaded
+        self.grows = grows
         #: Changes whenever a name may refer to another adapter.
         self.version = 0
         self._served: dict[str, ServedAdapter] = {}
@@ -94,6 +196,13 @@ class Adapters:
                 raise UsageError(f"two adapters have the name {adapter.name}", hint="rename one")
             self._served[adapter.name] = adapter
             self.version += 1
+
+    def remove(self, adapter: ServedAdapter) -> None:
+        """Forget an adapter, and its files if they are in a `FileStore`."""
+        with self._lock:
+            del self._served[adapter.name]
+            self.version += 1
+        adapter.discard()
 
     def named(self, name: str) -> ServedAdapter | None:
         """Return the adapter of this name or digest."""
@@ -111,12 +220,12 @@ class Adapters:
         with self._lock:
             return tuple(one for one in self._served.values() if one.base == base)
 
-    def bytes_of(self, base: str) -> int:
-        """Return an estimate of the memory of a model's adapters, in bytes.
+    def bytes_of(self, base: str, *more: ServedAdapter) -> int:
+        """Return an estimate of the memory of a model's adapters and of `more`, in bytes.
 
         The engine holds the matrices twice while rows of a step differ in their adapters.
         """
-        sizes = sorted((one.size for one in self.of(base)), reverse=True)
+        sizes = sorted((one.size for one in (*self.of(base), *more)), reverse=True)
         return 2 * sum(sizes[: self.max_loaded])
 
 

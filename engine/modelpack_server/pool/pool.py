@@ -6,13 +6,14 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from modelpack.errors import UntrustedError, UsageError
-from modelpack_engine.async_engine import EngineState
+from modelpack.errors import NotFoundError, UntrustedError, UsageError
+from modelpack.operations.adapters import base_name
+from modelpack_engine.async_engine import AsyncEngine, EngineState
 from modelpack_engine.errors import (
     RETRY_AFTER,
     BusyError,
@@ -21,12 +22,14 @@ from modelpack_engine.errors import (
     LoadingError,
     ModelLoadError,
     OutOfMemoryError,
+    RequestError,
     as_error,
 )
 from modelpack_engine.models.load_budget import LOAD_SECONDS, LoadBudget, applied
 from modelpack_engine.models.load_progress import LoadProgress, watched
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.pool import names as access
+from modelpack_server.pool.adapters import AdapterLoading, ServedAdapter, check_adapter_name
 from modelpack_server.pool.catalogue import Catalogue, LoadedEngine, StoredModel
 from modelpack_server.pool.entry import (
     Entry,
@@ -66,7 +69,8 @@ class ModelPool:
     `max_waiting` the limit of requests that wait for one model. A load that takes longer than
     `load_seconds` is abandoned; a load for which no request waits is cancelled. Several models may
     load concurrently. `clock` is a monotonic clock in seconds. If memory is short, the pool unloads
-    idle models, least recently used first, but no pinned models.
+    idle models, least recently used first, but no pinned models. With `adapter_loading`, requests
+    may load and unload adapters.
 
     `on_ready` is called once all models that `start` loads are loaded; `on_failure`, with name and
     error, once one of them is not, instead of logging it. `on_progress` gets the name and the
@@ -84,11 +88,13 @@ class ModelPool:
         max_waiting: int = MAX_WAITING,
         load_seconds: float = LOAD_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        adapter_loading: AdapterLoading | None = None,
         on_ready: Callable[[], None] | None = None,
         on_failure: Callable[[str, Exception], None] | None = None,
         on_progress: Callable[[str, LoadProgress | None], None] | None = None,
     ) -> None:
         self.catalogue = catalogue
+        self.adapter_loading = adapter_loading
         self.clock = clock
         self.is_closing = False
         self._settings = settings or ModelSettings()
@@ -106,6 +112,7 @@ class ModelPool:
         self._configured: dict[str, ModelSettings] = {}
         self._pins: dict[str, Pin] = {}  # by the name in `pin`
         self._names = Names(catalogue)
+        self._changing_adapters: set[str] = set()
         self._room = asyncio.Condition()  # one load at a time reserves memory
         self._reaper: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -273,6 +280,123 @@ class ModelPool:
         self._configured[entry.stored.key] = settings
         entry.keep_alive = self._keep_alive_of(entry.stored.key)
         entry.holds.clear()
+
+    # Adapters
+
+    async def load_adapter(self, name: str, source: str) -> None:
+        """Add an adapter, which requests may then name; its base is loaded if needed.
+
+        `source` is a reference, or an absolute path in a directory that the operator allows, for
+        the model that was pinned first. Raises `RequestError` for a name that is taken, `BusyError`
+        while the name is being loaded or unloaded, `OutOfMemoryError`, and what
+        `AdapterLoading.open`, `lease` and `AsyncEngine.add_adapter` raise.
+        """
+        loading = self._adapter_loading()
+        check_adapter_name(name)
+        with self._changing(name):
+            await self._check_untaken(name)
+            first = next(iter(self._pins), None)
+            if source.startswith("/") and first is None:
+                raise UsageError("directories are for the server's first MODEL, but it has none")
+            model = await self._names.find(first) if first is not None else None
+            base = (model.base or model.key) if model is not None else ""
+            adapter = await asyncio.to_thread(loading.open, name, source, base)
+            try:
+                await self._add_adapter(loading, adapter)
+            except BaseException:
+                adapter.discard()
+                raise
+
+    async def _add_adapter(self, loading: AdapterLoading, adapter: ServedAdapter) -> None:
+        adapters = loading.adapters
+        try:
+            await self._names.find(adapter.base)
+        except NotFoundError:
+            base = base_name(adapter.model)
+            raise NotFoundError(
+                f"the base of the adapter is not stored: {base}", hint=f"pull {base}"
+            ) from None
+        async with self.lease(adapter.base):
+            entry = self._entries[adapter.base]
+            engine = entry.engine
+            if not isinstance(engine, AsyncEngine):
+                raise RequestError("the base of the adapter generates no text", param="lora_path")
+            read = await asyncio.to_thread(adapter.verified, loading.remote)
+            reserved = adapters.bytes_of(adapter.base, adapter) - adapters.bytes_of(adapter.base)
+            await self._grow(entry, reserved)
+            try:
+                await engine.add_adapter(adapter.name, read, adapter.key)
+            finally:
+                if entry.engine is engine:
+                    entry.memory -= reserved
+            before = adapters.bytes_of(adapter.base)  # other adapters may have changed
+            adapters.add(adapter)
+            if entry.engine is engine:
+                entry.memory += adapters.bytes_of(adapter.base) - before
+
+    async def unload_adapter(self, name: str) -> None:
+        """Remove an adapter: requests that use it go on, others do not find it any more.
+
+        Raises `NotFoundError` for a name that is no adapter's, and `BusyError` while it is being
+        loaded or unloaded.
+        """
+        adapters = self._adapter_loading().adapters
+        with self._changing(name):
+            adapter = adapters.named(name)
+            if adapter is None or adapter.name != name:
+                raise NotFoundError(f"The lora adapter '{name[:200]}' cannot be found.")
+            entry = self._entries.get(adapter.base)
+            while entry is not None and entry.state is ModelState.LOADING:
+                assert entry.change is not None
+                await asyncio.wait({entry.change})  # its engine gets the adapter
+            before = adapters.bytes_of(adapter.base)
+            adapters.remove(adapter)
+            if entry is None or not isinstance(engine := entry.engine, AsyncEngine):
+                return
+            entry.memory -= before - adapters.bytes_of(adapter.base)
+            with suppress(NotFoundError, EngineError):  # the model may be unloaded meanwhile
+                await engine.remove_adapter(name)
+
+    async def _check_untaken(self, name: str) -> None:
+        try:
+            found = await self._names.find(name)
+        except NotFoundError:
+            return
+        if found.adapter == name:
+            text = f"The lora adapter '{name}' has already been loaded."
+            raise RequestError(text, param="lora_name", hint="unload it first")
+        raise RequestError(f"{name} is the name of a model, {found.key}", param="lora_name")
+
+    def _adapter_loading(self) -> AdapterLoading:
+        if self.adapter_loading is None:
+            raise UsageError(
+                "this server loads no adapters", hint="start it with --allow-adapter-loading"
+            )
+        return self.adapter_loading
+
+    @contextmanager
+    def _changing(self, adapter: str) -> Iterator[None]:
+        """Refuse a second change of the same adapter during the block."""
+        if adapter in self._changing_adapters:
+            raise BusyError(f"the adapter {adapter} is being loaded or unloaded")
+        self._changing_adapters.add(adapter)
+        try:
+            yield
+        finally:
+            self._changing_adapters.discard(adapter)
+
+    async def _grow(self, entry: Entry, more: int) -> None:
+        """Reserve `more` bytes for a loaded model, unloading idle models until they fit."""
+        async with self._room:
+            while (free := self._budget.free()) is not None and more > free:
+                victim = self._budget.victim(entry)
+                if victim is None:
+                    raise OutOfMemoryError(
+                        f"the adapter needs about {more} bytes, and {max(0, free)} are free",
+                        hint="unload a model or an adapter, or raise --memory",
+                    )
+                await self._unload(victim, grace=0)
+            entry.memory += more
 
     # Unloading
 

@@ -67,7 +67,7 @@ class StoreCatalogue:
         # Models are loaded by digest, which already determines the variant.
         self.remote = replace(remote or RemoteOptions(), variant=None)
         self.store = store or LayoutStore()
-        self.adapters = adapters or Adapters()
+        self.adapters = Adapters() if adapters is None else adapters
         self._files = files
         self.config = config or EngineConfig()
         self._abilities: dict[Digest, tuple[Purpose, bool]] = {}
@@ -208,7 +208,7 @@ class StoreCatalogue:
         chosen = settings.engine_config(self.config)
         if self.ranks is None:
             chosen = with_drafter(chosen, opened.model, self.store)
-        if adapters:
+        if adapters or self.adapters.grows:
             chosen = replace(chosen, max_loras=self.adapters.max_loaded)
         draft = draft_files(chosen, self.store, self.remote)
         found: dict[str, str] = {}

@@ -1,20 +1,42 @@
-"""The routes GET /v1/models and /v1/models/{name}: the stored models."""
+"""The routes of /v1/models, the stored models, and those that load and unload LoRA adapters.
+
+Source of the latter: vLLM (entrypoints/serve/lora), whose fields, texts and statuses these are.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
+from pydantic import Field, StrictBool, StrictStr
 
-from modelpack.errors import NotFoundError
+from modelpack.errors import FormatError, NotFoundError, PackagingError
 from modelpack.formats.units import format_decimal_size
+from modelpack_engine.errors import RequestError
+from modelpack_server.api.bodies import Body, BodyRoute
 from modelpack_server.api.paths import add_route
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.pool import ModelPool
 
 
+class LoadAdapterRequest(Body):
+    """The body of POST /v1/load_lora_adapter: a name, and a reference or a directory."""
+
+    lora_name: Annotated[StrictStr, Field(min_length=1)]
+    lora_path: Annotated[StrictStr, Field(min_length=1)]
+    load_inplace: StrictBool = False
+
+
+class UnloadAdapterRequest(Body):
+    """The body of POST /v1/unload_lora_adapter."""
+
+    lora_name: Annotated[StrictStr, Field(min_length=1)]
+
+
 def router(pool: ModelPool) -> APIRouter:
-    routes = APIRouter(tags=["OpenAI"])
+    """Return the routes; those that change adapters only if the pool allows it."""
+    routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
     async def list_models() -> dict[str, Any]:
         """List the available models."""
@@ -30,7 +52,28 @@ def router(pool: ModelPool) -> APIRouter:
 
     add_route(routes, "/models", list_models, methods=["GET"])
     add_route(routes, "/models/{name:path}", retrieve_model, methods=["GET"])
+    if pool.adapter_loading is not None:
+        _add_adapter_routes(routes, pool)
     return routes
+
+
+def _add_adapter_routes(routes: APIRouter, pool: ModelPool) -> None:
+    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    async def load_adapter(body: LoadAdapterRequest) -> str:
+        """Load a LoRA adapter, which requests may then name as their model."""
+        if body.load_inplace:
+            raise RequestError("load_inplace is not supported", param="load_inplace")
+        try:
+            await pool.load_adapter(body.lora_name, body.lora_path)
+        except (FormatError, PackagingError) as error:
+            raise RequestError(str(error), param="lora_path", hint=error.hint) from error
+        return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    async def unload_adapter(body: UnloadAdapterRequest) -> str:
+        """Unload a LoRA adapter; requests that use it go on."""
+        await pool.unload_adapter(body.lora_name)
+        return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
 async def parent(pool: ModelPool, model: StoredModel) -> dict[str, Any]:

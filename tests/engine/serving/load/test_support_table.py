@@ -11,8 +11,11 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from modelpack.operations.remote import RemoteOptions
 from modelpack.store.layout import LayoutStore
 from modelpack_server.api.app import create_app
+from modelpack_server.pool.adapters import AdapterLoading, Adapters
+from modelpack_server.pool.file_store import FileStore
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import ScriptedEngine
 from tests.engine.serving.load.served import StoringCatalogue
@@ -67,8 +70,12 @@ class App:
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     engine = ScriptedEngine()
-    store = LayoutStore(tmp_path_factory.mktemp("store") / "models")
-    pool = ModelPool(StoringCatalogue(engine, store), memory=100, grace=0.0)
+    directory = tmp_path_factory.mktemp("store")
+    store = LayoutStore(directory / "models")
+    loading = AdapterLoading(Adapters(), store, RemoteOptions(), FileStore(directory / "files"))
+    pool = ModelPool(
+        StoringCatalogue(engine, store), memory=100, grace=0.0, adapter_loading=loading
+    )
     made = create_app(pool)
     with TestClient(made, raise_server_exceptions=False) as http:
         yield App(made, engine, http, pool)
