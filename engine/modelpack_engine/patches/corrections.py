@@ -129,6 +129,27 @@ def _softmax_over_all_experts(model: Any, config: Config) -> None:
             _override(layer.feed_forward, call)
 
 
+def _normalised_scores(model: Any, config: Config) -> None:
+    """hunyuan: where several experts are chosen, their scores add up to 1.
+
+    Source: Tencent's `HunYuanMoE`, as transformers' `HunYuanMoEV1Gate`.
+    """
+
+    def call(self: Any, x: mx.array) -> mx.array:
+        gates = mx.softmax(self.gate(x), axis=-1, precise=True)
+        k = self.top_k
+        chosen = mx.argpartition(-gates, kth=k - 1, axis=-1)[..., :k]
+        scores = mx.take_along_axis(gates, chosen, axis=-1)
+        scores = scores / scores.sum(axis=-1, keepdims=True)
+        y: mx.array = self.switch_mlp(x, chosen)
+        y = (y * scores[..., None].astype(mx.float32)).sum(axis=-2).astype(y.dtype)
+        return y + self.shared_mlp(x) if self.use_shared_mlp else y
+
+    for layer in model.layers:
+        if getattr(layer.mlp, "top_k", 1) > 1:
+            _override(layer.mlp, call)
+
+
 def _norm_per_group(model: Any, config: Config) -> None:
     """mamba2, granitemoehybrid: normalise the output of each group of heads separately."""
     groups = config.get("n_groups", config.get("mamba_n_groups"))
@@ -274,6 +295,7 @@ CORRECTIONS: Mapping[str, Correction] = {
     "gpt2": Correction(tensors=_without_prefix),
     "gpt_oss": Correction(model=_exact_yarn_ramp, tensors=_transposed_experts),
     "granitemoehybrid": Correction(model=_norm_per_group),
+    "hunyuan": Correction(model=_normalised_scores),
     "jamba": Correction(model=_softmax_over_all_experts),
     "mamba2": Correction(model=_norm_per_group),
     "muse_glimmer": Correction(tensors=_without_images),

@@ -38,9 +38,9 @@ MODULES = {
 }
 CORRECTED = {
     "cohere", "cohere2", "dbrx", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "glm", "glm4",
-    "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granitemoehybrid", "helium", "jamba", "mamba2",
-    "minimax_m2", "mixtral", "muse_glimmer", "phi", "qwen2_moe", "qwen3_5_moe", "qwen3_moe",
-    "qwen3_vl_moe", "recurrent_gemma", "solar_open", "stablelm", "starcoder2",
+    "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granitemoehybrid", "helium", "hunyuan", "jamba",
+    "mamba2", "minimax_m2", "mixtral", "muse_glimmer", "phi", "qwen2_moe", "qwen3_5_moe",
+    "qwen3_moe", "qwen3_vl_moe", "recurrent_gemma", "solar_open", "stablelm", "starcoder2",
 }  # fmt: skip
 
 
