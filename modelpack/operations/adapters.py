@@ -90,14 +90,9 @@ def package_adapter(
     model, name = find_base_model(base, base_store or store, remote, watch)
     if model.is_adapter:
         raise UsageError(f"--base {base} is an adapter itself, expected a model")
-    headers = headers_of_base(base, model, base_store or store, remote)
-    if headers is None:
+    if not compare(planned.adapter, base, model, base_store or store, remote):
         message = f"the adapter is not compared with {base}, whose headers cannot be read"
         watch.report(Progress(Action.NOTE, message=message))
-    else:
-        tensors = [tensor for one in headers for tensor in one.header.tensors]
-        kind = next((one.file.format for one in headers), "safetensors")
-        check_base(planned.adapter, tensors, format=kind)
     for skipped in planned.skipped:
         message = f"skipped {skipped.path}: {skipped.reason}"
         watch.report(Progress(Action.NOTE, skipped.path, message=message))
@@ -189,6 +184,22 @@ def find_base_model(
             model = model_of(opened.source, descriptor, manifest, opened.local)
     reference = model.reference
     return model, str(reference.without_digest()) if reference is not None else ""
+
+
+def compare(
+    adapter: Adapter, base: str, model: Model, store: LayoutStore, remote: RemoteOptions | None
+) -> bool:
+    """Return whether the headers of the base `model`, named `base`, could be read and compared.
+
+    Raises `AdapterError` for an adapter that does not fit the base.
+    """
+    headers = headers_of_base(base, model, store, remote)
+    if headers is None:
+        return False
+    tensors = [tensor for one in headers for tensor in one.header.tensors]
+    kind = next((one.file.format for one in headers), "safetensors")
+    check_base(adapter, tensors, format=kind)
+    return True
 
 
 def headers_of_base(

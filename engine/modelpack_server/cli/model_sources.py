@@ -24,8 +24,9 @@ from modelpack.errors import (
     UntrustedError,
     UsageError,
 )
+from modelpack.formats.adapter import AdapterError
 from modelpack.hub.reference import local_name
-from modelpack.operations.adapters import base_name, find_base
+from modelpack.operations.adapters import base_name, compare, find_base, stored_adapter
 from modelpack.operations.lookup import stored_model
 from modelpack.operations.package import package
 from modelpack.operations.pull import find_model
@@ -119,6 +120,7 @@ class ModelSources:
                 base = find_base(model, store, pull=True, remote=self._remote, watch=watch)
                 stored_files(base, store)
                 served = ServedAdapter(local_name(name), model, store, str(base.digest))
+                self._check_fits(served, typed, base)
                 if self.adapters.named(served.name) is None:
                     self.adapters.add(served)
             else:
@@ -158,13 +160,26 @@ class ModelSources:
                         hint="name the base as the first MODEL",
                     )
                 adapter = open_directory(name, path, base, self._store_of(base), files, progress)
-        if adapter.base not in {str(found.model.digest) for found in models}:
+        bases = {str(found.model.digest): found.model for found in models}
+        if adapter.base not in bases:
             wanted = base_name(adapter.model)
             raise UsageError(
                 f"--adapter {name}={typed}: its base is {wanted}, which is not a MODEL",
                 hint=f"add {wanted} to the MODELs",
             )
+        self._check_fits(adapter, f"--adapter {name}={typed}", bases[adapter.base])
         self.adapters.add(adapter)
+
+    def _check_fits(self, adapter: ServedAdapter, typed: str, base: Model) -> None:
+        """Raise `AdapterError`, naming what was typed, unless the adapter fits its base.
+
+        Other tools than ours may have packaged it, without a check.
+        """
+        try:
+            read = stored_adapter(adapter.model, adapter.store)
+            compare(read, adapter.base, base, self._store_of(base), self._remote)
+        except AdapterError as error:
+            raise AdapterError(f"{typed}: {error.message}", hint=error.hint) from error
 
     def adapter_loading(self, directories: Sequence[Path]) -> AdapterLoading:
         """Return what opens the adapters that requests load, from `directories` or by reference."""

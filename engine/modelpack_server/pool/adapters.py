@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -39,13 +39,15 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class ServedAdapter:
     """An adapter under the name by which requests choose it.
 
-    `model` is its artifact in `store`, `base` the digest of the model that it changes.
+    `model` is its artifact in `store`, `base` the digest of the model that it changes. Without one
+    that is `required`, its base does not load; others are forgotten then.
     """
 
     name: str
     model: Model
     store: LayoutStore
     base: str
+    required: bool = True
 
     @property
     def key(self) -> str:
@@ -137,12 +139,13 @@ class AdapterLoading:
     def open(self, name: str, source: str, base: str) -> ServedAdapter:
         """Return the adapter `source` under `name`; `base` is the model of directories, by digest.
 
-        An absolute path is a directory, any other text a reference. Raises `NotFoundError` with
-        the same text for each path that is not a directory in `directories`, so that it does not
-        reveal which files exist, and what `open_artifact` and `open_directory` raise.
+        It is not `required`. An absolute path is a directory, any other text a reference. Raises
+        `NotFoundError` with the same text for each path that is not a directory in `directories`,
+        so that it does not reveal which files exist, and what `open_artifact` and `open_directory`
+        raise.
         """
         if not source.startswith("/"):
-            return open_artifact(name, source, self.store, self.remote)
+            return replace(open_artifact(name, source, self.store, self.remote), required=False)
         path = self._allowed(source)
         if self.remote.trust is not None:
             raise UntrustedError(
@@ -155,7 +158,8 @@ class AdapterLoading:
         except NotFoundError:
             store = self.store
             model = stored_model(store, base)
-        return open_directory(name, path, model, store, self.files)
+        adapter = open_directory(name, path, model, store, self.files)
+        return replace(adapter, required=False)
 
     def _allowed(self, source: str) -> Path:
         """Return the directory `source` without links, if it and its files may be read."""
@@ -200,7 +204,7 @@ class Adapters:
     def remove(self, adapter: ServedAdapter) -> None:
         """Forget an adapter, and its files if they are in a `FileStore`."""
         with self._lock:
-            del self._served[adapter.name]
+            self._served.pop(adapter.name, None)
             self.version += 1
         adapter.discard()
 

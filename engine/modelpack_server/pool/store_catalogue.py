@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from modelpack_engine.embedding.loader import Purpose
     from modelpack_engine.models import ModelFiles
     from modelpack_engine.runner.base_engine import BaseEngine
+
+_log = logging.getLogger(__name__)
 
 # The bytes of the KV cache on a CPU by default, and of a step's arrays.
 _KV_BYTES = 512 * 1024**2
@@ -224,7 +227,13 @@ class StoreCatalogue:
             else:
                 engine, found["type"] = load_on_ranks(self.ranks, opened, self.config, config)
             for adapter in adapters:
-                adapter.add_to(engine, self.remote)
+                try:
+                    adapter.add_to(engine, self.remote)
+                except ModelpackError as error:
+                    if adapter.required:
+                        raise
+                    _log.warning("the adapter %s is unloaded: %s", adapter.name, error)
+                    self.adapters.remove(adapter)
             return engine
 
         engine = AsyncEngine(make_engine, meter)

@@ -224,6 +224,46 @@ def test_loads_and_unloads_under_traffic(world: World, seed: int) -> None:
     check()
 
 
+def test_the_base_loads_again_without_an_adapter_that_is_gone(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unlike one that is named at start, it does not keep its base from loading."""
+    path = write_peft(tmp_path / "three", linears(tiny_model()), seed=3, size=0.3)
+    with served(world, tmp_path) as (http, _):
+        assert load(http, "three", str(path)).status_code == 200
+        assert load(http, "one", ONE).status_code == 200
+        (path / "adapter_model.safetensors").unlink()
+        assert http.post("/pool/unload", json={"models": [BASE]}).status_code == 200
+        assert complete(http, BASE).status_code == 200
+        assert complete(http, "three").status_code == 404
+        assert complete(http, "one").json()["choices"][0]["text"] == world.expected(ONE, IDS)
+    assert "the adapter three is unloaded: " in caplog.text
+
+
+def test_adapters_share_no_prefixes(world: World) -> None:
+    """A prompt is found in the cache under the same content only, whatever name it has."""
+    prompt = (PROMPT + " ") * 8
+
+    def ask(http: TestClient, model: str) -> tuple[int, str]:
+        body = {"model": model, "prompt": prompt, "max_tokens": 8}
+        reply = http.post("/v1/completions", json=body).json()
+        return reply["usage"]["prompt_tokens_details"]["cached_tokens"], reply["choices"][0]["text"]
+
+    with served(world) as (http, _):
+        for name, ref in (("a", ONE), ("b", TWO), ("same", ONE)):
+            assert load(http, name, ref).status_code == 200
+        first = {name: ask(http, name) for name in (BASE, "a", "b")}
+        assert {cached for cached, _ in first.values()} == {0}
+        assert len({text for _, text in first.values()}) == 3
+        for name in (BASE, "a", "b", "same"):
+            cached, text = ask(http, name)
+            assert cached >= 16
+            assert text == first["a" if name == "same" else name][1]
+        assert unload(http, "a").status_code == 200
+        assert load(http, "a", TWO).status_code == 200
+        assert ask(http, "a")[1] == first["b"][1]
+
+
 def test_memory_for_adapters(world: World) -> None:
     """An adapter that does not fit into the budget is refused, and its name stays free."""
 

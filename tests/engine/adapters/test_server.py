@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import anthropic
@@ -47,6 +48,7 @@ from tests.engine.serving.test_engine import run as finish
 from tests.engine.serving.test_engine import tokens
 from tests.engine.serving.tiny import tiny_model, tiny_tokenizer, write_tiny
 
+Q = "model.layers.0.self_attn.q_proj"
 CONFIG = EngineConfig(
     device="cpu", max_num_seqs=4, max_num_batched_tokens=32, kv_cache_bytes=2**21, self_test=False
 )
@@ -328,6 +330,43 @@ def test_refused_at_start(world: World, tmp_path: Path, case: str) -> None:
     assert len(str(error.value)) < 1000
 
 
+@pytest.mark.parametrize("way", ["--adapter", "MODEL"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("shape", r"a weight of shape \[64, 32\], but the base has"), ("module", "has no module"),
+     ("config", "peft_type")],
+)  # fmt: skip
+def test_unchecked_artifacts_are_refused_at_start(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    message: str,
+    way: str,
+) -> None:
+    """An artifact that another tool packaged without a check: the error has what was typed."""
+    store = LayoutStore(tmp_path / "store")
+    files = write_tiny(tmp_path / "files")
+    modelpack.package(BASE, PackageRequest(safetensors_dir=files), store=store)
+    layer = {"module": "model.layers.9.self_attn.q_proj"}.get(fault, Q)
+    path = write_peft(tmp_path / "one", {layer: (64, 64 if fault != "shape" else 32)})
+    with monkeypatch.context() as patched:
+        patched.setattr("modelpack.operations.adapters.check_base", lambda *_, **__: None)
+        packaged = package_adapter(ONE, path, BASE, store=store)
+    if fault == "config":
+        kinds = {layer.media_type: layer.digest for layer in packaged.manifest.layers}
+        config = store.blob_path(kinds[media_types.DOCKER_MODEL_FILE])
+        config.chmod(0o644)
+        config.write_text("{}")
+    with World(store, tmp_path).sources() as sources:
+        found = sources.open(BASE)
+        start = partial(sources.add_adapter, "x", ONE, [found])
+        with pytest.raises(ModelpackError, match=message) as error:
+            (start if way == "--adapter" else partial(sources.open, ONE))()
+        assert str(error.value).startswith(ONE if way == "MODEL" else f"--adapter x={ONE}: ")
+        assert len(sources.adapters) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"config": b"{}"}, "adapter x: "), ({"rank": 3}, "adapter x: "), ({"nan": 1}, "not finite")],
@@ -364,6 +403,17 @@ def test_refused_when_loaded(
             assert "Traceback" not in reply.text
             body["model"] = "team/other:v1"
             assert http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_adapters_and_several_ranks_are_refused(world: World) -> None:
+    store = str(world.store.root)
+    done = run("serve", BASE, "--adapter", f"x={ONE}", "--tensor-parallel-size", "2",
+               "--store", store)  # fmt: skip
+    assert done.code == 2
+    assert "--tensor-parallel-size cannot be combined with adapters" in done.err
+    done = run("serve", ONE, "--tensor-parallel-size", "2", "--store", store)
+    assert done.code == 2
+    assert "--tensor-parallel-size cannot be combined with adapters" in done.err
 
 
 def test_arguments(world: World) -> None:
