@@ -201,11 +201,12 @@ def _adapters(
 @command(
     headings={
         "--host": "Server",
+        "--adapter": "LoRA adapters",
         "--keys": "Access",
         "--preset": "Models and requests",
         **ENGINE_HEADINGS,
     },
-    more=MORE_OPTIONS,
+    more=("LoRA adapters", *MORE_OPTIONS),
 )
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
@@ -215,6 +216,7 @@ def _adapters(
 )  # fmt: skip
 @click.option("--served-model-name", metavar="NAME",
               help="Accept this additional name of the first MODEL in API requests.")  # fmt: skip
+@log_format_option
 @click.option(
     "--adapter", "adapters", metavar="NAME=REF|DIR", multiple=True, callback=_adapters,
     help="Serve this LoRA adapter of a MODEL as NAME; may be repeated.",
@@ -232,7 +234,6 @@ def _adapters(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Let these requests name adapters in DIR too; may be repeated.",
 )  # fmt: skip
-@log_format_option
 @protection_options
 @tls_options
 @stop_options
