@@ -35,6 +35,14 @@ def call_server(
     raise problem_of(response.status_code, answer)
 
 
+def call_for_text(host: str, method: str, path: str, body: dict[str, Any]) -> str:
+    """Return the text that the server answers; raise what an error means."""
+    with _response(host, method, path, json=body, timeout=_TIMEOUT) as response:
+        if response.ok:
+            return response.text
+        raise problem_of(response.status_code, _json_of(response))
+
+
 def read_lines(host: str, path: str) -> Iterator[str]:
     """Yield the lines of a text as the server sends them; raise what its answer means."""
     import requests

@@ -89,8 +89,8 @@ GROUPS = {
     ),
     "Registry": ("pull", "lock", "search", "catalog", "login", "logout", "registry"),
     "Run and serve": (
-        "run", "serve", "ps", "requests", "logs", "unload", "configure", "launch", "gateway",
-        "service", "compose", "k8s", "smoke", "bench", "doctor",
+        "run", "serve", "ps", "requests", "logs", "unload", "configure", "adapter", "launch",
+        "gateway", "service", "compose", "k8s", "smoke", "bench", "doctor",
     ),
     "Trust": ("keygen", "sign", "verify", "lint", "sbom"),
     "Help": ("help", "version", "completion"),

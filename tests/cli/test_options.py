@@ -32,6 +32,9 @@ SHARED = {
 # read and write none, "json" by those that print no result or exact bytes, "quiet" by those without
 # notes, "progress" by those that never take long.
 ACTS = {
+    "adapter add": "json",
+    "adapter ls": "json quiet",
+    "adapter rm": "json",
     "attach": "store json quiet progress registry upload",
     "bench": "store json quiet progress",
     "bundle": "store json quiet progress registry download trust variant",

@@ -1,4 +1,4 @@
-"""`modelpack ps`, `unload`, `configure` and `launch`: clients of a running server."""
+"""`modelpack ps`, `unload`, `configure`, `adapter` and `launch`: clients of a running server."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from urllib.parse import quote
 
 import click
 
-from modelpack.cli.help import Command, command
+from modelpack.cli.help import Command, command, group
 from modelpack.cli.options import Settings, common_options_without, model_argument, model_names
 from modelpack.cli.output import human_size, note, show, show_json, table
 from modelpack.errors import ModelpackError, NotFoundError, UsageError
 from modelpack_server.cli.engine_options import preset_option
-from modelpack_server.server_client import DEFAULT_HOST, call_server
+from modelpack_server.server_client import DEFAULT_HOST, call_for_text, call_server
 
 _HEADER = ("MODEL NAME", "STATE", "REQUESTS", "CONTEXT", "MEMORY", "UNTIL")
 
@@ -94,6 +94,68 @@ def configure(
     body: dict[str, Any] = {"model": model, "runtime_flags": list(flags)}
     body |= {name: value for name, value in given.items() if value is not None}
     show(settings, call_server(host, "POST", "/pool/configure", body), "")
+
+
+@group()
+def adapter() -> None:
+    """Load, unload and list the LoRA adapters of a server."""
+
+
+@adapter.command("add")
+@click.argument("name")
+@click.argument("source", metavar="REF|DIR")
+@host_option
+@common_options_without("store", "quiet", "progress")
+def add_adapter(settings: Settings, name: str, source: str, host: str) -> None:
+    """Load the adapter REF, or in DIR on the server's machine, as NAME.
+
+    The server has to allow it: see `modelpack serve --allow-adapter-loading`.
+    """
+    if source.startswith(("/", ".", "~")) or Path(source).is_dir():
+        source = os.path.abspath(Path(source).expanduser())
+    _change_adapter(host, "load", {"lora_name": name, "lora_path": source})
+    show(settings, {"name": name, "source": source}, name)
+
+
+@adapter.command("rm")
+@click.argument("name")
+@host_option
+@common_options_without("store", "quiet", "progress")
+def remove_adapter(settings: Settings, name: str, host: str) -> None:
+    """Unload the adapter NAME; requests that use it go on."""
+    _change_adapter(host, "unload", {"lora_name": name})
+    show(settings, {"name": name}, name)
+
+
+def _change_adapter(host: str, verb: str, body: dict[str, Any]) -> None:
+    try:
+        call_for_text(host, "POST", f"/v1/{verb}_lora_adapter", body)
+    except NotFoundError as error:
+        if str(error) != "Not Found":  # the adapter, and not the route
+            raise
+        raise UsageError(
+            f"the server at {host} loads no adapters",
+            hint="start it with --allow-adapter-loading",
+        ) from None
+
+
+@adapter.command("ls")
+@host_option
+@common_options_without("store", "progress")
+def list_adapters(settings: Settings, host: str) -> None:
+    """List the adapters that requests can name, with their bases."""
+    models = call_server(host, "GET", "/v1/models")["data"]
+    found = [model for model in models if "parent" in model]
+    if settings.json:
+        keys = {"name": "id", "base": "parent", "digest": "root"}
+        rows = [{key: model[field] for key, field in keys.items()} for model in found]
+        show_json({"adapters": rows})
+    elif settings.quiet:
+        for model in found:
+            click.echo(model["id"])
+    else:
+        rows_shown = [(model["id"], model["parent"] or "", model["root"]) for model in found]
+        click.echo(table(("ADAPTER NAME", "BASE", "DIGEST"), rows_shown))
 
 
 def _row(model: dict[str, Any]) -> tuple[str, ...]:

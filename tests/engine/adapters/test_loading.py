@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +28,13 @@ from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import BusyError, OutOfMemoryError, QueueFullError, RequestError
 from modelpack_engine.request import EngineRequest, SamplingParams
-from modelpack_server.api.app import create_app
+from modelpack_server.api.app import ModelServer, create_app
 from modelpack_server.cli.model_sources import ModelSources
 from modelpack_server.gateway import KeyFile, Protection, add_key, protect
 from modelpack_server.pool.pool import ModelPool
 from tests.adapters import write_peft
 from tests.cli.running import modelpack as run
+from tests.cli.running import succeed
 from tests.engine.adapters.test_server import BASE, CONFIG, ONE, PROMPT, TWO, World
 from tests.engine.adapters.test_server import remote_adapter as remote_adapter
 from tests.engine.adapters.test_server import world as world
@@ -422,6 +425,40 @@ def test_a_policy_holds_for_adapters_that_requests_load(
             signatures.sign(adapter, key)
             assert load(http, "x", adapter).status_code == 200
             assert complete(http, "x").status_code == 200
+
+
+def test_commands(world: World) -> None:
+    """`modelpack adapter` loads, lists and unloads; errors of the server are its own."""
+    with (
+        world.sources() as sources,
+        ModelServer(
+            lambda: loading_pool(sources, world.directory), address="127.0.0.1:0"
+        ) as server,
+    ):
+        at = ("--url", server.url)
+        assert succeed("adapter", "add", "one", ONE, *at).out == "one"
+        succeed("adapter", "add", "two", os.path.relpath(world.directory), *at)
+        listed = json.loads(succeed("adapter", "ls", "--json", *at).out)["adapters"]
+        assert {(one["name"], one["base"]) for one in listed} == {("one", BASE), ("two", BASE)}
+        table = succeed("adapter", "ls", *at).out.splitlines()
+        assert table[0].split() == ["ADAPTER", "NAME", "BASE", "DIGEST"]
+        assert len(table) == 3
+        for arguments, code, text in (
+            (("add", "one", ONE), 2, "has already been loaded"),
+            (("add", "x", "./nowhere"), 3, "no such directory, or not allowed"),
+            (("rm", "x"), 3, "cannot be found"),
+        ):
+            done = run("adapter", *arguments, *at)
+            assert (done.code, text in done.err) == (code, True), done.err
+        succeed("adapter", "rm", "one", *at)
+        assert succeed("adapter", "ls", "--quiet", *at).out == "two"
+    with (
+        world.sources() as sources,
+        ModelServer(lambda: ModelPool(sources.catalogue(CONFIG)), address="127.0.0.1:0") as server,
+    ):
+        done = run("adapter", "add", "one", ONE, "--url", server.url)
+        assert done.code == 2
+        assert "--allow-adapter-loading" in done.err
 
 
 def test_options(tmp_path: Path) -> None:
