@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -36,9 +37,8 @@ from modelpack.formats.units import format_parameters
 from modelpack.hub.reference import HubReference
 from modelpack.operations.headers import FileHeader, read_headers
 from modelpack.operations.lookup import model_of, stored_model
-from modelpack.operations.package import Packaged, take_files
+from modelpack.operations.package import Packaged, package_files
 from modelpack.operations.pull import find_model
-from modelpack.operations.push import push_from
 from modelpack.operations.remote import RemoteOptions, named, new_reference, open_source
 from modelpack.operations.variants import opened_variant
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
@@ -96,20 +96,10 @@ def package_adapter(
     for skipped in planned.skipped:
         message = f"skipped {skipped.path}: {skipped.reason}"
         watch.report(Progress(Action.NOTE, skipped.path, message=message))
-    if dry_run:
-        built = _build(planned, model, name, request, take_files(planned.files, None, link, watch))
-    else:
-        with store.lease(()):
-            digests = take_files(planned.files, store, link, watch)
-            built = _build(planned, model, name, request, digests)
-            store.write_bytes(built.config_bytes, built.manifest.config.media_type)
-            store.write_manifest(built.manifest.descriptor, built.manifest.raw, str(where))
-    pushed = None
-    if push and not dry_run:
-        pushed = push_from(store, str(where), where, remote, watch)
-    return Packaged(
-        where, built.manifest.digest, built.manifest, built.config, planned.skipped, built.notes,
-        stored=not dry_run, pushed=pushed,
+    make = partial(_build, planned, model, name, request)
+    return package_files(
+        where, planned.files, planned.skipped, make,
+        store=store, push=push, dry_run=dry_run, link=link, remote=remote, watch=watch,
     )  # fmt: skip
 
 

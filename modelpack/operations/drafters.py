@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from modelpack.errors import PackagingError, UsageError
 from modelpack.formats.drafter import check_head
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack.operations.adapters import find_base_model, headers_of_base
-from modelpack.operations.package import Packaged, take_files
-from modelpack.operations.push import push_from
+from modelpack.operations.package import Packaged, package_files
 from modelpack.operations.remote import RemoteOptions, new_reference
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import watching
@@ -79,7 +79,7 @@ def package_drafter(
     }
     check_head(_config(directory), own, shapes, str(directory))
 
-    def built(digests: list[Digest]) -> Built:
+    def built(digests: Sequence[Digest]) -> Built:
         made = build(planned, request, digests)
         annotations = {**request.annotations, media_types.BASE_DIGEST: str(model.digest)}
         if name:
@@ -93,19 +93,9 @@ def package_drafter(
             notes=made.notes,
         )
 
-    if dry_run:
-        done = built(take_files(planned.files, None, link, watch))
-    else:
-        with store.lease(()):
-            done = built(take_files(planned.files, store, link, watch))
-            store.write_bytes(done.config_bytes, done.manifest.config.media_type)
-            store.write_manifest(done.manifest.descriptor, done.manifest.raw, str(where))
-    pushed = None
-    if push and not dry_run:
-        pushed = push_from(store, str(where), where, remote, watch)
-    return Packaged(
-        where, done.manifest.digest, done.manifest, done.config, planned.skipped, done.notes,
-        stored=not dry_run, pushed=pushed,
+    return package_files(
+        where, planned.files, planned.skipped, built,
+        store=store, push=push, dry_run=dry_run, link=link, remote=remote, watch=watch,
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,40 @@ def take_files(
 
     tasks = [partial(take, file) for file in files]
     return run_all(tasks, _PARALLEL_FILES, watch.stop)
+
+
+def package_files(
+    where: Reference,
+    files: Sequence[LayerFile],
+    skipped: tuple[Skipped, ...],
+    make: Callable[[Sequence[Digest]], Built],
+    *,
+    store: LayoutStore,
+    push: bool,
+    dry_run: bool,
+    link: bool,
+    remote: RemoteOptions | None,
+    watch: Watch,
+) -> Packaged:
+    """Store files and the manifest that `make` returns for their digests; push it if asked to.
+
+    Raises what `take_files` and pushing raise.
+    """
+    pushed = None
+    if dry_run:
+        built = make(take_files(files, None, link, watch))
+    else:
+        # The lease protects written and reused blobs from deletion until the manifest lists them.
+        with store.lease(()):
+            built = make(take_files(files, store, link, watch))
+            store.write_bytes(built.config_bytes, built.manifest.config.media_type)
+            store.write_manifest(built.manifest.descriptor, built.manifest.raw, str(where))
+        if push:
+            pushed = push_from(store, str(where), where, remote, watch)
+    return Packaged(
+        where, built.manifest.digest, built.manifest, built.config, skipped, built.notes,
+        stored=not dry_run, pushed=pushed,
+    )  # fmt: skip
 
 
 def _hashed(file: LayerFile, watch: Watch) -> tuple[Digest, tuple[int, int, int, int]]:
@@ -225,8 +259,7 @@ def package(
         message = f"skipped {skipped.path}: {skipped.reason}"
         watch.report(Progress(Action.NOTE, skipped.path, message=message))
 
-    def make() -> Built:
-        digests = take_files(planned.files, None if dry_run else store, link, watch)
+    def make(digests: Sequence[Digest]) -> Built:
         if base is None:
             return build(planned, request, digests)
         whole = base
@@ -234,27 +267,12 @@ def package(
             whole = as_single_files(base, store, watch)
         return repackage(whole.manifest, whole.config, request, planned, digests)
 
-    if dry_run and (base is None or not base.config.is_foreign):
-        built = make()
-    else:
-        # The lease protects written and reused blobs from deletion until the manifest lists them.
-        with store.lease(()):
-            built = make()
-            if not dry_run:
-                store.write_bytes(built.config_bytes, built.manifest.config.media_type)
-                store.write_manifest(built.manifest.descriptor, built.manifest.raw, str(where))
-    for note in built.notes:
+    writes = base is not None and base.config.is_foreign  # blobs, even in a dry run
+    with store.lease(()) if writes else nullcontext():
+        packaged = package_files(
+            where, planned.files, planned.skipped, make,
+            store=store, push=push, dry_run=dry_run, link=link, remote=remote, watch=watch,
+        )  # fmt: skip
+    for note in packaged.notes:
         watch.report(Progress(Action.NOTE, message=note))
-    pushed = None
-    if push and not dry_run:
-        pushed = push_from(store, str(where), where, remote, watch)
-    return Packaged(
-        where,
-        built.manifest.digest,
-        built.manifest,
-        built.config,
-        planned.skipped,
-        built.notes,
-        stored=not dry_run,
-        pushed=pushed,
-    )
+    return packaged
