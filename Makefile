@@ -3,7 +3,7 @@
 # Keep .pyc files: the test workers and their subprocesses reuse them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-long native check docs format wheel bench clean
+.PHONY: demo test test-long test-cluster native check docs format wheel bench clean
 
 demo: .venv/.engine native
 	.venv/bin/python scripts/demo
@@ -13,6 +13,10 @@ test: .venv/.dev native
 
 test-long: .venv/.dev native
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "long or hypothesis"
+
+# Needs root. The first time, Kubernetes is built: a quarter of an hour.
+test-cluster: .venv/.dev native
+	.venv/bin/python -m pytest -v -m cluster tests/cluster
 
 # The library for CPUs, where its sources have changed since the installation.
 native:

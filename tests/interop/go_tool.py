@@ -10,7 +10,7 @@ the `go` line of the program in place of its own. Everything else is left to `go
 
 A program may also be nothing but a go.mod that names a command of somebody else's, on a line of its
 own: `tool example.com/mod/cmd/name`. That command is built then; with `// test` behind it, it is a
-package of tests, of which `go test -c` makes a program.
+package of tests, of which `go test -c` makes a program. Of several, each is built by its name.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class GoMissingError(GoToolError):
     """There is no Go on this machine."""
 
 
-def build_go_tool(package_dir: Path, cache: Path) -> Path:
+def build_go_tool(package_dir: Path, cache: Path, tool: str = "") -> Path:
     """Build the Go program in `package_dir` and return the path of its binary inside `cache`.
 
-    The binary is reused until a source file, go.mod, go.sum or the version of Go changes. Raises
-    GoMissingError without Go, and GoToolError with the output of `go` if the build fails.
+    `tool` is the last part of a command's name where go.mod names several. The binary is reused
+    until a source file, go.mod, go.sum or the version of Go changes. Raises GoMissingError without
+    Go, and GoToolError with the output of `go` if the build fails.
     """
     if shutil.which("go") is None:
         raise GoMissingError(f"building {package_dir} needs Go: no `go` on PATH")
@@ -53,7 +54,8 @@ def build_go_tool(package_dir: Path, cache: Path) -> Path:
     for source in sources:
         key.update(source.name.encode() + b"\0")
         key.update(hashlib.sha256(source.read_bytes()).digest())
-    binary = cache.absolute() / "go" / f"{package_dir.name}-{key.hexdigest()[:16]}"
+    name = tool or package_dir.name
+    binary = cache.absolute() / "go" / f"{name}-{key.hexdigest()[:16]}"
     if binary.is_file():
         return binary
 
@@ -68,7 +70,8 @@ def build_go_tool(package_dir: Path, cache: Path) -> Path:
         for module, version, directory, expected in _UNPACKED.findall(go_mod):
             _unpack(module, version, expected, work / directory, _go_line(work))
         built = Path(scratch) / "binary"
-        [(package, is_test)] = _TOOL.findall(go_mod) or [(".", "")]
+        tools = _TOOL.findall(go_mod) or [(".", "")]
+        [(package, is_test)] = [each for each in tools if each[0].endswith(tool)]
         command = ["test", "-c"] if is_test else ["build"]
         _go(*command, "-mod=readonly", "-trimpath", "-o", str(built), package, cwd=work)
         built.replace(binary)

@@ -16,7 +16,8 @@ from tests.peers import require
 IMAGE = "modelpack-test/python:here"
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 #: What compiled packages are linked with, though Python is not.
-_LIBRARIES = ("libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libdl.so.2")
+_LIBRARIES = ("libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libdl.so.2",
+              "librt.so.1")  # fmt: skip
 
 
 def import_python_image() -> str:

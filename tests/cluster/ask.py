@@ -1,0 +1,62 @@
+"""Send chat requests through a Service, each on a connection of its own; print what came back.
+
+    python ask.py ADDRESS HOST MODEL COUNT DONE
+
+Sends at least COUNT requests by four threads, and goes on until the file DONE exists. Prints JSON:
+the number of answers, and the first failures.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import threading
+from pathlib import Path
+
+BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+
+
+def main() -> None:
+    address, host, model, count, done = sys.argv[1:]
+    body = json.dumps({**BODY, "model": model}).encode()
+    headers = {"Host": host, "Content-Type": "application/json"}
+    lock, answers, failures = threading.Lock(), 0, list[str]()
+
+    def ask() -> str | None:
+        connection = http.client.HTTPConnection(address, timeout=60)
+        try:
+            connection.request("POST", "/v1/chat/completions", body, headers)
+            response = connection.getresponse()
+            content = response.read()
+            if response.status != 200:
+                return f"{response.status} {content[:200]!r}"
+            return None if json.loads(content)["usage"]["completion_tokens"] else "no tokens"
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            connection.close()
+
+    def work() -> None:
+        nonlocal answers
+        while True:
+            with lock:
+                if answers + len(failures) >= int(count) and Path(done).exists():
+                    return
+            failure = ask()
+            with lock:
+                if failure is None:
+                    answers += 1
+                else:
+                    failures.append(failure)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(json.dumps({"answers": answers, "failures": failures[:20]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""PID 1 of the cluster's own namespaces: mounts, network, and the programs of a single node.
+
+    python node.py DIRECTORY
+
+`cluster.Cluster` starts it by `unshare`. Nothing outside of the namespaces is changed: mounts are
+private, and the kernel's settings that the kubelet would change are hidden by files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ADDRESS = "10.10.0.1"
+CGROUPS = ("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids")
+#: What the kubelet sets for the whole machine, unless it has the value already.
+SETTINGS = {
+    "vm/overcommit_memory": 1, "vm/panic_on_oom": 0, "kernel/panic": 10, "kernel/panic_on_oops": 1,
+    "kernel/keys/root_maxkeys": 1000000, "kernel/keys/root_maxbytes": 25000000,
+}  # fmt: skip
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def mount(kind: str, at: str, *options: str) -> None:
+    Path(at).mkdir(parents=True, exist_ok=True)
+    run("mount", "-t", kind, *options, kind, at)
+
+
+def prepare(directory: Path) -> None:
+    run("mount", "--make-rprivate", "/")
+    mount("proc", "/proc")
+    mount("sysfs", "/sys")
+    mount("tmpfs", "/sys/fs/cgroup")
+    for controller in CGROUPS:
+        mount("cgroup", f"/sys/fs/cgroup/{controller}", "-o", controller)
+    mount("cgroup", "/sys/fs/cgroup/systemd", "-o", "none,name=systemd")
+    for place in ("/run", "/var/log", "/var/lib/cni"):
+        mount("tmpfs", place)
+    Path("/run/lock").mkdir()
+    for name, value in SETTINGS.items():
+        if Path("/proc/sys", name).exists():
+            shown = directory / name.replace("/", ".")
+            shown.write_text(f"{value}\n")
+            run("mount", "--bind", str(shown), f"/proc/sys/{name}")
+    run("mount", "--make-rshared", "/")
+    run("ip", "link", "set", "lo", "up")
+    run("ip", "link", "add", "node0", "type", "bridge")
+    run("ip", "address", "add", f"{ADDRESS}/24", "dev", "node0")
+    run("ip", "link", "set", "node0", "up")
+    run("ip", "route", "add", "default", "dev", "node0")
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    run("hostname", "node")
+
+
+def start(directory: Path) -> list[subprocess.Popen[bytes]]:
+    commands: list[list[str]] = json.loads((directory / "commands.json").read_text())
+    environment = {
+        "PATH": f"{directory / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(directory),
+    }  # fmt: skip
+    started = []
+    for command in commands:
+        with open(directory / "log" / f"{Path(command[0]).name}.log", "wb") as log:
+            started.append(
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            )
+    return started
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    # The end of PID 1 ends everything in its namespace.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    prepare(directory)
+    start(directory)
+    (directory / "started").touch()
+    while True:
+        try:
+            os.wait()  # also the orphans of containers
+        except ChildProcessError:
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+module modelpack.test/pause
+
+go 1.24

@@ -1,0 +1,284 @@
+"""What `modelpack k8s` prints, in a real Kubernetes: one node, our registry, our image.
+
+`make test-cluster` runs these tests; it needs root. A first run builds Kubernetes and containerd
+from their Go modules, which takes a quarter of an hour of a processor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelpack.testing.weights import smollm2_gguf
+from tests.cluster.cluster import (
+    PAUSE,
+    REGISTRY,
+    Cluster,
+    ClusterError,
+    build_programs,
+    program_image,
+    remove_tree,
+    until,
+)
+from tests.engine.serving.tiny import write_tiny
+from tests.interop.compose import ROOT
+from tests.interop.engine import require_engine
+from tests.interop.python_image import import_python_image
+
+pytestmark = pytest.mark.cluster
+IMAGE = "modelpack-test/engine:here"
+MODELPACK = str(Path(sys.executable).with_name("modelpack"))
+SMOLLM2 = f"{REGISTRY}/team/smollm2:v1"
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive of the image of this checkout, with the engine."""
+    require_engine()
+    subprocess.run(
+        ["docker", "build", "--quiet", "--network", "host", "--tag", IMAGE,
+         "--build-arg", f"BASE={import_python_image()}",
+         "--build-arg", "EXTRAS=engine,gateway,tokens", str(ROOT)],
+        env={**os.environ, "DOCKER_BUILDKIT": "0"}, check=True, capture_output=True, timeout=1200,
+    )  # fmt: skip
+    archive = tmp_path_factory.mktemp("image") / "engine.tar"
+    subprocess.run(["docker", "save", IMAGE, "-o", archive], check=True)
+    return archive
+
+
+@pytest.fixture(scope="session")
+def cluster(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The cluster with its images, and a registry with models beside it."""
+    programs = build_programs(ROOT / ".cache")
+    directory = tmp_path_factory.mktemp("cluster")
+    found = Cluster(directory, programs)
+    try:
+        found.start()
+        program_image(PAUSE, programs / "pause", directory / "pause.tar")
+        found.import_image(directory / "pause.tar")
+        found.import_image(image)
+        host, port = REGISTRY.split(":")
+        store = str(directory / "registry")
+        with found.serving(MODELPACK, "--store", store, "registry", "serve", "--host", host,
+                           "--port", port, "--allow-anonymous"):  # fmt: skip
+            until(
+                "the registry answers",
+                lambda: "{}" in found.run("curl", "-s", f"http://{REGISTRY}/v2/", check=False),
+                30, lambda: "",
+            )  # fmt: skip
+            for version, temperature in (("v1", 0.0), ("v2", 0.5)):
+                files = write_tiny(directory / version, temperature=temperature)
+                package(found, f"{REGISTRY}/team/tiny:{version}", "--safetensors-dir", str(files))
+            package(found, SMOLLM2, "--gguf", str(smollm2_gguf()))
+            yield found
+    finally:
+        found.stop()
+        remove_tree(directory)
+
+
+def modelpack(cluster: Cluster, *arguments: str) -> str:
+    """Run modelpack in the cluster's network."""
+    return cluster.run(MODELPACK, "--store", str(cluster.directory / "store"), *arguments)
+
+
+def package(cluster: Cluster, reference: str, *arguments: str) -> None:
+    modelpack(cluster, "package", *arguments, reference, "--push", "--plain-http")
+
+
+def manifests(cluster: Cluster, reference: str, name: str, *arguments: str) -> str:
+    return modelpack(
+        cluster, "k8s", reference, "--engine", "modelpack", "--image", IMAGE, "--tool-image", IMAGE,
+        "--plain-http", "--cpus", "0.2", "--name", name, *arguments,
+    )  # fmt: skip
+
+
+def apply(cluster: Cluster, text: str, name: str, seconds: int = 120) -> None:
+    """Apply manifests; return when their pods are ready."""
+    cluster.kubectl("apply", "-f", "-", input=text)
+    try:
+        cluster.kubectl("rollout", "status", f"deployment/{name}", f"--timeout={seconds}s")
+    except ClusterError as error:
+        raise ClusterError(f"{error}\n{cluster.kubectl('describe', 'pods')[-4000:]}") from None
+
+
+def delete(cluster: Cluster, text: str) -> None:
+    cluster.kubectl("delete", "--grace-period=1", "-f", "-", input=text)
+
+
+def pods(cluster: Cluster, name: str) -> list[Any]:
+    found: list[Any] = cluster.get("pods", "-l", f"app.kubernetes.io/name={name}")["items"]
+    return found
+
+
+def address(cluster: Cluster, name: str) -> str:
+    return str(cluster.get("service", name)["spec"]["clusterIP"])
+
+
+def ask(cluster: Cluster, name: str, model: str, content: str, max_tokens: int = 16) -> Any:
+    """Send a chat request through the Service."""
+    body = {
+        "model": model, "max_tokens": max_tokens, "temperature": 0,
+        "messages": [{"role": "user", "content": content}],
+    }  # fmt: skip
+    return json.loads(
+        cluster.run("curl", "-s", "-m", "120", "-H", f"Host: {name}", "-H",
+                    "Content-Type: application/json", "-d", json.dumps(body),
+                    f"http://{address(cluster, name)}/v1/chat/completions")
+    )  # fmt: skip
+
+
+def why_pulls_failed(cluster: Cluster, name: str) -> str:
+    """Return the termination messages of the pods' init containers."""
+    found = [pod["status"].get("initContainerStatuses", ()) for pod in pods(cluster, name)]
+    states = [
+        s.get(which, {}) for of_pod in found for s in of_pod for which in ("state", "lastState")
+    ]
+    return "\n".join(state.get("terminated", {}).get("message", "") for state in states)
+
+
+def test_a_chat_through_the_service(cluster: Cluster) -> None:
+    text = manifests(cluster, SMOLLM2, "smollm2")
+    apply(cluster, text, "smollm2", 300)
+    try:
+        answer = ask(cluster, "smollm2", SMOLLM2, "What is the capital of France? One word.")
+        assert "Paris" in answer["choices"][0]["message"]["content"]
+        [pod] = pods(cluster, "smollm2")
+        digest = modelpack(cluster, "manifest", SMOLLM2)
+        assert digest  # the store has it, so the digest below is that of the package
+        assert "@sha256:" in pod["spec"]["initContainers"][0]["command"][2]
+    finally:
+        delete(cluster, text)
+
+
+def test_a_rolling_update_fails_no_request(cluster: Cluster) -> None:
+    """3,000 requests, while both pods are replaced by pods of another version of the model."""
+    before, after = (
+        manifests(cluster, f"{REGISTRY}/team/tiny:{version}", "tiny", "--replicas", "2",
+                  "--served-model-name", "tiny")
+        for version in ("v1", "v2")
+    )  # fmt: skip
+    apply(cluster, before, "tiny")
+    old = {pod["metadata"]["name"] for pod in pods(cluster, "tiny")}
+    done = cluster.directory / "update-done"
+    with subprocess.Popen(
+        cluster.command(
+            sys.executable, str(Path(__file__).with_name("ask.py")), address(cluster, "tiny"),
+            "tiny", "tiny", "3000", str(done),
+        ),
+        stdout=subprocess.PIPE, text=True,
+    ) as asking:  # fmt: skip
+        try:
+            apply(cluster, after, "tiny", 280)
+            until(
+                "the old pods are gone",
+                lambda: not old & {pod["metadata"]["name"] for pod in pods(cluster, "tiny")},
+                120, lambda: cluster.kubectl("get", "pods"),
+            )  # fmt: skip
+        finally:
+            done.touch()
+        told, _ = asking.communicate(timeout=600)
+    found = json.loads(told)
+    assert found["failures"] == []
+    assert found["answers"] >= 3000
+    assert len(pods(cluster, "tiny")) == 2
+    delete(cluster, after)
+
+
+def test_a_killed_server_is_restarted(cluster: Cluster) -> None:
+    """A server that the node kills, as for too much memory, comes back with the files it has."""
+    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "killed", "--served-model-name", "tiny")
+    apply(cluster, text, "killed")
+    try:
+        [pod] = pods(cluster, "killed")
+        uid = pod["metadata"]["uid"]
+        for process in cluster.run("pgrep", "-f", "modelpack serve").split():
+            if uid in cluster.run("cat", f"/proc/{process}/cgroup", check=False):
+                cluster.run("kill", "-9", process)
+
+        def is_back() -> bool:
+            [status] = pods(cluster, "killed")[0]["status"]["containerStatuses"]
+            return bool(status["restartCount"] == 1 and status["ready"])
+
+        until("the server is restarted", is_back, 90, lambda: cluster.kubectl("get", "pods"))
+        [again] = pods(cluster, "killed")
+        assert again["metadata"]["uid"] == uid
+        assert ask(cluster, "killed", "tiny", "Hello")["usage"]["completion_tokens"] > 0
+    finally:
+        delete(cluster, text)
+
+
+def test_a_wrong_digest_leaves_the_old_pod_serving(cluster: Cluster) -> None:
+    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "wrong", "--served-model-name", "tiny")
+    apply(cluster, text, "wrong")
+    try:
+        [old] = pods(cluster, "wrong")
+        digest = old["spec"]["initContainers"][0]["command"][2].partition("@")[2]
+        cluster.kubectl("apply", "-f", "-", input=text.replace(digest, f"sha256:{'0' * 64}"))
+
+        def is_refused() -> bool:
+            return "no such manifest" in why_pulls_failed(cluster, "wrong")
+
+        until("the new pod says why", is_refused, 60, lambda: cluster.kubectl("describe", "pods"))
+        assert ask(cluster, "wrong", "tiny", "Hello")["usage"]["completion_tokens"] > 0
+    finally:
+        delete(cluster, text)
+
+
+def test_a_model_that_somebody_else_signed_does_not_reach_the_cluster(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--verify-key` verifies before it prints; pods pull the digest that was verified."""
+    monkeypatch.setenv("COSIGN_PASSWORD", "secret")
+    directory = cluster.directory / "keys"
+    directory.mkdir()
+    reference = f"{REGISTRY}/team/signed:v1"
+    package(cluster, reference, "--safetensors-dir", str(cluster.directory / "v1"))
+    for name in ("ours", "theirs"):
+        modelpack(cluster, "keygen", str(directory / name))
+    ours, theirs = (directory / f"{name}.pub" for name in ("ours", "theirs"))
+    modelpack(cluster, "sign", reference, "--plain-http", "--key", str(ours.with_suffix(".key")))
+    with pytest.raises(ClusterError, match="signature"):
+        manifests(cluster, reference, "signed", "--verify-key", str(theirs))
+    text = manifests(cluster, reference, "signed", "--verify-key", str(ours))
+    apply(cluster, text, "signed")
+    delete(cluster, text)
+
+
+def test_the_restricted_policy_admits_the_pods(cluster: Cluster) -> None:
+    cluster.kubectl("create", "namespace", "strict")
+    cluster.kubectl("label", "namespace", "strict", "pod-security.kubernetes.io/enforce=restricted")
+    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "tiny", "--namespace", "strict")
+    cluster.kubectl("apply", "-f", "-", input=text)
+    try:
+        cluster.kubectl("rollout", "status", "deployment/tiny", "-n", "strict", "--timeout=120s")
+    finally:
+        delete(cluster, text)
+    refused = manifests(
+        cluster, f"{REGISTRY}/team/tiny:v1", "root", "--namespace", "strict", "--user", "0"
+    )
+    cluster.kubectl("apply", "-f", "-", input=refused)
+    try:
+
+        def is_refused() -> bool:
+            return "violates PodSecurity" in cluster.kubectl("describe", "rs", "-n", "strict")
+
+        until("root is refused", is_refused, 60, lambda: cluster.kubectl("get", "rs", "-A"))
+    finally:
+        delete(cluster, refused)
+
+
+def test_the_server_takes_the_autoscaler(cluster: Cluster) -> None:
+    text = manifests(
+        cluster, f"{REGISTRY}/team/tiny:v1", "scaled", "--replicas", "2", "--max-replicas", "4"
+    )
+    told = cluster.kubectl("apply", "--dry-run=server", "-f", "-", input=text)
+    for kind in ("deployment.apps", "service", "horizontalpodautoscaler.autoscaling",
+                 "poddisruptionbudget.policy"):  # fmt: skip
+        assert f"{kind}/scaled created (server dry run)" in told
