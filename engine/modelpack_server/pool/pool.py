@@ -363,8 +363,8 @@ class ModelPool:
         except NotFoundError:
             return
         if found.adapter == name:
-            text = f"The lora adapter '{name}' has already been loaded."
-            raise RequestError(text, param="lora_name", hint="unload it first")
+            text = f"The lora adapter '{name}' has already been loaded."  # vLLM's
+            raise RequestError(text, param="lora_name")
         raise RequestError(f"{name} is the name of a model, {found.key}", param="lora_name")
 
     def _adapter_loading(self) -> AdapterLoading:

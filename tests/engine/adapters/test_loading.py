@@ -112,7 +112,7 @@ def test_load_and_unload(world: World) -> None:
             again = load(http, "first", TWO)
             assert again.status_code == 400
             error = again.json()["error"]
-            assert error["message"].startswith("The lora adapter 'first' has already been loaded.")
+            assert error["message"] == "The lora adapter 'first' has already been loaded."
             assert error["param"] == "lora_name"
             for name in ("first", "second"):
                 reply = unload(http, name)
