@@ -1,11 +1,12 @@
 """MtpHead: a model's own layer for multi-token prediction, which drafts tokens.
 
-Models such as MiMo are trained with a further layer that predicts one more token, from the model's
-last hidden state and the embedding of the next token. mlx-lm's classes drop its weights;
-`load_mtp_head` reads them from the model's files. `speculation.eagle` drafts with it as with an
-EAGLE-3 head.
+Models such as MiMo are trained with a further layer that predicts one more token, from the output
+of the model's last layer, before the norm, and the embedding of the next token. mlx-lm's classes
+drop its weights; `load_mtp_head` reads them from the model's files. `speculation.eagle` drafts with
+it as with an EAGLE-3 head.
 
-Sources: Xiaomi, MiMo, arXiv:2505.07608; DeepSeek-AI, DeepSeek-V3, arXiv:2412.19437, section 2.2.
+Sources: Xiaomi, MiMo, arXiv:2505.07608, and its vLLM, whose model returns the state before the
+norm; DeepSeek-AI, DeepSeek-V3, arXiv:2412.19437, section 2.2.
 """
 
 from __future__ import annotations

@@ -120,13 +120,19 @@ def shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def expected_drafts(tokens: list[int], count: int) -> list[int]:
-    """Return what the layer drafts after `tokens`, with mlx-lm's own block run from the start."""
+    """Return what the layer drafts after `tokens`, with mlx-lm's own blocks run from the start.
+
+    It reads the model's state before the last norm, as in Xiaomi's own inference code.
+    """
     model = target()
     head = random_head(model)
     block: Any = type(model.layers[0])(model.args)
     own = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
     block.update({name: head[name] for name in own})
-    states, ids, drafted = model.model(mx.array([tokens[:-1]])), tokens[1:], list[int]()
+    states = model.model.embed_tokens(mx.array([tokens[:-1]]))
+    for layer in model.layers:
+        states = layer(states, "causal")
+    ids, drafted = tokens[1:], list[int]()
     for _ in range(count):
         embedded = head.token_layernorm(model.model.embed_tokens(mx.array([ids])))
         both = mx.concatenate([head.hidden_layernorm(states), embedded], axis=-1)
