@@ -313,8 +313,8 @@ def load_tensors(
 ) -> dict[str, mx.array]:
     """Return the `wanted` tensors of safetensors files, which have these shapes.
 
-    Raises `ModelLoadError` for those that are missing or of another shape; `what` names their
-    owner.
+    Raises `ModelLoadError` for those that are missing or of another shape, and for weights that
+    are not floats, such as fp8, which MLX reads as integers; `what` names their owner.
     """
     shapes = tensor_shapes(files, renamed)
     for name, shape in wanted.items():
@@ -329,6 +329,13 @@ def load_tensors(
         read: Any = mx.load(str(path), format="safetensors")
         found = ((renamed(name), array) for name, array in read.items())
         arrays |= {name: array for name, array in found if name in wanted}
+    for name, array in arrays.items():
+        if name.endswith((".weight", ".bias")) and not mx.issubdtype(array.dtype, mx.floating):
+            raise ModelLoadError(
+                f"{what}'s tensor {name} is stored as {str(array.dtype).rpartition('.')[2]}, "
+                "expected floats",
+                hint="use weights that are not quantised",
+            )
     return arrays
 
 

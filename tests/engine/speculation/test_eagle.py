@@ -255,6 +255,11 @@ def without(name: str) -> dict[str, mx.array]:
         ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, None, "expected three layers"),
         ({"draft_vocab_size": 99}, None, r"lm_head.weight is \[100, 64\], expected \[99, 64\]"),
         ({}, without("fc.weight"), "has no tensor fc.weight"),
+        (
+            {},
+            {**without(""), "norm.weight": mx.ones((64,), mx.uint8)},
+            "norm.weight is stored as uint8",
+        ),
         ({}, {**without(""), "d2t": mx.full((DRAFT_VOCAB,), 200)}, "tokens outside of its vocab"),
         ({}, {**without(""), "layers.1.mlp": mx.zeros((1,))}, "an unknown tensor: layers.1.mlp"),
     ],

@@ -238,6 +238,10 @@ def tensors(**changed: mx.array | None) -> Arrays:
             tensors(input_proj__weight=mx.zeros((64, 64))),
             r"input_proj.weight is \[64, 64\], expected \[64, 128\]",
         ),
+        (
+            tensors(input_proj__weight=mx.zeros((64, 128), mx.uint8)),
+            "input_proj.weight is stored as uint8, expected floats",
+        ),
     ],
 )
 def test_files_without_the_layer(tmp_path: Path, head: Arrays, says: str) -> None:
