@@ -114,6 +114,10 @@ class Engine(BaseEngine):
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
         self.memory_bytes = self.weight_bytes + self.kv_cache_bytes + self._sizes.step_bytes
         self._runner = self._make_runner(loaded, layout)
+        notes = list(loaded.notes)
+        if self.vision is not None and self.vision.processor.mrope and self._runner.tier != "paged":
+            self.vision, self.no_vision = None, "M-RoPE positions need the paged tier"
+            notes.append(f"pictures are not read: {self.no_vision}")
         self._adapters: AdapterSet | None = None
         rows = self._runner.adapter_rows
         if self.config.max_loras and rows is not None:
@@ -141,10 +145,10 @@ class Engine(BaseEngine):
         self._sampler = Sampler(
             self.vocab_size, max_num_seqs(self.config), eos_token_ids, self._runner.staging
         )
-        self._speculator, notes = make_speculator(
+        self._speculator, refused = make_speculator(
             self.config, drafting, self._runner, self._sampler, self._sizes, self.vocab_size
         )
-        self.notes = (*loaded.notes, *self._runner.notes, *notes)
+        self.notes = (*notes, *self._runner.notes, *refused)
         self._outputs = OutputProcessor(self._scheduler)
         self._in_flight: LaunchedStep | None = None
         self._clock = StepClock()

@@ -148,6 +148,7 @@ class Media:
 
     `digest` is the SHA-256 of the decoded picture and of everything else that the encoder's
     `inputs` depend on: equal digests mean equal embeddings. `param` names the picture in errors.
+    With M-RoPE, `grid` has the frames, rows and columns of its tokens.
     """
 
     start: int
@@ -155,6 +156,7 @@ class Media:
     digest: bytes
     inputs: Mapping[str, NDArray[Any]] = field(repr=False)
     param: str = "messages"
+    grid: tuple[int, int, int] | None = None
 
     @property
     def stop(self) -> int:

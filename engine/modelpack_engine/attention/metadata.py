@@ -43,10 +43,12 @@ Rotations = dict[tuple[object, ...], tuple[mx.array, list[object]]]
 class Positions(mx.array):
     """Positions of a step's rows, int32 [rows], with their rotation matrices.
 
-    `rotations` is None if MLX's own function rotates the rows.
+    `rotations` is None if MLX's own function rotates the rows. `axes` has those of time, height and
+    width if the step has rows for which they differ (M-RoPE).
     """
 
     rotations: Rotations | None = None
+    axes: tuple[Positions, ...] = ()
 
 
 def make_positions(positions: list[int], *, rotate: bool) -> Positions:
@@ -202,6 +204,9 @@ class StepInputs:
             self.slots = packed[self.num_rows : 2 * self.num_rows]
             self.slot_runs = None
             self.sample_rows = packed[2 * self.num_rows :]
+        self.positions.axes = tuple(
+            make_positions(axis, rotate=self.exact) for axis in batch.rope_positions
+        )
         self.all_rows_sampled = sample_rows == list(range(self.num_rows))
         self.rows_taken, self.active = False, True
         self.adapters.begin(batch.adapter_slots)
@@ -280,7 +285,7 @@ class StepInputs:
     def end(self) -> None:
         """Drop the arrays that only the construction of the graph needed."""
         self._memo = {}
-        self.positions.rotations = None
+        self.positions.rotations, self.positions.axes = None, ()
         self.active = False
         self.adapters.begin([])
         for follower in self.groups[1:]:

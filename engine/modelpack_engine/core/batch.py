@@ -86,6 +86,8 @@ class StepBatch:
     `adapter_slots` has the adapter's slot for each row, -1 for padding; it is empty if no row has
     an adapter. `media_rows` are the rows of pictures: embeddings replace those of their tokens.
     `windows` has the tables of layers whose blocks are in a window pool, for each pool.
+    `rope_positions` has three positions for each row, of time, height and width (M-RoPE). It is
+    empty if `positions` are all three.
     """
 
     token_ids: list[int]
@@ -107,6 +109,7 @@ class StepBatch:
     adapter_slots: list[int] = field(default_factory=list)
     media_rows: tuple[MediaRows, ...] = ()
     windows: tuple[WindowTables, ...] = ()
+    rope_positions: tuple[list[int], ...] = ()
 
     def of_group(self, group: int) -> StepBatch:
         """Return the batch with the slots and tables of window pool `group` - 1; 0 is itself.
@@ -196,6 +199,7 @@ def build_batch(
         adapter_slots=rows.adapter_slots if any(slot > 0 for slot in rows.adapter_slots) else [],
         media_rows=tuple(media_rows),
         windows=tuple(rows.windows),
+        rope_positions=rows.rope_positions(),
     )
 
 
@@ -234,6 +238,22 @@ class _Rows:
         self.decode_seq_ids: list[int] = []
         self.adapter_slots: list[int] = []
         self.windows: list[WindowTables] = []
+        self._rope: list[tuple[int, list[list[int]]]] = []  # first row, and the positions from it
+
+    def rope_positions(self) -> tuple[list[int], ...]:
+        """Return `StepBatch.rope_positions`."""
+        if not self._rope:
+            return ()
+        found = tuple(list(self.positions) for _ in range(3))
+        for row, parts in self._rope:
+            for column, part in zip(found, parts, strict=True):
+                column[row : row + len(part)] = part
+        return found
+
+    def _add_rope(self, row: int, sequence: Sequence, start: int, stop: int) -> None:
+        """Add the rotary positions of rows from `row` on, if pictures change them."""
+        if any(media.grid is not None for media in sequence.media):
+            self._rope.append((row, rope_positions(sequence.media, start, stop)))
 
     def add_decode(
         self,
@@ -255,6 +275,9 @@ class _Rows:
             self.token_ids += token_ids
         if not members:
             return
+        for row, (sequence, position) in enumerate(zip(members, positions, strict=True)):
+            if sequence.media:
+                self._add_rope(row, sequence, position, position + 1)
         size, tables = self._block_size, [sequence.block_table for sequence in members]
         ends = [position // size for position in positions]  # index of each row's last block
         self.positions += positions
@@ -350,6 +373,7 @@ class _Rows:
         stop = start + length
         row, size = len(self.token_ids), self._block_size
         padded_length = self._buckets.pad_chunk(length)
+        self._add_rope(row, sequence, start, stop)
         self.token_ids += token_ids
         self.positions += range(start, stop)
         num_keys = stop + padded_length - length
@@ -376,6 +400,40 @@ class _Rows:
     def _pad(self, count: int) -> None:
         for column in (self.token_ids, self.positions, self.slots):
             column += [0] * count
+
+
+def rope_positions(media: tuple[Media, ...], start: int, stop: int) -> list[list[int]]:
+    """Return the M-RoPE positions [3][stop - start] of tokens `start` to `stop` of a sequence.
+
+    Text has three equal positions. A picture's tokens count frames, rows and columns from the next
+    position on; the text after it continues from the largest of them (Qwen2-VL, section 2.1).
+    """
+    found: list[list[int]] = [[], [], []]
+    at, shift = start, 0
+
+    def add_text(end: int) -> None:
+        for column in found:
+            column += range(at + shift, end + shift)
+
+    for each in media:
+        if each.grid is None:
+            continue
+        if each.start >= stop:
+            break
+        if at < each.start:
+            add_text(each.start)
+            at = each.start
+        _, height, width = each.grid
+        first = each.start + shift
+        for token in range(at - each.start, min(each.stop, stop) - each.start):
+            frame, place = divmod(token, height * width)
+            for column, offset in zip(found, (frame, *divmod(place, width)), strict=True):
+                column.append(first + offset)
+        at = max(at, min(each.stop, stop))
+        shift += max(each.grid) - len(each.token_ids)
+    if at < stop:
+        add_text(stop)
+    return found
 
 
 def _rows_of(proposal: Proposal) -> tuple[int, list[int]]:

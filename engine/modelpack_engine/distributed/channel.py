@@ -125,6 +125,7 @@ LEFT_OUT = frozenset(
         "decode_snapshots",
         "adapter_slots",
         "windows",
+        "rope_positions",
         "media_rows",
     }
 )

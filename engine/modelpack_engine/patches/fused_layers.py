@@ -281,6 +281,7 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
             not isinstance(pools, TokenMajorPools)
             or cache.layout.quantised is not None
             or not cache.step.fuses
+            or cache.step.positions.axes
         ):
             return original(attention, x, mask, cache)
         rows = sums.multiply(x, joint)

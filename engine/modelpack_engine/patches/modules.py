@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from threading import Lock
 from typing import Any
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from modelpack_engine.attention.cache_handle import KVHandle
-from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.metadata import Positions, StepInputs
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.layers.matmul import multiply
 from modelpack_engine.layers.weights import quantised_weights
@@ -165,6 +165,39 @@ def _longcat_ngrams(original: Call, module: Any, input_ids: mx.array, cache: Any
         # Missing tokens count as 0, as does this padding.
         cache[0] = mx.pad(cache[0], [(0, 0), (missing, 0)])
     return embedded
+
+
+@cache
+def _selectors(*sections: int) -> tuple[mx.array, mx.array]:
+    """Return which elements of a head, bool [dims], height and width rotate."""
+    axis_of = [axis for axis, size in enumerate(sections) for _ in range(size)] * 2
+    made = tuple(mx.array([axis == each for axis in axis_of]) for each in (1, 2))
+    mx.eval(made)
+    return made[0], made[1]
+
+
+def rotate_by_axes(model: nn.Module, swaps: ClassSwaps) -> None:
+    """Rotate rows with M-RoPE positions by them, in models whose config has `mrope_section`.
+
+    A section is the number of pairs that one axis rotates; pair i is elements i and i + dims / 2.
+    """
+    text = getattr(getattr(model, "args", None), "text_config", None)
+    rope = text.get("rope_scaling") if isinstance(text, dict) else None
+    sections = rope.get("mrope_section") if isinstance(rope, dict) else None
+    if not isinstance(sections, list):
+        return
+
+    def call(original: Call, module: Any, x: mx.array, offset: Any = 0) -> Any:
+        axes = offset.axes if isinstance(offset, Positions) else ()
+        if not axes:
+            return original(module, x, offset)
+        time, height, width = (original(module, x, axis) for axis in axes)
+        by_height, by_width = _selectors(*sections)
+        return mx.where(by_height, height, mx.where(by_width, width, time))
+
+    for _, module in model.named_modules():
+        if type(module) is nn.RoPE:
+            swaps.override(module, call)
 
 
 def fold_quantised(model: nn.Module, swaps: ClassSwaps, *, dequantise: bool = False) -> int:

@@ -36,6 +36,7 @@ from modelpack_engine.patches.modules import (
     fold_quantised,
     halve_linears,
     patch_modules,
+    rotate_by_axes,
     take_logit_rows,
 )
 from modelpack_engine.runner.hidden_states import HiddenStates
@@ -96,6 +97,7 @@ class Adapted:
         if fused:
             owners = {id(self._owners[id(kv)]): kv for kv in self.paged if id(kv) in self._owners}
             self.fused = fuse(model, owners, self.sums, step, self.swaps, layout.inner)
+        rotate_by_axes(model, self.swaps)  # after `fuse`, which looks for the classes of rotations
         self.folded = fold_quantised(model, self.swaps, dequantise=fused) if fold else 0
         if step.second_stream is not None:
             halve_linears(model, self.swaps, step.second_stream)

@@ -114,12 +114,12 @@ class CompiledSteps:
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
 
-        Its rows must have no adapters, and its prompts must be short, unless the prefill kernel
-        attends from tiles. A recurrent model's step must have no prompts, and a state for every
-        row.
+        Its rows must have no adapters, and no pictures whose tokens have M-RoPE positions; its
+        prompts must be short, unless the prefill kernel attends from tiles. A recurrent model's
+        step must have no prompts, and a state for every row.
         """
         states = self._adapted.states
-        if batch.adapter_slots:
+        if batch.adapter_slots or batch.rope_positions:
             return False
         if states and repeated(batch.decode_seq_ids):
             return False

@@ -3,12 +3,14 @@
 Where mlx-lm has the language model, it runs as without pictures, and `open_tower` adds mlx-vlm's
 vision tower to it. Where mlx-lm has none, `vision_classes` returns a subclass of mlx-vlm's whole
 model, whose `language_tower` the runners run. Both are a `VisionModel`.
+`CLASSES` says what each class needs.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
@@ -20,10 +22,33 @@ from mlx.nn.layers.base import Module
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.patches.mlx_vlm_imports import is_installed, prepare
 
-#: The model types of config.json that mlx-vlm runs.
-WHOLE_TYPES = ("idefics3", "smolvlm")
-#: Those whose language model mlx-lm runs.
-TOWER_TYPES = ("llava",)
+
+@dataclass(frozen=True, slots=True)
+class VisionClass:
+    """What a class of mlx-vlm needs.
+
+    `text_types` are the language models that it computes; without any, mlx-lm runs the language
+    model, and mlx-vlm's tower is added. `placeholder` stands for a picture in chat templates. With
+    `mrope`, tokens have three positions each.
+    """
+
+    text_types: tuple[str, ...] = ()
+    placeholder: str = "<image>"
+    mrope: bool = False
+
+
+_QWEN = VisionClass(placeholder="<|image_pad|>", mrope=True)
+#: The classes by the model type of config.json.
+CLASSES: Mapping[str, VisionClass] = {
+    "idefics3": VisionClass(("idefics3", "llama", "vllama3")),
+    "llava": VisionClass(),
+    "qwen2_5_vl": _QWEN,
+    "qwen2_vl": _QWEN,
+    "smolvlm": VisionClass(("llama", "smolvlm")),
+}
+#: The model types that mlx-vlm runs, and those whose language model mlx-lm runs.
+WHOLE_TYPES = tuple(kind for kind, needs in CLASSES.items() if needs.text_types)
+TOWER_TYPES = tuple(kind for kind, needs in CLASSES.items() if not needs.text_types)
 
 INSTALL_HINT = "pip install 'modelpack[vision]'"
 
@@ -37,16 +62,11 @@ _UNREAD: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
     "sliding_window": (None,),
 }
-#: The language models that mlx-vlm's classes compute: Llama's layers.
-_TEXT_TYPES: Mapping[str, tuple[str, ...]] = {
-    "idefics3": ("idefics3", "llama", "vllama3"),
-    "smolvlm": ("llama", "smolvlm"),
-}
 
 
 def may_read_pictures(config: Mapping[str, Any]) -> bool:
     """Return whether models of this config.json read pictures here, if their files are complete."""
-    return config.get("model_type") in WHOLE_TYPES + TOWER_TYPES and is_installed()
+    return config.get("model_type") in CLASSES and is_installed()
 
 
 class VisionModel(Protocol):
@@ -83,7 +103,7 @@ def _check(config: Mapping[str, Any]) -> None:
         raise ModelLoadError("config.json: text_config is missing")
     if not isinstance(config.get("vision_config"), Mapping):
         raise ModelLoadError("config.json: vision_config is missing")
-    checks = {**_UNREAD, "model_type": _TEXT_TYPES[config["model_type"]]}
+    checks = {**_UNREAD, "model_type": CLASSES[config["model_type"]].text_types}
     heads, width = text.get("num_attention_heads"), text.get("hidden_size")
     if isinstance(heads, int) and isinstance(width, int) and heads > 0:
         checks["head_dim"] = (None, width // heads)
@@ -205,6 +225,8 @@ def open_tower(
     kind = config["model_type"]
     if not is_installed():
         raise ModelLoadError("the extra 'vision' is not installed", hint=INSTALL_HINT)
+    if CLASSES[kind].mrope:
+        _check_mrope(config)
     prepare()
     package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
     table = next(m for name, m in model.named_modules() if name.endswith("embed_tokens"))
@@ -216,6 +238,8 @@ def open_tower(
         ).items()
         if name.removeprefix("model.").startswith(_PREFIXES)
     }
+    if not given:
+        raise ModelLoadError("the files have no vision tower")
     try:
         tower = _tower_class(package)(config, table)
         given = tower.sanitize(given)
@@ -228,6 +252,26 @@ def open_tower(
         tower.set_dtype(dtype)
     tower.eval()
     return tower
+
+
+def _check_mrope(config: Mapping[str, Any]) -> None:
+    """Raise `ModelLoadError` unless the language model rotates by M-RoPE without an extension."""
+    text = config.get("text_config") or config
+    rope = text.get("rope_scaling")
+    rope = rope if isinstance(rope, Mapping) else {}
+    kinds = {rope.get("rope_type", "mrope"), rope.get("type", "mrope")}
+    sections, heads = rope.get("mrope_section"), text.get("num_attention_heads")
+    pairs = text["hidden_size"] // heads // 2 if isinstance(heads, int) and heads > 0 else 0
+    if (
+        not kinds <= {"default", "mrope"}
+        or not isinstance(sections, list)
+        or [type(size) for size in sections] != [int] * 3
+        or min(sections) < 0
+        or sum(sections) != pairs
+    ):
+        raise ModelLoadError(
+            f"config.json: the rotation of {config['model_type']} is not M-RoPE with three sections"
+        )
 
 
 def _quantise(tower: Any, config: Mapping[str, Any], given: Mapping[str, mx.array]) -> None:
@@ -252,12 +296,15 @@ def _tower_class(package: Any) -> Any:
             text_config=SimpleNamespace(hidden_size=text["hidden_size"]),
             vision_config=package.VisionConfig.from_dict(dict(config["vision_config"])),
             image_token_index=config.get("image_token_index", config.get("image_token_id")),
+            image_token_id=config.get("image_token_id"),
+            video_token_id=config.get("video_token_id"),
             vision_feature_layer=config.get("vision_feature_layer", -2),
             vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),
         )
         self.language_model = _Text(table)
         self.vision_tower = package.VisionModel(self.config.vision_config)
-        self.multi_modal_projector = package.llava.LlavaMultiModalProjector(self.config)
+        if not CLASSES[config["model_type"]].mrope:  # Qwen's towers have a merger of their own
+            self.multi_modal_projector = package.llava.LlavaMultiModalProjector(self.config)
         self.vision_feature_layer = self.config.vision_feature_layer
         self.vision_feature_select_strategy = self.config.vision_feature_select_strategy
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from modelpack_engine.errors import RETRY_AFTER, ModelLoadError, QueueFullError, RequestError
 from modelpack_engine.request import Media
+from modelpack_engine.vision.models import CLASSES
 
 #: The largest side, in pixels, to which a preprocessor_config.json may scale pictures.
 MAX_SIDE = 8192
@@ -30,7 +31,7 @@ MAX_SIDE = 8192
 MAX_INPUT_BYTES = 1024 * 1024 * 1024
 _SIZES = ("size", "max_image_size", "crop_size", "pad_size")
 #: The inputs that mlx-vlm's models take, among those that image processors return.
-_INPUTS = ("pixel_values", "pixel_attention_mask")
+_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw")
 
 #: Returns the token ids of a text, in which special tokens are recognised.
 Encode = Callable[[str], list[int]]
@@ -105,8 +106,8 @@ class PictureProcessor:
 
         Raises `ModelLoadError` if the tokenizer has no placeholder, or the settings are wrong.
         """
-        self.image_token = "<image>"  # noqa: S105 - a token of the vocabulary
         self._kind = str(config["model_type"])
+        self.image_token = CLASSES[self._kind].placeholder
         self._config, self._encode = config, encode
         ids = encode(self.image_token)
         self.image_token_id = config.get("image_token_id", config.get("image_token_index"))
@@ -170,8 +171,23 @@ class PictureProcessor:
                 f" {error}",
                 param=picture.param,
             ) from error
+        grid = None
+        if self.mrope:
+            frames, height, width = inputs["image_grid_thw"][0].tolist()
+            merge = self._merge
+            grid = frames, height // merge, width // merge
         digest = hashlib.sha256(self._settings_digest + picture.digest()).digest()
-        return Media(start, tuple(tokens), digest, inputs, picture.param)
+        return Media(start, tuple(tokens), digest, inputs, picture.param, grid)
+
+    @property
+    def mrope(self) -> bool:
+        """Whether tokens have three positions each, so that `Media.grid` is set."""
+        return CLASSES[self._kind].mrope
+
+    @property
+    def _merge(self) -> int:
+        """The rows and columns of patches that become one token."""
+        return int(self._config["vision_config"].get("spatial_merge_size", 2))
 
     @property
     def _is_tiled(self) -> bool:
@@ -179,6 +195,9 @@ class PictureProcessor:
 
     def _text(self, made: Mapping[str, Any], pixels: NDArray[Any]) -> str:
         """Return the text that stands for a picture."""
+        if self.mrope:
+            patches = int(np.prod(made["image_grid_thw"][0]))
+            return self.image_token * (patches // self._merge**2)
         height, width = map(int, pixels.shape[-2:])
         vision = self._config["vision_config"]
         patch = int(vision["patch_size"])
@@ -210,12 +229,14 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     inner = settings.get("image_processor")  # transformers 5 writes it in processor_config.json
     settings = dict(inner if isinstance(inner, Mapping) else settings)
     settings.pop("auto_map", None)
-    for name in _SIZES:
+    in_pixels = CLASSES[config["model_type"]].mrope  # sizes are numbers of pixels, not sides
+    limit = MAX_SIDE**2 if in_pixels else MAX_SIDE
+    for name in (*_SIZES, "min_pixels", "max_pixels"):
         sizes = settings.get(name)
         for value in sizes.values() if isinstance(sizes, Mapping) else [sizes]:
-            if isinstance(value, int | float) and not 0 < value <= MAX_SIDE:
+            if isinstance(value, int | float) and not 0 < value <= limit:
                 raise ModelLoadError(
-                    f"preprocessor_config.json: {name} is {value}, the limit is {MAX_SIDE}"
+                    f"preprocessor_config.json: {name} is {value}, the limit is {limit}"
                 )
     from transformers import AutoImageProcessor
 

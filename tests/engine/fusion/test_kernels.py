@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import qwen2_vl
 
 from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
 from modelpack_engine.core.batch import build_batch
@@ -157,6 +159,49 @@ def test_a_model_runs_on_fused_kernels(host: Host) -> None:
     assert runner.notes == ()
     assert set(runner.fused) == {"attention", "block", "MLP"}
     assert {"rotate", "add_norm", "swiglu", "decode", "rows"} <= {body for body, _ in host.calls}
+
+
+def tiny_qwen2_vl() -> Any:
+    """Return a random Qwen2-VL of mlx-lm, whose heads have sections of 4, 6 and 6 pairs."""
+    mx.random.seed(1)
+    text = {
+        "model_type": "qwen2_vl", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
+        "rms_norm_eps": 1e-5, "rope_theta": 100.0, "tie_word_embeddings": False,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    }  # fmt: skip
+    model = qwen2_vl.Model(qwen2_vl.ModelArgs.from_dict(text))
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("mrope", [False, True])
+def test_only_steps_with_mrope_positions_rotate_outside_of_the_kernel(
+    host: Host, mrope: bool
+) -> None:
+    """Text is fused as in other models; the step of a picture has the same logits as unfused."""
+    found = []
+    for fused in (False, True):
+        runner = make_runner(tiny_qwen2_vl(), num_blocks=8, exact=not fused, compiled=False)
+        assert runner.tier == "paged"
+        assert set(runner.fused) == ({"attention", "block", "MLP"} if fused else set())
+        scheduler = Scheduler(SchedulerConfig(2, 32, 100), BlockManager(8))
+        scheduler.add(Sequence("r", list(range(13)), SamplingParams()))
+        output = scheduler.schedule()
+        assert output is not None
+        batch = build_batch(output, None, runner.buckets, 16)
+        if mrope:
+            axes = tuple([place * n // 2 for place in batch.positions] for n in (2, 1, 3))
+            batch = replace(batch, rope_positions=axes)
+        before = len(host.calls)
+        found.append(runner.forward(batch, mx.array(batch.token_ids, mx.int32)))
+        mx.eval(found[-1])
+        bodies = {body for body, _ in host.calls[before:]}
+        assert ("rotate" in bodies) == (fused and not mrope)
+        assert ("swiglu" in bodies) == fused
+        runner.undo()
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
 def test_hidden_states_after_the_last_layer_have_all_rows(host: Host) -> None:

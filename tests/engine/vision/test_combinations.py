@@ -57,21 +57,24 @@ def head() -> EagleHead:
     return made
 
 
-@pytest.mark.parametrize("method", ["ngram", "draft", "eagle"])
-def test_speculation(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("ngram", "llava"), ("draft", "llava"), ("eagle", "llava"), ("draft", "qwen2_vl")],
+)
+def test_speculation(method: str, kind: str) -> None:
     """A draft model sees the tokens of a picture and not the picture; what it proposes is checked.
 
     A request without pictures is in the same batch.
     """
-    draft: Any = {"ngram": None, "draft": tiny.tiny_loaded("llava"), "eagle": head()}[method]
+    draft: Any = {"ngram": None, "draft": tiny.tiny_loaded(kind), "eagle": head()}[method]
     named = {"draft_model": method} if method == "eagle" else {"speculative_method": method}
-    engine = engine_of("llava", draft, **named)
+    engine = engine_of(kind, draft, **named)
     made = [
         request(engine, TEXT, [ONE, TWO], COUNT), request(engine, "hello hello hello", [], COUNT)
     ]  # fmt: skip
     expected = [
-        tiny.expected("llava", TEXT, [ONE, TWO], COUNT),
-        tiny.expected("llava", "hello hello hello", [], COUNT),
+        tiny.expected(kind, TEXT, [ONE, TWO], COUNT),
+        tiny.expected(kind, "hello hello hello", [], COUNT),
     ]
     assert run(engine, *made) == expected
     assert run(engine, *made) == expected  # from the prefix cache

@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from modelpack_engine.core import batch
+from modelpack_engine.core.batch import rope_positions
 from modelpack_engine.errors import EngineError, QueueFullError, RequestError
 from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.vision.encoder import VisionEncoder, open_vision
@@ -16,7 +18,7 @@ from modelpack_engine.vision.models import VisionModel
 from modelpack_engine.vision.processor import Picture
 from tests.engine.serving.tiny import tiny_engine as text_engine
 from tests.engine.vision import tiny
-from tests.engine.vision.tiny import KINDS, picture, request, run
+from tests.engine.vision.tiny import KINDS, QWEN, picture, request, run
 
 ONE, TWO, WIDE = picture(1), picture(2, 31, 17), picture(3, 16, 64)
 PROMPTS = {
@@ -93,15 +95,16 @@ def test_a_second_question_reads_the_picture_once() -> None:
     assert tokens == tiny.expected("idefics3", "<image>How many?", [ONE])
 
 
-def test_a_preempted_picture_is_computed_again() -> None:
+@pytest.mark.parametrize("kind", ["llava", *QWEN])
+def test_a_preempted_picture_is_computed_again(kind: str) -> None:
     """Blocks for one request and a half: one of the two is preempted and computed again."""
     text, pictures = PROMPTS["one picture"]
-    engine = tiny.tiny_engine("llava", block_size=8, kv_cache_bytes=10 * 8 * 512)
+    engine = tiny.tiny_engine(kind, block_size=8, kv_cache_bytes=10 * 8 * 512)
     made = [request(engine, text, pictures, count=20), request(engine, "ab<image>", [TWO], 20)]
     tokens = run(engine, *made)
     assert engine.stats().num_preemptions > 0
     assert tokens == [
-        tiny.expected("llava", text, pictures, 20), tiny.expected("llava", "ab<image>", [TWO], 20)
+        tiny.expected(kind, text, pictures, 20), tiny.expected(kind, "ab<image>", [TWO], 20)
     ]  # fmt: skip
 
 
@@ -136,6 +139,52 @@ def test_zeroed_embeddings_are_detected(kind: str, monkeypatch: pytest.MonkeyPat
     made = request(engine, text, pictures)
     monkeypatch.setattr(VisionEncoder, "input_embeddings", lambda *_: None)
     assert run(engine, made) != [tiny.expected(kind, text, pictures)]
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_plain_positions_are_detected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: with one position a token, in the prompt or after it, tokens differ."""
+    text, pictures = PROMPTS["between texts"]
+    expected = [tiny.expected(kind, text, pictures, 24)]
+
+    def found() -> list[list[int]]:
+        engine = tiny.tiny_engine(kind)
+        return run(engine, request(engine, text, pictures, 24))
+
+    def transposed(media: tuple[Media, ...], start: int, stop: int) -> list[list[int]]:
+        frames, height, width = rope_positions(media, start, stop)
+        return [frames, width, height]
+
+    def without_shift(media: tuple[Media, ...], start: int, stop: int) -> list[list[int]]:
+        if stop - start > 1:
+            return rope_positions(media, start, stop)
+        return [[start], [start], [start]]  # of a decode row
+
+    assert found() == expected
+    for wrong in (lambda *_: [[], [], []], transposed, without_shift):
+        monkeypatch.setattr(batch, "rope_positions", wrong)
+        assert found() != expected
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_positions_are_those_of_mlx_vlm(kind: str) -> None:
+    """All chunks of prompts with pictures of these sizes in tokens, between these texts."""
+    package, arguments = tiny.arguments_of(kind)
+    peer = package.LanguageModel(arguments.text_config, arguments)
+    for grids in ([(3, 4)], [(1, 5), (6, 2)], [(2, 2), (1, 1), (4, 7)]):
+        ids, media = [1, 2], []
+        for height, width in grids:
+            ids += [tiny.START]
+            tokens = (tiny.PAD,) * (height * width)
+            media.append(Media(len(ids), tokens, b"", {}, grid=(1, height, width)))
+            ids += [*tokens, tiny.END, 3]
+        sizes = mx.array([(1, 2 * height, 2 * width) for height, width in grids])
+        expected, shift = peer.get_rope_index(mx.array([ids]), sizes)
+        rows = [[*row, len(ids) + shift.item()] for row in expected[:, 0].tolist()]
+        for start in range(len(ids) + 1):
+            for stop in range(start + 1, len(ids) + 2):
+                found = rope_positions(tuple(media), start, stop)
+                assert found == [row[start:stop] for row in rows], (grids, start, stop)
 
 
 def test_text_before_two_pictures_is_shared() -> None:

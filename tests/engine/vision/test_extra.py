@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,16 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import load
 from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision import models
 from tests.engine.vision import tiny
+
+TOWERS = ("llava", *tiny.QWEN)
 
 
 @pytest.mark.long
@@ -83,13 +89,15 @@ def test_hostile_vision_configs_beside_text(change: dict[str, int], tmp_path: Pa
     assert loaded.notes[0].startswith("pictures are not read: ")
 
 
-def test_text_is_as_before_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LLaVA's language model is mlx-lm's, with the extra and without it."""
-    seeing = tiny.tiny_loaded("llava")
+@pytest.mark.parametrize("kind", TOWERS)
+def test_text_is_as_before_without_the_extra(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The language model is mlx-lm's, with the extra and without it."""
+    seeing = tiny.tiny_loaded(kind)
     monkeypatch.setattr(models, "is_installed", lambda: False)
-    loaded = tiny.tiny_loaded("llava")
+    loaded = tiny.tiny_loaded(kind)
     assert type(loaded.model) is type(seeing.model)
-    assert type(loaded.model).__module__ == "mlx_lm.models.mistral3"
+    module = "mistral3" if kind == "llava" else "qwen2_vl"
+    assert type(loaded.model).__module__ == f"mlx_lm.models.{module}"
     assert loaded.vision is None
     [note] = loaded.notes
     assert note == (
@@ -99,21 +107,85 @@ def test_text_is_as_before_without_the_extra(monkeypatch: pytest.MonkeyPatch) ->
     assert seeing.weight_bytes > loaded.weight_bytes
 
 
-def test_the_layout_of_transformers_5(tmp_path: Path) -> None:
-    """It saves all parts under `model`."""
-    files = copied("llava", tmp_path)
+def without_tower(path: Path) -> None:
+    weights = mx.load(str(path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    kept = {name: value for name, value in weights.items() if name.startswith("language_model.")}
+    mx.save_safetensors(str(path / "model.safetensors"), kept)
+
+
+YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
+MROPE = {"type": "mrope", "mrope_section": [2, 3, 3]}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "the files have no vision tower"),
+        ({"vision_config": None}, "vision_config is missing"),
+        ({"vision_config": {"patch_size": "?"}}, "config.json|cannot build"),
+        ({"rope_scaling": YARN}, "not M-RoPE with three sections"),
+        ({"rope_scaling": {**MROPE, "mrope_section": [2, 3, 4]}}, "not M-RoPE"),
+        ({"sliding_window": 8, "use_sliding_window": False}, ""),
+    ],
+    ids=["no tower", "no vision", "damaged vision", "yarn", "sections", "window"],
+)
+@pytest.mark.parametrize("kind", tiny.QWEN)
+def test_text_is_never_worse_with_the_extra(
+    kind: str,
+    change: dict[str, object],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Models whose pictures cannot be read load, and answer text with the same tokens."""
+    files = copied(kind, tmp_path, **change)
+    if not change:
+        without_tower(tmp_path)
+    found = []
+    for installed in (True, False):
+        if not installed:
+            monkeypatch.setattr(models, "is_installed", lambda: False)
+        loaded = load(files, device="cpu")
+        if installed:
+            assert (loaded.vision is None) == bool(reason)
+            assert re.search(reason, loaded.no_vision)
+        engine = Engine(loaded, EngineConfig(device="cpu"))
+        ids = engine.tokenizer.encode("hello there", add_special_tokens=False)
+        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+        found.append((tiny.run(engine, EngineRequest(ids, params)), type(loaded.model)))
+    assert found[0] == found[1]
+
+
+def test_mrope_needs_the_paged_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tiers have one position a token: they read text only, rather than wrong positions."""
+    monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "0")
+    engine = tiny.tiny_engine("qwen2_vl")
+    assert engine._runner.tier == "fallback"
+    assert engine.vision is None
+    assert engine.notes == ("pictures are not read: M-RoPE positions need the paged tier",)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_the_layout_of_transformers_5(kind: str, tmp_path: Path) -> None:
+    """It saves all parts under `model`, and convolutions with channels first."""
+    files = copied(kind, tmp_path)
     weights = mx.load(str(tmp_path / "model.safetensors"))
     assert isinstance(weights, dict)
-    renamed = {
-        f"model.{name}".replace("language_model.model.", "language_model.").replace(
-            "model.language_model.lm_head", "lm_head"
-        ): value
-        for name, value in weights.items()
-    }
+    renamed = {}
+    for name, value in weights.items():
+        if kind != "llava":
+            name = name.replace("vision_tower.", "visual.")
+            value = mx.moveaxis(value, -1, 1) if value.ndim == 5 else value
+        name = f"model.{name}".replace("language_model.model.", "language_model.")
+        renamed[name.replace("model.language_model.lm_head", "lm_head")] = value
     mx.save_safetensors(str(tmp_path / "model.safetensors"), renamed)
     loaded = load(files, device="cpu")
     assert loaded.notes == ()
     assert loaded.vision is not None
+    engine = Engine(loaded, EngineConfig(device="cpu"))
+    made = tiny.request(engine, "<image>What is it?", [tiny.picture(1)])
+    assert tiny.run(engine, made) == [tiny.expected(kind, "<image>What is it?", [tiny.picture(1)])]
 
 
 def test_a_missing_tensor_of_the_tower(tmp_path: Path) -> None:

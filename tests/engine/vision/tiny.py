@@ -22,13 +22,16 @@ from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
 
-KINDS = ("idefics3", "llava", "smolvlm")
+QWEN = ("qwen2_5_vl", "qwen2_vl")
+KINDS = ("idefics3", "llava", "smolvlm", *QWEN)
 EOS = 256
 SPECIAL = [
     "<eos>", "<image>", "<fake_token_around_image>", "<global-img>",
     *(f"<row_{y}_col_{x}>" for y in range(1, 5) for x in range(1, 5)),
+    "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>",
 ]  # fmt: skip
 IMAGE = EOS + 1
+PAD, START, END, VIDEO = (EOS + index for index in range(20, 24))
 VOCABULARY = 288
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}"
@@ -55,6 +58,21 @@ _TILED: dict[str, Any] = {
 
 def config_of(kind: str) -> dict[str, Any]:
     """Return config.json of a tiny model."""
+    if kind in QWEN:
+        sizes: dict[str, Any] = {"num_heads": 2, "patch_size": 4, "depth": 2, "in_channels": 3}
+        if kind == "qwen2_5_vl":
+            sizes |= {
+                "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
+                "window_size": 16, "fullatt_block_indexes": [1],
+            }  # fmt: skip
+        else:
+            sizes |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+        return {
+            **_TEXT, "model_type": kind, "image_token_id": PAD, "video_token_id": VIDEO,
+            "vision_start_token_id": START, "vision_end_token_id": END,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "vision_config": {"model_type": kind, "spatial_merge_size": 2, **sizes},
+        }  # fmt: skip
     if kind == "llava":
         vision = {**_VISION, "model_type": "clip_vision_model", "image_size": 16}
         return {
@@ -71,6 +89,12 @@ def config_of(kind: str) -> dict[str, Any]:
 
 def settings_of(kind: str) -> dict[str, Any]:
     """Return preprocessor_config.json of a tiny model."""
+    if kind in QWEN:
+        return {
+            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2,
+            "temporal_patch_size": 2, "min_pixels": 1024, "max_pixels": 2048,
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+        }  # fmt: skip
     if kind == "llava":
         return {
             "image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
@@ -80,6 +104,30 @@ def settings_of(kind: str) -> dict[str, Any]:
         }  # fmt: skip
     name = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
     return {**_TILED, "image_processor_type": f"{name}ImageProcessor"}
+
+
+def placeholder(kind: str) -> str:
+    """Return the token of pictures in a kind's chat template."""
+    return "<|image_pad|>" if kind in QWEN else "<image>"
+
+
+def prompt_of(token: str, text: str) -> str:
+    """Return a text with a model's placeholder for each <image>, as its chat template has it."""
+    if token == "<|image_pad|>":
+        token = f"<|vision_start|>{token}<|vision_end|>"
+    return text.replace("<image>", token)
+
+
+def arguments_of(kind: str) -> tuple[Any, Any]:
+    """Return mlx-vlm's package of a kind, and the config of a tiny model."""
+    prepare()
+    config = config_of(kind)
+    package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
+    arguments = package.ModelConfig.from_dict(dict(config))
+    text = config.get("text_config") or {k: v for k, v in config.items() if k != "vision_config"}
+    arguments.text_config = package.TextConfig.from_dict(text)
+    arguments.vision_config = package.VisionConfig.from_dict(config["vision_config"])
+    return package, arguments
 
 
 def _tokenizer() -> Tokenizer:
@@ -95,12 +143,8 @@ def _tokenizer() -> Tokenizer:
 @cache
 def directory(kind: str) -> Path:
     """Return the directory of a tiny model with reproducible random weights."""
-    prepare()
     config = config_of(kind)
-    package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
-    arguments = package.ModelConfig.from_dict(config)
-    arguments.text_config = package.TextConfig.from_dict(config["text_config"])
-    arguments.vision_config = package.VisionConfig.from_dict(config["vision_config"])
+    package, arguments = arguments_of(kind)
     model = package.Model(arguments)
     mx.random.seed(5)
     weights = {}
@@ -118,7 +162,7 @@ def directory(kind: str) -> Path:
             "vision_feature_select_strategy": "default",
         },
         "tokenizer_config.json": {
-            "eos_token": "<eos>", "chat_template": TEMPLATE,
+            "eos_token": "<eos>", "chat_template": prompt_of(placeholder(kind), TEMPLATE),
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     }  # fmt: skip
@@ -156,9 +200,10 @@ def request(
     engine: Engine, text: str, pictures: list[Picture], count: int = 8, **fields: Any
 ) -> EngineRequest:
     """Return a greedy request of a text with <image> in the places of the pictures."""
+    assert engine.vision is not None
+    text = prompt_of(engine.vision.processor.image_token, text)
     ids, media = engine.tokenizer.encode(text, add_special_tokens=False), ()
     if pictures:
-        assert engine.vision is not None
         ids, media = engine.vision.processor.place(ids, pictures)
     params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
     return EngineRequest(ids, params, media=media, **fields)
@@ -180,16 +225,15 @@ def run(engine: Engine, *requests: EngineRequest) -> list[list[int]]:
 @cache
 def _peer(kind: str) -> tuple[Any, Any]:
     """Return mlx-vlm's model and processor."""
-    prepare()
-    config, path = config_of(kind), directory(kind)
-    package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
-    arguments = package.ModelConfig.from_dict(config)
-    arguments.text_config = package.TextConfig.from_dict(config["text_config"])
-    arguments.vision_config = package.VisionConfig.from_dict(config["vision_config"])
+    path = directory(kind)
+    package, arguments = arguments_of(kind)
     model = package.Model(arguments)
     model.load_weights(str(path / "model.safetensors"))
     processor_module: Any = importlib.import_module(f"mlx_vlm.models.{kind}.processing_{kind}")
-    names = {"idefics3": "Idefics3", "llava": "Llava", "smolvlm": "SmolVLM"}
+    names = {
+        "idefics3": "Idefics3", "llava": "Llava", "qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL",
+        "smolvlm": "SmolVLM",
+    }  # fmt: skip
     processor = getattr(processor_module, f"{names[kind]}Processor").from_pretrained(path)
     return model, processor
 
@@ -201,6 +245,7 @@ def expected(kind: str, text: str, pictures: list[Picture], count: int = 8) -> l
 
     model, processor = _peer(kind)
     images = [Image.fromarray(each.pixels) for each in pictures]
+    text = prompt_of(placeholder(kind), text)
     inputs = processor(images=images or None, text=[text])
     ids = mx.array(inputs.pop("input_ids"))
     pixels = inputs.pop("pixel_values", None)
@@ -208,8 +253,15 @@ def expected(kind: str, text: str, pictures: list[Picture], count: int = 8) -> l
     features = model.get_input_embeddings(ids, pixels, **inputs)
     cache_ = make_prompt_cache(model.language_model)
     found: list[int] = []
-    logits = model.language_model(ids, inputs_embeds=features.inputs_embeds, cache=cache_).logits
+    # As in mlx_vlm.generate: the positions of the prompt, and their distance to those after it.
+    names = ("position_ids", "rope_deltas")
+    given = {name: getattr(features, name, None) for name in names}
+    extra = {name: value for name, value in given.items() if value is not None}
+    logits = model.language_model(
+        ids, inputs_embeds=features.inputs_embeds, cache=cache_, **extra
+    ).logits
+    extra.pop("position_ids", None)
     for _ in range(count):
         found.append(int(mx.argmax(logits[0, -1])))
-        logits = model.language_model(mx.array([[found[-1]]]), cache=cache_).logits
+        logits = model.language_model(mx.array([[found[-1]]]), cache=cache_, **extra).logits
     return found
