@@ -285,6 +285,23 @@ def _quantise(tower: Any, config: Mapping[str, Any], given: Mapping[str, mx.arra
     )
 
 
+def _vision_class(base: Any) -> Any:
+    """Return a vision tower whose windows all have patches.
+
+    Where windows fill a picture, Qwen2.5-VL's of mlx-vlm adds empty ones, as transformers' does,
+    and keeps them: on a GPU, attention over no rows ended the process (SIGFPE, MLX 0.32.4).
+    """
+    if not hasattr(base, "get_window_index"):
+        return base
+
+    def get_window_index(self: Any, grid_thw: mx.array) -> tuple[mx.array, mx.array]:
+        index, edges = base.get_window_index(self, grid_thw)
+        return index, mx.array(list(dict.fromkeys(edges.tolist())))
+
+    body = {"__module__": base.__module__, "get_window_index": get_window_index}
+    return type("VisionModel", (base,), body)
+
+
 def _tower_class(package: Any) -> Any:
     """Return a subclass of mlx-vlm's model without its language model."""
     base = package.Model
@@ -302,7 +319,7 @@ def _tower_class(package: Any) -> Any:
             vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),
         )
         self.language_model = _Text(table)
-        self.vision_tower = package.VisionModel(self.config.vision_config)
+        self.vision_tower = _vision_class(package.VisionModel)(self.config.vision_config)
         if not CLASSES[config["model_type"]].mrope:  # Qwen's towers have a merger of their own
             self.multi_modal_projector = package.llava.LlavaMultiModalProjector(self.config)
         self.vision_feature_layer = self.config.vision_feature_layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -41,6 +42,27 @@ def test_tokens_are_those_of_mlx_vlm(kind: str, name: str) -> None:
     engine = tiny.tiny_engine(kind, max_num_batched_tokens=256)
     made = request(engine, text, pictures)
     assert run(engine, made) == [tiny.expected(kind, text, pictures)]
+
+
+def test_windows_that_fill_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-vlm then has empty windows, which GPUs cannot compute."""
+    prompt = ("<image>What is it?", [picture(1, 32, 32)])
+    engine = tiny.tiny_engine("qwen2_5_vl", max_num_batched_tokens=256)
+    assert engine.vision is not None
+    model: Any = engine.vision.encoder._model
+    _, edges = model.vision_tower.get_window_index(mx.array([[1, 8, 8]]))
+    assert edges.tolist() == [0, 16, 32, 48, 64]
+    found = run(engine, request(engine, *prompt))
+    tower = tiny.arguments_of("qwen2_5_vl")[0].VisionModel
+    of_peer = tower.get_window_index
+
+    def windows(self: Any, grid: mx.array) -> tuple[mx.array, mx.array]:
+        index, edges = of_peer(self, grid)
+        assert len(np.unique(edges)) < len(edges)
+        return index, mx.array(np.unique(edges))
+
+    monkeypatch.setattr(tower, "get_window_index", windows)
+    assert found == [tiny.expected("qwen2_5_vl", *prompt)]
 
 
 def test_it_runs_in_the_paged_tier(kind: str) -> None:
