@@ -28,7 +28,7 @@ from modelpack_engine.vision.models import CLASSES
 #: The largest side, in pixels, to which a preprocessor_config.json may scale pictures.
 MAX_SIDE = 8192
 #: Bytes of the encoder's inputs that all unfinished requests of a model hold together.
-MAX_INPUT_BYTES = 1024 * 1024 * 1024
+MAX_INPUT_BYTES = 2 * 1024 * 1024 * 1024
 _SIZES = ("size", "max_image_size", "crop_size", "pad_size")
 #: The inputs that mlx-vlm's models take, among those that image processors return.
 _INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw")
