@@ -47,6 +47,7 @@ from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_engine.runner.kv_cache_size import (
     Sizes,
     choose_sizes,
+    limit_memory,
     max_num_seqs,
     on_gpu,
     step_memory,
@@ -152,6 +153,7 @@ class Engine(BaseEngine):
         self._outputs = OutputProcessor(self._scheduler)
         self._in_flight: LaunchedStep | None = None
         self._clock = StepClock()
+        limit_memory(self.weight_bytes + self.kv_cache_bytes, self._sizes.step_bytes)
         if self.config.warm_up and on_gpu():
             most = self._speculator.most_rows if self._speculator else 0
             dtype = self._runner.warm_up(self._sizes.step_shapes(self.config, most))

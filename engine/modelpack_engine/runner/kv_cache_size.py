@@ -53,6 +53,10 @@ _STEPS = 2
 
 # Steps' arrays may take one part in this many of a GPU's memory; otherwise steps get fewer rows.
 _STEPS_SHARE = 6
+
+# With more of steps' arrays than one part in this many of the memory for the engine, or than this
+# many bytes if that is more, MLX waits for the GPU (benchmarks/results/engine-h200.md).
+_LIMIT_SHARE, _LEAST_LIMIT = 12, 1536 * 1024**2
 _FEWEST_ROWS = 256
 _FEWEST_BLOCKS = 4
 
@@ -78,7 +82,7 @@ class StepMemory:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes of an engine; `step_bytes` is the expected memory of steps' arrays."""
+    """The sizes of an engine; `step_bytes` is the most memory of steps' arrays, about."""
 
     num_blocks: int
     max_model_len: int
@@ -201,6 +205,9 @@ def choose_sizes(
     num_seqs = max_num_seqs(config)
     tokens = max(config.max_num_batched_tokens or default, 2 * num_seqs)
     step_bytes = _STEPS * tokens * step_memory.per_row + step_memory.per_step
+    if step_bytes:
+        memory = int(device.total_memory() * _memory_share(config))
+        step_bytes = min(step_bytes, max(_LEAST_LIMIT, memory // _LIMIT_SHARE))
 
     def held(length: int, window: int | None = window) -> int:
         """Return the most blocks that a request of `length` tokens holds at once."""
@@ -329,11 +336,7 @@ def _rows_of_a_step(row_bytes: int) -> int:
 
 def _kv_budget(config: EngineConfig, one_context: int, others: int) -> int:
     """Return the bytes of the KV cache: as configured, or the free memory less `others` bytes."""
-    share = memory_fraction()
-    if share is None:
-        share = config.gpu_memory_utilization
-    if not 0 < share <= 1:
-        raise EngineError(f"gpu_memory_utilization is {share}, expected above 0, up to 1")
+    share = _memory_share(config)
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if not on_gpu():
@@ -342,11 +345,31 @@ def _kv_budget(config: EngineConfig, one_context: int, others: int) -> int:
     return max(0, room - _RESERVE - others)
 
 
+def _memory_share(config: EngineConfig) -> float:
+    share = memory_fraction()
+    if share is None:
+        share = config.gpu_memory_utilization
+    if not 0 < share <= 1:
+        raise EngineError(f"gpu_memory_utilization is {share}, expected above 0, up to 1")
+    return share
+
+
+def limit_memory(planned: int, step_bytes: int) -> None:
+    """Make MLX wait for the GPU while steps' arrays take more than `step_bytes`; 0 sets no limit.
+
+    `planned` are the bytes of weights and KV cache, some of which may not exist yet. The limit is
+    the process's; the engine that is made last sets it, and counts the arrays of others.
+    """
+    if step_bytes:
+        mx.set_memory_limit(max(planned, mx.get_active_memory()) + step_bytes)
+
+
 def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
     """Estimate the memory of a step of `model`, without the head, which runs on few rows.
 
     MLX frees an array when the GPU is done with it, and by then the host has launched most of the
-    step: so the arrays of all layers count. With many rows, quantised weights are dequantised.
+    step: so the arrays of all layers count, up to the limit from which MLX waits (`limit_memory`).
+    With many rows, quantised weights are dequantised.
     """
     outputs = dequantised = 0
     norms: list[int] = []

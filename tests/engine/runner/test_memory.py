@@ -85,6 +85,33 @@ def test_steps_leave_less_for_the_kv_cache_on_cuda(gpu: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("total", "share", "expected"),
+    [(141, 1.0, 141 / 12), (141, 0.5, 141 / 24), (24, 0.9, 1.8), (16, 0.9, 1.5), (141, 0.07, 1.5)],
+)
+def test_arrays_of_steps_have_a_limit(
+    gpu: Any, total: float, share: float, expected: float
+) -> None:
+    """Eight billion weights in 4 bits: 15 GiB when dequantised, and 9 GiB of activations."""
+    gpu(CUDA | {"total_memory": int(total * GIB), "free_memory": int(total * GIB)})
+    config = EngineConfig(max_num_seqs=8, kv_cache_bytes=GIB, gpu_memory_utilization=share)
+    memory = StepMemory(per_row=(9 << 30) // 2048, per_step=15 * GIB)
+    found = kv_cache_size.choose_sizes(LAYOUT, 4096, config, step_memory=memory)
+    assert found.step_bytes == pytest.approx(expected * GIB, rel=1e-6)
+
+
+def test_mlx_waits_from_the_limit_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts what is planned or, if more exists already, that."""
+    limits: list[int] = []
+    monkeypatch.setattr(mx, "set_memory_limit", limits.append)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 5)
+    kv_cache_size.limit_memory(7, 0)
+    assert limits == []
+    kv_cache_size.limit_memory(7, 2)
+    kv_cache_size.limit_memory(3, 2)
+    assert limits == [9, 7]
+
+
+@pytest.mark.parametrize(
     ("per_row", "asked", "rows"),
     [
         (0, None, 2048),
