@@ -111,6 +111,14 @@ class StepBatch:
     windows: tuple[WindowTables, ...] = ()
     rope_positions: tuple[list[int], ...] = ()
 
+    @property
+    def rotations(self) -> list[int] | None:
+        """The one rotary position of each row; None if rows of pictures have three."""
+        if not self.rope_positions:
+            return self.positions
+        time, height, width = self.rope_positions
+        return time if time == height == width else None
+
     def of_group(self, group: int) -> StepBatch:
         """Return the batch with the slots and tables of window pool `group` - 1; 0 is itself.
 

@@ -114,12 +114,14 @@ class CompiledSteps:
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
 
-        Its rows must have no adapters, and no pictures whose tokens have M-RoPE positions; its
-        prompts must be short, unless the prefill kernel attends from tiles. A recurrent model's
-        step must have no prompts, and a state for every row.
+        Its rows must have no adapters. With M-RoPE positions it must have no prompts. Prompts must
+        be short, unless the prefill kernel attends from tiles. A recurrent model's step must have
+        no prompts, and a state for every row.
         """
         states = self._adapted.states
-        if batch.adapter_slots or batch.rope_positions:
+        if batch.adapter_slots or batch.rotations is None:
+            return False
+        if batch.rope_positions and batch.chunks:
             return False
         if states and repeated(batch.decode_seq_ids):
             return False
@@ -146,14 +148,16 @@ class CompiledSteps:
         """
         adapted = self._adapted
         positions = np.array(batch.positions, np.int32)
+        rotations = np.array(batch.rotations, np.int32)
         rows = self._lay_out(batch, positions)
         batches = [batch.of_group(group) for group in range(len(self._step.groups))]
         slots = [np.array(of_group.slots, np.int32) for of_group in batches]
         self.places = None
         if rows.order is not None:
             order = np.maximum(rows.order, 0)
-            positions, *slots = (
-                np.where(rows.order < 0, 0, column[order]) for column in (positions, *slots)
+            positions, rotations, *slots = (
+                np.where(rows.order < 0, 0, column[order])
+                for column in (positions, rotations, *slots)
             )
             places = np.zeros(batch.num_rows, np.int32)
             places[order[::-1]] = np.arange(len(order) - 1, -1, -1, dtype=np.int32)
@@ -161,12 +165,12 @@ class CompiledSteps:
             self.places = places
         elif rows.padding:
             token_ids = mx.concatenate([token_ids, mx.zeros((rows.padding,), mx.int32)])
-            positions, *slots = (
-                np.pad(column, (0, rows.padding)) for column in (positions, *slots)
+            positions, rotations, *slots = (
+                np.pad(column, (0, rows.padding)) for column in (positions, rotations, *slots)
             )
         sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
         lengths = positions[: len(rows.tables[0])] + 1
-        columns = [positions, lengths, rows.spans.ravel()]
+        columns = [rotations, lengths, rows.spans.ravel()]
         if sampled is not None:
             columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
         for arrays_of_group in zip(slots, rows.tables, rows.tile_tables, strict=True):

@@ -28,6 +28,7 @@ from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.kv_cache_size import Sizes, step_shapes
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.runner.paged import PagedRunner
+from tests.engine.fusion.test_kernels import tiny_qwen2_vl
 from tests.engine.runner.models import (
     Attention,
     decode,
@@ -84,6 +85,43 @@ def test_the_same_logits(windowed: bool) -> None:
         runs.append(logits_of_a_run(runner))
     for one, other in zip(*runs, strict=True):
         assert mx.allclose(one, other, atol=1e-4).item()
+
+
+def test_text_after_a_picture_rotates_by_its_own_positions() -> None:
+    """With M-RoPE, these are not the places in the sequence, which the lengths still count."""
+    found: list[list[mx.array]] = []
+    for compiled, shift in ((False, 3), (True, 3), (True, 0)):
+        runner = make_runner(
+            tiny_qwen2_vl(), num_blocks=8, buckets=FEW, exact=False, compiled=compiled
+        )
+        assert isinstance(runner, PagedRunner)
+        scheduler = Scheduler(
+            Sizes(8, 128, 48, FEW).scheduler_config(EngineConfig(max_num_seqs=8)), BlockManager(8)
+        )
+        for name, prompt in (("a", [3, 1, 4]), ("b", list(range(20)))):
+            scheduler.add(Sequence(name, prompt, SamplingParams(max_tokens=32)))
+        logits: list[mx.array] = []
+        while len(logits) < 2:
+            output = scheduler.schedule()
+            assert output is not None
+            batch = build_batch(output, None, FEW, 16)
+            if not batch.chunks:
+                turned = [max(place - shift, 0) for place in batch.positions]
+                batch = replace(batch, rope_positions=(turned,) * 3)
+                assert (runner.compiled is not None and runner.compiled.takes(batch)) == compiled
+            made = runner.forward(batch, token_ids(batch))
+            mx.eval(made, runner.pools())
+            if not batch.chunks:
+                logits.append(made[:2])
+            scheduler.submitted(output)
+            scheduler.collect(output, [5 + len(logits)] * len(output.sampled))
+        if runner.compiled is not None:
+            grid = (batch.positions, turned, turned)
+            assert not runner.compiled.takes(replace(batch, rope_positions=grid)) or not shift
+        found.append(logits)
+    for one, other, plain in zip(*found, strict=True):
+        assert mx.allclose(one, other, atol=1e-4).item()
+        assert not mx.allclose(other, plain, atol=1e-4).item()
 
 
 def test_the_same_hidden_states() -> None:
