@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from modelpack_engine.embedding.loader import Purpose
     from modelpack_engine.models import ModelFiles
     from modelpack_engine.runner.base_engine import BaseEngine
+    from modelpack_server.stored_models import Opened
 
 _log = logging.getLogger(__name__)
 
@@ -133,28 +134,24 @@ class StoreCatalogue:
         return self.store
 
     def stored(self) -> Sequence[StoredModel]:
-        """Return the readable models."""
+        """Return the readable models that can be served."""
         found = []
         for store in (*self._files, self.store):
             for model, names, origins in _stored(store):
                 served = self.adapters.named(str(model.digest))
                 if served is not None:
                     found.append(self._described_adapter(served))
-                else:
+                elif not _needs_base(model):
                     found.append(self._described(store, model, names, origins))
         return found
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return an estimate of the loaded model's memory, in bytes."""
-        from modelpack_server.stored_models import (
-            context_length_of_files,
-            open_model,
-            with_drafter,
-        )
+        from modelpack_server.stored_models import context_length_of_files, with_drafter
 
         config = settings.engine_config(self.config)
         store = self._store_of(model.key)
-        opened = open_model(model.key, pull=False, store=store, remote=self.remote)
+        opened = self._opened(model, store)
         weights = self._loaded_bytes(store, opened.model, config)
         if not _generates(opened.files, settings):
             return weights  # the memory of a batch is temporary
@@ -185,12 +182,11 @@ class StoreCatalogue:
             draft_files,
             load_model,
             load_on_ranks,
-            open_model,
             with_drafter,
         )
 
         store = self._store_of(model.key)
-        opened = open_model(model.key, pull=False, store=store, remote=self.remote)
+        opened = self._opened(model, store)
         adapters = self.adapters.of(model.key)
         if not _generates(opened.files, settings):
             if adapters:
@@ -241,6 +237,19 @@ class StoreCatalogue:
         own = ModelDefaults.of_model(opened.model, store)
         defaults = {**sampling_of_files(opened.files), **own.sampling()}
         return LoadedEngine(engine, found.get("type", ""), defaults, own.preface)
+
+    def _opened(self, model: StoredModel, store: LayoutStore) -> Opened:
+        """Open a model; raise `NotFoundError` for an adapter or a drafter, as `open_model` does."""
+        from modelpack_server.stored_models import open_model
+
+        found = stored_model(store, model.key)
+        if _needs_base(found):
+            kind, hint = "an adapter", "add it with --adapter, or by POST /v1/load_lora_adapter"
+            if found.is_drafter:
+                kind, hint = "a drafter", "name its base: the server finds the drafter"
+            name = model.names[0] if model.names else model.key
+            raise NotFoundError(f"{name} is {kind}, which cannot run without its base", hint=hint)
+        return open_model(model.key, pull=False, store=store, remote=self.remote)
 
     def _described(
         self, store: LayoutStore, model: Model, names: tuple[str, ...], origins: tuple[str, ...]
@@ -332,6 +341,13 @@ def _stored(store: LayoutStore) -> Iterator[tuple[Model, tuple[str, ...], tuple[
         if listed.model is not None:
             names = tuple(ref.familiar for ref in listed.references)
             yield listed.model, names, origins.get(listed.model.digest, ())
+
+
+def _needs_base(model: Model) -> bool:
+    """Return whether a model is an adapter or a drafter without weights of its own."""
+    if model.is_drafter:
+        return True
+    return model.is_adapter and all(file.role is not Role.WEIGHT for file in model.files())
 
 
 def _generates(files: ModelFiles, settings: ModelSettings) -> bool:

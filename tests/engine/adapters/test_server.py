@@ -159,6 +159,29 @@ def test_list(url: str, world: World) -> None:
         assert client.models.retrieve(f"{BASE}:one").model_dump()["parent"] == BASE
 
 
+def test_a_stored_adapter_that_is_not_served_is_no_model(world: World) -> None:
+    """It is in no list, and a request that names it gets 404 and a hint."""
+    with world.sources() as sources:
+        found = sources.open(BASE)
+        sources.add_adapter("one", ONE, [found])
+        with ModelServer(
+            lambda: ModelPool(sources.catalogue(CONFIG)), address="127.0.0.1:0"
+        ) as server:
+            with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+                names = {model.id for model in client.models.list()}
+                assert TWO not in names
+                assert {BASE, "one"} <= names
+                with pytest.raises(openai.NotFoundError) as caught:
+                    client.chat.completions.create(
+                        model=TWO, messages=[{"role": "user", "content": "hi"}]
+                    )
+            assert "is an adapter, which cannot run without its base" in str(caught.value)
+            assert "--adapter" in str(caught.value)
+            with ollama.Client(server.url) as tags:
+                listed = {str(model.model) for model in tags.list().models}
+            assert not any(name.startswith(TWO) for name in listed)
+
+
 def test_anthropic_and_ollama(url: str) -> None:
     messages = [{"role": "user", "content": PROMPT}]
     with (

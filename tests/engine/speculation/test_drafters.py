@@ -12,7 +12,7 @@ import pytest
 
 import modelpack
 from modelpack.artifacts import media_types
-from modelpack.errors import ModelpackError
+from modelpack.errors import ModelpackError, NotFoundError
 from modelpack.operations.drafters import package_drafter, stored_drafter
 from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
@@ -83,8 +83,11 @@ def test_the_server_finds_it_and_lists_no_drafter_as_a_model(
 ) -> None:
     package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store)
     catalogue = StoreCatalogue(store, CONFIG)
-    purposes = {model.names[0]: model.purpose for model in catalogue.stored()}
-    assert sorted(purposes.values()) == ["", "generation"]
+    [model] = catalogue.stored()
+    assert model.purpose == "generation"
+    drafter = catalogue.find("ai/tiny:eagle")
+    with pytest.raises(NotFoundError, match="is a drafter, which cannot run without its base"):
+        catalogue.needs(drafter, ModelSettings())
     plain = ModelSettings(engine={"speculative_method": "none"})
     model = catalogue.find("ai/tiny")
     assert catalogue.needs(model, ModelSettings()) > catalogue.needs(model, plain)
