@@ -1,0 +1,168 @@
+"""Compare requests with pictures with mlx-vlm's single-request path, with random weights.
+
+    PYTHONPATH=.:engine python benchmarks/pictures.py [--shape tiny] [--count 64]
+
+The shape is Qwen2.5-VL-7B's; a picture has 924 x 868 pixels and 1,023 tokens. (On a GPU, mlx-vlm
+ends where the tower's windows fill a picture.) Prints one JSON object for each measurement: one
+request, the same picture with another question, `count` requests at once, each with its own
+picture, the same pictures again, and as many requests of text alone. mlx-vlm then answers one
+request, and its times include the processing of the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.models import load
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.vision.processor import Picture
+from tests.engine.vision import tiny
+
+KIND = "qwen2_5_vl"
+_7B: dict[str, Any] = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 1e6,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {
+        "model_type": KIND, "spatial_merge_size": 2, "depth": 32, "hidden_size": 1280,
+        "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "in_channels": 3,
+        "out_hidden_size": 3584, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}  # fmt: skip
+_7B_SETTINGS = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}
+
+
+def show(measured: str, figures: dict[str, Any]) -> None:
+    print(json.dumps({"measured": measured, **figures}), flush=True)
+
+
+def write_model(path: Path, config: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write a model with random weights in bfloat16, or float32 on a CPU."""
+    package, arguments = tiny.arguments_of(KIND)
+    dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
+    mx.random.seed(5)
+    weights = {}
+    for name, value in tree_flatten(package.Model(arguments).parameters()):
+        if value.ndim == 1 and name.endswith("weight"):
+            weights[name] = mx.ones(value.shape, dtype)
+        else:
+            weights[name] = mx.random.normal(value.shape, dtype) / value.shape[-1] ** 0.5
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    documents = {
+        "config.json": config,
+        "preprocessor_config.json": settings,
+        "tokenizer_config.json": {"eos_token": "<eos>", "chat_template": tiny.TEMPLATE,
+                                  "tokenizer_class": "PreTrainedTokenizerFast"},
+    }  # fmt: skip
+    for name, document in documents.items():
+        (path / name).write_text(json.dumps(document))
+    tiny._tokenizer().save(str(path / "tokenizer.json"))
+
+
+def run(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, Any]:
+    """Run requests that are sent at the same time."""
+    began, first, tokens = time.perf_counter(), {}, 0
+    for index, request in enumerate(requests):
+        engine.add_request(f"r{index}", request)
+    while engine.has_work:
+        for event in engine.step():
+            assert event.error is None, event.error
+            if event.token_ids:
+                first.setdefault(event.request_id, time.perf_counter() - began)
+                tokens += len(event.token_ids)
+    seconds = time.perf_counter() - began
+    return {
+        "requests": len(requests), "tokens": tokens, "s": round(seconds, 3),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "first_token_p50_s": round(statistics.median(first.values()), 4),
+        "first_token_max_s": round(max(first.values()), 4),
+    }  # fmt: skip
+
+
+def measure(path: Path, count: int, length: int, pictures: list[Picture]) -> None:
+    gpu = mx.default_device() == mx.gpu
+    config = EngineConfig(
+        max_num_seqs=count,
+        device="gpu" if gpu else "cpu",
+        kv_cache_bytes=(16 << 30) if gpu else (64 << 20),
+    )
+    engine = Engine(load(ModelFiles.from_directory(path), device=config.device), config)
+
+    def asked(index: int, question: str, tokens: int = length) -> EngineRequest:
+        return tiny.request(engine, f"<image>{question}", [pictures[index]], tokens)
+
+    def text(seed: int, size: int) -> EngineRequest:
+        params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
+        ids = np.random.default_rng(seed).integers(0, 200, size).tolist()
+        return EngineRequest(ids, params)
+
+    size = len(asked(0, "What is it?").prompt_token_ids)
+    show("engine", {"notes": engine.notes, "prompt_tokens": size, "count": count})
+    run(engine, [asked(0, "What is it?", 8)])
+    run(engine, [text(seed, size) for seed in range(count)])
+    show("one request", run(engine, [asked(1, "What is it?", 1)]))
+    show("its picture again", run(engine, [asked(1, "How many are there?", 1)]))
+    show("at once", run(engine, [asked(i, "Describe it.") for i in range(count)]))
+    show("the pictures again", run(engine, [asked(i, "Why is it so?") for i in range(count)]))
+    show("text alone", run(engine, [text(count + seed, size) for seed in range(count)]))
+
+
+def measure_peer(path: Path, length: int, picture: Picture) -> None:
+    package, arguments = tiny.arguments_of(KIND)
+    model = package.Model(arguments)
+    model.load_weights(str(path / "model.safetensors"))
+    module: Any = importlib.import_module(f"mlx_vlm.models.{KIND}.processing_{KIND}")
+    processor = module.Qwen2_5_VLProcessor.from_pretrained(path)
+    tiny._peer = lambda _: (model, processor)
+    for tokens in (1, 1, 1, length + 1):
+        began = time.perf_counter()
+        tiny.expected(KIND, "<image>Describe it.", [picture], tokens)
+        seconds = time.perf_counter() - began
+        show("mlx-vlm, one request", {"tokens": tokens, "s": round(seconds, 3)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=["7b", "tiny"], default="7b")
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--length", type=int, default=128)
+    options = parser.parse_args()
+    config, settings, size = tiny.config_of(KIND), tiny.settings_of(KIND), (24, 40)
+    if options.shape == "7b":
+        config, settings, size = config | _7B, settings | _7B_SETTINGS, (924, 868)
+    tiny.config_of = lambda _: config
+    show("versions", {"mlx": mx.__version__, **vars(options)})
+    random = np.random.default_rng(0)
+    pictures = [
+        Picture(random.integers(0, 256, (*size, 3), np.uint8)) for _ in range(options.count)
+    ]
+    with tempfile.TemporaryDirectory(prefix="modelpack-pictures-") as directory:
+        path = Path(directory)
+        write_model(path, config, settings)
+        gc.collect()
+        mx.clear_cache()
+        measure(path, options.count, options.length, pictures)
+        gc.collect()
+        mx.clear_cache()
+        measure_peer(path, options.length, pictures[-1])
+
+
+if __name__ == "__main__":
+    main()
