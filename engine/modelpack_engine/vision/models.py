@@ -28,20 +28,27 @@ class VisionClass:
     """What a class of mlx-vlm needs.
 
     `text_types` are the language models that it computes; without any, mlx-lm runs the language
-    model, and mlx-vlm's tower is added. `placeholder` stands for a picture in chat templates. With
-    `mrope`, tokens have three positions each.
+    model, and mlx-vlm's tower and `projector` are added. `placeholder` stands for a picture in chat
+    templates. With `mrope`, tokens have three positions each; with `in_rows`, tokens of a picture
+    stand in rows that end with a token of their own.
     """
 
     text_types: tuple[str, ...] = ()
     placeholder: str = "<image>"
+    projector: str = "LlavaMultiModalProjector"
     mrope: bool = False
+    in_rows: bool = False
 
 
-_QWEN = VisionClass(placeholder="<|image_pad|>", mrope=True)
+_QWEN = VisionClass(placeholder="<|image_pad|>", projector="", mrope=True)  # the tower projects
 #: The classes by the model type of config.json.
 CLASSES: Mapping[str, VisionClass] = {
     "idefics3": VisionClass(("idefics3", "llama", "vllama3")),
     "llava": VisionClass(),
+    "mistral3": VisionClass(
+        placeholder="[IMG]", projector="Mistral3MultiModalProjector", in_rows=True
+    ),
+    "pixtral": VisionClass(placeholder="[IMG]", in_rows=True),
     "qwen2_5_vl": _QWEN,
     "qwen2_vl": _QWEN,
     "smolvlm": VisionClass(("llama", "smolvlm")),
@@ -308,20 +315,26 @@ def _tower_class(package: Any) -> Any:
 
     def initialise(self: Any, config: Mapping[str, Any], table: Any) -> None:
         Module.__init__(self)
+        needs = CLASSES[config["model_type"]]
         text = config.get("text_config") or config
         self.config = SimpleNamespace(
-            text_config=SimpleNamespace(hidden_size=text["hidden_size"]),
+            text_config=SimpleNamespace(
+                hidden_size=text["hidden_size"], rms_norm_eps=text.get("rms_norm_eps", 1e-5)
+            ),
             vision_config=package.VisionConfig.from_dict(dict(config["vision_config"])),
             image_token_index=config.get("image_token_index", config.get("image_token_id")),
             image_token_id=config.get("image_token_id"),
             video_token_id=config.get("video_token_id"),
-            vision_feature_layer=config.get("vision_feature_layer", -2),
+            spatial_merge_size=config.get("spatial_merge_size", 2),
+            multimodal_projector_bias=config.get("multimodal_projector_bias", False),
+            vision_feature_layer=config.get("vision_feature_layer", -1 if needs.in_rows else -2),
             vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),
         )
         self.language_model = _Text(table)
         self.vision_tower = _vision_class(package.VisionModel)(self.config.vision_config)
-        if not CLASSES[config["model_type"]].mrope:  # Qwen's towers have a merger of their own
-            self.multi_modal_projector = package.llava.LlavaMultiModalProjector(self.config)
+        if needs.projector:
+            module = getattr(package, config["model_type"])
+            self.multi_modal_projector = getattr(module, needs.projector)(self.config)
         self.vision_feature_layer = self.config.vision_feature_layer
         self.vision_feature_select_strategy = self.config.vision_feature_select_strategy
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from modelpack_engine.errors import RETRY_AFTER, ModelLoadError, QueueFullError, RequestError
 from modelpack_engine.request import Media
-from modelpack_engine.vision.models import CLASSES
+from modelpack_engine.vision.models import CLASSES, VisionClass
 
 #: The largest side, in pixels, to which a preprocessor_config.json may scale pictures.
 MAX_SIDE = 8192
@@ -31,7 +31,7 @@ MAX_SIDE = 8192
 MAX_INPUT_BYTES = 2 * 1024 * 1024 * 1024
 _SIZES = ("size", "max_image_size", "crop_size", "pad_size")
 #: The inputs that mlx-vlm's models take, among those that image processors return.
-_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw")
+_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
 
 #: Returns the token ids of a text, in which special tokens are recognised.
 Encode = Callable[[str], list[int]]
@@ -155,13 +155,14 @@ class PictureProcessor:
     def _media(self, picture: Picture, start: int) -> Media:
         from PIL import Image
 
+        images: list[Any] = [Image.fromarray(picture.pixels)]
+        options: dict[str, Any] = {}
+        if self._is_tiled:
+            images, options = [images], {"return_row_col_info": True}
+        elif self._needs.in_rows:
+            options["patch_size"] = {"height": self._token_side, "width": self._token_side}
         try:
-            made = self._image_processor(
-                [[Image.fromarray(picture.pixels)]] if self._is_tiled else
-                [Image.fromarray(picture.pixels)],
-                return_tensors="np",
-                **({"return_row_col_info": True} if self._is_tiled else {}),
-            )  # fmt: skip
+            made = self._image_processor(images, return_tensors="np", **options)
             inputs = {name: np.asarray(made[name]) for name in _INPUTS if name in made}
             tokens = self._encode(self._text(made, inputs["pixel_values"]))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -182,7 +183,17 @@ class PictureProcessor:
     @property
     def mrope(self) -> bool:
         """Whether tokens have three positions each, so that `Media.grid` is set."""
-        return CLASSES[self._kind].mrope
+        return self._needs.mrope
+
+    @property
+    def _needs(self) -> VisionClass:
+        return CLASSES[self._kind]
+
+    @property
+    def _token_side(self) -> int:
+        """The pixels on each side of a token whose picture is in rows."""
+        merge = self._config.get("spatial_merge_size", 2 if self._kind == "mistral3" else 1)
+        return int(self._config["vision_config"]["patch_size"]) * int(merge)
 
     @property
     def _merge(self) -> int:
@@ -198,6 +209,9 @@ class PictureProcessor:
         if self.mrope:
             patches = int(np.prod(made["image_grid_thw"][0]))
             return self.image_token * (patches // self._merge**2)
+        if self._needs.in_rows:
+            rows, columns = (int(size) // self._token_side for size in made["image_sizes"][0])
+            return "[IMG_BREAK]".join([self.image_token * columns] * rows) + "[IMG_END]"
         height, width = map(int, pixels.shape[-2:])
         vision = self._config["vision_config"]
         patch = int(vision["patch_size"])

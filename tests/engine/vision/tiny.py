@@ -23,15 +23,17 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
 
 QWEN = ("qwen2_5_vl", "qwen2_vl")
-KINDS = ("idefics3", "llava", "smolvlm", *QWEN)
+MISTRAL = ("mistral3", "pixtral")
+KINDS = ("idefics3", "llava", *MISTRAL, "smolvlm", *QWEN)
 EOS = 256
 SPECIAL = [
     "<eos>", "<image>", "<fake_token_around_image>", "<global-img>",
     *(f"<row_{y}_col_{x}>" for y in range(1, 5) for x in range(1, 5)),
     "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>",
+    "[IMG]", "[IMG_BREAK]", "[IMG_END]",
 ]  # fmt: skip
 IMAGE = EOS + 1
-PAD, START, END, VIDEO = (EOS + index for index in range(20, 24))
+PAD, START, END, VIDEO, IMG = (EOS + index for index in range(20, 25))
 VOCABULARY = 288
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}"
@@ -73,6 +75,23 @@ def config_of(kind: str) -> dict[str, Any]:
             "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
             "vision_config": {"model_type": kind, "spatial_merge_size": 2, **sizes},
         }  # fmt: skip
+    if kind in MISTRAL:
+        vision = {
+            **_VISION, "model_type": "pixtral", "image_size": 32, "head_dim": 16,
+            "rope_theta": 10000.0,
+        }  # fmt: skip
+        text = {**_TEXT, "model_type": "mistral", "head_dim": 16}
+        if kind == "mistral3":  # with the layers of Ministral 3
+            text |= {"model_type": "ministral3", "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 1.0,
+                "original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1,
+                "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "type": "yarn",
+            }}  # fmt: skip
+        return {
+            "model_type": kind, "text_config": text, "vision_config": vision,
+            "image_token_index": IMG, "vision_feature_layer": -1, "vocab_size": VOCABULARY,
+            **({"spatial_merge_size": 2} if kind == "mistral3" else {}),
+        }  # fmt: skip
     if kind == "llava":
         vision = {**_VISION, "model_type": "clip_vision_model", "image_size": 16}
         return {
@@ -95,6 +114,13 @@ def settings_of(kind: str) -> dict[str, Any]:
             "temporal_patch_size": 2, "min_pixels": 1024, "max_pixels": 2048,
             "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
         }  # fmt: skip
+    if kind in MISTRAL:
+        return {
+            "image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 32},
+            "patch_size": {"height": 4, "width": 4}, "do_convert_rgb": True, "do_normalize": True,
+            "do_rescale": True, "do_resize": True, "image_mean": [0.48, 0.46, 0.41],
+            "image_std": [0.27, 0.26, 0.28], "resample": 3, "rescale_factor": 1 / 255,
+        }  # fmt: skip
     if kind == "llava":
         return {
             "image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
@@ -108,6 +134,8 @@ def settings_of(kind: str) -> dict[str, Any]:
 
 def placeholder(kind: str) -> str:
     """Return the token of pictures in a kind's chat template."""
+    if kind in MISTRAL:
+        return "[IMG]"
     return "<|image_pad|>" if kind in QWEN else "<image>"
 
 
@@ -231,7 +259,8 @@ def _peer(kind: str) -> tuple[Any, Any]:
     model.load_weights(str(path / "model.safetensors"))
     processor_module: Any = importlib.import_module(f"mlx_vlm.models.{kind}.processing_{kind}")
     names = {
-        "idefics3": "Idefics3", "llava": "Llava", "qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL",
+        "idefics3": "Idefics3", "llava": "Llava", "mistral3": "Mistral3", "pixtral": "Pixtral",
+        "qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL",
         "smolvlm": "SmolVLM",
     }  # fmt: skip
     processor = getattr(processor_module, f"{names[kind]}Processor").from_pretrained(path)
