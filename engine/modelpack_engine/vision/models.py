@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
@@ -293,19 +294,49 @@ def _quantise(tower: Any, config: Mapping[str, Any], given: Mapping[str, mx.arra
 
 
 def _vision_class(base: Any) -> Any:
-    """Return a vision tower whose windows all have patches.
+    """Return a vision tower that attends in all windows at once, for one that has windows.
 
-    Where windows fill a picture, Qwen2.5-VL's of mlx-vlm adds empty ones, as transformers' does,
-    and keeps them: on a GPU, attention over no rows ended the process (SIGFPE, MLX 0.32.4).
+    mlx-vlm's Qwen2.5-VL attends in one window after the other. Where windows fill a picture, it
+    adds empty ones, as transformers' does, and keeps them: on a GPU, attention over no rows ended
+    the process (SIGFPE, MLX 0.32.4).
     """
     if not hasattr(base, "get_window_index"):
         return base
+    module: Any = importlib.import_module(base.__module__)
+
+    def initialise(self: Any, config: Any) -> None:
+        base.__init__(self, config)
+        for block in self.blocks:
+            block.attn.__class__ = windowed
 
     def get_window_index(self: Any, grid_thw: mx.array) -> tuple[mx.array, mx.array]:
         index, edges = base.get_window_index(self, grid_thw)
         return index, mx.array(list(dict.fromkeys(edges.tolist())))
 
-    body = {"__module__": base.__module__, "get_window_index": get_window_index}
+    def attend(self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.array) -> mx.array:
+        rows, rotate = len(x), module.apply_rotary_pos_emb_vision
+        parts = self.qkv(x).reshape(rows, 3, self.num_heads, -1)
+        queries, keys = (rotate(parts[None, :, i], rotary_pos_emb)[0] for i in (0, 1))
+        edges = np.array(cu_seqlens)
+        sizes = np.diff(edges)
+        offsets = np.arange(sizes.max())
+        within = offsets < sizes[:, None]  # [windows, rows of the largest]
+        places = mx.array(np.where(within, edges[:-1, None] + offsets, 0))
+        found = mx.fast.scaled_dot_product_attention(
+            *(each[places].swapaxes(1, 2) for each in (queries, keys, parts[:, 2])),
+            scale=self.scale,
+            mask=None if within.all() else mx.array(within)[:, None, None],
+        )
+        found = found.swapaxes(1, 2).reshape(within.size, -1)
+        made: mx.array = self.proj(found[mx.array(np.flatnonzero(within))])
+        return made
+
+    windowed = type("Attention", (module.Attention,), {"__call__": attend})
+    body = {
+        "__init__": initialise,
+        "__module__": base.__module__,
+        "get_window_index": get_window_index,
+    }
     return type("VisionModel", (base,), body)
 
 

@@ -65,6 +65,23 @@ def test_windows_that_fill_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [tiny.expected("qwen2_5_vl", *prompt)]
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (6, 10), (4, 14), (2, 2), (10, 6)])
+def test_all_windows_at_once(grid: tuple[int, int]) -> None:
+    """The tower's embeddings are those of mlx-vlm, which attends in one window after the other."""
+    vision = tiny.tiny_loaded("qwen2_5_vl").vision
+    assert vision is not None
+    model: Any = vision.encoder._model
+    package, arguments = tiny.arguments_of("qwen2_5_vl")
+    peer = package.VisionModel(arguments.vision_config)
+    peer.update(model.vision_tower.parameters())
+    mx.random.seed(0)
+    patches = mx.random.normal((grid[0] * grid[1], 3 * 2 * 4 * 4))
+    sizes = mx.array([[1, *grid]])
+    np.testing.assert_allclose(
+        model.vision_tower(patches, sizes), peer(patches, sizes), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_it_runs_in_the_paged_tier(kind: str) -> None:
     engine = tiny.tiny_engine(kind)
     assert engine._runner.tier == "paged"
