@@ -172,6 +172,8 @@ class StepInputs:
         self.lengths: list[int] = []  # of the sequences of decode rows, with their new tokens
         self._memo: dict[object, object] = {}
         self.positions = make_positions([], rotate=False)
+        #: What is added to the output of the first layers, each [rows, width] (DeepStack).
+        self.additions: tuple[mx.array, ...] = ()
         self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
         self.active = self.all_rows_sampled = self.rows_taken = False
         #: Whether layers compute all rows although few are sampled.
@@ -272,8 +274,8 @@ class StepInputs:
 
     @property
     def fuses(self) -> bool:
-        """Whether a step is being built whose rows have no adapters: layers may be fused."""
-        return self.active and self.adapters.slots is None
+        """Whether a step is being built whose layers may be fused: without adapters, DeepStack."""
+        return self.active and self.adapters.slots is None and not self.additions
 
     @property
     def samples_few(self) -> bool:
@@ -286,7 +288,7 @@ class StepInputs:
         """Drop the arrays that only the construction of the graph needed."""
         self._memo = {}
         self.positions.rotations, self.positions.axes = None, ()
-        self.active = False
+        self.active, self.additions = False, ()
         self.adapters.begin([])
         for follower in self.groups[1:]:
             follower._memo, follower.active = {}, False

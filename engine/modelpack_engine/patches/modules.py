@@ -168,9 +168,12 @@ def _longcat_ngrams(original: Call, module: Any, input_ids: mx.array, cache: Any
 
 
 @cache
-def _selectors(*sections: int) -> tuple[mx.array, mx.array]:
+def _selectors(interleaved: bool, *sections: int) -> tuple[mx.array, mx.array]:
     """Return which elements of a head, bool [dims], height and width rotate."""
-    axis_of = [axis for axis, size in enumerate(sections) for _ in range(size)] * 2
+    axis_of = [axis for axis, size in enumerate(sections) for _ in range(size)]
+    if interleaved:  # time, height, width, time, …, and time for the rest
+        axis_of = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(sum(sections))]
+    axis_of *= 2
     made = tuple(mx.array([axis == each for axis in axis_of]) for each in (1, 2))
     mx.eval(made)
     return made[0], made[1]
@@ -180,24 +183,46 @@ def rotate_by_axes(model: nn.Module, swaps: ClassSwaps) -> None:
     """Rotate rows with M-RoPE positions by them, in models whose config has `mrope_section`.
 
     A section is the number of pairs that one axis rotates; pair i is elements i and i + dims / 2.
+    With `mrope_interleaved`, axes take turns.
     """
     text = getattr(getattr(model, "args", None), "text_config", None)
     rope = text.get("rope_scaling") if isinstance(text, dict) else None
     sections = rope.get("mrope_section") if isinstance(rope, dict) else None
-    if not isinstance(sections, list):
+    if not isinstance(sections, list) or not isinstance(rope, dict):
         return
+    interleaved = bool(rope.get("mrope_interleaved"))
 
     def call(original: Call, module: Any, x: mx.array, offset: Any = 0) -> Any:
         axes = offset.axes if isinstance(offset, Positions) else ()
         if not axes:
             return original(module, x, offset)
         time, height, width = (original(module, x, axis) for axis in axes)
-        by_height, by_width = _selectors(*sections)
+        by_height, by_width = _selectors(interleaved, *sections)
         return mx.where(by_height, height, mx.where(by_width, width, time))
 
     for _, module in model.named_modules():
         if type(module) is nn.RoPE:
             swaps.override(module, call)
+
+
+#: The most layers to whose output DeepStack adds; Qwen3-VL has 3.
+MOST_DEEP = 8
+
+
+def add_to_layers(model: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
+    """Add `step.additions` to the output of the first layers, in models that have DeepStack."""
+    if getattr(getattr(model, "args", None), "model_type", "") not in ("qwen3_vl", "qwen3_vl_moe"):
+        return
+
+    def call(original: Call, module: Any, x: mx.array, *rest: Any, index: int, **named: Any) -> Any:
+        made = original(module, x, *rest, **named)
+        if index < len(step.additions):
+            made = made + step.additions[index].reshape(made.shape)
+        return made
+
+    layers: Any = model.layers
+    for index, layer in enumerate(layers[:MOST_DEEP]):
+        swaps.override(layer, partial(call, index=index))
 
 
 def fold_quantised(model: nn.Module, swaps: ClassSwaps, *, dequantise: bool = False) -> int:

@@ -33,6 +33,7 @@ from modelpack_engine.patches.fused_layers import fuse
 from modelpack_engine.patches.modules import (
     Call,
     ClassSwaps,
+    add_to_layers,
     fold_quantised,
     halve_linears,
     patch_modules,
@@ -98,6 +99,7 @@ class Adapted:
             owners = {id(self._owners[id(kv)]): kv for kv in self.paged if id(kv) in self._owners}
             self.fused = fuse(model, owners, self.sums, step, self.swaps, layout.inner)
         rotate_by_axes(model, self.swaps)  # after `fuse`, which looks for the classes of rotations
+        add_to_layers(model, step, self.swaps)
         self.folded = fold_quantised(model, self.swaps, dequantise=fused) if fold else 0
         if step.second_stream is not None:
             halve_linears(model, self.swaps, step.second_stream)
@@ -203,9 +205,14 @@ class Adapted:
     def run(self, token_ids: mx.array, input_embeddings: mx.array | None = None) -> mx.array:
         """Call the model on the rows of the step that has begun, and end it; return the logits.
 
-        Raises `LostHandleError` if a layer did not attend to its paged cache.
+        `input_embeddings` is [rows, width], or [1 + layers, rows, width] with DeepStack. Raises
+        `LostHandleError` if a layer did not attend to its paged cache.
         """
-        extra = {} if input_embeddings is None else {"input_embeddings": input_embeddings[:, None]}
+        extra = {}
+        if input_embeddings is not None:
+            parts = input_embeddings[None] if input_embeddings.ndim == 2 else input_embeddings
+            extra = {"input_embeddings": parts[0][:, None]}
+            self._step.additions = tuple(parts[1:])
         try:
             logits: mx.array = self.model(token_ids[:, None], cache=self.caches, **extra)
             for paged in self.paged:

@@ -88,7 +88,7 @@ class VisionEncoder:
         return failures
 
     def embeddings(self, media: Media, owner: bytes = b"") -> mx.array:
-        """Return the embeddings [tokens, width] of a picture.
+        """Return the embeddings of a picture, as `VisionModel.embed` does.
 
         Raises `RequestError` if the model cannot encode it.
         """
@@ -121,14 +121,21 @@ class VisionEncoder:
             self._nbytes -= dropped.nbytes
 
     def input_embeddings(self, batch: StepBatch, token_ids: mx.array) -> mx.array | None:
-        """Return the embeddings [rows, width] of a step with pictures, None for other steps."""
+        """Return the embeddings [rows, width] of a step with pictures, None for other steps.
+
+        With DeepStack they are [1 + layers, rows, width].
+        """
         if not batch.media_rows:
             return None
         rows = self._model.embed(token_ids, {})
         for part in batch.media_rows:
             made = self._step[part.owner, part.media.digest]
-            made = made[part.first : part.first + part.length]
-            rows[part.row : part.row + part.length] = made.astype(rows.dtype)
+            made = made[..., part.first : part.first + part.length, :].astype(rows.dtype)
+            if made.ndim > rows.ndim:
+                rows = mx.concatenate(
+                    [rows[None], mx.zeros((len(made) - 1, *rows.shape), rows.dtype)]
+                )
+            rows[..., part.row : part.row + part.length, :] = made
         return rows
 
 
@@ -155,9 +162,9 @@ def open_vision(
     for pixels in noise:
         _, (media,) = vision.processor.place(prompt, [Picture(pixels)])
         embeddings = VisionEncoder(model).embeddings(media)
-        if len(embeddings) != len(media.token_ids):
+        if embeddings.shape[-2] != len(media.token_ids):
             raise EngineError(
-                f"the vision tower returned {len(embeddings)} embeddings for"
+                f"the vision tower returned {embeddings.shape[-2]} embeddings for"
                 f" {len(media.token_ids)} tokens"
             )
         made.append(embeddings)

@@ -31,7 +31,8 @@ class VisionClass:
     `text_types` are the language models that it computes; without any, mlx-lm runs the language
     model, and mlx-vlm's tower and `projector` are added. `placeholder` stands for a picture in chat
     templates. With `mrope`, tokens have three positions each; with `in_rows`, tokens of a picture
-    stand in rows that end with a token of their own.
+    stand in rows that end with a token of their own. Qwen3-VL's towers also return what is added
+    to the output of the first layers (DeepStack).
     """
 
     text_types: tuple[str, ...] = ()
@@ -52,6 +53,8 @@ CLASSES: Mapping[str, VisionClass] = {
     "pixtral": VisionClass(placeholder="[IMG]", in_rows=True),
     "qwen2_5_vl": _QWEN,
     "qwen2_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
     "smolvlm": VisionClass(("llama", "smolvlm")),
 }
 #: The model types that mlx-vlm runs, and those whose language model mlx-lm runs.
@@ -81,7 +84,11 @@ class VisionModel(Protocol):
     """What encodes pictures."""
 
     def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
-        """Return the embeddings [tokens, width] of a prompt's tokens, with a picture's `inputs`."""
+        """Return the embeddings [tokens, width] of a prompt's tokens, with a picture's `inputs`.
+
+        With DeepStack they are [1 + layers, tokens, width]: embeddings, then what is added to the
+        output of each of the first layers.
+        """
 
 
 def vision_classes(config: Mapping[str, Any]) -> tuple[type[Module], type] | None:
@@ -239,7 +246,7 @@ def open_tower(
     package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
     table = next(m for name, m in model.named_modules() if name.endswith("embed_tokens"))
     given = {
-        name.removeprefix("model."): array
+        name.removeprefix("model.").replace("visual.", "vision_tower.", 1): array
         for path in weights
         for name, array in cast(
             dict[str, mx.array], mx.load(str(path), format="safetensors")
@@ -270,6 +277,8 @@ def _check_mrope(config: Mapping[str, Any]) -> None:
     kinds = {rope.get("rope_type", "mrope"), rope.get("type", "mrope")}
     sections, heads = rope.get("mrope_section"), text.get("num_attention_heads")
     pairs = text["hidden_size"] // heads // 2 if isinstance(heads, int) and heads > 0 else 0
+    if isinstance(text.get("head_dim"), int):
+        pairs = text["head_dim"] // 2
     if (
         not kinds <= {"default", "mrope"}
         or not isinstance(sections, list)
@@ -356,6 +365,7 @@ def _tower_class(package: Any) -> Any:
             image_token_index=config.get("image_token_index", config.get("image_token_id")),
             image_token_id=config.get("image_token_id"),
             video_token_id=config.get("video_token_id"),
+            video_token_index=config.get("video_token_id"),
             spatial_merge_size=config.get("spatial_merge_size", 2),
             multimodal_projector_bias=config.get("multimodal_projector_bias", False),
             vision_feature_layer=config.get("vision_feature_layer", -1 if needs.in_rows else -2),
@@ -371,7 +381,9 @@ def _tower_class(package: Any) -> Any:
 
     def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
         made = base.get_input_embeddings(self, token_ids[None], **inputs)
-        return cast(mx.array, made.inputs_embeds[0])
+        rows = cast(mx.array, made.inputs_embeds[0])
+        deep = getattr(made, "deepstack_visual_embeds", None)
+        return rows if deep is None else mx.stack([rows, *deep])
 
     def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         if hasattr(base, "sanitize"):

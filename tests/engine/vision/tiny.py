@@ -22,7 +22,8 @@ from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
 
-QWEN = ("qwen2_5_vl", "qwen2_vl")
+DEEP = ("qwen3_vl", "qwen3_vl_moe")
+QWEN = ("qwen2_5_vl", "qwen2_vl", *DEEP)
 MISTRAL = ("mistral3", "pixtral")
 KINDS = ("idefics3", "llava", *MISTRAL, "smolvlm", *QWEN)
 EOS = 256
@@ -60,6 +61,29 @@ _TILED: dict[str, Any] = {
 
 def config_of(kind: str) -> dict[str, Any]:
     """Return config.json of a tiny model."""
+    if kind in DEEP:
+        text = {
+            **_TEXT, "model_type": f"{kind}_text", "head_dim": 16, "attention_bias": False,
+            "rope_scaling": {
+                "rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 3, 3],
+            },
+        }  # fmt: skip
+        if kind == "qwen3_vl_moe":
+            text |= {
+                "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+            }  # fmt: skip
+        return {
+            "model_type": kind, "text_config": text, "image_token_id": PAD,
+            "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
+            "tie_word_embeddings": False, "vocab_size": VOCABULARY,
+            "vision_config": {
+                "model_type": kind, "depth": 3, "hidden_size": 32, "intermediate_size": 48,
+                "out_hidden_size": 64, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+                "temporal_patch_size": 2, "num_position_embeddings": 16, "in_channels": 3,
+                "deepstack_visual_indexes": [0, 1],
+            },
+        }  # fmt: skip
     if kind in QWEN:
         sizes: dict[str, Any] = {"num_heads": 2, "patch_size": 4, "depth": 2, "in_channels": 3}
         if kind == "qwen2_5_vl":
@@ -174,7 +198,7 @@ def directory(kind: str) -> Path:
     config = config_of(kind)
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
-    mx.random.seed(5)
+    mx.random.seed(8 if kind == "qwen3_vl_moe" else 5)  # answers that depend on what is tested
     weights = {}
     for name, value in tree_flatten(model.parameters()):
         scale = 0.2 if value.ndim == 1 else 1.6 / value.shape[-1] ** 0.5
@@ -257,13 +281,14 @@ def _peer(kind: str) -> tuple[Any, Any]:
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
     model.load_weights(str(path / "model.safetensors"))
-    processor_module: Any = importlib.import_module(f"mlx_vlm.models.{kind}.processing_{kind}")
+    of = kind.removesuffix("_moe")
+    processor_module: Any = importlib.import_module(f"mlx_vlm.models.{of}.processing_{of}")
     names = {
         "idefics3": "Idefics3", "llava": "Llava", "mistral3": "Mistral3", "pixtral": "Pixtral",
-        "qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL",
+        "qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL",
         "smolvlm": "SmolVLM",
     }  # fmt: skip
-    processor = getattr(processor_module, f"{names[kind]}Processor").from_pretrained(path)
+    processor = getattr(processor_module, f"{names[of]}Processor").from_pretrained(path)
     return model, processor
 
 
@@ -283,13 +308,13 @@ def expected(kind: str, text: str, pictures: list[Picture], count: int = 8) -> l
     cache_ = make_prompt_cache(model.language_model)
     found: list[int] = []
     # As in mlx_vlm.generate: the positions of the prompt, and their distance to those after it.
-    names = ("position_ids", "rope_deltas")
+    names = ("position_ids", "rope_deltas", "visual_pos_masks", "deepstack_visual_embeds")
     given = {name: getattr(features, name, None) for name in names}
     extra = {name: value for name, value in given.items() if value is not None}
     logits = model.language_model(
         ids, inputs_embeds=features.inputs_embeds, cache=cache_, **extra
     ).logits
-    extra.pop("position_ids", None)
+    extra = {name: value for name, value in extra.items() if name == "rope_deltas"}
     for _ in range(count):
         found.append(int(mx.argmax(logits[0, -1])))
         logits = model.language_model(mx.array([[found[-1]]]), cache=cache_, **extra).logits
