@@ -36,8 +36,14 @@ from modelpack_engine.distributed.group import Group, make_ordered_runner
 from modelpack_engine.distributed.sharding import shard
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.loader import Shard
-from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu, step_memory
-from modelpack_engine.runner.model_layout import layout_with_cache_type
+from modelpack_engine.runner.kv_cache_size import (
+    Sizes,
+    choose_sizes,
+    limit_memory,
+    on_gpu,
+    step_memory,
+)
+from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_type
 from modelpack_engine.runner.model_runner import ModelRunner
 from modelpack_engine.runner.step import row_token_ids
 from modelpack_engine.sampling.sampler import Sampled
@@ -54,6 +60,7 @@ class _Held:
 
     loaded: LoadedModel
     config: EngineConfig | None = None
+    layout: ModelLayout | None = None  # None: not paged
     sizes: Sizes | None = None
     runner: ModelRunner | None = None
     #: The tokens of the step in flight, and its arrays to wait for.
@@ -126,7 +133,7 @@ class Follower:
             )
         held.config = EngineConfig(**config)
         kv_cache_dtype = parse_kv_cache_dtype(held.config.kv_cache_dtype)
-        layout = layout_with_cache_type(held.loaded.model, kv_cache_dtype)
+        held.layout = layout = layout_with_cache_type(held.loaded.model, kv_cache_dtype)
         held.sizes = choose_sizes(
             layout,
             held.loaded.context_length,
@@ -146,6 +153,9 @@ class Follower:
         number = given.pop("number")
         held.sizes = replace(held.sizes, **given)
         held.runner = make_ordered_runner(held.loaded.model, held.sizes, held.config)
+        per_token = held.layout.bytes_per_token if held.layout else 0
+        cache_bytes = held.sizes.cache_bytes(held.config.block_size, per_token)
+        limit_memory(held.loaded.weight_bytes + cache_bytes, held.sizes.step_bytes)
         self._channel.answer(number, tier=held.runner.tier)
 
     def _unload(self) -> None:
