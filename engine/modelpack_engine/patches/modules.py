@@ -205,10 +205,6 @@ def rotate_by_axes(model: nn.Module, swaps: ClassSwaps) -> None:
             swaps.override(module, call)
 
 
-#: The most layers to whose output DeepStack adds; Qwen3-VL has 3.
-MOST_DEEP = 8
-
-
 def add_to_layers(model: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
     """Add `step.additions` to the output of the first layers, in models that have DeepStack."""
     if getattr(getattr(model, "args", None), "model_type", "") not in ("qwen3_vl", "qwen3_vl_moe"):
@@ -221,7 +217,7 @@ def add_to_layers(model: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None
         return made
 
     layers: Any = model.layers
-    for index, layer in enumerate(layers[:MOST_DEEP]):
+    for index, layer in enumerate(layers):
         swaps.override(layer, partial(call, index=index))
 
 

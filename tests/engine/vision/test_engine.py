@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
+from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.core import batch
 from modelpack_engine.core.batch import rope_positions
 from modelpack_engine.errors import EngineError, QueueFullError, RequestError
+from modelpack_engine.patches.modules import ClassSwaps, add_to_layers
 from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.vision.encoder import VisionEncoder, open_vision
 from modelpack_engine.vision.models import VisionModel
@@ -80,6 +84,22 @@ def test_all_windows_at_once(grid: tuple[int, int]) -> None:
     np.testing.assert_allclose(
         model.vision_tower(patches, sizes), peer(patches, sizes), rtol=1e-4, atol=1e-4
     )
+
+
+def test_rows_are_added_after_each_layer() -> None:
+    """DeepStack may name any number of layers."""
+    model: Any = nn.Module()
+    model.args = SimpleNamespace(model_type="qwen3_vl")
+    model.layers = [nn.Identity() for _ in range(12)]
+    step, swaps = StepInputs(16, exact=True), ClassSwaps()
+    add_to_layers(model, step, swaps)
+    step.additions = tuple(mx.full((2, 3), float(1 << layer)) for layer in range(10))
+    x = mx.zeros((2, 1, 3))
+    for layer in model.layers:
+        x = layer(x)
+    assert x.tolist() == [[[1023.0] * 3]] * 2
+    step.end()
+    assert model.layers[0](x).tolist() == x.tolist()
 
 
 def test_it_runs_in_the_paged_tier(kind: str) -> None:
