@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
@@ -31,8 +32,9 @@ class VisionClass:
     `text_types` are the language models that it computes; without any, mlx-lm runs the language
     model, and mlx-vlm's tower and `projector` are added. `placeholder` stands for a picture in chat
     templates. With `mrope`, tokens have three positions each; with `in_rows`, tokens of a picture
-    stand in rows that end with a token of their own. Qwen3-VL's towers also return what is added
-    to the output of the first layers (DeepStack).
+    stand in rows that end with a token of their own; in both, a token is `merge` x `merge` patches
+    unless the config says otherwise. Qwen3-VL's towers also return what is added to the output of
+    the first layers (DeepStack).
     """
 
     text_types: tuple[str, ...] = ()
@@ -40,6 +42,12 @@ class VisionClass:
     projector: str = "LlavaMultiModalProjector"
     mrope: bool = False
     in_rows: bool = False
+    merge: int = 2
+
+    def merged(self, config: Mapping[str, Any]) -> int:
+        """Return the rows and columns of patches that are one token in the model of `config`."""
+        vision = config["vision_config"]
+        return int(config.get("spatial_merge_size", vision.get("spatial_merge_size", self.merge)))
 
 
 _QWEN = VisionClass(placeholder="<|image_pad|>", projector="", mrope=True)  # the tower projects
@@ -50,7 +58,7 @@ CLASSES: Mapping[str, VisionClass] = {
     "mistral3": VisionClass(
         placeholder="[IMG]", projector="Mistral3MultiModalProjector", in_rows=True
     ),
-    "pixtral": VisionClass(placeholder="[IMG]", in_rows=True),
+    "pixtral": VisionClass(placeholder="[IMG]", in_rows=True, merge=1),
     "qwen2_5_vl": _QWEN,
     "qwen2_vl": _QWEN,
     "qwen3_vl": _QWEN,
@@ -276,15 +284,15 @@ def _check_mrope(config: Mapping[str, Any]) -> None:
     rope = rope if isinstance(rope, Mapping) else {}
     kinds = {rope.get("rope_type", "mrope"), rope.get("type", "mrope")}
     sections, heads = rope.get("mrope_section"), text.get("num_attention_heads")
-    pairs = text["hidden_size"] // heads // 2 if isinstance(heads, int) and heads > 0 else 0
-    if isinstance(text.get("head_dim"), int):
-        pairs = text["head_dim"] // 2
+    width = text.get("head_dim")
+    if not isinstance(width, int):
+        width = text["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else 0
     if (
         not kinds <= {"default", "mrope"}
         or not isinstance(sections, list)
         or [type(size) for size in sections] != [int] * 3
         or min(sections) < 0
-        or sum(sections) != pairs
+        or sum(sections) != width // 2
     ):
         raise ModelLoadError(
             f"config.json: the rotation of {config['model_type']} is not M-RoPE with three sections"
@@ -300,6 +308,20 @@ def _quantise(tower: Any, config: Mapping[str, Any], given: Mapping[str, mx.arra
         mode=settings.get("mode", "affine"),
         class_predicate=lambda path, _: f"{path}.scales" in given,
     )
+
+
+@lru_cache(maxsize=4)  # those of all layers for a picture
+def _windows(edges: tuple[int, ...]) -> tuple[mx.array, mx.array | None, mx.array]:
+    """Return the rows of windows [windows, rows of the largest], their mask, and the rows to keep.
+
+    Windows are the rows between successive `edges`. Rows of padding are row 0, and masked.
+    """
+    starts, sizes = np.array(edges[:-1]), np.diff(edges)
+    offsets = np.arange(sizes.max())
+    within = offsets < sizes[:, None]
+    places = mx.array(np.where(within, starts[:, None] + offsets, 0))
+    mask = None if within.all() else mx.array(within[:, None, None])
+    return places, mask, mx.array(np.flatnonzero(within))
 
 
 def _vision_class(base: Any) -> Any:
@@ -326,18 +348,14 @@ def _vision_class(base: Any) -> Any:
         rows, rotate = len(x), module.apply_rotary_pos_emb_vision
         parts = self.qkv(x).reshape(rows, 3, self.num_heads, -1)
         queries, keys = (rotate(parts[None, :, i], rotary_pos_emb)[0] for i in (0, 1))
-        edges = np.array(cu_seqlens)
-        sizes = np.diff(edges)
-        offsets = np.arange(sizes.max())
-        within = offsets < sizes[:, None]  # [windows, rows of the largest]
-        places = mx.array(np.where(within, edges[:-1, None] + offsets, 0))
+        places, mask, kept = _windows(tuple(np.array(cu_seqlens).tolist()))
         found = mx.fast.scaled_dot_product_attention(
             *(each[places].swapaxes(1, 2) for each in (queries, keys, parts[:, 2])),
             scale=self.scale,
-            mask=None if within.all() else mx.array(within)[:, None, None],
+            mask=mask,
         )
-        found = found.swapaxes(1, 2).reshape(within.size, -1)
-        made: mx.array = self.proj(found[mx.array(np.flatnonzero(within))])
+        found = found.swapaxes(1, 2).reshape(places.size, -1)
+        made: mx.array = self.proj(found[kept])
         return made
 
     windowed = type("Attention", (module.Attention,), {"__call__": attend})
@@ -366,7 +384,7 @@ def _tower_class(package: Any) -> Any:
             image_token_id=config.get("image_token_id"),
             video_token_id=config.get("video_token_id"),
             video_token_index=config.get("video_token_id"),
-            spatial_merge_size=config.get("spatial_merge_size", 2),
+            spatial_merge_size=needs.merged(config),
             multimodal_projector_bias=config.get("multimodal_projector_bias", False),
             vision_feature_layer=config.get("vision_feature_layer", -1 if needs.in_rows else -2),
             vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),

@@ -190,15 +190,14 @@ class PictureProcessor:
         return CLASSES[self._kind]
 
     @property
-    def _token_side(self) -> int:
-        """The pixels on each side of a token whose picture is in rows."""
-        merge = self._config.get("spatial_merge_size", 2 if self._kind == "mistral3" else 1)
-        return int(self._config["vision_config"]["patch_size"]) * int(merge)
-
-    @property
     def _merge(self) -> int:
         """The rows and columns of patches that become one token."""
-        return int(self._config["vision_config"].get("spatial_merge_size", 2))
+        return self._needs.merged(self._config)
+
+    @property
+    def _token_side(self) -> int:
+        """The pixels on each side of a token whose picture is in rows."""
+        return int(self._config["vision_config"]["patch_size"]) * self._merge
 
     @property
     def _is_tiled(self) -> bool:
