@@ -67,9 +67,8 @@ def copied(kind: str, path: Path, **change: object) -> ModelFiles:
     for file in tiny.directory(kind).iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     config = tiny.config_of(kind)
-    text = {name: value for name, value in change.items() if name == "rope_scaling"}
-    if kind in tiny.DEEP and text:
-        change = {"text_config": config["text_config"] | text}
+    if kind in tiny.DEEP and "vision_config" not in change:
+        change = {"text_config": config["text_config"] | change}
     (path / "config.json").write_text(json.dumps(config | change))
     return ModelFiles.from_directory(path)
 
