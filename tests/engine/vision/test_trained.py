@@ -26,7 +26,6 @@ from fixtures.pictures import model, samples
 from modelpack import package
 from modelpack.builder.request import PackageRequest
 from modelpack.store.layout import LayoutStore
-from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
@@ -140,12 +139,8 @@ def test_another_picture_is_another_answer(address: str) -> None:
 @pytest.mark.long
 def test_the_answers_are_mlx_vlms(address: str, directory: Path) -> None:
     """mlx-vlm's processor and model give the same text for the same files."""
-    prepare()
-    package_: Any = importlib.import_module("mlx_vlm.models.idefics3")
+    package_, arguments = model.peer_package()
     processing: Any = importlib.import_module("mlx_vlm.models.idefics3.processing_idefics3")
-    arguments = package_.ModelConfig.from_dict(dict(model.CONFIG))
-    arguments.text_config = package_.TextConfig.from_dict(model.CONFIG["text_config"])
-    arguments.vision_config = package_.VisionConfig.from_dict(model.CONFIG["vision_config"])
     peer = package_.Model(arguments)
     weights = peer.sanitize(mx.load(str(directory / "model.safetensors")))
     weights["language_model.lm_head.weight"] = weights["language_model.embed_tokens.weight"]
