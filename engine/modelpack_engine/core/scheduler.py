@@ -416,6 +416,7 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
+        sequence.media = ()  # the runner keeps its last batch, and pictures are large
         self._num_finished += 1
         choices = self._requests[sequence.request_id]
         choices.remove(sequence)
