@@ -24,7 +24,7 @@ from modelpack_engine.attention.kv_pools import (
     slot_runs,
     visible,
 )
-from modelpack_engine.kernels import TILE_ROWS, Tiles
+from modelpack_engine.kernels import Tiles
 from modelpack_engine.platform.device import Staging, usable_processors
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class StepInputs:
 
     def begin_rows(
         self,
-        positions: mx.array,
+        rotations: mx.array,
         slots: mx.array,
         decode: tuple[mx.array, mx.array],
         sample_rows: mx.array | None,
@@ -246,13 +246,16 @@ class StepInputs:
         """Begin a step of `decode` rows: their block tables, int32 [rows, width], and lengths.
 
         The rows after them are those of `tiles`. `sample_rows` None stands for all rows.
+        `rotations` are the rotary positions [axes, rows], with one axis or, for M-RoPE, three.
         """
-        self.num_rows, self.num_decode = positions.shape[0], decode[0].shape[0]
+        self.num_rows, self.num_decode = rotations.shape[1], decode[0].shape[0]
         self.tiles = tiles
         self.decode_seq_ids, self.chunks = (), ()
         self._tables, self.lengths = [], []
         self._memo = {"rows": decode}
-        self.positions = Positions(positions)
+        self.positions = Positions(rotations[0])
+        if len(rotations) > 1:
+            self.positions.axes = tuple(Positions(axis) for axis in rotations)
         self.slots, self.slot_runs = slots, None
         self.all_rows_sampled = sample_rows is None
         self.sample_rows = mx.zeros((0,), mx.int32) if sample_rows is None else sample_rows
@@ -268,9 +271,8 @@ class StepInputs:
     ) -> None:
         """Begin the step that `begin_rows` of `leader` began, with other slots and tables."""
         rows = None if leader.all_rows_sampled else leader.sample_rows
-        positions = leader.positions
-        self.begin_rows(positions, slots, decode, rows, tiles)
-        self.positions = positions
+        self.begin_rows(leader.positions[None], slots, decode, rows, tiles)
+        self.positions = leader.positions
 
     @property
     def fuses(self) -> bool:
@@ -315,13 +317,7 @@ class StepInputs:
     def tile_rows(self) -> tuple[mx.array, mx.array]:
         """Return block tables and lengths of the rows of tiles, as if each of them decoded."""
         assert self.tiles is not None, "the step has no tiles"
-        return self.remember(
-            "tile rows",
-            lambda: (
-                mx.repeat(self.tiles.tables, TILE_ROWS, axis=0),  # type: ignore[union-attr]
-                self.positions[self.num_decode :] + 1,
-            ),
-        )
+        return self.remember("tile rows", self.tiles.as_rows)
 
     def keys_of(self, row: int, chunk: int | None, window: int | None) -> KeyRange:
         """Return the keys that decode row `row`, or the tokens of `chunk`, see, without padding."""

@@ -33,6 +33,13 @@ class Tiles:
     tables: mx.array
     spans: mx.array
 
+    def as_rows(self) -> tuple[mx.array, mx.array]:
+        """Return the block tables and lengths of the rows, as if each of them decoded."""
+        first, count = self.spans[:, :1], self.spans[:, 1:]
+        places = mx.arange(TILE_ROWS, dtype=mx.int32)
+        lengths = mx.where(places < count, first + places, 0) + 1
+        return mx.repeat(self.tables, TILE_ROWS, axis=0), lengths.reshape(-1)
+
 
 def refusal(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
     """Return why the kernel does not support this attention, or None."""

@@ -55,7 +55,7 @@ class Layout:
     The graph has `rows` rows, of which `decode` are decode rows with block tables of `width`
     columns. The other rows are in `tiles` tiles with block tables of `tile_width` columns. The
     graph returns logits of `sampled` rows; None stands for all rows. Each of `groups` groups of
-    layers has slots and tables.
+    layers has slots and tables. Rows have one rotary position on each of `axes` axes.
     """
 
     rows: int
@@ -65,13 +65,14 @@ class Layout:
     tile_width: int
     sampled: int | None
     groups: int = 1
+    axes: int = 1
 
     def cut(self, packed: mx.array) -> list[mx.array]:
-        """Split `packed` into positions, lengths, spans, sampled rows, and arrays of each group.
+        """Split `packed` into rotations, lengths, spans, sampled rows, and arrays of each group.
 
         These are slots, tables and tile tables.
         """
-        common = (self.rows,), (self.decode,), (self.tiles, 2), (self.sampled or 0,)
+        common = (self.axes, self.rows), (self.decode,), (self.tiles, 2), (self.sampled or 0,)
         of_group = (self.rows,), (self.decode, self.width), (self.tiles, self.tile_width)
         found, start = [], 0
         for shape in (*common, *of_group * self.groups):
@@ -114,14 +115,11 @@ class CompiledSteps:
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
 
-        Its rows must have no adapters. With M-RoPE positions it must have no prompts. Prompts must
-        be short, unless the prefill kernel attends from tiles. A recurrent model's step must have
-        no prompts, and a state for every row.
+        Its rows must have no adapters. Prompts must be short, unless the prefill kernel attends
+        from tiles. A recurrent model's step must have no prompts, and a state for every row.
         """
         states = self._adapted.states
-        if batch.adapter_slots or batch.rotations is None:
-            return False
-        if batch.rope_positions and batch.chunks:
+        if batch.adapter_slots:
             return False
         if states and repeated(batch.decode_seq_ids):
             return False
@@ -140,15 +138,22 @@ class CompiledSteps:
         """Drop all graphs, after a change of the model's modules."""
         self._graphs.clear()
 
-    def forward(self, batch: StepBatch, token_ids: mx.array, sample_rows: list[int]) -> mx.array:
+    def forward(
+        self,
+        batch: StepBatch,
+        token_ids: mx.array,
+        sample_rows: list[int],
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
         """Build a step: return the logits [sampled rows, vocabulary], and replace pools and states.
 
         The logits are padded to a bucket: the next step's rows can then be the sampled ones.
-        Call `adapted.begin` before, which plans where the states come from.
+        Call `adapted.begin` before, which plans where the states come from. `input_embeddings` are
+        as for `adapted.run`.
         """
         adapted = self._adapted
         positions = np.array(batch.positions, np.int32)
-        rotations = np.array(batch.rotations, np.int32)
+        rotations = np.array(batch.rotations or batch.rope_positions, np.int32)
         rows = self._lay_out(batch, positions)
         batches = [batch.of_group(group) for group in range(len(self._step.groups))]
         slots = [np.array(of_group.slots, np.int32) for of_group in batches]
@@ -156,7 +161,7 @@ class CompiledSteps:
         if rows.order is not None:
             order = np.maximum(rows.order, 0)
             positions, rotations, *slots = (
-                np.where(rows.order < 0, 0, column[order])
+                np.where(rows.order < 0, 0, column[..., order])
                 for column in (positions, rotations, *slots)
             )
             places = np.zeros(batch.num_rows, np.int32)
@@ -164,13 +169,16 @@ class CompiledSteps:
             sample_rows = places[sample_rows].tolist()
             self.places = places
         elif rows.padding:
-            token_ids = mx.concatenate([token_ids, mx.zeros((rows.padding,), mx.int32)])
-            positions, rotations, *slots = (
-                np.pad(column, (0, rows.padding)) for column in (positions, rotations, *slots)
-            )
+            after = (0, rows.padding)
+            token_ids = mx.pad(token_ids, after)
+            positions, *slots = (np.pad(column, after) for column in (positions, *slots))
+            rotations = np.pad(rotations, [*[(0, 0)] * (rotations.ndim - 1), after])
+            if input_embeddings is not None:
+                beside = [(0, 0)] * (input_embeddings.ndim - 2)
+                input_embeddings = mx.pad(input_embeddings, [*beside, after, (0, 0)])
         sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
         lengths = positions[: len(rows.tables[0])] + 1
-        columns = [rotations, lengths, rows.spans.ravel()]
+        columns = [rotations.ravel(), lengths, rows.spans.ravel()]
         if sampled is not None:
             columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
         for arrays_of_group in zip(slots, rows.tables, rows.tile_tables, strict=True):
@@ -180,17 +188,24 @@ class CompiledSteps:
             columns.append(order)
         packed = self._staging.put(np.concatenate(columns))
         if rows.order is not None:
-            token_ids = take(token_ids, packed[length : length + len(order)])
+            taken = packed[length : length + len(order)]
+            token_ids = take(token_ids, taken)
+            if input_embeddings is not None:
+                input_embeddings = mx.take(input_embeddings, taken, axis=-2)
         packed = packed[:length]
         (decode, width), (tiles, tile_width) = rows.tables[0].shape, rows.tile_tables[0].shape
-        layout = Layout(len(positions), decode, width, tiles, tile_width, sampled, len(batches))
+        layout = Layout(
+            len(positions), decode, width, tiles, tile_width, sampled, len(batches),
+            axes=rotations.size // len(positions),
+        )  # fmt: skip
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
         arrays: States = [list(state.arrays) for state in adapted.states]
         aside = adapted.rows.set_aside(adapted.states, decode) if arrays else []
         states = [list(state.arrays) for state in adapted.states]
         try:
+            given = [] if input_embeddings is None else [input_embeddings]
             logits, new_pools, arrays, hidden = self._graph(layout)(
-                token_ids, packed, pools, states
+                token_ids, packed, pools, states, given
             )
             adapted.hidden = hidden[0] if hidden else None
             pools = new_pools or pools
@@ -302,15 +317,21 @@ class CompiledSteps:
         return self._tables
 
     def _trace(
-        self, layout: Layout, token_ids: mx.array, packed: mx.array, pools: Pools, states: States
+        self,
+        layout: Layout,
+        token_ids: mx.array,
+        packed: mx.array,
+        pools: Pools,
+        states: States,
+        embeddings: list[mx.array],
     ) -> tuple[mx.array, Pools, States, list[mx.array]]:
-        """Build the graph of a layout from placeholder arrays.
+        """Build the graph of a layout from placeholder arrays; `embeddings` may be empty.
 
         Returns logits, pools and states, and the hidden states if they are recorded. Pools that are
         written in place are not returned: readers within the graph wait for the writes, and later
         steps run later on the same stream.
         """
-        positions, lengths, spans, sample_rows, *of_groups = layout.cut(packed)
+        rotations, lengths, spans, sample_rows, *of_groups = layout.cut(packed)
         some = None if layout.sampled is None else sample_rows
         adapted, step = self._adapted, self._step
         for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
@@ -322,10 +343,10 @@ class CompiledSteps:
         ):
             tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
             if follower is step:
-                step.begin_rows(positions, slots, (tables, lengths), some, tiles)
+                step.begin_rows(rotations, slots, (tables, lengths), some, tiles)
             else:
                 follower.follow_rows(step, slots, (tables, lengths), tiles)
-        logits = adapted.run(token_ids)
+        logits = adapted.run(token_ids, *embeddings)
         if not step.rows_taken and some is not None:
             logits = logits[some]
         new_states = [list(state.arrays) for state in adapted.states]
@@ -422,9 +443,9 @@ class PagedRunner:
         self.release(batch.released)
         adapted, rows = self.adapted, list(batch.sample_rows)
         if self.compiled is not None:
-            if input_embeddings is None and self.compiled.takes(batch):
+            if self.compiled.takes(batch):
                 adapted.begin(batch)
-                found = self.compiled.forward(batch, token_ids, rows)
+                found = self.compiled.forward(batch, token_ids, rows, input_embeddings)
                 adapted.finish(batch)
                 return found
             self.compiled.forget()

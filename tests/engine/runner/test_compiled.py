@@ -87,8 +87,12 @@ def test_the_same_logits(windowed: bool) -> None:
         assert mx.allclose(one, other, atol=1e-4).item()
 
 
-def test_text_after_a_picture_rotates_by_its_own_positions() -> None:
-    """With M-RoPE, these are not the places in the sequence, which the lengths still count."""
+@pytest.mark.parametrize("grid", [False, True])
+def test_rows_of_pictures(grid: bool) -> None:
+    """With M-RoPE, rotations are not the places in the sequence, which the lengths still count.
+
+    Rows of pictures have three, and embeddings that are not those of their tokens.
+    """
     found: list[list[mx.array]] = []
     for compiled, shift in ((False, 3), (True, 3), (True, 0)):
         runner = make_runner(
@@ -98,30 +102,30 @@ def test_text_after_a_picture_rotates_by_its_own_positions() -> None:
         scheduler = Scheduler(
             Sizes(8, 128, 48, FEW).scheduler_config(EngineConfig(max_num_seqs=8)), BlockManager(8)
         )
+        logits: list[mx.array] = []
         for name, prompt in (("a", [3, 1, 4]), ("b", list(range(20)))):
             scheduler.add(Sequence(name, prompt, SamplingParams(max_tokens=32)))
-        logits: list[mx.array] = []
-        while len(logits) < 2:
-            output = scheduler.schedule()
-            assert output is not None
-            batch = build_batch(output, None, FEW, 16)
-            if not batch.chunks:
+            for _ in range(2):
+                output = scheduler.schedule()
+                assert output is not None
+                batch = build_batch(output, None, FEW, 16)
                 turned = [max(place - shift, 0) for place in batch.positions]
-                batch = replace(batch, rope_positions=(turned,) * 3)
+                beside = [place // 2 if grid and batch.chunks else place for place in turned]
+                batch = replace(batch, rope_positions=(turned, beside, turned))
+                embeddings = None
+                if grid and batch.chunks:
+                    embeddings = mx.random.normal((batch.num_rows, 64), key=mx.random.key(3))
                 assert (runner.compiled is not None and runner.compiled.takes(batch)) == compiled
-            made = runner.forward(batch, token_ids(batch))
-            mx.eval(made, runner.pools())
-            if not batch.chunks:
-                logits.append(made[:2])
-            scheduler.submitted(output)
-            scheduler.collect(output, [5 + len(logits)] * len(output.sampled))
-        if runner.compiled is not None:
-            grid = (batch.positions, turned, turned)
-            assert not runner.compiled.takes(replace(batch, rope_positions=grid)) or not shift
+                made = runner.forward(batch, token_ids(batch), embeddings)
+                mx.eval(made, runner.pools())
+                logits.append(made[: len(batch.sample_rows)])
+                scheduler.submitted(output)
+                scheduler.collect(output, [5 + len(logits)] * len(output.sampled))
         found.append(logits)
-    for one, other, plain in zip(*found, strict=True):
+    for one, other in zip(found[0], found[1], strict=True):
         assert mx.allclose(one, other, atol=1e-4).item()
-        assert not mx.allclose(other, plain, atol=1e-4).item()
+    for one, plain in zip(found[1], found[2], strict=True):
+        assert not mx.allclose(one, plain, atol=1e-4).item()
 
 
 def test_the_same_hidden_states() -> None:
