@@ -230,6 +230,8 @@ class _Text:
         return None, None
 
 
+#: Elements of a row, in whose multiples a GPU multiplies matrices fastest.
+_ALIGNMENT = 64
 #: Names of the tensors of vision towers, after an optional "model.".
 _PREFIXES = ("multi_modal_projector.", "vision_tower.", "visual.")
 
@@ -271,10 +273,28 @@ def open_tower(
         tower.load_weights(list(given.items()), strict=True)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelLoadError(f"cannot build mlx-vlm's {kind}: {error}") from error
+    _align(tower)
     if dtype is not None:
         tower.set_dtype(dtype)
     tower.eval()
     return tower
+
+
+def _align(tower: Module) -> None:
+    """Widen the hidden layers of gated MLPs with zeros, to a multiple of `_ALIGNMENT`.
+
+    The result is the same, and a GPU multiplies faster: twice as fast for Qwen2.5-VL's 3,420.
+    """
+    for module in tower.modules():
+        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if not all(type(layer) is nn.Linear for layer in layers):
+            continue
+        gate, up, down = cast(list[Any], layers)
+        missing = -len(gate.weight) % _ALIGNMENT
+        for layer in (gate, up):
+            for name, value in layer.parameters().items():
+                layer[name] = mx.pad(value, [(0, missing), *[(0, 0)] * (value.ndim - 1)])
+        down.weight = mx.pad(down.weight, [(0, 0), (0, missing)])
 
 
 def _check_mrope(config: Mapping[str, Any]) -> None:
@@ -344,13 +364,16 @@ def _vision_class(base: Any) -> Any:
         index, edges = base.get_window_index(self, grid_thw)
         return index, mx.array(list(dict.fromkeys(edges.tolist())))
 
+    def rot_pos_emb(self: Any, grid_thw: mx.array) -> mx.array:
+        angles = base.rot_pos_emb(self, grid_thw)  # the tower brings its rows in window order
+        return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
     def attend(self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.array) -> mx.array:
-        rows, rotate = len(x), module.apply_rotary_pos_emb_vision
-        parts = self.qkv(x).reshape(rows, 3, self.num_heads, -1)
-        queries, keys = (rotate(parts[None, :, i], rotary_pos_emb)[0] for i in (0, 1))
+        parts = self.qkv(x).reshape(len(x), 3, self.num_heads, -1)
+        rotated = _rotated(parts[:, :2], rotary_pos_emb)
         places, mask, kept = _windows(tuple(np.array(cu_seqlens).tolist()))
         found = mx.fast.scaled_dot_product_attention(
-            *(each[places].swapaxes(1, 2) for each in (queries, keys, parts[:, 2])),
+            *(each[places].swapaxes(1, 2) for each in (rotated[:, 0], rotated[:, 1], parts[:, 2])),
             scale=self.scale,
             mask=mask,
         )
@@ -363,8 +386,18 @@ def _vision_class(base: Any) -> Any:
         "__init__": initialise,
         "__module__": base.__module__,
         "get_window_index": get_window_index,
+        "rot_pos_emb": rot_pos_emb,
     }
     return type("VisionModel", (base,), body)
+
+
+@mx.compile  # otherwise each operation writes all heads to memory, in float32
+def _rotated(rows: mx.array, cos_sin: mx.array) -> mx.array:
+    """Rotate heads [rows, ..., heads, width] by the cosines and sines [rows, width] of angles."""
+    cos, sin = mx.split(mx.expand_dims(cos_sin, (1, 2)), 2, axis=-1)
+    first, second = mx.split(rows, 2, axis=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return mx.concatenate(parts, axis=-1).astype(rows.dtype)
 
 
 def _tower_class(package: Any) -> Any:
