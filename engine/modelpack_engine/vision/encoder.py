@@ -102,7 +102,7 @@ class VisionEncoder:
         inputs = {name: mx.array(value) for name, value in media.inputs.items()}
         try:
             made = self._model.embed(mx.array(media.token_ids, mx.int32), inputs)
-            mx.eval(made)
+            mx.async_eval(made)  # while it runs, the host builds the step
         except _FAILURES as error:
             _log.warning("a picture cannot be encoded: %s", error)
             raise RequestError(
