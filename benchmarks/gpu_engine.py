@@ -104,13 +104,17 @@ def make_model(shape: str, bits: int, group_size: int = 64, seed: int = 0) -> An
 
 
 def make_engine(
-    model: Any, seqs: int, policy: SchedulingPolicy, kv_bytes: int = KV_BYTES
+    model: Any,
+    seqs: int,
+    policy: SchedulingPolicy,
+    kv_bytes: int = KV_BYTES,
+    context: int = CONTEXT,
 ) -> Engine:
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), "llama", CONTEXT, (), 0)
     config = EngineConfig(
         max_num_seqs=seqs,
         kv_cache_bytes=kv_bytes,
-        max_model_len=CONTEXT,
+        max_model_len=context,
         scheduling_policy=policy,
     )
     return Engine(loaded, config)
@@ -352,6 +356,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument("--seqs", type=int, default=128, help="requests that run at a time")
     parser.add_argument("--kv-gib", type=float, default=KV_BYTES / 2**30, help="of the KV cache")
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a request at most")
     parser.add_argument("--workloads", nargs="*", default=DEFAULT, metavar="NAME")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--peers-only", action="store_true", help="here, with the limits there are")
@@ -382,7 +387,7 @@ def main() -> None:
     start = time.perf_counter()
     mx.reset_peak_memory()
     kv_bytes = int(args.kv_gib * 2**30)
-    engine = make_engine(model, args.seqs, args.scheduling_policy, kv_bytes)
+    engine = make_engine(model, args.seqs, args.scheduling_policy, kv_bytes, args.context)
     show("engine", {"start_s": round(time.perf_counter() - start, 1), "notes": engine.notes})
     ours = {}
     rates = [one_stream(engine) for _ in range(1 + args.rounds)][1:]

@@ -6,7 +6,8 @@ The shape is Qwen2.5-VL-7B's; a picture has 924 x 868 pixels and 1,023 tokens. (
 ends where the tower's windows fill a picture.) Prints one JSON object for each measurement: one
 request, the same picture with another question, `count` requests at once, each with its own
 picture, the same pictures again, and as many requests of text alone. mlx-vlm then answers one
-request, and its times include the processing of the picture.
+request, whose time includes the processing of the picture, and 8 and `count` requests at once by
+its batched generator, without the processing.
 """
 
 from __future__ import annotations
@@ -68,8 +69,10 @@ def write_model(path: Path, config: dict[str, Any], settings: dict[str, Any]) ->
     documents = {
         "config.json": config,
         "preprocessor_config.json": settings,
-        "tokenizer_config.json": {"eos_token": "<eos>", "chat_template": tiny.TEMPLATE,
-                                  "tokenizer_class": "PreTrainedTokenizerFast"},
+        "tokenizer_config.json": {
+            "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": tiny.prompt_of(tiny.placeholder(KIND), tiny.TEMPLATE),
+        },
     }  # fmt: skip
     for name, document in documents.items():
         (path / name).write_text(json.dumps(document))
@@ -115,7 +118,8 @@ def measure(path: Path, count: int, length: int, pictures: list[Picture]) -> Non
 
     size = len(asked(0, "What is it?").prompt_token_ids)
     show("engine", {"notes": engine.notes, "prompt_tokens": size, "count": count})
-    run(engine, [asked(0, "What is it?", 8)])
+    for question in ("What is it?", "How many are there?"):
+        run(engine, [asked(0, question, 8)])
     run(engine, [text(seed, size) for seed in range(count)])
     show("one request", run(engine, [asked(1, "What is it?", 1)]))
     show("its picture again", run(engine, [asked(1, "How many are there?", 1)]))
@@ -124,7 +128,8 @@ def measure(path: Path, count: int, length: int, pictures: list[Picture]) -> Non
     show("text alone", run(engine, [text(count + seed, size) for seed in range(count)]))
 
 
-def measure_peer(path: Path, length: int, picture: Picture) -> None:
+def measure_peer(path: Path, length: int, pictures: list[Picture]) -> None:
+    """Measure mlx-vlm: one request by its model, then all pictures by its batched generator."""
     package, arguments = tiny.arguments_of(KIND)
     model = package.Model(arguments)
     model.load_weights(str(path / "model.safetensors"))
@@ -133,9 +138,58 @@ def measure_peer(path: Path, length: int, picture: Picture) -> None:
     tiny._peer = lambda _: (model, processor)
     for tokens in (1, 1, 1, length + 1):
         began = time.perf_counter()
-        tiny.expected(KIND, "<image>Describe it.", [picture], tokens)
+        tiny.expected(KIND, "<image>Describe it.", [pictures[-1]], tokens)
         seconds = time.perf_counter() - began
         show("mlx-vlm, one request", {"tokens": tokens, "s": round(seconds, 3)})
+    for count in (min(8, len(pictures)), len(pictures)):
+        show("mlx-vlm, at once", _run_peer(model, processor, pictures[:count], length))
+
+
+def _run_peer(
+    model: Any, processor: Any, pictures: Sequence[Picture], length: int
+) -> dict[str, Any]:
+    """Run mlx-vlm's `batch_generate`; the times are those after the pictures are processed."""
+    from PIL import Image
+
+    batched: Any = importlib.import_module("mlx_vlm.generate.ar")
+    utils: Any = importlib.import_module("mlx_vlm.utils")
+    tokenizers: Any = importlib.import_module("mlx_vlm.tokenizer_utils")
+    processor.detokenizer = tokenizers.NaiveStreamingDetokenizer(processor.tokenizer)
+    processor.tokenizer.stopping_criteria = utils.StoppingCriteria([-1], processor.tokenizer)
+    times: dict[str, float] = {}
+    first: dict[int, float] = {}
+    generator, prepare_inputs = batched.BatchGenerator, batched.prepare_inputs
+
+    class Timed(generator):  # type: ignore[misc]
+        def next(self, **options: Any) -> Any:
+            found = super().next(**options)
+            for each in found[1]:
+                first.setdefault(each.uid, time.perf_counter() - times["processed"])
+            return found
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        found = prepare_inputs(*arguments, **options)
+        mx.eval(found)
+        times["processed"] = time.perf_counter()
+        return found
+
+    batched.BatchGenerator, batched.prepare_inputs = Timed, timed
+    try:
+        began = time.perf_counter()
+        batched.batch_generate(
+            model, processor,
+            images=[Image.fromarray(each.pixels) for each in pictures],
+            prompts=["Describe it."] * len(pictures), max_tokens=length,
+        )  # fmt: skip
+    finally:
+        batched.BatchGenerator, batched.prepare_inputs = generator, prepare_inputs
+    seconds = time.perf_counter() - times["processed"]
+    return {
+        "requests": len(pictures), "processing_s": round(times["processed"] - began, 3),
+        "s": round(seconds, 3), "tokens_per_s": round(len(pictures) * length / seconds, 1),
+        "first_token_p50_s": round(statistics.median(first.values()), 4),
+        "first_token_max_s": round(max(first.values()), 4),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -161,7 +215,7 @@ def main() -> None:
         measure(path, options.count, options.length, pictures)
         gc.collect()
         mx.clear_cache()
-        measure_peer(path, options.length, pictures[-1])
+        measure_peer(path, options.length, pictures)
 
 
 if __name__ == "__main__":
