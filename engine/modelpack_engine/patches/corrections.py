@@ -276,6 +276,19 @@ def _transposed_qwen_experts(model: Any, weights: Tensors, sanitize: Sanitize) -
     return sanitize({**weights, **{name: weights[name].swapaxes(-1, -2) for name in experts}})
 
 
+def _without_further_layers(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
+    """deepseek_v3: drop the layers after the last, for multi-token prediction, as transformers.
+
+    mlx-lm drops layer 61 of models of any size.
+    """
+
+    def is_further(name: str) -> bool:
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        return found is not None and int(found[1]) >= model.args.num_hidden_layers
+
+    return sanitize({name: value for name, value in weights.items() if not is_further(name)})
+
+
 def _without_images(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
     """muse_glimmer: drop the image encoder, which transformers saves under `model`."""
     return sanitize({n: value for n, value in weights.items() if not n.startswith("model.vision_")})
@@ -290,6 +303,7 @@ _UNSCALED = """
 #: By the model type of config.json.
 CORRECTIONS: Mapping[str, Correction] = {
     **dict.fromkeys(_UNSCALED, Correction(model=_scaled_rope)),
+    "deepseek_v3": Correction(tensors=_without_further_layers),
     "ernie4_5_moe": Correction(model=_scaled_rope, tensors=_router_bias),
     "glm": Correction(model=_partial_rotation),
     "gpt2": Correction(tensors=_without_prefix),

@@ -37,10 +37,11 @@ MODULES = {
     "mlx_lm.models.longcat_flash_ngram.NgramEmbedding",
 }
 CORRECTED = {
-    "cohere", "cohere2", "dbrx", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "glm", "glm4",
-    "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granitemoehybrid", "helium", "hunyuan", "jamba",
-    "mamba2", "minimax_m2", "mixtral", "muse_glimmer", "phi", "qwen2_moe", "qwen3_5_moe",
-    "qwen3_moe", "qwen3_vl_moe", "recurrent_gemma", "solar_open", "stablelm", "starcoder2",
+    "cohere", "cohere2", "dbrx", "deepseek_v3", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2",
+    "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granitemoehybrid", "helium",
+    "hunyuan", "jamba", "mamba2", "minimax_m2", "mixtral", "muse_glimmer", "phi", "qwen2_moe",
+    "qwen3_5_moe", "qwen3_moe", "qwen3_vl_moe", "recurrent_gemma", "solar_open", "stablelm",
+    "starcoder2",
 }  # fmt: skip
 
 
