@@ -241,8 +241,13 @@ class EagleHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
         return self.config.num_kv_heads
 
     @property
-    def head_dim(self) -> int:
-        """The elements of each head."""
+    def key_dim(self) -> int:
+        """The elements of a head's key."""
+        return self.config.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The elements of a head's value."""
         return self.config.head_dim
 
     @property
@@ -310,11 +315,13 @@ def load_tensors(
     wanted: Mapping[str, tuple[int, ...]],
     what: str,
     renamed: Callable[[str], str] = str,
+    dequantised: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = None,
 ) -> dict[str, mx.array]:
     """Return the `wanted` tensors of safetensors files, which have these shapes.
 
-    Raises `ModelLoadError` for those that are missing or of another shape, and for weights that
-    are not floats, such as fp8, which MLX reads as integers; `what` names their owner.
+    `dequantised` replaces the tensors that were read. Raises `ModelLoadError` for those that are
+    missing or of another shape, and for weights that are not floats and have no `.scales`, such as
+    fp8, which MLX reads as integers; `what` names their owner.
     """
     shapes = tensor_shapes(files, renamed)
     for name, shape in wanted.items():
@@ -329,7 +336,10 @@ def load_tensors(
         read: Any = mx.load(str(path), format="safetensors")
         found = ((renamed(name), array) for name, array in read.items())
         arrays |= {name: array for name, array in found if name in wanted}
+    arrays = arrays if dequantised is None else dequantised(arrays)
     for name, array in arrays.items():
+        if f"{name.removesuffix('.weight')}.scales" in wanted:
+            continue
         if name.endswith((".weight", ".bias")) and not mx.issubdtype(array.dtype, mx.floating):
             raise ModelLoadError(
                 f"{what}'s tensor {name} is stored as {str(array.dtype).rpartition('.')[2]}, "

@@ -1,18 +1,20 @@
 """MtpHead: a model's own layer for multi-token prediction, which drafts tokens.
 
-Models such as MiMo are trained with a further layer that predicts one more token, from the output
-of the model's last layer, before the norm, and the embedding of the next token. mlx-lm's classes
-drop its weights; `load_mtp_head` reads them from the model's files. `speculation.eagle` drafts with
-it as with an EAGLE-3 head.
+Some models are trained with a further layer that predicts one more token, from the state after the
+model's last layer and the embedding of the next token. mlx-lm's classes drop its weights;
+`load_mtp_head` reads them from the model's files, by the names in `LAYOUTS`. `speculation.eagle`
+drafts with it as with an EAGLE-3 head.
 
-Sources: Xiaomi, MiMo, arXiv:2505.07608, and its vLLM, whose model returns the state before the
-norm; DeepSeek-AI, DeepSeek-V3, arXiv:2412.19437, section 2.2.
+Sources: DeepSeek-AI, DeepSeek-V3, arXiv:2412.19437, section 2.2; Xiaomi, MiMo, arXiv:2505.07608.
+SGLang and vLLM hand the state after the norm to the layers of DeepSeek, GLM and Qwen, and the state
+before it to MiMo's. In further tokens, the layer's own state after its norm stands for it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -23,96 +25,189 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.eagle import load_tensors, tensor_shapes
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.loader import LoadedModel
-
-#: The prefix of the layer's tensors, by model type. Of several layers, the first drafts all tokens.
-PREFIXES = {"mimo": "model.mtp_layers.0."}
+from modelpack_engine.models.mtp_attention import attention_of
+from modelpack_engine.models.precision import Shape, parameters_of, shapes_of
 
 _HINT = "choose --speculative-method ngram, or a draft model"
+_WHAT = "the multi-token-prediction layer"
+#: The rows and columns of DeepSeek's fp8 weights that share a scale.
+_FP8_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class MtpLayout:
+    """How a kind of model publishes its layer, and what the layer reads.
+
+    `prefix` is that of all tensors; `{layers}` stands for the number of the model's layers. `names`
+    has the published name of each of the head's modules. `index` returns the index that makes a
+    block of the model's class the layer's, from the model's arguments.
+    """
+
+    prefix: str
+    names: Mapping[str, str]
+    index: Callable[[Any], int] | None = None
+    reads_normed_state: bool = True
+    state_first: bool = False
+
+
+_NEXTN = MtpLayout(
+    "model.layers.{layers}.",
+    {
+        "embedding_norm": "enorm",
+        "state_norm": "hnorm",
+        "projection": "eh_proj",
+        "block": "",
+        "norm": "shared_head.norm",
+        "embed_tokens": "embed_tokens",
+        "head": "shared_head.head",
+    },
+    index=lambda args: int(args.num_hidden_layers),
+)
+_QWEN = MtpLayout(
+    "mtp.",
+    {
+        "embedding_norm": "pre_fc_norm_embedding",
+        "state_norm": "pre_fc_norm_hidden",
+        "projection": "fc",
+        "block": "layers.0",
+        "norm": "norm",
+    },
+    # The layer has full attention, whose blocks end each interval.
+    index=lambda args: int(args.full_attention_interval) - 1,
+)
+_MIMO = MtpLayout(
+    "model.mtp_layers.0.",
+    {
+        "embedding_norm": "token_layernorm",
+        "state_norm": "hidden_layernorm",
+        "projection": "input_proj",
+        "block": "",
+        "norm": "final_layernorm",
+    },
+    reads_normed_state=False,
+    state_first=True,
+)
+
+#: By the model type of config.json. Of several layers, the first drafts all tokens.
+LAYOUTS: Mapping[str, MtpLayout] = {
+    "deepseek_v3": _NEXTN,
+    "glm4_moe": _NEXTN,
+    "glm4_moe_lite": _NEXTN,
+    "mimo": _MIMO,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
+    "qwen3_next": _QWEN,
+}
 
 
 class MtpHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
-    """The layer of `model`, a Llama-like block of the model's own class, without weights yet.
+    """The layer of `model`, a block of the model's own class, without weights yet.
 
-    It has the interface of `EagleHead`. Its vocabulary, embeddings and output layer are the
-    model's. Make it before a runner adapts the model's modules.
+    It has the interface of `EagleHead`. Its vocabulary is the model's, and so are its embeddings
+    and its output layer, unless `embed_tokens` and `head` are added. Make it before a runner adapts
+    the model's modules.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layout: MtpLayout) -> None:
         super().__init__()
-        inner, args = model.model, model.args
-        block = type(inner.layers[0])(args)
-        self.token_layernorm, self.hidden_layernorm, self.final_layernorm = (
+        text = text_model(model)
+        inner, args = text.model, text.args
+        self.embedding_norm, self.state_norm, self.norm = (
             nn.RMSNorm(args.hidden_size, args.rms_norm_eps) for _ in range(3)
         )
-        self.input_proj = nn.Linear(2 * args.hidden_size, args.hidden_size, bias=False)
-        self.self_attn, self.mlp = block.self_attn, block.mlp
-        self.input_layernorm = block.input_layernorm
-        self.post_attention_layernorm = block.post_attention_layernorm
+        self.projection = nn.Linear(2 * args.hidden_size, args.hidden_size, bias=False)
+        like = next(layer for layer in inner.layers if "self_attn" in layer)
+        given = () if layout.index is None else (layout.index(args),)
+        self.block = type(like)(args, *given)
         # Copies, with the same weights: the runner replaces the calls of the model's own modules.
-        tied = "lm_head" not in model
-        output = copy.copy(inner.embed_tokens if tied else model.lm_head)
-        self._output: Callable[[mx.array], mx.array] = output.as_linear if tied else output
+        self.block.self_attn.rope = copy.copy(like.self_attn.rope)
+        self._attention = attention_of(self.block.self_attn)
+        self._state_first = layout.state_first
+        # Methods: modules would be parts of this one.
+        self._read = copy.copy(inner.norm).__call__ if layout.reads_normed_state else None
+        tied = "lm_head" not in text
+        output = copy.copy(inner.embed_tokens if tied else text.lm_head)
+        self._output = output.as_linear if tied else output.__call__
+
+    def read(self, states: mx.array) -> mx.array:
+        """Return what the layer reads of the states [rows, hidden] after the model's last layer."""
+        return states if self._read is None else self._read(states)
 
     def project(
         self, hidden: mx.array, embedded: mx.array, positions: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Return the residual, queries, keys and values of rows [rows, hidden] at `positions`.
+    ) -> tuple[Any, mx.array, mx.array, mx.array]:
+        """Return what `finish` needs, and queries, keys and values of rows at `positions`.
 
-        Queries, keys and values have the shape [rows, heads, dim].
+        `hidden` and `embedded` are [rows, hidden]; the results have the shape [rows, heads, dim].
         """
-        both = [self.hidden_layernorm(hidden), self.token_layernorm(embedded)]
-        residual = self.input_proj(mx.concatenate(both, axis=-1))
-        attention, x = self.self_attn, self.input_layernorm(residual)
+        both = [self.embedding_norm(embedded), self.state_norm(hidden)]
+        residual = self.projection(mx.concatenate(both[:: -1 if self._state_first else 1], axis=-1))
+        found = self._attention.project(self.block.input_layernorm(residual), positions)
+        return (residual, found.gate), found.queries, found.keys, found.values
 
-        def heads(product: mx.array, count: int) -> mx.array:
-            return product.reshape(-1, count, 1, self.head_dim)
-
-        queries = attention.rope(heads(attention.q_proj(x), attention.n_heads), offset=positions)
-        keys = attention.rope(heads(attention.k_proj(x), self.num_kv_heads), offset=positions)
-        values = heads(attention.v_proj(x), self.num_kv_heads)
-        return residual, queries[:, :, 0], keys[:, :, 0], values[:, :, 0]
-
-    def finish(self, residual: mx.array, attended: mx.array) -> mx.array:
+    def finish(self, carried: Any, attended: mx.array) -> mx.array:
         """Return the hidden states of rows whose attention output is [rows, heads * dim]."""
-        hidden: mx.array = residual + self.self_attn.o_proj(attended)
-        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        found: mx.array = self.final_layernorm(hidden)
+        residual, gate = carried
+        hidden: mx.array = residual + self._attention.output(attended, gate)
+        hidden = hidden + self.block.mlp(self.block.post_attention_layernorm(hidden))
+        found: mx.array = self.norm(hidden)
         return found
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits of the vocabulary, from hidden states of `finish`."""
-        return self._output(hidden)
+        found: mx.array = self.head(hidden) if "head" in self else self._output(hidden)
+        return found
 
     def token_ids(self, drafted: mx.array) -> mx.array:
         """Return the token ids of columns of the logits."""
         return drafted.astype(mx.int32)
 
+    def set_dtype(self, dtype: mx.Dtype, *args: Any) -> None:
+        """Set the type of all floats but the biases of the router, which choose the experts."""
+        biases = [
+            (name, array)
+            for name, array in parameters_of(self).items()
+            if name.endswith("e_score_correction_bias")
+        ]
+        super().set_dtype(dtype, *args)
+        self.load_weights(biases, strict=False)
+
     @property
     def num_kv_heads(self) -> int:
         """The heads of the layer's keys and values."""
-        return int(self.self_attn.n_kv_heads)
+        return self._attention.num_kv_heads
 
     @property
-    def head_dim(self) -> int:
-        """The elements of each head."""
-        return int(self.self_attn.q_proj.weight.shape[0]) // int(self.self_attn.n_heads)
+    def key_dim(self) -> int:
+        """The elements of a head's key."""
+        return self._attention.key_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The elements of a head's value."""
+        return self._attention.value_dim
 
     @property
     def dtype(self) -> mx.Dtype:
         """The type of the layer's keys and values."""
-        dtype: mx.Dtype = self.final_layernorm.weight.dtype
+        dtype: mx.Dtype = self.norm.weight.dtype
         return dtype
 
     @property
     def scale(self) -> float:
         """The factor of the attention's scores."""
-        return float(self.self_attn.scale)
+        return float(self.block.self_attn.scale)
 
     @property
     def weight_bytes(self) -> int:
         """The bytes of the weights that the model itself does not have."""
         flat: Any = tree_flatten(self.parameters())
         return sum(array.nbytes for _, array in flat)
+
+
+def text_model(model: Any) -> Any:
+    """Return the language model of a multimodal class, or the model itself."""
+    return getattr(model, "language_model", model)
 
 
 def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
@@ -123,10 +218,10 @@ def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
     """
     kind = str(loaded.config.get("model_type") or loaded.architecture)
     what = "speculative method mtp"
-    if kind not in PREFIXES:
+    if kind not in LAYOUTS:
         raise ModelLoadError(
             f"{what}: multi-token-prediction layers of {kind!r} are not supported, expected "
-            f"{', '.join(sorted(PREFIXES))}",
+            f"{', '.join(sorted(LAYOUTS))}",
             hint=_HINT,
         )
     if files.format != "safetensors" or loaded.packed is not None:
@@ -134,16 +229,141 @@ def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
             f"{what}: needs safetensors and MLX, the model is {files.format}",
             hint=_HINT + ", or --backend mlx with the published safetensors",
         )
-    prefix, shapes = PREFIXES[kind], tensor_shapes(files)
-    if not any(name.startswith(prefix) for name in shapes):
+    layout, stored = LAYOUTS[kind], tensor_shapes(files)
+    text: Any = text_model(loaded.model)
+    prefix = layout.prefix.format(layers=len(text.model.layers))
+    if not any(name.startswith(prefix) for name in stored):
         raise ModelLoadError(
             f"{what}: the files have no tensors {prefix}*",
             hint="use the published files: conversions by mlx-lm drop these tensors",
         )
-    head = MtpHead(loaded.model)
-    flat: Any = tree_flatten(head.parameters())
-    wanted = {prefix + name: tuple(array.shape) for name, array in flat}
-    arrays = load_tensors(files, wanted, "the multi-token-prediction layer")
-    head.load_weights([(name.removeprefix(prefix), array) for name, array in arrays.items()])
+    head = MtpHead(loaded.model, layout)
+    source = _Source(files, layout, prefix, stored)
+    source.quantise(head, loaded.config.get("quantization") or {})
+    head.load_weights(list(source.weights(head, text).items()))
+    for name, weight in source.own_vocabulary(text).items():
+        shape = tuple(weight.shape)
+        embeds = name == "embed_tokens"
+        head[name] = nn.Embedding(*shape) if embeds else nn.Linear(*shape[::-1], bias=False)
+        head[name].weight = weight
     mx.eval(head.parameters())
     return head
+
+
+#: The published tensors of a parameter, with their shapes, and what makes the parameter of them.
+_Parts = tuple[Mapping[str, Shape], Callable[[list[mx.array]], mx.array]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The tensors of a layer in `files`; `stored` has the shapes of all tensors.
+
+    mlx-lm's blocks stack the experts and split DeepSeek's `kv_b_proj`; tensors that are stored in
+    this way are taken as they are.
+    """
+
+    files: ModelFiles
+    layout: MtpLayout
+    prefix: str
+    stored: Mapping[str, Shape]
+
+    def quantise(self, head: MtpHead, settings: Mapping[str, Any]) -> None:
+        """Make the modules of `head` quantised that are stored so, as mlx-lm's config says."""
+
+        def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            path = self._path(path)
+            own = settings.get(path)
+            return f"{path}.scales" in self.stored and (own if isinstance(own, dict) else True)
+
+        group_size, bits = settings.get("group_size", 64), settings.get("bits", 4)
+        mode = settings.get("mode", "affine")
+        try:
+            nn.quantize(head, group_size, bits, mode=mode, class_predicate=chosen)
+        except (TypeError, ValueError) as error:
+            raise ModelLoadError(f"{_WHAT} cannot be quantised: {error}") from error
+
+    def weights(self, head: MtpHead, text: Any) -> dict[str, mx.array]:
+        """Return all parameters of `head`, which drafts for the model `text`."""
+        parts = {n: self._parts(n, s, head.block.self_attn) for n, s in shapes_of(head).items()}
+        wanted = {name: shape for tensors, _ in parts.values() for name, shape in tensors.items()}
+        scales = {
+            f"{name}_scale_inv": tuple(-(-size // _FP8_BLOCK) for size in shape)
+            for name, shape in wanted.items()
+            if f"{name}_scale_inv" in self.stored
+        }
+
+        def dequantised(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+            # Without the prefix, mlx-lm's class unpacks fp8 and does nothing else.
+            found = text.sanitize({n.removeprefix(self.prefix): a for n, a in arrays.items()})
+            return {self.prefix + name: array for name, array in found.items()}
+
+        arrays = load_tensors(
+            self.files, wanted | scales, _WHAT, dequantised=dequantised if scales else None
+        )
+        return {name: make([arrays[n] for n in tensors]) for name, (tensors, make) in parts.items()}
+
+    def own_vocabulary(self, text: Any) -> dict[str, mx.array]:
+        """Return stored embeddings and output layer, unless they are the model's.
+
+        DeepSeek and GLM publish copies of the model's.
+        """
+        shape = (text.args.vocab_size, text.args.hidden_size)
+        shared = {"embed_tokens": text.model.embed_tokens, "head": text.get("lm_head")}
+        found = {}
+        for name, module in shared.items():
+            tensor = f"{self.prefix}{self.layout.names.get(name)}.weight"
+            if name not in self.layout.names or tensor not in self.stored:
+                continue
+            own = load_tensors(self.files, {tensor: shape}, _WHAT)[tensor]
+            weight = None if module is None else module.weight
+            if weight is None or not mx.array_equal(own.astype(weight.dtype), weight).item():
+                found[name] = own
+        return found
+
+    def _path(self, name: str) -> str:
+        """Return the published name of a module or parameter of the head."""
+        module, _, rest = name.partition(".")
+        return self.prefix + ".".join(part for part in (self.layout.names[module], rest) if part)
+
+    def _parts(self, name: str, shape: Shape, attention: Any) -> _Parts:
+        path = self._path(name)
+        if path not in self.stored:
+            if ".switch_mlp." in path:
+                return self._experts(path, shape)
+            if path.endswith(("embed_q.weight", "unembed_out.weight")):
+                return _latent(path, attention)
+        shifted = len(shape) == 1 and "norm" in path and self._has_shifted_norms()
+        return {path: shape}, lambda arrays: arrays[0] + 1 if shifted else arrays[0]
+
+    def _has_shifted_norms(self) -> bool:
+        """Return whether norms are stored less by one: in Qwen's files, with their convolutions."""
+        return self.layout is _QWEN and any(
+            name.endswith("conv1d.weight") and shape[-1] != 1 for name, shape in self.stored.items()
+        )
+
+    def _experts(self, path: str, shape: Shape) -> _Parts:
+        """Stack the experts' matrices, or take a part of those that are stored together."""
+        start, _, rest = path.partition("switch_mlp.")
+        projection = rest.removesuffix(".weight")
+        count, outputs, inputs = shape
+        if f"{start}experts.gate_up_proj" not in self.stored:
+            each = {f"{start}experts.{n}.{rest}": (outputs, inputs) for n in range(count)}
+            return each, mx.stack
+        if projection == "down_proj":
+            return {f"{start}experts.down_proj": shape}, lambda arrays: arrays[0]
+        part = slice(0, outputs) if projection == "gate_proj" else slice(outputs, None)
+        both = {f"{start}experts.gate_up_proj": (count, 2 * outputs, inputs)}
+        return both, lambda arrays: arrays[0][:, part]
+
+
+def _latent(path: str, attention: Any) -> _Parts:
+    """Take the part of `kv_b_proj` that makes keys, or values, of the latent vector."""
+    keys, heads, rank = attention.qk_nope_head_dim, attention.num_heads, attention.kv_lora_rank
+    start, _, name = path.removesuffix(".weight").rpartition(".")
+    shape = (heads * (keys + attention.v_head_dim), rank)
+
+    def make(arrays: list[mx.array]) -> mx.array:
+        both = arrays[0].reshape(heads, -1, rank)
+        return both[:, :keys].swapaxes(-1, -2) if name == "embed_q" else both[:, keys:]
+
+    return {f"{start}.kv_b_proj.weight": shape}, make

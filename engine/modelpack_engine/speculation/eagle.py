@@ -212,13 +212,14 @@ class EagleProposer:
             return
         size = max(_FEWEST_KEYS, 1 << (rows - 1).bit_length())
         head = self._head
-        more = mx.zeros((1, head.num_kv_heads, size - have, head.head_dim), head.dtype)
-        if draft.keys is None or draft.values is None:
-            draft.keys, draft.values = more, more
-        else:
-            draft.keys, draft.values = (
-                mx.concatenate([array, more], axis=2) for array in (draft.keys, draft.values)
-            )
+        keys, values = (
+            mx.zeros((1, head.num_kv_heads, size - have, dim), head.dtype)
+            for dim in (head.key_dim, head.value_dim)
+        )
+        if draft.keys is not None and draft.values is not None:
+            keys = mx.concatenate([draft.keys, keys], axis=2)
+            values = mx.concatenate([draft.values, values], axis=2)
+        draft.keys, draft.values = keys, values
 
     def _graph(self, rows: int, count: int, size: int, *, drafts: bool) -> Callable[..., Any]:
         key = (rows, count, size, drafts)
@@ -293,7 +294,7 @@ class _Chain:
     ) -> mx.array:
         """Run the head's layer on rows of all sequences, and write to their caches."""
         head, rows = self._head, len(ids) // len(keys)
-        residual, queries, new_keys, new_values = head.project(hidden, self._embed(ids), positions)
+        carried, queries, new_keys, new_values = head.project(hidden, self._embed(ids), positions)
         outputs = []
         for index in range(len(keys)):
             own = slice(index * rows, (index + 1) * rows)
@@ -314,7 +315,7 @@ class _Chain:
                 mask=mask,
             )
             outputs.append(attended[0].transpose(1, 0, 2).reshape(rows, -1))
-        return head.finish(residual, outputs[0] if len(outputs) == 1 else mx.concatenate(outputs))
+        return head.finish(carried, outputs[0] if len(outputs) == 1 else mx.concatenate(outputs))
 
 
 def _next_tokens(sequence: Sequence, positions: list[int]) -> list[int]:

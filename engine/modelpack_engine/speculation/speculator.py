@@ -291,8 +291,7 @@ def _with_head(
         check_target(head, hidden_size=embedded.shape[-1], vocab_size=vocab_size)
         read, reduce = head.config.layers_of(len(layers)), head.fc
     else:
-        # MiMo's layer reads the state before the model's last norm, as in Xiaomi's vLLM.
-        read, reduce = (len(layers),), lambda states: states
+        read, reduce = (len(layers),), head.read
     head.set_dtype(embedded.dtype)
     runner.record_hidden(read, reduce)
     num_tokens = config.num_speculative_tokens or EAGLE_TOKENS

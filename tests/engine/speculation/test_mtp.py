@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_attention_mask
 
 import modelpack
 from modelpack_engine.config import EngineConfig
@@ -20,7 +22,7 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, ModelLoadError
 from modelpack_engine.models import LoadedModel, ModelFiles, load
-from modelpack_engine.models.mtp import PREFIXES, MtpHead, load_mtp_head
+from modelpack_engine.models.mtp import LAYOUTS, MtpHead, load_mtp_head, text_model
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.runner import kv_cache_size
 from modelpack_engine.runner.paged import PagedRunner
@@ -31,113 +33,114 @@ from modelpack_server.stored_models import open_model
 from tests.engine.serving.tiny import VOCAB, tiny_loaded, tiny_tokenizer
 from tests.engine.speculation.test_draft import LONG, PROMPTS, ask_all
 from tests.engine.speculation.test_same_output import check_same
+from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import COMMON, Configuration
 
 Arrays = dict[str, mx.array]
-PREFIX = PREFIXES["mimo"]
+OTHERS = ["glm4_moe", "glm4_moe_lite", "mimo", "qwen3_5", "qwen3_5_moe"]
+#: One latent, one hybrid; the others take longer than tests of every change may.
+KINDS = ["deepseek_v3", "qwen3_next", *(pytest.param(k, marks=pytest.mark.long) for k in OTHERS)]
 
 
-def target(*, tied: bool = False, markov: bool = False) -> Any:
-    """Return a MiMo model; with `markov`, the next token depends on the last token only."""
-    args = {"vocab_size": VOCAB, "tie_word_embeddings": tied}
-    model: Any = Configuration("mimo", args).build()
+def configuration(kind: str, *, tied: bool = False) -> Configuration:
+    """Return the zoo's configuration of a kind of model, with this file's vocabulary."""
+    found = next((c for c in CATALOGUE if c.architecture == kind), Configuration(kind))
+    args = {**found.args, "vocab_size": VOCAB, "tie_word_embeddings": tied}
+    return replace(found, args=args)
+
+
+def target(kind: str, *, tied: bool = False, markov: bool = False) -> Any:
+    """Return a model; with `markov`, the next token depends on the last token only."""
+    model: Any = configuration(kind, tied=tied).build()
     if markov:
-        for layer in model.layers:
-            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                linear.weight = mx.zeros_like(linear.weight)
+        silence(text_model(model).model)
     return model
 
 
-def random_head(model: Any) -> MtpHead:
-    head = MtpHead(model)
+def silence(module: Any) -> None:
+    """Make all layers below `module` add nothing to the residual."""
+    for name, part in module.named_modules():
+        if name.endswith(("o_proj", "out_proj", "down_proj")):
+            part.weight = mx.zeros_like(part.weight)
+
+
+def random_head(model: Any, kind: str) -> MtpHead:
+    head = MtpHead(model, LAYOUTS[kind])
     mx.random.seed(5)
     flat: Any = tree_flatten(head.parameters())
     noise = [(name, value, mx.random.normal(value.shape)) for name, value in flat]
     head.load_weights(
-        [(name, 1 + 0.1 * n if "norm" in name else n / v.shape[-1] ** 0.5) for name, v, n in noise]
+        [
+            (name, 1 + 0.1 * n if "norm" in name else 1.6 * n / v.shape[-1] ** 0.5)
+            for name, v, n in noise
+        ]
     )
     mx.eval(head.parameters())
     return head
 
 
-def markov_head(model: Any) -> MtpHead:
+def markov_head(model: Any, kind: str) -> MtpHead:
     """Return the head that computes what a Markov model computes from the next token."""
-    head = MtpHead(model)
-    size = model.args.hidden_size
-    head.input_proj.weight = mx.concatenate([mx.zeros((size, size)), mx.eye(size)], axis=1)
-    for linear in (head.self_attn.o_proj, head.mlp.down_proj):
-        linear.weight = mx.zeros_like(linear.weight)
-    head.final_layernorm.weight = model.model.norm.weight
+    head = MtpHead(model, LAYOUTS[kind])
+    size = text_model(model).args.hidden_size
+    parts = [mx.eye(size), mx.zeros((size, size))]
+    if LAYOUTS[kind].state_first:
+        parts.reverse()
+    head.projection.weight = mx.concatenate(parts, axis=1)
+    silence(head.block)
+    head.norm.weight = text_model(model).model.norm.weight
     mx.eval(head.parameters())
     return head
 
 
-def loaded_from(model: Any) -> LoadedModel:
+def loaded_from(model: Any, kind: str) -> LoadedModel:
     return replace(
-        tiny_loaded(), model=model, config={"model_type": "mimo", "vocab_size": VOCAB},
-        architecture="mimo",
+        tiny_loaded(), model=model, config={"model_type": kind, "vocab_size": VOCAB},
+        architecture=kind,
     )  # fmt: skip
 
 
-def engine_of(model: Any, head: MtpHead | None, **given: Any) -> Engine:
+def engine_of(model: Any, kind: str, head: MtpHead | None, **given: Any) -> Engine:
     common: dict[str, Any] = {
         "device": "cpu", "max_num_seqs": 8, "max_num_batched_tokens": 32, "backend": "mlx",
         "speculative_disable_by_batch_size": 8, "self_test": False,
         "speculative_method": "none" if head is None else "mtp",
     }  # fmt: skip
-    return Engine(loaded_from(model), EngineConfig(**common | given), draft=head)
+    return Engine(loaded_from(model, kind), EngineConfig(**common | given), draft=head)
 
 
 @cache
-def plain(*, tied: bool = False, markov: bool = False) -> list[list[RequestEvent]]:
-    return ask_all(engine_of(target(tied=tied, markov=markov), None))
+def plain(kind: str, *, tied: bool = False, markov: bool = False) -> list[list[RequestEvent]]:
+    return ask_all(engine_of(target(kind, tied=tied, markov=markov), kind, None))
 
 
-def write(directory: Path, head: Arrays | None = None, **changed: Any) -> ModelFiles:
-    """Write the model and its layer as published; `head` replaces the tensors of the layer."""
-    model = target()
-    if head is None:
-        flat: Any = tree_flatten(random_head(model).parameters())
-        head = {PREFIX + name: array for name, array in flat}
-    flat = tree_flatten(model.parameters())
-    directory.mkdir(exist_ok=True)
-    mx.save_safetensors(str(directory / "model.safetensors"), dict(flat) | head)
-    config = {
-        **COMMON, "model_type": "mimo", "vocab_size": VOCAB, "tie_word_embeddings": False,
-        "num_nextn_predict_layers": 1, "architectures": ["MiMoForCausalLM"], **changed,
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
-    tiny_tokenizer()._backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
-    return ModelFiles.from_directory(directory)
-
-
-@pytest.fixture(params=["exact", "bucketed"])
+@pytest.fixture(params=["exact", pytest.param("bucketed", marks=pytest.mark.long)])
 def shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "bucketed":
         monkeypatch.setattr(kv_cache_size, "EXACT", FEW)
         monkeypatch.setattr(PagedRunner, "writes_in_place", property(lambda self: True))
 
 
-def expected_drafts(tokens: list[int], count: int) -> list[int]:
+def expected_drafts(model: Any, kind: str, head: MtpHead, tokens: list[int]) -> list[int]:
     """Return what the layer drafts after `tokens`, with mlx-lm's own blocks run from the start.
 
-    It reads the model's state before the last norm, as in Xiaomi's own inference code.
+    MiMo's layer reads the model's state before the last norm, as in Xiaomi's own inference code.
     """
-    model = target()
-    head = random_head(model)
-    block: Any = type(model.layers[0])(model.args)
-    own = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-    block.update({name: head[name] for name in own})
-    states = model.model.embed_tokens(mx.array([tokens[:-1]]))
-    for layer in model.layers:
-        states = layer(states, "causal")
+    text = text_model(model)
+    if kind == "mimo":
+        states = text.model.embed_tokens(mx.array([tokens[:-1]]))
+        for layer in text.model.layers:
+            states = layer(states, "causal")
+    else:
+        states = text.model(mx.array([tokens[:-1]]))
     ids, drafted = tokens[1:], list[int]()
-    for _ in range(count):
-        embedded = head.token_layernorm(model.model.embed_tokens(mx.array([ids])))
-        both = mx.concatenate([head.hidden_layernorm(states), embedded], axis=-1)
-        after = head.final_layernorm(block(head.input_proj(both), "causal"))
-        best: Any = mx.argmax(model.lm_head(after)[0, -1]).item()
+    for _ in range(3):
+        both = [head.embedding_norm(text.model.embed_tokens(mx.array([ids])))]
+        both.insert(0 if kind == "mimo" else 1, head.state_norm(states))
+        joined = head.projection(mx.concatenate(both, axis=-1))
+        mask = create_attention_mask(joined, return_array=True)
+        after = head.norm(head.block(joined, mask))
+        best: Any = mx.argmax(text.lm_head(after)[0, -1]).item()
         drafted.append(best)
         ids = [*ids, best]
         states = mx.concatenate([states, after[:, -1:]], axis=1)
@@ -145,8 +148,9 @@ def expected_drafts(tokens: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.usefixtures("shapes")
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_layer_drafts_from_the_models_own_hidden_states(
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever was rejected before, the drafts are those of a layer that read the whole text."""
     monkeypatch.setattr(eagle, "_LEAST_ACCEPTED", -1.0)
@@ -160,31 +164,39 @@ def test_the_layer_drafts_from_the_models_own_hidden_states(
         return found
 
     monkeypatch.setattr(EagleProposer, "propose", noted)
-    model = target()
-    made = engine_of(model, random_head(model), enable_prefix_caching=False)
+    model = target(kind)
+    made = engine_of(model, kind, random_head(model, kind), enable_prefix_caching=False)
     made.generate(PROMPTS[:2], replace(LONG, max_tokens=12))
     assert len(seen) > 10
+    fresh = target(kind)
+    head = random_head(fresh, kind)
     for tokens, drafted in seen:
-        assert drafted == expected_drafts(tokens, len(drafted))
+        assert drafted == expected_drafts(fresh, kind, head, tokens)[: len(drafted)]
 
 
 @pytest.mark.usefixtures("shapes")
-@pytest.mark.parametrize("tied", [False, True])
-def test_outputs_are_the_same_with_any_layer(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_outputs_are_the_same_with_any_layer(
+    kind: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(eagle, "_LEAST_ACCEPTED", -1.0)
-    model = target(tied=tied)
-    made = engine_of(model, random_head(model))
+    model = target(kind, tied=tied)
+    made = engine_of(model, kind, random_head(model, kind))
     for _ in range(2):  # the second time, the layer does not see the prompts' cached blocks
-        for found, expected in zip(ask_all(made), plain(tied=tied), strict=True):
+        for found, expected in zip(ask_all(made), plain(kind, tied=tied), strict=True):
             check_same(expected, found)
     assert made.stats().proposed_tokens > 100
 
 
-def test_a_layer_that_knows_the_model_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_knows_the_model_is_accepted(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
-    model = target(markov=True)
-    made = engine_of(model, markov_head(model), num_speculative_tokens=3)
-    for found, expected in zip(ask_all(made), plain(markov=True), strict=True):
+    model = target(kind, markov=True)
+    made = engine_of(model, kind, markov_head(model, kind), num_speculative_tokens=3)
+    for found, expected in zip(ask_all(made), plain(kind, markov=True), strict=True):
         check_same(expected, found)
     sampled = made.stats()
     made.generate([PROMPTS[0]], LONG)
@@ -194,22 +206,171 @@ def test_a_layer_that_knows_the_model_is_accepted(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_layer_that_is_mostly_wrong_pauses() -> None:
-    model = target()
-    made = engine_of(model, random_head(model))
+    model = target("mimo")
+    made = engine_of(model, "mimo", random_head(model, "mimo"))
     made.generate([PROMPTS[0]], replace(LONG, max_tokens=100))
     assert 3 <= made.stats().num_proposals < 30
 
 
-def test_a_stored_model_drafts_with_its_own_layer(tmp_path: Path) -> None:
-    write(tmp_path / "files")
+# Files
+
+
+def published(arrays: Mapping[str, mx.array], kind: str) -> Arrays:
+    """Return the tensors of mlx-lm's modules as the model's authors name and store them."""
+    found: Arrays = {}
+    qwen = kind.startswith("qwen3")
+    for name, array in arrays.items():
+        start, stacked, rest = name.partition("switch_mlp.")
+        if stacked and kind == "qwen3_5_moe":
+            projection = rest.removesuffix(".weight")
+            if projection == "down_proj":
+                found[f"{start}experts.down_proj"] = array
+            elif projection == "gate_proj":
+                both = [array, arrays[f"{start}switch_mlp.up_proj.weight"]]
+                found[f"{start}experts.gate_up_proj"] = mx.concatenate(both, axis=1)
+        elif stacked:
+            found |= {f"{start}experts.{n}.{rest}": part for n, part in enumerate(array)}
+        elif name.endswith("embed_q.weight"):
+            values = arrays[name.replace("embed_q", "unembed_out")]
+            both = mx.concatenate([array.swapaxes(1, 2), values], axis=1)
+            found[name.replace("embed_q", "kv_b_proj")] = both.reshape(-1, both.shape[-1])
+        elif name.endswith("conv1d.weight"):
+            found[name] = array.moveaxis(1, 2)
+        elif qwen and array.ndim == 1 and "norm" in name and "linear_attn" not in name:
+            found[name] = array - 1
+        elif not name.endswith("unembed_out.weight"):
+            found[name] = array
+    return found
+
+
+def prefix_of(kind: str) -> str:
+    return LAYOUTS[kind].prefix.format(layers=4)
+
+
+def layer_tensors(head: MtpHead, kind: str) -> Arrays:
+    """Return the tensors of a layer as its authors name them."""
+    flat: Any = tree_flatten(head.parameters())
+    found: Arrays = {}
+    for name, array in published(dict(flat), kind).items():
+        module, _, rest = name.partition(".")
+        middle = LAYOUTS[kind].names[module]
+        found[prefix_of(kind) + (f"{middle}." if middle else "") + rest] = array
+    return found
+
+
+def write(directory: Path, kind: str, layer: Arrays | None = None, **changed: Any) -> ModelFiles:
+    """Write the model and its layer as published; `layer` replaces the tensors of the layer."""
+    model = target(kind)
+    if layer is None:
+        layer = layer_tensors(random_head(model, kind), kind)
+    flat: Any = tree_flatten(model.parameters())
+    names = [(n.replace("language_model.model.", "model.language_model."), a) for n, a in flat]
+    tensors = {
+        n.removeprefix("language_model."): a for n, a in published(dict(names), kind).items()
+    }
+    directory.mkdir(exist_ok=True)
+    mx.save_safetensors(str(directory / "model.safetensors"), tensors | layer)
+    found = configuration(kind)
+    config = {**COMMON, **found.args, **changed}
+    if found.nested is None:
+        config["model_type"] = kind
+    else:
+        config = {"model_type": kind, found.nested: config}
+    (directory / "config.json").write_text(json.dumps(config))
+    tiny_tokenizer()._backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return ModelFiles.from_directory(directory)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_next", *OTHERS])
+def test_the_layer_is_read_from_published_files(kind: str, tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, kind), device="cpu")
+    head = load_mtp_head(ModelFiles.from_directory(tmp_path), loaded)
+    model = target(kind)
+    flat: Any = tree_flatten(random_head(model, kind).parameters())
+    found: Any = dict(tree_flatten(head.parameters()))
+    assert found.keys() == dict(flat).keys()
+    for name, array in flat:
+        assert mx.allclose(found[name], array, rtol=1e-6, atol=1e-6).item(), name
+    flat = tree_flatten(model.parameters())
+    found = dict(tree_flatten(loaded.model.parameters()))
+    assert all(mx.allclose(found[name], array, rtol=1e-6, atol=1e-6).item() for name, array in flat)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "shared_head.head"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_vocabulary_of_the_layers_own(name: str, own: bool, tmp_path: Path) -> None:
+    """Copies of the model's, which DeepSeek and GLM publish, are not held twice."""
+    model = target("glm4_moe")
+    module = model.model.embed_tokens if name == "embed_tokens" else model.lm_head
+    weight = module.weight + 1 if own else module.weight
+    layer = layer_tensors(random_head(model, "glm4_moe"), "glm4_moe")
+    files = write(tmp_path, "glm4_moe", layer | {f"{prefix_of('glm4_moe')}{name}.weight": weight})
+    head = load_mtp_head(files, load(files, device="cpu"))
+    kept = "embed_tokens" if name == "embed_tokens" else "head"
+    assert (kept in head) == own
+    if own:
+        assert mx.array_equal(head[kept].weight, weight).item()
+        states = mx.random.normal((2, 64))
+        assert (mx.allclose(head.logits(states), states @ weight.T)).item() == (kept == "head")
+
+
+def test_a_layer_in_fp8(tmp_path: Path) -> None:
+    """DeepSeek publishes fp8 weights with a scale for each block of 128 x 128."""
+    model = target("deepseek_v3")
+    layer = layer_tensors(random_head(model, "deepseek_v3"), "deepseek_v3")
+    scaled = [name for name, array in layer.items() if array.ndim == 2 and ".mlp." in name]
+    scales = {f"{name}_scale_inv": mx.full((1, 1), 0.5) for name in scaled}
+    codes = {name: mx.to_fp8(layer[name] * 2) for name in scaled}
+    files = write(tmp_path, "deepseek_v3", layer | codes | scales)
+    head = load_mtp_head(files, load(files, device="cpu"))
+    gate = layer[f"{prefix_of('deepseek_v3')}mlp.experts.1.gate_proj.weight"]
+    found = head.block.mlp.switch_mlp.gate_proj.weight[1].astype(mx.float32)
+    assert mx.allclose(found, gate, rtol=0.07, atol=1e-3).item()
+    assert not mx.array_equal(found, gate).item()
+    short = {name: scale[:0] for name, scale in scales.items()}
+    files = write(tmp_path, "deepseek_v3", layer | codes | short)
+    with pytest.raises(ModelLoadError, match=r"_scale_inv is \[0, 1\], expected \[1, 1\]"):
+        load_mtp_head(files, load(files, device="cpu"))
+
+
+@pytest.mark.parametrize("kind", ["glm4_moe_lite", "qwen3_next"])
+def test_a_layer_that_is_quantised_as_mlx_lm_does(kind: str, tmp_path: Path) -> None:
+    head = random_head(target(kind), kind)
+    chosen = ("gate_proj", "up_proj", "down_proj")
+    nn.quantize(head, 32, 4, class_predicate=lambda path, module: path.endswith(chosen))
+    flat: Any = tree_flatten(head.parameters())
+    layer, names = {}, LAYOUTS[kind].names
+    for name, array in flat:
+        module, _, rest = name.partition(".")
+        parts = (names[module], rest)
+        layer[prefix_of(kind) + ".".join(part for part in parts if part)] = array
+    loaded = load(write(tmp_path, kind, {}), device="cpu")
+    config = {**loaded.config, "quantization": {"group_size": 32, "bits": 4}}
+    files = write(tmp_path, kind, layer)
+    found = load_mtp_head(files, replace(loaded, config=config))
+    projection = found.block.mlp.switch_mlp.up_proj
+    assert projection.bits == 4
+    assert mx.array_equal(projection.weight, head.block.mlp.switch_mlp.up_proj.weight).item()
+    config = {**loaded.config, "quantization": {"group_size": 32, "bits": 8}}
+    with pytest.raises(ModelLoadError, match=r"gate_proj.weight is \[8, 32, 8\], expected"):
+        load_mtp_head(files, replace(loaded, config=config))
+    config = {**loaded.config, "quantization": {"group_size": 7, "bits": 4}}
+    with pytest.raises(ModelLoadError, match="cannot be quantised"):
+        load_mtp_head(files, replace(loaded, config=config))
+
+
+@pytest.mark.parametrize("kind", ["mimo", "deepseek_v3", "qwen3_next"])
+def test_a_stored_model_drafts_with_its_own_layer(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "files", kind)
     store = modelpack.Store(tmp_path / "store")
     request = modelpack.PackageRequest(safetensors_dir=tmp_path / "files")
-    modelpack.package("ai/mimo", request, store=store)
+    modelpack.package("ai/model", request, store=store)
     config = EngineConfig(
-        device="cpu", max_num_seqs=2, kv_cache_bytes=2**20, self_test=False,
+        device="cpu", max_num_seqs=2, kv_cache_bytes=2**20, self_test=False, backend="mlx",
         speculative_method="mtp",
     )  # fmt: skip
-    opened = open_model("ai/mimo", pull=False, store=store)
+    opened = open_model("ai/model", pull=False, store=store)
     made = opened.engine(config)
     assert isinstance(made, Engine)
     params = replace(LONG, max_tokens=20)
@@ -223,40 +384,75 @@ def test_a_stored_model_drafts_with_its_own_layer(tmp_path: Path) -> None:
     assert made.stats().num_proposals > 0
 
 
-def tensors(**changed: mx.array | None) -> Arrays:
-    flat: Any = tree_flatten(random_head(target()).parameters())
-    both = dict(flat) | {name.replace("__", "."): array for name, array in changed.items()}
-    return {PREFIX + name: array for name, array in both.items() if array is not None}
-
-
 @pytest.mark.parametrize(
-    ("head", "says"),
+    ("kind", "name", "array", "says"),
     [
-        ({}, r"the files have no tensors model\.mtp_layers\.0\."),
-        (tensors(input_proj__weight=None), "has no tensor model.mtp_layers.0.input_proj.weight"),
+        ("mimo", "", None, r"the files have no tensors model\.mtp_layers\.0\."),
+        ("deepseek_v3", "", None, r"the files have no tensors model\.layers\.4\."),
+        ("qwen3_next", "", None, r"the files have no tensors mtp\."),
+        ("mimo", "input_proj.weight", None, "has no tensor model.mtp_layers.0.input_proj.weight"),
         (
-            tensors(input_proj__weight=mx.zeros((64, 64))),
+            "mimo",
+            "input_proj.weight",
+            mx.zeros((64, 64)),
             r"input_proj.weight is \[64, 64\], expected \[64, 128\]",
         ),
         (
-            tensors(input_proj__weight=mx.zeros((64, 128), mx.uint8)),
+            "mimo",
+            "input_proj.weight",
+            mx.zeros((64, 128), mx.uint8),
             "input_proj.weight is stored as uint8, expected floats",
+        ),
+        ("deepseek_v3", "shared_head.norm.weight", None, "no tensor model.layers.4.shared_head"),
+        (
+            "deepseek_v3",
+            "mlp.experts.7.down_proj.weight",
+            None,
+            "no tensor model.layers.4.mlp.experts.7.down_proj.weight",
+        ),
+        (
+            "deepseek_v3",
+            "self_attn.kv_b_proj.weight",
+            mx.zeros((96, 32)),
+            r"kv_b_proj.weight is \[96, 32\], expected \[128, 32\]",
+        ),
+        (
+            "glm4_moe",
+            "shared_head.head.weight",
+            mx.zeros((5, 64)),
+            r"shared_head.head.weight is \[5, 64\], expected \[257, 64\]",
+        ),
+        ("qwen3_next", "fc.weight", None, "no tensor mtp.fc.weight"),
+        ("qwen3_next", "layers.0.self_attn.q_norm.weight", None, "no tensor mtp.layers.0.self_at"),
+        (
+            "qwen3_5_moe",
+            "layers.0.mlp.experts.gate_up_proj",
+            mx.zeros((8, 32, 64)),
+            r"experts.gate_up_proj is \[8, 32, 64\], expected \[8, 64, 64\]",
         ),
     ],
 )
-def test_files_without_the_layer(tmp_path: Path, head: Arrays, says: str) -> None:
-    files = write(tmp_path, head)
+def test_files_without_the_layer(
+    kind: str, name: str, array: mx.array | None, says: str, tmp_path: Path
+) -> None:
+    """`array` replaces the tensor `name` of the layer, or all are left out."""
+    layer = layer_tensors(random_head(target(kind), kind), kind) if name else {}
+    layer.pop(prefix_of(kind) + name, None)
+    if array is not None:
+        layer[prefix_of(kind) + name] = array
+    files = write(tmp_path, kind, layer)
     with pytest.raises(ModelLoadError, match=says) as caught:
         load_mtp_head(files, load(files, device="cpu"))
     assert caught.value.hint or "expected" in says
 
 
 def test_models_without_a_layer(tmp_path: Path) -> None:
+    files = write(tmp_path, "mimo")
     with pytest.raises(ModelLoadError, match="layers of 'llama' are not supported") as caught:
-        load_mtp_head(write(tmp_path), replace(tiny_loaded(), config={"model_type": "llama"}))
+        load_mtp_head(files, replace(tiny_loaded(), config={"model_type": "llama"}))
     assert caught.value.hint
 
 
 def test_mtp_requires_the_layer() -> None:
     with pytest.raises(EngineError, match="layer for multi-token prediction is not loaded"):
-        engine_of(target(), None, speculative_method="mtp")
+        engine_of(target("mimo"), "mimo", None, speculative_method="mtp")

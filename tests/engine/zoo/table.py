@@ -16,6 +16,7 @@ from modelpack_engine.models.gguf import TensorPlan, arrays_of, packing_of
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS
 from modelpack_engine.models.gguf_file import GGUFTensor
 from modelpack_engine.models.gguf_tensors import Parameter
+from modelpack_engine.models.mtp import LAYOUTS
 from modelpack_engine.runner.model_layout import StateLayout
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.loaders.blocks import random_blocks
@@ -52,6 +53,10 @@ Prefixes of these models are shared up to a snapshot of their state
 
 The column GGUF names the architectures of GGUF files that run with this class; their logits are
 compared with llama.cpp's ([tests/engine/loaders](../tests/engine/loaders)).
+
+`--speculative-method mtp` drafts with the layers for
+[multi-token prediction](speculative-decoding.md#multi-token-prediction) of
+{mtp}.
 
 | architecture | GGUF | tier | prefixes shared | layers | |
 |---|---|---|---|---|---|
@@ -204,7 +209,7 @@ def _layers(runner: ModelRunner) -> str:
 def render(rows: list[str]) -> str:
     """Return the whole document."""
     excluded = "".join(f"| {name} | {why} |\n" for name, why in sorted(EXCLUDED.items()))
-    head = HEAD.format(version=mlx_lm.__version__)
+    head = HEAD.format(version=mlx_lm.__version__, mtp=", ".join(LAYOUTS))
     return (
         head
         + "".join(rows)
