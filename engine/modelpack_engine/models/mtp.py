@@ -6,8 +6,8 @@ model's last layer and the embedding of the next token. mlx-lm's classes drop it
 drafts with it as with an EAGLE-3 head.
 
 Sources: DeepSeek-AI, DeepSeek-V3, arXiv:2412.19437, section 2.2; Xiaomi, MiMo, arXiv:2505.07608.
-SGLang and vLLM hand the state after the norm to the layers of DeepSeek, GLM and Qwen, and the state
-before it to MiMo's. In further tokens, the layer's own state after its norm stands for it.
+As in SGLang and vLLM, MiMo's layer reads the model's state before the last norm, the others the
+state after it. For further tokens, the layer's own state after its norm stands for the model's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -39,15 +40,33 @@ class MtpLayout:
     """How a kind of model publishes its layer, and what the layer reads.
 
     `prefix` is that of all tensors; `{layers}` stands for the number of the model's layers. `names`
-    has the published name of each of the head's modules. `index` returns the index that makes a
-    block of the model's class the layer's, from the model's arguments.
+    has the published names of the head's modules. `block` makes the block from the model's layers
+    and its arguments.
     """
 
     prefix: str
     names: Mapping[str, str]
-    index: Callable[[Any], int] | None = None
+    block: Callable[[list[Any], Any], nn.Module]
     reads_normed_state: bool = True
     state_first: bool = False
+
+
+def _block_at(index: Callable[[Any], int] | None, layers: list[Any], args: Any) -> nn.Module:
+    """Return a block of the class of `layers`, with the rotation of one that has attention."""
+    like = next(layer for layer in layers if "self_attn" in layer)
+    block = type(like)(args) if index is None else type(like)(args, index(args))
+    block.self_attn.rope = copy.copy(like.self_attn.rope)
+    return block
+
+
+class _NemotronBlock(nn.Module):  # type: ignore[misc]  # MLX has no types here
+    """Two of Nemotron's layers, attention and experts, as one block of the usual kind."""
+
+    def __init__(self, layers: list[Any], args: Any) -> None:
+        super().__init__()
+        attention, experts = (type(layers[0])(args, kind) for kind in "*E")
+        self.input_layernorm, self.self_attn = attention.norm, attention.mixer
+        self.post_attention_layernorm, self.mlp = experts.norm, experts.mixer
 
 
 _NEXTN = MtpLayout(
@@ -61,7 +80,7 @@ _NEXTN = MtpLayout(
         "embed_tokens": "embed_tokens",
         "head": "shared_head.head",
     },
-    index=lambda args: int(args.num_hidden_layers),
+    partial(_block_at, lambda args: int(args.num_hidden_layers)),
 )
 _QWEN = MtpLayout(
     "mtp.",
@@ -73,7 +92,7 @@ _QWEN = MtpLayout(
         "norm": "norm",
     },
     # The layer has full attention, whose blocks end each interval.
-    index=lambda args: int(args.full_attention_interval) - 1,
+    partial(_block_at, lambda args: int(args.full_attention_interval) - 1),
 )
 _MIMO = MtpLayout(
     "model.mtp_layers.0.",
@@ -84,8 +103,23 @@ _MIMO = MtpLayout(
         "block": "",
         "norm": "final_layernorm",
     },
+    partial(_block_at, None),
     reads_normed_state=False,
     state_first=True,
+)
+_NEMOTRON = MtpLayout(
+    "mtp.layers.",
+    {
+        "embedding_norm": "0.enorm",
+        "state_norm": "0.hnorm",
+        "projection": "0.eh_proj",
+        "block.input_layernorm": "0.norm",
+        "block.self_attn": "0.mixer",
+        "block.post_attention_layernorm": "1.norm",
+        "block.mlp": "1.mixer",
+        "norm": "1.final_layernorm",
+    },
+    _NemotronBlock,
 )
 
 #: By the model type of config.json. Of several layers, the first drafts all tokens.
@@ -94,6 +128,7 @@ LAYOUTS: Mapping[str, MtpLayout] = {
     "glm4_moe": _NEXTN,
     "glm4_moe_lite": _NEXTN,
     "mimo": _MIMO,
+    "nemotron_h": _NEMOTRON,
     "qwen3_5": _QWEN,
     "qwen3_5_moe": _QWEN,
     "qwen3_next": _QWEN,
@@ -110,23 +145,19 @@ class MtpHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
 
     def __init__(self, model: Any, layout: MtpLayout) -> None:
         super().__init__()
-        text = text_model(model)
-        inner, args = text.model, text.args
+        text = TextModel.of(model)
         self.embedding_norm, self.state_norm, self.norm = (
-            nn.RMSNorm(args.hidden_size, args.rms_norm_eps) for _ in range(3)
+            nn.RMSNorm(text.hidden_size, text.norm.eps) for _ in range(3)
         )
-        self.projection = nn.Linear(2 * args.hidden_size, args.hidden_size, bias=False)
-        like = next(layer for layer in inner.layers if "self_attn" in layer)
-        given = () if layout.index is None else (layout.index(args),)
-        self.block = type(like)(args, *given)
-        # Copies, with the same weights: the runner replaces the calls of the model's own modules.
-        self.block.self_attn.rope = copy.copy(like.self_attn.rope)
+        self.projection = nn.Linear(2 * text.hidden_size, text.hidden_size, bias=False)
+        self.block = layout.block(text.layers, text.args)
         self._attention = attention_of(self.block.self_attn)
         self._state_first = layout.state_first
-        # Methods: modules would be parts of this one.
-        self._read = copy.copy(inner.norm).__call__ if layout.reads_normed_state else None
-        tied = "lm_head" not in text
-        output = copy.copy(inner.embed_tokens if tied else text.lm_head)
+        # Copies, with the same weights: the runner replaces the calls of the model's own modules.
+        # Methods of copies: modules would be parts of this one.
+        self._read = copy.copy(text.norm).__call__ if layout.reads_normed_state else None
+        tied = text.head is None
+        output: Any = copy.copy(text.embeddings if tied else text.head)
         self._output = output.as_linear if tied else output.__call__
 
     def read(self, states: mx.array) -> mx.array:
@@ -205,9 +236,31 @@ class MtpHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
         return sum(array.nbytes for _, array in flat)
 
 
-def text_model(model: Any) -> Any:
-    """Return the language model of a multimodal class, or the model itself."""
-    return getattr(model, "language_model", model)
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """The parts of a language model that the layer uses; `head` is None if it is the embeddings."""
+
+    args: Any
+    layers: list[Any]
+    embeddings: Any
+    norm: Any
+    head: Any | None
+
+    @classmethod
+    def of(cls, model: Any) -> TextModel:
+        """Return the parts of a model of one of `LAYOUTS`."""
+        text = getattr(model, "language_model", model)
+        head = text.lm_head if "lm_head" in text else None
+        if "backbone" in text:
+            inner = text.backbone
+            return cls(text.args, inner.layers, inner.embeddings, inner.norm_f, head)
+        inner = text.model
+        return cls(text.args, inner.layers, inner.embed_tokens, inner.norm, head)
+
+    @property
+    def hidden_size(self) -> int:
+        """The elements of a hidden state."""
+        return int(self.args.hidden_size)
 
 
 def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
@@ -230,8 +283,9 @@ def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
             hint=_HINT + ", or --backend mlx with the published safetensors",
         )
     layout, stored = LAYOUTS[kind], tensor_shapes(files)
-    text: Any = text_model(loaded.model)
-    prefix = layout.prefix.format(layers=len(text.model.layers))
+    _check_config(loaded.config, what)
+    text = TextModel.of(loaded.model)
+    prefix = layout.prefix.format(layers=len(text.layers))
     if not any(name.startswith(prefix) for name in stored):
         raise ModelLoadError(
             f"{what}: the files have no tensors {prefix}*",
@@ -240,7 +294,7 @@ def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
     head = MtpHead(loaded.model, layout)
     source = _Source(files, layout, prefix, stored)
     source.quantise(head, loaded.config.get("quantization") or {})
-    head.load_weights(list(source.weights(head, text).items()))
+    head.load_weights(list(source.weights(head, loaded.model).items()))
     for name, weight in source.own_vocabulary(text).items():
         shape = tuple(weight.shape)
         embeds = name == "embed_tokens"
@@ -248,6 +302,21 @@ def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
         head[name].weight = weight
     mx.eval(head.parameters())
     return head
+
+
+def _check_config(config: Mapping[str, Any], what: str) -> None:
+    """Raise `ModelLoadError` for a layer of another shape than those that `LAYOUTS` describe."""
+    text = config.get("text_config")
+    config = text if isinstance(text, Mapping) else config
+    if config.get("mtp_use_dedicated_embeddings"):
+        raise ModelLoadError(f"{what}: mtp_use_dedicated_embeddings is not supported", hint=_HINT)
+    blocks = config.get("mtp_hybrid_override_pattern") or config.get("mtp_layers_block_type")
+    known = ("*E", ["*", "E"], ["attention", "moe"], ["full_attention", "moe"])
+    if blocks is not None and blocks not in known:
+        raise ModelLoadError(
+            f"{what}: the layer has the blocks {str(blocks)[:100]}, expected attention and experts",
+            hint=_HINT,
+        )
 
 
 #: The published tensors of a parameter, with their shapes, and what makes the parameter of them.
@@ -282,8 +351,8 @@ class _Source:
         except (TypeError, ValueError) as error:
             raise ModelLoadError(f"{_WHAT} cannot be quantised: {error}") from error
 
-    def weights(self, head: MtpHead, text: Any) -> dict[str, mx.array]:
-        """Return all parameters of `head`, which drafts for the model `text`."""
+    def weights(self, head: MtpHead, model: Any) -> dict[str, mx.array]:
+        """Return all parameters of `head`, which drafts for `model`."""
         parts = {n: self._parts(n, s, head.block.self_attn) for n, s in shapes_of(head).items()}
         wanted = {name: shape for tensors, _ in parts.values() for name, shape in tensors.items()}
         scales = {
@@ -294,7 +363,7 @@ class _Source:
 
         def dequantised(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
             # Without the prefix, mlx-lm's class unpacks fp8 and does nothing else.
-            found = text.sanitize({n.removeprefix(self.prefix): a for n, a in arrays.items()})
+            found = model.sanitize({n.removeprefix(self.prefix): a for n, a in arrays.items()})
             return {self.prefix + name: array for name, array in found.items()}
 
         arrays = load_tensors(
@@ -302,13 +371,13 @@ class _Source:
         )
         return {name: make([arrays[n] for n in tensors]) for name, (tensors, make) in parts.items()}
 
-    def own_vocabulary(self, text: Any) -> dict[str, mx.array]:
+    def own_vocabulary(self, text: TextModel) -> dict[str, mx.array]:
         """Return stored embeddings and output layer, unless they are the model's.
 
         DeepSeek and GLM publish copies of the model's.
         """
-        shape = (text.args.vocab_size, text.args.hidden_size)
-        shared = {"embed_tokens": text.model.embed_tokens, "head": text.get("lm_head")}
+        shape = (text.args.vocab_size, text.hidden_size)
+        shared = {"embed_tokens": text.embeddings, "head": text.head}
         found = {}
         for name, module in shared.items():
             tensor = f"{self.prefix}{self.layout.names.get(name)}.weight"
@@ -322,8 +391,11 @@ class _Source:
 
     def _path(self, name: str) -> str:
         """Return the published name of a module or parameter of the head."""
-        module, _, rest = name.partition(".")
-        return self.prefix + ".".join(part for part in (self.layout.names[module], rest) if part)
+        for module, published in self.layout.names.items():
+            if f"{name}.".startswith(f"{module}."):
+                path = f"{published}{name[len(module) :]}"
+                return self.prefix + path.removeprefix(".")
+        return self.prefix + name
 
     def _parts(self, name: str, shape: Shape, attention: Any) -> _Parts:
         path = self._path(name)
@@ -344,6 +416,7 @@ class _Source:
     def _experts(self, path: str, shape: Shape) -> _Parts:
         """Stack the experts' matrices, or take a part of those that are stored together."""
         start, _, rest = path.partition("switch_mlp.")
+        rest = rest.replace("fc1", "up_proj").replace("fc2", "down_proj")  # Nemotron's in mlx-lm
         projection = rest.removesuffix(".weight")
         count, outputs, inputs = shape
         if f"{start}experts.gate_up_proj" not in self.stored:

@@ -46,17 +46,15 @@ def attention_of(module: Any) -> Attention:
 
 
 class _Heads:
-    """Keys and values per head, with norms and an output gate where the module has them.
+    """Keys and values per head, with norms, rotation and output gate where the module has them.
 
     Qwen's gate comes with the queries: `q_proj` has twice the width that `o_proj` reads.
     """
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        names = ("n_heads", "n_kv_heads")
-        if not hasattr(module, names[0]):
-            names = ("num_attention_heads", "num_key_value_heads")
-        self._num_heads, self.num_kv_heads = (int(getattr(module, name)) for name in names)
+        self._num_heads = _number(module, "n_heads", "num_attention_heads", "num_heads")
+        self.num_kv_heads = _number(module, "n_kv_heads", "num_key_value_heads")
         self.key_dim = self.value_dim = _width(module.k_proj) // self.num_kv_heads
         self._gated = _width(module.q_proj) == 2 * self._num_heads * self.key_dim
 
@@ -72,9 +70,11 @@ class _Heads:
         )
         if "q_norm" in module:
             queries, keys = module.q_norm(queries), module.k_norm(keys)
-        queries, keys = (
-            module.rope(heads[:, :, None], offset=positions)[:, :, 0] for heads in (queries, keys)
-        )
+        if "rope" in module:
+            queries, keys = (
+                module.rope(heads[:, :, None], offset=positions)[:, :, 0]
+                for heads in (queries, keys)
+            )
         return Projected(queries, keys, values, gate)
 
     def output(self, attended: mx.array, gate: mx.array | None) -> mx.array:
@@ -120,6 +120,11 @@ class _Latent:
         values = self._module.unembed_out(heads[None])[0].transpose(1, 0, 2)
         found: mx.array = self._module.o_proj(values.reshape(rows, -1))
         return found
+
+
+def _number(module: nn.Module, *names: str) -> int:
+    """Return the first of these attributes that a module has."""
+    return int(next(getattr(module, name) for name in names if hasattr(module, name)))
 
 
 def _width(linear: nn.Module) -> int:

@@ -64,6 +64,14 @@ def layers_of(inner: nn.Module | None) -> list[nn.Module]:
     return layers
 
 
+def embeddings_of(inner: nn.Module | None) -> nn.Module:
+    """Return the embeddings of a model without head; raises `EngineError` if they are unknown."""
+    found: nn.Module | None = getattr(inner, "embed_tokens", getattr(inner, "embeddings", None))
+    if found is None:
+        raise EngineError("the model's embeddings are not where a drafting head needs them")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class HiddenRows:
     """The reduced hidden states of a step's rows; `places` has the array's row for each of them."""

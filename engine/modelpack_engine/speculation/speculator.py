@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -20,7 +20,7 @@ from modelpack_engine.models.eagle import EagleHead, check_target
 from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.outputs import EngineStats
-from modelpack_engine.runner.hidden_states import HiddenRows, layers_of
+from modelpack_engine.runner.hidden_states import HiddenRows, embeddings_of, layers_of
 from modelpack_engine.runner.kv_cache_size import Sizes, max_num_seqs, on_gpu
 from modelpack_engine.runner.model_layout import ModelLayout, layout_of
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
@@ -282,10 +282,7 @@ def _with_head(
         return None, (
             f"no speculation: the {runner.tier} tier hands out no hidden states for the {what}",
         )
-    inner: Any = runner.layout.inner
-    layers, embed = layers_of(inner), getattr(inner, "embed_tokens", None)
-    if embed is None:
-        raise EngineError(f"the model's embeddings are not where the {what} needs them")
+    layers, embed = layers_of(runner.layout.inner), embeddings_of(runner.layout.inner)
     embedded = embed(mx.array([0]))
     if isinstance(head, EagleHead):
         check_target(head, hidden_size=embedded.shape[-1], vocab_size=vocab_size)

@@ -22,9 +22,10 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, ModelLoadError
 from modelpack_engine.models import LoadedModel, ModelFiles, load
-from modelpack_engine.models.mtp import LAYOUTS, MtpHead, load_mtp_head, text_model
+from modelpack_engine.models.mtp import LAYOUTS, MtpHead, TextModel, load_mtp_head
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.runner import kv_cache_size
+from modelpack_engine.runner.model_layout import find_layout
 from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.speculation import eagle
 from modelpack_engine.speculation.eagle import EagleProposer
@@ -35,32 +36,39 @@ from tests.engine.speculation.test_draft import LONG, PROMPTS, ask_all
 from tests.engine.speculation.test_same_output import check_same
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import COMMON, Configuration
+from tests.engine.zoo.experts import ROUTED
 
 Arrays = dict[str, mx.array]
-OTHERS = ["glm4_moe", "glm4_moe_lite", "mimo", "qwen3_5", "qwen3_5_moe"]
+OTHERS = ["glm4_moe", "glm4_moe_lite", "mimo", "nemotron_h", "qwen3_5", "qwen3_5_moe"]
 #: One latent, one hybrid; the others take longer than tests of every change may.
 KINDS = ["deepseek_v3", "qwen3_next", *(pytest.param(k, marks=pytest.mark.long) for k in OTHERS)]
+
+
+NEMOTRON = {
+    **ROUTED, "hybrid_override_pattern": ["M", "E", "*", "E"], "topk_group": 1, "n_group": 1,
+    "moe_shared_expert_intermediate_size": 48,
+}  # fmt: skip
 
 
 def configuration(kind: str, *, tied: bool = False) -> Configuration:
     """Return the zoo's configuration of a kind of model, with this file's vocabulary."""
     found = next((c for c in CATALOGUE if c.architecture == kind), Configuration(kind))
     args = {**found.args, "vocab_size": VOCAB, "tie_word_embeddings": tied}
-    return replace(found, args=args)
+    return replace(found, args=args | (NEMOTRON if kind == "nemotron_h" else {}))
 
 
 def target(kind: str, *, tied: bool = False, markov: bool = False) -> Any:
     """Return a model; with `markov`, the next token depends on the last token only."""
     model: Any = configuration(kind, tied=tied).build()
     if markov:
-        silence(text_model(model).model)
+        silence(model)
     return model
 
 
 def silence(module: Any) -> None:
     """Make all layers below `module` add nothing to the residual."""
     for name, part in module.named_modules():
-        if name.endswith(("o_proj", "out_proj", "down_proj")):
+        if name.endswith(("o_proj", "out_proj", "down_proj", "fc2")):
             part.weight = mx.zeros_like(part.weight)
 
 
@@ -82,13 +90,14 @@ def random_head(model: Any, kind: str) -> MtpHead:
 def markov_head(model: Any, kind: str) -> MtpHead:
     """Return the head that computes what a Markov model computes from the next token."""
     head = MtpHead(model, LAYOUTS[kind])
-    size = text_model(model).args.hidden_size
+    text = TextModel.of(model)
+    size = text.hidden_size
     parts = [mx.eye(size), mx.zeros((size, size))]
     if LAYOUTS[kind].state_first:
         parts.reverse()
     head.projection.weight = mx.concatenate(parts, axis=1)
     silence(head.block)
-    head.norm.weight = text_model(model).model.norm.weight
+    head.norm.weight = text.norm.weight
     mx.eval(head.parameters())
     return head
 
@@ -126,25 +135,37 @@ def expected_drafts(model: Any, kind: str, head: MtpHead, tokens: list[int]) -> 
 
     MiMo's layer reads the model's state before the last norm, as in Xiaomi's own inference code.
     """
-    text = text_model(model)
+    text = TextModel.of(model)
+    assert text.head is not None
     if kind == "mimo":
-        states = text.model.embed_tokens(mx.array([tokens[:-1]]))
-        for layer in text.model.layers:
+        states = text.embeddings(mx.array([tokens[:-1]]))
+        for layer in text.layers:
             states = layer(states, "causal")
     else:
-        states = text.model(mx.array([tokens[:-1]]))
+        inner = find_layout(model).inner
+        assert inner is not None
+        states = inner(mx.array([tokens[:-1]]))
     ids, drafted = tokens[1:], list[int]()
     for _ in range(3):
-        both = [head.embedding_norm(text.model.embed_tokens(mx.array([ids])))]
+        both = [head.embedding_norm(text.embeddings(mx.array([ids])))]
         both.insert(0 if kind == "mimo" else 1, head.state_norm(states))
         joined = head.projection(mx.concatenate(both, axis=-1))
         mask = create_attention_mask(joined, return_array=True)
-        after = head.norm(head.block(joined, mask))
-        best: Any = mx.argmax(text.lm_head(after)[0, -1]).item()
+        after = head.norm(run_block(head, joined, mask))
+        best: Any = mx.argmax(text.head(after)[0, -1]).item()
         drafted.append(best)
         ids = [*ids, best]
         states = mx.concatenate([states, after[:, -1:]], axis=1)
     return drafted
+
+
+def run_block(head: MtpHead, x: mx.array, mask: mx.array) -> Any:
+    """Run mlx-lm's block, or Nemotron's two modules that are one."""
+    block: Any = head.block
+    if "rope" in block.self_attn:
+        return block(x, mask)
+    x = x + block.self_attn(block.input_layernorm(x), mask)
+    return x + block.mlp(block.post_attention_layernorm(x))
 
 
 @pytest.mark.usefixtures("shapes")
@@ -229,11 +250,12 @@ def published(arrays: Mapping[str, mx.array], kind: str) -> Arrays:
                 both = [array, arrays[f"{start}switch_mlp.up_proj.weight"]]
                 found[f"{start}experts.gate_up_proj"] = mx.concatenate(both, axis=1)
         elif stacked:
+            rest = rest.replace("fc1", "up_proj").replace("fc2", "down_proj")
             found |= {f"{start}experts.{n}.{rest}": part for n, part in enumerate(array)}
         elif name.endswith("embed_q.weight"):
             values = arrays[name.replace("embed_q", "unembed_out")]
-            both = mx.concatenate([array.swapaxes(1, 2), values], axis=1)
-            found[name.replace("embed_q", "kv_b_proj")] = both.reshape(-1, both.shape[-1])
+            joined = mx.concatenate([array.swapaxes(1, 2), values], axis=1)
+            found[name.replace("embed_q", "kv_b_proj")] = joined.reshape(-1, joined.shape[-1])
         elif name.endswith("conv1d.weight"):
             found[name] = array.moveaxis(1, 2)
         elif qwen and array.ndim == 1 and "norm" in name and "linear_attn" not in name:
@@ -252,10 +274,17 @@ def layer_tensors(head: MtpHead, kind: str) -> Arrays:
     flat: Any = tree_flatten(head.parameters())
     found: Arrays = {}
     for name, array in published(dict(flat), kind).items():
-        module, _, rest = name.partition(".")
-        middle = LAYOUTS[kind].names[module]
-        found[prefix_of(kind) + (f"{middle}." if middle else "") + rest] = array
+        found[layer_name(kind, name)] = array
     return found
+
+
+def layer_name(kind: str, name: str) -> str:
+    """Return the published name of a tensor of the head."""
+    for module, path in LAYOUTS[kind].names.items():
+        if name.startswith(f"{module}."):
+            rest = name.removeprefix(f"{module}.")
+            return prefix_of(kind) + (f"{path}.{rest}" if path else rest)
+    raise AssertionError(name)
 
 
 def write(directory: Path, kind: str, layer: Arrays | None = None, **changed: Any) -> ModelFiles:
@@ -340,11 +369,7 @@ def test_a_layer_that_is_quantised_as_mlx_lm_does(kind: str, tmp_path: Path) -> 
     chosen = ("gate_proj", "up_proj", "down_proj")
     nn.quantize(head, 32, 4, class_predicate=lambda path, module: path.endswith(chosen))
     flat: Any = tree_flatten(head.parameters())
-    layer, names = {}, LAYOUTS[kind].names
-    for name, array in flat:
-        module, _, rest = name.partition(".")
-        parts = (names[module], rest)
-        layer[prefix_of(kind) + ".".join(part for part in parts if part)] = array
+    layer = {layer_name(kind, name): array for name, array in flat}
     loaded = load(write(tmp_path, kind, {}), device="cpu")
     config = {**loaded.config, "quantization": {"group_size": 32, "bits": 4}}
     files = write(tmp_path, kind, layer)
@@ -422,6 +447,8 @@ def test_a_stored_model_drafts_with_its_own_layer(kind: str, tmp_path: Path) -> 
             mx.zeros((5, 64)),
             r"shared_head.head.weight is \[5, 64\], expected \[257, 64\]",
         ),
+        ("nemotron_h", "1.final_layernorm.weight", None, "no tensor mtp.layers.1.final_layernorm"),
+        ("nemotron_h", "1.mixer.experts.3.up_proj.weight", None, "no tensor mtp.layers.1.mixer.ex"),
         ("qwen3_next", "fc.weight", None, "no tensor mtp.fc.weight"),
         ("qwen3_next", "layers.0.self_attn.q_norm.weight", None, "no tensor mtp.layers.0.self_at"),
         (
@@ -450,6 +477,29 @@ def test_models_without_a_layer(tmp_path: Path) -> None:
     files = write(tmp_path, "mimo")
     with pytest.raises(ModelLoadError, match="layers of 'llama' are not supported") as caught:
         load_mtp_head(files, replace(tiny_loaded(), config={"model_type": "llama"}))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "says"),
+    [
+        ("nemotron_h", {"mtp_hybrid_override_pattern": "*E"}, None),
+        ("nemotron_h", {"mtp_layers_block_type": ["attention", "moe"]}, None),
+        ("nemotron_h", {"mtp_hybrid_override_pattern": "*EM"}, r"has the blocks \*EM"),
+        ("qwen3_5", {"mtp_use_dedicated_embeddings": False}, None),
+        ("qwen3_5", {"mtp_use_dedicated_embeddings": True}, "mtp_use_dedicated_embeddings is not"),
+    ],
+)
+def test_fields_of_the_layer(
+    kind: str, fields: dict[str, Any], says: str | None, tmp_path: Path
+) -> None:
+    files = write(tmp_path, kind, **fields)
+    loaded = load(files, device="cpu")
+    if says is None:
+        load_mtp_head(files, loaded)
+        return
+    with pytest.raises(ModelLoadError, match=says) as caught:
+        load_mtp_head(files, loaded)
     assert caught.value.hint
 
 

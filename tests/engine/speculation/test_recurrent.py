@@ -17,6 +17,7 @@ from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.eagle import EagleHead, HeadConfig
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.adapted import _Pieces
+from modelpack_engine.runner.hidden_states import embeddings_of
 from modelpack_engine.runner.model_layout import find_layout
 from modelpack_engine.speculation import eagle
 from tests.engine.serving.tiny import tiny_tokenizer
@@ -106,8 +107,7 @@ def test_outputs_are_the_same_with_an_eagle_head(
     model = configuration.build()
     plain = ask(engine_of(model))
     layout = find_layout(model)
-    embed = getattr(layout.inner, "embed_tokens", None)
-    size = 8 if embed is None else embed(mx.array([0])).shape[-1]
+    size = embeddings_of(layout.inner)(mx.array([0])).shape[-1]
     config = HeadConfig(size, size, 32, 4, 2, 8, VOCABULARY, VOCABULARY, layers=(1, 1, 2))
     mx.random.seed(3)
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, tiny_tokenizer(), "tiny", 256, (), 0)
@@ -115,13 +115,14 @@ def test_outputs_are_the_same_with_an_eagle_head(
         max_num_seqs=8, max_num_batched_tokens=32, device="cpu", draft_model="head",
         speculative_disable_by_batch_size=8,
     )  # fmt: skip
-    if embed is None:
-        with pytest.raises(EngineError, match="embeddings are not where"):
-            Engine(loaded, given, draft=EagleHead(config))
-        return
     engine = Engine(loaded, given, draft=EagleHead(config))
     check_all(plain, ask(engine))
     assert engine.stats().proposed_tokens > 40
+
+
+def test_embeddings_of_another_name() -> None:
+    with pytest.raises(EngineError, match="embeddings are not where"):
+        embeddings_of(nn.Linear(2, 2))
 
 
 @pytest.mark.usefixtures("shapes")
