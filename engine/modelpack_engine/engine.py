@@ -21,6 +21,7 @@ is collected before N + 1 is scheduled. The step that verifies proposals is coll
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from contextlib import contextmanager
@@ -390,6 +391,8 @@ class Engine(BaseEngine):
         if result is None:
             return
         self._in_flight = None
+        if self._speculator is not None:
+            self._speculator.emitted(result.output, time.perf_counter())
         for proposal, tokens in result.verified():
             self._verified(proposal, tokens)
         firsts = [tokens[0].token_id if tokens else None for tokens in result.tokens]

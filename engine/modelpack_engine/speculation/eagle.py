@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +26,6 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.runner.hidden_states import HiddenRows
-from modelpack_engine.speculation.ngram import NgramProposer
 
 # The rows that the head computes at a time while it reads a prompt.
 _CHUNKS = (16, 64, 256)
@@ -337,96 +335,3 @@ def _pad_rows(states: mx.array, count: int) -> mx.array:
 def _size(draft: _Draft) -> int:
     assert draft.keys is not None
     return draft.keys.shape[2]
-
-
-# A lookup is preferred while it is right about more tokens than the head, on average.
-_LOOKUP_TOKENS = (7, 15)
-# The weight of the newest observation in an average.
-_NEWEST = 0.25
-# With fewer accepted tokens per draft the head costs more than it saves: it pauses for some steps.
-_LEAST_ACCEPTED, _PAUSE = 0.4, 64
-
-
-@dataclass(slots=True)
-class _Score:
-    """How many tokens of lookups and of drafts were right in one sequence, on average."""
-
-    lookup: float = 4.0
-    head: float = 2.0
-    pause: int = 0
-    start: int = 0  # the position of the last guesses' first token
-    looked_up: list[int] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
-    length: int = _LOOKUP_TOKENS[0]
-
-    def settle(self, sequence: Sequence) -> None:
-        """Compare the last guesses with the tokens that came."""
-        known = sequence.token_ids(self.start, sequence.num_known_tokens)
-        for name, guess in (("lookup", self.looked_up), ("head", self.drafted)):
-            if guess and known:
-                right = sum(
-                    1
-                    for _ in takewhile(
-                        lambda pair: pair[0] == pair[1], zip(guess, known, strict=False)
-                    )
-                )
-                right = len(guess) if right == min(len(known), len(guess)) else right
-                setattr(self, name, getattr(self, name) * (1 - _NEWEST) + _NEWEST * right)
-                if name == "lookup":
-                    self.length = _LOOKUP_TOKENS[right == len(guess)]
-        self.looked_up, self.drafted = [], []
-        self.start = sequence.num_known_tokens
-
-
-class HeadWithLookup:
-    """Proposes by prompt lookup where it was right lately, and by a head otherwise.
-
-    Lookups are compared with the tokens that came even where they were not proposed.
-    """
-
-    def __init__(self, lookup: NgramProposer, head: EagleProposer) -> None:
-        self._lookup, self.head = lookup, head
-        self._scores: dict[int, _Score] = {}  # by seq_id
-
-    def expects(self, sequences: Iterable[Sequence]) -> bool:
-        """Return whether any sequence has a match, or is drafted by the head."""
-        sequences = tuple(sequences)
-        drafting = [seq for seq in sequences if self._score(seq).pause == 0]
-        return self._lookup.expects(sequences) or self.head.expects(drafting)
-
-    def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
-        """Return the proposals of the method that does better in each sequence."""
-        for sequence in lengths:
-            self._score(sequence).settle(sequence)
-        wanted = {seq: min(most, self._score(seq).length) for seq, most in lengths.items()}
-        found = dict(self._lookup.propose(wanted))
-        left = {}
-        for sequence, most in lengths.items():
-            score = self._score(sequence)
-            score.looked_up = found.get(sequence, [])
-            if score.looked_up and score.lookup >= score.head:
-                continue
-            if score.head < _LEAST_ACCEPTED and not score.pause:
-                score.pause, score.head = _PAUSE, 2 * _LEAST_ACCEPTED
-            if score.pause:
-                score.pause -= 1
-            else:
-                left[sequence] = most
-        drafts = self.head.propose(left) if left else {}
-        for sequence, tokens in drafts.items():
-            self._score(sequence).drafted = tokens
-        return {**{seq: found[seq] for seq in found if self._keeps(seq)}, **drafts}
-
-    def _keeps(self, sequence: Sequence) -> bool:
-        """Return whether a lookup is proposed where the head has no draft."""
-        return self._score(sequence).lookup >= 1
-
-    def release(self, seq_ids: Iterable[int]) -> None:
-        """Forget sequences that ended or were preempted."""
-        for seq_id in seq_ids:
-            self._scores.pop(seq_id, None)
-        self._lookup.release(seq_ids)
-        self.head.release(seq_ids)
-
-    def _score(self, sequence: Sequence) -> _Score:
-        return self._scores.setdefault(sequence.seq_id, _Score(start=sequence.num_known_tokens))

@@ -27,8 +27,9 @@ from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.runner.step import MaskOf, can_look_ahead
 from modelpack_engine.sampling.sampler import Sampler
+from modelpack_engine.speculation.acceptance import HeadWithLookup
 from modelpack_engine.speculation.draft import DraftProposer
-from modelpack_engine.speculation.eagle import EagleProposer, HeadWithLookup
+from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.ngram import NgramProposer
 
 
@@ -85,6 +86,7 @@ class Speculator:
         self.max_batch = max_batch
         self.num_proposals = self.proposed_tokens = self.accepted_tokens = 0
         self._proposer = proposer
+        self._emitted = 0.0  # when the tokens of the last step were emitted
         self._lengths: dict[int, int] = {}  # by seq_id: how many tokens to propose next
 
     @property
@@ -129,6 +131,15 @@ class Speculator:
         """Hand the hidden states of a step that was built to the proposer, if it needs them."""
         if hidden is not None and isinstance(self._proposer, HeadWithLookup):
             self._proposer.head.record(output, batch, hidden)
+
+    def emitted(self, output: SchedulerOutput, now: float) -> None:
+        """Tell the proposer how long a step took, whose tokens are emitted at `now`, in seconds.
+
+        Steps without prompts follow others at once, so they take the time since those.
+        """
+        before, self._emitted = self._emitted, now
+        if isinstance(self._proposer, HeadWithLookup):
+            self._proposer.stepped(output, now - before)
 
     def counted(self, stats: EngineStats) -> EngineStats:
         """Return `stats` with the counts of proposals."""

@@ -24,8 +24,9 @@ from modelpack_engine.models.eagle import EagleHead, HeadConfig, load_head, read
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.runner import kv_cache_size
 from modelpack_engine.runner.paged import PagedRunner
-from modelpack_engine.speculation import eagle
-from modelpack_engine.speculation.eagle import EagleProposer, HeadWithLookup
+from modelpack_engine.speculation import acceptance
+from modelpack_engine.speculation.acceptance import HeadWithLookup
+from modelpack_engine.speculation.eagle import EagleProposer, _Draft
 from modelpack_engine.speculation.ngram import NgramProposer
 from tests.engine.serving.tiny import VOCAB, tiny_engine, tiny_loaded
 from tests.engine.speculation.test_draft import LONG, PROMPTS, ask_all
@@ -132,7 +133,7 @@ def test_the_head_drafts_from_the_models_own_hidden_states(
     monkeypatch: pytest.MonkeyPatch, lookups: bool
 ) -> None:
     """Whatever was rejected before, the drafts are those of a head that read the whole text."""
-    monkeypatch.setattr(eagle, "_LEAST_ACCEPTED", -1.0)
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
     calls = itertools.count()
 
     def guess(self: NgramProposer, lengths: Mapping[Sequence, int]) -> Any:
@@ -140,7 +141,7 @@ def test_the_head_drafts_from_the_models_own_hidden_states(
         return {seq: [0] * 5 for seq in lengths} if next(calls) % 3 else {}
 
     if lookups:
-        monkeypatch.setattr(eagle, "_NEWEST", 0.0)  # lookups are preferred to the end
+        monkeypatch.setattr(acceptance, "_NEWEST", 0.0)  # lookups are preferred to the end
         monkeypatch.setattr(NgramProposer, "propose", guess)
     seen: list[tuple[list[int], list[int]]] = []
     propose = EagleProposer.propose
@@ -166,7 +167,7 @@ def test_the_head_drafts_from_the_models_own_hidden_states(
 def test_outputs_are_the_same_with_any_head(
     plain: list[list[RequestEvent]], given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eagle, "_LEAST_ACCEPTED", -1.0)
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
     engine = engine_with(random_head(), **given)
     for _ in range(2):  # the second time, the head does not see the prompts' cached blocks
         for found, expected in zip(ask_all(engine), plain, strict=True):
@@ -188,7 +189,7 @@ def test_a_head_that_is_mostly_wrong_pauses() -> None:
 
 def test_rows_of_rejected_tokens_are_dropped() -> None:
     """Three steps without a draft: a proposal of 4 of which 2 are accepted, then one row each."""
-    draft = eagle._Draft()
+    draft = _Draft()
     for index, (start, count) in enumerate([(10, 5), (13, 1), (14, 1)]):
         draft.add(start, mx.arange(100 * index, 100 * index + count)[:, None])
     found = draft.take(known=16)

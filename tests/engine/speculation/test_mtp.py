@@ -27,7 +27,7 @@ from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.runner import kv_cache_size
 from modelpack_engine.runner.model_layout import find_layout
 from modelpack_engine.runner.paged import PagedRunner
-from modelpack_engine.speculation import eagle
+from modelpack_engine.speculation import acceptance
 from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.ngram import NgramProposer
 from modelpack_server.stored_models import open_model
@@ -174,7 +174,7 @@ def test_the_layer_drafts_from_the_models_own_hidden_states(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever was rejected before, the drafts are those of a layer that read the whole text."""
-    monkeypatch.setattr(eagle, "_LEAST_ACCEPTED", -1.0)
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
     monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
     seen: list[tuple[list[int], list[int]]] = []
     propose = EagleProposer.propose
@@ -201,7 +201,7 @@ def test_the_layer_drafts_from_the_models_own_hidden_states(
 def test_outputs_are_the_same_with_any_layer(
     kind: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eagle, "_LEAST_ACCEPTED", -1.0)
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
     model = target(kind, tied=tied)
     made = engine_of(model, kind, random_head(model, kind))
     for _ in range(2):  # the second time, the layer does not see the prompts' cached blocks

@@ -19,7 +19,7 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.adapted import _Pieces
 from modelpack_engine.runner.hidden_states import embeddings_of
 from modelpack_engine.runner.model_layout import find_layout
-from modelpack_engine.speculation import eagle
+from modelpack_engine.speculation import acceptance
 from tests.engine.serving.tiny import tiny_tokenizer
 from tests.engine.speculation.oracle import Oracle, speculate
 from tests.engine.speculation.test_same_output import Events, check_same, shapes, tokens
@@ -103,7 +103,7 @@ def check_outputs(configuration: Configuration, wrong: float) -> None:
 def test_outputs_are_the_same_with_an_eagle_head(
     configuration: Configuration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eagle, "_LEAST_ACCEPTED", -1.0)
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
     model = configuration.build()
     plain = ask(engine_of(model))
     layout = find_layout(model)

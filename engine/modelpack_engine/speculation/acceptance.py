@@ -1,0 +1,177 @@
+"""HeadWithLookup: propose by prompt lookup or by a drafting head, whichever pays in a sequence.
+
+What was accepted is measured in each sequence, and what a step with drafts costs in each size of
+batch: a head that saves less time than it takes pauses.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from statistics import median
+
+from modelpack_engine.core.scheduler import SchedulerOutput
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.speculation.eagle import EagleProposer
+from modelpack_engine.speculation.ngram import NgramProposer
+
+# Times are medians of this many steps, of which some include a compilation.
+_STEPS = 9
+# The steps of a size of batch that run without drafts, at first and after so many with drafts.
+_PLAIN_STEPS, _PLAIN_EVERY = 5, 512
+
+
+class StepTimes:
+    """How long steps take that only decode, with and without drafts, by the size of the batch.
+
+    Sizes with as many binary digits are measured together.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[int, bool], deque[float]] = {}
+        self._plain_left: dict[int, int] = {}  # by size: steps to run without drafts
+        self._drafting: dict[int, int] = {}  # by size: steps with drafts since
+
+    def observe(self, num_sequences: int, seconds: float, *, drafts: bool) -> None:
+        """Count a step of `num_sequences` sequences."""
+        size = num_sequences.bit_length()
+        times = self._seconds.setdefault((size, drafts), deque(maxlen=_STEPS))
+        times.append(seconds)
+        if not drafts:
+            self._plain_left[size] = max(0, self._plain_left.get(size, _PLAIN_STEPS) - 1)
+            return
+        self._drafting[size] = self._drafting.get(size, 0) + 1
+        if self._drafting[size] >= _PLAIN_EVERY:
+            self._drafting[size], self._plain_left[size] = 0, _PLAIN_STEPS
+
+    def needs_plain_step(self, num_sequences: int) -> bool:
+        """Return whether a batch of this size should run without drafts, to be measured."""
+        return self._plain_left.get(num_sequences.bit_length(), _PLAIN_STEPS) > 0
+
+    def least_accepted(self, num_sequences: int) -> float:
+        """Return how many tokens per draft and sequence make up for the time of drafting."""
+        size = num_sequences.bit_length()
+        plain, drafting = (self._seconds.get((size, drafts), ()) for drafts in (False, True))
+        if not plain or not drafting:
+            return _LEAST_ACCEPTED
+        return max(median(drafting) / median(plain) - 1, _LEAST_COST)
+
+
+# A lookup is preferred while it is right about more tokens than the head, on average.
+_LOOKUP_TOKENS = (7, 15)
+# The weight of the newest observation in an average.
+_NEWEST = 0.25
+# With fewer accepted tokens per draft the head costs more than it saves: it pauses for some steps.
+# The first is for batches that are not measured yet, the second for noise in the measurements.
+_LEAST_ACCEPTED, _LEAST_COST, _PAUSE = 0.4, 0.1, 64
+# The drafts of a sequence after which its head may pause.
+_FEWEST_DRAFTS = 4
+
+
+@dataclass(slots=True)
+class _Score:
+    """How many tokens of lookups and of drafts were right in one sequence, on average."""
+
+    lookup: float = 4.0
+    head: float = 2.0
+    drafts: int = 0  # measured since the head last paused
+    pause: int = 0
+    start: int = 0  # the position of the last guesses' first token
+    looked_up: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    length: int = _LOOKUP_TOKENS[0]
+
+    def settle(self, sequence: Sequence) -> None:
+        """Compare the last guesses with the tokens that came."""
+        known = sequence.token_ids(self.start, sequence.num_known_tokens)
+        for name, guess in (("lookup", self.looked_up), ("head", self.drafted)):
+            if guess and known:
+                right = sum(
+                    1
+                    for _ in takewhile(
+                        lambda pair: pair[0] == pair[1], zip(guess, known, strict=False)
+                    )
+                )
+                right = len(guess) if right == min(len(known), len(guess)) else right
+                newest = _NEWEST
+                if name == "lookup":
+                    self.length = _LOOKUP_TOKENS[right == len(guess)]
+                else:
+                    self.drafts += 1
+                    newest = max(newest, 1 / self.drafts)
+                setattr(self, name, getattr(self, name) * (1 - newest) + newest * right)
+        self.looked_up, self.drafted = [], []
+        self.start = sequence.num_known_tokens
+
+
+class HeadWithLookup:
+    """Proposes by prompt lookup where it was right lately, and by a head otherwise.
+
+    Lookups are compared with the tokens that came even where they were not proposed.
+    """
+
+    def __init__(self, lookup: NgramProposer, head: EagleProposer) -> None:
+        self._lookup, self.head = lookup, head
+        self._scores: dict[int, _Score] = {}  # by seq_id
+        self._times = StepTimes()
+        self._batch = 1  # the sequences of the last step that go on
+        self._drafted = False  # whether the last proposals have drafts
+
+    def expects(self, sequences: Iterable[Sequence]) -> bool:
+        """Return whether any sequence has a match, or is drafted by the head."""
+        sequences = tuple(sequences)
+        if self._times.needs_plain_step(len(sequences)):
+            return False
+        drafting = [seq for seq in sequences if self._score(seq).pause == 0]
+        return self._lookup.expects(sequences) or self.head.expects(drafting)
+
+    def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
+        """Return the proposals of the method that does better in each sequence."""
+        self._drafted = False
+        if self._times.needs_plain_step(self._batch):
+            return {}
+        least = self._times.least_accepted(self._batch)
+        for sequence in lengths:
+            self._score(sequence).settle(sequence)
+        wanted = {seq: min(most, self._score(seq).length) for seq, most in lengths.items()}
+        found = dict(self._lookup.propose(wanted))
+        left = {}
+        for sequence, most in lengths.items():
+            score = self._score(sequence)
+            score.looked_up = found.get(sequence, [])
+            if score.looked_up and score.lookup >= score.head:
+                continue
+            if score.head < least and score.drafts >= _FEWEST_DRAFTS:
+                score.pause, score.head, score.drafts = _PAUSE, 2 * least, 0
+            if score.pause:
+                score.pause -= 1
+            else:
+                left[sequence] = most
+        drafts = self.head.propose(left) if left else {}
+        for sequence, tokens in drafts.items():
+            self._score(sequence).drafted = tokens
+        self._drafted = bool(drafts)
+        return {**{seq: found[seq] for seq in found if self._keeps(seq)}, **drafts}
+
+    def stepped(self, output: SchedulerOutput, seconds: float) -> None:
+        """Measure a step that took `seconds`, with its proposals, if it only decoded."""
+        self._batch = len(output.sampled) or 1
+        drafts = bool(output.proposals)
+        if not output.prefill and output.decoding and drafts == self._drafted:
+            self._times.observe(len(output.decoding), seconds, drafts=drafts)
+
+    def _keeps(self, sequence: Sequence) -> bool:
+        """Return whether a lookup is proposed where the head has no draft."""
+        return self._score(sequence).lookup >= 1
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        """Forget sequences that ended or were preempted."""
+        for seq_id in seq_ids:
+            self._scores.pop(seq_id, None)
+        self._lookup.release(seq_ids)
+        self.head.release(seq_ids)
+
+    def _score(self, sequence: Sequence) -> _Score:
+        return self._scores.setdefault(sequence.seq_id, _Score(start=sequence.num_known_tokens))

@@ -1,0 +1,99 @@
+"""Drafting by a head stops where steps with drafts take longer than they save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from modelpack_engine.core.scheduler import SchedulerOutput
+from modelpack_engine.engine import Engine
+from modelpack_engine.speculation import acceptance
+from modelpack_engine.speculation.acceptance import HeadWithLookup, StepTimes
+from modelpack_engine.speculation.ngram import NgramProposer
+from tests.engine.speculation.test_draft import LONG, PROMPTS
+from tests.engine.speculation.test_mtp import engine_of, markov_head, target
+
+pytestmark = pytest.mark.usefixtures("measured_steps")
+
+
+@pytest.mark.parametrize(
+    ("plain", "drafting", "least"),
+    [
+        ([], [], 0.4),
+        ([1.0] * 5, [], 0.4),
+        ([], [2.0], 0.4),
+        ([1.0] * 5, [1.3], 0.3),
+        ([1.0] * 5, [3.5], 2.5),
+        ([1.0] * 5, [0.9], 0.1),  # noise: drafts are never free
+        ([1.0] * 5, [90.0, 1.5, 1.5], 0.5),  # the first step with drafts is compiled
+        ([5.0] * 5 + [1.0] * 9, [1.5] * 9, 0.5),  # the newest steps count
+    ],
+)
+def test_the_fewest_accepted_tokens(
+    plain: list[float], drafting: list[float], least: float
+) -> None:
+    times = StepTimes()
+    for drafts, found in ((False, plain), (True, drafting)):
+        for seconds in found:
+            times.observe(4, seconds, drafts=drafts)
+    assert times.least_accepted(4) == pytest.approx(least)
+    assert times.least_accepted(7) == pytest.approx(least)  # sizes of 4 to 7
+    assert times.least_accepted(8) == times.least_accepted(3) == 0.4
+
+
+def test_steps_without_drafts_are_measured_first_and_again() -> None:
+    times = StepTimes()
+    for _ in range(2):
+        for _ in range(5):
+            assert times.needs_plain_step(2)
+            times.observe(2, 1.0, drafts=False)
+        for _ in range(512):
+            assert not times.needs_plain_step(2)
+            times.observe(2, 1.0, drafts=True)
+    assert times.needs_plain_step(2)
+    assert times.needs_plain_step(1)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Return an engine whose head is always right, without lookups."""
+    monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
+    monkeypatch.setattr(NgramProposer, "expects", lambda self, sequences: False)
+    model = target("mimo", markov=True)
+    return engine_of(model, "mimo", markov_head(model, "mimo"), num_speculative_tokens=3)
+
+
+def timed(
+    cost: float, seen: list[bool]
+) -> Callable[[HeadWithLookup, SchedulerOutput, float], None]:
+    """Return a `stepped` to which steps with proposals take `cost` times those without."""
+    stepped = HeadWithLookup.stepped
+
+    def call(self: HeadWithLookup, output: SchedulerOutput, seconds: float) -> None:
+        assert seconds > 0
+        if not output.prefill:
+            seen.append(bool(output.proposals))
+        stepped(self, output, cost if output.proposals else 1.0)
+
+    return call
+
+
+@pytest.mark.parametrize(("cost", "drafts"), [(1.2, True), (3.5, True), (6.0, False)])
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_head_that_costs_more_than_it_saves_pauses(
+    engine: Engine, cost: float, drafts: bool, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each draft has three tokens, all right: it pays if its step takes less than four others."""
+    seen: list[bool] = []
+    monkeypatch.setattr(HeadWithLookup, "stepped", timed(cost, seen))
+    params = replace(LONG, max_tokens=90)
+    found = engine.generate(PROMPTS[:1] * together, params)
+    without = engine_of(target("mimo", markov=True), "mimo", None).generate(PROMPTS[:1], params)
+    expected = [event.token_ids for event in without[0]]
+    for events in found:
+        assert sum((e.token_ids for e in events), ()) == sum(expected, ())
+    assert seen[:5] == [False] * 5
+    measured = seen[5 : 5 + acceptance._PAUSE]
+    assert sum(measured) > 12 if drafts else 4 <= sum(measured) <= 5
