@@ -27,7 +27,7 @@ from modelpack_engine.models.eagle import load_tensors, tensor_shapes
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.loader import LoadedModel
 from modelpack_engine.models.mtp_attention import attention_of
-from modelpack_engine.models.precision import Shape, parameters_of, shapes_of
+from modelpack_engine.models.precision import Shape, evaluate, parameters_of, shapes_of
 
 _HINT = "choose --speculative-method ngram, or a draft model"
 _WHAT = "the multi-token-prediction layer"
@@ -53,7 +53,9 @@ class MtpLayout:
 
 def _block_at(index: Callable[[Any], int] | None, layers: list[Any], args: Any) -> nn.Module:
     """Return a block of the class of `layers`, with the rotation of one that has attention."""
-    like = next(layer for layer in layers if "self_attn" in layer)
+    like = next((layer for layer in layers if "self_attn" in layer), None)
+    if like is None:
+        raise ValueError("no layer of the model has attention")
     block = type(like)(args) if index is None else type(like)(args, index(args))
     block.self_attn.rope = copy.copy(like.self_attn.rope)
     return block
@@ -291,7 +293,10 @@ def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
             f"{what}: the files have no tensors {prefix}*",
             hint="use the published files: conversions by mlx-lm drop these tensors",
         )
-    head = MtpHead(loaded.model, layout)
+    try:
+        head = MtpHead(loaded.model, layout)
+    except (AttributeError, TypeError, ValueError) as error:  # from mlx-lm's classes
+        raise ModelLoadError(f"{what}: config.json describes no layer: {error}") from error
     source = _Source(files, layout, prefix, stored)
     source.quantise(head, loaded.config.get("quantization") or {})
     head.load_weights(list(source.weights(head, loaded.model).items()))
@@ -300,7 +305,7 @@ def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
         embeds = name == "embed_tokens"
         head[name] = nn.Embedding(*shape) if embeds else nn.Linear(*shape[::-1], bias=False)
         head[name].weight = weight
-    mx.eval(head.parameters())
+    evaluate(head)
     return head
 
 

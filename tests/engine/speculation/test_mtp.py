@@ -503,6 +503,25 @@ def test_fields_of_the_layer(
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("nemotron_h", {"n_routed_experts": None, "hybrid_override_pattern": list("M-*M")}),
+        ("qwen3_next", {"full_attention_interval": 5}),
+    ],
+)
+def test_configurations_without_what_the_layer_needs(
+    kind: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """A model of no experts has none in its layer, and one of no attention no rotation."""
+    found = configuration(kind)
+    found = replace(found, args={**found.args, **fields})
+    files = write(tmp_path, kind, {f"{prefix_of(kind)}0.enorm.weight": mx.zeros((64,))})
+    loaded = replace(load(files, device="cpu"), model=found.build())
+    with pytest.raises(ModelLoadError, match=r"config\.json describes no layer: .+"):
+        load_mtp_head(files, loaded)
+
+
 def test_mtp_requires_the_layer() -> None:
     with pytest.raises(EngineError, match="layer for multi-token prediction is not loaded"):
         engine_of(target("mimo"), "mimo", None, speculative_method="mtp")
