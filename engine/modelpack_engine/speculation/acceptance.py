@@ -17,6 +17,15 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.ngram import NgramProposer
 
+# A lookup is preferred while it is right about more tokens than the head, on average.
+_LOOKUP_TOKENS = (7, 15)
+# The weight of the newest observation in an average.
+_NEWEST = 0.25
+# With fewer accepted tokens per draft, a head costs more than it saves. The first number is for
+# batches that are not measured yet, the second for noise in the measurements.
+_LEAST_ACCEPTED, _LEAST_COST = 0.4, 0.1
+# A head pauses for so many steps, after at least so many drafts.
+_PAUSE, _FEWEST_DRAFTS = 64, 4
 # Times are medians of this many steps, of which some include a compilation.
 _STEPS = 9
 # The steps of a size of batch that run without drafts, at first and after so many with drafts.
@@ -34,11 +43,11 @@ class StepTimes:
         self._plain_left: dict[int, int] = {}  # by size: steps to run without drafts
         self._drafting: dict[int, int] = {}  # by size: steps with drafts since
 
-    def observe(self, num_sequences: int, seconds: float, *, drafts: bool) -> None:
-        """Count a step of `num_sequences` sequences."""
+    def observe(self, num_sequences: int, seconds: float | None, *, drafts: bool) -> None:
+        """Count a step of `num_sequences` sequences; None for one that also computed prompts."""
         size = num_sequences.bit_length()
-        times = self._seconds.setdefault((size, drafts), deque(maxlen=_STEPS))
-        times.append(seconds)
+        if seconds is not None:
+            self._seconds.setdefault((size, drafts), deque(maxlen=_STEPS)).append(seconds)
         if not drafts:
             self._plain_left[size] = max(0, self._plain_left.get(size, _PLAIN_STEPS) - 1)
             return
@@ -54,20 +63,9 @@ class StepTimes:
         """Return how many tokens per draft and sequence make up for the time of drafting."""
         size = num_sequences.bit_length()
         plain, drafting = (self._seconds.get((size, drafts), ()) for drafts in (False, True))
-        if not plain or not drafting:
+        if not plain or len(drafting) < _FEWEST_DRAFTS:
             return _LEAST_ACCEPTED
         return max(median(drafting) / median(plain) - 1, _LEAST_COST)
-
-
-# A lookup is preferred while it is right about more tokens than the head, on average.
-_LOOKUP_TOKENS = (7, 15)
-# The weight of the newest observation in an average.
-_NEWEST = 0.25
-# With fewer accepted tokens per draft the head costs more than it saves: it pauses for some steps.
-# The first is for batches that are not measured yet, the second for noise in the measurements.
-_LEAST_ACCEPTED, _LEAST_COST, _PAUSE = 0.4, 0.1, 64
-# The drafts of a sequence after which its head may pause.
-_FEWEST_DRAFTS = 4
 
 
 @dataclass(slots=True)
@@ -156,11 +154,12 @@ class HeadWithLookup:
         return {**{seq: found[seq] for seq in found if self._keeps(seq)}, **drafts}
 
     def stepped(self, output: SchedulerOutput, seconds: float) -> None:
-        """Measure a step that took `seconds`, with its proposals, if it only decoded."""
+        """Measure a step that took `seconds`, unless its proposals were lookups only."""
         self._batch = len(output.sampled) or 1
         drafts = bool(output.proposals)
-        if not output.prefill and output.decoding and drafts == self._drafted:
-            self._times.observe(len(output.decoding), seconds, drafts=drafts)
+        if output.decoding and drafts == self._drafted:
+            measured = None if output.prefill else seconds
+            self._times.observe(len(output.decoding), measured, drafts=drafts)
 
     def _keeps(self, sequence: Sequence) -> bool:
         """Return whether a lookup is proposed where the head has no draft."""

@@ -23,11 +23,12 @@ pytestmark = pytest.mark.usefixtures("measured_steps")
     [
         ([], [], 0.4),
         ([1.0] * 5, [], 0.4),
-        ([], [2.0], 0.4),
-        ([1.0] * 5, [1.3], 0.3),
-        ([1.0] * 5, [3.5], 2.5),
-        ([1.0] * 5, [0.9], 0.1),  # noise: drafts are never free
-        ([1.0] * 5, [90.0, 1.5, 1.5], 0.5),  # the first step with drafts is compiled
+        ([], [2.0] * 4, 0.4),
+        ([1.0] * 5, [2.0] * 3, 0.4),
+        ([1.0] * 5, [1.3] * 4, 0.3),
+        ([1.0] * 5, [3.5] * 4, 2.5),
+        ([1.0] * 5, [0.9] * 4, 0.1),  # noise: drafts are never free
+        ([1.0] * 5, [90.0, 1.5, 1.5, 1.5], 0.5),  # the first step with drafts is compiled
         ([5.0] * 5 + [1.0] * 9, [1.5] * 9, 0.5),  # the newest steps count
     ],
 )
@@ -54,6 +55,17 @@ def test_steps_without_drafts_are_measured_first_and_again() -> None:
             times.observe(2, 1.0, drafts=True)
     assert times.needs_plain_step(2)
     assert times.needs_plain_step(1)
+
+
+def test_prompts_do_not_keep_drafts_away() -> None:
+    times = StepTimes()
+    for _ in range(5):
+        assert times.needs_plain_step(1)
+        times.observe(1, None, drafts=False)
+    assert not times.needs_plain_step(1)
+    for _ in range(4):
+        times.observe(1, 5.0, drafts=True)
+    assert times.least_accepted(1) == 0.4
 
 
 @pytest.fixture

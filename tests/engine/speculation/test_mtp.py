@@ -18,6 +18,7 @@ from mlx_lm.models.base import create_attention_mask
 import modelpack
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.buckets import FEW
+from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, ModelLoadError
@@ -30,6 +31,7 @@ from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.speculation import acceptance
 from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.ngram import NgramProposer
+from modelpack_engine.speculation.speculator import Speculator
 from modelpack_server.stored_models import open_model
 from tests.engine.serving.tiny import VOCAB, tiny_loaded, tiny_tokenizer
 from tests.engine.speculation.test_draft import LONG, PROMPTS, ask_all
@@ -208,6 +210,27 @@ def test_outputs_are_the_same_with_any_layer(
         for found, expected in zip(ask_all(made), plain(kind, tied=tied), strict=True):
             check_same(expected, found)
     assert made.stats().proposed_tokens > 100
+
+
+def test_recurrent_state_returns_without_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are rejected all the time, and the prompt's tokens are computed once."""
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
+    outputs: list[SchedulerOutput] = []
+    emitted = Speculator.emitted
+
+    def noted(self: Speculator, output: SchedulerOutput, now: float) -> None:
+        outputs.append(output)
+        emitted(self, output, now)
+
+    monkeypatch.setattr(Speculator, "emitted", noted)
+    model = target("qwen3_next")
+    made = engine_of(model, "qwen3_next", random_head(model, "qwen3_next"))
+    made.generate([PROMPTS[1]], replace(LONG, max_tokens=20))
+    stats = made.stats()
+    assert stats.proposed_tokens - stats.accepted_tokens > 20
+    assert sum(chunk.length for output in outputs for chunk in output.prefill) == len(PROMPTS[1])
+    rows = sum(output.num_tokens for output in outputs)
+    assert rows <= len(PROMPTS[1]) + 20 + stats.proposed_tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
