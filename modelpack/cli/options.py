@@ -17,6 +17,7 @@ from modelpack.errors import UsageError
 if TYPE_CHECKING:
     from modelpack.operations.remote import RemoteOptions
     from modelpack.store.layout import LayoutStore
+    from modelpack.trust.keyless import Identity
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -289,6 +290,59 @@ def _transfer_table() -> dict[str, Callable[[Any], Any]]:
     }  # fmt: skip
 
 
+def identity_options(command: F) -> F:
+    """Add the options of a keyless signer; the command gets an `Identity` or None as `identity`."""
+
+    @_trust_option(
+        "--certificate-identity", metavar="ID",
+        help="Require a keyless signature whose certificate is for this identity: an email address "
+        "or a URI, such as that of a workflow. Needs an issuer.",
+    )  # fmt: skip
+    @_trust_option(
+        "--certificate-identity-regexp", metavar="REGEXP",
+        help="The same for all identities that this regular expression matches as a whole.",
+    )  # fmt: skip
+    @_trust_option(
+        "--certificate-oidc-issuer", metavar="URL",
+        help="Require that this issuer of OIDC tokens has confirmed the identity.",
+    )  # fmt: skip
+    @_trust_option(
+        "--certificate-oidc-issuer-regexp", metavar="REGEXP",
+        help="The same for all issuers that this regular expression matches as a whole.",
+    )  # fmt: skip
+    @_trust_option(
+        "--trusted-root", type=_FILE, metavar="FILE",
+        help="Verify certificates and log entries by this trusted_root.json. [default: the TUF "
+        "cache of sigstore's library, for the public instance]",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        certificate_identity: str | None,
+        certificate_identity_regexp: str | None,
+        certificate_oidc_issuer: str | None,
+        certificate_oidc_issuer_regexp: str | None,
+        trusted_root: Path | None,
+        **arguments: Any,
+    ) -> Any:
+        identity: Identity | None = None
+        who = certificate_identity, certificate_identity_regexp
+        issuer = certificate_oidc_issuer, certificate_oidc_issuer_regexp
+        if {*who, *issuer} != {None}:
+            from modelpack.trust.keyless import Identity, TrustedRoot, exact_or_pattern
+
+            identity = Identity(
+                exact_or_pattern(*who, "--certificate-identity"),
+                exact_or_pattern(*issuer, "--certificate-oidc-issuer"),
+                TrustedRoot.read(trusted_root),
+            )
+        elif trusted_root is not None:
+            raise click.UsageError("--trusted-root requires --certificate-identity")
+        return command(*args, identity=identity, **arguments)
+
+    return wrapped  # type: ignore[return-value]
+
+
 def trust_options(command: F) -> F:
     """Add the options that require signatures; they set `trust` in `remote`.
 
@@ -302,9 +356,10 @@ def trust_options(command: F) -> F:
     @_trust_option(
         "--verify-format", "formats", multiple=True,
         type=click.Choice(["cosign", "bundle", "model-signing", "model-signing-files"]),
-        help="Accept only signatures of this format for --verify-key. May be repeated. "
-        "[default: all that cover the manifest, so not model-signing-files]",
+        help="Accept only signatures of this format for --verify-key and --certificate-identity. "
+        "May be repeated. [default: all that cover the manifest, so not model-signing-files]",
     )  # fmt: skip
+    @identity_options
     @_trust_option(
         "--policy", type=_FILE, envvar="MODELPACK_POLICY", metavar="FILE", show_envvar=True,
         help="Require the signatures that this policy file specifies.",
@@ -314,20 +369,24 @@ def trust_options(command: F) -> F:
         *args: Any,
         keys: tuple[str, ...],
         formats: tuple[str, ...],
+        identity: Identity | None,
         policy: Path | None,
         remote: RemoteOptions,
         **arguments: Any,
     ) -> Any:
-        if formats and not keys:
-            raise click.UsageError("--verify-format requires --verify-key")
-        if keys or policy is not None:
+        if formats and not keys and identity is None:
+            raise click.UsageError(
+                "--verify-format requires --verify-key or --certificate-identity"
+            )
+        if keys or identity is not None or policy is not None:
             from modelpack.trust.keys import read_public_key
             from modelpack.trust.policy import Trust
             from modelpack.trust.signatures import SignatureKind
 
             accepted = [SignatureKind(name) for name in formats]
-            trust = Trust.of([read_public_key(key) for key in keys], policy, accepted)
-            remote = replace(remote, trust=trust)
+            identities = [identity] if identity is not None else []
+            signers = [*(read_public_key(key) for key in keys), *identities]
+            remote = replace(remote, trust=Trust.of(signers, policy, accepted))
         return command(*args, remote=remote, **arguments)
 
     return wrapped  # type: ignore[return-value]

@@ -16,6 +16,7 @@ from modelpack.cli.options import (
     REMOTE,
     Settings,
     common_options_without,
+    identity_options,
     model_argument,
     remote_options,
 )
@@ -26,7 +27,9 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack.plugins import load_function
 
 if TYPE_CHECKING:
+    from modelpack.trust.keyless import Identity
     from modelpack.trust.keys import PrivateKey
+    from modelpack.trust.signatures import Signature
 
 #: The environment variable with the password of a private key; cosign reads it too.
 PASSWORD = "COSIGN_PASSWORD"  # noqa: S105 - the name of a variable
@@ -130,9 +133,10 @@ def sign(
 @command()
 @model_argument("reference")
 @click.option(
-    "--key", "keys", required=True, multiple=True, metavar="PUB",
+    "--key", "keys", multiple=True, metavar="PUB",
     help="Require a signature by this public key. May be repeated: all are required.",
 )  # fmt: skip
+@identity_options
 @click.option(
     "--format", "formats", type=click.Choice(_ACCEPTED), multiple=True,
     help="Accept only signatures of this format. May be repeated. model-signing-files is the "
@@ -145,42 +149,51 @@ def verify(
     settings: Settings,
     reference: str,
     keys: tuple[str, ...],
+    identity: Identity | None,
     formats: tuple[str, ...],
     local: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Check that the model REFERENCE is signed by a key; print the model's digest.
+    """Check that the model REFERENCE is signed by a key or an identity; print the model's digest.
 
     An id means the stored model.
     Verifies the signed digests without reading files; run `fsck` to verify stored files. Exit code
-    5: the model is not signed, or not by that key.
+    5: the model is not signed, or not by that key or identity.
     """
     from modelpack.operations.signatures import verify as verify_model
     from modelpack.trust.keys import read_public_key
     from modelpack.trust.signatures import SignatureKind
 
+    if not keys and identity is None:
+        raise click.UsageError("expected --key or --certificate-identity")
     where, store = named_subject(settings, reference, local=local)
+    identities = [identity] if identity is not None else []
     model, found = verify_model(
         where,
-        [read_public_key(key) for key in keys],
+        [*(read_public_key(key) for key in keys), *identities],
         formats=[SignatureKind(name) for name in formats],
         store=store,
         remote=remote,
     )
-    signatures: list[dict[str, Any]] = [
-        {
-            "key": one.key.name,
-            "fingerprint": one.key.fingerprint,
-            "format": str(one.kind),
-            "manifest": str(one.manifest.digest),
-        }
+    signatures = [
+        {**_signer_of(one), "format": str(one.kind), "manifest": str(one.manifest.digest)}
         for one in found.signatures
     ]
     for one in found.signatures:
-        note(settings, f"signed by {one.key.name}: {one.kind}")
+        note(settings, f"signed by {one.certified or one.signer.name}: {one.kind}")
     name = None if isinstance(where, str) else str(where)
     value = {"reference": name, "digest": str(model.digest), "signatures": signatures}
     show(settings, value, str(model.digest))
+
+
+def _signer_of(signature: Signature) -> dict[str, Any]:
+    """Return the fields of the signer of a signature, for --json."""
+    if signature.certified is not None:
+        return {"identity": signature.certified.identity, "issuer": signature.certified.issuer}
+    from modelpack.trust.keys import PublicKey
+
+    assert isinstance(signature.signer, PublicKey)
+    return {"key": signature.signer.name, "fingerprint": signature.signer.fingerprint}
 
 
 @command()

@@ -22,12 +22,13 @@ from modelpack.progress import Stop
 from modelpack.registry import Repository
 from modelpack.storage import BytesBlob, Target, Watch, watching
 from modelpack.store.layout import LayoutStore
-from modelpack.trust.keys import PrivateKey, PublicKey
+from modelpack.trust.keys import PrivateKey
 from modelpack.trust.model_signing import model_statement
 from modelpack.trust.signatures import (
     MANIFEST_FORMATS,
     Findings,
     SignatureKind,
+    Signer,
     find_signatures,
     is_signed_under_tag,
 )
@@ -96,33 +97,33 @@ def sign(
 
 def verify(
     reference: str | Reference,
-    keys: Sequence[PublicKey],
+    signers: Sequence[Signer],
     *,
     formats: Sequence[SignatureKind] = (),
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     stop: Stop | None = None,
 ) -> tuple[Model, Findings]:
-    """Return the model `reference` and its signatures; require a signature by each of `keys`.
+    """Return the model `reference` and its signatures; require one by each of `signers`.
 
     With `store`, `reference` may also be the id of a stored model or a unique prefix of one. Only
     signatures of the `formats` count (default: all formats that cover the manifest). From an
     index, the variant for this machine is verified. Raises `UntrustedError` if the signature of a
-    key is missing.
+    signer is missing.
     """
     where = reference
     if isinstance(where, str) and not (store is not None and begins_id(where)):
         where = Reference.parse(where)
-    if not keys:
-        raise UsageError("expected at least one key")
+    if not signers:
+        raise UsageError("expected at least one key or identity")
     watch = watching(None, stop)
     with opened_model(where, store, remote, watch) as (place, model):
         formats = formats or MANIFEST_FORMATS
         found = find_signatures(
-            place, model.descriptor, lambda: model, keys,
+            place, model.descriptor, lambda: model, signers,
             tagged=store is None, formats=formats, contents=store,
         )  # fmt: skip
-    lacking = [key for key in keys if key not in found.keys]
+    lacking = [signer for signer in signers if signer not in found.signers]
     if lacking:
         shown = found.refused[:5]
         why = "; ".join(one.reason for one in shown) or "it has no signatures"

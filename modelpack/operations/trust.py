@@ -186,9 +186,9 @@ def _find(
     *,
     tagged: bool,
 ) -> Findings:
-    keys = frozenset(key for rule in rules for key in rule.keys)
+    signers = frozenset(signer for rule in rules for signer in rule.signers)
     formats = frozenset(kind for rule in rules for kind in rule.formats)
-    return find_signatures(source, subject, model, keys, tagged=tagged, formats=formats)
+    return find_signatures(source, subject, model, signers, tagged=tagged, formats=formats)
 
 
 def _require(rules: Sequence[Rule], found: Findings, what: str) -> None:

@@ -5,10 +5,16 @@ default = "reject"                            # for models that no rule matches;
 [publishers.team]
 keys = ["team.pub", "team-2027.pub"]          # files in the policy's directory, or PEM texts
 
+[publishers.ci]
+trusted_root = "trusted_root.json"            # default: the root of sigstore's public instance
+[[publishers.ci.identities]]                  # of keyless signatures
+identity_regexp = "https://github.com/team/.*"   # or identity = "…"
+issuer = "https://token.actions.githubusercontent.com"   # or issuer_regexp
+
 [[rules]]                                     # the first rule that matches a model counts
 models = ["registry.example/team/*"]          # patterns of the full registry/repository
 publishers = ["team"]
-threshold = 1                                 # publishers that must sign; they share no key
+threshold = 1                                 # publishers that must sign; they share no signer
 formats = ["cosign", "bundle"]                # default: all formats that cover the manifest
 
 [[rules]]
@@ -28,9 +34,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelpack.artifacts.reference import Reference
-from modelpack.errors import FormatError, InvalidReferenceError, UntrustedError
+from modelpack.errors import FormatError, InvalidReferenceError, UntrustedError, UsageError
+from modelpack.trust.keyless import Identity, TrustedRoot, exact_or_pattern
 from modelpack.trust.keys import PublicKey, parse_public_key, read_public_key
-from modelpack.trust.signatures import MANIFEST_FORMATS, Signature, SignatureKind
+from modelpack.trust.signatures import MANIFEST_FORMATS, Signature, SignatureKind, Signer
 
 #: The variable that names a policy file.
 POLICY: Final = "MODELPACK_POLICY"
@@ -42,10 +49,10 @@ _IN_NO_PATH: Final = re.compile(r"[^a-z0-9._/*?-]")
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """A publisher of models, who signs with any of the keys."""
+    """A publisher of models, who signs with any of the keys or identities."""
 
     name: str
-    keys: frozenset[PublicKey]
+    signers: frozenset[Signer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +72,15 @@ class Rule:
         return any(fnmatchcase(name, pattern) for pattern in self.models)
 
     @property
-    def keys(self) -> frozenset[PublicKey]:
-        """The keys of all its publishers."""
-        return frozenset(key for one in self.publishers for key in one.keys)
+    def signers(self) -> frozenset[Signer]:
+        """The signers of all its publishers."""
+        return frozenset(signer for one in self.publishers for signer in one.signers)
 
     def is_met(self, signatures: Collection[Signature]) -> bool:
         """Return whether enough publishers made one of the signatures."""
-        by = {one.key for one in signatures if one.kind in self.formats}
-        return sum(1 for one in self.publishers if not one.keys.isdisjoint(by)) >= self.threshold
+        by = {one.signer for one in signatures if one.kind in self.formats}
+        signed = [one for one in self.publishers if not one.signers.isdisjoint(by)]
+        return len(signed) >= self.threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +92,23 @@ class Trust:
     @classmethod
     def of(
         cls,
-        keys: Iterable[PublicKey] = (),
+        signers: Iterable[Signer] = (),
         policy: Path | None = None,
         formats: Sequence[SignatureKind] = (),
     ) -> Trust | None:
-        """Return the trust that requires a signature by one of `keys`, and the rules of `policy`.
+        """Return the trust that requires a signature by one of `signers`, and those of `policy`.
 
-        Signatures by `keys` must have one of the `formats`, by default one that covers the
-        manifest. The result is None without keys and policy. Raises `FormatError`.
+        Signatures by `signers` must have one of the `formats`, by default one that covers the
+        manifest. The result is None without signers and policy. Raises `FormatError`.
         """
         lists: list[tuple[Rule, ...]] = []
-        if found := frozenset(keys):
-            publisher, accepted = Publisher("--verify-key", found), tuple(formats)
+        if found := frozenset(signers):
+            options = {
+                "--verify-key": any(isinstance(one, PublicKey) for one in found),
+                "--certificate-identity": any(isinstance(one, Identity) for one in found),
+            }
+            name = " or ".join(option for option, given in options.items() if given)
+            publisher, accepted = Publisher(name, found), tuple(formats)
             lists.append((Rule(("*",), (publisher,), formats=accepted or MANIFEST_FORMATS),))
         if policy is not None:
             lists.append(read_policy(policy))
@@ -155,14 +168,45 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
 
 def _publisher(name: str, entry: Any, path: Path) -> Publisher:
     where = f"{path}: publishers.{name}"
-    check_fields(entry, {"keys"}, where)
-    keys = frozenset(
-        parse_public_key(text.encode(), f"{where}: keys[{at}]")
-        if "-----BEGIN" in text
-        else read_public_key(path.parent / text)
-        for at, text in enumerate(_texts(entry, "keys", where))
-    )
-    return Publisher(name, keys)
+    check_fields(entry, {"keys", "identities", "trusted_root"}, where)
+    signers: list[Signer] = []
+    if "keys" in entry or "identities" not in entry:
+        for at, text in enumerate(_texts(entry, "keys", where)):
+            if "-----BEGIN" in text:
+                signers.append(parse_public_key(text.encode(), f"{where}: keys[{at}]"))
+            else:
+                signers.append(read_public_key(path.parent / text))
+    if "identities" in entry:
+        signers += _identities(entry, path, where)
+    elif "trusted_root" in entry:
+        raise FormatError("trusted_root requires identities", path=where)
+    return Publisher(name, frozenset(signers))
+
+
+def _identities(entry: dict[str, Any], path: Path, where: str) -> list[Identity]:
+    listed = entry["identities"]
+    if not isinstance(listed, list) or not listed:
+        raise FormatError("identities is not an array of at least one table", path=where)
+    root_file = entry.get("trusted_root")
+    if not isinstance(root_file, str | None):
+        raise FormatError("trusted_root: expected the name of a file", path=where)
+    matchers = []
+    for at, one in enumerate(listed):
+        place = f"{where}: identities[{at}]"
+        check_fields(one, {"identity", "identity_regexp", "issuer", "issuer_regexp"}, place)
+        for field, value in one.items():
+            if not isinstance(value, str):
+                raise FormatError(f"{field}: expected a string", path=place)
+        try:
+            identity, issuer = (
+                exact_or_pattern(one.get(name), one.get(f"{name}_regexp"), name)
+                for name in ("identity", "issuer")
+            )
+        except UsageError as error:
+            raise FormatError(str(error), path=place) from None
+        matchers.append((identity, issuer))
+    root = TrustedRoot.read(path.parent / root_file if root_file is not None else None)
+    return [Identity(identity, issuer, root) for identity, issuer in matchers]
 
 
 def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
@@ -194,13 +238,34 @@ def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
         threshold,
         _formats(entry, where),
     )
-    if threshold > 1 and sum(len(one.keys) for one in rule.publishers) > len(rule.keys):
-        raise FormatError(
-            f"threshold is {threshold}, but two of the publishers share a key, so one signature "
-            "would count for both",
-            path=where,
-        )
+    if threshold > 1:
+        _check_distinct(rule, where)
     return rule
+
+
+def _check_distinct(rule: Rule, where: str) -> None:
+    """Raise `FormatError` if one signature could count for two publishers of a rule."""
+    kept: set[object] = set()
+    for publisher in rule.publishers:
+        own: set[object] = set()
+        for signer in publisher.signers:
+            if isinstance(signer, Identity) and not signer.is_exact:
+                raise FormatError(
+                    f"threshold is {rule.threshold}, but publisher {publisher.name!r} has a regular "
+                    "expression, which may match the certificate of another one",
+                    path=where,
+                    hint="list the identities and issuers of these publishers in full",
+                )
+            # Roots do not tell signers apart: two of them may issue the same certificate.
+            own.add((signer.identity, signer.issuer) if isinstance(signer, Identity) else signer)
+        if not kept.isdisjoint(own):
+            what = "key or identity" if any(isinstance(one, tuple) for one in kept & own) else "key"
+            raise FormatError(
+                f"threshold is {rule.threshold}, but two of the publishers share a {what}, so one "
+                "signature would count for both",
+                path=where,
+            )
+        kept |= own
 
 
 def _problem_of(pattern: str) -> str:

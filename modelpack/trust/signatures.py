@@ -1,4 +1,6 @@
-"""Find the signatures of a model in its registry or store, and verify them with public keys.
+"""Find the signatures of a model in its registry or store, and verify them.
+
+A signer is a public key, or the identity in the certificate of a keyless signature.
 
 Cosign's simple signatures are under its tag; sigstore bundles are attached to the model and sign
 its manifest (cosign) or its files (OpenSSF model signing). A manifest contains the digests of all
@@ -27,6 +29,7 @@ from modelpack.errors import (
 )
 from modelpack.storage import ReferrerSource, Source, read_blob
 from modelpack.trust.keys import PublicKey
+from modelpack.trust.keyless import CertifiedSigner, Identity, certified_by
 from modelpack.trust.model_signing import check_model, names_manifest
 from modelpack.trust.sigstore import (
     BUNDLE_TYPES,
@@ -62,13 +65,21 @@ MANIFEST_FORMATS: Final = (
 )
 
 
+#: A signer that a signature is required of.
+Signer = PublicKey | Identity
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A verified signature: the key that made it, its format and the manifest that contains it."""
+    """A verified signature: who made it, its format and the manifest that contains it.
 
-    key: PublicKey
+    `certified` is the signer in the certificate of a keyless signature.
+    """
+
+    signer: Signer
     kind: SignatureKind
     manifest: Descriptor
+    certified: CertifiedSigner | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,53 +97,52 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The valid signatures by the given keys, and the refusals of other signatures."""
+    """The valid signatures by the given signers, and the refusals of other signatures."""
 
     signatures: tuple[Signature, ...]
     refused: tuple[Refusal, ...]
 
     @property
-    def keys(self) -> frozenset[PublicKey]:
-        """The keys that signed."""
-        return frozenset(one.key for one in self.signatures)
+    def signers(self) -> frozenset[Signer]:
+        """The signers that signed."""
+        return frozenset(one.signer for one in self.signatures)
 
 
 def find_signatures(
     source: ReferrerSource,
     subject: Descriptor,
     model: Callable[[], Model],
-    keys: Collection[PublicKey],
+    signers: Collection[Signer],
     *,
     tagged: bool,
     formats: Collection[SignatureKind] = MANIFEST_FORMATS,
     contents: Source | None = None,
 ) -> Findings:
-    """Return the signatures by `keys` over the manifest `subject` or the files of its `model`.
+    """Return the signatures by `signers` over the manifest `subject` or the files of its `model`.
 
-    With `tagged`, search cosign's tag, too. Signatures that are broken, by other keys or not of one
+    With `tagged`, search cosign's tag, too. Signatures that are broken, by others or not of one
     of the `formats` do not count, without an effect on others. Files are read only from `contents`,
     for digests that are not in the manifest. Errors of the source are raised.
     """
     found: list[Signature] = []
     refused: list[Refusal] = []
-    for manifest, kind, check in _candidates(source, subject, model, refused, tagged, contents):
-        if kind not in formats:
+    for one in _candidates(source, subject, model, refused, tagged, contents):
+        if one.kind not in formats:
             why = "its format is not accepted"
-            if kind is SignatureKind.FILES:
+            if one.kind is SignatureKind.FILES:
                 why = (
-                    f"covers the files and not the manifest, and the format {kind} is not accepted"
+                    "covers the files and not the manifest, and the format "
+                    f"{one.kind} is not accepted"
                 )
-            refused.append(Refusal(f"{kind} signature {manifest.digest.short}: {why}"))
+            refused.append(Refusal(f"{one.what}: {why}"))
             continue
         try:
-            by = [key for key in keys if check(key)]
+            by = _made_by(one, signers)
+            one.check()
         except (FormatError, IntegrityError) as error:
             refused.append(Refusal.of(error))
             continue
-        found += [Signature(key, kind, manifest) for key in by]
-        if not by:
-            why = f"{kind} signature {manifest.digest.short}: made by none of the keys"
-            refused.append(Refusal(why))
+        found += by
     return Findings(tuple(found), tuple(refused))
 
 
@@ -141,7 +151,46 @@ def is_signed_under_tag(source: ReferrerSource, subject: Descriptor, key: Public
     return any(signature.is_signed_by(key) for _, signature in _under_tag(source, subject, []))
 
 
-_Check = Callable[[PublicKey], bool]
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A signature that names the model; `check` raises if it does not cover the whole model."""
+
+    manifest: Descriptor
+    kind: SignatureKind
+    content: Bundle | SimpleSignature
+    check: Callable[[], None] = lambda: None
+
+    @property
+    def what(self) -> str:
+        return f"{self.kind} signature {self.manifest.digest.short}"
+
+
+def _made_by(one: _Candidate, signers: Collection[Signer]) -> list[Signature]:
+    """Return a signature by each of the signers that made it; raise `IntegrityError` if none."""
+    content, refusal = one.content, f"{one.what}: made by none of the keys"
+    found = [
+        Signature(key, one.kind, one.manifest)
+        for key in signers
+        if isinstance(key, PublicKey) and content.is_signed_by(key)
+    ]
+    identities = [signer for signer in signers if isinstance(signer, Identity)]
+    error: FormatError | IntegrityError | None = None
+    for root in dict.fromkeys(identity.root for identity in identities):
+        wanted = [identity for identity in identities if identity.root is root]
+        try:
+            if isinstance(content, SimpleSignature):
+                raise IntegrityError(
+                    f"{one.what}: certificates under cosign's tag are not verified",
+                    hint="sign with `cosign sign --new-bundle-format`, or `modelpack sign`",
+                )
+            certified, matching = certified_by(content, one.what, wanted)
+        except (FormatError, IntegrityError) as raised:  # another root may verify it
+            error = error or raised
+            continue
+        found += [Signature(signer, one.kind, one.manifest, certified) for signer in matching]
+    if not found:
+        raise error or IntegrityError(refusal)
+    return found
 
 
 def _candidates(
@@ -151,7 +200,7 @@ def _candidates(
     refused: list[Refusal],
     tagged: bool,
     contents: Source | None,
-) -> Iterator[tuple[Descriptor, SignatureKind, _Check]]:
+) -> Iterator[_Candidate]:
     attached = [one for one in source.referrers(subject.digest) if one.artifact_type in _LISTED_AS]
     if len(attached) > MAX_SIGNATURES:
         raise UntrustedError(
@@ -166,10 +215,10 @@ def _candidates(
             refused.append(Refusal.of(error))
             continue
         if candidate is not None:
-            yield (referrer, *candidate)
+            yield candidate
     if tagged:
         for manifest, signature in _under_tag(source, subject, refused):
-            yield manifest, SignatureKind.COSIGN, signature.is_signed_by
+            yield _Candidate(manifest, SignatureKind.COSIGN, signature)
 
 
 def _bundle(
@@ -178,8 +227,8 @@ def _bundle(
     subject: Descriptor,
     model: Callable[[], Model],
     contents: Source | None,
-) -> tuple[SignatureKind, _Check] | None:
-    """Return the format of an attached bundle and its check, or None if it is not a signature."""
+) -> _Candidate | None:
+    """Return the signature in an attached bundle, or None if it is not one."""
     what = f"bundle {referrer.digest.short}"
     manifest = Manifest.parse(source.fetch_manifest(referrer), what)
     if [layer.media_type in BUNDLE_TYPES for layer in manifest.layers] != [True]:
@@ -189,18 +238,15 @@ def _bundle(
     if statement.predicate_type == COSIGN_SIGN:
         if not statement.is_about(subject.digest):
             raise IntegrityError(f"{what}: signs {statement.subjects[0].digest}, another manifest")
-        return SignatureKind.BUNDLE, bundle.envelope.is_signed_by
+        return _Candidate(referrer, SignatureKind.BUNDLE, bundle)
     if statement.predicate_type != MODEL_SIGNING:
         return None
 
-    def signs_files(key: PublicKey) -> bool:
-        if not bundle.envelope.is_signed_by(key):
-            return False
+    def covers_files() -> None:
         check_model(statement, model(), contents)
-        return True
 
     kind = SignatureKind.MODEL_SIGNING if names_manifest(statement) else SignatureKind.FILES
-    return kind, signs_files
+    return _Candidate(referrer, kind, bundle, covers_files)
 
 
 def _under_tag(

@@ -149,15 +149,21 @@ BUNDLE_TYPES: Final = (
 )
 CONTENT: Final = "dev.sigstore.bundle.content"
 PREDICATE_TYPE: Final = "dev.sigstore.bundle.predicateType"
+_CERTIFICATES: Final = frozenset(("certificate", "x509CertificateChain"))
 _EMPTY: Final = b"{}"
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A signed statement. Certificates and log entries are ignored: only keys are verified."""
+    """A signed statement; `raw` are the bytes of the bundle.
+
+    Its certificate and log entries, which `keyless` verifies, have no meaning for a key.
+    """
 
     envelope: Envelope
     statement: Statement
+    raw: bytes = field(repr=False)
+    has_certificate: bool
 
     @classmethod
     def parse(cls, raw: bytes, what: str) -> Bundle:
@@ -183,7 +189,13 @@ class Bundle:
                 "a certificate with log entries",
                 path=what,
             )
-        return cls(envelope, statement)
+        material = value.get("verificationMaterial")
+        certified = isinstance(material, dict) and bool(material.keys() & _CERTIFICATES)
+        return cls(envelope, statement, raw, certified)
+
+    def is_signed_by(self, key: PublicKey) -> bool:
+        """Return whether the signature is by `key`."""
+        return self.envelope.is_signed_by(key)
 
 
 def _has_material(bundle: Mapping[str, Any]) -> bool:

@@ -18,13 +18,16 @@ from tests.cli.running import modelpack
 pytest.importorskip("modelpack_server")
 
 CONNECTION = ("plain_http", "insecure", "allow_private", "ca_file", "client_cert", "client_key")
+IDENTITY = ("certificate_identity", "certificate_identity_regexp", "certificate_oidc_issuer",
+            "certificate_oidc_issuer_regexp", "trusted_root")  # fmt: skip
 SHARED = {
     "store": ("store",), "json": ("as_json",), "quiet": ("quiet",), "progress": ("progress",),
     "registry": CONNECTION,
     "download": ("concurrency", "connections", "limit_rate"),
     "upload": ("concurrency", "chunk_size", "limit_rate"),
     "parallel": ("concurrency",),
-    "trust": ("keys", "formats", "policy"),
+    "identity": IDENTITY,
+    "trust": ("keys", "formats", *IDENTITY, "policy"),
     "variant": ("variant",),
 }  # fmt: skip
 
@@ -91,7 +94,7 @@ ACTS = {
     "smoke": "store json quiet progress registry download trust variant",
     "tag": "store json quiet",
     "unload": "json",
-    "verify": "store json quiet registry",
+    "verify": "store json quiet registry identity",
     "version": "json",
 }
 # Docker Compose defines the options of these.

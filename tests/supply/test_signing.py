@@ -53,7 +53,7 @@ def test_a_signature_is_found(
     model, found = signing.verify(published.reference, [ours.public])
     assert model.digest == published.digest
     [signature] = found.signatures
-    assert (signature.kind, signature.key) == (kind, ours.public)
+    assert (signature.kind, signature.signer) == (kind, ours.public)
     assert signature.manifest.digest == done.manifests[kind]
     with pytest.raises(UntrustedError, match=r"is not signed by .*theirs\.key: .*by none of"):
         signing.verify(published.reference, [theirs.public])
@@ -75,13 +75,13 @@ def test_several_sign_under_one_tag(
     again = signing.sign(published.reference, ours, kinds=kinds)
     assert again.manifests == second.manifests  # no signature was added
     _, found = signing.verify(published.reference, [ours.public, theirs.public])
-    assert found.keys == {ours.public, theirs.public}
+    assert found.signers == {ours.public, theirs.public}
 
 
 def test_nothing_is_signed(published: Published, ours: PrivateKey) -> None:
     with pytest.raises(UntrustedError, match="it has no signatures"):
         signing.verify(published.reference, [ours.public])
-    with pytest.raises(UsageError, match="expected at least one key"):
+    with pytest.raises(UsageError, match="expected at least one key or identity"):
         signing.verify(published.reference, [])
 
 

@@ -1,0 +1,317 @@
+"""A Sigstore of its own: Fulcio's authority, a log of certificates (CT) and Rekor, in memory.
+
+It issues certificates with signed certificate timestamps, logs signatures with inclusion proofs,
+checkpoints and promises, and gives the trusted root that clients verify them with. `serving` puts
+the HTTP interfaces of Fulcio and Rekor in front of it.
+Sources: sigstore/fulcio, docs/certificate-specification.md and oid-info.md; RFC 6962, 2.1 (tree),
+3.2 (SCT) and 3.3; sigstore/rekor, openapi.yaml; transparency-dev/formats, log/README.md;
+sigstore/protobuf-specs, sigstore_trustroot.proto and sigstore_bundle.proto.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import jwt
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from modelpack.trust.sigstore import BUNDLE, PAYLOAD_TYPE, Statement, pre_authentication
+
+ISSUER = "https://token.actions.githubusercontent.com"
+IDENTITY = (
+    "https://github.com/team/model/.github/workflows/release.yml@refs/heads/main"
+)
+_FULCIO = "1.3.6.1.4.1.57264.1"
+_SCT_LIST = x509.ObjectIdentifier("1.3.6.1.4.1.11129.2.4.2")
+_ORIGIN = "rekor.invalid - 1"
+_SECRET = "the key of the issuer of tokens, thirty-two bytes"
+
+
+def text(content: bytes) -> str:
+    """Return the base64 of `content`."""
+    return base64.b64encode(content).decode()
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def _der(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _id(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return hashlib.sha256(_der(key)).digest()
+
+
+def _sign(key: ec.EllipticCurvePrivateKey, content: bytes) -> bytes:
+    return key.sign(content, ec.ECDSA(hashes.SHA256()))
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+
+
+def _usage(*, signs: bool, certifies: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(signs, False, False, False, False, certifies, certifies, False, False)
+
+
+def _leaf(content: bytes) -> bytes:
+    return hashlib.sha256(b"\0" + content).digest()
+
+
+def _root(leaves: list[bytes]) -> bytes:
+    if len(leaves) == 1:
+        return leaves[0]
+    split = 1 << (len(leaves) - 1).bit_length() - 1
+    return hashlib.sha256(b"\1" + _root(leaves[:split]) + _root(leaves[split:])).digest()
+
+
+def _path(index: int, leaves: list[bytes]) -> list[bytes]:
+    """Return the inclusion proof of a leaf."""
+    if len(leaves) == 1:
+        return []
+    split = 1 << (len(leaves) - 1).bit_length() - 1
+    if index < split:
+        return [*_path(index, leaves[:split]), _root(leaves[split:])]
+    return [*_path(index - split, leaves[split:]), _root(leaves[:split])]
+
+
+@dataclass
+class PrivateSigstore:
+    """The keys of a Sigstore, and the leaves of its log of signatures."""
+
+    fulcio: ec.EllipticCurvePrivateKey = field(default_factory=new_key)
+    authority: ec.EllipticCurvePrivateKey = field(default_factory=new_key)
+    certificates: ec.EllipticCurvePrivateKey = field(default_factory=new_key)
+    rekor: ec.EllipticCurvePrivateKey = field(default_factory=new_key)
+    leaves: list[bytes] = field(default_factory=lambda: [_leaf(b"first"), _leaf(b"second")])
+    started: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(days=30))
+
+    def __post_init__(self) -> None:
+        self.root = self._authority("root", self.authority, None)
+        self.intermediate = self._authority("fulcio", self.fulcio, self.root)
+
+    def _authority(
+        self, name: str, key: ec.EllipticCurvePrivateKey, issuer: x509.Certificate | None
+    ) -> x509.Certificate:
+        by = issuer.subject if issuer is not None else _name(name)
+        builder = (
+            x509.CertificateBuilder(by, _name(name), key.public_key(), x509.random_serial_number())
+            .not_valid_before(self.started)
+            .not_valid_after(self.started + timedelta(days=3650))
+            .add_extension(x509.BasicConstraints(True, 0 if issuer else 1), critical=True)
+            .add_extension(_usage(signs=False, certifies=True), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.authority.public_key()),
+                critical=False,
+            )
+        )
+        if issuer is not None:
+            code = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CODE_SIGNING])
+            builder = builder.add_extension(code, critical=False)
+        return builder.sign(self.authority, hashes.SHA256())
+
+    def certificate(
+        self,
+        key: ec.EllipticCurvePublicKey,
+        identity: str | list[x509.GeneralName] = IDENTITY,
+        issuer: str | None = ISSUER,
+        *,
+        start: datetime | None = None,
+        older_issuer: str | None = None,
+        timestamp: str = "good",
+    ) -> x509.Certificate:
+        """Return a certificate of ten minutes; `timestamp` is "good", "bad" or "none".
+
+        `older_issuer` is the value of the deprecated extension, by default the same issuer.
+        """
+        names = identity if isinstance(identity, list) else [_san(identity)]
+        start = start or datetime.now(UTC) - timedelta(seconds=5)
+        builder = (
+            x509.CertificateBuilder(
+                self.intermediate.subject, x509.Name([]), key, x509.random_serial_number()
+            )
+            .not_valid_before(start)
+            .not_valid_after(start + timedelta(minutes=10))
+            .add_extension(_usage(signs=True, certifies=False), critical=True)
+            .add_extension(
+                x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CODE_SIGNING]), critical=False
+            )
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.fulcio.public_key()),
+                critical=False,
+            )
+            .add_extension(x509.SubjectAlternativeName(names), critical=True)
+        )
+        older = issuer if older_issuer is None else older_issuer
+        values = {"1": older, "8": issuer}
+        for oid, value in values.items():
+            if value is None:
+                continue
+            raw = value.encode()
+            raw = b"\x0c" + bytes([len(raw)]) + raw if oid == "8" else raw
+            extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(f"{_FULCIO}.{oid}"), raw)
+            builder = builder.add_extension(extension, critical=False)
+        logged = builder.sign(self.fulcio, hashes.SHA256())
+        if timestamp == "none":
+            return logged
+        stamp = self._timestamp(logged.tbs_certificate_bytes, start)
+        if timestamp == "bad":
+            stamp = stamp[:-1] + bytes([stamp[-1] ^ 1])
+        listed = struct.pack("!HH", len(stamp) + 2, len(stamp)) + stamp
+        value = b"\x04" + bytes([len(listed)]) + listed  # an OCTET STRING of less than 128 bytes
+        assert len(listed) < 128
+        extension = x509.UnrecognizedExtension(_SCT_LIST, value)
+        return builder.add_extension(extension, critical=False).sign(self.fulcio, hashes.SHA256())
+
+    def _timestamp(self, precertificate: bytes, at: datetime) -> bytes:
+        """Return the signed timestamp of the log of certificates."""
+        milliseconds = int(at.timestamp()) * 1000
+        entry = _id(self.fulcio) + len(precertificate).to_bytes(3, "big") + precertificate
+        signed = struct.pack("!BBQH", 0, 0, milliseconds, 1) + entry + struct.pack("!H", 0)
+        signature = _sign(self.certificates, signed)
+        head = struct.pack("!B32sQH", 0, _id(self.certificates), milliseconds, 0)
+        return head + struct.pack("!BBH", 4, 3, len(signature)) + signature
+
+    def log(self, body: Any, at: datetime | None = None) -> dict[str, Any]:
+        """Log an entry; return it as an entry of a bundle."""
+        raw, at = _canonical(body), at or datetime.now(UTC)
+        index, seconds = len(self.leaves), int(at.timestamp())
+        self.leaves.append(_leaf(raw))
+        log_id = _id(self.rekor)
+        promised = {
+            "body": text(raw), "integratedTime": seconds, "logID": log_id.hex(), "logIndex": index,
+        }  # fmt: skip
+        root = _root(self.leaves)
+        note = f"{_ORIGIN}\n{len(self.leaves)}\n{text(root)}\n"
+        signature = text(log_id[:4] + _sign(self.rekor, note.encode()))
+        return {
+            "logIndex": str(index),
+            "logId": {"keyId": text(log_id)},
+            "kindVersion": {"kind": body["kind"], "version": body["apiVersion"]},
+            "integratedTime": str(seconds),
+            "inclusionPromise": {
+                "signedEntryTimestamp": text(_sign(self.rekor, _canonical(promised)))
+            },
+            "inclusionProof": {
+                "logIndex": str(index),
+                "rootHash": text(root),
+                "treeSize": str(len(self.leaves)),
+                "hashes": [text(one) for one in _path(index, self.leaves)],
+                "checkpoint": {
+                    "envelope": f"{note}\n\N{EM DASH} {_ORIGIN.split()[0]} {signature}\n"
+                },
+            },
+            "canonicalizedBody": text(raw),
+        }
+
+    def bundle(
+        self, statement: Statement | bytes, at: datetime | None = None, **certificate: Any
+    ) -> dict[str, Any]:
+        """Return a bundle with the signed statement, logged `at` that time.
+
+        The certificate of its new key is made with the further arguments.
+        """
+        key = new_key()
+        payload = statement if isinstance(statement, bytes) else statement.encode()
+        made = self.certificate(key.public_key(), **certificate)
+        signature = text(_sign(key, pre_authentication(PAYLOAD_TYPE, payload)))
+        envelope = {
+            "payload": text(payload),
+            "payloadType": PAYLOAD_TYPE,
+            "signatures": [{"sig": signature}],
+        }
+        pem = text(made.public_bytes(Encoding.PEM))
+        entry = self.log(dsse_entry(envelope, pem), at)
+        return {
+            "mediaType": BUNDLE,
+            "verificationMaterial": {
+                "certificate": {"rawBytes": text(made.public_bytes(Encoding.DER))},
+                "tlogEntries": [entry],
+            },
+            "dsseEnvelope": envelope,
+        }
+
+    def trusted_root(self, url: str = "https://sigstore.invalid") -> dict[str, Any]:
+        """Return the trusted root of the clients of this Sigstore."""
+        period = {"start": self.started.strftime("%Y-%m-%dT%H:%M:%SZ")}
+
+        def log(key: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
+            details = "PKIX_ECDSA_P256_SHA_256"
+            public = {"rawBytes": text(_der(key)), "keyDetails": details, "validFor": period}
+            return {
+                "baseUrl": url,
+                "hashAlgorithm": "SHA2_256",
+                "publicKey": public,
+                "logId": {"keyId": text(_id(key))},
+            }
+
+        chain = [
+            {"rawBytes": text(one.public_bytes(Encoding.DER))}
+            for one in (self.intermediate, self.root)
+        ]
+        return {
+            "mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1",
+            "tlogs": [log(self.rekor)],
+            "certificateAuthorities": [
+                {
+                    "subject": {"organization": "sigstore.invalid", "commonName": "fulcio"},
+                    "uri": url,
+                    "certChain": {"certificates": chain},
+                    "validFor": period,
+                }
+            ],
+            "ctlogs": [log(self.certificates)],
+            "timestampAuthorities": [],
+        }
+
+    def write_root(self, path: Path) -> Path:
+        path.write_text(json.dumps(self.trusted_root()))
+        return path
+
+
+def dsse_entry(envelope: Mapping[str, Any], certificate: str) -> dict[str, Any]:
+    """Return the entry of a log for an envelope; `certificate` is the base64 of its PEM."""
+    payload = base64.b64decode(envelope["payload"])
+    signatures = [
+        {"signature": one["sig"], "verifier": certificate} for one in envelope["signatures"]
+    ]
+    return {
+        "apiVersion": "0.0.1",
+        "kind": "dsse",
+        "spec": {
+            "envelopeHash": _sha256(_canonical(envelope)),
+            "payloadHash": _sha256(payload),
+            "signatures": signatures,
+        },
+    }
+
+
+def _sha256(content: bytes) -> dict[str, str]:
+    return {"algorithm": "sha256", "value": hashlib.sha256(content).hexdigest()}
+
+
+def _san(identity: str) -> x509.GeneralName:
+    kind = x509.UniformResourceIdentifier if ":" in identity else x509.RFC822Name
+    return kind(identity)
