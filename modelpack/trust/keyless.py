@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from modelpack.errors import FormatError, IntegrityError, ModelpackError, UsageError
 from modelpack.trust.sigstore import PAYLOAD_TYPE, Bundle
@@ -148,7 +148,7 @@ def certified_by(
         raise IntegrityError(str(error)) from None
     except Error as error:
         raise IntegrityError(f"{what}: not verified by {root.name}: {_reason(error)}") from None
-    except Exception as error:  # noqa: BLE001 - of parsers of certificates and timestamps
+    except Exception as error:
         kind = type(error).__name__
         raise IntegrityError(f"{what}: its certificate or log entry is invalid: {kind}") from error
     if verified != (PAYLOAD_TYPE, bundle.envelope.payload):

@@ -251,8 +251,8 @@ def _check_distinct(rule: Rule, where: str) -> None:
         for signer in publisher.signers:
             if isinstance(signer, Identity) and not signer.is_exact:
                 raise FormatError(
-                    f"threshold is {rule.threshold}, but publisher {publisher.name!r} has a regular "
-                    "expression, which may match the certificate of another one",
+                    f"threshold is {rule.threshold}, but publisher {publisher.name!r} has a "
+                    "regular expression, which may match the certificate of another one",
                     path=where,
                     hint="list the identities and issuers of these publishers in full",
                 )

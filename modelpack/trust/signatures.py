@@ -28,8 +28,8 @@ from modelpack.errors import (
     UntrustedError,
 )
 from modelpack.storage import ReferrerSource, Source, read_blob
-from modelpack.trust.keys import PublicKey
 from modelpack.trust.keyless import CertifiedSigner, Identity, certified_by
+from modelpack.trust.keys import PublicKey
 from modelpack.trust.model_signing import check_model, names_manifest
 from modelpack.trust.sigstore import (
     BUNDLE_TYPES,

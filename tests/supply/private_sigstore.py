@@ -14,16 +14,12 @@ import base64
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import jwt
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -32,9 +28,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from modelpack.trust.sigstore import BUNDLE, PAYLOAD_TYPE, Statement, pre_authentication
 
 ISSUER = "https://token.actions.githubusercontent.com"
-IDENTITY = (
-    "https://github.com/team/model/.github/workflows/release.yml@refs/heads/main"
-)
+IDENTITY = "https://github.com/team/model/.github/workflows/release.yml@refs/heads/main"
 _FULCIO = "1.3.6.1.4.1.57264.1"
 _SCT_LIST = x509.ObjectIdentifier("1.3.6.1.4.1.11129.2.4.2")
 _ORIGIN = "rekor.invalid - 1"
