@@ -81,8 +81,22 @@ def keygen(settings: Settings, prefix: str) -> None:
 @command()
 @model_argument("reference")
 @click.option(
-    "--key", required=True, type=click.Path(path_type=Path, readable=False), metavar="KEY",
+    "--key", type=click.Path(path_type=Path, readable=False), metavar="KEY",
     help="Sign with this private key: PEM, or a file written by cosign or `keygen`.",
+)  # fmt: skip
+@click.option(
+    "--keyless", is_flag=True,
+    help="Sign with a certificate of sigstore for the identity of this CI job or of "
+    "--identity-token. The identity becomes public in sigstore's log.",
+)  # fmt: skip
+@click.option(
+    "--identity-token", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Read the OIDC token for --keyless from this file. [default: that of the CI job]",
+)  # fmt: skip
+@click.option(
+    "--trust-config", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Sign with --keyless by the instance of sigstore in this client trust configuration. "
+    "[default: the public instance]",
 )  # fmt: skip
 @click.option(
     "--format", "formats", type=click.Choice(_FORMATS), multiple=True,
@@ -96,30 +110,47 @@ def keygen(settings: Settings, prefix: str) -> None:
 def sign(
     settings: Settings,
     reference: str,
-    key: Path,
+    key: Path | None,
+    keyless: bool,
+    identity_token: Path | None,
+    trust_config: Path | None,
     formats: tuple[str, ...],
     local: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Sign the model REFERENCE in its registry with a key; print the model's digest.
+    """Sign the model REFERENCE in its registry with a key or keyless; print the model's digest.
 
     The signature covers the manifest, which holds the digests of all files. For a model with
     variants, the index and each variant are signed. COSIGN_PASSWORD in the environment is the
     password of the key.
     """
     from modelpack.operations.signatures import sign as sign_model
+    from modelpack.trust.keyless import KeylessSigner, read_token
     from modelpack.trust.signatures import SignatureKind
 
+    if (key is not None) is keyless:
+        raise click.UsageError("expected either --key or --keyless")
+    if not keyless and (identity_token is not None or trust_config is not None):
+        raise click.UsageError("--identity-token and --trust-config require --keyless")
     where = subject_to_name(settings, reference)
+    signer: PrivateKey | KeylessSigner
+    if key is not None:
+        signer = private_key(key)
+    else:
+        token = read_token(identity_token) if identity_token is not None else None
+        signer = KeylessSigner.open(trust_config, token)
     done = sign_model(
         where,
-        private_key(key),
+        signer,
         kinds=[SignatureKind(name) for name in formats],
         store=settings.existing_store() if local else None,
         remote=remote,
     )
     of = f" and {len(done.variants)} variants" if done.variants else ""
-    note(settings, f"signed {where}{of}: {', '.join(done.manifests or done.variants[0].manifests)}")
+    certified = signer.certified if isinstance(signer, KeylessSigner) else None
+    by = f" as {certified}" if certified is not None else ""
+    kinds = ", ".join(done.manifests or done.variants[0].manifests)
+    note(settings, f"signed {where}{of}{by}: {kinds}")
     value: dict[str, Any] = {
         "reference": str(where),
         "digest": str(done.digest),

@@ -22,6 +22,7 @@ from modelpack.progress import Stop
 from modelpack.registry import Repository
 from modelpack.storage import BytesBlob, Target, Watch, watching
 from modelpack.store.layout import LayoutStore
+from modelpack.trust.keyless import KeylessSigner
 from modelpack.trust.keys import PrivateKey
 from modelpack.trust.model_signing import model_statement
 from modelpack.trust.signatures import (
@@ -62,7 +63,7 @@ class Signed:
 
 def sign(
     reference: str | Reference,
-    key: PrivateKey,
+    key: PrivateKey | KeylessSigner,
     *,
     kinds: Sequence[SignatureKind] = (),
     store: LayoutStore | None = None,
@@ -72,12 +73,19 @@ def sign(
     """Sign the model `reference` in its registry or, with `store`, in that store.
 
     `kinds` are the formats of the signatures. By default there are two, cosign's tag and a sigstore
-    bundle; in a store, only the bundle, which `push --with-referrers` pushes. For an index, the
-    index and each variant are signed, since variants are pulled and loaded by their own digests.
-    Raises the errors of a push.
+    bundle; in a store or without a key, only the bundle, which `push --with-referrers` pushes. For
+    an index, the index and each variant are signed, since variants are pulled and loaded by their
+    own digests. Raises the errors of a push and, without a key, those of `KeylessSigner.bundle`.
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     wanted = tuple(dict.fromkeys(kinds or DEFAULT_KINDS))
+    if isinstance(key, KeylessSigner):
+        if SignatureKind.COSIGN in kinds:
+            raise UsageError(
+                "keyless signatures cannot be written under cosign's tag",
+                hint="give --format bundle, which cosign verifies with --new-bundle-format",
+            )
+        wanted = tuple(kind for kind in wanted if kind is not SignatureKind.COSIGN)
     if store is not None:
         if SignatureKind.COSIGN in kinds:
             raise UsageError(
@@ -137,10 +145,17 @@ def verify(
 
 
 def attach_statement(
-    place: Target, subject: Descriptor, statement: Statement, key: PrivateKey, watch: Watch
+    place: Target,
+    subject: Descriptor,
+    statement: Statement,
+    key: PrivateKey | KeylessSigner,
+    watch: Watch,
 ) -> Digest:
     """Sign a statement and attach it to `subject`; return the digest of its manifest."""
-    bundle = signed_bundle(statement, key)
+    if isinstance(key, KeylessSigner):
+        bundle = key.bundle(statement)
+    else:
+        bundle = signed_bundle(statement, key)
     manifest, blobs = bundle_manifest(bundle, statement.predicate_type, subject)
     put(place, manifest, blobs, None, watch)
     return manifest.digest
@@ -207,7 +222,7 @@ class _Signing:
 
     place: LayoutStore | Repository
     where: Reference
-    key: PrivateKey
+    key: PrivateKey | KeylessSigner
     kinds: tuple[SignatureKind, ...]
     watch: Watch
 
@@ -257,6 +272,7 @@ def _write(
 def _sign_simply(signing: _Signing, subject: Descriptor) -> Digest:
     """Add a signature to the manifest of cosign's tag, unless the key has signed it already."""
     place, key, digest = signing.place, signing.key, subject.digest
+    assert isinstance(key, PrivateKey), "`sign` writes no keyless signatures under the tag"
     tag = signature_tag(digest)
     layer, payload = sign_simply(signing.where.name, digest, key)
     try:

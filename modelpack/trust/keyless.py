@@ -1,9 +1,9 @@
-"""Keyless signatures: sigstore bundles with a certificate of Fulcio and an entry in Rekor's log.
+"""Make and verify keyless signatures: bundles with a certificate of Fulcio, logged by Rekor.
 
 The certificate binds a key of minutes to an identity, which an issuer of OpenID Connect tokens has
 confirmed; the log proves that the signature was made while the certificate was valid. sigstore's
 own library verifies both against a `TrustedRoot`, without the network; an `Identity` says whose
-certificates count.
+certificates count. A `KeylessSigner` makes such signatures with the token of its user.
 Sources: sigstore/fulcio, docs/oid-info.md and certificate-specification.md (one name in a
 certificate); sigstore/architecture-docs, client-spec.md, 4 (verification).
 """
@@ -12,16 +12,27 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from modelpack.errors import FormatError, IntegrityError, ModelpackError, UsageError
-from modelpack.trust.sigstore import PAYLOAD_TYPE, Bundle
+from modelpack.errors import (
+    AuthError,
+    FormatError,
+    IntegrityError,
+    ModelpackError,
+    RemoteUnavailableError,
+    UsageError,
+)
+from modelpack.trust.sigstore import PAYLOAD_TYPE, Bundle, Statement
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate, ObjectIdentifier
+    from sigstore.models import ClientTrustConfig
+    from sigstore.oidc import IdentityToken
+    from sigstore.sign import Signer
     from sigstore.verify import Verifier
 
 _OIDS: Final = "1.3.6.1.4.1.57264.1"
@@ -29,6 +40,7 @@ _ISSUER: Final = f"{_OIDS}.8"  # as a DER string
 _OLD_ISSUER: Final = f"{_OIDS}.1"  # as bare bytes, deprecated
 _OTHER_NAME: Final = f"{_OIDS}.7"
 _MAX_REASON: Final = 300
+_MAX_TOKEN: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +167,137 @@ def certified_by(
         raise IntegrityError(f"{what}: has another payload than the verified one")
     assert policy.signer is not None
     return policy.signer, policy.matching
+
+
+class KeylessSigner:
+    """Signs statements by a key of minutes, which Fulcio certifies for the identity in a token.
+
+    The certificate is requested with the first statement. `certified` is the signer in it, None
+    before.
+    """
+
+    def __init__(self, config: ClientTrustConfig, token: IdentityToken, name: str) -> None:
+        """Make a signer of an instance of sigstore; `open` reads the configuration and the token.
+
+        `name` names the instance in errors.
+        """
+        from sigstore.verify import Verifier
+
+        self.certified: CertifiedSigner | None = None
+        self._root = TrustedRoot(name, Verifier(trusted_root=config.trusted_root))
+        self._config = config
+        self._token = token
+        self._signer: Signer | None = None
+
+    @classmethod
+    def open(cls, config: Path | None = None, token: str | None = None) -> KeylessSigner:
+        """Return a signer for an identity `token`, or without one for that of this CI job.
+
+        `config` is a client trust configuration: the addresses of an instance, and its trusted
+        root. Without it, that of sigstore's public instance is fetched and kept in the TUF cache.
+        Raises `FormatError` for the file, `AuthError` for the token, `RemoteUnavailableError` if
+        the public configuration cannot be fetched.
+        """
+        _need_sigstore()
+        from sigstore.errors import Error
+        from sigstore.models import ClientTrustConfig
+
+        name = str(config) if config is not None else "the public instance of sigstore"
+        identity = _identity_token(token)
+        try:
+            if config is None:
+                return cls(ClientTrustConfig.production(), identity, name)
+            made = ClientTrustConfig.from_json(config.read_text(encoding="utf-8"))
+            return cls(made, identity, name)
+        except OSError as error:
+            raise FormatError(f"cannot be read: {error.strerror}", path=name) from error
+        except (Error, ValueError, TypeError) as error:
+            if config is None:
+                raise RemoteUnavailableError(
+                    f"cannot fetch the configuration of {name}: {_reason(error)}"
+                ) from error
+            raise FormatError(
+                f"is not a client trust configuration of sigstore: {_reason(error)}", path=name
+            ) from None
+
+    def bundle(self, statement: Statement) -> bytes:
+        """Return the bytes of a bundle with the statement, certified and logged.
+
+        The identity and the digest of the statement become public with the log. Raises `AuthError`
+        for an expired token, `RemoteUnavailableError` if Fulcio or Rekor fails, and
+        `IntegrityError` for a bundle that the trusted root of the instance does not verify.
+        """
+        from sigstore.dsse import Statement as SigstoreStatement
+
+        with _translated(self._root.name):
+            if self._signer is None:
+                self._signer = self._new_signer()
+            made = self._signer.sign_dsse(SigstoreStatement(statement.encode()))
+        raw = made.to_json().encode()
+        anyone = re.compile(".*", re.DOTALL)
+        what = f"the bundle of {self._root.name}"
+        parsed = Bundle.parse(raw, what)
+        self.certified, _ = certified_by(parsed, what, [Identity(anyone, anyone, self._root)])
+        return raw
+
+    def _new_signer(self) -> Signer:
+        """Request a certificate."""
+        from sigstore.sign import SigningContext
+
+        # The context manager only makes the signer: there is nothing to close.
+        with SigningContext.from_trust_config(self._config).signer(self._token) as signer:
+            return signer
+
+
+def read_token(path: Path) -> str:
+    """Return the identity token in a file; raise `FormatError`. It is a secret."""
+    try:
+        with path.open(encoding="ascii") as stream:
+            token = stream.read(_MAX_TOKEN).strip()
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", path=str(path)) from error
+    except ValueError:
+        token = ""
+    if token.count(".") != 2:
+        raise FormatError("is not an identity token (a JWT)", path=str(path))
+    return token
+
+
+def _identity_token(given: str | None) -> IdentityToken:
+    from sigstore.oidc import IdentityError, IdentityToken, detect_credential
+
+    hint = "give a current token for the audience sigstore with --identity-token"
+    try:
+        token = given if given is not None else detect_credential()
+    except IdentityError as error:
+        raise AuthError(
+            f"cannot get the identity token of this CI job: {_reason(error)}",
+            hint="in GitHub Actions, set `permissions: id-token: write`; elsewhere, give the token "
+            "with --identity-token",
+        ) from None
+    if token is None:
+        raise AuthError("no identity token: this is not a CI job that has one", hint=hint)
+    try:
+        return IdentityToken(token)
+    except IdentityError as error:
+        raise AuthError(f"the identity token is not valid: {_reason(error)}", hint=hint) from None
+
+
+@contextmanager
+def _translated(name: str) -> Iterator[None]:
+    """Translate the errors of sigstore's library and its clients of Fulcio and Rekor."""
+    from sigstore.errors import VerificationError
+    from sigstore.oidc import ExpiredIdentity
+
+    try:
+        yield
+    except ExpiredIdentity:
+        raise AuthError("the identity token has expired", hint="request a new one") from None
+    except VerificationError as error:
+        raise IntegrityError(f"the certificate of {name} is not valid: {_reason(error)}") from None
+    except Exception as error:
+        reason = _reason(error if str(error) else error.__cause__ or error)
+        raise RemoteUnavailableError(f"{name} did not sign: {reason}") from error
 
 
 class _OtherSignerError(Exception):

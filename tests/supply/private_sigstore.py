@@ -14,16 +14,24 @@ import base64
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import jwt
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+)
 
 from modelpack.trust.sigstore import BUNDLE, PAYLOAD_TYPE, Statement, pre_authentication
 
@@ -309,3 +317,147 @@ def _sha256(content: bytes) -> dict[str, str]:
 def _san(identity: str) -> x509.GeneralName:
     kind = x509.UniformResourceIdentifier if ":" in identity else x509.RFC822Name
     return kind(identity)
+
+
+def token(identity: str = IDENTITY, issuer: str = ISSUER, **claims: Any) -> str:
+    """Return a token that the served Fulcio accepts; `claims` replace the usual ones."""
+    now = int(datetime.now(UTC).timestamp())
+    values = {"iss": issuer, "sub": identity, "aud": "sigstore"}
+    claims = {"email": identity, "email_verified": True, **claims}
+    times = {"iat": now, "nbf": now - 60, "exp": now + 300}
+    return jwt.encode({**values, **times, **claims}, _SECRET)
+
+
+@dataclass
+class Served:
+    """The HTTP interfaces of a Sigstore at `url`; `fails` answers requests to a path by a status.
+
+    `requests` are the paths of all requests.
+    """
+
+    sigstore: PrivateSigstore
+    url: str
+    requests: list[str] = field(default_factory=list)
+    fails: dict[str, int] = field(default_factory=dict)
+
+    def signing_config(self) -> dict[str, Any]:
+        start = self.sigstore.started.strftime("%Y-%m-%dT%H:%M:%SZ")
+        service = {
+            "url": self.url,
+            "majorApiVersion": 1,
+            "validFor": {"start": start},
+            "operator": "sigstore.invalid",
+        }
+        return {
+            "mediaType": "application/vnd.dev.sigstore.signingconfig.v0.2+json",
+            "caUrls": [service],
+            "oidcUrls": [service],
+            "rekorTlogUrls": [service],
+            "rekorTlogConfig": {"selector": "ANY"},
+            "tsaUrls": [],
+            "tsaConfig": {"selector": "ANY"},
+        }
+
+    def write_config(self, path: Path) -> Path:
+        """Write the client trust configuration of this instance."""
+        value = {
+            "mediaType": "application/vnd.dev.sigstore.clienttrustconfig.v0.1+json",
+            "trustedRoot": self.sigstore.trusted_root(self.url),
+            "signingConfig": self.signing_config(),
+        }
+        path.write_text(json.dumps(value))
+        return path
+
+    def certify(self, body: Any, bearer: str) -> tuple[int, Any]:
+        """Answer a request for a certificate (POST /api/v2/signingCert)."""
+        try:
+            claims = jwt.decode(bearer, _SECRET, algorithms=["HS256"], audience="sigstore")
+        except jwt.InvalidTokenError as error:
+            return 401, {"code": 16, "message": f"the token is not accepted: {error}"}
+        if "certificateSigningRequest" in body:
+            pem = base64.b64decode(body["certificateSigningRequest"])
+            key = x509.load_pem_x509_csr(pem).public_key()
+        else:
+            pem = body["publicKeyRequest"]["publicKey"]["content"].encode()
+            key = load_pem_public_key(pem)
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        made = self.sigstore.certificate(key, claims["sub"], claims["iss"])
+        chain = (made, self.sigstore.intermediate, self.sigstore.root)
+        pems = [one.public_bytes(Encoding.PEM).decode() for one in chain]
+        return 200, {"signedCertificateEmbeddedSct": {"chain": {"certificates": pems}}}
+
+    def add(self, body: Any) -> tuple[int, Any]:
+        """Answer a new entry of the log (POST /api/v1/log/entries)."""
+        if body.get("kind") != "dsse":
+            return 400, {"code": 400, "message": f"unsupported entry: {body.get('kind')}"}
+        content = body["spec"]["proposedContent"]
+        entry = dsse_entry(json.loads(content["envelope"]), content["verifiers"][0])
+        logged = self.sigstore.log(entry)
+        proof, raw = logged["inclusionProof"], base64.b64decode(logged["canonicalizedBody"])
+        tree = {
+            "checkpoint": proof["checkpoint"]["envelope"],
+            "hashes": [base64.b64decode(one).hex() for one in proof["hashes"]],
+            "logIndex": int(proof["logIndex"]),
+            "rootHash": base64.b64decode(proof["rootHash"]).hex(),
+            "treeSize": int(proof["treeSize"]),
+        }
+        value = {
+            "body": text(raw),
+            "integratedTime": int(logged["integratedTime"]),
+            "logID": base64.b64decode(logged["logId"]["keyId"]).hex(),
+            "logIndex": int(logged["logIndex"]),
+            "verification": {
+                "inclusionProof": tree,
+                "signedEntryTimestamp": logged["inclusionPromise"]["signedEntryTimestamp"],
+            },
+        }
+        return 201, {_leaf(raw).hex(): value}
+
+
+@contextmanager
+def serving(sigstore: PrivateSigstore) -> Iterator[Served]:
+    """Serve Fulcio, Rekor and the tokens of a CI job on loopback within the context."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # GET of the token of a job of GitHub Actions
+            served.requests.append(self.path)
+            self._reply(200, {"value": token()})
+
+        def do_POST(self) -> None:
+            served.requests.append(self.path)
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path in served.fails:
+                self._reply(served.fails[self.path], {"code": 1, "message": "it fails"})
+                return
+            body = json.loads(raw)
+            if self.path == "/api/v2/signingCert":
+                bearer = self.headers["Authorization"].removeprefix("Bearer ")
+                self._reply(*served.certify(body, bearer))
+            elif self.path == "/api/v1/log/entries":
+                status, value = served.add(body)
+                self._reply(status, value, {"ETag": next(iter(value))})
+            else:
+                self._reply(404, {"code": 404, "message": self.path})
+
+        def _reply(self, status: int, value: Any, headers: Mapping[str, str] = {}) -> None:
+            raw = json.dumps(value).encode()
+            self.send_response(status)
+            for name, header in headers.items():  # the tag is the name of the entry
+                self.send_header(name, header)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        served = Served(sigstore, f"http://127.0.0.1:{server.server_port}")
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield served
+        finally:
+            server.shutdown()
+            thread.join()

@@ -655,29 +655,23 @@ def test_the_command_line(
     assert f"its certificate is for {IDENTITY}" in shown
 
 
-@pytest.mark.parametrize("command", ["pull", "resolve", "serve", "run", "smoke", "k8s", "bundle"])
+@pytest.mark.parametrize("command", ["pull", "serve", "run", "k8s"])
 def test_commands_that_require_an_identity(
     published: Published,
     sigstore: PrivateSigstore,
     root_file: Path,
     command: str,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     attach(published.reference, sigstore.bundle(signed(published), identity=EMAIL))
-    more = {
-        "bundle": [str(tmp_path / "out"), "--pull"],
-        "resolve": ["--pull"],
-        "run": ["prompt"],
-        "serve": ["--port", "0"],
-    }
+    more = {"run": ["prompt"], "serve": ["--port", "0"]}
     store = ["--store", str(published.store.root)]
     words = [*store, command, published.reference, *more.get(command, [])]
     assert run([*words, *options(root_file)]) == 5
     assert "is not signed by --certificate-identity: " in capsys.readouterr().err
-    if command in ("pull", "resolve", "k8s", "bundle"):
+    if command in ("pull", "k8s"):
         assert run([*words, *options(root_file, EMAIL)]) == 0
 
 
