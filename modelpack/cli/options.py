@@ -381,11 +381,12 @@ def trust_options(command: F) -> F:
         if keys or identity is not None or policy is not None:
             from modelpack.trust.keys import read_public_key
             from modelpack.trust.policy import Trust
-            from modelpack.trust.signatures import SignatureKind
+            from modelpack.trust.signatures import SignatureKind, Signer
 
             accepted = [SignatureKind(name) for name in formats]
-            identities = [identity] if identity is not None else []
-            signers = [*(read_public_key(key) for key in keys), *identities]
+            signers: list[Signer] = [read_public_key(key) for key in keys]
+            if identity is not None:
+                signers.append(identity)
             remote = replace(remote, trust=Trust.of(signers, policy, accepted))
         return command(*args, remote=remote, **arguments)
 
