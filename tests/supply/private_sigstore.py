@@ -421,6 +421,10 @@ def serving(sigstore: PrivateSigstore) -> Iterator[Served]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # GET of the token of a job of GitHub Actions
             served.requests.append(self.path)
+            if self.path == "/.well-known/openid-configuration":  # asked for, and not used
+                names = ("authorization_endpoint", "token_endpoint")
+                self._reply(200, dict.fromkeys(names, f"{served.url}/none"))
+                return
             self._reply(200, {"value": token()})
 
         def do_POST(self) -> None:

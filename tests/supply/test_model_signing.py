@@ -6,7 +6,7 @@ import base64
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,7 +27,8 @@ from modelpack.errors import FormatError, IntegrityError, UntrustedError
 from modelpack.operations import signatures
 from modelpack.operations.lookup import inspect, model_in
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.storage import watching
+from modelpack.storage import read_blob, watching
+from modelpack.trust.keyless import Identity, KeylessSigner, TrustedRoot
 from modelpack.trust.keys import PrivateKey
 from modelpack.trust.model_signing import MANIFEST, check_model, files_of, model_statement
 from modelpack.trust.signatures import SignatureKind
@@ -40,6 +41,7 @@ from modelpack.trust.sigstore import (
     signed_bundle,
 )
 from tests.supply.conftest import Published, publishing
+from tests.supply.private_sigstore import ISSUER, PrivateSigstore, serving, token
 from tests.supply.test_tampering import files_in
 
 
@@ -156,6 +158,51 @@ def test_files_that_their_signer_ignored(
         attach(published.reference, (files.parent / "model.sig").read_bytes())
         with pytest.raises(UntrustedError, match=r"signs other files: other\.md"):
             signatures.verify(published.reference, [ours.public], formats=formats)
+
+
+@pytest.mark.long
+def test_keyless_both_ways(published: Published, files: Path, tmp_path: Path) -> None:
+    """Certificates of a private Fulcio, entries in a private Rekor: `model_signing … sigstore`."""
+    identity, formats = "me@team.example", [SignatureKind.FILES]
+    signature, command = tmp_path / "model.sig", [sys.executable, "-m", "model_signing"]
+    sigstore = PrivateSigstore()
+
+    def theirs(verb: str, *options: str) -> int:
+        words = [*command, verb, "sigstore", str(files), f"--trust_config={config}", *options]
+        return subprocess.run([*words, f"--signature={signature}"], capture_output=True).returncode
+
+    def verify(identity: str) -> int:
+        return theirs("verify", f"--identity={identity}", f"--identity_provider={ISSUER}")
+
+    with serving(sigstore) as served:
+        config = served.write_config(tmp_path / "config.json")
+        assert theirs("sign", f"--identity_token={token(identity)}") == 0
+        signer = KeylessSigner.open(config, token(identity))
+        done = signatures.sign(
+            published.reference, signer, kinds=[SignatureKind.MODEL_SIGNING]
+        )  # fmt: skip
+    root = TrustedRoot.read(sigstore.write_root(tmp_path / "root.json"))
+    wanted, other = (Identity(name, ISSUER, root) for name in (identity, "other@team.example"))
+    attach(published.reference, signature.read_bytes())
+    _, found = signatures.verify(published.reference, [wanted], formats=formats)
+    assert [one.kind for one in found.signatures] == formats
+    with pytest.raises(UntrustedError, match="its certificate is for me@team"):
+        signatures.verify(published.reference, [other], formats=formats)
+    signature.write_bytes(single_layer(published.reference, done.manifests))
+    assert verify(identity) == 0
+    assert verify("other@team.example") != 0
+    (files / "config.json").write_text('{"changed": 1}')
+    assert verify(identity) != 0
+
+
+def single_layer(reference: str, manifests: Mapping[SignatureKind, Digest]) -> bytes:
+    """Return the bundle of the only signature of a model in its registry."""
+    [digest] = manifests.values()
+    where = Reference.parse(reference)
+    with open_repository(where, RemoteOptions(), watching(None)) as repository:
+        raw = repository.fetch_manifest(repository.resolve(str(digest)))
+        [layer] = Manifest.parse(raw, "signature").layers
+        return read_blob(repository, layer)
 
 
 def add_file(reference: str, path: str, content: bytes) -> None:
