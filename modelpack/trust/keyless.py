@@ -368,7 +368,8 @@ def _shown(wanted: str | re.Pattern[str]) -> str:
 
 def _reason(error: BaseException) -> str:
     """Return the message of an error of sigstore's library, in one short line."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = " ".join(str(error).split()).partition(" [type=")[0]  # pydantic's further details
+    line = line or type(error).__name__
     return line if len(line) <= _MAX_REASON else f"{line[:_MAX_REASON]}…"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,14 @@ from tests.supply.private_sigstore import (
     serving,
     token,
 )
-from tests.supply.test_keyless import CERTIFICATES, TAMPERED, attach
+from tests.supply.test_keyless import CERTIFICATES, STAMPED, TAMPERED, attach
 
 pytestmark = [pytest.mark.peer("go"), pytest.mark.long]
 
 ME = "me@team.example"
-#: What cosign accepts and we do not: Fulcio writes one name and one issuer into a certificate.
-STRICTER = {"two names", "two issuers"}
+#: What cosign accepts and we do not: Fulcio writes one name and one issuer into a certificate, and
+#: sigstore's library does not count a time stamp twice.
+STRICTER = {"two names", "two issuers", "the same stamp twice"}
 
 
 @pytest.fixture
@@ -52,11 +54,15 @@ def cosign(binary: Path, served: Served, tmp_path: Path) -> Cosign:  # noqa: F81
     return Cosign(binary, tmp_path)
 
 
-def verifies(cosign: Cosign, reference: str, identity: str) -> bool:  # noqa: F811
+STAMPS = "--use-signed-timestamps"
+
+
+def verifies(cosign: Cosign, reference: str, identity: str, *more: str) -> bool:  # noqa: F811
     return (
         cosign(
             "verify", "--new-bundle-format", "--allow-http-registry", "--trusted-root", "root.json",
-            "--certificate-oidc-issuer", ISSUER, "--certificate-identity", identity, reference,
+            "--certificate-oidc-issuer", ISSUER, "--certificate-identity", identity, *more,
+            reference,
         ).returncode
         == 0
     )  # fmt: skip
@@ -70,6 +76,15 @@ def test_theirs_verifies_ours(
     signatures.sign(reference, signer)
     assert verifies(cosign, reference, ME)
     assert not verifies(cosign, reference, IDENTITY)
+
+
+def test_theirs_verifies_ours_with_time_stamps(
+    cosign: Cosign, served: Served, reference: str, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    config = replace(served, rekor=2).write_config(tmp_path / "config.json")
+    signatures.sign(reference, KeylessSigner.open(config, token(ME)))
+    assert verifies(cosign, reference, ME, STAMPS)
+    assert not verifies(cosign, reference, IDENTITY, STAMPS)
 
 
 def test_ours_verifies_theirs(cosign: Cosign, reference: str) -> None:  # noqa: F811
@@ -106,14 +121,18 @@ def test_theirs_refuses_what_ours_refuses(cosign: Cosign, served: Served, tmp_pa
         good = publish("good", served.sigstore.bundle(statement))
         assert verifies(cosign, good, IDENTITY)
         signatures.verify(good, [wanted])
-        for at, name in enumerate((*TAMPERED, *CERTIFICATES)):
-            if name in TAMPERED:
-                bundle = served.sigstore.bundle(statement)
-                TAMPERED[name][0](served.sigstore, bundle)
+        good = publish("stamped", served.sigstore.bundle(statement, rekor=2))
+        assert verifies(cosign, good, IDENTITY, STAMPS)
+        for at, name in enumerate((*TAMPERED, *STAMPED, *CERTIFICATES)):
+            if name not in CERTIFICATES:
+                rekor = 2 if name in STAMPED else 1
+                bundle = served.sigstore.bundle(statement, rekor=rekor)
+                (TAMPERED | STAMPED)[name][0](served.sigstore, bundle)
             else:
                 bundle = served.sigstore.bundle(statement, **CERTIFICATES[name][0])
             where = publish(f"m{at}", bundle)
             with pytest.raises(UntrustedError):
                 signatures.verify(where, [wanted])
-            accepted[name] = verifies(cosign, where, IDENTITY)
+            more = (STAMPS,) if name in STAMPED else ()
+            accepted[name] = verifies(cosign, where, IDENTITY, *more)
     assert {name for name, done in accepted.items() if done} == STRICTER

@@ -1,11 +1,12 @@
-"""A Sigstore of its own: Fulcio's authority, a log of certificates (CT) and Rekor, in memory.
+"""A Sigstore of its own: Fulcio, a log of certificates (CT), Rekor and a time-stamp authority.
 
 It issues certificates with signed certificate timestamps, logs signatures with inclusion proofs,
-checkpoints and promises, and gives the trusted root that clients verify them with. `serving` puts
-the HTTP interfaces of Fulcio and Rekor in front of it.
+checkpoints and promises as Rekor 1 or, with time stamps instead of promises, as Rekor 2, and gives
+the trusted root that clients verify them with. `serving` puts the HTTP interfaces in front of it.
 Sources: sigstore/fulcio, docs/certificate-specification.md and oid-info.md; RFC 6962, 2.1 (tree),
-3.2 (SCT) and 3.3; sigstore/rekor, openapi.yaml; transparency-dev/formats, log/README.md;
-sigstore/protobuf-specs, sigstore_trustroot.proto and sigstore_bundle.proto.
+3.2 (SCT) and 3.3; RFC 3161; sigstore/rekor, openapi.yaml; sigstore/rekor-tiles, api/proto;
+transparency-dev/formats, log/README.md; sigstore/protobuf-specs, sigstore_trustroot.proto and
+sigstore_bundle.proto.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from threading import Thread
 from typing import Any
 
 import jwt
+from asn1crypto import algos, cms, core, tsp
+from asn1crypto import x509 as asn1_x509
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -40,6 +43,7 @@ IDENTITY = "https://github.com/team/model/.github/workflows/release.yml@refs/hea
 _FULCIO = "1.3.6.1.4.1.57264.1"
 _SCT_LIST = x509.ObjectIdentifier("1.3.6.1.4.1.11129.2.4.2")
 _ORIGIN = "rekor.invalid - 1"
+_P256 = "PKIX_ECDSA_P256_SHA_256"
 _SECRET = "the key of the issuer of tokens, thirty-two bytes"
 
 
@@ -105,23 +109,32 @@ class PrivateSigstore:
     authority: ec.EllipticCurvePrivateKey = field(default_factory=new_key)
     certificates: ec.EllipticCurvePrivateKey = field(default_factory=new_key)
     rekor: ec.EllipticCurvePrivateKey = field(default_factory=new_key)
+    times: ec.EllipticCurvePrivateKey = field(default_factory=new_key)
     leaves: list[bytes] = field(default_factory=lambda: [_leaf(b"first"), _leaf(b"second")])
     started: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(days=30))
 
     def __post_init__(self) -> None:
         self.root = self._authority("root", self.authority, None)
         self.intermediate = self._authority("fulcio", self.fulcio, self.root)
+        self.clock = self._authority("times", self.times, self.root, stamps=True)
 
     def _authority(
-        self, name: str, key: ec.EllipticCurvePrivateKey, issuer: x509.Certificate | None
+        self,
+        name: str,
+        key: ec.EllipticCurvePrivateKey,
+        issuer: x509.Certificate | None,
+        *,
+        stamps: bool = False,
     ) -> x509.Certificate:
         by = issuer.subject if issuer is not None else _name(name)
         builder = (
             x509.CertificateBuilder(by, _name(name), key.public_key(), x509.random_serial_number())
             .not_valid_before(self.started)
             .not_valid_after(self.started + timedelta(days=3650))
-            .add_extension(x509.BasicConstraints(True, 0 if issuer else 1), critical=True)
-            .add_extension(_usage(signs=False, certifies=True), critical=True)
+            .add_extension(
+                x509.BasicConstraints(not stamps, None if stamps else 0 if issuer else 1), True
+            )
+            .add_extension(_usage(signs=stamps, certifies=not stamps), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self.authority.public_key()),
@@ -129,8 +142,9 @@ class PrivateSigstore:
             )
         )
         if issuer is not None:
-            code = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CODE_SIGNING])
-            builder = builder.add_extension(code, critical=False)
+            oids = x509.ExtendedKeyUsageOID
+            usage = x509.ExtendedKeyUsage([oids.TIME_STAMPING if stamps else oids.CODE_SIGNING])
+            builder = builder.add_extension(usage, critical=stamps)
         return builder.sign(self.authority, hashes.SHA256())
 
     def certificate(
@@ -197,14 +211,24 @@ class PrivateSigstore:
         return head + struct.pack("!BBH", 4, 3, len(signature)) + signature
 
     def log(self, body: Any, at: datetime | None = None) -> dict[str, Any]:
-        """Log an entry; return it as an entry of a bundle."""
-        raw, at = _canonical(body), at or datetime.now(UTC)
-        index, seconds = len(self.leaves), int(at.timestamp())
-        self.leaves.append(_leaf(raw))
-        log_id = _id(self.rekor)
+        """Log an entry of Rekor 1; return it as an entry of a bundle."""
+        entry, at = self.log_untimed(body), at or datetime.now(UTC)
         promised = {
-            "body": text(raw), "integratedTime": seconds, "logID": log_id.hex(), "logIndex": index,
-        }  # fmt: skip
+            "body": entry["canonicalizedBody"],
+            "integratedTime": int(at.timestamp()),
+            "logID": _id(self.rekor).hex(),
+            "logIndex": int(entry["logIndex"]),
+        }
+        signature = text(_sign(self.rekor, _canonical(promised)))
+        return entry | {
+            "integratedTime": str(promised["integratedTime"]),
+            "inclusionPromise": {"signedEntryTimestamp": signature},
+        }
+
+    def log_untimed(self, body: Any) -> dict[str, Any]:
+        """Log an entry of Rekor 2; return it as an entry of a bundle."""
+        raw, index, log_id = _canonical(body), len(self.leaves), _id(self.rekor)
+        self.leaves.append(_leaf(raw))
         root = _root(self.leaves)
         note = f"{_ORIGIN}\n{len(self.leaves)}\n{text(root)}\n"
         signature = text(log_id[:4] + _sign(self.rekor, note.encode()))
@@ -212,10 +236,6 @@ class PrivateSigstore:
             "logIndex": str(index),
             "logId": {"keyId": text(log_id)},
             "kindVersion": {"kind": body["kind"], "version": body["apiVersion"]},
-            "integratedTime": str(seconds),
-            "inclusionPromise": {
-                "signedEntryTimestamp": text(_sign(self.rekor, _canonical(promised)))
-            },
             "inclusionProof": {
                 "logIndex": str(index),
                 "rootHash": text(root),
@@ -228,10 +248,69 @@ class PrivateSigstore:
             "canonicalizedBody": text(raw),
         }
 
+    def stamp(self, imprint: bytes, at: datetime | None = None, nonce: int = 1) -> bytes:
+        """Return a time-stamp response for the SHA-256 `imprint` of a signature."""
+        at = (at or datetime.now(UTC)).replace(microsecond=0)
+        own = asn1_x509.Certificate.load(self.clock.public_bytes(Encoding.DER))
+        sha256 = algos.DigestAlgorithm({"algorithm": "sha256"})
+        info = tsp.TSTInfo(
+            {
+                "version": "v1",
+                "policy": "1.3.6.1.4.1.57264.2",
+                "message_imprint": {"hash_algorithm": sha256, "hashed_message": imprint},
+                "serial_number": x509.random_serial_number(),
+                "gen_time": at,
+                "nonce": nonce,
+            }
+        ).dump()
+        certificate = {"certs": [{"cert_hash": hashlib.sha256(own.dump()).digest()}]}
+        attributes = cms.CMSAttributes(
+            [
+                {"type": "content_type", "values": ["tst_info"]},
+                {"type": "message_digest", "values": [hashlib.sha256(info).digest()]},
+                {
+                    "type": "signing_certificate_v2",
+                    "values": [tsp.SigningCertificateV2(certificate)],
+                },
+            ]
+        )
+        signer = {
+            "version": "v1",
+            "sid": {
+                "issuer_and_serial_number": {
+                    "issuer": own.issuer, "serial_number": own.serial_number,
+                }
+            },
+            "digest_algorithm": sha256,
+            "signed_attrs": attributes,
+            "signature_algorithm": {"algorithm": "sha256_ecdsa"},
+            "signature": _sign(self.times, attributes.dump()),
+        }  # fmt: skip
+        signed = {
+            "version": "v3",
+            "digest_algorithms": [sha256],
+            "encap_content_info": {
+                "content_type": "tst_info",
+                "content": core.ParsableOctetString(info),
+            },
+            "certificates": [own],
+            "signer_infos": [signer],
+        }
+        token = {"content_type": "signed_data", "content": cms.SignedData(signed)}
+        status = {"status": "granted"}
+        response = tsp.TimeStampResp({"status": status, "time_stamp_token": token})
+        dumped: bytes = response.dump()
+        return dumped
+
     def bundle(
-        self, statement: Statement | bytes, at: datetime | None = None, **certificate: Any
+        self,
+        statement: Statement | bytes,
+        at: datetime | None = None,
+        *,
+        rekor: int = 1,
+        **certificate: Any,
     ) -> dict[str, Any]:
-        """Return a bundle with the signed statement, logged `at` that time.
+        """Return a bundle with the signed statement, logged `at` that time by `rekor` 1 or 2.
 
         The certificate of its new key is made with the further arguments.
         """
@@ -244,24 +323,29 @@ class PrivateSigstore:
             "payloadType": PAYLOAD_TYPE,
             "signatures": [{"sig": signature}],
         }
-        pem = text(made.public_bytes(Encoding.PEM))
-        entry = self.log(dsse_entry(envelope, pem), at)
+        pem, der = (text(made.public_bytes(form)) for form in (Encoding.PEM, Encoding.DER))
+        material: dict[str, Any] = {"certificate": {"rawBytes": der}}
+        if rekor == 1:
+            material["tlogEntries"] = [self.log(dsse_entry(envelope, pem), at)]
+        else:
+            digest = hashlib.sha256(pre_authentication(PAYLOAD_TYPE, payload)).digest()
+            verifier = {"keyDetails": _P256, "x509Certificate": {"rawBytes": der}}
+            entry = hashed_entry(text(digest), {"content": signature, "verifier": verifier})
+            stamp = self.stamp(hashlib.sha256(base64.b64decode(signature)).digest(), at)
+            material["tlogEntries"] = [self.log_untimed(entry)]
+            material["timestampVerificationData"] = {
+                "rfc3161Timestamps": [{"signedTimestamp": text(stamp)}]
+            }
         return {
-            "mediaType": BUNDLE,
-            "verificationMaterial": {
-                "certificate": {"rawBytes": text(made.public_bytes(Encoding.DER))},
-                "tlogEntries": [entry],
-            },
-            "dsseEnvelope": envelope,
-        }
+            "mediaType": BUNDLE, "verificationMaterial": material, "dsseEnvelope": envelope,
+        }  # fmt: skip
 
     def trusted_root(self, url: str = "https://sigstore.invalid") -> dict[str, Any]:
         """Return the trusted root of the clients of this Sigstore."""
         period = {"start": self.started.strftime("%Y-%m-%dT%H:%M:%SZ")}
 
         def log(key: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
-            details = "PKIX_ECDSA_P256_SHA_256"
-            public = {"rawBytes": text(_der(key)), "keyDetails": details, "validFor": period}
+            public = {"rawBytes": text(_der(key)), "keyDetails": _P256, "validFor": period}
             return {
                 "baseUrl": url,
                 "hashAlgorithm": "SHA2_256",
@@ -269,23 +353,21 @@ class PrivateSigstore:
                 "logId": {"keyId": text(_id(key))},
             }
 
-        chain = [
-            {"rawBytes": text(one.public_bytes(Encoding.DER))}
-            for one in (self.intermediate, self.root)
-        ]
+        def authority(*chain: x509.Certificate) -> dict[str, Any]:
+            raw = [{"rawBytes": text(one.public_bytes(Encoding.DER))} for one in chain]
+            return {
+                "subject": {"organization": "sigstore.invalid", "commonName": "any"},
+                "uri": url,
+                "certChain": {"certificates": raw},
+                "validFor": period,
+            }
+
         return {
             "mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1",
             "tlogs": [log(self.rekor)],
-            "certificateAuthorities": [
-                {
-                    "subject": {"organization": "sigstore.invalid", "commonName": "fulcio"},
-                    "uri": url,
-                    "certChain": {"certificates": chain},
-                    "validFor": period,
-                }
-            ],
+            "certificateAuthorities": [authority(self.intermediate, self.root)],
             "ctlogs": [log(self.certificates)],
-            "timestampAuthorities": [],
+            "timestampAuthorities": [authority(self.clock, self.root)],
         }
 
     def write_root(self, path: Path) -> Path:
@@ -310,6 +392,16 @@ def dsse_entry(envelope: Mapping[str, Any], certificate: str) -> dict[str, Any]:
     }
 
 
+def hashed_entry(digest: str, signature: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of Rekor 2 for the signature of what has this digest, in base64."""
+    data = {"algorithm": "SHA2_256", "digest": digest}
+    return {
+        "apiVersion": "0.0.2",
+        "kind": "hashedrekord",
+        "spec": {"hashedRekordV002": {"data": data, "signature": dict(signature)}},
+    }
+
+
 def _sha256(content: bytes) -> dict[str, str]:
     return {"algorithm": "sha256", "value": hashlib.sha256(content).hexdigest()}
 
@@ -317,6 +409,10 @@ def _sha256(content: bytes) -> dict[str, str]:
 def _san(identity: str) -> x509.GeneralName:
     kind = x509.UniformResourceIdentifier if ":" in identity else x509.RFC822Name
     return kind(identity)
+
+
+CERTIFICATES, ENTRIES = "/api/v2/signingCert", "/api/v1/log/entries"
+ENTRIES_2, STAMPS = "/api/v2/log/entries", "/api/v1/timestamp"
 
 
 def token(identity: str = IDENTITY, issuer: str = ISSUER, **claims: Any) -> str:
@@ -332,11 +428,13 @@ def token(identity: str = IDENTITY, issuer: str = ISSUER, **claims: Any) -> str:
 class Served:
     """The HTTP interfaces of a Sigstore at `url`; `fails` answers requests to a path by a status.
 
+    `rekor` is the version of Rekor in the configuration of clients; 2 comes with time stamps.
     `requests` are the paths of all requests.
     """
 
     sigstore: PrivateSigstore
     url: str
+    rekor: int = 1
     requests: list[str] = field(default_factory=list)
     fails: dict[str, int] = field(default_factory=dict)
 
@@ -352,9 +450,9 @@ class Served:
             "mediaType": "application/vnd.dev.sigstore.signingconfig.v0.2+json",
             "caUrls": [service],
             "oidcUrls": [service],
-            "rekorTlogUrls": [service],
+            "rekorTlogUrls": [{**service, "majorApiVersion": self.rekor}],
             "rekorTlogConfig": {"selector": "ANY"},
-            "tsaUrls": [],
+            "tsaUrls": [{**service, "url": f"{self.url}{STAMPS}"}] if self.rekor == 2 else [],
             "tsaConfig": {"selector": "ANY"},
         }
 
@@ -413,10 +511,21 @@ class Served:
         }
         return 201, {_leaf(raw).hex(): value}
 
+    def add_hashed(self, body: Any) -> tuple[int, Any]:
+        """Answer a new entry of Rekor 2 (POST /api/v2/log/entries)."""
+        wanted = body["hashedRekordRequestV002"]
+        return 201, self.sigstore.log_untimed(hashed_entry(wanted["digest"], wanted["signature"]))
+
+    def stamp(self, query: bytes) -> bytes:
+        """Answer a request for a time stamp (RFC 3161, 3.4)."""
+        asked = tsp.TimeStampReq.load(query).native
+        imprint: bytes = asked["message_imprint"]["hashed_message"]
+        return self.sigstore.stamp(imprint, nonce=asked["nonce"])
+
 
 @contextmanager
-def serving(sigstore: PrivateSigstore) -> Iterator[Served]:
-    """Serve Fulcio, Rekor and the tokens of a CI job on loopback within the context."""
+def serving(sigstore: PrivateSigstore, rekor: int = 1) -> Iterator[Served]:
+    """Serve Fulcio, Rekor 1 or 2 and the tokens of a CI job on loopback within the context."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # GET of the token of a job of GitHub Actions
@@ -433,22 +542,29 @@ def serving(sigstore: PrivateSigstore) -> Iterator[Served]:
             if self.path in served.fails:
                 self._reply(served.fails[self.path], {"code": 1, "message": "it fails"})
                 return
+            if self.path == STAMPS:
+                self._send(200, served.stamp(raw), {"Content-Type": "application/timestamp-reply"})
+                return
             body = json.loads(raw)
-            if self.path == "/api/v2/signingCert":
+            if self.path == CERTIFICATES:
                 bearer = self.headers["Authorization"].removeprefix("Bearer ")
                 self._reply(*served.certify(body, bearer))
-            elif self.path == "/api/v1/log/entries":
+            elif self.path == ENTRIES_2:
+                self._reply(*served.add_hashed(body))
+            elif self.path == ENTRIES:
                 status, value = served.add(body)
-                self._reply(status, value, {"ETag": next(iter(value))})
+                self._reply(status, value, {"ETag": next(iter(value))})  # the entry's name
             else:
                 self._reply(404, {"code": 404, "message": self.path})
 
         def _reply(self, status: int, value: Any, headers: Mapping[str, str] = {}) -> None:
             raw = json.dumps(value).encode()
+            self._send(status, raw, {"Content-Type": "application/json", **headers})
+
+        def _send(self, status: int, raw: bytes, headers: Mapping[str, str]) -> None:
             self.send_response(status)
-            for name, header in headers.items():  # the tag is the name of the entry
+            for name, header in headers.items():
                 self.send_header(name, header)
-            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(raw)))
             self.end_headers()
             self.wfile.write(raw)
@@ -457,7 +573,7 @@ def serving(sigstore: PrivateSigstore) -> Iterator[Served]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        served = Served(sigstore, f"http://127.0.0.1:{server.server_port}")
+        served = Served(sigstore, f"http://127.0.0.1:{server.server_port}", rekor)
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -160,6 +161,25 @@ def test_a_certificate_that_has_expired_since(sigstore: PrivateSigstore, root: T
     assert check(bundle, Identity(IDENTITY, ISSUER, root)).identity == IDENTITY
 
 
+@pytest.mark.parametrize("rekor", [1, 2])
+def test_time_stamps(sigstore: PrivateSigstore, root: TrustedRoot, rekor: int) -> None:
+    """The public instance has them with Rekor 1; Rekor 2 says no times."""
+    bundle = sigstore.bundle(STATEMENT, rekor=rekor)
+    if rekor == 1:
+        _stamped(sigstore, bundle)
+    else:
+        assert "integratedTime" not in _entry(bundle)
+    assert check(bundle, Identity(IDENTITY, ISSUER, root)).identity == IDENTITY
+
+
+def _stamped(made: PrivateSigstore, bundle: Value, at: datetime | None = None) -> None:
+    """Give a bundle the one time stamp for its signature."""
+    signature = base64.b64decode(bundle["dsseEnvelope"]["signatures"][0]["sig"])
+    stamp = text(made.stamp(hashlib.sha256(signature).digest(), at))
+    stamps = {"rfc3161Timestamps": [{"signedTimestamp": stamp}]}
+    bundle["verificationMaterial"]["timestampVerificationData"] = stamps
+
+
 def _flip(encoded: str, at: int = -1) -> str:
     raw = bytearray(base64.b64decode(encoded))
     raw[at] ^= 1
@@ -269,6 +289,61 @@ def _certificate_changed(made: PrivateSigstore, bundle: Value) -> None:
     certificate["rawBytes"] = text(raw.replace(b"/team/model/", b"/evil/model/"))
 
 
+def _no_stamp(made: PrivateSigstore, bundle: Value) -> None:
+    del bundle["verificationMaterial"]["timestampVerificationData"]
+
+
+def _broken_stamp(made: PrivateSigstore, bundle: Value) -> None:
+    [stamp] = bundle["verificationMaterial"]["timestampVerificationData"]["rfc3161Timestamps"]
+    stamp["signedTimestamp"] = _flip(stamp["signedTimestamp"])
+
+
+def _stamp_of_another(made: PrivateSigstore, bundle: Value) -> None:
+    other = made.bundle(STATEMENT, rekor=2)["verificationMaterial"]
+    material = bundle["verificationMaterial"]
+    material["timestampVerificationData"] = other["timestampVerificationData"]
+
+
+def _stamp_by_another(made: PrivateSigstore, bundle: Value) -> None:
+    _stamped(PrivateSigstore(), bundle)
+
+
+def _late_stamp(made: PrivateSigstore, bundle: Value) -> None:
+    _stamped(made, bundle, datetime.now(UTC) + timedelta(minutes=11))
+
+
+def _early_stamp(made: PrivateSigstore, bundle: Value) -> None:
+    _stamped(made, bundle, datetime.now(UTC) - timedelta(minutes=11))
+
+
+def _same_stamp_twice(made: PrivateSigstore, bundle: Value) -> None:
+    bundle["verificationMaterial"]["timestampVerificationData"]["rfc3161Timestamps"] *= 2
+
+
+#: Changes of bundles with an entry of Rekor 2 and a time stamp.
+STAMPED: dict[str, tuple[Callable[[PrivateSigstore, Value], None], str]] = {
+    "stamped payload": (_payload, "DSSE: invalid signature"),
+    "stamped entry of another signature": (
+        lambda made, bundle: bundle["verificationMaterial"].update(
+            tlogEntries=[_entry(made.bundle(STATEMENT, rekor=2))]
+        ),
+        "inconsistent with other materials",
+    ),
+    "entry of another kind": (
+        lambda made, bundle: bundle["verificationMaterial"].update(
+            tlogEntries=[made.log_untimed({"apiVersion": "0.0.2", "kind": "dsse", "spec": {}})]
+        ),
+        "Unsupported DSSE log entry type: dsse/0.0.2",
+    ),
+    "stamped checkpoint": (_checkpoint, "checkpoint: invalid signature"),
+    "no stamp": (_no_stamp, "must contain an inclusion promise or signed timestamp"),
+    "broken stamp": (_broken_stamp, "not enough sources of verified time"),
+    "stamp of another signature": (_stamp_of_another, "not enough sources of verified time"),
+    "stamp by another authority": (_stamp_by_another, "not enough sources of verified time"),
+    "stamp after the certificate": (_late_stamp, "certificate chain|expired at time of signing"),
+    "stamp before the certificate": (_early_stamp, "certificate chain|expired at time of signing"),
+    "the same stamp twice": (_same_stamp_twice, "duplicate timestamp"),
+}
 TAMPERED: dict[str, tuple[Callable[[PrivateSigstore, Value], None], str]] = {
     "signature": (_signature, "log entry signatures do not match|DSSE: invalid signature"),
     "signature, logged": (_signature_logged, "DSSE: invalid signature"),
@@ -292,10 +367,10 @@ TAMPERED: dict[str, tuple[Callable[[PrivateSigstore, Value], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TAMPERED)
+@pytest.mark.parametrize("name", [*TAMPERED, *STAMPED])
 def test_a_tampered_bundle(sigstore: PrivateSigstore, root: TrustedRoot, name: str) -> None:
-    change, reason = TAMPERED[name]
-    bundle = sigstore.bundle(STATEMENT)
+    change, reason = (TAMPERED | STAMPED)[name]
+    bundle = sigstore.bundle(STATEMENT, rekor=2 if name in STAMPED else 1)
     wanted = Identity(IDENTITY, ISSUER, root)
     check(bundle, wanted)
     change(sigstore, bundle)
@@ -358,8 +433,8 @@ def test_a_key_of_another_instance(
 
 
 @pytest.fixture(scope="module")
-def good(sigstore: PrivateSigstore) -> Value:
-    return sigstore.bundle(STATEMENT)
+def good(sigstore: PrivateSigstore) -> tuple[Value, Value]:
+    return sigstore.bundle(STATEMENT), sigstore.bundle(STATEMENT, rekor=2)
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -373,10 +448,10 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 @given(data=st.data())
 def test_any_other_bundle_is_refused_or_says_the_same(
-    good: Value, root: TrustedRoot, data: st.DataObject
+    good: tuple[Value, Value], root: TrustedRoot, data: st.DataObject
 ) -> None:
     """No change of any value makes another error, or verifies another statement."""
-    bundle = deepcopy(good)
+    bundle = deepcopy(data.draw(st.sampled_from(good)))
     *parents, key = data.draw(st.sampled_from(sorted(_places(bundle), key=repr)))
     place: Any = bundle
     for parent in parents:

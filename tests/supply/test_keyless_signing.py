@@ -22,8 +22,12 @@ from modelpack.trust.signatures import SignatureKind
 from tests.models import tiny_safetensors
 from tests.supply.conftest import Published, publishing
 from tests.supply.private_sigstore import (
+    CERTIFICATES,
+    ENTRIES,
+    ENTRIES_2,
     IDENTITY,
     ISSUER,
+    STAMPS,
     PrivateSigstore,
     Served,
     new_key,
@@ -31,7 +35,6 @@ from tests.supply.private_sigstore import (
     token,
 )
 
-CERTIFICATES, ENTRIES = "/api/v2/signingCert", "/api/v1/log/entries"
 ME = "me@team.example"
 
 
@@ -123,6 +126,17 @@ def test_an_index_and_its_variants_need_one_certificate(
     assert run(["verify", index, *verified(root)]) == 0
     store = ["--store", str(published.store.root)]
     assert run([*store, "pull", index, *verified(root)]) == 0
+
+
+def test_with_rekor_2_and_time_stamps(
+    published: Published, sigstore: PrivateSigstore, root: Path, tmp_path: Path
+) -> None:
+    with serving(sigstore, rekor=2) as served:
+        config = served.write_config(tmp_path / "config.json")
+        assert run(["sign", published.reference, *keyless(config)]) == 0
+    assert served.requests == [CERTIFICATES, STAMPS, ENTRIES_2]
+    assert run(["verify", published.reference, *verified(root)]) == 0
+    assert run(["verify", published.reference, *verified(root, IDENTITY)]) == 5
 
 
 def test_in_github_actions(
