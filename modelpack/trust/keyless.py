@@ -39,6 +39,7 @@ _OIDS: Final = "1.3.6.1.4.1.57264.1"
 _ISSUER: Final = f"{_OIDS}.8"  # as a DER string
 _OLD_ISSUER: Final = f"{_OIDS}.1"  # as bare bytes, deprecated
 _OTHER_NAME: Final = f"{_OIDS}.7"
+_SILENT: Final = logging.NullHandler()
 _MAX_REASON: Final = 300
 _MAX_TOKEN: Final = 64 * 1024
 
@@ -160,7 +161,7 @@ def certified_by(
         raise IntegrityError(str(error)) from None
     except Error as error:
         raise IntegrityError(f"{what}: not verified by {root.name}: {_reason(error)}") from None
-    except Exception as error:
+    except Exception as error:  # of parsers of certificates and time stamps, which have many
         kind = type(error).__name__
         raise IntegrityError(f"{what}: its certificate or log entry is invalid: {kind}") from error
     if verified != (PAYLOAD_TYPE, bundle.envelope.payload):
@@ -295,7 +296,7 @@ def _translated(name: str) -> Iterator[None]:
         raise AuthError("the identity token has expired", hint="request a new one") from None
     except VerificationError as error:
         raise IntegrityError(f"the certificate of {name} is not valid: {_reason(error)}") from None
-    except Exception as error:
+    except Exception as error:  # the clients of Fulcio and Rekor publish no common error
         reason = _reason(error if str(error) else error.__cause__ or error)
         raise RemoteUnavailableError(f"{name} did not sign: {reason}") from error
 
@@ -382,4 +383,4 @@ def _need_sigstore() -> None:
             hint="pip install 'modelpack[signing]'",
         ) from None
     # Without a handler of the program's, Python would print warnings of the library.
-    logging.getLogger("sigstore").addHandler(logging.NullHandler())
+    logging.getLogger("sigstore").addHandler(_SILENT)
