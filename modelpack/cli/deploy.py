@@ -145,7 +145,8 @@ def k8s(
     if model_image is not None and remote.trust is not None:
         raise UsageError(
             f"cannot verify the files of --model-image {model_image}: images have no model "
-            "signatures, which --verify-key, --certificate-identity or --policy requires",
+            "signatures, which --verify-key, --certificate-authority, --certificate-identity or "
+            "--policy requires",
             hint="leave out --model-image: pods then pull the signed model by digest",
         )
     if kserve and (max_replicas is not None or monitor):

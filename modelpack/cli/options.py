@@ -290,6 +290,14 @@ def _transfer_table() -> dict[str, Callable[[Any], Any]]:
     }  # fmt: skip
 
 
+#: Add `--certificate-authority`; the command gets the files as `authorities`.
+authority_option = _trust_option(
+    "--certificate-authority", "authorities", metavar="PEM", multiple=True,
+    help="Require a signature with a certificate that this authority issued, by OpenSSF model "
+    "signing. May be repeated, like keys.",
+)  # fmt: skip
+
+
 def identity_options(command: F) -> F:
     """Add the options of a keyless signer; the command gets an `Identity` or None as `identity`."""
 
@@ -356,9 +364,10 @@ def trust_options(command: F) -> F:
     @_trust_option(
         "--verify-format", "formats", multiple=True,
         type=click.Choice(["cosign", "bundle", "model-signing", "model-signing-files"]),
-        help="Accept only signatures of this format for --verify-key and --certificate-identity. "
+        help="Accept only signatures of this format for keys, authorities and identities. "
         "May be repeated. [default: all that cover the manifest, so not model-signing-files]",
     )  # fmt: skip
+    @authority_option
     @identity_options
     @_trust_option(
         "--policy", type=_FILE, envvar="MODELPACK_POLICY", metavar="FILE", show_envvar=True,
@@ -369,22 +378,27 @@ def trust_options(command: F) -> F:
         *args: Any,
         keys: tuple[str, ...],
         formats: tuple[str, ...],
+        authorities: tuple[str, ...],
         identity: Identity | None,
         policy: Path | None,
         remote: RemoteOptions,
         **arguments: Any,
     ) -> Any:
-        if formats and not keys and identity is None:
+        named = bool(keys or authorities or identity is not None)
+        if formats and not named:
             raise click.UsageError(
-                "--verify-format requires --verify-key or --certificate-identity"
+                "--verify-format requires --verify-key, --certificate-authority or "
+                "--certificate-identity"
             )
-        if keys or identity is not None or policy is not None:
+        if named or policy is not None:
+            from modelpack.trust.certificates import Authority
             from modelpack.trust.keys import read_public_key
             from modelpack.trust.policy import Trust
             from modelpack.trust.signatures import SignatureKind, Signer
 
             accepted = [SignatureKind(name) for name in formats]
             signers: list[Signer] = [read_public_key(key) for key in keys]
+            signers += [Authority.read(path) for path in authorities]
             if identity is not None:
                 signers.append(identity)
             remote = replace(remote, trust=Trust.of(signers, policy, accepted))

@@ -15,6 +15,7 @@ from modelpack.cli.help import command
 from modelpack.cli.options import (
     REMOTE,
     Settings,
+    authority_option,
     common_options_without,
     identity_options,
     model_argument,
@@ -85,6 +86,11 @@ def keygen(settings: Settings, prefix: str) -> None:
     help="Sign with this private key: PEM, or a file written by cosign or `keygen`.",
 )  # fmt: skip
 @click.option(
+    "--certificate-chain", type=click.Path(path_type=Path, dir_okay=False), metavar="PEM",
+    help="Add these certificates to a signature of the format model-signing: that of --key first, "
+    "then those up to the authority.",
+)  # fmt: skip
+@click.option(
     "--keyless", is_flag=True,
     help="Sign with a certificate of sigstore for the identity of this CI job or of "
     "--identity-token. The identity becomes public in sigstore's log.",
@@ -111,6 +117,7 @@ def sign(
     settings: Settings,
     reference: str,
     key: Path | None,
+    certificate_chain: Path | None,
     keyless: bool,
     identity_token: Path | None,
     trust_config: Path | None,
@@ -125,6 +132,7 @@ def sign(
     password of the key.
     """
     from modelpack.operations.signatures import sign as sign_model
+    from modelpack.trust.certificates import CertifiedKey
     from modelpack.trust.keyless import KeylessSigner, read_token
     from modelpack.trust.signatures import SignatureKind
 
@@ -132,10 +140,14 @@ def sign(
         raise click.UsageError("expected either --key or --keyless")
     if not keyless and (identity_token is not None or trust_config is not None):
         raise click.UsageError("--identity-token and --trust-config require --keyless")
+    if keyless and certificate_chain is not None:
+        raise click.UsageError("--certificate-chain requires --key")
     where = subject_to_name(settings, reference)
-    signer: PrivateKey | KeylessSigner
+    signer: PrivateKey | CertifiedKey | KeylessSigner
     if key is not None:
         signer = private_key(key)
+        if certificate_chain is not None:
+            signer = CertifiedKey.of(signer, certificate_chain)
     else:
         token = read_token(identity_token) if identity_token is not None else None
         signer = KeylessSigner.open(trust_config, token)
@@ -167,6 +179,7 @@ def sign(
     "--key", "keys", multiple=True, metavar="PUB",
     help="Require a signature by this public key. May be repeated: all are required.",
 )  # fmt: skip
+@authority_option
 @identity_options
 @click.option(
     "--format", "formats", type=click.Choice(_ACCEPTED), multiple=True,
@@ -180,28 +193,33 @@ def verify(
     settings: Settings,
     reference: str,
     keys: tuple[str, ...],
+    authorities: tuple[str, ...],
     identity: Identity | None,
     formats: tuple[str, ...],
     local: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Check that the model REFERENCE is signed by a key or an identity; print the model's digest.
+    """Check that the model REFERENCE is signed; print the model's digest.
 
     An id means the stored model.
     Verifies the signed digests without reading files; run `fsck` to verify stored files. Exit code
-    5: the model is not signed, or not by that key or identity.
+    5: the model is not signed, or not by that key, authority or identity.
     """
     from modelpack.operations.signatures import verify as verify_model
+    from modelpack.trust.certificates import Authority
     from modelpack.trust.keys import read_public_key
-    from modelpack.trust.signatures import SignatureKind
+    from modelpack.trust.signatures import SignatureKind, Signer
 
-    if not keys and identity is None:
-        raise click.UsageError("expected --key or --certificate-identity")
+    if not keys and not authorities and identity is None:
+        raise click.UsageError("expected --key, --certificate-authority or --certificate-identity")
     where, store = named_subject(settings, reference, local=local)
-    identities = [identity] if identity is not None else []
+    signers: list[Signer] = [read_public_key(key) for key in keys]
+    signers += [Authority.read(path) for path in authorities]
+    if identity is not None:
+        signers.append(identity)
     model, found = verify_model(
         where,
-        [*(read_public_key(key) for key in keys), *identities],
+        signers,
         formats=[SignatureKind(name) for name in formats],
         store=store,
         remote=remote,
@@ -223,8 +241,10 @@ def _signer_of(signature: Signature) -> dict[str, Any]:
         return {"identity": signature.certified.identity, "issuer": signature.certified.issuer}
     from modelpack.trust.keys import PublicKey
 
-    assert isinstance(signature.signer, PublicKey)
-    return {"key": signature.signer.name, "fingerprint": signature.signer.fingerprint}
+    signer = signature.signer
+    if isinstance(signer, PublicKey):
+        return {"key": signer.name, "fingerprint": signer.fingerprint}
+    return {"authority": signer.name}
 
 
 @command()

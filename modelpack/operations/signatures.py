@@ -22,6 +22,7 @@ from modelpack.progress import Stop
 from modelpack.registry import Repository
 from modelpack.storage import BytesBlob, Target, Watch, watching
 from modelpack.store.layout import LayoutStore
+from modelpack.trust.certificates import CertifiedKey
 from modelpack.trust.keyless import KeylessSigner
 from modelpack.trust.keys import PrivateKey
 from modelpack.trust.model_signing import model_statement
@@ -63,7 +64,7 @@ class Signed:
 
 def sign(
     reference: str | Reference,
-    key: PrivateKey | KeylessSigner,
+    key: PrivateKey | CertifiedKey | KeylessSigner,
     *,
     kinds: Sequence[SignatureKind] = (),
     store: LayoutStore | None = None,
@@ -73,12 +74,20 @@ def sign(
     """Sign the model `reference` in its registry or, with `store`, in that store.
 
     `kinds` are the formats of the signatures. By default there are two, cosign's tag and a sigstore
-    bundle; in a store or without a key, only the bundle, which `push --with-referrers` pushes. For
-    an index, the index and each variant are signed, since variants are pulled and loaded by their
-    own digests. Raises the errors of a push and, without a key, those of `KeylessSigner.bundle`.
+    bundle; in a store or without a key, only the bundle, which `push --with-referrers` pushes; with
+    certificates, that of OpenSSF model signing. For an index, the index and each variant are
+    signed, since variants are pulled and loaded by their own digests. Raises the errors of a push
+    and, without a key, those of `KeylessSigner.bundle`.
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     wanted = tuple(dict.fromkeys(kinds or DEFAULT_KINDS))
+    if isinstance(key, CertifiedKey):
+        if {*kinds} - {SignatureKind.MODEL_SIGNING}:
+            raise UsageError(
+                "certificates of an authority can only be written with the format model-signing",
+                hint="give --format model-signing",
+            )
+        wanted = (SignatureKind.MODEL_SIGNING,)
     if isinstance(key, KeylessSigner):
         if SignatureKind.COSIGN in kinds:
             raise UsageError(
@@ -148,14 +157,11 @@ def attach_statement(
     place: Target,
     subject: Descriptor,
     statement: Statement,
-    key: PrivateKey | KeylessSigner,
+    key: PrivateKey | CertifiedKey | KeylessSigner,
     watch: Watch,
 ) -> Digest:
     """Sign a statement and attach it to `subject`; return the digest of its manifest."""
-    if isinstance(key, KeylessSigner):
-        bundle = key.bundle(statement)
-    else:
-        bundle = signed_bundle(statement, key)
+    bundle = signed_bundle(statement, key) if isinstance(key, PrivateKey) else key.bundle(statement)
     manifest, blobs = bundle_manifest(bundle, statement.predicate_type, subject)
     put(place, manifest, blobs, None, watch)
     return manifest.digest
@@ -222,7 +228,7 @@ class _Signing:
 
     place: LayoutStore | Repository
     where: Reference
-    key: PrivateKey | KeylessSigner
+    key: PrivateKey | CertifiedKey | KeylessSigner
     kinds: tuple[SignatureKind, ...]
     watch: Watch
 

@@ -203,7 +203,7 @@ class PrivateKey:
 
 def read_public_key(path: Path | str) -> PublicKey:
     """Return the public key in the PEM file; raise `FormatError` or `UnsupportedError`."""
-    return parse_public_key(_read(Path(path)), str(path))
+    return parse_public_key(read_file(Path(path)), str(path))
 
 
 def parse_public_key(pem: bytes, name: str) -> PublicKey:
@@ -236,7 +236,7 @@ def read_private_key(path: Path | str, password: bytes | None = None) -> Private
     from cryptography.hazmat.primitives.serialization import load_der_private_key as load_der
     from cryptography.hazmat.primitives.serialization import load_pem_private_key as load_pem
 
-    name, pem = str(path), _read(Path(path))
+    name, pem = str(path), read_file(Path(path))
     encrypted = is_sealed(pem) or b"ENCRYPTED" in pem
     if encrypted and password is None:
         raise PasswordNeededError(
@@ -293,7 +293,8 @@ def _hash_of(key: Any) -> Any:
     return getattr(hashes, _HASHES[key.curve.name])()
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """Return the first 64 KiB of a file of keys or certificates; raise `FormatError`."""
     try:
         with path.open("rb") as stream:
             return stream.read(_MAX_BYTES)

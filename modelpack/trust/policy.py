@@ -5,6 +5,9 @@ default = "reject"                            # for models that no rule matches;
 [publishers.team]
 keys = ["team.pub", "team-2027.pub"]          # files in the policy's directory, or PEM texts
 
+[publishers.company]
+authorities = ["ca.pem"]                      # of certificates for signing, with long lives
+
 [publishers.ci]
 trusted_root = "trusted_root.json"            # default: the root of sigstore's public instance
 [[publishers.ci.identities]]                  # of keyless signatures
@@ -35,6 +38,7 @@ from typing import Any, Final
 
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import FormatError, InvalidReferenceError, UntrustedError, UsageError
+from modelpack.trust.certificates import Authority
 from modelpack.trust.keyless import Identity, TrustedRoot, exact_or_pattern
 from modelpack.trust.keys import PublicKey, parse_public_key, read_public_key
 from modelpack.trust.signatures import MANIFEST_FORMATS, Signature, SignatureKind, Signer
@@ -49,7 +53,7 @@ _IN_NO_PATH: Final = re.compile(r"[^a-z0-9._/*?-]")
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """A publisher of models, who signs with any of the keys or identities."""
+    """A publisher of models, who signs as any of the signers."""
 
     name: str
     signers: frozenset[Signer]
@@ -105,6 +109,7 @@ class Trust:
         if found := frozenset(signers):
             options = {
                 "--verify-key": any(isinstance(one, PublicKey) for one in found),
+                "--certificate-authority": any(isinstance(one, Authority) for one in found),
                 "--certificate-identity": any(isinstance(one, Identity) for one in found),
             }
             name = " or ".join(option for option, given in options.items() if given)
@@ -168,14 +173,17 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
 
 def _publisher(name: str, entry: Any, path: Path) -> Publisher:
     where = f"{path}: publishers.{name}"
-    check_fields(entry, {"keys", "identities", "trusted_root"}, where)
+    check_fields(entry, {"keys", "authorities", "identities", "trusted_root"}, where)
     signers: list[Signer] = []
-    if "keys" in entry or "identities" not in entry:
+    if "keys" in entry or not entry.keys() & {"authorities", "identities"}:
         for at, text in enumerate(_texts(entry, "keys", where)):
             if "-----BEGIN" in text:
                 signers.append(parse_public_key(text.encode(), f"{where}: keys[{at}]"))
             else:
                 signers.append(read_public_key(path.parent / text))
+    if "authorities" in entry:
+        files = _texts(entry, "authorities", where)
+        signers += [Authority.read(path.parent / name) for name in files]
     if "identities" in entry:
         signers += _identities(entry, path, where)
     elif "trusted_root" in entry:
@@ -249,12 +257,17 @@ def _check_distinct(rule: Rule, where: str) -> None:
     for publisher in rule.publishers:
         own: set[object] = set()
         for signer in publisher.signers:
-            if isinstance(signer, Identity) and not signer.is_exact:
+            loose = ""
+            if isinstance(signer, Authority):
+                loose = "an authority, which may certify the key"
+            elif isinstance(signer, Identity) and not signer.is_exact:
+                loose = "a regular expression, which may match the certificate"
+            if loose:
                 raise FormatError(
-                    f"threshold is {rule.threshold}, but publisher {publisher.name!r} has a "
-                    "regular expression, which may match the certificate of another one",
+                    f"threshold is {rule.threshold}, but publisher {publisher.name!r} has {loose} "
+                    "of another one",
                     path=where,
-                    hint="list the identities and issuers of these publishers in full",
+                    hint="list the keys, or identities and issuers, of these publishers in full",
                 )
             # Roots do not tell signers apart: two of them may issue the same certificate.
             own.add((signer.identity, signer.issuer) if isinstance(signer, Identity) else signer)

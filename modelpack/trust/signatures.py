@@ -1,6 +1,7 @@
 """Find the signatures of a model in its registry or store, and verify them.
 
-A signer is a public key, or the identity in the certificate of a keyless signature.
+A signer is a public key, an authority that certifies keys, or the identity in the certificate of a
+keyless signature.
 
 Cosign's simple signatures are under its tag; sigstore bundles are attached to the model and sign
 its manifest (cosign) or its files (OpenSSF model signing). A manifest contains the digests of all
@@ -28,6 +29,7 @@ from modelpack.errors import (
     UntrustedError,
 )
 from modelpack.storage import ReferrerSource, Source, read_blob
+from modelpack.trust.certificates import Authority
 from modelpack.trust.keyless import CertifiedSigner, Identity, certified_by
 from modelpack.trust.keys import PublicKey
 from modelpack.trust.model_signing import check_model, names_manifest
@@ -66,7 +68,7 @@ MANIFEST_FORMATS: Final = (
 
 
 #: A signer that a signature is required of.
-Signer = PublicKey | Identity
+Signer = PublicKey | Authority | Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,30 +169,51 @@ class _Candidate:
 
 def _made_by(one: _Candidate, signers: Collection[Signer]) -> list[Signature]:
     """Return a signature by each of the signers that made it; raise `IntegrityError` if none."""
-    content, refusal = one.content, f"{one.what}: made by none of the keys"
+    content, errors = one.content, list[FormatError | IntegrityError]()
     found = [
         Signature(key, one.kind, one.manifest)
         for key in signers
         if isinstance(key, PublicKey) and content.is_signed_by(key)
     ]
+    if isinstance(content, Bundle):
+        found += _certified(one, content, signers, errors)
+    elif not all(isinstance(signer, PublicKey) for signer in signers):
+        errors.append(
+            IntegrityError(
+                f"{one.what}: certificates under cosign's tag are not verified",
+                hint="sign with `cosign sign --new-bundle-format`, or `modelpack sign`",
+            )
+        )
+    if not found:
+        raise next(iter(errors), IntegrityError(f"{one.what}: made by none of the keys"))
+    return found
+
+
+def _certified(
+    one: _Candidate,
+    bundle: Bundle,
+    signers: Collection[Signer],
+    errors: list[FormatError | IntegrityError],
+) -> Iterator[Signature]:
+    """Yield a signature by each of the signers that certificates in a bundle are for."""
+    for authority in signers:
+        if not isinstance(authority, Authority):
+            continue
+        try:
+            if authority.has_signed(bundle, one.what):
+                yield Signature(authority, one.kind, one.manifest)
+        except (FormatError, IntegrityError) as error:
+            errors.append(error)
     identities = [signer for signer in signers if isinstance(signer, Identity)]
-    error: FormatError | IntegrityError | None = None
     for root in dict.fromkeys(identity.root for identity in identities):
         wanted = [identity for identity in identities if identity.root is root]
         try:
-            if isinstance(content, SimpleSignature):
-                raise IntegrityError(
-                    f"{one.what}: certificates under cosign's tag are not verified",
-                    hint="sign with `cosign sign --new-bundle-format`, or `modelpack sign`",
-                )
-            certified, matching = certified_by(content, one.what, wanted)
-        except (FormatError, IntegrityError) as raised:  # another root may verify it
-            error = error or raised
+            certified, matching = certified_by(bundle, one.what, wanted)
+        except (FormatError, IntegrityError) as error:  # another root may verify it
+            errors.append(error)
             continue
-        found += [Signature(signer, one.kind, one.manifest, certified) for signer in matching]
-    if not found:
-        raise error or IntegrityError(refusal)
-    return found
+        for signer in matching:
+            yield Signature(signer, one.kind, one.manifest, certified)
 
 
 def _candidates(

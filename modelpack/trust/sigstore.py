@@ -211,14 +211,19 @@ def _has_material(bundle: Mapping[str, Any]) -> bool:
     return bool(material.get("certificate") and material.get("tlogEntries"))
 
 
-def signed_bundle(statement: Statement, key: PrivateKey) -> bytes:
-    """Return the bytes of a bundle with the statement signed by `key`."""
+def signed_bundle(
+    statement: Statement, key: PrivateKey, material: Mapping[str, Any] | None = None
+) -> bytes:
+    """Return the bytes of a bundle with the statement signed by `key`.
+
+    `material` is what to verify it with, by default a hint for the public key.
+    """
     public = key.public
     hint = public.pem_hint if statement.predicate_type == MODEL_SIGNING else public.hint
     envelope = Envelope.signed(statement.encode(), PAYLOAD_TYPE, key)
     value: dict[str, Any] = {
         "mediaType": BUNDLE,
-        "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
+        "verificationMaterial": dict(material or {"publicKey": {"hint": hint}, "tlogEntries": []}),
         "dsseEnvelope": envelope.to_json(),
     }
     return encode(value)

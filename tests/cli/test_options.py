@@ -18,8 +18,10 @@ from tests.cli.running import modelpack
 pytest.importorskip("modelpack_server")
 
 CONNECTION = ("plain_http", "insecure", "allow_private", "ca_file", "client_cert", "client_key")
-IDENTITY = ("certificate_identity", "certificate_identity_regexp", "certificate_oidc_issuer",
-            "certificate_oidc_issuer_regexp", "trusted_root")  # fmt: skip
+IDENTITY = (
+    *("authorities", "certificate_identity", "certificate_identity_regexp"),
+    *("certificate_oidc_issuer", "certificate_oidc_issuer_regexp", "trusted_root"),
+)
 SHARED = {
     "store": ("store",), "json": ("as_json",), "quiet": ("quiet",), "progress": ("progress",),
     "registry": CONNECTION,

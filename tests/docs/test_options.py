@@ -22,7 +22,8 @@ OPTIONS = {
 # Options of other programs, and flags of models, which are llama.cpp's and vLLM's.
 OTHERS = {
     "cn": "--config",
-    "cosign, model_signing": "--new-bundle-format --public_key --signature --type",
+    "cosign, model_signing": "--certificate_chain --new-bundle-format --public_key "
+    "--signature --type",
     "docker": "--abort-on-container-exit --build --build-arg --hf_overrides --rm "
     "--speculative-draft-model --speculative-min-acceptance-rate --speculative-num-tokens",
     "kit, modctl": "--filter --no-creation-time --patterns",

@@ -753,7 +753,7 @@ def test_commands_that_require_an_identity(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "expected --key or --certificate-identity"),
+        ([], "expected --key, --certificate-authority or --certificate-identity"),
         (["--certificate-identity", "x"], "--certificate-oidc-issuer, or a regular expression"),
         (["--certificate-oidc-issuer", "x"], "--certificate-identity, or a regular expression"),
         (["--trusted-root", "ROOT"], "--trusted-root requires --certificate-identity"),

@@ -121,7 +121,7 @@ _UNDERSTOOD = frozenset((*_SAME, "models", "host", "port", "served_model_name", 
 _ALWAYS = frozenset(("store", "as_json", "quiet", "progress", "debug", "plain_http", "insecure",
                      "allow_private", "ca_file", "client_cert", "client_key", "concurrency",
                      "connections", "chunk_size", "limit_rate", "keys", "formats", "policy",
-                     "certificate_identity", "certificate_identity_regexp",
+                     "authorities", "certificate_identity", "certificate_identity_regexp",
                      "certificate_oidc_issuer", "certificate_oidc_issuer_regexp", "trusted_root",
                      "variant"))  # fmt: skip
 
