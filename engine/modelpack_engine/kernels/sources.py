@@ -3,8 +3,8 @@
 A body uses only `PA_*` macros, which the preamble defines, and the common subset of Metal, CUDA and
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
-host, a third backend. `prefill`, `grouped`, `product`, `packed`, `experts`, `experts_wide`,
-`usable` and `deliver` are for CUDA only.
+host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `experts`,
+`experts_wide`, `usable` and `deliver` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
-    "dots", "deliver",
+    "dots", "deliver", "packed_row",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -42,6 +42,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "dequantise": ("weight", "scales", "biases"),
     "product": ("x", "weight", "scales", "biases", "bias"),
     "packed": ("x", "weight", "scales", "biases", "bias"),
+    "packed_row": ("x", "weight", "scales", "biases", "bias", "more", "norm"),
     "state_space": ("x", "dt", "a", "b", "c", "d", "state"),
     "delta_rule": ("q", "k", "v", "g", "beta", "state"),
     "rows": ("table", "index"),
@@ -77,6 +78,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "delta_rule": ("y", "new_state"),
     "route": ("chosen", "scores"),
     "dots": ("out", "total"),
+    "packed_row": ("out", "total"),
     "dispatch": ("source", "place", "sorted", "spans"),
     "draw": ("token",),
     "greedy": ("token", "next"),
@@ -135,8 +137,12 @@ def kernel_source(
     short source takes less time.
     """
     headers, parts = ["common"], [body]
-    if body in ("prefill", "product", "experts", "experts_wide", "packed", "grouped"):
+    if body in (
+        "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "grouped",
+    ):  # fmt: skip
         headers.append("tensor_cores")
+    if body == "packed_row":
+        headers.append("codes")
     if body in ("packed", "experts_wide"):
         headers += ["codes", "warpgroups"]
     if body == "experts":

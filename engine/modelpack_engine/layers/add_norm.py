@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from modelpack_engine.layers import dots, kernels
+from modelpack_engine.layers import kernels
 from modelpack_engine.layers.dots import Normed
-from modelpack_engine.layers.matmul import Parts, multiply_in_parts, swiglu, takes_normed
+from modelpack_engine.layers.matmul import Parts, multiply_in_parts, multiply_normed, swiglu
 from modelpack_engine.layers.weights import Weights
 
 
@@ -106,10 +106,13 @@ class Sums:
     def _multiply_normed(self, x: mx.array, weights: Weights, *, gated: bool) -> mx.array | None:
         """Compute a sum, its norm `x` and the product in one kernel; None if that is impossible."""
         known = self._normed.get(id(x))
-        if known is None or not takes_normed(known[2], weights, swiglu=gated):
+        if known is None:
             return None
         _, total, row = known
-        product, made = dots.multiply_normed(row, weights, swiglu=gated)
+        found = multiply_normed(row, weights, swiglu=gated)
+        if found is None:
+            return None
+        product, made = found
         self.set_made(total, made)
         return product
 

@@ -34,6 +34,8 @@ _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
 
 def multiply(x: mx.array, weights: Weights) -> mx.array:
     """Return x [rows, in] times the weights, plus the bias: [rows, out] in x's type."""
+    if packed.fits_row(x, weights):
+        return packed.multiply_row(x, weights)
     if _takes_one(x, weights):
         return dots.multiply(x, weights)
     if tile := packed.tile_for(x, weights):
@@ -59,6 +61,9 @@ class Parts:
 
 def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
     """Return the partial sums of rows x [rows, ...] times the weights: parts [rows, out]."""
+    if packed.fits_row(x, weights):
+        parts = packed.num_parts_of_row(weights.num_outputs, weights.num_inputs)
+        return Parts(packed.multiply_row(x, weights, parts), parts)
     if _takes_one(x, weights):
         return Parts(dots.multiply(x, weights), 1)
     if tile := packed.tile_for(x, weights):
@@ -74,6 +79,8 @@ def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
 def swiglu(x: mx.array, weights: Weights) -> mx.array:
     """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""
     width = weights.num_outputs // 2
+    if weights.num_outputs % 2 == 0 and packed.fits_row(x, weights):
+        return packed.multiply_row(x, weights, swiglu=True)
     if weights.num_outputs % 2 == 0 and _takes_one(x, weights, swiglu=True):
         return dots.multiply(x, weights, swiglu=True)
     if weights.num_outputs % 2 == 0 and (tile := packed.tile_for(x, weights)):
@@ -110,14 +117,23 @@ def _is_affine(x: mx.array, weights: Weights) -> bool:
     )
 
 
-def takes_normed(row: dots.Normed, weights: Weights, *, swiglu: bool = False) -> bool:
-    """Return whether `dots` multiplies a normed row."""
+def multiply_normed(
+    row: dots.Normed, weights: Weights, *, swiglu: bool = False
+) -> tuple[mx.array, mx.array] | None:
+    """Return the normed row times the weights [1, out], and the sum that was normed.
+
+    With `swiglu`, the first half of the outputs are gates. None if no kernel does all of it.
+    """
+    if packed.fits_row(row.a, weights):
+        return packed.multiply_normed(row, weights, swiglu=swiglu)
     bits = weights.bits or 16
-    return (
+    if (
         (bits != 4 or swiglu)
         and dots.fits_normed(row, weights)
         and dots.normed_verdict(row.a.dtype, bits, weights.group_size or 64) is None
-    )
+    ):
+        return dots.multiply_normed(row, weights, swiglu=swiglu)
+    return None
 
 
 def _takes_one(x: mx.array, weights: Weights, *, swiglu: bool = False) -> bool:

@@ -2,7 +2,8 @@
 
 With few rows, the time is that of reading the packed weights. It needs tensor cores; with more than
 a few rows, those of Hopper (compute capability 9.0), which multiply for a warpgroup at once. With
-more rows than the largest tile has, a copy in full and the vendor's matmul are faster.
+more rows than the largest tile has, a copy in full and the vendor's matmul are faster. One row has
+a kernel of its own, which reads weights of 4 bits without shared memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cache
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch
+from modelpack_engine.layers.dots import Normed
 from modelpack_engine.layers.weights import Weights, random_weights
 
 
@@ -151,6 +153,100 @@ def multiply(
     return out
 
 
+#: For one row: the inputs of a chunk, the chunks of a warp at a time, the warps of a block, the
+#: most blocks, and the most inputs that shared memory holds.
+_CHUNK, _AT_A_TIME, _WARPS, _ROW_BLOCKS, _MOST_INPUTS = 128, 4, 4, 528, 16384
+
+
+def fits_row(x: mx.array, weights: Weights) -> bool:
+    """Return whether the kernel for one row of weights of 4 bits supports x and the weights."""
+    return (
+        x.size == weights.num_inputs  # of one row
+        and weights.bits == 4
+        and weights.num_inputs % _CHUNK == 0
+        and weights.num_inputs <= _MOST_INPUTS
+        and fits(x, weights)
+        and row_verdict(x.dtype, weights.group_size) is None
+    )
+
+
+def num_parts_of_row(outputs: int, inputs: int) -> int:
+    """Return the number of parts to split the inputs of one row into, a power of two.
+
+    Few, since each block of the next kernel adds them up.
+    """
+    strips, chunks, parts = -(-outputs // 16), inputs // _CHUNK, 1
+    while (
+        parts < _MOST_PARTS
+        and strips * parts < _ROW_BLOCKS // 2
+        and chunks % (parts * 2) == 0
+        and chunks // (parts * 2) >= 2 * _AT_A_TIME * _WARPS
+    ):
+        parts *= 2
+    return parts
+
+
+def multiply_row(
+    x: mx.array,
+    weights: Weights,
+    parts: int = 1,
+    *,
+    swiglu: bool = False,
+    blocks: int = _ROW_BLOCKS,
+) -> mx.array:
+    """Return the row x [1, ...] times the weights, by so many blocks: as `multiply`."""
+    return _run_row(x, weights, None, parts, blocks, swiglu=swiglu)[0]
+
+
+def multiply_normed(
+    row: Normed, weights: Weights, *, swiglu: bool = False, blocks: int = _ROW_BLOCKS
+) -> tuple[mx.array, mx.array]:
+    """Return the normed row times the weights [1, out], and the sum in a's shape."""
+    out, total = _run_row(row.a, weights, row, 1, blocks, swiglu=swiglu)
+    return out, total
+
+
+def _run_row(
+    x: mx.array,
+    weights: Weights,
+    normed: Normed | None,
+    parts: int,
+    blocks: int,
+    *,
+    swiglu: bool,
+) -> list[mx.array]:
+    width = weights.num_outputs // 2 if swiglu else weights.num_outputs
+    strips = -(-width // (8 if swiglu else 16))
+    stride = min(strips, max(1, blocks // parts))
+    out_dtype = x.dtype if parts == 1 else mx.float32
+    shapes: list[tuple[int, ...]] = [(1, width) if parts == 1 else (parts, 1, width)]
+    dtypes, more, norm = [out_dtype], x.dtype, x.dtype
+    if normed is not None:
+        shapes, dtypes = [*shapes, x.shape], [*dtypes, x.dtype]
+        more, norm = normed.parts.dtype, normed.weight.dtype
+    return launch.run_on_cuda(
+        "packed_row",
+        {
+            "x": x, **weights.inputs(),
+            "more": None if normed is None else normed.parts,
+            "norm": None if normed is None else normed.weight,
+        },
+        without=("total",) if normed is None else (),
+        template=[
+            ("T", x.dtype), ("O", out_dtype), ("B", more), ("V", norm),
+            ("GROUP", weights.group_size), ("BIAS", weights.bias is not None),
+            ("SWIGLU", swiglu), ("WARPS", _WARPS), ("STRIDE", stride),
+            ("NORMED", normed is not None), ("D", weights.num_inputs // parts),
+            ("PARTS", 1 if normed is None else normed.count),
+            ("EPSILON", 0 if normed is None else launch.bits_of(normed.epsilon)),
+        ],
+        grid=(stride * _WARPS * 32, 1, parts),
+        threadgroup=(_WARPS * 32, 1, 1),
+        output_shapes=shapes,
+        output_dtypes=dtypes,
+    )  # fmt: skip
+
+
 def _compare(dtype: mx.Dtype, bits: int, group_size: int, tile: Tile) -> str | None:
     keys = launch.random_keys(9, 3)
     rows, outputs, inputs = tile.rows + 5, 208, 1024
@@ -168,5 +264,37 @@ def _compare(dtype: mx.Dtype, bits: int, group_size: int, tile: Tile) -> str | N
     return launch.difference({f"SwiGLU of {rows} rows": (found, gate * mx.sigmoid(gate) * up)}, 0.2)
 
 
-#: None if our kernel multiplies as MLX does for a type, weights and a tile, otherwise the problem.
-verdict = launch.verdict(_compare)
+def _compare_row(dtype: mx.Dtype, group_size: int) -> str | None:
+    keys = launch.random_keys(15, 5)
+    outputs, inputs = 16 * 40 + 8, _CHUNK * 21
+    weights, full, bias = random_weights(
+        dtype, 4, (outputs, inputs), 1 / 64, keys[0], keys[1], group_size
+    )
+    a, b = (mx.random.normal((1, inputs), key=key).astype(dtype) for key in keys[2:4])
+    norm = mx.random.uniform(0.5, 1.5, (inputs,), key=keys[4]).astype(dtype)
+    parts = mx.stack([b / 4, b * 3 / 4]).astype(mx.float32)
+    expected = a.astype(mx.float32) @ full.T + bias
+    x = mx.fast.rms_norm(a + b, norm, 1e-5).astype(mx.float32)
+    gate, up = mx.split(x @ full.T + bias, 2, axis=1)
+    short, few, few_bias = random_weights(
+        dtype, 4, (outputs, _CHUNK * 2), 1 / 16, keys[0], keys[1], group_size
+    )
+    out, total = multiply_normed(Normed(a, parts, 2, norm, 1e-5), weights, blocks=12)
+    gated, _ = multiply_normed(Normed(a, b, 1, norm, 1e-5), weights, swiglu=True, blocks=40)
+    few_x = a[:, : _CHUNK * 2]
+    found = {
+        "the product of a row": (multiply_row(a, weights), expected),
+        "the sum of parts of a row": (
+            multiply_row(few_x, short, 2).sum(axis=0),
+            few_x.astype(mx.float32) @ few.T + few_bias,
+        ),
+        "the product of a norm": (out, x @ full.T + bias),
+        "the sum before a norm": (total, a + b),
+        "SwiGLU of a norm": (gated, gate * mx.sigmoid(gate) * up),
+    }
+    return launch.difference(found, 1e-1)
+
+
+#: None if our kernel multiplies as MLX does for a type, weights and a tile, otherwise the problem;
+#: and that of one row, for a type and a size of groups.
+verdict, row_verdict = launch.verdict(_compare), launch.verdict(_compare_row)

@@ -1,4 +1,4 @@
-"""Matmuls with packed weights: which tile multiplies what, and the kernel on an emulated GPU."""
+"""Matmuls with packed weights: which kernel multiplies what, and the kernels on an emulated GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers import matmul, packed
+from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.weights import Weights, random_weights
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 
@@ -33,6 +34,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
     monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
     monkeypatch.setattr(packed, "verdict", lambda *_: None)
+    monkeypatch.setattr(packed, "row_verdict", lambda *_: None)
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -73,6 +75,41 @@ def test_without_warpgroups_or_by_a_problem_few_rows_or_none_are_multiplied(
     assert packed.tile_for(few, weights()) is None
 
 
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("shape", "with_weights", "fits"),
+    [
+        ((1, 256), {}, True),
+        ((1, 4, 64), {"group_size": 32}, True),
+        ((1, 256), {"group_size": 128, "dtype": mx.float16}, True),
+        ((2, 256), {}, False),
+        ((1, 256), {"bits": 8}, False),
+        ((1, 192), {"inputs": 192}, False),
+        ((1, 16384 + 128), {"shape": (8, 16384 + 128)}, False),
+    ],
+)
+def test_what_the_kernel_of_one_row_multiplies(
+    shape: tuple[int, ...], with_weights: dict[str, Any], fits: bool
+) -> None:
+    made = weights(**with_weights)
+    x = mx.zeros(shape, with_weights.get("dtype", BF16))
+    assert packed.fits_row(x, made) is fits
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_a_row_is_left_to_others_if_its_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "row_verdict", lambda *_: "it is off")
+    assert not packed.fits_row(mx.zeros((1, 256), BF16), weights())
+
+
+@given(outputs=st.integers(1, 200_000), chunks=st.integers(1, 128))
+def test_parts_of_a_row_are_whole_chunks(outputs: int, chunks: int) -> None:
+    parts = packed.num_parts_of_row(outputs, chunks * 128)
+    assert chunks % parts == 0
+    assert 1 <= parts <= 8
+    assert parts == 1 or chunks // parts >= 32
+
+
 @given(
     tile=st.sampled_from(packed.TILES), rows=st.integers(1, 4000),
     outputs=st.integers(1, 200_000), steps=st.integers(1, 300),
@@ -86,7 +123,7 @@ def test_parts_are_whole_steps(tile: packed.Tile, rows: int, outputs: int, steps
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    with emulated(monkeypatch, compiled, packed.verdict) as found:
+    with emulated(monkeypatch, compiled, packed.verdict, packed.row_verdict) as found:
         monkeypatch.setattr(launch, "backend", lambda: "cuda")
         monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
         yield found
@@ -122,3 +159,54 @@ def test_the_verdict_names_a_wrong_kernel(host: Host) -> None:
     problem = packed.verdict(BF16, 4, 64, packed.TILES[0])
     assert problem is not None
     assert "the sum of 13 rows is off" in problem
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("dtype", "group_size"), [(BF16, 64), (BF16, 32), (mx.float16, 128), (mx.float16, 64)]
+)
+def test_one_row_agrees_with_mlx(host: Host, dtype: mx.Dtype, group_size: int) -> None:
+    assert packed.row_verdict(dtype, group_size) is None
+    strides, parts = ({call[name] for _, call in host.calls} for name in ("STRIDE", "PARTS"))
+    assert min(strides) < 41  # blocks compute several strips
+    assert parts == {1, 2}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (("- Codes::OFFSET * scale", ""), "the product of a row is off"),
+        (("item / UNITS * STRIDE, turn", "0, turn"), "the product of a norm is off"),
+        (("PARTS; part++", "1; part++"), "the product of a norm is off"),
+    ],
+)
+def test_the_verdict_names_a_wrong_row(host: Host, wrong: tuple[str, str], problem: str) -> None:
+    host.break_by(lambda _, text: text.replace(*wrong))
+    assert str(packed.row_verdict(BF16, 64)).startswith(problem)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_row_is_added_normed_and_multiplied_by_one_kernel(
+    host: Host, monkeypatch: pytest.MonkeyPatch, gated: bool
+) -> None:
+    monkeypatch.setattr(packed, "row_verdict", lambda *_: None)
+    made = weights()
+    keys = mx.random.split(mx.random.key(3), 3)
+    a, b = (mx.random.normal((1, 1, 256), key=key).astype(BF16) for key in keys[:2])
+    norm = mx.random.uniform(0.5, 1.5, (256,), key=keys[2]).astype(BF16)
+    sums = Sums()
+    total = sums.add(a, b)
+    x = sums.norm(total, norm, 1e-5)
+    assert x is not None
+    host.calls.clear()
+    found = sums.swiglu(x, made) if gated else sums.multiply(x, made).array
+    assert [body for body, _ in host.calls] == ["packed_row"]
+    normed = mx.fast.rms_norm(a + b, norm, 1e-5).reshape(1, -1)
+    expected = matmul.multiply(mx.concatenate([normed] * 3), made)[:1].astype(mx.float32)
+    if gated:
+        gate, up = mx.split(expected, 2, axis=1)
+        expected = gate * mx.sigmoid(gate) * up
+    np.testing.assert_allclose(found.astype(mx.float32), expected, rtol=0.03, atol=0.05)
+    np.testing.assert_array_equal(sums.value(total).astype(mx.float32), (a + b).astype(mx.float32))

@@ -21,7 +21,7 @@ from tests.peers import require
 
 STUBS = Path(__file__).parent / "stubs"
 #: Bodies on tensor cores that stubs stand for.
-ON_TENSOR_CORES: tuple[Body, ...] = ("packed", "experts_wide")
+ON_TENSOR_CORES: tuple[Body, ...] = ("packed", "packed_row", "experts_wide")
 Array = npt.NDArray[Any]
 Edit = Callable[[Body, str], str]
 

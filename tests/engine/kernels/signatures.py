@@ -53,6 +53,10 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     "packed": {
         "x": "T", "weight": "uint32_t", "scales": "T", "biases": "T", "bias": "T", "out": "O",
     },
+    "packed_row": {
+        "x": "T", "weight": "uint32_t", "scales": "T", "biases": "T", "bias": "T", "more": "B",
+        "norm": "V", "out": "O", "total": "T",
+    },
     "experts_wide": {
         "x": "T", "weight": "T", "bias": "T", "weight_up": "T", "bias_up": "T", "source": "int",
         "spans": "int", "out": "T",

@@ -325,6 +325,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "products, 4 bits": lambda: matmul._compare(F16, 4),
     "packed weights": lambda: packed._compare(BF16, 4, 64, packed.TILES[0]),
     "packed weights, 8 bits": lambda: packed._compare(F16, 8, 32, packed.TILES[0]),
+    "packed weights, one row": lambda: packed._compare_row(BF16, 64),
+    "packed weights, one row, groups of 32": lambda: packed._compare_row(F16, 32),
     "experts": lambda: expert_kernels._compare_matmul(BF16, 16, 32, swiglu=True),
     "dots": lambda: dots._compare(BF16, 16, 64),
     "dots, 4 bits": lambda: dots._compare(F16, 4, 64),
