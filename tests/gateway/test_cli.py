@@ -135,6 +135,7 @@ def test_the_command_serves_logs_and_stops(tmp_path: Path) -> None:
         (["--host", "0.0.0.0"], "--allow-anonymous"),
         (["--cors", "evil.example"], "not a valid origin"),
         (["--keys", "/nowhere"], "cannot read the keys"),
+        (["--allow-media-url", "http://a.example"], "'http://a.example' is not a valid host"),
     ],
 )
 def test_serve_asks_for_the_same(arguments: list[str], message: str) -> None:

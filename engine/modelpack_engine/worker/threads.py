@@ -6,15 +6,15 @@ import asyncio
 import contextvars
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Each thread waits for a worker; `Workers` rejects jobs before all threads wait.
-_threads = ThreadPoolExecutor(max_workers=128, thread_name_prefix="modelpack-rendering")
+# Each thread waits for a worker or a URL, whose queues reject more before all threads wait.
+_threads = ThreadPoolExecutor(max_workers=256, thread_name_prefix="modelpack-rendering")
 
 
 class Cancellation:
@@ -49,6 +49,7 @@ class Cancellation:
 current_cancellation: contextvars.ContextVar[Cancellation | None] = contextvars.ContextVar(
     "cancellation", default=None
 )
+_loop: contextvars.ContextVar[asyncio.AbstractEventLoop] = contextvars.ContextVar("loop")
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -62,14 +63,30 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 async def in_executor(threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
     """Run `function` in one of `threads`, and return its result, as `in_thread` does."""
     cancellation = Cancellation()
-    context = contextvars.copy_context()
+    context, loop = contextvars.copy_context(), asyncio.get_running_loop()
     context.run(current_cancellation.set, cancellation)
+    context.run(_loop.set, loop)
     call = functools.partial(context.run, function)
     try:
-        return await asyncio.get_running_loop().run_in_executor(threads, call)
+        return await loop.run_in_executor(threads, call)
     except asyncio.CancelledError:
         cancellation.set()
         raise
+
+
+def in_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` in the event loop that waits for this thread, and return its result.
+
+    Call it in a thread of `in_thread`. Raises `concurrent.futures.CancelledError` if the caller of
+    that no longer waits.
+    """
+    future = asyncio.run_coroutine_threadsafe(work, _loop.get())
+    cancellation = current_cancellation.get() or Cancellation()
+    cancellation.set_end(future.cancel)
+    try:
+        return future.result()
+    finally:
+        cancellation.set_end(None)
 
 
 #: Characters, or token ids, from which a prompt counts as large.

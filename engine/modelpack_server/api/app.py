@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from modelpack.http.listener import GRACE, LOGGERS, ON_STOP, AppServer
 from modelpack_server.api import anthropic, console, model_runner, ollama, openai, page, system
 from modelpack_server.api import traces as cancellation
 from modelpack_server.api.errors import Failures, Problem, install, respond
+from modelpack_server.api.media_urls import MediaUrls
 from modelpack_server.api.openai.batch_runner import BatchRunner
 from modelpack_server.api.openai.responses import BackgroundResponses
 from modelpack_server.api.openai.stored_files import StoredFiles
@@ -93,15 +94,17 @@ def create_app(
     request_templates: bool = False,
     share_prefix_cache: bool = False,
     show_content: bool = False,
+    media_hosts: Collection[str] = (),
     state: Path | None = None,
 ) -> FastAPI:
     """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol).
 
     `request_templates` lets admins send chat templates with their requests. With
     `share_prefix_cache`, prompts of all API keys share prefixes in the KV cache. `show_content`
-    shows admins the prompts and replies of all API keys. `state` is the directory of uploaded files
+    shows admins the prompts and replies of all API keys. Pictures in URLs are fetched from
+    `media_hosts` (`host` or `host:port`). `state` is the directory of uploaded files
     and batches; None: a temporary one. The requests of batches go through `protect`, if it wraps
-    the application.
+    the application. Raises `UsageError` for an invalid host.
     """
     logs = LogBuffer()
     running = cancellation.RunningRequests()
@@ -154,8 +157,9 @@ def create_app(
 
     describe_errors(app)
     app.add_middleware(
-        EngineTraces, running=running, history=history, share_prefix_cache=share_prefix_cache
-    )
+        EngineTraces, running=running, history=history, share_prefix_cache=share_prefix_cache,
+        media_urls=MediaUrls(media_hosts) if media_hosts else None,
+    )  # fmt: skip
     app.add_middleware(model_runner.Recording, pool=pool, records=records)
     app.add_middleware(CanonicalPath)
     app.add_middleware(Callers, batches=batches)
@@ -172,7 +176,7 @@ class ModelServer(AppServer):
     It accepts requests while models are loading: /health returns 503 until the pinned models are
     loaded. `wrap` wraps the application in middleware; the default is `protect` without keys,
     which limits request bodies, and a replacement must limit them too. `create_app` describes
-    `request_templates`, `share_prefix_cache`, `show_content` and `state`.
+    `request_templates`, `share_prefix_cache`, `show_content`, `media_hosts` and `state`.
     """
 
     def __init__(
@@ -186,6 +190,7 @@ class ModelServer(AppServer):
         request_templates: bool = False,
         share_prefix_cache: bool = False,
         show_content: bool = False,
+        media_hosts: Collection[str] = (),
         state: Path | None = None,
         wrap: Callable[[ASGIApp], ASGIApp] = lambda app: protect(app, Protection()),
         tls: tuple[Path, Path] | None = None,
@@ -195,7 +200,8 @@ class ModelServer(AppServer):
         def make() -> ASGIApp:
             app = create_app(
                 make_pool(), request_templates=request_templates,
-                share_prefix_cache=share_prefix_cache, show_content=show_content, state=state,
+                share_prefix_cache=share_prefix_cache, show_content=show_content,
+                media_hosts=media_hosts, state=state,
             )  # fmt: skip
             return wrap(app)
 

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.core.block_manager import cache_salt
 from modelpack_server.api.console import RequestHistory
+from modelpack_server.api.media_urls import MediaUrls
 from modelpack_server.conversation.served_model import RequestContext, request_context
 from modelpack_server.gateway.caller import background_of, caller_of
 from modelpack_server.gateway.traces import Trace, trace_of
@@ -92,7 +93,7 @@ class EngineTraces:
 
     It records running requests in `running`, and all in `history`. Prompts of different owners
     share no prefixes in KV caches unless `share_prefix_cache` is set: response times would reveal
-    the prompts of others.
+    the prompts of others. `media_urls` fetches the pictures in URLs.
     """
 
     def __init__(
@@ -102,11 +103,13 @@ class EngineTraces:
         history: RequestHistory,
         *,
         share_prefix_cache: bool = False,
+        media_urls: MediaUrls | None = None,
     ) -> None:
         self._app = app
         self._running = running
         self._history = history
         self._share_prefix_cache = share_prefix_cache
+        self._media_urls = media_urls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -126,7 +129,8 @@ class EngineTraces:
 
         salt = cache_salt(owner=None if self._share_prefix_cache else owner)
         background = background_of(scope) is not None
-        token = request_context.set(RequestContext(salt, submitted, background))
+        context = RequestContext(salt, submitted, background, self._media_urls)
+        token = request_context.set(context)
         try:
             await self._app(scope, receive, send)
         finally:

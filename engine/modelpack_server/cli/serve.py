@@ -200,6 +200,17 @@ def _adapters(
     return tuple(pairs)
 
 
+def _media_hosts(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Check the hosts before any model is pulled."""
+    if values:
+        from modelpack_server.api.media_urls import MediaUrls
+
+        MediaUrls(values)
+    return values
+
+
 @command(
     headings={
         "--host": "Server",
@@ -259,6 +270,10 @@ def _adapters(
     help="Accept chat templates in requests from callers with a key for all models or, without "
     "keys, from this machine.",
 )  # fmt: skip
+@click.option(
+    "--allow-media-url", "media_hosts", metavar="HOST[:PORT]", multiple=True, callback=_media_hosts,
+    help="Fetch pictures in http(s) URLs from HOST; may be repeated.",
+)  # fmt: skip
 @click.option("--share-prefix-cache", is_flag=True,
               help="Share cached prefixes between API keys.")  # fmt: skip
 @click.option("--keep-going", is_flag=True,
@@ -292,6 +307,7 @@ def serve(
     runtime_flags: str | None,
     tensor_parallel_size: int | None,
     allow_request_templates: bool,
+    media_hosts: tuple[str, ...],
     share_prefix_cache: bool,
     keep_going: bool,
     show_content: bool,
@@ -385,6 +401,7 @@ def serve(
             request_templates=allow_request_templates,
             share_prefix_cache=share_prefix_cache,
             show_content=show_content,
+            media_hosts=media_hosts,
             state=Tree(settings.store().root).server,
             wrap=lambda app: protect(app, protected_by, resolves=True),
             tls=tls,

@@ -16,6 +16,7 @@ from modelpack_server.conversation.logprobs import TextLogprobs
 from modelpack_server.conversation.masks import make_masks
 from modelpack_server.conversation.pictures import (
     PictureFile,
+    PictureUrl,
     place_pictures,
     shows_pictures,
     take_pictures,
@@ -321,7 +322,7 @@ def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int], tuple[M
     tokenizer = model.tokenizer
     media: tuple[Media, ...] = ()
     messages: Sequence[dict[str, Any]] = model.preface.before(spec.messages)
-    files: list[PictureFile] = []
+    files: list[PictureFile | PictureUrl] = []
     processor = (
         model.pictures if any(isinstance(m.get("content"), list) for m in messages) else None
     )

@@ -1,8 +1,8 @@
-"""Pictures in messages: from the base64 of a request to decoded pixels, within limits.
+"""Pictures in messages: from a URL or base64 of a request to decoded pixels, within limits.
 
-`PictureReader` is for the edge of an API: it makes a part of a message from a data: URL. The part
-keeps the file as it was sent; `take_pictures` collects the files of a conversation, and
-`place_pictures` decodes one at a time in a worker process.
+`PictureReader` is for the edge of an API: it makes a part of a message. The part keeps the file or
+the URL as it was sent; `take_pictures` collects those of a conversation, and `place_pictures`
+fetches and decodes one at a time, the latter in a worker process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import binascii
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -20,7 +20,11 @@ from urllib.parse import unquote
 from modelpack_engine.errors import RequestError
 from modelpack_engine.worker.picture import ACCEPTED
 from modelpack_engine.worker.workers import JobFailedError, shared_workers
-from modelpack_server.conversation.served_model import ServedModel, request_context
+from modelpack_server.conversation.served_model import (
+    MediaFetcher,
+    ServedModel,
+    request_context,
+)
 
 if TYPE_CHECKING:
     from modelpack_engine.request import Media
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
 MAX_PICTURES = 32  # in one request
 MAX_BYTES = 20 * 1024 * 1024  # of one file
 MAX_SECONDS = 10.0  # to decode one file
-MAX_SECONDS_ALL = 60.0  # to decode those of one request
+MAX_SECONDS_ALL = 60.0  # to fetch and decode those of one request
 
 _SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"))
 _DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<options>(?:;[^;,]*)*),", re.IGNORECASE)
@@ -45,6 +49,10 @@ class PictureFile:
 
     data: bytes = field(repr=False)
     param: str
+
+    def opened(self, owner: str, seconds: float) -> AbstractContextManager[PictureFile]:
+        """Return the file itself; see `PictureUrl.opened`."""
+        return nullcontext(self)
 
     @property
     def data_url(self) -> str:
@@ -72,25 +80,43 @@ class PictureFile:
         return RequestError(f"{self.param}: the picture is {why}", param=self.param)
 
 
-class PictureReader:
-    """Reads the pictures of one request to a model with vision, or says why there is none."""
+@dataclass(frozen=True, slots=True)
+class PictureUrl:
+    """The http(s) URL of a picture; `param` is its place in the request."""
 
-    def __init__(self, no_vision: str = "") -> None:
-        self._no_vision, self._count = no_vision, 0
+    url: str = field(repr=False)
+    param: str
+    urls: MediaFetcher
+
+    @contextmanager
+    def opened(self, owner: str, seconds: float) -> Iterator[PictureFile]:
+        """Fetch the file in at most so many seconds; raise what `MediaUrls.fetched` raises.
+
+        Leave the context when the file is not needed any more.
+        """
+        with self.urls.fetched(
+            self.url, self.param, owner=owner, seconds=seconds, max_bytes=MAX_BYTES
+        ) as data:
+            yield PictureFile(data, self.param)
+
+
+class PictureReader:
+    """Reads the pictures of one request to a model with vision, or says why there is none.
+
+    Without `urls`, pictures in http(s) URLs are refused.
+    """
+
+    def __init__(self, no_vision: str = "", urls: MediaFetcher | None = None) -> None:
+        self._no_vision, self._urls, self._count = no_vision, urls, 0
 
     def url(self, url: object, param: str) -> dict[str, Any]:
-        """Return the part of a message for a data: URL; raises `RequestError` for other URLs."""
+        """Return the part of a message for a URL; raises `RequestError` for a refused one."""
         self._check_vision(param)
         if not isinstance(url, str) or not url:
             raise RequestError(f"{param}: the URL of the picture is not a string", param=param)
         scheme = url.partition(":")[0].lower()
         if scheme in ("http", "https"):
-            raise RequestError(
-                f"{param}: pictures are not fetched from the network; there is no"
-                " --allow-media-url yet",
-                param=param,
-                hint="send the picture as a data: URL with base64",
-            )
+            return self._remote(url, param)
         if scheme != "data":
             raise RequestError(
                 f"{param}: {url[:30]!r} is not a data: URL", param=param,
@@ -123,16 +149,31 @@ class PictureReader:
 
     def file(self, data: bytes, param: str) -> dict[str, Any]:
         """Return the part of a message for the bytes of a file."""
-        self._count += 1
-        if self._count > MAX_PICTURES:
-            raise RequestError(
-                f"{param}: more than {MAX_PICTURES} pictures in one request", param=param
-            )
+        self._count_one(param)
         if not data:
             raise RequestError(f"{param}: the picture is empty", param=param)
         if len(data) > MAX_BYTES:
             raise self._too_large(param)
         return {"type": "image", "picture": PictureFile(data, param)}
+
+    def _remote(self, url: str, param: str) -> dict[str, Any]:
+        if self._urls is None:
+            raise RequestError(
+                f"{param}: pictures are not fetched from the network: the server was started"
+                " without --allow-media-url",
+                param=param,
+                hint="send the picture as a data: URL with base64",
+            )
+        self._urls.check(url, param)
+        self._count_one(param)
+        return {"type": "image", "picture": PictureUrl(url, param, self._urls)}
+
+    def _count_one(self, param: str) -> None:
+        self._count += 1
+        if self._count > MAX_PICTURES:
+            raise RequestError(
+                f"{param}: more than {MAX_PICTURES} pictures in one request", param=param
+            )
 
     def _check_vision(self, param: str) -> None:
         if self._no_vision:
@@ -150,7 +191,7 @@ class PictureReader:
 def picture_reader(model: ServedModel) -> PictureReader | None:
     """Return the reader for a request to `model`; None if it is a model of text."""
     if model.pictures is not None:
-        return PictureReader()
+        return PictureReader(urls=request_context.get().media_urls)
     reason = model.engine.no_vision
     return PictureReader(reason) if reason else None
 
@@ -160,41 +201,48 @@ class PictureFiles:
 
     Few workers decode, and requests of one `owner` take one of them. It stays reserved until the
     caller asks for the next picture, because decoded ones take up to 100 MB. Leaving the context
-    frees it.
+    frees it. Pictures in URLs are fetched one at a time, before a worker is reserved.
     """
 
-    def __init__(self, files: Sequence[PictureFile], owner: bytes = b"") -> None:
+    def __init__(self, files: Sequence[PictureFile | PictureUrl], owner: bytes = b"") -> None:
         self._files = files
         self._key = owner.hex() or f"request {id(self)}"
-        self._worker = ExitStack()
+        self._reserved = ExitStack()
 
     def __enter__(self) -> PictureFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._worker.close()
+        self._reserved.close()
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __iter__(self) -> Iterator[Picture]:
         left = MAX_SECONDS_ALL
-        for file in self._files:
-            self._worker.close()
+        for source in self._files:
+            self._reserved.close()
+            self._check_time(left, source.param)
+            began = time.monotonic()
+            file = self._reserved.enter_context(source.opened(self._key, left))
+            left -= time.monotonic() - began
             try:
                 reserved = shared_workers("picture").reserved(self._key)
-                run = self._worker.enter_context(reserved)
+                run = self._reserved.enter_context(reserved)
             except JobFailedError as error:  # the request was cancelled
                 raise RequestError(f"{file.param}: {error}", param=file.param) from None
-            if left <= 0:
-                raise RequestError(
-                    f"{file.param}: the pictures of the request take longer than"
-                    f" {MAX_SECONDS_ALL:g} s",
-                    param=file.param,
-                )
+            self._check_time(left, source.param)
             began = time.monotonic()
             yield file.decode(run, min(MAX_SECONDS, left))
             left -= time.monotonic() - began
+
+    @staticmethod
+    def _check_time(left: float, param: str) -> None:
+        if left <= 0:
+            raise RequestError(
+                f"{param}: the pictures of the request take longer than {MAX_SECONDS_ALL:g} s",
+                param=param,
+            )
 
     def __contains__(self, item: object) -> bool:
         return False
@@ -202,13 +250,13 @@ class PictureFiles:
 
 def take_pictures(
     messages: Sequence[Mapping[str, Any]], placeholder: str | None
-) -> tuple[list[dict[str, Any]], list[PictureFile]]:
+) -> tuple[list[dict[str, Any]], list[PictureFile | PictureUrl]]:
     """Return messages without the files of their pictures, and these in order.
 
     With a `placeholder`, the content of each message becomes text with it in the pictures' places:
     for templates that show text only.
     """
-    found: list[PictureFile] = []
+    found: list[PictureFile | PictureUrl] = []
     changed = []
     for message in messages:
         turn = dict(message)
@@ -230,7 +278,7 @@ def shows_pictures(chat_template: str | None) -> bool:
 
 
 def place_pictures(
-    model: ServedModel, token_ids: list[int], files: Sequence[PictureFile]
+    model: ServedModel, token_ids: list[int], files: Sequence[PictureFile | PictureUrl]
 ) -> tuple[list[int], tuple[Media, ...]]:
     """Return a prompt with its pictures in place. Call it in a thread.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,18 +42,29 @@ class Preface:
         return [*system, *self.messages, *own]
 
 
+class MediaFetcher(Protocol):
+    """Fetches pictures from URLs; `api.media_urls.MediaUrls` implements this."""
+
+    def check(self, url: str, param: str) -> None: ...
+
+    def fetched(
+        self, url: str, param: str, *, owner: str, seconds: float, max_bytes: int
+    ) -> AbstractContextManager[bytes]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RequestContext:
     """Attributes of an API request that apply to each prompt that it submits.
 
     Prompts share prefixes in the KV cache only if they have the same `cache_salt`. `submitted` is
     called with the model's name and the stream of each prompt. `background` prompts run while no
-    others wait.
+    others wait. `media_urls` fetches pictures from URLs, if the operator allows hosts.
     """
 
     cache_salt: bytes = b""
     submitted: Callable[[str, RequestStream], None] | None = None
     background: bool = False
+    media_urls: MediaFetcher | None = None
 
 
 _NO_CONTEXT = RequestContext()

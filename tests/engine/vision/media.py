@@ -104,7 +104,10 @@ BAD_FILES: list[tuple[str, Callable[[], bytes], str]] = [
 
 #: URLs and values in place of a URL that are refused, with a part of the message.
 BAD_URLS: list[tuple[Any, str]] = [
-    ("http://127.0.0.1/a.png", "not fetched from the network; there is no --allow-media-url yet"),
+    (
+        "http://127.0.0.1/a.png",
+        "not fetched from the network: the server was started without --allow",
+    ),
     ("https://example.com/a.png", "not fetched from the network"),
     ("HTTP://169.254.169.254/latest/meta-data/", "not fetched from the network"),
     ("file:///etc/passwd", "is not a data: URL"),
