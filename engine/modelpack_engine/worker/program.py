@@ -192,8 +192,8 @@ def _run(job: Mapping[str, Any]) -> dict[str, Any]:
         except (BadTokenizerError, MemoryError) as error:
             return {"error": str(error) or "it takes too much memory"}
         return {"value": None}
-    if job["kind"] == "picture":
-        return _decode_picture(job["raw"])
+    if job["kind"] in ("picture", "page", "pages"):
+        return _decode(job)
     from modelpack_engine.templates.environment import TemplateFailedError
     from modelpack_engine.templates.go_template import GoSyntaxError, as_jinja
 
@@ -215,11 +215,19 @@ def _run(job: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def _decode_picture(data: bytes) -> dict[str, Any]:
+def _decode(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Decode a picture or a page of a PDF, or count the pages."""
     from modelpack_engine.worker.picture import BadPictureError, decode
 
     try:
-        width, height, pixels = decode(data)
+        if job["kind"] == "picture":
+            width, height, pixels = decode(job["raw"])
+        else:
+            from modelpack_engine.worker.document import count_pages, render_page
+
+            if job["kind"] == "pages":
+                return {"value": {"count": count_pages(job["raw"])}}
+            width, height, pixels = render_page(job["raw"], job["index"])
     except BadPictureError as error:
         return {"value": {"problem": str(error)}}
     except (MemoryError, RecursionError):

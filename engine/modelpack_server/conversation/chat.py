@@ -20,6 +20,7 @@ from modelpack_server.conversation.pictures import (
     place_pictures,
     shows_pictures,
     take_pictures,
+    with_pages,
 )
 from modelpack_server.conversation.prompt import PLAIN_FAMILY, render
 from modelpack_server.conversation.served_model import ServedModel
@@ -321,12 +322,13 @@ def _characters(message: Mapping[str, Any]) -> int:
 def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int], tuple[Media, ...]]:
     tokenizer = model.tokenizer
     media: tuple[Media, ...] = ()
-    messages: Sequence[dict[str, Any]] = model.preface.before(spec.messages)
+    messages: Sequence[Mapping[str, Any]] = model.preface.before(spec.messages)
     files: list[PictureFile | PictureUrl] = []
     processor = (
         model.pictures if any(isinstance(m.get("content"), list) for m in messages) else None
     )
     if processor is not None:
+        messages = with_pages(model, messages)
         shown = shows_pictures(spec.template or tokenizer.chat_template)
         messages, files = take_pictures(messages, None if shown else processor.image_token)
     text = render(replace(spec, messages=messages), tokenizer, model.format)

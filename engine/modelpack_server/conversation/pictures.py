@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib.util
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 MAX_PICTURES = 32  # in one request
 MAX_BYTES = 20 * 1024 * 1024  # of one file
 MAX_SECONDS = 10.0  # to decode one file
+PDF = "application/pdf"
 MAX_SECONDS_ALL = 60.0  # to fetch and decode those of one request
 
 _SIGNS = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"))
@@ -45,10 +47,14 @@ Job = Callable[[dict[str, Any], bytes, float], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
-    """A picture as a client sent it; `param` is its place in the request."""
+    """A picture as a client sent it, or a page of a PDF; `param` is its place in the request.
+
+    `page` counts from 0.
+    """
 
     data: bytes = field(repr=False)
     param: str
+    page: int | None = None
 
     def opened(self, owner: str, seconds: float) -> AbstractContextManager[PictureFile]:
         """Return the file itself; see `PictureUrl.opened`."""
@@ -66,8 +72,9 @@ class PictureFile:
 
         from modelpack_engine.vision.processor import Picture
 
+        job = {"kind": "picture"} if self.page is None else {"kind": "page", "index": self.page}
         try:
-            answer = run({"kind": "picture"}, self.data, seconds)
+            answer = run(job, self.data, seconds)
         except JobFailedError as error:
             raise self._bad(f"refused: {error}") from None
         found = answer["value"]
@@ -77,7 +84,8 @@ class PictureFile:
         return Picture(pixels.reshape(found["height"], found["width"], 3), self.param)
 
     def _bad(self, why: str) -> RequestError:
-        return RequestError(f"{self.param}: the picture is {why}", param=self.param)
+        what = "the picture" if self.page is None else f"page {self.page + 1}"
+        return RequestError(f"{self.param}: {what} is {why}", param=self.param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,30 +130,37 @@ class PictureReader:
                 f"{param}: {url[:30]!r} is not a data: URL", param=param,
                 hint="send the picture as data:image/png;base64,…",
             )  # fmt: skip
-        found = _DATA_URL.match(url)
-        if found is None or "base64" not in found["options"].lower().split(";"):
-            raise RequestError(
-                f"{param}: the data: URL has no base64", param=param,
-                hint="send the picture as data:image/png;base64,…",
-            )  # fmt: skip
-        kind = found["type"].lower()
+        kind, text = self._data(url, param, "picture")
         if kind and not kind.startswith("image/"):
             raise RequestError(f"{param}: {kind[:50]!r} is not a picture; {ACCEPTED}", param=param)
-        text = url[found.end() :]
-        return self.base64(unquote(text) if "%" in text else text, param)
+        return self.base64(text, param)
 
     def base64(self, text: object, param: str) -> dict[str, Any]:
         """Return the part of a message for a file in base64."""
         self._check_vision(param)
-        if not isinstance(text, str):
-            raise RequestError(f"{param}: the picture is not a base64 string", param=param)
-        if len(text) > MAX_BYTES // 3 * 4 + 8:
-            raise self._too_large(param)
-        try:
-            data = base64.b64decode("".join(text.split()), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise RequestError(f"{param}: the base64 is not valid: {error}", param=param) from None
-        return self.file(data, param)
+        return self.file(self._decoded(text, param, "picture"), param)
+
+    def document(self, text: object, param: str) -> dict[str, Any]:
+        """Return the part of a message for a PDF in base64 or in a data: URL.
+
+        Raises `RequestError`, also if there is nothing that renders it.
+        """
+        self._check_vision(param)
+        if importlib.util.find_spec("pypdfium2") is None:
+            raise RequestError(
+                f"{param}: PDF documents need the extra 'documents', which is not installed"
+                " (pip install 'modelpack[documents]')",
+                param=param,
+            )
+        if isinstance(text, str) and text[:5].lower() == "data:":
+            kind, text = self._data(text, param, "document")
+            if kind not in ("", PDF):
+                raise RequestError(f"{param}: {kind[:50]!r} is not {PDF}", param=param)
+        data = self._decoded(text, param, "document")
+        if not data:
+            raise RequestError(f"{param}: the document is empty", param=param)
+        self._count_one(param)
+        return {"type": "document", "document": PictureFile(data, param)}
 
     def file(self, data: bytes, param: str) -> dict[str, Any]:
         """Return the part of a message for the bytes of a file."""
@@ -168,6 +183,32 @@ class PictureReader:
         self._count_one(param)
         return {"type": "image", "picture": PictureUrl(url, param, self._urls)}
 
+    def _data(self, url: str, param: str, what: str) -> tuple[str, str]:
+        """Return the media type and the base64 of a data: URL."""
+        found = _DATA_URL.match(url)
+        if found is None or "base64" not in found["options"].lower().split(";"):
+            kind = PDF if what == "document" else "image/png"
+            raise RequestError(
+                f"{param}: the data: URL has no base64", param=param,
+                hint=f"send the {what} as data:{kind};base64,…",
+            )  # fmt: skip
+        text = url[found.end() :]
+        return found["type"].lower(), unquote(text) if "%" in text else text
+
+    def _decoded(self, text: object, param: str, what: str) -> bytes:
+        """Return the bytes of base64."""
+        if not isinstance(text, str):
+            raise RequestError(f"{param}: the {what} is not a base64 string", param=param)
+        if len(text) > MAX_BYTES // 3 * 4 + 8:
+            raise self._too_large(param, what)
+        try:
+            data = base64.b64decode("".join(text.split()), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise RequestError(f"{param}: the base64 is not valid: {error}", param=param) from None
+        if len(data) > MAX_BYTES:
+            raise self._too_large(param, what)
+        return data
+
     def _count_one(self, param: str) -> None:
         self._count += 1
         if self._count > MAX_PICTURES:
@@ -181,10 +222,10 @@ class PictureReader:
                 f"{param}: this model accepts text only: {self._no_vision}", param=param
             )
 
-    def _too_large(self, param: str) -> RequestError:
+    def _too_large(self, param: str, what: str = "picture") -> RequestError:
         return RequestError(
-            f"{param}: the picture has more than {MAX_BYTES} bytes", param=param,
-            hint="send a smaller picture",
+            f"{param}: the {what} has more than {MAX_BYTES} bytes", param=param,
+            hint=f"send a smaller {what}",
         )  # fmt: skip
 
 
@@ -246,6 +287,75 @@ class PictureFiles:
 
     def __contains__(self, item: object) -> bool:
         return False
+
+
+def with_pages(
+    model: ServedModel, messages: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """Return messages with the pages of documents as pictures. Call it in a thread.
+
+    Raises `RequestError` for a document that is no PDF, or if pictures and pages are too many, and
+    `QueueFullError` if the queue is full already.
+    """
+    parts = [
+        part
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+        if part["type"] in ("image", "document")
+    ]
+    documents = [part["document"] for part in parts if part["type"] == "document"]
+    if not documents:
+        return messages
+    model.engine.check_queue()
+    owner, began = request_context.get().cache_salt, time.monotonic()
+    left = MAX_PICTURES - (len(parts) - len(documents))
+    pages: dict[int, list[dict[str, Any]]] = {}
+    for document in documents:
+        if time.monotonic() - began > MAX_SECONDS_ALL:
+            raise RequestError(
+                f"{document.param}: the documents of the request take longer than"
+                f" {MAX_SECONDS_ALL:g} s",
+                param=document.param,
+            )
+        count = _count_pages(document, owner)
+        left -= count
+        if left < 0:
+            raise RequestError(
+                f"{document.param}: the document has {count} pages, the limit is {MAX_PICTURES}"
+                " pages and pictures in one request",
+                param=document.param,
+            )
+        pages[id(document)] = [
+            {"type": "image", "picture": replace(document, page=page)} for page in range(count)
+        ]
+
+    def expanded(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found = (pages[id(p["document"])] if p["type"] == "document" else [p] for p in content)
+        return [part for several in found for part in several]
+
+    return [
+        {**message, "content": expanded(message["content"])}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _count_pages(document: PictureFile, owner: bytes) -> int:
+    param = document.param
+    key = owner.hex() or f"document {id(document)}"
+    try:
+        with shared_workers("picture").reserved(key) as run:
+            found = run({"kind": "pages"}, document.data, MAX_SECONDS)["value"]
+    except JobFailedError as error:
+        raise RequestError(f"{param}: the document is refused: {error}", param=param) from None
+    if "problem" in found:
+        raise RequestError(f"{param}: the document is {found['problem']}", param=param)
+    count = int(found["count"])
+    if not count:
+        raise RequestError(f"{param}: the document has no pages", param=param)
+    return count
 
 
 def take_pictures(

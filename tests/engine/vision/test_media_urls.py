@@ -56,6 +56,9 @@ class Pictures(ThreadingHTTPServer):
         self.release = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
+    def handle_error(self, *_: Any) -> None:
+        """Print nothing when a client leaves."""
+
     @property
     def port(self) -> int:
         return int(self.server_address[1])

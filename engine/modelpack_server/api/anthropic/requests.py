@@ -11,7 +11,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body, SparseBody
 from modelpack_server.api.continuation import carried
-from modelpack_server.conversation.pictures import PictureReader, joined_content
+from modelpack_server.conversation.pictures import PDF, PictureReader, joined_content
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 
 
@@ -212,7 +212,9 @@ def _document(block: Mapping[str, Any], where: str) -> str:
     kind = source.get("type") if isinstance(source, Mapping) else None
     if not isinstance(source, Mapping) or kind not in ("text", "content"):
         raise RequestError(
-            f"{where}: this model accepts text documents only, not {kind!r}", param=where
+            f"{where}: documents have a source of type text or content, or base64 where the model"
+            f" reads pictures, not {kind!r}",
+            param=where,
         )
     if kind == "text":
         text = text_of(source, "data", f"{where}.source")
@@ -275,6 +277,8 @@ def _user(
             results.append(_result(block, place))
         elif block.get("type") == "image" and pictures is not None:
             contents.append([_image(block, place, pictures)])
+        elif pictures is not None and _source_of(block).get("type") == "base64":
+            contents.append(_pages(block, place, pictures))
         else:
             contents.append(shown(block, place))
     if contents or not results:
@@ -290,6 +294,26 @@ def _image(block: Mapping[str, Any], where: str, pictures: PictureReader) -> dic
     if isinstance(source, Mapping) and kind == "url":
         return pictures.url(source.get("url"), where)
     raise RequestError(f"{where}: images have a source of type base64, not {kind!r}", param=where)
+
+
+def _source_of(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the source of a document."""
+    source = block.get("source") if block.get("type") == "document" else None
+    return source if isinstance(source, Mapping) else {}
+
+
+def _pages(block: Mapping[str, Any], where: str, pictures: PictureReader) -> list[dict[str, Any]]:
+    """Return the parts of a PDF with its title and context."""
+    source = _source_of(block)
+    if source.get("media_type") != PDF:
+        raise RequestError(
+            f"{where}: documents in base64 have the media_type {PDF},"
+            f" not {source.get('media_type')!r}",
+            param=where,
+        )
+    head = "\n".join(str(block[key]) for key in ("title", "context") if block.get(key))
+    text = [{"type": "text", "text": f"{head}\n"}] if head else []
+    return [*text, pictures.document(source.get("data"), where)]
 
 
 def _result(block: Mapping[str, Any], where: str) -> dict[str, Any]:

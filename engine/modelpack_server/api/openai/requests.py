@@ -100,9 +100,13 @@ def _plain(message: Message, index: int, pictures: PictureReader | None) -> dict
     return plain
 
 
+#: Parts of users' messages that models with vision read.
+_MEDIA = ("image_url", "file")
+
+
 def _refuse_pictures(content: str | list[dict[str, Any]] | None, where: str) -> None:
     for i, part in enumerate(content if isinstance(content, list) else ()):
-        if part.get("type") == "image_url":
+        if part.get("type") in _MEDIA:
             param = f"{where}.content[{i}]"
             raise RequestError(
                 f"{param}: pictures are read in messages of the user only", param=param
@@ -112,10 +116,10 @@ def _refuse_pictures(content: str | list[dict[str, Any]] | None, where: str) -> 
 def _content(
     content: str | list[dict[str, Any]] | None, where: str, pictures: PictureReader | None
 ) -> str | list[dict[str, Any]]:
-    """Return text, or a list of parts if there are pictures."""
+    """Return text, or a list of parts if there are pictures or documents."""
     if content is None or isinstance(content, str):
         return content or ""
-    if pictures is None or all(part.get("type") != "image_url" for part in content):
+    if pictures is None or all(part.get("type") not in _MEDIA for part in content):
         return _text(content, where)
     parts = []
     for i, part in enumerate(content):
@@ -123,9 +127,21 @@ def _content(
             given = part.get("image_url")
             url = given.get("url") if isinstance(given, dict) else given
             parts.append(pictures.url(url, f"{where}.content[{i}]"))
+        elif part.get("type") == "file":
+            parts.append(_document(part.get("file"), f"{where}.content[{i}]", pictures))
         else:
             parts.append({"type": "text", "text": _text([part], where, i)})
     return parts
+
+
+def _document(given: object, where: str, pictures: PictureReader) -> dict[str, Any]:
+    data = given.get("file_data") if isinstance(given, dict) else None
+    if data is None:
+        raise RequestError(
+            f"{where}: file.file_data is required", param=where,
+            hint="send the file as data:application/pdf;base64,…; uploaded files are not read",
+        )  # fmt: skip
+    return pictures.document(data, where)
 
 
 def _text(content: list[dict[str, Any]], where: str, first: int = 0) -> str:

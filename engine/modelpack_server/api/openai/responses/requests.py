@@ -325,6 +325,15 @@ def plain_text(content: Any, where: str, *, pictures: bool = False) -> str:
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if pictures and kind == "input_file":
+            if not isinstance(part.get("file_data"), str):
+                raise RequestError(
+                    f"{where}[{i}]: file_data is required and must be a string",
+                    param=f"{where}[{i}]",
+                    hint="send the file as data:application/pdf;base64,…; uploaded files and URLs"
+                    " are not read",
+                )
+            continue
         if pictures and kind == "input_image":
             if not isinstance(part.get("image_url"), str):
                 raise RequestError(
@@ -343,17 +352,20 @@ def plain_text(content: Any, where: str, *, pictures: bool = False) -> str:
 def _content(
     content: str | list[dict[str, Any]], where: str, pictures: PictureReader | None
 ) -> str | list[dict[str, Any]]:
-    """Return text, or a list of parts if there are pictures."""
+    """Return text, or a list of parts if there are pictures or documents."""
     if pictures is None or isinstance(content, str):
         return plain_text(content, where)
-    if all(part["type"] != "input_image" for part in content):
+    if all(part["type"] not in ("input_image", "input_file") for part in content):
         return plain_text(content, where)
-    return [
-        pictures.url(part["image_url"], f"{where}[{i}]")
-        if part["type"] == "input_image"
-        else {"type": "text", "text": plain_text([part], where)}
-        for i, part in enumerate(content)
-    ]
+    parts = []
+    for i, part in enumerate(content):
+        if part["type"] == "input_image":
+            parts.append(pictures.url(part["image_url"], f"{where}[{i}]"))
+        elif part["type"] == "input_file":
+            parts.append(pictures.document(part["file_data"], f"{where}[{i}]"))
+        else:
+            parts.append({"type": "text", "text": plain_text([part], where)})
+    return parts
 
 
 def template_messages(
