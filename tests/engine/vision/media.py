@@ -51,6 +51,7 @@ def png(width: int, height: int, pixels: bytes = b"", extra: bytes = b"") -> byt
 _PLAIN = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 _NOISE = Image.effect_noise((99, 99), 9)
 _GOOD = saved(_PLAIN)
+_WEBP = saved(_PLAIN, "WEBP", lossless=True)
 
 
 def _frames(format: str) -> bytes:
@@ -58,16 +59,47 @@ def _frames(format: str) -> bytes:
     return saved(frames[0], format, save_all=True, append_images=frames[1:])
 
 
-def slow_jpeg() -> bytes:
-    """Return an 8K picture of 1 MB with so many scans that decoding takes minutes."""
+def _bad_gif() -> bytes:
+    data = saved(_PLAIN, "GIF")
+    return data[:-20] + b"\xff" * 18 + data[-2:]
+
+
+def _large_webp() -> bytes:
+    body = b"VP8X" + struct.pack("<I", 10) + bytes(4) + b"\xff\x3f\0" * 2 + bytes(80)
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+
+
+def slow_jpeg(scans: int = 90) -> bytes:
+    """Return an 8K picture with so many scans that decoding takes a second."""
     data = saved(Image.new("L", (7680, 4320)), "JPEG", progressive=True)
     last = data.rfind(b"\xff\xda")
-    return data[:-2] + data[last:-2] * 20_000 + data[-2:]
+    return data[:-2] + data[last:-2] * scans + data[-2:]
 
 
-def _bomb_text() -> bytes:
-    text = zlib.compress(b"a" * 80_000_000)
-    return png(8, 8, b"\0" * 200, chunk(b"zTXt", b"Comment\0\0" + text))
+def _with(kind: bytes, body: bytes) -> bytes:
+    """Return a good PNG with a chunk."""
+    return png(8, 8, b"\0" * 200, chunk(kind, body))
+
+
+def _header(data: bytes, at: int, value: bytes) -> bytes:
+    """Return a file with other bytes at a place."""
+    return data[:at] + value + data[at + len(value) :]
+
+
+def _jpeg_size(value: bytes) -> bytes:
+    """Return a JPEG whose header has another height and width."""
+    data = saved(_PLAIN, "JPEG")
+    return _header(data, data.find(b"\xff\xc0") + 5, value)
+
+
+def _jpeg_of_12_bits() -> bytes:
+    data = saved(_PLAIN, "JPEG")
+    return _header(data, data.find(b"\xff\xc0") + 4, b"\x0c")
+
+
+def _bomb() -> bytes:
+    """Return 80 kB that become 80 MB."""
+    return zlib.compress(b"a" * 80_000_000)
 
 
 #: Files that are refused: a name, the file, and a part of the message.
@@ -96,7 +128,32 @@ BAD_FILES: list[tuple[str, Callable[[], bytes], str]] = [
     ("100 megapixels", lambda: png(10_000, 10_000), "33177600"),
     ("a bomb", lambda: png(60_000, 60_000), "has more than 33177600 pixels"),
     ("one long line", lambda: png(20_000, 1), "16384 a side"),
-    ("a bomb of text", _bomb_text, "is damaged"),
+    ("a bomb of text", lambda: _with(b"zTXt", b"Comment\0\0" + _bomb()), "is damaged"),
+    ("a bomb of a profile", lambda: _with(b"iCCP", b"a\0\0" + _bomb()), "is damaged"),
+    ("a bomb of utf-8", lambda: _with(b"iTXt", b"a\0\1\0\0\0" + _bomb()), "is damaged"),
+    ("no data", lambda: _GOOD[:33] + _GOOD[-12:], "is damaged"),
+    ("an unknown type of colours", lambda: _header(_GOOD, 25, b"\7"), "unknown format"),
+    (
+        "half an interlaced png",
+        lambda: _header(png(99, 99, b"\0" * 99), 28, b"\1"),
+        "the picture is",
+    ),
+    ("half a cmyk jpeg", lambda: saved(_PLAIN.convert("CMYK"), "JPEG")[:300], "is damaged"),
+    ("a jpeg of no height", lambda: _jpeg_size(b"\0\0"), "unknown format"),
+    ("a jpeg of 4 gigapixels", lambda: _jpeg_size(b"\xff\xff\xff\xff"), "33177600 pixels"),
+    ("a jpeg without an end", lambda: saved(_PLAIN, "JPEG")[:-2], "is damaged"),
+    ("a jpeg of 12 bits", _jpeg_of_12_bits, "unknown format"),
+    ("a jpeg of many scans", lambda: slow_jpeg(101), "more than 100 scans"),
+    ("a gif of 4 gigapixels", lambda: _header(saved(_PLAIN, "GIF"), 6, b"\xff" * 4), "33177600"),
+    ("a gif without a frame", lambda: saved(_PLAIN, "GIF")[:13] + b";", "unknown format"),
+    ("wrong codes of a gif", _bad_gif, "is damaged"),
+    ("a webp of 16384 pixels a side", _large_webp, "33177600"),
+    ("a webp of a wrong size", lambda: _header(_WEBP, 4, b"\xff\xff\xff\x7f"), "is damaged"),
+    ("jpeg 2000", lambda: saved(_PLAIN, "JPEG2000"), "unknown format"),
+    ("heic", lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "unknown format"),
+    ("a video", lambda: b"\0\0\0\x18ftypisom" + bytes(99), "unknown format"),
+    ("a sound", lambda: b"RIFF\x24\0\0\0WAVEfmt " + bytes(99), "unknown format"),
+    ("an archive", lambda: b"PK\3\4" + bytes(99), "unknown format"),
     ("an animated gif", lambda: _frames("GIF"), "it is animated"),
     ("an animated webp", lambda: _frames("WEBP"), "it is animated"),
     ("an animated png", lambda: _frames("PNG"), "it is animated"),

@@ -270,6 +270,10 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
             assert "pip install 'modelpack[vision]'" in refused.text
 
 
+def test_there_are_sixty_bad_pictures() -> None:
+    assert len(BAD_FILES) + len(BAD_URLS) >= 60
+
+
 @pytest.mark.parametrize(("name", "make", "message"), BAD_FILES, ids=[b[0] for b in BAD_FILES])
 def test_bad_files(llava: Served, name: str, make: Any, message: str) -> None:
     refused = llava.chat([QUESTION, image(make())])

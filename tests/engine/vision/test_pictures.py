@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +23,7 @@ from modelpack_server.conversation.pictures import (
 )
 from tests.engine.vision import media
 from tests.engine.vision.media import BAD_FILES, BAD_URLS, file_of, saved, slow_jpeg, url
+from tests.engine.vision.test_documents import page
 from tests.engine.vision.tiny import picture
 from tests.engine.worker.test_workers import until
 
@@ -87,11 +89,45 @@ def test_grey_of_16_bits() -> None:
     assert found[..., 0].tolist() == [[0, 0], [1, 255]]
 
 
-def test_rotation_in_exif() -> None:
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (1, GRADIENT), (2, GRADIENT[:, ::-1]), (3, GRADIENT[::-1, ::-1]), (4, GRADIENT[::-1]),
+        (5, GRADIENT.swapaxes(0, 1)), (6, np.rot90(GRADIENT, -1)),
+        (7, GRADIENT[::-1, ::-1].swapaxes(0, 1)), (8, np.rot90(GRADIENT)), (9, GRADIENT),
+    ],
+)  # fmt: skip
+def test_rotation_in_exif(orientation: int, turned: np.ndarray) -> None:
     image = Image.fromarray(GRADIENT)
     exif = image.getexif()
-    exif[0x0112] = 6  # the top is at the right
-    assert np.array_equal(decoded(saved(image, exif=exif)), np.rot90(GRADIENT, -1))
+    exif[0x0112] = orientation
+    assert np.array_equal(decoded(saved(image, exif=exif)), turned)
+
+
+@pytest.mark.parametrize("exif", [
+    b"Exif\0\0" + b"\xff" * 200, b"Exif\0\0II*\0", b"Exif\0\0MM\0*\xff\xff\xff\xff",
+    b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0\xff\xff\xff\xff\6\0\0\0" * 100,
+])  # fmt: skip
+def test_damaged_exif_is_left_out(exif: bytes) -> None:
+    data = saved(Image.fromarray(GRADIENT), "JPEG", exif=exif)
+    assert decoded(data).shape == GRADIENT.shape
+
+
+def test_photos_of_cameras_with_a_preview() -> None:
+    """JPEGs with more pictures (MPO): phones add maps of brightness to photos."""
+    image, preview = Image.fromarray(GRADIENT), Image.new("RGB", (4, 4))
+    data = saved(image, "MPO", save_all=True, append_images=[preview])
+    assert data[:2] == b"\xff\xd8"
+    assert decoded(data).shape == GRADIENT.shape
+
+
+def test_colours_of_16_bits() -> None:
+    """The upper 8 are kept."""
+    rows = b"".join(b"\0" + bytes([10, 99, 20, 99, 30, 99]) * 8 for _ in range(8))
+    data = media.png(8, 8, rows)
+    header = b"IHDR" + data[16:24] + b"\x10" + data[25:29]
+    deep = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
+    assert decoded(deep)[0, 0].tolist() == [10, 20, 30]
 
 
 def test_data_urls_are_read_loosely() -> None:
@@ -148,29 +184,55 @@ def test_data_urls_for_other_servers() -> None:
 
 
 def _comments_of_gif(count: int) -> bytes:
+    return _with_blocks(b"\x21\xfe\x01a\x00" * count)
+
+
+def _comment_of_gif(count: int) -> bytes:
+    return _with_blocks(b"\x21\xfe" + b"\x01a" * count + b"\x00")
+
+
+def _with_blocks(blocks: bytes) -> bytes:
     data = saved(Image.new("P", (8, 8)), "GIF")
     start = 13 + 3 * (2 << (data[10] & 7))  # after the header and the table of colours
-    return data[:start] + b"\x21\xfe\x01a\x00" * count + data[start:]
+    return data[:start] + blocks + data[start:]
 
 
-#: Files within all limits on bytes and pixels that take Pillow seconds or minutes.
-SLOW_FILES: dict[str, Callable[[], bytes]] = {
+#: Files within the limits on bytes and pixels whose metadata took Pillow 2 to 10 s.
+MANY_PARTS: dict[str, Callable[[], bytes]] = {
     "chunks of png": lambda: media.png(8, 8, b"\0" * 200, media.chunk(b"abCd", b"") * 1_500_000),
+    "texts of png": lambda: media.png(8, 8, b"\0" * 200, media.chunk(b"tEXt", b"k\0v") * 500_000),
     "comments of gif": lambda: _comments_of_gif(4_000_000),
+    "blocks of a comment of gif": lambda: _comment_of_gif(9_000_000),
     "comments of jpeg": lambda: JPEG[:2] + b"\xff\xfe\x00\x03a" * 4_000_000 + JPEG[2:],
     "padding of jpeg": lambda: JPEG[:2] + b"\xff" * 20_000_000 + JPEG[2:],
-    "scans of jpeg": slow_jpeg,
+    "junk in jpeg": lambda: JPEG[:2] + bytes(20_000_000) + JPEG[2:],
 }
 JPEG = saved(Image.new("RGB", (8, 8)), "JPEG")
 
 
-@pytest.mark.parametrize("name", SLOW_FILES)
-def test_slow_files_are_given_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_SECONDS", 0.2)
-    data = SLOW_FILES[name]()
+@pytest.mark.parametrize("name", MANY_PARTS)
+def test_files_of_many_parts_are_refused(name: str) -> None:
+    data = MANY_PARTS[name]()
     assert len(data) <= pictures.MAX_BYTES
-    with pytest.raises(RequestError, match=r"here: the picture is refused: .* longer than 0.2 s"):
-        decoded(data)
+    with pytest.raises(RequestError, match=r"here: the picture is refused: .* 100000 parts"):
+        pixels_of(PictureReader().file(data, "here"))
+
+
+def test_large_files_have_few_parts() -> None:
+    """None of noise, whose files have the most bytes, is refused."""
+    noise = Image.effect_noise((1500, 1000), 99)
+    kinds: dict[str, dict[str, Any]] = {
+        "PNG": {"compress_level": 1}, "GIF": {}, "JPEG": {"progressive": True}
+    }  # fmt: skip
+    for kind, options in kinds.items():
+        data = saved(noise, kind, **options)
+        assert pixels_of(PictureReader().file(data, "here")).shape == (1000, 1500, 3)
+
+
+def test_slow_files_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_SECONDS", 0.1)
+    with pytest.raises(RequestError, match=r"here: the picture is refused: .* longer than 0.1 s"):
+        decoded(slow_jpeg())
     monkeypatch.undo()
     assert decoded(saved(Image.fromarray(GRADIENT))).shape == GRADIENT.shape
 
@@ -192,7 +254,8 @@ def test_one_owner_leaves_a_worker_to_others(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pictures, "MAX_SECONDS", 60.0)
     workers = Workers(memory=2 << 30, purpose="picture")
     monkeypatch.setattr(pictures, "shared_workers", lambda _: workers)
-    slow, good = PictureFile(slow_jpeg(), "slow"), saved(Image.fromarray(GRADIENT))
+    slow = PictureFile(page("0 0 700 700", b"0 0 700 700 re f* " * 100_000), "slow", page=0)
+    good = saved(Image.fromarray(GRADIENT))
 
     def read(owner: bytes, file: PictureFile) -> int:
         with PictureFiles([file], owner) as files:
@@ -207,7 +270,7 @@ def test_one_owner_leaves_a_worker_to_others(monkeypatch: pytest.MonkeyPatch) ->
         finally:
             until(lambda: workers.close() or all(future.done() for future in waiting))
     for future in waiting:
-        with pytest.raises(RequestError, match="slow: the picture is refused: its worker"):
+        with pytest.raises(RequestError, match="slow: page 1 is refused: its worker"):
             future.result()
 
 

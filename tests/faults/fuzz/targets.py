@@ -36,12 +36,17 @@ from modelpack.storage import watching
 from modelpack.store.filesystem import bytes_used
 from modelpack.store.index import IndexDocument
 from modelpack.store.layout import LayoutStore
+from modelpack_engine.errors import RequestError
 from modelpack_engine.models.json_tokenizer import begin_check
 from modelpack_engine.models.load_budget import TensorBounds
 from modelpack_engine.models.model_config import normalised
 from modelpack_engine.templates import budget
 from modelpack_engine.templates.environment import Renderer, TemplateFailedError
 from modelpack_engine.templates.go_template import GoSyntaxError, as_jinja
+from modelpack_engine.worker.document import MAX_PAGE_SIDE
+from modelpack_engine.worker.picture import MAX_PIXELS, BadPictureError, decode
+from modelpack_engine.worker.workers import shared_workers
+from modelpack_server.conversation.pictures import PictureFile
 from modelpack_server.gateway import json_bodies
 from modelpack_server.gateway.bodies import look_into
 from tests.formats.builders import as_file
@@ -219,6 +224,22 @@ def tokenizer(raw: bytes) -> None:
         loaded.decode(ids, skip_special_tokens=False)
 
 
+def picture(raw: bytes) -> None:
+    """A picture: pixels of its size, within the limits, or one kind of error."""
+    with suppress(BadPictureError):
+        width, height, pixels = decode(raw)
+        assert 0 < width * height <= MAX_PIXELS
+        assert len(pixels) == 3 * width * height
+
+
+def document(raw: bytes) -> None:
+    """A PDF, in a process: it counts and draws the first page, or ends, and another goes on."""
+    file = PictureFile(raw, "it", page=0)
+    with shared_workers("picture").reserved("fuzz") as run, suppress(RequestError):
+        height, width, _ = file.decode(run, 10.0).pixels.shape
+        assert 0 < max(height, width) <= MAX_PAGE_SIDE
+
+
 @dataclass(frozen=True)
 class Target:
     """A function of bytes, where else its corpus is, and what its inputs are made of."""
@@ -288,6 +309,18 @@ TARGETS: dict[str, Target] = {
     "template": Target(
         template,
         words=(b"{{", b"}}", b"{%", b"%}", b"messages", b" | ", b"list", b"(", b"*", b"9999", b"~"),
+    ),
+    "picture": Target(
+        picture,
+        words=(b"IDAT", b"IEND", b"iCCP", b"zTXt", b"tEXt", b"acTL", b"fcTL", b"eXIf", b"Exif\0\0",
+               b"II*\0", b"\xff\xda", b"\xff\xd8", b"\xff\xe1", b"\x21\xfe", b"\x2c", b"VP8X",
+               b"ANIM", b"\xff" * 4, bytes(4)),
+    ),
+    "document": Target(
+        document,
+        words=(b"obj", b"endobj", b"stream\n", b"endstream", b"<<", b">>", b"/Kids", b"/Parent",
+               b"/MediaBox", b"/Filter", b"/FlateDecode", b"1 0 R", b"2 0 R", b"99999999999", b"-1",
+               b" re f ", b" cm ", b"/Type /Page ", b"xref", b"trailer", b"startxref", b"[", b"]"),
     ),
     "byte_range": Target(byte_range, words=(b"bytes=", b"-", b",", b"9" * 20, b"0", b" ")),
 }  # fmt: skip
