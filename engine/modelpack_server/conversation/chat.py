@@ -11,7 +11,7 @@ from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.core.detokenizer import stop_strings
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
 from modelpack_engine.request import EngineRequest, Media
-from modelpack_engine.worker.threads import prepare
+from modelpack_engine.worker.threads import in_thread, prepare
 from modelpack_server.conversation.logprobs import TextLogprobs
 from modelpack_server.conversation.masks import make_masks
 from modelpack_server.conversation.pictures import (
@@ -310,7 +310,21 @@ async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int],
     size = sum(_characters(message) for message in spec.messages)
     model.check_texts(size)
     model.check_room(len(spec.earlier), param="context")
-    return await prepare(size + len(spec.earlier), lambda: _prompt(model, spec))
+    messages: Sequence[dict[str, Any]] = model.preface.before(spec.messages)
+    files: list[PictureFile | PictureUrl] = []
+    processor = model.pictures
+    if processor is not None and any(isinstance(m.get("content"), list) for m in messages):
+        messages = await in_thread(with_pages, model, messages)
+        shown = shows_pictures(spec.template or model.tokenizer.chat_template)
+        messages, files = take_pictures(messages, None if shown else processor.image_token)
+    spec = replace(spec, messages=messages)
+    text, token_ids = await prepare(size + len(spec.earlier), lambda: _prompt(model, spec))
+    media: tuple[Media, ...] = ()
+    if files:
+        model.check_room(len(token_ids))
+        # Not by `prepare`: its threads for large prompts are few, and pictures may take a minute.
+        token_ids, media = await in_thread(place_pictures, model, token_ids, files)
+    return text, token_ids, media
 
 
 def _characters(message: Mapping[str, Any]) -> int:
@@ -319,26 +333,13 @@ def _characters(message: Mapping[str, Any]) -> int:
     return sum(len(value) for value in (*message.values(), *texts) if isinstance(value, str))
 
 
-def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int], tuple[Media, ...]]:
+def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
     tokenizer = model.tokenizer
-    media: tuple[Media, ...] = ()
-    messages: Sequence[Mapping[str, Any]] = model.preface.before(spec.messages)
-    files: list[PictureFile | PictureUrl] = []
-    processor = (
-        model.pictures if any(isinstance(m.get("content"), list) for m in messages) else None
-    )
-    if processor is not None:
-        messages = with_pages(model, messages)
-        shown = shows_pictures(spec.template or tokenizer.chat_template)
-        messages, files = take_pictures(messages, None if shown else processor.image_token)
-    text = render(replace(spec, messages=messages), tokenizer, model.format)
+    text = render(spec, tokenizer, model.format)
     token_ids = model.encode(text, add_special_tokens=False)
     if spec.earlier:
         # The earlier turns begin with the BOS token. If it occurs again, it begins each turn.
         if token_ids[:1] == [tokenizer.bos] and token_ids.count(token_ids[0]) == 1:
             del token_ids[0]
         token_ids = [*spec.earlier, *token_ids]
-    if processor is not None and files:
-        model.check_room(len(token_ids))
-        token_ids, media = place_pictures(model, token_ids, files)
-    return text, token_ids, media
+    return text, token_ids

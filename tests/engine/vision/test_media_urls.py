@@ -25,6 +25,7 @@ from modelpack.builder.request import PackageRequest
 from modelpack.errors import UsageError
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import QueueFullError, RequestError
+from modelpack_engine.worker import threads as worker_threads
 from modelpack_engine.worker.threads import in_thread
 from modelpack_server.api import media_urls
 from modelpack_server.api.app import create_app
@@ -574,6 +575,22 @@ def test_what_is_refused_fetches_nothing(
     assert ask([bad, picture]).status_code == 400
     assert ask([picture] * 33).status_code == 400
     assert server.requests == []
+
+
+def test_large_prompts_wait_for_no_pictures(
+    http: TestClient, server: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large prompts share two threads, which pictures that are slow to arrive do not hold."""
+    monkeypatch.setattr(worker_threads, "LARGE", 1)
+    path, slow = bodies(f"{server.url}/slow")[0]
+    text = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(http.post, path, json={"model": "tiny"} | slow) for _ in "ab"]
+        until(lambda: len(server.requests) == 2)
+        assert http.post(path, json=text).status_code == 200
+        assert not any(future.done() for future in waiting)
+        server.release.set()
+        assert [future.result().status_code for future in waiting] == [200, 200]
 
 
 @pytest.mark.long
