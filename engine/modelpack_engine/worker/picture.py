@@ -28,10 +28,11 @@ class BadPictureError(Exception):
     """A file that is no picture within the limits; the text continues "the picture is"."""
 
 
-def decode(data: bytes) -> tuple[int, int, bytes]:
+def decode(data: bytes, max_side: int | None = None) -> tuple[int, int, bytes]:
     """Return width, height and the pixels of a file, RGB of 8 bits, upright.
 
-    Raises `BadPictureError`.
+    A picture with more than `max_side` pixels on its longer side is made smaller. Raises
+    `BadPictureError`.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -59,7 +60,7 @@ def decode(data: bytes) -> tuple[int, int, bytes]:
         # Cameras add previews and maps of brightness to a JPEG (MPO); the picture is the first.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise BadPictureError("refused: it is animated; send one frame")
-        return _upright(image)
+        return _upright(image, max_side)
     except (BadPictureError, MemoryError):
         raise
     except Exception as error:
@@ -129,7 +130,7 @@ def _gif_colours(flags: int) -> int:
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
-def _upright(image: Any) -> tuple[int, int, bytes]:
+def _upright(image: Any, max_side: int | None) -> tuple[int, int, bytes]:
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
@@ -140,6 +141,8 @@ def _upright(image: Any) -> tuple[int, int, bytes]:
     elif image.mode == "I;16B":
         image = Image.frombytes("L", image.size, image.tobytes()[::2])
     rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if max_side is not None:
+        rgb.thumbnail((max_side, max_side))
     return (*rgb.size, rgb.tobytes())
 
 

@@ -221,7 +221,7 @@ def _decode(job: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         if job["kind"] == "picture":
-            width, height, pixels = decode(job["raw"])
+            width, height, pixels = decode(job["raw"], job.get("max_side"))
         else:
             from modelpack_engine.worker.document import count_pages, render_page
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MAX_PICTURES = 32  # in one request
 MAX_BYTES = 20 * 1024 * 1024  # of one file
 MAX_SECONDS = 10.0  # to decode one file
+LOW_DETAIL_SIDE = 512  # pixels on the longer side of a picture with OpenAI's detail "low"
 PDF = "application/pdf"
 MAX_SECONDS_ALL = 60.0  # to fetch and decode those of one request
 
@@ -49,12 +50,13 @@ Job = Callable[[dict[str, Any], bytes, float], dict[str, Any]]
 class PictureFile:
     """A picture as a client sent it, or a page of a PDF; `param` is its place in the request.
 
-    `page` counts from 0.
+    `page` counts from 0. A picture is made smaller for `max_side` pixels on its longer side.
     """
 
     data: bytes = field(repr=False)
     param: str
     page: int | None = None
+    max_side: int | None = None
 
     def opened(self, owner: str, seconds: float) -> AbstractContextManager[PictureFile]:
         """Return the file itself; see `PictureUrl.opened`."""
@@ -72,7 +74,9 @@ class PictureFile:
 
         from modelpack_engine.vision.processor import Picture
 
-        job = {"kind": "picture"} if self.page is None else {"kind": "page", "index": self.page}
+        job: dict[str, Any] = {"kind": "picture", "max_side": self.max_side}
+        if self.page is not None:
+            job = {"kind": "page", "index": self.page}
         try:
             answer = run(job, self.data, seconds)
         except JobFailedError as error:
@@ -90,11 +94,12 @@ class PictureFile:
 
 @dataclass(frozen=True, slots=True)
 class PictureUrl:
-    """The http(s) URL of a picture; `param` is its place in the request."""
+    """The http(s) URL of a picture; `param` and `max_side` are those of its `PictureFile`."""
 
     url: str = field(repr=False)
     param: str
     urls: MediaFetcher
+    max_side: int | None = None
 
     @contextmanager
     def opened(self, owner: str, seconds: float) -> Iterator[PictureFile]:
@@ -105,7 +110,7 @@ class PictureUrl:
         with self.urls.fetched(
             self.url, self.param, owner=owner, seconds=seconds, max_bytes=MAX_BYTES
         ) as data:
-            yield PictureFile(data, self.param)
+            yield PictureFile(data, self.param, max_side=self.max_side)
 
 
 class PictureReader:
@@ -117,14 +122,18 @@ class PictureReader:
     def __init__(self, no_vision: str = "", urls: MediaFetcher | None = None) -> None:
         self._no_vision, self._urls, self._count = no_vision, urls, 0
 
-    def url(self, url: object, param: str) -> dict[str, Any]:
-        """Return the part of a message for a URL; raises `RequestError` for a refused one."""
+    def url(self, url: object, param: str, detail: object = None) -> dict[str, Any]:
+        """Return the part of a message for a URL; raises `RequestError` for a refused one.
+
+        `detail` is OpenAI's: "low" makes the picture smaller, anything else leaves it as it is.
+        """
         self._check_vision(param)
+        max_side = LOW_DETAIL_SIDE if detail == "low" else None
         if not isinstance(url, str) or not url:
             raise RequestError(f"{param}: the URL of the picture is not a string", param=param)
         scheme = url.partition(":")[0].lower()
         if scheme in ("http", "https"):
-            return self._remote(url, param)
+            return self._remote(url, param, max_side)
         if scheme != "data":
             raise RequestError(
                 f"{param}: {url[:30]!r} is not a data: URL", param=param,
@@ -133,7 +142,7 @@ class PictureReader:
         kind, text = self._data(url, param, "picture")
         if kind and not kind.startswith("image/"):
             raise RequestError(f"{param}: {kind[:50]!r} is not a picture; {ACCEPTED}", param=param)
-        return self.base64(text, param)
+        return self.file(self._decoded(text, param, "picture"), param, max_side)
 
     def base64(self, text: object, param: str) -> dict[str, Any]:
         """Return the part of a message for a file in base64."""
@@ -162,16 +171,16 @@ class PictureReader:
         self._count_one(param)
         return {"type": "document", "document": PictureFile(data, param)}
 
-    def file(self, data: bytes, param: str) -> dict[str, Any]:
+    def file(self, data: bytes, param: str, max_side: int | None = None) -> dict[str, Any]:
         """Return the part of a message for the bytes of a file."""
         self._count_one(param)
         if not data:
             raise RequestError(f"{param}: the picture is empty", param=param)
         if len(data) > MAX_BYTES:
             raise self._too_large(param)
-        return {"type": "image", "picture": PictureFile(data, param)}
+        return {"type": "image", "picture": PictureFile(data, param, max_side=max_side)}
 
-    def _remote(self, url: str, param: str) -> dict[str, Any]:
+    def _remote(self, url: str, param: str, max_side: int | None) -> dict[str, Any]:
         if self._urls is None:
             raise RequestError(
                 f"{param}: pictures are not fetched from the network: the server was started"
@@ -181,7 +190,7 @@ class PictureReader:
             )
         self._urls.check(url, param)
         self._count_one(param)
-        return {"type": "image", "picture": PictureUrl(url, param, self._urls)}
+        return {"type": "image", "picture": PictureUrl(url, param, self._urls, max_side)}
 
     def _data(self, url: str, param: str, what: str) -> tuple[str, str]:
         """Return the media type and the base64 of a data: URL."""
@@ -289,9 +298,7 @@ class PictureFiles:
         return False
 
 
-def with_pages(
-    model: ServedModel, messages: Sequence[Mapping[str, Any]]
-) -> Sequence[Mapping[str, Any]]:
+def with_pages(model: ServedModel, messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Return messages with the pages of documents as pictures. Call it in a thread.
 
     Raises `RequestError` for a document that is no PDF, or if pictures and pages are too many, and

@@ -17,6 +17,7 @@ from modelpack.builder.request import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.vision import models
+from modelpack_engine.vision.processor import Picture
 from modelpack_server.api.app import create_app
 from modelpack_server.api.ollama.models import _capabilities
 from modelpack_server.pool.pool import ModelPool
@@ -90,6 +91,27 @@ def test_openai(kind: str, llava: Served, idefics: Served) -> None:
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     streamed = one.chat([image(ONE), QUESTION], stream=True)
     assert streamed.status_code == 200
+
+
+def test_low_detail(llava: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture is made smaller before the model's processor has it."""
+    shapes = []
+    digest = Picture.digest
+
+    def spied(self: Picture) -> bytes:
+        shapes.append(self.pixels.shape[:2])
+        return digest(self)
+
+    monkeypatch.setattr(Picture, "digest", spied)
+    large = url(file_of(picture(3, 600, 900)))
+    for detail in ("low", "high", "auto", 7):
+        part = {"type": "image_url", "image_url": {"url": large, "detail": detail}}
+        assert llava.chat([part, QUESTION]).status_code == 200
+    assert llava.chat([{"type": "image_url", "image_url": large}, QUESTION]).status_code == 200
+    given = [asked(file_of(picture(3, 600, 900)), detail="low")]
+    answer = llava.http.post("/v1/responses", json={"model": "tiny", "input": given})
+    assert answer.status_code == 200
+    assert shapes == [(341, 512), *[(600, 900)] * 4, (341, 512)]
 
 
 def test_two_pictures_in_turns(llava: Served) -> None:

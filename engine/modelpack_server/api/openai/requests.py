@@ -125,8 +125,9 @@ def _content(
     for i, part in enumerate(content):
         if part.get("type") == "image_url":
             given = part.get("image_url")
-            url = given.get("url") if isinstance(given, dict) else given
-            parts.append(pictures.url(url, f"{where}.content[{i}]"))
+            fields = given if isinstance(given, dict) else {"url": given}
+            place = f"{where}.content[{i}]"
+            parts.append(pictures.url(fields.get("url"), place, fields.get("detail")))
         elif part.get("type") == "file":
             parts.append(_document(part.get("file"), f"{where}.content[{i}]", pictures))
         else:

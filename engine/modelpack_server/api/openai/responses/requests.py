@@ -360,7 +360,7 @@ def _content(
     parts = []
     for i, part in enumerate(content):
         if part["type"] == "input_image":
-            parts.append(pictures.url(part["image_url"], f"{where}[{i}]"))
+            parts.append(pictures.url(part["image_url"], f"{where}[{i}]", part.get("detail")))
         elif part["type"] == "input_file":
             parts.append(pictures.document(part["file_data"], f"{where}[{i}]"))
         else:
