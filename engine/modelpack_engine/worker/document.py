@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from modelpack_engine.worker.picture import BadPictureError
+from modelpack_engine.worker.picture import BadPictureError, check_ratio
 
 #: The most pixels on the longer side of a page, and pixels for a point of 1/72 inch.
 MAX_PAGE_SIDE = 1568
@@ -31,6 +31,7 @@ def render_page(data: bytes, index: int) -> tuple[int, int, bytes]:
         width, height = page.get_size()
         if not (0 < width < math.inf and 0 < height < math.inf):
             raise BadPictureError(f"refused: it has {width:g} x {height:g} points")
+        check_ratio(width * PAGE_SCALE, height * PAGE_SCALE)
         scale = min(PAGE_SCALE, MAX_PAGE_SIDE / max(width, height))
         bitmap = page.render(scale=scale, may_draw_forms=False, rev_byteorder=True)
         rgb = bitmap.to_pil().convert("RGB")

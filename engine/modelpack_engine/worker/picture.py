@@ -15,6 +15,9 @@ from typing import Any
 
 MAX_PIXELS = 33_177_600  # of one picture: 8K, 7680 x 4320
 MAX_SIDE = 16_384
+#: How many times longer one side may be than the other. Processors that scale the shorter side to
+#: some hundred pixels would make gigabytes of a line of pixels.
+MAX_RATIO = 100
 #: The formats that OpenAI's and Anthropic's APIs take.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 #: The most chunks, segments and blocks of a file, which Pillow reads one by one, and scans of a
@@ -56,6 +59,7 @@ def decode(data: bytes, max_side: int | None = None) -> tuple[int, int, bytes]:
         )
     if not width or not height:
         raise BadPictureError(f"refused: it has {width} x {height} pixels")
+    check_ratio(width, height)
     try:
         # Cameras add previews and maps of brightness to a JPEG (MPO); the picture is the first.
         if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -65,6 +69,15 @@ def decode(data: bytes, max_side: int | None = None) -> tuple[int, int, bytes]:
         raise
     except Exception as error:
         raise _damaged(error) from error
+
+
+def check_ratio(width: float, height: float) -> None:
+    """Raise `BadPictureError` for a picture or a page that is all too long."""
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise BadPictureError(
+            f"refused: it has {width:g} x {height:g} pixels, one side may be {MAX_RATIO} times as"
+            " long as the other"
+        )
 
 
 def _check_parts(data: bytes) -> None:

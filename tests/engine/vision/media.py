@@ -128,6 +128,8 @@ BAD_FILES: list[tuple[str, Callable[[], bytes], str]] = [
     ("100 megapixels", lambda: png(10_000, 10_000), "33177600"),
     ("a bomb", lambda: png(60_000, 60_000), "has more than 33177600 pixels"),
     ("one long line", lambda: png(20_000, 1), "16384 a side"),
+    ("a line", lambda: saved(Image.new("RGB", (16_384, 1))), "it has 16384 x 1 pixels, one side"),
+    ("a column", lambda: saved(Image.new("RGB", (1, 101))), "100 times as long as the other"),
     ("a bomb of text", lambda: _with(b"zTXt", b"Comment\0\0" + _bomb()), "is damaged"),
     ("a bomb of a profile", lambda: _with(b"iCCP", b"a\0\0" + _bomb()), "is damaged"),
     ("a bomb of utf-8", lambda: _with(b"iTXt", b"a\0\1\0\0\0" + _bomb()), "is damaged"),

@@ -155,7 +155,7 @@ def test_vectors_are_drawn_on_white() -> None:
     ("box", "shape"),
     [
         ("0 0 14400 14400", (MAX_PAGE_SIDE, MAX_PAGE_SIDE)),
-        ("0 0 14400 1", (1, MAX_PAGE_SIDE)),
+        ("0 0 14400 144", (16, MAX_PAGE_SIDE)),
         ("0 0 1000000 1000000", (MAX_PAGE_SIDE, MAX_PAGE_SIDE)),
         ("0 0 0 0", (MAX_PAGE_SIDE, 1212)),  # US Letter, as the specification has it
     ],
@@ -171,6 +171,10 @@ def outcome(data: bytes) -> str:
         return str(len(pages_of(data)))
     except RequestError as error:
         return str(error)
+
+
+def test_long_pages_are_refused() -> None:
+    assert "page 1 is refused: it has 28800 x 2 pixels" in outcome(page("0 0 14400 1"))
 
 
 def test_a_bomb_takes_no_memory() -> None:
