@@ -179,7 +179,10 @@ class MediaUrls:
         """Return the file at a URL, or the location that it redirects to."""
         origin = origin_of(url)
         for address in (await _addresses(origin, host))[:_MAX_ADDRESSES]:
-            request = _request(url, origin, address)
+            try:
+                request = _request(url, origin, address)
+            except httpx.InvalidURL:
+                raise _RefusedError("the URL is not valid") from None
             # One for each connection: a pool would use one for all names of an address.
             async with httpx.AsyncHTTPTransport(
                 verify=default_context(), trust_env=False

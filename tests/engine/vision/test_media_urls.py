@@ -17,12 +17,15 @@ from urllib.parse import parse_qs, quote, urlsplit
 import anyio
 import pytest
 import requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
 from modelpack import package
 from modelpack.builder.request import PackageRequest
 from modelpack.errors import UsageError
+from modelpack.registry.urls import origin_of
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import QueueFullError, RequestError
 from modelpack_engine.worker import threads as worker_threads
@@ -267,6 +270,30 @@ def test_refused_urls(url: str, message: str, net: Net, server: Pictures) -> Non
     assert net.lookups == net.connected == server.requests == []
 
 
+_PIECES = [
+    "http:", "https:", "//", "/", "\\", "@", ":", "80", "443", "8080", "?", "#", "..", ".", "%",
+    "%2f", "%00", "[", "]", "::1", "[::1]", "cdn.example", "CDN.EXAMPLE", "evil.example",
+    "127.0.0.1", "user", ";", "&", "=", " ", "\t", "\r\n", "\u3002", "\u0430", "\ud83d", "a", "\xff", "|", "^",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(_PIECES), max_size=9), st.booleans())
+@settings(suppress_health_check=list(HealthCheck), deadline=None)
+def test_requests_go_to_the_address_for_the_host(pieces: list[str], begun: bool) -> None:
+    """Whatever other parsers make of a URL that passes the check."""
+    url = ("http://cdn.example" if begun else "") + "".join(pieces)
+    urls = MediaUrls([CDN, f"{CDN}:8080"])
+    try:
+        checked, _ = urls._checked(url)
+    except media_urls._RefusedError:
+        return
+    made = media_urls._request(checked, origin_of(checked), PUBLIC)
+    assert (made.url.host, made.url.userinfo) == (PUBLIC, b"")
+    assert made.headers["host"] in (CDN, f"{CDN}:8080", f"{CDN}:443", f"{CDN}:80")
+    assert made.url.port in (None, 8080)
+    assert made.url.raw_path.startswith(b"/")
+
+
 #: Addresses to which the allowed name may not lead.
 PRIVATE_ADDRESSES = [
     "127.0.0.1", "127.9.9.9", "0.0.0.0", "10.0.0.5", "172.16.0.1", "192.168.0.1", "100.64.0.1",
@@ -302,6 +329,14 @@ def test_a_redirect_is_looked_up_again(net: Net, server: Pictures) -> None:
     text = refused(MediaUrls([CDN]), f"http://{CDN}/to?url=/a.png")
     assert "its host has an address that is not public" in text
     assert net.connected == [PUBLIC]
+
+
+def test_a_url_that_is_too_long_once_it_is_encoded(net: Net, server: Pictures) -> None:
+    net.names[CDN] = [[PUBLIC]]
+    assert "the URL is not valid" in refused(
+        MediaUrls([CDN]), f"http://{CDN}/" + "\U0001f600" * 9000
+    )
+    assert net.connected == []
 
 
 def test_ipv6(net: Net) -> None:
@@ -344,6 +379,9 @@ RESPONSES = [
     ("/a.png?type=x-image/png", "its content type is not that of a picture"),
     ("/a.png?encoding=gzip", "its content is compressed"),
     ("/a.png?length=9999999", "it has more than 1048576 bytes"),
+    ("/a.png?length=" + "9" * 5000, "the server sends no valid response"),
+    ("/a.png?length=-1", "the server sends no valid response"),
+    ("/a.png?length=%C2%B2", "the server sends no valid response"),
     ("/endless", "it has more than 1048576 bytes"),
     ("/status?is=404", "the server responds with status 404"),
     ("/status?is=500", "the server responds with status 500"),
@@ -355,7 +393,7 @@ RESPONSES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "message"), RESPONSES, ids=[path for path, _ in RESPONSES])
+@pytest.mark.parametrize(("path", "message"), RESPONSES, ids=[path[:40] for path, _ in RESPONSES])
 def test_bad_responses(path: str, message: str, server: Pictures) -> None:
     urls = MediaUrls([f"127.0.0.1:{server.port}"])
     assert message in refused(urls, server.url + path)
