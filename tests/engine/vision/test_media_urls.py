@@ -273,7 +273,8 @@ def test_refused_urls(url: str, message: str, net: Net, server: Pictures) -> Non
 _PIECES = [
     "http:", "https:", "//", "/", "\\", "@", ":", "80", "443", "8080", "?", "#", "..", ".", "%",
     "%2f", "%00", "[", "]", "::1", "[::1]", "cdn.example", "CDN.EXAMPLE", "evil.example",
-    "127.0.0.1", "user", ";", "&", "=", " ", "\t", "\r\n", "\u3002", "\u0430", "\ud83d", "a", "\xff", "|", "^",
+    "127.0.0.1", "user", ";", "&", "=", " ", "\t", "\r\n", "\u3002", "\u0430", "\ud83d", "a",
+    "\xff", "|", "^",
 ]  # fmt: skip
 
 

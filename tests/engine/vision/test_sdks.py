@@ -16,10 +16,13 @@ import pytest
 
 from modelpack_server.api.app import ModelServer
 from modelpack_server.conversation import pictures
+from modelpack_server.conversation.pictures import PDF
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue
 from tests.engine.vision import tiny
-from tests.engine.vision.media import file_of, slow_jpeg, url
+from tests.engine.vision.media import file_of, url
+from tests.engine.vision.test_documents import ONE as DOCUMENT
+from tests.engine.vision.test_documents import page, rendered
 from tests.engine.vision.tiny import picture
 from tests.engine.worker.test_workers import until
 
@@ -113,11 +116,43 @@ def test_ollama(address: str, expected: str) -> None:
         assert made.response == found
 
 
+def test_documents(address: str) -> None:
+    """Anthropic's client and OpenAI's send a PDF."""
+    tokens = tiny.expected("llava", "user: <image>What is it?\nassistant:", [rendered(DOCUMENT)])
+    said = tiny.tiny_loaded("llava").tokenizer.decode(tokens)
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        file = {"filename": "a.pdf", "file_data": url(DOCUMENT, PDF)}
+        content: Any = [{"type": "file", "file": file}, {"type": "text", "text": "What is it?"}]
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=8, **GREEDY
+        )
+        assert answer.choices[0].message.content == said
+        content = [{"type": "input_file", **file}, {"type": "input_text", "text": "What is it?"}]
+        response = client.responses.create(
+            model="tiny",
+            input=[{"role": "user", "content": content}],
+            max_output_tokens=8,
+            **GREEDY,
+        )
+        assert response.output_text == said
+    with anthropic.Anthropic(base_url=address, api_key="none") as client:
+        data = base64.b64encode(DOCUMENT).decode()
+        block: Any = {
+            "type": "document",
+            "source": {"type": "base64", "media_type": PDF, "data": data},
+        }
+        count = client.messages.count_tokens(
+            model="tiny", messages=[{"role": "user", "content": [block]}]
+        )
+        assert count.input_tokens == 16 + len("user: \nassistant:")
+
+
 def test_a_client_that_leaves_ends_the_decoding(
     address: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pictures, "MAX_SECONDS", 3600.0)
-    content = [{"type": "image_url", "image_url": {"url": url(slow_jpeg(), "image/jpeg")}}]
+    slow = page("0 0 700 700", b"0 0 700 700 re f* " * 100_000)  # two minutes
+    content = [{"type": "file", "file": {"file_data": url(slow, PDF)}}]
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": content}]})
     host, port = address.removeprefix("http://").split(":")
     workers = pictures.shared_workers("picture")
