@@ -44,6 +44,12 @@ class Served:
         }  # fmt: skip
         return self.http.post("/v1/chat/completions", json=given | body)
 
+    @property
+    def engine(self) -> Any:
+        """The model's engine, loaded by a request."""
+        assert self.chat("x", max_tokens=1).status_code == 200
+        return self.catalogue.engines[-1]
+
 
 def served(kind: str) -> Iterator[Served]:
     catalogue = TinyCatalogue(lambda: tiny.tiny_engine(kind, max_num_batched_tokens=256))
@@ -363,7 +369,7 @@ def test_more_tokens_than_the_context(idefics: Served) -> None:
 def test_a_full_queue_refuses_pictures_before_they_are_decoded(
     llava: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler = llava.catalogue.engines[-1]._ready()._scheduler
+    scheduler = llava.engine._ready()._scheduler
     monkeypatch.setattr(scheduler, "config", dataclasses.replace(scheduler.config, max_waiting=0))
     refused = llava.chat([image(b"bad")])
     assert refused.status_code == 429
@@ -377,7 +383,7 @@ def test_templates_that_show_text_only(template: str, llava: Served) -> None:
     """The placeholder comes where the picture is."""
     from modelpack_engine.models.chat_template import ChatTemplate
 
-    engine = llava.catalogue.engines[-1]
+    engine = llava.engine
     tokenizer, own = engine.tokenizer, engine.tokenizer._chat_template
     tokenizer._chat_template = ChatTemplate(template)
     try:
