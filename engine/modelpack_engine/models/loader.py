@@ -48,6 +48,7 @@ from modelpack_engine.vision.models import (
     TOWER_TYPES,
     language_tower,
     open_tower,
+    tower_weights,
     vision_classes,
 )
 
@@ -295,7 +296,8 @@ def _with_vision(
             bounds, _ = read_headers(files)
             bounds.check(parts, "config.json: vision_config")
             with bounds.building("config.json: vision_config"):
-                tower = open_tower(loaded.config, files.weights, loaded.model, dtype)
+                weights = tower_weights(files.weights)
+                tower = open_tower(loaded.config, weights, loaded.model, dtype)
             weight_bytes += evaluate(tower)
         vision = open_vision(tower, loaded.config, settings, encode)
     except EngineError as error:

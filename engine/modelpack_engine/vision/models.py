@@ -30,16 +30,17 @@ class VisionClass:
     """What a class of mlx-vlm needs.
 
     `text_types` are the language models that it computes; without any, mlx-lm runs the language
-    model, and mlx-vlm's tower and `projector` are added. `placeholder` stands for a picture in chat
-    templates. With `mrope`, tokens have three positions each; with `in_rows`, tokens of a picture
-    stand in rows that end with a token of their own; in both, a token is `merge` x `merge` patches
-    unless the config says otherwise. Qwen3-VL's towers also return what is added to the output of
-    the first layers (DeepStack).
+    model, and mlx-vlm's tower and `projector` are added, which its class names as `parts` says.
+    `placeholder` stands for a picture in chat templates. With `mrope`, tokens have three positions
+    each; with `in_rows`, tokens of a picture stand in rows that end with a token of their own; in
+    both, a token is `merge` x `merge` patches unless the config says otherwise. Qwen3-VL's towers
+    also return what is added to the output of the first layers (DeepStack).
     """
 
     text_types: tuple[str, ...] = ()
     placeholder: str = "<image>"
     projector: str = "LlavaMultiModalProjector"
+    parts: tuple[str, str] = ("vision_tower", "multi_modal_projector")
     mrope: bool = False
     in_rows: bool = False
     merge: int = 2
@@ -53,7 +54,11 @@ class VisionClass:
 _QWEN = VisionClass(placeholder="<|image_pad|>", projector="", mrope=True)  # the tower projects
 #: The classes by the model type of config.json.
 CLASSES: Mapping[str, VisionClass] = {
-    "idefics3": VisionClass(("idefics3", "llama", "vllama3")),
+    "idefics3": VisionClass(  # the tower alone runs for GGUF
+        ("idefics3", "llama", "vllama3"),
+        projector="Idefics3Connector",
+        parts=("vision_model", "connector"),
+    ),
     "llava": VisionClass(),
     "mistral3": VisionClass(
         placeholder="[IMG]", projector="Mistral3MultiModalProjector", in_rows=True
@@ -236,15 +241,28 @@ _ALIGNMENT = 64
 _PREFIXES = ("multi_modal_projector.", "vision_tower.", "visual.")
 
 
+def tower_weights(paths: Sequence[Path]) -> dict[str, mx.array]:
+    """Return the weights of the vision tower in safetensors files, by the names of `open_tower`."""
+    return {
+        name.removeprefix("model.").replace("visual.", "vision_tower.", 1): array
+        for path in paths
+        for name, array in cast(
+            dict[str, mx.array], mx.load(str(path), format="safetensors")
+        ).items()
+        if name.removeprefix("model.").startswith(_PREFIXES)
+    }
+
+
 def open_tower(
     config: Mapping[str, Any],
-    weights: Sequence[Path],
+    weights: Mapping[str, mx.array],
     model: Module,
     dtype: mx.Dtype | None,
 ) -> Any:
-    """Return the vision tower, not evaluated, of a model in TOWER_TYPES that is loaded otherwise.
+    """Return the vision tower, not evaluated, of a model whose language model is loaded.
 
-    `dtype` is that of its weights, None for that of the files. Raises `ModelLoadError` if the extra
+    `config` is its config.json, `weights` are those of `tower_weights` or of a GGUF projector, and
+    `dtype` is the type that they get, None for their own. Raises `ModelLoadError` if the extra
     `vision` is not installed, or tensors are missing or of the wrong shape.
     """
     kind = config["model_type"]
@@ -255,19 +273,11 @@ def open_tower(
     prepare()
     package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
     table = next(m for name, m in model.named_modules() if name.endswith("embed_tokens"))
-    given = {
-        name.removeprefix("model.").replace("visual.", "vision_tower.", 1): array
-        for path in weights
-        for name, array in cast(
-            dict[str, mx.array], mx.load(str(path), format="safetensors")
-        ).items()
-        if name.removeprefix("model.").startswith(_PREFIXES)
-    }
-    if not given:
+    if not weights:
         raise ModelLoadError("the files have no vision tower")
     try:
         tower = _tower_class(package)(config, table)
-        given = tower.sanitize(given)
+        given = tower.sanitize(dict(weights))
         if any(name.endswith(".scales") for name in given):
             _quantise(tower, config, given)
         tower.load_weights(list(given.items()), strict=True)
@@ -409,6 +419,7 @@ def _tower_class(package: Any) -> Any:
         needs = CLASSES[config["model_type"]]
         text = config.get("text_config") or config
         self.config = SimpleNamespace(
+            model_type=config["model_type"],
             text_config=SimpleNamespace(
                 hidden_size=text["hidden_size"], rms_norm_eps=text.get("rms_norm_eps", 1e-5)
             ),
@@ -418,15 +429,17 @@ def _tower_class(package: Any) -> Any:
             video_token_id=config.get("video_token_id"),
             video_token_index=config.get("video_token_id"),
             spatial_merge_size=needs.merged(config),
+            scale_factor=config.get("scale_factor", 2),
             multimodal_projector_bias=config.get("multimodal_projector_bias", False),
             vision_feature_layer=config.get("vision_feature_layer", -1 if needs.in_rows else -2),
             vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),
         )
         self.language_model = _Text(table)
-        self.vision_tower = _vision_class(package.VisionModel)(self.config.vision_config)
+        tower, projector = needs.parts
+        setattr(self, tower, _vision_class(package.VisionModel)(self.config.vision_config))
         if needs.projector:
             module = getattr(package, config["model_type"])
-            self.multi_modal_projector = getattr(module, needs.projector)(self.config)
+            setattr(self, projector, getattr(module, needs.projector)(self.config))
         self.vision_feature_layer = self.config.vision_feature_layer
         self.vision_feature_select_strategy = self.config.vision_feature_select_strategy
 
@@ -439,7 +452,8 @@ def _tower_class(package: Any) -> Any:
     def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         if hasattr(base, "sanitize"):
             weights = base.sanitize(self, weights)
-        return cast(dict[str, mx.array], self.vision_tower.sanitize(weights))
+        tower = getattr(self, CLASSES[self.config.model_type].parts[0])
+        return cast(dict[str, mx.array], tower.sanitize(weights))
 
     body = {
         "__init__": initialise,
