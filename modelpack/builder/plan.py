@@ -44,6 +44,11 @@ from modelpack.builder.request import PackageRequest, check_context_size_fits, c
 from modelpack.builder.times import created_time
 from modelpack.errors import ModelpackError, PackagingError, UsageError
 from modelpack.formats.gguf import read_gguf_header
+from modelpack.formats.projector import (
+    PROJECTOR_ARCHITECTURE,
+    embedding_width,
+    projected_width,
+)
 from modelpack.formats.shards import find_shards, shard_set
 from modelpack.formats.statistics import (
     ModelStatistics,
@@ -54,7 +59,6 @@ from modelpack.formats.statistics import (
 from modelpack.plugins import load_function
 
 _CHUNK_BYTES: Final = 1024 * 1024
-_PROJECTOR_ARCHITECTURE: Final = "clip"
 #: The engine renders at most 512 Ki characters, each up to 4 bytes of UTF-8.
 _MAX_TEMPLATE_BYTES: Final = 4 * 512 * 1024
 
@@ -198,22 +202,37 @@ def named_files(
 def check_added_files(request: PackageRequest) -> None:
     """Check that runtimes can use the projector and the chat template of a planned request.
 
-    A projector is a GGUF of the architecture `clip`. A chat template is UTF-8 and has Jinja tags;
+    A projector is a GGUF of the architecture `clip` whose embeddings of pictures have the width of
+    the model's, if that is a GGUF file of the request. A chat template is UTF-8 and has Jinja tags;
     if the extra `engine` is installed, its worker process also renders it once, within the limits
     of the server. Raises `PackagingError` and `WeightFormatError`.
     """
     if request.mmproj is not None:
-        path = expanded(request.mmproj)
-        found = read_gguf_header(path).metadata.get("general.architecture")
-        if found is None or found.value != _PROJECTOR_ARCHITECTURE:
-            got = "none" if found is None else repr(found.value)
-            raise PackagingError(
-                f"--mmproj {shown(path)} is not a projector: its architecture is {got}, expected "
-                f"{_PROJECTOR_ARCHITECTURE!r}",
-                hint="use the mmproj file that is published with the model",
-            )
+        _check_projector(expanded(request.mmproj), request.gguf)
     if request.chat_template is not None:
         _check_template(expanded(request.chat_template))
+
+
+def _check_projector(path: Path, gguf: Path | None) -> None:
+    header = read_gguf_header(path)
+    found = header.metadata.get("general.architecture")
+    if found is None or found.value != PROJECTOR_ARCHITECTURE:
+        got = "none" if found is None else repr(found.value)
+        raise PackagingError(
+            f"--mmproj {shown(path)} is not a projector: its architecture is {got}, expected "
+            f"{PROJECTOR_ARCHITECTURE!r}",
+            hint="use the mmproj file that is published with the model",
+        )
+    width = projected_width(header)
+    if gguf is None or width is None:  # a projector of sound, or of a type that is not known here
+        return
+    wanted = embedding_width(read_gguf_header(min(find_shards(expanded(gguf)))))
+    if wanted is not None and wanted != width:
+        raise PackagingError(
+            f"--mmproj {shown(path)} does not fit the model: it makes embeddings of width {width},"
+            f" {shown(expanded(gguf))} takes {wanted}",
+            hint="use the mmproj file that is published with the model",
+        )
 
 
 def _check_template(path: Path) -> None:
