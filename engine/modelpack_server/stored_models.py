@@ -126,7 +126,11 @@ def _load_llama_cpp(
     model = LlamaModel(opened.files.weights)
     load_progress.warm_up()
     config = opened.with_context_size(configure(model.context_length, model.weight_bytes))
-    engine = LlamaCppEngine(model, tokenizer, config, notes=opened.files.notes)
+    no_vision, notes = "", opened.files.notes
+    if opened.files.projector is not None:
+        no_vision = "llama.cpp runs the model, and pictures need --backend mlx"
+        notes = (*notes, f"pictures are not read: {no_vision}")
+    engine = LlamaCppEngine(model, tokenizer, config, notes=notes, no_vision=no_vision)
     _log.info("%s: %s", opened.model.reference or opened.model.digest, engine.notes[-1])
     return engine, model.architecture
 

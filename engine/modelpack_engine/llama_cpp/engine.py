@@ -193,6 +193,7 @@ class LlamaCppEngine(BaseEngine):
         config: EngineConfig | None = None,
         *,
         notes: tuple[str, ...] = (),
+        no_vision: str = "",
     ) -> None:
         """Allocate the KV cache.
 
@@ -205,7 +206,7 @@ class LlamaCppEngine(BaseEngine):
                 f"max_num_seqs is {num_seqs}, but llama.cpp allows {_MOST_SLOTS - 1}",
                 hint="lower it, or use --backend mlx",
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.no_vision = tokenizer, no_vision
         self.vocab_size = model.vocab_size
         sizes = choose_sizes(model, model.context_length, config)
         self.max_model_len = sizes.max_model_len

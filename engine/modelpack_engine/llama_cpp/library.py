@@ -12,7 +12,7 @@ from typing import Any, Literal
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models.files import ModelFiles
-from modelpack_engine.models.loader import runs_packed
+from modelpack_engine.models.loader import may_read_pictures, runs_packed
 
 _log = logging.getLogger(__name__)
 
@@ -75,9 +75,10 @@ def choose_backend(
     """Return the backend of a model; raises `EngineError` if llama.cpp is required but cannot run.
 
     The backend `auto` is the library for CPUs if it knows the architecture, or llama.cpp for GGUF
-    on a CPU if it is installed (speeds are in benchmarks/results/cpu.md), and otherwise MLX.
+    on a CPU if it is installed (speeds are in benchmarks/results/cpu.md), and otherwise MLX. Only
+    MLX reads the pictures of GGUF models.
     """
-    if config.backend == "mlx":
+    if config.backend == "mlx" or (config.backend == "auto" and may_read_pictures(files)):
         return "mlx"
     if runs_packed(files, config, device):
         return "cpu kernels"

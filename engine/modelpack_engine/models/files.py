@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,8 @@ class ModelFiles:
     `names` maps the path of each other file in the model (`config.json`, `tokenizer.json`, …) to
     its path on disk; the key of the chat template is always `chat_template.jinja`. It includes the
     weights of modules that `modules.json` lists after the model (`2_Dense/model.safetensors`).
-    `archived` has the content of small files that came in a tar archive.
+    `archived` has the content of small files that came in a tar archive. `projector` is the GGUF
+    file that encodes pictures for GGUF weights.
     """
 
     weights: tuple[Path, ...]
@@ -82,6 +83,7 @@ class ModelFiles:
     names: Mapping[str, Path] = field(default_factory=dict)
     archived: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    projector: Path | None = None
 
     @classmethod
     def from_model(cls, model: Model, blob_path: Callable[[Digest], Path]) -> ModelFiles:
@@ -100,6 +102,7 @@ class ModelFiles:
         weights: list[tuple[str, str, Path]] = []
         names: dict[str, Path] = {}
         archived: dict[str, bytes] = {}
+        projectors: list[Path] = []
         notes: list[str] = []
         located = tuple(located)
         sizes = [file.descriptor.size for file, _ in located if file.archive]
@@ -117,7 +120,7 @@ class ModelFiles:
             elif file.role is Role.WEIGHT:
                 weights.append((file.format, file.filepath or "", path))
             elif file.role is Role.PROJECTOR:
-                notes.append("the multimodal projector is left out: text only")
+                projectors.append(path)
             elif file.role is Role.ADAPTER:
                 raise ModelLoadError(
                     f"{_shown(model)} is a LoRA adapter, which cannot run without its base",
@@ -129,9 +132,10 @@ class ModelFiles:
                 notes.append(f"{file.filepath} is left out: the model has another chat template")
             elif file.filepath:
                 names[file.filepath] = path
-        return _assembled(
+        made = _assembled(
             weights, names, archived, notes, model.config.format.lower(), _shown(model)
         )
+        return made.with_projectors(projectors)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> ModelFiles:
@@ -143,7 +147,7 @@ class ModelFiles:
         shards = None
         if root.is_file():
             shards, root = find_shards(root), root.parent
-        others, weights, notes = [], [], []
+        others, weights, projectors = [], [], []
         for path in _files_in(root):
             kind = format_of("", path.name)
             if not kind:
@@ -151,7 +155,7 @@ class ModelFiles:
             elif shards is not None and path not in shards:
                 continue
             elif role_of("", path.name) is Role.PROJECTOR:
-                notes.append(f"{path.name} is left out: text only")
+                projectors.append(path)
             else:
                 weights.append((kind, path.name, path))
         for module in _module_directories(root / MODULES if root / MODULES in others else None):
@@ -160,7 +164,20 @@ class ModelFiles:
         for name in sorted(names):
             if name.endswith(".jinja") and "/" not in name:
                 names.setdefault(CHAT_TEMPLATE, names[name])
-        return _assembled(weights, names, {}, notes, "", str(directory))
+        made = _assembled(weights, names, {}, [], "", str(directory))
+        return made.with_projectors(projectors)
+
+    def with_projectors(self, paths: Sequence[Path]) -> ModelFiles:
+        """Return the files with the first projector, or a note that it is for other weights."""
+        if not paths:
+            return self
+        if self.format != "gguf":
+            note = "the multimodal projector is left out: only GGUF weights use one"
+            return replace(self, notes=(*self.notes, note))
+        notes = self.notes
+        if len(paths) > 1:
+            notes = (*notes, f"the first of {len(paths)} multimodal projectors is used")
+        return replace(self, projector=paths[0], notes=notes)
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file other than weights, or None if there is no such file."""

@@ -168,12 +168,16 @@ _ROPE_FACTORS = {
 
 
 class GGUFLoader:
-    """Loads one GGUF model. Raises `ModelLoadError`, naming the cause, for errors in the file."""
+    """Loads one GGUF model. Raises `ModelLoadError`, naming the cause, for errors in the file.
 
-    def __init__(self, file: GGUFFile) -> None:
+    `with_pictures` chooses classes whose tokens have a position on each axis of a picture, where an
+    architecture has one.
+    """
+
+    def __init__(self, file: GGUFFile, *, with_pictures: bool = False) -> None:
         self.file = file
         self._error = file.metadata.error
-        self.name, self.architecture = architecture_of(file)
+        self.name, self.architecture = architecture_of(file, with_pictures=with_pictures)
         values = Hyperparameters(self.name, file.metadata, file)
         self._names = self._used_names(values)
         self.config: Config = self.architecture.config(values)

@@ -9,7 +9,7 @@ file, mlx_lm/models/*.py for the fields of a class.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from modelpack_engine.models import gguf_gemma as gemma
 from modelpack_engine.models import gguf_recurrent as recurrent
@@ -943,10 +943,45 @@ VARIANTS: Mapping[tuple[str, str, int], Architecture] = {
 }
 
 
-def architecture_of(file: GGUFFile) -> tuple[str, Architecture]:
+#: mlx-lm's classes of models that read pictures: their tokens have positions on three axes.
+WITH_AXES: Mapping[str, str] = {
+    "qwen2vl": "qwen2_vl",
+    "qwen3vl": "qwen3_vl",
+    "qwen3vlmoe": "qwen3_vl_moe",
+}
+_LANGUAGE = "language_model."
+
+
+def _with_axes(architecture: Architecture, model_type: str) -> Architecture:
+    """Return an architecture as the language model inside a class that reads pictures."""
+
+    def extend(values: Hyperparameters, config: Config) -> None:
+        architecture.extend(values, config)
+        sections = values.integers("rope.dimension_sections")
+        if len(sections) < 3 or any(sections[3:]):
+            raise values.unsupported(f"a rotation in the sections {sections}")
+        rope: Config = {"mrope_section": sections[:3]}
+        if model_type == "qwen2_vl":
+            rope |= {"rope_type": "mrope", "type": "mrope"}
+        else:
+            rope |= {"rope_type": "default", "type": "default", "mrope_interleaved": True}
+        if config.get("rope_scaling"):
+            raise values.unsupported("rope scaling, and a projector")
+        config["text_config"] = {**config, "rope_scaling": rope}
+        config["model_type"] = model_type
+
+    outer = {
+        name: Target(_LANGUAGE + target) if isinstance(target, str) else target
+        for name, target in architecture.outer.items()
+    }
+    return replace(architecture, layers=_LANGUAGE + architecture.layers, outer=outer, extend=extend)
+
+
+def architecture_of(file: GGUFFile, *, with_pictures: bool = False) -> tuple[str, Architecture]:
     """Return the name of a file's architecture, and how to load it.
 
-    Raises `ModelLoadError` that names the architecture and lists those that load.
+    `with_pictures` is for a model beside a projector, see `WITH_AXES`. Raises `ModelLoadError` that
+    names the architecture and lists those that load.
     """
     metadata: Metadata = file.metadata
     name = metadata.text("general.architecture")
@@ -961,4 +996,6 @@ def architecture_of(file: GGUFFile) -> tuple[str, Architecture]:
         given = metadata.integer(f"{name}.{key}", 0) if variant == name else 0
         if given and value in (0, given):
             return name, architecture
+    if with_pictures and name in WITH_AXES:
+        return name, _with_axes(found, WITH_AXES[name])
     return name, found

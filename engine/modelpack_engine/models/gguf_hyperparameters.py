@@ -70,6 +70,10 @@ class Hyperparameters:
             return None
         return list(map(bool, self.metadata.numbers(key).tolist()))
 
+    def integers(self, name: str) -> list[int]:
+        """Return an array of whole numbers."""
+        return [int(number) for number in self.metadata.numbers(self._key(name)).tolist()]
+
     def unsupported(self, what: str) -> ModelLoadError:
         """Return the error for a supported architecture with an unsupported feature, `what`."""
         return self.metadata.error(f"{self.architecture} with {what} is not supported")

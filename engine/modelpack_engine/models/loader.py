@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from modelpack.artifacts.model import CHAT_TEMPLATE
+from modelpack.errors import ModelpackError
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import library
 from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
-from modelpack_engine.models import gguf_tokenizer, json_tokenizer, load_progress
+from modelpack_engine.models import gguf_projector, gguf_tokenizer, json_tokenizer, load_progress
 from modelpack_engine.models.chat_template import as_jinja
 from modelpack_engine.models.config_guard import check_fields
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.gguf import GGUFLoader
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
+from modelpack_engine.models.gguf_projector import GGUFProjector
 from modelpack_engine.models.load_progress import LoadCallback
 from modelpack_engine.models.model_config import normalised
 from modelpack_engine.models.precision import (
@@ -42,9 +46,12 @@ from modelpack_engine.models.safetensors import (
     read_headers,
 )
 from modelpack_engine.models.tokenizer import Tokenizer
+from modelpack_engine.patches.mlx_vlm_imports import is_installed
 from modelpack_engine.platform import cuda_graphs
+from modelpack_engine.vision import models as vision_models
 from modelpack_engine.vision.encoder import Vision, open_vision
 from modelpack_engine.vision.models import (
+    INSTALL_HINT,
     TOWER_TYPES,
     language_tower,
     open_tower,
@@ -126,6 +133,13 @@ def load(
         return _load_safetensors(files, device, dtype, dense, ignored_fields, shard, packed)
 
 
+def may_read_pictures(files: ModelFiles) -> bool:
+    """Return whether a model reads pictures here, by headers, if its files are complete."""
+    if files.format == "gguf":
+        return files.projector is not None and gguf_projector.runs(files.projector)
+    return vision_models.may_read_pictures(files.json("config.json") or {})
+
+
 def runs_packed(files: ModelFiles, config: EngineConfig, device: Device) -> bool:
     """Return whether `load` should pack a model: the library for CPUs knows its architecture.
 
@@ -171,6 +185,13 @@ def _load_gguf(
     loader = GGUFLoader(GGUFFile.open(files.weights))
     notes = list(files.notes)
     tokenizer = gguf_tokenizer_of(files, loader.file.metadata)  # first: it is quick and may fail
+    projector, no_vision = None, ""
+    try:
+        if files.projector is not None:
+            loader, projector = _open_projector(files.projector, loader, tokenizer, shard)
+    except ModelpackError as error:
+        no_vision = _projector_reason(error, files)
+    packed = packed and projector is None
     weights = None
     if packed and (model := loader.skeleton()) is not None:
         weights = loader.packed()
@@ -185,9 +206,54 @@ def _load_gguf(
     notes += limits.notes
     context = loader.config["max_position_embeddings"]
     context = min(context, limits.max_length or context)
-    return _loaded(
+    loaded = _loaded(
         model, loader.config, lambda: tokenizer, loader.name, context, notes, shard, weights
     )
+    if projector is None:
+        return _text_only(loaded, no_vision) if no_vision else loaded
+    assert dtype is not None, "of a model that is not packed"
+    try:
+        return _with_projector(loaded, projector, dtype)
+    except ModelpackError as error:
+        return _text_only(loaded, _projector_reason(error, files))
+
+
+def _open_projector(
+    path: Path, loader: GGUFLoader, tokenizer: Tokenizer, shard: Shard | None
+) -> tuple[GGUFLoader, GGUFProjector]:
+    """Return how to load a language model beside its projector, and the projector."""
+    if shard is not None:
+        raise ModelLoadError("models that read pictures from GGUF run on one device only")
+    if not is_installed():
+        raise ModelLoadError("the extra 'vision' is not installed", hint=INSTALL_HINT)
+    loader = GGUFLoader(loader.file, with_pictures=True)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    return loader, GGUFProjector(path, loader.config, encode)
+
+
+def _with_projector(loaded: LoadedModel, projector: GGUFProjector, dtype: mx.Dtype) -> LoadedModel:
+    """Return a GGUF model with its vision."""
+    if "input_embeddings" not in inspect.signature(type(loaded.model).__call__).parameters:
+        raise ModelLoadError(f"mlx-lm's {loaded.config['model_type']} takes no embeddings")
+    encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
+    tower = projector.tower(loaded.model, dtype)
+    weight_bytes = loaded.weight_bytes + evaluate(tower)
+    vision = open_vision(tower, projector.config, projector.settings, encode)
+    return replace(loaded, vision=vision, weight_bytes=weight_bytes)
+
+
+def _text_only(loaded: LoadedModel, reason: str) -> LoadedModel:
+    note = f"pictures are not read: {reason}"
+    return replace(loaded, notes=(*loaded.notes, note), no_vision=reason)
+
+
+def _projector_reason(error: ModelpackError, files: ModelFiles) -> str:
+    """Return why a projector does not run, for clients too: without its path on disk."""
+    return _reason(error).replace(str(files.projector), "the projector")
+
+
+def _reason(error: ModelpackError) -> str:
+    return f"{error} ({error.hint})" if error.hint else str(error)
 
 
 def gguf_tokenizer_of(files: ModelFiles, metadata: Metadata | None = None) -> Tokenizer:
@@ -301,7 +367,7 @@ def _with_vision(
             weight_bytes += evaluate(tower)
         vision = open_vision(tower, loaded.config, settings, encode)
     except EngineError as error:
-        reason = f"{error} ({error.hint})" if error.hint else str(error)
+        reason = _reason(error)
     return replace(
         loaded,
         model=language_tower(loaded.model) if whole else loaded.model,

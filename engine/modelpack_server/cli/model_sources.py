@@ -25,6 +25,8 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack.formats.adapter import AdapterError
+from modelpack.formats.gguf import read_gguf_header
+from modelpack.formats.projector import PROJECTOR_ARCHITECTURE, architecture_of
 from modelpack.hub.reference import local_name
 from modelpack.operations.adapters import base_name, compare, find_base, stored_adapter
 from modelpack.operations.lookup import stored_model
@@ -231,20 +233,28 @@ def path_in(text: str) -> Path | None:
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
+def _is_projector(path: Path) -> bool:
+    return architecture_of(read_gguf_header(path)) == PROJECTOR_ARCHITECTURE
+
+
 def add_file(files: FileStore, path: Path, progress: ProgressCallback | None = None) -> Reference:
     """Add a GGUF file, or a directory of GGUF or safetensors, to `files`; return its name there.
 
-    Raises `UsageError` for other files, and what `package` raises.
+    A directory may have a projector beside the GGUF file, which its architecture says. Raises
+    `UsageError` for other files, and what `package` raises.
     """
     path = weights = Path(os.path.abspath(path))
+    projectors: list[Path] = []
     if path.is_dir() and not any(path.glob("*.safetensors")):
-        shards = [file for file in sorted(path.glob("*.gguf")) if "mmproj" not in file.name]
+        shards = sorted(path.glob("*.gguf"))
+        projectors = [file for file in shards if _is_projector(file)]
+        shards = [file for file in shards if file not in projectors]
         if len(shards) == 1 or (shards and "-00001-of-" in shards[0].name):
             weights = shards[0]
     if weights.is_dir():
         request = PackageRequest(safetensors_dir=weights)
     elif weights.suffix == ".gguf":
-        request = PackageRequest(gguf=weights)
+        request = PackageRequest(gguf=weights, mmproj=projectors[0] if projectors else None)
     else:
         raise UsageError(
             f"{path} is not a model", hint="give a GGUF file, or a directory of safetensors files"

@@ -273,7 +273,7 @@ class StoreCatalogue:
         from modelpack_engine.embedding.encoder_checkpoint import is_encoder
         from modelpack_engine.embedding.loader import purpose_of
         from modelpack_engine.models.files import ModelFiles
-        from modelpack_engine.vision.models import may_read_pictures
+        from modelpack_engine.models.loader import may_read_pictures
 
         if model.is_drafter:
             return "", False
@@ -285,9 +285,7 @@ class StoreCatalogue:
             try:
                 files = ModelFiles.from_model(model, store.blob_path)
                 purpose = purpose_of(files)
-                pictures = model.config.format != "gguf" and may_read_pictures(
-                    files.json("config.json") or {}
-                )
+                pictures = may_read_pictures(files)
             except ModelpackError:
                 return "", False
             self._abilities[model.digest] = purpose, pictures
@@ -299,7 +297,8 @@ class StoreCatalogue:
         from modelpack_engine.platform.device import choose_device
         from modelpack_server.stored_models import stored_files
 
-        size = sum(file.descriptor.size for file in model.files() if file.role is Role.WEIGHT)
+        held = (Role.WEIGHT, Role.PROJECTOR)
+        size = sum(file.descriptor.size for file in model.files() if file.role in held)
         device = choose_device(config)
         if device != "cpu" or model.config.format != "gguf":
             return size

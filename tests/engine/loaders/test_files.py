@@ -90,7 +90,9 @@ def test_roles_of_layers(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in files.weights] == [b"GGUF"]
     assert files.text("chat_template.jinja") == "first"
     assert files.json("config.json") == {"a": 1}
-    assert files.notes == ("the multimodal projector is left out: text only",)
+    assert files.projector is not None
+    assert files.projector.read_bytes() == b"GGUF2"
+    assert files.notes == ()
 
 
 def test_archives_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

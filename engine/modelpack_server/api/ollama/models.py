@@ -192,7 +192,7 @@ def _config_info(files: Any, found: StoredModel) -> dict[str, Any]:
 
 def _capabilities(files: Any, template: str, header: GGUFHeader | None) -> list[str]:
     from modelpack_engine.embedding.loader import purpose_of
-    from modelpack_engine.vision.models import may_read_pictures
+    from modelpack_engine.models.loader import may_read_pictures
 
     purpose = purpose_of(files)
     if purpose != "generation":
@@ -203,7 +203,7 @@ def _capabilities(files: Any, template: str, header: GGUFHeader | None) -> list[
         found.append("tools")
     if written.reasoning is not None:
         found.append("thinking")
-    if header is None and may_read_pictures(files.json("config.json") or {}):
+    if may_read_pictures(files):
         found.append("vision")
     if may_infill(_vocabulary(files, header)):
         found.append("insert")

@@ -1,0 +1,360 @@
+"""GGUF models with a projector: as their safetensors, and those that do not run."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf.quants import dequantize, quantize
+from starlette.testclient import TestClient
+
+from modelpack import PackageRequest, package
+from modelpack.errors import PackagingError
+from modelpack.store.layout import LayoutStore
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.llama_cpp.library import choose_backend
+from modelpack_engine.models import LoadedModel, gguf_projector, load, loader
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.models.gguf_projector import GGUFProjector
+from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_server.api.app import create_app
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
+from tests.cli.running import modelpack as run
+from tests.engine.vision import projectors, tiny
+from tests.engine.vision.media import file_of, url
+from tests.engine.vision.tiny import picture
+
+TEXT = "What is <image> here?"
+PHOTO = picture(1, 40, 60)
+
+
+def loaded(kind: str, **changes: Any) -> LoadedModel:
+    return load(replace(projectors.files(kind), **changes), device="cpu")
+
+
+def engine_of(model: LoadedModel) -> Engine:
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=32, device="cpu")
+    return Engine(model, config)
+
+
+def embedded(model: LoadedModel) -> tuple[tuple[int, ...], mx.array]:
+    """Return the tokens of a picture, and their embeddings."""
+    assert model.vision is not None, model.no_vision
+    prompt = [model.vision.processor.image_token_id]
+    _, (media,) = model.vision.processor.place(prompt, [PHOTO])
+    return media.token_ids, model.vision.encoder.embeddings(media)
+
+
+def changed(path: Path, kind: str = "idefics3", **fields: Any) -> Path:
+    """Write the projector of a tiny model with other metadata."""
+    weights = projectors.weights_of(tiny.directory(kind) / "model.safetensors")
+    config, settings = tiny.config_of(kind), tiny.settings_of(kind)
+    projectors.write_projector(path, kind, config, settings, weights, **fields)
+    return path
+
+
+@pytest.mark.parametrize("kind", projectors.KINDS)
+def test_embeddings_are_those_of_safetensors(kind: str) -> None:
+    tokens, embeddings = embedded(loaded(kind))
+    expected_tokens, expected = embedded(tiny.tiny_loaded(kind))
+    assert tokens == expected_tokens
+    assert mx.array_equal(embeddings, expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in projectors.KINDS if kind != "mistral3"])
+def test_tokens_are_mlx_vlms(kind: str) -> None:
+    engine = engine_of(loaded(kind))
+    asked = [(TEXT, [PHOTO]), ("<image> and <image>", [PHOTO, picture(2)]), ("No picture", [])]
+    found = tiny.run(engine, *(tiny.request(engine, text, photos) for text, photos in asked))
+    assert found == [tiny.expected(kind, text, photos) for text, photos in asked]
+    [other] = tiny.run(engine, tiny.request(engine, TEXT, [picture(9, 40, 60)]))
+    assert other != found[0]
+
+
+TYPES = gguf.GGMLQuantizationType
+
+
+@pytest.mark.parametrize("kind", [TYPES.F16, TYPES.BF16, TYPES.Q8_0])
+def test_types_of_weights(kind: TYPES, tmp_path: Path) -> None:
+    """Matrices are dequantised as gguf-py does."""
+    written = {}
+    rows = 32 if kind is TYPES.Q8_0 else 1
+
+    def add(writer: gguf.GGUFWriter, name: str, value: np.ndarray) -> None:
+        value = np.ascontiguousarray(value, np.float32)
+        if value.ndim < 2 or value.shape[-1] % rows:
+            writer.add_tensor(name, value)
+            return
+        raw = quantize(value, kind)
+        written[name] = dequantize(raw, kind)
+        writer.add_tensor(name, raw, raw_dtype=kind)
+
+    weights = projectors.weights_of(tiny.directory("idefics3") / "model.safetensors")
+    path = tmp_path / "p.gguf"
+    config, settings = tiny.config_of("idefics3"), tiny.settings_of("idefics3")
+    projectors.write_projector(path, "idefics3", config, settings, weights, add)
+    model = tiny.tiny_loaded("idefics3")
+    encode = model.tokenizer.encode
+    made = GGUFProjector(path, {"model_type": "llama", "hidden_size": 64}, encode)
+    found = made.weights(mx.float32)
+    name, paths = "v.blk.1.attn_q.weight", "vision_model.encoder.layers.1.self_attn.q_proj.weight"
+    assert np.array_equal(np.array(found[paths]), written[name])
+    assert len(written) > 5
+    assert loaded("idefics3", projector=path).vision is not None
+
+
+def test_names_that_older_converters_swapped(tmp_path: Path, monkeypatch: Any) -> None:
+    """clip.cpp: ffn_down was the first layer of an MLP."""
+    tensors = projectors.projector_tensors
+
+    def swapped(*arguments: Any) -> projectors.Weights:
+        other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+        return {
+            ".".join(other.get(part, part) for part in name.split(".")): value
+            for name, value in tensors(*arguments).items()
+        }
+
+    monkeypatch.setattr(projectors, "projector_tensors", swapped)
+    path = changed(tmp_path / "p.gguf")
+    found = embedded(loaded("idefics3", projector=path))
+    assert mx.array_equal(found[1], embedded(tiny.tiny_loaded("idefics3"))[1])
+
+
+def test_a_projector_without_a_type_is_llavas(tmp_path: Path) -> None:
+    """The oldest files name no type, and all blocks that they have are read."""
+    change = {"clip__projector_type": None, "clip__has_llava_projector": True}
+    path = changed(tmp_path / "p.gguf", "llava", **change)
+    assert mx.array_equal(
+        embedded(loaded("llava", projector=path))[1], embedded(loaded("llava"))[1]
+    )
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"clip__projector_type": "ldp"}, "the projector type 'ldp' is not supported; supported types"),
+    (
+        {"clip__projector_type": "qwen2vl_merger"},
+        "the tensors are not those of .* 'qwen2vl_merger'",
+    ),
+    ({"clip__has_vision_encoder": None}, "has no encoder of pictures"),
+    ({"clip__has_vision_encoder": False}, "has no encoder of pictures"),
+    ({"general__architecture": "llama"}, "architecture 'llama', expected 'clip'"),
+    ({"clip__use_gelu": None}, "the activation gelu_quick is not supported: mlx-vlm's idefics3"),
+    ({"clip__vision__image_mean": None}, "the metadata has no 'clip.vision.image_mean'"),
+    ({"clip__vision__image_mean": [0.5, 0.5]}, "expected three numbers"),
+    ({"clip__vision__image_std": [0.5, 0.0, 0.5]}, "expected above 0"),
+    ({"clip__vision__patch_size": 0}, "cannot build|division|zero"),
+    ({"clip__vision__block_count": 5}, "name 5 blocks, the tensors are of 2"),
+    ({"clip__vision__block_count": 1}, "name 1 blocks, the tensors are of 2"),
+    ({"clip__vision__block_count": 2**31 - 1}, "name 2147483647 blocks"),
+    ({"clip__vision__embedding_length": 10**9}, "hidden_size is 1000000000"),
+    ({"clip__vision__attention__head_count": 0}, "cannot build"),
+    ({"clip__vision__attention__head_count": "x"}, "expected a whole number"),
+    ({"clip__vision__preproc_image_size": 10**6}, "the limit is 8192"),
+    ({"clip__vision__projector__scale_factor": 3}, "cannot build"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_projectors_that_do_not_run(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """The model reads text, and says why it reads no pictures."""
+    model = loaded("idefics3", projector=changed(tmp_path / "p.gguf", **fields))
+    assert model.vision is None
+    assert len(model.no_vision) < 600
+    assert f"pictures are not read: {model.no_vision}" in model.notes
+    assert re.search(message, model.no_vision), model.no_vision
+    assert "p.gguf" not in model.no_vision  # clients of a server read it
+    assert answered(model, "No picture") == tiny.expected("idefics3", "No picture", [])
+
+
+def answered(model: LoadedModel, text: str) -> list[int]:
+    """Return the tokens after a text without pictures."""
+    engine = engine_of(model)
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    ids = engine.tokenizer.encode(text, add_special_tokens=False)
+    [tokens] = tiny.run(engine, EngineRequest(ids, params))
+    return tokens
+
+
+def test_a_projector_of_another_width(tmp_path: Path) -> None:
+    weights = projectors.weights_of(tiny.directory("idefics3") / "model.safetensors")
+    name = "connector.modality_projection.proj.weight"
+    weights[name] = weights[name][:32]
+    path = tmp_path / "p.gguf"
+    config, settings = tiny.config_of("idefics3"), tiny.settings_of("idefics3")
+    projectors.write_projector(path, "idefics3", config, settings, weights)
+    model = loaded("idefics3", projector=path)
+    assert "makes embeddings of width 32, the model takes 64" in model.no_vision
+    request = PackageRequest(gguf=projectors.files("idefics3").weights[0], mmproj=path)
+    with pytest.raises(PackagingError, match=r"p\.gguf does not fit .* width 32, .* takes 64"):
+        package("m", request, store=LayoutStore(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("size", [0, 20, 1000, -1, -4000])
+def test_truncated_projectors(size: int, tmp_path: Path) -> None:
+    source = projectors.files("idefics3").projector
+    assert source is not None
+    (tmp_path / "p.gguf").write_bytes(source.read_bytes()[:size])
+    model = loaded("idefics3", projector=tmp_path / "p.gguf")
+    assert model.vision is None
+    assert model.no_vision.startswith("the projector at byte ")
+    assert answered(model, "No picture") == tiny.expected("idefics3", "No picture", [])
+
+
+def test_tensors_of_other_models(tmp_path: Path) -> None:
+    """An unknown tensor, and one with infinite values, are named."""
+
+    def add(writer: gguf.GGUFWriter, name: str, value: np.ndarray) -> None:
+        projectors.add_array(writer, name, value * np.inf if name == "v.patch_embd.bias" else value)
+
+    weights = projectors.weights_of(tiny.directory("idefics3") / "model.safetensors")
+    config, settings = tiny.config_of("idefics3"), tiny.settings_of("idefics3")
+    path = tmp_path / "p.gguf"
+    projectors.write_projector(path, "idefics3", config, settings, weights, add)
+    assert "same or infinite embeddings" in loaded("idefics3", projector=path).no_vision
+    weights["vision_model.encoder.layers.0.self_attn.q_norm.weight"] = np.ones(16, np.float32)
+    names = {"v.blk.0.attn_q_norm.weight": weights.popitem()[1]}
+
+    def more(writer: gguf.GGUFWriter, name: str, value: np.ndarray) -> None:
+        projectors.add_array(writer, name, value)
+        while names:
+            projectors.add_array(writer, *names.popitem())
+
+    projectors.write_projector(path, "idefics3", config, settings, weights, more)
+    assert (
+        "no such tensors: v.blk.0.attn_q_norm.weight"
+        in loaded("idefics3", projector=path).no_vision
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "eyes", "message"),
+    [
+        (
+            "idefics3",
+            "qwen2_vl",
+            "'qwen2vl_merger' does not fit a language model of the class 'llama'",
+        ),
+        (
+            "qwen2_vl",
+            "qwen3_vl",
+            "'qwen3vl_merger' does not fit a language model of the class 'qwen2_vl'",
+        ),
+    ],
+)
+def test_a_projector_of_another_model(text: str, eyes: str, message: str) -> None:
+    model = loaded(text, projector=projectors.files(eyes).projector)
+    assert message in model.no_vision
+    assert answered(model, "No picture") == tiny.expected(text, "No picture", [])
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "is_installed", lambda: False)
+    monkeypatch.setattr(gguf_projector, "is_installed", lambda: False)
+    model = loaded("qwen2_vl")
+    assert "'vision' is not installed (pip install 'modelpack[vision]')" in model.no_vision
+    assert model.config["model_type"] == "qwen2"
+    assert choose_backend(projectors.files("idefics3"), EngineConfig(), "cpu") != "mlx"
+
+
+def test_only_mlx_reads_pictures() -> None:
+    files = projectors.files("idefics3")
+    assert choose_backend(files, EngineConfig(), "cpu") == "mlx"
+    assert choose_backend(replace(files, projector=None), EngineConfig(), "cpu") != "mlx"
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    path.write_bytes(file_of(PHOTO))
+    return path
+
+
+def renamed(kind: str, path: Path) -> tuple[Path, Path]:
+    """Copy the files of a tiny model; their names say nothing of a projector."""
+    files = projectors.files(kind)
+    assert files.projector is not None
+    for name, source in (("one.gguf", files.weights[0]), ("two.gguf", files.projector)):
+        (path / name).write_bytes(source.read_bytes())
+    return path / "one.gguf", path / "two.gguf"
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "qwen2_5_vl"])
+def test_packaged_and_served(kind: str, tmp_path: Path) -> None:
+    """The media type says which file is the projector; other files have no say."""
+    gguf_, projector = renamed(kind, tmp_path)
+    store = LayoutStore(tmp_path / "store")
+    package("seeing", PackageRequest(gguf=gguf_, mmproj=projector), store=store)
+    package("blind", PackageRequest(gguf=gguf_), store=store)
+    content = [
+        {"type": "image_url", "image_url": {"url": url(file_of(PHOTO))}},
+        {"type": "text", "text": "What?"},
+    ]
+    body = {
+        "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0,
+        "ignore_eos": True,
+    }  # fmt: skip
+    with TestClient(create_app(ModelPool(StoreCatalogue(store)))) as http:
+        listed = {each["id"]: each for each in http.get("/v1/models").json()["data"]}
+        abilities = {name: each["capabilities"] for name, each in listed.items()}
+        assert ["vision" in abilities[name] for name in sorted(abilities)] == [False, True]
+        shown = [
+            http.post("/api/show", json={"model": name}).json()["capabilities"]
+            for name in ("blind", "seeing")
+        ]
+        assert ["vision" in each for each in shown] == [False, True]
+        answer = http.post("/v1/chat/completions", json={"model": "seeing", **body})
+        assert answer.status_code == 200, answer.text
+        refused = http.post("/v1/chat/completions", json={"model": "blind", **body})
+        assert refused.status_code == 400
+    text = answer.json()["choices"][0]["message"]["content"]
+    prompt = "user: <image>What?\nassistant:"
+    expected = tiny.expected(kind, prompt, [PHOTO])
+    assert text == loaded(kind).tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("as_directory", [False, True])
+def test_run_with_a_photo(
+    as_directory: bool, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the store, and from a directory with both files."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    source = tmp_path / "files"
+    source.mkdir()
+    gguf_, projector = renamed("idefics3", source)
+    store = ("--store", tmp_path / "store")
+    name: object = source
+    if not as_directory:
+        name = "seeing"
+        made = run("package", "--gguf", gguf_, "--mmproj", projector, name, *store)
+        assert made.code == 0, made.err
+    found = run(
+        "run", name, "What?", photo, "--temperature", "0", "--max-tokens", "8", "--json",
+        "--device", "cpu", "--kv-cache-bytes", "2000000", *store,
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    prompt = "user: <image>What?\nassistant:"
+    expected = loaded("idefics3").tokenizer.decode(tiny.expected("idefics3", prompt, [PHOTO]))
+    assert expected.startswith(found.json["text"])
+    assert found.json["text"]
+
+
+def test_files_of_models(tmp_path: Path) -> None:
+    """Of several projectors one is used; weights of safetensors use none."""
+    gguf_, projector = renamed("idefics3", tmp_path)
+    files = ModelFiles((gguf_,), "gguf")
+    assert files.with_projectors([]) is files
+    two = files.with_projectors([projector, gguf_])
+    assert two.projector == projector
+    assert two.notes == ("the first of 2 multimodal projectors is used",)
+    other = replace(files, format="safetensors").with_projectors([projector])
+    assert other.projector is None
+    assert other.notes == ("the multimodal projector is left out: only GGUF weights use one",)
