@@ -16,6 +16,8 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
+from fixtures.pictures import model as trained
+from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.models.files import ModelFiles
 from tests.engine.loaders.vocabularies import finish
 from tests.engine.vision import tiny
@@ -280,3 +282,36 @@ def files(kind: str) -> ModelFiles:
     write_text(path / "model.gguf", kind, config, weights)
     write_projector(path / "eyes.gguf", kind, config, tiny.settings_of(kind), weights)
     return ModelFiles((path / "model.gguf",), "gguf", projector=path / "eyes.gguf")
+
+
+def write_trained(directory: Path) -> tuple[Path, Path]:
+    """Write the model of fixtures/pictures as llama.cpp's converter would; return both files.
+
+    SmolLM2's file is copied, with the names of three tokens and the template changed. Matrices of
+    the projector are float16.
+    """
+    text, eyes = directory / "text.gguf", directory / "eyes.gguf"
+    reader = gguf.GGUFReader(smollm2_gguf())
+    writer = gguf.GGUFWriter(text, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        value: Any = field.contents()
+        if field.name == "tokenizer.ggml.tokens":
+            value = [trained.RENAMED.get(token, token) for token in value]
+        elif field.name == "tokenizer.chat_template":
+            value = trained.TEMPLATE
+        part = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, value, field.types[0], sub_type=part)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    finish(writer)
+
+    def add(writer: gguf.GGUFWriter, name: str, value: np.ndarray) -> None:
+        dtype = np.float16 if value.ndim > 1 and "embd" not in name else np.float32
+        writer.add_tensor(name, np.ascontiguousarray(value, dtype))
+
+    weights = weights_of(trained.TOWER)
+    config, settings = trained.CONFIG, trained.PREPROCESSOR
+    write_projector(eyes, "idefics3", config, settings, weights, add)
+    return text, eyes

@@ -29,6 +29,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
+from tests.engine.vision import projectors
 from tests.engine.vision.media import url
 
 pytestmark = pytest.mark.weights
@@ -48,6 +49,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     store = LayoutStore(tmp_path_factory.mktemp("store"))
     package("reader", PackageRequest(safetensors_dir=directory), store=store)
+    with ModelServer(lambda: ModelPool(StoreCatalogue(store)), address="127.0.0.1:0") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def gguf_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the same model in GGUF, with a projector."""
+    text, eyes = projectors.write_trained(tmp_path_factory.mktemp("gguf"))
+    store = LayoutStore(tmp_path_factory.mktemp("gguf-store"))
+    package("reader", PackageRequest(gguf=text, mmproj=eyes), store=store)
     with ModelServer(lambda: ModelPool(StoreCatalogue(store)), address="127.0.0.1:0") as server:
         yield server.url
 
@@ -127,6 +138,16 @@ def test_95_of_100_held_out_pictures(ask: Ask, count: int, address: str) -> None
         share = share_right(address, ask, asked)
         assert share >= 0.95
         print(f"{ask.__name__}: {share:.2%} of {len(asked)}")
+
+
+@pytest.mark.long
+def test_gguf_is_within_1_of_100(address: str, gguf_address: str) -> None:
+    """As many held-out pictures are named right by the GGUF file and its projector."""
+    for asked in (questions(100, 0), questions(0, 40)):
+        shares = [share_right(each, by_openai, asked) for each in (address, gguf_address)]
+        print(f"safetensors {shares[0]:.2%}, GGUF {shares[1]:.2%} of {len(asked)}")
+        assert abs(shares[0] - shares[1]) <= 0.01
+        assert shares[1] >= 0.95
 
 
 def test_another_picture_is_another_answer(address: str) -> None:
