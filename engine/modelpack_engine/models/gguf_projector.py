@@ -55,8 +55,8 @@ _BILINEAR, _LANCZOS, _BICUBIC = 2, 1, 3
 
 
 @dataclass(frozen=True, slots=True)
-class Vision:
-    """The hyperparameters of a projector: `values`, without the prefix "clip.vision.".
+class Encoder:
+    """The hyperparameters of an encoder of pictures: `values`, without the prefix "clip.vision.".
 
     `feed_forward` is the width of hidden layers by the tensors: the metadata of Qwen2-VL have the
     width of the language model there. `text` is the config of the language model.
@@ -113,15 +113,15 @@ class Projector:
     layers: str
     layer: Names
     outer: Names
-    config: Callable[[Vision], tuple[Config, Config]]
-    settings: Callable[[Vision], Config]
+    config: Callable[[Encoder], tuple[Config, Config]]
+    settings: Callable[[Encoder], Config]
     activation: str = _GELU
     left_out: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     text_types: tuple[str, ...] = ()
 
 
-def _stacked(config: Config, parts: Sequence[Bytes]) -> Bytes:
+def _stacked(config: Mapping[str, Any], parts: Sequence[Bytes]) -> Bytes:
     """Join the kernels of two frames, [out, channels, rows, bytes], as one over frames."""
     return np.stack(parts, axis=2)
 
@@ -163,15 +163,15 @@ def _vit_outer(prefix: str) -> Names:
     }
 
 
-def _idefics3(vision: Vision) -> tuple[Config, Config]:
-    scale = vision.values.integer("projector.scale_factor", 2)
-    return {**vision.sizes, "model_type": "idefics3_vision"}, {"scale_factor": scale}
+def _idefics3(encoder: Encoder) -> tuple[Config, Config]:
+    scale = encoder.values.integer("projector.scale_factor", 2)
+    return {**encoder.sizes, "model_type": "idefics3_vision"}, {"scale_factor": scale}
 
 
-def _idefics3_settings(vision: Vision) -> Config:
+def _idefics3_settings(encoder: Encoder) -> Config:
     """A picture is cut into tiles if the longest edge is longer than that of a tile."""
-    edge = vision.values.integer("image_size")
-    longest = vision.values.integer("preproc_image_size", edge)
+    edge = encoder.values.integer("image_size")
+    longest = encoder.values.integer("preproc_image_size", edge)
     return {
         "image_processor_type": "Idefics3ImageProcessor",
         "do_pad": True,
@@ -182,28 +182,30 @@ def _idefics3_settings(vision: Vision) -> Config:
     }
 
 
-def _llava(vision: Vision) -> tuple[Config, Config]:
+def _llava(encoder: Encoder) -> tuple[Config, Config]:
     """The layer of the features: the last, as files have no later ones, unless they name another.
 
     Encoders with an embedding of the whole picture (CLIP) leave it out.
     """
-    is_clip = "v.class_embd" in vision.values.file
+    is_clip = "v.class_embd" in encoder.values.file
     key = "clip.vision.feature_layer"
-    layer = vision.values.integer("block_count")
-    if vision.values.metadata.is_array(key):
-        layers = vision.values.metadata.numbers(key).tolist()
+    layer = encoder.values.integer("block_count")
+    if encoder.values.metadata.is_array(key):
+        layers = encoder.values.metadata.numbers(key).tolist()
         if len(layers) != 1 or not 0 <= layers[0] <= layer:
-            raise vision.values.metadata.error(f"features of the layers {layers} are not supported")
+            raise encoder.values.metadata.error(
+                f"features of the layers {layers} are not supported"
+            )
         layer = int(layers[0])
     kind = "clip_vision_model" if is_clip else "siglip_vision_model"
-    return {**vision.sizes, "model_type": kind}, {
+    return {**encoder.sizes, "model_type": kind}, {
         "vision_feature_layer": layer,
         "vision_feature_select_strategy": "default" if is_clip else "full",
     }
 
 
-def _llava_settings(vision: Vision) -> Config:
-    edge = vision.values.integer("image_size")
+def _llava_settings(encoder: Encoder) -> Config:
+    edge = encoder.values.integer("image_size")
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_center_crop": True,
@@ -213,8 +215,8 @@ def _llava_settings(vision: Vision) -> Config:
     }
 
 
-def _pixtral(vision: Vision) -> tuple[Config, Config]:
-    sizes = vision.sizes
+def _pixtral(encoder: Encoder) -> tuple[Config, Config]:
+    sizes = encoder.sizes
     heads = sizes["num_attention_heads"]
     vision_config = {
         **sizes,
@@ -223,73 +225,73 @@ def _pixtral(vision: Vision) -> tuple[Config, Config]:
         "rms_norm_eps": sizes["layer_norm_eps"],
         "rope_theta": 10000.0,
     }
-    is_merged = "mm.patch_merger.weight" in vision.values.file
+    is_merged = "mm.patch_merger.weight" in encoder.values.file
     return vision_config, {
         "model_type": "mistral3" if is_merged else "pixtral",
         "vision_feature_layer": -1,
-        "multimodal_projector_bias": "mm.1.bias" in vision.values.file,
-        "spatial_merge_size": vision.values.integer("spatial_merge_size", 1),
+        "multimodal_projector_bias": "mm.1.bias" in encoder.values.file,
+        "spatial_merge_size": encoder.values.integer("spatial_merge_size", 1),
     }
 
 
-def _pixtral_settings(vision: Vision) -> Config:
-    edge = vision.values.integer("patch_size")
+def _pixtral_settings(encoder: Encoder) -> Config:
+    edge = encoder.values.integer("patch_size")
     return {
         "image_processor_type": "PixtralImageProcessor",
-        "size": {"longest_edge": vision.values.integer("image_size")},
+        "size": {"longest_edge": encoder.values.integer("image_size")},
         "patch_size": {"height": edge, "width": edge},
         "resample": _BICUBIC,
     }
 
 
-def _qwen_sizes(vision: Vision) -> Config:
-    sizes = vision.sizes
+def _qwen_sizes(encoder: Encoder) -> Config:
+    sizes = encoder.sizes
     return {
         "depth": sizes["num_hidden_layers"],
         "num_heads": sizes["num_attention_heads"],
         "patch_size": sizes["patch_size"],
         "in_channels": 3,
         "temporal_patch_size": 2,
-        "spatial_merge_size": vision.merge,
+        "spatial_merge_size": encoder.merge,
     }
 
 
-def _qwen2(vision: Vision) -> tuple[Config, Config]:
-    width = vision.sizes["hidden_size"]
+def _qwen2(encoder: Encoder) -> tuple[Config, Config]:
+    width = encoder.sizes["hidden_size"]
     return {
-        **_qwen_sizes(vision),
+        **_qwen_sizes(encoder),
         "model_type": "qwen2_vl",
         "embed_dim": width,
-        "hidden_size": vision.text_width,
-        "mlp_ratio": vision.feed_forward / width if width > 0 else 0,
+        "hidden_size": encoder.text_width,
+        "mlp_ratio": encoder.feed_forward / width if width > 0 else 0,
     }, {}
 
 
-def _qwen25(vision: Vision) -> tuple[Config, Config]:
+def _qwen25(encoder: Encoder) -> tuple[Config, Config]:
     """Every n-th block attends to the whole picture, the others in windows."""
-    depth = vision.sizes["num_hidden_layers"]
-    period = vision.values.integer("n_wa_pattern", 0) or 1
+    depth = encoder.sizes["num_hidden_layers"]
+    period = encoder.values.integer("n_wa_pattern", 0) or 1
     return {
-        **_qwen_sizes(vision),
+        **_qwen_sizes(encoder),
         "model_type": "qwen2_5_vl",
-        "hidden_size": vision.sizes["hidden_size"],
-        "intermediate_size": vision.feed_forward,
-        "out_hidden_size": vision.text_width,
-        "window_size": vision.values.integer("window_size", _DEFAULT_WINDOW),
+        "hidden_size": encoder.sizes["hidden_size"],
+        "intermediate_size": encoder.feed_forward,
+        "out_hidden_size": encoder.text_width,
+        "window_size": encoder.values.integer("window_size", _DEFAULT_WINDOW),
         "fullatt_block_indexes": list(range(period - 1, depth, period)),
     }, {}
 
 
-def _qwen3(vision: Vision) -> tuple[Config, Config]:
+def _qwen3(encoder: Encoder) -> tuple[Config, Config]:
     return {
-        **_qwen_sizes(vision),
-        "model_type": vision.text["model_type"],
-        "hidden_size": vision.sizes["hidden_size"],
-        "intermediate_size": vision.feed_forward,
-        "out_hidden_size": vision.text_width,
-        "num_position_embeddings": vision.shape("v.position_embd.weight")[0],
-        "deepstack_visual_indexes": _deep_blocks(vision.values),
-    }, {"model_type": vision.text["model_type"]}
+        **_qwen_sizes(encoder),
+        "model_type": encoder.text["model_type"],
+        "hidden_size": encoder.sizes["hidden_size"],
+        "intermediate_size": encoder.feed_forward,
+        "out_hidden_size": encoder.text_width,
+        "num_position_embeddings": encoder.shape("v.position_embd.weight")[0],
+        "deepstack_visual_indexes": _deep_blocks(encoder.values),
+    }, {"model_type": encoder.text["model_type"]}
 
 
 def _deep_blocks(values: Hyperparameters) -> list[int]:
@@ -297,29 +299,29 @@ def _deep_blocks(values: Hyperparameters) -> list[int]:
     return [at for at, is_deep in enumerate(values.flags("is_deepstack_layers") or []) if is_deep]
 
 
-def _qwen_settings(vision: Vision) -> Config:
-    edge = vision.values.integer("patch_size")
-    fewest, most = (count * (edge * vision.merge) ** 2 for count in _QWEN_TOKENS)
+def _qwen_settings(encoder: Encoder) -> Config:
+    edge = encoder.values.integer("patch_size")
+    fewest, most = (count * (edge * encoder.merge) ** 2 for count in _QWEN_TOKENS)
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": edge,
-        "merge_size": vision.merge,
+        "merge_size": encoder.merge,
         "temporal_patch_size": 2,
-        "min_pixels": vision.values.integer("image_min_pixels", fewest),
-        "max_pixels": vision.values.integer("image_max_pixels", most),
+        "min_pixels": encoder.values.integer("image_min_pixels", fewest),
+        "max_pixels": encoder.values.integer("image_max_pixels", most),
         "resample": _BICUBIC,
     }
 
 
-def _gemma3(vision: Vision) -> tuple[Config, Config]:
-    sizes = vision.sizes
-    scale = vision.values.integer("projector.scale_factor", 4)
+def _gemma3(encoder: Encoder) -> tuple[Config, Config]:
+    sizes = encoder.sizes
+    scale = encoder.values.integer("projector.scale_factor", 4)
     side = sizes["image_size"] // max(sizes["patch_size"] * scale, 1)
     return {**sizes, "model_type": "siglip_vision_model"}, {"mm_tokens_per_image": side**2}
 
 
-def _gemma3_settings(vision: Vision) -> Config:
-    edge = vision.values.integer("image_size")
+def _gemma3_settings(encoder: Encoder) -> Config:
+    edge = encoder.values.integer("image_size")
     return {
         "image_processor_type": "Gemma3ImageProcessor",
         "size": {"height": edge, "width": edge},
@@ -327,11 +329,11 @@ def _gemma3_settings(vision: Vision) -> Config:
     }
 
 
-def _internvl(vision: Vision) -> tuple[Config, Config]:
-    scale = vision.values.integer("projector.scale_factor", 2)
-    file = vision.values.file
+def _internvl(encoder: Encoder) -> tuple[Config, Config]:
+    scale = encoder.values.integer("projector.scale_factor", 2)
+    file = encoder.values.file
     vision_config = {
-        **vision.sizes,
+        **encoder.sizes,
         "model_type": "intern_vit_6b",
         "qkv_bias": "v.blk.0.attn_q.bias" in file,
         "qk_normalization": "v.blk.0.attn_q_norm.weight" in file,
@@ -339,13 +341,13 @@ def _internvl(vision: Vision) -> tuple[Config, Config]:
     return vision_config, {"downsample_ratio": 1 / scale if scale > 0 else 0}
 
 
-def _internvl_settings(vision: Vision) -> Config:
-    edge = vision.values.integer("image_size")
+def _internvl_settings(encoder: Encoder) -> Config:
+    edge = encoder.values.integer("image_size")
     return {
         "image_processor_type": "GotOcr2ImageProcessor",
         "crop_to_patches": True,
-        "min_patches": vision.values.integer("preproc_min_tiles", 1),
-        "max_patches": vision.values.integer("preproc_max_tiles", 12),
+        "min_patches": encoder.values.integer("preproc_min_tiles", 1),
+        "max_patches": encoder.values.integer("preproc_max_tiles", 12),
         "size": {"height": edge, "width": edge},
         "resample": _BICUBIC,
     }
@@ -559,12 +561,12 @@ class GGUFProjector:
         self._check_blocks()
         self._is_swapped, feed_forward = self._feed_forward()
         self._check_activation()
-        vision = Vision(self._values, feed_forward, text)
-        vision_config, extra = row.config(vision)
+        encoder = Encoder(self._values, feed_forward, text)
+        vision_config, extra = row.config(encoder)
         TensorBounds.of((name, self._file[name].shape) for name in self._file.names).check(
             vision_config, str(path)
         )
-        self.settings = {**_PIXEL_STEPS, **self._normalisation(), **row.settings(vision)}
+        self.settings = {**_PIXEL_STEPS, **self._normalisation(), **row.settings(encoder)}
         self.config: Config = {
             "model_type": row.model_type,
             "text_config": text,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
+from mlx.utils import tree_flatten
 from starlette.testclient import TestClient
 
 from modelpack import PackageRequest, package
@@ -24,7 +29,9 @@ from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, gguf_projector, load, loader
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.gguf_projector import GGUFProjector
+from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.vision.models import CLASSES
 from modelpack_server.api.app import create_app
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
@@ -209,6 +216,24 @@ def test_truncated_projectors(size: int, tmp_path: Path) -> None:
     assert answered(model, "No picture") == tiny.expected("idefics3", "No picture", [])
 
 
+@pytest.mark.parametrize("kind", ["idefics3", "qwen2_5_vl", "qwen3_vl"])
+def test_damaged_projectors(kind: str, tmp_path: Path) -> None:
+    """A model with changed bytes in its projector's header loads, with or without vision."""
+    source = projectors.files(kind).projector
+    assert source is not None
+    raw, random = source.read_bytes(), Random(kind)
+    reasons = set()
+    for number in range(15):
+        damaged = bytearray(raw)
+        for _ in range(1 + number % 3):
+            damaged[random.randrange(4000)] ^= 1 << random.randrange(8)
+        (tmp_path / "p.gguf").write_bytes(damaged)
+        model = loaded(kind, projector=tmp_path / "p.gguf")
+        assert (model.vision is None) == bool(model.no_vision)
+        reasons.add(model.no_vision)
+    assert len(reasons) > 5
+
+
 def test_tensors_of_other_models(tmp_path: Path) -> None:
     """An unknown tensor, and one with infinite values, are named."""
 
@@ -358,3 +383,83 @@ def test_files_of_models(tmp_path: Path) -> None:
     other = replace(files, format="safetensors").with_projectors([projector])
     assert other.projector is None
     assert other.notes == ("the multimodal projector is left out: only GGUF weights use one",)
+
+
+TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {"model_type": "siglip_vision_model", "image_size": 32, "layer_norm_eps": 1e-6},
+        {"mm_tokens_per_image": 4},
+    ),
+    "internvl": (
+        {"model_type": "intern_vit_6b", "image_size": 16, "layer_norm_eps": 1e-6},
+        {"downsample_ratio": 0.5},
+    ),
+}
+
+
+class Tower(nn.Module):
+    """The parts of mlx-vlm's Gemma 3 and InternVL without a language model."""
+
+    def __init__(self, kind: str, vision: dict[str, Any], extra: dict[str, Any]) -> None:
+        super().__init__()
+        prepare()
+        folder = {"gemma3": "gemma3", "internvl": "internvl_chat"}[kind]
+        package: Any = importlib.import_module(f"mlx_vlm.models.{folder}")
+        config = package.VisionConfig.from_dict(vision)
+        if kind == "gemma3":
+            self.vision_tower = package.VisionModel(config)
+            text = SimpleNamespace(hidden_size=64, **extra)
+            parts = SimpleNamespace(vision_config=config, text_config=text)
+            self.multi_modal_projector = package.gemma3.Gemma3MultiModalProjector(parts)
+        else:
+            self.vision_model = package.VisionModel(config)
+            width = vision["hidden_size"] * int(1 / extra["downsample_ratio"]) ** 2
+            layers = [nn.LayerNorm(width), nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 64)]
+            self.mlp1 = layers
+        self.eval()  # InternVL has dropout
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        if "vision_tower" in self:
+            return self.multi_modal_projector(self.vision_tower(pixels)[0])
+        shuffle: Any = importlib.import_module("mlx_vlm.models.base").pixel_shuffle
+        rows = self.vision_model(pixels, output_hidden_states=True)[0][:, 1:]
+        rows = shuffle(rows, shuffle_ratio=0.5)
+        for layer in self.mlp1:
+            rows = layer(rows)
+        return rows
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_towers_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The towers of classes that need more than `open_tower` from the engine."""
+    vision, extra = TOWERS[kind]
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_channels": 3,
+        "num_hidden_layers": 2, "patch_size": 4, **vision,
+    }  # fmt: skip
+    tower = Tower(kind, vision, extra)
+    mx.random.seed(3)
+    names = [name for name, _ in tree_flatten(tower.parameters())]
+    shapes = [value.shape for _, value in tree_flatten(tower.parameters())]
+    values = [mx.random.normal(shape) * 0.2 for shape in shapes]
+    tower.load_weights(list(zip(names, values, strict=True)))
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), dict(zip(names, values, strict=True)))
+    config = {"vision_config": vision, "text_config": {"hidden_size": 64, **extra}, **extra}
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    weights = projectors.weights_of(tmp_path / "w.safetensors")
+    projectors.write_projector(tmp_path / "p.gguf", kind, config, settings, weights)
+    row = gguf_projector.PROJECTORS[kind]
+    if row.model_type not in CLASSES:
+        monkeypatch.setitem(CLASSES, row.model_type, CLASSES["llava"])  # type: ignore[arg-type]
+    projector = GGUFProjector(
+        tmp_path / "p.gguf", {"model_type": "qwen2", "hidden_size": 64}, lambda text: [7]
+    )
+    made = {name: value for name, value in projector.config.items() if name in extra}
+    assert made == extra
+    other = Tower(kind, projector.config["vision_config"], made)
+    part: Any = other.vision_tower if kind == "gemma3" else other.vision_model
+    other.load_weights(list(part.sanitize(projector.weights(mx.float32)).items()))
+    side = vision["image_size"]
+    pixels = mx.random.normal((1, side, side, 3))
+    assert mx.allclose(other(pixels), tower(pixels), rtol=1e-5, atol=1e-6)
+    assert not mx.allclose(other(pixels), other(pixels * 0.5), rtol=1e-2)
