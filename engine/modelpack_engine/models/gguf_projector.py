@@ -41,8 +41,8 @@ from modelpack_engine.vision.processor import Encode
 
 #: From the stem of a tensor's name to the path that safetensors have.
 Names = Mapping[str, str | Target]
-_BLOCK = re.compile(r"v\.blk\.(\d+)\.(.+)")
-_DEEP = re.compile(r"v\.deepstack\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"v\.blk\.([0-9]{1,6})\.(.+)")
+_DEEP = re.compile(r"v\.deepstack\.([0-9]{1,6})\.(.+)")
 #: The limits that llama.cpp sets for Qwen's pictures, in tokens.
 _QWEN_TOKENS = (8, 4096)
 _DEFAULT_WINDOW = 112
