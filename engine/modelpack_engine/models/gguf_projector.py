@@ -185,8 +185,11 @@ def _idefics3_settings(encoder: Encoder) -> Config:
 def _llava(encoder: Encoder) -> tuple[Config, Config]:
     """The layer of the features: the last, as files have no later ones, unless they name another.
 
-    Encoders with an embedding of the whole picture (CLIP) leave it out.
+    Encoders with an embedding of the whole picture (CLIP) leave it out. LLaVA 1.6 cuts pictures
+    into tiles.
     """
+    if "image_grid_pinpoints" in encoder.values:
+        raise encoder.values.metadata.error("pictures in tiles (LLaVA 1.6) are not supported")
     is_clip = "v.class_embd" in encoder.values.file
     key = "clip.vision.feature_layer"
     layer = encoder.values.integer("block_count")
@@ -415,7 +418,6 @@ PROJECTORS: Mapping[str, Projector] = {
         _llava,
         _llava_settings,
         activation=_QUICK_GELU,
-        left_out=("model.image_newline",),
         unread=(f"{_VIT_TOWER}.post_layernorm",),
     ),
     "pixtral": _PIXTRAL,

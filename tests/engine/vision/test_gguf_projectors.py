@@ -145,6 +145,19 @@ def test_a_projector_without_a_type_is_llavas(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"clip__vision__image_grid_pinpoints": [16, 32]}, "tiles (LLaVA 1.6) are not supported"),
+        ({"clip__vision__feature_layer": [0, 2]}, "features of the layers [0, 2]"),
+        ({"clip__vision__feature_layer": [9]}, "features of the layers [9]"),
+    ],
+)
+def test_llavas_that_do_not_run(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = changed(tmp_path / "p.gguf", "llava", **fields)
+    assert message in loaded("llava", projector=path).no_vision
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"clip__projector_type": "ldp"}, "the projector type 'ldp' is not supported; supported types"),
     (
