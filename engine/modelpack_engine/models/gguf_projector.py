@@ -570,6 +570,7 @@ class GGUFProjector:
         )
         self.settings = {**_PIXEL_STEPS, **self._normalisation(), **row.settings(encoder)}
         self.config: Config = {
+            **text,  # where Qwen2-VL's config.json has them
             "model_type": row.model_type,
             "text_config": text,
             "vision_config": vision_config,
