@@ -37,7 +37,7 @@ from modelpack_engine.models.load_budget import TensorBounds
 from modelpack_engine.models.precision import named
 from modelpack_engine.patches.mlx_vlm_imports import is_installed
 from modelpack_engine.vision.models import CLASSES, open_tower
-from modelpack_engine.vision.processor import Encode
+from modelpack_engine.vision.processor import MAX_SIDE, Encode
 
 #: From the stem of a tensor's name to the path that safetensors have.
 Names = Mapping[str, str | Target]
@@ -46,6 +46,7 @@ _DEEP = re.compile(r"v\.deepstack\.([0-9]{1,6})\.(.+)")
 #: The limits that llama.cpp sets for Qwen's pictures, in tokens.
 _QWEN_TOKENS = (8, 4096)
 _DEFAULT_WINDOW = 112
+_MAX_PATCHES = 1024  # a side
 _GELU, _QUICK_GELU, _SILU = "gelu", "gelu_quick", "silu"
 _PIXEL_STEPS: Config = {
     "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
@@ -273,7 +274,9 @@ def _qwen2(encoder: Encoder) -> tuple[Config, Config]:
 def _qwen25(encoder: Encoder) -> tuple[Config, Config]:
     """Every n-th block attends to the whole picture, the others in windows."""
     depth = encoder.sizes["num_hidden_layers"]
-    period = encoder.values.integer("n_wa_pattern", 0) or 1
+    period = encoder.values.integer("n_wa_pattern")
+    if period < 1:
+        raise encoder.values.metadata.error(f"clip.vision.n_wa_pattern is {period}")
     return {
         **_qwen_sizes(encoder),
         "model_type": "qwen2_5_vl",
@@ -340,6 +343,7 @@ def _internvl(encoder: Encoder) -> tuple[Config, Config]:
         "model_type": "intern_vit_6b",
         "qkv_bias": "v.blk.0.attn_q.bias" in file,
         "qk_normalization": "v.blk.0.attn_q_norm.weight" in file,
+        "norm_type": "layer_norm" if "v.blk.0.ln1.bias" in file else "rms_norm",
     }
     return vision_config, {"downsample_ratio": 1 / scale if scale > 0 else 0}
 
@@ -561,6 +565,7 @@ class GGUFProjector:
                 f" {text['model_type']!r}"
             )
         self._check_blocks()
+        self._check_sizes()
         self._is_swapped, feed_forward = self._feed_forward()
         self._check_activation()
         encoder = Encoder(self._values, feed_forward, text)
@@ -652,6 +657,15 @@ class GGUFProjector:
         count = self._values.integer("block_count")
         if len(found) != count or max(found, default=-1) != count - 1:
             raise self._error(f"the metadata name {count} blocks, the tensors are of {len(found)}")
+
+    def _check_sizes(self) -> None:
+        """Raise `ModelLoadError` for pictures of so many patches that tables of them are large."""
+        size, patch = (self._values.integer(f"{name}_size") for name in ("image", "patch"))
+        if not 0 < patch <= size <= MAX_SIDE or size // patch > _MAX_PATCHES:
+            raise self._error(
+                f"patches of {patch} in pictures of {size} pixels a side are not supported;"
+                f" the limits are {_MAX_PATCHES} patches and {MAX_SIDE} pixels"
+            )
 
     def _feed_forward(self) -> tuple[bool, int]:
         """Return whether files have the names of the two layers of an MLP swapped, and its width.

@@ -158,6 +158,25 @@ def test_llavas_that_do_not_run(fields: dict[str, Any], message: str, tmp_path: 
     assert message in loaded("llava", projector=path).no_vision
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("qwen2_5_vl", {"clip__vision__n_wa_pattern": None}, "has no 'clip.vision.n_wa_pattern'"),
+        ("qwen2_5_vl", {"clip__vision__n_wa_pattern": 0}, "clip.vision.n_wa_pattern is 0"),
+        ("qwen2_5_vl", {"clip__vision__window_size": 0}, "cannot encode this picture"),
+        ("qwen3_vl", {"clip__vision__is_deepstack_layers": [True, False, False]}, "v.deepstack.1"),
+        ("qwen3_vl", {"clip__vision__spatial_merge_size": 0}, "cannot build|cannot be processed"),
+        ("pixtral", {"clip__vision__image_size": 2**20}, "limits are 1024 patches and 8192 pixels"),
+        ("pixtral", {"clip__vision__image_size": 8000}, "patches of 4 in pictures of 8000 pixels"),
+    ],
+)
+def test_settings_of_single_types(
+    kind: str, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = loaded(kind, projector=changed(tmp_path / "p.gguf", kind, **fields))
+    assert re.search(message, model.no_vision), model.no_vision
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"clip__projector_type": "ldp"}, "the projector type 'ldp' is not supported; supported types"),
     (
@@ -171,7 +190,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"clip__vision__image_mean": None}, "the metadata has no 'clip.vision.image_mean'"),
     ({"clip__vision__image_mean": [0.5, 0.5]}, "expected three numbers"),
     ({"clip__vision__image_std": [0.5, 0.0, 0.5]}, "expected above 0"),
-    ({"clip__vision__patch_size": 0}, "cannot build|division|zero"),
+    ({"clip__vision__patch_size": 0}, "patches of 0 in pictures of 16 pixels"),
     ({"clip__vision__block_count": 5}, "name 5 blocks, the tensors are of 2"),
     ({"clip__vision__block_count": 1}, "name 1 blocks, the tensors are of 2"),
     ({"clip__vision__block_count": 2**31 - 1}, "name 2147483647 blocks"),
