@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig
@@ -20,6 +20,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import role_of
+from modelpack.builder.capabilities import with_files
 from modelpack.builder.classify import WEIGHT_TYPES, is_projector_name
 from modelpack.builder.conversion import (
     CNCF_WEIGHT_TYPES,
@@ -44,12 +45,14 @@ _WEIGHT_TYPES = (*WEIGHT_TYPES, *CNCF_WEIGHT_TYPES)
 class Plan:
     """The files to package, in the order of layers, and the statistics of the model.
 
-    `skipped` are entries left out of a directory; `notes` tell users about decisions.
+    `capabilities` are those of CNCF's config, empty if the model gets none. `skipped` are entries
+    left out of a directory; `notes` tell users about decisions.
     """
 
     files: tuple[LayerFile, ...]
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
     created: str | None = None
+    capabilities: Mapping[str, Any] = field(default_factory=dict, hash=False)
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -81,6 +84,7 @@ def build(plan: Plan, request: PackageRequest, digests: Sequence[Digest]) -> Bui
         context_size=request.context_size,
         annotations=request.annotations,
         cncf=request.format == "cncf",
+        capabilities=plan.capabilities,
         notes=plan.notes,
     )
 
@@ -94,11 +98,13 @@ def build_from_layers(
     context_size: int | None = None,
     annotations: Mapping[str, str],
     cncf: bool = False,
+    capabilities: Mapping[str, Any] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Built:
     """Return the model of `layers`, which have Docker's types; `statistics` fill its config.
 
-    `config_type` is Docker's; `context_size` replaces the context size of the weights.
+    `config_type` is Docker's; `context_size` replaces the context size of the weights. Only a CNCF
+    model gets `capabilities`.
     """
     config = ModelConfig(
         config_type,
@@ -113,6 +119,7 @@ def build_from_layers(
         context_size=statistics.context_size if context_size is None else context_size,
         created=created,
         diff_ids=tuple(layer.digest for layer in layers),
+        cncf_config={"capabilities": capabilities} if cncf and capabilities else {},
     )
     if cncf:
         config, layers = cncf_config(config), cncf_layers(layers)
@@ -239,6 +246,9 @@ def repackage(
         changes["context_size"] = request.context_size
     if request.created is not None:
         changes["created"] = created_time(request.created, environ)
+    if extra is not None and (found := config.cncf_config.get("capabilities")):
+        capabilities = with_files(found, extra.files)
+        changes["cncf_config"] = {**config.cncf_config, "capabilities": capabilities}
     return assemble(
         config.with_changes(**changes),
         merged.layers,

@@ -16,6 +16,7 @@ from typing import Final
 from modelpack.artifacts import media_types
 from modelpack.artifacts.model import role_of
 from modelpack.builder.build import Plan, check_document_sizes
+from modelpack.builder.capabilities import capabilities
 from modelpack.builder.classify import (
     MEDIA_TYPES,
     PICKLE_HEAD_BYTES,
@@ -168,7 +169,9 @@ def plan(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) ->
     statistics, weight_notes = weight_statistics(
         files, config_json=config_json, exact=request.preserve
     )
-    result = Plan(files, statistics, created, skipped, (*named_notes, *notes, *weight_notes))
+    described = capabilities(files) if request.format == "cncf" and not request.preserve else {}
+    notes = (*named_notes, *notes, *weight_notes)
+    result = Plan(files, statistics, created, described, skipped, notes)
     check_document_sizes(result, request)
     return result
 

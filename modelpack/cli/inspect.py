@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelpack.artifacts import media_types as mediatypes
+from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference
@@ -50,6 +51,9 @@ from modelpack.storage import read_blob
 if TYPE_CHECKING:
     from modelpack.operations.headers import FileHeader
 
+#: Names of capabilities in CNCF's config, and for people.
+_ABILITIES = {"toolUsage": "tools", "reasoning": "reasoning", "reward": "reward"}
+
 
 def model_json(
     model: Model, missing: Collection[Digest] = (), names: Sequence[Reference] = ()
@@ -75,6 +79,7 @@ def model_json(
             "architecture": config.architecture,
             "size": config.size,
             "contextSize": config.context_size,
+            "capabilities": config.cncf_config.get("capabilities"),
             "created": config.created,
             "gguf": dict(config.gguf) if config.gguf else None,
             "safetensors": dict(config.safetensors) if config.safetensors else None,
@@ -116,6 +121,7 @@ def model_text(
         ("Parameters", config.parameters),
         ("Quantization", config.quantization),
         ("Context size", context),
+        ("Capabilities", _capabilities(config)),
         ("Size", human_size(model.manifest.total_size)),
         *(_base_lines(model) if model.is_adapter or model.is_drafter else ()),
     ]
@@ -126,6 +132,15 @@ def model_text(
         line = f"  {file.role!s:<14}{size:>10}  {file.filepath or file.descriptor.digest}"
         text.append(line + ("  (missing)" if file.descriptor.digest in missing else ""))
     return "\n".join(map(one_line, text))
+
+
+def _capabilities(config: ModelConfig) -> str:
+    """Return a CNCF config's capabilities as a text: `text and image to text, tools, reasoning`."""
+    found = config.cncf_config.get("capabilities") or {}
+    ends = [" and ".join(found.get(name) or ()) for name in ("inputTypes", "outputTypes")]
+    parts = [" to ".join(end for end in ends if end)]
+    parts += [text for name, text in _ABILITIES.items() if found.get(name)]
+    return ", ".join(part for part in parts if part)
 
 
 def _base_lines(model: Model) -> list[tuple[str, str]]:

@@ -119,6 +119,15 @@ _CONTEXT_KEYS = (
 _TEXT_KEYS = ("text_config", "llm_config", "language_config")
 
 
+#: Model types, and architectures of GGUF, whose output is an embedding or a score.
+ENCODERS: Final = frozenset({
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "jina-bert-v2",
+    "jina-bert-v3", "modern-bert", "modernbert", "mpnet", "neo-bert", "nomic-bert",
+    "nomic-bert-moe", "roberta", "t5encoder", "xlm-roberta",
+})  # fmt: skip
+_SCORE_HEADS: Final = ("ForSequenceClassification", "ForTokenClassification")
+
+
 def read_config_json(path: Path, *, strict: bool) -> Mapping[str, Any]:
     """Return the JSON object in the file `path`.
 
@@ -173,6 +182,26 @@ def architecture_name(config: Mapping[str, Any]) -> str:
     if isinstance(classes, list) and classes and isinstance(classes[0], str):
         return classes[0].strip()
     return ""
+
+
+def output_of(config: Mapping[str, Any]) -> str:
+    """Return what a model of this configuration computes: `text`, `embedding`, or `other`."""
+    classes = config.get("architectures")
+    names = [str(name) for name in classes] if isinstance(classes, list) else []
+    if any(name.endswith(_SCORE_HEADS) for name in names):
+        return "other"
+    kind = str(config.get("model_type", "")).lower().replace("_", "-")
+    encodes = kind in ENCODERS or any(name.endswith("ForMaskedLM") for name in names)
+    return "embedding" if encodes else "text"
+
+
+def stated_template(tokenizer_config: Mapping[str, Any]) -> str:
+    """Return the default chat template in a `tokenizer_config.json`, or an empty string."""
+    stated = tokenizer_config.get("chat_template")
+    if isinstance(stated, list):
+        named = [one for one in stated if isinstance(one, dict) and one.get("name") == "default"]
+        stated = named[0].get("template") if named else None
+    return stated if isinstance(stated, str) else ""
 
 
 def first_config_json(directories: Iterable[Path]) -> Path | None:

@@ -21,6 +21,7 @@ from modelpack.artifacts.model import Role
 from modelpack.artifacts.reference import Reference
 from modelpack.builder.classify import PICKLE_EXTENSIONS, PICKLE_HEAD_BYTES, holds_pickle
 from modelpack.errors import ModelpackError
+from modelpack.formats.config_json import ENCODERS, output_of, stated_template
 from modelpack.formats.config_json import context_size as context_of
 from modelpack.formats.gguf import MetadataValue
 from modelpack.lint.policy import RULES, Level, LintPolicy
@@ -175,13 +176,6 @@ Render = Callable[[str, Mapping[str, Any]], str]
 _TEMPLATE_KEY: Final = "tokenizer.chat_template"
 _WORDS: Final = "the words of a test"
 _MESSAGES: Final = [{"role": "user", "content": _WORDS}]
-#: Architectures of encoders in GGUF and, with `-` for `_`, values of `model_type` in config.json.
-_ENCODERS: Final = frozenset({
-    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "jina-bert-v2",
-    "jina-bert-v3", "modern-bert", "modernbert", "mpnet", "neo-bert", "nomic-bert",
-    "nomic-bert-moe", "roberta", "t5encoder", "xlm-roberta",
-})  # fmt: skip
-_ENCODER_HEADS: Final = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
 
 def check_name(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
@@ -281,16 +275,13 @@ def generates_text(subject: LintSubject) -> bool:
     if architecture:
         # llama.cpp: a pooling type other than 0 makes a decoder an embedding model.
         pooling = subject.gguf.get(f"{architecture}.pooling_type")
-        return architecture not in _ENCODERS and (pooling is None or pooling.value == 0)
+        return architecture not in ENCODERS and (pooling is None or pooling.value == 0)
     if subject.file("modules.json") is not None:  # sentence-transformers
         return False
     config = _json(subject.file("config.json")) or {}
-    classes = config.get("architectures")
-    if isinstance(classes, list) and any(str(one).endswith(_ENCODER_HEADS) for one in classes):
-        return False
-    kind = config.get("model_type") or subject.config.architecture
+    config = {**config, "model_type": config.get("model_type") or subject.config.architecture}
     formats = {file.format for file in subject.files if file.role is Role.WEIGHT}
-    return formats != {"dduf"} and str(kind).lower().replace("_", "-") not in _ENCODERS
+    return formats != {"dduf"} and output_of(config) == "text"
 
 
 def templates(subject: LintSubject) -> dict[str, str]:
@@ -301,12 +292,8 @@ def templates(subject: LintSubject) -> dict[str, str]:
     if found:
         return found
     tokenizer = subject.file("tokenizer_config.json")
-    config = _json(tokenizer)
-    stated = config.get("chat_template") if config is not None else None
-    if isinstance(stated, list):
-        named = [one for one in stated if isinstance(one, dict) and one.get("name") == "default"]
-        stated = named[0].get("template") if named else None
-    if tokenizer is not None and isinstance(stated, str):
+    stated = stated_template(_json(tokenizer) or {})
+    if tokenizer is not None and stated:
         return {tokenizer.path: stated}
     source = subject.gguf_text(_TEMPLATE_KEY)
     return {"": source} if source else {}

@@ -1,0 +1,111 @@
+"""The capabilities of a model: what it takes and returns, as its files say.
+
+CNCF's config has them (model-spec, docs/config.md, "capabilities"); Docker's has no place for them.
+They are those of the model, whichever runtime has them: a chat template that takes tools, a vision
+tower or a projector. What the files do not say is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from modelpack.artifacts.model import Role, preferred_template, role_of
+from modelpack.builder.files import LayerFile
+from modelpack.errors import NotFoundError
+from modelpack.formats.config_json import ENCODERS, output_of, read_config_json, stated_template
+from modelpack.formats.gguf import MetadataValue, read_gguf_header
+
+_POOLING: Final = ("embedding", "embedding", "embedding", "other")  # from 1 on; 4 ranks pairs
+# Keys of a config.json that only models with these inputs have.
+_IMAGE_KEYS: Final = ("image_token_id", "image_token_index", "vision_config", "vision_tower")
+_VIDEO_KEYS: Final = ("video_token_id", "video_token_index")
+_AUDIO_KEYS: Final = ("audio_config", "audio_token_id", "audio_token_index")
+_TOOLS: Final = re.compile(r"\{[%{][^{}]*\btools\b")
+_REASONING: Final = re.compile(
+    r"<think>|enable_thinking|reasoning_content|\bthinking\b|<\|channel\|>|\[THINK\]"
+)
+
+
+def capabilities(files: Sequence[LayerFile]) -> Mapping[str, Any]:
+    """Return the `capabilities` of CNCF's config for a model of these files."""
+    weights = [
+        file.path for file in files if role_of(file.media_type, file.filepath) is Role.WEIGHT
+    ]
+    if any(path.suffix.lower() == ".dduf" for path in weights):
+        return {"inputTypes": ["text"], "outputTypes": ["image"]}
+    metadata: Mapping[str, MetadataValue] = {}
+    if weights and weights[0].suffix.lower() == ".gguf":
+        metadata = read_gguf_header(weights[0]).metadata
+    config = _json(files, "config.json")
+    output = _output_of_gguf(metadata) if metadata else output_of(config)
+    if output == "text" and any(file.filepath == "modules.json" for file in files):
+        output = "embedding"  # sentence-transformers
+    found = {"inputTypes": ["text", *_media_of(config)], "outputTypes": [output]}
+    return with_files(found, files, _stated_template(files, metadata))
+
+
+def with_files(
+    found: Mapping[str, Any], files: Sequence[LayerFile], template: str = ""
+) -> Mapping[str, Any]:
+    """Return capabilities with what projectors and chat templates among `files` add to them.
+
+    `template` is the chat template of a model without a file of its own for it.
+    """
+    inputs = list(found.get("inputTypes", ()))
+    roles = [(role_of(file.media_type, file.filepath), file.filepath) for file in files]
+    for file, (role, _) in zip(files, roles, strict=True):
+        if role is Role.PROJECTOR:
+            inputs += _media_of_projector(read_gguf_header(file.path).metadata)
+    if (chosen := preferred_template(roles)) is not None:
+        template = files[chosen].path.read_text(encoding="utf-8", errors="replace")
+    made = {**found, "inputTypes": list(dict.fromkeys(inputs))}
+    if template and "text" in found.get("outputTypes", ()):
+        made["reasoning"] = _REASONING.search(template) is not None
+        made["toolUsage"] = _TOOLS.search(template) is not None
+    return made
+
+
+def _media_of(config: Mapping[str, Any]) -> Iterable[str]:
+    kinds = {"image": _IMAGE_KEYS, "audio": _AUDIO_KEYS, "video": _VIDEO_KEYS}
+    return [
+        kind for kind, keys in kinds.items() if any(config.get(key) is not None for key in keys)
+    ]
+
+
+def _media_of_projector(metadata: Mapping[str, MetadataValue]) -> Iterable[str]:
+    """Return the inputs of a projector; those of before the keys existed are of pictures."""
+    said = {
+        "image": metadata.get("clip.has_vision_encoder"),
+        "audio": metadata.get("clip.has_audio_encoder"),
+    }
+    return [kind for kind, entry in said.items() if entry is not None and entry.value] or ["image"]
+
+
+def _output_of_gguf(metadata: Mapping[str, MetadataValue]) -> str:
+    entry = metadata.get("general.architecture")
+    name = str(entry.value) if entry is not None else ""
+    pooling = metadata.get(f"{name}.pooling_type")
+    if pooling is not None and pooling.value in range(1, 1 + len(_POOLING)):
+        return _POOLING[int(pooling.value) - 1]  # type: ignore[arg-type]  # in a range
+    return "embedding" if name in ENCODERS else "text"
+
+
+def _stated_template(files: Sequence[LayerFile], metadata: Mapping[str, MetadataValue]) -> str:
+    """Return the chat template in the metadata of a GGUF, or in tokenizer_config.json."""
+    entry = metadata.get("tokenizer.chat_template")
+    if entry is not None and isinstance(entry.value, str):
+        return entry.value
+    return stated_template(_json(files, "tokenizer_config.json"))
+
+
+def _json(files: Sequence[LayerFile], name: str) -> Mapping[str, Any]:
+    """Return a JSON file of the model; empty if there is none, or it is not an object."""
+    path = next((file.path for file in files if file.filepath == name), None)
+    if path is None:
+        return {}
+    try:
+        return read_config_json(path, strict=False)
+    except (NotFoundError, ValueError):
+        return {}
