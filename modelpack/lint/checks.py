@@ -24,8 +24,9 @@ from modelpack.errors import ModelpackError
 from modelpack.formats.config_json import ENCODERS, output_of, stated_template
 from modelpack.formats.config_json import context_size as context_of
 from modelpack.formats.gguf import MetadataValue
+from modelpack.formats.licences import licence_of, licence_of_card
+from modelpack.formats.model_card import ModelCard
 from modelpack.lint.policy import RULES, Level, LintPolicy
-from modelpack.trust.licences import licence_of, licence_of_card
 
 #: The rest of a longer text is not searched. Tokenizers of the largest vocabularies have 40 MB.
 MAX_TEXT_BYTES: Final = 64 * 1024 * 1024
@@ -217,7 +218,7 @@ def licences(subject: LintSubject) -> dict[str, str | None]:
     texts = [text for text in named if isinstance(text, str)]
     texts.append(subject.gguf_text("general.license"))
     readme = subject.file("readme.md")
-    card = licence_of_card(readme.text() or "") if readme is not None else None
+    card = licence_of_card(ModelCard.parse(readme.text() or "")) if readme is not None else None
     identifiers = [licence_of(text) or text for text in texts if text] or ([card] if card else [])
     return {"": identifiers[0]} if identifiers else {}
 

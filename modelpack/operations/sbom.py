@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from modelpack.artifacts.descriptor import Descriptor
@@ -10,6 +9,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference
+from modelpack.formats.model_card import ModelCard, hub_url
 from modelpack.lint.checks import LintSubject, licences
 from modelpack.operations.lint import open_subject
 from modelpack.operations.referrers import EMPTY, EMPTY_CONFIG
@@ -20,12 +20,6 @@ from modelpack.storage import watching
 from modelpack.store.layout import LayoutStore
 from modelpack.trust.sbom import CYCLONEDX, BaseModel, ml_bom
 
-_CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
-_CARD_BASE = re.compile(
-    r"^base_model:[ \t]*(?:[\"']?([\w./-]+)[\"']?[ \t]*$|\n((?:[ \t]*-[ \t]+\S+[ \t]*(?:\n|\Z))+))",
-    re.MULTILINE,
-)
-_HUB = "https://huggingface.co/"
 _MAX_BASES = 32
 
 
@@ -87,14 +81,8 @@ def base_models(subject: LintSubject) -> tuple[BaseModel, ...]:
     if found:
         return tuple(found)
     readme = subject.file("readme.md")
-    card = _CARD.match(readme.text() or "") if readme is not None else None
-    stated = _CARD_BASE.search(card[1]) if card is not None else None
-    if stated is None:
-        return ()
-    names = [stated[1]] if stated[1] else re.findall(r"-[ \t]+[\"']?([\w./-]+)", stated[2])
-    return tuple(
-        BaseModel(one, _HUB + one if one.count("/") == 1 else "") for one in names[:_MAX_BASES]
-    )
+    card = ModelCard.parse(readme.text() or "") if readme is not None else ModelCard()
+    return tuple(BaseModel(one, hub_url(one)) for one in card.base_models[:_MAX_BASES])
 
 
 def _manifest(document: bytes, model: Model) -> tuple[Manifest, dict[Descriptor, bytes]]:

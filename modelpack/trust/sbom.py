@@ -18,7 +18,7 @@ from modelpack._version import __version__
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model, ModelFile
 from modelpack.artifacts.reference import Reference
-from modelpack.trust.licences import licence_named
+from modelpack.formats.licences import licence_named
 
 #: The media type of the document, as a file and as an attached layer.
 CYCLONEDX: Final = "application/vnd.cyclonedx+json"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.trust.licences import licence_of, licence_of_card
+from modelpack.formats.licences import licence_expression, licence_of, licence_of_card
+from modelpack.formats.model_card import ModelCard
 from tests.conftest import ROOT
 
 DEBIAN = Path("/usr/share/common-licenses")
@@ -85,4 +86,21 @@ def test_texts(text: str, identifier: str | None) -> None:
     ],
 )
 def test_model_cards(card: str, identifier: str | None) -> None:
-    assert licence_of_card(card) == identifier
+    assert licence_of_card(ModelCard.parse(card)) == identifier
+
+
+@pytest.mark.parametrize(
+    ("name", "expression"),
+    [
+        ("mit", "MIT"),
+        ("cc-by-sa-3.0", "CC-BY-SA-3.0"),
+        ("llama3.3", "LicenseRef-Llama-3.3"),
+        ("tongyi-qianwen", "LicenseRef-tongyi-qianwen"),
+        ("LicenseRef-Ours", "LicenseRef-Ours"),
+        ("MIT or so (see LICENSE)", "LicenseRef-MIT-or-so-see-LICENSE"),
+        ("¯\\_(ツ)_/¯", ""),
+        ("", ""),
+    ],
+)
+def test_expressions(name: str, expression: str) -> None:
+    assert licence_expression(name) == expression

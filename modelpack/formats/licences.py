@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
+from modelpack.formats.model_card import ModelCard
+
 
 class _Text(NamedTuple):
     identifier: str
@@ -76,13 +78,24 @@ _BY_NAME = {one.identifier.lower(): one.identifier for one in _TEXTS} | {
     "gemma": "LicenseRef-Gemma",
     "qwen": "LicenseRef-Qwen",
     "qwen-research": "LicenseRef-Qwen-Research",
+    "bigscience-openrail-m": "LicenseRef-BigScience-OpenRAIL-M",
+    "creativeml-openrail-m": "LicenseRef-CreativeML-OpenRAIL-M",
 }
+# Identifiers of SPDX that model cards use, in lower case, and whose texts are not recognised.
+_BY_NAME |= {
+    one.lower(): one
+    for one in (
+        "0BSD", "AFL-3.0", "Artistic-2.0", "BSD-3-Clause-Clear", "BSL-1.0", "C-UDA-1.0",
+        "CC-BY-2.0", "CC-BY-2.5", "CC-BY-3.0", "CC-BY-NC-2.0", "CC-BY-NC-3.0", "CC-BY-NC-ND-3.0",
+        "CC-BY-NC-SA-2.0", "CC-BY-NC-SA-3.0", "CC-BY-SA-3.0", "CDLA-Permissive-1.0",
+        "CDLA-Permissive-2.0", "CDLA-Sharing-1.0", "ECL-2.0", "EPL-1.0", "EPL-2.0",
+        "etalab-2.0", "EUPL-1.1", "EUPL-1.2", "LPPL-1.3c", "MS-PL", "NCSA",
+        "ODbL-1.0", "ODC-By-1.0", "OFL-1.1", "OSL-3.0", "PDDL-1.0", "PostgreSQL", "WTFPL", "Zlib",
+    )
+}  # fmt: skip
 _TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9.+-]{2,64})[ \t]*(?:\*/|-->)?[ \t]*$",
                   re.MULTILINE)  # fmt: skip
-_CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
-_CARD_LICENSE = re.compile(
-    r"^license:[ \t]*[\"']?([A-Za-z0-9.+-]{2,64})[\"']?[ \t]*$", re.MULTILINE
-)
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.-]+")
 
 
 def licence_of(text: str) -> str | None:
@@ -107,11 +120,23 @@ def licence_named(name: str) -> str | None:
     return _BY_NAME.get(name.strip().lower())
 
 
-def licence_of_card(readme: str) -> str | None:
-    """Return the identifier of the licence in a model card (README.md of the Hub), or None."""
-    card = _CARD.match(readme)
-    found = _CARD_LICENSE.search(card[1]) if card is not None else None
-    return licence_named(found[1]) if found is not None else None
+def licence_of_card(card: ModelCard) -> str | None:
+    """Return the identifier of the licence that a model card names, or None if it is unknown."""
+    return licence_named(card.license) if card.license else None
+
+
+def licence_expression(name: str) -> str:
+    """Return a licence's name as an SPDX expression: a `LicenseRef-` if the name is unknown.
+
+    The result is empty for a name without letters and digits.
+    """
+    known = licence_named(name)
+    if known is not None:
+        return known
+    text = _NOT_IN_A_NAME.sub("-", name.strip()).strip("-.")
+    if not text:
+        return ""
+    return text if text.startswith("LicenseRef-") else f"LicenseRef-{text}"
 
 
 def _normalized(text: str) -> str:
