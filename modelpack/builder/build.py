@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig
@@ -20,7 +20,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import role_of
-from modelpack.builder.capabilities import with_files
+from modelpack.builder.capabilities import LocalFile, with_files
 from modelpack.builder.classify import WEIGHT_TYPES, is_projector_name
 from modelpack.builder.conversion import (
     CNCF_WEIGHT_TYPES,
@@ -29,6 +29,7 @@ from modelpack.builder.conversion import (
     docker_config,
     docker_layers,
 )
+from modelpack.builder.description import Description
 from modelpack.builder.files import LayerFile, LayerMetadata, Skipped, shown
 from modelpack.builder.request import PackageRequest, check_context_size_fits, check_template_wins
 from modelpack.builder.times import created_time
@@ -45,14 +46,14 @@ _WEIGHT_TYPES = (*WEIGHT_TYPES, *CNCF_WEIGHT_TYPES)
 class Plan:
     """The files to package, in the order of layers, and the statistics of the model.
 
-    `capabilities` are those of CNCF's config, empty if the model gets none. `skipped` are entries
-    left out of a directory; `notes` tell users about decisions.
+    `description` is for CNCF's config, None if the model gets none. `skipped` are entries left out
+    of a directory; `notes` tell users about decisions.
     """
 
     files: tuple[LayerFile, ...]
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
     created: str | None = None
-    capabilities: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    description: Description | None = None
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -84,7 +85,8 @@ def build(plan: Plan, request: PackageRequest, digests: Sequence[Digest]) -> Bui
         context_size=request.context_size,
         annotations=request.annotations,
         cncf=request.format == "cncf",
-        capabilities=plan.capabilities,
+        description=plan.description,
+        titles=not request.preserve,
         notes=plan.notes,
     )
 
@@ -98,13 +100,14 @@ def build_from_layers(
     context_size: int | None = None,
     annotations: Mapping[str, str],
     cncf: bool = False,
-    capabilities: Mapping[str, Any] | None = None,
+    description: Description | None = None,
+    titles: bool = True,
     notes: tuple[str, ...] = (),
 ) -> Built:
     """Return the model of `layers`, which have Docker's types; `statistics` fill its config.
 
     `config_type` is Docker's; `context_size` replaces the context size of the weights. Only a CNCF
-    model gets `capabilities`.
+    model gets a `description` and, with `titles`, titles of its layers.
     """
     config = ModelConfig(
         config_type,
@@ -119,10 +122,10 @@ def build_from_layers(
         context_size=statistics.context_size if context_size is None else context_size,
         created=created,
         diff_ids=tuple(layer.digest for layer in layers),
-        cncf_config={"capabilities": capabilities} if cncf and capabilities else {},
     )
     if cncf:
-        config, layers = cncf_config(config), cncf_layers(layers)
+        config, layers = cncf_config(config), cncf_layers(layers, titles=titles)
+        config = config if description is None else description.added_to(config)
     return assemble(config, layers, annotations, notes=notes)
 
 
@@ -205,13 +208,17 @@ def repackage(
     extra: Plan | None,
     digests: Sequence[Digest],
     *,
+    description: Description | None = None,
+    statistics: ModelStatistics | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Built:
     """Return the model in `manifest` and `config` with the changes in `request`.
 
     `extra` is the plan of the layers to add (`plan_extras`), `digests` those of its files. A chat
     template or a projector replaces the one of the same name, and in a v0.1 config of any name;
-    other layers are added. The time of creation stays unless `request.created` is set. Raises
+    other layers are added. The time of creation stays unless `request.created` is set.
+    `description` and `statistics` are those of the files, for conversions to CNCF and to Docker's
+    format, whose configs have them. Raises
     `PackagingError` if two different files would have one path, and `UnsupportedError` for layers
     that the other format cannot hold.
     """
@@ -219,21 +226,23 @@ def repackage(
     to_cncf = config.is_cncf if request.format is None else request.format == "cncf"
     check_context_size_fits(request, cncf=to_cncf)
     layers, artifact_type = manifest.layers, manifest.artifact_type
+    titles = not request.preserve
     known = config.diff_ids[: len(layers)]
     # A missing diff id is the digest of the layer, as in Docker.
     diff_ids = (*known, *(layer.digest for layer in layers[len(known) :]))
     if to_cncf != config.is_cncf:
         artifact_type = None
         if to_cncf:
-            config, layers = cncf_config(config), cncf_layers(layers)
+            config, layers = cncf_config(config), cncf_layers(layers, titles=titles)
+            config = config if description is None else description.added_to(config)
         else:
             layers = docker_layers(layers, config)
-            config = docker_config(config, layers)
+            config = docker_config(config, layers, statistics or ModelStatistics())
     added = file_layers(extra.files if extra else (), digests)
     by_type = config.media_type == media_types.DOCKER_CONFIG_V01
     merged = _Merge([*layers], [*diff_ids], by_type, keep_all=request.preserve)
     for layer in added:
-        merged.add(layer, cncf_layers([layer])[0] if to_cncf else layer)
+        merged.add(layer, cncf_layers([layer], titles=titles)[0] if to_cncf else layer)
     check_template_wins(
         request,
         [
@@ -247,7 +256,7 @@ def repackage(
     if request.created is not None:
         changes["created"] = created_time(request.created, environ)
     if extra is not None and (found := config.cncf_config.get("capabilities")):
-        capabilities = with_files(found, extra.files)
+        capabilities = with_files(found, [LocalFile.of(file) for file in extra.files])
         changes["cncf_config"] = {**config.cncf_config, "capabilities": capabilities}
     return assemble(
         config.with_changes(**changes),

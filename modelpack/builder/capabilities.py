@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from modelpack.artifacts.model import Role, preferred_template, role_of
+from modelpack.artifacts.model import Role, format_of, preferred_template, role_of
 from modelpack.builder.files import LayerFile
 from modelpack.errors import NotFoundError
 from modelpack.formats.config_json import ENCODERS, output_of, read_config_json, stated_template
@@ -28,17 +30,32 @@ _REASONING: Final = re.compile(
 )
 
 
-def capabilities(files: Sequence[LayerFile]) -> Mapping[str, Any]:
-    """Return the `capabilities` of CNCF's config for a model of these files."""
-    weights = [
-        file.path for file in files if role_of(file.media_type, file.filepath) is Role.WEIGHT
-    ]
-    if any(path.suffix.lower() == ".dduf" for path in weights):
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file of a model: its content at `path`, and its path and role in the model."""
+
+    path: Path
+    filepath: str
+    role: Role
+    format: str = ""
+
+    @classmethod
+    def of(cls, file: LayerFile) -> LocalFile:
+        """Return a file that is to be packaged."""
+        role = role_of(file.media_type, file.filepath)
+        return cls(file.path, file.filepath, role, format_of(file.media_type, file.filepath))
+
+
+def capabilities(
+    files: Sequence[LocalFile], metadata: Mapping[str, MetadataValue]
+) -> Mapping[str, Any]:
+    """Return the `capabilities` of CNCF's config for a model of these files.
+
+    `metadata` is that of the GGUF weights, empty for other formats.
+    """
+    if any(file.role is Role.WEIGHT and file.format == "dduf" for file in files):
         return {"inputTypes": ["text"], "outputTypes": ["image"]}
-    metadata: Mapping[str, MetadataValue] = {}
-    if weights and weights[0].suffix.lower() == ".gguf":
-        metadata = read_gguf_header(weights[0]).metadata
-    config = _json(files, "config.json")
+    config = json_of(files, "config.json")
     output = _output_of_gguf(metadata) if metadata else output_of(config)
     if output == "text" and any(file.filepath == "modules.json" for file in files):
         output = "embedding"  # sentence-transformers
@@ -47,18 +64,18 @@ def capabilities(files: Sequence[LayerFile]) -> Mapping[str, Any]:
 
 
 def with_files(
-    found: Mapping[str, Any], files: Sequence[LayerFile], template: str = ""
+    found: Mapping[str, Any], files: Sequence[LocalFile], template: str = ""
 ) -> Mapping[str, Any]:
     """Return capabilities with what projectors and chat templates among `files` add to them.
 
     `template` is the chat template of a model without a file of its own for it.
     """
     inputs = list(found.get("inputTypes", ()))
-    roles = [(role_of(file.media_type, file.filepath), file.filepath) for file in files]
-    for file, (role, _) in zip(files, roles, strict=True):
-        if role is Role.PROJECTOR:
+    for file in files:
+        if file.role is Role.PROJECTOR:
             inputs += _media_of_projector(read_gguf_header(file.path).metadata)
-    if (chosen := preferred_template(roles)) is not None:
+    chosen = preferred_template([(file.role, file.filepath) for file in files])
+    if chosen is not None:
         template = files[chosen].path.read_text(encoding="utf-8", errors="replace")
     made = {**found, "inputTypes": list(dict.fromkeys(inputs))}
     if template and "text" in found.get("outputTypes", ()):
@@ -92,15 +109,15 @@ def _output_of_gguf(metadata: Mapping[str, MetadataValue]) -> str:
     return "embedding" if name in ENCODERS else "text"
 
 
-def _stated_template(files: Sequence[LayerFile], metadata: Mapping[str, MetadataValue]) -> str:
+def _stated_template(files: Sequence[LocalFile], metadata: Mapping[str, MetadataValue]) -> str:
     """Return the chat template in the metadata of a GGUF, or in tokenizer_config.json."""
     entry = metadata.get("tokenizer.chat_template")
     if entry is not None and isinstance(entry.value, str):
         return entry.value
-    return stated_template(_json(files, "tokenizer_config.json"))
+    return stated_template(json_of(files, "tokenizer_config.json"))
 
 
-def _json(files: Sequence[LayerFile], name: str) -> Mapping[str, Any]:
+def json_of(files: Sequence[LocalFile], name: str) -> Mapping[str, Any]:
     """Return a JSON file of the model; empty if there is none, or it is not an object."""
     path = next((file.path for file in files if file.filepath == name), None)
     if path is None:

@@ -1,7 +1,8 @@
 """Convert layer types and configs between Docker's format and the CNCF format.
 
 Layers keep their bytes. Docker to CNCF matches Docker Model Runner (pkg/distribution/modelpack)
-byte for byte. It never converts CNCF to Docker; Modelpack's rules for that are:
+byte for byte, except for titles and for the description, which `preserve` leaves out. It never
+converts CNCF to Docker; Modelpack's rules for that are:
 
 - Raw weights get the type of their extension, otherwise of the config's format. CNCF models do not
   mark projectors: in a single-file model (config v0.1), which has one set of weights, every other
@@ -13,12 +14,12 @@ byte for byte. It never converts CNCF to Docker; Modelpack's rules for that are:
   its path: for directories, and for safetensors with their configs.
 
 Fields that the other format lacks are lost: the size, header values and context size of Docker;
-authors, capabilities and similar fields of CNCF.
+authors, capabilities and similar fields of CNCF. Those that the files have, too, are read again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -36,6 +37,7 @@ from modelpack.builder.classify import (
 )
 from modelpack.errors import PackagingError, UnsupportedError
 from modelpack.formats.shards import ShardSet, shard_set
+from modelpack.formats.statistics import ModelStatistics
 from modelpack.formats.units import format_decimal_size
 
 #: CNCF's layer types of weights, projectors included.
@@ -81,12 +83,33 @@ def cncf_media_type(media_type: str, filepath: str | None) -> str:
     return media_types.CNCF_WEIGHT_CONFIG_RAW
 
 
-def cncf_layers(layers: Sequence[Descriptor]) -> tuple[Descriptor, ...]:
-    """Return Docker's layers with CNCF's types."""
+def cncf_layers(layers: Sequence[Descriptor], *, titles: bool) -> tuple[Descriptor, ...]:
+    """Return Docker's layers with CNCF's types.
+
+    With `titles`, a layer with a path and without a title has the path as its title, too: oras and
+    other tools name files by it (image-spec, annotations.md).
+    """
     return tuple(
-        replace(layer, media_type=cncf_media_type(layer.media_type, layer.filepath))
+        replace(
+            layer,
+            media_type=cncf_media_type(layer.media_type, layer.filepath),
+            annotations=_titled(layer) if titles else layer.annotations,
+        )
         for layer in layers
     )
+
+
+def _titled(layer: Descriptor) -> Mapping[str, str]:
+    if not layer.filepath or media_types.TITLE in layer.annotations:
+        return layer.annotations
+    return {**layer.annotations, media_types.TITLE: layer.filepath}
+
+
+def _untitled(layer: Descriptor) -> Mapping[str, str]:
+    """Return the annotations without the title that `_titled` adds."""
+    if layer.annotations.get(media_types.TITLE) != layer.filepath:
+        return layer.annotations
+    return {key: text for key, text in layer.annotations.items() if key != media_types.TITLE}
 
 
 def cncf_config(config: ModelConfig) -> ModelConfig:
@@ -113,7 +136,12 @@ def docker_layers(layers: Sequence[Descriptor], config: ModelConfig) -> tuple[De
     Raises `UnsupportedError` for layers that Docker's format cannot hold.
     """
     converted = tuple(
-        replace(layer, media_type=_docker_media_type(layer, config.format)) for layer in layers
+        replace(
+            layer,
+            media_type=_docker_media_type(layer, config.format),
+            annotations=_untitled(layer),
+        )
+        for layer in layers
     )
     if docker_config_type(converted) == media_types.DOCKER_CONFIG_V02:
         return converted
@@ -126,10 +154,13 @@ def docker_layers(layers: Sequence[Descriptor], config: ModelConfig) -> tuple[De
     )
 
 
-def docker_config(config: ModelConfig, layers: Sequence[Descriptor]) -> ModelConfig:
+def docker_config(
+    config: ModelConfig, layers: Sequence[Descriptor], statistics: ModelStatistics
+) -> ModelConfig:
     """Return a CNCF config converted to Docker's format; `layers` have Docker's types.
 
-    Fields that Docker's format lacks are dropped.
+    `statistics` of the weights have the fields that CNCF lacks, and are empty if the weights cannot
+    be read. Fields that Docker's format lacks are dropped.
     """
     if not config.is_cncf:
         return config
@@ -137,17 +168,21 @@ def docker_config(config: ModelConfig, layers: Sequence[Descriptor]) -> ModelCon
     kind = _FORMATS.get(config.format)
     if kind is None and weights:
         kind = next(k for k in WEIGHT_KINDS if MEDIA_TYPES[k] == weights[0].media_type)
-    size = ""
-    if kind in (FileKind.SAFETENSORS, FileKind.DDUF):
+    size = statistics.size
+    if not size and kind in (FileKind.SAFETENSORS, FileKind.DDUF):
         # Docker's size is that of the files for these formats, and of the tensors for GGUF.
         size = format_decimal_size(sum(layer.size for layer in weights))
     return ModelConfig(
         docker_config_type(layers),
         format=config.format or (kind.value if kind else ""),
-        quantization=config.quantization,
-        parameters=config.parameters,
+        quantization=config.quantization or statistics.quantization,
+        parameters=config.parameters or statistics.parameters,
         architecture=config.architecture or str(config.cncf_descriptor.get("family", "")),
         size=size,
+        gguf=statistics.gguf,
+        safetensors=statistics.safetensors,
+        diffusers=statistics.diffusers,
+        context_size=statistics.context_size,
         created=config.created,
         diff_ids=config.diff_ids,
     )

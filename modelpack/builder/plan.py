@@ -16,7 +16,7 @@ from typing import Final
 from modelpack.artifacts import media_types
 from modelpack.artifacts.model import role_of
 from modelpack.builder.build import Plan, check_document_sizes
-from modelpack.builder.capabilities import capabilities
+from modelpack.builder.capabilities import LocalFile
 from modelpack.builder.classify import (
     MEDIA_TYPES,
     PICKLE_HEAD_BYTES,
@@ -28,6 +28,7 @@ from modelpack.builder.classify import (
     is_pickle,
     is_projector_name,
 )
+from modelpack.builder.description import describe
 from modelpack.builder.files import (
     Found,
     LayerFile,
@@ -169,9 +170,11 @@ def plan(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) ->
     statistics, weight_notes = weight_statistics(
         files, config_json=config_json, exact=request.preserve
     )
-    described = capabilities(files) if request.format == "cncf" and not request.preserve else {}
+    description = None
+    if request.format == "cncf" and not request.preserve:
+        description = describe([LocalFile.of(file) for file in files], statistics.quantization)
     notes = (*named_notes, *notes, *weight_notes)
-    result = Plan(files, statistics, created, described, skipped, notes)
+    result = Plan(files, statistics, created, description, skipped, notes)
     check_document_sizes(result, request)
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -18,11 +18,17 @@ from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model, Role
 from modelpack.artifacts.reference import Reference
 from modelpack.builder.build import Built, build, repackage
-from modelpack.builder.files import LayerFile, Skipped
-from modelpack.builder.plan import check_added_files, plan, plan_extras
+from modelpack.builder.capabilities import LocalFile
+from modelpack.builder.classify import WEIGHT_TYPES
+from modelpack.builder.conversion import docker_layers
+from modelpack.builder.description import describe
+from modelpack.builder.files import LayerFile, LayerFiles, Skipped
+from modelpack.builder.plan import check_added_files, plan, plan_extras, weight_statistics
 from modelpack.builder.request import PackageRequest
 from modelpack.bundles.bundle import Bundle, lay_out
-from modelpack.errors import PackagingError, SourceChangedError
+from modelpack.errors import ModelpackError, PackagingError, SourceChangedError
+from modelpack.formats.config_json import CONFIG_JSON
+from modelpack.formats.statistics import ModelStatistics
 from modelpack.operations.pull import find_model
 from modelpack.operations.push import Pushed, push_from
 from modelpack.operations.remote import RemoteOptions
@@ -204,6 +210,37 @@ def _request(model: Model, bundle: Bundle, store: LayoutStore, watch: Watch) -> 
     )
 
 
+def _local_files(model: Model, store: LayoutStore) -> list[LocalFile]:
+    """Return the files of a stored model that have a path, without archives and missing files."""
+    return [
+        LocalFile(store.blob_path(file.descriptor.digest), file.filepath, file.role, file.format)
+        for file in model.files()
+        if file.filepath and not file.archive and store.has_blob(file.descriptor)
+    ]
+
+
+def _statistics(
+    model: Model, store: LayoutStore, request: PackageRequest
+) -> tuple[ModelStatistics | None, tuple[str, ...]]:
+    """Return the statistics of a stored CNCF model, None with a note if they cannot be read."""
+    paths = {file.descriptor.digest: file.filepath for file in model.files()}
+    maker, files = LayerFiles.of(PackageRequest(), {}), []
+    try:
+        with scratch_directory(store, "files") as directory:
+            for layer in docker_layers(model.manifest.layers, model.config):
+                filepath = paths[layer.digest] or layer.digest.encoded
+                if layer.media_type in WEIGHT_TYPES or filepath == CONFIG_JSON:
+                    path = directory / filepath
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    if not path.is_symlink():
+                        path.symlink_to(store.blob_path(layer.digest))
+                    files.append(maker.at(path, layer.media_type, filepath))
+            statistics, _ = weight_statistics(files, exact=request.preserve)
+        return statistics, ()
+    except (ModelpackError, OSError) as error:
+        return None, (f"the config lacks values of the weights, which cannot be read: {error}",)
+
+
 @dataclass(frozen=True, slots=True)
 class Packaged:
     """A packaged model. `stored` is false for a dry run; `pushed` is the result of a push."""
@@ -265,7 +302,20 @@ def package(
         whole = base
         if base.config.is_foreign or (request.format == "docker" and not is_of_single_files(base)):
             whole = as_single_files(base, store, watch)
-        return repackage(whole.manifest, whole.config, request, planned, digests)
+        if whole.config.is_cncf == (request.format == "cncf") or request.format is None:
+            return repackage(whole.manifest, whole.config, request, planned, digests)
+        description, statistics, notes = None, None, ()
+        if request.format == "docker":
+            statistics, notes = _statistics(whole, store, request)
+        elif not request.preserve:
+            added = [LocalFile.of(file) for file in planned.files]
+            files = [*_local_files(whole, store), *added]
+            description = describe(files, whole.config.quantization)
+        built = repackage(
+            whole.manifest, whole.config, request, planned, digests,
+            description=description, statistics=statistics,
+        )  # fmt: skip
+        return replace(built, notes=(*notes, *built.notes))
 
     writes = base is not None and base.config.is_foreign  # blobs, even in a dry run
     with store.lease(()) if writes else nullcontext():

@@ -15,7 +15,7 @@ from modelpack.operations.referrers import attach, detach, referrers
 from modelpack.testing import registry
 from tests.conftest import ROOT
 from tests.interop.go_tool import build_go_tool
-from tests.models import tiny_gguf
+from tests.models import FIXTURES, tiny_gguf
 from tests.peers import docker_registry, require
 
 pytestmark = pytest.mark.peer("go")
@@ -92,3 +92,29 @@ def test_oras_and_modelpack_see_the_same(binary: Path, host: str, tmp_path: Path
     assert [one.digest for one in referrers(f"{target}:v1")] == [ours.digest]
     modelpack.copy(reference, f"{target}:v2", with_referrers=True)
     assert len(referrers(f"{target}:v2")) == 1
+
+
+def test_oras_pull_names_the_files_of_a_model(binary: Path, host: str, tmp_path: Path) -> None:
+    oras = Oras(binary, tmp_path)
+    files = {
+        "config.json": b"{}",
+        "model.safetensors": (FIXTURES / "models/tiny-safetensors/model.safetensors").read_bytes(),
+        "sub/README.md": b"# tiny\n",
+    }
+    for name, content in files.items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(content)
+    for form in ("cncf", "docker"):
+        request = modelpack.PackageRequest(safetensors_dir=tmp_path / "model", format=form)  # type: ignore[arg-type]
+        store = modelpack.Store(tmp_path / "store")
+        modelpack.package(f"{host}/team/model:{form}", request, push=True, store=store)
+    oras("pull", "--plain-http", "--output", "out", f"{host}/team/model:cncf")
+    found = tmp_path / "out"
+    assert {
+        str(path.relative_to(found)): path.read_bytes()
+        for path in found.rglob("*")
+        if path.is_file()
+    } == files
+    # Docker's bytes have no titles, so oras skips the layers and names nothing.
+    oras("pull", "--plain-http", "--output", "none", f"{host}/team/model:docker")
+    assert not [path for path in (tmp_path / "none").rglob("*") if path.is_file()]

@@ -13,6 +13,7 @@ import pytest
 import modelpack
 from modelpack.artifacts import media_types
 from modelpack.artifacts.manifest import Index, Manifest
+from modelpack.builder.build import assemble
 from modelpack.operations import convert as imaging
 from modelpack.operations.convert import convert
 from modelpack.storage import read_blob
@@ -204,3 +205,50 @@ def test_wrong_conversions(
     result = command("convert", *arguments, "--store", store.root)
     assert result.code == code
     assert said in result.err
+
+
+@pytest.mark.parametrize("name", ["x/gguf:v1", "x/st:v1"])
+def test_no_field_is_lost_that_the_target_has(
+    store: modelpack.Store, name: str, tmp_path: Path
+) -> None:
+    to_cncf = convert(name, "x/cncf:v1", to="cncf", store=store)
+    files = {"x/gguf:v1": "tiny-gguf/tiny.gguf", "x/st:v1": "tiny-safetensors"}[name]
+    source = "gguf" if files.endswith(".gguf") else "safetensors_dir"
+    request = modelpack.PackageRequest(**{source: FIXTURES / "models" / files}, format="cncf")  # type: ignore[arg-type]
+    # The description is read from the files, as when they are packaged.
+    assert to_cncf.digest == modelpack.package("x/direct:v1", request, store=store).digest
+    # So are the context size and the header values, which CNCF has no place for.
+    assert convert("x/cncf:v1", "x/back:v1", to="docker", store=store).digest == (
+        modelpack.inspect(name, store=store).digest
+    )
+
+
+def test_fields_of_other_tools_stay(store: modelpack.Store, tmp_path: Path) -> None:
+    kit = modelpack.package(
+        "x/own:v1",
+        modelpack.PackageRequest(gguf=FIXTURES / "models/tiny-gguf/tiny.gguf", format="cncf"),
+        store=store,
+    )
+    config = kit.config.with_changes(
+        cncf_descriptor={**kit.config.cncf_descriptor, "authors": ["Ada"], "version": "3"}
+    )
+    built = assemble(config, kit.manifest.layers, {"k": "v"})
+    store.write_bytes(built.config_bytes, built.manifest.config.media_type)
+    store.write_manifest(built.manifest.descriptor, built.manifest.raw, "docker.io/x/own:v2")
+    same = convert("x/own:v2", "x/same:v1", to="cncf", store=store)
+    assert same.digest == built.manifest.digest
+
+
+def test_weights_that_cannot_be_read_are_converted_without_their_values(
+    store: modelpack.Store, tmp_path: Path
+) -> None:
+    before = convert("x/gguf:v1", "x/cncf:v1", to="cncf", store=store)
+    [weights] = modelpack.inspect("x/cncf:v1", store=store).files()
+    path = store.blob_path(weights.descriptor.digest)
+    path.chmod(0o644)
+    path.write_bytes(b"x" * weights.descriptor.size)
+    made = convert("x/cncf:v1", "x/back:v1", to="docker", store=store)
+    assert made.digest != before.digest
+    assert "values of the weights, which cannot be read" in made.notes[0]
+    config = modelpack.inspect("x/back:v1", store=store).config
+    assert (config.gguf, config.context_size, config.architecture) == (None, None, "llama")

@@ -22,6 +22,8 @@ from modelpack.builder.conversion import (
     docker_config_type,
     docker_layers,
 )
+from modelpack.builder.description import Description
+from modelpack.builder.plan import plan
 from modelpack.builder.request import Format, PackageRequest
 from modelpack.errors import UnsupportedError
 from tests.packaging.trees import (
@@ -38,12 +40,18 @@ from tests.packaging.trees import (
 )
 
 
-def converted(built: Built, format: Format) -> Built:
-    request = PackageRequest(format=format)
+def converted(
+    built: Built,
+    format: Format,
+    *,
+    preserve: bool = False,
+    description: Description | None = None,
+) -> Built:
+    request = PackageRequest(format=format, preserve=preserve)
     # A model from a store has been parsed.
     manifest = Manifest.parse(built.manifest.raw)
     config = ModelConfig.parse(built.config_bytes, manifest.config.media_type)
-    return repackage(manifest, config, request, None, (), environ={})
+    return repackage(manifest, config, request, None, (), description=description, environ={})
 
 
 def layer(media_type: str, filepath: str | None = None, content: str = "") -> Descriptor:
@@ -94,14 +102,16 @@ def test_packaging_and_converting_give_the_same_bytes(tmp_path: Path) -> None:
         PackageRequest(dduf=tmp_path / "x.dduf"),
     ):
         direct = package(replace(request, format="cncf"))
-        by_way_of_docker = converted(package(request), "cncf")
-        assert by_way_of_docker.manifest.layers == direct.manifest.layers
-        without = direct.config.with_changes(cncf_config={})  # Docker's has no capabilities
-        assert by_way_of_docker.config_bytes == without.encode()
+        description = plan(replace(request, format="cncf"), environ={}).description
+        by_way_of_docker = converted(package(request), "cncf", description=description)
+        assert by_way_of_docker.manifest.raw == direct.manifest.raw
+        assert by_way_of_docker.config_bytes == direct.config_bytes
         preserved = replace(request, preserve=True)
         direct = package(replace(preserved, format="cncf"))
-        by_way_of_docker = converted(package(preserved), "cncf")
+        by_way_of_docker = converted(package(preserved), "cncf", preserve=True)
         assert by_way_of_docker.manifest.raw == direct.manifest.raw
+        assert direct.config.cncf_descriptor.keys() <= {"family"}
+        assert direct.config.cncf_config == {}
 
 
 def everything(root: Path) -> list[PackageRequest]:
@@ -353,10 +363,12 @@ def test_conversion_changes_types_only_and_settles(layers: list[Descriptor], for
     assert all(x.media_type.startswith("application/vnd.docker.ai.") for x in once)
     weights = [i for i, x in enumerate(layers) if x.media_type == media_types.CNCF_WEIGHT_RAW]
     assert [
-        i for i, x in enumerate(cncf_layers(once)) if x.media_type == media_types.CNCF_WEIGHT_RAW
+        i
+        for i, x in enumerate(cncf_layers(once, titles=True))
+        if x.media_type == media_types.CNCF_WEIGHT_RAW
     ] == weights
-    again = docker_layers(cncf_layers(once), config)
-    assert cncf_layers(again) == cncf_layers(once)
+    again = docker_layers(cncf_layers(once, titles=True), config)
+    assert cncf_layers(again, titles=True) == cncf_layers(once, titles=True)
 
 
 def test_cncf_configs_keep_what_fits() -> None:
