@@ -89,6 +89,26 @@ class ModelConfig:
         """Whether this config is of a format that is never written."""
         return self.media_type in media_types.FOREIGN_CONFIG_TYPES
 
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The capabilities in a CNCF config beside text to text, by the names that servers use.
+
+        `vision`, `audio`, `video`, `tools`, `reasoning`, `reward`, `embedding` and `images`; none
+        for configs without the field.
+        """
+        found = self.cncf_config.get("capabilities") or {}
+        said = {
+            "vision": "image" in found.get("inputTypes", ()),
+            "audio": "audio" in found.get("inputTypes", ()),
+            "video": "video" in found.get("inputTypes", ()),
+            "tools": found.get("toolUsage"),
+            "reasoning": found.get("reasoning"),
+            "reward": found.get("reward"),
+            "embedding": "embedding" in found.get("outputTypes", ()),
+            "images": "image" in found.get("outputTypes", ()),
+        }
+        return tuple(name for name, is_true in said.items() if is_true)
+
     def with_changes(self, **changes: Any) -> ModelConfig:
         """Return a copy with these fields replaced."""
         return replace(self, **changes)

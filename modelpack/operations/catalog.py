@@ -50,8 +50,10 @@ class CatalogEntry:
 
     `summary` is None for an index, and for a tag that cannot be read; `problem` then says why. If
     the manifest itself cannot be read, `digest` is None. `licences` are SPDX identifiers; a licence
-    whose text is not recognised is left out. `attached` are the artifact types of the referrers,
-    and `variants` the digests of the models of an index. `card` is the text of the README.
+    whose text is not recognised is left out. `capabilities` are those in the config, which only
+    CNCF models have (`ModelConfig.capabilities`). `attached` are the artifact types of the
+    referrers, and `variants` the digests of the models of an index. `card` is the text of the
+    README.
     """
 
     reference: Reference
@@ -60,6 +62,7 @@ class CatalogEntry:
     title: str = ""
     description: str = ""
     licences: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
     attached: tuple[str, ...] = ()
     variants: tuple[Digest, ...] = ()
     problem: str = ""
@@ -79,6 +82,7 @@ class CatalogEntry:
             "title": self.title,
             "description": self.description,
             "licences": list(self.licences),
+            "capabilities": list(self.capabilities),
             "attached": list(self.attached),
             "variants": [str(digest) for digest in self.variants],
             "problem": self.problem,
@@ -189,6 +193,7 @@ def _model_entry(repository: Repository, reference: Reference, model: Model) -> 
         title,
         description,
         tuple(sorted({one for one in known.values() if one})),
+        model.config.capabilities,
         tuple(sorted({one.artifact_type or "" for one in about} - {""})),
         card=card or "",
     )

@@ -41,9 +41,13 @@ def fill(host: str, tmp_path: Path) -> modelpack.Store:
         safetensors_dir=tiny_safetensors(tmp_path), annotations=ANNOTATIONS
     )
     gguf = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path))
+    (tmp_path / "t.jinja").write_text("{% if tools %}{{ tools }}{% endif %}<think>{{ messages }}")
+    tools = modelpack.PackageRequest(
+        gguf=tiny_gguf(tmp_path), format="cncf", chat_template=tmp_path / "t.jinja"
+    )
     for name, request in (
         ("team/a:v2", tensors), ("team/a:v1", tensors), ("team/deep/b:v1", gguf),
-        ("teams/c:v1", gguf),
+        ("teams/c:v1", tools),
     ):  # fmt: skip
         modelpack.package(f"{host}/{name}", request, push=True, store=store)
     sbom(f"{host}/team/a:v1", from_registry=True, attach=True)
@@ -72,7 +76,11 @@ def test_what_is_listed(host: str, tmp_path: Path) -> None:
     assert names(catalog(host)) == [*names(entries), "teams/c:v1"]
     assert names(catalog(host, repositories=["teams/c", "no/such"])) == ["teams/c:v1"]
     assert catalog(f"{host}/none") == ()
+    [fourth] = catalog(f"{host}/teams")
+    assert fourth.to_json()["capabilities"] == ["tools", "reasoning"]
+    assert "<dt>Capabilities</dt><dd>tools</dd><dd>reasoning</dd>" in page([fourth], "")
     first, second, third = entries
+    assert third.capabilities == ()  # Docker's config has no place for them
     assert first.digest == second.digest
     assert (first.title, first.licences) == (
         ANNOTATIONS["org.opencontainers.image.title"],

@@ -1,4 +1,7 @@
-"""A model's defaults for requests: from its files, and from Ollama's parameters in its package."""
+"""A model's defaults for requests: from its files, and from Ollama's parameters in its package.
+
+Its chat template is one of them.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ollama_defaults
-from modelpack.artifacts.model import Model
+from modelpack.artifacts.model import CHAT_TEMPLATE, Model
 from modelpack.formats.gguf import GGUFHeader, read_gguf_header
 from modelpack.storage import read_blob
 from modelpack.store.layout import LayoutStore
@@ -21,6 +24,8 @@ from modelpack_server.pool.settings import DEFAULT_TEMPERATURE
 if TYPE_CHECKING:
     from modelpack_engine.models.files import ModelFiles
 
+#: The key of the chat template in a GGUF's metadata.
+TEMPLATE_KEY: Final = "tokenizer.chat_template"
 # The name of a field in the file and in SamplingParams, and the range of valid values.
 _FIELDS = (
     ("temperature", 0, 2), ("top_p", 0, 1), ("top_k", -1, 1 << 30), ("min_p", 0, 1),
@@ -68,6 +73,24 @@ def sampling_of_files(files: ModelFiles, header: GGUFHeader | None = None) -> di
     }
     own = sampling_defaults(files.json("generation_config.json"))
     return {"temperature": DEFAULT_TEMPERATURE, **sampling_defaults(given), **own}
+
+
+def template_of_files(files: ModelFiles, header: GGUFHeader | None = None) -> str:
+    """Return the chat template: that of its own file, else that of the weights' metadata, or "".
+
+    `header` is that of a GGUF file, read unless it is given.
+    """
+    from modelpack_engine.models.json_tokenizer import chat_template_of
+
+    if files.format != "gguf":
+        found = chat_template_of(files)
+        return found.source if found else ""
+    own: str | None = files.text(CHAT_TEMPLATE)
+    if own is not None:
+        return own
+    header = header or read_gguf_header(files.weights[0])
+    entry = header.metadata.get(TEMPLATE_KEY)
+    return entry.value if entry is not None and isinstance(entry.value, str) else ""
 
 
 def _rounded(value: Any) -> Any:

@@ -27,8 +27,13 @@ from modelpack_engine.errors import EngineError, ModelLoadError
 from modelpack_engine.platform import blas
 from modelpack_server.pool.adapters import Adapters, ServedAdapter, base_of
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
-from modelpack_server.pool.model_defaults import ModelDefaults, sampling_of_files
+from modelpack_server.pool.model_defaults import (
+    ModelDefaults,
+    sampling_of_files,
+    template_of_files,
+)
 from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.tool_parsers.families import find_format
 
 if TYPE_CHECKING:
     from modelpack_engine.distributed.leader import Ranks
@@ -75,6 +80,7 @@ class StoreCatalogue:
         self._files = files
         self.config = config or EngineConfig()
         self._abilities: dict[Digest, tuple[Purpose, bool]] = {}
+        self._of_templates: dict[Digest, tuple[str, ...]] = {}
 
     def version(self) -> object:
         """Return the time of the last change of the store's index, and the adapters' version."""
@@ -260,7 +266,28 @@ class StoreCatalogue:
             origins=origins,
             purpose=purpose,
             reads_pictures=reads_pictures,
+            templated=self._templated(store, model) if purpose == "generation" else (),
         )
+
+    def _templated(self, store: LayoutStore, model: Model) -> tuple[str, ...]:
+        """Return which of `tools` and `reasoning` a model's chat template has here; read it once.
+
+        The package's config decides where `_purpose` opens no file.
+        """
+        from modelpack_engine.models.files import ModelFiles
+
+        if self.remote.trust is not None or has_packed_weights(model):
+            stated = model.config.capabilities
+            return tuple(name for name in ("tools", "reasoning") if name in stated)
+        if model.digest not in self._of_templates:
+            try:
+                template = template_of_files(ModelFiles.from_model(model, store.blob_path))
+            except ModelpackError:
+                return ()
+            written = find_format(template)
+            found = {"tools": written.family, "reasoning": written.reasoning}
+            self._of_templates[model.digest] = tuple(k for k, v in found.items() if v is not None)
+        return self._of_templates[model.digest]
 
     def _purpose(self, store: LayoutStore, model: Model) -> tuple[Purpose | Literal[""], bool]:
         """Return a model's purpose, and whether it reads pictures, by its files; read them once.

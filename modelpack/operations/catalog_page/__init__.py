@@ -87,6 +87,7 @@ def _item(entry: CatalogEntry) -> str:
         }
     facts |= {
         "Variants": [str(len(entry.variants) or "")],
+        "Capabilities": entry.capabilities,
         "Licence": entry.licences,
         "Attached": entry.attached,
         "Digest": [str(entry.digest or "")],

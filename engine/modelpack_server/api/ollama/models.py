@@ -25,14 +25,19 @@ from modelpack_server.api.ollama.ndjson import JsonRoute, find, missing, shown, 
 from modelpack_server.conversation.prompt import may_infill
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.entry import ModelState, RunningModel
-from modelpack_server.pool.model_defaults import ModelDefaults, as_options, sampling_of_files
+from modelpack_server.pool.model_defaults import (
+    TEMPLATE_KEY,
+    ModelDefaults,
+    as_options,
+    sampling_of_files,
+    template_of_files,
+)
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.tool_parsers.families import find_format
 
 # The length up to which arrays in metadata are shown without `verbose`.
 _SHORT_ARRAY = 16
 _MAX_LICENSE = 1 << 20
-_HIDDEN = "tokenizer.chat_template"
 # Fields of config.json, by the key that GGUF metadata has below the architecture's name.
 _CONFIG_FIELDS = {
     "max_position_embeddings": "context_length",
@@ -135,7 +140,7 @@ def _facts(store: LayoutStore, model: Model, found: StoredModel, verbose: bool) 
 
     files = stored_files(model, store)
     header = read_gguf_header(files.weights[0]) if files.format == "gguf" else None
-    template = _template(files, header)
+    template = template_of_files(files, header)
     capabilities = tuple(_capabilities(files, template, header))
     return _Facts(
         _gguf_info(header, verbose) if header else _config_info(files, found),
@@ -146,25 +151,10 @@ def _facts(store: LayoutStore, model: Model, found: StoredModel, verbose: bool) 
     )
 
 
-def _template(files: Any, header: GGUFHeader | None) -> str:
-    """Return the chat template from its own file or from the metadata of the weights."""
-    from modelpack.artifacts.model import CHAT_TEMPLATE
-    from modelpack_engine.models.json_tokenizer import chat_template_of
-
-    if header is None:
-        found = chat_template_of(files)
-        return found.source if found else ""
-    own: str | None = files.text(CHAT_TEMPLATE)
-    if own is not None:
-        return own
-    entry = header.metadata.get(_HIDDEN)
-    return entry.value if entry is not None and isinstance(entry.value, str) else ""
-
-
 def _gguf_info(header: GGUFHeader, verbose: bool) -> dict[str, Any]:
     info: dict[str, Any] = {}
     for key, entry in header.metadata.items():
-        if key == _HIDDEN:
+        if key == TEMPLATE_KEY:
             continue
         value = entry.value
         if isinstance(value, MetadataArray):

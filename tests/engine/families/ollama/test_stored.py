@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import ollama
@@ -15,7 +16,10 @@ import modelpack
 from modelpack.artifacts.reference import Reference
 from modelpack.builder.request import PackageRequest
 from modelpack.errors import AuthError, DeniedError
+from modelpack.operations.remote import RemoteOptions
+from modelpack.trust.policy import Rule, Trust
 from modelpack_server.api.errors import problem_of
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.families.ollama.conftest import Stocked
 from tests.engine.families.test_fields import nulls
 from tests.engine.serving.tiny import CONTEXT
@@ -175,6 +179,26 @@ def test_openai_s_list_says_what_a_model_can_do(stocked: Stocked) -> None:
     assert (found["tiny"], found["vectors"]) == (["completion"], ["embedding"])
     one = requests.get(f"{stocked.url}/v1/models/vectors", timeout=30).json()
     assert one["capabilities"] == ["embedding"]
+
+
+def test_what_a_chat_template_can_do_is_listed(stocked: Stocked, tmp_path: Path) -> None:
+    """`/v1/models` and `/api/show` agree. With a policy no file is opened: the config decides."""
+    template = (
+        "{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}{{ messages }}<think></think>"
+    )
+    (tmp_path / "t.jinja").write_text(template)
+    path = FIXTURES / "models/tiny-gguf/tiny.gguf"
+    request = PackageRequest(gguf=path, chat_template=tmp_path / "t.jinja", format="cncf")
+    modelpack.package("thinker", request, store=stocked.store)
+    card = requests.get(f"{stocked.url}/v1/models/thinker", timeout=30).json()
+    assert card["capabilities"] == ["completion", "tools", "reasoning"]
+    shown = stocked.client.show("thinker").capabilities
+    assert shown is not None
+    assert {"completion", "tools", "thinking"} <= set(shown)
+    rules = RemoteOptions(trust=Trust(((Rule(("*",), (), 0),),)))
+    found = StoreCatalogue(stocked.store, remote=rules).find("thinker")
+    assert found.templated == ("tools", "reasoning")
+    stocked.client.delete("thinker")
 
 
 def test_what_is_shown_of_a_model_that_cannot_be_loaded(stocked: Stocked) -> None:
