@@ -170,6 +170,12 @@ class Workload:
             raise UsageError(
                 "--engine vllm requires a GPU", hint="give --engine modelpack to run on a CPU"
             )
+        if self.model.config.format in ("dduf", "diffusers"):
+            raise UsageError(
+                f"{self.reference.familiar} cannot be served: it is a DDUF file, a model that "
+                "generates images",
+                hint="unpack it with `modelpack bundle`, and open the DDUF file with diffusers",
+            )
         if self.engine == "vllm" and self.model.config.format == "gguf":
             raise UsageError(
                 f"--engine vllm cannot serve {self.reference.familiar}: it is a GGUF file",

@@ -28,7 +28,7 @@ from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
 from tests.conftest import ROOT
 from tests.interop.go_tool import build_go_tool
-from tests.models import package, tiny_gguf, tiny_safetensors
+from tests.models import FIXTURES, package, tiny_gguf, tiny_safetensors
 from tests.peers import require
 
 VERSIONS = ("1.35", "1.37")
@@ -245,6 +245,16 @@ def test_a_gguf_model_is_not_for_vllm(tmp_path: Path) -> None:
         assert "it is a GGUF file" in refused.err
         assert "--engine modelpack" in refused.err
         assert objects(name, "--engine", "modelpack")
+
+
+def test_a_model_of_images_is_not_served(tmp_path: Path) -> None:
+    with registry() as server:
+        name, path = f"{server.host}/team/images:v1", FIXTURES / "models/tiny-dduf/tiny.dduf"
+        request = modelpack.PackageRequest(dduf=path)
+        modelpack.package(name, request, push=True, store=LayoutStore(tmp_path / "store"))
+        refused = run("k8s", name)
+        assert refused.code == 2
+        assert "a model that generates images" in refused.err
 
 
 def test_a_model_is_no_image_to_mount(published: tuple[str, str]) -> None:

@@ -223,6 +223,11 @@ def _assembled(
     kinds = {kind for kind, _, _ in weights}
     preferred = [kind for kind in _FORMATS if kind == wanted]
     chosen = next((kind for kind in (*preferred, *_FORMATS) if kind in kinds), None)
+    if chosen is None and kinds == {"dduf"}:
+        raise ModelLoadError(
+            f"{what}: is a DDUF file, a model that generates images, which is not supported",
+            hint="unpack it with `modelpack bundle`, and open the DDUF file with diffusers",
+        )
     if chosen is None:
         has = f"has {', '.join(sorted(kinds - {''}))} only" if kinds - {""} else "has no weights"
         raise ModelLoadError(f"{what}: {has}, expected GGUF or safetensors")

@@ -174,8 +174,10 @@ def test_directories(tmp_path: Path) -> None:
 
 def test_only_other_formats(tmp_path: Path) -> None:
     (tmp_path / "m.dduf").write_bytes(b"PK")
-    with pytest.raises(ModelLoadError, match="has dduf only"):
+    with pytest.raises(ModelLoadError, match="DDUF file, a model that generates images") as caught:
         ModelFiles.from_directory(tmp_path)
+    assert caught.value.hint is not None
+    assert "diffusers" in caught.value.hint
 
 
 @pytest.mark.parametrize(

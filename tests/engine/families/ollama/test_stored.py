@@ -209,6 +209,14 @@ def test_what_is_shown_of_a_model_that_cannot_be_loaded(stocked: Stocked) -> Non
     assert (shown.capabilities, shown.template) == ([], "")
     assert shown.details is not None
     assert shown.details.format == "dduf"
+    answer = requests.post(
+        f"{stocked.url}/v1/chat/completions",
+        json={"model": "images", "messages": [{"role": "user", "content": "a cat"}]},
+        timeout=60,
+    )
+    assert answer.status_code == 500
+    assert "a model that generates images, which is not supported" in answer.text
+    assert "open the DDUF file with diffusers" in answer.text
     stocked.client.delete("images")
 
 
