@@ -44,6 +44,7 @@ from modelpack.builder.files import (
 )
 from modelpack.builder.request import PackageRequest, check_context_size_fits, check_template_wins
 from modelpack.builder.times import created_time
+from modelpack.builder.vision import media_notes
 from modelpack.errors import ModelpackError, PackagingError, UsageError
 from modelpack.formats.gguf import read_gguf_header
 from modelpack.formats.projector import (
@@ -170,9 +171,12 @@ def plan(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) ->
     statistics, weight_notes = weight_statistics(
         files, config_json=config_json, exact=request.preserve
     )
+    local = [LocalFile.of(file) for file in files]
+    if statistics.format == "safetensors":
+        weight_notes = (*weight_notes, *media_notes(local))
     description = None
     if request.format == "cncf" and not request.preserve:
-        description = describe([LocalFile.of(file) for file in files], statistics.quantization)
+        description = describe(local, statistics.quantization)
     notes = (*named_notes, *notes, *weight_notes)
     result = Plan(files, statistics, created, description, skipped, notes)
     check_document_sizes(result, request)
