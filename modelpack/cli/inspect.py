@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -43,6 +44,7 @@ from modelpack.cli.output import (
 from modelpack.errors import NotFoundError, UnsupportedError, UsageError
 from modelpack.formats.gguf import MetadataArray
 from modelpack.operations import lookup
+from modelpack.operations.provenance import Recorded, read_provenance, recorded_provenance
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.resolve import bundle as bundle_model
 from modelpack.operations.resolve import resolve as resolve_files
@@ -103,11 +105,14 @@ def model_json(
 
 
 def model_text(
-    model: Model, missing: Collection[Digest] = (), names: Sequence[Reference] = ()
+    model: Model,
+    missing: Collection[Digest] = (),
+    names: Sequence[Reference] = (),
+    recorded: Sequence[Recorded] = (),
 ) -> str:
     """Return the text of `inspect`, with `names` for a model that was given by its id.
 
-    `missing` are the layers that the store lacks.
+    `missing` are the layers that the store lacks, `recorded` the attached provenance.
     """
     config = model.config
     kinds = {mediatypes.CNCF_CONFIG: "CNCF ModelPack", mediatypes.CNAI_CONFIG: "CNAI model",
@@ -131,6 +136,7 @@ def model_text(
         ("Authors", ", ".join(config.cncf_descriptor.get("authors") or ())),
         ("Size", human_size(model.manifest.total_size)),
         *(_base_lines(model) if model.is_adapter or model.is_drafter else ()),
+        *(("Provenance", _provenance_line(one)) for one in recorded),
     ]
     text = [f"{label + ':':<14}{value}" for label, value in lines if value]
     text.append("Files:")
@@ -148,6 +154,22 @@ def _capabilities(config: ModelConfig) -> str:
     parts = [" to ".join(end for end in ends if end)]
     parts += [text for name, text in _ABILITIES.items() if found.get(name)]
     return ", ".join(part for part in parts if part)
+
+
+def _provenance_line(recorded: Recorded) -> str:
+    signed = "signed" if recorded.is_signed else "no signature"
+    return f"{recorded.provenance} ({signed}, not verified)"
+
+
+def provenance_json(recorded: Recorded) -> dict[str, Any]:
+    """Return the JSON value of an attached provenance."""
+    return {
+        "referrer": str(recorded.referrer.digest),
+        "signed": recorded.is_signed,
+        "builder": recorded.provenance.builder,
+        "sources": list(recorded.provenance.sources),
+        "predicate": dict(recorded.predicate),
+    }
 
 
 def _base_lines(model: Model) -> list[tuple[str, str]]:
@@ -225,6 +247,19 @@ def show_document(
     )
     value = {"texts": [{"file": path or None, "text": text} for path, text in found.items()]}
     show(settings, value, "\n\n".join(text.rstrip("\n") for text in found.values()))
+
+
+def show_provenance(
+    settings: Settings, name: str, in_registry: bool, remote: RemoteOptions
+) -> None:
+    """Print the attached provenance of a model."""
+    store = None if in_registry else settings.existing_store()
+    where = full_reference(settings, name) if in_registry else name
+    found = read_provenance(where, store=store, remote=remote)
+    if not found:
+        raise NotFoundError(f"{name}: the model has no provenance attached")
+    texts = [json.dumps(one.predicate, indent=2, ensure_ascii=False) for one in found]
+    show(settings, {"provenance": [provenance_json(one) for one in found]}, "\n".join(texts))
 
 
 def show_files(settings: Settings, model: Model, missing: Collection[Digest]) -> None:
@@ -311,6 +346,9 @@ PULL = click.option("--pull", is_flag=True, help="Pull missing files first.")
 @click.option("--license", is_flag=True, help="Print the licences.")
 @click.option("--card", is_flag=True, help="Print the model card.")
 @click.option("--files", is_flag=True, help="List only the files, with their digests.")
+@click.option(
+    "--provenance", is_flag=True, help="Print the attached provenance, without verifying it."
+)
 @REMOTE
 @remote_options
 @variant_option
@@ -323,6 +361,7 @@ def inspect(
     license: bool,
     card: bool,
     files: bool,
+    provenance: bool,
     in_registry: bool,
     remote: RemoteOptions,
 ) -> None:
@@ -331,8 +370,13 @@ def inspect(
     For a remote model, only the manifest, the config and the requested headers and texts are
     fetched.
     """
-    if sum((header, template, license, card, files)) > 1:
-        raise UsageError("--header, --template, --license, --card and --files exclude each other")
+    if sum((header, template, license, card, files, provenance)) > 1:
+        raise UsageError(
+            "--header, --template, --license, --card, --files and --provenance exclude each other"
+        )
+    if provenance:
+        show_provenance(settings, model, in_registry, remote)
+        return
     if header:
         show_headers(settings, model, in_registry, remote)
         return
@@ -350,17 +394,20 @@ def inspect(
         return
     missing: set[Digest] = set()
     names: tuple[Reference, ...] = ()
+    recorded: tuple[Recorded, ...] = ()
     if not in_registry:
         store = settings.existing_store()
         missing = {blob.digest for blob in store.missing(found.descriptor)}
+        recorded = recorded_provenance(store, found.digest)
         with suppress(NotFoundError):  # a variant without a name; its index has one
             names = store.get(str(found.digest)).references
     if files:
         show_files(settings, found, missing)
     elif settings.json:
-        show_json(model_json(found, missing, names))
+        value = model_json(found, missing, names)
+        show_json(value | {"provenance": [provenance_json(one) for one in recorded]})
     else:
-        click.echo(model_text(found, missing, names))
+        click.echo(model_text(found, missing, names, recorded))
 
 
 @command()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +29,7 @@ from modelpack.cli.options import (
     trust_options,
 )
 from modelpack.cli.output import full_reference, human_size, note, plural, show, shown_progress
+from modelpack.cli.trust import private_key
 from modelpack.errors import UsageError
 from modelpack.operations.adapters import package_adapter
 from modelpack.operations.convert import FORMS, PLATFORMS, Form
@@ -33,10 +37,12 @@ from modelpack.operations.convert import convert as convert_model
 from modelpack.operations.drafters import package_drafter
 from modelpack.operations.package import Packaged
 from modelpack.operations.package import package as package_model
+from modelpack.operations.provenance import ProvenanceOptions
 from modelpack.operations.remote import RemoteOptions, local_reference
 from modelpack.plugins import load_function
 from modelpack.progress import Action, Progress, ProgressCallback
 from modelpack.store.layout import LayoutStore
+from modelpack.trust.provenance import Resource
 
 # Packaging reports files that cannot be read, with the exit code of a denied permission.
 PATH = click.Path(path_type=Path, readable=False)
@@ -103,6 +109,16 @@ _BITS = {"q4": 4, "q8": 8}
     type=click.Choice(list(_BITS)),
     help="Quantise --safetensors-dir to 4 or 8 bits per weight first, with mlx-lm.",
 )
+@click.option(
+    "--provenance", is_flag=True,
+    help="Attach how the model was packaged, as SLSA provenance: inputs, commit, parameters.",
+)  # fmt: skip
+@click.option("--key", type=PATH, metavar="KEY", help="Sign the provenance with this private key.")
+@click.option(
+    "--source", metavar="URI[@COMMIT]",
+    help="Record this as the source of the files. [default: that of a git work tree or a snapshot "
+    "of the Hub]",
+)  # fmt: skip
 @click.option("--link", is_flag=True, help="Hard-link files into the store instead of copying.")
 @click.option("--dry-run", is_flag=True, help="Print what would be packaged; store nothing.")
 @click.option("--push", is_flag=True, help="Push the model after storing it.")
@@ -118,6 +134,9 @@ def package(
     base: str | None,
     from_model: str | None,
     quantize: str | None,
+    provenance: bool,
+    key: Path | None,
+    source: str | None,
     link: bool,
     dry_run: bool,
     push: bool,
@@ -148,6 +167,7 @@ def package(
     if push and dry_run:
         raise UsageError("--push cannot be combined with --dry-run")
     where = full_reference(settings, reference)
+    record = _provenance(provenance, key, source, quantize, inputs, dry_run=dry_run)
     with ExitStack() as stack:
         progress = stack.enter_context(shown_progress(settings))
         if quantize is not None:
@@ -169,6 +189,7 @@ def package(
             push=push,
             dry_run=dry_run,
             link=link,
+            provenance=record,
             store=LayoutStore(settings.store_root, lazy=dry_run),
             remote=remote,
             progress=progress,
@@ -177,10 +198,45 @@ def package(
     size = human_size(made.manifest.total_size)
     layers = plural(len(made.manifest.layers), "layer")
     note(settings, f"{done} {where}: {layers}, {size}")
+    if made.provenance is not None:
+        how = "signed" if key is not None else "without a signature"
+        note(settings, f"attached the provenance, {how}: {made.provenance}")
     if dry_run and not settings.json:
         for layer in made.manifest.layers:
             note(settings, f"  {layer.media_type}  {human_size(layer.size)}  {layer.filepath}")
     show(settings, _result(made), str(made.digest))
+
+
+def _provenance(
+    is_wanted: bool,
+    key: Path | None,
+    source: str | None,
+    quantize: str | None,
+    inputs: dict[str, Any],
+    *,
+    dry_run: bool,
+) -> ProvenanceOptions | None:
+    """Return how to record the provenance; a quantisation before packaging is a part of it."""
+    if not is_wanted:
+        if key is not None or source is not None:
+            raise UsageError("--key and --source require --provenance")
+        return None
+    if dry_run:
+        raise UsageError("--provenance cannot be combined with --dry-run")
+    signer = private_key(key) if key is not None else None
+    options = ProvenanceOptions(signer, Resource.named(source) if source is not None else None)
+    if quantize is None:
+        return options
+    tools = dict(_versions("mlx", "mlx-lm"))
+    return replace(
+        options, parameters={"quantize": quantize}, tools=tools, inputs=inputs["safetensors_dir"]
+    )
+
+
+def _versions(*names: str) -> Iterator[tuple[str, str]]:
+    for name in names:
+        with suppress(PackageNotFoundError):  # reported by the quantisation itself
+            yield name, version(name)
 
 
 def _quantized(
@@ -229,6 +285,7 @@ def _result(made: Packaged) -> dict[str, Any]:
         "digest": str(made.digest),
         "stored": made.stored,
         "pushed": made.pushed is not None,
+        "provenance": None if made.provenance is None else str(made.provenance),
         "size": made.manifest.total_size,
         "layers": [layer.to_json() for layer in made.manifest.layers],
         "skipped": [{"path": item.path, "reason": item.reason} for item in made.skipped],

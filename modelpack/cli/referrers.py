@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.reference import Reference, begins_id
 from modelpack.cli.help import command
 from modelpack.cli.options import (
@@ -35,6 +36,8 @@ from modelpack.operations.referrers import detach as detach_referrer
 from modelpack.operations.referrers import referrers as list_referrers
 from modelpack.operations.remote import RemoteOptions
 from modelpack.store.layout import LayoutStore
+from modelpack.trust.provenance import IN_TOTO_PREDICATE
+from modelpack.trust.sigstore import PREDICATE_TYPE
 
 LOCAL = click.option("--local", is_flag=True, help="Use the local store, not the registry.")
 
@@ -102,8 +105,11 @@ def referrers(
     found = list_referrers(where, artifact_type=artifact_type, store=store, remote=remote)
     name = None if isinstance(where, str) else str(where)
     value = {"reference": name, "referrers": [one.to_json() for one in found]}
-    rows = [(str(one.digest), one.artifact_type or "", human_size(one.size)) for one in found]
-    show(settings, value, table(("DIGEST", "ARTIFACT TYPE", "MANIFEST SIZE"), rows))
+    rows = [
+        (str(one.digest), one.artifact_type or "", human_size(one.size), _predicate(one))
+        for one in found
+    ]
+    show(settings, value, table(("DIGEST", "ARTIFACT TYPE", "MANIFEST SIZE", "PREDICATE"), rows))
 
 
 @command()
@@ -117,6 +123,12 @@ def detach(settings: Settings, reference: str, local: bool, remote: RemoteOption
     store = settings.existing_store() if local else None
     digest = detach_referrer(where, store=store, remote=remote)
     show(settings, {"digest": str(digest)}, str(digest))
+
+
+def _predicate(referrer: Descriptor) -> str:
+    """Return the predicate type of an attached statement, "" for other referrers."""
+    keys = (PREDICATE_TYPE, IN_TOTO_PREDICATE)
+    return next(filter(None, map(referrer.annotations.get, keys)), "")
 
 
 def named_subject(

@@ -38,6 +38,7 @@ from modelpack.hub.reference import HubReference
 from modelpack.operations.headers import FileHeader, read_headers
 from modelpack.operations.lookup import model_of, stored_model
 from modelpack.operations.package import Packaged, package_files
+from modelpack.operations.provenance import ProvenanceOptions
 from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions, named, new_reference, open_source
 from modelpack.operations.variants import opened_variant
@@ -65,6 +66,7 @@ def package_adapter(
     push: bool = False,
     dry_run: bool = False,
     link: bool = False,
+    provenance: ProvenanceOptions | None = None,
     store: LayoutStore | None = None,
     base_store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
@@ -75,8 +77,8 @@ def package_adapter(
 
     `base` is the model that it changes, stored or in a registry; only the headers of its weights
     are read. `base_store` is where it is stored, if not in `store`. `request` has licences,
-    annotations and the time of creation. The manifest names the base by digest, rank and targets
-    (spec/manifest.md).
+    annotations and the time of creation, and `provenance` says how to record them. The manifest
+    names the base by digest, rank and targets (spec/manifest.md).
 
     Raises `AdapterError` for an adapter that is invalid or does not fit the base, and what
     `modelpack.package` raises.
@@ -100,6 +102,7 @@ def package_adapter(
     return package_files(
         where, planned.files, planned.skipped, make,
         store=store, push=push, dry_run=dry_run, link=link, remote=remote, watch=watch,
+        request=request, provenance=provenance,
     )  # fmt: skip
 
 

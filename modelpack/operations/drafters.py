@@ -20,6 +20,7 @@ from modelpack.formats.drafter import check_head
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack.operations.adapters import find_base_model, headers_of_base
 from modelpack.operations.package import Packaged, package_files
+from modelpack.operations.provenance import ProvenanceOptions
 from modelpack.operations.remote import RemoteOptions, new_reference
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import watching
@@ -37,6 +38,7 @@ def package_drafter(
     push: bool = False,
     dry_run: bool = False,
     link: bool = False,
+    provenance: ProvenanceOptions | None = None,
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     progress: ProgressCallback | None = None,
@@ -96,6 +98,7 @@ def package_drafter(
     return package_files(
         where, planned.files, planned.skipped, built,
         store=store, push=push, dry_run=dry_run, link=link, remote=remote, watch=watch,
+        request=request, provenance=provenance,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from modelpack.bundles.bundle import Bundle, lay_out
 from modelpack.errors import ModelpackError, PackagingError, SourceChangedError
 from modelpack.formats.config_json import CONFIG_JSON
 from modelpack.formats.statistics import ModelStatistics
+from modelpack.operations.provenance import Packaging, ProvenanceOptions, attach_provenance
 from modelpack.operations.pull import find_model
 from modelpack.operations.push import Pushed, push_from
 from modelpack.operations.remote import RemoteOptions
@@ -39,6 +40,7 @@ from modelpack.store.file_copy import hash_file
 from modelpack.store.filesystem import map_os_errors
 from modelpack.store.layout import LayoutStore
 from modelpack.store.tree import Tree
+from modelpack.trust.provenance import Resource
 
 
 @contextmanager
@@ -96,25 +98,35 @@ def package_files(
     link: bool,
     remote: RemoteOptions | None,
     watch: Watch,
+    request: PackageRequest,
+    base: Resource | None = None,
+    provenance: ProvenanceOptions | None = None,
 ) -> Packaged:
     """Store files and the manifest that `make` returns for their digests; push it if asked to.
 
-    Raises what `take_files` and pushing raise.
+    With `provenance`, attach it; `request` and the `base` that the model starts from are part of
+    it. Raises what `take_files` and pushing raise.
     """
-    pushed = None
+    pushed = attached = None
     if dry_run:
         built = make(take_files(files, None, link, watch))
     else:
         # The lease protects written and reused blobs from deletion until the manifest lists them.
         with store.lease(()):
-            built = make(take_files(files, store, link, watch))
+            digests = take_files(files, store, link, watch)
+            built = make(digests)
             store.write_bytes(built.config_bytes, built.manifest.config.media_type)
             store.write_manifest(built.manifest.descriptor, built.manifest.raw, str(where))
+            if provenance is not None:
+                made = Packaging(where, request, files, digests, base)
+                attached = attach_provenance(provenance, made, built.manifest, store, watch)
         if push:
-            pushed = push_from(store, str(where), where, remote, watch)
+            pushed = push_from(
+                store, str(where), where, remote, watch, with_referrers=attached is not None
+            )
     return Packaged(
         where, built.manifest.digest, built.manifest, built.config, skipped, built.notes,
-        stored=not dry_run, pushed=pushed,
+        stored=not dry_run, pushed=pushed, provenance=attached,
     )  # fmt: skip
 
 
@@ -210,6 +222,11 @@ def _request(model: Model, bundle: Bundle, store: LayoutStore, watch: Watch) -> 
     )
 
 
+def _resource(base: Model) -> Resource:
+    uri = f"oci://{base.reference.name}" if base.reference is not None else ""
+    return Resource.of(base.digest, name="base", uri=uri)
+
+
 def _local_files(model: Model, store: LayoutStore) -> list[LocalFile]:
     """Return the files of a stored model that have a path, without archives and missing files."""
     return [
@@ -243,7 +260,10 @@ def _statistics(
 
 @dataclass(frozen=True, slots=True)
 class Packaged:
-    """A packaged model. `stored` is false for a dry run; `pushed` is the result of a push."""
+    """A packaged model. `stored` is false for a dry run; `pushed` is the result of a push.
+
+    `provenance` is the digest of the attached provenance, if it was asked for.
+    """
 
     reference: Reference
     digest: Digest
@@ -253,6 +273,7 @@ class Packaged:
     notes: tuple[str, ...]
     stored: bool
     pushed: Pushed | None = None
+    provenance: Digest | None = None
 
 
 def package(
@@ -263,6 +284,7 @@ def package(
     push: bool = False,
     dry_run: bool = False,
     link: bool = False,
+    provenance: ProvenanceOptions | None = None,
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     progress: ProgressCallback | None = None,
@@ -272,7 +294,8 @@ def package(
 
     With `from_model`, a stored or remote model is the base, and `request` says what to add or
     change. With `dry_run`, only the digest is computed. With `link`, files are hard-linked into the
-    store, if the file system allows it, instead of copied.
+    store, if the file system allows it, instead of copied. With `provenance`, how the model was
+    packaged is attached to it, and pushed with it.
 
     Raises `PackagingError`, `WeightFormatError`, `UsageError`, `SourceChangedError`,
     `StorageFullError`, and what `modelpack.push` raises.
@@ -322,6 +345,8 @@ def package(
         packaged = package_files(
             where, planned.files, planned.skipped, make,
             store=store, push=push, dry_run=dry_run, link=link, remote=remote, watch=watch,
+            request=request, provenance=provenance,
+            base=None if base is None else _resource(base),
         )  # fmt: skip
     for note in packaged.notes:
         watch.report(Progress(Action.NOTE, message=note))
