@@ -26,7 +26,6 @@ from modelpack.builder.times import SOURCE_DATE_EPOCH, source_time
 from modelpack.errors import FormatError, IntegrityError, NotFoundError, PackagingError
 from modelpack.formats.model_card import hub_url
 from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
-from modelpack.operations.signatures import attach_statement, put
 from modelpack.progress import Stop
 from modelpack.storage import ReferrerSource, Watch, read_blob, watching
 from modelpack.store.file_copy import hash_file
@@ -97,6 +96,8 @@ def attach_provenance(
     Raises `UsageError` for a SOURCE_DATE_EPOCH that is no number, and `PackagingError` if `inputs`
     cannot be read.
     """
+    from modelpack.operations.signatures import attach_statement, put  # imports requests
+
     provenance = provenance_of(options, made, manifest, os.environ, watch)
     subject = manifest.descriptor
     statement = Statement(

@@ -16,6 +16,7 @@ import modelpack
 from modelpack.errors import UntrustedError
 from modelpack.operations import signatures
 from modelpack.operations.lookup import inspect
+from modelpack.operations.provenance import ProvenanceOptions
 from modelpack.operations.signatures import attest
 from modelpack.testing import registry
 from modelpack.trust.keys import (
@@ -145,6 +146,26 @@ def test_theirs_verifies_our_attestation(cosign: Cosign, reference: str) -> None
         assert (done.returncode == 0) == (code == 0), done.stderr
     done = cosign(*command, "--type", "slsaprovenance1", "--key", "ours.pub", reference)
     assert done.returncode != 0
+
+
+def test_theirs_verifies_our_provenance(cosign: Cosign, tmp_path: Path) -> None:
+    with registry(tmp_path / "registry") as server:
+        made = modelpack.package(
+            f"{server.host}/team/model:v1",
+            modelpack.PackageRequest(gguf=tiny_gguf(tmp_path)),
+            provenance=ProvenanceOptions(cosign.private("ours")),
+            push=True,
+            store=modelpack.Store(tmp_path / "store"),
+        )
+        command = (
+            "verify-attestation", *OFFLINE, "--new-bundle-format", "--trusted-root", "root.json",
+            "--type", "slsaprovenance1",
+        )  # fmt: skip
+        for name, accepted in (("ours", True), ("cosign", False)):
+            done = cosign(
+                *command, "--key", f"{name}.pub", f"{server.host}/team/model@{made.digest}"
+            )
+            assert (done.returncode == 0) == accepted, done.stderr
 
 
 def test_both_add_to_one_tag(cosign: Cosign, reference: str) -> None:
