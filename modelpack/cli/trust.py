@@ -182,9 +182,10 @@ def sign(
 @authority_option
 @identity_options
 @click.option(
-    "--format", "formats", type=click.Choice(_ACCEPTED), multiple=True,
+    "--format", "formats", type=click.Choice((*_ACCEPTED, "provenance")), multiple=True,
     help="Accept only signatures of this format. May be repeated. model-signing-files is the "
-    "format of OpenSSF's tool, which covers only the files. [default: all that cover the manifest]",
+    "format of OpenSSF's tool, which covers only the files; provenance is that of `package`. "
+    "[default: all that cover the manifest]",
 )  # fmt: skip
 @LOCAL
 @remote_options

@@ -19,7 +19,13 @@ from modelpack.operations.variants import variants_of
 from modelpack.storage import ReferrerSource, Watch
 from modelpack.store.layout import LayoutStore
 from modelpack.trust.policy import Rule, Trust
-from modelpack.trust.signatures import Findings, Refusal, Signature, find_signatures
+from modelpack.trust.signatures import (
+    Findings,
+    Refusal,
+    Signature,
+    SignatureKind,
+    find_signatures,
+)
 
 _MAX_SHOWN = 5
 
@@ -187,7 +193,9 @@ def _find(
     tagged: bool,
 ) -> Findings:
     signers = frozenset(signer for rule in rules for signer in rule.signers)
-    formats = frozenset(kind for rule in rules for kind in rule.formats)
+    formats = {kind for rule in rules for kind in rule.formats}
+    if any(rule.provenance for rule in rules):
+        formats.add(SignatureKind.PROVENANCE)
     return find_signatures(source, subject, model, signers, tagged=tagged, formats=formats)
 
 
@@ -200,10 +208,12 @@ def _require(rules: Sequence[Rule], found: Findings, what: str) -> None:
         others = [
             Refusal(f"a rule does not accept signatures of the format {one.kind}")
             for one in found.signatures
-            if one.kind not in rule.formats
+            if one.kind not in rule.formats and one.provenance is None
         ]
         shown = tuple(dict.fromkeys((*others, *found.refused)))[:_MAX_SHOWN]
         why = "; ".join(one.reason for one in shown) or "it has no signatures"
+        if rule.is_signed(found.signatures):
+            raise _without_provenance(rule, found, names, what)
         hint = "sign it with `modelpack sign`, or check its signatures with `modelpack verify`"
         raise UntrustedError(
             f"{what}: is not signed by {wanted}: {why}",
@@ -211,3 +221,23 @@ def _require(rules: Sequence[Rule], found: Findings, what: str) -> None:
             got=why,
             hint=next((one.hint for one in shown if one.hint), hint),
         )
+
+
+def _without_provenance(rule: Rule, found: Findings, names: str, what: str) -> UntrustedError:
+    """Return the error for a signed model without the provenance that a rule requires."""
+    said = [
+        f"it names {', '.join(one.provenance.sources) or 'no source'}"
+        for one in found.signatures
+        if one.provenance is not None and one.signer in rule.signers
+    ]
+    reasons = [*said, *(one.reason for one in found.refused)][:_MAX_SHOWN]
+    why = "; ".join(dict.fromkeys(reasons)) or "it has none with a signature"
+    wanted = f"provenance signed by {names}"
+    if rule.sources:
+        wanted += f" with commits of {' or '.join(rule.sources)}"
+    return UntrustedError(
+        f"{what}: has no {wanted}: {why}",
+        expected=wanted,
+        got=why,
+        hint="package it with `modelpack package --provenance --key KEY`",
+    )

@@ -19,6 +19,8 @@ models = ["registry.example/team/*"]          # patterns of the full registry/re
 publishers = ["team"]
 threshold = 1                                 # publishers that must sign; they share no signer
 formats = ["cosign", "bundle"]                # default: all formats that cover the manifest
+provenance = true                             # require signed provenance by a publisher, too
+sources = ["git+https://git.example/team/*"]  # patterns of the commits' addresses in it
 
 [[rules]]
 models = ["localhost:5000/*"]
@@ -41,12 +43,15 @@ from modelpack.errors import FormatError, InvalidReferenceError, UntrustedError,
 from modelpack.trust.certificates import Authority
 from modelpack.trust.keyless import Identity, TrustedRoot, exact_or_pattern
 from modelpack.trust.keys import PublicKey, parse_public_key, read_public_key
+from modelpack.trust.provenance import GIT_COMMIT, Provenance
 from modelpack.trust.signatures import MANIFEST_FORMATS, Signature, SignatureKind, Signer
 
 #: The variable that names a policy file.
 POLICY: Final = "MODELPACK_POLICY"
 _IPV6: Final = re.compile(r"\[[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*\]")
 
+#: What a rule may require, which a rule that accepts everything cannot have.
+_REQUIREMENTS: Final = frozenset({"publishers", "threshold", "formats", "provenance", "sources"})
 _SET: Final = re.compile(r"\[!?\]?[^]]*\]")
 _IN_NO_PATH: Final = re.compile(r"[^a-z0-9._/*?-]")
 
@@ -63,13 +68,17 @@ class Publisher:
 class Rule:
     """The signatures that models of these patterns need: by `threshold` of the publishers.
 
-    With a threshold of 0 they need none. Only signatures of one of the `formats` count.
+    With a threshold of 0 they need none. Only signatures of one of the `formats` count. With
+    `provenance`, one of the publishers must also have signed the model's provenance; with
+    `sources`, it names at least one commit, and a pattern matches the address of each.
     """
 
     models: tuple[str, ...]
     publishers: tuple[Publisher, ...]
     threshold: int = 1
     formats: tuple[SignatureKind, ...] = MANIFEST_FORMATS
+    provenance: bool = False
+    sources: tuple[str, ...] = ()
 
     def names(self, name: str) -> bool:
         """Return whether the rule matches the repository `name` (`registry/repository`)."""
@@ -81,6 +90,25 @@ class Rule:
         return frozenset(signer for one in self.publishers for signer in one.signers)
 
     def is_met(self, signatures: Collection[Signature]) -> bool:
+        """Return whether the signatures, and the provenance among them, are those required."""
+        return self.is_signed(signatures) and self.has_provenance(signatures)
+
+    def has_provenance(self, signatures: Collection[Signature]) -> bool:
+        """Return whether a publisher signed the required provenance, if the rule requires one."""
+        return not self.provenance or any(
+            one.provenance is not None
+            and one.signer in self.signers
+            and (not self.sources or self._names_sources(one.provenance))
+            for one in signatures
+        )
+
+    def _names_sources(self, provenance: Provenance) -> bool:
+        uris = [one.uri for one in provenance.dependencies if GIT_COMMIT in one.digest]
+        return bool(uris) and all(
+            uri and any(fnmatchcase(uri, pattern) for pattern in self.sources) for uri in uris
+        )
+
+    def is_signed(self, signatures: Collection[Signature]) -> bool:
         """Return whether enough publishers made one of the signatures."""
         by = {one.signer for one in signatures if one.kind in self.formats}
         signed = [one for one in self.publishers if not one.signers.isdisjoint(by)]
@@ -218,15 +246,17 @@ def _identities(entry: dict[str, Any], path: Path, where: str) -> list[Identity]
 
 
 def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
-    check_fields(entry, {"models", "publishers", "threshold", "formats", "accept"}, where)
+    check_fields(entry, {"models", "accept", *_REQUIREMENTS}, where)
     models = _texts(entry, "models", where)
     accept = entry.get("accept", False)
     if not isinstance(accept, bool):
         raise FormatError("accept: expected true or false", path=where)
     if accept:
-        if entry.keys() & {"publishers", "threshold", "formats"}:
+        if entry.keys() & _REQUIREMENTS:
             raise FormatError(
-                "accept = true cannot be combined with publishers, threshold or formats", path=where
+                "accept = true cannot be combined with publishers, threshold or formats, nor with "
+                "provenance or sources",
+                path=where,
             )
         return Rule(models, (), 0)
     named = _texts(entry, "publishers", where)
@@ -245,6 +275,7 @@ def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
         tuple(publishers[name] for name in dict.fromkeys(named)),
         threshold,
         _formats(entry, where),
+        *_provenance(entry, where),
     )
     if threshold > 1:
         _check_distinct(rule, where)
@@ -309,14 +340,27 @@ def _problem_of(pattern: str) -> str:
     return "" if registry == host else f"full names begin with {registry}/"
 
 
+def _provenance(entry: dict[str, Any], where: str) -> tuple[bool, tuple[str, ...]]:
+    """Return whether a rule requires provenance, and the patterns of its sources."""
+    required = entry.get("provenance", False)
+    if not isinstance(required, bool):
+        raise FormatError("provenance: expected true or false", path=where)
+    if "sources" not in entry:
+        return required, ()
+    if not required:
+        raise FormatError("sources requires provenance = true", path=where)
+    return required, _texts(entry, "sources", where)
+
+
 def _formats(entry: dict[str, Any], where: str) -> tuple[SignatureKind, ...]:
     if "formats" not in entry:
         return MANIFEST_FORMATS
     named = _texts(entry, "formats", where)
-    unknown = [name for name in named if name not in tuple(SignatureKind)]
+    known = [kind for kind in SignatureKind if kind is not SignatureKind.PROVENANCE]
+    unknown = [name for name in named if name not in known]
     if unknown:
         raise FormatError(
-            f"{unknown[0]!r} is not a format of signatures; expected {', '.join(SignatureKind)}",
+            f"{unknown[0]!r} is not a format of signatures; expected {', '.join(known)}",
             path=where,
         )
     return tuple(SignatureKind(name) for name in named)

@@ -13,7 +13,7 @@ its files.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -33,6 +33,7 @@ from modelpack.trust.certificates import Authority
 from modelpack.trust.keyless import CertifiedSigner, Identity, certified_by
 from modelpack.trust.keys import PublicKey
 from modelpack.trust.model_signing import check_model, names_manifest
+from modelpack.trust.provenance import SLSA_PROVENANCE, Provenance
 from modelpack.trust.sigstore import (
     BUNDLE_TYPES,
     COSIGN_SIGN,
@@ -56,6 +57,7 @@ class SignatureKind(StrEnum):
     BUNDLE = "bundle"  # a sigstore bundle over the manifest
     MODEL_SIGNING = "model-signing"  # OpenSSF model signing over the files and the manifest
     FILES = "model-signing-files"  # the same over the files alone, as OpenSSF's own tool signs
+    PROVENANCE = "provenance"  # how the model was packaged, which is no signature of the model
 
 
 #: The formats that cover the manifest, and thus the whole model. They are accepted by default, and
@@ -75,13 +77,15 @@ Signer = PublicKey | Authority | Identity
 class Signature:
     """A verified signature: who made it, its format and the manifest that contains it.
 
-    `certified` is the signer in the certificate of a keyless signature.
+    `certified` is the signer in the certificate of a keyless signature. `provenance` is what a
+    statement of that kind says.
     """
 
     signer: Signer
     kind: SignatureKind
     manifest: Descriptor
     certified: CertifiedSigner | None = None
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,8 @@ def find_signatures(
     found: list[Signature] = []
     refused: list[Refusal] = []
     for one in _candidates(source, subject, model, refused, tagged, contents):
+        if one.kind is SignatureKind.PROVENANCE and one.kind not in formats:
+            continue
         if one.kind not in formats:
             why = "its format is not accepted"
             if one.kind is SignatureKind.FILES:
@@ -144,7 +150,7 @@ def find_signatures(
         except (FormatError, IntegrityError) as error:
             refused.append(Refusal.of(error))
             continue
-        found += by
+        found += [replace(made, provenance=one.provenance) for made in by]
     return Findings(tuple(found), tuple(refused))
 
 
@@ -161,6 +167,7 @@ class _Candidate:
     kind: SignatureKind
     content: Bundle | SimpleSignature
     check: Callable[[], None] = lambda: None
+    provenance: Provenance | None = None
 
     @property
     def what(self) -> str:
@@ -262,6 +269,11 @@ def _bundle(
         if not statement.is_about(subject.digest):
             raise IntegrityError(f"{what}: signs {statement.subjects[0].digest}, another manifest")
         return _Candidate(referrer, SignatureKind.BUNDLE, bundle)
+    if statement.predicate_type == SLSA_PROVENANCE:
+        if not statement.is_about(subject.digest):
+            raise IntegrityError(f"{what}: is about {statement.subjects[0].digest}")
+        said = Provenance.parse(statement.predicate, what)
+        return _Candidate(referrer, SignatureKind.PROVENANCE, bundle, provenance=said)
     if statement.predicate_type != MODEL_SIGNING:
         return None
 

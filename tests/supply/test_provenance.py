@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 import modelpack
 from modelpack import specfiles
 from modelpack.artifacts.manifest import Manifest
-from modelpack.errors import FormatError, UsageError
+from modelpack.errors import FormatError, UntrustedError, UsageError
+from modelpack.operations import signatures as signing
 from modelpack.operations.convert import convert
 from modelpack.operations.provenance import (
     ProvenanceOptions,
@@ -24,11 +26,14 @@ from modelpack.operations.provenance import (
     recorded_provenance,
 )
 from modelpack.operations.referrers import AttachedFile, attach
-from modelpack.storage import read_blob
+from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.storage import read_blob, watching
 from modelpack.testing import registry
 from modelpack.trust.keys import PrivateKey
+from modelpack.trust.policy import Trust
 from modelpack.trust.provenance import SLSA_PROVENANCE, Provenance, Resource
-from modelpack.trust.sigstore import BUNDLE, PAYLOAD_TYPE, Bundle, Statement
+from modelpack.trust.signatures import Signature, SignatureKind
+from modelpack.trust.sigstore import BUNDLE, PAYLOAD_TYPE, Bundle, Statement, Subject
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
 from tests.models import FIXTURES, tiny_gguf, tiny_safetensors
@@ -438,3 +443,185 @@ def test_wrong_options(options: list[str], says: str, tmp_path: Path) -> None:
     assert done.code != 0
     assert says in done.err
     assert not modelpack.Store(tmp_path / "store").models()
+
+
+PLAIN = """
+[publishers.team]
+keys = ["ours.pub"]
+[[rules]]
+models = ["*"]
+publishers = ["team"]
+provenance = true
+"""
+GIT = "git+https://git.example/team/m"
+
+
+def trusting(keys: Path, text: str) -> RemoteOptions:
+    path = keys / "provenance.toml"
+    path.write_text(text)
+    return RemoteOptions(trust=Trust.of(policy=path))
+
+
+@dataclass
+class Maker:
+    """Publishes models with and without signatures and provenance."""
+
+    host: str
+    store: modelpack.Store
+    ours: PrivateKey
+
+    def __call__(
+        self, signed: bool = True, provenance: ProvenanceOptions | None = None, size: int = 1
+    ) -> str:
+        name = f"{self.host}/team/m:v1"
+        gguf = FIXTURES / "models/tiny-gguf/tiny.gguf"
+        request = modelpack.PackageRequest(gguf=gguf, context_size=size)
+        modelpack.package(name, request, provenance=provenance, push=True, store=self.store)
+        if signed:
+            signing.sign(name, self.ours)
+        return name
+
+
+@pytest.fixture
+def make(tmp_path: Path, ours: PrivateKey) -> Iterator[Maker]:
+    with registry(tmp_path / "registry") as server:
+        yield Maker(server.host, modelpack.Store(tmp_path / "origin"), ours)
+
+
+def pulled(name: str, remote: RemoteOptions, root: Path) -> modelpack.Store:
+    store = modelpack.Store(root / "pulled")
+    modelpack.pull(name, store=store, remote=remote)
+    return store
+
+
+def test_a_policy_requires_provenance(
+    make: Maker, keys: Path, ours: PrivateKey, tmp_path: Path
+) -> None:
+    remote = trusting(keys, PLAIN)
+    name = make(provenance=ProvenanceOptions(ours))
+    store = pulled(name, remote, tmp_path)
+    # The provenance is stored with the model, which is checked at each use.
+    [found] = recorded_provenance(store, store.resolve(name).digest)
+    assert found.is_signed
+    assert modelpack.resolve(name, store=store, remote=remote)
+    assert verify_provenance(name, ours).kind is SignatureKind.PROVENANCE
+
+
+def verify_provenance(name: str, key: PrivateKey) -> Signature:
+    _, found = signing.verify(name, [key.public], formats=[SignatureKind.PROVENANCE])
+    [signature] = found.signatures
+    assert signature.provenance is not None
+    assert signature.provenance.builder == "urn:modelpack:cli"
+    return signature
+
+
+@pytest.mark.parametrize("how", ["none", "unsigned", "theirs"])
+def test_without_provenance_of_the_publisher(
+    how: str, make: Maker, keys: Path, ours: PrivateKey, theirs: PrivateKey, tmp_path: Path
+) -> None:
+    options = {
+        "none": None, "unsigned": ProvenanceOptions(), "theirs": ProvenanceOptions(theirs),
+    }  # fmt: skip
+    name = make(provenance=options[how])
+    with pytest.raises(UntrustedError, match="has no provenance signed by team") as caught:
+        pulled(name, trusting(keys, PLAIN), tmp_path)
+    assert caught.value.hint is not None
+    assert not list((tmp_path / "pulled" / "blobs").rglob("*/*"))  # nothing was fetched
+    assert pulled(name, trusting(keys, PLAIN.replace("provenance = true", "")), tmp_path)
+    with pytest.raises(UntrustedError):
+        verify_provenance(name, ours)
+
+
+def test_provenance_is_no_signature(
+    make: Maker, keys: Path, ours: PrivateKey, tmp_path: Path
+) -> None:
+    name = make(signed=False, provenance=ProvenanceOptions(ours))
+    for text in (PLAIN, PLAIN.replace("provenance = true", "")):
+        with pytest.raises(UntrustedError, match="is not signed by team"):
+            pulled(name, trusting(keys, text), tmp_path)
+    with pytest.raises(UntrustedError):
+        signing.verify(name, [ours.public])
+
+
+def test_provenance_of_another_model_does_not_count(
+    make: Maker, keys: Path, ours: PrivateKey, tmp_path: Path
+) -> None:
+    make(provenance=ProvenanceOptions(ours), size=7)
+    [other] = recorded_provenance(make.store, make.store.resolve(f"{make.host}/team/m:v1").digest)
+    statement_of_other = Statement(
+        (Subject(make.store.resolve(f"{make.host}/team/m:v1").digest),),
+        SLSA_PROVENANCE,
+        other.predicate,
+    )
+    name = make()
+    attached_to(name, statement_of_other, ours)
+    with pytest.raises(UntrustedError, match=r"has no provenance signed by team: bundle \w+: is"):
+        pulled(name, trusting(keys, PLAIN), tmp_path)
+
+
+def test_a_predicate_that_is_not_provenance_does_not_count(
+    make: Maker, keys: Path, ours: PrivateKey, tmp_path: Path
+) -> None:
+    name = make()
+    digest = make.store.resolve(name).digest
+    attached_to(name, Statement((Subject(digest),), SLSA_PROVENANCE, {"builder": "me"}), ours)
+    attached_to(name, Statement((Subject(digest),), "https://x.example/v1", VALID), ours)
+    with pytest.raises(UntrustedError, match="buildDefinition: is null, expected an object"):
+        pulled(name, trusting(keys, PLAIN), tmp_path)
+    # A statement of another builder counts: its signer vouches for it.
+    attached_to(name, Statement((Subject(digest),), SLSA_PROVENANCE, VALID), ours)
+    assert pulled(name, trusting(keys, PLAIN), tmp_path)
+
+
+def attached_to(name: str, statement: Statement, key: PrivateKey) -> None:
+    watch = watching(None)
+    with open_repository(
+        modelpack.Reference.parse(name), RemoteOptions(), watch, writes=True
+    ) as at:
+        subject = at.resolve(modelpack.Reference.parse(name).tag or "")
+        signing.attach_statement(at, subject, statement, key, watch)
+
+
+@pytest.mark.parametrize(
+    ("source", "patterns", "accepted"),
+    [
+        (f"{GIT}@{COMMIT}", [f"{GIT}"], True),
+        (f"{GIT}@{COMMIT}", ["git+https://git.example/team/*"], True),
+        (f"{GIT}@{COMMIT}", ["git+https://git.example/other/*", "git+https://*/m"], True),
+        (f"{GIT}@{COMMIT}", ["git+https://git.example/other/*"], False),
+        (f"{GIT}@{COMMIT}", ["https://git.example/team/m"], False),
+        (GIT, ["*"], False),  # an address without a commit
+        (None, ["*"], False),  # the commit of this work tree, without an address
+    ],
+)
+def test_a_policy_restricts_sources(
+    source: str | None, patterns: list[str], accepted: bool, make: Maker, keys: Path,
+    ours: PrivateKey, tmp_path: Path,
+) -> None:  # fmt: skip
+    named = Resource.named(source) if source is not None else None
+    name = make(provenance=ProvenanceOptions(ours, named))
+    remote = trusting(keys, PLAIN + f"sources = {json.dumps(patterns)}\n")
+    if accepted:
+        assert pulled(name, remote, tmp_path)
+        return
+    with pytest.raises(UntrustedError, match="has no provenance signed by team with commits of"):
+        pulled(name, remote, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (PLAIN.replace("true", "1"), "provenance: expected true or false"),
+        (PLAIN.replace("true", "'slsa'"), "provenance: expected true or false"),
+        (PLAIN.replace("true", "false") + "sources = ['x']", "sources requires provenance = true"),
+        (PLAIN + "sources = []", "sources is not an array of at least one string"),
+        (PLAIN + "sources = 'x'", "sources is not an array of at least one string"),
+        (PLAIN + "source = ['x']", "unknown field 'source'"),
+        (PLAIN + "formats = ['provenance']", "'provenance' is not a format of signatures"),
+        (PLAIN.replace("publishers = [", "accept = true\n#"), "accept = true cannot be combined"),
+    ],
+)
+def test_policies_that_are_wrong(text: str, says: str, keys: Path) -> None:
+    with pytest.raises(FormatError) as caught:
+        trusting(keys, text)
+    assert says in str(caught.value)
