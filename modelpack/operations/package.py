@@ -327,7 +327,8 @@ def package(
             whole = as_single_files(base, store, watch)
         if whole.config.is_cncf == (request.format == "cncf") or request.format is None:
             return repackage(whole.manifest, whole.config, request, planned, digests)
-        description, statistics, notes = None, None, ()
+        description, statistics = None, None
+        notes: tuple[str, ...] = ()
         if request.format == "docker":
             statistics, notes = _statistics(whole, store, request)
         elif not request.preserve:
