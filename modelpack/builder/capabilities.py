@@ -24,6 +24,7 @@ _POOLING: Final = ("embedding", "embedding", "embedding", "other")  # from 1 on;
 _IMAGE_KEYS: Final = ("image_token_id", "image_token_index", "vision_config", "vision_tower")
 _VIDEO_KEYS: Final = ("video_token_id", "video_token_index")
 _AUDIO_KEYS: Final = ("audio_config", "audio_token_id", "audio_token_index")
+_MAX_TEMPLATE_BYTES: Final = 2 * 1024 * 1024  # as the engine renders at most
 _TOOLS: Final = re.compile(r"\{[%{][^{}]*\btools\b")
 _REASONING: Final = re.compile(
     r"<think>|enable_thinking|reasoning_content|\bthinking\b|<\|channel\|>|\[THINK\]"
@@ -76,7 +77,8 @@ def with_files(
             inputs += _media_of_projector(read_gguf_header(file.path).metadata)
     chosen = preferred_template([(file.role, file.filepath) for file in files])
     if chosen is not None:
-        template = files[chosen].path.read_text(encoding="utf-8", errors="replace")
+        with files[chosen].path.open("rb") as stream:
+            template = stream.read(_MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
     made = {**found, "inputTypes": list(dict.fromkeys(inputs))}
     if template and "text" in found.get("outputTypes", ()):
         made["reasoning"] = _REASONING.search(template) is not None

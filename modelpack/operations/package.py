@@ -334,7 +334,10 @@ def package(
         elif not request.preserve:
             added = [LocalFile.of(file) for file in planned.files]
             files = [*_local_files(whole, store), *added]
-            description = describe(files, whole.config.quantization)
+            try:
+                description = describe(files, whole.config.quantization)
+            except ModelpackError as error:
+                notes = (f"the config says no more of the files, which cannot be read: {error}",)
         built = repackage(
             whole.manifest, whole.config, request, planned, digests,
             description=description, statistics=statistics,

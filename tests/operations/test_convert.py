@@ -243,6 +243,7 @@ def test_weights_that_cannot_be_read_are_converted_without_their_values(
     store: modelpack.Store, tmp_path: Path
 ) -> None:
     before = convert("x/gguf:v1", "x/cncf:v1", to="cncf", store=store)
+    assert before.notes == ()
     [weights] = modelpack.inspect("x/cncf:v1", store=store).files()
     path = store.blob_path(weights.descriptor.digest)
     path.chmod(0o644)
@@ -252,3 +253,7 @@ def test_weights_that_cannot_be_read_are_converted_without_their_values(
     assert "values of the weights, which cannot be read" in made.notes[0]
     config = modelpack.inspect("x/back:v1", store=store).config
     assert (config.gguf, config.context_size, config.architecture) == (None, None, "llama")
+    made = convert("x/gguf:v1", "x/again:v1", to="cncf", store=store)
+    assert "says no more of the files, which cannot be read" in made.notes[0]
+    config = modelpack.inspect("x/again:v1", store=store).config
+    assert (config.capabilities, config.cncf_config, config.format) == ((), {}, "gguf")
