@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,13 @@ from modelpack.artifacts.reference import Reference
 from modelpack.builder.files import Found, LayerFile, expanded, walk
 from modelpack.builder.request import PackageRequest
 from modelpack.builder.times import SOURCE_DATE_EPOCH, source_time
-from modelpack.errors import FormatError, IntegrityError, NotFoundError, PackagingError
+from modelpack.errors import (
+    FormatError,
+    IntegrityError,
+    InvalidReferenceError,
+    NotFoundError,
+    PackagingError,
+)
 from modelpack.formats.model_card import hub_url
 from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
 from modelpack.progress import Stop
@@ -170,10 +177,12 @@ def _hashed(entry: Found, watch: Watch) -> Resource:
 def _base_of(manifest: Manifest) -> Resource | None:
     """Return the model that an adapter or a drafter is for."""
     digest = manifest.annotations.get(media_types.BASE_DIGEST)
-    if digest is None:
+    if digest is None or manifest.artifact_type not in (media_types.ADAPTER, media_types.DRAFTER):
         return None
-    name = manifest.annotations.get(media_types.BASE_NAME, "")
-    return Resource.of(Digest.parse(digest), name="base", uri=f"oci://{name}" if name else "")
+    uri = ""
+    with suppress(InvalidReferenceError):  # without a name, or on the hub
+        uri = f"oci://{Reference.parse(manifest.annotations.get(media_types.BASE_NAME, '')).name}"
+    return Resource.of(Digest.parse(digest), name="base", uri=uri)
 
 
 def _origin(manifest: Manifest) -> Iterator[Resource]:

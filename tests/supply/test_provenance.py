@@ -18,6 +18,7 @@ from modelpack import specfiles
 from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import FormatError, UntrustedError, UsageError
 from modelpack.operations import signatures as signing
+from modelpack.operations.adapters import package_adapter
 from modelpack.operations.convert import convert
 from modelpack.operations.provenance import (
     ProvenanceOptions,
@@ -34,6 +35,7 @@ from modelpack.trust.policy import Trust
 from modelpack.trust.provenance import SLSA_PROVENANCE, Provenance, Resource
 from modelpack.trust.signatures import Signature, SignatureKind
 from modelpack.trust.sigstore import BUNDLE, PAYLOAD_TYPE, Bundle, Statement, Subject
+from tests.adapters import tiny_base, write_peft
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
 from tests.models import FIXTURES, tiny_gguf, tiny_safetensors
@@ -338,6 +340,20 @@ def test_the_model_that_it_starts_from(store: modelpack.Store) -> None:
         {"name": "base", "uri": uri, "digest": {"sha256": base.digest.encoded}},
         {"name": "origin", "uri": "https://huggingface.co/team/m", "digest": {"gitCommit": COMMIT}},
     ]
+
+
+def test_an_adapter(store: modelpack.Store, tmp_path: Path) -> None:
+    request = modelpack.PackageRequest(safetensors_dir=tiny_base(tmp_path / "base"))
+    base = modelpack.package("team/base", request, store=store)
+    made = package_adapter(
+        "team/lora", write_peft(tmp_path / "lora"), "team/base",
+        provenance=ProvenanceOptions(), store=store,
+    )  # fmt: skip
+    definition = statement(store, made).predicate["buildDefinition"]
+    first, *others = definition["resolvedDependencies"]
+    digest = {"sha256": base.digest.encoded}
+    assert first == {"name": "base", "uri": "oci://docker.io/team/base", "digest": digest}
+    assert {one["name"] for one in others} == {layer.filepath for layer in made.manifest.layers}
 
 
 def test_the_inputs_of_a_step_before(store: modelpack.Store, tmp_path: Path) -> None:
