@@ -137,9 +137,10 @@ def provenance_of(
         found = [_hashed(one, watch) for one in entries]
     source = options.source or (found_source(paths) if paths else None)
     base = made.base or _base_of(manifest)
+    origin = list(_origin(manifest)) if made.base is not None else []
     return Provenance(
         parameters={**_parameters(made.request, base), **options.parameters},
-        dependencies=tuple(one for one in (source, base, *_origin(manifest), *found) if one),
+        dependencies=tuple(one for one in (source, base, *origin, *found) if one),
         versions=tool_versions(**options.tools),
         finished=source_time(environ) if environ.get(SOURCE_DATE_EPOCH) else None,
     )
