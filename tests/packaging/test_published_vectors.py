@@ -99,3 +99,30 @@ def test_vector_a_in_full(root: Path) -> None:
 def test_vector_f_has_the_odd_size(tmp_path: Path) -> None:
     write(tmp_path, {"tiny.gguf": ALIGNED})
     assert package(request_at(tmp_path, gguf="tiny.gguf")).config.size == "0B"
+
+
+DESCRIBED_CONFIG = (
+    '{"descriptor":{"createdAt":"1970-01-01T00:00:00Z","authors":["Ada"],"family":"llama",'
+    '"datasetsURL":["https://huggingface.co/datasets/team/set"],"licenses":["MIT"]},"modelfs":'
+    '{"type":"layers","diffIds":[DIFFS]},"config":{"architecture":"llama","format":"safetensors",'
+    '"paramSize":"7.00","precision":"bfloat16","quantization":"mixed","capabilities":{"inputTypes":'
+    '["text","image"],"outputTypes":["text"],"reasoning":false,"toolUsage":false}}}'
+)
+
+
+def test_cncf_without_preserve(root: Path) -> None:
+    """Change these bytes only together with CHANGELOG.md: digests of new artifacts change."""
+    built = package(PackageRequest(gguf=root / "tiny.gguf", format="cncf"))
+    expected = "6051a9a98d69bbdf0d6c09d4fc848ae7a32f6f72471d8db6a3e7e6dc0a9afbff"
+    assert (len(built.config_bytes), Digest.of(built.config_bytes).encoded) == (360, expected)
+    expected = "c5ca84de3922c632c2419ab7507852b69ac8bea5da8edbf71206307b62a60e28"
+    assert (len(built.manifest.raw), built.manifest.digest.encoded) == (767, expected)
+    config = (
+        b'{"model_type":"llama","dtype":"bfloat16","vision_config":{},'
+        b'"max_position_embeddings":512}'
+    )
+    card = b"---\nlicense: mit\ndatasets: [team/set]\nauthors: [Ada]\n---\n"
+    write(root / "directory", {"config.json": config, "README.md": card})
+    built = package(PackageRequest(safetensors_dir=root / "directory", format="cncf"))
+    diffs = ",".join(f'"{layer.digest}"' for layer in built.manifest.layers)
+    assert built.config_bytes.decode() == DESCRIBED_CONFIG.replace("DIFFS", diffs)
