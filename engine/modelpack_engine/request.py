@@ -148,7 +148,9 @@ class Media:
 
     `digest` is the SHA-256 of the decoded picture and of everything else that the encoder's
     `inputs` depend on: equal digests mean equal embeddings. `param` names the picture in errors.
-    With M-RoPE, `grid` has the frames, rows and columns of its tokens.
+    With M-RoPE, `grid` has the frames, rows and columns of its tokens. Tokens in one of the ranges
+    `bidirectional`, which count from `start`, attend to all others in it: a step computes all of
+    them, or all that are not cached.
     """
 
     start: int
@@ -157,6 +159,12 @@ class Media:
     inputs: Mapping[str, NDArray[Any]] = field(repr=False)
     param: str = "messages"
     grid: tuple[int, int, int] | None = None
+    bidirectional: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The positions [first, stop) of each range in `bidirectional`."""
+        return [(self.start + first, self.start + stop) for first, stop in self.bidirectional]
 
     @property
     def stop(self) -> int:

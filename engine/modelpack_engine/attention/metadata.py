@@ -131,11 +131,12 @@ class ChunkKeys:
     """The keys of one prefill chunk, and the mask for MLX's attention.
 
     `mask` is None for a single query that sees all keys, "causal" (aligned at the bottom right), or
-    bool [queries, keys].
+    bool [queries, keys]. Unless `is_causal`, queries see later keys too.
     """
 
     keys: KeyRange
     mask: mx.array | str | None
+    is_causal: bool = True
 
 
 class StepInputs:
@@ -410,7 +411,7 @@ class StepInputs:
         keys = KeyRange([blocks], start, stop)
         aligned = stop == span.stop + padding
         unseen = window is not None and stop - start > window
-        if aligned and not unseen:
+        if aligned and not unseen and not chunk.spans:
             return ChunkKeys(keys, None if chunk.padded_length == 1 else "causal")
         # Positions counted from the first gathered key.
         first_query = span.stop - chunk.length
@@ -418,9 +419,14 @@ class StepInputs:
         queries = mx.minimum(queries, stop - 1)  # padding rows must see at least one key
         positions = mx.arange(start, stop, dtype=mx.int32)[None]
         mask = positions <= queries
+        before = first_query - (chunk.kv_length - chunk.length)
+        for first, last in chunk.spans:
+            low, high = first + before, last + before
+            of_queries = (queries >= low) & (queries < high)
+            mask = mask | (of_queries & (positions >= low) & (positions < high))
         if window is not None:
             mask = mask & (positions > queries - window)
-        return ChunkKeys(keys, mask)
+        return ChunkKeys(keys, mask, is_causal=not chunk.spans)
 
 
 def _between(starts: list[int], stops: list[int], keys: int) -> mx.array:

@@ -165,7 +165,7 @@ class PagedKV:
             end = chunk.row + chunk.padded_length
             rows, pe = (None if a is None else a[chunk.row : end] for a in (queries, query_pe))
             assert rows is not None
-            if not step.exact and chunk.length <= _SHORT_CHUNK:
+            if not step.exact and chunk.length <= _SHORT_CHUNK and not chunk.spans:
                 outputs.append(self._decode(rows, pe, *step.chunk_rows(index), how))
             else:
                 outputs.append(self._prefill(rows, pe, index, how))
@@ -263,7 +263,8 @@ class PagedKV:
         found = self.step.chunk_keys(index, how.window)
         queries = rows.transpose(2, 1, 0, 3)
         pe = None if pe is None else pe.transpose(2, 1, 0, 3)
-        return self._attend(queries, pe, found.keys, found.mask, how).transpose(2, 1, 0, 3)
+        made = self._attend(queries, pe, found.keys, found.mask, how, is_causal=found.is_causal)
+        return made.transpose(2, 1, 0, 3)
 
     def _attend(
         self,
@@ -272,6 +273,8 @@ class PagedKV:
         found: KeyRange,
         mask: mx.array | str | None,
         how: _How,
+        *,
+        is_causal: bool = True,
     ) -> mx.array:
         keys, values = self.pools.read(found)
         if how.key_dtype is not None and how.key_dtype != keys.dtype:
@@ -285,7 +288,7 @@ class PagedKV:
             sinks=how.sinks,
             softcap=how.softcap,
             query_pe=pe,
-            on_cpu=self.step.exact,
+            on_cpu=self.step.exact and is_causal,
             second=self.step.second_stream,
         )
 

@@ -25,6 +25,9 @@ class Chunk:
     The rows after them, up to row + padded_length, are padding. `block_table` is padded with the
     null block to a bucket that holds kv_length + padded_length - length tokens.
 
+    Tokens at the positions [first, stop) of each of `spans` attend to each other, in both
+    directions.
+
     For recurrent layers, `snapshot` is the state that the chunk starts from, if it is not the state
     of its sequence. If `snapshot_hash` is set, a snapshot of the state after it is kept by it.
     """
@@ -37,6 +40,7 @@ class Chunk:
     seq_id: int
     snapshot: object | None = None
     snapshot_hash: bytes | None = None
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,8 +405,14 @@ class _Rows:
             window.slots.extend([0] * (padded_length - length))
         self._pad(padded_length - length)
         self.adapter_slots += [sequence.adapter_slot] * length + [-1] * (padded_length - length)
+        spans = tuple(
+            span
+            for media in sequence.media
+            for span in media.spans
+            if span[0] < stop and start < span[1]
+        )
         return Chunk(
-            row, length, padded_length, stop, table, sequence.seq_id, snapshot, snapshot_hash
+            row, length, padded_length, stop, table, sequence.seq_id, snapshot, snapshot_hash, spans
         )
 
     def _pad(self, count: int) -> None:

@@ -307,7 +307,8 @@ class Scheduler:
     Background sequences count as younger than all others: they get the rows and blocks that others
     leave over, and are preempted when another sequence waits for their place.
 
-    A chunk ends before a picture that `pictures` cannot encode in this step.
+    A chunk ends before a picture that `pictures` cannot encode in this step, and never within one
+    whose tokens attend to each other in both directions.
     """
 
     def __init__(
@@ -366,6 +367,7 @@ class Scheduler:
                 param="prompt",
                 hint="give the engine more memory for its KV cache",
             )
+        self._check_spans(first)
         if len(sequences) > config.max_waiting:
             raise RequestError(
                 f"n is {len(sequences)}, but the queue holds {config.max_waiting}", param="n"
@@ -381,6 +383,21 @@ class Scheduler:
             )
             self._waiting.add(sequence, num_tokens - num_cached, self._num_computed)
         self._requests[first.request_id] = list(sequences)
+
+    def _check_spans(self, sequence: Sequence) -> None:
+        """Raise `RequestError` if a step that decodes all others cannot compute a picture whole."""
+        config, buckets = self.config, self.config.buckets
+        decode = buckets.pad_rows(config.max_num_seqs - 1)
+        most = min(self._chunk_rows, config.max_num_batched_tokens - decode)
+        for media in sequence.media:
+            size = max((stop - first for first, stop in media.bidirectional), default=0)
+            if buckets.pad_chunk(size) > most:
+                raise RequestError(
+                    f"{media.param}: the picture has {size} tokens that are computed together, but"
+                    f" a step computes at most {most} of one prompt",
+                    param=media.param,
+                    hint="raise max_num_batched_tokens and max_prefill_chunk",
+                )
 
     def check_queue(self, num_sequences: int = 1) -> None:
         """Raise `QueueFullError` if the queue has no room for so many sequences now."""
@@ -508,8 +525,7 @@ class Scheduler:
 
         def take(sequence: Sequence) -> None:
             nonlocal rows
-            most = self.config.chunk_rows_at(sequence.num_computed_tokens, alone=alone)
-            if chunk := self._chunk(sequence, min(rows, most), computing, alone=alone):
+            if chunk := self._chunk(sequence, rows, computing, alone=alone):
                 chunks.append(chunk)
                 rows -= buckets.pad_chunk(chunk.length)
 
@@ -589,7 +605,7 @@ class Scheduler:
     def _chunk(
         self, sequence: Sequence, max_rows: int, computing: set[bytes], *, alone: bool
     ) -> PrefillChunk | None:
-        """Return the chunk of a prompt in this step, or None if the prompt has to wait.
+        """Return the chunk of a prompt in a step of `max_rows`, or None if the prompt has to wait.
 
         It waits for free blocks, for blocks that are being loaded from the offload, for a picture,
         and for another prompt of this step that computes its next block, which it can then share.
@@ -600,7 +616,8 @@ class Scheduler:
         if blocks.next_hash(sequence) in computing or blocks.awaits_blocks(sequence):
             return None
         start, remaining = sequence.num_computed_tokens, sequence.num_remaining_tokens
-        length = buckets.fit_chunk(remaining, max_rows)
+        most = self.config.chunk_rows_at(start, alone=alone)
+        length = buckets.fit_chunk(remaining, min(max_rows, most))
         if length > (room := blocks.room_for(sequence)):
             length = round_down(room, buckets.chunk)
         if length < remaining and (start + length) // block_size > start // block_size:
@@ -608,7 +625,9 @@ class Scheduler:
         if (end := blocks.next_snapshot(sequence)) is not None:
             length = min(length, end - start)
         if sequence.media and length > 0:
-            length = min(length, self._encoded_until(sequence, start + length, alone) - start)
+            rows = round_down(min(max_rows, self._chunk_rows), buckets.chunk)
+            stop = _outside_spans(sequence, start, start + length, min(rows, room))
+            length = self._encoded_until(sequence, stop, alone) - start if stop > start else 0
         if length <= 0:
             return None
         grown = blocks.grow(sequence, start + length)
@@ -758,3 +777,18 @@ class Scheduler:
             blocks_cached=self._blocks.num_cached,
             live_tokens=sum(sequence.num_computed_tokens for sequence in self._running),
         )
+
+
+def _outside_spans(sequence: Sequence, start: int, stop: int, most: int) -> int:
+    """Return the position near `stop` at which a chunk from `start` may end: not within a span.
+
+    It is before the span, or after one that has begun if that takes at most `most` tokens; `start`
+    if the span has to wait.
+    """
+    for media in sequence.media:
+        for first, end in media.spans:
+            if first < stop < end:
+                if start < first:
+                    return first
+                return end if end - start <= most else start
+    return stop

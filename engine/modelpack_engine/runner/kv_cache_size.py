@@ -177,13 +177,15 @@ def choose_sizes(
     window: int | None = None,
     groups: tuple[WindowGroup, ...] = (),
     step_memory: StepMemory = StepMemory(),  # it is frozen
+    span: int = 0,
 ) -> Sizes:
     """Return the sizes for a model with the caches of `layout` (None: not paged).
 
     A token takes `draft_bytes` more bytes in the KV cache of a draft model. If every layer has an
     attention window of at most `window` tokens, a request holds no more tokens than the window and
     one step. `groups` of layers with smaller windows have blocks of their own, unless no request is
-    long enough to release any. On CUDA, steps' arrays take `step_memory`.
+    long enough to release any. On CUDA, steps' arrays take `step_memory`. By default, a step can
+    compute `span` tokens of one prompt.
 
     Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold one request of
     `config.max_model_len` tokens, or a few blocks if that is not set.
@@ -203,7 +205,10 @@ def choose_sizes(
         step_memory = StepMemory()
     default = _rows_of_a_step(step_memory.per_row) if gpu else CPU_BATCHED_TOKENS
     num_seqs = max_num_seqs(config)
+    span = buckets.pad_chunk(span)
+    default = max(default, span + buckets.pad_rows(num_seqs) if span else 0)
     tokens = max(config.max_num_batched_tokens or default, 2 * num_seqs)
+    most_of_prompt = config.max_prefill_chunk or max(tokens // 2, span)
     step_bytes = _STEPS * tokens * step_memory.per_row + step_memory.per_step
     if step_bytes:
         memory = int(device.total_memory() * _memory_share(config))
@@ -215,7 +220,7 @@ def choose_sizes(
         if window is None:
             return blocks
         chunk = SchedulerConfig(
-            num_seqs, tokens, wanted, config.max_prefill_chunk, buckets=buckets
+            num_seqs, tokens, wanted, most_of_prompt, buckets=buckets
         ).chunk_rows
         return min(blocks, window_blocks(window, chunk, config.block_size))
 
@@ -257,7 +262,7 @@ def choose_sizes(
         min(wanted, capacity + 1),
         tokens,
         buckets,
-        max_prefill_chunk=_GPU_CHUNK if gpu else None,
+        max_prefill_chunk=max(_GPU_CHUNK, span) if gpu else most_of_prompt,
         prefill_context=_GPU_CONTEXT if gpu else None,
         step_bytes=step_bytes,
         groups=groups,
