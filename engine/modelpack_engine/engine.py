@@ -117,9 +117,12 @@ class Engine(BaseEngine):
         self.memory_bytes = self.weight_bytes + self.kv_cache_bytes + self._sizes.step_bytes
         self._runner = self._make_runner(loaded, layout)
         notes = list(loaded.notes)
-        if self.vision is not None and self.vision.processor.mrope and self._runner.tier != "paged":
-            self.vision, self.no_vision = None, "M-RoPE positions need the paged tier"
-            notes.append(f"pictures are not read: {self.no_vision}")
+        if self.vision is not None and self._runner.tier != "paged":
+            needs = self.vision.processor
+            what = "M-RoPE positions" if needs.mrope else "pictures that attend in both directions"
+            if needs.mrope or needs.largest_span:
+                self.vision, self.no_vision = None, f"{what} need the paged tier"
+                notes.append(f"pictures are not read: {self.no_vision}")
         self._adapters: AdapterSet | None = None
         rows = self._runner.adapter_rows
         if self.config.max_loras and rows is not None:
@@ -269,6 +272,7 @@ class Engine(BaseEngine):
             window=window,
             groups=layout.window_groups if layout is not None and self._has_window_pools else (),
             step_memory=self._step_memory,
+            span=0 if self.vision is None else self.vision.processor.largest_span,
         )
 
     def _make_runner(self, loaded: LoadedModel, layout: ModelLayout | None) -> ModelRunner:

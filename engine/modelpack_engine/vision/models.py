@@ -9,6 +9,7 @@ model, whose `language_tower` the runners run. Both are a `VisionModel`.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +36,10 @@ class VisionClass:
     each; with `in_rows`, tokens of a picture stand in rows that end with a token of their own; in
     both, a token is `merge` x `merge` patches unless the config says otherwise. Qwen3-VL's towers
     also return what is added to the output of the first layers (DeepStack).
+
+    With `soft`, a picture's tokens are the placeholder, tokens `soft`, and `ends`, with the text
+    `around` before and after them. With `bidirectional`, its tokens `soft` attend to each other in
+    both directions.
     """
 
     text_types: tuple[str, ...] = ()
@@ -44,6 +49,10 @@ class VisionClass:
     mrope: bool = False
     in_rows: bool = False
     merge: int = 2
+    soft: str = ""
+    ends: str = ""
+    around: str = ""
+    bidirectional: bool = False
 
     def merged(self, config: Mapping[str, Any]) -> int:
         """Return the rows and columns of patches that are one token in the model of `config`."""
@@ -52,8 +61,18 @@ class VisionClass:
 
 
 _QWEN = VisionClass(placeholder="<|image_pad|>", projector="", mrope=True)  # the tower projects
+#: The tokens of a picture of Gemma 3, unless config.json says otherwise.
+GEMMA3_TOKENS = 256
 #: The classes by the model type of config.json.
 CLASSES: Mapping[str, VisionClass] = {
+    "gemma3": VisionClass(
+        placeholder="<start_of_image>",
+        projector="Gemma3MultiModalProjector",
+        soft="<image_soft_token>",
+        ends="<end_of_image>",
+        around="\n\n",
+        bidirectional=True,
+    ),
     "idefics3": VisionClass(  # the tower alone runs for GGUF
         ("idefics3", "llama", "vllama3"),
         projector="Idefics3Connector",
@@ -270,6 +289,8 @@ def open_tower(
         raise ModelLoadError("the extra 'vision' is not installed", hint=INSTALL_HINT)
     if CLASSES[kind].mrope:
         _check_mrope(config)
+    if kind == "gemma3":
+        _check_pool(config)
     prepare()
     package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
     table = next(m for name, m in model.named_modules() if name.endswith("embed_tokens"))
@@ -327,6 +348,21 @@ def _check_mrope(config: Mapping[str, Any]) -> None:
         raise ModelLoadError(
             f"config.json: the rotation of {config['model_type']} is not M-RoPE with three sections"
         )
+
+
+def _check_pool(config: Mapping[str, Any]) -> None:
+    """Raise `ModelLoadError` unless a picture's square of patches is pooled to its tokens."""
+    vision, tokens = config["vision_config"], config.get("mm_tokens_per_image", GEMMA3_TOKENS)
+    patches, patch = vision.get("image_size", 224), vision.get("patch_size")
+    sizes = (tokens, patches, patch)
+    if all(type(size) is int and size > 0 for size in sizes):
+        side = math.isqrt(tokens)
+        if side * side == tokens and patches // patch >= side and patches // patch % side == 0:
+            return
+    raise ModelLoadError(
+        f"config.json: mm_tokens_per_image {str(tokens)[:100]} does not divide the patches of a"
+        " picture"
+    )
 
 
 def _quantise(tower: Any, config: Mapping[str, Any], given: Mapping[str, mx.array]) -> None:
@@ -421,8 +457,14 @@ def _tower_class(package: Any) -> Any:
         self.config = SimpleNamespace(
             model_type=config["model_type"],
             text_config=SimpleNamespace(
-                hidden_size=text["hidden_size"], rms_norm_eps=text.get("rms_norm_eps", 1e-5)
+                hidden_size=text["hidden_size"],
+                rms_norm_eps=text.get("rms_norm_eps", 1e-5),
+                mm_tokens_per_image=config.get("mm_tokens_per_image", GEMMA3_TOKENS),
             ),
+            # mlx-vlm's Gemma 3 divides embeddings by its root, as the language model multiplies by
+            # that of its own. config.json has none, and mlx-vlm would take 2048.
+            hidden_size=text["hidden_size"],
+            pad_token_id=config.get("pad_token_id"),
             vision_config=package.VisionConfig.from_dict(dict(config["vision_config"])),
             image_token_index=config.get("image_token_index", config.get("image_token_id")),
             image_token_id=config.get("image_token_id"),
@@ -440,11 +482,15 @@ def _tower_class(package: Any) -> Any:
         if needs.projector:
             module = getattr(package, config["model_type"])
             setattr(self, projector, getattr(module, needs.projector)(self.config))
+        self.masks_inputs = needs.bidirectional
         self.vision_feature_layer = self.config.vision_feature_layer
         self.vision_feature_select_strategy = self.config.vision_feature_select_strategy
 
     def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
-        made = base.get_input_embeddings(self, token_ids[None], **inputs)
+        given = dict(inputs)
+        if self.masks_inputs:  # the mask that it returns is not used
+            given["mask"] = mx.ones((1, token_ids.size), mx.int32)
+        made = base.get_input_embeddings(self, token_ids[None], **given)
         rows = cast(mx.array, made.inputs_embeds[0])
         deep = getattr(made, "deepstack_visual_embeds", None)
         return rows if deep is None else mx.stack([rows, *deep])

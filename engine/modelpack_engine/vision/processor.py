@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from modelpack_engine.errors import RETRY_AFTER, ModelLoadError, QueueFullError, RequestError
 from modelpack_engine.request import Media
-from modelpack_engine.vision.models import CLASSES, VisionClass
+from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, VisionClass
 
 #: The largest side, in pixels, to which a preprocessor_config.json may scale pictures.
 MAX_SIDE = 8192
@@ -110,13 +110,20 @@ class PictureProcessor:
         self.image_token = CLASSES[self._kind].placeholder
         self._config, self._encode = config, encode
         ids = encode(self.image_token)
-        self.image_token_id = config.get("image_token_id", config.get("image_token_index"))
-        if len(ids) != 1 or ids[0] != self.image_token_id:
-            raise ModelLoadError(
-                f"{self.image_token!r} is not the token {self.image_token_id} of config.json"
-            )
+        soft = self._needs.soft or self.image_token
+        soft_id = config.get("image_token_id", config.get("image_token_index"))
+        if len(ids) != 1 or encode(soft) != [soft_id]:
+            raise ModelLoadError(f"{soft!r} is not the token {soft_id} of config.json")
+        self.image_token_id = ids[0]
         self._image_processor = _image_processor(config, settings)
+        if self._image_processor.to_dict().get("do_pan_and_scan"):
+            raise ModelLoadError("preprocessor_config.json: do_pan_and_scan is not supported")
         self.memory = InputMemory()
+
+    def with_spaces(self, text: str) -> str:
+        """Return a prompt with pictures as it is tokenised: with what the model has around them."""
+        around = self._needs.around
+        return text.replace(self.image_token, f"{around}{self.image_token}{around}")
 
     def place(
         self,
@@ -178,12 +185,20 @@ class PictureProcessor:
             merge = self._merge
             grid = frames, height // merge, width // merge
         digest = hashlib.sha256(self._settings_digest + picture.digest()).digest()
-        return Media(start, tuple(tokens), digest, inputs, picture.param, grid)
+        spans = ((1, 1 + self.largest_span),) if self.largest_span else ()
+        return Media(start, tuple(tokens), digest, inputs, picture.param, grid, spans)
 
     @property
     def mrope(self) -> bool:
         """Whether tokens have three positions each, so that `Media.grid` is set."""
         return self._needs.mrope
+
+    @property
+    def largest_span(self) -> int:
+        """The most tokens of a picture that attend to each other in both directions, or 0."""
+        if not self._needs.bidirectional:
+            return 0
+        return int(self._config.get("mm_tokens_per_image", GEMMA3_TOKENS))
 
     @property
     def _needs(self) -> VisionClass:
@@ -205,6 +220,8 @@ class PictureProcessor:
 
     def _text(self, made: Mapping[str, Any], pixels: NDArray[Any]) -> str:
         """Return the text that stands for a picture."""
+        if self._needs.soft:
+            return f"{self.image_token}{self._needs.soft * self.largest_span}{self._needs.ends}"
         if self.mrope:
             patches = int(np.prod(made["image_grid_thw"][0]))
             return self.image_token * (patches // self._merge**2)

@@ -318,7 +318,9 @@ async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int],
         shown = shows_pictures(spec.template or model.tokenizer.chat_template)
         messages, files = take_pictures(messages, None if shown else processor.image_token)
     spec = replace(spec, messages=messages)
-    text, token_ids = await prepare(size + len(spec.earlier), lambda: _prompt(model, spec))
+    text, token_ids = await prepare(
+        size + len(spec.earlier), lambda: _prompt(model, spec, with_pictures=bool(files))
+    )
     media: tuple[Media, ...] = ()
     if files:
         model.check_room(len(token_ids))
@@ -333,10 +335,14 @@ def _characters(message: Mapping[str, Any]) -> int:
     return sum(len(value) for value in (*message.values(), *texts) if isinstance(value, str))
 
 
-def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
+def _prompt(
+    model: ServedModel, spec: ChatSpec, *, with_pictures: bool
+) -> tuple[str, list[int]]:
     tokenizer = model.tokenizer
     text = render(spec, tokenizer, model.format)
-    token_ids = model.encode(text, add_special_tokens=False)
+    processor = model.pictures if with_pictures else None
+    spaced = text if processor is None else processor.with_spaces(text)
+    token_ids = model.encode(spaced, add_special_tokens=False)
     if spec.earlier:
         # The earlier turns begin with the BOS token. If it occurs again, it begins each turn.
         if token_ids[:1] == [tokenizer.bos] and token_ids.count(token_ids[0]) == 1:

@@ -20,7 +20,7 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision import models
 from tests.engine.vision import tiny
 
-TOWERS = ("llava", *tiny.MISTRAL, *tiny.QWEN)
+TOWERS = (*tiny.WHOLE, "llava", *tiny.MISTRAL, *tiny.QWEN)
 
 
 @pytest.mark.long
@@ -174,11 +174,11 @@ def test_mrope_needs_the_paged_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.notes == ("pictures are not read: M-RoPE positions need the paged tier",)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TOWERS if kind != "pixtral"])
+@pytest.mark.parametrize("kind", [k for k in TOWERS if k not in ("gemma3", "pixtral")])
 def test_the_layout_of_transformers_5(kind: str, tmp_path: Path) -> None:
     """It saves all parts under `model`, and convolutions with channels first.
 
-    mlx-lm's pixtral reads the layout of published files only, with pictures or without.
+    mlx-lm's gemma3 and pixtral read the layout of published files only, with pictures or without.
     """
     files = copied(kind, tmp_path)
     weights = mx.load(str(tmp_path / "model.safetensors"))

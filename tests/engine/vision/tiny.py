@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -25,16 +27,20 @@ from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
 QWEN = ("qwen2_5_vl", "qwen2_vl", *DEEP)
 MISTRAL = ("mistral3", "pixtral")
-KINDS = ("idefics3", "llava", *MISTRAL, "smolvlm", *QWEN)
+#: Tokens of a picture attend to each other in both directions.
+WHOLE = ("gemma3",)
+KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN)
 EOS = 256
 SPECIAL = [
     "<eos>", "<image>", "<fake_token_around_image>", "<global-img>",
     *(f"<row_{y}_col_{x}>" for y in range(1, 5) for x in range(1, 5)),
     "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>",
     "[IMG]", "[IMG_BREAK]", "[IMG_END]",
+    "<start_of_image>", "<image_soft_token>", "<end_of_image>",
 ]  # fmt: skip
 IMAGE = EOS + 1
 PAD, START, END, VIDEO, IMG = (EOS + index for index in range(20, 25))
+BOI, SOFT = EOS + 27, EOS + 28
 VOCABULARY = 288
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}"
@@ -56,6 +62,10 @@ _TILED: dict[str, Any] = {
     "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5], "max_image_size": {"longest_edge": 16}, "resample": 1,
     "size": {"longest_edge": 32},
+}  # fmt: skip
+_NAMED = {
+    "boi_token": "<start_of_image>", "image_token": "<image_soft_token>",
+    "eoi_token": "<end_of_image>",
 }  # fmt: skip
 
 
@@ -116,6 +126,21 @@ def config_of(kind: str) -> dict[str, Any]:
             "image_token_index": IMG, "vision_feature_layer": -1, "vocab_size": VOCABULARY,
             **({"spatial_merge_size": 2} if kind == "mistral3" else {}),
         }  # fmt: skip
+    if kind == "gemma3":
+        return {
+            "model_type": kind, "vocab_size": VOCABULARY, "mm_tokens_per_image": 16,
+            "image_token_index": SOFT, "boi_token_index": BOI, "hidden_size": 64,
+            "text_config": {
+                "model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 96,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+                "num_hidden_layers": 4, "sliding_window": 20, "sliding_window_pattern": 2,
+                "vocab_size": VOCABULARY, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6,
+                "query_pre_attn_scalar": 16, "mm_tokens_per_image": 16,
+            },
+            "vision_config": {
+                **_VISION, "model_type": "siglip_vision_model", "image_size": 32,
+            },
+        }  # fmt: skip
     if kind == "llava":
         vision = {**_VISION, "model_type": "clip_vision_model", "image_size": 16}
         return {
@@ -145,6 +170,12 @@ def settings_of(kind: str) -> dict[str, Any]:
             "do_rescale": True, "do_resize": True, "image_mean": [0.48, 0.46, 0.41],
             "image_std": [0.27, 0.26, 0.28], "resample": 3, "rescale_factor": 1 / 255,
         }  # fmt: skip
+    if kind == "gemma3":
+        return {
+            "image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32},
+            "do_pan_and_scan": None, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+            "resample": 2, "image_seq_length": 16,
+        }  # fmt: skip
     if kind == "llava":
         return {
             "image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
@@ -158,6 +189,8 @@ def settings_of(kind: str) -> dict[str, Any]:
 
 def placeholder(kind: str) -> str:
     """Return the token of pictures in a kind's chat template."""
+    if kind in WHOLE:
+        return "<start_of_image>"
     if kind in MISTRAL:
         return "[IMG]"
     return "<|image_pad|>" if kind in QWEN else "<image>"
@@ -210,12 +243,12 @@ def directory(kind: str) -> Path:
         "config.json": config,
         "preprocessor_config.json": settings_of(kind),
         "processor_config.json": {
-            "image_seq_len": 4, "patch_size": 4, "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
+            "image_seq_len": 4, "image_seq_length": 16, "patch_size": 4,
+            "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
         },
         "tokenizer_config.json": {
             "eos_token": "<eos>", "chat_template": prompt_of(placeholder(kind), TEMPLATE),
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": "PreTrainedTokenizerFast", **(_NAMED if kind in WHOLE else {}),
         },
     }  # fmt: skip
     for name, document in documents.items():
@@ -254,6 +287,8 @@ def request(
     """Return a greedy request of a text with <image> in the places of the pictures."""
     assert engine.vision is not None
     text = prompt_of(engine.vision.processor.image_token, text)
+    if pictures:
+        text = engine.vision.processor.with_spaces(text)
     ids, media = engine.tokenizer.encode(text, add_special_tokens=False), ()
     if pictures:
         ids, media = engine.vision.processor.place(ids, pictures)
@@ -284,16 +319,55 @@ def _peer(kind: str) -> tuple[Any, Any]:
     of = kind.removesuffix("_moe")
     processor_module: Any = importlib.import_module(f"mlx_vlm.models.{of}.processing_{of}")
     names = {
-        "idefics3": "Idefics3", "llava": "Llava", "mistral3": "Mistral3", "pixtral": "Pixtral",
-        "qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL",
-        "smolvlm": "SmolVLM",
+        "gemma3": "Gemma3", "idefics3": "Idefics3", "llava": "Llava", "mistral3": "Mistral3",
+        "pixtral": "Pixtral", "qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL",
+        "qwen3_vl": "Qwen3VL", "smolvlm": "SmolVLM",
     }  # fmt: skip
     processor = getattr(processor_module, f"{names[of]}Processor").from_pretrained(path)
     return model, processor
 
 
-def expected(kind: str, text: str, pictures: list[Picture], count: int = 8) -> list[int]:
-    """Return the greedy tokens of mlx-vlm's own processor, model and cache, for one request."""
+def _picture_mask(ids: list[int], window: int | None) -> mx.array:
+    """Return transformers' mask of Gemma 3 [1, 1, rows, rows]: pictures in both directions.
+
+    It is `create_masks_for_vision_model` of transformers 5.23: a layer with a window sees no
+    further back in a picture either.
+    """
+    places = np.arange(len(ids))
+    is_soft = np.array(ids) == SOFT
+    starts = is_soft & ~np.concatenate([[False], is_soft[:-1]])
+    group = np.where(is_soft, np.cumsum(starts), 0)
+    same = (group[:, None] == group) & is_soft
+    mask = (places <= places[:, None]) | same
+    if window is not None:
+        mask &= places > places[:, None] - window
+    return mx.array(mask[None, None])
+
+
+@contextmanager
+def _pictures_seen(kind: str, ids: list[int], seen: bool) -> Iterator[None]:
+    """Let tokens of a picture see each other in mlx-vlm's Gemma 3, which drops its own mask."""
+    if kind not in WHOLE or not seen:
+        yield
+        return
+    module: Any = importlib.import_module(f"mlx_vlm.models.{kind}.language")
+    native = module.create_attention_mask
+    module.create_attention_mask = lambda h, cache, window_size=None: _picture_mask(
+        ids, window_size
+    )
+    try:
+        yield
+    finally:
+        module.create_attention_mask = native
+
+
+def expected(
+    kind: str, text: str, pictures: list[Picture], count: int = 8, *, seen: bool = True
+) -> list[int]:
+    """Return the greedy tokens of mlx-vlm's own processor, model and cache, for one request.
+
+    Without `seen`, tokens of a picture see no later ones where they should.
+    """
     from mlx_vlm.models.cache import make_prompt_cache
     from PIL import Image
 
@@ -303,7 +377,9 @@ def expected(kind: str, text: str, pictures: list[Picture], count: int = 8) -> l
     inputs = processor(images=images or None, text=[text])
     ids = mx.array(inputs.pop("input_ids"))
     pixels = inputs.pop("pixel_values", None)
-    inputs.pop("attention_mask", None)
+    mask = inputs.pop("attention_mask", None)
+    if kind in WHOLE:
+        inputs["mask"] = mx.array(mask)
     features = model.get_input_embeddings(ids, pixels, **inputs)
     cache_ = make_prompt_cache(model.language_model)
     found: list[int] = []
@@ -311,9 +387,10 @@ def expected(kind: str, text: str, pictures: list[Picture], count: int = 8) -> l
     names = ("position_ids", "rope_deltas", "visual_pos_masks", "deepstack_visual_embeds")
     given = {name: getattr(features, name, None) for name in names}
     extra = {name: value for name, value in given.items() if value is not None}
-    logits = model.language_model(
-        ids, inputs_embeds=features.inputs_embeds, cache=cache_, **extra
-    ).logits
+    with _pictures_seen(kind, ids[0].tolist(), seen):
+        logits = model.language_model(
+            ids, inputs_embeds=features.inputs_embeds, cache=cache_, **extra
+        ).logits
     extra = {name: value for name, value in extra.items() if name == "rope_deltas"}
     for _ in range(count):
         found.append(int(mx.argmax(logits[0, -1])))
