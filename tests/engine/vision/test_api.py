@@ -87,9 +87,14 @@ def said(kind: str, prompt: str, *pictures: Any) -> str:
 QUESTION = {"type": "text", "text": "What is it?"}
 
 
-@pytest.mark.parametrize("kind", ["llava", "idefics3"])
-def test_openai(kind: str, llava: Served, idefics: Served) -> None:
-    one = {"llava": llava, "idefics3": idefics}[kind]
+@pytest.fixture(scope="module")
+def gemma() -> Iterator[Served]:
+    yield from served("gemma3")
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "idefics3", "llava"])
+def test_openai(kind: str, gemma: Served, idefics: Served, llava: Served) -> None:
+    one = {"gemma3": gemma, "idefics3": idefics, "llava": llava}[kind]
     answer = one.chat([image(ONE), QUESTION]).json()
     [choice] = answer["choices"]
     assert choice["message"]["content"] == said(kind, IN_PROMPT, picture(1))
