@@ -341,6 +341,8 @@ class Engine(BaseEngine):
         embeddings = None
         if self.vision is not None:
             embeddings = self.vision.encoder.input_embeddings(batch, token_ids)
+            if embeddings is not None:
+                token_ids = self.vision.encoder.shown_ids(token_ids)
         logits = self._runner.forward(with_prompt_rows(batch), token_ids, embeddings)
         if self._speculator is not None and isinstance(self._runner, PagedRunner):
             self._speculator.record(output, batch, self._runner.hidden_rows())

@@ -150,7 +150,7 @@ class Media:
     `inputs` depend on: equal digests mean equal embeddings. `param` names the picture in errors.
     With M-RoPE, `grid` has the frames, rows and columns of its tokens. Tokens in one of the ranges
     `bidirectional`, which count from `start`, attend to all others in it: a step computes all of
-    them, or all that are not cached.
+    them, or all that are not cached. With `in_windows`, they do so in layers with a window.
     """
 
     start: int
@@ -160,6 +160,7 @@ class Media:
     param: str = "messages"
     grid: tuple[int, int, int] | None = None
     bidirectional: tuple[tuple[int, int], ...] = ()
+    in_windows: bool = False
 
     @property
     def spans(self) -> list[tuple[int, int]]:

@@ -397,6 +397,7 @@ class StepInputs:
 
     def _chunk_keys(self, index: int, window: int | None) -> ChunkKeys:
         chunk, size = self.chunks[index], self.block_size
+        spans = () if chunk.in_windows and window is None else chunk.spans
         span = self.chunk_span(index, window)
         padding = chunk.padded_length - chunk.length
         table = list(chunk.block_table)
@@ -411,7 +412,7 @@ class StepInputs:
         keys = KeyRange([blocks], start, stop)
         aligned = stop == span.stop + padding
         unseen = window is not None and stop - start > window
-        if aligned and not unseen and not chunk.spans:
+        if aligned and not unseen and not spans:
             return ChunkKeys(keys, None if chunk.padded_length == 1 else "causal")
         # Positions counted from the first gathered key.
         first_query = span.stop - chunk.length
@@ -420,13 +421,13 @@ class StepInputs:
         positions = mx.arange(start, stop, dtype=mx.int32)[None]
         mask = positions <= queries
         before = first_query - (chunk.kv_length - chunk.length)
-        for first, last in chunk.spans:
+        for first, last in spans:
             low, high = first + before, last + before
             of_queries = (queries >= low) & (queries < high)
             mask = mask | (of_queries & (positions >= low) & (positions < high))
         if window is not None:
             mask = mask & (positions > queries - window)
-        return ChunkKeys(keys, mask, is_causal=not chunk.spans)
+        return ChunkKeys(keys, mask, is_causal=not spans)
 
 
 def _between(starts: list[int], stops: list[int], keys: int) -> mx.array:

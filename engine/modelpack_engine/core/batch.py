@@ -26,7 +26,7 @@ class Chunk:
     null block to a bucket that holds kv_length + padded_length - length tokens.
 
     Tokens at the positions [first, stop) of each of `spans` attend to each other, in both
-    directions.
+    directions; with `in_windows`, in layers with a window.
 
     For recurrent layers, `snapshot` is the state that the chunk starts from, if it is not the state
     of its sequence. If `snapshot_hash` is set, a snapshot of the state after it is kept by it.
@@ -41,6 +41,7 @@ class Chunk:
     snapshot: object | None = None
     snapshot_hash: bytes | None = None
     spans: tuple[tuple[int, int], ...] = ()
+    in_windows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,15 +406,18 @@ class _Rows:
             window.slots.extend([0] * (padded_length - length))
         self._pad(padded_length - length)
         self.adapter_slots += [sequence.adapter_slot] * length + [-1] * (padded_length - length)
-        spans = tuple(
+        chunk = Chunk(
+            row, length, padded_length, stop, table, sequence.seq_id, snapshot, snapshot_hash
+        )
+        spans = [
             span
             for media in sequence.media
             for span in media.spans
             if span[0] < stop and start < span[1]
-        )
-        return Chunk(
-            row, length, padded_length, stop, table, sequence.seq_id, snapshot, snapshot_hash, spans
-        )
+        ]
+        if not spans:
+            return chunk
+        return replace(chunk, spans=tuple(spans), in_windows=sequence.media[0].in_windows)
 
     def _pad(self, count: int) -> None:
         for column in (self.token_ids, self.positions, self.slots):

@@ -40,10 +40,18 @@ class VisionEncoder:
     The scheduler calls `prepare` for each picture of a chunk, and `input_embeddings` then finds
     them. While sequences decode in a step, it encodes one picture, so that their tokens wait for no
     more than that.
+
+    `hidden` is a token that the language model must not see, and the one that it sees instead.
     """
 
-    def __init__(self, model: VisionModel, max_bytes: int = MAX_CACHE_BYTES) -> None:
-        self._model, self._max_bytes = model, max_bytes
+    def __init__(
+        self,
+        model: VisionModel,
+        max_bytes: int = MAX_CACHE_BYTES,
+        *,
+        hidden: tuple[int, int] | None = None,
+    ) -> None:
+        self._model, self._max_bytes, self._hidden = model, max_bytes, hidden
         self._kept: OrderedDict[tuple[bytes, bytes], mx.array] = OrderedDict()
         self._nbytes = 0
         self._step: dict[tuple[bytes, bytes], mx.array] = {}  # those of the step being built
@@ -120,6 +128,16 @@ class VisionEncoder:
             _, dropped = self._kept.popitem(last=False)
             self._nbytes -= dropped.nbytes
 
+    def shown_ids(self, token_ids: mx.array) -> mx.array:
+        """Return the ids that the language model sees in a step with pictures.
+
+        Layers of Gemma 4 look up embeddings of their own, which tokens of pictures do not have.
+        """
+        if self._hidden is None:
+            return token_ids
+        token_id, shown = self._hidden
+        return mx.where(token_ids == token_id, shown, token_ids)
+
     def input_embeddings(self, batch: StepBatch, token_ids: mx.array) -> mx.array | None:
         """Return the embeddings [rows, width] of a step with pictures, None for other steps.
 
@@ -155,7 +173,8 @@ def open_vision(
     A picture of noise goes through it first: raises `EngineError` if the model cannot read it, or
     if its pixels change nothing.
     """
-    vision = Vision(PictureProcessor(config, settings, encode), VisionEncoder(model))
+    processor = PictureProcessor(config, settings, encode)
+    vision = Vision(processor, VisionEncoder(model, hidden=processor.hidden))
     noise = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), np.uint8)
     prompt = [vision.processor.image_token_id]
     made = []

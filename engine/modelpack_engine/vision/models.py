@@ -37,9 +37,11 @@ class VisionClass:
     both, a token is `merge` x `merge` patches unless the config says otherwise. Qwen3-VL's towers
     also return what is added to the output of the first layers (DeepStack).
 
-    With `soft`, a picture's tokens are the placeholder, tokens `soft`, and `ends`, with the text
-    `around` before and after them. With `bidirectional`, its tokens `soft` attend to each other in
-    both directions.
+    With `soft`, a picture's tokens are `begins`, tokens `soft`, and `ends`, with the text `around`
+    before and after them. With `bidirectional`, its tokens `soft` attend to each other in both
+    directions; in Gemma 4, if config.json says so, and in layers with a window. Its text model
+    scales all embeddings, and has layers with embeddings of their own, where tokens of pictures are
+    `hidden_id`.
     """
 
     text_types: tuple[str, ...] = ()
@@ -49,10 +51,12 @@ class VisionClass:
     mrope: bool = False
     in_rows: bool = False
     merge: int = 2
+    begins: str = ""
     soft: str = ""
     ends: str = ""
     around: str = ""
     bidirectional: bool = False
+    hidden_id: int | None = None
 
     def merged(self, config: Mapping[str, Any]) -> int:
         """Return the rows and columns of patches that are one token in the model of `config`."""
@@ -68,10 +72,19 @@ CLASSES: Mapping[str, VisionClass] = {
     "gemma3": VisionClass(
         placeholder="<start_of_image>",
         projector="Gemma3MultiModalProjector",
+        begins="<start_of_image>",
         soft="<image_soft_token>",
         ends="<end_of_image>",
         around="\n\n",
         bidirectional=True,
+    ),
+    "gemma4": VisionClass(
+        placeholder="<|image|>",
+        projector="MultimodalEmbedder",
+        begins="<|image>",
+        soft="<|image|>",
+        ends="<image|>",
+        hidden_id=0,
     ),
     "idefics3": VisionClass(  # the tower alone runs for GGUF
         ("idefics3", "llama", "vllama3"),
@@ -248,6 +261,7 @@ class _Text:
 
     def __init__(self, embed_tokens: Any) -> None:
         self.model, self.embed_tokens = self, embed_tokens
+        self.embed_scale, self.hidden_size_per_layer_input = 1.0, 0  # of Gemma 4
 
     def get_rope_index(self, *_: Any, **__: Any) -> tuple[None, None]:
         """Return no positions: the engine counts them."""
@@ -257,7 +271,7 @@ class _Text:
 #: Elements of a row, in whose multiples a GPU multiplies matrices fastest.
 _ALIGNMENT = 64
 #: Names of the tensors of vision towers, after an optional "model.".
-_PREFIXES = ("multi_modal_projector.", "vision_tower.", "visual.")
+_PREFIXES = ("embed_vision.", "multi_modal_projector.", "vision_tower.", "visual.")
 
 
 def tower_weights(paths: Sequence[Path]) -> dict[str, mx.array]:
@@ -479,7 +493,16 @@ def _tower_class(package: Any) -> Any:
         self.language_model = _Text(table)
         tower, projector = needs.parts
         setattr(self, tower, _vision_class(package.VisionModel)(self.config.vision_config))
-        if needs.projector:
+        self.audio_tower = self.embed_audio = None
+        self.feature_scale = 1.0
+        if config["model_type"] == "gemma4":
+            vision = self.config.vision_config
+            width = text["hidden_size"]
+            self.embed_vision = package.gemma4.MultimodalEmbedder(
+                vision.hidden_size, width, vision.rms_norm_eps
+            )
+            self.feature_scale = width**-0.5  # the language model multiplies by its inverse
+        elif needs.projector:
             module = getattr(package, config["model_type"])
             setattr(self, projector, getattr(module, needs.projector)(self.config))
         self.masks_inputs = needs.bidirectional
@@ -492,6 +515,9 @@ def _tower_class(package: Any) -> Any:
             given["mask"] = mx.ones((1, token_ids.size), mx.int32)
         made = base.get_input_embeddings(self, token_ids[None], **given)
         rows = cast(mx.array, made.inputs_embeds[0])
+        if inputs and self.feature_scale != 1:
+            is_soft = token_ids == self.config.image_token_id
+            rows = mx.where(is_soft[:, None], rows * self.feature_scale, rows)
         deep = getattr(made, "deepstack_visual_embeds", None)
         return rows if deep is None else mx.stack([rows, *deep])
 

@@ -31,7 +31,9 @@ MAX_SIDE = 8192
 MAX_INPUT_BYTES = 2 * 1024 * 1024 * 1024
 _SIZES = ("size", "max_image_size", "crop_size", "pad_size")
 #: The inputs that mlx-vlm's models take, among those that image processors return.
-_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
+_INPUTS = (
+    "pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "image_position_ids",
+)  # fmt: skip
 
 #: Returns the token ids of a text, in which special tokens are recognised.
 Encode = Callable[[str], list[int]]
@@ -114,10 +116,13 @@ class PictureProcessor:
         soft_id = config.get("image_token_id", config.get("image_token_index"))
         if len(ids) != 1 or encode(soft) != [soft_id]:
             raise ModelLoadError(f"{soft!r} is not the token {soft_id} of config.json")
-        self.image_token_id = ids[0]
+        self.image_token_id, self._soft_id = ids[0], soft_id
         self._image_processor = _image_processor(config, settings)
-        if self._image_processor.to_dict().get("do_pan_and_scan"):
+        made = self._image_processor.to_dict()
+        if made.get("do_pan_and_scan"):
             raise ModelLoadError("preprocessor_config.json: do_pan_and_scan is not supported")
+        if self._kind == "gemma4":
+            _check_patches(made, config["vision_config"])
         self.memory = InputMemory()
 
     def with_spaces(self, text: str) -> str:
@@ -171,6 +176,9 @@ class PictureProcessor:
         try:
             made = self._image_processor(images, return_tensors="np", **options)
             inputs = {name: np.asarray(made[name]) for name in _INPUTS if name in made}
+            if (places := inputs.get("image_position_ids")) is not None:  # without padding
+                count = int((places[0, :, 0] >= 0).sum())
+                inputs = {name: array[:, :count] for name, array in inputs.items()}
             tokens = self._encode(self._text(made, inputs["pixel_values"]))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             height, width = picture.pixels.shape[:2]
@@ -185,8 +193,10 @@ class PictureProcessor:
             merge = self._merge
             grid = frames, height // merge, width // merge
         digest = hashlib.sha256(self._settings_digest + picture.digest()).digest()
-        spans = ((1, 1 + self.largest_span),) if self.largest_span else ()
-        return Media(start, tuple(tokens), digest, inputs, picture.param, grid, spans)
+        spans = ((1, len(tokens) - 1),) if self.largest_span else ()
+        return Media(
+            start, tuple(tokens), digest, inputs, picture.param, grid, spans, self._kind == "gemma4"
+        )
 
     @property
     def mrope(self) -> bool:
@@ -196,9 +206,18 @@ class PictureProcessor:
     @property
     def largest_span(self) -> int:
         """The most tokens of a picture that attend to each other in both directions, or 0."""
-        if not self._needs.bidirectional:
-            return 0
-        return int(self._config.get("mm_tokens_per_image", GEMMA3_TOKENS))
+        if self._needs.bidirectional:
+            return int(self._config.get("mm_tokens_per_image", GEMMA3_TOKENS))
+        text = self._config.get("text_config") or {}
+        if self._kind == "gemma4" and text.get("use_bidirectional_attention") == "vision":
+            return int(self._image_processor.to_dict()["max_soft_tokens"])
+        return 0
+
+    @property
+    def hidden(self) -> tuple[int, int] | None:
+        """The token that the language model must not see, and the one that it sees instead."""
+        shown = self._needs.hidden_id
+        return None if shown is None else (self._soft_id, shown)
 
     @property
     def _needs(self) -> VisionClass:
@@ -220,8 +239,11 @@ class PictureProcessor:
 
     def _text(self, made: Mapping[str, Any], pixels: NDArray[Any]) -> str:
         """Return the text that stands for a picture."""
-        if self._needs.soft:
-            return f"{self.image_token}{self._needs.soft * self.largest_span}{self._needs.ends}"
+        needs = self._needs
+        if needs.soft:
+            counts = made.get("num_soft_tokens_per_image")
+            count = self.largest_span if counts is None else int(counts[0])
+            return f"{needs.begins}{needs.soft * count}{needs.ends}"
         if self.mrope:
             patches = int(np.prod(made["image_grid_thw"][0]))
             return self.image_token * (patches // self._merge**2)
@@ -252,6 +274,20 @@ class PictureProcessor:
         """The SHA-256 of everything but the picture on which the encoder's inputs depend."""
         settings = self._image_processor.to_dict()
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
+
+
+def _check_patches(settings: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+    """Raise `ModelLoadError` unless the settings are for the vision tower, and not too large."""
+    for name in ("patch_size", "pooling_kernel_size"):
+        if settings[name] != vision.get(name):
+            raise ModelLoadError(
+                f"preprocessor_config.json: {name} {settings[name]} is not that of config.json"
+            )
+    side = settings["patch_size"] * settings["pooling_kernel_size"]
+    if settings["max_soft_tokens"] * side**2 > MAX_SIDE**2:
+        raise ModelLoadError(
+            f"preprocessor_config.json: pictures have more than {MAX_SIDE**2} pixels"
+        )
 
 
 def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> _ImageProcessor:

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 
 from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.batch import Chunk, StepBatch
 from modelpack_engine.core.buckets import EXACT, Buckets
 from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.engine import Engine
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models import load
 from modelpack_engine.request import Media
 from modelpack_engine.runner.kv_cache_size import choose_sizes
+from modelpack_engine.vision.encoder import VisionEncoder
 from tests.engine.scheduling import steps
 from tests.engine.scheduling.driving import ODD_BUCKETS, SMALL_BUCKETS
 from tests.engine.scheduling.simulation import MODES, Simulation, sequence
@@ -168,6 +171,7 @@ def test_a_chunk_ends_before_a_picture_or_takes_it_whole() -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("in_windows", [True, False])
 @pytest.mark.parametrize("window", [None, 5, 12])
 @pytest.mark.parametrize(
     ("start", "length", "spans"),
@@ -177,7 +181,12 @@ def test_a_chunk_ends_before_a_picture_or_takes_it_whole() -> None:
     ],
 )  # fmt: skip
 def test_masks(
-    exact: bool, window: int | None, start: int, length: int, spans: tuple[tuple[int, int], ...]
+    exact: bool,
+    in_windows: bool,
+    window: int | None,
+    start: int,
+    length: int,
+    spans: tuple[tuple[int, int], ...],
 ) -> None:
     """A query sees all keys up to itself and those of its picture, within the window."""
     stop, size = start + length, 4
@@ -185,7 +194,7 @@ def test_masks(
     padded = buckets.pad_chunk(length)
     width = buckets.pad_table_width(-(-(stop + padded - length) // size))
     table = tuple(index + 1 if index * size < stop else 0 for index in range(width))
-    chunk = Chunk(0, length, padded, stop, table, 1, spans=spans)
+    chunk = Chunk(0, length, padded, stop, table, 1, spans=spans, in_windows=in_windows)
     step = StepInputs(size, exact=exact)
     batch = StepBatch(
         token_ids=[0] * padded, positions=[0] * padded, slots=[0] * padded, from_previous=(),
@@ -194,6 +203,8 @@ def test_masks(
     )  # fmt: skip
     step.begin(batch, [])
     made = step.chunk_keys(0, window)
+    if in_windows and window is None:
+        spans = ()
     assert made.is_causal == (not spans)
     first_block = next(i for i in range(width) if table[i] == made.keys.tables[0][0])
     keys = np.arange(made.keys.start, made.keys.stop) + first_block * size
@@ -237,6 +248,45 @@ def test_pan_and_scan_is_refused(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     loaded = load(files, device="cpu")
     assert loaded.no_vision == "preprocessor_config.json: do_pan_and_scan is not supported"
+
+
+@pytest.mark.parametrize("name", ["patch_size", "pooling_kernel_size"])
+def test_settings_that_are_not_those_of_the_tower(name: str, tmp_path: Path) -> None:
+    files = copied("gemma4", tmp_path)
+    settings = tiny.settings_of("gemma4") | {name: 10**6}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    loaded = load(files, device="cpu")
+    assert loaded.no_vision == (
+        f"preprocessor_config.json: {name} 1000000 is not that of config.json"
+    )
+
+
+def test_settings_for_pictures_that_are_too_large(tmp_path: Path) -> None:
+    vision = tiny.config_of("gemma4")["vision_config"] | {"pooling_kernel_size": 1000}
+    files = copied("gemma4", tmp_path, vision_config=vision)
+    settings = tiny.settings_of("gemma4") | {"pooling_kernel_size": 1000}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    loaded = load(files, device="cpu")
+    assert loaded.no_vision == "preprocessor_config.json: pictures have more than 67108864 pixels"
+
+
+def test_small_models_of_gemma_4_are_causal(tmp_path: Path) -> None:
+    """Only where config.json says so do pictures attend in both directions: chunks split others."""
+    text = tiny.config_of("gemma4")["text_config"] | {"use_bidirectional_attention": None}
+    loaded = load(copied("gemma4", tmp_path, text_config=text), device="cpu")
+    config = EngineConfig(device="cpu", max_num_batched_tokens=32, max_num_seqs=4)
+    engine = Engine(loaded, config)
+    made = request(engine, TEXT, [ONE, TWO], 24)
+    assert all(not media.bidirectional for media in made.media)
+    assert run(engine, made) == [tiny.expected("gemma4", TEXT, [ONE, TWO], 24, seen=False)]
+
+
+def test_layers_without_embeddings_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: where Gemma 4's layers look up tokens of pictures, tokens differ."""
+    engine = tiny.tiny_engine("gemma4")
+    monkeypatch.setattr(VisionEncoder, "shown_ids", lambda _, token_ids: token_ids)
+    found = run(engine, request(engine, TEXT, [ONE, TWO], 24))
+    assert found != [tiny.expected("gemma4", TEXT, [ONE, TWO], 24)]
 
 
 def test_the_text_around_a_picture_is_tokenised_with_it() -> None:

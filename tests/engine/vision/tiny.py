@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,7 +29,9 @@ DEEP = ("qwen3_vl", "qwen3_vl_moe")
 QWEN = ("qwen2_5_vl", "qwen2_vl", *DEEP)
 MISTRAL = ("mistral3", "pixtral")
 #: Tokens of a picture attend to each other in both directions.
-WHOLE = ("gemma3",)
+WHOLE = ("gemma3", "gemma4")
+#: The rows that steps need beside those of tests, as pictures are large and never split.
+ROWS = {"gemma4": 72}
 KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN)
 EOS = 256
 SPECIAL = [
@@ -37,11 +40,13 @@ SPECIAL = [
     "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>",
     "[IMG]", "[IMG_BREAK]", "[IMG_END]",
     "<start_of_image>", "<image_soft_token>", "<end_of_image>",
+    "<|image>", "<|image|>", "<image|>",
 ]  # fmt: skip
 IMAGE = EOS + 1
 PAD, START, END, VIDEO, IMG = (EOS + index for index in range(20, 25))
 BOI, SOFT = EOS + 27, EOS + 28
-VOCABULARY = 288
+SOFT4 = EOS + 31
+VOCABULARY = 320
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}"
     "{% else %}{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}"
@@ -64,8 +69,13 @@ _TILED: dict[str, Any] = {
     "size": {"longest_edge": 32},
 }  # fmt: skip
 _NAMED = {
-    "boi_token": "<start_of_image>", "image_token": "<image_soft_token>",
-    "eoi_token": "<end_of_image>",
+    "gemma3": {
+        "boi_token": "<start_of_image>", "image_token": "<image_soft_token>",
+        "eoi_token": "<end_of_image>",
+    },
+    "gemma4": {
+        "boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>",
+    },
 }  # fmt: skip
 
 
@@ -141,6 +151,34 @@ def config_of(kind: str) -> dict[str, Any]:
                 **_VISION, "model_type": "siglip_vision_model", "image_size": 32,
             },
         }  # fmt: skip
+    if kind == "gemma4":
+        return {
+            "model_type": kind, "vocab_size": VOCABULARY, "image_token_id": SOFT4,
+            "tie_word_embeddings": True,
+            "text_config": {
+                "model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+                "global_head_dim": 32, "num_hidden_layers": 4, "sliding_window": 20,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
+                "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY,
+                "max_position_embeddings": 1024, "rms_norm_eps": 1e-6,
+                "final_logit_softcapping": 30.0, "use_bidirectional_attention": "vision",
+                "rope_parameters": {
+                    "full_attention": {
+                        "partial_rotary_factor": 0.25, "rope_theta": 1000000.0,
+                        "rope_type": "proportional",
+                    },
+                    "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+                },
+            },
+            "vision_config": {
+                "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "head_dim": 16, "global_head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2,
+                "position_embedding_size": 64, "default_output_length": 70,
+            },
+        }  # fmt: skip
     if kind == "llava":
         vision = {**_VISION, "model_type": "clip_vision_model", "image_size": 16}
         return {
@@ -176,6 +214,11 @@ def settings_of(kind: str) -> dict[str, Any]:
             "do_pan_and_scan": None, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
             "resample": 2, "image_seq_length": 16,
         }  # fmt: skip
+    if kind == "gemma4":
+        return {
+            "image_processor_type": "Gemma4ImageProcessor", "patch_size": 4,
+            "pooling_kernel_size": 2, "max_soft_tokens": 70,
+        }  # fmt: skip
     if kind == "llava":
         return {
             "image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
@@ -190,7 +233,7 @@ def settings_of(kind: str) -> dict[str, Any]:
 def placeholder(kind: str) -> str:
     """Return the token of pictures in a kind's chat template."""
     if kind in WHOLE:
-        return "<start_of_image>"
+        return {"gemma3": "<start_of_image>", "gemma4": "<|image|>"}[kind]
     if kind in MISTRAL:
         return "[IMG]"
     return "<|image_pad|>" if kind in QWEN else "<image>"
@@ -245,10 +288,11 @@ def directory(kind: str) -> Path:
         "processor_config.json": {
             "image_seq_len": 4, "image_seq_length": 16, "patch_size": 4,
             "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+            **({"image_processor": settings_of(kind)} if kind == "gemma4" else {}),
         },
         "tokenizer_config.json": {
             "eos_token": "<eos>", "chat_template": prompt_of(placeholder(kind), TEMPLATE),
-            "tokenizer_class": "PreTrainedTokenizerFast", **(_NAMED if kind in WHOLE else {}),
+            "tokenizer_class": "PreTrainedTokenizerFast", **_NAMED.get(kind, {}),
         },
     }  # fmt: skip
     for name, document in documents.items():
@@ -264,7 +308,9 @@ def tiny_loaded(kind: str) -> LoadedModel:
 
 def tiny_engine(kind: str, **settings: object) -> Engine:
     """Return an engine with a tiny model; `settings` are fields of EngineConfig."""
-    given = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "device": "cpu"} | settings
+    given: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "device": "cpu"}
+    given |= settings
+    given["max_num_batched_tokens"] += ROWS.get(kind, 0)
     return Engine(tiny_loaded(kind), EngineConfig(**given))  # type: ignore[arg-type]
 
 
@@ -319,26 +365,30 @@ def _peer(kind: str) -> tuple[Any, Any]:
     of = kind.removesuffix("_moe")
     processor_module: Any = importlib.import_module(f"mlx_vlm.models.{of}.processing_{of}")
     names = {
-        "gemma3": "Gemma3", "idefics3": "Idefics3", "llava": "Llava", "mistral3": "Mistral3",
-        "pixtral": "Pixtral", "qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL",
-        "qwen3_vl": "Qwen3VL", "smolvlm": "SmolVLM",
+        "gemma3": "Gemma3", "gemma4": "Gemma4", "idefics3": "Idefics3", "llava": "Llava",
+        "mistral3": "Mistral3", "pixtral": "Pixtral", "qwen2_5_vl": "Qwen2_5_VL",
+        "qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL", "smolvlm": "SmolVLM",
     }  # fmt: skip
-    processor = getattr(processor_module, f"{names[of]}Processor").from_pretrained(path)
+    with warnings.catch_warnings():  # of Gemma 4's filters for audio
+        warnings.simplefilter("ignore", UserWarning)
+        processor = getattr(processor_module, f"{names[of]}Processor").from_pretrained(path)
     return model, processor
 
 
-def _picture_mask(ids: list[int], window: int | None) -> mx.array:
-    """Return transformers' mask of Gemma 3 [1, 1, rows, rows]: pictures in both directions.
+def _picture_mask(kind: str, ids: list[int], window: int | None) -> mx.array:
+    """Return transformers' mask [1, 1, rows, rows]: pictures in both directions.
 
     It is `create_masks_for_vision_model` of transformers 5.23: a layer with a window sees no
-    further back in a picture either.
+    further back in a picture either; those of Gemma 4 without one are causal.
     """
     places = np.arange(len(ids))
-    is_soft = np.array(ids) == SOFT
+    is_soft = np.isin(ids, [SOFT, SOFT4])
     starts = is_soft & ~np.concatenate([[False], is_soft[:-1]])
     group = np.where(is_soft, np.cumsum(starts), 0)
     same = (group[:, None] == group) & is_soft
-    mask = (places <= places[:, None]) | same
+    mask = places <= places[:, None]
+    if kind != "gemma4" or window is not None:
+        mask |= same
     if window is not None:
         mask &= places > places[:, None] - window
     return mx.array(mask[None, None])
@@ -346,14 +396,17 @@ def _picture_mask(ids: list[int], window: int | None) -> mx.array:
 
 @contextmanager
 def _pictures_seen(kind: str, ids: list[int], seen: bool) -> Iterator[None]:
-    """Let tokens of a picture see each other in mlx-vlm's Gemma 3, which drops its own mask."""
+    """Let tokens of a picture see each other in mlx-vlm's model.
+
+    Its Gemma 3 drops its own mask, and its Gemma 4 would apply it in all layers.
+    """
     if kind not in WHOLE or not seen:
         yield
         return
     module: Any = importlib.import_module(f"mlx_vlm.models.{kind}.language")
     native = module.create_attention_mask
-    module.create_attention_mask = lambda h, cache, window_size=None: _picture_mask(
-        ids, window_size
+    module.create_attention_mask = lambda h, cache, window_size=None, **_: _picture_mask(
+        kind, ids, window_size
     )
     try:
         yield
@@ -378,13 +431,17 @@ def expected(
     ids = mx.array(inputs.pop("input_ids"))
     pixels = inputs.pop("pixel_values", None)
     mask = inputs.pop("attention_mask", None)
-    if kind in WHOLE:
+    inputs.pop("mm_token_type_ids", None)
+    if kind == "gemma3":
         inputs["mask"] = mx.array(mask)
     features = model.get_input_embeddings(ids, pixels, **inputs)
     cache_ = make_prompt_cache(model.language_model)
     found: list[int] = []
     # As in mlx_vlm.generate: the positions of the prompt, and their distance to those after it.
-    names = ("position_ids", "rope_deltas", "visual_pos_masks", "deepstack_visual_embeds")
+    names = (
+        "position_ids", "rope_deltas", "visual_pos_masks", "deepstack_visual_embeds",
+        "per_layer_inputs",
+    )  # fmt: skip
     given = {name: getattr(features, name, None) for name in names}
     extra = {name: value for name, value in given.items() if value is not None}
     with _pictures_seen(kind, ids[0].tolist(), seen):
