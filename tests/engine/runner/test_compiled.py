@@ -6,6 +6,7 @@ import io
 import itertools
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,11 +19,11 @@ from hypothesis import strategies as st
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.batch import StepBatch, WindowTables, build_batch
 from modelpack_engine.core.block_manager import BlockManager
-from modelpack_engine.core.buckets import FEW
+from modelpack_engine.core.buckets import EXACT, FEW, Buckets
 from modelpack_engine.core.scheduler import Scheduler
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import Media, SamplingParams
 from modelpack_engine.runner import model_runner, paged
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.kv_cache_size import Sizes, step_shapes
@@ -85,6 +86,62 @@ def test_the_same_logits(windowed: bool) -> None:
         runs.append(logits_of_a_run(runner))
     for one, other in zip(*runs, strict=True):
         assert mx.allclose(one, other, atol=1e-4).item()
+
+
+def logits_with_spans(runner: ModelRunner, buckets: Buckets, seen: bool) -> list[mx.array]:
+    """Serve prompts whose tokens at some positions attend in both directions, if `seen`."""
+    sizes = Sizes(64, 128, 128, buckets)
+    scheduler = Scheduler(
+        sizes.scheduler_config(EngineConfig(max_num_seqs=8)),
+        BlockManager(64, 16),
+        SimpleNamespace(prepare=lambda *_, **__: True),
+    )
+    found = []
+    for spans, length in (((), 9), (((2, 6), (9, 20)), 21), (((1, 5),), 6), (((3, 30),), 40)):
+        made = Sequence(f"r{length}", list(range(length)), SamplingParams(max_tokens=32))
+        made.media = tuple(
+            Media(low, (0,) * (high - low), b"", {}, bidirectional=((0, high - low),))
+            for low, high in spans
+        )
+        scheduler.add(made)
+        for _ in range(2):
+            output = scheduler.schedule()
+            assert output is not None
+            batch = replace(build_batch(output, None, buckets, 16), media_rows=())
+            if not seen:
+                chunks = tuple(replace(chunk, spans=()) for chunk in batch.chunks)
+                batch = replace(batch, chunks=chunks)
+            if isinstance(runner, PagedRunner) and runner.compiled is not None:
+                has_spans = any(chunk.spans for chunk in batch.chunks)
+                assert runner.compiled.takes(batch) == (not has_spans)
+            logits = runner.forward(batch, token_ids(batch))
+            mx.eval(logits, runner.pools())
+            found.append(logits[: len(batch.sample_rows)])
+            scheduler.submitted(output)
+            scheduler.collect(output, [(5 * len(found)) % 60] * len(output.sampled))
+    return found
+
+
+def test_rows_that_see_later_ones() -> None:
+    """The rows of a picture attend to all others of it, with and without padding and graphs."""
+    arguments = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    found = []
+    for buckets, exact, compiled, seen in (
+        (EXACT, True, False, True), (FEW, False, False, True), (FEW, False, True, True),
+        (FEW, False, True, False),
+    ):  # fmt: skip
+        runner = make_runner(
+            tiny_llama(**arguments), num_blocks=64, buckets=buckets, exact=exact, compiled=compiled
+        )
+        assert runner.tier == "paged"
+        found.append(logits_with_spans(runner, buckets, seen))
+    first, *others, causal = found
+    assert len(first) == 8
+    for other in others:
+        for one, two in zip(first, other, strict=True):
+            assert mx.allclose(one, two, atol=1e-4).item()
+    same = [mx.allclose(a, b, atol=1e-4).item() for a, b in zip(first, causal, strict=True)]
+    assert same == [True, True, *[False] * 6]
 
 
 @pytest.mark.parametrize("grid", [False, True])
