@@ -98,6 +98,8 @@ CLASSES: Mapping[str, VisionClass] = {
     "pixtral": VisionClass(placeholder="[IMG]", in_rows=True, merge=1),
     "qwen2_5_vl": _QWEN,
     "qwen2_vl": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "smolvlm": VisionClass(("llama", "smolvlm")),
@@ -306,7 +308,9 @@ def open_tower(
     if kind == "gemma3":
         _check_pool(config)
     prepare()
-    package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
+    # Its own class for experts is for the language model.
+    module = "qwen3_5" if kind == "qwen3_5_moe" else kind
+    package: Any = importlib.import_module(f"mlx_vlm.models.{module}")
     table = next(m for name, m in model.named_modules() if name.endswith("embed_tokens"))
     if not weights:
         raise ModelLoadError("the files have no vision tower")
@@ -352,6 +356,10 @@ def _check_mrope(config: Mapping[str, Any]) -> None:
     width = text.get("head_dim")
     if not isinstance(width, int):
         width = text["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else 0
+    if config["model_type"].startswith("qwen3_5"):  # mlx-vlm takes these to be interleaved
+        kinds |= set() if rope.get("mrope_interleaved") is True else {"not interleaved"}
+        factor = text.get("partial_rotary_factor")
+        width = int(width * factor) if isinstance(factor, int | float) else 0
     if (
         not kinds <= {"default", "mrope"}
         or not isinstance(sections, list)
@@ -473,6 +481,7 @@ def _tower_class(package: Any) -> Any:
             text_config=SimpleNamespace(
                 hidden_size=text["hidden_size"],
                 rms_norm_eps=text.get("rms_norm_eps", 1e-5),
+                tie_word_embeddings=bool(text.get("tie_word_embeddings")),
                 mm_tokens_per_image=config.get("mm_tokens_per_image", GEMMA3_TOKENS),
             ),
             # mlx-vlm's Gemma 3 divides embeddings by its root, as the language model multiplies by

@@ -20,7 +20,7 @@ from modelpack_engine.models.eagle import EagleHead, read_head_config
 from tests.adapters import write_peft
 from tests.engine.adapters.test_zoo import linears
 from tests.engine.vision import tiny
-from tests.engine.vision.tiny import KINDS, picture, request, run
+from tests.engine.vision.tiny import KINDS, kinds, picture, request, run
 
 ONE, TWO = picture(1), picture(2, 31, 17)
 TEXT, COUNT = "<image> and <image>: which one?", 24
@@ -81,7 +81,7 @@ def test_speculation(method: str, kind: str) -> None:
     assert engine._speculator is not None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 def test_prompt_logprobs(kind: str) -> None:
     """Each token of the prompt has one, those that stand for pictures too, in chunks or not."""
     found = []

@@ -23,7 +23,7 @@ from modelpack_engine.vision.models import VisionModel
 from modelpack_engine.vision.processor import Picture
 from tests.engine.serving.tiny import tiny_engine as text_engine
 from tests.engine.vision import tiny
-from tests.engine.vision.tiny import KINDS, QWEN, WHOLE, picture, request, run
+from tests.engine.vision.tiny import HYBRID, KINDS, QWEN, WHOLE, kinds, picture, request, run
 
 ONE, TWO, WIDE = picture(1), picture(2, 31, 17), picture(3, 16, 64)
 PROMPTS = {
@@ -35,7 +35,7 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=kinds(*KINDS))
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -105,7 +105,7 @@ def test_rows_are_added_after_each_layer() -> None:
 def test_it_runs_in_the_paged_tier(kind: str) -> None:
     engine = tiny.tiny_engine(kind)
     assert engine._runner.tier == "paged"
-    assert engine.notes == ()
+    assert engine.notes == (("GatedDeltaNet x2 recurrent",) if kind in HYBRID else ())
 
 
 @pytest.mark.parametrize("rows", [8, 17, 32])
@@ -156,7 +156,7 @@ def test_a_second_question_reads_the_picture_once() -> None:
     assert tokens == tiny.expected("idefics3", "<image>How many?", [ONE])
 
 
-@pytest.mark.parametrize("kind", ["llava", *QWEN, *WHOLE])
+@pytest.mark.parametrize("kind", kinds("llava", *QWEN, *WHOLE))
 def test_a_preempted_picture_is_computed_again(kind: str) -> None:
     """Blocks for one request and a half: one of the two is preempted and computed again."""
     text, pictures = PROMPTS["one picture"]
@@ -206,7 +206,7 @@ def test_zeroed_embeddings_are_detected(kind: str, monkeypatch: pytest.MonkeyPat
     assert run(engine, made) != [tiny.expected(kind, text, pictures)]
 
 
-@pytest.mark.parametrize("kind", QWEN)
+@pytest.mark.parametrize("kind", kinds(*QWEN))
 def test_plain_positions_are_detected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: with one position a token, in the prompt or after it, tokens differ."""
     text, pictures = PROMPTS["between texts"]
@@ -231,7 +231,7 @@ def test_plain_positions_are_detected(kind: str, monkeypatch: pytest.MonkeyPatch
         assert found() != expected
 
 
-@pytest.mark.parametrize("kind", QWEN)
+@pytest.mark.parametrize("kind", kinds(*QWEN))
 def test_positions_are_those_of_mlx_vlm(kind: str) -> None:
     """All chunks of prompts with pictures of these sizes in tokens, between these texts."""
     package, arguments = tiny.arguments_of(kind)

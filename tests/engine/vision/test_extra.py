@@ -19,6 +19,7 @@ from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision import models
 from tests.engine.vision import tiny
+from tests.engine.vision.tiny import kinds
 
 TOWERS = (*tiny.WHOLE, "llava", *tiny.MISTRAL, *tiny.QWEN)
 
@@ -67,7 +68,10 @@ def copied(kind: str, path: Path, **change: object) -> ModelFiles:
     for file in tiny.directory(kind).iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     config = tiny.config_of(kind)
-    if kind in tiny.DEEP and "vision_config" not in change:
+    if kind in tiny.HYBRID and isinstance(rope := change.get("rope_scaling"), dict):
+        rope = {**config["text_config"]["rope_parameters"], **rope, "rope_type": rope["type"]}
+        change = {"rope_parameters": rope}
+    if kind in (*tiny.DEEP, *tiny.HYBRID) and "vision_config" not in change:
         change = {"text_config": config["text_config"] | change}
     (path / "config.json").write_text(json.dumps(config | change))
     return ModelFiles.from_directory(path)
@@ -97,7 +101,7 @@ def name_of(loaded: LoadedModel) -> str:
     return f"{type(loaded.model).__module__}.{type(loaded.model).__name__}"
 
 
-@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize("kind", kinds(*TOWERS))
 def test_text_is_as_before_without_the_extra(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The language model is mlx-lm's, with the extra and without it."""
     seeing = tiny.tiny_loaded(kind)
@@ -138,7 +142,7 @@ MROPE = {"type": "mrope", "mrope_section": [2, 3, 3]}
     ],
     ids=["no tower", "no vision", "damaged vision", "yarn", "sections", "window"],
 )
-@pytest.mark.parametrize("kind", tiny.QWEN)
+@pytest.mark.parametrize("kind", kinds(*tiny.QWEN))
 def test_text_is_never_worse_with_the_extra(
     kind: str,
     change: dict[str, object],
@@ -165,6 +169,14 @@ def test_text_is_never_worse_with_the_extra(
     assert found[0] == found[1]
 
 
+def test_axes_of_qwen3_5_take_turns(tmp_path: Path) -> None:
+    """mlx-vlm takes it for granted, and mlx-lm's class reads no axes."""
+    text = tiny.config_of("qwen3_5")["text_config"]
+    rope = text["rope_parameters"] | {"mrope_interleaved": False}
+    files = copied("qwen3_5", tmp_path, rope_parameters=rope)
+    assert "rotation of qwen3_5 is not M-RoPE" in load(files, device="cpu").no_vision
+
+
 def test_mrope_needs_the_paged_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tiers have one position a token: they read text only, rather than wrong positions."""
     monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "0")
@@ -174,7 +186,7 @@ def test_mrope_needs_the_paged_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.notes == ("pictures are not read: M-RoPE positions need the paged tier",)
 
 
-@pytest.mark.parametrize("kind", [k for k in TOWERS if k not in ("gemma3", "pixtral")])
+@pytest.mark.parametrize("kind", kinds(*(k for k in TOWERS if k not in ("gemma3", "pixtral"))))
 def test_the_layout_of_transformers_5(kind: str, tmp_path: Path) -> None:
     """It saves all parts under `model`, and convolutions with channels first.
 

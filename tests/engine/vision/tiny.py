@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -26,13 +27,24 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
 
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
-QWEN = ("qwen2_5_vl", "qwen2_vl", *DEEP)
+#: With recurrent layers, and a part of each head rotated.
+HYBRID = ("qwen3_5", "qwen3_5_moe")
+QWEN = ("qwen2_5_vl", "qwen2_vl", *DEEP, *HYBRID)
 MISTRAL = ("mistral3", "pixtral")
 #: Tokens of a picture attend to each other in both directions.
 WHOLE = ("gemma3", "gemma4")
 #: The rows that steps need beside those of tests, as pictures are large and never split.
 ROWS = {"gemma4": 72}
 KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN)
+#: Those that take long.
+SLOW = ("gemma4", *HYBRID)
+
+
+def kinds(*names: str) -> list[Any]:
+    """Return parameters of tests; those of slow kinds are long."""
+    return [pytest.param(name, marks=[pytest.mark.long] * (name in SLOW)) for name in names]
+
+
 EOS = 256
 SPECIAL = [
     "<eos>", "<image>", "<fake_token_around_image>", "<global-img>",
@@ -81,6 +93,36 @@ _NAMED = {
 
 def config_of(kind: str) -> dict[str, Any]:
     """Return config.json of a tiny model."""
+    if kind in HYBRID:
+        text = {
+            **_TEXT, "model_type": f"{kind}_text", "head_dim": 16, "attention_bias": False,
+            "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "num_hidden_layers": 4,
+            "full_attention_interval": 2,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+                "mrope_interleaved": True, "mrope_section": [2, 2, 2],
+            },
+        }  # fmt: skip
+        if kind == "qwen3_5_moe":
+            text |= {
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+                "norm_topk_prob": True,
+            }
+        return {
+            "model_type": kind, "text_config": text, "image_token_id": PAD,
+            "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
+            "tie_word_embeddings": False, "vocab_size": VOCABULARY,
+            "vision_config": {
+                "model_type": kind, "depth": 2, "hidden_size": 32, "intermediate_size": 48,
+                "out_hidden_size": 64, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+                "temporal_patch_size": 2, "num_position_embeddings": 16, "in_channels": 3,
+                "deepstack_visual_indexes": [],
+            },
+        }  # fmt: skip
     if kind in DEEP:
         text = {
             **_TEXT, "model_type": f"{kind}_text", "head_dim": 16, "attention_bias": False,
@@ -274,7 +316,7 @@ def directory(kind: str) -> Path:
     config = config_of(kind)
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
-    mx.random.seed(8 if kind == "qwen3_vl_moe" else 5)  # answers that depend on what is tested
+    mx.random.seed(8 if kind in ("qwen3_5", "qwen3_vl_moe") else 5)  # answers depend on all
     weights = {}
     for name, value in tree_flatten(model.parameters()):
         scale = 0.2 if value.ndim == 1 else 1.6 / value.shape[-1] ** 0.5
@@ -362,7 +404,7 @@ def _peer(kind: str) -> tuple[Any, Any]:
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
     model.load_weights(str(path / "model.safetensors"))
-    of = kind.removesuffix("_moe")
+    of = "qwen3_vl" if kind in HYBRID else kind.removesuffix("_moe")
     processor_module: Any = importlib.import_module(f"mlx_vlm.models.{of}.processing_{of}")
     names = {
         "gemma3": "Gemma3", "gemma4": "Gemma4", "idefics3": "Idefics3", "llava": "Llava",
