@@ -59,7 +59,13 @@ def head() -> EagleHead:
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("ngram", "llava"), ("draft", "llava"), ("eagle", "llava"), ("draft", "qwen2_vl")],
+    [
+        ("ngram", "llava"),
+        ("draft", "llava"),
+        ("eagle", "llava"),
+        ("draft", "qwen2_vl"),
+        ("draft", "gemma3"),
+    ],
 )
 def test_speculation(method: str, kind: str) -> None:
     """A draft model sees the tokens of a picture and not the picture; what it proposes is checked.

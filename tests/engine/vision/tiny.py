@@ -191,6 +191,7 @@ def config_of(kind: str) -> dict[str, Any]:
             },
             "vision_config": {
                 **_VISION, "model_type": "siglip_vision_model", "image_size": 32,
+                "vision_use_head": False,
             },
         }  # fmt: skip
     if kind == "gemma4":

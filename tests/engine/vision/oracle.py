@@ -1,0 +1,106 @@
+"""Write transformers.json: the tokens of transformers' models for the tiny models of `tiny.py`.
+
+Needs torch, which the engine and its tests do not:
+
+    python -m tests.engine.vision.oracle
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from modelpack_engine.request import EngineRequest
+from tests.engine.vision import tiny
+from tests.engine.vision.tiny import picture, request
+
+#: The kinds for which mlx-vlm and transformers differ, and one with recurrent layers.
+ORACLE_KINDS = ("gemma3", "gemma4", "qwen3_5")
+ANSWERS = Path(__file__).parent / "transformers.json"
+_SHIFTED = ("layernorm.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight")
+
+
+def prompt(kind: str) -> EngineRequest:
+    """Return a prompt with two pictures of different shapes."""
+    engine = tiny.tiny_engine(kind)
+    text = "this is <image> and that is <image>, see?"
+    return request(engine, text, [picture(1), picture(2, 31, 17)], 24)
+
+
+def _config(kind: str) -> dict[str, Any]:
+    config = tiny.config_of(kind)
+    config["text_config"] = {**config["text_config"], "use_double_wide_mlp": True}
+    config["text_config"]["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
+    config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
+    return config
+
+
+def _weights(kind: str) -> dict[str, mx.array]:
+    """Return a model's weights in the layout of transformers."""
+    found = mx.load(str(tiny.directory(kind) / "model.safetensors"))
+    assert isinstance(found, dict)
+    made = {}
+    for name, value in found.items():
+        if kind == "qwen3_5" and name.startswith("language_model.") and name.endswith(_SHIFTED):
+            value = value - 1
+        if "conv1d" in name:
+            value = value.moveaxis(2, 1)
+        elif value.ndim > 3:  # channels first
+            value = value.moveaxis(-1, 1)
+        if kind != "gemma3":
+            name = name.replace("language_model.model.", "model.language_model.")
+            name = name.replace("language_model.lm_head", "lm_head")
+            if name.startswith(("vision_tower.", "embed_vision.")):
+                name = f"model.{name}"
+        if kind == "qwen3_5":
+            name = name.replace("vision_tower.", "visual.")
+        made[name] = mx.contiguous(value)
+    return made
+
+
+def tokens(kind: str) -> list[int]:
+    """Return the greedy tokens of transformers' model."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory)
+        mx.save_safetensors(str(path / "model.safetensors"), _weights(kind), {"format": "pt"})
+        (path / "config.json").write_text(json.dumps(_config(kind)))
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            directory, dtype=torch.float32, output_loading_info=True
+        )
+    assert not any(info.values()), info
+    made = prompt(kind)
+    ids = np.array([made.prompt_token_ids])
+    soft = {"gemma3": tiny.SOFT, "gemma4": tiny.SOFT4, "qwen3_5": tiny.PAD}[kind]
+    types = "token_type_ids" if kind == "gemma3" else "mm_token_type_ids"
+    given = {types: (ids == soft).astype(np.int64)}
+    for name in made.media[0].inputs:
+        parts = [np.asarray(media.inputs[name]) for media in made.media]
+        if kind == "gemma4":  # padded to the most patches of a picture, with positions of -1
+            fill = -1 if name == "image_position_ids" else 0
+            parts = [
+                np.pad(part, [(0, 0), (0, 280 - part.shape[1]), (0, 0)], constant_values=fill)
+                for part in parts
+            ]
+        given[name] = np.concatenate(parts)
+    given |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    with torch.no_grad():
+        found = model.eval().generate(
+            **{name: torch.tensor(value) for name, value in given.items()},
+            max_new_tokens=made.params.max_tokens, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+    return [int(token) for token in found[0, ids.shape[1] :]]
+
+
+if __name__ == "__main__":
+    answers = {kind: tokens(kind) for kind in ORACLE_KINDS}
+    lines = [f' "{kind}": {json.dumps(found)}' for kind, found in answers.items()]
+    ANSWERS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
