@@ -178,7 +178,7 @@ class PictureProcessor:
             inputs = {name: np.asarray(made[name]) for name in _INPUTS if name in made}
             if (places := inputs.get("image_position_ids")) is not None:  # without padding
                 count = int((places[0, :, 0] >= 0).sum())
-                inputs = {name: array[:, :count] for name, array in inputs.items()}
+                inputs = {name: array[:, :count].copy() for name, array in inputs.items()}
             tokens = self._encode(self._text(made, inputs["pixel_values"]))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             height, width = picture.pixels.shape[:2]
