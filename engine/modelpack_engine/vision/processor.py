@@ -278,8 +278,8 @@ class PictureProcessor:
 
 def _check_patches(settings: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
     """Raise `ModelLoadError` unless the settings are for the vision tower, and not too large."""
-    for name in ("patch_size", "pooling_kernel_size"):
-        if settings[name] != vision.get(name):
+    for name, default in (("patch_size", 16), ("pooling_kernel_size", 3)):
+        if settings[name] != vision.get(name, default):
             raise ModelLoadError(
                 f"preprocessor_config.json: {name} {settings[name]} is not that of config.json"
             )
