@@ -707,7 +707,8 @@ class GGUFProjector:
 
     def _token_ids(self, encode: Encode) -> Config:
         """Return the ids of the tokens that stand for pictures and for videos."""
-        placeholder = CLASSES[self.config["model_type"]].placeholder
+        needs = CLASSES[self.config["model_type"]]
+        placeholder = needs.soft or needs.placeholder
         ids = encode(placeholder)
         if len(ids) != 1:
             raise ModelLoadError(f"the model's tokenizer has no token {placeholder}")

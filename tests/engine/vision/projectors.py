@@ -25,6 +25,7 @@ from tests.engine.vision import tiny
 Weights = dict[str, np.ndarray]
 #: The kinds of `tiny` that llama.cpp converts, with the architecture and the type of the projector.
 KINDS: Mapping[str, tuple[str, str]] = {
+    "gemma3": ("gemma3", "gemma3"),
     "idefics3": ("llama", "idefics3"),
     "llava": ("llama", "mlp"),
     "mistral3": ("llama", "pixtral"),  # not the rotation of tiny's Ministral
@@ -230,7 +231,11 @@ def write_text(path: Path, kind: str, config: Mapping[str, Any], weights: Weight
     writer.add_head_count(text["num_attention_heads"])
     writer.add_head_count_kv(text["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
-    writer.add_rope_freq_base(text["rope_theta"])
+    writer.add_rope_freq_base(text.get("rope_theta", 1e6))
+    if architecture == "gemma3":
+        writer.add_sliding_window(text["sliding_window"])
+        pattern = text["sliding_window_pattern"]
+        writer.add_uint32("gemma3.attention.sliding_window_pattern", pattern)
     writer.add_vocab_size(text["vocab_size"])
     if "head_dim" in text:
         writer.add_key_length(text["head_dim"])
@@ -254,6 +259,8 @@ def write_text(path: Path, kind: str, config: Mapping[str, Any], weights: Weight
             for part, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
                 if f".{part}_proj." in name:
                     value = permuted(value, text[heads])
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            value = value + 1
         found = names.get_name(name, (".weight", ".bias"))
         assert found is not None, name
         add_array(writer, found, value)
