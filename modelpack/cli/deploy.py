@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,10 @@ _OWN_IMAGE = f"modelpack:{__version__}"
     help="With --engine modelpack: accept this host name, such as an Ingress's, besides the "
     "Service's. May be repeated.",
 )  # fmt: skip
+@click.option(
+    "--helm", type=click.Path(path_type=Path), metavar="DIR",
+    help="Write a Helm chart into this new directory instead of printing the objects.",
+)  # fmt: skip
 @remote_options
 @trust_options
 @common_options_without("store", "quiet", "progress")
@@ -121,6 +126,7 @@ def k8s(
     user: int,
     pull_secret: str | None,
     hosts: tuple[str, ...],
+    helm: Path | None,
     remote: RemoteOptions,
 ) -> None:
     """Print a Deployment and a Service, or with --kserve an InferenceService, for a model.
@@ -131,6 +137,7 @@ def k8s(
     import yaml
 
     from modelpack.artifacts.reference import Reference
+    from modelpack.deploy.helm import RELEASE, chart, write_chart
     from modelpack.deploy.kubernetes import (
         Workload,
         default_name,
@@ -155,6 +162,11 @@ def k8s(
             "autoscaler and metrics",
             hint="leave out --kserve, or set spec.predictor.maxReplicas of the InferenceService",
         )
+    if helm is not None and (kserve or namespace is not None):
+        raise UsageError(
+            f"--helm cannot be combined with {'--kserve' if kserve else '--namespace'}",
+            hint="leave out --kserve" if kserve else "give --namespace to helm install",
+        )
     access = _access(remote)
     if model_image is not None:
         _check_image(settings, Reference.parse(model_image), remote)
@@ -166,7 +178,7 @@ def k8s(
     workload = Workload(
         model=model,
         reference=wanted,
-        name=name or default_name(wanted),
+        name=RELEASE if helm is not None else name or default_name(wanted),
         engine=engine,
         engine_image=image or (_VLLM_IMAGE if engine == "vllm" else tool_image),
         tool_image=tool_image,
@@ -184,7 +196,12 @@ def k8s(
         monitored=monitor,
     )
     objects = inference_service(workload) if kserve else deployment(workload)
-    if settings.json:
+    if helm is not None:
+        called = replace(workload, name=name or default_name(wanted)).name  # checks the name
+        dump = partial(_yaml, yaml)
+        write_chart(helm, chart(called, model, workload.pinned, objects, lambda one: dump([one])))
+        show(settings, {"chart": str(helm)}, str(helm))
+    elif settings.json:
         listed = {"apiVersion": "v1", "kind": "List", "items": objects}
         click.echo(json.dumps(listed, indent=2))
     else:

@@ -27,6 +27,7 @@ OTHERS = {
     "docker": "--abort-on-container-exit --build --build-arg --hf_overrides --rm "
     "--speculative-draft-model --speculative-min-acceptance-rate --speculative-num-tokens",
     "kit, modctl": "--filter --no-creation-time --patterns",
+    "helm": "--set",
     "mlx.launch, ray": "--address --head --hostfile",
     "pip": "--find-links --no-deps --no-index",
     "runtime flags": "--block-size --ctx-size --draft-max --draft-p-min --frequency-penalty "

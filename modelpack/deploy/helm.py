@@ -1,0 +1,150 @@
+"""Write a Helm chart that serves a model: the objects of `kubernetes`, with values.
+
+A release is named when it is installed, so the objects are made for the name RELEASE, which becomes
+Helm's expression. So does what users may set; `values.yaml` has what `modelpack k8s` prints.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from modelpack.artifacts.model import Model
+from modelpack.errors import UsageError
+
+#: The name of a workload whose objects are for a chart.
+RELEASE: Final = "modelpack-helm-release"
+_RELEASE_EXPRESSION: Final = "{{ .Release.Name }}"
+#: A scalar that becomes an expression of Helm, and one that becomes a block of YAML.
+_SCALAR, _BLOCK = "helm:", "helm-block:"
+_EXPRESSION: Final = re.compile(rf"['\"]?{_SCALAR}([^'\"\n]+)['\"]?")
+_BLOCK_LINE: Final = re.compile(rf"^( *)(\S+): ['\"]?{_BLOCK}([^'\"\n]+)['\"]?$", re.MULTILINE)
+_NOTES: Final = """\
+{model}
+is served by Service {{{{ .Release.Name }}}} in namespace {{{{ .Release.Namespace }}}}. To try it:
+
+  kubectl -n {{{{ .Release.Namespace }}}} port-forward service/{{{{ .Release.Name }}}} 8080:{{{{ .Values.service.port }}}}
+  curl http://localhost:8080/v1/models
+"""  # noqa: E501 - one command
+
+
+def chart(
+    name: str,
+    model: Model,
+    pinned: str,
+    objects: Sequence[Mapping[str, Any]],
+    dump: Callable[[Any], str],
+) -> dict[str, str]:
+    """Return the files of a chart by path: the objects of a workload that is named RELEASE.
+
+    `pinned` is the model's reference by digest, and `dump` writes a value, or a list of documents,
+    as YAML.
+    """
+    values: dict[str, Any] = {}
+    made = [_templated(json.loads(json.dumps(item)), values) for item in objects]
+    text = "---\n".join(_expressions(dump(item)) for item in made)
+    return {
+        "Chart.yaml": dump({
+            "apiVersion": "v2",
+            "name": name,
+            "description": f"Serves {pinned}",
+            "type": "application",
+            "version": "0.1.0",
+            "appVersion": str(model.digest),
+        }),
+        "values.yaml": dump(values),
+        "values.schema.json": json.dumps(_schema(values), indent=2) + "\n",
+        "templates/model.yaml": text,
+        "templates/NOTES.txt": _NOTES.format(model=pinned),
+    }  # fmt: skip
+
+
+def write_chart(directory: Path, files: Mapping[str, str]) -> None:
+    """Write a chart into a directory that is empty or does not exist; raise `UsageError`."""
+    try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UsageError(
+                f"cannot write a chart to {directory}: it is not an empty directory",
+                hint="give a new directory",
+            )
+        for path, text in files.items():
+            file = directory / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write a chart to {directory}: {error.strerror}") from error
+
+
+def _templated(item: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Replace what users may set by expressions, and add it to `values`."""
+    item["metadata"]["labels"] |= {
+        "helm.sh/chart": f"{_SCALAR}.Chart.Name",
+        "app.kubernetes.io/managed-by": f"{_SCALAR}.Release.Service",
+    }
+    spec = item.get("spec", {})
+    if item["kind"] == "Deployment":
+        if "replicas" in spec:
+            values["replicas"] = spec["replicas"]
+            spec["replicas"] = f"{_SCALAR}.Values.replicas"
+        pod = spec["template"]["spec"]
+        [server] = pod["containers"]
+        values["image"] = server["image"]
+        server["image"] = f"{_SCALAR}.Values.image | quote"
+        for pull in pod.get("initContainers", []):
+            values["toolImage"] = pull["image"]
+            pull["image"] = f"{_SCALAR}.Values.toolImage | quote"
+        values["resources"] = server["resources"]
+        server["resources"] = f"{_BLOCK}.Values.resources"
+        places: dict[str, Any] = {
+            "nodeSelector": {}, "tolerations": [], "affinity": {}, "podAnnotations": {},
+        }  # fmt: skip
+        for name, default in places.items():
+            values[name] = default
+            of = spec["template"]["metadata"] if name == "podAnnotations" else pod
+            of["annotations" if name == "podAnnotations" else name] = f"{_BLOCK}.Values.{name}"
+    elif item["kind"] == "Service":
+        values["service"] = {"type": "ClusterIP", "port": spec["ports"][0]["port"]}
+        spec["type"] = f"{_SCALAR}.Values.service.type"
+        spec["ports"][0]["port"] = f"{_SCALAR}.Values.service.port"
+    elif item["kind"] == "HorizontalPodAutoscaler":
+        values["autoscaling"] = {name: spec[name] for name in ("minReplicas", "maxReplicas")}
+        for name in values["autoscaling"]:
+            spec[name] = f"{_SCALAR}.Values.autoscaling.{name}"
+    return item
+
+
+def _expressions(text: str) -> str:
+    """Return YAML with Helm's expressions; what looks like one in the objects stays as it is."""
+    text = text.replace("{{", '{{ "{{" }}').replace(RELEASE, _RELEASE_EXPRESSION)
+    text = _BLOCK_LINE.sub(
+        lambda found: (
+            f"{found[1]}{found[2]}: {{{{- toYaml {found[3]} | nindent {len(found[1]) + 2} }}}}"
+        ),
+        text,
+    )
+    return _EXPRESSION.sub(lambda found: f"{{{{ {found[1]} }}}}", text)
+
+
+def _schema(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON Schema of values: their names and types."""
+
+    def of(value: Any) -> dict[str, Any]:
+        kinds = {dict: "object", list: "array", int: "integer", str: "string"}
+        return {"type": kinds[type(value)]}
+
+    properties = {name: of(value) for name, value in values.items()}
+    for name in ("service", "autoscaling"):
+        if name in values:
+            properties[name] = _closed({key: of(value) for key, value in values[name].items()})
+    if "replicas" in properties:
+        properties["replicas"]["minimum"] = 0
+    # Helm adds the values of subcharts and `global`.
+    closed = _closed({**properties, "global": {"type": "object"}})
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **closed}
+
+
+def _closed(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False}

@@ -1,0 +1,165 @@
+"""`modelpack k8s --helm`: charts by Helm's own command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from modelpack.store.layout import LayoutStore
+from modelpack.testing import registry
+from tests.cli.running import modelpack as run
+from tests.cli.running import succeed
+from tests.conftest import ROOT
+from tests.interop.go_tool import build_go_tool
+from tests.models import package, tiny_safetensors
+from tests.peers import require
+
+OWN = ("--engine", "modelpack")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A model in a registry: its reference and digest."""
+    root = tmp_path_factory.mktemp("helm")
+    with registry() as server:
+        name = f"{server.host}/team/tiny:v1"
+        made = package(name, tiny_safetensors(root), LayoutStore(root / "store"), push=True)
+        yield name, str(made.digest)
+
+
+def chart(published: tuple[str, str], directory: Path, *options: str) -> Path:
+    made = directory / "chart"
+    done = succeed("k8s", published[0], "--helm", str(made), *options)
+    assert done.out == str(made)
+    return made
+
+
+def helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    require("go")
+    program = build_go_tool(ROOT / "tests" / "interop" / "helm_cli", ROOT / ".cache")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+
+
+def rendered(made: Path, *options: str) -> list[dict[str, Any]]:
+    done = helm("template", "assistant", made, *options)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def test_the_files_of_a_chart(published: tuple[str, str], tmp_path: Path) -> None:
+    made = chart(published, tmp_path, *OWN, "--max-replicas", "3")
+    about = yaml.safe_load((made / "Chart.yaml").read_text())
+    assert about["name"] == "tiny"
+    assert about["appVersion"] == published[1]
+    values = yaml.safe_load((made / "values.yaml").read_text())
+    assert values["autoscaling"] == {"minReplicas": 1, "maxReplicas": 3}
+    assert values["resources"]["requests"]["cpu"] == "1"
+    schema = json.loads((made / "values.schema.json").read_text())
+    assert {*schema["properties"]} == {*values, "global"}
+    again = chart(published, tmp_path / "other", *OWN, "--max-replicas", "3")
+    for path in made.rglob("*.*"):
+        assert path.read_bytes() == (again / path.relative_to(made)).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--kserve",), "--helm cannot be combined with --kserve"),
+        (("--namespace", "one"), "--helm cannot be combined with --namespace"),
+        (("--name", "Not a name"), "name 'Not a name' is not a valid Kubernetes name"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    published: tuple[str, str], tmp_path: Path, options: tuple[str, ...], problem: str
+) -> None:
+    done = run("k8s", published[0], "--helm", str(tmp_path / "chart"), *options)
+    assert done.code == 2
+    assert problem in done.err
+    assert not (tmp_path / "chart").exists()
+
+
+def test_directories_that_are_not_empty(published: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for directory in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
+        done = run("k8s", published[0], "--helm", str(directory))
+        assert done.code == 2
+        assert f"cannot write a chart to {directory}" in done.err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
+
+
+#: Options of `k8s`, the same ones for all engines.
+SHAPES = {
+    "one pod": OWN,
+    "vllm": ("--gpus", "2", "--pull-secret", "login"),
+    "autoscaled": (*OWN, "--replicas", "2", "--max-replicas", "5", "--monitor"),
+    "names": (*OWN, "--served-model-name", "a {{ .Values.b }} c", "--allow-host", "ai.example"),
+}
+
+
+@pytest.mark.long  # helm is compiled, the first time
+@pytest.mark.peer("go")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_release_has_the_printed_objects(
+    published: tuple[str, str], tmp_path: Path, shape: str
+) -> None:
+    made = chart(published, tmp_path, *SHAPES[shape])
+    linted = helm("lint", "--strict", made)
+    assert linted.returncode == 0, linted.stdout
+    found = {item["kind"]: item for item in rendered(made)}
+    printed = succeed("k8s", published[0], "--name", "assistant", *SHAPES[shape]).out
+    expected = {item["kind"]: item for item in yaml.safe_load_all(printed)}
+    for item in found.values():
+        if item["kind"] != "ServiceMonitor":  # of another API than Kubernetes' own
+            kubernetes_validate.validate(item, "1.35", strict=True)
+        assert item["metadata"]["labels"].pop("helm.sh/chart") == "tiny"
+        assert item["metadata"]["labels"].pop("app.kubernetes.io/managed-by") == "Helm"
+    template = found["Deployment"]["spec"]["template"]
+    assert template["metadata"].pop("annotations") == {}
+    for name, default in (("nodeSelector", {}), ("tolerations", []), ("affinity", {})):
+        assert template["spec"].pop(name) == default
+    assert found["Service"]["spec"].pop("type") == "ClusterIP"
+    assert found == expected
+
+
+@pytest.mark.long
+@pytest.mark.peer("go")
+def test_values_change_the_objects(published: tuple[str, str], tmp_path: Path) -> None:
+    made = chart(published, tmp_path, *OWN)
+    changed = {
+        "replicas": 4, "image": "registry.example/modelpack:v2", "toolImage": "tool:v3",
+        "resources": {"requests": {"cpu": "2", "memory": "9Gi"}, "limits": {"memory": "9Gi"}},
+        "nodeSelector": {"disk": "fast"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}], "podAnnotations": {"a": "b"},
+        "affinity": {"nodeAffinity": {}}, "service": {"type": "NodePort", "port": 8080},
+    }  # fmt: skip
+    assert {*changed} == {*yaml.safe_load((made / "values.yaml").read_text())}
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump(changed))
+    found = {item["kind"]: item["spec"] for item in rendered(made, "--values", str(values))}
+    deployment, service = found["Deployment"], found["Service"]
+    pod = deployment["template"]["spec"]
+    assert deployment["replicas"] == 4
+    assert pod["containers"][0]["image"] == "registry.example/modelpack:v2"
+    assert pod["containers"][0]["resources"] == changed["resources"]
+    assert pod["initContainers"][0]["image"] == "tool:v3"
+    assert deployment["template"]["metadata"]["annotations"] == {"a": "b"}
+    for name in ("nodeSelector", "tolerations", "affinity"):
+        assert pod[name] == changed[name]
+    assert service["type"] == "NodePort"
+    assert service["ports"][0]["port"] == 8080
+
+
+@pytest.mark.long
+@pytest.mark.peer("go")
+@pytest.mark.parametrize("value", ["replicas=-1", "replicas=many", "replica=2", "service.prot=1"])
+def test_wrong_values_are_refused(published: tuple[str, str], tmp_path: Path, value: str) -> None:
+    done = helm("template", "assistant", chart(published, tmp_path, *OWN), "--set", value)
+    assert done.returncode != 0
+    assert "values don't meet the specifications of the schema" in done.stderr
