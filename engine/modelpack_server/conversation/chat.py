@@ -335,9 +335,7 @@ def _characters(message: Mapping[str, Any]) -> int:
     return sum(len(value) for value in (*message.values(), *texts) if isinstance(value, str))
 
 
-def _prompt(
-    model: ServedModel, spec: ChatSpec, *, with_pictures: bool
-) -> tuple[str, list[int]]:
+def _prompt(model: ServedModel, spec: ChatSpec, *, with_pictures: bool) -> tuple[str, list[int]]:
     tokenizer = model.tokenizer
     text = render(spec, tokenizer, model.format)
     processor = model.pictures if with_pictures else None
