@@ -98,15 +98,32 @@ def write_gguf(
     alpha: float = 4.0,
     seed: int = 0,
     kind: str = "lora",
+    arch: str = "llama",
 ) -> Path:
     """Write an adapter as convert_lora_to_gguf.py of llama.cpp does."""
-    writer = gguf.GGUFWriter(path, "llama")
+    pairs = random_pairs(targets, rank, seed)
+    return write_gguf_pairs(path, pairs, alpha=alpha, kind=kind, arch=arch)
+
+
+def write_gguf_pairs(
+    path: Path,
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    alpha: float = 4.0,
+    kind: str = "lora",
+    arch: str = "llama",
+    fields: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the matrices A and B of tensors, in the order of llama.cpp."""
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", kind)
     writer.add_float32("adapter.lora.alpha", alpha)
-    for name, (a, b) in random_pairs(targets, rank, seed).items():
-        writer.add_tensor(f"{name}.weight.lora_a", a)
-        writer.add_tensor(f"{name}.weight.lora_b", b)
+    for key, value in (fields or {}).items():
+        writer.add_array(key, value)
+    for name, (a, b) in pairs.items():
+        writer.add_tensor(f"{name}.weight.lora_a", np.ascontiguousarray(a))
+        writer.add_tensor(f"{name}.weight.lora_b", np.ascontiguousarray(b))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

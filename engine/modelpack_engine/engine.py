@@ -127,7 +127,11 @@ class Engine(BaseEngine):
         rows = self._runner.adapter_rows
         if self.config.max_loras and rows is not None:
             self._adapters = AdapterSet(
-                loaded.model, rows, self.config.max_loras, lambda name: self.is_known(name)
+                loaded.model,
+                loaded.config,
+                rows,
+                self.config.max_loras,
+                lambda name: self.is_known(name),
             )
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(

@@ -349,6 +349,8 @@ def _read_gguf(path: Path) -> Adapter:
     if value("general.type") != "adapter" or value("adapter.type") != "lora":
         kind = f"{value('general.type')}, {value('adapter.type')}"
         raise fault(f"not a LoRA adapter: general.type and adapter.type are {kind}")
+    if "adapter.alora.invocation_tokens" in header.metadata:
+        raise fault("it is an activated LoRA (aLoRA), which is not supported")
     alpha = value("adapter.lora.alpha")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha) or abs(alpha) > 1e6:
         raise fault(f"adapter.lora.alpha is {alpha}, expected a finite number")
@@ -363,17 +365,31 @@ def _read_gguf(path: Path) -> Adapter:
         if len(parts) < 2:
             raise fault(f"{module}: has no LoRA {'B' if 'a' in parts else 'A'} matrix")
         a, b = parts["a"], parts["b"]
-        # GGUF has the dimension that moves fastest first: A is [inputs, rank], B [rank, outputs].
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
-            raise fault(f"{module}: A has shape {list(a.shape)} and B {list(b.shape)}")
-        rank = a.shape[1]
+        # GGUF has the dimension that moves fastest first: A is [inputs, rank], B [rank, outputs],
+        # each with the number of experts as a third. The A of embeddings is [rank, tokens].
+        embedding = module in _EMBEDDINGS
+        shapes = f"A has shape {list(a.shape)} and B {list(b.shape)}"
+        if len(a.shape) not in ((2,) if embedding else (2, 3)) or len(b.shape) != len(a.shape):
+            raise fault(f"{module}: {shapes}")
+        rank, inputs = a.shape[:2] if embedding else a.shape[1::-1]
+        if b.shape[0] != rank or a.shape[2:] != b.shape[2:]:
+            raise fault(f"{module}: {shapes}")
         if not 1 <= rank <= MAX_RANK:
             raise fault(f"{module}: the rank is {rank}, expected 1 to {MAX_RANK}")
-        embedding = module in _EMBEDDINGS
         # llama.cpp takes no alpha for its default: a scale of 1.
         scale = alpha / rank if alpha else 1.0
         targets.append(
-            Target(module, rank, a.shape[0], b.shape[1], scale, a.name, b.name, embedding=embedding)
+            Target(
+                module,
+                rank,
+                inputs,
+                b.shape[1],
+                scale,
+                a.name,
+                b.name,
+                embedding=embedding,
+                experts=a.shape[2] if len(a.shape) == 3 else None,
+            )
         )
     if not targets:
         raise fault("the adapter has no tensors")
@@ -394,14 +410,18 @@ def check_base(adapter: Adapter, tensors: Iterable[TensorInfo], *, format: str) 
     """Raise `AdapterError` unless each target is in the base and has its shape.
 
     `tensors` are those of all files of the base, `format` is `gguf` or `safetensors`. Experts that
-    mlx-lm stacks, and the inputs of quantised weights, are compared when the engine loads both.
+    mlx-lm stacks, the inputs of quantised weights, and a GGUF adapter with a base of safetensors,
+    which names its modules differently, are compared when the engine loads both.
     """
-    if (adapter.format == "gguf") != (format == "gguf"):
+    if adapter.format != "gguf" and format == "gguf":
         raise AdapterError(
             f"the adapter is of format {adapter.format}, but the base is {format}",
             path=str(adapter.weights),
             hint="use a base with the weights that the adapter was made for",
         )
+    if adapter.format == "gguf" and format != "gguf":
+        _check_layers(adapter, tensors)
+        return
     shapes: dict[str, tuple[int, ...]] = {}
     packed = set()
     for tensor in tensors:
@@ -419,11 +439,27 @@ def check_base(adapter: Adapter, tensors: Iterable[TensorInfo], *, format: str) 
             raise AdapterError(f"the base has no module {target.module}", path=str(adapter.weights))
         shape = shapes[name]
         wanted = (target.outputs, target.inputs)
-        if target.embedding and adapter.format != "gguf":
+        if target.embedding:
             wanted = (target.inputs, target.outputs)
         if len(shape) != 2 or shape[0] != wanted[0] or (name not in packed and shape != wanted):
             raise AdapterError(
                 f"{target.module}: the adapter is for a weight of shape {list(wanted)}, but the "
                 f"base has {list(shape)}",
+                path=str(adapter.weights),
+            )
+
+
+_NUMBER: Final = re.compile(r"(?:layers|h|blocks|blk)\.(?P<number>\d+)\.")
+
+
+def _check_layers(adapter: Adapter, tensors: Iterable[TensorInfo]) -> None:
+    """Raise `AdapterError` for a target in a layer that the base lacks."""
+    found = (_NUMBER.search(tensor.name) for tensor in tensors)
+    layers = {int(match["number"]) for match in found if match is not None}
+    for target in adapter.targets:
+        match = _NUMBER.match(target.module)
+        if match is not None and int(match["number"]) not in layers:
+            raise AdapterError(
+                f"the base has no layer {match['number']}, which {target.module} is in",
                 path=str(adapter.weights),
             )

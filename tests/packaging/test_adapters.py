@@ -222,9 +222,14 @@ def test_wrong_base(
 
 
 def test_gguf_adapter_of_safetensors(store: modelpack.Store, tmp_path: Path) -> None:
+    """Its tensors have names of their own: only layers are compared."""
     file = write_gguf(tmp_path / "lora.gguf", {"blk.0.attn_q": (8, 4)})
-    with pytest.raises(AdapterError, match="the adapter is of format gguf, but the base is"):
-        package_adapter("team/adapter:v1", file, "team/base:v1", store=store)
+    package_adapter("team/adapter:v1", file, "team/base:v1", store=store)
+    layers = modelpack.inspect("team/adapter:v1", store=store).manifest.layers
+    assert layers[0].media_type == media_types.DOCKER_GGUF_LORA
+    file = write_gguf(tmp_path / "deep.gguf", {"blk.7.attn_q": (8, 4)})
+    with pytest.raises(AdapterError, match="the base has no layer 7, which blk"):
+        package_adapter("team/deep:v1", file, "team/base:v1", store=store)
 
 
 def test_base_is_no_adapter(store: modelpack.Store, tmp_path: Path) -> None:

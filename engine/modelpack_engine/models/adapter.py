@@ -1,69 +1,95 @@
-"""Read the matrices of a LoRA or DoRA adapter, for the layers of a loaded model.
+"""Read the matrices of a LoRA or DoRA adapter, for the layers of a loaded model; or merge them.
 
 `read_layers` finds the layer of each target by its name, compares the shapes, and returns the
 matrices as `patches.lora` multiplies with them. Experts that are modules of their own in the
-adapter are stacked, as mlx-lm stacks their weights.
+adapter are stacked, as mlx-lm stacks their weights. `merge` adds the matrices to the weights.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from modelpack.formats.adapter import Adapter, AdapterError, Target, canonical
-from modelpack_engine.patches.lora import EMBEDDINGS, EXPERTS, LINEARS, Matrices, dense_weight
+from modelpack_engine.models.gguf_adapter import gguf_pairs
+from modelpack_engine.models.precision import unpack
+from modelpack_engine.patches.lora import (
+    EMBEDDINGS,
+    EXPERTS,
+    LINEARS,
+    Layers,
+    Matrices,
+    dense_weight,
+)
 
 _EXPERT: Final = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<name>\w+)\Z")
 #: Names of experts' layers in Mixtral's checkpoints and what mlx-lm calls them.
 _EXPERT_NAMES: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
+#: A target by its module's path in the adapter or, for GGUF, in the model; A [..., inputs, rank],
+#: and B [..., rank, outputs] with the scale. Both are float32.
+_Pair = tuple[Target, mx.array, mx.array]
+
+
 def read_layers(
-    adapter: Adapter, model: nn.Module, *, dtype: mx.Dtype | None = None
+    adapter: Adapter,
+    model: nn.Module,
+    config: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    dtype: mx.Dtype | None = None,
+    weight_of: Callable[[str, Any], mx.array] = lambda path, module: dense_weight(module),
 ) -> dict[str, Matrices]:
     """Return the matrices of an adapter by the path of their layer in `model`.
 
-    They have the type of the layer's outputs, or `dtype`. Raises `AdapterError` for a target that
-    the model lacks, for shapes that differ, and for values that are not finite.
+    They have the type of the layer's outputs, or `dtype`. `config` is the model's, which GGUF
+    adapters need; `weight_of` returns the weight of a module, of which DoRA needs the norm, in
+    float32. Raises `AdapterError` for a target that the model lacks, for shapes that differ, and
+    for values that are not finite.
     """
+    path = str(adapter.weights)
+    modules = _Modules(model, path)
+    arrays: Any = {}
     if adapter.format == "gguf":
-        raise AdapterError(
-            "GGUF adapters cannot be served", path=str(adapter.weights),
-            hint="use the adapter as PEFT wrote it",
-        )  # fmt: skip
-    modules = _Modules(model, str(adapter.weights))
-    arrays: Any = mx.load(str(adapter.weights), format="safetensors")
-    stacked: dict[str, list[tuple[int, Target]]] = defaultdict(list)
+        pairs: Iterable[_Pair] = gguf_pairs(adapter, model, config)
+    else:
+        arrays = mx.load(path, format="safetensors")
+        pairs = ((target, *_matrices(target, arrays)) for target in adapter.targets)
+    stacked: dict[str, list[tuple[int, _Pair]]] = defaultdict(list)
     found: dict[str, Matrices] = {}
-    for target in adapter.targets:
+    for target, a, b in pairs:
         expert = _EXPERT.match(target.module)
         if expert is not None and target.experts is None:
             part = _EXPERT_NAMES.get(expert["name"], expert["name"])
-            stacked[f"{expert['block']}.switch_mlp.{part}"].append((int(expert["index"]), target))
+            name = f"{expert['block']}.switch_mlp.{part}"
+            stacked[name].append((int(expert["index"]), (target, a, b)))
             continue
         name, module = modules.find(target.module)
         modules.check(target, module)
         kind = dtype or _dtype_of(module)
-        a, b = _matrices(target, arrays)
         gain = None
         if target.magnitude is not None:
-            weight = dense_weight(module) + (a @ b).T
+            weight = weight_of(name, module) + (a @ b).T
             magnitude = arrays[target.magnitude].reshape(-1).astype(mx.float32)
             gain = (magnitude / mx.linalg.norm(weight, axis=1)).astype(kind)
+        if name in found:
+            raise modules.error(f"two targets are the module {name} of the model")
         found[name] = Matrices(a.astype(kind), b.astype(kind), gain)
     for wanted, experts in stacked.items():
         name, module = modules.find(wanted)
-        found[name] = modules.stack(experts, module, arrays, dtype)
+        found[name] = modules.stack(experts, module, dtype)
     every = [array for one in found.values() for array in (one.a, one.b, one.gain)]
     present = [array for array in every if array is not None]
     finite = [mx.all(mx.isfinite(array)) for array in present]
     mx.eval(present, finite)
     if not all(value.item() for value in finite):
-        raise AdapterError("the weights have values that are not finite", path=str(adapter.weights))
+        raise modules.error("the weights have values that are not finite")
     return found
 
 
@@ -118,21 +144,17 @@ class _Modules:
             )
 
     def stack(
-        self,
-        experts: list[tuple[int, Target]],
-        module: Any,
-        arrays: Any,
-        dtype: mx.Dtype | None,
+        self, experts: list[tuple[int, _Pair]], module: Any, dtype: mx.Dtype | None
     ) -> Matrices:
         """Return the matrices of single experts, stacked; other experts get zeros."""
-        first = experts[0][1]
+        first = experts[0][1][0]
         if not isinstance(module, EXPERTS):
             raise self.error(f"target {first.module} is not an expert of the model")
         count, outputs, inputs = _shape(module)
-        rank = max(target.rank for _, target in experts)
+        rank = max(target.rank for _, (target, _, _) in experts)
         kind = dtype or _dtype_of(module)
         a, b = mx.zeros((count, inputs, rank)), mx.zeros((count, rank, outputs))
-        for index, target in experts:
+        for index, (target, own_a, own_b) in experts:
             if target.magnitude is not None:
                 raise self.error(f"{target.module}: DoRA of experts is not supported")
             if index >= count or (target.outputs, target.inputs) != (outputs, inputs):
@@ -141,7 +163,6 @@ class _Modules:
                     f"{[target.outputs, target.inputs]}, but the model has {count} experts of "
                     f"{[outputs, inputs]}"
                 )
-            own_a, own_b = _matrices(target, arrays)
             a[index, :, : target.rank], b[index, : target.rank] = own_a, own_b
         return Matrices(a.astype(kind), b.astype(kind))
 
@@ -150,3 +171,28 @@ def _shape(module: Any) -> tuple[int, ...]:
     """Return the shape of a layer's weight, unpacked."""
     *outer, inputs = module.weight.shape
     return (*outer, inputs * 32 // module.bits if hasattr(module, "bits") else inputs)
+
+
+def merge(model: nn.Module, layers: Layers) -> None:
+    """Add an adapter to the weights of a model, which keep their type.
+
+    Quantised layers that it changes become dense, in the type of their scales: quantised again,
+    they would lose most of a small change.
+    """
+    unpack(model, None, only=layers)
+    modules = dict(model.named_modules())
+    for name, one in layers.items():
+        module: Any = modules[name]
+        weight = merged_weight(module.weight, one, is_embedding=isinstance(module, EMBEDDINGS))
+        module.weight = weight.astype(module.weight.dtype)
+        mx.eval(module.weight)
+
+
+def merged_weight(weight: mx.array, one: Matrices, *, is_embedding: bool) -> mx.array:
+    """Return the weight [..., outputs, inputs] of a layer with an adapter, in float32.
+
+    That of an embedding is [inputs, outputs].
+    """
+    delta = one.a.astype(mx.float32) @ one.b.astype(mx.float32)
+    changed = weight.astype(mx.float32) + (delta if is_embedding else delta.swapaxes(-1, -2))
+    return changed if one.gain is None else changed * one.gain.astype(mx.float32)[:, None]

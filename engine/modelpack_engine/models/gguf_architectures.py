@@ -162,6 +162,8 @@ class Architecture:
     `layer` maps the names of tensors inside a layer to paths inside a layer, which is in `layers`;
     `outer` maps those of other tensors. `extend` adds fields to the config. With `partial_rope`,
     the class rotates a part of each head; without `scaled_rope`, a scaled rotation is rejected.
+    With `rotates_pairs`, llama.cpp's converter permutes the rows of queries and keys, which stay in
+    this order: the class rotates pairs, as it can, and not halves of a head.
     Tensors for which `is_unused` is true are left out. Without `attends`, no layer has heads.
     """
 
@@ -172,6 +174,7 @@ class Architecture:
     layers: str = "model.layers"
     partial_rope: bool = False
     scaled_rope: bool = True
+    rotates_pairs: bool = False
     is_unused: Callable[[Hyperparameters, str], bool] = lambda values, tensor: False
     attends: bool = True
 
@@ -196,6 +199,8 @@ class Architecture:
             config["layer_norm_eps"] = values.number("attention.layer_norm_epsilon")
         if self.attends:
             self._add_attention(values, config)
+        if self.rotates_pairs:
+            config["rope_traditional"] = True
         self.extend(values, config)
         return config
 
@@ -245,7 +250,6 @@ class Architecture:
 
 
 def _llama(values: Hyperparameters, config: Config) -> None:
-    config["rope_traditional"] = True  # the rows of q and k are stored in its order
     config["attention_bias"] = values.has("attn_q.bias")
     config["mlp_bias"] = values.has("ffn_gate.bias")
     _llama3_rope(values, config)
@@ -302,7 +306,6 @@ def _nemotron(values: Hyperparameters, config: Config) -> None:
 
 
 def _smollm3(values: Hyperparameters, config: Config) -> None:
-    config["rope_traditional"] = True
     config["no_rope_layer_interval"] = 4
 
 
@@ -728,8 +731,9 @@ _NEMOTRON: Names = {**_LLAMA, **_shifted_weights(_NORM), **_shifted_weights(_FFN
 
 #: The architectures that load, by the name that GGUF files give them.
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", _LLAMA, _llama),  # Mistral, SmolLM2, … are written as llama
-    "internlm2": Architecture("llama", _LLAMA, _llama),
+    # Mistral, SmolLM2, … are written as llama.
+    "llama": Architecture("llama", _LLAMA, _llama, rotates_pairs=True),
+    "internlm2": Architecture("llama", _LLAMA, _llama, rotates_pairs=True),
     "exaone": Architecture("llama", _LLAMA, _exaone),
     "minicpm": Architecture("granite", _GRANITE, _minicpm),
     "qwen2": Architecture("qwen2", _LLAMA),
@@ -740,7 +744,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2vl": Architecture("qwen2", _LLAMA),
     "qwen3vl": Architecture("qwen3", {**_LLAMA, **_QK_NORM}),
     "qwen3vlmoe": Architecture("qwen3_moe", _QWEN3_MOE, _qwen3_moe),
-    "smollm3": Architecture("smollm3", _LLAMA, _smollm3),
+    "smollm3": Architecture("smollm3", _LLAMA, _smollm3, rotates_pairs=True),
     "phi2": Architecture("phi", _PHI2, outer=_PHI2_OUTER, partial_rope=True, scaled_rope=False),
     "phi3": Architecture("phi3", _PHI3, _phi3, partial_rope=True, scaled_rope=False),
     "starcoder2": Architecture("starcoder2", _STARCODER2, _starcoder2),
@@ -934,7 +938,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 #: Variants with classes of their own, by the metadata that tells them.
 #: With 0, any value but 0 does.
 VARIANTS: Mapping[tuple[str, str, int], Architecture] = {
-    ("llama", "expert_count", 0): Architecture("mixtral", _MIXTRAL, _mixtral),
+    ("llama", "expert_count", 0): Architecture("mixtral", _MIXTRAL, _mixtral, rotates_pairs=True),
     ("olmo2", "attention.sliding_window", 0): Architecture("olmo3", _LATE_NORMS, _olmo3),
     # DeepSeek V3 and GLM 4.7 Flash
     ("deepseek2", "expert_gating_func", SIGMOID): Architecture(

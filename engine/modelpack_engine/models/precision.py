@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -157,10 +157,13 @@ def dense_bytes(model: Any, itemsize: int) -> int:
     return total * itemsize
 
 
-def unpack(model: Any, dtype: mx.Dtype | None) -> Sequence[str]:
+def unpack(
+    model: Any, dtype: mx.Dtype | None, *, only: Collection[str] | None = None
+) -> Sequence[str]:
     """Replace quantised modules by dense ones; return the paths of those left as they are.
 
-    Weights are computed in `dtype`, or in the dtype of their scales if it is None.
+    Weights are computed in `dtype`, or in the dtype of their scales if it is None. With `only`,
+    modules at other paths are not replaced.
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
@@ -172,7 +175,7 @@ def unpack(model: Any, dtype: mx.Dtype | None) -> Sequence[str]:
     replaced: list[tuple[str, Module]] = []
     left: list[str] = []
     for path, module in model.named_modules():
-        if not _is_packed(module):
+        if not _is_packed(module) or (only is not None and path not in only):
             continue
         kind = kinds.get(type(module))
         if kind is None:

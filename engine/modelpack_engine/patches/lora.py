@@ -240,27 +240,6 @@ def _gathered(x: mx.array, a: mx.array, b: mx.array, indices: mx.array) -> mx.ar
     return mx.gather_mm(mx.gather_mm(x, a, rhs_indices=indices), b, rhs_indices=indices)
 
 
-def merge(model: nn.Module, layers: Layers) -> None:
-    """Add an adapter to the weights of a model; quantised weights are quantised again."""
-    modules = dict(model.named_modules())
-    for name, one in layers.items():
-        module: Any = modules[name]
-        weight = dense_weight(module)
-        delta = one.a.astype(mx.float32) @ one.b.astype(mx.float32)
-        weight = weight + (delta if isinstance(module, EMBEDDINGS) else delta.swapaxes(-1, -2))
-        if one.gain is not None:
-            weight = weight * one.gain[:, None]
-        if hasattr(module, "bits"):
-            packed = mx.quantize(weight, module.group_size, module.bits, mode=module.mode)
-            dtype = module.scales.dtype
-            module.weight = packed[0]
-            for part, array in zip(("scales", "biases"), packed[1:], strict=False):
-                module[part] = array.astype(dtype) if module.mode == "affine" else array
-        else:
-            module.weight = weight.astype(module.weight.dtype)
-        mx.eval(module.parameters())
-
-
 def dense_weight(module: Any) -> mx.array:
     """Return the weight of a layer in float32, dequantised if it is quantised."""
     if not hasattr(module, "bits"):

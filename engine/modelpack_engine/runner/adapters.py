@@ -6,8 +6,9 @@ was used least recently; adapters of unfinished requests stay, even if they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.nn as nn
 
@@ -32,17 +33,19 @@ class _Known:
 class AdapterSet:
     """The adapters of one model, of which at most `max_loaded` are in memory.
 
-    `is_running` returns whether a request is unfinished.
+    `config` is the model's; `is_running` returns whether a request is unfinished.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        config: Mapping[str, Any],
         rows: AdapterRows,
         max_loaded: int,
         is_running: Callable[[str], bool],
     ) -> None:
-        self._model, self._max_loaded, self._is_running = model, max_loaded, is_running
+        self._model, self._config = model, config
+        self._max_loaded, self._is_running = max_loaded, is_running
         self._layers = LoRALayers(model, rows)
         self._known: dict[str, _Known] = {}  # the least recently used one first
         self._removed: list[_Known] = []  # those that unfinished requests use
@@ -72,7 +75,7 @@ class AdapterSet:
         fit the model.
         """
         known = _Known(adapter, identity)
-        layers = read_layers(adapter, self._model)
+        layers = read_layers(adapter, self._model, self._config)
         if name in self._known:
             self.remove(name)
         slot = self._free_slot()
@@ -118,7 +121,7 @@ class AdapterSet:
                 slot = idle[0].slot
                 assert slot is not None, "it is in memory"
                 self._unload(idle[0])
-            layers = read_layers(known.adapter, self._model)
+            layers = read_layers(known.adapter, self._model, self._config)
             self._layers.set(slot, layers)
             known.slot, known.nbytes = slot, nbytes(layers.values())
         known.requests.add(request_id)

@@ -11,8 +11,8 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from modelpack.formats.adapter import read_adapter
-from modelpack_engine.models.adapter import read_layers
-from modelpack_engine.patches.lora import LINEARS, Layers, LoRALayers, Matrices, merge
+from modelpack_engine.models.adapter import merge, read_layers
+from modelpack_engine.patches.lora import LINEARS, Layers, LoRALayers, Matrices
 from modelpack_engine.runner.model_runner import make_runner
 from tests.adapters import random_pairs, write_mlx, write_peft
 from tests.engine.zoo.catalogue import CATALOGUE
