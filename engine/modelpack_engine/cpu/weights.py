@@ -49,10 +49,21 @@ class StoredArray:
     shape: tuple[int, ...]
     raw: NDArray[np.uint8]
 
+    @classmethod
+    def of(cls, array: mx.array) -> StoredArray:
+        """Return an array of MLX as if it was in a file."""
+        raw = np.array(array.reshape(-1).view(mx.uint8))
+        return cls(array.dtype, tuple(array.shape), raw)
+
     @property
     def nbytes(self) -> int:
         """Its bytes in the file."""
         return self.raw.nbytes
+
+    def dense(self) -> mx.array:
+        """Return its values in float32."""
+        values = mx.array(np.ascontiguousarray(self.raw)).view(self.dtype)
+        return values.reshape(self.shape).astype(mx.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,14 @@ class StoredAffine:
     def nbytes(self) -> int:
         """Its bytes in the file."""
         return self.codes.nbytes + self.scales.nbytes + self.biases.nbytes
+
+    def dense(self) -> mx.array:
+        """Return its values in float32."""
+        codes = mx.array(np.ascontiguousarray(self.codes.raw)).view(mx.uint32)
+        return mx.dequantize(
+            codes.reshape(self.codes.shape), self.scales.dense(), self.biases.dense(),
+            self.group_size, self.bits,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

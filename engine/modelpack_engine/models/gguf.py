@@ -20,12 +20,14 @@ import numpy.typing as npt
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 
+from modelpack.formats.adapter import Adapter
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.models import gguf_blocks, load_progress
+from modelpack_engine.models.adapter import merged_weight, read_layers
 from modelpack_engine.models.gguf_architectures import architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE
-from modelpack_engine.models.gguf_file import GGUFFile
+from modelpack_engine.models.gguf_file import GGUFFile, GGUFTensor
 from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters
 from modelpack_engine.models.gguf_tensors import Parameter, Source
 from modelpack_engine.models.load_budget import TensorBounds, checkpoint
@@ -36,12 +38,15 @@ from modelpack_engine.models.precision import (
     shapes_of,
 )
 from modelpack_engine.patches.corrections import corrected
+from modelpack_engine.patches.lora import Layers, Matrices
 from modelpack_engine.platform.device import available_memory
 
 #: The most decoded bytes that wait for MLX; with much free memory, a part of that memory.
 MAX_AHEAD = 128 * 1024 * 1024
 _AHEAD_PART = 128
 _MAX_THREADS = 16
+# The types of weights that an adapter is merged into; quantised ones become F16.
+_MERGED_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Bytes of the file that stay in memory while weights are packed.
 _MOST_MAPPED = 32 * 1024 * 1024
 
@@ -220,14 +225,21 @@ class GGUFLoader:
         model.set_dtype(mx.float16)  # that of keys and values
         return model
 
-    def packed(self) -> PackedWeights:
-        """Return all weights, packed as they are stored."""
+    def packed(self, model: Module, adapter: Adapter | None = None) -> PackedWeights:
+        """Return all weights of `skeleton`, packed as they are stored, with an adapter merged.
+
+        Raises `AdapterError` for an adapter that does not fit the model.
+        """
         packed, mapped, done = PackedWeights(), 0, 0
+        layers = {} if adapter is None else self._layers(model, adapter)
         total = sum(parameter.stored_bytes for parameter in self._parameters)
         for parameter in self._parameters:
             checkpoint()
             name = f"{parameter.path}.{parameter.name}"
-            packed.add_tensor(name, parameter.read(), gguf_blocks.dense)
+            tensor, one = parameter.read(), layers.get(name.removesuffix(".weight"))
+            if one is not None:
+                tensor = _merged(parameter, tensor, one)
+            packed.add_tensor(name, tensor, gguf_blocks.dense)
             done += parameter.stored_bytes
             mapped += parameter.stored_bytes
             if mapped > _MOST_MAPPED:
@@ -236,6 +248,14 @@ class GGUFLoader:
             load_progress.read(done / total)
         self.file.release()
         return packed
+
+    def _layers(self, model: Module, adapter: Adapter) -> Layers:
+        weights = {found.path: found for found in self._parameters if found.name == "weight"}
+
+        def weight_of(path: str, module: Any) -> mx.array:
+            return mx.array(gguf_blocks.dense(weights[path].read()))
+
+        return read_layers(adapter, model, self.config, dtype=mx.float32, weight_of=weight_of)
 
     def _build(self) -> Module:
         model_type = self.config["model_type"]
@@ -343,6 +363,15 @@ class GGUFLoader:
         for layer in model.layers:
             if "rope" in layer.self_attn:  # some layers of Exaone have none
                 layer.self_attn.rope._freqs = frequencies
+
+
+def _merged(parameter: Parameter, tensor: GGUFTensor, one: Matrices) -> GGUFTensor:
+    """Return a weight with an adapter, in float16 unless it is stored in another float."""
+    weight = mx.array(gguf_blocks.dense(tensor))
+    weight = merged_weight(weight, one, is_embedding=parameter.path.endswith("embed_tokens"))
+    dtype = tensor.dtype if tensor.dtype in _MERGED_TYPES else "F16"
+    stored = np.array(weight.astype(_MERGED_TYPES[dtype]).reshape(-1).view(mx.uint8))
+    return GGUFTensor(tensor.name, dtype, tensor.shape, stored)
 
 
 def _packing(parameter: Parameter, module: Any, precision: Precision) -> Packing | None:

@@ -16,12 +16,14 @@ from mlx.nn.layers.base import Module
 
 from modelpack.artifacts.model import CHAT_TEMPLATE
 from modelpack.errors import ModelpackError
+from modelpack.formats.adapter import Adapter
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import library
 from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
 from modelpack_engine.models import gguf_projector, gguf_tokenizer, json_tokenizer, load_progress
+from modelpack_engine.models.adapter import merge, read_layers
 from modelpack_engine.models.chat_template import as_jinja
 from modelpack_engine.models.config_guard import check_fields
 from modelpack_engine.models.files import ModelFiles
@@ -109,6 +111,7 @@ def load(
     ignored_fields: Collection[str] = (),
     shard: Shard | None = None,
     packed: bool = False,
+    adapter: Adapter | None = None,
     progress: LoadCallback | None = None,
 ) -> LoadedModel:
     """Load the model in `files`; nothing is written to disk. `progress` gets the bytes read.
@@ -121,16 +124,19 @@ def load(
     for GGUF). `dense` decides whether quantised weights are unpacked; `requantize` whether GGUF
     types that MLX cannot pack without loss (Q6_K, Q3_K, Q2_K, IQ…) are held in 8 bits rather
     than in `dtype`. `ignored_fields` of config.json are accepted although nothing reads
-    them. With `shard`, only this device's part of the model is held in memory.
+    them. With `shard`, only this device's part of the model is held in memory. `adapter` is merged
+    into the weights; quantised layers that it changes are held dense.
 
-    Raises `ModelLoadError`, naming the cause, for errors in the files, and `WeightFormatError` for
-    a damaged weight file.
+    Raises `ModelLoadError`, naming the cause, for errors in the files, `WeightFormatError` for a
+    damaged weight file, and `AdapterError` for an adapter that does not fit the model.
     """
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu), load_progress.watched(progress):
         load_progress.begin(files.weights)
         if files.format == "gguf":
-            return _load_gguf(files, device, dtype, dense, requantize, shard, packed)
-        return _load_safetensors(files, device, dtype, dense, ignored_fields, shard, packed)
+            return _load_gguf(files, device, dtype, dense, requantize, shard, packed, adapter)
+        return _load_safetensors(
+            files, device, dtype, dense, ignored_fields, shard, packed, adapter
+        )
 
 
 def may_read_pictures(files: ModelFiles) -> bool:
@@ -181,6 +187,7 @@ def _load_gguf(
     requantize: bool,
     shard: Shard | None,
     packed: bool,
+    adapter: Adapter | None,
 ) -> LoadedModel:
     loader = GGUFLoader(GGUFFile.open(files.weights))
     notes = list(files.notes)
@@ -194,7 +201,7 @@ def _load_gguf(
     packed = packed and projector is None
     weights = None
     if packed and (model := loader.skeleton()) is not None:
-        weights = loader.packed()
+        weights = loader.packed(model, adapter)
     else:
         if dtype is None:
             dtype = mx.float32 if device == "cpu" else mx.bfloat16
@@ -202,6 +209,8 @@ def _load_gguf(
             dense = device == "cpu" and fits(loader.dense_elements * dtype.size)
             _note_density(notes, device, dense)
         model = loader.load(Precision(dtype, dense, requantize))
+        if adapter is not None:
+            merge(model, read_layers(adapter, model, loader.config, dtype=mx.float32))
     limits = check_fields(loader.config, type(model))
     notes += limits.notes
     context = loader.config["max_position_embeddings"]
@@ -292,6 +301,7 @@ def _load_safetensors(
     ignored_fields: Collection[str],
     shard: Shard | None,
     packed: bool,
+    adapter: Adapter | None,
 ) -> LoadedModel:
     config = read_config(files)
     # Tested while weights are read.
@@ -307,7 +317,7 @@ def _load_safetensors(
     weights = None
     if opened is not None:
         model, config, limits = opened.model, opened.config, opened.limits
-        weights = opened.pack()
+        weights = opened.pack(adapter)
     else:
         model, config, limits = load_safetensors(
             files,
@@ -328,6 +338,9 @@ def _load_safetensors(
         left = unpack(model, dtype)
         if left:
             notes.append(f"{len(left)} modules stay quantised, for example {left[0]}")
+    if adapter is not None and weights is None:
+        language = model if seeing is None else language_tower(model)
+        merge(language, read_layers(adapter, language, config, dtype=mx.float32))
     context, known = context_length_of(config)
     if not known:
         notes.append(f"the config names no context length; {context} tokens are assumed")

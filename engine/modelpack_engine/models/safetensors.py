@@ -23,18 +23,21 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_unflatten
 
 from modelpack.errors import ModelpackError
+from modelpack.formats.adapter import Adapter
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import AFFINE_BITS, GROUP
 from modelpack_engine.cpu.weights import PackedWeights, StoredAffine, StoredArray
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import load_progress
+from modelpack_engine.models.adapter import merged_weight, read_layers
 from modelpack_engine.models.config_guard import Limits, check_fields
 from modelpack_engine.models.files import ModelFiles, decode_object
 from modelpack_engine.models.load_budget import TensorBounds, checkpoint
 from modelpack_engine.models.model_config import completed, normalised, with_tied_embeddings
 from modelpack_engine.models.precision import shapes_of
 from modelpack_engine.patches.corrections import Classes, corrected
+from modelpack_engine.patches.lora import Layers, Matrices
 from modelpack_engine.patches.mlx_lm_imports import kept_file_limit
 from modelpack_engine.vision.models import WHOLE_TYPES
 
@@ -139,13 +142,18 @@ class PackableModel:
     _arrays: Mapping[str, StoredArray | StoredAffine]
     _maps: tuple[mmap.mmap, ...]
 
-    def pack(self) -> PackedWeights:
-        """Return all weights, packed from the mapped files."""
+    def pack(self, adapter: Adapter | None = None) -> PackedWeights:
+        """Return all weights, packed from the mapped files, with an adapter merged.
+
+        Raises `AdapterError` for one that does not fit the model.
+        """
         packed, mapped, done = PackedWeights(), 0, 0
         total = sum(array.nbytes for array in self._arrays.values())
+        layers = {} if adapter is None else self._layers(adapter)
         for name, array in self._arrays.items():
             checkpoint()
-            packed.add_stored(name, array)
+            one = layers.get(name.removesuffix(".weight"))
+            packed.add_stored(name, array if one is None else _merged(name, array, one))
             done += array.nbytes
             mapped += array.nbytes
             if mapped > _MOST_MAPPED or done == total:
@@ -155,6 +163,18 @@ class PackableModel:
                 mapped = 0
             load_progress.read(done / total)
         return packed
+
+    def _layers(self, adapter: Adapter) -> Layers:
+        def weight_of(path: str, module: Any) -> mx.array:
+            return self._arrays[f"{path}.weight"].dense()
+
+        return read_layers(adapter, self.model, self.config, dtype=mx.float32, weight_of=weight_of)
+
+
+def _merged(name: str, array: StoredArray | StoredAffine, one: Matrices) -> StoredArray:
+    is_embedding = name.endswith("embed_tokens.weight")
+    weight = merged_weight(array.dense(), one, is_embedding=is_embedding)
+    return StoredArray.of(weight.astype(array.dtype))
 
 
 def open_packable(
