@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from modelpack.artifacts.model import Model
 from modelpack.errors import UntrustedError
+from modelpack.formats.adapter import Adapter
 from modelpack.formats.drafter import is_head
 from modelpack.operations.drafters import stored_drafter
 from modelpack.operations.pull import find_model
@@ -30,6 +31,7 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, ModelFiles, load, load_progress
 from modelpack_engine.models.eagle import EagleHead, load_head
+from modelpack_engine.models.gguf_blocks import is_float
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of
 from modelpack_engine.models.mtp import MtpHead, load_mtp_head
@@ -44,13 +46,25 @@ _log = logging.getLogger(__name__)
 class Opened:
     """A model of the store whose files are known: what is left is to load it.
 
-    `remote` says who is trusted; a draft model that is loaded with it has to be, too.
+    `remote` says who is trusted; a draft model that is loaded with it has to be, too. `adapter` is
+    merged into the weights; `adapter_id` stands for its content in the prefix cache.
     """
 
     model: Model
     files: ModelFiles
     store: LayoutStore | None = None
     remote: RemoteOptions | None = None
+    adapter: Adapter | None = None
+    adapter_id: str = ""
+
+    @property
+    def model_id(self) -> str:
+        """The weights' name in the prefix cache."""
+        return f"{self.model.digest} {self.adapter_id}".strip()
+
+    def with_adapter(self, adapter: Adapter, identity: str) -> Opened:
+        """Return the model with an adapter to merge; `identity` stands for its content."""
+        return replace(self, adapter=adapter, adapter_id=identity)
 
     def engine(self, config: EngineConfig | None = None) -> BaseEngine:
         """Load the weights and return an engine; has to run in the thread that steps it.
@@ -88,6 +102,12 @@ def load_model(
         )
     where = choose_device(device)
     backend = choose_backend(opened.files, device, where)
+    if backend == "llama.cpp" and opened.adapter is not None:
+        if device.backend != "auto":
+            raise ModelLoadError(
+                "llama.cpp does not run models with a merged adapter", hint="use --backend mlx"
+            )
+        backend = "mlx"
     if backend == "llama.cpp":
         try:
             return _load_llama_cpp(opened, configure)
@@ -97,7 +117,13 @@ def load_model(
             _log.warning("llama.cpp does not run the model, MLX does: %s", error)
     ignored = device.ignore_config_fields
     packed = backend == "cpu kernels"
-    loaded = load(opened.files, device=where, ignored_fields=ignored, packed=packed)
+    loaded = load(
+        opened.files,
+        device=where,
+        ignored_fields=ignored,
+        packed=packed,
+        adapter=opened.adapter,
+    )
     drafting: LoadedModel | EagleHead | MtpHead | None = None
     if draft is not None and is_head(draft.json("config.json")):
         with mx.stream(mx.cpu if where == "cpu" else mx.gpu):
@@ -110,7 +136,7 @@ def load_model(
     weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
     config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
     load_progress.warm_up()
-    engine = Engine(loaded, config, model_id=str(opened.model.digest), draft=drafting)
+    engine = Engine(loaded, config, model_id=opened.model_id, draft=drafting)
     return engine, str(loaded.config.get("model_type") or loaded.architecture)
 
 
@@ -170,6 +196,15 @@ def context_length_of_files(files: ModelFiles) -> int | None:
         name = metadata.text("general.architecture", "")
         return metadata.integer(f"{name}.context_length", 0) or None
     return context_length_of(read_config(files))[0]
+
+
+def is_quantised(files: ModelFiles) -> bool:
+    """Return whether weights are quantised, by the files' headers."""
+    if files.format == "gguf":
+        tensors = GGUFFile.open(files.weights)
+        return any(not is_float(tensor.dtype) for tensor in tensors)
+    config = read_config(files)
+    return bool(config.get("quantization") or config.get("quantization_config"))
 
 
 def with_drafter(config: EngineConfig, model: Model, store: LayoutStore | None) -> EngineConfig:

@@ -196,3 +196,9 @@ def merged_weight(weight: mx.array, one: Matrices, *, is_embedding: bool) -> mx.
     delta = one.a.astype(mx.float32) @ one.b.astype(mx.float32)
     changed = weight.astype(mx.float32) + (delta if is_embedding else delta.swapaxes(-1, -2))
     return changed if one.gain is None else changed * one.gain.astype(mx.float32)[:, None]
+
+
+def dense_bytes(adapter: Adapter) -> int:
+    """Return the bytes of the weights that an adapter changes, in 16 bits."""
+    sizes = (target.outputs * target.inputs * (target.experts or 1) for target in adapter.targets)
+    return 2 * sum(sizes)

@@ -67,6 +67,33 @@ def require_engine() -> None:
             )
 
 
+def _adapters(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """Return the name and the source of each adapter."""
+    pairs = []
+    for value in values:
+        name, equals, source = value.partition("=")
+        if not (name and equals and source):
+            raise click.BadParameter(f"{value!r}: expected NAME=REF or NAME=DIR")
+        pairs.append((name, source))
+    return tuple(pairs)
+
+
+def adapter_option(help: str) -> Callable[[F], F]:
+    """Return the option for adapters, each with its name and its source."""
+    return click.option(
+        "--adapter", "adapters", metavar="NAME=REF|DIR", multiple=True, callback=_adapters,
+        help=help,
+    )  # fmt: skip
+
+
+merge_option = click.option(
+    "--merge", is_flag=True,
+    help="Merge the adapter into the weights as the model is loaded, which is faster.",
+)  # fmt: skip
+
+
 def _check_preset(name: str) -> None:
     from modelpack_server.pool.settings import preset_named
 

@@ -76,8 +76,9 @@ class ModelSources:
         max_adapters: int = DEFAULT_MAX_ADAPTERS,
         *,
         loads_adapters: bool = False,
+        merges_adapters: bool = False,
     ) -> None:
-        self.adapters = Adapters(max_adapters, grows=loads_adapters)
+        self.adapters = Adapters(max_adapters, grows=loads_adapters, merges=merges_adapters)
         self._settings = settings
         self._remote = remote
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -182,6 +183,10 @@ class ModelSources:
             compare(read, adapter.base, base, self._store_of(base), self._remote)
         except AdapterError as error:
             raise AdapterError(f"{typed}: {error.message}", hint=error.hint) from error
+
+    def is_merged(self, found: Found) -> bool:
+        """Return whether a model is served only with an adapter merged into its weights."""
+        return self.adapters.merged_into(str(found.model.digest)) is not None
 
     def adapter_loading(self, directories: Sequence[Path]) -> AdapterLoading:
         """Return what opens the adapters that requests load, from `directories` or by reference."""

@@ -31,7 +31,9 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import (
     ENGINE_HEADINGS,
     MORE_OPTIONS,
+    adapter_option,
     engine_options,
+    merge_option,
     preset_option,
     pull_draft,
 )
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--seed", type=int, help="Use this random seed, for reproducible output.")
 @click.option("--system", default="", help="Set the system message.")
+@adapter_option("Run MODEL with this LoRA adapter.")
+@merge_option
 @preset_option
 @click.option("--think/--no-think", default=None, help="Enable or disable reasoning.")
 @click.option("--url", "--host", "host", metavar="URL",
@@ -82,6 +86,8 @@ def run(
     top_p: float | None,
     seed: int | None,
     system: str,
+    adapters: tuple[tuple[str, str], ...],
+    merge: bool,
     preset: str | None,
     think: bool | None,
     host: str | None,
@@ -110,7 +116,14 @@ def run(
         "system": system, "given": given, "preset": preset, "max_tokens": max_tokens,
         "reasoning": think,
     }  # fmt: skip
+    if len(adapters) > 1:
+        raise UsageError(f"a response has one adapter, got {len(adapters)}")
     if host is not None:
+        if adapters or merge:
+            raise UsageError(
+                "--url cannot be combined with --adapter and --merge",
+                hint="give the server's name of the adapter as MODEL",
+            )
         from modelpack_server.cli.client import find_target
         from modelpack_server.repl.chat import RemoteChat, RemoteModel
 
@@ -136,15 +149,25 @@ def run(
     pull_draft(engine, settings.store(), settings, remote)
 
     def load(name: str) -> ServedModel:
-        loaded = models.load(sources.open(name).name, ModelSettings(preset=preset))
+        loaded = models.load(name, ModelSettings(preset=preset))
         require_chat(loaded)
         return loaded
 
+    def open_and_load(name: str) -> ServedModel:
+        return load(sources.open(name).name)
+
     with (
-        ModelSources(settings, remote) as sources,
+        ModelSources(settings, remote, merges_adapters=merge) as sources,
         LocalModels(sources.catalogue(engine), engine, LoadDisplay(settings).report) as models,
     ):
-        _talk(settings, Chat(load(model), **chosen), load, text, pictures, verbose, models.call)
+        found = sources.open(model)
+        for name, typed in adapters:
+            sources.add_adapter(name, typed, [found])
+        if merge and not len(sources.adapters):
+            raise UsageError("--merge requires an adapter", hint="give --adapter NAME=REF|DIR")
+        first = load(adapters[0][0] if adapters else found.name)
+        chat = Chat(first, **chosen)
+        _talk(settings, chat, open_and_load, text, pictures, verbose, models.call)
 
 
 def _talk(

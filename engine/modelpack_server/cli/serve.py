@@ -39,7 +39,9 @@ from modelpack.store.tree import Tree
 from modelpack_server.cli.engine_options import (
     ENGINE_HEADINGS,
     MORE_OPTIONS,
+    adapter_option,
     engine_options,
+    merge_option,
     preset_option,
     pull_draft,
 )
@@ -187,19 +189,6 @@ def _given(ctx: click.Context) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _adapters(
-    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
-) -> tuple[tuple[str, str], ...]:
-    """Return the name and the source of each adapter."""
-    pairs = []
-    for value in values:
-        name, equals, source = value.partition("=")
-        if not (name and equals and source):
-            raise click.BadParameter(f"{value!r}: expected NAME=REF or NAME=DIR")
-        pairs.append((name, source))
-    return tuple(pairs)
-
-
 def _media_hosts(
     _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
@@ -230,10 +219,8 @@ def _media_hosts(
 @click.option("--served-model-name", metavar="NAME",
               help="Accept this additional name of the first MODEL in API requests.")  # fmt: skip
 @log_format_option
-@click.option(
-    "--adapter", "adapters", metavar="NAME=REF|DIR", multiple=True, callback=_adapters,
-    help="Serve this LoRA adapter of a MODEL as NAME; may be repeated.",
-)  # fmt: skip
+@adapter_option("Serve this LoRA adapter of a MODEL as NAME; may be repeated.")
+@merge_option
 @click.option(
     "--max-adapters", type=click.IntRange(min=1), default=DEFAULT_MAX_ADAPTERS, show_default=True,
     help="Hold at most this many adapters in memory.",
@@ -293,6 +280,7 @@ def serve(
     port: int,
     served_model_name: str | None,
     adapters: tuple[tuple[str, str], ...],
+    merge: bool,
     max_adapters: int,
     allow_adapter_loading: bool,
     adapter_directories: tuple[Path, ...],
@@ -325,6 +313,10 @@ def serve(
         raise UsageError("--served-model-name requires a MODEL")
     if adapter_directories and not allow_adapter_loading:
         raise UsageError("--adapter-directory requires --allow-adapter-loading")
+    if merge and allow_adapter_loading:
+        raise UsageError(
+            "--merge cannot be combined with --allow-adapter-loading", hint="leave out one of them"
+        )
     if config is None:
         protection(host)  # the check for reachable addresses without keys
         flags, remote = _words(runtime_flags or ""), replace(remote, backend="vllm")
@@ -343,12 +335,14 @@ def serve(
     if engine.backend != "auto":
         remote = replace(remote, backend=engine.backend)
     made_sources = ModelSources(
-        settings, remote, max_adapters, loads_adapters=allow_adapter_loading
+        settings, remote, max_adapters, loads_adapters=allow_adapter_loading, merges_adapters=merge
     )
     sources = click.get_current_context().with_resource(made_sources)
     opened = [sources.open(model) for model in models]
     for name, typed in adapters:
         sources.add_adapter(name, typed, opened)
+    if merge and not len(sources.adapters):
+        raise UsageError("--merge requires an adapter", hint="give --adapter NAME=REF|DIR")
     if (allow_adapter_loading or len(sources.adapters)) and is_parallel(tensor_parallel_size):
         raise UsageError(
             "--tensor-parallel-size cannot be combined with adapters",
@@ -390,7 +384,9 @@ def serve(
             if found.alias is not None:
                 made.alias(found.alias, str(found.model.digest))
         if served_model_name:
-            made.alias(served_model_name, str(opened[0].model.digest))
+            first = str(opened[0].model.digest)
+            merged = sources.adapters.merged_into(first)
+            made.alias(served_model_name, merged.name if merged is not None else first)
         return made
 
     with serving_log(settings, log_format):
@@ -409,7 +405,8 @@ def serve(
             grace=grace,
         )
         text = f"serving {', '.join(models) or 'the store'}"
-        names = [found.alias or found.name for found in opened] + [name for name, _ in adapters]
+        names = [found.alias or found.name for found in opened if not sources.is_merged(found)]
+        names += [name for name, _ in adapters]
         server.run(lambda: announce(settings, server.url, text, models=names))
     if ranks is not None:
         ranks.close()

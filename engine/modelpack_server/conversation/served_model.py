@@ -128,10 +128,14 @@ class ServedModel:
         self._defaults = dict(defaults or {})
         self._presets = presets or {}
 
-    def with_adapter(self, name: str) -> ServedModel:
-        """Return the same model for requests that use an adapter of its engine."""
+    def with_adapter(self, name: str, *, is_merged: bool = False) -> ServedModel:
+        """Return the same model for requests that use an adapter of its engine.
+
+        One that `is_merged` is in the weights: the engine does not know it.
+        """
         adapted = copy.copy(self)
-        adapted.name = adapted.adapter = name
+        adapted.name = name
+        adapted.adapter = None if is_merged else name
         return adapted
 
     @property

@@ -69,15 +69,19 @@ class ServedAdapter:
         try:
             engine.add_adapter(self.name, self.verified(remote), self.key)
         except AdapterError as error:
-            raise ModelLoadError(
-                f"adapter {self.name}: {error.message}",
-                hint=error.hint or "serve it with the model that it was trained on",
-            ) from error
+            raise self.misfit(error) from error
         except RequestError as error:
             raise ModelLoadError(
                 f"adapter {self.name}: the engine runs no adapters with this model",
                 hint="merge the adapter into its base",
             ) from error
+
+    def misfit(self, error: AdapterError) -> ModelLoadError:
+        """Return the error of a base that cannot be loaded with it."""
+        return ModelLoadError(
+            f"adapter {self.name}: {error.message}",
+            hint=error.hint or "serve it with the model that it was trained on",
+        )
 
     def discard(self) -> None:
         """Forget the files of a directory; an artifact stays in its store."""
@@ -179,12 +183,21 @@ class AdapterLoading:
 class Adapters:
     """Adapters by name; of each model, at most `max_loaded` are in memory. Safe for threads.
 
-    With `grows`, all models are loaded so that adapters can be added later.
+    With `grows`, all models are loaded so that adapters can be added later. With `merges`, a model
+    has at most one, which is merged into its weights as they are loaded: only requests that name
+    the adapter may use the model.
     """
 
-    def __init__(self, max_loaded: int = DEFAULT_MAX_ADAPTERS, *, grows: bool = False) -> None:
+    def __init__(
+        self,
+        max_loaded: int = DEFAULT_MAX_ADAPTERS,
+        *,
+        grows: bool = False,
+        merges: bool = False,
+    ) -> None:
         self.max_loaded = max_loaded
         self.grows = grows
+        self.merges = merges
         #: Changes whenever a name may refer to another adapter.
         self.version = 0
         self._served: dict[str, ServedAdapter] = {}
@@ -194,7 +207,16 @@ class Adapters:
         return len(self._served)
 
     def add(self, adapter: ServedAdapter) -> None:
-        """Add an adapter; raises `UsageError` if its name is taken."""
+        """Add an adapter.
+
+        Raises `UsageError` if its name is taken, or if another is merged into its base.
+        """
+        other = self.merged_into(adapter.base)
+        if other is not None:
+            raise UsageError(
+                f"--merge takes one adapter for each MODEL, got {other.name} and {adapter.name}",
+                hint="leave out --merge",
+            )
         with self._lock:
             if adapter.name in self._served:
                 raise UsageError(f"two adapters have the name {adapter.name}", hint="rename one")
@@ -224,11 +246,18 @@ class Adapters:
         with self._lock:
             return tuple(one for one in self._served.values() if one.base == base)
 
+    def merged_into(self, base: str) -> ServedAdapter | None:
+        """Return the adapter that is merged into the model with this digest, or None."""
+        return next(iter(self.of(base)), None) if self.merges else None
+
     def bytes_of(self, base: str, *more: ServedAdapter) -> int:
         """Return an estimate of the memory of a model's adapters and of `more`, in bytes.
 
-        The engine holds the matrices twice while rows of a step differ in their adapters.
+        The engine holds the matrices twice while rows of a step differ in their adapters. Merged
+        ones take none.
         """
+        if self.merges:
+            return 0
         sizes = sorted((one.size for one in (*self.of(base), *more)), reverse=True)
         return 2 * sum(sizes[: self.max_loaded])
 

@@ -22,8 +22,9 @@ class StoredModel:
     which it was pulled. Neither contains what a user typed. `size` is the size of its files, in
     bytes. `purpose` is empty for files that the engine cannot load; `reads_pictures` says that it
     takes pictures with the extra `vision` that is installed. `templated` are the capabilities that
-    its chat template has here, `tools` and `reasoning`. For an adapter, `base` is the key of
-    the model that it changes, whose engine knows it as `adapter`.
+    its chat template has here, `tools` and `reasoning`. For an adapter, `base` is the key of the
+    model that it changes, whose engine knows it as `adapter`. `merged` is the name of the adapter
+    that is merged into the weights, of the base too, which cannot be used without it.
     """
 
     key: str
@@ -41,6 +42,7 @@ class StoredModel:
     templated: tuple[str, ...] = ()
     base: str = ""
     adapter: str = ""
+    merged: str = ""
 
 
 class PooledEngine(ServingEngine, Protocol):

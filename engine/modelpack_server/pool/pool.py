@@ -131,7 +131,7 @@ class ModelPool:
 
     async def aliases(self) -> dict[str, StoredModel]:
         """Return the aliases and their models."""
-        return await self._names.given()
+        return {n: m for n, m in (await self._names.given()).items() if not _is_merged_base(m)}
 
     async def find(self, name: str) -> StoredModel:
         """Return the stored model with this name; raise `NotFoundError`."""
@@ -142,7 +142,8 @@ class ModelPool:
     async def stored(self) -> Sequence[StoredModel]:
         """Return all models that can be loaded."""
         found = await asyncio.to_thread(self.catalogue.stored)
-        return [model for one in found if (model := self._names.view_of(one)) is not None]
+        views = [model for one in found if (model := self._names.view_of(one)) is not None]
+        return [model for model in views if not _is_merged_base(model)]
 
     # Leases
 
@@ -159,6 +160,8 @@ class ModelPool:
         not ready and `wait` is false, or if too many requests wait.
         """
         stored = await self._names.find(name)
+        if _is_merged_base(stored):
+            raise _without_adapter(name, stored.merged)
         entry = await self._entry_of(stored)
         owner = access.owner()
         self._check_queue(entry)
@@ -171,7 +174,9 @@ class ModelPool:
             entry.waiting -= 1
             self._stopped_waiting(entry)
         try:
-            yield model.with_adapter(stored.adapter) if stored.adapter else model
+            if stored.adapter:
+                model = model.with_adapter(stored.adapter, is_merged=bool(stored.merged))
+            yield model
         finally:
             entry.users -= 1
             self._left(entry, owner, keep_alive)
@@ -721,6 +726,20 @@ class ModelPool:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _is_merged_base(stored: StoredModel) -> bool:
+    """Return whether a model has an adapter in its weights, and is not that adapter."""
+    return bool(stored.merged) and not stored.adapter
+
+
+def _without_adapter(name: str, merged: str) -> NotFoundError:
+    if access.is_restricted():
+        return NotFoundError(f"no such model: {name}")
+    return NotFoundError(
+        f"{name} is served with the adapter {merged} merged into its weights only",
+        hint=f"request {merged}",
+    )
 
 
 def _named(entry: Entry) -> str:

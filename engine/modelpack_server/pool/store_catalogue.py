@@ -13,7 +13,9 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Index, parse_manifest_or_index
 from modelpack.artifacts.model import Model, Role
 from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
+from modelpack.formats.adapter import AdapterError
 from modelpack.hub.reference import local_name
+from modelpack.operations.adapters import stored_adapter
 from modelpack.operations.lookup import stored_model
 from modelpack.operations.model_list import list_models
 from modelpack.operations.remote import RemoteOptions
@@ -129,6 +131,7 @@ class StoreCatalogue:
             origins=origins,
             base=served.base,
             adapter=served.name,
+            merged=served.name if self.adapters.merges else "",
         )
 
     def _store_of(self, name: str) -> LayoutStore:
@@ -153,7 +156,12 @@ class StoreCatalogue:
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return an estimate of the loaded model's memory, in bytes."""
-        from modelpack_server.stored_models import context_length_of_files, with_drafter
+        from modelpack_engine.models.adapter import dense_bytes
+        from modelpack_server.stored_models import (
+            context_length_of_files,
+            is_quantised,
+            with_drafter,
+        )
 
         config = settings.engine_config(self.config)
         store = self._store_of(model.key)
@@ -175,6 +183,9 @@ class StoreCatalogue:
             draft = stored_model(self.store, config.draft_model)
             weights += self._loaded_bytes(self.store, draft, config)
         weights += self.adapters.bytes_of(model.key)
+        merged = self.adapters.merged_into(model.key)
+        if merged is not None and is_quantised(opened.files):
+            weights += dense_bytes(stored_adapter(merged.model, merged.store))
         return weights + (config.kv_cache_bytes or _KV_BYTES)
 
     def load(
@@ -213,7 +224,10 @@ class StoreCatalogue:
         chosen = settings.engine_config(self.config)
         if self.ranks is None:
             chosen = with_drafter(chosen, opened.model, self.store)
-        if adapters or self.adapters.grows:
+        merged = self.adapters.merged_into(model.key)
+        if merged is not None:
+            opened, adapters = opened.with_adapter(merged.verified(self.remote), merged.key), ()
+        elif adapters or self.adapters.grows:
             chosen = replace(chosen, max_loras=self.adapters.max_loaded)
         draft = draft_files(chosen, self.store, self.remote)
         found: dict[str, str] = {}
@@ -224,10 +238,13 @@ class StoreCatalogue:
             return _within(chosen, weight_bytes + self.adapters.bytes_of(model.key), room)
 
         def make_engine() -> BaseEngine:
-            if self.ranks is None:
-                engine, found["type"] = load_model(opened, chosen, config, draft)
-            else:
-                engine, found["type"] = load_on_ranks(self.ranks, opened, self.config, config)
+            try:
+                if self.ranks is None:
+                    engine, found["type"] = load_model(opened, chosen, config, draft)
+                else:
+                    engine, found["type"] = load_on_ranks(self.ranks, opened, self.config, config)
+            except AdapterError as error:
+                raise (error if merged is None else merged.misfit(error)) from error
             for adapter in adapters:
                 try:
                     adapter.add_to(engine, self.remote)
@@ -261,9 +278,11 @@ class StoreCatalogue:
         self, store: LayoutStore, model: Model, names: tuple[str, ...], origins: tuple[str, ...]
     ) -> StoredModel:
         purpose, reads_pictures = self._purpose(store, model)
+        merged = self.adapters.merged_into(str(model.digest))
         return replace(
             _described(model, names),
             origins=origins,
+            merged="" if merged is None else merged.name,
             purpose=purpose,
             reads_pictures=reads_pictures,
             templated=self._templated(store, model) if purpose == "generation" else (),

@@ -83,14 +83,15 @@ class LocalModels:
                 on_progress=self._on_progress,
             )  # fmt: skip
         pool = self._pool
-        key = (await pool.find(name)).key
+        found = await pool.find(name)
+        key = found.key
         if self._loaded is not None:
             if self._loaded[:2] == (key, settings):
                 return self._loaded[2]
             self._loaded = None
             await self._lease.aclose()
             await pool.unload()
-        await pool.configure(name, settings)
+        await pool.configure(found.base or name, settings)
         model = await self._lease.enter_async_context(pool.lease(name))
         self._loaded = key, settings, model
         return model
