@@ -466,12 +466,6 @@ def _ollama_fields(value: dict[str, Any], what: str) -> dict[str, Any]:
 def check_usable(layers: Iterable[Descriptor], what: str) -> None:
     """Raise `UnsupportedError` for Ollama layers that Modelpack cannot apply to the weights."""
     types = {layer.media_type for layer in layers}
-    if media_types.OLLAMA_ADAPTER in types:
-        raise UnsupportedError(
-            "has a LoRA adapter in a layer of its own, which is not supported",
-            path=what,
-            hint="merge the adapter into the weights",
-        )
     if media_types.OLLAMA_TENSOR in types:
         raise UnsupportedError(
             "has one layer per tensor, which only Ollama's engine reads",

@@ -41,7 +41,6 @@ ADAPTER: Final = "application/vnd.modelpack.adapter.v1"
 ADAPTER_SAFETENSORS: Final = "application/vnd.modelpack.adapter.v1.safetensors"
 # Ours: the artifact type of an EAGLE-3 head, a referrer of the model that it drafts for.
 DRAFTER: Final = "application/vnd.modelpack.drafter.v1"
-ADAPTER_TYPES: Final = (DOCKER_GGUF_LORA, ADAPTER_SAFETENSORS)
 
 # CNCF ModelPack
 CNCF_MANIFEST: Final = "application/vnd.cncf.model.manifest.v1+json"

@@ -107,12 +107,23 @@ class Model:
     @property
     def is_adapter(self) -> bool:
         """Whether this is an adapter of another model, which cannot run without it."""
-        return any(layer.media_type in media_types.ADAPTER_TYPES for layer in self.manifest.layers)
+        roles = self._roles()
+        return Role.ADAPTER in roles and Role.WEIGHT not in roles
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter in a layer of its own has to be applied to the weights."""
+        roles = self._roles()
+        return Role.ADAPTER in roles and Role.WEIGHT in roles
 
     @property
     def is_drafter(self) -> bool:
         """Whether this drafts tokens for another model, and cannot run without it."""
         return self.manifest.artifact_type == media_types.DRAFTER
+
+    def _roles(self) -> frozenset[Role]:
+        layers = self.manifest.layers
+        return frozenset(role_of(layer.media_type, layer.filepath) for layer in layers)
 
     def files(self) -> tuple[ModelFile, ...]:
         """Return the layers as files, in the order of the manifest.
@@ -200,7 +211,11 @@ def role_of(media_type: str, path: str | None) -> Role:
     match media_type:
         case media_types.DOCKER_MMPROJ | media_types.OLLAMA_PROJECTOR:
             return Role.PROJECTOR
-        case media_types.DOCKER_GGUF_LORA | media_types.ADAPTER_SAFETENSORS:
+        case (
+            media_types.DOCKER_GGUF_LORA
+            | media_types.ADAPTER_SAFETENSORS
+            | media_types.OLLAMA_ADAPTER
+        ):
             return Role.ADAPTER
         case media_types.DOCKER_LICENSE | media_types.OLLAMA_LICENSE:
             return Role.LICENSE
@@ -290,6 +305,7 @@ _FORMATS_BY_TYPE = {
     media_types.DOCKER_DDUF: "dduf",
     media_types.OLLAMA_MODEL: "gguf",
     media_types.OLLAMA_PROJECTOR: "gguf",
+    media_types.OLLAMA_ADAPTER: "gguf",
 }
 _ROLES_BY_SUFFIX = {
     ".jinja": Role.CHAT_TEMPLATE,

@@ -18,7 +18,7 @@ from modelpack.artifacts.config import check_usable
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import CHAT_TEMPLATE, Model, ModelFile, Role, preferred_template
 from modelpack.bundles.directory import folded
-from modelpack.errors import UnsafePathError
+from modelpack.errors import UnsafePathError, UnsupportedError
 
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.[^./]+\Z")
 
@@ -44,10 +44,18 @@ def arrange(model: Model) -> Arrangement:
     """Return the paths of the files of `model`, in layer order.
 
     Raises `UnsafePathError` if a path is unsafe or two different files have the same path, and
-    `UnsupportedError` for Ollama's adapters and layers of single tensors. Licenses with the same
-    path are renamed instead: no runtime looks for them by name.
+    `UnsupportedError` for weights with an adapter in a layer of its own, which no runtime would
+    apply, and for Ollama's layers of single tensors. Licenses with the same path are renamed
+    instead: no runtime looks for them by name.
     """
-    check_usable(model.manifest.layers, str(model.reference or model.digest))
+    name = str(model.reference or model.digest)
+    check_usable(model.manifest.layers, name)
+    if model.has_adapter:
+        raise UnsupportedError(
+            "has a LoRA adapter in a layer of its own, which is not supported in other runtimes",
+            path=name,
+            hint="serve it with modelpack serve, or merge the adapter into the weights",
+        )
     cncf = model.manifest.is_cncf
     renames = model.config.media_type == media_types.DOCKER_CONFIG_V01 and not cncf
     files = model.files()

@@ -82,7 +82,7 @@ def choose_backend(
         return "mlx"
     if runs_packed(files, config, device):
         return "cpu kernels"
-    lacking = _lacking(config)
+    lacking = _lacking(config) or ("a LoRA adapter" if files.adapter is not None else None)
     if config.backend == "auto":
         return "mlx" if lacking is not None else automatic_backend(files.format, device)
     if files.format != "gguf":

@@ -75,7 +75,8 @@ class ModelFiles:
     its path on disk; the key of the chat template is always `chat_template.jinja`. It includes the
     weights of modules that `modules.json` lists after the model (`2_Dense/model.safetensors`).
     `archived` has the content of small files that came in a tar archive. `projector` is the GGUF
-    file that encodes pictures for GGUF weights.
+    file that encodes pictures for GGUF weights. `adapter` is a GGUF LoRA file to merge into the
+    weights, which some models have in a layer of its own.
     """
 
     weights: tuple[Path, ...]
@@ -84,6 +85,7 @@ class ModelFiles:
     archived: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     projector: Path | None = None
+    adapter: Path | None = None
 
     @classmethod
     def from_model(cls, model: Model, blob_path: Callable[[Digest], Path]) -> ModelFiles:
@@ -100,6 +102,7 @@ class ModelFiles:
         """Return the files of `model`, each given with its path. Raises as `from_model`."""
         check_usable(model.manifest.layers, _shown(model))
         weights: list[tuple[str, str, Path]] = []
+        adapters: list[Path] = []
         names: dict[str, Path] = {}
         archived: dict[str, bytes] = {}
         projectors: list[Path] = []
@@ -121,11 +124,18 @@ class ModelFiles:
                 weights.append((file.format, file.filepath or "", path))
             elif file.role is Role.PROJECTOR:
                 projectors.append(path)
-            elif file.role is Role.ADAPTER:
+            elif file.role is Role.ADAPTER and model.is_adapter:
                 raise ModelLoadError(
                     f"{_shown(model)} is a LoRA adapter, which cannot run without its base",
                     hint="run modelpack inspect to see the name of its base",
                 )
+            elif file.role is Role.ADAPTER:
+                adapters.append(path)
+                if file.format != "gguf" or len(adapters) > 1:
+                    raise ModelLoadError(
+                        f"{_shown(model)}: expected one adapter in GGUF beside the weights",
+                        hint="serve the adapters with --adapter",
+                    )
             elif at == template:
                 names[CHAT_TEMPLATE] = path
             elif file.role is Role.CHAT_TEMPLATE:
@@ -135,6 +145,8 @@ class ModelFiles:
         made = _assembled(
             weights, names, archived, notes, model.config.format.lower(), _shown(model)
         )
+        if adapters:
+            made = replace(made, adapter=adapters[0])
         return made.with_projectors(projectors)
 
     @classmethod

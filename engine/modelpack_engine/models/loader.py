@@ -16,7 +16,7 @@ from mlx.nn.layers.base import Module
 
 from modelpack.artifacts.model import CHAT_TEMPLATE
 from modelpack.errors import ModelpackError
-from modelpack.formats.adapter import Adapter
+from modelpack.formats.adapter import Adapter, read_adapter_files
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import library
@@ -124,12 +124,19 @@ def load(
     for GGUF). `dense` decides whether quantised weights are unpacked; `requantize` whether GGUF
     types that MLX cannot pack without loss (Q6_K, Q3_K, Q2_K, IQ…) are held in 8 bits rather
     than in `dtype`. `ignored_fields` of config.json are accepted although nothing reads
-    them. With `shard`, only this device's part of the model is held in memory. `adapter` is merged
-    into the weights; quantised layers that it changes are held dense.
+    them. With `shard`, only this device's part of the model is held in memory. `adapter`, or that
+    of the files, is merged into the weights; quantised layers that it changes are held dense.
 
     Raises `ModelLoadError`, naming the cause, for errors in the files, `WeightFormatError` for a
     damaged weight file, and `AdapterError` for an adapter that does not fit the model.
     """
+    if files.adapter is not None:
+        if adapter is not None:
+            raise ModelLoadError(
+                f"{files.adapter}: the model has an adapter of its own, no other can be merged",
+                hint="serve the adapter without --merge",
+            )
+        adapter = read_adapter_files(None, files.adapter)
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu), load_progress.watched(progress):
         load_progress.begin(files.weights)
         if files.format == "gguf":

@@ -13,7 +13,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Index, parse_manifest_or_index
 from modelpack.artifacts.model import Model, Role
 from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
-from modelpack.formats.adapter import AdapterError
+from modelpack.formats.adapter import Adapter, AdapterError, read_adapter_files
 from modelpack.hub.reference import local_name
 from modelpack.operations.adapters import stored_adapter
 from modelpack.operations.lookup import stored_model
@@ -183,10 +183,17 @@ class StoreCatalogue:
             draft = stored_model(self.store, config.draft_model)
             weights += self._loaded_bytes(self.store, draft, config)
         weights += self.adapters.bytes_of(model.key)
-        merged = self.adapters.merged_into(model.key)
-        if merged is not None and is_quantised(opened.files):
-            weights += dense_bytes(stored_adapter(merged.model, merged.store))
+        adapter = self._merged(model.key, opened.files)
+        if adapter is not None and is_quantised(opened.files):
+            weights += dense_bytes(adapter)
         return weights + (config.kv_cache_bytes or _KV_BYTES)
+
+    def _merged(self, key: str, files: ModelFiles) -> Adapter | None:
+        """Return the adapter that is merged into a model as it is loaded, if any."""
+        served = self.adapters.merged_into(key)
+        if served is not None:
+            return stored_adapter(served.model, served.store)
+        return None if files.adapter is None else read_adapter_files(None, files.adapter)
 
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None

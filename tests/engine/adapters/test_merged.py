@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,30 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import modelpack
+from modelpack.artifacts import media_types
+from modelpack.errors import UnsupportedError
 from modelpack.formats.adapter import Adapter, AdapterError, read_adapter
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.cpu.library import library
 from modelpack_engine.engine import Engine
+from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import ModelFiles, load
 from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.store_catalogue import StoreCatalogue
+from modelpack_server.stored_models import open_model
 from tests.adapters import random_pairs, write_gguf_pairs, write_mlx, write_peft
 from tests.engine.loaders.test_safetensors import save
 from tests.engine.loaders.tiny_models import PROMPT, TINY_MODELS
+from tests.operations.test_foreign import keep, keep_ollama
 
 TINY = TINY_MODELS["llama"]
 SIZE = 0.15
+CONFIG = EngineConfig(
+    device="cpu", max_num_seqs=4, max_num_batched_tokens=32, kv_cache_bytes=2**21, self_test=False
+)
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
 #: Linear layers in the names of mlx-lm and of GGUF.
 NAMES = {
@@ -111,15 +123,14 @@ def tokens(base: Path, adapter: Adapter | None, *, merge: bool = True, **options
     given = {"adapter": adapter} if merge else {}
     loaded = load(ModelFiles.from_directory(base), device="cpu", **given, **options)
     assert (loaded.packed is not None) == options.get("packed", False)
-    config = EngineConfig(
-        device="cpu", max_num_seqs=4, max_num_batched_tokens=32, kv_cache_bytes=2**21,
-        self_test=False, max_loras=0 if merge else 1,
-    )  # fmt: skip
-    engine = Engine(loaded, config)
+    engine = Engine(loaded, replace(CONFIG, max_loras=0 if merge else 1))
     if adapter is not None and not merge:
         engine.add_adapter("x", adapter, "x")
-    name = "x" if adapter is not None and not merge else None
-    engine.add_request("0", EngineRequest(PROMPT, GREEDY, adapter=name))
+    return tokens_of(engine, "x" if adapter is not None and not merge else None)
+
+
+def tokens_of(engine: Engine, adapter: str | None = None) -> list[int]:
+    engine.add_request("0", EngineRequest(PROMPT, GREEDY, adapter=adapter))
     found: list[int] = []
     while engine.has_work:
         found += [token for event in engine.step() for token in event.token_ids]
@@ -184,3 +195,39 @@ def test_an_adapter_that_does_not_fit(
     files = ModelFiles.from_directory(getattr(bases, base))
     with pytest.raises(AdapterError, match=r"a weight of shape \[64, 32\], but the model has"):
         load(files, device="cpu", packed=packed, adapter=read_adapter(path))
+
+
+DOCKER_CONFIG: dict[str, Any] = {
+    "config": {"format": "gguf"}, "rootfs": {"type": "rootfs", "diff_ids": []},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", ["ollama", "docker"])
+def test_an_adapter_in_a_layer_of_its_base(tool: str, bases: Bases, tmp_path: Path) -> None:
+    """A model of Ollama or Docker with an adapter is loaded with it."""
+    store = LayoutStore(tmp_path / "store")
+    adapter = as_gguf(tmp_path / "gguf")
+    files = (bases.gguf.read_bytes(), adapter.read_bytes())
+    if tool == "ollama":
+        kinds = media_types.OLLAMA_MODEL, media_types.OLLAMA_ADAPTER
+        keep_ollama(store, list(zip(kinds, files, strict=True)))
+    else:
+        kinds = media_types.DOCKER_GGUF, media_types.DOCKER_GGUF_LORA
+        layers = list(zip(kinds, files, strict=True))
+        keep(store, (media_types.DOCKER_CONFIG_V01, DOCKER_CONFIG), layers)
+    opened = open_model("x/m:v1", pull=False, store=store)
+    assert not opened.model.is_adapter
+    assert opened.model.has_adapter
+    expected = tokens(bases.safetensors, read_adapter(lora(tmp_path / "peft")), merge=False)
+    engine = opened.engine(CONFIG)
+    assert isinstance(engine, Engine)
+    assert tokens_of(engine) == expected
+    catalogue = StoreCatalogue(store, CONFIG)
+    need = catalogue.needs(catalogue.find("x/m:v1"), ModelSettings())
+    assert need > bases.gguf.stat().st_size
+    # Another is applied to requests, but not merged too.
+    other = read_adapter(dora(tmp_path / "other"))
+    with pytest.raises(ModelLoadError, match="has an adapter of its own"):
+        opened.with_adapter(other, "other").engine(CONFIG)
+    with pytest.raises(UnsupportedError, match="a LoRA adapter in a layer of its own"):
+        modelpack.bundle("x/m:v1", tmp_path / "bundle", store=store)

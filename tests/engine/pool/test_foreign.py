@@ -8,8 +8,8 @@ import pytest
 
 import modelpack
 from modelpack.artifacts import media_types
-from modelpack.errors import UnsupportedError
 from modelpack.operations.convert import convert
+from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.loader import gguf_tokenizer_of
 from modelpack_server.pool.model_defaults import ModelDefaults
 from modelpack_server.stored_models import stored_files
@@ -50,8 +50,13 @@ def test_how_a_model_of_ollama_is_to_be_used(store: modelpack.Store) -> None:
 
 
 def test_an_adapter_is_not_left_out_in_silence(store: modelpack.Store) -> None:
-    keep_ollama(store, [(media_types.OLLAMA_MODEL, GGUF), (media_types.OLLAMA_ADAPTER, b"GGUF")])
-    with pytest.raises(UnsupportedError, match="adapter"):
+    adapter = (media_types.OLLAMA_ADAPTER, b"GGUF")
+    keep_ollama(store, [(media_types.OLLAMA_MODEL, GGUF), adapter])
+    files = stored_files(modelpack.inspect("x/m:v1", store=store), store)
+    assert files.adapter is not None
+    assert files.adapter.read_bytes() == b"GGUF"
+    keep_ollama(store, [(media_types.OLLAMA_MODEL, GGUF), adapter, adapter])
+    with pytest.raises(ModelLoadError, match="expected one adapter in GGUF"):
         stored_files(modelpack.inspect("x/m:v1", store=store), store)
 
 
