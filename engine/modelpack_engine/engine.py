@@ -34,7 +34,7 @@ from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.core.batch import build_batch
 from modelpack_engine.core.block_manager import BlockManager, root_hash
 from modelpack_engine.core.metrics import StepClock
-from modelpack_engine.core.scheduler import Proposal, Scheduler, SchedulerOutput
+from modelpack_engine.core.scheduler import Proposal, Proposed, Scheduler, SchedulerOutput
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.eagle import EagleHead
@@ -131,7 +131,6 @@ class Engine(BaseEngine):
                 loaded.config,
                 rows,
                 self.config.max_loras,
-                lambda name: self.is_known(name),
             )
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(
@@ -149,6 +148,7 @@ class Engine(BaseEngine):
             self._sizes.scheduler_config(self.config),
             self._blocks,
             None if self.vision is None else self.vision.encoder,
+            self._adapters,
         )
         eos_token_ids = self.tokenizer.eos_token_ids
         self._sampler = Sampler(
@@ -173,15 +173,9 @@ class Engine(BaseEngine):
         if request.adapter is None:
             super().add_request(request_id, request)
             return
-        adapters = self._adapters_or_refuse()
-        with self._counted(adapters):
-            slot, identity = adapters.acquire(request.adapter, request_id)
-        salt = root_hash(b"adapter", identity.encode(), request.cache_salt)
-        try:
-            self._add(request_id, replace(request, cache_salt=salt), slot)
-        except BaseException:
-            adapters.release(request.adapter, request_id)
-            raise
+        adapter = self._adapters_or_refuse().find(request.adapter)
+        salt = root_hash(b"adapter", adapter.identity.encode(), request.cache_salt)
+        self._add(request_id, replace(request, cache_salt=salt), adapter)
 
     def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
         adapters = self._adapters_or_refuse()
@@ -316,7 +310,7 @@ class Engine(BaseEngine):
             proposed = self._speculator.propose(self._scheduler.decoding(), self._outputs.mask_of)
         if self.vision is not None:
             self.vision.encoder.begin_step()
-        output = self._scheduler.schedule(proposed)
+        output = self._scheduled(proposed)
         if self.vision is not None:
             for sequence, error in self.vision.encoder.take_failures():
                 self._outputs.fail(sequence, str(error), error.param)
@@ -331,6 +325,16 @@ class Engine(BaseEngine):
             scheduled = self._build(output)
         self._clock.ended("build")
         return scheduled
+
+    def _scheduled(self, proposed: Proposed | None) -> SchedulerOutput | None:
+        """Return the next step; it may load adapters, and ends requests whose adapter cannot be."""
+        if self._adapters is None:
+            return self._scheduler.schedule(proposed)
+        with self._counted(self._adapters):
+            output = self._scheduler.schedule(proposed)
+        for sequence, error in self._adapters.take_failures():
+            self._outputs.fail(sequence, str(error))
+        return output
 
     def _build(self, output: SchedulerOutput) -> ScheduledStep:
         last = self._in_flight

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from operator import add, attrgetter
@@ -245,9 +245,19 @@ class WaitingQueue:
         sequence.priority = _PREEMPTED
         self._preempted.insert(0, sequence)
 
-    def pop(self) -> Sequence:
-        """Remove and return the first sequence."""
-        sequence = self.first
+    def first_of(self, is_ready: Callable[[Sequence], bool]) -> Sequence | None:
+        """Return the sequence to admit next of those that are ready, or None."""
+        turns = [queue for owner, queue in self._owners.items() if owner not in self._served]
+        for queues in ([self._preempted], turns, list(self._owners.values()), [self._background]):
+            found = (next((each for each in queue if is_ready(each)), None) for queue in queues)
+            ready = [each for each in found if each is not None]
+            if ready:
+                return min(ready, key=lambda each: (each.priority, each.seq_id))
+        return None
+
+    def pop(self, chosen: Sequence | None = None) -> Sequence:
+        """Remove and return the first sequence, or the one that is `chosen`."""
+        sequence = self.first if chosen is None else chosen
         if not sequence.background and sequence.priority != _PREEMPTED:
             if sequence.owner in self._served or len(self._served) == ROUND:
                 self._served.clear()
@@ -292,6 +302,22 @@ class PictureEncoder(Protocol):
         """Return whether a picture can be a part of this step."""
 
 
+class AdapterSlots(Protocol):
+    """What gives adapters their slots in memory; `AdapterSet` implements this."""
+
+    def queue(self, sequence: Sequence) -> None:
+        """Keep the sequence's adapter until it has ended."""
+
+    def can_admit(self, sequence: Sequence) -> bool:
+        """Return whether the sequence's adapter is in memory, or there is a slot for it."""
+
+    def may_overtake(self, sequence: Sequence) -> bool:
+        """Return whether a sequence needs no slot for which the first one waits."""
+
+    def admit(self, sequence: Sequence) -> None:
+        """Set the sequence's slot; its adapter stays in memory until it has ended."""
+
+
 class Scheduler:
     """Continuous batching over one pool of blocks.
 
@@ -309,6 +335,10 @@ class Scheduler:
 
     A chunk ends before a picture that `pictures` cannot encode in this step, and never within one
     whose tokens attend to each other in both directions.
+
+    A sequence waits for a slot of `adapters` while unfinished requests use all with other adapters.
+    Until the first one in the queue has a slot, no sequence gets the adapter that was used least
+    recently, so that its slot becomes free; sequences with others, or none, overtake.
     """
 
     def __init__(
@@ -316,8 +346,10 @@ class Scheduler:
         config: SchedulerConfig,
         blocks: BlockManager,
         pictures: PictureEncoder | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.config = config
+        self._adapters = adapters
         self._pictures = pictures
         self._awaits_pictures = False  # whether a prompt of this step does
         self._chunk_rows = config.chunk_rows
@@ -382,6 +414,8 @@ class Scheduler:
                 num_tokens + sequence.params.max_tokens, config.max_model_len, capacity + 1
             )
             self._waiting.add(sequence, num_tokens - num_cached, self._num_computed)
+            if self._adapters is not None:
+                self._adapters.queue(sequence)
         self._requests[first.request_id] = list(sequences)
 
     def _check_spans(self, sequence: Sequence) -> None:
@@ -487,12 +521,24 @@ class Scheduler:
         """Return whether a sequence waits for a place that a background sequence has."""
         if self._waiting.is_idle or not (self._running and self._running[-1].background):
             return False
+        first = self._first_waiting()
+        if first is None or first.background:
+            return False
         if len(self._running) >= self.config.max_num_seqs:
             return True
         prompts = [sequence for sequence in self._running if sequence.is_prefill]
         promised = sum(map(self._num_lacking, prompts))
         windows = self._blocks.lacking_of_windows(prompts, self._chunk_rows)
-        return not self._has_blocks(self._waiting.first, promised, windows)
+        return not self._has_blocks(first, promised, windows)
+
+    def _first_waiting(self) -> Sequence | None:
+        """Return the sequence to admit next, or None; the first may wait for its adapter."""
+        if not self._waiting:
+            return None
+        first, adapters = self._waiting.first, self._adapters
+        if adapters is None or adapters.can_admit(first):
+            return first
+        return self._waiting.first_of(adapters.may_overtake)
 
     def _schedule_decode(self, preempted: list[Sequence]) -> list[Sequence] | None:
         """Return the sequences to decode, each with a slot for its token; None: collect first."""
@@ -553,10 +599,10 @@ class Scheduler:
         promised = sum(map(self._num_lacking, prompts))
         windows = self._blocks.lacking_of_windows(prompts, self._chunk_rows)
         while admit and self._waiting and len(self._running) < self.config.max_num_seqs:
-            sequence = self._waiting.first
-            if not self._has_blocks(sequence, promised, windows):
-                return  # no other sequence may overtake the first
-            self._admit(self._waiting.pop())
+            sequence = self._first_waiting()
+            if sequence is None or not self._has_blocks(sequence, promised, windows):
+                return  # no other sequence may overtake it
+            self._admit(self._waiting.pop(sequence))
             yield sequence
             promised += self._num_lacking(sequence)
             more = self._blocks.lacking_of_windows([sequence], self._chunk_rows)
@@ -587,6 +633,8 @@ class Scheduler:
         return min(lacking, most - blocks.num_held(sequence, matched))
 
     def _admit(self, sequence: Sequence) -> None:
+        if self._adapters is not None:
+            self._adapters.admit(sequence)
         at = len(self._running)
         while not sequence.background and at and self._running[at - 1].background:
             at -= 1

@@ -59,7 +59,9 @@ class Sequence:
     owner: bytes = field(default=b"", repr=False)
     #: Whether the sequence gives its place to others that wait.
     background: bool = field(default=False, repr=False)
-    #: The slot of its adapter in the runner; 0 without an adapter.
+    #: The adapter of its request, which `AdapterSlots` knows; None without an adapter.
+    adapter: object | None = field(default=None, repr=False)
+    #: The slot of its adapter in the runner, set when it is admitted; 0 without an adapter.
     adapter_slot: int = field(default=0, repr=False)
     #: The pictures of the prompt, in its order.
     media: tuple[Media, ...] = field(default=(), repr=False)
@@ -118,7 +120,7 @@ class Sequence:
             cache_salt=self.cache_salt,
             owner=self.owner,
             background=self.background,
-            adapter_slot=self.adapter_slot,
+            adapter=self.adapter,
             media=self.media,
         )
 

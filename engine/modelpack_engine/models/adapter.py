@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -59,7 +60,8 @@ def read_layers(
     if adapter.format == "gguf":
         pairs: Iterable[_Pair] = gguf_pairs(adapter, model, config)
     else:
-        arrays = mx.load(path, format="safetensors")
+        with _reading(path):
+            arrays = mx.load(path, format="safetensors")
         pairs = ((target, *_matrices(target, arrays)) for target in adapter.targets)
     stacked: dict[str, list[tuple[int, _Pair]]] = defaultdict(list)
     found: dict[str, Matrices] = {}
@@ -87,10 +89,20 @@ def read_layers(
     every = [array for one in found.values() for array in (one.a, one.b, one.gain)]
     present = [array for array in every if array is not None]
     finite = [mx.all(mx.isfinite(array)) for array in present]
-    mx.eval(present, finite)
+    with _reading(path):
+        mx.eval(present, finite)
     if not all(value.item() for value in finite):
         raise modules.error("the weights have values that are not finite")
     return found
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Raise `AdapterError` for a file that MLX cannot read, which it does late."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise AdapterError(f"the weights cannot be read: {error}", path=path) from error
 
 
 def _matrices(target: Target, arrays: Any) -> tuple[mx.array, mx.array]:

@@ -1,39 +1,45 @@
 """AdapterSet: the LoRA adapters that an engine knows, of which a limited number is in memory.
 
-Requests acquire an adapter by name. If it is not in memory, it is loaded in place of the one that
-was used least recently; adapters of unfinished requests stay, even if they are removed meanwhile.
+Requests name an adapter when they are queued. When the scheduler admits one, its adapter is loaded,
+if it is not in memory, in place of the one that was used least recently and that no started request
+uses. Adapters of unfinished requests stay, even if they are removed meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.nn as nn
 
-from modelpack.errors import NotFoundError
+from modelpack.errors import ModelpackError, NotFoundError
 from modelpack.formats.adapter import Adapter
 from modelpack_engine.attention.metadata import AdapterRows
-from modelpack_engine.errors import RETRY_AFTER, QueueFullError
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.models.adapter import read_layers
-from modelpack_engine.patches.lora import LoRALayers, nbytes
+from modelpack_engine.patches.lora import Layers, LoRALayers, nbytes
 
 
-@dataclass(slots=True)
-class _Known:
+@dataclass(slots=True, eq=False)
+class QueuedAdapter:
+    """An adapter, and the sequences that use it; ended ones are removed when that matters."""
+
     adapter: Adapter
     identity: str
+    #: Those that wait for their first step, and those that have started: it stays in memory.
+    waiting: set[Sequence] = field(default_factory=set)
+    started: set[Sequence] = field(default_factory=set)
     slot: int | None = None
     nbytes: int = 0
-    #: The requests that use it; finished ones are removed when a slot is needed.
-    requests: set[str] = field(default_factory=set)
+    #: Its matrices, read when it was removed, since its files may be gone later.
+    layers: Layers | None = None
 
 
 class AdapterSet:
     """The adapters of one model, of which at most `max_loaded` are in memory.
 
-    `config` is the model's; `is_running` returns whether a request is unfinished.
+    `config` is the model's.
     """
 
     def __init__(
@@ -42,18 +48,17 @@ class AdapterSet:
         config: Mapping[str, Any],
         rows: AdapterRows,
         max_loaded: int,
-        is_running: Callable[[str], bool],
     ) -> None:
-        self._model, self._config = model, config
-        self._max_loaded, self._is_running = max_loaded, is_running
+        self._model, self._config, self._max_loaded = model, config, max_loaded
         self._layers = LoRALayers(model, rows)
-        self._known: dict[str, _Known] = {}  # the least recently used one first
-        self._removed: list[_Known] = []  # those that unfinished requests use
+        self._known: dict[str, QueuedAdapter] = {}  # the least recently used one first
+        self._removed: list[QueuedAdapter] = []  # those that unfinished requests use
+        self._failures: dict[Sequence, ModelpackError] = {}
 
     @property
     def nbytes(self) -> int:
         """The bytes of the matrices in memory, which are held twice while rows differ."""
-        return 2 * sum(known.nbytes for known in (*self._known.values(), *self._removed))
+        return 2 * sum(known.nbytes for known in self._all())
 
     def loaded(self) -> list[str]:
         """Return the names of the adapters in memory, the least recently used one first."""
@@ -74,22 +79,24 @@ class AdapterSet:
         `identity` stands for its content in the prefix cache. Raises `AdapterError` if it does not
         fit the model.
         """
-        known = _Known(adapter, identity)
         layers = read_layers(adapter, self._model, self._config)
         if name in self._known:
             self.remove(name)
         slot = self._free_slot()
-        self._known[name] = known
+        self._known[name] = known = QueuedAdapter(adapter, identity)
         if slot is not None:
-            self._layers.set(slot, layers)
-            known.slot, known.nbytes = slot, nbytes(layers.values())
+            self._load(known, slot, layers)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter: unfinished requests keep it, new ones cannot acquire it.
+        """Forget an adapter: unfinished requests keep it, new ones cannot name it.
 
-        Raises `NotFoundError` if it is unknown.
+        Raises `NotFoundError` if it is unknown, and `AdapterError` if waiting sequences need files
+        of it that cannot be read.
         """
-        self._removed.append(self._find(name))
+        known = self.find(name)
+        if _unfinished(known.waiting):
+            known.layers = self._read(known)
+        self._removed.append(known)
         del self._known[name]
         self.unload_removed()
 
@@ -97,55 +104,115 @@ class AdapterSet:
         """Free the memory of removed adapters whose last request has ended."""
         used = []
         for known in self._removed:
-            if self._used(known):
+            if _unfinished(known.waiting) or _unfinished(known.started):
                 used.append(known)
             else:
                 self._unload(known)
         self._removed = used
 
-    def acquire(self, name: str, request_id: str) -> tuple[int, str]:
-        """Return the slot and the identity of an adapter for a request, loading it if needed.
-
-        Raises `NotFoundError` for an unknown name, and `QueueFullError` if unfinished requests use
-        as many other adapters as fit.
-        """
-        known = self._find(name)
-        self._known[name] = self._known.pop(name)
-        if known.slot is None:
-            slot = self._free_slot()
-            if slot is None:
-                idle = [one for one in self._known.values() if one.slot and not self._used(one)]
-                if not idle:
-                    text = f"requests use {self._max_loaded} other adapters"
-                    raise QueueFullError(text, retry_after=RETRY_AFTER)
-                slot = idle[0].slot
-                assert slot is not None, "it is in memory"
-                self._unload(idle[0])
-            layers = read_layers(known.adapter, self._model, self._config)
-            self._layers.set(slot, layers)
-            known.slot, known.nbytes = slot, nbytes(layers.values())
-        known.requests.add(request_id)
-        return known.slot, known.identity
-
-    def release(self, name: str, request_id: str) -> None:
-        """Undo `acquire` for a request that was not accepted."""
-        self._find(name).requests.discard(request_id)
-
-    def _find(self, name: str) -> _Known:
+    def find(self, name: str) -> QueuedAdapter:
+        """Return an adapter, for `Sequence.adapter`; raise `NotFoundError` if it is unknown."""
         known = self._known.get(name)
         if known is None:
             raise NotFoundError(f"no such adapter: {name}")
         return known
 
+    # Admission, as `core.scheduler.AdapterSlots`
+
+    def queue(self, sequence: Sequence) -> None:
+        """Keep the sequence's adapter until it has ended."""
+        if isinstance(sequence.adapter, QueuedAdapter):
+            sequence.adapter.waiting.add(sequence)
+
+    def can_admit(self, sequence: Sequence) -> bool:
+        """Return whether the sequence's adapter is in memory, or can be loaded, which is done.
+
+        If it cannot be read, `take_failures` returns the sequence.
+        """
+        known = sequence.adapter
+        if not isinstance(known, QueuedAdapter) or known.slot is not None:
+            return True
+        slot = self._free_slot()
+        idle = None if slot is not None else next(self._idle(), None)
+        if (slot is None and idle is None) or sequence in self._failures:
+            return False
+        try:
+            layers = self._read(known)
+        except ModelpackError as error:
+            self._failures[sequence] = error
+            return False
+        if idle is not None:
+            slot = idle.slot
+            self._unload(idle)
+        assert slot is not None, "it is free, or an adapter gave it up"
+        self._load(known, slot, layers)
+        return True
+
+    def may_overtake(self, sequence: Sequence) -> bool:
+        """Return whether a sequence needs no slot for which another waits.
+
+        New requests do not get the adapter that was used least recently: its slot becomes free when
+        those that started have ended.
+        """
+        known = sequence.adapter
+        if not isinstance(known, QueuedAdapter) or sequence in known.started:
+            return True
+        oldest = next((one for one in self._known.values() if one.slot is not None), None)
+        return known.slot is not None and known is not oldest
+
+    def admit(self, sequence: Sequence) -> None:
+        """Set the sequence's slot; its adapter stays in memory until it has ended."""
+        known = sequence.adapter
+        if not isinstance(known, QueuedAdapter):
+            return
+        assert known.slot is not None, "`can_admit` or `may_overtake` has returned True"
+        sequence.adapter_slot = known.slot
+        known.waiting.discard(sequence)
+        known.started.add(sequence)
+        for name, one in self._known.items():
+            if one is known:
+                self._known[name] = self._known.pop(name)
+                break
+
+    def take_failures(self) -> list[tuple[Sequence, ModelpackError]]:
+        """Return the sequences whose adapters could not be read, each of them once."""
+        failures, self._failures = self._failures, {}
+        return list(failures.items())
+
+    # Details
+
+    def _all(self) -> Iterator[QueuedAdapter]:
+        yield from self._known.values()
+        yield from self._removed
+
     def _free_slot(self) -> int | None:
-        taken = {known.slot for known in (*self._known.values(), *self._removed)}
+        taken = {known.slot for known in self._all()}
         return next((s for s in range(1, self._max_loaded + 1) if s not in taken), None)
 
-    def _used(self, known: _Known) -> bool:
-        known.requests = {one for one in known.requests if self._is_running(one)}
-        return bool(known.requests)
+    def _idle(self) -> Iterator[QueuedAdapter]:
+        """Yield the adapters in memory that no started sequence uses, the oldest one first."""
+        return (
+            known
+            for known in self._all()
+            if known.slot is not None and not _unfinished(known.started)
+        )
 
-    def _unload(self, known: _Known) -> None:
+    def _read(self, known: QueuedAdapter) -> Layers:
+        if known.layers is not None:
+            return known.layers
+        return read_layers(known.adapter, self._model, self._config)
+
+    def _load(self, known: QueuedAdapter, slot: int, layers: Layers) -> None:
+        self._layers.set(slot, layers)
+        known.slot, known.nbytes = slot, nbytes(layers.values())
+
+    def _unload(self, known: QueuedAdapter) -> None:
         if known.slot is not None:
             self._layers.set(known.slot, {})
             known.slot, known.nbytes = None, 0
+
+
+def _unfinished(sequences: set[Sequence]) -> bool:
+    """Return whether a sequence is unfinished, and forget those that are not."""
+    sequences.difference_update([one for one in sequences if one.is_finished])
+    return bool(sequences)

@@ -90,8 +90,8 @@ class BaseEngine(ABC):
         """
         raise RequestError("this engine runs no LoRA adapters", param="model")
 
-    def _add(self, request_id: str, request: EngineRequest, adapter_slot: int = 0) -> None:
-        outputs = make_outputs(request_id, request, self.tokenizer, self.vocab_size, adapter_slot)
+    def _add(self, request_id: str, request: EngineRequest, adapter: object | None = None) -> None:
+        outputs = make_outputs(request_id, request, self.tokenizer, self.vocab_size, adapter)
         self._outputs.add(outputs)
 
     @property

@@ -25,7 +25,7 @@ def make_outputs(
     request: EngineRequest,
     tokenizer: Tokenizer,
     vocab_size: int,
-    adapter_slot: int = 0,
+    adapter: object | None = None,
 ) -> list[SequenceOutput]:
     """Return the outputs of the `n` new sequences of a request; raise `RequestError` if invalid."""
     request.check(vocab_size)
@@ -37,7 +37,7 @@ def make_outputs(
         cache_salt=request.cache_salt,
         owner=request.owner,
         background=request.background,
-        adapter_slot=adapter_slot,
+        adapter=adapter,
         media=request.media,
     )
     sequences = [first, *(first.fork(index) for index in range(1, request.n))]
