@@ -22,6 +22,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import Finish
+from modelpack_server.pool.adapters import Adapters
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.repl.chat import Chat, LocalModels
 from modelpack_server.tool_parsers.parts import Reasoning, Text
@@ -51,13 +52,15 @@ class SmokeReport:
     """What a smoke test saw. Times are in seconds; `error` is what kept it from an answer.
 
     Of a model that generates text there are `answer` and what follows it, of one that embeds or
-    ranks `dimensions`, the length of its vectors. `images` are the digests of the pictures' files.
+    ranks `dimensions`, the length of its vectors. `images` are the digests of the pictures' files,
+    `adapter` is that of the adapter's manifest.
     """
 
     reference: str | None
     digest: str
     prompt: str
     images: tuple[str, ...] = ()
+    adapter: str | None = None
     checks: tuple[Check, ...] = ()
     error: str | None = None
     load_seconds: float = 0.0
@@ -93,6 +96,7 @@ class SmokeReport:
             "digest": self.digest,
             "prompt": self.prompt,
             **({"images": list(self.images)} if self.images else {}),
+            **({"adapter": self.adapter} if self.adapter is not None else {}),
             "load_seconds": round(self.load_seconds, 3),
             "device": self.device,
             "versions": self.versions,
@@ -120,13 +124,15 @@ def smoke_test(
     min_tokens_per_second: float | None = None,
     max_tokens: int = 64,
     pictures: Sequence[dict[str, Any]] = (),
+    adapters: Adapters | None = None,
     remote: RemoteOptions | None = None,
     on_progress: Callable[[str, LoadProgress | None], None] | None = None,
 ) -> SmokeReport:
     """Load the model `name` of the store, ask it once, greedily, and check the answer.
 
     `on_progress` gets the model's name and how far its load is. `pictures` come before the prompt;
-    they are parts of `PictureReader`.
+    they are parts of `PictureReader`. `adapters` may have one adapter of the model, which is tested
+    with it.
 
     Where `remote` says who is trusted, the model has to be signed.
 
@@ -140,19 +146,21 @@ def smoke_test(
     except re.error as error:
         raise UsageError(f"{expect!r} is not a regular expression: {error}") from None
     config = config or EngineConfig()
-    catalogue = StoreCatalogue(store, config, remote=remote)
+    catalogue = StoreCatalogue(store, config, remote=remote, adapters=adapters)
     from modelpack_engine.platform.device import choose_device  # MLX: after the catalogue's BLAS
 
     stored = stored_model(store, name)
+    adapter = next(iter(adapters.of(str(stored.digest))), None) if adapters is not None else None
     report = SmokeReport(
         str(stored.reference) if stored.reference is not None else None, str(stored.digest), prompt,
         tuple(str(Digest.of(part["picture"].data)) for part in pictures),
+        adapter.key if adapter is not None else None,
         device=choose_device(config), versions=_versions(),
     )  # fmt: skip
     start = time.perf_counter()
     try:
         with LocalModels(catalogue, config, on_progress) as models:
-            model = models.load(name)
+            model = models.load(name if adapter is None else adapter.name)
             report = replace(report, load_seconds=time.perf_counter() - start)
             return models.call(
                 _try(model, report, pattern, min_tokens_per_second, max_tokens, pictures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,13 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import (
     ENGINE_HEADINGS,
     MORE_OPTIONS,
+    adapter_option,
     engine_options,
+    merge_option,
     pull_draft,
 )
 from modelpack_server.cli.load_display import LoadDisplay
+from modelpack_server.cli.model_sources import Found, ModelSources
 from modelpack_server.cli.run import picture_parts
 
 if TYPE_CHECKING:
@@ -97,6 +101,8 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Send this picture before the prompt (repeatable).",
 )  # fmt: skip
+@adapter_option("Test MODEL with this LoRA adapter.")
+@merge_option
 @click.option("--expect", metavar="REGEX", help="Require the response to match this pattern.")
 @click.option("--min-tps", type=click.FloatRange(min=0),
               help="Require this many tokens per second.")  # fmt: skip
@@ -126,6 +132,8 @@ def smoke(
     model: str,
     prompt: str,
     images: tuple[Path, ...],
+    adapters: tuple[tuple[str, str], ...],
+    merge: bool,
     expect: str | None,
     min_tps: float | None,
     max_tokens: int,
@@ -141,6 +149,14 @@ def smoke(
     from modelpack_server import open_model
     from modelpack_server.smoke_test import smoke_test
 
+    if merge and not adapters:
+        raise UsageError("--merge requires --adapter")
+    if len(adapters) > 1:
+        raise UsageError(f"a test has one adapter, got {len(adapters)}")
+    if attest and adapters:
+        raise UsageError(
+            "--attest cannot be combined with --adapter", hint="the report would be the base's"
+        )
     # A wrong password or picture fails before the model is loaded.
     pictures = picture_parts(images)
     attestation = attestation_of(model, attest, key, local, clean)
@@ -151,11 +167,15 @@ def smoke(
         pull_draft(engine, store, settings, remote)
         tested = opened.model
         del opened  # smoke_test loads the stored files itself
-        report = smoke_test(
-            model, store, engine, prompt=prompt, expect=expect, min_tokens_per_second=min_tps,
-            max_tokens=max_tokens, pictures=pictures, remote=remote,
-            on_progress=LoadDisplay(settings).report,
-        )  # fmt: skip
+        placed = replace(settings, store_root=str(store.root))
+        with ModelSources(placed, remote, merges_adapters=merge) as sources:
+            for name, typed in adapters:
+                sources.add_adapter(name, typed, [Found(tested, model)])
+            report = smoke_test(
+                model, store, engine, prompt=prompt, expect=expect, min_tokens_per_second=min_tps,
+                max_tokens=max_tokens, pictures=pictures, adapters=sources.adapters, remote=remote,
+                on_progress=LoadDisplay(settings).report,
+            )  # fmt: skip
     show_json(report.to_json())
     if junit is not None:
         junit.write_bytes(junit_xml(report))

@@ -199,3 +199,26 @@ def test_run(world: World) -> None:
     done = run("run", BASE, "Hello", *one, "--url", "http://127.0.0.1:1")
     assert done.code == 2
     assert "--url cannot be combined with --adapter" in done.err
+
+
+def test_smoke(world: World) -> None:
+    """The report has the text of the adapter and its digest."""
+    store = ("--store", str(world.store.root), "--device", "cpu", "--max-tokens", "8",
+             "--max-model-len", "64", "--kv-cache-bytes", "2MiB")  # fmt: skip
+    one = ("--adapter", f"one={ONE}")
+    reports = [
+        run("smoke", BASE, *store, *options).json for options in ((), one, (*one, "--merge"))
+    ]
+    base, unmerged, merged = (report["answer"] for report in reports)
+    assert base != unmerged
+    assert unmerged == merged
+    digest = str(stored_model(world.store, ONE).digest)
+    assert [report.get("adapter") for report in reports] == [None, digest, digest]
+    for options, message in (
+        (("--merge",), "--merge requires --adapter"),
+        ((*one, "--adapter", f"two={TWO}"), "a test has one adapter, got 2"),
+        ((*one, "--attest", "--key", "x"), "--attest cannot be combined with --adapter"),
+    ):
+        done = run("smoke", BASE, *store, *options)
+        assert done.code == 2
+        assert message in done.err
