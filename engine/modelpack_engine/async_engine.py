@@ -293,6 +293,11 @@ class AsyncEngine(ModelThread["BaseEngine"]):
         self._ready().check_queue()
 
     @property
+    def runs_adapters(self) -> bool:
+        """Whether adapters can be added."""
+        return self._ready().runs_adapters
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; any thread may use it."""
         return self._ready().tokenizer

@@ -177,6 +177,10 @@ class Engine(BaseEngine):
         salt = root_hash(b"adapter", adapter.identity.encode(), request.cache_salt)
         self._add(request_id, replace(request, cache_salt=salt), adapter)
 
+    @property
+    def runs_adapters(self) -> bool:
+        return self._adapters is not None
+
     def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
         adapters = self._adapters_or_refuse()
         with self._counted(adapters):

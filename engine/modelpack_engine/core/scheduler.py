@@ -599,10 +599,10 @@ class Scheduler:
         promised = sum(map(self._num_lacking, prompts))
         windows = self._blocks.lacking_of_windows(prompts, self._chunk_rows)
         while admit and self._waiting and len(self._running) < self.config.max_num_seqs:
-            sequence = self._first_waiting()
-            if sequence is None or not self._has_blocks(sequence, promised, windows):
+            first = self._first_waiting()
+            if first is None or not self._has_blocks(first, promised, windows):
                 return  # no other sequence may overtake it
-            self._admit(self._waiting.pop(sequence))
+            self._admit(sequence := self._waiting.pop(first))
             yield sequence
             promised += self._num_lacking(sequence)
             more = self._blocks.lacking_of_windows([sequence], self._chunk_rows)

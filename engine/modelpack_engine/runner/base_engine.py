@@ -75,6 +75,11 @@ class BaseEngine(ABC):
         """Raise `QueueFullError` if a request would find the queue full now; any thread may ask."""
         self._scheduler.check_queue()
 
+    @property
+    def runs_adapters(self) -> bool:
+        """Whether adapters can be added."""
+        return False
+
     def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
         """Make an adapter available to requests by name; `identity` stands for its content.
 

@@ -183,9 +183,9 @@ class AdapterLoading:
 class Adapters:
     """Adapters by name; of each model, at most `max_loaded` are in memory. Safe for threads.
 
-    With `grows`, all models are loaded so that adapters can be added later. With `merges`, a model
-    has at most one, which is merged into its weights as they are loaded: only requests that name
-    the adapter may use the model.
+    With `grows`, adapters can be added later: models that MLX runs anyway are loaded so, others
+    once their first adapter is `expected`. With `merges`, a model has at most one, which is merged
+    into its weights as they are loaded: only requests that name the adapter may use the model.
     """
 
     def __init__(
@@ -200,6 +200,8 @@ class Adapters:
         self.merges = merges
         #: Changes whenever a name may refer to another adapter.
         self.version = 0
+        #: The digests of models that get an adapter after they are loaded.
+        self.expected: set[str] = set()
         self._served: dict[str, ServedAdapter] = {}
         self._lock = threading.Lock()
 

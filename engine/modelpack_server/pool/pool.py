@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from modelpack.errors import NotFoundError, UntrustedError, UsageError
+from modelpack.errors import ModelpackError, NotFoundError, UntrustedError, UsageError
 from modelpack.operations.adapters import base_name
 from modelpack_engine.async_engine import AsyncEngine, EngineState
 from modelpack_engine.errors import (
@@ -29,7 +29,12 @@ from modelpack_engine.models.load_budget import LOAD_SECONDS, LoadBudget, applie
 from modelpack_engine.models.load_progress import LoadProgress, watched
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.pool import names as access
-from modelpack_server.pool.adapters import AdapterLoading, ServedAdapter, check_adapter_name
+from modelpack_server.pool.adapters import (
+    AdapterLoading,
+    Adapters,
+    ServedAdapter,
+    check_adapter_name,
+)
 from modelpack_server.pool.catalogue import Catalogue, LoadedEngine, StoredModel
 from modelpack_server.pool.entry import (
     Entry,
@@ -113,6 +118,7 @@ class ModelPool:
         self._pins: dict[str, Pin] = {}  # by the name in `pin`
         self._names = Names(catalogue)
         self._changing_adapters: set[str] = set()
+        self._making_slots = asyncio.Lock()
         self._room = asyncio.Condition()  # one load at a time reserves memory
         self._reaper: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -321,6 +327,42 @@ class ModelPool:
             raise NotFoundError(
                 f"the base of the adapter is not stored: {base}", hint=f"pull {base}"
             ) from None
+        try:
+            await self._make_slots(adapter.base, adapters)
+            await self._add_to_engine(loading, adapter)
+        except BaseException:
+            if not adapters.of(adapter.base):
+                adapters.expected.discard(adapter.base)
+            self._spawn(self._load_again(adapter.base))
+            raise
+
+    async def _load_again(self, base: str) -> None:
+        """Load a pinned model that could not be loaded with slots for adapters."""
+        entry = self._entries.get(base)
+        if entry is not None and entry.pinned and entry.state is ModelState.UNLOADED:
+            with suppress(ModelpackError):  # `readiness` tells
+                await self.preload(base)
+
+    async def _make_slots(self, base: str, adapters: Adapters) -> None:
+        """Let a model be loaded with slots for adapters, again if it runs without.
+
+        On a CPU, not MLX but our library or llama.cpp may run it. Running requests get the pool's
+        grace, and then fail.
+        """
+        async with self._making_slots:
+            entry = await self._entry(base)
+            if entry.state is not ModelState.UNLOADED:
+                async with self.lease(base):
+                    engine = entry.engine
+                    if not isinstance(engine, AsyncEngine) or engine.runs_adapters:
+                        return
+            adapters.expected.add(base)
+            if entry.state is not ModelState.UNLOADED:
+                _log.info("%s is loaded again, to run adapters", entry.name)
+                await self._unload(entry, grace=self._grace)
+
+    async def _add_to_engine(self, loading: AdapterLoading, adapter: ServedAdapter) -> None:
+        adapters = loading.adapters
         async with self.lease(adapter.base):
             entry = self._entries[adapter.base]
             engine = entry.engine
@@ -356,6 +398,8 @@ class ModelPool:
                 await asyncio.wait({entry.change})  # its engine gets the adapter
             before = adapters.bytes_of(adapter.base)
             adapters.remove(adapter)
+            if not adapters.of(adapter.base):
+                adapters.expected.discard(adapter.base)  # when it is loaded again
             if entry is None or not isinstance(engine := entry.engine, AsyncEngine):
                 return
             entry.memory -= before - adapters.bytes_of(adapter.base)

@@ -163,9 +163,9 @@ class StoreCatalogue:
             with_drafter,
         )
 
-        config = settings.engine_config(self.config)
         store = self._store_of(model.key)
         opened = self._opened(model, store)
+        config = self._with_slots(settings.engine_config(self.config), model.key, opened.files)
         weights = self._loaded_bytes(store, opened.model, config)
         if not _generates(opened.files, settings):
             return weights  # the memory of a batch is temporary
@@ -187,6 +187,22 @@ class StoreCatalogue:
         if adapter is not None and is_quantised(opened.files):
             weights += dense_bytes(adapter)
         return weights + (config.kv_cache_bytes or _KV_BYTES)
+
+    def _with_slots(self, config: EngineConfig, key: str, files: ModelFiles) -> EngineConfig:
+        """Return `config` with slots for adapters, if the model has some or is to have some.
+
+        If requests may add adapters, a model that MLX runs anyway has slots, which cost nothing.
+        """
+        from modelpack_engine.llama_cpp.library import choose_backend
+        from modelpack_engine.platform.device import choose_device
+
+        adapters = self.adapters
+        wanted = bool(adapters.of(key)) or key in adapters.expected
+        if not wanted and adapters.grows:
+            wanted = choose_backend(files, config, choose_device(config)) == "mlx"
+        if not wanted or adapters.merges:
+            return config
+        return replace(config, max_loras=adapters.max_loaded)
 
     def _merged(self, key: str, files: ModelFiles) -> Adapter | None:
         """Return the adapter that is merged into a model as it is loaded, if any."""
@@ -234,8 +250,7 @@ class StoreCatalogue:
         merged = self.adapters.merged_into(model.key)
         if merged is not None:
             opened, adapters = opened.with_adapter(merged.verified(self.remote), merged.key), ()
-        elif adapters or self.adapters.grows:
-            chosen = replace(chosen, max_loras=self.adapters.max_loaded)
+        chosen = self._with_slots(chosen, model.key, opened.files)
         draft = draft_files(chosen, self.store, self.remote)
         found: dict[str, str] = {}
 

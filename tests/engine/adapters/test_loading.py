@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -25,9 +26,12 @@ from modelpack.store.layout import LayoutStore
 from modelpack.trust.keys import generate_key_pair, read_private_key
 from modelpack.trust.policy import Trust
 from modelpack_engine.async_engine import AsyncEngine
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.cpu.library import library
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import BusyError, OutOfMemoryError, QueueFullError, RequestError
 from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_server.api.app import ModelServer, create_app
 from modelpack_server.cli.model_sources import ModelSources
 from modelpack_server.gateway import KeyFile, Protection, add_key, protect
@@ -45,13 +49,20 @@ from tests.engine.serving.tiny import tiny_model, tiny_tokenizer, write_tiny
 IDS = tiny_tokenizer()._backend.encode(PROMPT).ids
 
 
+ON_MLX = replace(CONFIG, backend="mlx")
+
+
 def loading_pool(
-    sources: ModelSources, *directories: Path, memory: int | None = None, model: str = BASE
+    sources: ModelSources,
+    *directories: Path,
+    memory: int | None = None,
+    model: str = BASE,
+    config: EngineConfig = ON_MLX,
 ) -> ModelPool:
     """Return a pool with one MODEL whose requests may load adapters."""
     sources.adapters.grows = True
     pool = ModelPool(
-        sources.catalogue(CONFIG), memory=memory,
+        sources.catalogue(config), memory=memory,
         adapter_loading=sources.adapter_loading(directories),
     )  # fmt: skip
     pool.pin(sources.open(model).name)
@@ -265,6 +276,50 @@ def test_adapters_share_no_prefixes(world: World) -> None:
         assert unload(http, "a").status_code == 200
         assert load(http, "a", TWO).status_code == 200
         assert ask(http, "a")[1] == first["b"][1]
+
+
+@pytest.mark.skipif(library() is None, reason="the library for CPUs is not built")
+def test_a_model_leaves_the_library_for_cpus_for_its_first_adapter(
+    world: World, tmp_path: Path
+) -> None:
+    """It is loaded again, and requests wait; other models stay in the library."""
+
+    @loop
+    async def check() -> None:
+        with world.sources() as sources:
+            pool = loading_pool(sources, config=CONFIG)
+            params = SamplingParams(temperature=0.0, max_tokens=12)
+            request = EngineRequest(IDS, params, continues_text=True)
+
+            async def ask(name: str) -> str:
+                async with pool.lease(name) as model:
+                    stream = await model.submit(request)
+                    ids = [token async for event in stream for token in event.token_ids]
+                return tiny_tokenizer()._backend.decode(ids)
+
+            base = world.expected(None, IDS)
+            assert await ask(BASE) == base
+            assert isinstance(engine_of(pool)._runner, CpuRunner)
+            with pytest.raises(NotFoundError):
+                await pool.load_adapter("one", "/nowhere")
+            assert isinstance(engine_of(pool)._runner, CpuRunner)
+            texts, *_ = await asyncio.gather(
+                asyncio.gather(*(ask(BASE) for _ in range(4))),
+                pool.load_adapter("one", ONE),
+                pool.load_adapter("two", TWO),
+            )
+            assert texts == [base] * 4
+            assert engine_of(pool).config.max_loras > 0
+            assert await ask("one") == world.expected(ONE, IDS)
+            assert await ask("two") == world.expected(TWO, IDS)
+            for name in ("one", "two"):
+                await pool.unload_adapter(name)
+            await pool.unload()
+            assert await ask(BASE) == base
+            assert isinstance(engine_of(pool)._runner, CpuRunner)
+            await pool.close()
+
+    check()
 
 
 def test_memory_for_adapters(world: World) -> None:

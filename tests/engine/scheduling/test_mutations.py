@@ -92,7 +92,7 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (WaitingQueue.add, "self._overtaking", "0"),
     (WaitingQueue.put_back, "insert(0, sequence)", "append(sequence)"),
     (WaitingQueue.put_back, "sequence.priority = _PREEMPTED", "pass"),
-    (WaitingQueue.pop, "sequence = self.first", "sequence = self._next()[-1]"),
+    (Scheduler._first_waiting, "self._waiting.first,", "self._waiting._next()[-1],"),
     (WaitingQueue.pop, "self._served.add(sequence.owner)", "pass"),
     (WaitingQueue.pop, "self._served.clear()", "pass"),
     (WaitingQueue._next, "key=_of_first", "key=len"),
