@@ -310,19 +310,33 @@ def load_on_ranks(
         load_progress.warm_up()
         return opened.with_context_size(configure(loaded.context_length, loaded.weight_bytes))
 
-    part = partial(_part, opened.files, device)
+    part = partial(_part, opened.files, device, opened.adapter)
     engine, loaded = ranks.engine(str(opened.model.digest), part, settings)
     return engine, str(loaded.config.get("model_type") or loaded.architecture)
 
 
-def parts_of(store: LayoutStore, device: EngineConfig) -> Load:
-    """Return what loads a follower's part of the models of its own store, by their digests."""
+def parts_of(
+    store: LayoutStore, device: EngineConfig, merged: Callable[[str], Adapter | None]
+) -> Load:
+    """Return what loads a follower's part of the models of its own store, by their digests.
 
-    return lambda digest, shard: _part(
-        open_model(digest, pull=False, store=store).files, device, shard
+    `merged` returns the adapter to merge into the model with a digest.
+    """
+
+    def load_part(digest: str, shard: Shard) -> LoadedModel:
+        files = open_model(digest, pull=False, store=store).files
+        return _part(files, device, merged(digest), shard)
+
+    return load_part
+
+
+def _part(
+    files: ModelFiles, device: EngineConfig, adapter: Adapter | None, shard: Shard
+) -> LoadedModel:
+    return load(
+        files,
+        device=choose_device(device),
+        ignored_fields=device.ignore_config_fields,
+        shard=shard,
+        adapter=adapter,
     )
-
-
-def _part(files: ModelFiles, device: EngineConfig, shard: Shard) -> LoadedModel:
-    ignored = device.ignore_config_fields
-    return load(files, device=choose_device(device), ignored_fields=ignored, shard=shard)

@@ -186,7 +186,7 @@ def _shape(module: Any) -> tuple[int, ...]:
 
 
 def merge(model: nn.Module, layers: Layers) -> None:
-    """Add an adapter to the weights of a model, which keep their type.
+    """Add an adapter to the weights of a model, which keep their type; MLX evaluates them later.
 
     Quantised layers that it changes become dense, in the type of their scales: quantised again,
     they would lose most of a small change.
@@ -197,7 +197,6 @@ def merge(model: nn.Module, layers: Layers) -> None:
         module: Any = modules[name]
         weight = merged_weight(module.weight, one, is_embedding=isinstance(module, EMBEDDINGS))
         module.weight = weight.astype(module.weight.dtype)
-        mx.eval(module.weight)
 
 
 def merged_weight(weight: mx.array, one: Matrices, *, is_embedding: bool) -> mx.array:

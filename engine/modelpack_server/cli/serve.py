@@ -49,7 +49,7 @@ from modelpack_server.cli.gateway import announce, protection_options
 from modelpack_server.cli.load_display import LoadDisplay
 from modelpack_server.cli.logs import LogFormat, log_format_option, serving_log
 from modelpack_server.cli.model_sources import ModelSources
-from modelpack_server.pool.adapters import DEFAULT_MAX_ADAPTERS
+from modelpack_server.pool.adapters import DEFAULT_MAX_ADAPTERS, Adapters
 from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, ModelSettings, parse_keep_alive
 
 if TYPE_CHECKING:
@@ -69,11 +69,13 @@ def is_parallel(size: int | None) -> bool:
     return size is not None and size > 1
 
 
-def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | int:
+def join_ranks(
+    settings: Settings, size: int, config: EngineConfig, adapters: Adapters
+) -> Ranks | int:
     """Return the ranks if this process is rank 0, else an exit code.
 
-    The process that launches the ranks returns when all have exited; ranks other than 0 return when
-    rank 0 is done.
+    `adapters` has those to merge into their models. The process that launches the ranks returns
+    when all have exited; ranks other than 0 return when rank 0 is done.
     """
     from modelpack_engine.platform import blas
 
@@ -101,7 +103,7 @@ def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | i
     # Ctrl-C in a terminal reaches all ranks; rank 0 ends the others after its pending requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with request_log(settings):
-        joined.follow(parts_of(settings.store(), config))
+        joined.follow(parts_of(settings.store(), config, adapters.to_merge))
     return 0
 
 
@@ -343,17 +345,18 @@ def serve(
         sources.add_adapter(name, typed, opened)
     if merge and not len(sources.adapters):
         raise UsageError("--merge requires an adapter", hint="give --adapter NAME=REF|DIR")
-    if (allow_adapter_loading or len(sources.adapters)) and is_parallel(tensor_parallel_size):
+    served_adapters = allow_adapter_loading or (len(sources.adapters) and not merge)
+    if served_adapters and is_parallel(tensor_parallel_size):
         raise UsageError(
             "--tensor-parallel-size cannot be combined with adapters",
-            hint="merge the adapter into its base",
+            hint="merge one adapter into its base with --merge",
         )
     if len({found.name for found in opened}) < len({found.model.digest for found in opened}):
         raise UsageError("two files have the same name", hint="rename one, or serve it elsewhere")
     pull_draft(engine, settings.store(), settings, remote)
     ranks = None
     if is_parallel(tensor_parallel_size):
-        joined = join_ranks(settings, tensor_parallel_size or 1, engine)
+        joined = join_ranks(settings, tensor_parallel_size or 1, engine, sources.adapters)
         if isinstance(joined, int):
             return joined
         ranks = joined

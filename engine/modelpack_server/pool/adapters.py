@@ -252,6 +252,11 @@ class Adapters:
         """Return the adapter that is merged into the model with this digest, or None."""
         return next(iter(self.of(base)), None) if self.merges else None
 
+    def to_merge(self, base: str) -> Adapter | None:
+        """Return the headers of the adapter that is merged into the model with this digest."""
+        served = self.merged_into(base)
+        return None if served is None else stored_adapter(served.model, served.store)
+
     def bytes_of(self, base: str, *more: ServedAdapter) -> int:
         """Return an estimate of the memory of a model's adapters and of `more`, in bytes.
 

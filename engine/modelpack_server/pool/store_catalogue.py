@@ -15,7 +15,6 @@ from modelpack.artifacts.model import Model, Role
 from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
 from modelpack.formats.adapter import Adapter, AdapterError, read_adapter_files
 from modelpack.hub.reference import local_name
-from modelpack.operations.adapters import stored_adapter
 from modelpack.operations.lookup import stored_model
 from modelpack.operations.model_list import list_models
 from modelpack.operations.remote import RemoteOptions
@@ -206,10 +205,10 @@ class StoreCatalogue:
 
     def _merged(self, key: str, files: ModelFiles) -> Adapter | None:
         """Return the adapter that is merged into a model as it is loaded, if any."""
-        served = self.adapters.merged_into(key)
-        if served is not None:
-            return stored_adapter(served.model, served.store)
-        return None if files.adapter is None else read_adapter_files(None, files.adapter)
+        found = self.adapters.to_merge(key)
+        if found is not None or files.adapter is None:
+            return found
+        return read_adapter_files(None, files.adapter)
 
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None

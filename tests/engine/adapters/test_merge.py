@@ -153,7 +153,6 @@ def test_one_adapter_for_each_model(world: World, sources: ModelSources) -> None
         ((BASE,), "--merge requires an adapter"),
         ((BASE, "--adapter", f"a={ONE}", "--adapter", f"b={TWO}"), "one adapter for each MODEL"),
         ((BASE, "--adapter", f"a={ONE}", "--allow-adapter-loading"), "cannot be combined with"),
-        ((BASE, "--adapter", f"a={ONE}", "--tensor-parallel-size", "2"), "cannot be combined"),
     ],
 )
 def test_arguments(world: World, arguments: tuple[str, ...], message: str) -> None:

@@ -21,10 +21,14 @@ from mlx.utils import tree_flatten
 
 import modelpack
 from modelpack.builder.request import PackageRequest
+from modelpack.formats.adapter import read_adapter
 from modelpack.store.layout import LayoutStore
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
+from tests.adapters import write_peft
+from tests.engine.adapters.test_zoo import linears
 from tests.engine.parallel.ranks import ENVIRONMENT
-from tests.engine.serving.tiny import tiny_engine, write_tiny
+from tests.engine.serving.test_engine import run
+from tests.engine.serving.tiny import tiny_engine, tiny_model, write_tiny
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import COMMON
 
@@ -218,3 +222,22 @@ def test_a_rank_that_nobody_asked_to_be_one() -> None:
     assert done.returncode == 2
     assert "this is rank 1 of several" in done.stderr
     assert "--tensor-parallel-size" in done.stderr
+
+
+@pytest.mark.long
+def test_a_merged_adapter(store: Path, tmp_path: Path) -> None:
+    """Each rank has its part of the base's weights with the adapter."""
+    path = write_peft(tmp_path / "adapter", linears(tiny_model()), size=0.3)
+    engine = tiny_engine(max_loras=1)
+    engine.add_adapter("x", read_adapter(path), "x")
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    prompt = engine.tokenizer.encode("hello world")
+    engine.add_request("0", EngineRequest(prompt, params, continues_text=True, adapter="x"))
+    text = "".join(event.text for events in run(engine).values() for event in events)
+    options = ("--tensor-parallel-size", "2", "--adapter", f"one={path}", "--merge")
+    with serving(store, tmp_path / "errors", "ai/tiny", *options) as server:
+        server.wait_until_ready()
+        reply = server.complete(model="one", temperature=0)
+        assert reply.json()["choices"][0]["text"] == text
+        assert server.complete(temperature=0).status_code == 404
+    assert text != expected(temperature=0.0)
