@@ -289,10 +289,11 @@ def test_policies_hold_for_adapters_and_bases(
             assert len(sources.adapters) == 0
 
 
+@pytest.mark.parametrize("merges", [False, True])
 def test_adapters_are_checked_when_they_are_loaded(
-    remote_adapter: tuple[str, str], tmp_path: Path
+    remote_adapter: tuple[str, str], tmp_path: Path, merges: bool
 ) -> None:
-    """A server with a policy does not load an unsigned adapter that the store has."""
+    """A server with a policy does not load an unsigned adapter that the store has, or merge it."""
     base, adapter = remote_adapter
     generate_key_pair(tmp_path / "ours", b"")
     key = read_private_key(tmp_path / "ours.key", b"")
@@ -300,6 +301,7 @@ def test_adapters_are_checked_when_they_are_loaded(
     fresh = World(LayoutStore(tmp_path / "store"), tmp_path)
     with fresh.sources() as sources:
         digest = sources.open(adapter).model.digest
+    sources.adapters.merges = merges
     remote = RemoteOptions(trust=Trust.of([key.public]), retry=RetryPolicy(tries=1))
     catalogue = StoreCatalogue(fresh.store, CONFIG, remote=remote, adapters=sources.adapters)
     model = catalogue.find(catalogue.find(adapter).base)
