@@ -22,7 +22,7 @@ from modelpack_engine.patches.lora import Layers, LoRALayers, nbytes
 
 
 @dataclass(slots=True, eq=False)
-class QueuedAdapter:
+class KnownAdapter:
     """An adapter, and the sequences that use it; ended ones are removed when that matters."""
 
     adapter: Adapter
@@ -51,8 +51,8 @@ class AdapterSet:
     ) -> None:
         self._model, self._config, self._max_loaded = model, config, max_loaded
         self._layers = LoRALayers(model, rows)
-        self._known: dict[str, QueuedAdapter] = {}  # the least recently used one first
-        self._removed: list[QueuedAdapter] = []  # those that unfinished requests use
+        self._known: dict[str, KnownAdapter] = {}  # the least recently used one first
+        self._removed: list[KnownAdapter] = []  # those that unfinished requests use
         self._failures: dict[Sequence, ModelpackError] = {}
 
     @property
@@ -83,7 +83,7 @@ class AdapterSet:
         if name in self._known:
             self.remove(name)
         slot = self._free_slot()
-        self._known[name] = known = QueuedAdapter(adapter, identity)
+        self._known[name] = known = KnownAdapter(adapter, identity)
         if slot is not None:
             self._load(known, slot, layers)
 
@@ -110,7 +110,7 @@ class AdapterSet:
                 self._unload(known)
         self._removed = used
 
-    def find(self, name: str) -> QueuedAdapter:
+    def find(self, name: str) -> KnownAdapter:
         """Return an adapter, for `Sequence.adapter`; raise `NotFoundError` if it is unknown."""
         known = self._known.get(name)
         if known is None:
@@ -121,7 +121,7 @@ class AdapterSet:
 
     def queue(self, sequence: Sequence) -> None:
         """Keep the sequence's adapter until it has ended."""
-        if isinstance(sequence.adapter, QueuedAdapter):
+        if isinstance(sequence.adapter, KnownAdapter):
             sequence.adapter.waiting.add(sequence)
 
     def can_admit(self, sequence: Sequence) -> bool:
@@ -130,7 +130,7 @@ class AdapterSet:
         If it cannot be read, `take_failures` returns the sequence.
         """
         known = sequence.adapter
-        if not isinstance(known, QueuedAdapter) or known.slot is not None:
+        if not isinstance(known, KnownAdapter) or known.slot is not None:
             return True
         slot = self._free_slot()
         idle = None if slot is not None else next(self._idle(), None)
@@ -155,7 +155,7 @@ class AdapterSet:
         those that started have ended.
         """
         known = sequence.adapter
-        if not isinstance(known, QueuedAdapter) or sequence in known.started:
+        if not isinstance(known, KnownAdapter) or sequence in known.started:
             return True
         oldest = next((one for one in self._known.values() if one.slot is not None), None)
         return known.slot is not None and known is not oldest
@@ -163,7 +163,7 @@ class AdapterSet:
     def admit(self, sequence: Sequence) -> None:
         """Set the sequence's slot; its adapter stays in memory until it has ended."""
         known = sequence.adapter
-        if not isinstance(known, QueuedAdapter):
+        if not isinstance(known, KnownAdapter):
             return
         assert known.slot is not None, "`can_admit` or `may_overtake` has returned True"
         sequence.adapter_slot = known.slot
@@ -181,7 +181,7 @@ class AdapterSet:
 
     # Details
 
-    def _all(self) -> Iterator[QueuedAdapter]:
+    def _all(self) -> Iterator[KnownAdapter]:
         yield from self._known.values()
         yield from self._removed
 
@@ -189,7 +189,7 @@ class AdapterSet:
         taken = {known.slot for known in self._all()}
         return next((s for s in range(1, self._max_loaded + 1) if s not in taken), None)
 
-    def _idle(self) -> Iterator[QueuedAdapter]:
+    def _idle(self) -> Iterator[KnownAdapter]:
         """Yield the adapters in memory that no started sequence uses, the oldest one first."""
         return (
             known
@@ -197,16 +197,16 @@ class AdapterSet:
             if known.slot is not None and not _unfinished(known.started)
         )
 
-    def _read(self, known: QueuedAdapter) -> Layers:
+    def _read(self, known: KnownAdapter) -> Layers:
         if known.layers is not None:
             return known.layers
         return read_layers(known.adapter, self._model, self._config)
 
-    def _load(self, known: QueuedAdapter, slot: int, layers: Layers) -> None:
+    def _load(self, known: KnownAdapter, slot: int, layers: Layers) -> None:
         self._layers.set(slot, layers)
         known.slot, known.nbytes = slot, nbytes(layers.values())
 
-    def _unload(self, known: QueuedAdapter) -> None:
+    def _unload(self, known: KnownAdapter) -> None:
         if known.slot is not None:
             self._layers.set(known.slot, {})
             known.slot, known.nbytes = None, 0
