@@ -33,6 +33,7 @@ from modelpack_engine.models.gguf_file import GGUFFile, Metadata
 from modelpack_engine.models.gguf_projector import GGUFProjector
 from modelpack_engine.models.load_progress import LoadCallback
 from modelpack_engine.models.model_config import normalised
+from modelpack_engine.models.multimodal import language_classes
 from modelpack_engine.models.precision import (
     Precision,
     dense_bytes,
@@ -48,6 +49,7 @@ from modelpack_engine.models.safetensors import (
     read_headers,
 )
 from modelpack_engine.models.tokenizer import Tokenizer
+from modelpack_engine.patches.corrections import TEXT_PARTS
 from modelpack_engine.patches.mlx_vlm_imports import is_installed
 from modelpack_engine.platform import cuda_graphs
 from modelpack_engine.vision import models as vision_models
@@ -60,6 +62,7 @@ from modelpack_engine.vision.models import (
     tower_weights,
     vision_classes,
 )
+from modelpack_engine.vision.processor import with_image_token
 
 Device = Literal["cpu", "gpu"]
 
@@ -329,7 +332,7 @@ def _load_safetensors(
         model, config, limits = load_safetensors(
             files,
             config,
-            classes=None if seeing is None else lambda config: seeing,
+            classes=language_classes(config) if seeing is None else lambda config: seeing,
             ignored_fields=ignored_fields,
         )
     notes += limits.notes
@@ -375,17 +378,18 @@ def _with_vision(
         if settings is None:
             raise ModelLoadError("the model has no preprocessor_config.json")
         tower: Any = loaded.model
+        config = with_image_token(loaded.config, encode)
         if not whole:
-            parts = loaded.config.get("vision_config")
+            parts = config.get("vision_config")
             if not isinstance(parts, Mapping):
                 raise ModelLoadError("config.json: vision_config is missing")
             bounds, _ = read_headers(files)
             bounds.check(parts, "config.json: vision_config")
             with bounds.building("config.json: vision_config"):
-                weights = tower_weights(files.weights)
-                tower = open_tower(loaded.config, weights, loaded.model, dtype)
+                weights = tower_weights(files.weights, str(config["model_type"]))
+                tower = open_tower(config, weights, loaded.model, dtype)
             weight_bytes += evaluate(tower)
-        vision = open_vision(tower, loaded.config, settings, encode)
+        vision = open_vision(tower, config, settings, encode)
     except EngineError as error:
         reason = _reason(error)
     return replace(
@@ -433,8 +437,8 @@ def context_length_of(config: Mapping[str, Any]) -> tuple[int, bool]:
 
     With yarn it is at least the original length times the factor, as vLLM computes it.
     """
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
+    inner = (config.get(part) for part in TEXT_PARTS)
+    for part in (config, *(each for each in inner if isinstance(each, dict))):
         for key in _CONTEXT_KEYS:
             value = part.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:

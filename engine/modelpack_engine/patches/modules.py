@@ -168,12 +168,18 @@ def _longcat_ngrams(original: Call, module: Any, input_ids: mx.array, cache: Any
 
 
 @cache
-def _selectors(interleaved: bool, dims: int, *sections: int) -> tuple[mx.array, mx.array]:
-    """Return which elements of a head, bool [dims], height and width rotate."""
+def _selectors(
+    interleaved: bool, in_pairs: bool, width: int, *sections: int
+) -> tuple[mx.array, mx.array]:
+    """Return which elements of a head, bool [width], height and width rotate.
+
+    With `in_pairs`, pairs are two elements that follow each other.
+    """
     axis_of = [axis for axis, size in enumerate(sections) for _ in range(size)]
     if interleaved:  # time, height, width, time, …, and time for the rest
         axis_of = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(sum(sections))]
-    axis_of = axis_of * 2 + [0] * (dims - 2 * len(axis_of))
+    axis_of = [axis for axis in axis_of for _ in range(2)] if in_pairs else axis_of * 2
+    axis_of += [0] * (width - len(axis_of))
     made = tuple(mx.array([axis == each for axis in axis_of]) for each in (1, 2))
     mx.eval(made)
     return made[0], made[1]
@@ -182,8 +188,9 @@ def _selectors(interleaved: bool, dims: int, *sections: int) -> tuple[mx.array, 
 def rotate_by_axes(model: nn.Module, swaps: ClassSwaps) -> None:
     """Rotate rows with M-RoPE positions by them, in models whose config has `mrope_section`.
 
-    A section is the number of pairs that one axis rotates; pair i is elements i and i + dims / 2.
-    With `mrope_interleaved`, axes take turns. Elements after the rotated ones stay as they are.
+    A section is the number of pairs that one axis rotates; pair i is elements i and i + dims / 2,
+    or 2 i and 2 i + 1. With `mrope_interleaved`, axes take turns. Elements after the rotated ones
+    stay as they are.
     """
     text = getattr(getattr(model, "args", None), "text_config", None)
     rope = text.get("rope_scaling") if isinstance(text, dict) else None
@@ -197,7 +204,7 @@ def rotate_by_axes(model: nn.Module, swaps: ClassSwaps) -> None:
         if not axes:
             return original(module, x, offset)
         time, height, width = (original(module, x, axis) for axis in axes)
-        by_height, by_width = _selectors(interleaved, x.shape[-1], *sections)
+        by_height, by_width = _selectors(interleaved, module.traditional, x.shape[-1], *sections)
         return mx.where(by_height, height, mx.where(by_width, width, time))
 
     for _, module in model.named_modules():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.patches.corrections import TEXT_PARTS
 from modelpack_engine.patches.mlx_vlm_imports import is_installed, prepare
 
 
@@ -42,6 +43,13 @@ class VisionClass:
     directions; in Gemma 4, if config.json says so, and in layers with a window. Its text model
     scales all embeddings, and has layers with embeddings of their own, where tokens of pictures are
     `hidden_id`.
+
+    With `language`, mlx-lm has no class for the type, and its classes for language models run those
+    of `text_config`: mlx-lm's model types, by the one in the config. The tower then is mlx-vlm's
+    model without its own language model. `package` is mlx-vlm's folder if its name is not the type,
+    `siglip` the one for towers of SigLIP's, and `part` the token of a part of a picture, if not the
+    placeholder. With `any_res`, embeddings of tiles are put together as LLaVA-OneVision's are,
+    which mlx-vlm does for that class only.
     """
 
     text_types: tuple[str, ...] = ()
@@ -57,6 +65,16 @@ class VisionClass:
     around: str = ""
     bidirectional: bool = False
     hidden_id: int | None = None
+    language: Mapping[str, str] | None = None
+    package: str = ""
+    siglip: str = ""
+    part: str = ""
+    any_res: bool = False
+
+    def folder(self, config: Mapping[str, Any]) -> str:
+        """Return the name of mlx-vlm's package for the model of `config`."""
+        siglip = config["vision_config"].get("model_type") == "siglip_vision_model"
+        return (siglip and self.siglip) or self.package or str(config["model_type"])
 
     def merged(self, config: Mapping[str, Any]) -> int:
         """Return the rows and columns of patches that are one token in the model of `config`."""
@@ -65,10 +83,15 @@ class VisionClass:
 
 
 _QWEN = VisionClass(placeholder="<|image_pad|>", projector="", mrope=True)  # the tower projects
+_LFM2 = VisionClass(language={"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, package="lfm2_vl")
+_LLAMAS = {"llama": "llama", "mistral": "llama"}
+_QWENS = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe"}
 #: The tokens of a picture of Gemma 3, unless config.json says otherwise.
 GEMMA3_TOKENS = 256
 #: The classes by the model type of config.json.
 CLASSES: Mapping[str, VisionClass] = {
+    "aya_vision": VisionClass(language={"cohere2": "cohere2"}, part="<|IMG_PATCH|>"),
+    "deepseek_vl_v2": VisionClass(language={"deepseek_v2": "deepseek_v2"}),
     "gemma3": VisionClass(
         placeholder="<start_of_image>",
         projector="Gemma3MultiModalProjector",
@@ -86,12 +109,33 @@ CLASSES: Mapping[str, VisionClass] = {
         ends="<image|>",
         hidden_id=0,
     ),
+    "glm4v": VisionClass(
+        placeholder="<|image|>", mrope=True, language={"glm4v_text": "glm4", "glm4v": "glm4"}
+    ),
+    "glm4v_moe": VisionClass(
+        placeholder="<|image|>",
+        mrope=True,
+        language={"glm4v_moe_text": "glm4_moe", "glm4v_moe": "glm4_moe"},
+    ),
+    "granite_vision": VisionClass(language={"granite": "granite"}, any_res=True),
     "idefics3": VisionClass(  # the tower alone runs for GGUF
         ("idefics3", "llama", "vllama3"),
         projector="Idefics3Connector",
         parts=("vision_model", "connector"),
     ),
+    "internvl": VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS),
+    "internvl_chat": VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS),
+    "kimi_vl": VisionClass(placeholder="<|media_pad|>", language={"deepseek_v3": "deepseek_v3"}),
+    "lfm2-vl": _LFM2,
+    "lfm2_vl": _LFM2,
     "llava": VisionClass(),
+    "llava_next": VisionClass(
+        language=_LLAMAS | _QWENS | {"granite": "granite"}, siglip="granite_vision", any_res=True
+    ),
+    "llava_onevision": VisionClass(language=_LLAMAS | _QWENS, any_res=True),
+    "minicpmv4_6": VisionClass(
+        placeholder="<|image_pad|>", language={"qwen3_5_text": "qwen3_5.TextModel"}
+    ),
     "mistral3": VisionClass(
         placeholder="[IMG]", projector="Mistral3MultiModalProjector", in_rows=True
     ),
@@ -274,17 +318,31 @@ class _Text:
 _ALIGNMENT = 64
 #: Names of the tensors of vision towers, after an optional "model.".
 _PREFIXES = ("embed_vision.", "multi_modal_projector.", "vision_tower.", "visual.")
+#: Names of tensors that are not of the vision tower of a type with `language`.
+_LANGUAGE = (
+    "language_model.",
+    "language.",
+    "lm_head.",
+    "layers.",
+    "embed_tokens.",
+    "norm.",
+    "mtp.",
+)
 
 
-def tower_weights(paths: Sequence[Path]) -> dict[str, mx.array]:
-    """Return the weights of the vision tower in safetensors files, by the names of `open_tower`."""
+def tower_weights(paths: Sequence[Path], kind: str) -> dict[str, mx.array]:
+    """Return the weights of the vision tower in safetensors files, by the names of `open_tower`.
+
+    `kind` is the model type.
+    """
+    language = CLASSES[kind].language is not None
     return {
         name.removeprefix("model.").replace("visual.", "vision_tower.", 1): array
         for path in paths
         for name, array in cast(
             dict[str, mx.array], mx.load(str(path), format="safetensors")
         ).items()
-        if name.removeprefix("model.").startswith(_PREFIXES)
+        if name.removeprefix("model.").startswith(_LANGUAGE if language else _PREFIXES) != language
     }
 
 
@@ -309,13 +367,17 @@ def open_tower(
         _check_pool(config)
     prepare()
     # Its own class for experts is for the language model.
-    module = "qwen3_5" if kind == "qwen3_5_moe" else kind
+    needs = CLASSES[kind]
+    module = "qwen3_5" if kind == "qwen3_5_moe" else needs.folder(config)
     package: Any = importlib.import_module(f"mlx_vlm.models.{module}")
     table = next(m for name, m in model.named_modules() if name.endswith("embed_tokens"))
     if not weights:
         raise ModelLoadError("the files have no vision tower")
     try:
-        tower = _tower_class(package)(config, table)
+        if needs.language is None:
+            tower = _tower_class(package)(config, table)
+        else:
+            tower = _cut_class(package, any_res=needs.any_res)(config, table)
         given = tower.sanitize(dict(weights))
         if any(name.endswith(".scales") for name in given):
             _quantise(tower, config, given)
@@ -359,6 +421,9 @@ def _check_mrope(config: Mapping[str, Any]) -> None:
     if config["model_type"].startswith("qwen3_5"):  # mlx-vlm takes these to be interleaved
         kinds |= set() if rope.get("mrope_interleaved") is True else {"not interleaved"}
         factor = text.get("partial_rotary_factor")
+        width = int(width * factor) if isinstance(factor, int | float) else 0
+    elif config["model_type"].startswith("glm4v"):
+        factor = text.get("partial_rotary_factor", 0.5)
         width = int(width * factor) if isinstance(factor, int | float) else 0
     if (
         not kinds <= {"default", "mrope"}
@@ -543,3 +608,105 @@ def _tower_class(package: Any) -> Any:
         "sanitize": sanitize,
     }
     return type("VisionTower", (base,), body)
+
+
+def _cut_class(package: Any, *, any_res: bool = False) -> Any:
+    """Return a subclass of mlx-vlm's model without its language model.
+
+    mlx-vlm's LLaVA-NeXT and Granite Vision put a whole tile in the place of each token of a
+    picture; with `any_res`, LLaVA-OneVision's methods take their place, without its limit.
+    """
+    base = encoding = package.Model
+
+    def initialise(self: Any, config: Mapping[str, Any], table: Any) -> None:
+        base.__init__(self, _short_config(package, config))
+        self.language_model = _Text(table)
+
+    def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
+        given = dict(inputs)
+        if inputs and self.config.model_type == "deepseek_vl_v2":
+            return _deepseek_rows(self, inputs)
+        if inputs and (prepared := _PREPARED.get(self.config.model_type)) is not None:
+            given = prepared(token_ids == self.config.image_token_index, inputs)
+        made = encoding.get_input_embeddings(self, token_ids[None], **given)
+        return cast(mx.array, made.inputs_embeds[0])
+
+    def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        own: Any = super(tower, self)
+        if hasattr(own, "sanitize"):
+            weights = own.sanitize(weights)
+        part: Any = next(m for m in self.modules() if isinstance(m, package.VisionModel))
+        return cast(dict[str, mx.array], part.sanitize(weights))
+
+    body: dict[str, Any] = {
+        "__init__": initialise,
+        "__module__": base.__module__,
+        "embed": embed,
+        "sanitize": sanitize,
+    }
+    if any_res:
+        encoding = importlib.import_module("mlx_vlm.models.llava_onevision").Model
+        if encoding is not base:
+            body["max_num_patches"] = _MOST_PATCHES
+    tower = type("VisionTower", tuple(dict.fromkeys((encoding, base))), body)
+    return tower
+
+
+def _deepseek_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Return the embeddings of a picture: its rows, a separator, and the rows of all tiles.
+
+    mlx-vlm's own function gave two different results for one picture, in turns (0.7.10, on a CPU).
+    """
+    pixels = inputs["pixel_values"][0].transpose(0, 2, 3, 1)
+    features = tower.projector(tower.vision(pixels)[0])
+    columns, rows = np.array(inputs["images_spatial_crop"])[0, 0].tolist()
+    side, width = math.isqrt(features.shape[1]), features.shape[-1]
+
+    def ended(grid: mx.array) -> mx.array:
+        ends = mx.broadcast_to(tower.image_newline, (grid.shape[0], 1, width))
+        return mx.concatenate([grid, ends], axis=1).reshape(-1, width)
+
+    tiles = features[1:].reshape(rows, columns, side, side, width).swapaxes(1, 2)
+    parts = [
+        ended(features[0].reshape(side, side, width)),
+        tower.view_separator[None],
+        ended(tiles.reshape(rows * side, columns * side, width)),
+    ]
+    return mx.concatenate(parts if tower.global_view_pos == "head" else parts[::-1])
+
+
+def _minicpm_arguments(placed: mx.array, inputs: Mapping[str, mx.array]) -> dict[str, Any]:
+    """Return the views, whose patches are in one array, as a list."""
+    patch = inputs["pixel_values"].shape[1]
+    ends = np.cumsum(np.prod(np.array(inputs["tgt_sizes"]), axis=1) * patch)[:-1].tolist()
+    (rows,) = np.nonzero(np.array(placed))
+    return {
+        "pixel_values": [mx.split(inputs["pixel_values"], ends, axis=-1)],
+        "tgt_sizes": [inputs["tgt_sizes"]],
+        "image_bound": [np.stack([rows, rows + 1], axis=-1)],
+    }
+
+
+#: By model type, what mlx-vlm's model is called with: from the rows of a picture, bool [rows], and
+#: the inputs of the encoder.
+_PREPARED: Mapping[str, Callable[[mx.array, Mapping[str, mx.array]], dict[str, Any]]] = {
+    "minicpmv4_6": _minicpm_arguments,
+}
+
+#: More than any picture has: no picture is scaled down.
+_MOST_PATCHES = 1 << 60
+
+
+def _short_config(package: Any, config: Mapping[str, Any]) -> Any:
+    """Return mlx-vlm's config of a model whose language model has one layer: it is replaced."""
+    given = dict(config)
+    text = next((given[part] for part in TEXT_PARTS if isinstance(given.get(part), Mapping)), given)
+    given["text_config"] = {"eos_token_id": None, **text, "num_hidden_layers": 1}
+    made = package.ModelConfig.from_dict(given)
+    for name in ("text", "vision", "perceiver", "projector"):
+        kind = getattr(package, f"{name.title()}Config", None)
+        if kind is not None:
+            setattr(made, f"{name}_config", kind.from_dict(dict(given.get(f"{name}_config") or {})))
+    made.image_grid_pinpoints = given.get("image_grid_pinpoints")
+    made.image_token_index = given["image_token_index"]
+    return made

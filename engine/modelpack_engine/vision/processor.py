@@ -16,24 +16,29 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modelpack_engine.errors import RETRY_AFTER, ModelLoadError, QueueFullError, RequestError
+from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import Media
+from modelpack_engine.vision.layouts import LAYOUTS, MAX_SIDE, PROCESSORS, SETTINGS, ImageProcessor
 from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, VisionClass
 
-#: The largest side, in pixels, to which a preprocessor_config.json may scale pictures.
-MAX_SIDE = 8192
 #: Bytes of the encoder's inputs that all unfinished requests of a model hold together.
 MAX_INPUT_BYTES = 2 * 1024 * 1024 * 1024
-_SIZES = ("size", "max_image_size", "crop_size", "pad_size")
+_SIZES = ("size", "max_image_size", "crop_size", "pad_size", "tile_size", "scale_resolution")
 #: The inputs that mlx-vlm's models take, among those that image processors return.
 _INPUTS = (
-    "pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "image_position_ids",
+    "pixel_values", "pixel_attention_mask", "image_grid_thw", "image_grid_hws", "image_sizes",
+    "image_position_ids", "images_spatial_crop", "spatial_shapes", "tgt_sizes",
 )  # fmt: skip
+#: Fields of an image processor with a number of tiles of a picture.
+_TILES = ("max_patches", "max_tiles", "max_image_tiles", "max_slice_nums")
+#: Fields of config.json with the id of the token of pictures.
+_TOKEN_IDS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
 
 #: Returns the token ids of a text, in which special tokens are recognised.
 Encode = Callable[[str], list[int]]
@@ -87,14 +92,6 @@ class InputMemory:
             self.nbytes -= nbytes
 
 
-class _ImageProcessor(Protocol):
-    """An image processor of transformers."""
-
-    def __call__(self, images: Any, **options: Any) -> Mapping[str, Any]: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
 class PictureProcessor:
     """Places pictures in prompts of one model. Any thread may use it.
 
@@ -110,10 +107,11 @@ class PictureProcessor:
         """
         self._kind = str(config["model_type"])
         self.image_token = CLASSES[self._kind].placeholder
+        config = with_image_token(config, encode)
         self._config, self._encode = config, encode
         ids = encode(self.image_token)
-        soft = self._needs.soft or self.image_token
-        soft_id = config.get("image_token_id", config.get("image_token_index"))
+        soft = self._needs.soft or self._needs.part or self.image_token
+        soft_id: Any = config.get("image_token_id", config.get("image_token_index"))
         if len(ids) != 1 or encode(soft) != [soft_id]:
             raise ModelLoadError(f"{soft!r} is not the token {soft_id} of config.json")
         self.image_token_id, self._soft_id = ids[0], soft_id
@@ -158,13 +156,14 @@ class PictureProcessor:
                 placed.append(token_id)
                 continue
             check_room(len(placed) + len(token_ids) - position)
-            made = self._media(next(left), len(placed))
+            made = self._media(next(left), len(placed), len(media), len(pictures))
             self.memory.add(made, sum(each.nbytes for each in media))
             media.append(made)
             placed += made.token_ids
         return placed, tuple(media)
 
-    def _media(self, picture: Picture, start: int) -> Media:
+    def _media(self, picture: Picture, start: int, index: int, count: int) -> Media:
+        """Return the tokens and inputs of a picture: that with this index among `count`."""
         from PIL import Image
 
         images: list[Any] = [Image.fromarray(picture.pixels)]
@@ -173,14 +172,16 @@ class PictureProcessor:
             images, options = [images], {"return_row_col_info": True}
         elif self._needs.in_rows:
             options["patch_size"] = {"height": self._token_side, "width": self._token_side}
+        if self._kind in PROCESSORS:
+            options["count"] = count
         try:
-            made = self._image_processor(images, return_tensors="np", **options)
+            made = {**self._image_processor(images, return_tensors="np", **options), "index": index}
             inputs = {name: np.asarray(made[name]) for name in _INPUTS if name in made}
             if (places := inputs.get("image_position_ids")) is not None:  # without padding
-                count = int((places[0, :, 0] >= 0).sum())
-                inputs = {name: array[:, :count].copy() for name, array in inputs.items()}
+                kept = int((places[0, :, 0] >= 0).sum())
+                inputs = {name: array[:, :kept].copy() for name, array in inputs.items()}
             tokens = self._encode(self._text(made, inputs["pixel_values"]))
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             height, width = picture.pixels.shape[:2]
             raise RequestError(
                 f"{picture.param}: the picture of {width} x {height} pixels cannot be processed:"
@@ -192,7 +193,8 @@ class PictureProcessor:
             frames, height, width = inputs["image_grid_thw"][0].tolist()
             merge = self._merge
             grid = frames, height // merge, width // merge
-        digest = hashlib.sha256(self._settings_digest + picture.digest()).digest()
+        known = np.array(tokens, np.int32).tobytes()  # may depend on the other pictures
+        digest = hashlib.sha256(self._settings_digest + known + picture.digest()).digest()
         spans = ((1, len(tokens) - 1),) if self.largest_span else ()
         return Media(
             start, tuple(tokens), digest, inputs, picture.param, grid, spans, self._kind == "gemma4"
@@ -240,6 +242,8 @@ class PictureProcessor:
     def _text(self, made: Mapping[str, Any], pixels: NDArray[Any]) -> str:
         """Return the text that stands for a picture."""
         needs = self._needs
+        if (layout := LAYOUTS.get(self._kind)) is not None:
+            return layout(self._config, made)
         if needs.soft:
             counts = made.get("num_soft_tokens_per_image")
             count = self.largest_span if counts is None else int(counts[0])
@@ -276,6 +280,23 @@ class PictureProcessor:
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
 
 
+def with_image_token(config: Mapping[str, Any], encode: Encode) -> dict[str, Any]:
+    """Return config.json with the id of the token of pictures under both usual names.
+
+    That of a type without `language` is left as it is. Raises `ModelLoadError` if it is another one
+    than that of the tokenizer.
+    """
+    needs = CLASSES[config["model_type"]]
+    if needs.language is None:
+        return dict(config)
+    token = needs.part or needs.placeholder
+    ids = encode(token)
+    named = next((config[name] for name in _TOKEN_IDS if config.get(name) is not None), None)
+    if len(ids) != 1 or named not in (None, ids[0]):
+        raise ModelLoadError(f"{token!r} is not the token {named} of config.json")
+    return {**config, "image_token_id": ids[0], "image_token_index": ids[0]}
+
+
 def _check_patches(settings: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
     """Raise `ModelLoadError` unless the settings are for the vision tower, and not too large."""
     for name, default in (("patch_size", 16), ("pooling_kernel_size", 3)):
@@ -290,11 +311,13 @@ def _check_patches(settings: Mapping[str, Any], vision: Mapping[str, Any]) -> No
         )
 
 
-def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> _ImageProcessor:
+def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> ImageProcessor:
     """Return the image processor of transformers for these settings; it runs no code of models."""
     inner = settings.get("image_processor")  # transformers 5 writes it in processor_config.json
     settings = dict(inner if isinstance(inner, Mapping) else settings)
     settings.pop("auto_map", None)
+    if (change := SETTINGS.get(config["model_type"])) is not None:
+        settings = change(config, settings)
     in_pixels = CLASSES[config["model_type"]].mrope  # sizes are numbers of pixels, not sides
     limit = MAX_SIDE**2 if in_pixels else MAX_SIDE
     for name in (*_SIZES, "min_pixels", "max_pixels"):
@@ -304,6 +327,13 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
                 raise ModelLoadError(
                     f"preprocessor_config.json: {name} is {value}, the limit is {limit}"
                 )
+    _check_tiles(settings)
+    if (own := PROCESSORS.get(config["model_type"])) is not None:
+        prepare()
+        try:
+            return own(config, settings)
+        except (ImportError, LookupError, TypeError, ValueError) as error:
+            raise ModelLoadError(f"preprocessor_config.json: {error}") from error
     from transformers import AutoImageProcessor
 
     with tempfile.TemporaryDirectory(prefix="modelpack-") as directory:
@@ -311,9 +341,23 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
         (path / "preprocessor_config.json").write_text(json.dumps(settings))
         (path / "config.json").write_text(json.dumps({"model_type": config["model_type"]}))
         try:
-            made: _ImageProcessor = AutoImageProcessor.from_pretrained(
+            made: ImageProcessor = AutoImageProcessor.from_pretrained(
                 directory, backend="pil", trust_remote_code=False, local_files_only=True
             )
         except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
             raise ModelLoadError(f"preprocessor_config.json: {error}") from error
     return made
+
+
+def _check_tiles(settings: Mapping[str, Any]) -> None:
+    """Raise `ModelLoadError` for tiles that have more pixels together than a picture may have."""
+    size = settings.get("size")
+    sides = list(size.values()) if isinstance(size, Mapping) else [size]
+    sides += [settings.get("tile_size"), settings.get("scale_resolution")]
+    side = max((value for value in sides if isinstance(value, int)), default=1)
+    for name in _TILES:
+        count = settings.get(name)
+        if isinstance(count, int) and not 0 < count * side**2 <= MAX_SIDE**2:
+            raise ModelLoadError(
+                f"preprocessor_config.json: {name} is {count}, for tiles of {side} pixels a side"
+            )

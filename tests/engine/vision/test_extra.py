@@ -29,7 +29,8 @@ def test_it_imports_model_and_processor_modules_only() -> None:
     """None of mlx-vlm's own dependencies but transformers and Pillow."""
     code = (
         "import sys; from tests.engine.vision import tiny; tiny.tiny_engine('idefics3');"
-        "tiny.tiny_engine('llava');"
+        "[tiny.tiny_loaded(kind) for kind in ('llava', 'aya_vision', 'glm4v', 'internvl',"
+        " 'kimi_vl', 'lfm2_vl', 'llava_next', 'llava_onevision')];"
         "heavy = 'cv2 datasets miniaudio mlx_audio pandas pyarrow scipy torch'.split();"
         "print([n for n in heavy + ['mlx_vlm.generate', 'mlx_vlm.utils'] if n in sys.modules])"
     )

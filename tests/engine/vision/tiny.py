@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import warnings
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +27,8 @@ from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
+from tests.engine.vision import specimens
+from tests.engine.vision.specimens import SPECIMENS
 
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
 #: With recurrent layers, and a part of each head rotated.
@@ -35,9 +39,10 @@ MISTRAL = ("mistral3", "pixtral")
 WHOLE = ("gemma3", "gemma4")
 #: The rows that steps need beside those of tests, as pictures are large and never split.
 ROWS = {"gemma4": 72}
-KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN)
-#: Those that take long.
-SLOW = ("gemma4", *HYBRID)
+MROPE = (*QWEN, "glm4v", "glm4v_moe")
+KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN, *SPECIMENS)
+#: Those that take long, or that others stand for.
+SLOW = ("gemma4", *HYBRID, *({*SPECIMENS} - {"glm4v", "internvl_chat"}))
 
 
 def kinds(*names: str) -> list[Any]:
@@ -52,7 +57,7 @@ SPECIAL = [
     "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>",
     "[IMG]", "[IMG_BREAK]", "[IMG_END]",
     "<start_of_image>", "<image_soft_token>", "<end_of_image>",
-    "<|image>", "<|image|>", "<image|>",
+    "<|image>", "<|image|>", "<image|>", *specimens.SPECIAL,
 ]  # fmt: skip
 IMAGE = EOS + 1
 PAD, START, END, VIDEO, IMG = (EOS + index for index in range(20, 25))
@@ -93,6 +98,8 @@ _NAMED = {
 
 def config_of(kind: str) -> dict[str, Any]:
     """Return config.json of a tiny model."""
+    if kind in SPECIMENS:
+        return copy.deepcopy(SPECIMENS[kind].config)
     if kind in HYBRID:
         text = {
             **_TEXT, "model_type": f"{kind}_text", "head_dim": 16, "attention_bias": False,
@@ -238,6 +245,8 @@ def config_of(kind: str) -> dict[str, Any]:
 
 def settings_of(kind: str) -> dict[str, Any]:
     """Return preprocessor_config.json of a tiny model."""
+    if kind in SPECIMENS:
+        return copy.deepcopy(SPECIMENS[kind].settings)
     if kind in QWEN:
         return {
             "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2,
@@ -275,6 +284,8 @@ def settings_of(kind: str) -> dict[str, Any]:
 
 def placeholder(kind: str) -> str:
     """Return the token of pictures in a kind's chat template."""
+    if kind in SPECIMENS:
+        return SPECIMENS[kind].prompt
     if kind in WHOLE:
         return {"gemma3": "<start_of_image>", "gemma4": "<|image|>"}[kind]
     if kind in MISTRAL:
@@ -294,6 +305,9 @@ def arguments_of(kind: str) -> tuple[Any, Any]:
     prepare()
     config = config_of(kind)
     package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
+    for part in ("language_config", "llm_config"):
+        if part in config:
+            config["text_config"] = config.pop(part)
     arguments = package.ModelConfig.from_dict(dict(config))
     text = config.get("text_config") or {k: v for k, v in config.items() if k != "vision_config"}
     arguments.text_config = package.TextConfig.from_dict(text)
@@ -317,7 +331,8 @@ def directory(kind: str) -> Path:
     config = config_of(kind)
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
-    mx.random.seed(8 if kind in ("qwen3_5", "qwen3_vl_moe") else 5)  # answers depend on all
+    seed = SPECIMENS[kind].seed if kind in SPECIMENS else 5
+    mx.random.seed(8 if kind in ("qwen3_5", "qwen3_vl_moe") else seed)  # answers depend on all
     weights = {}
     for name, value in tree_flatten(model.parameters()):
         scale = 0.2 if value.ndim == 1 else 1.6 / value.shape[-1] ** 0.5
@@ -336,8 +351,11 @@ def directory(kind: str) -> Path:
         "tokenizer_config.json": {
             "eos_token": "<eos>", "chat_template": prompt_of(placeholder(kind), TEMPLATE),
             "tokenizer_class": "PreTrainedTokenizerFast", **_NAMED.get(kind, {}),
+            **({"pad_token": "<eos>"} if kind in SPECIMENS else {}),
         },
     }  # fmt: skip
+    if kind in SPECIMENS:
+        documents |= SPECIMENS[kind].documents
     for name, document in documents.items():
         (path / name).write_text(json.dumps(document))
     _tokenizer().save(str(path / "tokenizer.json"))
@@ -375,7 +393,9 @@ def request(
 ) -> EngineRequest:
     """Return a greedy request of a text with <image> in the places of the pictures."""
     assert engine.vision is not None
-    text = prompt_of(engine.vision.processor.image_token, text)
+    kind = engine.vision.processor._kind
+    known = SPECIMENS[kind].prompt if kind in SPECIMENS else engine.vision.processor.image_token
+    text = prompt_of(known, text)
     if pictures:
         text = engine.vision.processor.with_spaces(text)
     ids, media = engine.tokenizer.encode(text, add_special_tokens=False), ()
@@ -405,6 +425,14 @@ def _peer(kind: str) -> tuple[Any, Any]:
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
     model.load_weights(str(path / "model.safetensors"))
+    model.eval()
+    if kind in SPECIMENS:
+        module, _, name = SPECIMENS[kind].processor.partition(":")
+        found: Any = importlib.import_module(f"mlx_vlm.models.{module}")
+        made = getattr(found, name).from_pretrained(path)
+        if kind == "kimi_vl":  # mlx-vlm looks for it in a dict's attributes
+            made.image_processor.patch_size = 4
+        return model, made
     of = "qwen3_vl" if kind in HYBRID else kind.removesuffix("_moe")
     processor_module: Any = importlib.import_module(f"mlx_vlm.models.{of}.processing_{of}")
     names = {
@@ -457,6 +485,26 @@ def _pictures_seen(kind: str, ids: list[int], seen: bool) -> Iterator[None]:
         module.create_attention_mask = native
 
 
+def _inputs(kind: str, processor: Any, text: str, images: list[Any]) -> dict[str, Any]:
+    """Return what mlx-vlm's processor makes of a prompt for a specimen."""
+    specimen = SPECIMENS[kind]
+    text = text if specimen.peer == "<image>" else prompt_of(specimen.prompt, text)
+    if not images:
+        return {"input_ids": mx.array(processor.tokenizer([text])["input_ids"])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Pillow's getdata
+        if specimen.call is not None:
+            made = specimen.call(processor, images, text)
+        else:
+            made = processor(images=images, text=[text])
+    return {name: mx.array(np.array(v)) if _is_array(v) else v for name, v in made.items()}
+
+
+def _is_array(value: object) -> bool:
+    """Return whether a processor's output is an array for mlx-vlm, not a list of arrays."""
+    return isinstance(value, np.ndarray) or (isinstance(value, list) and type(value[0]) is not list)
+
+
 def expected(
     kind: str, text: str, pictures: list[Picture], count: int = 8, *, seen: bool = True
 ) -> list[int]:
@@ -469,15 +517,20 @@ def expected(
 
     model, processor = _peer(kind)
     images = [Image.fromarray(each.pixels) for each in pictures]
-    text = prompt_of(placeholder(kind), text)
-    inputs = processor(images=images or None, text=[text])
+    if kind in SPECIMENS:
+        inputs = _inputs(kind, processor, text, images)
+    else:
+        inputs = processor(images=images or None, text=[prompt_of(placeholder(kind), text)])
     ids = mx.array(inputs.pop("input_ids"))
     pixels = inputs.pop("pixel_values", None)
     mask = inputs.pop("attention_mask", None)
     inputs.pop("mm_token_type_ids", None)
     if kind == "gemma3":
         inputs["mask"] = mx.array(mask)
-    features = model.get_input_embeddings(ids, pixels, **inputs)
+    if pixels is not None and kind in SPECIMENS and SPECIMENS[kind].embed is not None:
+        features = SimpleNamespace(inputs_embeds=SPECIMENS[kind].embed(model, ids, pixels, inputs))
+    else:
+        features = model.get_input_embeddings(ids, pixels, **inputs)
     cache_ = make_prompt_cache(model.language_model)
     found: list[int] = []
     # As in mlx_vlm.generate: the positions of the prompt, and their distance to those after it.

@@ -1,0 +1,143 @@
+"""The language model of a multimodal model whose type mlx-lm does not have.
+
+mlx-lm has classes for some multimodal model types, and for the language models of many more. Here
+such a language model becomes a model of the whole file's type, which keeps its tensors under
+`language_model.` and leaves out those of the vision tower. Types are those of `CLASSES` with
+`language`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models.model_config import completed
+from modelpack_engine.patches.corrections import TEXT_PARTS, Classes, corrected
+from modelpack_engine.vision.models import CLASSES
+
+_PREFIX = "language_model."
+
+
+def language_classes(config: Mapping[str, Any]) -> Classes | None:
+    """Return what chooses the classes of a model whose language model mlx-lm has; None for others.
+
+    Raises `ModelLoadError` for a language model that was not tested in this place.
+    """
+    kind = str(config.get("model_type"))
+    known = CLASSES[kind].language if kind in CLASSES else None
+    if known is None:
+        return None
+    part = _text_part(config)
+    text_type = config[part].get("model_type")
+    if not isinstance(text_type, str) or text_type not in known:
+        raise ModelLoadError(
+            f"config.json: {part}.model_type {str(text_type)[:50]!r} is not supported for"
+            f" {kind}; expected one of {', '.join(known)}"
+        )
+    name = known[text_type]
+    if name == "deepseek_v2" and not config[part].get("kv_lora_rank"):
+        name = "deepseek"  # DeepSeek-VL2 Tiny: experts without latent attention
+
+    def choose(config: dict[str, Any]) -> tuple[type[Module], type]:
+        from mlx_lm.utils import _get_classes
+
+        module, _, inner = name.partition(".")
+        made, arguments = corrected(_get_classes)({**config[part], "model_type": module})
+        if inner:
+            found: Any = importlib.import_module(made.__module__)
+            made, arguments = getattr(found, inner), getattr(found, f"{inner}Args")
+        return _model_class(made), _arguments_class(arguments, part, name)
+
+    return choose
+
+
+def _text_part(config: Mapping[str, Any]) -> str:
+    found = [part for part in TEXT_PARTS if isinstance(config.get(part), Mapping)]
+    if not found:
+        raise ModelLoadError("config.json: text_config is missing")
+    return found[0]
+
+
+def _arguments_class(inner: Any, part: str, name: str) -> type:
+    """Return a class whose `from_dict` makes mlx-lm's arguments from a part of config.json."""
+
+    class Arguments:
+        #: The model type whose fields `config_guard` checks in the part.
+        text_type = name
+
+        @classmethod
+        def from_dict(cls, config: Mapping[str, Any]) -> Any:
+            text = completed({**config[part], "model_type": name.partition(".")[0]}, inner)
+            if name == "deepseek_v2" and not text.get("rope_scaling"):  # mlx-lm's needs one
+                text["rope_scaling"] = {"type": "yarn", "factor": 1.0}
+            made = SimpleNamespace(model_type=config["model_type"], text_config=text)
+            made.inner = inner.from_dict(text)
+            return made
+
+    Arguments.__module__ = inner.__module__
+    return Arguments
+
+
+class _Rows:
+    """Stands for a table of embeddings in a call that has them already."""
+
+    def __init__(self, rows: mx.array, table: Any) -> None:
+        self._rows, self._table = rows, table
+
+    def __call__(self, token_ids: mx.array) -> mx.array:
+        return self._rows
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Multiply by the table, as a model with tied embeddings does at its end."""
+        return self._table.as_linear(x)  # type: ignore[no-any-return]
+
+
+def _model_class(inner: Any) -> type[Module]:
+    """Return a class of models with one of mlx-lm's as `language_model`."""
+
+    def initialise(self: Any, args: Any) -> None:
+        Module.__init__(self)
+        self.args, self.model_type = args, args.model_type
+        self.language_model = inner(args.inner)
+
+    def call(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: Any = None) -> Any:
+        if input_embeddings is None:
+            return self.language_model(inputs, cache=cache)
+        decoder = self.language_model.model
+        table = decoder.embed_tokens
+        decoder.embed_tokens = _Rows(input_embeddings, table)  # many classes accept no embeddings
+        try:
+            return self.language_model(inputs, cache=cache)
+        finally:
+            decoder.embed_tokens = table
+
+    def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        kept = {}
+        for name, value in weights.items():
+            name = name.replace("model.language_model.", "language_model.model.", 1)
+            if name.startswith("language."):
+                name = f"{_PREFIX}{name.removeprefix('language.')}"
+            if name.startswith("lm_head."):
+                name = f"{_PREFIX}{name}"
+            if name.startswith(_PREFIX):
+                kept[name.removeprefix(_PREFIX)] = value
+        if hasattr(inner, "sanitize"):
+            kept = self.language_model.sanitize(kept)
+        return {f"{_PREFIX}{name}": value for name, value in kept.items()}
+
+    body: dict[str, Any] = {
+        "__call__": call,
+        "__init__": initialise,
+        "__module__": inner.__module__,
+        "layers": property(lambda self: self.language_model.layers),
+        "sanitize": sanitize,
+    }
+    if hasattr(inner, "make_cache"):
+        body["make_cache"] = lambda self: self.language_model.make_cache()
+    return type("Model", (Module,), body)

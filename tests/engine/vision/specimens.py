@@ -1,0 +1,438 @@
+"""Tiny models of the types that `tiny` has no branch for: one `Specimen` each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+EOS = 256
+IMAGE = EOS + 1
+#: Special tokens after those of `tiny`, which end at 288.
+SPECIAL = [
+    "<|begin_of_image|>", "<|end_of_image|>", "<|video|>", "<img>", "</img>",
+    "<IMG_CONTEXT>", "<|media_pad|>", "<|media_start|>", "<|media_content|>", "<|media_end|>",
+    "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>",
+    "<|IMG_PATCH|>", "<image_id>", "</image_id>", "</image>", "<slice>", "</slice>", "<unk>",
+    *(f"<|img_row_{y}_col_{x}|>" for y in range(1, 4) for x in range(1, 4)),
+]  # fmt: skip
+GLM_IMAGE = 287
+GLM_START, GLM_END, GLM_VIDEO, _, _, CONTEXT, MEDIA = range(289, 296)
+PATCH = 304
+PAD, START, END, VIDEO = (EOS + index for index in range(20, 24))
+VOCABULARY = 320
+
+TEXT: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "hidden_size": 32, "num_attention_heads": 2, "patch_size": 4, "num_hidden_layers": 2,
+    "intermediate_size": 48, "num_channels": 3, "image_size": 16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Specimen:
+    """Configs of a tiny model, and the processor of mlx-vlm that prepares its prompts.
+
+    `prompt` is what a chat template writes for a picture, `peer` the same for mlx-vlm's processor.
+    `call` calls the processor, if it is not called as transformers' are. `embed` takes the place of
+    mlx-vlm's `get_input_embeddings`: of a model, token ids, pixels and other inputs.
+    """
+
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    processor: str
+    prompt: str
+    peer: str = ""
+    documents: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    call: Callable[[Any, list[Any], str], dict[str, Any]] | None = None
+    embed: Callable[[Any, mx.array, mx.array, Mapping[str, Any]], mx.array] | None = None
+    seed: int = 5
+
+
+def _packed(model: Any, ids: mx.array, pixels: mx.array, inputs: Mapping[str, Any]) -> mx.array:
+    """Return the embeddings of a prompt as LLaVA-NeXT's paper and transformers put tiles together.
+
+    mlx-vlm puts each tile of the first picture in the place of one token.
+    """
+    config = model.config
+    rows = np.array(model.language_model.model.embed_tokens(ids))
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    found = []
+    for picture, (height, width) in zip(pixels, inputs["image_sizes"].tolist(), strict=True):
+        best = max(
+            POINTS,
+            key=lambda point: (
+                min(
+                    int(width * min(point[1] / width, point[0] / height))
+                    * int(height * min(point[1] / width, point[0] / height)),
+                    height * width,
+                ),
+                -point[0] * point[1],
+            ),
+        )
+        down, across = best[0] // 16, best[1] // 16
+        *_, states = model.vision_tower(
+            picture[: 1 + down * across].transpose(0, 2, 3, 1), output_hidden_states=True
+        )
+        layers = config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        first = 1 if config.vision_feature_select_strategy == "default" else 0
+        chosen = mx.concatenate([states[layer][:, first:] for layer in layers], axis=-1)
+        features = np.array(model.multi_modal_projector(chosen))
+        whole, tiles = features[0], features[1:]
+        grid = tiles.reshape(down, across, side, side, -1).transpose(0, 2, 1, 3, 4)
+        grid = grid.reshape(down * side, across * side, -1)
+        if width / height > best[1] / best[0]:
+            cut = (len(grid) - int(height * grid.shape[1] / width)) // 2
+            grid = grid[cut : len(grid) - cut]
+        else:
+            cut = (grid.shape[1] - int(width * len(grid) / height)) // 2
+            grid = grid[:, cut : grid.shape[1] - cut]
+        ends = np.broadcast_to(np.array(model.image_newline), (len(grid), 1, grid.shape[-1]))
+        grid = np.concatenate([grid, ends], axis=1)
+        found.append(np.concatenate([whole, grid.reshape(-1, grid.shape[-1])]))
+    rows[0, np.array(ids)[0] == config.image_token_index] = np.concatenate(found)
+    return mx.array(rows)
+
+
+POINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
+
+
+def _any_res(kind: str, text: dict[str, Any], **vision: Any) -> Specimen:
+    name = {
+        "granite_vision": "GraniteVision", "llava_next": "LlavaNext",
+        "llava_onevision": "LlavaOnevision",
+    }[kind]  # fmt: skip
+    is_clip = vision["model_type"].startswith("clip")
+    processor = "LlavaOnevision" if kind == "llava_onevision" else "LlavaNext"
+    return Specimen(
+        config={
+            "model_type": kind, "text_config": TEXT | text, "vocab_size": VOCABULARY,
+            "vision_config": VISION | vision, "image_token_index": IMAGE,
+            "image_grid_pinpoints": POINTS, "vision_aspect_ratio": "anyres_max_2",
+            "vision_feature_layer": {"granite_vision": [-2, -1], "llava_next": -2}.get(kind, -1),
+            "vision_feature_select_strategy": "default" if is_clip else "full",
+        },
+        settings={
+            "image_processor_type": f"{processor}ImageProcessor", "do_convert_rgb": True,
+            "size": {"shortest_edge": 16} if is_clip else {"height": 16, "width": 16},
+            "crop_size": {"height": 16, "width": 16}, "image_grid_pinpoints": POINTS,
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+        },
+        processor=f"{kind}.processing_{kind}:{name}Processor",
+        prompt="<image>",
+        documents={
+            "processor_config.json": {
+                "patch_size": 4, "num_image_tokens": 16,
+                "vision_feature_select_strategy": "default" if is_clip else "full",
+                "num_additional_image_tokens": int(is_clip),
+            },
+        },
+        embed=None if kind == "llava_onevision" else _packed,
+    )  # fmt: skip
+
+
+def _glm(moe: bool) -> Specimen:
+    kind = "glm4v_moe" if moe else "glm4v"
+    text = {
+        **TEXT, "model_type": f"{kind}_text", "attention_bias": True, "partial_rotary_factor": 0.5,
+        "eos_token_id": [EOS],
+        "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    if moe:
+        text |= {
+            "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+            "moe_intermediate_size": 32, "n_shared_experts": 1, "routed_scaling_factor": 1.0,
+            "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
+            "use_qk_norm": False, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        }  # fmt: skip
+    return Specimen(
+        config={
+            "model_type": kind, "text_config": text, "image_token_id": GLM_IMAGE,
+            "video_token_id": GLM_VIDEO, "image_start_token_id": GLM_START,
+            "vision_start_token_id": GLM_START, "vision_end_token_id": GLM_END,
+            "vocab_size": VOCABULARY,
+            "vision_config": {
+                "model_type": f"{kind}_vision", "depth": 2, "hidden_size": 32,
+                "intermediate_size": 48, "out_hidden_size": 64, "num_heads": 2, "patch_size": 4,
+                "spatial_merge_size": 2, "temporal_patch_size": 2, "image_size": 16,
+                "in_channels": 3, "rms_norm_eps": 1e-5,
+            },
+        },
+        settings={
+            "image_processor_type": "Glm4vImageProcessor", "patch_size": 4, "merge_size": 2,
+            "temporal_patch_size": 2, "size": {"shortest_edge": 2048, "longest_edge": 4096},
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+        },
+        processor=f"{kind}.processing:Glm46V{'MoE' if moe else ''}Processor",
+        prompt="<|begin_of_image|><|image|><|end_of_image|>",
+    )  # fmt: skip
+
+
+def _internvl_hf() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "internvl", "downsample_ratio": 0.5, "image_token_id": CONTEXT,
+            "text_config": {**TEXT, "model_type": "qwen3", "head_dim": 16}, "image_seq_length": 4,
+            "vision_config": {**VISION, "model_type": "internvl_vision", "patch_size": [4, 4],
+                              "image_size": [16, 16]},
+        },
+        settings={
+            "image_processor_type": "GotOcr2ImageProcessorFast", "crop_to_patches": False,
+            "max_patches": 12, "min_patches": 1, "size": {"height": 16, "width": 16},
+            "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+        },
+        processor="internvl.processing_internvl:InternVLProcessor",
+        prompt="<IMG_CONTEXT>",
+        documents={"processor_config.json": {"image_seq_length": 4}},
+    )  # fmt: skip
+
+
+def _hybrid() -> dict[str, Any]:
+    """Return the text_config of a small Qwen 3.5."""
+    text = {
+        **TEXT, "model_type": "qwen3_5_text", "num_hidden_layers": 4, "head_dim": 16,
+        "full_attention_interval": 2, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": 16,
+        "attention_bias": False,
+        "rope_parameters": {
+            "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+            "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        },
+    }  # fmt: skip
+    del text["rope_theta"]
+    return text
+
+
+def _internvl() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "internvl_chat", "max_dynamic_patch": 3, "min_dynamic_patch": 1,
+            "llm_config": {**TEXT, "model_type": "qwen2", "rms_norm_eps": 1e-6},
+            "vision_config": {
+                **VISION, "model_type": "intern_vit_6b", "qkv_bias": True,
+                "norm_type": "layer_norm", "qk_normalization": False,
+            },
+            "downsample_ratio": 0.5, "use_thumbnail": True, "force_image_size": 16,
+        },
+        settings={"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 16, "size": 16},
+        processor="internvl_chat.processor:InternVLChatProcessor",
+        prompt="<IMG_CONTEXT>",
+        peer="<image>",
+    )  # fmt: skip
+
+
+def _aya() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "aya_vision", "image_token_index": PATCH, "downsample_factor": 2,
+            "alignment_intermediate_size": 48, "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "text_config": {
+                **TEXT, "model_type": "cohere2", "head_dim": 16, "logit_scale": 0.5,
+                "layer_norm_eps": 1e-5, "sliding_window": 24, "sliding_window_pattern": 2,
+                "num_hidden_layers": 4, "tie_word_embeddings": True,
+            },
+            "vision_config": {**VISION, "model_type": SIGLIP},
+        },
+        settings={
+            "image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True,
+            "max_patches": 3, "min_patches": 1, "size": {"height": 16, "width": 16},
+            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        },
+        processor="aya_vision.processing_aya_vision:AyaVisionOutputProcessor",
+        prompt="<image>",
+        documents={
+            "processor_config.json": {
+                "patch_size": 4, "downsample_factor": 2, "img_size": 16,
+                "processor_class": "AyaVisionProcessor",
+            },
+        },
+    )  # fmt: skip
+
+
+def _call_deepseek(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
+    processor.tokenizer.bos_token = "<eos>"
+    made = processor.process_one(prompt=text, images=images)
+    return {
+        "input_ids": made.input_ids[None][:, 1:],  # it adds a token at the start
+        "pixel_values": made.images[None],
+        "images_spatial_crop": made.images_spatial_crop[None],
+        "images_seq_mask": made.images_seq_mask[None][:, 1:],
+    }
+
+
+def _in_rows(model: Any, ids: mx.array, pixels: mx.array, inputs: Mapping[str, Any]) -> mx.array:
+    """Return the embeddings of a prompt with DeepSeek-VL2's pictures.
+
+    mlx-vlm's own function gives two different results for one picture, in turns.
+    """
+    rows, first, found = np.array(model.language_model.model.embed_tokens(ids)), 0, []
+    end, separator = np.array(model.image_newline), np.array(model.view_separator)
+    for across, down in np.array(inputs["images_spatial_crop"])[0].tolist():
+        count = 1 + across * down
+        views = pixels[0, first : first + count].transpose(0, 2, 3, 1)
+        features = np.array(model.projector(model.vision(views)[0]))
+        first += count
+        side = int(features.shape[1] ** 0.5)
+        for y in range(side):
+            found += [*features[0, y * side : (y + 1) * side], end]
+        found.append(separator)
+        for y in range(down * side):
+            for x in range(across * side):
+                tile = 1 + y // side * across + x // side
+                found.append(features[tile, y % side * side + x % side])
+            found.append(end)
+    rows[0, np.array(inputs["images_seq_mask"])[0]] = np.stack(found)
+    return mx.array(rows)
+
+
+def _deepseek(latent: bool) -> Specimen:
+    text = {
+        **TEXT, "model_type": "deepseek_v2", "num_key_value_heads": 4, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+        "kv_lora_rank": None, "q_lora_rank": None, "qk_rope_head_dim": 0, "qk_nope_head_dim": 0,
+        "v_head_dim": 0, "use_mla": False,
+    }  # fmt: skip
+    if latent:
+        text |= {
+            "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+            "use_mla": True,
+        }  # fmt: skip
+    resolutions = [[16, 16], [16, 32], [32, 16], [32, 32], [16, 48], [48, 16]]
+    return Specimen(
+        config={
+            "model_type": "deepseek_vl_v2", "language_config": text,
+            "candidate_resolutions": resolutions, "tile_tag": "2D", "global_view_pos": "head",
+            "image_token_index": IMAGE,
+            "vision_config": {
+                "model_type": "vision", "layers": 2, "width": 32, "num_attention_heads": 2,
+                "image_size": 16, "patch_size": 4, "mlp_ratio": 1.5, "intermediate_size": 48,
+            },
+            "projector_config": {
+                "model_type": "mlp_projector", "projector_type": "downsample_mlp_gelu",
+                "input_dim": 32, "n_embed": 64, "depth": 2, "mlp_ratio": 1, "downsample_ratio": 2,
+            },
+        },
+        settings={"candidate_resolutions": resolutions, "image_mean": [0.5] * 3},
+        processor="deepseek_vl_v2.processing_deepsek_vl_v2:DeepseekVLV2Processor",
+        prompt="<image>",
+        documents={
+            "processor_config.json": {
+                "candidate_resolutions": resolutions, "patch_size": 4, "downsample_ratio": 2,
+                "pad_token": "<eos>",
+            },
+        },
+        call=_call_deepseek,
+        embed=_in_rows,
+    )  # fmt: skip
+
+
+def _call_minicpm(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
+    made = processor(text=[text], images=images)
+    return {name: made[name] for name in ("input_ids", "pixel_values", "tgt_sizes", "image_bound")}
+
+
+def _minicpm() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "minicpmv4_6", "text_config": _hybrid(), "image_token_id": PAD,
+            "insert_layer_id": 0, "patch_size": 4, "image_size": 64, "downsample_mode": "16x",
+            "vision_config": {
+                **VISION, "model_type": "siglip", "image_size": 64, "num_hidden_layers": 2,
+            },
+        },
+        settings={
+            "image_processor_type": "MiniCPMVImageProcessor", "max_slice_nums": 4, "patch_size": 4,
+            "scale_resolution": 32,
+        },
+        processor="minicpmv4_6.processing_minicpmv4_6:MiniCPMVProcessor",
+        prompt="<|image_pad|>",
+        call=_call_minicpm, seed=1,
+    )  # fmt: skip
+
+
+def _kimi() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "kimi_vl", "media_placeholder_token_id": MEDIA,
+            "text_config": {
+                **TEXT, "model_type": "deepseek_v3", "num_key_value_heads": 4,
+                "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                "n_shared_experts": 1,
+                "kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16,
+                "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
+                "first_k_dense_replace": 1, "rope_scaling": None,
+            },
+            "vision_config": {
+                "model_type": "moonvit", "depth": 2, "embed_dim": 32, "hidden_size": 32,
+                "num_heads": 2, "patch_size": 4, "num_channels": 3, "intermediate_size": 48,
+                "init_pos_emb_height": 8, "init_pos_emb_width": 8, "merge_kernel_size": [2, 2],
+            },
+        },
+        settings={
+            "image_processor_type": "KimiVLImageProcessor", "in_token_limit": 4096,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+        processor="kimi_vl.processing_kimi_vl:KimiVLProcessor",
+        prompt="<|media_start|>image<|media_content|><|media_pad|><|media_end|>",
+    )  # fmt: skip
+
+
+def _lfm2() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "lfm2_vl", "image_token_id": IMAGE, "downsample_factor": 2,
+            "projector_hidden_size": 48, "tie_word_embeddings": True,
+            "text_config": {
+                **TEXT, "model_type": "lfm2", "norm_eps": 1e-5, "conv_bias": False,
+                "conv_L_cache": 3, "num_hidden_layers": 4, "block_dim": 64, "block_ff_dim": 96,
+                "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0,
+                "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True, "num_heads": 4,
+                "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            },
+            "vision_config": {
+                **VISION, "model_type": "siglip2_vision_model", "num_patches": 16,
+                "vision_use_head": False,
+            },
+        },
+        settings={
+            "image_processor_type": "Lfm2VlImageProcessorFast", "encoder_patch_size": 4,
+            "downsample_factor": 2, "min_image_tokens": 4, "max_image_tokens": 8, "tile_size": 16,
+            "max_pixels_tolerance": 1.5, "resample": 2, "do_resize": False,
+            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        },
+        processor="lfm2_vl.processing_lfm2_vl:Lfm2VlProcessor",
+        prompt="<image>",
+        documents={"processor_config.json": {"use_image_special_tokens": True}},
+    )  # fmt: skip
+
+
+SIGLIP = "siglip_vision_model"
+GRANITE = {
+    "model_type": "granite", "embedding_multiplier": 2.0, "attention_multiplier": 0.25,
+    "residual_multiplier": 0.5, "logits_scaling": 2.0, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+SPECIMENS: Mapping[str, Specimen] = {
+    "aya_vision": _aya(),
+    "deepseek_vl_v2": _deepseek(latent=False),
+    "minicpmv4_6": _minicpm(),
+    "kimi_vl": _kimi(),
+    "lfm2_vl": _lfm2(),
+    "glm4v": _glm(moe=False),
+    "glm4v_moe": _glm(moe=True),
+    "granite_vision": _any_res("granite_vision", GRANITE, model_type=SIGLIP),
+    "internvl": _internvl_hf(),
+    "internvl_chat": _internvl(),
+    "llava_next": _any_res("llava_next", {"model_type": "mistral"}, model_type="clip_vision_model"),
+    "llava_onevision": _any_res("llava_onevision", {"model_type": "qwen2"}, model_type=SIGLIP),
+}

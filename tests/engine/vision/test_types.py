@@ -1,0 +1,183 @@
+"""Multimodal types that mlx-lm does not have, with its class for their `text_config`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.models import load
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.vision import models
+from modelpack_engine.vision.models import CLASSES
+from modelpack_engine.vision.processor import PictureProcessor
+from tests.engine.vision import tiny
+from tests.engine.vision.specimens import SPECIMENS
+
+WRAPPED = [kind for kind in SPECIMENS if CLASSES[kind].language is not None]
+
+
+def copied(kind: str, path: Path, change: dict[str, Any]) -> ModelFiles:
+    """Return the files of a tiny model in another directory; `change` updates its config.json."""
+    for file in tiny.directory(kind).iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    config = tiny.config_of(kind)
+    for name, value in change.items():
+        if isinstance(value, dict) and isinstance(config.get(name), dict):
+            value = config[name] | value
+        config[name] = value
+    (path / "config.json").write_text(json.dumps(config))
+    return ModelFiles.from_directory(path)
+
+
+@pytest.mark.parametrize("kind", tiny.kinds(*WRAPPED))
+def test_text_needs_no_extra(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens are those of mlx-vlm, with the extra and without it."""
+    monkeypatch.setattr(models, "is_installed", lambda: False)
+    loaded = tiny.tiny_loaded(kind)
+    assert loaded.vision is None
+    assert "pictures are not read: the extra 'vision' is not installed" in loaded.notes[-1]
+    engine = Engine(loaded, EngineConfig(device="cpu"))
+    ids = engine.tokenizer.encode("hello there", add_special_tokens=False)
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    found = tiny.run(engine, EngineRequest(ids, params))
+    assert found == [tiny.expected(kind, "hello there", [])]
+
+
+@pytest.mark.parametrize("kind", ["internvl_chat", "llava_next", "lfm2_vl"])
+def test_the_layout_of_transformers_5(kind: str, tmp_path: Path) -> None:
+    """It saves all parts under `model`, and the head beside it."""
+    files = copied(kind, tmp_path, {})
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    renamed = {}
+    for name, value in weights.items():
+        name = f"model.{name}".replace("language_model.model.", "language_model.")
+        renamed[name.replace("model.language_model.lm_head", "lm_head")] = value
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), renamed)
+    loaded = load(files, device="cpu")
+    assert loaded.vision is not None, loaded.notes
+    engine = Engine(loaded, EngineConfig(device="cpu"))
+    made = tiny.request(engine, "<image>What is it?", [tiny.picture(1)])
+    assert tiny.run(engine, made) == [tiny.expected(kind, "<image>What is it?", [tiny.picture(1)])]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llm_config": {"model_type": "gemma"}}, "llm_config.model_type 'gemma' is not supported"),
+        ({"llm_config": {"model_type": "../qwen2"}}, "is not supported for internvl_chat"),
+        ({"llm_config": {"model_type": None}}, "is not supported for internvl_chat"),
+        ({"llm_config": None}, "text_config is missing"),
+        ({"llm_config": {"hidden_act": "gelu"}}, "llm_config.hidden_act .*changes the model"),
+        ({"llm_config": {"hidden_size": 10**9}}, "config.json"),
+        ({"llm_config": {"num_hidden_layers": 10**6}}, "config.json"),
+    ],
+)
+def test_language_models_that_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        load(copied("internvl_chat", tmp_path, change), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("internvl_chat", {"vision_config": {"hidden_size": 10**9}}, "config.json|cannot build"),
+        ("internvl_chat", {"vision_config": {"patch_size": 0}}, "cannot|config.json|processed"),
+        ("internvl_chat", {"vision_config": None}, "vision_config is missing"),
+        ("internvl_chat", {"max_dynamic_patch": 0}, "max_patches is 0"),
+        ("internvl_chat", {"ps_version": "v1"}, "ps_version is not 'v2', which mlx-vlm computes"),
+        ("internvl_chat", {"use_thumbnail": False}, "use_thumbnail is not True"),
+        ("internvl_chat", {"force_image_size": 10**6}, "size is 1000000, the limit is 8192"),
+        ("llava_next", {"image_grid_pinpoints": [[10**6, 16]]}, "not a list of sizes"),
+        ("llava_next", {"image_grid_pinpoints": "all"}, "not a list of sizes"),
+        ("llava_next", {"image_token_index": 3}, "'<image>' is not the token 3 of config.json"),
+        ("deepseek_vl_v2", {"tile_tag": "1D"}, "cannot build mlx-vlm's deepseek_vl_v2"),
+        ("deepseek_vl_v2", {"vision_config": {"width": 10**9}}, "config.json|cannot build"),
+        ("glm4v", {"text_config": {"partial_rotary_factor": 0.25}}, "not M-RoPE"),
+    ],
+)
+def test_towers_that_are_refused(
+    kind: str, change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """The model then reads text only."""
+    loaded = load(copied(kind, tmp_path, change), device="cpu")
+    assert loaded.vision is None
+    assert re.search(reason, loaded.no_vision), loaded.no_vision
+
+
+def test_deepseek_cuts_two_pictures_and_not_three() -> None:
+    loaded = tiny.tiny_loaded("deepseek_vl_v2")
+    assert loaded.vision is not None
+    processor, encoder = loaded.vision.processor, loaded.vision.encoder
+    wide = tiny.picture(1, 16, 32)
+    for count, views in ((1, 3), (2, 3), (3, 2)):
+        _, placed = processor.place([processor.image_token_id] * count, [wide] * count)
+        for media in placed:
+            assert media.inputs["pixel_values"].shape == (1, views, 3, 16, 16)
+            assert len(encoder.embeddings(media)) == len(media.token_ids)
+
+
+def test_a_model_without_tiles(tmp_path: Path) -> None:
+    loaded = load(copied("internvl_chat", tmp_path, {"dynamic_image_size": False}), device="cpu")
+    assert loaded.vision is not None
+    processor = loaded.vision.processor
+    _, (media,) = processor.place([processor.image_token_id], [tiny.picture(1, 16, 64)])
+    assert media.inputs["pixel_values"].shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("aya_vision", {"max_patches": 10**9}, "max_patches is 1000000000, for tiles of 16 pixels"),
+        ("lfm2_vl", {"tile_size": 10**6}, "tile_size is 1000000, the limit is 8192"),
+        ("minicpmv4_6", {"scale_resolution": 10**6}, "scale_resolution is 1000000, the limit"),
+        ("minicpmv4_6", {"max_slice_nums": 10**9}, "max_slice_nums is 1000000000, for tiles"),
+    ],
+)
+def test_settings_that_are_refused(kind: str, change: dict[str, Any], message: str) -> None:
+    loaded = tiny.tiny_loaded(kind)
+    settings = tiny.settings_of(kind) | change
+    with pytest.raises(ModelLoadError, match=message):
+        PictureProcessor(tiny.config_of(kind), settings, loaded.tokenizer.encode)
+
+
+def test_pictures_smaller_than_a_patch(tmp_path: Path) -> None:
+    """Kimi-VL cuts pictures to whole patches; others are scaled up."""
+    for kind in ("kimi_vl", "internvl_chat", "lfm2_vl", "llava_next", "minicpmv4_6"):
+        loaded = tiny.tiny_loaded(kind)
+        assert loaded.vision is not None
+        processor: PictureProcessor = loaded.vision.processor
+        prompt, dot = [processor.image_token_id], tiny.picture(1, 1, 1)
+        if kind == "kimi_vl":
+            with pytest.raises(RequestError, match="smaller than 8 pixels on a side"):
+                processor.place(prompt, [dot])
+        else:
+            _, (media,) = processor.place(prompt, [dot])
+            made = loaded.vision.encoder.embeddings(media)
+            assert made.shape[-2] == len(media.token_ids)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", SPECIMENS)
+def test_embeddings_match_tokens_at_all_sizes(kind: str) -> None:
+    """Of pictures with sides from 1 to 4 tiles, wide and narrow."""
+    loaded = tiny.tiny_loaded(kind)
+    assert loaded.vision is not None
+    processor, encoder = loaded.vision.processor, loaded.vision.encoder
+    for height, width in [(8, 8), (9, 33), (40, 11), (63, 64), (17, 50), (64, 9), (31, 47)]:
+        picture = tiny.picture(height, height, width)
+        _, (media,) = processor.place([processor.image_token_id], [picture])
+        made = encoder.embeddings(media)
+        assert made.shape[-2] == len(media.token_ids), (height, width)
+        assert mx.all(mx.isfinite(made))
