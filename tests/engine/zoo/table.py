@@ -22,6 +22,7 @@ from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.loaders.blocks import random_blocks
 from tests.engine.oracle.answers import FIXTURES, fixture
 from tests.engine.oracle.differences import DIFFERENCES, LOAD_ERRORS, OTHER_ANSWERS
+from tests.engine.vision import catalogue
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.excluded import EXCLUDED
@@ -215,6 +216,7 @@ def render(rows: list[str]) -> str:
         + "".join(rows)
         + EXCLUDED_HEAD
         + excluded
+        + catalogue.table()
         + block_types()
         + CONFIGURATIONS
         + agreement()

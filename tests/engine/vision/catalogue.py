@@ -1,0 +1,135 @@
+"""The model types of mlx-vlm in docs/models.md: which read pictures here, and why others do not."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+
+from mlx_lm.utils import MODEL_REMAPPING
+
+from modelpack_engine.embedding.encoder_checkpoint import is_encoder
+from modelpack_engine.vision.models import CLASSES
+from tests.engine.zoo.excluded import EXCLUDED
+
+HEAD = """
+## Model types of mlx-vlm
+
+What becomes of the model types of mlx-vlm {version}. Those that read pictures are compared with its
+single-request path ([how](pictures.md)); "text" are those that run with mlx-lm's class, without
+their pictures or sound if they have a tower; "embeddings" have a class of our own.
+
+| model type | here | |
+|---|---|---|
+"""
+
+#: Packages of mlx_vlm.models that are parts of others.
+PARTS = frozenset({"bonsai", "mistral4"})
+
+#: Fields of config.json with another model type than the name of mlx-vlm's package.
+_TYPES: Mapping[str, str] = {
+    "klear": "Klear",
+    "lille_130m": "lille-130m",
+    "lfm2_vl": "lfm2-vl",
+    "nemotron_nas": "nemotron-nas",
+}
+
+_PICTURES = "pictures are not read yet"
+_MAKES = "makes pictures"
+_SEES = "detects, segments or measures; it writes no text"
+_ENCODES = "an encoder or a classifier that has no class here"
+_DIFFUSION = "writes by diffusion, not token by token"
+_SOUND = "sound is not read yet"
+
+
+def _each(why: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), why)
+
+
+#: Why pictures are not read, or a model does not load, if it is not just a model of text.
+REASONS: Mapping[str, str] = {
+    **_each(
+        _MAKES,
+        """ernie_image flux2 flux3 ideogram4 llada_image mage_flow ming_image moss_image qwen_image
+        z_image""",
+    ),
+    **_each(
+        _SEES,
+        """dinov2 falcon_perception moge3 pp_doclayout_v3 rfdetr rt_detr_v2 sam3 sam3_1 sam3d_body
+        sam3d_objects sapiens2 siglip video_depth_anything yolo11""",
+    ),
+    **_each(
+        _ENCODES,
+        """bert colidefics3 colqwen2_5 d1 d1_omni decider2 embedding_gemma2 gemma3_embedding
+        gliner2_5 laya lfm2_colbert lfm2_embedding lfm2_encoder llama_bidirec
+        llama_nemotron_vl_embedding ministral3_embedding modernbert openai_privacy_filter
+        qwen3_embedding qwen3_vl_embedding xlm_roberta""",
+    ),
+    **_each(_DIFFUSION, "diffusion_gemma llada2_moe nemotron_labs_diffusion"),
+    **_each(
+        _PICTURES,
+        """clef cohere_compass deepseek_v4 deepseek_v41 deepseekocr deepseekocr_2 dots_ocr
+        ernie4_5_moe_vl falcon_ocr fastvlm glm5_next glm_ocr got hunyuan_vl indic_ocr jina_vlm
+        kimi_k25 kimi_k3 llama4 llava_bunny llmjpvl locateanything mage_vl mimo_v2 minimax_m3_vl
+        molmo molmo2 molmo_point moondream2 moondream3 muse_glimmer muse_spark paddleocr_vl
+        phi4_siglip plamo2vl prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl
+        zaya1_vl""",
+    ),
+    **dict.fromkeys(("gemma4_unified", "paligemma"), f"{_PICTURES}: within one, tokens"
+                    " attend to later ones"),
+    "gemma3n": f"pictures and {_SOUND}",
+    "florence2": "an encoder and a decoder",
+    "granite4_vision": f"{_PICTURES}: rows are added before layers that the config names",
+    "idefics2": f"{_PICTURES}: its processor changes the text beside a picture",
+    "inkling": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
+    "minicpmo": f"pictures and {_SOUND}",
+    "minicpmv4_7": f"{_PICTURES}: positions on a canvas",
+    "minimax_h3": f"{_SOUND}",
+    "mllama": f"{_PICTURES}: cross-attention",
+    "multi_modality": f"{_PICTURES}: mlx-vlm's package needs OpenCV",
+    "nemotron_h_nano_omni": f"pictures and {_SOUND}",
+    "nemotron_parse": "an encoder and a decoder",
+    "nemotron_voicechat": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
+    "phi3_v": f"{_PICTURES}: numbered placeholders, which are not tokens",
+    "phi4mm": f"pictures and {_SOUND}",
+    "qwen3_omni_moe": f"pictures and {_SOUND}",
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    """Return the packages of mlx-vlm that are models."""
+    spec = importlib.util.find_spec("mlx_vlm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    root = f"{next(iter(spec.submodule_search_locations))}/models"
+    return sorted({m.name for m in pkgutil.iter_modules([root]) if m.ispkg} - PARTS)
+
+
+def outcome(name: str) -> tuple[str, str]:
+    """Return what becomes of a model type, and the reason if it is not all that mlx-vlm does."""
+    kind = _TYPES.get(name, name)
+    if kind in CLASSES:
+        return "pictures", ""
+    if is_encoder({"model_type": kind}):
+        return "embeddings", ""
+    text = importlib.util.find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}") is not None
+    if text and name not in EXCLUDED:
+        return "text", REASONS.get(name, "")
+    if text:
+        return "text, not tested", EXCLUDED[name]
+    no_class = "mlx-lm has no class for it"
+    why = REASONS.get(name, no_class)
+    return "does not load", f"{why}; {no_class}" if _PICTURES in why or _SOUND in why else why
+
+
+def table() -> str:
+    """Return the section of docs/models.md about mlx-vlm."""
+    return HEAD.format(version=version("mlx-vlm")) + "".join(rows())
+
+
+def rows() -> Iterator[str]:
+    """Yield the line of each model type."""
+    for name in names():
+        here, why = outcome(name)
+        yield f"| {_TYPES.get(name, name)} | {here} | {why} |\n"
