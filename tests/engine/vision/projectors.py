@@ -27,6 +27,7 @@ Weights = dict[str, np.ndarray]
 KINDS: Mapping[str, tuple[str, str]] = {
     "gemma3": ("gemma3", "gemma3"),
     "idefics3": ("llama", "idefics3"),
+    "internvl_chat": ("qwen2", "internvl"),
     "llava": ("llama", "mlp"),
     "mistral3": ("llama", "pixtral"),  # not the rotation of tiny's Ministral
     "pixtral": ("llama", "pixtral"),
@@ -95,7 +96,7 @@ def _write_metadata(
     weights: Weights,
 ) -> None:
     vision = config["vision_config"]
-    text = config.get("text_config") or config
+    text = config.get("text_config") or config.get("llm_config") or config
     projector = KINDS.get(kind, ("", kind))[1]
     patch = vision["patch_size"]
     side = vision.get("image_size")
@@ -116,8 +117,8 @@ def _write_metadata(
     writer.add_vision_attention_layernorm_eps(
         vision.get("layer_norm_eps", {"mlp": 1e-5, "pixtral": 1e-5}.get(projector, 1e-6))
     )
-    writer.add_vision_image_mean(settings["image_mean"])
-    writer.add_vision_image_std(settings["image_std"])
+    writer.add_vision_image_mean(settings.get("image_mean", [0.485, 0.456, 0.406]))
+    writer.add_vision_image_std(settings.get("image_std", [0.229, 0.224, 0.225]))
     if activation := _ACTIVATIONS.get(projector):
         writer.add_bool(f"clip.use_{activation}", True)
     if projector == "idefics3":
@@ -142,6 +143,9 @@ def _write_metadata(
         writer.add_vision_projector_scale_factor(int(side / patch / tokens))
     if projector == "internvl":
         writer.add_vision_projector_scale_factor(int(1 / config["downsample_ratio"]))
+        if "max_dynamic_patch" in config:
+            writer.add_vision_preproc_min_tiles(config["min_dynamic_patch"])
+            writer.add_vision_preproc_max_tiles(config["max_dynamic_patch"])
 
 
 def projector_tensors(kind: str, config: Mapping[str, Any], weights: Weights) -> Weights:
@@ -168,7 +172,7 @@ def projector_tensors(kind: str, config: Mapping[str, Any], weights: Weights) ->
         elif kind == "gemma3":
             name = name.replace("projection_weight", "projection.weight")
             value = value + 1 if "soft_emb_norm" in name else value
-        elif kind == "internvl":
+        elif kind in ("internvl", "internvl_chat"):
             value = value.squeeze()
             if name.startswith("vision_model"):
                 name = f"vision_tower.{name}"
@@ -222,7 +226,7 @@ def permuted(value: np.ndarray, heads: int) -> np.ndarray:
 def write_text(path: Path, kind: str, config: Mapping[str, Any], weights: Weights) -> None:
     """Write the language model of a tiny model, with its tokenizer."""
     architecture = KINDS[kind][0]
-    text = config.get("text_config") or config
+    text = config.get("text_config") or config.get("llm_config") or config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(text["max_position_embeddings"])
     writer.add_embedding_length(text["hidden_size"])
