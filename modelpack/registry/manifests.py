@@ -19,6 +19,8 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import check_document_size, decode_object
 from modelpack.artifacts.manifest import parse_manifest_or_index
 from modelpack.errors import (
+    FormatError,
+    IntegrityError,
     InvalidDigestError,
     ManifestError,
     NotFoundError,
@@ -111,25 +113,57 @@ def write(
 ) -> bool:
     """Write a manifest under its digest, or under `name`.
 
-    Returns whether the registry lists the manifest under its subject (`OCI-Subject`).
+    Returns whether the registry lists the manifest under its subject (`OCI-Subject`). If the
+    registry refuses to change an immutable tag that names this manifest already, that is a success.
     """
     name = checked_name(name or str(descriptor.digest))
     what = endpoint.manifest_label(name)
     _check_bytes(raw, descriptor, what)
     parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
-    response = endpoint.client.request(
-        endpoint.manifest_url(name),
-        "PUT",
-        what=what,
-        scopes=endpoint.push,
-        headers={**headers, "Content-Type": descriptor.media_type},
-        data=raw,
-    )
+    try:
+        response = endpoint.client.request(
+            endpoint.manifest_url(name),
+            "PUT",
+            what=what,
+            scopes=endpoint.push,
+            headers={**headers, "Content-Type": descriptor.media_type},
+            data=raw,
+        )
+    except RegistryError as error:
+        if ":" in name or not _is_about_a_tag(error):
+            raise
+        if _names(endpoint, name, descriptor.digest):
+            return False
+        raise type(error)(
+            error.message,
+            host=error.host,
+            status_code=error.status_code,
+            code=error.code,
+            hint="the registry refused to move the tag: push to another one",
+        ) from None
     stated = _stated_digest(response, what)
     if stated is not None and stated.algorithm == descriptor.digest.algorithm:
         shown = f"{what}: Docker-Content-Digest of the pushed manifest"
         descriptor.digest.check_equal(stated, shown)
     return "OCI-Subject" in response.headers
+
+
+def _is_about_a_tag(error: RegistryError) -> bool:
+    """Return whether a registry may have refused to change an immutable tag.
+
+    ECR responds with TAG_INVALID, Harbor with 412, Docker Hub with 403 and a message.
+    """
+    said = error.message.partition(" answered ")[2]
+    immutable = "immutable" in said.lower()
+    return error.code == "TAG_INVALID" or error.status_code in (409, 412) or immutable
+
+
+def _names(endpoint: Endpoint, tag: str, digest: Digest) -> bool:
+    """Return whether the tag names this manifest in the registry."""
+    try:
+        return resolve(endpoint, tag).digest == digest
+    except (RegistryError, IntegrityError, FormatError):
+        return False  # the first error says more
 
 
 def delete(endpoint: Endpoint, name: str) -> None:

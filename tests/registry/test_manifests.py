@@ -253,6 +253,42 @@ def test_a_manifest_that_is_not_its_descriptors_is_not_sent(
     assert registry.count("PUT") == 0
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (400, "TAG_INVALID", "cannot be overwritten because the tag is immutable"),
+        (403, "DENIED", "tag v1 is immutable"),
+        (409, "CONFLICT", ""),
+        (412, "PRECONDITION", ""),
+    ],
+)
+def test_a_tag_that_is_immutable(
+    registry: FaultyRegistry, client: Client, status: int, code: str, message: str
+) -> None:
+    descriptor, raw = manifest_for(registry)
+    body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
+    registry.faults.add("PUT", "/manifests/v1", faults.answering(status, body), times=None)
+    client.repository.write_manifest(descriptor, raw, "v1")
+    spaced = raw + b" "
+    other = Descriptor(OCI_MANIFEST, Digest.of(spaced), len(spaced))
+    with pytest.raises(RegistryError, match=code) as caught:
+        client.repository.write_manifest(other, spaced, "v1")
+    assert caught.value.status_code == status
+    assert caught.value.hint == "the registry refused to move the tag: push to another one"
+    assert registry.count("PUT") == 2
+
+
+def test_a_push_that_is_denied_is_an_error_though_the_tag_is_right(
+    registry: FaultyRegistry, client: Client
+) -> None:
+    descriptor, raw = manifest_for(registry)
+    for status in (400, 401, 403, 405):
+        registry.faults.add("PUT", MANIFESTS, faults.answering(status))
+        with pytest.raises(RegistryError) as caught:
+            client.repository.write_manifest(descriptor, raw, "v1")
+        assert caught.value.hint != "the registry refused to move the tag: push to another one"
+
+
 def test_a_registry_that_stores_something_else(registry: FaultyRegistry, client: Client) -> None:
     descriptor, raw = manifest_for(registry)
     fault = faults.with_headers(Docker_Content_Digest=str(Digest.of(b"else")))

@@ -43,7 +43,7 @@ def test_what_will_not_pass_is_not(registry: FaultyRegistry, client: Client, sta
     descriptor, raw = manifest_for(registry)
     registry.faults.add("PUT", "", faults.answering(status), times=None)
     with pytest.raises(RegistryError, match=str(status)) as caught:
-        client.repository.write_manifest(descriptor, raw, "v1")
+        client.repository.write_manifest(descriptor, raw)
     assert caught.value.status_code == status
     assert len(registry.requests) == 1
 
