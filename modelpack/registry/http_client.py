@@ -63,7 +63,8 @@ class Call:
 
     With `stream`, the caller reads the body of the response. Otherwise the client reads it, up to
     `limit` bytes. `answer_time` is the time in seconds to wait for the response, by default the
-    idle timeout. An `anonymous` request carries no credentials.
+    idle timeout. An `anonymous` request carries no credentials. Without `see_other`, a 303 is not
+    followed but a failure: it leads to another resource, such as a page for people.
     """
 
     what: str
@@ -77,6 +78,7 @@ class Call:
     stop: Stop | None = None
     answer_time: float | None = None
     anonymous: bool = False
+    see_other: bool = True
 
 
 class HttpClient:
@@ -122,11 +124,20 @@ class HttpClient:
         scopes: Scopes = NOTHING,
         limit: int = MAX_DOCUMENT_BYTES,
         anonymous: bool = False,
+        see_other: bool = True,
     ) -> requests.Response:
         """Return the response with its body, after as many tries as the retry policy allows."""
         body = None if data is None else _BytesBody(data)
         call = Call(
-            what, method, url, headers, body, scopes=scopes, limit=limit, anonymous=anonymous
+            what,
+            method,
+            url,
+            headers,
+            body,
+            scopes=scopes,
+            limit=limit,
+            anonymous=anonymous,
+            see_other=see_other,
         )
         return self.retried(lambda: self.attempt(call))
 
@@ -206,6 +217,8 @@ class HttpClient:
             response = self._send(call, url, headers)
             status = response.status_code
             if status not in _REDIRECTS or "Location" not in response.headers:
+                return response
+            if status == 303 and not call.see_other:
                 return response
             self._read_error(call, response)
             url = self.location(response, f"{call.what}: redirect")

@@ -27,8 +27,8 @@ from modelpack.registry.endpoint import Endpoint
 #: Limit on the referrers of one manifest: a longer list is an attack.
 MAX_REFERRERS: Final = 100_000
 _TRIES: Final = 20
-# Statuses of registries without the API, besides 404.
-_NO_API: Final = (400, 405, 501)
+# Statuses of registries without the API, besides 404. GHCR sends clients to a web page by 303.
+_NO_API: Final = (303, 400, 405, 501)
 _ILLEGAL = re.compile(r"[^a-zA-Z0-9._-]")
 Entries: TypeAlias = tuple[Descriptor, ...]
 
@@ -96,6 +96,7 @@ def _by_api(
         most=MAX_REFERRERS,
         scopes=endpoint.pull,
         headers={"Accept": media_types.OCI_INDEX},
+        see_other=False,
     )
     found: list[Descriptor] = []
     is_first = True
@@ -167,5 +168,6 @@ def _write(endpoint: Endpoint, tag: str, entries: Sequence[Descriptor], etag: st
     try:
         manifests.write(endpoint, descriptor, raw, tag, headers)
     except RegistryError as error:
-        if error.status_code not in (409, 412):  # otherwise another client was faster: read again
+        # Another client was faster: read again. Without If-Match, a 412 means an immutable tag.
+        if error.status_code != 409 and (error.status_code != 412 or not etag):
             raise

@@ -17,7 +17,7 @@ from modelpack.errors import ConflictError, DeniedError, RegistryError, Unsuppor
 from modelpack.registry import Registry
 from modelpack.registry.referrers import fallback_tag
 from tests.peers import docker_registry
-from tests.registry.faults import Exchange, answering
+from tests.registry.faults import Exchange, answering, redirecting
 from tests.registry.faulty import REPOSITORY, FaultyRegistry
 from tests.registry.faulty_content import Reply
 from tests.registry.sources import Client, Content
@@ -186,9 +186,34 @@ def test_a_registry_that_checks_if_match(ready: FaultyRegistry, client: Client) 
 
 
 def test_giving_up_where_others_never_stop(ready: FaultyRegistry, client: Client) -> None:
-    ready.faults.add("PUT", TAG, answering(412), times=None)
+    ready.faults.add("PUT", TAG, answering(409), times=None)
     with pytest.raises(ConflictError, match="keep changing"):
         push(client, about(1))
+
+
+def test_a_fallback_tag_that_is_immutable(ready: FaultyRegistry, client: Client) -> None:
+    """A 412 without an `If-Match` is not about another writer: Harbor's immutable tags."""
+    push(client, about(0))
+    ready.faults.add("PUT", TAG, answering(412), times=None)
+    with pytest.raises(RegistryError, match="412") as caught:
+        push(client, about(1))
+    assert caught.value.hint == "the registry refused to move the tag: push to another one"
+    assert ready.count("PUT", TAG) == 2
+    assert listed(client) == {about(0).digest}
+
+
+def test_a_redirect_to_a_web_page_is_a_missing_api(
+    ready: FaultyRegistry, storage: FaultyRegistry, client: Client
+) -> None:
+    """GHCR responds with 303 to a page of another host, which limits requests."""
+    push(client, about(1))
+    ready.faults.add("GET", "/referrers/", redirecting(storage, 303), times=None)
+    assert listed(client) == {about(1).digest}
+    assert storage.requests == []
+    ready.faults.clear()
+    ready.faults.add("GET", "/referrers/", redirecting(storage, 307), times=None)
+    assert listed(client) == {about(1).digest}
+    assert storage.count("GET", "/referrers/") == 1, "other redirects are followed"
 
 
 @pytest.mark.parametrize("kind", ["faulty", "docker-registry"])
