@@ -190,8 +190,12 @@ class UploadSession:
         return self._received(self._client.attempt(self._call("GET", self.location)))
 
     def append(self, body: Body, start: int) -> int | None:
-        """Send a chunk that begins at byte `start`; return the bytes that the registry has then."""
-        headers = {"Content-Range": _content_range(start, len(body))}
+        """Send a chunk that begins at byte `start`; return the bytes that the registry has then.
+
+        The whole blob is sent as a stream, without a range, as docker does.
+        """
+        whole = len(body) == self._descriptor.size
+        headers = {} if whole else {"Content-Range": _content_range(start, len(body))}
         return self._received(self._send("PATCH", self.location, body, headers))
 
     def finish(self, body: Body, start: int) -> requests.Response:
@@ -238,6 +242,9 @@ def _content_range(start: int, length: int) -> str:
 _CHUNK: Final = 64 * 1024 * 1024
 #: Error codes of a registry that has lost a session; a new session may work.
 _LOST_SESSION: Final = ("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID")
+#: Statuses and error codes of registries that accept no content in a PUT, such as Artifactory.
+_NO_CONTENT: Final = (400, 404, 405, 411, 415, 501)
+_NO_CONTENT_CODES: Final = (None, "UNSUPPORTED", *_LOST_SESSION)
 #: Refusals in a row after which an upload fails.
 _MAX_REFUSALS: Final = 2
 
@@ -258,6 +265,7 @@ class Upload:
         self._farthest = 0  # the most bytes that it ever had
         self._refusals = 0
         self._in_chunks = True  # if the registry or the caller wants chunks
+        self._by_patch = endpoint.patch_only  # the last request has no content
 
     def send(self, source: BlobSource, session: str = "") -> Outcome:
         """Upload the blob unless the repository has it; `session` is one opened by a failed mount.
@@ -338,6 +346,7 @@ class Upload:
                 host=self._client.origin.netloc,
                 status_code=response.status_code,
             )
+        self._endpoint.patch_only |= self._by_patch
         return Outcome.WRITTEN
 
     def _take_up(self, content: UploadContent, retries: Retries) -> None:
@@ -357,10 +366,16 @@ class Upload:
         self._received = 0
 
     def _after_refusal(self, error: RegistryError) -> None:
-        """Raise `FailedTry` if a new session, or one request without chunks, may succeed."""
-        if isinstance(error, AuthError) or self._refusals >= _MAX_REFUSALS:
+        """Raise `FailedTry` if a new session, one request or a PATCH may succeed."""
+        if isinstance(error, AuthError):
             return
         lost = error.code in _LOST_SESSION or error.status_code == 416
+        if self._may_want_a_patch(error) and (not lost or self._refusals >= _MAX_REFUSALS - 1):
+            self._by_patch = True
+            self._start_again()
+            raise FailedTry(error) from error
+        if self._refusals >= _MAX_REFUSALS or (self._by_patch and not lost):
+            return
         if lost or self._received > 0 or self._chunk_size() is not None:
             self._refusals += 1
             if not lost or self._refusals == _MAX_REFUSALS:
@@ -368,17 +383,29 @@ class Upload:
                 self._start_again()
             raise FailedTry(error) from error
 
+    def _may_want_a_patch(self, error: RegistryError) -> bool:
+        """Return whether the registry may have refused content because it came in a PUT."""
+        in_a_put = self._received == 0 < self._descriptor.size and self._chunk_size() is None
+        refused = error.status_code in _NO_CONTENT and error.code in _NO_CONTENT_CODES
+        return in_a_put and refused and not self._by_patch
+
     def _chunk_size(self) -> int | None:
         """Return the size of chunks to send, None to send everything at once."""
         asked, minimum = self._client.blobs.chunk_size, self._session.minimum_chunk
         in_chunks = self._in_chunks and (asked or minimum)
         return max(asked or _CHUNK, minimum) if in_chunks else None
 
+    def _next_chunk(self) -> int | None:
+        """Return the end of the next chunk; None if the rest is sent with the last request."""
+        size, left = self._chunk_size(), self._descriptor.size - self._received
+        if self._by_patch:
+            return self._received + min(size or left, left) if left else None
+        return self._received + size if size is not None and left > size else None
+
     def _send_chunks(self, content: UploadContent, retries: Retries) -> None:
-        """Send all chunks but the last, if the blob is sent in chunks."""
-        size = self._chunk_size()
-        while size is not None and self._descriptor.size - self._received > size:
-            start, end = self._received, self._received + size
+        """Send all content that does not belong into the last request."""
+        while (end := self._next_chunk()) is not None:
+            start = self._received
             with closing(ContentPart(content, start, end)) as part:
                 received = self._session.append(part, start)
             if received not in (None, end):

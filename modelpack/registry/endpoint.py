@@ -40,6 +40,8 @@ class Endpoint:
         self.name = check_repository(name, name)
         self.label = f"{host}/{name}"
         self.client = client
+        #: Whether the registry accepts content in a PATCH only, as an upload has shown.
+        self.patch_only = False
         self._container = _container(client.origin.netloc, name)
         self.pull = repository_scopes(name, "pull")
         self.push = repository_scopes(name, "pull", "push")

@@ -28,7 +28,7 @@ from modelpack.registry import Timeouts
 from modelpack.storage import Outcome, Watch
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry
-from tests.registry.faulty_content import Reply
+from tests.registry.faulty_content import Reply, error_reply
 from tests.registry.sources import Client, Connect, Content
 
 CONTENT = random.Random(28).randbytes(3_000_000)
@@ -92,6 +92,63 @@ def test_a_refused_upload_is_not_retried(registry: FaultyRegistry, client: Clien
     assert caught.value.status_code == 413
     assert registry.open_uploads == []
     assert client.sleeps == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "puts"),
+    [
+        (400, "BLOB_UPLOAD_INVALID", 2),
+        (404, "BLOB_UPLOAD_UNKNOWN", 2),
+        (405, "UNSUPPORTED", 1),
+        (415, "UNSUPPORTED", 1),
+    ],
+)
+def test_content_that_a_put_may_not_have_goes_by_patch(
+    registry: FaultyRegistry, client: Client, status: int, code: str, puts: int
+) -> None:
+    """Artifactory: the content in one PATCH, as docker sends it, and an empty PUT."""
+
+    def refuse(exchange: faults.Exchange) -> None:
+        reply = error_reply(status, code) if exchange.length else exchange.reply()
+        exchange.receive()
+        exchange.send(reply)
+
+    registry.faults.add("PUT", UPLOADS, refuse, times=None)
+    assert client.write(CONTENT) is Outcome.WRITTEN
+    assert registry.blob(Digest.of(CONTENT)) == CONTENT
+    assert registry.count("PUT") == puts + 1
+    [patch] = registry.seen("PATCH")
+    assert patch.body_size == len(CONTENT)
+    assert "content-range" not in patch.headers
+    assert client.write(CONTENT[:1000]) is Outcome.WRITTEN
+    assert registry.count("PUT") == puts + 2, "the next blob goes by PATCH at once"
+    assert client.write(b"") is Outcome.WRITTEN
+    assert registry.open_uploads == []
+
+
+@pytest.mark.parametrize("code", ["DIGEST_INVALID", "NAME_UNKNOWN", "SIZE_INVALID"])
+def test_other_refusals_of_a_put_are_final(
+    registry: FaultyRegistry, client: Client, code: str
+) -> None:
+    body = f'{{"errors":[{{"code":"{code}"}}]}}'.encode()
+    registry.faults.add("PUT", UPLOADS, faults.answering(400, body), times=None)
+    with pytest.raises(RegistryError, match=code):
+        client.write(CONTENT)
+    assert registry.count("PUT") == 1
+    assert registry.count("PATCH") == 0
+    assert registry.open_uploads == []
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+def test_a_registry_that_accepts_no_content_is_an_error(
+    registry: FaultyRegistry, client: Client, method: str
+) -> None:
+    for refused in ("PUT", method):
+        registry.faults.add(refused, UPLOADS, faults.answering(405), times=None)
+    with pytest.raises(RegistryError, match="405"):
+        client.write(CONTENT)
+    assert len([r for r in registry.requests if r.method in ("PUT", "PATCH")]) <= 4
+    assert registry.open_uploads == []
 
 
 @pytest.mark.parametrize("status", [200, 202, 204])
