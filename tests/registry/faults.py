@@ -287,10 +287,16 @@ class Faults:
         self._lock = threading.Lock()
         self._planned: list[_Planned] = []
 
-    def add(self, method: str, path: str, fault: Fault, times: int | None = 1) -> None:
-        """Apply `fault` to the next `times` matching requests; None means all of them."""
+    def add(
+        self, method: str, path: str, fault: Fault, times: int | None = 1, *, first: bool = False
+    ) -> None:
+        """Apply `fault` to the next `times` matching requests; None means all of them.
+
+        With `first`, it applies before the faults that were added earlier.
+        """
         with self._lock:
-            self._planned.append(_Planned(method, re.compile(path), fault, times))
+            place = 0 if first else len(self._planned)
+            self._planned.insert(place, _Planned(method, re.compile(path), fault, times))
 
     def clear(self) -> None:
         """Remove all faults."""

@@ -120,6 +120,7 @@ class FaultyRegistry:
     tls: ssl.SSLContext | None = None
     page_size: int = 1000
     relative_locations: bool = False
+    referrers_api: bool = False
     faults: Faults = field(default_factory=Faults)
     requests: list[Recorded] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)

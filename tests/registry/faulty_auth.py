@@ -16,7 +16,7 @@ from tests.registry.faulty_content import Reply, error_reply
 if TYPE_CHECKING:
     from tests.registry.faults import Exchange
 
-_NAME = re.compile(r"/v2/(.+?)/(?:blobs|manifests|tags)/")
+_NAME = re.compile(r"/v2/(.+?)/(?:blobs|manifests|tags|referrers)/")
 _ACTION = {"GET": "pull", "HEAD": "pull", "DELETE": "delete"}
 
 

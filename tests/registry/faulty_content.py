@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.media_types import OCI_INDEX
 from modelpack.errors import InvalidDigestError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from tests.registry.faulty import FaultyRegistry
 
 _ROUTE = re.compile(
-    r"/v2/(?P<name>.+?)/(?P<kind>blobs/uploads|blobs|manifests|tags)/(?P<rest>.*)\Z"
+    r"/v2/(?P<name>.+?)/(?P<kind>blobs/uploads|blobs|manifests|tags|referrers)/(?P<rest>.*)\Z"
 )
 _RANGE = re.compile(r"bytes=([0-9]+)-([0-9]*)\Z")
 
@@ -65,6 +66,10 @@ class Content:
                 return self._delete_manifest(name, rest)
             case "tags", "GET":
                 return self._list_tags(exchange, name)
+            case "referrers", "GET" if self._registry.referrers_api:
+                return self._list_referrers(name, rest)
+            case "referrers", _:
+                return error_reply(404, "NAME_UNKNOWN")
             case "blobs", "GET" | "HEAD":
                 return self._get_blob(exchange, name, rest)
             case "blobs", "DELETE":
@@ -93,9 +98,10 @@ class Content:
         self.manifests[name, digest] = exchange.headers["content-type"], exchange.body
         if ":" not in reference:
             self.tags[name, reference] = digest
-        return Reply(
-            201, {"Location": f"/v2/{name}/manifests/{digest}", "Docker-Content-Digest": digest}
-        )
+        headers = {"Location": f"/v2/{name}/manifests/{digest}", "Docker-Content-Digest": digest}
+        if self._registry.referrers_api and "subject" in blobs:
+            headers["OCI-Subject"] = blobs["subject"]["digest"]
+        return Reply(201, headers)
 
     def _delete_manifest(self, name: str, reference: str) -> Reply:
         if ":" not in reference:
@@ -116,6 +122,16 @@ class Content:
         if len(rest) > size:
             headers["Link"] = f'</v2/{name}/tags/list?n={size}&last={page[-1]}>; rel="next"'
         return Reply(200, headers, json.dumps({"name": name, "tags": page}).encode())
+
+    def _list_referrers(self, name: str, subject: str) -> Reply:
+        found = []
+        for (repository, digest), (media_type, raw) in self.manifests.items():
+            document = json.loads(raw)
+            if repository == name and document.get("subject", {}).get("digest") == subject:
+                kind = {"artifactType": document["artifactType"]}
+                found.append({"mediaType": media_type, "digest": digest, "size": len(raw), **kind})
+        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": found}
+        return Reply(200, {"Content-Type": OCI_INDEX}, json.dumps(index).encode())
 
     def _get_blob(self, exchange: Exchange, name: str, digest: str) -> Reply:
         content = self.blobs.get((name, digest))

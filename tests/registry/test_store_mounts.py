@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,44 +15,16 @@ from modelpack.store import blob_places
 from modelpack.store.blob_places import MAX_PLACES, BlobPlaces
 from modelpack.store.tree import Tree
 from modelpack.testing import registry as embedded_registry
-from tests.conftest import ROOT
-from tests.interop.go_tool import build_go_tool
 from tests.models import tiny_gguf
-from tests.peers import docker_registry, free_port, require, wait_for_port
+from tests.peers import docker_registry
 from tests.registry.cutting import CuttingProxy
+from tests.registry.distribution import distribution
 from tests.registry.faults import Exchange
 from tests.registry.faulty import FaultyRegistry
 from tests.registry.faulty_auth import BearerAuth
 from tests.registry.faulty_content import error_reply
 
-_CONFIG = """\
-version: 0.1
-storage: {{filesystem: {{rootdirectory: {root}}}, delete: {{enabled: true}}}}
-http: {{addr: "127.0.0.1:{port}"}}
-"""
 UPLOADS = r"/v2/second/model/blobs/uploads"
-
-
-@contextmanager
-def distribution(root: Path) -> Iterator[str]:
-    """Run distribution v3, built from its sources; yield its host:port."""
-    require("go")
-    program = build_go_tool(ROOT / "tests" / "interop" / "distribution", ROOT / ".cache")
-    root.mkdir()
-    port = free_port()
-    config = root / "config.yml"
-    config.write_text(_CONFIG.format(root=root / "data", port=port))
-    surroundings = {**os.environ, "OTEL_TRACES_EXPORTER": "none"}
-    with (root / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [program, "serve", config], stdout=log, stderr=log, env=surroundings
-        )
-        try:
-            wait_for_port(port, process)
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(timeout=20)
 
 
 @pytest.fixture(
