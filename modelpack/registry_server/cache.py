@@ -28,8 +28,10 @@ from modelpack.artifacts.json_document import check_document_size
 from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.errors import ModelpackError, NotFoundError, RemoteUnavailableError, UnsupportedError
 from modelpack.progress import Stop, silent
+from modelpack.registry.urls import api_host
 from modelpack.registry_server.blob_fetch import Fetch, Fetches, failed
 from modelpack.registry_server.content import Content, Repository, with_manifest, with_tag
+from modelpack.registry_server.errors import ApiError, Code
 from modelpack.storage import Watch
 from modelpack.store.filesystem import check_room
 from modelpack.store.index import IndexDocument
@@ -59,6 +61,25 @@ class Upstream:
     origin: Registry
     ttl: float = 60.0
     stop: Stop = field(default_factory=Stop)
+
+    def namespace(self, request: Request) -> str | None:
+        """Return the registry that the request names by `ns`, None if it names none.
+
+        Source: distribution-spec, "Registry Proxying". Raises `ApiError` (404) for a registry other
+        than the upstream, whose content must not be served under the name of that one.
+        """
+        named = [ns for ns in request.query_params.getlist("ns") if ns]
+        for ns in named:
+            if _canonical_host(ns) != _canonical_host(self.origin.host):
+                message = f"this cache does not serve the registry {ns[:200]!r}"
+                raise ApiError(404, Code.NAME_UNKNOWN, message)
+        return named[0] if named else None
+
+
+def _canonical_host(registry: str) -> str:
+    host = api_host(registry.lower())
+    name, _, port = host.rpartition(":")
+    return name if port == "443" and (":" not in name or name.endswith("]")) else host
 
 
 class CachedContent(Content):

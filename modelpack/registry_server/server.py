@@ -91,7 +91,8 @@ def create_app(
     answers 405 to every write. `sparse` accepts manifests of which blobs are missing; by default
     they are refused, since such a model cannot be opened. `guard` authorises requests; None allows
     all of them. With an `upstream` the registry is read-only; it fetches what the store lacks from
-    there and keeps it. `on_request` is called in the event loop's thread after each request.
+    there and keeps it. Requests whose `ns` names another registry than the upstream get 404.
+    `on_request` is called in the event loop's thread after each request.
     """
     content = Content(store, sparse=sparse)
     if upstream:
@@ -105,7 +106,7 @@ def create_app(
     if read_only or upstream:
         middleware.append(Middleware(ReadOnly))
     app = Starlette(
-        routes=_routes(content, limits, metrics, guard),
+        routes=_routes(content, limits, metrics, guard, upstream),
         middleware=middleware,
         exception_handlers={
             ApiError: on_error,
@@ -119,7 +120,13 @@ def create_app(
     return app
 
 
-def _routes(content: Content, limits: Limits, metrics: Metrics, guard: Guard | None) -> list[Route]:
+def _routes(
+    content: Content,
+    limits: Limits,
+    metrics: Metrics,
+    guard: Guard | None,
+    upstream: Upstream | None,
+) -> list[Route]:
     blobs, uploads = Blobs(content), Uploads(content, limits)
     manifests, discovery = Manifests(content, limits.manifest), Discovery(content)
     metrics.sessions = uploads.count
@@ -150,15 +157,21 @@ def _routes(content: Content, limits: Limits, metrics: Metrics, guard: Guard | N
         "/v2/{name:path}/tags/list": {"GET": discovery.tags},
         "/v2/{name:path}/referrers/{digest}": {"GET": discovery.referrers},
     }
-    return [_resource(path, methods, guard) for path, methods in resources.items()]
+    return [_resource(path, methods, guard, upstream) for path, methods in resources.items()]
 
 
-def _resource(path: str, methods: Mapping[str, Endpoint], guard: Guard | None) -> Route:
+def _resource(
+    path: str, methods: Mapping[str, Endpoint], guard: Guard | None, upstream: Upstream | None
+) -> Route:
     async def endpoint(request: Request) -> Response:
         if guard is not None:
             await guard.check(request, needs_of(request, path))
+        namespace = upstream.namespace(request) if upstream else None
         handler = methods.get(request.method) or methods["GET"]  # HEAD is handled as GET
-        return await handler(request)
+        response = await handler(request)
+        if namespace:
+            response.headers["OCI-Namespace"] = namespace
+        return response
 
     return Route(path, endpoint, methods=list(methods))
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
+from urllib.parse import urlencode
 
 import pytest
 import requests
@@ -28,12 +29,15 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import Stop, silent
 from modelpack.registry import Credential, Registry, RetryPolicy, StaticCredentials, Timeouts
 from modelpack.registry_server import RegistryServer
+from modelpack.registry_server.auth import PasswordFile, Passwords
 from modelpack.registry_server.blob_fetch import Fetches
 from modelpack.registry_server.cache import _MOST_WAITING, Upstream
+from modelpack.registry_server.errors import ApiError
 from modelpack.registry_server.server import NO_LIMITS
 from modelpack.registry_server.uploads import Limits
 from modelpack.storage import BlobReader, BytesBlob, Watch
 from tests.cli.running import modelpack as command_line
+from tests.registry.auth_servers import HTPASSWD
 from tests.registry.faults import (
     Exchange,
     answering,
@@ -404,6 +408,91 @@ def test_nothing_is_written_through_it(caching: Caching) -> None:
     assert client.request("POST", "blobs/uploads/").status_code == 405
     assert client.put_manifest("v1", caching.manifest.raw).status_code == 405
     assert client.request("DELETE", "manifests/v1").status_code == 405
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["fetched", "stored"])
+def test_a_namespace_that_is_the_upstream(caching: Caching, held: bool) -> None:
+    """containerd sends the registry of the name to a mirror, as `ns`."""
+    host = caching.cache()
+    if held:
+        caching.pull(host)
+    for path in ("/manifests/v1", caching.path, "/tags/list"):
+        url = f"http://{host}/v2/{NAME}{path}"
+        for method in ("GET", "HEAD") if path != "/tags/list" else ("GET",):
+            query = {"ns": caching.upstream.host}
+            answer = requests.request(method, url, params=query, timeout=30)
+            assert answer.status_code == 200
+            assert answer.headers["OCI-Namespace"] == caching.upstream.host
+        plain = requests.get(url, timeout=30)
+        assert plain.status_code == 200
+        assert "OCI-Namespace" not in plain.headers
+    assert not any("ns" in request.query for request in caching.upstream.requests)
+
+
+@pytest.mark.parametrize(
+    "ns", ["ghcr.io", "docker.io", "a\r\nX-Evil: 1", "HOST/x", "HOST:443", "x" * 5000]
+)
+def test_a_namespace_that_is_another_registry(caching: Caching, ns: str) -> None:
+    """Its content is not the upstream's, whatever the names have in common."""
+    host = caching.cache()
+    caching.pull(host)
+    caching.upstream.requests.clear()
+    other = ns.replace("HOST", caching.upstream.host)
+    for path in ("/manifests/v1", caching.path, "/tags/list", "/referrers/sha256:" + "0" * 64):
+        url = f"http://{host}/v2/{NAME}{path}"
+        for query in ({"ns": other}, {"ns": [caching.upstream.host, other]}):
+            answer = requests.get(url, params=query, timeout=30)
+            assert answer.status_code == 404
+            assert answer.json()["errors"][0]["code"] == "NAME_UNKNOWN"
+            assert len(answer.content) < 1000
+            assert "OCI-Namespace" not in answer.headers
+            assert "X-Evil" not in answer.headers
+    assert caching.upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    ("upstream", "ns", "served"),
+    [
+        ("docker.io", "docker.io", True),
+        ("docker.io", "registry-1.docker.io", True),
+        ("registry-1.docker.io", "docker.io", True),
+        ("ghcr.io", "GHCR.io", True),
+        ("ghcr.io", "ghcr.io:443", True),
+        ("ghcr.io", "", True),
+        ("ghcr.io", "docker.io", False),
+        ("ghcr.io", "ghcr.io.example", False),
+        ("ghcr.io:8443", "ghcr.io", False),
+        ("[2001:db8::1]:443", "[2001:db8::1]", True),
+        ("[2001:db8::1]", "[2001:db8::1]:444", False),
+    ],
+)
+def test_namespaces(upstream: str, ns: str, served: bool) -> None:
+    request = Request({"type": "http", "query_string": urlencode({"ns": ns}).encode()})
+    with Registry(upstream) as origin:
+        if served:
+            assert Upstream(origin).namespace(request) == (ns or None)
+        else:
+            with pytest.raises(ApiError, match="does not serve the registry"):
+                Upstream(origin).namespace(request)
+
+
+def test_a_namespace_is_no_way_past_the_password(caching: Caching, tmp_path: Path) -> None:
+    """Strangers get 401 whatever they name, so they do not learn which registry is cached."""
+    passwords = tmp_path / "htpasswd"
+    passwords.write_text(HTPASSWD)
+    with (
+        Registry(caching.upstream.host, retry=QUICK) as origin,
+        RegistryServer(
+            caching.root,
+            address="127.0.0.1:0",
+            upstream=Upstream(origin),
+            guard=Passwords(PasswordFile(passwords)),
+            grace=2,
+        ) as server,
+    ):
+        for ns in (caching.upstream.host, "ghcr.io"):
+            url = f"http://{server.host}/v2/{NAME}/manifests/v1"
+            assert requests.get(url, params={"ns": ns}, timeout=10).status_code == 401
 
 
 def test_only_blobs_of_known_manifests_are_fetched(caching: Caching) -> None:
