@@ -16,6 +16,7 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import parse_manifest_or_index, referrer_descriptor
 from modelpack.errors import (
+    AuthError,
     IntegrityError,
     InvalidReferenceError,
     NotFoundError,
@@ -282,6 +283,16 @@ class Registry:
         what = f"repositories of {self.host}"
         try:
             yield from manifests.names(self._client, url, "repositories", what, _CATALOG)
+        except AuthError as error:
+            # Docker Hub lists them to nobody.
+            hint = f"{error.hint}; or name the repositories" if error.hint else None
+            raise type(error)(
+                f"{what}: {error.message}",
+                host=error.host,
+                status_code=error.status_code,
+                code=error.code,
+                hint=hint or "name the repositories",
+            ) from None
         except RegistryError as error:
             if not isinstance(error, NotFoundError) and error.status_code not in (400, 405, 501):
                 raise

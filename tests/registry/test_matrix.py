@@ -289,7 +289,8 @@ def catalogue(target: Target) -> str:
             error,
             client.registry.host,
             "name the repositories",
-            "check the password and the permissions of the account, or log in again",
+            "check the password and the permissions of the account, or log in again; "
+            "or name the repositories",
         )
         return "refused"
     assert "team/catalogue" in names
