@@ -44,7 +44,8 @@ class BearerAuth:
     """Tokens by scope, from `/token` of the same server (or from `realm`).
 
     Without a user, every client gets any token; with a user, other clients get tokens to pull at
-    most. `uses` limits how often each token works, in place of an expiry.
+    most. `uses` limits how often each token works, in place of an expiry. `delete_action` is the
+    action that a DELETE needs.
     """
 
     username: str = ""
@@ -54,6 +55,7 @@ class BearerAuth:
     uses: int | None = None
     realm: str | None = None
     identity_token: str | None = None
+    delete_action: str = "delete"
     token_requests: list[dict[str, list[str]]] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
     _granted: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
@@ -87,6 +89,8 @@ class BearerAuth:
         if match is None:
             return set()
         resource, action = f"repository:{match[1]}", _ACTION.get(exchange.method, "push")
+        if action == "delete":
+            action = self.delete_action
         actions = {"pull", "push"} if action == "push" else {action}
         needed = {(resource, action) for action in actions}
         if origin := exchange.query.get("from"):

@@ -113,6 +113,12 @@ def _bearer(imitation: Imitation) -> None:
     imitation.credential = Credential(USER, PASSWORD, source="a test")
 
 
+def _bearer_for_administrators(imitation: Imitation) -> None:
+    _bearer(imitation)
+    assert isinstance(imitation.registry.auth, BearerAuth)
+    imitation.registry.auth.delete_action = "*"
+
+
 def _basic_as_aws(imitation: Imitation) -> None:
     imitation.registry.auth = BasicAuth("AWS", PASSWORD)
     imitation.credential = Credential("AWS", PASSWORD, source="a test")
@@ -366,6 +372,11 @@ _MINIMAL = Profile(
 
 _CHUNKING = Profile(
     (
+        Quirk(
+            "bearer tokens, and the scope repository:NAME:* for a DELETE",
+            "distribution 2.6.2, registry/handlers/app.go",
+            _bearer_for_administrators,
+        ),
         Quirk(
             "OCI-Chunk-Min-Length of 5 MiB, and smaller chunks refused",
             "specification, Pushing a blob in chunks; ECR's LayerPartTooSmall",
