@@ -34,8 +34,8 @@ OTHERS = {
     "--ignore-eos --min-p --model-draft --n-predict --no-enable-prefix-caching --presence-penalty "
     "--repeat-penalty --temp --threads --top-k --top-p --verbose",
     "systemctl": "--user",
-    "vllm": "--distributed-executor-backend --dtype --override-generation-config "
-    "--pipeline-parallel-size",
+    "vllm": "--distributed-executor-backend --dtype --headless --master-addr --nnodes --node-rank "
+    "--override-generation-config --pipeline-parallel-size",
 }
 KNOWN = OPTIONS | {option for line in OTHERS.values() for option in line.split()}
 # Docker Compose runs these, and MODELPACK_LIFELINE is between a server's own processes.

@@ -37,8 +37,8 @@ host_option = click.option(
 @host_option
 @common_options_without("store", "progress")
 def ps(settings: Settings, host: str) -> None:
-    """List the models that a server has loaded."""
-    answer = call_server(host, "GET", "/pool")
+    """List the models that a server has loaded; of servers such as vLLM, those that they serve."""
+    answer = _loaded(host)
     if settings.json:
         show_json(answer)
         return
@@ -158,7 +158,25 @@ def list_adapters(settings: Settings, host: str) -> None:
         click.echo(table(("ADAPTER NAME", "BASE", "DIGEST"), rows_shown))
 
 
+def _loaded(host: str) -> dict[str, Any]:
+    """Return the answer of `/pool`; where there is none, the models of OpenAI's API in its form."""
+    try:
+        return call_server(host, "GET", "/pool")
+    except NotFoundError:
+        served = call_server(host, "GET", "/v1/models")
+    models = served.get("data")
+    return {
+        "models": [
+            {"name": str(model.get("id", "")), "context_size": model.get("max_model_len")}
+            for model in (models if isinstance(models, list) else [])
+            if isinstance(model, dict)
+        ]
+    }
+
+
 def _row(model: dict[str, Any]) -> tuple[str, ...]:
+    if "state" not in model:  # of another server, which says no more
+        return model["name"], "loaded", "", str(model["context_size"] or ""), "", ""
     until = "pinned" if model["pinned"] else "in use" if model["users"] else "always"
     if model["expires_at"]:
         left = datetime.fromisoformat(model["expires_at"]) - datetime.now(UTC)
@@ -483,13 +501,22 @@ def find_target(host: str, name: str | None) -> Target:
     url = (host if "://" in host else f"http://{host}").rstrip("/")
     if name is None:
         name = _only_model(url)
-    try:
-        model = call_server(url, "GET", f"/v1/models/{quote(name, safe='/:@')}")
-    except NotFoundError as error:
-        hint = f"run modelpack pull {shlex.quote(name)}"
-        raise NotFoundError(f"no such model at {url}: {name!r}", hint=hint) from error
+    model = _described(url, name)
     key = os.environ.get("MODELPACK_API_KEY") or None
     return Target(url, str(model.get("id") or name), key, _context(url, model))
+
+
+def _described(url: str, name: str) -> dict[str, Any]:
+    """Return what the server says of a model; raise `NotFoundError` if it has no such model."""
+    try:
+        return call_server(url, "GET", f"/v1/models/{quote(name, safe='/:@')}")
+    except NotFoundError as error:
+        # vLLM has only the list.
+        for model in call_server(url, "GET", "/v1/models").get("data", []):
+            if model.get("id") == name:
+                return dict(model)
+        hint = f"run modelpack pull {shlex.quote(name)}"
+        raise NotFoundError(f"no such model at {url}: {name!r}", hint=hint) from error
 
 
 def _context(url: str, model: dict[str, Any]) -> int | None:
@@ -498,7 +525,7 @@ def _context(url: str, model: dict[str, Any]) -> int | None:
         for running in call_server(url, "GET", "/pool")["models"]:
             if running["digest"] == model.get("root") and running["context_size"]:
                 return int(running["context_size"])
-    size = model.get("dmr", {}).get("context_window")
+    size = model.get("dmr", {}).get("context_window", model.get("max_model_len"))
     return size if isinstance(size, int) else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -12,10 +13,11 @@ import pytest
 import requests
 from starlette.types import Receive, Scope, Send
 
-from modelpack.errors import ModelpackError
+from modelpack.errors import ModelpackError, NotFoundError
 from modelpack.http.listener import AppServer
 from modelpack_engine.outputs import FinishReason
 from modelpack_server.api.app import ModelServer
+from modelpack_server.cli.client import find_target
 from modelpack_server.conversation.spec import ChatDelta
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.repl.chat import RemoteChat, RemoteModel
@@ -143,3 +145,37 @@ def test_a_server_that_sends_something_else(event: str) -> None:
         pytest.raises(ModelpackError, match="cannot read the response"),
     ):
         asyncio.run(read(chat(server.url), "France?"))
+
+
+@pytest.fixture
+def like_vllm() -> Iterator[str]:
+    """A server that lists its models, and has no route for one of them and none of ours."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        found = scope["path"] == "/v1/models"
+        listed = {"object": "list", "data": [{"id": "m", "root": "/m", "max_model_len": 256}]}
+        body = json.dumps(listed if found else {"detail": "Not Found"}).encode()
+        headers = [(b"content-type", b"application/json")]
+        status = 200 if found else 404
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    with AppServer(lambda: app, "127.0.0.1:0", name="vllm") as server:
+        yield server.url
+
+
+def test_models_of_another_server(like_vllm: str) -> None:
+    found = find_target(like_vllm, "m")
+    assert (found.model, found.context) == ("m", 256)
+    assert find_target(like_vllm, None) == found
+    with pytest.raises(NotFoundError, match=r"no such model at .*: 'other'"):
+        find_target(like_vllm, "other")
+
+
+def test_ps_of_another_server(like_vllm: str) -> None:
+    header, row = run("ps", "--url", like_vllm).out.splitlines()
+    assert header.split()[:2] == ["MODEL", "NAME"]
+    assert row.split() == ["m", "loaded", "256"]
+    assert run("ps", "-q", "--url", like_vllm).out == "m"
+    listed = json.loads(run("ps", "--json", "--url", like_vllm).out)
+    assert listed["models"] == [{"name": "m", "context_size": 256}]
