@@ -248,7 +248,11 @@ def published(tmp_path: Path) -> Iterator[Published]:
         yield made
 
 
-@pytest.fixture(scope="module", params=list(SignatureKind))
+#: Provenance is no signature of a model; tests/supply/test_provenance.py moves it to others.
+SIGNATURES = [kind for kind in SignatureKind if kind is not SignatureKind.PROVENANCE]
+
+
+@pytest.fixture(scope="module", params=SIGNATURES)
 def signer(
     tmp_path_factory: pytest.TempPathFactory, ours: PrivateKey, request: pytest.FixtureRequest
 ) -> Iterator[Signer]:
