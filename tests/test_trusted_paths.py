@@ -24,6 +24,7 @@ OPENING = {"stored_files", "from_model"}
 EXCEPTIONS = {
     ("engine/modelpack_server/stored_models.py", "open_model"): "rank 0 checked that digest",
     ("modelpack/deploy/vllm_plugin.py", "resolve"): "a function of that module",
+    ("modelpack/registry/manifests.py", "resolve"): "a function of that module: one request",
     ("engine/modelpack_server/api/traces.py", "complete"): "of traces",
     ("engine/modelpack_server/cli/model_sources.py", "package"): "a file; loading checks the model",
 }
