@@ -133,8 +133,9 @@ class Speculator:
             self._proposer.head.record(output, batch, hidden)
 
     def emitted(self, output: SchedulerOutput, now: float) -> None:
-        """Tell the proposer how long a step took, whose tokens are emitted at `now`, in seconds.
+        """Pass the duration of a step, whose tokens are emitted at `now`, to the proposer.
 
+        `now` is in seconds.
         Steps without prompts follow others at once, so they take the time since those.
         """
         before, self._emitted = self._emitted, now
