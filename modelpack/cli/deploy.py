@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,8 +197,8 @@ def k8s(
     objects = inference_service(workload) if kserve else deployment(workload)
     if helm is not None:
         called = replace(workload, name=name or default_name(wanted)).name  # checks the name
-        dump = partial(_yaml, yaml)
-        write_chart(helm, chart(called, model, workload.pinned, objects, lambda one: dump([one])))
+        files = chart(called, model, workload.pinned, objects, lambda one: _yaml(yaml, [one]))
+        write_chart(helm, files)
         show(settings, {"chart": str(helm)}, str(helm))
     elif settings.json:
         listed = {"apiVersion": "v1", "kind": "List", "items": objects}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,11 +41,10 @@ def chart(
 ) -> dict[str, str]:
     """Return the files of a chart by path: the objects of a workload that is named RELEASE.
 
-    `pinned` is the model's reference by digest, and `dump` writes a value, or a list of documents,
-    as YAML.
+    `pinned` is the model's reference by digest, and `dump` writes a value as a document of YAML.
     """
     values: dict[str, Any] = {}
-    made = [_templated(json.loads(json.dumps(item)), values) for item in objects]
+    made = [_templated(deepcopy(dict(item)), values) for item in objects]
     text = "---\n".join(_expressions(dump(item)) for item in made)
     return {
         "Chart.yaml": dump({
@@ -98,13 +98,10 @@ def _templated(item: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
             pull["image"] = f"{_SCALAR}.Values.toolImage | quote"
         values["resources"] = server["resources"]
         server["resources"] = f"{_BLOCK}.Values.resources"
-        places: dict[str, Any] = {
-            "nodeSelector": {}, "tolerations": [], "affinity": {}, "podAnnotations": {},
-        }  # fmt: skip
-        for name, default in places.items():
-            values[name] = default
-            of = spec["template"]["metadata"] if name == "podAnnotations" else pod
-            of["annotations" if name == "podAnnotations" else name] = f"{_BLOCK}.Values.{name}"
+        values |= {"nodeSelector": {}, "tolerations": [], "affinity": {}, "podAnnotations": {}}
+        for name in ("nodeSelector", "tolerations", "affinity"):
+            pod[name] = f"{_BLOCK}.Values.{name}"
+        spec["template"]["metadata"]["annotations"] = f"{_BLOCK}.Values.podAnnotations"
     elif item["kind"] == "Service":
         values["service"] = {"type": "ClusterIP", "port": spec["ports"][0]["port"]}
         spec["type"] = f"{_SCALAR}.Values.service.type"
