@@ -144,8 +144,7 @@ def _change_adapter(host: str, verb: str, body: dict[str, Any]) -> None:
 @common_options_without("store", "progress")
 def list_adapters(settings: Settings, host: str) -> None:
     """List the adapters that requests can name, with their bases."""
-    models = call_server(host, "GET", "/v1/models")["data"]
-    found = [model for model in models if "parent" in model]
+    found = [model for model in _served(host) if "parent" in model]
     if settings.json:
         keys = {"name": "id", "base": "parent", "digest": "root"}
         rows = [{key: model[field] for key, field in keys.items()} for model in found]
@@ -163,15 +162,20 @@ def _loaded(host: str) -> dict[str, Any]:
     try:
         return call_server(host, "GET", "/pool")
     except NotFoundError:
-        served = call_server(host, "GET", "/v1/models")
-    models = served.get("data")
+        models = _served(host)
     return {
         "models": [
-            {"name": str(model.get("id", "")), "context_size": model.get("max_model_len")}
-            for model in (models if isinstance(models, list) else [])
-            if isinstance(model, dict)
+            {"name": str(model["id"]), "context_size": model.get("max_model_len")}
+            for model in models
         ]
     }
+
+
+def _served(host: str) -> list[dict[str, Any]]:
+    """Return the models in the list of OpenAI's API."""
+    models = call_server(host, "GET", "/v1/models").get("data")
+    listed = models if isinstance(models, list) else []
+    return [model for model in listed if isinstance(model, dict) and "id" in model]
 
 
 def _row(model: dict[str, Any]) -> tuple[str, ...]:
@@ -512,9 +516,9 @@ def _described(url: str, name: str) -> dict[str, Any]:
         return call_server(url, "GET", f"/v1/models/{quote(name, safe='/:@')}")
     except NotFoundError as error:
         # vLLM has only the list.
-        for model in call_server(url, "GET", "/v1/models").get("data", []):
-            if model.get("id") == name:
-                return dict(model)
+        for model in _served(url):
+            if model["id"] == name:
+                return model
         hint = f"run modelpack pull {shlex.quote(name)}"
         raise NotFoundError(f"no such model at {url}: {name!r}", hint=hint) from error
 
@@ -530,7 +534,7 @@ def _context(url: str, model: dict[str, Any]) -> int | None:
 
 
 def _only_model(url: str) -> str:
-    models = call_server(url, "GET", "/v1/models").get("data", [])
+    models = _served(url)
     names = [str(model["id"]) for model in models]
     if len({model.get("root") for model in models}) == 1:  # aliases have the root of their model
         return names[0]
