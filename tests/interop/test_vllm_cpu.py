@@ -155,6 +155,17 @@ def tokens(url: str, name: str) -> list[int]:
     return found
 
 
+@contextmanager
+def published(files: Path, directory: Path, **more: Any) -> Iterator[tuple[str, str]]:
+    """Package the files and push them to a registry; yield the model's name, by tag and digest."""
+    with registry() as source:
+        repository = f"{source.host}/team/tiny"
+        request = modelpack.PackageRequest(safetensors_dir=files, **more)
+        store = LayoutStore(directory / "first")
+        made = modelpack.package(f"{repository}:v1", request, store=store, push=True)
+        yield f"{repository}:v1", f"{repository}@{made.digest}"
+
+
 _OPTIONS = ("--max-model-len", "256", "--enforce-eager", "--dtype", "float32")
 
 
@@ -162,13 +173,7 @@ def test_vllm_pulls_a_model_by_its_digest(
     environment: Path, files: Path, expected: list[int], tmp_path: Path
 ) -> None:
     """Docker's format, from our registry; the weights are read in place."""
-    with registry() as source:
-        name = f"{source.host}/team/tiny:v1"
-        made = modelpack.package(
-            name, modelpack.PackageRequest(safetensors_dir=files),
-            store=LayoutStore(tmp_path / "first"), push=True,
-        )  # fmt: skip
-        pinned = f"{source.host}/team/tiny@{made.digest}"
+    with published(files, tmp_path) as (_, pinned):
         store = tmp_path / "store"
         command = ["vllm", "serve", f"modelpack://{pinned}", *_OPTIONS]
         with server(environment, store, command) as url:
@@ -189,12 +194,7 @@ def test_modelpack_serves_a_signed_model_by_vllm(
     store = tmp_path / "store"
     key = tmp_path / "team"
     succeed("keygen", str(key))
-    with registry() as source:
-        name = f"{source.host}/team/tiny:v1"
-        modelpack.package(
-            name, modelpack.PackageRequest(safetensors_dir=files, format="cncf"),
-            store=LayoutStore(tmp_path / "first"), push=True,
-        )  # fmt: skip
+    with published(files, tmp_path, format="cncf") as (name, _):
         command = [
             "modelpack", "serve", name, "--backend", "vllm", "--verify-key", f"{key}.pub",
             "--max-model-len", "256", "--runtime-flags", "--enforce-eager --dtype float32",
@@ -223,15 +223,10 @@ def test_two_nodes_with_a_store_each(
     environment: Path, files: Path, expected: list[int], tmp_path: Path
 ) -> None:
     """Tensor parallelism over processes that share nothing but the registry and loopback."""
-    with registry() as source:
-        name = f"{source.host}/team/tiny:v1"
-        made = modelpack.package(
-            name, modelpack.PackageRequest(safetensors_dir=files),
-            store=LayoutStore(tmp_path / "first"), push=True,
-        )  # fmt: skip
-        pinned = f"modelpack://{source.host}/team/tiny@{made.digest}"
+    with published(files, tmp_path) as (_, pinned):
+        model = f"modelpack://{pinned}"
         command = [
-            "vllm", "serve", pinned, *_OPTIONS, "--tensor-parallel-size", "2", "--nnodes", "2",
+            "vllm", "serve", model, *_OPTIONS, "--tensor-parallel-size", "2", "--nnodes", "2",
             "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank",
         ]  # fmt: skip
         one, two = (tmp_path / node / "store" for node in ("one", "two"))
@@ -239,6 +234,6 @@ def test_two_nodes_with_a_store_each(
             store.parent.mkdir()
         second = (two, [*command, "1", "--headless"])
         with server(environment, one, [*command, "0"], second) as url:
-            assert tokens(url, pinned) == expected
+            assert tokens(url, model) == expected
     for store in (one, two):
         assert [path for path in store.rglob("*.safetensors") if path.is_file()]
