@@ -25,9 +25,7 @@
     const int at = SWIGLU ? strip * 8 + r : strip * 16 + high * 8 + r;
     return at >= width ? 0 : SWIGLU && high ? at + width : at;
   };
-  auto chunk_of = [&](int unit, int j) {
-    return (unit * 4 + j) * WARPS + warp;
-  };
+  auto chunk_of = [&](int unit, int j) { return (unit * 4 + j) * WARPS + warp; };
   // The chunk of column 2 * c + h of a set, which this lane has the sum of.
   auto summed = [&](int unit, int set, int h) {
     return chunk_of(unit, set * TOGETHER + (c * 2 + h) / GROUPS % TOGETHER);

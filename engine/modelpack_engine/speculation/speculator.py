@@ -135,8 +135,8 @@ class Speculator:
     def emitted(self, output: SchedulerOutput, now: float) -> None:
         """Pass the duration of a step, whose tokens are emitted at `now`, to the proposer.
 
-        `now` is in seconds.
-        Steps without prompts follow others at once, so they take the time since those.
+        `now` is in seconds. Steps without prompts follow others at once, so they take the time
+        since those.
         """
         before, self._emitted = self._emitted, now
         if isinstance(self._proposer, HeadWithLookup):
