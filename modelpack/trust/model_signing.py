@@ -39,6 +39,10 @@ _SERIALIZATION: Final = {
     "allow_symlinks": False,
     "ignore_paths": [],
 }
+#: The suffix of signatures that are files of the model. (Specification, 9)
+_SIGNATURE: Final = ".sig"
+# OpenSSF's own tool gives this name to the file of a model that is not a directory.
+_ONE_FILE: Final = "."
 _BYTES: Final = {"sha256": 32, "blake2b": 64, "blake3": 32}
 _CHUNK: Final = 1024 * 1024
 # Annotations of a manifest that describe a model and do not change how it runs.
@@ -96,22 +100,30 @@ def _manifests(statement: Statement) -> list[Any]:
     return [place[MANIFEST] for place in places if MANIFEST in place]
 
 
-def check_model(statement: Statement, model: Model, contents: Source | None = None) -> None:
+def check_model(
+    statement: Statement,
+    model: Model,
+    contents: Source | None = None,
+    *,
+    signature: Digest | None = None,
+) -> None:
     """Raise `IntegrityError` unless the statement is about `model` and covers all of it.
 
-    It must list exactly the model's files, but for those that its signer ignored. If it names a
-    manifest, that must be the model's; otherwise the model must have no `uncovered` parts, and
-    ignored files must not change how it runs. Digests that do not follow from the manifest are
-    computed from `contents`; without it, `UnsupportedError` is raised for them. Raises
-    `FormatError` for a statement that does not follow the format, or whose digest is not that of
-    the listed files.
+    It must list exactly the model's files, but for those that its signer ignored and the bundle
+    with the digest `signature`, which contains the statement. If it names a manifest, that must be
+    the model's; otherwise the model must have no `uncovered` parts, and ignored files must not
+    change how it runs. Digests that do not follow from the manifest are computed from `contents`;
+    without it, `UnsupportedError` is raised for them. Raises `FormatError` for a statement that
+    does not follow the format, or whose digest is not that of the listed files.
     """
     what = f"model signature of {model.reference or model.digest}"
     named = _manifests(statement)
     if other := [one for one in named if one != str(model.digest)]:
         raise IntegrityError(f"{what}: signs {other[0]!r}, another manifest")
     listed = _Resources.parse(statement, what)
-    files = files_of(model)
+    files = {path: one for path, one in files_of(model).items() if one.digest != signature}
+    if len(files) == 1 and listed.is_of_one_file:
+        files = {_ONE_FILE: next(iter(files.values()))}
     wrong, absent, whole = [], set(), []
     left = set(listed.digests)
     for path, descriptor in files.items():
@@ -193,6 +205,11 @@ class _Resources:
         ignored = [one for one in paths if isinstance(one, str)] if isinstance(paths, list) else ()
         return cls(digests, algorithm, size, tuple(ignored))
 
+    @property
+    def is_of_one_file(self) -> bool:
+        """Whether a file was signed and not a directory, so that the file has no name."""
+        return all(name.partition(":")[0] == _ONE_FILE for name in self.digests)
+
     def count(self, size: int) -> int:
         """Return the number of digests of a file of `size` bytes."""
         return -(-size // self.shard_size) if self.shard_size else 1
@@ -266,7 +283,9 @@ def _running(ignored: Collection[str], model: Model) -> tuple[str, ...]:
     return tuple(
         f"the file {path}, which its signer ignored"
         for path in sorted(ignored)
-        if path.partition("/")[0] not in _IGNORED and roles[path] not in harmless
+        if path.partition("/")[0] not in _IGNORED
+        and roles[path] not in harmless
+        and not path.endswith(_SIGNATURE)
     )
 
 

@@ -19,6 +19,7 @@ from typing import Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model
 from modelpack.errors import (
@@ -278,7 +279,7 @@ def _bundle(
         return None
 
     def covers_files() -> None:
-        check_model(statement, model(), contents)
+        check_model(statement, model(), contents, signature=Digest.of(bundle.raw))
 
     kind = SignatureKind.MODEL_SIGNING if names_manifest(statement) else SignatureKind.FILES
     return _Candidate(referrer, kind, bundle, covers_files)

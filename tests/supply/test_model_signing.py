@@ -40,6 +40,7 @@ from modelpack.trust.sigstore import (
     bundle_manifest,
     signed_bundle,
 )
+from tests.models import package, tiny_gguf
 from tests.supply.conftest import Published, publishing
 from tests.supply.private_sigstore import ISSUER, PrivateSigstore, serving, token
 from tests.supply.test_tampering import files_in
@@ -158,6 +159,55 @@ def test_files_that_their_signer_ignored(
         attach(published.reference, (files.parent / "model.sig").read_bytes())
         with pytest.raises(UntrustedError, match=r"signs other files: other\.md"):
             signatures.verify(published.reference, [ours.public], formats=formats)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["1.1", "1.0"])
+def test_a_signature_that_is_a_file_of_the_model(
+    published: Published, ours: PrivateKey, listed: bool
+) -> None:
+    """Publishers keep model.sig next to the weights; signatures of 1.0 do not list it."""
+    good = model_statement(inspect(published.reference, store=published.origin), "model")
+    serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
+    if listed:
+        serialization["ignore_paths"] = ["model.sig"]
+    statement = replace(
+        good,
+        subjects=(Subject(good.subjects[0].digest, "model"),),
+        predicate={**good.predicate, "serialization": serialization},
+    )
+    signature, formats = signed_bundle(statement, ours), [SignatureKind.FILES]
+    add_file(published.reference, "model.sig", signature)
+    attach(published.reference, signature)
+    _, found = signatures.verify(published.reference, [ours.public], formats=formats)
+    assert [one.kind for one in found.signatures] == formats
+    add_file(published.reference, "other.sig", b"{}")
+    attach(published.reference, signature)
+    with pytest.raises(UntrustedError, match=r"signs other files: other\.sig"):
+        signatures.verify(published.reference, [ours.public], formats=formats)
+
+
+@pytest.mark.parametrize("hashing", [("files", "sha256", 0), ("shards", "sha256", 100)], ids=str)
+def test_a_signature_over_one_file(
+    tmp_path: Path, ours: PrivateKey, hashing: tuple[str, str, int]
+) -> None:
+    """The tool gives the name "." to a file that it signs."""
+    file, store, name = tiny_gguf(tmp_path), modelpack.Store(tmp_path / "store"), "team/model:v1"
+    package(name, file, store, format="cncf")
+    model = inspect(name, store=store)
+    signature = hashed_and_signed(file, ours, *hashing)
+    statement = Bundle.parse(signature, "bundle").statement
+    assert {one["name"][0] for one in statement.predicate["resources"]} == {"."}
+    check_model(statement, model, store)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    changed = Bundle.parse(hashed_and_signed(file, ours, *hashing), "bundle").statement
+    licence = tmp_path / "LICENSE"
+    licence.write_text("MIT")
+    package(name, tiny_gguf(tmp_path), store, format="cncf", licenses=licence)
+    for wrong, of in ((changed, model), (statement, inspect(name, store=store))):
+        with pytest.raises(IntegrityError, match="signs other files"):
+            check_model(wrong, of, store)
 
 
 @pytest.mark.long
