@@ -77,6 +77,10 @@ _OWN_IMAGE = f"modelpack:{__version__}"
     help="Request this many GPUs for each pod. [default: by model size for vllm, 0 for modelpack]",
 )  # fmt: skip
 @click.option(
+    "--nodes", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+    help="Divide the model among this many pods, in a LeaderWorkerSet; with vllm only.",
+)  # fmt: skip
+@click.option(
     "--gpu-memory", type=SIZE, metavar="SIZE", default="80GB", show_default=True,
     help="Assume this memory of one GPU.",
 )  # fmt: skip
@@ -120,6 +124,7 @@ def k8s(
     max_replicas: int | None,
     monitor: bool,
     gpus: int | None,
+    nodes: int,
     gpu_memory: int,
     cpus: float,
     user: int,
@@ -138,6 +143,7 @@ def k8s(
     from modelpack.artifacts.reference import Reference
     from modelpack.deploy.helm import RELEASE, chart, write_chart
     from modelpack.deploy.kubernetes import (
+        Demands,
         Workload,
         default_name,
         demands_of,
@@ -161,6 +167,9 @@ def k8s(
             "autoscaler and metrics",
             hint="leave out --kserve, or set spec.predictor.maxReplicas of the InferenceService",
         )
+    if nodes > 1 and (kserve or helm is not None):
+        other = "--kserve" if kserve else "--helm"
+        raise UsageError(f"--nodes cannot be combined with {other}", hint=f"leave out {other}")
     if helm is not None and (kserve or namespace is not None):
         raise UsageError(
             f"--helm cannot be combined with {'--kserve' if kserve else '--namespace'}",
@@ -173,7 +182,8 @@ def k8s(
     model = inspect(reference, remote=remote, from_registry=True)
     check_remote(model, remote, watching(None))  # pods pull the checked digest
     if gpus is None:
-        gpus = demands_of(model).gpus(gpu_memory) if engine == "vllm" else 0
+        share = Demands(-(-demands_of(model).weights // nodes))
+        gpus = share.gpus(gpu_memory) if engine == "vllm" else 0
     workload = Workload(
         model=model,
         reference=wanted,
@@ -193,6 +203,7 @@ def k8s(
         hosts=hosts,
         max_replicas=max_replicas,
         monitored=monitor,
+        nodes=nodes,
     )
     objects = inference_service(workload) if kserve else deployment(workload)
     if helm is not None:

@@ -87,6 +87,14 @@ _WAITING, _CACHE_USE = ("vllm_num_requests_waiting", "4"), ("vllm_kv_cache_usage
 #: Seconds of lower load before a pod is removed, since a new one takes minutes to load.
 _SCALE_DOWN = 600
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
+_LONGEST_NAME = 63
+#: A LeaderWorkerSet has a headless Service of its own name, so the workload's Service cannot have
+#: that name. The names of its StatefulSets and their revisions are longer, and limited too.
+_NODES, _LONGEST_NODES_NAME = "nodes", 40
+#: Variables that LeaderWorkerSet's controller sets in each container. (LWS 0.8, "LWS_WORKER_INDEX")
+_LEADER, _RANK = "$(LWS_LEADER_ADDRESS)", "$(LWS_WORKER_INDEX)"
+#: The fields of the leader's container that need its API, or that drain it.
+_LEADER_ONLY = frozenset(("ports", "startupProbe", "readinessProbe", "livenessProbe", "lifecycle"))
 #: What the Pod Security Standard "restricted" demands of containers, and a file system to read.
 _LOCKED: dict[str, Any] = {
     "allowPrivilegeEscalation": False,
@@ -126,7 +134,8 @@ class Workload:
     user id of all containers; 0 is root. `served_name` is the model name in API requests. `hosts`
     are host names that clients use in addition to those of the Service. With `max_replicas`, the
     number of pods follows the load, from `replicas` up. With `monitored`, Prometheus' operator
-    scrapes the pods.
+    scrapes the pods. With several `nodes`, a replica is a group of that many pods with `gpus` each:
+    the layers are divided among the pods, and each layer among the GPUs of a pod.
     """
 
     model: Model
@@ -147,14 +156,19 @@ class Workload:
     hosts: tuple[str, ...] = ()
     max_replicas: int | None = None
     monitored: bool = False
+    nodes: int = 1
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for an invalid Kubernetes name and for conflicting options."""
-        for what, text in (("name", self.name), ("namespace", self.namespace)):
-            if text is not None and (not _NAME.match(text) or len(text) > 63):
+        longest = _LONGEST_NAME if self.nodes == 1 else _LONGEST_NODES_NAME
+        for what, text, most in (
+            ("name", self.name, longest),
+            ("namespace", self.namespace, _LONGEST_NAME),
+        ):
+            if text is not None and (not _NAME.match(text) or len(text) > most):
                 raise UsageError(
                     f"{what} {text!r} is not a valid Kubernetes name: expected a letter, "
-                    "then up to 62 of a-z, 0-9 and -"
+                    f"then up to {most - 1} of a-z, 0-9 and -"
                 )
         if self.max_replicas is not None and not 1 <= self.replicas <= self.max_replicas:
             raise UsageError(
@@ -165,6 +179,11 @@ class Workload:
             raise UsageError(
                 "--engine modelpack cannot be combined with --model-image",
                 hint="leave out --model-image, or give --engine vllm",
+            )
+        if self.engine == "modelpack" and self.nodes > 1:
+            raise UsageError(
+                "--engine modelpack cannot be combined with --nodes: it runs on one node",
+                hint="leave out --nodes, or give --engine vllm",
             )
         if self.engine == "vllm" and not self.gpus:
             raise UsageError(
@@ -217,23 +236,15 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
     """Return the Deployment, the Service and the objects that the workload's options add.
 
     These are a ConfigMap if the registry has an authority, a PodDisruptionBudget for several pods,
-    a HorizontalPodAutoscaler and a ServiceMonitor.
+    a HorizontalPodAutoscaler and a ServiceMonitor. For several nodes, a LeaderWorkerSet takes the
+    place of the Deployment.
     """
-    spec: dict[str, Any] = {
-        # An autoscaler owns the number: applying the manifest again must not reset it.
-        **({} if workload.max_replicas else {"replicas": workload.replicas}),
-        "selector": {"matchLabels": workload.labels},
-        # A rolling update would need twice the GPUs, which few clusters have.
-        "strategy": {"type": "Recreate"} if workload.gpus else {"type": "RollingUpdate"},
-        "progressDeadlineSeconds": workload.demands.start_seconds * 2,
-        "template": {"metadata": {"labels": workload.labels}, "spec": pod_spec(workload)},
-    }
     service: dict[str, Any] = {
         "selector": workload.labels,
         "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
     }
     return [
-        _object("apps/v1", "Deployment", workload, spec),
+        _one_node(workload) if workload.nodes == 1 else _leader_worker_set(workload),
         _object("v1", "Service", workload, service),
         *_authority(workload),
         *_disruption_budget(workload),
@@ -242,19 +253,74 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
     ]
 
 
+def _one_node(workload: Workload) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        **_replicas(workload),
+        "selector": {"matchLabels": workload.labels},
+        # A rolling update would need twice the GPUs, which few clusters have.
+        "strategy": {"type": "Recreate"} if workload.gpus else {"type": "RollingUpdate"},
+        "progressDeadlineSeconds": workload.demands.start_seconds * 2,
+        "template": {"metadata": {"labels": workload.labels}, "spec": pod_spec(workload)},
+    }
+    return _object("apps/v1", "Deployment", workload, spec)
+
+
+def _leader_worker_set(workload: Workload) -> dict[str, Any]:
+    """Return groups of pods that start together: a leader with the API, and its workers.
+
+    The processes of a group cannot replace one of them, so the whole group restarts with any pod.
+    """
+    leader = {"metadata": {"labels": workload.labels}, "spec": pod_spec(workload)}
+    worker = {
+        "metadata": {"labels": _worker_labels(workload)},
+        "spec": pod_spec(workload, is_worker=True),
+    }
+    spec: dict[str, Any] = {
+        **_replicas(workload),
+        "leaderWorkerTemplate": {
+            "size": workload.nodes,
+            "restartPolicy": "RecreateGroupOnPodRestart",
+            "leaderTemplate": leader,
+            "workerTemplate": worker,
+        },
+    }
+    made = _object("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", workload, spec)
+    made["metadata"]["name"] = f"{workload.name}-{_NODES}"
+    return made
+
+
+def _replicas(workload: Workload) -> dict[str, int]:
+    """Return the number, unless an autoscaler has it: applying again must not reset it."""
+    return {} if workload.max_replicas else {"replicas": workload.replicas}
+
+
+def _worker_labels(workload: Workload) -> dict[str, str]:
+    """Return labels that the Service does not select: workers have no API."""
+    return {**workload.labels, "app.kubernetes.io/component": "model-worker"}
+
+
 def _disruption_budget(workload: Workload) -> list[dict[str, Any]]:
-    """Return the budget that lets nodes drain one pod at a time; a single pod may always leave."""
+    """Return the budget that lets nodes drain one pod at a time; a single pod may always leave.
+
+    Without one of its pods a group restarts, so all pods of groups count.
+    """
     if max(workload.replicas, workload.max_replicas or 0) < 2:
         return []
-    spec = {"maxUnavailable": 1, "selector": {"matchLabels": workload.labels}}
+    selector = {name: value for name, value in workload.labels.items()
+                if workload.nodes == 1 or not name.endswith("/component")}  # fmt: skip
+    spec = {"maxUnavailable": 1, "selector": {"matchLabels": selector}}
     return [_object("policy/v1", "PodDisruptionBudget", workload, spec)]
 
 
 def _autoscaler(workload: Workload) -> list[dict[str, Any]]:
     if workload.max_replicas is None:
         return []
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": workload.name}
+    if workload.nodes > 1:
+        target = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet",
+                  "name": f"{workload.name}-{_NODES}"}  # fmt: skip
     spec = {
-        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": workload.name},
+        "scaleTargetRef": target,
         "minReplicas": workload.replicas,
         "maxReplicas": workload.max_replicas,
         "metrics": [
@@ -290,14 +356,21 @@ def _authority(workload: Workload) -> list[dict[str, Any]]:
 
 
 def pod_spec(
-    workload: Workload, container: str = "server", service: str | None = None
+    workload: Workload,
+    container: str = "server",
+    service: str | None = None,
+    *,
+    is_worker: bool = False,
 ) -> dict[str, Any]:
     """Return the pod spec: the server as `container`, and the init container that pulls the model.
 
-    `service` is the name of the Service of the pod (None: the name of the workload).
+    `service` is the name of the Service of the pod (None: the name of the workload). `is_worker`
+    is for pods of a group besides its leader.
     """
     made: dict[str, Any] = {
         "automountServiceAccountToken": False,
+        # The variables of a Service named `vllm` would be read as vLLM's own, such as VLLM_PORT.
+        "enableServiceLinks": False,
         "terminationGracePeriodSeconds": _DRAIN + _STOP_TIMEOUT + _KILL,
     }
     if workload.user:
@@ -309,7 +382,8 @@ def pod_spec(
         }
     if not workload.model_image:
         made["initContainers"] = [_pull(workload)]
-    made["containers"] = [_server(workload, container, service or workload.name)]
+    server = _server(workload, container, service or workload.name)
+    made["containers"] = [_worker(server) if is_worker else server]
     made["volumes"] = _volumes(workload)
     if workload.pull_secret:
         made["imagePullSecrets"] = [{"name": workload.pull_secret}]
@@ -320,7 +394,7 @@ def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
     mounts = [{"name": _VOLUME, "mountPath": _MOUNT, "readOnly": True}]
     if workload.engine == "modelpack":
         del mounts[0]["readOnly"]  # the locks of the store are files
-    if workload.gpus > 1:
+    if workload.gpus * workload.nodes > 1:
         mounts.append({"name": _SHARED, "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
     mounts.append({"name": _TEMPORARY, "mountPath": "/tmp"})  # noqa: S108 - the pod's own
     return {
@@ -334,6 +408,17 @@ def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
         "terminationMessagePolicy": "FallbackToLogsOnError",
         **_probes(workload),
     }
+
+
+def _worker(server: dict[str, Any]) -> dict[str, Any]:
+    """Return the container of a pod without an API, made from that of its leader.
+
+    The StatefulSet of the workers belongs to the leader, so an update stops them after it.
+    """
+    made = {name: value for name, value in server.items() if name not in _LEADER_ONLY}
+    command = list(made["command"])
+    command[command.index("--node-rank") + 1] = _RANK
+    return {**made, "command": [*command, "--headless"]}
 
 
 def _command(workload: Workload, service: str) -> dict[str, Any]:
@@ -361,10 +446,14 @@ def _command(workload: Workload, service: str) -> dict[str, Any]:
             ],
         }
     where = f"{_MOUNT}/models" if workload.model_image else f"{_MOUNT}/bundle/model"
+    nodes = []
+    if workload.nodes > 1:
+        nodes = ["--pipeline-parallel-size", str(workload.nodes), "--nnodes", str(workload.nodes),
+                 "--node-rank", "0", "--master-addr", _LEADER]  # fmt: skip
     return {
         "command": ["vllm", "serve", where, "--served-model-name", workload.served_name,
                     "--port", port, "--tensor-parallel-size", str(workload.gpus),
-                    "--shutdown-timeout", str(_STOP_TIMEOUT), *vllm_flags(workload, where)],
+                    *nodes, "--shutdown-timeout", str(_STOP_TIMEOUT), *vllm_flags(workload, where)],
         # All files are in the volume, so vLLM must not contact the hub. PyTorch asks for the user's
         # name, which the image may not know.
         "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}, {"name": "USER", "value": "vllm"}, _HOME],
@@ -422,7 +511,7 @@ def _volumes(workload: Workload) -> list[dict[str, Any]]:
     else:
         limit = f"{workload.demands.disk}Gi"
         volumes.append({"name": _VOLUME, "emptyDir": {"sizeLimit": limit}})
-    if workload.gpus > 1:
+    if workload.gpus * workload.nodes > 1:
         # NCCL and the workers communicate through it; the default size is 64 MiB.
         volumes.append({"name": _SHARED, "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
     if workload.pull_secret and not workload.model_image:

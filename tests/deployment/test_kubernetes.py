@@ -32,6 +32,7 @@ from tests.models import FIXTURES, package, tiny_gguf, tiny_safetensors
 from tests.peers import require
 
 VERSIONS = ("1.35", "1.37")
+GPU = "nvidia.com/gpu"
 IMAGE = "registry.example/team/tiny-image@sha256:" + "a" * 64
 
 
@@ -167,6 +168,75 @@ def test_prometheus_finds_the_port_of_the_service(published: tuple[str, str]) ->
     for other in (options, ("--monitor",)):
         [server] = pod(objects(published[0], *other))["containers"]
         assert "--allow-remote-metrics" not in server["command"]
+
+
+def leader_worker_set(found: list[dict[str, Any]]) -> dict[str, Any]:
+    [made] = [item for item in found if item["kind"] == "LeaderWorkerSet"]
+    return made
+
+
+def test_a_model_is_divided_among_nodes(published: tuple[str, str]) -> None:
+    """The leader is node 0 and has the API; workers get their rank from the controller."""
+    found = objects(published[0], "--nodes", "3", "--gpus", "4", "--name", "tiny")
+    assert [item["kind"] for item in found] == ["LeaderWorkerSet", "Service"]
+    made, service = found
+    # The controller makes a headless Service of the set's own name.
+    assert made["metadata"]["name"] == "tiny-nodes"
+    assert service["metadata"]["name"] == "tiny"
+    group = made["spec"]["leaderWorkerTemplate"]
+    assert group["size"] == 3
+    assert group["restartPolicy"] == "RecreateGroupOnPodRestart"
+    leader, worker = group["leaderTemplate"], group["workerTemplate"]
+    selected = service["spec"]["selector"].items()
+    assert selected <= leader["metadata"]["labels"].items()
+    assert not selected <= worker["metadata"]["labels"].items()
+    commands = []
+    for template in (leader, worker):
+        spec = template["spec"]
+        [pull], [server] = spec["initContainers"], spec["containers"]
+        assert pull["command"][4] == f"{published[0].rpartition(':')[0]}@{published[1]}"
+        assert server["resources"]["limits"]["nvidia.com/gpu"] == "4"
+        assert {"name": "shm", "mountPath": "/dev/shm"} in server["volumeMounts"]
+        commands.append(server["command"])
+    assert "readinessProbe" in leader["spec"]["containers"][0]
+    assert not {"ports", "readinessProbe", "livenessProbe", "startupProbe", "lifecycle"} & {
+        *worker["spec"]["containers"][0]
+    }
+    first, other = commands
+    assert other == [*(w if w != "0" else "$(LWS_WORKER_INDEX)" for w in first), "--headless"]
+    options = dict(itertools.pairwise(first))
+    assert options["--node-rank"] == "0"
+    assert options["--master-addr"] == "$(LWS_LEADER_ADDRESS)"
+    assert options["--nnodes"] == options["--pipeline-parallel-size"] == "3"
+    assert options["--tensor-parallel-size"] == "4"
+
+
+def test_groups_of_nodes_scale_and_drain(published: tuple[str, str]) -> None:
+    options = ("--nodes", "2", "--replicas", "2", "--max-replicas", "3", "--name", "tiny")
+    kinds = {item["kind"]: item for item in objects(published[0], *options)}
+    made = kinds["LeaderWorkerSet"]
+    assert "replicas" not in made["spec"]
+    target = kinds["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert target == {"apiVersion": made["apiVersion"], "kind": made["kind"],
+                      "name": made["metadata"]["name"]}  # fmt: skip
+    selected = kinds["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"].items()
+    group = made["spec"]["leaderWorkerTemplate"]
+    for name in ("leaderTemplate", "workerTemplate"):
+        assert selected <= group[name]["metadata"]["labels"].items()
+    plain = objects(published[0], "--nodes", "2")
+    assert leader_worker_set(plain)["spec"]["replicas"] == 1
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(2, "2"), (3, "1")])
+def test_each_node_has_gpus_for_its_share(
+    published: tuple[str, str], nodes: int, gpus: str
+) -> None:
+    """On one node these weights, 172 bytes, would need four of such GPUs."""
+    size = ("--gpu-memory", "100")
+    assert pod(objects(published[0], *size))["containers"][0]["resources"]["limits"][GPU] == "4"
+    made = leader_worker_set(objects(published[0], "--nodes", str(nodes), *size))
+    template = made["spec"]["leaderWorkerTemplate"]["workerTemplate"]
+    assert template["spec"]["containers"][0]["resources"]["limits"][GPU] == gpus
 
 
 @pytest.mark.long  # kustomize is compiled, the first time
@@ -401,6 +471,12 @@ def test_json_is_a_list(published: tuple[str, str]) -> None:
             "cannot be combined with --model-image",
         ),
         (("--gpus", "0"), "requires a GPU"),
+        (("--nodes", "2", "--gpus", "0"), "requires a GPU"),
+        (("--nodes", "0"), "--nodes"),
+        (("--nodes", "2", "--engine", "modelpack"), "cannot be combined with --nodes"),
+        (("--nodes", "2", "--kserve"), "--nodes cannot be combined with --kserve"),
+        (("--nodes", "2", "--helm", "chart"), "--nodes cannot be combined with --helm"),
+        (("--nodes", "2", "--name", "x" * 41), "up to 39 of a-z"),
         (("--cpus", "0"), "--cpus"),
         (("--replicas", "3", "--max-replicas", "2"), "--max-replicas 2 with --replicas 3"),
         (("--replicas", "0", "--max-replicas", "2"), "at least 1 replica"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 
 import modelpack
+from modelpack.artifacts.reference import Reference
+from modelpack.deploy.kubernetes import Workload, pod_spec
 from modelpack.deploy.vllm import model_directory
 from modelpack.store.layout import LayoutStore
-from tests.interop.vllm_source import ROOT, engine_args, method, write_runnable
+from tests.interop.vllm_source import ROOT, engine_args, method, vllm_source, write_runnable
 from tests.models import tiny_safetensors
 
 pytestmark = pytest.mark.long  # the wheel is fetched
@@ -91,3 +94,22 @@ def test_the_methods_take_what_they_took() -> None:
     assert parameters("__post_init__") == ["self"]
     assert parameters("create_engine_config") == ["self", "usage_context", "headless"]
     assert parameters("create_model_config") == ["self"]
+
+
+def test_vllm_has_the_options_for_several_nodes(tmp_path: Path) -> None:
+    """Those that `modelpack k8s --nodes` prints, besides `--headless` of `vllm serve` itself."""
+    store = LayoutStore(tmp_path / "store")
+    name = "registry.example/team/tiny:v1"
+    request = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(tmp_path))
+    modelpack.package(name, request, store=store)
+    workload = Workload(
+        model=modelpack.inspect(name, store=store), reference=Reference.parse(name), name="tiny",
+        engine="vllm",
+        engine_image="server", tool_image="modelpack", gpus=2, served_name="tiny", nodes=2,
+    )  # fmt: skip
+    [server] = pod_spec(workload, is_worker=True)["containers"]
+    printed = {w.partition("=")[0] for w in server["command"] if w.startswith("--")}
+    source = (vllm_source() / "vllm/engine/arg_utils.py").read_text()
+    declared = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
+    assert {"--nnodes", "--node-rank", "--master-addr", "--pipeline-parallel-size"} <= printed
+    assert printed - declared == {"--port", "--headless"}
