@@ -183,4 +183,8 @@ def worker_environment() -> dict[str, str]:
     """Return the environment variables of a worker, which contain no tokens."""
     kept = ("LANG", "LC_ALL", "TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
     given = {name: os.environ[name] for name in kept if name in os.environ}
-    return given | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    return given | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",  # each thread reserves memory
+    }

@@ -1,4 +1,4 @@
-"""The program of a worker process: render templates, test tokenizer.json files, decode pictures.
+"""The program of a worker process: render templates, test tokenizer.json files, decode files.
 
 A hostile file may panic, hang, overflow the stack or exhaust memory; only this process ends.
 """
@@ -194,6 +194,8 @@ def _run(job: Mapping[str, Any]) -> dict[str, Any]:
         return {"value": None}
     if job["kind"] in ("picture", "page", "pages"):
         return _decode(job)
+    if job["kind"] == "sound":
+        return _decode_sound(job)
     from modelpack_engine.templates.environment import TemplateFailedError
     from modelpack_engine.templates.go_template import GoSyntaxError, as_jinja
 
@@ -233,6 +235,18 @@ def _decode(job: Mapping[str, Any]) -> dict[str, Any]:
     except (MemoryError, RecursionError):
         return {"error": "it takes too much memory"}
     return {"value": {"width": width, "height": height}, "raw": pixels}
+
+
+def _decode_sound(job: Mapping[str, Any]) -> dict[str, Any]:
+    from modelpack_engine.worker.sound import BadSoundError, decode
+
+    try:
+        samples = decode(job["raw"], job["rate"], job["max_seconds"])
+    except BadSoundError as error:
+        return {"value": {"problem": str(error)}}
+    except (MemoryError, RecursionError):
+        return {"error": "it takes too much memory"}
+    return {"value": {}, "raw": samples.tobytes()}
 
 
 def _limit(which: int, value: int) -> None:

@@ -180,23 +180,23 @@ def _call(
 
 
 _DIED = "its worker process ended: it takes too much memory or processor time"
-#: Bytes of address space of a worker that decodes pictures, whose pixels it holds four times.
-_PICTURE_MEMORY = 2 * MAX_MEMORY
-_QUEUES = {"render": "their chat template to be rendered", "picture": "a picture to be decoded"}
+#: Bytes of address space of a worker that decodes pictures and sounds, which it holds four times.
+_MEDIA_MEMORY = 2 * MAX_MEMORY
+_QUEUES = {"render": "their chat template to be rendered", "media": "a file to be decoded"}
 _shared: dict[str, Workers] = {}
 _owner = 0  # the process that has started them
 _lock = threading.Lock()
 
 
 def shared_workers(purpose: str = "render") -> Workers:
-    """Return the workers of this process that "render" templates or decode a "picture"."""
+    """Return the workers of this process that "render" templates or decode "media"."""
     global _owner
     with _lock:
         if _owner != os.getpid():  # workers of a parent process belong to it
             _shared.clear()
             _owner = os.getpid()
         if purpose not in _shared:
-            memory = _PICTURE_MEMORY if purpose == "picture" else MAX_MEMORY
+            memory = _MEDIA_MEMORY if purpose == "media" else MAX_MEMORY
             _shared[purpose] = Workers(memory=memory, purpose=purpose)
             atexit.register(_shared[purpose].close)
         return _shared[purpose]

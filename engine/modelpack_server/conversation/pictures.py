@@ -277,7 +277,7 @@ class PictureFiles:
             file = self._reserved.enter_context(source.opened(self._key, left))
             left -= time.monotonic() - began
             try:
-                reserved = shared_workers("picture").reserved(self._key)
+                reserved = shared_workers("media").reserved(self._key)
                 run = self._reserved.enter_context(reserved)
             except JobFailedError as error:  # the request was cancelled
                 raise RequestError(f"{file.param}: {error}", param=file.param) from None
@@ -353,7 +353,7 @@ def _count_pages(document: PictureFile, owner: bytes) -> int:
     param = document.param
     key = owner.hex() or f"document {id(document)}"
     try:
-        with shared_workers("picture").reserved(key) as run:
+        with shared_workers("media").reserved(key) as run:
             found = run({"kind": "pages"}, document.data, MAX_SECONDS)["value"]
     except JobFailedError as error:
         raise RequestError(f"{param}: the document is refused: {error}", param=param) from None

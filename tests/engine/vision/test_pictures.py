@@ -252,7 +252,7 @@ def test_the_pictures_of_a_request_have_a_limit_together(monkeypatch: pytest.Mon
 def test_one_owner_leaves_a_worker_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pictures wait for each other, however many requests they are in."""
     monkeypatch.setattr(pictures, "MAX_SECONDS", 60.0)
-    workers = Workers(memory=2 << 30, purpose="picture")
+    workers = Workers(memory=2 << 30, purpose="media")
     monkeypatch.setattr(pictures, "shared_workers", lambda _: workers)
     slow = PictureFile(page("0 0 700 700", b"0 0 700 700 re f* " * 100_000), "slow", page=0)
     good = saved(Image.fromarray(GRADIENT))
@@ -285,4 +285,4 @@ def test_a_worker_is_free_after_a_picture_that_fails() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         read()
     assert caught.value.__traceback__ is not None  # which holds on to the iteration
-    assert not pictures.shared_workers("picture")._busy
+    assert not pictures.shared_workers("media")._busy

@@ -155,7 +155,7 @@ def test_a_client_that_leaves_ends_the_decoding(
     content = [{"type": "file", "file": {"file_data": url(slow, PDF)}}]
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": content}]})
     host, port = address.removeprefix("http://").split(":")
-    workers = pictures.shared_workers("picture")
+    workers = pictures.shared_workers("media")
     with socket.create_connection((host, int(port))) as connection:
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"

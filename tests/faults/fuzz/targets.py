@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import tokenizers
 
 from modelpack.artifacts import media_types
@@ -47,6 +48,7 @@ from modelpack_engine.worker.document import MAX_PAGE_SIDE
 from modelpack_engine.worker.picture import MAX_PIXELS, BadPictureError, decode
 from modelpack_engine.worker.workers import shared_workers
 from modelpack_server.conversation.pictures import PictureFile
+from modelpack_server.conversation.sounds import decode_sound
 from modelpack_server.gateway import json_bodies
 from modelpack_server.gateway.bodies import look_into
 from tests.formats.builders import as_file
@@ -235,9 +237,15 @@ def picture(raw: bytes) -> None:
 def document(raw: bytes) -> None:
     """A PDF, in a process: it counts and draws the first page, or ends, and another goes on."""
     file = PictureFile(raw, "it", page=0)
-    with shared_workers("picture").reserved("fuzz") as run, suppress(RequestError):
+    with shared_workers("media").reserved("fuzz") as run, suppress(RequestError):
         height, width, _ = file.decode(run, 10.0).pixels.shape
         assert 0 < max(height, width) <= MAX_PAGE_SIDE
+
+
+def sound(raw: bytes) -> None:
+    """A sound, in a process: finite samples, or an error, or it ends, and another goes on."""
+    with suppress(RequestError):
+        assert np.isfinite(decode_sound(raw, "it", 16_000, owner=b"fuzz")).all()
 
 
 @dataclass(frozen=True)
@@ -321,6 +329,13 @@ TARGETS: dict[str, Target] = {
         words=(b"obj", b"endobj", b"stream\n", b"endstream", b"<<", b">>", b"/Kids", b"/Parent",
                b"/MediaBox", b"/Filter", b"/FlateDecode", b"1 0 R", b"2 0 R", b"99999999999", b"-1",
                b" re f ", b" cm ", b"/Type /Page ", b"xref", b"trailer", b"startxref", b"[", b"]"),
+    ),
+    "sound": Target(
+        sound,
+        fixtures=("sounds/*.*",),
+        words=(b"RIFF", b"WAVE", b"fmt ", b"data", b"fact", b"LIST", b"fLaC", b"OggS",
+               b"\x01vorbis", b"\x05vorbis", b"ID3", b"Xing", b"Info", b"\xff\xfb", b"\xff\xf8",
+               bytes(4)),
     ),
     "byte_range": Target(byte_range, words=(b"bytes=", b"-", b",", b"9" * 20, b"0", b" ")),
 }  # fmt: skip
