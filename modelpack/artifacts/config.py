@@ -463,17 +463,6 @@ def _ollama_fields(value: dict[str, Any], what: str) -> dict[str, Any]:
     }
 
 
-def check_usable(layers: Iterable[Descriptor], what: str) -> None:
-    """Raise `UnsupportedError` for Ollama layers that Modelpack cannot apply to the weights."""
-    types = {layer.media_type for layer in layers}
-    if media_types.OLLAMA_TENSOR in types:
-        raise UnsupportedError(
-            "has one layer per tensor, which only Ollama's engine reads",
-            path=what,
-            hint="use a model with GGUF or safetensors files",
-        )
-
-
 def ollama_defaults(layers: Iterable[Descriptor], read: Callable[[Descriptor], bytes]) -> str:
     """Return the defaults in an Ollama model's layers, for the annotation `media_types.DEFAULTS`.
 

@@ -16,6 +16,7 @@ _FIELDS = {
     key.casefold(): key
     for key in ("mediaType", "digest", "size", "annotations", "artifactType", "platform")
 }
+_NAMED = (media_types.OLLAMA_TENSOR, media_types.OLLAMA_JSON)
 _MAX_SIZE = 2**63 - 1
 # RFC 6838 section 4.2; image-spec has no parameters in media types.
 _RESTRICTED = r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}"
@@ -27,7 +28,8 @@ _MEDIA_TYPE = re.compile(rf"{_RESTRICTED}/{_RESTRICTED}\Z")
 class Descriptor:
     """The media type, digest and size (in bytes) of a blob.
 
-    `platform` is `os/architecture[/variant]`, for a manifest of an image index.
+    `platform` is `os/architecture[/variant]`, for a manifest of an image index. `name` is the
+    unchecked name that Ollama gives a tensor or a JSON file, in a field of its own.
     """
 
     media_type: str
@@ -36,6 +38,7 @@ class Descriptor:
     annotations: Mapping[str, str] = field(default_factory=dict, hash=False)
     artifact_type: str | None = None
     platform: str | None = None
+    name: str | None = None
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Descriptor:
@@ -55,6 +58,7 @@ class Descriptor:
             parsed_annotations(value.get("annotations"), f"{where}.annotations"),
             artifact_type,
             _platform(value.get("platform"), f"{where}.platform"),
+            _name(value.get("name"), f"{where}.name") if media_type in _NAMED else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -149,6 +153,12 @@ def _platform(value: Any, where: str) -> str | None:
     text = "/".join(part for part in parts if isinstance(part, str) and part)
     # Other tools write values such as `unknown/unknown`; those match no machine.
     return text if _PLATFORM.match(text) else None
+
+
+def _name(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ManifestError(f"is {kind_of(value)}, expected the name of the layer", path=where)
+    return value
 
 
 def _size(value: Any, where: str) -> int:

@@ -73,7 +73,10 @@ OLLAMA_PARAMS: Final = "application/vnd.ollama.image.params"
 OLLAMA_SYSTEM: Final = "application/vnd.ollama.image.system"
 OLLAMA_MESSAGES: Final = "application/vnd.ollama.image.messages"
 OLLAMA_ADAPTER: Final = "application/vnd.ollama.image.adapter"
+# Its MLX models (x/create/writer.go, x/create/pipeline.go): a safetensors file for each tensor, and
+# the model's JSON files. Both have a field `name`.
 OLLAMA_TENSOR: Final = "application/vnd.ollama.image.tensor"
+OLLAMA_JSON: Final = "application/vnd.ollama.image.json"
 
 #: Config types of models that Modelpack reads and writes.
 MODEL_CONFIG_TYPES: Final = (DOCKER_CONFIG_V01, DOCKER_CONFIG_V02, CNCF_CONFIG)

@@ -73,7 +73,7 @@ class ModelFile:
 
     `filepath` is a safe path, or None if the layer has no path. `format` is `gguf`, `safetensors`
     or `dduf` for weights and projectors, if known. `diff_id` is the digest of the uncompressed
-    content, if the config has one for every layer.
+    content, if the config has one for every layer. The path of a tensor is its name.
     """
 
     role: Role
@@ -83,6 +83,16 @@ class ModelFile:
     format: str = ""
     archive: Archive | None = None
     diff_id: Digest | None = None
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether this is one of the tensors of an MLX model of Ollama."""
+        return self.media_type == media_types.OLLAMA_TENSOR
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether no runtime can open the layer: it is an archive or a tensor."""
+        return self.archive is not None or self.is_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +179,7 @@ class Model:
 
     def _file(self, layer: Descriptor, diff_id: Digest | None) -> ModelFile:
         archive = archive_of(layer.media_type)
-        path = layer.filepath
+        path = layer.filepath or layer.name
         if path is None:
             path = self.config.layer_paths.get(layer.digest) or _OLLAMA_PATHS.get(layer.media_type)
         if archive and path is not None and path.rstrip("/") == ".":
@@ -229,12 +239,15 @@ def role_of(media_type: str, path: str | None) -> Role:
             | media_types.CNCF_WEIGHT_SAFETENSORS
             | media_types.DOCKER_DDUF
             | media_types.OLLAMA_MODEL
+            | media_types.OLLAMA_TENSOR
         ):
             return Role.WEIGHT
         case media_types.DOCKER_VLLM_CONFIG_TAR:
             return _role_by_name(name, Role.CONFIG)
         case media_types.DOCKER_MODEL_FILE:
             return _role_beside_weights(name, Role.FILE)
+        case media_types.OLLAMA_JSON:
+            return _role_beside_weights(name, Role.CONFIG)
         case media_types.OLLAMA_PARAMS | media_types.OLLAMA_MESSAGES | media_types.OLLAMA_SYSTEM:
             return Role.CONFIG
     kitops = _KITOPS_LAYER.match(media_type)
@@ -306,6 +319,7 @@ _FORMATS_BY_TYPE = {
     media_types.OLLAMA_MODEL: "gguf",
     media_types.OLLAMA_PROJECTOR: "gguf",
     media_types.OLLAMA_ADAPTER: "gguf",
+    media_types.OLLAMA_TENSOR: "safetensors",
 }
 _ROLES_BY_SUFFIX = {
     ".jinja": Role.CHAT_TEMPLATE,

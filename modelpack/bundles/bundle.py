@@ -7,6 +7,7 @@ Start at `lay_out`: `names` plans the paths, `links` places files, `tar` unpacks
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,12 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import decode_object, encode
 from modelpack.artifacts.model import Model, ModelFile, Role, format_of, preferred_template, role_of
 from modelpack.bundles.directory import Tree, absolute, new_directory
+from modelpack.bundles.joined_tensors import JOINED_WEIGHTS, join_tensors
 from modelpack.bundles.links import LinkMode, Placement, put
-from modelpack.bundles.names import arrange, with_chat_template
+from modelpack.bundles.names import Arrangement, arrange, with_chat_template
 from modelpack.bundles.tar import Allowance, TarLimits, extract
 from modelpack.errors import StorageFullError, StoreError, UnsupportedError
+from modelpack.formats.config_json import CONFIG_JSON
 from modelpack.progress import Action, Progress, Stop, silent
 from modelpack.storage import Watch
 
@@ -40,7 +43,7 @@ class BundleFile:
     """A file of a bundle; `path` is relative to its directory, with slashes.
 
     `digest` is that of the layer, `content` that of the file's bytes. They differ for a file from
-    an archive.
+    an archive. A file that is joined from several layers has the digest of its bytes.
     """
 
     path: str
@@ -99,7 +102,11 @@ def lay_out(
         files: list[BundleFile] = []
         with folder.make(_MODEL) as inside:
             tree = Tree(inside)
-            for placed in arrangement.files:
+            written = arrangement.files
+            if arrangement.tensors:
+                written = tuple(placed for placed in written if placed.path != CONFIG_JSON)
+                files += _join(arrangement, blob_path, tree, watch, notes)
+            for placed in written:
                 watch.stop.check()
                 path, blob = placed.path, placed.file.descriptor
                 with tree.place(path, f"layer {blob.digest.short}") as (into, name):
@@ -120,6 +127,36 @@ def lay_out(
     for note in bundle.notes:
         watch.report(Progress(Action.NOTE, str(directory), message=note))
     return bundle
+
+
+def _join(
+    arrangement: Arrangement,
+    blob_path: Callable[[Descriptor], Path],
+    tree: Tree,
+    watch: Watch,
+    notes: list[str],
+) -> list[BundleFile]:
+    """Write the joined weights of tensor layers and the config.json that describes them."""
+    configs = [placed.file for placed in arrangement.files if placed.path == CONFIG_JSON]
+    joined = join_tensors(arrangement.tensors, configs[0] if configs else None, blob_path)
+    notes += joined.notes
+    files = []
+    for path, role, kind, pieces in (
+        (JOINED_WEIGHTS, Role.WEIGHT, "safetensors", joined.pieces(watch)),
+        (CONFIG_JSON, Role.CONFIG, "", iter([joined.config])),
+    ):
+        hasher = hashlib.sha256()
+        with (
+            tree.place(path, "the joined tensors") as (into, name),
+            os.fdopen(into.create(name), "wb") as stream,
+        ):
+            for piece in pieces:
+                stream.write(piece)
+                hasher.update(piece)
+        digest = Digest.of_hasher(hasher)
+        place = f"{_MODEL}/{path}"
+        files.append(BundleFile(place, role, digest, Placement.EXTRACTED, digest, kind))
+    return files
 
 
 def runtime_config(config: ModelConfig) -> bytes:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from modelpack.artifacts import media_types
-from modelpack.artifacts.config import check_usable
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import CHAT_TEMPLATE, Model, ModelFile, Role, preferred_template
 from modelpack.bundles.directory import folded
@@ -33,11 +32,15 @@ class PlacedFile:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """The plan of a bundle: its files, the archives to unpack, and notes for the user."""
+    """The plan of a bundle: its files, the archives to unpack, and notes for the user.
+
+    `tensors` are the layers of Ollama's MLX models, which become one file.
+    """
 
     files: tuple[PlacedFile, ...]
     archives: tuple[ModelFile, ...]
     notes: tuple[str, ...]
+    tensors: tuple[ModelFile, ...] = ()
 
 
 def arrange(model: Model) -> Arrangement:
@@ -45,11 +48,9 @@ def arrange(model: Model) -> Arrangement:
 
     Raises `UnsafePathError` if a path is unsafe or two different files have the same path, and
     `UnsupportedError` for weights with an adapter in a layer of its own, which no runtime would
-    apply, and for Ollama's layers of single tensors. Licenses with the same path are renamed
-    instead: no runtime looks for them by name.
+    apply. Licenses with the same path are renamed instead: no runtime looks for them by name.
     """
     name = str(model.reference or model.digest)
-    check_usable(model.manifest.layers, name)
     if model.has_adapter:
         raise UnsupportedError(
             "has a LoRA adapter in a layer of its own, which is not supported in other runtimes",
@@ -59,13 +60,14 @@ def arrange(model: Model) -> Arrangement:
     cncf = model.manifest.is_cncf
     renames = model.config.media_type == media_types.DOCKER_CONFIG_V01 and not cncf
     files = model.files()
-    plain = [file for file in files if file.archive is None]
+    plain = [file for file in files if not file.is_packed]
     notes: list[str] = []
     wanted = _wanted_paths(plain, renames, notes)
     paths = _distinct_paths(plain, wanted, notes)
     placed = [PlacedFile(path, file) for path, file in zip(paths, plain, strict=True) if path]
     archives = tuple(file for file in files if file.archive)
-    return Arrangement(tuple(placed), archives, tuple(notes))
+    tensors = tuple(file for file in files if file.is_tensor)
+    return Arrangement(tuple(placed), archives, tuple(notes), tensors)
 
 
 def with_chat_template(arrangement: Arrangement) -> Arrangement:

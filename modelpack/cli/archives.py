@@ -1,4 +1,4 @@
-"""`modelpack import` and `export`: models in tar archives and in Docker Model Runner's store."""
+"""`modelpack import` and `export`: models in tar archives and in the stores of other tools."""
 
 from __future__ import annotations
 
@@ -28,11 +28,17 @@ from modelpack.cli.output import human_size, note, plural, show, shown_progress
 from modelpack.errors import ConflictError, StoreError, UsageError
 from modelpack.hub.reference import HubReference
 from modelpack.operations import archives
-from modelpack.operations.docker import Exchanged, export_to_docker, import_from_docker
+from modelpack.operations.docker import (
+    Exchanged,
+    export_to_docker,
+    import_from_docker,
+    import_from_ollama,
+)
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.trust import check_names, trusted_import
 from modelpack.storage import watching
 from modelpack.store.docker_store import DockerStore
+from modelpack.store.ollama_store import OllamaStore
 
 
 def import_from_docker_store(
@@ -57,6 +63,27 @@ def import_from_docker_store(
     _show(settings, done, "imported")
 
 
+def import_from_ollama_store(
+    settings: Settings,
+    ollama_store: str,
+    models: tuple[str, ...],
+    every: bool,
+    copy: bool,
+    remote: RemoteOptions,
+) -> None:
+    """Import models and print their digests; `ollama_store` may be the name of a model."""
+    path, names = _arguments(ollama_store, models, every)
+    store = settings.store()
+    with (
+        shown_progress(settings) as progress,
+        trusted_import(store, remote, watching(progress)),
+    ):
+        done = import_from_ollama(
+            names, ollama=OllamaStore(path), store=store, link=not copy, progress=progress
+        )
+    _show(settings, done, "imported")
+
+
 def export_to_docker_store(
     settings: Settings,
     docker_store: str,
@@ -77,16 +104,16 @@ def export_to_docker_store(
 
 
 def _arguments(
-    docker_store: str, models: tuple[str, ...], every: bool
+    directory: str, models: tuple[str, ...], every: bool
 ) -> tuple[Path | None, tuple[str, ...]]:
     """Return the directory or None, and the models.
 
     In `--docker-store REF`, click parses REF as the directory.
     """
-    path: Path | None = Path(docker_store).expanduser() if docker_store else None
-    looks_like_path = docker_store.startswith(("/", "./", "../", "~"))
+    path: Path | None = Path(directory).expanduser() if directory else None
+    looks_like_path = directory.startswith(("/", "./", "../", "~"))
     if path is not None and not path.is_dir() and not looks_like_path:
-        path, models = None, (docker_store, *models)
+        path, models = None, (directory, *models)
     _check_named(models, every)
     return path, models
 
@@ -205,7 +232,15 @@ _WEIGHTS = (".gguf", ".safetensors", ".dduf")
 @command("import")
 @click.argument("arguments", metavar="[SOURCE [REFERENCE]]", nargs=-1)
 @_docker_store("Import from")
-@click.option("-a", "--all", "every", is_flag=True, help="With --docker-store: import all models.")
+@click.option(
+    "--ollama-store", metavar="[DIR]", is_flag=False, flag_value="",
+    help="Import from the models directory of Ollama. [default DIR: OLLAMA_MODELS or "
+    "~/.ollama/models]",
+)  # fmt: skip
+@click.option(
+    "-a", "--all", "every", is_flag=True,
+    help="With --docker-store or --ollama-store: import all models.",
+)  # fmt: skip
 @_COPY
 @remote_options
 @transfer_options(*DOWNLOAD)
@@ -215,6 +250,7 @@ def import_models(
     settings: Settings,
     arguments: tuple[str, ...],
     docker_store: str | None,
+    ollama_store: str | None,
     every: bool,
     copy: bool,
     remote: RemoteOptions,
@@ -223,14 +259,19 @@ def import_models(
 
     SOURCE is a model of the Hugging Face Hub, hf.co/ORG/NAME[:QUANT][@REVISION], or a tar archive
     made by `export` or `docker model` (- reads stdin). REFERENCE names the model in the store; the
-    default is its own name in lower case. With --docker-store, the arguments are names of models in
-    Docker Model Runner.
+    default is its own name in lower case. With --docker-store or --ollama-store, the arguments are
+    names of models in Docker Model Runner or Ollama.
     """
+    if docker_store is not None and ollama_store is not None:
+        raise UsageError("--docker-store and --ollama-store cannot be combined")
+    if ollama_store is not None:
+        import_from_ollama_store(settings, ollama_store, arguments, every, copy, remote)
+        return
     if docker_store is not None:
         import_from_docker_store(settings, docker_store, arguments, every, copy, remote)
         return
     if every or copy:
-        raise UsageError("--all and --copy require --docker-store")
+        raise UsageError("--all and --copy require --docker-store or --ollama-store")
     if not 1 <= len(arguments) <= 2:
         raise UsageError(
             "expected SOURCE [REFERENCE]", hint="give both, like hf.co/ORG/NAME my/name:tag"
@@ -249,7 +290,8 @@ def import_models(
     if source is None:
         raise UsageError(
             f"{name!r} is neither an archive nor a model of the Hugging Face Hub",
-            hint="use `modelpack pull` for a registry, --docker-store for Docker Model Runner",
+            hint="use `modelpack pull` for a registry, --docker-store for Docker Model Runner, "
+            "--ollama-store for Ollama",
         )
     from modelpack.cli.transfer import show_pulled
     from modelpack.operations.pull import pull

@@ -1,4 +1,4 @@
-"""Import models from the store of Docker Model Runner, and export models to it."""
+"""Import models from the stores of Docker Model Runner and Ollama, and export to the former."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.reference import Reference
@@ -15,6 +16,7 @@ from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import Watch, watching
 from modelpack.store.docker_store import DockerStore
 from modelpack.store.layout import LayoutStore
+from modelpack.store.ollama_store import OllamaStore, ollama_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,36 @@ def import_from_docker(
     docker = docker or DockerStore()
     store = store or LayoutStore()
     watch = watching(progress, stop)
-    wanted: list[tuple[Digest, tuple[str, ...]]]
-    if names:
-        wanted = [(docker.resolve(name).digest, (str(Reference.parse(name)),)) for name in names]
-    else:
-        wanted = [(model.digest, tuple(map(str, model.references))) for model in docker.models()]
-    return tuple(
-        _import_model(docker, store, digest, references, link, watch)
-        for digest, references in wanted
-    )
+    wanted = [(docker.resolve(name), (str(Reference.parse(name)),)) for name in names]
+    return _import_models(docker, store, wanted or _all_of(docker), link, watch)
+
+
+def import_from_ollama(
+    names: Sequence[str] = (),
+    *,
+    ollama: OllamaStore | None = None,
+    store: LayoutStore | None = None,
+    link: bool = True,
+    progress: ProgressCallback | None = None,
+    stop: Stop | None = None,
+) -> tuple[Exchanged, ...]:
+    """Import models by Ollama's names for them; without names, all models.
+
+    They keep the full names, like `registry.ollama.ai/library/llama3:latest`. Every blob is
+    verified. With `link`, blobs are hard-linked if the file system allows it.
+    """
+    ollama = ollama or OllamaStore()
+    store = store or LayoutStore()
+    watch = watching(progress, stop)
+    wanted = [
+        (ollama.resolve(name), (str(ollama_reference(name).without_digest()),)) for name in names
+    ]
+    return _import_models(ollama, store, wanted or _all_of(ollama), link, watch)
+
+
+def _all_of(source: DockerStore | OllamaStore) -> list[tuple[Descriptor, tuple[str, ...]]]:
+    models = source.models()
+    return [(model.descriptor, tuple(map(str, model.references))) for model in models]
 
 
 def export_to_docker(
@@ -115,22 +138,32 @@ def check_docker_format(manifest: Manifest, what: str) -> None:
         )
 
 
-def _import_model(
-    docker: DockerStore,
+def _import_models(
+    source: DockerStore | OllamaStore,
     store: LayoutStore,
-    digest: Digest,
+    wanted: Sequence[tuple[Descriptor, tuple[str, ...]]],
+    link: bool,
+    watch: Watch,
+) -> tuple[Exchanged, ...]:
+    return tuple(_import_model(source, store, *model, link, watch) for model in wanted)
+
+
+def _import_model(
+    source: DockerStore | OllamaStore,
+    store: LayoutStore,
+    descriptor: Descriptor,
     references: tuple[str, ...],
     link: bool,
     watch: Watch,
 ) -> Exchanged:
     watch.stop.check()
-    descriptor = docker.resolve(str(digest))
-    raw = docker.fetch_manifest(descriptor)
+    digest = descriptor.digest
+    raw = source.fetch_manifest(descriptor)
     manifest = Manifest.parse(raw, f"model {digest.short}")
     with store.lease(blob.digest for blob in manifest.blobs):
         for blob in manifest.unique_blobs:
             if not store.has_blob(blob):
-                store.adopt_file(docker.blob_path(blob.digest), blob, watch, link=link)
+                store.adopt_file(source.blob_path(blob.digest), blob, watch, link=link)
         for reference in references or (None,):
             store.write_manifest(descriptor, raw, reference)
     return Exchanged(digest, references)

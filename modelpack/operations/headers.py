@@ -54,8 +54,8 @@ def read_headers(
     """Return the headers of the model's GGUF and safetensors files, or of `files` among them.
 
     With `from_registry`, only a few ranges of each file are fetched. Raises `NotFoundError`,
-    `WeightFormatError` for a damaged header, and `UnsupportedError` for weights inside archives in
-    a registry.
+    `WeightFormatError` for a damaged header, and `UnsupportedError` for packed weights in a
+    registry.
     """
     name = str(name)
     if from_registry:
@@ -65,7 +65,8 @@ def read_headers(
             model = model_in(repository, where)
             if has_packed_weights(model):
                 raise UnsupportedError(
-                    "has its weights inside archives, which cannot be read by ranges",
+                    "has its weights inside archives or in a layer for each tensor, which cannot "
+                    "be read by ranges",
                     path=str(where),
                     hint=f"run `modelpack pull {where}`, then repeat without --remote",
                 )
@@ -104,4 +105,4 @@ def _readable(
 ) -> tuple[ModelFile, ...]:
     types = () if files else ("gguf", "safetensors", "mmproj")
     found = model.select(types, files, among=among)
-    return tuple(file for file in found if file.format in _READERS and file.archive is None)
+    return tuple(file for file in found if file.format in _READERS and not file.is_packed)

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.media_types import DOCKER_SAFETENSORS
 from modelpack.artifacts.model import Model, ModelFile, Role, format_of, role_of
 from modelpack.artifacts.reference import Reference
 from modelpack.bundles.bundle import Bundle, lay_out
+from modelpack.bundles.joined_tensors import JOINED_WEIGHTS
 from modelpack.bundles.links import LinkMode, Placement
 from modelpack.errors import StoreError, UsageError
 from modelpack.operations.lookup import check_whole
@@ -53,16 +55,17 @@ def kept_bundle(
 
 
 def has_packed_weights(model: Model) -> bool:
-    """Return whether weights are inside archives, where no runtime can open them."""
-    return any(file.archive and file.role in _WEIGHTS for file in model.files())
+    """Return whether no runtime can open the weights: in archives, or a layer for each tensor."""
+    return any(file.is_packed and file.role in _WEIGHTS for file in model.files())
 
 
 def unpacked_files(
     model: Model, store: LayoutStore, watch: Watch
 ) -> tuple[tuple[ModelFile, Path], ...]:
-    """Return the unpacked files of a model with archives, and their paths in its kept bundle.
+    """Return the unpacked files of a model with packed weights, and their paths in its kept bundle.
 
-    Each file has the descriptor of the layer that contains it. Raises as `modelpack.bundle` does.
+    Each file has the descriptor of the layer that contains it; joined tensors have that of the
+    first. Raises as `modelpack.bundle` does.
     """
     layers = model.files()
     root = kept_directory(model, store, watch) / "model"
@@ -72,7 +75,8 @@ def unpacked_files(
         role = role_of("", name)
         kind = format_of("", name) if role in _WEIGHTS else ""
         layer = max(layers, key=lambda layer: _match_length(layer, name))
-        found.append((ModelFile(role, layer.media_type, name, layer.descriptor, kind), path))
+        media_type = DOCKER_SAFETENSORS if layer.is_tensor else layer.media_type
+        found.append((ModelFile(role, media_type, name, layer.descriptor, kind), path))
     return tuple(found)
 
 
@@ -118,6 +122,8 @@ def _kept_files(bundle: Bundle) -> list[KeptFile]:
 def _match_length(layer: ModelFile, name: str) -> int:
     """Return how well the layer's path matches the file `name`: longer prefixes score higher."""
     path = layer.filepath
+    if layer.is_tensor:
+        return 0 if name == JOINED_WEIGHTS else -1
     if path is None:
         return 1 if layer.archive else 0
     return 1 + len(path) if name == path or name.startswith(f"{path}/") else -1
@@ -157,8 +163,9 @@ def resolve(
     lacks are fetched first: the requested ones or, without a request, the whole model. Raises
     `NotFoundError` if nothing matches, and `PartialModelError` for files that no pull fetched.
 
-    If weights are inside archives, the model is unpacked once into the store's `bundles`, and the
-    paths are in that directory. An exact media type or a pattern still selects the layer itself.
+    Weights inside archives, or in a layer for each tensor, are unpacked once into the store's
+    `bundles`, and the paths are in that directory. An exact media type or a pattern still selects
+    the layer itself.
     """
     store = store or LayoutStore()
     watch = watching(progress, stop)

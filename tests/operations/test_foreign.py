@@ -396,9 +396,6 @@ def test_what_of_ollama_cannot_be_used(store: modelpack.Store, tmp_path: Path) -
     for act in [_acts(store, "x/m:v1", tmp_path)[at] for at in (0, 1, 3)]:
         with pytest.raises(UnsupportedError, match="adapter"):
             act()
-    keep_ollama(store, [(mt.OLLAMA_TENSOR, b"x")])
-    with pytest.raises(UnsupportedError, match="one layer per tensor"):
-        convert("x/m:v1", "x/made:v1", to="docker", store=store)
     keep_ollama(store, remote_host="https://ollama.com", remote_model="big")
     with pytest.raises(UnsupportedError, match=r"served by https://ollama\.com"):
         modelpack.inspect("x/m:v1", store=store)

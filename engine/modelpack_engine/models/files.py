@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from modelpack.artifacts.config import check_usable
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import (
     CHAT_TEMPLATE,
@@ -100,7 +99,6 @@ class ModelFiles:
     @classmethod
     def from_located(cls, model: Model, located: Iterable[tuple[ModelFile, Path]]) -> ModelFiles:
         """Return the files of `model`, each given with its path. Raises as `from_model`."""
-        check_usable(model.manifest.layers, _shown(model))
         weights: list[tuple[str, str, Path]] = []
         adapters: list[Path] = []
         names: dict[str, Path] = {}
