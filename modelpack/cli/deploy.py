@@ -106,6 +106,10 @@ _OWN_IMAGE = f"modelpack:{__version__}"
     "--helm", type=click.Path(path_type=Path), metavar="DIR",
     help="Write a Helm chart into this new directory instead of printing the objects.",
 )  # fmt: skip
+@click.option(
+    "--kustomize", type=click.Path(path_type=Path), metavar="DIR",
+    help="Write a base with the objects, and an overlay, into this new directory.",
+)  # fmt: skip
 @remote_options
 @trust_options
 @common_options_without("store", "quiet", "progress")
@@ -131,6 +135,7 @@ def k8s(
     pull_secret: str | None,
     hosts: tuple[str, ...],
     helm: Path | None,
+    kustomize: Path | None,
     remote: RemoteOptions,
 ) -> None:
     """Print a Deployment and a Service, or with --kserve an InferenceService, for a model.
@@ -138,10 +143,8 @@ def k8s(
     Reads the digest and the size of REF from its registry. Pods pull that digest; probes, memory
     and GPUs are set by the size. To serve the model: `modelpack k8s REF | kubectl apply -f -`.
     """
-    import yaml
-
     from modelpack.artifacts.reference import Reference
-    from modelpack.deploy.helm import RELEASE, chart, write_chart
+    from modelpack.deploy.helm import RELEASE, chart
     from modelpack.deploy.kubernetes import (
         Demands,
         Workload,
@@ -150,6 +153,7 @@ def k8s(
         deployment,
         inference_service,
     )
+    from modelpack.deploy.manifests import kustomization, to_yaml, write_files
     from modelpack.operations.lookup import inspect
     from modelpack.operations.trust import check_remote
     from modelpack.storage import watching
@@ -170,6 +174,10 @@ def k8s(
     if nodes > 1 and (kserve or helm is not None):
         other = "--kserve" if kserve else "--helm"
         raise UsageError(f"--nodes cannot be combined with {other}", hint=f"leave out {other}")
+    if helm is not None and kustomize is not None:
+        raise UsageError(
+            "--helm cannot be combined with --kustomize", hint="run the command once for each"
+        )
     if helm is not None and (kserve or namespace is not None):
         raise UsageError(
             f"--helm cannot be combined with {'--kserve' if kserve else '--namespace'}",
@@ -208,14 +216,16 @@ def k8s(
     objects = inference_service(workload) if kserve else deployment(workload)
     if helm is not None:
         called = replace(workload, name=name or default_name(wanted)).name  # checks the name
-        files = chart(called, model, workload.pinned, objects, lambda one: _yaml(yaml, [one]))
-        write_chart(helm, files)
+        write_files(helm, chart(called, model, workload.pinned, objects), "a chart")
         show(settings, {"chart": str(helm)}, str(helm))
+    elif kustomize is not None:
+        write_files(kustomize, kustomization(objects), "a base")
+        show(settings, {"kustomize": str(kustomize)}, str(kustomize))
     elif settings.json:
         listed = {"apiVersion": "v1", "kind": "List", "items": objects}
         click.echo(json.dumps(listed, indent=2))
     else:
-        click.echo(_yaml(yaml, objects), nl=False)
+        click.echo(to_yaml(objects), nl=False)
 
 
 def _access(remote: RemoteOptions) -> Access:
@@ -248,15 +258,6 @@ def _check_image(settings: Settings, image: Reference, remote: RemoteOptions) ->
         check_image(image, replace(remote, retry=RetryPolicy(tries=1)))
     except RemoteUnavailableError as error:
         note(settings, f"warning: {image} was not checked: {error}")
-
-
-def _yaml(yaml: Any, objects: list[dict[str, Any]]) -> str:
-    class Plain(yaml.SafeDumper):  # type: ignore[misc]
-        def ignore_aliases(self, data: Any) -> bool:  # repeat shared labels instead of aliases
-            return True
-
-    text: str = yaml.dump_all(objects, Dumper=Plain, sort_keys=False, width=100)
-    return text
 
 
 _SERVICE = click.argument("service", required=False)

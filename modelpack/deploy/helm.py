@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, Final
 
 from modelpack.artifacts.model import Model
-from modelpack.errors import UsageError
+from modelpack.deploy.manifests import to_yaml
 
 #: The name of a workload whose objects are for a chart.
 RELEASE: Final = "modelpack-helm-release"
@@ -37,45 +36,28 @@ def chart(
     model: Model,
     pinned: str,
     objects: Sequence[Mapping[str, Any]],
-    dump: Callable[[Any], str],
 ) -> dict[str, str]:
     """Return the files of a chart by path: the objects of a workload that is named RELEASE.
 
-    `pinned` is the model's reference by digest, and `dump` writes a value as a document of YAML.
+    `pinned` is the model's reference by digest.
     """
     values: dict[str, Any] = {}
     made = [_templated(deepcopy(dict(item)), values) for item in objects]
-    text = "---\n".join(_expressions(dump(item)) for item in made)
+    text = "---\n".join(_expressions(to_yaml([item])) for item in made)
     return {
-        "Chart.yaml": dump({
+        "Chart.yaml": to_yaml([{
             "apiVersion": "v2",
             "name": name,
             "description": f"Serves {pinned}",
             "type": "application",
             "version": "0.1.0",
             "appVersion": str(model.digest),
-        }),
-        "values.yaml": dump(values),
+        }]),
+        "values.yaml": to_yaml([values]),
         "values.schema.json": json.dumps(_schema(values), indent=2) + "\n",
         "templates/model.yaml": text,
         "templates/NOTES.txt": _NOTES.format(model=pinned),
     }  # fmt: skip
-
-
-def write_chart(directory: Path, files: Mapping[str, str]) -> None:
-    """Write a chart into a directory that is empty or does not exist; raise `UsageError`."""
-    try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UsageError(
-                f"cannot write a chart to {directory}: it is not an empty directory",
-                hint="give a new directory",
-            )
-        for path, text in files.items():
-            file = directory / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write a chart to {directory}: {error.strerror}") from error
 
 
 def _templated(item: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

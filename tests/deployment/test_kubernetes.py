@@ -6,7 +6,6 @@ import copy
 import io
 import itertools
 import json
-import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +25,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
-from tests.conftest import ROOT
-from tests.interop.go_tool import build_go_tool
 from tests.models import FIXTURES, package, tiny_gguf, tiny_safetensors
-from tests.peers import require
 
 VERSIONS = ("1.35", "1.37")
 GPU = "nvidia.com/gpu"
@@ -237,38 +233,6 @@ def test_each_node_has_gpus_for_its_share(
     made = leader_worker_set(objects(published[0], "--nodes", str(nodes), *size))
     template = made["spec"]["leaderWorkerTemplate"]["workerTemplate"]
     assert template["spec"]["containers"][0]["resources"]["limits"][GPU] == gpus
-
-
-@pytest.mark.long  # kustomize is compiled, the first time
-@pytest.mark.peer("go")
-def test_the_output_is_a_base_for_kustomize(published: tuple[str, str], tmp_path: Path) -> None:
-    """An overlay changes the namespace, the image and a label of a base, as docs/ shows."""
-    base, overlay = tmp_path / "base", tmp_path / "production"
-    for folder in (base, overlay):
-        folder.mkdir()
-    options = ["--name", "tiny", "--max-replicas", "3", "--monitor"]
-    (base / "model.yaml").write_bytes(succeed("k8s", published[0], *options).stdout)
-    (base / "kustomization.yaml").write_text("resources: [model.yaml]\n")
-    change = {
-        "resources": ["../base"],
-        "namespace": "production",
-        "labels": [{"pairs": {"team": "search"}}],
-        "images": [{"name": "modelpack", "newName": "registry.example/modelpack", "newTag": "v2"}],
-    }
-    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(change))
-    require("go")
-    kustomize = build_go_tool(ROOT / "tests" / "interop" / "kustomize_cli", ROOT / ".cache")
-    made = subprocess.run(
-        [kustomize, "build", str(overlay)], check=True, capture_output=True, text=True
-    )
-    found: list[dict[str, Any]] = list(yaml.safe_load_all(made.stdout))
-    kinds = {item["kind"] for item in found}
-    assert kinds == {"Deployment", "Service", "PodDisruptionBudget", "HorizontalPodAutoscaler",
-                     "ServiceMonitor"}  # fmt: skip
-    assert {item["metadata"]["namespace"] for item in found} == {"production"}
-    assert {item["metadata"]["labels"]["team"] for item in found} == {"search"}
-    [pull] = pod(found)["initContainers"]
-    assert pull["image"] == "registry.example/modelpack:v2"
 
 
 @pytest.mark.parametrize(
@@ -481,6 +445,7 @@ def test_json_is_a_list(published: tuple[str, str]) -> None:
         (("--replicas", "3", "--max-replicas", "2"), "--max-replicas 2 with --replicas 3"),
         (("--replicas", "0", "--max-replicas", "2"), "at least 1 replica"),
         (("--kserve", "--monitor"), "--kserve cannot be combined"),
+        (("--helm", "one", "--kustomize", "two"), "--helm cannot be combined with --kustomize"),
         (("--ca-file", "/dev/null/none"), "--ca-file"),
         (("--client-cert", __file__), "--client-cert cannot be used"),
         (("--gpu-memory", "many"), "many"),
