@@ -44,6 +44,10 @@ _OWN_IMAGE = f"modelpack:{__version__}"
 )  # fmt: skip
 @click.option("--kserve", is_flag=True, help="Print an InferenceService instead of a Deployment.")
 @click.option(
+    "--serving-runtime", is_flag=True,
+    help="With --kserve and --model-image: print a ClusterServingRuntime too, which runs --image.",
+)  # fmt: skip
+@click.option(
     "--image", metavar="IMAGE",
     help=f"Run this image of the server. [default: {_VLLM_IMAGE}, or --tool-image]",
 )  # fmt: skip
@@ -118,6 +122,7 @@ def k8s(
     reference: str,
     engine: Any,
     kserve: bool,
+    serving_runtime: bool,
     image: str | None,
     tool_image: str,
     model_image: str | None,
@@ -145,13 +150,13 @@ def k8s(
     """
     from modelpack.artifacts.reference import Reference
     from modelpack.deploy.helm import RELEASE, chart
+    from modelpack.deploy.kserve import inference_service
     from modelpack.deploy.kubernetes import (
         Demands,
         Workload,
         default_name,
         demands_of,
         deployment,
-        inference_service,
     )
     from modelpack.deploy.manifests import kustomization, to_yaml, write_files
     from modelpack.operations.lookup import inspect
@@ -171,6 +176,8 @@ def k8s(
             "autoscaler and metrics",
             hint="leave out --kserve, or set spec.predictor.maxReplicas of the InferenceService",
         )
+    if serving_runtime and not kserve:
+        raise UsageError("--serving-runtime requires --kserve", hint="give --kserve")
     if nodes > 1 and (kserve or helm is not None):
         other = "--kserve" if kserve else "--helm"
         raise UsageError(f"--nodes cannot be combined with {other}", hint=f"leave out {other}")
@@ -213,7 +220,10 @@ def k8s(
         monitored=monitor,
         nodes=nodes,
     )
-    objects = inference_service(workload) if kserve else deployment(workload)
+    if kserve:
+        objects = inference_service(workload, own_runtime=serving_runtime)
+    else:
+        objects = deployment(workload)
     if helm is not None:
         called = replace(workload, name=name or default_name(wanted)).name  # checks the name
         write_files(helm, chart(called, model, workload.pinned, objects), "a chart")

@@ -71,11 +71,11 @@ def _gib(size: float) -> int:
 
 Engine = Literal["vllm", "modelpack"]
 #: The mount path of the volume with the model.
-_MOUNT = "/model"
+MODEL_MOUNT = "/model"
 _SECRET = "/var/run/modelpack/docker"  # noqa: S105 - a directory
 _PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": PORT}
 _NAMESPACE = "POD_NAMESPACE"
-_VOLUME, _SHARED, _LOGIN, _TEMPORARY, _TRUSTED = "model", "shm", "login", "tmp", "registry-ca"
+MODEL_VOLUME, _SHARED, _LOGIN, _TEMPORARY, _TRUSTED = "model", "shm", "login", "tmp", "registry-ca"
 _CA_DIRECTORY, _CA_FILE = "/var/run/modelpack/ca", "ca.crt"
 _HOME = {"name": "HOME", "value": "/tmp"}  # noqa: S108 - the pod's own
 #: Seconds in which a pod that stops still accepts requests, until no node sends it any, and seconds
@@ -83,7 +83,7 @@ _HOME = {"name": "HOME", "value": "/tmp"}  # noqa: S108 - the pod's own
 _DRAIN, _STOP_TIMEOUT, _KILL = 15, 300, 15
 #: Replicas are added above these averages of a pod: waiting requests, and the share of the KV cache
 #: in use. Prometheus' adapter serves vLLM's metrics under these names, since `:` is not allowed.
-_WAITING, _CACHE_USE = ("vllm_num_requests_waiting", "4"), ("vllm_kv_cache_usage_perc", "800m")
+SCALED_BY = {"vllm_num_requests_waiting": "4", "vllm_kv_cache_usage_perc": "800m"}
 #: Seconds of lower load before a pod is removed, since a new one takes minutes to load.
 _SCALE_DOWN = 600
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
@@ -245,8 +245,8 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
     }
     return [
         _one_node(workload) if workload.nodes == 1 else _leader_worker_set(workload),
-        _object("v1", "Service", workload, service),
-        *_authority(workload),
+        manifest("v1", "Service", workload, service),
+        *registry_authority(workload),
         *_disruption_budget(workload),
         *_autoscaler(workload),
         *_monitor(workload),
@@ -262,7 +262,7 @@ def _one_node(workload: Workload) -> dict[str, Any]:
         "progressDeadlineSeconds": workload.demands.start_seconds * 2,
         "template": {"metadata": {"labels": workload.labels}, "spec": pod_spec(workload)},
     }
-    return _object("apps/v1", "Deployment", workload, spec)
+    return manifest("apps/v1", "Deployment", workload, spec)
 
 
 def _leader_worker_set(workload: Workload) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def _leader_worker_set(workload: Workload) -> dict[str, Any]:
             "workerTemplate": worker,
         },
     }
-    made = _object("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", workload, spec)
+    made = manifest("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", workload, spec)
     made["metadata"]["name"] = f"{workload.name}-{_NODES}"
     return made
 
@@ -309,7 +309,7 @@ def _disruption_budget(workload: Workload) -> list[dict[str, Any]]:
     selector = {name: value for name, value in workload.labels.items()
                 if workload.nodes == 1 or not name.endswith("/component")}  # fmt: skip
     spec = {"maxUnavailable": 1, "selector": {"matchLabels": selector}}
-    return [_object("policy/v1", "PodDisruptionBudget", workload, spec)]
+    return [manifest("policy/v1", "PodDisruptionBudget", workload, spec)]
 
 
 def _autoscaler(workload: Workload) -> list[dict[str, Any]]:
@@ -326,11 +326,11 @@ def _autoscaler(workload: Workload) -> list[dict[str, Any]]:
         "metrics": [
             {"type": "Pods", "pods": {"metric": {"name": name},
                                       "target": {"type": "AverageValue", "averageValue": value}}}
-            for name, value in (_WAITING, _CACHE_USE)
+            for name, value in SCALED_BY.items()
         ],
         "behavior": {"scaleDown": {"stabilizationWindowSeconds": _SCALE_DOWN}},
     }  # fmt: skip
-    return [_object("autoscaling/v2", "HorizontalPodAutoscaler", workload, spec)]
+    return [manifest("autoscaling/v2", "HorizontalPodAutoscaler", workload, spec)]
 
 
 def _monitor(workload: Workload) -> list[dict[str, Any]]:
@@ -340,14 +340,16 @@ def _monitor(workload: Workload) -> list[dict[str, Any]]:
         "selector": {"matchLabels": workload.labels},
         "endpoints": [{"port": "http", "path": "/metrics", "interval": "15s"}],
     }
-    return [_object("monitoring.coreos.com/v1", "ServiceMonitor", workload, spec)]
+    return [manifest("monitoring.coreos.com/v1", "ServiceMonitor", workload, spec)]
 
 
-def _object(version: str, kind: str, workload: Workload, spec: dict[str, Any]) -> dict[str, Any]:
+def manifest(version: str, kind: str, workload: Workload, spec: dict[str, Any]) -> dict[str, Any]:
+    """Return an object of the workload, with its metadata."""
     return {"apiVersion": version, "kind": kind, "metadata": workload.metadata(), "spec": spec}
 
 
-def _authority(workload: Workload) -> list[dict[str, Any]]:
+def registry_authority(workload: Workload) -> list[dict[str, Any]]:
+    """Return the ConfigMap with the authority of the registry, if pods that pull need one."""
     if not workload.access.authority or workload.model_image:
         return []
     metadata = {**workload.metadata(), "name": f"{workload.name}-{_TRUSTED}"}
@@ -391,7 +393,7 @@ def pod_spec(
 
 
 def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
-    mounts = [{"name": _VOLUME, "mountPath": _MOUNT, "readOnly": True}]
+    mounts = [{"name": MODEL_VOLUME, "mountPath": MODEL_MOUNT, "readOnly": True}]
     if workload.engine == "modelpack":
         del mounts[0]["readOnly"]  # the locks of the store are files
     if workload.gpus * workload.nodes > 1:
@@ -440,12 +442,12 @@ def _command(workload: Workload, service: str) -> dict[str, Any]:
         return {
             "command": [*command, *(word for name in names for word in ("--allow-host", name))],
             "env": [
-                {"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"},
+                {"name": "MODELPACK_STORE", "value": f"{MODEL_MOUNT}/store"},
                 {"name": _NAMESPACE, "valueFrom": namespace},
                 _HOME,
             ],
         }
-    where = f"{_MOUNT}/models" if workload.model_image else f"{_MOUNT}/bundle/model"
+    where = f"{MODEL_MOUNT}/models" if workload.model_image else f"{MODEL_MOUNT}/bundle/model"
     nodes = []
     if workload.nodes > 1:
         nodes = ["--pipeline-parallel-size", str(workload.nodes), "--nnodes", str(workload.nodes),
@@ -476,10 +478,10 @@ def _pull(workload: Workload) -> dict[str, Any]:
     command = ["modelpack", "pull", workload.pinned, *remote]
     if workload.engine == "vllm":
         command = ["modelpack", "bundle", "--pull", "--force", workload.pinned,
-                   f"{_MOUNT}/bundle", *remote]  # fmt: skip
-    env = [{"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"}, _HOME]
+                   f"{MODEL_MOUNT}/bundle", *remote]  # fmt: skip
+    env = [{"name": "MODELPACK_STORE", "value": f"{MODEL_MOUNT}/store"}, _HOME]
     mounts: list[dict[str, Any]] = [
-        {"name": _VOLUME, "mountPath": _MOUNT},
+        {"name": MODEL_VOLUME, "mountPath": MODEL_MOUNT},
         {"name": _TEMPORARY, "mountPath": "/tmp"},  # noqa: S108 - the pod's own
     ]
     if workload.access.authority:
@@ -507,10 +509,10 @@ def _volumes(workload: Workload) -> list[dict[str, Any]]:
     volumes: list[dict[str, Any]] = []
     if workload.model_image:
         image = {"reference": workload.model_image, "pullPolicy": "IfNotPresent"}
-        volumes.append({"name": _VOLUME, "image": image})
+        volumes.append({"name": MODEL_VOLUME, "image": image})
     else:
         limit = f"{workload.demands.disk}Gi"
-        volumes.append({"name": _VOLUME, "emptyDir": {"sizeLimit": limit}})
+        volumes.append({"name": MODEL_VOLUME, "emptyDir": {"sizeLimit": limit}})
     if workload.gpus * workload.nodes > 1:
         # NCCL and the workers communicate through it; the default size is 64 MiB.
         volumes.append({"name": _SHARED, "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
@@ -547,38 +549,3 @@ def _probes(workload: Workload) -> dict[str, Any]:
         "readinessProbe": {**health, "timeoutSeconds": 5},
         "livenessProbe": {**health, "timeoutSeconds": 10, "failureThreshold": 3},
     }
-
-
-#: The container name that KServe expects for the server.
-_CONTAINER = "kserve-container"
-#: The path at which KServe mounts the model of a `storageUri`.
-_KSERVE_MOUNT = "/mnt/models"
-
-
-def inference_service(workload: Workload) -> list[dict[str, Any]]:
-    """Return the InferenceService, and a ConfigMap if the registry has an authority."""
-    timeout = workload.demands.start_seconds
-    predictor: dict[str, Any] = {"minReplicas": workload.replicas, "timeout": timeout}
-    if workload.model_image:
-        predictor["model"] = {
-            "modelFormat": {"name": "huggingface"},
-            "storageUri": f"oci+native://{workload.model_image}",
-            "args": [f"--model_name={workload.served_name}",
-                     f"--tensor-parallel-size={workload.gpus}",
-                     *vllm_flags(workload, _KSERVE_MOUNT)],
-            "resources": resources(workload),
-        }  # fmt: skip
-        if workload.pull_secret:
-            predictor["imagePullSecrets"] = [{"name": workload.pull_secret}]
-    else:
-        predictor |= pod_spec(workload, _CONTAINER, f"{workload.name}-predictor")
-    metadata = workload.metadata()
-    # A start takes minutes, which exceeds the limits of Knative's scaling by requests.
-    metadata["annotations"]["serving.kserve.io/deploymentMode"] = "Standard"
-    service = {
-        "apiVersion": "serving.kserve.io/v1beta1",
-        "kind": "InferenceService",
-        "metadata": metadata,
-        "spec": {"predictor": predictor},
-    }
-    return [service, *_authority(workload)]

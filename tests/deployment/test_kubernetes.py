@@ -419,6 +419,28 @@ def test_what_an_inference_service_says(published: tuple[str, str]) -> None:
     assert predictor["initContainers"][0]["command"][1] == "pull"
 
 
+def test_a_serving_runtime_runs_the_image_on_the_mounted_model(published: tuple[str, str]) -> None:
+    """KServe mounts the model, and merges the pod of the runtime with that of the service."""
+    options = ("--model-image", IMAGE, "--name", "tiny", "--image", "registry.example/vllm:v1")
+    runtime, service = objects(
+        published[0], "--kserve", "--serving-runtime", *options, "--namespace", "models"
+    )
+    assert runtime["kind"] == "ClusterServingRuntime"
+    assert "namespace" not in runtime["metadata"]
+    model = service["spec"]["predictor"]["model"]
+    assert model["runtime"] == runtime["metadata"]["name"] == "tiny-runtime"
+    assert model["storageUri"] == f"oci+native://{IMAGE}"
+    assert model["modelFormat"] in runtime["spec"]["supportedModelFormats"]
+    [server] = runtime["spec"]["containers"]
+    [deployed] = pod(objects(published[0], *options))["containers"]
+    assert server["name"] == "kserve-container"
+    assert server["image"] == "registry.example/vllm:v1"
+    assert server["command"][:3] == ["vllm", "serve", "/mnt/models"]
+    assert server["command"][3:] == deployed["command"][3:]
+    assert [mount["mountPath"] for mount in server["volumeMounts"]] == ["/tmp"]
+    assert service["spec"]["predictor"]["securityContext"]["runAsUser"] == 10001
+
+
 def test_json_is_a_list(published: tuple[str, str]) -> None:
     value = json.loads(succeed("k8s", published[0], "--json").stdout)
     assert value["kind"] == "List"
@@ -437,6 +459,8 @@ def test_json_is_a_list(published: tuple[str, str]) -> None:
         (("--gpus", "0"), "requires a GPU"),
         (("--nodes", "2", "--gpus", "0"), "requires a GPU"),
         (("--nodes", "0"), "--nodes"),
+        (("--serving-runtime",), "--serving-runtime requires --kserve"),
+        (("--kserve", "--serving-runtime"), "--serving-runtime requires --model-image"),
         (("--nodes", "2", "--engine", "modelpack"), "cannot be combined with --nodes"),
         (("--nodes", "2", "--kserve"), "--nodes cannot be combined with --kserve"),
         (("--nodes", "2", "--helm", "chart"), "--nodes cannot be combined with --helm"),

@@ -12,7 +12,8 @@ import modelpack
 from modelpack.artifacts import media_types
 from modelpack.artifacts.reference import Reference
 from modelpack.deploy import vllm_plugin
-from modelpack.deploy.kubernetes import Workload, deployment, inference_service
+from modelpack.deploy.kserve import inference_service
+from modelpack.deploy.kubernetes import Workload, deployment
 from modelpack.deploy.vllm import VllmSettings, open_model
 from modelpack.errors import UnsupportedError
 from modelpack.operations.resolve import kept_bundle

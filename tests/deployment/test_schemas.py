@@ -13,7 +13,8 @@ import pytest
 
 import modelpack
 from modelpack.artifacts.reference import Reference
-from modelpack.deploy.kubernetes import Access, Workload, deployment, inference_service
+from modelpack.deploy.kserve import inference_service
+from modelpack.deploy.kubernetes import Access, Workload, deployment
 from modelpack.errors import UsageError
 from modelpack.store.layout import LayoutStore
 from tests.deployment.schemas import kubeconform, write_schemas
@@ -71,13 +72,15 @@ def printed(workload: Workload) -> Iterator[dict[str, Any]]:
     yield from deployment(workload)
     if workload.nodes == 1 and workload.max_replicas is None and not workload.monitored:
         yield from inference_service(workload)
+        if workload.model_image:
+            yield from inference_service(workload, own_runtime=True)
 
 
 def test_every_combination_of_options_is_valid(schemas: Path, workload: Workload) -> None:
     found = [item for each in choices(workload) for item in printed(each)]
     assert {item["kind"] for item in found} == {
-        "Deployment", "LeaderWorkerSet", "InferenceService", "Service", "ConfigMap",
-        "PodDisruptionBudget", "HorizontalPodAutoscaler", "ServiceMonitor",
+        "Deployment", "LeaderWorkerSet", "InferenceService", "ClusterServingRuntime", "Service",
+        "ConfigMap", "PodDisruptionBudget", "HorizontalPodAutoscaler", "ServiceMonitor",
     }  # fmt: skip
     assert len(found) > 1000
     assert kubeconform(schemas, found) == []
@@ -88,13 +91,16 @@ def test_the_schemas_refuse_what_is_wrong(schemas: Path, workload: Workload) -> 
     all_kinds = replace(workload, replicas=2, max_replicas=4, monitored=True,
                         access=Access(authority="PEM"))  # fmt: skip
     nodes = replace(workload, engine="vllm", gpus=1, nodes=2)
-    good = [*deployment(all_kinds), *deployment(nodes)[:1], *inference_service(workload)]
+    mounted = replace(workload, engine="vllm", gpus=1, model_image=IMAGE)
+    [runtime, _] = inference_service(mounted, own_runtime=True)
+    good = [*deployment(all_kinds), *deployment(nodes)[:1], *inference_service(workload), runtime]
     assert kubeconform(schemas, good) == []
     deep = {
         "Deployment": ("template", "spec", "containers", 0), "Service": ("ports", 0),
         "PodDisruptionBudget": ("selector",), "HorizontalPodAutoscaler": ("metrics", 0, "pods"),
         "ServiceMonitor": ("endpoints", 0),
         "LeaderWorkerSet": ("leaderWorkerTemplate", "workerTemplate", "spec", "volumes", 0),
+        "ClusterServingRuntime": ("supportedModelFormats", 0),
         "InferenceService": ("predictor", "containers", 0, "resources"),
     }  # fmt: skip
     wrong = []

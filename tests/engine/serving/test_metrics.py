@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from modelpack.deploy.kubernetes import SCALED_BY
+from tests.conftest import ROOT
 from tests.engine.serving.conftest import Scripted
 
 # Source: vLLM's vllm/v1/metrics/loggers.py, and the dashboards in its repository, which query
@@ -122,3 +124,15 @@ def test_buckets_are_vllms(api: Scripted, name: str, bounds: tuple[float, ...] |
         assert numbers[-1] >= 1_000_000
     else:
         assert numbers == bounds
+
+
+def test_an_autoscaler_finds_its_metrics(api: Scripted) -> None:
+    """`modelpack k8s --max-replicas` scales by gauges that the adapter renames by docs' rule."""
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    [query] = re.findall(r'__name__=~"([^"]+)"', page)
+    [(matches, name)] = re.findall(r'name: \{matches: "([^"]+)", as: "([^"]+)"\}', page)
+    served = set(re.findall(r"^# TYPE (\S+) gauge", text(api, used=False), re.MULTILINE))
+    renamed = {
+        re.sub(matches, name.replace("$", "\\"), one) for one in served if re.fullmatch(query, one)
+    }
+    assert renamed == {*SCALED_BY}

@@ -1,0 +1,91 @@
+"""Build the objects of KServe that serve a model: an InferenceService, and its runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelpack.deploy.kubernetes import (
+    MODEL_MOUNT,
+    MODEL_VOLUME,
+    Workload,
+    manifest,
+    pod_spec,
+    registry_authority,
+    resources,
+    vllm_flags,
+)
+from modelpack.errors import UsageError
+
+#: The container name that KServe expects for the server.
+_CONTAINER = "kserve-container"
+#: The path at which KServe mounts the model of a `storageUri`.
+_KSERVE_MOUNT = "/mnt/models"
+_MODEL_FORMAT = "safetensors"
+
+
+def inference_service(workload: Workload, *, own_runtime: bool = False) -> list[dict[str, Any]]:
+    """Return the InferenceService, and a ConfigMap if the registry has an authority.
+
+    With `own_runtime`, a ClusterServingRuntime comes first, which runs the workload's image on a
+    mounted model; otherwise KServe selects one of its own runtimes. Raises `UsageError` if no model
+    image is mounted, since the pods need no runtime then.
+    """
+    timeout = workload.demands.start_seconds
+    predictor: dict[str, Any] = {"minReplicas": workload.replicas, "timeout": timeout}
+    runtime = []
+    if own_runtime:
+        if not workload.model_image:
+            raise UsageError(
+                "--serving-runtime requires --model-image: pods that pull need no runtime",
+                hint="leave out --serving-runtime",
+            )
+        runtime = [_serving_runtime(workload)]
+        predictor["model"] = {
+            "modelFormat": {"name": _MODEL_FORMAT},
+            "runtime": runtime[0]["metadata"]["name"],
+            "storageUri": f"oci+native://{workload.model_image}",
+            "resources": resources(workload),
+        }
+        pod = pod_spec(workload)
+        predictor |= {name: pod[name] for name in pod if name not in ("containers", "volumes")}
+    elif workload.model_image:
+        predictor["model"] = {
+            "modelFormat": {"name": "huggingface"},
+            "storageUri": f"oci+native://{workload.model_image}",
+            "args": [f"--model_name={workload.served_name}",
+                     f"--tensor-parallel-size={workload.gpus}",
+                     *vllm_flags(workload, _KSERVE_MOUNT)],
+            "resources": resources(workload),
+        }  # fmt: skip
+        if workload.pull_secret:
+            predictor["imagePullSecrets"] = [{"name": workload.pull_secret}]
+    else:
+        predictor |= pod_spec(workload, _CONTAINER, f"{workload.name}-predictor")
+    metadata = workload.metadata()
+    # A start takes minutes, which exceeds the limits of Knative's scaling by requests.
+    metadata["annotations"]["serving.kserve.io/deploymentMode"] = "Standard"
+    service = {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": metadata,
+        "spec": {"predictor": predictor},
+    }
+    return [*runtime, service, *registry_authority(workload)]
+
+
+def _serving_runtime(workload: Workload) -> dict[str, Any]:
+    """Return the runtime: the pod of a Deployment, with the model where KServe mounts it."""
+    pod = pod_spec(workload, _CONTAINER, f"{workload.name}-predictor")
+    [server] = pod["containers"]
+    where = f"{MODEL_MOUNT}/models"
+    server["command"] = [word.replace(where, _KSERVE_MOUNT) for word in server["command"]]
+    server["volumeMounts"] = [one for one in server["volumeMounts"] if one["name"] != MODEL_VOLUME]
+    spec = {
+        "supportedModelFormats": [{"name": _MODEL_FORMAT}],
+        "containers": [server],
+        "volumes": [volume for volume in pod["volumes"] if volume["name"] != MODEL_VOLUME],
+    }
+    made = manifest("serving.kserve.io/v1alpha1", "ClusterServingRuntime", workload, spec)
+    made["metadata"]["name"] = f"{workload.name}-runtime"
+    made["metadata"].pop("namespace", None)  # it belongs to the cluster
+    return made
