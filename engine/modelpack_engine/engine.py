@@ -103,10 +103,8 @@ class Engine(BaseEngine):
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
         check_token_rows(loaded.model, self.vocab_size)
         draft_bytes = drafting.layout.bytes_per_token if isinstance(drafting, Draft) else 0
-        # Proposals of a draft model, blocks on disk, ranks and the library for CPUs know one table
-        # of a sequence.
-        offloads = self.config.kv_offload_dir is not None or self.config.kv_offload_memory
-        self._has_window_pools = not (drafting or offloads or loaded.packed or self.is_divided)
+        # Proposals of a draft model, ranks and the library for CPUs know one table of a sequence.
+        self._has_window_pools = not (drafting or loaded.packed or self.is_divided)
         self._step_memory = step_memory(loaded.model, self.vocab_size)
         self._sizes = self._choose_sizes(layout, loaded.context_length, draft_bytes)
         self.max_model_len = self._sizes.max_model_len

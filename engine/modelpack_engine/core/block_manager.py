@@ -20,14 +20,14 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Tokens
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import cast
 
 from modelpack_engine.config import BLOCK_SIZE
 from modelpack_engine.core.block_pool import NULL_BLOCK, BlockPool
 from modelpack_engine.core.sequence import Restore, Sequence
-from modelpack_engine.offload.tiers import PrefixOffload, state_key
+from modelpack_engine.offload.tiers import PrefixOffload, group_key, state_key
 from modelpack_engine.request import Media
 
 HASH_SIZE = 16  # bytes
@@ -194,6 +194,7 @@ class BlockManager:
         self.window_pools = tuple(BlockPool(count, smaller) for smaller, count in window_pools)
         #: Whether sequences release blocks while they run.
         self.releases_blocks = window is not None or bool(self.window_pools)
+        self._pools = (self.pool, *self.window_pools)
         self.pool.evicted = self._evicted
         self.offload: PrefixOffload | None = None
         self.snapshots = snapshots if enable_prefix_caching else None
@@ -201,8 +202,10 @@ class BlockManager:
 
     def set_offload(self, offload: PrefixOffload) -> None:
         """Keep evicted blocks and snapshots in `offload`, and restore them from there."""
-        assert not self.window_pools, "blocks of one pool are offloaded"
+        assert offload.num_groups == len(self._pools)
         self.offload = offload
+        for group, pool in enumerate(self.window_pools, 1):
+            pool.evicted = partial(offload.evict, group=group)
         if self.snapshots is not None:
             self.snapshots.evicted = offload.evict_state
 
@@ -253,13 +256,16 @@ class BlockManager:
             self.snapshots.discard(sequence.block_hashes)
         return [pool.withdraw(table) for pool, table in self._tables(sequence)]
 
-    def published(self) -> list[tuple[int, bytes]]:
-        """Return the blocks of the prefix cache with their hashes, in reverse order of eviction."""
-        return self.pool.published()
+    def published(self, group: int = 0) -> list[tuple[int, bytes]]:
+        """Return the blocks of the prefix cache with their hashes, in reverse order of eviction.
+
+        They are those of a group of layers; window pools count from 1.
+        """
+        return self._pools[group].published()
 
     def forget_content(self) -> None:
         """Empty the prefix cache: the contents of all blocks may be wrong."""
-        for pool in (self.pool, *self.window_pools):
+        for pool in self._pools:
             pool.forget_content()
         if self.snapshots is not None:
             self.snapshots.clear()
@@ -287,7 +293,7 @@ class BlockManager:
     def capacity(self, chunk: int, max_model_len: int) -> int:
         """Return the most tokens of a sequence that computes up to `chunk` tokens in a step."""
         limits = []
-        for pool in (self.pool, *self.window_pools):
+        for pool in self._pools:
             limit = pool.num_total * self.block_size
             unlimited = self.most_held(chunk, pool) is not None
             limits.append(max(limit, max_model_len) if unlimited else limit)
@@ -332,7 +338,7 @@ class BlockManager:
 
     def room_for(self, sequence: Sequence) -> int:
         """Return how many more tokens a sequence could compute with all available blocks."""
-        available = min(pool.num_available for pool in (self.pool, *self.window_pools))
+        available = min(pool.num_available for pool in self._pools)
         blocks = len(sequence.block_table) + available
         return blocks * self.block_size - sequence.num_computed_tokens
 
@@ -352,8 +358,7 @@ class BlockManager:
     def free(self, sequence: Sequence) -> None:
         """Release the whole tables, last block first, so that a prefix is evicted last."""
         if sequence.restore is not None:
-            self.pool.release_all(reversed(sequence.restore.blocks))
-            sequence.restore = None
+            self._drop_restore(sequence, sequence.restore)
         for pool, table in self._tables(sequence):
             pool.release_all(reversed(table))
             table.clear()
@@ -416,19 +421,23 @@ class BlockManager:
             usable = min(covered, usable - 1)
         return blocks[:usable], reach
 
-    def _covered(self, sequence: Sequence, count: int) -> int:
+    def _covered(self, sequence: Sequence, count: int, offload: PrefixOffload | None = None) -> int:
         """Return `count` if all window pools have what follows, or the next count to try.
 
-        That is the blocks of the next `count` that the token after them sees.
+        That is the blocks of the next `count` that the token after them sees. Those that are only
+        in an `offload` count too.
         """
         hashes, first = sequence.block_hashes, len(sequence.block_table)
-        stop = first + count
-        for pool in self.window_pools:
-            seen_from = max(first, pool.num_unseen(stop * self.block_size, self.block_size))
-            for index in range(stop - 1, seen_from - 1, -1):
-                if pool.find(hashes[index]) is None:
+        for group, pool in enumerate(self.window_pools, 1):
+            for index in range(first + count - 1, self._first_seen(pool, first, count) - 1, -1):
+                known = pool.find(hashes[index]) is not None
+                if not known and not (offload and offload.has_block(hashes[index], group)):
                     return index - first
         return count
+
+    def _first_seen(self, pool: BlockPool, first: int, count: int) -> int:
+        """Return the first of `count` blocks from `first` that the token after them sees."""
+        return max(first, pool.num_unseen((first + count) * self.block_size, self.block_size))
 
     def _match_window(self, sequence: Sequence, window: int) -> tuple[list[int], int]:
         """Return what `_match` returns, for a window: only the blocks within it must be cached."""
@@ -463,7 +472,7 @@ class BlockManager:
             if self.snapshots is not None and reach > len(blocks):
                 sequence.branch = (len(sequence.block_table) + reach) * self.block_size
             self.pool.share(blocks)
-            num_tokens = self._extend(sequence, blocks)
+            num_tokens = self._extend(sequence, [blocks, *self._shared(sequence, len(blocks))])
             if blocks and self.snapshots is not None:
                 last = len(sequence.block_table) - 1
                 sequence.snapshot = self.snapshots.get(self._hash(sequence, last))
@@ -471,32 +480,32 @@ class BlockManager:
             num_tokens += self._restore(sequence, self.offload)
         return num_tokens
 
-    def _extend_windows(self, sequence: Sequence, count: int) -> None:
-        """Append the next `count` blocks, which are cached, to the tables of window pools."""
+    def _shared(self, sequence: Sequence, count: int) -> Iterator[list[int]]:
+        """Share the next `count` blocks of each window pool, which are cached, and yield them."""
         first = len(sequence.block_table)
         stop = first + count
-        for pool, table in islice(self._tables(sequence), 1, None):
-            unseen = pool.num_unseen(stop * self.block_size, self.block_size)
-            seen_from = min(max(first, unseen), stop)
+        for pool in self.window_pools:
+            seen_from = min(self._first_seen(pool, first, count), stop)
             found = map(pool.find, sequence.block_hashes[seen_from:stop])
             blocks = [block for block in found if block is not None]
             assert len(blocks) == stop - seen_from, "the match said that they are cached"
             pool.share(blocks)
-            table += [NULL_BLOCK] * (seen_from - first) + blocks
+            yield [NULL_BLOCK] * (seen_from - first) + blocks
 
-    def _extend(self, sequence: Sequence, blocks: list[int]) -> int:
-        """Append computed blocks to a sequence; return how many tokens they hold."""
-        if not blocks:
+    def _extend(self, sequence: Sequence, blocks: list[list[int]]) -> int:
+        """Append computed blocks of all pools to a sequence; return how many tokens they hold."""
+        count = len(blocks[0])
+        if not count:
             return 0
-        stop = (len(sequence.block_table) + len(blocks)) * self.block_size
-        for pool, table in self._tables(sequence) if self.releases_blocks else ():
+        stop = (len(sequence.block_table) + count) * self.block_size
+        for (pool, table), more in zip(self._tables(sequence), blocks, strict=True):
             pool.release_unseen(table, pool.num_unseen(stop, self.block_size))
-        self._extend_windows(sequence, len(blocks))
-        sequence.block_table.extend(blocks)
-        sequence.num_published_blocks += len(blocks)
-        sequence.num_computed_tokens += len(blocks) * self.block_size
+            assert len(more) == count
+            table.extend(more)
+        sequence.num_published_blocks += count
+        sequence.num_computed_tokens += count * self.block_size
         self.release_unseen(sequence)
-        return len(blocks) * self.block_size
+        return count * self.block_size
 
     def _restore(self, sequence: Sequence, offload: PrefixOffload) -> int:
         """Append blocks that have been fetched from the offload; return how many tokens they hold.
@@ -511,91 +520,111 @@ class BlockManager:
             if self._may_share(sequence) and self._shareable(sequence):
                 offload.tiers.scan()
             return 0
-        next_index = len(sequence.block_table) + len(restore.blocks)
-        hashes = [self._hash(sequence, index) for index in range(next_index, restore.stop)]
         last = self._hash(sequence, restore.stop - 1)
-        unseen = max(0, restore.first_seen - next_index)
-        keys = [hash_ for hash_ in hashes[unseen:] if self.pool.find(hash_) is None]
-        keys = keys if offload.has_blocks else []
+        keys = list(self._missing(sequence, restore)) if offload.has_blocks else []
         if self.snapshots is not None and last not in self.snapshots:
             keys.append(state_key(last))
         contents = dict(zip(keys, offload.fetch(sequence.seq_id, keys), strict=False))
-        num_usable = self._hold(sequence, restore, hashes, contents, offload)
-        if len(sequence.block_table) + len(restore.blocks) == restore.stop:
+        num_usable = self._hold(sequence, restore, contents, offload)
+        count = restore.stop - len(sequence.block_table)
+        if all(len(blocks) == count for blocks in restore.blocks):
             if self.snapshots is None or last in self.snapshots:
-                num_usable = len(restore.blocks)
+                num_usable = count
             elif (content := contents.get(state_key(last))) is not None:
-                num_usable = len(restore.blocks)
+                num_usable = count
                 self.snapshots.put(last, offload.make_state(content))
-        usable, restore.blocks = restore.blocks[:num_usable], restore.blocks[num_usable:]
+        usable = [blocks[:num_usable] for blocks in restore.blocks]
+        restore.blocks = [blocks[num_usable:] for blocks in restore.blocks]
         num_tokens = self._extend(sequence, usable)
-        if usable and self.snapshots is not None:
+        if num_tokens and self.snapshots is not None:
             last = self._hash(sequence, len(sequence.block_table) - 1)
             if last in self.snapshots:
                 sequence.snapshot = self.snapshots.get(last)
         if len(sequence.block_table) == restore.stop or not offload.awaits(sequence.seq_id):
-            self.pool.release_all(reversed(restore.blocks))
-            sequence.restore = None
+            self._drop_restore(sequence, restore)
         return num_tokens
+
+    def _drop_restore(self, sequence: Sequence, restore: Restore) -> None:
+        """Release the blocks that a sequence holds and has not used."""
+        for pool, blocks in zip(self._pools, restore.blocks, strict=True):
+            pool.release_all(reversed(blocks))
+        sequence.restore = None
 
     def _restorable(self, sequence: Sequence, offload: PrefixOffload) -> Restore | None:
         """Return the longest prefix that the device and the offload have, if there is one.
 
-        Only the blocks within the window are needed, and a snapshot after the last block.
+        Only the blocks within each window are needed, and a snapshot after the last block.
         """
         if not self._may_share(sequence):
             return None
         indices = self._shareable(sequence)
-        best: Restore | None = None
-        run = 0
-        for index in indices:
+        first, run, counts = indices.start, 0, list[int]()
+        for count, index in enumerate(indices, 1):
             hash_ = self._hash(sequence, index)
             if self.pool.find(hash_) is not None or offload.has_block(hash_):
                 run += 1
+                if run > index - self._first_seen(self.pool, first, count):
+                    counts.append(count)
             elif self.window is None:
                 break
             else:
                 run = 0
+        limit = len(indices)
+        for count in reversed(counts):
+            hash_ = sequence.block_hashes[first + count - 1]
+            if count > limit or not (self._may_go_on(hash_) or offload.has_state(hash_)):
                 continue
-            first_seen = indices.start
-            if self.window is not None:
-                seen_from = max(0, (index + 1) * self.block_size - self.window) // self.block_size
-                first_seen = max(first_seen, seen_from)
-            complete = run > index - first_seen
-            if complete and (self._may_go_on(hash_) or offload.has_state(hash_)):
-                best = Restore(index + 1, first_seen)
-        return best
+            limit = self._covered(sequence, count, offload)
+            if limit == count:
+                first_seen = [self._first_seen(pool, first, count) for pool in self._pools]
+                return Restore(first + count, first_seen, [[] for _ in self._pools])
+        return None
+
+    def _missing(self, sequence: Sequence, restore: Restore) -> Iterator[bytes]:
+        """Yield the keys of the blocks that are neither held nor on the device."""
+        for group, pool in enumerate(self._pools):
+            start = len(sequence.block_table) + len(restore.blocks[group])
+            for index in range(max(start, restore.first_seen[group]), restore.stop):
+                hash_ = self._hash(sequence, index)
+                if pool.find(hash_) is None:
+                    yield group_key(hash_, group)
 
     def _hold(
         self,
         sequence: Sequence,
         restore: Restore,
-        hashes: list[bytes],
         contents: dict[bytes, bytes],
         offload: PrefixOffload,
     ) -> int:
-        """Add the blocks of `hashes` to `restore`, up to the first that was not found.
+        """Add blocks to `restore`, in each pool up to the first that was not found.
 
         Return how many of its blocks the sequence can continue from.
         """
         num_usable = 0
-        for hash_ in hashes:
-            if len(sequence.block_table) + len(restore.blocks) < restore.first_seen:
-                restore.blocks.append(NULL_BLOCK)
-                continue
-            block = self.pool.find(hash_)
-            if block is not None:
-                self.pool.share([block])
-            elif (hash_ in contents or not offload.has_blocks) and self.can_allocate(1):
-                block = self.pool.allocate()
-                if offload.has_blocks:
-                    offload.restore(block, contents[hash_])
-                self.pool.publish(block, hash_)
-            else:
-                break
-            restore.blocks.append(block)
-            if self.window is None and self._may_go_on(hash_):
-                num_usable = len(restore.blocks)
+        for group, (pool, blocks) in enumerate(zip(self._pools, restore.blocks, strict=True)):
+            start = len(sequence.block_table) + len(blocks)
+            unseen = max(0, restore.first_seen[group] - start)
+            blocks += [NULL_BLOCK] * unseen
+            held = len(blocks)
+            hashes = [self._hash(sequence, index) for index in range(start + unseen, restore.stop)]
+            # All are held before one is allocated, which might evict one of them.
+            found = list(map(pool.find, hashes))
+            pool.share(block for block in found if block is not None)
+            for place, hash_ in enumerate(hashes):
+                block, key = found[place], group_key(hash_, group)
+                if block is None:
+                    known = key in contents or not offload.has_blocks
+                    if not known or not pool.num_available:
+                        break
+                    found[place] = block = pool.allocate()
+                    if offload.has_blocks:
+                        offload.restore(block, contents[key], group)
+                    pool.publish(block, hash_)
+                blocks.append(block)
+                if not self.releases_blocks and self._may_go_on(hash_):
+                    num_usable = len(blocks)
+            others = found[len(blocks) - held :]
+            pool.release_all(block for block in reversed(others) if block is not None)
         return num_usable
 
     def awaits_blocks(self, sequence: Sequence) -> bool:

@@ -28,13 +28,13 @@ _FINISHED = SequenceStatus.FINISHED
 class Restore:
     """Blocks that a sequence gets from the prefix cache and the offload, before it can use them.
 
-    They follow its block table, which then has `stop` blocks. Those before `first_seen` are before
-    the window of all layers. `blocks` are those that it holds so far.
+    They follow its block tables, which then have `stop` blocks. For each pool, `first_seen` is the
+    first block that is not before the window, and `blocks` are those that the sequence holds.
     """
 
     stop: int
-    first_seen: int
-    blocks: list[int] = field(default_factory=list)
+    first_seen: list[int]
+    blocks: list[list[int]]
 
 
 @dataclass(slots=True, eq=False)

@@ -4,7 +4,9 @@ The block manager calls `PrefixOffload`: it reports the blocks that it evicts, a
 that a prompt needs next. `OffloadTiers` keeps the contents, with a thread for the files. The block
 mover copies the requested blocks after a step is scheduled, before that step writes to any block.
 
-The snapshot of the recurrent state after a block is a content of its own, under `state_key`.
+Group 0 of a model's layers has its blocks under their hashes. Layers with blocks of their own, in
+window pools, have them under `group_key`. The snapshot of the recurrent state after a block is a
+content of its own, under `state_key`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,14 @@ from modelpack_engine.offload.directory import BlockDirectory
 def state_key(hash_: bytes) -> bytes:
     """Return the key of the recurrent state after the block with this hash."""
     return hashlib.blake2b(hash_, digest_size=len(hash_), person=b"kv state").digest()
+
+
+def group_key(hash_: bytes, group: int) -> bytes:
+    """Return the key of a block with this hash; window pools are groups from 1."""
+    if not group:
+        return hash_
+    person = b"kv group %d" % group
+    return hashlib.blake2b(hash_, digest_size=len(hash_), person=person).digest()
 
 
 class BlockMemory:
@@ -255,11 +265,17 @@ class OffloadTiers:
             self._state.notify_all()
 
 
+#: A group of layers, a block of it, and its key or content.
+Evicted = tuple[int, int, bytes]
+Restored = tuple[int, int, bytes]
+
+
 class PrefixOffload:
     """The blocks and states to move between the device and `tiers`.
 
     At most `per_step` blocks are loaded at a time, and restored in one step. `make_state` returns
-    the snapshot with a content. Without `has_blocks`, the model keeps nothing in its blocks.
+    the snapshot with a content. `num_groups` groups of layers have blocks of their own. Without
+    `has_blocks`, the model keeps nothing in its blocks.
     """
 
     def __init__(
@@ -268,18 +284,22 @@ class PrefixOffload:
         *,
         per_step: int,
         make_state: Callable[[bytes], object] | None = None,
+        num_groups: int = 1,
         has_blocks: bool = True,
     ) -> None:
         assert per_step > 0
         self.tiers = tiers
         self.per_step = per_step
+        self.num_groups = num_groups
         self.has_blocks = has_blocks
         self.num_restored = self.num_from_disk = self.num_restores = 0
-        self.num_restored_states = 0
+        self.num_restored_states = self.restored_bytes = 0
+        #: Restored blocks of the layers that see most; the others have blocks of the same tokens.
+        self.num_restored_blocks = 0
         self._make_state = make_state
-        self._evicted: list[tuple[int, bytes]] = []
+        self._evicted: list[Evicted] = []
         self._evicted_states: list[tuple[bytes, object]] = []
-        self._restored: dict[int, bytes] = {}
+        self._restored: dict[tuple[int, int], bytes] = {}  # by group and block
         self._left = per_step
         self._loads: dict[int, Load] = {}  # by seq_id
         self._waiting: set[int] = set()
@@ -287,15 +307,16 @@ class PrefixOffload:
 
     # Calls of the block manager
 
-    def evict(self, block: int, hash_: bytes) -> None:
-        """Save a block that is about to be overwritten."""
-        restored = self._restored.pop(block, None)
-        if hash_ in self.tiers:
-            self.tiers.memory.get(hash_)  # marks it as used
+    def evict(self, block: int, hash_: bytes, group: int = 0) -> None:
+        """Save a block of a group of layers that is about to be overwritten."""
+        restored = self._restored.pop((group, block), None)
+        key = group_key(hash_, group)
+        if key in self.tiers:
+            self.tiers.memory.get(key)  # marks it as used
         elif restored is not None:  # it is not on the device yet
-            self.tiers.save(hash_, restored)
+            self.tiers.save(key, restored)
         elif self.has_blocks:
-            self._evicted.append((block, hash_))
+            self._evicted.append((group, block, key))
 
     def evict_state(self, hash_: bytes, state: object) -> None:
         """Save the state after a block before it is dropped."""
@@ -305,9 +326,9 @@ class PrefixOffload:
         else:
             self._evicted_states.append((key, state))
 
-    def has_block(self, hash_: bytes) -> bool:
-        """Return whether a block can be fetched, or needs no content."""
-        return not self.has_blocks or hash_ in self.tiers
+    def has_block(self, hash_: bytes, group: int = 0) -> bool:
+        """Return whether a block of a group can be fetched, or needs no content."""
+        return not self.has_blocks or group_key(hash_, group) in self.tiers
 
     def has_state(self, hash_: bytes) -> bool:
         """Return whether the state after a block can be fetched."""
@@ -320,15 +341,16 @@ class PrefixOffload:
         return self._make_state(content)
 
     def discard(self, hashes: Iterable[bytes]) -> None:
-        """Drop blocks whose content is wrong, and the states after them."""
+        """Drop blocks whose content is wrong, of all groups, and the states after them."""
         hashes = list(hashes)
+        keys = [group_key(hash_, group) for group in range(self.num_groups) for hash_ in hashes]
         states = map(state_key, hashes) if self._make_state is not None else ()
-        self.tiers.discard([*hashes, *states])
+        self.tiers.discard([*keys, *states])
 
     def fetch(self, seq_id: int, hashes: list[bytes]) -> list[bytes]:
         """Return the contents of the first blocks of `hashes` that are loaded.
 
-        `hashes` are the blocks that a sequence needs next. While they are being loaded, the result
+        `hashes` are the keys of what a sequence needs next. While they are being loaded, the result
         is empty and the sequence `awaits` them: call this again in the next step.
         """
         self._waiting.discard(seq_id)
@@ -348,7 +370,7 @@ class PrefixOffload:
             if hash_ not in load.contents:
                 break
             contents.append(load.contents[hash_])
-        self._count(seq_id, load, len(contents))
+        self._count(seq_id, load, contents)
         self._finish(seq_id)
         self._waiting.discard(seq_id)
         if contents and self._begin(seq_id, hashes[len(contents) :]) is not None:
@@ -364,9 +386,10 @@ class PrefixOffload:
         """Whether any sequence awaits blocks."""
         return bool(self._waiting)
 
-    def restore(self, block: int, content: bytes) -> None:
-        """Write fetched content to a block before the next step."""
-        self._restored[block] = content
+    def restore(self, block: int, content: bytes, group: int = 0) -> None:
+        """Write fetched content to a block of a group of layers before the next step."""
+        self._restored[group, block] = content
+        self.num_restored_blocks += not group
 
     def drop(self, seq_id: int) -> None:
         """Forget a sequence that ended or was preempted."""
@@ -376,9 +399,10 @@ class PrefixOffload:
 
     # Calls of the block mover
 
-    def take(self) -> tuple[list[tuple[int, bytes]], list[tuple[int, bytes]]]:
-        """Return and clear (block, hash) pairs to save, and (block, content) pairs to restore."""
-        taken = self._evicted, list(self._restored.items())
+    def take(self) -> tuple[list[Evicted], list[Restored]]:
+        """Return and clear the blocks to save, with their keys, and to restore, with contents."""
+        restored = [(*place, content) for place, content in self._restored.items()]
+        taken = self._evicted, restored
         self._evicted, self._restored = [], {}
         self._left = self.per_step
         return taken
@@ -414,9 +438,11 @@ class PrefixOffload:
         if load is not None:
             self.tiers.finish(load)
 
-    def _count(self, seq_id: int, load: Load, num_blocks: int) -> None:
+    def _count(self, seq_id: int, load: Load, contents: list[bytes]) -> None:
+        num_blocks = len(contents)
         self._left -= num_blocks
         self.num_restored += num_blocks
+        self.restored_bytes += sum(map(len, contents))
         self.num_from_disk += min(load.num_read, num_blocks)
         if num_blocks and seq_id not in self._restoring:
             self._restoring.add(seq_id)

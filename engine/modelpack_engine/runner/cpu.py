@@ -120,8 +120,8 @@ class CpuRunner:
                 values = pool[block, 1].reshape(-1, self._block_size, dim, size)
                 values[:, offset] = 0
 
-    def block_contents(self) -> CpuBlocks:
-        return self._contents
+    def block_contents(self) -> list[CpuBlocks]:
+        return [self._contents]
 
     def state_contents(self) -> None:
         """Return nothing: no layer has recurrent state."""

@@ -105,8 +105,9 @@ class FallbackRunner:
     def scrub_slots(self, slots: list[int], group: int = 0) -> None:
         """Do nothing: no two sequences share memory."""
 
-    def block_contents(self) -> None:
-        """Return None: there are no blocks."""
+    def block_contents(self) -> tuple[()]:
+        """Return nothing: there are no blocks."""
+        return ()
 
     def state_contents(self) -> None:
         """Return None: there are no snapshots."""

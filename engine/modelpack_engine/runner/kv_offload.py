@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -16,7 +17,13 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.errors import EngineError
 from modelpack_engine.offload.directory import BlockDirectory
-from modelpack_engine.offload.tiers import BlockMemory, OffloadTiers, PrefixOffload, state_key
+from modelpack_engine.offload.tiers import (
+    BlockMemory,
+    OffloadTiers,
+    PrefixOffload,
+    group_key,
+    state_key,
+)
 from modelpack_engine.outputs import OffloadStats
 from modelpack_engine.runner.model_runner import ModelRunner
 from modelpack_engine.runner.recurrent import Snapshot
@@ -70,17 +77,18 @@ class BlockMover:
 
         If there is no step to build and none in flight, wait for blocks that are being loaded.
         """
-        offload, contents = self._offload, self._contents
-        if offload is None or contents is None:
+        offload = self._offload
+        if offload is None:
             return
         evicted, restored = offload.take()
         try:
-            if evicted:
-                self._save(evicted)
+            for group, contents in enumerate(self._contents):
+                self._save(group, [(block, key) for of, block, key in evicted if of == group])
+                pairs = [(block, content) for of, block, content in restored if of == group]
+                if pairs:
+                    contents.write(*zip(*pairs, strict=True))
             for key, state in offload.take_states():
                 self._save_state(key, state)
-            if restored:
-                contents.write(*zip(*restored, strict=True))
         except BaseException:
             self._blocks.forget_content()
             raise
@@ -112,20 +120,17 @@ class BlockMover:
 
     def stats(self) -> OffloadStats:
         """Return counters since the start, and current gauges."""
-        if self._offload is None or self._contents is None:
+        if self._offload is None:
             return OffloadStats()
         offload = self._offload
         directory = offload.tiers.directory
-        num_states = offload.num_restored_states
-        num_blocks = offload.num_restored - num_states
-        state_bytes = num_states * self._states.length if self._states is not None else 0
         return OffloadStats(
             restores=offload.num_restores,
-            restored_tokens=num_blocks * self._blocks.block_size,
+            restored_tokens=offload.num_restored_blocks * self._blocks.block_size,
             memory_hits=offload.num_restored - offload.num_from_disk,
             disk_hits=offload.num_from_disk,
             saved_bytes=self._saved_bytes,
-            restored_bytes=num_blocks * self._contents.length + state_bytes,
+            restored_bytes=offload.restored_bytes,
             dropped_files=directory.num_dropped if directory else 0,
             memory_bytes=offload.tiers.memory.num_bytes,
             disk_bytes=directory.num_bytes if directory else 0,
@@ -133,49 +138,64 @@ class BlockMover:
 
     def close(self) -> None:
         """Write the whole prefix cache to disk for the next start, the newest blocks first."""
-        if self._offload is None or self._contents is None:
+        if self._offload is None:
             return
         tiers = self._offload.tiers
         self.collect()
-        if tiers.directory is not None and self._write_states(tiers, tiers.directory.limit):
-            self._write_blocks(tiers, tiers.directory.limit)
+        if tiers.directory is not None:
+            self._write_all(tiers, tiers.directory.limit)
         tiers.close(_LAST_SECONDS)
         self._offload = None
 
-    def _write_states(self, tiers: OffloadTiers, limit: int) -> bool:
-        """Write the newest snapshots, up to half of the limit; return whether there was time."""
+    def _write_all(self, tiers: OffloadTiers, limit: int) -> None:
+        """Write the newest snapshots and blocks, up to the limit, while there is time.
+
+        Snapshots, and layers with blocks of their own, take up to half of what is left: without
+        them, the blocks of the other layers are of no use.
+        """
+        deadline = time.monotonic() + _LAST_SECONDS
+        limit -= self._write_states(tiers, limit // 2, deadline)
+        for group in reversed(range(len(self._contents))):
+            limit -= self._write_blocks(group, tiers, limit // 2 if group else limit, deadline)
+
+    def _write_states(self, tiers: OffloadTiers, limit: int, deadline: float) -> int:
+        """Write the newest snapshots, up to the limit; return their bytes."""
         snapshots, states = self._blocks.snapshots, self._states
         if snapshots is None or states is None:
-            return True
+            return 0
         pairs = [(state_key(hash_), state) for hash_, state in snapshots.items()]
-        for key, state in [pair for pair in pairs if pair[0] not in tiers][
-            : limit // 2 // max(states.length, 1)
-        ]:
+        found = [pair for pair in pairs if pair[0] not in tiers][: limit // max(states.length, 1)]
+        for key, state in found:
             self._save_state(key, state)
-            self.collect()
-            if not tiers.flush(_LAST_SECONDS):
-                return False
-        return True
+            if not self._flush(tiers, deadline):
+                break
+        return len(found) * states.length
 
-    def _write_blocks(self, tiers: OffloadTiers, limit: int) -> None:
-        """Write the newest blocks, up to the limit."""
-        assert self._contents is not None
-        length = self._contents.length
+    def _write_blocks(self, group: int, tiers: OffloadTiers, limit: int, deadline: float) -> int:
+        """Write the newest blocks of a group, up to the limit; return their bytes."""
+        length = self._contents[group].length
         if not length:
-            return
-        found = [pair for pair in self._blocks.published() if pair[1] not in tiers]
+            return 0
+        pairs = [(block, group_key(hash_, group)) for block, hash_ in self._blocks.published(group)]
+        found = [pair for pair in pairs if pair[1] not in tiers][: limit // length]
         step = max(_LAST_BATCH // length, 1)
-        for start in range(0, len(found := found[: limit // length]), step):
-            self._save(found[start : start + step])
-            self.collect()
-            if not tiers.flush(_LAST_SECONDS):
-                return
+        for start in range(0, len(found), step):
+            self._save(group, found[start : start + step])
+            if not self._flush(tiers, deadline):
+                break
+        return len(found) * length
 
-    def _save(self, blocks: Sequence[tuple[int, bytes]]) -> None:
-        assert self._contents is not None
-        rows = self._contents.read([block for block, _ in blocks])
-        mx.async_eval(rows)
-        self._saving.append(([hash_ for _, hash_ in blocks], rows))
+    def _flush(self, tiers: OffloadTiers, deadline: float) -> bool:
+        """Write what was gathered; return False if there was no time for it."""
+        self.collect()
+        return tiers.flush(max(deadline - time.monotonic(), 0))
+
+    def _save(self, group: int, blocks: Sequence[tuple[int, bytes]]) -> None:
+        """Read blocks of a group; `collect` saves them under their keys."""
+        if blocks:
+            rows = self._contents[group].read([block for block, _ in blocks])
+            mx.async_eval(rows)
+            self._saving.append(([key for _, key in blocks], rows))
 
     def _save_state(self, key: bytes, state: object) -> None:
         assert self._states is not None
@@ -195,12 +215,12 @@ def open_offload(
     """
     wanted = config.kv_offload_dir is not None or config.kv_offload_memory
     contents = runner.block_contents()
-    if not wanted or contents is None or not blocks.enable_prefix_caching:
+    if not wanted or not contents or not blocks.enable_prefix_caching:
         if wanted:
             _log.warning("no KV offload: the prefix cache is off, or the KV cache is not paged")
         return BlockMover(runner, blocks, None)
     states = runner.state_contents()
-    lengths = (contents.length,) if states is None else (contents.length, states.length)
+    lengths = [each.length for each in contents]
     directory = None
     if config.kv_offload_dir is not None:
         if not model_id:
@@ -209,21 +229,24 @@ def open_offload(
                 hint="give the engine a model_id",
             )
         device = str(mx.default_device())
-        parts = [device, __version__, version("mlx"), version("mlx-lm"), *contents.describe()]
+        parts = [device, __version__, version("mlx"), version("mlx-lm")]
+        for group, each in enumerate(contents):
+            parts += [f"group {group}", *each.describe()]
         parts += states.describe() if states is not None else []
         directory = BlockDirectory(
             Path(config.kv_offload_dir),
             cache_identity(model_id, blocks.block_size, parts),
-            lengths=lengths,
+            lengths=(*lengths, states.length) if states is not None else tuple(lengths),
             limit=_DISK if config.kv_offload_disk is None else config.kv_offload_disk,
         )
     limit = _MEMORY if config.kv_offload_memory is None else config.kv_offload_memory
     tiers = OffloadTiers(BlockMemory(limit), directory)
     offload = PrefixOffload(
         tiers,
-        per_step=max(_PER_STEP // max(contents.length, 1), 1),
+        per_step=max(_PER_STEP // max(*lengths, 1), 1),
         make_state=None if states is None else states.snapshot,
-        has_blocks=contents.length > 0,
+        num_groups=len(contents),
+        has_blocks=any(lengths),
     )
     blocks.set_offload(offload)
     mover = BlockMover(runner, blocks, offload)

@@ -6,7 +6,7 @@ pass, on KV blocks. `FallbackRunner` runs one forward pass per request, on mlx-l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -123,8 +123,8 @@ class ModelRunner(Protocol):
     def scrub_slots(self, slots: list[int], group: int = 0) -> None:
         """Zero the keys and values of single tokens: rejected proposals whose logits were NaN."""
 
-    def block_contents(self) -> BlockContents | CpuBlocks | None:
-        """Return the access to the contents of blocks; None if there are no blocks."""
+    def block_contents(self) -> Sequence[BlockContents | CpuBlocks]:
+        """Return the access to the contents of blocks, for each group of layers."""
 
     def state_contents(self) -> StateContents | None:
         """Return the access to the contents of snapshots; None if there are no snapshots."""

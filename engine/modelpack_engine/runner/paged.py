@@ -505,8 +505,11 @@ class PagedRunner:
             if kv.step is self._step.groups[group]:
                 kv.pools.zero(mx.array(slots, mx.int32))
 
-    def block_contents(self) -> BlockContents:
-        return BlockContents(self.adapted.paged)
+    def block_contents(self) -> list[BlockContents]:
+        paged = self.adapted.paged
+        return [
+            BlockContents([kv for kv in paged if kv.step is group]) for group in self._step.groups
+        ]
 
     def state_contents(self) -> StateContents | None:
         return self.adapted.state_contents()

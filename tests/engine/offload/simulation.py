@@ -63,7 +63,10 @@ class OffloadSimulation(Simulation):
         Simulation.__post_init__(self)
         self.tiers = SlowTiers(self.room, self.seed)
         self.offload = PrefixOffload(
-            self.tiers, per_step=self.per_step, make_state=lambda content: int(content.decode())
+            self.tiers,
+            per_step=self.per_step,
+            make_state=lambda content: int(content.decode()),
+            num_groups=1 + len(self.window_pools),
         )
         self.blocks.set_offload(self.offload)
 
@@ -85,15 +88,17 @@ class OffloadSimulation(Simulation):
     def move(self) -> None:
         """Save the evicted blocks, then restore, as the block mover does."""
         evicted, restored = self.offload.take()
-        size, memory = self.block_size, self.device.memory
-        for block, hash_ in evicted:
-            content = memory[block * size : (block + 1) * size]
-            assert None not in content
-            self.tiers.save(hash_, repr(content).encode())
+        size, devices = self.block_size, [self.device, *self.others]
+        for group, block, key in evicted:
+            entries = devices[group].memory[block * size : (block + 1) * size]
+            assert None not in entries
+            self.tiers.save(key, repr((group, entries)).encode())
         for key, state in self.offload.take_states():
             self.tiers.save(key, repr(state).encode())
-        for block, content in restored:
-            memory[block * size : (block + 1) * size] = ast.literal_eval(content.decode())
+        for group, block, content in restored:
+            of_group, entries = ast.literal_eval(content.decode())
+            assert of_group == group, "the content is that of other layers"
+            devices[group].memory[block * size : (block + 1) * size] = entries
 
     def drain(self) -> None:
         Simulation.drain(self)

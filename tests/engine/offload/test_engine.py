@@ -203,8 +203,7 @@ def test_a_failed_restore_is_never_found(
 ) -> None:
     engine = open_engine(kv_offload_memory=10**7)
     answers(engine, PROMPTS)
-    contents = engine._mover._contents
-    assert contents is not None
+    (contents,) = engine._mover._contents
     real, failed = contents.write, []
 
     def fail(*args: object) -> None:

@@ -43,8 +43,7 @@ def test_layouts_are_told_apart() -> None:
         {"exact": True, "block_size": 8},
     ):
         runner = make_runner(tiny_model(), num_blocks=4, self_test=False, **settings)  # type: ignore[arg-type]
-        contents = runner.block_contents()
-        assert contents is not None
+        (contents,) = runner.block_contents()
         descriptions.append(tuple(contents.describe()))
     assert len(set(descriptions)) == len(descriptions)
 

@@ -12,29 +12,30 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.models import LoadedModel
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner import model_layout
-from tests.engine.serving.tiny import tiny_tokenizer
-from tests.engine.zoo.catalogue import CATALOGUE
+from tests.engine.offload.turns import MODELS, answer, open_turn_engine
 from tests.engine.zoo.configuration import VOCABULARY
 
 pytestmark = pytest.mark.long
 
 #: Sliding windows in some layers and in all, latents, and every kind of recurrent layer.
 NAMES = (
-    "gemma3_text", "gpt_oss", "deepseek_v3", "recurrent_gemma", "qwen3_next", "nemotron_h",
-    "kimi_linear", "lfm2", "baichuan_m1", "mamba", "mamba2", "rwkv7", "jamba",
+    "gemma3_text", "gpt_oss", "deepseek_v3", "deepseek_v32", "recurrent_gemma", "qwen3_next",
+    "nemotron_h", "kimi_linear", "bailing_hybrid", "lfm2", "baichuan_m1", "gear", "mamba", "mamba2",
+    "rwkv7", "jamba",
 )  # fmt: skip
-MODELS = {configuration.id: configuration for configuration in CATALOGUE}
+#: Those whose sliding layers have blocks of their own.
+MIXED = ("gemma3_text", "gpt_oss", "baichuan_m1", "gear")
 BLOCK = 16
 
 _rng = random.Random(9)
 FIRST = [_rng.randrange(1, VOCABULARY) for _ in range(150)]
 NEXT = [_rng.randrange(1, VOCABULARY) for _ in range(20)]
 OTHERS = [[_rng.randrange(1, VOCABULARY) for _ in range(100)] for _ in range(4)]
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 
 Open = Callable[..., Engine]
 
@@ -54,13 +55,7 @@ def open_engine(model: nn.Module, tmp_path: Path) -> Iterator[Open]:
             engine.close()
             engine._runner.undo()
         engines.clear()
-        given: dict[str, object] = {
-            "device": "cpu", "max_num_seqs": 2, "max_num_batched_tokens": 64, "self_test": False,
-            "kv_offload_memory": 0, "kv_offload_dir": str(tmp_path / "kv"),
-        }  # fmt: skip
-        loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, tiny_tokenizer(), "zoo", 512, (), 0)
-        config = EngineConfig(**given | settings)  # type: ignore[arg-type]
-        engines.append(Engine(loaded, config, model_id="zoo"))
+        engines.append(open_turn_engine(model, tmp_path / "kv", **settings))
         return engines[-1]
 
     yield opened
@@ -74,16 +69,6 @@ def expected(model: nn.Module, prompt: list[int], max_tokens: int = 6) -> list[i
     cache = make_prompt_cache(model)
     steps = generate_step(mx.array(prompt), model, max_tokens=max_tokens, prompt_cache=cache)
     return [int(token) for token, _ in steps]
-
-
-def answer(engine: Engine, prompt: list[int], max_tokens: int = 6) -> tuple[list[int], int]:
-    """Return the tokens of an answer, and how many of the prompt's tokens were computed."""
-    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-    (events,) = engine.generate([prompt], params)
-    usage = events[-1].usage
-    assert usage is not None
-    tokens = [token for event in events for token in event.token_ids]
-    return tokens, len(prompt) - usage.cached_tokens
 
 
 def test_a_second_turn_after_a_restart(open_engine: Open, model: nn.Module) -> None:
@@ -146,3 +131,59 @@ def test_files_that_are_damaged_cost_time_only(
         again = open_engine()
         assert answer(again, FIRST)[0] == tokens
         assert again.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize("model", MIXED, indirect=True)
+def test_sliding_layers_release_their_blocks(open_engine: Open, model: nn.Module) -> None:
+    """With an offload too, a request holds only those of the window."""
+    engine = open_engine(kv_offload_dir=None, kv_offload_memory=10**8, max_num_batched_tokens=32)
+    (pool,) = engine._blocks.window_pools
+    assert pool.window is not None
+    most = engine._blocks.most_held(32, pool)
+    assert most is not None
+    tokens = expected(model, FIRST)
+    engine.add_request("r", EngineRequest(FIRST, GREEDY))
+    held = []
+    while engine.has_work:
+        engine.step()
+        held.append(pool.num_used)
+    assert 0 < max(held) <= most < len(FIRST) // BLOCK
+    assert answer(engine, FIRST) == (tokens, len(FIRST) % BLOCK)
+
+
+@pytest.mark.parametrize("model", MIXED, indirect=True)
+def test_files_of_other_layers_are_dropped(
+    open_engine: Open, model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks of sliding and full layers may have the same length."""
+    tokens = expected(model, FIRST)
+    answer(open_engine(), FIRST)
+    open_engine(kv_offload_dir=None)
+    files = sorted((tmp_path / "kv").rglob("*.kv"))
+    contents = [path.read_bytes() for path in files]
+    for path, content in zip(files, [*contents[1:], contents[0]], strict=True):
+        path.write_bytes(content)
+    again = open_engine()
+    assert answer(again, FIRST) == (tokens, len(FIRST))
+    assert again.stats().offload.dropped_files > 0
+    assert "the header is that of another block" in caplog.text
+
+
+@pytest.mark.parametrize("model", MIXED, indirect=True)
+def test_files_within_a_small_limit(open_engine: Open, model: nn.Module, tmp_path: Path) -> None:
+    """At shutdown, sliding layers leave room for the blocks of full layers."""
+    answer(open_engine(), FIRST)
+    open_engine(kv_offload_dir=None)
+    total = sum(path.stat().st_size for path in (tmp_path / "kv").rglob("*.kv"))
+    for path in (tmp_path / "kv").rglob("*.kv"):
+        path.unlink()
+    answer(open_engine(kv_offload_disk=2 * total), FIRST)
+    for prompt in OTHERS:
+        answer(open_engine(kv_offload_disk=2 * total), prompt)
+    open_engine(kv_offload_dir=None)
+    sizes = [path.stat().st_size for path in (tmp_path / "kv").rglob("*.kv")]
+    assert total < sum(sizes) <= 2 * total
+    assert answer(open_engine(), OTHERS[-1]) == (
+        expected(model, OTHERS[-1]),
+        (len(OTHERS[-1]) - 1) % BLOCK + 1,
+    )

@@ -30,7 +30,8 @@ class OffloadTraffic(Traffic):
         seed=st.integers(0, 99),
         recurrent=st.booleans(),
         num_snapshots=st.sampled_from([0, 1, 5]),
-        window=st.sampled_from([None, None, 5, 9]),
+        window=st.sampled_from([None, None, 9]),
+        window_pools=st.sampled_from([(), (), ((5, 9),), ((6, 12), (2, 6))]),
         mode=st.sampled_from(MODES),
         texts=st.lists(st.lists(token_ids, min_size=24, max_size=24), min_size=1, max_size=3),
     )
@@ -47,11 +48,12 @@ TestOffloadTraffic.settings = settings(max_examples=50, stateful_step_count=30, 
 def test_prefixes_come_back_and_others_go_on() -> None:
     """Seeded traffic in which every kind of event occurs."""
     seen: Counter[str] = Counter()
-    for seed in range(12):
+    for seed in range(22):
         sim = OffloadSimulation(
             num_blocks=14, seed=seed, per_step=1 + seed % 3, buckets=(EXACT, FEW)[seed % 7 == 6],
             max_num_batched_tokens=(16, 256)[seed % 7 == 6], recurrent=seed % 2 == 1,
             window=(None, None, 9)[seed % 3], num_snapshots=2,
+            window_pools=((5, 10 + seed % 3),) if seed >= 12 else (),
         )  # fmt: skip
         for turn in range(8):
             for text in range(3):
@@ -64,14 +66,19 @@ def test_prefixes_come_back_and_others_go_on() -> None:
             )
             if sim.offload.is_awaited and turn % 2:
                 sim.abort(f"{turn} {seed % 3}")
-            held = [seq for seq in sim.running if seq.restore and any(seq.restore.blocks)]
+            held = [seq for seq in sim.running if seq.restore and any(map(any, seq.restore.blocks))]
             seen["held blocks to use later"] += len(held)
             if held and seed % 4 == 3:
                 sim.abort(held[0].request_id)
             for hash_, _ in sim.blocks.snapshots.items() if sim.blocks.snapshots else ():
                 assert hash_ in sim.blocks.pool._block_of, "a snapshot is kept without its block"
         sim.drain()
-        seen["restored"] += sim.offload.num_restored - sim.offload.num_restored_states
+        seen["restored"] += sim.offload.num_restored_blocks
+        seen["restored of window pools"] += (
+            sim.offload.num_restored
+            - sim.offload.num_restored_states
+            - sim.offload.num_restored_blocks
+        )
         seen["restored states"] += sim.offload.num_restored_states
         seen["restores"] += sim.offload.num_restores
         seen["preempted"] += sim.scheduler.stats().num_preemptions

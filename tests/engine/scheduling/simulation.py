@@ -51,14 +51,16 @@ def sequence(
 
 def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
     """Check the block manager's counts against the tables of all sequences."""
+    restores = [seq.restore for seq in sequences if seq.restore is not None]
     for index, pool in enumerate(blocks.window_pools):
         others = [seq.window_tables[index] for seq in sequences if seq.window_tables]
+        others += [restore.blocks[index + 1] for restore in restores]
         audit_pool(pool, Counter(block for table in others for block in table if block))
         for seq in sequences:
             for table in seq.window_tables:
                 assert len(table) == len(seq.block_table), "tables are of different lengths"
     tables = [seq.block_table[seq.num_unseen_blocks :] for seq in sequences]
-    held = [seq.restore.blocks for seq in sequences if seq.restore is not None]
+    held = [restore.blocks[0] for restore in restores]
     refs = Counter(block for table in (*tables, *held) for block in table if block != NULL_BLOCK)
     for seq in sequences:
         unseen = seq.block_table[: seq.num_unseen_blocks]

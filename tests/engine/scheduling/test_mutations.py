@@ -53,8 +53,8 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (BlockManager._shareable, "sequence.num_prefill_tokens - 1", "sequence.num_prefill_tokens"),
     (BlockManager._may_share, "and between", ""),
     (BlockManager.share_prefix, "self.pool.share(blocks)", "pass"),
-    (BlockManager._extend, "sequence.num_computed_tokens += len", "len"),
-    (BlockManager._extend, "sequence.num_published_blocks += len(blocks)", "pass"),
+    (BlockManager._extend, "sequence.num_computed_tokens += count", "count"),
+    (BlockManager._extend, "sequence.num_published_blocks += count", "pass"),
     # Sequences lose or gain tokens.
     (Sequence.restart, "self.num_prefill_tokens = self.num_tokens", "pass"),
     (Sequence.restart, "self.num_computed_tokens = 0", "pass"),
@@ -181,7 +181,7 @@ OF_BLOCKS = [
 NOT_OF_BLOCKS = {
     ", sequence.num_known_tokens",
     "sequence.num_published_blocks = 0",
-    "sequence.num_published_blocks += len(blocks)",
+    "sequence.num_published_blocks += count",
     "and between",
 }
 
