@@ -65,8 +65,8 @@ class AppServer:
     ) -> None:
         """Raises `UsageError` for an invalid address, or unless `allow_remote` one beyond loopback.
 
-        After SIGTERM, the server accepts requests for another `drain` seconds and closes each
-        connection after its response; then running requests get `grace` seconds.
+        After SIGTERM, the server accepts requests for another `drain` seconds, but is unhealthy,
+        and closes each connection after its response; then running requests get `grace` seconds.
 
         With `lifespan`, the application gets the events of start and end (ASGI's lifespan
         protocol). `tls` are the PEM files of a certificate and its key; without them the server
@@ -190,7 +190,8 @@ class Unframed:
 
     Policies of the application or an upstream stay: browsers apply all of them. Once `closes` is
     set, connections are closed after their responses: clients then open the next one to another
-    server, since a proxy or Service sends no new connections to one that stops.
+    server, since a proxy or Service sends no new connections to one that stops. `GET /health`
+    returns 503 then, so that a gateway or load balancer sends no more requests.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -207,7 +208,16 @@ class Unframed:
                 message = {**message, "headers": others}
             await send(message)
 
-        await self._app(scope, receive, unframed)
+        if self.closes and scope["type"] == "http" and scope["path"] == "/health":
+            await _draining(unframed)
+        else:
+            await self._app(scope, receive, unframed)
+
+
+async def _draining(send: Send) -> None:
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": b'{"status":"draining"}'})
 
 
 class _Server(uvicorn.Server):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from modelpack_server.gateway.affinity import LENGTH, prefix_key
-from modelpack_server.gateway.proxy import FEW_RUNNING, Upstreams
+from modelpack_server.gateway.upstreams import FEW_RUNNING, Upstreams
 from tests.gateway.servers import Upstream, gateway, serving
 
 SYSTEM = {"role": "system", "content": "Be brief."}

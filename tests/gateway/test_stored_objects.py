@@ -98,3 +98,23 @@ def test_a_lookup_names_the_caller() -> None:
             assert served.client.get("/v1/responses/resp_b", headers=headers).status_code == 200
     for server in servers:
         assert {asked.header("authorization") for asked in server.asked} == {"Bearer own"}
+
+
+def test_addresses_from_dns_keep_no_files() -> None:
+    """They come and go, and a file would be gone with its server."""
+
+    async def lookup(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    found, fixed = Upstream(), Upstream()
+    with serving(found) as url, serving(fixed) as home:
+        name = f"dns+http://servers.test:{url.rpartition(':')[2]}"
+        with gateway(name, lookup=lookup) as served:
+            assert served.client.get("/v1/models").status_code == 200
+            refused = served.client.get("/v1/files")
+            assert refused.status_code == 501
+            assert "fixed address" in refused.json()["error"]["message"]
+        with gateway(name, home, lookup=lookup) as served:
+            assert served.client.get("/v1/files").status_code == 200
+    assert [asked.target for asked in found.asked] == [b"/v1/models"]
+    assert [asked.target for asked in fixed.asked] == [b"/v1/files"]

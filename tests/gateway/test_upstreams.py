@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import httpx
 import pytest
 
 from modelpack.errors import UsageError
-from modelpack_server.gateway.proxy import Upstreams
+from modelpack_server.gateway.upstreams import Upstreams, addresses_of
 from tests.gateway.servers import PATIENCE, Upstream, serving, unused_url
 
 
@@ -52,6 +53,111 @@ def test_who_is_down_is_asked_until_it_is_up() -> None:
     upstreams = Upstreams(["http://127.0.0.1:1"])
     assert asyncio.run(watch()) == [True, False, False, True]
     assert upstreams.all[0].failures == 2
+
+
+def test_an_upstream_that_drains_is_left_until_a_probe_succeeds() -> None:
+    """It still responds to requests, which does not make it healthy."""
+    statuses = [503, 200]
+    upstreams = Upstreams(["http://127.0.0.1:1", "http://127.0.0.1:2"])
+    first, second = upstreams.all
+    transport = httpx.MockTransport(lambda _: httpx.Response(statuses.pop(0)))
+    asyncio.run(upstreams.probe(transport, first))
+    upstreams.answered(first)
+    assert {each.name for each in (upstreams.choose() for _ in range(4)) if each} == {second.name}
+    asyncio.run(upstreams.probe(transport, first))
+    assert first.healthy
+    upstreams.failed(first, "ConnectError")
+    upstreams.answered(first)
+    assert first.healthy, "it can be reached again"
+
+
+class Names:
+    """Addresses by name, as a DNS server has them."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses: list[str] | OSError = list(addresses)
+        self.asked: list[tuple[str, int]] = []
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        self.asked.append((host, port))
+        if isinstance(self.addresses, OSError):
+            raise self.addresses
+        return self.addresses
+
+
+async def looked_up(upstreams: Upstreams) -> list[str]:
+    await upstreams.look_up()
+    return [upstream.name for upstream in upstreams.all]
+
+
+def chosen(upstreams: Upstreams) -> set[str]:
+    """Return the names that twenty prompts get."""
+    found = (upstreams.choose(prefix=str(i).encode()) for i in range(20))
+    return {upstream.name for upstream in found if upstream}
+
+
+def test_each_address_of_a_name_is_an_upstream() -> None:
+    names = Names("10.0.0.2", "10.0.0.1", "10.0.0.2", "::1")
+    upstreams = Upstreams(["http://127.0.0.1:1", "dns+http://servers:8000/api"], lookup=names)
+    assert [upstream.name for upstream in upstreams.all] == ["http://127.0.0.1:1"]
+    assert asyncio.run(looked_up(upstreams)) == [
+        "http://127.0.0.1:1", "http://10.0.0.1:8000/api", "http://10.0.0.2:8000/api",
+        "http://[::1]:8000/api",
+    ]  # fmt: skip
+    assert names.asked == [("servers", 8000)]
+    fixed, found, *_ = upstreams.all
+    assert upstreams.home is fixed
+    assert (fixed.healthy, found.healthy) == (True, False), "it was not probed"
+
+
+def test_addresses_come_and_go(caplog: pytest.LogCaptureFixture) -> None:
+    names = Names("10.0.0.1", "10.0.0.2")
+    upstreams = Upstreams(["dns+http://servers"], policy="prefix", lookup=names)
+    assert upstreams.home is None
+    assert upstreams.choose() is None
+    asyncio.run(looked_up(upstreams))
+    assert names.asked == [("servers", 80)]
+    one, two = upstreams.all
+    upstreams.answered(one)
+    upstreams.answered(two)
+    with two.busy():  # a request under way keeps it
+        names.addresses = ["10.0.0.3", "10.0.0.1"]
+        assert asyncio.run(looked_up(upstreams)) == ["http://10.0.0.1", "http://10.0.0.3"]
+        assert two.running == 1
+    assert "upstream http://10.0.0.2 is gone from servers" in caplog.text
+    assert upstreams.all[0] is one, "it keeps its state"
+    assert chosen(upstreams) == {"http://10.0.0.1"}, "3 was not probed"
+    upstreams.answered(upstreams.all[1])
+    assert chosen(upstreams) == {"http://10.0.0.1", "http://10.0.0.3"}
+    names.addresses = []
+    assert asyncio.run(looked_up(upstreams)) == []
+    assert upstreams.choose(prefix=b"x") is None
+
+
+def test_a_failing_lookup_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    names = Names("10.0.0.1")
+    upstreams = Upstreams(["dns+http://servers"], lookup=names)
+    asyncio.run(looked_up(upstreams))
+    names.addresses = OSError("no DNS server answers")
+    for _ in range(3):
+        assert asyncio.run(looked_up(upstreams)) == ["http://10.0.0.1"]
+    assert caplog.text.count("cannot look up servers: no DNS server answers") == 1
+    names.addresses = ["10.0.0.2"]
+    assert asyncio.run(looked_up(upstreams)) == ["http://10.0.0.2"]
+
+
+def test_the_systems_resolver() -> None:
+    assert "127.0.0.1" in asyncio.run(addresses_of("localhost", 80))
+    with pytest.raises(socket.gaierror):
+        asyncio.run(addresses_of("no-such-name.invalid", 80))
+
+
+@pytest.mark.parametrize("url", ["dns+https://servers", "dns+servers", "dns+", "dns+dns+http://h",
+                                 "dns+http://u:pw-secret@h", f"dns+http://{'x' * 64}"])  # fmt: skip
+def test_names_that_are_none(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Upstreams([url])
+    assert "pw-secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,8 @@ def test_a_server_that_drains_answers_and_closes_each_connection() -> None:
             assert process.poll() is None
         for _ in range(3):  # each on a connection of its own
             assert session.get(url, timeout=10).headers["connection"] == "close"
+        health = session.get(f"{url}/health", timeout=10)
+        assert (health.status_code, health.json()) == (503, {"status": "draining"})
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
 

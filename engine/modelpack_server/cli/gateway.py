@@ -110,7 +110,8 @@ def protection_options(command: F) -> F:
 @group(invoke_without_command=True)
 @click.option(
     "--upstream", "upstreams", metavar="URL", multiple=True,
-    help="Forward requests to this server. May be repeated.",
+    help="Forward requests to this server; with dns+http://NAME:PORT, to each address of NAME. May "
+    "be repeated.",
 )  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option(

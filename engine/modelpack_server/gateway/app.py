@@ -16,9 +16,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from modelpack.http.listener import GRACE, AppServer
 from modelpack_server.gateway.metrics import GatewayMetrics
 from modelpack_server.gateway.protection import Protection, protect
-from modelpack_server.gateway.proxy import PROBE_INTERVAL, Policy, Proxy, Upstreams
+from modelpack_server.gateway.proxy import Proxy
 from modelpack_server.gateway.trace_spans import default_report
 from modelpack_server.gateway.traces import Trace
+from modelpack_server.gateway.upstreams import (
+    PROBE_INTERVAL,
+    Lookup,
+    Policy,
+    Upstreams,
+    addresses_of,
+)
 
 _KEPT_CONNECTIONS = 100
 
@@ -28,7 +35,7 @@ class GatewaySettings:
     """The settings of a gateway: the URLs of upstreams, the policy among them, and the protection.
 
     `timeout` is the limit of seconds between two pieces of a reply. `upstream_key` replaces the
-    clients' credentials in requests to upstreams.
+    clients' credentials in requests to upstreams. `lookup` finds the addresses of host names.
     """
 
     upstreams: tuple[str, ...]
@@ -37,6 +44,7 @@ class GatewaySettings:
     timeout: float = 600.0
     probe_interval: float = PROBE_INTERVAL
     upstream_key: str | None = field(default=None, repr=False)
+    lookup: Lookup = addresses_of
 
 
 def create_gateway(settings: GatewaySettings) -> ASGIApp:
@@ -59,7 +67,9 @@ class _Gateway:
     def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._upstreams = Upstreams(settings.upstreams, policy=settings.policy)
+        self._upstreams = Upstreams(
+            settings.upstreams, policy=settings.policy, lookup=settings.lookup
+        )
         self._transport: httpx.AsyncHTTPTransport | None = None
         self._proxy = Proxy(
             self._upstreams,
@@ -91,6 +101,7 @@ class _Gateway:
         # Ignore the environment's proxies and certificates: upstreams are configured explicitly.
         async with httpx.AsyncHTTPTransport(limits=limits, trust_env=False) as transport:
             self._transport = transport
+            await self._upstreams.look_up()
             watch = asyncio.create_task(
                 self._upstreams.watch(transport, self._settings.probe_interval)
             )

@@ -1,21 +1,14 @@
-"""The proxy: upstream servers, their health, the choice among them, and forwarding."""
+"""The proxy: forward requests to upstreams, and their replies to clients."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
-import math
-import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 
 import httpx
 from starlette.types import Message, Receive, Scope, Send
 
-from modelpack.errors import UsageError
 from modelpack_server.gateway.affinity import prefix_key
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.checks import is_stored_on_server
@@ -24,149 +17,7 @@ from modelpack_server.gateway.forwarding import CALLER_HEADERS, caller_headers, 
 from modelpack_server.gateway.json_bodies import document_in
 from modelpack_server.gateway.stored_objects import Locations, stored_object
 from modelpack_server.gateway.traces import Trace, trace_of
-
-Policy = Literal["least-busy", "prefix", "round-robin"]
-
-#: By the policy "prefix", an upstream gets another prompt's requests until it runs this many, or
-#: this many times the mean (consistent hashing with bounded loads, arXiv 1608.01350).
-FEW_RUNNING = 8
-MOST_OF_MEAN = 1.25
-
-#: Seconds between probes of GET /health, while an upstream is down, and the limit for a probe.
-PROBE_INTERVAL = 5.0
-PROBE_INTERVAL_DOWN = 1.0
-PROBE_TIMEOUT = 2.0
-_LONGEST_REST = 30.0
-_LOG = logging.getLogger("modelpack_server.gateway")
-
-
-@dataclass(slots=True)
-class Upstream:
-    """One upstream server; `running` counts the gateway's current requests to it."""
-
-    url: httpx.URL
-    name: str
-    healthy: bool = True
-    running: int = 0
-    failures: int = 0
-    rests_until: float = 0.0
-
-    def target(self, raw_path: bytes, query: bytes) -> httpx.URL:
-        """Return the URL on this server for a request's path, in the client's encoding."""
-        path = self.url.raw_path.rstrip(b"/") + raw_path
-        return self.url.copy_with(raw_path=path + b"?" + query if query else path)
-
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        """Count a request as running in the block."""
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-
-
-class Upstreams:
-    """All upstreams of a gateway.
-
-    `choose` skips an unreachable upstream until a probe, or a request without another choice,
-    succeeds. It skips a busy upstream for the time in its Retry-After header.
-    """
-
-    def __init__(self, urls: Iterable[str], *, policy: Policy = "least-busy") -> None:
-        """Raises `UsageError` for an invalid URL, and without any URL."""
-        self.all = tuple(_parse(url) for url in urls)
-        if not self.all:
-            raise UsageError("a gateway needs an upstream", hint="pass --upstream URL")
-        self._policy = policy
-        self.by_prefix = policy == "prefix" and len(self.all) > 1
-        self._turn = 0
-
-    def choose(self, tried: Collection[str] = (), prefix: bytes | None = None) -> Upstream | None:
-        """Return the next upstream whose name is not in `tried`, by the policy, or None.
-
-        `prefix` is a hash of the prompt's beginning, for the policy of that name.
-        """
-        turn, self._turn = self._turn, (self._turn + 1) % len(self.all)
-        inline = [u for u in self.all[turn:] + self.all[:turn] if u.name not in tried]
-        now = time.monotonic()
-        if self._policy == "prefix" and prefix is not None:
-            usable = [u for u in inline if u.healthy and u.rests_until <= now]
-            running = 1 + sum(u.running for u in usable)
-            most = max(FEW_RUNNING, math.ceil(MOST_OF_MEAN * running / max(1, len(usable))))
-            usable = [u for u in usable if u.running < most]
-            if usable:  # the same one each time, and no other prompt's moves when one is gone
-                return max(usable, key=lambda u: hashlib.sha256(prefix + u.name.encode()).digest())
-        least_busy = self._policy != "round-robin"
-        return min(
-            inline,
-            key=lambda u: (not u.healthy, u.rests_until > now, u.running if least_busy else 0),
-            default=None,
-        )
-
-    def failed(self, upstream: Upstream, why: str) -> None:
-        """Record that `upstream` was unreachable or closed the connection."""
-        upstream.failures += 1
-        if upstream.healthy:
-            _LOG.warning("upstream %s is down: %s", upstream.name, why)
-        upstream.healthy = False
-
-    def answered(self, upstream: Upstream) -> None:
-        """Record that `upstream` responded."""
-        if not upstream.healthy:
-            _LOG.warning("upstream %s is up", upstream.name)
-        upstream.healthy = True
-
-    def rests(self, upstream: Upstream, retry_after: str) -> None:
-        """Record the Retry-After header of a busy upstream."""
-        seconds = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 1.0
-        upstream.rests_until = time.monotonic() + min(seconds, _LONGEST_REST)
-
-    async def probe(self, transport: httpx.AsyncBaseTransport, upstream: Upstream) -> None:
-        """Probe the health of one upstream; a server without this route counts as healthy."""
-        request = httpx.Request(
-            "GET",
-            upstream.target(b"/health", b""),
-            extensions={"timeout": httpx.Timeout(PROBE_TIMEOUT).as_dict()},
-        )
-        try:
-            response = await transport.handle_async_request(request)
-            await response.aclose()
-        except httpx.HTTPError as error:
-            self.failed(upstream, type(error).__name__)
-            return
-        if response.status_code >= 500:
-            self.failed(upstream, f"/health returned {response.status_code}")
-        else:
-            self.answered(upstream)
-
-    async def watch(
-        self, transport: httpx.AsyncBaseTransport, interval: float = PROBE_INTERVAL
-    ) -> None:
-        """Probe all upstreams every `interval` seconds, more often while one is down."""
-        while True:
-            await asyncio.gather(*(self.probe(transport, upstream) for upstream in self.all))
-            well = all(upstream.healthy for upstream in self.all)
-            await asyncio.sleep(interval if well else min(interval, PROBE_INTERVAL_DOWN))
-
-
-def _parse(text: str) -> Upstream:
-    try:
-        url = httpx.URL(text)
-    except (httpx.InvalidURL, TypeError):
-        url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-        raise UsageError(
-            f"{text.rpartition('@')[2][:200]!r} is not a valid server URL",  # without passwords
-            hint="expected a URL like http://127.0.0.1:12434",
-        )
-    if url.userinfo:
-        raise UsageError(
-            f"the URL of {url.host!r} contains a password, which would appear in logs",
-            hint="set MODELPACK_UPSTREAM_KEY to the API key of the upstreams",
-        )
-    return Upstream(url, str(url).rstrip("/"))
-
+from modelpack_server.gateway.upstreams import Upstream, Upstreams
 
 Header = tuple[bytes, bytes]
 
@@ -196,10 +47,10 @@ _UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
 class Proxy:
     """ASGI application that forwards requests to upstreams.
 
-    Files and batches are on the first upstream, wherever other requests go. A request that names a
-    stored response or conversation goes to the upstream that has it. The proxy retries on another
-    upstream only if the first cannot have begun the request: it was unreachable, or returned 503
-    (529) with Retry-After; and only if the whole body is in memory.
+    Files and batches are on the first upstream with a fixed address, wherever other requests go.
+    A request that names a stored response or conversation goes to the upstream that has it. The
+    proxy retries on another upstream only if the first cannot have begun the request: it was
+    unreachable, or returned 503 (529) with Retry-After; and only if the whole body is in memory.
 
     `keyed`: the credentials belong to the gateway's keys and are not forwarded. `upstream_key` is
     sent to upstreams. Without it, only upstreams at loopback addresses get the caller's name, since
@@ -248,12 +99,16 @@ class Proxy:
         trace = trace_of(scope)
         tried: list[str] = []
         if is_stored_on_server(scope["path"]):
-            first, *others = self._upstreams.all
+            first = self._upstreams.home
+            if first is None:
+                text = "files and batches need an upstream with a fixed address"
+                await self._fail(scope, send, 501, f"{text}, and all are looked up in DNS")
+                return
             if self._keyed and not names_callers(first.url.host, self._upstream_key):
                 text = "files and batches need an upstream that trusts the gateway's callers"
                 await self._fail(scope, send, 501, f"{text}: set MODELPACK_UPSTREAM_KEY")
                 return
-            tried = [upstream.name for upstream in others]
+            tried = [u.name for u in self._upstreams.all if u is not first]
         elif len(self._upstreams.all) > 1 and (stored := stored_object(scope)) is not None:
             try:
                 holder = await self._holder(scope, stored)
@@ -303,16 +158,18 @@ class Proxy:
 
     def _is_spared(self, response: httpx.Response, body: _Body, tried: list[str]) -> bool:
         busy = response.status_code in _BUSY and "retry-after" in response.headers
-        return busy and body.replayable and len(tried) < len(self._upstreams.all)
+        others = any(upstream.name not in tried for upstream in self._upstreams.all)
+        return busy and body.replayable and others
 
     async def _holder(self, scope: Scope, stored: str) -> str | None:
         """Return the name of the upstream that has a stored object, None if none has it.
 
         Raises `_UnknownHolderError` if none has it, and one cannot be asked.
         """
-        if (known := self._locations.get(stored)) is not None:
-            return known
         upstreams = self._upstreams.all
+        known = self._locations.get(stored)
+        if known in [upstream.name for upstream in upstreams]:
+            return known
         found = await asyncio.gather(*(self._has(scope, stored, each) for each in upstreams))
         for upstream, has in zip(upstreams, found, strict=True):
             if has:
