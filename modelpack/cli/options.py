@@ -392,12 +392,12 @@ def trust_options(command: F) -> F:
             )
         if named or policy is not None:
             from modelpack.trust.certificates import Authority
-            from modelpack.trust.keys import read_public_key
+            from modelpack.trust.pkcs11 import public_key_of
             from modelpack.trust.policy import Trust
             from modelpack.trust.signatures import SignatureKind, Signer
 
             accepted = [SignatureKind(name) for name in formats]
-            signers: list[Signer] = [read_public_key(key) for key in keys]
+            signers: list[Signer] = [public_key_of(key) for key in keys]
             signers += [Authority.read(path) for path in authorities]
             if identity is not None:
                 signers.append(identity)

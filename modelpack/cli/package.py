@@ -113,7 +113,7 @@ _BITS = {"q4": 4, "q8": 8}
     "--provenance", is_flag=True,
     help="Attach how the model was packaged, as SLSA provenance: inputs, commit, parameters.",
 )  # fmt: skip
-@click.option("--key", type=PATH, metavar="KEY", help="Sign the provenance with this private key.")
+@click.option("--key", metavar="KEY", help="Sign the provenance with this private key, as `sign`.")
 @click.option(
     "--source", metavar="URI[@COMMIT]",
     help="Record this as the source of the files. [default: that of a git work tree or a snapshot "
@@ -135,7 +135,7 @@ def package(
     from_model: str | None,
     quantize: str | None,
     provenance: bool,
-    key: Path | None,
+    key: str | None,
     source: str | None,
     link: bool,
     dry_run: bool,
@@ -209,7 +209,7 @@ def package(
 
 def _provenance(
     is_wanted: bool,
-    key: Path | None,
+    key: str | None,
     source: str | None,
     quantize: str | None,
     inputs: dict[str, Any],

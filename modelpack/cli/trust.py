@@ -38,18 +38,23 @@ _FORMATS = ("cosign", "bundle", "model-signing")
 _ACCEPTED = (*_FORMATS, "model-signing-files")
 
 
-def private_key(path: Path) -> PrivateKey:
-    """Return the private key in a file; read its password from the environment or a prompt."""
+def private_key(path: str) -> PrivateKey:
+    """Return the private key in a file or a token; its password may come from a prompt."""
     from modelpack.trust.keys import PasswordNeededError, read_private_key
+    from modelpack.trust.pkcs11 import SCHEME, read_token_key
 
     given = os.environ.get(PASSWORD)
+    in_token = path.startswith(SCHEME)
     try:
+        if in_token:  # whose PIN is in another variable
+            return read_token_key(path)
         return read_private_key(path, None if given is None else os.fsencode(given))
     except PasswordNeededError:
         if not sys.stdin.isatty():
             raise
-    asked = click.prompt(f"Password of {path}", hide_input=True, default="", err=True)
-    return read_private_key(path, asked.encode())
+    what = "PIN" if in_token else "Password"
+    asked = click.prompt(f"{what} of {path}", hide_input=True, default="", err=True)
+    return read_token_key(path, asked) if in_token else read_private_key(path, asked.encode())
 
 
 @command()
@@ -82,8 +87,9 @@ def keygen(settings: Settings, prefix: str) -> None:
 @command()
 @model_argument("reference")
 @click.option(
-    "--key", type=click.Path(path_type=Path, readable=False), metavar="KEY",
-    help="Sign with this private key: PEM, or a file written by cosign or `keygen`.",
+    "--key", metavar="KEY",
+    help="Sign with this private key: PEM, a file written by cosign or `keygen`, or the URI of a "
+    "key in a token, pkcs11:token=NAME;object=NAME?module-path=FILE.",
 )  # fmt: skip
 @click.option(
     "--certificate-chain", type=click.Path(path_type=Path, dir_okay=False), metavar="PEM",
@@ -116,7 +122,7 @@ def keygen(settings: Settings, prefix: str) -> None:
 def sign(
     settings: Settings,
     reference: str,
-    key: Path | None,
+    key: str | None,
     certificate_chain: Path | None,
     keyless: bool,
     identity_token: Path | None,
@@ -129,7 +135,7 @@ def sign(
 
     The signature covers the manifest, which holds the digests of all files. For a model with
     variants, the index and each variant are signed. COSIGN_PASSWORD in the environment is the
-    password of the key.
+    password of the key, COSIGN_PKCS11_PIN the PIN of a token.
     """
     from modelpack.operations.signatures import sign as sign_model
     from modelpack.trust.certificates import CertifiedKey
@@ -177,7 +183,8 @@ def sign(
 @model_argument("reference")
 @click.option(
     "--key", "keys", multiple=True, metavar="PUB",
-    help="Require a signature by this public key. May be repeated: all are required.",
+    help="Require a signature by this public key: a file, or the URI of a key in a token. May be "
+    "repeated: all are required.",
 )  # fmt: skip
 @authority_option
 @identity_options
@@ -208,13 +215,13 @@ def verify(
     """
     from modelpack.operations.signatures import verify as verify_model
     from modelpack.trust.certificates import Authority
-    from modelpack.trust.keys import read_public_key
+    from modelpack.trust.pkcs11 import public_key_of
     from modelpack.trust.signatures import SignatureKind, Signer
 
     if not keys and not authorities and identity is None:
         raise click.UsageError("expected --key, --certificate-authority or --certificate-identity")
     where, store = named_subject(settings, reference, local=local)
-    signers: list[Signer] = [read_public_key(key) for key in keys]
+    signers: list[Signer] = [public_key_of(key) for key in keys]
     signers += [Authority.read(path) for path in authorities]
     if identity is not None:
         signers.append(identity)

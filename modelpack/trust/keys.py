@@ -15,15 +15,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from modelpack.artifacts.json_document import decode_object, encode
 from modelpack.errors import ConflictError, FormatError, ModelpackError, UnsupportedError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import (
-        EllipticCurvePrivateKey,
+        EllipticCurve,
         EllipticCurvePublicKey,
+        EllipticCurveSignatureAlgorithm,
     )
 
 _PEM = re.compile(
@@ -179,11 +180,28 @@ class PublicKey:
         return True
 
 
+class SigningKey(Protocol):
+    """The part of cryptography's private keys that signs; `pkcs11` has another one."""
+
+    @property
+    def curve(self) -> EllipticCurve:
+        """The curve of the key."""
+        ...
+
+    def public_key(self) -> EllipticCurvePublicKey:
+        """Return the public key of the pair."""
+        ...
+
+    def sign(self, data: bytes, signature_algorithm: EllipticCurveSignatureAlgorithm) -> bytes:
+        """Return the ASN.1 signature over `data`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class PrivateKey:
     """A key that signs; its `repr` does not contain the key."""
 
-    key: EllipticCurvePrivateKey
+    key: SigningKey
     name: str
 
     def __repr__(self) -> str:
@@ -208,7 +226,7 @@ def read_public_key(path: Path | str) -> PublicKey:
 
 def parse_public_key(pem: bytes, name: str) -> PublicKey:
     """Return the public key in `pem`; `name` names it in errors."""
-    _need_cryptography()
+    need_cryptography()
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -222,7 +240,7 @@ def parse_public_key(pem: bytes, name: str) -> PublicKey:
         key = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm):
         raise FormatError("is not a public key in PEM", path=name, hint=_HINT) from None
-    return PublicKey(_supported(key, name), name)
+    return PublicKey(supported(key, name), name)
 
 
 def read_private_key(path: Path | str, password: bytes | None = None) -> PrivateKey:
@@ -231,7 +249,7 @@ def read_private_key(path: Path | str, password: bytes | None = None) -> Private
     Raises `PasswordNeededError` if an encrypted key has no password, `FormatError` for a wrong
     password or a file that is not a key, and `UnsupportedError` for other kinds of keys.
     """
-    _need_cryptography()
+    need_cryptography()
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_der_private_key as load_der
     from cryptography.hazmat.primitives.serialization import load_pem_private_key as load_pem
@@ -253,7 +271,7 @@ def read_private_key(path: Path | str, password: bytes | None = None) -> Private
     except (ValueError, TypeError, UnsupportedAlgorithm):
         what = "the password is wrong" if encrypted else "is not a private key in PEM"
         raise FormatError(what, path=name, hint=None if encrypted else _HINT) from None
-    return PrivateKey(_supported(key, name), name)
+    return PrivateKey(supported(key, name), name)
 
 
 def generate_key_pair(prefix: Path | str, password: bytes) -> tuple[Path, Path]:
@@ -261,7 +279,7 @@ def generate_key_pair(prefix: Path | str, password: bytes) -> tuple[Path, Path]:
 
     Returns the two paths; raises `ConflictError` if one of the files exists.
     """
-    _need_cryptography()
+    need_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -276,7 +294,8 @@ def generate_key_pair(prefix: Path | str, password: bytes) -> tuple[Path, Path]:
     return private, public
 
 
-def _supported(key: Any, name: str) -> Any:
+def supported(key: Any, name: str) -> Any:
+    """Return a key of cryptography if its curve is supported; raise `UnsupportedError`."""
     curve = getattr(getattr(key, "curve", None), "name", None)
     if curve not in _HASHES:
         got = f"a key on {curve}" if curve else f"a {type(key).__name__.lstrip('_')}"
@@ -313,7 +332,8 @@ def _create(path: Path, content: bytes, mode: int) -> None:
         raise FormatError(f"cannot be written: {error.strerror}", path=str(path)) from error
 
 
-def _need_cryptography() -> None:
+def need_cryptography() -> None:
+    """Raise `ModelpackError` if cryptography is not installed."""
     try:
         import cryptography  # noqa: F401 - only checks that it is installed
     except ImportError:

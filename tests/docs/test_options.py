@@ -23,7 +23,7 @@ OPTIONS = {
 OTHERS = {
     "cn": "--config",
     "cosign, model_signing": "--certificate_chain --new-bundle-format --public_key "
-    "--signature --type",
+    "--signature --signature-digest-algorithm --type",
     "docker": "--abort-on-container-exit --build --build-arg --hf_overrides --rm "
     "--speculative-draft-model --speculative-min-acceptance-rate --speculative-num-tokens",
     "kit, modctl": "--filter --no-creation-time --patterns",

@@ -5,12 +5,15 @@ Building cosign takes some six minutes of two cores, once.
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import modelpack
 from modelpack.errors import UntrustedError
@@ -32,6 +35,7 @@ from tests.conftest import ROOT
 from tests.interop.go_tool import build_go_tool
 from tests.models import tiny_gguf
 from tests.peers import docker_registry, require
+from tests.supply.softhsm import make_token
 
 pytestmark = [pytest.mark.peer("go"), pytest.mark.long]
 
@@ -174,3 +178,29 @@ def test_both_add_to_one_tag(cosign: Cosign, reference: str) -> None:
     signatures.verify(reference, [cosign.public("ours"), cosign.public("cosign")])
     assert cosign.verifies("cosign.pub", reference)
     assert cosign.verifies("ours.pub", reference)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("name", ["p256", "p384", "p521"])
+def test_theirs_verifies_signatures_of_a_token(
+    cosign: Cosign, reference: str, kind: SignatureKind, name: str, tmp_path: Path
+) -> None:
+    """`sign --key pkcs11:...`, by a process of its own: SoftHSM is configured once."""
+    token = make_token(tmp_path / "softhsm")
+    for file, key in (("token.pub", name), ("other.pub", "p384" if name != "p384" else "p256")):
+        public = token.keys[key].public_key()
+        pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / file).write_bytes(pem)
+    done = subprocess.run(
+        [sys.executable, "-m", "modelpack", "sign", reference, "--key", token.uri(name),
+         "--format", kind],
+        env={**os.environ, **token.environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # cosign signs with the hash of the curve as we do, and verifies with SHA-256 unless told.
+    algorithm = {"p256": "sha256", "p384": "sha384", "p521": "sha512"}[name]
+    options = (f"--signature-digest-algorithm={algorithm}", *KINDS[kind])
+    root = ("--trusted-root", "root.json") if KINDS[kind] else ()
+    for public, accepted in (("token.pub", True), ("other.pub", False)):
+        done = cosign("verify", "--key", public, *OFFLINE, *options, *root, reference)
+        assert (done.returncode == 0) == accepted, done.stderr

@@ -49,7 +49,7 @@ Attestation = Callable[["SmokeReport", "Model", RemoteOptions, Settings], None]
 
 
 def attestation_of(
-    name: str, attest: bool, key: Path | None, local: bool, clean: bool
+    name: str, attest: bool, key: str | None, local: bool, clean: bool
 ) -> Attestation | None:
     """Return the function that attaches the report; raise `UsageError` for conflicting options."""
     if not attest:
@@ -117,8 +117,8 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
     "--attest", is_flag=True,
     help="Attach the report to the model in its registry, signed with --key.",
 )  # fmt: skip
-@click.option("--key", type=click.Path(path_type=Path), metavar="KEY",
-              help="Sign with this private key, for --attest.")  # fmt: skip
+@click.option("--key", metavar="KEY",
+              help="Sign with this private key, for --attest, as `sign`.")  # fmt: skip
 @click.option("--local", is_flag=True,
               help="With --attest: attach to the model in the local store.")  # fmt: skip
 @engine_options
@@ -140,7 +140,7 @@ def smoke(
     clean: bool,
     junit: Path | None,
     attest: bool,
-    key: Path | None,
+    key: str | None,
     local: bool,
     config: Callable[[], Any],
     remote: RemoteOptions,
