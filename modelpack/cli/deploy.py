@@ -44,6 +44,10 @@ _OWN_IMAGE = f"modelpack:{__version__}"
 )  # fmt: skip
 @click.option("--kserve", is_flag=True, help="Print an InferenceService instead of a Deployment.")
 @click.option(
+    "--gateway", is_flag=True,
+    help="Print a gateway in front of the pods too; prompts that begin alike go to the same pod.",
+)  # fmt: skip
+@click.option(
     "--serving-runtime", is_flag=True,
     help="With --kserve and --model-image: print a ClusterServingRuntime too, which runs --image.",
 )  # fmt: skip
@@ -122,6 +126,7 @@ def k8s(
     reference: str,
     engine: Any,
     kserve: bool,
+    gateway: bool,
     serving_runtime: bool,
     image: str | None,
     tool_image: str,
@@ -149,6 +154,7 @@ def k8s(
     and GPUs are set by the size. To serve the model: `modelpack k8s REF | kubectl apply -f -`.
     """
     from modelpack.artifacts.reference import Reference
+    from modelpack.deploy.gateway import behind_gateway
     from modelpack.deploy.helm import RELEASE, chart
     from modelpack.deploy.kserve import inference_service
     from modelpack.deploy.kubernetes import (
@@ -178,9 +184,9 @@ def k8s(
         )
     if serving_runtime and not kserve:
         raise UsageError("--serving-runtime requires --kserve", hint="give --kserve")
-    if nodes > 1 and (kserve or helm is not None):
-        other = "--kserve" if kserve else "--helm"
-        raise UsageError(f"--nodes cannot be combined with {other}", hint=f"leave out {other}")
+    if (nodes > 1 or gateway) and (kserve or helm is not None):
+        one, other = "--nodes" if nodes > 1 else "--gateway", "--kserve" if kserve else "--helm"
+        raise UsageError(f"{one} cannot be combined with {other}", hint=f"leave out {other}")
     if helm is not None and kustomize is not None:
         raise UsageError(
             "--helm cannot be combined with --kustomize", hint="run the command once for each"
@@ -223,7 +229,7 @@ def k8s(
     if kserve:
         objects = inference_service(workload, own_runtime=serving_runtime)
     else:
-        objects = deployment(workload)
+        objects = behind_gateway(workload) if gateway else deployment(workload)
     if helm is not None:
         called = replace(workload, name=name or default_name(wanted)).name  # checks the name
         write_files(helm, chart(called, model, workload.pinned, objects), "a chart")

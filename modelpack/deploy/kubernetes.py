@@ -73,14 +73,19 @@ Engine = Literal["vllm", "modelpack"]
 #: The mount path of the volume with the model.
 MODEL_MOUNT = "/model"
 _SECRET = "/var/run/modelpack/docker"  # noqa: S105 - a directory
-_PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": PORT}
+PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": PORT}
 _NAMESPACE = "POD_NAMESPACE"
-MODEL_VOLUME, _SHARED, _LOGIN, _TEMPORARY, _TRUSTED = "model", "shm", "login", "tmp", "registry-ca"
+#: The variable of a container for its namespace, which the kubelet fills in.
+NAMESPACE = {
+    "name": _NAMESPACE,
+    "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}},
+}
+MODEL_VOLUME, _SHARED, _LOGIN, TEMPORARY, _TRUSTED = "model", "shm", "login", "tmp", "registry-ca"
 _CA_DIRECTORY, _CA_FILE = "/var/run/modelpack/ca", "ca.crt"
-_HOME = {"name": "HOME", "value": "/tmp"}  # noqa: S108 - the pod's own
+HOME = {"name": "HOME", "value": "/tmp"}  # noqa: S108 - the pod's own
 #: Seconds in which a pod that stops still accepts requests, until no node sends it any, and seconds
 #: for running requests after that; the kubelet kills the pod some time later.
-_DRAIN, _STOP_TIMEOUT, _KILL = 15, 300, 15
+DRAIN, STOP_TIMEOUT, _KILL = 15, 300, 15
 #: Replicas are added above these averages of a pod: waiting requests, and the share of the KV cache
 #: in use. Prometheus' adapter serves vLLM's metrics under these names, since `:` is not allowed.
 SCALED_BY = {"vllm_num_requests_waiting": "4", "vllm_kv_cache_usage_perc": "800m"}
@@ -96,7 +101,7 @@ _LEADER, _RANK = "$(LWS_LEADER_ADDRESS)", "$(LWS_WORKER_INDEX)"
 #: The fields of the leader's container that need its API, or that drain it.
 _LEADER_ONLY = frozenset(("ports", "startupProbe", "readinessProbe", "livenessProbe", "lifecycle"))
 #: What the Pod Security Standard "restricted" demands of containers, and a file system to read.
-_LOCKED: dict[str, Any] = {
+CONTAINER_SECURITY: dict[str, Any] = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
     "readOnlyRootFilesystem": True,
@@ -207,6 +212,11 @@ class Workload:
         return demands_of(self.model)
 
     @property
+    def most_replicas(self) -> int:
+        """The number of pods, or of groups of them, at most."""
+        return max(self.replicas, self.max_replicas or 0)
+
+    @property
     def pinned(self) -> str:
         """The reference of the model by digest."""
         return f"{self.reference.name}@{self.model.digest}"
@@ -257,12 +267,20 @@ def _one_node(workload: Workload) -> dict[str, Any]:
     spec: dict[str, Any] = {
         **_replicas(workload),
         "selector": {"matchLabels": workload.labels},
-        # A rolling update would need twice the GPUs, which few clusters have.
-        "strategy": {"type": "Recreate"} if workload.gpus else {"type": "RollingUpdate"},
+        "strategy": _strategy(workload),
         "progressDeadlineSeconds": workload.demands.start_seconds * 2,
         "template": {"metadata": {"labels": workload.labels}, "spec": pod_spec(workload)},
     }
     return manifest("apps/v1", "Deployment", workload, spec)
+
+
+def _strategy(workload: Workload) -> dict[str, Any]:
+    """Return how an update replaces pods: on GPUs, old ones go first, since few are free."""
+    if not workload.gpus:
+        return {"type": "RollingUpdate"}
+    if workload.most_replicas < 2:
+        return {"type": "Recreate"}
+    return {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
 
 
 def _leader_worker_set(workload: Workload) -> dict[str, Any]:
@@ -304,7 +322,7 @@ def _disruption_budget(workload: Workload) -> list[dict[str, Any]]:
 
     Without one of its pods a group restarts, so all pods of groups count.
     """
-    if max(workload.replicas, workload.max_replicas or 0) < 2:
+    if workload.most_replicas < 2:
         return []
     selector = {name: value for name, value in workload.labels.items()
                 if workload.nodes == 1 or not name.endswith("/component")}  # fmt: skip
@@ -369,11 +387,22 @@ def pod_spec(
     `service` is the name of the Service of the pod (None: the name of the workload). `is_worker`
     is for pods of a group besides its leader.
     """
+    made = pod_basis(workload)
+    if not workload.model_image:
+        made["initContainers"] = [_pull(workload)]
+    server = _server(workload, container, service or workload.name)
+    made["containers"] = [_worker(server) if is_worker else server]
+    made["volumes"] = _volumes(workload)
+    return made
+
+
+def pod_basis(workload: Workload) -> dict[str, Any]:
+    """Return the fields of a pod spec besides its containers and volumes."""
     made: dict[str, Any] = {
         "automountServiceAccountToken": False,
         # The variables of a Service named `vllm` would be read as vLLM's own, such as VLLM_PORT.
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": _DRAIN + _STOP_TIMEOUT + _KILL,
+        "terminationGracePeriodSeconds": DRAIN + STOP_TIMEOUT + _KILL,
     }
     if workload.user:
         made["securityContext"] = {
@@ -382,11 +411,6 @@ def pod_spec(
             "runAsGroup": workload.user,
             "fsGroup": workload.user,
         }
-    if not workload.model_image:
-        made["initContainers"] = [_pull(workload)]
-    server = _server(workload, container, service or workload.name)
-    made["containers"] = [_worker(server) if is_worker else server]
-    made["volumes"] = _volumes(workload)
     if workload.pull_secret:
         made["imagePullSecrets"] = [{"name": workload.pull_secret}]
     return made
@@ -398,15 +422,15 @@ def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
         del mounts[0]["readOnly"]  # the locks of the store are files
     if workload.gpus * workload.nodes > 1:
         mounts.append({"name": _SHARED, "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
-    mounts.append({"name": _TEMPORARY, "mountPath": "/tmp"})  # noqa: S108 - the pod's own
+    mounts.append({"name": TEMPORARY, "mountPath": "/tmp"})  # noqa: S108 - the pod's own
     return {
         "name": name,
         "image": workload.engine_image,
         **_command(workload, service),
-        "ports": [{"name": "http", "containerPort": _PORTS[workload.engine]}],
+        "ports": [{"name": "http", "containerPort": PORTS[workload.engine]}],
         "resources": resources(workload),
         "volumeMounts": mounts,
-        "securityContext": _LOCKED,
+        "securityContext": CONTAINER_SECURITY,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         **_probes(workload),
     }
@@ -424,28 +448,21 @@ def _worker(server: dict[str, Any]) -> dict[str, Any]:
 
 
 def _command(workload: Workload, service: str) -> dict[str, Any]:
-    port = str(_PORTS[workload.engine])
+    port = str(PORTS[workload.engine])
     if workload.engine == "modelpack":
         device = "gpu" if workload.gpus else "cpu"
         command = ["modelpack", "serve", workload.pinned, "--served-model-name",
                    workload.served_name, "--host", "0.0.0.0", "--allow-anonymous", "--port", port,  # noqa: S104
-                   "--device", device, "--drain", str(_DRAIN),
-                   "--stop-timeout", str(_STOP_TIMEOUT)]  # fmt: skip
+                   "--device", device, "--drain", str(DRAIN),
+                   "--stop-timeout", str(STOP_TIMEOUT)]  # fmt: skip
         if workload.monitored:
             command.append("--allow-remote-metrics")
         if workload.gpus > 1:
             command += ["--tensor-parallel-size", str(workload.gpus)]
-        # The kubelet fills in the namespace. (Kubernetes, "DNS for Services and Pods")
-        within = f"{service}.$({_NAMESPACE})"
-        names = (service, within, f"{within}.svc", f"{within}.svc.cluster.local", *workload.hosts)
-        namespace = {"fieldRef": {"fieldPath": "metadata.namespace"}}
+        store = {"name": "MODELPACK_STORE", "value": f"{MODEL_MOUNT}/store"}
         return {
-            "command": [*command, *(word for name in names for word in ("--allow-host", name))],
-            "env": [
-                {"name": "MODELPACK_STORE", "value": f"{MODEL_MOUNT}/store"},
-                {"name": _NAMESPACE, "valueFrom": namespace},
-                _HOME,
-            ],
+            "command": [*command, *host_options(workload, service)],
+            "env": [store, NAMESPACE, HOME],
         }
     where = f"{MODEL_MOUNT}/models" if workload.model_image else f"{MODEL_MOUNT}/bundle/model"
     nodes = []
@@ -455,12 +472,22 @@ def _command(workload: Workload, service: str) -> dict[str, Any]:
     return {
         "command": ["vllm", "serve", where, "--served-model-name", workload.served_name,
                     "--port", port, "--tensor-parallel-size", str(workload.gpus),
-                    *nodes, "--shutdown-timeout", str(_STOP_TIMEOUT), *vllm_flags(workload, where)],
+                    *nodes, "--shutdown-timeout", str(STOP_TIMEOUT), *vllm_flags(workload, where)],
         # All files are in the volume, so vLLM must not contact the hub. PyTorch asks for the user's
         # name, which the image may not know.
-        "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}, {"name": "USER", "value": "vllm"}, _HOME],
-        "lifecycle": {"preStop": {"sleep": {"seconds": _DRAIN}}},
+        "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}, {"name": "USER", "value": "vllm"}, HOME],
+        "lifecycle": {"preStop": {"sleep": {"seconds": DRAIN}}},
     }  # fmt: skip
+
+
+def host_options(workload: Workload, service: str) -> list[str]:
+    """Return the options that accept the names of a Service, in a container with `NAMESPACE`.
+
+    Source: Kubernetes, "DNS for Services and Pods".
+    """
+    within = f"{service}.$({_NAMESPACE})"
+    names = (service, within, f"{within}.svc", f"{within}.svc.cluster.local", *workload.hosts)
+    return [word for name in names for word in ("--allow-host", name)]
 
 
 def vllm_flags(workload: Workload, directory: str) -> list[str]:
@@ -479,10 +506,10 @@ def _pull(workload: Workload) -> dict[str, Any]:
     if workload.engine == "vllm":
         command = ["modelpack", "bundle", "--pull", "--force", workload.pinned,
                    f"{MODEL_MOUNT}/bundle", *remote]  # fmt: skip
-    env = [{"name": "MODELPACK_STORE", "value": f"{MODEL_MOUNT}/store"}, _HOME]
+    env = [{"name": "MODELPACK_STORE", "value": f"{MODEL_MOUNT}/store"}, HOME]
     mounts: list[dict[str, Any]] = [
         {"name": MODEL_VOLUME, "mountPath": MODEL_MOUNT},
-        {"name": _TEMPORARY, "mountPath": "/tmp"},  # noqa: S108 - the pod's own
+        {"name": TEMPORARY, "mountPath": "/tmp"},  # noqa: S108 - the pod's own
     ]
     if workload.access.authority:
         mounts.append({"name": _TRUSTED, "mountPath": _CA_DIRECTORY, "readOnly": True})
@@ -500,7 +527,7 @@ def _pull(workload: Workload) -> dict[str, Any]:
             "limits": {"memory": "1Gi"},
         },
         "volumeMounts": mounts,
-        "securityContext": _LOCKED,
+        "securityContext": CONTAINER_SECURITY,
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }  # fmt: skip
 
@@ -520,7 +547,7 @@ def _volumes(workload: Workload) -> list[dict[str, Any]]:
         items = [{"key": ".dockerconfigjson", "path": "config.json"}]
         secret = {"secretName": workload.pull_secret, "items": items}
         volumes.append({"name": _LOGIN, "secret": secret})
-    volumes.append({"name": _TEMPORARY, "emptyDir": {}})
+    volumes.append({"name": TEMPORARY, "emptyDir": {}})
     if workload.access.authority and not workload.model_image:
         found = {"name": f"{workload.name}-{_TRUSTED}"}
         volumes.append({"name": _TRUSTED, "configMap": found})

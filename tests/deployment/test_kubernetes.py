@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import json
+import socket
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,8 +78,13 @@ def test_the_schemas_of_kubernetes_allow_it(
 
 def test_pods_satisfy_the_restricted_policy(published: tuple[str, str]) -> None:
     """Pod Security Standards, "Restricted": what it demands of a pod and its containers."""
-    for options in ((), ("--engine", "modelpack"), ("--model-image", IMAGE)):
-        spec = pod(objects(published[0], *options))
+    shapes = [
+        pod(objects(published[0], *options))
+        for options in ((), ("--engine", "modelpack"), ("--model-image", IMAGE))
+    ]
+    shapes += [item["spec"]["template"]["spec"] for item in objects(published[0], "--gateway")
+               if item["kind"] == "Deployment"]  # fmt: skip
+    for spec in shapes:
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] == 10001
         containers = [*spec.get("initContainers", []), *spec["containers"]]
@@ -164,6 +170,78 @@ def test_prometheus_finds_the_port_of_the_service(published: tuple[str, str]) ->
     for other in (options, ("--monitor",)):
         [server] = pod(objects(published[0], *other))["containers"]
         assert "--allow-remote-metrics" not in server["command"]
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy"),
+    [
+        (("--engine", "modelpack", "--replicas", "2"), {"type": "RollingUpdate"}),
+        (("--gpus", "1"), {"type": "Recreate"}),
+        (("--gpus", "1", "--replicas", "0"), {"type": "Recreate"}),
+        (("--gpus", "1", "--max-replicas", "2"),
+         {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}),
+    ],
+)  # fmt: skip
+def test_an_update_needs_no_more_gpus(
+    published: tuple[str, str], options: tuple[str, ...], strategy: dict[str, Any]
+) -> None:
+    assert objects(published[0], *options)[0]["spec"]["strategy"] == strategy
+
+
+@pytest.mark.parametrize(("engine", "port"), [("vllm", 8000), ("modelpack", 12434)])
+def test_a_gateway_stands_between_the_service_and_the_pods(
+    published: tuple[str, str], engine: str, port: int
+) -> None:
+    options = ("--engine", engine, "--replicas", "2", "--monitor", "--name", "tiny")
+    found = objects(published[0], *options, "--gateway", "--allow-host", "ai.example")
+    named = {(item["kind"], item["metadata"]["name"]): item for item in found}
+    assert {*named} == {
+        ("Deployment", "tiny"), ("Service", "tiny-servers"), ("PodDisruptionBudget", "tiny"),
+        ("ServiceMonitor", "tiny"), ("Deployment", "tiny-gateway"), ("Service", "tiny"),
+        ("PodDisruptionBudget", "tiny-gateway"), ("ServiceMonitor", "tiny-gateway"),
+    }  # fmt: skip
+    for service, workload in (("tiny", "tiny-gateway"), ("tiny-servers", "tiny")):
+        template = named["Deployment", workload]["spec"]["template"]
+        labels = template["metadata"]["labels"]
+        others = named["Deployment", {"tiny": "tiny-gateway"}.get(workload, "tiny")]
+        for kind, name in (("Service", service), ("PodDisruptionBudget", workload)):
+            selector = named[kind, name]["spec"]["selector"]
+            selected = selector.get("matchLabels", selector).items()
+            assert selected <= labels.items()
+            assert not selected <= others["spec"]["template"]["metadata"]["labels"].items()
+        # Prometheus finds the Service by its labels.
+        selected = named["ServiceMonitor", workload]["spec"]["selector"]["matchLabels"].items()
+        assert selected <= named["Service", service]["metadata"]["labels"].items()
+    headless = named["Service", "tiny-servers"]["spec"]
+    assert headless["clusterIP"] == "None"
+    assert "publishNotReadyAddresses" not in headless
+    spec = named["Deployment", "tiny-gateway"]["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    command = container["command"]
+    values = dict(itertools.pairwise(command))
+    # A name without a port: DNS has none, so the port is that of the container.
+    assert values["--upstream"] == f"dns+http://tiny-servers:{port}"
+    server = named["Deployment", "tiny"]["spec"]["template"]["spec"]["containers"][0]
+    assert server["ports"] == [{"name": "http", "containerPort": port}]
+    assert values["--balance"] == "prefix"
+    assert values["--port"] == str(container["ports"][0]["containerPort"])
+    assert {"tiny", "ai.example"} <= {w for _, w in itertools.pairwise(command)}
+    assert spec["terminationGracePeriodSeconds"] > 315
+    assert run(*command[1:2], "--help").code == 0
+
+
+def test_the_gateways_command_is_ours(published: tuple[str, str]) -> None:
+    """Up to the address, which is taken: the options are parsed before."""
+    spec = objects(published[0], "--gateway", "--name", "tiny")[2]["spec"]["template"]["spec"]
+    command = spec["containers"][0]["command"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        host, port = taken.getsockname()
+        words = [{"0.0.0.0": host, "12435": str(port)}.get(word, word) for word in command[1:]]
+        done = run(*words)
+    assert done.code != 0
+    assert f"{host}:{port}" in done.err
 
 
 def leader_worker_set(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -459,6 +537,9 @@ def test_json_is_a_list(published: tuple[str, str]) -> None:
         (("--gpus", "0"), "requires a GPU"),
         (("--nodes", "2", "--gpus", "0"), "requires a GPU"),
         (("--nodes", "0"), "--nodes"),
+        (("--gateway", "--name", "x" * 56), "too long for --gateway"),
+        (("--gateway", "--kserve"), "--gateway cannot be combined with --kserve"),
+        (("--gateway", "--helm", "chart"), "--gateway cannot be combined with --helm"),
         (("--serving-runtime",), "--serving-runtime requires --kserve"),
         (("--kserve", "--serving-runtime"), "--serving-runtime requires --model-image"),
         (("--nodes", "2", "--engine", "modelpack"), "cannot be combined with --nodes"),

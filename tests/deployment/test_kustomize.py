@@ -24,6 +24,7 @@ SHAPES = {
     "vllm": (),
     "own": ("--engine", "modelpack", "--replicas", "2", "--namespace", "models"),
     "autoscaled": ("--max-replicas", "3", "--monitor", "--pull-secret", "login"),
+    "gateway": ("--gateway", "--engine", "modelpack", "--replicas", "2"),
     "nodes": ("--nodes", "2", "--gpus", "8"),
     "kserve": ("--kserve", "--engine", "modelpack"),
     "pinned": ("--image", f"registry.example:5000/server@sha256:{'a' * 64}"),
@@ -54,8 +55,8 @@ def build(directory: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(done.stdout))
 
 
-def by_kind(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    made = {item["kind"]: item for item in found}
+def by_kind(found: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    made = {(item["kind"], item["metadata"]["name"]): item for item in found}
     assert len(made) == len(found)
     return made
 
@@ -115,7 +116,7 @@ def test_an_edited_overlay_changes_pods_and_images(published: str, tmp_path: Pat
     file.write_text(yaml.safe_dump(overlay))
     found = by_kind(build(file.parent))
     assert {item["metadata"]["labels"]["team"] for item in found.values()} == {"search"}
-    spec = found["Deployment"]["spec"]
+    spec = found["Deployment", "tiny"]["spec"]
     assert spec["replicas"] == 4
     pod = spec["template"]["spec"]
     images = [item["image"] for item in (*pod["initContainers"], *pod["containers"])]

@@ -13,6 +13,7 @@ import pytest
 
 import modelpack
 from modelpack.artifacts.reference import Reference
+from modelpack.deploy.gateway import behind_gateway
 from modelpack.deploy.kserve import inference_service
 from modelpack.deploy.kubernetes import Access, Workload, deployment
 from modelpack.errors import UsageError
@@ -70,6 +71,7 @@ def choices(workload: Workload) -> Iterator[Workload]:
 
 def printed(workload: Workload) -> Iterator[dict[str, Any]]:
     yield from deployment(workload)
+    yield from behind_gateway(workload)
     if workload.nodes == 1 and workload.max_replicas is None and not workload.monitored:
         yield from inference_service(workload)
         if workload.model_image:
