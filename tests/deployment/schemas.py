@@ -37,6 +37,23 @@ CUSTOM = {
         _PROMETHEUS,
         "example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml"),
 }  # fmt: skip
+_KYVERNO = (
+    "github.com/kyverno/kyverno",
+    "v1.19.1",
+    "h1:/MkgFii3/VlQfKR1JpC9tVwNNVNQTt2S4U6qCsafsTU=",
+)
+_POLICY_CONTROLLER = (
+    "github.com/sigstore/policy-controller", "v0.13.1",
+    "h1:Woy+6bQ7pT/0m3/PSO2RtDxSHKBZ/8iHpCZFcZJThM8=",
+)  # fmt: skip
+#: What examples/admission has, which `modelpack k8s` does not print.
+ADMISSION = {
+    "ClusterPolicy": (_KYVERNO, "config/crds/kyverno/kyverno.io_clusterpolicies.yaml"),
+    "ImageValidatingPolicy": (
+        _KYVERNO,
+        "config/crds/policies.kyverno.io/policies.kyverno.io_imagevalidatingpolicies.yaml"),
+    "ClusterImagePolicy": (_POLICY_CONTROLLER, "config/300-clusterimagepolicy.yaml"),
+}  # fmt: skip
 _LIBRARY = "io.k8s.apimachinery.pkg"
 _INTEGER_OR_TEXT = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
 
@@ -44,7 +61,7 @@ _INTEGER_OR_TEXT = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
 def custom_definition(kind: str) -> dict[str, Any]:
     """Return the CustomResourceDefinition of an operator."""
     require("go")
-    module, path = CUSTOM[kind]
+    module, path = (CUSTOM | ADMISSION)[kind]
     found: dict[str, Any] = yaml.load(go_module_file(*module, path), yaml.CSafeLoader)
     return found
 
@@ -61,15 +78,24 @@ def write_schemas(directory: Path) -> None:
                 used: dict[str, Any] = {}
                 _collect(name, definitions, used)
                 _write(directory, kind, {"$ref": f"#/definitions/{name}", "definitions": used})
+    write_custom_schemas(directory, CUSTOM)
+
+
+def write_custom_schemas(directory: Path, kinds: Iterable[str]) -> None:
+    """Write a JSON Schema for each version of these custom resources."""
+    openapi = json.loads(go_module_file(*_KUBERNETES, _OPENAPI))["definitions"]
+    definitions = {name: _strict(schema) for name, schema in openapi.items()}
     metadata: dict[str, Any] = {}
     _collect(f"{_LIBRARY}.apis.meta.v1.ObjectMeta", definitions, metadata)
-    for name in CUSTOM:
+    for name in kinds:
         spec = custom_definition(name)["spec"]
         for version in spec["versions"]:
             schema = _strict(version["schema"]["openAPIV3Schema"])
-            # The API server knows the metadata; definitions leave it open.
-            schema["properties"]["metadata"] = {
-                "$ref": f"#/definitions/{_LIBRARY}.apis.meta.v1.ObjectMeta"
+            # The API server knows these; definitions leave them open, or out.
+            schema["properties"] |= {
+                "apiVersion": {"type": "string"},
+                "kind": {"type": "string"},
+                "metadata": {"$ref": f"#/definitions/{_LIBRARY}.apis.meta.v1.ObjectMeta"},
             }
             kind = {"group": spec["group"], "version": version["name"], "kind": name}
             _write(directory, kind, {**schema, "definitions": metadata})
