@@ -26,6 +26,7 @@ from modelpack.cli.options import (
 )
 from modelpack.cli.output import human_size, note, plural, show, shown_progress
 from modelpack.errors import ConflictError, StoreError, UsageError
+from modelpack.hub.objects import ObjectAddress
 from modelpack.hub.reference import HubReference
 from modelpack.operations import archives
 from modelpack.operations.docker import (
@@ -257,10 +258,11 @@ def import_models(
 ) -> None:
     """Import models into the local store and verify them; print their digests.
 
-    SOURCE is a model of the Hugging Face Hub, hf.co/ORG/NAME[:QUANT][@REVISION], or a tar archive
-    made by `export` or `docker model` (- reads stdin). REFERENCE names the model in the store; the
-    default is its own name in lower case. With --docker-store or --ollama-store, the arguments are
-    names of models in Docker Model Runner or Ollama.
+    SOURCE is a model of the Hugging Face Hub, hf.co/ORG/NAME[:QUANT][@REVISION], objects of S3 or
+    Google Cloud Storage, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, or a tar archive made by
+    `export` or `docker model` (- reads stdin). REFERENCE names the model in the store; objects need
+    one, and the default of others is their own name in lower case. With --docker-store or
+    --ollama-store, the arguments are names of models in Docker Model Runner or Ollama.
     """
     if docker_store is not None and ollama_store is not None:
         raise UsageError("--docker-store and --ollama-store cannot be combined")
@@ -286,10 +288,18 @@ def import_models(
     if name == "-" or Path(name).is_file():
         _import_archive(settings, name, where, remote)
         return
+    address = ObjectAddress.parse(name)
+    if address is not None:
+        if where is None:
+            raise UsageError(
+                f"{address} needs a name for the store", hint=f"write import {address} my/name:tag"
+            )
+        _import_objects(settings, address, where, remote)
+        return
     source = HubReference.parse(name)
     if source is None:
         raise UsageError(
-            f"{name!r} is neither an archive nor a model of the Hugging Face Hub",
+            f"{name!r} is not an archive, a model of the Hugging Face Hub or objects in a bucket",
             hint="use `modelpack pull` for a registry, --docker-store for Docker Model Runner, "
             "--ollama-store for Ollama",
         )
@@ -299,6 +309,27 @@ def import_models(
     with shown_progress(settings) as progress:
         done = pull(source, to=where, store=settings.store(), remote=remote, progress=progress)
     show_pulled(settings, str(source), done)
+
+
+def _import_objects(
+    settings: Settings, address: ObjectAddress, where: Reference, remote: RemoteOptions
+) -> None:
+    from modelpack.builder.request import PackageRequest
+    from modelpack.operations.package import package
+
+    store = settings.store()
+    with (
+        shown_progress(settings) as progress,
+        trusted_import(store, remote, watching(progress)),
+    ):
+        made = package(
+            where, PackageRequest(), from_model=str(address),
+            store=store, remote=remote, progress=progress,
+        )  # fmt: skip
+    models = {"models": [{"digest": str(made.digest), "references": [str(where)]}]}
+    show(settings, models, str(made.digest))
+    size = human_size(made.manifest.total_size)
+    note(settings, f"imported {address} as {where}: {size}")
 
 
 def _import_archive(

@@ -73,7 +73,8 @@ _BITS = {"q4": 4, "q8": 8}
 )  # fmt: skip
 @click.option(
     "--from", "from_model", metavar="REF", shell_complete=model_names,
-    help="Start from this stored or remote model, to add files or change its context size.",
+    help="Start from this stored or remote model, to add files or change its context size, or "
+    "package the objects at s3://BUCKET/PREFIX or gs://BUCKET/PREFIX.",
 )  # fmt: skip
 @click.option(
     "-l", "--license", "licenses", type=PATH, multiple=True,

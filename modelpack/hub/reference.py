@@ -82,6 +82,11 @@ class HubReference:
         return f"{self.organisation}/{self.name}"
 
     @property
+    def example(self) -> str:
+        """How to name one of the quantisations."""
+        return f"hf.co/{self.repository}:QUANT"
+
+    @property
     def is_commit(self) -> bool:
         """Whether the revision is a commit, which never changes."""
         return bool(_COMMIT.match(self.revision))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from modelpack.builder.classify import (
     FileKind,
@@ -21,7 +21,6 @@ from modelpack.builder.classify import (
 )
 from modelpack.errors import AmbiguousError, NotFoundError, PackagingError
 from modelpack.formats.shards import shard_set
-from modelpack.hub.reference import HubReference
 from modelpack.hub.repository import HubFile
 
 _SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\Z", re.A)
@@ -32,6 +31,16 @@ _LABEL: Final = re.compile(
     r"(?=[-.]|\Z)",
     re.I | re.A,
 )
+
+
+class Named(Protocol):
+    """The name of a model among several; `example` shows how to name one of them."""
+
+    @property
+    def quantization(self) -> str | None: ...
+
+    @property
+    def example(self) -> str: ...
 
 
 def stem(path: str) -> str:
@@ -100,7 +109,7 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choose(files: Sequence[HubFile], reference: HubReference) -> Choice:
+def choose(files: Sequence[HubFile], reference: Named) -> Choice:
     """Return the files of the model that `reference` names.
 
     Raises `NotFoundError` for a quantisation that does not exist, `AmbiguousError` if several
@@ -127,7 +136,7 @@ def choose(files: Sequence[HubFile], reference: HubReference) -> Choice:
     raise _no_weights(files, reference)
 
 
-def _gguf(usable: Sequence[HubFile], ggufs: Sequence[HubFile], reference: HubReference) -> Choice:
+def _gguf(usable: Sequence[HubFile], ggufs: Sequence[HubFile], reference: Named) -> Choice:
     models = _models(file for file in ggufs if not is_projector_name(file.path))
     if not models:
         raise PackagingError(f"{reference}: its only GGUF files are projectors")
@@ -140,7 +149,7 @@ def _gguf(usable: Sequence[HubFile], ggufs: Sequence[HubFile], reference: HubRef
         raise NotFoundError(
             f"{reference}: no GGUF has the quantisation {wanted}{what}; "
             f"there are: {_labels(ggufs)}",
-            hint=f"write hf.co/{reference.repository}:QUANT",
+            hint=f"write {reference.example}",
         )
     if len(found) > 1:
         names = ", ".join(stem(files[0].path) for files in found[:_SHOWN])
@@ -171,7 +180,7 @@ def _safetensors(
     return chosen, kept
 
 
-def _dduf(usable: Sequence[HubFile], ddufs: Sequence[HubFile], reference: HubReference) -> Choice:
+def _dduf(usable: Sequence[HubFile], ddufs: Sequence[HubFile], reference: Named) -> Choice:
     if len(ddufs) > 1:
         names = ", ".join(file.path for file in ddufs[:_SHOWN])
         raise AmbiguousError(
@@ -190,14 +199,12 @@ def _models(ggufs: Iterable[HubFile]) -> list[list[HubFile]]:
     return list(models.values())
 
 
-def _whole(files: Sequence[HubFile], reference: HubReference) -> tuple[HubFile, ...]:
+def _whole(files: Sequence[HubFile], reference: Named) -> tuple[HubFile, ...]:
     there = {file.path for file in files}
     shards = shard_set(files[0].path)
     missing = [path.name for path in shards.paths() if str(path) not in there] if shards else []
     if missing:
-        raise PackagingError(
-            f"{reference}: shards are missing on the hub: {', '.join(missing[:_SHOWN])}"
-        )
+        raise PackagingError(f"{reference}: shards are missing: {', '.join(missing[:_SHOWN])}")
     return tuple(files)
 
 
@@ -245,18 +252,16 @@ def _labels(ggufs: Iterable[HubFile]) -> str:
     return ", ".join(labels[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _no_quantizations(
-    reference: HubReference, by_kind: dict[FileKind, list[HubFile]]
-) -> NotFoundError:
+def _no_quantizations(reference: Named, by_kind: dict[FileKind, list[HubFile]]) -> NotFoundError:
     there = [str(kind) for kind, files in by_kind.items() if files and kind is not FileKind.GGUF]
     return NotFoundError(
         f"{reference}: has no GGUF, so no quantisation {reference.quantization}; "
         f"it has: {', '.join(there) or 'no known weights'}",
-        hint=f"write hf.co/{reference.repository}, and a revision after an @",
+        hint="leave out the quantisation; a revision follows an @",
     )
 
 
-def _no_weights(files: Sequence[HubFile], reference: HubReference) -> PackagingError:
+def _no_weights(files: Sequence[HubFile], reference: Named) -> PackagingError:
     pickles = [file.path for file in files if is_pickle(file.path)]
     if pickles:
         more = f" and {len(pickles) - 3} more" if len(pickles) > 3 else ""

@@ -26,9 +26,10 @@ from modelpack.builder.files import LayerFile, LayerFiles, Skipped
 from modelpack.builder.plan import check_added_files, plan, plan_extras, weight_statistics
 from modelpack.builder.request import PackageRequest
 from modelpack.bundles.bundle import Bundle, lay_out
-from modelpack.errors import ModelpackError, PackagingError, SourceChangedError
+from modelpack.errors import ModelpackError, PackagingError, SourceChangedError, UsageError
 from modelpack.formats.config_json import CONFIG_JSON
 from modelpack.formats.statistics import ModelStatistics
+from modelpack.hub.objects import ObjectAddress
 from modelpack.operations.provenance import Packaging, ProvenanceOptions, attach_provenance
 from modelpack.operations.pull import find_model
 from modelpack.operations.push import Pushed, push_from
@@ -293,9 +294,10 @@ def package(
     """Package the files of `request` as the model `reference` in `store`; push it with `push`.
 
     With `from_model`, a stored or remote model is the base, and `request` says what to add or
-    change. With `dry_run`, only the digest is computed. With `link`, files are hard-linked into the
-    store, if the file system allows it, instead of copied. With `provenance`, how the model was
-    packaged is attached to it, and pushed with it.
+    change; if it is an address in S3 or Google Cloud Storage, its objects are packaged. With
+    `dry_run`, only the digest is computed. With `link`, files are hard-linked into the store, if
+    the file system allows it, instead of copied. With `provenance`, how the model was packaged is
+    attached to it, and pushed with it.
 
     Raises `PackagingError`, `WeightFormatError`, `UsageError`, `SourceChangedError`,
     `StorageFullError`, and what `modelpack.push` raises.
@@ -308,6 +310,20 @@ def package(
         )
     store = store or LayoutStore()
     watch = watching(progress, stop)
+    address = None if from_model is None else ObjectAddress.parse(from_model)
+    if address is not None:
+        if dry_run:
+            raise UsageError(
+                "a dry run downloads nothing", hint=f"leave out --dry-run for {address}"
+            )
+        from modelpack.operations.objects import downloaded_model  # imports requests
+
+        with downloaded_model(address, store, remote or RemoteOptions(), watch) as model:
+            return package(
+                where, model.completed(request), link=True, push=push,
+                provenance=None if provenance is None else model.recorded(provenance),
+                store=store, remote=remote, progress=progress, stop=stop,
+            )  # fmt: skip
     if from_model is not None:
         base = find_model(from_model, store, pull=True, remote=remote, watch=watch)
         planned = plan_extras(request)

@@ -71,6 +71,7 @@ class ProvenanceOptions:
     `source` is the commit that the files are of, by default the one that is found. `parameters` are
     those of steps before packaging, such as a quantisation, with the versions of their `tools`; the
     files of the directory `inputs` are then the inputs, and not the files that are packaged.
+    `origins` are the objects that the files were downloaded from.
     """
 
     key: PrivateKey | None = None
@@ -78,6 +79,7 @@ class ProvenanceOptions:
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
     tools: Mapping[str, str] = field(default_factory=dict, hash=False)
     inputs: Path | None = None
+    origins: Sequence[Resource] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ def provenance_of(
     origin = list(_origin(manifest)) if made.base is not None else []
     return Provenance(
         parameters={**_parameters(made.request, base), **options.parameters},
-        dependencies=tuple(one for one in (source, base, *origin, *found) if one),
+        dependencies=tuple(one for one in (source, base, *origin, *options.origins, *found) if one),
         versions=tool_versions(**options.tools),
         finished=source_time(environ) if environ.get(SOURCE_DATE_EPOCH) else None,
     )

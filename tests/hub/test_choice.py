@@ -119,7 +119,7 @@ def test_choices(paths: str, quantization: str | None, expected: str) -> None:
          "several models have the quantisation Q4_0: a-Q4_0, b-"),
         ("model.safetensors", "Q4_0", NotFoundError, "has no GGUF, so no quantisation Q4_0"),
         ("m-00001-of-00003.gguf m-00003-of-00003.gguf", None, PackagingError,
-         "shards are missing on the hub: m-00002-of-00003.gguf"),
+         "shards are missing: m-00002-of-00003.gguf"),
         ("pytorch_model.bin config.json", None, PackagingError,
          "Python pickles only, which can run code when they are loaded: pytorch_model.bin"),
         ("README.md", None, PackagingError, "no weights (.safetensors, .gguf, .dduf)"),

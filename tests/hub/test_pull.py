@@ -474,7 +474,10 @@ def test_a_policy_keeps_unsigned_models_of_the_hub_out(
     ("arguments", "said"),
     [
         ((), "expected SOURCE [REFERENCE]"),
-        (("a/b",), "'a/b' is neither an archive nor a model of the Hugging Face Hub"),
+        (
+            ("a/b",),
+            "'a/b' is not an archive, a model of the Hugging Face Hub or objects in a bucket",
+        ),
         (("hf.co/a",), "expected ORG/NAME"),
         (("hf.co/a/b", "c", "d"), "expected SOURCE [REFERENCE]"),
         (("hf.co/a/b", "--all"), "require --docker-store"),
