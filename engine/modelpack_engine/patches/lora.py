@@ -48,6 +48,11 @@ class Matrices:
 Layers = Mapping[str, Matrices]
 
 
+def returns_parts(module: Any) -> bool:
+    """Return whether the output of a linear layer is a list of parts, as afm7's are."""
+    return isinstance(module, LINEARS) and isinstance(getattr(module, "output_dims", 0), list)
+
+
 class _Stack:
     """The matrices of all adapters for one layer, by slot; slot 0 has no adapter."""
 

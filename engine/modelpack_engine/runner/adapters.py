@@ -14,11 +14,11 @@ from typing import Any
 import mlx.nn as nn
 
 from modelpack.errors import ModelpackError, NotFoundError
-from modelpack.formats.adapter import Adapter
+from modelpack.formats.adapter import Adapter, AdapterError
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.models.adapter import read_layers
-from modelpack_engine.patches.lora import Layers, LoRALayers, nbytes
+from modelpack_engine.patches.lora import Layers, LoRALayers, nbytes, returns_parts
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +80,14 @@ class AdapterSet:
         fit the model.
         """
         layers = read_layers(adapter, self._model, self._config)
+        modules = dict(self._model.named_modules())
+        for path in layers:
+            if returns_parts(modules[path]):
+                raise AdapterError(
+                    f"{path} cannot have adapters of requests: its output is a list of parts",
+                    path=str(adapter.weights),
+                    hint="merge the adapter (--merge), or train it on other layers",
+                )
         if name in self._known:
             self.remove(name)
         slot = self._free_slot()
