@@ -13,9 +13,17 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from modelpack_engine.engine import Engine
-from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.request import EngineRequest
 from modelpack_engine.runner import model_layout
-from tests.engine.offload.turns import MODELS, answer, open_turn_engine
+from tests.engine.offload.turns import (
+    BLOCK,
+    FIRST,
+    GREEDY,
+    MODELS,
+    NEXT,
+    answer,
+    open_turn_engine,
+)
 from tests.engine.zoo.configuration import VOCABULARY
 
 pytestmark = pytest.mark.long
@@ -28,14 +36,9 @@ NAMES = (
 )  # fmt: skip
 #: Those whose sliding layers have blocks of their own.
 MIXED = ("gemma3_text", "gpt_oss", "baichuan_m1", "gear")
-BLOCK = 16
 
-_rng = random.Random(9)
-FIRST = [_rng.randrange(1, VOCABULARY) for _ in range(150)]
-NEXT = [_rng.randrange(1, VOCABULARY) for _ in range(20)]
+_rng = random.Random(4)
 OTHERS = [[_rng.randrange(1, VOCABULARY) for _ in range(100)] for _ in range(4)]
-
-GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 
 Open = Callable[..., Engine]
 
@@ -55,7 +58,8 @@ def open_engine(model: nn.Module, tmp_path: Path) -> Iterator[Open]:
             engine.close()
             engine._runner.undo()
         engines.clear()
-        engines.append(open_turn_engine(model, tmp_path / "kv", **settings))
+        given = {"kv_offload_dir": str(tmp_path / "kv")} | settings
+        engines.append(open_turn_engine(model, **given))
         return engines[-1]
 
     yield opened

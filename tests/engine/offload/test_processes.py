@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.engine.zoo.configuration import VOCABULARY
+from tests.engine.offload.turns import BLOCK, FIRST, NEXT
 
 pytestmark = pytest.mark.long
 
 #: Sliding and full layers, latents, recurrent layers with full ones and with latents.
 NAMES = ("gemma3_text", "gpt_oss", "deepseek_v3", "kimi_linear", "bailing_hybrid", "qwen3_next")
-BLOCK = 16
-
-_rng = random.Random(4)
-FIRST = [_rng.randrange(1, VOCABULARY) for _ in range(150)]
-NEXT = [_rng.randrange(1, VOCABULARY) for _ in range(20)]
 
 
 def run(directory: Path, prompts: dict[str, list[int]]) -> dict[str, tuple[list[int], int]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -13,10 +15,11 @@ from modelpack_engine.cpu.weights import BLOCKS as BLOCKS_OF_CPU
 from modelpack_engine.layers.packed import CODE_BITS
 from modelpack_engine.models import gguf_blocks
 from modelpack_engine.models.gguf import TensorPlan, arrays_of, packing_of
-from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS
+from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS, WITH_AXES
 from modelpack_engine.models.gguf_file import GGUFTensor
 from modelpack_engine.models.gguf_tensors import Parameter
 from modelpack_engine.models.mtp import LAYOUTS
+from modelpack_engine.patches.lora import LINEARS, returns_parts
 from modelpack_engine.runner.model_layout import StateLayout
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.loaders.blocks import random_blocks
@@ -26,6 +29,13 @@ from tests.engine.vision import catalogue
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.excluded import EXCLUDED
+from tests.engine.zoo.not_in_gguf import (
+    HAS_NO_ROW,
+    NAMED,
+    NOT_IN_LLAMA_CPP,
+    OTHERWISE,
+    RUNS_OTHERWISE,
+)
 
 PATH = Path(__file__).parents[3] / "docs" / "models.md"
 
@@ -52,15 +62,27 @@ short convolutions run once for all short prompts of a step, others sequence by 
 Prefixes of these models are shared up to a snapshot of their state
 ([how](engine.md#prefix-caching)).
 
-The column GGUF names the architectures of GGUF files that run with this class; their logits are
-compared with llama.cpp's ([tests/engine/loaders](../tests/engine/loaders)).
+The columns; numbers are those of the [reasons](#reasons):
 
-`--speculative-method mtp` drafts with the layers for
-[multi-token prediction](speculative-decoding.md#multi-token-prediction) of
-{mtp}.
+- **GGUF** names the architectures of GGUF files that run with this class; their logits are
+  compared with llama.cpp's ([tests/engine/loaders](../tests/engine/loaders)).
+- **prefixes**: equal beginnings of prompts are [computed once](engine.md#prefix-caching).
+- **offload**: [evicted prefixes](kv-offload.md) are kept in memory and files, and restored after a
+  restart.
+- **speculation**: [prompt lookup, draft models, EAGLE-3 heads](speculative-decoding.md); "mtp" if a
+  layer for [multi-token prediction](speculative-decoding.md#multi-token-prediction) drafts too.
+- **adapters**: requests of one batch may have different [LoRA adapters](adapters.md).
 
-| architecture | GGUF | tier | prefixes shared | layers | |
-|---|---|---|---|---|---|
+Each of these is tested for each architecture
+([test_features.py](../tests/engine/zoo/test_features.py)).
+
+| architecture | GGUF | tier | prefixes | offload | speculation | adapters | layers | |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+REASONS = """
+### Reasons
+
 """
 
 EXCLUDED_HEAD = """
@@ -176,18 +198,73 @@ def agreement() -> str:
     )
 
 
-def row(configuration: Configuration, runner: ModelRunner) -> str:
-    """Return the table's line for a loaded model."""
-    shared = "yes" if runner.supports_prefix_cache else "no"
-    gguf, notes = gguf_names(configuration.architecture), "; ".join(runner.notes)
-    cells = (configuration.id, gguf, runner.tier, shared, _layers(runner), notes)
+def row(configuration: Configuration, model: Any, runner: ModelRunner) -> str:
+    """Return the table's line for a loaded model, with its reasons in brackets."""
+    fallback = "a request has mlx-lm's own cache, not blocks: the fallback tier"
+    notes = "; ".join(runner.notes)
+    cells = (
+        configuration.id,
+        _gguf(configuration.architecture),
+        runner.tier,
+        "yes" if runner.supports_prefix_cache else _no(fallback),
+        "yes" if restores(runner) else _no(fallback),
+        _speculation(configuration.architecture, runner),
+        _adapters(model),
+        _layers(runner),
+        notes,
+    )
     return f"| {' | '.join(cells)} |\n"
+
+
+def _no(why: str, answer: str = "no") -> str:
+    """Return a cell with a reason, which `render` replaces by a number."""
+    return f"{answer} [[{why}]]"
+
+
+def _speculation(architecture: str, runner: ModelRunner) -> str:
+    if not speculates(runner):
+        return _no("the cache of the fallback tier cannot return to an earlier token")
+    return "yes, mtp" if architecture in LAYOUTS else "yes"
+
+
+def _adapters(model: Any) -> str:
+    reasons = {why_not_adapted(path, module) for path, module in model.named_modules()}
+    reasons.discard(None)
+    return _no("; ".join(map(str, sorted(reasons, key=str))), "yes") if reasons else "yes"
+
+
+def why_not_adapted(path: str, module: Any) -> str | None:
+    """Return why requests cannot have an adapter for this layer; None if they can."""
+    if returns_parts(module):
+        return "not on layers that return a list of parts (`--merge` works)"
+    if isinstance(module, LINEARS) and re.fullmatch(r".+\.experts\.\d+\.\w+", path):
+        return "not on experts: the class runs them one by one, for some of the rows"
+    return None
+
+
+def _gguf(model_type: str) -> str:
+    if names := gguf_names(model_type):
+        return names
+    if model_type in OTHERWISE:
+        return _no(RUNS_OTHERWISE, OTHERWISE[model_type])
+    return _no(HAS_NO_ROW if model_type in NAMED else NOT_IN_LLAMA_CPP)
+
+
+def restores(runner: ModelRunner) -> bool:
+    """Return whether evicted prefixes are kept in memory and files, and restored."""
+    return runner.supports_prefix_cache and len(runner.block_contents()) > 0
+
+
+def speculates(runner: ModelRunner) -> bool:
+    """Return whether proposals are verified: of prompt lookup, draft models and EAGLE heads."""
+    return runner.can_go_back
 
 
 def gguf_names(model_type: str) -> str:
     """Return the names of the GGUF architectures that a class of mlx-lm runs."""
     classes = [(name, architecture.model_type) for name, architecture in ARCHITECTURES.items()]
     classes += [(name, architecture.model_type) for (name, *_), architecture in VARIANTS.items()]
+    classes += WITH_AXES.items()
     return ", ".join(dict.fromkeys(name for name, found in classes if found == model_type))
 
 
@@ -210,10 +287,17 @@ def _layers(runner: ModelRunner) -> str:
 def render(rows: list[str]) -> str:
     """Return the whole document."""
     excluded = "".join(f"| {name} | {why} |\n" for name, why in sorted(EXCLUDED.items()))
-    head = HEAD.format(version=mlx_lm.__version__, mtp=", ".join(LAYOUTS))
+    reasons: dict[str, int] = {}
+
+    def number(match: re.Match[str]) -> str:
+        return f"({reasons.setdefault(match[1], len(reasons) + 1)})"
+
+    table = re.sub(r"\[\[(.+?)\]\]", number, "".join(rows))
     return (
-        head
-        + "".join(rows)
+        HEAD.format(version=mlx_lm.__version__)
+        + table
+        + REASONS
+        + "".join(f"{at}. {why}\n" for why, at in reasons.items())
         + EXCLUDED_HEAD
         + excluded
         + catalogue.table()
@@ -227,7 +311,8 @@ def main() -> None:
     mx.disable_compile()
     rows = []
     for configuration in CATALOGUE:
-        rows.append(row(configuration, make_runner(configuration.build(), num_blocks=8)))
+        model = configuration.build()
+        rows.append(row(configuration, model, make_runner(model, num_blocks=8)))
     PATH.write_text(render(rows))
 
 

@@ -30,7 +30,7 @@ def test_gate_is_strong(specimen: Specimen) -> None:
 def test_mixed_steps(specimen: Specimen, rows: dict[str, str]) -> None:
     runner = specimen.runner(exact=True)
     driver = specimen.drive(Setting())
-    rows[specimen.configuration.id] = row(specimen.configuration, runner)
+    rows[specimen.configuration.id] = row(specimen.configuration, specimen.model, runner)
     stats = driver.scheduler.stats()
     assert driver.tokens == specimen.reference.tokens
     assert stats.num_mixed_steps >= 3
