@@ -58,11 +58,10 @@ from modelpack_engine.vision.models import (
     INSTALL_HINT,
     TOWER_TYPES,
     language_tower,
-    open_tower,
-    tower_weights,
     vision_classes,
 )
 from modelpack_engine.vision.processor import with_image_token
+from modelpack_engine.vision.towers import open_tower, tower_weights
 
 Device = Literal["cpu", "gpu"]
 

@@ -1,30 +1,23 @@
-"""mlx-vlm's model classes, as mlx-lm's loader and the runners expect models.
+"""The model types that read pictures, and mlx-vlm's classes for those that mlx-lm lacks.
 
-Where mlx-lm has the language model, it runs as without pictures, and `open_tower` adds mlx-vlm's
-vision tower to it. Where mlx-lm has none, `vision_classes` returns a subclass of mlx-vlm's whole
-model, whose `language_tower` the runners run. Both are a `VisionModel`.
-`CLASSES` says what each class needs.
+Where mlx-lm has the language model, it runs as without pictures, and `towers.open_tower` adds
+mlx-vlm's vision tower to it. Where mlx-lm has none, `vision_classes` returns a subclass of
+mlx-vlm's whole model, whose `language_tower` the runners run. Both are a `VisionModel`.
+`CLASSES` says what each type needs.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.patches.corrections import TEXT_PARTS
-from modelpack_engine.patches.mlx_vlm_imports import is_installed, prepare
+from modelpack_engine.patches import mlx_vlm_imports
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +161,7 @@ _UNREAD: Mapping[str, tuple[Any, ...]] = {
 
 def may_read_pictures(config: Mapping[str, Any]) -> bool:
     """Return whether models of this config.json read pictures here, if their files are complete."""
-    return config.get("model_type") in CLASSES and is_installed()
+    return config.get("model_type") in CLASSES and mlx_vlm_imports.is_installed()
 
 
 class VisionModel(Protocol):
@@ -191,13 +184,13 @@ def vision_classes(config: Mapping[str, Any]) -> tuple[type[Module], type] | Non
     kind = config.get("model_type")
     if kind not in WHOLE_TYPES:
         return None
-    if not is_installed():
+    if not mlx_vlm_imports.is_installed():
         raise ModelLoadError(
             f"the architecture {kind!r} needs the extra 'vision', which is not installed",
             hint=INSTALL_HINT,
         )
     _check(config)
-    prepare()
+    mlx_vlm_imports.prepare()
     package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
     return _model_class(package), _arguments_class(package)
 
@@ -300,413 +293,3 @@ def _with_tied_head(
         if name.startswith(f"{table}.")
     }
     return {**weights, **tied}
-
-
-class _Text:
-    """The part of a language model that mlx-vlm's `get_input_embeddings` uses."""
-
-    def __init__(self, embed_tokens: Any) -> None:
-        self.model, self.embed_tokens = self, embed_tokens
-        self.embed_scale, self.hidden_size_per_layer_input = 1.0, 0  # of Gemma 4
-
-    def get_rope_index(self, *_: Any, **__: Any) -> tuple[None, None]:
-        """Return no positions: the engine counts them."""
-        return None, None
-
-
-#: Elements of a row, in whose multiples a GPU multiplies matrices fastest.
-_ALIGNMENT = 64
-#: Names of the tensors of vision towers, after an optional "model.".
-_PREFIXES = ("embed_vision.", "multi_modal_projector.", "vision_tower.", "visual.")
-#: Names of tensors that are not of the vision tower of a type with `language`.
-_LANGUAGE = (
-    "language_model.",
-    "language.",
-    "lm_head.",
-    "layers.",
-    "embed_tokens.",
-    "norm.",
-    "mtp.",
-)
-
-
-def tower_weights(paths: Sequence[Path], kind: str) -> dict[str, mx.array]:
-    """Return the weights of the vision tower in safetensors files, by the names of `open_tower`.
-
-    `kind` is the model type.
-    """
-    language = CLASSES[kind].language is not None
-    return {
-        name.removeprefix("model.").replace("visual.", "vision_tower.", 1): array
-        for path in paths
-        for name, array in cast(
-            dict[str, mx.array], mx.load(str(path), format="safetensors")
-        ).items()
-        if name.removeprefix("model.").startswith(_LANGUAGE if language else _PREFIXES) != language
-    }
-
-
-def open_tower(
-    config: Mapping[str, Any],
-    weights: Mapping[str, mx.array],
-    model: Module,
-    dtype: mx.Dtype | None,
-) -> Any:
-    """Return the vision tower, not evaluated, of a model whose language model is loaded.
-
-    `config` is its config.json, `weights` are those of `tower_weights` or of a GGUF projector, and
-    `dtype` is the type that they get, None for their own. Raises `ModelLoadError` if the extra
-    `vision` is not installed, or tensors are missing or of the wrong shape.
-    """
-    kind = config["model_type"]
-    if not is_installed():
-        raise ModelLoadError("the extra 'vision' is not installed", hint=INSTALL_HINT)
-    if CLASSES[kind].mrope:
-        _check_mrope(config)
-    if kind == "gemma3":
-        _check_pool(config)
-    prepare()
-    # Its own class for experts is for the language model.
-    needs = CLASSES[kind]
-    module = "qwen3_5" if kind == "qwen3_5_moe" else needs.folder(config)
-    package: Any = importlib.import_module(f"mlx_vlm.models.{module}")
-    table = next(m for name, m in model.named_modules() if name.endswith("embed_tokens"))
-    if not weights:
-        raise ModelLoadError("the files have no vision tower")
-    try:
-        if needs.language is None:
-            tower = _tower_class(package)(config, table)
-        else:
-            tower = _cut_class(package, any_res=needs.any_res)(config, table)
-        given = tower.sanitize(dict(weights))
-        if any(name.endswith(".scales") for name in given):
-            _quantise(tower, config, given)
-        tower.load_weights(list(given.items()), strict=True)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ModelLoadError(f"cannot build mlx-vlm's {kind}: {error}") from error
-    _align(tower)
-    if dtype is not None:
-        tower.set_dtype(dtype)
-    tower.eval()
-    return tower
-
-
-def _align(tower: Module) -> None:
-    """Widen the hidden layers of gated MLPs with zeros, to a multiple of `_ALIGNMENT`.
-
-    The result is the same, and a GPU multiplies faster: twice as fast for Qwen2.5-VL's 3,420.
-    """
-    for module in tower.modules():
-        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        if not all(type(layer) is nn.Linear for layer in layers):
-            continue
-        gate, up, down = cast(list[Any], layers)
-        missing = -len(gate.weight) % _ALIGNMENT
-        for layer in (gate, up):
-            for name, value in layer.parameters().items():
-                layer[name] = mx.pad(value, [(0, missing), *[(0, 0)] * (value.ndim - 1)])
-        down.weight = mx.pad(down.weight, [(0, 0), (0, missing)])
-
-
-def _check_mrope(config: Mapping[str, Any]) -> None:
-    """Raise `ModelLoadError` unless the language model rotates by M-RoPE without an extension."""
-    text = config.get("text_config") or config
-    rope = text.get("rope_scaling")
-    rope = rope if isinstance(rope, Mapping) else {}
-    kinds = {rope.get("rope_type", "mrope"), rope.get("type", "mrope")}
-    sections, heads = rope.get("mrope_section"), text.get("num_attention_heads")
-    width = text.get("head_dim")
-    if not isinstance(width, int):
-        width = text["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else 0
-    if config["model_type"].startswith("qwen3_5"):  # mlx-vlm takes these to be interleaved
-        kinds |= set() if rope.get("mrope_interleaved") is True else {"not interleaved"}
-        factor = text.get("partial_rotary_factor")
-        width = int(width * factor) if isinstance(factor, int | float) else 0
-    elif config["model_type"].startswith("glm4v"):
-        factor = text.get("partial_rotary_factor", 0.5)
-        width = int(width * factor) if isinstance(factor, int | float) else 0
-    if (
-        not kinds <= {"default", "mrope"}
-        or not isinstance(sections, list)
-        or [type(size) for size in sections] != [int] * 3
-        or min(sections) < 0
-        or sum(sections) != width // 2
-    ):
-        raise ModelLoadError(
-            f"config.json: the rotation of {config['model_type']} is not M-RoPE with three sections"
-        )
-
-
-def _check_pool(config: Mapping[str, Any]) -> None:
-    """Raise `ModelLoadError` unless a picture's square of patches is pooled to its tokens."""
-    vision, tokens = config["vision_config"], config.get("mm_tokens_per_image", GEMMA3_TOKENS)
-    patches, patch = vision.get("image_size", 224), vision.get("patch_size")
-    sizes = (tokens, patches, patch)
-    if all(type(size) is int and size > 0 for size in sizes):
-        side = math.isqrt(tokens)
-        if side * side == tokens and patches // patch >= side and patches // patch % side == 0:
-            return
-    raise ModelLoadError(
-        f"config.json: mm_tokens_per_image {str(tokens)[:100]} does not divide the patches of a"
-        " picture"
-    )
-
-
-def _quantise(tower: Any, config: Mapping[str, Any], given: Mapping[str, mx.array]) -> None:
-    settings = config["quantization"]
-    nn.quantize(
-        tower,
-        group_size=settings["group_size"],
-        bits=settings["bits"],
-        mode=settings.get("mode", "affine"),
-        class_predicate=lambda path, _: f"{path}.scales" in given,
-    )
-
-
-@lru_cache(maxsize=4)  # those of all layers for a picture
-def _windows(edges: tuple[int, ...]) -> tuple[mx.array, mx.array | None, mx.array]:
-    """Return the rows of windows [windows, rows of the largest], their mask, and the rows to keep.
-
-    Windows are the rows between successive `edges`. Rows of padding are row 0, and masked.
-    """
-    starts, sizes = np.array(edges[:-1]), np.diff(edges)
-    offsets = np.arange(sizes.max())
-    within = offsets < sizes[:, None]
-    places = mx.array(np.where(within, starts[:, None] + offsets, 0))
-    mask = None if within.all() else mx.array(within[:, None, None])
-    return places, mask, mx.array(np.flatnonzero(within))
-
-
-def _vision_class(base: Any) -> Any:
-    """Return a vision tower that attends in all windows at once, for one that has windows.
-
-    mlx-vlm's Qwen2.5-VL attends in one window after the other. Where windows fill a picture, it
-    adds empty ones, as transformers' does, and keeps them: on a GPU, attention over no rows ended
-    the process (SIGFPE, MLX 0.32.4).
-    """
-    if not hasattr(base, "get_window_index"):
-        return base
-    module: Any = importlib.import_module(base.__module__)
-
-    def initialise(self: Any, config: Any) -> None:
-        base.__init__(self, config)
-        for block in self.blocks:
-            block.attn.__class__ = windowed
-
-    def get_window_index(self: Any, grid_thw: mx.array) -> tuple[mx.array, mx.array]:
-        index, edges = base.get_window_index(self, grid_thw)
-        return index, mx.array(list(dict.fromkeys(edges.tolist())))
-
-    def rot_pos_emb(self: Any, grid_thw: mx.array) -> mx.array:
-        angles = base.rot_pos_emb(self, grid_thw)  # the tower brings its rows in window order
-        return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
-
-    def attend(self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.array) -> mx.array:
-        parts = self.qkv(x).reshape(len(x), 3, self.num_heads, -1)
-        rotated = _rotated(parts[:, :2], rotary_pos_emb)
-        places, mask, kept = _windows(tuple(np.array(cu_seqlens).tolist()))
-        found = mx.fast.scaled_dot_product_attention(
-            *(each[places].swapaxes(1, 2) for each in (rotated[:, 0], rotated[:, 1], parts[:, 2])),
-            scale=self.scale,
-            mask=mask,
-        )
-        found = found.swapaxes(1, 2).reshape(places.size, -1)
-        made: mx.array = self.proj(found[kept])
-        return made
-
-    windowed = type("Attention", (module.Attention,), {"__call__": attend})
-    body = {
-        "__init__": initialise,
-        "__module__": base.__module__,
-        "get_window_index": get_window_index,
-        "rot_pos_emb": rot_pos_emb,
-    }
-    return type("VisionModel", (base,), body)
-
-
-@mx.compile  # otherwise each operation writes all heads to memory, in float32
-def _rotated(rows: mx.array, cos_sin: mx.array) -> mx.array:
-    """Rotate heads [rows, ..., heads, width] by the cosines and sines [rows, width] of angles."""
-    cos, sin = mx.split(mx.expand_dims(cos_sin, (1, 2)), 2, axis=-1)
-    first, second = mx.split(rows, 2, axis=-1)
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return mx.concatenate(parts, axis=-1).astype(rows.dtype)
-
-
-def _tower_class(package: Any) -> Any:
-    """Return a subclass of mlx-vlm's model without its language model."""
-    base = package.Model
-
-    def initialise(self: Any, config: Mapping[str, Any], table: Any) -> None:
-        Module.__init__(self)
-        needs = CLASSES[config["model_type"]]
-        text = config.get("text_config") or config
-        self.config = SimpleNamespace(
-            model_type=config["model_type"],
-            text_config=SimpleNamespace(
-                hidden_size=text["hidden_size"],
-                rms_norm_eps=text.get("rms_norm_eps", 1e-5),
-                tie_word_embeddings=bool(text.get("tie_word_embeddings")),
-                mm_tokens_per_image=config.get("mm_tokens_per_image", GEMMA3_TOKENS),
-            ),
-            # mlx-vlm's Gemma 3 divides embeddings by its root, as the language model multiplies by
-            # that of its own. config.json has none, and mlx-vlm would take 2048.
-            hidden_size=text["hidden_size"],
-            pad_token_id=config.get("pad_token_id"),
-            vision_config=package.VisionConfig.from_dict(dict(config["vision_config"])),
-            image_token_index=config.get("image_token_index", config.get("image_token_id")),
-            image_token_id=config.get("image_token_id"),
-            video_token_id=config.get("video_token_id"),
-            video_token_index=config.get("video_token_id"),
-            spatial_merge_size=needs.merged(config),
-            scale_factor=config.get("scale_factor", 2),
-            multimodal_projector_bias=config.get("multimodal_projector_bias", False),
-            vision_feature_layer=config.get("vision_feature_layer", -1 if needs.in_rows else -2),
-            vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),
-        )
-        self.language_model = _Text(table)
-        tower, projector = needs.parts
-        setattr(self, tower, _vision_class(package.VisionModel)(self.config.vision_config))
-        self.audio_tower = self.embed_audio = None
-        self.feature_scale = 1.0
-        if config["model_type"] == "gemma4":
-            vision = self.config.vision_config
-            width = text["hidden_size"]
-            self.embed_vision = package.gemma4.MultimodalEmbedder(
-                vision.hidden_size, width, vision.rms_norm_eps
-            )
-            self.feature_scale = width**-0.5  # the language model multiplies by its inverse
-        elif needs.projector:
-            module = getattr(package, config["model_type"])
-            setattr(self, projector, getattr(module, needs.projector)(self.config))
-        self.masks_inputs = needs.bidirectional
-        self.vision_feature_layer = self.config.vision_feature_layer
-        self.vision_feature_select_strategy = self.config.vision_feature_select_strategy
-
-    def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
-        given = dict(inputs)
-        if self.masks_inputs:  # the mask that it returns is not used
-            given["mask"] = mx.ones((1, token_ids.size), mx.int32)
-        made = base.get_input_embeddings(self, token_ids[None], **given)
-        rows = cast(mx.array, made.inputs_embeds[0])
-        if inputs and self.feature_scale != 1:
-            is_soft = token_ids == self.config.image_token_id
-            rows = mx.where(is_soft[:, None], rows * self.feature_scale, rows)
-        deep = getattr(made, "deepstack_visual_embeds", None)
-        return rows if deep is None else mx.stack([rows, *deep])
-
-    def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        if hasattr(base, "sanitize"):
-            weights = base.sanitize(self, weights)
-        tower = getattr(self, CLASSES[self.config.model_type].parts[0])
-        return cast(dict[str, mx.array], tower.sanitize(weights))
-
-    body = {
-        "__init__": initialise,
-        "__module__": base.__module__,
-        "embed": embed,
-        "sanitize": sanitize,
-    }
-    return type("VisionTower", (base,), body)
-
-
-def _cut_class(package: Any, *, any_res: bool = False) -> Any:
-    """Return a subclass of mlx-vlm's model without its language model.
-
-    mlx-vlm's LLaVA-NeXT and Granite Vision put a whole tile in the place of each token of a
-    picture; with `any_res`, LLaVA-OneVision's methods take their place, without its limit.
-    """
-    base = encoding = package.Model
-
-    def initialise(self: Any, config: Mapping[str, Any], table: Any) -> None:
-        base.__init__(self, _short_config(package, config))
-        self.language_model = _Text(table)
-
-    def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
-        given = dict(inputs)
-        if inputs and self.config.model_type == "deepseek_vl_v2":
-            return _deepseek_rows(self, inputs)
-        if inputs and (prepared := _PREPARED.get(self.config.model_type)) is not None:
-            given = prepared(token_ids == self.config.image_token_index, inputs)
-        made = encoding.get_input_embeddings(self, token_ids[None], **given)
-        return cast(mx.array, made.inputs_embeds[0])
-
-    def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        own: Any = super(tower, self)
-        if hasattr(own, "sanitize"):
-            weights = own.sanitize(weights)
-        part: Any = next(m for m in self.modules() if isinstance(m, package.VisionModel))
-        return cast(dict[str, mx.array], part.sanitize(weights))
-
-    body: dict[str, Any] = {
-        "__init__": initialise,
-        "__module__": base.__module__,
-        "embed": embed,
-        "sanitize": sanitize,
-    }
-    if any_res:
-        encoding = importlib.import_module("mlx_vlm.models.llava_onevision").Model
-        if encoding is not base:
-            body["max_num_patches"] = _MOST_PATCHES
-    tower = type("VisionTower", tuple(dict.fromkeys((encoding, base))), body)
-    return tower
-
-
-def _deepseek_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
-    """Return the embeddings of a picture: its rows, a separator, and the rows of all tiles.
-
-    mlx-vlm's own function gave two different results for one picture, in turns (0.7.10, on a CPU).
-    """
-    pixels = inputs["pixel_values"][0].transpose(0, 2, 3, 1)
-    features = tower.projector(tower.vision(pixels)[0])
-    columns, rows = np.array(inputs["images_spatial_crop"])[0, 0].tolist()
-    side, width = math.isqrt(features.shape[1]), features.shape[-1]
-
-    def ended(grid: mx.array) -> mx.array:
-        ends = mx.broadcast_to(tower.image_newline, (grid.shape[0], 1, width))
-        return mx.concatenate([grid, ends], axis=1).reshape(-1, width)
-
-    tiles = features[1:].reshape(rows, columns, side, side, width).swapaxes(1, 2)
-    parts = [
-        ended(features[0].reshape(side, side, width)),
-        tower.view_separator[None],
-        ended(tiles.reshape(rows * side, columns * side, width)),
-    ]
-    return mx.concatenate(parts if tower.global_view_pos == "head" else parts[::-1])
-
-
-def _minicpm_arguments(placed: mx.array, inputs: Mapping[str, mx.array]) -> dict[str, Any]:
-    """Return the views, whose patches are in one array, as a list."""
-    patch = inputs["pixel_values"].shape[1]
-    ends = np.cumsum(np.prod(np.array(inputs["tgt_sizes"]), axis=1) * patch)[:-1].tolist()
-    (rows,) = np.nonzero(np.array(placed))
-    return {
-        "pixel_values": [mx.split(inputs["pixel_values"], ends, axis=-1)],
-        "tgt_sizes": [inputs["tgt_sizes"]],
-        "image_bound": [np.stack([rows, rows + 1], axis=-1)],
-    }
-
-
-#: By model type, what mlx-vlm's model is called with: from the rows of a picture, bool [rows], and
-#: the inputs of the encoder.
-_PREPARED: Mapping[str, Callable[[mx.array, Mapping[str, mx.array]], dict[str, Any]]] = {
-    "minicpmv4_6": _minicpm_arguments,
-}
-
-#: More than any picture has: no picture is scaled down.
-_MOST_PATCHES = 1 << 60
-
-
-def _short_config(package: Any, config: Mapping[str, Any]) -> Any:
-    """Return mlx-vlm's config of a model whose language model has one layer: it is replaced."""
-    given = dict(config)
-    text = next((given[part] for part in TEXT_PARTS if isinstance(given.get(part), Mapping)), given)
-    given["text_config"] = {"eos_token_id": None, **text, "num_hidden_layers": 1}
-    made = package.ModelConfig.from_dict(given)
-    for name in ("text", "vision", "perceiver", "projector"):
-        kind = getattr(package, f"{name.title()}Config", None)
-        if kind is not None:
-            setattr(made, f"{name}_config", kind.from_dict(dict(given.get(f"{name}_config") or {})))
-    made.image_grid_pinpoints = given.get("image_grid_pinpoints")
-    made.image_token_index = given["image_token_index"]
-    return made

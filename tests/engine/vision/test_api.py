@@ -16,7 +16,7 @@ from modelpack import package
 from modelpack.builder.request import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.models.files import ModelFiles
-from modelpack_engine.vision import models
+from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.vision.processor import Picture
 from modelpack_server.api.app import create_app
 from modelpack_server.api.ollama.models import _capabilities
@@ -282,7 +282,7 @@ def test_a_model_of_text_refuses_pictures(text: Served) -> None:
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """LLaVA answers text, and a picture is refused with the command that installs the extra."""
-    monkeypatch.setattr(models, "is_installed", lambda: False)
+    monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     data = base64.b64encode(ONE).decode()
     source = {"type": "base64", "media_type": "image/png", "data": data}
     asked = {"role": "user", "content": "What is it?", "images": [data]}
@@ -402,7 +402,7 @@ def test_templates_that_show_text_only(template: str, llava: Served) -> None:
 def test_capabilities_of_ollama(monkeypatch: pytest.MonkeyPatch) -> None:
     files = ModelFiles.from_directory(tiny.directory("llava"))
     assert "vision" in _capabilities(files, tiny.TEMPLATE, None)
-    monkeypatch.setattr(models, "is_installed", lambda: False)
+    monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     assert "vision" not in _capabilities(files, tiny.TEMPLATE, None)
 
 
@@ -423,5 +423,5 @@ def test_models_that_read_pictures_are_listed(
 
     expected = {kind: ["completion", "vision"] for kind in tiny.KINDS}
     assert listed() == expected | {"text": ["completion"]}
-    monkeypatch.setattr(models, "is_installed", lambda: False)
+    monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     assert listed() == {name: ["completion"] for name in (*expected, "text")}

@@ -16,8 +16,9 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import LoadedModel, load
 from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.request import EngineRequest, SamplingParams
-from modelpack_engine.vision import models
+from modelpack_engine.vision.models import vision_classes
 from tests.engine.vision import tiny
 from tests.engine.vision.tiny import kinds
 
@@ -42,7 +43,7 @@ def test_it_imports_model_and_processor_modules_only() -> None:
 
 
 def test_models_without_it_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "is_installed", lambda: False)
+    monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     with pytest.raises(ModelLoadError, match="'idefics3' needs the extra 'vision'") as caught:
         load(ModelFiles.from_directory(tiny.directory("idefics3")), device="cpu")
     assert caught.value.hint == "pip install 'modelpack[vision]'"
@@ -61,7 +62,7 @@ def test_fields_that_mlx_vlm_does_not_read(field: str, value: object) -> None:
     config["text_config"] = {**config["text_config"], field: value}
     shown = field.replace("parameters", "scaling")
     with pytest.raises(ModelLoadError, match=f"text_config.{shown} .*changes"):
-        models.vision_classes(config)
+        vision_classes(config)
 
 
 def copied(kind: str, path: Path, **change: object) -> ModelFiles:
@@ -106,7 +107,7 @@ def name_of(loaded: LoadedModel) -> str:
 def test_text_is_as_before_without_the_extra(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The language model is mlx-lm's, with the extra and without it."""
     seeing = tiny.tiny_loaded(kind)
-    monkeypatch.setattr(models, "is_installed", lambda: False)
+    monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     loaded = tiny.tiny_loaded(kind)
     assert name_of(loaded) == name_of(seeing)
     module = {"llava": "mistral3", "qwen2_5_vl": "qwen2_vl"}.get(kind, kind)
@@ -158,7 +159,7 @@ def test_text_is_never_worse_with_the_extra(
     found = []
     for installed in (True, False):
         if not installed:
-            monkeypatch.setattr(models, "is_installed", lambda: False)
+            monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
         loaded = load(files, device="cpu")
         if installed:
             assert (loaded.vision is None) == bool(reason)
@@ -228,7 +229,7 @@ def test_configs_without_a_part(part: str) -> None:
     config = tiny.config_of("idefics3")
     del config[part]
     with pytest.raises(ModelLoadError, match=f"{part} is missing"):
-        models.vision_classes(config)
+        vision_classes(config)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.models import load
 from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.request import EngineRequest, SamplingParams
-from modelpack_engine.vision import models
 from modelpack_engine.vision.models import CLASSES
 from modelpack_engine.vision.processor import PictureProcessor
 from tests.engine.vision import tiny
@@ -41,7 +41,7 @@ def copied(kind: str, path: Path, change: dict[str, Any]) -> ModelFiles:
 @pytest.mark.parametrize("kind", tiny.kinds(*WRAPPED))
 def test_text_needs_no_extra(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens are those of mlx-vlm, with the extra and without it."""
-    monkeypatch.setattr(models, "is_installed", lambda: False)
+    monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     loaded = tiny.tiny_loaded(kind)
     assert loaded.vision is None
     assert "pictures are not read: the extra 'vision' is not installed" in loaded.notes[-1]
