@@ -72,7 +72,7 @@ def check_fields(config: Config, arguments: type, ignored: Collection[str] = ())
         if not isinstance(part, dict):
             continue
         prefix, key = f"{place}." if place else "", rules_key(config, place)
-        if place:  # of `multimodal`, a model type of its own
+        if place or getattr(arguments, "is_flat", False):  # of `multimodal`: a type of its own
             key = getattr(arguments, "text_type", key)
         check = _Part(part, prefix, key, _types().get(key, {}), read, frozenset(ignored))
         check.values()

@@ -22,6 +22,8 @@ from modelpack_engine.patches.corrections import TEXT_PARTS, Classes, corrected
 from modelpack_engine.vision.models import CLASSES
 
 _PREFIX = "language_model."
+#: Names of tensors of a language model without a head.
+_DECODER = ("embed_tokens.", "layers.", "norm.")
 
 
 def language_classes(config: Mapping[str, Any]) -> Classes | None:
@@ -33,22 +35,22 @@ def language_classes(config: Mapping[str, Any]) -> Classes | None:
     known = CLASSES[kind].language if kind in CLASSES else None
     if known is None:
         return None
-    part = _text_part(config)
-    text_type = config[part].get("model_type")
+    part = _text_part(config, flat=kind in known)
+    text_type = _text(config, part).get("model_type")
     if not isinstance(text_type, str) or text_type not in known:
         raise ModelLoadError(
             f"config.json: {part}.model_type {str(text_type)[:50]!r} is not supported for"
             f" {kind}; expected one of {', '.join(known)}"
         )
     name = known[text_type]
-    if name == "deepseek_v2" and not config[part].get("kv_lora_rank"):
+    if name == "deepseek_v2" and not _text(config, part).get("kv_lora_rank"):
         name = "deepseek"  # DeepSeek-VL2 Tiny: experts without latent attention
 
     def choose(config: dict[str, Any]) -> tuple[type[Module], type]:
         from mlx_lm.utils import _get_classes
 
         module, _, inner = name.partition(".")
-        made, arguments = corrected(_get_classes)({**config[part], "model_type": module})
+        made, arguments = corrected(_get_classes)({**_text(config, part), "model_type": module})
         if inner:
             found: Any = importlib.import_module(made.__module__)
             made, arguments = getattr(found, inner), getattr(found, f"{inner}Args")
@@ -57,8 +59,17 @@ def language_classes(config: Mapping[str, Any]) -> Classes | None:
     return choose
 
 
-def _text_part(config: Mapping[str, Any]) -> str:
+def _text(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """Return the fields of the language model: those of a part, or of the whole config."""
+    found: Mapping[str, Any] = config[part] if part else config
+    return found
+
+
+def _text_part(config: Mapping[str, Any], *, flat: bool) -> str:
+    """Return the name of the language model's part, "" if its fields are in the whole config."""
     found = [part for part in TEXT_PARTS if isinstance(config.get(part), Mapping)]
+    if flat and not found:
+        return ""
     if not found:
         raise ModelLoadError("config.json: text_config is missing")
     return found[0]
@@ -68,12 +79,13 @@ def _arguments_class(inner: Any, part: str, name: str) -> type:
     """Return a class whose `from_dict` makes mlx-lm's arguments from a part of config.json."""
 
     class Arguments:
-        #: The model type whose fields `config_guard` checks in the part.
-        text_type = name
+        #: The model type whose fields `config_guard` checks in the part, or in the whole config.
+        text_type, is_flat = name, not part
 
         @classmethod
         def from_dict(cls, config: Mapping[str, Any]) -> Any:
-            text = completed({**config[part], "model_type": name.partition(".")[0]}, inner)
+            text = {**_text(config, part), "model_type": name.partition(".")[0]}
+            text = completed(text, inner)
             if name == "deepseek_v2" and not text.get("rope_scaling"):  # mlx-lm's needs one
                 text["rope_scaling"] = {"type": "yarn", "factor": 1.0}
             made = SimpleNamespace(model_type=config["model_type"], text_config=text)
@@ -121,12 +133,14 @@ def _model_class(inner: Any) -> type[Module]:
         kept = {}
         for name, value in weights.items():
             name = name.replace("model.language_model.", "language_model.model.", 1)
+            name = name.replace("model.text_model.", "language_model.model.", 1)
             if name.startswith("language."):
                 name = f"{_PREFIX}{name.removeprefix('language.')}"
-            if name.startswith("lm_head."):
+            if name.startswith(("lm_head.", *(f"model.{part}" for part in _DECODER))):
                 name = f"{_PREFIX}{name}"
             if name.startswith(_PREFIX):
-                kept[name.removeprefix(_PREFIX)] = value
+                name = name.removeprefix(_PREFIX)
+                kept[f"model.{name}" if name.startswith(_DECODER) else name] = value
         if hasattr(inner, "sanitize"):
             kept = self.language_model.sanitize(kept)
         return {f"{_PREFIX}{name}": value for name, value in kept.items()}

@@ -18,6 +18,8 @@ from modelpack_engine.vision.models import CLASSES
 
 #: The largest side, in pixels, to which a preprocessor_config.json may scale pictures.
 MAX_SIDE = 8192
+#: Pixels on each side of a tile of Phi-3 Vision.
+PHI3_SIDE = 336
 #: What image processors return.
 Made = Mapping[str, Any]
 #: Returns the text for one picture: from config.json and what the image processor made of it, with
@@ -285,6 +287,41 @@ class _MiniCPMProcessor:
         }
 
 
+def _gemma3n(config: Mapping[str, Any], made: Made) -> str:
+    """Gemma 3n: always as many tokens, between two others."""
+    needs = CLASSES["gemma3n"]
+    count = int(config.get("vision_soft_tokens_per_image", 256))
+    return f"{needs.begins}{needs.soft * count}{needs.ends}"
+
+
+def _idefics2(config: Mapping[str, Any], made: Made) -> str:
+    """Idefics 2: as many tokens for each view, with a token around each."""
+    perceiver, edge = config.get("perceiver_config") or {}, "<fake_token_around_image>"
+    view = _token(config) * int(perceiver.get("resampler_n_latents", 64))
+    views: int = made["pixel_values"].shape[1]
+    return f"{edge}{view}" * views + edge
+
+
+def _phi3(config: Mapping[str, Any], made: Made) -> str:
+    """Phi-3 Vision: rows of all tiles, a separator, and the whole picture."""
+    rows, columns = (int(size) // PHI3_SIDE for size in made["image_sizes"][0])
+    return _token(config) * ((rows * columns + 1) * 144 + 1 + (rows + 1) * 12)
+
+
+def _phi3_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> ImageProcessor:
+    """Phi-3 Vision: mlx-vlm's, in NumPy, with tiles of a fixed size."""
+    from mlx_vlm.models.phi3_v.processing_phi3_v import Phi3VImageProcessor
+
+    names = ("image_mean", "image_std", "num_crops")
+    given = {name: settings[name] for name in names if name in settings}
+    crops = given.setdefault("num_crops", 4)
+    if not 0 < int(crops) * PHI3_SIDE**2 <= MAX_SIDE**2:
+        raise ValueError(f"num_crops is {crops}, for tiles of {PHI3_SIDE} pixels a side")
+    kind: Any = Phi3VImageProcessor
+    made: ImageProcessor = kind(**given)
+    return made
+
+
 _ANY_RES = ("granite_vision", "llava_next", "llava_onevision")
 _INTERNVL = ("internvl", "internvl_chat")
 _LFM2 = ("lfm2-vl", "lfm2_vl")
@@ -294,6 +331,9 @@ LAYOUTS: Mapping[str, Layout] = {
     **dict.fromkeys(_LFM2, _lfm2),
     "aya_vision": _aya,
     "deepseek_vl_v2": _deepseek,
+    "gemma3n": _gemma3n,
+    "idefics2": _idefics2,
+    "phi3_v": _phi3,
     "kimi_vl": _kimi,
     "minicpmv4_6": _minicpm,
 }
@@ -306,4 +346,5 @@ PROCESSORS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], ImageP
     "deepseek_vl_v2": _DeepSeekProcessor,
     "kimi_vl": _KimiProcessor,
     "minicpmv4_6": _MiniCPMProcessor,
+    "phi3_v": _phi3_processor,
 }

@@ -42,7 +42,14 @@ class VisionClass:
     model without its own language model. `package` is mlx-vlm's folder if its name is not the type,
     `siglip` the one for towers of SigLIP's, and `part` the token of a part of a picture, if not the
     placeholder. With `any_res`, embeddings of tiles are put together as LLaVA-OneVision's are,
-    which mlx-vlm does for that class only.
+    which mlx-vlm does for that class only. Where `language` has the type itself, the fields of the
+    language model are those of the whole config.
+
+    language model are those of the whole config, and `vision_part` is the field of the tower's.
+
+    With `prefix`, all tokens of a prompt with pictures attend to each other in both directions;
+    `ends` comes after the last picture, and a newline after the text. With `joins`, a picture right
+    after another one shares its last token, and a text right after a picture begins with a space.
     """
 
     text_types: tuple[str, ...] = ()
@@ -63,6 +70,9 @@ class VisionClass:
     siglip: str = ""
     part: str = ""
     any_res: bool = False
+    vision_part: str = "vision_config"
+    prefix: bool = False
+    joins: bool = False
 
     def folder(self, config: Mapping[str, Any]) -> str:
         """Return the name of mlx-vlm's package for the model of `config`."""
@@ -94,6 +104,14 @@ CLASSES: Mapping[str, VisionClass] = {
         around="\n\n",
         bidirectional=True,
     ),
+    "gemma3n": VisionClass(
+        placeholder="<image_soft_token>",
+        begins="<start_of_image>",
+        soft="<image_soft_token>",
+        ends="<end_of_image>",
+        around="\n\n",
+        hidden_id=0,
+    ),
     "gemma4": VisionClass(
         placeholder="<|image|>",
         projector="MultimodalEmbedder",
@@ -116,6 +134,7 @@ CLASSES: Mapping[str, VisionClass] = {
         projector="Idefics3Connector",
         parts=("vision_model", "connector"),
     ),
+    "idefics2": VisionClass(language=_LLAMAS, joins=True),
     "internvl": VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS),
     "internvl_chat": VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS),
     "kimi_vl": VisionClass(placeholder="<|media_pad|>", language={"deepseek_v3": "deepseek_v3"}),
@@ -131,6 +150,12 @@ CLASSES: Mapping[str, VisionClass] = {
     ),
     "mistral3": VisionClass(
         placeholder="[IMG]", projector="Mistral3MultiModalProjector", in_rows=True
+    ),
+    "paligemma": VisionClass(
+        language={"gemma": "gemma", "gemma2": "gemma2"}, prefix=True, ends="<bos>"
+    ),
+    "phi3_v": VisionClass(
+        placeholder="<|image|>", language={"phi3_v": "phi3"}, vision_part="img_processor"
     ),
     "pixtral": VisionClass(placeholder="[IMG]", in_rows=True, merge=1),
     "qwen2_5_vl": _QWEN,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import threading
 import weakref
@@ -39,6 +40,11 @@ _INPUTS = (
 _TILES = ("max_patches", "max_tiles", "max_image_tiles", "max_slice_nums")
 #: Fields of config.json with the id of the token of pictures.
 _TOKEN_IDS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
+
+#: Tokens of a text around pictures that steps have room for, if all attend to each other.
+MAX_PREFIX = 512
+#: Kinds whose image processors take a list of the pictures of each prompt.
+_NESTED = ("idefics2", "idefics3", "smolvlm")
 
 #: Returns the token ids of a text, in which special tokens are recognised.
 Encode = Callable[[str], list[int]]
@@ -125,8 +131,14 @@ class PictureProcessor:
 
     def with_spaces(self, text: str) -> str:
         """Return a prompt with pictures as it is tokenised: with what the model has around them."""
-        around = self._needs.around
-        return text.replace(self.image_token, f"{around}{self.image_token}{around}")
+        needs, token = self._needs, self.image_token
+        if needs.joins:
+            return re.sub(rf"{re.escape(token)}(?=[^\s<])", f"{token} ", text)
+        if needs.prefix and token in text:
+            before, _, after = text.rpartition(token)
+            ends = "" if after.startswith(needs.ends) else needs.ends
+            return f"{before}{token}{ends}{after}" + ("" if after.endswith("\n") else "\n")
+        return text.replace(token, f"{needs.around}{token}{needs.around}")
 
     def place(
         self,
@@ -156,20 +168,43 @@ class PictureProcessor:
                 placed.append(token_id)
                 continue
             check_room(len(placed) + len(token_ids) - position)
-            made = self._media(next(left), len(placed), len(media), len(pictures))
+            shared = placed[-1] if media and media[-1].stop == len(placed) else None
+            made = self._media(next(left), len(placed), len(media), len(pictures), shared)
             self.memory.add(made, sum(each.nbytes for each in media))
             media.append(made)
             placed += made.token_ids
+        if self._needs.prefix and media:
+            media = [self._prompt(placed, media)]
         return placed, tuple(media)
 
-    def _media(self, picture: Picture, start: int, index: int, count: int) -> Media:
-        """Return the tokens and inputs of a picture: that with this index among `count`."""
+    def _prompt(self, placed: list[int], media: list[Media]) -> Media:
+        """Return a whole prompt as one picture, as all its tokens attend to each other."""
+        inputs = {
+            name: np.concatenate([each.inputs[name] for each in media]) for name in media[0].inputs
+        }
+        digest = hashlib.sha256(b"".join(each.digest for each in media))
+        digest.update(np.array(placed, np.int32).tobytes())
+        param, spans = media[0].param, ((0, len(placed)),) if self.largest_span else ()
+        media.clear()  # frees their share of the memory
+        made = Media(0, tuple(placed), digest.digest(), inputs, param, bidirectional=spans)
+        self.memory.add(made, 0)
+        return made
+
+    def _media(
+        self, picture: Picture, start: int, index: int, count: int, before: int | None
+    ) -> Media:
+        """Return the tokens and inputs of a picture: that with this index among `count`.
+
+        `before` is the last token of a picture right before it.
+        """
         from PIL import Image
 
         images: list[Any] = [Image.fromarray(picture.pixels)]
         options: dict[str, Any] = {}
+        if self._kind in _NESTED:
+            images = [images]
         if self._is_tiled:
-            images, options = [images], {"return_row_col_info": True}
+            options["return_row_col_info"] = True
         elif self._needs.in_rows:
             options["patch_size"] = {"height": self._token_side, "width": self._token_side}
         if self._kind in PROCESSORS:
@@ -181,6 +216,8 @@ class PictureProcessor:
                 kept = int((places[0, :, 0] >= 0).sum())
                 inputs = {name: array[:, :kept].copy() for name, array in inputs.items()}
             tokens = self._encode(self._text(made, inputs["pixel_values"]))
+            if self._needs.joins and tokens[:1] == [before]:
+                tokens = tokens[1:]
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             height, width = picture.pixels.shape[:2]
             raise RequestError(
@@ -195,7 +232,7 @@ class PictureProcessor:
             grid = frames, height // merge, width // merge
         known = np.array(tokens, np.int32).tobytes()  # may depend on the other pictures
         digest = hashlib.sha256(self._settings_digest + known + picture.digest()).digest()
-        spans = ((1, len(tokens) - 1),) if self.largest_span else ()
+        spans = ((1, len(tokens) - 1),) if self.largest_span else ()  # `_prompt` has its own
         return Media(
             start, tuple(tokens), digest, inputs, picture.param, grid, spans, self._kind == "gemma4"
         )
@@ -213,6 +250,9 @@ class PictureProcessor:
         text = self._config.get("text_config") or {}
         if self._kind == "gemma4" and text.get("use_bidirectional_attention") == "vision":
             return int(self._image_processor.to_dict()["max_soft_tokens"])
+        if self._needs.prefix and text.get("use_bidirectional_attention") is not False:
+            vision = self._config["vision_config"]
+            return (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + MAX_PREFIX
         return 0
 
     @property
@@ -289,12 +329,15 @@ def with_image_token(config: Mapping[str, Any], encode: Encode) -> dict[str, Any
     needs = CLASSES[config["model_type"]]
     if needs.language is None:
         return dict(config)
-    token = needs.part or needs.placeholder
+    token = needs.soft or needs.part or needs.placeholder
     ids = encode(token)
     named = next((config[name] for name in _TOKEN_IDS if config.get(name) is not None), None)
     if len(ids) != 1 or named not in (None, ids[0]):
         raise ModelLoadError(f"{token!r} is not the token {named} of config.json")
-    return {**config, "image_token_id": ids[0], "image_token_index": ids[0]}
+    vision = config.get(needs.vision_part)
+    return {
+        **config, "image_token_id": ids[0], "image_token_index": ids[0], "vision_config": vision
+    }  # fmt: skip
 
 
 def _check_patches(settings: Mapping[str, Any], vision: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Each has `embed`, which encodes a picture, as `VisionModel` says.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ _PREFIXES = ("embed_vision.", "multi_modal_projector.", "vision_tower.", "visual
 _LANGUAGE = (
     "language_model.",
     "language.",
+    "text_model.",
     "lm_head.",
     "layers.",
     "embed_tokens.",
@@ -96,7 +98,9 @@ def open_tower(
     if not weights:
         raise ModelLoadError("the files have no vision tower")
     try:
-        if needs.language is None:
+        if kind in _PARTS:
+            tower = _PartsTower(package, config, table)
+        elif needs.language is None:
             tower = _tower_class(package)(config, table)
         else:
             tower = _cut_class(package, any_res=needs.any_res)(config, table)
@@ -374,6 +378,125 @@ def _cut_class(package: Any, *, any_res: bool = False) -> Any:
     return tower
 
 
+class _PartsTower(Module):  # type: ignore[misc]
+    """The modules of mlx-vlm's model that encode pictures: those of `_PARTS`."""
+
+    def __init__(self, package: Any, config: Mapping[str, Any], table: Any) -> None:
+        super().__init__()
+        text = _text_of(config)
+        parts, self._encode, scale = _PARTS[str(config["model_type"])]
+        self.config = _made_config(package, {**config, "text_config": {**text}})
+        for name, module in parts(package, self.config).items():
+            setattr(self, name, module)
+        self._width, self._table = int(text["hidden_size"]), _Text(table)
+        self._scale = self._width**0.5 if scale else 1.0
+        self._image_token_id = config["image_token_id"]
+
+    def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
+        """Return the embeddings of tokens, with those of a picture in their places."""
+        rows = self._table.embed_tokens(token_ids)
+        rows = rows * self._scale if self._scale != 1 else rows
+        if not inputs:
+            return cast(mx.array, rows)
+        made = self._encode(self, inputs).astype(rows.dtype)
+        (places,) = np.nonzero(np.array(token_ids) == self._image_token_id)
+        if len(places) != len(made):
+            raise ValueError(f"{len(made)} embeddings for {len(places)} tokens of a picture")
+        rows[mx.array(places)] = made
+        return cast(mx.array, rows)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return weights by the names and in the layout of the modules."""
+        for part in self.children().values():
+            if hasattr(part, "sanitize"):
+                weights = part.sanitize(weights)
+        return weights
+
+
+def _gemma3n_parts(package: Any, config: Any) -> dict[str, Module]:
+    embedder = package.gemma3n.Gemma3nMultimodalEmbedder
+    return {
+        "vision_tower": package.VisionModel(config.vision_config),
+        "embed_vision": embedder(config.vision_config, text_config=config.text_config),
+    }
+
+
+def _gemma3n_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """mlx-vlm's tower returns columns of rows; transformers' and the model's order is rows."""
+    states = tower.vision_tower(inputs["pixel_values"], output_hidden_states=True).swapaxes(1, 2)
+    rows = states.reshape(1, -1, states.shape[-1]) * states.shape[-1] ** 0.5
+    return cast(mx.array, tower.embed_vision(inputs_embeds=rows)[0])
+
+
+def _paligemma_parts(package: Any, config: Any) -> dict[str, Module]:
+    return {
+        "vision_tower": package.VisionModel(config.vision_config),
+        "multi_modal_projector": package.paligemma.PaliGemmaMultiModalProjector(config),
+    }
+
+
+def _paligemma_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """The language model multiplies embeddings by what these are divided by."""
+    pixels = inputs["pixel_values"].transpose(0, 2, 3, 1)
+    states = [tower.vision_tower(each[None])[0] for each in pixels]  # it takes one picture
+    return cast(mx.array, tower.multi_modal_projector(mx.concatenate(states)) / tower._width**0.5)
+
+
+def _phi3_parts(package: Any, config: Any) -> dict[str, Module]:
+    return {"vision_embed_tokens": package.VisionModel(config)}
+
+
+def _phi3_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """mlx-vlm's tower writes its rows into those of a text."""
+    rows, columns = (np.array(inputs["image_sizes"])[0] // 336).tolist()
+    count = (rows * columns + 1) * 144 + 1 + (rows + 1) * 12
+    made = tower.vision_embed_tokens(
+        inputs["pixel_values"],
+        mx.zeros((1, count, tower._width), inputs["pixel_values"].dtype),
+        inputs["image_sizes"],
+        [(0, 0)],
+    )
+    return cast(mx.array, made[0])
+
+
+def _idefics2_parts(package: Any, config: Any) -> dict[str, Module]:
+    return {
+        "vision_model": package.VisionModel(config.vision_config),
+        "connector": package.idefics2.Idefics2Connector(config),
+    }
+
+
+def _idefics2_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Encode each view without its padding, which mlx-vlm's tower attends to."""
+    patch, found = tower.config.vision_config.patch_size, []
+    masks = np.array(inputs["pixel_attention_mask"])[0]
+    for pixels, mask in zip(inputs["pixel_values"][0], masks, strict=True):
+        height, width = (
+            min(-(-int(seen.sum()) // patch), len(seen) // patch) * patch
+            for seen in (mask.any(axis=1), mask.any(axis=0))
+        )
+        view = pixels[:, :height, :width].transpose(1, 2, 0)[None]
+        found.append(tower.connector(tower.vision_model(view)[0])[0])
+    return mx.concatenate(found)
+
+
+#: By model type: the modules that encode pictures, by the names of their tensors; how they do it;
+#: and whether the language model gets embeddings that are multiplied by the root of the width.
+_PARTS: Mapping[
+    str,
+    tuple[
+        Callable[[Any, Any], dict[str, Module]],
+        Callable[[Any, Mapping[str, mx.array]], mx.array],
+        bool,
+    ],
+] = {
+    "gemma3n": (_gemma3n_parts, _gemma3n_rows, True),
+    "idefics2": (_idefics2_parts, _idefics2_rows, False),
+    "paligemma": (_paligemma_parts, _paligemma_rows, False),
+    "phi3_v": (_phi3_parts, _phi3_rows, False),
+}
+
+
 def _deepseek_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     """Return the embeddings of a picture: its rows, a separator, and the rows of all tiles.
 
@@ -419,16 +542,27 @@ _PREPARED: Mapping[str, Callable[[mx.array, Mapping[str, mx.array]], dict[str, A
 _MOST_PATCHES = 1 << 60
 
 
+def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the language model inside a config."""
+    parts = (config[part] for part in TEXT_PARTS if isinstance(config.get(part), Mapping))
+    return next(parts, config)
+
+
 def _short_config(package: Any, config: Mapping[str, Any]) -> Any:
     """Return mlx-vlm's config of a model whose language model has one layer: it is replaced."""
-    given = dict(config)
-    text = next((given[part] for part in TEXT_PARTS if isinstance(given.get(part), Mapping)), given)
-    given["text_config"] = {"eos_token_id": None, **text, "num_hidden_layers": 1}
+    text = {"eos_token_id": None, **_text_of(config), "num_hidden_layers": 1}
+    return _made_config(package, {**config, "text_config": text})
+
+
+def _made_config(package: Any, config: Mapping[str, Any]) -> Any:
+    """Return mlx-vlm's config, with those of all parts."""
+    given = copy.deepcopy(dict(config))  # mlx-vlm's classes change it
+    given.setdefault("audio_config", {})
     made = package.ModelConfig.from_dict(given)
     for name in ("text", "vision", "perceiver", "projector"):
         kind = getattr(package, f"{name.title()}Config", None)
         if kind is not None:
             setattr(made, f"{name}_config", kind.from_dict(dict(given.get(f"{name}_config") or {})))
     made.image_grid_pinpoints = given.get("image_grid_pinpoints")
-    made.image_token_index = given["image_token_index"]
+    made.image_token_index = given.get("image_token_index", given["image_token_id"])
     return made

@@ -76,12 +76,9 @@ REASONS: Mapping[str, str] = {
         phi4_siglip plamo2vl prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl
         zaya1_vl""",
     ),
-    **dict.fromkeys(("gemma4_unified", "paligemma"), f"{_PICTURES}: within one, tokens"
-                    " attend to later ones"),
-    "gemma3n": f"pictures and {_SOUND}",
+    "gemma4_unified": f"{_PICTURES}: within one, tokens attend to later ones",
     "florence2": "an encoder and a decoder",
     "granite4_vision": f"{_PICTURES}: rows are added before layers that the config names",
-    "idefics2": f"{_PICTURES}: its processor changes the text beside a picture",
     "inkling": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
     "minicpmo": f"pictures and {_SOUND}",
     "minicpmv4_7": f"{_PICTURES}: positions on a canvas",
@@ -91,7 +88,6 @@ REASONS: Mapping[str, str] = {
     "nemotron_h_nano_omni": f"pictures and {_SOUND}",
     "nemotron_parse": "an encoder and a decoder",
     "nemotron_voicechat": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
-    "phi3_v": f"{_PICTURES}: numbered placeholders, which are not tokens",
     "phi4mm": f"pictures and {_SOUND}",
     "qwen3_omni_moe": f"pictures and {_SOUND}",
 }  # fmt: skip

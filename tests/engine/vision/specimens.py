@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,10 @@ SPECIAL = [
     "<|IMG_PATCH|>", "<image_id>", "</image_id>", "</image>", "<slice>", "</slice>", "<unk>",
     *(f"<|img_row_{y}_col_{x}|>" for y in range(1, 4) for x in range(1, 4)),
 ]  # fmt: skip
+#: After all of those that models of 320 tokens have.
+LATER = ["<bos>", "<image_of_phi>", "<end_of_utterance>"]
+VOCABULARY_LATER = 352
+BOS = 320
 GLM_IMAGE = 287
 GLM_START, GLM_END, GLM_VIDEO, _, _, CONTEXT, MEDIA = range(289, 296)
 PATCH = 304
@@ -42,7 +47,9 @@ class Specimen:
 
     `prompt` is what a chat template writes for a picture, `peer` the same for mlx-vlm's processor.
     `call` calls the processor, if it is not called as transformers' are. `embed` takes the place of
-    mlx-vlm's `get_input_embeddings`: of a model, token ids, pixels and other inputs.
+    mlx-vlm's `get_input_embeddings`: of a model, token ids, pixels and other inputs; with
+    `embeds_text`, of prompts without pictures, too. `stored` is the name of a tensor in published
+    files, for that of mlx-vlm's model.
     """
 
     config: dict[str, Any]
@@ -53,6 +60,8 @@ class Specimen:
     documents: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     call: Callable[[Any, list[Any], str], dict[str, Any]] | None = None
     embed: Callable[[Any, mx.array, mx.array, Mapping[str, Any]], mx.array] | None = None
+    embeds_text: bool = False
+    stored: Callable[[str], str] = str
     seed: int = 5
 
 
@@ -417,6 +426,213 @@ def _lfm2() -> Specimen:
     )  # fmt: skip
 
 
+def _placed(model: Any, ids: mx.array, found: list[mx.array], scale: float = 1.0) -> mx.array:
+    """Return the embeddings of a prompt, with `found` in the places of the pictures' tokens."""
+    rows = np.array(model.language_model.model.embed_tokens(ids)) * scale
+    if found:
+        rows[0, np.array(ids)[0] == model.config.image_token_index] = np.concatenate(found)
+    return mx.array(rows)
+
+
+def _gemma3n_rows(
+    model: Any, ids: mx.array, pixels: mx.array | None, inputs: Mapping[str, Any]
+) -> mx.array:
+    """Multiply embeddings of text by the root of the width, as transformers does."""
+    model.config.image_token_index = SOFT
+    found = []
+    if pixels is not None:
+        made = model.get_image_features(
+            pixels, model.vision_tower, model.config, model.embed_vision
+        )
+        for each in made:  # mlx-vlm has the columns of the picture first, transformers the rows
+            found.append(np.array(each).reshape(16, 16, 64).swapaxes(0, 1).reshape(256, 64))
+    return _placed(model, ids, found, 8.0)
+
+
+def _gemma3n_stored(name: str) -> str:
+    return "model." + name.replace("language_model.model.", "language_model.")
+
+
+SOFT = 284
+
+
+def _gemma3n() -> Specimen:
+    """Without shared layers: mlx-vlm rotates their queries by the length of the chunk, too."""
+    return Specimen(
+        config={
+            "model_type": "gemma3n", "image_token_id": SOFT, "audio_token_id": 299,
+            "vocab_size": VOCABULARY, "tie_word_embeddings": True,
+            "text_config": {
+                **TEXT, "model_type": "gemma3n_text", "head_dim": 16,
+                "intermediate_size": [96] * 4, "num_hidden_layers": 4,
+                "num_kv_shared_layers": 0, "vocab_size_per_layer_input": SOFT,
+                "sliding_window": 24, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
+                "final_logit_softcapping": 30.0, "hidden_size_per_layer_input": 8,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "altup_num_inputs": 2,
+                "altup_coef_clip": 120.0, "altup_correct_scale": True, "altup_active_idx": 0,
+                "laurel_rank": 8,
+            },
+            "vision_config": {
+                "model_type": "gemma3n_vision", "hidden_size": 2048, "vocab_size": 8,
+                "vocab_offset": SOFT,
+            },
+            "audio_config": {
+                "hidden_size": 32, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1,
+                "vocab_size": 8, "vocab_offset": 292,
+            },
+        },
+        settings={
+            "image_processor_type": "SiglipImageProcessor", "size": {"height": 512, "width": 512},
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "do_normalize": False,
+        },
+        processor="gemma3n.processing_gemma3n:Gemma3nProcessor",
+        prompt="<image_soft_token>",
+        documents={"processor_config.json": {"image_seq_length": 256}},
+        embed=_gemma3n_rows,
+        embeds_text=True,
+        stored=_gemma3n_stored,
+    )  # fmt: skip
+
+
+def _paligemma_rows(
+    model: Any, ids: mx.array, pixels: mx.array, inputs: Mapping[str, Any]
+) -> mx.array:
+    """Place several pictures, anywhere; mlx-vlm places one at the start."""
+    found = []
+    for picture in pixels:
+        states = model.vision_tower(picture[None].transpose(0, 2, 3, 1))[0]
+        found.append(np.array(model.multi_modal_projector(states)).reshape(-1, 64) / 8.0)
+    return _placed(model, ids, found)
+
+
+def _paligemma() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "paligemma", "image_token_index": IMAGE, "hidden_size": 2048,
+            "projection_dim": 64, "vocab_size": VOCABULARY_LATER, "bos_token_id": BOS,
+            "text_config": {
+                **TEXT, "model_type": "gemma", "head_dim": 16, "num_image_tokens": 16,
+                "vocab_size": VOCABULARY_LATER, "hidden_activation": "gelu_pytorch_tanh",
+                "tie_word_embeddings": True,
+            },
+            "vision_config": {**VISION, "model_type": SIGLIP, "projection_dim": 64},
+        },
+        settings={
+            "image_processor_type": "SiglipImageProcessor", "size": {"height": 16, "width": 16},
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "image_seq_length": 16,
+        },
+        processor="paligemma.processing_paligemma:PaliGemmaProcessor",
+        prompt="<image>",
+        documents={"processor_config.json": {"image_seq_length": 16}},
+        embed=_paligemma_rows,
+    )  # fmt: skip
+
+
+def _idefics2_rows(
+    model: Any, ids: mx.array, pixels: mx.array, inputs: Mapping[str, Any]
+) -> mx.array:
+    """Encode each view by itself: mlx-vlm's tower attends to padding, transformers' does not."""
+    found = []
+    masks = np.array(inputs["pixel_attention_mask"])[0]
+    for index, view in enumerate(pixels[0]):
+        rows, columns = (masks[index].sum(axis).max() for axis in (0, 1))
+        beside = masks[index // 5 * 5 : index // 5 * 5 + 5]  # the views of a picture
+        limit = [int(beside.sum(axis).max()) // 4 * 4 for axis in (1, 2)]
+        rows, columns = min(-(-rows // 4) * 4, limit[0]), min(-(-columns // 4) * 4, limit[1])
+        seen = view[:, :rows, :columns].transpose(1, 2, 0)[None]
+        found.append(np.array(model.connector(model.vision_model(seen)[0])[0]))
+    table = model.language_model.embed_tokens
+    rows = np.array(table(ids))
+    rows[0, np.array(ids)[0] == IMAGE] = np.concatenate(found)
+    return mx.array(rows)
+
+
+def _idefics2() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "idefics2", "image_token_id": IMAGE, "vocab_size": VOCABULARY_LATER,
+            "text_config": {**TEXT, "model_type": "mistral", "vocab_size": VOCABULARY_LATER},
+            "vision_config": {**VISION, "model_type": "idefics2", "image_size": 32},
+            "perceiver_config": {
+                "model_type": "idefics2_perceiver", "resampler_depth": 1, "resampler_head_dim": 16,
+                "resampler_n_heads": 4, "num_key_value_heads": 2, "resampler_n_latents": 4,
+            },
+        },
+        settings={
+            "image_processor_type": "Idefics2ImageProcessor", "do_image_splitting": True,
+            "size": {"shortest_edge": 12, "longest_edge": 32}, "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3, "do_pad": True,
+        },
+        processor="idefics2.processing_idefics2:Idefics2Processor",
+        prompt="<image>",
+        documents={"processor_config.json": {"image_seq_len": 4}},
+        embed=_idefics2_rows,
+    )  # fmt: skip
+
+
+def _call_phi3(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
+    """Return a prompt with all of its text: mlx-vlm drops a token after each picture."""
+    made = processor.image_processor(images)
+    ids: list[int] = []
+    for index, part in enumerate(text.split("<|image|>")):
+        if index:
+            size = images[index - 1]
+            ids += [IMAGE_OF_PHI] * processor.image_processor.calc_num_image_tokens(size)
+        ids += processor.tokenizer.encode(part, add_special_tokens=False)
+    return {"input_ids": np.array([ids]), **made}
+
+
+def _phi3_rows(model: Any, ids: mx.array, pixels: mx.array, inputs: Mapping[str, Any]) -> mx.array:
+    places = np.argwhere(np.array(ids) == IMAGE_OF_PHI).tolist()
+    rows = model.model.embed_tokens(ids)
+    made: mx.array = model.model.vision_embed_tokens(pixels, rows, inputs["image_sizes"], places)
+    return made
+
+
+IMAGE_OF_PHI = GLM_IMAGE
+
+
+def _phi3() -> Specimen:
+    return Specimen(
+        config={
+            **TEXT, "model_type": "phi3_v", "original_max_position_embeddings": 1024,
+            "img_processor": {"image_dim_out": 1024, "num_img_tokens": 144},
+            "max_position_embeddings": 4096,
+        },
+        settings={
+            "image_processor_type": "Phi3VImageProcessor", "num_crops": 1,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+        processor="phi3_v.processing_phi3_v:Phi3VProcessor",
+        prompt="<|image|>",
+        call=_call_phi3,
+        embed=_phi3_rows,
+    )  # fmt: skip
+
+
+_SMALL: set[Any] = set()
+
+
+def shrink(package: Any) -> None:
+    """Make the towers smaller whose size mlx-vlm fixes."""
+    name = package.__name__.rpartition(".")[2]
+    if name == "gemma3n" and package not in _SMALL:
+        vision = package.vision
+        vision.gemma3n_mobilenet_def = lambda: [
+            [vision._er(3, 32, 2, 1.0)], [vision._uir(3, 5, 32, 2, 2.0)],
+            [vision._uir(5, 5, 640, 2, 1.0), vision._mmqa(2, 16, 2)],
+            [vision._uir(5, 5, 1280, 2, 1.0), vision._mmqa(2, 16, 1)],
+        ]  # fmt: skip
+        adapter = vision.MobileNetV5MultiScaleFusionAdapter
+        vision.MobileNetV5MultiScaleFusionAdapter = partial(adapter, expansion_ratio=0.02)
+    elif name == "phi3_v":
+        fixed = package.VisionModel.CLIP_VIT_LARGE_PATCH14_336_CONFIG
+        fixed.num_hidden_layers, fixed.intermediate_size = 2, 32
+    _SMALL.add(package)
+
+
 SIGLIP = "siglip_vision_model"
 GRANITE = {
     "model_type": "granite", "embedding_multiplier": 2.0, "attention_multiplier": 0.25,
@@ -426,6 +642,8 @@ SPECIMENS: Mapping[str, Specimen] = {
     "aya_vision": _aya(),
     "deepseek_vl_v2": _deepseek(latent=False),
     "minicpmv4_6": _minicpm(),
+    "gemma3n": _gemma3n(),
+    "idefics2": _idefics2(),
     "kimi_vl": _kimi(),
     "lfm2_vl": _lfm2(),
     "glm4v": _glm(moe=False),
@@ -434,5 +652,7 @@ SPECIMENS: Mapping[str, Specimen] = {
     "internvl": _internvl_hf(),
     "internvl_chat": _internvl(),
     "llava_next": _any_res("llava_next", {"model_type": "mistral"}, model_type="clip_vision_model"),
+    "paligemma": _paligemma(),
+    "phi3_v": _phi3(),
     "llava_onevision": _any_res("llava_onevision", {"model_type": "qwen2"}, model_type=SIGLIP),
 }

@@ -29,7 +29,7 @@ from tests.engine.scheduling.driving import ODD_BUCKETS, SMALL_BUCKETS
 from tests.engine.scheduling.simulation import MODES, Simulation, sequence
 from tests.engine.vision import tiny
 from tests.engine.vision.test_extra import copied
-from tests.engine.vision.tiny import WHOLE, kinds, picture, request, run
+from tests.engine.vision.tiny import PREFIX, WHOLE, kinds, picture, request, run
 
 ONE, TWO = picture(1), picture(2, 31, 17)
 TEXT = "this is <image> and that is <image>, see?"
@@ -47,7 +47,7 @@ def with_spans(made: Sequence, *spans: tuple[int, int]) -> Sequence:
     return made
 
 
-@pytest.mark.parametrize("kind", kinds(*WHOLE))
+@pytest.mark.parametrize("kind", kinds(*WHOLE, *PREFIX))
 def test_causal_pictures_are_detected(kind: str) -> None:
     """The control: mlx-vlm's Gemma 3 lets tokens of a picture see no later ones."""
     engine = tiny.tiny_engine(kind)
@@ -79,6 +79,23 @@ def test_any_chunks_and_blocks(rows: int) -> None:
         assert run(engine, short) == [
             tiny.expected("gemma3", TEXT.removesuffix(", see?"), [ONE, TWO])
         ]
+
+
+def test_a_prompt_whose_tokens_all_see_each_other() -> None:
+    """PaliGemma: other text after the same picture changes all keys, so that none are shared."""
+    engine = tiny.tiny_engine("paligemma", block_size=8)
+    made = [request(engine, f"<image>{text}", [ONE]) for text in ("What is it?", "What is that?")]
+    first, second = made
+    assert first.media[0].spans == [(0, len(first.prompt_token_ids))]
+    assert first.prompt_token_ids[-1] == ord("\n") + 188  # the byte's token
+    run(engine, first)
+    assert engine.stats().cached_tokens == 0
+    assert run(engine, second) == [tiny.expected("paligemma", "<image>What is that?", [ONE])]
+    assert engine.stats().cached_tokens == 0
+    long = request(engine, "<image>" + "a" * 100, [ONE])
+    with pytest.raises(RequestError, match=r"tokens .* computes at most") as caught:
+        engine.add_request("r", long)
+    assert caught.value.hint == "raise max_num_batched_tokens and max_prefill_chunk"
 
 
 @pytest.mark.parametrize("missing", [4, 7])

@@ -23,7 +23,16 @@ from modelpack_engine.vision.models import VisionModel
 from modelpack_engine.vision.processor import Picture
 from tests.engine.serving.tiny import tiny_engine as text_engine
 from tests.engine.vision import tiny
-from tests.engine.vision.tiny import KINDS, MROPE, WHOLE, kinds, picture, request, run
+from tests.engine.vision.tiny import (
+    KINDS,
+    MROPE,
+    PREFIX,
+    WHOLE,
+    kinds,
+    picture,
+    request,
+    run,
+)
 
 ONE, TWO, WIDE = picture(1), picture(2, 31, 17), picture(3, 16, 64)
 PROMPTS = {
@@ -113,6 +122,8 @@ def test_chunks_split_pictures(kind: str, rows: int) -> None:
     """A chunk boundary within a picture changes nothing; those of some kinds are never split."""
     if kind == "gemma3":
         rows += 11  # 16 for a picture, and 3 for sequences that decode
+    if kind in PREFIX:
+        rows += 24  # for all of the prompt
     text, pictures = PROMPTS["between texts"]
     engine = tiny.tiny_engine(kind, max_num_batched_tokens=rows)
     made = request(engine, text, pictures)
@@ -156,7 +167,7 @@ def test_a_second_question_reads_the_picture_once() -> None:
     assert tokens == tiny.expected("idefics3", "<image>How many?", [ONE])
 
 
-@pytest.mark.parametrize("kind", kinds("llava", *MROPE, *WHOLE))
+@pytest.mark.parametrize("kind", kinds("llava", *MROPE, *WHOLE, *PREFIX))
 def test_a_preempted_picture_is_computed_again(kind: str) -> None:
     """Blocks for one request and a half: one of the two is preempted and computed again."""
     text, pictures = PROMPTS["one picture"]

@@ -142,6 +142,8 @@ def test_a_model_without_tiles(tmp_path: Path) -> None:
         ("aya_vision", {"max_patches": 10**9}, "max_patches is 1000000000, for tiles of 16 pixels"),
         ("lfm2_vl", {"tile_size": 10**6}, "tile_size is 1000000, the limit is 8192"),
         ("minicpmv4_6", {"scale_resolution": 10**6}, "scale_resolution is 1000000, the limit"),
+        ("phi3_v", {"num_crops": 10**6}, "num_crops is 1000000, for tiles of 336 pixels a side"),
+        ("phi3_v", {"num_crops": 0}, "num_crops is 0, for tiles"),
         ("minicpmv4_6", {"max_slice_nums": 10**9}, "max_slice_nums is 1000000000, for tiles"),
     ],
 )

@@ -37,8 +37,10 @@ QWEN = ("qwen2_5_vl", "qwen2_vl", *DEEP, *HYBRID)
 MISTRAL = ("mistral3", "pixtral")
 #: Tokens of a picture attend to each other in both directions.
 WHOLE = ("gemma3", "gemma4")
+#: All tokens of a prompt do so: none is split.
+PREFIX = ("paligemma",)
 #: The rows that steps need beside those of tests, as pictures are large and never split.
-ROWS = {"gemma4": 72}
+ROWS = {"gemma4": 72, "paligemma": 56}
 MROPE = (*QWEN, "glm4v", "glm4v_moe")
 KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN, *SPECIMENS)
 #: Those that take long, or that others stand for.
@@ -57,7 +59,7 @@ SPECIAL = [
     "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>",
     "[IMG]", "[IMG_BREAK]", "[IMG_END]",
     "<start_of_image>", "<image_soft_token>", "<end_of_image>",
-    "<|image>", "<|image|>", "<image|>", *specimens.SPECIAL,
+    "<|image>", "<|image|>", "<image|>", *specimens.SPECIAL, *specimens.LATER,
 ]  # fmt: skip
 IMAGE = EOS + 1
 PAD, START, END, VIDEO, IMG = (EOS + index for index in range(20, 25))
@@ -89,6 +91,11 @@ _NAMED = {
     "gemma3": {
         "boi_token": "<start_of_image>", "image_token": "<image_soft_token>",
         "eoi_token": "<end_of_image>",
+    },
+    "gemma3n": {
+        "boi_token": "<start_of_image>", "image_token": "<image_soft_token>",
+        "eoi_token": "<end_of_image>", "audio_token": "<|video|>", "boa_token": "<img>",
+        "eoa_token": "</img>",
     },
     "gemma4": {
         "boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>",
@@ -308,10 +315,15 @@ def arguments_of(kind: str) -> tuple[Any, Any]:
     for part in ("language_config", "llm_config"):
         if part in config:
             config["text_config"] = config.pop(part)
-    arguments = package.ModelConfig.from_dict(dict(config))
+    specimens.shrink(package)
+    arguments = package.ModelConfig.from_dict(copy.deepcopy(config))
     text = config.get("text_config") or {k: v for k, v in config.items() if k != "vision_config"}
     arguments.text_config = package.TextConfig.from_dict(text)
-    arguments.vision_config = package.VisionConfig.from_dict(config["vision_config"])
+    arguments.vision_config = package.VisionConfig.from_dict(config.get("vision_config", {}))
+    for part in ("audio", "perceiver"):
+        if isinstance(given := getattr(arguments, f"{part}_config", None), dict):
+            made = getattr(package, f"{part.title()}Config").from_dict(given)
+            setattr(arguments, f"{part}_config", made)
     return package, arguments
 
 
@@ -337,7 +349,8 @@ def directory(kind: str) -> Path:
     for name, value in tree_flatten(model.parameters()):
         scale = 0.2 if value.ndim == 1 else 1.6 / value.shape[-1] ** 0.5
         noise = mx.random.normal(value.shape) * scale
-        weights[name] = noise + 1 if value.ndim == 1 and name.endswith("weight") else noise
+        noise = noise + 1 if value.ndim == 1 and name.endswith("weight") else noise
+        weights[SPECIMENS[kind].stored(name) if kind in SPECIMENS else name] = noise
     path = Path(mkdtemp(prefix=f"modelpack-tiny-{kind}-"))
     mx.save_safetensors(str(path / "model.safetensors"), weights)
     documents = {
@@ -351,7 +364,7 @@ def directory(kind: str) -> Path:
         "tokenizer_config.json": {
             "eos_token": "<eos>", "chat_template": prompt_of(placeholder(kind), TEMPLATE),
             "tokenizer_class": "PreTrainedTokenizerFast", **_NAMED.get(kind, {}),
-            **({"pad_token": "<eos>"} if kind in SPECIMENS else {}),
+            **({"pad_token": "<eos>", "bos_token": "<bos>"} if kind in SPECIMENS else {}),
         },
     }  # fmt: skip
     if kind in SPECIMENS:
@@ -424,7 +437,9 @@ def _peer(kind: str) -> tuple[Any, Any]:
     path = directory(kind)
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
-    model.load_weights(str(path / "model.safetensors"))
+    stored = SPECIMENS[kind].stored if kind in SPECIMENS else str
+    weights: Any = mx.load(str(path / "model.safetensors"))
+    model.load_weights([(n, weights[stored(n)]) for n, _ in tree_flatten(model.parameters())])
     model.eval()
     if kind in SPECIMENS:
         module, _, name = SPECIMENS[kind].processor.partition(":")
@@ -527,8 +542,12 @@ def expected(
     inputs.pop("mm_token_type_ids", None)
     if kind == "gemma3":
         inputs["mask"] = mx.array(mask)
-    if pixels is not None and kind in SPECIMENS and SPECIMENS[kind].embed is not None:
-        features = SimpleNamespace(inputs_embeds=SPECIMENS[kind].embed(model, ids, pixels, inputs))
+    if kind in PREFIX:  # transformers lets text without pictures be causal
+        model.config.text_config.use_bidirectional_attention = seen and bool(pictures)
+    specimen = SPECIMENS.get(kind)
+    embed = specimen and (pixels is not None or specimen.embeds_text) and specimen.embed
+    if embed:
+        features = SimpleNamespace(inputs_embeds=embed(model, ids, pixels, inputs))
     else:
         features = model.get_input_embeddings(ids, pixels, **inputs)
     cache_ = make_prompt_cache(model.language_model)
