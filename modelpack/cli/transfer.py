@@ -175,9 +175,10 @@ def pull(
     """Fetch models into the local store and verify every byte; print their digests.
 
     REFERENCE names a model in a registry, or hf.co/ORG/NAME[:QUANT][@REVISION] on the Hugging Face
-    Hub. An interrupted pull resumes. Leaving out files marks the model as partial; the next pull
-    fetches the rest. The base of an adapter is fetched too, unless it is stored. If one of several
-    models fails, the others are still pulled; the exit code is that of the first failure.
+    Hub, or modelscope.cn/ORG/NAME[:QUANT][@REVISION]. An interrupted pull resumes. Leaving out
+    files marks the model as partial; the next pull fetches the rest. The base of an adapter is
+    fetched too, unless it is stored. If one of several models fails, the others are still pulled;
+    the exit code is that of the first failure.
     """
     selection = Selection(include, exclude, media_types, Part(only) if only else None)
     if locked:

@@ -23,13 +23,13 @@ from modelpack.errors import (
     RemoteUnavailableError,
     UsageError,
 )
+from modelpack.hub.reference import HUGGING_FACE, Site
 from modelpack.registry.auth import Scopes
 from modelpack.registry.http_client import HttpClient
 from modelpack.registry.http_errors import shown
 from modelpack.registry.tls import TlsOptions
 from modelpack.registry.urls import checked_url, is_local, origin_of
 
-DEFAULT_ENDPOINT: Final = "https://huggingface.co"
 _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads them
 
 
@@ -37,21 +37,27 @@ _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads
 class HubSettings:
     """The settings of a hub: `endpoint` is its address or a mirror's, `token` may be None."""
 
-    endpoint: str = DEFAULT_ENDPOINT
+    endpoint: str = HUGGING_FACE.endpoint
     token: str | None = field(default=None, repr=False)
     offline: bool = False
+    site: Site = HUGGING_FACE
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> HubSettings:
-        """Return the settings in the environment; raise `UsageError` for an invalid HF_ENDPOINT."""
-        given = environ.get("HF_ENDPOINT", "").strip().rstrip("/")
+    def from_environment(
+        cls, environ: Mapping[str, str] = os.environ, site: Site = HUGGING_FACE
+    ) -> HubSettings:
+        """Return the settings in the environment; raise `UsageError` for an invalid address."""
+        variable = site.endpoint_variable
+        given = environ.get(variable, "").strip().rstrip("/")
         try:
-            endpoint = checked_url(given, "HF_ENDPOINT") if given else DEFAULT_ENDPOINT
+            endpoint = checked_url(given, variable) if given else site.endpoint
         except RegistryError as error:
             raise UsageError(
                 str(error),
-                hint="set HF_ENDPOINT to the address of a hub, like https://hf-mirror.example",
+                hint=f"set {variable} to the address of a hub, like https://hf-mirror.example",
             ) from None
+        if site is not HUGGING_FACE:
+            return cls(endpoint.rstrip("/"), environ.get(site.token_variable) or None, site=site)
         switches = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
         offline = any(environ.get(name, "").upper() in _TRUE for name in switches)
         return cls(endpoint.rstrip("/"), None if offline else _token(environ), offline)
@@ -78,17 +84,13 @@ def _token(environ: Mapping[str, str]) -> str | None:
         ) from error
 
 
-_LOG_IN: Final = (
-    "log in with `hf auth login`, or set HF_TOKEN; a name that does not exist may look the same"
-)
-
-
 @dataclass(frozen=True, slots=True)
 class HubAuthenticator:
     """The `Authenticator` of a hub: it sends the token with each request, without a challenge."""
 
     host: str
     token: str | None = field(repr=False)
+    log_in: str = HUGGING_FACE.log_in
 
     def header(self, _: Scopes) -> str | None:
         """Return the `Authorization` header, or None without a token."""
@@ -105,7 +107,9 @@ class HubAuthenticator:
     def refused(self) -> AuthError:
         """Return the error for a token that is missing or was refused."""
         problem = "refused the token" if self.token else "requires a token, and none is set"
-        return AuthError(f"{self.host} {problem}", host=self.host, status_code=401, hint=_LOG_IN)
+        return AuthError(
+            f"{self.host} {problem}", host=self.host, status_code=401, hint=self.log_in
+        )
 
     def scrubbed(self, said: bytes) -> bytes:
         """Return what the hub said with the token masked."""
@@ -118,7 +122,8 @@ class HubAuthenticator:
             return None
         said = response.headers.get("X-Error-Message", "")
         said = shown(self.scrubbed(said.encode()).decode(), 300)
-        return _error(what, origin_of(response.url).netloc, response.status_code, code, said)
+        host = origin_of(response.url).netloc
+        return _error(what, host, response.status_code, code, said, self.log_in)
 
 
 def hub_client(settings: HubSettings, *, tls: TlsOptions, **options: Any) -> HttpClient:
@@ -132,20 +137,20 @@ def hub_client(settings: HubSettings, *, tls: TlsOptions, **options: Any) -> Htt
         raise AuthError(
             f"the token of the hub is not sent to {parts.netloc} over plain http",
             host=parts.netloc,
-            hint=f"use https in HF_ENDPOINT, or --insecure {parts.netloc}",
+            hint=f"use https in {settings.site.endpoint_variable}, or --insecure {parts.netloc}",
         )
-    authenticator = HubAuthenticator(parts.netloc, settings.token)
+    authenticator = HubAuthenticator(parts.netloc, settings.token, settings.site.log_in)
     return HttpClient(origin_of(settings.endpoint), lambda _: authenticator, tls=tls, **options)
 
 
-def _error(what: str, host: str, status: int, code: str, said: str) -> RegistryError:
+def _error(what: str, host: str, status: int, code: str, said: str, log_in: str) -> RegistryError:
     kind: type[RegistryError] = {401: AuthError, 403: DeniedError}.get(status, RegistryError)
-    hint = {401: _LOG_IN, 403: "ask for a token that may read this repository"}.get(status)
+    hint = {401: log_in, 403: "ask for a token that may read this repository"}.get(status)
     if code == "GatedRepo":
         kind = DeniedError if status == 403 else AuthError
         hint = "accept the terms of the gated model on its page, with the account of the token"
         if status == 401:
-            hint += "; " + _LOG_IN
+            hint += "; " + log_in
     elif code in ("RevisionNotFound", "EntryNotFound"):
         kind, hint = NotFoundError, None
         if code == "RevisionNotFound":

@@ -38,7 +38,7 @@ from modelpack.storage import fill
 MAX_PLAIN_BYTES: Final = 64 * 1024 * 1024
 #: Limit on the files of a repository; no manifest could list more.
 MAX_FILES: Final = 100_000
-_MAX_PAGE: Final = 16 * 1024 * 1024
+MAX_PAGE: Final = 16 * 1024 * 1024
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}\Z")
 
 
@@ -76,12 +76,12 @@ class HubRepository:
             f"{self.reference.revision}?recursive=true"
         )
         found: list[HubFile] = []
-        for response in Pages(self._client, url, what, limit=_MAX_PAGE):
+        for response in Pages(self._client, url, what, limit=MAX_PAGE):
             entries = decoded(response.content, list, what)
             found += [_file(entry, what) for entry in entries if _is_file(entry, what)]
             if len(found) > MAX_FILES:
                 raise UnsupportedError(f"more than {MAX_FILES} files", path=what)
-        _check_tree(found, what)
+        check_tree(found, what)
         return tuple(found)
 
     def read(self, file: HubFile) -> bytes:
@@ -123,7 +123,7 @@ def resolve_commit(client: HttpClient, endpoint: str, reference: HubReference) -
     """
     url = f"{endpoint}/api/models/{reference.repository}/revision/{quote(reference.revision, '')}"
     what = str(reference)
-    answer = decoded(client.request(url, what=what, limit=_MAX_PAGE).content, dict, what)
+    answer = decoded(client.request(url, what=what, limit=MAX_PAGE).content, dict, what)
     commit = answer.get("sha")
     if not isinstance(commit, str) or not _COMMIT.match(commit):
         raise RegistryError(f"{what}: the hub returned no commit for {reference.revision!r}")
@@ -144,6 +144,8 @@ def _check(file: HubFile, content: bytes, what: str) -> None:
     if file.sha256 is not None:
         file.sha256.check(content, what)
         return
+    if not file.oid:
+        raise RegistryError(f"{what}: the hub states no SHA-256")
     # A git object: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects
     hasher = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
     hasher.update(content)
@@ -155,7 +157,7 @@ def _check(file: HubFile, content: bytes, what: str) -> None:
         )
 
 
-def decoded(raw: bytes, kind: type[Any], what: str) -> Any:
+def decoded(raw: bytes, kind: type[Any], what: str, variable: str = "HF_ENDPOINT") -> Any:
     """Return the JSON value in a response; raise `RegistryError` if it is not of this kind."""
     try:
         value = json.loads(raw)
@@ -164,7 +166,7 @@ def decoded(raw: bytes, kind: type[Any], what: str) -> Any:
     if not isinstance(value, kind):
         raise RegistryError(
             f"{what}: the hub's response is not a JSON {'array' if kind is list else 'object'}",
-            hint="check that HF_ENDPOINT is the address of a hub",
+            hint=f"check that {variable} is the address of a hub",
         )
     return value
 
@@ -175,7 +177,7 @@ def _is_file(entry: Any, what: str) -> bool:
     return bool(entry.get("type") == "file")
 
 
-def _check_tree(files: Iterable[HubFile], what: str) -> None:
+def check_tree(files: Iterable[HubFile], what: str) -> None:
     # With NUL for `/`, the files of a directory sort right after its name.
     for path, following in pairwise(sorted(file.path.replace("/", "\0") for file in files)):
         if following.startswith(f"{path}\0"):

@@ -12,7 +12,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.lockfile import FILE_NAME, MAX_BYTES, LockFile, lockable
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import IntegrityError, NotFoundError, StoreError, UnsupportedError
-from modelpack.hub.reference import HUB_REGISTRY
+from modelpack.hub.reference import HUB_REGISTRIES
 from modelpack.operations.lookup import check_whole, stored_model
 from modelpack.operations.pull import Pulled, pull
 from modelpack.operations.remote import RemoteOptions, open_repository
@@ -190,9 +190,9 @@ def _resolve(
 ) -> Digest:
     if offline:
         return (store or LayoutStore()).resolve(str(reference)).digest
-    if reference.registry == HUB_REGISTRY:
+    if reference.registry in HUB_REGISTRIES:
         raise UnsupportedError(
-            f"cannot lock {reference}: the Hugging Face Hub has no digests",
+            f"cannot lock {reference}: {HUB_REGISTRIES[reference.registry].title} has no digests",
             hint="copy the model to a registry and lock that reference",
         )
     with open_repository(reference, remote or RemoteOptions(), watching(None, stop)) as repository:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import IntegrityError, UnsupportedError, UsageError
-from modelpack.hub.reference import HUB_REGISTRY, HubReference
+from modelpack.hub.reference import HUB_REGISTRIES, HUGGING_FACE, MODELSCOPE, HubReference, Site
 from modelpack.operations.transfer import run_all
 from modelpack.progress import Action, Progress
 from modelpack.storage import ReferrerSource, Watch
@@ -172,11 +172,11 @@ class OpenedSource:
 def named(text: str | Reference | HubReference) -> Reference | HubReference:
     """Return the reference that a user's text means: to the hub or to a registry.
 
-    A reference to huggingface.co without a digest means the hub.
+    A reference to huggingface.co or modelscope.cn without a digest means the hub.
     """
     if isinstance(text, str):
         text = HubReference.parse(text) or Reference.parse(text)
-    if isinstance(text, Reference) and text.registry == HUB_REGISTRY and text.digest is None:
+    if isinstance(text, Reference) and text.registry in HUB_REGISTRIES and text.digest is None:
         return HubReference.parse(str(text)) or text
     return text
 
@@ -212,10 +212,10 @@ def open_source(
             raw = model.manifest.raw
             yield OpenedSource(str(found), found.local, model, model.descriptor, raw)
         return
-    if found.registry == HUB_REGISTRY:
+    if found.registry in HUB_REGISTRIES:
         raise UnsupportedError(
-            f"{found}: the Hugging Face Hub has no digests, only commits",
-            hint=f"write hf.co/{found.repository}@COMMIT, or copy the model to a registry",
+            f"{found}: {HUB_REGISTRIES[found.registry].title} has no digests, only commits",
+            hint=f"write {found.name}@COMMIT, or copy the model to a registry",
         )
     with open_repository(found, options, watch) as repository:
         descriptor, raw = fetch_referenced_manifest(repository, found)
@@ -256,24 +256,31 @@ def open_commit(
 
     If `resolved` is false, its revision may be a branch or a tag: the commit is requested.
     """
+    from modelpack.hub.modelscope import open_modelscope
     from modelpack.hub.repository import HubRepository, resolve_commit
 
-    with open_hub(str(reference), options, watch) as (client, endpoint):
+    with open_hub(str(reference), options, watch, reference.site) as (client, endpoint):
+        if reference.site is MODELSCOPE:
+            yield open_modelscope(client, endpoint, reference)
+            return
         if not resolved:
             reference = resolve_commit(client, endpoint, reference)
         yield HubRepository(client, endpoint, reference)
 
 
 @contextmanager
-def open_hub(what: str, options: RemoteOptions, watch: Watch) -> Iterator[tuple[HttpClient, str]]:
+def open_hub(
+    what: str, options: RemoteOptions, watch: Watch, site: Site = HUGGING_FACE
+) -> Iterator[tuple[HttpClient, str]]:
     """Yield the client of the hub and the hub's address; an error that it is offline says `what`.
 
-    Raises `UsageError` for an invalid HF_ENDPOINT, `AuthError`, `RemoteUnavailableError`.
+    Raises `UsageError` for an invalid address in the environment, `AuthError` and
+    `RemoteUnavailableError`.
     """
     from modelpack.hub.client import HubSettings, hub_client
     from modelpack.registry import RetryPolicy, Timeouts, TlsOptions
 
-    settings = HubSettings.from_environment()
+    settings = HubSettings.from_environment(site=site)
     settings.check_online(what)
     client = hub_client(
         settings,

@@ -19,7 +19,7 @@ from modelpack.errors import (
     NotFoundError,
     UnsupportedError,
 )
-from modelpack.hub.reference import HUB_REGISTRY
+from modelpack.hub.reference import HUB_REGISTRIES
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import Watch, watching
@@ -85,9 +85,10 @@ def repair(
 
         @cache
         def opened(name: str) -> Repository:
-            if name.startswith(f"{HUB_REGISTRY}/"):
+            site = HUB_REGISTRIES.get(name.partition("/")[0])
+            if site is not None:
                 raise UnsupportedError(
-                    f"cannot fetch from {name}: the Hugging Face Hub has no digests",
+                    f"cannot fetch from {name}: {site.title} has no digests",
                     hint="pull the model again",
                 )
             where = Reference.parse(name)

@@ -12,7 +12,7 @@ from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_inde
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import NotFoundError, RegistryError, UntrustedError
-from modelpack.hub.reference import HUB_REGISTRY
+from modelpack.hub.reference import HUB_REGISTRIES
 from modelpack.operations.lookup import model_of, reference_in
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.operations.variants import variants_of
@@ -80,7 +80,7 @@ def check_stored(
     found, unread = here, None
     for place in dict.fromkeys((*names, *origins)):
         where = Reference.parse(f"{place}@{model.digest}")
-        if where.registry == HUB_REGISTRY:  # has no signatures
+        if where.registry in HUB_REGISTRIES:  # has no signatures
             continue
         try:
             with open_repository(where, remote, watch) as repository:
