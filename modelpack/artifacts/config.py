@@ -93,10 +93,12 @@ class ModelConfig:
     def capabilities(self) -> tuple[str, ...]:
         """The capabilities in a CNCF config beside text to text, by the names that servers use.
 
-        `vision`, `audio`, `video`, `tools`, `reasoning`, `reward`, `embedding` and `images`; none
-        for configs without the field.
+        `vision`, `audio`, `video`, `tools`, `reasoning`, `reward`, `embedding`, `images` and
+        `transcription` (audio to text); none for configs without the field.
         """
         found = self.cncf_config.get("capabilities") or {}
+        if found.get("inputTypes") == ["audio"] and "text" in found.get("outputTypes", ()):
+            return ("transcription",)
         said = {
             "vision": "image" in found.get("inputTypes", ()),
             "audio": "audio" in found.get("inputTypes", ()),

@@ -16,7 +16,13 @@ from typing import Any, Final
 from modelpack.artifacts.model import Role, format_of, preferred_template, role_of
 from modelpack.builder.files import LayerFile
 from modelpack.errors import NotFoundError
-from modelpack.formats.config_json import ENCODERS, output_of, read_config_json, stated_template
+from modelpack.formats.config_json import (
+    ENCODERS,
+    output_of,
+    read_config_json,
+    speech_family,
+    stated_template,
+)
 from modelpack.formats.gguf import MetadataValue, read_gguf_header
 
 _POOLING: Final = ("embedding", "embedding", "embedding", "other")  # from 1 on; 4 ranks pairs
@@ -57,6 +63,8 @@ def capabilities(
     if any(file.role is Role.WEIGHT and file.format == "dduf" for file in files):
         return {"inputTypes": ["text"], "outputTypes": ["image"]}
     config = json_of(files, "config.json")
+    if not metadata and speech_family(config) is not None:
+        return {"inputTypes": ["audio"], "outputTypes": ["text"]}
     output = _output_of_gguf(metadata) if metadata else output_of(config)
     if output == "text" and any(file.filepath == "modules.json" for file in files):
         output = "embedding"  # sentence-transformers

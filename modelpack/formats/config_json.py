@@ -7,10 +7,11 @@ and flags.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, Literal, TypeGuard, get_args
 
 from modelpack.artifacts.config import MAX_CONTEXT_SIZE, ModelConfig
 from modelpack.errors import ModelpackError, NotFoundError
@@ -178,6 +179,8 @@ def architecture_name(config: Mapping[str, Any]) -> str:
         kind = place.get("model_type")
         if isinstance(kind, str) and kind.strip():
             return kind.strip()
+    if (family := speech_family(config)) is not None:
+        return family
     classes = config.get("architectures")
     if isinstance(classes, list) and classes and isinstance(classes[0], str):
         return classes[0].strip()
@@ -193,6 +196,32 @@ def output_of(config: Mapping[str, Any]) -> str:
     kind = str(config.get("model_type", "")).lower().replace("_", "-")
     encodes = kind in ENCODERS or any(name.endswith("ForMaskedLM") for name in names)
     return "embedding" if encodes else "text"
+
+
+SpeechFamily = Literal["whisper", "parakeet"]
+#: The families of speech-to-text models, which are their architectures too.
+SPEECH_FAMILIES: Final[tuple[SpeechFamily, ...]] = get_args(SpeechFamily)
+# The Python class that a NeMo configuration names, for each Parakeet of mlx-audio.
+_NEMO_SPEECH: Final = re.compile(
+    r"nemo\.collections\.asr\.models\."
+    r"(rnnt_bpe_models\.EncDecRNNTBPEModel|ctc_bpe_models\.EncDecCTCModelBPE"
+    r"|hybrid_rnnt_ctc_bpe_models\.EncDecHybridRNNTCTCBPEModel)"
+)
+
+
+def speech_family(config: Mapping[str, Any]) -> SpeechFamily | None:
+    """Return the family of a speech-to-text model by its configuration; None for other models.
+
+    mlx-audio's own Whisper has OpenAI's names of sizes, and not always a `model_type`; NeMo's
+    configurations have none.
+    """
+    kind = config.get("model_type")
+    if kind == "whisper" or (kind is None and {"n_mels", "n_audio_ctx"} <= config.keys()):
+        return "whisper"
+    target = config.get("target")
+    if kind in (None, "parakeet") and isinstance(target, str) and _NEMO_SPEECH.fullmatch(target):
+        return "parakeet"
+    return None
 
 
 def stated_template(tokenizer_config: Mapping[str, Any]) -> str:

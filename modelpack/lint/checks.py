@@ -21,7 +21,7 @@ from modelpack.artifacts.model import Role
 from modelpack.artifacts.reference import Reference
 from modelpack.builder.classify import PICKLE_EXTENSIONS, PICKLE_HEAD_BYTES, holds_pickle
 from modelpack.errors import ModelpackError
-from modelpack.formats.config_json import ENCODERS, output_of, stated_template
+from modelpack.formats.config_json import ENCODERS, output_of, speech_family, stated_template
 from modelpack.formats.config_json import context_size as context_of
 from modelpack.formats.gguf import MetadataValue
 from modelpack.formats.licences import licence_of, licence_of_card
@@ -271,7 +271,7 @@ def check_template(render: Render, subject: LintSubject, _: LintPolicy) -> Itera
 
 
 def generates_text(subject: LintSubject) -> bool:
-    """Return whether the model generates text, unlike encoders, embedding models and diffusers."""
+    """Return whether the model continues text, unlike encoders, diffusers and speech to text."""
     architecture = subject.gguf_text("general.architecture")
     if architecture:
         # llama.cpp: a pooling type other than 0 makes a decoder an embedding model.
@@ -282,7 +282,7 @@ def generates_text(subject: LintSubject) -> bool:
     config = _json(subject.file("config.json")) or {}
     config = {**config, "model_type": config.get("model_type") or subject.config.architecture}
     formats = {file.format for file in subject.files if file.role is Role.WEIGHT}
-    return formats != {"dduf"} and output_of(config) == "text"
+    return formats != {"dduf"} and output_of(config) == "text" and speech_family(config) is None
 
 
 def templates(subject: LintSubject) -> dict[str, str]:

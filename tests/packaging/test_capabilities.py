@@ -36,6 +36,13 @@ DIRECTORIES: list[tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = [
     ({"model_type": "xlm_roberta"}, {}, {"outputTypes": ["embedding"]}),
     ({"architectures": ["BertForMaskedLM"]}, {}, {"outputTypes": ["embedding"]}),
     ({"architectures": ["BertForSequenceClassification"]}, {}, {"outputTypes": ["other"]}),
+    ({"model_type": "whisper"}, {}, {"inputTypes": ["audio"]}),
+    ({"n_mels": 80, "n_audio_ctx": 1500}, {}, {"inputTypes": ["audio"]}),
+    (
+        {"target": "nemo.collections.asr.models.ctc_bpe_models.EncDecCTCModelBPE"}, {},
+        {"inputTypes": ["audio"]},
+    ),
+    ({"target": "nemo.collections.nlp.models.GPT", "n_mels": 80}, {}, {}),
     ({"architectures": "none"}, {"modules.json": "[]"}, {"outputTypes": ["embedding"]}),
     ({}, {"chat_template.jinja": TOOLS}, {"reasoning": False, "toolUsage": True}),
     ({}, {"chat_template.jinja": THINKS}, {"reasoning": True, "toolUsage": False}),

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from modelpack.formats.config_json import speech_family
 from modelpack_engine.embedding.embedder import (
     CrossEncoder,
     CrossEncoderConfig,
@@ -167,7 +168,7 @@ def _headless(config: dict[str, Any]) -> tuple[type[Module], type]:
 
 
 #: The purpose of a model, according to its files.
-Purpose = Literal["embedding", "ranking", "generation"]
+Purpose = Literal["embedding", "ranking", "generation", "transcription"]
 
 #: llama.cpp's architectures to ours. RoBERTa is a `bert` there: its positions start at 0.
 _ENCODERS: Mapping[str, Literal["bert", "nomic_bert"]] = {
@@ -301,6 +302,8 @@ def purpose_of(files: ModelFiles) -> Purpose:
             return "ranking"
         return "embedding" if kind != _NONE or _architecture(file) in _ENCODERS else "generation"
     config = files.json("config.json") or {}
+    if speech_family(config) is not None:
+        return "transcription"
     if is_encoder(config):
         return "ranking" if is_cross_encoder(config) else "embedding"
     return "embedding" if files.read(MODULES) is not None else "generation"

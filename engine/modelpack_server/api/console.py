@@ -36,7 +36,8 @@ class RequestHistory:
 
     def add(self, trace: Trace) -> None:
         """Remember the trace of a request that begins, if the request uses a model."""
-        is_inference = route_of(trace.method, trace.path) is Route.INFERENCE
+        route = route_of(trace.method, trace.path)
+        is_inference = route in (Route.INFERENCE, Route.SPEECH)
         if is_inference and not trace.path.endswith(("/show", "/count_tokens")):
             self._traces.append(trace)
 

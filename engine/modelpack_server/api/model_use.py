@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from modelpack.errors import UsageError
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 from modelpack_engine.errors import RequestError
+from modelpack_engine.speech.async_transcriber import AsyncTranscriber
 from modelpack_server.api.bodies import BodyRoute, read_json
 from modelpack_server.api.errors import ClientGoneError
 from modelpack_server.api.sse import LiveStream, gone, openai_error
@@ -119,6 +120,12 @@ def check_generates(model: ServedModel, name: str) -> None:
 
     `name` is the model's name in the request.
     """
+    if isinstance(model.engine, AsyncTranscriber):
+        raise RequestError(
+            f"{name} transcribes sound and answers no prompts",
+            param="model",
+            hint="use it with /v1/audio/transcriptions",
+        )
     if not isinstance(model.engine, AsyncEmbedder):
         return
     ranks = model.engine.ranks_pairs
@@ -126,6 +133,17 @@ def check_generates(model: ServedModel, name: str) -> None:
         f"{name} {'ranks documents' if ranks else 'computes embeddings'} and generates no text",
         param="model",
         hint=f"use it with {'/v1/rerank or /v1/score' if ranks else '/v1/embeddings'}",
+    )
+
+
+def check_transcribes(model: ServedModel, name: str) -> AsyncTranscriber:
+    """Return the engine of a speech-to-text model; raise `RequestError` for another model."""
+    if isinstance(model.engine, AsyncTranscriber):
+        return model.engine
+    raise RequestError(
+        f"{name} is not a speech-to-text model",
+        param="model",
+        hint="GET /v1/models lists those that have the capability transcription",
     )
 
 
@@ -171,6 +189,8 @@ async def with_embedding_model(
 
     async def run() -> T:
         async with pool.lease(name, keep_alive=seconds) as served:
+            if isinstance(served.engine, AsyncTranscriber):
+                check_generates(served, name)
             if not isinstance(served.engine, AsyncEmbedder):
                 raise RequestError(
                     f"{name} generates text; it is not an embedding model",

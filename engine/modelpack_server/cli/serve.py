@@ -439,7 +439,8 @@ def _note_ready(
         else:
             memory = f"memory {human_size(entry.memory)}"
         if engine is not None:
-            rows.append((entry.name, f"{memory}, context {engine.max_model_len}"))
+            context = f", context {engine.max_model_len}" if engine.max_model_len else ""
+            rows.append((entry.name, f"{memory}{context}"))
     note(settings, f"ready in {time.monotonic() - start:.1f} s")
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

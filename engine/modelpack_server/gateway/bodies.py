@@ -13,6 +13,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
+from modelpack_server.gateway.forms import Form, FormError
 from modelpack_server.gateway.json_bodies import BodyError, ComplexityError, Parsed, parse
 
 #: The limit of memory for the bodies of all requests in flight, in bytes.
@@ -240,6 +241,31 @@ def look_into(body: bytes) -> tuple[Parsed | None, Asked]:
         prompt_tokens=_prompt_tokens(document),
         answer_tokens=_answer_tokens(document),
         background=document.get("background") is True,
+    )
+
+
+def look_into_form(body: bytes, content_type: str) -> Asked:
+    """Return the model and tokens in a form with a file.
+
+    Parsers of forms differ in the case of names, and in which of several fields counts.
+    """
+    tokens = len(body) // _MEDIA_BYTES_PER_TOKEN + 1
+    try:
+        form = Form(content_type)
+        for start in range(0, len(body), _BLOCK):
+            form.feed(body[start : start + _BLOCK])
+            form.content.clear()
+        form.end()
+    except FormError:
+        return Asked(prompt_tokens=tokens)
+    named = [(name, value) for name, value in form.fields if name.casefold() == "model" and value]
+    return Asked(
+        models=tuple(value for _, value in named),
+        ambiguous=len(named) > 1,
+        fields=frozenset(name for name, _ in named) & {"model"},
+        valid=True,
+        prompt_tokens=tokens,
+        answer_tokens=DEFAULT_ANSWER,
     )
 
 

@@ -24,6 +24,7 @@ from modelpack_server.gateway.bodies import (
     TooComplexError,
     TooSlowError,
     look_into,
+    look_into_form,
     read_body,
     replayed,
     tokens_in,
@@ -54,6 +55,7 @@ _INFERENCE = re.compile(
     r"|messages|messages/count_tokens|rerank|score|tokenize|detokenize|images/generations)"
     r"|/v2/rerank|/api/(?:generate|chat|embed|embeddings|show)"
 )
+_SPEECH = re.compile(_PREFIX + r"/audio/(?:transcriptions|translations)")
 _MODELS = re.compile(_PREFIX + r"/models/?|/api/(?:tags|ps)")
 _LISTING = re.compile(
     _MODELS.pattern + r"|/api/version"
@@ -89,6 +91,7 @@ class Route(Enum):
 
     OPEN = auto()  # requires no key
     INFERENCE = auto()  # uses the model in its JSON body
+    SPEECH = auto()  # uses the model in its form, which has a sound
     LISTING = auto()  # reads lists; reads or changes what the server stores for the caller
     ONE_MODEL = auto()  # reads the model in its path
     METRICS = auto()  # reads metrics, which name all models and keys
@@ -115,6 +118,8 @@ def route_of(method: str, path: str) -> Route:
         return Route.MANAGEMENT
     if method == "POST" and _INFERENCE.fullmatch(path):
         return Route.INFERENCE
+    if method == "POST" and _SPEECH.fullmatch(path):
+        return Route.SPEECH
     if method == "POST" and _FILES.fullmatch(path):
         return Route.FILE
     if method == "POST" and _BATCHES.fullmatch(path):
@@ -213,7 +218,7 @@ class Checks:
                         pieces = await read_body(
                             receive, Headers(scope=scope), limit, share, **reuse
                         )
-                        body, asked = await self._look_into(scope, pieces, share)
+                        body, asked = await self._look_into(scope, pieces, share, route)
                         receive = replayed(body, receive)
                     self._check_model(scope, route, caller, asked)
                     exceeded = grant.reserve(asked.tokens) if grant is not None else None
@@ -238,7 +243,7 @@ class Checks:
                 _settle(grant, trace_of(scope), asked)
 
     async def _look_into(
-        self, scope: Scope, pieces: list[bytes], share: BodyShare
+        self, scope: Scope, pieces: list[bytes], share: BodyShare, route: Route
     ) -> tuple[bytes, Asked]:
         """Return the joined body with its model and tokens; keep its JSON in `scope`."""
         size = sum(map(len, pieces))
@@ -246,6 +251,9 @@ class Checks:
         def work() -> tuple[bytes, tuple[Parsed | None, Asked]]:
             body = b"".join(pieces)
             pieces.clear()
+            if route is Route.SPEECH:
+                content_type = Headers(scope=scope).get("content-type", "")
+                return body, (None, look_into_form(body, content_type))
             return body, look_into(body)
 
         if not size:
@@ -342,7 +350,7 @@ class Checks:
                 "named in its file; creating batches here requires a key without 'models'",
                 "route_not_allowed",
             )
-        if route not in (Route.INFERENCE, Route.ONE_MODEL, Route.BATCH):
+        if route not in (Route.INFERENCE, Route.SPEECH, Route.ONE_MODEL, Route.BATCH):
             raise _Refusal(
                 403,
                 f"the key {caller.owner!r} may only use models; "
@@ -355,6 +363,8 @@ class Checks:
         if route is Route.ONE_MODEL and (found := _ONE_MODEL.fullmatch(scope["path"])):
             models = (found["model"],)
         elif not asked.valid:
+            if route is Route.SPEECH:
+                raise _Refusal(400, "the request body is not a valid form", "invalid_form")
             raise _Refusal(400, "the request body is not a JSON object", "invalid_json")
         elif asked.ambiguous or not asked.fields & _model_fields(scope):
             raise _Refusal(400, "model: expected exactly one name", "model_required")

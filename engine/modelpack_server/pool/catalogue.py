@@ -37,7 +37,7 @@ class StoredModel:
     parameters: str = ""
     quantization: str = ""
     format: str = ""
-    purpose: Literal["", "generation", "embedding", "ranking"] = "generation"
+    purpose: Literal["", "generation", "embedding", "ranking", "transcription"] = "generation"
     reads_pictures: bool = False
     templated: tuple[str, ...] = ()
     base: str = ""

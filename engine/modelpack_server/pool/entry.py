@@ -152,7 +152,7 @@ def shown(entry: Entry, stored: StoredModel) -> RunningModel:
         expires_at=hold.last_used + hold.keep_alive if idle and not stays else None,
         pinned=entry.pinned,
         memory=entry.memory,
-        context_size=engine.max_model_len if engine is not None and ready else None,
+        context_size=(engine.max_model_len or None) if engine is not None and ready else None,
         settings=entry.settings,
     )
 

@@ -14,6 +14,7 @@ from modelpack.artifacts.manifest import Index, parse_manifest_or_index
 from modelpack.artifacts.model import Model, Role
 from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
 from modelpack.formats.adapter import Adapter, AdapterError, read_adapter_files
+from modelpack.formats.config_json import SPEECH_FAMILIES
 from modelpack.hub.reference import local_name
 from modelpack.operations.lookup import stored_model
 from modelpack.operations.model_list import list_models
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from modelpack_engine.embedding.loader import Purpose
     from modelpack_engine.models import ModelFiles
     from modelpack_engine.runner.base_engine import BaseEngine
+    from modelpack_engine.speech.async_transcriber import AsyncTranscriber
     from modelpack_server.stored_models import Opened
 
 _log = logging.getLogger(__name__)
@@ -156,6 +158,8 @@ class StoreCatalogue:
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return an estimate of the loaded model's memory, in bytes."""
         from modelpack_engine.models.adapter import dense_bytes
+        from modelpack_engine.platform.device import choose_device
+        from modelpack_engine.speech.loader import loaded_bytes
         from modelpack_server.stored_models import (
             context_length_of_files,
             is_quantised,
@@ -166,7 +170,10 @@ class StoreCatalogue:
         opened = self._opened(model, store)
         config = self._with_slots(settings.engine_config(self.config), model.key, opened.files)
         weights = self._loaded_bytes(store, opened.model, config)
-        if not _generates(opened.files, settings):
+        purpose = _purpose_in(opened.files, settings)
+        if purpose == "transcription":
+            return loaded_bytes(opened.files, choose_device(config))
+        if purpose != "generation":
             return weights  # the memory of a batch is temporary
         asked, context = config.max_model_len, context_length_of_files(opened.files)
         if asked is not None and context is not None and asked > context:
@@ -217,6 +224,8 @@ class StoreCatalogue:
         from modelpack_engine.embedding.async_embedder import AsyncEmbedder
         from modelpack_engine.embedding.loader import load_embedder
         from modelpack_engine.platform.device import choose_device
+        from modelpack_engine.speech.async_transcriber import AsyncTranscriber
+        from modelpack_engine.speech.loader import load_transcriber
         from modelpack_server.stored_models import (
             draft_files,
             load_model,
@@ -227,12 +236,19 @@ class StoreCatalogue:
         store = self._store_of(model.key)
         opened = self._opened(model, store)
         adapters = self.adapters.of(model.key)
-        if not _generates(opened.files, settings):
-            if adapters:
-                raise ModelLoadError(
-                    f"adapter {adapters[0].name}: its base generates no text",
-                    hint="serve adapters of models that generate text",
-                )
+        purpose = _purpose_in(opened.files, settings)
+        if purpose != "generation" and adapters:
+            raise ModelLoadError(
+                f"adapter {adapters[0].name}: its base generates no text",
+                hint="serve adapters of models that generate text",
+            )
+        if purpose == "transcription":
+            transcriber = AsyncTranscriber(
+                lambda: load_transcriber(opened.files, device=choose_device(self.config)), meter
+            )
+            _wait_until_ready(transcriber)
+            return LoadedEngine(transcriber, transcriber.model.architecture)
+        if purpose != "generation":
             embedder = AsyncEmbedder(
                 lambda: load_embedder(
                     opened.files,
@@ -346,6 +362,8 @@ class StoreCatalogue:
             return "", False
         if self.remote.trust is not None or has_packed_weights(model):
             name = model.config.architecture  # llama.cpp writes nomic-bert for nomic_bert
+            if name in SPEECH_FAMILIES and model.config.format == "safetensors":
+                return "transcription", False
             encodes = any(is_encoder({"model_type": n}) for n in (name, name.replace("-", "_")))
             return "embedding" if encodes else "generation", False
         if model.digest not in self._abilities:
@@ -416,13 +434,15 @@ def _needs_base(model: Model) -> bool:
     return model.is_adapter and all(file.role is not Role.WEIGHT for file in model.files())
 
 
-def _generates(files: ModelFiles, settings: ModelSettings) -> bool:
+def _purpose_in(files: ModelFiles, settings: ModelSettings) -> Purpose:
+    """Return what a model is loaded for: its own purpose, or an embedding if settings say so."""
     from modelpack_engine.embedding.loader import purpose_of
 
-    return settings.mode == "completion" and purpose_of(files) == "generation"
+    purpose = purpose_of(files)
+    return "embedding" if purpose == "generation" and settings.mode != "completion" else purpose
 
 
-def _wait_until_ready(engine: AsyncEngine | AsyncEmbedder) -> None:
+def _wait_until_ready(engine: AsyncEngine | AsyncEmbedder | AsyncTranscriber) -> None:
     """Return when the engine is loaded; raise what loading it raised."""
     try:
         engine.wait_until_ready()

@@ -190,8 +190,15 @@ class Chat:
 
 
 def require_chat(model: ServedModel) -> None:
-    """Raise `UsageError` for an embedding model, which generates no text."""
+    """Raise `UsageError` for a model that answers no prompts."""
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+    from modelpack_engine.speech.async_transcriber import AsyncTranscriber
+
+    if isinstance(model.engine, AsyncTranscriber):
+        raise UsageError(
+            f"{model.name} is a speech-to-text model, which answers no prompts",
+            hint="use `modelpack serve` and POST /v1/audio/transcriptions",
+        )
 
     if isinstance(model.engine, AsyncEmbedder):
         raise UsageError(

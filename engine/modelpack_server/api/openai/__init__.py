@@ -1,5 +1,5 @@
-"""The OpenAI API: chat completions, completions, responses, embeddings, rerank, models, files
-and batches.
+"""The OpenAI API: chat completions, completions, responses, embeddings, rerank, transcriptions,
+models, files and batches.
 
 `tokenize` has the routes of vLLM that clients of this API call.
 """
@@ -19,6 +19,7 @@ from modelpack_server.api.openai.models import router as models
 from modelpack_server.api.openai.responses import BackgroundResponses
 from modelpack_server.api.openai.responses import router as responses
 from modelpack_server.api.openai.tokenize import router as tokenize
+from modelpack_server.api.openai.transcriptions import router as transcriptions
 from modelpack_server.pool.pool import ModelPool
 
 
@@ -28,7 +29,7 @@ def router(pool: ModelPool, background: BackgroundResponses, batches: BatchRunne
     `background` has its running background responses, `batches` its batches and files.
     """
     routes = APIRouter()
-    for part in (chat, completions, embeddings, ranking_routes, models, tokenize):
+    for part in (chat, completions, embeddings, ranking_routes, transcriptions, models, tokenize):
         routes.routes.extend(part(pool).routes)
     routes.routes.extend(responses(pool, background).routes)
     routes.routes.extend(file_routes(batches.files).routes)

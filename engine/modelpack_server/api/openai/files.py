@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -30,15 +28,13 @@ from modelpack_server.api.openai.stored_files import (
 from modelpack_server.api.paths import add_route
 from modelpack_server.gateway.bodies import SLOW_START, SLOWEST_RATE
 from modelpack_server.gateway.caller import caller_of
+from modelpack_server.gateway.forms import Form, FormError
 
 #: The purposes of uploads. Only files of the purpose `batch` are used, as the input of batches.
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 
-_MAX_FIELD = 4096  # bytes of a field of the form
-_MAX_FIELDS = 16
 _FRAME = 64 * 1024  # bytes of a form without its file
 _PIECE = 1024 * 1024  # bytes of an upload that are collected before a thread writes them
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _FORM = {
     "requestBody": {
         "required": True,
@@ -68,12 +64,9 @@ def router(files: StoredFiles) -> APIRouter:
         owner = caller_of(request.scope).owner
         upload = await asyncio.to_thread(files.upload, owner)
         try:
-            form = _Form(request.headers.get("content-type", ""))
-            try:
-                await _receive(request, form, upload)
-            except ClientDisconnect:
-                raise ClientGoneError("the client disconnected") from None
-            purpose, seconds = _checked(form.fields)
+            form = Form(request.headers.get("content-type", ""))
+            await _receive(request, form, upload)
+            purpose, seconds = _checked(dict(form.fields))
             filename = form.filename
             if filename is None:
                 raise RequestError("file is required", param="file")
@@ -81,6 +74,10 @@ def router(files: StoredFiles) -> APIRouter:
                 upload.finish, purpose=purpose, filename=filename, seconds=seconds
             )
             return stored.json()
+        except FormError as error:
+            raise RequestError(str(error), param=error.param) from None
+        except ClientDisconnect:
+            raise ClientGoneError("the client disconnected") from None
         finally:
             await asyncio.to_thread(upload.close)
 
@@ -123,7 +120,7 @@ def router(files: StoredFiles) -> APIRouter:
     return routes
 
 
-async def _receive(request: Request, form: _Form, upload: Upload) -> None:
+async def _receive(request: Request, form: Form, upload: Upload) -> None:
     """Write the file of a form to `upload`, within its limits."""
     size, began = 0, time.monotonic()
     async with aclosing(request.stream()) as pieces:
@@ -170,117 +167,3 @@ def expiry(anchor: object, seconds: object, param: str = "expires_after") -> flo
             f"seconds is {text[:100]}, expected {SHORTEST} to {LONGEST}", param=f"{param}.seconds"
         )
     return number
-
-
-@dataclass(slots=True)
-class _Part:
-    """A part of a form; `name` and `filename` are known after its headers."""
-
-    headers: dict[str, str] = field(default_factory=dict)
-    header: bytearray = field(default_factory=bytearray)
-    value: bytearray = field(default_factory=bytearray)
-    name: str = ""
-    is_file: bool = False
-
-
-class _Form:
-    """Parses multipart/form-data as it arrives; `content` collects the bytes of its file."""
-
-    def __init__(self, content_type: str) -> None:
-        """Raises `RequestError` for another media type."""
-        # Imported here: python-multipart is needed for uploads only.
-        from python_multipart import MultipartParser
-        from python_multipart.multipart import parse_options_header
-
-        media_type, options = parse_options_header(content_type)
-        boundary = options.get(b"boundary")
-        if media_type != b"multipart/form-data" or not boundary or len(boundary) > 70:
-            raise RequestError("expected a form, sent as multipart/form-data", param="file")
-        self.fields: dict[str, str] = {}
-        self.filename: str | None = None
-        self.content = bytearray()
-        self.size = 0  # of the file so far
-        self._part = _Part()
-        self._ended = False
-        self._options = parse_options_header
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": self._name,
-                "on_header_value": self._value,
-                "on_header_end": self._header,
-                "on_headers_finished": self._start,
-                "on_part_data": self._data,
-                "on_part_end": self._finish,
-                "on_end": self._end,
-            },
-        )
-
-    def feed(self, piece: bytes) -> None:
-        """Parse the next bytes; raises `RequestError`."""
-        from python_multipart.exceptions import FormParserError
-
-        try:
-            self._parser.write(piece)
-        except FormParserError as error:
-            raise RequestError(f"the form is not valid: {error}", param="file") from None
-
-    def end(self) -> None:
-        """Check that the form is complete; raises `RequestError`."""
-        if not self._ended:
-            raise RequestError("the form is not complete", param="file")
-
-    def take(self) -> bytes:
-        """Return the collected bytes of the file, and forget them."""
-        found = bytes(self.content)
-        self.content.clear()
-        return found
-
-    def _begin(self) -> None:
-        self._part = _Part()
-
-    def _name(self, data: bytes, start: int, end: int) -> None:
-        self._part.header += data[start:end]
-
-    def _value(self, data: bytes, start: int, end: int) -> None:
-        self._part.value += data[start:end]
-
-    def _header(self) -> None:
-        part = self._part
-        part.headers[part.header.decode("latin-1").lower()] = part.value.decode("latin-1")
-        part.header.clear()
-        part.value.clear()
-
-    def _start(self) -> None:
-        part = self._part
-        _, options = self._options(part.headers.get("content-disposition"))
-        part.name = options.get(b"name", b"").decode(errors="replace")
-        filename = options.get(b"filename")
-        part.is_file = filename is not None
-        if filename is None:
-            return
-        if part.name != "file" or self.filename is not None:
-            raise RequestError("expected one file, in the field 'file'", param="file")
-        text = _UNPRINTABLE.sub("", filename.decode(errors="replace"))
-        self.filename = re.split(r"[/\\]", text)[-1][:255] or "file"
-
-    def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._part.is_file:
-            self.content += data[start:end]
-            self.size += end - start
-            return
-        self._part.value += data[start:end]
-        if len(self._part.value) > _MAX_FIELD:
-            raise RequestError("a field of the form is too long", param=self._part.name or None)
-
-    def _finish(self) -> None:
-        part = self._part
-        if part.is_file:
-            return
-        if len(self.fields) == _MAX_FIELDS:
-            raise RequestError(f"the form has more than {_MAX_FIELDS} fields")
-        self.fields[part.name] = part.value.decode(errors="replace")
-
-    def _end(self) -> None:
-        self._ended = True

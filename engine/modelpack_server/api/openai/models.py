@@ -94,7 +94,12 @@ def _name(model: StoredModel) -> str:
 
 
 # As in Ollama's /api/show and in llama-server.
-_CAPABILITIES = {"generation": ["completion"], "embedding": ["embedding"], "ranking": ["ranking"]}
+_CAPABILITIES = {
+    "generation": ["completion"],
+    "embedding": ["embedding"],
+    "ranking": ["ranking"],
+    "transcription": ["transcription"],
+}
 
 
 def card(model: StoredModel) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""AsyncTranscriber: a speech-to-text model in its own thread, which makes every call to MLX.
+
+Requests run one after another, in the order in which they came. A request whose caller no longer
+waits ends before its next window. `AsyncTranscriber` has the interface that the model pool expects
+of an engine, but does not answer prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from modelpack_engine.async_engine import EngineState, ModelThread
+from modelpack_engine.core.metrics import Meter
+from modelpack_engine.errors import RETRY_AFTER, EngineError, QueueFullError, RequestError
+from modelpack_engine.outputs import EngineStats
+from modelpack_engine.speech.transcript import Transcript, TranscriptionRequest
+
+if TYPE_CHECKING:
+    from modelpack_engine.async_engine import RequestStream
+    from modelpack_engine.models.tokenizer import Tokenizer
+    from modelpack_engine.request import EngineRequest
+    from modelpack_engine.speech.loader import Transcriber
+
+_log = logging.getLogger(__name__)
+
+#: The most requests that wait while one runs; each holds its sound, up to 115 MB.
+MAX_WAITING = 16
+
+
+class _DroppedError(Exception):
+    """The caller of a request no longer waits."""
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    request: TranscriptionRequest
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[Transcript]
+    is_dropped: bool = False
+
+
+class AsyncTranscriber(ModelThread["Transcriber"]):
+    """Starts a thread that makes the model with `make_model` and then serves requests."""
+
+    vision = None
+    no_vision = ""
+
+    def __init__(self, make_model: Callable[[], Transcriber], meter: Meter | None = None) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._running = 0
+        self._finished = 0
+        super().__init__("modelpack-transcriber", make_model, meter)
+
+    @property
+    def model(self) -> Transcriber:
+        """The loaded model: its `architecture`, `notes` and `check` are for any thread."""
+        if self._model is None:
+            raise EngineError(f"the model is {self.state}", hint="wait until it is ready")
+        return self._model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raise `RequestError`: the model answers no prompts."""
+        self._refuse()
+
+    @property
+    def max_model_len(self) -> int:
+        """0: sound of any length is cut into windows."""
+        return 0
+
+    @property
+    def vocab_size(self) -> int:
+        """0: the model answers no prompts."""
+        return 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes of the weights; windows hold memory only while they run."""
+        return 0 if self._model is None else self._model.weight_bytes
+
+    def stats(self) -> EngineStats:
+        """Return the counters of requests; the others are 0."""
+        return EngineStats(
+            num_running=min(1, self._running),
+            num_waiting=max(0, self._running - 1),
+            num_finished=self._finished,
+        )
+
+    def check_queue(self) -> None:
+        """Raise `QueueFullError` if a request would find the queue full now."""
+        if self._running > MAX_WAITING:
+            raise QueueFullError(
+                f"{MAX_WAITING} requests wait for this model", retry_after=RETRY_AFTER
+            )
+
+    async def submit(self, request: EngineRequest) -> RequestStream:
+        """Raise `RequestError`: the model answers no prompts."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise RequestError(
+            f"this model ({self.model.architecture}) transcribes sound; it answers no prompts",
+            param="model",
+            hint="use it with /v1/audio/transcriptions",
+        )
+
+    async def transcribe(self, request: TranscriptionRequest) -> Transcript:
+        """Return the transcript; cancelling the call stops the work at the next window.
+
+        Raises `RequestError` for a request that the model cannot fulfil, `QueueFullError`, and
+        `EngineError` if the model fails or is unloaded.
+        """
+        self.model.check(request)
+        self.check_queue()
+        if self.state is not EngineState.READY:
+            raise EngineError(f"the model is {self.state}")
+        began, reason = time.monotonic(), "error"
+        loop = asyncio.get_running_loop()
+        job = _Job(request, loop, loop.create_future())
+        self._running += 1
+        self._jobs.put(job)
+        try:
+            made = await job.done
+            reason = "stop"
+            return made
+        except asyncio.CancelledError:
+            reason = "abort"
+            raise
+        finally:
+            job.is_dropped = True
+            self._running -= 1
+            self._finished += 1
+            self.meter.answered(reason, 0, time.monotonic() - began)
+
+    def close(self) -> None:
+        """Stop the thread; requests that have not ended fail."""
+        self.state = EngineState.STOPPED if self.state is EngineState.READY else self.state
+        self._jobs.put(None)
+        self._thread.join()
+
+    # The model's thread
+
+    def _serve(self, model: Transcriber) -> None:
+        try:
+            while (job := self._jobs.get()) is not None:
+                if self.state is EngineState.STOPPED:
+                    _settle(job, EngineError("the model was stopped"))
+                elif not job.is_dropped:
+                    self._run_job(model, job)
+        finally:
+            self.state = EngineState.STOPPED
+            while not self._jobs.empty():
+                if (left := self._jobs.get_nowait()) is not None:
+                    _settle(left, EngineError("the model was stopped"))
+
+    def _run_job(self, model: Transcriber, job: _Job) -> None:
+        def on_window() -> None:
+            if job.is_dropped:
+                raise _DroppedError
+            if self.state is EngineState.STOPPED:
+                raise EngineError("the model was stopped")
+
+        try:
+            _settle(job, model.transcribe(job.request, on_window))
+        except _DroppedError:
+            return
+        except EngineError as error:
+            _settle(job, error)
+        except BaseException as error:  # noqa: BLE001 - the request fails, the model goes on
+            _log.exception("a transcription failed")
+            _settle(job, EngineError(f"the model failed: {error}"))
+
+
+def _settle(job: _Job, result: Transcript | Exception) -> None:
+    def settle() -> None:
+        if job.done.done():
+            return
+        if isinstance(result, Exception):
+            job.done.set_exception(result)
+        else:
+            job.done.set_result(result)
+
+    try:
+        job.loop.call_soon_threadsafe(settle)
+    except RuntimeError:  # the loop has ended: nobody listens
+        job.is_dropped = True
