@@ -3,8 +3,8 @@
 A body uses only `PA_*` macros, which the preamble defines, and the common subset of Metal, CUDA and
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
-host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `experts`,
-`experts_wide`, `usable` and `deliver` are for CUDA only.
+host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `block_tiles`,
+`experts`, `experts_wide`, `usable` and `deliver` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
-    "dots", "deliver", "packed_row",
+    "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -66,6 +66,9 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "usable": ("token_ids", "maxima"),
     "angles": ("positions", "inverse"),
     "deliver": ("numbers", "address"),
+    "block_dots": ("x", "weight", "bias"),
+    "block_tiles": ("x", "weight", "bias"),
+    "block_values": ("weight",),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "decode": ("out", "stats"),
@@ -139,12 +142,15 @@ def kernel_source(
     headers, parts = ["common"], [body]
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "grouped",
+        "block_tiles",
     ):  # fmt: skip
         headers.append("tensor_cores")
     if body == "packed_row":
         headers.append("codes")
-    if body in ("packed", "experts_wide"):
+    if body in ("packed", "experts_wide", "block_tiles"):
         headers += ["codes", "warpgroups"]
+    if body.startswith("block_"):
+        headers.append("blocks")
     if body == "experts":
         parts.append("product")
     outputs = tuple(name for name in OUTPUTS[body] if name not in absent)

@@ -3,7 +3,8 @@
 With few rows, most of the time is spent reading the weights, which MLX's matmuls do at half of the
 memory bandwidth. Our kernel computes these matmuls, and may leave partial sums for the next kernel
 to add. `dots` multiplies one row, and `packed` multiplies by quantised weights where it can;
-elsewhere, with many rows, they are dequantised first. MLX computes all other matmuls.
+elsewhere, with many rows, they are dequantised first. `blocks` multiplies by the block types of
+GGUF. MLX computes all other matmuls.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers import dots, kernels, packed
+from modelpack_engine.layers import blocks, dots, kernels, packed
 from modelpack_engine.layers.weights import Weights, random_weights
 
 #: The most rows for which our kernel is used, with quantised weights and with plain ones: see
@@ -34,6 +35,8 @@ _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
 
 def multiply(x: mx.array, weights: Weights) -> mx.array:
     """Return x [rows, in] times the weights, plus the bias: [rows, out] in x's type."""
+    if weights.blocks is not None:
+        return blocks.multiply(x, weights.weight, weights.blocks, weights.bias)
     if packed.fits_row(x, weights):
         return packed.multiply_row(x, weights)
     if _takes_one(x, weights):

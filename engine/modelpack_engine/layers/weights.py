@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, BlockType
+
 _PARAMETERS = ("weight", "scales", "biases", "bias")
 #: The inputs of a kernel that has no second weights, that of an up projection.
 NO_UP: dict[str, mx.array | None] = {f"{name}_up": None for name in _PARAMETERS}
@@ -19,7 +21,8 @@ class Weights:
     """The parameters of a linear layer, or of the experts of one: plain weights [..., out, in].
 
     With `bits`, weights are quantised: packed in uint32, low bits first, with scales and biases
-    [..., out, in / group]. `transposed` is a view of plain weights, made once for all steps.
+    [..., out, in / group], or if `blocks` is set, rows of words of that type. `transposed` is a
+    view of plain weights, made once for all steps.
     """
 
     weight: mx.array
@@ -30,6 +33,7 @@ class Weights:
     group_size: int
     mode: str
     transposed: mx.array | None = None
+    blocks: BlockType | None = None
 
     @classmethod
     def plain(cls, weight: mx.array, bias: mx.array | None = None) -> Weights:
@@ -44,6 +48,8 @@ class Weights:
     @property
     def num_inputs(self) -> int:
         """The number of inputs."""
+        if self.blocks is not None:
+            return self.blocks.inputs(self.weight.shape[-1])
         return self.weight.shape[-1] * (32 // self.bits if self.bits else 1)
 
     def inputs(self, suffix: str = "") -> dict[str, mx.array | None]:
@@ -67,6 +73,8 @@ def weights_of(layer: nn.Module) -> Weights | None:
     """
     if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return quantised_weights(layer)
+    if isinstance(layer, BlockLinear | BlockEmbedding):
+        return _block_weights(layer)
     if isinstance(layer, nn.Linear | nn.Embedding):
         return Weights.plain(layer["weight"], layer.get("bias"))
     return None
@@ -80,16 +88,24 @@ def quantised_weights(layer: Any) -> Weights:
     )  # fmt: skip
 
 
+def _block_weights(layer: BlockLinear | BlockEmbedding) -> Weights:
+    kind = layer.kind
+    bits = kind.low + kind.high
+    return Weights(
+        layer["weight"], None, None, layer.get("bias"), bits, kind.group, "gguf", blocks=kind
+    )
+
+
 def can_join(layers: Sequence[nn.Module]) -> bool:
     """Return whether layers are linears of one kind, with inputs and types that are equal."""
     kinds = {type(layer) for layer in layers}
-    if kinds not in ({nn.Linear}, {nn.QuantizedLinear}):
+    if kinds not in ({nn.Linear}, {nn.QuantizedLinear}, {BlockLinear}):
         return False
     names = {tuple(sorted(layer)) for layer in layers}
     widths = {layer["weight"].shape[1] for layer in layers}
     dtypes = {tuple(layer[name].dtype for name in sorted(layer)) for layer in layers}
     how = {
-        tuple(getattr(layer, name, None) for name in ("group_size", "bits", "mode"))
+        tuple(getattr(layer, name, None) for name in ("group_size", "bits", "mode", "kind"))
         for layer in layers
     }
     return all(len(values) == 1 for values in (names, widths, dtypes, how))
@@ -114,10 +130,13 @@ def join(layers: Sequence[nn.Module]) -> Weights:
         mx.eval([layer[name] for layer in layers])
     first = weights_of(layers[0])
     assert first is not None, "plain layers have weights"
-    return Weights(
-        joint["weight"], joint.get("scales"), joint.get("biases"), joint.get("bias"),
-        first.bits, first.group_size, first.mode,
-    ).ready()  # fmt: skip
+    return replace(
+        first,
+        weight=joint["weight"],
+        scales=joint.get("scales"),
+        biases=joint.get("biases"),
+        bias=joint.get("bias"),
+    ).ready()
 
 
 def random_weights(

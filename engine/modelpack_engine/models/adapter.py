@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from modelpack.formats.adapter import Adapter, AdapterError, Target, canonical
+from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear
 from modelpack_engine.models.gguf_adapter import gguf_pairs
 from modelpack_engine.models.precision import unpack
 from modelpack_engine.patches.lora import (
@@ -114,6 +115,8 @@ def _matrices(target: Target, arrays: Any) -> tuple[mx.array, mx.array]:
 
 
 def _dtype_of(module: Any) -> mx.Dtype:
+    if isinstance(module, BlockLinear | BlockEmbedding):
+        return module.dtype
     array = module.scales if hasattr(module, "bits") else module.weight
     floats = (mx.float16, mx.bfloat16, mx.float32)
     return array.dtype if array.dtype in floats else mx.bfloat16
@@ -182,14 +185,16 @@ class _Modules:
 def _shape(module: Any) -> tuple[int, ...]:
     """Return the shape of a layer's weight, unpacked."""
     *outer, inputs = module.weight.shape
+    if isinstance(module, BlockLinear | BlockEmbedding):
+        return (*outer, module.kind.inputs(inputs))
     return (*outer, inputs * 32 // module.bits if hasattr(module, "bits") else inputs)
 
 
 def merge(model: nn.Module, layers: Layers) -> None:
     """Add an adapter to the weights of a model, which keep their type; MLX evaluates them later.
 
-    Quantised layers that it changes become dense, in the type of their scales: quantised again,
-    they would lose most of a small change.
+    Quantised layers that it changes become dense, in the type of their scales or outputs: quantised
+    again, they would lose most of a small change.
     """
     unpack(model, None, only=layers)
     modules = dict(model.named_modules())

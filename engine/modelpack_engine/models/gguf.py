@@ -1,5 +1,8 @@
 """GGUF files as models of mlx-lm: `GGUFLoader`, and the threads that decode tensors.
 
+Where the precision allows, weights keep their block types (`layers.blocks`); otherwise they go to
+MLX's layouts, in 8 bits if no layout of MLX has their codes.
+
 numpy releases the GIL while it computes, so several threads decode a bounded number of bytes ahead;
 only the caller's thread calls MLX.
 """
@@ -18,12 +21,16 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import quantize
+from mlx.utils import tree_unflatten
 
 from modelpack.formats.adapter import Adapter
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.weights import PackedWeights
-from modelpack_engine.models import gguf_blocks, load_progress
+from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, BlockType
+from modelpack_engine.models import gguf_blocks, gguf_planes, load_progress
 from modelpack_engine.models.adapter import merged_weight, read_layers
 from modelpack_engine.models.gguf_architectures import architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE
@@ -61,15 +68,18 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """A parameter to decode, and how MLX holds it; None for an array of floats."""
+    """A parameter to decode, and how it is held: in a layout of MLX, in blocks, or as floats."""
 
     parameter: Parameter
     packing: Packing | None = None
+    blocks: BlockType | None = None
 
     @property
     def decoded_bytes(self) -> int:
         """The approximate size of the decoded parameter."""
-        packed = self.packing and gguf_blocks.affine_bits(self.parameter.dtype)
+        packed = self.blocks or (
+            self.packing and gguf_blocks.affine_bits(self.parameter.dtype) is not None
+        )
         stored = self.parameter.stored_bytes
         return stored * 3 // 2 if packed else self.parameter.elements * 4
 
@@ -124,6 +134,8 @@ def packing_of(dtype: str, *, requantize: bool) -> Packing | None:
 def _decode(item: TensorPlan) -> Decoded:
     """Decode a tensor to numpy arrays in their final shapes: its packed parts, or its values."""
     tensor = item.parameter.read()
+    if item.blocks is not None:
+        return {"weight": gguf_planes.planes(tensor, item.blocks)}
     *rows, columns = tensor.shape or (1,)
     groups = (*rows, columns // GROUP_SIZE)
     if item.packing and item.packing.mode == "mxfp4":
@@ -200,9 +212,15 @@ class GGUFLoader:
         model: Any = self._build()
         modules = dict(model.named_modules())
         plans = [
-            TensorPlan(parameter, _packing(parameter, modules.get(parameter.path), precision))
+            _plan(parameter, modules.get(parameter.path), precision)
             for parameter in self._parameters
         ]
+        in_blocks = [
+            (plan.parameter.path, _module_of(plan.blocks, modules[plan.parameter.path], precision))
+            for plan in plans
+            if plan.blocks is not None
+        ]
+        model.update_modules(tree_unflatten(in_blocks))
         packed = {
             plan.parameter.path: {"group_size": GROUP_SIZE, **asdict(plan.packing)}
             for plan in plans
@@ -374,10 +392,22 @@ def _merged(parameter: Parameter, tensor: GGUFTensor, one: Matrices) -> GGUFTens
     return GGUFTensor(tensor.name, dtype, tensor.shape, stored)
 
 
-def _packing(parameter: Parameter, module: Any, precision: Precision) -> Packing | None:
+def _plan(parameter: Parameter, module: Any, precision: Precision) -> TensorPlan:
     if precision.dense or parameter.name != "weight" or not hasattr(module, "to_quantized"):
-        return None
-    return packing_of(parameter.dtype, requantize=precision.requantize)
+        return TensorPlan(parameter)
+    if parameter.dtype in precision.blocks and type(module) in (Linear, Embedding):
+        blocks = gguf_planes.block_type(parameter.dtype, parameter.shape)
+        if blocks is not None:
+            return TensorPlan(parameter, blocks=blocks)
+    return TensorPlan(parameter, packing_of(parameter.dtype, requantize=precision.requantize))
+
+
+def _module_of(kind: BlockType, module: Any, precision: Precision) -> BlockLinear | BlockEmbedding:
+    """Return the module for weights in blocks in place of a plain one."""
+    rows, inputs = module.weight.shape
+    if isinstance(module, Embedding):
+        return BlockEmbedding(kind, inputs, rows, precision.dtype)
+    return BlockLinear(kind, inputs, rows, precision.dtype, bias="bias" in module)
 
 
 def _layer(tensor: str) -> int | None:

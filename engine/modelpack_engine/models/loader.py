@@ -30,6 +30,7 @@ from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.gguf import GGUFLoader
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
+from modelpack_engine.models.gguf_planes import KEPT
 from modelpack_engine.models.gguf_projector import GGUFProjector
 from modelpack_engine.models.load_progress import LoadCallback
 from modelpack_engine.models.model_config import normalised
@@ -110,6 +111,7 @@ def load(
     dtype: mx.Dtype | None = None,
     dense: bool | None = None,
     requantize: bool = True,
+    blocks: Collection[str] | None = None,
     ignored_fields: Collection[str] = (),
     shard: Shard | None = None,
     packed: bool = False,
@@ -123,11 +125,13 @@ def load(
 
     On a CPU the default is dense float32, or quantised weights with float32 scales where memory
     is short. On a GPU weights stay packed, and the default dtype is that of the files (bfloat16
-    for GGUF). `dense` decides whether quantised weights are unpacked; `requantize` whether GGUF
-    types that MLX cannot pack without loss (Q6_K, Q3_K, Q2_K, IQ…) are held in 8 bits rather
-    than in `dtype`. `ignored_fields` of config.json are accepted although nothing reads
-    them. With `shard`, only this device's part of the model is held in memory. `adapter`, or that
-    of the files, is merged into the weights; quantised layers that it changes are held dense.
+    for GGUF). `dense` decides whether quantised weights are unpacked; `blocks` are the types of
+    GGUF that linear layers and embeddings keep as they are stored, by default KEPT on a GPU that
+    holds the whole model; `requantize` whether others that MLX cannot pack without loss (IQ1_S to
+    IQ3_S; all in experts) are held in 8 bits rather than in `dtype`. `ignored_fields` of
+    config.json are accepted although nothing reads them. With `shard`, only this device's part of
+    the model is held in memory. `adapter`, or that of the files, is merged into the weights;
+    quantised layers that it changes are held dense.
 
     Raises `ModelLoadError`, naming the cause, for errors in the files, `WeightFormatError` for a
     damaged weight file, and `AdapterError` for an adapter that does not fit the model.
@@ -142,7 +146,9 @@ def load(
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu), load_progress.watched(progress):
         load_progress.begin(files.weights)
         if files.format == "gguf":
-            return _load_gguf(files, device, dtype, dense, requantize, shard, packed, adapter)
+            return _load_gguf(
+                files, device, dtype, dense, requantize, blocks, shard, packed, adapter
+            )
         return _load_safetensors(
             files, device, dtype, dense, ignored_fields, shard, packed, adapter
         )
@@ -194,6 +200,7 @@ def _load_gguf(
     dtype: mx.Dtype | None,
     dense: bool | None,
     requantize: bool,
+    blocks: Collection[str] | None,
     shard: Shard | None,
     packed: bool,
     adapter: Adapter | None,
@@ -217,7 +224,10 @@ def _load_gguf(
         if dense is None:
             dense = device == "cpu" and fits(loader.dense_elements * dtype.size)
             _note_density(notes, device, dense)
-        model = loader.load(Precision(dtype, dense, requantize))
+        if blocks is None:
+            # mlx-lm divides layers of MLX only.
+            blocks = KEPT if device != "cpu" and shard is None else ()
+        model = loader.load(Precision(dtype, dense, requantize, blocks))
         if adapter is not None:
             merge(model, read_layers(adapter, model, loader.config, dtype=mx.float32))
     limits = check_fields(loader.config, type(model))

@@ -14,6 +14,7 @@ from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx.utils import tree_flatten, tree_unflatten
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, values
 from modelpack_engine.models import load_progress
 from modelpack_engine.models.load_budget import checkpoint
 from modelpack_engine.platform.device import available_memory
@@ -94,7 +95,7 @@ def check_token_rows(model: Any, vocab_size: int) -> None:
 
 def _tables(model: Any) -> Iterator[tuple[str, int]]:
     for path, module in model.named_modules():
-        if isinstance(module, (Embedding, QuantizedEmbedding)):
+        if isinstance(module, (Embedding, QuantizedEmbedding, BlockEmbedding)):
             yield path.rpartition(".")[2], module.weight.shape[0]
 
 
@@ -108,12 +109,14 @@ class Precision:
     """The precision of a model's weights in memory.
 
     `dtype` is the type of unpacked weights and of scales. `dense` unpacks quantised weights.
-    `requantize` holds types that MLX cannot pack without loss (Q6_K, IQ…) in 8 bits, not in 16.
+    `blocks` are the block types of GGUF that linear layers and embeddings keep as they are stored.
+    `requantize` holds others that MLX cannot pack without loss (IQ3_S…) in 8 bits, not in 16.
     """
 
     dtype: mx.Dtype
     dense: bool
     requantize: bool = True
+    blocks: Collection[str] = ()
 
 
 def fits(num_bytes: int) -> bool:
@@ -171,11 +174,14 @@ def unpack(
         QuantizedLinear: Linear,
         QuantizedEmbedding: Embedding,
         QuantizedSwitchLinear: SwitchLinear,
+        BlockLinear: Linear,
+        BlockEmbedding: Embedding,
     }
     replaced: list[tuple[str, Module]] = []
     left: list[str] = []
     for path, module in model.named_modules():
-        if not _is_packed(module) or (only is not None and path not in only):
+        packed = _is_packed(module) or isinstance(module, BlockLinear | BlockEmbedding)
+        if not packed or (only is not None and path not in only):
             continue
         kind = kinds.get(type(module))
         if kind is None:
@@ -190,11 +196,13 @@ def _is_packed(module: Module) -> bool:
     return "scales" in module and hasattr(module, "bits") and hasattr(module, "group_size")
 
 
-def _unpacked(module: Any, kind: Any, dtype: mx.Dtype | None) -> Any:
+def _full_weight(module: Any, dtype: mx.Dtype | None) -> mx.array:
+    if isinstance(module, BlockLinear | BlockEmbedding):
+        return values(module.weight, module.kind, dtype or module.dtype)
     scales, biases = module["scales"], module.get("biases")
     if biases is not None and dtype is not None:
         scales, biases = scales.astype(dtype), biases.astype(dtype)
-    weight = mx.dequantize(
+    return mx.dequantize(
         module["weight"],
         scales,
         biases,
@@ -203,6 +211,10 @@ def _unpacked(module: Any, kind: Any, dtype: mx.Dtype | None) -> Any:
         mode=getattr(module, "mode", "affine"),
         global_scale=module.get("global_scale"),
     )
+
+
+def _unpacked(module: Any, kind: Any, dtype: mx.Dtype | None) -> Any:
+    weight = _full_weight(module, dtype)
     # Construct a tiny module, whose other attributes the class sets, then replace its weight.
     dense = kind(*(1,) * weight.ndim, **({} if kind is Embedding else {"bias": False}))
     dense.weight = weight if dtype is None else weight.astype(dtype)

@@ -19,10 +19,11 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.errors import EngineError
+from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, values
 from modelpack_engine.patches.modules import Call, ClassSwaps
 
-LINEARS = (nn.Linear, nn.QuantizedLinear)
-EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+LINEARS = (nn.Linear, nn.QuantizedLinear, BlockLinear)
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, BlockEmbedding)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 
 
@@ -247,6 +248,8 @@ def _gathered(x: mx.array, a: mx.array, b: mx.array, indices: mx.array) -> mx.ar
 
 def dense_weight(module: Any) -> mx.array:
     """Return the weight of a layer in float32, dequantised if it is quantised."""
+    if isinstance(module, BlockLinear | BlockEmbedding):
+        return values(module.weight, module.kind, mx.float32)
     if not hasattr(module, "bits"):
         return module.weight.astype(mx.float32)  # type: ignore[no-any-return]
     return mx.dequantize(

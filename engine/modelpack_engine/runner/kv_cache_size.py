@@ -28,6 +28,7 @@ from modelpack_engine.core.block_manager import window_blocks
 from modelpack_engine.core.buckets import EXACT, FEW, Buckets, round_up, sizes_up_to
 from modelpack_engine.core.scheduler import OVERTAKING, SchedulerConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
+from modelpack_engine.layers.blocks import BlockLinear
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 from modelpack_engine.runner.model_layout import WindowGroup
@@ -379,13 +380,15 @@ def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
     outputs = dequantised = 0
     norms: list[int] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+        if isinstance(module, nn.Linear | nn.QuantizedLinear | BlockLinear):
             size = module["weight"].shape[0]
             if size == vocab_size and "layers" not in name:
                 continue
             outputs += size
             if isinstance(module, nn.QuantizedLinear):
                 dequantised += size * module["scales"].shape[1] * module.group_size
+            elif isinstance(module, BlockLinear):
+                dequantised += size * module.kind.inputs(module["weight"].shape[1])
         elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
             experts, size = module["weight"].shape[:2]
             outputs += size * min(experts, _MOST_EXPERTS)

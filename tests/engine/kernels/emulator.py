@@ -21,7 +21,7 @@ from tests.peers import require
 
 STUBS = Path(__file__).parent / "stubs"
 #: Bodies on tensor cores that stubs stand for.
-ON_TENSOR_CORES: tuple[Body, ...] = ("packed", "packed_row", "experts_wide")
+ON_TENSOR_CORES: tuple[Body, ...] = ("packed", "packed_row", "experts_wide", "block_tiles")
 Array = npt.NDArray[Any]
 Edit = Callable[[Body, str], str]
 
@@ -109,7 +109,12 @@ def _changed(body: Body) -> tuple[str, ...]:
 
 
 def _program(instances: Sequence[Instance], edit: Edit) -> str:
-    lines = ['#include "emulator.h"', text("common"), (STUBS / "host.h").read_text()]
+    lines = [
+        '#include "emulator.h"',
+        text("common"),
+        text("blocks"),
+        (STUBS / "host.h").read_text(),
+    ]
     for body in INPUTS:
         first = next((i for i in instances if i.body == body), None)
         if first is not None:

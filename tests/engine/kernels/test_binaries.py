@@ -26,6 +26,7 @@ from modelpack_engine.kernels.plan import AttentionShape
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.kernels.sources import KernelSource, kernel_source
 from modelpack_engine.layers import (
+    blocks,
     delta_rule,
     dots,
     expert_kernels,
@@ -303,6 +304,7 @@ LLAMA = AttentionShape(8, 2, 64, 64)
 SINKS = AttentionShape(8, 2, 64, 64, window=128, softcap=True, sinks=True)
 LATENT = AttentionShape(16, 1, 512, 512, 64, latent=True)
 Q8 = AttentionShape(8, 2, 64, 64, bits=8, group=64)
+BLOCKS = blocks.BLOCK_TYPES
 PLACE = delivery.Place(np.zeros(0, np.int32), mx.zeros((4,), mx.int32))
 CALLS: dict[str, Callable[[], object]] = {
     "decode": lambda: operations.probe_decode(LLAMA, "cuda", BF16, BF16),
@@ -327,6 +329,13 @@ CALLS: dict[str, Callable[[], object]] = {
     "packed weights, 8 bits": lambda: packed._compare(F16, 8, 32, packed.TILES[0]),
     "packed weights, one row": lambda: packed._compare_row(BF16, 64),
     "packed weights, one row, groups of 32": lambda: packed._compare_row(F16, 32),
+    **{
+        f"blocks, {name}": lambda name=name: (  # type: ignore[misc]
+            blocks._compare(BF16, BLOCKS[name], 1),
+            blocks._compare_values(F16, BLOCKS[name]),
+        )
+        for name in ("Q2_K", "Q5_K", "Q6_K", "Q5_1", "IQ4_XS")
+    },
     "experts": lambda: expert_kernels._compare_matmul(BF16, 16, 32, swiglu=True),
     "dots": lambda: dots._compare(BF16, 16, 64),
     "dots, 4 bits": lambda: dots._compare(F16, 4, 64),
@@ -375,6 +384,18 @@ def test_nvidia_s_compiler_takes_warpgroups(
     compiling = Compiling("sm_90a")
     monkeypatch.setattr(launch, "kernel", compiling.kernel)
     packed._compare(dtype, 4, 64, tile)
+    assert compiling.done
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "Q5_1", "IQ4_XS"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+def test_nvidia_s_compiler_takes_tiles_of_blocks(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: mx.Dtype
+) -> None:
+    compiling = Compiling("sm_90a")
+    monkeypatch.setattr(launch, "kernel", compiling.kernel)
+    for tile in blocks.TILES if dtype == BF16 else blocks.TILES[:1]:
+        blocks._compare_tiles(dtype, BLOCKS[name], tile)
     assert compiling.done
 
 

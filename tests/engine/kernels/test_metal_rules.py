@@ -9,6 +9,7 @@ import pytest
 from modelpack_engine.kernels.plan import MAX_SHARED_BYTES
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.kernels.sources import Body
+from modelpack_engine.layers.blocks import BLOCK_TYPES
 from tests.engine.kernels.cases import CASES, Case
 from tests.engine.kernels.metal_rules import judge
 from tests.engine.kernels.signatures import (
@@ -96,6 +97,24 @@ RECURRENT = [
         for rows, every in ((4, False), (1, True))
     ),
 ]  # fmt: skip
+#: Kernels of GGUF's block types: of 6 bits, of 2 with minimums, and by a table.
+BLOCKS = [
+    Instance(
+        body,
+        (*BF16, *(() if body == "block_values" else (("O", "bfloat16_t"),)), ("H", "float16_t")),
+        (
+            *((("K", 512),) if body == "block_values" else ()),
+            *BLOCK_TYPES[name].constants,
+            *(
+                ()
+                if body == "block_values"
+                else (("BIAS", True), ("ROWS", 2), ("LINES", 2), ("NSG", 4), ("AHEAD", 2))
+            ),
+        ),
+    )
+    for body in ("block_dots", "block_values")
+    for name in ("Q6_K", "Q2_K", "IQ4_XS", "Q5_1")
+]
 #: Inputs that can have fewer than 8 elements: MLX puts them into `constant`, one by one.
 SMALL: dict[Body, tuple[str, ...]] = {
     "decode": ("block_tables", "context_lens", "sinks"),
@@ -114,6 +133,8 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "combine": (),
     "draw": ("settings",),
     "greedy": (),
+    "block_dots": ("bias",),
+    "block_values": (),
 }
 #: Inputs that always have fewer than 8 elements.
 TINY: dict[Body, tuple[str, ...]] = {
@@ -135,6 +156,7 @@ INSTANCES = [
     *FUSED,
     *MIXTURES,
     *RECURRENT,
+    *BLOCKS,
 ]
 
 
@@ -163,6 +185,13 @@ def test_shared_memory_is_what_the_plan_says(case: Case) -> None:
     decode, *merge = (judge(instance) for instance in case.instances)
     assert decode.shared_bytes == case.plan.shared_bytes <= MAX_SHARED_BYTES
     assert all(0 < found.shared_bytes <= MAX_SHARED_BYTES for found in merge)
+
+
+@pytest.mark.parametrize("instance", BLOCKS, ids=lambda i: i.body)
+def test_rules_and_shared_memory_of_blocks(instance: Instance) -> None:
+    verdict = judge(instance)
+    assert verdict.problems == ()
+    assert verdict.shared_bytes == (64 if instance.body == "block_dots" else 0)
 
 
 @pytest.mark.parametrize("instance", FUSED, ids=lambda i: i.body)

@@ -12,11 +12,13 @@ import mlx_lm
 
 from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.cpu.weights import BLOCKS as BLOCKS_OF_CPU
+from modelpack_engine.layers.blocks import BLOCK_TYPES
 from modelpack_engine.layers.packed import CODE_BITS
 from modelpack_engine.models import gguf_blocks
 from modelpack_engine.models.gguf import TensorPlan, arrays_of, packing_of
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS, WITH_AXES
 from modelpack_engine.models.gguf_file import GGUFTensor
+from modelpack_engine.models.gguf_planes import KEPT
 from modelpack_engine.models.gguf_tensors import Parameter
 from modelpack_engine.models.mtp import LAYOUTS
 from modelpack_engine.patches.lora import LINEARS, returns_parts
@@ -99,14 +101,17 @@ How a tensor of each type is held, in bits per weight with the scales. Tensors t
 or whose columns are reordered are unpacked (a few of DeepSeek and of Qwen 3.5), and so are those
 that are joined with one of another type.
 
-- **MLX** computes on Metal and CUDA, and on a CPU; there, weights are unpacked to float32 if they
-  fit into memory. "own codes" are those of the file, with scales in the model's type (bfloat16 on a
-  GPU); "8 bits" are codes made at load, which round the values of the file.
+- **GPU** is how Metal and CUDA hold it. "as stored" keeps all codes and scales of the file, in
+  linear layers and embeddings; the weights of experts, of latent attention, of models that are
+  divided between devices, and rows that are no multiple of 256 are in 8 bits. "own codes" are those
+  of the file, with scales in the model's type (bfloat16); "8 bits" are codes made at load, which
+  round the values of the file. MLX on a CPU has no "as stored", but 8 bits, and unpacks weights to
+  float32 if they fit into memory.
 - **CUDA** says which kernel multiplies a few rows by such weights on an NVIDIA GPU: ours or MLX's.
-  On Metal it is MLX's.
+  On Metal it is ours for types that are held as stored, and MLX's for others.
 - **CPU library** is [our own](cpu.md), for models of Llama's shape.
 
-| type | file | MLX | in memory | CUDA | CPU library |
+| type | file | GPU | in memory | CUDA | CPU library |
 |---|---|---|---|---|---|
 """
 
@@ -162,7 +167,10 @@ def block_types() -> str:
         packing = packing_of(dtype, requantize=True)
         arrays = arrays_of([TensorPlan(parameter, packing)], mx.bfloat16)
         held = sum(array.nbytes for _, array in arrays) / (512 * 8) * 8
-        if packing is None:
+        if dtype in KEPT:
+            kind = BLOCK_TYPES[dtype]
+            how, cuda, held = "as stored", "ours", kind.words(4096) * 32 / 4096
+        elif packing is None:
             how, cuda = "bfloat16", "ours"
         else:
             own = packing.mode != "affine" or gguf_blocks.affine_bits(dtype) == packing.bits

@@ -1,0 +1,96 @@
+  // Matmuls of few rows with weights in GGUF's block types (blocks.h), by dot products: a simdgroup computes
+  // LINES outputs of ROWS rows.
+  //   x [M, K] T   weight [N, words of a row] uint   bias [N] T (BIAS)   out [M, N] O
+  //   LOW, HIGH, GROUP, SCALED, MINS: of the type; a code stands for code - ZERO, or for one of 16 values (TABLE)
+  typedef PaBlocks<LOW, HIGH> Codes;
+  typedef PaScales<GROUP, SCALED, MINS> Scales;
+  typedef typename Codes::Low Low;
+  typedef typename Codes::High High;
+  typedef PaVec<T, 8> Eight;
+  // Codes are read with OFFSET added, which saves a subtraction for each.
+  constexpr int PARTS = 32 / GROUP, FACTORS = MINS ? 2 : 1, OFFSET = TABLE ? 0 : 128;
+  constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
+  const int M = x_shape[0], K = x_shape[1], N = weight_shape[0], words = weight_shape[1], units = K / 32;
+  const int lane = PA_LANE, first = (PA_X * NSG + PA_SIMD) * LINES, row0 = PA_Y * ROWS;
+  const int highs = K / 32 * LOW, factors = highs + K / 32 * HIGH;
+  const int bytes_at = (SCALED ? K / 256 : K / 32) * FACTORS;
+  PA_SHARED(float, values, 16);
+  if (TABLE) {
+    if (PA_SIMD == 0 && lane < 16) values[lane] = pa_value_of(lane);
+    PA_SYNC();
+  }
+  float sum[LINES][ROWS];
+  PA_UNROLL for (int l = 0; l < LINES; l++) {
+    PA_UNROLL for (int r = 0; r < ROWS; r++) sum[l][r] = 0.0f;
+  }
+  for (int from = 0; from < units; from += 32 * AHEAD) {
+    // Load all, then compute: loads wait for memory together.
+    Low low[AHEAD][LINES];
+    High high[AHEAD][LINES];
+    float factor[AHEAD][LINES], least[AHEAD][LINES];
+    unsigned int bytes[AHEAD][LINES];
+    PA_UNROLL for (int a = 0; a < AHEAD; a++) {
+      const int there = from + a * 32 + lane, unit = there < units ? there : 0;
+      PA_UNROLL for (int l = 0; l < LINES; l++) {
+        const PA_DEVICE unsigned int* line = weight + (size_t)(first + l < N ? first + l : N - 1) * words;
+        low[a][l] = ((const PA_DEVICE Low*)line)[unit];
+        if (HIGH > 0) high[a][l] = ((const PA_DEVICE High*)(line + highs))[unit];
+        const PA_DEVICE H* given = (const PA_DEVICE H*)(line + factors);
+        const int block = (SCALED ? unit / 8 : unit) * FACTORS;
+        factor[a][l] = there < units ? float(given[block]) : 0.0f;
+        least[a][l] = MINS && there < units ? float(given[block + FACTORS - 1]) : 0.0f;
+        bytes[a][l] = !SCALED ? 0u : TWO ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
+                                         : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
+      }
+    }
+    PA_UNROLL for (int a = 0; a < AHEAD; a++) {
+      const int there = from + a * 32 + lane, unit = there < units ? there : 0;
+      float dot[LINES][ROWS], whole[ROWS];
+      PA_UNROLL for (int e = 0; e < 4; e++) {
+        if (e * 8 % GROUP == 0) {
+          PA_UNROLL for (int r = 0; r < ROWS; r++) {
+            whole[r] = 0.0f;
+            PA_UNROLL for (int l = 0; l < LINES; l++) dot[l][r] = 0.0f;
+          }
+        }
+        float value[ROWS][8];
+        PA_UNROLL for (int r = 0; r < ROWS; r++) {
+          const size_t row = row0 + r < M ? row0 + r : 0;
+          const Eight eight = ((const PA_DEVICE Eight*)x)[row * (K / 8) + unit * 4 + e];
+          PA_UNROLL for (int i = 0; i < 8; i++) {
+            value[r][i] = float(eight.e[i]);
+            if (!TABLE || MINS) whole[r] += value[r][i];
+          }
+        }
+        PA_UNROLL for (int l = 0; l < LINES; l++) {
+          PA_UNROLL for (int i = 0; i < 4; i++) {
+            const unsigned int two = Codes::pair(low[a][l], high[a][l], e * 4 + i);
+            // 128 + code, as the bits of bfloat16
+            const unsigned int bits = two | 0x43004300u;
+            const float one = TABLE ? values[two & 15u] : pa_float(bits << 16);
+            const float other = TABLE ? values[two >> 16] : pa_float(bits & 0xffff0000u);
+            PA_UNROLL for (int r = 0; r < ROWS; r++) {
+              dot[l][r] += one * value[r][2 * i] + other * value[r][2 * i + 1];
+            }
+          }
+          if ((e + 1) * 8 % GROUP == 0) {
+            const int part = e * 8 / GROUP;
+            const float scale = Scales::scale(factor[a][l], bytes[a][l], part);
+            const float offset = Scales::offset(least[a][l], bytes[a][l], part) - float(OFFSET + ZERO) * scale;
+            PA_UNROLL for (int r = 0; r < ROWS; r++) {
+              sum[l][r] += scale * dot[l][r];
+              if (!TABLE || MINS) sum[l][r] += offset * whole[r];
+            }
+          }
+        }
+      }
+    }
+  }
+  PA_UNROLL for (int l = 0; l < LINES; l++) {
+    PA_UNROLL for (int r = 0; r < ROWS; r++) {
+      PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) sum[l][r] += PA_XOR(sum[l][r], mask);
+      if (lane == (l * ROWS + r) % 32 && first + l < N && row0 + r < M) {
+        out[(size_t)(row0 + r) * N + first + l] = O(sum[l][r] + (BIAS ? float(bias[first + l]) : 0.0f));
+      }
+    }
+  }

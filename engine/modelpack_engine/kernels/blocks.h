@@ -1,0 +1,40 @@
+// Weights in GGUF's block types, as layers/blocks.py lays them out. A row of K weights has a plane of LOW bits
+// of each code, one of HIGH bits, factors (float16) and scales (bytes). A word of a plane has 32 / BITS codes:
+// those of weights 2 i and 2 i + 1 are at the bits i * BITS and 16 + i * BITS, so that both are read at once.
+template <int LOW, int HIGH>
+struct PaBlocks {
+  enum { UPPER = HIGH > 0 ? HIGH : 1, LOWS = ((1 << LOW) - 1) * 0x10001, HIGHS = ((1 << HIGH) - 1) * 0x10001 };
+  typedef PaVec<unsigned int, LOW> Low;     // of 32 weights
+  typedef PaVec<unsigned int, UPPER> High;
+  // The codes of weights 2 i and 2 i + 1 by the words that have them, in two halves.
+  static PA_FUNCTION unsigned int codes(unsigned int low, unsigned int high, int i) {
+    const unsigned int found = low >> (i % (16 / LOW) * LOW) & (unsigned int)(LOWS);
+    if (HIGH == 0) return found;
+    return found | (high >> (i % (16 / UPPER) * UPPER) & (unsigned int)(HIGHS)) << LOW;
+  }
+  static PA_FUNCTION unsigned int pair(Low low, High high, int i) {
+    return codes(low.e[i * LOW / 16], HIGH > 0 ? high.e[i * HIGH / 16] : 0u, i);
+  }
+};
+
+// The scales and offsets of groups: a block's factor, times a number of a group if it is SCALED. The two bytes of
+// 32 weights are numbers of two groups of 16 (with MINS, two of four bits each), or of a scale and an offset.
+template <int GROUP, bool SCALED, bool MINS>
+struct PaScales {
+  static PA_FUNCTION float scale(float factor, unsigned int bytes, int part) {
+    if (!SCALED) return factor;
+    if (MINS) return factor * float(GROUP == 16 ? bytes >> (8 * part) & 15u : bytes & 255u);
+    return factor * float((int)(bytes << (24 - 8 * part)) >> 24);
+  }
+  static PA_FUNCTION float offset(float factor, unsigned int bytes, int part) {
+    if (!MINS) return 0.0f;
+    if (!SCALED) return factor;
+    return factor * float(GROUP == 16 ? bytes >> (8 * part + 4) & 15u : bytes >> 8);
+  }
+};
+
+// The 16 values of IQ4_NL's and IQ4_XS's codes.
+PA_FUNCTION float pa_value_of(unsigned int code) {
+  const unsigned int low = code & 4u ? 0xf6eaddcfu : 0xbfad9881u, high = code & 4u ? 0x71594535u : 0x26190d01u;
+  return float((int)((code & 8u ? high : low) << (24u - (code & 3u) * 8u)) >> 24);
+}

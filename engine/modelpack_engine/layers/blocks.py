@@ -1,0 +1,366 @@
+"""Linear layers and embeddings whose weights keep the codes and scales of GGUF's block types.
+
+A row of K weights is held as words: a plane of the codes' low bits, one of their high bits, the
+float16 factors of blocks, and the scales of groups in bytes, padded to 16 bytes. That takes at most
+5 % more than the file. `kernels/blocks.h` reads it; `models/gguf_planes.py` makes it.
+
+Few rows are multiplied by kernels that read these words; for many, a layer's weights are computed
+in full for the time of its matmul.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from modelpack_engine.kernels import launch
+
+Words = npt.NDArray[np.uint32]
+
+#: The values of the codes of IQ4_NL and IQ4_XS.
+VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+#: The weights of a superblock, whose groups have a byte of scale each.
+SUPERBLOCK = 256
+_ROW_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """A block type of GGUF: codes of `low` + `high` bits, in groups with a scale each.
+
+    A code stands for (code - `zero`) * scale + offset, or with `table`, for one of VALUES. If
+    `scaled`, a scale is a superblock's factor times a byte. With `mins`, groups have offsets.
+    """
+
+    name: str
+    low: int
+    high: int
+    group: int
+    scaled: bool
+    mins: bool
+    zero: int
+    table: bool = False
+
+    @property
+    def block(self) -> int:
+        """The weights that have factors of their own; a row has a whole number of blocks."""
+        return SUPERBLOCK if self.scaled else self.group
+
+    @property
+    def factors(self) -> int:
+        """The factors of a block: that of scales, and with `mins` that of offsets."""
+        return 2 if self.mins else 1
+
+    @property
+    def group_bytes(self) -> int:
+        """The bytes of scales and offsets of 32 weights; Q2_K has both in one byte."""
+        return (2 if self.group == 16 or self.mins else 1) if self.scaled else 0
+
+    def words(self, inputs: int) -> int:
+        """Return the words of a row of so many weights."""
+        return -(-self._bytes(inputs) // _ROW_BYTES) * _ROW_BYTES // 4
+
+    def inputs(self, words: int) -> int:
+        """Return the weights of a row of so many words."""
+        blocks = words * 4 // self._bytes(self.block)
+        assert self.words(blocks * self.block) == words, "a row has whole blocks"
+        return blocks * self.block
+
+    def _bytes(self, inputs: int) -> int:
+        codes = inputs * (self.low + self.high) // 8
+        return codes + inputs // self.block * self.factors * 2 + inputs // 32 * self.group_bytes
+
+    @property
+    def constants(self) -> list[tuple[str, int | bool]]:
+        """The template arguments of the kernels."""
+        return [
+            ("LOW", self.low), ("HIGH", self.high), ("GROUP", self.group), ("SCALED", self.scaled),
+            ("MINS", self.mins), ("ZERO", self.zero), ("TABLE", self.table),
+        ]  # fmt: skip
+
+
+BLOCK_TYPES: dict[str, BlockType] = {
+    kind.name: kind
+    for kind in (
+        BlockType("Q2_K", 2, 0, 16, scaled=True, mins=True, zero=0),
+        BlockType("Q3_K", 2, 1, 16, scaled=True, mins=False, zero=4),
+        BlockType("Q4_K", 4, 0, 32, scaled=True, mins=True, zero=0),
+        BlockType("Q5_K", 4, 1, 32, scaled=True, mins=True, zero=0),
+        BlockType("Q6_K", 4, 2, 16, scaled=True, mins=False, zero=32),
+        BlockType("Q4_0", 4, 0, 32, scaled=False, mins=False, zero=8),
+        BlockType("Q4_1", 4, 0, 32, scaled=False, mins=True, zero=0),
+        BlockType("Q5_0", 4, 1, 32, scaled=False, mins=False, zero=16),
+        BlockType("Q5_1", 4, 1, 32, scaled=False, mins=True, zero=0),
+        BlockType("IQ4_NL", 4, 0, 32, scaled=False, mins=False, zero=0, table=True),
+        BlockType("IQ4_XS", 4, 0, 32, scaled=True, mins=False, zero=0, table=True),
+    )
+}
+
+
+class BlockLinear(nn.Module):  # type: ignore[misc]  # MLX has no types here
+    """A linear layer with weights [outputs, words] of a block type."""
+
+    def __init__(
+        self, kind: BlockType, inputs: int, outputs: int, dtype: mx.Dtype, *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.kind, self.dtype = kind, dtype
+        self.weight = mx.zeros((outputs, kind.words(inputs)), mx.uint32)
+        if bias:
+            self.bias = mx.zeros((outputs,), dtype)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = x.reshape(-1, x.shape[-1])
+        product = multiply(rows, self.weight, self.kind, self.get("bias"))
+        return product.reshape(*x.shape[:-1], -1)
+
+
+class BlockEmbedding(nn.Module):  # type: ignore[misc]  # MLX has no types here
+    """An embedding with weights [tokens, words] of a block type, whose rows have type `dtype`."""
+
+    def __init__(self, kind: BlockType, dims: int, tokens: int, dtype: mx.Dtype) -> None:
+        super().__init__()
+        self.kind, self.dtype = kind, dtype
+        self.weight = mx.zeros((tokens, kind.words(dims)), mx.uint32)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = mx.take(self.weight, x.reshape(-1), axis=0)
+        return values(rows, self.kind, self.dtype).reshape(*x.shape, -1)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Multiply by the table, as a head does."""
+        rows = x.reshape(-1, x.shape[-1])
+        return multiply(rows, self.weight, self.kind).reshape(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A block on tensor cores: its rows, its warps, which share the inputs, and their loads."""
+
+    rows: int
+    warps: int
+    ahead: int
+
+
+#: The most rows for each kernel, as measured: benchmarks/results/blocks-h200.md.
+FEW_ROWS, MOST_ROWS = 16, 128
+TILES = (Tile(8, 8, 2), Tile(32, 8, 2), Tile(64, 4, 1))
+#: Simdgroups of a threadgroup, outputs of a simdgroup, loads of a lane that wait together.
+_SIMDGROUPS, _LINES, _AHEAD = 4, 2, 2
+
+
+def multiply(
+    x: mx.array, weight: mx.array, kind: BlockType, bias: mx.array | None = None
+) -> mx.array:
+    """Return rows x [rows, inputs] times the weights [outputs, words]: [rows, outputs]."""
+    rows = x.shape[0]
+    if bias is not None and bias.dtype != x.dtype:
+        return multiply(x, weight, kind) + bias
+    if launch.backend() != "none" and x.dtype in _TOLERANCES:
+        if 1 < rows <= MOST_ROWS and x.dtype != mx.float32 and _has_tensor_cores():
+            tile = tile_for(rows)
+            if tiles_verdict(x.dtype, kind, tile) is None:
+                return run_tiles(x, weight, kind, tile, bias)
+        if rows <= FEW_ROWS and verdict(x.dtype, kind, _together(rows)) is None:
+            return run_dots(x, weight, kind, bias)
+    product = x @ values(weight, kind, x.dtype).T
+    return product if bias is None else product + bias
+
+
+def tile_for(rows: int) -> Tile:
+    """Return the smallest tile that holds so many rows, or the largest."""
+    return next((tile for tile in TILES if tile.rows >= rows), TILES[-1])
+
+
+#: The types of rows, and by how much of the largest product kernels may differ from float32.
+_TOLERANCES = {mx.float16: 3e-3, mx.bfloat16: 2e-2, mx.float32: 1e-4}
+
+
+def values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.array:
+    """Return the values of weights [rows, words] in a type of floats: [rows, inputs]."""
+    if launch.backend() == "none" or values_verdict(dtype, kind) is not None:
+        return computed_values(weight, kind, dtype)
+    return run_values(weight, kind, dtype)
+
+
+@cache
+def _has_tensor_cores() -> bool:
+    """Return whether the GPU has the instructions of the kernel `block_tiles`."""
+    if launch.backend() != "cuda":
+        return False
+    return int(mx.device_info()["compute_capability_major"]) >= 9
+
+
+def computed_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.array:
+    """Return what `values` does, by MLX's functions: on a CPU, and to compare kernels with."""
+    rows, inputs = weight.shape[0], kind.inputs(weight.shape[1])
+    highs = inputs // 32 * kind.low
+    factors = highs + inputs // 32 * kind.high
+    codes = _codes(weight[:, :highs], kind.low)
+    if kind.high:
+        codes = codes | _codes(weight[:, highs:factors], kind.high) << kind.low
+    numbers = mx.array(VALUES, mx.float32)[codes] if kind.table else _signed(codes, kind.zero)
+    rest = weight[:, factors:]
+    blocks = inputs // kind.block
+    halves = rest.view(mx.float16)[:, : blocks * kind.factors]
+    of_blocks = halves.astype(mx.float32).reshape(rows, blocks, kind.factors, 1)
+    scales, offsets = of_blocks[:, :, 0], of_blocks[:, :, -1]
+    if kind.scaled:
+        start = blocks * kind.factors * 2
+        size = inputs // 32 * kind.group_bytes
+        given = rest.view(mx.uint8)[:, start : start + size].reshape(rows, blocks, -1)
+        if kind.mins and kind.group == 16:
+            scales, offsets = scales * (given & 15), offsets * (given >> 4)
+        elif kind.mins:
+            scales, offsets = scales * given[:, :, ::2], offsets * given[:, :, 1::2]
+        else:
+            scales = scales * given.view(mx.int8)
+    found = numbers.reshape(rows, -1, kind.group) * scales.reshape(rows, -1, 1)
+    if kind.mins:
+        found = found + offsets.reshape(rows, -1, 1)
+    return found.reshape(rows, inputs).astype(dtype)
+
+
+def _codes(plane: mx.array, bits: int) -> mx.array:
+    """Return the codes of a plane [rows, words]: [rows, codes]."""
+    shifts = mx.array([i // 2 * bits + i % 2 * 16 for i in range(32 // bits)], mx.uint32)
+    codes = (plane[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return codes.reshape(plane.shape[0], -1)
+
+
+def _signed(codes: mx.array, zero: int) -> mx.array:
+    return codes.astype(mx.float32) - zero
+
+
+def run_dots(
+    x: mx.array,
+    weight: mx.array,
+    kind: BlockType,
+    bias: mx.array | None = None,
+    *,
+    lines: int = _LINES,
+    ahead: int = _AHEAD,
+    simdgroups: int = _SIMDGROUPS,
+) -> mx.array:
+    """Return rows x times the weights by dot products; a simdgroup computes `lines` outputs."""
+    rows, outputs, together = x.shape[0], weight.shape[0], _together(x.shape[0])
+    inputs, on = [x, weight, bias if bias is not None else x], launch.backend()
+    across = -(-outputs // (lines * simdgroups))
+    constants = [
+        *kind.constants, ("BIAS", bias is not None), ("ROWS", together), ("LINES", lines),
+        ("NSG", simdgroups), ("AHEAD", ahead),
+    ]  # fmt: skip
+    (out,) = launch.kernel("block_dots", on)(
+        inputs=inputs,
+        template=launch.template(_types(x.dtype), constants, inputs, on),
+        grid=(across * simdgroups * 32, -(-rows // together), 1),
+        threadgroup=(simdgroups * 32, 1, 1),
+        output_shapes=[(rows, outputs)],
+        output_dtypes=[x.dtype],
+    )
+    return out
+
+
+def _together(rows: int) -> int:
+    """Return how many rows a simdgroup multiplies, of those that kernels are compiled for."""
+    return next(size for size in (1, 2, 4, 8) if size >= min(rows, 8))
+
+
+def run_tiles(
+    x: mx.array, weight: mx.array, kind: BlockType, tile: Tile, bias: mx.array | None = None
+) -> mx.array:
+    """Return rows x times the weights by tensor cores."""
+    rows, outputs = x.shape[0], weight.shape[0]
+    (out,) = launch.run_on_cuda(
+        "block_tiles",
+        {"x": x, "weight": weight, "bias": bias},
+        template=[
+            *_types(x.dtype), *kind.constants, ("BIAS", bias is not None),
+            ("TILES", tile.rows // 8), ("WARPS", tile.warps), ("AHEAD", tile.ahead),
+        ],
+        grid=(-(-outputs // 16) * tile.warps * 32, -(-rows // tile.rows), 1),
+        threadgroup=(tile.warps * 32, 1, 1),
+        output_shapes=[(rows, outputs)],
+        output_dtypes=[x.dtype],
+    )  # fmt: skip
+    return out
+
+
+def run_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.array:
+    """Return the values of weights by our kernel."""
+    rows, inputs = weight.shape[0], kind.inputs(weight.shape[1])
+    (out,) = launch.run(
+        "block_values",
+        [weight],
+        [("T", dtype), ("H", mx.float16)],
+        [("K", inputs), *kind.constants],
+        threads=rows * inputs // 8,
+        group=128,
+        shapes=[(rows, inputs)],
+        dtypes=[dtype],
+    )
+    return out
+
+
+def _types(dtype: mx.Dtype) -> list[tuple[str, mx.Dtype]]:
+    return [("T", dtype), ("O", dtype), ("H", mx.float16)]
+
+
+def random_words(kind: BlockType, outputs: int, inputs: int, seed: int = 0) -> Words:
+    """Return random weights of a type: any codes and scales, of 0.03 or so. For tests."""
+    random = np.random.default_rng(seed)
+    words = random.integers(0, 1 << 32, (outputs, kind.words(inputs)), dtype=np.uint32)
+    start = inputs // 32 * (kind.low + kind.high) * 2
+    count = inputs // kind.block * kind.factors
+    code = 64 if kind.table else 1 << (kind.low + kind.high - 2)
+    number = 1 if not kind.scaled else 8 if kind.mins and kind.group == 16 else 64
+    small = random.uniform(-1, 1, (outputs, count)) * (0.06 / code / number)
+    if kind.mins and kind.group == 32:  # numbers of 6 bits
+        words[:, inputs // 32 * (kind.low + kind.high) :] &= 0x3F3F3F3F
+    words.view(np.float16)[:, start : start + count] = small.astype(np.float16)
+    return words
+
+
+def _compare_values(dtype: mx.Dtype, kind: BlockType) -> str | None:
+    weight = mx.array(random_words(kind, 5, 768))
+    pair = run_values(weight, kind, dtype), computed_values(weight, kind, dtype)
+    tolerance = 1e-6 if dtype == mx.float32 else 2e-3
+    return launch.difference({f"the values of {kind.name}": pair}, tolerance)
+
+
+def _case(
+    dtype: mx.Dtype, kind: BlockType, rows: int
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Return rows, weights, a bias, and what their product should be."""
+    weight = mx.array(random_words(kind, 43, 1280))
+    full = computed_values(weight, kind, mx.float32)
+    bias = (mx.arange(43) / 16 - 1).astype(dtype)
+    x = mx.random.normal((rows, 1280), key=mx.random.key(rows)).astype(dtype)
+    return x, weight, bias, x.astype(mx.float32) @ full.T + bias
+
+
+def _problem(found: mx.array, expected: mx.array, dtype: mx.Dtype) -> str | None:
+    largest = mx.abs(expected).max()
+    pair = found.astype(mx.float32) / largest, expected / largest
+    return launch.difference({f"the product of {found.shape[0]} rows": pair}, _TOLERANCES[dtype])
+
+
+def _compare(dtype: mx.Dtype, kind: BlockType, rows: int) -> str | None:
+    x, weight, bias, expected = _case(dtype, kind, rows)
+    return _problem(run_dots(x, weight, kind, bias), expected, dtype)
+
+
+def _compare_tiles(dtype: mx.Dtype, kind: BlockType, tile: Tile) -> str | None:
+    x, weight, bias, expected = _case(dtype, kind, tile.rows + 3)
+    return _problem(run_tiles(x, weight, kind, tile, bias), expected, dtype)
+
+
+#: None if a kernel computes as MLX's functions do, for types of floats and blocks and a number of
+#: rows; otherwise the problem.
+verdict, values_verdict = launch.verdict(_compare), launch.verdict(_compare_values)
+tiles_verdict = launch.verdict(_compare_tiles)

@@ -1,0 +1,241 @@
+"""Layers in GGUF's block types: which kernel multiplies what, and the kernels on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from modelpack_engine.kernels import launch
+from modelpack_engine.layers import blocks, matmul
+from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockEmbedding, BlockLinear, Tile
+from modelpack_engine.layers.weights import can_join, join, weights_of
+from modelpack_engine.models.gguf_planes import planes
+from modelpack_engine.models.precision import unpack
+from modelpack_engine.patches.lora import dense_weight
+from modelpack_engine.runner.kv_cache_size import step_memory
+from tests.engine.kernels.onhost import Compiled, Host, emulated
+from tests.engine.loaders.test_architectures import distance, load_tiny
+from tests.engine.loaders.test_gguf_planes import tensor, tiny_of
+
+BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
+VERDICTS = blocks.verdict, blocks.values_verdict, blocks.tiles_verdict
+FAST = ("Q6_K", "Q2_K", "IQ4_XS")
+NAMES = [
+    pytest.param(name, marks=[] if name in FAST else pytest.mark.long)
+    for name in sorted(BLOCK_TYPES)
+]
+SMALL = Tile(8, 2, 2)
+
+
+def linear(name: str, outputs: int, inputs: int, seed: int = 0, **more: Any) -> BlockLinear:
+    layer = BlockLinear(BLOCK_TYPES[name], inputs, outputs, BF16, **more)
+    layer.weight = mx.array(blocks.random_words(BLOCK_TYPES[name], outputs, inputs, seed))
+    return layer
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
+    with emulated(monkeypatch, compiled, *VERDICTS) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.long)])
+def test_products_of_stored_blocks_equal_those_of_the_gguf_package(
+    host: Host, name: str, rows: int
+) -> None:
+    stored, full = tensor(name, 7, 1280)
+    full, kind = full / np.abs(full).max(), BLOCK_TYPES[name]
+    weight = mx.array(planes(stored, kind))
+    x = mx.random.normal((rows, 1280), key=mx.random.key(rows)).astype(BF16)
+    largest = np.abs(gguf.quants.dequantize(
+        stored.raw.reshape(7, -1), gguf.GGMLQuantizationType[name]
+    )).max()  # fmt: skip
+    expected = np.array(x.astype(F32), np.float64) @ full.T
+    found = np.array(blocks.run_dots(x, weight, kind).astype(F32)) / largest
+    np.testing.assert_allclose(found, expected, rtol=0.01, atol=0.01)
+    assert [body for body, _ in host.calls] == ["block_dots"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_on_the_host(host: Host, name: str) -> None:
+    stored, full = tensor(name, 5, 512)
+    found = blocks.run_values(mx.array(planes(stored, BLOCK_TYPES[name])), BLOCK_TYPES[name], F32)
+    np.testing.assert_allclose(np.array(found), full, rtol=1e-6, atol=1e-5)
+    assert [body for body, _ in host.calls] == ["block_values"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F16, marks=pytest.mark.long)])
+def test_tiles_on_the_host(
+    host: Host, monkeypatch: pytest.MonkeyPatch, name: str, dtype: mx.Dtype
+) -> None:
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    assert blocks._compare_tiles(dtype, BLOCK_TYPES[name], SMALL) is None
+    assert {body for body, _ in host.calls} == {"block_tiles"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("rows", "dtype"), [(1, F16), (2, F32), (4, BF16), (8, F32), (11, BF16)])
+def test_any_number_of_rows_of_any_type(host: Host, rows: int, dtype: mx.Dtype) -> None:
+    del host
+    for name in ("Q4_K", "Q3_K"):
+        assert blocks._compare(dtype, BLOCK_TYPES[name], rows) is None
+
+
+@pytest.mark.parametrize(
+    ("verdict", "wrong"),
+    [
+        ("verdict", ("- float(OFFSET + ZERO) * scale", "")),
+        ("verdict", ("unit / 8 : unit", "unit / 4 : unit")),
+        ("values", ("eight % 4 * 8 / GROUP", "0")),
+        ("tiles", ("h * 8 + r;", "r;")),
+    ],
+)
+def test_verdicts_name_wrong_kernels(
+    host: Host, monkeypatch: pytest.MonkeyPatch, verdict: str, wrong: tuple[str, str]
+) -> None:
+    kind, edited = BLOCK_TYPES["Q6_K"], []
+
+    def edit(body: str, text: str) -> str:
+        edited.append(wrong[0] in text)
+        return text.replace(*wrong)
+
+    host.break_by(edit)
+    if verdict == "tiles":
+        monkeypatch.setattr(launch, "backend", lambda: "cuda")
+        problem = blocks.tiles_verdict(BF16, kind, SMALL)
+    elif verdict == "values":
+        problem = blocks.values_verdict(BF16, kind)
+    else:
+        problem = blocks.verdict(BF16, kind, 1)
+    assert edited == [True]
+    assert "is off by" in str(problem)
+
+
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are run, by their names; all are right."""
+    found: list[str] = []
+
+    def run(name: str) -> Any:
+        def called(x: mx.array, weight: mx.array, kind: Any, *_: Any) -> mx.array:
+            found.append(name)
+            return x @ blocks.computed_values(weight, kind, x.dtype).T
+
+        return called
+
+    def values(weight: mx.array, kind: Any, dtype: mx.Dtype) -> mx.array:
+        found.append("values")
+        return blocks.computed_values(weight, kind, dtype)
+
+    for name in ("dots", "tiles"):
+        monkeypatch.setattr(blocks, f"run_{name}", run(name))
+    monkeypatch.setattr(blocks, "run_values", values)
+    for name in ("verdict", "values_verdict", "tiles_verdict"):
+        monkeypatch.setattr(blocks, name, lambda *_: None)
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    monkeypatch.setattr(blocks, "_has_tensor_cores", lambda: True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "tensor_cores", "kernel"),
+    [
+        (1, BF16, True, "dots"),
+        (2, BF16, True, "tiles"),
+        (blocks.MOST_ROWS, F16, True, "tiles"),
+        (blocks.MOST_ROWS + 1, BF16, True, "values"),
+        (2, F32, True, "dots"),
+        (blocks.FEW_ROWS, BF16, False, "dots"),
+        (blocks.FEW_ROWS + 1, BF16, False, "values"),
+    ],
+)
+def test_the_kernel_for_the_rows(
+    bodies: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    dtype: mx.Dtype,
+    tensor_cores: bool,
+    kernel: str,
+) -> None:
+    monkeypatch.setattr(blocks, "_has_tensor_cores", lambda: tensor_cores)
+    layer = linear("Q6_K", 16, 256)
+    assert layer(mx.ones((1, rows, 256), dtype)).shape == (1, rows, 16)
+    assert bodies == [kernel]
+
+
+def test_kernels_that_are_wrong_are_not_used(
+    bodies: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("verdict", "values_verdict", "tiles_verdict"):
+        monkeypatch.setattr(blocks, name, lambda *_: "it is off")
+    for rows in (1, 5, 300):
+        linear("Q6_K", 16, 256)(mx.ones((rows, 256), BF16))
+    assert bodies == []
+
+
+def test_layers_and_weights() -> None:
+    layer = linear("Q3_K", 24, 512, bias=True)
+    layer.bias = mx.arange(24).astype(BF16)
+    full = blocks.computed_values(layer.weight, layer.kind, BF16)
+    x = mx.random.normal((2, 3, 512)).astype(BF16)
+    expected = x @ full.T + layer.bias
+    assert mx.allclose(layer(x), expected, 1e-2, 1e-2)
+    weights = weights_of(layer)
+    assert weights is not None
+    assert (weights.num_outputs, weights.num_inputs) == (24, 512)
+    rows, flat = x.reshape(6, 512), expected.reshape(6, 24)
+    assert mx.allclose(matmul.multiply(rows, weights), flat, 1e-2, 1e-2)
+    parts = matmul.multiply_in_parts(rows[:, None], weights)
+    assert parts.count == 1
+    assert mx.allclose(parts.array, flat, 1e-2, 1e-2)
+    exact = blocks.computed_values(layer.weight, layer.kind, F32)
+    assert mx.array_equal(dense_weight(layer), exact)
+    embedding = BlockEmbedding(layer.kind, 512, 24, BF16)
+    embedding.weight = layer.weight
+    assert mx.array_equal(embedding(mx.array([[3, 0], [3, 23]])), full[mx.array([[3, 0], [3, 23]])])
+    assert mx.allclose(embedding.as_linear(x) + layer.bias, expected, 1e-2, 1e-2)
+
+
+def test_layers_are_joined_only_with_their_like() -> None:
+    layers: list[nn.Module] = [linear("Q6_K", rows, 256, seed=rows) for rows in (8, 24)]
+    x = mx.random.normal((1, 256)).astype(BF16)
+    before = mx.concatenate([layer(x) for layer in layers], axis=1)
+    assert can_join(layers)
+    assert not can_join([layers[0], linear("Q4_K", 8, 256)])
+    assert not can_join([layers[0], linear("Q6_K", 8, 512)])
+    assert not can_join([layers[0], nn.Linear(256, 8)])
+    joint = join(layers)
+    assert mx.array_equal(matmul.multiply(x, joint), before)
+    assert mx.array_equal(mx.concatenate([layer(x) for layer in layers], axis=1), before)
+
+
+def test_layers_are_counted_and_unpacked() -> None:
+    model = nn.Sequential(linear("Q6_K", 32, 256), linear("Q4_K", 256, 512))
+    assert step_memory(model, 1000).per_step == (32 * 256 + 256 * 512) * 2
+    x = mx.random.normal((3, 512)).astype(F32)
+    expected = model.layers[1](x)
+    assert unpack(model, F32, only=("layers.1",)) == []
+    assert [type(layer) for layer in model.layers] == [BlockLinear, nn.Linear]
+    assert mx.allclose(model.layers[1](x), expected, 1e-5, 1e-5)
+
+
+@pytest.mark.long
+def test_a_model_by_the_kernels(host: Host, tmp_path: Path) -> None:
+    """A whole model whose layers run by the emulated kernels."""
+    path = tmp_path / "m.gguf"
+    tiny = tiny_of(path, "Q3_K")
+    dense, kept = load_tiny(path), load_tiny(path, dense=False, blocks=("Q3_K",), dtype=F32)
+    logits = np.array(kept.model(mx.array([[72, 300, 17]]))[0].astype(F32))
+    expected = np.array(dense.model(mx.array([[72, 300, 17]]))[0].astype(F32))
+    assert distance(logits[-1], expected[-1]) < 1e-6
+    assert {body for body, _ in host.calls} == {"block_dots", "block_values"}
+    assert tiny.arch == "llama"

@@ -1,0 +1,110 @@
+"""GGUF's block types as rows of words: values, sizes, and models that keep them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from modelpack_engine.layers import blocks
+from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockEmbedding, BlockLinear
+from modelpack_engine.models import gguf_planes
+from modelpack_engine.models.gguf_file import GGUFTensor
+from tests.engine.loaders.blocks import random_blocks
+from tests.engine.loaders.test_architectures import distance, load_tiny
+from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel
+
+
+def tensor(name: str, rows: int, columns: int, seed: int = 0) -> tuple[GGUFTensor, np.ndarray]:
+    """Return a random tensor, and its values by the gguf package."""
+    raw = random_blocks(name, rows, columns, seed)
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
+    return GGUFTensor("w", name, (rows, columns), raw.reshape(-1)), expected
+
+
+@given(
+    name=st.sampled_from(sorted(BLOCK_TYPES)),
+    rows=st.integers(1, 9),
+    superblocks=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_values_equal_those_of_the_gguf_package(
+    name: str, rows: int, superblocks: int, seed: int
+) -> None:
+    stored, expected = tensor(name, rows, superblocks * 256, seed)
+    kind = gguf_planes.block_type(name, stored.shape)
+    assert kind is not None
+    words = gguf_planes.planes(stored, kind)
+    assert words.shape == (rows, kind.words(superblocks * 256))
+    assert kind.inputs(words.shape[1]) == superblocks * 256
+    found = blocks.computed_values(mx.array(words), kind, mx.float32)
+    assert np.array_equal(np.array(found), expected)
+
+
+@pytest.mark.parametrize("name", sorted(BLOCK_TYPES))
+def test_rows_of_models_take_at_most_four_percent_more(name: str) -> None:
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    for inputs in (2048, 4096, 11008, 14336):
+        assert BLOCK_TYPES[name].words(inputs) * 4 <= inputs // elements * size * 1.04
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("Q6_K", (4, 128)), ("Q6_K", (2, 4, 256)), ("Q6_K", (256,)), ("Q8_0", (4, 256)),
+     ("IQ3_S", (4, 256)), ("F16", (4, 256)), ("MXFP4", (4, 256))],
+)  # fmt: skip
+def test_other_types_and_shapes_stay_in_layouts_of_mlx(name: str, shape: tuple[int, ...]) -> None:
+    assert gguf_planes.block_type(name, shape) is None
+
+
+def tiny_of(path: Path, name: str) -> TinyModel:
+    """Write a tiny Llama whose matrices are random blocks of a type."""
+    config = {**TINY_MODELS["llama"].config, "hidden_size": 1024, "intermediate_size": 512}
+    tiny = TinyModel("llama", config, TINY_MODELS["llama"].keys, TINY_MODELS["llama"].converted)
+    kind = gguf.GGMLQuantizationType[name]
+
+    def quantize(_: str, values: np.ndarray) -> Any:
+        return random_blocks(name, *values.shape), kind
+
+    tiny.write(path, quantize)
+    return tiny
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("Q6_K", "IQ4_XS") else pytest.mark.long)
+        for name in sorted(BLOCK_TYPES)
+    ],
+)
+def test_models_keep_their_blocks(name: str, tmp_path: Path) -> None:
+    """All matrices stay as they are stored: the values of a dense model, in the file's memory."""
+    path = tmp_path / "m.gguf"
+    tiny = tiny_of(path, name)
+    dense, kept = load_tiny(path), load_tiny(path, dense=False, blocks=(name,), dtype=mx.float32)
+    kinds = {type(module) for _, module in kept.model.named_modules() if "weight" in module}
+    assert {BlockLinear, BlockEmbedding} <= kinds
+    assert {a.dtype for _, a in tree_flatten(kept.model.parameters())} == {mx.float32, mx.uint32}
+    assert kept.weight_bytes < 1.1 * path.stat().st_size
+    difference = tiny.logits(kept.model)[-1], tiny.logits(dense.model)[-1]
+    assert distance(*difference) < 1e-9
+    without = load_tiny(path, dense=False, blocks=(), dtype=mx.float32)
+    assert BlockLinear not in {type(module) for _, module in without.model.named_modules()}
+
+
+def test_a_row_of_another_type_would_be_noticed(tmp_path: Path) -> None:
+    """Negative control: the comparison above fails if one scale is wrong."""
+    stored, expected = tensor("Q6_K", 3, 512)
+    words = gguf_planes.planes(stored, BLOCK_TYPES["Q6_K"])
+    words.view(np.uint8)[1, -30] ^= 1  # a scale
+    found = blocks.computed_values(mx.array(words), BLOCK_TYPES["Q6_K"], mx.float32)
+    wrong = np.array(found) != expected
+    assert wrong[1].any()
+    assert not wrong[[0, 2]].any()
