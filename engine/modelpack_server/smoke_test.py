@@ -13,6 +13,8 @@ from importlib.metadata import version
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import modelpack
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import ModelpackError, UsageError
@@ -20,6 +22,7 @@ from modelpack.operations.lookup import stored_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.speech.transcript import SAMPLE_RATE, TranscriptionRequest
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import Finish
 from modelpack_server.pool.adapters import Adapters
@@ -30,11 +33,13 @@ from modelpack_server.tool_parsers.parts import Reasoning, Text
 if TYPE_CHECKING:
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
     from modelpack_engine.models.load_progress import LoadProgress
+    from modelpack_engine.speech.async_transcriber import AsyncTranscriber
 
 PROMPT = "What is the capital of France?"
 
 # One token so often in a row is no language, whatever the model.
 _REPEATS = 12
+_TONE_SECONDS = 2.0
 # Texts that are as short as this may be one token twice: "no, no".
 _SHORT = 4
 
@@ -138,8 +143,8 @@ def smoke_test(
 
     It must not be empty, hold characters that no text has, or repeat one token; it has to come to
     an end, and to match the regular expression `expect`. A model for embeddings gets the prompt as
-    a text. A failure to load or to answer is reported, not raised; raises `NotFoundError`, and
-    `UsageError` for an expression that is none.
+    a text, one for speech a tone. A failure to load or to answer is reported, not raised; raises
+    `NotFoundError`, and `UsageError` for an expression that is none.
     """
     try:
         pattern = re.compile(expect) if expect is not None else None
@@ -180,7 +185,15 @@ async def _try(
     pictures: Sequence[dict[str, Any]],
 ) -> SmokeReport:
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+    from modelpack_engine.speech.async_transcriber import AsyncTranscriber
 
+    if isinstance(model.engine, AsyncTranscriber):
+        if pattern is not None or min_speed is not None or pictures:
+            raise UsageError(
+                "a speech-to-text model gets a tone, without a prompt, pictures or expectations",
+                hint="leave out --expect, --min-tps and --image",
+            )
+        return await _transcribe(model.engine, report)
     if isinstance(model.engine, AsyncEmbedder):
         if pattern is not None or min_speed is not None:
             raise UsageError("an embedding model writes no text that could be expected or timed")
@@ -246,6 +259,15 @@ async def _embed(engine: AsyncEmbedder, report: SmokeReport) -> SmokeReport:
     return replace(
         report, checks=check_vector(vector), dimensions=len(vector), prompt_tokens=tokens
     )
+
+
+async def _transcribe(engine: AsyncTranscriber, report: SmokeReport) -> SmokeReport:
+    """Transcribe a tone that rises; the text may be empty, since nobody speaks."""
+    at = np.arange(int(_TONE_SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
+    tone = (0.5 * np.sin(2 * np.pi * (200 + 100 * at) * at)).astype(np.float32)
+    made = await engine.transcribe(TranscriptionRequest(tone))
+    [check] = [one for one in check_text(made.text, (), "stop") if one.name == "printable"]
+    return replace(report, prompt="", checks=(check,), answer=made.text, finish="stop")
 
 
 def check_vector(vector: Sequence[float]) -> tuple[Check, ...]:

@@ -90,7 +90,8 @@ GROUPS = {
     "Registry": ("pull", "lock", "search", "catalog", "login", "logout", "registry"),
     "Run and serve": (
         "run", "serve", "ps", "requests", "logs", "unload", "configure", "adapter", "launch",
-        "gateway", "service", "compose", "k8s", "smoke", "bench", "doctor",
+        "gateway", "service", "compose", "k8s", "smoke", "transcribe", "bench",
+        "doctor",
     ),
     "Trust": ("keygen", "sign", "verify", "lint", "sbom"),
     "Help": ("help", "version", "completion"),

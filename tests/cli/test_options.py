@@ -95,6 +95,7 @@ ACTS = {
     "sign": "store json quiet registry",
     "smoke": "store json quiet progress registry download trust variant",
     "tag": "store json quiet",
+    "transcribe": "store json quiet progress registry download trust variant",
     "unload": "json",
     "verify": "store json quiet registry identity",
     "version": "json",

@@ -68,7 +68,19 @@ def test_without_a_password(
 
 @pytest.mark.parametrize(
     "command",
-    ["pull", "resolve", "bundle", "smoke", "serve", "run", "convert", "package", "bench", "k8s"],
+    [
+        "pull",
+        "resolve",
+        "bundle",
+        "smoke",
+        "serve",
+        "run",
+        "convert",
+        "package",
+        "bench",
+        "k8s",
+        "transcribe",
+    ],
 )
 def test_a_policy_keeps_models_out(
     published: Published,
@@ -91,6 +103,7 @@ def test_a_policy_keeps_models_out(
         "resolve": ["--pull"],
         "run": ["prompt"],
         "serve": ["--port", "0"],
+        "transcribe": [str(Path("fixtures/sounds/tone.flac").absolute())],
     }
     assert run([command, published.reference, *arguments.get(command, [])]) == 5
     assert "is not signed by us: it has no signatures" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
 from modelpack_engine.models import json_tokenizer
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.tokenizer import Tokenizer
@@ -30,6 +30,8 @@ from modelpack_engine.speech.transcript import (
 _ENCODER_POSITIONS = 1500
 #: The most positions of the decoder; the mask takes their square. OpenAI's models have 448.
 _MOST_POSITIONS = 1024
+# The most times that a window is decoded for each second of sound; six temperatures are tried.
+_DECODINGS = 12
 _TRANSFORMERS_NAMES = ("d_model", "encoder_layers")
 _POSITIONS = ("max_source_positions", "n_audio_ctx"), ("max_target_positions", "n_text_ctx")
 _END = "<|endoftext|>"
@@ -177,8 +179,14 @@ class Whisper:
     def transcribe(self, request: TranscriptionRequest, on_window: OnWindow) -> Transcript:
         """Return the transcript; `on_window` is called before each window is decoded."""
 
+        left = _DECODINGS * (10 + int(request.seconds))
+
         def decode(*args: Any, **options: Any) -> Any:
+            nonlocal left
             on_window()
+            left -= 1
+            if left < 0:  # mlx-audio goes on from the last time that the model wrote
+                raise EngineError("the transcription does not get on: its times stand still")
             return self._decode(*args, **options)
 
         model = self._model

@@ -197,7 +197,7 @@ def require_chat(model: ServedModel) -> None:
     if isinstance(model.engine, AsyncTranscriber):
         raise UsageError(
             f"{model.name} is a speech-to-text model, which answers no prompts",
-            hint="use `modelpack serve` and POST /v1/audio/transcriptions",
+            hint="use `modelpack transcribe`, or `modelpack serve` to serve transcriptions",
         )
 
     if isinstance(model.engine, AsyncEmbedder):

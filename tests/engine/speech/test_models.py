@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
 from modelpack_engine.embedding import purpose_of
-from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
 from modelpack_engine.models import ModelFiles
 from modelpack_engine.patches import mlx_audio_imports
 from modelpack_engine.speech.loader import Transcriber, load_transcriber, loaded_bytes
@@ -195,6 +195,14 @@ def test_a_transcription_stops_between_windows(whisper: Transcriber) -> None:
         whisper.transcribe(TranscriptionRequest(noise(200)), on_window)
     assert windows == 3
     assert whisper.transcribe(TranscriptionRequest(tone(1))).text
+
+
+def test_a_model_whose_times_stand_still(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelpack_engine.speech import whisper
+
+    monkeypatch.setattr(whisper, "_DECODINGS", 0)
+    with pytest.raises(EngineError, match="does not get on"):
+        load(directory).transcribe(TranscriptionRequest(tone(1)))
 
 
 @pytest.mark.parametrize(

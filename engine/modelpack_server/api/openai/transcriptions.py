@@ -8,7 +8,7 @@ segment once the whole sound is transcribed.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -240,17 +240,23 @@ def _text(made: Transcript, asked: _Asked) -> str:
             return as_vtt(made.segments)
         case "json":
             return dumps({"text": made.text, "usage": _usage(made)})
+    found = {**verbose(made, asked.task, asked.granularities), "usage": _usage(made)}
+    return json.dumps(found, ensure_ascii=False, allow_nan=False)
+
+
+def verbose(made: Transcript, task: Task, granularities: Collection[str]) -> dict[str, Any]:
+    """Return the object of the format `verbose_json`, with the times of `granularities`."""
     found: dict[str, Any] = {
-        "task": asked.task,
+        "task": task,
         "language": made.language,
         "duration": made.duration,
         "text": made.text,
     }
-    if "segment" in asked.granularities:
+    if "segment" in granularities:
         found["segments"] = [_segment(at, one) for at, one in enumerate(made.segments)]
-    if "word" in asked.granularities:
+    if "word" in granularities:
         found["words"] = [_word(one) for one in made.words]
-    return json.dumps({**found, "usage": _usage(made)}, ensure_ascii=False, allow_nan=False)
+    return found
 
 
 def _segment(number: int, segment: Segment) -> dict[str, Any]:
