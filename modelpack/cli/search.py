@@ -14,14 +14,15 @@ from modelpack.operations.remote import RemoteOptions
 if TYPE_CHECKING:
     from modelpack.operations.search import Found
 
-_HEADER = ("NAME", "WHERE", "SIZE", "DOWNLOADS")
+_HEADER = ("NAME", "WHERE", "SIZE", "DOWNLOADS", "LIKES", "LICENCE")
 
 
 @command()
-@click.argument("term", metavar="TERM")
+@click.argument("term", default="")
 @click.option(
     "--registry", "registries", metavar="HOST[/NAMESPACE]", multiple=True,
-    help="Search the repositories of this registry too. May be repeated.",
+    help="Search the repositories of this registry too; of Docker Hub, those of one namespace, "
+    "like docker.io/ai. May be repeated.",
 )  # fmt: skip
 @click.option("--hub", is_flag=True, help="Search the Hugging Face Hub too.")
 @click.option(
@@ -41,7 +42,8 @@ def search(
     """List the models with TERM in their names: of the store and, if asked, of other places.
 
     With --quiet, print only their names, which `pull` accepts. DOWNLOADS are those of the last 30
-    days on the hub. A registry names its repositories, without tags and sizes.
+    days on the hub, and all pulls on Docker Hub, whose stars are LIKES. A registry names its
+    repositories, without tags and sizes.
     """
     from modelpack.operations.search import search_hub, search_registry, search_store
 
@@ -61,4 +63,5 @@ def search(
 
 def _row(one: Found) -> tuple[str, ...]:
     size = "" if one.size is None else human_size(one.size)
-    return one.name, one.where, size, "" if one.downloads is None else str(one.downloads)
+    counts = ("" if count is None else str(count) for count in (one.downloads, one.likes))
+    return one.name, one.where, size, *counts, one_line(one.licence or "")

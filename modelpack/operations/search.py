@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from modelpack.artifacts.reference import DEFAULT_ORGANISATION, DEFAULT_REGISTRY
 from modelpack.operations.catalog import is_under, split_registry
 from modelpack.operations.model_list import list_images, summarize_models
 from modelpack.operations.remote import RemoteOptions, open_hub, open_registry
@@ -16,18 +17,22 @@ from modelpack.store.layout import LayoutStore
 class Found:
     """A name that other commands accept, and the place that has it: "store", a host or "hub".
 
-    `size` is in bytes; a registry does not say it. Only the hub counts `downloads`.
+    `size` is in bytes, of stored models alone. Hubs count `downloads` and `likes`, and the Hugging
+    Face Hub names the `licence`; see `HubResult`.
     """
 
     name: str
     where: str
     size: int | None = None
     downloads: int | None = None
+    likes: int | None = None
+    licence: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON object without unknown values."""
         value = {"name": self.name, "where": self.where, "size": self.size,
-                 "downloads": self.downloads}  # fmt: skip
+                 "downloads": self.downloads, "likes": self.likes,
+                 "licence": self.licence}  # fmt: skip
         return {key: item for key, item in value.items() if item is not None}
 
 
@@ -52,10 +57,13 @@ def search_store(store: LayoutStore, term: str) -> tuple[Found, ...]:
 def search_registry(name: str, term: str, remote: RemoteOptions | None = None) -> tuple[Found, ...]:
     """Return the repositories of `registry[/namespace]` that contain `term`, in any case, sorted.
 
+    Docker Hub has no such list: its own API lists a namespace, by default `ai`, most pulled first.
     Raises `UsageError` for an invalid `name`, and the errors of registries, also for one that does
     not list its repositories.
     """
     host, namespace = split_registry(name)
+    if host == DEFAULT_REGISTRY:
+        return _search_docker_hub(namespace or DEFAULT_ORGANISATION, term, remote)
     with open_registry(host, remote or RemoteOptions(), watching(None)) as registry:
         names = sorted(one for one in registry.repositories() if is_under(one, namespace))
     return tuple(Found(f"{host}/{one}", host) for one in names if term.lower() in one.lower())
@@ -72,4 +80,23 @@ def search_hub(
 
     with open_hub(f"search for {term!r}", remote or RemoteOptions(), watching(None)) as opened:
         results = search.search_hub(*opened, term, limit)
-    return tuple(Found(f"hf.co/{one.repository}", "hub", None, one.downloads) for one in results)
+    return tuple(
+        Found(f"hf.co/{one.repository}", "hub", None, one.downloads, one.likes, one.licence or None)
+        for one in results
+    )
+
+
+def _search_docker_hub(
+    namespace: str, term: str, remote: RemoteOptions | None
+) -> tuple[Found, ...]:
+    from modelpack.hub import search
+
+    what = f"search for {term!r}"
+    with open_hub(what, remote or RemoteOptions(), watching(None), search.DOCKER_HUB) as opened:
+        results = search.search_docker_hub(*opened, namespace, term)
+    return tuple(
+        Found(
+            f"{DEFAULT_REGISTRY}/{one.repository}", DEFAULT_REGISTRY, None, one.downloads, one.likes
+        )
+        for one in results
+    )

@@ -41,6 +41,7 @@ class FakeHub(FaultyRegistry):
         self.files: dict[tuple[str, str], dict[str, bytes]] = {}
         self.large: set[str] = set()
         self.downloads: dict[str, Any] = {}  # by repository
+        self.details: dict[str, dict[str, Any]] = {}  # of search results, by repository
         self.private: dict[str, str] = {}  # repository -> "private" or "gated"
         self.content = Api(self)  # type: ignore[assignment]
         return self
@@ -92,7 +93,9 @@ class Api:
         counts = self._hub.downloads
         if exchange.query.get("sort") == ["downloads"]:
             names.sort(key=lambda name: -counts[name])
-        return as_json([{"id": name, "downloads": counts[name]} for name in names][: int(limit)])
+        found = [{"id": name, "downloads": counts[name], **self._hub.details.get(name, {})}
+                 for name in names]  # fmt: skip
+        return as_json(found[: int(limit)])
 
     def _api(self, exchange: Exchange, repository: str, what: str, revision: str) -> Reply:
         refused = self._refused(exchange, repository, gate=what == "tree")
