@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from modelpack.operations.push import push as push_model
 from modelpack.operations.remote import RemoteOptions, named
 from modelpack.operations.transfer import Transfer
 from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
 
 LOCK_FILE = click.option(
     "--lock-file", type=click.Path(path_type=Path, dir_okay=False, readable=False),
@@ -319,6 +321,8 @@ def push(
     """
     if to is not None and len(references) > 1:
         raise UsageError(f"--to takes one model, got {len(references)}")
+    if len(references) == 2:
+        _refuse_target(settings, *references)
 
     def push_one(name: str) -> dict[str, Any]:
         store = settings.existing_store()
@@ -338,6 +342,29 @@ def push(
         return value | _counts(done.transfer) | _about(settings, done.referrers)
 
     return _for_each(settings, references, push_one)
+
+
+def _refuse_target(settings: Settings, model: str, other: str) -> None:
+    """Raise `UsageError` if `other` names the registry to push `model` to, as in `docker push`.
+
+    Otherwise `model` would be pushed to its own registry before `other` is not found.
+    """
+    host, slash, _ = other.partition("/")
+    if not slash or not ("." in host or ":" in host or host == "localhost"):
+        return
+    store = settings.existing_store()
+    if _is_stored(store, model) and not _is_stored(store, other):
+        raise UsageError(
+            f"no such model: {other}; nothing was pushed",
+            hint=f"to push {model} to it, run modelpack push {model} --to {other}",
+        )
+
+
+def _is_stored(store: LayoutStore, name: str) -> bool:
+    with suppress(ModelpackError):
+        stored_model(store, name)
+        return True
+    return False
 
 
 @command()

@@ -210,6 +210,14 @@ def test_an_error_shows_the_option_as_typed(name: str, option: click.Option, val
     ("options", "problem"),
     [
         (["--speculative-method", "draft"], "--speculative-method draft requires --draft-model"),
+        (
+            ["--speculative-method", "mtp", "--draft-model", "x"],
+            "--speculative-method mtp does not use --draft-model",
+        ),
+        (
+            ["--speculative-method", "ngram", "--draft-model", "x"],
+            "--speculative-method ngram does not use --draft-model",
+        ),
         (["--kv-offload-disk", "1GiB"], "--kv-offload-disk requires --kv-offload-dir"),
     ],
 )

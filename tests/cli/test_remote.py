@@ -89,6 +89,23 @@ def test_push_elsewhere(server: RegistryServer, tmp_path: Path) -> None:
     assert succeed("inspect", "-r", "--json", target).json["digest"] == digest
 
 
+def test_a_target_without_to_is_refused_before_anything_is_pushed(
+    server: RegistryServer, tmp_path: Path
+) -> None:
+    own, target = f"{server.host}/team/tiny:v1", f"{server.host}/other/name:v9"
+    digest = succeed("package", "--gguf", tiny_gguf(tmp_path), own).out
+    for name in (own, digest.removeprefix("sha256:")[:12]):
+        refused = modelpack("push", name, target)
+        assert (refused.code, refused.out) == (2, "")
+        assert f"error: no such model: {target}; nothing was pushed" in refused.err
+        assert f"modelpack push {name} --to {target}" in refused.err
+        assert modelpack("inspect", "-r", own).code == 3
+    missing = modelpack("push", own, "other")  # a model's name, which is not in the store
+    assert (missing.code, missing.out) == (3, digest)
+    succeed("tag", own, target)
+    assert succeed("push", own, target).out.splitlines() == [digest, digest]
+
+
 def test_an_id_is_pushed_only_with_to(server: RegistryServer, tmp_path: Path) -> None:
     digest = succeed("package", "--gguf", tiny_gguf(tmp_path), "tiny:v1").out
     encoded = digest.removeprefix("sha256:")

@@ -122,6 +122,11 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         method = given["speculative_method"]
         if method == "draft" and not given["draft_model"]:
             raise UsageError("--speculative-method draft requires --draft-model")
+        if method in ("ngram", "mtp") and given["draft_model"]:
+            raise UsageError(
+                f"--speculative-method {method} does not use --draft-model",
+                hint=f"give one of them: {method} proposes tokens without another model",
+            )
         if given["kv_offload_disk"] and not given["kv_offload_dir"]:
             raise UsageError("--kv-offload-disk requires --kv-offload-dir")
 

@@ -202,8 +202,8 @@ _BY_NAME = {name: flag for flag in _FLAGS for name in flag.names}
 def parse_flags(flags: Iterable[str]) -> ParsedFlags:
     """Parse flags such as `--temp 0.7` or `--temp=0.7`; the last of equal flags counts.
 
-    Raises `UsageError` for an unknown flag, with the known ones, and for a value that is missing,
-    not a number or out of range.
+    Raises `UsageError` for an unknown flag, with the known ones, for a value that is missing, not
+    a number or out of range, and for flags that contradict each other.
     """
     found: dict[str, dict[str, Any]] = {"sampling": {}, "engine": {}}
     words = iter(flags)
@@ -230,6 +230,9 @@ def parse_flags(flags: Iterable[str]) -> ParsedFlags:
             found[flag.kind].pop(flag.field, None)
         else:
             found[flag.kind][flag.field] = read
+    method = found["engine"].get("speculative_method")
+    if method in ("ngram", "mtp") and found["engine"].get("draft_model"):
+        raise UsageError(f"runtime flag --speculative-method {method} does not use --draft-model")
     return ParsedFlags(found["sampling"], found["engine"])
 
 

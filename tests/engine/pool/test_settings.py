@@ -71,6 +71,7 @@ def test_flags(flags: str, sampling: dict[str, object], engine: dict[str, object
         (["--scheduling-policy", "priority"], "--scheduling-policy is 'priority'"),
         (["--draft-model"], "no name"),
         (["--draft", "0"], "at least 1"),
+        (["--speculative-method", "mtp", "-md", "ai/small"], "mtp does not use --draft-model"),
         (["--draft-p-min", "2"], "at most 1"),
         (["--kv-cache-dtype"], "no such KV cache type: ''"),
         (["0.7"], "0.7"),
