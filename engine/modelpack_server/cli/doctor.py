@@ -24,6 +24,7 @@ from modelpack.cli.help import command
 from modelpack.cli.options import Settings, common_options_without, model_names, remote_options
 from modelpack.cli.output import show, table
 from modelpack.deploy.local_server import PORT
+from modelpack.deploy.vllm import find_program
 from modelpack.errors import AuthError, ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack.store.layout import LayoutStore, default_store_root
@@ -188,7 +189,7 @@ def check_memory() -> Check:
 
 
 def check_backends() -> list[Check]:
-    """Return a check for each backend."""
+    """Return a check for each backend of this environment."""
     from modelpack_engine.llama_cpp import library
 
     verdict, text = Verdict.OK, f"llama-cpp-python {_version('llama-cpp-python')}"
@@ -199,14 +200,20 @@ def check_backends() -> list[Check]:
         verdict, text = Verdict.WARNING, f"{text}, expected {library.VERSION}"
     else:
         text = "not installed; runs GGUF on a CPU"
-    where = shutil.which("vllm") or (importlib.util.find_spec("vllm") and "in this environment")
-    vllm = f"vLLM {_version('vllm')} {where}".replace("  ", " ")
     return [
         Check("backend mlx", Verdict.OK, f"mlx {_version('mlx')}, mlx-lm {_version('mlx-lm')}"),
         Check("backend llama.cpp", verdict, text, hint),
-        Check("backend vllm", Verdict.OK,
-              vllm if where else "not installed; --backend vllm requires it"),
-    ]  # fmt: skip
+    ]
+
+
+def check_vllm() -> Check:
+    """Return the check of the vLLM that --backend vllm starts, of whatever environment."""
+    name, found = "backend vllm", find_program()
+    if found is None:
+        return Check(name, Verdict.OK, "not installed; --backend vllm requires it")
+    where, version = found
+    text = f"vLLM {version or '(unknown version)'}, {where}"
+    return Check(name, Verdict.OK, text, details={"version": version, "where": where})
 
 
 def check_choices(device: Device) -> list[Check]:
@@ -309,12 +316,12 @@ def _engine_checks(settings: Settings, models: tuple[str, ...]) -> list[Check]:
     except UsageError as error:
         # Packaging and transferring models does not need the engine.
         verdict = Verdict.FAILED if models else Verdict.WARNING
-        return [Check("engine", verdict, str(error), hint=error.hint)]
+        return [Check("engine", verdict, str(error), hint=error.hint), check_vllm()]
 
     device, where = check_device()
     memory = check_memory()
     kernels = [check_kernels(where)] if platform.system() == "Linux" else []
-    checks = [device, *kernels, memory, *check_backends(), *check_choices(where)]
+    checks = [device, *kernels, memory, *check_backends(), check_vllm(), *check_choices(where)]
     available = (memory.details or {}).get("available", 0)
     for name in models:
         try:
