@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -18,7 +19,14 @@ from modelpack.artifacts.reference import Reference
 from modelpack.deploy.kubernetes import Workload, pod_spec
 from modelpack.deploy.vllm import model_directory
 from modelpack.store.layout import LayoutStore
-from tests.interop.vllm_source import ROOT, engine_args, method, vllm_source, write_runnable
+from tests.interop.vllm_source import (
+    ROOT,
+    engine_args,
+    method,
+    ray_source,
+    vllm_source,
+    write_runnable,
+)
 from tests.models import tiny_safetensors
 
 pytestmark = pytest.mark.long  # the wheel is fetched
@@ -70,6 +78,52 @@ def test_vllm_opens_the_directory_and_never_sees_the_name(
         assert set(asked) == {directory}  # the hub is asked for no name that it does not know
     else:
         assert asked[-1] == directory
+
+
+def test_the_command_shows_an_error_and_no_traceback(tmp_path: Path) -> None:
+    """The plugin resolves names while vLLM's own code runs, in `vllm serve` and in a program."""
+    LayoutStore(tmp_path / "store")
+    write_runnable(tmp_path / "site", offline=True)
+    write_entry_points(tmp_path / "site")
+    for name, shown in (("vllm", False), ("program.py", True)):
+        script = tmp_path / name
+        script.write_text(_RUN.replace("team/tiny", "sha256:" + "0" * 64))
+        done = subprocess.run(
+            [sys.executable, script, "serve"], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}",
+                 "MODELPACK_STORE": str(tmp_path / "store")},
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) == shown
+        assert done.stderr.startswith("error: ") != shown
+
+
+def commands(program: str) -> list[list[str]]:
+    """Return the words of the commands in docs/vllm.md that begin with `program`."""
+    text = (ROOT / "docs" / "vllm.md").read_text().replace("\\\n", " ")
+    found = re.findall(rf"(?:^|`)((?:~/vllm/bin/)?{program} [^`\n]*)", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in found]
+
+
+def test_vllm_has_the_options_of_the_documented_commands() -> None:
+    source = (vllm_source() / "vllm/engine/arg_utils.py").read_text()
+    declared = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
+    found = [one for one in commands("vllm serve") if any(w.startswith("--") for w in one)]
+    assert len(found) == 5
+    assert any("ray" in one for one in found)
+    for words in found:
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert given - declared <= {"--headless"}  # of `vllm serve` itself
+    assert 'distributed_executor_backend == "ray"' in source  # a value that it knows
+
+
+def test_ray_has_the_options_of_the_documented_commands() -> None:
+    source = ray_source()
+    start = source[: source.index("\ndef start(")].rpartition("@cli.command")[2]
+    declared = set(re.findall(r'"(--[\w-]+)"', start))
+    given = [word.partition("=")[0] for one in commands("ray start") for word in one[2:]]
+    assert sorted(given) == ["--address", "--head"]
+    assert {*given} <= declared
 
 
 def test_the_fields_are_there() -> None:

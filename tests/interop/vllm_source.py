@@ -15,7 +15,10 @@ import zipfile
 from pathlib import Path
 
 VERSION = "0.33.0"
+RAY_VERSION = "2.60.0"
 ROOT = Path(__file__).resolve().parents[2]
+_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64")
+_RAY_FILE = "ray/scripts/scripts.py"
 _FILES = ("vllm/plugins/__init__.py", "vllm/engine/arg_utils.py")
 
 _STAND_INS = """
@@ -49,20 +52,30 @@ ModelConfig = SimpleNamespace
 
 def vllm_source() -> Path:
     """Return the directory with vLLM's files; fetched once, by pip (340 MB)."""
-    kept = ROOT / ".cache" / f"vllm-source-{VERSION}"
+    return _kept("vllm", VERSION, _FILES)
+
+
+def ray_source() -> str:
+    """Return the source of Ray's command line; fetched once, by pip (70 MB)."""
+    return (_kept("ray", RAY_VERSION, (_RAY_FILE,)) / _RAY_FILE).read_text()
+
+
+def _kept(name: str, version: str, files: tuple[str, ...]) -> Path:
+    """Return a directory with these files of a wheel; it is fetched once."""
+    kept = ROOT / ".cache" / f"{name}-source-{version}"
     if not kept.is_dir():
         kept.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
             subprocess.run(
                 [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check",
-                 f"vllm=={VERSION}", "--no-deps", "--only-binary", ":all:",
-                 "--platform", "manylinux_2_28_x86_64", "-d", scratch],
+                 f"{name}=={version}", "--no-deps", "--only-binary", ":all:",
+                 *(word for one in _PLATFORMS for word in ("--platform", one)), "-d", scratch],
                 check=True,
             )  # fmt: skip
             [wheel] = Path(scratch).glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
-                for name in _FILES:
-                    archive.extract(name, Path(scratch, "files"))
+                for path in files:
+                    archive.extract(path, Path(scratch, "files"))
             Path(scratch, "files").rename(kept)
     return kept
 
