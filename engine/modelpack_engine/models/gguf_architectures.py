@@ -113,11 +113,14 @@ _GEMMA: Names = {
     **_LATER_NORMS,
     "ffn_norm": "pre_feedforward_layernorm",
 }
-_PHI2: Names = {
-    **_ATTENTION,
+_JOINED_QKV: Names = {
     "attn_qkv": tuple(
         Target(f"self_attn.{part}_proj", rows=heads_of(at)) for at, part in enumerate("qkv")
     ),
+}
+_PHI2: Names = {
+    **_ATTENTION,
+    **_JOINED_QKV,
     "attn_output": "self_attn.dense",
     "ffn_up": "mlp.fc1",
     "ffn_down": "mlp.fc2",
@@ -424,6 +427,92 @@ def _bailing_moe2(values: Hyperparameters, config: Config) -> None:
     }
 
 
+def _deepseek1(values: Hyperparameters, config: Config) -> None:
+    """Add the experts of DeepSeek MoE 16B, whose scores are those of the softmax."""
+    if config["tie_word_embeddings"]:
+        raise values.unsupported("tied embeddings")
+    if values.head_dim * values.heads != config["hidden_size"]:
+        raise values.unsupported("heads of another size than its width / heads")
+    _routed_experts(values, config)
+    if config["norm_topk_prob"] or config["routed_scaling_factor"] != 1.0:
+        raise values.unsupported("normalised or scaled scores of experts")
+    config["attention_bias"] = values.has("attn_q.bias")
+
+
+def _period(values: Hyperparameters, config: Config) -> None:
+    """Add sliding windows in all layers but each fourth, which has no rope."""
+    period = _sliding_pattern(values, 4)
+    if period != 4:
+        raise values.unsupported("another pattern of sliding windows")
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    config["sliding_window"] = values.integer("attention.sliding_window")
+    config["layer_types"] = [kinds[layer % 4] for layer in range(values.layers)]
+
+
+def _afmoe(values: Hyperparameters, config: Config) -> None:
+    check_sigmoid(values)
+    _count_experts(values, config)
+    _period(values, config)
+    config |= {
+        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
+        "num_shared_experts": values.integer("expert_shared_count", 0),
+        "num_dense_layers": values.integer("leading_dense_block_count", 0),
+        "route_norm": values.flag("expert_weights_norm", False),
+        "route_scale": values.number("expert_weights_scale", 1.0),
+        "mup_enabled": True,
+    }
+
+
+def _exaone_moe(values: Hyperparameters, config: Config) -> None:
+    check_sigmoid(values)
+    _routed_experts(values, config)
+    _period(values, config)
+    config.setdefault("rope_scaling", None)
+    _llama3_rope(values, config)
+    dense = config["first_k_dense_replace"]
+    config |= {
+        "num_experts": config.pop("n_routed_experts"),
+        "num_shared_experts": config.pop("n_shared_experts") or 0,
+        "is_moe_layer": [layer >= dense for layer in range(values.layers)],
+    }
+
+
+def _hunyuan_moe(values: Hyperparameters, config: Config) -> None:
+    if not config.pop("tie_word_embeddings"):
+        raise values.unsupported("a separate output layer")
+    if values.head_dim * values.heads != config["hidden_size"]:
+        raise values.unsupported("heads of another size than its width / heads")
+    _count_experts(values, config)
+    size = config["intermediate_size"]
+    shared, rest = divmod(values.integer("expert_shared_feed_forward_length", 0), size)
+    if rest:
+        raise values.unsupported("shared experts of another size than the others")
+    config |= {
+        "attention_bias": values.has("attn_q.bias"),
+        "moe_topk": config.pop("num_experts_per_tok"),
+        "num_shared_expert": shared,
+        "use_mixed_mlp_moe": shared > 0,
+        "use_qk_norm": values.has("attn_q_norm.weight"),
+        "use_cla": False,
+        "cla_share_factor": 2,
+        # llama.cpp's converter has put alpha into the base.
+        "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1.0},
+    }
+
+
+def _starcoder(values: Hyperparameters, config: Config) -> None:
+    if values.key_heads != 1:
+        raise values.unsupported("more than one head of keys")
+    config |= {
+        "n_embd": config["hidden_size"],
+        "n_head": values.heads,
+        "n_layer": values.layers,
+        "n_inner": config["intermediate_size"],
+        "n_positions": config["max_position_embeddings"],
+        "layer_norm_epsilon": values.number("attention.layer_norm_epsilon"),
+    }
+
+
 def _deepseek(values: Hyperparameters, config: Config) -> None:
     """Add the fields of multi-head latent attention (MLA) and of the experts."""
     if config["tie_word_embeddings"]:
@@ -537,7 +626,7 @@ def _olmo3(values: Hyperparameters, config: Config) -> None:
 
 
 def _glm4(values: Hyperparameters, config: Config) -> None:
-    config["attention_bias"] = values.has("attn_q.bias")
+    config["attention_bias"] = values.has("attn_q.bias") or values.has("attn_qkv.bias")
 
 
 def _granite(values: Hyperparameters, config: Config) -> None:
@@ -697,6 +786,32 @@ _DEEPSEEK2: Names = {
     "attn_v_b": Target("self_attn.kv_b_proj", place=1, join=heads_joined),
     "attn_kv_b": "self_attn.kv_b_proj",
 }
+_DEEPSEEK1: Names = {**_NORM, **_FFN_NORM, **_ROUTED, **_QKV_OF_PAIRS}
+_AFMOE: Names = {
+    **_ATTENTION,
+    **_QK_NORM,
+    **_LATER_NORMS,
+    "ffn_norm": "pre_mlp_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+    "attn_gate": "self_attn.gate_proj",
+    **_ROUTED,
+    **_experts("mlp", "router.gate", "experts"),
+    "exp_probs_b": _parameter("mlp.expert_bias"),
+}
+_HUNYUAN_MOE: Names = {
+    **_ATTENTION,
+    **_FFN_NORM,
+    **_HUNYUAN_NORMS,
+    **_experts("mlp", "gate.wg"),
+    **_mlp("mlp.shared_mlp", "_shexp"),
+}
+_CHATGLM: Names = {
+    **_ATTENTION,
+    **_FFN_NORM,
+    **_JOINED_QKV,
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _MINIMAX_M2: Names = {
     **_ATTENTION,
     **_QK_NORM,
@@ -790,6 +905,28 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "deepseek2": Architecture("deepseek_v2", _DEEPSEEK2, _deepseek2, partial_rope=True),
     "dots1": Architecture("dots1", _DOTS1, _dots1),
+    "deepseek": Architecture("deepseek", _DEEPSEEK1, _deepseek1, scaled_rope=False),
+    "afmoe": Architecture("afmoe", _AFMOE, _afmoe),
+    "exaone-moe": Architecture(
+        "exaone_moe", {**_ATTENTION, **_QK_NORM, **_FFN_NORM, **_ROUTED}, _exaone_moe
+    ),
+    "hunyuan-moe": Architecture(
+        "hunyuan", _HUNYUAN_MOE, _hunyuan_moe, outer=_WITHOUT_HEAD, scaled_rope=False
+    ),
+    "chatglm": Architecture("glm", _CHATGLM, _glm4, partial_rope=True, scaled_rope=False),
+    "starcoder": Architecture(
+        "gpt_bigcode",
+        _GPT2,
+        _starcoder,
+        outer={
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        layers="transformer.h",
+        scaled_rope=False,
+    ),
     "gpt-oss": Architecture("gpt_oss", _GPT_OSS, _gpt_oss),
     "command-r": Architecture(
         "cohere", {**_LLAMA, **_QK_NORM}, _cohere, outer=_WITHOUT_HEAD, scaled_rope=False

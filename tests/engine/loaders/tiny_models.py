@@ -538,6 +538,55 @@ def _renamed(names: Mapping[str, str], weights: Weights) -> Weights:
     return changed
 
 
+def _deepseek1(config: Mapping[str, Any], weights: Weights) -> Weights:
+    return _routed(config, _permuted(config, weights))
+
+
+def _window_experts_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/afmoe.py and conversion/exaone.py: ExaoneMoEModel."""
+    _moe_keys(writer, config)
+    _window_keys(writer, config)
+    writer.add_expert_shared_count(config["num_shared_experts"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    dense = config.get("num_dense_layers", config.get("first_k_dense_replace"))
+    writer.add_leading_dense_block_count(dense)
+    writer.add_expert_weights_norm(config.get("route_norm", config.get("norm_topk_prob")))
+    scale = config.get("route_scale", config.get("routed_scaling_factor"))
+    writer.add_expert_weights_scale(scale)
+    writer.add_rope_dimension_count(config["head_dim"])
+
+
+def _afmoe(config: Mapping[str, Any], weights: Weights) -> Weights:
+    return _renamed({"mlp.expert_bias": "mlp.expert_bias.bias"}, weights)
+
+
+def _hunyuan_moe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/hunyuan.py: HunYuanMoEModel."""
+    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_used_count(config["moe_topk"])
+    writer.add_expert_shared_count(config["num_shared_expert"])
+    writer.add_expert_shared_feed_forward_length(
+        config["num_shared_expert"] * config["intermediate_size"]
+    )
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
+def _starcoder_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+
+
+def _chatglm(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """Join queries, keys and values, as ChatGLM publishes them."""
+    joined = dict(weights)
+    for name in [name for name in joined if ".q_proj." in name]:
+        parts = [joined.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        new = name.replace("model.layers", "encoder.layers")
+        new = new.replace("self_attn.q_proj", "self_attention.query_key_value")
+        joined[new] = np.concatenate(parts)
+    return joined
+
+
 def _joined_heads(config: Mapping[str, Any], weights: Weights) -> Weights:
     """Join queries, keys and values, as in files of Phi-2 from 2023."""
     joined = dict(weights)
@@ -662,6 +711,39 @@ _QWEN3_MOE = {
     "mlp_only_layers": [],
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
+}
+# Every fourth layer is full and has no rope.
+_WINDOWS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    "sliding_window": 8,
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 32,
+}
+_AFMOE = {"num_dense_layers": 1, "route_norm": True, "route_scale": 1.5}
+_EXAONE_MOE = {
+    "first_k_dense_replace": 1,
+    "is_moe_layer": [False, True, True, True],
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+}
+_CHATGLM = _model("chatglm", "glm", head_dim=16, partial_rotary_factor=0.5, attention_bias=True)
+_STARCODER = {
+    **{key: value for key, value in _SIZES.items() if key != "rms_norm_eps"},
+    "model_type": "gpt_bigcode",
+    "vocab_size": VOCABULARY_SIZE,
+    "num_key_value_heads": 1,
+    "multi_query": True,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_inner": 96,
+    "n_head": 4,
+    "n_positions": 512,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
 }
 _BAILING_MOE2 = _model(
     "bailingmoe2",
@@ -1113,6 +1195,48 @@ TINY_MODELS: dict[str, TinyModel] = {
         _routed_keys,
         _routed,
     ),
+    "deepseek": TinyModel(
+        "deepseek",
+        _model(
+            "deepseek",
+            "deepseek",
+            **{**_ROUTED, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
+        ),
+        _routed_keys,
+        _deepseek1,
+    ),
+    "afmoe": TinyModel(
+        "afmoe", _model("afmoe", "afmoe", **_WINDOWS, **_AFMOE), _window_experts_keys, _afmoe
+    ),
+    "exaone-moe": TinyModel(
+        "exaone-moe",
+        _model("exaone-moe", "exaone_moe", **_WINDOWS, **_EXAONE_MOE),
+        _window_experts_keys,
+        _routed,
+    ),
+    "hunyuan-moe": TinyModel(
+        "hunyuan-moe",
+        _model(
+            "hunyuan-moe",
+            "hunyuan",
+            tie_word_embeddings=True,
+            attention_bias=False,
+            num_experts=8,
+            moe_topk=2,
+            num_shared_expert=2,
+            use_mixed_mlp_moe=True,
+            use_qk_norm=True,
+            use_cla=False,
+            cla_share_factor=2,
+            rope_scaling={"type": "dynamic", "factor": 1.0, "alpha": 1.0},
+        ),
+        _hunyuan_moe_keys,
+        _experts,
+    ),
+    "chatglm": TinyModel("chatglm", _CHATGLM, _partial_keys, _chatglm),
+    # GLM-4-9B of transformers
+    "chatglm-glm": TinyModel("chatglm", _CHATGLM, _partial_keys),
+    "starcoder": TinyModel("starcoder", _STARCODER, _starcoder_keys),
     "deepseek-v2-lite": TinyModel("deepseek2", _DEEPSEEK2_LITE, _mla_keys, _split_latent),
     "deepseek-v2-lite-old": TinyModel(
         "deepseek2", {**_DEEPSEEK2_LITE, "num_key_value_heads": 4}, _old_mla_keys, _routed

@@ -32,6 +32,7 @@ from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.excluded import EXCLUDED
 from tests.engine.zoo.not_in_gguf import (
+    DIFFERS,
     HAS_NO_ROW,
     NAMED,
     NOT_IN_LLAMA_CPP,
@@ -255,7 +256,8 @@ def _gguf(model_type: str) -> str:
         return names
     if model_type in OTHERWISE:
         return _no(RUNS_OTHERWISE, OTHERWISE[model_type])
-    return _no(HAS_NO_ROW if model_type in NAMED else NOT_IN_LLAMA_CPP)
+    why = HAS_NO_ROW if model_type in NAMED else NOT_IN_LLAMA_CPP
+    return _no(DIFFERS.get(model_type, why))
 
 
 def restores(runner: ModelRunner) -> bool:
