@@ -74,6 +74,9 @@ def check_fields(config: Config, arguments: type, ignored: Collection[str] = ())
         prefix, key = f"{place}." if place else "", rules_key(config, place)
         if place or getattr(arguments, "is_flat", False):  # of `multimodal`: a type of its own
             key = getattr(arguments, "text_type", key)
+        elif any(isinstance(config.get(name), dict) for name in TEXT_PARTS):
+            # The text model's counts: `with_tied_embeddings` has written the same here.
+            part = {name: value for name, value in part.items() if name != "tie_word_embeddings"}
         check = _Part(part, prefix, key, _types().get(key, {}), read, frozenset(ignored))
         check.values()
         notes += check.ropes()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,10 @@ from modelpack_engine.patches.corrections import TEXT_PARTS, Classes, corrected
 from modelpack_engine.vision.models import CLASSES
 
 _PREFIX = "language_model."
+#: Types of text models in files of their own; mlx-lm runs them with the class of a multimodal type.
+TEXT_TYPES: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+#: Model types with a class of mlx-lm that takes no embeddings.
+_WITHOUT_EMBEDDINGS = ("kimi_k25",)
 #: Names of tensors of a language model without a head.
 _DECODER = ("embed_tokens.", "layers.", "norm.")
 
@@ -32,6 +37,10 @@ def language_classes(config: Mapping[str, Any]) -> Classes | None:
     Raises `ModelLoadError` for a language model that was not tested in this place.
     """
     kind = str(config.get("model_type"))
+    if kind in _WITHOUT_EMBEDDINGS:
+        return _choose_with_embeddings
+    if kind in TEXT_TYPES:
+        return _choose_text
     known = CLASSES[kind].language if kind in CLASSES else None
     if known is None:
         return None
@@ -57,6 +66,45 @@ def language_classes(config: Mapping[str, Any]) -> Classes | None:
         return _model_class(made), _arguments_class(arguments, part, name)
 
     return choose
+
+
+def _choose_text(config: dict[str, Any]) -> tuple[type[Module], type]:
+    """Return mlx-lm's class for a multimodal type, and arguments from the config of its text."""
+    from mlx_lm.utils import _get_classes
+
+    text_type = str(config["model_type"])
+    made, inner = corrected(_get_classes)({**config, "model_type": TEXT_TYPES[text_type]})
+    rules = f"{TEXT_TYPES[text_type]}/{text_type}"
+    body = {"__module__": inner.__module__, "text_type": rules, "is_flat": True}
+    return made, type("Arguments", (inner,), body)
+
+
+def _choose_with_embeddings(config: dict[str, Any]) -> tuple[type[Module], type]:
+    """Return mlx-lm's class for the whole model, which gets embeddings as its inputs, too."""
+    from mlx_lm.utils import _get_classes
+
+    inner, arguments = corrected(_get_classes)(config)
+    native: Any = inner
+    body = {
+        "__call__": partialmethod(_called, call=native.__call__),
+        "__module__": inner.__module__,
+    }
+    return type("Model", (native,), body), arguments
+
+
+def _called(
+    self: Any, inputs: mx.array, cache: Any = None, input_embeddings: Any = None, *, call: Any
+) -> Any:
+    """Call a model of text with the embeddings of its inputs, if they are given."""
+    if input_embeddings is None:
+        return call(self, inputs, cache=cache)
+    decoder = self.language_model.model
+    table = decoder.embed_tokens
+    decoder.embed_tokens = _Rows(input_embeddings, table)  # many classes accept no embeddings
+    try:
+        return call(self, inputs, cache=cache)
+    finally:
+        decoder.embed_tokens = table
 
 
 def _text(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
@@ -119,15 +167,8 @@ def _model_class(inner: Any) -> type[Module]:
         self.language_model = inner(args.inner)
 
     def call(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: Any = None) -> Any:
-        if input_embeddings is None:
-            return self.language_model(inputs, cache=cache)
-        decoder = self.language_model.model
-        table = decoder.embed_tokens
-        decoder.embed_tokens = _Rows(input_embeddings, table)  # many classes accept no embeddings
-        try:
-            return self.language_model(inputs, cache=cache)
-        finally:
-            decoder.embed_tokens = table
+        native = lambda self, *given, **named: self.language_model(*given, **named)  # noqa: E731
+        return _called(self, inputs, cache, input_embeddings, call=native)
 
     def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         kept = {}

@@ -168,15 +168,23 @@ def _kimi(config: Mapping[str, Any], made: Made) -> str:
 
 
 class _KimiProcessor:
-    """Kimi-VL's image processor: mlx-vlm's choice of a size, and its patches in NumPy.
+    """Kimi's image processors: mlx-vlm's choice of a size, and its patches in NumPy.
 
-    mlx-vlm's takes a Python object for each number, and its own mean instead of the file's.
+    mlx-vlm's takes a Python object for each number, and Kimi-VL's its own mean instead of the
+    file's.
     """
 
     def __init__(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        from mlx_vlm.models.kimi_k25.processing_kimi_k25 import KimiK25ImageProcessor
         from mlx_vlm.models.kimi_vl.processing_kimi_vl import KimiVLImageProcessor
 
         vision = config["vision_config"]
+        kind: Any = KimiVLImageProcessor
+        if config["model_type"] == "kimi_k25":
+            kind, given = KimiK25ImageProcessor, settings.get("media_proc_cfg") or {}
+            settings = {"in_token_limit": 16384, **given}
+            if "in_patch_limit" in given:
+                settings["in_token_limit"] = given["in_patch_limit"]
         self._settings = {
             "image_mean": settings.get("image_mean", [0.5, 0.5, 0.5]),
             "image_std": settings.get("image_std", [0.5, 0.5, 0.5]),
@@ -185,7 +193,9 @@ class _KimiProcessor:
             "pad_input": settings.get("pad_input", False),
             "patch_size": int(vision.get("patch_size", 14)),
         }
-        self._sizes = KimiVLImageProcessor(**self._settings)
+        if kind is KimiK25ImageProcessor:
+            self._settings["patch_limit_on_one_side"] = settings.get("patch_limit_on_one_side", 512)
+        self._sizes = kind(**self._settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings."""
@@ -287,6 +297,12 @@ class _MiniCPMProcessor:
         }
 
 
+def _dots(config: Mapping[str, Any], made: Made) -> str:
+    """dots.ocr: one token for each square of patches."""
+    merge = int(config["vision_config"].get("spatial_merge_size", 2))
+    return _token(config) * (int(np.prod(made["image_grid_thw"][0])) // merge**2)
+
+
 def _gemma3n(config: Mapping[str, Any], made: Made) -> str:
     """Gemma 3n: always as many tokens, between two others."""
     needs = CLASSES["gemma3n"]
@@ -331,9 +347,11 @@ LAYOUTS: Mapping[str, Layout] = {
     **dict.fromkeys(_LFM2, _lfm2),
     "aya_vision": _aya,
     "deepseek_vl_v2": _deepseek,
+    "dots_ocr": _dots,
     "gemma3n": _gemma3n,
     "idefics2": _idefics2,
     "phi3_v": _phi3,
+    "kimi_k25": _kimi,
     "kimi_vl": _kimi,
     "minicpmv4_6": _minicpm,
 }
@@ -344,6 +362,7 @@ SETTINGS: Mapping[str, Settings] = {
 PROCESSORS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], ImageProcessor]] = {
     **dict.fromkeys(_LFM2, _lfm2_processor),
     "deepseek_vl_v2": _DeepSeekProcessor,
+    "kimi_k25": _KimiProcessor,
     "kimi_vl": _KimiProcessor,
     "minicpmv4_6": _MiniCPMProcessor,
     "phi3_v": _phi3_processor,

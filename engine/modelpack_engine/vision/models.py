@@ -95,6 +95,7 @@ GEMMA3_TOKENS = 256
 CLASSES: Mapping[str, VisionClass] = {
     "aya_vision": VisionClass(language={"cohere2": "cohere2"}, part="<|IMG_PATCH|>"),
     "deepseek_vl_v2": VisionClass(language={"deepseek_v2": "deepseek_v2"}),
+    "dots_ocr": VisionClass(placeholder="<|imgpad|>", language={"dots_ocr": "qwen2"}),
     "gemma3": VisionClass(
         placeholder="<start_of_image>",
         projector="Gemma3MultiModalProjector",
@@ -137,6 +138,7 @@ CLASSES: Mapping[str, VisionClass] = {
     "idefics2": VisionClass(language=_LLAMAS, joins=True),
     "internvl": VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS),
     "internvl_chat": VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS),
+    "kimi_k25": VisionClass(placeholder="<|media_pad|>"),
     "kimi_vl": VisionClass(placeholder="<|media_pad|>", language={"deepseek_v3": "deepseek_v3"}),
     "lfm2-vl": _LFM2,
     "lfm2_vl": _LFM2,

@@ -323,12 +323,9 @@ class PictureProcessor:
 def with_image_token(config: Mapping[str, Any], encode: Encode) -> dict[str, Any]:
     """Return config.json with the id of the token of pictures under both usual names.
 
-    That of a type without `language` is left as it is. Raises `ModelLoadError` if it is another one
-    than that of the tokenizer.
+    Raises `ModelLoadError` if it is another one than that of the tokenizer.
     """
     needs = CLASSES[config["model_type"]]
-    if needs.language is None:
-        return dict(config)
     token = needs.soft or needs.part or needs.placeholder
     ids = encode(token)
     named = next((config[name] for name in _TOKEN_IDS if config.get(name) is not None), None)
@@ -361,7 +358,8 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     settings.pop("auto_map", None)
     if (change := SETTINGS.get(config["model_type"])) is not None:
         settings = change(config, settings)
-    in_pixels = CLASSES[config["model_type"]].mrope  # sizes are numbers of pixels, not sides
+    # Sizes are numbers of pixels, not sides.
+    in_pixels = CLASSES[config["model_type"]].mrope or config["model_type"] == "dots_ocr"
     limit = MAX_SIDE**2 if in_pixels else MAX_SIDE
     for name in (*_SIZES, "min_pixels", "max_pixels"):
         sizes = settings.get(name)

@@ -40,7 +40,13 @@ class _Text:
 #: Elements of a row, in whose multiples a GPU multiplies matrices fastest.
 _ALIGNMENT = 64
 #: Names of the tensors of vision towers, after an optional "model.".
-_PREFIXES = ("embed_vision.", "multi_modal_projector.", "vision_tower.", "visual.")
+_PREFIXES = (
+    "embed_vision.",
+    "mm_projector.",
+    "multi_modal_projector.",
+    "vision_tower.",
+    "visual.",
+)
 #: Names of tensors that are not of the vision tower of a type with `language`.
 _LANGUAGE = (
     "language_model.",
@@ -407,6 +413,8 @@ class _PartsTower(Module):  # type: ignore[misc]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Return weights by the names and in the layout of the modules."""
+        if self.config.model_type == "kimi_k25":
+            weights = {name.replace("encoder.", ""): value for name, value in weights.items()}
         for part in self.children().values():
             if hasattr(part, "sanitize"):
                 weights = part.sanitize(weights)
@@ -459,6 +467,26 @@ def _phi3_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     return cast(mx.array, made[0])
 
 
+def _dots_parts(package: Any, config: Any) -> dict[str, Module]:
+    return {"vision_tower": package.VisionModel(config.vision_config)}
+
+
+def _dots_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    return cast(mx.array, tower.vision_tower(inputs["pixel_values"], inputs["image_grid_thw"]))
+
+
+def _kimi_parts(package: Any, config: Any) -> dict[str, Module]:
+    return {
+        "vision_tower": package.VisionModel(config.vision_config),
+        "mm_projector": package.kimi_k25.KimiK25MultiModalProjector(config),
+    }
+
+
+def _kimi_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    pixels, grid = inputs["pixel_values"].transpose(0, 2, 3, 1), inputs["image_grid_hws"]
+    return cast(mx.array, tower.mm_projector(tower.vision_tower(pixels, grid_thw=grid))[0])
+
+
 def _idefics2_parts(package: Any, config: Any) -> dict[str, Module]:
     return {
         "vision_model": package.VisionModel(config.vision_config),
@@ -490,8 +518,10 @@ _PARTS: Mapping[
         bool,
     ],
 ] = {
+    "dots_ocr": (_dots_parts, _dots_rows, False),
     "gemma3n": (_gemma3n_parts, _gemma3n_rows, True),
     "idefics2": (_idefics2_parts, _idefics2_rows, False),
+    "kimi_k25": (_kimi_parts, _kimi_rows, False),
     "paligemma": (_paligemma_parts, _paligemma_rows, False),
     "phi3_v": (_phi3_parts, _phi3_rows, False),
 }

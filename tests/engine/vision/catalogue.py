@@ -10,6 +10,7 @@ from importlib.metadata import version
 from mlx_lm.utils import MODEL_REMAPPING
 
 from modelpack_engine.embedding.encoder_checkpoint import is_encoder
+from modelpack_engine.models.multimodal import TEXT_TYPES
 from modelpack_engine.vision.models import CLASSES
 from tests.engine.zoo.excluded import EXCLUDED
 
@@ -69,9 +70,9 @@ REASONS: Mapping[str, str] = {
     **_each(_DIFFUSION, "diffusion_gemma llada2_moe nemotron_labs_diffusion"),
     **_each(
         _PICTURES,
-        """clef cohere_compass deepseek_v4 deepseek_v41 deepseekocr deepseekocr_2 dots_ocr
+        """clef cohere_compass deepseek_v4 deepseek_v41 deepseekocr deepseekocr_2
         ernie4_5_moe_vl falcon_ocr fastvlm glm5_next glm_ocr got hunyuan_vl indic_ocr jina_vlm
-        kimi_k25 kimi_k3 llama4 llava_bunny llmjpvl locateanything mage_vl mimo_v2 minimax_m3_vl
+        kimi_k3 llama4 llava_bunny llmjpvl locateanything mage_vl mimo_v2 minimax_m3_vl
         molmo molmo2 molmo_point moondream2 moondream3 muse_glimmer muse_spark paddleocr_vl
         phi4_siglip plamo2vl prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl
         zaya1_vl""",
@@ -109,6 +110,8 @@ def outcome(name: str) -> tuple[str, str]:
         return "pictures", ""
     if is_encoder({"model_type": kind}):
         return "embeddings", ""
+    if kind in TEXT_TYPES:
+        return "text", ""
     text = importlib.util.find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}") is not None
     if text and name not in EXCLUDED:
         return "text", REASONS.get(name, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ SPECIAL = [
     *(f"<|img_row_{y}_col_{x}|>" for y in range(1, 4) for x in range(1, 4)),
 ]  # fmt: skip
 #: After all of those that models of 320 tokens have.
-LATER = ["<bos>", "<image_of_phi>", "<end_of_utterance>"]
+LATER = ["<bos>", "<|img|>", "<|endofimg|>", "<|imgpad|>"]
 VOCABULARY_LATER = 352
 BOS = 320
 GLM_IMAGE = 287
@@ -612,6 +612,64 @@ def _phi3() -> Specimen:
     )  # fmt: skip
 
 
+def _dots_stored(name: str) -> str:
+    return name.replace("language_model.model.lm_head", "lm_head").removeprefix("language_model.")
+
+
+def _call_dots(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
+    """Return a prompt with the model's tokens: mlx-vlm's processor looks for its own ids."""
+    made = processor.image_processor(images, return_tensors="np")
+    parts = text.split("<|imgpad|>")
+    counts = np.prod(made["image_grid_thw"], axis=1) // 4
+    whole = parts[0]
+    for count, part in zip(counts.tolist(), parts[1:], strict=True):
+        whole += "<|imgpad|>" * count + part
+    ids = processor.tokenizer.encode(whole, add_special_tokens=False)
+    return {"input_ids": np.array([ids]), **made}
+
+
+def _dots() -> Specimen:
+    return Specimen(
+        config={
+            **TEXT, "model_type": "dots_ocr", "vocab_size": VOCABULARY_LATER,
+            "attention_bias": True, "image_token_id": IMGPAD, "video_token_id": VIDEO,
+            "vision_config": {
+                "model_type": "dots_vit", "embed_dim": 32, "hidden_size": 64, "patch_size": 4,
+                "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "spatial_merge_size": 2, "temporal_patch_size": 1,
+            },
+        },
+        settings={
+            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2,
+            "temporal_patch_size": 1, "min_pixels": 1024, "max_pixels": 2048,
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+        },
+        processor="dots_ocr.processing_dots_ocr:DotsVLProcessor",
+        prompt="<|img|><|imgpad|><|endofimg|>",
+        call=_call_dots,
+        stored=_dots_stored,
+    )  # fmt: skip
+
+
+IMGPAD = VOCABULARY_LATER - 29
+
+
+def _kimi_k25() -> Specimen:
+    old = _kimi()
+    vision = {**old.config["vision_config"], "spatial_merge_size": 2}
+    return replace(
+        old,
+        config={**old.config, "model_type": "kimi_k25", "vision_config": vision},
+        settings={
+            "media_proc_cfg": {
+                "patch_size": 4, "in_patch_limit": 256, "patch_limit_on_one_side": 64,
+                "merge_kernel_size": 2, "image_mean": [0.5, 0.4, 0.5], "image_std": [0.5] * 3,
+            },
+        },
+        processor="kimi_k25.processing_kimi_k25:KimiK25Processor",
+    )  # fmt: skip
+
+
 _SMALL: set[Any] = set()
 
 
@@ -642,7 +700,9 @@ SPECIMENS: Mapping[str, Specimen] = {
     "aya_vision": _aya(),
     "deepseek_vl_v2": _deepseek(latent=False),
     "minicpmv4_6": _minicpm(),
+    "dots_ocr": _dots(),
     "gemma3n": _gemma3n(),
+    "kimi_k25": _kimi_k25(),
     "idefics2": _idefics2(),
     "kimi_vl": _kimi(),
     "lfm2_vl": _lfm2(),

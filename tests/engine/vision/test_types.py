@@ -70,6 +70,28 @@ def test_the_layout_of_transformers_5(kind: str, tmp_path: Path) -> None:
     assert tiny.run(engine, made) == [tiny.expected(kind, "<image>What is it?", [tiny.picture(1)])]
 
 
+@pytest.mark.parametrize("kind", ["qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.long)])
+def test_a_text_model_in_files_of_its_own(kind: str, tmp_path: Path) -> None:
+    """Qwen3_5ForCausalLM: the fields of text_config, and tensors without a prefix."""
+    files = copied(kind, tmp_path, {})
+    config = tiny.config_of(kind)["text_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").unlink()
+    weights: Any = mx.load(str(tmp_path / "model.safetensors"))
+    text = {
+        name.removeprefix("language_model."): value
+        for name, value in weights.items()
+        if name.startswith("language_model.")
+    }
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), text)
+    engine = Engine(load(files, device="cpu"), EngineConfig(device="cpu"))
+    assert engine._runner.tier == "paged"
+    ids = engine.tokenizer.encode("hello there", add_special_tokens=False)
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    found = tiny.run(engine, EngineRequest(ids, params))
+    assert found == [tiny.expected(kind, "hello there", [])]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
