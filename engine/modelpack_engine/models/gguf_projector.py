@@ -37,8 +37,7 @@ from modelpack_engine.models.load_budget import TensorBounds
 from modelpack_engine.models.precision import named
 from modelpack_engine.patches.mlx_vlm_imports import is_installed
 from modelpack_engine.vision.layouts import MAX_SIDE
-from modelpack_engine.vision.models import CLASSES
-from modelpack_engine.vision.processor import Encode
+from modelpack_engine.vision.models import CLASSES, Encode
 from modelpack_engine.vision.towers import open_tower
 
 #: From the stem of a tensor's name to the path that safetensors have.

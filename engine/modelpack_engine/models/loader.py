@@ -62,6 +62,7 @@ from modelpack_engine.vision.models import (
     vision_classes,
 )
 from modelpack_engine.vision.processor import with_image_token
+from modelpack_engine.vision.sounds import SOUND_CLASSES, sound_settings
 from modelpack_engine.vision.towers import open_tower, tower_weights
 
 Device = Literal["cpu", "gpu"]
@@ -394,17 +395,27 @@ def _with_vision(
                 raise ModelLoadError("config.json: vision_config is missing")
             bounds, _ = read_headers(files)
             bounds.check(parts, "config.json: vision_config")
+            if isinstance(audio := config.get("audio_config"), Mapping):
+                bounds.check(audio, "config.json: audio_config")
             with bounds.building("config.json: vision_config"):
                 weights = tower_weights(files.weights, str(config["model_type"]))
                 tower = open_tower(config, weights, loaded.model, dtype)
             weight_bytes += evaluate(tower)
-        vision = open_vision(tower, config, settings, encode)
+        sounds = None
+        if config["model_type"] in SOUND_CLASSES and config.get("audio_config"):
+            sounds = sound_settings(settings, files.json("processor_config.json"))
+        vision = open_vision(tower, config, settings, encode, sounds)
     except EngineError as error:
         reason = _reason(error)
+    notes = [*loaded.notes]
+    if reason:
+        notes.append(f"pictures are not read: {reason}")
+    elif vision is not None and vision.processor.no_sounds:
+        notes.append(f"sounds are not read: {vision.processor.no_sounds}")
     return replace(
         loaded,
         model=language_tower(loaded.model) if whole else loaded.model,
-        notes=(*loaded.notes, f"pictures are not read: {reason}") if reason else loaded.notes,
+        notes=tuple(notes),
         vision=vision,
         no_vision=reason,
         weight_bytes=weight_bytes,

@@ -19,8 +19,9 @@ from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.request import Media
-from modelpack_engine.vision.models import VisionModel
-from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
+from modelpack_engine.vision.models import Encode, VisionModel
+from modelpack_engine.vision.processor import Picture, PictureProcessor
+from modelpack_engine.vision.sounds import Sound, SoundProcessor
 
 #: Bytes of embeddings that are kept.
 MAX_CACHE_BYTES = 256 * 1024 * 1024
@@ -41,7 +42,7 @@ class VisionEncoder:
     them. While sequences decode in a step, it encodes one picture, so that their tokens wait for no
     more than that.
 
-    `hidden` is a token that the language model must not see, and the one that it sees instead.
+    `hidden` are tokens that the language model must not see, and the one that it sees instead.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class VisionEncoder:
         model: VisionModel,
         max_bytes: int = MAX_CACHE_BYTES,
         *,
-        hidden: tuple[int, int] | None = None,
+        hidden: tuple[tuple[int, ...], int] | None = None,
     ) -> None:
         self._model, self._max_bytes, self._hidden = model, max_bytes, hidden
         self._kept: OrderedDict[tuple[bytes, bytes], mx.array] = OrderedDict()
@@ -112,9 +113,10 @@ class VisionEncoder:
             made = self._model.embed(mx.array(media.token_ids, mx.int32), inputs)
             mx.async_eval(made)  # while it runs, the host builds the step
         except _FAILURES as error:
-            _log.warning("a picture cannot be encoded: %s", error)
+            what = "sound" if "input_features" in media.inputs else "picture"
+            _log.warning("a %s cannot be encoded: %s", what, error)
             raise RequestError(
-                f"{media.param}: the model cannot encode this picture", param=media.param
+                f"{media.param}: the model cannot encode this {what}", param=media.param
             ) from error
         self._keep(key, made)
         return made
@@ -135,8 +137,10 @@ class VisionEncoder:
         """
         if self._hidden is None:
             return token_ids
-        token_id, shown = self._hidden
-        return mx.where(token_ids == token_id, shown, token_ids)
+        hidden, shown = self._hidden
+        for token_id in hidden:
+            token_ids = mx.where(token_ids == token_id, shown, token_ids)
+        return token_ids
 
     def input_embeddings(self, batch: StepBatch, token_ids: mx.array) -> mx.array | None:
         """Return the embeddings [rows, width] of a step with pictures, None for other steps.
@@ -166,27 +170,47 @@ class Vision:
 
 
 def open_vision(
-    model: Any, config: Mapping[str, Any], settings: Mapping[str, Any], encode: Encode
+    model: Any,
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    encode: Encode,
+    sounds: Mapping[str, Any] | None = None,
 ) -> Vision:
     """Return the vision of a loaded model of `vision_classes`.
 
-    A picture of noise goes through it first: raises `EngineError` if the model cannot read it, or
-    if its pixels change nothing.
+    With `sounds`, the settings of a feature extractor, it also reads sounds, or says why not
+    (`PictureProcessor.no_sounds`). Noise goes through it first: raises `EngineError` if the model
+    cannot read a picture, or if its pixels change nothing.
     """
     processor = PictureProcessor(config, settings, encode)
-    vision = Vision(processor, VisionEncoder(model, hidden=processor.hidden))
-    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), np.uint8)
-    prompt = [vision.processor.image_token_id]
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (2, 64, 96, 3), np.uint8)
+    _test("vision", model, processor, processor.image_token_id, [*map(Picture, noise)])
+    if sounds is not None:
+        try:
+            if getattr(model, "audio_tower", None) is None:
+                raise EngineError("the files have no audio tower")
+            processor.sounds = found = SoundProcessor(config, sounds, encode)
+            samples = random.normal(0, 0.1, (2, found.rate)).astype(np.float32)
+            _test("audio", model, processor, found.token_id, [*map(Sound, samples)])
+        except EngineError as error:
+            processor.sounds, processor.no_sounds = None, str(error)
+    return Vision(processor, VisionEncoder(model, hidden=processor.hidden))
+
+
+def _test(
+    tower: str, model: Any, processor: PictureProcessor, token_id: int, files: list[Picture | Sound]
+) -> None:
+    """Raise `EngineError` unless two files have finite embeddings that differ."""
     made = []
-    for pixels in noise:
-        _, (media,) = vision.processor.place(prompt, [Picture(pixels)])
+    for file in files:
+        _, (media,) = processor.place([token_id], [file])
         embeddings = VisionEncoder(model).embeddings(media)
         if embeddings.shape[-2] != len(media.token_ids):
             raise EngineError(
-                f"the vision tower returned {embeddings.shape[-2]} embeddings for"
+                f"the {tower} tower returned {embeddings.shape[-2]} embeddings for"
                 f" {len(media.token_ids)} tokens"
             )
         made.append(embeddings)
     if not mx.all(mx.isfinite(made[0])) or mx.array_equal(made[0], made[1]):
-        raise EngineError("the vision tower returned the same or infinite embeddings")
-    return vision
+        raise EngineError(f"the {tower} tower returned the same or infinite embeddings")

@@ -9,7 +9,7 @@ mlx-vlm's whole model, whose `language_tower` the runners run. Both are a `Visio
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -18,6 +18,9 @@ from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.patches import mlx_vlm_imports
+
+#: Returns the token ids of a text, in which special tokens are recognised.
+Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,8 @@ _QWEN = VisionClass(placeholder="<|image_pad|>", projector="", mrope=True)  # th
 _LFM2 = VisionClass(language={"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, package="lfm2_vl")
 _LLAMAS = {"llama": "llama", "mistral": "llama"}
 _QWENS = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe"}
+#: The token of a sound of Gemma 4, unless config.json says otherwise.
+GEMMA4_AUDIO = 258_881
 #: The tokens of a picture of Gemma 3, unless config.json says otherwise.
 GEMMA3_TOKENS = 256
 #: The classes by the model type of config.json.

@@ -1,5 +1,7 @@
 """PictureProcessor: from decoded pictures to the tokens that stand for them, and encoder inputs.
 
+Sounds in the same prompt have a `SoundProcessor`.
+
 mlx-vlm's processors expand the placeholders of a text and tokenise it with transformers. Here the
 text is tokenised already, so the placeholder tokens are replaced by those of each picture. Image
 processors are those of transformers, by the model's preprocessor_config.json.
@@ -26,7 +28,8 @@ from modelpack_engine.errors import RETRY_AFTER, ModelLoadError, QueueFullError,
 from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import Media
 from modelpack_engine.vision.layouts import LAYOUTS, MAX_SIDE, PROCESSORS, SETTINGS, ImageProcessor
-from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, VisionClass
+from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, Encode, VisionClass
+from modelpack_engine.vision.sounds import Sound, SoundProcessor
 
 #: Bytes of the encoder's inputs that all unfinished requests of a model hold together.
 MAX_INPUT_BYTES = 2 * 1024 * 1024 * 1024
@@ -45,9 +48,6 @@ _TOKEN_IDS = ("image_token_id", "image_token_index", "media_placeholder_token_id
 MAX_PREFIX = 512
 #: Kinds whose image processors take a list of the pictures of each prompt.
 _NESTED = ("idefics2", "idefics3", "smolvlm")
-
-#: Returns the token ids of a text, in which special tokens are recognised.
-Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,9 +128,14 @@ class PictureProcessor:
         if self._kind == "gemma4":
             _check_patches(made, config["vision_config"])
         self.memory = InputMemory()
+        #: What reads sounds, if the model does; `no_sounds` says why not, if its files should.
+        self.sounds: SoundProcessor | None = None
+        self.no_sounds = ""
 
     def with_spaces(self, text: str) -> str:
-        """Return a prompt with pictures as it is tokenised: with what the model has around them."""
+        """Return a prompt with media as it is tokenised: with what the model has around them."""
+        if self.sounds is not None:
+            text = self.sounds.with_spaces(text)
         needs, token = self._needs, self.image_token
         if needs.joins:
             return re.sub(rf"{re.escape(token)}(?=[^\s<])", f"{token} ", text)
@@ -143,33 +148,44 @@ class PictureProcessor:
     def place(
         self,
         token_ids: Sequence[int],
-        pictures: Collection[Picture],
+        files: Collection[Picture | Sound],
         check_room: Callable[[int], None] = lambda _: None,
     ) -> tuple[list[int], tuple[Media, ...]]:
-        """Return a prompt with the tokens of each picture in place of its placeholder.
+        """Return a prompt with the tokens of each picture and sound in place of its placeholder.
 
-        Before each picture, `check_room` is called with the tokens that the prompt has at least.
-        Raises `RequestError` unless the prompt has one placeholder for each picture, and if a
-        picture cannot be processed; `QueueFullError` if the pictures of all requests are too large.
+        Before each file, `check_room` is called with the tokens that the prompt has at least.
+        Raises `RequestError` unless the prompt has one placeholder for each file, and if a file
+        cannot be processed; `QueueFullError` if those of all requests are too large.
         """
-        count = sum(token_id == self.image_token_id for token_id in token_ids)
-        if count != len(pictures):
+        sound_id = None if self.sounds is None else self.sounds.token_id
+        count = sum(token_id in (self.image_token_id, sound_id) for token_id in token_ids)
+        if count != len(files):
+            named = self.image_token + ("" if self.sounds is None else f" and {self.sounds.token}")
             raise RequestError(
-                f"the prompt has {count} placeholders {self.image_token} for {len(pictures)}"
-                " pictures",
+                f"the prompt has {count} placeholders {named} for {len(files)} files",
                 param="messages",
-                hint=f"leave {self.image_token} out of the text",
+                hint=f"leave {named} out of the text",
             )
         placed: list[int] = []
         media: list[Media] = []
-        left = iter(pictures)
+        left = iter(files)
         for position, token_id in enumerate(token_ids):
-            if token_id != self.image_token_id:
+            if token_id not in (self.image_token_id, sound_id):
                 placed.append(token_id)
                 continue
             check_room(len(placed) + len(token_ids) - position)
-            shared = placed[-1] if media and media[-1].stop == len(placed) else None
-            made = self._media(next(left), len(placed), len(media), len(pictures), shared)
+            file = next(left)
+            if isinstance(file, Sound) != (token_id == sound_id):
+                raise RequestError(
+                    f"{file.param}: the prompt has the placeholder of another kind of file here",
+                    param=file.param,
+                )
+            if isinstance(file, Sound):
+                assert self.sounds is not None
+                made = self.sounds.media(file, len(placed))
+            else:
+                shared = placed[-1] if media and media[-1].stop == len(placed) else None
+                made = self._media(file, len(placed), len(media), len(files), shared)
             self.memory.add(made, sum(each.nbytes for each in media))
             media.append(made)
             placed += made.token_ids
@@ -256,10 +272,11 @@ class PictureProcessor:
         return 0
 
     @property
-    def hidden(self) -> tuple[int, int] | None:
-        """The token that the language model must not see, and the one that it sees instead."""
+    def hidden(self) -> tuple[tuple[int, ...], int] | None:
+        """The tokens that the language model must not see, and the one that it sees instead."""
         shown = self._needs.hidden_id
-        return None if shown is None else (self._soft_id, shown)
+        sounds = () if self.sounds is None else (self.sounds.soft_id,)
+        return None if shown is None else ((self._soft_id, *sounds), shown)
 
     @property
     def _needs(self) -> VisionClass:

@@ -22,7 +22,7 @@ from mlx.nn.layers.base import Module
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.patches.corrections import TEXT_PARTS
-from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, INSTALL_HINT
+from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, GEMMA4_AUDIO, INSTALL_HINT
 
 
 class _Text:
@@ -37,15 +37,18 @@ class _Text:
         return None, None
 
 
+#: Names of the tensors of audio towers.
+_SOUNDS = ("audio_tower.", "embed_audio.")
 #: Elements of a row, in whose multiples a GPU multiplies matrices fastest.
 _ALIGNMENT = 64
-#: Names of the tensors of vision towers, after an optional "model.".
+#: Names of the tensors of vision towers, after an optional "model.", and of audio towers.
 _PREFIXES = (
     "embed_vision.",
     "mm_projector.",
     "multi_modal_projector.",
     "vision_tower.",
     "visual.",
+    *_SOUNDS,
 )
 #: Names of tensors that are not of the vision tower of a type with `language`.
 _LANGUAGE = (
@@ -107,6 +110,8 @@ def open_tower(
         if kind in _PARTS:
             tower = _PartsTower(package, config, table)
         elif needs.language is None:
+            if not any(name.startswith(_SOUNDS) for name in weights):
+                config = {**config, "audio_config": None}
             tower = _tower_class(package)(config, table)
         else:
             tower = _cut_class(package, any_res=needs.any_res)(config, table)
@@ -288,6 +293,8 @@ def _tower_class(package: Any) -> Any:
             vision_config=package.VisionConfig.from_dict(dict(config["vision_config"])),
             image_token_index=config.get("image_token_index", config.get("image_token_id")),
             image_token_id=config.get("image_token_id"),
+            audio_token_id=config.get("audio_token_id", GEMMA4_AUDIO),
+            audio_config=None,
             video_token_id=config.get("video_token_id"),
             video_token_index=config.get("video_token_id"),
             spatial_merge_size=needs.merged(config),
@@ -308,6 +315,8 @@ def _tower_class(package: Any) -> Any:
                 vision.hidden_size, width, vision.rms_norm_eps
             )
             self.feature_scale = width**-0.5  # the language model multiplies by its inverse
+            if isinstance(config.get("audio_config"), Mapping):
+                _add_audio_tower(self, package, config["audio_config"], width)
         elif needs.projector:
             module = getattr(package, config["model_type"])
             setattr(self, projector, getattr(module, needs.projector)(self.config))
@@ -323,6 +332,7 @@ def _tower_class(package: Any) -> Any:
         rows = cast(mx.array, made.inputs_embeds[0])
         if inputs and self.feature_scale != 1:
             is_soft = token_ids == self.config.image_token_id
+            is_soft |= token_ids == self.config.audio_token_id
             rows = mx.where(is_soft[:, None], rows * self.feature_scale, rows)
         deep = getattr(made, "deepstack_visual_embeds", None)
         return rows if deep is None else mx.stack([rows, *deep])
@@ -340,6 +350,16 @@ def _tower_class(package: Any) -> Any:
         "sanitize": sanitize,
     }
     return type("VisionTower", (base,), body)
+
+
+def _add_audio_tower(tower: Any, package: Any, config: Mapping[str, Any], width: int) -> None:
+    """Add Gemma 4's audio tower and its projection to a tower."""
+    made = package.AudioConfig.from_dict(dict(config))
+    tower.config.audio_config = made
+    tower.audio_tower = package.gemma4.AudioEncoder(made)
+    tower.embed_audio = package.gemma4.MultimodalEmbedder(
+        made.output_proj_dims or made.hidden_size, width, made.rms_norm_eps
+    )
 
 
 def _cut_class(package: Any, *, any_res: bool = False) -> Any:

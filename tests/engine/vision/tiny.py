@@ -26,7 +26,8 @@ from modelpack_engine.models import LoadedModel, load
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import EngineRequest, SamplingParams
-from modelpack_engine.vision.processor import Encode, Picture, PictureProcessor
+from modelpack_engine.vision.models import Encode
+from modelpack_engine.vision.processor import Picture, PictureProcessor
 from tests.engine.vision import specimens
 from tests.engine.vision.specimens import SPECIMENS
 

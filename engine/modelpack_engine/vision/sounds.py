@@ -1,0 +1,170 @@
+"""SoundProcessor: from decoded sounds to the tokens that stand for them, and encoder inputs.
+
+Feature extractors are those of transformers, by the model's processor_config.json or
+preprocessor_config.json. `SOUND_CLASSES` says what each type of model needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.request import Media
+from modelpack_engine.vision.models import GEMMA4_AUDIO, Encode
+
+#: The largest width of features, and of the windows that they are made of, in milliseconds.
+_MAX_FEATURES, _MAX_WINDOW = 512, 1000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sound:
+    """A decoded sound: float32 [samples] at the model's rate. `param` names it in errors."""
+
+    samples: NDArray[np.float32]
+    param: str = "messages"
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 of the samples."""
+        return hashlib.sha256(b"sound" + np.ascontiguousarray(self.samples).data).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class SoundClass:
+    """What the sounds of a type of model need.
+
+    `placeholder` stands for a sound in chat templates. Its tokens are `begins`, tokens `soft`, and
+    `ends`, with the text `around` before and after them. `extractor` is the class of transformers,
+    and `count` returns the number of tokens `soft`: from the processor's settings, and the mask of
+    the features. A sound has `seconds` at most.
+    """
+
+    placeholder: str
+    soft: str
+    begins: str
+    ends: str
+    extractor: str
+    count: Callable[[NDArray[np.bool_]], int]
+    token_id: int
+    around: str = ""
+    seconds: float = 30.0
+
+
+def _halved_twice(mask: NDArray[np.bool_]) -> int:
+    """Gemma 4: a token for each fourth frame, by two convolutions."""
+    return int(mask[::2][::2].sum())
+
+
+#: By the model type of config.json.
+SOUND_CLASSES: Mapping[str, SoundClass] = {
+    "gemma4": SoundClass(
+        placeholder="<|audio|>",
+        soft="<|audio|>",
+        begins="<|audio>",
+        ends="<audio|>",
+        extractor="gemma4.feature_extraction_gemma4:Gemma4AudioFeatureExtractor",
+        count=_halved_twice,
+        token_id=GEMMA4_AUDIO,
+    ),
+}
+
+
+def sound_settings(
+    preprocessor: Mapping[str, Any] | None, processor: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """Return the settings of a feature extractor, from the files that may have them."""
+    inner = (processor or {}).get("feature_extractor")
+    if isinstance(inner, Mapping):
+        return inner
+    found = preprocessor or {}
+    return found if "feature_extractor_type" in found else {}
+
+
+class SoundProcessor:
+    """Makes the tokens and the encoder's inputs of sounds for one model. Any thread may use it."""
+
+    def __init__(
+        self, config: Mapping[str, Any], settings: Mapping[str, Any], encode: Encode
+    ) -> None:
+        """Read config.json and the settings of the feature extractor.
+
+        Raises `ModelLoadError` if the tokenizer has no placeholder, or the settings are wrong.
+        """
+        self._kind = str(config["model_type"])
+        self._needs = needs = SOUND_CLASSES[self._kind]
+        self._encode = encode
+        #: The text of the placeholder in chat templates.
+        self.token = needs.placeholder
+        soft_id: Any = config.get("audio_token_id", needs.token_id)
+        ids = encode(needs.placeholder)
+        if len(ids) != 1 or encode(needs.soft) != [soft_id]:
+            raise ModelLoadError(f"{needs.soft!r} is not the token {soft_id} of config.json")
+        #: The ids of the placeholder and of the token that stands for a part of a sound.
+        self.token_id, self.soft_id = ids[0], int(soft_id)
+        self._extractor = _extractor(needs, settings)
+        #: Samples a second, and the longest sound in seconds.
+        self.rate, self.seconds = int(self._extractor.sampling_rate), needs.seconds
+
+    def with_spaces(self, text: str) -> str:
+        """Return a prompt with sounds as it is tokenised: with what the model has around them."""
+        around = self._needs.around
+        return text.replace(self.token, f"{around}{self.token}{around}") if around else text
+
+    def media(self, sound: Sound, start: int) -> Media:
+        """Return the tokens and inputs of a sound at position `start`; raises `RequestError`."""
+        needs = self._needs
+        try:
+            made = self._extractor([sound.samples], sampling_rate=self.rate)
+            features = np.asarray(made["input_features"][0], np.float32)[None]
+            mask = np.asarray(made["input_features_mask"][0], np.bool_)[None]
+            count = needs.count(mask[0])
+            if not count:
+                raise ValueError("it is too short")
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise RequestError(
+                f"{sound.param}: the sound of {len(sound.samples) / self.rate:g} s cannot be"
+                f" processed: {error}",
+                param=sound.param,
+            ) from error
+        tokens = self._encode(f"{needs.begins}{needs.soft * count}{needs.ends}")
+        digest = hashlib.sha256(self._settings_digest + sound.digest()).digest()
+        inputs = {"input_features": features, "input_features_mask": mask}
+        return Media(
+            start, tuple(tokens), digest, inputs, sound.param, in_windows=self._kind == "gemma4"
+        )
+
+    @cached_property
+    def _settings_digest(self) -> bytes:
+        settings = json.dumps(self._extractor.to_dict(), sort_keys=True, default=str)
+        return hashlib.sha256(settings.encode()).digest()
+
+
+def _extractor(needs: SoundClass, settings: Mapping[str, Any]) -> Any:
+    """Return the feature extractor of transformers for these settings."""
+    rate = settings.get("sampling_rate", 16_000)
+    if type(rate) is not int or not 8_000 <= rate <= 32_000:
+        raise ModelLoadError(f"sampling_rate {str(rate)[:50]} is not a number from 8000 to 32000")
+    width = settings.get("feature_size", 128)
+    if type(width) is not int or not 0 < width <= _MAX_FEATURES:
+        raise ModelLoadError(f"feature_size {str(width)[:50]} is not from 1 to {_MAX_FEATURES}")
+    for name in ("frame_length_ms", "hop_length_ms"):
+        value = settings.get(name, 10.0)
+        if type(value) not in (int, float) or not 5 <= value <= _MAX_WINDOW:
+            raise ModelLoadError(f"{name} {str(value)[:50]} is not from 5 to {_MAX_WINDOW}")
+    if settings.get("dither"):
+        raise ModelLoadError("dither adds noise to sounds, which is not supported")
+    module, _, name = needs.extractor.partition(":")
+    kept = {key: value for key, value in settings.items() if key != "feature_extractor_type"}
+    try:
+        found: Any = importlib.import_module(f"transformers.models.{module}")
+        return getattr(found, name)(**kept)
+    except (ArithmeticError, AttributeError, ImportError, TypeError, ValueError) as error:
+        raise ModelLoadError(f"the settings of the feature extractor are wrong: {error}") from error
