@@ -57,14 +57,15 @@ class SmokeReport:
     """What a smoke test saw. Times are in seconds; `error` is what kept it from an answer.
 
     Of a model that generates text there are `answer` and what follows it, of one that embeds or
-    ranks `dimensions`, the length of its vectors. `images` are the digests of the pictures' files,
-    `adapter` is that of the adapter's manifest.
+    ranks `dimensions`, the length of its vectors. `images` and `sounds` are the digests of
+    files, `adapter` is that of the adapter's manifest.
     """
 
     reference: str | None
     digest: str
     prompt: str
     images: tuple[str, ...] = ()
+    sounds: tuple[str, ...] = ()
     adapter: str | None = None
     checks: tuple[Check, ...] = ()
     error: str | None = None
@@ -101,6 +102,7 @@ class SmokeReport:
             "digest": self.digest,
             "prompt": self.prompt,
             **({"images": list(self.images)} if self.images else {}),
+            **({"sounds": list(self.sounds)} if self.sounds else {}),
             **({"adapter": self.adapter} if self.adapter is not None else {}),
             "load_seconds": round(self.load_seconds, 3),
             "device": self.device,
@@ -136,8 +138,8 @@ def smoke_test(
     """Load the model `name` of the store, ask it once, greedily, and check the answer.
 
     `on_progress` gets the model's name and how far its load is. `pictures` come before the prompt;
-    they are parts of `PictureReader`. `adapters` may have one adapter of the model, which is tested
-    with it.
+    they are parts of `PictureReader`, sounds too. `adapters` may have one adapter of the model,
+    which is tested with it.
 
     Where `remote` says who is trusted, the model has to be signed.
 
@@ -158,7 +160,7 @@ def smoke_test(
     adapter = next(iter(adapters.of(str(stored.digest))), None) if adapters is not None else None
     report = SmokeReport(
         str(stored.reference) if stored.reference is not None else None, str(stored.digest), prompt,
-        tuple(str(Digest.of(part["picture"].data)) for part in pictures),
+        _digests(pictures, "picture"), _digests(pictures, "sound"),
         adapter.key if adapter is not None else None,
         device=choose_device(config), versions=_versions(),
     )  # fmt: skip
@@ -174,6 +176,10 @@ def smoke_test(
         raise
     except ModelpackError as error:
         return replace(report, error=str(error))
+
+
+def _digests(parts: Sequence[dict[str, Any]], kind: str) -> tuple[str, ...]:
+    return tuple(str(Digest.of(part[kind].data)) for part in parts if kind in part)
 
 
 async def _try(
@@ -198,7 +204,7 @@ async def _try(
         if pattern is not None or min_speed is not None:
             raise UsageError("an embedding model writes no text that could be expected or timed")
         if pictures:
-            raise UsageError("an embedding model reads no pictures")
+            raise UsageError("an embedding model reads text only")
         return await _embed(model.engine, report)
     chat = Chat(model, given={"temperature": 0.0}, max_tokens=max_tokens)
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -62,7 +63,7 @@ from modelpack_engine.vision.models import (
     vision_classes,
 )
 from modelpack_engine.vision.processor import with_image_token
-from modelpack_engine.vision.sounds import SOUND_CLASSES, sound_settings
+from modelpack_engine.vision.sounds import has_sounds, sound_settings
 from modelpack_engine.vision.towers import open_tower, tower_weights
 
 Device = Literal["cpu", "gpu"]
@@ -160,6 +161,13 @@ def may_read_pictures(files: ModelFiles) -> bool:
     if files.format == "gguf":
         return files.projector is not None and gguf_projector.runs(files.projector)
     return vision_models.may_read_pictures(files.json("config.json") or {})
+
+
+def may_read_sounds(files: ModelFiles) -> bool:
+    """Return whether a model reads sounds here, by config.json, if its files are complete."""
+    config = files.json("config.json") or {}
+    decodes = importlib.util.find_spec("miniaudio") is not None
+    return decodes and vision_models.may_read_pictures(config) and has_sounds(config)
 
 
 def runs_packed(files: ModelFiles, config: EngineConfig, device: Device) -> bool:
@@ -402,7 +410,7 @@ def _with_vision(
                 tower = open_tower(config, weights, loaded.model, dtype)
             weight_bytes += evaluate(tower)
         sounds = None
-        if config["model_type"] in SOUND_CLASSES and config.get("audio_config"):
+        if has_sounds(config):
             sounds = sound_settings(settings, files.json("processor_config.json"))
         vision = open_vision(tower, config, settings, encode, sounds)
     except EngineError as error:

@@ -145,6 +145,11 @@ class PictureProcessor:
             return f"{before}{token}{ends}{after}" + ("" if after.endswith("\n") else "\n")
         return text.replace(token, f"{needs.around}{token}{needs.around}")
 
+    @property
+    def why_no_sounds(self) -> str:
+        """Why the model reads no sounds; empty if it does."""
+        return "" if self.sounds is not None else self.no_sounds or "it has no audio tower"
+
     def place(
         self,
         token_ids: Sequence[int],
@@ -160,9 +165,11 @@ class PictureProcessor:
         sound_id = None if self.sounds is None else self.sounds.token_id
         count = sum(token_id in (self.image_token_id, sound_id) for token_id in token_ids)
         if count != len(files):
-            named = self.image_token + ("" if self.sounds is None else f" and {self.sounds.token}")
+            named, what = self.image_token, "pictures"
+            if self.sounds is not None:
+                named, what = f"{named} and {self.sounds.token}", "files"
             raise RequestError(
-                f"the prompt has {count} placeholders {named} for {len(files)} files",
+                f"the prompt has {count} placeholders {named} for {len(files)} {what}",
                 param="messages",
                 hint=f"leave {named} out of the text",
             )

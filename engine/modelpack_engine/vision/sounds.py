@@ -77,6 +77,11 @@ SOUND_CLASSES: Mapping[str, SoundClass] = {
 }
 
 
+def has_sounds(config: Mapping[str, Any]) -> bool:
+    """Return whether models of this config.json read sounds here, if their files are complete."""
+    return config.get("model_type") in SOUND_CLASSES and bool(config.get("audio_config"))
+
+
 def sound_settings(
     preprocessor: Mapping[str, Any] | None, processor: Mapping[str, Any] | None
 ) -> Mapping[str, Any]:

@@ -99,15 +99,15 @@ def run(
 
     MODEL may be a path: a GGUF file or a directory of safetensors. In the chat, /help lists the
     commands. An argument after the prompt that names a file in PNG, JPEG, WebP or GIF is a picture,
-    for models that read pictures.
+    for models that read pictures, and one in WAV, MP3, FLAC or Ogg is a sound.
     """
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
-    prompt, files = _without_pictures(prompt)
+    prompt, files = _without_files(prompt)
     text = _question(prompt)
     pictures = picture_parts(files)
     if pictures and not text:
-        raise UsageError("no prompt for the pictures", hint="give a prompt before the files")
+        raise UsageError("no prompt for the files", hint="give a prompt before the files")
     from modelpack_server.pool.settings import preset_named
 
     if preset is not None:
@@ -199,26 +199,33 @@ def _talk(
 
 
 _PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".webp")
+_SOUNDS = (".flac", ".mp3", ".oga", ".ogg", ".wav")
 
 
-def _without_pictures(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Path]]:
-    """Return the arguments before the pictures, and the files of these."""
+def _without_files(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Path]]:
+    """Return the arguments before the pictures and sounds, and the files of these."""
     files: list[Path] = []
     for name in reversed(prompt):
-        if not name.lower().endswith(_PICTURES) or not Path(name).is_file():
+        if not name.lower().endswith(_PICTURES + _SOUNDS) or not Path(name).is_file():
             break
         files.insert(0, Path(name))
     return prompt[: len(prompt) - len(files)], files
 
 
-def picture_parts(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """Return the files as parts of a message."""
+def picture_parts(files: Iterable[Path], sounds: Iterable[Path] = ()) -> list[dict[str, Any]]:
+    """Return files as parts of a message: `sounds` and those named as sounds, and pictures."""
     from modelpack_engine.errors import RequestError
     from modelpack_server.conversation.pictures import PictureReader
 
     reader = PictureReader()
     try:
-        return [reader.file(path.read_bytes(), str(path)) for path in files]
+        parts = [
+            reader.sound_file(path.read_bytes(), str(path))
+            if path.suffix.lower() in _SOUNDS
+            else reader.file(path.read_bytes(), str(path))
+            for path in files
+        ]
+        return parts + [reader.sound_file(path.read_bytes(), str(path)) for path in sounds]
     except (OSError, RequestError) as error:
         raise UsageError(str(error)) from None
 

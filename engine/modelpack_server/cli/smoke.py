@@ -101,6 +101,11 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Send this picture before the prompt (repeatable).",
 )  # fmt: skip
+@click.option(
+    "--audio", "sounds", multiple=True, metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Send this sound before the prompt (repeatable).",
+)  # fmt: skip
 @adapter_option("Test MODEL with this LoRA adapter.")
 @merge_option
 @click.option("--expect", metavar="REGEX", help="Require the response to match this pattern.")
@@ -132,6 +137,7 @@ def smoke(
     model: str,
     prompt: str,
     images: tuple[Path, ...],
+    sounds: tuple[Path, ...],
     adapters: tuple[tuple[str, str], ...],
     merge: bool,
     expect: str | None,
@@ -157,8 +163,8 @@ def smoke(
         raise UsageError(
             "--attest cannot be combined with --adapter", hint="the report would be the base's"
         )
-    # A wrong password or picture fails before the model is loaded.
-    pictures = picture_parts(images)
+    # A wrong password or file fails before the model is loaded.
+    pictures = picture_parts(images, sounds)
     attestation = attestation_of(model, attest, key, local, clean)
     with _store(settings, clean) as store:
         with shown_progress(settings) as progress:

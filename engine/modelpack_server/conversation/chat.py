@@ -15,10 +15,9 @@ from modelpack_engine.worker.threads import in_thread, prepare
 from modelpack_server.conversation.logprobs import TextLogprobs
 from modelpack_server.conversation.masks import make_masks
 from modelpack_server.conversation.pictures import (
-    PictureFile,
-    PictureUrl,
+    MediaFile,
     place_pictures,
-    shows_pictures,
+    shows_parts,
     take_pictures,
     with_pages,
 )
@@ -311,12 +310,16 @@ async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int],
     model.check_texts(size)
     model.check_room(len(spec.earlier), param="context")
     messages: Sequence[dict[str, Any]] = model.preface.before(spec.messages)
-    files: list[PictureFile | PictureUrl] = []
+    files: list[MediaFile] = []
     processor = model.pictures
     if processor is not None and any(isinstance(m.get("content"), list) for m in messages):
         messages = await in_thread(with_pages, model, messages)
-        shown = shows_pictures(spec.template or model.tokenizer.chat_template)
-        messages, files = take_pictures(messages, None if shown else processor.image_token)
+        template, sounds = spec.template or model.tokenizer.chat_template, processor.sounds
+        messages, files = take_pictures(
+            messages,
+            None if shows_parts(template, "image") else processor.image_token,
+            None if sounds is None or shows_parts(template, "audio") else sounds.token,
+        )
     spec = replace(spec, messages=messages)
     text, token_ids = await prepare(
         size + len(spec.earlier), lambda: _prompt(model, spec, with_pictures=bool(files))

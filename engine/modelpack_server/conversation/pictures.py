@@ -1,8 +1,8 @@
-"""Pictures in messages: from a URL or base64 of a request to decoded pixels, within limits.
+"""Pictures and sounds in messages: from base64 or a URL of a request to pixels and samples.
 
 `PictureReader` is for the edge of an API: it makes a part of a message. The part keeps the file or
 the URL as it was sent; `take_pictures` collects those of a conversation, and `place_pictures`
-fetches and decodes one at a time, the latter in a worker process.
+fetches and decodes one at a time, the latter in a worker process. `sounds` decodes sounds.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from modelpack_server.conversation.served_model import (
     ServedModel,
     request_context,
 )
+from modelpack_server.conversation.sounds import SOUND_FORMATS, SoundFile, is_sound
 
 if TYPE_CHECKING:
     from modelpack_engine.request import Media
     from modelpack_engine.vision.processor import Picture
+    from modelpack_engine.vision.sounds import Sound, SoundProcessor
 
-MAX_PICTURES = 32  # in one request
+MAX_PICTURES = 32  # in one request, with sounds
 MAX_BYTES = 20 * 1024 * 1024  # of one file
 MAX_SECONDS = 10.0  # to decode one file
 LOW_DETAIL_SIDE = 512  # pixels on the longer side of a picture with OpenAI's detail "low"
@@ -114,13 +116,15 @@ class PictureUrl:
 
 
 class PictureReader:
-    """Reads the pictures of one request to a model with vision, or says why there is none.
+    """Reads the pictures and sounds of one request, or says why the model takes none.
 
     Without `urls`, pictures in http(s) URLs are refused.
     """
 
-    def __init__(self, no_vision: str = "", urls: MediaFetcher | None = None) -> None:
-        self._no_vision, self._urls, self._count = no_vision, urls, 0
+    def __init__(
+        self, no_vision: str = "", urls: MediaFetcher | None = None, no_sounds: str = ""
+    ) -> None:
+        self._no_vision, self._no_sounds, self._urls, self._count = no_vision, no_sounds, urls, 0
 
     def url(self, url: object, param: str, detail: object = None) -> dict[str, Any]:
         """Return the part of a message for a URL; raises `RequestError` for a refused one.
@@ -145,9 +149,33 @@ class PictureReader:
         return self.file(self._decoded(text, param, "picture"), param, max_side)
 
     def base64(self, text: object, param: str) -> dict[str, Any]:
-        """Return the part of a message for a file in base64."""
+        """Return the part of a message for a picture in base64."""
         self._check_vision(param)
         return self.file(self._decoded(text, param, "picture"), param)
+
+    def media(self, text: object, param: str) -> dict[str, Any]:
+        """Return the part of a message for a picture or a sound in base64, by its content."""
+        self._check_vision(param)
+        data = self._decoded(text, param, "picture")
+        return self.sound_file(data, param) if is_sound(data) else self.file(data, param)
+
+    def sound(self, given: object, param: str) -> dict[str, Any]:
+        """Return the part of a message for OpenAI's `input_audio`: base64 and its format."""
+        self._check_sounds(param)
+        fields = given if isinstance(given, Mapping) else {}
+        kind = fields.get("format", "wav")
+        if kind not in SOUND_FORMATS:
+            raise RequestError(
+                f"{param}: format is {str(kind)[:50]!r}, expected {', '.join(SOUND_FORMATS)}",
+                param=param,
+            )
+        return self.sound_file(self._decoded(fields.get("data"), param, "sound"), param)
+
+    def sound_file(self, data: bytes, param: str) -> dict[str, Any]:
+        """Return the part of a message for the bytes of a sound."""
+        self._check_sounds(param)
+        self._count_one(param, "sounds and pictures")
+        return {"type": "audio", "sound": SoundFile(data, param)}
 
     def document(self, text: object, param: str) -> dict[str, Any]:
         """Return the part of a message for a PDF in base64 or in a data: URL.
@@ -218,11 +246,18 @@ class PictureReader:
             raise self._too_large(param, what)
         return data
 
-    def _count_one(self, param: str) -> None:
+    def _count_one(self, param: str, what: str = "pictures") -> None:
         self._count += 1
         if self._count > MAX_PICTURES:
             raise RequestError(
-                f"{param}: more than {MAX_PICTURES} pictures in one request", param=param
+                f"{param}: more than {MAX_PICTURES} {what} in one request", param=param
+            )
+
+    def _check_sounds(self, param: str) -> None:
+        self._check_vision(param)
+        if self._no_sounds:
+            raise RequestError(
+                f"{param}: this model reads no sound: {self._no_sounds}", param=param
             )
 
     def _check_vision(self, param: str) -> None:
@@ -240,22 +275,32 @@ class PictureReader:
 
 def picture_reader(model: ServedModel) -> PictureReader | None:
     """Return the reader for a request to `model`; None if it is a model of text."""
-    if model.pictures is not None:
-        return PictureReader(urls=request_context.get().media_urls)
+    if (processor := model.pictures) is not None:
+        urls = request_context.get().media_urls
+        return PictureReader(urls=urls, no_sounds=processor.why_no_sounds)
     reason = model.engine.no_vision
     return PictureReader(reason) if reason else None
 
 
+#: A picture or a sound as a client sent it, or the URL of a picture.
+MediaFile = PictureFile | PictureUrl | SoundFile
+
+
 class PictureFiles:
-    """The pictures of a request, in order; iterating decodes one at a time, in a worker process.
+    """The pictures and sounds of a request; iterating decodes one at a time, in a worker process.
 
     Few workers decode, and requests of one `owner` take one of them. It stays reserved until the
     caller asks for the next picture, because decoded ones take up to 100 MB. Leaving the context
     frees it. Pictures in URLs are fetched one at a time, before a worker is reserved.
     """
 
-    def __init__(self, files: Sequence[PictureFile | PictureUrl], owner: bytes = b"") -> None:
-        self._files = files
+    def __init__(
+        self,
+        files: Sequence[MediaFile],
+        owner: bytes = b"",
+        sounds: SoundProcessor | None = None,
+    ) -> None:
+        self._files, self._sounds = files, sounds
         self._key = owner.hex() or f"request {id(self)}"
         self._reserved = ExitStack()
 
@@ -268,13 +313,17 @@ class PictureFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[Picture | Sound]:
         left = MAX_SECONDS_ALL
         for source in self._files:
             self._reserved.close()
             self._check_time(left, source.param)
             began = time.monotonic()
-            file = self._reserved.enter_context(source.opened(self._key, left))
+            file: PictureFile | SoundFile
+            if isinstance(source, SoundFile):
+                file = source
+            else:
+                file = self._reserved.enter_context(source.opened(self._key, left))
             left -= time.monotonic() - began
             try:
                 reserved = shared_workers("media").reserved(self._key)
@@ -283,14 +332,25 @@ class PictureFiles:
                 raise RequestError(f"{file.param}: {error}", param=file.param) from None
             self._check_time(left, source.param)
             began = time.monotonic()
-            yield file.decode(run, min(MAX_SECONDS, left))
+            yield self._decoded(file, run, min(MAX_SECONDS, left))
             left -= time.monotonic() - began
+
+    def _decoded(self, file: PictureFile | SoundFile, run: Job, seconds: float) -> Picture | Sound:
+        if isinstance(file, PictureFile):
+            return file.decode(run, seconds)
+        from modelpack_engine.vision.sounds import Sound
+
+        assert self._sounds is not None, "the reader refuses sounds"
+        samples = file.decode(
+            run, self._sounds.rate, seconds, max_sound_seconds=self._sounds.seconds
+        )
+        return Sound(samples, file.param)
 
     @staticmethod
     def _check_time(left: float, param: str) -> None:
         if left <= 0:
             raise RequestError(
-                f"{param}: the pictures of the request take longer than {MAX_SECONDS_ALL:g} s",
+                f"{param}: the files of the request take longer than {MAX_SECONDS_ALL:g} s",
                 param=param,
             )
 
@@ -366,21 +426,25 @@ def _count_pages(document: PictureFile, owner: bytes) -> int:
 
 
 def take_pictures(
-    messages: Sequence[Mapping[str, Any]], placeholder: str | None
-) -> tuple[list[dict[str, Any]], list[PictureFile | PictureUrl]]:
-    """Return messages without the files of their pictures, and these in order.
+    messages: Sequence[Mapping[str, Any]], placeholder: str | None, sound: str | None = None
+) -> tuple[list[dict[str, Any]], list[MediaFile]]:
+    """Return messages without the files of their pictures and sounds, and these in order.
 
     With a `placeholder`, the content of each message becomes text with it in the pictures' places:
-    for templates that show text only.
+    for templates that show text only. With `sound`, that is the text in the places of sounds.
     """
-    found: list[PictureFile | PictureUrl] = []
+    found: list[MediaFile] = []
     changed = []
     for message in messages:
         turn = dict(message)
         content = turn.get("content")
         if isinstance(content, list):
-            found += [part["picture"] for part in content if part["type"] == "image"]
-            parts = [{"type": "image"} if part["type"] == "image" else part for part in content]
+            found += [
+                part["picture" if part["type"] == "image" else "sound"]
+                for part in content
+                if part["type"] in ("image", "audio")
+            ]
+            parts = [_without_file(part, sound) for part in content]
             if placeholder is not None:
                 turn["content"] = "".join(part.get("text", placeholder) for part in parts)
             else:
@@ -389,22 +453,29 @@ def take_pictures(
     return changed, found
 
 
-def shows_pictures(chat_template: str | None) -> bool:
-    """Return whether a template shows parts of the type `image`."""
-    return re.search(r"""['"]image['"]""", chat_template or "") is not None
+def _without_file(part: Mapping[str, Any], sound: str | None) -> dict[str, Any]:
+    if part["type"] == "audio" and sound is not None:
+        return {"type": "text", "text": sound}
+    return {"type": part["type"]} if part["type"] in ("image", "audio") else dict(part)
+
+
+def shows_parts(chat_template: str | None, kind: str) -> bool:
+    """Return whether a template shows parts of the type `kind`: "image" or "audio"."""
+    return re.search(rf"""['"]{kind}['"]""", chat_template or "") is not None
 
 
 def place_pictures(
-    model: ServedModel, token_ids: list[int], files: Sequence[PictureFile | PictureUrl]
+    model: ServedModel, token_ids: list[int], files: Sequence[MediaFile]
 ) -> tuple[list[int], tuple[Media, ...]]:
-    """Return a prompt with its pictures in place. Call it in a thread.
+    """Return a prompt with its pictures and sounds in place. Call it in a thread.
 
     Raises `RequestError`, `ContextLengthError` as soon as the prompt is too long, and
     `QueueFullError` if the queue is full already or too many pictures wait.
     """
     assert model.pictures is not None
     model.engine.check_queue()
-    with PictureFiles(files, request_context.get().cache_salt) as pictures:
+    owner = request_context.get().cache_salt
+    with PictureFiles(files, owner, model.pictures.sounds) as pictures:
         return model.pictures.place(token_ids, pictures, model.check_room)
 
 

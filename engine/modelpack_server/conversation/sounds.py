@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_SOUND_BYTES = 25 * 1024 * 1024  # of one file, as OpenAI's API has it
 MAX_SECONDS = 10.0  # to decode one file
+#: The formats by the names of OpenAI's `input_audio`, and by which files are named.
+SOUND_FORMATS = ("wav", "mp3", "flac", "ogg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,11 @@ class SoundFile:
         if len(self.data) > MAX_SOUND_BYTES:
             raise too_large(self.param)
 
-    def opened(self, owner: str, seconds: float) -> AbstractContextManager[SoundFile]:
-        """Return the file itself; `PictureUrl.opened` fetches one."""
-        return nullcontext(self)
+    @property
+    def format(self) -> str:
+        """The format, as OpenAI's API names it."""
+        signs = ((b"RIFF", "wav"), (b"RF64", "wav"), (b"fLaC", "flac"), (b"OggS", "ogg"))
+        return next((kind for sign, kind in signs if self.data.startswith(sign)), "mp3")
 
     def decode(
         self,
@@ -93,6 +96,12 @@ def decode_sound(
             return file.decode(run, rate, max_sound_seconds=max_sound_seconds)
     except JobFailedError as error:  # the request was cancelled
         raise RequestError(f"{param}: {error}", param=param) from None
+
+
+def is_sound(data: bytes) -> bool:
+    """Return whether a file begins as a sound does, and not as a picture."""
+    is_wav = data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE"
+    return is_wav or data.startswith((b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3"))
 
 
 def check_decoder(param: str) -> None:

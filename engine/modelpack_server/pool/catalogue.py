@@ -21,7 +21,8 @@ class StoredModel:
     `names` are its names in the store, the preferred one first; `origins` are the repositories from
     which it was pulled. Neither contains what a user typed. `size` is the size of its files, in
     bytes. `purpose` is empty for files that the engine cannot load; `reads_pictures` says that it
-    takes pictures with the extra `vision` that is installed. `templated` are the capabilities that
+    takes pictures with the extra `vision` that is installed, `reads_sounds` the same of sounds with
+    the extra `audio`. `templated` are the capabilities that
     its chat template has here, `tools` and `reasoning`. For an adapter, `base` is the key of the
     model that it changes, whose engine knows it as `adapter`. `merged` is the name of the adapter
     that is merged into the weights, of the base too, which cannot be used without it.
@@ -39,6 +40,7 @@ class StoredModel:
     format: str = ""
     purpose: Literal["", "generation", "embedding", "ranking", "transcription"] = "generation"
     reads_pictures: bool = False
+    reads_sounds: bool = False
     templated: tuple[str, ...] = ()
     base: str = ""
     adapter: str = ""

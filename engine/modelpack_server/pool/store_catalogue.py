@@ -82,7 +82,7 @@ class StoreCatalogue:
         self.adapters = Adapters() if adapters is None else adapters
         self._files = files
         self.config = config or EngineConfig()
-        self._abilities: dict[Digest, tuple[Purpose, bool]] = {}
+        self._abilities: dict[Digest, tuple[Purpose, bool, bool]] = {}
         self._of_templates: dict[Digest, tuple[str, ...]] = {}
 
     def version(self) -> object:
@@ -314,7 +314,7 @@ class StoreCatalogue:
     def _described(
         self, store: LayoutStore, model: Model, names: tuple[str, ...], origins: tuple[str, ...]
     ) -> StoredModel:
-        purpose, reads_pictures = self._purpose(store, model)
+        purpose, reads_pictures, reads_sounds = self._abilities_of(store, model)
         merged = self.adapters.merged_into(str(model.digest))
         return replace(
             _described(model, names),
@@ -322,13 +322,14 @@ class StoreCatalogue:
             merged="" if merged is None else merged.name,
             purpose=purpose,
             reads_pictures=reads_pictures,
+            reads_sounds=reads_sounds,
             templated=self._templated(store, model) if purpose == "generation" else (),
         )
 
     def _templated(self, store: LayoutStore, model: Model) -> tuple[str, ...]:
         """Return which of `tools` and `reasoning` a model's chat template has here; read it once.
 
-        The package's config decides where `_purpose` opens no file.
+        The package's config decides where `_abilities_of` opens no file.
         """
         from modelpack_engine.models.files import ModelFiles
 
@@ -345,10 +346,12 @@ class StoreCatalogue:
             self._of_templates[model.digest] = tuple(k for k, v in found.items() if v is not None)
         return self._of_templates[model.digest]
 
-    def _purpose(self, store: LayoutStore, model: Model) -> tuple[Purpose | Literal[""], bool]:
-        """Return a model's purpose, and whether it reads pictures, by its files; read them once.
+    def _abilities_of(
+        self, store: LayoutStore, model: Model
+    ) -> tuple[Purpose | Literal[""], bool, bool]:
+        """Return a model's purpose, and whether it reads pictures and sounds, by its files.
 
-        The purpose is "" if they cannot be loaded.
+        They are read once. The purpose is "" if they cannot be loaded.
 
         The architecture in the package's config decides if weights are in archives, and with a
         trust policy, which must be satisfied before a file is opened.
@@ -356,24 +359,24 @@ class StoreCatalogue:
         from modelpack_engine.embedding.encoder_checkpoint import is_encoder
         from modelpack_engine.embedding.loader import purpose_of
         from modelpack_engine.models.files import ModelFiles
-        from modelpack_engine.models.loader import may_read_pictures
+        from modelpack_engine.models.loader import may_read_pictures, may_read_sounds
 
         if model.is_drafter:
-            return "", False
+            return "", False, False
         if self.remote.trust is not None or has_packed_weights(model):
             name = model.config.architecture  # llama.cpp writes nomic-bert for nomic_bert
             if name in SPEECH_FAMILIES and model.config.format == "safetensors":
-                return "transcription", False
+                return "transcription", False, False
             encodes = any(is_encoder({"model_type": n}) for n in (name, name.replace("-", "_")))
-            return "embedding" if encodes else "generation", False
+            return "embedding" if encodes else "generation", False, False
         if model.digest not in self._abilities:
             try:
                 files = ModelFiles.from_model(model, store.blob_path)
                 purpose = purpose_of(files)
-                pictures = may_read_pictures(files)
+                reads = may_read_pictures(files), may_read_sounds(files)
             except ModelpackError:
-                return "", False
-            self._abilities[model.digest] = purpose, pictures
+                return "", False, False
+            self._abilities[model.digest] = purpose, *reads
         return self._abilities[model.digest]
 
     def _loaded_bytes(self, store: LayoutStore, model: Model, config: EngineConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 import os
@@ -140,13 +141,17 @@ class Chat:
     ) -> AsyncGenerator[ChatDelta, None]:
         """Stream the response to `text`; keep it as a message, even if it is interrupted.
 
-        `pictures` are parts of `PictureReader`. Raises the errors of `start_chat`, and
-        `RequestError` if the model reads no pictures; then no message is kept.
+        `pictures` are parts of `PictureReader`, sounds too. Raises the errors of `start_chat`, and
+        `RequestError` if the model does not read them; then no message is kept.
         """
-        if pictures and self.model.pictures is None:
+        processor = self.model.pictures
+        if pictures and processor is None:
             reason = self.model.engine.no_vision
             why = f": {reason}" if reason else ", not pictures"
             raise RequestError(f"{self.model.name} accepts text only{why}")
+        has_sounds = any(part["type"] == "audio" for part in pictures)
+        if has_sounds and processor is not None and processor.sounds is None:
+            raise RequestError(f"{self.model.name} reads no sound: {processor.why_no_sounds}")
         question = _question(text, pictures)
         said: list[Part] = []
         stream = await start_chat(self.model, self._spec([*self.turns, question]))
@@ -287,16 +292,20 @@ def _question(text: str, pictures: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _as_json(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return a message as OpenAI's API takes it: pictures as data: URLs."""
+    """Return a message as OpenAI's API takes it: pictures as data: URLs, sounds in base64."""
     if not isinstance(turn["content"], list):
         return turn
-    parts = [
-        {"type": "image_url", "image_url": {"url": part["picture"].data_url}}
-        if part["type"] == "image"
-        else part
-        for part in turn["content"]
-    ]
-    return {**turn, "content": parts}
+    return {**turn, "content": [_part_as_json(part) for part in turn["content"]]}
+
+
+def _part_as_json(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "image":
+        return {"type": "image_url", "image_url": {"url": part["picture"].data_url}}
+    if part["type"] == "audio":
+        sound = part["sound"]
+        data = base64.b64encode(sound.data).decode()
+        return {"type": "input_audio", "input_audio": {"data": data, "format": sound.format}}
+    return part
 
 
 def _decoded(raw: bytes) -> Any:

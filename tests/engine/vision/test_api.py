@@ -331,7 +331,7 @@ def test_bad_urls(llava: Served, given: Any, message: str) -> None:
         ({"type": "image_url"}, "is not a string"),
         ({"type": "image_url", "image_url": []}, "is not a string"),
         ({"type": "image", "picture": "x"}, "this model accepts text only, not 'image'"),
-        ({"type": "input_audio"}, "this model accepts text only, not 'input_audio'"),
+        ({"type": "input_audio"}, "this model reads no sound: it has no audio tower"),
         ({"type": "image_url", "picture": 1, "image_url": url(b"")}, "the picture is empty"),
     ],
 )
@@ -346,7 +346,7 @@ def test_pictures_are_for_users(llava: Served) -> None:
     refused = llava.chat("", messages=messages)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "messages[0].content[0]"
-    assert "pictures are read in messages of the user only" in refused.text
+    assert "files are read in messages of the user only" in refused.text
 
 
 def test_a_placeholder_in_the_text(llava: Served) -> None:

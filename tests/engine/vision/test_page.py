@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from modelpack_server.api.app import ModelServer
@@ -17,6 +18,7 @@ from tests.engine.interactive.test_console import ask
 from tests.engine.serving.tiny import TinyCatalogue
 from tests.engine.vision import tiny
 from tests.engine.vision.media import file_of, url
+from tests.engine.vision.sound_files import wav
 from tests.engine.vision.tiny import picture
 
 if TYPE_CHECKING:
@@ -110,3 +112,19 @@ def test_a_picture_that_is_refused_stays_with_its_question(page: Page, tmp_path:
     assert "unknown format" in page.locator(".error").inner_text()
     assert page.input_value("#question") == "What is it?"
     assert page.locator("#files img").count() == 1
+
+
+def test_sounds_are_chosen(page: Page, tmp_path: Path) -> None:
+    """The part is OpenAI's; this model has no audio tower, and the question stays."""
+    path = tmp_path / "clip.wav"
+    path.write_bytes(wav(np.zeros(99, np.int16)))
+    page.set_input_files("#attach", path)
+    page.locator("#files .sound").wait_for()
+    sound = {"data": base64.b64encode(path.read_bytes()).decode(), "format": "wav"}
+    assert sent(page, "What is said?") == [
+        {"type": "input_audio", "input_audio": sound},
+        {"type": "text", "text": "What is said?"},
+    ]
+    assert "this model reads no sound" in page.locator(".error").inner_text()
+    assert page.input_value("#question") == "What is said?"
+    assert page.locator("#files .sound").count() == 1

@@ -91,12 +91,15 @@ def common_spec(
 def with_images(
     text: str, images: list[Any], model: str, pictures: PictureReader | None
 ) -> str | list[dict[str, Any]]:
-    """Return the content of a message; raises `RequestError` for images without `pictures`."""
+    """Return the content of a message, whose `images` may be sounds, as in Ollama.
+
+    Raises `RequestError` for images without `pictures`.
+    """
     if not images:
         return text
     if pictures is None:
         raise RequestError(f"{model!r} does not support images: text only", param="images")
-    parts = [pictures.base64(image, f"images[{i}]") for i, image in enumerate(images)]
+    parts = [pictures.media(image, f"images[{i}]") for i, image in enumerate(images)]
     return [*parts, {"type": "text", "text": text}]
 
 

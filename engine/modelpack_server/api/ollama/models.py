@@ -182,7 +182,7 @@ def _config_info(files: Any, found: StoredModel) -> dict[str, Any]:
 
 def _capabilities(files: Any, template: str, header: GGUFHeader | None) -> list[str]:
     from modelpack_engine.embedding.loader import purpose_of
-    from modelpack_engine.models.loader import may_read_pictures
+    from modelpack_engine.models.loader import may_read_pictures, may_read_sounds
 
     purpose = purpose_of(files)
     if purpose != "generation":
@@ -195,6 +195,8 @@ def _capabilities(files: Any, template: str, header: GGUFHeader | None) -> list[
         found.append("thinking")
     if may_read_pictures(files):
         found.append("vision")
+    if may_read_sounds(files):
+        found.append("audio")
     if may_infill(_vocabulary(files, header)):
         found.append("insert")
     return found

@@ -123,6 +123,7 @@ def card(model: StoredModel) -> dict[str, Any]:
         "capabilities": [
             *_CAPABILITIES.get(model.purpose, ()),
             *(["vision"] if model.reads_pictures else ()),
+            *(["audio"] if model.reads_sounds else ()),
             *model.templated,
         ],
         "dmr": {key: value for key, value in facts.items() if value},

@@ -101,22 +101,20 @@ def _plain(message: Message, index: int, pictures: PictureReader | None) -> dict
 
 
 #: Parts of users' messages that models with vision read.
-_MEDIA = ("image_url", "file")
+_MEDIA = ("image_url", "file", "input_audio")
 
 
 def _refuse_pictures(content: str | list[dict[str, Any]] | None, where: str) -> None:
     for i, part in enumerate(content if isinstance(content, list) else ()):
         if part.get("type") in _MEDIA:
             param = f"{where}.content[{i}]"
-            raise RequestError(
-                f"{param}: pictures are read in messages of the user only", param=param
-            )
+            raise RequestError(f"{param}: files are read in messages of the user only", param=param)
 
 
 def _content(
     content: str | list[dict[str, Any]] | None, where: str, pictures: PictureReader | None
 ) -> str | list[dict[str, Any]]:
-    """Return text, or a list of parts if there are pictures or documents."""
+    """Return text, or a list of parts if there are pictures, sounds or documents."""
     if content is None or isinstance(content, str):
         return content or ""
     if pictures is None or all(part.get("type") not in _MEDIA for part in content):
@@ -130,6 +128,8 @@ def _content(
             parts.append(pictures.url(fields.get("url"), place, fields.get("detail")))
         elif part.get("type") == "file":
             parts.append(_document(part.get("file"), f"{where}.content[{i}]", pictures))
+        elif part.get("type") == "input_audio":
+            parts.append(pictures.sound(part.get("input_audio"), f"{where}.content[{i}]"))
         else:
             parts.append({"type": "text", "text": _text([part], where, i)})
     return parts

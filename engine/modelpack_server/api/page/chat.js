@@ -1,7 +1,7 @@
 // The chat. `turns` are the messages that are sent; they are kept in this browser.
 
 let turns = [];
-let attached = [];    // files that go with the next question: their text, or the data: URL of a picture
+let attached = [];    // files that go with the next question: their text, or the data: URL of a picture or a sound
 let running = null;   // the AbortController of the current reply
 
 function atEnd() {
@@ -63,11 +63,14 @@ class Answer {
   }
 }
 
-// The content of a turn with pictures is a list of parts.
+// The content of a turn with pictures or sounds is a list of parts.
 const textOf = (turn) => typeof turn.content === "string" ? turn.content
   : turn.content.filter((part) => part.type === "text").map((part) => part.text).join("");
-const picturesOf = (turn) => typeof turn.content === "string" ? []
-  : turn.content.filter((part) => part.type === "image_url").map((part) => part.image_url.url);
+const filesOf = (turn) => typeof turn.content === "string" ? []
+  : turn.content.filter((part) => part.type !== "text").map((part) => part.type === "image_url"
+    ? { name: "picture", url: part.image_url.url } : { name: "sound", sound: part.input_audio });
+const partOf = (file) => file.url ? { type: "image_url", image_url: { url: file.url } }
+  : { type: "input_audio", input_audio: file.sound };
 
 function picture(url) {
   const node = document.createElement("img");
@@ -76,8 +79,10 @@ function picture(url) {
   return node;
 }
 
+const media = (file) => file.url ? picture(file.url) : named("sound", element("span", "Attached sound"));
+
 function showQuestion(turn) {
-  const node = shown(named("turn user", element("div", ...picturesOf(turn).map(picture), textOf(turn))));
+  const node = shown(named("turn user", element("div", ...filesOf(turn).map(media), textOf(turn))));
   const actions = named("actions", element("div", button("Edit", () => edit(turn))));
   node.after(actions);
   actions.classList.add("turn");
@@ -106,7 +111,7 @@ function edit(turn) {
   if (at < 0) return;
   cutBefore(at);
   $("question").value = textOf(turn);
-  attach(picturesOf(turn).map((url) => ({ name: "picture", url })));
+  attach(filesOf(turn));
   state();
   $("question").focus();
 }
@@ -140,10 +145,10 @@ function payload(messages) {
 }
 
 function ask(question) {
-  const texts = attached.filter((file) => !file.url).map((file) => `${file.name}:\n\`\`\`\n${file.text}\n\`\`\`\n`);
+  const texts = attached.filter((file) => file.text !== undefined).map((file) => `${file.name}:\n\`\`\`\n${file.text}\n\`\`\`\n`);
   const text = [...texts, question].join("\n");
-  const pictures = attached.filter((file) => file.url).map((file) => ({ type: "image_url", image_url: { url: file.url } }));
-  const turn = { role: "user", content: pictures.length ? [...pictures, { type: "text", text }] : text };
+  const parts = attached.filter((file) => file.text === undefined).map(partOf);
+  const turn = { role: "user", content: parts.length ? [...parts, { type: "text", text }] : text };
   attach([]);
   turns.push(turn);
   showQuestion(turn);
@@ -189,7 +194,7 @@ async function reply(turn, typed = textOf(turn)) {
     if (error) {
       if (!$("question").value) {
         $("question").value = typed;
-        attach([...picturesOf(turn).map((url) => ({ name: "picture", url })), ...attached]);
+        attach([...filesOf(turn), ...attached]);
       }
       answer.node.remove();
     }
@@ -208,10 +213,18 @@ const dataUrl = (file) => new Promise((resolve, reject) => {
   reader.readAsDataURL(file);
 });
 
+const SOUND = /^(?:audio|application)\/(?:x-|vnd\.)?(wav|wave|mpeg|mp3|flac|ogg)$/;
+const FORMATS = { wave: "wav", mpeg: "mp3" };
+
 async function read(file) {
+  const sound = SOUND.exec(file.type)?.[1];
+  if (sound) {
+    const url = await dataUrl(file);
+    return { name: file.name, sound: { data: url.slice(url.indexOf(",") + 1), format: FORMATS[sound] ?? sound } };
+  }
   if (/^image\/(png|jpeg|webp|gif)$/.test(file.type)) return { name: file.name, url: await dataUrl(file) };
   const text = await file.text();
-  if (text.includes("\0") || text.includes("\ufffd")) throw new Error(`${file.name} is neither a text file nor a picture.`);
+  if (text.includes("\0") || text.includes("\ufffd")) throw new Error(`${file.name} is neither a text file nor a picture nor a sound.`);
   return { name: file.name, text };
 }
 
@@ -237,7 +250,7 @@ function attachGiven(event, data) {
 
 function attach(files) {
   attached = files;
-  $("files").replaceChildren(...files.map((file) => element("li", ...(file.url ? [picture(file.url)] : []), `${file.name} `,
+  $("files").replaceChildren(...files.map((file) => element("li", ...(file.text === undefined ? [media(file)] : []), `${file.name} `,
     button("Remove", () => attach(attached.filter((other) => other !== file))))));
 }
 

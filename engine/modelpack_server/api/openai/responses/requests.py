@@ -313,6 +313,10 @@ def _text_field(given: Mapping[str, Any], key: str, where: str) -> str:
     return text
 
 
+#: Parts of users' messages that models with vision or hearing read.
+_MEDIA = ("input_image", "input_file", "input_audio")
+
+
 def plain_text(content: Any, where: str, *, pictures: bool = False) -> str:
     """Return the text of content, which has nothing else but `pictures` if these are allowed.
 
@@ -342,6 +346,14 @@ def plain_text(content: Any, where: str, *, pictures: bool = False) -> str:
                     hint="send the picture as a data: URL; files are not read",
                 )
             continue
+        if pictures and kind == "input_audio":
+            if not isinstance(part.get("input_audio"), Mapping):
+                raise RequestError(
+                    f"{where}[{i}]: input_audio is required and must be an object",
+                    param=f"{where}[{i}]",
+                    hint="send the sound as base64 in data, and its format",
+                )
+            continue
         text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
         if not isinstance(text, str):
             raise RequestError(f"this model accepts text only, not {kind!r}", param=f"{where}[{i}]")
@@ -352,10 +364,10 @@ def plain_text(content: Any, where: str, *, pictures: bool = False) -> str:
 def _content(
     content: str | list[dict[str, Any]], where: str, pictures: PictureReader | None
 ) -> str | list[dict[str, Any]]:
-    """Return text, or a list of parts if there are pictures or documents."""
+    """Return text, or a list of parts if there are pictures, sounds or documents."""
     if pictures is None or isinstance(content, str):
         return plain_text(content, where)
-    if all(part["type"] not in ("input_image", "input_file") for part in content):
+    if all(part["type"] not in _MEDIA for part in content):
         return plain_text(content, where)
     parts = []
     for i, part in enumerate(content):
@@ -363,6 +375,8 @@ def _content(
             parts.append(pictures.url(part["image_url"], f"{where}[{i}]", part.get("detail")))
         elif part["type"] == "input_file":
             parts.append(pictures.document(part["file_data"], f"{where}[{i}]"))
+        elif part["type"] == "input_audio":
+            parts.append(pictures.sound(part["input_audio"], f"{where}[{i}]"))
         else:
             parts.append({"type": "text", "text": plain_text([part], where)})
     return parts
