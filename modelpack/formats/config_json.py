@@ -198,7 +198,7 @@ def output_of(config: Mapping[str, Any]) -> str:
     return "embedding" if encodes else "text"
 
 
-SpeechFamily = Literal["whisper", "parakeet"]
+SpeechFamily = Literal["whisper", "moonshine", "parakeet"]
 #: The families of speech-to-text models, which are their architectures too.
 SPEECH_FAMILIES: Final[tuple[SpeechFamily, ...]] = get_args(SpeechFamily)
 # The Python class that a NeMo configuration names, for each Parakeet of mlx-audio.
@@ -218,6 +218,8 @@ def speech_family(config: Mapping[str, Any]) -> SpeechFamily | None:
     kind = config.get("model_type")
     if kind == "whisper" or (kind is None and {"n_mels", "n_audio_ctx"} <= config.keys()):
         return "whisper"
+    if kind == "moonshine":
+        return "moonshine"
     target = config.get("target")
     if kind in (None, "parakeet") and isinstance(target, str) and _NEMO_SPEECH.fullmatch(target):
         return "parakeet"

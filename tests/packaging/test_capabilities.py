@@ -37,6 +37,7 @@ DIRECTORIES: list[tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = [
     ({"architectures": ["BertForMaskedLM"]}, {}, {"outputTypes": ["embedding"]}),
     ({"architectures": ["BertForSequenceClassification"]}, {}, {"outputTypes": ["other"]}),
     ({"model_type": "whisper"}, {}, {"inputTypes": ["audio"]}),
+    ({"model_type": "moonshine"}, {}, {"inputTypes": ["audio"]}),
     ({"n_mels": 80, "n_audio_ctx": 1500}, {}, {"inputTypes": ["audio"]}),
     (
         {"target": "nemo.collections.asr.models.ctc_bpe_models.EncDecCTCModelBPE"}, {},

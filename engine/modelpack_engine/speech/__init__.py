@@ -2,5 +2,5 @@
 
 mlx-audio (the extra `audio`) has the models and their decoding. In: a `TranscriptionRequest` with
 float32 samples at 16 kHz. Out: a `Transcript` with segments and words. Read `transcript` first,
-then `whisper`, `parakeet`, `loader` and `async_transcriber`.
+then `whisper`, `moonshine`, `parakeet`, `loader` and `async_transcriber`.
 """

@@ -23,7 +23,7 @@ from modelpack_engine.models.precision import (
 )
 from modelpack_engine.models.safetensors import read_headers
 from modelpack_engine.patches import mlx_audio_imports
-from modelpack_engine.speech import parakeet, whisper
+from modelpack_engine.speech import moonshine, parakeet, whisper
 from modelpack_engine.speech.transcript import OnWindow, Transcript, TranscriptionRequest
 
 #: Parts of NeMo's configurations that have sizes of the model; the others are of its training.
@@ -101,6 +101,8 @@ def load_transcriber(
     loaded: SpeechModel
     if family == "whisper":
         loaded = whisper.Whisper(model, files, config)
+    elif family == "moonshine":
+        loaded = moonshine.Moonshine(model, files, config)
     else:
         loaded = parakeet.Parakeet(model, dtype)
     return Transcriber(loaded, device, weight_bytes, files.notes)
@@ -108,13 +110,15 @@ def load_transcriber(
 
 def loaded_bytes(files: ModelFiles, device: Device) -> int:
     """Return the bytes of the model's weights as `load_transcriber` loads them."""
-    size = 4 if device == "cpu" else 2
+    family = speech_family(files.json("config.json") or {})
+    assert family is not None
+    size = _usual_dtype(family, device).size
     tensors = [tensor for path in files.weights for tensor in read_safetensors_header(path).tensors]
     return sum(tensor.elements * (size if tensor.dtype in _FLOATS else 4) for tensor in tensors)
 
 
 def _usual_dtype(family: SpeechFamily, device: Device) -> mx.Dtype:
-    if device == "cpu":
+    if device == "cpu" or family == "moonshine":
         return mx.float32
     return mx.float16 if family == "whisper" else mx.bfloat16
 
@@ -124,14 +128,17 @@ def _built(
 ) -> Any:
     """Return mlx-audio's model with its weights, not evaluated."""
     bounds, _ = read_headers(files)
-    if family == "whisper":
+    if family != "parakeet":
         bounds.check(config)
     for part in _NEMO_PARTS if family == "parakeet" else ():
         if isinstance(config.get(part), dict):
             bounds.check(config[part], f"config.json: {part}")
     try:
         with bounds.building("config.json"):
-            model = whisper.build(config, dtype) if family == "whisper" else parakeet.build(config)
+            if family == "whisper":
+                model = whisper.build(config, dtype)
+            else:
+                model = {"moonshine": moonshine, "parakeet": parakeet}[family].build(config)
         weights: dict[str, mx.array] = {}
         for path in files.weights:
             found = mx.load(str(path), format="safetensors")

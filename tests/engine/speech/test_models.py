@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
@@ -19,9 +22,17 @@ from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
 from modelpack_engine.models import ModelFiles
 from modelpack_engine.patches import mlx_audio_imports
 from modelpack_engine.speech.loader import Transcriber, load_transcriber, loaded_bytes
-from modelpack_engine.speech.transcript import TranscriptionRequest, finite
+from modelpack_engine.speech.moonshine import cuts
+from modelpack_engine.speech.transcript import SAMPLE_RATE, TranscriptionRequest, finite
 from modelpack_engine.speech.whisper import Whisper
-from tests.engine.speech.tiny import PARAKEETS, noise, tone, write_parakeet, write_whisper
+from tests.engine.speech.tiny import (
+    PARAKEETS,
+    noise,
+    tone,
+    write_moonshine,
+    write_parakeet,
+    write_whisper,
+)
 
 LONG = noise(40)
 
@@ -128,6 +139,71 @@ def test_parakeet_writes_what_mlx_audio_does(
     for word in made.words:
         assert 0 <= word.start <= word.end
     assert len(windows) == 3
+
+
+def test_moonshine_writes_what_mlx_audio_does(tmp_path: Path) -> None:
+    from mlx_audio.stt.models.moonshine.moonshine import Model, ModelConfig
+
+    write_moonshine(tmp_path)
+    sound = np.concatenate([noise(27), np.zeros(8000, np.float32), noise(6, 1)])
+    windows: list[None] = []
+    made = load(tmp_path).transcribe(TranscriptionRequest(sound), lambda: windows.append(None))
+    model = Model(ModelConfig.from_dict(json.loads((tmp_path / "config.json").read_text())))
+    arrays = mx.load(str(tmp_path / "model.safetensors"))
+    model.load_weights(list(model.sanitize(arrays).items()))
+    model = Model.post_load_hook(model, tmp_path)
+    [_, cut, end] = cuts(sound)
+    assert 27 <= cut / SAMPLE_RATE <= 27.5
+    peers = [model.generate(mx.array(part)).text for part in (sound[:cut], sound[cut:])]
+    assert [one.text for one in made.segments] == peers
+    assert made.text == " ".join(peers)
+    assert all(peers)
+    assert [(s.start, s.end) for s in made.segments] == [(0, cut / 16000), (cut / 16000, 33.5)]
+    assert (len(windows), end, made.language) == (2, len(sound), "english")
+
+
+@given(st.floats(0.1, 120), st.integers(0, 9))
+def test_cuts(seconds: float, seed: int) -> None:
+    sound = noise(seconds, seed)
+    found = cuts(sound)
+    assert (found[0], found[-1]) == (0, len(sound))
+    for start, end in itertools.pairwise(found):
+        assert 0 < end - start <= 30 * SAMPLE_RATE
+    for start, end in itertools.pairwise(found[:-1]):
+        assert end - start >= 25 * SAMPLE_RATE
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"task": "translate"}, "model"),
+        ({"prompt": "x"}, "prompt"),
+        ({"words": True}, "timestamp_granularities"),
+        ({"language": "de"}, "language"),
+    ],
+)
+def test_what_moonshine_cannot_do(tmp_path: Path, fields: dict[str, Any], param: str) -> None:
+    model = load(write_moonshine(tmp_path))
+    with pytest.raises(RequestError) as refused:
+        model.check(TranscriptionRequest(noise(1), **fields))
+    assert refused.value.param == param
+    model.check(TranscriptionRequest(noise(1), language="en"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"decoder_start_token_id": 500}, "decoder_start_token_id is 500"),
+        ({"decoder_start_token_id": None}, "decoder_start_token_id is None"),
+        ({"hidden_size": 64}, "has the shape"),
+        ({"hidden_size": 0}, "cannot build mlx-audio's moonshine"),
+        ({"decoder_num_hidden_layers": 900}, "decoder_num_hidden_layers is 900|modules"),
+    ],
+)
+def test_damaged_moonshines(tmp_path: Path, fields: Mapping[str, Any], said: str) -> None:
+    _config(**fields)(write_moonshine(tmp_path))
+    with pytest.raises(ModelLoadError, match=said):
+        load(tmp_path)
 
 
 def test_the_sound_the_language_and_the_task_change_the_text(whisper: Transcriber) -> None:

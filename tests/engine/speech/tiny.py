@@ -197,6 +197,52 @@ def _as_openai(weights: Mapping[str, Samples]) -> dict[str, Samples]:
     return {name: np.ascontiguousarray(value) for name, value in made.items()}
 
 
+MOONSHINE: Mapping[str, Any] = {
+    "model_type": "moonshine",
+    "vocab_size": 500,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "encoder_num_hidden_layers": 1,
+    "decoder_num_hidden_layers": 2,
+    "encoder_num_attention_heads": 4,
+    "decoder_num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "decoder_start_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def write_moonshine(directory: Path, *, seed: int = 0) -> Path:
+    """Write a Moonshine in the format of transformers."""
+    from mlx.utils import tree_flatten
+    from mlx_audio.stt.models.moonshine.moonshine import Model, ModelConfig
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(MOONSHINE))
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"▁w{at}": at for at in range(3, 500)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    parts = tokenizers.decoders
+    made.decoder = parts.Sequence(
+        [parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)]
+    )
+    made.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    random = np.random.default_rng(seed)
+    weights = {}
+    for name, value in tree_flatten(Model(ModelConfig.from_dict(dict(MOONSHINE))).parameters()):
+        scale = 3 / np.sqrt(max(1, np.prod(value.shape[1:])))
+        array = random.normal(1 if "norm" in name and "weight" in name else 0, scale, value.shape)
+        if name.startswith("encoder.conv") and array.ndim == 3:  # as in PyTorch
+            array = array.transpose(0, 2, 1)
+        weights[f"model.{name}"] = np.ascontiguousarray(array, np.float32)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
 _VOCABULARY = [
     "<unk>",
     *(f"▁w{at}" for at in range(1, 60)),
