@@ -164,9 +164,9 @@ def multiply(
     if launch.backend() != "none" and x.dtype in _TOLERANCES:
         if 1 < rows <= MOST_ROWS and x.dtype != mx.float32 and _has_tensor_cores():
             tile = tile_for(rows)
-            if tiles_verdict(x.dtype, kind, tile) is None:
+            if tiles_verdict(x.dtype, kind, tile, bias is not None) is None:
                 return run_tiles(x, weight, kind, tile, bias)
-        if rows <= FEW_ROWS and verdict(x.dtype, kind, _together(rows)) is None:
+        if rows <= FEW_ROWS and verdict(x.dtype, kind, _together(rows), bias is not None) is None:
             return run_dots(x, weight, kind, bias)
     product = x @ values(weight, kind, x.dtype).T
     return product if bias is None else product + bias
@@ -293,14 +293,14 @@ def run_tiles(
 
 def run_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.array:
     """Return the values of weights by our kernel."""
-    rows, inputs = weight.shape[0], kind.inputs(weight.shape[1])
+    rows, inputs, threads = weight.shape[0], kind.inputs(weight.shape[1]), _SIMDGROUPS * 32
     (out,) = launch.run(
         "block_values",
         [weight],
         [("T", dtype), ("H", mx.float16)],
-        [("K", inputs), *kind.constants],
-        threads=rows * inputs // 8,
-        group=128,
+        [*kind.constants, ("NSG", _SIMDGROUPS)],
+        threads=rows * -(-inputs // 8 // threads) * threads,
+        group=threads,
         shapes=[(rows, inputs)],
         dtypes=[dtype],
     )
@@ -334,14 +334,17 @@ def _compare_values(dtype: mx.Dtype, kind: BlockType) -> str | None:
 
 
 def _case(
-    dtype: mx.Dtype, kind: BlockType, rows: int
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Return rows, weights, a bias, and what their product should be."""
+    dtype: mx.Dtype, kind: BlockType, rows: int, biased: bool
+) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
+    """Return rows, weights, maybe a bias, and what their product should be."""
     weight = mx.array(random_words(kind, 43, 1280))
     full = computed_values(weight, kind, mx.float32)
-    bias = (mx.arange(43) / 16 - 1).astype(dtype)
     x = mx.random.normal((rows, 1280), key=mx.random.key(rows)).astype(dtype)
-    return x, weight, bias, x.astype(mx.float32) @ full.T + bias
+    expected = x.astype(mx.float32) @ full.T
+    if not biased:
+        return x, weight, None, expected
+    bias = (mx.arange(43) / 16 - 1).astype(dtype)
+    return x, weight, bias, expected + bias
 
 
 def _problem(found: mx.array, expected: mx.array, dtype: mx.Dtype) -> str | None:
@@ -350,17 +353,17 @@ def _problem(found: mx.array, expected: mx.array, dtype: mx.Dtype) -> str | None
     return launch.difference({f"the product of {found.shape[0]} rows": pair}, _TOLERANCES[dtype])
 
 
-def _compare(dtype: mx.Dtype, kind: BlockType, rows: int) -> str | None:
-    x, weight, bias, expected = _case(dtype, kind, rows)
+def _compare(dtype: mx.Dtype, kind: BlockType, rows: int, biased: bool = True) -> str | None:
+    x, weight, bias, expected = _case(dtype, kind, rows, biased)
     return _problem(run_dots(x, weight, kind, bias), expected, dtype)
 
 
-def _compare_tiles(dtype: mx.Dtype, kind: BlockType, tile: Tile) -> str | None:
-    x, weight, bias, expected = _case(dtype, kind, tile.rows + 3)
+def _compare_tiles(dtype: mx.Dtype, kind: BlockType, tile: Tile, biased: bool = True) -> str | None:
+    x, weight, bias, expected = _case(dtype, kind, tile.rows + 3, biased)
     return _problem(run_tiles(x, weight, kind, tile, bias), expected, dtype)
 
 
-#: None if a kernel computes as MLX's functions do, for types of floats and blocks and a number of
-#: rows; otherwise the problem.
+#: None if a kernel computes as MLX's functions do, for types of floats and blocks, a number of
+#: rows, and with a bias or without; otherwise the problem.
 verdict, values_verdict = launch.verdict(_compare), launch.verdict(_compare_values)
 tiles_verdict = launch.verdict(_compare_tiles)

@@ -17,6 +17,8 @@ from modelpack_engine import kernels
 from modelpack_engine.kernels import AttentionShape, cuda, launch, operations, reference
 from modelpack_engine.kernels.plan import plan_decode
 from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.layers import blocks
+from modelpack_engine.layers.blocks import BLOCK_TYPES
 from modelpack_engine.sampling import sampler
 
 pytestmark = [
@@ -279,3 +281,14 @@ def test_other_plans_are_right_as_well(simdgroups: int, max_steps: int) -> None:
             layer.lens, scale=128**-0.5,
         )  # fmt: skip
         assert mx.max(mx.abs(found - wanted)).item() < 1e-4  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", sorted(BLOCK_TYPES))
+def test_kernels_of_blocks_are_right(name: str, dtype: str) -> None:
+    kind = BLOCK_TYPES[name]
+    assert blocks.values_verdict(DTYPES[dtype], kind) is None
+    for rows in (1, 2, 4, 8):
+        assert blocks.verdict(DTYPES[dtype], kind, rows) is None
+    for tile in blocks.TILES if dtype != "f32" and blocks._has_tensor_cores() else ():
+        assert blocks.tiles_verdict(DTYPES[dtype], kind, tile) is None

@@ -103,10 +103,9 @@ BLOCKS = [
         body,
         (*BF16, *(() if body == "block_values" else (("O", "bfloat16_t"),)), ("H", "float16_t")),
         (
-            *((("K", 512),) if body == "block_values" else ()),
             *BLOCK_TYPES[name].constants,
             *(
-                ()
+                (("NSG", 4),)
                 if body == "block_values"
                 else (("BIAS", True), ("ROWS", 2), ("LINES", 2), ("NSG", 4), ("AHEAD", 2))
             ),
