@@ -56,7 +56,7 @@
         float value[ROWS][8];
         PA_UNROLL for (int r = 0; r < ROWS; r++) {
           const size_t row = row0 + r < M ? row0 + r : 0;
-          const Eight eight = ((const PA_DEVICE Eight*)x)[row * (K / 8) + unit * 4 + e];
+          const Eight eight = ((const PA_DEVICE Eight*)x)[row * (K / 8) + Codes::eight(unit, e)];
           PA_UNROLL for (int i = 0; i < 8; i++) {
             value[r][i] = float(eight.e[i]);
             if (!TABLE || MINS) whole[r] += value[r][i];

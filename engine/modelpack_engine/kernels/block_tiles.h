@@ -69,7 +69,7 @@
         PA_UNROLL for (int n = 0; n < TILES; n++) {
           const int row = row0 + n * 8 + r;
           uint4 b = {0, 0, 0, 0};
-          if (row < M && there < units) b = ((const uint4*)x)[(size_t)row * (K / 8) + unit * 4 + e];
+          if (row < M && there < units) b = ((const uint4*)x)[(size_t)row * (K / 8) + Codes::eight(unit, e)];
           pa_mma<T>(acc[n], one, b.x, b.y);
           pa_mma<T>(acc[n], two, b.z, b.w);
         }

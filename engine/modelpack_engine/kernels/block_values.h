@@ -30,5 +30,5 @@
       y.e[2 * i] = T(scale * one + offset);
       y.e[2 * i + 1] = T(scale * other + offset);
     }
-    ((PA_DEVICE Eight*)out)[(size_t)row * (K / 8) + eight] = y;
+    ((PA_DEVICE Eight*)out)[(size_t)row * (K / 8) + Codes::eight(unit, eight % 4)] = y;
   }

@@ -1,8 +1,9 @@
 """Linear layers and embeddings whose weights keep the codes and scales of GGUF's block types.
 
-A row of K weights is held as words: a plane of the codes' low bits, one of their high bits, the
-float16 factors of blocks, and the scales of groups in bytes, padded to 16 bytes. That takes at most
-5 % more than the file. `kernels/blocks.h` reads it; `models/gguf_planes.py` makes it.
+A row of K weights, a multiple of 256, is held as words: a plane of the codes' low bits, one of
+their high bits, the float16 factors of blocks, and the scales of groups in bytes, padded to 16
+bytes. That takes at most 4 % more than the file in rows of 2,048 weights or more.
+`kernels/blocks.h` reads it; `models/gguf_planes.py` makes it.
 
 Few rows are multiplied by kernels that read these words; for many, a layer's weights are computed
 in full for the time of its matmul.
@@ -11,7 +12,7 @@ in full for the time of its matmul.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,7 +49,7 @@ class BlockType:
 
     @property
     def block(self) -> int:
-        """The weights that have factors of their own; a row has a whole number of blocks."""
+        """The weights that have factors of their own."""
         return SUPERBLOCK if self.scaled else self.group
 
     @property
@@ -67,9 +68,9 @@ class BlockType:
 
     def inputs(self, words: int) -> int:
         """Return the weights of a row of so many words."""
-        blocks = words * 4 // self._bytes(self.block)
-        assert self.words(blocks * self.block) == words, "a row has whole blocks"
-        return blocks * self.block
+        blocks = words * 4 // self._bytes(SUPERBLOCK)
+        assert self.words(blocks * SUPERBLOCK) == words, "a row has whole superblocks"
+        return blocks * SUPERBLOCK
 
     def _bytes(self, inputs: int) -> int:
         codes = inputs * (self.low + self.high) // 8
@@ -223,7 +224,15 @@ def computed_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.ar
     found = numbers.reshape(rows, -1, kind.group) * scales.reshape(rows, -1, 1)
     if kind.mins:
         found = found + offsets.reshape(rows, -1, 1)
-    return found.reshape(rows, inputs).astype(dtype)
+    in_order = mx.take(found.reshape(rows, inputs // 8, 8), _eights(inputs), axis=1)
+    return in_order.reshape(rows, inputs).astype(dtype)
+
+
+@lru_cache(maxsize=16)
+def _eights(inputs: int) -> mx.array:
+    """Return the place in words of each eight weights of a row (`eight` in kernels/blocks.h)."""
+    units, places = np.divmod(np.arange(inputs // 8), 4)
+    return mx.array(units * 4 + (places ^ units // 2 % 4))
 
 
 def _codes(plane: mx.array, bits: int) -> mx.array:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockType, Words
+from modelpack_engine.layers.blocks import BLOCK_TYPES, SUPERBLOCK, BlockType, Words
 from modelpack_engine.models.gguf_file import Bytes, GGUFTensor
 
 #: The types that stay as they are stored on a GPU: MLX has no layout for their codes.
@@ -37,7 +37,7 @@ class _Blocks:
 def block_type(dtype: str, shape: tuple[int, ...]) -> BlockType | None:
     """Return how a matrix of this type and shape stays as it is stored; None if it cannot."""
     kind = BLOCK_TYPES.get(dtype)
-    fits = kind is not None and len(shape) == 2 and shape[1] % kind.block == 0
+    fits = len(shape) == 2 and shape[1] % SUPERBLOCK == 0
     return kind if fits else None
 
 
@@ -47,7 +47,7 @@ def planes(tensor: GGUFTensor, kind: BlockType) -> Words:
     size, decode = _DECODERS[kind.name]
     blocks = decode(tensor.raw.reshape(-1, size))
     words = np.zeros((rows, kind.words(inputs)), np.uint32)
-    codes = blocks.codes.reshape(rows, inputs)
+    codes = _exchanged(blocks.codes.reshape(-1, 4, 2, 4, 8)).reshape(rows, inputs)
     at = inputs // 32 * kind.low
     words[:, :at] = _plane(codes & np.uint8((1 << kind.low) - 1), kind.low)
     if kind.high:
@@ -59,8 +59,19 @@ def planes(tensor: GGUFTensor, kind: BlockType) -> Words:
     rest[:, :at] = factors
     if blocks.scales is not None:
         scales = blocks.scales.reshape(rows, -1)
+        if kind.group == 16:  # the scales of halves of 32 weights move with them
+            halves = scales.reshape(-1, 2, 4, 2)
+            scales = np.stack([halves[:, 0], halves[:, 1, :, ::-1]], axis=1).reshape(rows, -1)
         rest[:, at : at + scales.shape[1]] = scales
     return words
+
+
+def _exchanged(codes: Bytes) -> Bytes:
+    """Move the eights of codes [superblocks, 4, 2, 4, 8] as `eight` in kernels/blocks.h says."""
+    moved = np.empty_like(codes)
+    for turn in range(4):
+        moved[:, turn] = codes[:, turn][:, :, [place ^ turn for place in range(4)]]
+    return moved
 
 
 def _plane(codes: Bytes, bits: int) -> Words:

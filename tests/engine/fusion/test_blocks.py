@@ -26,9 +26,8 @@ from tests.engine.loaders.test_gguf_planes import tensor, tiny_of
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
 VERDICTS = blocks.verdict, blocks.values_verdict, blocks.tiles_verdict
-FAST = ("Q6_K", "Q2_K", "IQ4_XS")
 NAMES = [
-    pytest.param(name, marks=[] if name in FAST else pytest.mark.long)
+    pytest.param(name, marks=[] if name == "Q6_K" else pytest.mark.long)
     for name in sorted(BLOCK_TYPES)
 ]
 SMALL = Tile(8, 2, 2)
@@ -94,8 +93,8 @@ def test_any_number_of_rows_of_any_type(host: Host, rows: int, dtype: mx.Dtype) 
     ("verdict", "wrong"),
     [
         ("verdict", ("- float(OFFSET + ZERO) * scale", "")),
-        ("verdict", ("unit / 8 : unit", "unit / 4 : unit")),
-        ("values", ("eight % 4 * 8 / GROUP", "0")),
+        pytest.param("verdict", ("unit / 8 : unit", "unit / 4 : unit"), marks=pytest.mark.long),
+        pytest.param("values", ("eight % 4 * 8 / GROUP", "0"), marks=pytest.mark.long),
         ("tiles", ("h * 8 + r;", "r;")),
     ],
 )

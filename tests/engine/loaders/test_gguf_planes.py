@@ -57,8 +57,8 @@ def test_rows_of_models_take_at_most_four_percent_more(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("Q6_K", (4, 128)), ("Q6_K", (2, 4, 256)), ("Q6_K", (256,)), ("Q8_0", (4, 256)),
-     ("IQ3_S", (4, 256)), ("F16", (4, 256)), ("MXFP4", (4, 256))],
+    [("Q6_K", (4, 128)), ("Q6_K", (2, 4, 256)), ("Q6_K", (256,)), ("Q4_0", (4, 32)),
+     ("Q8_0", (4, 256)), ("IQ3_S", (4, 256)), ("F16", (4, 256)), ("MXFP4", (4, 256))],
 )  # fmt: skip
 def test_other_types_and_shapes_stay_in_layouts_of_mlx(name: str, shape: tuple[int, ...]) -> None:
     assert gguf_planes.block_type(name, shape) is None
@@ -80,7 +80,7 @@ def tiny_of(path: Path, name: str) -> TinyModel:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("Q6_K", "IQ4_XS") else pytest.mark.long)
+        pytest.param(name, marks=[] if name == "Q6_K" else pytest.mark.long)
         for name in sorted(BLOCK_TYPES)
     ],
 )
