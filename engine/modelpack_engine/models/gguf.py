@@ -316,6 +316,8 @@ class GGUFLoader:
             and not self.architecture.is_unused(values, name)
         ]
         numbers = {at for name in used if (at := numbered[name]) is not None}
+        if 0 < layers <= _MAX_LAYERS:
+            numbers |= self.architecture.empty_layers(values)
         if not 0 < layers <= _MAX_LAYERS or numbers != set(range(layers)):
             raise self._error(
                 f"the metadata name {layers} layers, but the tensors are of {len(numbers)}",
@@ -379,7 +381,8 @@ class GGUFLoader:
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
         frequencies = mx.array(np.float32(self.config["rope_theta"]) ** exponents * factors)
         for layer in model.layers:
-            if "rope" in layer.self_attn:  # some layers of Exaone have none
+            # Some layers of Exaone have none, and some of Nemotron no attention.
+            if layer.self_attn is not None and "rope" in layer.self_attn:
                 layer.self_attn.rope._freqs = frequencies
 
 

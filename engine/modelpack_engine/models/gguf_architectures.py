@@ -26,6 +26,7 @@ from modelpack_engine.models.gguf_tensors import (
     Target,
     by_head,
     halves,
+    halves_by_size,
     heads_joined,
     heads_of,
     keys_by_head,
@@ -125,6 +126,11 @@ _PHI2: Names = {
     "ffn_up": "mlp.fc1",
     "ffn_down": "mlp.fc2",
 }
+_DECI: Names = {
+    **_LLAMA,
+    "attn_q": Target("self_attn.q_proj", rows=halves_by_size),
+    "attn_k": Target("self_attn.k_proj", rows=halves_by_size),
+}
 _PHI3: Names = {
     **_NORM,
     **_FFN_NORM,
@@ -167,7 +173,8 @@ class Architecture:
     the class rotates a part of each head; without `scaled_rope`, a scaled rotation is rejected.
     With `rotates_pairs`, llama.cpp's converter permutes the rows of queries and keys, which stay in
     this order: the class rotates pairs, as it can, and not halves of a head.
-    Tensors for which `is_unused` is true are left out. Without `attends`, no layer has heads.
+    Tensors for which `is_unused` is true are left out. `empty_layers` returns those without any.
+    Without `attends`, no layer has heads.
     """
 
     model_type: str
@@ -179,6 +186,7 @@ class Architecture:
     scaled_rope: bool = True
     rotates_pairs: bool = False
     is_unused: Callable[[Hyperparameters, str], bool] = lambda values, tensor: False
+    empty_layers: Callable[[Hyperparameters], set[int]] = lambda values: set()
     attends: bool = True
 
     def config(self, values: Hyperparameters) -> Config:
@@ -268,6 +276,32 @@ def _llama3_rope(values: Hyperparameters, config: Config) -> None:
     if "rope_freqs.weight" in values.file:
         # This only selects the class of the rope; `GGUFLoader` sets the file's own frequencies.
         config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+
+
+def _deci(values: Hyperparameters, config: Config) -> None:
+    """Add the layers of a searched architecture: some have no attention, or no feed-forward."""
+    _llama(values, config)
+    blocks = []
+    for heads, keys, size in zip(
+        values.each_layer("attention.head_count"),
+        values.each_layer("attention.head_count_kv"),
+        values.each_layer("feed_forward_length"),
+        strict=True,
+    ):
+        if heads not in (0, values.heads) or (heads and not keys):
+            raise values.unsupported("linear attention, or another number of heads in some layers")
+        attention = {"n_heads_in_group": heads // keys} if heads else {"no_op": True}
+        # The class rounds two thirds of this up to 256.
+        feed = {"ffn_mult": 1.5 * size / config["hidden_size"]} if size else {"no_op": True}
+        blocks.append({"attention": attention, "ffn": feed})
+    config["block_configs"] = blocks
+
+
+def _empty_of_deci(values: Hyperparameters) -> set[int]:
+    """Return the layers that have neither attention nor a feed-forward."""
+    heads = values.each_layer("attention.head_count")
+    sizes = values.each_layer("feed_forward_length")
+    return {at for at, pair in enumerate(zip(heads, sizes, strict=True)) if pair == (0, 0)}
 
 
 def _mixtral(values: Hyperparameters, config: Config) -> None:
@@ -517,7 +551,7 @@ def _deepseek(values: Hyperparameters, config: Config) -> None:
     """Add the fields of multi-head latent attention (MLA) and of the experts."""
     if config["tie_word_embeddings"]:
         raise values.unsupported("tied embeddings")
-    if values.number("attention.temperature_scale", 0.0):
+    if values.number("attention.temperature_scale", 0.0) and config["model_type"] != "mistral4":
         raise values.unsupported("attention scaled by the position")
     _routed_experts(values, config)
     split = values.has("attn_k_b.weight")  # its metadata are those of attention to one latent head
@@ -544,6 +578,23 @@ def _deepseek2(values: Hyperparameters, config: Config) -> None:
     if config["n_group"] > 1 or config["norm_topk_prob"]:
         raise values.unsupported("groups of experts, or normalised scores, of a softmax")
     config.setdefault("rope_scaling", {"type": "yarn", "factor": 1.0})
+
+
+def _mistral4(values: Hyperparameters, config: Config) -> None:
+    _deepseek(values, config)
+    if values.integer("expert_gating_func", SOFTMAX) != SOFTMAX:
+        raise values.unsupported("experts that are scored by another function")
+    rope: Config = config.pop("rope_scaling", None) or {"rope_type": "default", "type": "default"}
+    context = rope.get("original_max_position_embeddings", values.integer("context_length"))
+    # The class has one field for both.
+    if values.integer("attention.temperature_length", context) != context:
+        raise values.unsupported("attention scaled by the position from another length on")
+    config["rope_parameters"] = {
+        **rope,
+        "rope_theta": config["rope_theta"],
+        "original_max_position_embeddings": context,
+        "llama_4_scaling_beta": values.number("attention.temperature_scale", 0.0),
+    }
 
 
 def _phi3(values: Hyperparameters, config: Config) -> None:
@@ -904,6 +955,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         partial_rope=True,
     ),
     "deepseek2": Architecture("deepseek_v2", _DEEPSEEK2, _deepseek2, partial_rope=True),
+    "deci": Architecture("nemotron-nas", _DECI, _deci, empty_layers=_empty_of_deci),
+    "mistral4": Architecture("mistral4", _DEEPSEEK3, _mistral4, partial_rope=True),
     "dots1": Architecture("dots1", _DOTS1, _dots1),
     "deepseek": Architecture("deepseek", _DEEPSEEK1, _deepseek1, scaled_rope=False),
     "afmoe": Architecture("afmoe", _AFMOE, _afmoe),

@@ -180,6 +180,12 @@ def halves(heads: str) -> RowOrder:
     return order
 
 
+def halves_by_size(config: Config, rows: Bytes) -> Bytes:
+    """Undo the permutation like `halves`, in layers with any number of heads of `head_dim`."""
+    pairs = rows.reshape(-1, config["head_dim"] // 2, 2, rows.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
 def heads_of(index: int) -> RowOrder:
     """Select the queries (0), keys (1) or values (2) of a joined projection."""
 

@@ -150,6 +150,9 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("bailingmoe2", "bailingmoe2.attention.key_length", 32, "another size than its width"),
         ("dots1", "dots1.expert_gating_func", 1, "not scored by a sigmoid"),
         ("afmoe", "afmoe.expert_gating_func", 1, "not scored by a sigmoid"),
+        ("deci", "deci.attention.head_count_kv", [2, 0, 0, 0], "linear attention"),
+        ("mistral4", "mistral4.attention.temperature_length", 9, "from another length on"),
+        ("mistral4", "mistral4.expert_gating_func", 2, "scored by another function"),
         ("chatglm", "chatglm.rope.scaling.factor", 4.0, "chatglm with rope scaling 'linear'"),
         ("deepseek", "deepseek.expert_weights_scale", 2.0, "normalised or scaled scores"),
         ("exaone-moe", "exaone-moe.attention.sliding_window_pattern", 3, "another pattern"),
@@ -174,7 +177,10 @@ def test_variants_that_mlx_lm_does_not_have(
     def keys(writer: gguf.GGUFWriter, config: Any) -> None:
         tiny.keys(writer, config)
         writer.kv_data[0].pop(key, None)
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {
+            int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+            list: writer.add_array,
+        }  # fmt: skip
         add[type(value)](key, value)
 
     refuse(replace(tiny, keys=keys).write(tmp_path / "m.gguf"), message)

@@ -421,6 +421,17 @@ def _mla_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_value_length_mla(config["v_head_dim"])
 
 
+def _mistral4_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/mistral.py: Mistral4Model; the experts' scores are those of a softmax."""
+    rope = config["rope_parameters"]
+    _mla_keys(writer, {**config, "rope_scaling": rope})
+    del writer.kv_data[0]["mistral4.expert_gating_func"]
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    writer.add_attn_temperature_length(rope["original_max_position_embeddings"])
+
+
 def _old_mla_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     """Files from before April 2025."""
     _deepseek_keys(writer, config)
@@ -585,6 +596,29 @@ def _chatglm(config: Mapping[str, Any], weights: Weights) -> Weights:
         new = new.replace("self_attn.q_proj", "self_attention.query_key_value")
         joined[new] = np.concatenate(parts)
     return joined
+
+
+def _deci_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/deci.py: arrays of heads and of feed-forward sizes."""
+    _llama3_keys(writer, config)
+    blocks, heads = config["block_configs"], config["num_attention_heads"]
+    for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        del writer.kv_data[0][f"deci.{name}"]
+    groups = [block["attention"].get("n_heads_in_group") for block in blocks]
+    writer.add_head_count([heads if group else 0 for group in groups])
+    writer.add_head_count_kv([heads // group if group else 0 for group in groups])
+    sizes = [block["ffn"].get("ffn_mult", 0) * config["hidden_size"] for block in blocks]
+    writer.add_feed_forward_length([int(2 * size / 3) for size in sizes])
+
+
+def _deci(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """Permute queries and keys, as `_permuted`; the number of keys' heads differs."""
+    changed = dict(weights)
+    for name, value in weights.items():
+        if ".q_proj." in name or ".k_proj." in name:
+            halves = value.reshape(-1, 2, _head_dim(config) // 2, value.shape[-1])
+            changed[name] = halves.swapaxes(1, 2).reshape(value.shape)
+    return changed
 
 
 def _joined_heads(config: Mapping[str, Any], weights: Weights) -> Weights:
@@ -775,6 +809,22 @@ _MLA = {
     },
 }
 _DEEPSEEK3 = _model("deepseek2", "deepseek_v3", **_MLA)
+_MISTRAL4 = {
+    **{k: v for k, v in _DEEPSEEK3.items() if k not in ("rope_theta", "rope_scaling")},
+    "model_type": "mistral4",
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 8,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.5,
+    },
+}
 # llama.cpp knows it by its number of layers.
 _DEEPSEEK2_LITE = {
     **_DEEPSEEK3,
@@ -1195,6 +1245,24 @@ TINY_MODELS: dict[str, TinyModel] = {
         _routed_keys,
         _routed,
     ),
+    "deci": TinyModel(
+        "deci",
+        _model(
+            "deci",
+            "nemotron-nas",
+            num_hidden_layers=4,
+            rope_scaling=_LLAMA3_ROPE,
+            block_configs=[
+                {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 6.0}},
+                {"attention": {"no_op": True}, "ffn": {"ffn_mult": 6.0}},
+                {"attention": {"no_op": True}, "ffn": {"no_op": True}},
+                {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 12.0}},
+            ],
+        ),
+        _deci_keys,
+        _deci,
+    ),
+    "mistral4": TinyModel("mistral4", _MISTRAL4, _mistral4_keys, _split_latent),
     "deepseek": TinyModel(
         "deepseek",
         _model(

@@ -22,8 +22,6 @@ NAMED: Mapping[str, str] = {
     "kimi_linear": "kimi-linear",
     "mimo_v2_flash": "mimo2",
     "minicpm3": "minicpm3",
-    "mistral4": "mistral4",
-    "nemotron-nas": "deci",
     "openelm": "openelm",
     "plamo": "plamo",
     "plamo2": "plamo2",
