@@ -137,11 +137,34 @@ def _arguments_class(inner: Any, part: str, name: str) -> type:
             if name == "deepseek_v2" and not text.get("rope_scaling"):  # mlx-lm's needs one
                 text["rope_scaling"] = {"type": "yarn", "factor": 1.0}
             made = SimpleNamespace(model_type=config["model_type"], text_config=text)
+            made.num_layers = text.get("num_hidden_layers")  # the next one predicts tokens (MTP)
+            if config["model_type"] == "granite4_vision":
+                made.added_layers = _added_layers(config, made.num_layers)
             made.inner = inner.from_dict(text)
             return made
 
     Arguments.__module__ = inner.__module__
     return Arguments
+
+
+def _added_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Return the layers, without the first, before which rows of a picture are added.
+
+    They are those of Granite 4 Vision. Raises `ModelLoadError` for a layer that there is not.
+    """
+    try:
+        targets = {layer for _, layer in config.get("deepstack_layer_map") or []}
+        if config.get("use_spatial_sampling", True):
+            targets |= set(config.get("spatial_target_layers") or [])
+    except (TypeError, ValueError) as error:
+        raise ModelLoadError(f"config.json: deepstack_layer_map: {error}") from error
+    for layer in targets:
+        if type(layer) is not int or not 0 <= layer < num_layers:
+            raise ModelLoadError(
+                f"config.json: pictures are added before layer {str(layer)[:20]!r}, and there are"
+                f" {num_layers}"
+            )
+    return tuple(sorted(targets - {0}))
 
 
 class _Rows:
@@ -179,7 +202,7 @@ def _model_class(inner: Any) -> type[Module]:
                 name = f"{_PREFIX}{name.removeprefix('language.')}"
             if name.startswith(("lm_head.", *(f"model.{part}" for part in _DECODER))):
                 name = f"{_PREFIX}{name}"
-            if name.startswith(_PREFIX):
+            if name.startswith(_PREFIX) and f".layers.{self.args.num_layers}." not in name:
                 name = name.removeprefix(_PREFIX)
                 kept[f"model.{name}" if name.startswith(_DECODER) else name] = value
         if hasattr(inner, "sanitize"):

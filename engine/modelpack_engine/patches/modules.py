@@ -213,9 +213,15 @@ def rotate_by_axes(model: nn.Module, swaps: ClassSwaps) -> None:
 
 
 def add_to_layers(model: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
-    """Add `step.additions` to the output of the first layers, in models that have DeepStack."""
-    if getattr(getattr(model, "args", None), "model_type", "") not in ("qwen3_vl", "qwen3_vl_moe"):
-        return
+    """Add `step.additions` to the output of layers, in models that have DeepStack.
+
+    They are the first ones in Qwen3-VL, and those before each of `added_layers` otherwise.
+    """
+    args: Any = getattr(model, "args", None)
+    layers: Any = model.layers
+    after = [layer - 1 for layer in getattr(args, "added_layers", ())]
+    if getattr(args, "model_type", "") in ("qwen3_vl", "qwen3_vl_moe"):
+        after = list(range(len(layers)))
 
     def call(original: Call, module: Any, x: mx.array, *rest: Any, index: int, **named: Any) -> Any:
         made = original(module, x, *rest, **named)
@@ -223,9 +229,8 @@ def add_to_layers(model: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None
             made = made + step.additions[index].reshape(made.shape)
         return made
 
-    layers: Any = model.layers
-    for index, layer in enumerate(layers):
-        swaps.override(layer, partial(call, index=index))
+    for index, layer in enumerate(after):
+        swaps.override(layers[layer], partial(call, index=index))
 
 
 def fold_quantised(model: nn.Module, swaps: ClassSwaps, *, dequantise: bool = False) -> int:

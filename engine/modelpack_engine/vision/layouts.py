@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +54,8 @@ def _any_res(config: Mapping[str, Any], made: Made) -> str:
 
     tile = made["pixel_values"].shape[-1]
     side = tile // int(config["vision_config"]["patch_size"])
+    if config["model_type"] == "granite4_vision":
+        side = int(side * Fraction(config.get("downsample_rate", "4/8")))
     size = tuple(int(each) for each in made["image_sizes"][0])
     best = select_best_resolution(size, config["image_grid_pinpoints"])
     rows, columns = (side * (each // tile) for each in best)
@@ -65,7 +68,8 @@ def _any_res(config: Mapping[str, Any], made: Made) -> str:
         ratio = math.sqrt(rows * columns / (most * side**2))
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
-    count: int = side * side + rows * (columns + 1)
+    end = int(config.get("use_image_newline_parameter", True))
+    count: int = side * side + rows * (columns + end)
     return _token(config) * count
 
 
@@ -338,7 +342,7 @@ def _phi3_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> I
     return made
 
 
-_ANY_RES = ("granite_vision", "llava_next", "llava_onevision")
+_ANY_RES = ("granite4_vision", "granite_vision", "llava_next", "llava_onevision")
 _INTERNVL = ("internvl", "internvl_chat")
 _LFM2 = ("lfm2-vl", "lfm2_vl")
 LAYOUTS: Mapping[str, Layout] = {

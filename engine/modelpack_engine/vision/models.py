@@ -134,6 +134,10 @@ CLASSES: Mapping[str, VisionClass] = {
         mrope=True,
         language={"glm4v_moe_text": "glm4_moe", "glm4v_moe": "glm4_moe"},
     ),
+    "glm_ocr": VisionClass(placeholder="<|image|>", mrope=True, language={"glm_ocr_text": "glm4"}),
+    "granite4_vision": VisionClass(
+        language={"granite": "granite", "granitemoehybrid": "granitemoehybrid"}
+    ),
     "granite_vision": VisionClass(language={"granite": "granite"}, any_res=True),
     "idefics3": VisionClass(  # the tower alone runs for GGUF
         ("idefics3", "llama", "vllama3"),

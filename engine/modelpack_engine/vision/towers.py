@@ -373,11 +373,12 @@ def _cut_class(package: Any, *, any_res: bool = False) -> Any:
     def initialise(self: Any, config: Mapping[str, Any], table: Any) -> None:
         base.__init__(self, _short_config(package, config))
         self.language_model = _Text(table)
+        self.multiplier = _text_of(config).get("embedding_multiplier", 1.0)
 
     def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
         given = dict(inputs)
-        if inputs and self.config.model_type == "deepseek_vl_v2":
-            return _deepseek_rows(self, inputs)
+        if inputs and (rows := _ROWS.get(self.config.model_type)) is not None:
+            return rows(self, inputs)
         if inputs and (prepared := _PREPARED.get(self.config.model_type)) is not None:
             given = prepared(token_ids == self.config.image_token_index, inputs)
         made = encoding.get_input_embeddings(self, token_ids[None], **given)
@@ -570,6 +571,37 @@ def _deepseek_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     return mx.concatenate(parts if tower.global_view_pos == "head" else parts[::-1])
 
 
+def _granite4_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Return what is added before each layer of `added_layers`, the first one's as embeddings."""
+    config, sizes = tower.config, np.array(inputs["image_sizes"]).tolist()
+    pixels = inputs["pixel_values"][0].transpose(0, 2, 3, 1)
+    *_, states = tower.vision_tower(pixels, output_hidden_states=True)
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    projected = [
+        (target, projector(states[layer][:, first:]))
+        for projector, (layer, target) in zip(
+            tower.layerwise_projectors, config.deepstack_layer_map or [], strict=True
+        )
+    ]
+    if config.use_spatial_sampling and config.spatial_target_layers:
+        chosen = states[config.spatial_vision_layer][:, first:]
+        projected += [
+            (target, projector(chosen))
+            for target, projector in zip(
+                config.spatial_target_layers, tower.spatial_projectors, strict=True
+            )
+        ]
+    added: dict[int, mx.array] = {}
+    for target, made in projected:
+        (packed,) = tower._pack_and_unpad_image_features(
+            [made], sizes, config.vision_feature_select_strategy
+        )
+        added[target] = added[target] + packed if target in added else packed
+    shape = next(iter(added.values())).shape
+    rows = added.pop(0, mx.zeros(shape)) / tower.multiplier  # the language model multiplies by it
+    return mx.stack([rows, *(added[target] for target in sorted(added))])
+
+
 def _minicpm_arguments(placed: mx.array, inputs: Mapping[str, mx.array]) -> dict[str, Any]:
     """Return the views, whose patches are in one array, as a list."""
     patch = inputs["pixel_values"].shape[1]
@@ -582,6 +614,11 @@ def _minicpm_arguments(placed: mx.array, inputs: Mapping[str, mx.array]) -> dict
     }
 
 
+#: By model type, how a picture is encoded whose tokens all are tokens of a part of it.
+_ROWS: Mapping[str, Callable[[Any, Mapping[str, mx.array]], mx.array]] = {
+    "deepseek_vl_v2": _deepseek_rows,
+    "granite4_vision": _granite4_rows,
+}
 #: By model type, what mlx-vlm's model is called with: from the rows of a picture, bool [rows], and
 #: the inputs of the encoder.
 _PREPARED: Mapping[str, Callable[[mx.array, Mapping[str, mx.array]], dict[str, Any]]] = {
@@ -601,6 +638,9 @@ def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _short_config(package: Any, config: Mapping[str, Any]) -> Any:
     """Return mlx-vlm's config of a model whose language model has one layer: it is replaced."""
     text = {"eos_token_id": None, **_text_of(config), "num_hidden_layers": 1}
+    if config["model_type"] == "glm_ocr":  # its class rejects fields that it does not know
+        known = package.TextConfig.__dataclass_fields__
+        text = {name: value for name, value in text.items() if name in known}
     return _made_config(package, {**config, "text_config": text})
 
 

@@ -72,7 +72,7 @@ REASONS: Mapping[str, str] = {
     **_each(
         _PICTURES,
         """clef cohere_compass deepseek_v4 deepseek_v41 deepseekocr deepseekocr_2
-        ernie4_5_moe_vl falcon_ocr fastvlm glm5_next glm_ocr got hunyuan_vl indic_ocr jina_vlm
+        ernie4_5_moe_vl falcon_ocr fastvlm glm5_next got hunyuan_vl indic_ocr jina_vlm
         kimi_k3 llama4 llava_bunny llmjpvl locateanything mage_vl mimo_v2 minimax_m3_vl
         molmo molmo2 molmo_point moondream2 moondream3 muse_glimmer muse_spark paddleocr_vl
         phi4_siglip plamo2vl prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl
@@ -80,7 +80,6 @@ REASONS: Mapping[str, str] = {
     ),
     "gemma4_unified": f"{_PICTURES}: within one, tokens attend to later ones",
     "florence2": "an encoder and a decoder",
-    "granite4_vision": f"{_PICTURES}: rows are added before layers that the config names",
     "inkling": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
     "minicpmo": f"pictures and {_SOUND}",
     "minicpmv4_7": f"{_PICTURES}: positions on a canvas",

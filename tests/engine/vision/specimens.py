@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -59,7 +60,7 @@ class Specimen:
     peer: str = ""
     documents: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     call: Callable[[Any, list[Any], str], dict[str, Any]] | None = None
-    embed: Callable[[Any, mx.array, mx.array, Mapping[str, Any]], mx.array] | None = None
+    embed: Callable[[Any, mx.array, mx.array, Mapping[str, Any]], Any] | None = None
     embeds_text: bool = False
     stored: Callable[[str], str] = str
     seed: int = 5
@@ -670,6 +671,89 @@ def _kimi_k25() -> Specimen:
     )  # fmt: skip
 
 
+def _glm_ocr() -> Specimen:
+    old = _glm(moe=False)
+    text = {
+        name: value for name, value in old.config["text_config"].items() if name != "rope_theta"
+    }
+    for name in ("rope_scaling", "partial_rotary_factor"):
+        del text[name]
+    text |= {
+        "model_type": "glm_ocr_text", "head_dim": 16, "attention_bias": False,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {
+            "rope_type": "default", "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0,
+            "rope_theta": 10000.0,
+        },
+    }  # fmt: skip
+    vision = {**old.config["vision_config"], "model_type": "glm_ocr_vision"}
+    return replace(
+        old,
+        config={
+            **old.config, "model_type": "glm_ocr", "text_config": text, "vision_config": vision,
+            "image_end_token_id": GLM_END,
+        },
+        settings={**old.settings, "image_processor_type": "Glm46VImageProcessor"},
+        processor="glm_ocr.processing:GlmOcrProcessor",
+    )  # fmt: skip
+
+
+def _granite4_features(
+    model: Any, ids: mx.array, pixels: mx.array, inputs: Mapping[str, Any]
+) -> Any:
+    """Encode one picture at a time: mlx-vlm's model takes one."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    places = np.array(ids)[0] == IMAGE
+    token, found = mx.array([[IMAGE]]), []
+    for picture, size in zip(pixels, inputs["image_sizes"].tolist(), strict=True):
+        height, width = select_best_resolution(size, POINTS)
+        views = 1 + height // 16 * (width // 16)
+        made = [  # `get_input_embeddings` gives token i the row i
+            model.get_input_embeddings(
+                mx.repeat(token, 400, axis=1), picture[None, :views], image_sizes=mx.array([size])
+            )
+        ]
+        deep = np.array(made[0].deepstack_visual_embeds)
+        last = (deep != deep[:, -1:]).any(axis=(0, 2)).nonzero()[0][-1] + 2
+        found.append(deep[:, :last])  # rows after the last one repeat it
+    deep = np.zeros((found[0].shape[0], ids.shape[1], found[0].shape[2]), np.float32)
+    deep[:, places] = np.concatenate(found, axis=1)
+    rows = np.array(model.language_model.model.embed_tokens(ids))
+    rows[0, places] = 0
+    return SimpleNamespace(
+        inputs_embeds=mx.array(rows), deepstack_visual_embeds=mx.array(deep),
+        visual_pos_masks=mx.array(places[None]),
+    )  # fmt: skip
+
+
+def _granite4() -> Specimen:
+    old = _any_res("granite_vision", GRANITE, model_type=SIGLIP)
+    text = {
+        **TEXT, **GRANITE, "model_type": "granitemoehybrid", "num_hidden_layers": 4,
+        "shared_intermediate_size": 96, "layer_types": ["attention"] * 4,
+        "position_embedding_type": "rope",
+    }  # fmt: skip
+    vision = {**old.config["vision_config"], "hidden_size": 64}
+    return replace(
+        old,
+        config={
+            **old.config, "model_type": "granite4_vision", "text_config": text,
+            "vision_config": vision, "downsample_rate": "2/4", "use_spatial_sampling": True,
+            "deepstack_layer_map": [[-1, 0], [-2, 2]], "spatial_vision_layer": -1,
+            "spatial_target_layers": [1, 2, 3, 3], "vision_feature_select_strategy": "full",
+        },
+        processor="granite4_vision.processing_granite4_vision:Granite4VisionProcessor",
+        documents={
+            "processor_config.json": {
+                "patch_size": 4, "vision_feature_select_strategy": "full",
+                "num_additional_image_tokens": 0, "downsample_rate": "2/4",
+            },
+        },
+        embed=_granite4_features,
+    )  # fmt: skip
+
+
 _SMALL: set[Any] = set()
 
 
@@ -708,6 +792,8 @@ SPECIMENS: Mapping[str, Specimen] = {
     "lfm2_vl": _lfm2(),
     "glm4v": _glm(moe=False),
     "glm4v_moe": _glm(moe=True),
+    "glm_ocr": _glm_ocr(),
+    "granite4_vision": _granite4(),
     "granite_vision": _any_res("granite_vision", GRANITE, model_type=SIGLIP),
     "internvl": _internvl_hf(),
     "internvl_chat": _internvl(),

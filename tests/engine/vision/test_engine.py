@@ -250,7 +250,8 @@ def test_positions_are_those_of_mlx_vlm(kind: str) -> None:
     for grids in ([(3, 4)], [(1, 5), (6, 2)], [(2, 2), (1, 1), (4, 7)]):
         ids, media = [1, 2], []
         for height, width in grids:
-            ids += [arguments.vision_start_token_id]
+            named = "image" if kind == "glm_ocr" else "vision"
+            ids += [getattr(arguments, f"{named}_start_token_id")]
             tokens = (arguments.image_token_id,) * (height * width)
             media.append(Media(len(ids), tokens, b"", {}, grid=(1, height, width)))
             ids += [*tokens, 4, 3]

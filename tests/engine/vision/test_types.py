@@ -70,6 +70,34 @@ def test_the_layout_of_transformers_5(kind: str, tmp_path: Path) -> None:
     assert tiny.run(engine, made) == [tiny.expected(kind, "<image>What is it?", [tiny.picture(1)])]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"deepstack_layer_map": [[-1, 4]]}, "before layer '4', and there are 4"),
+        ({"deepstack_layer_map": [[-1, -1]]}, "before layer '-1', and there are 4"),
+        ({"spatial_target_layers": ["a"]}, "before layer 'a', and there are 4"),
+        ({"deepstack_layer_map": 3}, "deepstack_layer_map: 'int' object is not iterable"),
+    ],
+)
+def test_layers_that_get_no_pictures(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        load(copied("granite4_vision", tmp_path, change), device="cpu")
+
+
+@pytest.mark.long
+def test_a_layer_that_predicts_the_next_token_is_left_out(tmp_path: Path) -> None:
+    """GLM-OCR's files have one after the layers of the model."""
+    files = copied("glm_ocr", tmp_path, {})
+    path = str(tmp_path / "model.safetensors")
+    weights: Any = mx.load(path)
+    one = weights["language_model.model.layers.1.input_layernorm.weight"]
+    weights["language_model.model.layers.2.input_layernorm.weight"] = one
+    mx.save_safetensors(path, weights)
+    loaded = load(files, device="cpu")
+    assert loaded.vision is not None
+    assert len(loaded.model.layers) == 2
+
+
 @pytest.mark.parametrize("kind", ["qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.long)])
 def test_a_text_model_in_files_of_its_own(kind: str, tmp_path: Path) -> None:
     """Qwen3_5ForCausalLM: the fields of text_config, and tensors without a prefix."""

@@ -42,7 +42,7 @@ WHOLE = ("gemma3", "gemma4")
 PREFIX = ("paligemma",)
 #: The rows that steps need beside those of tests, as pictures are large and never split.
 ROWS = {"gemma4": 72, "paligemma": 56}
-MROPE = (*QWEN, "glm4v", "glm4v_moe")
+MROPE = (*QWEN, "glm4v", "glm4v_moe", "glm_ocr")
 KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN, *SPECIMENS)
 #: Those that take long, or that others stand for.
 SLOW = ("gemma4", *HYBRID, *({*SPECIMENS} - {"glm4v", "internvl_chat"}))
@@ -548,7 +548,9 @@ def expected(
     specimen = SPECIMENS.get(kind)
     embed = specimen and (pixels is not None or specimen.embeds_text) and specimen.embed
     if embed:
-        features = SimpleNamespace(inputs_embeds=embed(model, ids, pixels, inputs))
+        features = embed(model, ids, pixels, inputs)
+        if isinstance(features, mx.array):
+            features = SimpleNamespace(inputs_embeds=features)
     else:
         features = model.get_input_embeddings(ids, pixels, **inputs)
     cache_ = make_prompt_cache(model.language_model)
