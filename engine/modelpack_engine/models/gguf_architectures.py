@@ -1099,6 +1099,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         outer=recurrent.FINAL_NORM_OUTER,
         scaled_rope=False,
     ),
+    "kimi-linear": Architecture(
+        "kimi_linear",
+        {**_DEEPSEEK3, **recurrent.KIMI_DELTA},
+        recurrent.kimi_linear,
+        partial_rope=True,  # files name a rotation, which the model does not use
+        scaled_rope=False,
+    ),
     "qwen3next": Architecture(
         "qwen3_next",
         {**_QWEN2_MOE, **recurrent.QWEN3_NEXT},

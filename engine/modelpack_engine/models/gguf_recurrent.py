@@ -17,6 +17,7 @@ from modelpack_engine.models.gguf_tensors import (
     key_heads_joined,
     log_of_decay,
     one_channel,
+    per_head,
     values_by_key_head,
 )
 
@@ -150,6 +151,24 @@ FALCON_H1: Names = {
     "ffn_gate": "feed_forward.gate_proj",
     "ffn_up": "feed_forward.up_proj",
     "ffn_down": "feed_forward.down_proj",
+}
+# Beside the names of latent attention, which other layers have.
+KIMI_DELTA: Names = {
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    **{
+        f"ssm_conv1d_{part}": Target(f"self_attn.{part}_conv.conv", values=one_channel)
+        for part in "qkv"
+    },
+    "ssm_f_a": "self_attn.f_a_proj",
+    "ssm_f_b": "self_attn.f_b_proj",
+    "ssm_g_a": "self_attn.g_a_proj",
+    "ssm_g_b": "self_attn.g_b_proj",
+    "ssm_beta": "self_attn.b_proj",
+    "ssm_a": Target("self_attn.A_log", values=per_head, is_parameter=True),
+    "ssm_dt": Target("self_attn.dt_bias", is_parameter=True),
+    "ssm_norm": "self_attn.o_norm",
+    "exp_probs_b": Target("mlp.e_score_correction_bias", is_parameter=True),
 }
 QWEN35_OUTER: Names = {
     "token_embd": "language_model.model.embed_tokens",
@@ -415,6 +434,36 @@ def _gated_delta_experts(values: Hyperparameters, config: Config) -> None:
         "moe_intermediate_size": values.integer("expert_feed_forward_length"),
         "shared_expert_intermediate_size": values.integer("expert_shared_feed_forward_length"),
         "norm_topk_prob": True,
+    }
+
+
+def kimi_linear(values: Hyperparameters, config: Config) -> None:
+    check_sigmoid(values)
+    attention = layers_with(values, "attention.head_count_kv")
+    if not 0 < len(attention) < values.layers:
+        raise values.unsupported("no layer with attention, or no other layer")
+    rotated = values.integer("rope.dimension_count")
+    config |= {
+        "linear_attn_config": {
+            "full_attn_layers": [at + 1 for at in attention],
+            "kda_layers": [at + 1 for at in range(values.layers) if at not in attention],
+            "num_heads": values.heads,
+            "head_dim": values.integer("kda.head_dim"),
+            "short_conv_kernel_size": values.integer("ssm.conv_kernel"),
+        },
+        "model_max_length": config["max_position_embeddings"],
+        "kv_lora_rank": values.integer("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": values.integer("attention.key_length_mla") - rotated,
+        "v_head_dim": values.integer("attention.value_length_mla"),
+        "mla_use_nope": True,
+        "num_experts": values.integer("expert_count"),
+        "num_experts_per_token": values.integer("expert_used_count"),
+        "num_shared_experts": values.integer("expert_shared_count", 0),
+        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
+        "first_k_dense_replace": values.integer("leading_dense_block_count", 0),
+        "routed_scaling_factor": values.number("expert_weights_scale", 0.0) or 1.0,
+        "moe_renormalize": True,
     }
 
 

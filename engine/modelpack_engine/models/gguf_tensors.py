@@ -273,9 +273,14 @@ def one_row(values: Floats) -> Floats:
 def one_channel(values: Floats) -> Floats:
     """Return the kernels [channels, size] of a depthwise convolution as [channels, size, 1].
 
-    Its bias [channels] stays as it is.
+    Those of Kimi are [channels, 1, size]. A bias [channels] stays as it is.
     """
-    return values[..., None] if values.ndim > 1 else values
+    return values.reshape(-1, values.shape[-1], 1) if values.ndim > 1 else values
+
+
+def per_head(values: Floats) -> Floats:
+    """Return A_log [1, 1, heads, 1], which is stored as -exp(A_log)."""
+    return np.log(-values).reshape(1, 1, -1, 1)
 
 
 def flat(values: Floats) -> Floats:

@@ -150,6 +150,8 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("bailingmoe2", "bailingmoe2.attention.key_length", 32, "another size than its width"),
         ("dots1", "dots1.expert_gating_func", 1, "not scored by a sigmoid"),
         ("afmoe", "afmoe.expert_gating_func", 1, "not scored by a sigmoid"),
+        ("kimi-linear", "kimi-linear.expert_gating_func", 1, "not scored by a sigmoid"),
+        ("kimi-linear", "kimi-linear.attention.head_count_kv", [0] * 4, "no layer with attention"),
         ("deci", "deci.attention.head_count_kv", [2, 0, 0, 0], "linear attention"),
         ("mistral4", "mistral4.attention.temperature_length", 9, "from another length on"),
         ("mistral4", "mistral4.expert_gating_func", 2, "scored by another function"),

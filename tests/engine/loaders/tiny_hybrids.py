@@ -395,6 +395,79 @@ QWEN3_NEXT: dict[str, Any] = {
 }
 
 
+KIMI_LINEAR: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "mla_use_nope": True,
+    "model_max_length": 512,
+    "num_experts": 8,
+    "num_experts_per_token": 2,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "linear_attn_config": {
+        "full_attn_layers": [2, 4],
+        "kda_layers": [1, 3],
+        "num_heads": 4,
+        "head_dim": 16,
+        "short_conv_kernel_size": 4,
+    },
+}
+
+
+def kimi_linear_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/kimi_linear.py."""
+    linear, latent = config["linear_attn_config"], config["kv_lora_rank"]
+    for name in ("head_count_kv", "key_length", "value_length"):
+        writer.kv_data[0].pop(f"kimi-linear.attention.{name}")
+    layers = range(1, config["num_hidden_layers"] + 1)
+    writer.add_head_count_kv([int(at in linear["full_attn_layers"]) for at in layers])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_ssm_conv_kernel(linear["short_conv_kernel_size"])
+    writer.add_kda_head_dim(linear["head_dim"])
+    writer.add_kv_lora_rank(latent)
+    writer.add_rope_dimension_count(config["qk_rope_head_dim"])
+    writer.add_key_length(latent + config["qk_rope_head_dim"])
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_used_count(config["num_experts_per_token"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_count(config["num_shared_experts"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def kimi_linear(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/kimi_linear.py: kernels and decays with the dimensions that llama.cpp wants."""
+    names = {
+        "switch_mlp": "experts",
+        "mlp.e_score_correction_bias": "mlp.gate.e_score_correction.bias",
+        "_conv.conv.": "_conv1d.",
+        "dt_bias": "dt_proj.bias",
+        "embed_q": "k_b_proj",
+        "unembed_out": "v_b_proj",
+    }
+    changed = {}
+    for name, values in weights.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if name.endswith("conv1d.weight"):
+            values = values.reshape(1, len(values), 1, -1)
+        elif name.endswith("A_log"):
+            values = -np.exp(values)
+        changed[name] = values
+    return changed
+
+
 def qwen35_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     heads = config["linear_num_value_heads"]
     ssm_keys(

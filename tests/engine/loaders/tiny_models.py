@@ -1496,6 +1496,12 @@ TINY_MODELS: dict[str, TinyModel] = {
         hybrids.mamba2_keys,
         hybrids.falcon_h1,
     ),
+    "kimi-linear": TinyModel(
+        "kimi-linear",
+        _model("kimi-linear", "kimi_linear", **hybrids.KIMI_LINEAR),
+        hybrids.kimi_linear_keys,
+        hybrids.kimi_linear,
+    ),
     "qwen3next": TinyModel(
         "qwen3next",
         _model("qwen3next", "qwen3_next", **hybrids.QWEN3_NEXT),

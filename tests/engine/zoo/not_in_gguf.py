@@ -19,7 +19,6 @@ NAMED: Mapping[str, str] = {
     "dbrx": "dbrx",
     "glm_moe_dsa": "glm-dsa",
     "gptj": "gptj",
-    "kimi_linear": "kimi-linear",
     "mimo_v2_flash": "mimo2",
     "minicpm3": "minicpm3",
     "openelm": "openelm",
