@@ -188,6 +188,9 @@ def _model_class(inner: Any) -> type[Module]:
         Module.__init__(self)
         self.args, self.model_type = args, args.model_type
         self.language_model = inner(args.inner)
+        if args.model_type == "paddleocr_vl":  # unlike Ernie 4.5, it rotates halves of heads
+            for layer in self.language_model.layers:
+                layer.self_attn.rope.traditional = False
 
     def call(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: Any = None) -> Any:
         native = lambda self, *given, **named: self.language_model(*given, **named)  # noqa: E731

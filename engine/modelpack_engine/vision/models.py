@@ -162,6 +162,9 @@ CLASSES: Mapping[str, VisionClass] = {
     "mistral3": VisionClass(
         placeholder="[IMG]", projector="Mistral3MultiModalProjector", in_rows=True
     ),
+    "paddleocr_vl": VisionClass(
+        placeholder="<|IMAGE_PLACEHOLDER|>", mrope=True, language={"paddleocr_vl": "ernie4_5"}
+    ),
     "paligemma": VisionClass(
         language={"gemma": "gemma", "gemma2": "gemma2"}, prefix=True, ends="<bos>"
     ),

@@ -434,8 +434,8 @@ class _PartsTower(Module):  # type: ignore[misc]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Return weights by the names and in the layout of the modules."""
-        if self.config.model_type == "kimi_k25":
-            weights = {name.replace("encoder.", ""): value for name, value in weights.items()}
+        if (rename := _RENAMED.get(self.config.model_type)) is not None:
+            weights = rename(weights)
         for part in self.children().values():
             if hasattr(part, "sanitize"):
                 weights = part.sanitize(weights)
@@ -529,6 +529,30 @@ def _idefics2_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     return mx.concatenate(found)
 
 
+def _paddle_parts(package: Any, config: Any) -> dict[str, Module]:
+    return {"visual": package.VisionModel(config.vision_config)}
+
+
+def _paddle_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    rows: mx.array = tower.visual(inputs["pixel_values"][None], inputs["image_grid_thw"])
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _paddle_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    module: Any = importlib.import_module("mlx_vlm.models.paddleocr_vl")
+    given = {name.replace("vision_tower.", "visual.", 1): value for name, value in weights.items()}
+    return cast(dict[str, mx.array], module.Model.sanitize(None, given))
+
+
+def _kimi_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {name.replace("encoder.", ""): value for name, value in weights.items()}
+
+
+#: By model type, what gives tensors the names of mlx-vlm's modules.
+_RENAMED: Mapping[str, Callable[[dict[str, mx.array]], dict[str, mx.array]]] = {
+    "kimi_k25": _kimi_names,
+    "paddleocr_vl": _paddle_names,
+}
 #: By model type: the modules that encode pictures, by the names of their tensors; how they do it;
 #: and whether the language model gets embeddings that are multiplied by the root of the width.
 _PARTS: Mapping[
@@ -543,6 +567,7 @@ _PARTS: Mapping[
     "gemma3n": (_gemma3n_parts, _gemma3n_rows, True),
     "idefics2": (_idefics2_parts, _idefics2_rows, False),
     "kimi_k25": (_kimi_parts, _kimi_rows, False),
+    "paddleocr_vl": (_paddle_parts, _paddle_rows, False),
     "paligemma": (_paligemma_parts, _paligemma_rows, False),
     "phi3_v": (_phi3_parts, _phi3_rows, False),
 }

@@ -71,25 +71,32 @@ REASONS: Mapping[str, str] = {
     **_each(_DIFFUSION, "diffusion_gemma llada2_moe nemotron_labs_diffusion"),
     **_each(
         _PICTURES,
-        """clef cohere_compass deepseek_v4 deepseek_v41 deepseekocr deepseekocr_2
-        ernie4_5_moe_vl falcon_ocr fastvlm glm5_next got hunyuan_vl indic_ocr jina_vlm
-        kimi_k3 llama4 llava_bunny llmjpvl locateanything mage_vl mimo_v2 minimax_m3_vl
-        molmo molmo2 molmo_point moondream2 moondream3 muse_glimmer muse_spark paddleocr_vl
-        phi4_siglip plamo2vl prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl
-        zaya1_vl""",
+        """clef cohere_compass deepseek_v4 deepseek_v41 deepseekocr_2 falcon_ocr glm5_next
+        indic_ocr jina_vlm kimi_k3 llava_bunny llmjpvl locateanything mage_vl mimo_v2
+        minimax_m3_vl molmo2 molmo_point muse_glimmer muse_spark phi4_siglip plamo2vl
+        prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl zaya1_vl""",
     ),
     "gemma4_unified": f"{_PICTURES}: within one, tokens attend to later ones",
+    "deepseekocr": f"{_PICTURES}: published files name the type deepseek_vl_v2, with another tower",
+    "ernie4_5_moe_vl": f"{_PICTURES}: their tokens have experts of their own",
+    "fastvlm": f"{_PICTURES}: its tokenizer has no token for them",
+    "got": f"{_PICTURES}: its tokenizer is Python code",
+    "hunyuan_vl": f"{_PICTURES}: four positions a token (XD-RoPE)",
+    "llama4": f"{_PICTURES}: mlx-lm's class takes no embeddings, and attends in chunks",
+    "molmo": f"{_PICTURES}: mlx-vlm's class has the sizes of one model, not config.json's",
+    "moondream2": f"{_PICTURES}: their place in a prompt has no token",
+    "moondream3": f"{_PICTURES}: their place in a prompt has no token",
     "florence2": "an encoder and a decoder",
     "inkling": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
     "minicpmo": f"pictures and {_SOUND}",
     "minicpmv4_7": f"{_PICTURES}: positions on a canvas",
     "minimax_h3": f"{_SOUND}",
-    "mllama": f"{_PICTURES}: cross-attention",
+    "mllama": f"{_PICTURES}: layers attend to them outside of the KV blocks (cross-attention)",
     "multi_modality": f"{_PICTURES}: mlx-vlm's package needs OpenCV",
     "nemotron_h_nano_omni": f"pictures and {_SOUND}",
     "nemotron_parse": "an encoder and a decoder",
     "nemotron_voicechat": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
-    "phi4mm": f"pictures and {_SOUND}",
+    "phi4mm": f"pictures and {_SOUND}: an adapter changes all layers of prompts with them",
     "qwen3_omni_moe": f"pictures and {_SOUND}",
 }  # fmt: skip
 

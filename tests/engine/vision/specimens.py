@@ -22,7 +22,15 @@ SPECIAL = [
     *(f"<|img_row_{y}_col_{x}|>" for y in range(1, 4) for x in range(1, 4)),
 ]  # fmt: skip
 #: After all of those that models of 320 tokens have.
-LATER = ["<bos>", "<|img|>", "<|endofimg|>", "<|imgpad|>"]
+LATER = [
+    "<bos>",
+    "<|img|>",
+    "<|endofimg|>",
+    "<|imgpad|>",
+    "<|IMAGE_START|>",
+    "<|IMAGE_END|>",
+    "<|IMAGE_PLACEHOLDER|>",
+]
 VOCABULARY_LATER = 352
 BOS = 320
 GLM_IMAGE = 287
@@ -754,6 +762,48 @@ def _granite4() -> Specimen:
     )  # fmt: skip
 
 
+def _call_paddle(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
+    """Process one picture at a time: mlx-vlm's stacks them, whatever their shapes."""
+    made = [processor.image_processor(image) for image in images]
+    grids = np.concatenate([each["image_grid_thw"] for each in made])
+    pixels = np.concatenate([each["pixel_values"] for each in made], axis=1)
+    first, *parts = text.split("<|IMAGE_PLACEHOLDER|>")
+    for grid, part in zip(grids, parts, strict=True):
+        first += "<|IMAGE_PLACEHOLDER|>" * (int(np.prod(grid)) // 4) + part
+    ids = processor.tokenizer.encode(first, add_special_tokens=False)
+    return {"input_ids": np.array([ids]), "pixel_values": pixels, "image_grid_thw": grids}
+
+
+def _paddle() -> Specimen:
+    return Specimen(
+        config={
+            **TEXT, "model_type": "paddleocr_vl", "vocab_size": VOCABULARY_LATER, "head_dim": 16,
+            "hidden_size": 1024, "use_bias": False, "image_token_id": PADDLE,
+            "video_token_id": VIDEO,
+            "vision_start_token_id": PADDLE_START, "vision_end_token_id": PADDLE_START + 1,
+            "rope_scaling": {
+                "rope_type": "default", "type": "default", "mrope_section": [2, 3, 3],
+            },
+            "vision_config": {
+                **VISION, "model_type": "paddleocr_vl", "image_size": 32, "spatial_merge_size": 2,
+            },
+        },
+        settings={
+            "image_processor_type": "PaddleOCRVLImageProcessor", "patch_size": 4, "merge_size": 2,
+            "temporal_patch_size": 1, "min_pixels": 1024, "max_pixels": 2048,
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        },
+        processor="paddleocr_vl.processing_paddleocr_vl:PaddleOCRVLProcessor",
+        prompt="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        call=_call_paddle, seed=1,
+        stored=_dots_stored,
+    )  # fmt: skip
+
+
+PADDLE_START = IMGPAD + 1
+PADDLE = IMGPAD + 3
+
+
 _SMALL: set[Any] = set()
 
 
@@ -798,6 +848,7 @@ SPECIMENS: Mapping[str, Specimen] = {
     "internvl": _internvl_hf(),
     "internvl_chat": _internvl(),
     "llava_next": _any_res("llava_next", {"model_type": "mistral"}, model_type="clip_vision_model"),
+    "paddleocr_vl": _paddle(),
     "paligemma": _paligemma(),
     "phi3_v": _phi3(),
     "llava_onevision": _any_res("llava_onevision", {"model_type": "qwen2"}, model_type=SIGLIP),

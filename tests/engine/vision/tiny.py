@@ -42,7 +42,7 @@ WHOLE = ("gemma3", "gemma4")
 PREFIX = ("paligemma",)
 #: The rows that steps need beside those of tests, as pictures are large and never split.
 ROWS = {"gemma4": 72, "paligemma": 56}
-MROPE = (*QWEN, "glm4v", "glm4v_moe", "glm_ocr")
+MROPE = (*QWEN, "glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl")
 KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN, *SPECIMENS)
 #: Those that take long, or that others stand for.
 SLOW = ("gemma4", *HYBRID, *({*SPECIMENS} - {"glm4v", "internvl_chat"}))
