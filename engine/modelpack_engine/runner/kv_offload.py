@@ -236,7 +236,7 @@ def open_offload(
         directory = BlockDirectory(
             Path(config.kv_offload_dir),
             cache_identity(model_id, blocks.block_size, parts),
-            lengths=(*lengths, states.length) if states is not None else tuple(lengths),
+            lengths=tuple(dict.fromkeys([*lengths, *([states.length] if states else [])])),
             limit=_DISK if config.kv_offload_disk is None else config.kv_offload_disk,
         )
     limit = _MEMORY if config.kv_offload_memory is None else config.kv_offload_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -171,6 +172,19 @@ def test_files_of_other_layers_are_dropped(
     assert answer(again, FIRST) == (tokens, len(FIRST))
     assert again.stats().offload.dropped_files > 0
     assert "the header is that of another block" in caplog.text
+
+
+@pytest.mark.parametrize("model", MIXED[:1], indirect=True)
+def test_a_size_is_named_once(
+    open_engine: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The blocks of both groups of layers have the same size in this model."""
+    answer(open_engine(), FIRST)
+    open_engine(kv_offload_dir=None)
+    for path in (tmp_path / "kv").rglob("*.kv"):
+        path.write_bytes(b"torn")
+    answer(open_engine(), FIRST)
+    assert re.search(r": 4 bytes, expected \d+$", caplog.text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("model", MIXED, indirect=True)
