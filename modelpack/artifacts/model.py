@@ -179,7 +179,7 @@ class Model:
 
     def _file(self, layer: Descriptor, diff_id: Digest | None) -> ModelFile:
         archive = archive_of(layer.media_type)
-        path = layer.filepath or layer.name
+        path = layer.name if layer.filepath is None else layer.filepath
         if path is None:
             path = self.config.layer_paths.get(layer.digest) or _OLLAMA_PATHS.get(layer.media_type)
         if archive and path is not None and path.rstrip("/") == ".":
