@@ -3,7 +3,7 @@
 # Keep .pyc files: the test workers and their subprocesses reuse them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-long test-cluster native check docs format wheel bench clean
+.PHONY: demo test test-long test-cluster native check docs format wheel packages bench clean
 
 demo: .venv/.engine native
 	.venv/bin/python scripts/demo
@@ -34,6 +34,10 @@ docs: .venv/.dev
 
 wheel: .venv/.dev
 	scripts/check-wheel
+
+# dist/modelpack.pyz and a Debian package, for this system and this minor version of Python.
+packages: .venv/.dev
+	.venv/bin/python -m scripts.packages
 
 clean:
 	rm -rf .venv .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -33,6 +33,7 @@ OTHERS = {
     "runtime flags": "--block-size --ctx-size --draft-max --draft-p-min --frequency-penalty "
     "--ignore-eos --min-p --model-draft --n-predict --no-enable-prefix-caching --presence-penalty "
     "--repeat-penalty --temp --threads --top-k --top-p --verbose",
+    "scripts.packages": "--homepage",
     "systemctl": "--user",
     "vllm": "--distributed-executor-backend --dtype --headless --master-addr --nnodes --node-rank "
     "--override-generation-config --pipeline-parallel-size",
