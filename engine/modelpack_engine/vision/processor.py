@@ -397,7 +397,7 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
         prepare()
         try:
             return own(config, settings)
-        except (ImportError, LookupError, TypeError, ValueError) as error:
+        except (AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
             raise ModelLoadError(f"preprocessor_config.json: {error}") from error
     from transformers import AutoImageProcessor
 
@@ -409,7 +409,7 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
             made: ImageProcessor = AutoImageProcessor.from_pretrained(
                 directory, backend="pil", trust_remote_code=False, local_files_only=True
             )
-        except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
             raise ModelLoadError(f"preprocessor_config.json: {error}") from error
     return made
 

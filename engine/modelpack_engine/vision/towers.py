@@ -39,6 +39,11 @@ class _Text:
 
 #: Names of the tensors of audio towers.
 _SOUNDS = ("audio_tower.", "embed_audio.")
+#: What mlx-vlm's classes raise for a config or weights that do not fit them.
+_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 #: Elements of a row, in whose multiples a GPU multiplies matrices fastest.
 _ALIGNMENT = 64
 #: Names of the tensors of vision towers, after an optional "model.", and of audio towers.
@@ -119,7 +124,7 @@ def open_tower(
         if any(name.endswith(".scales") for name in given):
             _quantise(tower, config, given)
         tower.load_weights(list(given.items()), strict=True)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _FAILURES as error:
         raise ModelLoadError(f"cannot build mlx-vlm's {kind}: {error}") from error
     _align(tower)
     if dtype is not None:

@@ -238,6 +238,7 @@ def test_configs_without_a_part(part: str) -> None:
         ({"crop_size": {"height": 10**6, "width": 16}}, "crop_size is 1000000, the limit is 8192"),
         ({"size": {"shortest_edge": -1}}, "size is -1, the limit is 8192"),
         ({"image_processor_type": "Nothing"}, "preprocessor_config.json: "),
+        ({"image_processor_type": []}, "preprocessor_config.json: "),
     ],
 )
 def test_settings_that_are_wrong(settings: dict[str, object], message: str) -> None:

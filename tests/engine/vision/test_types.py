@@ -154,6 +154,8 @@ def test_language_models_that_are_refused(
         ("llava_next", {"image_token_index": 3}, "'<image>' is not the token 3 of config.json"),
         ("deepseek_vl_v2", {"tile_tag": "1D"}, "cannot build mlx-vlm's deepseek_vl_v2"),
         ("deepseek_vl_v2", {"vision_config": {"width": 10**9}}, "config.json|cannot build"),
+        ("idefics2", {"perceiver_config": {"resampler_n_latents": "x"}}, "cannot build mlx-vlm's"),
+        ("kimi_k25", {"vision_config": {"num_heads": 1.5}}, "cannot build mlx-vlm's kimi_k25"),
         ("glm4v", {"text_config": {"partial_rotary_factor": 0.25}}, "not M-RoPE"),
     ],
 )
