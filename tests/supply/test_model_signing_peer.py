@@ -138,10 +138,12 @@ def holds_for_theirs(
     return True
 
 
-def holds_for_ours(files: Path, key: PrivateKey, signature: bytes, directory: Path) -> bool:
+def holds_for_ours(
+    files: Path, key: PrivateKey, signature: bytes, directory: Path, **how: bool
+) -> bool:
     """Package the directory, attach the signature to the model, and verify it."""
     store = modelpack.Store(directory / "store")
-    package(NAME, files, store)
+    package(NAME, files, store, **how)
     model = inspect(NAME, store=store)
     manifest, blobs = bundle_manifest(signature, MODEL_SIGNING, model.descriptor)
     signatures.put(store, manifest, blobs, None, watching(None))
@@ -194,3 +196,27 @@ def test_their_verdicts_on_our_signature(tmp_path: Path, key: tuple[PrivateKey, 
         if holds_for_theirs(files, keys, signature) is not holds:
             wrong[name] = not holds
     assert not wrong
+
+
+def test_a_directory_of_links(tmp_path: Path, key: tuple[PrivateKey, Path]) -> None:
+    """The cache of the Hugging Face Hub: a signature over links is one over what they point to."""
+    ours, keys = key
+    (tmp_path / "signed").mkdir()
+    origin, snapshot = files_in(tmp_path / "signed"), tmp_path / "snapshot"
+    for path in origin.rglob("*"):
+        if path.is_file():
+            link = snapshot / path.relative_to(origin)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    with pytest.raises(ValueError, match="allow_symlinks"):
+        signed_by_theirs(snapshot, keys, hashed("sha256", 0))
+    how = hashed("sha256", 0).set_allow_symlinks(True)
+    signed_by_theirs(snapshot, keys, how)
+    signature = snapshot / "model.sig"
+    for name, change in (("same", lambda: None), ("changed", lambda: _flip(WEIGHTS)(origin))):
+        change()
+        assert holds_for_theirs(snapshot, keys, signature, how) == (name == "same")
+        verdict = holds_for_ours(
+            snapshot, ours, signature.read_bytes(), tmp_path / name, follow_symlinks=True
+        )
+        assert verdict == (name == "same")
