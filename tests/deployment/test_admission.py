@@ -1,18 +1,38 @@
-"""The admission policies in examples/admission, against the definitions of their operators."""
+"""The admission policies in examples/admission: their operators' definitions, and Kyverno itself.
+
+Building Kyverno's command line takes some minutes of two cores, once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from modelpack.trust.keys import parse_public_key
+import modelpack
+from modelpack.artifacts.reference import Reference
+from modelpack.operations import signatures
+from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.storage import watching
+from modelpack.testing import registry
+from modelpack.trust.keys import (
+    PrivateKey,
+    generate_key_pair,
+    parse_public_key,
+    read_private_key,
+)
+from modelpack.trust.sigstore import sign_simply, signature_tag, signatures_manifest
+from tests.cli.running import succeed
 from tests.conftest import ROOT
 from tests.deployment.schemas import ADMISSION, kubeconform, write_custom_schemas
+from tests.interop.go_tool import build_go_tool
+from tests.models import package, tiny_safetensors
 
 pytestmark = [pytest.mark.peer("go"), pytest.mark.long]
 
@@ -69,3 +89,135 @@ def test_their_keys_are_keys() -> None:
     assert {parse_public_key(pem.encode(), "policy").der for pem in found} == {
         parse_public_key(found[0].encode(), "policy").der
     }
+
+
+@dataclass(frozen=True)
+class World:
+    """A registry with a signed and an unsigned model, image of a model and image of modelpack."""
+
+    host: str
+    store: Path
+    key: PrivateKey
+
+    def pod(self, name: str, *options: str) -> dict[str, Any]:
+        """Return the pod that `modelpack k8s` prints for a model."""
+        printed = yaml.safe_load_all(succeed("k8s", f"{self.host}/team/{name}:v1", *options).out)
+        [template] = [one["spec"]["template"] for one in printed if one["kind"] == "Deployment"]
+        metadata = {"name": name, "namespace": "default", **template["metadata"]}
+        return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+
+    def policy(self, name: str) -> str:
+        """Return an example with the registry and the key of this world."""
+        text = (ROOT / "examples" / "admission" / name).read_text()
+        lines = text.replace("registry.example", self.host).splitlines()
+        first = next(line for line in lines if "BEGIN PUBLIC KEY" in line).strip()
+        example = lines[next(i for i, line in enumerate(lines) if first in line) :][1:3]
+        pem = self.key.public.pem.decode().splitlines()[1:-1]
+        for old, new in zip(example, pem, strict=True):
+            lines = [line.replace(old.strip(), new) for line in lines]
+        return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    directory = tmp_path_factory.mktemp("world")
+    generate_key_pair(directory / "team", b"")
+    key = read_private_key(directory / "team.key", b"")
+    with registry(directory / "registry") as server:
+        made = World(server.host, directory / "store", key)
+        store = modelpack.Store(made.store)
+        for name in ("signed", "unsigned"):
+            (directory / name).mkdir()
+            files = tiny_safetensors(directory / name)
+            (files / "README.md").write_text(name)
+            model = f"{server.host}/team/{name}:v1"
+            package(model, files, store, push=True)
+            for image in (f"{server.host}/team/{name}:image", f"{server.host}/modelpack:{name}"):
+                succeed("--store", made.store, "convert", model, image, "--to", "image", "--push")
+                if name == "signed":
+                    sign_image(image, key)
+        signatures.sign(f"{server.host}/team/signed:v1", key)
+        yield made
+
+
+def sign_image(name: str, key: PrivateKey) -> None:
+    """Sign an image as `cosign sign --key` does."""
+    where = Reference.parse(name)
+    with open_repository(where, RemoteOptions(), watching(None), writes=True) as repository:
+        digest = repository.resolve(where.target).digest
+        layer, payload = sign_simply(where.name, digest, key)
+        manifest, blobs = signatures_manifest([layer])
+        signatures.put(
+            repository, manifest, {**blobs, layer: payload}, signature_tag(digest), watching(None)
+        )
+
+
+@pytest.fixture(scope="module")
+def kyverno() -> Path:
+    return build_go_tool(ROOT / "tests" / "interop" / "kyverno_cli", ROOT / ".cache")
+
+
+def _tagged(pod: dict[str, Any]) -> None:
+    """Pull the model by its tag, which may move after the check."""
+    command = pod["spec"]["initContainers"][0]["command"]
+    at = next(i for i, word in enumerate(command) if "@sha256:" in word)
+    command[at] = command[at].partition("@")[0] + ":v1"
+
+
+def _another(pod: dict[str, Any]) -> None:
+    """Pull another model in a container of one's own."""
+    own = deepcopy(pod["spec"]["initContainers"][0])
+    own |= {"name": "own", "command": ["modelpack", "pull", "hub.example/evil:v1"]}
+    pod["spec"]["initContainers"].append(own)
+
+
+CLUSTER, MODELS = "kyverno-cluster-policy.yaml", "kyverno-image-validating-policy.yaml"
+TOOL = "--tool-image", "HOST/modelpack:signed"
+VLLM, OWN = TOOL, ("--engine", "modelpack", *TOOL)
+#: Policy, model, options of `modelpack k8s`, change of the pod, and why it is denied.
+ADMITTED: dict[str, tuple[str, str, tuple[str, ...], Callable[..., None] | None, str | None]] = {
+    "signed images": (CLUSTER, "signed", VLLM, None, None),
+    "an unsigned image of modelpack": (
+        CLUSTER, "signed", ("--tool-image", "HOST/modelpack:unsigned"), None,
+        "failed to verify image HOST/modelpack:unsigned"),
+    "a signed volume": (CLUSTER, "signed", ("--model-image", "HOST/team/signed:image"), None, None),
+    "an unsigned volume": (
+        CLUSTER, "unsigned", ("--model-image", "HOST/team/unsigned:image"), None,
+        "failed to verify image HOST/team/unsigned:image"),
+    "a signed model": (MODELS, "signed", VLLM, None, None),
+    "a signed model, our engine": (MODELS, "signed", OWN, None, None),
+    "an unsigned model": (MODELS, "unsigned", VLLM, None, "the model is not signed by the team"),
+    "an unsigned model, our engine": (
+        MODELS, "unsigned", OWN, None, "the model is not signed by the team"),
+    "a model by its tag": (MODELS, "signed", VLLM, _tagged, "only with one model, named by digest"),
+    "a second model": (MODELS, "signed", VLLM, _another, "only with one model, named by digest"),
+    "a signed volume of a model": (
+        MODELS, "signed", ("--model-image", "HOST/team/signed:image"), None, None),
+    "an unsigned volume of a model": (
+        MODELS, "unsigned", ("--model-image", "HOST/team/unsigned:image"), None,
+        "the image volume is not signed by the team"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADMITTED)
+def test_kyverno_admits_signed_models(
+    kyverno: Path, world: World, tmp_path: Path, name: str
+) -> None:
+    policy, model, options, change, denied = ADMITTED[name]
+    pod = world.pod(model, *(word.replace("HOST", world.host) for word in options))
+    if change is not None:
+        change(pod)
+    (tmp_path / "policy.yaml").write_text(world.policy(policy))
+    (tmp_path / "pod.yaml").write_text(yaml.safe_dump(pod))
+    done = subprocess.run(
+        [kyverno, "apply", "policy.yaml", "-r", "pod.yaml", "--registry", "--remove-color", "-t",
+         "--detailed-results"],
+        cwd=tmp_path, env={"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    shown = done.stdout + done.stderr
+    if denied is None:
+        assert done.returncode == 0, shown
+        assert "Pass" in shown
+    else:
+        assert done.returncode == 1, shown
+        assert denied.replace("HOST", world.host) in shown
