@@ -23,7 +23,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 @pytest.fixture(scope="session")
 def smollm2_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server whose models are SmolLM2, as "ai/smollm2", and "ai/minilm"."""
+    """The address of a server with the models of `real_server`."""
     from tests.engine.real_server import real_server
 
     with real_server(tmp_path_factory.mktemp("real")) as url:

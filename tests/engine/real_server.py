@@ -1,4 +1,4 @@
-"""A server on a port with real weights: SmolLM2, and MiniLM for embeddings."""
+"""A server on a port with real weights: SmolLM2, MiniLM for embeddings, and fixtures/speech."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 
-SMOLLM2, MINILM = "ai/smollm2", "ai/minilm"
+SMOLLM2, MINILM, DIGITS = "ai/smollm2", "ai/minilm", "ai/digits"
 # What lists and metrics call them.
-FAMILIAR = {SMOLLM2: "smollm2", MINILM: "minilm"}
+FAMILIAR = {SMOLLM2: "smollm2", MINILM: "minilm", DIGITS: "digits"}
+_SPEECH = Path(__file__).parents[2] / "fixtures" / "speech" / "model"
 
 # Enough of a cache for prompts with tools.
 _CONFIG = EngineConfig(device="cpu", max_num_seqs=8, max_num_batched_tokens=64,
@@ -26,11 +27,12 @@ _CONFIG = EngineConfig(device="cpu", max_num_seqs=8, max_num_batched_tokens=64,
 
 @contextmanager
 def real_server(directory: Path) -> Iterator[str]:
-    """Serve both from a store below `directory`; yield the address."""
+    """Serve them from a store below `directory`; yield the address."""
     root = directory / "store"
     for name, request in {
         SMOLLM2: PackageRequest(gguf=smollm2_gguf()),
         MINILM: PackageRequest(safetensors_dir=minilm_directory()),
+        DIGITS: PackageRequest(safetensors_dir=_SPEECH),
     }.items():
         modelpack.package(name, request, store=LayoutStore(root), link=True)
 

@@ -1,6 +1,8 @@
 // What each client of npm makes of the server at the URL given, as JSON on standard output:
 // {client: {feature: result, or {"error": text}}}.
 
+import { createReadStream } from 'node:fs';
+
 import Anthropic from '@anthropic-ai/sdk';
 import { jsonSchemaOutputFormat } from '@anthropic-ai/sdk/helpers/json-schema';
 import { createAnthropic } from '@ai-sdk/anthropic';
@@ -10,7 +12,7 @@ import OpenAI from 'openai';
 import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod';
 import { z } from 'zod';
 
-const [url, chatModel, embeddingModel] = process.argv.slice(2);
+const [url, chatModel, embeddingModel, speechModel, sound] = process.argv.slice(2);
 const question = 'What is the capital of France?';
 const messages = [{ role: 'user', content: question }];
 const texts = ['Paris is a city.', 'It rains.'];
@@ -78,6 +80,24 @@ function openaiFeatures() {
     async embeddings() {
       const { data } = await client.embeddings.create({ model: embeddingModel, input: texts });
       return { lengths: data.map(({ embedding }) => embedding.length), first: data[0].embedding };
+    },
+    async transcription() {
+      const asked = { model: speechModel, language: 'en' };
+      const file = () => createReadStream(sound);
+      const whole = await client.audio.transcriptions.create({
+        ...asked,
+        file: file(),
+        response_format: 'verbose_json',
+        timestamp_granularities: ['word'],
+      });
+      const stream = await client.audio.transcriptions.create({
+        ...asked,
+        file: file(),
+        stream: true,
+      });
+      const deltas = [];
+      for await (const { delta } of stream) if (delta !== undefined) deltas.push(delta);
+      return { text: whole.text, words: whole.words.map(({ word }) => word), deltas };
     },
     async responses() {
       const response = await client.responses.create({

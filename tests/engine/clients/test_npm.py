@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from fixtures.speech.samples import sample
 from tests.conftest import ROOT
 from tests.engine.clients.installed import ClientsError, npm_clients
-from tests.engine.real_server import FAMILIAR, MINILM, SMOLLM2
+from tests.engine.real_server import DIGITS, FAMILIAR, MINILM, SMOLLM2
+from tests.engine.speech.tiny import wav
 from tests.peers import missing, require
 
 pytestmark = [pytest.mark.peer("node"), pytest.mark.weights, pytest.mark.long]
@@ -24,11 +26,14 @@ TEXT = "The capital of France is Paris."
 PROMPT, REPLY = 37, 8  # tokens
 OPENAI, ANTHROPIC = "openai", "anthropic"
 VERCEL_OPENAI, VERCEL_ANTHROPIC = "ai with openai-compatible", "ai with anthropic"
+DIGITS_SAID = sample(1_000_000_000)
 CLIENTS = (OPENAI, ANTHROPIC, VERCEL_OPENAI, VERCEL_ANTHROPIC)
 
 
 @pytest.fixture(scope="module")
-def results(smollm2_url: str) -> dict[str, dict[str, Any]]:
+def results(
+    smollm2_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """What clients.mjs prints."""
     node = require("node")
     try:
@@ -37,8 +42,13 @@ def results(smollm2_url: str) -> dict[str, dict[str, Any]]:
         missing(str(error))
     # Node looks for packages beside the script.
     script = shutil.copy(Path(__file__).parent / "clients.mjs", directory)
+    sound = tmp_path_factory.mktemp("sound") / "digits.wav"
+    sound.write_bytes(wav(DIGITS_SAID.sound))
     done = subprocess.run(
-        [node, script, smollm2_url, SMOLLM2, MINILM], capture_output=True, text=True, timeout=300
+        [node, script, smollm2_url, SMOLLM2, MINILM, DIGITS, sound],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
@@ -87,6 +97,12 @@ def test_a_tool_is_called(results: dict[str, dict[str, Any]], client: str) -> No
 )
 def test_a_schema(results: dict[str, dict[str, Any]], client: str, feature: str) -> None:
     assert result(results, client, feature)["object"] == {"city": "Paris"}
+
+
+def test_a_transcription(results: dict[str, dict[str, Any]]) -> None:
+    found = result(results, OPENAI, "transcription")
+    assert found["text"] == "".join(found["deltas"]) == DIGITS_SAID.text
+    assert found["words"] == DIGITS_SAID.text.split()
 
 
 @pytest.mark.parametrize("client", [OPENAI, VERCEL_OPENAI])
