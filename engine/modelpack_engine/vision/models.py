@@ -92,8 +92,8 @@ _QWEN = VisionClass(placeholder="<|image_pad|>", projector="", mrope=True)  # th
 _LFM2 = VisionClass(language={"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, package="lfm2_vl")
 _LLAMAS = {"llama": "llama", "mistral": "llama"}
 _QWENS = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe"}
-#: The token of a sound of Gemma 4, unless config.json says otherwise.
-GEMMA4_AUDIO = 258_881
+#: The tokens of sounds, unless config.json says otherwise.
+GEMMA3N_AUDIO, GEMMA4_AUDIO = 262_273, 258_881
 #: The tokens of a picture of Gemma 3, unless config.json says otherwise.
 GEMMA3_TOKENS = 256
 #: The classes by the model type of config.json.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.request import Media
-from modelpack_engine.vision.models import GEMMA4_AUDIO, Encode
+from modelpack_engine.vision.models import GEMMA3N_AUDIO, GEMMA4_AUDIO, Encode
 
 #: The largest width of features, and of the windows that they are made of, in milliseconds.
 _MAX_FEATURES, _MAX_WINDOW = 512, 1000
@@ -63,8 +63,23 @@ def _halved_twice(mask: NDArray[np.bool_]) -> int:
     return int(mask[::2][::2].sum())
 
 
+def _always_188(mask: NDArray[np.bool_]) -> int:
+    """Gemma 3n: those of 30 s, whatever the length is."""
+    return 188 if mask.any() else 0
+
+
 #: By the model type of config.json.
 SOUND_CLASSES: Mapping[str, SoundClass] = {
+    "gemma3n": SoundClass(
+        placeholder="<audio_soft_token>",
+        soft="<audio_soft_token>",
+        begins="<start_of_audio>",
+        ends="<end_of_audio>",
+        extractor="gemma3n.feature_extraction_gemma3n:Gemma3nAudioFeatureExtractor",
+        count=_always_188,
+        token_id=GEMMA3N_AUDIO,
+        around="\n\n",
+    ),
     "gemma4": SoundClass(
         placeholder="<|audio|>",
         soft="<|audio|>",

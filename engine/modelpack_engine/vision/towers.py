@@ -22,7 +22,13 @@ from mlx.nn.layers.base import Module
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.patches.corrections import TEXT_PARTS
-from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, GEMMA4_AUDIO, INSTALL_HINT
+from modelpack_engine.vision.models import (
+    CLASSES,
+    GEMMA3_TOKENS,
+    GEMMA3N_AUDIO,
+    GEMMA4_AUDIO,
+    INSTALL_HINT,
+)
 
 
 class _Text:
@@ -111,12 +117,12 @@ def open_tower(
     table = next(m for name, m in model.named_modules() if name.endswith("embed_tokens"))
     if not weights:
         raise ModelLoadError("the files have no vision tower")
+    if not any(name.startswith(_SOUNDS) for name in weights):
+        config = {**config, "audio_config": None}
     try:
         if kind in _PARTS:
             tower = _PartsTower(package, config, table)
         elif needs.language is None:
-            if not any(name.startswith(_SOUNDS) for name in weights):
-                config = {**config, "audio_config": None}
             tower = _tower_class(package)(config, table)
         else:
             tower = _cut_class(package, any_res=needs.any_res)(config, table)
@@ -422,7 +428,10 @@ class _PartsTower(Module):  # type: ignore[misc]
             setattr(self, name, module)
         self._width, self._table = int(text["hidden_size"]), _Text(table)
         self._scale = self._width**0.5 if scale else 1.0
-        self._image_token_id = config["image_token_id"]
+        self._soft_ids = [config["image_token_id"], config.get("audio_token_id", GEMMA3N_AUDIO)]
+        if isinstance(audio := config.get("audio_config"), Mapping):
+            for name, module in _gemma3n_audio(package, audio, self.config).items():
+                setattr(self, name, module)
 
     def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
         """Return the embeddings of tokens, with those of a picture in their places."""
@@ -430,10 +439,18 @@ class _PartsTower(Module):  # type: ignore[misc]
         rows = rows * self._scale if self._scale != 1 else rows
         if not inputs:
             return cast(mx.array, rows)
+        for part in (getattr(self, name, None) for name in ("embed_vision", "embed_audio")):
+            if part is not None:  # Gemma 3n: the token after a file is in a table of its own
+                own = (token_ids >= part.vocab_offset) & (
+                    token_ids < part.vocab_offset + part.vocab_size
+                )
+                found = part(input_ids=mx.where(own, token_ids, part.vocab_offset))
+                rows = mx.where(own[:, None], found.astype(rows.dtype), rows)
         made = self._encode(self, inputs).astype(rows.dtype)
-        (places,) = np.nonzero(np.array(token_ids) == self._image_token_id)
+        soft = self._soft_ids["input_features" in inputs]
+        (places,) = np.nonzero(np.array(token_ids) == soft)
         if len(places) != len(made):
-            raise ValueError(f"{len(made)} embeddings for {len(places)} tokens of a picture")
+            raise ValueError(f"{len(made)} embeddings for {len(places)} tokens of a file")
         rows[mx.array(places)] = made
         return cast(mx.array, rows)
 
@@ -455,11 +472,32 @@ def _gemma3n_parts(package: Any, config: Any) -> dict[str, Module]:
     }
 
 
+def _gemma3n_audio(package: Any, audio: Mapping[str, Any], config: Any) -> dict[str, Module]:
+    made = importlib.import_module(f"{package.__name__}.config").AudioConfig.from_dict({**audio})
+    embedder = package.gemma3n.Gemma3nMultimodalEmbedder
+    return {
+        "audio_tower": package.gemma3n.AudioModel(made),
+        "embed_audio": embedder(made, text_config=config.text_config),
+    }
+
+
 def _gemma3n_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     """mlx-vlm's tower returns columns of rows; transformers' and the model's order is rows."""
+    if "input_features" in inputs:
+        return _gemma3n_sound(tower, inputs)
     states = tower.vision_tower(inputs["pixel_values"], output_hidden_states=True).swapaxes(1, 2)
     rows = states.reshape(1, -1, states.shape[-1]) * states.shape[-1] ** 0.5
     return cast(mx.array, tower.embed_vision(inputs_embeds=rows)[0])
+
+
+def _gemma3n_sound(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Fill up the rows of a sound with the embedding of the last token, as transformers does."""
+    states, padding = tower.audio_tower(inputs["input_features"], ~inputs["input_features_mask"])
+    last = tower.embed_audio.vocab_offset + tower.embed_audio.vocab_size - 1
+    filling = tower.embed_audio(input_ids=mx.array([[last]]))[0]
+    rows = mx.where(padding[0, :, None], filling, tower.embed_audio(inputs_embeds=states)[0])
+    missing = tower.config.audio_soft_tokens_per_image - len(rows)
+    return mx.concatenate([rows, mx.broadcast_to(filling, (missing, rows.shape[-1]))])
 
 
 def _paligemma_parts(package: Any, config: Any) -> dict[str, Module]:

@@ -24,14 +24,19 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Picture
 from modelpack_engine.vision.sounds import Sound
 from tests.engine.vision import tiny
+from tests.engine.vision.specimens import SPECIMENS, shrink
 
-SPECIAL = ["<|audio>", "<|audio|>", "<audio|>"]
+SPECIAL = [
+    "<|audio>", "<|audio|>", "<audio|>", "<start_of_audio>", "<end_of_audio>", "<audio_soft_token>",
+]  # fmt: skip
 RATE = 16_000
 VOCABULARY = 352
 _FIRST = 340  # the tokens of `tiny` are fewer
-AUDIO = _FIRST + 1
-
-KINDS = ("gemma4",)
+#: The token of sounds, by kind.
+AUDIO = {"gemma4": _FIRST + 1, "gemma3n": _FIRST + 5}
+PLACEHOLDERS = {"gemma4": "<|audio|>", "gemma3n": "<audio_soft_token>"}
+KINDS = ("gemma4", "gemma3n")
+SEEDS = {"gemma4": 11, "gemma3n": 7}  # of which sounds change the answers
 
 
 def sound(seed: int, seconds: float = 1.0) -> Sound:
@@ -45,14 +50,17 @@ def sound(seed: int, seconds: float = 1.0) -> Sound:
 def config_of(kind: str) -> dict[str, Any]:
     """Return config.json of a tiny model."""
     config = tiny.config_of(kind)
+    config["text_config"]["vocab_size"] = VOCABULARY
+    config |= {"vocab_size": VOCABULARY, "audio_token_id": AUDIO[kind]}
+    if kind == "gemma3n":
+        config["audio_config"] |= {"vocab_offset": _FIRST + 4, "input_feat_size": 128}
+        return config
     config["text_config"] |= {
-        "vocab_size": VOCABULARY,
         "vocab_size_per_layer_input": VOCABULARY,
         # mlx-vlm does not do it without a patch, which `tiny` has.
         "use_bidirectional_attention": None,
     }
     return config | {
-        "vocab_size": VOCABULARY, "audio_token_id": AUDIO,
         "audio_config": {
             "model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 2,
             "num_attention_heads": 2, "subsampling_conv_channels": [8, 4], "output_proj_dims": 48,
@@ -65,6 +73,7 @@ def arguments_of(kind: str) -> tuple[Any, Any]:
     """Return mlx-vlm's package of a kind, and the config of a tiny model."""
     prepare()
     package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
+    shrink(package)
     config = config_of(kind)
     made = package.ModelConfig.from_dict(dict(config))
     for part in ("text", "vision", "audio"):
@@ -77,7 +86,8 @@ def _tokenizer(path: Path) -> None:
     backend = Tokenizer.from_file(str(tiny.directory("gemma4") / "tokenizer.json"))
     filling = [f"<unused{index}>" for index in range(backend.get_vocab_size(), _FIRST)]
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in filling + SPECIAL])
-    assert backend.token_to_id("<|audio|>") == AUDIO
+    for kind, text in PLACEHOLDERS.items():
+        assert backend.token_to_id(text) == AUDIO[kind]
     backend.save(str(path))
 
 
@@ -85,7 +95,7 @@ def _tokenizer(path: Path) -> None:
 def directory(kind: str) -> Path:
     """Return the directory of a tiny model with reproducible random weights."""
     package, arguments = arguments_of(kind)
-    mx.random.seed(11)
+    mx.random.seed(SEEDS[kind])
     weights = {}
     for name, value in tree_flatten(package.Model(arguments).parameters()):
         if not value.ndim:  # the range of a linear
@@ -93,23 +103,32 @@ def directory(kind: str) -> Path:
             continue
         scale = 0.2 if value.ndim == 1 else 1.6 / value.shape[-1] ** 0.5
         noise = mx.random.normal(value.shape) * scale
+        name = SPECIMENS[kind].stored(name) if kind in SPECIMENS else name
         weights[name] = noise + 1 if value.ndim == 1 and name.endswith("weight") else noise
     path = Path(mkdtemp(prefix=f"modelpack-hearing-{kind}-"))
     mx.save_safetensors(str(path / "model.safetensors"), weights)
     names = json.loads((tiny.directory(kind) / "tokenizer_config.json").read_text())
     template = tiny.TEMPLATE.replace(
         "{% else %}{{ p.text }}",
-        "{% elif p.type == 'audio' %}<|audio|>{% else %}{{ p.text }}",
+        f"{{% elif p.type == 'audio' %}}{PLACEHOLDERS[kind]}{{% else %}}{{{{ p.text }}}}",
     )
+    extractor = {"feature_extractor_type": f"{kind.capitalize()}AudioFeatureExtractor"}
+    in_one = extractor if kind == "gemma3n" else {}
+    named = {"audio_token": PLACEHOLDERS[kind], "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    if kind == "gemma3n":
+        named |= {
+            "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>",
+            "boi_token": "<start_of_image>", "image_token": "<image_soft_token>",
+            "eoi_token": "<end_of_image>",
+        }  # fmt: skip
     documents = {
         "config.json": config_of(kind),
-        "preprocessor_config.json": tiny.settings_of(kind),
+        "preprocessor_config.json": tiny.settings_of(kind) | in_one,
         "processor_config.json": {
             "image_processor": tiny.settings_of(kind),
-            "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
+            **({} if in_one else {"feature_extractor": extractor}),
         },
-        "tokenizer_config.json": names | {
-            "audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>",
+        "tokenizer_config.json": names | named | {
             "chat_template": tiny.prompt_of(tiny.placeholder(kind), template),
         },
     }  # fmt: skip
@@ -149,12 +168,15 @@ def _peer(kind: str) -> tuple[Any, Any]:
     path = directory(kind)
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
-    model.load_weights(str(path / "model.safetensors"))
+    stored: Any = mx.load(str(path / "model.safetensors"))
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    of = SPECIMENS[kind].stored if kind in SPECIMENS else str
+    model.load_weights([(name, stored[of(name)]) for name in names])
     model.eval()
     module: Any = importlib.import_module(f"mlx_vlm.models.{kind}.processing_{kind}")
     with warnings.catch_warnings():  # of filters that are empty
         warnings.simplefilter("ignore", UserWarning)
-        return model, module.Gemma4Processor.from_pretrained(path)
+        return model, getattr(module, f"{kind.capitalize()}Processor").from_pretrained(path)
 
 
 def expected(kind: str, text: str, files: list[Picture | Sound], count: int = 8) -> list[int]:
@@ -163,7 +185,7 @@ def expected(kind: str, text: str, files: list[Picture | Sound], count: int = 8)
     from PIL import Image
 
     model, processor = _peer(kind)
-    text = text.replace("<image>", tiny.placeholder(kind)).replace("<audio>", "<|audio|>")
+    text = text.replace("<image>", tiny.placeholder(kind)).replace("<audio>", PLACEHOLDERS[kind])
     images = [Image.fromarray(each.pixels) for each in files if isinstance(each, Picture)]
     sounds = [each.samples for each in files if isinstance(each, Sound)]
     inputs = processor(images=images or None, audio=sounds or None, text=[text])
@@ -175,6 +197,8 @@ def expected(kind: str, text: str, files: list[Picture | Sound], count: int = 8)
         if name in inputs
     }
     features = model.get_input_embeddings(ids, pixels, **given)
+    if kind == "gemma3n":
+        features.inputs_embeds = _corrected(model, ids, features.inputs_embeds)
     cache_ = make_prompt_cache(model.language_model)
     found: list[int] = []
     logits = model.language_model(
@@ -185,3 +209,17 @@ def expected(kind: str, text: str, files: list[Picture | Sound], count: int = 8)
         found.append(int(mx.argmax(logits[0, -1])))
         logits = model.language_model(mx.array([[found[-1]]]), cache=cache_).logits
     return found
+
+
+def _corrected(model: Any, ids: mx.array, rows: mx.array) -> mx.array:
+    """Return embeddings as transformers has them: text is scaled, pictures have their rows first.
+
+    mlx-vlm's Gemma 3n does neither (`specimens`).
+    """
+    made, of_text = np.array(rows[0]), np.array(ids[0]) < _FIRST + 4
+    of_text &= (np.array(ids[0]) < 284) | (np.array(ids[0]) >= 292)
+    made[of_text] = np.array(model.language_model.model.embed_tokens(ids)[0])[of_text] * 8.0
+    shown = np.array(ids[0]) == 284
+    pictures = made[shown].reshape(-1, 16, 16, made.shape[-1])
+    made[shown] = pictures.swapaxes(1, 2).reshape(-1, made.shape[-1])
+    return mx.array(made[None])

@@ -114,7 +114,8 @@ def test_rows_are_added_after_each_layer() -> None:
 def test_it_runs_in_the_paged_tier(kind: str) -> None:
     engine = tiny.tiny_engine(kind)
     assert engine._runner.tier == "paged"
-    assert [note for note in engine.notes if "recurrent" not in note] == []
+    others = ("recurrent", "sounds are not read")  # whose tokens these tokenizers lack
+    assert [note for note in engine.notes if not any(text in note for text in others)] == []
 
 
 @pytest.mark.parametrize("rows", [8, 17, 32])
