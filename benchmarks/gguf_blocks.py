@@ -26,7 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import gguf
 import mlx.core as mx
 import numpy as np
 from gpu_engine import (
@@ -77,6 +76,8 @@ MIXES: dict[str, Callable[[str, int, int], str]] = {
 
 def random_tensor(kind: str, rows: int, columns: int) -> np.ndarray:
     """Return random blocks, uint8 [rows, bytes of a row], with small factors."""
+    import gguf
+
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     random = np.random.default_rng(rows + columns)
     found = random.integers(0, 256, (rows * columns // elements, size), dtype=np.uint8)
@@ -88,6 +89,8 @@ def random_tensor(kind: str, rows: int, columns: int) -> np.ndarray:
 
 def write_gguf(path: Path, mix: Callable[[str, int, int], str]) -> None:
     """Write a model of SHAPE; all layers have the same random blocks of a type."""
+    import gguf
+
     shape: dict[str, Any] = COMMON | SHAPES[SHAPE][1]
     hidden, inner, layers = (
         shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")
