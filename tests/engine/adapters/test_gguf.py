@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from modelpack.formats.adapter import AdapterError, read_adapter
+from modelpack_engine.engine import Engine
+from modelpack_engine.layers.blocks import BlockLinear
 from modelpack_engine.models.adapter import merge, read_layers
 from modelpack_engine.patches.lora import EMBEDDINGS, LINEARS, Layers, Matrices
 from tests.adapters import write_gguf, write_gguf_pairs
+from tests.engine.adapters.test_merged_weights import CONFIG, tokens_of
 from tests.engine.loaders.test_architectures import load_tiny
+from tests.engine.loaders.test_gguf_planes import tiny_of
 from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel
 
 ALWAYS = ("llama", "granite", "mixtral", "phi3", "smollm3")
@@ -151,3 +156,24 @@ def test_files_that_are_refused(
     path = write_gguf_pairs(tmp_path / "lora.gguf", arrays, fields=fields)
     with pytest.raises(AdapterError, match=message):
         read_adapter(path)
+
+
+@pytest.mark.long
+def test_a_base_in_blocks(tmp_path: Path) -> None:
+    """Layers that keep GGUF's block types have adapters beside them, or become dense by a merge."""
+    path = tmp_path / "m.gguf"
+    tiny = tiny_of(path, "Q6_K")
+    dense = load_tiny(path, dense=True)
+    _, pairs = random_adapter(tiny, dense.model)
+    # The random blocks are as large as 300.
+    adapter = read_adapter(write_gguf_pairs(tmp_path / "lora.gguf", pairs, alpha=30000.0))
+    options: dict[str, Any] = {"dense": False, "blocks": ("Q6_K",), "dtype": mx.float32}
+    merged = load_tiny(path, adapter=adapter, **options)
+    expected = load_tiny(path, dense=True, adapter=adapter)
+    assert np.abs(tiny.logits(merged.model) - tiny.logits(expected.model)).max() < 2e-3
+    kept = load_tiny(path, **options)
+    assert any(isinstance(module, BlockLinear) for _, module in kept.model.named_modules())
+    engine = Engine(kept, replace(CONFIG, max_loras=1))
+    engine.add_adapter("x", adapter, "x")
+    assert tokens_of(engine) == tokens_of(Engine(dense, CONFIG))
+    assert tokens_of(engine, "x") == tokens_of(Engine(expected, CONFIG)) != tokens_of(engine)
