@@ -37,11 +37,11 @@ from gpu_engine import (
     make_engine,
     make_model,
     one_stream,
-    one_stream_of_peer,
     prompt,
     show,
 )
 from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
 
 from modelpack_engine.engine import Engine
 from modelpack_engine.layers import blocks, matmul
@@ -154,18 +154,24 @@ def streams(engine: Engine, count: int, tokens: int = 128) -> float:
     return counted / (time.perf_counter() - start)
 
 
-def measure_engine(kind: str, model: Any, about: dict[str, Any], tokens: int) -> None:
-    """Measure an engine: one stream, several, and its memory beside weights and KV cache."""
+def measure_engine(
+    kind: str, model: Any, about: dict[str, Any], tokens: int, *, loads: bool
+) -> None:
+    """Measure an engine: one stream, with `loads` several, and memory without the KV cache."""
     mx.reset_peak_memory()
-    kv_bytes = 4 << 30
-    engine = make_engine(model, 64, "shortest-first", kv_bytes, 4096)
+    kv_bytes, begun = 4 << 30, time.perf_counter()
+    engine = make_engine(model, 64 if loads else 1, "shortest-first", kv_bytes, 4096)
+    start_s = round(time.perf_counter() - begun, 1)
     one = [one_stream(engine, tokens) for _ in range(4)][1:]
-    held = mx.get_active_memory() - kv_bytes
+    held = mx.get_active_memory() - engine.memory_bytes
     show(kind, about | {
         "one_stream_tok_s": round(statistics.median(one), 1),
-        "runs": [round(rate, 1) for rate in one],
-        "active_besides_kv": held, "peak_of_decoding": mx.get_peak_memory() - kv_bytes,
+        "runs": [round(rate, 1) for rate in one], "start_s": start_s,
+        "active": mx.get_active_memory(), "planned_besides_weights": engine.memory_bytes,
+        "active_besides_plan": held, "peak": mx.get_peak_memory(),
     })  # fmt: skip
+    if not loads:
+        return
     many: dict[int, list[float]] = {}
     for count in (8, 32, 64):
         many[count] = [round(streams(engine, count)) for _ in range(2)]
@@ -186,7 +192,7 @@ def measure_engine(kind: str, model: Any, about: dict[str, Any], tokens: int) ->
 KEEP = {"none": (), "some": gguf_planes.KEPT, "all": tuple(blocks.BLOCK_TYPES)}
 
 
-def measure_models(mixes: Sequence[str], keep: str, tokens: int) -> None:
+def measure_models(mixes: Sequence[str], keep: str, tokens: int, *, loads: bool) -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name in mixes:
             path = Path(directory, f"{name}.gguf")
@@ -205,23 +211,37 @@ def measure_models(mixes: Sequence[str], keep: str, tokens: int) -> None:
                 "write_s": round(written - begun, 1),
                 "load_s": round(time.perf_counter() - written, 1),
             }  # fmt: skip
-            measure_engine("model", model, about, tokens)
+            show("loaded", about)
+            measure_engine("model", model, about, tokens, loads=loads)
             del model, loader
             path.unlink()
             mx.clear_cache()
 
 
-def measure_peer(tokens: int) -> None:
+def measure_peer(tokens: int, *, layers: int, loads: bool) -> None:
     command = [sys.executable, __file__, "mlx-lm", "--tokens", str(tokens)]
+    command += ["--layers", str(layers)]
     subprocess.run(command, env={**os.environ, **LIMITS}, check=True)
     model = make_model(SHAPE, 4)
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    measure_engine("engine, MLX's 4 bits", model, {"weights": weights}, tokens)
+    measure_engine("engine, MLX's 4 bits", model, {"weights": weights}, tokens, loads=loads)
+
+
+def stream_of_peer(model: Any, tokens: int) -> float:
+    """Return tokens per second of mlx-lm's single-request path after a prompt of two tokens.
+
+    MLX compiles its kernel for the rows of longer prompts for half a minute.
+    """
+    first = 0.0
+    for token, _ in generate_step(mx.array(prompt(2, 1)), model, max_tokens=tokens):
+        int(token)
+        first = first or time.perf_counter()
+    return (tokens - 1) / (time.perf_counter() - first)
 
 
 def measure_mlx_lm(tokens: int) -> None:
     model = make_model(SHAPE, 4)
-    rates = [round(one_stream_of_peer(model, tokens), 1) for _ in range(4)][1:]
+    rates = [round(stream_of_peer(model, tokens), 1) for _ in range(4)][1:]
     show("mlx-lm, MLX's 4 bits", {
         "one_stream_tok_s": statistics.median(rates), "runs": rates,
         "peak": mx.get_peak_memory(),
@@ -250,9 +270,9 @@ BF16 = mx.bfloat16
 SIZES = ((28672, 4096), (4096, 14336), (6144, 4096))
 
 
-def measure_kernels(kinds: Sequence[str], deadline: float) -> None:
+def measure_kernels(kinds: Sequence[str], deadline: float, *, with_mlx: bool) -> None:
     for outputs, inputs in SIZES:
-        for group in (64, 32):
+        for group in (64, 32) if with_mlx else ():
             measure_affine(outputs, inputs, group)
         for name in kinds:
             measure_type(name, outputs, inputs, deadline)
@@ -306,7 +326,7 @@ def measure_type(name: str, outputs: int, inputs: int, deadline: float) -> None:
             how: timed(call, expected, 8 if call is dense else 30) for how, call in ways.items()
         }
 
-    for rows in (1, 4, 8, 32, 128, 256):
+    for rows in (1, 8, 32, 64, 128, 256):
         if time.monotonic() > deadline:
             return
         x = mx.random.normal((rows, inputs)).astype(BF16)
@@ -385,20 +405,24 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="other sizes of the kernels")
     parser.add_argument("--tokens", type=int, default=256, help="of one stream")
     parser.add_argument("--seconds", type=float, default=600, help="no kernel is begun after these")
+    parser.add_argument("--layers", type=int, default=32, help="of the model")
+    parser.add_argument("--no-loads", action="store_true", help="one stream only")
+    parser.add_argument("--no-mlx", action="store_true", help="kernels without MLX's 4 bits")
     args = parser.parse_args()
+    SHAPES[SHAPE][1]["num_hidden_layers"] = args.layers
     deadline = time.monotonic() + args.seconds
     about = {key: value for key, value in mx.device_info().items() if isinstance(value, str | int)}
     show("machine", {"mlx": version("mlx"), **vars(args), **about})
     if args.what == "models":
-        measure_models(args.mixes, args.keep, args.tokens)
+        measure_models(args.mixes, args.keep, args.tokens, loads=not args.no_loads)
     elif args.what == "peer":
-        measure_peer(args.tokens)
+        measure_peer(args.tokens, layers=args.layers, loads=not args.no_loads)
     elif args.what == "mlx-lm":
         measure_mlx_lm(args.tokens)
     elif args.sweep:
         sweep_kernels(args.types, deadline)
     else:
-        measure_kernels(args.types, deadline)
+        measure_kernels(args.types, deadline, with_mlx=not args.no_mlx)
 
 
 if __name__ == "__main__":

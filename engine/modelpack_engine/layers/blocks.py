@@ -148,9 +148,9 @@ class Tile:
     ahead: int
 
 
-#: The most rows for each kernel, as measured: benchmarks/results/blocks-h200.md.
-FEW_ROWS, MOST_ROWS = 16, 128
-TILES = (Tile(8, 8, 2), Tile(32, 8, 2), Tile(64, 4, 1))
+#: The most rows for each kernel, as measured: benchmarks/results/gguf-blocks-h200.md.
+FEW_ROWS, MOST_ROWS = 16, 64
+TILES = (Tile(8, 4, 2), Tile(32, 4, 2), Tile(64, 2, 1))
 #: Simdgroups of a threadgroup, outputs of a simdgroup, loads of a lane that wait together.
 _SIMDGROUPS, _LINES, _AHEAD = 4, 2, 2
 
@@ -163,7 +163,7 @@ def multiply(
     if bias is not None and bias.dtype != x.dtype:
         return multiply(x, weight, kind) + bias
     if launch.backend() != "none" and x.dtype in _TOLERANCES:
-        if 1 < rows <= MOST_ROWS and x.dtype != mx.float32 and _has_tensor_cores():
+        if rows <= MOST_ROWS and x.dtype != mx.float32 and _has_tensor_cores():
             tile = tile_for(rows)
             if tiles_verdict(x.dtype, kind, tile, bias is not None) is None:
                 return run_tiles(x, weight, kind, tile, bias)

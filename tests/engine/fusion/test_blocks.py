@@ -148,8 +148,9 @@ def bodies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("rows", "dtype", "tensor_cores", "kernel"),
     [
-        (1, BF16, True, "dots"),
-        (2, BF16, True, "tiles"),
+        (1, BF16, True, "tiles"),
+        (1, F32, True, "dots"),
+        (1, BF16, False, "dots"),
         (blocks.MOST_ROWS, F16, True, "tiles"),
         (blocks.MOST_ROWS + 1, BF16, True, "values"),
         (2, F32, True, "dots"),
