@@ -2,8 +2,8 @@
 
     python ask.py ADDRESS HOST MODEL COUNT DONE
 
-Sends at least COUNT requests by four threads, and goes on until the file DONE exists. Prints JSON:
-the number of answers, and the first failures.
+Sends at least COUNT requests by four threads, with sixteen prompts in turn, and goes on until the
+file DONE exists. Prints JSON: the number of answers, and the first failures.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ import sys
 import threading
 from pathlib import Path
 
-BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+PROMPTS = 16
 
 
 def main() -> None:
     address, host, model, count, done = sys.argv[1:]
-    body = json.dumps({**BODY, "model": model}).encode()
+    bodies = [
+        json.dumps({
+            "model": model, "max_tokens": 2,
+            "messages": [{"role": "user", "content": f"Hello {number}"}],
+        }).encode()
+        for number in range(PROMPTS)
+    ]  # fmt: skip
     headers = {"Host": host, "Content-Type": "application/json"}
     lock, answers, failures = threading.Lock(), 0, list[str]()
 
-    def ask() -> str | None:
+    def ask(body: bytes) -> str | None:
         connection = http.client.HTTPConnection(address, timeout=60)
         try:
             connection.request("POST", "/v1/chat/completions", body, headers)
@@ -41,9 +47,10 @@ def main() -> None:
         nonlocal answers
         while True:
             with lock:
-                if answers + len(failures) >= int(count) and Path(done).exists():
+                sent = answers + len(failures)
+                if sent >= int(count) and Path(done).exists():
                     return
-            failure = ask()
+            failure = ask(bodies[sent % PROMPTS])
             with lock:
                 if failure is None:
                     answers += 1

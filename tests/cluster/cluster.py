@@ -45,7 +45,7 @@ def build_programs(cache: Path) -> Path:
         require(needed)
     made = {name: build_go_tool(HERE / "kubernetes", cache) for name in PROGRAMS}
     made |= {name: build_go_tool(HERE / "containerd", cache, name) for name in CONTAINERD}
-    made["pause"] = build_go_tool(HERE / "pause", cache)
+    made |= {name: build_go_tool(HERE / name, cache) for name in ("dns", "pause")}
     key = hashlib.sha256(" ".join(str(made[name]) for name in sorted(made)).encode())
     directory = cache.absolute() / "cluster" / key.hexdigest()[:16]
     directory.mkdir(parents=True, exist_ok=True)
@@ -177,6 +177,7 @@ class Cluster:
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%",
                              "imagefs.available": "1%"},
             "imageGCHighThresholdPercent": 100,
+            "clusterDNS": [ADDRESS], "clusterDomain": "cluster.local",
         })  # fmt: skip
         _write_json(place / "proxy.json", {
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
@@ -195,6 +196,10 @@ class Cluster:
             _CONTAINERD.format(place=place, cni=_cni_plugins(), runc=require("runc"), pause=PAUSE)
         )
         config = str(place / "kubeconfig")
+        (place / "Corefile").write_text(
+            f"cluster.local {{\n bind {ADDRESS}\n errors\n"
+            f" kubernetes cluster.local {{\n  kubeconfig {config}\n }}\n}}\n"
+        )
         _write_json(place / "commands.json", [
             ["etcd", "--data-dir", str(place / "etcd"), "--unsafe-no-fsync"],
             ["containerd", "-c", str(place / "containerd.toml")],
@@ -212,6 +217,7 @@ class Cluster:
             ["kubelet", f"--config={place / 'kubelet.json'}", f"--kubeconfig={config}",
              f"--root-dir={place / 'kubelet'}", "--hostname-override=node", f"--node-ip={ADDRESS}"],
             ["kube-proxy", f"--config={place / 'proxy.json'}"],
+            ["dns", "-conf", str(place / "Corefile")],
         ])  # fmt: skip
 
 

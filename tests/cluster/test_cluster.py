@@ -6,11 +6,13 @@ from their Go modules, which takes a quarter of an hour of a processor.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from tests.cluster.cluster import (
     remove_tree,
     until,
 )
+from tests.cluster.node import ADDRESS
+from tests.deployment.schemas import CUSTOM, custom_definition
 from tests.engine.serving.tiny import write_tiny
 from tests.interop.compose import ROOT
 from tests.interop.engine import require_engine
@@ -121,15 +125,18 @@ def address(cluster: Cluster, name: str) -> str:
     return str(cluster.get("service", name)["spec"]["clusterIP"])
 
 
-def ask(cluster: Cluster, name: str, model: str, content: str, max_tokens: int = 16) -> Any:
-    """Send a chat request through the Service."""
+def ask(
+    cluster: Cluster, name: str, model: str, content: str, max_tokens: int = 16, caller: str = ""
+) -> Any:
+    """Send a chat request through the Service, with a caller's name for traces."""
     body = {
         "model": model, "max_tokens": max_tokens, "temperature": 0,
         "messages": [{"role": "user", "content": content}],
     }  # fmt: skip
     return json.loads(
         cluster.run("curl", "-s", "-m", "120", "-H", f"Host: {name}", "-H",
-                    "Content-Type: application/json", "-d", json.dumps(body),
+                    "Content-Type: application/json", "-H", f"X-Modelpack-Caller: {caller}",
+                    "-d", json.dumps(body),
                     f"http://{address(cluster, name)}/v1/chat/completions")
     )  # fmt: skip
 
@@ -167,28 +174,176 @@ def test_a_rolling_update_fails_no_request(cluster: Cluster) -> None:
     apply(cluster, before, "tiny")
     old = {pod["metadata"]["name"] for pod in pods(cluster, "tiny")}
     done = cluster.directory / "update-done"
-    with subprocess.Popen(
-        cluster.command(
-            sys.executable, str(Path(__file__).with_name("ask.py")), address(cluster, "tiny"),
-            "tiny", "tiny", "3000", str(done),
-        ),
-        stdout=subprocess.PIPE, text=True,
-    ) as asking:  # fmt: skip
+    with asking(cluster, "tiny", done) as process:
         try:
             apply(cluster, after, "tiny", 280)
-            until(
-                "the old pods are gone",
-                lambda: not old & {pod["metadata"]["name"] for pod in pods(cluster, "tiny")},
-                120, lambda: cluster.kubectl("get", "pods"),
-            )  # fmt: skip
+            until_replaced(cluster, "tiny", "model", old)
         finally:
             done.touch()
-        told, _ = asking.communicate(timeout=600)
+        told, _ = process.communicate(timeout=600)
     found = json.loads(told)
     assert found["failures"] == []
     assert found["answers"] >= 3000
     assert len(pods(cluster, "tiny")) == 2
     delete(cluster, after)
+
+
+def asking(cluster: Cluster, name: str, done: Path) -> subprocess.Popen[str]:
+    """Send 3,000 requests through a Service, and more until the file `done` exists."""
+    return subprocess.Popen(
+        cluster.command(
+            sys.executable, str(Path(__file__).with_name("ask.py")), address(cluster, name),
+            name, name, "3000", str(done),
+        ),
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def until_replaced(cluster: Cluster, name: str, component: str, old: set[str]) -> None:
+    until(
+        f"the old pods of {name} ({component}) are gone",
+        lambda: not old & pod_names(cluster, name, component),
+        120, lambda: cluster.kubectl("get", "pods"),
+    )  # fmt: skip
+
+
+def pod_names(cluster: Cluster, name: str, component: str) -> set[str]:
+    labels = f"app.kubernetes.io/name={name},app.kubernetes.io/component={component}"
+    return {pod["metadata"]["name"] for pod in cluster.get("pods", "-l", labels)["items"]}
+
+
+def test_a_rolling_update_behind_a_gateway_fails_no_request(cluster: Cluster) -> None:
+    """3,000 requests, while the pods of the model and then those of the gateway are replaced."""
+    before, after = (
+        manifests(cluster, f"{REGISTRY}/team/tiny:{version}", "behind", "--replicas", "2",
+                  "--served-model-name", "behind", "--gateway")
+        for version in ("v1", "v2")
+    )  # fmt: skip
+    apply(cluster, before, "behind")
+    cluster.kubectl("rollout", "status", "deployment/behind-gateway", "--timeout=60s")
+    servers, gateways = (pod_names(cluster, "behind", part) for part in ("model", "gateway"))
+    assert (len(servers), len(gateways)) == (2, 2)
+    done = cluster.directory / "behind-done"
+    with asking(cluster, "behind", done) as process:
+        try:
+            apply(cluster, after, "behind", 280)
+            until_replaced(cluster, "behind", "model", servers)
+            cluster.kubectl("rollout", "restart", "deployment/behind-gateway")
+            cluster.kubectl("rollout", "status", "deployment/behind-gateway", "--timeout=120s")
+            until_replaced(cluster, "behind", "gateway", gateways)
+        finally:
+            done.touch()
+        told, _ = process.communicate(timeout=600)
+    found = json.loads(told)
+    print(f"{found['answers']} answers, {len(found['failures'])} failures")
+    assert found["failures"] == []
+    assert found["answers"] >= 3000
+    delete(cluster, after)
+
+
+def test_gateways_send_a_prompt_to_the_same_pod(cluster: Cluster) -> None:
+    """Both gateways, each asked over connections that the Service spreads."""
+    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "alike", "--replicas", "2",
+                     "--served-model-name", "alike", "--gateway")  # fmt: skip
+    apply(cluster, text, "alike")
+    cluster.kubectl("rollout", "status", "deployment/alike-gateway", "--timeout=60s")
+    try:
+        for prompt in range(8):
+            for _ in range(6):
+                ask(cluster, "alike", "alike", f"Hello {prompt}", 2, f"prompt-{prompt}")
+        traces = [
+            (pod, json.loads(line))
+            for pod in pod_names(cluster, "alike", "gateway")
+            for line in cluster.kubectl("logs", pod).splitlines()
+            if line.startswith("{") and '"caller":"prompt-' in line.replace(" ", "")
+        ]
+        assert len(traces) == 48
+        assert len({pod for pod, _ in traces}) == 2
+        chosen = {(trace["caller"], trace["upstream"]) for _, trace in traces}
+        assert len(chosen) == 8, "each prompt has one upstream"
+        assert len({upstream for _, upstream in chosen}) == 2
+    finally:
+        delete(cluster, text)
+
+
+#: A stand-in for vLLM that says what it finds in the directory of the model, and is healthy.
+STAND_IN = """
+import hashlib, http.server, os, pathlib, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+for path in sorted(pathlib.Path(sys.argv[1]).rglob("*")):
+    if path.is_file():
+        print(hashlib.sha256(path.read_bytes()).hexdigest(), path.name, flush=True)
+print("read-only:", bool(os.statvfs(sys.argv[1]).f_flag & os.ST_RDONLY), flush=True)
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("", 8000), Healthy).serve_forever()
+"""
+
+
+def test_an_image_volume_has_the_files_of_the_model(cluster: Cluster) -> None:
+    """The pod that is printed for vLLM, with a stand-in for vLLM, which needs a GPU."""
+    image = f"{REGISTRY}/team/tiny-image"
+    digest = modelpack(cluster, "convert", f"{REGISTRY}/team/tiny:v1", f"{image}:v1", "--to",
+                       "image", "--push", "--plain-http").strip()  # fmt: skip
+    text = modelpack(
+        cluster, "k8s", f"{REGISTRY}/team/tiny:v1", "--image", IMAGE, "--plain-http", "--name",
+        "mounted", "--model-image", f"{image}@{digest}", "--cpus", "0.2", "--json",
+    )  # fmt: skip
+    listed = json.loads(text)
+    [server] = listed["items"][0]["spec"]["template"]["spec"]["containers"]
+    where = server["command"][2]
+    server["command"] = ["python3", "-c", STAND_IN, where]
+    del server["resources"]["limits"]["nvidia.com/gpu"]
+    server["resources"]["requests"]["memory"] = server["resources"]["limits"]["memory"] = "256Mi"
+    text = json.dumps(listed)
+    apply(cluster, text, "mounted")
+    try:
+        told = cluster.kubectl("logs", "deployment/mounted").splitlines()
+        found = dict(line.split(maxsplit=1)[::-1] for line in told[:-1])
+        files = cluster.directory / "v1"
+        for name in ("model.safetensors", "config.json"):
+            assert found[name] == hashlib.sha256((files / name).read_bytes()).hexdigest()
+        assert told[-1] == "read-only: True", told
+    finally:
+        delete(cluster, text)
+
+
+def is_known(cluster: Cluster, definition: dict[str, Any]) -> bool:
+    found = cluster.get("crd", definition["metadata"]["name"])["status"].get("conditions") or ()
+    return ("Established", "True") in [(each["type"], each["status"]) for each in found]
+
+
+def test_the_server_takes_the_objects_of_operators(cluster: Cluster) -> None:
+    """With the definitions of LeaderWorkerSet, KServe and Prometheus' operator, by dry run."""
+    for kind in CUSTOM:
+        definition = custom_definition(kind)
+        cluster.kubectl("create", "-f", "-", input=json.dumps(definition))
+        until(f"{kind} is known", partial(is_known, cluster, definition), 60, lambda: "")
+    tiny = f"{REGISTRY}/team/tiny:v1"
+    # Nothing is mounted, and this host does not answer.
+    image = f"{ADDRESS}:9/team/tiny-image@sha256:{'a' * 64}"
+    vllm = ("--engine", "vllm", "--model-image", image)
+    for options, kinds in (
+        (("--monitor", "--gateway"), {"deployment", "service", "poddisruptionbudget",
+                                      "servicemonitor"}),
+        (("--engine", "vllm", "--nodes", "2", "--max-replicas", "2"),
+         {"leaderworkerset", "service", "horizontalpodautoscaler", "poddisruptionbudget"}),
+        (("--kserve",), {"inferenceservice"}),
+        ((*vllm, "--kserve"), {"inferenceservice"}),
+        ((*vllm, "--kserve", "--serving-runtime"), {"inferenceservice", "clusterservingruntime"}),
+    ):  # fmt: skip
+        text = modelpack(cluster, "k8s", tiny, "--engine", "modelpack", "--plain-http",
+                         "--name", "dry", *options)  # fmt: skip
+        told = cluster.kubectl("apply", "--dry-run=server", "-f", "-", input=text)
+        assert {line.partition(".")[0].partition("/")[0] for line in told.splitlines()} == kinds
+        wrong = text.replace("\nspec:\n", "\nspec:\n  unheardOf: 1\n", 1)
+        assert wrong != text
+        refused = cluster.kubectl("apply", "--dry-run=server", "-f", "-", input=wrong, check=False)
+        assert len(refused.splitlines()) < len(told.splitlines())
 
 
 def test_a_killed_server_is_restarted(cluster: Cluster) -> None:
