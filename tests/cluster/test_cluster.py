@@ -234,11 +234,11 @@ def test_a_rolling_update_behind_a_gateway_fails_no_request(cluster: Cluster) ->
         finally:
             done.touch()
         told, _ = process.communicate(timeout=600)
+    delete(cluster, after)
     found = json.loads(told)
     print(f"{found['answers']} answers, {len(found['failures'])} failures")
     assert found["failures"] == []
     assert found["answers"] >= 3000
-    delete(cluster, after)
 
 
 def test_gateways_send_a_prompt_to_the_same_pod(cluster: Cluster) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import socket
 
 import httpx
 import pytest
+import uvicorn
 
 from modelpack.errors import UsageError
+from modelpack.http import listener
+from modelpack_server.gateway.app import KEPT_SECONDS
 from modelpack_server.gateway.upstreams import Upstreams, addresses_of
 from tests.gateway.servers import PATIENCE, Upstream, serving, unused_url
 
@@ -167,3 +171,10 @@ def test_urls_that_are_none(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         Upstreams([url])
     assert "pw-secret" not in str(caught.value)
+
+
+def test_a_gateway_closes_idle_connections_long_before_servers_do() -> None:
+    """A request that a gateway sends while the server closes the connection is a 502."""
+    kept = uvicorn.Config(Upstream()).timeout_keep_alive
+    assert "timeout_keep_alive" not in inspect.getsource(listener), "ours keep uvicorn's default"
+    assert kept / 2 >= KEPT_SECONDS

@@ -28,6 +28,10 @@ from modelpack_server.gateway.upstreams import (
 )
 
 _KEPT_CONNECTIONS = 100
+#: Seconds for which idle connections to upstreams are kept: much less than servers keep them, which
+#: is 5 for uvicorn's (ours and vLLM's). A request that meets the server's close is lost, since the
+#: server may have begun it.
+KEPT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,9 @@ class _Gateway:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         limits = httpx.Limits(
-            max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS, keepalive_expiry=30
+            max_connections=None,
+            max_keepalive_connections=_KEPT_CONNECTIONS,
+            keepalive_expiry=KEPT_SECONDS,
         )
         # Ignore the environment's proxies and certificates: upstreams are configured explicitly.
         async with httpx.AsyncHTTPTransport(limits=limits, trust_env=False) as transport:
