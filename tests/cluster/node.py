@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ADDRESS = "10.10.0.1"
@@ -59,18 +60,13 @@ def prepare(directory: Path) -> None:
     run("hostname", "node")
 
 
-def start(directory: Path) -> list[subprocess.Popen[bytes]]:
-    commands: list[list[str]] = json.loads((directory / "commands.json").read_text())
+def start(directory: Path, command: list[str]) -> int:
+    """Start a program of the node; return its process id."""
     environment = {
         "PATH": f"{directory / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(directory),
     }  # fmt: skip
-    started = []
-    for command in commands:
-        with open(directory / "log" / f"{Path(command[0]).name}.log", "wb") as log:
-            started.append(
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            )
-    return started
+    with open(directory / "log" / f"{Path(command[0]).name}.log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment).pid
 
 
 def main() -> None:
@@ -78,13 +74,15 @@ def main() -> None:
     # The end of PID 1 ends everything in its namespace.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     prepare(directory)
-    start(directory)
+    commands: list[list[str]] = json.loads((directory / "commands.json").read_text())
+    running = {start(directory, command): command for command in commands}
     (directory / "started").touch()
     while True:
-        try:
-            os.wait()  # also the orphans of containers
-        except ChildProcessError:
-            signal.pause()
+        ended, _ = os.wait()  # also the orphans of containers
+        if ended in running:  # as the kubelet does before containerd has its socket
+            time.sleep(0.5)
+            command = running.pop(ended)
+            running[start(directory, command)] = command
 
 
 if __name__ == "__main__":

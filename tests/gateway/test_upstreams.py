@@ -156,8 +156,11 @@ def test_the_systems_resolver() -> None:
         asyncio.run(addresses_of("no-such-name.invalid", 80))
 
 
-@pytest.mark.parametrize("url", ["dns+https://servers", "dns+servers", "dns+", "dns+dns+http://h",
-                                 "dns+http://u:pw-secret@h", f"dns+http://{'x' * 64}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "url",
+    ["dns+https://servers", "dns+servers", "dns+", "dns+dns+http://h", "dns+http://u:pw-secret@h",
+     f"dns+http://{'x' * 64}", "dns+http://a b", "dns+http://[::1]", "dns+http://-a"],
+)  # fmt: skip
 def test_names_that_are_none(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         Upstreams([url])

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import math
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
@@ -32,6 +33,7 @@ _LONGEST_REST = 30.0
 #: Before a URL: each address of its host name is an upstream; they are looked up with each probe.
 DNS = "dns+"
 _LOOKUP_TIMEOUT = 5.0
+_HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _LOG = logging.getLogger("modelpack_server.gateway")
 
 
@@ -241,6 +243,11 @@ def _parse_name(text: str) -> httpx.URL:
     The names in certificates are no addresses, so https is for fixed URLs.
     """
     url = _parse(text.removeprefix(DNS), text)
+    if not _HOST_NAME.fullmatch(url.host):
+        raise UsageError(
+            f"{url.host[:200]!r} is not a valid host name",
+            hint=f"expected a URL like {DNS}http://servers.example:12434",
+        )
     if url.scheme != "http":
         raise UsageError(
             f"{text[:200]!r} is not a valid upstream: addresses from DNS are reached by http only",
