@@ -100,6 +100,7 @@ def serve_ours(pace: Pace, directory: Path, *, protected: bool) -> None:
         max_model_len = 4096
         vocab_size = 258
         memory_bytes = 1
+        vision, no_vision = None, ""
         tokenizer = Tokenizer(backend, text=TokenText.BYTE_LEVEL, eos_token_ids=[257])
 
         def __init__(self) -> None:
