@@ -167,7 +167,7 @@ def measure_engine(
     show(kind, about | {
         "one_stream_tok_s": round(statistics.median(one), 1),
         "runs": [round(rate, 1) for rate in one], "start_s": start_s,
-        "active": mx.get_active_memory(), "planned_besides_weights": engine.memory_bytes,
+        "active": mx.get_active_memory(), "planned": engine.memory_bytes,
         "active_besides_plan": held, "peak": mx.get_peak_memory(),
     })  # fmt: skip
     if not loads:
