@@ -43,6 +43,7 @@ def test_the_model_in_a_form() -> None:
         (form(MODEL), 200, ""),
         (form(field("model", "other")), 403, "may not use the model 'other'"),
         (form(MODEL, field("model", "other")), 400, "model: expected exactly one name"),
+        (form(MODEL, field("model", "")), 400, "model: expected exactly one name"),
         (form(field("Model", "other"), MODEL), 400, "model: expected exactly one name"),
         (form(field("name", "ai/smollm2")), 400, "model: expected exactly one name"),
         (form(field("model", "")), 400, "model: expected exactly one name"),

@@ -258,10 +258,11 @@ def look_into_form(body: bytes, content_type: str) -> Asked:
         form.end()
     except FormError:
         return Asked(prompt_tokens=tokens)
-    named = [(name, value) for name, value in form.fields if name.casefold() == "model" and value]
+    fields = [(name, value) for name, value in form.fields if name.casefold() == "model"]
+    named = [(name, value) for name, value in fields if value]
     return Asked(
         models=tuple(value for _, value in named),
-        ambiguous=len(named) > 1,
+        ambiguous=len(fields) > 1,
         fields=frozenset(name for name, _ in named) & {"model"},
         valid=True,
         prompt_tokens=tokens,
