@@ -167,13 +167,57 @@ def _tagged(pod: dict[str, Any]) -> None:
 def _another(pod: dict[str, Any]) -> None:
     """Pull another model in a container of one's own."""
     own = deepcopy(pod["spec"]["initContainers"][0])
-    own |= {"name": "own", "command": ["modelpack", "pull", "hub.example/evil:v1"]}
+    own |= {"name": "own", "command": ["modelpack", "pull", EVIL]}
     pod["spec"]["initContainers"].append(own)
 
 
+def _pulled_too(pod: dict[str, Any]) -> None:
+    """Pull another model with the same command."""
+    pod["spec"]["initContainers"][0]["command"] = ["modelpack", "pull", _model(pod), EVIL]
+
+
+def _in_arguments(pod: dict[str, Any]) -> None:
+    """Pull another model by the arguments, which follow the command."""
+    pull = pod["spec"]["initContainers"][0]
+    pull |= {"command": ["modelpack", "pull", _model(pod)], "args": [EVIL]}
+
+
+def _as_a_name(pod: dict[str, Any]) -> None:
+    """Serve another model under the name of the signed one."""
+    command = ["modelpack", "serve", EVIL, "--served-model-name", _model(pod)]
+    pod["spec"]["containers"][0]["command"] = command
+
+
+def _after_a_space(pod: dict[str, Any]) -> None:
+    """Serve another model after a value that contains an option."""
+    pod["spec"]["containers"][0]["command"] += ["--port", "80 --host", EVIL]
+
+
+def _by_a_hook(pod: dict[str, Any]) -> None:
+    """Pull another model after the start."""
+    hook = {"postStart": {"exec": {"command": ["modelpack", "pull", EVIL]}}}
+    pod["spec"]["containers"][0]["lifecycle"] = hook
+
+
+def _by_a_probe(pod: dict[str, Any]) -> None:
+    """Pull another model to test whether the server is alive."""
+    probe = {"exec": {"command": ["modelpack", "pull", EVIL]}}
+    pod["spec"]["containers"][0]["livenessProbe"] = probe
+
+
+def _model(pod: dict[str, Any]) -> str:
+    """Return the model that a pod pulls."""
+    command = pod["spec"]["initContainers"][0]["command"]
+    return next(str(word) for word in command if "@sha256:" in word)
+
+
+EVIL = "hub.example/evil:v1"
+DENIED = "only with one model, named by digest"
 CLUSTER, MODELS = "kyverno-cluster-policy.yaml", "kyverno-image-validating-policy.yaml"
 TOOL = "--tool-image", "HOST/modelpack:signed"
 VLLM, OWN = TOOL, ("--engine", "modelpack", *TOOL)
+REMOTE = "--plain-http", "--insecure", "other.example:5000"
+ALL = (*REMOTE, "--gpus", "2", "--monitor", "--allow-host", "ai.example")
 #: Policy, model, options of `modelpack k8s`, change of the pod, and why it is denied.
 ADMITTED: dict[str, tuple[str, str, tuple[str, ...], Callable[..., None] | None, str | None]] = {
     "signed images": (CLUSTER, "signed", VLLM, None, None),
@@ -189,8 +233,16 @@ ADMITTED: dict[str, tuple[str, str, tuple[str, ...], Callable[..., None] | None,
     "an unsigned model": (MODELS, "unsigned", VLLM, None, "the model is not signed by the team"),
     "an unsigned model, our engine": (
         MODELS, "unsigned", OWN, None, "the model is not signed by the team"),
-    "a model by its tag": (MODELS, "signed", VLLM, _tagged, "only with one model, named by digest"),
-    "a second model": (MODELS, "signed", VLLM, _another, "only with one model, named by digest"),
+    "a signed model, all options": (MODELS, "signed", (*OWN, *ALL), None, None),
+    "a signed model, options of the registry": (MODELS, "signed", (*VLLM, *REMOTE), None, None),
+    "a model by its tag": (MODELS, "signed", VLLM, _tagged, DENIED),
+    "a second model": (MODELS, "signed", VLLM, _another, DENIED),
+    "a second model, same command": (MODELS, "signed", VLLM, _pulled_too, DENIED),
+    "a second model in the arguments": (MODELS, "signed", OWN, _in_arguments, DENIED),
+    "a signed model as the name of another": (MODELS, "signed", OWN, _as_a_name, DENIED),
+    "a second model after a space": (MODELS, "signed", OWN, _after_a_space, DENIED),
+    "a second model by a hook": (MODELS, "signed", OWN, _by_a_hook, DENIED),
+    "a second model by a probe": (MODELS, "signed", OWN, _by_a_probe, DENIED),
     "a signed volume of a model": (
         MODELS, "signed", ("--model-image", "HOST/team/signed:image"), None, None),
     "an unsigned volume of a model": (
