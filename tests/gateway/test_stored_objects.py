@@ -116,5 +116,11 @@ def test_addresses_from_dns_keep_no_files() -> None:
             assert "fixed address" in refused.json()["error"]["message"]
         with gateway(name, home, lookup=lookup) as served:
             assert served.client.get("/v1/files").status_code == 200
-    assert [asked.target for asked in found.asked] == [b"/v1/models"]
+        with gateway(url, name, lookup=lookup) as served:  # the same address, fixed and found
+            assert served.client.get("/v1/files/file-1").status_code == 200
+        with gateway(url, url) as served:
+            assert served.client.get("/v1/files/file-2").status_code == 200
+    assert [asked.target for asked in found.asked] == [
+        b"/v1/models", b"/v1/files/file-1", b"/v1/files/file-2",
+    ]  # fmt: skip
     assert [asked.target for asked in fixed.asked] == [b"/v1/files"]

@@ -114,6 +114,15 @@ def test_each_address_of_a_name_is_an_upstream() -> None:
     assert (fixed.healthy, found.healthy) == (True, False), "it was not probed"
 
 
+def test_an_address_that_is_given_twice_is_one_upstream() -> None:
+    names = Names("10.0.0.1", "10.0.0.2")
+    fixed = "http://10.0.0.1:80/", "http://10.0.0.1"
+    upstreams = Upstreams([*fixed, "dns+http://servers", "dns+http://others"], lookup=names)
+    [home] = upstreams.all
+    assert asyncio.run(looked_up(upstreams)) == ["http://10.0.0.1", "http://10.0.0.2"]
+    assert upstreams.all[0] is upstreams.home is home
+
+
 def test_addresses_come_and_go(caplog: pytest.LogCaptureFixture) -> None:
     names = Names("10.0.0.1", "10.0.0.2")
     upstreams = Upstreams(["dns+http://servers"], policy="prefix", lookup=names)

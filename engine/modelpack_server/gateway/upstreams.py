@@ -125,7 +125,7 @@ class Upstreams:
                 self._fixed.append(Upstream(url, str(url).rstrip("/")))
         if not self._fixed and not self._discovered:
             raise UsageError("a gateway needs an upstream", hint="pass --upstream URL")
-        self.all: tuple[Upstream, ...] = tuple(self._fixed)
+        self.all: tuple[Upstream, ...] = _distinct(self._fixed)
         self._lookup = lookup
         self._policy = policy
         self._turn = 0
@@ -146,7 +146,7 @@ class Upstreams:
             return
         await asyncio.gather(*(self._look_up(each) for each in self._discovered))
         found = [upstream for each in self._discovered for upstream in each.members.values()]
-        self.all = (*self._fixed, *found)
+        self.all = _distinct((*self._fixed, *found))
 
     async def _look_up(self, discovered: _Discovered) -> None:
         url = discovered.url
@@ -235,6 +235,14 @@ class Upstreams:
             await asyncio.gather(*(self.probe(transport, upstream) for upstream in self.all))
             well = bool(self.all) and all(upstream.healthy for upstream in self.all)
             await asyncio.sleep(interval if well else min(interval, PROBE_INTERVAL_DOWN))
+
+
+def _distinct(upstreams: Iterable[Upstream]) -> tuple[Upstream, ...]:
+    """Return the first upstream of each name; an address may be given and found in DNS too."""
+    first: dict[str, Upstream] = {}
+    for upstream in upstreams:
+        first.setdefault(upstream.name, upstream)
+    return tuple(first.values())
 
 
 def _parse_name(text: str) -> httpx.URL:
