@@ -70,13 +70,21 @@ def _kustomization(fields: Mapping[str, Any]) -> str:
 
 
 def _images(objects: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the tags of the images of containers; a digest has no tag to change."""
-    found: dict[str, str] = {}
+    """Return the tag of each image of containers that has one, and no digest.
+
+    An entry changes all images of a name, so names with several tags have none.
+    """
+    found: dict[str, set[str]] = {}
     for image in _containers_images(objects):
-        name, colon, tag = image.rpartition(":")
-        if colon and "/" not in tag and "@" not in image:
-            found[name] = tag
-    return [{"name": name, "newTag": tag} for name, tag in found.items()]
+        name, _, digest = image.partition("@")
+        head, colon, tag = name.rpartition(":")
+        if colon and "/" not in tag:
+            name = head
+        else:
+            tag = ""
+        found.setdefault(name, set()).add("" if digest else tag)
+    single = {name: tags.pop() for name, tags in found.items() if len(tags) == 1}
+    return [{"name": name, "newTag": tag} for name, tag in single.items() if tag]
 
 
 def _containers_images(value: Any) -> list[str]:

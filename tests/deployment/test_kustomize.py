@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from modelpack.deploy.manifests import kustomization
 from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.cli.running import modelpack as run
@@ -27,8 +28,10 @@ SHAPES = {
     "gateway": ("--gateway", "--engine", "modelpack", "--replicas", "2"),
     "nodes": ("--nodes", "2", "--gpus", "8"),
     "kserve": ("--kserve", "--engine", "modelpack"),
+    "tags": ("--engine", "modelpack", "--tool-image", "hub.example:5000/modelpack:1", "--image",
+             "hub.example:5000/modelpack:1-engine"),
     "pinned": ("--image", f"registry.example:5000/server@sha256:{'a' * 64}"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,30 @@ def test_the_files_have_the_printed_objects(published: str, tmp_path: Path, shap
     assert list(yaml.safe_load_all(text)) == printed(published, *SHAPES[shape])
     overlay = yaml.safe_load((made / "overlays/production/kustomization.yaml").read_text())
     names = [image["name"] for image in overlay.get("images", ())]
-    assert ("registry.example:5000/server" in names, "modelpack" in names) == (False, True)
+    assert "registry.example:5000/server" not in names
+    assert ("modelpack" in names) == (shape != "tags")
+
+
+@pytest.mark.parametrize(
+    ("containers", "expected"),
+    [
+        (["hub/tool:1", "hub/tool:1", "server:v2"], {"hub/tool": "1", "server": "v2"}),
+        (["hub:5000/tool:1", "hub:5000/tool:2"], {}),
+        (["hub/tool:1", "hub/tool"], {}),
+        (["hub:5000/tool", "hub:5000/tool:1", "server:v2"], {"server": "v2"}),
+        ([f"tool@sha256:{'a' * 64}", "tool:1"], {}),
+        ([f"tool:1@sha256:{'a' * 64}", "tool:1"], {}),
+        ([f"tool@sha256:{'a' * 64}", "hub:5000/tool"], {}),
+    ],
+)
+def test_an_overlay_has_the_images_with_one_tag(
+    containers: list[str], expected: dict[str, str]
+) -> None:
+    """An entry for a name changes all tags of that name."""
+    item = {"kind": "Pod", "spec": {"containers": [{"image": image} for image in containers]}}
+    text = kustomization([item])["overlays/production/kustomization.yaml"]
+    images = yaml.safe_load(text).get("images", ())
+    assert {image["name"]: image["newTag"] for image in images} == expected
 
 
 def test_directories_that_are_not_empty(published: str, tmp_path: Path) -> None:
