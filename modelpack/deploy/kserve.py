@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from modelpack.deploy.kubernetes import (
-    MODEL_MOUNT,
     MODEL_VOLUME,
     Workload,
     manifest,
@@ -77,8 +76,10 @@ def _serving_runtime(workload: Workload) -> dict[str, Any]:
     """Return the runtime: the pod of a Deployment, with the model where KServe mounts it."""
     pod = pod_spec(workload, _CONTAINER, f"{workload.name}-predictor")
     [server] = pod["containers"]
-    where = f"{MODEL_MOUNT}/models"
-    server["command"] = [word.replace(where, _KSERVE_MOUNT) for word in server["command"]]
+    # The model's path is the third word, and in vLLM's flags at the end; a name may look like it.
+    command, flags = server["command"], vllm_flags(workload, _KSERVE_MOUNT)
+    between = command[3 : len(command) - len(flags)]
+    server["command"] = [*command[:2], _KSERVE_MOUNT, *between, *flags]
     server["volumeMounts"] = [one for one in server["volumeMounts"] if one["name"] != MODEL_VOLUME]
     spec = {
         "supportedModelFormats": [{"name": _MODEL_FORMAT}],

@@ -519,6 +519,15 @@ def test_a_serving_runtime_runs_the_image_on_the_mounted_model(published: tuple[
     assert service["spec"]["predictor"]["securityContext"]["runAsUser"] == 10001
 
 
+def test_a_serving_runtime_serves_names_that_contain_the_path(published: tuple[str, str]) -> None:
+    """Only the path of the model changes, and that of its chat template."""
+    name = "registry.example/model/models:v1"
+    options = ("--model-image", IMAGE, "--served-model-name", name)
+    runtime, _ = objects(published[0], "--kserve", "--serving-runtime", *options)
+    [server] = runtime["spec"]["containers"]
+    assert server["command"][2:5] == ["/mnt/models", "--served-model-name", name]
+
+
 def test_json_is_a_list(published: tuple[str, str]) -> None:
     value = json.loads(succeed("k8s", published[0], "--json").stdout)
     assert value["kind"] == "List"

@@ -137,6 +137,10 @@ def test_pods_get_them(store: LayoutStore, image: str | None, template: str) -> 
         predictor = inference_service(made)[0]["spec"]["predictor"]
         assert "--max-model-len=1024" in predictor["model"]["args"]
         assert "--chat-template=/mnt/models/mine.jinja" in predictor["model"]["args"]
+        [runtime, _] = inference_service(made, own_runtime=True)
+        [container] = runtime["spec"]["containers"]
+        changed = [word.replace("/model/models/", "/mnt/models/") for word in wanted]
+        assert container["command"][-3:] == changed
 
 
 def test_a_model_that_vllm_cannot_read_is_not_pulled(tmp_path: Path) -> None:
