@@ -87,6 +87,8 @@ def _serving_runtime(workload: Workload) -> dict[str, Any]:
         "volumes": [volume for volume in pod["volumes"] if volume["name"] != MODEL_VOLUME],
     }
     made = manifest("serving.kserve.io/v1alpha1", "ClusterServingRuntime", workload, spec)
-    made["metadata"]["name"] = f"{workload.name}-runtime"
-    made["metadata"].pop("namespace", None)  # it belongs to the cluster
+    # It belongs to the cluster, where two namespaces may have models of one name.
+    namespace = made["metadata"].pop("namespace", None)
+    name = f"{workload.name}-runtime"
+    made["metadata"]["name"] = f"{namespace}.{name}" if namespace else name
     return made

@@ -506,7 +506,7 @@ def test_a_serving_runtime_runs_the_image_on_the_mounted_model(published: tuple[
     assert runtime["kind"] == "ClusterServingRuntime"
     assert "namespace" not in runtime["metadata"]
     model = service["spec"]["predictor"]["model"]
-    assert model["runtime"] == runtime["metadata"]["name"] == "tiny-runtime"
+    assert model["runtime"] == runtime["metadata"]["name"] == "models.tiny-runtime"
     assert model["storageUri"] == f"oci+native://{IMAGE}"
     assert model["modelFormat"] in runtime["spec"]["supportedModelFormats"]
     [server] = runtime["spec"]["containers"]
@@ -522,8 +522,9 @@ def test_a_serving_runtime_runs_the_image_on_the_mounted_model(published: tuple[
 def test_a_serving_runtime_serves_names_that_contain_the_path(published: tuple[str, str]) -> None:
     """Only the path of the model changes, and that of its chat template."""
     name = "registry.example/model/models:v1"
-    options = ("--model-image", IMAGE, "--served-model-name", name)
+    options = ("--model-image", IMAGE, "--name", "tiny", "--served-model-name", name)
     runtime, _ = objects(published[0], "--kserve", "--serving-runtime", *options)
+    assert runtime["metadata"]["name"] == "tiny-runtime"
     [server] = runtime["spec"]["containers"]
     assert server["command"][2:5] == ["/mnt/models", "--served-model-name", name]
 
