@@ -217,7 +217,10 @@ class ModelThread(Generic[Loaded]):
             return
         finally:
             self._loaded.set()
-        self._serve(self._model)
+        try:
+            self._serve(self._model)
+        finally:
+            self._model = None  # frees its memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +348,6 @@ class AsyncEngine(ModelThread["BaseEngine"]):
         """Stop the thread and free its memory; unfinished requests fail."""
         self._calls.put(None)
         self._thread.join()
-        self._model = None
 
     def _ready(self) -> BaseEngine:
         if self._model is None:
@@ -361,12 +363,6 @@ class AsyncEngine(ModelThread["BaseEngine"]):
         return runs
 
     # The engine's thread
-
-    def _load_and_serve(self) -> None:
-        try:
-            super()._load_and_serve()
-        finally:
-            self._model = None  # frees its memory
 
     def _serve(self, model: BaseEngine) -> None:
         try:

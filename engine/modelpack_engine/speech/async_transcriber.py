@@ -1,8 +1,8 @@
 """AsyncTranscriber: a speech-to-text model in its own thread, which makes every call to MLX.
 
-Requests run one after another, in the order in which they came. A request whose caller no longer
-waits ends before its next window. `AsyncTranscriber` has the interface that the model pool expects
-of an engine, but does not answer prompts.
+Requests run one after another, in the order in which their sound was ready. A request whose caller
+no longer waits gives up its sound at once, and ends before its next window. `AsyncTranscriber` has
+the interface that the model pool expects of an engine, but does not answer prompts.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from modelpack_engine.async_engine import EngineState, ModelThread
@@ -22,6 +23,9 @@ from modelpack_engine.outputs import EngineStats
 from modelpack_engine.speech.transcript import Transcript, TranscriptionRequest
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from modelpack_engine.async_engine import RequestStream
     from modelpack_engine.models.tokenizer import Tokenizer
     from modelpack_engine.request import EngineRequest
@@ -39,10 +43,9 @@ class _DroppedError(Exception):
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    request: TranscriptionRequest
+    request: TranscriptionRequest | None  # None: its caller no longer waits
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[Transcript]
-    is_dropped: bool = False
 
 
 class AsyncTranscriber(ModelThread["Transcriber"]):
@@ -53,6 +56,7 @@ class AsyncTranscriber(ModelThread["Transcriber"]):
 
     def __init__(self, make_model: Callable[[], Transcriber], meter: Meter | None = None) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()  # guards the queue, which is not read after the thread ends
         self._running = 0
         self._finished = 0
         super().__init__("modelpack-transcriber", make_model, meter)
@@ -110,22 +114,33 @@ class AsyncTranscriber(ModelThread["Transcriber"]):
             hint="use it with /v1/audio/transcriptions",
         )
 
-    async def transcribe(self, request: TranscriptionRequest) -> Transcript:
+    async def transcribe(
+        self,
+        request: TranscriptionRequest,
+        sound: Callable[[], Awaitable[NDArray[np.float32]]] | None = None,
+    ) -> Transcript:
         """Return the transcript; cancelling the call stops the work at the next window.
+
+        With `sound`, it makes the samples, and is called once the settings of the request are
+        checked and the request has a place in the queue.
 
         Raises `RequestError` for a request that the model cannot fulfil, `QueueFullError`, and
         `EngineError` if the model fails or is unloaded.
         """
         self.model.check(request)
         self.check_queue()
-        if self.state is not EngineState.READY:
-            raise EngineError(f"the model is {self.state}")
         began, reason = time.monotonic(), "error"
         loop = asyncio.get_running_loop()
-        job = _Job(request, loop, loop.create_future())
+        job = _Job(None, loop, loop.create_future())
         self._running += 1
-        self._jobs.put(job)
         try:
+            job.request = request if sound is None else replace(request, samples=await sound())
+            del request
+            job.request.check_sound()
+            with self._gate:
+                if self.state is not EngineState.READY:
+                    raise EngineError(f"the model is {self.state}")
+                self._jobs.put(job)
             made = await job.done
             reason = "stop"
             return made
@@ -133,16 +148,21 @@ class AsyncTranscriber(ModelThread["Transcriber"]):
             reason = "abort"
             raise
         finally:
-            job.is_dropped = True
+            job.request = None
             self._running -= 1
             self._finished += 1
             self.meter.answered(reason, 0, time.monotonic() - began)
 
     def close(self) -> None:
         """Stop the thread; requests that have not ended fail."""
-        self.state = EngineState.STOPPED if self.state is EngineState.READY else self.state
+        self._end()
         self._jobs.put(None)
         self._thread.join()
+
+    def _end(self) -> None:
+        """Accept no more requests."""
+        with self._gate:
+            self.state = EngineState.STOPPED if self.state is EngineState.READY else self.state
 
     # The model's thread
 
@@ -151,23 +171,28 @@ class AsyncTranscriber(ModelThread["Transcriber"]):
             while (job := self._jobs.get()) is not None:
                 if self.state is EngineState.STOPPED:
                     _settle(job, EngineError("the model was stopped"))
-                elif not job.is_dropped:
+                else:
                     self._run_job(model, job)
+                job = None  # a waiting thread keeps no sound
         finally:
-            self.state = EngineState.STOPPED
+            self._end()
             while not self._jobs.empty():
                 if (left := self._jobs.get_nowait()) is not None:
                     _settle(left, EngineError("the model was stopped"))
 
     def _run_job(self, model: Transcriber, job: _Job) -> None:
+        request = job.request  # the caller may drop it at any time
+        if request is None:
+            return
+
         def on_window() -> None:
-            if job.is_dropped:
+            if job.request is None:
                 raise _DroppedError
             if self.state is EngineState.STOPPED:
                 raise EngineError("the model was stopped")
 
         try:
-            _settle(job, model.transcribe(job.request, on_window))
+            _settle(job, model.transcribe(request, on_window))
         except _DroppedError:
             return
         except EngineError as error:
@@ -189,4 +214,4 @@ def _settle(job: _Job, result: Transcript | Exception) -> None:
     try:
         job.loop.call_soon_threadsafe(settle)
     except RuntimeError:  # the loop has ended: nobody listens
-        job.is_dropped = True
+        job.request = None

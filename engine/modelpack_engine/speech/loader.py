@@ -61,7 +61,7 @@ class Transcriber:
         return self.model.kind
 
     def check(self, request: TranscriptionRequest) -> None:
-        """Raise `RequestError` for a request that the model cannot fulfil; for any thread."""
+        """Raise `RequestError` for settings that the model cannot use; for any thread."""
         request.check()
         self.model.check(request)
 
@@ -73,6 +73,7 @@ class Transcriber:
         Raises `RequestError` for a request that the model cannot fulfil.
         """
         self.check(request)
+        request.check_sound()
         with mx.stream(mx.cpu if self.device == "cpu" else mx.gpu):
             return self.model.transcribe(request, on_window)
 

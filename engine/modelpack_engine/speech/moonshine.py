@@ -64,7 +64,7 @@ class Moonshine:
             raise RequestError("Moonshine models take no prompt", param="prompt")
         if request.words:
             raise RequestError(
-                "Moonshine models do not tell the times of words", param="timestamp_granularities"
+                "Moonshine models have no word timestamps", param="timestamp_granularities"
             )
         if request.language not in (None, "en"):
             raise RequestError(

@@ -29,6 +29,8 @@ from modelpack_engine.speech.transcript import (
 WINDOW, OVERLAP = 120.0, 15.0
 #: Limits of the settings of the spectrogram, which no tensor justifies.
 _MOST = {"features": 512, "n_fft": 4096, "window_size": 0.25, "window_stride": 0.25, "pad_to": 4096}
+#: The most tokens for one frame of the encoder, and how many there are if the file names none.
+_MOST_SYMBOLS, _SYMBOLS = 100, 10
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
 
 
@@ -50,7 +52,36 @@ def build(config: Mapping[str, Any]) -> Any:
             raise ModelLoadError(
                 f"config.json: preprocessor.{name} is {str(value)[:100]}, expected at most {most}"
             )
-    return Model.from_config(dict(config))
+    model = Model.from_config(dict(config))
+    if hasattr(model, "max_symbols"):
+        _check_steps(model)
+    return model
+
+
+def _check_steps(model: Any) -> None:
+    """Raise `ModelLoadError` for settings with which a TDT or an RNN-T model would not end.
+
+    Such a model stays at a frame until it writes no token, or a duration other than 0.
+    """
+    model.max_symbols = most = _SYMBOLS if model.max_symbols is None else model.max_symbols
+    if type(most) is not int or not 1 <= most <= _MOST_SYMBOLS:
+        raise ModelLoadError(
+            f"config.json: decoding.greedy.max_symbols is {str(most)[:100]},"
+            f" expected 1 to {_MOST_SYMBOLS}"
+        )
+    if not hasattr(model, "durations"):
+        return
+    durations, count = model.durations, model.joint._num_classes - model.blank_id - 1
+    if (
+        not isinstance(durations, list)
+        or any(type(one) is not int or one < 0 for one in durations)
+        or not any(durations)
+        or len(durations) != count
+    ):
+        raise ModelLoadError(
+            f"config.json: decoding.durations is {str(durations)[:100]},"
+            f" expected {max(0, count)} integers from 0, not all of them 0"
+        )
 
 
 class Parakeet:
@@ -88,12 +119,15 @@ class Parakeet:
             return self._decode(mel)
 
         self._model.decode = decode
-        made = self._model.generate(
-            mx.array(request.samples),
-            dtype=self._dtype,
-            chunk_duration=WINDOW,
-            overlap_duration=OVERLAP,
-        )
+        try:
+            made = self._model.generate(
+                mx.array(request.samples),
+                dtype=self._dtype,
+                chunk_duration=WINDOW,
+                overlap_duration=OVERLAP,
+            )
+        finally:
+            self._model.decode = self._decode  # `decode` holds the request
         sentences = [one for one in made.sentences if one.text.strip()]
         return Transcript(
             made.text.strip(),

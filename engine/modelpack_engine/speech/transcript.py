@@ -43,15 +43,18 @@ class TranscriptionRequest:
         return len(self.samples) / SAMPLE_RATE
 
     def check(self) -> None:
-        """Raise `RequestError` for what no model can use."""
+        """Raise `RequestError` for settings that no model can use; the samples are not read."""
+        if not 0 <= self.temperature <= 1:  # false for NaN
+            raise RequestError(
+                f"temperature is {self.temperature:g}, expected 0 to 1", param="temperature"
+            )
+
+    def check_sound(self) -> None:
+        """Raise `RequestError` for a sound that no model can use."""
         if self.seconds < MIN_SECONDS:
             raise RequestError(
                 f"the sound has {self.seconds:.3f} s, expected {MIN_SECONDS} s or more",
                 param="file",
-            )
-        if not 0 <= self.temperature <= 1:  # false for NaN
-            raise RequestError(
-                f"temperature is {self.temperature:g}, expected 0 to 1", param="temperature"
             )
 
 

@@ -165,7 +165,7 @@ class Whisper:
             )
         if request.task == "translate" and request.words:
             raise RequestError(
-                "Whisper does not tell the times of the words of a translation",
+                "Whisper has no word timestamps for translations",
                 param="timestamp_granularities",
                 hint="ask for the times of segments",
             )
@@ -186,7 +186,7 @@ class Whisper:
             on_window()
             left -= 1
             if left < 0:  # mlx-audio goes on from the last time that the model wrote
-                raise EngineError("the transcription does not get on: its times stand still")
+                raise EngineError("transcription stopped: timestamps do not advance")
             return self._decode(*args, **options)
 
         model = self._model
@@ -196,13 +196,16 @@ class Whisper:
             options["temperature"] = request.temperature
         if request.prompt.strip():
             options["initial_prompt"] = request.prompt
-        made = model.generate(
-            mx.array(request.samples),
-            language=request.language,
-            task=request.task,
-            word_timestamps=request.words,
-            **options,
-        )
+        try:
+            made = model.generate(
+                mx.array(request.samples),
+                language=request.language,
+                task=request.task,
+                word_timestamps=request.words,
+                **options,
+            )
+        finally:
+            model.decode = self._decode  # `decode` holds the request
         segments = [part for part in made.segments if part["text"].strip()]
         return Transcript(
             made.text.strip(),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -204,6 +205,14 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     assert isinstance(model.error, ModelLoadError)
     assert model.state is EngineState.FAILED
     model.close()
+
+
+def test_a_stopped_model_frees_its_weights(tmp_path: Path) -> None:
+    model = AsyncEmbedder(tiny(tmp_path))
+    model.wait_until_ready(60)
+    weights = weakref.ref(model.model)
+    model.close()
+    assert weights() is None
 
 
 @pytest.mark.parametrize("module", ["modelpack_server.api.app", "modelpack_engine.models"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import socket
 import threading
@@ -227,6 +228,26 @@ def test_models_that_do_not_translate(url: str, model: str, said: str) -> None:
     reply = post(url, "translations", model=model)
     assert reply.status_code == 400
     assert said in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"model": "nothing"}, 404),
+        ({"model": "generator"}, 400),
+        ({"language": "klingon"}, 400),
+        ({"temperature": "2"}, 400),
+        ({"model": "parakeet", "prompt": "Names."}, 400),
+    ],
+)
+def test_a_refused_request_decodes_no_sound(
+    url: str, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], status: int
+) -> None:
+    decoded: list[bytes] = []
+    module = importlib.import_module("modelpack_server.api.openai.transcriptions")
+    monkeypatch.setattr(module, "decode_sound", lambda data, *_, **__: decoded.append(data))
+    assert post(url, **fields).status_code == status
+    assert decoded == []
 
 
 def test_an_unknown_model(url: str) -> None:

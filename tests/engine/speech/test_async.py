@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -16,7 +18,7 @@ from modelpack_engine.speech import async_transcriber
 from modelpack_engine.speech.async_transcriber import AsyncTranscriber
 from modelpack_engine.speech.loader import Transcriber
 from modelpack_engine.speech.transcript import OnWindow, Transcript, TranscriptionRequest
-from tests.engine.speech.tiny import noise
+from tests.engine.speech.tiny import Samples, noise
 
 SOUND = noise(0.5)
 
@@ -160,6 +162,78 @@ def test_closing_fails_what_waits_and_ends_what_runs(model: Scripted) -> None:
             assert model.begun == ["a 0"]
             with pytest.raises(EngineError, match="the model is stopped"):
                 await engine.transcribe(asked("c"))
+
+    run(work)
+
+
+def test_a_cancelled_request_gives_up_its_sound_at_once(model: Scripted) -> None:
+    async def work() -> None:
+        async with running(model) as engine:
+            first = asyncio.create_task(engine.transcribe(asked("a")))
+            await asyncio.to_thread(model.entered.acquire)
+            sound = noise(1)
+            held = weakref.ref(sound)
+            waiting = asyncio.create_task(engine.transcribe(TranscriptionRequest(sound)))
+            del sound
+            await asyncio.sleep(0)
+            assert held() is not None
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            del waiting
+            gc.collect()
+            assert held() is None
+            model.go_on.release(2)
+            assert (await first).text == "a"
+            assert model.begun == ["a 0", "a 1"]
+
+    run(work)
+
+
+def test_sounds_are_made_by_requests_with_a_place(
+    model: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_transcriber, "MAX_WAITING", 0)
+    made: list[str] = []
+
+    async def work() -> None:
+        ready = asyncio.Event()
+
+        async def sound() -> Samples:
+            made.append("sound")
+            await ready.wait()
+            return SOUND
+
+        async with running(model) as engine:
+            with pytest.raises(RequestError, match="refused"):
+                await engine.transcribe(asked("refused"), sound)
+            with pytest.raises(RequestError, match="temperature"):
+                await engine.transcribe(TranscriptionRequest(SOUND[:0], temperature=2), sound)
+            assert made == []
+            first = asyncio.create_task(
+                engine.transcribe(TranscriptionRequest(SOUND[:0], prompt="a"), sound)
+            )
+            await asyncio.sleep(0)
+            assert made == ["sound"]
+            with pytest.raises(QueueFullError):
+                await engine.transcribe(asked("b"), sound)
+            assert made == ["sound"]
+            ready.set()
+            model.go_on.release(2)
+            assert (await first).text == "a"
+
+    run(work)
+
+
+def test_a_request_that_meets_the_end_of_the_thread_fails(model: Scripted) -> None:
+    async def work() -> None:
+        async with running(model) as engine:
+
+            async def sound() -> Samples:
+                await asyncio.to_thread(engine.close)
+                return SOUND
+
+            with pytest.raises(EngineError, match="the model is stopped"):
+                await engine.transcribe(asked("a"), sound)
 
     run(work)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,10 @@ from modelpack_engine.embedding import purpose_of
 from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
 from modelpack_engine.models import ModelFiles
 from modelpack_engine.patches import mlx_audio_imports
+from modelpack_engine.speech.async_transcriber import AsyncTranscriber
 from modelpack_engine.speech.loader import Transcriber, load_transcriber, loaded_bytes
 from modelpack_engine.speech.moonshine import cuts
+from modelpack_engine.speech.parakeet import Parakeet
 from modelpack_engine.speech.transcript import SAMPLE_RATE, TranscriptionRequest, finite
 from modelpack_engine.speech.whisper import Whisper
 from tests.engine.speech.tiny import (
@@ -281,7 +286,7 @@ def test_a_model_whose_times_stand_still(directory: Path, monkeypatch: pytest.Mo
     from modelpack_engine.speech import whisper
 
     monkeypatch.setattr(whisper, "_DECODINGS", 0)
-    with pytest.raises(EngineError, match="does not get on"):
+    with pytest.raises(EngineError, match="timestamps do not advance"):
         load(directory).transcribe(TranscriptionRequest(tone(1)))
 
 
@@ -293,7 +298,7 @@ def test_a_model_whose_times_stand_still(directory: Path, monkeypatch: pytest.Mo
         ({"temperature": 1.5}, "temperature", "temperature is 1.5, expected 0 to 1"),
         ({"temperature": float("nan")}, "temperature", "temperature is nan"),
         ({"language": "tlh"}, "language", "does not know the language 'tlh'"),
-        ({"task": "translate", "words": True}, "timestamp_granularities", "of a translation"),
+        ({"task": "translate", "words": True}, "timestamp_granularities", "for translations"),
         ({"language": "english"}, "language", "does not know the language 'english'"),
     ],
 )
@@ -422,6 +427,43 @@ def _preprocessor(**fields: Any) -> Mapping[str, Any]:
     return {"preprocessor": {**PARAKEETS["tdt"]["preprocessor"], **fields}}
 
 
+def _decoding(**fields: Any) -> Mapping[str, Any]:
+    return {"decoding": {**PARAKEETS["tdt"]["decoding"], **fields}}
+
+
+@pytest.mark.parametrize("kind", ["tdt", "rnnt"])
+@pytest.mark.parametrize("greedy", [None, {}, {"max_symbols": None}])
+def test_a_parakeet_without_a_limit_of_symbols_gets_one(
+    tmp_path: Path, kind: str, greedy: Any
+) -> None:
+    decoding = {**PARAKEETS[kind]["decoding"], "greedy": greedy}
+    _config(decoding=decoding)(write_parakeet(tmp_path, kind))
+    model = load(tmp_path).model
+    assert isinstance(model, Parakeet)
+    assert model._model.max_symbols == 10
+
+
+@pytest.mark.parametrize("kind", ["whisper", "parakeet"])
+def test_a_stopped_model_frees_its_weights_and_sounds(
+    directory: Path, tmp_path: Path, kind: str
+) -> None:
+    path = directory if kind == "whisper" else write_parakeet(tmp_path)
+    engine = AsyncTranscriber(lambda: load(path))
+    engine.wait_until_ready(60)
+    model: Any = engine.model.model
+    weights = weakref.ref(model._model)
+    del model
+    sound = noise(1)
+    held = weakref.ref(sound)
+    asyncio.run(engine.transcribe(TranscriptionRequest(sound)))
+    del sound
+    done = time.monotonic() + 5
+    while held() is not None:  # the thread lets it go after it has answered
+        assert time.monotonic() < done
+    engine.close()
+    assert weights() is None
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -429,6 +471,13 @@ def _preprocessor(**fields: Any) -> Mapping[str, Any]:
         (_preprocessor(n_fft=10**9), "preprocessor.n_fft is 1000000000, expected at most 4096"),
         (_preprocessor(features="x"), "preprocessor.features is x"),
         ({"preprocessor": None}, "preprocessor.sample_rate is None"),
+        (_decoding(durations=[0] * 5, greedy={}), r"durations is \[0, 0, 0, 0, 0\], expected 5"),
+        (_decoding(durations=[0, 1, 2, 3]), "durations is .*, expected 5 integers"),
+        (_decoding(durations=[0, 1, 2, 3, -4]), "durations is"),
+        (_decoding(durations=[0, 1, 2, 3, 0.5]), "durations is"),
+        (_decoding(greedy={"max_symbols": 0}), "max_symbols is 0, expected 1 to 100"),
+        (_decoding(greedy={"max_symbols": 10**9}), "max_symbols is 1000000000, expected 1 to"),
+        (_decoding(greedy={"max_symbols": "x"}), "max_symbols is x"),
         ({"joint": {}}, "cannot build mlx-audio's parakeet"),
         ({"encoder": {**PARAKEETS["tdt"]["encoder"], "n_layers": 9000}}, "n_layers is 9000"),
         ({"encoder": {**PARAKEETS["tdt"]["encoder"], "d_model": 32}}, "has the shape"),

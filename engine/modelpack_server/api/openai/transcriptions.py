@@ -13,12 +13,13 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.speech.async_transcriber import AsyncTranscriber
 from modelpack_engine.speech.transcript import (
     SAMPLE_RATE,
     Segment,
@@ -94,13 +95,14 @@ async def _answer(request: Request, pool: ModelPool, task: Task) -> Response:
     asked = _Asked.of(fields, task)
     owner = request_context.get().cache_salt
 
+    async def sound() -> NDArray[np.float32]:
+        return await in_thread(decode_sound, data, "file", SAMPLE_RATE, owner=owner)
+
     async def work() -> Transcript:
-        samples = await in_thread(decode_sound, data, "file", SAMPLE_RATE, owner=owner)
-        wanted = asked.request(samples)
+        wanted = asked.request()
         wanted.check()
         async with pool.lease(asked.model, keep_alive=asked.keep_alive) as served:
-            engine: AsyncTranscriber = check_transcribes(served, asked.model)
-            return await engine.transcribe(wanted)
+            return await check_transcribes(served, asked.model).transcribe(wanted, sound)
 
     made = await unless_gone(request, work())
     if asked.stream:
@@ -204,11 +206,11 @@ class _Asked:
             seconds_of(one.get("keep_alive") or None),
         )
 
-    def request(self, samples: Any) -> TranscriptionRequest:
-        """Return the request to the model."""
+    def request(self) -> TranscriptionRequest:
+        """Return the request to the model, without samples."""
         words = self.format == "verbose_json" and "word" in self.granularities
         return TranscriptionRequest(
-            samples, self.task, self.language, self.prompt, self.temperature, words
+            np.empty(0, np.float32), self.task, self.language, self.prompt, self.temperature, words
         )
 
 
