@@ -60,13 +60,14 @@ _ORDERED: Final = (Role.WEIGHT, Role.PROJECTOR, Role.CHAT_TEMPLATE)
 def files_of(model: Model) -> Mapping[str, Descriptor]:
     """Return the model's files by their path in a bundle.
 
-    Raises `UnsupportedError` for archives and digests other than SHA-256.
+    Raises `UnsupportedError` for archives, tensors and digests other than SHA-256.
     """
     arrangement = arrange(model)
     what = str(model.reference or model.digest)
-    if arrangement.archives:
+    if arrangement.archives or arrangement.tensors:
+        kind = "archive" if arrangement.archives else "tensor"
         raise UnsupportedError(
-            "has archive layers, whose files have no digests in the manifest",
+            f"has {kind} layers, whose files have no digests in the manifest",
             path=what,
             hint="sign the manifest instead: omit --format model-signing",
         )
@@ -109,19 +110,24 @@ def check_model(
 ) -> None:
     """Raise `IntegrityError` unless the statement is about `model` and covers all of it.
 
-    It must list exactly the model's files, but for those that its signer ignored and the bundle
-    with the digest `signature`, which contains the statement. If it names a manifest, that must be
-    the model's; otherwise the model must have no `uncovered` parts, and ignored files must not
-    change how it runs. Digests that do not follow from the manifest are computed from `contents`;
-    without it, `UnsupportedError` is raised for them. Raises `FormatError` for a statement that
-    does not follow the format, or whose digest is not that of the listed files.
+    It must list exactly the model's files, but for those that its signer ignored and a file .sig
+    with the digest `signature`, the bundle that contains the statement. If it names a manifest,
+    that must be the model's; otherwise the model must have no `uncovered` parts, and ignored files
+    must not change how it runs. Digests that do not follow from the manifest are computed from
+    `contents`; without it, `UnsupportedError` is raised for them. Raises `FormatError` for a
+    statement that does not follow the format, or whose digest is not that of the listed files.
     """
     what = f"model signature of {model.reference or model.digest}"
     named = _manifests(statement)
     if other := [one for one in named if one != str(model.digest)]:
         raise IntegrityError(f"{what}: signs {other[0]!r}, another manifest")
     listed = _Resources.parse(statement, what)
-    files = {path: one for path, one in files_of(model).items() if one.digest != signature}
+    # A bundle may have other fields, so under another name it could be a configuration.
+    files = {
+        path: one
+        for path, one in files_of(model).items()
+        if one.digest != signature or not path.endswith(_SIGNATURE)
+    }
     if len(files) == 1 and listed.is_of_one_file:
         files = {_ONE_FILE: next(iter(files.values()))}
     wrong, absent, whole = [], set(), []

@@ -186,6 +186,20 @@ def test_a_signature_that_is_a_file_of_the_model(
         signatures.verify(published.reference, [ours.public], formats=formats)
 
 
+def test_a_bundle_under_another_name_is_a_file_like_others(
+    published: Published, ours: PrivateKey
+) -> None:
+    """A bundle may have more fields, such as those of a configuration."""
+    good = model_statement(inspect(published.reference, store=published.origin), "model")
+    statement = replace(good, subjects=(Subject(good.subjects[0].digest, "model"),))
+    bundle = json.loads(signed_bundle(statement, ours))
+    signature = json.dumps({**bundle, "chat_template": "{{ changed }}"}).encode()
+    add_file(published.reference, "tokenizer_config.json", signature)
+    attach(published.reference, signature)
+    with pytest.raises(UntrustedError, match=r"signs other files: tokenizer_config\.json"):
+        signatures.verify(published.reference, [ours.public], formats=[SignatureKind.FILES])
+
+
 @pytest.mark.parametrize("hashing", [("files", "sha256", 0), ("shards", "sha256", 100)], ids=str)
 def test_a_signature_over_one_file(
     tmp_path: Path, ours: PrivateKey, hashing: tuple[str, str, int]
