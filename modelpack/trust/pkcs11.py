@@ -74,14 +74,14 @@ class KeyURI:
     @classmethod
     def parse(cls, text: str) -> KeyURI:
         """Return the parts of a URI; raise `UsageError`."""
-        body, _, after = text.removeprefix(SCHEME).partition("?")
-        name = f"{SCHEME}{body}"  # without the query, which may hold a PIN
-        path, query = _attributes(body, ";", name), _attributes(after, "&", name)
-        if "pin-value" in query:
+        if "pin-value" in unquote(text).lower():  # anywhere, since errors show the URI
             raise UsageError(
-                f"{name}: a PIN in a URI can be read by other processes",
+                "a PIN in a URI can be read by other processes",
                 hint=f"set {PIN}, or give pin-source=file:/PATH",
             )
+        body, _, after = text.removeprefix(SCHEME).partition("?")
+        name = f"{SCHEME}{body}"
+        path, query = _attributes(body, ";", name), _attributes(after, "&", name)
         for given, known in ((path, _PATH), (query, _QUERY)):
             if unknown := sorted(given.keys() - known):
                 raise UsageError(f"{name}: the attribute {unknown[0]} is not supported")
@@ -90,8 +90,10 @@ class KeyURI:
         if path.get("type", "private") not in ("private", "public"):
             raise UsageError(f"{name}: has the type {path['type']}, expected private or public")
         slot = path.get("slot-id")
-        if slot is not None and not (slot.isascii() and slot.isdecimal()):
+        if slot is not None and re.fullmatch(r"[0-9]{1,20}", slot) is None:
             raise UsageError(f"{name}: slot-id is not a number")
+        if "%00" in after:
+            raise UsageError(f"{name}: a path contains a null character")
         module, pin = query.get("module-path"), query.get("pin-source")
         return cls(
             {key: unquote(path[key]) for key in _TOKEN if key in path},
@@ -99,7 +101,7 @@ class KeyURI:
             unquote(path["object"]) if "object" in path else None,
             unquote_to_bytes(path["id"]) if "id" in path else None,
             Path(unquote(module)) if module is not None else None,
-            _file(unquote(pin), name) if pin is not None else None,
+            _file(pin, name) if pin is not None else None,
             name,
         )
 
@@ -127,10 +129,14 @@ def _attributes(text: str, separator: str, name: str) -> dict[str, str]:
 
 
 def _file(text: str, name: str) -> Path:
-    parts = urlsplit(text)
-    if parts.scheme not in ("", "file") or parts.netloc or not parts.path.startswith("/"):
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
+    path = unquote(parts.path)  # after the split: %23 and %3F belong to the path
+    if parts.scheme not in ("", "file") or parts.netloc or parts.query or path[:1] != "/":
         raise UsageError(f"{name}: pin-source is not a file", hint="write pin-source=file:/PATH")
-    return Path(parts.path)
+    return Path(path)
 
 
 def read_token_key(uri: str, pin: str | None = None) -> PrivateKey:

@@ -62,6 +62,11 @@ def test_files_of_a_pin(source: str) -> None:
     assert KeyURI.parse(f"pkcs11:object=a?pin-source={source}").pin_file == Path("/run/pin")
 
 
+def test_a_number_sign_belongs_to_the_path_of_a_pin() -> None:
+    uri = KeyURI.parse("pkcs11:object=a?pin-source=file:/run/a%23b%3Fc")
+    assert uri.pin_file == Path("/run/a#b?c")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -77,6 +82,14 @@ def test_files_of_a_pin(source: str) -> None:
         ("pkcs11:object=a;slot-id=x", "slot-id is not a number"),
         ("pkcs11:object=a;type=cert", "has the type cert, expected private or public"),
         ("pkcs11:object=a?pin-value=2468", "can be read by other processes"),
+        ("pkcs11:object=a;pin-value=2468", "can be read by other processes"),
+        ("pkcs11:object=a&pin-value=2468", "can be read by other processes"),
+        ("pkcs11:object=a;PIN%2Dvalue=2468", "can be read by other processes"),
+        (f"pkcs11:object=a;slot-id={'9' * 5000}", "slot-id is not a number"),
+        ("pkcs11:object=a?pin-source=file://[x", "pin-source is not a file"),
+        ("pkcs11:object=a?pin-source=file:/run/a?b", "pin-source is not a file"),
+        ("pkcs11:object=a?pin-source=file:/run/a%00b", "a path contains a null character"),
+        ("pkcs11:object=a?module-path=/lib/a%00b", "a path contains a null character"),
         ("pkcs11:object=a?pin-source=pin", "pin-source is not a file"),
         ("pkcs11:object=a?pin-source=https://pins.example/", "pin-source is not a file"),
         ("pkcs11:object=a?pin-source=file://host/pin", "pin-source is not a file"),
