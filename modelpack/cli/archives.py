@@ -7,6 +7,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -281,14 +282,6 @@ def import_models(
         )
     name = arguments[0]
     where = Reference.parse(arguments[1]) if len(arguments) > 1 else None
-    if Path(name).is_dir() or Path(name).suffix.lower() in _WEIGHTS:
-        raise UsageError(
-            f"{name} is not an archive, but the files of a model",
-            hint="package them with `modelpack package`",
-        )
-    if name == "-" or Path(name).is_file():
-        _import_archive(settings, name, where, remote)
-        return
     address = ObjectAddress.parse(name)
     if address is not None:
         if where is None:
@@ -296,6 +289,14 @@ def import_models(
                 f"{address} needs a name for the store", hint=f"write import {address} my/name:tag"
             )
         _import_objects(settings, address, where, remote)
+        return
+    if Path(name).is_dir() or Path(name).suffix.lower() in _WEIGHTS:
+        raise UsageError(
+            f"{name} is not an archive, but the files of a model",
+            hint="package them with `modelpack package`",
+        )
+    if name == "-" or Path(name).is_file():
+        _import_archive(settings, name, where, remote)
         return
     source = HubReference.parse(name)
     if source is None:
@@ -325,7 +326,7 @@ def _import_objects(
     ):
         made = package(
             where, PackageRequest(), from_model=str(address),
-            store=store, remote=remote, progress=progress,
+            store=store, remote=replace(remote, trust=None), progress=progress,
         )  # fmt: skip
     models = {"models": [{"digest": str(made.digest), "references": [str(where)]}]}
     show(settings, models, str(made.digest))

@@ -316,6 +316,11 @@ def package(
             raise UsageError(
                 "a dry run downloads nothing", hint=f"leave out --dry-run for {address}"
             )
+        if remote is not None and remote.trust is not None:
+            raise UsageError(
+                f"{address}: objects have no signatures to verify",
+                hint="leave out the keys, identities and policy (also MODELPACK_POLICY)",
+            )
         from modelpack.operations.objects import downloaded_model  # imports requests
 
         with downloaded_model(address, store, remote or RemoteOptions(), watch) as model:
