@@ -3,8 +3,8 @@
     s3://BUCKET/PREFIX    gs://BUCKET/PREFIX    s3://BUCKET/FILE.gguf
 
 obstore (the Rust crate object_store) makes the requests, with the credentials and endpoints of its
-environment variables. It is one package, where s3fs and gcsfs bring fifty; it is imported here
-alone. Objects have no digest that is known before they are read, so they are downloaded to be
+environment variables. It is one package, where s3fs and gcsfs bring fifty; only this module
+imports it. Objects have no digest that is known before they are read, so they are downloaded to be
 packaged. A download reads the object with the ETag that was listed, and goes on where an earlier
 one stopped.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -54,6 +54,8 @@ _CHUNK: Final = 1024 * 1024
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]\Z")
 _SINGLE: Final = (".gguf", ".dduf")
 _STATUS: Final = re.compile(r"status code: (\d{3})")
+_URL: Final = re.compile(r"https?://\S+")
+_CREDENTIALS: Final = re.compile(r"credential|\btoken\b", re.IGNORECASE)
 _CODE: Final = re.compile(r"<Code>(\w{1,60})</Code>")
 #: Where each kind of storage finds another endpoint.
 ENDPOINTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -176,7 +178,7 @@ class Bucket:
         for one in found:
             if one.path in folders and one.size:
                 raise UnsafePathError(f"{what}: {one.path!r} is a file and a directory")
-        found = [one for one in found if one.path not in folders and one.path != directory]
+        found = [one for one in found if one.path not in folders and one.key != directory]
         for one, following in pairwise(found):
             if one.path == following.path:
                 raise RegistryError(f"{what}: {one.path!r} is listed twice")
@@ -267,11 +269,15 @@ def _is_plain(address: ObjectAddress, insecure: frozenset[str], environ: Mapping
     """Return whether the endpoint of the environment uses plain http, and may."""
     from modelpack.registry.urls import is_local  # imports requests
 
+    plain = False  # obstore decides which of several variables it uses, so each is checked
     for name in ENDPOINTS[address.scheme]:
         endpoint = environ.get(name, "")
         if not endpoint:
             continue
-        parts = urlsplit(endpoint)
+        try:
+            parts = urlsplit(endpoint)
+        except ValueError:
+            parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
             raise UsageError(
                 f"{name} is not the address of a server", hint="set it to https://HOST[:PORT]"
@@ -281,8 +287,8 @@ def _is_plain(address: ObjectAddress, insecure: frozenset[str], environ: Mapping
                 f"{name}: {parts.netloc} would get credentials over plain http",
                 hint=f"use https, or --insecure {parts.netloc}",
             )
-        return parts.scheme == "http"
-    return False
+        plain = plain or parts.scheme == "http"
+    return plain
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -323,15 +329,16 @@ def _error(what: str, address: ObjectAddress, said: str) -> RegistryError:
     shown = f"{number or ''}{' ' + code[1] if code else ''}".strip()
     if (code and code[1] == "NoSuchBucket") or (number == 404 and not code):
         return NotFoundError(f"{what}: no such bucket", status_code=number, hint="check its name")
-    kinds: Sequence[tuple[int, type[RegistryError]]] = ((401, AuthError), (403, DeniedError))
-    for known, kind in kinds:
-        if number == known:
-            return kind(
-                f"{what}: denied: {shown}", status_code=number, hint=_LOG_IN[address.scheme]
-            )
-    if "credential" in said.lower() or "token" in said.lower():
-        return AuthError(f"{what}: no credentials were found", hint=_LOG_IN[address.scheme])
-    if number is not None and number < 500 and number != 429:
-        return RegistryError(f"{what}: the server answered {shown}", status_code=number)
+    denied: type[RegistryError] | None = {401: AuthError, 403: DeniedError}.get(number or 0)
+    if code and code[1].endswith("Token"):  # 400 ExpiredToken
+        denied = AuthError
+    if denied is not None:
+        return denied(f"{what}: denied: {shown}", status_code=number, hint=_LOG_IN[address.scheme])
+    if number is None or (number < 500 and number != 429):
+        # The key in a URL may have these words: tokenizer.json.
+        if not code and _CREDENTIALS.search(_URL.sub("", said)):
+            return AuthError(f"{what}: no credentials were found", hint=_LOG_IN[address.scheme])
+        if number is not None:
+            return RegistryError(f"{what}: the server answered {shown}", status_code=number)
     why = f"the server answered {shown}" if shown else "the server did not answer"
     return RemoteUnavailableError(f"{what}: {why}", status_code=number)

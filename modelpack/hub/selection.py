@@ -155,7 +155,7 @@ def _gguf(usable: Sequence[HubFile], ggufs: Sequence[HubFile], reference: Named)
         names = ", ".join(stem(files[0].path) for files in found[:_SHOWN])
         raise AmbiguousError(
             f"{reference}: several models have the quantisation {wanted}: {names}",
-            hint="write the name of one, without .gguf, after the colon",
+            hint=f"write {reference.example}",
         )
     weights = _whole(found[0], reference)
     projectors = _projector(ggufs)

@@ -136,8 +136,23 @@ def test_the_command_packages_objects(google: Both, store: modelpack.Store) -> N
     assert (again.code, "dry run" in again.err) == (2, True)
     both = command("package", "x/m", "--from", "gs://models/one", "--gguf", "y.gguf", *where)
     assert (both.code, "cannot be combined with --gguf" in both.err) == (2, True)
+    succeed("import", "gs://models/one/a.gguf", "x/file:v1", *where)
     unnamed = command("import", "gs://models/one", *where)
     assert (unnamed.code, "needs a name" in unnamed.err) == (2, True)
+
+
+def test_objects_have_no_signatures(google: Both, store: modelpack.Store, tmp_path: Path) -> None:
+    cloud, _ = google
+    cloud.put("one/a.gguf", GGUF)
+    policy = tmp_path / "trust.toml"
+    for default, code in (("reject", 5), ("accept", 0)):
+        policy.write_text(f'default = "{default}"\n')
+        where = ("--store", store.root, "--policy", policy)
+        refused = command("package", "x/m:v1", "--from", "gs://models/one", *where)
+        assert (refused.code, "objects have no signatures" in refused.err) == (2, True)
+        assert store.models() == ()
+        done = command("import", "gs://models/one", "x/m:v1", *where)
+        assert done.code == code
 
 
 def test_an_interrupted_download_goes_on(google: Both, store: modelpack.Store) -> None:
@@ -260,12 +275,14 @@ def test_the_limits_of_lists_and_disks(
     ],
 )
 def test_keys_that_are_no_model(
-    google: Both, store: modelpack.Store, keys: list[str], kind: type[Exception], message: str
+    google: Both, store: modelpack.Store, keys: list[str], kind: type[ModelpackError], message: str
 ) -> None:
     _, server = google
     server.objects |= dict.fromkeys(keys, GGUF)
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=message) as raised:
         imported(store, "gs://models/m")
+    if kind is AmbiguousError:
+        assert raised.value.hint == "write gs://models/m/FILE.gguf"
     assert store.models() == ()
 
 
@@ -273,6 +290,8 @@ def test_a_marker_of_a_directory_is_no_file(google: Both) -> None:
     _, server = google
     server.objects |= {"m/": b"", "m/sub/": b"", "m/sub/a.gguf": GGUF}
     assert listed("gs://models/m") == ["sub/a.gguf"]
+    server.objects |= {"LICENSE/": b"", "LICENSE/LICENSE": b"MIT"}
+    assert listed("gs://models/LICENSE") == ["LICENSE"]
 
 
 # Addresses and settings
@@ -317,6 +336,7 @@ def test_wrong_addresses(text: str, message: str) -> None:
     [
         ("http://storage.example", "storage.example would get credentials over plain http"),
         ("ftp://x", "GOOGLE_BASE_URL is not the address of a server"),
+        ("http://[::1", "GOOGLE_BASE_URL is not the address of a server"),
         ("https://user:secret@x", "GOOGLE_BASE_URL is not the address of a server"),
     ],
 )
@@ -328,6 +348,32 @@ def test_wrong_endpoints(monkeypatch: pytest.MonkeyPatch, endpoint: str, message
     assert "secret" not in str(raised.value)
     if "plain http" in message:
         open_bucket(address, insecure=frozenset({"storage.example"}))
+
+
+@pytest.mark.parametrize("first", ["http://localhost:9000", "https://s3.example"])
+def test_every_endpoint_is_checked(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """Which of several variables obstore uses depends on their order in the environment."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", first)
+    monkeypatch.setenv("AWS_ENDPOINT", "http://storage.example")
+    with pytest.raises(UsageError, match=r"AWS_ENDPOINT: storage\.example would get credentials"):
+        open_bucket(ObjectAddress("s3", "models", "m"))
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "message"),
+    [
+        ("<Code>SlowDown</Code> status code: 503 https://s3.example/models/tokenizer.json",
+         RemoteUnavailableError, "answered 503 SlowDown"),
+        ("no answer from https://s3.example/models/token", RemoteUnavailableError, "did not"),
+        ("<Code>InvalidRange</Code> status code: 416 <Key>token</Key>", RegistryError, "416"),
+        ("<Code>ExpiredToken</Code> status code: 400", AuthError, "denied: 400 ExpiredToken"),
+        ("Error performing token request: refused", AuthError, "no credentials were found"),
+        ("the credential provider was not enabled", AuthError, "no credentials were found"),
+    ],
+)  # fmt: skip
+def test_what_obstore_says(said: str, kind: type[RegistryError], message: str) -> None:
+    made = objects_module._error("x", ObjectAddress("s3", "models", "m"), said)
+    assert (type(made), message in str(made)) == (kind, True)
 
 
 def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
