@@ -86,7 +86,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class JoinedTensors:
-    """The joined file and its config.json; `notes` tell users what was left out."""
+    """The joined file and its config.json; `notes` list omitted parts."""
 
     config: bytes
     notes: tuple[str, ...]
@@ -273,7 +273,7 @@ class _Quantised:
         mode, group_size = self._stated_for(weight.name, metadata)
         bits, rest = divmod(
             32 * weight.shape[-1] if weight.shape else 0,
-            scale.shape[-1] * group_size if scale.shape else 1,
+            (scale.shape[-1] * group_size if scale.shape else 0) or 1,
         )
         if weight.dtype != "U32":
             raise _fault(weight.name, f"is quantised, and has the type {weight.dtype}, not U32")
@@ -309,9 +309,10 @@ class _Quantised:
                     path="manifest",
                 )
             text = metadata.get(f"{name}.group_size") or metadata.get("group_size", "")
-            group_size = int(text) if text.isascii() and text.isdigit() else kind.group_size
+            group_size = int(text[:9]) if text.isascii() and text.isdigit() else kind.group_size
             mode = kind.mode
-        if mode not in {kind.mode for kind in _TYPES.values()} or not 8 <= group_size <= 1024:
+        modes = [kind.mode for kind in _TYPES.values()]
+        if mode not in modes or not 8 <= group_size <= 1024:
             raise _fault(name, f"has the mode {str(mode)[:40]!r} and groups of {group_size}")
         return mode, group_size
 

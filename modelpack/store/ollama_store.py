@@ -116,9 +116,8 @@ class OllamaStore:
 
     def _manifest_path(self, reference: Reference) -> Path | None:
         # Ollama keeps upper case in names, and compares them without it.
-        return next(
-            (path for name, path in self._names() if name == reference.without_digest()), None
-        )
+        wanted = str(reference.without_digest()).lower()
+        return next((path for name, path in self._names() if str(name).lower() == wanted), None)
 
     def _names(self) -> Iterator[tuple[Reference, Path]]:
         root = self.root / "manifests"

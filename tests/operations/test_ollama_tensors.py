@@ -29,6 +29,7 @@ from modelpack.operations.docker import import_from_ollama
 from modelpack.operations.headers import read_headers
 from modelpack.store.ollama_store import OllamaStore, default_ollama_root, ollama_reference
 from modelpack.testing import registry
+from modelpack.trust.model_signing import model_statement
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
 from tests.ollama import Layer, Tensors, blob, document, tensor, write_ollama
@@ -105,6 +106,12 @@ def test_tensors_are_joined_as_mlx_lm_reads_them(
     assert weight.path.read_bytes() == bundle.weight.read_bytes()
     [header] = read_headers(REF, store=store)
     assert len(header.header.tensors) == 4
+
+
+def test_a_statement_over_files_cannot_cover_tensors(ollama: Path, store: modelpack.Store) -> None:
+    kept(ollama, store, LAYERS)
+    with pytest.raises(UnsupportedError, match="has tensor layers, whose files have no digests"):
+        model_statement(modelpack.inspect(REF, store=store), "tiny")
 
 
 def test_a_registry_a_conversion_and_a_removal(
@@ -233,6 +240,13 @@ BAD: list[tuple[str, list[Layer], type[ModelpackError], str]] = [
     ("no type", [CONFIG, tensor(Q, quantised())], UnsupportedError, "quantisation ''"),
     ("groups of 1", [CONFIG, tensor(Q, quantised(), {**INT4, "group_size": "1"})],
      WeightFormatError, "groups of 1"),
+    ("groups of 5,000 digits", [CONFIG, tensor(Q, quantised(), {**INT4, "group_size": "9" * 5000})],
+     WeightFormatError, "groups of 9"),
+    ("an empty scale", [CONFIG, tensor(Q, quantised(scale=("BF16", (2, 0), b"")), INT4)],
+     WeightFormatError, r"shapes \[2, 8\] and \[2, 0\]"),
+    ("a mode that is no text", [
+        document("config.json", {"quantization": {"group_size": 32, "mode": []}}),
+        tensor(Q, quantised(), INT4)], WeightFormatError, r"has the mode '\[\]'"),
     ("a global scale", [CONFIG, tensor(
         Q, quantised(global_scale=("F32", (1,), bytes(4))), INT4)],
      UnsupportedError, "scale for the whole tensor"),
@@ -326,6 +340,7 @@ def test_what_of_a_directory_is_refused(
     with pytest.raises(DigestMismatchError):
         models.resolve(f"tiny:mlx@{Digest.of(b'other')}")
     assert models.resolve(f"tiny:mlx@{digest}").digest == digest
+    assert models.resolve("TINY:MLX").digest == digest
     path = models.blob_path(Digest.of(blob(PLAIN)))
     path.write_bytes(bytes(len(blob(PLAIN))))
     with pytest.raises(DigestMismatchError):
