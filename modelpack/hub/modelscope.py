@@ -7,7 +7,7 @@ API, as modelscope_hub 0.5.1 (Apache-2.0, _legacy_api.py) uses it:
 
 The list has the SHA-256 of every file, so its files are read like those of the Hugging Face Hub.
 It names the first digits of the newest commit, of which the files that it changed have all. The
-server returns no files for an unknown revision, and cuts longer lists without a sign of it.
+server returns no files for an unknown revision, and truncates longer lists silently.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ModelScopeRepository(HubRepository):
         reference: HubReference,
         listed: tuple[HubFile, ...],
     ) -> None:
-        """`reference` is at a commit if the server tells it, as `open_modelscope` returns it."""
+        """`reference` is at a commit if the server returned one, as of `open_modelscope`."""
         super().__init__(client, endpoint, reference)
         self._listed = listed
 
@@ -75,7 +75,7 @@ def open_modelscope(
     entries = data.get("Files")
     if not isinstance(entries, list) or not entries:
         raise NotFoundError(
-            f"{what}: there are none at {reference.revision!r}",
+            f"{what}: no such revision: {reference.revision!r}",
             hint="check the revision: a branch, a tag or a commit of the repository",
         )
     if len(entries) >= MAX_ENTRIES:
@@ -108,7 +108,7 @@ def _file(entry: Mapping[str, Any], what: str) -> HubFile:
 
 
 def _commit(data: Mapping[str, Any], blobs: list[Any]) -> str | None:
-    """Return the newest commit, or None if no file tells all of its digits."""
+    """Return the newest commit, or None if no file has the full commit id."""
     newest = data.get("LatestCommitter")
     start = newest.get("ShortId") if isinstance(newest, dict) else None
     if not isinstance(start, str) or len(start) < _SHORTEST_ID:
