@@ -367,6 +367,7 @@ class BlockManager:
         if self.snapshots is not None:
             self.snapshots.drop_unnamed(sequence.seq_id)
         sequence.num_unseen_blocks = 0
+        sequence.restore_from = 0
         if self.offload is not None:
             self.offload.drop(sequence.seq_id)
 
@@ -511,9 +512,12 @@ class BlockManager:
         """Append blocks that have been fetched from the offload; return how many tokens they hold.
 
         Blocks that a sequence cannot continue from yet, without a snapshot or with a gap in the
-        window, are held in `sequence.restore`. They are released if something cannot be fetched.
+        window, are held in `sequence.restore`. They are released if something cannot be fetched, or
+        if a pool has no block for it: the sequence holds its own window and a part of the later
+        one, and no other sequence has to release a block. It then computes a token before it
+        restores again, as two sequences could otherwise take turns and compute nothing.
         """
-        if sequence.restore is None:
+        if sequence.restore is None and sequence.num_computed_tokens >= sequence.restore_from:
             sequence.restore = self._restorable(sequence, offload)
         if (restore := sequence.restore) is None:
             offload.fetch(sequence.seq_id, [])
@@ -540,6 +544,9 @@ class BlockManager:
             last = self._hash(sequence, len(sequence.block_table) - 1)
             if last in self.snapshots:
                 sequence.snapshot = self.snapshots.get(last)
+        if restore.lacks_blocks:
+            offload.fetch(sequence.seq_id, [])
+            sequence.restore_from = sequence.num_computed_tokens + 1
         if len(sequence.block_table) == restore.stop or not offload.awaits(sequence.seq_id):
             self._drop_restore(sequence, restore)
         return num_tokens
@@ -613,8 +620,10 @@ class BlockManager:
             for place, hash_ in enumerate(hashes):
                 block, key = found[place], group_key(hash_, group)
                 if block is None:
-                    known = key in contents or not offload.has_blocks
-                    if not known or not pool.num_available:
+                    if offload.has_blocks and key not in contents:
+                        break
+                    if not pool.num_available:
+                        restore.lacks_blocks = True
                         break
                     found[place] = block = pool.allocate()
                     if offload.has_blocks:

@@ -30,11 +30,13 @@ class Restore:
 
     They follow its block tables, which then have `stop` blocks. For each pool, `first_seen` is the
     first block that is not before the window, and `blocks` are those that the sequence holds.
+    `lacks_blocks` says that a pool had no block for content that was fetched.
     """
 
     stop: int
     first_seen: list[int]
     blocks: list[list[int]]
+    lacks_blocks: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +99,8 @@ class Sequence:
     snapshot: object | None = field(default=None, init=False, repr=False)
     #: Blocks that are being restored.
     restore: Restore | None = field(default=None, init=False, repr=False)
+    #: The next restore begins once this many tokens are computed: the last ran out of blocks.
+    restore_from: int = field(default=0, init=False, repr=False)
     #: The position where the prompt leaves a cached prefix that has no snapshot there.
     branch: int = field(default=0, init=False, repr=False)
     #: Blocks at the start of the table that are before the window of all layers, and released.
