@@ -75,9 +75,14 @@ def _kind(data: bytes) -> str:
         if b"\x01vorbis" not in data[:512]:
             raise BadSoundError(f"refused: an Ogg file of another codec, {ACCEPTED}")
         return "VORBIS"
-    if data.startswith(b"ID3") or (data[:1] == b"\xff" and data[1:2] >= b"\xe0"):
+    if data.startswith(b"ID3") or starts_as_mp3(data):
         return "MP3"
     raise BadSoundError(f"refused: unknown format, {ACCEPTED}")
+
+
+def starts_as_mp3(data: bytes) -> bool:
+    """Return whether a file begins with the 11 bits that begin each frame of an MP3."""
+    return data[:1] == b"\xff" and data[1:2] >= b"\xe0"
 
 
 def _blocks(data: bytes, kind: str, max_seconds: float) -> Iterator[Any]:

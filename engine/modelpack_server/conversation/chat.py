@@ -315,11 +315,11 @@ async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int],
     if processor is not None and any(isinstance(m.get("content"), list) for m in messages):
         messages = await in_thread(with_pages, model, messages)
         template, sounds = spec.template or model.tokenizer.chat_template, processor.sounds
-        messages, files = take_pictures(
-            messages,
-            None if shows_parts(template, "image") else processor.image_token,
-            None if sounds is None or shows_parts(template, "audio") else sounds.token,
-        )
+        placeholder = None if shows_parts(template, "image") else processor.image_token
+        # Where pictures become text, parts of sounds do too.
+        shows_sounds = placeholder is None and shows_parts(template, "audio")
+        sound = None if sounds is None or shows_sounds else sounds.token
+        messages, files = take_pictures(messages, placeholder, sound)
     spec = replace(spec, messages=messages)
     text, token_ids = await prepare(
         size + len(spec.earlier), lambda: _prompt(model, spec, with_pictures=bool(files))

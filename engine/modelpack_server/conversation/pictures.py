@@ -26,7 +26,12 @@ from modelpack_server.conversation.served_model import (
     ServedModel,
     request_context,
 )
-from modelpack_server.conversation.sounds import SOUND_FORMATS, SoundFile, is_sound
+from modelpack_server.conversation.sounds import (
+    MAX_SOUND_BYTES,
+    SOUND_FORMATS,
+    SoundFile,
+    is_sound,
+)
 
 if TYPE_CHECKING:
     from modelpack_engine.request import Media
@@ -156,7 +161,7 @@ class PictureReader:
     def media(self, text: object, param: str) -> dict[str, Any]:
         """Return the part of a message for a picture or a sound in base64, by its content."""
         self._check_vision(param)
-        data = self._decoded(text, param, "picture")
+        data = self._decoded(text, param, "picture or sound", MAX_SOUND_BYTES)
         return self.sound_file(data, param) if is_sound(data) else self.file(data, param)
 
     def sound(self, given: object, param: str) -> dict[str, Any]:
@@ -169,7 +174,8 @@ class PictureReader:
                 f"{param}: format is {str(kind)[:50]!r}, expected {', '.join(SOUND_FORMATS)}",
                 param=param,
             )
-        return self.sound_file(self._decoded(fields.get("data"), param, "sound"), param)
+        data = self._decoded(fields.get("data"), param, "sound", MAX_SOUND_BYTES)
+        return self.sound_file(data, param)
 
     def sound_file(self, data: bytes, param: str) -> dict[str, Any]:
         """Return the part of a message for the bytes of a sound."""
@@ -232,18 +238,18 @@ class PictureReader:
         text = url[found.end() :]
         return found["type"].lower(), unquote(text) if "%" in text else text
 
-    def _decoded(self, text: object, param: str, what: str) -> bytes:
-        """Return the bytes of base64."""
+    def _decoded(self, text: object, param: str, what: str, max_bytes: int = MAX_BYTES) -> bytes:
+        """Return the bytes of base64, at most `max_bytes`."""
         if not isinstance(text, str):
             raise RequestError(f"{param}: the {what} is not a base64 string", param=param)
-        if len(text) > MAX_BYTES // 3 * 4 + 8:
-            raise self._too_large(param, what)
+        if len(text) > max_bytes // 3 * 4 + 8:
+            raise self._too_large(param, what, max_bytes)
         try:
             data = base64.b64decode("".join(text.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise RequestError(f"{param}: the base64 is not valid: {error}", param=param) from None
-        if len(data) > MAX_BYTES:
-            raise self._too_large(param, what)
+        if len(data) > max_bytes:
+            raise self._too_large(param, what, max_bytes)
         return data
 
     def _count_one(self, param: str, what: str = "pictures") -> None:
@@ -266,9 +272,11 @@ class PictureReader:
                 f"{param}: this model accepts text only: {self._no_vision}", param=param
             )
 
-    def _too_large(self, param: str, what: str = "picture") -> RequestError:
+    def _too_large(
+        self, param: str, what: str = "picture", max_bytes: int = MAX_BYTES
+    ) -> RequestError:
         return RequestError(
-            f"{param}: the {what} has more than {MAX_BYTES} bytes", param=param,
+            f"{param}: the {what} has more than {max_bytes} bytes", param=param,
             hint=f"send a smaller {what}",
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.worker.sound import MAX_SOUND_SECONDS
+from modelpack_engine.worker.sound import MAX_SOUND_SECONDS, starts_as_mp3
 from modelpack_engine.worker.workers import JobFailedError, shared_workers
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def decode_sound(
 def is_sound(data: bytes) -> bool:
     """Return whether a file begins as a sound does, and not as a picture."""
     is_wav = data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE"
-    return is_wav or data.startswith((b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3"))
+    is_mp3 = data.startswith(b"ID3") or starts_as_mp3(data)
+    return is_wav or is_mp3 or data.startswith((b"fLaC", b"OggS"))
 
 
 def check_decoder(param: str) -> None:

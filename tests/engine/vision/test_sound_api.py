@@ -126,6 +126,8 @@ def test_ollama(gemma: Served) -> None:
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
     "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{% if p.type == 'image' %}?"
     "{% else %}{{ p.text }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}assistant:",
+    "{# Not 'audio' parts. #}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "assistant:",
 ])  # fmt: skip
 def test_templates_that_show_no_sounds(template: str, gemma: Served) -> None:
     """The placeholder comes where the sound is."""
@@ -208,6 +210,21 @@ def test_a_bad_sound_fails_its_request_alone(gemma: Served) -> None:
     assert gemma.chat([QUESTION, part(b"bad")]).status_code == 400
     answer = gemma.chat([part(ONE), QUESTION]).json()
     assert answer["choices"][0]["message"]["content"] == said(PROMPT, SOUND)
+
+
+def test_sounds_have_their_own_limit(gemma: Served) -> None:
+    """Pictures have at most 20 MiB, sounds 25."""
+    large = encoded(b"ID3" + bytes(21 * 1024 * 1024))
+    asked = {"type": "input_audio", "input_audio": {"data": large, "format": "mp3"}}
+    assert "the sound is damaged" in gemma.chat([asked]).json()["error"]["message"]
+    body = {"model": "tiny", "prompt": "a", "images": [large]}
+    assert "the sound is damaged" in gemma.http.post("/api/generate", json=body).json()["error"]
+    body["images"] = [encoded(b"\x89PNG" + bytes(21 * 1024 * 1024))]
+    reply = gemma.http.post("/api/generate", json=body).json()["error"]
+    assert "the picture has more than 20971520 bytes" in reply
+    body["images"] = [encoded(b"ID3" + bytes(25 * 1024 * 1024))]
+    reply = gemma.http.post("/api/generate", json=body).json()["error"]
+    assert "the picture or sound has more than 26214400 bytes" in reply
 
 
 def test_sounds_and_pictures_have_one_limit(gemma: Served) -> None:

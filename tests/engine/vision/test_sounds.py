@@ -101,6 +101,19 @@ def test_short_sounds(count: int) -> None:
     assert len(decoded(wav(np.full(count, 99, np.int16), 48_000))) == -(-count // 3)
 
 
+@pytest.mark.parametrize(
+    ("start", "is_sound"),
+    [
+        (b"\xff\xfb\x90", True), (b"\xff\xfa\x90", True), (b"\xff\xf2\x40", True),
+        (b"\xff\xe3\x18", True), (b"ID3\x04", True), (b"fLaC", True), (b"OggS", True),
+        (b"RIFF\0\0\0\0WAVE", True), (b"RIFF\0\0\0\0WEBP", False),
+        (b"\xff\xd8\xff\xe0", False), (b"\x89PNG", False), (b"\xff", False), (b"", False),
+    ],
+)  # fmt: skip
+def test_what_begins_as_a_sound(start: bytes, is_sound: bool) -> None:
+    assert sounds.is_sound(start) == is_sound
+
+
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match=r"here: the sound is refused: it is longer than 0.5 s"):
         decode_sound(wav(tone(16_000)), "here", 16_000, max_sound_seconds=0.5)
