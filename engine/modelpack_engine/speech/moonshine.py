@@ -18,6 +18,7 @@ from modelpack_engine.models import json_tokenizer
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.patches.mlx_audio_imports import prepare
 from modelpack_engine.speech.transcript import (
+    MIN_SECONDS,
     SAMPLE_RATE,
     OnWindow,
     Segment,
@@ -91,9 +92,11 @@ def cuts(samples: NDArray[np.float32]) -> list[int]:
     """Return where windows begin and the last one ends: the quietest places, 30 s apart at most."""
     found, longest = [0], int(WINDOW * SAMPLE_RATE)
     while len(samples) - found[-1] > longest:
-        end = found[-1] + longest
-        part = samples[end - int(SEARCHED * SAMPLE_RATE) : end].astype(np.float64)
+        first = found[-1] + longest - int(SEARCHED * SAMPLE_RATE)
+        # What follows the last cut is no shorter than the shortest sound.
+        end = min(found[-1] + longest, len(samples) - int(MIN_SECONDS * SAMPLE_RATE))
+        part = samples[first:end].astype(np.float64)
         blocks = part[: len(part) // _QUIET * _QUIET].reshape(-1, _QUIET)
         quietest = int(np.argmin((blocks**2).sum(1)))
-        found.append(end - len(part) + quietest * _QUIET + _QUIET // 2)
+        found.append(first + quietest * _QUIET + _QUIET // 2)
     return [*found, len(samples)]

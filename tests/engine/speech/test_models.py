@@ -28,7 +28,12 @@ from modelpack_engine.speech.async_transcriber import AsyncTranscriber
 from modelpack_engine.speech.loader import Transcriber, load_transcriber, loaded_bytes
 from modelpack_engine.speech.moonshine import cuts
 from modelpack_engine.speech.parakeet import Parakeet
-from modelpack_engine.speech.transcript import SAMPLE_RATE, TranscriptionRequest, finite
+from modelpack_engine.speech.transcript import (
+    MIN_SECONDS,
+    SAMPLE_RATE,
+    TranscriptionRequest,
+    finite,
+)
 from modelpack_engine.speech.whisper import Whisper
 from tests.engine.speech.tiny import (
     PARAKEETS,
@@ -171,13 +176,24 @@ def test_moonshine_writes_what_mlx_audio_does(tmp_path: Path) -> None:
     assert (len(windows), end, made.language) == (2, len(sound), "english")
 
 
+@pytest.mark.parametrize("seconds", [30.0001, 30.001, 30.05, 30.2])
+def test_moonshine_gets_no_window_that_is_too_short(tmp_path: Path, seconds: float) -> None:
+    sound = noise(seconds)
+    sound[int(29.97 * SAMPLE_RATE) :] = 0
+    starts = cuts(sound)
+    assert len(sound) - starts[-2] >= MIN_SECONDS * SAMPLE_RATE
+    if seconds == 30.001:
+        made = load(write_moonshine(tmp_path)).transcribe(TranscriptionRequest(sound))
+        assert made.duration == len(sound) / SAMPLE_RATE
+
+
 @given(st.floats(0.1, 120), st.integers(0, 9))
 def test_cuts(seconds: float, seed: int) -> None:
     sound = noise(seconds, seed)
     found = cuts(sound)
     assert (found[0], found[-1]) == (0, len(sound))
     for start, end in itertools.pairwise(found):
-        assert 0 < end - start <= 30 * SAMPLE_RATE
+        assert MIN_SECONDS * SAMPLE_RATE <= end - start <= 30 * SAMPLE_RATE
     for start, end in itertools.pairwise(found[:-1]):
         assert end - start >= 25 * SAMPLE_RATE
 
