@@ -71,6 +71,22 @@ def test_a_narrow_key_uses_its_models(
     assert message in reply.text
 
 
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        'form-data; name="model"; filename="x"; name="file"',
+        'form-data; name="file"; filename="x"; name="file"',
+        'form-data; name="file"; filename=x ;NAME=file',
+        "form-data; name=\"file\"; filename=x; name*=utf-8''model",
+    ],
+)
+def test_a_file_has_one_name(disposition: str) -> None:
+    body = f"{part('sound', disposition)}{MODEL}--x--\r\n".encode()
+    assert not look_into_form(body, TYPE).valid
+    one = part("sound", 'form-data; name="file"; filename="a name=b; names.wav"')
+    assert look_into_form(f"{one}{MODEL}--x--\r\n".encode(), TYPE).valid
+
+
 @pytest.mark.parametrize("content_type", ["", "multipart/form-data", "text/plain; boundary=x"])
 def test_other_media_types(content_type: str) -> None:
     with pytest.raises(FormError, match="expected a form"):

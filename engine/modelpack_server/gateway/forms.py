@@ -10,7 +10,8 @@ MAX_FIELDS = 16
 _LONGEST_BOUNDARY = 70  # RFC 2046, section 5.1.1
 # Parsers read other spellings differently: a gateway and its upstream could find two names.
 _DISPOSITION = re.compile(
-    r'form-data\s*;\s*name=(?:"[^"\\]*"|[^\s;"\\]+)\s*(?:;\s*filename\*?=.*)?', re.IGNORECASE
+    r'form-data\s*;\s*name=(?:"[^"\\]*"|[^\s;"\\]+)\s*(?:;\s*filename\*?=(?:(?!;\s*name\b).)*)?',
+    re.IGNORECASE,
 )
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
