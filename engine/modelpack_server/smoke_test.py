@@ -146,7 +146,7 @@ def smoke_test(
     It must not be empty, hold characters that no text has, or repeat one token; it has to come to
     an end, and to match the regular expression `expect`. A model for embeddings gets the prompt as
     a text, one for speech a tone. A failure to load or to answer is reported, not raised; raises
-    `NotFoundError`, and `UsageError` for an expression that is none.
+    `NotFoundError`, and `UsageError` for an invalid regular expression.
     """
     try:
         pattern = re.compile(expect) if expect is not None else None
@@ -196,8 +196,8 @@ async def _try(
     if isinstance(model.engine, AsyncTranscriber):
         if pattern is not None or min_speed is not None or pictures:
             raise UsageError(
-                "a speech-to-text model gets a tone, without a prompt, pictures or expectations",
-                hint="leave out --expect, --min-tps and --image",
+                "a speech-to-text model gets a tone, without a prompt, files or expectations",
+                hint="leave out --expect, --min-tps, --image and --audio",
             )
         return await _transcribe(model.engine, report)
     if isinstance(model.engine, AsyncEmbedder):

@@ -56,7 +56,7 @@ def transcribe(
     device: Literal["auto", "gpu", "cpu"],
     remote: RemoteOptions,
 ) -> None:
-    """Print the speech in FILE (WAV, FLAC, MP3 or Ogg Vorbis) as MODEL writes it down."""
+    """Transcribe the speech in FILE (WAV, FLAC, MP3 or Ogg Vorbis) with MODEL."""
     from modelpack_engine.config import EngineConfig
     from modelpack_engine.speech.transcript import (
         SAMPLE_RATE,
@@ -74,6 +74,7 @@ def transcribe(
         raise UsageError("--words requires --json")
     with file.open("rb") as opened:  # a bad file fails before the model is loaded
         samples = decode_sound(opened.read(MAX_SOUND_BYTES + 1), str(file), SAMPLE_RATE)
+    language = (language or "").strip().lower() or None
     task: Task = "translate" if translate else "transcribe"
     request = TranscriptionRequest(samples, task, language, prompt, words=words)
     store = settings.store()

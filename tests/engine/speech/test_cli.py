@@ -38,7 +38,7 @@ def test_formats(root: Path) -> None:
     srt = succeed("transcribe", *where, "--format", "srt").out
     assert srt.startswith("1\n00:00:0")
     assert text.strip() in srt
-    report = succeed("transcribe", *where, "--json", "--words", "--language", "de").json
+    report = succeed("transcribe", *where, "--json", "--words", "--language", "DE").json
     assert (report["task"], report["language"], report["duration"]) == ("transcribe", "german", 1)
     assert [word["word"] for word in report["words"]] == report["text"].split()
 
@@ -71,9 +71,10 @@ def test_smoke(root: Path) -> None:
     assert report["checks"].keys() == {"printable"}
     assert (report["prompt"], report["finish_reason"]) == ("", "stop")
     assert report["answer"]
-    for option in (["--expect", "x"], ["--min-tps", "1"]):
+    for option in (["--expect", "x"], ["--min-tps", "1"], ["--audio", root / "a.wav"]):
         result = run("smoke", "team/whisper", *where, *option)
         assert (result.code, "gets a tone" in result.err) == (2, True)
+        assert str(option[0]) in result.err
 
 
 def test_run_refers_to_transcribe(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
