@@ -46,8 +46,6 @@ class VisionClass:
     `siglip` the one for towers of SigLIP's, and `part` the token of a part of a picture, if not the
     placeholder. With `any_res`, embeddings of tiles are put together as LLaVA-OneVision's are,
     which mlx-vlm does for that class only. Where `language` has the type itself, the fields of the
-    language model are those of the whole config.
-
     language model are those of the whole config, and `vision_part` is the field of the tower's.
 
     With `prefix`, all tokens of a prompt with pictures attend to each other in both directions;

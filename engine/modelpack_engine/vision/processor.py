@@ -133,7 +133,7 @@ class PictureProcessor:
         self.no_sounds = ""
 
     def with_spaces(self, text: str) -> str:
-        """Return a prompt with media as it is tokenised: with what the model has around them."""
+        """Return the text of a prompt with what the model has around pictures and sounds."""
         if self.sounds is not None:
             text = self.sounds.with_spaces(text)
         needs, token = self._needs, self.image_token

@@ -18,7 +18,7 @@ from tests.engine.zoo.excluded import EXCLUDED
 HEAD = """
 ## Model types of mlx-vlm
 
-What becomes of the model types of mlx-vlm {version}. Those that read pictures or sounds are
+Support for the model types of mlx-vlm {version}. Those that read pictures or sounds are
 compared with its single-request path ([how](pictures.md)); "text" are those that run with mlx-lm's
 class, without their pictures or sound if they have a tower; "embeddings" have a class of our own.
 
