@@ -238,8 +238,9 @@ class PictureReader:
         text = url[found.end() :]
         return found["type"].lower(), unquote(text) if "%" in text else text
 
-    def _decoded(self, text: object, param: str, what: str, max_bytes: int = MAX_BYTES) -> bytes:
-        """Return the bytes of base64, at most `max_bytes`."""
+    def _decoded(self, text: object, param: str, what: str, max_bytes: int | None = None) -> bytes:
+        """Return the bytes of base64, at most `max_bytes` or those of a picture."""
+        max_bytes = MAX_BYTES if max_bytes is None else max_bytes
         if not isinstance(text, str):
             raise RequestError(f"{param}: the {what} is not a base64 string", param=param)
         if len(text) > max_bytes // 3 * 4 + 8:
@@ -273,10 +274,10 @@ class PictureReader:
             )
 
     def _too_large(
-        self, param: str, what: str = "picture", max_bytes: int = MAX_BYTES
+        self, param: str, what: str = "picture", max_bytes: int | None = None
     ) -> RequestError:
         return RequestError(
-            f"{param}: the {what} has more than {max_bytes} bytes", param=param,
+            f"{param}: the {what} has more than {max_bytes or MAX_BYTES} bytes", param=param,
             hint=f"send a smaller {what}",
         )  # fmt: skip
 
