@@ -312,8 +312,7 @@ def _mixtral(values: Hyperparameters, config: Config) -> None:
 
 
 def _count_experts(values: Hyperparameters, config: Config, name: str = "num_experts") -> None:
-    config[name] = values.integer("expert_count")
-    config["num_experts_per_tok"] = values.integer("expert_used_count")
+    config[name], config["num_experts_per_tok"] = values.experts()
 
 
 def _mistral3(values: Hyperparameters, config: Config) -> None:
@@ -479,7 +478,7 @@ def _period(values: Hyperparameters, config: Config) -> None:
     if period != 4:
         raise values.unsupported("another pattern of sliding windows")
     kinds = ["sliding_attention"] * 3 + ["full_attention"]
-    config["sliding_window"] = values.integer("attention.sliding_window")
+    config["sliding_window"] = values.positive("attention.sliding_window")
     config["layer_types"] = [kinds[layer % 4] for layer in range(values.layers)]
 
 
@@ -518,6 +517,8 @@ def _hunyuan_moe(values: Hyperparameters, config: Config) -> None:
         raise values.unsupported("heads of another size than its width / heads")
     _count_experts(values, config)
     size = config["intermediate_size"]
+    if size <= 0:
+        raise values.unsupported("experts without a size")
     shared, rest = divmod(values.integer("expert_shared_feed_forward_length", 0), size)
     if rest:
         raise values.unsupported("shared experts of another size than the others")
@@ -650,7 +651,7 @@ def _gpt_oss(values: Hyperparameters, config: Config) -> None:
     _count_experts(values, config, "num_local_experts")
     config |= {
         "intermediate_size": values.integer("expert_feed_forward_length"),
-        "sliding_window": values.integer("attention.sliding_window"),
+        "sliding_window": values.positive("attention.sliding_window"),
         "layer_types": [kinds[layer % 2] for layer in range(values.layers)],
     }
 
@@ -665,14 +666,14 @@ def _cohere(values: Hyperparameters, config: Config) -> None:
 
 def _cohere2(values: Hyperparameters, config: Config) -> None:
     _cohere(values, config)
-    config["sliding_window"] = values.integer("attention.sliding_window")
+    config["sliding_window"] = values.positive("attention.sliding_window")
     config["sliding_window_pattern"] = _sliding_pattern(values, 4)
 
 
 def _olmo3(values: Hyperparameters, config: Config) -> None:
     period = _sliding_pattern(values, 4)
     kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
-    config["sliding_window"] = values.integer("attention.sliding_window")
+    config["sliding_window"] = values.positive("attention.sliding_window")
     config["layer_types"] = [kinds[layer % period] for layer in range(values.layers)]
 
 
@@ -738,9 +739,10 @@ def _ernie(values: Hyperparameters, config: Config) -> None:
 
 def _ernie_moe(values: Hyperparameters, config: Config) -> None:
     _ernie(values, config)
+    count, used = values.experts()
     config |= {
-        "moe_num_experts": values.integer("expert_count"),
-        "moe_k": values.integer("expert_used_count"),
+        "moe_num_experts": count,
+        "moe_k": used,
         "moe_intermediate_size": values.integer("expert_feed_forward_length"),
         "moe_num_shared_experts": values.integer("expert_shared_count", 0),
         "moe_layer_start_index": values.integer("leading_dense_block_count", 0),

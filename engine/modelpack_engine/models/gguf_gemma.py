@@ -89,7 +89,7 @@ def gemma3n(values: Hyperparameters, config: Config) -> None:
         **config,
         "layer_types": _layer_types(values, sliding),
         "num_kv_shared_layers": values.integer("attention.shared_kv_layers"),
-        "sliding_window": values.integer("attention.sliding_window"),
+        "sliding_window": values.positive("attention.sliding_window"),
         "rope_local_base_freq": values.number("rope.freq_base_swa", 10000.0),
         "final_logit_softcapping": values.number("final_logit_softcapping", 30.0),
         # The file has numbers of standard deviations, the class parts of a normal distribution.
@@ -129,7 +129,7 @@ def gemma4(values: Hyperparameters, config: Config) -> None:
         "num_key_value_heads": heads[sliding.index(True)],
         "num_global_key_value_heads": heads[full[0]],
         "attention_k_eq_v": f"blk.{full[0]}.attn_v.weight" not in values.file,
-        "sliding_window": values.integer("attention.sliding_window"),
+        "sliding_window": values.positive("attention.sliding_window"),
         "intermediate_size": min(widths),
         "use_double_wide_mlp": max(widths) > min(widths),
         "final_logit_softcapping": values.number("final_logit_softcapping", 0.0) or None,
@@ -152,7 +152,7 @@ def gemma4(values: Hyperparameters, config: Config) -> None:
         config |= {
             "enable_moe_block": True,
             "num_experts": experts,
-            "top_k_experts": values.integer("expert_used_count"),
+            "top_k_experts": values.experts()[1],
             "moe_intermediate_size": values.integer("expert_feed_forward_length"),
         }
 

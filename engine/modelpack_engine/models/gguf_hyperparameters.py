@@ -74,6 +74,24 @@ class Hyperparameters:
         """Return an array of whole numbers."""
         return [int(number) for number in self.metadata.numbers(self._key(name)).tolist()]
 
+    def positive(self, name: str) -> int:
+        """Return a whole number. Raises `ModelLoadError` unless it is positive."""
+        number = self.integer(name)
+        if number <= 0:
+            raise self.metadata.error(f"{self._key(name)!r} is {number}, expected 1 or more")
+        return number
+
+    def experts(self) -> tuple[int, int]:
+        """Return how many experts there are, and how many a token uses.
+
+        Raises `ModelLoadError` if a token uses none, or more than there are.
+        """
+        count, used = self.integer("expert_count"), self.positive("expert_used_count")
+        if used > count:
+            key = self._key("expert_used_count")
+            raise self.metadata.error(f"{key!r} is {used}, but there are {count} experts")
+        return count, used
+
     def unsupported(self, what: str) -> ModelLoadError:
         """Return the error for a supported architecture with an unsupported feature, `what`."""
         return self.metadata.error(f"{self.architecture} with {what} is not supported")

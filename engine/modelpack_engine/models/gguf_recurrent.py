@@ -152,7 +152,7 @@ FALCON_H1: Names = {
     "ffn_up": "feed_forward.up_proj",
     "ffn_down": "feed_forward.down_proj",
 }
-# Beside the names of latent attention, which other layers have.
+# Other layers have the names of latent attention, which are listed apart.
 KIMI_DELTA: Names = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -254,7 +254,7 @@ def lfm2_moe(values: Hyperparameters, config: Config) -> None:
     check_sigmoid(values)
     config |= {
         "num_experts": values.integer("expert_count"),
-        "num_experts_per_tok": values.integer("expert_used_count"),
+        "num_experts_per_tok": values.experts()[1],
         "moe_intermediate_size": values.integer("expert_feed_forward_length"),
         "num_dense_layers": values.integer("leading_dense_block_count"),
         "norm_topk_prob": True,
@@ -295,7 +295,7 @@ def nemotron_h_moe(values: Hyperparameters, config: Config) -> None:
         raise values.unsupported("groups of experts")
     config |= {
         "n_routed_experts": values.integer("expert_count"),
-        "num_experts_per_tok": values.integer("expert_used_count"),
+        "num_experts_per_tok": values.experts()[1],
         "n_shared_experts": values.integer("expert_shared_count", 0) or None,
         "moe_intermediate_size": values.integer("expert_feed_forward_length"),
         "moe_shared_expert_intermediate_size": values.integer("expert_shared_feed_forward_length"),
@@ -430,7 +430,7 @@ def _gated_delta(values: Hyperparameters, config: Config) -> None:
 def _gated_delta_experts(values: Hyperparameters, config: Config) -> None:
     config |= {
         "num_experts": values.integer("expert_count"),
-        "num_experts_per_tok": values.integer("expert_used_count"),
+        "num_experts_per_tok": values.experts()[1],
         "moe_intermediate_size": values.integer("expert_feed_forward_length"),
         "shared_expert_intermediate_size": values.integer("expert_shared_feed_forward_length"),
         "norm_topk_prob": True,
@@ -458,7 +458,7 @@ def kimi_linear(values: Hyperparameters, config: Config) -> None:
         "v_head_dim": values.integer("attention.value_length_mla"),
         "mla_use_nope": True,
         "num_experts": values.integer("expert_count"),
-        "num_experts_per_token": values.integer("expert_used_count"),
+        "num_experts_per_token": values.experts()[1],
         "num_shared_experts": values.integer("expert_shared_count", 0),
         "moe_intermediate_size": values.integer("expert_feed_forward_length"),
         "first_k_dense_replace": values.integer("leading_dense_block_count", 0),
