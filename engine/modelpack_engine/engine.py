@@ -105,7 +105,7 @@ class Engine(BaseEngine):
         draft_bytes = drafting.layout.bytes_per_token if isinstance(drafting, Draft) else 0
         # Proposals of a draft model, ranks and the library for CPUs know one table of a sequence.
         self._has_window_pools = not (drafting or loaded.packed or self.is_divided)
-        self._step_memory = step_memory(loaded.model, self.vocab_size)
+        self._step_memory = step_memory(loaded.model, self.vocab_size, max_num_seqs(self.config))
         self._sizes = self._choose_sizes(layout, loaded.context_length, draft_bytes)
         self.max_model_len = self._sizes.max_model_len
         per_token = (layout.bytes_per_token if layout else 0) + draft_bytes

@@ -40,6 +40,7 @@ from modelpack_engine.runner.kv_cache_size import (
     Sizes,
     choose_sizes,
     limit_memory,
+    max_num_seqs,
     on_gpu,
     step_memory,
 )
@@ -139,7 +140,9 @@ class Follower:
             held.loaded.context_length,
             held.config,
             window=layout.window if layout else None,
-            step_memory=step_memory(held.loaded.model, layout.vocab_size if layout else 0),
+            step_memory=step_memory(
+                held.loaded.model, layout.vocab_size if layout else 0, max_num_seqs(held.config)
+            ),
         )
         return {"num_blocks": held.sizes.num_blocks, "gpu": on_gpu()}
 

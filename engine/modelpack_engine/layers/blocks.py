@@ -148,7 +148,8 @@ class Tile:
     ahead: int
 
 
-#: The most rows for each kernel, as measured: benchmarks/results/gguf-blocks-h200.md.
+#: The most rows for the dot products and for the tensor cores. More rows dequantise the weights.
+#: 64 are the rows of the largest tile; 16 are chosen without a measurement.
 FEW_ROWS, MOST_ROWS = 16, 64
 TILES = (Tile(8, 4, 2), Tile(32, 4, 2), Tile(64, 2, 1))
 #: Simdgroups of a threadgroup, outputs of a simdgroup, loads of a lane that wait together.
@@ -171,6 +172,13 @@ def multiply(
             return run_dots(x, weight, kind, bias)
     product = x @ values(weight, kind, x.dtype).T
     return product if bias is None else product + bias
+
+
+def most_rows() -> int:
+    """Return the most rows that are multiplied without the values of all weights in memory."""
+    if launch.backend() == "none":
+        return 0
+    return MOST_ROWS if _has_tensor_cores() else FEW_ROWS
 
 
 def tile_for(rows: int) -> Tile:

@@ -28,7 +28,7 @@ from modelpack_engine.core.block_manager import window_blocks
 from modelpack_engine.core.buckets import EXACT, FEW, Buckets, round_up, sizes_up_to
 from modelpack_engine.core.scheduler import OVERTAKING, SchedulerConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
-from modelpack_engine.layers.blocks import BlockLinear
+from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, most_rows
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 from modelpack_engine.runner.model_layout import WindowGroup
@@ -370,19 +370,25 @@ def limit_memory(planned: int, step_bytes: int) -> None:
         mx.set_memory_limit(max(planned, mx.get_active_memory()) + step_bytes)
 
 
-def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
+def step_memory(model: nn.Module, vocab_size: int, max_num_seqs: int = 1) -> StepMemory:
     """Estimate the memory of a step of `model`, without the head, which runs on few rows.
+
+    A head of a block type counts if `max_num_seqs` rows need all its values.
 
     MLX frees an array when the GPU is done with it, and by then the host has launched most of the
     step: so the arrays of all layers count, up to the limit from which MLX waits (`limit_memory`).
     With many rows, quantised weights are dequantised.
     """
-    outputs = dequantised = 0
+    outputs = dequantised = head = table = 0
+    has_head = False
     norms: list[int] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.QuantizedLinear | BlockLinear):
             size = module["weight"].shape[0]
             if size == vocab_size and "layers" not in name:
+                has_head = True
+                if isinstance(module, BlockLinear):
+                    head = size * module.kind.inputs(module["weight"].shape[1])
                 continue
             outputs += size
             if isinstance(module, nn.QuantizedLinear):
@@ -392,8 +398,12 @@ def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
         elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
             experts, size = module["weight"].shape[:2]
             outputs += size * min(experts, _MOST_EXPERTS)
+        elif isinstance(module, BlockEmbedding) and module["weight"].shape[0] == vocab_size:
+            table = vocab_size * module.kind.inputs(module["weight"].shape[1])
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and "weight" in module:
             norms.append(module["weight"].dtype.size)
+    if max_num_seqs > most_rows():
+        dequantised += head if has_head else table
     itemsize = max(norms, default=mx.bfloat16.size)  # the outputs have the type of the norms
     return StepMemory(int(outputs * _MEMORY_FACTOR) * itemsize, dequantised * itemsize)
 

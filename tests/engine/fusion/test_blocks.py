@@ -228,6 +228,20 @@ def test_layers_are_counted_and_unpacked() -> None:
     assert mx.allclose(model.layers[1](x), expected, 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize(("rows", "counted"), [(64, 0), (65, 1)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_counted_if_its_values_are_computed(
+    monkeypatch: pytest.MonkeyPatch, rows: int, counted: int, tied: bool
+) -> None:
+    monkeypatch.setattr(blocks.launch, "backend", lambda: "cuda")
+    monkeypatch.setattr(blocks, "_has_tensor_cores", lambda: True)
+    model = nn.Module()
+    model.embed_tokens = blocks.BlockEmbedding(BLOCK_TYPES["Q6_K"], 256, 1000, F16)
+    if not tied:
+        model.lm_head = linear("Q6_K", 1000, 256)
+    assert step_memory(model, 1000, rows).per_step == counted * 1000 * 256 * 2
+
+
 @pytest.mark.long
 def test_a_model_by_the_kernels(host: Host, tmp_path: Path) -> None:
     """A whole model whose layers run by the emulated kernels."""
