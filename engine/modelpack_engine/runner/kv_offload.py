@@ -154,12 +154,16 @@ class BlockMover:
         them, the blocks of the other layers are of no use.
         """
         deadline = time.monotonic() + _LAST_SECONDS
-        limit -= self._write_states(tiers, limit // 2, deadline)
+        written = self._write_states(tiers, limit // 2, deadline)
         for group in reversed(range(len(self._contents))):
-            limit -= self._write_blocks(group, tiers, limit // 2 if group else limit, deadline)
+            if written is None:
+                return
+            limit -= written
+            part = limit // 2 if group else limit
+            written = self._write_blocks(group, tiers, part, deadline)
 
-    def _write_states(self, tiers: OffloadTiers, limit: int, deadline: float) -> int:
-        """Write the newest snapshots, up to the limit; return their bytes."""
+    def _write_states(self, tiers: OffloadTiers, limit: int, deadline: float) -> int | None:
+        """Write the newest snapshots, up to the limit; return their bytes, or None if late."""
         snapshots, states = self._blocks.snapshots, self._states
         if snapshots is None or states is None:
             return 0
@@ -168,11 +172,13 @@ class BlockMover:
         for key, state in found:
             self._save_state(key, state)
             if not self._flush(tiers, deadline):
-                break
+                return None
         return len(found) * states.length
 
-    def _write_blocks(self, group: int, tiers: OffloadTiers, limit: int, deadline: float) -> int:
-        """Write the newest blocks of a group, up to the limit; return their bytes."""
+    def _write_blocks(
+        self, group: int, tiers: OffloadTiers, limit: int, deadline: float
+    ) -> int | None:
+        """Write a group's newest blocks, up to the limit; return their bytes, or None if late."""
         length = self._contents[group].length
         if not length:
             return 0
@@ -182,11 +188,11 @@ class BlockMover:
         for start in range(0, len(found), step):
             self._save(group, found[start : start + step])
             if not self._flush(tiers, deadline):
-                break
+                return None
         return len(found) * length
 
     def _flush(self, tiers: OffloadTiers, deadline: float) -> bool:
-        """Write what was gathered; return False if there was no time for it."""
+        """Queue the blocks that were read, and write them; return False if time ran out."""
         self.collect()
         return tiers.flush(max(deadline - time.monotonic(), 0))
 
