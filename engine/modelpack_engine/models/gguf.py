@@ -76,12 +76,15 @@ class TensorPlan:
 
     @property
     def decoded_bytes(self) -> int:
-        """The approximate size of the decoded parameter."""
-        packed = self.blocks or (
-            self.packing and gguf_blocks.affine_bits(self.parameter.dtype) is not None
-        )
-        stored = self.parameter.stored_bytes
-        return stored * 3 // 2 if packed else self.parameter.elements * 4
+        """The approximate memory for decoding the parameter.
+
+        The codes of blocks take a byte each, and three arrays of them exist at once.
+        """
+        packed = self.packing and gguf_blocks.affine_bits(self.parameter.dtype) is not None
+        stored, elements = self.parameter.stored_bytes, self.parameter.elements
+        if self.blocks:
+            return stored + 3 * elements
+        return stored * 3 // 2 if packed else elements * 4
 
 
 Decoded = dict[str, npt.NDArray[Any]]
