@@ -257,9 +257,9 @@ class BlockManager:
         return [pool.withdraw(table) for pool, table in self._tables(sequence)]
 
     def published(self, group: int = 0) -> list[tuple[int, bytes]]:
-        """Return the blocks of the prefix cache with their hashes, in reverse order of eviction.
+        """Return a group's blocks in the prefix cache with their hashes, the last evicted first.
 
-        They are those of a group of layers; window pools count from 1.
+        Group 0 is the pool of the layers that see most; the window pools are groups from 1.
         """
         return self._pools[group].published()
 

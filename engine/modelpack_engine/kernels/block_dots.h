@@ -8,7 +8,7 @@
   typedef typename Codes::High High;
   typedef PaVec<T, 8> Eight;
   // Codes are read with OFFSET added, which saves a subtraction for each.
-  constexpr int PARTS = 32 / GROUP, FACTORS = MINS ? 2 : 1, OFFSET = TABLE ? 0 : 128;
+  constexpr int FACTORS = MINS ? 2 : 1, OFFSET = TABLE ? 0 : 128;
   constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
   const int M = x_shape[0], K = x_shape[1], N = weight_shape[0], words = weight_shape[1], units = K / 32;
   const int lane = PA_LANE, first = (PA_X * NSG + PA_SIMD) * LINES, row0 = PA_Y * ROWS;

@@ -6,8 +6,8 @@ struct PaBlocks {
   enum { UPPER = HIGH > 0 ? HIGH : 1, LOWS = ((1 << LOW) - 1) * 0x10001, HIGHS = ((1 << HIGH) - 1) * 0x10001 };
   typedef PaVec<unsigned int, LOW> Low;     // of 32 weights
   typedef PaVec<unsigned int, UPPER> High;
-  // Which eight weights of a row are at place e of a unit of 32. Places are exchanged, so that the inputs that
-  // lanes with units in a row read at the same time are in different banks.
+  // The index of the eight weights of a row at place e of a unit of 32. The order of places differs between units:
+  // so lanes with neighbouring units read inputs from different banks at the same time.
   static PA_FUNCTION int eight(int unit, int e) { return unit * 4 + (e ^ (unit >> 1 & 3)); }
   // The codes of weights 2 i and 2 i + 1 by the words that have them, in two halves.
   static PA_FUNCTION unsigned int codes(unsigned int low, unsigned int high, int i) {

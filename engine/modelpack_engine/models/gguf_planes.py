@@ -68,7 +68,7 @@ def planes(tensor: GGUFTensor, kind: BlockType) -> Words:
 
 
 def _exchanged(codes: Bytes) -> Bytes:
-    """Move the eights of codes [superblocks, 4, 2, 4, 8] as `eight` in kernels/blocks.h says."""
+    """Reorder groups of 8 codes [superblocks, 4, 2, 4, 8] like `eight` in kernels/blocks.h."""
     moved = np.empty_like(codes)
     for turn in range(4):
         moved[:, turn] = codes[:, turn][:, :, [place ^ turn for place in range(4)]]
@@ -97,7 +97,7 @@ def _with_offset(factors: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
 
 
 def _spread(packed: Bytes, bits: int, run: int) -> Bytes:
-    """Return codes of which `run` bytes at a time hold 8 / bits runs, the first in the low bits."""
+    """Unpack codes: each `run` bytes hold 8 / bits runs of codes, the first in the low bits."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     runs = packed.reshape(len(packed), -1, 1, run) >> shifts
     codes: Bytes = runs.reshape(len(packed), -1) & np.uint8((1 << bits) - 1)

@@ -104,7 +104,7 @@ def _checksum(head: bytes, content: bytes) -> bytes:
 class BlockDirectory:
     """The contents of one identity, of `lengths` bytes; all identities share `limit` bytes.
 
-    There is one length for blocks, and one for snapshots of recurrent state.
+    Each group of layers has one length for its blocks, and snapshots of recurrent state have one.
 
     One thread reads and writes; others may use `in`. Raises `EngineError` if the directory cannot
     be created or is not private to this user.

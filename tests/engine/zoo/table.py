@@ -65,7 +65,7 @@ short convolutions run once for all short prompts of a step, others sequence by 
 Prefixes of these models are shared up to a snapshot of their state
 ([how](engine.md#prefix-caching)).
 
-The columns; numbers are those of the [reasons](#reasons):
+The columns mean the following; numbers refer to the [reasons](#reasons):
 
 - **GGUF** names the architectures of GGUF files that run with this class; their logits are
   compared with llama.cpp's ([tests/engine/loaders](../tests/engine/loaders)).
