@@ -182,7 +182,8 @@ def halves(heads: str) -> RowOrder:
 
 def halves_by_size(config: Config, rows: Bytes) -> Bytes:
     """Undo the permutation like `halves`, in layers with any number of heads of `head_dim`."""
-    pairs = rows.reshape(-1, config["head_dim"] // 2, 2, rows.shape[-1])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
