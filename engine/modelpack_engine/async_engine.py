@@ -148,6 +148,29 @@ def _joined(first: RequestEvent, second: RequestEvent) -> RequestEvent:
 
 _Delivery = tuple[RequestStream, RequestEvent | Exception]
 Loaded = TypeVar("Loaded")
+Call = TypeVar("Call")
+Result = TypeVar("Result")
+
+
+def settle(future: asyncio.Future[Result], result: Result | Exception) -> bool:
+    """Set the result of a future, or its exception, on its event loop; any thread may call this.
+
+    Does nothing if the future is done. Returns False if the loop has ended.
+    """
+
+    def set_result() -> None:
+        if future.done():
+            return
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    try:
+        future.get_loop().call_soon_threadsafe(set_result)
+    except RuntimeError:  # the loop has ended
+        return False
+    return True
 
 
 class EngineState(StrEnum):
@@ -159,8 +182,8 @@ class EngineState(StrEnum):
     STOPPED = "stopped"
 
 
-class ModelThread(Generic[Loaded]):
-    """A thread that loads a model with `load` and then serves its requests.
+class ModelThread(Generic[Loaded, Call]):
+    """A thread that loads a model with `load` and then serves its requests, the calls.
 
     `meter` records the histograms of the requests. `error` is the exception that loading raised;
     `failure` is its text, or the text of the exception that stopped the thread later.
@@ -171,6 +194,8 @@ class ModelThread(Generic[Loaded]):
         self.failure = ""
         self.error: Exception | None = None
         self.meter = meter or Meter()
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()  # guards the queue, which is not read after the thread ends
         self._load = load
         self._model: Loaded | None = None
         self._loaded = threading.Event()
@@ -188,6 +213,19 @@ class ModelThread(Generic[Loaded]):
             raise EngineError(f"the model is not loaded after {timeout} s")
         if self.state is EngineState.FAILED:
             raise EngineError(self.failure)
+
+    def _call(self, call: Call) -> bool:
+        """Queue a call for the thread; return False if the thread does not serve."""
+        with self._gate:
+            runs = self.state is EngineState.READY
+            if runs:
+                self._calls.put(call)
+        return runs
+
+    def _end(self, state: EngineState) -> None:
+        """Accept no more calls."""
+        with self._gate:
+            self.state = state
 
     def _serve(self, model: Loaded) -> None:
         """Serve requests until the thread has to stop."""
@@ -238,15 +276,13 @@ class _Change:
     done: concurrent.futures.Future[None]
 
 
-class AsyncEngine(ModelThread["BaseEngine"]):
+class AsyncEngine(ModelThread["BaseEngine", "_Add | Abort | _Change"]):
     """Starts a thread that makes the engine with `make_engine` and then runs its steps.
 
     When the thread stops, open streams and new requests fail with an error; none waits forever.
     """
 
     def __init__(self, make_engine: Callable[[], BaseEngine], meter: Meter | None = None) -> None:
-        self._calls: queue.SimpleQueue[_Add | Abort | _Change | None] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # guards the queue, which is not read after the engine ends
         self._streams: dict[str, RequestStream] = {}
         self._running_choices: dict[str, int] = {}
         self._numbers = itertools.count()
@@ -354,14 +390,6 @@ class AsyncEngine(ModelThread["BaseEngine"]):
             raise EngineError(f"the engine is {self.state}")
         return self._model
 
-    def _call(self, call: _Add | Abort | _Change) -> bool:
-        """Queue a call for the engine's thread; return False if the engine does not run."""
-        with self._gate:
-            runs = self.state is EngineState.READY
-            if runs:
-                self._calls.put(call)
-        return runs
-
     # The engine's thread
 
     def _serve(self, model: BaseEngine) -> None:
@@ -388,8 +416,7 @@ class AsyncEngine(ModelThread["BaseEngine"]):
 
     def _end(self, state: EngineState) -> None:
         """Accept no more calls, and fail the queued requests."""
-        with self._gate:
-            self.state = state
+        super()._end(state)
         while not self._calls.empty():
             call = self._calls.get()
             error = EngineError(self.failure or f"the engine is {state}")
@@ -432,17 +459,7 @@ class AsyncEngine(ModelThread["BaseEngine"]):
             self._settle(call, None)
 
     def _settle(self, call: _Add, error: Exception | None) -> None:
-        def settle() -> None:
-            if call.accepted.done():
-                return
-            if error is None:
-                call.accepted.set_result(None)
-            else:
-                call.accepted.set_exception(error)
-
-        try:
-            call.stream.loop.call_soon_threadsafe(settle)
-        except RuntimeError:  # the loop has ended
+        if not settle(call.accepted, error):
             self._call(Abort(call.stream.request_id))
 
     def _hand_out(self, events: Sequence[RequestEvent]) -> None:

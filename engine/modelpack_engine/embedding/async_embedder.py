@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modelpack_engine.async_engine import EngineState, ModelThread
+from modelpack_engine.async_engine import EngineState, ModelThread, settle
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.embedding.request import (
     Embeddings,
@@ -49,7 +49,6 @@ _LOOK_AHEAD = 4096
 @dataclass(eq=False, slots=True)
 class _Request:
     prepared: Sequence[Prepared]
-    loop: asyncio.AbstractEventLoop
     done: asyncio.Future[list[Any]]
     results: list[Any]
     missing: int
@@ -66,7 +65,7 @@ class _Item:
         return self.request.prepared[self.place]
 
 
-class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
+class AsyncEmbedder(ModelThread["Embedder | CrossEncoder", _Request]):
     """Starts a thread that makes the model with `make_model` and then serves requests."""
 
     #: It reads text only.
@@ -79,7 +78,6 @@ class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
         self._running = 0
         self._finished = 0
         self._prompt_tokens = 0
-        self._calls: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._waiting: list[_Item] = []
         super().__init__("modelpack-embedder", make_model, meter)
 
@@ -181,14 +179,13 @@ class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
     async def _results(self, prepared: Sequence[Prepared]) -> list[Any]:
         if not prepared:
             return []
-        if self.state is not EngineState.READY:
-            raise EngineError(f"the model is {self.state}")
         tokens, count = sum(map(len, prepared)), len(prepared)
         began, reason = time.monotonic(), "error"
-        loop = asyncio.get_running_loop()
-        request = _Request(prepared, loop, loop.create_future(), [None] * count, count)
+        done = asyncio.get_running_loop().create_future()
+        request = _Request(prepared, done, [None] * count, count)
+        if not self._call(request):
+            raise EngineError(f"the model is {self.state}")
         self._running += 1
-        self._calls.put(request)
         try:
             results = await request.done
             reason = "stop"
@@ -211,7 +208,7 @@ class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
                 if self._waiting:
                     self._run_batch(model)
         finally:
-            self.state = EngineState.STOPPED
+            self._end(EngineState.STOPPED)
             self._fail_all()
 
     def _take_requests(self) -> bool:
@@ -239,13 +236,13 @@ class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
             _log.exception("a batch failed")
             for request in {item.request for item in batch}:
                 request.dropped = True
-                _settle(request, EngineError(f"the model failed: {error}"))
+                settle(request.done, EngineError(f"the model failed: {error}"))
             return
         for item, result in zip(batch, results, strict=True):
             item.request.results[item.place] = result
             item.request.missing -= 1
             if not item.request.missing:
-                _settle(item.request, None)
+                settle(item.request.done, item.request.results)
 
     def _fail_all(self) -> None:
         requests = {item.request for item in self._waiting}
@@ -258,22 +255,7 @@ class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
                 requests.add(request)
         self._waiting.clear()
         for request in requests:
-            _settle(request, EngineError("the model was stopped"))
-
-
-def _settle(request: _Request, error: Exception | None) -> None:
-    def settle() -> None:
-        if request.done.done():
-            return
-        if error is None:
-            request.done.set_result(request.results)
-        else:
-            request.done.set_exception(error)
-
-    try:
-        request.loop.call_soon_threadsafe(settle)
-    except RuntimeError:  # the loop has ended: nobody listens
-        request.dropped = True
+            settle(request.done, EngineError("the model was stopped"))
 
 
 async def rank_pairs(

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
-from modelpack_engine.async_engine import EngineState, ModelThread
+from modelpack_engine.async_engine import EngineState, ModelThread, settle
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import RETRY_AFTER, EngineError, QueueFullError, RequestError
 from modelpack_engine.outputs import EngineStats
@@ -44,19 +42,16 @@ class _DroppedError(Exception):
 @dataclass(eq=False, slots=True)
 class _Job:
     request: TranscriptionRequest | None  # None: its caller no longer waits
-    loop: asyncio.AbstractEventLoop
     done: asyncio.Future[Transcript]
 
 
-class AsyncTranscriber(ModelThread["Transcriber"]):
+class AsyncTranscriber(ModelThread["Transcriber", _Job]):
     """Starts a thread that makes the model with `make_model` and then serves requests."""
 
     vision = None
     no_vision = ""
 
     def __init__(self, make_model: Callable[[], Transcriber], meter: Meter | None = None) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # guards the queue, which is not read after the thread ends
         self._running = 0
         self._finished = 0
         super().__init__("modelpack-transcriber", make_model, meter)
@@ -130,17 +125,14 @@ class AsyncTranscriber(ModelThread["Transcriber"]):
         self.model.check(request)
         self.check_queue()
         began, reason = time.monotonic(), "error"
-        loop = asyncio.get_running_loop()
-        job = _Job(None, loop, loop.create_future())
+        job = _Job(None, asyncio.get_running_loop().create_future())
         self._running += 1
         try:
             job.request = request if sound is None else replace(request, samples=await sound())
             del request
             job.request.check_sound()
-            with self._gate:
-                if self.state is not EngineState.READY:
-                    raise EngineError(f"the model is {self.state}")
-                self._jobs.put(job)
+            if not self._call(job):
+                raise EngineError(f"the model is {self.state}")
             made = await job.done
             reason = "stop"
             return made
@@ -155,30 +147,26 @@ class AsyncTranscriber(ModelThread["Transcriber"]):
 
     def close(self) -> None:
         """Stop the thread; requests that have not ended fail."""
-        self._end()
-        self._jobs.put(None)
+        if self.state is EngineState.READY:
+            self._end(EngineState.STOPPED)
+        self._calls.put(None)
         self._thread.join()
-
-    def _end(self) -> None:
-        """Accept no more requests."""
-        with self._gate:
-            self.state = EngineState.STOPPED if self.state is EngineState.READY else self.state
 
     # The model's thread
 
     def _serve(self, model: Transcriber) -> None:
         try:
-            while (job := self._jobs.get()) is not None:
+            while (job := self._calls.get()) is not None:
                 if self.state is EngineState.STOPPED:
-                    _settle(job, EngineError("the model was stopped"))
+                    settle(job.done, EngineError("the model was stopped"))
                 else:
                     self._run_job(model, job)
                 job = None  # a waiting thread keeps no sound
         finally:
-            self._end()
-            while not self._jobs.empty():
-                if (left := self._jobs.get_nowait()) is not None:
-                    _settle(left, EngineError("the model was stopped"))
+            self._end(EngineState.STOPPED)
+            while not self._calls.empty():
+                if (left := self._calls.get_nowait()) is not None:
+                    settle(left.done, EngineError("the model was stopped"))
 
     def _run_job(self, model: Transcriber, job: _Job) -> None:
         request = job.request  # the caller may drop it at any time
@@ -192,26 +180,11 @@ class AsyncTranscriber(ModelThread["Transcriber"]):
                 raise EngineError("the model was stopped")
 
         try:
-            _settle(job, model.transcribe(request, on_window))
+            settle(job.done, model.transcribe(request, on_window))
         except _DroppedError:
             return
         except EngineError as error:
-            _settle(job, error)
+            settle(job.done, error)
         except BaseException as error:  # noqa: BLE001 - the request fails, the model goes on
             _log.exception("a transcription failed")
-            _settle(job, EngineError(f"the model failed: {error}"))
-
-
-def _settle(job: _Job, result: Transcript | Exception) -> None:
-    def settle() -> None:
-        if job.done.done():
-            return
-        if isinstance(result, Exception):
-            job.done.set_exception(result)
-        else:
-            job.done.set_result(result)
-
-    try:
-        job.loop.call_soon_threadsafe(settle)
-    except RuntimeError:  # the loop has ended: nobody listens
-        job.request = None
+            settle(job.done, EngineError(f"the model failed: {error}"))
