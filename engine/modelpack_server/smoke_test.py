@@ -268,7 +268,7 @@ async def _embed(engine: AsyncEmbedder, report: SmokeReport) -> SmokeReport:
 
 
 async def _transcribe(engine: AsyncTranscriber, report: SmokeReport) -> SmokeReport:
-    """Transcribe a tone that rises; the text may be empty, since nobody speaks."""
+    """Transcribe a rising tone; the text may be empty, since it contains no speech."""
     at = np.arange(int(_TONE_SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
     tone = (0.5 * np.sin(2 * np.pi * (200 + 100 * at) * at)).astype(np.float32)
     made = await engine.transcribe(TranscriptionRequest(tone))

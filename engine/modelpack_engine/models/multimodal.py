@@ -150,7 +150,7 @@ def _arguments_class(inner: Any, part: str, name: str) -> type:
 def _added_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """Return the layers, without the first, before which rows of a picture are added.
 
-    They are those of Granite 4 Vision. Raises `ModelLoadError` for a layer that there is not.
+    Granite 4 Vision has such layers. Raises `ModelLoadError` for a layer that the model lacks.
     """
     try:
         targets = {layer for _, layer in config.get("deepstack_layer_map") or []}

@@ -133,7 +133,7 @@ class Speculator:
             self._proposer.head.record(output, batch, hidden)
 
     def emitted(self, output: SchedulerOutput, now: float) -> None:
-        """Pass the duration of a step, whose tokens are emitted at `now`, to the proposer.
+        """Pass the proposer the duration of a step that emits its tokens at `now`.
 
         `now` is in seconds. Steps without prompts follow others at once, so they take the time
         since those.

@@ -67,7 +67,7 @@ class _Vocabulary:
         return self.unk_token_id if found is None else found
 
     def get_vocab(self) -> dict[str, int]:
-        """Return the tokens that mlx-audio looks up: those that say that nobody speaks."""
+        """Return the ids of the no-speech tokens, the only ones that mlx-audio looks up."""
         found = {name: self._tokenizer.token_id(name) for name in _NO_SPEECH}
         return {name: at for name, at in found.items() if at is not None}
 

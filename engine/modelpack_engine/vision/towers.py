@@ -682,7 +682,7 @@ def _minicpm_arguments(placed: mx.array, inputs: Mapping[str, mx.array]) -> dict
     }
 
 
-#: By model type, how a picture is encoded whose tokens all are tokens of a part of it.
+#: By model type, how a picture is encoded if each of its tokens stands for a part of it.
 _ROWS: Mapping[str, Callable[[Any, Mapping[str, mx.array]], mx.array]] = {
     "deepseek_vl_v2": _deepseek_rows,
     "granite4_vision": _granite4_rows,
