@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote
 
 from tests.registry.faults import Exchange
@@ -27,23 +27,20 @@ LARGE = 1024
 TOKEN = "hf_for_tests"
 
 
-class FakeHub(FaultyRegistry):
-    """The hub; a context manager. Revisions are by repository and name, files by commit."""
+class StoredHub(FaultyRegistry):
+    """A hub with a storage server for large files; a context manager.
 
-    def __enter__(self) -> FakeHub:
+    Revisions are by repository and name, files by repository and commit.
+    """
+
+    def __enter__(self) -> Self:
         super().__enter__()
-        self.page_size = 3
         self.storage = FaultyRegistry()
         self.storage.__enter__()
         self.objects: dict[str, bytes] = {}
         self.storage.content = Storage(self.objects)  # type: ignore[assignment]
         self.revisions: dict[tuple[str, str], str] = {}
         self.files: dict[tuple[str, str], dict[str, bytes]] = {}
-        self.large: set[str] = set()
-        self.downloads: dict[str, Any] = {}  # by repository
-        self.details: dict[str, dict[str, Any]] = {}  # of search results, by repository
-        self.private: dict[str, str] = {}  # repository -> "private" or "gated"
-        self.content = Api(self)  # type: ignore[assignment]
         return self
 
     def __exit__(
@@ -55,14 +52,32 @@ class FakeHub(FaultyRegistry):
         self.storage.__exit__(kind, error, trace)
         super().__exit__(kind, error, trace)
 
-    def put(self, repository: str, files: Mapping[str, bytes], revision: str = "main") -> str:
+    def add(self, repository: str, commit: str, files: Mapping[str, bytes], revision: str) -> str:
         """Add a commit of these files as `revision`; return it."""
-        text = json.dumps([[path, git_oid(content)] for path, content in sorted(files.items())])
-        commit = hashlib.sha1(f"{repository}{text}".encode()).hexdigest()
         self.files[repository, commit] = dict(files)
         for name in (revision, commit):
             self.revisions[repository, name] = commit
         return commit
+
+
+class FakeHub(StoredHub):
+    """The Hugging Face Hub."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.page_size = 3
+        self.large: set[str] = set()
+        self.downloads: dict[str, Any] = {}  # by repository
+        self.details: dict[str, dict[str, Any]] = {}  # of search results, by repository
+        self.private: dict[str, str] = {}  # repository -> "private" or "gated"
+        self.content = Api(self)  # type: ignore[assignment]
+        return self
+
+    def put(self, repository: str, files: Mapping[str, bytes], revision: str = "main") -> str:
+        """Add a commit of these files as `revision`; return it."""
+        text = json.dumps([[path, git_oid(content)] for path, content in sorted(files.items())])
+        commit = hashlib.sha1(f"{repository}{text}".encode()).hexdigest()
+        return self.add(repository, commit, files, revision)
 
     def is_large(self, path: str, content: bytes) -> bool:
         """Return whether a file is kept in storage rather than in git."""

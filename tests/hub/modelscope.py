@@ -8,52 +8,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote
 
-from tests.hub.hub import Storage, as_json, ranged
+from tests.hub.hub import StoredHub, as_json, ranged
 from tests.registry.faults import Exchange
-from tests.registry.faulty import FaultyRegistry
 from tests.registry.faulty_content import Reply
 
 TOKEN = "ms-for-tests"
 
 
-class FakeModelScope(FaultyRegistry):
-    """The hub; a context manager. `entries` change single entries of lists, by path."""
+class FakeModelScope(StoredHub):
+    """The hub. `entries` change single entries of lists, by path."""
 
-    def __enter__(self) -> FakeModelScope:
+    def __enter__(self) -> Self:
         super().__enter__()
-        self.storage = FaultyRegistry()
-        self.storage.__enter__()
-        self.objects: dict[str, bytes] = {}
-        self.storage.content = Storage(self.objects)  # type: ignore[assignment]
-        self.revisions: dict[tuple[str, str], str] = {}
-        self.files: dict[tuple[str, str], dict[str, bytes]] = {}
         self.entries: dict[str, dict[str, Any]] = {}
         self.is_private = False
         self.short_id = True
         self.content = Api(self)  # type: ignore[assignment]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.storage.__exit__(kind, error, trace)
-        super().__exit__(kind, error, trace)
-
     def put(self, repository: str, files: Mapping[str, bytes], revision: str = "master") -> str:
         """Add a commit of these files as `revision`; return it."""
         text = json.dumps([[path, content.hex()] for path, content in sorted(files.items())])
         commit = hashlib.sha1(text.encode()).hexdigest()
-        self.files[repository, commit] = dict(files)
-        for name in (revision, commit):
-            self.revisions[repository, name] = commit
-        return commit
+        return self.add(repository, commit, files, revision)
 
 
 class Api:

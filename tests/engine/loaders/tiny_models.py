@@ -809,21 +809,22 @@ _MLA = {
     },
 }
 _DEEPSEEK3 = _model("deepseek2", "deepseek_v3", **_MLA)
+_MISTRAL_ROPE = {
+    "rope_type": "yarn",
+    "type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 _MISTRAL4 = {
     **{k: v for k, v in _DEEPSEEK3.items() if k not in ("rope_theta", "rope_scaling")},
     "model_type": "mistral4",
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "type": "yarn",
-        "rope_theta": 1e6,
-        "factor": 16.0,
-        "original_max_position_embeddings": 8,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "llama_4_scaling_beta": 0.5,
-    },
+    "rope_parameters": _MISTRAL_ROPE,
 }
 # llama.cpp knows it by its number of layers.
 _DEEPSEEK2_LITE = {
@@ -1204,18 +1205,7 @@ TINY_MODELS: dict[str, TinyModel] = {
                 for key, value in _model("mistral3", "ministral3", head_dim=32).items()
                 if key != "rope_theta"
             },
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "type": "yarn",
-                "rope_theta": 1e6,
-                "factor": 16.0,
-                "original_max_position_embeddings": 8,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.5,
-            },
+            "rope_parameters": _MISTRAL_ROPE,
         },
         _mistral3_keys,
         _permuted,
