@@ -187,6 +187,6 @@ def test_urls_that_are_none(url: str) -> None:
 
 def test_a_gateway_closes_idle_connections_long_before_servers_do() -> None:
     """A request that a gateway sends while the server closes the connection is a 502."""
-    kept = uvicorn.Config(Upstream()).timeout_keep_alive
+    kept = uvicorn.Config(Upstream(), log_config=None).timeout_keep_alive
     assert "timeout_keep_alive" not in inspect.getsource(listener), "ours keep uvicorn's default"
     assert kept / 2 >= KEPT_SECONDS
