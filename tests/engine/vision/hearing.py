@@ -7,7 +7,6 @@ import json
 import warnings
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import mlx.core as mx
@@ -105,7 +104,7 @@ def directory(kind: str) -> Path:
         noise = mx.random.normal(value.shape) * scale
         name = SPECIMENS[kind].stored(name) if kind in SPECIMENS else name
         weights[name] = noise + 1 if value.ndim == 1 and name.endswith("weight") else noise
-    path = Path(mkdtemp(prefix=f"modelpack-hearing-{kind}-"))
+    path = tiny.new_directory(f"hearing-{kind}")
     mx.save_safetensors(str(path / "model.safetensors"), weights)
     names = json.loads((tiny.directory(kind) / "tokenizer_config.json").read_text())
     template = tiny.TEMPLATE.replace(

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import gguf
@@ -287,7 +286,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, kind: str) -> None:
 @cache
 def files(kind: str) -> ModelFiles:
     """Return the GGUF files of a tiny model, float32."""
-    path = Path(mkdtemp(prefix=f"modelpack-tiny-gguf-{kind}-"))
+    path = tiny.new_directory(f"gguf-{kind}")
     weights = weights_of(tiny.directory(kind) / "model.safetensors")
     config = tiny.config_of(kind)
     write_text(path / "model.gguf", kind, config, weights)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -338,6 +338,14 @@ def _tokenizer() -> Tokenizer:
     return backend
 
 
+_MODELS = TemporaryDirectory(prefix="modelpack-tiny-")
+
+
+def new_directory(kind: str) -> Path:
+    """Make a directory that is removed when the process ends."""
+    return Path(mkdtemp(prefix=f"{kind}-", dir=_MODELS.name))
+
+
 @cache
 def directory(kind: str) -> Path:
     """Return the directory of a tiny model with reproducible random weights."""
@@ -352,7 +360,7 @@ def directory(kind: str) -> Path:
         noise = mx.random.normal(value.shape) * scale
         noise = noise + 1 if value.ndim == 1 and name.endswith("weight") else noise
         weights[SPECIMENS[kind].stored(name) if kind in SPECIMENS else name] = noise
-    path = Path(mkdtemp(prefix=f"modelpack-tiny-{kind}-"))
+    path = new_directory(kind)
     mx.save_safetensors(str(path / "model.safetensors"), weights)
     documents = {
         "config.json": config,
