@@ -144,6 +144,22 @@ def test_more_than_content_length_says(client: Client, server: RegistryServer) -
     assert client.request("GET", f"blobs/{digest_of(content)}").content == content
 
 
+def resume(client: Client, path: str, content: bytes) -> int:
+    """Send what the upload lacks; return how many bytes it had."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:  # until the server has detected it and released the upload
+        status = client.request("GET", path)
+        staged = int(status.headers["Range"].removeprefix("0-")) + 1
+        staged -= staged == 1  # `0-0` also means nothing
+        if staged == len(content):
+            return staged
+        answer = client.patch(client.base + path, content[staged:], staged)
+        if answer.status_code not in (409, 416):
+            break
+    assert answer.status_code == 202
+    return staged
+
+
 @pytest.mark.parametrize("reset", [False, True], ids=["closes", "resets"])
 def test_less_than_content_length_says(client: Client, server: RegistryServer, reset: bool) -> None:
     """The received bytes are kept, and the upload resumes after them."""
@@ -157,15 +173,7 @@ def test_less_than_content_length_says(client: Client, server: RegistryServer, r
             assert time.monotonic() < deadline
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:  # until the server has detected it and released the upload
-        status = client.request("GET", path)
-        staged = int(status.headers["Range"].removeprefix("0-")) + 1
-        staged -= staged == 1  # `0-0` also means nothing
-        answer = client.patch(client.base + path, content[staged:], staged)
-        if answer.status_code not in (409, 416):
-            break
-    assert answer.status_code == 202
+    staged = resume(client, path, content)
     assert staged <= 2 * MIB + 77
     assert client.put(client.base + path, digest_of(content)).status_code == 201
 
@@ -198,6 +206,7 @@ def test_a_stream_that_breaks_off_is_not_a_whole_one(
         connection.shutdown(socket.SHUT_WR)
         assert b" 201 " not in stream.readline()
     assert client.request("HEAD", f"blobs/{digest_of(content)}").status_code == 404
+    resume(client, path, content)  # uvicorn drops what it has not handed on when a client ends
     assert client.put(client.base + path, digest_of(content)).status_code == 201
 
 
