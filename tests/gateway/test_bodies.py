@@ -26,7 +26,10 @@ from modelpack_server.gateway.bodies import (
     NoRoomError,
     TooSlowError,
     read_body,
+    release_body,
 )
+from modelpack_server.gateway.checks import Checks
+from modelpack_server.gateway.json_bodies import drop_document
 from tests.gateway.houses import BODY, House
 from tests.gateway.servers import CHAT, answering, protected
 
@@ -209,6 +212,46 @@ def test_a_finished_body_is_freed_at_once(announced: int) -> None:
                     assert client.recv(1024).startswith(b"HTTP/1.1 204")
             served.traces.wait(count)
         assert tracemalloc.get_traced_memory()[0] < size * requests / 2
+
+
+def test_an_application_releases_a_body_that_it_no_longer_holds() -> None:
+    """Then nothing holds the body, and others may take its share while the request goes on."""
+    body = b'{"prompt": "' + b"a" * 1024 * 1024 + b'"}'
+    left: list[int] = []
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        drop_document(scope)
+        release_body(scope)
+        if depth := int(scope["query_string"]):
+            await ask(depth - 1)
+        else:
+            left.append(tracemalloc.get_traced_memory()[0])
+        await Response(status_code=204)(scope, receive, send)
+
+    checks = Checks(application, max_body=len(body))
+    checks._budget.limit = 2 * len(body)  # room for one, and its value
+
+    async def ask(depth: int) -> None:
+        messages: list[Message] = [{"type": "http.request", "body": bytearray(body)}]
+        statuses: list[int] = []
+
+        async def receive() -> Message:
+            return messages.pop()
+
+        async def send(message: Message) -> None:
+            statuses.append(message.get("status", 204))
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(),
+                 "query_string": b"%d" % depth, "headers": [(b"content-length", b"9")],
+                 "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2)}  # fmt: skip
+        await checks(scope, receive, send)
+        assert statuses == [204, 204]
+
+    with _without_collections():
+        asyncio.run(ask(9))
+    assert checks._budget.taken == 0
+    assert left[0] < 5 * len(body)  # of ten requests; the last one may still have three copies
 
 
 def test_an_invalid_body_is_freed_at_once() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope
 
 from modelpack_server.gateway.forms import Form, FormError
 from modelpack_server.gateway.json_bodies import BodyError, ComplexityError, Parsed, parse
@@ -24,6 +24,7 @@ FREE_BYTES = 64 * 1024
 SLOWEST_RATE = 8 * 1024
 SLOW_START = 30.0
 
+_SCOPE_KEY = "modelpack.body_share"
 _DRAIN_SECONDS = 5.0
 DEFAULT_ANSWER = 256  # tokens reserved for a request without a limit
 _LEAST_MEDIA = 4096  # characters from which base64 counts as an image, not as text
@@ -83,6 +84,10 @@ class BodyShare:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Return the share to the budget: nothing holds the body any more."""
         self._budget.taken -= self._taken
         self._taken = 0
 
@@ -199,17 +204,34 @@ async def _drain(receive: Receive, most: int, *, message_left: bool) -> int:
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that returns `body` first, then the client's further messages."""
-    given = False
+    """Return a `receive` that returns `body` first, then the client's further messages.
+
+    It does not keep `body` after that.
+    """
+    left = [body]
 
     async def replay() -> Message:
-        nonlocal given
-        if not given:
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
         return await receive()
 
     return replay
+
+
+def put_share(scope: Scope, share: BodyShare) -> None:
+    """Keep a body's share, for an application that is done with the body before the request."""
+    scope[_SCOPE_KEY] = share
+
+
+def release_body(scope: Scope) -> None:
+    """Return the share of a request's body to the budget.
+
+    For applications that hold neither the body nor its parsed value any more, and that limit
+    themselves what they made of it.
+    """
+    share = scope.get(_SCOPE_KEY)
+    if share is not None:
+        share.release()
 
 
 def look_into(body: bytes) -> tuple[Parsed | None, Asked]:

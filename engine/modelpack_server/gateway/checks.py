@@ -25,6 +25,7 @@ from modelpack_server.gateway.bodies import (
     TooSlowError,
     look_into,
     look_into_form,
+    put_share,
     read_body,
     replayed,
     tokens_in,
@@ -220,6 +221,8 @@ class Checks:
                         )
                         body, asked = await self._look_into(scope, pieces, share, route)
                         receive = replayed(body, receive)
+                        body = b""  # only the application holds it now
+                        put_share(scope, share)
                     self._check_model(scope, route, caller, asked)
                     exceeded = grant.reserve(asked.tokens) if grant is not None else None
                     if exceeded is not None:

@@ -20,10 +20,12 @@ import modelpack
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.models import ModelFiles
+from modelpack_engine.speech.async_transcriber import AsyncTranscriber
 from modelpack_engine.speech.loader import Transcriber, load_transcriber
 from modelpack_engine.speech.transcript import Transcript, TranscriptionRequest
 from modelpack_engine.speech.whisper import Whisper
 from modelpack_server.api.app import ModelServer
+from modelpack_server.gateway import Protection, protect
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
@@ -380,6 +382,37 @@ def test_a_slow_transcription_blocks_no_chat(url: str, monkeypatch: pytest.Monke
         gate.open.set()
         texts = {one.result(60).json()["text"] for one in waiting}
         assert len(texts) == 1
+
+
+def test_uploads_that_wait_for_their_turn_hold_no_memory_for_bodies(
+    store: LayoutStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of 1.1 MB wait, and the bodies of all requests may have 4 MB together."""
+    monkeypatch.setattr("modelpack_server.gateway.checks.MAX_IN_FLIGHT", 1)
+    gate, progress = Gate(monkeypatch), threading.Semaphore(0)
+    call = AsyncTranscriber._call
+
+    def called(model: AsyncTranscriber, job: Any) -> bool:
+        progress.release()
+        return call(model, job)
+
+    monkeypatch.setattr(AsyncTranscriber, "_call", called)
+    config = EngineConfig(device="cpu", kv_cache_bytes=1 << 20, warm_up=False)
+    with (
+        ModelServer(
+            lambda: ModelPool(StoreCatalogue(store, config)),
+            address="127.0.0.1:0",
+            wrap=lambda app: protect(app, Protection(max_body=2 * 1024 * 1024)),
+        ) as server,
+        ThreadPoolExecutor(6) as threads,
+    ):
+        waiting = []
+        for _ in range(6):
+            waiting.append(threads.submit(post, server.url, data=SOUND))
+            waiting[-1].add_done_callback(lambda _: progress.release())
+            assert progress.acquire(timeout=60)
+        gate.open.set()
+        assert {one.result(60).status_code for one in waiting} == {200}
 
 
 def test_a_client_that_leaves_stops_its_transcription(

@@ -37,6 +37,7 @@ from modelpack_server.api.paths import add_route
 from modelpack_server.api.sse import LiveStream, dumps, event
 from modelpack_server.conversation.served_model import request_context
 from modelpack_server.conversation.sounds import MAX_SOUND_BYTES, decode_sound
+from modelpack_server.gateway.bodies import release_body
 from modelpack_server.gateway.forms import Form, FormError
 from modelpack_server.pool.pool import ModelPool
 
@@ -92,11 +93,15 @@ def router(pool: ModelPool) -> APIRouter:
 
 async def _answer(request: Request, pool: ModelPool, task: Task) -> Response:
     fields, data = await _read(request)
+    files = [data]
+    del data
     asked = _Asked.of(fields, task)
     owner = request_context.get().cache_salt
 
     async def sound() -> NDArray[np.float32]:
-        return await in_thread(decode_sound, data, "file", SAMPLE_RATE, owner=owner)
+        made = await in_thread(decode_sound, files.pop(), "file", SAMPLE_RATE, owner=owner)
+        release_body(request.scope)  # the queue limits the samples that wait
+        return made
 
     async def work() -> Transcript:
         wanted = asked.request()
