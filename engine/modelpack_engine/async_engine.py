@@ -1,7 +1,8 @@
 """AsyncEngine: an engine in its own thread, whose events asyncio code reads as streams.
 
-The server submits an `EngineRequest` to `AsyncEngine` and iterates over the `RequestStream` that it
-returns. Events that wait in a stream are merged, so a slow reader gets one event for each choice.
+The server submits an `EngineRequest` to an `EngineClient` and iterates over the `RequestStream`
+that it returns. Events that wait in a stream are merged, so a slow reader gets one event for each
+choice. `EngineLoop` runs the engine; `AsyncEngine` is a client with a loop in a thread.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import itertools
 import logging
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from modelpack.errors import ModelpackError
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from modelpack.formats.adapter import Adapter
     from modelpack_engine.models.tokenizer import Tokenizer
     from modelpack_engine.runner.base_engine import BaseEngine
-    from modelpack_engine.vision.encoder import Vision
+    from modelpack_engine.vision.processor import PictureProcessor
 
 _log = logging.getLogger(__name__)
 
@@ -262,31 +265,76 @@ class ModelThread(Generic[Loaded, Call]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Add:
-    stream: RequestStream
+class Add:
+    """A call that adds a request; `accepted` is called once, with the error if it was refused."""
+
+    request_id: str
     request: EngineRequest
-    accepted: asyncio.Future[None]
+    accepted: Callable[[Exception | None], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Change:
-    """A call that changes the engine between two steps."""
+class AddAdapter:
+    """A change that makes an adapter available, as `BaseEngine.add_adapter` does."""
 
-    apply: Callable[[BaseEngine], None]
+    name: str
+    adapter: Adapter
+    identity: str
+
+    def apply(self, engine: BaseEngine) -> None:
+        engine.add_adapter(self.name, self.adapter, self.identity)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAdapter:
+    """A change that removes an adapter, as `BaseEngine.remove_adapter` does."""
+
+    name: str
+
+    def apply(self, engine: BaseEngine) -> None:
+        engine.remove_adapter(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A call that changes the engine between two steps, unless its caller cancelled it before."""
+
+    change: AddAdapter | RemoveAdapter
     done: concurrent.futures.Future[None]
 
 
-class AsyncEngine(ModelThread["BaseEngine", "_Add | Abort | _Change"]):
-    """Starts a thread that makes the engine with `make_engine` and then runs its steps.
+EngineCall = Add | Abort | Change
 
-    When the thread stops, open streams and new requests fail with an error; none waits forever.
+
+class EngineClient(ABC):
+    """An engine that runs elsewhere, for asyncio code: requests in, streams of events out.
+
+    When the engine stops, open streams and new requests fail with an error; none waits forever.
+    `meter` records the histograms of the requests. `error` is the exception that loading raised;
+    `failure` is its text, or the text of what stopped the engine later.
     """
 
-    def __init__(self, make_engine: Callable[[], BaseEngine], meter: Meter | None = None) -> None:
+    state: EngineState
+    failure: str
+    error: Exception | None
+    meter: Meter
+
+    def __init__(self) -> None:
         self._streams: dict[str, RequestStream] = {}
         self._running_choices: dict[str, int] = {}
         self._numbers = itertools.count()
-        super().__init__("modelpack-engine", make_engine, meter)
+
+    @abstractmethod
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Wait until the model is loaded; raise `EngineError` if it could not be loaded."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the engine and free its memory; unfinished requests fail."""
+
+    @abstractmethod
+    def _call(self, call: EngineCall) -> bool:
+        """Queue a call for the engine; return False if it does not run."""
 
     # Calls from other threads
 
@@ -298,8 +346,10 @@ class AsyncEngine(ModelThread["BaseEngine", "_Add | Abort | _Change"]):
         request_id = f"request-{next(self._numbers)}"
         stream = RequestStream(request_id, len(request.prompt_token_ids), request.n, self._call)
         accepted = asyncio.get_running_loop().create_future()
-        if not self._call(_Add(stream, request, accepted)):
-            raise EngineError(f"the engine is {self.state}", hint="wait until it is ready")
+        if not self._call(
+            Add(request_id, request, partial(self._admit, stream, request, accepted))
+        ):
+            raise self._stopped()
         try:
             await accepted
         except asyncio.CancelledError:
@@ -312,155 +362,103 @@ class AsyncEngine(ModelThread["BaseEngine", "_Add | Abort | _Change"]):
 
         Raises `EngineError` if the engine does not run.
         """
-        await self._change(lambda engine: engine.add_adapter(name, adapter, identity))
+        await asyncio.wrap_future(self.change(AddAdapter(name, adapter, identity)))
 
     async def remove_adapter(self, name: str) -> None:
         """Remove an adapter between two steps; raises what `BaseEngine.remove_adapter` raises.
 
         Raises `EngineError` if the engine does not run.
         """
-        await self._change(lambda engine: engine.remove_adapter(name))
+        await asyncio.wrap_future(self.change(RemoveAdapter(name)))
 
-    async def _change(self, apply: Callable[[BaseEngine], None]) -> None:
-        change = _Change(apply, concurrent.futures.Future())
-        if not self._call(change):
-            raise EngineError(f"the engine is {self.state}", hint="wait until it is ready")
-        await asyncio.wrap_future(change.done)
+    def change(self, change: AddAdapter | RemoveAdapter) -> concurrent.futures.Future[None]:
+        """Change the engine between two steps; return a future of the end of that."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        if not self._call(Change(change, done)):
+            done.set_exception(self._stopped())
+        return done
 
+    @abstractmethod
     def check_queue(self) -> None:
         """Raise `QueueFullError` if a request would find the queue full now."""
-        self._ready().check_queue()
 
     @property
+    @abstractmethod
     def runs_adapters(self) -> bool:
         """Whether adapters can be added."""
-        return self._ready().runs_adapters
 
     @property
+    @abstractmethod
+    def model_type(self) -> str:
+        """The type of the model, as its configuration or its GGUF file names it."""
+
+    @property
+    @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; any thread may use it."""
-        return self._ready().tokenizer
 
     @property
-    def vision(self) -> Vision | None:
-        """What reads pictures, for the processor, which any thread may use; None for text only."""
-        return self._ready().vision
+    @abstractmethod
+    def picture_processor(self) -> PictureProcessor | None:
+        """What places pictures in prompts, for any thread; None if the engine reads text only."""
 
     @property
+    @abstractmethod
     def no_vision(self) -> str:
         """Why the engine reads no pictures, where the model's files should."""
-        return self._ready().no_vision
 
     @property
+    @abstractmethod
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its output together."""
-        return self._ready().max_model_len
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """The number of the model's logits."""
-        return self._ready().vocab_size
 
     @property
+    @abstractmethod
     def memory_bytes(self) -> int:
         """The bytes of its weights and its KV cache."""
-        return self._ready().memory_bytes
 
     @property
+    @abstractmethod
     def weight_bytes(self) -> int:
         """The bytes of its weights, a draft model's included."""
-        return self._ready().weight_bytes
 
     @property
+    @abstractmethod
     def kv_cache_bytes(self) -> int:
         """The bytes of its KV cache."""
-        return self._ready().kv_cache_bytes
 
+    @abstractmethod
     def stats(self) -> EngineStats:
         """Return the engine's counters."""
-        return EngineStats() if self._model is None else self._model.stats()
 
-    def close(self) -> None:
-        """Stop the thread and free its memory; unfinished requests fail."""
-        self._calls.put(None)
-        self._thread.join()
+    def _stopped(self) -> EngineError:
+        return EngineError(f"the engine is {self.state}", hint="wait until it is ready")
 
-    def _ready(self) -> BaseEngine:
-        if self._model is None:
-            raise EngineError(f"the engine is {self.state}")
-        return self._model
+    # The thread that gets the events
 
-    # The engine's thread
-
-    def _serve(self, model: BaseEngine) -> None:
-        try:
-            while self._take_calls(model):
-                try:
-                    events = model.step()
-                except BaseException as error:  # noqa: BLE001 - the requests fail, not the engine
-                    _log.exception("a step failed")
-                    events = model.fail_all(f"a step of the engine failed: {error}")
-                self.meter.stepped(events)
-                self._hand_out(events)
-            self._end(EngineState.STOPPED)
-            self._hand_out(model.fail_all("the engine was stopped"))
-            model.close()
-        except BaseException as error:  # noqa: BLE001 - it cannot go on: fail pending requests
-            _log.exception("the engine failed")
-            self.failure = f"the engine failed: {error}"
-            self._end(EngineState.FAILED)
-            for stream in list(self._streams.values()):
-                self._deliver([(stream, EngineError(self.failure))])
-            self._streams.clear()
-            self._running_choices.clear()
-
-    def _end(self, state: EngineState) -> None:
-        """Accept no more calls, and fail the queued requests."""
-        super()._end(state)
-        while not self._calls.empty():
-            call = self._calls.get()
-            error = EngineError(self.failure or f"the engine is {state}")
-            if isinstance(call, _Add):
-                self._settle(call, error)
-            elif isinstance(call, _Change) and call.done.set_running_or_notify_cancel():
-                call.done.set_exception(error)
-
-    def _take_calls(self, engine: BaseEngine) -> bool:
-        """Run the queued calls; if the engine has no work, wait for one. Return False to stop."""
-        while True:
-            try:
-                call = self._calls.get(block=not engine.has_work)
-            except queue.Empty:
-                return True
-            if call is None:
-                return False
-            if isinstance(call, Abort):
-                aborted = engine.abort(call.request_id, call.index)
-                self.meter.stepped(aborted)
-                self._hand_out(aborted)
-            elif isinstance(call, _Change):
-                _apply(engine, call)
-            else:
-                self._add(engine, call)
-
-    def _add(self, engine: BaseEngine, call: _Add) -> None:
-        stream = call.stream
-        try:
-            engine.add_request(stream.request_id, call.request)
-        except ModelpackError as error:
-            self._settle(call, error)
-        except BaseException as error:  # noqa: BLE001 - only this request fails
-            _log.exception("a request could not be added")
-            self._settle(call, EngineError(f"unexpected {type(error).__name__}: {error}"))
-        else:
+    def _admit(
+        self,
+        stream: RequestStream,
+        request: EngineRequest,
+        accepted: asyncio.Future[None],
+        error: Exception | None,
+    ) -> None:
+        """Open the stream of an accepted request, or fail a refused one."""
+        if error is None:
             self._streams[stream.request_id] = stream
-            self._running_choices[stream.request_id] = call.request.n
-            self.meter.accepted(call.request.params.max_tokens, call.request.n)
-            self._settle(call, None)
+            self._running_choices[stream.request_id] = request.n
+            self.meter.accepted(request.params.max_tokens, request.n)
+        if not settle(accepted, error) or accepted.cancelled():
+            self._call(Abort(stream.request_id))
 
-    def _settle(self, call: _Add, error: Exception | None) -> None:
-        if not settle(call.accepted, error):
-            self._call(Abort(call.stream.request_id))
+    def _emit(self, events: Sequence[RequestEvent]) -> None:
+        self.meter.stepped(events)
+        self._hand_out(events)
 
     def _hand_out(self, events: Sequence[RequestEvent]) -> None:
         """Deliver events to their streams, with one call for each event loop; drop ended ones."""
@@ -486,19 +484,173 @@ class AsyncEngine(ModelThread["BaseEngine", "_Add | Abort | _Change"]):
             for stream, _ in batch:
                 self._call(Abort(stream.request_id))
 
+    def _fail_streams(self) -> None:
+        """Fail all requests, after the end of an engine that emits no last events."""
+        for stream in list(self._streams.values()):
+            self._deliver([(stream, EngineError(self.failure))])
+        self._streams.clear()
+        self._running_choices.clear()
 
-def _apply(engine: BaseEngine, change: _Change) -> None:
-    if not change.done.set_running_or_notify_cancel():  # its caller was cancelled
-        return
-    try:
-        change.apply(engine)
-    except ModelpackError as error:
-        change.done.set_exception(error)
-    except BaseException as error:  # noqa: BLE001 - only this change fails
-        _log.exception("the engine could not be changed")
-        change.done.set_exception(EngineError(f"unexpected {type(error).__name__}: {error}"))
-    else:
-        change.done.set_result(None)
+
+class EngineLoop:
+    """Runs the steps of an engine and, between them, the calls of a queue; None ends it.
+
+    `emit` gets the events of each step and of each call.
+    """
+
+    def __init__(
+        self,
+        engine: BaseEngine,
+        calls: queue.SimpleQueue[EngineCall | None],
+        emit: Callable[[Sequence[RequestEvent]], None],
+    ) -> None:
+        self._engine = engine
+        self._calls = calls
+        self._emit = emit
+
+    def run(self) -> None:
+        """Return when None is in the queue; then call `end`."""
+        while self._take_calls():
+            try:
+                events = self._engine.step()
+            except BaseException as error:  # noqa: BLE001 - the requests fail, not the engine
+                _log.exception("a step failed")
+                events = self._engine.fail_all(f"a step of the engine failed: {error}")
+            self._emit(events)
+
+    def end(self) -> None:
+        """Fail all requests and close the engine."""
+        self._emit(self._engine.fail_all("the engine was stopped"))
+        self._engine.close()
+
+    def _take_calls(self) -> bool:
+        """Run the queued calls; if the engine has no work, wait for one. Return False to stop."""
+        while True:
+            try:
+                call = self._calls.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return True
+            if call is None:
+                return False
+            if isinstance(call, Abort):
+                self._emit(self._engine.abort(call.request_id, call.index))
+            elif isinstance(call, Change):
+                self._apply(call)
+            else:
+                call.accepted(self._refusal(call))
+
+    def _refusal(self, call: Add) -> Exception | None:
+        """Add a request; return the error if the engine refuses it."""
+        try:
+            self._engine.add_request(call.request_id, call.request)
+        except ModelpackError as error:
+            return error
+        except BaseException as error:  # noqa: BLE001 - only this request fails
+            _log.exception("a request could not be added")
+            return EngineError(f"unexpected {type(error).__name__}: {error}")
+        return None
+
+    def _apply(self, call: Change) -> None:
+        if not call.done.set_running_or_notify_cancel():  # its caller was cancelled
+            return
+        try:
+            call.change.apply(self._engine)
+        except ModelpackError as error:
+            call.done.set_exception(error)
+        except BaseException as error:  # noqa: BLE001 - only this change fails
+            _log.exception("the engine could not be changed")
+            call.done.set_exception(EngineError(f"unexpected {type(error).__name__}: {error}"))
+        else:
+            call.done.set_result(None)
+
+
+class AsyncEngine(ModelThread["BaseEngine", EngineCall], EngineClient):
+    """Starts a thread that makes the engine with `make_engine` and then runs its steps."""
+
+    def __init__(self, make_engine: Callable[[], BaseEngine], meter: Meter | None = None) -> None:
+        EngineClient.__init__(self)
+        ModelThread.__init__(self, "modelpack-engine", make_engine, meter)
+
+    def check_queue(self) -> None:
+        self._ready().check_queue()
+
+    @property
+    def runs_adapters(self) -> bool:
+        return self._ready().runs_adapters
+
+    @property
+    def model_type(self) -> str:
+        return self._ready().model_type
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._ready().tokenizer
+
+    @property
+    def picture_processor(self) -> PictureProcessor | None:
+        vision = self._ready().vision
+        return None if vision is None else vision.processor
+
+    @property
+    def no_vision(self) -> str:
+        return self._ready().no_vision
+
+    @property
+    def max_model_len(self) -> int:
+        return self._ready().max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self._ready().vocab_size
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._ready().memory_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._ready().weight_bytes
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self._ready().kv_cache_bytes
+
+    def stats(self) -> EngineStats:
+        return EngineStats() if self._model is None else self._model.stats()
+
+    def close(self) -> None:
+        self._calls.put(None)
+        self._thread.join()
+
+    def _ready(self) -> BaseEngine:
+        if self._model is None:
+            raise EngineError(f"the engine is {self.state}")
+        return self._model
+
+    # The engine's thread
+
+    def _serve(self, model: BaseEngine) -> None:
+        try:
+            loop = EngineLoop(model, self._calls, self._emit)
+            loop.run()
+            self._end(EngineState.STOPPED)
+            loop.end()
+        except BaseException as error:  # noqa: BLE001 - it cannot go on: fail pending requests
+            _log.exception("the engine failed")
+            self.failure = f"the engine failed: {error}"
+            self._end(EngineState.FAILED)
+            self._fail_streams()
+
+    def _end(self, state: EngineState) -> None:
+        """Accept no more calls, and fail the queued requests."""
+        super()._end(state)
+        while not self._calls.empty():
+            call = self._calls.get()
+            error = EngineError(self.failure or f"the engine is {state}")
+            if isinstance(call, Add):
+                call.accepted(error)
+            elif isinstance(call, Change) and call.done.set_running_or_notify_cancel():
+                call.done.set_exception(error)
 
 
 def _put(batch: list[_Delivery]) -> None:

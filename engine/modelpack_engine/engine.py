@@ -96,6 +96,7 @@ class Engine(BaseEngine):
         """
         self.config = config or EngineConfig()
         self.tokenizer = loaded.tokenizer
+        self.model_type = str(loaded.config.get("model_type") or loaded.architecture)
         self.vision, self.no_vision = loaded.vision, loaded.no_vision
         kind = parse_kv_cache_dtype(self.config.kv_cache_dtype)
         layout = layout_with_cache_type(loaded.model, kind)

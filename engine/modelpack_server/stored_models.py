@@ -73,7 +73,7 @@ class Opened:
         """
         config = with_drafter(config or EngineConfig(), self.model, self.store)
         draft = draft_files(config, self.store, self.remote)
-        return load_model(self, config, lambda _context, _bytes: config, draft)[0]
+        return load_model(self, config, lambda _context, _bytes: config, draft)
 
     def with_context_size(self, config: EngineConfig) -> EngineConfig:
         """Return `config` with the model's own context size as the default of `max_model_len`."""
@@ -87,8 +87,8 @@ def load_model(
     device: EngineConfig,
     configure: Callable[[int, int], EngineConfig],
     draft: ModelFiles | None = None,
-) -> tuple[BaseEngine, str]:
-    """Load the weights; return an engine and the type of its model.
+) -> BaseEngine:
+    """Load the weights; return an engine.
 
     `device` says where and by what to compute, `configure` how to run, once the context that the
     model holds (in tokens) and the bytes of all weights are known; `draft` are the files of a draft
@@ -136,13 +136,10 @@ def load_model(
     weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
     config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
     load_progress.warm_up()
-    engine = Engine(loaded, config, model_id=opened.model_id, draft=drafting)
-    return engine, str(loaded.config.get("model_type") or loaded.architecture)
+    return Engine(loaded, config, model_id=opened.model_id, draft=drafting)
 
 
-def _load_llama_cpp(
-    opened: Opened, configure: Callable[[int, int], EngineConfig]
-) -> tuple[BaseEngine, str]:
+def _load_llama_cpp(opened: Opened, configure: Callable[[int, int], EngineConfig]) -> BaseEngine:
     from modelpack_engine.llama_cpp.engine import LlamaCppEngine
     from modelpack_engine.llama_cpp.model import LlamaModel, try_out
 
@@ -158,7 +155,7 @@ def _load_llama_cpp(
         notes = (*notes, f"pictures are not read: {no_vision}")
     engine = LlamaCppEngine(model, tokenizer, config, notes=notes, no_vision=no_vision)
     _log.info("%s: %s", opened.model.reference or opened.model.digest, engine.notes[-1])
-    return engine, model.architecture
+    return engine
 
 
 def open_model(
@@ -300,10 +297,10 @@ def load_on_ranks(
     opened: Opened,
     device: EngineConfig,
     configure: Callable[[int, int], EngineConfig],
-) -> tuple[Engine, str]:
-    """Load a model on all ranks; return an engine and the type of its model.
+) -> Engine:
+    """Load a model on all ranks; return an engine.
 
-    As `opening.load_model`, where the bytes of the weights are those of this rank's part.
+    As `load_model`, where the bytes of the weights are those of this rank's part.
     """
 
     def settings(loaded: LoadedModel) -> EngineConfig:
@@ -311,8 +308,7 @@ def load_on_ranks(
         return opened.with_context_size(configure(loaded.context_length, loaded.weight_bytes))
 
     part = partial(_part, opened.files, device, opened.adapter)
-    engine, loaded = ranks.engine(str(opened.model.digest), part, settings)
-    return engine, str(loaded.config.get("model_type") or loaded.architecture)
+    return ranks.engine(str(opened.model.digest), part, settings)
 
 
 def parts_of(

@@ -46,7 +46,7 @@ class ScriptedEngine:
         self.ends = ends
         self.max_model_len = max_model_len
         self.vocab_size = 257
-        self.vision, self.no_vision = None, ""
+        self.picture_processor, self.no_vision = None, ""
         self.memory_bytes = 1000
         self.state = EngineState.READY
         self.wait: asyncio.Event | None = None

@@ -57,7 +57,7 @@ class Ranks:
         key: str,
         load: Callable[[Shard], LoadedModel],
         configure: Callable[[LoadedModel], EngineConfig],
-    ) -> tuple[ParallelEngine, LoadedModel]:
+    ) -> ParallelEngine:
         """Load the model `key` on all ranks, here by `load`; return an engine over them.
 
         Has to run in the thread that steps the engine. Raises `OutOfMemoryError` while the ranks
@@ -74,7 +74,7 @@ class Ranks:
             asked = self.ask(Kind.LOAD, key=key)
             loaded = load(self.shard)
             self.channel.gather(asked)
-            return ParallelEngine(loaded, configure(loaded), model_id=key, ranks=self), loaded
+            return ParallelEngine(loaded, configure(loaded), model_id=key, ranks=self)
         except Exception as error:
             if self._in_step:
                 self.fail(error)

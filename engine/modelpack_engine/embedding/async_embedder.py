@@ -69,7 +69,7 @@ class AsyncEmbedder(ModelThread["Embedder | CrossEncoder", _Request]):
     """Starts a thread that makes the model with `make_model` and then serves requests."""
 
     #: It reads text only.
-    vision = None
+    picture_processor = None
     no_vision = ""
 
     def __init__(

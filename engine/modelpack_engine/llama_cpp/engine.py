@@ -207,6 +207,7 @@ class LlamaCppEngine(BaseEngine):
                 hint="lower it, or use --backend mlx",
             )
         self.tokenizer, self.no_vision = tokenizer, no_vision
+        self.model_type = model.architecture
         self.vocab_size = model.vocab_size
         sizes = choose_sizes(model, model.context_length, config)
         self.max_model_len = sizes.max_model_len

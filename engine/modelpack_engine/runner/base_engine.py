@@ -29,6 +29,8 @@ class BaseEngine(ABC):
 
     config: EngineConfig
     tokenizer: Tokenizer
+    #: The type of the model, as its configuration or its GGUF file names it.
+    model_type: str = ""
     #: What reads pictures; None if the engine reads text only.
     vision: Vision | None = None
     #: Why the engine reads no pictures, where the model's files should.

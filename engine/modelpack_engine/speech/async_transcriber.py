@@ -48,7 +48,7 @@ class _Job:
 class AsyncTranscriber(ModelThread["Transcriber", _Job]):
     """Starts a thread that makes the model with `make_model` and then serves requests."""
 
-    vision = None
+    picture_processor = None
     no_vision = ""
 
     def __init__(self, make_model: Callable[[], Transcriber], meter: Meter | None = None) -> None:

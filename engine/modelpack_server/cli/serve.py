@@ -424,7 +424,7 @@ def _note_ready(
     """Print how long the start took, the addresses, the device, and the memory of each model."""
     import mlx.core as mx
 
-    from modelpack_engine.async_engine import AsyncEngine
+    from modelpack_engine.async_engine import EngineClient
     from modelpack_engine.platform.device import choose_device
 
     on_gpu = choose_device(config) == "gpu"
@@ -433,7 +433,7 @@ def _note_ready(
             ("device", device)]  # fmt: skip
     for entry in pool.entries():
         engine = entry.engine
-        if isinstance(engine, AsyncEngine):
+        if isinstance(engine, EngineClient):
             weights, cache = human_size(engine.weight_bytes), human_size(engine.kv_cache_bytes)
             memory = f"weights {weights}, KV cache {cache}"
         else:

@@ -20,7 +20,6 @@ from modelpack_engine.worker.threads import prepare
 from modelpack_server.tool_parsers.families import OutputFormat, find_format
 
 if TYPE_CHECKING:
-    from modelpack_engine.vision.encoder import Vision
     from modelpack_engine.vision.processor import PictureProcessor
 
 
@@ -73,7 +72,7 @@ request_context: ContextVar[RequestContext] = ContextVar("request_context", defa
 
 
 class ServingEngine(Protocol):
-    """The part of an engine that serving uses; `AsyncEngine` implements it."""
+    """The part of an engine that serving uses; `EngineClient` implements it."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -85,7 +84,7 @@ class ServingEngine(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def vision(self) -> Vision | None: ...
+    def picture_processor(self) -> PictureProcessor | None: ...
 
     @property
     def no_vision(self) -> str: ...
@@ -156,8 +155,7 @@ class ServedModel:
     @property
     def pictures(self) -> PictureProcessor | None:
         """What places pictures in prompts; None for a model that reads text only."""
-        vision = self.engine.vision
-        return None if vision is None else vision.processor
+        return self.engine.picture_processor
 
     @cached_property
     def format(self) -> OutputFormat:
@@ -167,7 +165,7 @@ class ServedModel:
     async def submit(self, request: EngineRequest) -> RequestStream:
         """Submit a request to the engine, with the adapter and the `request_context`.
 
-        Raises what `AsyncEngine.submit` raises.
+        Raises what `EngineClient.submit` raises.
         """
         context = request_context.get()
         salt = context.cache_salt

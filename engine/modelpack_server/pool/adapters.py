@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from modelpack.artifacts.model import Model, Role
 from modelpack.errors import NotFoundError, UntrustedError, UsageError
@@ -23,11 +23,9 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import ProgressCallback
 from modelpack.storage import watching
 from modelpack.store.layout import LayoutStore
+from modelpack_engine.async_engine import AddAdapter, EngineClient
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_server.pool.file_store import FileStore
-
-if TYPE_CHECKING:
-    from modelpack_engine.runner.base_engine import BaseEngine
 
 #: The default of `--max-adapters`.
 DEFAULT_MAX_ADAPTERS: Final = 8
@@ -60,14 +58,14 @@ class ServedAdapter:
         files = self.model.files()
         return sum(file.descriptor.size for file in files if file.role is Role.ADAPTER)
 
-    def add_to(self, engine: BaseEngine, remote: RemoteOptions) -> None:
-        """Add it to the engine of its base.
+    def add_to(self, engine: EngineClient, remote: RemoteOptions) -> None:
+        """Add it to the engine of its base, and wait until it is added.
 
         Raises `UntrustedError` if it does not satisfy `remote.trust`, and `ModelLoadError`, naming
         it, if it is invalid or does not fit the base.
         """
         try:
-            engine.add_adapter(self.name, self.verified(remote), self.key)
+            engine.change(AddAdapter(self.name, self.verified(remote), self.key)).result()
         except AdapterError as error:
             raise self.misfit(error) from error
         except RequestError as error:

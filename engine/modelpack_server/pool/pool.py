@@ -13,7 +13,7 @@ from typing import Any
 
 from modelpack.errors import ModelpackError, NotFoundError, UntrustedError, UsageError
 from modelpack.operations.adapters import base_name
-from modelpack_engine.async_engine import AsyncEngine, EngineState
+from modelpack_engine.async_engine import EngineClient, EngineState
 from modelpack_engine.errors import (
     RETRY_AFTER,
     BusyError,
@@ -300,7 +300,7 @@ class ModelPool:
         `source` is a reference, or an absolute path in a directory that the operator allows, for
         the model that was pinned first. Raises `RequestError` for a name that is taken, `BusyError`
         while the name is being loaded or unloaded, `OutOfMemoryError`, and what
-        `AdapterLoading.open`, `lease` and `AsyncEngine.add_adapter` raise.
+        `AdapterLoading.open`, `lease` and `EngineClient.add_adapter` raise.
         """
         loading = self._adapter_loading()
         check_adapter_name(name)
@@ -354,7 +354,7 @@ class ModelPool:
             if entry.state is not ModelState.UNLOADED:
                 async with self.lease(base):
                     engine = entry.engine
-                    if not isinstance(engine, AsyncEngine) or engine.runs_adapters:
+                    if not isinstance(engine, EngineClient) or engine.runs_adapters:
                         return
             adapters.expected.add(base)
             if entry.state is not ModelState.UNLOADED:
@@ -366,7 +366,7 @@ class ModelPool:
         async with self.lease(adapter.base):
             entry = self._entries[adapter.base]
             engine = entry.engine
-            if not isinstance(engine, AsyncEngine):
+            if not isinstance(engine, EngineClient):
                 raise RequestError("the base of the adapter generates no text", param="lora_path")
             read = await asyncio.to_thread(adapter.verified, loading.remote)
             reserved = adapters.bytes_of(adapter.base, adapter) - adapters.bytes_of(adapter.base)
@@ -400,7 +400,7 @@ class ModelPool:
             adapters.remove(adapter)
             if not adapters.of(adapter.base):
                 adapters.expected.discard(adapter.base)  # when it is loaded again
-            if entry is None or not isinstance(engine := entry.engine, AsyncEngine):
+            if entry is None or not isinstance(engine := entry.engine, EngineClient):
                 return
             entry.memory -= before - adapters.bytes_of(adapter.base)
             with suppress(NotFoundError, EngineError):  # the model may be unloaded meanwhile

@@ -22,7 +22,7 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.resolve import has_packed_weights
 from modelpack.store import lookup
 from modelpack.store.layout import LayoutStore
-from modelpack_engine.async_engine import AsyncEngine
+from modelpack_engine.async_engine import AsyncEngine, EngineClient
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import EngineError, ModelLoadError
@@ -267,7 +267,6 @@ class StoreCatalogue:
             opened, adapters = opened.with_adapter(merged.verified(self.remote), merged.key), ()
         chosen = self._with_slots(chosen, model.key, opened.files)
         draft = draft_files(chosen, self.store, self.remote)
-        found: dict[str, str] = {}
 
         def config(_context: int, weight_bytes: int) -> EngineConfig:
             if "gpu_memory_utilization" in settings.engine_fields():
@@ -275,28 +274,33 @@ class StoreCatalogue:
             return _within(chosen, weight_bytes + self.adapters.bytes_of(model.key), room)
 
         def make_engine() -> BaseEngine:
-            try:
-                if self.ranks is None:
-                    engine, found["type"] = load_model(opened, chosen, config, draft)
-                else:
-                    engine, found["type"] = load_on_ranks(self.ranks, opened, self.config, config)
-            except AdapterError as error:
-                raise (error if merged is None else merged.misfit(error)) from error
-            for adapter in adapters:
-                try:
-                    adapter.add_to(engine, self.remote)
-                except ModelpackError as error:
-                    if adapter.required:
-                        raise
-                    _log.warning("the adapter %s is unloaded: %s", adapter.name, error)
-                    self.adapters.remove(adapter)
-            return engine
+            if self.ranks is None:
+                return load_model(opened, chosen, config, draft)
+            return load_on_ranks(self.ranks, opened, self.config, config)
 
         engine = AsyncEngine(make_engine, meter)
-        _wait_until_ready(engine)
+        try:
+            _wait_until_ready(engine)
+        except AdapterError as error:
+            raise (error if merged is None else merged.misfit(error)) from error
+        try:
+            self._add_adapters(engine, adapters)
+        except BaseException:
+            engine.close()
+            raise
         own = ModelDefaults.of_model(opened.model, store)
         defaults = {**sampling_of_files(opened.files), **own.sampling()}
-        return LoadedEngine(engine, found.get("type", ""), defaults, own.preface)
+        return LoadedEngine(engine, engine.model_type, defaults, own.preface)
+
+    def _add_adapters(self, engine: EngineClient, adapters: Sequence[ServedAdapter]) -> None:
+        for adapter in adapters:
+            try:
+                adapter.add_to(engine, self.remote)
+            except ModelpackError as error:
+                if adapter.required:
+                    raise
+                _log.warning("the adapter %s is unloaded: %s", adapter.name, error)
+                self.adapters.remove(adapter)
 
     def _opened(self, model: StoredModel, store: LayoutStore) -> Opened:
         """Open a model; raise `NotFoundError` for an adapter or a drafter, as `open_model` does."""
@@ -445,7 +449,7 @@ def _purpose_in(files: ModelFiles, settings: ModelSettings) -> Purpose:
     return "embedding" if purpose == "generation" and settings.mode != "completion" else purpose
 
 
-def _wait_until_ready(engine: AsyncEngine | AsyncEmbedder | AsyncTranscriber) -> None:
+def _wait_until_ready(engine: EngineClient | AsyncEmbedder | AsyncTranscriber) -> None:
     """Return when the engine is loaded; raise what loading it raised."""
     try:
         engine.wait_until_ready()

@@ -69,8 +69,7 @@ def zoo_loaded(name: str) -> LoadedModel:
 
 
 def engine_of(ranks: Ranks, key: str, config: EngineConfig) -> Engine:
-    engine, _ = ranks.engine(key, lambda shard: load(key, shard), lambda _: config)
-    return engine
+    return ranks.engine(key, lambda shard: load(key, shard), lambda _: config)
 
 
 def play(ranks: Ranks) -> Any:

@@ -37,7 +37,7 @@ class IdleEngine:
         self.memory_bytes = memory
         self.max_model_len = context
         self.vocab_size = 10
-        self.vision, self.no_vision = None, ""
+        self.picture_processor, self.no_vision = None, ""
         self.state = EngineState.READY
         shelf.alive.append(self)
 
