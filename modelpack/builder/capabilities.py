@@ -22,6 +22,7 @@ from modelpack.formats.config_json import (
     read_config_json,
     speech_family,
     stated_template,
+    without_speech,
 )
 from modelpack.formats.gguf import MetadataValue, read_gguf_header
 
@@ -62,7 +63,7 @@ def capabilities(
     """
     if any(file.role is Role.WEIGHT and file.format == "dduf" for file in files):
         return {"inputTypes": ["text"], "outputTypes": ["image"]}
-    config = json_of(files, "config.json")
+    config = without_speech(json_of(files, "config.json"))
     if not metadata and speech_family(config) is not None:
         return {"inputTypes": ["audio"], "outputTypes": ["text"]}
     output = _output_of_gguf(metadata) if metadata else output_of(config)

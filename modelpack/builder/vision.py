@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from modelpack.builder.capabilities import LocalFile, json_of
 from modelpack.errors import NotFoundError, PackagingError
-from modelpack.formats.config_json import CONFIG_JSON, read_config_json
+from modelpack.formats.config_json import CONFIG_JSON, read_config_json, without_speech
 
 _PARTS: Final = ("vision_config", "audio_config", "text_config")
 _ENCODERS: Final = ("vision_config", "audio_config")
@@ -27,7 +27,7 @@ def media_notes(files: Sequence[LocalFile]) -> tuple[str, ...]:
 
     Raises `PackagingError` if parts of config.json have another type than an object.
     """
-    config = json_of(files, CONFIG_JSON)
+    config = without_speech(json_of(files, CONFIG_JSON))
     for name in _PARTS:
         if config.get(name) is not None and not isinstance(config[name], dict):
             raise PackagingError(

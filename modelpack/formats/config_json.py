@@ -119,6 +119,8 @@ _CONTEXT_KEYS = (
 #: Keys under which multimodal models keep the configuration of their language model.
 _TEXT_KEYS = ("text_config", "llm_config", "language_config")
 
+#: Parts of the config of a model that speaks: the model that writes text, and those of its voice.
+_THINKER, _VOICE = "thinker_config", ("talker_config", "code2wav_config")
 
 #: Model types, and architectures of GGUF, whose output is an embedding or a score.
 ENCODERS: Final = frozenset({
@@ -153,6 +155,14 @@ def read_config_json(path: Path, *, strict: bool) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def without_speech(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration of the model that writes text, for one that speaks (Qwen3-Omni)."""
+    thinker = config.get(_THINKER)
+    if not isinstance(thinker, Mapping):
+        return config
+    return {**thinker, **{key: v for key, v in config.items() if key not in (_THINKER, *_VOICE)}}
 
 
 def context_size(config: Mapping[str, Any], *, nested: bool) -> int | None:
@@ -242,4 +252,5 @@ def first_config_json(directories: Iterable[Path]) -> Path | None:
 
 
 def _text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    config = without_speech(config)
     return (value for value in map(config.get, _TEXT_KEYS) if isinstance(value, dict))

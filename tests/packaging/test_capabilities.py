@@ -32,6 +32,10 @@ DIRECTORIES: list[tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = [
         {"inputTypes": ["text", "image", "audio", "video"]},
     ),
     ({"vision_config": None}, {}, {}),
+    (
+        {"thinker_config": {"vision_config": {}, "audio_token_id": 5}, "talker_config": {}}, {},
+        {"inputTypes": ["text", "image", "audio"]},
+    ),
     ({"model_type": "bert"}, {}, {"outputTypes": ["embedding"]}),
     ({"model_type": "xlm_roberta"}, {}, {"outputTypes": ["embedding"]}),
     ({"architectures": ["BertForMaskedLM"]}, {}, {"outputTypes": ["embedding"]}),

@@ -199,6 +199,7 @@ def _model_class(inner: Any) -> type[Module]:
     def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         kept = {}
         for name, value in weights.items():
+            name = name.removeprefix("thinker.")
             name = name.replace("model.language_model.", "language_model.model.", 1)
             name = name.replace("model.text_model.", "language_model.model.", 1)
             if name.startswith("language."):

@@ -24,6 +24,7 @@ from mlx.utils import tree_unflatten
 
 from modelpack.errors import ModelpackError
 from modelpack.formats.adapter import Adapter
+from modelpack.formats.config_json import without_speech
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import AFFINE_BITS, GROUP
@@ -45,7 +46,10 @@ _MODEL_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def read_config(files: ModelFiles) -> dict[str, Any]:
-    """Return config.json. Raises `ModelLoadError` if it is missing or names no architecture."""
+    """Return config.json, without the parts of a model that speaks.
+
+    Raises `ModelLoadError` if it is missing or names no architecture.
+    """
     config = files.json("config.json")
     if config is None:
         raise ModelLoadError(
@@ -59,7 +63,7 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
             f"config.json: model_file is {str(config['model_file'])[:100]!r}; the code of models is"
             " never run"
         )
-    return config
+    return dict(without_speech(config))
 
 
 def load_safetensors(

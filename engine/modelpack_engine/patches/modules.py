@@ -215,12 +215,13 @@ def rotate_by_axes(model: nn.Module, swaps: ClassSwaps) -> None:
 def add_to_layers(model: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
     """Add `step.additions` to the output of layers, in models that have DeepStack.
 
-    They are the first ones in Qwen3-VL, and those before each of `added_layers` otherwise.
+    They are the first ones in Qwen3-VL and Qwen3-Omni, and those before each of `added_layers`
+    otherwise.
     """
     args: Any = getattr(model, "args", None)
     layers: Any = model.layers
     after = [layer - 1 for layer in getattr(args, "added_layers", ())]
-    if getattr(args, "model_type", "") in ("qwen3_vl", "qwen3_vl_moe"):
+    if getattr(args, "model_type", "") in ("qwen3_omni_moe", "qwen3_vl", "qwen3_vl_moe"):
         after = list(range(len(layers)))
 
     def call(original: Call, module: Any, x: mx.array, *rest: Any, index: int, **named: Any) -> Any:

@@ -153,6 +153,10 @@ class VisionEncoder:
         for part in batch.media_rows:
             made = self._step[part.owner, part.media.digest]
             made = made[..., part.first : part.first + part.length, :].astype(rows.dtype)
+            if made.ndim < rows.ndim:  # a sound beside a picture with DeepStack
+                made = mx.concatenate(
+                    [made[None], mx.zeros((len(rows) - 1, *made.shape), made.dtype)]
+                )
             if made.ndim > rows.ndim:
                 rows = mx.concatenate(
                     [rows[None], mx.zeros((len(made) - 1, *rows.shape), rows.dtype)]

@@ -91,7 +91,7 @@ _LFM2 = VisionClass(language={"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, package="
 _LLAMAS = {"llama": "llama", "mistral": "llama"}
 _QWENS = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe"}
 #: The tokens of sounds, unless config.json says otherwise.
-GEMMA3N_AUDIO, GEMMA4_AUDIO = 262_273, 258_881
+GEMMA3N_AUDIO, GEMMA4_AUDIO, QWEN3_OMNI_AUDIO = 262_273, 258_881, 151_675
 #: The tokens of a picture of Gemma 3, unless config.json says otherwise.
 GEMMA3_TOKENS = 256
 #: The classes by the model type of config.json.
@@ -176,6 +176,11 @@ CLASSES: Mapping[str, VisionClass] = {
     "qwen3_5_moe": _QWEN,
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
+    "qwen3_omni_moe": VisionClass(
+        placeholder="<|image_pad|>",
+        mrope=True,
+        language=dict.fromkeys(("qwen3_omni_moe_text", "qwen3_omni_moe_text_encoder"), "qwen3_moe"),
+    ),
     "smolvlm": VisionClass(("llama", "smolvlm")),
 }
 #: The model types that mlx-vlm runs, and those whose language model mlx-lm runs.

@@ -10,19 +10,27 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpack.formats.config_json import without_speech
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.request import Media
-from modelpack_engine.vision.models import GEMMA3N_AUDIO, GEMMA4_AUDIO, Encode
+from modelpack_engine.vision.models import (
+    GEMMA3N_AUDIO,
+    GEMMA4_AUDIO,
+    QWEN3_OMNI_AUDIO,
+    Encode,
+)
 
 #: The largest width of features, and of the windows that they are made of, in milliseconds.
 _MAX_FEATURES, _MAX_WINDOW = 512, 1000
+#: The fewest samples of a window.
+_LEAST_WINDOW = 80
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,8 +51,8 @@ class SoundClass:
 
     `placeholder` stands for a sound in chat templates. Its tokens are `begins`, tokens `soft`, and
     `ends`, with the text `around` before and after them. `extractor` is the class of transformers,
-    and `count` returns the number of tokens `soft`: from the processor's settings, and the mask of
-    the features. A sound has `seconds` at most.
+    `options` are those of its call, and it names the mask of the features `mask`. `count` returns
+    the number of tokens `soft` for a mask. A sound has `seconds` at most.
     """
 
     placeholder: str
@@ -56,6 +64,8 @@ class SoundClass:
     token_id: int
     around: str = ""
     seconds: float = 30.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    mask: str = "input_features_mask"
 
 
 def _halved_twice(mask: NDArray[np.bool_]) -> int:
@@ -66,6 +76,12 @@ def _halved_twice(mask: NDArray[np.bool_]) -> int:
 def _always_188(mask: NDArray[np.bool_]) -> int:
     """Gemma 3n: those of 30 s, whatever the length is."""
     return 188 if mask.any() else 0
+
+
+def _thirteen_a_second(mask: NDArray[np.bool_]) -> int:
+    """Qwen3-Omni: 13 for each 100 frames, and for the rest what three convolutions leave of it."""
+    hundreds, rest = divmod(int(mask.sum()), 100)
+    return hundreds * 13 + -(-rest // 8)
 
 
 #: By the model type of config.json.
@@ -89,12 +105,26 @@ SOUND_CLASSES: Mapping[str, SoundClass] = {
         count=_halved_twice,
         token_id=GEMMA4_AUDIO,
     ),
+    "qwen3_omni_moe": SoundClass(
+        placeholder="<|audio_pad|>",
+        soft="<|audio_pad|>",
+        begins="",
+        ends="",
+        extractor="whisper.feature_extraction_whisper:WhisperFeatureExtractor",
+        count=_thirteen_a_second,
+        token_id=QWEN3_OMNI_AUDIO,
+        seconds=600.0,
+        options={"padding": True, "truncation": False, "return_attention_mask": True},
+        mask="attention_mask",
+    ),
 }
 
 
 def has_sounds(config: Mapping[str, Any]) -> bool:
     """Return whether models of this config.json read sounds here, if their files are complete."""
-    return config.get("model_type") in SOUND_CLASSES and bool(config.get("audio_config"))
+    return config.get("model_type") in SOUND_CLASSES and bool(
+        without_speech(config).get("audio_config")
+    )
 
 
 def sound_settings(
@@ -142,9 +172,9 @@ class SoundProcessor:
         """Return the tokens and inputs of a sound at position `start`; raises `RequestError`."""
         needs = self._needs
         try:
-            made = self._extractor([sound.samples], sampling_rate=self.rate)
+            made = self._extractor([sound.samples], sampling_rate=self.rate, **needs.options)
             features = np.asarray(made["input_features"][0], np.float32)[None]
-            mask = np.asarray(made["input_features_mask"][0], np.bool_)[None]
+            mask = np.asarray(made[needs.mask][0], np.bool_)[None]
             count = needs.count(mask[0])
             if not count:
                 raise ValueError("it is too short")
@@ -175,6 +205,10 @@ def _extractor(needs: SoundClass, settings: Mapping[str, Any]) -> Any:
     width = settings.get("feature_size", 128)
     if type(width) is not int or not 0 < width <= _MAX_FEATURES:
         raise ModelLoadError(f"feature_size {str(width)[:50]} is not from 1 to {_MAX_FEATURES}")
+    for name in ("n_fft", "hop_length"):
+        size = settings.get(name, _LEAST_WINDOW)
+        if type(size) is not int or not _LEAST_WINDOW <= size <= rate:
+            raise ModelLoadError(f"{name} {str(size)[:50]} is not from {_LEAST_WINDOW} to {rate}")
     for name in ("frame_length_ms", "hop_length_ms"):
         value = settings.get(name, 10.0)
         if type(value) not in (int, float) or not 5 <= value <= _MAX_WINDOW:
@@ -182,6 +216,9 @@ def _extractor(needs: SoundClass, settings: Mapping[str, Any]) -> Any:
     if settings.get("dither"):
         raise ModelLoadError("dither adds noise to sounds, which is not supported")
     module, _, name = needs.extractor.partition(":")
+    kind = settings.get("feature_extractor_type", name)
+    if kind != name:
+        raise ModelLoadError(f"feature_extractor_type {str(kind)[:50]!r} is not {name}")
     kept = {key: value for key, value in settings.items() if key != "feature_extractor_type"}
     try:
         found: Any = importlib.import_module(f"transformers.models.{module}")

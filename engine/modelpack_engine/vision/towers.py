@@ -71,6 +71,8 @@ _LANGUAGE = (
     "embed_tokens.",
     "norm.",
     "mtp.",
+    "talker.",
+    "code2wav.",
 )
 
 
@@ -81,12 +83,13 @@ def tower_weights(paths: Sequence[Path], kind: str) -> dict[str, mx.array]:
     """
     language = CLASSES[kind].language is not None
     return {
-        name.removeprefix("model.").replace("visual.", "vision_tower.", 1): array
+        name.replace("visual.", "vision_tower.", 1): array
         for path in paths
-        for name, array in cast(
+        for stored, array in cast(
             dict[str, mx.array], mx.load(str(path), format="safetensors")
         ).items()
-        if name.removeprefix("model.").startswith(_LANGUAGE if language else _PREFIXES) != language
+        if (name := stored.removeprefix("thinker.").removeprefix("model."))
+        and name.startswith(_LANGUAGE if language else _PREFIXES) != language
     }
 
 
@@ -166,8 +169,9 @@ def _check_mrope(config: Mapping[str, Any]) -> None:
     width = text.get("head_dim")
     if not isinstance(width, int):
         width = text["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else 0
-    if config["model_type"].startswith("qwen3_5"):  # mlx-vlm takes these to be interleaved
+    if config["model_type"].startswith(("qwen3_5", "qwen3_omni")):  # mlx-vlm takes it to be
         kinds |= set() if rope.get("mrope_interleaved") is True else {"not interleaved"}
+    if config["model_type"].startswith("qwen3_5"):
         factor = text.get("partial_rotary_factor")
         width = int(width * factor) if isinstance(factor, int | float) else 0
     elif config["model_type"].startswith("glm4v"):
@@ -430,7 +434,8 @@ class _PartsTower(Module):  # type: ignore[misc]
         self._scale = self._width**0.5 if scale else 1.0
         self._soft_ids = [config["image_token_id"], config.get("audio_token_id", GEMMA3N_AUDIO)]
         if isinstance(audio := config.get("audio_config"), Mapping):
-            for name, module in _gemma3n_audio(package, audio, self.config).items():
+            add = _SOUND_PARTS[str(config["model_type"])]
+            for name, module in add(package, audio, self.config).items():
                 setattr(self, name, module)
 
     def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
@@ -449,9 +454,11 @@ class _PartsTower(Module):  # type: ignore[misc]
         made = self._encode(self, inputs).astype(rows.dtype)
         soft = self._soft_ids["input_features" in inputs]
         (places,) = np.nonzero(np.array(token_ids) == soft)
-        if len(places) != len(made):
-            raise ValueError(f"{len(made)} embeddings for {len(places)} tokens of a file")
-        rows[mx.array(places)] = made
+        if len(places) != made.shape[-2]:
+            raise ValueError(f"{made.shape[-2]} embeddings for {len(places)} tokens of a file")
+        if made.ndim > rows.ndim:  # DeepStack
+            rows = mx.concatenate([rows[None], mx.zeros((len(made) - 1, *rows.shape), rows.dtype)])
+        rows[..., mx.array(places), :] = made
         return cast(mx.array, rows)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -498,6 +505,40 @@ def _gemma3n_sound(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     rows = mx.where(padding[0, :, None], filling, tower.embed_audio(inputs_embeds=states)[0])
     missing = tower.config.audio_soft_tokens_per_image - len(rows)
     return mx.concatenate([rows, mx.broadcast_to(filling, (missing, rows.shape[-1]))])
+
+
+def _omni_parts(package: Any, config: Any) -> dict[str, Module]:
+    return {"vision_tower": package.VisionModel(config.vision_config)}
+
+
+def _omni_audio(package: Any, audio: Mapping[str, Any], config: Any) -> dict[str, Module]:
+    made = package.AudioConfig.from_dict({**audio})
+    if made.n_window != 50:  # mlx-vlm and transformers count tokens by windows of 100 frames
+        raise ValueError(f"audio_config.n_window is {made.n_window}, expected 50")
+    return {"audio_tower": package.AudioModel(made)}
+
+
+def _omni_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Return the rows of a sound, or those of a picture with what DeepStack adds to layers."""
+    if "input_features" in inputs:
+        features = inputs["input_features"][0]
+        return cast(mx.array, tower.audio_tower(features, mx.array([features.shape[-1]])))
+    rows, added = tower.vision_tower(inputs["pixel_values"], inputs["image_grid_thw"])
+    return mx.stack([rows, *added]) if added else cast(mx.array, rows)
+
+
+def _omni_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    names = {
+        ".merger_list.": ".deepstack_merger_list.", ".ln_q.": ".norm.", ".mlp.0.": ".linear_fc1.",
+        ".mlp.2.": ".linear_fc2.",
+    }  # fmt: skip
+    found = {}
+    for name, value in weights.items():
+        if "merger" in name:
+            for old, new in names.items():
+                name = name.replace(old, new)
+        found[name] = value
+    return found
 
 
 def _paligemma_parts(package: Any, config: Any) -> dict[str, Module]:
@@ -595,6 +636,12 @@ def _kimi_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 _RENAMED: Mapping[str, Callable[[dict[str, mx.array]], dict[str, mx.array]]] = {
     "kimi_k25": _kimi_names,
     "paddleocr_vl": _paddle_names,
+    "qwen3_omni_moe": _omni_names,
+}
+#: By model type, the modules that encode sounds.
+_SOUND_PARTS: Mapping[str, Callable[[Any, Mapping[str, Any], Any], dict[str, Module]]] = {
+    "gemma3n": _gemma3n_audio,
+    "qwen3_omni_moe": _omni_audio,
 }
 #: By model type: the modules that encode pictures, by the names of their tensors; how they do it;
 #: and whether the language model gets embeddings that are multiplied by the root of the width.
@@ -613,6 +660,7 @@ _PARTS: Mapping[
     "paddleocr_vl": (_paddle_parts, _paddle_rows, False),
     "paligemma": (_paligemma_parts, _paligemma_rows, False),
     "phi3_v": (_phi3_parts, _phi3_rows, False),
+    "qwen3_omni_moe": (_omni_parts, _omni_rows, False),
 }
 
 
@@ -715,6 +763,9 @@ def _short_config(package: Any, config: Mapping[str, Any]) -> Any:
 def _made_config(package: Any, config: Mapping[str, Any]) -> Any:
     """Return mlx-vlm's config, with those of all parts."""
     given = copy.deepcopy(dict(config))  # mlx-vlm's classes change it
+    if hasattr(package, "ThinkerConfig"):
+        vision = package.VisionConfig.from_dict(given["vision_config"])
+        return SimpleNamespace(model_type=given["model_type"], vision_config=vision)
     given.setdefault("audio_config", {})
     made = package.ModelConfig.from_dict(given)
     for name in ("text", "vision", "perceiver", "projector"):

@@ -97,7 +97,6 @@ REASONS: Mapping[str, str] = {
     "nemotron_parse": "an encoder and a decoder",
     "nemotron_voicechat": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
     "phi4mm": f"pictures and {_SOUND}: an adapter changes all layers of prompts with them",
-    "qwen3_omni_moe": f"pictures and {_SOUND}",
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Picture
 from modelpack_engine.vision.sounds import Sound
-from tests.engine.vision import tiny
+from tests.engine.vision import specimens, tiny
 from tests.engine.vision.specimens import SPECIMENS, shrink
 
 SPECIAL = [
@@ -32,10 +32,18 @@ RATE = 16_000
 VOCABULARY = 352
 _FIRST = 340  # the tokens of `tiny` are fewer
 #: The token of sounds, by kind.
-AUDIO = {"gemma4": _FIRST + 1, "gemma3n": _FIRST + 5}
-PLACEHOLDERS = {"gemma4": "<|audio|>", "gemma3n": "<audio_soft_token>"}
-KINDS = ("gemma4", "gemma3n")
+AUDIO = {"gemma4": _FIRST + 1, "gemma3n": _FIRST + 5, "qwen3_omni_moe": specimens.AUDIO}
+PLACEHOLDERS = {
+    "gemma4": "<|audio|>", "gemma3n": "<audio_soft_token>", "qwen3_omni_moe": "<|audio_pad|>",
+}  # fmt: skip
+KINDS = ("gemma4", "gemma3n", "qwen3_omni_moe")
 SEEDS = {"gemma4": 11, "gemma3n": 7}  # of which sounds change the answers
+_PROCESSORS = {
+    "gemma4": "Gemma4Processor", "gemma3n": "Gemma3nProcessor",
+    "qwen3_omni_moe": "Qwen3OmniMoeProcessor",
+}  # fmt: skip
+#: What mlx-vlm's `prepare_omni_inputs` calls the processor with, and the mask that counts features.
+_CALLED = {"qwen3_omni_moe": {"padding": True, "return_attention_mask": True}}
 
 
 def sound(seed: int, seconds: float = 1.0) -> Sound:
@@ -49,6 +57,8 @@ def sound(seed: int, seconds: float = 1.0) -> Sound:
 def config_of(kind: str) -> dict[str, Any]:
     """Return config.json of a tiny model."""
     config = tiny.config_of(kind)
+    if kind == "qwen3_omni_moe":
+        return config
     config["text_config"]["vocab_size"] = VOCABULARY
     config |= {"vocab_size": VOCABULARY, "audio_token_id": AUDIO[kind]}
     if kind == "gemma3n":
@@ -75,6 +85,8 @@ def arguments_of(kind: str) -> tuple[Any, Any]:
     shrink(package)
     config = config_of(kind)
     made = package.ModelConfig.from_dict(dict(config))
+    if kind == "qwen3_omni_moe":
+        return package, made
     for part in ("text", "vision", "audio"):
         own = getattr(package, f"{part.title()}Config").from_dict(config[f"{part}_config"])
         setattr(made, f"{part}_config", own)
@@ -93,6 +105,8 @@ def _tokenizer(path: Path) -> None:
 @cache
 def directory(kind: str) -> Path:
     """Return the directory of a tiny model with reproducible random weights."""
+    if kind == "qwen3_omni_moe":
+        return tiny.directory(kind)
     package, arguments = arguments_of(kind)
     mx.random.seed(SEEDS[kind])
     weights = {}
@@ -155,7 +169,8 @@ def request(
     assert engine.vision is not None
     processor = engine.vision.processor
     assert processor.sounds is not None
-    text = text.replace("<image>", processor.image_token).replace("<audio>", processor.sounds.token)
+    text = tiny.prompt_of(processor.image_token, text)
+    text = text.replace("<audio>", processor.sounds.token)
     text = processor.with_spaces(text) if files else text
     ids, media = processor.place(engine.tokenizer.encode(text, add_special_tokens=False), files)
     params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
@@ -175,39 +190,36 @@ def _peer(kind: str) -> tuple[Any, Any]:
     module: Any = importlib.import_module(f"mlx_vlm.models.{kind}.processing_{kind}")
     with warnings.catch_warnings():  # of filters that are empty
         warnings.simplefilter("ignore", UserWarning)
-        return model, getattr(module, f"{kind.capitalize()}Processor").from_pretrained(path)
+        return model, getattr(module, _PROCESSORS[kind]).from_pretrained(path)
 
 
 def expected(kind: str, text: str, files: list[Picture | Sound], count: int = 8) -> list[int]:
     """Return the greedy tokens of mlx-vlm's own processor, model and cache, for one request."""
-    from mlx_vlm.models.cache import make_prompt_cache
     from PIL import Image
 
     model, processor = _peer(kind)
-    text = text.replace("<image>", tiny.placeholder(kind)).replace("<audio>", PLACEHOLDERS[kind])
+    text = tiny.prompt_of(tiny.placeholder(kind), text).replace("<audio>", PLACEHOLDERS[kind])
     images = [Image.fromarray(each.pixels) for each in files if isinstance(each, Picture)]
     sounds = [each.samples for each in files if isinstance(each, Sound)]
-    inputs = processor(images=images or None, audio=sounds or None, text=[text])
+    called = _CALLED.get(kind, {})
+    inputs = processor(images=images or None, audio=sounds or None, text=[text], **called)
     ids = mx.array(inputs.pop("input_ids"))
     pixels = inputs.pop("pixel_values", None)
     given = {
         name: mx.array(np.asarray(inputs[name]))
-        for name in ("input_features", "input_features_mask", "image_position_ids")
+        for name in (
+            "input_features",
+            "input_features_mask",
+            "image_position_ids",
+            "image_grid_thw",
+            "feature_attention_mask",
+        )
         if name in inputs
     }
     features = model.get_input_embeddings(ids, pixels, **given)
     if kind == "gemma3n":
         features.inputs_embeds = _corrected(model, ids, features.inputs_embeds)
-    cache_ = make_prompt_cache(model.language_model)
-    found: list[int] = []
-    logits = model.language_model(
-        ids, inputs_embeds=features.inputs_embeds, cache=cache_,
-        per_layer_inputs=features.per_layer_inputs,
-    ).logits  # fmt: skip
-    for _ in range(count):
-        found.append(int(mx.argmax(logits[0, -1])))
-        logits = model.language_model(mx.array([[found[-1]]]), cache=cache_).logits
-    return found
+    return tiny.generated(model, ids, features, count)
 
 
 def _corrected(model: Any, ids: mx.array, rows: mx.array) -> mx.array:

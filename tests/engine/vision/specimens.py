@@ -30,9 +30,13 @@ LATER = [
     "<|IMAGE_START|>",
     "<|IMAGE_END|>",
     "<|IMAGE_PLACEHOLDER|>",
+    "<|audio_start|>",
+    "<|audio_pad|>",
+    "<|audio_end|>",
 ]
 VOCABULARY_LATER = 352
 BOS = 320
+AUDIO = 328
 GLM_IMAGE = 287
 GLM_START, GLM_END, GLM_VIDEO, _, _, CONTEXT, MEDIA = range(289, 296)
 PATCH = 304
@@ -811,6 +815,66 @@ PADDLE = IMGPAD + 3
 _SMALL: set[Any] = set()
 
 
+def _qwen3_omni() -> Specimen:
+    text = {
+        **TEXT, "model_type": "qwen3_omni_moe_text", "head_dim": 16, "attention_bias": False,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+        "vocab_size": VOCABULARY_LATER,
+        "rope_scaling": {
+            "rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 3, 3],
+        },
+    }  # fmt: skip
+    return Specimen(
+        config={
+            "model_type": "qwen3_omni_moe", "enable_audio_output": False,
+            "thinker_config": {
+                "model_type": "qwen3_omni_moe_thinker", "text_config": text,
+                "image_token_id": PAD, "video_token_id": VIDEO, "audio_token_id": AUDIO,
+                "vision_start_token_id": START, "vision_end_token_id": END,
+                "vision_config": {
+                    "model_type": "qwen3_omni_moe_vision_encoder", "depth": 3, "hidden_size": 32,
+                    "intermediate_size": 48, "out_hidden_size": 64, "num_heads": 2,
+                    "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+                    "num_position_embeddings": 16, "in_channels": 3,
+                    "deepstack_visual_indexes": [0, 1],
+                },
+                "audio_config": {
+                    "model_type": "qwen3_omni_moe_audio_encoder", "d_model": 32,
+                    "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+                    "num_mel_bins": 16, "output_dim": 64, "downsample_hidden_size": 8,
+                    "n_window": 50, "n_window_infer": 200,
+                },
+            },
+            "talker_config": {"text_config": text, "code_predictor_config": {}},
+            "code2wav_config": {},
+        },
+        settings={
+            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2,
+            "temporal_patch_size": 2, "min_pixels": 1024, "max_pixels": 2048,
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+            "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 16,
+            "hop_length": 160, "n_fft": 400, "sampling_rate": 16_000, "chunk_length": 300,
+            "return_attention_mask": True, "dither": 0.0,
+        },
+        processor="qwen3_omni_moe.processing_qwen3_omni_moe:Qwen3OmniMoeProcessor",
+        prompt="<|image_pad|>",
+        stored=_stored_omni,
+        seed=2,
+    )  # fmt: skip
+
+
+def _stored_omni(name: str) -> str:
+    """Return the name of a tensor in published files, with the experts as mlx-vlm stacks them."""
+    name = name.replace("thinker.language_model.model.", "thinker.model.")
+    name = name.replace("thinker.language_model.", "thinker.")
+    name = name.replace("thinker.vision_tower.", "thinker.visual.")
+    if "merger" in name:
+        name = name.replace("deepstack_merger_list", "merger_list").replace(".norm.", ".ln_q.")
+        name = name.replace("linear_fc1", "mlp.0").replace("linear_fc2", "mlp.2")
+    return name
+
+
 def shrink(package: Any) -> None:
     """Make the towers smaller whose size mlx-vlm fixes."""
     name = package.__name__.rpartition(".")[2]
@@ -853,6 +917,7 @@ SPECIMENS: Mapping[str, Specimen] = {
     "internvl_chat": _internvl(),
     "llava_next": _any_res("llava_next", {"model_type": "mistral"}, model_type="clip_vision_model"),
     "paddleocr_vl": _paddle(),
+    "qwen3_omni_moe": _qwen3_omni(),
     "paligemma": _paligemma(),
     "phi3_v": _phi3(),
     "llava_onevision": _any_res("llava_onevision", {"model_type": "qwen2"}, model_type=SIGLIP),

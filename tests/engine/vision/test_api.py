@@ -422,7 +422,8 @@ def test_models_that_read_pictures_are_listed(
             return {card["id"]: card["capabilities"] for card in cards}
 
     expected = {kind: ["completion", "vision"] for kind in tiny.KINDS}
-    expected["gemma3n"].append("audio")
+    for kind in ("gemma3n", "qwen3_omni_moe"):
+        expected[kind].append("audio")
     assert listed() == expected | {"text": ["completion"]}
     monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     assert listed() == {name: ["completion"] for name in (*expected, "text")}

@@ -246,6 +246,7 @@ def test_plain_positions_are_detected(kind: str, monkeypatch: pytest.MonkeyPatch
 def test_positions_are_those_of_mlx_vlm(kind: str) -> None:
     """All chunks of prompts with pictures of these sizes in tokens, between these texts."""
     package, arguments = tiny.arguments_of(kind)
+    arguments = getattr(arguments, "thinker_config", arguments)
     peer = package.LanguageModel(arguments.text_config, arguments)
     for grids in ([(3, 4)], [(1, 5), (6, 2)], [(2, 2), (1, 1), (4, 7)]):
         ids, media = [1, 2], []

@@ -11,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models import load
 from modelpack_engine.models.files import ModelFiles
@@ -96,6 +98,49 @@ def test_a_second_question_reads_the_sound_once(kind: str) -> None:
     assert engine.vision.encoder.misses == 1
 
 
+def test_a_preempted_sound_is_computed_again() -> None:
+    """Blocks for one request and a half: one of the two is preempted and computed again."""
+    kind, count = "qwen3_omni_moe", 20
+    prompts = [("<audio>What is said?", [ONE]), ("ab<audio>", [TWO])]
+    engine = engine_of(kind, block_size=8, kv_cache_bytes=10 * 8 * 512)
+    tokens = run(engine, *(request(engine, *prompt, count) for prompt in prompts))
+    assert engine.stats().num_preemptions > 0
+    assert tokens == [hearing.expected(kind, *prompt, count) for prompt in prompts]
+
+
+def test_qwen3_omni_as_it_is_published(tmp_path: Path) -> None:
+    """Each expert has tensors of its own."""
+    files = copied(tmp_path, "qwen3_omni_moe")
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    split: dict[str, mx.array] = {}
+    for name, value in weights.items():
+        before, found, after = name.partition("switch_mlp.")
+        split |= (
+            {f"{before}experts.{index}.{after}": each for index, each in enumerate(value)}
+            if found
+            else {name: value}
+        )
+    assert len(split) > len(weights)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), split)
+    engine = Engine(load(files, device="cpu"), EngineConfig(device="cpu"))
+    prompt = PROMPTS["a sound and a picture"]
+    found = run(engine, request(engine, *prompt))
+    assert found == [hearing.expected("qwen3_omni_moe", *prompt)]
+
+
+@pytest.mark.parametrize("count", [160, 1_279, 1_280, 16_000, 16_001, 99_999, 480_001])
+def test_every_embedding_of_qwen3_omni_has_a_token(count: int) -> None:
+    vision = hearing.loaded("qwen3_omni_moe").vision
+    assert vision is not None
+    assert vision.processor.sounds is not None
+    samples = np.random.default_rng(count).normal(0, 0.1, count).astype(np.float32)
+    media = vision.processor.sounds.media(Sound(samples), 0)
+    made = vision.encoder.embeddings(media)
+    assert len(made) == len(media.token_ids)
+    assert abs(len(media.token_ids) - count / 16_000 * 13) < 1.5
+
+
 @pytest.mark.parametrize("count", [400, 640, 16_000, 16_001, 40_321, 99_999, 480_000])
 def test_every_embedding_has_a_token(count: int) -> None:
     """A sound of any length: no row is of padding, and none is left out."""
@@ -144,6 +189,24 @@ def test_models_with_wrong_settings_read_pictures(
     document = json.loads((tmp_path / "processor_config.json").read_text())
     document["feature_extractor"] |= settings
     (tmp_path / "processor_config.json").write_text(json.dumps(document))
+    check_no_sounds(files, reason)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"n_fft": 10**9}, "n_fft 1000000000 is not from 80 to 16000"),
+        ({"hop_length": 1}, "hop_length 1 is not from 80 to 16000"),
+        ({"feature_size": 32}, "the model cannot encode this sound"),
+        ({"feature_extractor_type": "EncodecFeatureExtractor"}, "is not WhisperFeatureExtractor"),
+    ],
+)
+def test_wrong_settings_of_qwen3_omni(
+    settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    files = copied(tmp_path, "qwen3_omni_moe")
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     check_no_sounds(files, reason)
 
 
