@@ -68,11 +68,12 @@ class EngineConfig:
 
     Speculation proposes `num_speculative_tokens` tokens and verifies them in one step. The method
     "ngram" looks them up in the sequence; "draft", the default with a `draft_model` (a name or a
-    path), samples them from that smaller model, or drafts them if it is an EAGLE-3 head, which
-    "eagle3" requires; "mtp" drafts them with the model's own layer for multi-token prediction;
-    "none" is no speculation even if the store has a head. There are no proposals while more than
-    `speculative_disable_by_batch_size` sequences decode. A proposal of a draft model or a head ends
-    before a token with a probability below `speculative_min_acceptance`.
+    path), samples them from that smaller model, or drafts them if it is Gemma 4's drafter or an
+    EAGLE-3 head, which "eagle3" requires; "mtp" drafts them with the model's own layer for
+    multi-token prediction; "none" is no speculation even if the store has a drafter. There are no
+    proposals while more than `speculative_disable_by_batch_size` sequences decode. A proposal of a
+    draft model or a drafter ends before a token with a probability below
+    `speculative_min_acceptance`.
 
     Blocks that the prefix cache evicts are kept in `kv_offload_memory` bytes of host memory, and in
     `kv_offload_disk` bytes of files in `kv_offload_dir`. If neither memory nor a directory is set,

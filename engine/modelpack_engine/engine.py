@@ -37,8 +37,6 @@ from modelpack_engine.core.metrics import StepClock
 from modelpack_engine.core.scheduler import Proposal, Proposed, Scheduler, SchedulerOutput
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models import LoadedModel
-from modelpack_engine.models.eagle import EagleHead
-from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest
@@ -71,7 +69,12 @@ from modelpack_engine.runner.step import (
     with_prompt_rows,
 )
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
-from modelpack_engine.speculation.speculator import Draft, check_draft, make_speculator
+from modelpack_engine.speculation.speculator import (
+    Draft,
+    DraftingHead,
+    check_draft,
+    make_speculator,
+)
 
 
 class Engine(BaseEngine):
@@ -86,7 +89,7 @@ class Engine(BaseEngine):
         config: EngineConfig | None = None,
         *,
         model_id: str = "",
-        draft: LoadedModel | EagleHead | MtpHead | None = None,
+        draft: LoadedModel | DraftingHead | None = None,
     ) -> None:
         """Allocate the KV cache, test the model and warm it up.
 

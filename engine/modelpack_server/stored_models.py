@@ -13,7 +13,7 @@ import mlx.core as mx
 from modelpack.artifacts.model import Model
 from modelpack.errors import UntrustedError
 from modelpack.formats.adapter import Adapter
-from modelpack.formats.drafter import is_head
+from modelpack.formats.drafter import DrafterKind, drafter_kind
 from modelpack.operations.drafters import stored_drafter
 from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions
@@ -30,14 +30,16 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, ModelFiles, load, load_progress
-from modelpack_engine.models.eagle import EagleHead, load_head
+from modelpack_engine.models.assistant import load_assistant
+from modelpack_engine.models.eagle import load_head
 from modelpack_engine.models.gguf_blocks import is_float
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of
-from modelpack_engine.models.mtp import MtpHead, load_mtp_head
+from modelpack_engine.models.mtp import load_mtp_head
 from modelpack_engine.models.safetensors import read_config
 from modelpack_engine.platform.device import choose_device
 from modelpack_engine.runner.base_engine import BaseEngine
+from modelpack_engine.speculation.speculator import DraftingHead
 
 _log = logging.getLogger(__name__)
 
@@ -94,11 +96,12 @@ def load_model(
     model holds (in tokens) and the bytes of all weights are known; `draft` are the files of a draft
     model. Has to run in the thread that steps it.
     """
-    if opened.files.format == "safetensors" and is_head(opened.files.json("config.json")):
+    kind = _drafter_kind(opened.files)
+    if kind is not None:
         raise ModelLoadError(
-            f"{opened.model.reference or opened.model.digest} is an EAGLE-3 head, which cannot run "
-            "without its model",
-            hint="serve its model with --draft-model naming the head",
+            f"{opened.model.reference or opened.model.digest} is a drafter ({kind}), which cannot "
+            "run without its model",
+            hint="serve its model with --draft-model naming the drafter",
         )
     where = choose_device(device)
     backend = choose_backend(opened.files, device, where)
@@ -124,10 +127,11 @@ def load_model(
         packed=packed,
         adapter=opened.adapter,
     )
-    drafting: LoadedModel | EagleHead | MtpHead | None = None
-    if draft is not None and is_head(draft.json("config.json")):
+    drafting: LoadedModel | DraftingHead | None = None
+    kind = None if draft is None else _drafter_kind(draft)
+    if draft is not None and kind is not None:
         with mx.stream(mx.cpu if where == "cpu" else mx.gpu):
-            drafting = load_head(draft)
+            drafting = load_head(draft) if kind == "eagle3" else load_assistant(draft)
     elif draft is not None:
         drafting = load(draft, device=where, ignored_fields=ignored)
     elif device.speculation == "mtp":
@@ -137,6 +141,11 @@ def load_model(
     config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
     load_progress.warm_up()
     return Engine(loaded, config, model_id=opened.model_id, draft=drafting)
+
+
+def _drafter_kind(files: ModelFiles) -> DrafterKind | None:
+    """Return which drafter the files are, or None for those of a model."""
+    return drafter_kind(files.json("config.json")) if files.format == "safetensors" else None
 
 
 def _load_llama_cpp(opened: Opened, configure: Callable[[int, int], EngineConfig]) -> BaseEngine:

@@ -39,7 +39,7 @@ DOCKER_GGUF_LORA: Final = "application/vnd.docker.ai.gguf.v3.lora"
 # Ours: an artifact that is an adapter of another model, and its weights (PEFT's or mlx-lm's).
 ADAPTER: Final = "application/vnd.modelpack.adapter.v1"
 ADAPTER_SAFETENSORS: Final = "application/vnd.modelpack.adapter.v1.safetensors"
-# Ours: the artifact type of an EAGLE-3 head, a referrer of the model that it drafts for.
+# Ours: the artifact type of a drafter, a referrer of the model that it drafts for.
 DRAFTER: Final = "application/vnd.modelpack.drafter.v1"
 
 # CNCF ModelPack
@@ -100,6 +100,8 @@ BASE_NAME: Final = "org.opencontainers.image.base.name"
 ADAPTER_KIND: Final = "org.modelpack.adapter"  # lora, dora
 ADAPTER_RANK: Final = "org.modelpack.adapter.rank"  # the largest of all targets, in decimal
 ADAPTER_TARGETS: Final = "org.modelpack.adapter.targets"  # names of modules, with commas
+# Ours, on a drafter: eagle3, gemma4-assistant; eagle3 where it is missing.
+DRAFTER_KIND: Final = "org.modelpack.drafter"
 MODEL: Final = "org.modelpack.model"  # ours, on an image: the digest of the model in it
 # Ours, on the manifests of an index, each of which is a variant of the model for some machines.
 VARIANT: Final = "org.modelpack.variant"  # the name of the variant

@@ -176,7 +176,7 @@ def _base_lines(model: Model) -> list[tuple[str, str]]:
     """Return what an adapter or drafter is, and its base."""
     found = model.manifest.annotations
     return [
-        ("Drafter", "EAGLE-3" if model.is_drafter else ""),
+        ("Drafter", found.get(mediatypes.DRAFTER_KIND, "eagle3") if model.is_drafter else ""),
         ("Adapter", found.get(mediatypes.ADAPTER_KIND, "")),
         ("Rank", found.get(mediatypes.ADAPTER_RANK, "")),
         ("Targets", found.get(mediatypes.ADAPTER_TARGETS, "")),

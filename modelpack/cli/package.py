@@ -65,7 +65,7 @@ _BITS = {"q4": 4, "q8": 8}
 )  # fmt: skip
 @click.option(
     "--drafter", type=PATH,
-    help="Package the EAGLE-3 head in this directory, which drafts tokens; requires --base.",
+    help="Package the drafter in this directory (EAGLE-3, Gemma 4's); requires --base.",
 )  # fmt: skip
 @click.option(
     "--base", metavar="REF", shell_complete=model_names,

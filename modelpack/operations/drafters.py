@@ -1,4 +1,4 @@
-"""Package EAGLE-3 heads as referrers of the model they draft for, and find those of a model."""
+"""Package drafters as referrers of the model they draft for, and find those of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelpack.builder.files import expanded
 from modelpack.builder.plan import plan
 from modelpack.builder.request import PackageRequest
 from modelpack.errors import PackagingError, UsageError
-from modelpack.formats.drafter import check_head
+from modelpack.formats.drafter import check_drafter
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack.operations.adapters import find_base_model, headers_of_base
 from modelpack.operations.package import Packaged, package_files
@@ -44,13 +44,13 @@ def package_drafter(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Packaged:
-    """Package the EAGLE-3 head in `directory` as `reference`, for the model `base`.
+    """Package the drafter in `directory` as `reference`, for the model `base`.
 
     `base` is stored or in a registry. The manifest has the base as its subject (spec/manifest.md),
-    so that `modelpack serve` finds the head in the store, and `pull --with-referrers` in the
+    so that `modelpack serve` finds the drafter in the store, and `pull --with-referrers` in the
     repository of the base. `request` has licences, annotations and the time of creation.
 
-    Raises `PackagingError` for a directory that is no head's or that does not fit the base, and
+    Raises `PackagingError` for a directory without a drafter or with one for another base, and
     what `modelpack.package` raises.
     """
     where, request = new_reference(reference), request or PackageRequest()
@@ -79,11 +79,15 @@ def package_drafter(
         if file.path.suffix == ".safetensors"
         for tensor in read_safetensors_header(file.path).tensors
     }
-    check_head(_config(directory), own, shapes, str(directory))
+    kind = check_drafter(_config(directory), own, shapes, str(directory))
 
     def built(digests: Sequence[Digest]) -> Built:
         made = build(planned, request, digests)
-        annotations = {**request.annotations, media_types.BASE_DIGEST: str(model.digest)}
+        annotations = {
+            **request.annotations,
+            media_types.BASE_DIGEST: str(model.digest),
+            media_types.DRAFTER_KIND: kind,
+        }
         if name:
             annotations[media_types.BASE_NAME] = name
         return assemble(

@@ -29,6 +29,7 @@ from modelpack_engine.attention.kv_pools import (
     KVLayout,
     Pools,
     TokenMajorPools,
+    visible,
 )
 from modelpack_engine.attention.metadata import StepInputs
 
@@ -291,6 +292,58 @@ class PagedKV:
             on_cpu=self.step.exact and is_causal,
             second=self.step.second_stream,
         )
+
+
+class KVReader:
+    """Lets rows that are in no step attend to one layer's keys and values, and write none.
+
+    Its handles stand for keys and values in the call of a layer that has queries only.
+    """
+
+    def __init__(self, kv: PagedKV) -> None:
+        self.kv = kv
+        self._tables: list[tuple[list[int], int]] = []
+        self._rows: tuple[mx.array, mx.array] | None = None
+
+    def begin(self, tables: list[list[int]], lengths: list[int]) -> None:
+        """Let row i attend to the first `lengths[i]` tokens of its block table, on a CPU."""
+        self._tables, self._rows = list(zip(tables, lengths, strict=True)), None
+
+    def begin_rows(self, tables: mx.array, lengths: mx.array) -> None:
+        """Do the same with tables int32 [rows, width] and lengths int32 [rows], on a GPU."""
+        self._rows = tables, lengths
+
+    def handles(self, num_rows: int, dtype: mx.Dtype) -> tuple[KVHandle, KVHandle]:
+        """Return handles of the keys and values, for queries of `dtype`."""
+        layout = self.kv.layout
+        keys = mx.zeros((num_rows, layout.key_heads, 1, layout.key_dim), dtype)
+        values = mx.zeros((num_rows, layout.value_heads, 1, layout.value_dim), dtype)
+        return make_handle(keys, self, "keys"), make_handle(values, self, "values")
+
+    def attend(
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+        softcap: float | None = None,
+        query_pe: mx.array | None = None,
+        key_dtype: mx.Dtype | None = None,
+    ) -> mx.array:
+        """Return [rows, heads, 1, value dim] of `queries` [rows, heads, 1, dim]."""
+        kv = self.kv
+        window = kv._seen(window or kv.layout.window)
+        how = _How(scale, window, sinks, softcap, key_dtype)
+        if self._rows is not None:
+            return kv._decode(queries, query_pe, *self._rows, how)
+        outputs = []
+        for row, (table, length) in enumerate(self._tables):
+            span = visible(length, window, kv.step.block_size)
+            blocks = table[span.first_block : span.first_block + span.num_blocks]
+            found = KeyRange([blocks], span.start, span.stop)
+            outputs.append(kv._attend(queries[row : row + 1], None, found, None, how))
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
 
 def _first(array: mx.array | None, rows: int) -> mx.array | None:

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import initialize_rope
 
-from modelpack.formats.drafter import ARCHITECTURES, is_head
+from modelpack.formats.drafter import ARCHITECTURES, drafter_kind
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.files import ModelFiles
@@ -275,7 +275,7 @@ def load_head(files: ModelFiles) -> EagleHead:
     unknown or of the wrong shape; `WeightFormatError` for a damaged file.
     """
     raw = files.json("config.json")
-    if raw is None or not is_head(raw):
+    if raw is None or drafter_kind(raw) != "eagle3":
         raise ModelLoadError(
             "config.json: is not that of an EAGLE-3 head",
             hint=f"expected the architecture {sorted(ARCHITECTURES)[-1]}",

@@ -273,6 +273,11 @@ def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
     """
     kind = str(loaded.config.get("model_type") or loaded.architecture)
     what = "speculative method mtp"
+    if kind.startswith("gemma4"):
+        raise ModelLoadError(
+            f"{what}: Gemma 4's multi-token prediction is a drafter of its own files",
+            hint="choose it with --draft-model REF",
+        )
     if kind not in LAYOUTS:
         raise ModelLoadError(
             f"{what}: multi-token-prediction layers of {kind!r} are not supported, expected "

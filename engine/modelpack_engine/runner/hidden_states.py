@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.core.scheduler import SchedulerOutput
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.patches.modules import Call, ClassSwaps
@@ -27,7 +30,7 @@ class HiddenStates:
     def __init__(
         self,
         inner: nn.Module | None,
-        layers: Sequence[int],
+        layers: Iterable[int],
         reduce: Callable[[mx.array], mx.array],
         swaps: ClassSwaps,
     ) -> None:
@@ -41,8 +44,10 @@ class HiddenStates:
     def _recorder(self, index: int) -> Call:
         def call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = original(module, *args, **kwargs)
-            if isinstance(output, mx.array):
-                self._found[index] = output
+            # Gemma 4's layers return more than their state.
+            state = output[0] if isinstance(output, tuple) else output
+            if isinstance(state, mx.array):
+                self._found[index] = state
             return output
 
         return call
@@ -83,3 +88,21 @@ class HiddenRows:
         """Return the states of `count` rows of one sequence, which follow each other."""
         start = row if self.places is None else int(self.places[row])
         return self.array[start : start + count]
+
+
+def recorded_rows(output: SchedulerOutput, batch: StepBatch) -> list[tuple[Sequence, int, int]]:
+    """Return each sequence of a step with its first row and the number of its rows.
+
+    Those that decode come first; a proposal's rows are those of its tokens and the one before.
+    """
+    parts = [(sequence, row, 1) for row, sequence in enumerate(output.decode)]
+    row = len(output.decode)
+    as_rows = len(batch.decode_seq_ids) > row
+    for index, proposal in enumerate(output.proposals):
+        count = 1 + len(proposal.token_ids)
+        parts.append((proposal.sequence, row if as_rows else batch.chunks[index].row, count))
+        row += count
+    chunks = batch.chunks[len(batch.chunks) - len(output.prefill) :]
+    for part, chunk in zip(output.prefill, chunks, strict=True):
+        parts.append((part.sequence, chunk.row, chunk.length))
+    return parts

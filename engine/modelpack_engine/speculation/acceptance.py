@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from statistics import median
+from typing import Protocol
 
+from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
-from modelpack_engine.speculation.eagle import EagleProposer
+from modelpack_engine.runner.hidden_states import HiddenRows
 from modelpack_engine.speculation.ngram import NgramProposer
 
 # A lookup is preferred while it is right about more tokens than the head, on average.
@@ -104,13 +106,29 @@ class _Score:
         self.start = sequence.num_known_tokens
 
 
+class HeadProposer(Protocol):
+    """A `Proposer` that drafts from the model's hidden states."""
+
+    def expects(self, sequences: Iterable[Sequence]) -> bool:
+        """Return whether it has hidden states of any of these sequences."""
+
+    def record(self, output: SchedulerOutput, batch: StepBatch, hidden: HiddenRows) -> None:
+        """Keep the hidden states of a step's rows; proposals may be rejected later."""
+
+    def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
+        """Return up to `lengths[sequence]` tokens for each sequence."""
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        """Drop the state of sequences that ended or were preempted."""
+
+
 class HeadWithLookup:
     """Proposes by prompt lookup where it was right lately, and by a head otherwise.
 
     Lookups are compared with the tokens that came even where they were not proposed.
     """
 
-    def __init__(self, lookup: NgramProposer, head: EagleProposer) -> None:
+    def __init__(self, lookup: NgramProposer, head: HeadProposer) -> None:
         self._lookup, self.head = lookup, head
         self._scores: dict[int, _Score] = {}  # by seq_id
         self._times = StepTimes()

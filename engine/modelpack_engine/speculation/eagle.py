@@ -25,7 +25,7 @@ from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
-from modelpack_engine.runner.hidden_states import HiddenRows
+from modelpack_engine.runner.hidden_states import HiddenRows, recorded_rows
 
 # The rows that the head computes at a time while it reads a prompt.
 _CHUNKS = (16, 64, 256)
@@ -99,19 +99,9 @@ class EagleProposer:
 
     def record(self, output: SchedulerOutput, batch: StepBatch, hidden: HiddenRows) -> None:
         """Keep the hidden states of a step's rows; proposals may be rejected later."""
-        parts: list[tuple[Sequence, int, int]] = []
-        if len(output.decoding) <= self._max_sequences:
-            parts += [(sequence, row, 1) for row, sequence in enumerate(output.decode)]
-            row = len(output.decode)
-            as_rows = len(batch.decode_seq_ids) > row
-            for index, proposal in enumerate(output.proposals):
-                count = 1 + len(proposal.token_ids)
-                at = row if as_rows else batch.chunks[index].row
-                parts.append((proposal.sequence, at, count))
-                row += count
-        chunks = batch.chunks[len(batch.chunks) - len(output.prefill) :]
-        for part, chunk in zip(output.prefill, chunks, strict=True):
-            parts.append((part.sequence, chunk.row, chunk.length))
+        parts = recorded_rows(output, batch)
+        if len(output.decoding) > self._max_sequences:
+            parts = parts[len(output.decoding) :]
         for sequence, row, count in parts:
             draft = self._drafts.get(sequence.seq_id)
             if draft is None:

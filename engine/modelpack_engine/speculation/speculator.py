@@ -9,6 +9,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from modelpack_engine.attention.paged import KVReader, PagedKV
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import BlockManager
@@ -16,6 +17,7 @@ from modelpack_engine.core.scheduler import Proposal, Proposed, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models import LoadedModel
+from modelpack_engine.models.assistant import AssistantHead, assistant_target
 from modelpack_engine.models.eagle import EagleHead, check_target
 from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.models.tokenizer import Tokenizer
@@ -27,7 +29,8 @@ from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.runner.step import MaskOf, can_look_ahead
 from modelpack_engine.sampling.sampler import Sampler
-from modelpack_engine.speculation.acceptance import HeadWithLookup
+from modelpack_engine.speculation.acceptance import HeadProposer, HeadWithLookup
+from modelpack_engine.speculation.assistant import AssistantProposer
 from modelpack_engine.speculation.draft import DraftProposer
 from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.ngram import NgramProposer
@@ -184,9 +187,13 @@ class Draft:
         return self.loaded.weight_bytes
 
 
+#: Networks that draft from the model's hidden states.
+DraftingHead = EagleHead | MtpHead | AssistantHead
+
+
 def check_draft(
-    config: EngineConfig, target: LoadedModel, draft: LoadedModel | EagleHead | MtpHead | None
-) -> Draft | EagleHead | MtpHead | None:
+    config: EngineConfig, target: LoadedModel, draft: LoadedModel | DraftingHead | None
+) -> Draft | DraftingHead | None:
     """Return the draft model or head for `config`; None if `config` does not use one.
 
     Raises `EngineError` if it is missing, if its vocabulary differs from `target`'s, or if it has
@@ -202,7 +209,9 @@ def check_draft(
         )
     if config.speculation not in ("draft", "eagle3"):
         return None
-    if isinstance(draft, EagleHead | MtpHead):
+    if config.speculation == "draft" and isinstance(draft, DraftingHead):
+        return draft
+    if isinstance(draft, EagleHead):
         return draft
     if config.speculation == "eagle3":
         raise EngineError(
@@ -228,7 +237,7 @@ def check_draft(
 
 def make_speculator(
     config: EngineConfig,
-    draft: Draft | EagleHead | MtpHead | None,
+    draft: Draft | DraftingHead | None,
     runner: ModelRunner,
     sampler: Sampler,
     sizes: Sizes,
@@ -244,7 +253,7 @@ def make_speculator(
     if draft is None:
         num_tokens = config.num_speculative_tokens or NGRAM_TOKENS
         return Speculator(NgramProposer(), num_tokens=num_tokens, max_batch=max_batch), ()
-    if isinstance(draft, EagleHead | MtpHead):
+    if isinstance(draft, DraftingHead):
         return _with_head(config, draft, runner, vocab_size, max_batch)
     num_tokens = config.num_speculative_tokens or DRAFT_TOKENS
     per_sequence = -(-(sizes.max_model_len + num_tokens) // config.block_size)
@@ -280,7 +289,7 @@ def make_speculator(
 
 def _with_head(
     config: EngineConfig,
-    head: EagleHead | MtpHead,
+    head: DraftingHead,
     runner: ModelRunner,
     vocab_size: int,
     max_batch: int,
@@ -289,11 +298,42 @@ def _with_head(
 
     Raises `EngineError` if the head does not fit the model.
     """
-    what = "EAGLE head" if isinstance(head, EagleHead) else "multi-token-prediction layer"
     if not isinstance(runner, PagedRunner):
         return None, (
-            f"no speculation: the {runner.tier} tier hands out no hidden states for the {what}",
+            f"no speculation: the {runner.tier} tier hands out no hidden states for the "
+            f"{_NAMES[type(head)]}",
         )
+    num_tokens = config.num_speculative_tokens or EAGLE_TOKENS
+    proposer: HeadProposer
+    if isinstance(head, AssistantHead):
+        proposer = _assistant(config, head, runner, vocab_size, num_tokens, max_batch)
+    else:
+        proposer = _eagle(config, head, runner, vocab_size, num_tokens, max_batch)
+    found = Speculator(
+        HeadWithLookup(NgramProposer(), proposer),
+        num_tokens=max(num_tokens, EAGLE_LOOKUP_TOKENS),
+        max_batch=max_batch,
+        adapt=False,
+    )
+    return found, ()
+
+
+_NAMES = {
+    EagleHead: "EAGLE head",
+    MtpHead: "multi-token-prediction layer",
+    AssistantHead: "Gemma 4 drafter",
+}
+
+
+def _eagle(
+    config: EngineConfig,
+    head: EagleHead | MtpHead,
+    runner: PagedRunner,
+    vocab_size: int,
+    num_tokens: int,
+    max_batch: int,
+) -> EagleProposer:
+    """Return the proposer of a head that has keys and values of its own."""
     layers, embed = layers_of(runner.layout.inner), embeddings_of(runner.layout.inner)
     embedded = embed(mx.array([0]))
     if isinstance(head, EagleHead):
@@ -303,18 +343,41 @@ def _with_head(
         read, reduce = (len(layers),), head.read
     head.set_dtype(embedded.dtype)
     runner.record_hidden(read, reduce)
-    num_tokens = config.num_speculative_tokens or EAGLE_TOKENS
-    proposer = EagleProposer(
+    return EagleProposer(
         head,
         embed,
         num_tokens=num_tokens,
         max_sequences=max_batch,
         min_probability=config.speculative_min_acceptance,
     )
-    found = Speculator(
-        HeadWithLookup(NgramProposer(), proposer),
-        num_tokens=max(num_tokens, EAGLE_LOOKUP_TOKENS),
-        max_batch=max_batch,
-        adapt=False,
+
+
+def _assistant(
+    config: EngineConfig,
+    head: AssistantHead,
+    runner: PagedRunner,
+    vocab_size: int,
+    num_tokens: int,
+    max_batch: int,
+) -> AssistantProposer:
+    """Return the proposer of Gemma 4's drafter, which reads the keys and values of the model."""
+    caches = dict(enumerate(runner.adapted.caches))
+    dims = {
+        layer: (kv.layout.key_heads, kv.layout.key_dim)
+        for layer, kv in caches.items()
+        if isinstance(kv, PagedKV)
+    }
+    target = assistant_target(head, runner.layout.inner, vocab_size, dims)
+    head.set_dtype(target.embed(mx.array([0])).dtype)
+    runner.record_hidden((len(layers_of(runner.layout.inner)),), target.norm)
+    readers = {kind: KVReader(caches[target.layers[kind]]) for kind in sorted({*head.layer_types})}
+    return AssistantProposer(
+        head,
+        target,
+        readers,
+        num_tokens=num_tokens,
+        max_sequences=max_batch,
+        min_probability=config.speculative_min_acceptance,
+        buckets=runner.buckets,
+        compiled=not any(reader.kv.step.exact for reader in readers.values()),
     )
-    return found, ()

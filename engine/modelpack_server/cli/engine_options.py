@@ -188,8 +188,8 @@ def _options(others: tuple[str, ...]) -> tuple[Callable[[F], F], ...]:
             "model's own layer for multi-token prediction (mtp), or with --draft-model, which "
             "implies draft (eagle3 for an EAGLE-3 head)."),
         click.option("--draft-model", metavar="REF|DIR", callback=_draft_model,
-            help="Propose tokens with this smaller model of the same vocabulary, or this EAGLE-3 "
-            "head."),
+            help="Propose tokens with this smaller model of the same vocabulary, this EAGLE-3 "
+            "head, or this drafter of Gemma 4."),
         click.option("--num-speculative-tokens", type=count,
             help="Propose this many tokens per step."),
         click.option("--speculative-min-acceptance", type=click.FloatRange(0, 1),

@@ -91,7 +91,7 @@ def test_the_server_finds_it_and_lists_no_drafter_as_a_model(
     plain = ModelSettings(engine={"speculative_method": "none"})
     model = catalogue.find("ai/tiny")
     assert catalogue.needs(model, ModelSettings()) > catalogue.needs(model, plain)
-    with pytest.raises(ModelLoadError, match="is an EAGLE-3 head, which cannot run without"):
+    with pytest.raises(ModelLoadError, match=r"is a drafter \(eagle3\), which cannot run"):
         open_model("ai/tiny:eagle", pull=False, store=store).engine(CONFIG)
 
 
@@ -105,7 +105,7 @@ def test_by_command_and_over_a_registry(store: LayoutStore, head: Path, tmp_path
             "--store", store.root, "--plain-http",
         )  # fmt: skip
         shown = succeed("inspect", f"{where}:v1-eagle", "--store", store.root).out
-        assert re.search(r"Drafter: +EAGLE-3\nBase: +" + re.escape(f"{where}:v1\n"), shown)
+        assert re.search(r"Drafter: +eagle3\nBase: +" + re.escape(f"{where}:v1\n"), shown)
         other = LayoutStore(tmp_path / "other")
         succeed("pull", f"{where}:v1", "--with-referrers", "--store", other.root, "--plain-http")
         opened = open_model(f"{where}:v1", pull=False, store=other)

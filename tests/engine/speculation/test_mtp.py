@@ -503,6 +503,13 @@ def test_models_without_a_layer(tmp_path: Path) -> None:
     assert caught.value.hint
 
 
+def test_the_drafter_of_gemma_4_is_another_model(tmp_path: Path) -> None:
+    files = write(tmp_path, "mimo")
+    with pytest.raises(ModelLoadError, match="is a drafter of its own files") as caught:
+        load_mtp_head(files, replace(tiny_loaded(), config={"model_type": "gemma4_text"}))
+    assert caught.value.hint == "choose it with --draft-model REF"
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [
