@@ -127,6 +127,9 @@ def test_each_format(client: openai.OpenAI, expected: Transcript) -> None:
     both = made("verbose_json", SHORT, timestamp_granularities=["word", "segment"])
     assert both.words == words.words
     assert both.segments
+    indexed = {"timestamp_granularities[0]": "word", "timestamp_granularities[1]": "segment"}
+    sent = made("verbose_json", SHORT, extra_body=indexed)
+    assert (sent.words, sent.segments) == (both.words, both.segments)
 
 
 def test_translations(client: openai.OpenAI) -> None:
@@ -139,6 +142,8 @@ def test_translations(client: openai.OpenAI) -> None:
     )
     assert made.text != plain.text != ""
     assert made.to_dict()["task"] == "translate"
+    assert made.language == "english"  # that of the text; it was spoken in another one
+    assert plain.language != "english"
     assert plain.to_dict()["task"] == "transcribe"
 
 
@@ -205,6 +210,14 @@ def test_paths(url: str, prefix: str) -> None:
             "'letter', expected one of segment, word",
         ),
         (SHORT, {"include[]": "logprobs"}, "include", "include is not supported"),
+        (SHORT, {"include[]": ["logprobs", "words"]}, "include", "include is not supported"),
+        (
+            SHORT,
+            {"known_speaker_names[]": ["Ann", "Bo"]},
+            "known_speaker_names",
+            "known_speaker_names is not supported",
+        ),
+        (SHORT, {"timestamp_granularities[0]": "word"}, "timestamp_granularities", "verbose_json"),
         (SHORT, {"keep_alive": "soon"}, "keep_alive", "soon"),
         (SHORT, {"prompt": "x" * 5000}, "prompt", "a field of the form is too long"),
         (SHORT, {"model": "parakeet", "prompt": "Names."}, "prompt", "take no prompt"),
@@ -286,6 +299,15 @@ def test_forms_that_are_none(url: str, body: bytes, content_type: str, said: str
     )
     assert reply.status_code == 400
     assert said in reply.json()["error"]["message"]
+
+
+def test_a_path_in_place_of_a_file(url: str) -> None:
+    """curl's -F file=PATH, without the @."""
+    fields = {"model": (None, "whisper"), "file": (None, "speech.wav")}
+    reply = requests.post(f"{url}/v1/audio/transcriptions", files=fields, timeout=60)
+    assert reply.status_code == 400
+    assert "file is text without a file name" in reply.json()["error"]["message"]
+    assert "-F file=@PATH" in reply.json()["error"]["message"]
 
 
 def test_a_large_file(url: str) -> None:

@@ -44,7 +44,9 @@ from modelpack_server.pool.pool import ModelPool
 ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
 _FORMATS: tuple[str, ...] = get_args(ResponseFormat)
 _GRANULARITIES = ("segment", "word")
-_GRANULARITY = ("timestamp_granularities[]", "timestamp_granularities")
+#: Fields with several values; clients write their names with [], or with the index of a value.
+_LISTS = ("include", "known_speaker_names", "known_speaker_references", "timestamp_granularities")
+_UNSUPPORTED = _LISTS[:3]
 _STREAMED = ("json", "text")
 _MEDIA_TYPES = {"vtt": "text/vtt"}
 _FRAME = 64 * 1024  # bytes of a form without its file
@@ -143,12 +145,19 @@ def _parsed(content_type: str, pieces: list[bytes]) -> tuple[Mapping[str, list[s
     except FormError as error:
         raise RequestError(str(error), param=error.param) from None
     if form.filename is None:
+        if any(name == "file" for name, _ in form.fields):
+            raise RequestError(
+                "file is text without a file name",
+                param="file",
+                hint="send a file, with curl as -F file=@PATH",
+            )
         raise RequestError("file is required", param="file")
     if form.size > MAX_SOUND_BYTES:
         raise _too_large()
     fields: dict[str, list[str]] = {}
     for name, value in form.fields:
-        fields.setdefault(name, []).append(value)
+        start = name.partition("[")[0]
+        fields.setdefault(start if start in _LISTS else name, []).append(value)
     return fields, form.take()
 
 
@@ -174,14 +183,16 @@ class _Asked:
     def of(cls, fields: Mapping[str, list[str]], task: Task) -> _Asked:
         """Raises `RequestError`, naming the field."""
         for name, values in fields.items():
-            if len(values) > 1 and name not in _GRANULARITY:
+            if name in _UNSUPPORTED and any(values):
+                raise RequestError(f"{name} is not supported", param=name)
+            if len(values) > 1 and name not in _LISTS:
                 raise RequestError(f"{name} is given {len(values)} times", param=name[:200])
         one = {name: values[0] for name, values in fields.items()}
         if not one.get("model"):
             raise RequestError("model is required", param="model")
         written = one.get("response_format") or "json"
         _one_of("response_format", written, _FORMATS)
-        given = [value for name in _GRANULARITY for value in fields.get(name, ())]
+        given = fields.get("timestamp_granularities", [])
         for value in given:
             _one_of("timestamp_granularities", value, _GRANULARITIES)
         if given and written != "verbose_json":
@@ -197,8 +208,6 @@ class _Asked:
                 f"stream: expected the response_format json or text, got {written}",
                 param="response_format",
             )
-        if one.get("include[]") or one.get("include"):
-            raise RequestError("include is not supported", param="include")
         return cls(
             one["model"],
             task,
@@ -255,7 +264,7 @@ def verbose(made: Transcript, task: Task, granularities: Collection[str]) -> dic
     """Return the object of the format `verbose_json`, with the times of `granularities`."""
     found: dict[str, Any] = {
         "task": task,
-        "language": made.language,
+        "language": made.language if task == "transcribe" else "english",  # of the text
         "duration": made.duration,
         "text": made.text,
     }
