@@ -30,17 +30,17 @@ def tiny_base(directory: Path, targets: Mapping[str, tuple[int, int]] = TARGETS)
 
 
 def random_pairs(
-    targets: Mapping[str, tuple[int, int]], rank: int, seed: int = 0, size: float = 1.0
+    targets: Mapping[str, tuple[int, ...]], rank: int, seed: int = 0, size: float = 1.0
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return matrices A [rank, inputs] and B [outputs, rank] of each target."""
+    """Return matrices A [..., rank, inputs] and B [..., outputs, rank] of each target."""
     draw = np.random.default_rng(seed)
 
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        return (draw.standard_normal((rows, columns)) * size).astype(np.float32)
+    def matrix(*shape: int) -> np.ndarray:
+        return (draw.standard_normal(shape) * size).astype(np.float32)
 
     return {
-        name: (matrix(rank, inputs), matrix(outputs, rank))
-        for name, (outputs, inputs) in targets.items()
+        name: (matrix(*experts, rank, inputs), matrix(*experts, outputs, rank))
+        for name, (*experts, outputs, inputs) in targets.items()
     }
 
 
@@ -69,7 +69,7 @@ def write_peft(
 
 def write_mlx(
     directory: Path,
-    targets: Mapping[str, tuple[int, int]] = TARGETS,
+    targets: Mapping[str, tuple[int, ...]] = TARGETS,
     *,
     rank: int = 2,
     scale: float = 2.0,
@@ -81,8 +81,9 @@ def write_mlx(
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
     for name, (a, b) in random_pairs(targets, rank, seed, size).items():
-        tensors[f"{name}.lora_a"] = np.ascontiguousarray(a.T)
-        tensors[f"{name}.lora_b"] = np.ascontiguousarray(b.T)
+        # Those of experts are not transposed.
+        tensors[f"{name}.lora_a"] = np.ascontiguousarray(a.T if a.ndim == 2 else a)
+        tensors[f"{name}.lora_b"] = np.ascontiguousarray(b.T if b.ndim == 2 else b)
     save_file(tensors, directory / "adapters.safetensors")
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
     fields = {"fine_tune_type": "lora", "lora_parameters": parameters, "model": "team/base"}

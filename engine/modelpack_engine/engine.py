@@ -30,6 +30,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from modelpack.formats.adapter import Adapter
+from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.core.batch import build_batch
 from modelpack_engine.core.block_manager import BlockManager, root_hash
@@ -128,12 +129,7 @@ class Engine(BaseEngine):
         self._adapters: AdapterSet | None = None
         rows = self._runner.adapter_rows
         if self.config.max_loras and rows is not None:
-            self._adapters = AdapterSet(
-                loaded.model,
-                loaded.config,
-                rows,
-                self.config.max_loras,
-            )
+            self._adapters = self._make_adapters(loaded, rows)
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(
             self._sizes.num_blocks,
@@ -261,7 +257,10 @@ class Engine(BaseEngine):
         """Write the prefix cache to disk, if the configuration says so."""
         self._mover.close()
 
-    # `ParallelEngine`, over several devices, overrides these three methods.
+    # `ParallelEngine`, over several devices, overrides these four methods.
+
+    def _make_adapters(self, loaded: LoadedModel, rows: AdapterRows) -> AdapterSet:
+        return AdapterSet(loaded.model, loaded.config, rows, self.config.max_loras)
 
     def _choose_sizes(
         self, layout: ModelLayout | None, context_length: int, draft_bytes: int

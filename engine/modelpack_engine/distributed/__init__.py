@@ -9,6 +9,7 @@ followers, over a channel of sockets.
     group     MLX's group of ranks, and collectives in the same order on all of them
     channel   the messages between ranks, and both ends of their connections
     sharding  reduces a model to this rank's part
+    adapters  gives each rank its part of the adapters of requests
     leader    rank 0: an engine whose steps run on all ranks
     follower  every other rank
 

@@ -35,7 +35,10 @@ _HEADER = struct.Struct("<BI")
 
 
 class Kind(IntEnum):
-    """The kind of a message. Bodies are JSON, except integers from STEP to WARM_UP."""
+    """The kind of a message.
+
+    Bodies are JSON, except integers from STEP to WARM_UP, and safetensors of layers of adapters.
+    """
 
     # Messages of a follower.
     HELLO = 1  # its rank and versions, once
@@ -53,6 +56,9 @@ class Kind(IntEnum):
     WARM_UP = 23  # shapes of steps to be compiled
     UNLOAD = 24
     BYE = 25
+    ADAPTER_NORMS = 26  # what a layer's weights with an adapter are, for DoRA; with arrays
+    ADAPTER_LAYER = 27  # the adapter's matrices for a layer
+    ADAPTER = 28  # put the layers that came before into a slot, or free it
 
 
 class WireError(EngineError):
@@ -115,7 +121,7 @@ def fields(body: bytes, **types: type) -> dict[str, Any]:
 
 
 #: Fields of a batch that stay at rank 0: they are for sampling and for the host. A divided model
-#: takes no adapters and reads no pictures.
+#: reads no pictures.
 LEFT_OUT = frozenset(
     {
         "sample_seqs",
@@ -123,7 +129,6 @@ LEFT_OUT = frozenset(
         "prompt_logprob_seqs",
         "table_width",
         "decode_snapshots",
-        "adapter_slots",
         "windows",
         "rope_positions",
         "media_rows",
@@ -167,6 +172,7 @@ def pack_step(batch: StepBatch, num_sampled: int) -> bytes:
         len(batch.sample_rows),
         len(batch.released),
         len(batch.chunks),
+        len(batch.adapter_slots),
     )
     chunks = (
         (c.row, c.length, c.padded_length, c.kv_length, c.seq_id, len(table), *table)
@@ -185,6 +191,7 @@ def pack_step(batch: StepBatch, num_sampled: int) -> bytes:
             batch.decode_seq_ids,
             batch.sample_rows,
             batch.released,
+            batch.adapter_slots,
             chain.from_iterable(chunks),
         )
     )
@@ -196,9 +203,11 @@ def unpack_step(body: bytes) -> tuple[StepBatch, int]:
     Raises `WireError` unless `pack_step` packed it.
     """
     reader = _Reader(body)
-    sampled, rows, from_previous, decode, width, decode_seqs, sample, released, chunks = (
-        reader.counts(9)
+    sampled, rows, from_previous, decode, width, decode_seqs, sample, released, chunks, adapters = (
+        reader.counts(10)
     )
+    if adapters not in (0, rows):
+        raise WireError(f"a step with {rows} rows has adapters for {adapters}")
     if sampled > sample or decode > rows or decode_seqs > decode:
         raise WireError(f"a step with {rows} rows has {decode} decode rows and samples {sampled}")
     token_ids, positions, slots = (reader.take(rows) for _ in range(3))
@@ -216,6 +225,7 @@ def unpack_step(body: bytes) -> tuple[StepBatch, int]:
         sample_rows=tuple(reader.take(sample)),
         sample_seqs=(),
         released=tuple(reader.take(released)),
+        adapter_slots=reader.take(adapters),
         chunks=tuple(reader.chunk(rows) for _ in range(chunks)),
     )
     reader.end()

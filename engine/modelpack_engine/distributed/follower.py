@@ -5,10 +5,12 @@
     BUILD      make the runner and test it, as rank 0 does at the same time; respond
     WARM_UP    compile steps
     STEP …     build the graph, launch it, and wait for the previous step
+    ADAPTER …  keep this rank's part of an adapter; respond (`distributed.adapters`)
     UNLOAD     drop the model
 
 A follower launches a step when rank 0 does: before or after it waits for the previous step. It
-reports errors up to BUILD and continues; a later error ends the follower, and with it the group.
+reports errors up to BUILD, and those of adapters, and continues; another error ends the follower,
+and with it the group.
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ import gc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
+from mlx.nn.layers.base import Module
 
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.core.batch import StepBatch, StepShape
 from modelpack_engine.distributed import channel as wire
+from modelpack_engine.distributed.adapters import AdapterParts, unpack_layer
 from modelpack_engine.distributed.channel import (
     FollowerChannel,
     Kind,
@@ -33,7 +36,7 @@ from modelpack_engine.distributed.channel import (
     unpack_step,
 )
 from modelpack_engine.distributed.group import Group, make_ordered_runner
-from modelpack_engine.distributed.sharding import shard
+from modelpack_engine.distributed.sharding import Divisions, shard
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.loader import Shard
 from modelpack_engine.runner.kv_cache_size import (
@@ -64,6 +67,7 @@ class _Held:
     layout: ModelLayout | None = None  # None: not paged
     sizes: Sizes | None = None
     runner: ModelRunner | None = None
+    adapters: AdapterParts | None = None  # None: without adapters
     #: The tokens of the step in flight, and its arrays to wait for.
     sampled: Sampled | None = None
     in_flight: list[mx.array] | None = None
@@ -77,6 +81,7 @@ class Follower:
     def __init__(self, group: Group, channel: FollowerChannel) -> None:
         self._group, self._channel = group, channel
         self._held: _Held | None = None
+        self._divisions: Divisions = {}
 
     def follow(self, load: Load) -> None:
         """Run rank 0's requests until its BYE; raise the errors of running steps."""
@@ -101,6 +106,8 @@ class Follower:
             self._try(body, self._configure, config=dict)
         elif kind is Kind.BUILD:
             self._build(body)
+        elif kind in (Kind.ADAPTER, Kind.ADAPTER_LAYER, Kind.ADAPTER_NORMS):
+            self._adapt(kind, body)
         else:
             self._run(kind, body)
 
@@ -120,8 +127,11 @@ class Follower:
 
     def _load_part(self, key: str) -> dict[str, Any]:
         self._unload()
-        self._held = _Held(self._load(key, partial(shard, group=self._group.mlx)))
+        self._held = _Held(self._load(key, self._shard))
         return {}
+
+    def _shard(self, model: Module, config: Mapping[str, Any]) -> None:
+        self._divisions = shard(model, config, self._group.mlx)
 
     def _configure(self, config: Mapping[str, Any]) -> dict[str, Any]:
         held = self._held
@@ -156,6 +166,8 @@ class Follower:
         number = given.pop("number")
         held.sizes = replace(held.sizes, **given)
         held.runner = make_ordered_runner(held.loaded.model, held.sizes, held.config)
+        if held.config.max_loras and (rows := held.runner.adapter_rows) is not None:
+            held.adapters = AdapterParts(held.loaded.model, rows, self._divisions)
         per_token = held.layout.bytes_per_token if held.layout else 0
         cache_bytes = held.sizes.cache_bytes(held.config.block_size, per_token)
         limit_memory(held.loaded.weight_bytes + cache_bytes, held.sizes.step_bytes)
@@ -168,6 +180,35 @@ class Follower:
         self._held = None
         gc.collect()  # a model has reference cycles; free its memory now
         mx.clear_cache()
+
+    # Adapters
+
+    def _adapt(self, kind: Kind, body: bytes) -> None:
+        """Respond to a message about an adapter, with the error if there is one: nothing is lost.
+
+        Rank 0 then makes all ranks forget the adapter.
+        """
+        parts = None if self._held is None else self._held.adapters
+        if parts is None:
+            raise WireError(f"{kind.name} for a model without adapters")
+        given = wire.fields(body, number=int, slot=int, layers=int) if kind is Kind.ADAPTER else {}
+        if given:
+            number = given["number"]
+        else:
+            number, layer, matrices = unpack_layer(body)
+        answer: dict[str, Any] = {}
+        try:
+            if kind is Kind.ADAPTER:
+                parts.place(given["slot"], given["layers"])
+            elif kind is Kind.ADAPTER_LAYER:
+                parts.keep(layer, matrices)
+            else:
+                rows, squares = parts.squares(layer, matrices.a, matrices.b)
+                answer = {"rows": rows, "squares": squares}
+        except Exception as error:  # noqa: BLE001 - rank 0 gets every error
+            self._channel.refuse(number, error)
+        else:
+            self._channel.answer(number, **answer)
 
     # Running a model
 

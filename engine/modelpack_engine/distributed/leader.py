@@ -16,16 +16,19 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.batch import StepBatch, StepShape
+from modelpack_engine.distributed.adapters import DividedAdapters
 from modelpack_engine.distributed.channel import Kind, LeaderChannel, pack_step
 from modelpack_engine.distributed.group import Group, make_ordered_runner
-from modelpack_engine.distributed.sharding import shard
+from modelpack_engine.distributed.sharding import Divisions, shard
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.loader import Shard
 from modelpack_engine.outputs import RequestEvent
+from modelpack_engine.runner.adapters import AdapterSet
 from modelpack_engine.runner.kv_cache_size import Sizes, on_gpu
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.model_runner import ModelRunner
@@ -42,6 +45,8 @@ class Ranks:
         self._lock = threading.Lock()
         self._key: str | None = None
         self._in_step = False
+        #: How the layers of the model that they hold are divided.
+        self.divisions: Divisions = {}
 
     @property
     def size(self) -> int:
@@ -50,7 +55,7 @@ class Ranks:
 
     def shard(self, model: Module, config: Mapping[str, Any]) -> None:
         """Reduce a model to this rank's part."""
-        shard(model, config, self.group.mlx)
+        self.divisions = shard(model, config, self.group.mlx)
 
     def engine(
         self,
@@ -102,20 +107,23 @@ class Ranks:
 
     def ask(self, kind: Kind, **body: Any) -> int:
         """Send a request to every follower; return the number of the request."""
-        number = next(self._numbers)
+        number = self.number()
         if kind is Kind.BUILD:
             self._in_step = True
         self.channel.send(kind, {"number": number, **body})
         return number
 
+    def number(self) -> int:
+        """Return the number of a new request."""
+        return next(self._numbers)
+
 
 class LeadingRunner:
     """Runs rank 0's part of a model, and sends each step to the other ranks before running it."""
 
-    adapter_rows = None
-
     def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
         self._runner, self._channel = runner, ranks.channel
+        self.adapter_rows = runner.adapter_rows
         self.model, self.layout = runner.model, runner.layout
         self.buckets, self.staging = runner.buckets, runner.staging
         self.tier, self.fused, self.notes = runner.tier, runner.fused, runner.notes
@@ -225,6 +233,18 @@ class ParallelEngine(Engine):
                 )
         return LeadingRunner(runner, self._ranks)
 
+    def _make_adapters(self, loaded: LoadedModel, rows: AdapterRows) -> AdapterSet:
+        ranks = self._ranks
+        return DividedAdapters(
+            loaded.model,
+            loaded.config,
+            rows,
+            self.config.max_loras,
+            ranks.divisions,
+            ranks.channel,
+            ranks.number,
+        )
+
     def _sample(self, logits: mx.array, rows: Sequence[SampleRow]) -> Sampled:
         sampled = super()._sample(logits, rows)
         given = Sampled.of(self._ranks.group.give_tokens(sampled.token_ids))
@@ -245,7 +265,6 @@ def _check_supported(config: EngineConfig) -> None:
     unsupported = {
         "llama.cpp": config.backend == "llama.cpp",
         "a draft model": config.speculation in ("draft", "eagle3", "mtp"),
-        "an adapter (max_loras)": bool(config.max_loras),
         "keeping evicted prefixes (kv_offload_dir, kv_offload_memory)": (
             config.kv_offload_dir is not None or bool(config.kv_offload_memory)
         ),

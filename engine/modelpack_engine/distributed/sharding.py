@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +15,8 @@ from mlx.nn.layers.quantized import QuantizedLinear
 from mlx.utils import tree_map, tree_unflatten
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models.adapter import weight_shape
+from modelpack_engine.patches.lora import EMBEDDINGS, EXPERTS, LINEARS, Matrices
 
 _HEADS = ("num_attention_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "n_kv_heads")
@@ -20,11 +24,42 @@ _KV_HEADS = ("num_key_value_heads", "n_kv_heads")
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
-def shard(model: Module, config: Mapping[str, Any], group: mx.distributed.Group) -> None:
-    """Leave in `model` only what this rank of `group` computes; nothing is evaluated.
+@dataclass(frozen=True, slots=True)
+class Division:
+    """A rank's part of a layer whose whole weight has `shape` [..., outputs, inputs].
 
-    Raises `ModelLoadError` for an architecture that mlx-lm cannot divide, and for sizes that
-    cannot be divided by the number of ranks.
+    `rows` are the indices of its outputs, int32, `columns` the range of its inputs, and `experts`
+    that of its experts. None is all.
+    """
+
+    shape: tuple[int, ...]
+    rows: mx.array | None = None
+    columns: slice | None = None
+    experts: slice | None = None
+
+    def part(self, whole: Matrices) -> Matrices:
+        """Return what this rank needs of an adapter's matrices for the layer."""
+        a, b, gain = whole.a, whole.b, whole.gain
+        if self.experts is not None:
+            a, b = a[self.experts], b[self.experts]
+        if self.columns is not None:
+            a = a[..., self.columns, :]
+        if self.rows is not None:
+            b = b[..., self.rows]
+            gain = None if gain is None else gain[self.rows]
+        return Matrices(a, b, gain)
+
+
+#: How the layers that may have adapters are divided, by path.
+Divisions = Mapping[str, Division]
+
+
+def shard(model: Module, config: Mapping[str, Any], group: mx.distributed.Group) -> Divisions:
+    """Leave in `model` only what this rank of `group` computes; its weights are not evaluated.
+
+    Returns how the layers are divided that may have adapters. Raises `ModelLoadError` for an
+    architecture that mlx-lm cannot divide, and for sizes that cannot be divided by the number of
+    ranks.
     """
     size = group.size()
     name = str(config.get("model_type") or type(model).__module__.rpartition(".")[2])
@@ -35,7 +70,10 @@ def shard(model: Module, config: Mapping[str, Any], group: mx.distributed.Group)
             hint="serve it on one device, without --tensor-parallel-size",
         )
     check_sizes(name, config, size)
+    shapes = _shapes(model)
     try:
+        marked = _marked(model, shapes, size)
+        marked.shard(group)
         divide(group)
     except _FAILURES as error:
         why = str(error) or type(error).__name__
@@ -46,6 +84,58 @@ def shard(model: Module, config: Mapping[str, Any], group: mx.distributed.Group)
     _make_plain(model)
     # A part that is a view would keep the whole tensor in memory.
     model.update(tree_map(mx.contiguous, model.parameters()))
+    return _divisions(model, marked, shapes, group.rank())
+
+
+def _shapes(model: Module) -> dict[str, tuple[int, ...]]:
+    kinds = (*LINEARS, *EMBEDDINGS, *EXPERTS)
+    return {
+        path: weight_shape(module)
+        for path, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
+
+
+def _marked(model: Module, shapes: Mapping[str, tuple[int, ...]], size: int) -> Any:
+    """Return a copy of a model whose weights have the index of each output in place of its values.
+
+    Dividing it as the model shows which outputs a rank has: fused layers are divided in segments.
+    Their weights have as few inputs and experts as `size` ranks can share.
+    """
+    marked: Any = copy.deepcopy(model)
+    for path, module in marked.named_modules():
+        if path not in shapes or isinstance(module, EMBEDDINGS):
+            continue
+        outputs = shapes[path][-2]
+        leading = (size,) if isinstance(module, EXPERTS) else ()
+        groups = {"weight": size}
+        if hasattr(module, "bits"):
+            groups = {name: size for name in ("scales", "biases") if name in module}
+            groups["weight"] = size * module.group_size * module.bits // 32
+        marks = mx.arange(outputs, dtype=mx.int32)[:, None]
+        for name, inputs in groups.items():
+            module[name] = mx.broadcast_to(marks, (*leading, outputs, inputs))
+    return marked
+
+
+def _divisions(
+    model: Module, marked: Module, shapes: Mapping[str, tuple[int, ...]], rank: int
+) -> dict[str, Division]:
+    modules, marks = dict(model.named_modules()), dict(marked.named_modules())
+    found = {}
+    for path, whole in shapes.items():
+        *leading, outputs, inputs = weight_shape(modules[path])
+        rows = columns = experts = None
+        if outputs != whole[-2]:
+            weight: mx.array = marks[path]["weight"]
+            rows = weight.reshape(-1, *weight.shape[-2:])[0, :, 0]
+        if inputs != whole[-1]:
+            columns = slice(rank * inputs, (rank + 1) * inputs)
+        if leading and leading[0] != whole[0]:
+            experts = slice(rank * leading[0], (rank + 1) * leading[0])
+        found[path] = Division(whole, rows, columns, experts)
+    mx.eval([one.rows for one in found.values() if one.rows is not None])
+    return found
 
 
 def _make_plain(model: Module) -> None:

@@ -47,16 +47,20 @@ def read_layers(
     *,
     dtype: mx.Dtype | None = None,
     weight_of: Callable[[str, Any], mx.array] = lambda path, module: dense_weight(module),
+    norm_of: Callable[[str, mx.array, mx.array], mx.array] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> dict[str, Matrices]:
     """Return the matrices of an adapter by the path of their layer in `model`.
 
     They have the type of the layer's outputs, or `dtype`. `config` is the model's, which GGUF
     adapters need; `weight_of` returns the weight of a module, of which DoRA needs the norm, in
-    float32. Raises `AdapterError` for a target that the model lacks, for shapes that differ, and
-    for values that are not finite.
+    float32. If the model is divided between devices, `shapes` are those of the whole weights by
+    path, and `norm_of` returns the norms of a whole weight with A and B added. Raises
+    `AdapterError` for a target that the model lacks, for shapes that differ, and for values that
+    are not finite.
     """
     path = str(adapter.weights)
-    modules = _Modules(model, path)
+    modules = _Modules(model, path, shapes)
     arrays: Any = {}
     if adapter.format == "gguf":
         pairs: Iterable[_Pair] = gguf_pairs(adapter, model, config)
@@ -74,19 +78,22 @@ def read_layers(
             stacked[name].append((int(expert["index"]), (target, a, b)))
             continue
         name, module = modules.find(target.module)
-        modules.check(target, module)
+        modules.check(target, name, module)
         kind = dtype or _dtype_of(module)
         gain = None
         if target.magnitude is not None:
-            weight = weight_of(name, module) + (a @ b).T
+            if norm_of is not None:
+                norm = norm_of(name, a, b)
+            else:
+                norm = mx.linalg.norm(weight_of(name, module) + (a @ b).T, axis=1)
             magnitude = arrays[target.magnitude].reshape(-1).astype(mx.float32)
-            gain = (magnitude / mx.linalg.norm(weight, axis=1)).astype(kind)
+            gain = (magnitude / norm).astype(kind)
         if name in found:
             raise modules.error(f"two targets are the module {name} of the model")
         found[name] = Matrices(a.astype(kind), b.astype(kind), gain)
     for wanted, experts in stacked.items():
         name, module = modules.find(wanted)
-        found[name] = modules.stack(experts, module, dtype)
+        found[name] = modules.stack(experts, name, module, dtype)
     every = [array for one in found.values() for array in (one.a, one.b, one.gain)]
     present = [array for array in every if array is not None]
     finite = [mx.all(mx.isfinite(array)) for array in present]
@@ -125,8 +132,8 @@ def _dtype_of(module: Any) -> mx.Dtype:
 class _Modules:
     """The modules of a model by path, and by the part of it that all tools agree on."""
 
-    def __init__(self, model: nn.Module, path: str) -> None:
-        self._path = path
+    def __init__(self, model: nn.Module, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._path, self._shapes = path, shapes
         kinds = (*LINEARS, *EMBEDDINGS, *EXPERTS)
         self._all = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
         self._short: dict[str, list[str]] = defaultdict(list)
@@ -144,9 +151,12 @@ class _Modules:
             raise self.error(f"target {wanted} {why}")
         return names[0], self._all[names[0]]
 
-    def check(self, target: Target, module: Any) -> None:
+    def _shape(self, name: str, module: Any) -> tuple[int, ...]:
+        return self._shapes.get(name) or weight_shape(module)
+
+    def check(self, target: Target, name: str, module: Any) -> None:
         """Raise `AdapterError` unless the target has the module's shape."""
-        shape = _shape(module)
+        shape = self._shape(name, module)
         wanted: tuple[int, ...] = (target.outputs, target.inputs)
         if isinstance(module, EMBEDDINGS):
             wanted = (target.inputs, target.outputs)
@@ -159,13 +169,13 @@ class _Modules:
             )
 
     def stack(
-        self, experts: list[tuple[int, _Pair]], module: Any, dtype: mx.Dtype | None
+        self, experts: list[tuple[int, _Pair]], name: str, module: Any, dtype: mx.Dtype | None
     ) -> Matrices:
         """Return the matrices of single experts, stacked; other experts get zeros."""
         first = experts[0][1][0]
         if not isinstance(module, EXPERTS):
             raise self.error(f"target {first.module} is not an expert of the model")
-        count, outputs, inputs = _shape(module)
+        count, outputs, inputs = self._shape(name, module)
         rank = max(target.rank for _, (target, _, _) in experts)
         kind = dtype or _dtype_of(module)
         a, b = mx.zeros((count, inputs, rank)), mx.zeros((count, rank, outputs))
@@ -182,8 +192,8 @@ class _Modules:
         return Matrices(a.astype(kind), b.astype(kind))
 
 
-def _shape(module: Any) -> tuple[int, ...]:
-    """Return the shape of a layer's weight, unpacked."""
+def weight_shape(module: Any) -> tuple[int, ...]:
+    """Return the shape of a layer's weight [..., outputs, inputs], unpacked."""
     *outer, inputs = module.weight.shape
     if isinstance(module, BlockLinear | BlockEmbedding):
         return (*outer, module.kind.inputs(inputs))

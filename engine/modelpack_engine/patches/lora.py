@@ -3,26 +3,36 @@
 `LoRALayers` replaces the calls of the layers that adapters change. If no row of a step has an
 adapter, the original call runs alone. If all rows have the same one, its two matrices are
 multiplied with all rows; otherwise the matrices of all adapters are stacked, their ranks padded,
-and each row is multiplied with its own.
+and each row is multiplied with its own. Where a layer's inputs are divided between devices, each
+adds its part of the adapter's outputs to its part of the layer's, before these are added up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.models.switch_layers import (
+    QuantizedSwitchLinear,
+    SwitchGLU,
+    SwitchLinear,
+    SwitchMLP,
+)
 
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.errors import EngineError
 from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, values
+from modelpack_engine.layers.matmul import multiply
+from modelpack_engine.layers.weights import quantised_weights
 from modelpack_engine.patches.modules import Call, ClassSwaps
 
-LINEARS = (nn.Linear, nn.QuantizedLinear, BlockLinear)
+#: Linear layers that add up the outputs of all ranks.
+_SUMS = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
+LINEARS = (nn.Linear, nn.QuantizedLinear, BlockLinear, *_SUMS)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, BlockEmbedding)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 
@@ -127,7 +137,7 @@ class LoRALayers:
         elif isinstance(module, EXPERTS):
             self._swaps.override(module, partial(self._route, stack))
             owner = self._modules[name.rpartition(".")[0]]
-            if id(owner) not in self._mixtures:
+            if isinstance(owner, SwitchGLU | SwitchMLP) and id(owner) not in self._mixtures:
                 self._mixtures.add(id(owner))
                 self._swaps.override(owner, self._mix)
         else:
@@ -136,9 +146,10 @@ class LoRALayers:
     # Calls of layers
 
     def _linear(self, stack: _Stack, original: Call, module: Any, x: mx.array) -> Any:
-        y = original(module, x)
         if self._is_idle(stack):
-            return y
+            return original(module, x)
+        sums = isinstance(module, _SUMS)
+        y = _own_part(module, x) if sums else original(module, x)
         one = self._only(stack)
         if one is not None:
             delta, gain = (x @ one.a) @ one.b, one.gain
@@ -149,6 +160,10 @@ class LoRALayers:
             gain = None
             if all_.gain is not None:
                 gain = all_.gain[slots].reshape(y.shape)
+        if sums:
+            y = mx.distributed.all_sum(y + delta, group=module.group)
+            y = y if gain is None else y * gain
+            return y + module["bias"] if "bias" in module else y
         if gain is None:
             return y + delta
         if "bias" in module:
@@ -208,8 +223,10 @@ class LoRALayers:
         slots = rows.slots
         assert slots is not None, "some row has an adapter"
         if not sorted_indices:
-            count = indices.size // indices.shape[-1]
-            slots = mx.broadcast_to(slots.reshape(count, 1), (count, indices.shape[-1]))
+            each = indices.shape[-1]
+            if indices.size != slots.size * each:  # all rows have the same ones (DeepSeek V4)
+                indices = mx.broadcast_to(indices, (slots.size, each))
+            slots = mx.broadcast_to(slots.reshape(-1, 1), (slots.size, each))
         elif rows.order is None:
             raise EngineError("an adapter cannot be applied: experts sort rows in an unknown way")
         else:
@@ -240,6 +257,16 @@ class LoRALayers:
                 f"expected {slots.size}"
             )
         return slots
+
+
+def _own_part(module: Any, x: mx.array) -> mx.array:
+    """Return what this rank adds to the outputs of a layer in `_SUMS`."""
+    if isinstance(module, nn.ShardedToAllLinear):
+        product: mx.array = x @ module["weight"].T
+        return product
+    weights = replace(quantised_weights(module), bias=None)
+    product = multiply(x.reshape(-1, x.shape[-1]), weights)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def _gathered(x: mx.array, a: mx.array, b: mx.array, indices: mx.array) -> mx.array:

@@ -79,7 +79,7 @@ class AdapterSet:
         `identity` stands for its content in the prefix cache. Raises `AdapterError` if it does not
         fit the model.
         """
-        layers = read_layers(adapter, self._model, self._config)
+        layers = self.read(adapter)
         modules = dict(self._model.named_modules())
         for path in layers:
             if returns_parts(modules[path]):
@@ -91,9 +91,10 @@ class AdapterSet:
         if name in self._known:
             self.remove(name)
         slot = self._free_slot()
-        self._known[name] = known = KnownAdapter(adapter, identity)
+        known = KnownAdapter(adapter, identity)
         if slot is not None:
             self._load(known, slot, layers)
+        self._known[name] = known
 
     def remove(self, name: str) -> None:
         """Forget an adapter: unfinished requests keep it, new ones cannot name it.
@@ -146,14 +147,14 @@ class AdapterSet:
             return False
         try:
             layers = self._read(known)
+            if idle is not None:
+                slot = idle.slot
+                self._unload(idle)
+            assert slot is not None, "it is free, or an adapter gave it up"
+            self._load(known, slot, layers)
         except ModelpackError as error:
             self._failures[sequence] = error
             return False
-        if idle is not None:
-            slot = idle.slot
-            self._unload(idle)
-        assert slot is not None, "it is free, or an adapter gave it up"
-        self._load(known, slot, layers)
         return True
 
     def may_overtake(self, sequence: Sequence) -> bool:
@@ -208,16 +209,27 @@ class AdapterSet:
     def _read(self, known: KnownAdapter) -> Layers:
         if known.layers is not None:
             return known.layers
-        return read_layers(known.adapter, self._model, self._config)
+        return self.read(known.adapter)
 
     def _load(self, known: KnownAdapter, slot: int, layers: Layers) -> None:
-        self._layers.set(slot, layers)
-        known.slot, known.nbytes = slot, nbytes(layers.values())
+        known.nbytes = self.place(slot, layers)
+        known.slot = slot
 
     def _unload(self, known: KnownAdapter) -> None:
         if known.slot is not None:
-            self._layers.set(known.slot, {})
+            self.place(known.slot, {})
             known.slot, known.nbytes = None, 0
+
+    # `distributed.adapters.DividedAdapters`, over several devices, overrides these two methods.
+
+    def read(self, adapter: Adapter) -> Layers:
+        """Return the matrices of an adapter; raise `AdapterError` if it does not fit the model."""
+        return read_layers(adapter, self._model, self._config)
+
+    def place(self, slot: int, layers: Layers) -> int:
+        """Put matrices into a slot, {} for none; return the bytes that they take on this device."""
+        self._layers.set(slot, layers)
+        return nbytes(layers.values())
 
 
 def _unfinished(sequences: set[Sequence]) -> bool:

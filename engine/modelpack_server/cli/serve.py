@@ -345,12 +345,6 @@ def serve(
         sources.add_adapter(name, typed, opened)
     if merge and not len(sources.adapters):
         raise UsageError("--merge requires an adapter", hint="give --adapter NAME=REF|DIR")
-    served_adapters = allow_adapter_loading or (len(sources.adapters) and not merge)
-    if served_adapters and is_parallel(tensor_parallel_size):
-        raise UsageError(
-            "--tensor-parallel-size cannot be combined with adapters",
-            hint="merge one adapter into its base with --merge",
-        )
     if len({found.name for found in opened}) < len({found.model.digest for found in opened}):
         raise UsageError("two files have the same name", hint="rename one, or serve it elsewhere")
     pull_draft(engine, settings.store(), settings, remote)

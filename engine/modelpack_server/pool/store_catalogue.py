@@ -205,7 +205,8 @@ class StoreCatalogue:
         adapters = self.adapters
         wanted = bool(adapters.of(key)) or key in adapters.expected
         if not wanted and adapters.grows:
-            wanted = choose_backend(files, config, choose_device(config)) == "mlx"
+            wanted = self.ranks is not None
+            wanted = wanted or choose_backend(files, config, choose_device(config)) == "mlx"
         if not wanted or adapters.merges:
             return config
         return replace(config, max_loras=adapters.max_loaded)

@@ -520,7 +520,3 @@ def test_options(tmp_path: Path) -> None:
     done = run("serve", "--adapter-directory", str(tmp_path), "--store", str(tmp_path))
     assert done.code == 2
     assert "--adapter-directory requires --allow-adapter-loading" in done.err
-    done = run("serve", "--allow-adapter-loading", "--tensor-parallel-size", "2",
-               "--store", str(tmp_path))  # fmt: skip
-    assert done.code == 2
-    assert "--tensor-parallel-size cannot be combined with adapters" in done.err

@@ -430,17 +430,6 @@ def test_refused_when_loaded(
             assert http.post("/v1/completions", json=body).status_code == 200
 
 
-def test_adapters_and_several_ranks_are_refused(world: World) -> None:
-    store = str(world.store.root)
-    done = run("serve", BASE, "--adapter", f"x={ONE}", "--tensor-parallel-size", "2",
-               "--store", store)  # fmt: skip
-    assert done.code == 2
-    assert "--tensor-parallel-size cannot be combined with adapters" in done.err
-    done = run("serve", ONE, "--tensor-parallel-size", "2", "--store", store)
-    assert done.code == 2
-    assert "--tensor-parallel-size cannot be combined with adapters" in done.err
-
-
 def test_arguments(world: World) -> None:
     for value in ("x", "=y", "x="):
         done = run("serve", "--adapter", value, "--store", str(world.store.root))

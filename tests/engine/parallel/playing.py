@@ -5,14 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+
+from modelpack.formats.adapter import AdapterError, read_adapter
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.batch import StepShape
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import OutOfMemoryError
+from modelpack_engine.models.adapter import weight_shape
 from modelpack_engine.outputs import RequestEvent
+from modelpack_engine.patches.lora import EXPERTS, LINEARS, dense_weight
 from modelpack_engine.request import EngineRequest, SamplingParams
+from tests.adapters import write_mlx, write_peft
 from tests.engine.serving.tiny import CONTEXT, VOCAB
 
 #: Makes an engine over the tiny model.
@@ -201,7 +209,8 @@ def too_large(make: MakeEngine, kv_cache_bytes: int) -> bool:
 
 def zoo_config(name: str) -> EngineConfig:
     """Return the configuration of a model of the zoo; the wide one has 8-bit keys and values."""
-    return config(max_model_len=128, kv_cache_dtype="q8" if name == WIDE else "auto")
+    kind = "q8" if name == WIDE else "auto"
+    return config(max_model_len=128, kv_cache_dtype=kind, max_loras=2)
 
 
 def run_greedy(engine: Engine) -> list[list[int]]:
@@ -210,6 +219,70 @@ def run_greedy(engine: Engine) -> list[list[int]]:
     prompts = [[token % 100 for token in prompt(60 + n, 5 + 12 * n)] for n in range(4)]
     runs = engine.generate(prompts, params)
     return [[token for event in events for token in event.token_ids] for events in runs]
+
+
+def write_adapters(directory: Path, model: Any) -> None:
+    """Write two adapters of a model's linear layers and experts: mlx-lm's, and a DoRA."""
+    kinds = {name: m for name, m in model.named_modules() if isinstance(m, (*LINEARS, *EXPERTS))}
+    shapes = {name: weight_shape(module) for name, module in kinds.items()}
+    write_mlx(directory / "one", shapes, rank=3, size=0.25)
+    # DoRA of experts and of what is named as an embedding is refused.
+    linears = {name: s for name, s in shapes.items() if len(s) == 2 and "embed" not in name}
+    magnitudes = {
+        f"base_model.model.{name}.lora_magnitude_vector": np.array(
+            mx.linalg.norm(dense_weight(kinds[name]), axis=1) * 1.3
+        )
+        for name in linears
+    }
+    write_peft(
+        directory / "two", linears, rank=2, seed=1, size=0.25, use_dora=True, extra=magnitudes
+    )
+
+
+def run_adapted(engine: Engine, directory: Path) -> Any:
+    """Prompts of the zoo's vocabulary with two adapters and without, mixed and then alone."""
+    for name in ("one", "two"):
+        engine.add_adapter(name, read_adapter(directory / name), name)
+    tokens: dict[str, list[int]] = {}
+    ends: dict[str, str] = {}
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    for number, adapter in enumerate(["one", None, "two", "one"]):
+        prompted = [token % 100 for token in prompt(60 + number, 5 + 12 * number)]
+        engine.add_request(f"r{number}", EngineRequest(prompted, params, adapter=adapter))
+        note(engine.step(), tokens, ends)
+    finish(engine, tokens, ends)
+    engine.add_request("alone", EngineRequest([7, 8, 9], params, adapter="two"))
+    finish(engine, tokens, ends)
+    return [tokens, ends]
+
+
+def run_adapters(engine: Engine, directory: Path) -> Any:
+    """Adapters of the tiny model: mixed, unloaded while they are used, evicted, and refused."""
+    answers: dict[str, Any] = {}
+    tokens: dict[str, list[int]] = {}
+    ends: dict[str, str] = {}
+    empty = engine.memory_bytes
+    answers["adapted"] = run_adapted(engine, directory)
+    both = engine.memory_bytes
+    assert both > empty
+    try:
+        engine.add_adapter("wide", read_adapter(directory / "wide"), "wide")
+    except AdapterError as error:
+        answers["refused"] = error.message
+    assert engine.memory_bytes == both
+    engine.add_request("used", EngineRequest(prompt(1, 20), SEEDED[0], adapter="one"))
+    for _ in range(3):
+        note(engine.step(), tokens, ends)
+    engine.remove_adapter("one")
+    engine.add_adapter("embedded", read_adapter(directory / "embedded"), "embedded")
+    for number, name in enumerate(["embedded", "two", None]):
+        request = EngineRequest(prompt(number, 20), SEEDED[number], adapter=name)
+        engine.add_request(f"later{number}", request)
+    finish(engine, tokens, ends)
+    engine.remove_adapter("two")
+    engine.remove_adapter("embedded")
+    assert engine.memory_bytes == empty
+    return {**answers, "unloaded": [tokens, ends]}
 
 
 def run_texts(engine: Engine) -> list[str]:

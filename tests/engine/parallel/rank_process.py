@@ -20,17 +20,21 @@ blas.prepare()
 import mlx.core as mx  # noqa: E402
 from mlx.nn import quantize  # noqa: E402
 
+from modelpack.formats.adapter import read_adapter  # noqa: E402
 from modelpack.testing.weights import smollm2_gguf  # noqa: E402
 from modelpack_engine.config import EngineConfig  # noqa: E402
+from modelpack_engine.distributed.adapters import AdapterParts  # noqa: E402
 from modelpack_engine.distributed.follower import Follower  # noqa: E402
 from modelpack_engine.distributed.launch import join  # noqa: E402
 from modelpack_engine.distributed.leader import Ranks  # noqa: E402
 from modelpack_engine.engine import Engine  # noqa: E402
-from modelpack_engine.errors import EngineError  # noqa: E402
+from modelpack_engine.errors import EngineError, OutOfMemoryError  # noqa: E402
 from modelpack_engine.models import LoadedModel, ModelFiles  # noqa: E402
 from modelpack_engine.models import load as load_files  # noqa: E402
 from modelpack_engine.models.loader import Shard  # noqa: E402
 from modelpack_engine.models.precision import evaluate  # noqa: E402
+from modelpack_engine.patches.lora import Matrices  # noqa: E402
+from modelpack_engine.request import EngineRequest  # noqa: E402
 from tests.engine.parallel import playing  # noqa: E402
 from tests.engine.runner.models import tiny_llama  # noqa: E402
 from tests.engine.serving.tiny import tiny_loaded  # noqa: E402
@@ -85,15 +89,55 @@ def play(ranks: Ranks) -> Any:
 
 def play_zoo(ranks: Ranks) -> Any:
     answers: dict[str, Any] = {}
-    for name in sys.argv[4:]:
+    adapters, *names = sys.argv[4:]
+    for name in names:
         try:
             engine = engine_of(ranks, f"zoo {name}", playing.zoo_config(name))
         except EngineError as error:
             answers[name] = str(error)
             continue
-        answers[name] = [playing.run_greedy(engine), engine._runner.tier]
+        answers[name] = [
+            playing.run_greedy(engine),
+            playing.run_adapted(engine, Path(adapters, name)),
+            engine._runner.tier,
+        ]
         engine.close()
     return answers
+
+
+def play_adapters(ranks: Ranks) -> Any:
+    """Run adapters, one of them without a place on rank 1: when it is added, and when admitted."""
+    directory = Path(sys.argv[4])
+    engine = engine_of(ranks, "tiny", playing.config(max_loras=2))
+    refused = []
+    try:
+        engine.add_adapter("large", read_adapter(directory / "large"), "large")
+    except EngineError as error:
+        refused.append(str(error))
+    answers = playing.run_adapters(engine, directory)
+    engine.close()
+    engine = engine_of(ranks, "tiny", playing.config(max_loras=1))
+    for name in ("two", "large"):
+        engine.add_adapter(name, read_adapter(directory / name), name)
+    for name in ("large", "two"):
+        request = EngineRequest(playing.prompt(1), playing.SEEDED[0], adapter=name)
+        engine.add_request(name, request)
+    events = [event for _ in range(40) for event in engine.step()]
+    refused += [event.error for event in events if event.error]
+    ends = {event.request_id: str(event.finish_reason) for event in events if event.finished}
+    return {**answers, "refused by rank 1": refused, "ends": ends}
+
+
+def refuse_large_adapters() -> None:
+    """Make this rank fail to keep adapters of rank 7."""
+    keep = AdapterParts.keep
+
+    def kept(parts: AdapterParts, layer: str, whole: Matrices) -> None:
+        if whole.a.shape[-1] == 7 and "layers.1" in layer:
+            raise OutOfMemoryError("no memory for it")
+        keep(parts, layer, whole)
+
+    AdapterParts.keep = kept  # type: ignore[method-assign]
 
 
 def play_smollm2(ranks: Ranks) -> Any:
@@ -113,7 +157,8 @@ def raise_in_step(ranks: Ranks) -> Any:
 
 
 TASKS: dict[str, Callable[[Ranks], Any]] = {
-    function.__name__: function for function in (play, play_zoo, play_smollm2, raise_in_step)
+    function.__name__: function
+    for function in (play, play_adapters, play_zoo, play_smollm2, raise_in_step)
 }
 
 
@@ -126,6 +171,7 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     joined = join(int(sys.argv[2]), end)
     if isinstance(joined, Follower):
+        refuse_large_adapters()
         joined.follow(load)
         return
     answers = TASKS[sys.argv[1]](joined)

@@ -24,7 +24,6 @@ from tests.engine.serving.tiny import tiny_loaded
         ({"kv_offload_dir": "/tmp/prefixes"}, "kv_offload_dir"),
         ({"kv_offload_memory": 1 << 20}, "kv_offload_memory"),
         ({"backend": "llama.cpp"}, "llama.cpp"),
-        ({"max_loras": 1}, "an adapter"),
     ],
 )
 def test_what_only_one_device_does(settings: dict[str, Any], text: str) -> None:

@@ -224,16 +224,58 @@ def test_a_rank_that_nobody_asked_to_be_one() -> None:
     assert "--tensor-parallel-size" in done.stderr
 
 
-@pytest.mark.long
-def test_a_merged_adapter(store: Path, tmp_path: Path) -> None:
-    """Each rank has its part of the base's weights with the adapter."""
-    path = write_peft(tmp_path / "adapter", linears(tiny_model()), size=0.3)
+def adapted(path: Path) -> str:
+    """The reply of one device with an adapter."""
     engine = tiny_engine(max_loras=1)
     engine.add_adapter("x", read_adapter(path), "x")
     params = SamplingParams(temperature=0.0, max_tokens=12)
     prompt = engine.tokenizer.encode("hello world")
     engine.add_request("0", EngineRequest(prompt, params, continues_text=True, adapter="x"))
-    text = "".join(event.text for events in run(engine).values() for event in events)
+    return "".join(event.text for events in run(engine).values() for event in events)
+
+
+@pytest.mark.long
+def test_adapters_of_requests(store: Path, tmp_path: Path) -> None:
+    """One is loaded with its base, another while the server runs; one that does not fit is not."""
+    shapes = linears(tiny_model())
+    one, two = (
+        write_peft(tmp_path / "adapters" / name, shapes, size=0.3, seed=seed)
+        for seed, name in enumerate(("one", "two"))
+    )
+    write_peft(tmp_path / "adapters" / "wrong", {"model.layers.0.self_attn.q_proj": (64, 32)})
+    options = ("--tensor-parallel-size", "2", "--adapter", f"one={one}")
+    options += ("--allow-adapter-loading", "--adapter-directory", str(tmp_path / "adapters"))
+    with serving(store, tmp_path / "errors", "ai/tiny", *options) as server:
+        server.wait_until_ready()
+
+        def text(model: str) -> str:
+            reply = server.complete(model=model, temperature=0)
+            assert reply.status_code == 200, reply.text
+            return reply.json()["choices"][0]["text"]  # type: ignore[no-any-return]
+
+        def load(name: str) -> httpx.Response:
+            body = {"lora_name": name, "lora_path": str(tmp_path / "adapters" / name)}
+            return httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60)
+
+        assert text("one") == adapted(one)
+        assert load("two").status_code == 200
+        wrong = load("wrong")
+        assert wrong.status_code == 400, wrong.text
+        assert text("two") == adapted(two)
+        assert text("ai/tiny") == expected(temperature=0.0)
+        assert len({text(name) for name in ("one", "two", "ai/tiny")}) == 3
+        body = {"lora_name": "two"}
+        unloaded = httpx.post(f"{server.url}/v1/unload_lora_adapter", json=body, timeout=60)
+        assert unloaded.status_code == 200
+        assert server.complete(model="two", temperature=0).status_code == 404
+        assert text("one") == adapted(one)
+
+
+@pytest.mark.long
+def test_a_merged_adapter(store: Path, tmp_path: Path) -> None:
+    """Each rank has its part of the base's weights with the adapter."""
+    path = write_peft(tmp_path / "adapter", linears(tiny_model()), size=0.3)
+    text = adapted(path)
     options = ("--tensor-parallel-size", "2", "--adapter", f"one={path}", "--merge")
     with serving(store, tmp_path / "errors", "ai/tiny", *options) as server:
         server.wait_until_ready()

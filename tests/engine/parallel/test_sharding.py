@@ -7,6 +7,7 @@ import json
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gpt2, llama
@@ -15,7 +16,10 @@ from modelpack_engine.distributed.sharding import check_sizes, shard
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import ModelFiles, load
 from modelpack_engine.models.files import ModelFiles as Files
+from modelpack_engine.patches.lora import dense_weight
 from tests.engine.serving.tiny import tiny_model, tiny_tokenizer
+from tests.engine.zoo.catalogue import CATALOGUE
+from tests.engine.zoo.configuration import COMMON
 
 
 class Ranks:
@@ -101,6 +105,39 @@ def test_the_parts_together_are_the_model() -> None:
             continue
         axis = next(i for i, n in enumerate(halves[0].shape) if n != value.shape[i])
         assert mx.array_equal(mx.concatenate(halves, axis=axis), value), name
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "qwen3_5", "deepseek_v41", "llama, 4 bits"])
+def test_the_divisions_of_layers_are_those_of_their_weights(name: str) -> None:
+    """An adapter is cut by them: in segments where mlx-lm divides fused layers so."""
+    [configuration] = [c for c in CATALOGUE if c.id == name.removesuffix(", 4 bits")]
+
+    def build() -> nn.Module:
+        model = configuration.build()
+        if name.endswith("4 bits"):
+            nn.quantize(model, group_size=32, bits=4)
+        return model
+
+    whole = dict(build().named_modules())
+    config = {"model_type": configuration.architecture, **COMMON, **configuration.args}
+    kinds, experts = set(), 0
+    for rank in range(2):
+        model = build()
+        divisions = shard(model, config, group(rank, 2))
+        parts: dict[str, Any] = dict(model.named_modules())
+        for path, division in divisions.items():
+            weight = mx.array(dense_weight(whole[path]))
+            assert division.shape == tuple(weight.shape), path
+            kinds.add((division.rows is not None, division.columns is not None))
+            if division.experts is not None:
+                weight, experts = weight[division.experts], experts + 1
+            if division.rows is not None:
+                weight = weight[..., division.rows, :]
+            if division.columns is not None:
+                weight = weight[..., division.columns]
+            assert mx.array_equal(dense_weight(parts[path]), weight), path
+    assert kinds >= {(False, False), (True, False), (False, True)}
+    assert (experts > 0) == (name == "deepseek_v41")
 
 
 # Weights of a part in memory

@@ -12,6 +12,8 @@ import mlx.core as mx
 import pytest
 
 from modelpack_engine.engine import Engine
+from tests.adapters import write_mlx, write_peft
+from tests.engine.adapters.test_zoo import linears
 from tests.engine.parallel import playing
 from tests.engine.parallel.rank_process import load
 from tests.engine.parallel.ranks import run_ranks
@@ -59,6 +61,25 @@ def test_what_does_not_fit_one_device_runs_on_two(answers: Any, expected: Any) -
 
 def test_rank_0_says_why_another_rank_cannot_load_and_goes_on(answers: Any) -> None:
     assert answers["refused"] == "rank 1: the disk is on fire (call somebody)"
+
+
+def test_adapters_of_requests(tmp_path: Path) -> None:
+    """Two ranks answer as one device: mixed, unloaded while used, evicted, refused."""
+    model = tiny_loaded().model
+    directory = tmp_path / "adapters"
+    playing.write_adapters(directory, model)
+    write_peft(directory / "large", linears(model), rank=7, size=0.3)
+    write_peft(directory / "wide", {"model.layers.0.self_attn.o_proj": (64, 32)})
+    write_mlx(directory / "embedded", {"model.embed_tokens": (64, 257)}, rank=3, size=0.5)
+    outcome, found = run_ranks("play_adapters", 2, tmp_path / "answers.json", str(directory))
+    assert outcome.code == 0, outcome
+    no_memory = "rank 1: no memory for it"
+    assert found.pop("refused by rank 1") == [no_memory, no_memory]
+    assert found.pop("ends") == {"large": "error", "two": "length"}
+    engine = Engine(tiny_loaded(), playing.config(max_loras=2))
+    alone = json.loads(json.dumps(playing.run_adapters(engine, directory)))
+    assert "a weight of shape [64, 32], but the model has [64, 64]" in alone["refused"]
+    assert found == alone
 
 
 @pytest.mark.weights
@@ -112,9 +133,11 @@ def uncompiled() -> Iterator[None]:
 def test_every_architecture_that_can_be_divided(tmp_path: Path) -> None:
     names = [*shardable(), "llama, 4 bits", "qwen3_moe, 4 bits", playing.WIDE]
     assert len(names) > 12
-    outcome, found = run_ranks(
-        "play_zoo", 2, tmp_path / "answers.json", *names, MLX_DISABLE_COMPILE="1"
-    )
+    adapters = tmp_path / "adapters"
+    for name in names:
+        playing.write_adapters(adapters / name, load(f"zoo {name}", None).model)
+    out = tmp_path / "answers.json"
+    outcome, found = run_ranks("play_zoo", 2, out, str(adapters), *names, MLX_DISABLE_COMPILE="1")
     assert outcome.code == 0, outcome
     different = []
     for name in names:
@@ -122,7 +145,13 @@ def test_every_architecture_that_can_be_divided(tmp_path: Path) -> None:
             assert REFUSED[name] in found[name]
             continue
         engine = Engine(load(f"zoo {name}", None), playing.zoo_config(name))
-        alone = [playing.run_greedy(engine), engine._runner.tier]
+        alone = [
+            playing.run_greedy(engine),
+            json.loads(json.dumps(playing.run_adapted(engine, adapters / name))),
+            engine._runner.tier,
+        ]
+        assert engine._adapters is not None
+        engine._adapters._layers.undo()
         engine._runner.undo()
         if found[name] != alone:
             different.append((name, found[name], alone))

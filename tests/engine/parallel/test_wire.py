@@ -54,6 +54,7 @@ def batches(draw: st.DrawFn) -> StepBatch:
         sample_rows=tuple(sorted(sampled)),
         sample_seqs=(),
         released=tuple(column(draw(st.integers(0, 2)))),
+        adapter_slots=column(row) if draw(st.booleans()) else [],
     )
 
 
@@ -117,6 +118,7 @@ def test_a_step_that_was_cut_or_changed_raises_no_other_error(data: st.DataObjec
         (replace(STEP, sample_rows=(3,)), 1, "samples rows beyond them"),
         (replace(STEP, sample_rows=(-1,)), 1, "samples rows beyond them"),
         (replace(STEP, num_decode=4), 1, "3 rows has 4 decode rows"),
+        (replace(STEP, adapter_slots=[1, 2]), 1, "3 rows has adapters for 2"),
         (replace(STEP, chunks=(Chunk(1, 3, 3, 3, (1,), 5),)), 1, "rows 1 to 4"),
         (replace(STEP, chunks=(Chunk(0, 4, 3, 3, (1,), 5),)), 1, "a chunk of rows"),
     ],
@@ -126,7 +128,7 @@ def test_a_step_that_makes_no_sense(batch: StepBatch, num_sampled: int, text: st
         unpack_step(pack_step(batch, num_sampled))
 
 
-@pytest.mark.parametrize("body", [b"abc", pack_integers([-1] * 9), pack_step(STEP, 1) + b"1234"])
+@pytest.mark.parametrize("body", [b"abc", pack_integers([-1] * 10), pack_step(STEP, 1) + b"1234"])
 def test_bytes_that_are_no_step(body: bytes) -> None:
     with pytest.raises(WireError):
         unpack_step(body)
@@ -137,7 +139,7 @@ def test_every_field_of_a_batch_is_sent_or_known_to_stay() -> None:
     filled = {f.name for f in fields(StepBatch)} - LEFT_OUT
     assert filled == {
         "token_ids", "positions", "slots", "from_previous", "num_decode", "decode_tables",
-        "decode_lengths", "decode_seq_ids", "chunks", "sample_rows", "released",
+        "decode_lengths", "decode_seq_ids", "chunks", "sample_rows", "released", "adapter_slots",
     }  # fmt: skip
     chunk = {f.name for f in fields(Chunk)} - LEFT_OUT_OF_CHUNKS
     assert chunk == {"row", "length", "padded_length", "kv_length", "block_table", "seq_id"}

@@ -1,0 +1,105 @@
+"""A rank's part of an adapter, in this process: messages, refusals, and what is left after them."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from modelpack_engine.attention.metadata import AdapterRows
+from modelpack_engine.distributed.adapters import AdapterParts, pack_layer, unpack_layer
+from modelpack_engine.distributed.channel import Kind, WireError
+from modelpack_engine.distributed.follower import Follower, _Held
+from modelpack_engine.distributed.sharding import shard
+from modelpack_engine.patches.lora import Matrices
+from tests.engine.parallel.test_sharding import group
+from tests.engine.serving.tiny import tiny_loaded
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture
+def rank() -> tuple[Follower, list[Any]]:
+    """Rank 1 of 2 with the tiny model and slots for adapters, and what it responds."""
+    loaded, answers = tiny_loaded(), []
+    divisions = shard(loaded.model, loaded.config, group(1, 2))
+    channel: Any = SimpleNamespace(
+        answer=lambda number, **answer: answers.append((number, answer)),
+        refuse=lambda number, error: answers.append((number, str(error))),
+    )
+    one = Follower(SimpleNamespace(rank=1, mlx=None), channel)  # type: ignore[arg-type]
+    one._held = _Held(loaded)
+    one._held.adapters = AdapterParts(loaded.model, AdapterRows(), divisions)
+    return one, answers
+
+
+def matrices(inputs: int, outputs: int) -> Matrices:
+    mx.random.seed(0)
+    return Matrices(mx.random.normal((inputs, 3)), mx.random.normal((3, outputs)))
+
+
+def place(slot: int, layers: int) -> bytes:
+    return json.dumps({"number": 9, "slot": slot, "layers": layers}).encode()
+
+
+def test_a_rank_keeps_its_part(rank: tuple[Follower, list[Any]]) -> None:
+    follower, answers = rank
+    q, down = matrices(64, 64), matrices(128, 64)
+    for number, (name, whole) in enumerate([(Q, q), (DOWN, down)]):
+        follower._handle(Kind.ADAPTER_LAYER, pack_layer(number, name, whole))
+    follower._handle(Kind.ADAPTER, place(1, 2))
+    assert answers == [(0, {}), (1, {}), (9, {})]
+    assert follower._held is not None
+    assert follower._held.adapters is not None
+    stacks = follower._held.adapters._layers._stacks
+    assert mx.array_equal(stacks[Q].slots[1].a, q.a)
+    assert mx.array_equal(stacks[Q].slots[1].b, q.b[:, 32:])  # the outputs of rank 1
+    assert mx.array_equal(stacks[DOWN].slots[1].a, down.a[64:])  # its inputs
+    assert mx.array_equal(stacks[DOWN].slots[1].b, down.b)
+    follower._handle(Kind.ADAPTER, place(1, 0))
+    assert not stacks[Q].slots
+
+
+def test_a_layer_that_does_not_arrive_is_not_placed(rank: tuple[Follower, list[Any]]) -> None:
+    """Rank 0 hears of it, and the next adapter is not mixed with what is left."""
+    follower, answers = rank
+    follower._handle(Kind.ADAPTER_LAYER, pack_layer(1, Q, matrices(64, 64)))
+    follower._handle(Kind.ADAPTER, place(1, 2))
+    follower._handle(Kind.ADAPTER_LAYER, pack_layer(2, "model.layers.7.mlp", matrices(4, 4)))
+    follower._handle(Kind.ADAPTER, place(1, 1))
+    assert answers[0] == (1, {})
+    assert answers[1] == (9, "an adapter of 2 layers, but 1 arrived")
+    assert answers[2] == (2, "'model.layers.7.mlp'")
+    assert answers[3] == (9, "an adapter of 1 layers, but 0 arrived")
+
+
+def test_the_norms_of_its_part(rank: tuple[Follower, list[Any]]) -> None:
+    follower, answers = rank
+    q = matrices(64, 64)
+    follower._handle(Kind.ADAPTER_NORMS, pack_layer(3, Q, q))
+    weight = tiny_loaded().model.model.layers[0].self_attn.q_proj.weight + (q.a @ q.b).T
+    ((number, answer),) = answers
+    assert (number, answer["rows"]) == (3, list(range(32, 64)))
+    expected = mx.sum(mx.square(weight), axis=1)[32:]
+    assert mx.allclose(mx.array(answer["squares"]), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{}", pack_layer(1, Q, matrices(4, 4))[:-8]],
+    ids=["empty", "no safetensors", "truncated"],
+)
+def test_bytes_that_are_no_layer(body: bytes) -> None:
+    with pytest.raises(WireError, match="the layer of an adapter is invalid"):
+        unpack_layer(body)
+
+
+def test_a_model_without_adapters_gets_none(rank: tuple[Follower, list[Any]]) -> None:
+    follower, _ = rank
+    assert follower._held is not None
+    follower._held.adapters = None
+    with pytest.raises(WireError, match="ADAPTER for a model without adapters"):
+        follower._handle(Kind.ADAPTER, place(1, 0))
