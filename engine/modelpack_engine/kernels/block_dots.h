@@ -1,6 +1,7 @@
   // Matmuls of few rows with weights in GGUF's block types (blocks.h), by dot products: a simdgroup computes
-  // LINES outputs of ROWS rows.
+  // LINES outputs of ROWS rows. With EACH > 0, weights are those of experts, a row has EACH of them, and ROWS is 1.
   //   x [M, K] T   weight [N, words of a row] uint   bias [N] T (BIAS)   out [M, N] O
+  //   EACH: weight [experts, N, words]   bias [experts, N]   chosen [M * EACH] uint   out [M * EACH, N]
   //   LOW, HIGH, GROUP, SCALED, MINS: of the type; a code stands for code - ZERO, or for one of 16 values (TABLE)
   typedef PaBlocks<LOW, HIGH> Codes;
   typedef PaScales<GROUP, SCALED, MINS> Scales;
@@ -10,8 +11,10 @@
   // Codes are read with OFFSET added, which saves a subtraction for each.
   constexpr int FACTORS = MINS ? 2 : 1, OFFSET = TABLE ? 0 : 128;
   constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
-  const int M = x_shape[0], K = x_shape[1], N = weight_shape[0], words = weight_shape[1], units = K / 32;
+  const int M = x_shape[0] * (EACH ? EACH : 1), K = x_shape[1], units = K / 32;
+  const int N = weight_shape[EACH ? 1 : 0], words = weight_shape[EACH ? 2 : 1];
   const int lane = PA_LANE, first = (PA_X * NSG + PA_SIMD) * LINES, row0 = PA_Y * ROWS;
+  const size_t output0 = EACH ? (size_t)chosen[row0] * N : 0;  // of the row's expert
   const int highs = K / 32 * LOW, factors = highs + K / 32 * HIGH;
   const int bytes_at = (SCALED ? K / 256 : K / 32) * FACTORS;
   PA_SHARED(float, values, 16);
@@ -32,7 +35,7 @@
     PA_UNROLL for (int a = 0; a < AHEAD; a++) {
       const int there = from + a * 32 + lane, unit = there < units ? there : 0;
       PA_UNROLL for (int l = 0; l < LINES; l++) {
-        const PA_DEVICE unsigned int* line = weight + (size_t)(first + l < N ? first + l : N - 1) * words;
+        const PA_DEVICE unsigned int* line = weight + (output0 + (first + l < N ? first + l : N - 1)) * words;
         low[a][l] = ((const PA_DEVICE Low*)line)[unit];
         if (HIGH > 0) high[a][l] = ((const PA_DEVICE High*)(line + highs))[unit];
         const PA_DEVICE H* given = (const PA_DEVICE H*)(line + factors);
@@ -55,7 +58,7 @@
         }
         float value[ROWS][8];
         PA_UNROLL for (int r = 0; r < ROWS; r++) {
-          const size_t row = row0 + r < M ? row0 + r : 0;
+          const size_t row = EACH ? row0 / (EACH ? EACH : 1) : row0 + r < M ? row0 + r : 0;
           const Eight eight = ((const PA_DEVICE Eight*)x)[row * (K / 8) + Codes::eight(unit, e)];
           PA_UNROLL for (int i = 0; i < 8; i++) {
             value[r][i] = float(eight.e[i]);
@@ -90,7 +93,7 @@
     PA_UNROLL for (int r = 0; r < ROWS; r++) {
       PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) sum[l][r] += PA_XOR(sum[l][r], mask);
       if (lane == (l * ROWS + r) % 32 && first + l < N && row0 + r < M) {
-        out[(size_t)(row0 + r) * N + first + l] = O(sum[l][r] + (BIAS ? float(bias[first + l]) : 0.0f));
+        out[(size_t)(row0 + r) * N + first + l] = O(sum[l][r] + (BIAS ? float(bias[output0 + first + l]) : 0.0f));
       }
     }
   }

@@ -66,7 +66,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "usable": ("token_ids", "maxima"),
     "angles": ("positions", "inverse"),
     "deliver": ("numbers", "address"),
-    "block_dots": ("x", "weight", "bias"),
+    "block_dots": ("x", "weight", "bias", "chosen"),
     "block_tiles": ("x", "weight", "bias"),
     "block_values": ("weight",),
 }  # fmt: skip

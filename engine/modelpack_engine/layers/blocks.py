@@ -1,12 +1,12 @@
-"""Linear layers and embeddings whose weights keep the codes and scales of GGUF's block types.
+"""Layers and embeddings whose weights keep the codes and scales of GGUF's block types.
 
 A row of K weights, a multiple of 256, is held as words: a plane of the codes' low bits, one of
 their high bits, the float16 factors of blocks, and the scales of groups in bytes, padded to 16
 bytes. That takes at most 4 % more than the file in rows of 2,048 weights or more.
 `kernels/blocks.h` reads it; `models/gguf_planes.py` makes it.
 
-Few rows are multiplied by kernels that read these words; for many, a layer's weights are computed
-in full for the time of its matmul.
+Few rows are multiplied by kernels that read these words; for many, a layer's weights, those of all
+experts, are computed in full for the time of its matmul.
 """
 
 from __future__ import annotations
@@ -139,6 +139,69 @@ class BlockEmbedding(nn.Module):  # type: ignore[misc]  # MLX has no types here
         return multiply(rows, self.weight, self.kind).reshape(*x.shape[:-1], -1)
 
 
+class BlockSwitchLinear(nn.Module):  # type: ignore[misc]  # MLX has no types here
+    """The linear layers of experts, with weights [experts, outputs, words] of a block type."""
+
+    def __init__(
+        self,
+        kind: BlockType,
+        inputs: int,
+        outputs: int,
+        experts: int,
+        dtype: mx.Dtype,
+        *,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.kind, self.dtype = kind, dtype
+        self.weight = mx.zeros((experts, outputs, kind.words(inputs)), mx.uint32)
+        if bias:
+            self.bias = mx.zeros((experts, outputs), dtype)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Multiply rows x [..., 1, inputs] by the weights of their experts."""
+        bias, experts = self.get("bias"), self.weight.shape[0]
+        given = _rows_of_experts(x, indices)
+        if (
+            given is not None
+            and indices.size <= MOST_PAIRS * experts
+            and launch.backend() != "none"
+            and x.dtype in _TOLERANCES
+            and (bias is None or bias.dtype == x.dtype)
+            and experts_verdict(x.dtype, self.kind, bias is not None) is None
+        ):
+            chosen = indices.reshape(-1).astype(mx.uint32)
+            found = run_dots(given, self.weight, self.kind, bias, chosen)
+            return found.reshape(*indices.shape, 1, -1)
+        full = layer_values(self, x.dtype).swapaxes(-1, -2)
+        found = mx.gather_mm(x, full, rhs_indices=indices, sorted_indices=sorted_indices)
+        return found if bias is None else found + mx.expand_dims(bias[indices], -2)
+
+
+def _rows_of_experts(x: mx.array, indices: mx.array) -> mx.array | None:
+    """Return the rows of x [..., 1, inputs], of which each has as many of `indices`, in order.
+
+    None if rows and experts are paired in another way.
+    """
+    *outer, one, inputs = x.shape
+    if one != 1 or tuple(outer) not in (indices.shape, (*indices.shape[:-1], 1)):
+        return None
+    return x.reshape(-1, inputs)
+
+
+#: The layers that hold a block type.
+BLOCK_LAYERS = (BlockLinear, BlockEmbedding, BlockSwitchLinear)
+
+
+def layer_values(
+    layer: BlockLinear | BlockEmbedding | BlockSwitchLinear, dtype: mx.Dtype
+) -> mx.array:
+    """Return the weights of a layer in a type of floats: [..., outputs, inputs]."""
+    weight = layer.weight
+    found = values(weight.reshape(-1, weight.shape[-1]), layer.kind, dtype)
+    return found.reshape(*weight.shape[:-1], -1)
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A block on tensor cores: its rows, its warps, which share the inputs, and their loads."""
@@ -151,6 +214,10 @@ class Tile:
 #: The most rows for the dot products and for the tensor cores. More rows dequantise the weights.
 #: 64 are the rows of the largest tile; 16 are chosen without a measurement.
 FEW_ROWS, MOST_ROWS = 16, 64
+#: The most pairs of row and expert for the dot products, as a multiple of the experts: each pair
+#: reads its expert's weights. Computing all weights in full reads and writes about six times their
+#: bytes. That is computed, not measured.
+MOST_PAIRS = 4
 TILES = (Tile(8, 4, 2), Tile(32, 4, 2), Tile(64, 2, 1))
 #: Simdgroups of a threadgroup, outputs of a simdgroup, loads of a lane that wait together.
 _SIMDGROUPS, _LINES, _AHEAD = 4, 2, 2
@@ -259,18 +326,27 @@ def run_dots(
     weight: mx.array,
     kind: BlockType,
     bias: mx.array | None = None,
+    chosen: mx.array | None = None,
     *,
     lines: int = _LINES,
     ahead: int = _AHEAD,
     simdgroups: int = _SIMDGROUPS,
 ) -> mx.array:
-    """Return rows x times the weights by dot products; a simdgroup computes `lines` outputs."""
-    rows, outputs, together = x.shape[0], weight.shape[0], _together(x.shape[0])
+    """Return rows x times the weights by dot products; a simdgroup computes `lines` outputs.
+
+    With `chosen`, uint32 [rows * each], weights are those of experts, and each row has several: the
+    result is [rows * each, outputs].
+    """
+    rows, outputs = x.shape[0], weight.shape[-2]
+    each, together = 0, _together(rows)
+    if chosen is not None:
+        each, together, rows = chosen.size // rows, 1, chosen.size
     inputs, on = [x, weight, bias if bias is not None else x], launch.backend()
+    inputs.append(weight if chosen is None else chosen)
     across = -(-outputs // (lines * simdgroups))
     constants = [
         *kind.constants, ("BIAS", bias is not None), ("ROWS", together), ("LINES", lines),
-        ("NSG", simdgroups), ("AHEAD", ahead),
+        ("NSG", simdgroups), ("AHEAD", ahead), ("EACH", each),
     ]  # fmt: skip
     (out,) = launch.kernel("block_dots", on)(
         inputs=inputs,
@@ -380,7 +456,21 @@ def _compare_tiles(dtype: mx.Dtype, kind: BlockType, tile: Tile, biased: bool = 
     return _problem(run_tiles(x, weight, kind, tile, bias), expected, dtype)
 
 
+def _compare_experts(dtype: mx.Dtype, kind: BlockType, biased: bool) -> str | None:
+    experts, outputs, inputs, rows, each = 3, 19, 512, 4, 2
+    words = random_words(kind, experts * outputs, inputs)
+    weight = mx.array(words).reshape(experts, outputs, -1)
+    full = computed_values(mx.array(words), kind, mx.float32).reshape(experts, outputs, inputs)
+    x = mx.random.normal((rows, inputs), key=mx.random.key(31)).astype(dtype)
+    chosen = mx.array([2, 0, 1, 1, 0, 2, 2, 1], mx.uint32)
+    bias = (mx.arange(experts * outputs).reshape(experts, -1) / 16 - 1).astype(dtype)
+    wide = mx.repeat(x.astype(mx.float32), each, axis=0)
+    expected = mx.einsum("pi,poi->po", wide, full[chosen]) + (bias[chosen] if biased else 0)
+    found = run_dots(x, weight, kind, bias if biased else None, chosen)
+    return _problem(found, expected, dtype)
+
+
 #: None if a kernel computes as MLX's functions do, for types of floats and blocks, a number of
 #: rows, and with a bias or without; otherwise the problem.
 verdict, values_verdict = launch.verdict(_compare), launch.verdict(_compare_values)
-tiles_verdict = launch.verdict(_compare_tiles)
+tiles_verdict, experts_verdict = launch.verdict(_compare_tiles), launch.verdict(_compare_experts)

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from modelpack.formats.adapter import Adapter, AdapterError, Target, canonical
-from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear
+from modelpack_engine.layers.blocks import BLOCK_LAYERS
 from modelpack_engine.models.gguf_adapter import gguf_pairs
 from modelpack_engine.models.precision import unpack
 from modelpack_engine.patches.lora import (
@@ -122,7 +122,7 @@ def _matrices(target: Target, arrays: Any) -> tuple[mx.array, mx.array]:
 
 
 def _dtype_of(module: Any) -> mx.Dtype:
-    if isinstance(module, BlockLinear | BlockEmbedding):
+    if isinstance(module, BLOCK_LAYERS):
         return module.dtype
     array = module.scales if hasattr(module, "bits") else module.weight
     floats = (mx.float16, mx.bfloat16, mx.float32)
@@ -195,7 +195,7 @@ class _Modules:
 def weight_shape(module: Any) -> tuple[int, ...]:
     """Return the shape of a layer's weight [..., outputs, inputs], unpacked."""
     *outer, inputs = module.weight.shape
-    if isinstance(module, BlockLinear | BlockEmbedding):
+    if isinstance(module, BLOCK_LAYERS):
         return (*outer, module.kind.inputs(inputs))
     return (*outer, inputs * 32 // module.bits if hasattr(module, "bits") else inputs)
 

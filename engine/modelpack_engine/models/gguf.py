@@ -25,11 +25,17 @@ from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from modelpack.formats.adapter import Adapter
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.weights import PackedWeights
-from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, BlockType
+from modelpack_engine.layers.blocks import (
+    BlockEmbedding,
+    BlockLinear,
+    BlockSwitchLinear,
+    BlockType,
+)
 from modelpack_engine.models import gguf_blocks, gguf_planes, load_progress
 from modelpack_engine.models.adapter import merged_weight, read_layers
 from modelpack_engine.models.gguf_architectures import architecture_of
@@ -401,19 +407,24 @@ def _merged(parameter: Parameter, tensor: GGUFTensor, one: Matrices) -> GGUFTens
 def _plan(parameter: Parameter, module: Any, precision: Precision) -> TensorPlan:
     if precision.dense or parameter.name != "weight" or not hasattr(module, "to_quantized"):
         return TensorPlan(parameter)
-    if parameter.dtype in precision.blocks and type(module) in (Linear, Embedding):
+    if parameter.dtype in precision.blocks and type(module) in (Linear, Embedding, SwitchLinear):
         blocks = gguf_planes.block_type(parameter.dtype, parameter.shape)
         if blocks is not None:
             return TensorPlan(parameter, blocks=blocks)
     return TensorPlan(parameter, packing_of(parameter.dtype, requantize=precision.requantize))
 
 
-def _module_of(kind: BlockType, module: Any, precision: Precision) -> BlockLinear | BlockEmbedding:
+def _module_of(
+    kind: BlockType, module: Any, precision: Precision
+) -> BlockLinear | BlockEmbedding | BlockSwitchLinear:
     """Return the module for weights in blocks in place of a plain one."""
-    rows, inputs = module.weight.shape
+    *experts, rows, inputs = module.weight.shape
     if isinstance(module, Embedding):
         return BlockEmbedding(kind, inputs, rows, precision.dtype)
-    return BlockLinear(kind, inputs, rows, precision.dtype, bias="bias" in module)
+    has_bias = "bias" in module
+    if experts:
+        return BlockSwitchLinear(kind, inputs, rows, experts[0], precision.dtype, bias=has_bias)
+    return BlockLinear(kind, inputs, rows, precision.dtype, bias=has_bias)
 
 
 def _layer(tensor: str) -> int | None:

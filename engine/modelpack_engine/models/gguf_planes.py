@@ -36,15 +36,16 @@ class _Blocks:
 
 
 def block_type(dtype: str, shape: tuple[int, ...]) -> BlockType | None:
-    """Return how a matrix of this type and shape stays as it is stored; None if it cannot."""
+    """Return how matrices of this type and shape stay as they are stored; None if they cannot."""
     kind = BLOCK_TYPES.get(dtype)
-    fits = len(shape) == 2 and shape[1] % SUPERBLOCK == 0
+    fits = len(shape) in (2, 3) and shape[-1] % SUPERBLOCK == 0
     return kind if fits else None
 
 
 def planes(tensor: GGUFTensor, kind: BlockType) -> Words:
-    """Return the words of a matrix [rows, inputs] for which there is a `block_type`."""
-    rows, inputs = tensor.shape
+    """Return the words of matrices [..., rows, inputs] for which there is a `block_type`."""
+    *outer, inputs = tensor.shape
+    rows = int(np.prod(outer))
     size, decode = _DECODERS[kind.name]
     blocks = decode(tensor.raw.reshape(-1, size))
     words = np.zeros((rows, kind.words(inputs)), np.uint32)
@@ -64,7 +65,7 @@ def planes(tensor: GGUFTensor, kind: BlockType) -> Words:
             halves = scales.reshape(-1, 2, 4, 2)
             scales = np.stack([halves[:, 0], halves[:, 1, :, ::-1]], axis=1).reshape(rows, -1)
         rest[:, at : at + scales.shape[1]] = scales
-    return words
+    return words.reshape(*outer, -1)
 
 
 def _exchanged(codes: Bytes) -> Bytes:

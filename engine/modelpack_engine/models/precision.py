@@ -14,7 +14,13 @@ from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx.utils import tree_flatten, tree_unflatten
 
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, values
+from modelpack_engine.layers.blocks import (
+    BLOCK_LAYERS,
+    BlockEmbedding,
+    BlockLinear,
+    BlockSwitchLinear,
+    layer_values,
+)
 from modelpack_engine.models import load_progress
 from modelpack_engine.models.load_budget import checkpoint
 from modelpack_engine.platform.device import available_memory
@@ -176,11 +182,12 @@ def unpack(
         QuantizedSwitchLinear: SwitchLinear,
         BlockLinear: Linear,
         BlockEmbedding: Embedding,
+        BlockSwitchLinear: SwitchLinear,
     }
     replaced: list[tuple[str, Module]] = []
     left: list[str] = []
     for path, module in model.named_modules():
-        packed = _is_packed(module) or isinstance(module, BlockLinear | BlockEmbedding)
+        packed = _is_packed(module) or isinstance(module, BLOCK_LAYERS)
         if not packed or (only is not None and path not in only):
             continue
         kind = kinds.get(type(module))
@@ -197,8 +204,8 @@ def _is_packed(module: Module) -> bool:
 
 
 def _full_weight(module: Any, dtype: mx.Dtype | None) -> mx.array:
-    if isinstance(module, BlockLinear | BlockEmbedding):
-        return values(module.weight, module.kind, dtype or module.dtype)
+    if isinstance(module, BLOCK_LAYERS):
+        return layer_values(module, dtype or module.dtype)
     scales, biases = module["scales"], module.get("biases")
     if biases is not None and dtype is not None:
         scales, biases = scales.astype(dtype), biases.astype(dtype)

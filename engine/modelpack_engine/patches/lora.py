@@ -25,7 +25,13 @@ from mlx_lm.models.switch_layers import (
 
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.errors import EngineError
-from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, values
+from modelpack_engine.layers.blocks import (
+    BLOCK_LAYERS,
+    BlockEmbedding,
+    BlockLinear,
+    BlockSwitchLinear,
+    layer_values,
+)
 from modelpack_engine.layers.matmul import multiply
 from modelpack_engine.layers.weights import quantised_weights
 from modelpack_engine.patches.modules import Call, ClassSwaps
@@ -34,7 +40,7 @@ from modelpack_engine.patches.modules import Call, ClassSwaps
 _SUMS = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
 LINEARS = (nn.Linear, nn.QuantizedLinear, BlockLinear, *_SUMS)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, BlockEmbedding)
-EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+EXPERTS = (SwitchLinear, QuantizedSwitchLinear, BlockSwitchLinear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +281,8 @@ def _gathered(x: mx.array, a: mx.array, b: mx.array, indices: mx.array) -> mx.ar
 
 def dense_weight(module: Any) -> mx.array:
     """Return the weight of a layer in float32, dequantised if it is quantised."""
-    if isinstance(module, BlockLinear | BlockEmbedding):
-        return values(module.weight, module.kind, mx.float32)
+    if isinstance(module, BLOCK_LAYERS):
+        return layer_values(module, mx.float32)
     if not hasattr(module, "bits"):
         return module.weight.astype(mx.float32)  # type: ignore[no-any-return]
     return mx.dequantize(

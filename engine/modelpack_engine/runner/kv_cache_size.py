@@ -28,7 +28,12 @@ from modelpack_engine.core.block_manager import window_blocks
 from modelpack_engine.core.buckets import EXACT, FEW, Buckets, round_up, sizes_up_to
 from modelpack_engine.core.scheduler import OVERTAKING, SchedulerConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
-from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, most_rows
+from modelpack_engine.layers.blocks import (
+    BlockEmbedding,
+    BlockLinear,
+    BlockSwitchLinear,
+    most_rows,
+)
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 from modelpack_engine.runner.model_layout import WindowGroup
@@ -395,9 +400,11 @@ def step_memory(model: nn.Module, vocab_size: int, max_num_seqs: int = 1) -> Ste
                 dequantised += size * module["scales"].shape[1] * module.group_size
             elif isinstance(module, BlockLinear):
                 dequantised += size * module.kind.inputs(module["weight"].shape[1])
-        elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
-            experts, size = module["weight"].shape[:2]
+        elif isinstance(module, SwitchLinear | QuantizedSwitchLinear | BlockSwitchLinear):
+            experts, size, words = module["weight"].shape
             outputs += size * min(experts, _MOST_EXPERTS)
+            if isinstance(module, BlockSwitchLinear):
+                dequantised += experts * size * module.kind.inputs(words)
         elif isinstance(module, BlockEmbedding) and module["weight"].shape[0] == vocab_size:
             table = vocab_size * module.kind.inputs(module["weight"].shape[1])
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and "weight" in module:

@@ -11,10 +11,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers import blocks, matmul
-from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockEmbedding, BlockLinear, Tile
+from modelpack_engine.layers.blocks import (
+    BLOCK_TYPES,
+    BlockEmbedding,
+    BlockLinear,
+    BlockSwitchLinear,
+    Tile,
+)
 from modelpack_engine.layers.weights import can_join, join, weights_of
 from modelpack_engine.models.gguf_planes import planes
 from modelpack_engine.models.precision import unpack
@@ -25,7 +32,9 @@ from tests.engine.loaders.test_architectures import distance, load_tiny
 from tests.engine.loaders.test_gguf_planes import tensor, tiny_of
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
-VERDICTS = blocks.verdict, blocks.values_verdict, blocks.tiles_verdict
+VERDICTS = (
+    blocks.verdict, blocks.values_verdict, blocks.tiles_verdict, blocks.experts_verdict,
+)  # fmt: skip
 NAMES = [
     pytest.param(name, marks=[] if name == "Q6_K" else pytest.mark.long)
     for name in sorted(BLOCK_TYPES)
@@ -119,14 +128,78 @@ def test_verdicts_name_wrong_kernels(
     assert "is off by" in str(problem)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F32, marks=pytest.mark.long)])
+def test_experts_on_the_host(host: Host, name: str, dtype: mx.Dtype) -> None:
+    for biased in (False, True):
+        assert blocks._compare_experts(dtype, BLOCK_TYPES[name], biased) is None
+    assert {body for body, _ in host.calls} == {"block_dots"}
+
+
+def experts(outputs: int, inputs: int, count: int, *, bias: bool = False) -> BlockSwitchLinear:
+    kind = BLOCK_TYPES["Q6_K"]
+    layer = BlockSwitchLinear(kind, inputs, outputs, count, F32, bias=bias)
+    words = blocks.random_words(kind, count * outputs, inputs)
+    layer.weight = mx.array(words).reshape(count, outputs, -1)
+    if bias:
+        layer.bias = mx.random.normal((count, outputs), key=mx.random.key(1))
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "chosen"),
+    [
+        ((2, 3, 1, 1, 256), (2, 3, 2)),  # rows with two experts each, as the gates have them
+        ((2, 3, 2, 1, 256), (2, 3, 2)),  # a row for each expert, as the downs have them
+        ((6, 1, 256), (6,)),  # sorted by expert
+        ((6, 4, 1, 256), (1, 4)),  # the same experts for all rows
+        ((2, 3, 256), (2,)),  # three rows for each expert
+    ],
+)
+def test_experts_multiply_as_those_of_mlx_lm(
+    host: Host, shape: tuple[int, ...], chosen: tuple[int, ...], bias: bool
+) -> None:
+    layer = experts(24, 256, 5, bias=bias)
+    plain = SwitchLinear(256, 24, 5, bias=bias)
+    plain.weight = dense_weight(layer)
+    if bias:
+        plain.bias = layer.bias
+    x = mx.random.normal(shape, key=mx.random.key(2))
+    indices = mx.random.randint(0, 5, chosen, key=mx.random.key(3)).astype(mx.uint32)
+    is_sorted = shape == (6, 1, 256)
+    indices = mx.sort(indices) if is_sorted else indices
+    found, expected = (each(x, indices, is_sorted) for each in (layer, plain))
+    assert found.shape == expected.shape
+    assert mx.allclose(found, expected, 1e-4, 1e-4)
+    bodies = {body for body, _ in host.calls}
+    in_order = (shape[:-2] in (chosen, (*chosen[:-1], 1))) and shape[-2] == 1
+    assert ("block_dots" in bodies) == in_order
+    assert dict(host.calls[-1][1]).get("EACH", 0) == (2 if shape == (2, 3, 1, 1, 256) else in_order)
+
+
+def test_many_pairs_compute_the_values_of_all_experts(bodies: list[str]) -> None:
+    """Each pair would read its expert's weights again."""
+    layer, most = experts(16, 256, 3), blocks.MOST_PAIRS * 3
+    for pairs in (most, most + 1):
+        layer(mx.ones((pairs, 1, 256), BF16), mx.zeros((pairs,), mx.uint32))
+    assert bodies == ["dots", "values"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "experts_verdict", lambda *_: "it is off")
+        layer(mx.ones((1, 1, 256), BF16), mx.zeros((1,), mx.uint32))
+    assert bodies == ["dots", "values", "values"]
+
+
 @pytest.fixture
 def bodies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are run, by their names; all are right."""
     found: list[str] = []
 
     def run(name: str) -> Any:
-        def called(x: mx.array, weight: mx.array, kind: Any, *_: Any) -> mx.array:
+        def called(x: mx.array, weight: mx.array, kind: Any, *more: Any) -> mx.array:
             found.append(name)
+            if weight.ndim == 3:  # of experts
+                return mx.zeros((more[-1].size, weight.shape[1]), x.dtype)
             return x @ blocks.computed_values(weight, kind, x.dtype).T
 
         return called
@@ -138,7 +211,7 @@ def bodies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("dots", "tiles"):
         monkeypatch.setattr(blocks, f"run_{name}", run(name))
     monkeypatch.setattr(blocks, "run_values", values)
-    for name in ("verdict", "values_verdict", "tiles_verdict"):
+    for name in ("verdict", "values_verdict", "tiles_verdict", "experts_verdict"):
         monkeypatch.setattr(blocks, name, lambda *_: None)
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
     monkeypatch.setattr(blocks, "_has_tensor_cores", lambda: True)
@@ -216,6 +289,16 @@ def test_layers_are_joined_only_with_their_like() -> None:
     joint = join(layers)
     assert mx.array_equal(matmul.multiply(x, joint), before)
     assert mx.array_equal(mx.concatenate([layer(x) for layer in layers], axis=1), before)
+
+
+def test_experts_are_counted_and_unpacked() -> None:
+    model = nn.Sequential(experts(24, 256, 5))
+    assert step_memory(model, 1000).per_step == 5 * 24 * 256 * 2
+    x, chosen = mx.random.normal((3, 1, 256)), mx.array([4, 0, 2], mx.uint32)
+    expected = model.layers[0](x, chosen)
+    assert unpack(model, F32) == []
+    assert isinstance(model.layers[0], SwitchLinear)
+    assert mx.allclose(model.layers[0](x, chosen), expected, 1e-5, 1e-5)
 
 
 def test_layers_are_counted_and_unpacked() -> None:

@@ -290,5 +290,7 @@ def test_kernels_of_blocks_are_right(name: str, dtype: str) -> None:
     assert blocks.values_verdict(DTYPES[dtype], kind) is None
     for rows in (1, 2, 4, 8):
         assert blocks.verdict(DTYPES[dtype], kind, rows) is None
+    for biased in (False, True):
+        assert blocks.experts_verdict(DTYPES[dtype], kind, biased) is None
     for tile in blocks.TILES if dtype != "f32" and blocks._has_tensor_cores() else ():
         assert blocks.tiles_verdict(DTYPES[dtype], kind, tile) is None

@@ -70,7 +70,9 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     "greedy": {"logits": "T", "token": "int", "next": "int"},
     "angles": {"positions": "int", "inverse": "float", "out": "float"},
     "usable": {"token_ids": "int", "maxima": "T", "usable": "int", "next": "int"},
-    "block_dots": {"x": "T", "weight": "uint32_t", "bias": "T", "out": "O"},
+    "block_dots": {
+        "x": "T", "weight": "uint32_t", "bias": "T", "chosen": "uint32_t", "out": "O",
+    },
     "block_tiles": {"x": "T", "weight": "uint32_t", "bias": "T", "out": "O"},
     "block_values": {"weight": "uint32_t", "out": "T"},
 }  # fmt: skip

@@ -132,7 +132,7 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "combine": (),
     "draw": ("settings",),
     "greedy": (),
-    "block_dots": ("bias",),
+    "block_dots": ("bias", "chosen"),
     "block_values": (),
 }
 #: Inputs that always have fewer than 8 elements.

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from modelpack_engine.layers import blocks
-from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockEmbedding, BlockLinear
+from modelpack_engine.layers.blocks import (
+    BLOCK_TYPES,
+    BlockEmbedding,
+    BlockLinear,
+    BlockSwitchLinear,
+)
 from modelpack_engine.models import gguf_planes
 from modelpack_engine.models.gguf_file import GGUFTensor
 from tests.engine.loaders.blocks import random_blocks
@@ -57,7 +62,7 @@ def test_rows_of_models_take_at_most_four_percent_more(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("Q6_K", (4, 128)), ("Q6_K", (2, 4, 256)), ("Q6_K", (256,)), ("Q4_0", (4, 32)),
+    [("Q6_K", (4, 128)), ("Q6_K", (2, 4, 32)), ("Q6_K", (256,)), ("Q4_0", (4, 32)),
      ("Q8_0", (4, 256)), ("IQ3_S", (4, 256)), ("F16", (4, 256)), ("MXFP4", (4, 256))],
 )  # fmt: skip
 def test_other_types_and_shapes_stay_in_layouts_of_mlx(name: str, shape: tuple[int, ...]) -> None:
@@ -97,6 +102,29 @@ def test_models_keep_their_blocks(name: str, tmp_path: Path) -> None:
     assert distance(*difference) < 1e-9
     without = load_tiny(path, dense=False, blocks=(), dtype=mx.float32)
     assert BlockLinear not in {type(module) for _, module in without.model.named_modules()}
+
+
+def test_experts_keep_their_blocks(tmp_path: Path) -> None:
+    """Experts of random blocks: the values of a dense model, in the file's memory."""
+    name, tiny = "Q3_K", TINY_MODELS["qwen3moe"]
+    config = {**tiny.config, "hidden_size": 256, "moe_intermediate_size": 256}
+    tiny = TinyModel(tiny.arch, config, tiny.keys, tiny.converted)
+    kind = gguf.GGMLQuantizationType[name]
+
+    def quantize(tensor: str, values: np.ndarray) -> Any:
+        if not tensor.endswith("_exps.weight"):
+            return None
+        *outer, columns = values.shape
+        raw = random_blocks(name, int(np.prod(outer)), columns)
+        return raw.reshape(*outer, -1), kind
+
+    path = tmp_path / "m.gguf"
+    tiny.write(path, quantize)
+    dense, kept = load_tiny(path), load_tiny(path, dense=False, blocks=(name,), dtype=mx.float32)
+    found = [type(m) for n, m in kept.model.named_modules() if n.endswith("switch_mlp.up_proj")]
+    assert found == [BlockSwitchLinear] * tiny.config["num_hidden_layers"]
+    assert kept.weight_bytes < 1.1 * path.stat().st_size
+    assert distance(tiny.logits(kept.model)[-1], tiny.logits(dense.model)[-1]) < 1e-9
 
 
 def test_a_row_of_another_type_would_be_noticed(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ or whose columns are reordered are unpacked (a few of DeepSeek and of Qwen 3.5),
 that are joined with one of another type.
 
 - **GPU** is how Metal and CUDA hold it. "as stored" keeps all codes and scales of the file, in
-  linear layers and embeddings; the weights of experts, of latent attention, of models that are
+  linear layers, experts and embeddings; the weights of latent attention, of models that are
   divided between devices, and rows that are no multiple of 256 are in 8 bits. "own codes" are those
   of the file, with scales in the model's type (bfloat16); "8 bits" are codes made at load, which
   round the values of the file. MLX on a CPU has no "as stored", but 8 bits, and unpacks weights to
