@@ -123,7 +123,8 @@ class Engine(BaseEngine):
         if self.vision is not None and self._runner.tier != "paged":
             needs = self.vision.processor
             what = "M-RoPE positions" if needs.mrope else "pictures that attend in both directions"
-            if needs.mrope or needs.largest_span:
+            what = "layers that attend to pictures" if needs.cross else what
+            if needs.mrope or needs.largest_span or needs.cross:
                 self.vision, self.no_vision = None, f"{what} need the paged tier"
                 notes.append(f"pictures are not read: {self.no_vision}")
         self._adapters: AdapterSet | None = None
@@ -276,6 +277,7 @@ class Engine(BaseEngine):
             groups=layout.window_groups if layout is not None and self._has_window_pools else (),
             step_memory=self._step_memory,
             span=0 if self.vision is None else self.vision.processor.largest_span,
+            picture_bytes=0 if self.vision is None else self.vision.encoder.reserved_bytes,
         )
 
     def _make_runner(self, loaded: LoadedModel, layout: ModelLayout | None) -> ModelRunner:

@@ -150,7 +150,8 @@ class Media:
     `inputs` depend on: equal digests mean equal embeddings. `param` names the picture in errors.
     With M-RoPE, `grid` has the frames, rows and columns of its tokens. Tokens in one of the ranges
     `bidirectional`, which count from `start`, attend to all others in it: a step computes all of
-    them, or all that are not cached. With `in_windows`, they do so in layers with a window.
+    them, or all that are not cached. With `in_windows`, they do so in layers with a window. With
+    `until`, tokens up to this position attend to keys and values that the encoder returns.
     """
 
     start: int
@@ -161,6 +162,7 @@ class Media:
     grid: tuple[int, int, int] | None = None
     bidirectional: tuple[tuple[int, int], ...] = ()
     in_windows: bool = False
+    until: int = 0
 
     @property
     def spans(self) -> list[tuple[int, int]]:

@@ -177,6 +177,7 @@ class StepInputs:
         self.additions: tuple[mx.array, ...] = ()
         self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
         self.active = self.all_rows_sampled = self.rows_taken = False
+        self.crosses = False  # whether rows attend to pictures outside of the KV cache
         #: Whether layers compute all rows although few are sampled.
         self.keeps_rows = False
         self.tiles: Tiles | None = None
@@ -211,7 +212,7 @@ class StepInputs:
             make_positions(axis, rotate=self.exact) for axis in batch.rope_positions
         )
         self.all_rows_sampled = sample_rows == list(range(self.num_rows))
-        self.rows_taken, self.active = False, True
+        self.rows_taken, self.active, self.crosses = False, True, batch.crosses
         self.adapters.begin(batch.adapter_slots)
         for group, follower in enumerate(self.groups[1:], 1):
             follower._follow(self, batch.of_group(group))
@@ -277,8 +278,13 @@ class StepInputs:
 
     @property
     def fuses(self) -> bool:
-        """Whether a step is being built whose layers may be fused: without adapters, DeepStack."""
-        return self.active and self.adapters.slots is None and not self.additions
+        """Whether layers of the step that is being built may be fused.
+
+        Adapters, DeepStack and cross-attention need layers that are not.
+        """
+        return (
+            self.active and self.adapters.slots is None and not self.additions and not self.crosses
+        )
 
     @property
     def samples_few(self) -> bool:
@@ -291,7 +297,7 @@ class StepInputs:
         """Drop the arrays that only the construction of the graph needed."""
         self._memo = {}
         self.positions.rotations, self.positions.axes = None, ()
-        self.active, self.additions = False, ()
+        self.active, self.additions, self.crosses = False, (), False
         self.adapters.begin([])
         for follower in self.groups[1:]:
             follower._memo, follower.active = {}, False

@@ -48,7 +48,7 @@ class Chunk:
 class MediaRows:
     """Rows [row, row + length) are the tokens of a piece of media from its token `first` on.
 
-    `owner` is that of its request.
+    `owner` is that of its request. With `Media.until`, rows after its tokens are among them.
     """
 
     row: int
@@ -124,6 +124,11 @@ class StepBatch:
         time, height, width = self.rope_positions
         return time if time == height == width else None
 
+    @property
+    def crosses(self) -> bool:
+        """Whether rows attend to pictures outside of the KV cache."""
+        return any(part.media.until for part in self.media_rows)
+
     def of_group(self, group: int) -> StepBatch:
         """Return the batch with the slots and tables of window pool `group` - 1; 0 is itself.
 
@@ -181,7 +186,6 @@ def build_batch(
         rows.add_decode(output.decode, previous, output.proposals)
         sample_rows = list(range(len(rows.decode_seq_ids)))
     prompt_rows: list[tuple[int, Sequence]] = []
-    media_rows: list[MediaRows] = []
     sample_seqs = list(output.decode)
     for proposal in output.proposals:
         sample_seqs += [proposal.sequence] * (1 + len(proposal.token_ids))
@@ -191,7 +195,6 @@ def build_batch(
             sample_rows.append(chunk.row + chunk.length - 1)
             sample_seqs.append(part.sequence)
         prompt_rows += _prompt_logprob_rows(part, chunk.row)
-        media_rows += _media_rows(part, chunk.row)
     return StepBatch(
         token_ids=rows.token_ids,
         positions=rows.positions,
@@ -210,7 +213,7 @@ def build_batch(
         released=output.released,
         decode_snapshots=_decode_snapshots(output, snapshot_interval, block_size),
         adapter_slots=rows.adapter_slots if any(slot > 0 for slot in rows.adapter_slots) else [],
-        media_rows=tuple(media_rows),
+        media_rows=tuple(rows.media_rows),
         windows=tuple(rows.windows),
         rope_positions=rows.rope_positions(),
     )
@@ -251,6 +254,7 @@ class _Rows:
         self.decode_seq_ids: list[int] = []
         self.adapter_slots: list[int] = []
         self.windows: list[WindowTables] = []
+        self.media_rows: list[MediaRows] = []
         self._rope: list[tuple[int, list[list[int]]]] = []  # first row, and the positions from it
 
     def rope_positions(self) -> tuple[list[int], ...]:
@@ -263,8 +267,9 @@ class _Rows:
                 column[row : row + len(part)] = part
         return found
 
-    def _add_rope(self, row: int, sequence: Sequence, start: int, stop: int) -> None:
-        """Add the rotary positions of rows from `row` on, if pictures change them."""
+    def _add_media(self, row: int, sequence: Sequence, start: int, stop: int) -> None:
+        """Add the rows of pictures from `row` on, and rotary positions if pictures change them."""
+        self.media_rows += _media_rows(sequence, row, start, stop)
         if any(media.grid is not None for media in sequence.media):
             self._rope.append((row, rope_positions(sequence.media, start, stop)))
 
@@ -290,7 +295,7 @@ class _Rows:
             return
         for row, (sequence, position) in enumerate(zip(members, positions, strict=True)):
             if sequence.media:
-                self._add_rope(row, sequence, position, position + 1)
+                self._add_media(row, sequence, position, position + 1)
         size, tables = self._block_size, [sequence.block_table for sequence in members]
         ends = [position // size for position in positions]  # index of each row's last block
         self.positions += positions
@@ -386,7 +391,7 @@ class _Rows:
         stop = start + length
         row, size = len(self.token_ids), self._block_size
         padded_length = self._buckets.pad_chunk(length)
-        self._add_rope(row, sequence, start, stop)
+        self._add_media(row, sequence, start, stop)
         self.token_ids += token_ids
         self.positions += range(start, stop)
         num_keys = stop + padded_length - length
@@ -474,14 +479,14 @@ def _prompt_logprob_rows(part: PrefillChunk, row: int) -> list[tuple[int, Sequen
     return [(row + position - part.start, sequence) for position in range(start, stop)]
 
 
-def _media_rows(part: PrefillChunk, row: int) -> list[MediaRows]:
-    """Return the rows of pictures in a chunk that starts at `row`."""
+def _media_rows(sequence: Sequence, row: int, first: int, end: int) -> list[MediaRows]:
+    """Return the rows of pictures in tokens [first, end) of a sequence, which start at `row`."""
     found = []
-    for media in part.sequence.media:
-        start, stop = max(media.start, part.start), min(media.stop, part.start + part.length)
+    for media in sequence.media:
+        start, stop = max(media.start, first), min(media.until or media.stop, end)
         if start < stop:
-            at, first = row + start - part.start, start - media.start
-            found.append(MediaRows(at, stop - start, media, first, part.sequence.owner))
+            at = row + start - first
+            found.append(MediaRows(at, stop - start, media, start - media.start, sequence.owner))
     return found
 
 

@@ -688,7 +688,8 @@ class Scheduler:
         """Return the position, up to `stop`, to which the sequence's pictures are encoded."""
         assert self._pictures is not None, "only models that read pictures get them"
         for media in sequence.media:
-            if media.stop <= sequence.num_computed_tokens or media.start >= stop:
+            end = media.until or media.stop
+            if end <= sequence.num_computed_tokens or media.start >= stop:
                 continue
             if not self._pictures.prepare(sequence, media, alone=alone):
                 self._awaits_pictures = True

@@ -9,6 +9,7 @@ such a language model becomes a model of the whole file's type, which keeps its 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from functools import partialmethod
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.layers.cross_attention import PICTURE_TOKENS, insert_layers
 from modelpack_engine.models.model_config import completed
 from modelpack_engine.patches.corrections import TEXT_PARTS, Classes, corrected
 from modelpack_engine.vision.models import CLASSES
@@ -140,6 +142,9 @@ def _arguments_class(inner: Any, part: str, name: str) -> type:
             made.num_layers = text.get("num_hidden_layers")  # the next one predicts tokens (MTP)
             if config["model_type"] == "granite4_vision":
                 made.added_layers = _added_layers(config, made.num_layers)
+            if config["model_type"] == "mllama":
+                made.cross_layers = _cross_layers(text)
+                text["tie_word_embeddings"] = False  # the table has rows without logits
             made.inner = inner.from_dict(text)
             return made
 
@@ -167,6 +172,25 @@ def _added_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
     return tuple(sorted(targets - {0}))
 
 
+def _cross_layers(text: Mapping[str, Any]) -> list[int]:
+    """Return the layers that attend to pictures: those of Llama 3.2 Vision, if none are named.
+
+    Raises `ModelLoadError` for a layer that the model lacks, and if no other layers are left.
+    """
+    layers = text.get("cross_attention_layers", [3, 8, 13, 18, 23, 28, 33, 38])
+    known = range(int(text.get("num_hidden_layers", 40)))
+    if (
+        not isinstance(layers, list)
+        or not all(type(layer) is int and layer in known for layer in layers)
+        or not 0 < len(set(layers)) == len(layers) < len(known)
+    ):
+        raise ModelLoadError(
+            "config.json: text_config.cross_attention_layers"
+            f" {str(layers)[:100]} are not some of the {len(known)} layers"
+        )
+    return layers
+
+
 class _Rows:
     """Stands for a table of embeddings in a call that has them already."""
 
@@ -191,10 +215,16 @@ def _model_class(inner: Any) -> type[Module]:
         if args.model_type == "paddleocr_vl":  # unlike Ernie 4.5, it rotates halves of heads
             for layer in self.language_model.layers:
                 layer.self_attn.rope.traditional = False
+        if args.model_type == "mllama":
+            self.crossing = insert_layers(self.language_model, args.cross_layers)
 
     def call(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: Any = None) -> Any:
         native = lambda self, *given, **named: self.language_model(*given, **named)  # noqa: E731
-        return _called(self, inputs, cache, input_embeddings, call=native)
+        logits = _called(self, inputs, cache, input_embeddings, call=native)
+        if self.model_type == "mllama":  # tokens of pictures are in prompts, and never generated
+            after = [(0, 0)] * (logits.ndim - 1) + [(0, PICTURE_TOKENS)]
+            logits = mx.pad(logits, after, constant_values=-math.inf)
+        return logits
 
     def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         kept = {}

@@ -17,6 +17,7 @@ from modelpack.errors import ModelpackError, NotFoundError
 from modelpack.formats.adapter import Adapter, AdapterError
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.layers.cross_attention import SHARED
 from modelpack_engine.models.adapter import read_layers
 from modelpack_engine.patches.lora import Layers, LoRALayers, nbytes, returns_parts
 
@@ -82,6 +83,12 @@ class AdapterSet:
         layers = self.read(adapter)
         modules = dict(self._model.named_modules())
         for path in layers:
+            if path.endswith(SHARED):
+                raise AdapterError(
+                    f"{path} cannot have adapters of requests: its outputs are kept with pictures",
+                    path=str(adapter.weights),
+                    hint="merge the adapter (--merge), or train it on other layers",
+                )
             if returns_parts(modules[path]):
                 raise AdapterError(
                     f"{path} cannot have adapters of requests: its output is a list of parts",

@@ -184,6 +184,7 @@ def choose_sizes(
     groups: tuple[WindowGroup, ...] = (),
     step_memory: StepMemory = StepMemory(),  # it is frozen
     span: int = 0,
+    picture_bytes: int = 0,
 ) -> Sizes:
     """Return the sizes for a model with the caches of `layout` (None: not paged).
 
@@ -191,7 +192,7 @@ def choose_sizes(
     attention window of at most `window` tokens, a request holds no more tokens than the window and
     one step. `groups` of layers with smaller windows have blocks of their own, unless no request is
     long enough to release any. On CUDA, steps' arrays take `step_memory`. By default, a step can
-    compute `span` tokens of one prompt.
+    compute `span` tokens of one prompt. Pictures that layers attend to take `picture_bytes`.
 
     Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold one request of
     `config.max_model_len` tokens, or a few blocks if that is not set.
@@ -242,7 +243,7 @@ def choose_sizes(
     if layout and per_block:
         one_context = _bytes_of_a_request(own, of_groups)
         default = _bytes_of_a_request(own, of_groups, shared=True)
-        budget = _kv_budget(config, default, layout.snapshot_bytes + step_bytes)
+        budget = _kv_budget(config, default, layout.snapshot_bytes + step_bytes + picture_bytes)
         required = asked is not None
         num_blocks, *of_windows = _share_budget(budget, num_seqs, own, of_groups, required=required)
         if num_blocks < _FEWEST_BLOCKS:

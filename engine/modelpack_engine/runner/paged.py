@@ -115,12 +115,12 @@ class CompiledSteps:
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
 
-        Its rows must have no adapters, and attend to earlier ones only. Prompts must be short,
-        unless the prefill kernel attends from tiles. A recurrent model's step must have no prompts,
-        and a state for every row.
+        Its rows must have no adapters, and attend to earlier ones only, not to pictures. Prompts
+        must be short, unless the prefill kernel attends from tiles. A recurrent model's step must
+        have no prompts, and a state for every row.
         """
         states = self._adapted.states
-        if batch.adapter_slots or any(chunk.spans for chunk in batch.chunks):
+        if batch.adapter_slots or batch.crosses or any(chunk.spans for chunk in batch.chunks):
             return False
         if states and repeated(batch.decode_seq_ids):
             return False

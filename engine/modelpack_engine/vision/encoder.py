@@ -7,24 +7,28 @@ with one picture.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Parts
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.core.batch import MediaRows, StepBatch
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.layers.cross_attention import Crossing
 from modelpack_engine.request import Media
 from modelpack_engine.vision.models import Encode, VisionModel
 from modelpack_engine.vision.processor import Picture, PictureProcessor
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
 
-#: Bytes of embeddings that are kept.
-MAX_CACHE_BYTES = 256 * 1024 * 1024
+#: Bytes of embeddings that are kept, and for models with cross-attention, also pictures.
+MAX_CACHE_BYTES, LEAST_PICTURES = 256 * 1024 * 1024, 8
 
 _log = logging.getLogger(__name__)
 _FAILURES = (
@@ -43,6 +47,10 @@ class VisionEncoder:
     more than that.
 
     `hidden` are tokens that the language model must not see, and the one that it sees instead.
+
+    Layers with cross-attention (`crossing`) read the keys and values of a picture in every step of
+    its request, which therefore stay in the cache until it ends. Where there is no room for
+    another picture, its request waits, unless no sequence decodes in the step.
     """
 
     def __init__(
@@ -51,7 +59,11 @@ class VisionEncoder:
         max_bytes: int = MAX_CACHE_BYTES,
         *,
         hidden: tuple[tuple[int, ...], int] | None = None,
+        crossing: Crossing | None = None,
+        picture_bytes: int = 0,
     ) -> None:
+        self._crossing, self._picture_bytes = crossing, picture_bytes
+        self._users: dict[tuple[bytes, bytes], weakref.WeakSet[Media]] = {}
         self._model, self._max_bytes, self._hidden = model, max_bytes, hidden
         self._kept: OrderedDict[tuple[bytes, bytes], mx.array] = OrderedDict()
         self._nbytes = 0
@@ -65,6 +77,11 @@ class VisionEncoder:
     def nbytes(self) -> int:
         """The bytes of the embeddings that are kept."""
         return self._nbytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """The bytes that pictures of unfinished requests may take, beside the KV cache."""
+        return 0 if self._crossing is None else self._max_bytes
 
     def begin_step(self) -> None:
         """Forget what the step before needed."""
@@ -83,13 +100,23 @@ class VisionEncoder:
         if key not in self._kept:
             if self._num_encoded and not alone:
                 return False
+            if media.until and (self._num_encoded or not alone) and not self._has_room():
+                return False
             self._num_encoded += 1
+        if media.until:
+            self._users.setdefault(key, weakref.WeakSet()).add(media)
         try:
             self._step[key] = self.embeddings(media, sequence.owner)
         except RequestError as error:
             self._failures.append((sequence, error))
+            self._users.pop(key, None)
             return False
         return True
+
+    def _has_room(self) -> bool:
+        """Return whether another picture fits beside those of unfinished requests."""
+        used = [made.nbytes for key, made in self._kept.items() if self._users.get(key)]
+        return sum(used) + self._picture_bytes <= self._max_bytes
 
     def take_failures(self) -> list[tuple[Sequence, RequestError]]:
         """Return the sequences with a picture that cannot be encoded, each of them once."""
@@ -126,9 +153,11 @@ class VisionEncoder:
             return
         self._kept[key] = made
         self._nbytes += made.nbytes
-        while self._nbytes > self._max_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self._nbytes -= dropped.nbytes
+        for idle in [each for each in self._kept if not self._users.get(each)]:
+            if self._nbytes <= self._max_bytes:
+                break
+            self._users.pop(idle, None)
+            self._nbytes -= self._kept.pop(idle).nbytes
 
     def shown_ids(self, token_ids: mx.array) -> mx.array:
         """Return the ids that the language model sees in a step with pictures.
@@ -145,8 +174,12 @@ class VisionEncoder:
     def input_embeddings(self, batch: StepBatch, token_ids: mx.array) -> mx.array | None:
         """Return the embeddings [rows, width] of a step with pictures, None for other steps.
 
-        With DeepStack they are [1 + layers, rows, width].
+        With DeepStack they are [1 + layers, rows, width]. With cross-attention, there are none, and
+        the layers get what the rows see.
         """
+        if self._crossing is not None:
+            self._crossing.spans = tuple(self._seen(batch.media_rows))
+            return None
         if not batch.media_rows:
             return None
         rows = self._model.embed(token_ids, {})
@@ -163,6 +196,18 @@ class VisionEncoder:
                 )
             rows[..., part.row : part.row + part.length, :] = made
         return rows
+
+    def _seen(self, parts: Parts[MediaRows]) -> Iterator[tuple[int, int, mx.array]]:
+        """Yield ranges of rows with the keys and values of the pictures that they see."""
+        edges = {edge for part in parts for edge in (part.row, part.row + part.length)}
+        for start, stop in pairwise(sorted(edges)):
+            seen = [
+                self._kept[part.owner, part.media.digest]
+                for part in parts
+                if part.row <= start < part.row + part.length
+            ]
+            if seen:
+                yield start, stop, seen[0] if len(seen) == 1 else mx.concatenate(seen, axis=-2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +244,13 @@ def open_vision(
             _test("audio", model, processor, found.token_id, [*map(Sound, samples)])
         except EngineError as error:
             processor.sounds, processor.no_sounds = None, str(error)
-    return Vision(processor, VisionEncoder(model, hidden=processor.hidden))
+    crossing, size = getattr(model, "crossing", None), getattr(model, "picture_bytes", 0)
+    most = max(MAX_CACHE_BYTES, LEAST_PICTURES * size)
+    processor.max_pictures = most // size if size else 0
+    encoder = VisionEncoder(
+        model, most, hidden=processor.hidden, crossing=crossing, picture_bytes=size
+    )
+    return Vision(processor, encoder)
 
 
 def _test(
@@ -210,7 +261,7 @@ def _test(
     for file in files:
         _, (media,) = processor.place([token_id], [file])
         embeddings = VisionEncoder(model).embeddings(media)
-        if embeddings.shape[-2] != len(media.token_ids):
+        if not media.until and embeddings.shape[-2] != len(media.token_ids):
             raise EngineError(
                 f"the {tower} tower returned {embeddings.shape[-2]} embeddings for"
                 f" {len(media.token_ids)} tokens"

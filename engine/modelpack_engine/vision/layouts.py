@@ -322,6 +322,11 @@ def _idefics2(config: Mapping[str, Any], made: Made) -> str:
     return f"{edge}{view}" * views + edge
 
 
+def _mllama(config: Mapping[str, Any], made: Made) -> str:
+    """Llama 3.2 Vision: one token, as layers attend to the picture itself."""
+    return _token(config)
+
+
 def _phi3(config: Mapping[str, Any], made: Made) -> str:
     """Phi-3 Vision: rows of all tiles, a separator, and the whole picture."""
     rows, columns = (int(size) // PHI3_SIDE for size in made["image_sizes"][0])
@@ -354,6 +359,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "dots_ocr": _dots,
     "gemma3n": _gemma3n,
     "idefics2": _idefics2,
+    "mllama": _mllama,
     "phi3_v": _phi3,
     "kimi_k25": _kimi,
     "kimi_vl": _kimi,

@@ -51,6 +51,9 @@ class VisionClass:
     With `prefix`, all tokens of a prompt with pictures attend to each other in both directions;
     `ends` comes after the last picture, and a newline after the text. With `joins`, a picture right
     after another one shares its last token, and a text right after a picture begins with a space.
+
+    With `cross`, a picture is one token, and layers attend to its keys and values from there to the
+    next picture, or the one after pictures that follow each other.
     """
 
     text_types: tuple[str, ...] = ()
@@ -74,6 +77,7 @@ class VisionClass:
     vision_part: str = "vision_config"
     prefix: bool = False
     joins: bool = False
+    cross: bool = False
 
     def folder(self, config: Mapping[str, Any]) -> str:
         """Return the name of mlx-vlm's package for the model of `config`."""
@@ -160,6 +164,9 @@ CLASSES: Mapping[str, VisionClass] = {
     "mistral3": VisionClass(
         placeholder="[IMG]", projector="Mistral3MultiModalProjector", in_rows=True
     ),
+    "mllama": VisionClass(
+        placeholder="<|image|>", language={"mllama_text_model": "llama"}, cross=True
+    ),
     "paddleocr_vl": VisionClass(
         placeholder="<|IMAGE_PLACEHOLDER|>", mrope=True, language={"paddleocr_vl": "ernie4_5"}
     ),
@@ -213,7 +220,8 @@ class VisionModel(Protocol):
         """Return the embeddings [tokens, width] of a prompt's tokens, with a picture's `inputs`.
 
         With DeepStack they are [1 + layers, tokens, width]: embeddings, then what is added to the
-        output of each of the first layers.
+        output of each of the first layers. With cross-attention, `Crossing.keys_and_values` of a
+        picture take their place.
         """
 
 

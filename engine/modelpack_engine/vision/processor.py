@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _SIZES = ("size", "max_image_size", "crop_size", "pad_size", "tile_size", "scale
 _INPUTS = (
     "pixel_values", "pixel_attention_mask", "image_grid_thw", "image_grid_hws", "image_sizes",
     "image_position_ids", "images_spatial_crop", "spatial_shapes", "tgt_sizes",
+    "aspect_ratio_ids", "aspect_ratio_mask",
 )  # fmt: skip
 #: Fields of an image processor with a number of tiles of a picture.
 _TILES = ("max_patches", "max_tiles", "max_image_tiles", "max_slice_nums")
@@ -47,7 +49,7 @@ _TOKEN_IDS = ("image_token_id", "image_token_index", "media_placeholder_token_id
 #: Tokens of a text around pictures that steps have room for, if all attend to each other.
 MAX_PREFIX = 512
 #: Kinds whose image processors take a list of the pictures of each prompt.
-_NESTED = ("idefics2", "idefics3", "smolvlm")
+_NESTED = ("idefics2", "idefics3", "mllama", "smolvlm")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +130,8 @@ class PictureProcessor:
         if self._kind == "gemma4":
             _check_patches(made, config["vision_config"])
         self.memory = InputMemory()
+        #: The most pictures of a prompt, 0 for any number.
+        self.max_pictures = 0
         #: What reads sounds, if the model does; `no_sounds` says why not, if its files should.
         self.sounds: SoundProcessor | None = None
         self.no_sounds = ""
@@ -173,6 +177,12 @@ class PictureProcessor:
                 param="messages",
                 hint=f"leave {named} out of the text",
             )
+        if self.max_pictures and count > self.max_pictures:
+            raise RequestError(
+                f"the prompt has {count} pictures, the limit is {self.max_pictures}",
+                param="messages",
+                hint="send fewer pictures",
+            )
         placed: list[int] = []
         media: list[Media] = []
         left = iter(files)
@@ -193,6 +203,8 @@ class PictureProcessor:
             else:
                 shared = placed[-1] if media and media[-1].stop == len(placed) else None
                 made = self._media(file, len(placed), len(media), len(files), shared)
+                if self._needs.cross:
+                    made = replace(made, until=_end(token_ids, position))
             self.memory.add(made, sum(each.nbytes for each in media))
             media.append(made)
             placed += made.token_ids
@@ -264,6 +276,11 @@ class PictureProcessor:
     def mrope(self) -> bool:
         """Whether tokens have three positions each, so that `Media.grid` is set."""
         return self._needs.mrope
+
+    @property
+    def cross(self) -> bool:
+        """Whether layers attend to pictures outside of the KV cache."""
+        return self._needs.cross
 
     @property
     def largest_span(self) -> int:
@@ -342,6 +359,19 @@ class PictureProcessor:
         """The SHA-256 of everything but the picture on which the encoder's inputs depend."""
         settings = self._image_processor.to_dict()
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
+
+
+def _end(token_ids: Sequence[int], position: int) -> int:
+    """Return up to which position tokens see the picture at `position`: to the next one.
+
+    Pictures that follow each other are seen together. Nothing ends the last one.
+    """
+    later = (at for at in range(position, len(token_ids)) if token_ids[at] == token_ids[position])
+    for at in later:
+        if at > position + 1:
+            return at
+        position = at
+    return sys.maxsize
 
 
 def with_image_token(config: Mapping[str, Any], encode: Encode) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.layers.cross_attention import Crossing
 from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.patches.corrections import TEXT_PARTS
 from modelpack_engine.vision.models import (
@@ -135,6 +136,8 @@ def open_tower(
         tower.load_weights(list(given.items()), strict=True)
     except _FAILURES as error:
         raise ModelLoadError(f"cannot build mlx-vlm's {kind}: {error}") from error
+    if needs.cross:
+        tower.crossing = cast(Any, model).crossing
     _align(tower)
     if dtype is not None:
         tower.set_dtype(dtype)
@@ -431,6 +434,7 @@ class _PartsTower(Module):  # type: ignore[misc]
         for name, module in parts(package, self.config).items():
             setattr(self, name, module)
         self._width, self._table = int(text["hidden_size"]), _Text(table)
+        self.crossing: Crossing | None = None
         self._scale = self._width**0.5 if scale else 1.0
         self._soft_ids = [config["image_token_id"], config.get("audio_token_id", GEMMA3N_AUDIO)]
         if isinstance(audio := config.get("audio_config"), Mapping):
@@ -438,8 +442,20 @@ class _PartsTower(Module):  # type: ignore[misc]
             for name, module in add(package, audio, self.config).items():
                 setattr(self, name, module)
 
+    @property
+    def picture_bytes(self) -> int:
+        """The most bytes of the keys and values of a picture; 0 without cross-attention."""
+        if self.crossing is None:
+            return 0
+        vision = self.config.vision_config
+        tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+        return int(tokens * self.crossing.bytes_per_token)
+
     def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
         """Return the embeddings of tokens, with those of a picture in their places."""
+        if inputs and self.crossing is not None:
+            states = self._encode(self, inputs)
+            return self.crossing.keys_and_values(states)
         rows = self._table.embed_tokens(token_ids)
         rows = rows * self._scale if self._scale != 1 else rows
         if not inputs:
@@ -555,6 +571,28 @@ def _paligemma_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     return cast(mx.array, tower.multi_modal_projector(mx.concatenate(states)) / tower._width**0.5)
 
 
+def _mllama_parts(package: Any, config: Any) -> dict[str, Module]:
+    vision = config.vision_config
+    return {
+        "vision_tower": package.VisionModel(vision),
+        "multi_modal_projector": nn.Linear(
+            vision.vision_output_dim, config.text_config.hidden_size
+        ),
+    }
+
+
+def _mllama_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Return the states of all tiles but those of padding, which no text sees."""
+    names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    states = tower.vision_tower(*(inputs[name] for name in names))[0, 0]
+    states = states[: int(inputs["aspect_ratio_mask"].sum())]
+    return cast(mx.array, tower.multi_modal_projector(states).reshape(-1, tower._width))
+
+
+def _mllama_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {n.replace("vision_model.", "vision_tower.", 1): value for n, value in weights.items()}
+
+
 def _phi3_parts(package: Any, config: Any) -> dict[str, Module]:
     return {"vision_embed_tokens": package.VisionModel(config)}
 
@@ -635,6 +673,7 @@ def _kimi_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 #: By model type, what gives tensors the names of mlx-vlm's modules.
 _RENAMED: Mapping[str, Callable[[dict[str, mx.array]], dict[str, mx.array]]] = {
     "kimi_k25": _kimi_names,
+    "mllama": _mllama_names,
     "paddleocr_vl": _paddle_names,
     "qwen3_omni_moe": _omni_names,
 }
@@ -657,6 +696,7 @@ _PARTS: Mapping[
     "gemma3n": (_gemma3n_parts, _gemma3n_rows, True),
     "idefics2": (_idefics2_parts, _idefics2_rows, False),
     "kimi_k25": (_kimi_parts, _kimi_rows, False),
+    "mllama": (_mllama_parts, _mllama_rows, False),
     "paddleocr_vl": (_paddle_parts, _paddle_rows, False),
     "paligemma": (_paligemma_parts, _paligemma_rows, False),
     "phi3_v": (_phi3_parts, _phi3_rows, False),
@@ -767,6 +807,8 @@ def _made_config(package: Any, config: Mapping[str, Any]) -> Any:
         vision = package.VisionConfig.from_dict(given["vision_config"])
         return SimpleNamespace(model_type=given["model_type"], vision_config=vision)
     given.setdefault("audio_config", {})
+    if "attention_heads" in given["vision_config"]:  # of mllama
+        given["vision_config"]["num_attention_heads"] = given["vision_config"]["attention_heads"]
     made = package.ModelConfig.from_dict(given)
     for name in ("text", "vision", "perceiver", "projector"):
         kind = getattr(package, f"{name.title()}Config", None)

@@ -91,7 +91,6 @@ REASONS: Mapping[str, str] = {
     "minicpmo": f"pictures and {_SOUND}",
     "minicpmv4_7": f"{_PICTURES}: positions on a canvas",
     "minimax_h3": f"{_SOUND}",
-    "mllama": f"{_PICTURES}: layers attend to them outside of the KV blocks (cross-attention)",
     "multi_modality": f"{_PICTURES}: mlx-vlm's package needs OpenCV",
     "nemotron_h_nano_omni": f"pictures and {_SOUND}",
     "nemotron_parse": "an encoder and a decoder",

@@ -20,7 +20,7 @@ from tests.engine.vision import tiny
 from tests.engine.vision.tiny import picture, request
 
 #: The kinds for which mlx-vlm and transformers differ, and one with recurrent layers.
-ORACLE_KINDS = ("gemma3", "gemma4", "qwen3_5")
+ORACLE_KINDS = ("gemma3", "gemma4", "mllama", "qwen3_5")
 ANSWERS = Path(__file__).parent / "transformers.json"
 _SHIFTED = ("layernorm.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight")
 
@@ -29,11 +29,15 @@ def prompt(kind: str) -> EngineRequest:
     """Return a prompt with two pictures of different shapes."""
     engine = tiny.tiny_engine(kind)
     text = "this is <image> and that is <image>, see?"
+    if kind == "mllama":  # transformers lets text before the first picture see all of them
+        text = "<image> is this, and that is <image>, see?"
     return request(engine, text, [picture(1), picture(2, 31, 17)], 24)
 
 
 def _config(kind: str) -> dict[str, Any]:
     config = tiny.config_of(kind)
+    if kind == "mllama":  # its defaults are larger than this vocabulary
+        config["text_config"] |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config["text_config"] = {**config["text_config"], "use_double_wide_mlp": True}
     config["text_config"]["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
     config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
@@ -55,8 +59,10 @@ def _weights(kind: str) -> dict[str, mx.array]:
         if kind != "gemma3":
             name = name.replace("language_model.model.", "model.language_model.")
             name = name.replace("language_model.lm_head", "lm_head")
-            if name.startswith(("vision_tower.", "embed_vision.")):
+            if name.startswith(("vision_tower.", "embed_vision.", "multi_modal_projector.")):
                 name = f"model.{name}"
+        if kind == "mllama":
+            name = name.replace("vision_tower.", "vision_model.")
         if kind == "qwen3_5":
             name = name.replace("vision_tower.", "visual.")
         made[name] = mx.contiguous(value)
@@ -78,6 +84,9 @@ def tokens(kind: str) -> list[int]:
     assert not any(info.values()), info
     made = prompt(kind)
     ids = np.array([made.prompt_token_ids])
+    if kind == "mllama":
+        given = _crossing(ids[0].tolist(), made)
+        return _generated(model, ids, given, made.params.max_tokens)
     soft = {"gemma3": tiny.SOFT, "gemma4": tiny.SOFT4, "qwen3_5": tiny.PAD}[kind]
     types = "token_type_ids" if kind == "gemma3" else "mm_token_type_ids"
     given = {types: (ids == soft).astype(np.int64)}
@@ -90,12 +99,37 @@ def tokens(kind: str) -> list[int]:
                 for part in parts
             ]
         given[name] = np.concatenate(parts)
-    given |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    return _generated(model, ids, given, made.params.max_tokens)
+
+
+def _crossing(ids: list[int], made: EngineRequest) -> dict[str, Any]:
+    """Return the pictures of a prompt, with the mask of what its tokens see."""
+    from mlx_vlm.models.mllama.processing_mllama import (
+        convert_sparse_cross_attention_mask_to_dense,
+        get_cross_attention_token_mask,
+    )
+
+    given = {
+        name: np.concatenate([media.inputs[name] for media in made.media], axis=1)
+        for name in made.media[0].inputs
+    }
+    sparse: Any = get_cross_attention_token_mask
+    dense: Any = convert_sparse_cross_attention_mask_to_dense
+    tiles = given["aspect_ratio_mask"].sum(axis=-1).tolist()
+    token = tiny.config_of("mllama")["image_token_index"]
+    mask = dense([sparse(ids, token)], num_tiles=tiles, max_num_tiles=4, length=len(ids))
+    return {**given, "cross_attention_mask": mask}
+
+
+def _generated(model: Any, ids: Any, given: dict[str, Any], count: int) -> list[int]:
+    """Return the greedy tokens of a model."""
+    import torch
+
+    given = given | {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     with torch.no_grad():
         found = model.eval().generate(
             **{name: torch.tensor(value) for name, value in given.items()},
-            max_new_tokens=made.params.max_tokens, do_sample=False, eos_token_id=None,
-            pad_token_id=0,
+            max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
     return [int(token) for token in found[0, ids.shape[1] :]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, partialmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -808,6 +808,38 @@ def _paddle() -> Specimen:
     )  # fmt: skip
 
 
+def _call_mllama(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
+    processor.bos_token = ""  # it would add one
+    return dict(processor(images=[images], text=[text]))
+
+
+def _mllama() -> Specimen:
+    """As published, the token of pictures has an embedding, and no logit."""
+    return Specimen(
+        config={
+            "model_type": "mllama", "image_token_index": GLM_IMAGE,
+            "text_config": {
+                **TEXT, "model_type": "mllama_text_model", "vocab_size": GLM_IMAGE,
+                "num_hidden_layers": 5, "cross_attention_layers": [1, 3],
+            },
+            "vision_config": {
+                **VISION, "model_type": "mllama_vision_model", "attention_heads": 2,
+                "num_global_layers": 2, "intermediate_layers_indices": [0, 1],
+                "vision_output_dim": 96, "max_num_tiles": 4,
+            },
+        },
+        settings={
+            "image_processor_type": "MllamaImageProcessor", "size": {"height": 16, "width": 16},
+            "max_image_tiles": 4, "do_pad": True, "do_resize": True, "do_normalize": True,
+            "do_rescale": True, "do_convert_rgb": True, "rescale_factor": 1 / 255, "resample": 2,
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+        },
+        processor="mllama.processing_mllama:MllamaProcessor",
+        prompt="<|image|>",
+        call=_call_mllama, seed=6,
+    )  # fmt: skip
+
+
 PADDLE_START = IMGPAD + 1
 PADDLE = IMGPAD + 3
 
@@ -875,6 +907,25 @@ def _stored_omni(name: str) -> str:
     return name
 
 
+def _skipping(
+    layer: Any,
+    native: Any,
+    x: mx.array,
+    cross_attention_states: mx.array | None = None,
+    full_text_row_masked_out_mask: mx.array | None = None,
+    **given: Any,
+) -> mx.array:
+    """Call a layer for the rows that see a picture, as Meta's code does.
+
+    mlx-vlm takes keys and values from the queries if there is no picture.
+    """
+    sees = full_text_row_masked_out_mask
+    if cross_attention_states is None or sees is None:
+        return x
+    made = native(layer, x, cross_attention_states, full_text_row_masked_out_mask=sees, **given)
+    return mx.where(sees[:, 0], made, x)
+
+
 def shrink(package: Any) -> None:
     """Make the towers smaller whose size mlx-vlm fixes."""
     name = package.__name__.rpartition(".")[2]
@@ -890,6 +941,9 @@ def shrink(package: Any) -> None:
     elif name == "phi3_v":
         fixed = package.VisionModel.CLIP_VIT_LARGE_PATCH14_336_CONFIG
         fixed.num_hidden_layers, fixed.intermediate_size = 2, 32
+    elif name == "mllama" and package not in _SMALL:
+        layer = package.language.MllamaCrossAttentionDecoderLayer
+        layer.__call__ = partialmethod(_skipping, layer.__call__)
     _SMALL.add(package)
 
 
@@ -916,6 +970,7 @@ SPECIMENS: Mapping[str, Specimen] = {
     "internvl": _internvl_hf(),
     "internvl_chat": _internvl(),
     "llava_next": _any_res("llava_next", {"model_type": "mistral"}, model_type="clip_vision_model"),
+    "mllama": _mllama(),
     "paddleocr_vl": _paddle(),
     "qwen3_omni_moe": _qwen3_omni(),
     "paligemma": _paligemma(),

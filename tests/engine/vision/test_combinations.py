@@ -65,6 +65,7 @@ def head() -> EagleHead:
         ("eagle", "llava"),
         ("draft", "qwen2_vl"),
         ("draft", "gemma3"),
+        ("draft", "mllama"),
     ],
 )
 def test_speculation(method: str, kind: str) -> None:

@@ -128,7 +128,8 @@ def test_chunks_split_pictures(kind: str, rows: int) -> None:
     text, pictures = PROMPTS["between texts"]
     engine = tiny.tiny_engine(kind, max_num_batched_tokens=rows)
     made = request(engine, text, pictures)
-    assert max(len(media.token_ids) for media in made.media) > rows or rows > 8
+    most = max(len(media.token_ids) for media in made.media)
+    assert most > rows or rows > 8 or kind == "mllama"  # whose chunks end between pictures
     assert run(engine, made) == [tiny.expected(kind, text, pictures)]
 
 
@@ -168,7 +169,7 @@ def test_a_second_question_reads_the_picture_once() -> None:
     assert tokens == tiny.expected("idefics3", "<image>How many?", [ONE])
 
 
-@pytest.mark.parametrize("kind", kinds("llava", *MROPE, *WHOLE, *PREFIX))
+@pytest.mark.parametrize("kind", kinds("llava", "mllama", *MROPE, *WHOLE, *PREFIX))
 def test_a_preempted_picture_is_computed_again(kind: str) -> None:
     """Blocks for one request and a half: one of the two is preempted and computed again."""
     text, pictures = PROMPTS["one picture"]

@@ -42,6 +42,8 @@ WHOLE = ("gemma3", "gemma4")
 PREFIX = ("paligemma",)
 #: The rows that steps need beside those of tests, as pictures are large and never split.
 ROWS = {"gemma4": 72, "paligemma": 56}
+#: What layers that attend to pictures get in mlx-vlm's model: states, and masks.
+CROSS = ("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
 MROPE = (*QWEN, "glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl", "qwen3_omni_moe")
 KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN, *SPECIMENS)
 #: Those that take long, or that others stand for.
@@ -367,7 +369,7 @@ def directory(kind: str) -> Path:
     for name, value in tree_flatten(model.parameters()):
         scale = 0.2 if value.ndim == 1 else 1.6 / value.shape[-1] ** 0.5
         noise = mx.random.normal(value.shape) * scale
-        noise = noise + 1 if value.ndim == 1 and name.endswith("weight") else noise
+        noise = noise + 1 if value.ndim == 1 and name.endswith(("weight", "_gate")) else noise
         weights[SPECIMENS[kind].stored(name) if kind in SPECIMENS else name] = noise
     if "thinker_config" in config:  # without a voice, it is left in the file
         weights["talker.model.norm.weight"] = mx.zeros(64)
@@ -585,14 +587,19 @@ def generated(model: Any, ids: mx.array, features: Any, count: int) -> list[int]
     # As in mlx_vlm.generate: the positions of the prompt, and their distance to those after it.
     names = (
         "position_ids", "rope_deltas", "visual_pos_masks", "deepstack_visual_embeds",
-        "per_layer_inputs",
+        "per_layer_inputs", *CROSS,
     )  # fmt: skip
     given = {name: getattr(features, name, None) for name in names}
     extra = {name: value for name, value in given.items() if value is not None}
     logits = model.language_model(
         ids, inputs_embeds=features.inputs_embeds, cache=cache_, **extra
     ).logits
-    extra = {name: value for name, value in extra.items() if name == "rope_deltas"}
+    # As in transformers, tokens after the prompt see what its last one does.
+    extra = {
+        name: value[:, :, -1:] if name in CROSS[1:] else value
+        for name, value in extra.items()
+        if name in ("rope_deltas", *CROSS)
+    }
     for _ in range(count):
         found.append(int(mx.argmax(logits[0, -1])))
         logits = model.language_model(mx.array([[found[-1]]]), cache=cache_, **extra).logits
