@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -154,7 +154,8 @@ class Program:
         return int(self._library.mp_program_run(self.pointer, ctypes.byref(step)))
 
 
-@cache
+# Few are kept: a property tries many widths, and one of 8,192 has 268 MB.
+@lru_cache(maxsize=2)
 def identity(width: int) -> Matrix:
     return Matrix(Source.F32, width, width, np.eye(width, dtype=np.float32))
 
