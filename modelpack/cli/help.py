@@ -19,6 +19,16 @@ _EVERYTHING: Final = "modelpack.help.everything"
 class _Grouped(click.Command):
     """A command whose help groups its options under headings, shared ones last."""
 
+    # click's own method ends a long line in the middle of a phrase.
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the first sentence of the help, without the phrases that do not fit."""
+        text = super().get_short_help_str(1000)
+        for separator in (";", ":", ","):
+            while len(text) > limit and separator in text:
+                text = text.rpartition(separator)[0]
+        text = text if len(text) <= limit else super().get_short_help_str(limit)
+        return text.removesuffix(".") if not text.endswith("...") else text
+
     def __init__(
         self,
         *arguments: Any,

@@ -99,7 +99,7 @@ def create(
 @remote_options
 @common_options_without("progress")
 def show_variants(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
-    """List the variants of MODEL and mark the one that this machine would pull."""
+    """List the variants of MODEL; mark the one that this machine would pull."""
     if in_registry:
         with open_source(model, remote, watching(None)) as opened:
             descriptor, raw = opened.descriptor, opened.raw

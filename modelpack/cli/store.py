@@ -282,7 +282,7 @@ def _confirms_removal(removal: Removal) -> bool:
 )  # fmt: skip
 @common_options_without("progress")
 def gc(settings: Settings, dry_run: bool, grace: int) -> None:
-    """Delete unused blobs and the partial files of interrupted transfers."""
+    """Delete unused blobs and partial files of interrupted transfers."""
     report = settings.existing_store().gc(dry_run=dry_run, grace_seconds=grace)
     value = {
         "removed": [str(digest) for digest in report.removed],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import click
 import pytest
@@ -62,6 +63,24 @@ def test_commands_are_grouped_by_task() -> None:
         assert shown[heading] == list(names)
     named = [name for names in GROUPS.values() for name in names]
     assert sorted(named) == sorted({*COMMANDS, *plugins.command_names()})
+
+
+def test_no_command_is_described_by_half_a_phrase() -> None:
+    """At 80 columns, each description ends where a phrase does."""
+    groups = list(every_group(cli, "modelpack"))
+    assert len(groups) > 5
+    for name, group in groups:
+        text = group.get_help(click.Context(group, info_name=name, terminal_width=80))
+        assert "..." not in re.sub(r"\[.*?\]\.\.\.", "", text), name
+
+
+def every_group(group: click.Group, name: str) -> Iterator[tuple[str, click.Group]]:
+    yield name, group
+    context = click.Context(group, info_name=name)
+    for part in group.list_commands(context):
+        command = group.get_command(context, part)
+        if isinstance(command, click.Group):
+            yield from every_group(command, f"{name} {part}")
 
 
 _GROUPS_OF_SERVE = {

@@ -117,7 +117,7 @@ def bench(
     png: Path | None,
     **load: Any,
 ) -> int:
-    """Measure latency and throughput of each TARGET and compare it with the first.
+    """Measure latency and throughput of each TARGET; compare it with the first.
 
     A TARGET is a MODEL, which is served for the measurement, or the URL of any server with the
     OpenAI API.

@@ -148,7 +148,7 @@ def gateway(
     grace: int,
     log_format: LogFormat | None,
 ) -> None:
-    """Forward requests to servers, with API keys, limits, traces and failover; print the address.
+    """Forward requests to servers: API keys, limits, traces, failover; print the address.
 
     MODELPACK_UPSTREAM_KEY is the API key for the upstreams.
     """

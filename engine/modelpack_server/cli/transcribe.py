@@ -56,7 +56,7 @@ def transcribe(
     device: Literal["auto", "gpu", "cpu"],
     remote: RemoteOptions,
 ) -> None:
-    """Transcribe the speech in FILE (WAV, FLAC, MP3 or Ogg Vorbis) with MODEL."""
+    """Transcribe the speech in FILE with MODEL: WAV, FLAC, MP3 or Ogg Vorbis."""
     from modelpack_engine.config import EngineConfig
     from modelpack_engine.speech.transcript import (
         SAMPLE_RATE,
