@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import gc
 import itertools
 import logging
 import queue
@@ -27,6 +26,7 @@ from modelpack.errors import ModelpackError
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
+from modelpack_engine.platform.streams import reused_streams
 from modelpack_engine.request import EngineRequest
 
 if TYPE_CHECKING:
@@ -235,15 +235,8 @@ class ModelThread(Generic[Loaded, Call]):
         raise NotImplementedError
 
     def _run(self) -> None:
-        try:
+        with reused_streams():
             self._load_and_serve()
-        finally:  # free the MLX streams of this thread; otherwise MLX aborts the process at exit
-            import mlx.core as mx
-
-            gc.collect()  # a model has reference cycles; free its memory now
-            mx.synchronize()
-            mx.clear_cache()
-            mx.clear_streams()
 
     def _load_and_serve(self) -> None:
         try:

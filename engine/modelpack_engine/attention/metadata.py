@@ -26,6 +26,7 @@ from modelpack_engine.attention.kv_pools import (
 )
 from modelpack_engine.kernels import Tiles
 from modelpack_engine.platform.device import Staging, usable_processors
+from modelpack_engine.platform.streams import cpu_stream
 
 if TYPE_CHECKING:
     from modelpack_engine.core.batch import Chunk, StepBatch
@@ -161,7 +162,7 @@ class StepInputs:
         if leader is not None:
             self.second_stream = leader.second_stream
         elif exact and usable_processors() > 1:
-            self.second_stream = mx.new_stream(mx.cpu)
+            self.second_stream = cpu_stream()
         #: The inputs of all groups of layers; the first is this one.
         self.groups: list[StepInputs] = [self]
         self.num_rows = self.num_decode = 0

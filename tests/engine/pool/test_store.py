@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -82,6 +84,26 @@ def test_the_pool_reports_the_progress_of_a_load(tmp_path: Path) -> None:
     assert found[-2][1] == LoadProgress(size, size, warming_up=True)
     assert found[-1][1] is None
     assert {name for name, _ in found} == {"plain"}
+
+
+def test_a_model_that_comes_and_goes_leaves_nothing(store: LayoutStore) -> None:
+    engines, memory = [], []
+
+    async def run() -> None:
+        pool = ModelPool(StoreCatalogue(store, CONFIG), memory=2**30)
+        for _ in range(4):
+            async with pool.lease("tiny") as model:
+                await say(model)
+                engines.append(weakref.ref(model.engine))
+            del model
+            assert await pool.unload(["tiny"]) == ["tiny"]
+            gc.collect()
+            memory.append(mx.get_active_memory())
+        await pool.close()
+
+    asyncio.run(run())
+    assert [engine() for engine in engines] == [None] * 4
+    assert len(set(memory)) == 1, memory
 
 
 @pytest.mark.long
