@@ -48,7 +48,7 @@ class ScriptedEngine:
         self.vocab_size = 257
         self.picture_processor, self.no_vision = None, ""
         self.memory_bytes = 1000
-        self.state = EngineState.READY
+        self.state, self.failure = EngineState.READY, ""
         self.wait: asyncio.Event | None = None
         self.submitted: list[tuple[list[int], SamplingParams, int]] = []
         self.salts: list[bytes] = []

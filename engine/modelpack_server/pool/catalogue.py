@@ -48,10 +48,16 @@ class StoredModel:
 
 
 class PooledEngine(ServingEngine, Protocol):
-    """An engine that a pool runs; `memory_bytes` is the size of its weights and its KV cache."""
+    """An engine that a pool runs; `memory_bytes` is the size of its weights and its KV cache.
+
+    `failure` says why its state is FAILED.
+    """
 
     @property
     def state(self) -> EngineState: ...
+
+    @property
+    def failure(self) -> str: ...
 
     @property
     def memory_bytes(self) -> int: ...

@@ -81,6 +81,12 @@ class Entry:
         return now.after(self.past)
 
     @property
+    def has_failed(self) -> bool:
+        """Whether it is loaded, but its engine has ended: the next use loads it again."""
+        engine = self.engine if self.state is ModelState.READY else None
+        return engine is not None and engine.state is not EngineState.READY
+
+    @property
     def is_wanted(self) -> bool:
         """Whether requests wait for it, because it is loading or was just loaded."""
         return self.state is ModelState.LOADING or bool(self.waiting or self.preloading)
@@ -170,6 +176,8 @@ def readiness(pins: Mapping[str, Pin]) -> tuple[bool, str]:
     for name, pin in pins.items():
         entry = pin.entry
         if entry is not None and entry.state is ModelState.READY:
+            if entry.has_failed and entry.engine is not None:
+                return False, f"the model {name} is loaded again: {entry.engine.failure}"
             continue
         failure = pin.failure or (entry.failure if entry is not None else None)
         if failure is not None:

@@ -223,6 +223,10 @@ class ModelPool:
         if self.is_closing:
             return False, "the server is shutting down"
         ready, why = readiness(self._pins)
+        for pin in self._pins.values():
+            if pin.entry is not None and pin.entry.has_failed:
+                # No request may come to load it again while the server is not ready.
+                self._spawn(self._revive(pin.entry))
         if not ready and access.is_restricted():  # `why` contains names of models
             return False, "not all models are loaded"
         return ready, why
@@ -335,6 +339,11 @@ class ModelPool:
                 adapters.expected.discard(adapter.base)
             self._spawn(self._load_again(adapter.base))
             raise
+
+    async def _revive(self, entry: Entry) -> None:
+        """Load a model again whose engine has failed."""
+        with suppress(ModelpackError):  # `readiness` tells
+            await self._ready(entry, wait=True)
 
     async def _load_again(self, base: str) -> None:
         """Load a pinned model that could not be loaded with slots for adapters."""

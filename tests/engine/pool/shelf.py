@@ -38,7 +38,7 @@ class IdleEngine:
         self.max_model_len = context
         self.vocab_size = 10
         self.picture_processor, self.no_vision = None, ""
-        self.state = EngineState.READY
+        self.state, self.failure = EngineState.READY, ""
         shelf.alive.append(self)
 
     @property

@@ -231,6 +231,25 @@ async def test_pinned_models_stay_and_make_the_pool_ready() -> None:
 
 
 @loop
+async def test_a_pinned_model_whose_engine_has_failed_is_loaded_again() -> None:
+    shelf = Shelf(a=60)
+    pool = pool_over(shelf, memory=100)
+    pool.pin("a")
+    await pool.start()
+    await pool.preload("a")
+    [engine] = shelf.alive
+    engine.state, engine.failure = EngineState.FAILED, "the device is lost"
+    reason = "the model a is loaded again: the device is lost"
+    assert pool.readiness() == pool.readiness() == (False, reason)
+    await settle(pool)
+    await pool.preload("a")
+    assert pool.readiness() == (True, "")
+    assert (shelf.loads, len(shelf.alive)) == (["a", "a"], 1)
+    assert shelf.alive != [engine]
+    await pool.close()
+
+
+@loop
 async def test_a_pinned_model_that_is_unloaded_by_hand_is_pinned_no_more() -> None:
     shelf = Shelf(a=60, b=60)
     pool = pool_over(shelf, memory=100)
