@@ -562,6 +562,7 @@ class AsyncEngine(ModelThread["BaseEngine", EngineCall], EngineClient):
 
     def __init__(self, make_engine: Callable[[], BaseEngine], meter: Meter | None = None) -> None:
         EngineClient.__init__(self)
+        self._last_stats = EngineStats()
         ModelThread.__init__(self, "modelpack-engine", make_engine, meter)
 
     def check_queue(self) -> None:
@@ -609,7 +610,7 @@ class AsyncEngine(ModelThread["BaseEngine", EngineCall], EngineClient):
         return self._ready().kv_cache_bytes
 
     def stats(self) -> EngineStats:
-        return EngineStats() if self._model is None else self._model.stats()
+        return self._last_stats if self._model is None else self._model.stats()
 
     def close(self) -> None:
         self._calls.put(None)
@@ -633,6 +634,8 @@ class AsyncEngine(ModelThread["BaseEngine", EngineCall], EngineClient):
             self.failure = f"the engine failed: {error}"
             self._end(EngineState.FAILED)
             self._fail_streams()
+        finally:
+            self._last_stats = model.stats().counters()
 
     def _end(self, state: EngineState) -> None:
         """Accept no more calls, and fail the queued requests."""
