@@ -318,6 +318,16 @@ class AdapterSlots(Protocol):
         """Set the sequence's slot; its adapter stays in memory until it has ended."""
 
 
+def check_room(num_waiting: int, num_sequences: int, max_waiting: int) -> None:
+    """Raise `QueueFullError` if a queue of `num_waiting` has no room for so many sequences."""
+    if num_waiting + num_sequences > max_waiting:
+        raise QueueFullError(
+            f"the queue is full: {num_waiting} sequences wait, the limit is {max_waiting}",
+            retry_after=RETRY_AFTER,
+            hint="try again later",
+        )
+
+
 class Scheduler:
     """Continuous batching over one pool of blocks.
 
@@ -435,14 +445,7 @@ class Scheduler:
 
     def check_queue(self, num_sequences: int = 1) -> None:
         """Raise `QueueFullError` if the queue has no room for so many sequences now."""
-        num_waiting = len(self._waiting)
-        if num_waiting + num_sequences > self.config.max_waiting:
-            raise QueueFullError(
-                f"the queue is full: {num_waiting} sequences wait, the limit is "
-                f"{self.config.max_waiting}",
-                retry_after=RETRY_AFTER,
-                hint="try again later",
-            )
+        check_room(len(self._waiting), num_sequences, self.config.max_waiting)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
         """End a request, or its choice `index`; return the sequences that were unfinished."""

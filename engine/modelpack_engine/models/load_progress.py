@@ -75,6 +75,12 @@ def read(share: float) -> None:
         watch.report(max(watch.latest.completed, int(total * min(share, 1.0))), total)
 
 
+def forward(progress: LoadProgress) -> None:
+    """Report the progress of a load in another process."""
+    if (watch := _watch.get()) is not None:
+        watch.report(progress.completed, progress.total, warming_up=progress.warming_up)
+
+
 def warm_up() -> None:
     """Report that the weights are read, and the engine allocates, tests and compiles."""
     if (watch := _watch.get()) is not None:

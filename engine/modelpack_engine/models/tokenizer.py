@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -86,6 +86,20 @@ class Tokenizer:
         self.special_token_ids = frozenset(at for at, token in added.items() if token.special)
         self._bytes = {at: token.content.encode() for at, token in added.items()}
         self._text = text
+
+    def __reduce__(self) -> tuple[Callable[[], Tokenizer], tuple[()]]:
+        """Pickle the arguments: locks and caches stay here."""
+        made = partial(
+            Tokenizer,
+            self._backend,
+            text=self._text,
+            eos_token_ids=self.eos_token_ids,
+            bos=self.bos,
+            special_tokens=self._special_tokens,
+            chat_template=self._chat_template,
+            strip_leading_space=self.strips_leading_space,
+        )
+        return made, ()
 
     @property
     @_guarded

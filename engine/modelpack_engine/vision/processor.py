@@ -75,6 +75,10 @@ class InputMemory:
         self.nbytes = 0
         self._lock = threading.RLock()  # a garbage collection may free inputs while it is held
 
+    def __reduce__(self) -> tuple[type[InputMemory], tuple[int]]:
+        """Pickle the limit: inputs are counted in the process that makes them."""
+        return InputMemory, (self.max_bytes,)
+
     def add(self, media: Media, before: int) -> None:
         """Count a picture of a request that has `before` bytes of inputs already.
 

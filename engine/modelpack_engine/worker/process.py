@@ -77,10 +77,9 @@ class WorkerProcess:
     """
 
     def __init__(self, memory: int, *, program: str = PROGRAM, purpose: str = "render") -> None:
-        # -I and -S ignore the environment and the hooks of site-packages, and start quickly.
-        python = [sys.executable, "-I", "-S", "-c", _START.format(program)]
         self._process = subprocess.Popen(
-            [*python, str(memory), purpose, _search_path()],
+            # -I and -S ignore the environment and the hooks of site-packages, and start quickly.
+            python_command(program, str(memory), purpose, flags=("-I", "-S")),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -173,10 +172,14 @@ class WorkerProcess:
         return data
 
 
-def _search_path() -> str:
-    """Return the worker's `sys.path` as JSON: ours, and the directories of our packages."""
+def python_command(program: str, *arguments: str, flags: tuple[str, ...] = ()) -> list[str]:
+    """Return a command that runs `main` of the module `program` in another Python.
+
+    Its `sys.path` is ours, with the directories of our packages.
+    """
     packages = [str(Path(next(iter(p.__path__))).parent) for p in (modelpack_engine, modelpack)]
-    return json.dumps(list(dict.fromkeys([*filter(None, sys.path), *packages])))
+    path = json.dumps(list(dict.fromkeys([*filter(None, sys.path), *packages])))
+    return [sys.executable, *flags, "-c", _START.format(program), *arguments, path]
 
 
 def worker_environment() -> dict[str, str]:

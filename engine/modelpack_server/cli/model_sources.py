@@ -91,13 +91,16 @@ class ModelSources:
         if self._directory is not None:
             self._directory.cleanup()
 
-    def catalogue(self, config: EngineConfig, ranks: Ranks | None = None) -> StoreCatalogue:
+    def catalogue(
+        self, config: EngineConfig, ranks: Ranks | None = None, *, engine_process: bool = False
+    ) -> StoreCatalogue:
         """Return the models of the store, and all files that were opened or will be."""
         from modelpack_server.pool.store_catalogue import StoreCatalogue
 
         return StoreCatalogue(
-            self._settings.store(), config, ranks, self._remote, self._files, self.adapters
-        )
+            self._settings.store(), config, ranks, self._remote, self._files, self.adapters,
+            engine_process=engine_process,
+        )  # fmt: skip
 
     def open(self, typed: str) -> Found:
         """Return the model at the path `typed` or of this name, pulled if it is not stored.

@@ -255,6 +255,10 @@ def _media_hosts(
     help="Split each model across N GPUs of this machine, or across the ranks of mlx.launch.",
 )  # fmt: skip
 @click.option(
+    "--engine-process/--no-engine-process", default=False, show_default=True,
+    help="Run each generating model in a process of its own, which shares no GIL with the server.",
+)  # fmt: skip
+@click.option(
     "--allow-request-templates", is_flag=True,
     help="Accept chat templates in requests from callers with a key for all models or, without "
     "keys, from this machine.",
@@ -296,6 +300,7 @@ def serve(
     memory: int | None,
     runtime_flags: str | None,
     tensor_parallel_size: int | None,
+    engine_process: bool,
     allow_request_templates: bool,
     media_hosts: tuple[str, ...],
     share_prefix_cache: bool,
@@ -347,6 +352,11 @@ def serve(
         raise UsageError("--merge requires an adapter", hint="give --adapter NAME=REF|DIR")
     if len({found.name for found in opened}) < len({found.model.digest for found in opened}):
         raise UsageError("two files have the same name", hint="rename one, or serve it elsewhere")
+    if engine_process and is_parallel(tensor_parallel_size):
+        raise UsageError(
+            "--engine-process cannot be combined with --tensor-parallel-size",
+            hint="leave out one of them",
+        )
     pull_draft(engine, settings.store(), settings, remote)
     ranks = None
     if is_parallel(tensor_parallel_size):
@@ -365,7 +375,7 @@ def serve(
 
     def pool() -> ModelPool:
         made = ModelPool(
-            sources.catalogue(engine, ranks),
+            sources.catalogue(engine, ranks, engine_process=engine_process),
             settings=chosen,
             memory=budget,
             keep_alive=seconds,

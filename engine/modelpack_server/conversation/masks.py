@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models.tokenizer import Tokenizer
@@ -126,17 +127,23 @@ def make_masks(
         return make
     closing_ids = tuple(model.tokenizer.encode(markers.closing, add_special_tokens=False))
 
-    def budgeted() -> CopyableMask:
-        return ReasoningBudget(
-            budget,
-            model.tokenizer,
-            opening=None if starts_reasoning else markers.opening,
-            closing=markers.closing,
-            closing_ids=closing_ids,
-            inner=make() if make is not None else None,
-        )
+    return partial(
+        _budgeted,
+        make,
+        budget,
+        model.tokenizer,
+        opening=None if starts_reasoning else markers.opening,
+        closing=markers.closing,
+        closing_ids=closing_ids,
+    )
 
-    return budgeted
+
+def _budgeted(
+    make: MakeMask | None, budget: int, tokens: Tokenizer, **markers: Any
+) -> ReasoningBudget:
+    """Return a mask that limits reasoning; can be pickled, in a partial, for another process."""
+    inner = make() if make is not None else None
+    return ReasoningBudget(budget, tokens, **markers, inner=inner)
 
 
 def text_mask(model: ServedModel, constraint: Constraint) -> MakeMask:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from modelpack.artifacts.digest import Digest
@@ -27,6 +28,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import EngineError, ModelLoadError
 from modelpack_engine.platform import blas
+from modelpack_engine.process_engine import ProcessEngine
 from modelpack_server.pool.adapters import Adapters, ServedAdapter, base_of
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.model_defaults import (
@@ -62,7 +64,7 @@ class StoreCatalogue:
     With `ranks`, an engine runs on all of them, so only one generating model can be loaded. If
     `remote` has a trust policy, only models that satisfy it are loaded. `files` has further models,
     whose names come first. `adapters` are loaded with the models that they change; their names come
-    before all others.
+    before all others. With `engine_process`, generating models run in processes of their own.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class StoreCatalogue:
         remote: RemoteOptions | None = None,
         files: Sequence[LayoutStore] = (),
         adapters: Adapters | None = None,
+        *,
+        engine_process: bool = False,
     ) -> None:
         blas.prepare()
         self.ranks = ranks
@@ -81,6 +85,7 @@ class StoreCatalogue:
         self.store = store or LayoutStore()
         self.adapters = Adapters() if adapters is None else adapters
         self._files = files
+        self._engine_process = engine_process
         self.config = config or EngineConfig()
         self._abilities: dict[Digest, tuple[Purpose, bool, bool]] = {}
         self._of_templates: dict[Digest, tuple[str, ...]] = {}
@@ -269,17 +274,20 @@ class StoreCatalogue:
         chosen = self._with_slots(chosen, model.key, opened.files)
         draft = draft_files(chosen, self.store, self.remote)
 
-        def config(_context: int, weight_bytes: int) -> EngineConfig:
-            if "gpu_memory_utilization" in settings.engine_fields():
-                return chosen  # the model's own settings say how much memory it may use
-            return _within(chosen, weight_bytes + self.adapters.bytes_of(model.key), room)
-
-        def make_engine() -> BaseEngine:
-            if self.ranks is None:
-                return load_model(opened, chosen, config, draft)
-            return load_on_ranks(self.ranks, opened, self.config, config)
-
-        engine = AsyncEngine(make_engine, meter)
+        if "gpu_memory_utilization" in settings.engine_fields():
+            room = None  # the model's own settings say how much memory it may use
+        config = partial(_within, chosen, self.adapters.bytes_of(model.key), room)
+        make_engine: Callable[[], BaseEngine]
+        if self.ranks is None:
+            files = replace(opened, store=None, remote=None)  # what is left to do needs neither
+            make_engine = partial(load_model, files, chosen, config, draft)
+        else:
+            make_engine = partial(load_on_ranks, self.ranks, opened, self.config, config)
+        engine: EngineClient
+        if self._engine_process:
+            engine = ProcessEngine(make_engine, meter)
+        else:
+            engine = AsyncEngine(make_engine, meter)
         try:
             _wait_until_ready(engine)
         except AdapterError as error:
@@ -479,13 +487,18 @@ def _described(model: Model, names: tuple[str, ...]) -> StoredModel:
     )
 
 
-def _within(config: EngineConfig, weight_bytes: int, room: int | None) -> EngineConfig:
-    """Return `config` with a KV cache that fits into `room` together with the weights."""
+def _within(
+    config: EngineConfig, adapter_bytes: int, room: int | None, _context: int, weight_bytes: int
+) -> EngineConfig:
+    """Return `config` with a KV cache that fits into `room` together with the weights.
+
+    A function of the module, since a process of an engine has to find it.
+    """
     if room is None or config.kv_cache_bytes is not None:
         return config
     from modelpack_engine.runner.kv_cache_size import on_gpu
 
-    left = max(0, room - weight_bytes)
+    left = max(0, room - weight_bytes - adapter_bytes)
     if on_gpu():  # leave memory for other models: by default the engine would use nearly all of it
         return replace(config, kv_cache_bytes=int(left * _KV_SHARE))
     return replace(config, kv_cache_bytes=left) if left < _KV_BYTES else config

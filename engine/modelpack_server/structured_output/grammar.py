@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
@@ -237,6 +238,12 @@ class GrammarVocabulary:
         self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
         source = _Source(tokenizer, size, ends[0], special)
         self.tokenizer = LLTokenizer(TokenizerWrapper(source), n_vocab=size, eos_token=ends)
+        self._made_of = weakref.ref(tokenizer), vocab_size
+
+    def __reduce__(self) -> tuple[Callable[..., GrammarVocabulary], tuple[Any, ...]]:
+        """Pickle the tokenizer: the vocabulary is made again."""
+        tokenizer, vocab_size = self._made_of
+        return grammar_vocabulary, (tokenizer(), vocab_size)
 
     def special_token(self, text: str) -> int | None:
         """Return the id of the special token with this text, or None."""
@@ -368,12 +375,22 @@ class GrammarMask:
 
 
 class Grammar:
-    """A compiled constraint for any number of concurrent choices."""
+    """A compiled constraint for any number of concurrent choices.
 
-    def __init__(self, matcher: LLMatcher, what: str, param: str) -> None:
+    `compile_again` returns an equal grammar. It is what is pickled: an engine in another process
+    compiles the constraint there.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, what: str, param: str, compile_again: Callable[[], Grammar]
+    ) -> None:
         self._matcher = matcher
         self._what = what
         self._param = param
+        self._compile_again = compile_again
+
+    def __reduce__(self) -> tuple[Callable[[], Grammar], tuple[()]]:
+        return self._compile_again, ()
 
     @_guarded
     def mask(self) -> GrammarMask:
@@ -426,7 +443,10 @@ def compile_constraint(
         raise RequestError(f"{what} cannot be compiled: {error}", param=param) from error
     if matcher.is_error():
         raise RequestError(f"{what} cannot be compiled: {_reason(matcher)}", param=param)
-    return Grammar(matcher, what, param)
+    again = partial(
+        compile_constraint, constraint, vocabulary, reasoning=reasoning, calls=calls, param=param
+    )
+    return Grammar(matcher, what, param, again)
 
 
 def _body(constraint: Constraint, vocabulary: GrammarVocabulary) -> dict[str, Any]:

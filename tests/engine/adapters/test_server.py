@@ -94,16 +94,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(store, root / "2")
 
 
-@pytest.fixture(scope="module")
-def url(world: World) -> Iterator[str]:
-    """A server of the base with `one`, an artifact, and `two`, a directory."""
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.long)])
+def url(request: pytest.FixtureRequest, world: World) -> Iterator[str]:
+    """A server of the base with `one`, an artifact, and `two`, a directory.
+
+    Its engine runs in the server's process, or in one of its own.
+    """
     with world.sources() as sources:
         found = sources.open(BASE)
         sources.add_adapter("one", ONE, [found])
         sources.add_adapter("two", str(world.directory), [found])
 
         def pool() -> ModelPool:
-            made = ModelPool(sources.catalogue(CONFIG))
+            made = ModelPool(sources.catalogue(CONFIG, engine_process=request.param))
             made.pin(found.name)
             made.alias("gpt", str(found.model.digest))
             return made

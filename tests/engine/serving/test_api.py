@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import requests
 
-from modelpack_engine.async_engine import AsyncEngine
+from modelpack_engine.async_engine import AsyncEngine, EngineClient
+from modelpack_engine.process_engine import ProcessEngine
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import EOS, TinyCatalogue, reference_tokens
@@ -33,15 +34,15 @@ def wait_until_ready(url: str) -> None:
     pytest.fail("the server does not become ready")
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[str, AsyncEngine]]:
-    catalogue = TinyCatalogue()
+@pytest.fixture(scope="module", params=[AsyncEngine, ProcessEngine])
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, EngineClient]]:
+    catalogue = TinyCatalogue(client=request.param)
     with ModelServer(lambda: pinned(catalogue), address="127.0.0.1:0") as server:
         wait_until_ready(server.url)
         yield server.url, catalogue.engines[0]
 
 
-def post(served: tuple[str, AsyncEngine], path: str, **body: Any) -> requests.Response:
+def post(served: tuple[str, EngineClient], path: str, **body: Any) -> requests.Response:
     return requests.post(f"{served[0]}{path}", json={"model": "tiny"} | body, timeout=60)
 
 
@@ -55,7 +56,7 @@ GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "hello"}]} | GREEDY
 
 
-def test_completion_is_what_mlx_lm_gives(served: tuple[str, AsyncEngine]) -> None:
+def test_completion_is_what_mlx_lm_gives(served: tuple[str, EngineClient]) -> None:
     tokenizer = served[1].tokenizer
     answer = post(served, "/v1/completions", prompt="abc", **GREEDY).json()
     expected = reference_tokens(tokenizer.encode("abc"), 6)
@@ -67,7 +68,7 @@ def test_completion_is_what_mlx_lm_gives(served: tuple[str, AsyncEngine]) -> Non
     assert answer["usage"]["completion_tokens"] == 6
 
 
-def test_a_stream_is_the_same_text(served: tuple[str, AsyncEngine]) -> None:
+def test_a_stream_is_the_same_text(served: tuple[str, EngineClient]) -> None:
     whole = post(served, "/v1/completions", prompt="abc", **GREEDY).json()
     stream = events(
         post(
@@ -82,7 +83,7 @@ def test_a_stream_is_the_same_text(served: tuple[str, AsyncEngine]) -> None:
     assert all(event["usage"] is None for event in stream[:-1])
 
 
-def test_chat_whole_and_streamed(served: tuple[str, AsyncEngine]) -> None:
+def test_chat_whole_and_streamed(served: tuple[str, EngineClient]) -> None:
     whole = post(served, "/v1/chat/completions", **CHAT).json()
     assert whole["object"] == "chat.completion"
     message = whole["choices"][0]["message"]
@@ -99,7 +100,7 @@ def test_chat_whole_and_streamed(served: tuple[str, AsyncEngine]) -> None:
     assert all("usage" not in event for event in stream)
 
 
-def test_choices_prompts_and_echo(served: tuple[str, AsyncEngine]) -> None:
+def test_choices_prompts_and_echo(served: tuple[str, EngineClient]) -> None:
     answer = post(
         served, "/v1/completions", prompt=["ab", "cd"], n=2, seed=3, max_tokens=2, echo=True
     ).json()
@@ -108,7 +109,7 @@ def test_choices_prompts_and_echo(served: tuple[str, AsyncEngine]) -> None:
     assert answer["usage"]["prompt_tokens"] == 4
 
 
-def test_echo_with_logprobs_covers_the_prompt(served: tuple[str, AsyncEngine]) -> None:
+def test_echo_with_logprobs_covers_the_prompt(served: tuple[str, EngineClient]) -> None:
     answer = post(
         served, "/v1/completions", prompt="abcd", echo=True, logprobs=2, temperature=0,
         max_tokens=2, ignore_eos=True,
@@ -124,7 +125,7 @@ def test_echo_with_logprobs_covers_the_prompt(served: tuple[str, AsyncEngine]) -
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ends_at_once", [False, True])
 def test_tokens_of_logprobs_join_to_the_text(
-    served: tuple[str, AsyncEngine], stream: bool, ends_at_once: bool
+    served: tuple[str, EngineClient], stream: bool, ends_at_once: bool
 ) -> None:
     letters = served[1].tokenizer.encode("abcdef")
     bias = dict.fromkeys(letters, 60) | {EOS: 100 if ends_at_once else -100}
@@ -148,7 +149,7 @@ def test_tokens_of_logprobs_join_to_the_text(
     assert (found[-1]["finish_reason"], not text) == ("stop", ends_at_once)
 
 
-def test_chat_logprobs(served: tuple[str, AsyncEngine]) -> None:
+def test_chat_logprobs(served: tuple[str, EngineClient]) -> None:
     answer = post(
         served, "/v1/chat/completions", logprobs=True, top_logprobs=2, **CHAT
     ).json()  # fmt: skip
@@ -158,7 +159,7 @@ def test_chat_logprobs(served: tuple[str, AsyncEngine]) -> None:
     assert all(entry["token"] == entry["top_logprobs"][0]["token"] for entry in content)
 
 
-def test_models_health_and_metrics(served: tuple[str, AsyncEngine]) -> None:
+def test_models_health_and_metrics(served: tuple[str, EngineClient]) -> None:
     url = served[0]
     [model] = requests.get(f"{url}/v1/models", timeout=10).json()["data"]
     assert model["id"] == "tiny"
@@ -198,7 +199,7 @@ def test_models_health_and_metrics(served: tuple[str, AsyncEngine]) -> None:
     ],
 )
 def test_bad_requests(
-    served: tuple[str, AsyncEngine],
+    served: tuple[str, EngineClient],
     path: str,
     body: dict[str, Any],
     status: int,
@@ -212,13 +213,13 @@ def test_bad_requests(
         assert param in (error["param"] or "")
 
 
-def test_a_body_that_is_no_json(served: tuple[str, AsyncEngine]) -> None:
+def test_a_body_that_is_no_json(served: tuple[str, EngineClient]) -> None:
     response = requests.post(f"{served[0]}/v1/completions", data=b"{", timeout=10)
     assert response.status_code == 400
     assert "error" in response.json()
 
 
-def test_many_clients_at_once(served: tuple[str, AsyncEngine]) -> None:
+def test_many_clients_at_once(served: tuple[str, EngineClient]) -> None:
     def ask(i: int) -> str:
         answer = post(served, "/v1/completions", prompt=f"p{i % 3}", **GREEDY)
         return str(answer.json()["choices"][0]["text"])
@@ -229,14 +230,14 @@ def test_many_clients_at_once(served: tuple[str, AsyncEngine]) -> None:
     assert texts[:3] * 4 == texts
 
 
-def test_a_full_queue_is_429(served: tuple[str, AsyncEngine]) -> None:
+def test_a_full_queue_is_429(served: tuple[str, EngineClient]) -> None:
     response = post(served, "/v1/completions", prompt=["a"] * 9, n=4, max_tokens=50)
     assert response.status_code == 429
     assert int(response.headers["Retry-After"]) >= 1
     wait_until_idle(served[1])
 
 
-def test_a_client_that_leaves_frees_its_blocks(served: tuple[str, AsyncEngine]) -> None:
+def test_a_client_that_leaves_frees_its_blocks(served: tuple[str, EngineClient]) -> None:
     with requests.post(
         f"{served[0]}/v1/completions",
         json={"model": "tiny", "prompt": "abc", "max_tokens": 250, "stream": True,
@@ -247,7 +248,7 @@ def test_a_client_that_leaves_frees_its_blocks(served: tuple[str, AsyncEngine]) 
     wait_until_idle(served[1])
 
 
-def wait_until_idle(engine: AsyncEngine) -> None:
+def wait_until_idle(engine: EngineClient) -> None:
     """Wait until no request runs; the fixture's timeout limits the wait."""
     done = threading.Event()
     for _ in range(3000):

@@ -22,6 +22,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel, Tokenizer
 from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.models.tokenizer import TokenText
+from modelpack_engine.process_engine import ProcessEngine
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.settings import ModelSettings
 
@@ -97,9 +98,14 @@ class TinyCatalogue:
 
     NAMES = ("tiny", "docker.io/ai/tiny:latest")
 
-    def __init__(self, make_engine: Callable[[], Engine] = chat_engine) -> None:
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine] = chat_engine,
+        client: type[AsyncEngine | ProcessEngine] = AsyncEngine,
+    ) -> None:
         self.make_engine = make_engine
-        self.engines: list[AsyncEngine] = []
+        self.client = client
+        self.engines: list[AsyncEngine | ProcessEngine] = []
 
     def version(self) -> object:
         return 1
@@ -118,7 +124,7 @@ class TinyCatalogue:
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
-        engine = AsyncEngine(self.make_engine, meter)
+        engine = self.client(self.make_engine, meter)
         engine.wait_until_ready(60)
         self.engines.append(engine)
         return LoadedEngine(engine)
