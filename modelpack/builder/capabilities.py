@@ -29,6 +29,7 @@ from modelpack.formats.gguf import MetadataValue, read_gguf_header
 _POOLING: Final = ("embedding", "embedding", "embedding", "other")  # from 1 on; 4 ranks pairs
 # Keys of a config.json that only models with these inputs have.
 _IMAGE_KEYS: Final = ("image_token_id", "image_token_index", "vision_config", "vision_tower")
+_IMAGE_TYPES: Final = ("molmo",)  # whose config.json has none of these keys
 _VIDEO_KEYS: Final = ("video_token_id", "video_token_index")
 _AUDIO_KEYS: Final = ("audio_config", "audio_token_id", "audio_token_index")
 _MAX_TEMPLATE_BYTES: Final = 2 * 1024 * 1024  # as the engine renders at most
@@ -97,9 +98,11 @@ def with_files(
 
 def _media_of(config: Mapping[str, Any]) -> Iterable[str]:
     kinds = {"image": _IMAGE_KEYS, "audio": _AUDIO_KEYS, "video": _VIDEO_KEYS}
-    return [
+    found = [
         kind for kind, keys in kinds.items() if any(config.get(key) is not None for key in keys)
     ]
+    is_seeing = config.get("model_type") in _IMAGE_TYPES and "image" not in found
+    return ["image", *found] if is_seeing else found
 
 
 def _media_of_projector(metadata: Mapping[str, MetadataValue]) -> Iterable[str]:

@@ -27,6 +27,7 @@ DIRECTORIES: list[tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = [
     ({"architectures": ["GPT2LMHeadModel"]}, {}, {}),
     ({"vision_config": {}, "image_token_id": 5}, {}, {"inputTypes": ["text", "image"]}),
     ({"image_token_index": 5}, {}, {"inputTypes": ["text", "image"]}),
+    ({"model_type": "molmo"}, {}, {"inputTypes": ["text", "image"]}),
     (
         {"vision_config": {}, "video_token_id": 5, "audio_config": {}}, {},
         {"inputTypes": ["text", "image", "audio", "video"]},

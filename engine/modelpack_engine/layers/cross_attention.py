@@ -15,8 +15,6 @@ from mlx import nn
 from mlx.nn.layers.base import Module
 from mlx_lm.models import llama
 
-#: Rows of the table of embeddings after those of the vocabulary.
-PICTURE_TOKENS = 8
 #: Ends of the paths of layers whose outputs are kept with pictures, for requests of any adapter.
 SHARED = (".cross_attn.k_proj", ".cross_attn.v_proj")
 
@@ -117,13 +115,9 @@ class CrossAttentionLayer(Module):  # type: ignore[misc]
 
 
 def insert_layers(model: Any, layers: list[int]) -> Crossing:
-    """Replace these layers of a Llama of mlx-lm by layers that attend to pictures.
-
-    Its table of embeddings gets rows for the tokens of pictures, for which it has no logits.
-    """
+    """Replace these layers of a Llama of mlx-lm by layers that attend to pictures."""
     inner, args, crossing = model.model, model.args, Crossing()
     for index in layers:
         inner.layers[index] = CrossAttentionLayer(args, crossing)
     inner.fa_idx = next(at for at in range(len(inner.layers)) if at not in layers)
-    inner.embed_tokens = nn.Embedding(args.vocab_size + PICTURE_TOKENS, args.hidden_size)
     return crossing

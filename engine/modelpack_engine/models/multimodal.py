@@ -16,10 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.layers.cross_attention import PICTURE_TOKENS, insert_layers
+from modelpack_engine.layers.cross_attention import insert_layers
 from modelpack_engine.models.model_config import completed
 from modelpack_engine.patches.corrections import TEXT_PARTS, Classes, corrected
 from modelpack_engine.vision.models import CLASSES
@@ -135,16 +136,20 @@ def _arguments_class(inner: Any, part: str, name: str) -> type:
         @classmethod
         def from_dict(cls, config: Mapping[str, Any]) -> Any:
             text = {**_text(config, part), "model_type": name.partition(".")[0]}
+            if config["model_type"] == "molmo":
+                text |= _molmo_fields(config)
             text = completed(text, inner)
             if name == "deepseek_v2" and not text.get("rope_scaling"):  # mlx-lm's needs one
                 text["rope_scaling"] = {"type": "yarn", "factor": 1.0}
             made = SimpleNamespace(model_type=config["model_type"], text_config=text)
+            made.more_tokens = _more_tokens(config)
             made.num_layers = text.get("num_hidden_layers")  # the next one predicts tokens (MTP)
             if config["model_type"] == "granite4_vision":
                 made.added_layers = _added_layers(config, made.num_layers)
             if config["model_type"] == "mllama":
                 made.cross_layers = _cross_layers(text)
-                text["tie_word_embeddings"] = False  # the table has rows without logits
+            if made.more_tokens:  # the table has rows without logits
+                text["tie_word_embeddings"] = False
             made.inner = inner.from_dict(text)
             return made
 
@@ -170,6 +175,70 @@ def _added_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
                 f" {num_layers}"
             )
     return tuple(sorted(targets - {0}))
+
+
+def _more_tokens(config: Mapping[str, Any]) -> int:
+    """Return the tokens of pictures that have embeddings after the vocabulary, and no logits."""
+    if config["model_type"] == "molmo":
+        return int(config.get("additional_vocab_size", 128))
+    return 8 if config["model_type"] == "mllama" else 0
+
+
+#: Fields of Molmo's config.json that change the output, with the value that is computed.
+_MOLMO_FIELDS: Mapping[str, Any] = {
+    "attention_layer_norm": False, "clip_qkv": None, "layer_norm_type": "rms", "norm_after": False,
+    "qkv_bias": True,
+}  # fmt: skip
+#: Layers of Molmo's blocks, by mlx-lm's names for Qwen 2.
+_MOLMO_LAYERS: Mapping[str, str] = {
+    "attn_norm": "input_layernorm", "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm", "ff_out": "mlp.down_proj",
+}  # fmt: skip
+
+
+def _molmo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a Qwen 2 that computes a Molmo.
+
+    Raises `ModelLoadError` for one with another order of norms.
+    """
+    for name, computed in _MOLMO_FIELDS.items():
+        if config.get(name, computed) != computed:
+            raise ModelLoadError(
+                f"config.json: {name} is not {computed!r}: only Molmo 7B-D and 72B are supported"
+            )
+    return {
+        "intermediate_size": config["intermediate_size"] // 2,
+        "rms_norm_eps": config.get("layer_norm_eps", 1e-5),
+    }
+
+
+def _molmo_tensors(weights: Mapping[str, mx.array], args: Any) -> dict[str, mx.array]:
+    """Return Molmo's tensors by the names of Qwen 2's, of which it joins several."""
+    made: dict[str, mx.array] = {}
+    tables: dict[str, mx.array] = {}
+    queries = args.hidden_size
+    keys = queries // args.num_attention_heads * args.num_key_value_heads
+    for name, value in weights.items():
+        name = name.replace("model.transformer.", f"{_PREFIX}model.", 1)
+        if not name.startswith(f"{_PREFIX}model."):
+            continue
+        path, _, kind = name.removeprefix(f"{_PREFIX}model.").rpartition(".")
+        block, _, layer = path.rpartition(".")
+        block = f"model.{block.replace('blocks.', 'layers.', 1)}"
+        if layer == "att_proj":
+            for part, array in zip("qkv", mx.split(value, [queries, queries + keys]), strict=True):
+                made[f"{block}.self_attn.{part}_proj.{kind}"] = array
+        elif layer == "ff_proj":
+            for part, array in zip(("up", "gate"), mx.split(value, 2), strict=True):
+                made[f"{block}.mlp.{part}_proj.{kind}"] = array
+        elif layer == "wte":
+            tables[kind] = value
+        elif path in ("ff_out", "ln_f"):
+            made[f"{'lm_head' if path == 'ff_out' else 'model.norm'}.{kind}"] = value
+        else:
+            made[f"{block}.{_MOLMO_LAYERS[layer]}.{kind}"] = value
+    embeddings = [tables["embedding"], tables["new_embedding"]]
+    return {**made, "model.embed_tokens.weight": mx.concatenate(embeddings)}
 
 
 def _cross_layers(text: Mapping[str, Any]) -> list[int]:
@@ -215,19 +284,24 @@ def _model_class(inner: Any) -> type[Module]:
         if args.model_type == "paddleocr_vl":  # unlike Ernie 4.5, it rotates halves of heads
             for layer in self.language_model.layers:
                 layer.self_attn.rope.traditional = False
+        if args.more_tokens:
+            rows, width = args.inner.vocab_size + args.more_tokens, args.inner.hidden_size
+            self.language_model.model.embed_tokens = nn.Embedding(rows, width)
         if args.model_type == "mllama":
             self.crossing = insert_layers(self.language_model, args.cross_layers)
 
     def call(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: Any = None) -> Any:
         native = lambda self, *given, **named: self.language_model(*given, **named)  # noqa: E731
         logits = _called(self, inputs, cache, input_embeddings, call=native)
-        if self.model_type == "mllama":  # tokens of pictures are in prompts, and never generated
-            after = [(0, 0)] * (logits.ndim - 1) + [(0, PICTURE_TOKENS)]
+        if self.args.more_tokens:  # these are in prompts, and never generated
+            after = [(0, 0)] * (logits.ndim - 1) + [(0, self.args.more_tokens)]
             logits = mx.pad(logits, after, constant_values=-math.inf)
         return logits
 
     def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         kept = {}
+        if self.model_type == "molmo":
+            weights = _molmo_tensors(weights, self.args.inner)
         for name, value in weights.items():
             name = name.removeprefix("thinker.")
             name = name.replace("model.language_model.", "language_model.model.", 1)

@@ -48,6 +48,9 @@ from modelpack_engine.sampling.plan import (
     plan_draws,
 )
 
+#: The log-probability of tokens that a model never generates, as in vLLM: JSON has no infinity.
+LEAST_LOGPROB = -9999.0
+
 #: Rows processed at once, which bounds the memory for a long chunk of a prompt.
 _ROWS_AT_ONCE = 256
 
@@ -113,12 +116,14 @@ def _gather(
     logits = logits.astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = (mx.take_along_axis(logits, token_ids[:, None], axis=-1) - total)[:, 0]
+    chosen = mx.maximum(chosen, LEAST_LOGPROB)
     k = min(MAX_LOGPROBS, logits.shape[-1]) if num_top else 0
     ids = mx.argpartition(logits, -k, axis=-1)[:, -k:] if k else token_ids[:, None][:, :0]
     values = mx.take_along_axis(logits, ids, axis=-1)
     order = mx.argsort(-values, axis=-1)
     ids = mx.take_along_axis(ids, order, axis=-1).astype(mx.int32)
-    return chosen, ids, mx.take_along_axis(values, order, axis=-1) - total
+    top = mx.take_along_axis(values, order, axis=-1) - total
+    return chosen, ids, mx.maximum(top, LEAST_LOGPROB)
 
 
 Keys = NDArray[np.uint32]

@@ -347,6 +347,49 @@ def _phi3_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> I
     return made
 
 
+#: Molmo's tokens of a picture, by the numbers that its image processor gets for them.
+_MOLMO_TOKENS = ("<im_patch>", "<im_col>", "<im_start>", "<im_end>")
+
+
+def _molmo(config: Mapping[str, Any], made: Made) -> str:
+    """Molmo: rows of the whole picture, and rows of all tiles, each with an end."""
+    return "".join(_MOLMO_TOKENS[token] for token in made["tokens"])
+
+
+class _MolmoProcessor:
+    """Molmo's image processor: mlx-vlm's, in NumPy."""
+
+    def __init__(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        from mlx_vlm.models.molmo.processing_molmo import MolmoImageProcessor
+
+        names = (
+            "base_image_input_size", "image_mean", "image_patch_size", "image_std",
+            "image_token_length_h", "image_token_length_w", "max_crops", "overlap_margins",
+        )  # fmt: skip
+        self._settings = {name: settings[name] for name in names if name in settings}
+        kind: Any = MolmoImageProcessor
+        self._made = kind(**self._settings)
+        height, width = self._made.base_image_input_size
+        if not 0 < height * width * self._made.max_crops <= MAX_SIDE**2:
+            raise ValueError(
+                f"max_crops is {self._made.max_crops}, for tiles of {height} x {width} pixels"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings."""
+        return self._settings
+
+    def __call__(self, images: Any, **_: Any) -> Made:
+        """Return the patches [tiles, patches, values], and the tokens with the place of each."""
+        pixels = np.asarray(images[0], np.float32) / 255
+        with np.errstate(divide="ignore"):  # of a picture as small as the margins
+            patches, tokens, places, masks = self._made.preprocess(pixels, *range(4))
+        return {
+            "pixel_values": patches.astype(np.float32), "image_masks": masks.astype(np.float32),
+            "image_input_idx": places, "tokens": tokens.tolist(),
+        }  # fmt: skip
+
+
 _ANY_RES = ("granite4_vision", "granite_vision", "llava_next", "llava_onevision")
 _INTERNVL = ("internvl", "internvl_chat")
 _LFM2 = ("lfm2-vl", "lfm2_vl")
@@ -360,6 +403,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "gemma3n": _gemma3n,
     "idefics2": _idefics2,
     "mllama": _mllama,
+    "molmo": _molmo,
     "phi3_v": _phi3,
     "kimi_k25": _kimi,
     "kimi_vl": _kimi,
@@ -375,5 +419,6 @@ PROCESSORS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], ImageP
     "kimi_k25": _KimiProcessor,
     "kimi_vl": _KimiProcessor,
     "minicpmv4_6": _MiniCPMProcessor,
+    "molmo": _MolmoProcessor,
     "phi3_v": _phi3_processor,
 }

@@ -52,6 +52,8 @@ class VisionClass:
     `ends` comes after the last picture, and a newline after the text. With `joins`, a picture right
     after another one shares its last token, and a text right after a picture begins with a space.
 
+    With `first`, pictures come before the text of a prompt, and this text before them.
+
     With `cross`, a picture is one token, and layers attend to its keys and values from there to the
     next picture, or the one after pictures that follow each other.
     """
@@ -78,6 +80,7 @@ class VisionClass:
     prefix: bool = False
     joins: bool = False
     cross: bool = False
+    first: str = ""
 
     def folder(self, config: Mapping[str, Any]) -> str:
         """Return the name of mlx-vlm's package for the model of `config`."""
@@ -166,6 +169,12 @@ CLASSES: Mapping[str, VisionClass] = {
     ),
     "mllama": VisionClass(
         placeholder="<|image|>", language={"mllama_text_model": "llama"}, cross=True
+    ),
+    "molmo": VisionClass(
+        placeholder="<|image|>",
+        language={"molmo": "qwen2"},
+        part="<im_patch>",
+        first="<|endoftext|>",
     ),
     "paddleocr_vl": VisionClass(
         placeholder="<|IMAGE_PLACEHOLDER|>", mrope=True, language={"paddleocr_vl": "ernie4_5"}

@@ -39,7 +39,7 @@ _SIZES = ("size", "max_image_size", "crop_size", "pad_size", "tile_size", "scale
 _INPUTS = (
     "pixel_values", "pixel_attention_mask", "image_grid_thw", "image_grid_hws", "image_sizes",
     "image_position_ids", "images_spatial_crop", "spatial_shapes", "tgt_sizes",
-    "aspect_ratio_ids", "aspect_ratio_mask",
+    "aspect_ratio_ids", "aspect_ratio_mask", "image_input_idx", "image_masks",
 )  # fmt: skip
 #: Fields of an image processor with a number of tiles of a picture.
 _TILES = ("max_patches", "max_tiles", "max_image_tiles", "max_slice_nums")
@@ -147,6 +147,9 @@ class PictureProcessor:
         needs, token = self._needs, self.image_token
         if needs.joins:
             return re.sub(rf"{re.escape(token)}(?=[^\s<])", f"{token} ", text)
+        if needs.first and token in text:
+            rest = text.replace(token, "").removeprefix(needs.first).lstrip()
+            return f"{needs.first}{token * text.count(token)} {rest}"
         if needs.prefix and token in text:
             before, _, after = text.rpartition(token)
             ends = "" if after.startswith(needs.ends) else needs.ends
@@ -389,7 +392,8 @@ def with_image_token(config: Mapping[str, Any], encode: Encode) -> dict[str, Any
     named = next((config[name] for name in _TOKEN_IDS if config.get(name) is not None), None)
     if len(ids) != 1 or named not in (None, ids[0]):
         raise ModelLoadError(f"{token!r} is not the token {named} of config.json")
-    vision = config.get(needs.vision_part)
+    # Published files of Molmo have none: all models have the same tower.
+    vision = config.get(needs.vision_part, {} if needs.first else None)
     return {
         **config, "image_token_id": ids[0], "image_token_index": ids[0], "vision_config": vision
     }  # fmt: skip

@@ -74,6 +74,7 @@ _LANGUAGE = (
     "mtp.",
     "talker.",
     "code2wav.",
+    "transformer.",
 )
 
 
@@ -593,6 +594,24 @@ def _mllama_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return {n.replace("vision_model.", "vision_tower.", 1): value for n, value in weights.items()}
 
 
+def _molmo_parts(package: Any, config: Any) -> dict[str, Module]:
+    return {"vision_tower": package.VisionModel(config.vision_config)}
+
+
+def _molmo_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Return the rows of a picture in the order of its tokens, whose embedding is added to each."""
+    embedding = tower._table.embed_tokens(mx.array(tower._soft_ids[:1]))
+    pixels = inputs["pixel_values"][None].astype(embedding.dtype)
+    rows, _ = tower.vision_tower(pixels, inputs["image_masks"][None])
+    places = np.array(inputs["image_input_idx"]).ravel()
+    order = np.argsort(places, kind="stable")[(places < 0).sum() :]
+    return cast(mx.array, rows.reshape(-1, tower._width)[mx.array(order)] + embedding)
+
+
+def _molmo_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {n.replace("vision_backbone.", "vision_tower.", 1): v for n, v in weights.items()}
+
+
 def _phi3_parts(package: Any, config: Any) -> dict[str, Module]:
     return {"vision_embed_tokens": package.VisionModel(config)}
 
@@ -674,6 +693,7 @@ def _kimi_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 _RENAMED: Mapping[str, Callable[[dict[str, mx.array]], dict[str, mx.array]]] = {
     "kimi_k25": _kimi_names,
     "mllama": _mllama_names,
+    "molmo": _molmo_names,
     "paddleocr_vl": _paddle_names,
     "qwen3_omni_moe": _omni_names,
 }
@@ -697,6 +717,7 @@ _PARTS: Mapping[
     "idefics2": (_idefics2_parts, _idefics2_rows, False),
     "kimi_k25": (_kimi_parts, _kimi_rows, False),
     "mllama": (_mllama_parts, _mllama_rows, False),
+    "molmo": (_molmo_parts, _molmo_rows, False),
     "paddleocr_vl": (_paddle_parts, _paddle_rows, False),
     "paligemma": (_paligemma_parts, _paligemma_rows, False),
     "phi3_v": (_phi3_parts, _phi3_rows, False),
@@ -807,6 +828,9 @@ def _made_config(package: Any, config: Mapping[str, Any]) -> Any:
         vision = package.VisionConfig.from_dict(given["vision_config"])
         return SimpleNamespace(model_type=given["model_type"], vision_config=vision)
     given.setdefault("audio_config", {})
+    if given["model_type"] == "molmo":  # the language model's sizes, which its tower needs
+        width, hidden = given["hidden_size"], given["intermediate_size"] // 2
+        given["vision_config"] = {"d_model": width, "hidden_size": hidden, **given["vision_config"]}
     if "attention_heads" in given["vision_config"]:  # of mllama
         given["vision_config"]["num_attention_heads"] = given["vision_config"]["attention_heads"]
     made = package.ModelConfig.from_dict(given)

@@ -33,8 +33,14 @@ LATER = [
     "<|audio_start|>",
     "<|audio_pad|>",
     "<|audio_end|>",
+    "<im_patch>",
+    "<im_col>",
+    "<im_start>",
+    "<im_end>",
+    "<|endoftext|>",
 ]
 VOCABULARY_LATER = 352
+LATER_IDS = {text: 320 + index for index, text in enumerate(LATER)}
 BOS = 320
 AUDIO = 328
 GLM_IMAGE = 287
@@ -808,6 +814,68 @@ def _paddle() -> Specimen:
     )  # fmt: skip
 
 
+def _call_molmo(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
+    """Put pictures first, as the authors' processor does; mlx-vlm's takes one."""
+    tokens = range(LATER_IDS["<im_patch>"], LATER_IDS["<im_end>"] + 1)
+    encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+    ids, parts = encode("<|endoftext|>"), []
+    for image in images:
+        pixels = np.asarray(image, np.float32) / 255
+        with np.errstate(divide="ignore"):
+            patches, made, places, masks = processor.image_processor.preprocess(pixels, *tokens)
+        parts.append((patches, np.where(places < 0, places, places + len(ids)), masks))
+        ids = [*ids, *made.tolist()]
+    ids += encode(" " + text.replace("<|image|>", "").lstrip())
+    names = ("pixel_values", "image_input_idx", "image_masks")
+    arrays = (np.concatenate(each).astype(np.float32) for each in zip(*parts, strict=True))
+    given = dict(zip(names, arrays, strict=True))
+    return {
+        **given, "input_ids": np.array([ids]),
+        "image_input_idx": given["image_input_idx"].astype(np.int32),
+    }  # fmt: skip
+
+
+def _stored_molmo(name: str) -> str:
+    name = name.replace("language_model.model.", "model.transformer.")
+    return name.replace("vision_tower.", "model.vision_backbone.")
+
+
+def _molmo() -> Specimen:
+    """As published, its tokens for pictures have embeddings of their own, and no logits.
+
+    mlx-vlm's names of fields are beside those of config.json, which it does not read.
+    """
+    fields = {
+        "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 192,
+    }  # fmt: skip
+    return Specimen(
+        config={
+            "model_type": "molmo", "hidden_size": 64, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 192,
+            "layer_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": VOCABULARY,
+            "embedding_size": VOCABULARY, "additional_vocab_size": 32, "qkv_bias": True,
+            "norm_after": False, "attention_layer_norm": False, "layer_norm_type": "rms",
+            "weight_tying": False, "max_position_embeddings": 1024, **fields,
+            "vision_config": {
+                "image_default_input_size": [32, 32], "image_patch_size": 4,
+                "image_pos_patch_size": 4, "image_emb_dim": 32, "image_num_heads": 2,
+                "image_num_key_value_heads": 2, "image_head_dim": 16, "image_num_layers": 3,
+                "image_mlp_dim": 48, "image_num_pos": 65, "vit_layers": [-1, -2],
+                "d_model": 64, "hidden_size": 96,
+            },
+        },
+        settings={
+            "image_processor_type": "MolmoImageProcessor", "max_crops": 4,
+            "base_image_input_size": [32, 32], "image_patch_size": 4, "overlap_margins": [2, 2],
+            "image_token_length_h": 4, "image_token_length_w": 4,
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+        },
+        processor="molmo.processing_molmo:MolmoProcessor",
+        prompt="<|image|>",
+        call=_call_molmo, stored=_stored_molmo,
+    )  # fmt: skip
+
+
 def _call_mllama(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
     processor.bos_token = ""  # it would add one
     return dict(processor(images=[images], text=[text]))
@@ -971,6 +1039,7 @@ SPECIMENS: Mapping[str, Specimen] = {
     "internvl_chat": _internvl(),
     "llava_next": _any_res("llava_next", {"model_type": "mistral"}, model_type="clip_vision_model"),
     "mllama": _mllama(),
+    "molmo": _molmo(),
     "paddleocr_vl": _paddle(),
     "qwen3_omni_moe": _qwen3_omni(),
     "paligemma": _paligemma(),

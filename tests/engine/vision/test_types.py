@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.models import CLASSES
 from modelpack_engine.vision.processor import PictureProcessor
+from modelpack_engine.vision.towers import _made_config
 from tests.engine.vision import tiny
 from tests.engine.vision.specimens import SPECIMENS
 
@@ -140,6 +142,43 @@ def test_language_models_that_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_after": True}, "norm_after is not False: only Molmo 7B-D and 72B are supported"),
+        ({"attention_layer_norm": True}, "attention_layer_norm is not False"),
+        ({"qkv_bias": False}, "qkv_bias is not True"),
+        ({"intermediate_size": 100}, "cannot|shape|config.json"),
+        ({"hidden_size": 10**9}, "config.json"),
+        ({"additional_vocab_size": 16}, "embed_tokens|shape"),
+    ],
+)
+def test_molmos_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        load(copied("molmo", tmp_path, change), device="cpu")
+
+
+def test_a_published_molmo_has_the_sizes_of_its_language_model() -> None:
+    """Its config.json says nothing about the tower, and mlx-vlm would take those of 7B-D."""
+    config = {
+        "model_type": "molmo", "hidden_size": 8192, "intermediate_size": 59136,
+        "image_token_id": 152066, "vision_config": {},
+    }  # fmt: skip
+    package: Any = importlib.import_module("mlx_vlm.models.molmo")
+    vision = _made_config(package, config).vision_config
+    assert (vision.d_model, vision.hidden_size) == (8192, 29568)
+    assert (vision.image_num_layers, vision.image_default_input_size) == (23, (336, 336))
+
+
+def test_molmo_reads_pictures_before_the_text() -> None:
+    vision = tiny.tiny_loaded("molmo").vision
+    assert vision is not None
+    text = "User: <|image|>What is <|image|>it? Assistant:"
+    spaced = vision.processor.with_spaces(text)
+    assert spaced == "<|endoftext|><|image|><|image|> User: What is it? Assistant:"
+    assert vision.processor.with_spaces(spaced) == spaced
+
+
+@pytest.mark.parametrize(
     ("kind", "change", "reason"),
     [
         ("internvl_chat", {"vision_config": {"hidden_size": 10**9}}, "config.json|cannot build"),
@@ -155,6 +194,9 @@ def test_language_models_that_are_refused(
         ("deepseek_vl_v2", {"tile_tag": "1D"}, "cannot build mlx-vlm's deepseek_vl_v2"),
         ("deepseek_vl_v2", {"vision_config": {"width": 10**9}}, "config.json|cannot build"),
         ("idefics2", {"perceiver_config": {"resampler_n_latents": "x"}}, "cannot build mlx-vlm's"),
+        ("molmo", {"vision_config": {"image_num_layers": 2, "vit_layers": [-9]}}, "cannot"),
+        ("molmo", {"vision_config": {"image_padding_embed": "other"}}, "cannot"),
+        ("molmo", {"vision_config": 3}, "vision_config is missing"),
         ("kimi_k25", {"vision_config": {"num_heads": 1.5}}, "cannot build mlx-vlm's kimi_k25"),
         ("glm4v", {"text_config": {"partial_rotary_factor": 0.25}}, "not M-RoPE"),
     ],
@@ -196,6 +238,9 @@ def test_a_model_without_tiles(tmp_path: Path) -> None:
         ("minicpmv4_6", {"scale_resolution": 10**6}, "scale_resolution is 1000000, the limit"),
         ("phi3_v", {"num_crops": 10**6}, "num_crops is 1000000, for tiles of 336 pixels a side"),
         ("phi3_v", {"num_crops": 0}, "num_crops is 0, for tiles"),
+        ("molmo", {"max_crops": 10**6}, "max_crops is 1000000, for tiles of 32 x 32 pixels"),
+        ("molmo", {"base_image_input_size": [10**6] * 2}, "max_crops is 4, for tiles of 1000000"),
+        ("molmo", {"base_image_input_size": 5}, "preprocessor_config.json"),
         ("minicpmv4_6", {"max_slice_nums": 10**9}, "max_slice_nums is 1000000000, for tiles"),
     ],
 )
