@@ -196,6 +196,8 @@ def _run(job: Mapping[str, Any]) -> dict[str, Any]:
         return _decode(job)
     if job["kind"] == "sound":
         return _decode_sound(job)
+    if job["kind"] == "video":
+        return _decode_video(job)
     from modelpack_engine.templates.environment import TemplateFailedError
     from modelpack_engine.templates.go_template import GoSyntaxError, as_jinja
 
@@ -247,6 +249,19 @@ def _decode_sound(job: Mapping[str, Any]) -> dict[str, Any]:
     except (MemoryError, RecursionError):
         return {"error": "it takes too much memory"}
     return {"value": {}, "raw": samples.tobytes()}
+
+
+def _decode_video(job: Mapping[str, Any]) -> dict[str, Any]:
+    from modelpack_engine.worker.video import BadVideoError, Sampling, decode
+
+    try:
+        seconds, times, frames = decode(job["raw"], Sampling(**job["sampling"]))
+    except BadVideoError as error:
+        return {"value": {"problem": str(error)}}
+    except (MemoryError, RecursionError):
+        return {"error": "it takes too much memory"}
+    found = {"seconds": seconds, "times": times, "shape": frames.shape}
+    return {"value": found, "raw": frames.tobytes()}
 
 
 def _limit(which: int, value: int) -> None:

@@ -180,23 +180,28 @@ def _call(
 
 
 _DIED = "its worker process ended: it takes too much memory or processor time"
-#: Bytes of address space of a worker that decodes pictures and sounds, which it holds four times.
+#: Bytes of address space of a worker that decodes files: pictures and sounds it holds four times,
+#: and of a video 17 frames.
 _MEDIA_MEMORY = 2 * MAX_MEMORY
-_QUEUES = {"render": "their chat template to be rendered", "media": "a file to be decoded"}
+_QUEUES = {
+    "render": "their chat template to be rendered",
+    "media": "a file to be decoded",
+    "video": "a video to be decoded",
+}
 _shared: dict[str, Workers] = {}
 _owner = 0  # the process that has started them
 _lock = threading.Lock()
 
 
 def shared_workers(purpose: str = "render") -> Workers:
-    """Return the workers of this process that "render" templates or decode "media"."""
+    """Return the workers of this process that "render" templates, or decode "media" or "video"."""
     global _owner
     with _lock:
         if _owner != os.getpid():  # workers of a parent process belong to it
             _shared.clear()
             _owner = os.getpid()
         if purpose not in _shared:
-            memory = _MEDIA_MEMORY if purpose == "media" else MAX_MEMORY
+            memory = MAX_MEMORY if purpose == "render" else _MEDIA_MEMORY
             _shared[purpose] = Workers(memory=memory, purpose=purpose)
             atexit.register(_shared[purpose].close)
         return _shared[purpose]
