@@ -144,14 +144,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Media:
-    """A picture in a prompt: the `token_ids` from position `start` stand for it.
+    """A picture, a sound or a part of a video: the `token_ids` from position `start` stand for it.
 
-    `digest` is the SHA-256 of the decoded picture and of everything else that the encoder's
+    `digest` is the SHA-256 of the decoded pixels and of everything else that the encoder's
     `inputs` depend on: equal digests mean equal embeddings. `param` names the picture in errors.
-    With M-RoPE, `grid` has the frames, rows and columns of its tokens. Tokens in one of the ranges
-    `bidirectional`, which count from `start`, attend to all others in it: a step computes all of
-    them, or all that are not cached. With `in_windows`, they do so in layers with a window. With
-    `until`, tokens up to this position attend to keys and values that the encoder returns.
+    With M-RoPE, `grid` has the frames, rows and columns of its tokens. With `frame`, it continues
+    the video of the media before it, at that temporal position from the video's first one.
+
+    Tokens in one of the ranges `bidirectional`, which count from `start`, attend to all others in
+    it: a step computes all of them, or all that are not cached. With `in_windows`, they do so in
+    layers with a window. With `until`, tokens up to this position attend to keys and values that
+    the encoder returns.
     """
 
     start: int
@@ -163,6 +166,7 @@ class Media:
     bidirectional: tuple[tuple[int, int], ...] = ()
     in_windows: bool = False
     until: int = 0
+    frame: int | None = None
 
     @property
     def spans(self) -> list[tuple[int, int]]:

@@ -433,10 +433,11 @@ def rope_positions(media: tuple[Media, ...], start: int, stop: int) -> list[list
     """Return the M-RoPE positions [3][stop - start] of tokens `start` to `stop` of a sequence.
 
     Text has three equal positions. A picture's tokens count frames, rows and columns from the next
-    position on; the text after it continues from the largest of them (Qwen2-VL, section 2.1).
+    position on; the text after it continues from the largest of them (Qwen2-VL, section 2.1). Parts
+    of a video all count from where its first one does.
     """
     found: list[list[int]] = [[], [], []]
-    at, shift = start, 0
+    at, shift, first = start, 0, 0
 
     def add_text(end: int) -> None:
         for column in found:
@@ -450,14 +451,16 @@ def rope_positions(media: tuple[Media, ...], start: int, stop: int) -> list[list
         if at < each.start:
             add_text(each.start)
             at = each.start
-        _, height, width = each.grid
-        first = each.start + shift
+        frames, height, width = each.grid
+        if each.frame is None:
+            first = each.start + shift
+        before = each.frame or 0
         for token in range(at - each.start, min(each.stop, stop) - each.start):
             frame, place = divmod(token, height * width)
-            for column, offset in zip(found, (frame, *divmod(place, width)), strict=True):
+            for column, offset in zip(found, (before + frame, *divmod(place, width)), strict=True):
                 column.append(first + offset)
         at = max(at, min(each.stop, stop))
-        shift += max(each.grid) - len(each.token_ids)
+        shift = first + max(before + frames, height, width) - each.stop
     if at < stop:
         add_text(stop)
     return found

@@ -65,6 +65,7 @@ from modelpack_engine.vision.models import (
 from modelpack_engine.vision.processor import with_image_token
 from modelpack_engine.vision.sounds import has_sounds, sound_settings
 from modelpack_engine.vision.towers import open_tower, tower_weights
+from modelpack_engine.vision.videos import VIDEO_CLASSES, video_settings
 
 Device = Literal["cpu", "gpu"]
 
@@ -168,6 +169,14 @@ def may_read_sounds(files: ModelFiles) -> bool:
     config = files.json("config.json") or {}
     decodes = importlib.util.find_spec("miniaudio") is not None
     return decodes and vision_models.may_read_pictures(config) and has_sounds(config)
+
+
+def may_read_videos(files: ModelFiles) -> bool:
+    """Return whether a model reads videos here, by config.json, if its files are complete."""
+    config = files.json("config.json") or {}
+    decodes = importlib.util.find_spec("av") is not None
+    can = vision_models.may_read_pictures(config) and config["model_type"] in VIDEO_CLASSES
+    return decodes and can and files.format != "gguf"
 
 
 def runs_packed(files: ModelFiles, config: EngineConfig, device: Device) -> bool:
@@ -276,6 +285,7 @@ def _with_projector(loaded: LoadedModel, projector: GGUFProjector, dtype: mx.Dty
     tower = projector.tower(loaded.model, dtype)
     weight_bytes = loaded.weight_bytes + evaluate(tower)
     vision = open_vision(tower, projector.config, projector.settings, encode)
+    vision.processor.no_videos = "GGUF files do not say how videos are sampled"
     return replace(loaded, vision=vision, weight_bytes=weight_bytes)
 
 
@@ -412,7 +422,13 @@ def _with_vision(
         sounds = None
         if has_sounds(config):
             sounds = sound_settings(settings, files.json("processor_config.json"))
-        vision = open_vision(tower, config, settings, encode, sounds)
+        videos = None
+        if config["model_type"] in VIDEO_CLASSES:
+            processor = files.json("processor_config.json")
+            videos = video_settings(
+                settings, processor, files.json("video_preprocessor_config.json")
+            )
+        vision = open_vision(tower, config, settings, encode, sounds, videos)
     except EngineError as error:
         reason = _reason(error)
     notes = [*loaded.notes]
@@ -420,6 +436,8 @@ def _with_vision(
         notes.append(f"pictures are not read: {reason}")
     elif vision is not None and vision.processor.no_sounds:
         notes.append(f"sounds are not read: {vision.processor.no_sounds}")
+    elif vision is not None and vision.processor.no_videos:
+        notes.append(f"videos are not read: {vision.processor.no_videos}")
     return replace(
         loaded,
         model=language_tower(loaded.model) if whole else loaded.model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Parts
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +26,7 @@ from modelpack_engine.request import Media
 from modelpack_engine.vision.models import Encode, VisionModel
 from modelpack_engine.vision.processor import Picture, PictureProcessor
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
+from modelpack_engine.vision.videos import Video, VideoProcessor
 
 #: Bytes of embeddings that are kept, and for models with cross-attention, also pictures.
 MAX_CACHE_BYTES, LEAST_PICTURES = 256 * 1024 * 1024, 8
@@ -140,7 +141,8 @@ class VisionEncoder:
             made = self._model.embed(mx.array(media.token_ids, mx.int32), inputs)
             mx.async_eval(made)  # while it runs, the host builds the step
         except _FAILURES as error:
-            what = "sound" if "input_features" in media.inputs else "picture"
+            named = {"input_features": "sound", "pixel_values_videos": "video"}
+            what = next((named[name] for name in media.inputs if name in named), "picture")
             _log.warning("a %s cannot be encoded: %s", what, error)
             raise RequestError(
                 f"{media.param}: the model cannot encode this {what}", param=media.param
@@ -224,12 +226,13 @@ def open_vision(
     settings: Mapping[str, Any],
     encode: Encode,
     sounds: Mapping[str, Any] | None = None,
+    videos: Mapping[str, Any] | None = None,
 ) -> Vision:
     """Return the vision of a loaded model of `vision_classes`.
 
     With `sounds`, the settings of a feature extractor, it also reads sounds, or says why not
-    (`PictureProcessor.no_sounds`). Noise goes through it first: raises `EngineError` if the model
-    cannot read a picture, or if its pixels change nothing.
+    (`PictureProcessor.no_sounds`); the same of `videos`. Noise goes through it first: raises
+    `EngineError` if the model cannot read a picture, or if its pixels change nothing.
     """
     processor = PictureProcessor(config, settings, encode)
     random = np.random.default_rng(0)
@@ -244,6 +247,15 @@ def open_vision(
             _test("audio", model, processor, found.token_id, [*map(Sound, samples)])
         except EngineError as error:
             processor.sounds, processor.no_sounds = None, str(error)
+    if videos is not None:
+        try:
+            processor.videos = shown = VideoProcessor(config, videos, encode)
+            side = 2 * shown.sampling.factor
+            frames = random.integers(0, 256, (2, shown.sampling.group, side, side, 3), np.uint8)
+            clips = [Video(each, (0.0,) * len(each), 0.0) for each in frames]
+            _test("vision", model, processor, shown.token_id, clips)
+        except EngineError as error:
+            processor.videos, processor.no_videos = None, str(error)
     crossing, size = getattr(model, "crossing", None), getattr(model, "picture_bytes", 0)
     most = max(MAX_CACHE_BYTES, LEAST_PICTURES * size)
     processor.max_pictures = most // size if size else 0
@@ -254,7 +266,11 @@ def open_vision(
 
 
 def _test(
-    tower: str, model: Any, processor: PictureProcessor, token_id: int, files: list[Picture | Sound]
+    tower: str,
+    model: Any,
+    processor: PictureProcessor,
+    token_id: int,
+    files: Collection[Picture | Sound | Video],
 ) -> None:
     """Raise `EngineError` unless two files have finite embeddings that differ."""
     made = []

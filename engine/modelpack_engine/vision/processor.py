@@ -1,6 +1,6 @@
 """PictureProcessor: from decoded pictures to the tokens that stand for them, and encoder inputs.
 
-Sounds in the same prompt have a `SoundProcessor`.
+Sounds in the same prompt have a `SoundProcessor`, and videos a `VideoProcessor`.
 
 mlx-vlm's processors expand the placeholders of a text and tokenise it with transformers. Here the
 text is tokenised already, so the placeholder tokens are replaced by those of each picture. Image
@@ -31,6 +31,7 @@ from modelpack_engine.request import Media
 from modelpack_engine.vision.layouts import LAYOUTS, MAX_SIDE, PROCESSORS, SETTINGS, ImageProcessor
 from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, Encode, VisionClass
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
+from modelpack_engine.vision.videos import PLACEHOLDER, Video, VideoProcessor
 
 #: Bytes of the encoder's inputs that all unfinished requests of a model hold together.
 MAX_INPUT_BYTES = 2 * 1024 * 1024 * 1024
@@ -86,14 +87,14 @@ class InputMemory:
         """
         if before + media.nbytes > self.max_bytes:
             raise RequestError(
-                f"{media.param}: the pictures of the request take more than {self.max_bytes} bytes",
+                f"{media.param}: the files of the request take more than {self.max_bytes} bytes",
                 param=media.param,
-                hint="send fewer or smaller pictures",
+                hint="send fewer or smaller files",
             )
         with self._lock:
             if self.nbytes + media.nbytes > self.max_bytes:
                 raise QueueFullError(
-                    f"the pictures of all requests have more than {self.max_bytes} bytes",
+                    f"the files of all requests have more than {self.max_bytes} bytes",
                     retry_after=RETRY_AFTER,
                 )
             self.nbytes += media.nbytes
@@ -139,6 +140,9 @@ class PictureProcessor:
         #: What reads sounds, if the model does; `no_sounds` says why not, if its files should.
         self.sounds: SoundProcessor | None = None
         self.no_sounds = ""
+        #: The same of videos.
+        self.videos: VideoProcessor | None = None
+        self.no_videos = ""
 
     def with_spaces(self, text: str) -> str:
         """Return the text of a prompt with what the model has around pictures and sounds."""
@@ -161,28 +165,38 @@ class PictureProcessor:
         """Why the model reads no sounds; empty if it does."""
         return "" if self.sounds is not None else self.no_sounds or "it has no audio tower"
 
+    @property
+    def why_no_videos(self) -> str:
+        """Why the model reads no videos; empty if it does."""
+        return "" if self.videos is not None else self.no_videos or "its processor takes none"
+
     def place(
         self,
         token_ids: Sequence[int],
-        files: Collection[Picture | Sound],
+        files: Collection[Picture | Sound | Video],
         check_room: Callable[[int], None] = lambda _: None,
     ) -> tuple[list[int], tuple[Media, ...]]:
-        """Return a prompt with the tokens of each picture and sound in place of its placeholder.
+        """Return a prompt with the tokens of each file in place of its placeholder.
 
         Before each file, `check_room` is called with the tokens that the prompt has at least.
         Raises `RequestError` unless the prompt has one placeholder for each file, and if a file
         cannot be processed; `QueueFullError` if those of all requests are too large.
         """
-        sound_id = None if self.sounds is None else self.sounds.token_id
-        count = sum(token_id in (self.image_token_id, sound_id) for token_id in token_ids)
+        kinds: dict[int, type] = {self.image_token_id: Picture}
+        named, what = [self.image_token], "pictures"
+        if self.sounds is not None:
+            kinds[self.sounds.token_id], what = Sound, "files"
+            named.append(self.sounds.token)
+        if self.videos is not None:
+            kinds[self.videos.token_id], what = Video, "files"
+            named.append(PLACEHOLDER)
+        count = sum(token_id in kinds for token_id in token_ids)
         if count != len(files):
-            named, what = self.image_token, "pictures"
-            if self.sounds is not None:
-                named, what = f"{named} and {self.sounds.token}", "files"
+            tokens = " and ".join(named)
             raise RequestError(
-                f"the prompt has {count} placeholders {named} for {len(files)} {what}",
+                f"the prompt has {count} placeholders {tokens} for {len(files)} {what}",
                 param="messages",
-                hint=f"leave {named} out of the text",
+                hint=f"leave {tokens} out of the text",
             )
         if self.max_pictures and count > self.max_pictures:
             raise RequestError(
@@ -192,29 +206,44 @@ class PictureProcessor:
             )
         placed: list[int] = []
         media: list[Media] = []
+        nbytes, position = 0, 0
         left = iter(files)
-        for position, token_id in enumerate(token_ids):
-            if token_id not in (self.image_token_id, sound_id):
-                placed.append(token_id)
+        while position < len(token_ids):
+            kind = kinds.get(token_ids[position])
+            if kind is None:
+                placed.append(token_ids[position])
+                position += 1
                 continue
             check_room(len(placed) + len(token_ids) - position)
             file = next(left)
-            if isinstance(file, Sound) != (token_id == sound_id):
+            if not isinstance(file, kind):
                 raise RequestError(
                     f"{file.param}: the prompt has the placeholder of another kind of file here",
                     param=file.param,
                 )
-            if isinstance(file, Sound):
-                assert self.sounds is not None
-                made = self.sounds.media(file, len(placed))
+            if isinstance(file, Video):
+                assert self.videos is not None
+                after = self.videos.unwrapped(placed, token_ids[position + 1 :])
+                position += after
+                rest = len(token_ids) - position - 1
+                check_room(len(placed) + self.videos.num_tokens(file) + rest)
+                tokens_of, parts = self.videos.place(file, len(placed))
             else:
-                shared = placed[-1] if media and media[-1].stop == len(placed) else None
-                made = self._media(file, len(placed), len(media), len(files), shared)
-                if self._needs.cross:
-                    made = replace(made, until=_end(token_ids, position))
-            self.memory.add(made, sum(each.nbytes for each in media))
-            media.append(made)
-            placed += made.token_ids
+                if isinstance(file, Sound):
+                    assert self.sounds is not None
+                    made = self.sounds.media(file, len(placed))
+                else:
+                    shared = placed[-1] if media and media[-1].stop == len(placed) else None
+                    made = self._media(file, len(placed), len(media), len(files), shared)
+                    if self._needs.cross:
+                        made = replace(made, until=_end(token_ids, position))
+                tokens_of, parts = list(made.token_ids), [made]
+            for part in parts:
+                self.memory.add(part, nbytes)
+                nbytes += part.nbytes
+            media += parts
+            placed += tokens_of
+            position += 1
         if self._needs.prefix and media:
             media = [self._prompt(placed, media)]
         return placed, tuple(media)

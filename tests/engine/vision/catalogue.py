@@ -13,14 +13,16 @@ from modelpack_engine.embedding.encoder_checkpoint import is_encoder
 from modelpack_engine.models.multimodal import TEXT_TYPES
 from modelpack_engine.vision.models import CLASSES
 from modelpack_engine.vision.sounds import SOUND_CLASSES
+from modelpack_engine.vision.videos import VIDEO_CLASSES
 from tests.engine.zoo.excluded import EXCLUDED
 
 HEAD = """
 ## Model types of mlx-vlm
 
-Support for the model types of mlx-vlm {version}. Those that read pictures or sounds are
-compared with its single-request path ([how](pictures.md)); "text" are those that run with mlx-lm's
-class, without their pictures or sound if they have a tower; "embeddings" have a class of our own.
+Support for the model types of mlx-vlm {version}. Those that read pictures, sounds or
+videos are compared with its single-request path ([how](pictures.md)); "text" are those that run
+with mlx-lm's class, without their pictures or sound if they have a tower; "embeddings" have a class
+of our own.
 
 | model type | here | |
 |---|---|---|
@@ -111,7 +113,8 @@ def outcome(name: str) -> tuple[str, str]:
     """Return what becomes of a model type, and the reason if it is not all that mlx-vlm does."""
     kind = _TYPES.get(name, name)
     if kind in CLASSES:
-        return ("pictures and sounds" if kind in SOUND_CLASSES else "pictures"), ""
+        more = {"sounds": SOUND_CLASSES, "videos": VIDEO_CLASSES}
+        return " and ".join(["pictures", *(name for name in more if kind in more[name])]), ""
     if is_encoder({"model_type": kind}):
         return "embeddings", ""
     if kind in TEXT_TYPES:

@@ -331,7 +331,7 @@ def test_the_inputs_of_unfinished_requests_are_bounded() -> None:
     memory = engine.vision.processor.memory
     assert memory.nbytes == first.media[0].nbytes
     memory.max_bytes = memory.nbytes
-    with pytest.raises(QueueFullError, match="the pictures of all requests have more than"):
+    with pytest.raises(QueueFullError, match="the files of all requests have more than"):
         request(engine, "<image>What is it?", [TWO])  # however far the first one is
     engine.add_request("first", first)
     del first
@@ -340,7 +340,7 @@ def test_the_inputs_of_unfinished_requests_are_bounded() -> None:
     run(engine, request(engine, "hello", []))  # the engine holds its last step
     assert memory.nbytes == 0
     request(engine, "<image>What is it?", [TWO])
-    with pytest.raises(RequestError, match="the pictures of the request take more than"):
+    with pytest.raises(RequestError, match="the files of the request take more than"):
         request(engine, "<image><image>", [ONE, TWO])
     assert memory.nbytes == 0
 

@@ -1,0 +1,313 @@
+"""Videos in an engine's prompts: the tokens are those of mlx-vlm's single-request path."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelpack_engine.core import batch
+from modelpack_engine.core.batch import rope_positions
+from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
+from modelpack_engine.models import load
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.request import Media
+from modelpack_engine.vision.videos import Video, VideoProcessor
+from modelpack_engine.worker.video import MAX_FRAMES, MAX_SAMPLED_PIXELS, Sampling
+from tests.engine.vision import tiny, watching
+from tests.engine.vision.tiny import picture, run, tiny_engine
+from tests.engine.vision.watching import MIXED, STAMPED, expected, request, video
+
+ONE, TWO, ODD = video(1), video(2, 4, 16, 24), video(3, 5)
+PROMPTS: dict[str, tuple[str, list[Any]]] = {
+    "one video": ("<video>What happens?", [ONE]),
+    "two videos": ("this is <video> and that is <video>, see?", [ONE, TWO]),
+    "an odd number of frames": ("<video>?", [ODD]),
+    "the same twice": ("<video> or <video>", [TWO, TWO]),
+    "a picture and a video": ("<image> of <video>?", [picture(1), TWO]),
+    "a video and a picture": ("<video> with <image>?", [ONE, picture(1)]),
+}
+#: Those that others stand for.
+SLOW = ("qwen2_vl", "qwen3_vl_moe", *tiny.HYBRID)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=[pytest.mark.long] * (k in SLOW)) for k in watching.KINDS],
+)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_tokens_are_those_of_mlx_vlm(kind: str, name: str) -> None:
+    text, files = PROMPTS[name]
+    if kind not in MIXED and "picture" in name:
+        pytest.skip("mlx-vlm encodes one kind of file of a prompt")
+    engine = tiny_engine(kind, max_num_batched_tokens=256)
+    assert engine._runner.tier == "paged"
+    made = request(engine, text, files)
+    assert [*made.prompt_token_ids] == watching.inputs_of(kind, text, files)["input_ids"][
+        0
+    ].tolist()
+    assert run(engine, made) == [expected(kind, text, files)]
+
+
+def test_another_order_of_frames_changes_the_answer(kind: str) -> None:
+    """The control."""
+    engine = tiny_engine(kind)
+    backwards = dataclasses.replace(ONE, frames=ONE.frames[::-1].copy())
+    text, _ = PROMPTS["one video"]
+    [first], [second] = (run(engine, request(engine, text, [each])) for each in (ONE, backwards))
+    assert first == expected(kind, text, [ONE])
+    assert second == expected(kind, text, [backwards])
+    assert first != second
+
+
+def test_another_rate_changes_the_answer(kind: str) -> None:
+    """Of models that see the time of frames: Qwen2-VL counts them."""
+    engine = tiny_engine(kind)
+    slowly = Video(ONE.frames, tuple(3 * time for time in ONE.times), 3 * ONE.seconds)
+    text, _ = PROMPTS["one video"]
+    [first], [second] = (run(engine, request(engine, text, [each])) for each in (ONE, slowly))
+    assert (first == second) == (kind == "qwen2_vl")
+
+
+@pytest.mark.parametrize("rows", [8, 17, 32])
+def test_chunks_split_videos(kind: str, rows: int) -> None:
+    text, files = PROMPTS["two videos"]
+    engine = tiny_engine(kind, max_num_batched_tokens=rows)
+    assert run(engine, request(engine, text, files)) == [expected(kind, text, files)]
+
+
+def test_one_batch_with_other_requests(kind: str) -> None:
+    engine = tiny_engine(kind, max_num_batched_tokens=24)
+    asked: list[tuple[str, list[Any]]] = [
+        ("hello there", []), PROMPTS["one video"], ("<image>What is it?", [picture(2)]),
+        PROMPTS["two videos"],
+    ]  # fmt: skip
+    made = [request(engine, *each) for each in asked]
+    assert run(engine, *made) == [expected(kind, *each) for each in asked]
+    assert engine.stats().num_mixed_steps > 0
+
+
+def test_the_prefix_cache_changes_nothing(kind: str) -> None:
+    text, files = PROMPTS["two videos"]
+    want = [expected(kind, text, files)]
+    for cached in (True, False):
+        engine = tiny_engine(kind, enable_prefix_caching=cached, block_size=8)
+        made = request(engine, text, files)
+        assert [run(engine, made) for _ in range(2)] == [want, want]
+        assert (engine.stats().cached_tokens > 0) == (cached and kind not in tiny.HYBRID)
+
+
+def test_a_second_question_encodes_no_frame_again() -> None:
+    engine = tiny_engine("qwen2_5_vl", block_size=8)
+    run(engine, request(engine, "<video>What is it?", [ONE]))
+    assert engine.vision is not None
+    assert engine.vision.encoder.misses == 3  # groups of two frames
+    again = dataclasses.replace(ONE, frames=ONE.frames.copy())
+    run(engine, request(engine, "Who is in <video>?", [again]))
+    assert engine.vision.encoder.misses == 3
+    assert engine.stats().cached_tokens == 0
+    run(engine, request(engine, "<video>What else?", [ONE]))
+    assert engine.stats().cached_tokens > 0
+
+
+def test_prefixes_of_other_frames_are_not_shared() -> None:
+    """Nor are those of the same frames at another time."""
+    text, _ = PROMPTS["one video"]
+    frames = ONE.frames.copy()
+    frames[0, 0, 0] ^= 255
+    slowly = Video(ONE.frames, ONE.times, 2 * ONE.seconds)
+    for other, shared in ((Video(frames, ONE.times, ONE.seconds), 0), (slowly, 4)):
+        engine = tiny_engine("qwen2_5_vl", block_size=4)
+        run(engine, request(engine, f"abc{text}", [ONE]))
+        run(engine, request(engine, f"abc{text}", [other]))
+        # Three letters and the token that begins a video, and then its first group.
+        assert engine.stats().cached_tokens == 4 + shared
+
+
+def test_a_step_with_tokens_encodes_one_group_of_frames() -> None:
+    engine = tiny_engine("qwen2_5_vl", max_num_batched_tokens=256)
+    assert engine.vision is not None
+    engine.add_request("text", request(engine, "hello", [], 16))
+    engine.step()
+    engine.step()
+    engine.add_request("video", request(engine, *PROMPTS["one video"]))
+    before = encoded = engine.vision.encoder.misses
+    while engine.has_work:
+        engine.step()
+        assert engine.vision.encoder.misses <= encoded + 1
+        encoded = engine.vision.encoder.misses
+    assert encoded == before + 3
+
+
+def test_time_stamps() -> None:
+    """A group of frames has the mean of its times, with one digit, and its own placeholder."""
+    for kind in STAMPED[:1]:
+        engine = tiny_engine(kind)
+        made = request(engine, "a<video>b", [Video(ONE.frames, (0, 0.4, 1, 1.5, 8, 61.14), 64)])
+        text = engine.tokenizer.decode(made.prompt_token_ids, skip_special_tokens=False)
+        soft = f"<|vision_start|>{'<|video_pad|>' * 4}<|vision_end|>"
+        assert text == f"a<0.2 seconds>{soft}<1.2 seconds>{soft}<34.6 seconds>{soft}b"
+
+
+@cache
+def _videos() -> VideoProcessor:
+    vision = tiny.tiny_loaded("qwen2_5_vl").vision
+    assert vision is not None
+    assert vision.processor.videos is not None
+    return vision.processor.videos
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.floats(0.2, 9))
+@settings(max_examples=50)
+def test_positions_of_chunks_are_those_of_the_prompt(a: int, b: int, seconds: float) -> None:
+    placed, media = _videos().place(Video(ONE.frames, ONE.times, seconds), 5)
+    whole = rope_positions(tuple(media), 0, len(placed) + 10)
+    start, stop = sorted((a, b))
+    if stop <= len(whole[0]):
+        parts = rope_positions(tuple(media), start, stop)
+        assert parts == [column[start:stop] for column in whole]
+    interval = 4 * 2 * seconds / 6
+    assert whole[0][5] == whole[0][8] == 5
+    assert whole[0][9] == 5 + int(round(interval, 6))
+    assert whole[0][13] == 5 + int(round(2 * interval, 5))
+    after = 5 + max(int(round(2 * interval, 5)) + 1, 2)
+    assert [column[len(placed) + 5] for column in whole] == [after] * 3
+
+
+def test_wrong_positions_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: groups of frames that count from where each begins."""
+    text, files = PROMPTS["two videos"]
+
+    def wrong(media: tuple[Media, ...], start: int, stop: int) -> list[list[int]]:
+        return rope_positions(tuple(dataclasses.replace(m, frame=None) for m in media), start, stop)
+
+    monkeypatch.setattr(batch, "rope_positions", wrong)
+    engine = tiny_engine("qwen2_5_vl")
+    assert run(engine, request(engine, text, files)) != [expected("qwen2_5_vl", text, files)]
+
+
+def test_embeddings_are_those_of_the_whole_video() -> None:
+    """A group of frames attends to no other: the tower returns the same rows for all at once."""
+    for kind in ("qwen2_vl", "qwen2_5_vl"):
+        vision = tiny.tiny_loaded(kind).vision
+        assert vision is not None
+        assert vision.processor.videos is not None
+        _, media = vision.processor.videos.place(ONE, 0)
+        parts = mx.concatenate([vision.encoder.embeddings(each) for each in media])
+        model: Any = vision.encoder._model
+        patches = mx.array(np.concatenate([each.inputs["pixel_values_videos"] for each in media]))
+        whole = model.vision_tower(patches, mx.array([[3, 4, 4]]))
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-4)
+
+
+@given(
+    st.integers(1, 768), st.integers(1, 4000), st.integers(1, 4000),
+    st.sampled_from([(28, 100352, 602112), (32, 4096, 25165824), (8, 1024, 2048)]),
+)  # fmt: skip
+@settings(max_examples=100)
+def test_sizes(count: int, height: int, width: int, limits: tuple[int, int, int]) -> None:
+    """Sides are multiples of the patches of a token, and pixels within the limits, as mlx-vlm's."""
+    from modelpack_engine.patches.mlx_vlm_imports import prepare
+
+    prepare()
+    from mlx_vlm.models.qwen3_vl.processing_qwen3_vl import _smart_resize_video
+
+    factor, least, most = limits
+    rows, columns = Sampling(2.0, 4, 768, least, most, factor).size(count, height, width)
+    assert rows % factor == columns % factor == 0 < rows * columns
+    if min(height, width) >= factor and max(height, width) <= 200 * min(height, width):
+        theirs = _smart_resize_video(count, height, width, 2, factor, least, most)
+        assert (rows, columns) == theirs
+
+
+def test_inputs_count_towards_the_limit() -> None:
+    engine = tiny_engine("qwen2_5_vl")
+    assert engine.vision is not None
+    memory = engine.vision.processor.memory
+    made = request(engine, *PROMPTS["one video"])
+    held = memory.nbytes
+    assert held == sum(media.nbytes for media in made.media) > 0
+    memory.max_bytes = held
+    with pytest.raises(QueueFullError):
+        request(engine, *PROMPTS["one video"])
+    del made
+    assert memory.nbytes == 0
+    memory.max_bytes = held - 1
+    with pytest.raises(RequestError, match="here: the files of the request take more than"):
+        request(engine, "<video>", [dataclasses.replace(ONE, param="here")])
+    assert memory.nbytes == 0
+
+
+def test_room_is_checked_before_frames_are_processed() -> None:
+    processor = tiny.tiny_loaded("qwen2_5_vl").vision
+    assert processor is not None
+    seen = []
+
+    def check(count: int) -> None:
+        seen.append(count)
+        if count > 12:
+            raise ContextLengthError("too long")
+
+    ids = [1, 2, tiny.START, tiny.VIDEO, tiny.END, 3]
+    with pytest.raises(ContextLengthError):
+        processor.processor.place(ids, [ONE], check)
+    assert seen == [6, 17]
+    assert processor.processor.memory.nbytes == 0
+
+
+def _changed(path: Path, **documents: Any) -> Any:
+    for file in tiny.directory("qwen3_vl").iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    for name, document in documents.items():
+        (path / f"{name}.json").write_text(json.dumps(document))
+    return load(ModelFiles.from_directory(path), device="cpu")
+
+
+def test_settings_for_videos(tmp_path: Path) -> None:
+    """They come from video_preprocessor_config.json if the model has it, within our limits."""
+    own = {
+        "fps": 1, "min_frames": 2, "max_frames": 10_000, "patch_size": 4,
+        "size": {"shortest_edge": 64, "longest_edge": 10**9},
+    }  # fmt: skip
+    vision = tiny.tiny_loaded("qwen3_vl").vision
+    assert vision is not None
+    assert vision.processor.videos is not None
+    assert vision.processor.videos.sampling == Sampling(2.0, 4, 768, 1024, 2048, 8)
+    vision = _changed(tmp_path, video_preprocessor_config=own).vision
+    assert vision.processor.videos.sampling == Sampling(
+        1.0, 2, MAX_FRAMES, 64, MAX_SAMPLED_PIXELS, 8
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("fps", 0, "fps 0 is not a number up to 60"),
+        ("fps", "2", "fps 2 is not a number"),
+        ("fps", float("nan"), "fps nan is not a number"),
+        ("max_frames", -1, "max_frames -1 is not a number"),
+        ("patch_size", 5, "patch_size 5 is not that of config.json"),
+        ("temporal_patch_size", 3, "temporal_patch_size 3 is not that of config.json"),
+        ("image_mean", [0.5], "image_mean [0.5] is not three numbers"),
+        ("size", {"longest_edge": 0.0}, "max_pixels 0.0 is not a number"),
+    ],
+)
+def test_models_with_wrong_settings_read_pictures(
+    tmp_path: Path, field: str, value: object, reason: str
+) -> None:
+    loaded = _changed(tmp_path, video_preprocessor_config={"patch_size": 4, field: value})
+    assert loaded.vision.processor.videos is None
+    assert reason in loaded.vision.processor.why_no_videos
+    assert any("videos are not read" in note and reason in note for note in loaded.notes)

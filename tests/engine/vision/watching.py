@@ -1,0 +1,150 @@
+"""Videos for tiny models of `tiny`, and mlx-vlm's own answers about them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from modelpack_engine.engine import Engine
+from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.vision.processor import Picture
+from modelpack_engine.vision.videos import Video
+from tests.engine.vision import tiny
+
+KINDS = tiny.QWEN
+#: Those whose videos mlx-vlm, or the function below, puts beside pictures.
+MIXED = tuple(kind for kind in KINDS if kind != "qwen3_vl_moe")
+#: Those that write the time of frames into the prompt.
+STAMPED = (*tiny.DEEP, *tiny.HYBRID)
+#: What stands for a video in the chat templates of all of them.
+PLACEHOLDER = "<|vision_start|><|video_pad|><|vision_end|>"
+FPS = 2.0
+
+
+def video(seed: int, count: int = 6, height: int = 16, width: int = 16) -> Video:
+    """Return frames of random blocks, two a second: of a size that needs no resizing."""
+    frames = [tiny.picture(seed * 100 + index, height, width).pixels for index in range(count)]
+    times = tuple(index / FPS for index in range(count))
+    return Video(np.stack(frames), times, count / FPS)
+
+
+def prompt_of(text: str) -> str:
+    """Return a text with the placeholders of the models for <image> and <video>."""
+    return tiny.prompt_of("<|image_pad|>", text).replace("<video>", PLACEHOLDER)
+
+
+def request(
+    engine: Engine, text: str, files: list[Picture | Video], count: int = 8, **fields: Any
+) -> EngineRequest:
+    """Return a greedy request of a text with <image> and <video> in the places of the files."""
+    assert engine.vision is not None
+    assert engine.vision.processor.videos is not None, engine.vision.processor.no_videos
+    ids = engine.tokenizer.encode(prompt_of(text), add_special_tokens=False)
+    ids, media = engine.vision.processor.place(ids, files)
+    params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
+    return EngineRequest(ids, params, media=media, **fields)
+
+
+def inputs_of(kind: str, text: str, files: list[Picture | Video]) -> dict[str, Any]:
+    """Return what mlx-vlm's processor makes of a prompt."""
+    from PIL import Image
+
+    _, processor = tiny._peer(kind)
+    images = [Image.fromarray(each.pixels) for each in files if isinstance(each, Picture)]
+    videos = [each for each in files if isinstance(each, Video)]
+    given: dict[str, Any] = {}
+    if videos:
+        given["videos"] = [list(each.frames) for each in videos]
+        if kind in STAMPED:
+            given["video_metadata"] = [
+                {"frames_indices": [round(100 * t) for t in each.times], "fps": 100}
+                for each in videos
+            ]
+    return dict(processor(images=images or None, text=[prompt_of(text)], **given))
+
+
+def _by_time(ids: list[int], files: list[Picture | Video]) -> dict[str, mx.array]:
+    """Return the positions of Qwen2.5-VL: groups of frames count by their time.
+
+    mlx-vlm's count groups, whatever their time is. It is section 2.1.2 of its report, with the four
+    tokens a second of the tiny model, and one token for 8 x 8 pixels.
+    """
+    rows: list[tuple[int, int, int]] = []
+    left, at = list(files), 0
+    while at < len(ids):
+        first = 1 + max(map(max, rows), default=-1)
+        if ids[at] not in (tiny.PAD, tiny.VIDEO):
+            rows.append((first, first, first))
+            at += 1
+            continue
+        shown = left.pop(0)
+        pixels = shown.frames if isinstance(shown, Video) else shown.pixels[None]
+        count = -(-len(pixels) // 2)
+        is_video = isinstance(shown, Video)
+        height, width = pixels.shape[1] // 8, pixels.shape[2] // 8
+        if not is_video:  # which is resized
+            end = next(place for place in range(at, len(ids)) if ids[place] != tiny.PAD)
+            height, width = _SIZES[end - at]
+        step = int(4 * 2 / FPS) if is_video else 1
+        rows += [
+            (first + t * step, first + y, first + x)
+            for t in range(count)
+            for y in range(height)
+            for x in range(width)
+        ]
+        at += count * height * width
+    positions = mx.array(np.array(rows).T[:, None], mx.int32)
+    return {"position_ids": positions, "rope_deltas": positions.max() + 1 - len(ids)}
+
+
+#: Rows and columns of the tokens of a picture of 20 x 30 pixels.
+_SIZES = {24: (4, 6), 20: (4, 5)}
+
+
+def _features(model: Any, kind: str, ids: mx.array, inputs: dict[str, Any]) -> Any:
+    """Return mlx-vlm's embeddings and positions of a prompt.
+
+    Of a prompt with pictures and videos, most of its classes encode the pictures alone: then those
+    of the videos are computed by themselves, and put in their places.
+    """
+    pixels = inputs.get("pixel_values")
+    of_videos = {name: inputs[name] for name in inputs if "video" in name}
+    if kind == "qwen3_vl" or pixels is None or not of_videos:
+        inputs.pop("pixel_values", None)
+        return model.get_input_embeddings(ids, pixels, **inputs)
+    grid = inputs["image_grid_thw"]
+    without = [mx.where(ids == token, 0, ids) for token in (tiny.VIDEO, tiny.PAD)]
+    made = model.get_input_embeddings(without[0], pixels, image_grid_thw=grid)
+    shown = model.get_input_embeddings(without[1], None, **of_videos)
+    rows = mx.where((ids == tiny.VIDEO)[..., None], shown.inputs_embeds, made.inputs_embeds)
+    positions, deltas = model.language_model.get_rope_index(ids, grid, inputs["video_grid_thw"])
+    return SimpleNamespace(inputs_embeds=rows, position_ids=positions, rope_deltas=deltas)
+
+
+def expected(kind: str, text: str, files: list[Picture | Video], count: int = 8) -> list[int]:
+    """Return the greedy tokens of mlx-vlm's own processor, model and cache, for one request."""
+    from mlx_vlm.models.cache import make_prompt_cache
+
+    model, _ = tiny._peer(kind)
+    inputs = inputs_of(kind, text, files)
+    ids = mx.array(inputs.pop("input_ids"))
+    inputs.pop("attention_mask", None)
+    features = _features(model, kind, ids, inputs)
+    cache = make_prompt_cache(model.language_model)
+    names = ("position_ids", "rope_deltas", "visual_pos_masks", "deepstack_visual_embeds")
+    given = {name: getattr(features, name, None) for name in names}
+    if kind == "qwen2_5_vl":
+        given |= _by_time(ids[0].tolist(), files)
+    given = {name: value for name, value in given.items() if value is not None}
+    found: list[int] = []
+    logits = model.language_model(
+        ids, inputs_embeds=features.inputs_embeds, cache=cache, **given
+    ).logits
+    after = {name: value for name, value in given.items() if name == "rope_deltas"}
+    for _ in range(count):
+        found.append(int(mx.argmax(logits[0, -1])))
+        logits = model.language_model(mx.array([[found[-1]]]), cache=cache, **after).logits
+    return found
