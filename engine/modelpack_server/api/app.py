@@ -101,7 +101,7 @@ def create_app(
 
     `request_templates` lets admins send chat templates with their requests. With
     `share_prefix_cache`, prompts of all API keys share prefixes in the KV cache. `show_content`
-    shows admins the prompts and replies of all API keys. Pictures in URLs are fetched from
+    shows admins the prompts and replies of all API keys. Files in URLs are fetched from
     `media_hosts` (`host` or `host:port`). `state` is the directory of uploaded files
     and batches; None: a temporary one. The requests of batches go through `protect`, if it wraps
     the application. Raises `UsageError` for an invalid host.

@@ -1,4 +1,4 @@
-"""MediaUrls: fetch pictures from URLs in requests, from hosts that the operator allows.
+"""MediaUrls: fetch pictures and videos from URLs in requests, from hosts that the operator allows.
 
 A URL makes the server connect to where a client says (server-side request forgery). Therefore the
 operator lists hosts, a name must resolve to public addresses only, and the connection goes to the
@@ -19,7 +19,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
@@ -43,7 +43,7 @@ MAX_REDIRECTS: Final = 3
 #: Seconds for one URL with its redirects, and for each connection.
 MAX_SECONDS: Final = 10.0
 CONNECT_SECONDS: Final = 5.0
-#: URLs that are fetched, or whose picture is decoded, at a time: in all, and of one owner.
+#: URLs that are fetched, or whose file is decoded, at a time: in all, and of one owner.
 MAX_FETCHES: Final = 16
 MAX_FETCHES_OF_OWNER: Final = 4
 MAX_WAITING: Final = 64
@@ -51,10 +51,15 @@ _MAX_ADDRESSES = 4  # of a host, to which connections are tried
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HEADERS = {
     "User-Agent": f"modelpack/{__version__}",
-    "Accept": "image/png, image/jpeg, image/webp, image/gif",
     "Accept-Encoding": "identity",
     "Connection": "close",
 }
+#: What is asked for, by kind: the first part of its content type.
+_ACCEPTED = {
+    "image": "image/png, image/jpeg, image/webp, image/gif",
+    "video": "video/mp4, video/webm, video/quicktime, video/x-matroska",
+}
+_NAMES = {"image": "picture", "video": "video"}
 _LOG = logging.getLogger(__name__)
 _resolvers = ThreadPoolExecutor(4, "modelpack-resolver")  # a lookup may hang for a minute
 
@@ -128,9 +133,16 @@ class MediaUrls:
 
     @contextmanager
     def fetched(
-        self, url: str, param: str, *, owner: str, seconds: float, max_bytes: int
+        self,
+        url: str,
+        param: str,
+        *,
+        owner: str,
+        seconds: float,
+        max_bytes: int,
+        kind: Literal["image", "video"] = "image",
     ) -> Iterator[bytes]:
-        """Yield the picture at a URL; call it in a thread of `in_thread`.
+        """Yield the file at a URL, whose content type has this kind; call it in `in_thread`.
 
         It counts as being fetched until the block ends, so that few files are in memory. Raises
         `RequestError`, which names `param`, and `QueueFullError` if too many URLs wait.
@@ -138,7 +150,7 @@ class MediaUrls:
         with self._slots.taken(owner, param):
             limit = min(seconds, MAX_SECONDS)
             try:
-                data = in_loop(self._fetch(url, limit, max_bytes))
+                data = in_loop(self._fetch(url, limit, max_bytes, kind))
             except _RefusedError as error:
                 raise _failed(param, error) from None
             except TimeoutError:
@@ -147,11 +159,11 @@ class MediaUrls:
                 raise _failed(param, "the request was cancelled") from None
             yield data
 
-    async def _fetch(self, url: str, seconds: float, max_bytes: int) -> bytes:
+    async def _fetch(self, url: str, seconds: float, max_bytes: int, kind: str) -> bytes:
         async with asyncio.timeout(seconds):
             url, host = self._checked(url)
             for _ in range(MAX_REDIRECTS + 1):
-                found = await self._get(url, host, max_bytes)
+                found = await self._get(url, host, max_bytes, kind)
                 if isinstance(found, bytes):
                     return found
                 try:
@@ -175,12 +187,12 @@ class MediaUrls:
             raise _RefusedError("it redirects to a URL that is not allowed")
         raise _RefusedError(f"{origin.netloc[:100]!r} is not one of the server's --allow-media-url")
 
-    async def _get(self, url: str, host: MediaHost, max_bytes: int) -> bytes | str:
+    async def _get(self, url: str, host: MediaHost, max_bytes: int, kind: str) -> bytes | str:
         """Return the file at a URL, or the location that it redirects to."""
         origin = origin_of(url)
         for address in (await _addresses(origin, host))[:_MAX_ADDRESSES]:
             try:
-                request = _request(url, origin, address)
+                request = _request(url, origin, address, kind)
             except httpx.InvalidURL:
                 raise _RefusedError("the URL is not valid") from None
             # One for each connection: a pool would use one for all names of an address.
@@ -194,7 +206,7 @@ class MediaUrls:
                 except httpx.HTTPError:
                     raise _RefusedError("the server sends no valid response") from None
                 try:
-                    return await _read(response, max_bytes)
+                    return await _read(response, max_bytes, kind)
                 except httpx.HTTPError:
                     raise _RefusedError("the server closed the connection") from None
                 finally:
@@ -212,19 +224,19 @@ async def _addresses(origin: Origin, host: MediaHost) -> list[str]:
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in addresses:
         if scope_of(address) not in (Scope.PUBLIC, host.scope):
-            _LOG.warning("pictures are not fetched from %s: %s is not public", host.host, address)
+            _LOG.warning("files are not fetched from %s: %s is not public", host.host, address)
             raise _RefusedError("its host has an address that is not public")
     return addresses
 
 
-def _request(url: str, origin: Origin, address: str) -> httpx.Request:
+def _request(url: str, origin: Origin, address: str, kind: str = "image") -> httpx.Request:
     """Return a GET request to an address of the URL's host."""
     parts = urlsplit(url)
     netloc = f"[{address}]:{origin.port}" if ":" in address else f"{address}:{origin.port}"
     return httpx.Request(
         "GET",
         urlunsplit(parts._replace(netloc=netloc, path=parts.path or "/")),
-        headers={"Host": origin.netloc, **_HEADERS},
+        headers={"Host": origin.netloc, "Accept": _ACCEPTED[kind], **_HEADERS},
         extensions={
             "timeout": httpx.Timeout(MAX_SECONDS, connect=CONNECT_SECONDS).as_dict(),
             "sni_hostname": origin.host,  # whose certificate is expected
@@ -232,14 +244,14 @@ def _request(url: str, origin: Origin, address: str) -> httpx.Request:
     )
 
 
-async def _read(response: httpx.Response, max_bytes: int) -> bytes | str:
+async def _read(response: httpx.Response, max_bytes: int, kind: str) -> bytes | str:
     headers = response.headers
     if response.status_code in _REDIRECTS and "location" in headers:
         return headers["location"]
     if response.status_code != 200:
         raise _RefusedError(f"the server responds with status {response.status_code}")
-    if not headers.get("content-type", "").strip().lower().startswith("image/"):
-        raise _RefusedError("its content type is not that of a picture")
+    if not headers.get("content-type", "").strip().lower().startswith(f"{kind}/"):
+        raise _RefusedError(f"its content type is not that of a {_NAMES[kind]}")
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise _RefusedError("its content is compressed")
     length = headers.get("content-length", "0")
@@ -281,7 +293,7 @@ class _Slots:
             with self._changed:
                 if self._must_wait(owner) and self._waiting >= MAX_WAITING:
                     raise QueueFullError(
-                        f"{self._waiting} requests wait for pictures to be fetched",
+                        f"{self._waiting} requests wait for files to be fetched",
                         retry_after=RETRY_AFTER,
                         hint="try again later",
                     )

@@ -99,7 +99,8 @@ def run(
 
     MODEL may be a path: a GGUF file or a directory of safetensors. In the chat, /help lists the
     commands. An argument after the prompt that names a file in PNG, JPEG, WebP or GIF is a picture,
-    for models that read pictures, and one in WAV, MP3, FLAC or Ogg is a sound.
+    for models that read pictures, one in WAV, MP3, FLAC or Ogg is a sound, and one in MP4, MOV,
+    WebM or Matroska a video.
     """
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
@@ -200,29 +201,29 @@ def _talk(
 
 _PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".webp")
 _SOUNDS = (".flac", ".mp3", ".oga", ".ogg", ".wav")
+_VIDEOS = (".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
 def _without_files(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Path]]:
-    """Return the arguments before the pictures and sounds, and the files of these."""
+    """Return the arguments before the pictures, sounds and videos, and the files of these."""
     files: list[Path] = []
     for name in reversed(prompt):
-        if not name.lower().endswith(_PICTURES + _SOUNDS) or not Path(name).is_file():
+        if not name.lower().endswith(_PICTURES + _SOUNDS + _VIDEOS) or not Path(name).is_file():
             break
         files.insert(0, Path(name))
     return prompt[: len(prompt) - len(files)], files
 
 
 def picture_parts(files: Iterable[Path], sounds: Iterable[Path] = ()) -> list[dict[str, Any]]:
-    """Return files as parts of a message: `sounds` and those named as sounds, and pictures."""
+    """Return files as parts of a message: `sounds`, and others by their name, if not pictures."""
     from modelpack_engine.errors import RequestError
     from modelpack_server.conversation.pictures import PictureReader
 
     reader = PictureReader()
+    readers = dict.fromkeys(_SOUNDS, reader.sound_file) | dict.fromkeys(_VIDEOS, reader.video_file)
     try:
         parts = [
-            reader.sound_file(path.read_bytes(), str(path))
-            if path.suffix.lower() in _SOUNDS
-            else reader.file(path.read_bytes(), str(path))
+            readers.get(path.suffix.lower(), reader.file)(path.read_bytes(), str(path))
             for path in files
         ]
         return parts + [reader.sound_file(path.read_bytes(), str(path)) for path in sounds]

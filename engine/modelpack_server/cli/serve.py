@@ -265,7 +265,7 @@ def _media_hosts(
 )  # fmt: skip
 @click.option(
     "--allow-media-url", "media_hosts", metavar="HOST[:PORT]", multiple=True, callback=_media_hosts,
-    help="Fetch pictures in http(s) URLs from HOST; may be repeated.",
+    help="Fetch pictures and videos in http(s) URLs from HOST; may be repeated.",
 )  # fmt: skip
 @click.option("--share-prefix-cache", is_flag=True,
               help="Share cached prefixes between API keys.")  # fmt: skip

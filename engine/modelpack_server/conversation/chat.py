@@ -319,7 +319,9 @@ async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int],
         # Where pictures become text, parts of sounds do too.
         shows_sounds = placeholder is None and shows_parts(template, "audio")
         sound = None if sounds is None or shows_sounds else sounds.token
-        messages, files = take_pictures(messages, placeholder, sound)
+        shows_videos = placeholder is None and shows_parts(template, "video")
+        video = None if processor.videos is None or shows_videos else processor.videos.text
+        messages, files = take_pictures(messages, placeholder, sound, video)
     spec = replace(spec, messages=messages)
     text, token_ids = await prepare(
         size + len(spec.earlier), lambda: _prompt(model, spec, with_pictures=bool(files))

@@ -1,8 +1,9 @@
-"""Pictures and sounds in messages: from base64 or a URL of a request to pixels and samples.
+"""Pictures, sounds and videos in messages: from base64 or a URL of a request to pixels and samples.
 
 `PictureReader` is for the edge of an API: it makes a part of a message. The part keeps the file or
 the URL as it was sent; `take_pictures` collects those of a conversation, and `place_pictures`
-fetches and decodes one at a time, the latter in a worker process. `sounds` decodes sounds.
+fetches and decodes one at a time, the latter in a worker process. `sounds` decodes sounds, and
+`videos` videos.
 """
 
 from __future__ import annotations
@@ -32,13 +33,21 @@ from modelpack_server.conversation.sounds import (
     SoundFile,
     is_sound,
 )
+from modelpack_server.conversation.videos import (
+    MAX_DECODE_SECONDS,
+    MAX_VIDEO_BYTES,
+    VideoFile,
+    VideoUrl,
+    check_decoder,
+)
 
 if TYPE_CHECKING:
     from modelpack_engine.request import Media
     from modelpack_engine.vision.processor import Picture
     from modelpack_engine.vision.sounds import Sound, SoundProcessor
+    from modelpack_engine.vision.videos import Video, VideoProcessor
 
-MAX_PICTURES = 32  # in one request, with sounds
+MAX_PICTURES = 32  # in one request, with sounds and videos
 MAX_BYTES = 20 * 1024 * 1024  # of one file
 MAX_SECONDS = 10.0  # to decode one file
 LOW_DETAIL_SIDE = 512  # pixels on the longer side of a picture with OpenAI's detail "low"
@@ -121,15 +130,20 @@ class PictureUrl:
 
 
 class PictureReader:
-    """Reads the pictures and sounds of one request, or says why the model takes none.
+    """Reads the pictures, sounds and videos of one request, or says why the model takes none.
 
     Without `urls`, pictures in http(s) URLs are refused.
     """
 
     def __init__(
-        self, no_vision: str = "", urls: MediaFetcher | None = None, no_sounds: str = ""
+        self,
+        no_vision: str = "",
+        urls: MediaFetcher | None = None,
+        no_sounds: str = "",
+        no_videos: str = "",
     ) -> None:
-        self._no_vision, self._no_sounds, self._urls, self._count = no_vision, no_sounds, urls, 0
+        self._no_vision, self._no_sounds, self._no_videos = no_vision, no_sounds, no_videos
+        self._urls, self._count = urls, 0
 
     def url(self, url: object, param: str, detail: object = None) -> dict[str, Any]:
         """Return the part of a message for a URL; raises `RequestError` for a refused one.
@@ -183,6 +197,33 @@ class PictureReader:
         self._count_one(param, "sounds and pictures")
         return {"type": "audio", "sound": SoundFile(data, param)}
 
+    def video(self, url: object, param: str) -> dict[str, Any]:
+        """Return the part of a message for the URL of a video; raise as `url` does."""
+        self._check_videos(param)
+        if not isinstance(url, str) or not url:
+            raise RequestError(f"{param}: the URL of the video is not a string", param=param)
+        scheme = url.partition(":")[0].lower()
+        if scheme in ("http", "https"):
+            urls = self._fetcher(param, "video")
+            urls.check(url, param)
+            self._count_one(param, "videos and pictures")
+            return {"type": "video", "video": VideoUrl(url, param, urls)}
+        if scheme != "data":
+            raise RequestError(
+                f"{param}: {url[:30]!r} is not a data: URL", param=param,
+                hint="send the video as data:video/mp4;base64,…",
+            )  # fmt: skip
+        kind, text = self._data(url, param, "video")
+        if kind and not kind.startswith("video/"):
+            raise RequestError(f"{param}: {kind[:50]!r} is not a video", param=param)
+        return self.video_file(self._decoded(text, param, "video", MAX_VIDEO_BYTES), param)
+
+    def video_file(self, data: bytes, param: str) -> dict[str, Any]:
+        """Return the part of a message for the bytes of a video."""
+        self._check_videos(param)
+        self._count_one(param, "videos and pictures")
+        return {"type": "video", "video": VideoFile(data, param)}
+
     def document(self, text: object, param: str) -> dict[str, Any]:
         """Return the part of a message for a PDF in base64 or in a data: URL.
 
@@ -215,22 +256,26 @@ class PictureReader:
         return {"type": "image", "picture": PictureFile(data, param, max_side=max_side)}
 
     def _remote(self, url: str, param: str, max_side: int | None) -> dict[str, Any]:
+        urls = self._fetcher(param, "picture")
+        urls.check(url, param)
+        self._count_one(param)
+        return {"type": "image", "picture": PictureUrl(url, param, urls, max_side)}
+
+    def _fetcher(self, param: str, what: str) -> MediaFetcher:
         if self._urls is None:
             raise RequestError(
-                f"{param}: pictures are not fetched from the network: the server was started"
+                f"{param}: {what}s are not fetched from the network: the server was started"
                 " without --allow-media-url",
                 param=param,
-                hint="send the picture as a data: URL with base64",
+                hint=f"send the {what} as a data: URL with base64",
             )
-        self._urls.check(url, param)
-        self._count_one(param)
-        return {"type": "image", "picture": PictureUrl(url, param, self._urls, max_side)}
+        return self._urls
 
     def _data(self, url: str, param: str, what: str) -> tuple[str, str]:
         """Return the media type and the base64 of a data: URL."""
         found = _DATA_URL.match(url)
         if found is None or "base64" not in found["options"].lower().split(";"):
-            kind = PDF if what == "document" else "image/png"
+            kind = {"document": PDF, "video": "video/mp4"}.get(what, "image/png")
             raise RequestError(
                 f"{param}: the data: URL has no base64", param=param,
                 hint=f"send the {what} as data:{kind};base64,…",
@@ -267,6 +312,14 @@ class PictureReader:
                 f"{param}: this model reads no sound: {self._no_sounds}", param=param
             )
 
+    def _check_videos(self, param: str) -> None:
+        self._check_vision(param)
+        if self._no_videos:
+            raise RequestError(
+                f"{param}: this model reads no video: {self._no_videos}", param=param
+            )
+        check_decoder(param)
+
     def _check_vision(self, param: str) -> None:
         if self._no_vision:
             raise RequestError(
@@ -286,17 +339,17 @@ def picture_reader(model: ServedModel) -> PictureReader | None:
     """Return the reader for a request to `model`; None if it is a model of text."""
     if (processor := model.pictures) is not None:
         urls = request_context.get().media_urls
-        return PictureReader(urls=urls, no_sounds=processor.why_no_sounds)
+        return PictureReader("", urls, processor.why_no_sounds, processor.why_no_videos)
     reason = model.engine.no_vision
     return PictureReader(reason) if reason else None
 
 
-#: A picture or a sound as a client sent it, or the URL of a picture.
-MediaFile = PictureFile | PictureUrl | SoundFile
+#: A file as a client sent it, or the URL of one.
+MediaFile = PictureFile | PictureUrl | SoundFile | VideoFile | VideoUrl
 
 
 class PictureFiles:
-    """The pictures and sounds of a request; iterating decodes one at a time, in a worker process.
+    """The files of a request; iterating decodes one at a time, in a worker process.
 
     Few workers decode, and requests of one `owner` take one of them. It stays reserved until the
     caller asks for the next picture, because decoded ones take up to 100 MB. Leaving the context
@@ -308,8 +361,9 @@ class PictureFiles:
         files: Sequence[MediaFile],
         owner: bytes = b"",
         sounds: SoundProcessor | None = None,
+        videos: VideoProcessor | None = None,
     ) -> None:
-        self._files, self._sounds = files, sounds
+        self._files, self._sounds, self._videos = files, sounds, videos
         self._key = owner.hex() or f"request {id(self)}"
         self._reserved = ExitStack()
 
@@ -322,29 +376,37 @@ class PictureFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __iter__(self) -> Iterator[Picture | Sound]:
+    def __iter__(self) -> Iterator[Picture | Sound | Video]:
         left = MAX_SECONDS_ALL
         for source in self._files:
             self._reserved.close()
             self._check_time(left, source.param)
             began = time.monotonic()
-            file: PictureFile | SoundFile
+            file: PictureFile | SoundFile | VideoFile
             if isinstance(source, SoundFile):
                 file = source
             else:
-                file = self._reserved.enter_context(source.opened(self._key, left))
+                opened: AbstractContextManager[Any] = source.opened(self._key, left)
+                file = self._reserved.enter_context(opened)
             left -= time.monotonic() - began
             try:
-                reserved = shared_workers("media").reserved(self._key)
+                purpose = "video" if isinstance(file, VideoFile) else "media"
+                reserved = shared_workers(purpose).reserved(self._key)
                 run = self._reserved.enter_context(reserved)
             except JobFailedError as error:  # the request was cancelled
                 raise RequestError(f"{file.param}: {error}", param=file.param) from None
             self._check_time(left, source.param)
             began = time.monotonic()
-            yield self._decoded(file, run, min(MAX_SECONDS, left))
+            yield self._decoded(file, run, left)
             left -= time.monotonic() - began
 
-    def _decoded(self, file: PictureFile | SoundFile, run: Job, seconds: float) -> Picture | Sound:
+    def _decoded(
+        self, file: PictureFile | SoundFile | VideoFile, run: Job, left: float
+    ) -> Picture | Sound | Video:
+        if isinstance(file, VideoFile):
+            assert self._videos is not None, "the reader refuses videos"
+            return file.decode(run, self._videos.sampling, min(MAX_DECODE_SECONDS, left))
+        seconds = min(MAX_SECONDS, left)
         if isinstance(file, PictureFile):
             return file.decode(run, seconds)
         from modelpack_engine.vision.sounds import Sound
@@ -435,12 +497,16 @@ def _count_pages(document: PictureFile, owner: bytes) -> int:
 
 
 def take_pictures(
-    messages: Sequence[Mapping[str, Any]], placeholder: str | None, sound: str | None = None
+    messages: Sequence[Mapping[str, Any]],
+    placeholder: str | None,
+    sound: str | None = None,
+    video: str | None = None,
 ) -> tuple[list[dict[str, Any]], list[MediaFile]]:
-    """Return messages without the files of their pictures and sounds, and these in order.
+    """Return messages without the files of their pictures, sounds and videos, and these in order.
 
     With a `placeholder`, the content of each message becomes text with it in the pictures' places:
-    for templates that show text only. With `sound`, that is the text in the places of sounds.
+    for templates that show text only. `sound` and `video` are the texts in the places of those, for
+    templates that do not show them.
     """
     found: list[MediaFile] = []
     changed = []
@@ -448,12 +514,9 @@ def take_pictures(
         turn = dict(message)
         content = turn.get("content")
         if isinstance(content, list):
-            found += [
-                part["picture" if part["type"] == "image" else "sound"]
-                for part in content
-                if part["type"] in ("image", "audio")
-            ]
-            parts = [_without_file(part, sound) for part in content]
+            found += [part[_FIELDS[part["type"]]] for part in content if part["type"] in _FIELDS]
+            shown = {"audio": sound, "video": video}
+            parts = [_without_file(part, shown.get(part["type"])) for part in content]
             if placeholder is not None:
                 turn["content"] = "".join(part.get("text", placeholder) for part in parts)
             else:
@@ -462,21 +525,25 @@ def take_pictures(
     return changed, found
 
 
-def _without_file(part: Mapping[str, Any], sound: str | None) -> dict[str, Any]:
-    if part["type"] == "audio" and sound is not None:
-        return {"type": "text", "text": sound}
-    return {"type": part["type"]} if part["type"] in ("image", "audio") else dict(part)
+#: The fields of parts of messages with their file, by type.
+_FIELDS = {"image": "picture", "audio": "sound", "video": "video"}
+
+
+def _without_file(part: Mapping[str, Any], shown: str | None) -> dict[str, Any]:
+    if shown is not None:
+        return {"type": "text", "text": shown}
+    return {"type": part["type"]} if part["type"] in _FIELDS else dict(part)
 
 
 def shows_parts(chat_template: str | None, kind: str) -> bool:
-    """Return whether a template shows parts of the type `kind`: "image" or "audio"."""
+    """Return whether a template shows parts of the type `kind`: "image", "audio" or "video"."""
     return re.search(rf"""['"]{kind}['"]""", chat_template or "") is not None
 
 
 def place_pictures(
     model: ServedModel, token_ids: list[int], files: Sequence[MediaFile]
 ) -> tuple[list[int], tuple[Media, ...]]:
-    """Return a prompt with its pictures and sounds in place. Call it in a thread.
+    """Return a prompt with its pictures, sounds and videos in place. Call it in a thread.
 
     Raises `RequestError`, `ContextLengthError` as soon as the prompt is too long, and
     `QueueFullError` if the queue is full already or too many pictures wait.
@@ -484,7 +551,8 @@ def place_pictures(
     assert model.pictures is not None
     model.engine.check_queue()
     owner = request_context.get().cache_salt
-    with PictureFiles(files, owner, model.pictures.sounds) as pictures:
+    processor = model.pictures
+    with PictureFiles(files, owner, processor.sounds, processor.videos) as pictures:
         return model.pictures.place(token_ids, pictures, model.check_room)
 
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.errors import ContextLengthError, RequestError
@@ -42,12 +42,19 @@ class Preface:
 
 
 class MediaFetcher(Protocol):
-    """Fetches pictures from URLs; `api.media_urls.MediaUrls` implements this."""
+    """Fetches pictures and videos from URLs; `api.media_urls.MediaUrls` implements this."""
 
     def check(self, url: str, param: str) -> None: ...
 
     def fetched(
-        self, url: str, param: str, *, owner: str, seconds: float, max_bytes: int
+        self,
+        url: str,
+        param: str,
+        *,
+        owner: str,
+        seconds: float,
+        max_bytes: int,
+        kind: Literal["image", "video"] = "image",
     ) -> AbstractContextManager[bytes]: ...
 
 
@@ -57,7 +64,7 @@ class RequestContext:
 
     Prompts share prefixes in the KV cache only if they have the same `cache_salt`. `submitted` is
     called with the model's name and the stream of each prompt. `background` prompts run while no
-    others wait. `media_urls` fetches pictures from URLs, if the operator allows hosts.
+    others wait. `media_urls` fetches pictures and videos from URLs, if the operator allows hosts.
     """
 
     cache_salt: bytes = b""

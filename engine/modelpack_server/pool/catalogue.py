@@ -22,10 +22,11 @@ class StoredModel:
     which it was pulled. Neither contains what a user typed. `size` is the size of its files, in
     bytes. `purpose` is empty for files that the engine cannot load; `reads_pictures` says that it
     takes pictures with the extra `vision` that is installed, `reads_sounds` the same of sounds with
-    the extra `audio`. `templated` are the capabilities that
-    its chat template has here, `tools` and `reasoning`. For an adapter, `base` is the key of the
-    model that it changes, whose engine knows it as `adapter`. `merged` is the name of the adapter
-    that is merged into the weights, of the base too, which cannot be used without it.
+    the extra `audio`, and `reads_videos` of videos with the extra `video`. `templated` are the
+    capabilities that its chat template has here, `tools` and `reasoning`. For an adapter, `base` is
+    the key of the model that it changes, whose engine knows it as `adapter`. `merged` is the name
+    of the adapter that is merged into the weights, of the base too, which cannot be used without
+    it.
     """
 
     key: str
@@ -41,6 +42,7 @@ class StoredModel:
     purpose: Literal["", "generation", "embedding", "ranking", "transcription"] = "generation"
     reads_pictures: bool = False
     reads_sounds: bool = False
+    reads_videos: bool = False
     templated: tuple[str, ...] = ()
     base: str = ""
     adapter: str = ""

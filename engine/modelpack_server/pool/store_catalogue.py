@@ -87,7 +87,7 @@ class StoreCatalogue:
         self._files = files
         self._engine_process = engine_process
         self.config = config or EngineConfig()
-        self._abilities: dict[Digest, tuple[Purpose, bool, bool]] = {}
+        self._abilities: dict[Digest, tuple[Purpose, bool, bool, bool]] = {}
         self._of_templates: dict[Digest, tuple[str, ...]] = {}
 
     def version(self) -> object:
@@ -327,7 +327,7 @@ class StoreCatalogue:
     def _described(
         self, store: LayoutStore, model: Model, names: tuple[str, ...], origins: tuple[str, ...]
     ) -> StoredModel:
-        purpose, reads_pictures, reads_sounds = self._abilities_of(store, model)
+        purpose, reads_pictures, reads_sounds, reads_videos = self._abilities_of(store, model)
         merged = self.adapters.merged_into(str(model.digest))
         return replace(
             _described(model, names),
@@ -336,6 +336,7 @@ class StoreCatalogue:
             purpose=purpose,
             reads_pictures=reads_pictures,
             reads_sounds=reads_sounds,
+            reads_videos=reads_videos,
             templated=self._templated(store, model) if purpose == "generation" else (),
         )
 
@@ -361,8 +362,8 @@ class StoreCatalogue:
 
     def _abilities_of(
         self, store: LayoutStore, model: Model
-    ) -> tuple[Purpose | Literal[""], bool, bool]:
-        """Return a model's purpose, and whether it reads pictures and sounds, by its files.
+    ) -> tuple[Purpose | Literal[""], bool, bool, bool]:
+        """Return a model's purpose, and whether it reads pictures, sounds and videos, by its files.
 
         They are read once. The purpose is "" if they cannot be loaded.
 
@@ -372,23 +373,27 @@ class StoreCatalogue:
         from modelpack_engine.embedding.encoder_checkpoint import is_encoder
         from modelpack_engine.embedding.loader import purpose_of
         from modelpack_engine.models.files import ModelFiles
-        from modelpack_engine.models.loader import may_read_pictures, may_read_sounds
+        from modelpack_engine.models.loader import (
+            may_read_pictures,
+            may_read_sounds,
+            may_read_videos,
+        )
 
         if model.is_drafter:
-            return "", False, False
+            return "", False, False, False
         if self.remote.trust is not None or has_packed_weights(model):
             name = model.config.architecture  # llama.cpp writes nomic-bert for nomic_bert
             if name in SPEECH_FAMILIES and model.config.format == "safetensors":
-                return "transcription", False, False
+                return "transcription", False, False, False
             encodes = any(is_encoder({"model_type": n}) for n in (name, name.replace("-", "_")))
-            return "embedding" if encodes else "generation", False, False
+            return "embedding" if encodes else "generation", False, False, False
         if model.digest not in self._abilities:
             try:
                 files = ModelFiles.from_model(model, store.blob_path)
                 purpose = purpose_of(files)
-                reads = may_read_pictures(files), may_read_sounds(files)
+                reads = may_read_pictures(files), may_read_sounds(files), may_read_videos(files)
             except ModelpackError:
-                return "", False, False
+                return "", False, False, False
             self._abilities[model.digest] = purpose, *reads
         return self._abilities[model.digest]
 

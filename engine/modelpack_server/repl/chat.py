@@ -141,8 +141,8 @@ class Chat:
     ) -> AsyncGenerator[ChatDelta, None]:
         """Stream the response to `text`; keep it as a message, even if it is interrupted.
 
-        `pictures` are parts of `PictureReader`, sounds too. Raises the errors of `start_chat`, and
-        `RequestError` if the model does not read them; then no message is kept.
+        `pictures` are parts of `PictureReader`, sounds and videos too. Raises the errors of
+        `start_chat`, and `RequestError` if the model does not read them; then no message is kept.
         """
         processor = self.model.pictures
         if pictures and processor is None:
@@ -152,6 +152,9 @@ class Chat:
         has_sounds = any(part["type"] == "audio" for part in pictures)
         if has_sounds and processor is not None and processor.sounds is None:
             raise RequestError(f"{self.model.name} reads no sound: {processor.why_no_sounds}")
+        has_videos = any(part["type"] == "video" for part in pictures)
+        if has_videos and processor is not None and processor.videos is None:
+            raise RequestError(f"{self.model.name} reads no video: {processor.why_no_videos}")
         question = _question(text, pictures)
         said: list[Part] = []
         stream = await start_chat(self.model, self._spec([*self.turns, question]))
@@ -305,6 +308,8 @@ def _part_as_json(part: dict[str, Any]) -> dict[str, Any]:
         sound = part["sound"]
         data = base64.b64encode(sound.data).decode()
         return {"type": "input_audio", "input_audio": {"data": data, "format": sound.format}}
+    if part["type"] == "video":
+        return {"type": "video_url", "video_url": {"url": part["video"].data_url}}
     return part
 
 

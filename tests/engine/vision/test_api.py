@@ -18,6 +18,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.vision.processor import Picture
+from modelpack_engine.vision.videos import VIDEO_CLASSES
 from modelpack_server.api.app import create_app
 from modelpack_server.api.ollama.models import _capabilities
 from modelpack_server.pool.pool import ModelPool
@@ -424,6 +425,8 @@ def test_models_that_read_pictures_are_listed(
     expected = {kind: ["completion", "vision"] for kind in tiny.KINDS}
     for kind in ("gemma3n", "qwen3_omni_moe"):
         expected[kind].append("audio")
+    for kind in VIDEO_CLASSES:
+        expected[kind].append("video")
     assert listed() == expected | {"text": ["completion"]}
     monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     assert listed() == {name: ["completion"] for name in (*expected, "text")}

@@ -57,6 +57,7 @@ class Pictures(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.files: dict[str, tuple[str, bytes]] = {}  # by path, with their content type
         self.release = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -106,9 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
             case "/status":
                 self._head(int(given["is"]), {"Content-Type": "image/png"})
             case _:
-                head = {"Content-Type": given.get("type", "image/png"), **self._extra(given)}
+                kind, body = self.server.files.get(parts.path, ("image/png", PNG))
+                head = {"Content-Type": given.get("type", kind), **self._extra(given)}
                 self._head(200, head)
-                self.wfile.write(PNG)
+                self.wfile.write(body)
 
     def _extra(self, given: dict[str, str]) -> dict[str, str]:
         names = {"encoding": "Content-Encoding", "length": "Content-Length", "cookie": "Set-Cookie"}
@@ -502,7 +504,7 @@ def test_urls_wait_for_their_turn(server: Pictures, monkeypatch: pytest.MonkeyPa
         until(lambda: len(server.requests) == len(slow))
         slow.append(threads.submit(run, "a"))
         until(lambda: urls._slots._waiting == 1)
-        with pytest.raises(QueueFullError, match="1 requests wait for pictures to be fetched"):
+        with pytest.raises(QueueFullError, match="1 requests wait for files to be fetched"):
             run("a")
         assert run("b", "/a.png") == PNG
         assert len(server.requests) == len(slow)

@@ -46,9 +46,11 @@ from modelpack_engine.templates.environment import Renderer, TemplateFailedError
 from modelpack_engine.templates.go_template import GoSyntaxError, as_jinja
 from modelpack_engine.worker.document import MAX_PAGE_SIDE
 from modelpack_engine.worker.picture import MAX_PIXELS, BadPictureError, decode
+from modelpack_engine.worker.video import Sampling
 from modelpack_engine.worker.workers import shared_workers
 from modelpack_server.conversation.pictures import PictureFile
 from modelpack_server.conversation.sounds import decode_sound
+from modelpack_server.conversation.videos import VideoFile
 from modelpack_server.gateway import json_bodies
 from modelpack_server.gateway.bodies import look_into
 from tests.formats.builders import as_file
@@ -242,6 +244,16 @@ def document(raw: bytes) -> None:
         assert 0 < max(height, width) <= MAX_PAGE_SIDE
 
 
+def video(raw: bytes) -> None:
+    """A video, in a process: frames of the right size, or an error, or it ends."""
+    sampling = Sampling(2.0, 4, 16, 1024, 2048, 8)
+    with shared_workers("video").reserved("fuzz") as run, suppress(RequestError):
+        found = VideoFile(raw or b"0", "it").decode(run, sampling, 10.0)
+        count, height, width, _ = found.frames.shape
+        assert (height, width) == (height // 8 * 8, width // 8 * 8)
+        assert count == len(found.times) <= 16
+
+
 def sound(raw: bytes) -> None:
     """A sound, in a process: finite samples, or an error, or it ends, and another goes on."""
     with suppress(RequestError):
@@ -336,6 +348,12 @@ TARGETS: dict[str, Target] = {
         words=(b"RIFF", b"WAVE", b"fmt ", b"data", b"fact", b"LIST", b"fLaC", b"OggS",
                b"\x01vorbis", b"\x05vorbis", b"ID3", b"Xing", b"Info", b"\xff\xfb", b"\xff\xf8",
                bytes(4)),
+    ),
+    "video": Target(
+        video,
+        words=(b"ftyp", b"moov", b"trak", b"stts", b"stsz", b"stsd", b"avc1", b"avcC", b"elst",
+               b"mdat", b"tkhd", b"co64", b"dref", b"url ", b"\x1aE\xdf\xa3", b"\xa3", bytes(4),
+               b"\xff" * 4),
     ),
     "byte_range": Target(byte_range, words=(b"bytes=", b"-", b",", b"9" * 20, b"0", b" ")),
 }  # fmt: skip

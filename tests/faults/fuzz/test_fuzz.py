@@ -20,8 +20,15 @@ MIB = 1024 * 1024
 CORPUS = {name: tuple(seeds(name)) for name in TARGETS}
 EVERY = [pytest.param(n, raw, id=f"{n}-{file}") for n in CORPUS for file, raw in CORPUS[n]]
 #: Examples where one takes a process, or files.
-_FEW = {"tokenizer": 4, "document": 10, "sound": 10}
-_FEWER = {"tar": 1000, "archive": 1000, "tokenizer": 100, "document": 500, "sound": 500}
+_FEW = {"tokenizer": 4, "document": 10, "sound": 10, "video": 10}
+_FEWER = {
+    "tar": 1000,
+    "archive": 1000,
+    "tokenizer": 100,
+    "document": 500,
+    "sound": 500,
+    "video": 500,
+}
 _HANG = 20.0  # seconds of processor time; the slowest input takes some milliseconds
 
 

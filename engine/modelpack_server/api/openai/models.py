@@ -124,6 +124,7 @@ def card(model: StoredModel) -> dict[str, Any]:
             *_CAPABILITIES.get(model.purpose, ()),
             *(["vision"] if model.reads_pictures else ()),
             *(["audio"] if model.reads_sounds else ()),
+            *(["video"] if model.reads_videos else ()),
             *model.templated,
         ],
         "dmr": {key: value for key, value in facts.items() if value},

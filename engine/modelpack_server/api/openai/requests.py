@@ -101,7 +101,7 @@ def _plain(message: Message, index: int, pictures: PictureReader | None) -> dict
 
 
 #: Parts of users' messages that models with vision read.
-_MEDIA = ("image_url", "file", "input_audio")
+_MEDIA = ("image_url", "file", "input_audio", "video_url")
 
 
 def _refuse_pictures(content: str | list[dict[str, Any]] | None, where: str) -> None:
@@ -114,7 +114,7 @@ def _refuse_pictures(content: str | list[dict[str, Any]] | None, where: str) -> 
 def _content(
     content: str | list[dict[str, Any]] | None, where: str, pictures: PictureReader | None
 ) -> str | list[dict[str, Any]]:
-    """Return text, or a list of parts if there are pictures, sounds or documents."""
+    """Return text, or a list of parts if there are pictures, sounds, videos or documents."""
     if content is None or isinstance(content, str):
         return content or ""
     if pictures is None or all(part.get("type") not in _MEDIA for part in content):
@@ -130,6 +130,10 @@ def _content(
             parts.append(_document(part.get("file"), f"{where}.content[{i}]", pictures))
         elif part.get("type") == "input_audio":
             parts.append(pictures.sound(part.get("input_audio"), f"{where}.content[{i}]"))
+        elif part.get("type") == "video_url":  # vLLM's
+            given = part.get("video_url")
+            url = given.get("url") if isinstance(given, dict) else given
+            parts.append(pictures.video(url, f"{where}.content[{i}]"))
         else:
             parts.append({"type": "text", "text": _text([part], where, i)})
     return parts
