@@ -107,13 +107,16 @@ BLOCKS = [
             *(
                 (("NSG", 4),)
                 if body == "block_values"
-                else (("BIAS", True), ("ROWS", 2), ("LINES", 2), ("NSG", 4), ("AHEAD", 2))
+                else (
+                    ("BIAS", True), ("ROWS", 1 if each else 2), ("LINES", 2), ("NSG", 4),
+                    ("AHEAD", 2), ("EACH", each),
+                )
             ),
         ),
     )
-    for body in ("block_dots", "block_values")
+    for body, each in (("block_dots", 0), ("block_dots", 8), ("block_values", 0))
     for name in ("Q6_K", "Q2_K", "IQ4_XS", "Q5_1")
-]
+]  # fmt: skip
 #: Inputs that can have fewer than 8 elements: MLX puts them into `constant`, one by one.
 SMALL: dict[Body, tuple[str, ...]] = {
     "decode": ("block_tables", "context_lens", "sinks"),
