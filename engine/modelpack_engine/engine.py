@@ -118,6 +118,8 @@ class Engine(BaseEngine):
         self.weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
         self.memory_bytes = self.weight_bytes + self.kv_cache_bytes + self._sizes.step_bytes
+        # The self-test runs whole steps. The KV cache is not allocated yet.
+        limit_memory(mx.get_active_memory() + self.kv_cache_bytes, self._sizes.step_bytes)
         self._runner = self._make_runner(loaded, layout)
         notes = list(loaded.notes)
         if self.vision is not None and self._runner.tier != "paged":

@@ -165,11 +165,12 @@ class Follower:
         )
         number = given.pop("number")
         held.sizes = replace(held.sizes, **given)
+        per_token = held.layout.bytes_per_token if held.layout else 0
+        cache_bytes = held.sizes.cache_bytes(held.config.block_size, per_token)
+        limit_memory(mx.get_active_memory() + cache_bytes, held.sizes.step_bytes)
         held.runner = make_ordered_runner(held.loaded.model, held.sizes, held.config)
         if held.config.max_loras and (rows := held.runner.adapter_rows) is not None:
             held.adapters = AdapterParts(held.loaded.model, rows, self._divisions)
-        per_token = held.layout.bytes_per_token if held.layout else 0
-        cache_bytes = held.sizes.cache_bytes(held.config.block_size, per_token)
         limit_memory(held.loaded.weight_bytes + cache_bytes, held.sizes.step_bytes)
         self._channel.answer(number, tier=held.runner.tier)
 

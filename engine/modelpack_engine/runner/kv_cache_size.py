@@ -10,7 +10,7 @@ requests of the full context can use. `step_shapes` lists the shapes of steps to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,6 +34,7 @@ from modelpack_engine.layers.blocks import (
     BlockSwitchLinear,
     most_rows,
 )
+from modelpack_engine.layers.matmul import FEW_ROWS
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 from modelpack_engine.runner.model_layout import WindowGroup
@@ -379,22 +380,20 @@ def limit_memory(planned: int, step_bytes: int) -> None:
 def step_memory(model: nn.Module, vocab_size: int, max_num_seqs: int = 1) -> StepMemory:
     """Estimate the memory of a step of `model`, without the head, which runs on few rows.
 
-    A head of a block type counts if `max_num_seqs` rows need all its values.
+    A head counts if its values are computed in full for `max_num_seqs` rows.
 
     MLX frees an array when the GPU is done with it, and by then the host has launched most of the
     step: so the arrays of all layers count, up to the limit from which MLX waits (`limit_memory`).
     With many rows, quantised weights are dequantised.
     """
-    outputs = dequantised = head = table = 0
-    has_head = False
+    outputs = dequantised = table = 0
+    head: int | None = None
     norms: list[int] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.QuantizedLinear | BlockLinear):
             size = module["weight"].shape[0]
             if size == vocab_size and "layers" not in name:
-                has_head = True
-                if isinstance(module, BlockLinear):
-                    head = size * module.kind.inputs(module["weight"].shape[1])
+                head = _values_of_head(module, max_num_seqs)
                 continue
             outputs += size
             if isinstance(module, nn.QuantizedLinear):
@@ -406,14 +405,26 @@ def step_memory(model: nn.Module, vocab_size: int, max_num_seqs: int = 1) -> Ste
             outputs += size * min(experts, _MOST_EXPERTS)
             if isinstance(module, BlockSwitchLinear):
                 dequantised += experts * size * module.kind.inputs(words)
-        elif isinstance(module, BlockEmbedding) and module["weight"].shape[0] == vocab_size:
-            table = vocab_size * module.kind.inputs(module["weight"].shape[1])
+        elif isinstance(module, nn.QuantizedEmbedding | BlockEmbedding):
+            if module["weight"].shape[0] == vocab_size:
+                table = _values_of_head(module, max_num_seqs)
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm) and "weight" in module:
             norms.append(module["weight"].dtype.size)
-    if max_num_seqs > most_rows():
-        dequantised += head if has_head else table
+    dequantised += table if head is None else head
     itemsize = max(norms, default=mx.bfloat16.size)  # the outputs have the type of the norms
     return StepMemory(int(outputs * _MEMORY_FACTOR) * itemsize, dequantised * itemsize)
+
+
+def _values_of_head(module: Any, rows: int) -> int:
+    """Return how many values of a head are in memory to multiply so many rows: all or none."""
+    outputs, words = module["weight"].shape
+    if isinstance(module, BlockLinear | BlockEmbedding):
+        return int(outputs * module.kind.inputs(words)) if rows > most_rows() else 0
+    if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return 0
+    if rows <= FEW_ROWS or module.mode != "affine" or module.bits not in (4, 8):
+        return 0  # MLX multiplies by it as it is
+    return int(outputs * module["scales"].shape[1] * module.group_size)
 
 
 def step_shapes(

@@ -26,7 +26,12 @@ def test_it_limits_the_memory_of_steps_as_rank_0_does(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(follower, "choose_sizes", with_steps)
     monkeypatch.setattr(follower, "limit_memory", lambda *given: limits.append(given))
-    monkeypatch.setattr(follower, "make_ordered_runner", lambda *_: SimpleNamespace(tier="paged"))
+
+    def make(*_: Any) -> Any:
+        assert len(limits) == 1, "the self-test runs whole steps"
+        return SimpleNamespace(tier="paged")
+
+    monkeypatch.setattr(follower, "make_ordered_runner", make)
     loaded, answers = tiny_loaded(), []
     channel: Any = SimpleNamespace(answer=lambda number, **answer: answers.append(answer))
     group: Any = SimpleNamespace(rank=1, mlx=None)
@@ -39,4 +44,7 @@ def test_it_limits_the_memory_of_steps_as_rank_0_does(monkeypatch: pytest.Monkey
     layout = layout_with_cache_type(loaded.model, "auto")
     assert layout is not None
     assert answers == [{"tier": "paged"}]
-    assert limits == [(loaded.weight_bytes + 7 * 16 * layout.bytes_per_token, 5)]
+    cache_bytes = 7 * 16 * layout.bytes_per_token
+    assert limits[0][0] >= cache_bytes
+    assert limits[0][1] == 5
+    assert limits[1:] == [(loaded.weight_bytes + cache_bytes, 5)]

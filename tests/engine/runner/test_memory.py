@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from modelpack_engine import engine
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.buckets import FEW
 from modelpack_engine.errors import OutOfMemoryError
@@ -20,6 +21,7 @@ from modelpack_engine.runner import kv_cache_size
 from modelpack_engine.runner.kv_cache_size import StepMemory, step_memory
 from modelpack_server.pool import memory as device_memory
 from tests.engine.runner.models import tiny_llama
+from tests.engine.serving.tiny import tiny_engine
 
 GIB = 1 << 30
 LAYOUT: Any = SimpleNamespace(bytes_per_token=1 << 10, snapshot_bytes=0)
@@ -165,6 +167,37 @@ def test_what_layers_put_out() -> None:
     nn.quantize(model, group_size=32, bits=4)
     weights = 2 * 32 * (32 + 16 + 16 + 32 + 64 + 64 + 64)
     assert step_memory(model, 64) == StepMemory(int(outputs * 1.6) * 4, weights * 4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "mode", "rows", "counted"),
+    [(4, "affine", 128, 0), (4, "affine", 129, 1), (8, "affine", 256, 1), (6, "affine", 256, 0),
+     (4, "mxfp4", 256, 0)],
+)  # fmt: skip
+def test_a_quantised_head_counts_if_its_values_are_computed(
+    bits: int, mode: str, rows: int, counted: int, tied: bool
+) -> None:
+    """With more rows than our kernels take, it is dequantised, as layers are."""
+    model = tiny_llama(num_hidden_layers=1, tie_word_embeddings=tied)
+    nn.quantize(model, group_size=32, bits=bits, mode=mode)
+    few, many = (step_memory(model, 64, count).per_step for count in (1, rows))
+    assert many - few == counted * 64 * 32 * 4
+
+
+def test_the_limit_of_steps_holds_in_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs whole steps, whose arrays would otherwise all be in memory at once."""
+    calls: list[str] = []
+    make = engine.make_engine_runner
+
+    def made(*arguments: Any) -> Any:
+        calls.append("self-test")
+        return make(*arguments)
+
+    monkeypatch.setattr(engine, "limit_memory", lambda *_: calls.append("limit"))
+    monkeypatch.setattr(engine, "make_engine_runner", made)
+    tiny_engine()
+    assert calls == ["limit", "self-test", "limit"]
 
 
 def test_available_memory(monkeypatch: pytest.MonkeyPatch) -> None:
