@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -92,6 +92,20 @@ class TensorPlan:
             return stored + 3 * elements
         return stored * 3 // 2 if packed else elements * 4
 
+    def held_bytes(self, dtype: mx.Dtype) -> int:
+        """The bytes of the parameter in memory, where floats and scales have a type."""
+        elements = self.parameter.elements
+        if self.blocks is not None:
+            inputs = self.parameter.shape[-1]
+            return elements // inputs * self.blocks.words(inputs) * 4
+        if self.packing is None:
+            return elements * dtype.size
+        scales = 1 if self.packing.mode == "mxfp4" else 2 * dtype.size
+        return elements * self.packing.bits // 8 + elements // GROUP_SIZE * scales
+
+
+#: Layers whose weights can be held as stored.
+_KEPT_LAYERS = (Linear, Embedding, SwitchLinear)
 
 Decoded = dict[str, npt.NDArray[Any]]
 
@@ -115,7 +129,10 @@ def arrays_of(
             ahead -= first.decoded_bytes
             for name, array in _arrays(first, future.result()):
                 floating = mx.issubdtype(array.dtype, mx.floating) and casts(name)
-                yield name, array.astype(dtype) if floating else array
+                held = array.astype(dtype) if floating else array
+                del array
+                mx.eval(held)  # what it is made of, often float32, would stay in memory
+                yield name, held
             done += first.parameter.stored_bytes
             load_progress.read(done / total if total else 1)
 
@@ -224,6 +241,8 @@ class GGUFLoader:
             _plan(parameter, modules.get(parameter.path), precision)
             for parameter in self._parameters
         ]
+        if precision.blocks:
+            plans = _within_the_file(plans, modules, precision.dtype)
         in_blocks = [
             (plan.parameter.path, _module_of(plan.blocks, modules[plan.parameter.path], precision))
             for plan in plans
@@ -407,11 +426,54 @@ def _merged(parameter: Parameter, tensor: GGUFTensor, one: Matrices) -> GGUFTens
 def _plan(parameter: Parameter, module: Any, precision: Precision) -> TensorPlan:
     if precision.dense or parameter.name != "weight" or not hasattr(module, "to_quantized"):
         return TensorPlan(parameter)
-    if parameter.dtype in precision.blocks and type(module) in (Linear, Embedding, SwitchLinear):
+    if parameter.dtype in precision.blocks and type(module) in _KEPT_LAYERS:
         blocks = gguf_planes.block_type(parameter.dtype, parameter.shape)
         if blocks is not None:
             return TensorPlan(parameter, blocks=blocks)
     return TensorPlan(parameter, packing_of(parameter.dtype, requantize=precision.requantize))
+
+
+#: How much more than its tensors in the file a model may take in memory.
+_MOST_MORE = 1.1
+#: Layers in the order in which they are held as stored to save memory, by their last names: first
+#: those that are not fused with a norm before them or with other layers. Embeddings come before.
+_UNFUSED = ("o_proj", "out_proj", "down_proj")
+
+
+def _within_the_file(
+    plans: list[TensorPlan], modules: Mapping[str, Any], dtype: mx.Dtype
+) -> list[TensorPlan]:
+    """Hold weights of 4 bits as stored, if the model would take too much memory in MLX's layout.
+
+    MLX has a scale and a bias for each 32 weights: 5 bits a weight instead of 4.5. Kernels for its
+    layout are faster with tens of rows, so no more weights than necessary change. None do if that
+    is not enough.
+    """
+
+    def order(at: int) -> int:
+        path = plans[at].parameter.path
+        if isinstance(modules[path], Embedding):
+            return -1
+        name = path.rpartition(".")[2]
+        return _UNFUSED.index(name) if name in _UNFUSED else len(_UNFUSED)
+
+    stored = sum(plan.parameter.stored_bytes for plan in plans)
+    held = sum(plan.held_bytes(dtype) for plan in plans)
+    candidates = [
+        at
+        for at, plan in enumerate(plans)
+        if plan.packing == Packing(4) and type(modules[plan.parameter.path]) in _KEPT_LAYERS
+    ]
+    changed = list(plans)
+    for at in sorted(candidates, key=order):
+        if held <= _MOST_MORE * stored:
+            break
+        parameter = plans[at].parameter
+        blocks = gguf_planes.block_type(parameter.dtype, parameter.shape)
+        if blocks is not None:
+            changed[at] = TensorPlan(parameter, blocks=blocks)
+            held += changed[at].held_bytes(dtype) - plans[at].held_bytes(dtype)
+    return changed if held <= _MOST_MORE * stored else plans
 
 
 def _module_of(

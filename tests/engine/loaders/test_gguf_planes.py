@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,17 @@ def test_other_types_and_shapes_stay_in_layouts_of_mlx(name: str, shape: tuple[i
     assert gguf_planes.block_type(name, shape) is None
 
 
-def tiny_of(path: Path, name: str) -> TinyModel:
-    """Write a tiny Llama whose matrices are random blocks of a type."""
-    config = {**TINY_MODELS["llama"].config, "hidden_size": 1024, "intermediate_size": 512}
+def tiny_of(path: Path, name: str, *, embedding: str = "", **changes: int) -> TinyModel:
+    """Write a tiny Llama whose matrices are random blocks of a type, or of that of `embedding`."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 512}
+    config = {**TINY_MODELS["llama"].config, **sizes, **changes}
     tiny = TinyModel("llama", config, TINY_MODELS["llama"].keys, TINY_MODELS["llama"].converted)
-    kind = gguf.GGMLQuantizationType[name]
 
-    def quantize(_: str, values: np.ndarray) -> Any:
-        return random_blocks(name, *values.shape), kind
+    def quantize(tensor: str, values: np.ndarray) -> Any:
+        own = embedding if embedding and tensor.startswith("token_embd") else name
+        if own == "F16":
+            return values.astype(np.float16), gguf.GGMLQuantizationType.F16
+        return random_blocks(own, *values.shape), gguf.GGMLQuantizationType[own]
 
     tiny.write(path, quantize)
     return tiny
@@ -125,6 +129,59 @@ def test_experts_keep_their_blocks(tmp_path: Path) -> None:
     assert found == [BlockSwitchLinear] * tiny.config["num_hidden_layers"]
     assert kept.weight_bytes < 1.1 * path.stat().st_size
     assert distance(tiny.logits(kept.model)[-1], tiny.logits(dense.model)[-1]) < 1e-9
+
+
+def kinds_of(model: Any) -> dict[str, set[str]]:
+    """Return the classes of the layers with each name."""
+    found: dict[str, set[str]] = {}
+    for path, module in model.named_modules():
+        if "weight" in module:
+            found.setdefault(path.rpartition(".")[2], set()).add(type(module).__name__)
+    return found
+
+
+@pytest.mark.parametrize("name", ["Q4_K", pytest.param("Q4_0", marks=pytest.mark.long)])
+def test_four_bits_take_at_most_a_tenth_more_than_the_file(name: str, tmp_path: Path) -> None:
+    """In MLX's layout they would take a ninth more. Layers that are fused stay in it."""
+    tiny_of(tmp_path / "m.gguf", name)
+    small = load_tiny(tmp_path / "m.gguf", dense=False, blocks=gguf_planes.KEPT, dtype=mx.bfloat16)
+    stored = sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
+    kinds = kinds_of(small.model)
+    assert small.weight_bytes <= 1.1 * stored
+    assert kinds["embed_tokens"] == {"BlockEmbedding"}
+    assert kinds["q_proj"] == kinds["gate_proj"] == {"QuantizedLinear"}
+    large = load_tiny(tmp_path / "m.gguf", dense=False, blocks=(), dtype=mx.bfloat16)
+    assert large.weight_bytes > 1.105 * stored
+    assert kinds_of(large.model)["embed_tokens"] == {"QuantizedEmbedding"}
+
+
+def test_four_bits_stay_in_the_layout_of_mlx_if_others_take_too_much(tmp_path: Path) -> None:
+    """Types that are held in 8 bits take more than twice as much: nothing would be gained."""
+    tiny_of(tmp_path / "m.gguf", "IQ3_S", embedding="Q4_K")
+    found = load_tiny(tmp_path / "m.gguf", dense=False, blocks=gguf_planes.KEPT, dtype=mx.bfloat16)
+    assert kinds_of(found.model)["embed_tokens"] == {"QuantizedEmbedding"}
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes"),
+    [
+        ("Q4_K", 1),
+        pytest.param("IQ3_S", 9, marks=pytest.mark.long),  # two matrices in float32
+        pytest.param("F16", 3, marks=pytest.mark.long),
+    ],
+)
+def test_loading_holds_little_more_than_the_weights(
+    name: str, megabytes: int, tmp_path: Path
+) -> None:
+    """Values and scales of float32 are freed tensor by tensor."""
+    path = tmp_path / "m.gguf"
+    tiny_of(path, name, num_hidden_layers=6)
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    found = load_tiny(path, dense=False, blocks=(), dtype=mx.bfloat16)
+    assert mx.get_peak_memory() - before < found.weight_bytes * 1.01 + megabytes * 1e6
 
 
 def test_a_row_of_another_type_would_be_noticed(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ that are joined with one of another type.
   of the file, with scales in the model's type (bfloat16); "8 bits" are codes made at load, which
   round the values of the file. MLX on a CPU has no "as stored", but 8 bits, and unpacks weights to
   float32 if they fit into memory.
+- Weights of 4 bits have faster kernels in MLX's layout. As many as needed are held as stored where
+  a model would take over 10 % more memory than its tensors in the file, embeddings first.
 - **CUDA** says which kernel multiplies a few rows by such weights on an NVIDIA GPU: ours or MLX's.
   On Metal it is ours for types that are held as stored, and MLX's for others.
 - **CPU library** is [our own](cpu.md), for models of Llama's shape.
