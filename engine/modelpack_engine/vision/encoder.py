@@ -240,7 +240,7 @@ def open_vision(
     _test("vision", model, processor, processor.image_token_id, [*map(Picture, noise)])
     if sounds is not None:
         try:
-            if getattr(model, "audio_tower", None) is None:
+            if not any(getattr(model, name, None) for name in ("audio_tower", "embed_audio")):
                 raise EngineError("the files have no audio tower")
             processor.sounds = found = SoundProcessor(config, sounds, encode)
             samples = random.normal(0, 0.1, (2, found.rate)).astype(np.float32)

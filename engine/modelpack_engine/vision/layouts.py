@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -314,6 +314,29 @@ def _gemma3n(config: Mapping[str, Any], made: Made) -> str:
     return f"{needs.begins}{needs.soft * count}{needs.ends}"
 
 
+class _Gemma4UnifiedProcessor:
+    """Gemma 4's image processor for models without encoders: mlx-vlm's, in NumPy."""
+
+    def __init__(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        from mlx_vlm.models.gemma4_unified.processing_gemma4_unified import (
+            Gemma4UnifiedImageProcessor,
+        )
+
+        kind: Any = Gemma4UnifiedImageProcessor
+        given = {name: value for name, value in settings.items() if name != "image_processor_type"}
+        self._made = kind(**given)
+        self._settings = dict(self._made.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings."""
+        return self._settings
+
+    def __call__(self, images: Any, **_: Any) -> Made:
+        """Return the patches [1, tokens, pixels] of a picture, with padding, and their places."""
+        made, _counts = self._made.preprocess(images)
+        return cast(Made, made)
+
+
 def _idefics2(config: Mapping[str, Any], made: Made) -> str:
     """Idefics 2: as many tokens for each view, with a token around each."""
     perceiver, edge = config.get("perceiver_config") or {}, "<fake_token_around_image>"
@@ -416,6 +439,7 @@ SETTINGS: Mapping[str, Settings] = {
 PROCESSORS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], ImageProcessor]] = {
     **dict.fromkeys(_LFM2, _lfm2_processor),
     "deepseek_vl_v2": _DeepSeekProcessor,
+    "gemma4_unified": _Gemma4UnifiedProcessor,
     "kimi_k25": _KimiProcessor,
     "kimi_vl": _KimiProcessor,
     "minicpmv4_6": _MiniCPMProcessor,

@@ -131,6 +131,13 @@ CLASSES: Mapping[str, VisionClass] = {
         ends="<image|>",
         hidden_id=0,
     ),
+    "gemma4_unified": VisionClass(
+        placeholder="<|image|>",
+        begins="<|image>",
+        soft="<|image|>",
+        ends="<image|>",
+        hidden_id=0,
+    ),
     "glm4v": VisionClass(
         placeholder="<|image|>", mrope=True, language={"glm4v_text": "glm4", "glm4v": "glm4"}
     ),

@@ -132,7 +132,7 @@ class PictureProcessor:
         made = self._image_processor.to_dict()
         if made.get("do_pan_and_scan"):
             raise ModelLoadError("preprocessor_config.json: do_pan_and_scan is not supported")
-        if self._kind == "gemma4":
+        if self._kind.startswith("gemma4"):
             _check_patches(made, config["vision_config"])
         self.memory = InputMemory()
         #: The most pictures of a prompt, 0 for any number.
@@ -305,7 +305,14 @@ class PictureProcessor:
         digest = hashlib.sha256(self._settings_digest + known + picture.digest()).digest()
         spans = ((1, len(tokens) - 1),) if self.largest_span else ()  # `_prompt` has its own
         return Media(
-            start, tuple(tokens), digest, inputs, picture.param, grid, spans, self._kind == "gemma4"
+            start,
+            tuple(tokens),
+            digest,
+            inputs,
+            picture.param,
+            grid,
+            spans,
+            in_windows=self._kind.startswith("gemma4"),
         )
 
     @property
@@ -324,7 +331,8 @@ class PictureProcessor:
         if self._needs.bidirectional:
             return int(self._config.get("mm_tokens_per_image", GEMMA3_TOKENS))
         text = self._config.get("text_config") or {}
-        if self._kind == "gemma4" and text.get("use_bidirectional_attention") == "vision":
+        sees_ahead = text.get("use_bidirectional_attention") == "vision"
+        if self._kind.startswith("gemma4") and sees_ahead:
             return int(self._image_processor.to_dict()["max_soft_tokens"])
         if self._needs.prefix and text.get("use_bidirectional_attention") is not False:
             vision = self._config["vision_config"]

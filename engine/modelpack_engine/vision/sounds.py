@@ -28,7 +28,7 @@ from modelpack_engine.vision.models import (
 )
 
 #: The largest width of features, and of the windows that they are made of, in milliseconds.
-_MAX_FEATURES, _MAX_WINDOW = 512, 1000
+_MAX_FEATURES, _MAX_WINDOW = 1024, 1000
 #: The fewest samples of a window.
 _LEAST_WINDOW = 80
 
@@ -78,6 +78,11 @@ def _always_188(mask: NDArray[np.bool_]) -> int:
     return 188 if mask.any() else 0
 
 
+def _each(mask: NDArray[np.bool_]) -> int:
+    """Gemma 4 without encoders: a token for each row of samples."""
+    return int(mask.sum())
+
+
 def _thirteen_a_second(mask: NDArray[np.bool_]) -> int:
     """Qwen3-Omni: 13 for each 100 frames, and for the rest what three convolutions leave of it."""
     hundreds, rest = divmod(int(mask.sum()), 100)
@@ -103,6 +108,16 @@ SOUND_CLASSES: Mapping[str, SoundClass] = {
         ends="<audio|>",
         extractor="gemma4.feature_extraction_gemma4:Gemma4AudioFeatureExtractor",
         count=_halved_twice,
+        token_id=GEMMA4_AUDIO,
+    ),
+    "gemma4_unified": SoundClass(
+        placeholder="<|audio|>",
+        soft="<|audio|>",
+        begins="<|audio>",
+        ends="<audio|>",
+        extractor="gemma4_unified.feature_extraction_gemma4_unified"
+        ":Gemma4UnifiedAudioFeatureExtractor",
+        count=_each,
         token_id=GEMMA4_AUDIO,
     ),
     "qwen3_omni_moe": SoundClass(
@@ -188,7 +203,12 @@ class SoundProcessor:
         digest = hashlib.sha256(self._settings_digest + sound.digest()).digest()
         inputs = {"input_features": features, "input_features_mask": mask}
         return Media(
-            start, tuple(tokens), digest, inputs, sound.param, in_windows=self._kind == "gemma4"
+            start,
+            tuple(tokens),
+            digest,
+            inputs,
+            sound.param,
+            in_windows=self._kind.startswith("gemma4"),
         )
 
     @cached_property

@@ -56,6 +56,7 @@ _ALIGNMENT = 64
 #: Names of the tensors of vision towers, after an optional "model.", and of audio towers.
 _PREFIXES = (
     "embed_vision.",
+    "vision_embedder.",
     "mm_projector.",
     "multi_modal_projector.",
     "vision_tower.",
@@ -461,8 +462,9 @@ class _PartsTower(Module):  # type: ignore[misc]
         rows = rows * self._scale if self._scale != 1 else rows
         if not inputs:
             return cast(mx.array, rows)
-        for part in (getattr(self, name, None) for name in ("embed_vision", "embed_audio")):
-            if part is not None:  # Gemma 3n: the token after a file is in a table of its own
+        parts: list[Any] = [getattr(self, name, None) for name in ("embed_vision", "embed_audio")]
+        for part in parts:
+            if hasattr(part, "vocab_offset"):  # Gemma 3n: the token after a file has its own table
                 own = (token_ids >= part.vocab_offset) & (
                     token_ids < part.vocab_offset + part.vocab_size
                 )
@@ -486,6 +488,32 @@ class _PartsTower(Module):  # type: ignore[misc]
             if hasattr(part, "sanitize"):
                 weights = part.sanitize(weights)
         return weights
+
+
+def _gemma4_unified_parts(package: Any, config: Any) -> dict[str, Module]:
+    vision, width = config.vision_config, config.text_config.hidden_size
+    embedder = package.gemma4_unified.MultimodalEmbedder
+    return {
+        "vision_embedder": package.VisionEmbedder(vision),
+        "embed_vision": embedder(vision.output_proj_dims, width, vision.rms_norm_eps),
+    }
+
+
+def _gemma4_unified_audio(package: Any, audio: Mapping[str, Any], config: Any) -> dict[str, Module]:
+    made = package.AudioConfig.from_dict({**audio})
+    embedder = package.gemma4_unified.MultimodalEmbedder
+    width = config.text_config.hidden_size
+    return {"embed_audio": embedder(made.output_proj_dims, width, made.rms_norm_eps)}
+
+
+def _gemma4_unified_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """The language model multiplies embeddings by what these are divided by."""
+    if "input_features" in inputs:
+        rows = tower.embed_audio(inputs["input_features"])
+    else:
+        places = inputs["image_position_ids"]
+        rows = tower.embed_vision(tower.vision_embedder(inputs["pixel_values"], places))
+    return cast(mx.array, rows[0] / tower._width**0.5)
 
 
 def _gemma3n_parts(package: Any, config: Any) -> dict[str, Module]:
@@ -700,6 +728,7 @@ _RENAMED: Mapping[str, Callable[[dict[str, mx.array]], dict[str, mx.array]]] = {
 #: By model type, the modules that encode sounds.
 _SOUND_PARTS: Mapping[str, Callable[[Any, Mapping[str, Any], Any], dict[str, Module]]] = {
     "gemma3n": _gemma3n_audio,
+    "gemma4_unified": _gemma4_unified_audio,
     "qwen3_omni_moe": _omni_audio,
 }
 #: By model type: the modules that encode pictures, by the names of their tensors; how they do it;
@@ -714,6 +743,7 @@ _PARTS: Mapping[
 ] = {
     "dots_ocr": (_dots_parts, _dots_rows, False),
     "gemma3n": (_gemma3n_parts, _gemma3n_rows, True),
+    "gemma4_unified": (_gemma4_unified_parts, _gemma4_unified_rows, False),
     "idefics2": (_idefics2_parts, _idefics2_rows, False),
     "kimi_k25": (_kimi_parts, _kimi_rows, False),
     "mllama": (_mllama_parts, _mllama_rows, False),

@@ -78,7 +78,6 @@ REASONS: Mapping[str, str] = {
         minimax_m3_vl molmo2 molmo_point muse_glimmer muse_spark phi4_siglip plamo2vl
         prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl zaya1_vl""",
     ),
-    "gemma4_unified": f"{_PICTURES}: within one, tokens attend to later ones",
     "deepseekocr": f"{_PICTURES}: published files name the type deepseek_vl_v2, with another tower",
     "ernie4_5_moe_vl": f"{_PICTURES}: their tokens have experts of their own",
     "fastvlm": f"{_PICTURES}: its tokenizer has no token for them",

@@ -32,15 +32,19 @@ RATE = 16_000
 VOCABULARY = 352
 _FIRST = 340  # the tokens of `tiny` are fewer
 #: The token of sounds, by kind.
-AUDIO = {"gemma4": _FIRST + 1, "gemma3n": _FIRST + 5, "qwen3_omni_moe": specimens.AUDIO}
-PLACEHOLDERS = {
-    "gemma4": "<|audio|>", "gemma3n": "<audio_soft_token>", "qwen3_omni_moe": "<|audio_pad|>",
+AUDIO = {
+    "gemma4": _FIRST + 1, "gemma4_unified": _FIRST + 1, "gemma3n": _FIRST + 5,
+    "qwen3_omni_moe": specimens.AUDIO,
 }  # fmt: skip
-KINDS = ("gemma4", "gemma3n", "qwen3_omni_moe")
-SEEDS = {"gemma4": 11, "gemma3n": 7}  # of which sounds change the answers
+PLACEHOLDERS = {
+    "gemma4": "<|audio|>", "gemma4_unified": "<|audio|>", "gemma3n": "<audio_soft_token>",
+    "qwen3_omni_moe": "<|audio_pad|>",
+}  # fmt: skip
+KINDS = ("gemma4", "gemma4_unified", "gemma3n", "qwen3_omni_moe")
+SEEDS = {"gemma4": 11, "gemma4_unified": 11, "gemma3n": 7}  # of which sounds change the answers
 _PROCESSORS = {
-    "gemma4": "Gemma4Processor", "gemma3n": "Gemma3nProcessor",
-    "qwen3_omni_moe": "Qwen3OmniMoeProcessor",
+    "gemma4": "Gemma4Processor", "gemma4_unified": "Gemma4UnifiedProcessor",
+    "gemma3n": "Gemma3nProcessor", "qwen3_omni_moe": "Qwen3OmniMoeProcessor",
 }  # fmt: skip
 #: What mlx-vlm's `prepare_omni_inputs` calls the processor with, and the mask that counts features.
 _CALLED = {"qwen3_omni_moe": {"padding": True, "return_attention_mask": True}}
@@ -69,6 +73,9 @@ def config_of(kind: str) -> dict[str, Any]:
         # mlx-vlm does not do it without a patch, which `tiny` has.
         "use_bidirectional_attention": None,
     }
+    if kind == "gemma4_unified":
+        sizes = {"audio_samples_per_token": 640, "audio_embed_dim": 640, "output_proj_dims": 640}
+        return config | {"audio_config": {"model_type": "gemma4_unified_audio", **sizes}}
     return config | {
         "audio_config": {
             "model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 2,
@@ -125,7 +132,8 @@ def directory(kind: str) -> Path:
         "{% else %}{{ p.text }}",
         f"{{% elif p.type == 'audio' %}}{PLACEHOLDERS[kind]}{{% else %}}{{{{ p.text }}}}",
     )
-    extractor = {"feature_extractor_type": f"{kind.capitalize()}AudioFeatureExtractor"}
+    named = _PROCESSORS[kind].removesuffix("Processor")
+    extractor = {"feature_extractor_type": f"{named}AudioFeatureExtractor"}
     in_one = extractor if kind == "gemma3n" else {}
     named = {"audio_token": PLACEHOLDERS[kind], "boa_token": "<|audio>", "eoa_token": "<audio|>"}
     if kind == "gemma3n":

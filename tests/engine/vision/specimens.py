@@ -43,6 +43,7 @@ VOCABULARY_LATER = 352
 LATER_IDS = {text: 320 + index for index, text in enumerate(LATER)}
 BOS = 320
 AUDIO = 328
+SOFT4 = EOS + 31
 GLM_IMAGE = 287
 GLM_START, GLM_END, GLM_VIDEO, _, _, CONTEXT, MEDIA = range(289, 296)
 PATCH = 304
@@ -915,6 +916,48 @@ PADDLE = IMGPAD + 3
 _SMALL: set[Any] = set()
 
 
+def _gemma4_unified() -> Specimen:
+    settings = {
+        "image_processor_type": "Gemma4UnifiedImageProcessor", "patch_size": 4,
+        "pooling_kernel_size": 2, "max_soft_tokens": 70,
+    }  # fmt: skip
+    return Specimen(
+        config={
+            "model_type": "gemma4_unified", "vocab_size": VOCABULARY, "image_token_id": SOFT4,
+            "tie_word_embeddings": True, "audio_config": None, "hidden_size": 64,
+            "text_config": {
+                "model_type": "gemma4_unified_text", "hidden_size": 64, "intermediate_size": 96,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+                "num_global_key_value_heads": 1, "global_head_dim": 32, "num_hidden_layers": 4,
+                "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+                "attention_k_eq_v": True, "vocab_size": VOCABULARY,
+                "vocab_size_per_layer_input": VOCABULARY, "max_position_embeddings": 1024,
+                "rms_norm_eps": 1e-6, "final_logit_softcapping": 30.0,
+                "use_bidirectional_attention": "vision",
+                "rope_parameters": {
+                    "full_attention": {
+                        "partial_rotary_factor": 0.25, "rope_theta": 1000000.0,
+                        "rope_type": "proportional",
+                    },
+                    "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+                },
+            },
+            "vision_config": {
+                "model_type": "gemma4_unified_vision", "patch_size": 4, "pooling_kernel_size": 2,
+                "model_patch_size": 8, "mm_embed_dim": 48, "mm_posemb_size": 80,
+                "num_soft_tokens": 70, "output_proj_dims": 48,
+            },
+        },
+        settings=settings,
+        processor="gemma4_unified.processing_gemma4_unified:Gemma4UnifiedProcessor",
+        prompt="<|image|>",
+        documents={
+            "processor_config.json": {"image_processor": settings, "image_seq_length": 70},
+        },
+    )  # fmt: skip
+
+
 def _qwen3_omni() -> Specimen:
     text = {
         **TEXT, "model_type": "qwen3_omni_moe_text", "head_dim": 16, "attention_bias": False,
@@ -1026,6 +1069,7 @@ SPECIMENS: Mapping[str, Specimen] = {
     "minicpmv4_6": _minicpm(),
     "dots_ocr": _dots(),
     "gemma3n": _gemma3n(),
+    "gemma4_unified": _gemma4_unified(),
     "kimi_k25": _kimi_k25(),
     "idefics2": _idefics2(),
     "kimi_vl": _kimi(),

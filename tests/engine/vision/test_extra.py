@@ -22,7 +22,7 @@ from modelpack_engine.vision.models import vision_classes
 from tests.engine.vision import tiny
 from tests.engine.vision.tiny import kinds
 
-TOWERS = (*tiny.WHOLE, "llava", *tiny.MISTRAL, *tiny.QWEN)
+TOWERS = ("gemma3", "gemma4", "llava", *tiny.MISTRAL, *tiny.QWEN)
 
 
 @pytest.mark.long

@@ -174,7 +174,7 @@ def test_placeholders_of_another_kind(kind: str) -> None:
     [
         ({"sampling_rate": 10**9}, "sampling_rate 1000000000 is not a number from 8000 to 32000"),
         ({"sampling_rate": "16000"}, "sampling_rate 16000 is not a number"),
-        ({"feature_size": 10**9}, "feature_size 1000000000 is not from 1 to 512"),
+        ({"feature_size": 10**9}, "feature_size 1000000000 is not from 1 to 1024"),
         ({"hop_length_ms": 0.0001}, "hop_length_ms 0.0001 is not from 5 to 1000"),
         ({"frame_length_ms": 1e9}, "frame_length_ms 1000000000.0 is not from 5 to 1000"),
         ({"dither": 0.1}, "dither adds noise to sounds"),

@@ -7,7 +7,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -37,15 +37,15 @@ HYBRID = ("qwen3_5", "qwen3_5_moe")
 QWEN = ("qwen2_5_vl", "qwen2_vl", *DEEP, *HYBRID)
 MISTRAL = ("mistral3", "pixtral")
 #: Tokens of a picture attend to each other in both directions.
-WHOLE = ("gemma3", "gemma4")
+WHOLE = ("gemma3", "gemma4", "gemma4_unified")
 #: All tokens of a prompt do so: none is split.
 PREFIX = ("paligemma",)
 #: The rows that steps need beside those of tests, as pictures are large and never split.
-ROWS = {"gemma4": 72, "paligemma": 56}
+ROWS = {"gemma4": 72, "gemma4_unified": 72, "paligemma": 56}
 #: What layers that attend to pictures get in mlx-vlm's model: states, and masks.
 CROSS = ("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
 MROPE = (*QWEN, "glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl", "qwen3_omni_moe")
-KINDS = (*WHOLE, "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN, *SPECIMENS)
+KINDS = (*WHOLE[:2], "idefics3", "llava", *MISTRAL, "smolvlm", *QWEN, *SPECIMENS)
 #: Those that take long, or that others stand for.
 SLOW = ("gemma4", *HYBRID, *({*SPECIMENS} - {"glm4v", "internvl_chat"}))
 
@@ -101,6 +101,9 @@ _NAMED = {
         "eoa_token": "</img>",
     },
     "gemma4": {
+        "boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>",
+    },
+    "gemma4_unified": {
         "boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>",
     },
 }  # fmt: skip
@@ -496,7 +499,7 @@ def _picture_mask(kind: str, ids: list[int], window: int | None) -> mx.array:
     group = np.where(is_soft, np.cumsum(starts), 0)
     same = (group[:, None] == group) & is_soft
     mask = places <= places[:, None]
-    if kind != "gemma4" or window is not None:
+    if not kind.startswith("gemma4") or window is not None:
         mask |= same
     if window is not None:
         mask &= places > places[:, None] - window
@@ -512,7 +515,8 @@ def _pictures_seen(kind: str, ids: list[int], seen: bool) -> Iterator[None]:
     if kind not in WHOLE or not seen:
         yield
         return
-    module: Any = importlib.import_module(f"mlx_vlm.models.{kind}.language")
+    named = kind.removesuffix("_unified")
+    module: Any = importlib.import_module(f"mlx_vlm.models.{named}.language")
     native = module.create_attention_mask
     module.create_attention_mask = lambda h, cache, window_size=None, **_: _picture_mask(
         kind, ids, window_size
@@ -574,12 +578,21 @@ def expected(
             features = SimpleNamespace(inputs_embeds=features)
     else:
         features = model.get_input_embeddings(ids, pixels, **inputs)
-    with _pictures_seen(kind, ids[0].tolist(), seen):
-        return generated(model, ids, features, count)
+    seen_whole = _pictures_seen(kind, ids[0].tolist(), seen)
+    return generated(model, ids, features, count, seen_whole)
 
 
-def generated(model: Any, ids: mx.array, features: Any, count: int) -> list[int]:
-    """Return the greedy tokens of mlx-vlm's language model for the embeddings of a prompt."""
+def generated(
+    model: Any,
+    ids: mx.array,
+    features: Any,
+    count: int,
+    for_prompt: AbstractContextManager[None] = nullcontext(),  # noqa: B008 - it has no state
+) -> list[int]:
+    """Return the greedy tokens of mlx-vlm's language model for the embeddings of a prompt.
+
+    `for_prompt` is entered while it reads the prompt.
+    """
     from mlx_vlm.models.cache import make_prompt_cache
 
     cache_ = make_prompt_cache(model.language_model)
@@ -591,9 +604,10 @@ def generated(model: Any, ids: mx.array, features: Any, count: int) -> list[int]
     )  # fmt: skip
     given = {name: getattr(features, name, None) for name in names}
     extra = {name: value for name, value in given.items() if value is not None}
-    logits = model.language_model(
-        ids, inputs_embeds=features.inputs_embeds, cache=cache_, **extra
-    ).logits
+    with for_prompt:
+        logits = model.language_model(
+            ids, inputs_embeds=features.inputs_embeds, cache=cache_, **extra
+        ).logits
     # As in transformers, tokens after the prompt see what its last one does.
     extra = {
         name: value[:, :, -1:] if name in CROSS[1:] else value
