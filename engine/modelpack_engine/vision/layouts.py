@@ -302,7 +302,7 @@ class _MiniCPMProcessor:
 
 
 def _dots(config: Mapping[str, Any], made: Made) -> str:
-    """dots.ocr: one token for each square of patches."""
+    """dots.ocr and Mage-VL: one token for each square of patches."""
     merge = int(config["vision_config"].get("spatial_merge_size", 2))
     return _token(config) * (int(np.prod(made["image_grid_thw"][0])) // merge**2)
 
@@ -425,6 +425,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "dots_ocr": _dots,
     "gemma3n": _gemma3n,
     "idefics2": _idefics2,
+    "mage_vl": _dots,
     "mllama": _mllama,
     "molmo": _molmo,
     "phi3_v": _phi3,

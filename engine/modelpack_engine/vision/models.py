@@ -168,6 +168,7 @@ CLASSES: Mapping[str, VisionClass] = {
         language=_LLAMAS | _QWENS | {"granite": "granite"}, siglip="granite_vision", any_res=True
     ),
     "llava_onevision": VisionClass(language=_LLAMAS | _QWENS, any_res=True),
+    "mage_vl": VisionClass(placeholder="<|image_pad|>", language={"qwen3": "qwen3"}),
     "minicpmv4_6": VisionClass(
         placeholder="<|image_pad|>", language={"qwen3_5_text": "qwen3_5.TextModel"}
     ),

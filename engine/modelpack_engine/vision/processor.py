@@ -49,6 +49,8 @@ _TOKEN_IDS = ("image_token_id", "image_token_index", "media_placeholder_token_id
 
 #: Tokens of a text around pictures that steps have room for, if all attend to each other.
 MAX_PREFIX = 512
+#: Kinds without M-RoPE whose image processors limit the number of pixels.
+_IN_PIXELS = ("dots_ocr", "mage_vl")
 #: Kinds whose image processors take a list of the pictures of each prompt.
 _NESTED = ("idefics2", "idefics3", "mllama", "smolvlm")
 
@@ -458,7 +460,7 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     if (change := SETTINGS.get(config["model_type"])) is not None:
         settings = change(config, settings)
     # Sizes are numbers of pixels, not sides.
-    in_pixels = CLASSES[config["model_type"]].mrope or config["model_type"] == "dots_ocr"
+    in_pixels = CLASSES[config["model_type"]].mrope or config["model_type"] in _IN_PIXELS
     limit = MAX_SIDE**2 if in_pixels else MAX_SIDE
     for name in (*_SIZES, "min_pixels", "max_pixels"):
         sizes = settings.get(name)

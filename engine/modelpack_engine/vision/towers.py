@@ -600,6 +600,13 @@ def _paligemma_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     return cast(mx.array, tower.multi_modal_projector(mx.concatenate(states)) / tower._width**0.5)
 
 
+def _mage_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    module: Any = importlib.import_module("mlx_vlm.models.mage_vl.mage_vl")
+    grids = np.array(inputs["image_grid_thw"]).tolist()
+    positions = module._positions_from_grid(grids, tower.config.vision_config)
+    return cast(mx.array, tower.vision_tower(inputs["pixel_values"], positions, grids))
+
+
 def _mllama_parts(package: Any, config: Any) -> dict[str, Module]:
     vision = config.vision_config
     return {
@@ -746,6 +753,7 @@ _PARTS: Mapping[
     "gemma4_unified": (_gemma4_unified_parts, _gemma4_unified_rows, False),
     "idefics2": (_idefics2_parts, _idefics2_rows, False),
     "kimi_k25": (_kimi_parts, _kimi_rows, False),
+    "mage_vl": (_dots_parts, _mage_rows, False),
     "mllama": (_mllama_parts, _mllama_rows, False),
     "molmo": (_molmo_parts, _molmo_rows, False),
     "paddleocr_vl": (_paddle_parts, _paddle_rows, False),

@@ -815,6 +815,39 @@ def _paddle() -> Specimen:
     )  # fmt: skip
 
 
+def _mage() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "mage_vl", "image_token_id": PAD, "video_token_id": VIDEO,
+            "vision_start_token_id": START, "vision_end_token_id": END,
+            "text_config": {
+                **{name: value for name, value in TEXT.items() if name != "rope_theta"},
+                "model_type": "qwen3", "head_dim": 16,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "vision_config": {
+                "model_type": "mage_vl_vision", "hidden_size": 64, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 4,
+                "out_hidden_size": 64, "text_hidden_size": 64,
+            },
+        },
+        settings={
+            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2,
+            "temporal_patch_size": 1, "min_pixels": 1024, "max_pixels": 2048,
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+        },
+        processor="mage_vl.processing_mage_vl:MageVLProcessor",
+        prompt="<|vision_start|><|image_pad|><|vision_end|>",
+        stored=_stored_mage,
+    )  # fmt: skip
+
+
+def _stored_mage(name: str) -> str:
+    name = name.replace("language_model.model.", "model.language_model.")
+    name = name.replace("language_model.lm_head.", "lm_head.")
+    return name.replace("vision_tower.", "model.visual.")
+
+
 def _call_molmo(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
     """Put pictures first, as the authors' processor does; mlx-vlm's takes one."""
     tokens = range(LATER_IDS["<im_patch>"], LATER_IDS["<im_end>"] + 1)
@@ -1082,6 +1115,7 @@ SPECIMENS: Mapping[str, Specimen] = {
     "internvl": _internvl_hf(),
     "internvl_chat": _internvl(),
     "llava_next": _any_res("llava_next", {"model_type": "mistral"}, model_type="clip_vision_model"),
+    "mage_vl": _mage(),
     "mllama": _mllama(),
     "molmo": _molmo(),
     "paddleocr_vl": _paddle(),
