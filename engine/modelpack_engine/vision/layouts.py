@@ -303,7 +303,8 @@ class _MiniCPMProcessor:
 
 def _dots(config: Mapping[str, Any], made: Made) -> str:
     """dots.ocr and Mage-VL: one token for each square of patches."""
-    merge = int(config["vision_config"].get("spatial_merge_size", 2))
+    vision = config["vision_config"]
+    merge = int(vision.get("spatial_merge_size", vision.get("merge_size", 2)))
     return _token(config) * (int(np.prod(made["image_grid_thw"][0])) // merge**2)
 
 
@@ -370,6 +371,28 @@ def _phi3_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> I
     return made
 
 
+def _muse(config: Mapping[str, Any], made: Made) -> str:
+    """Muse Glimmer: one token for each square of patches, between two others."""
+    return f"<|image_start|>{_dots(config, made)}<|image_end|>"
+
+
+def _muse_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> ImageProcessor:
+    """Muse Glimmer: mlx-vlm's, in NumPy."""
+    from mlx_vlm.models.muse_glimmer.processing_muse_glimmer import MuseGlimmerImageProcessor
+
+    names = (
+        "patch_size", "temporal_patch_size", "merge_size", "max_image_tokens", "image_mean",
+        "image_std", "rescale_factor",
+    )  # fmt: skip
+    kind: Any = MuseGlimmerImageProcessor
+    made: ImageProcessor = kind(**{name: settings[name] for name in names if name in settings})
+    side = made.patch_size * made.merge_size  # type: ignore[attr-defined]
+    most = made.max_image_tokens  # type: ignore[attr-defined]
+    if not 0 < most * side**2 <= MAX_SIDE**2:
+        raise ValueError(f"max_image_tokens is {most}, for tokens of {side} pixels a side")
+    return made
+
+
 #: Molmo's tokens of a picture, by the numbers that its image processor gets for them.
 _MOLMO_TOKENS = ("<im_patch>", "<im_col>", "<im_start>", "<im_end>")
 
@@ -428,6 +451,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "mage_vl": _dots,
     "mllama": _mllama,
     "molmo": _molmo,
+    "muse_glimmer": _muse,
     "phi3_v": _phi3,
     "kimi_k25": _kimi,
     "kimi_vl": _kimi,
@@ -445,5 +469,6 @@ PROCESSORS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], ImageP
     "kimi_vl": _KimiProcessor,
     "minicpmv4_6": _MiniCPMProcessor,
     "molmo": _MolmoProcessor,
+    "muse_glimmer": _muse_processor,
     "phi3_v": _phi3_processor,
 }

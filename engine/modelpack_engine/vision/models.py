@@ -184,6 +184,7 @@ CLASSES: Mapping[str, VisionClass] = {
         part="<im_patch>",
         first="<|endoftext|>",
     ),
+    "muse_glimmer": VisionClass(placeholder="<|patch|>", projector=""),
     "paddleocr_vl": VisionClass(
         placeholder="<|IMAGE_PLACEHOLDER|>", mrope=True, language={"paddleocr_vl": "ernie4_5"}
     ),

@@ -59,6 +59,8 @@ _PREFIXES = (
     "vision_embedder.",
     "mm_projector.",
     "multi_modal_projector.",
+    "vision_adapter.",
+    "vision_projection.",
     "vision_tower.",
     "visual.",
     *_SOUNDS,
@@ -647,6 +649,21 @@ def _molmo_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return {n.replace("vision_backbone.", "vision_tower.", 1): v for n, v in weights.items()}
 
 
+def _muse_parts(package: Any, config: Any) -> dict[str, Module]:
+    text = config.text_config
+    return {
+        "vision_tower": package.VisionModel(config.vision_config),
+        "vision_adapter": package.muse_glimmer.VisionAdapter(config),
+        "vision_projection": nn.Linear(config.projector_hidden_size, text.hidden_size, bias=False),
+    }
+
+
+def _muse_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Return rows that the language model normalises, as those of all tokens."""
+    states = tower.vision_tower(inputs["pixel_values"], inputs["image_grid_thw"])
+    return cast(mx.array, tower.vision_projection(tower.vision_adapter(states)))
+
+
 def _phi3_parts(package: Any, config: Any) -> dict[str, Module]:
     return {"vision_embed_tokens": package.VisionModel(config)}
 
@@ -756,6 +773,7 @@ _PARTS: Mapping[
     "mage_vl": (_dots_parts, _mage_rows, False),
     "mllama": (_mllama_parts, _mllama_rows, False),
     "molmo": (_molmo_parts, _molmo_rows, False),
+    "muse_glimmer": (_muse_parts, _muse_rows, False),
     "paddleocr_vl": (_paddle_parts, _paddle_rows, False),
     "paligemma": (_paligemma_parts, _paligemma_rows, False),
     "phi3_v": (_phi3_parts, _phi3_rows, False),

@@ -75,7 +75,7 @@ REASONS: Mapping[str, str] = {
         _PICTURES,
         """clef cohere_compass deepseek_v4 deepseek_v41 deepseekocr_2 falcon_ocr glm5_next
         indic_ocr jina_vlm kimi_k3 llava_bunny llmjpvl locateanything mimo_v2
-        minimax_m3_vl molmo2 molmo_point muse_glimmer muse_spark phi4_siglip plamo2vl
+        minimax_m3_vl molmo2 molmo_point muse_spark phi4_siglip plamo2vl
         prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl zaya1_vl""",
     ),
     "deepseekocr": f"{_PICTURES}: published files name the type deepseek_vl_v2, with another tower",

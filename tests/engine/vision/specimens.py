@@ -38,6 +38,7 @@ LATER = [
     "<im_start>",
     "<im_end>",
     "<|endoftext|>",
+    "<|patch|>",
 ]
 VOCABULARY_LATER = 352
 LATER_IDS = {text: 320 + index for index, text in enumerate(LATER)}
@@ -848,6 +849,40 @@ def _stored_mage(name: str) -> str:
     return name.replace("vision_tower.", "model.visual.")
 
 
+def _muse() -> Specimen:
+    settings = {
+        "patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "max_image_tokens": 16,
+        "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+    }  # fmt: skip
+    return Specimen(
+        config={
+            "model_type": "muse_glimmer", "image_token_id": LATER_IDS["<|patch|>"],
+            "video_token_id": VIDEO, "out_hidden_size": 128, "projector_hidden_size": 48,
+            "text_config": {
+                **{name: value for name, value in TEXT.items() if name != "rope_theta"},
+                "model_type": "muse_glimmer_text", "head_dim": 16, "num_hidden_layers": 4,
+                "sliding_window": 24, "vocab_size": VOCABULARY_LATER, "qk_scale_factor": 2.0,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "vision_config": {
+                "model_type": "muse_glimmer_vision", "patch_size": 4, "pos_emb_height": 8,
+                "pos_emb_width": 8, "hidden_size": 32, "intermediate_size": 48,
+                "num_attention_heads": 2, "num_hidden_layers": 4,
+            },
+        },
+        settings=settings,
+        processor="muse_glimmer.processing_muse_glimmer:MuseGlimmerProcessor",
+        prompt="<|patch|>",
+        documents={"processor_config.json": {"image_processor": settings}},
+        stored=_stored_muse,
+    )  # fmt: skip
+
+
+def _stored_muse(name: str) -> str:
+    name = f"model.{name}".replace("language_model.model.", "language_model.")
+    return name.replace("model.language_model.lm_head.", "lm_head.")
+
+
 def _call_molmo(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
     """Put pictures first, as the authors' processor does; mlx-vlm's takes one."""
     tokens = range(LATER_IDS["<im_patch>"], LATER_IDS["<im_end>"] + 1)
@@ -1118,6 +1153,7 @@ SPECIMENS: Mapping[str, Specimen] = {
     "mage_vl": _mage(),
     "mllama": _mllama(),
     "molmo": _molmo(),
+    "muse_glimmer": _muse(),
     "paddleocr_vl": _paddle(),
     "qwen3_omni_moe": _qwen3_omni(),
     "paligemma": _paligemma(),

@@ -238,6 +238,8 @@ def test_a_model_without_tiles(tmp_path: Path) -> None:
         ("minicpmv4_6", {"scale_resolution": 10**6}, "scale_resolution is 1000000, the limit"),
         ("phi3_v", {"num_crops": 10**6}, "num_crops is 1000000, for tiles of 336 pixels a side"),
         ("phi3_v", {"num_crops": 0}, "num_crops is 0, for tiles"),
+        ("mage_vl", {"max_pixels": 10**9}, "max_pixels is 1000000000, the limit is 67108864"),
+        ("muse_glimmer", {"max_image_tokens": 10**7}, "max_image_tokens is 10000000, for tokens"),
         ("molmo", {"max_crops": 10**6}, "max_crops is 1000000, for tiles of 32 x 32 pixels"),
         ("molmo", {"base_image_input_size": [10**6] * 2}, "max_crops is 4, for tiles of 1000000"),
         ("molmo", {"base_image_input_size": 5}, "preprocessor_config.json"),
