@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,8 @@ _OTHER_NAME: Final = f"{_OIDS}.7"
 _SILENT: Final = logging.NullHandler()
 _MAX_REASON: Final = 300
 _MAX_TOKEN: Final = 64 * 1024
+#: Seconds for a certificate and an entry of the log; Rekor 2 answers after it has sealed a batch.
+_PATIENCE: Final = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,16 +229,19 @@ class KeylessSigner:
         """Return the bytes of a bundle with the statement, certified and logged.
 
         The identity and the digest of the statement become public with the log. Raises `AuthError`
-        for an expired token, `RemoteUnavailableError` if Fulcio or Rekor fails, and
+        for an expired token, `RemoteUnavailableError` if Fulcio or Rekor fails or is silent, and
         `IntegrityError` for a bundle that the trusted root of the instance does not verify.
         """
         from sigstore.dsse import Statement as SigstoreStatement
 
-        with _translated(self._root.name):
+        def sign() -> bytes:
             if self._signer is None:
                 self._signer = self._new_signer()
             made = self._signer.sign_dsse(SigstoreStatement(statement.encode()))
-        raw = made.to_json().encode()
+            return made.to_json().encode()
+
+        with _translated(self._root.name):
+            raw = _within(_PATIENCE, sign)
         anyone = re.compile(".*", re.DOTALL)
         what = f"the bundle of {self._root.name}"
         parsed = Bundle.parse(raw, what)
@@ -282,6 +289,29 @@ def _identity_token(given: str | None) -> IdentityToken:
         return IdentityToken(token)
     except IdentityError as error:
         raise AuthError(f"the identity token is not valid: {_reason(error)}", hint=hint) from None
+
+
+def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
+    """Return the result of a call; raise `TimeoutError` if it takes longer.
+
+    The library's clients of Fulcio and Rekor wait forever for a response. The thread of such a call
+    stays until the process ends.
+    """
+    done: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="sigstore", daemon=True).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        if done.done():
+            raise
+        raise TimeoutError(f"no response within {seconds:g} seconds") from None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import jwt
@@ -428,6 +428,7 @@ def token(identity: str = IDENTITY, issuer: str = ISSUER, **claims: Any) -> str:
 class Served:
     """The HTTP interfaces of a Sigstore at `url`; `fails` answers requests to a path by a status.
 
+    Requests to the paths in `silent` get no response before the server ends.
     `rekor` is the version of Rekor in the configuration of clients; 2 comes with time stamps.
     `requests` are the paths of all requests.
     """
@@ -437,6 +438,8 @@ class Served:
     rekor: int = 1
     requests: list[str] = field(default_factory=list)
     fails: dict[str, int] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
+    over: Event = field(default_factory=Event)
 
     def signing_config(self) -> dict[str, Any]:
         start = self.sigstore.started.strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -539,6 +542,10 @@ def serving(sigstore: PrivateSigstore, rekor: int = 1) -> Iterator[Served]:
         def do_POST(self) -> None:
             served.requests.append(self.path)
             raw = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path in served.silent:
+                served.over.wait()
+                self.close_connection = True
+                return
             if self.path in served.fails:
                 self._reply(served.fails[self.path], {"code": 1, "message": "it fails"})
                 return
@@ -579,5 +586,6 @@ def serving(sigstore: PrivateSigstore, rekor: int = 1) -> Iterator[Served]:
         try:
             yield served
         finally:
+            served.over.set()
             server.shutdown()
             thread.join()

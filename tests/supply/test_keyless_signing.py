@@ -230,6 +230,22 @@ def test_services_that_fail(
     assert attached(unsigned) == 0
 
 
+@pytest.mark.parametrize("path", [CERTIFICATES, ENTRIES])
+def test_services_that_do_not_respond(
+    unsigned: Published,
+    served: Served,
+    config: Path,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("modelpack.trust.keyless._PATIENCE", 0.5)
+    served.silent.add(path)
+    assert run(["sign", unsigned.reference, *keyless(config)]) == 6
+    assert "did not sign: no response within 0.5 seconds" in capsys.readouterr().err
+    assert attached(unsigned) == 0
+
+
 def test_services_that_are_gone(
     unsigned: Published, sigstore: PrivateSigstore, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
