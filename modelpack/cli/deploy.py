@@ -48,6 +48,10 @@ _OWN_IMAGE = f"modelpack:{__version__}"
     help="Print a gateway in front of the pods too; prompts that begin alike go to the same pod.",
 )  # fmt: skip
 @click.option(
+    "--keys-secret", metavar="NAME",
+    help="With --gateway: require the API keys in keys.toml of this Secret.",
+)  # fmt: skip
+@click.option(
     "--serving-runtime", is_flag=True,
     help="With --kserve and --model-image: print a ClusterServingRuntime too, which runs --image.",
 )  # fmt: skip
@@ -127,6 +131,7 @@ def k8s(
     engine: Any,
     kserve: bool,
     gateway: bool,
+    keys_secret: str | None,
     serving_runtime: bool,
     image: str | None,
     tool_image: str,
@@ -184,9 +189,11 @@ def k8s(
         )
     if serving_runtime and not kserve:
         raise UsageError("--serving-runtime requires --kserve", hint="give --kserve")
-    if (nodes > 1 or gateway) and (kserve or helm is not None):
-        one, other = "--nodes" if nodes > 1 else "--gateway", "--kserve" if kserve else "--helm"
-        raise UsageError(f"{one} cannot be combined with {other}", hint=f"leave out {other}")
+    if kserve and (nodes > 1 or gateway):
+        one = "--nodes" if nodes > 1 else "--gateway"
+        raise UsageError(f"{one} cannot be combined with --kserve", hint="leave out --kserve")
+    if keys_secret is not None and not gateway:
+        raise UsageError("--keys-secret requires --gateway", hint="give --gateway")
     if helm is not None and kustomize is not None:
         raise UsageError(
             "--helm cannot be combined with --kustomize", hint="run the command once for each"
@@ -229,7 +236,7 @@ def k8s(
     if kserve:
         objects = inference_service(workload, own_runtime=serving_runtime)
     else:
-        objects = behind_gateway(workload) if gateway else deployment(workload)
+        objects = behind_gateway(workload, keys_secret) if gateway else deployment(workload)
     if helm is not None:
         called = replace(workload, name=name or default_name(wanted)).name  # checks the name
         write_files(helm, chart(called, model, workload.pinned, objects), "a chart")

@@ -25,15 +25,19 @@ _REPLICAS = 2
 _PORT = 12435
 #: Names of Services have 63 characters at most, and those here end with "-gateway" or "-servers".
 _LONGEST_NAME = 55
+#: The entries of a Secret with API keys: the gateway's key file, and a key for Prometheus.
+_KEYS_FILE, _METRICS_KEY = "keys.toml", "metrics"
+_KEYS, _KEYS_MOUNT = "keys", "/var/run/modelpack/keys"
 #: A gateway holds the bodies of requests, of 256 MiB at most.
 _RESOURCES = {"requests": {"cpu": "250m", "memory": "256Mi"}, "limits": {"memory": "1Gi"}}
 
 
-def behind_gateway(workload: Workload) -> list[dict[str, Any]]:
+def behind_gateway(workload: Workload, keys_secret: str | None = None) -> list[dict[str, Any]]:
     """Return the objects of the workload, and those of a gateway that its Service then selects.
 
     The pods of the model get a headless Service, whose name has the address of each: the gateway
-    sends prompts that begin alike to the same pod, and leaves pods that stop.
+    sends prompts that begin alike to the same pod, and leaves pods that stop. `keys_secret` names
+    a Secret with the API keys that the gateway requires.
 
     Raises `UsageError` if the names of its objects would be too long.
     """
@@ -54,7 +58,7 @@ def behind_gateway(workload: Workload) -> list[dict[str, Any]]:
     spec = {
         "replicas": _REPLICAS,
         "selector": selector,
-        "template": {"metadata": {"labels": labels}, "spec": _pod(workload)},
+        "template": {"metadata": {"labels": labels}, "spec": _pod(workload, keys_secret)},
     }
     ports = [{"name": "http", "port": 80, "targetPort": "http"}]
     made = [
@@ -66,8 +70,11 @@ def behind_gateway(workload: Workload) -> list[dict[str, Any]]:
         ),
     ]  # fmt: skip
     if workload.monitored:
-        endpoints = [{"port": "http", "path": "/metrics", "interval": "15s"}]
-        spec = {"selector": selector, "endpoints": endpoints}
+        endpoint: dict[str, Any] = {"port": "http", "path": "/metrics", "interval": "15s"}
+        if keys_secret is not None:
+            credentials = {"name": keys_secret, "key": _METRICS_KEY}
+            endpoint["authorization"] = {"credentials": credentials}
+        spec = {"selector": selector, "endpoints": [endpoint]}
         made.append(manifest("monitoring.coreos.com/v1", "ServiceMonitor", workload, spec))
     for item in made:
         item["metadata"]["labels"] = labels
@@ -80,12 +87,24 @@ def _servers(workload: Workload) -> str:
     return f"{workload.name}-servers"
 
 
-def _pod(workload: Workload) -> dict[str, Any]:
+def _pod(workload: Workload, keys_secret: str | None) -> dict[str, Any]:
     upstream = f"dns+http://{_servers(workload)}:{PORTS[workload.engine]}"
     health = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5}
     command = ["modelpack", "gateway", "--upstream", upstream, "--balance", "prefix",
-               "--host", "0.0.0.0", "--port", str(_PORT), "--allow-anonymous",  # noqa: S104
+               "--host", "0.0.0.0", "--port", str(_PORT),  # noqa: S104
                "--drain", str(DRAIN), "--stop-timeout", str(STOP_TIMEOUT)]  # fmt: skip
+    mounts: list[dict[str, Any]] = [
+        {"name": TEMPORARY, "mountPath": "/tmp"},  # noqa: S108 - the pod's own
+    ]
+    volumes: list[dict[str, Any]] = [{"name": TEMPORARY, "emptyDir": {}}]
+    if keys_secret is None:
+        command.append("--allow-anonymous")
+    else:
+        command += ["--keys", f"{_KEYS_MOUNT}/{_KEYS_FILE}"]
+        # A directory: a file that is mounted by itself would not follow changes of the Secret.
+        mounts.append({"name": _KEYS, "mountPath": _KEYS_MOUNT, "readOnly": True})
+        items = [{"key": _KEYS_FILE, "path": _KEYS_FILE}]
+        volumes.append({"name": _KEYS, "secret": {"secretName": keys_secret, "items": items}})
     if workload.monitored:
         command.append("--allow-remote-metrics")
     container = {
@@ -95,15 +114,11 @@ def _pod(workload: Workload) -> dict[str, Any]:
         "env": [NAMESPACE, HOME],
         "ports": [{"name": "http", "containerPort": _PORT}],
         "resources": _RESOURCES,
-        "volumeMounts": [{"name": TEMPORARY, "mountPath": "/tmp"}],  # noqa: S108 - the pod's own
+        "volumeMounts": mounts,
         "securityContext": CONTAINER_SECURITY,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "readinessProbe": {**health, "timeoutSeconds": 5},
         # Its health is that of the pods of the model, for which no restart of a gateway helps.
         "livenessProbe": {"tcpSocket": {"port": "http"}, "periodSeconds": 10},
     }
-    return {
-        **pod_basis(workload),
-        "containers": [container],
-        "volumes": [{"name": TEMPORARY, "emptyDir": {}}],
-    }
+    return {**pod_basis(workload), "containers": [container], "volumes": volumes}

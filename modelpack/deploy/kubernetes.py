@@ -95,7 +95,7 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
 _LONGEST_NAME = 63
 #: A LeaderWorkerSet has a headless Service of its own name, so the workload's Service cannot have
 #: that name. The names of its StatefulSets and their revisions are longer, and limited too.
-_NODES, _LONGEST_NODES_NAME = "nodes", 40
+_NODES, LONGEST_NODES_NAME = "nodes", 40
 #: Variables that LeaderWorkerSet's controller sets in each container. (LWS 0.8, "LWS_WORKER_INDEX")
 _LEADER, _RANK = "$(LWS_LEADER_ADDRESS)", "$(LWS_WORKER_INDEX)"
 #: The fields of the leader's container that need its API, or that drain it.
@@ -165,7 +165,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for an invalid Kubernetes name and for conflicting options."""
-        longest = _LONGEST_NAME if self.nodes == 1 else _LONGEST_NODES_NAME
+        longest = _LONGEST_NAME if self.nodes == 1 else LONGEST_NODES_NAME
         for what, text, most in (
             ("name", self.name, longest),
             ("namespace", self.namespace, _LONGEST_NAME),

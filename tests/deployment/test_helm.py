@@ -99,6 +99,9 @@ SHAPES = {
     "one pod": OWN,
     "vllm": ("--gpus", "2", "--pull-secret", "login"),
     "autoscaled": (*OWN, "--replicas", "2", "--max-replicas", "5", "--monitor"),
+    "gateway": (*OWN, "--gateway", "--monitor", "--replicas", "2", "--keys-secret", "keys"),
+    "nodes": ("--nodes", "2", "--gpus", "8", "--max-replicas", "2"),
+    "nodes behind a gateway": ("--nodes", "2", "--gateway"),
     "names": (*OWN, "--served-model-name", "a {{ .Values.b }} c", "--allow-host", "ai.example"),
 }
 
@@ -112,20 +115,67 @@ def test_a_release_has_the_printed_objects(
     made = chart(published, tmp_path, *SHAPES[shape])
     linted = helm("lint", "--strict", made)
     assert linted.returncode == 0, linted.stdout
-    found = {item["kind"]: item for item in rendered(made)}
+    found = by_name(rendered(made))
     printed = succeed("k8s", published[0], "--name", "assistant", *SHAPES[shape]).out
-    expected = {item["kind"]: item for item in yaml.safe_load_all(printed)}
+    expected = by_name(list(yaml.safe_load_all(printed)))
     for item in found.values():
-        if item["kind"] != "ServiceMonitor":  # of another API than Kubernetes' own
+        if item["kind"] not in ("ServiceMonitor", "LeaderWorkerSet"):  # not Kubernetes' own
             kubernetes_validate.validate(item, "1.35", strict=True)
-        assert item["metadata"]["labels"].pop("helm.sh/chart") == "tiny"
-        assert item["metadata"]["labels"].pop("app.kubernetes.io/managed-by") == "Helm"
-    template = found["Deployment"]["spec"]["template"]
-    assert template["metadata"].pop("annotations") == {}
-    for name, default in (("nodeSelector", {}), ("tolerations", []), ("affinity", {})):
-        assert template["spec"].pop(name) == default
-    assert found["Service"]["spec"].pop("type") == "ClusterIP"
+        labels = item["metadata"]["labels"]
+        assert labels.pop("helm.sh/chart") == "tiny"
+        assert labels.pop("app.kubernetes.io/managed-by") == "Helm"
+        if labels["app.kubernetes.io/component"] == "model":
+            for template in templates(item):
+                assert template["metadata"].pop("annotations") == {}
+                for name, default in (("nodeSelector", {}), ("tolerations", []), ("affinity", {})):
+                    assert template["spec"].pop(name) == default
+    assert found["Service", "assistant"]["spec"].pop("type") == "ClusterIP"
     assert found == expected
+
+
+def by_name(found: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    made = {(item["kind"], item["metadata"]["name"]): item for item in found}
+    assert len(made) == len(found)
+    return made
+
+
+def templates(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the templates of an object's pods."""
+    spec = item["spec"]
+    places = (spec, spec.get("leaderWorkerTemplate", {}))
+    names = ("template", "leaderTemplate", "workerTemplate")
+    return [place[name] for place in places for name in names if name in place]
+
+
+@pytest.mark.long
+@pytest.mark.peer("go")
+def test_values_of_a_gateway_and_of_groups(published: tuple[str, str], tmp_path: Path) -> None:
+    made = chart(published, tmp_path, "--nodes", "2", "--gateway")
+    changed = {
+        "toolImage": "tool:v3", "image": "server:v2", "nodeSelector": {"disk": "fast"},
+        "gateway": {"replicas": 3, "resources": {"limits": {"memory": "2Gi"}}},
+        "service": {"port": 8080},
+    }  # fmt: skip
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump(changed))
+    found = by_name(rendered(made, "--values", str(values)))
+    gateway = found["Deployment", "assistant-gateway"]["spec"]
+    assert gateway["replicas"] == 3
+    [container] = gateway["template"]["spec"]["containers"]
+    assert container["image"] == "tool:v3"
+    assert container["resources"]["limits"] == {"memory": "2Gi"}
+    assert found["Service", "assistant"]["spec"]["ports"][0]["port"] == 8080
+    assert found["Service", "assistant-servers"]["spec"]["ports"][0]["port"] == 80
+    leader, worker = templates(found["LeaderWorkerSet", "assistant-nodes"])
+    for template in (leader, worker):
+        pod = template["spec"]
+        assert pod["nodeSelector"] == {"disk": "fast"}
+        assert (pod["containers"][0]["image"], pod["initContainers"][0]["image"]) == (
+            "server:v2", "tool:v3")  # fmt: skip
+    assert helm("template", "x" * 40, made).returncode == 0
+    refused = helm("template", "x" * 41, made)
+    assert refused.returncode != 0
+    assert "has more than 40 characters" in refused.stderr
 
 
 @pytest.mark.long
@@ -158,8 +208,10 @@ def test_values_change_the_objects(published: tuple[str, str], tmp_path: Path) -
 
 @pytest.mark.long
 @pytest.mark.peer("go")
-@pytest.mark.parametrize("value", ["replicas=-1", "replicas=many", "replica=2", "service.prot=1"])
+@pytest.mark.parametrize("value", ["replicas=-1", "replicas=many", "replica=2", "service.prot=1",
+                                   "gateway.replicas=-1", "gateway.replica=1"])  # fmt: skip
 def test_wrong_values_are_refused(published: tuple[str, str], tmp_path: Path, value: str) -> None:
-    done = helm("template", "assistant", chart(published, tmp_path, *OWN), "--set", value)
+    made = chart(published, tmp_path, *OWN, "--gateway")
+    done = helm("template", "assistant", made, "--set", value)
     assert done.returncode != 0
     assert "values don't meet the specifications of the schema" in done.stderr

@@ -244,6 +244,27 @@ def test_the_gateways_command_is_ours(published: tuple[str, str]) -> None:
     assert f"{host}:{port}" in done.err
 
 
+def test_a_gateway_requires_the_keys_in_a_secret(published: tuple[str, str]) -> None:
+    options = ("--gateway", "--keys-secret", "team-keys", "--monitor", "--name", "tiny")
+    found = objects(published[0], *options)
+    named = {(item["kind"], item["metadata"]["name"]): item["spec"] for item in found}
+    spec = named["Deployment", "tiny-gateway"]["template"]["spec"]
+    [container] = spec["containers"]
+    command = container["command"]
+    file = Path(command[command.index("--keys") + 1])
+    assert "--allow-anonymous" not in command
+    [mount] = [one for one in container["volumeMounts"] if one["mountPath"] == str(file.parent)]
+    assert mount["readOnly"]
+    [volume] = [one for one in spec["volumes"] if one["name"] == mount["name"]]
+    items = [{"key": "keys.toml", "path": file.name}]
+    assert volume["secret"] == {"secretName": "team-keys", "items": items}
+    # The gateway's metrics name its keys, so Prometheus needs one; those of the pods need none.
+    gateways, pods = (named["ServiceMonitor", n]["endpoints"][0] for n in ("tiny-gateway", "tiny"))
+    credentials = {"name": "team-keys", "key": "metrics"}
+    assert gateways["authorization"] == {"credentials": credentials}
+    assert "authorization" not in pods
+
+
 def leader_worker_set(found: list[dict[str, Any]]) -> dict[str, Any]:
     [made] = [item for item in found if item["kind"] == "LeaderWorkerSet"]
     return made
@@ -549,12 +570,11 @@ def test_json_is_a_list(published: tuple[str, str]) -> None:
         (("--nodes", "0"), "--nodes"),
         (("--gateway", "--name", "x" * 56), "too long for --gateway"),
         (("--gateway", "--kserve"), "--gateway cannot be combined with --kserve"),
-        (("--gateway", "--helm", "chart"), "--gateway cannot be combined with --helm"),
+        (("--keys-secret", "keys"), "--keys-secret requires --gateway"),
         (("--serving-runtime",), "--serving-runtime requires --kserve"),
         (("--kserve", "--serving-runtime"), "--serving-runtime requires --model-image"),
         (("--nodes", "2", "--engine", "modelpack"), "cannot be combined with --nodes"),
         (("--nodes", "2", "--kserve"), "--nodes cannot be combined with --kserve"),
-        (("--nodes", "2", "--helm", "chart"), "--nodes cannot be combined with --helm"),
         (("--nodes", "2", "--name", "x" * 41), "up to 39 of a-z"),
         (("--cpus", "0"), "--cpus"),
         (("--replicas", "3", "--max-replicas", "2"), "--max-replicas 2 with --replicas 3"),

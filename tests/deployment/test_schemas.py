@@ -71,7 +71,7 @@ def choices(workload: Workload) -> Iterator[Workload]:
 
 def printed(workload: Workload) -> Iterator[dict[str, Any]]:
     yield from deployment(workload)
-    yield from behind_gateway(workload)
+    yield from behind_gateway(workload, "keys" if workload.pull_secret else None)
     if workload.nodes == 1 and workload.max_replicas is None and not workload.monitored:
         yield from inference_service(workload)
         if workload.model_image:
