@@ -28,6 +28,7 @@ OTHERS = {
     "--speculative-draft-model --speculative-min-acceptance-rate --speculative-num-tokens",
     "kit, modctl": "--filter --no-creation-time --patterns",
     "helm": "--set",
+    "kubectl": "--from-file",
     "mlx.launch, ray": "--address --head --hostfile",
     "pip": "--find-links --no-deps --no-index",
     "runtime flags": "--block-size --ctx-size --draft-max --draft-p-min --frequency-penalty "
