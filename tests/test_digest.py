@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from modelpack.errors import DigestMismatchError, IntegrityError, InvalidDigestE
 HEX64 = "0123456789abcdef" * 4
 
 
-@pytest.mark.parametrize("text", [f"sha256:{HEX64}", f"sha512:{HEX64}{HEX64}"])
+@pytest.mark.parametrize("text", [f"sha256:{HEX64}", f"sha512:{HEX64}{HEX64}", f"blake3:{HEX64}"])
 def test_valid(text: str) -> None:
     assert str(Digest.parse(text)) == text
 
@@ -32,6 +33,7 @@ def test_valid(text: str) -> None:
         f"sha256:{HEX64[:-1]}",
         f"sha256:{HEX64}0",
         f"sha512:{HEX64}",
+        f"blake3:{HEX64}{HEX64}",
         f"sha256:{HEX64}\n",
         f"sha256: {HEX64[1:]}",
         "sha256:../../etc",
@@ -71,3 +73,18 @@ def test_check_names_expected_and_got() -> None:
         digest.check(b"wrong", "the blob")
     assert caught.value.expected == str(digest)
     assert caught.value.got == str(Digest.of(b"wrong"))
+
+
+def test_blake3() -> None:
+    """The first vector of the BLAKE3 repository: no bytes."""
+    empty = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    assert Digest.of(b"", "blake3") == Digest("blake3", empty)
+
+
+def test_blake3_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A digest is read, and content is refused."""
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    digest = Digest.parse(f"blake3:{HEX64}")
+    with pytest.raises(InvalidDigestError, match="package blake3 is not installed") as caught:
+        digest.check(b"", "it")
+    assert caught.value.hint == "pip install blake3"

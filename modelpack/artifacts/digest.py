@@ -2,7 +2,9 @@
 
 Grammar (OCI image-spec, descriptor.md "Digests"), restricted to the algorithms we can verify::
 
-    digest  ::= "sha256:" 64*hex | "sha512:" 128*hex        hex ::= [0-9a-f]
+    digest  ::= ("sha256:" | "blake3:") 64*hex | "sha512:" 128*hex        hex ::= [0-9a-f]
+
+BLAKE3 needs the package blake3, as soon as content is hashed.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from modelpack.errors import DigestMismatchError, InvalidDigestError
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from hashlib import _Hash
 
-_HEX_LENGTH = {"sha256": 64, "sha512": 128}
+_HEX_LENGTH = {"sha256": 64, "sha512": 128, "blake3": 64}
+#: The algorithms of digests that `Digest.parse` accepts.
+ALGORITHMS = tuple(_HEX_LENGTH)
 _LOWER_HEX = re.compile(r"[0-9a-f]+\Z")
 
 #: Hex digits of a model's short id, as Docker shows it.
@@ -40,7 +44,8 @@ class Digest:
         shown = text if len(text) <= 160 else text[:160] + "…"
         if not separator or length is None:
             raise InvalidDigestError(
-                f"{shown!r} is not a digest: expected sha256:<64 hex> or sha512:<128 hex>",
+                f"{shown!r} is not a digest: expected sha256:<64 hex>, sha512:<128 hex> or "
+                "blake3:<64 hex>",
                 got=shown,
             )
         if len(encoded) != length or not _LOWER_HEX.match(encoded):
@@ -90,8 +95,25 @@ class Digest:
 
 
 def new_hasher(algorithm: str = "sha256") -> _Hash:
-    """Return an empty hasher; the algorithm is one that `Digest.parse` accepts."""
+    """Return an empty hasher; the algorithm is one that `Digest.parse` accepts.
+
+    Raises `InvalidDigestError` for BLAKE3 if its package is not installed.
+    """
+    if algorithm == "blake3":
+        return _blake3()
     return hashlib.new(algorithm, usedforsecurity=True)
+
+
+def _blake3() -> _Hash:
+    try:
+        from blake3 import blake3
+    except ImportError:
+        raise InvalidDigestError(
+            "blake3 digests cannot be verified: the package blake3 is not installed",
+            hint="pip install blake3",
+            got="blake3",
+        ) from None
+    return cast("_Hash", blake3())
 
 
 def digest_of_chunks(chunks: Iterable[bytes], algorithm: str = "sha256") -> tuple[Digest, int]:

@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from modelpack.artifacts.digest import Digest, new_hasher
+from modelpack.artifacts.digest import ALGORITHMS, Digest, new_hasher
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.errors import DigestMismatchError, NotFoundError, UsageError
 from modelpack.http import REUSE
@@ -352,7 +352,7 @@ class Uploads:
         if digest is not None and mount is None:
             return await self._whole(request, repository, Digest.parse(digest))
         algorithm = request.query_params.get("digest-algorithm", "sha256")
-        if algorithm not in ("sha256", "sha512"):
+        if algorithm not in ALGORITHMS:
             raise ApiError(400, Code.DIGEST_INVALID, f"unsupported algorithm {algorithm[:80]!r}")
         session = await self._create(repository, algorithm)
         return Response(status_code=202, headers=self._state(request, session))

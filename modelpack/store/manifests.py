@@ -40,7 +40,7 @@ from modelpack.store.index import IndexDocument, IndexFile
 from modelpack.store.leases import Leases
 from modelpack.store.tree import Tree
 
-_DIGEST = re.compile(rb"\bsha256:[0-9a-f]{64}\b|\bsha512:[0-9a-f]{128}\b")
+_DIGEST = re.compile(rb"\b(?:sha256|blake3):[0-9a-f]{64}\b|\bsha512:[0-9a-f]{128}\b")
 
 
 def read_manifest(blobs: Blobs, descriptor: Descriptor) -> Manifest | Index:

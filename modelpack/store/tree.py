@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from modelpack.artifacts import media_types
-from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.digest import ALGORITHMS, Digest
 from modelpack.artifacts.json_document import decode_object, encode
 from modelpack.errors import InvalidDigestError, ManifestError, StoreError, UnsafePathError
 from modelpack.store.filesystem import FileLock, map_os_errors, read_own, write_atomically
@@ -97,7 +97,7 @@ class Tree:
         Writing or deleting below such a link would write or delete files elsewhere.
         """
         for folder in (
-            *(self.blobs, self.blobs / "sha256", self.blobs / "sha512", self.quarantine),
+            *(self.blobs, *(self.blobs / name for name in ALGORITHMS), self.quarantine),
             *(self.leases, self.uploads, self.unflushed, self.linked),
             *(self.bundles, self.bundle_ingest),
         ):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 import modelpack
+import modelpack.testing
 from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import parse_manifest_or_index
 from modelpack.errors import ManifestError, ModelpackError
+from modelpack.storage import watching
 from tests.registry.faulty import REPOSITORY, FaultyRegistry
 
 DOCKER = "application/vnd.docker.ai"
@@ -84,6 +89,8 @@ CHANGES: dict[str, Callable[[Value], None]] = {
     "a path": layer(digest="sha256:../../index.json"),
     "no digest": layer(digest=None),
     "sha512 of something else": layer(digest=sha512_of(b"others!")),
+    "blake3 of something else": layer(digest=f"blake3:{HEX}"),
+    "blake3 in upper case": layer(digest=f"BLAKE3:{HEX}"),
     "a manifest with manifests": top(manifests=[]),
     "a manifest that says it is an index": top(mediaType=media_types.OCI_INDEX),
     "a manifest of schema 1": top(schemaVersion=1),
@@ -106,6 +113,31 @@ def test_what_is_sound_is_taken(registry: FaultyRegistry, tmp_path: Path) -> Non
     store, reference = pulled(registry, json.dumps(sound(registry)).encode(), tmp_path)
     [file] = modelpack.resolve(reference, store=store).files
     assert file.path.read_bytes() == WEIGHTS
+
+
+def test_layers_may_have_blake3_digests(
+    registry: FaultyRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pulled, checked, kept and pushed like others; without the package nothing is stored."""
+    digest = f"blake3:{blake3(WEIGHTS).hexdigest()}"
+    registry.content.blobs[REPOSITORY, digest] = WEIGHTS
+    value = sound(registry)
+    layer(digest=digest)(value)
+    raw = json.dumps(value).encode()
+    store, reference = pulled(registry, raw, tmp_path)
+    assert store.gc(grace_seconds=0).removed == ()
+    [file] = modelpack.resolve(reference, store=store).files
+    assert file.path.read_bytes() == WEIGHTS
+    with modelpack.testing.registry() as other:
+        modelpack.push(reference, to=f"{other.host}/team/m:v1", store=store)
+        assert other.store.blob_path(Digest.parse(digest)).read_bytes() == WEIGHTS
+    file.path.chmod(0o644)
+    file.path.write_bytes(b"another")
+    assert not store.fsck(watch=watching(None)).ok
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    with pytest.raises(ModelpackError, match="the package blake3 is not installed"):
+        pulled(registry, raw, tmp_path / "without")
+    assert modelpack.Store(tmp_path / "without" / "store").models() == ()
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import requests
+from blake3 import blake3
 
 from modelpack.artifacts import media_types
 from modelpack.registry_server import RegistryServer
@@ -19,7 +20,8 @@ OCTETS = {"Content-Type": "application/octet-stream"}
 
 
 def digest_of(content: bytes, algorithm: str = "sha256") -> str:
-    return f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}"
+    hasher = blake3(content) if algorithm == "blake3" else hashlib.new(algorithm, content)
+    return f"{algorithm}:{hasher.hexdigest()}"
 
 
 @dataclass(frozen=True)

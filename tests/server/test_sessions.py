@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.digest import ALGORITHMS, Digest
 from modelpack.errors import DigestMismatchError, NotFoundError, StorageFullError
 from modelpack.registry_server.uploads import (
     OutOfOrder,
@@ -53,8 +53,8 @@ def finish(session: UploadSession, digest: Digest) -> dict[Digest, bytes]:
 
 @given(
     st.lists(st.one_of(st.binary(max_size=40), st.just("restart"), st.just("stale"))),
-    st.sampled_from(["sha256", "sha512"]),
-    st.sampled_from(["sha256", "sha512"]),
+    st.sampled_from(ALGORITHMS),
+    st.sampled_from(ALGORITHMS),
 )
 def test_any_history_gives_the_bytes_that_were_sent(
     history: list[bytes | str], announced: str, final: str

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ def sessions(server: RegistryServer) -> list[Path]:
     return sorted((server.store.root / "ingest" / "uploads").glob("*"))
 
 
-@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512", "blake3"])
 @pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize("last_in_put", [True, False])
 def test_chunks(client: Client, algorithm: str, announced: bool, last_in_put: bool) -> None:
@@ -56,12 +57,27 @@ def test_chunks(client: Client, algorithm: str, announced: bool, last_in_put: bo
     assert client.request("GET", location).status_code == 404
 
 
-@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512", "blake3"])
 def test_monolithic_put(client: Client, server: RegistryServer, algorithm: str) -> None:
     content = CONTENT + algorithm.encode()
     response = client.put(client.upload(), digest_of(content, algorithm), content)
     assert response.status_code == 201, response.text
     assert stored(server, content, algorithm)
+
+
+def test_blake3_without_its_package(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    digest = f"blake3:{'0' * 64}"
+    for refused in (
+        client.put(client.upload(), digest, CONTENT),
+        client.request("POST", f"blobs/uploads/?digest={digest}", data=CONTENT),
+        client.request("POST", "blobs/uploads/?digest-algorithm=blake3"),
+    ):
+        assert refused.status_code == 400, refused.text
+        [error] = refused.json()["errors"]
+        assert error["code"] == "DIGEST_INVALID"
+        assert "the package blake3 is not installed" in error["message"]
+    assert client.request("HEAD", f"blobs/{digest}").status_code == 404
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"{}"])
