@@ -815,3 +815,28 @@ def test_a_bundle_of_the_public_instance(
         with pytest.raises(IntegrityError, match="its certificate is for"):
             certified_by(bundle, "it", [Identity(IDENTITY, ISSUER, root)])
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.peer("go")
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("dsse", "expected https://in-toto.io/Statement/v1"),
+        ("dsse-2sigs", "has 2 signatures, expected 1"),
+        ("othername", "has no DSSE envelope"),
+        ("sigstore.js@2.0.0-provenance", "only supported for dsse/hashedrekord"),
+    ],
+)
+def test_other_bundles_of_the_public_instance(tmp_path: Path, name: str, says: str) -> None:
+    """Bundles that sigstore-go tests with: older statements and entries of the log are refused."""
+    require("go")
+    root = tmp_path / "public-good.json"
+    data = "pkg/testing/data"
+    root.write_bytes(go_module_file(*_SIGSTORE_GO, f"{data}/trusted-roots/public-good.json"))
+    raw = go_module_file(*_SIGSTORE_GO, f"{data}/bundles/{name}.sigstore.json")
+    anyone = re.compile(".*", re.DOTALL)
+    with pytest.raises((FormatError, IntegrityError), match=says):
+        certified_by(
+            Bundle.parse(raw, "it"), "it", [Identity(anyone, anyone, TrustedRoot.read(root))]
+        )
