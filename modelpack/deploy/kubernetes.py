@@ -212,6 +212,14 @@ class Workload:
         return demands_of(self.model)
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether the processes of a pod need more shared memory than a container has.
+
+        Those of vLLM may, also with one GPU: its executor decides whether workers are processes.
+        """
+        return self.engine == "vllm" or self.gpus > 1
+
+    @property
     def most_replicas(self) -> int:
         """The number of pods, or of groups of them, at most."""
         return max(self.replicas, self.max_replicas or 0)
@@ -420,7 +428,7 @@ def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
     mounts = [{"name": MODEL_VOLUME, "mountPath": MODEL_MOUNT, "readOnly": True}]
     if workload.engine == "modelpack":
         del mounts[0]["readOnly"]  # the locks of the store are files
-    if workload.gpus * workload.nodes > 1:
+    if workload.shares_memory:
         mounts.append({"name": _SHARED, "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
     mounts.append({"name": TEMPORARY, "mountPath": "/tmp"})  # noqa: S108 - the pod's own
     return {
@@ -540,7 +548,7 @@ def _volumes(workload: Workload) -> list[dict[str, Any]]:
     else:
         limit = f"{workload.demands.disk}Gi"
         volumes.append({"name": MODEL_VOLUME, "emptyDir": {"sizeLimit": limit}})
-    if workload.gpus * workload.nodes > 1:
+    if workload.shares_memory:
         # NCCL and the workers communicate through it; the default size is 64 MiB.
         volumes.append({"name": _SHARED, "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
     if workload.pull_secret and not workload.model_image:

@@ -265,6 +265,26 @@ def test_a_gateway_requires_the_keys_in_a_secret(published: tuple[str, str]) -> 
     assert "authorization" not in pods
 
 
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [
+        (("--gpus", "1"), True),  # vLLM may run its worker as a process, also a single one
+        (("--gpus", "2"), True),
+        (("--engine", "modelpack"), False),
+        (("--engine", "modelpack", "--gpus", "2"), True),
+    ],
+)
+def test_processes_share_more_memory_than_a_container_has(
+    published: tuple[str, str], options: tuple[str, ...], shared: bool
+) -> None:
+    spec = pod(objects(published[0], *options))
+    mounts = {mount["mountPath"]: mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert ("/dev/shm" in mounts) == shared
+    if shared:
+        assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+
+
 def leader_worker_set(found: list[dict[str, Any]]) -> dict[str, Any]:
     [made] = [item for item in found if item["kind"] == "LeaderWorkerSet"]
     return made
@@ -536,7 +556,9 @@ def test_a_serving_runtime_runs_the_image_on_the_mounted_model(published: tuple[
     assert server["image"] == "registry.example/vllm:v1"
     assert server["command"][:3] == ["vllm", "serve", "/mnt/models"]
     assert server["command"][3:] == deployed["command"][3:]
-    assert [mount["mountPath"] for mount in server["volumeMounts"]] == ["/tmp"]
+    mounted = {mount["name"]: mount["mountPath"] for mount in server["volumeMounts"]}
+    assert {*mounted.values()} == {"/dev/shm", "/tmp"}
+    assert {*mounted} == {volume["name"] for volume in runtime["spec"]["volumes"]}
     assert service["spec"]["predictor"]["securityContext"]["runAsUser"] == 10001
 
 

@@ -319,6 +319,24 @@ def test_tests_of_vllm_are_collected_without_mlx(tmp_path: Path) -> None:
     assert "test_vllm.py::test_modelpack_serve_with_vllm" in done.stdout
 
 
+@pytest.mark.long
+def test_these_tests_pass_where_vllm_is_importable(tmp_path: Path) -> None:
+    """They hide the vLLM of their own environment, or replace its modules."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise AssertionError('vLLM is imported')\n")
+    metadata = tmp_path / "vllm-0.33.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not long",
+         "--basetemp", tmp_path / "own", "tests/deployment/test_vllm.py",
+         "tests/deployment/test_packaged_settings.py"],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
 def test_a_vllm_that_is_not_known_is_not_broken(
     arg_utils: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
