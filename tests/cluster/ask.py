@@ -1,9 +1,11 @@
 """Send chat requests through a Service, each on a connection of its own; print what came back.
 
-    python ask.py ADDRESS HOST MODEL COUNT DONE
+    python ask.py ADDRESS HOST MODEL COUNT DONE [CLIENTS TOKENS]
 
 Sends at least COUNT requests by four threads, with sixteen prompts in turn, and goes on until the
-file DONE exists. Prints JSON: the number of answers, and the first failures.
+file DONE exists. With CLIENTS and TOKENS, that many threads complete prompts by so many tokens:
+servers let more of these wait than of chats. Prints JSON: the number of answers, and the first
+failures.
 """
 
 from __future__ import annotations
@@ -18,21 +20,24 @@ PROMPTS = 16
 
 
 def main() -> None:
-    address, host, model, count, done = sys.argv[1:]
+    address, host, model, count, done, *more = sys.argv[1:]
+    clients, tokens = map(int, more or (4, 2))
+    path = "/v1/completions" if more else "/v1/chat/completions"
+
+    def asked(text: str) -> dict[str, object]:
+        return {"prompt": text} if more else {"messages": [{"role": "user", "content": text}]}
+
     bodies = [
-        json.dumps({
-            "model": model, "max_tokens": 2,
-            "messages": [{"role": "user", "content": f"Hello {number}"}],
-        }).encode()
+        json.dumps({"model": model, "max_tokens": tokens, **asked(f"Hello {number}")}).encode()
         for number in range(PROMPTS)
-    ]  # fmt: skip
+    ]
     headers = {"Host": host, "Content-Type": "application/json"}
     lock, answers, failures = threading.Lock(), 0, list[str]()
 
     def ask(body: bytes) -> str | None:
         connection = http.client.HTTPConnection(address, timeout=60)
         try:
-            connection.request("POST", "/v1/chat/completions", body, headers)
+            connection.request("POST", path, body, headers)
             response = connection.getresponse()
             content = response.read()
             if response.status != 200:
@@ -57,7 +62,7 @@ def main() -> None:
                 else:
                     failures.append(failure)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -102,7 +102,7 @@ class Cluster:
     def run(self, *command: str, input: str | None = None, check: bool = True) -> str:
         """Run a command in the cluster's namespaces; return what it printed."""
         done = subprocess.run(
-            self.command(*command), input=input, capture_output=True, text=True, timeout=300
+            self.command(*command), input=input, capture_output=True, text=True, timeout=600
         )
         if check and done.returncode:
             raise ClusterError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
@@ -212,7 +212,8 @@ class Cluster:
              "--kubelet-preferred-address-types=InternalIP"],
             ["kube-controller-manager", f"--kubeconfig={config}", "--leader-elect=false",
              f"--service-account-private-key-file={key}",
-             "--use-service-account-credentials=false"],
+             "--use-service-account-credentials=false",
+             "--horizontal-pod-autoscaler-sync-period=5s"],
             ["kube-scheduler", f"--kubeconfig={config}", "--leader-elect=false"],
             ["kubelet", f"--config={place / 'kubelet.json'}", f"--kubeconfig={config}",
              f"--root-dir={place / 'kubelet'}", "--hostname-override=node", f"--node-ip={ADDRESS}"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from tests.cluster.cluster import (
     remove_tree,
     until,
 )
+from tests.cluster.metrics import VERSION
 from tests.cluster.node import ADDRESS
 from tests.deployment.schemas import CUSTOM, custom_definition
 from tests.engine.serving.tiny import write_tiny
@@ -39,6 +41,7 @@ from tests.interop.python_image import import_python_image
 pytestmark = pytest.mark.cluster
 IMAGE = "modelpack-test/engine:here"
 MODELPACK = str(Path(sys.executable).with_name("modelpack"))
+METRICS_PORT = 6444
 SMOLLM2 = f"{REGISTRY}/team/smollm2:v1"
 
 
@@ -126,8 +129,9 @@ def address(cluster: Cluster, name: str) -> str:
 
 
 def ask(
-    cluster: Cluster, name: str, model: str, content: str, max_tokens: int = 16, caller: str = ""
-) -> Any:
+    cluster: Cluster, name: str, model: str, content: str, max_tokens: int = 16, caller: str = "",
+    key: str = "",
+) -> Any:  # fmt: skip
     """Send a chat request through the Service, with a caller's name for traces."""
     body = {
         "model": model, "max_tokens": max_tokens, "temperature": 0,
@@ -136,6 +140,7 @@ def ask(
     return json.loads(
         cluster.run("curl", "-s", "-m", "120", "-H", f"Host: {name}", "-H",
                     "Content-Type: application/json", "-H", f"X-Modelpack-Caller: {caller}",
+                    "-H", f"Authorization: Bearer {key}",
                     "-d", json.dumps(body),
                     f"http://{address(cluster, name)}/v1/chat/completions")
     )  # fmt: skip
@@ -188,12 +193,14 @@ def test_a_rolling_update_fails_no_request(cluster: Cluster) -> None:
     delete(cluster, after)
 
 
-def asking(cluster: Cluster, name: str, done: Path) -> subprocess.Popen[str]:
-    """Send 3,000 requests through a Service, and more until the file `done` exists."""
+def asking(
+    cluster: Cluster, name: str, done: Path, count: int = 3000, *more: int
+) -> subprocess.Popen[str]:
+    """Send `count` requests through a Service, and more until the file `done` exists."""
     return subprocess.Popen(
         cluster.command(
             sys.executable, str(Path(__file__).with_name("ask.py")), address(cluster, name),
-            name, name, "3000", str(done),
+            name, name, str(count), str(done), *map(str, more),
         ),
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -242,15 +249,25 @@ def test_a_rolling_update_behind_a_gateway_fails_no_request(cluster: Cluster) ->
 
 
 def test_gateways_send_a_prompt_to_the_same_pod(cluster: Cluster) -> None:
-    """Both gateways, each asked over connections that the Service spreads."""
+    """Both gateways, each asked over connections that the Service spreads, with an API key."""
+    keys = cluster.directory / "keys.toml"
+    key = modelpack(cluster, "gateway", "key", "alice", "--keys", str(keys)).strip()
+    cluster.kubectl("create", "secret", "generic", "alike-keys", f"--from-file={keys}")
     text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "alike", "--replicas", "2",
-                     "--served-model-name", "alike", "--gateway")  # fmt: skip
+                     "--served-model-name", "alike", "--gateway", "--keys-secret",
+                     "alike-keys")  # fmt: skip
     apply(cluster, text, "alike")
     cluster.kubectl("rollout", "status", "deployment/alike-gateway", "--timeout=60s")
     try:
+        for wrong, code in (("", "missing_api_key"), ("sk-wrong", "invalid_api_key")):
+            refused = ask(cluster, "alike", "alike", "Hello", 2, key=wrong)
+            assert refused["error"]["code"] == code, refused
         for prompt in range(8):
             for _ in range(6):
-                ask(cluster, "alike", "alike", f"Hello {prompt}", 2, f"prompt-{prompt}")
+                asked = ask(
+                    cluster, "alike", "alike", f"Hello {prompt}", 2, f"prompt-{prompt}", key
+                )
+                assert asked["usage"]["completion_tokens"] == 2
         traces = [
             (pod, json.loads(line))
             for pod in pod_names(cluster, "alike", "gateway")
@@ -429,11 +446,112 @@ def test_the_restricted_policy_admits_the_pods(cluster: Cluster) -> None:
         delete(cluster, refused)
 
 
+def test_a_node_that_drains_evicts_one_pod_at_a_time(cluster: Cluster) -> None:
+    """By the PodDisruptionBudget: the second of two pods stays until the first is replaced."""
+    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "evicted", "--replicas", "2")
+    apply(cluster, text, "evicted")
+    first, second = (pod["metadata"]["name"] for pod in pods(cluster, "evicted"))
+
+    def evict(name: str) -> str:
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
+        try:
+            return cluster.kubectl(
+                "create", "--raw", f"/api/v1/namespaces/default/pods/{name}/eviction", "-f", "-",
+                input=json.dumps(eviction),
+            )  # fmt: skip
+        except ClusterError as error:
+            return str(error)
+
+    def budget() -> int:
+        return int(cluster.get("pdb", "evicted")["status"]["disruptionsAllowed"])
+
+    try:
+        until("a pod may be evicted", lambda: budget() == 1, 30, lambda: "")
+        assert "Success" in evict(first)
+        assert "would violate the pod's disruption budget" in evict(second)
+        until("another pod takes its place", lambda: budget() == 1, 120, lambda: "")
+        assert "Success" in evict(second)
+    finally:
+        delete(cluster, text)
+
+
+@pytest.fixture
+def pod_metrics(cluster: Cluster) -> Iterator[None]:
+    """Metrics of pods in Kubernetes' API, in the place of Prometheus and its adapter."""
+    certificate, key = (cluster.directory / f"metrics.{kind}" for kind in ("crt", "key"))
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+         "/CN=metrics", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    group, _, version = VERSION.partition("/")
+    name = {"name": "metrics", "namespace": "default"}
+    port = {"port": 443, "targetPort": METRICS_PORT}
+    objects = [
+        {"apiVersion": "v1", "kind": "Service", "metadata": name, "spec": {"ports": [port]}},
+        {"apiVersion": "v1", "kind": "Endpoints", "metadata": name,
+         "subsets": [{"addresses": [{"ip": ADDRESS}], "ports": [{"port": METRICS_PORT}]}]},
+        {"apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService",
+         "metadata": {"name": f"{version}.{group}"},
+         "spec": {"group": group, "version": version, "service": {**name, "port": 443},
+                  "insecureSkipTLSVerify": True, "groupPriorityMinimum": 100,
+                  "versionPriority": 100}},
+    ]  # fmt: skip
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+    with cluster.serving(sys.executable, str(Path(__file__).with_name("metrics.py")), ADDRESS,
+                         str(METRICS_PORT), str(certificate), str(key)):  # fmt: skip
+        cluster.kubectl("apply", "-f", "-", input=text)
+        until(
+            "the API of metrics is there",
+            lambda: "vllm_" in cluster.kubectl("get", "--raw", f"/apis/{VERSION}", check=False),
+            60, lambda: cluster.kubectl("get", "apiservice", f"{version}.{group}", "-o", "yaml"),
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            cluster.kubectl("delete", "--ignore-not-found", "-f", "-", input=text)
+
+
+def test_waiting_requests_add_a_pod(cluster: Cluster, pod_metrics: None) -> None:
+    """The autoscaler at work: 100 clients for 64 sequences of a pod, and then none."""
+    printed = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "scaled", "--max-replicas", "2",
+                        "--monitor", "--served-model-name", "scaled")  # fmt: skip
+    [wait] = re.findall(r"stabilizationWindowSeconds: \d+", printed)
+    text = "---\n".join(
+        document for document in printed.replace(wait, "stabilizationWindowSeconds: 10")
+        .split("---\n") if "kind: ServiceMonitor" not in document
+    )  # fmt: skip
+    apply(cluster, text, "scaled")
+    done = cluster.directory / "scaled-done"
+
+    def ready() -> int:
+        return int(cluster.get("deployment", "scaled")["status"].get("readyReplicas", 0))
+
+    def shown() -> str:
+        return cluster.kubectl("describe", "hpa", "scaled")
+
+    try:
+        with asking(cluster, "scaled", done, 200, 100, 64) as process:
+            try:
+                until("a second pod is ready", lambda: ready() == 2, 180, shown)
+            finally:
+                done.touch()
+            told, _ = process.communicate(timeout=300)
+        found = json.loads(told)
+        assert found["failures"] == []
+        until("the second pod is gone", lambda: len(pods(cluster, "scaled")) == 1, 240, shown)
+        reasons = shown()
+        assert "above target" in reasons, reasons
+        assert "All metrics below target" in reasons, reasons
+    finally:
+        delete(cluster, text)
+
+
 def test_the_server_takes_the_autoscaler(cluster: Cluster) -> None:
     text = manifests(
-        cluster, f"{REGISTRY}/team/tiny:v1", "scaled", "--replicas", "2", "--max-replicas", "4"
+        cluster, f"{REGISTRY}/team/tiny:v1", "taken", "--replicas", "2", "--max-replicas", "4"
     )
     told = cluster.kubectl("apply", "--dry-run=server", "-f", "-", input=text)
     for kind in ("deployment.apps", "service", "horizontalpodautoscaler.autoscaling",
                  "poddisruptionbudget.policy"):  # fmt: skip
-        assert f"{kind}/scaled created (server dry run)" in told
+        assert f"{kind}/taken created (server dry run)" in told
