@@ -56,7 +56,7 @@ def wanted(extras: list[str]) -> list[Requirement]:
 
 
 def test_they_are_all_there() -> None:
-    assert {path.stem for path in LOCKS} == {"audit", "build", "models", *EXTRAS}
+    assert {path.stem for path in LOCKS} == {"audit", "binary", "build", "models", *EXTRAS}
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)

@@ -1,1 +1,1 @@
-"""Ways to install Modelpack besides pip: a zipapp, a Debian package and a Homebrew formula."""
+"""Ways to install Modelpack besides pip: a zipapp, a Debian package, a binary, a formula."""

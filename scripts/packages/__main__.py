@@ -1,11 +1,13 @@
-"""Build `modelpack.pyz`, `modelpack_VERSION_ARCH.deb` and `modelpack.rb`; `make packages` does.
+"""Build `modelpack.pyz`, `modelpack_VERSION_ARCH.deb`, `modelpack` and `modelpack.rb`.
 
-    python -m scripts.packages --output dist zipapp deb
+    python -m scripts.packages --output dist zipapp deb    (make packages)
+    python -m scripts.packages binary
     python -m scripts.packages formula --url URL_OF_THE_SDIST --homepage URL
 
-Zipapp and Debian package hold what requirements/image.lock has, by hash, and the toolkit without
-the engine. Some of it is compiled, so they are for this system and this minor version of Python.
+All hold what requirements/image.lock has, by hash, and the toolkit without the engine. Some of it
+is compiled, so zipapp and Debian package are for this system and this minor version of Python.
 shiv makes the zipapp: Python cannot import compiled modules out of one, and shiv unpacks them.
+PyInstaller makes the binary, which brings this Python with it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import venv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,15 +28,27 @@ from modelpack._version import __version__
 
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "requirements" / "image.lock"
+BINARY_LOCK = ROOT / "requirements" / "binary.lock"
 DESCRIPTION = "Package, move and serve models as OCI artifacts"
 #: 1 January 2026: files of packages have one time, so that a build can be repeated.
 EPOCH = os.environ.get("SOURCE_DATE_EPOCH", "1767225600")
-KINDS = ("zipapp", "deb", "formula")
+KINDS = ("zipapp", "deb", "binary", "formula")
 
 _LAUNCHER = """\
 #!/bin/sh
 root=$(dirname "$(dirname "$(readlink -f "$0")")")
 PYTHONPATH=$root/site exec {python} -s -m modelpack "$@"
+"""
+
+#: Our own commands start others by `sys.executable -m modelpack`, which is the binary itself.
+_ENTRY = """\
+import sys
+
+if sys.argv[1:3] == ["-m", "modelpack"]:
+    del sys.argv[1:3]
+from modelpack.cli.main import main
+
+main()
 """
 
 _CONTROL = """\
@@ -99,12 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="modelpack-packages-") as directory:
         work = Path(directory)
-        if {"zipapp", "deb"} & set(kinds):
+        if {"zipapp", "deb", "binary"} & set(kinds):
             installed(work / "site")
         if "zipapp" in kinds:
             print(zipapp(work / "site", options.output))
         if "deb" in kinds:
             print(deb(work / "site", work / "deb", options.output, options.python))
+        if "binary" in kinds:
+            print(binary(work / "site", work / "binary", options.output))
         if "formula" in kinds:
             made = sdist(options.output)
             print(formula(made, options.output, options.url, options.homepage))
@@ -133,6 +150,32 @@ def zipapp(site: Path, output: Path) -> Path:
                "--extend-pythonpath", "--reproducible", "--output-file", made]  # fmt: skip
     subprocess.run(command, check=True, env={**os.environ, "SOURCE_DATE_EPOCH": EPOCH})
     return made
+
+
+def binary(site: Path, work: Path, output: Path) -> Path:
+    """Write `modelpack`: one file for systems with this C library or a newer one, without Python.
+
+    It unpacks itself into a temporary directory at each start.
+    """
+    # An environment of its own: PyInstaller takes what it finds in the one that it runs in.
+    venv.create(work / "env", with_pip=True)
+    python = work / "env" / "bin" / "python"
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+         "--require-hashes", "-r", BINARY_LOCK], check=True,
+    )  # fmt: skip
+    entry = work / "entry_point.py"
+    entry.write_text(_ENTRY)
+    packages = ("modelpack", "modelpack_server.gateway", "modelpack_server.cli")
+    command = [
+        python, "-m", "PyInstaller", "--onefile", "--name", "modelpack", "--log-level", "ERROR",
+        *(word for package in packages for word in ("--collect-submodules", package)),
+        "--collect-data", "modelpack", "--copy-metadata", "modelpack", "--paths", site,
+        "--distpath", output, "--workpath", work / "build", "--specpath", work, entry,
+    ]  # fmt: skip
+    environ = {"PYTHONPATH": str(site), "SOURCE_DATE_EPOCH": EPOCH, "PYTHONHASHSEED": "1"}
+    subprocess.run(command, check=True, env={**os.environ, **environ})
+    return output / "modelpack"
 
 
 def deb(site: Path, root: Path, output: Path, python: str) -> Path:

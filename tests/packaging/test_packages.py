@@ -1,4 +1,4 @@
-"""The zipapp, the Debian package and the Homebrew formula: built, and used as a user would."""
+"""Zipapp, Debian package, binary and Homebrew formula: built, and used as a user would."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def served_by(command: list[str], environ: Mapping[str, str], store: Path) -> It
             process.wait(30)
 
 
-def smoke(command: list[str], directory: Path) -> None:
+def smoke(command: list[str], directory: Path, path: str = os.environ["PATH"]) -> None:
     """Package a model, push it to the registry of the same installation, and pull it."""
     home = directory / "home"
     home.mkdir()
-    environ = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+    environ = {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8"}
 
     def run(*arguments: str | Path, store: str = "store") -> str:
         done = subprocess.run(
@@ -94,6 +94,21 @@ def test_zipapp_and_debian_package(tmp_path: Path) -> None:
     )
     minor = f"{sys.version_info[0]}.{sys.version_info[1]}"
     assert f"Depends: python3 (>= {minor}~)" in control.stdout
+
+
+@pytest.mark.long
+def test_a_binary_without_python(tmp_path: Path) -> None:
+    main(["binary", "--output", str(tmp_path)])
+    command = [str(tmp_path / "modelpack")]
+    (tmp_path / "work").mkdir()
+    smoke(command, tmp_path / "work", path="/nowhere")
+    for more, said in (
+        (["-m", "modelpack", "version"], __version__),  # as its own commands start it
+        (["gateway", "--help"], "Forward requests to servers"),
+    ):
+        done = subprocess.run([*command, *more], env={"HOME": str(tmp_path)}, check=True,
+                              capture_output=True, text=True)  # fmt: skip
+        assert said in done.stdout
 
 
 @pytest.mark.long
