@@ -26,6 +26,7 @@ from modelpack_engine.speech.transcript import SAMPLE_RATE, TranscriptionRequest
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import Finish
 from modelpack_server.pool.adapters import Adapters
+from modelpack_server.pool.entry import told
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.repl.chat import Chat, LocalModels
 from modelpack_server.tool_parsers.parts import Reasoning, Text
@@ -175,7 +176,7 @@ def smoke_test(
     except UsageError:
         raise
     except ModelpackError as error:
-        return replace(report, error=str(error))
+        return replace(report, error=told(error))
 
 
 def _digests(parts: Sequence[dict[str, Any]], kind: str) -> tuple[str, ...]:

@@ -79,7 +79,8 @@ class ModelPool:
 
     `on_ready` is called once all models that `start` loads are loaded; `on_failure`, with name and
     error, once one of them is not, instead of logging it. `on_progress` gets the name and the
-    progress of each load in the thread that loads, and None when the load has ended.
+    progress of each load in the thread that loads, and None when the load has ended. Failed loads
+    are logged, unless those who wait for them print the error (`logs_failures`).
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class ModelPool:
         on_ready: Callable[[], None] | None = None,
         on_failure: Callable[[str, Exception], None] | None = None,
         on_progress: Callable[[str, LoadProgress | None], None] | None = None,
+        logs_failures: bool = True,
     ) -> None:
         self.catalogue = catalogue
         self.adapter_loading = adapter_loading
@@ -111,6 +113,7 @@ class ModelPool:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._on_progress = on_progress
+        self._logs_failures = logs_failures
         self._entries: dict[str, Entry] = {}
         self._budget = MemoryBudget(memory, self._entries.values())
         # By key, also for models that are not loaded.
@@ -596,7 +599,7 @@ class ModelPool:
                 return
             failure = as_error(error, f"loading {entry.name}")
             entry.failure = failure
-            if not (entry.pinned and self._on_failure):
+            if self._logs_failures and not (entry.pinned and self._on_failure):
                 _log.warning("cannot load the model %s: %s", entry.name, told(failure))
             return
         entry.engine = loaded.engine

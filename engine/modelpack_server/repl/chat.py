@@ -81,7 +81,7 @@ class LocalModels:
             memory = await asyncio.to_thread(device_memory, self._config)
             self._pool = ModelPool(
                 self._catalogue, memory=memory, keep_alive=math.inf, grace=0,
-                on_progress=self._on_progress,
+                on_progress=self._on_progress, logs_failures=False,
             )  # fmt: skip
         pool = self._pool
         found = await pool.find(name)

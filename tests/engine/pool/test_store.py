@@ -15,7 +15,7 @@ from modelpack.errors import NotFoundError, UsageError
 from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.errors import OutOfMemoryError
+from modelpack_engine.errors import ModelLoadError, OutOfMemoryError
 from modelpack_engine.models.load_progress import LoadProgress
 from modelpack_engine.request import SamplingParams
 from modelpack_server.conversation.chat import start_chat
@@ -84,6 +84,20 @@ def test_the_pool_reports_the_progress_of_a_load(tmp_path: Path) -> None:
     assert found[-2][1] == LoadProgress(size, size, warming_up=True)
     assert found[-1][1] is None
     assert {name for name, _ in found} == {"plain"}
+
+
+def test_a_failed_load_is_not_logged_to_who_gets_the_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, store = write_tiny(tmp_path / "files"), LayoutStore(tmp_path / "store")
+    (files / "tokenizer.json").unlink()
+    modelpack.package("ai/mute", PackageRequest(safetensors_dir=files), store=store)
+    with (
+        LocalModels(StoreCatalogue(store, CONFIG), CONFIG) as models,
+        pytest.raises(ModelLoadError, match=r"no tokenizer\.json"),
+    ):
+        models.load("mute")
+    assert caplog.messages == []
 
 
 def test_a_model_that_comes_and_goes_leaves_nothing(store: LayoutStore) -> None:
