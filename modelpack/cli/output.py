@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -131,6 +132,8 @@ _VERBS = {
     Action.QUANTIZE: "Quantising",
 }
 _SECONDS_BETWEEN_LINES = 5.0
+# What differs between the messages of several blobs that fail for one reason.
+_VARYING = re.compile(r"sha\d+:[0-9a-f]+|\d+(\.\d+)?")
 
 
 @contextmanager
@@ -171,6 +174,27 @@ def request_log(settings: Settings, formatter: logging.Formatter | None = None) 
             logger.setLevel(level)
 
 
+class Notes:
+    """Prints notes and retries; of the retries for one reason, one every few seconds."""
+
+    def __init__(self, print_line: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._print_line = print_line
+        self._clock = clock
+        self._due: dict[str, float] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        """Print a report, unless one like it was printed a moment ago."""
+        prefix = "retry" if progress.action is Action.RETRY else "note"
+        text = one_line(f"{prefix}: {progress.message or progress.name}")
+        if progress.action is Action.RETRY:
+            reason = _VARYING.sub("", text)
+            now = self._clock()
+            if now < self._due.get(reason, now):
+                return
+            self._due[reason] = now + _SECONDS_BETWEEN_LINES
+        self._print_line(text)
+
+
 class LineDisplay:
     """A progress callback that prints lines: for each note, and for a file every few seconds.
 
@@ -181,11 +205,12 @@ class LineDisplay:
         self._every_file = every_file
         self._clock = clock
         self._due = clock() + _SECONDS_BETWEEN_LINES
+        self._notes = Notes(partial(click.echo, err=True), clock)
 
     def __call__(self, progress: Progress) -> None:
         """Print a report, if it is time for one."""
         if progress.action in (Action.NOTE, Action.RETRY):
-            click.echo(_message(progress), err=True)
+            self._notes(progress)
         elif progress.finished:
             if self._every_file:
                 self._print(progress, f"{progress.completed} bytes")
@@ -204,10 +229,11 @@ class LineDisplay:
 def _bar_display(bars: Bars) -> ProgressCallback:
     """Return a callback that shows a bar for each file or blob in transfer."""
     tasks: dict[str, TaskID] = {}
+    notes = Notes(partial(bars.console.print, markup=False, highlight=False), time.monotonic)
 
     def show(progress: Progress) -> None:
         if progress.action in (Action.NOTE, Action.RETRY):
-            bars.console.print(_message(progress), markup=False, highlight=False)
+            notes(progress)
             return
         key = str(progress.digest or progress.name)
         if key not in tasks:
@@ -220,11 +246,6 @@ def _bar_display(bars: Bars) -> ProgressCallback:
         )
 
     return show
-
-
-def _message(progress: Progress) -> str:
-    prefix = "retry" if progress.action is Action.RETRY else "note"
-    return one_line(f"{prefix}: {progress.message or progress.name}")
 
 
 def _bars() -> Bars:

@@ -17,7 +17,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
 from modelpack.artifacts.model import Model, ModelFile, Role
 from modelpack.artifacts.reference import Reference, is_model_id
-from modelpack.errors import NotFoundError, UnsupportedError
+from modelpack.errors import NotFoundError, RemoteUnavailableError, UnsupportedError
 from modelpack.hub.reference import HubReference, hub_origin
 from modelpack.operations.lookup import check_whole, completing_reference, model_of, stored_model
 from modelpack.operations.remote import (
@@ -239,7 +239,13 @@ def find_any_part(
 
             check_stored(remote.trust, store, model, remote, watch)
         return model
-    _pull(named(name), store, remote, watch, selection)
+    try:
+        _pull(named(name), store, remote, watch, selection)
+    except RemoteUnavailableError as error:
+        raise type(error)(
+            f"{name} is not in the store and cannot be pulled: {error.message}",
+            host=error.host, status_code=error.status_code, code=error.code, hint=error.hint,
+        ) from error  # fmt: skip
     return stored_model(store, name)
 
 

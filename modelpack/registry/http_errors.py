@@ -30,6 +30,7 @@ from modelpack.errors import (
     RemoteTimeoutError,
     RemoteUnavailableError,
 )
+from modelpack.http.hosts import is_loopback
 from modelpack.registry.limits import RETRYABLE_STATUSES, FailedTry, parse_retry_after
 from modelpack.registry.sockets import TooMuchError
 
@@ -131,11 +132,17 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
         return FailedTry(RemoteTimeoutError(f"{what}: {host} did not answer in time", host=host))
     proxy = "the proxy before " if any(isinstance(c, ProxyError) for c in causes) else ""
     reason = next((c.strerror for c in causes if isinstance(c, OSError) and c.strerror), None)
+    advice = None
+    if not proxy and any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+        advice = f"check that a server runs at {host}"
+        if is_loopback(host.rpartition(":")[0] or host):
+            advice += "; `modelpack registry serve` starts a registry"
     return FailedTry(
         RemoteUnavailableError(
             f"{what}: the connection to {proxy}{host} failed: "
             + shown(reason or "it was closed too early", 200),
             host=host,
+            hint=advice,
         )
     )
 
@@ -151,7 +158,10 @@ def _explained(cause: BaseException, host: str) -> tuple[str, str] | None:
     if isinstance(cause, ssl.SSLError) and cause.reason in _NO_TLS:
         return f"{host} does not speak TLS", "if it is meant to speak plain http, use --plain-http"
     if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
-        return f"no such host: {host}", "check the name; a bare host name may need its domain"
+        return (
+            f"no such host: {host}",
+            "check the name and the network; a bare host name may need its domain",
+        )
     return None
 
 

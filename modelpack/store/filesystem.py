@@ -265,7 +265,7 @@ def no_room(folder: Path, needed: int, available: int | None, what: str) -> Stor
         f"no room for {what} in {folder}: need {shown(needed)}, have {shown(available)}",
         needed=needed,
         available=available,
-        hint=f"{_FREE_SPACE}; the partial download is kept",
+        hint=f"{_FREE_SPACE}, which goes on where it stopped",
     )
 
 

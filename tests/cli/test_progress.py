@@ -41,8 +41,16 @@ def stored(completed: int, name: str = "a.gguf") -> Progress:
           "Storing 10.gguf: 1.00 GB of 4.00 GB (25 %)"]),
         ([(7, Progress(Action.FETCH, "b", None, GB))], False, ["Fetching b: 1.00 GB"]),
         ([(0, Progress(Action.NOTE, message="skipped x"))], False, ["note: skipped x"]),
+        ([(at, Progress(Action.RETRY, message=f"blob sha256:{at:02x}: refused; again in {at} s"))
+          for at in (0, 1, 4, 6)],
+         False,
+         ["retry: blob sha256:00: refused; again in 0 s",
+          "retry: blob sha256:06: refused; again in 6 s"]),
+        ([(0, Progress(Action.RETRY, message="refused")), (1, Progress(Action.RETRY, message="x"))],
+         False, ["retry: refused", "retry: x"]),
     ],
-    ids=["quick", "every file", "long", "many files", "unknown size", "note"],
+    ids=["quick", "every file", "long", "many files", "unknown size", "note", "retries",
+         "other reasons"],
 )  # fmt: skip
 def test_lines(
     capsys: pytest.CaptureFixture[str],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,6 +105,16 @@ def test_a_target_without_to_is_refused_before_anything_is_pushed(
     assert (missing.code, missing.out) == (3, digest)
     succeed("tag", own, target)
     assert succeed("push", own, target).out.splitlines() == [digest, digest]
+
+
+def test_a_model_that_is_neither_stored_nor_pulled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> object:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    failed = modelpack("resolve", "--pull", "nope")
+    assert failed.code == 6
+    assert "error: nope is not in the store and cannot be pulled: docker.io/ai/nope" in failed.err
 
 
 def test_an_id_is_pushed_only_with_to(server: RegistryServer, tmp_path: Path) -> None:

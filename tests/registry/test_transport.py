@@ -85,9 +85,10 @@ def test_a_refused_connection_is_tried_again(connect: Connect) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         client = connect(f"127.0.0.1:{unused.getsockname()[1]}")
-        with pytest.raises(RemoteUnavailableError, match="Connection refused"):
+        with pytest.raises(RemoteUnavailableError, match="Connection refused") as caught:
             client.registry.ping()
     assert len(client.sleeps) == 4
+    assert "`modelpack registry serve` starts a registry" in (caught.value.hint or "")
 
 
 def test_a_body_that_is_cut_is_fetched_again(registry: FaultyRegistry, client: Client) -> None:
