@@ -39,8 +39,8 @@ _OWN_IMAGE = f"modelpack:{__version__}"
 @command()
 @click.argument("reference", metavar="REF")
 @click.option(
-    "--engine", type=click.Choice(["vllm", "modelpack"]), default="vllm", show_default=True,
-    help="Run this server.",
+    "--engine", type=click.Choice(["vllm", "modelpack"]),
+    help="Run this server. [default: modelpack for a GGUF file, else vllm]",
 )  # fmt: skip
 @click.option("--kserve", is_flag=True, help="Print an InferenceService instead of a Deployment.")
 @click.option(
@@ -209,6 +209,8 @@ def k8s(
     wanted = Reference.parse(reference)
     model = inspect(reference, remote=remote, from_registry=True)
     check_remote(model, remote, watching(None))  # pods pull the checked digest
+    if engine is None:
+        engine = "modelpack" if model.config.format == "gguf" else "vllm"
     if gpus is None:
         share = Demands(-(-demands_of(model).weights // nodes))
         gpus = share.gpus(gpu_memory) if engine == "vllm" else 0

@@ -393,11 +393,11 @@ def test_a_gguf_model_is_not_for_vllm(tmp_path: Path) -> None:
     with registry() as server:
         name = f"{server.host}/team/tiny:v1"
         package(name, tiny_gguf(tmp_path), LayoutStore(tmp_path / "store"), push=True)
-        refused = run("k8s", name)
+        refused = run("k8s", name, "--engine", "vllm")
         assert refused.code == 2
         assert "it is a GGUF file" in refused.err
         assert "--engine modelpack" in refused.err
-        assert objects(name, "--engine", "modelpack")
+        assert objects(name) == objects(name, "--engine", "modelpack")
 
 
 def test_a_model_of_images_is_not_served(tmp_path: Path) -> None:
