@@ -79,7 +79,9 @@ class Reference:
             path = f"{DEFAULT_ORGANISATION}/{path}"
         if not _is_registry(registry):
             raise InvalidReferenceError(
-                f"{_shown(text)}: {registry!r} is not a registry host[:port]", reference=text
+                f"{_shown(text)}: {registry!r} is not a registry host[:port]",
+                reference=text,
+                hint="leave out the scheme" if "://" in text else None,
             )
         check_repository(path, text)
         if tag is not None:

@@ -51,6 +51,7 @@ _BITS = {"q4": 4, "q8": 8}
 
 
 @command()
+@click.argument("paths", metavar="[PATH]", nargs=-1, type=PATH)
 @click.argument("reference")
 @click.option(
     "--gguf", type=PATH, help="Package this GGUF file; for a sharded one, give any shard."
@@ -129,6 +130,7 @@ _BITS = {"q4": 4, "q8": 8}
 @common_options
 def package(
     settings: Settings,
+    paths: tuple[Path, ...],
     reference: str,
     adapter: Path | None,
     drafter: Path | None,
@@ -146,8 +148,11 @@ def package(
 ) -> None:
     """Package files as the model REFERENCE in the local store; print its digest.
 
-    The same files give the same digest on every machine.
+    PATH is a GGUF or DDUF file or a directory with weights, as for the options. The same files give
+    the same digest on every machine.
     """
+    for path in paths:
+        _add_path(inputs, path)
     sources = ("gguf", "safetensors_dir", "dduf")
     beside = adapter or drafter
     if (beside is None) != (base is None):
@@ -161,10 +166,10 @@ def package(
             option = "--adapter" if adapter else "--drafter"
             raise UsageError(f"{option} cannot be combined with weights or files of a model")
     elif from_model is None and not any(inputs[source] for source in sources):
-        raise UsageError(
-            "no files to package",
-            hint="give --gguf, --safetensors-dir, --dduf, --adapter, --drafter or --from",
-        )
+        hint = "give a PATH before REFERENCE, or --adapter, --drafter or --from"
+        if Path(reference).exists():
+            hint = f"name the model too: modelpack package {reference} NAME"
+        raise UsageError("no files to package", hint=hint)
     if push and dry_run:
         raise UsageError("--push cannot be combined with --dry-run")
     where = full_reference(settings, reference)
@@ -206,6 +211,18 @@ def package(
         for layer in made.manifest.layers:
             note(settings, f"  {layer.media_type}  {human_size(layer.size)}  {layer.filepath}")
     show(settings, _result(made), str(made.digest))
+
+
+def _add_path(inputs: dict[str, Any], path: Path) -> None:
+    """Set the option of `package` that a path without an option is for."""
+    option = "safetensors_dir" if path.is_dir() else "dduf" if path.suffix == ".dduf" else "gguf"
+    if inputs[option] is not None:
+        name = f"--{option.replace('_', '-')}"
+        raise UsageError(
+            f"expected one model, got {inputs[option]} and {path}",
+            hint=f"give {name} or PATH, once",
+        )
+    inputs[option] = path
 
 
 def _provenance(

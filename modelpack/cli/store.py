@@ -29,11 +29,12 @@ from modelpack.cli.output import (
     note,
     plural,
     show,
+    show_error,
     show_json,
     shown_progress,
     table,
 )
-from modelpack.errors import IntegrityError, ModelpackError, UsageError
+from modelpack.errors import IntegrityError, ModelpackError, UsageError, exit_status
 from modelpack.operations.lookup import StoredImage
 from modelpack.operations.model_list import Summarized, list_images, summarize_models
 from modelpack.operations.remote import RemoteOptions
@@ -215,29 +216,37 @@ def tag(settings: Settings, source: str, target: str) -> None:
     "-f", "--force", is_flag=True, help="Remove a model by id even if it has several tags."
 )
 @common_options_without("progress")
-def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
+def rm(settings: Settings, models: tuple[str, ...], force: bool) -> int:
     """Remove tags, and models with their last tag.
 
-    Blobs that no other model uses are deleted at once.
+    Blobs that no other model uses are deleted at once. If one of several models cannot be removed,
+    the others still are; the exit code is that of the first failure.
     """
     store = settings.existing_store()
     untagged: list[str] = []
     deleted: list[str] = []
+    failures: list[ModelpackError] = []
     freed = 0
-    try:
-        for name in models:
+    for name in models:
+        try:
             removal = store.remove(name, force=force)
-            untagged += removal.untagged
-            deleted += [str(digest) for digest in removal.deleted]
-            freed += removal.bytes_freed
-    finally:
-        # Removals are reported even if a later name fails.
-        lines = [f"Untagged: {name}" for name in untagged]
-        lines += [f"Deleted: {digest}" for digest in deleted]
-        if lines:
-            value = {"untagged": untagged, "deleted": deleted, "bytesFreed": freed}
-            show(settings, value, "\n".join(lines))
-    note(settings, f"freed {human_size(freed)}")
+        except ModelpackError as error:
+            failures.append(error)
+            if not settings.json:
+                show_error(error)
+            continue
+        untagged += removal.untagged
+        deleted += [str(digest) for digest in removal.deleted]
+        freed += removal.bytes_freed
+    lines = [f"Untagged: {name}" for name in untagged]
+    lines += [f"Deleted: {digest}" for digest in deleted]
+    if lines:
+        value = {"untagged": untagged, "deleted": deleted, "bytesFreed": freed}
+        show(settings, value, "\n".join(lines))
+        note(settings, f"freed {human_size(freed)}")
+    if failures and settings.json:
+        raise failures[0]
+    return exit_status(failures[0]) if failures else 0
 
 
 @command()

@@ -196,10 +196,42 @@ def test_rm_by_id_needs_force_when_it_has_several_tags(packaged: str) -> None:
     assert f"Deleted: {packaged}" in succeed("rm", "-f", packaged).out
 
 
-def test_rm_reports_what_went_before_it_failed(packaged: str) -> None:
-    result = modelpack("rm", "team/tiny:v1", "nobody/nothing")
+def test_rm_goes_on_after_a_failure(packaged: str) -> None:
+    succeed("tag", "team/tiny:v1", "team/tiny:v2")
+    result = modelpack("rm", "team/tiny:v1", "nobody/nothing", "team/tiny:v2")
     assert result.code == 3
-    assert "Untagged: docker.io/team/tiny:v1" in result.out
+    assert result.out.splitlines() == [
+        "Untagged: docker.io/team/tiny:v1",
+        "Untagged: docker.io/team/tiny:v2",
+        f"Deleted: {packaged}",
+    ]
+    assert result.err.count("error: no such model") == 1
+    assert "freed" in result.err
+
+
+def test_package_takes_a_path_without_an_option(gguf: Path, tmp_path: Path) -> None:
+    named = succeed("package", "--gguf", str(gguf), "team/tiny:v1").out
+    assert succeed("package", str(gguf), "team/tiny:v2").out == named
+    directory = tiny_safetensors(tmp_path)
+    named = succeed("package", "--safetensors-dir", str(directory), "team/dir:v1").out
+    assert succeed("package", str(directory), "team/dir:v2").out == named
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{gguf}"], "hint: name the model too: modelpack package {gguf} NAME"),
+        (["team/tiny"], "hint: give a PATH before REFERENCE"),
+        (["{gguf}", "{gguf}", "team/tiny"], "error: expected one model, got {gguf} and {gguf}"),
+        (["--gguf", "{gguf}", "{gguf}", "x"], "hint: give --gguf or PATH, once"),
+        (["{gguf}.not", "x"], "{gguf}.not: no such file"),
+        (["{gguf}", "--adapter", "a", "--base", "b", "x"], "--adapter cannot be combined"),
+    ],
+)  # fmt: skip
+def test_package_says_which_path_is_wrong(gguf: Path, arguments: list[str], says: str) -> None:
+    failed = modelpack("package", *(argument.format(gguf=gguf) for argument in arguments))
+    assert failed.code in (2, 3)
+    assert says.format(gguf=gguf) in failed.err
 
 
 def test_fsck_finds_a_flipped_bit(packaged: str) -> None:
@@ -294,7 +326,8 @@ def test_reading_does_not_create_the_default_store(
     [
         (["inspect", "nobody/nothing"], 3, "nobody/nothing"),
         (["inspect", "UPPER//x"], 2, "invalid reference"),
-        (["package", "x:1"], 2, "--gguf"),
+        (["package", "x:1"], 2, "give a PATH before REFERENCE"),
+        (["tag", "x:1", "https://registry.example/x:1"], 2, "hint: leave out the scheme"),
         (["package", "--gguf", "/no/such/file.gguf", "x:1"], 3, "/no/such/file.gguf"),
         (["package", "--gguf", "a", "--dduf", "b", "x:1"], 2, "--dduf"),
         (["package", "--format", "zip", "--gguf", "a", "x:1"], 2, "zip"),
