@@ -270,8 +270,17 @@ class _Rows:
     def _add_media(self, row: int, sequence: Sequence, start: int, stop: int) -> None:
         """Add the rows of pictures from `row` on, and rotary positions if pictures change them."""
         self.media_rows += _media_rows(sequence, row, start, stop)
-        if any(media.grid is not None for media in sequence.media):
+        if all(media.grid is None for media in sequence.media):
+            return
+        end = sequence.media[-1].stop
+        if start < end:
             self._rope.append((row, rope_positions(sequence.media, start, stop)))
+            return
+        if sequence.rope_shift is None:  # kept: a video has hundreds of parts
+            [column, *_] = rope_positions(sequence.media, end, end + 1)
+            sequence.rope_shift = column[0] - end
+        column = list(range(start + sequence.rope_shift, stop + sequence.rope_shift))
+        self._rope.append((row, [column] * 3))
 
     def add_decode(
         self,

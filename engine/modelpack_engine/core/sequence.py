@@ -97,6 +97,8 @@ class Sequence:
     num_published_blocks: int = field(default=0, init=False, repr=False)
     #: The recurrent snapshot to continue from, after a shared prefix.
     snapshot: object | None = field(default=None, init=False, repr=False)
+    #: How far the rotary positions of tokens after all media are from their own; None: not known.
+    rope_shift: int | None = field(default=None, init=False, repr=False)
     #: Blocks that are being restored.
     restore: Restore | None = field(default=None, init=False, repr=False)
     #: The next restore begins once this many tokens are computed: the last ran out of blocks.

@@ -105,11 +105,6 @@ def decode(data: bytes, sampling: Sampling) -> tuple[float, list[float], NDArray
         raise BadVideoError(f"damaged: {why}") from error
 
 
-def is_video(data: bytes) -> bool:
-    """Return whether a file begins as a video does."""
-    return _format(data) is not None
-
-
 def _format(data: bytes) -> str | None:
     """Return the name of FFmpeg's demuxer for a file, by its first bytes."""
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
