@@ -440,7 +440,11 @@ class _PartsTower(Module):  # type: ignore[misc]
         self._width, self._table = int(text["hidden_size"]), _Text(table)
         self.crossing: Crossing | None = None
         self._scale = self._width**0.5 if scale else 1.0
-        self._soft_ids = [config["image_token_id"], config.get("audio_token_id", GEMMA3N_AUDIO)]
+        self._soft_ids = [
+            config["image_token_id"],
+            config.get("audio_token_id", GEMMA3N_AUDIO),
+            config.get("video_token_id"),
+        ]
         if isinstance(audio := config.get("audio_config"), Mapping):
             add = _SOUND_PARTS[str(config["model_type"])]
             for name, module in add(package, audio, self.config).items():
@@ -473,7 +477,8 @@ class _PartsTower(Module):  # type: ignore[misc]
                 found = part(input_ids=mx.where(own, token_ids, part.vocab_offset))
                 rows = mx.where(own[:, None], found.astype(rows.dtype), rows)
         made = self._encode(self, inputs).astype(rows.dtype)
-        soft = self._soft_ids["input_features" in inputs]
+        kind = 2 if "video_grid_thw" in inputs else int("input_features" in inputs)
+        soft = self._soft_ids[kind]
         (places,) = np.nonzero(np.array(token_ids) == soft)
         if len(places) != made.shape[-2]:
             raise ValueError(f"{made.shape[-2]} embeddings for {len(places)} tokens of a file")
@@ -566,11 +571,13 @@ def _omni_audio(package: Any, audio: Mapping[str, Any], config: Any) -> dict[str
 
 
 def _omni_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
-    """Return the rows of a sound, or those of a picture with what DeepStack adds to layers."""
+    """Return the rows of a sound, or of a picture or frames with what DeepStack adds to layers."""
     if "input_features" in inputs:
         features = inputs["input_features"][0]
         return cast(mx.array, tower.audio_tower(features, mx.array([features.shape[-1]])))
-    rows, added = tower.vision_tower(inputs["pixel_values"], inputs["image_grid_thw"])
+    kind = "video" if "video_grid_thw" in inputs else "image"
+    pixels = inputs["pixel_values_videos" if kind == "video" else "pixel_values"]
+    rows, added = tower.vision_tower(pixels, inputs[f"{kind}_grid_thw"])
     return mx.stack([rows, *added]) if added else cast(mx.array, rows)
 
 

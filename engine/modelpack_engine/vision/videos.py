@@ -46,19 +46,20 @@ class VideoClass:
     """What the videos of a type of model need.
 
     With `stamps`, the text before each group of frames says its time, and each is placed as a
-    picture is. Otherwise temporal positions count groups, or with `by_time`, seconds times
-    `tokens_per_second` of the config.
+    picture is. Otherwise temporal positions count groups, or with `rate`, seconds times this field
+    of the config, or of its `vision_config`: its name, and its value if it is missing.
     """
 
     stamps: bool = False
-    by_time: bool = False
+    rate: tuple[str, float] | None = None
 
 
 PLACEHOLDER, _BEGINS, _ENDS = "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 #: The classes by the model type of config.json.
 VIDEO_CLASSES: Mapping[str, VideoClass] = {
     "qwen2_vl": VideoClass(),
-    "qwen2_5_vl": VideoClass(by_time=True),
+    "qwen2_5_vl": VideoClass(rate=("tokens_per_second", 4)),
+    "qwen3_omni_moe": VideoClass(rate=("position_id_per_seconds", 25)),
     **dict.fromkeys(
         ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), VideoClass(stamps=True)
     ),
@@ -107,7 +108,9 @@ class VideoProcessor:
                 raise ModelLoadError(
                     f"{name} {str(settings[name])[:50]} is not that of config.json"
                 )
-        self._tokens_per_second = _number(vision, "tokens_per_second", 4, 100)
+        self._rate: float | None = None
+        if self._needs.rate is not None:
+            self._rate = _number({**config, **vision}, *self._needs.rate, 1000)
         self.sampling = _sampling(settings, self._patch * self._merge, self._group)
         self._scale = _number(settings, "rescale_factor", 1 / 255, 1)
         self._mean, self._std = (_colours(settings, name) for name in ("image_mean", "image_std"))
@@ -140,9 +143,8 @@ class VideoProcessor:
         soft = (self.token_id,) * (height * width)
         grid = np.array([[1, height * self._merge, width * self._merge]], np.int64)
         interval = 1.0
-        if self._needs.by_time:  # rounded: a hair less than a whole number would lose a position
-            seconds = video.seconds / len(video.frames) * self._group
-            interval = round(self._tokens_per_second * seconds, 6)
+        if self._rate is not None:  # rounded: a hair less than a whole number loses a position
+            interval = round(self._rate * video.seconds / len(video.frames) * self._group, 6)
         placed: list[int] = []
         media: list[Media] = []
         for group in range(groups):

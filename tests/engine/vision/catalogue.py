@@ -113,7 +113,8 @@ def outcome(name: str) -> tuple[str, str]:
     kind = _TYPES.get(name, name)
     if kind in CLASSES:
         more = {"sounds": SOUND_CLASSES, "videos": VIDEO_CLASSES}
-        return " and ".join(["pictures", *(name for name in more if kind in more[name])]), ""
+        *first, last = ["pictures", *(name for name in more if kind in more[name])]
+        return f"{', '.join(first)} and {last}" if first else last, ""
     if is_encoder({"model_type": kind}):
         return "embeddings", ""
     if kind in TEXT_TYPES:

@@ -36,7 +36,7 @@ PROMPTS: dict[str, tuple[str, list[Any]]] = {
     "a video and a picture": ("<video> with <image>?", [ONE, picture(1)]),
 }
 #: Those that others stand for.
-SLOW = ("qwen2_vl", "qwen3_vl_moe", *tiny.HYBRID)
+SLOW = ("qwen2_vl", "qwen3_vl_moe", "qwen3_omni_moe", *tiny.HYBRID)
 
 
 @pytest.fixture(

@@ -14,9 +14,13 @@ from modelpack_engine.vision.processor import Picture
 from modelpack_engine.vision.videos import Video
 from tests.engine.vision import tiny
 
-KINDS = tiny.QWEN
+KINDS = (*tiny.QWEN, "qwen3_omni_moe")
+#: Positions a second of those that see the time of frames.
+RATES = {"qwen2_5_vl": 4, "qwen3_omni_moe": 25}
 #: Those whose videos mlx-vlm, or the function below, puts beside pictures.
 MIXED = tuple(kind for kind in KINDS if kind != "qwen3_vl_moe")
+#: Those whose classes in mlx-vlm encode pictures and videos of one prompt.
+WHOLE = ("qwen3_vl", "qwen3_omni_moe")
 #: Those that write the time of frames into the prompt.
 STAMPED = (*tiny.DEEP, *tiny.HYBRID)
 #: What stands for a video in the chat templates of all of them.
@@ -66,7 +70,7 @@ def inputs_of(kind: str, text: str, files: list[Picture | Video]) -> dict[str, A
     return dict(processor(images=images or None, text=[prompt_of(text)], **given))
 
 
-def _by_time(ids: list[int], files: list[Picture | Video]) -> dict[str, mx.array]:
+def _by_time(kind: str, ids: list[int], files: list[Picture | Video]) -> dict[str, mx.array]:
     """Return the positions of Qwen2.5-VL: groups of frames count by their time.
 
     mlx-vlm's count groups, whatever their time is. It is section 2.1.2 of its report, with the four
@@ -88,7 +92,7 @@ def _by_time(ids: list[int], files: list[Picture | Video]) -> dict[str, mx.array
         if not is_video:  # which is resized
             end = next(place for place in range(at, len(ids)) if ids[place] != tiny.PAD)
             height, width = _SIZES[end - at]
-        step = int(4 * 2 / FPS) if is_video else 1
+        step = int(RATES[kind] * 2 / FPS) if is_video else 1
         rows += [
             (first + t * step, first + y, first + x)
             for t in range(count)
@@ -112,7 +116,7 @@ def _features(model: Any, kind: str, ids: mx.array, inputs: dict[str, Any]) -> A
     """
     pixels = inputs.get("pixel_values")
     of_videos = {name: inputs[name] for name in inputs if "video" in name}
-    if kind == "qwen3_vl" or pixels is None or not of_videos:
+    if kind in WHOLE or pixels is None or not of_videos:
         inputs.pop("pixel_values", None)
         return model.get_input_embeddings(ids, pixels, **inputs)
     grid = inputs["image_grid_thw"]
@@ -136,8 +140,8 @@ def expected(kind: str, text: str, files: list[Picture | Video], count: int = 8)
     cache = make_prompt_cache(model.language_model)
     names = ("position_ids", "rope_deltas", "visual_pos_masks", "deepstack_visual_embeds")
     given = {name: getattr(features, name, None) for name in names}
-    if kind == "qwen2_5_vl":
-        given |= _by_time(ids[0].tolist(), files)
+    if kind in RATES:
+        given |= _by_time(kind, ids[0].tolist(), files)
     given = {name: value for name, value in given.items() if value is not None}
     found: list[int] = []
     logits = model.language_model(
