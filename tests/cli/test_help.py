@@ -91,7 +91,9 @@ _MORE = {
     "Scheduling and caches": "--kv-offload-dir", "Speculative decoding": "--draft-model",
     "Registries": "--ca-file", "Signatures and variants": "--variant",
 }  # fmt: skip
-_MORE_OF_SERVE = {"LoRA adapters": "--max-adapters", **_MORE}
+_MORE_OF_SERVE = {
+    "LoRA adapters": "--max-adapters", "Devices and processes": "--engine-process", **_MORE,
+}  # fmt: skip
 
 
 def test_help_of_serve_fits_two_screens() -> None:

@@ -208,9 +208,10 @@ def _media_hosts(
         "--adapter": "LoRA adapters",
         "--keys": "Access",
         "--preset": "Models and requests",
+        "--tensor-parallel-size": "Devices and processes",
         **ENGINE_HEADINGS,
     },
-    more=("LoRA adapters", *MORE_OPTIONS),
+    more=("LoRA adapters", "Devices and processes", *MORE_OPTIONS),
 )
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
@@ -251,14 +252,6 @@ def _media_hosts(
     help="Pass these flags of llama.cpp or vLLM to all models: '--temp 0.7 --ctx-size 8192'.",
 )  # fmt: skip
 @click.option(
-    "--tensor-parallel-size", type=click.IntRange(min=1), metavar="N",
-    help="Split each model across N GPUs of this machine, or across the ranks of mlx.launch.",
-)  # fmt: skip
-@click.option(
-    "--engine-process/--no-engine-process", default=False, show_default=True,
-    help="Run each generating model in a process of its own, which shares no GIL with the server.",
-)  # fmt: skip
-@click.option(
     "--allow-request-templates", is_flag=True,
     help="Accept chat templates in requests from callers with a key for all models or, without "
     "keys, from this machine.",
@@ -273,6 +266,14 @@ def _media_hosts(
               help="Serve the other models if a MODEL cannot be loaded.")  # fmt: skip
 @click.option("--show-content", is_flag=True,
               help="Show admins the prompts and replies of recent requests.")  # fmt: skip
+@click.option(
+    "--tensor-parallel-size", type=click.IntRange(min=1), metavar="N",
+    help="Split each model across N GPUs of this machine, or across the ranks of mlx.launch.",
+)  # fmt: skip
+@click.option(
+    "--engine-process/--no-engine-process", default=False, show_default=True,
+    help="Run each generating model in a process of its own, which shares no GIL with the server.",
+)  # fmt: skip
 @partial(engine_options, others=("vllm",))
 @remote_options
 @transfer_options(*DOWNLOAD)
