@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -63,11 +64,6 @@ class Matrices:
 
 #: The matrices of an adapter, by the path of the layer in the model.
 Layers = Mapping[str, Matrices]
-
-
-def returns_parts(module: Any) -> bool:
-    """Return whether the output of a linear layer is a list of parts, as afm7's are."""
-    return isinstance(module, LINEARS) and isinstance(getattr(module, "output_dims", 0), list)
 
 
 class _Stack:
@@ -156,6 +152,16 @@ class LoRALayers:
             return original(module, x)
         sums = isinstance(module, _SUMS)
         y = _own_part(module, x) if sums else original(module, x)
+        if isinstance(y, list):  # afm7's: parts of one matmul
+            ends = list(accumulate(part.shape[-1] for part in y))
+            y = self._adapted(stack, module, x, mx.concatenate(y, axis=-1), sums=False)
+            return mx.split(y, ends[:-1], axis=-1)
+        return self._adapted(stack, module, x, y, sums=sums)
+
+    def _adapted(
+        self, stack: _Stack, module: Any, x: mx.array, y: mx.array, *, sums: bool
+    ) -> mx.array:
+        """Return the output of a layer, y, with the adapters of its rows x."""
         one = self._only(stack)
         if one is not None:
             delta, gain = (x @ one.a) @ one.b, one.gain
@@ -169,11 +175,13 @@ class LoRALayers:
         if sums:
             y = mx.distributed.all_sum(y + delta, group=module.group)
             y = y if gain is None else y * gain
-            return y + module["bias"] if "bias" in module else y
+            biased: mx.array = y + module["bias"] if "bias" in module else y
+            return biased
         if gain is None:
             return y + delta
         if "bias" in module:
-            return (y - module["bias"] + delta) * gain + module["bias"]
+            bias: mx.array = module["bias"]
+            return (y - bias + delta) * gain + bias
         return (y + delta) * gain
 
     def _embed(self, stack: _Stack, original: Call, module: Any, ids: mx.array) -> Any:

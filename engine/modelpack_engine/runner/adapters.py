@@ -19,7 +19,7 @@ from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.layers.cross_attention import SHARED
 from modelpack_engine.models.adapter import read_layers
-from modelpack_engine.patches.lora import Layers, LoRALayers, nbytes, returns_parts
+from modelpack_engine.patches.lora import Layers, LoRALayers, nbytes
 
 
 @dataclass(slots=True, eq=False)
@@ -81,17 +81,10 @@ class AdapterSet:
         fit the model.
         """
         layers = self.read(adapter)
-        modules = dict(self._model.named_modules())
         for path in layers:
             if path.endswith(SHARED):
                 raise AdapterError(
                     f"{path} cannot have adapters of requests: its outputs are kept with pictures",
-                    path=str(adapter.weights),
-                    hint="merge the adapter (--merge), or train it on other layers",
-                )
-            if returns_parts(modules[path]):
-                raise AdapterError(
-                    f"{path} cannot have adapters of requests: its output is a list of parts",
                     path=str(adapter.weights),
                     hint="merge the adapter (--merge), or train it on other layers",
                 )

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from modelpack.formats.adapter import AdapterError, read_adapter
-from modelpack_engine.attention.metadata import AdapterRows
+from modelpack.formats.adapter import read_adapter
 from modelpack_engine.models.adapter import merge, read_layers
 from modelpack_engine.patches.lora import LINEARS, Layers, LoRALayers, Matrices
-from modelpack_engine.runner.adapters import AdapterSet
 from modelpack_engine.runner.model_runner import make_runner
 from tests.adapters import random_pairs, write_mlx, write_peft
 from tests.engine.zoo.catalogue import CATALOGUE
@@ -26,7 +24,7 @@ from tests.engine.zoo.specimen import NUM_TOKENS, make_reference
 ALWAYS = ("llama", "qwen3_moe")
 OTHERS = (
     "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "phi3", "glm4", "olmo2", "granite",
-    "cohere", "mamba2", "deepseek_v3", "gpt_oss", "starcoder2",
+    "cohere", "mamba2", "deepseek_v3", "gpt_oss", "starcoder2", "afm7",
 )  # fmt: skip
 BY_NAME = {each.id: each for each in CATALOGUE}
 CASES = [
@@ -118,18 +116,6 @@ def test_batch_equals_merged_models(
             driver.add(prompt, NUM_TOKENS, adapter=slot)
         driver.run()
         assert driver.tokens == expected[slot]
-
-
-def test_layers_whose_output_has_parts(tmp_path: Path) -> None:
-    """Their adapters are refused when they are added, and can be merged."""
-    model = BY_NAME["afm7"].build()
-    adapter = read_adapter(write_peft(tmp_path / "peft", linears(model), rank=2))
-    merge(BY_NAME["afm7"].build(), read_layers(adapter, model))
-    adapters = AdapterSet(model, {}, AdapterRows(), 1)
-    with pytest.raises(AdapterError, match="qkv_proj cannot have adapters of requests") as caught:
-        adapters.add("one", adapter, "1")
-    assert "--merge" in (caught.value.hint or "")
-    assert adapters.names() == []
 
 
 def test_pairs_are_random() -> None:

@@ -21,7 +21,7 @@ from modelpack_engine.models.gguf_file import GGUFTensor
 from modelpack_engine.models.gguf_planes import KEPT
 from modelpack_engine.models.gguf_tensors import Parameter
 from modelpack_engine.models.mtp import LAYOUTS
-from modelpack_engine.patches.lora import LINEARS, returns_parts
+from modelpack_engine.patches.lora import LINEARS
 from modelpack_engine.runner.model_layout import StateLayout
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.loaders.blocks import random_blocks
@@ -246,8 +246,6 @@ def _adapters(model: Any) -> str:
 
 def why_not_adapted(path: str, module: Any) -> str | None:
     """Return why requests cannot have an adapter for this layer; None if they can."""
-    if returns_parts(module):
-        return "not on layers that return a list of parts (`--merge` works)"
     if isinstance(module, LINEARS) and re.fullmatch(r".+\.experts\.\d+\.\w+", path):
         return "not on experts: the class runs them one by one, for some of the rows"
     return None
