@@ -1,7 +1,7 @@
 """The channel between rank 0 and its followers: messages, and both ends of the connections.
 
-A message has a kind, a length, and a body of JSON or of plain integers. Nothing in it is ever
-executed (no pickle), and an unexpected message raises `WireError`.
+A message has a kind, a length, and a body of JSON, plain integers or safetensors. Nothing in it is
+ever executed (no pickle), and an unexpected message raises `WireError`.
 """
 
 from __future__ import annotations

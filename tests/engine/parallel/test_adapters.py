@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.distributed.adapters import AdapterParts, pack_layer, unpack_layer
@@ -95,6 +98,21 @@ def test_the_norms_of_its_part(rank: tuple[Follower, list[Any]]) -> None:
 def test_bytes_that_are_no_layer(body: bytes) -> None:
     with pytest.raises(WireError, match="the layer of an adapter is invalid"):
         unpack_layer(body)
+
+
+@given(st.data())
+def test_a_layer_that_was_cut_or_changed_raises_no_other_error(data: st.DataObject) -> None:
+    body = bytearray(pack_layer(1, Q, matrices(4, 4)))
+    if data.draw(st.booleans()):
+        del body[data.draw(st.integers(0, len(body))) :]
+    for _ in range(data.draw(st.integers(0, 3))):
+        if body:
+            body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(WireError):
+        number, layer, found = unpack_layer(bytes(body))
+        assert isinstance(number, int)
+        assert isinstance(layer, str)
+        assert found.nbytes > 0
 
 
 def test_a_model_without_adapters_gets_none(rank: tuple[Follower, list[Any]]) -> None:
