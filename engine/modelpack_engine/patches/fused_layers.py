@@ -31,6 +31,7 @@ from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.layers import dots, expert_kernels, kernels
 from modelpack_engine.layers.add_norm import Sums
+from modelpack_engine.layers.blocks import BlockSwitchLinear
 from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
 from modelpack_engine.layers.kernels import find_rotation, take_rows
 from modelpack_engine.layers.matmul import FEW_ROWS, multiply_in_parts
@@ -411,7 +412,8 @@ def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool
     if type(module) is not SwitchGLU:
         return False
     layers = [module.gate_proj, module.up_proj, module.down_proj]
-    if any(type(layer) not in (SwitchLinear, QuantizedSwitchLinear) for layer in layers):
+    kinds = (SwitchLinear, QuantizedSwitchLinear, BlockSwitchLinear)
+    if any(type(layer) not in kinds for layer in layers):
         return False
 
     def call(original: Call, experts: Any, x: mx.array, indices: mx.array) -> Any:
@@ -432,18 +434,23 @@ def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool
 
 def _few_expert_outputs(
     experts: Any, rows: mx.array, chosen: mx.array, shape: tuple[int, ...]
-) -> _ExpertRows | None:
+) -> mx.array | None:
     """Return the outputs of few rows' experts; None if our kernels do not compute them."""
     gate, up, down = _three_weights(experts)
-    if type(experts.activation) is not SwiGLU or _kind(gate) != _kind(up):
+    if type(experts.activation) is not SwiGLU or gate is None or up is None:
         return None
-    if not all(
+    if _kind(gate) != _kind(up) or not all(
         dots.fits(rows, weights)
         and dots.experts_verdict(rows.dtype, weights.bits or 16, weights.group_size or 64) is None
         for weights in (gate, down)
+        if weights is not None
     ):
         return None
     hidden = dots.multiply_experts(rows, gate, up, chosen)
+    if down is None:
+        pairs = hidden.reshape(chosen.size, 1, -1)
+        outputs: mx.array = experts.down_proj(pairs, chosen.reshape(-1))
+        return outputs.reshape(*shape, -1)
     given = dots.multiply_experts(
         hidden.reshape(chosen.size, -1), down, None, chosen.reshape(-1, 1)
     )
@@ -452,8 +459,8 @@ def _few_expert_outputs(
     )
 
 
-def _three_weights(experts: Any) -> tuple[Weights, Weights, Weights]:
-    """Return the weights of gates, ups and downs."""
+def _three_weights(experts: Any) -> tuple[Weights | None, Weights | None, Weights | None]:
+    """Return the weights of gates, ups and downs; None for those in a block type of GGUF."""
     layers = experts.gate_proj, experts.up_proj, experts.down_proj
     gate, up, down = (_weights_of(layer) for layer in layers)
     return gate, up, down
@@ -462,13 +469,13 @@ def _three_weights(experts: Any) -> tuple[Weights, Weights, Weights]:
 def _expert_outputs(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dispatch]:
     """Return the experts' outputs, sorted by expert, and the dispatch that maps them to rows."""
     gate, up, down = _three_weights(experts)
-    count, pairs = gate.weight.shape[0], chosen.size
+    count, pairs = experts.gate_proj["weight"].shape[0], chosen.size
     swiglu = type(experts.activation) is SwiGLU
     tile = None
-    if _kind(gate) == _kind(up):
+    if gate is not None and up is not None and _kind(gate) == _kind(up):
         tile = expert_kernels.tile_for(rows, gate, pairs, swiglu=swiglu)
     sent = expert_kernels.dispatch(chosen, count, tile or expert_kernels.SMALLEST_TILE)
-    if tile is None:
+    if tile is None or gate is None or up is None:
         wide = _one_by_one(take_rows(rows, sent.source))
         hidden = experts.activation(
             *(layer(wide, sent.experts, True) for layer in (experts.up_proj, experts.gate_proj))
@@ -479,7 +486,8 @@ def _expert_outputs(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.
         hidden = experts.activation(
             *(expert_kernels.multiply(rows, weights, sent, gather=True) for weights in (up, gate))
         )
-    if tile and tile == expert_kernels.tile_for(hidden, down, pairs, swiglu=swiglu):
+    wanted = down and expert_kernels.tile_for(hidden, down, pairs, swiglu=swiglu)
+    if tile and down is not None and tile == wanted:
         return expert_kernels.multiply(hidden, down, sent), sent
     return experts.down_proj(_one_by_one(hidden), sent.experts, True)[:, 0], sent
 
@@ -493,7 +501,9 @@ def _one_by_one(rows: mx.array) -> mx.array:
     return rows.reshape(rows.shape[0], 1, -1)
 
 
-def _weights_of(layer: Any) -> Weights:
+def _weights_of(layer: Any) -> Weights | None:
+    if type(layer) is BlockSwitchLinear:
+        return None
     if type(layer) is QuantizedSwitchLinear:
         return quantised_weights(layer)
     return Weights.plain(layer["weight"], layer.get("bias"))

@@ -13,7 +13,13 @@ import pytest
 from mlx_lm.models.deepseek_v3 import group_expert_select
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from modelpack_engine.layers import expert_kernels
+from modelpack_engine.layers import blocks, expert_kernels
+from modelpack_engine.layers.blocks import (
+    BLOCK_TYPES,
+    BlockSwitchLinear,
+    layer_values,
+    random_words,
+)
 from modelpack_engine.layers.expert_kernels import Routing, route
 from modelpack_engine.patches.fused_layers import fuse_experts, fuse_router, has_experts
 from modelpack_engine.patches.modules import ClassSwaps
@@ -29,7 +35,7 @@ ROWS = 9
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    with emulated(monkeypatch, compiled, expert_kernels.verdict) as found:
+    with emulated(monkeypatch, compiled, expert_kernels.verdict, blocks.experts_verdict) as found:
         yield found
 
 
@@ -125,6 +131,33 @@ def test_fused_experts_equal_the_model(host: Host, name: str) -> None:
     step.active = step.fuses = False
     np.testing.assert_array_equal(ask(x), expected)
     assert not host.calls
+
+
+@pytest.mark.parametrize("stored", [("down_proj",), ("gate_proj", "up_proj", "down_proj")])
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_experts_in_a_block_type_run_with_others(
+    host: Host, stored: tuple[str, ...], rows: int
+) -> None:
+    """Q4_K_M has gates and ups in 4 bits, and half of the downs in Q6_K."""
+    plain: Any = SwitchGLU(256, 256, 4)
+    mixed: Any = SwitchGLU(256, 256, 4)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        words = mx.array(random_words(BLOCK_TYPES["Q6_K"], 4 * 256, 256, len(name)))
+        layer = BlockSwitchLinear(BLOCK_TYPES["Q6_K"], 256, 256, 4, mx.float32)
+        layer.weight = words.reshape(4, 256, -1)
+        plain[name].weight = layer_values(layer, mx.float32)
+        if name in stored:
+            mixed[name] = layer
+        else:
+            mixed[name].weight = plain[name].weight
+    x = mx.random.normal((rows, 1, 256), key=mx.random.key(3))
+    chosen = mx.random.randint(0, 4, (rows, 1, 2), key=mx.random.key(4)).astype(mx.uint32)
+    expected = plain(x, chosen)
+    step: Any = SimpleNamespace(active=True, fuses=True)
+    assert fuse_experts(mixed, step, ClassSwaps())
+    np.testing.assert_allclose(mixed(x, chosen), expected, rtol=1e-3, atol=1e-4)
+    # More pairs than four times the experts compute all values.
+    assert ("block_dots" if rows == 1 else "block_values") in {body for body, _ in host.calls}
 
 
 def test_expert_outputs_work_like_any_array(host: Host) -> None:
