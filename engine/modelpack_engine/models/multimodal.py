@@ -303,7 +303,7 @@ def _model_class(inner: Any) -> type[Module]:
         if self.model_type == "molmo":
             weights = _molmo_tensors(weights, self.args.inner)
         for name, value in weights.items():
-            name = name.removeprefix("thinker.")
+            name = name.removeprefix("thinker.").removeprefix("llm.")
             name = name.replace("model.language_model.", "language_model.model.", 1)
             name = name.replace("model.text_model.", "language_model.model.", 1)
             if name.startswith("language."):

@@ -338,6 +338,30 @@ class _Gemma4UnifiedProcessor:
         return cast(Made, made)
 
 
+def _minicpmo(config: Mapping[str, Any], made: Made) -> str:
+    """MiniCPM-o: the whole picture in one view, as mlx-vlm has it."""
+    return f"<image>{_token(config) * int(config.get('query_num', 64))}</image>"
+
+
+class _MiniCPMOProcessor:
+    """MiniCPM-o's image processor: mlx-vlm's, in NumPy, which cuts no picture into slices."""
+
+    def __init__(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        from mlx_vlm.models.minicpmo.processing_minicpmo import MiniCPMOImageProcessor
+
+        kind: Any = MiniCPMOImageProcessor
+        self._settings, self._made = dict(settings), kind(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings."""
+        return self._settings
+
+    def __call__(self, images: Any, **_: Any) -> Made:
+        """Return the pixels [3, height, width] of a picture, and its rows and columns."""
+        made = self._made.preprocess([images])
+        return {"pixel_values": made["pixel_values"][0][0], "tgt_sizes": made["tgt_sizes"][0]}
+
+
 def _idefics2(config: Mapping[str, Any], made: Made) -> str:
     """Idefics 2: as many tokens for each view, with a token around each."""
     perceiver, edge = config.get("perceiver_config") or {}, "<fake_token_around_image>"
@@ -455,6 +479,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "phi3_v": _phi3,
     "kimi_k25": _kimi,
     "kimi_vl": _kimi,
+    "minicpmo": _minicpmo,
     "minicpmv4_6": _minicpm,
 }
 SETTINGS: Mapping[str, Settings] = {
@@ -467,6 +492,7 @@ PROCESSORS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], ImageP
     "gemma4_unified": _Gemma4UnifiedProcessor,
     "kimi_k25": _KimiProcessor,
     "kimi_vl": _KimiProcessor,
+    "minicpmo": _MiniCPMOProcessor,
     "minicpmv4_6": _MiniCPMProcessor,
     "molmo": _MolmoProcessor,
     "muse_glimmer": _muse_processor,

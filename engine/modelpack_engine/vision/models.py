@@ -169,6 +169,7 @@ CLASSES: Mapping[str, VisionClass] = {
     ),
     "llava_onevision": VisionClass(language=_LLAMAS | _QWENS, any_res=True),
     "mage_vl": VisionClass(placeholder="<|image_pad|>", language={"qwen3": "qwen3"}),
+    "minicpmo": VisionClass(part="<unk>", language={"minicpmo": "qwen3"}),
     "minicpmv4_6": VisionClass(
         placeholder="<|image_pad|>", language={"qwen3_5_text": "qwen3_5.TextModel"}
     ),

@@ -77,6 +77,8 @@ _LANGUAGE = (
     "mtp.",
     "talker.",
     "code2wav.",
+    "llm.",
+    "tts.",
     "transformer.",
 )
 
@@ -595,6 +597,34 @@ def _omni_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
     return found
 
 
+def _minicpmo_parts(package: Any, config: Any) -> dict[str, Module]:
+    vision, width = config.vision_config, config.text_config.hidden_size
+    resampler = package.minicpmo.Resampler(
+        config.query_num, width, max(1, width // 128), vision.hidden_size
+    )
+    return {"vision_tower": package.VisionModel(vision), "resampler": resampler}
+
+
+def _minicpmo_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    pixels, sizes = inputs["pixel_values"].transpose(1, 2, 0)[None], inputs["tgt_sizes"]
+    seen = mx.ones((1, 1, int(mx.prod(sizes))), mx.bool_)
+    states = tower.vision_tower(pixels, patch_attention_mask=seen, tgt_sizes=sizes)
+    return cast(mx.array, tower.resampler(states, sizes)[0])
+
+
+def _minicpmo_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    found = {}
+    for name, value in weights.items():
+        name = name.replace("vpm.", "vision_tower.", 1) if name.startswith("vpm.") else name
+        if name.startswith(("resampler.", "vision_tower.")) and "position_ids" not in name:
+            found[name] = value
+    for kind in ("weight", "bias"):
+        if (joined := found.pop(f"resampler.attn.in_proj_{kind}", None)) is not None:
+            for part, value in zip("qkv", mx.split(joined, 3), strict=True):
+                found[f"resampler.attn.{part}_proj.{kind}"] = value
+    return found
+
+
 def _paligemma_parts(package: Any, config: Any) -> dict[str, Module]:
     return {
         "vision_tower": package.VisionModel(config.vision_config),
@@ -751,6 +781,7 @@ def _kimi_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 #: By model type, what gives tensors the names of mlx-vlm's modules.
 _RENAMED: Mapping[str, Callable[[dict[str, mx.array]], dict[str, mx.array]]] = {
     "kimi_k25": _kimi_names,
+    "minicpmo": _minicpmo_names,
     "mllama": _mllama_names,
     "molmo": _molmo_names,
     "paddleocr_vl": _paddle_names,
@@ -781,6 +812,7 @@ _PARTS: Mapping[
     "mllama": (_mllama_parts, _mllama_rows, False),
     "molmo": (_molmo_parts, _molmo_rows, False),
     "muse_glimmer": (_muse_parts, _muse_rows, False),
+    "minicpmo": (_minicpmo_parts, _minicpmo_rows, False),
     "paddleocr_vl": (_paddle_parts, _paddle_rows, False),
     "paligemma": (_paligemma_parts, _paligemma_rows, False),
     "phi3_v": (_phi3_parts, _phi3_rows, False),
@@ -890,7 +922,8 @@ def _made_config(package: Any, config: Mapping[str, Any]) -> Any:
     if hasattr(package, "ThinkerConfig"):
         vision = package.VisionConfig.from_dict(given["vision_config"])
         return SimpleNamespace(model_type=given["model_type"], vision_config=vision)
-    given.setdefault("audio_config", {})
+    if given.get("audio_config") is None:
+        given["audio_config"] = {}
     if given["model_type"] == "molmo":  # the language model's sizes, which its tower needs
         width, hidden = given["hidden_size"], given["intermediate_size"] // 2
         given["vision_config"] = {"d_model": width, "hidden_size": hidden, **given["vision_config"]}

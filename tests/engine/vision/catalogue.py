@@ -74,7 +74,7 @@ REASONS: Mapping[str, str] = {
     **_each(
         _PICTURES,
         """clef cohere_compass deepseek_v4 deepseek_v41 deepseekocr_2 falcon_ocr glm5_next
-        indic_ocr jina_vlm kimi_k3 llava_bunny llmjpvl locateanything mimo_v2
+        indic_ocr jina_vlm kimi_k3 llava_bunny llmjpvl locateanything
         minimax_m3_vl molmo2 molmo_point muse_spark phi4_siglip plamo2vl
         prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl zaya1_vl""",
     ),
@@ -87,16 +87,22 @@ REASONS: Mapping[str, str] = {
     "moondream2": f"{_PICTURES}: their place in a prompt has no token",
     "moondream3": f"{_PICTURES}: their place in a prompt has no token",
     "florence2": "an encoder and a decoder",
-    "inkling": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
-    "minicpmo": f"pictures and {_SOUND}",
+    "inkling": f"{_SOUND}: its language model, with convolutions in all layers, is mlx-vlm's",
     "minicpmv4_7": f"{_PICTURES}: positions on a canvas",
-    "minimax_h3": f"{_SOUND}",
+    "mimo_v2": f"{_PICTURES}; {_SOUND}: a codec with weights of its own encodes it",
+    "minimax_h3": "makes videos",
     "multi_modality": f"{_PICTURES}: mlx-vlm's package needs OpenCV",
-    "nemotron_h_nano_omni": f"pictures and {_SOUND}",
+    "nemotron_h_nano_omni": f"{_PICTURES}; {_SOUND}: its towers have not been compared",
     "nemotron_parse": "an encoder and a decoder",
-    "nemotron_voicechat": f"{_SOUND}; mlx-vlm's package needs mlx-audio",
-    "phi4mm": f"pictures and {_SOUND}: an adapter changes all layers of prompts with them",
+    "nemotron_voicechat": f"{_SOUND}: it listens and speaks at the same time, in a session",
+    "phi4mm": f"{_PICTURES}: mlx-vlm's processor cuts them into no tiles, as the model's does;"
+    f" {_SOUND}: an adapter changes all layers of prompts with them",
 }  # fmt: skip
+
+#: What types that read pictures do not read, and why.
+PARTLY: Mapping[str, str] = {
+    "minicpmo": f"{_SOUND}: mlx-vlm's encoder attends to all of it, the model's to parts of 1 s",
+}
 
 
 def names() -> list[str]:
@@ -114,7 +120,8 @@ def outcome(name: str) -> tuple[str, str]:
     if kind in CLASSES:
         more = {"sounds": SOUND_CLASSES, "videos": VIDEO_CLASSES}
         *first, last = ["pictures", *(name for name in more if kind in more[name])]
-        return f"{', '.join(first)} and {last}" if first else last, ""
+        read = f"{', '.join(first)} and {last}" if first else last
+        return read, PARTLY.get(name, "")
     if is_encoder({"model_type": kind}):
         return "embeddings", ""
     if kind in TEXT_TYPES:

@@ -1026,6 +1026,41 @@ def _gemma4_unified() -> Specimen:
     )  # fmt: skip
 
 
+def _minicpmo() -> Specimen:
+    text = {name: value for name, value in TEXT.items() if name != "model_type"}
+    return Specimen(
+        config={
+            **text, "model_type": "minicpmo", "head_dim": 16, "attention_bias": False,
+            "hidden_act": "silu", "vocab_size": VOCABULARY, "query_num": 16, "image_size": 16,
+            "patch_size": 4, "init_tts": False, "init_audio": True,
+            "vision_config": {**VISION, "model_type": "siglip_vision_model", "image_size": 24},
+            "audio_config": {
+                "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 32, "num_mel_bins": 16,
+            },
+        },
+        settings={
+            "image_processor_type": "MiniCPMOImageProcessor", "patch_size": 4,
+            "scale_resolution": 16, "image_feature_size": 16, "norm_mean": [0.5, 0.4, 0.5],
+            "norm_std": [0.5, 0.5, 0.4], "slice_mode": True, "max_slice_nums": 9,
+        },
+        processor="minicpmo.processing_minicpmo:MiniCPMOProcessor",
+        prompt="<image>",
+        peer="<image>",
+        call=lambda processor, images, text: processor(images=images, text=text),
+        stored=_stored_minicpmo,
+    )  # fmt: skip
+
+
+def _stored_minicpmo(name: str) -> str:
+    """Return the name of a tensor in published files, without the joined ones of the resampler."""
+    for ours, published in (("language_model.", "llm."), ("vision_tower.", "vpm."),
+                            ("audio_tower.", "apm.")):  # fmt: skip
+        if name.startswith(ours):
+            return name.replace(ours, published, 1)
+    return name
+
+
 def _qwen3_omni() -> Specimen:
     text = {
         **TEXT, "model_type": "qwen3_omni_moe_text", "head_dim": 16, "attention_bias": False,
@@ -1134,6 +1169,7 @@ GRANITE = {
 SPECIMENS: Mapping[str, Specimen] = {
     "aya_vision": _aya(),
     "deepseek_vl_v2": _deepseek(latent=False),
+    "minicpmo": _minicpmo(),
     "minicpmv4_6": _minicpm(),
     "dots_ocr": _dots(),
     "gemma3n": _gemma3n(),

@@ -87,6 +87,25 @@ def test_layers_that_get_no_pictures(change: dict[str, Any], message: str, tmp_p
 
 
 @pytest.mark.long
+def test_the_joined_tensors_of_minicpmo(tmp_path: Path) -> None:
+    """Its published resampler has one tensor for queries, keys and values. No voice is loaded."""
+    files = copied("minicpmo", tmp_path, {})
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    for kind in ("weight", "bias"):
+        parts = [weights.pop(f"resampler.attn.{part}_proj.{kind}") for part in "qkv"]
+        weights[f"resampler.attn.in_proj_{kind}"] = mx.concatenate(parts)
+    weights["tts.emb_text.weight"] = mx.zeros((2, 2))
+    patches = "vpm.embeddings.patch_embedding.weight"
+    weights[patches] = mx.contiguous(weights[patches].transpose(0, 3, 1, 2))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    engine = Engine(load(files, device="cpu"), EngineConfig(device="cpu"))
+    text, pictures = "<image>What is it?", [tiny.picture(1)]
+    found = tiny.run(engine, tiny.request(engine, text, pictures))
+    assert found == [tiny.expected("minicpmo", text, pictures)]
+
+
+@pytest.mark.long
 def test_a_layer_that_predicts_the_next_token_is_left_out(tmp_path: Path) -> None:
     """GLM-OCR's files have one after the layers of the model."""
     files = copied("glm_ocr", tmp_path, {})
