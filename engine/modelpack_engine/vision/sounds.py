@@ -187,6 +187,8 @@ class SoundProcessor:
         """Return the tokens and inputs of a sound at position `start`; raises `RequestError`."""
         needs = self._needs
         try:
+            if len(sound.samples) < getattr(self._extractor, "hop_length", 1):
+                raise ValueError("it is too short")
             made = self._extractor([sound.samples], sampling_rate=self.rate, **needs.options)
             features = np.asarray(made["input_features"][0], np.float32)[None]
             mask = np.asarray(made[needs.mask][0], np.bool_)[None]

@@ -164,7 +164,8 @@ def test_placeholders_of_another_kind(kind: str) -> None:
     with pytest.raises(RequestError, match="placeholder of another kind of file") as caught:
         request(engine, "<image>", [dataclasses.replace(ONE, param="there")])
     assert caught.value.param == "there"
-    with pytest.raises(RequestError, match="here: the sound of 0 s cannot be processed") as caught:
+    short = "here: the sound of 0 s cannot be processed: it is too short"
+    with pytest.raises(RequestError, match=short) as caught:
         request(engine, "<audio>", [Sound(np.zeros(0, np.float32), "here")])
     assert caught.value.param == "here"
 
