@@ -19,8 +19,6 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.runner.hidden_states import HiddenRows
 from modelpack_engine.speculation.ngram import NgramProposer
 
-# A lookup is preferred while it is right about more tokens than the head, on average.
-_LOOKUP_TOKENS = (7, 15)
 # The weight of the newest observation in an average.
 _NEWEST = 0.25
 # With fewer accepted tokens per draft, a head costs more than it saves. The first number is for
@@ -72,37 +70,24 @@ class StepTimes:
 
 @dataclass(slots=True)
 class _Score:
-    """How many tokens of lookups and of drafts were right in one sequence, on average."""
+    """How many tokens of drafts were right in one sequence, on average."""
 
-    lookup: float = 4.0
     head: float = 2.0
     drafts: int = 0  # measured since the head last paused
     pause: int = 0
-    start: int = 0  # the position of the last guesses' first token
-    looked_up: list[int] = field(default_factory=list)
+    start: int = 0  # the position of the last draft's first token
     drafted: list[int] = field(default_factory=list)
-    length: int = _LOOKUP_TOKENS[0]
 
     def settle(self, sequence: Sequence) -> None:
-        """Compare the last guesses with the tokens that came."""
+        """Compare the last draft with the tokens that came."""
         known = sequence.token_ids(self.start, sequence.num_known_tokens)
-        for name, guess in (("lookup", self.looked_up), ("head", self.drafted)):
-            if guess and known:
-                right = sum(
-                    1
-                    for _ in takewhile(
-                        lambda pair: pair[0] == pair[1], zip(guess, known, strict=False)
-                    )
-                )
-                right = len(guess) if right == min(len(known), len(guess)) else right
-                newest = _NEWEST
-                if name == "lookup":
-                    self.length = _LOOKUP_TOKENS[right == len(guess)]
-                else:
-                    self.drafts += 1
-                    newest = max(newest, 1 / self.drafts)
-                setattr(self, name, getattr(self, name) * (1 - newest) + newest * right)
-        self.looked_up, self.drafted = [], []
+        if self.drafted and known:
+            pairs = zip(self.drafted, known, strict=False)
+            right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            self.drafts += 1
+            newest = max(_NEWEST, 1 / self.drafts)
+            self.head = self.head * (1 - newest) + newest * right
+        self.drafted = []
         self.start = sequence.num_known_tokens
 
 
@@ -123,9 +108,9 @@ class HeadProposer(Protocol):
 
 
 class HeadWithLookup:
-    """Proposes by prompt lookup where it was right lately, and by a head otherwise.
+    """Proposes by prompt lookup where it is expected to be right about more tokens than a head.
 
-    Lookups are compared with the tokens that came even where they were not proposed.
+    What a lookup is worth depends on its match, what a head is worth on its last drafts.
     """
 
     def __init__(self, lookup: NgramProposer, head: HeadProposer) -> None:
@@ -151,13 +136,11 @@ class HeadWithLookup:
         least = self._times.least_accepted(self._batch)
         for sequence in lengths:
             self._score(sequence).settle(sequence)
-        wanted = {seq: min(most, self._score(seq).length) for seq, most in lengths.items()}
-        found = dict(self._lookup.propose(wanted))
+        found = dict(self._lookup.propose(lengths))
         left = {}
         for sequence, most in lengths.items():
             score = self._score(sequence)
-            score.looked_up = found.get(sequence, [])
-            if score.looked_up and score.lookup >= score.head:
+            if sequence in found and self._lookup.expected(sequence) >= score.head:
                 continue
             if score.head < least and score.drafts >= _FEWEST_DRAFTS:
                 score.pause, score.head, score.drafts = _PAUSE, 2 * least, 0
@@ -169,7 +152,7 @@ class HeadWithLookup:
         for sequence, tokens in drafts.items():
             self._score(sequence).drafted = tokens
         self._drafted = bool(drafts)
-        return {**{seq: found[seq] for seq in found if self._keeps(seq)}, **drafts}
+        return {**found, **drafts}
 
     def stepped(self, output: SchedulerOutput, seconds: float) -> None:
         """Measure a step that took `seconds`, unless its proposals were lookups only."""
@@ -178,10 +161,6 @@ class HeadWithLookup:
         if output.decoding and drafts == self._drafted:
             measured = None if output.prefill else seconds
             self._times.observe(len(output.decoding), measured, drafts=drafts)
-
-    def _keeps(self, sequence: Sequence) -> bool:
-        """Return whether a lookup is proposed where the head has no draft."""
-        return self._score(sequence).lookup >= 1
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Forget sequences that ended or were preempted."""

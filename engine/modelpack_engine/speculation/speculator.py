@@ -33,7 +33,7 @@ from modelpack_engine.speculation.acceptance import HeadProposer, HeadWithLookup
 from modelpack_engine.speculation.assistant import AssistantProposer
 from modelpack_engine.speculation.draft import DraftProposer
 from modelpack_engine.speculation.eagle import EagleProposer
-from modelpack_engine.speculation.ngram import NgramProposer
+from modelpack_engine.speculation.ngram import CPU_COST, GPU_COST, MOST_TOKENS, NgramProposer
 
 
 class Proposer(Protocol):
@@ -164,12 +164,9 @@ class Speculator:
         return 0 < len(sequences) <= self.max_batch
 
 
-#: Tokens per proposal. A lookup is free, and its tokens are mostly accepted all or not at all.
-NGRAM_TOKENS = 8
+#: Tokens per proposal; lookups choose theirs.
 DRAFT_TOKENS = 4
 EAGLE_TOKENS = 3
-#: The most tokens of a lookup beside an EAGLE head; two sizes, which fill buckets of rows.
-EAGLE_LOOKUP_TOKENS = 15
 #: With more sequences, speculation is slower: measured in benchmarks/results/speculative.md.
 MAX_BATCH = 4
 
@@ -251,8 +248,9 @@ def make_speculator(
     max_batch = config.speculative_disable_by_batch_size
     max_batch = min(MAX_BATCH if max_batch is None else max_batch, max_num_seqs(config))
     if draft is None:
-        num_tokens = config.num_speculative_tokens or NGRAM_TOKENS
-        return Speculator(NgramProposer(), num_tokens=num_tokens, max_batch=max_batch), ()
+        num_tokens = config.num_speculative_tokens or MOST_TOKENS
+        lookup = _lookup(runner)
+        return Speculator(lookup, num_tokens=num_tokens, max_batch=max_batch, adapt=False), ()
     if isinstance(draft, DraftingHead):
         return _with_head(config, draft, runner, vocab_size, max_batch)
     num_tokens = config.num_speculative_tokens or DRAFT_TOKENS
@@ -287,6 +285,11 @@ def make_speculator(
     return Speculator(proposer, num_tokens=num_tokens, max_batch=max_batch), small.notes
 
 
+def _lookup(runner: ModelRunner) -> NgramProposer:
+    """Return the lookups for a runner; recurrent layers compute rows one after the other."""
+    return NgramProposer(GPU_COST if on_gpu() and runner.snapshots is None else CPU_COST)
+
+
 def _with_head(
     config: EngineConfig,
     head: DraftingHead,
@@ -310,8 +313,8 @@ def _with_head(
     else:
         proposer = _eagle(config, head, runner, vocab_size, num_tokens, max_batch)
     found = Speculator(
-        HeadWithLookup(NgramProposer(), proposer),
-        num_tokens=max(num_tokens, EAGLE_LOOKUP_TOKENS),
+        HeadWithLookup(_lookup(runner), proposer),
+        num_tokens=max(num_tokens, MOST_TOKENS),
         max_batch=max_batch,
         adapt=False,
     )

@@ -141,8 +141,8 @@ def test_the_head_drafts_from_the_models_own_hidden_states(
         return {seq: [0] * 5 for seq in lengths} if next(calls) % 3 else {}
 
     if lookups:
-        monkeypatch.setattr(acceptance, "_NEWEST", 0.0)  # lookups are preferred to the end
         monkeypatch.setattr(NgramProposer, "propose", guess)
+        monkeypatch.setattr(NgramProposer, "expected", lambda self, sequence: 5.0)
     seen: list[tuple[list[int], list[int]]] = []
     propose = EagleProposer.propose
 
