@@ -29,7 +29,7 @@ _PREFIX = "language_model."
 #: Types of text models in files of their own; mlx-lm runs them with the class of a multimodal type.
 TEXT_TYPES: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 #: Model types with a class of mlx-lm that takes no embeddings.
-_WITHOUT_EMBEDDINGS = ("kimi_k25", "muse_glimmer")
+_WITHOUT_EMBEDDINGS = ("kimi_k25", "llama4", "muse_glimmer")
 #: Names of tensors of a language model without a head.
 _DECODER = ("embed_tokens.", "layers.", "norm.")
 

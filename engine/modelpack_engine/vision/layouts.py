@@ -370,6 +370,83 @@ def _idefics2(config: Mapping[str, Any], made: Made) -> str:
     return f"{edge}{view}" * views + edge
 
 
+def _llama4(config: Mapping[str, Any], made: Made) -> str:
+    """Llama 4: rows of tiles with separators, then the whole picture, or this alone."""
+    vision = config["vision_config"]
+    patches = (made["pixel_values"].shape[-1] // int(vision["patch_size"])) ** 2
+    tile = _token(config) * round(patches * float(vision["pixel_shuffle_ratio"]) ** 2)
+    rows, columns = made["aspect_ratios"][0]
+    row = "<|tile_x_separator|>".join([tile] * columns) + "<|tile_y_separator|>"
+    tiles = row * rows if rows * columns > 1 else ""
+    return f"<|image_start|>{tiles}<|image|>{tile}<|image_end|>"
+
+
+class _Llama4Processor:
+    """Llama 4's image processor, which transformers has for PyTorch only; mlx-vlm's is another.
+
+    A picture is scaled to the grid of tiles that enlarges it least, or shrinks it least if all are
+    smaller, and never enlarged beyond a tile. With several tiles, the whole picture is the last.
+    """
+
+    def __init__(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        size = settings.get("size") or {}
+        self._settings = {
+            "image_mean": settings.get("image_mean", [0.5, 0.5, 0.5]),
+            "image_std": settings.get("image_std", [0.5, 0.5, 0.5]),
+            "max_patches": int(settings.get("max_patches", 16)),
+            "size": {"height": size.get("height", 336), "width": size.get("width", 336)},
+        }
+        if settings.get("resize_to_max_canvas") or size.get("height") != size.get("width"):
+            raise ValueError("resize_to_max_canvas and tiles that are not square are not supported")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings."""
+        return self._settings
+
+    def __call__(self, images: Any, **_: Any) -> Made:
+        """Return the tiles [tiles, 3, side, side] of a picture, and their rows and columns."""
+        from PIL import Image
+
+        image, side = images[0], self._settings["size"]["height"]
+        width, height = image.size
+        rows, columns = self._grid(height, width, side)
+        bounds = min(max(height, side), rows * side), min(max(width, side), columns * side)
+        scale = min(bounds[1] / width, bounds[0] / height)
+        if bounds[1] / width < bounds[0] / height:
+            fitted = bounds[1], min(int(height * scale), bounds[0])
+        else:
+            fitted = min(int(width * scale), bounds[1]), bounds[0]
+        canvas = Image.new("RGB", (columns * side, rows * side))
+        fitted = max(fitted[0], 1), max(fitted[1], 1)
+        canvas.paste(image.resize(fitted, Image.Resampling.BILINEAR), (0, 0))
+        tiles = np.asarray(canvas).reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+        views = tiles.reshape(-1, side, side, 3)
+        if rows * columns > 1:
+            whole = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+            views = np.concatenate([views, whole[None]])
+        mean, std = (np.array(self._settings[n], np.float32) for n in ("image_mean", "image_std"))
+        pixels = (views.astype(np.float32) / 255 - mean) / std
+        return {
+            "pixel_values": pixels.transpose(0, 3, 1, 2),
+            "aspect_ratios": [(rows, columns)],
+        }
+
+    def _grid(self, height: int, width: int, side: int) -> tuple[int, int]:
+        """Return the rows and columns of tiles for a picture."""
+        most = self._settings["max_patches"]
+        grids = [
+            (rows, count // rows)
+            for count in range(1, most + 1)
+            for rows in range(1, count + 1)
+            if count % rows == 0
+        ]
+        sides = np.array(grids, np.float32) * side / np.array([height, width], np.float32)
+        scales = sides.min(axis=1)
+        larger = scales[scales >= 1]
+        best = larger.min() if len(larger) else scales.max()
+        return next(grid for grid, scale in zip(grids, scales, strict=True) if scale == best)
+
+
 def _mllama(config: Mapping[str, Any], made: Made) -> str:
     """Llama 3.2 Vision: one token, as layers attend to the picture itself."""
     return _token(config)
@@ -472,6 +549,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "dots_ocr": _dots,
     "gemma3n": _gemma3n,
     "idefics2": _idefics2,
+    "llama4": _llama4,
     "mage_vl": _dots,
     "mllama": _mllama,
     "molmo": _molmo,
@@ -494,6 +572,7 @@ PROCESSORS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], ImageP
     "kimi_vl": _KimiProcessor,
     "minicpmo": _MiniCPMOProcessor,
     "minicpmv4_6": _MiniCPMProcessor,
+    "llama4": _Llama4Processor,
     "molmo": _MolmoProcessor,
     "muse_glimmer": _muse_processor,
     "phi3_v": _phi3_processor,

@@ -163,6 +163,7 @@ CLASSES: Mapping[str, VisionClass] = {
     "kimi_vl": VisionClass(placeholder="<|media_pad|>", language={"deepseek_v3": "deepseek_v3"}),
     "lfm2-vl": _LFM2,
     "lfm2_vl": _LFM2,
+    "llama4": VisionClass(placeholder="<|image|>", projector="", part="<|patch|>"),
     "llava": VisionClass(),
     "llava_next": VisionClass(
         language=_LLAMAS | _QWENS | {"granite": "granite"}, siglip="granite_vision", any_res=True

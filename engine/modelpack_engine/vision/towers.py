@@ -60,6 +60,7 @@ _PREFIXES = (
     "mm_projector.",
     "multi_modal_projector.",
     "vision_adapter.",
+    "vision_model.",
     "vision_projection.",
     "vision_tower.",
     "visual.",
@@ -639,6 +640,18 @@ def _paligemma_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     return cast(mx.array, tower.multi_modal_projector(mx.concatenate(states)) / tower._width**0.5)
 
 
+def _llama4_parts(package: Any, config: Any) -> dict[str, Module]:
+    return {
+        "vision_model": package.VisionModel(config.vision_config),
+        "multi_modal_projector": package.vision.Llama4MultiModalProjector(config),
+    }
+
+
+def _llama4_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    rows = tower.multi_modal_projector(tower.vision_model(inputs["pixel_values"]))
+    return cast(mx.array, rows.reshape(-1, tower._width))
+
+
 def _mage_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     module: Any = importlib.import_module("mlx_vlm.models.mage_vl.mage_vl")
     grids = np.array(inputs["image_grid_thw"]).tolist()
@@ -808,6 +821,7 @@ _PARTS: Mapping[
     "gemma4_unified": (_gemma4_unified_parts, _gemma4_unified_rows, False),
     "idefics2": (_idefics2_parts, _idefics2_rows, False),
     "kimi_k25": (_kimi_parts, _kimi_rows, False),
+    "llama4": (_llama4_parts, _llama4_rows, False),
     "mage_vl": (_dots_parts, _mage_rows, False),
     "mllama": (_mllama_parts, _mllama_rows, False),
     "molmo": (_molmo_parts, _molmo_rows, False),

@@ -83,7 +83,6 @@ REASONS: Mapping[str, str] = {
     "fastvlm": f"{_PICTURES}: its tokenizer has no token for them",
     "got": f"{_PICTURES}: its tokenizer is Python code",
     "hunyuan_vl": f"{_PICTURES}: four positions a token (XD-RoPE)",
-    "llama4": f"{_PICTURES}: mlx-lm's class takes no embeddings, and attends in chunks",
     "moondream2": f"{_PICTURES}: their place in a prompt has no token",
     "moondream3": f"{_PICTURES}: their place in a prompt has no token",
     "florence2": "an encoder and a decoder",

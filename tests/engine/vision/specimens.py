@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from modelpack_engine.vision.layouts import PROCESSORS
+
 EOS = 256
 IMAGE = EOS + 1
 #: Special tokens after those of `tiny`, which end at 288.
@@ -39,6 +41,8 @@ LATER = [
     "<im_end>",
     "<|endoftext|>",
     "<|patch|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
 ]
 VOCABULARY_LATER = 352
 LATER_IDS = {text: 320 + index for index, text in enumerate(LATER)}
@@ -883,6 +887,50 @@ def _stored_muse(name: str) -> str:
     return name.replace("model.language_model.lm_head.", "lm_head.")
 
 
+def _call_llama4(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
+    """Give mlx-vlm's model the tiles of transformers' processor, whose last is the picture."""
+    specimen = SPECIMENS["llama4"]
+    made = [PROCESSORS["llama4"](specimen.config, specimen.settings)([image]) for image in images]
+    first, *parts = text.split("<|image|>")
+    for each, part in zip(made, parts, strict=True):
+        first += processor._prompt_split_image(each["aspect_ratios"][0], 4) + part
+    return {
+        "input_ids": np.array([processor.tokenizer.encode(first, add_special_tokens=False)]),
+        "pixel_values": np.concatenate([each["pixel_values"] for each in made]),
+    }
+
+
+def _llama4() -> Specimen:
+    return Specimen(
+        config={
+            "model_type": "llama4", "image_token_index": LATER_IDS["<|patch|>"],
+            "text_config": {
+                **TEXT, "model_type": "llama4_text", "vocab_size": VOCABULARY_LATER,
+                "head_dim": 16, "num_hidden_layers": 4, "intermediate_size_mlp": 96,
+                "num_experts_per_tok": 1, "num_local_experts": 4, "use_qk_norm": True,
+                "interleave_moe_layer_step": 2, "no_rope_layers": [1, 1, 1, 0],
+                "attention_chunk_size": 512, "attn_temperature_tuning": True, "floor_scale": 8192,
+                "attn_scale": 0.1, "attention_bias": False,
+            },
+            "vision_config": {
+                **VISION, "model_type": "llama4_vision_model", "initializer_range": 0.02,
+                "norm_eps": 1e-5, "pixel_shuffle_ratio": 0.5, "projector_dropout": 0.0,
+                "projector_input_dim": 48, "projector_output_dim": 48, "rope_theta": 10000.0,
+                "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
+                "vision_output_dim": 48, "intermediate_size": 128,
+            },
+        },
+        settings={
+            "image_processor_type": "Llama4ImageProcessor", "max_patches": 4,
+            "size": {"height": 16, "width": 16}, "resize_to_max_canvas": False,
+            "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+        },
+        processor="llama4.processing_llama4:Llama4Processor",
+        prompt="<|image|>",
+        call=_call_llama4,
+    )  # fmt: skip
+
+
 def _call_molmo(processor: Any, images: list[Any], text: str) -> dict[str, Any]:
     """Put pictures first, as the authors' processor does; mlx-vlm's takes one."""
     tokens = range(LATER_IDS["<im_patch>"], LATER_IDS["<im_end>"] + 1)
@@ -1186,6 +1234,7 @@ SPECIMENS: Mapping[str, Specimen] = {
     "internvl": _internvl_hf(),
     "internvl_chat": _internvl(),
     "llava_next": _any_res("llava_next", {"model_type": "mistral"}, model_type="clip_vision_model"),
+    "llama4": _llama4(),
     "mage_vl": _mage(),
     "mllama": _mllama(),
     "molmo": _molmo(),

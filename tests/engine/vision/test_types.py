@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from PIL import Image
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
@@ -18,6 +19,7 @@ from modelpack_engine.models import load
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.vision.layouts import PROCESSORS
 from modelpack_engine.vision.models import CLASSES
 from modelpack_engine.vision.processor import PictureProcessor
 from modelpack_engine.vision.towers import _made_config
@@ -161,6 +163,27 @@ def test_language_models_that_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("most", "grids"),
+    [
+        (4, {(1, 1): (1, 1), (20, 30): (2, 2), (16, 64): (1, 4), (100, 10): (4, 1)}),
+        (4, {(33, 47): (2, 2), (17, 17): (2, 2), (200, 300): (2, 2), (16, 16): (1, 1)}),
+        (16, {(10, 100): (1, 7), (200, 300): (3, 5), (640, 480): (4, 3), (33, 47): (3, 3)}),
+    ],
+)
+def test_llama_4_cuts_pictures_as_transformers(
+    most: int, grids: dict[tuple[int, int], tuple[int, int]]
+) -> None:
+    """Rows and columns of transformers 5.19.0 for a height and a width, in tiles of 16 pixels."""
+    settings = {"size": {"height": 16, "width": 16}, "max_patches": most}
+    processor = PROCESSORS["llama4"]({}, settings)
+    for (height, width), grid in grids.items():
+        made = processor([Image.fromarray(tiny.picture(1, height, width).pixels)])
+        assert made["aspect_ratios"] == [grid]
+        tiles = grid[0] * grid[1]
+        assert made["pixel_values"].shape == (tiles + (tiles > 1), 3, 16, 16)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"norm_after": True}, "norm_after is not False: only Molmo 7B-D and 72B are supported"),
@@ -257,6 +280,9 @@ def test_a_model_without_tiles(tmp_path: Path) -> None:
         ("minicpmv4_6", {"scale_resolution": 10**6}, "scale_resolution is 1000000, the limit"),
         ("phi3_v", {"num_crops": 10**6}, "num_crops is 1000000, for tiles of 336 pixels a side"),
         ("phi3_v", {"num_crops": 0}, "num_crops is 0, for tiles"),
+        ("llama4", {"max_patches": 10**6}, "max_patches is 1000000, for tiles of 16 pixels"),
+        ("llama4", {"size": {"height": 16, "width": 8}}, "tiles that are not square"),
+        ("llama4", {"resize_to_max_canvas": True}, "resize_to_max_canvas"),
         ("mage_vl", {"max_pixels": 10**9}, "max_pixels is 1000000000, the limit is 67108864"),
         ("muse_glimmer", {"max_image_tokens": 10**7}, "max_image_tokens is 10000000, for tokens"),
         ("molmo", {"max_crops": 10**6}, "max_crops is 1000000, for tiles of 32 x 32 pixels"),

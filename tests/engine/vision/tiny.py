@@ -42,6 +42,8 @@ WHOLE = ("gemma3", "gemma4", "gemma4_unified")
 PREFIX = ("paligemma",)
 #: The rows that steps need beside those of tests, as pictures are large and never split.
 ROWS = {"gemma4": 72, "gemma4_unified": 72, "paligemma": 56}
+#: Without prefixes that are shared: each request has a cache of its own.
+FALLBACK = ("llama4",)
 #: What layers that attend to pictures get in mlx-vlm's model: states, and masks.
 CROSS = ("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
 MROPE = (*QWEN, "glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl", "qwen3_omni_moe")
