@@ -23,6 +23,7 @@ Support for the model types of mlx-vlm {version}. Those that read pictures, soun
 videos are compared with its single-request path ([how](pictures.md)); "text" are those that run
 with mlx-lm's class, without their pictures or sound if they have a tower; "embeddings" have a class
 of our own.
+Where no reason follows "not read yet", nothing known prevents it.
 
 | model type | here | |
 |---|---|---|
@@ -40,6 +41,7 @@ _TYPES: Mapping[str, str] = {
 }
 
 _PICTURES = "pictures are not read yet"
+_NO_TOKEN = "their place in a prompt has no token"
 _MAKES = "makes pictures"
 _SEES = "detects, segments or measures; it writes no text"
 _ENCODES = "an encoder or a classifier that has no class here"
@@ -65,7 +67,7 @@ REASONS: Mapping[str, str] = {
     ),
     **_each(
         _ENCODES,
-        """bert colidefics3 colqwen2_5 d1 d1_omni decider2 embedding_gemma2 gemma3_embedding
+        """bert clef colidefics3 colqwen2_5 d1 d1_omni decider2 embedding_gemma2 gemma3_embedding
         gliner2_5 laya lfm2_colbert lfm2_embedding lfm2_encoder llama_bidirec
         llama_nemotron_vl_embedding ministral3_embedding modernbert openai_privacy_filter
         qwen3_embedding qwen3_vl_embedding xlm_roberta""",
@@ -73,18 +75,28 @@ REASONS: Mapping[str, str] = {
     **_each(_DIFFUSION, "diffusion_gemma llada2_moe nemotron_labs_diffusion"),
     **_each(
         _PICTURES,
-        """clef cohere_compass deepseek_v4 deepseek_v41 deepseekocr_2 falcon_ocr glm5_next
-        indic_ocr jina_vlm kimi_k3 llava_bunny llmjpvl locateanything
-        minimax_m3_vl molmo2 molmo_point muse_spark phi4_siglip plamo2vl
-        prism_hadamard_qwen35 qwen4_exp step3p7 unlimited_ocr youtu_vl zaya1_vl""",
+        """deepseek_v41 deepseekocr_2 jina_vlm minimax_m3_vl muse_spark plamo2vl
+        prism_hadamard_qwen35 step3p7""",
     ),
+    **_each(f"{_PICTURES}: {_NO_TOKEN}", "llava_bunny moondream2 moondream3 phi4_siglip"),
+    **_each(f"{_PICTURES}: within one, tokens attend to later ones", "deepseek_v4"),
+    **_each(f"{_PICTURES}: its processor is Python code", "llmjpvl youtu_vl"),
+    "cohere_compass": f"{_PICTURES}: three positions a token, and DeepStack, in mlx-vlm's class",
+    "falcon_ocr": f"{_PICTURES}: no tower; patches attend to each other in the language model",
+    "glm5_next": f"{_PICTURES}: an indexer and linear attention in mlx-vlm's class",
+    "indic_ocr": f"{_PICTURES}: a pipeline of two models",
+    "kimi_k3": f"{_PICTURES}: its chat format is Python code",
+    "locateanything": f"{_PICTURES}: boxes are written in parallel, not token by token",
+    "molmo2": f"{_PICTURES}: within one, tokens attend to later ones, but not in mlx-vlm's class",
+    "molmo_point": f"{_PICTURES}: points are chosen among patches, not written as text",
+    "qwen4_exp": f"{_PICTURES}: sparse attention with a cache of mlx-vlm's",
+    "unlimited_ocr": f"{_PICTURES}: keys of new tokens are in a ring after those of the prompt",
+    "zaya1_vl": f"{_PICTURES}: their tokens have weights of their own (LoRA)",
     "deepseekocr": f"{_PICTURES}: published files name the type deepseek_vl_v2, with another tower",
     "ernie4_5_moe_vl": f"{_PICTURES}: their tokens have experts of their own",
     "fastvlm": f"{_PICTURES}: its tokenizer has no token for them",
     "got": f"{_PICTURES}: its tokenizer is Python code",
     "hunyuan_vl": f"{_PICTURES}: four positions a token (XD-RoPE)",
-    "moondream2": f"{_PICTURES}: their place in a prompt has no token",
-    "moondream3": f"{_PICTURES}: their place in a prompt has no token",
     "florence2": "an encoder and a decoder",
     "inkling": f"{_SOUND}: its language model, with convolutions in all layers, is mlx-vlm's",
     "minicpmv4_7": f"{_PICTURES}: positions on a canvas",
