@@ -26,7 +26,7 @@ from modelpack.cli.options import (
     trust_options,
 )
 from modelpack.cli.output import human_size, note, plural, show, shown_progress
-from modelpack.errors import ConflictError, StoreError, UsageError
+from modelpack.errors import ConflictError, NotFoundError, StoreError, UsageError
 from modelpack.hub.objects import ObjectAddress
 from modelpack.hub.reference import HubReference
 from modelpack.operations import archives
@@ -229,6 +229,7 @@ def _write(path: Path, pieces: Iterable[bytes], force: bool) -> None:
 
 
 _WEIGHTS = (".gguf", ".safetensors", ".dduf")
+_ARCHIVES = (".tar", ".tgz", ".gz", ".zst")
 
 
 @command("import")
@@ -293,13 +294,15 @@ def import_models(
     if Path(name).is_dir() or Path(name).suffix.lower() in _WEIGHTS:
         raise UsageError(
             f"{name} is not an archive, but the files of a model",
-            hint="package them with `modelpack package`",
+            hint=f"run modelpack package {name} NAME",
         )
     if name == "-" or Path(name).is_file():
         _import_archive(settings, name, where, remote)
         return
     source = HubReference.parse(name)
     if source is None:
+        if Path(name).suffix in _ARCHIVES:
+            raise NotFoundError(f"no such file: {name}", hint="check the path")
         raise UsageError(
             f"{name!r} is not an archive, a model of the Hugging Face Hub or objects in a bucket",
             hint="use `modelpack pull` for a registry, --docker-store for Docker Model Runner, "

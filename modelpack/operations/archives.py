@@ -242,16 +242,17 @@ def _import(
     where: Reference | None,
     added: list[Digest],
 ) -> tuple[Imported, ...]:
-    documents = _read_blobs(store, stream, watch, added)
+    what = _path_of(stream)
+    documents = _read_blobs(store, stream, what, watch, added)
     index, manifest = documents.get(INDEX_JSON), documents.get(MANIFEST_JSON)
     if index is not None:
         return _keep_layout(store, Index.parse(index, INDEX_JSON), where)
     if manifest is None:
-        raise ManifestError(f"has no {INDEX_JSON} and no {MANIFEST_JSON}", path="archive")
+        raise ManifestError(f"has no {INDEX_JSON} and no {MANIFEST_JSON}", path=what)
     if manifest.lstrip().startswith(b"["):
         raise UnsupportedError(
             f"contains images: its {MANIFEST_JSON} was written by `docker save`",
-            path="archive",
+            path=what,
         )
     document = Manifest.parse(manifest, MANIFEST_JSON)
     document.check_is_model(MANIFEST_JSON)
@@ -260,31 +261,37 @@ def _import(
 
 
 def _read_blobs(
-    store: LayoutStore, stream: IO[bytes], watch: Watch, added: list[Digest]
+    store: LayoutStore, stream: IO[bytes], what: str, watch: Watch, added: list[Digest]
 ) -> dict[str, bytes]:
     """Store all blobs, add the digests of new ones to `added`, and return the documents by name."""
     documents: dict[str, bytes] = {}
     sizes: dict[Digest, int] = {}
-    reader = TarReader(stream, "archive", max_header_bytes=_MAX_HEADER_BYTES)
+    reader = TarReader(stream, what, max_header_bytes=_MAX_HEADER_BYTES)
     for number, entry in enumerate(reader, start=1):
         watch.stop.check()
         if number > _MAX_ENTRIES:
-            raise UnsupportedError(f"has more than {_MAX_ENTRIES} entries", path="archive")
+            raise UnsupportedError(f"has more than {_MAX_ENTRIES} entries", path=what)
         name = _normalised(entry.name)
         if entry.is_directory:
             continue
         if name in (INDEX_JSON, MANIFEST_JSON):
             if name in documents:
-                raise FormatError(f"contains {name} twice", path="archive")
+                raise FormatError(f"contains {name} twice", path=what)
             check_document_size(entry.size, name)
             documents[name] = b"".join(iter(partial(reader.read, entry.size), b""))
         elif (digest := _digest_of(name)) is not None:
             if sizes.setdefault(digest, entry.size) != entry.size:
-                raise FormatError(f"contains {name!r} twice with different sizes", path="archive")
+                raise FormatError(f"contains {name!r} twice with different sizes", path=what)
             blob = Descriptor(_UNKNOWN, digest, entry.size)
             if store.receive_blob(blob, _Member(reader), watch) is Outcome.WRITTEN:
                 added.append(digest)
     return documents
+
+
+def _path_of(stream: IO[bytes]) -> str:
+    """Return the path of an open file, for errors; "archive" for other streams."""
+    name = getattr(stream, "name", None)
+    return name if isinstance(name, str) else "archive"
 
 
 def _keep_layout(store: LayoutStore, index: Index, where: Reference | None) -> tuple[Imported, ...]:

@@ -107,6 +107,20 @@ def test_a_target_without_to_is_refused_before_anything_is_pushed(
     assert succeed("push", own, target).out.splitlines() == [digest, digest]
 
 
+@pytest.mark.parametrize("command", ["pull", "push"])
+def test_an_interrupted_transfer_says_how_to_go_on(
+    command: str, pushed: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> object:
+        raise KeyboardInterrupt
+
+    succeed("pull", pushed[0])
+    monkeypatch.setattr(f"modelpack.operations.{command}.transfer_model", interrupted)
+    stopped = modelpack(command, pushed[0])
+    assert stopped.code == 130
+    assert "to go on where this stopped, run the same command again" in stopped.err
+
+
 def test_a_model_that_is_neither_stored_nor_pulled(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object, **__: object) -> object:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

@@ -185,12 +185,23 @@ def test_several_models_have_no_one_name(store: modelpack.Store, other: modelpac
     assert not other.models()
 
 
+def test_archives_that_are_none_are_named(tmp_path: Path) -> None:
+    text = tmp_path / "LICENSE"
+    text.write_text("free " * 1000)
+    refused = command("import", text, "--store", tmp_path / "store")
+    assert refused.code == 1
+    assert f"error: {text} at byte 0: is not a valid tar archive" in refused.err
+    missing = command("import", "nope.tar", "--store", tmp_path / "store")
+    assert missing.code == 3
+    assert "error: no such file: nope.tar" in missing.err
+
+
 def test_weights_are_no_archive(tmp_path: Path) -> None:
     for name in (tiny_gguf(tmp_path), tmp_path):
         result = command("import", name, "--store", tmp_path / "store")
         assert result.code == 2
         assert str(name) in result.err
-        assert "modelpack package" in result.err
+        assert f"hint: run modelpack package {name} NAME" in result.err
 
 
 @pytest.mark.parametrize("form", ["oci", "docker"])
