@@ -48,6 +48,8 @@ from modelpack.trust.provenance import Resource
 PATH = click.Path(path_type=Path, readable=False)
 # Bits per weight by the value of --quantize.
 _BITS = {"q4": 4, "q8": 8}
+# The inputs with a model's weights.
+_WEIGHTS = ("gguf", "safetensors_dir", "dduf")
 
 
 @command()
@@ -153,19 +155,10 @@ def package(
     """
     for path in paths:
         _add_path(inputs, path)
-    sources = ("gguf", "safetensors_dir", "dduf")
     beside = adapter or drafter
-    if (beside is None) != (base is None):
-        option = "--drafter" if drafter else "--adapter"
-        raise UsageError(f"{option} and --base are required together")
-    if adapter is not None and drafter is not None:
-        raise UsageError("--adapter and --drafter are artifacts of their own: package one of them")
-    if beside is not None:
-        others = ("chat_template", "mmproj", "context_size", *sources)
-        if from_model or quantize or any(inputs[name] for name in others):
-            option = "--adapter" if adapter else "--drafter"
-            raise UsageError(f"{option} cannot be combined with weights or files of a model")
-    elif from_model is None and not any(inputs[source] for source in sources):
+    if beside is not None or base is not None:
+        _check_extra(adapter, drafter, base, from_model, quantize, inputs)
+    elif from_model is None and not any(inputs[name] for name in _WEIGHTS):
         hint = "give a PATH before REFERENCE, or --adapter, --drafter or --from"
         if Path(reference).exists():
             hint = f"name the model too: modelpack package {reference} NAME"
@@ -211,6 +204,25 @@ def package(
         for layer in made.manifest.layers:
             note(settings, f"  {layer.media_type}  {human_size(layer.size)}  {layer.filepath}")
     show(settings, _result(made), str(made.digest))
+
+
+def _check_extra(
+    adapter: Path | None,
+    drafter: Path | None,
+    base: str | None,
+    from_model: str | None,
+    quantize: str | None,
+    inputs: dict[str, Any],
+) -> None:
+    """Raise `UsageError` for options that an adapter or a drafter cannot be packaged with."""
+    option = "--drafter" if drafter else "--adapter"
+    if base is None or not (adapter or drafter):
+        raise UsageError(f"{option} and --base are required together")
+    if adapter is not None and drafter is not None:
+        raise UsageError("--adapter and --drafter are artifacts of their own: package one of them")
+    others = ("chat_template", "mmproj", "context_size", *_WEIGHTS)
+    if from_model or quantize or any(inputs[name] for name in others):
+        raise UsageError(f"{option} cannot be combined with weights or files of a model")
 
 
 def _add_path(inputs: dict[str, Any], path: Path) -> None:
