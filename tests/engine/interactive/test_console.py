@@ -102,7 +102,7 @@ def test_a_text_file_goes_with_the_question(page: Page, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("seven")
     (tmp_path / "data.bin").write_bytes(b"\x7fELF\x00\x01")
     page.set_input_files("#attach", [tmp_path / "notes.txt", tmp_path / "data.bin"])
-    page.locator(".error:has-text('data.bin is neither a text file nor a picture')").wait_for()
+    page.locator(".error:has-text('data.bin is not a text file, a picture')").wait_for()
     ask(page, "What number?")
     assert page.locator(".user").inner_text() == "notes.txt:\n```\nseven\n```\n\nWhat number?"
 

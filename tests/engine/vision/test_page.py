@@ -20,6 +20,7 @@ from tests.engine.vision import tiny
 from tests.engine.vision.media import file_of, url
 from tests.engine.vision.sound_files import wav
 from tests.engine.vision.tiny import picture
+from tests.engine.vision.video_files import plain
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -128,3 +129,19 @@ def test_sounds_are_chosen(page: Page, tmp_path: Path) -> None:
     assert "this model reads no sound" in page.locator(".error").inner_text()
     assert page.input_value("#question") == "What is said?"
     assert page.locator("#files .sound").count() == 1
+
+
+def test_videos_are_chosen(page: Page, tmp_path: Path) -> None:
+    """The part is vLLM's; this model reads no videos, and the question stays."""
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(plain())
+    page.set_input_files("#attach", path)
+    page.locator("#files .video").wait_for()
+    data = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    assert sent(page, "What happens?") == [
+        {"type": "video_url", "video_url": {"url": data}},
+        {"type": "text", "text": "What happens?"},
+    ]
+    assert "this model reads no video" in page.locator(".error").inner_text()
+    assert page.input_value("#question") == "What happens?"
+    assert page.locator("#files .video").count() == 1

@@ -1,7 +1,7 @@
 // The chat. `turns` are the messages that are sent; they are kept in this browser.
 
 let turns = [];
-let attached = [];    // files that go with the next question: their text, or the data: URL of a picture or a sound
+let attached = [];    // files that go with the next question: their text, or the data: URL of a picture, a sound or a video
 let running = null;   // the AbortController of the current reply
 
 function atEnd() {
@@ -63,14 +63,21 @@ class Answer {
   }
 }
 
-// The content of a turn with pictures or sounds is a list of parts.
+// The content of a turn with pictures, sounds or videos is a list of parts.
 const textOf = (turn) => typeof turn.content === "string" ? turn.content
   : turn.content.filter((part) => part.type === "text").map((part) => part.text).join("");
+const FILES = {
+  image_url: (part) => ({ name: "picture", url: part.image_url.url }),
+  input_audio: (part) => ({ name: "sound", sound: part.input_audio }),
+  video_url: (part) => ({ name: "video", video: part.video_url.url }),
+};
 const filesOf = (turn) => typeof turn.content === "string" ? []
-  : turn.content.filter((part) => part.type !== "text").map((part) => part.type === "image_url"
-    ? { name: "picture", url: part.image_url.url } : { name: "sound", sound: part.input_audio });
-const partOf = (file) => file.url ? { type: "image_url", image_url: { url: file.url } }
-  : { type: "input_audio", input_audio: file.sound };
+  : turn.content.filter((part) => part.type !== "text").map((part) => FILES[part.type](part));
+function partOf(file) {
+  if (file.url) return { type: "image_url", image_url: { url: file.url } };
+  if (file.video) return { type: "video_url", video_url: { url: file.video } };
+  return { type: "input_audio", input_audio: file.sound };
+}
 
 function picture(url) {
   const node = document.createElement("img");
@@ -79,7 +86,10 @@ function picture(url) {
   return node;
 }
 
-const media = (file) => file.url ? picture(file.url) : named("sound", element("span", "Attached sound"));
+function media(file) {
+  const kind = file.video ? "video" : "sound";
+  return file.url ? picture(file.url) : named(kind, element("span", `Attached ${kind}`));
+}
 
 function showQuestion(turn) {
   const node = shown(named("turn user", element("div", ...filesOf(turn).map(media), textOf(turn))));
@@ -223,8 +233,9 @@ async function read(file) {
     return { name: file.name, sound: { data: url.slice(url.indexOf(",") + 1), format: FORMATS[sound] ?? sound } };
   }
   if (/^image\/(png|jpeg|webp|gif)$/.test(file.type)) return { name: file.name, url: await dataUrl(file) };
+  if (/^video\/(mp4|quicktime|webm|x-matroska|x-m4v)$/.test(file.type)) return { name: file.name, video: await dataUrl(file) };
   const text = await file.text();
-  if (text.includes("\0") || text.includes("\ufffd")) throw new Error(`${file.name} is neither a text file nor a picture nor a sound.`);
+  if (text.includes("\0") || text.includes("\ufffd")) throw new Error(`${file.name} is not a text file, a picture, a sound or a video.`);
   return { name: file.name, text };
 }
 
