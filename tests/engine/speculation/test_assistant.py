@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import gemma4
 from mlx_lm.models.cache import KVCache
 
 import modelpack
@@ -263,6 +264,20 @@ def test_a_drafter_that_knows_the_model_is_accepted(
     proposed = made.stats().proposed_tokens - sampled.proposed_tokens
     accepted = made.stats().accepted_tokens - sampled.accepted_tokens
     assert accepted >= 0.9 * proposed > 20
+
+
+def test_the_text_model_of_one_that_reads_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = noted_drafts(monkeypatch)
+    text = {**COMMON, **target_configuration("dense").args, "model_type": "gemma4_text"}
+    whole = {"model_type": "gemma4", "text_config": text, "vocab_size": VOCAB}
+    model = gemma4.Model(gemma4.ModelArgs.from_dict(whole))
+    model.language_model.update(target("dense").parameters())
+    engine_of(model, random_head("dense")).generate(PROMPTS[:1], replace(LONG, max_tokens=12))
+    fresh = target("dense")
+    drafter = reference(fresh, "dense", random_head("dense"))
+    assert seen
+    for tokens, drafted in seen:
+        assert drafted == expected_drafts(fresh, drafter, tokens)[: len(drafted)]
 
 
 def test_improbable_tokens_are_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,8 @@ The columns mean the following; numbers refer to the [reasons](#reasons):
 - **offload**: [evicted prefixes](kv-offload.md) are kept in memory and files, and restored after a
   restart.
 - **speculation**: [prompt lookup, draft models, EAGLE-3 heads](speculative-decoding.md); "mtp" if a
-  layer for [multi-token prediction](speculative-decoding.md#multi-token-prediction) drafts too.
+  layer for [multi-token prediction](speculative-decoding.md#multi-token-prediction) drafts too,
+  "drafter" if there are [drafters](speculative-decoding.md#gemma-4s-drafters) of its own.
 - **adapters**: requests of one batch may have different [LoRA adapters](adapters.md).
 
 Each of these is tested for each architecture
@@ -235,6 +236,8 @@ def _no(why: str, answer: str = "no") -> str:
 def _speculation(architecture: str, runner: ModelRunner) -> str:
     if not speculates(runner):
         return _no("the cache of the fallback tier cannot return to an earlier token")
+    if architecture.startswith("gemma4"):
+        return "yes, drafter"
     return "yes, mtp" if architecture in LAYOUTS else "yes"
 
 
