@@ -181,7 +181,7 @@ def test_a_picture_that_cannot_be_encoded(
     def encode(*_: object) -> None:
         raise RuntimeError("[metal::malloc] out of memory at 0x7f")
 
-    monkeypatch.setattr(CATALOGUES[-1].engines[-1].vision.encoder._model, "embed", encode)
+    monkeypatch.setattr(CATALOGUES[-1].engines[-1]._ready().vision.encoder._model, "embed", encode)
     part = {"type": "image_url", "image_url": {"url": url(file_of(picture(77)))}}
     answer = httpx.post(
         f"{address}/v1/chat/completions",
