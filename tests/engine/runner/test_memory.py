@@ -86,6 +86,17 @@ def test_steps_leave_less_for_the_kv_cache_on_cuda(gpu: Any) -> None:
     assert sizes["metal", StepMemory()] == sizes["metal", memory]
 
 
+def test_pictures_that_layers_attend_to_leave_less_for_the_kv_cache(gpu: Any) -> None:
+    config, bytes_of_block = EngineConfig(max_num_seqs=1 << 10), LAYOUT.bytes_per_token * 16
+    for info in (CUDA, METAL):
+        gpu(info)
+        without, beside = (
+            kv_cache_size.choose_sizes(LAYOUT, 1 << 20, config, picture_bytes=size).num_blocks
+            for size in (0, 2 * GIB)
+        )
+        assert (without - beside) * bytes_of_block == 2 * GIB
+
+
 @pytest.mark.parametrize(
     ("total", "share", "expected"),
     [(141, 1.0, 141 / 12), (141, 0.5, 141 / 24), (24, 0.9, 1.8), (16, 0.9, 1.5), (141, 0.07, 1.5)],
