@@ -67,7 +67,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "angles": ("positions", "inverse"),
     "deliver": ("numbers", "address"),
     "block_dots": ("x", "weight", "bias", "chosen"),
-    "block_tiles": ("x", "weight", "bias"),
+    "block_tiles": ("x", "weight", "bias", "source", "spans"),
     "block_values": ("weight",),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
@@ -97,6 +97,8 @@ ABSENT: dict[str, str] = {
     "more": "const B* const more = nullptr;\n",
     "norm": "const V* const norm = nullptr;\n",
     "total": "T* const total = nullptr;\n",
+    "source": "const int* const source = nullptr;\n",
+    "spans": "const int* const spans = nullptr;\n",
 }
 for _name in ("scales", "biases", "bias"):
     ABSENT[_name] = f"const T* const {_name} = nullptr;\n"

@@ -177,6 +177,26 @@ class BlockSwitchLinear(nn.Module):  # type: ignore[misc]  # MLX has no types he
         found = mx.gather_mm(x, full, rhs_indices=indices, sorted_indices=sorted_indices)
         return found if bias is None else found + mx.expand_dims(bias[indices], -2)
 
+    def of_spans(
+        self, x: mx.array, spans: mx.array, rows: int, source: mx.array | None = None
+    ) -> mx.array | None:
+        """Return rows sorted by expert times their weights; None if no kernel does that.
+
+        `spans`, of at most `rows` rows each, and `source` are those of `run_tiles`.
+        """
+        bias, tile = self.get("bias"), next((tile for tile in TILES if tile.rows >= rows), None)
+        pairs = x.shape[0] if source is None else source.size
+        if (
+            tile is None
+            or pairs > MOST_ROWS * self.weight.shape[0]
+            or not _has_tensor_cores()
+            or x.dtype not in (mx.float16, mx.bfloat16)
+            or (bias is not None and bias.dtype != x.dtype)
+            or spans_verdict(x.dtype, self.kind, tile, bias is not None) is not None
+        ):
+            return None
+        return run_tiles(x, self.weight, self.kind, tile, bias, spans, source)
+
 
 def _rows_of_experts(x: mx.array, indices: mx.array) -> mx.array | None:
     """Return the rows of x [..., 1, inputs], of which each has as many of `indices`, in order.
@@ -365,18 +385,31 @@ def _together(rows: int) -> int:
 
 
 def run_tiles(
-    x: mx.array, weight: mx.array, kind: BlockType, tile: Tile, bias: mx.array | None = None
+    x: mx.array,
+    weight: mx.array,
+    kind: BlockType,
+    tile: Tile,
+    bias: mx.array | None = None,
+    spans: mx.array | None = None,
+    source: mx.array | None = None,
 ) -> mx.array:
-    """Return rows x times the weights by tensor cores."""
-    rows, outputs = x.shape[0], weight.shape[0]
+    """Return rows x times the weights by tensor cores.
+
+    With `spans`, int32 [blocks, 3], weights are those of experts, and rows are sorted by expert: a
+    block has an expert, its first row, and the number of its rows. With `source`, int32 [rows],
+    these are rows of x by index.
+    """
+    rows, outputs = x.shape[0] if source is None else source.size, weight.shape[-2]
+    blocks = -(-rows // tile.rows) if spans is None else spans.shape[0]
     (out,) = launch.run_on_cuda(
         "block_tiles",
-        {"x": x, "weight": weight, "bias": bias},
+        {"x": x, "weight": weight, "bias": bias, "source": source, "spans": spans},
         template=[
             *_types(x.dtype), *kind.constants, ("BIAS", bias is not None),
             ("TILES", tile.rows // 8), ("WARPS", tile.warps), ("AHEAD", tile.ahead),
+            ("EXPERTS", spans is not None), ("GATHER", source is not None),
         ],
-        grid=(-(-outputs // 16) * tile.warps * 32, -(-rows // tile.rows), 1),
+        grid=(-(-outputs // 16) * tile.warps * 32, blocks, 1),
         threadgroup=(tile.warps * 32, 1, 1),
         output_shapes=[(rows, outputs)],
         output_dtypes=[x.dtype],
@@ -470,7 +503,30 @@ def _compare_experts(dtype: mx.Dtype, kind: BlockType, biased: bool) -> str | No
     return _problem(found, expected, dtype)
 
 
+def _compare_spans(dtype: mx.Dtype, kind: BlockType, tile: Tile, biased: bool) -> str | None:
+    experts, outputs, inputs, count = 3, 19, 512, tile.rows + 3
+    words = mx.array(random_words(kind, experts * outputs, inputs))
+    full = computed_values(words, kind, mx.float32).reshape(experts, outputs, inputs)
+    x = mx.random.normal((count, inputs), key=mx.random.key(32)).astype(dtype)
+    # The first rows are those of expert 2, one is that of expert 0, and some are in the next span.
+    spans = mx.array([[2, 0, tile.rows], [0, tile.rows, 1], [1, 0, 0], [2, tile.rows + 1, 2]])
+    chosen = mx.array([2] * tile.rows + [0, 2, 2])
+    source = (mx.arange(count) * 7 % count).astype(mx.int32)
+    offsets = (mx.arange(experts * outputs).reshape(experts, -1) / 16 - 1).astype(dtype)
+    bias = offsets if biased else None
+    weight = words.reshape(experts, outputs, -1)
+    for rows in (source, None):
+        wide = (x if rows is None else x[rows]).astype(mx.float32)
+        expected = mx.einsum("pi,poi->po", wide, full[chosen])
+        expected = expected + offsets[chosen] if biased else expected
+        found = run_tiles(x, weight, kind, tile, bias, spans.astype(mx.int32), rows)
+        if problem := _problem(found, expected, dtype):
+            return problem
+    return None
+
+
 #: None if a kernel computes as MLX's functions do, for types of floats and blocks, a number of
 #: rows, and with a bias or without; otherwise the problem.
 verdict, values_verdict = launch.verdict(_compare), launch.verdict(_compare_values)
 tiles_verdict, experts_verdict = launch.verdict(_compare_tiles), launch.verdict(_compare_experts)
+spans_verdict = launch.verdict(_compare_spans)

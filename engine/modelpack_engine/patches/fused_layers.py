@@ -474,12 +474,13 @@ def _expert_outputs(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.
     tile = None
     if gate is not None and up is not None and _kind(gate) == _kind(up):
         tile = expert_kernels.tile_for(rows, gate, pairs, swiglu=swiglu)
-    sent = expert_kernels.dispatch(chosen, count, tile or expert_kernels.SMALLEST_TILE)
+    smallest = expert_kernels.SMALLEST_TILE
+    smallest = smallest if pairs <= smallest * count else 2 * smallest
+    sent = expert_kernels.dispatch(chosen, count, tile or smallest)
     if tile is None or gate is None or up is None:
-        wide = _one_by_one(take_rows(rows, sent.source))
         hidden = experts.activation(
-            *(layer(wide, sent.experts, True) for layer in (experts.up_proj, experts.gate_proj))
-        )[:, 0]
+            *(_by_layer(layer, rows, sent) for layer in (experts.up_proj, experts.gate_proj))
+        )
     elif swiglu:
         hidden = expert_kernels.multiply(rows, gate, sent, gather=True, multiplied=up)
     else:
@@ -489,7 +490,21 @@ def _expert_outputs(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.
     wanted = down and expert_kernels.tile_for(hidden, down, pairs, swiglu=swiglu)
     if tile and down is not None and tile == wanted:
         return expert_kernels.multiply(hidden, down, sent), sent
-    return experts.down_proj(_one_by_one(hidden), sent.experts, True)[:, 0], sent
+    return _by_layer(experts.down_proj, hidden, sent, gather=False), sent
+
+
+def _by_layer(layer: Any, rows: mx.array, sent: Dispatch, *, gather: bool = True) -> mx.array:
+    """Return rows times the weights of their experts, sorted by expert, as the layer does it.
+
+    With `gather`, rows are in their original order.
+    """
+    if type(layer) is BlockSwitchLinear:
+        found = layer.of_spans(rows, sent.spans, sent.tile, sent.source if gather else None)
+        if found is not None:
+            return found
+    wide = take_rows(rows, sent.source) if gather else rows
+    outputs: mx.array = layer(_one_by_one(wide), sent.experts, True)
+    return outputs[:, 0]
 
 
 def _one_by_one(rows: mx.array) -> mx.array:

@@ -34,6 +34,7 @@ from tests.engine.loaders.test_gguf_planes import tensor, tiny_of
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
 VERDICTS = (
     blocks.verdict, blocks.values_verdict, blocks.tiles_verdict, blocks.experts_verdict,
+    blocks.spans_verdict,
 )  # fmt: skip
 NAMES = [
     pytest.param(name, marks=[] if name == "Q6_K" else pytest.mark.long)
@@ -134,6 +135,51 @@ def test_experts_on_the_host(host: Host, name: str, dtype: mx.Dtype) -> None:
     for biased in (False, True):
         assert blocks._compare_experts(dtype, BLOCK_TYPES[name], biased) is None
     assert {body for body, _ in host.calls} == {"block_dots"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("biased", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_spans_of_experts_on_the_host(
+    host: Host, monkeypatch: pytest.MonkeyPatch, name: str, biased: bool
+) -> None:
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    assert blocks._compare_spans(BF16, BLOCK_TYPES[name], SMALL, biased) is None
+    assert {body for body, _ in host.calls} == {"block_tiles"}
+    assert [template["GATHER"] for _, template in host.calls] == [True, False]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "wrong",
+    [("spans[PA_Y * 3] * N", "0"), ("spans[PA_Y * 3 + 1]", "0"), ("source[row]", "row")],
+)
+def test_the_verdict_of_spans_names_a_wrong_kernel(
+    host: Host, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    host.break_by(lambda _, text: text.replace(*wrong))
+    assert blocks.spans_verdict(BF16, BLOCK_TYPES["Q6_K"], SMALL, True) is not None
+
+
+@pytest.mark.parametrize(
+    ("rows", "pairs", "dtype", "tensor_cores", "runs"),
+    [(32, 40, BF16, True, True), (64, 192, BF16, True, True), (64, 193, BF16, True, False),
+     (128, 40, BF16, True, False), (32, 40, F32, True, False), (32, 40, BF16, False, False)],
+)  # fmt: skip
+def test_which_spans_have_a_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    pairs: int,
+    dtype: mx.Dtype,
+    tensor_cores: bool,
+    runs: bool,
+) -> None:
+    monkeypatch.setattr(blocks, "_has_tensor_cores", lambda: tensor_cores)
+    monkeypatch.setattr(blocks, "spans_verdict", lambda *_: None)
+    monkeypatch.setattr(blocks, "run_tiles", lambda x, *_: x)
+    spans = mx.zeros((4, 3), mx.int32)
+    found = experts(16, 256, 3).of_spans(mx.ones((pairs, 256), dtype), spans, rows)
+    assert (found is not None) == runs
 
 
 def experts(outputs: int, inputs: int, count: int, *, bias: bool = False) -> BlockSwitchLinear:

@@ -133,12 +133,8 @@ def test_fused_experts_equal_the_model(host: Host, name: str) -> None:
     assert not host.calls
 
 
-@pytest.mark.parametrize("stored", [("down_proj",), ("gate_proj", "up_proj", "down_proj")])
-@pytest.mark.parametrize("rows", [1, ROWS])
-def test_experts_in_a_block_type_run_with_others(
-    host: Host, stored: tuple[str, ...], rows: int
-) -> None:
-    """Q4_K_M has gates and ups in 4 bits, and half of the downs in Q6_K."""
+def switches(stored: tuple[str, ...]) -> tuple[Any, Any]:
+    """Return experts, and the same with the `stored` layers in a block type."""
     plain: Any = SwitchGLU(256, 256, 4)
     mixed: Any = SwitchGLU(256, 256, 4)
     for name in ("gate_proj", "up_proj", "down_proj"):
@@ -150,6 +146,16 @@ def test_experts_in_a_block_type_run_with_others(
             mixed[name] = layer
         else:
             mixed[name].weight = plain[name].weight
+    return plain, mixed
+
+
+@pytest.mark.parametrize("stored", [("down_proj",), ("gate_proj", "up_proj", "down_proj")])
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_experts_in_a_block_type_run_with_others(
+    host: Host, stored: tuple[str, ...], rows: int
+) -> None:
+    """Q4_K_M has gates and ups in 4 bits, and half of the downs in Q6_K."""
+    plain, mixed = switches(stored)
     x = mx.random.normal((rows, 1, 256), key=mx.random.key(3))
     chosen = mx.random.randint(0, 4, (rows, 1, 2), key=mx.random.key(4)).astype(mx.uint32)
     expected = plain(x, chosen)
@@ -158,6 +164,40 @@ def test_experts_in_a_block_type_run_with_others(
     np.testing.assert_allclose(mixed(x, chosen), expected, rtol=1e-3, atol=1e-4)
     # More pairs than four times the experts compute all values.
     assert ("block_dots" if rows == 1 else "block_values") in {body for body, _ in host.calls}
+
+
+def test_experts_in_a_block_type_are_multiplied_by_spans(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tensor cores multiply them; the kernel itself is tested in test_blocks.py."""
+    calls: list[bool] = []
+
+    def by_spans(
+        x: mx.array, weight: mx.array, kind: Any, tile: Any, bias: Any, spans: Any, source: Any
+    ) -> mx.array:
+        calls.append(source is not None)
+        layer = SimpleNamespace(weight=weight, kind=kind)
+        full = np.array(layer_values(layer, mx.float32))  # type: ignore[arg-type]
+        rows = np.arange(x.shape[0]) if source is None else np.array(source)
+        given = np.array(x.astype(mx.float32))[rows]
+        out = np.zeros((len(rows), full.shape[1]), np.float32)
+        for expert, first, count in np.array(spans):
+            out[first : first + count] = given[first : first + count] @ full[expert].T
+        return mx.array(out).astype(x.dtype)
+
+    monkeypatch.setattr(blocks, "run_tiles", by_spans)
+    monkeypatch.setattr(blocks, "spans_verdict", lambda *_: None)
+    monkeypatch.setattr(blocks, "_has_tensor_cores", lambda: True)
+    plain, mixed = switches(("gate_proj", "up_proj", "down_proj"))
+    x = mx.random.normal((ROWS, 1, 256), key=mx.random.key(3)).astype(mx.bfloat16)
+    chosen = mx.random.randint(0, 4, (ROWS, 1, 2), key=mx.random.key(4)).astype(mx.uint32)
+    expected = plain(x.astype(mx.float32), chosen)
+    step: Any = SimpleNamespace(active=True, fuses=True)
+    assert fuse_experts(mixed, step, ClassSwaps())
+    found = mixed(x, chosen).astype(mx.float32)
+    np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.02 * float(mx.abs(expected).max()))
+    assert calls == [True, True, False]
+    assert host.calls
 
 
 def test_expert_outputs_work_like_any_array(host: Host) -> None:

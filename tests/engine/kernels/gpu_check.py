@@ -294,3 +294,4 @@ def test_kernels_of_blocks_are_right(name: str, dtype: str) -> None:
         assert blocks.experts_verdict(DTYPES[dtype], kind, biased) is None
     for tile in blocks.TILES if dtype != "f32" and blocks._has_tensor_cores() else ():
         assert blocks.tiles_verdict(DTYPES[dtype], kind, tile) is None
+        assert blocks.spans_verdict(DTYPES[dtype], kind, tile, True) is None

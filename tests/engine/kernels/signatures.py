@@ -73,7 +73,9 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     "block_dots": {
         "x": "T", "weight": "uint32_t", "bias": "T", "chosen": "uint32_t", "out": "O",
     },
-    "block_tiles": {"x": "T", "weight": "uint32_t", "bias": "T", "out": "O"},
+    "block_tiles": {
+        "x": "T", "weight": "uint32_t", "bias": "T", "source": "int", "spans": "int", "out": "O",
+    },
     "block_values": {"weight": "uint32_t", "out": "T"},
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
