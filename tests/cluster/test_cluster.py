@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -37,6 +38,8 @@ from tests.engine.serving.tiny import write_tiny
 from tests.interop.compose import ROOT
 from tests.interop.engine import require_engine
 from tests.interop.python_image import import_python_image
+from tests.interop.test_vllm_cpu import PROMPT, environment, expected, files  # noqa: F401
+from tests.peers import require
 
 pytestmark = pytest.mark.cluster
 IMAGE = "modelpack-test/engine:here"
@@ -325,6 +328,69 @@ def test_an_image_volume_has_the_files_of_the_model(cluster: Cluster) -> None:
         for name in ("model.safetensors", "config.json"):
             assert found[name] == hashlib.sha256((files / name).read_bytes()).hexdigest()
         assert told[-1] == "read-only: True", told
+    finally:
+        delete(cluster, text)
+
+
+def on_a_cpu(text: str, vllm: Path) -> str:
+    """Return the objects with the node's vLLM for CPUs in the place of vLLM's image and its GPU."""
+    listed = json.loads(text)
+    pod = listed["items"][0]["spec"]["template"]["spec"]
+    [server] = pod["containers"]
+    server["command"] = [str(vllm / "bin" / "python"), str(vllm / "bin" / "vllm"),
+                         *server["command"][1:], "--max-model-len", "256", "--enforce-eager",
+                         "--dtype", "float32"]  # fmt: skip
+    server["resources"] = {"requests": {"cpu": "200m"}, "limits": {"memory": "6Gi"}}
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+           "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
+    server["env"] += [{"name": name, "value": value} for name, value in own.items()]
+    python = (vllm / "bin" / "python").resolve().parents[1]
+    libraries = Path("/usr/lib", f"{platform.machine()}-linux-gnu")
+    lscpu = require("lscpu")  # vLLM for CPUs runs it
+    for index, where in enumerate((vllm, python, libraries, lscpu)):
+        pod["volumes"].append({"name": f"host-{index}", "hostPath": {"path": str(where)}})
+        server["volumeMounts"].append(
+            {"name": f"host-{index}", "mountPath": str(where), "readOnly": True}
+        )
+    return json.dumps(listed)
+
+
+@pytest.mark.parametrize("delivery", ["pulled", "mounted"])
+def test_vllm_serves_the_model_of_a_pod(
+    cluster: Cluster,
+    environment: Path,  # noqa: F811
+    files: Path,  # noqa: F811
+    expected: list[int],  # noqa: F811
+    delivery: str,
+) -> None:
+    """The pods that are printed for vLLM, but for the GPU; tokens are those of mlx-lm."""
+    model, name = f"{REGISTRY}/team/llama-{delivery}", f"vllm-{delivery}"
+    package(cluster, f"{model}:v1", "--safetensors-dir", str(files))
+    options = ["--image", IMAGE, "--tool-image", IMAGE, "--plain-http", "--name", name, "--json"]
+    if delivery == "mounted":
+        digest = modelpack(cluster, "convert", f"{model}:v1", f"{model}-image:v1", "--to",
+                           "image", "--push", "--plain-http").strip()  # fmt: skip
+        options += ["--model-image", f"{model}-image@{digest}"]
+    text = on_a_cpu(
+        modelpack(cluster, "k8s", f"{model}:v1", *options), environment.parent.absolute()
+    )
+    apply(cluster, text, name, 560)
+    try:
+        body = {"model": f"{model}:v1", "prompt": PROMPT, "max_tokens": 8, "ignore_eos": True,
+                "temperature": 0, "return_token_ids": True}  # fmt: skip
+        told = cluster.run(
+            "curl",
+            "-s",
+            "-m",
+            "120",
+            "-H",
+            "Content-Type: application/json",
+            "-d",
+            json.dumps(body),
+            f"http://{address(cluster, name)}/v1/completions",
+        )
+        [choice] = json.loads(told)["choices"]
+        assert choice["token_ids"] == expected
     finally:
         delete(cluster, text)
 
