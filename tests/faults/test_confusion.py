@@ -191,19 +191,20 @@ def test_an_index_that_is_a_manifest_too(key: str) -> None:
         parse_manifest_or_index(json.dumps(value).encode(), "it")
 
 
-HUGE = {
-    "a config of 50 MB": b'{"config": {}, "x": "' + b" " * 50_000_000 + b'"}',
-    "a config nested deeply": b'{"config": ' + b'{"a":' * 100_000,
-    "a config of a large number": b'{"config": {"x": ' + b"9" * 100_000 + b"}}",
+#: Made when the test runs, so that they do not stay in memory.
+HUGE: dict[str, Callable[[], bytes]] = {
+    "a config of 50 MB": lambda: b'{"config": {}, "x": "' + b" " * 50_000_000 + b'"}',
+    "a config nested deeply": lambda: b'{"config": ' + b'{"a":' * 100_000,
+    "a config of a large number": lambda: b'{"config": {"x": ' + b"9" * 100_000 + b"}}",
 }
 
 
 @pytest.mark.parametrize("content", HUGE.values(), ids=HUGE)
 def test_a_config_that_costs_too_much(
-    registry: FaultyRegistry, tmp_path: Path, content: bytes
+    registry: FaultyRegistry, tmp_path: Path, content: Callable[[], bytes]
 ) -> None:
     value = sound(registry)
-    value["config"] = described(registry, content, CONFIG)
+    value["config"] = described(registry, content(), CONFIG)
     registry.put_manifest(json.dumps(value).encode(), "v1")
     tracemalloc.start()
     try:
