@@ -115,13 +115,17 @@ class ProcessEngine(EngineClient):
         self._outgoing.put(_dumped((make_engine, level)))
         self._connection, theirs = Pipe()
         with theirs:
-            self._process = subprocess.Popen(
-                python_command(__name__, str(theirs.fileno())),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # only the server gets the terminal's signals
-            )
+            try:
+                self._process = subprocess.Popen(
+                    python_command(__name__, str(theirs.fileno())),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # only the server gets the terminal's signals
+                )
+            except OSError as error:
+                self._connection.close()
+                raise ModelLoadError(f"the engine's process cannot start: {error}") from error
         self._sender = _thread(self._send)
         self._reader = _thread(self._read)
 

@@ -281,6 +281,12 @@ def test_a_load_that_fails(
     assert is_gone(engine.pid)
 
 
+def test_a_process_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(ModelLoadError, match=r"the engine.s process cannot start: .*/nowhere/"):
+        ProcessEngine(hangs)
+
+
 @pytest.mark.long
 def test_a_load_for_which_nobody_waits_ends_the_process() -> None:
     budget = LoadBudget()
