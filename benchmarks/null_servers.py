@@ -1,6 +1,7 @@
 """Servers whose models take no time: every stream gets the same tokens at the same times.
 
-    null_servers.py ours|protected|mlx-lm|mlx-lm-front|vllm-mlx STREAMS TOKENS TICK_MS
+    null_servers.py ours|protected|process STREAMS TOKENS TICK_MS [COMPUTE_MS CALLS]
+    null_servers.py mlx-lm|mlx-lm-front|vllm-mlx STREAMS TOKENS TICK_MS
 
 Serves on a free port and prints it. After STREAMS requests have arrived, each of them gets a token
 every TICK_MS, TOKENS times. Then prints the processor time of the process for each token in
@@ -9,10 +10,15 @@ microseconds, measured from before the first token to half a second after the la
 Scheduling and computation are replaced; everything that turns token ids into bytes on sockets is
 not. `ours` is the application of `modelpack serve` with its `AsyncEngine`, detokenizer and metrics,
 and an `Engine` that only waits; `protected` adds the gateway checks, which `modelpack serve` always
-has. `mlx-lm` is its server with its generation loop, detokenizer, queues and HTTP handler, and a
-`BatchGenerator` that only waits. `mlx-lm-front` also replaces the generation loop: finished texts
-are put into the server's queues. `vllm-mlx` is the application of that server with an engine that
-reads finished texts from a queue for each stream, so its scheduler and detokenizer do not count.
+has; `process` is `protected` with the engine in a process of its own, and prints no time. With
+COMPUTE_MS, a step computes in Python for so long, as a host does, with CALLS pauses of 50 us
+without the GIL, as in calls of MLX, and then waits for TICK_MS, as for a GPU.
+
+`mlx-lm` is its server with its generation loop, detokenizer, queues and HTTP handler,
+and a `BatchGenerator` that only waits. `mlx-lm-front` also replaces the generation loop: finished
+texts are put into the server's queues. `vllm-mlx` is the application of that server with an engine
+that reads finished texts from a queue for each stream, so its scheduler and detokenizer do not
+count.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import tempfile
 import threading
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +49,17 @@ class Pace:
         self._began = self._due = 0.0
         self._given = 0
 
-    def next(self) -> bool:
-        """Return at the time of the next token; the result says whether it is the last one."""
+    def next(self, *, catches_up: bool = True) -> bool:
+        """Return at the time of the next token; the result says whether it is the last one.
+
+        A step that `catches_up` waits for less if those before took longer.
+        """
         if self._given == 0:
             time.sleep(0.5)  # all responses have started
             self._began = time.process_time()
             self._due = time.monotonic()
+        if not catches_up:
+            self._due = time.monotonic() + self._pause
         time.sleep(max(0.0, self._due - time.monotonic()))
         self._due += self._pause
         self._given += 1
@@ -78,64 +90,92 @@ def write_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def serve_ours(pace: Pace, directory: Path, *, protected: bool) -> None:
-    from tokenizers import Tokenizer as Backend
+class NullEngine:
+    """An engine that waits for `pace` instead of computing; a Python loop stands for its host.
 
+    The loop takes `compute` seconds of processor time before each step.
+    """
+
+    max_model_len = 4096
+    vocab_size = 258
+    memory_bytes = weight_bytes = kv_cache_bytes = 1
+    runs_adapters = False
+    model_type = ""
+    vision, no_vision = None, ""
+
+    def __init__(self, pace: Pace, directory: Path, compute: float, calls: int) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        from modelpack_engine.config import EngineConfig
+        from modelpack_engine.models import Tokenizer
+        from modelpack_engine.models.chat_template import ChatTemplate
+        from modelpack_engine.models.tokenizer import TokenText
+
+        self.config = EngineConfig()
+        backend = Backend.from_file(str(directory / "tokenizer.json"))
+        self.tokenizer = Tokenizer(
+            backend, text=TokenText.BYTE_LEVEL, eos_token_ids=[257],
+            chat_template=ChatTemplate(TEMPLATE),
+        )  # fmt: skip
+        self._pace = pace
+        self._compute = compute
+        self._calls = calls
+        self._choices: list[tuple[str, Any]] = []
+
+    def add_request(self, request_id: str, request: Any) -> None:
+        from modelpack_engine.core.detokenizer import Detokenizer
+
+        self._choices.append((request_id, Detokenizer(self.tokenizer, request.params)))
+
+    @property
+    def has_work(self) -> bool:
+        return len(self._choices) >= self._pace.streams
+
+    def step(self) -> list[Any]:
+        from modelpack_engine.outputs import FinishReason, RequestEvent, Timing, Usage
+
+        for _ in range(self._calls + 1):
+            computed = time.thread_time() + self._compute / (self._calls + 1)
+            while time.thread_time() < computed:
+                pass
+            if self._calls:
+                time.sleep(50e-6)
+        end: dict[str, Any] = {}
+        if self._pace.next(catches_up=not self._compute):
+            timing = Timing(0.0, 0.0, 0.0, time.monotonic())
+            usage = Usage(5, self._pace.tokens)
+            end = {"finish_reason": FinishReason.LENGTH, "usage": usage, "timing": timing}
+        events = [
+            RequestEvent(name, 0, (TOKEN,), detokenizer.push([TOKEN]).text, **end)
+            for name, detokenizer in self._choices
+        ]
+        if end:
+            self._choices.clear()
+        return events
+
+    def abort(self, request_id: str, index: int | None = None) -> list[Any]:
+        return []
+
+    def fail_all(self, message: str) -> list[Any]:
+        return []
+
+    def stats(self) -> Any:
+        from modelpack_engine.outputs import EngineStats
+
+        return EngineStats()
+
+    def close(self) -> None:
+        pass
+
+
+def serve_ours(kind: str, pace: Pace, directory: Path, compute: float, calls: int) -> None:
     from modelpack_engine.async_engine import AsyncEngine
-    from modelpack_engine.core.detokenizer import Detokenizer
     from modelpack_engine.core.metrics import Meter
-    from modelpack_engine.models import Tokenizer
-    from modelpack_engine.models.chat_template import ChatTemplate
-    from modelpack_engine.models.tokenizer import TokenText
-    from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent, Timing, Usage
-    from modelpack_engine.request import EngineRequest
+    from modelpack_engine.process_engine import ProcessEngine
     from modelpack_server.api.app import ModelServer
     from modelpack_server.gateway.protection import Protection, protect
     from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
     from modelpack_server.pool.pool import ModelPool
-
-    backend = Backend.from_file(str(directory / "tokenizer.json"))
-
-    class NullEngine:
-        max_model_len = 4096
-        vocab_size = 258
-        memory_bytes = 1
-        vision, no_vision = None, ""
-        tokenizer = Tokenizer(backend, text=TokenText.BYTE_LEVEL, eos_token_ids=[257])
-
-        def __init__(self) -> None:
-            self.tokenizer._chat_template = ChatTemplate(TEMPLATE)
-            self._choices: list[tuple[str, Detokenizer]] = []
-
-        def add_request(self, request_id: str, request: EngineRequest) -> None:
-            self._choices.append((request_id, Detokenizer(self.tokenizer, request.params)))
-
-        @property
-        def has_work(self) -> bool:
-            return len(self._choices) >= pace.streams
-
-        def step(self) -> list[RequestEvent]:
-            end: dict[str, Any] = {}
-            if pace.next():
-                timing = Timing(0.0, 0.0, 0.0, time.monotonic())
-                usage = Usage(5, pace.tokens)
-                end = {"finish_reason": FinishReason.LENGTH, "usage": usage, "timing": timing}
-            events = [
-                RequestEvent(name, 0, (TOKEN,), detokenizer.push([TOKEN]).text, **end)
-                for name, detokenizer in self._choices
-            ]
-            if end:
-                self._choices.clear()
-            return events
-
-        def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
-            return []
-
-        def fail_all(self, message: str) -> list[RequestEvent]:
-            return []
-
-        def stats(self) -> EngineStats:
-            return EngineStats()
 
     class Catalogue:
         store: Any = None
@@ -155,12 +195,13 @@ def serve_ours(pace: Pace, directory: Path, *, protected: bool) -> None:
         def load(
             self, model: StoredModel, settings: object, meter: Meter, room: int | None
         ) -> LoadedEngine:
-            engine = AsyncEngine(NullEngine, meter)  # type: ignore[arg-type]
+            client: Any = ProcessEngine if kind == "process" else AsyncEngine
+            engine = client(partial(NullEngine, pace, directory, compute, calls), meter)
             engine.wait_until_ready(60)
             return LoadedEngine(engine)
 
     def wrap(app: Any) -> Any:
-        return protect(app, Protection(report=lambda trace: None)) if protected else app
+        return app if kind == "ours" else protect(app, Protection(report=lambda trace: None))
 
     with ModelServer(lambda: ModelPool(Catalogue()), address="127.0.0.1:0", wrap=wrap) as server:
         print(server.url.rpartition(":")[2], flush=True)
@@ -312,8 +353,8 @@ def serve_vllm_mlx(pace: Pace, directory: Path) -> None:
 
 
 def main() -> None:
-    kind, streams, tokens, milliseconds = sys.argv[1:]
-    pace = Pace(int(streams), int(tokens), int(milliseconds) / 1000)
+    kind, streams, tokens, milliseconds, *compute = sys.argv[1:]
+    pace = Pace(int(streams), int(tokens), float(milliseconds) / 1000)
     with tempfile.TemporaryDirectory() as scratch:
         directory = write_tokenizer(Path(scratch))
         if kind.startswith("mlx-lm"):
@@ -321,8 +362,11 @@ def main() -> None:
         elif kind == "vllm-mlx":
             serve_vllm_mlx(pace, directory)
         else:
-            serve_ours(pace, directory, protected=kind == "protected")
+            milliseconds, calls = compute or ("0", "0")
+            serve_ours(kind, pace, directory, float(milliseconds) / 1000, int(calls))
 
 
 if __name__ == "__main__":
-    main()
+    import null_servers  # the engine's process finds its class in a module of this name
+
+    null_servers.main()
