@@ -2,7 +2,7 @@
 
 PyAV (the extra `video`) has FFmpeg's demuxers and decoders in C. Files come from clients: the few
 formats and codecs below are read from memory, and none opens another file. The length and the
-number of frames are those of the packets in the file, whatever its header says.
+number of frames are those of the packets that an MP4's edit list, if it has one, shows.
 """
 
 from __future__ import annotations
@@ -172,11 +172,15 @@ def _sampled(data: bytes, sampling: Sampling) -> tuple[float, list[int]]:
     import numpy as np
 
     shown: list[int] = []
+    found = 0
     with _opened(data) as (container, stream):
         for number, packet in enumerate(container.demux()):
             if number == MAX_FILE_FRAMES * _PACKETS:
                 raise _too_many()
-            if packet.stream_index != stream.index or not packet.size or packet.is_discard:
+            if packet.stream_index != stream.index or not packet.size:
+                continue
+            found += 1
+            if packet.is_discard:  # decoded, but not shown: the edit list leaves it out
                 continue
             if len(shown) == MAX_FILE_FRAMES:
                 raise _too_many()
@@ -185,8 +189,10 @@ def _sampled(data: bytes, sampling: Sampling) -> tuple[float, list[int]]:
             shown.append(packet.pts)
         if not shown:
             raise BadVideoError("damaged: it has no frames")
-        if len(shown) < stream.frames:
-            raise BadVideoError(f"damaged: it ends after {len(shown)} of {stream.frames} frames")
+        # Fragments come without a number. The index lacks what the edit list leaves out.
+        listed = len(stream.index_entries) if stream.frames else 0
+        if found < listed:
+            raise BadVideoError(f"damaged: it ends after {found} of {listed} frames")
         shown = sorted(set(shown))
         seconds = float((shown[-1] - shown[0]) * stream.time_base)
     if seconds > MAX_VIDEO_SECONDS:

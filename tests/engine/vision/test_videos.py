@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import struct
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.worker.video import Sampling, decode
+from modelpack_engine.worker.video import BadVideoError, Sampling, decode
 from modelpack_engine.worker.workers import Workers, shared_workers
 from modelpack_server.conversation import pictures, videos
 from modelpack_server.conversation.pictures import PictureFiles
@@ -27,6 +28,7 @@ from tests.engine.vision.video_files import (
     growing,
     plain,
     rotated,
+    trimmed,
     written,
 )
 
@@ -113,6 +115,22 @@ def test_frames_are_upright(matrix: tuple[int, int, int, int], turns: int) -> No
     _, _, plainly = decode(plain(), LARGE)
     _, _, found = decode(rotated(plain(), matrix), LARGE)
     assert np.array_equal(found, np.rot90(plainly, turns, axes=(1, 2)))
+
+
+@pytest.mark.parametrize(("start", "seconds"), [(0, 3), (2, 4), (2, 2)])
+def test_a_video_that_was_trimmed_shows_what_its_edit_list_has(start: int, seconds: int) -> None:
+    """Phones trim videos without encoding them again: the packets stay in the file."""
+    data = written(frames(60), codec="libx264", flags="faststart")
+    (unit,) = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)
+    cut = trimmed(data, start * unit, seconds * 1000)
+    length, times, found = decode(cut, LARGE)
+    assert length == pytest.approx(seconds)
+    assert len(times) == 2 * seconds
+    _, _, whole = decode(data, Sampling(10.0, 4, 768, 1024, 10**6, 8))
+    for time, pixels in zip(times, found, strict=True):
+        assert np.array_equal(pixels, whole[round(10 * (start + time))])
+    with pytest.raises(BadVideoError, match="damaged"):
+        decode(cut[: len(cut) // 2], LARGE)
 
 
 def test_a_webm_that_ends_early_shows_what_it_has() -> None:

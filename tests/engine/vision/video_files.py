@@ -100,6 +100,13 @@ def _with(data: bytes, box: bytes, offset: int, number: int) -> bytes:
     return data[:at] + struct.pack(">I", number) + data[at + 4 :]
 
 
+def trimmed(data: bytes, start: int, duration: int) -> bytes:
+    """Return an MP4 whose edit list shows so many ms of the video, from `start` (its units)."""
+    at = data.index(b"elst") + 12
+    (first,) = struct.unpack_from(">i", data, at + 4)
+    return data[:at] + struct.pack(">Ii", duration, first + start) + data[at + 8 :]
+
+
 def noise_within(data: bytes) -> bytes:
     """Return an MP4 with bytes of its frames replaced by noise."""
     random, changed = np.random.default_rng(0), bytearray(data)
