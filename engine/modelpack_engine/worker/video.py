@@ -126,7 +126,9 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
     kind = _format(data)
     if kind is None:
         raise BadVideoError(f"refused: unknown format, {ACCEPTED}")
-    limit = {"max_pixels": str(MAX_FRAME_PIXELS)}  # of frames that are larger than headers say
+    # To find the size of frames, opening runs the decoders of all streams, also of other codecs.
+    # Frames may be larger than headers say.
+    limit = {"max_pixels": str(MAX_FRAME_PIXELS), "codec_whitelist": ",".join(CODECS)}
     with av.open(io.BytesIO(data), format=kind, options=limit, io_open=_refuse) as container:
         if not container.streams.video:
             raise BadVideoError("refused: it has no video stream")

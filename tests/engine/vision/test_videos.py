@@ -208,3 +208,21 @@ def test_nothing_is_opened_but_the_file(monkeypatch: pytest.MonkeyPatch) -> None
     assert given["format"] == "mp4"
     with pytest.raises(Exception, match="it refers to another file"):
         given["io_open"]("file:///etc/passwd", 1, {})
+
+
+def test_no_other_decoder_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg decodes frames of a file when it opens this, to learn of their pixels."""
+    made: list[Any] = []
+    opened, data = av.open, written(frames(4), container="mov", codec="prores_ks")
+    with opened(io.BytesIO(data)) as control:
+        assert control.streams.video[0].codec_context.pix_fmt == "yuv422p10le"
+
+    def watched(*args: Any, **options: Any) -> Any:
+        container = opened(*args, **options)
+        made.append(container.streams.video[0].codec_context.pix_fmt)
+        return container
+
+    monkeypatch.setattr(sys.modules["av"], "open", watched)
+    with pytest.raises(BadVideoError, match="its codec is prores"):
+        decode(data, TINY)
+    assert made == [None]

@@ -19,6 +19,8 @@ from modelpack_engine.worker.video import Sampling
 #: What the tiny models of `tiny` sample.
 TINY = Sampling(2.0, 4, 768, 1024, 2048, 8)
 
+_PIXELS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le"}
+
 
 def frames(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
     """Return pictures that change slowly from one corner to another."""
@@ -46,7 +48,7 @@ def written(
         options = {"movflags": flags} if flags else {}
         with av.open(str(path), "w", format=container, options=options) as target:
             stream: Any = target.add_stream(codec, rate=rate)
-            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.pix_fmt = _PIXELS.get(codec, "yuv420p")
             for index, pixels in enumerate(pictures):
                 if not index:
                     stream.height, stream.width = pixels.shape[:2]
