@@ -81,8 +81,13 @@ class VisionEncoder:
 
     @property
     def reserved_bytes(self) -> int:
-        """The bytes that pictures of unfinished requests may take, beside the KV cache."""
-        return 0 if self._crossing is None else self._max_bytes
+        """The bytes that pictures of unfinished requests may take, beside the KV cache.
+
+        They include the keys and values that one layer joins for rows with several pictures.
+        """
+        if self._crossing is None:
+            return 0
+        return self._max_bytes + self._max_bytes // max(1, len(self._crossing.layers))
 
     def begin_step(self) -> None:
         """Forget what the step before needed."""
@@ -199,17 +204,17 @@ class VisionEncoder:
             rows[..., part.row : part.row + part.length, :] = made
         return rows
 
-    def _seen(self, parts: Parts[MediaRows]) -> Iterator[tuple[int, int, mx.array]]:
+    def _seen(self, parts: Parts[MediaRows]) -> Iterator[tuple[int, int, tuple[mx.array, ...]]]:
         """Yield ranges of rows with the keys and values of the pictures that they see."""
         edges = {edge for part in parts for edge in (part.row, part.row + part.length)}
         for start, stop in pairwise(sorted(edges)):
-            seen = [
+            seen = tuple(
                 self._kept[part.owner, part.media.digest]
                 for part in parts
                 if part.row <= start < part.row + part.length
-            ]
+            )
             if seen:
-                yield start, stop, seen[0] if len(seen) == 1 else mx.concatenate(seen, axis=-2)
+                yield start, stop, seen
 
 
 @dataclass(frozen=True, slots=True)

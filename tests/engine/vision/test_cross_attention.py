@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import pytest
 
 from modelpack.formats.adapter import AdapterError, read_adapter
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.batch import MediaRows
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.layers.cross_attention import Crossing
@@ -126,7 +128,7 @@ def test_more_pictures_than_memory_is_planned_for() -> None:
     engine = tiny.tiny_engine(KIND)
     assert engine.vision is not None
     encoder, processor = engine.vision.encoder, engine.vision.processor
-    assert processor.max_pictures == encoder.reserved_bytes // encoder._picture_bytes
+    assert processor.max_pictures == encoder._max_bytes // encoder._picture_bytes
     processor.max_pictures = 2
     with pytest.raises(RequestError, match="the prompt has 3 pictures, the limit is 2"):
         request(engine, "<image>" * 3, [ONE] * 3)
@@ -138,6 +140,24 @@ def test_no_picture_is_larger_than_planned() -> None:
     for height, width in ((16, 16), (16, 64), (64, 16), (32, 32), (200, 200)):
         made = request(engine, "<image>", [picture(1, height, width)])
         assert encoder.embeddings(made.media[0]).nbytes <= encoder._picture_bytes
+
+
+def test_rows_with_the_same_pictures_share_their_keys_and_values() -> None:
+    """64 rows that see two pictures take no more for them than one layer of these."""
+    engine = tiny.tiny_engine(KIND)
+    encoder = encoder_of(engine)
+    media = request(engine, "<image><image>", [ONE, TWO]).media
+    kept = sum(encoder.embeddings(each).nbytes for each in media)
+    rows = [MediaRows(row, 1, each, 0, b"") for row in range(64) for each in media]
+    batch: Any = SimpleNamespace(media_rows=rows)
+    assert encoder.input_embeddings(batch, mx.zeros((64,), mx.int32)) is None
+    for index, layer in enumerate(encoder._crossing.layers):
+        spans = encoder._crossing.spans_of(index)
+        assert [(start, stop) for start, stop, _ in spans] == [(row, row + 1) for row in range(64)]
+        joined = {id(seen): seen.nbytes for _, _, seen in spans}
+        assert layer.index == index
+        assert sum(joined.values()) * len(encoder._crossing.layers) == kept
+    assert encoder.reserved_bytes >= encoder._max_bytes + sum(joined.values())
 
 
 def test_unseen_pictures_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
