@@ -361,6 +361,8 @@ class Engine(BaseEngine):
             if embeddings is not None:
                 token_ids = self.vision.encoder.shown_ids(token_ids)
         logits = self._runner.forward(with_prompt_rows(batch), token_ids, embeddings)
+        if self.vision is not None:
+            self.vision.encoder.end_step()
         if self._speculator is not None and isinstance(self._runner, PagedRunner):
             self._speculator.record(output, batch, self._runner.hidden_rows())
         logits, prompt_logprobs = split_logits(batch, logits)

@@ -94,6 +94,12 @@ class VisionEncoder:
         self._step.clear()
         self._num_encoded = 0
 
+    def end_step(self) -> None:
+        """Release what the step needed: its graph refers to it until the device has run it."""
+        self._step.clear()
+        if self._crossing is not None:
+            self._crossing.spans = ()
+
     def prepare(self, sequence: Sequence, media: Media, *, alone: bool) -> bool:
         """Return whether a picture can be a part of this step; encode it if there is time.
 

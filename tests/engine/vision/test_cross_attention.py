@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +123,16 @@ def test_pictures_of_running_requests_stay() -> None:
     for each, misses in ((TWO, 3), (WIDE, 3), (ONE, 4)):
         run(engine, request(engine, TEXT, [each], 2))
         assert encoder.misses == misses
+
+
+def test_an_idle_engine_holds_no_arrays_of_its_last_step() -> None:
+    """Once the cache drops a picture, its memory is free."""
+    engine = tiny.tiny_engine(KIND)
+    encoder = encoder_of(engine)
+    run(engine, request(engine, TEXT, [ONE]))
+    kept = [weakref.ref(each) for each in encoder._kept.values()]
+    encoder._kept.clear()
+    assert [each() is None for each in kept] == [True]
 
 
 def test_more_pictures_than_memory_is_planned_for() -> None:
