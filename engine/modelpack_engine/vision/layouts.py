@@ -19,6 +19,8 @@ from modelpack_engine.vision.models import CLASSES
 
 #: The largest side, in pixels, to which a preprocessor_config.json may scale pictures.
 MAX_SIDE = 8192
+#: The most tiles of a picture: processors try all grids of so many.
+MAX_TILES = 64
 #: Pixels on each side of a tile of Phi-3 Vision.
 PHI3_SIDE = 336
 #: What image processors return.
@@ -516,6 +518,12 @@ class _MolmoProcessor:
         self._settings = {name: settings[name] for name in names if name in settings}
         kind: Any = MolmoImageProcessor
         self._made = kind(**self._settings)
+        for name in ("max_crops", "image_token_length_h", "image_token_length_w"):
+            value = getattr(self._made, name)
+            if not isinstance(value, int) or not 0 < value <= MAX_TILES:
+                raise ValueError(f"{name} is {str(value)[:50]}, expected 1 to {MAX_TILES}")
+        if min(self._made.overlap_margins) < 0:
+            raise ValueError(f"overlap_margins are {self._made.overlap_margins}")
         height, width = self._made.base_image_input_size
         if not 0 < height * width * self._made.max_crops <= MAX_SIDE**2:
             raise ValueError(

@@ -28,7 +28,14 @@ from numpy.typing import NDArray
 from modelpack_engine.errors import RETRY_AFTER, ModelLoadError, QueueFullError, RequestError
 from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import Media
-from modelpack_engine.vision.layouts import LAYOUTS, MAX_SIDE, PROCESSORS, SETTINGS, ImageProcessor
+from modelpack_engine.vision.layouts import (
+    LAYOUTS,
+    MAX_SIDE,
+    MAX_TILES,
+    PROCESSORS,
+    SETTINGS,
+    ImageProcessor,
+)
 from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, Encode, VisionClass
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
 from modelpack_engine.vision.videos import PLACEHOLDER, Video, VideoProcessor
@@ -492,14 +499,20 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 
 def _check_tiles(settings: Mapping[str, Any]) -> None:
-    """Raise `ModelLoadError` for tiles that have more pixels together than a picture may have."""
+    """Raise `ModelLoadError` for too many tiles, or more pixels than a picture may have."""
     size = settings.get("size")
     sides = list(size.values()) if isinstance(size, Mapping) else [size]
     sides += [settings.get("tile_size"), settings.get("scale_resolution")]
-    side = max((value for value in sides if isinstance(value, int)), default=1)
+    side = max((value for value in sides if isinstance(value, int | float)), default=1)
     for name in _TILES:
         count = settings.get(name)
-        if isinstance(count, int) and not 0 < count * side**2 <= MAX_SIDE**2:
+        if count is None:
+            continue
+        if not isinstance(count, int) or not 0 < count <= MAX_TILES:
+            raise ModelLoadError(
+                f"preprocessor_config.json: {name} is {str(count)[:50]}, expected 1 to {MAX_TILES}"
+            )
+        if count * side**2 > MAX_SIDE**2:
             raise ModelLoadError(
                 f"preprocessor_config.json: {name} is {count}, for tiles of {side} pixels a side"
             )
