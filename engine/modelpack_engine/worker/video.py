@@ -60,8 +60,9 @@ class Sampling:
 
     def count(self, total: int, seconds: float) -> int:
         """Return the number of frames to take of `total` in so many seconds."""
+        fit = self.max_pixels // self.factor**2  # with the smallest sides
         wanted = min(
-            max(int(round(seconds * self.fps, 6)), self.min_frames), self.max_frames, total
+            max(int(round(seconds * self.fps, 6)), self.min_frames), self.max_frames, total, fit
         )
         return max(wanted // self.group * self.group, min(total, self.group))
 
@@ -75,8 +76,14 @@ class Sampling:
         padded = math.ceil(count / self.group) * self.group
         if padded * rows * columns > self.max_pixels:
             scale = math.sqrt(count * height * width / self.max_pixels)
-            rows = max(factor, math.floor(height / scale / factor) * factor)
-            columns = max(factor, math.floor(width / scale / factor) * factor)
+            rows = math.floor(height / scale / factor) * factor
+            columns = math.floor(width / scale / factor) * factor
+            # A side that is too short takes from the other one.
+            most = max(1, self.max_pixels // (padded * factor**2)) * factor
+            if not rows:
+                rows, columns = factor, max(factor, min(columns, most))
+            elif not columns:
+                rows, columns = min(rows, most), factor
         elif padded * rows * columns < self.min_pixels:
             scale = math.sqrt(self.min_pixels / (count * height * width))
             rows = math.ceil(height * scale / factor) * factor

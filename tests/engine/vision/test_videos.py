@@ -16,7 +16,13 @@ import pytest
 from PIL import Image
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.worker.video import BadVideoError, Sampling, decode
+from modelpack_engine.worker.video import (
+    MAX_FRAMES,
+    MAX_SAMPLED_PIXELS,
+    BadVideoError,
+    Sampling,
+    decode,
+)
 from modelpack_engine.worker.workers import Workers, shared_workers
 from modelpack_server.conversation import pictures, videos
 from modelpack_server.conversation.pictures import PictureFiles
@@ -96,6 +102,20 @@ def test_limits_on_frames() -> None:
     _, times, _ = decode(written(frames(60), 2), Sampling(2.0, 4, 16, 64, 10**6, 8))
     assert len(times) == 16
     assert times[-1] == 29.5
+
+
+@pytest.mark.parametrize("factor", [28, 32])
+@pytest.mark.parametrize(
+    ("height", "width"), [(32, 3200), (3200, 32), (60, 6000), (28, 28), (112, 11200), (1, 100)]
+)
+def test_narrow_frames_have_no_more_pixels(factor: int, height: int, width: int) -> None:
+    """A side has one patch at least, which the other side makes up for."""
+    for most in (MAX_SAMPLED_PIXELS, 2**22, 100 * factor**2, 2 * factor**2):
+        sampling = Sampling(2.0, 4, MAX_FRAMES, 1, most, factor)
+        count = sampling.count(10_000, 5000.0)
+        rows, columns = sampling.size(count, height, width)
+        assert rows % factor == columns % factor == count % 2 == 0
+        assert 0 < count * rows * columns <= most
 
 
 def test_variable_rates() -> None:
