@@ -440,7 +440,7 @@ def with_pages(model: ServedModel, messages: Sequence[dict[str, Any]]) -> Sequen
         for message in messages
         if isinstance(message.get("content"), list)
         for part in message["content"]
-        if part["type"] in ("image", "document")
+        if part["type"] in (*_FIELDS, "document")
     ]
     documents = [part["document"] for part in parts if part["type"] == "document"]
     if not documents:

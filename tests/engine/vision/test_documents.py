@@ -109,6 +109,14 @@ BAD_DOCUMENTS: list[tuple[str, Callable[[], bytes], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
+def test_pages_count_with_all_files(kind: str) -> None:
+    parts = [{"type": kind}] * 30
+    message = "the document has 3 pages, the limit is 32 pages and pictures in one request"
+    with pytest.raises(RequestError, match=message):
+        pages_of(THREE, *parts)
+
+
 def pages_of(data: bytes, *others: dict[str, Any]) -> list[Picture]:
     reader = PictureReader()
     parts = [*others, reader.document(base64.b64encode(data).decode(), "here")]
