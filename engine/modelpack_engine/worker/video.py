@@ -228,11 +228,12 @@ def _frames(
             if frame.pts is None:
                 continue
             last = frame
-            reached = [at for at in wanted[len(made) :] if at <= frame.pts]
-            if reached:
+            if wanted[len(made)] <= frame.pts:
                 pixels = _upright(frame)
                 size = size if made else sampling.size(len(wanted), *pixels.shape[:2])
-                made += [_resized(pixels, size)] * len(reached)
+                pixels = _resized(pixels, size)
+                while len(made) < len(wanted) and wanted[len(made)] <= frame.pts:
+                    made.append(pixels)
             if len(made) == len(wanted):
                 break
         if last is None:
