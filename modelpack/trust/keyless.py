@@ -229,8 +229,9 @@ class KeylessSigner:
         """Return the bytes of a bundle with the statement, certified and logged.
 
         The identity and the digest of the statement become public with the log. Raises `AuthError`
-        for an expired token, `RemoteUnavailableError` if Fulcio or Rekor fails or is silent, and
-        `IntegrityError` for a bundle that the trusted root of the instance does not verify.
+        for a token that has expired or that Fulcio refuses, `RemoteUnavailableError` if Fulcio or
+        Rekor fails or is silent, and `IntegrityError` for a bundle that the trusted root of the
+        instance does not verify.
         """
         from sigstore.dsse import Statement as SigstoreStatement
 
@@ -252,9 +253,19 @@ class KeylessSigner:
         """Request a certificate."""
         from sigstore.sign import SigningContext
 
-        # The context manager only makes the signer: there is nothing to close.
-        with SigningContext.from_trust_config(self._config).signer(self._token) as signer:
-            return signer
+        try:
+            # The context manager only makes the signer: there is nothing to close.
+            with SigningContext.from_trust_config(self._config).signer(self._token) as signer:
+                return signer
+        except Exception as error:  # the client of Fulcio publishes none
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            raise AuthError(
+                f"{self._root.name} refused a certificate for the identity token of "
+                f"{self._token.issuer}: {refusal}",
+                hint="give a current token of an issuer that this instance accepts",
+            ) from None
 
 
 def read_token(path: Path) -> str:
@@ -322,6 +333,8 @@ def _translated(name: str) -> Iterator[None]:
 
     try:
         yield
+    except ModelpackError:
+        raise
     except ExpiredIdentity:
         raise AuthError("the identity token has expired", hint="request a new one") from None
     except VerificationError as error:
@@ -329,6 +342,18 @@ def _translated(name: str) -> Iterator[None]:
     except Exception as error:  # the clients of Fulcio and Rekor publish no common error
         reason = _reason(error if str(error) else error.__cause__ or error)
         raise RemoteUnavailableError(f"{name} did not sign: {reason}") from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """Return the message of Fulcio if it refused a request, None for any other error."""
+    response = getattr(error.__cause__, "response", None)
+    if response is None or response.status_code not in (400, 401, 403):
+        return None
+    try:
+        message = response.json()["message"]
+    except (ValueError, LookupError, TypeError):
+        message = f"HTTP status {response.status_code}"
+    return _reason(ValueError(message))
 
 
 class _OtherSignerError(Exception):

@@ -41,7 +41,7 @@ class GoMissingError(GoToolError):
 def build_go_tool(package_dir: Path, cache: Path, tool: str = "") -> Path:
     """Build the Go program in `package_dir` and return the path of its binary inside `cache`.
 
-    `tool` is the last part of a command's name where go.mod names several. The binary is reused
+    `tool` is the end of a command's path where go.mod names several. The binary is reused
     until a source file, go.mod, go.sum or the version of Go changes. Raises GoMissingError without
     Go, and GoToolError with the output of `go` if the build fails.
     """
@@ -54,7 +54,7 @@ def build_go_tool(package_dir: Path, cache: Path, tool: str = "") -> Path:
     for source in sources:
         key.update(source.name.encode() + b"\0")
         key.update(hashlib.sha256(source.read_bytes()).digest())
-    name = tool or package_dir.name
+    name = tool.replace("/", "-") or package_dir.name
     binary = cache.absolute() / "go" / f"{name}-{key.hexdigest()[:16]}"
     if binary.is_file():
         return binary

@@ -204,12 +204,14 @@ def test_without_a_token(
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "says"),
+    ("path", "status", "says", "code"),
     [
-        (CERTIFICATES, 500, "did not sign: 500 Server Error"),
-        (CERTIFICATES, 401, "did not sign: 401 Client Error"),
-        (ENTRIES, 500, "did not sign"),
-        (ENTRIES, 400, "did not sign"),
+        (CERTIFICATES, 500, "did not sign: 500 Server Error", 6),
+        (CERTIFICATES, 429, "did not sign: 429 Client Error", 6),
+        (CERTIFICATES, 400, f"for the identity token of {ISSUER}: it fails", 4),
+        (CERTIFICATES, 401, f"for the identity token of {ISSUER}: it fails", 4),
+        (ENTRIES, 500, "did not sign", 6),
+        (ENTRIES, 400, "did not sign", 6),
     ],
 )
 def test_services_that_fail(
@@ -219,11 +221,12 @@ def test_services_that_fail(
     path: str,
     status: int,
     says: str,
+    code: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     secret = token(ME)
     served.fails[path] = status
-    assert run(["--debug", "sign", unsigned.reference, *keyless(config, secret)]) == 6
+    assert run(["--debug", "sign", unsigned.reference, *keyless(config, secret)]) == code
     shown = capsys.readouterr().err
     assert says in shown
     assert secret not in shown
