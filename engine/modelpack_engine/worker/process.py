@@ -175,11 +175,12 @@ class WorkerProcess:
 def python_command(program: str, *arguments: str, flags: tuple[str, ...] = ()) -> list[str]:
     """Return a command that runs `main` of the module `program` in another Python.
 
-    Its `sys.path` is ours, with the directories of our packages.
+    Its `sys.path` is ours, with the directories of our packages. -P: `-c` would put the current
+    directory before the standard library, whose modules are imported before the path is ours.
     """
     packages = [str(Path(next(iter(p.__path__))).parent) for p in (modelpack_engine, modelpack)]
     path = json.dumps(list(dict.fromkeys([*filter(None, sys.path), *packages])))
-    return [sys.executable, *flags, "-c", _START.format(program), *arguments, path]
+    return [sys.executable, "-P", *flags, "-c", _START.format(program), *arguments, path]
 
 
 def worker_environment() -> dict[str, str]:

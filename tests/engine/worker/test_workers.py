@@ -17,7 +17,7 @@ import pytest
 from modelpack_engine.errors import QueueFullError, RequestError
 from modelpack_engine.models import chat_template
 from modelpack_engine.models.chat_template import ChatTemplate
-from modelpack_engine.worker.process import WorkerProcess
+from modelpack_engine.worker.process import WorkerProcess, python_command
 from modelpack_engine.worker.threads import in_thread
 from modelpack_engine.worker.workers import JobFailedError, Workers
 
@@ -196,3 +196,18 @@ def test_a_worker_loads_no_array_library() -> None:
     ).stdout.split()
     assert "jinja2" in loaded
     assert not {"mlx", "mlx_lm", "numpy", "tokenizers", "fastapi"} & set(loaded)
+
+
+@pytest.mark.parametrize("flags", [(), ("-I", "-S")])
+def test_a_process_runs_no_file_of_the_current_directory(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "json.py").write_text("print('of the current directory')\n")
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "started.py").write_text("def main(): print('as asked')\n")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    command = python_command("started", flags=flags)
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.stdout, found.stderr) == ("as asked\n", "")
