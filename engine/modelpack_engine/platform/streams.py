@@ -7,6 +7,7 @@ models would collect threads until the system refuses new ones.
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from modelpack_engine.platform import blas
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+_log = logging.getLogger(__name__)
 
 #: The streams that no thread uses.
 _idle: list[mx.Stream] = []
@@ -60,10 +63,25 @@ def reused_streams() -> Iterator[None]:
         yield
     finally:
         gc.collect()  # a model has reference cycles
-        mx.synchronize()
-        for stream in _used.streams:
-            mx.synchronize(stream)  # a stream with an error raises it here, and is not used again
-            _idle.append(stream)
-        mx.clear_cache()
-        mx.clear_streams()  # of the GPU; otherwise MLX aborts the process at exit
-        _used.streams = None
+        try:
+            _has_finished(None)
+            _idle.extend(stream for stream in _used.streams if _has_finished(stream))
+        finally:
+            _used.streams = None
+            mx.clear_cache()
+            mx.clear_streams()  # of the GPU; otherwise MLX aborts the process at exit
+
+
+def _has_finished(stream: mx.Stream | None) -> bool:
+    """Wait for a stream, None for the default one; return False if it has an error.
+
+    Such a stream is not used again.
+    """
+    import mlx.core as mx
+
+    try:
+        mx.synchronize(stream)
+    except Exception:  # noqa: BLE001 - the memory of the others is freed
+        _log.exception("a stream failed")
+        return False
+    return True

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable
 
 import mlx.core as mx
+import pytest
 
 from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.engine import Engine
+from modelpack_engine.platform import streams
 from modelpack_engine.platform.streams import cpu_stream, reused_streams
 from tests.engine.serving.tiny import tiny_engine
 
@@ -54,3 +56,31 @@ def test_models_at_the_same_time_have_streams_of_their_own() -> None:
 
 def test_a_thread_of_no_model_gets_a_new_stream() -> None:
     assert cpu_stream() != cpu_stream()
+
+
+def test_a_stream_with_an_error_is_not_used_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other streams of its thread are, and the memory of the model is freed."""
+    synchronize, cleared, found = mx.synchronize, [], []
+    monkeypatch.setattr(streams, "_idle", [])
+    monkeypatch.setattr(mx, "clear_streams", lambda: cleared.append("streams"))
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append("cache"))
+
+    def work() -> None:
+        with reused_streams():
+            found.extend([mx.default_stream(mx.cpu), cpu_stream(), cpu_stream()])
+
+            def fail(stream: mx.Stream | None = None) -> None:
+                if stream is None or stream == found[1]:
+                    raise RuntimeError("it failed")
+                synchronize(stream)
+
+            monkeypatch.setattr(mx, "synchronize", fail)
+        assert streams._used.streams is None
+        cleared.append("left")
+
+    in_threads(1, work)
+    assert streams._idle == [found[0], found[2]]
+    assert cleared == ["cache", "streams", "left"]
+    assert [record.getMessage() for record in caplog.records] == ["a stream failed"] * 2
