@@ -29,8 +29,12 @@ from modelpack_engine.models.precision import evaluate, parameters_of, shapes_of
 
 _WHAT = "Gemma 4's drafter"
 _HINT = "use the drafter that was published for this model, or --speculative-method ngram"
-_MOST = 1 << 20  # for every size in a config: keeps products within 64 bits
+# For every size in a config. Products may still exceed what MLX accepts, which raises.
+_MOST = 1 << 20
+_MOST_LAYERS = 64  # published drafters have 4; each layer takes memory before files are compared
 _TYPES = ("full_attention", "sliding_attention")
+# What mlx-lm's classes raise for fields of the wrong type, and for numbers out of range.
+_BAD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 #: Fields of text_config that have to be off: such layers read more than states.
 _OFF = ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "enable_moe_block",
         "use_double_wide_mlp")  # fmt: skip
@@ -73,6 +77,8 @@ def read_assistant_config(config: Mapping[str, Any]) -> AssistantConfig:
                 hint=_HINT,
             )
     layers = size(text, "num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise ModelLoadError(f"config.json: {layers} layers, {_WHAT} has at most {_MOST_LAYERS}")
     types = text.get("layer_types")
     if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= {*_TYPES}:
         raise ModelLoadError(
@@ -97,7 +103,7 @@ def read_assistant_config(config: Mapping[str, Any]) -> AssistantConfig:
     own |= dict.fromkeys(_OFF[2:], False)
     try:
         args = gemma4_text.ModelArgs.from_dict(own)
-    except (AttributeError, TypeError, ValueError) as error:
+    except _BAD as error:
         raise ModelLoadError(f"config.json: text_config describes no layers: {error}") from error
     tied = config.get("tie_word_embeddings") is not False
     hidden = size(config, "backbone_hidden_size")
@@ -206,7 +212,7 @@ def load_assistant(files: ModelFiles) -> AssistantHead:
     stored = tensor_shapes(files)
     try:
         head = AssistantHead(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # from mlx-lm's classes
+    except _BAD as error:
         raise ModelLoadError(f"config.json: text_config describes no layers: {error}") from error
     wanted = shapes_of(head)
     arrays = load_tensors(files, wanted, _WHAT)

@@ -53,6 +53,10 @@ ROPE = {
 }  # fmt: skip
 
 
+def full_rope(**changed: Any) -> dict[str, Any]:
+    return ROPE | {"full_attention": ROPE["full_attention"] | changed}
+
+
 def target_configuration(kind: str) -> Configuration:
     """Return a Gemma 4 of four layers, two sliding and two full."""
     name = "shared keys" if kind == "clusters" else ""
@@ -427,10 +431,20 @@ def test_tensors_that_do_not_fit(tensors: dict[str, Any], says: str, tmp_path: P
         ({"layer_types": None}, {}, "layer_types is None"),
         ({"enable_moe_block": True}, {}, "enable_moe_block is True"),
         ({"hidden_size_per_layer_input": 8}, {}, "hidden_size_per_layer_input is 8"),
+        (
+            {"num_hidden_layers": 65, "layer_types": ["full_attention"] * 65}, {},
+            "65 layers, Gemma 4's drafter has at most 64",
+        ),
         ({"rope_parameters": [1]}, {}, "text_config describes no layers"),
+        ({"num_attention_heads": 2**20, "head_dim": 2**20}, {}, "text_config describes no layers"),
+        (
+            {"rope_parameters": full_rope(rope_type="linear", factor=0)}, {},
+            "text_config describes no layers",
+        ),
+        ({"rope_parameters": full_rope(rope_theta=10**400)}, {}, "text_config describes no layers"),
         ({}, {"use_ordered_embeddings": True, "num_centroids": 2}, "cannot divide 257 tokens"),
     ],
-)
+)  # fmt: skip
 def test_configurations_that_are_refused(
     text: dict[str, Any], changed: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
