@@ -18,7 +18,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from modelpack.errors import ModelpackError
 from modelpack.formats.adapter import Adapter, AdapterError
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.distributed.channel import MAX_BODY, Kind, LeaderChannel, WireError
@@ -127,8 +126,8 @@ class DividedAdapters(AdapterSet):
                 self._ask(Kind.ADAPTER_LAYER, name, matrices)
                 self._parts.keep(name, matrices)
             return self._place(slot, len(layers))
-        except ModelpackError:
-            self._place(slot, 0)
+        except BaseException:
+            self._place(slot, 0)  # the layers that arrived must not be part of the next adapter
             raise
 
     def _place(self, slot: int, count: int) -> int:

@@ -13,7 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelpack_engine.attention.metadata import AdapterRows
-from modelpack_engine.distributed.adapters import AdapterParts, pack_layer, unpack_layer
+from modelpack_engine.distributed.adapters import (
+    AdapterParts,
+    DividedAdapters,
+    pack_layer,
+    unpack_layer,
+)
 from modelpack_engine.distributed.channel import Kind, WireError
 from modelpack_engine.distributed.follower import Follower, _Held
 from modelpack_engine.distributed.sharding import shard
@@ -77,6 +82,27 @@ def test_a_layer_that_does_not_arrive_is_not_placed(rank: tuple[Follower, list[A
     assert answers[1] == (9, "an adapter of 2 layers, but 1 arrived")
     assert answers[2] == (2, "'model.layers.7.mlp'")
     assert answers[3] == (9, "an adapter of 1 layers, but 0 arrived")
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_all_ranks_forget_an_adapter_after_any_error(error: type[BaseException]) -> None:
+    loaded, sent = tiny_loaded(), []
+
+    def gather(number: int, **_types: type) -> list[Any]:
+        if len(sent) == 2:
+            raise error
+        return []
+
+    channel: Any = SimpleNamespace(send=lambda *message: sent.append(message), gather=gather)
+    divisions = shard(loaded.model, loaded.config, group(0, 2))
+    made = DividedAdapters(
+        loaded.model, loaded.config, AdapterRows(), 1, divisions, channel, lambda: 9
+    )
+    with pytest.raises(error):
+        made.place(1, {Q: matrices(64, 64), DOWN: matrices(128, 64)})
+    assert [kind for kind, _ in sent] == [Kind.ADAPTER_LAYER, Kind.ADAPTER_LAYER, Kind.ADAPTER]
+    assert sent[-1][1] == {"number": 9, "slot": 1, "layers": 0}
+    assert not made._parts._arriving
 
 
 def test_the_norms_of_its_part(rank: tuple[Follower, list[Any]]) -> None:
