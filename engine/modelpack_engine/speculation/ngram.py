@@ -54,8 +54,8 @@ class StepCost:
         return length
 
 
-#: Measured with SmolLM2 on two cores (benchmarks/results/speculative.md). A row of a GPU's step
-#: costs almost nothing, but a step with proposals cannot be built ahead.
+#: The CPU's was measured with SmolLM2 on two cores (benchmarks/results/speculative.md). The GPU's
+#: is assumed: a row costs almost nothing, but a step with proposals cannot be built ahead.
 CPU_COST, GPU_COST = StepCost(0.2, 0.15), StepCost(0.3, 0.01)
 
 
