@@ -101,12 +101,12 @@ class UploadSession:
     def create(cls, directory: Path, repository: str, algorithm: str) -> UploadSession:
         """Return a new, empty session."""
         session = cls(directory, repository, algorithm)
+        session._hasher = new_hasher(algorithm)  # raises: before anything is on the disk
         state = {"repository": repository, "algorithm": algorithm}
         with map_os_errors("make an upload session in", directory):
             directory.mkdir(parents=True)
             (directory / "session.json").write_text(json.dumps(state))
             session._data.touch()
-        session._hasher = new_hasher(algorithm)
         return session
 
     @classmethod

@@ -65,14 +65,19 @@ def test_monolithic_put(client: Client, server: RegistryServer, algorithm: str) 
     assert stored(server, content, algorithm)
 
 
-def test_blake3_without_its_package(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blake3_without_its_package(
+    client: Client, server: RegistryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "blake3", None)
     digest = f"blake3:{'0' * 64}"
+    location = client.upload()
+    before = sessions(server)
     for refused in (
-        client.put(client.upload(), digest, CONTENT),
+        client.put(location, digest, CONTENT),
         client.request("POST", f"blobs/uploads/?digest={digest}", data=CONTENT),
         client.request("POST", "blobs/uploads/?digest-algorithm=blake3"),
     ):
+        assert sessions(server) == before
         assert refused.status_code == 400, refused.text
         [error] = refused.json()["errors"]
         assert error["code"] == "DIGEST_INVALID"
