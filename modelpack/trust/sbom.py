@@ -23,7 +23,7 @@ from modelpack.formats.licences import licence_named
 #: The media type of the document, as a file and as an attached layer.
 CYCLONEDX: Final = "application/vnd.cyclonedx+json"
 _SCHEMA: Final = "http://cyclonedx.org/schema/bom-1.6.schema.json"
-_ALGORITHMS: Final = {"sha256": "SHA-256", "sha512": "SHA-512"}
+_ALGORITHMS: Final = {"sha256": "SHA-256", "sha512": "SHA-512", "blake3": "BLAKE3"}
 _MIME = re.compile(r"[-+a-z0-9.]+/[-+a-z0-9.]+\Z")
 # Our namespace: the documents of one model all have the same serial number.
 _NAMESPACE: Final = uuid.UUID("5d0bd3d4-6d3f-5a3e-9d0c-6b2a4a1f7c11")

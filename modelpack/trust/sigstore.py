@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
-from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.digest import ALGORITHMS, Digest
 from modelpack.artifacts.json_document import decode_object, encode
 from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import FormatError, InvalidDigestError
@@ -86,7 +86,7 @@ class Statement:
 def _subject(value: Any) -> Subject:
     """Return the subject in decoded JSON, with its SHA-256 digest if it has several."""
     digests = value["digest"]
-    algorithm = "sha256" if "sha256" in digests else "sha512"
+    algorithm = next((name for name in ALGORITHMS if name in digests), "sha256")
     digest = Digest.parse(f"{algorithm}:{digests[algorithm]}")
     annotations = value.get("annotations") or {}
     if not isinstance(annotations, dict):

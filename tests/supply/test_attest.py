@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import modelpack
+from modelpack.artifacts.digest import ALGORITHMS, Digest
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.reference import Reference
 from modelpack.cli.main import run
@@ -17,7 +18,14 @@ from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.storage import ReferrerSource, read_blob, watching
 from modelpack.testing import registry
 from modelpack.trust.keys import PrivateKey
-from modelpack.trust.sigstore import BUNDLE, PREDICATE_TYPE, TEST_RESULT, Bundle
+from modelpack.trust.sigstore import (
+    BUNDLE,
+    PREDICATE_TYPE,
+    TEST_RESULT,
+    Bundle,
+    Statement,
+    Subject,
+)
 from modelpack_server.cli.smoke import test_result as result_of
 from modelpack_server.smoke_test import Check, SmokeReport
 from tests.engine.embedding.models import write_model
@@ -70,6 +78,13 @@ def test_a_report_is_attached(
     assert bundle.envelope.is_signed_by(ours.public)
     assert not bundle.envelope.is_signed_by(theirs.public)
     assert attached(store, name).statement.predicate["result"] == "PASSED"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_statements_about_digests_of_every_algorithm(algorithm: str) -> None:
+    subject = Digest.of(b"", algorithm)
+    raw = Statement((Subject(subject),), TEST_RESULT).encode()
+    assert Statement.parse(raw, "it").is_about(subject)
 
 
 def test_what_failed_is_said() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 import modelpack
+from modelpack.artifacts.digest import ALGORITHMS, Digest
 from modelpack.cli.main import run
 from modelpack.operations.lookup import inspect
 from modelpack.operations.referrers import referrers
@@ -52,6 +54,18 @@ def test_the_files_and_their_digests(published: Published) -> None:
     assert component["purl"].startswith(f"pkg:oci/model@sha256%3A{published.digest.encoded}?")
     refs = {one["bom-ref"] for one in value["components"]}
     assert set(value["dependencies"][0]["dependsOn"]) == refs
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_of_digests(published: Published, algorithm: str) -> None:
+    model = inspect(published.reference, store=published.origin)
+    layer, *others = model.manifest.layers
+    other = replace(layer, digest=Digest.of(b"", algorithm))
+    manifest = replace(model.manifest, layers=(other, *others))
+    [component, *_] = checked(ml_bom(replace(model, manifest=manifest)))["components"]
+    [stated] = component["hashes"]
+    assert stated["alg"].replace("-", "").lower() == algorithm
+    assert stated["content"] == other.digest.encoded
 
 
 def test_the_same_model_gives_the_same_bytes(published: Published) -> None:
