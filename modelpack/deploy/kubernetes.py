@@ -91,6 +91,7 @@ DRAIN, STOP_TIMEOUT, _KILL = 15, 300, 15
 SCALED_BY = {"vllm_num_requests_waiting": "4", "vllm_kv_cache_usage_perc": "800m"}
 #: Seconds of lower load before a pod is removed, since a new one takes minutes to load.
 _SCALE_DOWN = 600
+_COMPONENT = "app.kubernetes.io/component"
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
 _LONGEST_NAME = 63
 #: A LeaderWorkerSet has a headless Service of its own name, so the workload's Service cannot have
@@ -232,7 +233,7 @@ class Workload:
     @property
     def labels(self) -> dict[str, str]:
         """The labels of all objects."""
-        return {"app.kubernetes.io/name": self.name, "app.kubernetes.io/component": "model"}
+        return {"app.kubernetes.io/name": self.name, _COMPONENT: "model"}
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of an object."""
@@ -322,7 +323,7 @@ def _replicas(workload: Workload) -> dict[str, int]:
 
 def _worker_labels(workload: Workload) -> dict[str, str]:
     """Return labels that the Service does not select: workers have no API."""
-    return {**workload.labels, "app.kubernetes.io/component": "model-worker"}
+    return {**workload.labels, _COMPONENT: "model-worker"}
 
 
 def _disruption_budget(workload: Workload) -> list[dict[str, Any]]:
@@ -332,9 +333,17 @@ def _disruption_budget(workload: Workload) -> list[dict[str, Any]]:
     """
     if workload.most_replicas < 2:
         return []
-    selector = {name: value for name, value in workload.labels.items()
-                if workload.nodes == 1 or not name.endswith("/component")}  # fmt: skip
-    spec = {"maxUnavailable": 1, "selector": {"matchLabels": selector}}
+    selector: dict[str, Any] = {"matchLabels": workload.labels}
+    if workload.nodes > 1:
+        # Not the name alone: a gateway's pods have it and a budget of their own, and a pod with two
+        # budgets cannot be evicted.
+        components = [labels[_COMPONENT] for labels in (workload.labels, _worker_labels(workload))]
+        others = {name: value for name, value in workload.labels.items() if name != _COMPONENT}
+        selector = {
+            "matchLabels": others,
+            "matchExpressions": [{"key": _COMPONENT, "operator": "In", "values": components}],
+        }
+    spec = {"maxUnavailable": 1, "selector": selector}
     return [manifest("policy/v1", "PodDisruptionBudget", workload, spec)]
 
 

@@ -30,6 +30,7 @@ from tests.models import FIXTURES, package, tiny_gguf, tiny_safetensors
 
 VERSIONS = ("1.35", "1.37")
 GPU = "nvidia.com/gpu"
+COMPONENT = "app.kubernetes.io/component"
 IMAGE = "registry.example/team/tiny-image@sha256:" + "a" * 64
 
 
@@ -153,6 +154,43 @@ def test_nodes_drain_one_of_several_pods_at_a_time(published: tuple[str, str]) -
     assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
     scaled = objects(published[0], "--max-replicas", "2")
     assert "PodDisruptionBudget" in [item["kind"] for item in scaled]
+
+
+@pytest.mark.parametrize(("engine", "nodes"), [("vllm", 1), ("vllm", 2), ("modelpack", 1)])
+@pytest.mark.parametrize(
+    "scale", [("--replicas", "1"), ("--replicas", "2"), ("--max-replicas", "2")]
+)
+@pytest.mark.parametrize("gateway", [(), ("--gateway",)])
+def test_a_pod_has_one_budget(
+    published: tuple[str, str],
+    engine: str,
+    nodes: int,
+    scale: tuple[str, str],
+    gateway: tuple[str, ...],
+) -> None:
+    """The API refuses to evict a pod that two budgets select."""
+    options = ("--engine", engine, "--nodes", str(nodes), *scale, *gateway)
+    found = objects(published[0], *options)
+    selectors = [one["spec"]["selector"] for one in found if one["kind"] == "PodDisruptionBudget"]
+    pods = 0
+    for item in found:
+        group = item["spec"].get("leaderWorkerTemplate", item["spec"])
+        for name in ("template", "leaderTemplate", "workerTemplate"):
+            if name in group:
+                labels = group[name]["metadata"]["labels"]
+                is_alone = scale == ("--replicas", "1") and labels[COMPONENT] != "gateway"
+                assert sum(selects(one, labels) for one in selectors) == (0 if is_alone else 1)
+                pods += 1
+    assert pods == nodes + len(gateway)
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a label selector of Kubernetes, with the operator In, selects labels."""
+    expressions = selector.get("matchExpressions", [])
+    assert {one["operator"] for one in expressions} <= {"In"}
+    return selector["matchLabels"].items() <= labels.items() and all(
+        labels.get(one["key"]) in one["values"] for one in expressions
+    )
 
 
 def test_prometheus_finds_the_port_of_the_service(published: tuple[str, str]) -> None:
@@ -334,10 +372,6 @@ def test_groups_of_nodes_scale_and_drain(published: tuple[str, str]) -> None:
     target = kinds["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert target == {"apiVersion": made["apiVersion"], "kind": made["kind"],
                       "name": made["metadata"]["name"]}  # fmt: skip
-    selected = kinds["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"].items()
-    group = made["spec"]["leaderWorkerTemplate"]
-    for name in ("leaderTemplate", "workerTemplate"):
-        assert selected <= group[name]["metadata"]["labels"].items()
     plain = objects(published[0], "--nodes", "2")
     assert leader_worker_set(plain)["spec"]["replicas"] == 1
 
