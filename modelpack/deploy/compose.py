@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modelpack.deploy.local_server import LocalServer
-from modelpack.errors import ConflictError, UsageError
+from modelpack.errors import ConflictError, UnsupportedError, UsageError
 from modelpack.registry.http_errors import shown
 
 #: The output of `metadata`: the options of a service that Compose passes to `up`.
@@ -112,7 +112,13 @@ def install_plugins(
 
     The default directory is Docker's plugin directory of the user. If it contains a plugin of the
     same name from another vendor, raises `ConflictError` and writes nothing, unless `force` is set.
+    The plugins need a Python interpreter: raises `UnsupportedError` in the single binary.
     """
+    if getattr(sys, "frozen", False):
+        raise UnsupportedError(
+            "the binary cannot install plugins: they run with Python",
+            hint="install modelpack with pip, and run modelpack compose install",
+        )
     config = os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker"
     directory = directory or Path(config, "cli-plugins")
     paths = [directory / name for name in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,14 @@ def test_plugins_replace_only_our_own(tmp_path: Path) -> None:
     install_plugins(["docker-model"], tmp_path, force=True)
     assert install_plugins(["docker-model"], tmp_path) == [theirs]
     assert {path.name for path in tmp_path.iterdir()} == {"docker-model"}
+
+
+def test_the_binary_writes_no_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    refused = run("compose", "install", "--directory", str(tmp_path))
+    assert refused.code == 1
+    assert "the binary cannot install plugins" in refused.err
+    assert not [*tmp_path.iterdir()]
 
 
 def plugin(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
