@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -31,6 +32,7 @@ from modelpack.cli.options import (
 from modelpack.cli.output import full_reference, human_size, note, plural, show, shown_progress
 from modelpack.cli.trust import private_key
 from modelpack.errors import UsageError
+from modelpack.hub.objects import ObjectAddress
 from modelpack.operations.adapters import package_adapter
 from modelpack.operations.convert import FORMS, PLATFORMS, Form
 from modelpack.operations.convert import convert as convert_model
@@ -44,8 +46,28 @@ from modelpack.progress import Action, Progress, ProgressCallback
 from modelpack.store.layout import LayoutStore
 from modelpack.trust.provenance import Resource
 
-# Packaging reports files that cannot be read, with the exit code of a denied permission.
-PATH = click.Path(path_type=Path, readable=False)
+
+class _Path(click.Path):
+    """A path of files to package.
+
+    Packaging reports files that cannot be read, with the exit code of a denied permission.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, readable=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; refuse an address of objects and "", which `Path` reads as "."."""
+        if value == "":
+            raise UsageError(
+                "expected a path, got an empty text", hint="write . for this directory"
+            )
+        if ObjectAddress.parse(str(value)) is not None:
+            raise UsageError(f"{value} is not a path", hint=f"give --from {value}")
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path()
 # Bits per weight by the value of --quantize.
 _BITS = {"q4": 4, "q8": 8}
 # The inputs with a model's weights.
@@ -153,6 +175,8 @@ def package(
     PATH is a GGUF or DDUF file or a directory with weights, as for the options. The same files give
     the same digest on every machine.
     """
+    if len(paths) > 1:
+        raise UsageError(f"expected one PATH, got {' and '.join(map(str, paths))}")
     for path in paths:
         _add_path(inputs, path)
     beside = adapter or drafter
@@ -160,7 +184,7 @@ def package(
         _check_extra(adapter, drafter, base, from_model, quantize, inputs)
     elif from_model is None and not any(inputs[name] for name in _WEIGHTS):
         hint = "give a PATH before REFERENCE, or --adapter, --drafter or --from"
-        if Path(reference).exists():
+        if os.path.exists(reference):  # Path's raises for a name that is too long
             hint = f"name the model too: modelpack package {reference} NAME"
         raise UsageError("no files to package", hint=hint)
     if push and dry_run:
@@ -227,7 +251,8 @@ def _check_extra(
 
 def _add_path(inputs: dict[str, Any], path: Path) -> None:
     """Set the option of `package` that a path without an option is for."""
-    option = "safetensors_dir" if path.is_dir() else "dduf" if path.suffix == ".dduf" else "gguf"
+    is_directory = os.path.isdir(path)  # Path's raises for a name that is too long
+    option = "safetensors_dir" if is_directory else "dduf" if path.suffix == ".dduf" else "gguf"
     if inputs[option] is not None:
         name = f"--{option.replace('_', '-')}"
         raise UsageError(
