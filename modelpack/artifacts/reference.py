@@ -81,7 +81,7 @@ class Reference:
             raise InvalidReferenceError(
                 f"{_shown(text)}: {registry!r} is not a registry host[:port]",
                 reference=text,
-                hint="leave out the scheme" if "://" in text else None,
+                hint=_hint(text),
             )
         check_repository(path, text)
         if tag is not None:
@@ -126,6 +126,12 @@ class Reference:
     def __str__(self) -> str:
         tag = f":{self.tag}" if self.tag else ""
         return self.name + tag + (f"@{self.digest}" if self.digest else "")
+
+
+def _hint(text: str) -> str | None:
+    if text.lower().startswith(("s3://", "gs://")):
+        return "run modelpack import, or modelpack package --from, for objects in a bucket"
+    return "leave out the scheme" if "://" in text else None
 
 
 def parse_full(text: str) -> Reference | None:

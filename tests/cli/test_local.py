@@ -334,6 +334,7 @@ def test_reading_does_not_create_the_default_store(
         (["inspect", "UPPER//x"], 2, "invalid reference"),
         (["package", "x:1"], 2, "give a PATH before REFERENCE"),
         (["tag", "x:1", "https://registry.example/x:1"], 2, "hint: leave out the scheme"),
+        (["pull", "s3://bucket/a"], 2, "hint: run modelpack import"),
         (["package", "--gguf", "/no/such/file.gguf", "x:1"], 3, "/no/such/file.gguf"),
         (["package", "--gguf", "a", "--dduf", "b", "x:1"], 2, "--dduf"),
         (["package", "--format", "zip", "--gguf", "a", "x:1"], 2, "zip"),
