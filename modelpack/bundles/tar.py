@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn, Protocol
 
 from modelpack.artifacts.digest import Digest, new_hasher
 from modelpack.artifacts.model import Archive, ModelFile
@@ -70,6 +70,10 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes:
         """Return up to `size` bytes, b"" at the end."""
         ...
+
+
+#: How gzip, zstd and xz start; none is UTF-8, as the name of a first file is.
+_COMPRESSED: Final = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +248,8 @@ class TarReader:
             data = self._stream.read(size)
             if not data:
                 self._fail("it ends inside a header, or without the blocks that mark its end")
+            if not self._offset and data.startswith(_COMPRESSED):
+                raise FormatError("is compressed: decompress it first", path=self._what)
             self._offset += len(data)
             size -= len(data)
             parts.append(data)

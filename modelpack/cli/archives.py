@@ -291,17 +291,17 @@ def import_models(
             )
         _import_objects(settings, address, where, remote)
         return
-    if Path(name).is_dir() or Path(name).suffix.lower() in _WEIGHTS:
+    if os.path.isdir(name) or Path(name).suffix.lower() in _WEIGHTS:
         raise UsageError(
             f"{name} is not an archive, but the files of a model",
             hint=f"run modelpack package {name} NAME",
         )
-    if name == "-" or Path(name).is_file():
+    if name == "-" or os.path.isfile(name):
         _import_archive(settings, name, where, remote)
         return
     source = HubReference.parse(name)
     if source is None:
-        if Path(name).suffix in _ARCHIVES:
+        if Path(name).suffix.lower() in _ARCHIVES:
             raise NotFoundError(f"no such file: {name}", hint="check the path")
         raise UsageError(
             f"{name!r} is not an archive, a model of the Hugging Face Hub or objects in a bucket",

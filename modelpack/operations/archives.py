@@ -289,9 +289,9 @@ def _read_blobs(
 
 
 def _path_of(stream: IO[bytes]) -> str:
-    """Return the path of an open file, for errors; "archive" for other streams."""
+    """Return the path of an open file, for errors; "archive" for other streams, also stdin."""
     name = getattr(stream, "name", None)
-    return name if isinstance(name, str) else "archive"
+    return name if isinstance(name, str) and name != "<stdin>" else "archive"
 
 
 def _keep_layout(store: LayoutStore, index: Index, where: Reference | None) -> tuple[Imported, ...]:

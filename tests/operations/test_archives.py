@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import lzma
 import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 import modelpack
 from modelpack import errors
@@ -191,9 +194,19 @@ def test_archives_that_are_none_are_named(tmp_path: Path) -> None:
     refused = command("import", text, "--store", tmp_path / "store")
     assert refused.code == 1
     assert f"error: {text} at byte 0: is not a valid tar archive" in refused.err
-    missing = command("import", "nope.tar", "--store", tmp_path / "store")
-    assert missing.code == 3
-    assert "error: no such file: nope.tar" in missing.err
+    for name in ("nope.tar", "nope.TAR.GZ"):
+        missing = command("import", name, "--store", tmp_path / "store")
+        assert missing.code == 3
+        assert f"error: no such file: {name}" in missing.err
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress, zstandard.compress])
+def test_compressed_archives_are_named(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "model.tar"
+    path.write_bytes(compress(bytes(1024)))
+    refused = command("import", path, "--store", tmp_path / "store")
+    assert refused.code == 1
+    assert f"error: {path}: is compressed: decompress it first" in refused.err
 
 
 def test_weights_are_no_archive(tmp_path: Path) -> None:
