@@ -241,7 +241,8 @@ def k8s(
         objects = behind_gateway(workload, keys_secret) if gateway else deployment(workload)
     if helm is not None:
         called = replace(workload, name=name or default_name(wanted)).name  # checks the name
-        write_files(helm, chart(called, model, workload.pinned, objects), "a chart")
+        files = chart(called, model, workload.pinned, objects, needs_key=keys_secret is not None)
+        write_files(helm, files, "a chart")
         show(settings, {"chart": str(helm)}, str(helm))
     elif kustomize is not None:
         write_files(kustomize, kustomization(objects), "a base")

@@ -34,7 +34,7 @@ _NOTES: Final = """\
 is served by Service {{{{ .Release.Name }}}} in namespace {{{{ .Release.Namespace }}}}. To try it:
 
   kubectl -n {{{{ .Release.Namespace }}}} port-forward service/{{{{ .Release.Name }}}} 8080:{{{{ .Values.service.port }}}}
-  curl http://localhost:8080/v1/models
+  curl {header}http://localhost:8080/v1/models
 """  # noqa: E501 - one command
 
 
@@ -43,10 +43,12 @@ def chart(
     model: Model,
     pinned: str,
     objects: Sequence[Mapping[str, Any]],
+    *,
+    needs_key: bool = False,
 ) -> dict[str, str]:
     """Return the files of a chart by path: the objects of a workload that is named RELEASE.
 
-    `pinned` is the model's reference by digest.
+    `pinned` is the model's reference by digest. With `needs_key`, the server requires an API key.
     """
     values: dict[str, Any] = {}
     made = [_templated(deepcopy(dict(item)), values) for item in objects]
@@ -65,7 +67,9 @@ def chart(
         "values.yaml": to_yaml([values]),
         "values.schema.json": json.dumps(_schema(values), indent=2) + "\n",
         "templates/model.yaml": text,
-        "templates/NOTES.txt": _NOTES.format(model=pinned),
+        "templates/NOTES.txt": _NOTES.format(
+            model=pinned, header='-H "Authorization: Bearer KEY" ' if needs_key else ""
+        ),
     }  # fmt: skip
 
 

@@ -24,6 +24,18 @@ from tests.peers import require
 OWN = ("--engine", "modelpack")
 
 
+#: Options of `k8s`, the same ones for all engines.
+SHAPES = {
+    "one pod": OWN,
+    "vllm": ("--gpus", "2", "--pull-secret", "login"),
+    "autoscaled": (*OWN, "--replicas", "2", "--max-replicas", "5", "--monitor"),
+    "gateway": (*OWN, "--gateway", "--monitor", "--replicas", "2", "--keys-secret", "keys"),
+    "nodes": ("--nodes", "2", "--gpus", "8", "--max-replicas", "2"),
+    "nodes behind a gateway": ("--nodes", "2", "--gateway"),
+    "names": (*OWN, "--served-model-name", "a {{ .Values.b }} c", "--allow-host", "ai.example"),
+}
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A model in a registry: its reference and digest."""
@@ -69,6 +81,17 @@ def test_the_files_of_a_chart(published: tuple[str, str], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("options", "header"),
+    [(("--gateway",), ""), (SHAPES["gateway"], '-H "Authorization: Bearer KEY" ')],
+)
+def test_the_notes_have_the_key_that_the_server_requires(
+    published: tuple[str, str], tmp_path: Path, options: tuple[str, ...], header: str
+) -> None:
+    notes = (chart(published, tmp_path, *options) / "templates" / "NOTES.txt").read_text()
+    assert f"  curl {header}http://localhost:8080/v1/models\n" in notes
+
+
+@pytest.mark.parametrize(
     ("options", "problem"),
     [
         (("--kserve",), "--helm cannot be combined with --kserve"),
@@ -92,18 +115,6 @@ def test_directories_that_are_not_empty(published: tuple[str, str], tmp_path: Pa
         assert done.code == 2
         assert f"cannot write a chart to {directory}" in done.err
     assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
-
-
-#: Options of `k8s`, the same ones for all engines.
-SHAPES = {
-    "one pod": OWN,
-    "vllm": ("--gpus", "2", "--pull-secret", "login"),
-    "autoscaled": (*OWN, "--replicas", "2", "--max-replicas", "5", "--monitor"),
-    "gateway": (*OWN, "--gateway", "--monitor", "--replicas", "2", "--keys-secret", "keys"),
-    "nodes": ("--nodes", "2", "--gpus", "8", "--max-replicas", "2"),
-    "nodes behind a gateway": ("--nodes", "2", "--gateway"),
-    "names": (*OWN, "--served-model-name", "a {{ .Values.b }} c", "--allow-host", "ai.example"),
-}
 
 
 @pytest.mark.long  # helm is compiled, the first time
