@@ -181,15 +181,18 @@ class Workload:
                 f"--max-replicas {self.max_replicas} with --replicas {self.replicas}: expected "
                 "at least 1 replica, and no more than the maximum"
             )
-        if self.engine == "modelpack" and self.model_image:
+        if self.engine == "modelpack" and (self.model_image or self.nodes > 1):
+            option = "--model-image" if self.model_image else "--nodes"
+            if self.model.config.format == "gguf":
+                raise UsageError(
+                    f"{option} cannot be used: {self.reference.familiar} is a GGUF file, which "
+                    "only --engine modelpack serves",
+                    hint=f"leave out {option}",
+                )
+            why = "" if self.model_image else ": it runs on one node"
             raise UsageError(
-                "--engine modelpack cannot be combined with --model-image",
-                hint="leave out --model-image, or give --engine vllm",
-            )
-        if self.engine == "modelpack" and self.nodes > 1:
-            raise UsageError(
-                "--engine modelpack cannot be combined with --nodes: it runs on one node",
-                hint="leave out --nodes, or give --engine vllm",
+                f"--engine modelpack cannot be combined with {option}{why}",
+                hint=f"leave out {option}, or give --engine vllm",
             )
         if self.engine == "vllm" and not self.gpus:
             raise UsageError(

@@ -431,6 +431,11 @@ def test_a_gguf_model_is_not_for_vllm(tmp_path: Path) -> None:
         assert refused.code == 2
         assert "it is a GGUF file" in refused.err
         assert "--engine modelpack" in refused.err
+        for option, value in (("--nodes", "2"), ("--model-image", IMAGE)):
+            refused = run("k8s", name, option, value)
+            assert refused.code == 2
+            assert "is a GGUF file, which only --engine modelpack serves" in refused.err
+            assert refused.err.endswith(f"hint: leave out {option}\n")
         assert objects(name) == objects(name, "--engine", "modelpack")
 
 
