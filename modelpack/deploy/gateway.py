@@ -13,6 +13,7 @@ from modelpack.deploy.kubernetes import (
     STOP_TIMEOUT,
     TEMPORARY,
     Workload,
+    check_secret,
     deployment,
     host_options,
     manifest,
@@ -39,8 +40,11 @@ def behind_gateway(workload: Workload, keys_secret: str | None = None) -> list[d
     sends prompts that begin alike to the same pod, and leaves pods that stop. `keys_secret` names
     a Secret with the API keys that the gateway requires.
 
-    Raises `UsageError` if the names of its objects would be too long.
+    Raises `UsageError` if the names of its objects would be too long, and for an invalid name of a
+    Secret.
     """
+    if keys_secret is not None:
+        check_secret("--keys-secret", keys_secret)
     if len(workload.name) > _LONGEST_NAME:
         raise UsageError(
             f"name {workload.name!r} is too long for --gateway: expected at most {_LONGEST_NAME} "

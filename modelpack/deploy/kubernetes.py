@@ -94,6 +94,9 @@ _SCALE_DOWN = 600
 _COMPONENT = "app.kubernetes.io/component"
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
 _LONGEST_NAME = 63
+_LABEL = r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?"
+_SECRET_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\Z")
+_LONGEST_SECRET_NAME = 253
 #: A LeaderWorkerSet has a headless Service of its own name, so the workload's Service cannot have
 #: that name. The names of its StatefulSets and their revisions are longer, and limited too.
 _NODES, LONGEST_NODES_NAME = "nodes", 40
@@ -176,6 +179,8 @@ class Workload:
                     f"{what} {text!r} is not a valid Kubernetes name: expected a letter, "
                     f"then up to {most - 1} of a-z, 0-9 and -"
                 )
+        if self.pull_secret is not None:
+            check_secret("--pull-secret", self.pull_secret)
         if self.max_replicas is not None and not 1 <= self.replicas <= self.max_replicas:
             raise UsageError(
                 f"--max-replicas {self.max_replicas} with --replicas {self.replicas}: expected "
@@ -245,6 +250,15 @@ class Workload:
             made["namespace"] = self.namespace
         made["annotations"] = {"modelpack.artifacts.model": self.pinned}
         return made
+
+
+def check_secret(option: str, name: str) -> None:
+    """Raise `UsageError` if `name` cannot be that of a Secret."""
+    if not _SECRET_NAME.match(name) or len(name) > _LONGEST_SECRET_NAME:
+        raise UsageError(
+            f"{option} {name[:300]!r} is not a valid name of a Secret: expected up to "
+            f"{_LONGEST_SECRET_NAME} of a-z, 0-9, - and ., with a letter or a digit at each end"
+        )
 
 
 def default_name(reference: Reference) -> str:
