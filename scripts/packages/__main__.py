@@ -42,8 +42,14 @@ PYTHONPATH=$root/site exec {python} -s -m modelpack "$@"
 
 #: Our own commands start others by `sys.executable -m modelpack`, which is the binary itself.
 _ENTRY = """\
+import os
 import sys
 
+# PyInstaller's libraries are not for the programs that this one starts, such as git.
+original = os.environ.pop("LD_LIBRARY_PATH_ORIG", None)
+os.environ.pop("LD_LIBRARY_PATH", None)
+if original is not None:
+    os.environ["LD_LIBRARY_PATH"] = original
 if sys.argv[1:3] == ["-m", "modelpack"]:
     del sys.argv[1:3]
 from modelpack.cli.main import main

@@ -109,6 +109,21 @@ def test_a_binary_without_python(tmp_path: Path) -> None:
         done = subprocess.run([*command, *more], env={"HOME": str(tmp_path)}, check=True,
                               capture_output=True, text=True)  # fmt: skip
         assert said in done.stdout
+    helper, seen = tmp_path / "bin" / "docker-credential-seen", tmp_path / "seen"
+    helper.parent.mkdir()
+    # The helper starts the binary too, which must find its libraries.
+    helper.write_text(
+        f'#!/bin/sh\necho "${{LD_LIBRARY_PATH-unset}}" >> {seen}\n{command[0]} version >> {seen}\n'
+    )
+    helper.chmod(0o755)
+    (tmp_path / "config.json").write_text('{"credsStore": "seen"}')
+    for more_environ in ({}, {"LD_LIBRARY_PATH": "/its/own"}):
+        environ = {"PATH": f"{helper.parent}:/usr/bin:/bin", "DOCKER_CONFIG": str(tmp_path)}
+        subprocess.run([*command, "logout", "registry.example"], check=False,
+                       env={**environ, **more_environ})  # fmt: skip
+    [first, version, second, again] = seen.read_text().splitlines()
+    assert (first, second) == ("unset", "/its/own")
+    assert version == again == f"modelpack {__version__}"
 
 
 @pytest.mark.long
