@@ -226,24 +226,29 @@ def rm(settings: Settings, models: tuple[str, ...], force: bool) -> int:
     untagged: list[str] = []
     deleted: list[str] = []
     failures: list[ModelpackError] = []
+    failed: list[dict[str, str]] = []
     freed = 0
-    for name in models:
-        try:
-            removal = store.remove(name, force=force)
-        except ModelpackError as error:
-            failures.append(error)
-            if not settings.json:
-                show_error(error)
-            continue
-        untagged += removal.untagged
-        deleted += [str(digest) for digest in removal.deleted]
-        freed += removal.bytes_freed
-    lines = [f"Untagged: {name}" for name in untagged]
-    lines += [f"Deleted: {digest}" for digest in deleted]
-    if lines:
-        value = {"untagged": untagged, "deleted": deleted, "bytesFreed": freed}
+    try:
+        for name in models:
+            try:
+                removal = store.remove(name, force=force)
+            except ModelpackError as error:
+                failures.append(error)
+                failed.append({"name": name, "error": str(error)})
+                if not settings.json:
+                    show_error(error)
+                continue
+            untagged += removal.untagged
+            deleted += [str(digest) for digest in removal.deleted]
+            freed += removal.bytes_freed
+    finally:
+        # What was removed is reported after Ctrl-C too.
+        lines = [f"Untagged: {name}" for name in untagged]
+        lines += [f"Deleted: {digest}" for digest in deleted]
+        value = {"untagged": untagged, "deleted": deleted, "bytesFreed": freed, "failed": failed}
         show(settings, value, "\n".join(lines))
-        note(settings, f"freed {human_size(freed)}")
+        if lines:
+            note(settings, f"freed {human_size(freed)}")
     if failures and settings.json:
         raise failures[0]
     return exit_status(failures[0]) if failures else 0

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from modelpack.artifacts.digest import Digest
+from modelpack.store.deletion import Removal
+from modelpack.store.layout import LayoutStore
 from tests.cli.running import modelpack, succeed
 from tests.models import tiny_gguf, tiny_safetensors
 
@@ -207,6 +209,35 @@ def test_rm_goes_on_after_a_failure(packaged: str) -> None:
     ]
     assert result.err.count("error: no such model") == 1
     assert "freed" in result.err
+
+
+def test_rm_reports_every_failure_in_json(packaged: str) -> None:
+    result = modelpack("rm", "--json", "nobody/one", "team/tiny:v1", "nobody/two")
+    assert result.code == 3
+    value = json.loads(result.out)
+    assert value["deleted"] == [packaged]
+    assert [one["name"] for one in value["failed"]] == ["nobody/one", "nobody/two"]
+    assert all("no such model" in one["error"] for one in value["failed"])
+    assert json.loads(result.err.splitlines()[-1])["error"]["exitCode"] == 3
+
+
+def test_rm_reports_what_it_removed_before_an_interruption(
+    packaged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = LayoutStore.remove
+
+    def interrupted(store: LayoutStore, name: str, *, force: bool) -> Removal:
+        if name == "interrupted":
+            raise KeyboardInterrupt
+        return remove(store, name, force=force)
+
+    monkeypatch.setattr(LayoutStore, "remove", interrupted)
+    result = modelpack("rm", "team/tiny:v1", "interrupted", "never")
+    assert result.code == 130
+    assert result.out.splitlines() == [
+        "Untagged: docker.io/team/tiny:v1",
+        f"Deleted: {packaged}",
+    ]
 
 
 def test_package_takes_a_path_without_an_option(gguf: Path, tmp_path: Path) -> None:
