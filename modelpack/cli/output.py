@@ -133,7 +133,7 @@ _VERBS = {
 }
 _SECONDS_BETWEEN_LINES = 5.0
 # What differs between the messages of several blobs that fail for one reason.
-_VARYING = re.compile(r"sha\d+:[0-9a-f]+|\d+(\.\d+)?")
+_VARYING = re.compile(r"(sha\d+|blake3):[0-9a-f]+|\d+(\.\d+)?")
 
 
 @contextmanager

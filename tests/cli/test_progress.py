@@ -46,11 +46,13 @@ def stored(completed: int, name: str = "a.gguf") -> Progress:
          False,
          ["retry: blob sha256:00: refused; again in 0 s",
           "retry: blob sha256:06: refused; again in 6 s"]),
+        ([(0, Progress(Action.RETRY, message=f"blob blake3:{kind}0: refused")) for kind in "abc"],
+         False, ["retry: blob blake3:a0: refused"]),
         ([(0, Progress(Action.RETRY, message="refused")), (1, Progress(Action.RETRY, message="x"))],
          False, ["retry: refused", "retry: x"]),
     ],
     ids=["quick", "every file", "long", "many files", "unknown size", "note", "retries",
-         "other reasons"],
+         "retries of BLAKE3", "other reasons"],
 )  # fmt: skip
 def test_lines(
     capsys: pytest.CaptureFixture[str],
