@@ -335,7 +335,7 @@ def up(models: tuple[str, ...], context_size: int, runtime_flags: str, service: 
 @compose.command()
 @_SERVICE
 def down(service: str | None) -> None:
-    """Do nothing: the server unloads idle models, and other projects may use it."""
+    """Leave the server running: it unloads idle models, and other projects may use it."""
 
 
 @compose.command()
@@ -350,7 +350,7 @@ def down(service: str | None) -> None:
 @click.option("--force", is_flag=True, help="Replace a plugin of another vendor.")
 @common_options_without("store", "progress")
 def install(settings: Settings, models: bool, directory: Path | None, force: bool) -> None:
-    """Install the plugin `docker modelpack` and, with --models, `docker model`."""
+    """Install the plugin `docker modelpack`; with --models, also `docker model`."""
     from modelpack.deploy.compose import install_plugins
 
     names = ["docker-modelpack", *(["docker-model"] if models else [])]

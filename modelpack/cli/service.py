@@ -40,7 +40,7 @@ def install(
     prints: bool,
     no_start: bool,
 ) -> None:
-    """Start `modelpack serve`, `registry serve` or `gateway` with OPTIONS, now and at each login.
+    """Start a server now and at each login: `serve`, `registry serve` or `gateway`, with OPTIONS.
 
     An installed service of the same kind is replaced. Relative paths in OPTIONS are relative to
     the current directory.
