@@ -258,7 +258,7 @@ class KeylessSigner:
             with SigningContext.from_trust_config(self._config).signer(self._token) as signer:
                 return signer
         except Exception as error:  # the client of Fulcio publishes none
-            refusal = _refusal(error)
+            refusal = _refusal(error, str(self._token))
             if refusal is None:
                 raise
             raise AuthError(
@@ -344,16 +344,16 @@ def _translated(name: str) -> Iterator[None]:
         raise RemoteUnavailableError(f"{name} did not sign: {reason}") from error
 
 
-def _refusal(error: Exception) -> str | None:
-    """Return the message of Fulcio if it refused a request, None for any other error."""
+def _refusal(error: Exception, secret: str) -> str | None:
+    """Return the message of Fulcio, without `secret`, if it refused a request, else None."""
     response = getattr(error.__cause__, "response", None)
     if response is None or response.status_code not in (400, 401, 403):
         return None
     try:
-        message = response.json()["message"]
+        message = str(response.json()["message"]).replace(secret, "***")
     except (ValueError, LookupError, TypeError):
-        message = f"HTTP status {response.status_code}"
-    return _reason(ValueError(message))
+        message = ""
+    return _reason(ValueError(message or f"HTTP status {response.status_code}"))
 
 
 class _OtherSignerError(Exception):

@@ -36,6 +36,25 @@ from tests.supply.private_sigstore import STAMPS, PrivateSigstore, new_key
 TOOLS = ("fulcio", "tesseract/posix", "rekor-server/posix", "timestamp-server", "cosign")
 _PATIENCE = 60
 _PASSWORD = "a password"
+#: The claims of a job in GitHub's documents, "OpenID Connect reference".
+_JOB = {
+    "job_workflow_ref": "team/model/.github/workflows/release.yml@refs/heads/main",
+    "job_workflow_sha": "0" * 40,
+    "workflow_ref": "team/model/.github/workflows/release.yml@refs/heads/main",
+    "workflow_sha": "0" * 40,
+    "workflow": "release",
+    "repository": "team/model",
+    "repository_id": "1",
+    "repository_owner": "team",
+    "repository_owner_id": "2",
+    "repository_visibility": "public",
+    "ref": "refs/heads/main",
+    "sha": "0" * 40,
+    "event_name": "push",
+    "runner_environment": "github-hosted",
+    "run_id": "3",
+    "run_attempt": "1",
+}
 #: The timestamp authority always binds this port, for metrics, and ends where it cannot.
 _METRICS = 2112
 
@@ -53,15 +72,22 @@ class Issuer:
     url: str
     key: ec.EllipticCurvePrivateKey = field(default_factory=new_key)
 
-    def token(self, email: str, **claims: Any) -> str:
-        """Return a token for the audience sigstore; `claims` replace the usual ones."""
+    def token(self, email: str, verified: bool = True) -> str:
+        """Return a token of a user."""
+        return self._token(email, {"email": email, "email_verified": verified})
+
+    def _token(self, subject: str, claims: dict[str, Any]) -> str:
         now = int(time.time())
-        usual = {"iss": self.url, "sub": email, "aud": "sigstore", "iat": now, "exp": now + 300}
-        email_claims = {"email": email, "email_verified": True}
-        return jwt.encode({**usual, **email_claims, **claims}, self.key, "ES256")
+        usual = {"iss": self.url, "sub": subject, "aud": "sigstore", "iat": now, "exp": now + 300}
+        return jwt.encode(usual | claims, self.key, "ES256")
 
     def document(self, path: str) -> dict[str, Any]:
-        """Return the response to a GET (OpenID Connect Discovery 1.0, 4; RFC 7517)."""
+        """Return the response to a GET (OpenID Connect Discovery 1.0, 4; RFC 7517).
+
+        Under /job it is the token of a job of GitHub Actions, for the audience sigstore.
+        """
+        if path.startswith("/job"):
+            return {"value": self._token("repo:team/model:ref:refs/heads/main", _JOB)}
         if path == "/keys":
             return {
                 "keys": [jwt.algorithms.ECAlgorithm.to_jwk(self.key.public_key(), as_dict=True)]
@@ -77,9 +103,13 @@ class Issuer:
 
 @dataclass(frozen=True)
 class Stack:
-    """The addresses of the services, and the trusted root of their clients."""
+    """The addresses of the services, and the trusted root of their clients.
+
+    `issuer` issues the tokens of users, `jobs` those of jobs of GitHub Actions.
+    """
 
     issuer: Issuer
+    jobs: Issuer
     fulcio: str
     rekor: str
     stamps: str
@@ -147,10 +177,13 @@ def running(directory: Path) -> Iterator[Stack]:
     """Run the services within the context; their logs are in `directory`."""
     keys = PrivateSigstore()
     with ExitStack() as stack:
-        issuer = stack.enter_context(issuing())
+        issuer, jobs = stack.enter_context(issuing()), stack.enter_context(issuing())
         ports = [free_port() for _ in range(8)]
         _write_keys(keys, directory)
-        issuers = {issuer.url: {"IssuerURL": issuer.url, "ClientID": "sigstore", "Type": "email"}}
+        issuers = {
+            one.url: {"IssuerURL": one.url, "ClientID": "sigstore", "Type": kind}
+            for one, kind in ((issuer, "email"), (jobs, "github-workflow"))
+        }
         (directory / "fulcio.json").write_text(json.dumps({"OIDCIssuers": issuers}))
 
         def start(tool: str, port: int, *arguments: str) -> str:
@@ -187,7 +220,7 @@ def running(directory: Path) -> Iterator[Stack]:
             "--timestamp-signer=file", "--file-signer-key-path=times.pem",
             "--certificate-chain-path=times-chain.pem", "--disable-ntp-monitoring",
         )  # fmt: skip
-        yield Stack(issuer, fulcio, rekor, f"{stamps}{STAMPS}", keys.trusted_root())
+        yield Stack(issuer, jobs, fulcio, rekor, f"{stamps}{STAMPS}", keys.trusted_root())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tests.interop.sigstore_stack import Issuer, Stack, issuing, running, sigsto
 from tests.interop.test_cosign_cli import Cosign, binary  # noqa: F401 - a fixture
 from tests.models import tiny_safetensors
 from tests.supply.conftest import Published, publishing
+from tests.supply.private_sigstore import IDENTITY
 
 pytestmark = [pytest.mark.peer("go"), pytest.mark.long]
 
@@ -107,6 +108,24 @@ def test_what_cosign_signs(
     assert verify(published, tmp_path, SOMEBODY, sigstore.issuer.url) == 5
 
 
+def test_a_job_of_github_actions(
+    sigstore: Stack,
+    published: Published,
+    cosign: Cosign,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    issuer = sigstore.jobs.url
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "any")
+    monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_URL", f"{issuer}/job?version=2")
+    config = str(tmp_path / "config.json")
+    assert run(["sign", published.reference, "--keyless", "--trust-config", config]) == 0
+    assert verify(published, tmp_path, IDENTITY, issuer) == 0
+    assert verify(published, tmp_path, IDENTITY.replace("main", "other"), issuer) == 5
+    assert cosign_verifies(cosign, published, IDENTITY, issuer)
+
+
 def test_fulcio_refuses_a_token(
     sigstore: Stack, published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,7 +135,7 @@ def test_fulcio_refuses_a_token(
         for token, issuer in (
             (other.token(ME), other.url),
             (Issuer(ours.url).token(ME), ours.url),  # by another key
-            (ours.token(ME, email_verified=False), ours.url),
+            (ours.token(ME, verified=False), ours.url),
         ):
             assert run(["sign", published.reference, *keyless(tmp_path, token)]) == 4
             shown = capsys.readouterr().err

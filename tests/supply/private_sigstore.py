@@ -547,7 +547,8 @@ def serving(sigstore: PrivateSigstore, rekor: int = 1) -> Iterator[Served]:
                 self.close_connection = True
                 return
             if self.path in served.fails:
-                self._reply(served.fails[self.path], {"code": 1, "message": "it fails"})
+                message = f"it fails: {self.headers.get('Authorization')}"
+                self._reply(served.fails[self.path], {"code": 1, "message": message})
                 return
             if self.path == STAMPS:
                 self._send(200, served.stamp(raw), {"Content-Type": "application/timestamp-reply"})

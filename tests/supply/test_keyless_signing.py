@@ -208,8 +208,8 @@ def test_without_a_token(
     [
         (CERTIFICATES, 500, "did not sign: 500 Server Error", 6),
         (CERTIFICATES, 429, "did not sign: 429 Client Error", 6),
-        (CERTIFICATES, 400, f"for the identity token of {ISSUER}: it fails", 4),
-        (CERTIFICATES, 401, f"for the identity token of {ISSUER}: it fails", 4),
+        (CERTIFICATES, 400, f"for the identity token of {ISSUER}: it fails: Bearer ***", 4),
+        (CERTIFICATES, 401, f"for the identity token of {ISSUER}: it fails: Bearer ***", 4),
         (ENTRIES, 500, "did not sign", 6),
         (ENTRIES, 400, "did not sign", 6),
     ],
