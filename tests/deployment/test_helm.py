@@ -31,7 +31,7 @@ SHAPES = {
     "autoscaled": (*OWN, "--replicas", "2", "--max-replicas", "5", "--monitor"),
     "gateway": (*OWN, "--gateway", "--monitor", "--replicas", "2", "--keys-secret", "keys"),
     "nodes": ("--nodes", "2", "--gpus", "8", "--max-replicas", "2"),
-    "nodes behind a gateway": ("--nodes", "2", "--gateway"),
+    "nodes behind a gateway": ("--nodes", "2", "--gateway", "--replicas", "2"),
     "names": (*OWN, "--served-model-name", "a {{ .Values.b }} c", "--allow-host", "ai.example"),
 }
 
