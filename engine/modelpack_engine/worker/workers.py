@@ -202,6 +202,8 @@ def shared_workers(purpose: str = "render") -> Workers:
             _owner = os.getpid()
         if purpose not in _shared:
             memory = MAX_MEMORY if purpose == "render" else _MEDIA_MEMORY
-            _shared[purpose] = Workers(memory=memory, purpose=purpose)
+            # Videos wait with their files in memory, and each waiting job takes a thread.
+            waiting = 16 if purpose == "video" else 64
+            _shared[purpose] = Workers(memory=memory, purpose=purpose, waiting=waiting)
             atexit.register(_shared[purpose].close)
         return _shared[purpose]

@@ -43,10 +43,14 @@ MAX_REDIRECTS: Final = 3
 #: Seconds for one URL with its redirects, and for each connection.
 MAX_SECONDS: Final = 10.0
 CONNECT_SECONDS: Final = 5.0
-#: URLs that are fetched, or whose file is decoded, at a time: in all, and of one owner.
+#: URLs of pictures that are fetched, or whose file is decoded, at a time: in all, and of one owner.
 MAX_FETCHES: Final = 16
 MAX_FETCHES_OF_OWNER: Final = 4
 MAX_WAITING: Final = 64
+#: The same of videos, which are larger.
+MAX_VIDEO_FETCHES: Final = 4
+MAX_VIDEO_FETCHES_OF_OWNER: Final = 2
+MAX_VIDEOS_WAITING: Final = 16
 _MAX_ADDRESSES = 4  # of a host, to which connections are tried
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HEADERS = {
@@ -122,7 +126,10 @@ class MediaUrls:
     def __init__(self, hosts: Iterable[str]) -> None:
         """Raises `UsageError` for an invalid host."""
         self._hosts = tuple(MediaHost.parse(host) for host in hosts)
-        self._slots = _Slots()
+        self._slots = {
+            "image": _Slots(MAX_FETCHES, MAX_FETCHES_OF_OWNER, MAX_WAITING),
+            "video": _Slots(MAX_VIDEO_FETCHES, MAX_VIDEO_FETCHES_OF_OWNER, MAX_VIDEOS_WAITING),
+        }
 
     def check(self, url: str, param: str) -> None:
         """Raise `RequestError` for a URL that `fetched` would refuse before it connects."""
@@ -147,7 +154,7 @@ class MediaUrls:
         It counts as being fetched until the block ends, so that few files are in memory. Raises
         `RequestError`, which names `param`, and `QueueFullError` if too many URLs wait.
         """
-        with self._slots.taken(owner, param):
+        with self._slots[kind].taken(owner, param):
             limit = min(seconds, MAX_SECONDS)
             try:
                 data = in_loop(self._fetch(url, limit, max_bytes, kind))
@@ -269,7 +276,8 @@ async def _read(response: httpx.Response, max_bytes: int, kind: str) -> bytes | 
 class _Slots:
     """Limits how many URLs are fetched at a time, in all and of one owner. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int, most_of_owner: int, most_waiting: int) -> None:
+        self._most, self._most_of_owner, self._most_waiting = most, most_of_owner, most_waiting
         self._running: Counter[str] = Counter()
         self._waiting = 0
         self._changed = threading.Condition()
@@ -291,7 +299,7 @@ class _Slots:
         cancellation.set_end(self._wake)
         try:
             with self._changed:
-                if self._must_wait(owner) and self._waiting >= MAX_WAITING:
+                if self._must_wait(owner) and self._waiting >= self._most_waiting:
                     raise QueueFullError(
                         f"{self._waiting} requests wait for files to be fetched",
                         retry_after=RETRY_AFTER,
@@ -310,7 +318,7 @@ class _Slots:
             cancellation.set_end(None)
 
     def _must_wait(self, owner: str) -> bool:
-        return self._running[owner] >= MAX_FETCHES_OF_OWNER or self._running.total() >= MAX_FETCHES
+        return self._running[owner] >= self._most_of_owner or self._running.total() >= self._most
 
     def _wake(self) -> None:
         with self._changed:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, quote, urlsplit
 
 import anyio
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
                 while not self.server.release.is_set():
                     self.wfile.write(bytes(65536))
             case "/slow":
-                self._head(200, {"Content-Type": "image/png"})
+                self._head(200, {"Content-Type": given.get("type", "image/png")})
                 self.wfile.write(PNG[:9])
                 self.server.release.wait(30)
                 self.wfile.write(PNG[9:])
@@ -486,13 +486,27 @@ def test_tls(server: Pictures, net: Net, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "it redirects to a URL that is not allowed" in text
 
 
-def test_urls_wait_for_their_turn(server: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "most", "waiting"),
+    [
+        ("image", media_urls.MAX_FETCHES_OF_OWNER, "MAX_WAITING"),
+        ("video", media_urls.MAX_VIDEO_FETCHES_OF_OWNER, "MAX_VIDEOS_WAITING"),
+    ],
+)
+def test_urls_wait_for_their_turn(
+    kind: Literal["image", "video"],
+    most: int,
+    waiting: str,
+    server: Pictures,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """An owner takes few slots, leaves some to others, and too many waiting are refused."""
-    monkeypatch.setattr(media_urls, "MAX_WAITING", 1)
+    monkeypatch.setattr(media_urls, waiting, 1)
     urls = MediaUrls([f"127.0.0.1:{server.port}"])
 
     def work(owner: str, path: str) -> bytes:
-        given = {"owner": owner, "seconds": 30.0, "max_bytes": 1 << 20}
+        path = f"{path}?type={kind}/png"
+        given = {"owner": owner, "seconds": 30.0, "max_bytes": 1 << 20, "kind": kind}
         with urls.fetched(server.url + path, "here", **given) as data:  # type: ignore[arg-type]
             return data
 
@@ -500,17 +514,17 @@ def test_urls_wait_for_their_turn(server: Pictures, monkeypatch: pytest.MonkeyPa
         return asyncio.run(in_thread(work, owner, path))
 
     with ThreadPoolExecutor(8) as threads:
-        slow = [threads.submit(run, "a") for _ in range(media_urls.MAX_FETCHES_OF_OWNER)]
+        slow = [threads.submit(run, "a") for _ in range(most)]
         until(lambda: len(server.requests) == len(slow))
         slow.append(threads.submit(run, "a"))
-        until(lambda: urls._slots._waiting == 1)
+        until(lambda: urls._slots[kind]._waiting == 1)
         with pytest.raises(QueueFullError, match="1 requests wait for files to be fetched"):
             run("a")
         assert run("b", "/a.png") == PNG
         assert len(server.requests) == len(slow)
         server.release.set()
         assert [future.result() for future in slow] == [PNG] * len(slow)
-    assert not urls._slots._running
+    assert not urls._slots[kind]._running
 
 
 def test_a_cancelled_request_frees_its_slot(server: Pictures) -> None:
@@ -523,11 +537,11 @@ def test_a_cancelled_request_frees_its_slot(server: Pictures) -> None:
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
-        while urls._slots._running.total():
+        while urls._slots["image"]._running.total():
             await asyncio.sleep(0)
 
     asyncio.run(leave(lambda: bool(server.requests), "/slow"))
-    assert not urls._slots._running
+    assert not urls._slots["image"]._running
     assert fetch(urls, f"{server.url}/a.png") == PNG
 
 

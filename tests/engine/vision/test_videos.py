@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from modelpack_engine.errors import RequestError
+from modelpack_engine.worker import threads
 from modelpack_engine.worker.video import (
     MAX_FRAMES,
     MAX_SAMPLED_PIXELS,
@@ -24,6 +25,7 @@ from modelpack_engine.worker.video import (
     decode,
 )
 from modelpack_engine.worker.workers import Workers, shared_workers
+from modelpack_server.api.media_urls import MediaUrls
 from modelpack_server.conversation import pictures, videos
 from modelpack_server.conversation.pictures import PictureFiles
 from modelpack_server.conversation.videos import VideoFile
@@ -201,6 +203,15 @@ def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pictures_do_not_wait_for_videos() -> None:
     assert shared_workers("video") is not shared_workers("media")
+
+
+def test_no_more_requests_wait_for_files_than_there_are_threads() -> None:
+    """A request that waits takes a thread, of which all are for workers and URLs."""
+    workers = [shared_workers(purpose) for purpose in ("render", "media", "video")]
+    slots = MediaUrls([])._slots.values()
+    waiting = sum(each._waiting + each._count for each in workers)
+    waiting += sum(each._most_waiting + each._most for each in slots)
+    assert waiting <= threads._threads._max_workers
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
