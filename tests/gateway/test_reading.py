@@ -132,6 +132,10 @@ def test_plain_paths(path: str, plain: bool) -> None:
             36,
             256,
         ),
+        # As many tokens as a model sees of a video; its longest is 45 MiB.
+        ({"messages": [{"content": "data:video/mp4;base64," + "A" * 6_000_000}]}, 21401, 256),
+        ({"messages": [{"content": "data:Video/mp4;base64," + "A" * 9000}]}, 36, 256),
+        ({"messages": [{"content": "data:image/png;base64," + "A" * 6_000_000}]}, 23438, 256),
         # Text with any separators between its words.
         ({"messages": [{"content": "word\n" * 2000}], "n": -1}, 2501, 256),
         ({"prompt": "data:" + "word." * 2000}, 2502, 256),
