@@ -290,6 +290,18 @@ def read_headers(files: ModelFiles) -> tuple[TensorBounds, Collection[str]]:
     return TensorBounds.of(shapes), seen
 
 
+def speech_bytes(files: ModelFiles) -> int:
+    """Return the bytes of the tensors with which Qwen-Omni speaks: they are not loaded."""
+    if "thinker_config" not in (files.json("config.json") or {}):
+        return 0
+    return sum(
+        tensor.size
+        for path in files.weights
+        for tensor in read_safetensors_header(path).tensors
+        if tensor.name.startswith(("talker.", "code2wav."))
+    )
+
+
 def _check_weights(model: Module) -> None:
     """Raise `ModelLoadError` for fp8 weights without scales, which MLX reads as integers."""
     for path, module in model.named_modules():

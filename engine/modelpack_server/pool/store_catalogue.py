@@ -400,15 +400,18 @@ class StoreCatalogue:
     def _loaded_bytes(self, store: LayoutStore, model: Model, config: EngineConfig) -> int:
         """Return an estimate of the weights' memory in an engine with `config`, in bytes."""
         from modelpack_engine.llama_cpp.library import choose_backend
+        from modelpack_engine.models.safetensors import speech_bytes
         from modelpack_engine.platform.device import choose_device
         from modelpack_server.stored_models import stored_files
 
         held = (Role.WEIGHT, Role.PROJECTOR)
         size = sum(file.descriptor.size for file in model.files() if file.role in held)
         device = choose_device(config)
-        if device != "cpu" or model.config.format != "gguf":
-            return size
         files = stored_files(model, store)
+        if model.config.format != "gguf":
+            return size - speech_bytes(files)
+        if device != "cpu":
+            return size
         backend = "mlx" if self.ranks is not None else choose_backend(files, config, device)
         if backend == "cpu kernels":
             return size + size // 8  # codes of 4 bits take 5 with their scales

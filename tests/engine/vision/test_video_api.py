@@ -15,12 +15,15 @@ from starlette.testclient import TestClient
 
 from modelpack import package
 from modelpack.builder.request import PackageRequest
+from modelpack.formats.safetensors import read_safetensors_header
 from modelpack.store.layout import LayoutStore
+from modelpack_engine.config import EngineConfig
 from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.vision.videos import Video
 from modelpack_engine.worker.video import decode
 from modelpack_server.api.app import ModelServer, create_app
 from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack
 from tests.engine.serving.tiny import TinyCatalogue, write_tiny
@@ -267,6 +270,18 @@ def test_urls() -> None:
             assert refused.status_code == 400
             assert "its content type is not that of a video" in refused.text
         other.shutdown()
+
+
+def test_the_memory_plan_leaves_out_the_voice(tmp_path: Path) -> None:
+    """Qwen3-Omni's talker stays in the files."""
+    store, files = LayoutStore(tmp_path / "store"), tiny.directory("qwen3_omni_moe")
+    package("omni", PackageRequest(safetensors_dir=files), store=store)
+    catalogue = StoreCatalogue(store, EngineConfig(device="cpu", kv_cache_bytes=1 << 20))
+    tensors = read_safetensors_header(files / "model.safetensors").tensors
+    [voice] = [tensor.size for tensor in tensors if tensor.name.startswith("talker.")]
+    assert voice > 0
+    planned = catalogue.needs(catalogue.find("omni"), ModelSettings())
+    assert planned == (files / "model.safetensors").stat().st_size - voice + (1 << 20)
 
 
 def test_capabilities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
