@@ -110,7 +110,10 @@ class ProcessEngine(EngineClient):
         self._change_numbers = itertools.count()
         self._gate = threading.Lock()  # guards the state and the unanswered calls
         self._loaded = threading.Event()
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        # Calls, with the numbers of changes, and messages.
+        self._outgoing: queue.SimpleQueue[tuple[EngineCall, int] | bytes | None] = (
+            queue.SimpleQueue()
+        )
         level = logging.getLogger("modelpack_engine").getEffectiveLevel()
         self._outgoing.put(_dumped((make_engine, level)))
         self._connection, theirs = Pipe()
@@ -215,10 +218,6 @@ class ProcessEngine(EngineClient):
 
     def _call(self, call: EngineCall) -> bool:
         number = next(self._change_numbers) if isinstance(call, Change) else 0
-        try:
-            message = _dumped(_message(call, number))
-        except Exception as error:
-            raise EngineError(f"the request cannot be sent to the engine: {error}") from error
         with self._gate:
             if self.state is not EngineState.READY:
                 return False
@@ -226,16 +225,40 @@ class ProcessEngine(EngineClient):
                 self._adds[call.request_id] = call.accepted
             elif isinstance(call, Change):
                 self._changes[number] = call.done
-            self._outgoing.put(message)
+            self._outgoing.put((call, number))
         return True
 
     # The threads of the connection
 
     def _send(self) -> None:
-        """Send messages in a thread, since a full socket would block the event loop."""
+        """Send messages in a thread: large ones take long, and the socket may be full."""
         with suppress(OSError):  # the process ended, which the other thread detects
-            while (message := self._outgoing.get()) is not None:
-                self._connection.send_bytes(message)
+            while self._send_next():
+                pass
+
+    def _send_next(self) -> bool:
+        """Send the next messages, and keep no request; return False at the end."""
+        item = self._outgoing.get()
+        if item is None:
+            return False
+        for message in (item,) if isinstance(item, bytes) else self._messages(*item):
+            self._connection.send_bytes(message)
+        return True
+
+    def _messages(self, call: EngineCall, number: int) -> tuple[bytes, ...]:
+        """Return the messages of a call; fail one that cannot be sent, and return none."""
+        try:
+            return _messages(call, number)
+        except Exception as error:  # noqa: BLE001 - only this call fails
+            failure = EngineError(f"the request cannot be sent to the engine: {error}")
+            with self._gate:  # `_end` may have failed it
+                accepted = self._adds.pop(call.request_id, None) if isinstance(call, Add) else None
+                done = self._changes.pop(number, None) if isinstance(call, Change) else None
+            if accepted is not None:
+                accepted(failure)
+            if done is not None:
+                _finish(done, failure)
+            return ()
 
     def _read(self) -> None:
         try:
@@ -349,14 +372,14 @@ def _thread(run: Callable[[], None]) -> threading.Thread:
     return made
 
 
-def _message(call: EngineCall, number: int) -> tuple[Any, ...]:
+def _messages(call: EngineCall, number: int) -> tuple[bytes, ...]:
     if isinstance(call, Add):
-        # It is pickled by itself: reading it compiles its grammar, which can take long.
+        # The request is a message by itself: reading it compiles its grammar, which can take long.
         is_masked = call.request.params.mask is not None
-        return "add", call.request_id, _dumped(call.request), is_masked
+        return _dumped(("add", call.request_id, is_masked)), _dumped(call.request)
     if isinstance(call, Abort):
-        return "abort", call
-    return "change", number, call.change
+        return (_dumped(("abort", call)),)
+    return (_dumped(("change", number, call.change)),)
 
 
 class _Pickler(pickle.Pickler):
@@ -493,7 +516,8 @@ class _EngineProcess:
         elif kind == "change":
             self._change(*body)
         else:
-            request_id, data, is_masked = body
+            request_id, is_masked = body
+            data = self._connection.recv_bytes()
             if is_masked:
                 self._compilers.submit(self._add, request_id, data)
             else:

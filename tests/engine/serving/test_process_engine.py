@@ -10,10 +10,15 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import openai
 import pytest
@@ -26,7 +31,15 @@ from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack_engine import errors as engine_errors
 from modelpack_engine import process_engine
-from modelpack_engine.async_engine import AsyncEngine, EngineState
+from modelpack_engine.async_engine import (
+    Add,
+    AddAdapter,
+    AsyncEngine,
+    Change,
+    EngineClient,
+    EngineState,
+    RemoveAdapter,
+)
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import (
@@ -41,8 +54,15 @@ from modelpack_engine.errors import (
 )
 from modelpack_engine.models.load_budget import LoadBudget, applied
 from modelpack_engine.models.load_progress import LoadProgress, watched
-from modelpack_engine.outputs import FinishReason, RequestEvent, Timing, TokenLogprob, Usage
-from modelpack_engine.process_engine import ProcessEngine
+from modelpack_engine.outputs import (
+    EngineStats,
+    FinishReason,
+    RequestEvent,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
+from modelpack_engine.process_engine import ProcessEngine, _EngineProcess
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.api.app import ModelServer
 from modelpack_server.conversation.masks import make_masks, text_mask
@@ -166,6 +186,39 @@ def test_masks_are_made_again_of_the_engines_tokenizer(
     expected = walked(make, text)
     assert len(set(expected)) > 1
     assert walked(found, text) == expected
+
+
+def test_the_bytes_of_a_request_are_pickled_once() -> None:
+    pixels = b"\0" * (1 << 20)
+    mask: Any = partial(walked, pixels)
+    request = EngineRequest([1], SamplingParams(mask=mask))
+    head, body = process_engine._messages(Add("request-1", request, print), 0)
+    assert pickle.loads(head) == ("add", "request-1", True)
+    assert pixels in body
+    assert len(head) < 100
+
+
+# The process's end, in this process
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Connection, _EngineProcess]]:
+    """The server's end of a connection, and the process's."""
+    ours, theirs = Pipe()
+    with ours, theirs:
+        process = _EngineProcess(theirs)
+        process._has_ended.set()
+        yield ours, process
+
+
+class _Calls:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self._reduced = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._reduced
 
 
 # The ends of the processes
@@ -299,14 +352,29 @@ def test_a_load_for_which_nobody_waits_ends_the_process() -> None:
     assert is_gone(engine.pid)
 
 
+class _Fails:
+    """Cannot be pickled; records the threads that try."""
+
+    def __init__(self, threads: list[int]) -> None:
+        self._threads = threads
+
+    def __reduce__(self) -> Any:
+        self._threads.append(threading.get_ident())
+        raise ValueError("it has no bytes")
+
+
 @pytest.mark.long
 def test_logs_and_progress_reach_the_server(caplog: pytest.LogCaptureFixture) -> None:
     progress: list[LoadProgress] = []
     with watched(progress.append), caplog.at_level(logging.INFO, "modelpack_engine"):
         engine = ProcessEngine(logs)
         engine.wait_until_ready(PATIENCE)
-        with pytest.raises(EngineError, match="cannot be sent to the engine"):
-            asyncio.run(engine.submit(EngineRequest([1], SamplingParams(mask=lambda: None))))  # type: ignore[arg-type, return-value]
+        pickled_by: list[int] = []
+        mask: Any = partial(int, _Fails(pickled_by))
+        with pytest.raises(EngineError, match="cannot be sent to the engine: it has no bytes"):
+            asyncio.run(engine.submit(EngineRequest([1], SamplingParams(mask=mask))))
+        assert pickled_by
+        assert threading.get_ident() not in pickled_by  # it has an event loop
         with pytest.raises(RequestError, match="the model is loaded without LoRA adapters"):
             asyncio.run(engine.remove_adapter("x"))
         engine.close()
