@@ -445,8 +445,11 @@ class _EngineProcess:
         self._engine: BaseEngine | None = None
         self._stats_due = 0.0
         self._has_ended = threading.Event()
-        # Several, so that a grammar that takes long delays no other request.
+        # Several, so that a grammar that takes long does not delay the next ones.
         self._compilers = concurrent.futures.ThreadPoolExecutor(4, "modelpack-grammar")
+        self._compiling: set[concurrent.futures.Future[None]] = set()
+        # One, which keeps the order of changes.
+        self._changer = concurrent.futures.ThreadPoolExecutor(1, "modelpack-change")
 
     def run(self) -> None:
         """Load the engine and run it until the server closes the connection."""
@@ -514,12 +517,14 @@ class _EngineProcess:
         if kind == "abort":
             self._calls.put(body[0])
         elif kind == "change":
-            self._change(*body)
+            # Requests that were sent before it must not lose their adapter.
+            self._changer.submit(self._change, frozenset(self._compiling), *body)
         else:
             request_id, is_masked = body
             data = self._connection.recv_bytes()
             if is_masked:
-                self._compilers.submit(self._add, request_id, data)
+                compiling = self._compilers.submit(self._add, request_id, data)
+                self._compiling = {one for one in self._compiling if not one.done()} | {compiling}
             else:
                 self._add(request_id, data)
 
@@ -535,7 +540,13 @@ class _EngineProcess:
         else:
             self._calls.put(Add(request_id, request, accepted))
 
-    def _change(self, number: int, change: AddAdapter | RemoveAdapter) -> None:
+    def _change(
+        self,
+        compiling: frozenset[concurrent.futures.Future[None]],
+        number: int,
+        change: AddAdapter | RemoveAdapter,
+    ) -> None:
+        concurrent.futures.wait(compiling)
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         done.add_done_callback(partial(self._changed, number))
         self._calls.put(Change(change, done))

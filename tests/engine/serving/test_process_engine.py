@@ -221,6 +221,41 @@ class _Calls:
         return self._reduced
 
 
+_COMPILED = threading.Event()
+
+
+def _compile() -> bool:
+    return _COMPILED.wait(PATIENCE)
+
+
+def test_a_change_of_adapters_waits_for_the_grammars_before_it(
+    ends: tuple[Connection, _EngineProcess],
+) -> None:
+    """Other requests do not."""
+    ours, process = ends
+    reader = threading.Thread(target=process._read)
+    reader.start()
+    _COMPILED.clear()
+    for data in (
+        pickle.dumps(("add", "masked", True)), pickle.dumps(_Calls(_compile)),
+        pickle.dumps(("change", 0, RemoveAdapter("x"))),
+        pickle.dumps(("add", "plain", False)), pickle.dumps(0),
+    ):  # fmt: skip
+        ours.send_bytes(data)
+    try:
+        plain = process._calls.get(timeout=PATIENCE)
+    finally:
+        _COMPILED.set()
+    masked, change = (process._calls.get(timeout=PATIENCE) for _ in range(2))
+    ours.send_bytes(pickle.dumps(None))
+    reader.join()
+    assert isinstance(plain, Add)
+    assert isinstance(masked, Add)
+    assert isinstance(change, Change)
+    assert (plain.request_id, masked.request_id) == ("plain", "masked")
+    assert change.change == RemoveAdapter("x")
+
+
 # The ends of the processes
 
 
