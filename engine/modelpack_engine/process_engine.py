@@ -509,9 +509,17 @@ class _EngineProcess:
         except (EOFError, OSError):  # the server ended
             if self._engine is None:
                 os._exit(1)
-        self._calls.put(None)
-        if not self._has_ended.wait(CLOSE_SECONDS):
-            os._exit(1)
+        except BaseException as error:  # noqa: BLE001 - nothing can be read any more
+            try:
+                _log.exception("a message of the server cannot be read")
+                text = str(error) or type(error).__name__
+                self.send("failed", EngineError(f"the engine failed: {text}"))
+            finally:
+                os._exit(1)
+        finally:
+            self._calls.put(None)
+            if not self._has_ended.wait(CLOSE_SECONDS):
+                os._exit(1)
 
     def _take(self, kind: str, *body: Any) -> None:
         if kind == "abort":

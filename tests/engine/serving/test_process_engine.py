@@ -221,6 +221,21 @@ class _Calls:
         return self._reduced
 
 
+def test_a_message_that_cannot_be_read_ends_the_process(
+    ends: tuple[Connection, _EngineProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the engine would go on, and no request would get an answer."""
+    codes: list[int] = []
+    ours, process = ends
+    monkeypatch.setattr(os, "_exit", codes.append)
+    ours.send_bytes(pickle.dumps(("abort", _Calls(bytearray, 1 << 62))))
+    process._read()
+    kind, error = pickle.loads(ours.recv_bytes())
+    assert (kind, str(error)) == ("failed", "the engine failed: MemoryError")
+    assert codes == [1]
+    assert process._calls.get() is None
+
+
 _COMPILED = threading.Event()
 
 
