@@ -151,8 +151,11 @@ class ProcessEngine(EngineClient):
             raise EngineError(self.failure)
 
     def check_queue(self) -> None:
-        """Raise `QueueFullError` if a request would find the queue full, by the last counters."""
-        check_room(self._stats.num_waiting, 1, self._ready().max_waiting)
+        """Raise `QueueFullError` if a request would find the queue full.
+
+        Requests wait by the last counters, or are unanswered: their grammars are being compiled.
+        """
+        check_room(self._stats.num_waiting + len(self._adds), 1, self._ready().max_waiting)
 
     @property
     def runs_adapters(self) -> bool:

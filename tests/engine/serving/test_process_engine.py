@@ -271,6 +271,20 @@ def test_a_change_of_adapters_waits_for_the_grammars_before_it(
     assert change.change == RemoveAdapter("x")
 
 
+# The server's end, without a process
+
+
+def test_unanswered_requests_wait_in_the_queue() -> None:
+    engine = ProcessEngine.__new__(ProcessEngine)
+    engine._stats = EngineStats(num_waiting=1)
+    engine._facts = cast("Any", SimpleNamespace(max_waiting=3))
+    engine._adds = {"request-1": print}
+    engine.check_queue()
+    engine._adds["request-2"] = print
+    with pytest.raises(QueueFullError, match="3 sequences wait, the limit is 3"):
+        engine.check_queue()
+
+
 # The ends of the processes
 
 
