@@ -353,9 +353,14 @@ class EngineClient(ABC):
     async def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
         """Add an adapter between two steps; raises what `BaseEngine.add_adapter` raises.
 
-        Raises `EngineError` if the engine does not run.
+        Removes it if the caller is cancelled. Raises `EngineError` if the engine does not run.
         """
-        await asyncio.wrap_future(self.change(AddAdapter(name, adapter, identity)))
+        done = self.change(AddAdapter(name, adapter, identity))
+        try:
+            await asyncio.wrap_future(done)
+        except asyncio.CancelledError:
+            self.change(RemoveAdapter(name))  # the engine may have begun to add it
+            raise
 
     async def remove_adapter(self, name: str) -> None:
         """Remove an adapter between two steps; raises what `BaseEngine.remove_adapter` raises.

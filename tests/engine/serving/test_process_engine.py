@@ -285,6 +285,28 @@ def test_unanswered_requests_wait_in_the_queue() -> None:
         engine.check_queue()
 
 
+def test_an_adapter_whose_caller_was_cancelled_is_removed() -> None:
+    """The engine may have added it already, or be about to."""
+    changes: list[object] = []
+
+    def change(one: object) -> Future[None]:
+        changes.append(one)
+        return Future()
+
+    adapter: Any = object()
+    client: Any = SimpleNamespace(change=change)
+
+    async def cancel() -> None:
+        adding = asyncio.create_task(EngineClient.add_adapter(client, "x", adapter, "id"))
+        await asyncio.sleep(0)
+        adding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await adding
+
+    asyncio.run(cancel())
+    assert changes == [AddAdapter("x", adapter, "id"), RemoveAdapter("x")]
+
+
 # The ends of the processes
 
 
