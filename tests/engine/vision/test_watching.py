@@ -33,6 +33,8 @@ PROMPTS: dict[str, tuple[str, list[Any]]] = {
     "two videos": ("this is <video> and that is <video>, see?", [ONE, TWO]),
     "an odd number of frames": ("<video>?", [ODD]),
     "the same twice": ("<video> or <video>", [TWO, TWO]),
+}
+BOTH: dict[str, tuple[str, list[Any]]] = {
     "a picture and a video": ("<image> of <video>?", [picture(1), TWO]),
     "a video and a picture": ("<video> with <image>?", [ONE, picture(1)]),
 }
@@ -48,11 +50,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("name", PROMPTS)
-def test_tokens_are_those_of_mlx_vlm(kind: str, name: str) -> None:
-    text, files = PROMPTS[name]
-    if kind not in MIXED and "picture" in name:
-        pytest.skip("mlx-vlm encodes one kind of file of a prompt")
+def check_tokens(kind: str, text: str, files: list[Any]) -> None:
     engine = tiny_engine(kind, max_num_batched_tokens=256)
     assert engine._runner.tier == "paged"
     made = request(engine, text, files)
@@ -60,6 +58,18 @@ def test_tokens_are_those_of_mlx_vlm(kind: str, name: str) -> None:
         0
     ].tolist()
     assert run(engine, made) == [expected(kind, text, files)]
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_tokens_are_those_of_mlx_vlm(kind: str, name: str) -> None:
+    check_tokens(kind, *PROMPTS[name])
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("kind", MIXED)
+def test_tokens_of_pictures_and_videos_are_those_of_mlx_vlm(kind: str, name: str) -> None:
+    """Of the kinds whose mlx-vlm encodes both kinds of file of a prompt."""
+    check_tokens(kind, *BOTH[name])
 
 
 def test_another_order_of_frames_changes_the_answer(kind: str) -> None:
