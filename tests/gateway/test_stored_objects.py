@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +13,15 @@ from starlette.types import Receive, Send
 
 from modelpack_server.gateway.json_bodies import put_document
 from modelpack_server.gateway.stored_objects import Locations, stored_object
-from tests.gateway.servers import Asked, Upstream, gateway, respond, serving, unused_url
+from tests.gateway.servers import (
+    Asked,
+    Upstream,
+    gateway,
+    respond,
+    serving,
+    unused_url,
+    wait_for,
+)
 
 
 @pytest.mark.parametrize(
@@ -124,3 +134,29 @@ def test_addresses_from_dns_keep_no_files() -> None:
         b"/v1/models", b"/v1/files/file-1", b"/v1/files/file-2",
     ]  # fmt: skip
     assert [asked.target for asked in fixed.asked] == [b"/v1/files"]
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/responses/resp_a/cancel"])
+def test_an_upstream_that_appears_meanwhile_gets_no_request_of_another(path: str) -> None:
+    """It has no files, and would keep an upload where no later request looks for it."""
+    busy, known = threading.Event(), threading.Event()
+    lookups_after = itertools.count()
+
+    async def lookup(host: str, port: int) -> list[str]:
+        if busy.is_set() and next(lookups_after):
+            known.set()  # the last lookup's addresses are upstreams now
+        return ["127.0.0.1"] if busy.is_set() else []
+
+    async def reply(asked: Asked, _: Receive, send: Send) -> None:
+        if asked.method == "POST":
+            busy.set()
+            await wait_for(known)
+        headers = [(b"retry-after", b"1")]
+        await respond(send, 503 if asked.method == "POST" else 200, {}, headers)
+
+    found, home = Upstream(), Upstream(reply)
+    with serving(found) as url, serving(home) as fixed:
+        name = f"dns+http://servers.test:{url.rpartition(':')[2]}"
+        with gateway(fixed, unused_url(), name, lookup=lookup, probe_interval=0.01) as served:
+            assert served.client.post(path, content=b"x").status_code == 503
+    assert found.asked == []

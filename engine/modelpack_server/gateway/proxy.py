@@ -97,7 +97,7 @@ class Proxy:
 
     async def _forward(self, scope: Scope, body: _Body, send: Send) -> None:
         trace = trace_of(scope)
-        tried: list[str] = []
+        only: str | None = None  # the name of the one upstream that may get the request
         if is_stored_on_server(scope["path"]):
             first = self._upstreams.home
             if first is None:
@@ -108,21 +108,20 @@ class Proxy:
                 text = "files and batches need an upstream that trusts the gateway's callers"
                 await self._fail(scope, send, 501, f"{text}: set MODELPACK_UPSTREAM_KEY")
                 return
-            tried = [u.name for u in self._upstreams.all if u is not first]
+            only = first.name
         elif len(self._upstreams.all) > 1 and (stored := stored_object(scope)) is not None:
             try:
-                holder = await self._holder(scope, stored)
+                only = await self._holder(scope, stored)
             except _UnknownHolderError:
                 text = f"an upstream that may have {stored} cannot be reached"
                 await self._fail(scope, send, 503, text, retry_after=1)
                 return
-            tried = [u.name for u in self._upstreams.all if holder not in (None, u.name)]
-        skipped = len(tried)
         prefix = prefix_key(document_in(scope)) if self._upstreams.by_prefix else None
-        while (upstream := self._upstreams.choose(tried, prefix)) is not None:
+        tried: list[str] = []
+        while (upstream := self._upstreams.choose(tried, prefix, only=only)) is not None:
             tried.append(upstream.name)
             if trace:
-                trace.upstream, trace.attempts = upstream.name, len(tried) - skipped
+                trace.upstream, trace.attempts = upstream.name, len(tried)
                 trace.queue_s = trace.clock() - trace.started
             with upstream.busy():
                 try:
@@ -146,7 +145,7 @@ class Proxy:
                     )
                     return
                 try:
-                    if self._is_spared(response, body, tried):
+                    if only is None and self._is_spared(response, body, tried):
                         self._upstreams.rests(upstream, response.headers["retry-after"])
                         continue
                     self._upstreams.answered(upstream)

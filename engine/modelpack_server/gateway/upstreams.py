@@ -162,16 +162,27 @@ class Upstreams:
             discovered.is_known = True
             discovered.update(addresses)
 
-    def choose(self, tried: Collection[str] = (), prefix: bytes | None = None) -> Upstream | None:
+    def choose(
+        self,
+        tried: Collection[str] = (),
+        prefix: bytes | None = None,
+        *,
+        only: str | None = None,
+    ) -> Upstream | None:
         """Return the next upstream whose name is not in `tried`, by the policy, or None.
 
-        `prefix` is a hash of the prompt's beginning, for the policy of that name.
+        `prefix` is a hash of the prompt's beginning, for the policy of that name. `only` is the
+        name of the one upstream that may be chosen: others may appear between two calls.
         """
         if not self.all:
             return None
         turn = self._turn % len(self.all)
         self._turn = turn + 1
-        inline = [u for u in self.all[turn:] + self.all[:turn] if u.name not in tried]
+        inline = [
+            upstream
+            for upstream in self.all[turn:] + self.all[:turn]
+            if upstream.name not in tried and only in (None, upstream.name)
+        ]
         now = time.monotonic()
         if self._policy == "prefix" and prefix is not None:
             usable = [u for u in inline if u.healthy and u.rests_until <= now]
