@@ -55,6 +55,8 @@ _DESCRIPTIVE: Final = frozenset(
 )
 # If several files have one of these roles, a runtime may use the first.
 _ORDERED: Final = (Role.WEIGHT, Role.PROJECTOR, Role.CHAT_TEMPLATE)
+# A runtime finds the files of these roles wherever they are.
+_FOUND_BY_ROLE: Final = (*_ORDERED, Role.ADAPTER)
 
 
 def files_of(model: Model) -> Mapping[str, Descriptor]:
@@ -289,7 +291,7 @@ def _running(ignored: Collection[str], model: Model) -> tuple[str, ...]:
     return tuple(
         f"the file {path}, which its signer ignored"
         for path in sorted(ignored)
-        if path.partition("/")[0] not in _IGNORED
+        if (path.partition("/")[0] not in _IGNORED or roles[path] in _FOUND_BY_ROLE)
         and roles[path] not in harmless
         and not path.endswith(_SIGNATURE)
     )

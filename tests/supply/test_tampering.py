@@ -92,6 +92,12 @@ def added(parts: Parts, layer: Descriptor) -> Parts:
     return replace(parts, layers=(*parts.layers, layer))
 
 
+def placed(path: str, kind: str) -> Descriptor:
+    """Return the attacker's layer with a path and a type of layers."""
+    media_type = getattr(media_types, kind)
+    return replace(TEMPLATE, media_type=media_type, annotations={media_types.FILEPATH: path})
+
+
 def again_as_template(parts: Parts) -> Parts:
     """Return the parts with a signed document listed once more, as the chat template."""
     readme = next(one for one in parts.layers if one.filepath == "README.md")
@@ -135,6 +141,12 @@ TAMPERING: dict[str, Callable[[Parts], Parts]] = {
     "the names of files": renamed,
     "another file": lambda parts: added(
         parts, replace(TEMPLATE, annotations={media_types.FILEPATH: "other.jinja"})
+    ),
+    "weights among the files of git": lambda parts: replace(
+        parts, layers=(placed(".git/model.safetensors", "DOCKER_SAFETENSORS"), *parts.layers)
+    ),
+    "a template among the files of git": lambda parts: replace(
+        parts, layers=(placed(".github/chat.jinja", "DOCKER_CHAT_TEMPLATE"), *parts.layers)
     ),
 }
 #: Parts that Modelpack does not read; a signature over the manifest covers them, too.
