@@ -424,9 +424,11 @@ def _with_vision(
             sounds = sound_settings(settings, files.json("processor_config.json"))
         videos = None
         if config["model_type"] in VIDEO_CLASSES:
-            processor = files.json("processor_config.json")
             videos = video_settings(
-                settings, processor, files.json("video_preprocessor_config.json")
+                config["model_type"],
+                settings,
+                files.json("processor_config.json"),
+                files.json("video_preprocessor_config.json"),
             )
         vision = open_vision(tower, config, settings, encode, sounds, videos)
     except EngineError as error:

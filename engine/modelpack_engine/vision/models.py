@@ -233,6 +233,16 @@ def may_read_pictures(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in CLASSES and mlx_vlm_imports.is_installed()
 
 
+def sees_ahead_in_windows(config: Mapping[str, Any]) -> bool:
+    """Return whether tokens of a picture of Gemma 4 attend to each other in layers with a window.
+
+    A frame of a video is a picture.
+    """
+    text = config.get("text_config") or {}
+    sees_ahead = text.get("use_bidirectional_attention") == "vision"
+    return sees_ahead and str(config["model_type"]).startswith("gemma4")
+
+
 class VisionModel(Protocol):
     """What encodes pictures."""
 

@@ -36,9 +36,15 @@ from modelpack_engine.vision.layouts import (
     SETTINGS,
     ImageProcessor,
 )
-from modelpack_engine.vision.models import CLASSES, GEMMA3_TOKENS, Encode, VisionClass
+from modelpack_engine.vision.models import (
+    CLASSES,
+    GEMMA3_TOKENS,
+    Encode,
+    VisionClass,
+    sees_ahead_in_windows,
+)
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
-from modelpack_engine.vision.videos import PLACEHOLDER, Video, VideoProcessor
+from modelpack_engine.vision.videos import Video, VideoProcessor
 
 #: Bytes of the encoder's inputs that all unfinished requests of a model hold together.
 MAX_INPUT_BYTES = 2 * 1024 * 1024 * 1024
@@ -198,7 +204,7 @@ class PictureProcessor:
             named.append(self.sounds.token)
         if self.videos is not None:
             kinds[self.videos.token_id], what = Video, "files"
-            named.append(PLACEHOLDER)
+            named.append(self.videos.placeholder)
         count = sum(token_id in kinds for token_id in token_ids)
         if count != len(files):
             tokens = " and ".join(named)
@@ -340,9 +346,9 @@ class PictureProcessor:
         if self._needs.bidirectional:
             return int(self._config.get("mm_tokens_per_image", GEMMA3_TOKENS))
         text = self._config.get("text_config") or {}
-        sees_ahead = text.get("use_bidirectional_attention") == "vision"
-        if self._kind.startswith("gemma4") and sees_ahead:
-            return int(self._image_processor.to_dict()["max_soft_tokens"])
+        if sees_ahead_in_windows(self._config):
+            of_frames = 0 if self.videos is None else self.videos.largest_group
+            return max(int(self._image_processor.to_dict()["max_soft_tokens"]), of_frames)
         if self._needs.prefix and text.get("use_bidirectional_attention") is not False:
             vision = self._config["vision_config"]
             return (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + MAX_PREFIX
@@ -353,7 +359,8 @@ class PictureProcessor:
         """The tokens that the language model must not see, and the one that it sees instead."""
         shown = self._needs.hidden_id
         sounds = () if self.sounds is None else (self.sounds.soft_id,)
-        return None if shown is None else ((self._soft_id, *sounds), shown)
+        videos = () if self.videos is None else (self.videos.token_id,)
+        return None if shown is None else ((self._soft_id, *sounds, *videos), shown)
 
     @property
     def _needs(self) -> VisionClass:

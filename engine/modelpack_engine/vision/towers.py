@@ -358,6 +358,8 @@ def _tower_class(package: Any) -> Any:
         if inputs and self.feature_scale != 1:
             is_soft = token_ids == self.config.image_token_id
             is_soft |= token_ids == self.config.audio_token_id
+            if self.config.video_token_id is not None:
+                is_soft |= token_ids == self.config.video_token_id
             rows = mx.where(is_soft[:, None], rows * self.feature_scale, rows)
         deep = getattr(made, "deepstack_visual_embeds", None)
         return rows if deep is None else mx.stack([rows, *deep])
@@ -480,7 +482,7 @@ class _PartsTower(Module):  # type: ignore[misc]
                 found = part(input_ids=mx.where(own, token_ids, part.vocab_offset))
                 rows = mx.where(own[:, None], found.astype(rows.dtype), rows)
         made = self._encode(self, inputs).astype(rows.dtype)
-        kind = 2 if "video_grid_thw" in inputs else int("input_features" in inputs)
+        kind = 2 if "pixel_values_videos" in inputs else int("input_features" in inputs)
         soft = self._soft_ids[kind]
         (places,) = np.nonzero(np.array(token_ids) == soft)
         if len(places) != made.shape[-2]:
@@ -521,8 +523,10 @@ def _gemma4_unified_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array
     if "input_features" in inputs:
         rows = tower.embed_audio(inputs["input_features"])
     else:
-        places = inputs["image_position_ids"]
-        rows = tower.embed_vision(tower.vision_embedder(inputs["pixel_values"], places))
+        names = ("pixel_values", "image_position_ids")
+        if "pixel_values_videos" in inputs:
+            names = ("pixel_values_videos", "video_position_ids")
+        rows = tower.embed_vision(tower.vision_embedder(*(inputs[name] for name in names)))
     return cast(mx.array, rows[0] / tower._width**0.5)
 
 

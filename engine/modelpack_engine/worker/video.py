@@ -47,7 +47,8 @@ class Sampling:
     """Which frames of a video a model sees, and how large.
 
     `fps` a second, at least `min_frames` and at most `max_frames`, a multiple of `group`. Their
-    sides are multiples of `factor`; all of them have `min_pixels` to `max_pixels` together.
+    sides are multiples of `factor`; all of them have `min_pixels` to `max_pixels` together. With
+    `frame_pixels`, each frame is scaled to at most so many instead, as Gemma 4's pictures are.
     """
 
     fps: float
@@ -57,10 +58,11 @@ class Sampling:
     max_pixels: int
     factor: int
     group: int = 2
+    frame_pixels: int = 0
 
     def count(self, total: int, seconds: float) -> int:
         """Return the number of frames to take of `total` in so many seconds."""
-        fit = self.max_pixels // self.factor**2  # with the smallest sides
+        fit = self.max_pixels // (self.frame_pixels or self.factor**2)  # the smallest sides
         wanted = min(
             max(int(round(seconds * self.fps, 6)), self.min_frames), self.max_frames, total, fit
         )
@@ -69,6 +71,8 @@ class Sampling:
     def size(self, count: int, height: int, width: int) -> tuple[int, int]:
         """Return height and width of `count` frames, as Qwen's `smart_resize` has it."""
         factor = self.factor
+        if self.frame_pixels:
+            return self._scaled(height, width)
         if min(height, width) < factor:
             scale = factor / min(height, width)
             height, width = max(factor, int(height * scale)), max(factor, int(width * scale))
@@ -89,6 +93,18 @@ class Sampling:
             rows = math.ceil(height * scale / factor) * factor
             columns = math.ceil(width * scale / factor) * factor
         return rows, columns
+
+    def _scaled(self, height: int, width: int) -> tuple[int, int]:
+        """Return the largest multiples of `factor` that keep the ratio of a frame."""
+        factor, most = self.factor, self.frame_pixels // self.factor**2
+        scale = math.sqrt(self.frame_pixels / (height * width))
+        rows = math.floor(scale * height / factor)
+        columns = math.floor(scale * width / factor)
+        if not rows:
+            rows, columns = 1, min(width // height, most)
+        elif not columns:
+            rows, columns = min(height // width, most), 1
+        return rows * factor, columns * factor
 
 
 def decode(data: bytes, sampling: Sampling) -> tuple[float, list[float], NDArray[np.uint8]]:

@@ -47,6 +47,7 @@ _SEES = "detects, segments or measures; it writes no text"
 _ENCODES = "an encoder or a classifier that has no class here"
 _DIFFUSION = "writes by diffusion, not token by token"
 _SOUND = "sound is not read yet"
+_VIDEOS = "videos are not read yet"
 
 
 def _each(why: str, names: str) -> dict[str, str]:
@@ -112,6 +113,8 @@ REASONS: Mapping[str, str] = {
 
 #: What types that read pictures do not read, and why.
 PARTLY: Mapping[str, str] = {
+    **_each(f"{_VIDEOS}: mlx-vlm's processor takes none", "internvl internvl_chat"),
+    "smolvlm": f"{_VIDEOS}: mlx-vlm cuts frames into tiles and says no time, transformers does not",
     "minicpmo": f"{_SOUND}: mlx-vlm's encoder attends to all of it, the model's to parts of 1 s",
 }
 

@@ -1032,6 +1032,10 @@ PADDLE = IMGPAD + 3
 _SMALL: set[Any] = set()
 
 
+#: Settings for videos of tiny models of Gemma 4.
+GEMMA_FRAMES = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70, "num_frames": 8}
+
+
 def _gemma4_unified() -> Specimen:
     settings = {
         "image_processor_type": "Gemma4UnifiedImageProcessor", "patch_size": 4,
@@ -1040,7 +1044,8 @@ def _gemma4_unified() -> Specimen:
     return Specimen(
         config={
             "model_type": "gemma4_unified", "vocab_size": VOCABULARY, "image_token_id": SOFT4,
-            "tie_word_embeddings": True, "audio_config": None, "hidden_size": 64,
+            "video_token_id": GLM_VIDEO, "tie_word_embeddings": True, "audio_config": None,
+            "hidden_size": 64,
             "text_config": {
                 "model_type": "gemma4_unified_text", "hidden_size": 64, "intermediate_size": 96,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -1069,7 +1074,10 @@ def _gemma4_unified() -> Specimen:
         processor="gemma4_unified.processing_gemma4_unified:Gemma4UnifiedProcessor",
         prompt="<|image|>",
         documents={
-            "processor_config.json": {"image_processor": settings, "image_seq_length": 70},
+            "processor_config.json": {
+                "image_processor": settings, "image_seq_length": 70,
+                "video_processor": GEMMA_FRAMES,
+            },
         },
     )  # fmt: skip
 

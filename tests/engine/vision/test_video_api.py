@@ -20,7 +20,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.vision.videos import Video
-from modelpack_engine.worker.video import decode
+from modelpack_engine.worker.video import Sampling, decode
 from modelpack_server.api.app import ModelServer, create_app
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
@@ -48,9 +48,9 @@ def part(data: bytes) -> dict[str, Any]:
     return {"type": "video_url", "video_url": {"url": url(data)}}
 
 
-def shown(data: bytes) -> Video:
-    """Return what the tiny models see of a video."""
-    seconds, times, pixels = decode(data, TINY)
+def shown(data: bytes, sampling: Sampling = TINY) -> Video:
+    """Return what a tiny model sees of a video."""
+    seconds, times, pixels = decode(data, sampling)
     return Video(pixels, tuple(times), seconds)
 
 
@@ -62,7 +62,7 @@ def said(kind: str, prompt: str, *files: Any) -> str:
 def _engine(kind: str) -> Any:
     engine = tiny.tiny_engine(kind, max_num_batched_tokens=256)
     own = engine.tokenizer.chat_template or ""
-    token = "{% elif p.type == 'video' %}" + watching.PLACEHOLDER + "{% else %}{{ p.text }}"
+    token = "{% elif p.type == 'video' %}" + watching.placeholder(kind) + "{% else %}{{ p.text }}"
     engine.tokenizer._chat_template = ChatTemplate(own.replace("{% else %}{{ p.text }}", token))
     return engine
 
@@ -97,11 +97,15 @@ def test_openai_and_docker(qwen: Served, path: str) -> None:
     assert answer["usage"]["prompt_tokens"] == 3 * 4 + 2 + len(PROMPT) - len("<video>")
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", *tiny.kinds("qwen2_vl", "qwen3_5")])
+@pytest.mark.parametrize(
+    "kind", ["qwen3_vl", *tiny.kinds("qwen2_vl", "qwen3_5", "gemma4", "gemma4_unified")]
+)
 def test_other_models(kind: str) -> None:
     for model in served(kind):
         answer = model.chat([part(CLIP), QUESTION]).json()
-    assert answer["choices"][0]["message"]["content"] == said(kind, PROMPT, shown(CLIP))
+    assert answer["choices"][0]["message"]["content"] == said(
+        kind, PROMPT, shown(CLIP, watching.sampling_of(kind))
+    )
 
 
 def test_a_picture_and_a_video(qwen: Served) -> None:

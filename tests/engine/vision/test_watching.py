@@ -39,7 +39,7 @@ BOTH: dict[str, tuple[str, list[Any]]] = {
     "a video and a picture": ("<video> with <image>?", [ONE, picture(1)]),
 }
 #: Those that others stand for.
-SLOW = ("qwen2_vl", "qwen3_vl_moe", "qwen3_omni_moe", *tiny.HYBRID)
+SLOW = ("qwen2_vl", "qwen3_vl_moe", "qwen3_omni_moe", *tiny.HYBRID, *watching.GEMMA)
 
 
 @pytest.fixture(
@@ -90,6 +90,15 @@ def test_another_rate_changes_the_answer(kind: str) -> None:
     text, _ = PROMPTS["one video"]
     [first], [second] = (run(engine, request(engine, text, [each])) for each in (ONE, slowly))
     assert (first == second) == (kind == "qwen2_vl")
+
+
+@pytest.mark.parametrize("kind", tiny.kinds(*watching.GEMMA))
+def test_causal_frames_are_detected(kind: str) -> None:
+    """The control: tokens of a frame that see no later ones, in layers with a window."""
+    text, files = PROMPTS["two videos"]
+    found = run(tiny_engine(kind), request(tiny_engine(kind), text, files, 16))
+    assert found == [expected(kind, text, files, 16)]
+    assert found != [expected(kind, text, files, 16, seen=False)]
 
 
 @pytest.mark.parametrize("rows", [8, 17, 32])
@@ -162,14 +171,32 @@ def test_a_step_with_tokens_encodes_one_group_of_frames() -> None:
     assert encoded == before + 3
 
 
-def test_time_stamps() -> None:
-    """A group of frames has the mean of its times, with one digit, and its own placeholder."""
-    for kind in STAMPED[:1]:
-        engine = tiny_engine(kind)
-        made = request(engine, "a<video>b", [Video(ONE.frames, (0, 0.4, 1, 1.5, 8, 61.14), 64)])
-        text = engine.tokenizer.decode(made.prompt_token_ids, skip_special_tokens=False)
-        soft = f"<|vision_start|>{'<|video_pad|>' * 4}<|vision_end|>"
-        assert text == f"a<0.2 seconds>{soft}<1.2 seconds>{soft}<34.6 seconds>{soft}b"
+_QWEN_GROUP = f"<|vision_start|>{'<|video_pad|>' * 4}<|vision_end|>"
+_GEMMA_FRAME = f"<|image>{'<|video|>' * 64}<image|>"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        (STAMPED[0], [f"<{time} seconds>{_QWEN_GROUP}" for time in (0.2, 1.2, 34.6)]),
+        (
+            watching.GEMMA[1],
+            [
+                f"{' ' * (index > 0)}{time} {_GEMMA_FRAME}"
+                for index, time in enumerate(["00:00", "00:00", "00:01", "00:01", "00:08", "01:01"])
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_time_stamps(kind: str, shown: list[str]) -> None:
+    """A group of frames has the mean of its times, with one digit, and its own placeholder.
+
+    Gemma 4 has the minutes and seconds of each frame, as in mlx-vlm and transformers.
+    """
+    engine = tiny_engine(kind)
+    made = request(engine, "a<video>b", [Video(ONE.frames, (0, 0.4, 1, 1.5, 8, 61.14), 64)])
+    text = engine.tokenizer.decode(made.prompt_token_ids, skip_special_tokens=False)
+    assert text == f"a{''.join(shown)}b"
 
 
 @cache
@@ -249,6 +276,26 @@ def test_sizes(count: int, height: int, width: int, limits: tuple[int, int, int]
             assert (rows, columns) == (factor, factor) or count * rows * columns <= most
 
 
+@given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([(48, 70), (8, 70), (48, 1120)]))
+@settings(max_examples=100)
+def test_sizes_of_frames_that_are_pictures(
+    height: int, width: int, limits: tuple[int, int]
+) -> None:
+    """They are those of mlx-vlm's Gemma 4: as large as so many tokens allow."""
+    from modelpack_engine.patches.mlx_vlm_imports import prepare
+
+    prepare()
+    from mlx_vlm.models.gemma4.processing_gemma4 import get_aspect_ratio_preserving_size
+
+    factor, tokens = limits
+    most = tokens * factor**2
+    sampling = Sampling(2.0, 32, 32, 1, MAX_SAMPLED_PIXELS, factor, group=1, frame_pixels=most)
+    theirs = get_aspect_ratio_preserving_size(height, width, factor // 2, 4 * tokens, 2)
+    assert sampling.size(9, height, width) == theirs
+    assert sampling.count(10**6, 10.0) == min(32, MAX_SAMPLED_PIXELS // most)
+    assert sampling.count(5, 10.0) == 5
+
+
 def test_inputs_count_towards_the_limit() -> None:
     engine = tiny_engine("qwen2_5_vl")
     assert engine.vision is not None
@@ -284,8 +331,8 @@ def test_room_is_checked_before_frames_are_processed() -> None:
     assert processor.processor.memory.nbytes == 0
 
 
-def _changed(path: Path, **documents: Any) -> Any:
-    for file in tiny.directory("qwen3_vl").iterdir():
+def _changed(path: Path, kind: str = "qwen3_vl", **documents: Any) -> Any:
+    for file in tiny.directory(kind).iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     for name, document in documents.items():
         (path / f"{name}.json").write_text(json.dumps(document))
@@ -306,6 +353,43 @@ def test_settings_for_videos(tmp_path: Path) -> None:
     assert vision.processor.videos.sampling == Sampling(
         1.0, 2, MAX_FRAMES, 64, MAX_SAMPLED_PIXELS, 8
     )
+
+
+def test_settings_for_videos_of_gemma_4(tmp_path: Path) -> None:
+    """Not those for pictures; with `num_frames`, or a rate that it limits."""
+
+    def sampling(**processor: Any) -> Sampling:
+        document = {"image_processor": tiny.settings_of("gemma4"), **processor}
+        vision = _changed(tmp_path, "gemma4", processor_config=document).vision
+        found: Sampling = vision.processor.videos.sampling
+        return found
+
+    usual = Sampling(2.0, 32, 32, 1, MAX_SAMPLED_PIXELS, 8, group=1, frame_pixels=70 * 64)
+    assert sampling() == usual
+    assert sampling(video_processor={"num_frames": 8, "max_soft_tokens": 140}) == (
+        dataclasses.replace(usual, min_frames=8, max_frames=8, frame_pixels=140 * 64)
+    )
+    assert sampling(video_processor={"fps": 1, "num_frames": 10**6}) == (
+        dataclasses.replace(usual, fps=1.0, min_frames=1, max_frames=MAX_FRAMES)
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("max_soft_tokens", 0, "max_soft_tokens 0 is not a number"),
+        ("max_soft_tokens", 10**6, "max_soft_tokens 1000000 is not a number up to 524288"),
+        ("num_frames", "8", "num_frames 8 is not a number"),
+        ("pooling_kernel_size", 3, "pooling_kernel_size is not that of config.json"),
+        ("image_std", [0, 0, 0], "image_std [0, 0, 0] is not three numbers"),
+    ],
+)
+def test_gemma_4_with_wrong_settings_for_videos(
+    tmp_path: Path, field: str, value: object, reason: str
+) -> None:
+    document = {"image_processor": tiny.settings_of("gemma4"), "video_processor": {field: value}}
+    loaded = _changed(tmp_path, "gemma4", processor_config=document)
+    assert reason in loaded.vision.processor.why_no_videos
 
 
 @pytest.mark.parametrize(

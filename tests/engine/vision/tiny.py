@@ -226,7 +226,7 @@ def config_of(kind: str) -> dict[str, Any]:
     if kind == "gemma4":
         return {
             "model_type": kind, "vocab_size": VOCABULARY, "image_token_id": SOFT4,
-            "tie_word_embeddings": True,
+            "video_token_id": specimens.GLM_VIDEO, "tie_word_embeddings": True,
             "text_config": {
                 "model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -354,6 +354,9 @@ def _tokenizer() -> Tokenizer:
     return backend
 
 
+_GEMMA4_PROCESSOR = {
+    "image_processor": settings_of("gemma4"), "video_processor": specimens.GEMMA_FRAMES,
+}  # fmt: skip
 _MODELS = TemporaryDirectory(prefix="modelpack-tiny-")
 
 
@@ -386,7 +389,7 @@ def directory(kind: str) -> Path:
         "processor_config.json": {
             "image_seq_len": 4, "image_seq_length": 16, "patch_size": 4,
             "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
-            **({"image_processor": settings_of(kind)} if kind == "gemma4" else {}),
+            **(_GEMMA4_PROCESSOR if kind == "gemma4" else {}),
         },
         "tokenizer_config.json": {
             "eos_token": "<eos>", "chat_template": prompt_of(placeholder(kind), TEMPLATE),
@@ -496,7 +499,7 @@ def _picture_mask(kind: str, ids: list[int], window: int | None) -> mx.array:
     further back in a picture either; those of Gemma 4 without one are causal.
     """
     places = np.arange(len(ids))
-    is_soft = np.isin(ids, [SOFT, SOFT4])
+    is_soft = np.isin(ids, [SOFT, SOFT4, specimens.GLM_VIDEO])
     starts = is_soft & ~np.concatenate([[False], is_soft[:-1]])
     group = np.where(is_soft, np.cumsum(starts), 0)
     same = (group[:, None] == group) & is_soft

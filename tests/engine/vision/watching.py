@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,32 +14,61 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Picture
 from modelpack_engine.vision.videos import Video
+from modelpack_engine.worker.video import Sampling, _resized
 from tests.engine.vision import tiny
 
-KINDS = (*tiny.QWEN, "qwen3_omni_moe")
+#: Those whose frames are pictures, with a time stamp before each.
+GEMMA = ("gemma4", "gemma4_unified")
+KINDS = (*tiny.QWEN, "qwen3_omni_moe", *GEMMA)
 #: Positions a second of those that see the time of frames.
 RATES = {"qwen2_5_vl": 4, "qwen3_omni_moe": 25}
 #: Those whose videos mlx-vlm, or the function below, puts beside pictures.
 MIXED = tuple(kind for kind in KINDS if kind != "qwen3_vl_moe")
 #: Those whose classes in mlx-vlm encode pictures and videos of one prompt.
-WHOLE = ("qwen3_vl", "qwen3_omni_moe")
+WHOLE = ("qwen3_vl", "qwen3_omni_moe", *GEMMA)
 #: Those that write the time of frames into the prompt.
 STAMPED = (*tiny.DEEP, *tiny.HYBRID)
-#: What stands for a video in the chat templates of all of them.
-PLACEHOLDER = "<|vision_start|><|video_pad|><|vision_end|>"
 FPS = 2.0
 
 
+@cache
+def sampling_of(kind: str) -> Sampling:
+    """Return how a tiny model samples videos."""
+    vision = tiny.tiny_loaded(kind).vision
+    assert vision is not None
+    assert vision.processor.videos is not None, vision.processor.no_videos
+    return vision.processor.videos.sampling
+
+
+def fitted(kind: str, files: list[Picture | Video]) -> list[Picture | Video]:
+    """Return files whose videos have the size that the worker process gives them."""
+    found: list[Picture | Video] = []
+    for file in files:
+        if isinstance(file, Video):
+            count, height, width, _ = file.frames.shape
+            size = sampling_of(kind).size(count, height, width)
+            assert sampling_of(kind).size(count, *size) == size, "mlx-vlm would resize them again"
+            file = replace(file, frames=np.stack([_resized(each, size) for each in file.frames]))
+        found.append(file)
+    return found
+
+
 def video(seed: int, count: int = 6, height: int = 16, width: int = 16) -> Video:
-    """Return frames of random blocks, two a second: of a size that needs no resizing."""
+    """Return frames of random blocks, two a second: of a size that Qwen does not change."""
     frames = [tiny.picture(seed * 100 + index, height, width).pixels for index in range(count)]
     times = tuple(index / FPS for index in range(count))
     return Video(np.stack(frames), times, count / FPS)
 
 
-def prompt_of(text: str) -> str:
-    """Return a text with the placeholders of the models for <image> and <video>."""
-    return tiny.prompt_of("<|image_pad|>", text).replace("<video>", PLACEHOLDER)
+def placeholder(kind: str) -> str:
+    """Return what stands for a video in a kind's chat template."""
+    return "<|video|>" if kind in GEMMA else "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+def prompt_of(kind: str, text: str) -> str:
+    """Return a text with the placeholders of a model for <image> and <video>."""
+    image = tiny.placeholder(kind) if kind in GEMMA else "<|image_pad|>"
+    return tiny.prompt_of(image, text).replace("<video>", placeholder(kind))
 
 
 def request(
@@ -45,9 +76,9 @@ def request(
 ) -> EngineRequest:
     """Return a greedy request of a text with <image> and <video> in the places of the files."""
     assert engine.vision is not None
-    assert engine.vision.processor.videos is not None, engine.vision.processor.no_videos
-    ids = engine.tokenizer.encode(prompt_of(text), add_special_tokens=False)
-    ids, media = engine.vision.processor.place(ids, files)
+    kind = engine.vision.processor._kind
+    ids = engine.tokenizer.encode(prompt_of(kind, text), add_special_tokens=False)
+    ids, media = engine.vision.processor.place(ids, fitted(kind, files))
     params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
     return EngineRequest(ids, params, media=media, **fields)
 
@@ -57,17 +88,22 @@ def inputs_of(kind: str, text: str, files: list[Picture | Video]) -> dict[str, A
     from PIL import Image
 
     _, processor = tiny._peer(kind)
+    files = fitted(kind, files)
     images = [Image.fromarray(each.pixels) for each in files if isinstance(each, Picture)]
     videos = [each for each in files if isinstance(each, Video)]
     given: dict[str, Any] = {}
-    if videos:
+    if videos and kind in GEMMA:
+        given["videos"] = [each.frames.transpose(0, 3, 1, 2) for each in videos]
+        # Its stamps count from this rate; ours, as transformers', are the times of the frames.
+        given["fps"] = [(len(each.times) - 1) / each.times[-1] for each in videos]
+    elif videos:
         given["videos"] = [list(each.frames) for each in videos]
         if kind in STAMPED:
             given["video_metadata"] = [
                 {"frames_indices": [round(100 * t) for t in each.times], "fps": 100}
                 for each in videos
             ]
-    return dict(processor(images=images or None, text=[prompt_of(text)], **given))
+    return dict(processor(images=images or None, text=[prompt_of(kind, text)], **given))
 
 
 def _by_time(kind: str, ids: list[int], files: list[Picture | Video]) -> dict[str, mx.array]:
@@ -128,27 +164,19 @@ def _features(model: Any, kind: str, ids: mx.array, inputs: dict[str, Any]) -> A
     return SimpleNamespace(inputs_embeds=rows, position_ids=positions, rope_deltas=deltas)
 
 
-def expected(kind: str, text: str, files: list[Picture | Video], count: int = 8) -> list[int]:
-    """Return the greedy tokens of mlx-vlm's own processor, model and cache, for one request."""
-    from mlx_vlm.models.cache import make_prompt_cache
+def expected(
+    kind: str, text: str, files: list[Picture | Video], count: int = 8, *, seen: bool = True
+) -> list[int]:
+    """Return the greedy tokens of mlx-vlm's own processor, model and cache, for one request.
 
+    Without `seen`, tokens of a frame see no later ones where they should.
+    """
     model, _ = tiny._peer(kind)
     inputs = inputs_of(kind, text, files)
     ids = mx.array(inputs.pop("input_ids"))
     inputs.pop("attention_mask", None)
     features = _features(model, kind, ids, inputs)
-    cache = make_prompt_cache(model.language_model)
-    names = ("position_ids", "rope_deltas", "visual_pos_masks", "deepstack_visual_embeds")
-    given = {name: getattr(features, name, None) for name in names}
+    tokens: list[int] = ids[0].tolist()
     if kind in RATES:
-        given |= _by_time(kind, ids[0].tolist(), files)
-    given = {name: value for name, value in given.items() if value is not None}
-    found: list[int] = []
-    logits = model.language_model(
-        ids, inputs_embeds=features.inputs_embeds, cache=cache, **given
-    ).logits
-    after = {name: value for name, value in given.items() if name == "rope_deltas"}
-    for _ in range(count):
-        found.append(int(mx.argmax(logits[0, -1])))
-        logits = model.language_model(mx.array([[found[-1]]]), cache=cache, **after).logits
-    return found
+        features = SimpleNamespace(**{**vars(features), **_by_time(kind, tokens, files)})
+    return tiny.generated(model, ids, features, count, tiny._pictures_seen(kind, tokens, seen))
