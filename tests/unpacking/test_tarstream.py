@@ -230,7 +230,7 @@ def test_what_we_do_not_unpack_is_said(data: bytes) -> None:
         (header(b"a", 10) + b"x" * 10, "502 bytes before"),  # the padding is missing
         (header(b"a", 1 << 32) + b"x" * 512, "before the end of a file"),
         (b"not a tar".ljust(512, b"!") + END, "checksum"),
-        (b"\x1f\x8b" + b"\x08" * 510, "checksum"),
+        (b"\x1f\x8b" + b"\x08" * 510, "compressed: decompress it"),
         (header(b"a", checksum=b"000001\0 "), "checksum"),
         (header(b"a", checksum=b"zz\0     "), "checksum"),
         (header(b"a", size_field=b"99999999999\0"), "its size"),
