@@ -129,9 +129,12 @@ class Reference:
 
 
 def _hint(text: str) -> str | None:
-    if text.lower().startswith(("s3://", "gs://")):
-        return "run modelpack import, or modelpack package --from, for objects in a bucket"
-    return "leave out the scheme" if "://" in text else None
+    scheme, separator, _ = text.partition("://")
+    if not separator:
+        return None
+    if scheme.lower() in ("http", "https", "docker", "oci"):
+        return "leave out the scheme"
+    return "run modelpack import, or modelpack package --from, for objects in a bucket"
 
 
 def parse_full(text: str) -> Reference | None:

@@ -261,9 +261,9 @@ def import_models(
     """Import models into the local store and verify them; print their digests.
 
     SOURCE is a model of the Hugging Face Hub, hf.co/ORG/NAME[:QUANT][@REVISION], of ModelScope,
-    modelscope.cn/ORG/NAME[:QUANT][@REVISION], objects of S3 or Google Cloud Storage,
-    s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, or a tar archive made by `export` or `docker model` (-
-    reads stdin). REFERENCE names the model in the store; objects need one, and the default of
+    modelscope.cn/ORG/NAME[:QUANT][@REVISION], the objects at s3://BUCKET/PREFIX, gs://BUCKET/PREFIX,
+    az://CONTAINER/PREFIX or another fsspec URL, or a tar archive made by `export` or `docker model`
+    (- reads stdin). REFERENCE names the model in the store; objects need one, and the default of
     others is their own name in lower case. With --docker-store or --ollama-store, the arguments are
     names of models in Docker Model Runner or Ollama.
     """

@@ -99,7 +99,7 @@ _WEIGHTS = ("gguf", "safetensors_dir", "dduf")
 @click.option(
     "--from", "from_model", metavar="REF", shell_complete=model_names,
     help="Start from this stored or remote model, to add files or change its context size, or "
-    "package the objects at s3://BUCKET/PREFIX or gs://BUCKET/PREFIX.",
+    "package the objects at s3://BUCKET/PREFIX, gs://…, az://… or another fsspec URL.",
 )  # fmt: skip
 @click.option(
     "-l", "--license", "licenses", type=PATH, multiple=True,

@@ -1,78 +1,62 @@
-"""Objects in S3 and Google Cloud Storage: a model under an address, listed and downloaded.
+"""Objects under an address: a model in an object store or another remote file system.
 
-    s3://BUCKET/PREFIX    gs://BUCKET/PREFIX    s3://BUCKET/FILE.gguf
+    s3://BUCKET/PREFIX    gs://BUCKET/PREFIX    az://CONTAINER/PREFIX    s3://BUCKET/FILE.gguf
+    SCHEME://HOST/PATH    of any fsspec implementation that is installed
 
-obstore (the Rust crate object_store) makes the requests, with the credentials and endpoints of its
-environment variables. It is one package, where s3fs and gcsfs bring fifty; only this module
-imports it. Objects have no digest that is known before they are read, so they are downloaded to be
-packaged. A download reads the object with the ETag that was listed, and goes on where an earlier
-one stopped.
+`object_stores` reads the first three by obstore, `filesystems` all others by fsspec. The digest of
+an object is unknown until it is read, so objects are downloaded to be packaged. A download reads
+the version that was listed, and goes on where an earlier one stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Final, Protocol
 
 from modelpack.artifacts.paths import checked_path
 from modelpack.errors import (
-    AuthError,
-    DeniedError,
     InvalidReferenceError,
     NotFoundError,
     RegistryError,
-    RemoteUnavailableError,
     SizeMismatchError,
     SourceChangedError,
     UnsafePathError,
     UnsupportedError,
-    UsageError,
 )
 from modelpack.progress import Action, Progress
 from modelpack.storage import Watch
 from modelpack.store.filesystem import map_os_errors
 
 if TYPE_CHECKING:
-    from obstore.store import GCSStore, S3Store
-
     from modelpack.registry.limits import RateLimit
 
 #: The largest number of objects under one address.
 MAX_OBJECTS: Final = 100_000
-#: Seconds without a byte after which a download is retried.
-READ_SECONDS: Final = 60
-_CHUNK: Final = 1024 * 1024
+#: The schemes that obstore reads; fsspec reads others.
+CLOUD: Final = ("s3", "gs", "az")
+_ALIASES: Final[Mapping[str, str]] = {"gcs": "gs"}
+# Schemes of other names: hubs and registries.
+_OTHER: Final = frozenset(
+    {"hf", "huggingface", "modelscope", "http", "https", "docker", "oci", "docker-archive"}
+)
+_SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]\Z")
+_HOST: Final = re.compile(r"[A-Za-z0-9._@:\[\]-]{0,255}\Z")
 _SINGLE: Final = (".gguf", ".dduf")
-_STATUS: Final = re.compile(r"status code: (\d{3})")
-_URL: Final = re.compile(r"https?://\S+")
-_CREDENTIALS: Final = re.compile(r"credential|\btoken\b", re.IGNORECASE)
-_CODE: Final = re.compile(r"<Code>(\w{1,60})</Code>")
-#: Where each kind of storage finds another endpoint.
-ENDPOINTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-    "gs": ("GOOGLE_BASE_URL",),
-}
-_LOG_IN: Final[Mapping[str, str]] = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a "
-    "public bucket",
-    "gs": "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS, or "
-    "GOOGLE_SKIP_SIGNATURE=true for a public bucket",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectAddress:
-    """The address of a model in an object store; `prefix` is a directory's or a file's key."""
+    """The address of a model; `prefix` is a directory's or a file's key in `bucket`.
+
+    Outside object stores, `bucket` is the host, which may be empty.
+    """
 
     scheme: str
     bucket: str
@@ -80,22 +64,29 @@ class ObjectAddress:
 
     @classmethod
     def parse(cls, text: str) -> ObjectAddress | None:
-        """Return the address in `text`, None if it has another scheme.
+        """Return the address in `text`, None for a name of a hub or registry and for a path.
 
-        Raises `InvalidReferenceError` for an invalid bucket or key.
+        Raises `InvalidReferenceError` for an invalid bucket or key. Whether the scheme is known is
+        checked when the address is opened.
         """
-        scheme, separator, rest = text.strip().partition("://")
-        scheme = {"gcs": "gs"}.get(scheme, scheme)
-        if not separator or scheme not in ENDPOINTS:
+        text = text.strip()
+        match = _SCHEME.match(text)
+        if match is None or (scheme := match[1].lower()) in _OTHER:
             return None
-        bucket, _, prefix = rest.partition("/")
+        scheme = _ALIASES.get(scheme, scheme)
+        bucket, _, prefix = text[match.end() :].partition("/")
         prefix = prefix.rstrip("/")
-        if not _BUCKET.match(bucket):
-            raise _invalid(text, f"{bucket[:100]!r} is not a bucket" if bucket else "no bucket")
+        if scheme in CLOUD:
+            problem = "" if _BUCKET.match(bucket) else f"{_shown(bucket)!r} is not a bucket"
+            problem = problem if bucket else "no bucket"
+        else:
+            problem = _problem(bucket, prefix)
+        if problem:
+            raise _invalid(scheme, problem)
         try:
             return cls(scheme, bucket, checked_path(prefix) if prefix else "")
         except UnsafePathError as error:
-            raise _invalid(text, str(error)) from None
+            raise _invalid(scheme, str(error)) from None
 
     @property
     def is_file(self) -> bool:
@@ -107,6 +98,10 @@ class ObjectAddress:
         """The key of the directory: for a file, of the one that contains it."""
         return self.prefix.rpartition("/")[0] if self.is_file else self.prefix
 
+    def url(self, key: str) -> str:
+        """Return the address of the object `key`."""
+        return f"{self.scheme}://{self.bucket}/{key}"
+
     # What `selection.choose` asks of a name.
 
     @property
@@ -117,29 +112,62 @@ class ObjectAddress:
     @property
     def example(self) -> str:
         """How to name one of several files."""
-        return f"{self.scheme}://{self.bucket}/{self.directory and self.directory + '/'}FILE.gguf"
+        return self.url(f"{self.directory and self.directory + '/'}FILE.gguf")
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+        return self.url(self.prefix) if self.prefix else f"{self.scheme}://{self.bucket}"
 
 
-def _invalid(text: str, problem: str) -> InvalidReferenceError:
+def _problem(host: str, path: str) -> str:
+    """Return why fsspec does not get an address with these parts."""
+    if ":" in host.rpartition("@")[0]:
+        return "it has a password, which models would record"
+    # fsspec: `::` chains file systems, such as a zip in a cache; a query may have a token.
+    for sign in ("::", "://", "?", "#"):
+        if sign in f"{host}/{path}":
+            return f"it has {sign!r}"
+    return "" if _HOST.match(host) else f"{_shown(host)!r} is not a host"
+
+
+def _shown(host: str) -> str:
+    """Return the host without the user and password before it."""
+    return host.rpartition("@")[2][:100]
+
+
+def _invalid(scheme: str, problem: str) -> InvalidReferenceError:
+    where = "BUCKET/PREFIX" if scheme in CLOUD else "HOST/PATH"
     return InvalidReferenceError(
-        f"invalid address {text[:300]!r}: {problem}",
-        reference=text,
-        hint="write s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+        f"invalid {scheme}:// address: {problem}",
+        reference=f"{scheme}://",
+        hint=f"write {scheme}://{where}, and give credentials in the environment",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An object: its key, its path below the address, and its ETag, by which it is read."""
+    """An object: its key, its path below the address, and what its version is known by.
+
+    `etag` is empty and `modified` is None where a file system does not state them.
+    """
 
     key: str
     path: str
     size: int
     etag: str
-    modified: datetime
+    modified: datetime | None
+
+
+class ObjectSource(Protocol):
+    """How the objects under an address are listed and read."""
+
+    def listed(self) -> Iterable[tuple[str, int, str, datetime | None]]:
+        """Yield the key, size, ETag and time of each object below the address's directory."""
+
+    def chunks(self, one: StoredObject, offset: int) -> Iterable[bytes]:
+        """Yield the bytes of the object from `offset` on.
+
+        Raises `SourceChangedError` if it is not the listed version, at the latest after the last.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +175,7 @@ class Bucket:
     """An open connection to the bucket of an address."""
 
     address: ObjectAddress
-    _store: S3Store | GCSStore = field(repr=False)
+    source: ObjectSource = field(repr=False)
 
     def objects(self) -> tuple[StoredObject, ...]:
         """Return the objects under the address, sorted by path.
@@ -156,22 +184,14 @@ class Bucket:
         path, `UnsupportedError` for more than `MAX_OBJECTS`, `AuthError`, `DeniedError` and
         `RemoteUnavailableError`.
         """
-        import obstore
-
         directory = self.address.directory
         what = f"the objects of {self.address}"
         found: list[StoredObject] = []
-        with _translated(what, self.address):
-            listed = obstore.list(self._store, prefix=directory or None)
-            for entry in (entry for entries in listed for entry in entries):
-                if len(found) == MAX_OBJECTS:
-                    raise UnsupportedError(f"more than {MAX_OBJECTS} objects", path=what)
-                key = entry["path"]
-                path = checked_path(key.removeprefix(f"{directory}/") if directory else key)
-                etag = entry["e_tag"]
-                if not etag:
-                    raise RegistryError(f"{what}: {key!r} has no ETag")
-                found.append(StoredObject(key, path, entry["size"], etag, entry["last_modified"]))
+        for key, size, etag, modified in self.source.listed():
+            if len(found) == MAX_OBJECTS:
+                raise UnsupportedError(f"more than {MAX_OBJECTS} objects", path=what)
+            path = checked_path(key.removeprefix(f"{directory}/") if directory else key)
+            found.append(StoredObject(key, path, size, etag, modified))
         found.sort(key=lambda one: one.path.replace("/", "\0"))
         # A store may have a marker of no bytes for each directory.
         folders = {f"{parent}" for one in found for parent in _parents(one.path)}
@@ -194,34 +214,33 @@ class Bucket:
         Raises `SourceChangedError` if the object was replaced since it was listed, and
         `SizeMismatchError` for more or fewer bytes.
         """
-        import obstore
-
-        what = f"{self.address.scheme}://{self.address.bucket}/{one.key}"
+        if not one.etag and one.modified is None:  # the bytes there may be of another content
+            part.unlink(missing_ok=True)
         if part.exists() and part.stat().st_size == one.size:
             return
         with map_os_errors("write", part), part.open("ab") as stream:
             done = stream.tell()
             if done > one.size:
                 stream.truncate(done := 0)
-            options: Any = {"if_match": one.etag}
-            if done:
-                options["range"] = {"offset": done}
-            if done < one.size:
-                with _translated(what, self.address):
-                    response = obstore.get(self._store, one.key, options=options)
-                    for chunk in response.stream(min_chunk_size=_CHUNK):
-                        watch.stop.check()
-                        if rate is not None:
-                            rate.wait(len(chunk), watch.stop)
-                        done += stream.write(chunk)
-                        if done > one.size:
-                            break
-                        report = Progress(Action.FETCH, one.path, None, done, one.size)
-                        watch.report(report)
+            chunks = self.source.chunks(one, done) if done < one.size else ()
+            try:
+                for chunk in chunks:
+                    watch.stop.check()
+                    if rate is not None:
+                        rate.wait(len(chunk), watch.stop)
+                    done += stream.write(chunk)
+                    if done > one.size:
+                        break
+                    report = Progress(Action.FETCH, one.path, None, done, one.size)
+                    watch.report(report)
+            except SourceChangedError:
+                part.unlink()
+                raise
         if done != one.size:
             part.unlink()
             raise SizeMismatchError(
-                f"{what}: expected {one.size} bytes, got {'more' if done > one.size else done}",
+                f"{self.address.url(one.key)}: expected {one.size} bytes, "
+                f"got {'more' if done > one.size else done}",
                 expected=str(one.size),
                 got=str(done),
             )
@@ -229,116 +248,11 @@ class Bucket:
 
 def part_name(one: StoredObject) -> str:
     """Return the name of an object's download: another for each content that it may have."""
-    text = f"{one.key}\0{one.etag}\0{one.size}"
+    version = one.etag or one.modified
+    text = f"{one.key}\0{version}\0{one.size}"
     return f"{hashlib.sha256(text.encode()).hexdigest()}.part"
-
-
-def open_bucket(
-    address: ObjectAddress,
-    *,
-    insecure: frozenset[str] = frozenset(),
-    environ: Mapping[str, str] = os.environ,
-) -> Bucket:
-    """Return the bucket of an address; plain http is for this machine and `insecure` hosts.
-
-    Raises `UsageError` if obstore is not installed and for an invalid endpoint or setting.
-    """
-    try:
-        from obstore.exceptions import BaseError
-        from obstore.store import GCSStore, S3Store
-    except ModuleNotFoundError:
-        raise UsageError(
-            f"{address}: obstore is not installed", hint="run pip install 'modelpack[cloud]'"
-        ) from None
-    client: Any = {
-        "allow_http": _is_plain(address, insecure, environ),
-        "connect_timeout": timedelta(seconds=10),
-        "read_timeout": timedelta(seconds=READ_SECONDS),
-        "timeout": timedelta(days=7),  # of a whole object
-    }
-    retry: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=90)}
-    kind = S3Store if address.scheme == "s3" else GCSStore
-    try:
-        made = kind(address.bucket, client_options=client, retry_config=retry)
-    except (BaseError, OSError, ValueError) as error:
-        raise UsageError(f"{address}: {_first_line(error)}") from None
-    return Bucket(address, made)
-
-
-def _is_plain(address: ObjectAddress, insecure: frozenset[str], environ: Mapping[str, str]) -> bool:
-    """Return whether the endpoint of the environment uses plain http, and may."""
-    from modelpack.registry.urls import is_local  # imports requests
-
-    plain = False  # obstore decides which of several variables it uses, so each is checked
-    for name in ENDPOINTS[address.scheme]:
-        endpoint = environ.get(name, "")
-        if not endpoint:
-            continue
-        try:
-            parts = urlsplit(endpoint)
-        except ValueError:
-            parts = urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise UsageError(
-                f"{name} is not the address of a server", hint="set it to https://HOST[:PORT]"
-            )
-        if parts.scheme == "http" and not is_local(parts.netloc) and parts.netloc not in insecure:
-            raise UsageError(
-                f"{name}: {parts.netloc} would get credentials over plain http",
-                hint=f"use https, or --insecure {parts.netloc}",
-            )
-        plain = plain or parts.scheme == "http"
-    return plain
 
 
 def _parents(path: str) -> Iterator[str]:
     while path := path.rpartition("/")[0]:
         yield path
-
-
-def _first_line(error: BaseException) -> str:
-    # Further lines are of Rust's debug output.
-    return str(error).partition("\n")[0][:500]
-
-
-@contextmanager
-def _translated(what: str, address: ObjectAddress) -> Iterator[None]:
-    """Turn the errors of obstore into ours; addresses and headers of requests are left out."""
-    from obstore import exceptions
-
-    try:
-        yield
-    except exceptions.PreconditionError:
-        raise SourceChangedError(
-            f"{what}: the object was replaced while it was read", hint="import the model again"
-        ) from None
-    except exceptions.InvalidPathError as error:
-        key = re.search(r'path "(.{0,200}?)"', str(error), re.IGNORECASE)
-        raise UnsafePathError(
-            f"{what}: the key {key[1] if key else ''!r} is not a path", got=key[1] if key else ""
-        ) from None
-    except FileNotFoundError:
-        raise NotFoundError(f"{what}: not found", hint="check the bucket and the key") from None
-    except (exceptions.BaseError, OSError) as error:
-        raise _error(what, address, str(error)) from None
-
-
-def _error(what: str, address: ObjectAddress, said: str) -> RegistryError:
-    status, code = _STATUS.search(said), _CODE.search(said)
-    number = int(status[1]) if status else None
-    shown = f"{number or ''}{' ' + code[1] if code else ''}".strip()
-    if (code and code[1] == "NoSuchBucket") or (number == 404 and not code):
-        return NotFoundError(f"{what}: no such bucket", status_code=number, hint="check its name")
-    denied: type[RegistryError] | None = {401: AuthError, 403: DeniedError}.get(number or 0)
-    if code and code[1].endswith("Token"):  # 400 ExpiredToken
-        denied = AuthError
-    if denied is not None:
-        return denied(f"{what}: denied: {shown}", status_code=number, hint=_LOG_IN[address.scheme])
-    if number is None or (number < 500 and number != 429):
-        # The key in a URL may have these words: tokenizer.json.
-        if not code and _CREDENTIALS.search(_URL.sub("", said)):
-            return AuthError(f"{what}: no credentials were found", hint=_LOG_IN[address.scheme])
-        if number is not None:
-            return RegistryError(f"{what}: the server answered {shown}", status_code=number)
-    why = f"the server answered {shown}" if shown else "the server did not answer"
-    return RemoteUnavailableError(f"{what}: {why}", status_code=number)

@@ -1,4 +1,4 @@
-"""Download a model of S3 or Google Cloud Storage, to package it.
+"""Download a model of an object store or a remote file system, to package it.
 
 The files are chosen as on the hub. Downloads that were interrupted stay in the store, where the
 next one of the same objects goes on; garbage collection deletes them after a day.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,9 @@ from modelpack.builder.classify import FileKind, classify, is_projector_name
 from modelpack.builder.request import PackageRequest
 from modelpack.errors import NotFoundError, UsageError
 from modelpack.formats.shards import shard_set
-from modelpack.hub.objects import ObjectAddress, StoredObject, open_bucket, part_name
+from modelpack.hub.filesystems import RemoteFiles
+from modelpack.hub.object_stores import CloudStorage
+from modelpack.hub.objects import CLOUD, Bucket, ObjectAddress, StoredObject, part_name
 from modelpack.hub.repository import HubFile
 from modelpack.hub.selection import Choice, choose
 from modelpack.operations.provenance import ProvenanceOptions
@@ -76,11 +78,10 @@ class DownloadedModel:
 
     def recorded(self, options: ProvenanceOptions) -> ProvenanceOptions:
         """Return the options with each object as an input: its address and its ETag."""
-        root = f"{self.address.scheme}://{self.address.bucket}"
-        origins = [
-            Resource(one.path, f"{root}/{one.key}", {"etag": one.etag.strip('"')})
-            for one in self.objects
-        ]
+        origins = []
+        for one in self.objects:
+            digest = {"etag": one.etag.strip('"')} if one.etag else {}
+            origins.append(Resource(one.path, self.address.url(one.key), digest))
         return replace(options, origins=(*options.origins, *origins))
 
 
@@ -88,6 +89,22 @@ def replace_fields(request: PackageRequest, **changes: object) -> PackageRequest
     """Return the request with these fields replaced; its constructor takes other types."""
     values = {name: getattr(request, name) for name in PackageRequest.__dataclass_fields__}
     return PackageRequest(**{**values, **changes})
+
+
+def open_bucket(
+    address: ObjectAddress,
+    *,
+    insecure: frozenset[str] = frozenset(),
+    environ: Mapping[str, str] = os.environ,
+) -> Bucket:
+    """Return the bucket of an address; plain http is for this machine and `insecure` hosts.
+
+    Raises `UsageError` for a scheme that nothing installed reads, and for an invalid endpoint or
+    setting.
+    """
+    if address.scheme in CLOUD:
+        return Bucket(address, CloudStorage.opened(address, insecure, environ))
+    return Bucket(address, RemoteFiles.opened(address, insecure))
 
 
 @contextmanager
@@ -176,7 +193,7 @@ def _place(parts: Path, directory: Path, chosen: Sequence[StoredObject]) -> None
             place = directory / one.path
             place.parent.mkdir(parents=True, exist_ok=True)
             part = parts / part_name(one)
-            seconds = one.modified.timestamp()
+            seconds = one.modified.timestamp() if one.modified else 0
             os.utime(part, (seconds, seconds))
             part.chmod(0o444)  # a blob of the store is a link of it
             os.link(part, place)

@@ -294,10 +294,10 @@ def package(
     """Package the files of `request` as the model `reference` in `store`; push it with `push`.
 
     With `from_model`, a stored or remote model is the base, and `request` says what to add or
-    change; if it is an address in S3 or Google Cloud Storage, its objects are packaged. With
-    `dry_run`, only the digest is computed. With `link`, files are hard-linked into the store, if
-    the file system allows it, instead of copied. With `provenance`, how the model was packaged is
-    attached to it, and pushed with it.
+    change; if it is an address of objects (`ObjectAddress`), these are packaged. With
+    `dry_run`, only the digest is computed. With `link`, files are hard-linked into the store,
+    if the file system allows it, instead of copied. With `provenance`, how the model was
+    packaged is attached to it, and pushed with it.
 
     Raises `PackagingError`, `WeightFormatError`, `UsageError`, `SourceChangedError`,
     `StorageFullError`, and what `modelpack.push` raises.

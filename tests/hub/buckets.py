@@ -1,4 +1,4 @@
-"""S3 by moto, and the part of Google Cloud Storage that obstore uses, both on loopback."""
+"""S3 by moto, and the parts of Google's and Azure's storage that obstore uses, on loopback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ import requests
 KEYS = {"AWS_ACCESS_KEY_ID": "known", "AWS_SECRET_ACCESS_KEY": "secret-of-s3",
         "AWS_REGION": "us-east-1"}  # fmt: skip
 TOKEN = "token-of-gcs"
-MODIFIED = "2026-01-02T03:04:05Z"
+_GOOGLE = (
+    "<Contents><Key>{key}</Key><Size>{size}</Size><ETag>{etag}</ETag>"
+    "<LastModified>2026-01-02T03:04:05Z</LastModified></Contents>",
+    "<ListBucketResult>{}</ListBucketResult>",
+)
+_AZURE = (
+    "<Blob><Name>{key}</Name><Properties><Last-Modified>Fri, 02 Jan 2026 03:04:05 GMT"
+    "</Last-Modified><Etag>{etag}</Etag><Content-Length>{size}</Content-Length>"
+    "<Content-Type>application/octet-stream</Content-Type></Properties></Blob>",
+    "<EnumerationResults><Blobs>{}</Blobs><NextMarker/></EnumerationResults>",
+)
 
 
 @dataclass
@@ -70,10 +80,14 @@ class Faults:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The XML API: https://docs.cloud.google.com/storage/docs/xml-api/get-bucket-list."""
+    """Google's XML API and Azure's Blob service, each as far as obstore uses it.
+
+    https://docs.cloud.google.com/storage/docs/xml-api/get-bucket-list,
+    https://learn.microsoft.com/en-us/rest/api/storageservices/list-blobs.
+    """
 
     protocol_version = "HTTP/1.1"
-    server: GCSServer
+    server: CloudServer
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -92,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._error(401, "AuthenticationRequired")
         elif bucket != "models":
-            self._error(404, "NoSuchBucket")
+            self._error(404, "ContainerNotFound" if "comp=" in parts.query else "NoSuchBucket")
         elif not key:
             self._list(parse_qs(parts.query))
         elif key not in self.server.objects:
@@ -102,13 +116,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _list(self, query: dict[str, list[str]]) -> None:
         prefix = query.get("prefix", [""])[0]
+        entry, whole = _AZURE if "comp" in query else _GOOGLE
         entries = "".join(
-            f"<Contents><Key>{xml.sax.saxutils.escape(key)}</Key><Size>{len(content)}</Size>"
-            f"<ETag>{_etag(content)}</ETag><LastModified>{MODIFIED}</LastModified></Contents>"
+            entry.format(key=xml.sax.saxutils.escape(key), size=len(content), etag=_etag(content))
             for key, content in sorted(self.server.objects.items())
             if key.startswith(prefix)
         )
-        self._send(200, f"<ListBucketResult>{entries}</ListBucketResult>".encode())
+        self._send(200, whole.format(entries).encode())
 
     def _object(self, content: bytes) -> None:
         faults = self.server.faults
@@ -148,8 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-class GCSServer(ThreadingHTTPServer):
-    """An imitation of Google Cloud Storage with the bucket `models`."""
+class CloudServer(ThreadingHTTPServer):
+    """An imitation of Google Cloud Storage and Azure with the bucket `models`."""
 
     daemon_threads = True
 
@@ -164,19 +178,35 @@ class GCSServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cloud, GCSServer]]:
-    """Run the imitation as the endpoint of the environment."""
-    server = GCSServer()
+def _served(scheme: str) -> Iterator[tuple[Cloud, CloudServer]]:
+    server = CloudServer()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
-        monkeypatch.setenv("GOOGLE_BASE_URL", server.url)
-        monkeypatch.setenv("GOOGLE_BEARER_TOKEN", TOKEN)
-        yield Cloud("gs", server.url), server
+        yield Cloud(scheme, server.url), server
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cloud, CloudServer]]:
+    """Run the imitation as Google's endpoint of the environment."""
+    with _served("gs") as (cloud, server):
+        monkeypatch.setenv("GOOGLE_BASE_URL", server.url)
+        monkeypatch.setenv("GOOGLE_BEARER_TOKEN", TOKEN)
+        yield cloud, server
+
+
+@contextmanager
+def azure(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cloud, CloudServer]]:
+    """Run the imitation as Azure's endpoint of the environment."""
+    with _served("az") as (cloud, server):
+        monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", server.url)
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "known")
+        monkeypatch.setenv("AZURE_STORAGE_TOKEN", TOKEN)
+        yield cloud, server
 
 
 def _etag(content: bytes) -> str:

@@ -1,8 +1,9 @@
-"""Models in S3 and Google Cloud Storage: listed, downloaded, packaged; faults and wrong names."""
+"""Models in S3, Google Cloud Storage and Azure: listing, download, packaging, faults, names."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,21 +31,23 @@ from modelpack.errors import (
     UnsupportedError,
     UsageError,
 )
+from modelpack.hub import object_stores
 from modelpack.hub import objects as objects_module
-from modelpack.hub.objects import ObjectAddress, open_bucket
+from modelpack.hub.objects import ObjectAddress
 from modelpack.operations import objects as downloads
+from modelpack.operations.objects import open_bucket
 from modelpack.operations.package import package
 from modelpack.operations.provenance import ProvenanceOptions, read_provenance
 from modelpack.progress import Progress, Stop
 from modelpack.storage import watching
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
-from tests.hub.buckets import KEYS, TOKEN, Cloud, GCSServer, gcs, s3
+from tests.hub.buckets import KEYS, TOKEN, Cloud, CloudServer, azure, gcs, s3
 from tests.models import FIXTURES, tiny_safetensors
 
 GGUF = (FIXTURES / "models/tiny-gguf/tiny.gguf").read_bytes()
 PROJECTOR = (FIXTURES / "models/tiny-mmproj/mmproj-tiny-f16.gguf").read_bytes()
-Both = tuple[Cloud, GCSServer]
+Both = tuple[Cloud, CloudServer]
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def left(store: modelpack.Store) -> list[Path]:
     return sorted((store.root / "ingest").glob("**/objects-*"))
 
 
-# Both kinds
+# All kinds
 
 
 def test_a_directory_of_s3_becomes_the_model_of_its_files(
@@ -123,6 +126,46 @@ def test_files_of_gcs_with_their_papers_and_provenance(
         for name in ("a.gguf", "mmproj-F16.gguf", "LICENSE", "chat_template.jinja")
     }
     assert all(len(one.digest["etag"]) == 32 for one in inputs)
+
+
+def test_blobs_of_azure(store: modelpack.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with azure(monkeypatch) as (cloud, server):
+        cloud.put("m/a.gguf", GGUF)
+        cloud.put("m2/b.gguf", GGUF)
+        imported(store, "az://models/m")
+        files = modelpack.resolve("x/m:v1", store=store).files
+        assert [file.path.read_bytes() for file in files] == [GGUF]
+        with pytest.raises(NotFoundError, match=r"az://nobody/x: no such bucket"):
+            listed("az://nobody/x")
+        server.faults.replaced = True
+        with pytest.raises(SourceChangedError, match="was replaced while it was read"):
+            imported(store, "az://models/m")
+        server.faults.denied = 403
+        with pytest.raises(DeniedError, match="denied: 403 AccessDenied") as raised:
+            listed("az://models/m")
+        assert TOKEN not in str(raised.value)
+        monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
+        with pytest.raises(UsageError, match=r"az://models/m: .*[Aa]ccount"):
+            listed("az://models/m")
+
+
+def test_why_obstore_is_not_read_through_fsspec(google: Both, tmp_path: Path) -> None:
+    """Its fsspec interface has no conditions: bytes of a replaced object are no error."""
+    from obstore.fsspec import FsspecStore
+
+    cloud, server = google
+    cloud.put("m/a.gguf", GGUF)
+    files = FsspecStore("gs", client_options={"allow_http": True})
+    [entry] = files.ls("models/m", detail=True)
+    server.faults.replaced = True
+    files.get_file("models/m/a.gguf", str(tmp_path / "got"))
+    assert entry["size"] == len(GGUF) < len((tmp_path / "got").read_bytes())
+    address = ObjectAddress("gs", "models", "m")
+    source = object_stores.CloudStorage.opened(address, frozenset(), os.environ)
+    [(key, size, etag, modified)] = source.listed()
+    one = objects_module.StoredObject(key, "a.gguf", size, etag, modified)
+    with pytest.raises(SourceChangedError):
+        next(source.chunks(one, 0))
 
 
 def test_the_command_packages_objects(google: Both, store: modelpack.Store) -> None:
@@ -320,15 +363,16 @@ def test_other_names(text: str) -> None:
         ("s3://", "no bucket"),
         ("s3:///key", "no bucket"),
         ("gs://Upper/x", "'Upper' is not a bucket"),
-        ("s3://user:secret@host/x", "is not a bucket"),
+        ("s3://user:secret@host/x", "'host' is not a bucket"),
         ("s3://models/../x", r"leaves the directory"),
         ("s3://models/a//b", "empty"),
         ("s3://models/a\x00b", "control character"),
     ],
 )
 def test_wrong_addresses(text: str, message: str) -> None:
-    with pytest.raises(InvalidReferenceError, match=message):
+    with pytest.raises(InvalidReferenceError, match=message) as raised:
         ObjectAddress.parse(text)
+    assert "secret" not in f"{raised.value} {raised.value.reference} {raised.value.hint}"
 
 
 @pytest.mark.parametrize(
@@ -360,6 +404,15 @@ def test_every_endpoint_is_checked(monkeypatch: pytest.MonkeyPatch, first: str) 
 
 
 @pytest.mark.parametrize(
+    "name", ["AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"]
+)
+def test_every_endpoint_of_azure_is_checked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "http://storage.example")
+    with pytest.raises(UsageError, match=rf"{name}: storage\.example would get credentials"):
+        open_bucket(ObjectAddress("az", "models", "m"))
+
+
+@pytest.mark.parametrize(
     ("said", "kind", "message"),
     [
         ("<Code>SlowDown</Code> status code: 503 https://s3.example/models/tokenizer.json",
@@ -372,7 +425,7 @@ def test_every_endpoint_is_checked(monkeypatch: pytest.MonkeyPatch, first: str) 
     ],
 )  # fmt: skip
 def test_what_obstore_says(said: str, kind: type[RegistryError], message: str) -> None:
-    made = objects_module._error("x", ObjectAddress("s3", "models", "m"), said)
+    made = object_stores._error("x", ObjectAddress("s3", "models", "m"), said)
     assert (type(made), message in str(made)) == (kind, True)
 
 

@@ -156,6 +156,11 @@ def test_creating_is_told(stocked: Stocked) -> None:
         ({"files": {"../a.gguf": "sha256:" + "0" * 64}}, "../a.gguf"),
         ({"files": {"a.gguf": "nothing"}}, "nothing"),
         ({"model": "a//b", "from": "tiny"}, "component"),
+        # Addresses of objects are for the command line: a request opens none.
+        ({"from": "file:///etc"}, "invalid"),
+        ({"from": "memory://m"}, "invalid"),
+        ({"from": "s3://models/m"}, "invalid"),
+        ({"from": "sftp://host/m"}, "invalid"),
     ],
 )
 def test_what_cannot_be_made(stocked: Stocked, body: dict[str, Any], message: str) -> None:
