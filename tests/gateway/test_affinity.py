@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -77,6 +78,25 @@ def names(upstreams: Upstreams, count: int = 200) -> list[str]:
     """Return whom each of many prompts gets, with nothing running."""
     found = (upstreams.choose(prefix=str(i).encode()) for i in range(count))
     return [upstream.name for upstream in found if upstream]
+
+
+class Counted(list[Any]):
+    """An array that counts how many of its items are looked at."""
+
+    seen = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            self.seen += 1
+            yield item
+
+
+@pytest.mark.parametrize("item", ["", None, 0, {"text": ""}])
+def test_few_values_are_looked_at(item: Any) -> None:
+    """A body may have two million of them, and no other request is answered meanwhile."""
+    content = Counted([item] * (3 * LENGTH))
+    assert prefix_key({"messages": [{"role": "user", "content": content}]})
+    assert content.seen <= LENGTH
 
 
 def test_each_prompt_keeps_its_upstream_while_others_come_and_go() -> None:

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-#: The characters of a prompt that decide, each number counted as one.
+#: The characters of a prompt that decide. Numbers, nulls and empty texts count as one, so that few
+#: values are looked at: this runs on the event loop.
 LENGTH = 4096
 
 _ROLES = ("system", "developer")
@@ -33,10 +34,10 @@ def prefix_key(document: Any) -> bytes | None:
     hashed = hashlib.sha256()
     left = LENGTH
     for part in (*map(document.get, ("model", "system", "instructions")), prompt):
-        for text in _texts(part):
+        for text in () if part is None else _texts(part):
             data = text[:left].encode(errors="surrogatepass")
             hashed.update(len(data).to_bytes(4, "big") + data)
-            left -= len(data)
+            left -= max(1, len(data))
             if left <= 0:
                 return hashed.digest()
         hashed.update(b"\xff" * 4)
@@ -52,7 +53,7 @@ def _opening(messages: list[Any]) -> list[Any]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts and numbers in a JSON value, in order."""
+    """Yield the texts and numbers in a JSON value, in order; an empty text for null."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -61,5 +62,5 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         for key in sorted(value):
             yield from _texts(value[key])
-    elif value is not None:
-        yield str(value)
+    else:
+        yield "" if value is None else str(value)
