@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Final
@@ -19,8 +20,10 @@ from modelpack.deploy.manifests import to_yaml
 #: The name of a workload whose objects are for a chart.
 RELEASE: Final = "modelpack-helm-release"
 _RELEASE_EXPRESSION: Final = "{{ .Release.Name }}"
-#: A scalar that becomes an expression of Helm, and one that becomes a block of YAML.
-_SCALAR, _BLOCK = "helm:", "helm-block:"
+# A scalar that becomes an expression of Helm, and one that becomes a block of YAML. No name of a
+# model or of its files, which an author chooses, can begin like them.
+_MARK: Final = secrets.token_hex(8)
+_SCALAR, _BLOCK = f"helm-{_MARK}:", f"helm-block-{_MARK}:"
 _EXPRESSION: Final = re.compile(rf"['\"]?{_SCALAR}([^'\"\n]+)['\"]?")
 _BLOCK_LINE: Final = re.compile(rf"^( *)(\S+): ['\"]?{_BLOCK}([^'\"\n]+)['\"]?$", re.MULTILINE)
 #: Helm's own limit is 53 characters.

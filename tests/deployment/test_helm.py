@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ SHAPES = {
     "nodes": ("--nodes", "2", "--gpus", "8", "--max-replicas", "2"),
     "nodes behind a gateway": ("--nodes", "2", "--gateway", "--replicas", "2"),
     "names": (*OWN, "--served-model-name", "a {{ .Values.b }} c", "--allow-host", "ai.example"),
+    "a model called helm": (*OWN, "--served-model-name", "team/helm:v1"),
 }
 
 
@@ -78,6 +80,19 @@ def test_the_files_of_a_chart(published: tuple[str, str], tmp_path: Path) -> Non
     again = chart(published, tmp_path / "other", *OWN, "--max-replicas", "3")
     for path in made.rglob("*.*"):
         assert path.read_bytes() == (again / path.relative_to(made)).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["team/helm:v1", "helm-block:.Values.image", 'helm:env "HOME"'])
+def test_names_are_no_expressions(published: tuple[str, str], tmp_path: Path, name: str) -> None:
+    """A model and its files have the names that its author chose."""
+    made = chart(published, tmp_path, *OWN, "--served-model-name", name)
+    text = (made / "templates" / "model.yaml").read_text()
+    assert name in text.replace("''", "'")
+    expressions = set(re.findall("{{.*?}}", text))
+    plain = chart(published, tmp_path / "plain", *OWN, "--served-model-name", "tiny")
+    assert expressions == set(
+        re.findall("{{.*?}}", (plain / "templates" / "model.yaml").read_text())
+    )
 
 
 @pytest.mark.parametrize(
