@@ -102,27 +102,30 @@ class VerifiedMarks:
         if not doubts or digest in self._vouched:
             return True
         _log().info("verifying blob %s before its first use", digest)
+        found = path.stat()  # before the bytes are read: they may change while they are
         if hash_file(path, digest.algorithm) != digest:
-            self.put_in_quarantine(digest, path)
-            return False
+            self.put_in_quarantine(digest, path, found)
+            return path.is_file() and self.confirms(digest, path)
         try:
             for mark in doubts:
                 if mark.parent == self._tree.linked:
-                    write_own(mark, _stamp(path.stat()).encode())
+                    write_own(mark, _stamp(found).encode())
                 else:
                     mark.unlink(missing_ok=True)
         except OSError:  # a read-only store can still be read
             self._vouched.add(digest)
         return True
 
-    def put_in_quarantine(self, digest: Digest, path: Path) -> None:
-        """Move a damaged blob to quarantine."""
-        _log().warning("blob %s is damaged: moved to %s", digest, self._tree.quarantine)
+    def put_in_quarantine(self, digest: Digest, path: Path, found: os.stat_result) -> None:
+        """Move a damaged blob, the file whose status was `found`, to quarantine."""
         self._tree.check_inside()
         self._tree.quarantine.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # another process was faster
-            os.replace(path, self._tree.quarantine / label(digest))
-        self.forget(digest)
+        # Hashing takes long: another process may have moved the file, and stored the blob again.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), found):
+                _log().warning("blob %s is damaged: moved to %s", digest, self._tree.quarantine)
+                os.replace(path, self._tree.quarantine / label(digest))
+                self.forget(digest)
 
     def was_damaged(self, digest: Digest) -> bool:
         """Return whether a damaged copy of the blob is in quarantine."""

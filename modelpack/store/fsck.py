@@ -284,7 +284,8 @@ class Checker:
 
         with map_os_errors("read", path):
             try:
-                size = path.stat().st_size
+                found = path.stat()
+                size = found.st_size
                 got = hash_file(path, digest.algorithm, seen)
             except FileNotFoundError:
                 raise NotFoundError(f"blob {digest} was removed during the check") from None
@@ -294,5 +295,5 @@ class Checker:
             return True
         self._damaged.add(digest)
         with self._tree.lock().held():
-            self._marks.put_in_quarantine(digest, path)
+            self._marks.put_in_quarantine(digest, path, found)
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from modelpack.errors import NotFoundError
 from modelpack.storage import Outcome
 from modelpack.store import blobs as verified_marks
 from modelpack.store import filesystem as durability
+from modelpack.store import fsck
 from modelpack.store.layout import LayoutStore
 from modelpack.store.tree import label
 from tests.contract.parts import Watcher, blob_of
@@ -184,6 +186,58 @@ def test_a_touched_link_is_hashed_once(
         assert uses(store, digest)
     assert len(hashed) == 1
     assert source.stat().st_mtime_ns == 1
+
+
+def after_hashing(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """Let another process do `change` when a blob has been read to be verified again, once."""
+    real, changes = verified_marks.hash_file, [change]
+
+    def hash_file(path: Path, algorithm: str, *seen: Callable[[int], None]) -> Digest:
+        found = real(path, algorithm, *seen)
+        while changes:
+            changes.pop()()
+        return found
+
+    for module in (verified_marks, fsck):
+        monkeypatch.setattr(module, "hash_file", hash_file)
+
+
+def test_a_link_that_is_changed_while_it_is_hashed_is_noticed(
+    store: LayoutStore, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = store.import_file(source, Watcher().watch, link=True).digest
+    os.utime(source, ns=(1, 1))
+
+    def change() -> None:
+        with source.open("r+b") as stream:
+            stream.write(b"W")
+        os.utime(source, ns=(2, 2))
+
+    after_hashing(monkeypatch, change)
+    uses(store, digest)
+    assert not uses(store, digest)
+
+
+@pytest.mark.parametrize("check", ["use", "fsck"])
+def test_a_blob_that_is_repaired_while_it_is_hashed_stays(
+    store: LayoutStore, source: Path, imported: Digest, monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
+    """Two processes find the same damage; the slower one must not take the new file away."""
+    reboot(store, imported)
+    damage(store.root / "blobs" / "sha256" / imported.encoded)
+    other = LayoutStore(store.root)
+
+    def repair() -> None:
+        assert not uses(other, imported)
+        other.import_file(source, Watcher().watch)
+
+    after_hashing(monkeypatch, repair)
+    if check == "use":
+        assert uses(store, imported)
+    else:
+        store.fsck(watch=Watcher().watch)
+    assert uses(LayoutStore(store.root), imported)
+    assert store.blob_path(imported).read_bytes() == source.read_bytes()
 
 
 def test_a_full_check_notices_a_change_that_left_no_trace(store: LayoutStore, source: Path) -> None:
