@@ -261,8 +261,9 @@ def open_vision(
     if videos is not None:
         try:
             processor.videos = shown = VideoProcessor(config, videos, encode)
-            side = 2 * shown.sampling.factor
-            frames = random.integers(0, 256, (2, shown.sampling.group, side, side, 3), np.uint8)
+            sampling, side = shown.sampling, 2 * shown.sampling.factor
+            shape = sampling.size(1, side, side) if sampling.frame_pixels else (side, side)
+            frames = random.integers(0, 256, (2, sampling.group, *shape, 3), np.uint8)
             clips = [Video(each, (0.0,) * len(each), 0.0) for each in frames]
             _test("vision", model, processor, shown.token_id, clips)
         except EngineError as error:

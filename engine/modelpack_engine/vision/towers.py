@@ -404,6 +404,9 @@ def _cut_class(package: Any, *, any_res: bool = False) -> Any:
 
     def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
         given = dict(inputs)
+        if "pixel_values_videos" in inputs:  # the last frame has one more row, for a new line
+            shown = encoding.get_video_features(self, inputs["pixel_values_videos"])
+            return cast(mx.array, shown[: token_ids.size])
         if inputs and (rows := _ROWS.get(self.config.model_type)) is not None:
             return rows(self, inputs)
         if inputs and (prepared := _PREPARED.get(self.config.model_type)) is not None:

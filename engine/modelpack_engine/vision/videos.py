@@ -25,6 +25,8 @@ from modelpack_engine.worker.video import MAX_FRAMES, MAX_SAMPLED_PIXELS, Sampli
 
 #: The most frames a second that a video_preprocessor_config.json may ask for.
 _MAX_FPS = 60
+#: The most tokens of a video whose frames have as many tokens as others of more pixels.
+_MAX_TOKENS = 21_400
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +51,8 @@ class FrameLayout:
 
     #: The mean and the deviation of colours for files that have none.
     colours = (0.5, 0.5)
+    #: The tokens after those of the last group.
+    last = 0
 
     def __init__(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Read config.json and the settings for videos; raise `ModelLoadError` for wrong ones."""
@@ -173,9 +177,39 @@ class _Gemma4UnifiedLayout(_Gemma4Layout):
     unified = True
 
 
-def _counted(settings: Mapping[str, Any], default: int, **sizes: Any) -> Sampling:
+class _LlavaLayout(FrameLayout):
+    """LLaVA-OneVision: squares of one size, pooled to a quarter of their patches.
+
+    A token for a new line ends the last one, as its row in a picture.
+    """
+
+    def _joined(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return 1, 1
+
+    def _sampling(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Sampling:
+        side = int(_number(config["vision_config"], "image_size", 384, MAX_SAMPLED_PIXELS**0.5))
+        size = settings.get("size")
+        if size is not None and size != {"height": side, "width": side}:
+            raise ModelLoadError(f"size {str(size)[:50]} is not that of config.json, {side}")
+        self._pooled = -(-(side // self.patch) // 2)
+        self.last = int(config.get("use_image_newline_parameter", True) is not False)
+        most = _MAX_TOKENS // self._pooled**2
+        return _counted(settings, 32, most, factor=side, frame_pixels=side**2)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of tokens of a frame."""
+        return self._pooled, self._pooled
+
+    def inputs(self, frames: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Return the colours of a frame."""
+        return {"pixel_values_videos": self.pixels(frames)}
+
+
+def _counted(
+    settings: Mapping[str, Any], default: int, most: int = MAX_FRAMES, **sizes: Any
+) -> Sampling:
     """Return how videos are sampled by `num_frames`, whatever their length, or by `fps`."""
-    most = min(int(_number(settings, "num_frames", default, 2**20)), MAX_FRAMES)
+    most = min(int(_number(settings, "num_frames", default, 2**20)), most, MAX_FRAMES)
     has_rate = settings.get("fps") is not None
     return Sampling(
         fps=_number(settings, "fps", 2.0, _MAX_FPS) if has_rate else 2.0,
@@ -200,7 +234,8 @@ def _in_minutes(seconds: float, index: int) -> str:
 class VideoClass:
     """What the videos of a type of model need.
 
-    `placeholder` stands for a video in chat templates, with `wrapped` between `begins` and `ends`.
+    `placeholder` stands for a video in chat templates, between `begins` and `ends` if these are
+    `wrapped` around it there.
 
     With `stamp`, a text says the time of each group of frames, from its seconds and its index, and
     each has its own `begins` and `ends`. Otherwise temporal positions count groups, or with `rate`,
@@ -230,6 +265,9 @@ def _gemma4(layout: type[FrameLayout]) -> VideoClass:
 VIDEO_CLASSES: Mapping[str, VideoClass] = {
     "gemma4": _gemma4(_Gemma4Layout),
     "gemma4_unified": _gemma4(_Gemma4UnifiedLayout),
+    "llava_onevision": VideoClass(
+        _LlavaLayout, "<video>", begins="", ends="", wrapped=False, shared=False
+    ),
     "qwen2_vl": VideoClass(),
     "qwen2_5_vl": VideoClass(rate=("tokens_per_second", 4)),
     "qwen3_omni_moe": VideoClass(rate=("position_id_per_seconds", 25)),
@@ -272,12 +310,14 @@ class VideoProcessor:
         needs = self._needs
         #: What stands for a video in chat templates.
         self.placeholder = needs.placeholder
-        ids = [encode(text) for text in (needs.placeholder, needs.begins, needs.ends)]
-        stated = config.get("video_token_id", ids[0][0] if ids[0] else None)
+        ids = [encode(text) for text in (needs.placeholder, needs.begins, needs.ends) if text]
+        named = config.get("video_token_index", ids[0][0] if ids[0] else None)
+        stated = config.get("video_token_id", named)
         if any(len(each) != 1 for each in ids) or ids[0] != [stated]:
             raise ModelLoadError(f"{needs.placeholder!r} is not the token {stated} of config.json")
-        #: The ids of the placeholder, and of the tokens around it or around each group of frames.
-        self.token_id, self.begin_id, self.end_id = (each[0] for each in ids)
+        #: The ids of the placeholder, and of tokens around it or around each group of frames.
+        self.token_id, *around = (each[0] for each in ids)
+        self._begin_id, self._end_id = around or (-1, -1)
         #: The text for a video in a template that shows none.
         self.text = needs.placeholder
         if needs.wrapped:
@@ -290,6 +330,7 @@ class VideoProcessor:
         #: Whether the tokens of a group attend to each other in both directions.
         self.bidirectional = sees_ahead_in_windows(config)
         self._mrope = CLASSES[kind].mrope
+        self._counts = self._mrope and needs.stamp is None
 
     @property
     def largest_group(self) -> int:
@@ -300,7 +341,7 @@ class VideoProcessor:
     def num_tokens(self, video: Video) -> int:
         """Return the number of tokens of a video, without those of its time stamps."""
         groups, height, width = self._grid(video)
-        return groups * height * width
+        return groups * height * width + self._layout.last
 
     def unwrapped(self, placed: list[int], after: Sequence[int]) -> int:
         """Take the tokens around a placeholder out of the prompt; return how many come after it.
@@ -309,7 +350,7 @@ class VideoProcessor:
         """
         if self._needs.stamp is None or not self._needs.wrapped:
             return 0
-        if placed[-1:] != [self.begin_id] or after[:1] != [self.end_id]:
+        if placed[-1:] != [self._begin_id] or after[:1] != [self._end_id]:
             return 0
         placed.pop()
         return 1
@@ -322,7 +363,6 @@ class VideoProcessor:
         times = [*video.times, *video.times[-1:] * missing]
         if missing:
             frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
-        soft = (self.token_id,) * (height * width)
         interval = 1.0
         if self._rate is not None:  # rounded: a hair less than a whole number loses a position
             interval = round(self._rate * video.seconds / len(video.frames) * size, 6)
@@ -331,11 +371,13 @@ class VideoProcessor:
         for group in range(groups):
             first = group * size
             shown = frames[first : first + size]
-            frame = None if stamp is not None or not group else int(group * interval)
+            frame = int(group * interval) if self._counts and group else None
             if stamp is not None:
                 seconds = (times[first] + times[first + size - 1]) / 2
-                placed += [*self._encode(stamp(seconds, group)), self.begin_id]
-            known = json.dumps([list(shown.shape), frame]).encode()
+                placed += [*self._encode(stamp(seconds, group)), self._begin_id]
+            count = height * width + (self._layout.last if group == groups - 1 else 0)
+            soft = (self.token_id,) * count
+            known = json.dumps([list(shown.shape), frame, count]).encode()
             digest = hashlib.sha256(self._layout.digest + known)
             digest.update(np.ascontiguousarray(shown).data)
             media.append(
@@ -353,7 +395,7 @@ class VideoProcessor:
             )
             placed += soft
             if stamp is not None:
-                placed.append(self.end_id)
+                placed.append(self._end_id)
         return placed, media
 
     def _grid(self, video: Video) -> tuple[int, int, int]:

@@ -114,7 +114,7 @@ REASONS: Mapping[str, str] = {
 #: What types that read pictures do not read, and why.
 PARTLY: Mapping[str, str] = {
     **_each(f"{_VIDEOS}: mlx-vlm's processor takes none", "internvl internvl_chat"),
-    "smolvlm": f"{_VIDEOS}: mlx-vlm cuts frames into tiles and says no time, transformers does not",
+    "smolvlm": f"{_VIDEOS}: mlx-vlm tiles frames and omits their times, unlike transformers",
     "minicpmo": f"{_SOUND}: mlx-vlm's encoder attends to all of it, the model's to parts of 1 s",
 }
 

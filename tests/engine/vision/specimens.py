@@ -43,11 +43,13 @@ LATER = [
     "<|patch|>",
     "<|tile_x_separator|>",
     "<|tile_y_separator|>",
+    "<video>",
 ]
 VOCABULARY_LATER = 352
 LATER_IDS = {text: 320 + index for index, text in enumerate(LATER)}
 BOS = 320
 AUDIO = 328
+CLIP = LATER_IDS["<video>"]
 SOFT4 = EOS + 31
 GLM_IMAGE = 287
 GLM_START, GLM_END, GLM_VIDEO, _, _, CONTEXT, MEDIA = range(289, 296)
@@ -139,16 +141,27 @@ def _packed(model: Any, ids: mx.array, pixels: mx.array, inputs: Mapping[str, An
 POINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 
 
+#: Settings for videos of the tiny LLaVA-OneVision.
+_FRAMES = {
+    "size": {"height": 16, "width": 16}, "num_frames": 8, "image_mean": [0.48, 0.46, 0.41],
+    "image_std": [0.27, 0.26, 0.28],
+}  # fmt: skip
+
+
 def _any_res(kind: str, text: dict[str, Any], **vision: Any) -> Specimen:
     name = {
         "granite_vision": "GraniteVision", "llava_next": "LlavaNext",
         "llava_onevision": "LlavaOnevision",
     }[kind]  # fmt: skip
     is_clip = vision["model_type"].startswith("clip")
+    own: dict[str, Any] = {}
+    if kind == "llava_onevision":
+        text, own = text | {"vocab_size": VOCABULARY_LATER}, {"video_token_index": CLIP}
     processor = "LlavaOnevision" if kind == "llava_onevision" else "LlavaNext"
     return Specimen(
         config={
-            "model_type": kind, "text_config": TEXT | text, "vocab_size": VOCABULARY,
+            "model_type": kind, "text_config": TEXT | text, **own,
+            "vocab_size": text.get("vocab_size", VOCABULARY),
             "vision_config": VISION | vision, "image_token_index": IMAGE,
             "image_grid_pinpoints": POINTS, "vision_aspect_ratio": "anyres_max_2",
             "vision_feature_layer": {"granite_vision": [-2, -1], "llava_next": -2}.get(kind, -1),
@@ -168,6 +181,7 @@ def _any_res(kind: str, text: dict[str, Any], **vision: Any) -> Specimen:
                 "vision_feature_select_strategy": "default" if is_clip else "full",
                 "num_additional_image_tokens": int(is_clip),
             },
+            **({"video_preprocessor_config.json": _FRAMES} if own else {}),
         },
         embed=None if kind == "llava_onevision" else _packed,
     )  # fmt: skip

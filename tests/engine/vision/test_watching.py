@@ -21,7 +21,7 @@ from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestE
 from modelpack_engine.models import load
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.request import Media
-from modelpack_engine.vision.videos import Video, VideoProcessor
+from modelpack_engine.vision.videos import VIDEO_CLASSES, Video, VideoProcessor
 from modelpack_engine.worker.video import MAX_FRAMES, MAX_SAMPLED_PIXELS, Sampling
 from tests.engine.vision import tiny, watching
 from tests.engine.vision.tiny import picture, run, tiny_engine
@@ -39,7 +39,7 @@ BOTH: dict[str, tuple[str, list[Any]]] = {
     "a video and a picture": ("<video> with <image>?", [ONE, picture(1)]),
 }
 #: Those that others stand for.
-SLOW = ("qwen2_vl", "qwen3_vl_moe", "qwen3_omni_moe", *tiny.HYBRID, *watching.GEMMA)
+SLOW = ("qwen2_vl", "qwen3_vl_moe", "qwen3_omni_moe", *tiny.HYBRID, *watching.GEMMA, watching.LLAVA)
 
 
 @pytest.fixture(
@@ -84,12 +84,12 @@ def test_another_order_of_frames_changes_the_answer(kind: str) -> None:
 
 
 def test_another_rate_changes_the_answer(kind: str) -> None:
-    """Of models that see the time of frames: Qwen2-VL counts them."""
+    """Of models that see the time of frames: others count them."""
     engine = tiny_engine(kind)
     slowly = Video(ONE.frames, tuple(3 * time for time in ONE.times), 3 * ONE.seconds)
     text, _ = PROMPTS["one video"]
     [first], [second] = (run(engine, request(engine, text, [each])) for each in (ONE, slowly))
-    assert (first == second) == (kind == "qwen2_vl")
+    assert (first == second) == (kind in watching.TIMELESS)
 
 
 @pytest.mark.parametrize("kind", tiny.kinds(*watching.GEMMA))
@@ -372,6 +372,25 @@ def test_settings_for_videos_of_gemma_4(tmp_path: Path) -> None:
     assert sampling(video_processor={"fps": 1, "num_frames": 10**6}) == (
         dataclasses.replace(usual, fps=1.0, min_frames=1, max_frames=MAX_FRAMES)
     )
+
+
+def test_settings_for_videos_of_llava_onevision(tmp_path: Path) -> None:
+    """Frames are squares of the tower's size, and as many as have 21,400 tokens at most."""
+    usual = Sampling(2.0, 32, 32, 1, MAX_SAMPLED_PIXELS, 16, group=1, frame_pixels=256)
+    for own, most in (({}, 32), ({"num_frames": 8}, 8), ({"num_frames": 10**6}, MAX_FRAMES)):
+        loaded = _changed(tmp_path, watching.LLAVA, video_preprocessor_config=own)
+        assert loaded.vision.processor.videos.sampling == (
+            dataclasses.replace(usual, min_frames=most, max_frames=most)
+        )
+    published = {"vision_config": {"image_size": 384, "patch_size": 14}}
+    layout = VIDEO_CLASSES[watching.LLAVA].layout(published, {"num_frames": 1000})
+    assert layout.grid(384, 384) == (14, 14)
+    assert layout.sampling.max_frames == 109
+    for height, width in ((48, 64), (64, 64), (1000, 10)):
+        assert usual.size(8, height, width) == (16, 16)
+    size = {"height": 24, "width": 24}
+    loaded = _changed(tmp_path, watching.LLAVA, video_preprocessor_config={"size": size})
+    assert "is not that of config.json, 16" in loaded.vision.processor.why_no_videos
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,16 @@ from tests.engine.vision import tiny
 
 #: Those whose frames are pictures, with a time stamp before each.
 GEMMA = ("gemma4", "gemma4_unified")
-KINDS = (*tiny.QWEN, "qwen3_omni_moe", *GEMMA)
+LLAVA = "llava_onevision"
+KINDS = (*tiny.QWEN, "qwen3_omni_moe", *GEMMA, LLAVA)
+#: Those that do not see the time of frames.
+TIMELESS = ("qwen2_vl", LLAVA)
 #: Positions a second of those that see the time of frames.
 RATES = {"qwen2_5_vl": 4, "qwen3_omni_moe": 25}
 #: Those whose videos mlx-vlm, or the function below, puts beside pictures.
 MIXED = tuple(kind for kind in KINDS if kind != "qwen3_vl_moe")
 #: Those whose classes in mlx-vlm encode pictures and videos of one prompt.
-WHOLE = ("qwen3_vl", "qwen3_omni_moe", *GEMMA)
+WHOLE = ("qwen3_vl", "qwen3_omni_moe", *GEMMA, LLAVA)
 #: Those that write the time of frames into the prompt.
 STAMPED = (*tiny.DEEP, *tiny.HYBRID)
 FPS = 2.0
@@ -41,10 +44,16 @@ def sampling_of(kind: str) -> Sampling:
 
 
 def fitted(kind: str, files: list[Picture | Video]) -> list[Picture | Video]:
-    """Return files whose videos have the size that the worker process gives them."""
+    """Return files whose videos have the size that the worker process gives them.
+
+    mlx-vlm's LLaVA-OneVision reads several videos of a prompt if they have as many frames.
+    """
     found: list[Picture | Video] = []
+    least = min((len(file.frames) for file in files if isinstance(file, Video)), default=0)
     for file in files:
         if isinstance(file, Video):
+            if kind == LLAVA:
+                file = replace(file, frames=file.frames[:least], times=file.times[:least])
             count, height, width, _ = file.frames.shape
             size = sampling_of(kind).size(count, height, width)
             assert sampling_of(kind).size(count, *size) == size, "mlx-vlm would resize them again"
@@ -62,12 +71,15 @@ def video(seed: int, count: int = 6, height: int = 16, width: int = 16) -> Video
 
 def placeholder(kind: str) -> str:
     """Return what stands for a video in a kind's chat template."""
+    if kind == LLAVA:
+        return "<video>"
     return "<|video|>" if kind in GEMMA else "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 def prompt_of(kind: str, text: str) -> str:
     """Return a text with the placeholders of a model for <image> and <video>."""
-    image = tiny.placeholder(kind) if kind in GEMMA else "<|image_pad|>"
+    image = tiny.placeholder(kind)
+    image = "<|image_pad|>" if "<|image_pad|>" in image else image
     return tiny.prompt_of(image, text).replace("<video>", placeholder(kind))
 
 
