@@ -53,7 +53,13 @@ def login(
 
     if password_stdin and not username:
         raise UsageError("--password-stdin requires --username")
-    username = username or click.prompt("Username", err=True)
+    if not username:
+        if not sys.stdin.isatty():
+            raise UsageError(
+                "cannot ask for the user name: stdin is not a terminal",
+                hint="pass --username NAME and --password-stdin",
+            )
+        username = click.prompt("Username", err=True)
     done = log_in(host, username, _password(password_stdin), login_file(), **_options(remote))
     if not done.checked:
         note(settings, f"{host} did not request credentials; they were stored without a check")

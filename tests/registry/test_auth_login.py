@@ -164,7 +164,8 @@ def test_an_identity_token(
         (["r.example/team", "-u", "ada", "--password-stdin"], "expected HOST"),
         (["r.example", "--password-stdin"], "requires --username"),
         (["r.example", "-u", "a:b", "--password-stdin"], "without a colon"),
-        (["r.example", "-u", "ada"], "not a terminal"),
+        (["r.example", "-u", "ada"], "ask for the password: stdin is not a terminal"),
+        (["r.example"], "ask for the user name: stdin is not a terminal"),
         (["r.example", "-u", "ada", "--client-key", __file__], "requires --client-cert"),
     ],
 )
