@@ -328,11 +328,15 @@ def serve(
         upstream=_upstream(upstream, upstream_ttl) if upstream else None,
         on_request=None if no_access_log else access_log(as_json=as_json),
     )
-    note(settings, f"serving {store.root}; stop with Ctrl-C")
-    if guard is not None and tls is None and not server.is_loopback:
-        note(settings, "warning: passwords and tokens are sent over plain http; use --tls-cert")
+
+    def announce() -> None:
+        click.echo(server.host)
+        note(settings, f"serving {store.root}; stop with Ctrl-C")
+        if guard is not None and tls is None and not server.is_loopback:
+            note(settings, "warning: passwords and tokens are sent over plain http; use --tls-cert")
+
     with request_log(settings):
-        server.run(on_ready=lambda: click.echo(server.host))
+        server.run(on_ready=announce)
 
 
 def _address(host: str, port: int) -> str:

@@ -79,7 +79,7 @@ class AppServer:
         if not allow_remote and not is_loopback(self.address[0]):
             raise UsageError(
                 f"{address!r} is not a loopback address, and the {name} asks for no password",
-                hint="use --allow-anonymous (allow_remote=True) if all who reach it may use it",
+                hint="require a password, or give --allow-anonymous to allow all who reach it",
             )
         self._make_app = make_app
         self._name = name

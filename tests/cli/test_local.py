@@ -373,7 +373,9 @@ def test_reading_does_not_create_the_default_store(
         (["package", "--push", "--dry-run", "--gguf", "a", "x:1"], 2, "--dry-run"),
         (["nonsense"], 2, "nonsense"),
         (["list", "--nonsense"], 2, "--nonsense"),
-        (["rm"], 2, "MODELS"),
+        (["rm"], 2, "Usage: modelpack rm [OPTIONS] MODEL..."),
+        (["inspect", "./model.gguf"], 2, "hint: this is a path"),
+        (["registry", "serve", "--host", "0.0.0.0"], 2, "or give --allow-anonymous to allow"),
         (["import", "--docker-store"], 2, "--all"),
     ],
 )

@@ -118,7 +118,16 @@ def test_an_interrupted_transfer_says_how_to_go_on(
     monkeypatch.setattr(f"modelpack.operations.{command}.transfer_model", interrupted)
     stopped = modelpack(command, pushed[0])
     assert stopped.code == 130
-    assert "to go on where this stopped, run the same command again" in stopped.err
+    assert stopped.err.endswith("interrupted\nhint: run the same command again to resume\n")
+    assert "hint" not in modelpack(command, pushed[0], "--quiet").err
+
+
+def test_a_registry_whose_port_is_in_use(tmp_path: Path) -> None:
+    with registry() as server:
+        address = server.host
+        failed = modelpack("registry", "serve", "--store", tmp_path / "served", "--addr", address)
+    assert failed.code == 2
+    assert failed.err.startswith(f"error: cannot listen on {address}: Address already in use")
 
 
 def test_a_model_that_is_neither_stored_nor_pulled(monkeypatch: pytest.MonkeyPatch) -> None:
