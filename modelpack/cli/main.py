@@ -201,6 +201,8 @@ def run(args: list[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
+        if settings.resumes and not settings.quiet:
+            click.echo("hint: run the same command again to resume", err=True)
         return 130
     except BrokenPipeError:
         # The process that reads stdout has exited, as in `| head`, so nothing is printed.

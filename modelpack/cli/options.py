@@ -82,6 +82,8 @@ class Settings:
     progress: str = "auto"
     #: The exit code of "any other failure", for commands whose exit code 1 has another meaning.
     failure_code: int = 1
+    #: Whether the command, after an interrupt, continues where it stopped if it is run again.
+    resumes: bool = False
     #: The options of the command as typed, by their names in Python, if these have several words.
     options: dict[str, str] = field(default_factory=dict)
 

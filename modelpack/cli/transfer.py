@@ -227,16 +227,7 @@ def _for_each(
 
     With several names, a failure is shown and the others follow; the code is that of the first.
     """
-    try:
-        return _each_in_turn(settings, names, transfer)
-    except KeyboardInterrupt:
-        note(settings, "to go on where this stopped, run the same command again")
-        raise
-
-
-def _each_in_turn(
-    settings: Settings, names: Sequence[str], transfer: Callable[[str], dict[str, Any]]
-) -> int:
+    settings.resumes = True
     if len(names) == 1:
         value = transfer(names[0])
         show(settings, value, value["digest"])
