@@ -132,6 +132,8 @@ _VERBS = {
     Action.QUANTIZE: "Quantising",
 }
 _SECONDS_BETWEEN_LINES = 5.0
+# Narrower terminals show only the names and sizes of transfers: more columns would wrap.
+_MIN_BAR_WIDTH = 60
 # What differs between the messages of several blobs that fail for one reason.
 _VARYING = re.compile(r"(sha\d+|blake3):[0-9a-f]+|\d+(\.\d+)?")
 
@@ -259,12 +261,9 @@ def _bars() -> Bars:
     )
     from rich.progress import Progress as Bars
 
-    return Bars(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        refresh_per_second=8,
-    )
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}", markup=False), DownloadColumn()]
+    if console.width >= _MIN_BAR_WIDTH:
+        columns.insert(1, BarColumn())
+        columns += [TransferSpeedColumn(), TimeRemainingColumn()]
+    return Bars(*columns, console=console, refresh_per_second=8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack.cli.output import LineDisplay
+from modelpack.cli.output import LineDisplay, _bars
 from modelpack.progress import Action, Progress
 
 GB = 10**9
@@ -61,6 +61,14 @@ def test_lines(
     shown: list[str],
 ) -> None:
     assert lines(capsys, reports, every_file=every_file) == shown
+
+
+@pytest.mark.parametrize(("width", "columns"), [(59, 2), (60, 5)])
+def test_a_narrow_terminal_shows_names_and_sizes(
+    monkeypatch: pytest.MonkeyPatch, width: int, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert len(_bars().columns) == columns
 
 
 def test_every_action_has_a_word(capsys: pytest.CaptureFixture[str]) -> None:
