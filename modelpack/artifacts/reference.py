@@ -129,6 +129,8 @@ class Reference:
 
 
 def _hint(text: str) -> str | None:
+    if text.startswith(("./", "../", "/", "~/")):
+        return "this is a path; `modelpack package PATH REFERENCE` makes a model of files"
     scheme, separator, _ = text.partition("://")
     if not separator:
         return None

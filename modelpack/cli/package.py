@@ -9,11 +9,14 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shlex import quote
+from stat import S_ISDIR
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
+from modelpack.builder.files import unreadable
 from modelpack.builder.request import PackageRequest
 from modelpack.builder.times import created_time
 from modelpack.cli.help import command
@@ -31,7 +34,7 @@ from modelpack.cli.options import (
 )
 from modelpack.cli.output import full_reference, human_size, note, plural, show, shown_progress
 from modelpack.cli.trust import private_key
-from modelpack.errors import UsageError
+from modelpack.errors import NotFoundError, UsageError
 from modelpack.hub.objects import ObjectAddress
 from modelpack.operations.adapters import package_adapter
 from modelpack.operations.convert import FORMS, PLATFORMS, Form
@@ -178,6 +181,12 @@ def package(
     if len(paths) > 1:
         raise UsageError(f"expected one PATH, got {' and '.join(map(str, paths))}")
     for path in paths:
+        if not os.path.lexists(path) and os.path.exists(reference):
+            words = f"{quote(reference)} {quote(str(path))}"
+            raise NotFoundError(
+                f"{path}: no such file or directory",
+                hint=f"give the path first: modelpack package {words}",
+            )
         _add_path(inputs, path)
     beside = adapter or drafter
     if beside is not None or base is not None:
@@ -185,7 +194,7 @@ def package(
     elif from_model is None and not any(inputs[name] for name in _WEIGHTS):
         hint = "give a PATH before REFERENCE, or --adapter, --drafter or --from"
         if os.path.exists(reference):  # Path's raises for a name that is too long
-            hint = f"name the model too: modelpack package {reference} NAME"
+            hint = f"name the model too: modelpack package {quote(reference)} NAME"
         raise UsageError("no files to package", hint=hint)
     if push and dry_run:
         raise UsageError("--push cannot be combined with --dry-run")
@@ -308,7 +317,11 @@ def _quantized(
             "--quantize requires --safetensors-dir alone",
             hint="use llama-quantize of llama.cpp for GGUF",
         )
-    if not source.is_dir():
+    try:
+        is_directory = S_ISDIR(source.stat().st_mode)
+    except OSError as error:
+        raise unreadable(source, error) from error
+    if not is_directory:
         raise UsageError(f"--safetensors-dir {source} is not a directory")
     try:
         quantize_directory = load_function("quantize_directory")

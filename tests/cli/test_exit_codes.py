@@ -19,6 +19,7 @@ from tests.packaging.trees import as_nobody
         ["package", "--gguf", "gone", "x:v1"],
         ["package", "--dduf", "gone", "x:v1"],
         ["package", "--safetensors-dir", "gone", "x:v1"],
+        ["package", "--safetensors-dir", "gone", "--quantize", "q4", "x:v1"],
         ["attach", "x:v1", "gone", "--artifact-type", "a/b", "--local"],
         ["sign", "x:v1", "--key", "gone", "--local"],
         ["verify", "x:v1", "--key", "gone", "--local"],

@@ -39,6 +39,14 @@ def test_models(command: str, tmp_path: Path) -> None:
     assert "modelpack list" in modelpack(command, "weather").err
 
 
+def test_the_path_comes_before_the_name(tmp_path: Path) -> None:
+    weights = tiny_gguf(tmp_path, "a b.gguf")
+    failed = modelpack("package", "team/model:v1", str(weights))
+    assert failed.code == 3
+    assert f"modelpack package '{weights}' team/model:v1" in failed.err
+    assert f"modelpack package '{weights}' NAME" in modelpack("package", str(weights)).err
+
+
 def test_options_are_named_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ModelpackError(
