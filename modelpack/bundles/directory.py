@@ -349,5 +349,5 @@ def _rename(parent: Folder, old: str, new: str) -> None:
 def _taken(directory: Path) -> ConflictError:
     return ConflictError(
         f"{directory} exists and is not empty",
-        hint="name a new directory, or overwrite this one",
+        hint="name a new directory, or give --force to replace everything in this one",
     )

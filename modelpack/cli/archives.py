@@ -147,7 +147,7 @@ _COPY = click.option("--copy", is_flag=True, help="Copy blobs instead of hard-li
 
 
 @command("export")
-@model_argument("models", nargs=-1)
+@model_argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option(
     "-o", "--output", metavar="FILE",
     help="Write a tar archive; - writes to stdout.",

@@ -503,4 +503,5 @@ REMOTE = click.option("-r", "--remote", "in_registry", is_flag=True, help="Read 
 
 def model_argument(name: str = "model", **attributes: Any) -> Callable[[F], F]:
     """Return an argument for a model name, with shell completion of stored models."""
-    return click.argument(name, metavar=name.upper(), shell_complete=model_names, **attributes)
+    attributes.setdefault("metavar", name.upper())
+    return click.argument(name, shell_complete=model_names, **attributes)

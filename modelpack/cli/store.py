@@ -211,7 +211,7 @@ def tag(settings: Settings, source: str, target: str) -> None:
 
 
 @command()
-@model_argument("models", nargs=-1, required=True)
+@model_argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
     "-f", "--force", is_flag=True, help="Remove a model by id even if it has several tags."
 )

@@ -89,7 +89,8 @@ def unlock(names: Iterable[str], *, path: Path = Path(FILE_NAME)) -> LockFile:
     before = read_lock(path)
     gone = [lockable(name) for name in names]
     for reference in gone:
-        before.digest_of(reference, str(path))
+        if reference not in before.digests:
+            raise NotFoundError(f"{reference} is not in {path}")
     after = before.without(gone)
     write_lock(after, path)
     return after

@@ -153,6 +153,9 @@ def test_resolve_names_what_there_is(packaged: str) -> None:
 
 def test_bundle(packaged: str, gguf: Path, tmp_path: Path) -> None:
     bundled = succeed("bundle", "team/tiny:v1", tmp_path / "run")
+    again = modelpack("bundle", "team/tiny:v1", tmp_path / "run")
+    assert again.code == 7
+    assert "give --force to replace everything in this one" in again.err
     weight = Path(bundled.out)
     assert f"wrote 1 file to {tmp_path / 'run'}" in bundled.err
     assert weight.name == "model.gguf"

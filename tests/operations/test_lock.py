@@ -163,6 +163,7 @@ def test_the_commands(
     assert "is locked to" in drifted.out
     succeed("lock", "--remove", name)
     assert command("pull", "--locked", name).code == 3
+    assert "hint" not in command("lock", "--remove", name).err
     for wrong in (
         ["pull"], ["pull", "--offline", "a:v1"],
         ["pull", "--locked", "--only", "config"], ["lock", "--check", "--remove", "a:v1"],
