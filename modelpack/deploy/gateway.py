@@ -18,6 +18,7 @@ from modelpack.deploy.kubernetes import (
     host_options,
     manifest,
     pod_basis,
+    spread,
 )
 from modelpack.errors import UsageError
 
@@ -59,10 +60,11 @@ def behind_gateway(workload: Workload, keys_secret: str | None = None) -> list[d
         found.append(item)
     labels = {**workload.labels, "app.kubernetes.io/component": "gateway"}
     selector = {"matchLabels": labels}
+    pod = {**_pod(workload, keys_secret), "topologySpreadConstraints": spread(labels)}
     spec = {
         "replicas": _REPLICAS,
         "selector": selector,
-        "template": {"metadata": {"labels": labels}, "spec": _pod(workload, keys_secret)},
+        "template": {"metadata": {"labels": labels}, "spec": pod},
     }
     ports = [{"name": "http", "port": 80, "targetPort": "http"}]
     made = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -290,14 +291,27 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
 
 
 def _one_node(workload: Workload) -> dict[str, Any]:
+    pod = {**pod_spec(workload), "topologySpreadConstraints": spread(workload.labels)}
     spec: dict[str, Any] = {
         **_replicas(workload),
         "selector": {"matchLabels": workload.labels},
         "strategy": _strategy(workload),
         "progressDeadlineSeconds": workload.demands.start_seconds * 2,
-        "template": {"metadata": {"labels": workload.labels}, "spec": pod_spec(workload)},
+        "template": {"metadata": {"labels": workload.labels}, "spec": pod},
     }
     return manifest("apps/v1", "Deployment", workload, spec)
+
+
+def spread(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the constraint that puts the pods of a Deployment on different nodes, if it can."""
+    return [{
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": dict(labels)},
+        # An update counts its new pods only: the old ones leave.
+        "matchLabelKeys": ["pod-template-hash"],
+    }]  # fmt: skip
 
 
 def _strategy(workload: Workload) -> dict[str, Any]:

@@ -156,6 +156,20 @@ def test_nodes_drain_one_of_several_pods_at_a_time(published: tuple[str, str]) -
     assert "PodDisruptionBudget" in [item["kind"] for item in scaled]
 
 
+def test_pods_of_a_deployment_are_on_different_nodes_where_possible(
+    published: tuple[str, str],
+) -> None:
+    found = objects(published[0], "--replicas", "2", "--gateway")
+    deployments = [item for item in found if item["kind"] == "Deployment"]
+    assert len(deployments) == 2
+    for deployment in deployments:
+        template = deployment["spec"]["template"]
+        [constraint] = template["spec"]["topologySpreadConstraints"]
+        assert constraint["topologyKey"] == "kubernetes.io/hostname"
+        assert constraint["whenUnsatisfiable"] == "ScheduleAnyway", "one node may run them all"
+        assert constraint["labelSelector"] == deployment["spec"]["selector"]
+
+
 @pytest.mark.parametrize(("engine", "nodes"), [("vllm", 1), ("vllm", 2), ("modelpack", 1)])
 @pytest.mark.parametrize(
     "scale", [("--replicas", "1"), ("--replicas", "2"), ("--max-replicas", "2")]
