@@ -12,7 +12,7 @@ import uvicorn
 
 from modelpack.errors import UsageError
 from modelpack.http import listener
-from modelpack_server.gateway.app import KEPT_SECONDS
+from modelpack_server.gateway.app import KEEPALIVE, KEPT_SECONDS, upstream_transport
 from modelpack_server.gateway.upstreams import Upstreams, addresses_of
 from tests.gateway.servers import PATIENCE, Upstream, serving, unused_url
 
@@ -73,6 +73,69 @@ def test_an_upstream_that_drains_is_left_until_a_probe_succeeds() -> None:
     upstreams.failed(first, "ConnectError")
     upstreams.answered(first)
     assert first.healthy, "it can be reached again"
+
+
+def test_one_late_probe_does_not_move_prompts() -> None:
+    """A busy server may be slow once; one that is slow twice in a row is down."""
+    late, answer = httpx.ReadTimeout("late"), httpx.Response(200)
+    results: list[httpx.Response | Exception] = [late, answer, late, late, answer, late]
+
+    def respond(_: httpx.Request) -> httpx.Response:
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    async def probe() -> list[bool]:
+        seen = []
+        while results:
+            await upstreams.probe(httpx.MockTransport(respond), upstreams.all[0])
+            seen.append(upstreams.all[0].healthy)
+        return seen
+
+    upstreams = Upstreams(["http://127.0.0.1:1"])
+    assert asyncio.run(probe()) == [True, True, True, False, True, True]
+    assert upstreams.all[0].failures == 1
+
+
+def test_a_late_upstream_is_soon_probed_again() -> None:
+    async def watch() -> None:
+        twice = asyncio.Event()
+        probes = 0
+
+        def respond(_: httpx.Request) -> httpx.Response:
+            nonlocal probes
+            probes += 1
+            if probes == 2:
+                twice.set()
+            raise httpx.ReadTimeout("late")
+
+        upstreams = Upstreams(["http://127.0.0.1:1"])
+        task = asyncio.create_task(upstreams.watch(httpx.MockTransport(respond), 3600))
+        await asyncio.wait_for(twice.wait(), PATIENCE)
+        task.cancel()
+
+    asyncio.run(watch())
+
+
+def test_a_machine_that_dies_ends_the_requests_to_it() -> None:
+    """A server that is silent for long is asked by TCP whether it is there."""
+
+    async def options(url: str) -> list[int]:
+        async with upstream_transport() as transport:
+            response = await transport.handle_async_request(httpx.Request("GET", url))
+            connection = response.extensions["network_stream"].get_extra_info("socket")
+            found = [connection.getsockopt(level, option) for level, option, _ in KEEPALIVE]
+            await response.aclose()
+        return found
+
+    with serving(Upstream()) as url:
+        found = asyncio.run(options(f"{url}/health"))
+    assert found == [value for _, _, value in KEEPALIVE]
+    on, idle, interval, count, *unacknowledged = found
+    assert on
+    assert idle + interval * count <= 30
+    assert all(milliseconds <= 30_000 for milliseconds in unacknowledged)
 
 
 class Names:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,17 @@ _KEPT_CONNECTIONS = 100
 #: is 5 for uvicorn's (ours and vLLM's). A request that meets the server's close is lost, since the
 #: server may have begun it.
 KEPT_SECONDS = 2.0
+#: TCP asks a silent upstream for a sign of life after 15 seconds, and then every 5: a request to a
+#: machine that died ends after 30 seconds. The name of the first option is another one on macOS.
+_KEEPALIVE_IDLE = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", 0))
+KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, _KEEPALIVE_IDLE, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+]
+if sys.platform == "linux":  # the same for bytes that nobody acknowledges, in milliseconds
+    KEEPALIVE.append((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,19 @@ def create_gateway(settings: GatewaySettings) -> ASGIApp:
     return protect(_Gateway(settings, metrics), protection)
 
 
+def upstream_transport() -> httpx.AsyncHTTPTransport:
+    """Return the transport to upstreams.
+
+    It ignores the environment's proxies and certificates: upstreams are configured explicitly.
+    """
+    limits = httpx.Limits(
+        max_connections=None,
+        max_keepalive_connections=_KEPT_CONNECTIONS,
+        keepalive_expiry=KEPT_SECONDS,
+    )
+    return httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE)
+
+
 class _Gateway:
     def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
         self._settings = settings
@@ -99,13 +125,7 @@ class _Gateway:
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
-        limits = httpx.Limits(
-            max_connections=None,
-            max_keepalive_connections=_KEPT_CONNECTIONS,
-            keepalive_expiry=KEPT_SECONDS,
-        )
-        # Ignore the environment's proxies and certificates: upstreams are configured explicitly.
-        async with httpx.AsyncHTTPTransport(limits=limits, trust_env=False) as transport:
+        async with upstream_transport() as transport:
             self._transport = transport
             await self._upstreams.look_up()
             watch = asyncio.create_task(

@@ -42,12 +42,14 @@ class Upstream:
     """One upstream server; `running` counts the gateway's current requests to it.
 
     `leaves` is set while its own health check fails, as that of a server that drains does.
+    `late` is set if it did not respond to the last probe in time.
     """
 
     url: httpx.URL
     name: str
     healthy: bool = True
     leaves: bool = False
+    late: bool = False
     running: int = 0
     failures: int = 0
     rests_until: float = 0.0
@@ -219,7 +221,11 @@ class Upstreams:
         upstream.rests_until = time.monotonic() + min(seconds, _LONGEST_REST)
 
     async def probe(self, transport: httpx.AsyncBaseTransport, upstream: Upstream) -> None:
-        """Probe the health of one upstream; a server without this route counts as healthy."""
+        """Probe the health of one upstream; a server without this route counts as healthy.
+
+        One late response changes nothing, since a busy server may be slow: its prompts would move
+        to others. A second one in a row is a failure.
+        """
         request = httpx.Request(
             "GET",
             upstream.target(b"/health", b""),
@@ -229,8 +235,11 @@ class Upstreams:
             response = await transport.handle_async_request(request)
             await response.aclose()
         except httpx.HTTPError as error:
-            self.failed(upstream, type(error).__name__)
+            was_late, upstream.late = upstream.late, isinstance(error, httpx.ReadTimeout)
+            if was_late or not upstream.late:
+                self.failed(upstream, type(error).__name__)
             return
+        upstream.late = False
         upstream.leaves = response.status_code >= 500
         if upstream.leaves:
             self.failed(upstream, f"/health returned {response.status_code}")
@@ -240,11 +249,11 @@ class Upstreams:
     async def watch(
         self, transport: httpx.AsyncBaseTransport, interval: float = PROBE_INTERVAL
     ) -> None:
-        """Look up and probe all every `interval` seconds, more often while one is down."""
+        """Look up and probe all every `interval` seconds, more often while one is down or late."""
         while True:
             await self.look_up()
             await asyncio.gather(*(self.probe(transport, upstream) for upstream in self.all))
-            well = bool(self.all) and all(upstream.healthy for upstream in self.all)
+            well = bool(self.all) and all(each.healthy and not each.late for each in self.all)
             await asyncio.sleep(interval if well else min(interval, PROBE_INTERVAL_DOWN))
 
 
