@@ -4,8 +4,8 @@
 
 Sends at least COUNT requests by four threads, with sixteen prompts in turn, and goes on until the
 file DONE exists. With CLIENTS and TOKENS, that many threads complete prompts by so many tokens:
-servers let more of these wait than of chats. Prints JSON: the number of answers, and the first
-failures.
+servers let more of these wait than of chats. Prints JSON: the numbers of answers and of failed
+requests, and the first failures.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    print(json.dumps({"answers": answers, "failures": failures[:20]}))
+    print(json.dumps({"answers": answers, "failed": len(failures), "failures": failures[:20]}))
 
 
 if __name__ == "__main__":

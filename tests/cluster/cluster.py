@@ -1,4 +1,4 @@
-"""A Kubernetes of one node, built from its Go modules, in namespaces of its own.
+"""A Kubernetes of one or more nodes, built from its Go modules, in namespaces of their own.
 
 Needs root, Go, runc, CNI plugins, iptables, kubectl and cgroup v1. The programs take a quarter of
 an hour of a processor to build, once for each version.
@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.node import ADDRESS, CGROUPS
+from tests.cluster.node import ADDRESS, BRIDGE, CGROUPS
 from tests.interop.go_tool import build_go_tool
 from tests.peers import require
 
@@ -55,116 +55,104 @@ def build_programs(cache: Path) -> Path:
     return directory
 
 
-class Cluster:
-    """A running cluster; its files are in `directory`."""
+class Node:
+    """A node: namespaces of its own, with containerd, a kubelet and a kube-proxy.
 
-    def __init__(self, directory: Path, programs: Path) -> None:
-        self.directory = directory
+    Its files are in `directory`; `number` counts from 0.
+    """
+
+    def __init__(self, directory: Path, programs: Path, number: int) -> None:
+        self.name = f"node-{number}"
+        self.address = f"10.10.0.{number + 1}"
+        self.subnet = f"10.244.{number}.0/24"
+        self.pid = 0
+        self.directory = directory / self.name
+        self._kubeconfig = directory / "kubeconfig"
         self._programs = programs
-        self._pid = 0
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, seconds: float = 120) -> None:
-        """Start it; return when its node is ready."""
-        self._write()
-        groups = _groups()
+    def start(self, control_plane: Sequence[list[str]] = ()) -> None:
+        """Start its programs, and those of a control plane."""
+        self._write(control_plane)
+        groups = self._groups()
         command = [
             "unshare", "--mount", "--net", "--pid", "--fork", "--uts", "--ipc", "--cgroup",
-            sys.executable, str(HERE / "node.py"), str(self.directory),
+            sys.executable, str(HERE / "node.py"), str(self.directory), self.name, self.address,
         ]  # fmt: skip
+        environment = {
+            "PATH": f"{self._programs}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(self.directory),
+        }  # fmt: skip
         with open(self.directory / "log" / "node.log", "wb") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                preexec_fn=lambda: _enter(groups),
+                env=environment, preexec_fn=lambda: _enter(groups),
             )  # fmt: skip
-        until("its node starts", (self.directory / "started").exists, 30, self._log)
+        until(f"{self.name} starts", (self.directory / "started").exists, 30, self.log)
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        self._pid = int(children.read_text().split()[0])
-        until("the node is ready", self._is_ready, seconds, self._log)
+        self.pid = int(children.read_text().split()[0])
 
     def stop(self) -> None:
-        """End everything in it."""
-        if self._pid:
-            os.kill(self._pid, signal.SIGKILL)  # with it, all processes of its namespace
+        """End everything in it at once, as a power failure does."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)  # with it, all processes of its namespace
+            self.pid = 0
         if self._process is not None:
             self._process.wait(timeout=60)
-        for group in _groups():
+        for group in self._groups():
             _remove(group)
 
     def command(self, *command: str) -> list[str]:
-        """Return a command that runs `command` in the cluster's namespaces."""
+        """Return a command that runs `command` in the node's namespaces."""
         return [
-            "nsenter", "-t", str(self._pid), "-m", "-n", "-p", "-u", "-i", "-C", "env",
-            f"KUBECONFIG={self.directory / 'kubeconfig'}", f"HOME={self.directory}",
+            "nsenter", "-t", str(self.pid), "-m", "-n", "-p", "-u", "-i", "-C", "env",
+            f"KUBECONFIG={self._kubeconfig}", f"HOME={self.directory.parent}",
             f"PATH={self._programs}:{os.environ['PATH']}", *command,
         ]  # fmt: skip
 
     def run(self, *command: str, input: str | None = None, check: bool = True) -> str:
-        """Run a command in the cluster's namespaces; return what it printed."""
-        done = subprocess.run(
-            self.command(*command), input=input, capture_output=True, text=True, timeout=600
-        )
-        if check and done.returncode:
-            raise ClusterError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
-        return done.stdout
-
-    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:
-        """Run kubectl; return what it printed."""
-        return self.run("kubectl", *arguments, input=input, check=check)
-
-    def get(self, *arguments: str) -> Any:
-        """Return objects as JSON."""
-        return json.loads(self.kubectl("get", *arguments, "-o", "json"))
+        """Run a command in the node's namespaces; return what it printed."""
+        return _run(self.command(*command), input, check)
 
     def import_image(self, archive: Path) -> None:
-        """Import an archive of an image into the node."""
+        """Import an archive of an image."""
         self.run("ctr", "-n", "k8s.io", "images", "import", str(archive))
 
-    @contextmanager
-    def serving(self, *command: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a server in the cluster's network, beside the pods."""
-        with open(self.directory / "log" / "beside.log", "ab") as log:
-            process = subprocess.Popen(
-                self.command(*command), stdout=log, stderr=log, start_new_session=True
-            )
-        try:
-            yield process
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=30)
+    def connect(self, other: Node) -> None:
+        """Join the networks of two nodes, and route each one's pods to it."""
+        enter = ["nsenter", "-t", str(self.pid), "-n", "ip"]  # the process id is that of outside
+        _run([*enter, "link", "add", other.name, "type", "veth", "peer", "name", self.name, "netns",
+              str(other.pid)])  # fmt: skip
+        for here, there in ((self, other), (other, self)):
+            here.run("ip", "link", "set", there.name, "master", BRIDGE, "up")
+            here.run("ip", "route", "replace", there.subnet, "via", there.address)
 
-    def _is_ready(self) -> bool:
-        nodes = self.kubectl("get", "nodes", "--no-headers", check=False).split()
-        account = self.kubectl("get", "serviceaccount", "default", "-o", "name", check=False)
-        return "Ready" in nodes and bool(account)
+    def volume(self, uid: str, name: str) -> Path:
+        """Return the directory of an emptyDir of the pod with this uid."""
+        volumes = self.directory / "kubelet" / "pods" / uid / "volumes"
+        return volumes / "kubernetes.io~empty-dir" / name
 
-    def _log(self) -> str:
+    def log(self) -> str:
+        """Return the ends of all logs."""
         logs = sorted((self.directory / "log").glob("*.log"))
         return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-600:]}" for log in logs)
 
-    def _write(self) -> None:
-        """Write the configuration of all programs."""
-        place, binaries = self.directory, self._programs
-        for name in ("log", "bin", "certs", "cni", "registries", "kubelet", "etcd"):
+    def _groups(self) -> list[Path]:
+        return [
+            Path("/sys/fs/cgroup", name, f"modelpack-cluster-{self.name}")
+            for name in (*CGROUPS, "systemd")
+        ]
+
+    def _write(self, control_plane: Sequence[list[str]]) -> None:
+        """Write the configuration of the node's programs."""
+        place, config = self.directory, str(self._kubeconfig)
+        for name in ("log", "cni", "registries", "kubelet"):
             (place / name).mkdir(parents=True)
-        for binary in binaries.iterdir():
-            (place / "bin" / binary.name).symlink_to(binary)
         (place / "resolv.conf").touch()
-        key = place / "service-accounts.key"
-        subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
-        (place / "tokens.csv").write_text(f'{_TOKEN},admin,admin,"system:masters"\n')
-        _write_json(place / "kubeconfig", {
-            "apiVersion": "v1", "kind": "Config", "current-context": "here",
-            "clusters": [{"name": "here", "cluster": {
-                "server": f"https://{ADDRESS}:6443", "insecure-skip-tls-verify": True}}],
-            "users": [{"name": "admin", "user": {"token": _TOKEN}}],
-            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "admin"}}],
-        })  # fmt: skip
         _write_json(place / "cni" / "10-pods.conflist", {
             "cniVersion": "1.0.0", "name": "pods", "plugins": [{
                 "type": "bridge", "bridge": "pods0", "isGateway": True, "hairpinMode": True,
                 "ipam": {"type": "host-local", "dataDir": str(place / "addresses"),
-                         "ranges": [[{"subnet": "10.244.0.0/24"}]],
+                         "ranges": [[{"subnet": self.subnet}]],
                          "routes": [{"dst": "0.0.0.0/0"}]},
             }],
         })  # fmt: skip
@@ -181,8 +169,8 @@ class Cluster:
         })  # fmt: skip
         _write_json(place / "proxy.json", {
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
-            "mode": "iptables", "clusterCIDR": "10.244.0.0/16", "hostnameOverride": "node",
-            "oomScoreAdj": 0, "clientConnection": {"kubeconfig": str(place / "kubeconfig")},
+            "mode": "iptables", "clusterCIDR": "10.244.0.0/16", "hostnameOverride": self.name,
+            "oomScoreAdj": 0, "clientConnection": {"kubeconfig": config},
             "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s",
                           "tcpCloseWaitTimeout": "0s"},
         })  # fmt: skip
@@ -195,14 +183,123 @@ class Cluster:
         (place / "containerd.toml").write_text(
             _CONTAINERD.format(place=place, cni=_cni_plugins(), runc=require("runc"), pause=PAUSE)
         )
+        _write_json(place / "commands.json", [
+            *control_plane,
+            ["containerd", "-c", str(place / "containerd.toml")],
+            ["kubelet", f"--config={place / 'kubelet.json'}", f"--kubeconfig={config}",
+             f"--root-dir={place / 'kubelet'}", f"--hostname-override={self.name}",
+             f"--node-ip={self.address}"],
+            ["kube-proxy", f"--config={place / 'proxy.json'}"],
+        ])  # fmt: skip
+
+
+class Cluster:
+    """A running cluster, whose first node has the control plane; its files are in `directory`."""
+
+    def __init__(self, directory: Path, programs: Path) -> None:
+        self.directory = directory
+        self.nodes = [Node(directory, programs, 0)]
+        self._programs = programs
+        self._images: list[Path] = []
+
+    def start(self, seconds: float = 120) -> None:
+        """Start it; return when its node is ready."""
+        self.nodes[0].start(self._control_plane())
+        self._until_ready(self.nodes[0], seconds)
+
+    def join(self, seconds: float = 120) -> Node:
+        """Start another node, with the images of the others; return it when it is ready."""
+        node = Node(self.directory, self._programs, len(self.nodes))
+        self.nodes.append(node)
+        node.start()
+        self.nodes[0].connect(node)
+        self._until_ready(node, seconds)
+        for archive in self._images:
+            node.import_image(archive)
+        return node
+
+    def leave(self) -> None:
+        """Stop the node that joined last, and remove it from the cluster."""
+        node = self.nodes.pop()
+        node.stop()
+        remove_tree(node.directory)
+        self.kubectl("delete", "node", node.name, "--ignore-not-found")
+
+    def stop(self) -> None:
+        """End everything in it."""
+        for node in reversed(self.nodes):
+            node.stop()
+
+    def command(self, *command: str) -> list[str]:
+        """Return a command that runs `command` in the first node's namespaces."""
+        return self.nodes[0].command(*command)
+
+    def run(self, *command: str, input: str | None = None, check: bool = True) -> str:
+        """Run a command in the first node's namespaces; return what it printed."""
+        return self.nodes[0].run(*command, input=input, check=check)
+
+    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:
+        """Run kubectl; return what it printed."""
+        return self.run("kubectl", *arguments, input=input, check=check)
+
+    def get(self, *arguments: str) -> Any:
+        """Return objects as JSON."""
+        return json.loads(self.kubectl("get", *arguments, "-o", "json"))
+
+    def import_image(self, archive: Path) -> None:
+        """Import an archive of an image into all nodes, also those that join later."""
+        self._images.append(archive)
+        for node in self.nodes:
+            node.import_image(archive)
+
+    @contextmanager
+    def serving(self, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a server in the first node's network, beside the pods."""
+        with open(self.directory / "beside.log", "ab") as log:
+            process = subprocess.Popen(
+                self.command(*command), stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=30)
+
+    def is_ready(self, node: Node) -> bool:
+        """Return whether the control plane counts the node as ready."""
+        path = '{.status.conditions[?(@.type=="Ready")].status}'
+        told = self.kubectl("get", "node", node.name, "-o", f"jsonpath={path}", check=False)
+        return told == "True"
+
+    def _until_ready(self, node: Node, seconds: float) -> None:
+        def is_ready() -> bool:
+            account = self.kubectl("get", "serviceaccount", "default", "-o", "name", check=False)
+            return bool(account) and self.is_ready(node)
+
+        until(f"{node.name} is ready", is_ready, seconds, node.log)
+
+    def _control_plane(self) -> list[list[str]]:
+        """Write the configuration of the control plane; return its commands."""
+        place = self.directory
+        for name in ("certs", "etcd"):
+            (place / name).mkdir(parents=True)
+        key = place / "service-accounts.key"
+        subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
+        (place / "tokens.csv").write_text(f'{_TOKEN},admin,admin,"system:masters"\n')
+        _write_json(place / "kubeconfig", {
+            "apiVersion": "v1", "kind": "Config", "current-context": "here",
+            "clusters": [{"name": "here", "cluster": {
+                "server": f"https://{ADDRESS}:6443", "insecure-skip-tls-verify": True}}],
+            "users": [{"name": "admin", "user": {"token": _TOKEN}}],
+            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "admin"}}],
+        })  # fmt: skip
         config = str(place / "kubeconfig")
         (place / "Corefile").write_text(
             f"cluster.local {{\n bind {ADDRESS}\n errors\n"
             f" kubernetes cluster.local {{\n  kubeconfig {config}\n }}\n}}\n"
         )
-        _write_json(place / "commands.json", [
+        return [
             ["etcd", "--data-dir", str(place / "etcd"), "--unsafe-no-fsync"],
-            ["containerd", "-c", str(place / "containerd.toml")],
             ["kube-apiserver", "--etcd-servers=http://127.0.0.1:2379", f"--bind-address={ADDRESS}",
              f"--advertise-address={ADDRESS}", f"--cert-dir={place / 'certs'}",
              f"--token-auth-file={place / 'tokens.csv'}", "--authorization-mode=RBAC",
@@ -215,11 +312,8 @@ class Cluster:
              "--use-service-account-credentials=false",
              "--horizontal-pod-autoscaler-sync-period=5s"],
             ["kube-scheduler", f"--kubeconfig={config}", "--leader-elect=false"],
-            ["kubelet", f"--config={place / 'kubelet.json'}", f"--kubeconfig={config}",
-             f"--root-dir={place / 'kubelet'}", "--hostname-override=node", f"--node-ip={ADDRESS}"],
-            ["kube-proxy", f"--config={place / 'proxy.json'}"],
             ["dns", "-conf", str(place / "Corefile")],
-        ])  # fmt: skip
+        ]  # fmt: skip
 
 
 _CONTAINERD = """\
@@ -305,8 +399,11 @@ def _cni_plugins() -> Path:
     raise ClusterError("the CNI plugins are not installed: Debian's containernetworking-plugins")
 
 
-def _groups() -> list[Path]:
-    return [Path("/sys/fs/cgroup", name, "modelpack-cluster") for name in (*CGROUPS, "systemd")]
+def _run(command: Sequence[str], input: str | None = None, check: bool = True) -> str:
+    done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=600)
+    if check and done.returncode:
+        raise ClusterError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def _enter(groups: Iterable[Path]) -> None:

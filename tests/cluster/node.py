@@ -1,8 +1,8 @@
-"""PID 1 of the cluster's own namespaces: mounts, network, and the programs of a single node.
+"""PID 1 of a node's own namespaces: its mounts, its network and its programs.
 
-    python node.py DIRECTORY
+    python node.py DIRECTORY NAME ADDRESS
 
-`cluster.Cluster` starts it by `unshare`. Nothing outside of the namespaces is changed: mounts are
+`cluster.Node` starts it by `unshare`. Nothing outside of the namespaces is changed: mounts are
 private, and the kernel's settings that the kubelet would change are hidden by files.
 """
 
@@ -16,7 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+#: The address of the first node.
 ADDRESS = "10.10.0.1"
+BRIDGE = "nodes0"
 CGROUPS = ("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids")
 #: What the kubelet sets for the whole machine, unless it has the value already.
 SETTINGS = {
@@ -34,7 +36,7 @@ def mount(kind: str, at: str, *options: str) -> None:
     run("mount", "-t", kind, *options, kind, at)
 
 
-def prepare(directory: Path) -> None:
+def prepare(directory: Path, name: str, address: str) -> None:
     run("mount", "--make-rprivate", "/")
     mount("proc", "/proc")
     mount("sysfs", "/sys")
@@ -42,38 +44,35 @@ def prepare(directory: Path) -> None:
     for controller in CGROUPS:
         mount("cgroup", f"/sys/fs/cgroup/{controller}", "-o", controller)
     mount("cgroup", "/sys/fs/cgroup/systemd", "-o", "none,name=systemd")
-    for place in ("/run", "/var/log", "/var/lib/cni"):
+    for place in ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet"):
         mount("tmpfs", place)
     Path("/run/lock").mkdir()
-    for name, value in SETTINGS.items():
-        if Path("/proc/sys", name).exists():
-            shown = directory / name.replace("/", ".")
+    for setting, value in SETTINGS.items():
+        if Path("/proc/sys", setting).exists():
+            shown = directory / setting.replace("/", ".")
             shown.write_text(f"{value}\n")
-            run("mount", "--bind", str(shown), f"/proc/sys/{name}")
+            run("mount", "--bind", str(shown), f"/proc/sys/{setting}")
     run("mount", "--make-rshared", "/")
     run("ip", "link", "set", "lo", "up")
-    run("ip", "link", "add", "node0", "type", "bridge")
-    run("ip", "address", "add", f"{ADDRESS}/24", "dev", "node0")
-    run("ip", "link", "set", "node0", "up")
-    run("ip", "route", "add", "default", "dev", "node0")
+    run("ip", "link", "add", BRIDGE, "type", "bridge")
+    run("ip", "address", "add", f"{address}/24", "dev", BRIDGE)
+    run("ip", "link", "set", BRIDGE, "up")
+    run("ip", "route", "add", "default", "dev", BRIDGE)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-    run("hostname", "node")
+    run("hostname", name)
 
 
 def start(directory: Path, command: list[str]) -> int:
     """Start a program of the node; return its process id."""
-    environment = {
-        "PATH": f"{directory / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(directory),
-    }  # fmt: skip
     with open(directory / "log" / f"{Path(command[0]).name}.log", "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment).pid
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT).pid
 
 
 def main() -> None:
-    directory = Path(sys.argv[1])
+    directory, name, address = Path(sys.argv[1]), *sys.argv[2:]
     # The end of PID 1 ends everything in its namespace.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    prepare(directory)
+    prepare(directory, name, address)
     commands: list[list[str]] = json.loads((directory / "commands.json").read_text())
     running = {start(directory, command): command for command in commands}
     (directory / "started").touch()

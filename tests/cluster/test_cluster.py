@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -20,142 +19,35 @@ from typing import Any
 
 import pytest
 
-from modelpack.testing.weights import smollm2_gguf
-from tests.cluster.cluster import (
-    PAUSE,
-    REGISTRY,
-    Cluster,
-    ClusterError,
-    build_programs,
-    program_image,
-    remove_tree,
-    until,
-)
+from tests.cluster.cluster import REGISTRY, Cluster, ClusterError, until
 from tests.cluster.metrics import VERSION
 from tests.cluster.node import ADDRESS
+from tests.cluster.workloads import (
+    IMAGE,
+    SMOLLM2,
+    TINY,
+    address,
+    apply,
+    ask,
+    asking,
+    delete,
+    manifests,
+    modelpack,
+    notes,
+    package,
+    pod_names,
+    pods,
+    traces,
+    until_gateways_know,
+    until_ready,
+    until_replaced,
+)
 from tests.deployment.schemas import CUSTOM, custom_definition
-from tests.engine.serving.tiny import write_tiny
-from tests.interop.compose import ROOT
-from tests.interop.engine import require_engine
-from tests.interop.python_image import import_python_image
 from tests.interop.test_vllm_cpu import PROMPT, environment, expected, files  # noqa: F401
 from tests.peers import require
 
 pytestmark = pytest.mark.cluster
-IMAGE = "modelpack-test/engine:here"
-MODELPACK = str(Path(sys.executable).with_name("modelpack"))
 METRICS_PORT = 6444
-SMOLLM2 = f"{REGISTRY}/team/smollm2:v1"
-
-
-@pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An archive of the image of this checkout, with the engine."""
-    require_engine()
-    subprocess.run(
-        ["docker", "build", "--quiet", "--network", "host", "--tag", IMAGE,
-         "--build-arg", f"BASE={import_python_image()}",
-         "--build-arg", "EXTRAS=engine,gateway,tokens", str(ROOT)],
-        env={**os.environ, "DOCKER_BUILDKIT": "0"}, check=True, capture_output=True, timeout=1200,
-    )  # fmt: skip
-    archive = tmp_path_factory.mktemp("image") / "engine.tar"
-    subprocess.run(["docker", "save", IMAGE, "-o", archive], check=True)
-    return archive
-
-
-@pytest.fixture(scope="session")
-def cluster(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The cluster with its images, and a registry with models beside it."""
-    programs = build_programs(ROOT / ".cache")
-    directory = tmp_path_factory.mktemp("cluster")
-    found = Cluster(directory, programs)
-    try:
-        found.start()
-        program_image(PAUSE, programs / "pause", directory / "pause.tar")
-        found.import_image(directory / "pause.tar")
-        found.import_image(image)
-        host, port = REGISTRY.split(":")
-        store = str(directory / "registry")
-        with found.serving(MODELPACK, "--store", store, "registry", "serve", "--host", host,
-                           "--port", port, "--allow-anonymous"):  # fmt: skip
-            until(
-                "the registry answers",
-                lambda: "{}" in found.run("curl", "-s", f"http://{REGISTRY}/v2/", check=False),
-                30, lambda: "",
-            )  # fmt: skip
-            for version, temperature in (("v1", 0.0), ("v2", 0.5)):
-                files = write_tiny(directory / version, temperature=temperature)
-                package(found, f"{REGISTRY}/team/tiny:{version}", "--safetensors-dir", str(files))
-            package(found, SMOLLM2, "--gguf", str(smollm2_gguf()))
-            yield found
-    finally:
-        found.stop()
-        remove_tree(directory)
-
-
-def modelpack(cluster: Cluster, *arguments: str) -> str:
-    """Run modelpack in the cluster's network."""
-    return cluster.run(MODELPACK, "--store", str(cluster.directory / "store"), *arguments)
-
-
-def package(cluster: Cluster, reference: str, *arguments: str) -> None:
-    modelpack(cluster, "package", *arguments, reference, "--push", "--plain-http")
-
-
-def manifests(cluster: Cluster, reference: str, name: str, *arguments: str) -> str:
-    return modelpack(
-        cluster, "k8s", reference, "--engine", "modelpack", "--image", IMAGE, "--tool-image", IMAGE,
-        "--plain-http", "--cpus", "0.2", "--name", name, *arguments,
-    )  # fmt: skip
-
-
-def apply(cluster: Cluster, text: str, name: str, seconds: int = 120) -> None:
-    """Apply manifests; return when their pods are ready."""
-    cluster.kubectl("apply", "-f", "-", input=text)
-    try:
-        cluster.kubectl("rollout", "status", f"deployment/{name}", f"--timeout={seconds}s")
-    except ClusterError as error:
-        raise ClusterError(f"{error}\n{cluster.kubectl('describe', 'pods')[-4000:]}") from None
-
-
-def delete(cluster: Cluster, text: str) -> None:
-    cluster.kubectl("delete", "--grace-period=1", "-f", "-", input=text)
-
-
-def pods(cluster: Cluster, name: str) -> list[Any]:
-    found: list[Any] = cluster.get("pods", "-l", f"app.kubernetes.io/name={name}")["items"]
-    return found
-
-
-def address(cluster: Cluster, name: str) -> str:
-    return str(cluster.get("service", name)["spec"]["clusterIP"])
-
-
-def ask(
-    cluster: Cluster, name: str, model: str, content: str, max_tokens: int = 16, caller: str = "",
-    key: str = "",
-) -> Any:  # fmt: skip
-    """Send a chat request through the Service, with a caller's name for traces."""
-    body = {
-        "model": model, "max_tokens": max_tokens, "temperature": 0,
-        "messages": [{"role": "user", "content": content}],
-    }  # fmt: skip
-    return json.loads(
-        cluster.run("curl", "-s", "-m", "120", "-H", f"Host: {name}", "-H",
-                    "Content-Type: application/json", "-H", f"X-Modelpack-Caller: {caller}",
-                    "-H", f"Authorization: Bearer {key}",
-                    "-d", json.dumps(body),
-                    f"http://{address(cluster, name)}/v1/chat/completions")
-    )  # fmt: skip
-
-
-def why_pulls_failed(cluster: Cluster, name: str) -> str:
-    """Return the termination messages of the pods' init containers."""
-    found = [pod["status"].get("initContainerStatuses", ()) for pod in pods(cluster, name)]
-    states = [
-        s.get(which, {}) for of_pod in found for s in of_pod for which in ("state", "lastState")
-    ]
-    return "\n".join(state.get("terminated", {}).get("message", "") for state in states)
 
 
 def test_a_chat_through_the_service(cluster: Cluster) -> None:
@@ -181,45 +73,13 @@ def test_a_rolling_update_fails_no_request(cluster: Cluster) -> None:
     )  # fmt: skip
     apply(cluster, before, "tiny")
     old = {pod["metadata"]["name"] for pod in pods(cluster, "tiny")}
-    done = cluster.directory / "update-done"
-    with asking(cluster, "tiny", done) as process:
-        try:
-            apply(cluster, after, "tiny", 280)
-            until_replaced(cluster, "tiny", "model", old)
-        finally:
-            done.touch()
-        told, _ = process.communicate(timeout=600)
-    found = json.loads(told)
+    with asking(cluster, "tiny") as found:
+        apply(cluster, after, "tiny", 280)
+        until_replaced(cluster, "tiny", "model", old)
     assert found["failures"] == []
     assert found["answers"] >= 3000
     assert len(pods(cluster, "tiny")) == 2
     delete(cluster, after)
-
-
-def asking(
-    cluster: Cluster, name: str, done: Path, count: int = 3000, *more: int
-) -> subprocess.Popen[str]:
-    """Send `count` requests through a Service, and more until the file `done` exists."""
-    return subprocess.Popen(
-        cluster.command(
-            sys.executable, str(Path(__file__).with_name("ask.py")), address(cluster, name),
-            name, name, str(count), str(done), *map(str, more),
-        ),
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def until_replaced(cluster: Cluster, name: str, component: str, old: set[str]) -> None:
-    until(
-        f"the old pods of {name} ({component}) are gone",
-        lambda: not old & pod_names(cluster, name, component),
-        120, lambda: cluster.kubectl("get", "pods"),
-    )  # fmt: skip
-
-
-def pod_names(cluster: Cluster, name: str, component: str) -> set[str]:
-    labels = f"app.kubernetes.io/name={name},app.kubernetes.io/component={component}"
-    return {pod["metadata"]["name"] for pod in cluster.get("pods", "-l", labels)["items"]}
 
 
 def test_a_rolling_update_behind_a_gateway_fails_no_request(cluster: Cluster) -> None:
@@ -230,22 +90,16 @@ def test_a_rolling_update_behind_a_gateway_fails_no_request(cluster: Cluster) ->
         for version in ("v1", "v2")
     )  # fmt: skip
     apply(cluster, before, "behind")
-    cluster.kubectl("rollout", "status", "deployment/behind-gateway", "--timeout=60s")
+    until_ready(cluster, "behind-gateway")
     servers, gateways = (pod_names(cluster, "behind", part) for part in ("model", "gateway"))
     assert (len(servers), len(gateways)) == (2, 2)
-    done = cluster.directory / "behind-done"
-    with asking(cluster, "behind", done) as process:
-        try:
-            apply(cluster, after, "behind", 280)
-            until_replaced(cluster, "behind", "model", servers)
-            cluster.kubectl("rollout", "restart", "deployment/behind-gateway")
-            cluster.kubectl("rollout", "status", "deployment/behind-gateway", "--timeout=120s")
-            until_replaced(cluster, "behind", "gateway", gateways)
-        finally:
-            done.touch()
-        told, _ = process.communicate(timeout=600)
+    with asking(cluster, "behind") as found:
+        apply(cluster, after, "behind", 280)
+        until_replaced(cluster, "behind", "model", servers)
+        cluster.kubectl("rollout", "restart", "deployment/behind-gateway")
+        until_ready(cluster, "behind-gateway")
+        until_replaced(cluster, "behind", "gateway", gateways)
     delete(cluster, after)
-    found = json.loads(told)
     print(f"{found['answers']} answers, {len(found['failures'])} failures")
     assert found["failures"] == []
     assert found["answers"] >= 3000
@@ -256,11 +110,12 @@ def test_gateways_send_a_prompt_to_the_same_pod(cluster: Cluster) -> None:
     keys = cluster.directory / "keys.toml"
     key = modelpack(cluster, "gateway", "key", "alice", "--keys", str(keys)).strip()
     cluster.kubectl("create", "secret", "generic", "alike-keys", f"--from-file={keys}")
-    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "alike", "--replicas", "2",
+    text = manifests(cluster, TINY, "alike", "--replicas", "2",
                      "--served-model-name", "alike", "--gateway", "--keys-secret",
                      "alike-keys")  # fmt: skip
     apply(cluster, text, "alike")
-    cluster.kubectl("rollout", "status", "deployment/alike-gateway", "--timeout=60s")
+    until_ready(cluster, "alike-gateway")
+    until_gateways_know(cluster, "alike", 2)
     try:
         for wrong, code in (("", "missing_api_key"), ("sk-wrong", "invalid_api_key")):
             refused = ask(cluster, "alike", "alike", "Hello", 2, key=wrong)
@@ -271,16 +126,14 @@ def test_gateways_send_a_prompt_to_the_same_pod(cluster: Cluster) -> None:
                     cluster, "alike", "alike", f"Hello {prompt}", 2, f"prompt-{prompt}", key
                 )
                 assert asked["usage"]["completion_tokens"] == 2
-        traces = [
-            (pod, json.loads(line))
-            for pod in pod_names(cluster, "alike", "gateway")
-            for line in cluster.kubectl("logs", pod).splitlines()
-            if line.startswith("{") and '"caller":"prompt-' in line.replace(" ", "")
-        ]
-        assert len(traces) == 48
-        assert len({pod for pod, _ in traces}) == 2
-        chosen = {(trace["caller"], trace["upstream"]) for _, trace in traces}
-        assert len(chosen) == 8, "each prompt has one upstream"
+        gateways = pod_names(cluster, "alike", "gateway")
+        found = {pod: traces(cluster, pod, "prompt-") for pod in gateways}
+        assert len(found) == 2
+        assert all(found.values()), "the Service spreads connections"
+        chosen = [(each["caller"], each["upstream"]) for of in found.values() for each in of]
+        assert len(chosen) == 48
+        why = "\n".join(notes(cluster, pod) for pod in gateways)
+        assert len(set(chosen)) == 8, f"a prompt has two upstreams:\n{chosen}\n{why}"
         assert len({upstream for _, upstream in chosen}) == 2
     finally:
         delete(cluster, text)
@@ -307,10 +160,10 @@ http.server.HTTPServer(("", 8000), Healthy).serve_forever()
 def test_an_image_volume_has_the_files_of_the_model(cluster: Cluster) -> None:
     """The pod that is printed for vLLM, with a stand-in for vLLM, which needs a GPU."""
     image = f"{REGISTRY}/team/tiny-image"
-    digest = modelpack(cluster, "convert", f"{REGISTRY}/team/tiny:v1", f"{image}:v1", "--to",
+    digest = modelpack(cluster, "convert", TINY, f"{image}:v1", "--to",
                        "image", "--push", "--plain-http").strip()  # fmt: skip
     text = modelpack(
-        cluster, "k8s", f"{REGISTRY}/team/tiny:v1", "--image", IMAGE, "--plain-http", "--name",
+        cluster, "k8s", TINY, "--image", IMAGE, "--plain-http", "--name",
         "mounted", "--model-image", f"{image}@{digest}", "--cpus", "0.2", "--json",
     )  # fmt: skip
     listed = json.loads(text)
@@ -406,7 +259,7 @@ def test_the_server_takes_the_objects_of_operators(cluster: Cluster) -> None:
         definition = custom_definition(kind)
         cluster.kubectl("create", "-f", "-", input=json.dumps(definition))
         until(f"{kind} is known", partial(is_known, cluster, definition), 60, lambda: "")
-    tiny = f"{REGISTRY}/team/tiny:v1"
+    tiny = TINY
     # Nothing is mounted, and this host does not answer.
     image = f"{ADDRESS}:9/team/tiny-image@sha256:{'a' * 64}"
     vllm = ("--engine", "vllm", "--model-image", image)
@@ -431,7 +284,7 @@ def test_the_server_takes_the_objects_of_operators(cluster: Cluster) -> None:
 
 def test_a_killed_server_is_restarted(cluster: Cluster) -> None:
     """A server that the node kills, as for too much memory, comes back with the files it has."""
-    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "killed", "--served-model-name", "tiny")
+    text = manifests(cluster, TINY, "killed", "--served-model-name", "tiny")
     apply(cluster, text, "killed")
     try:
         [pod] = pods(cluster, "killed")
@@ -452,8 +305,17 @@ def test_a_killed_server_is_restarted(cluster: Cluster) -> None:
         delete(cluster, text)
 
 
+def why_pulls_failed(cluster: Cluster, name: str) -> str:
+    """Return the termination messages of the pods' init containers."""
+    found = [pod["status"].get("initContainerStatuses", ()) for pod in pods(cluster, name)]
+    states = [
+        s.get(which, {}) for of_pod in found for s in of_pod for which in ("state", "lastState")
+    ]
+    return "\n".join(state.get("terminated", {}).get("message", "") for state in states)
+
+
 def test_a_wrong_digest_leaves_the_old_pod_serving(cluster: Cluster) -> None:
-    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "wrong", "--served-model-name", "tiny")
+    text = manifests(cluster, TINY, "wrong", "--served-model-name", "tiny")
     apply(cluster, text, "wrong")
     try:
         [old] = pods(cluster, "wrong")
@@ -492,15 +354,13 @@ def test_a_model_that_somebody_else_signed_does_not_reach_the_cluster(
 def test_the_restricted_policy_admits_the_pods(cluster: Cluster) -> None:
     cluster.kubectl("create", "namespace", "strict")
     cluster.kubectl("label", "namespace", "strict", "pod-security.kubernetes.io/enforce=restricted")
-    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "tiny", "--namespace", "strict")
+    text = manifests(cluster, TINY, "tiny", "--namespace", "strict")
     cluster.kubectl("apply", "-f", "-", input=text)
     try:
-        cluster.kubectl("rollout", "status", "deployment/tiny", "-n", "strict", "--timeout=120s")
+        until_ready(cluster, "tiny", namespace="strict")
     finally:
         delete(cluster, text)
-    refused = manifests(
-        cluster, f"{REGISTRY}/team/tiny:v1", "root", "--namespace", "strict", "--user", "0"
-    )
+    refused = manifests(cluster, TINY, "root", "--namespace", "strict", "--user", "0")
     cluster.kubectl("apply", "-f", "-", input=refused)
     try:
 
@@ -514,7 +374,7 @@ def test_the_restricted_policy_admits_the_pods(cluster: Cluster) -> None:
 
 def test_a_node_that_drains_evicts_one_pod_at_a_time(cluster: Cluster) -> None:
     """By the PodDisruptionBudget: the second of two pods stays until the first is replaced."""
-    text = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "evicted", "--replicas", "2")
+    text = manifests(cluster, TINY, "evicted", "--replicas", "2")
     apply(cluster, text, "evicted")
     first, second = (pod["metadata"]["name"] for pod in pods(cluster, "evicted"))
 
@@ -580,7 +440,7 @@ def pod_metrics(cluster: Cluster) -> Iterator[None]:
 
 def test_waiting_requests_add_a_pod(cluster: Cluster, pod_metrics: None) -> None:
     """The autoscaler at work: 100 clients for 64 sequences of a pod, and then none."""
-    printed = manifests(cluster, f"{REGISTRY}/team/tiny:v1", "scaled", "--max-replicas", "2",
+    printed = manifests(cluster, TINY, "scaled", "--max-replicas", "2",
                         "--monitor", "--served-model-name", "scaled")  # fmt: skip
     [wait] = re.findall(r"stabilizationWindowSeconds: \d+", printed)
     text = "---\n".join(
@@ -588,7 +448,6 @@ def test_waiting_requests_add_a_pod(cluster: Cluster, pod_metrics: None) -> None
         .split("---\n") if "kind: ServiceMonitor" not in document
     )  # fmt: skip
     apply(cluster, text, "scaled")
-    done = cluster.directory / "scaled-done"
 
     def ready() -> int:
         return int(cluster.get("deployment", "scaled")["status"].get("readyReplicas", 0))
@@ -597,13 +456,8 @@ def test_waiting_requests_add_a_pod(cluster: Cluster, pod_metrics: None) -> None
         return cluster.kubectl("describe", "hpa", "scaled")
 
     try:
-        with asking(cluster, "scaled", done, 200, 100, 64) as process:
-            try:
-                until("a second pod is ready", lambda: ready() == 2, 180, shown)
-            finally:
-                done.touch()
-            told, _ = process.communicate(timeout=300)
-        found = json.loads(told)
+        with asking(cluster, "scaled", 200, 100, 64) as found:
+            until("a second pod is ready", lambda: ready() == 2, 180, shown)
         assert found["failures"] == []
         until("the second pod is gone", lambda: len(pods(cluster, "scaled")) == 1, 240, shown)
         reasons = shown()
@@ -614,9 +468,7 @@ def test_waiting_requests_add_a_pod(cluster: Cluster, pod_metrics: None) -> None
 
 
 def test_the_server_takes_the_autoscaler(cluster: Cluster) -> None:
-    text = manifests(
-        cluster, f"{REGISTRY}/team/tiny:v1", "taken", "--replicas", "2", "--max-replicas", "4"
-    )
+    text = manifests(cluster, TINY, "taken", "--replicas", "2", "--max-replicas", "4")
     told = cluster.kubectl("apply", "--dry-run=server", "-f", "-", input=text)
     for kind in ("deployment.apps", "service", "horizontalpodautoscaler.autoscaling",
                  "poddisruptionbudget.policy"):  # fmt: skip
