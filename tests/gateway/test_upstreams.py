@@ -210,6 +210,27 @@ def test_addresses_come_and_go(caplog: pytest.LogCaptureFixture) -> None:
     assert upstreams.choose(prefix=b"x") is None
 
 
+def test_a_change_of_addresses_is_soon_followed_by_a_lookup() -> None:
+    """Pods become ready one after the other; a gateway that knows one of them asks again."""
+
+    class Growing(Names):
+        async def __call__(self, host: str, port: int) -> list[str]:
+            await super().__call__(host, port)
+            if len(self.asked) > 1:
+                found.set()
+            return [f"10.0.0.{number + 1}" for number in range(min(2, len(self.asked)))]
+
+    async def watch() -> None:
+        transport = httpx.MockTransport(lambda _: httpx.Response(200))
+        task = asyncio.create_task(upstreams.watch(transport, 3600))
+        await asyncio.wait_for(found.wait(), PATIENCE)
+        task.cancel()
+
+    found = asyncio.Event()
+    upstreams = Upstreams(["dns+http://servers"], lookup=Growing())
+    asyncio.run(watch())
+
+
 def test_a_failing_lookup_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     names = Names("10.0.0.1")
     upstreams = Upstreams(["dns+http://servers"], lookup=names)

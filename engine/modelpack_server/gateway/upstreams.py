@@ -249,12 +249,20 @@ class Upstreams:
     async def watch(
         self, transport: httpx.AsyncBaseTransport, interval: float = PROBE_INTERVAL
     ) -> None:
-        """Look up and probe all every `interval` seconds, more often while one is down or late."""
+        """Look up and probe all every `interval` seconds.
+
+        That is more often while one is down or late, and after addresses changed: more pods of an
+        update follow soon, and other gateways may know them already.
+        """
+        before = [upstream.name for upstream in self.all]
         while True:
             await self.look_up()
             await asyncio.gather(*(self.probe(transport, upstream) for upstream in self.all))
+            names = [upstream.name for upstream in self.all]
             well = bool(self.all) and all(each.healthy and not each.late for each in self.all)
-            await asyncio.sleep(interval if well else min(interval, PROBE_INTERVAL_DOWN))
+            steady = well and names == before
+            before = names
+            await asyncio.sleep(interval if steady else min(interval, PROBE_INTERVAL_DOWN))
 
 
 def _distinct(upstreams: Iterable[Upstream]) -> tuple[Upstream, ...]:
