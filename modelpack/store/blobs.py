@@ -61,7 +61,8 @@ class VerifiedMarks:
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._unflushed, self._linked = str(tree.unflushed), str(tree.linked)
-        self._vouched: set[Digest] = set()  # verified by this process, mark not removable
+        # The state in which this process verified blobs whose marks it cannot write.
+        self._vouched: dict[Digest, str] = {}
 
     def mark_unflushed(self, digest: Digest) -> None:
         """Mark a blob, before it gets its name, as one that a power cut may damage.
@@ -99,7 +100,7 @@ class VerifiedMarks:
         A damaged blob is moved to quarantine.
         """
         doubts = self._doubts(digest, path)
-        if not doubts or digest in self._vouched:
+        if not doubts or self._vouched.get(digest) == _stamp(path.stat()):
             return True
         _log().info("verifying blob %s before its first use", digest)
         found = path.stat()  # before the bytes are read: they may change while they are
@@ -113,7 +114,7 @@ class VerifiedMarks:
                 else:
                     mark.unlink(missing_ok=True)
         except OSError:  # a read-only store can still be read
-            self._vouched.add(digest)
+            self._vouched[digest] = _stamp(found)
         return True
 
     def put_in_quarantine(self, digest: Digest, path: Path, found: os.stat_result) -> None:
@@ -142,11 +143,13 @@ class VerifiedMarks:
             with suppress(OSError):
                 if _read(mark) != boot_id():
                     continue
-                limit -= path.stat().st_size
+                found = path.stat()
+                limit -= found.st_size
                 if limit < 0:
                     return
                 flush_file(path)
-                mark.unlink()
+                if _state(path.stat()) == _state(found):  # not removed and imported again
+                    mark.unlink()
 
     def stale_marks(self) -> list[Path]:
         """Return the marks of blobs that no longer exist."""
@@ -194,6 +197,11 @@ def _read(mark: Path | str) -> str:
 
 def _stamp(found: os.stat_result) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """Return what differs between a file and another one, which may have its inode."""
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _log() -> Logger:

@@ -15,7 +15,7 @@ from modelpack.store import blobs as verified_marks
 from modelpack.store import filesystem as durability
 from modelpack.store import fsck
 from modelpack.store.layout import LayoutStore
-from modelpack.store.tree import label
+from modelpack.store.tree import Tree, label
 from tests.contract.parts import Watcher, blob_of
 
 
@@ -216,6 +216,41 @@ def test_a_link_that_is_changed_while_it_is_hashed_is_noticed(
     after_hashing(monkeypatch, change)
     uses(store, digest)
     assert not uses(store, digest)
+
+
+def test_a_link_in_a_store_that_cannot_be_written_to(
+    store: LayoutStore, source: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is hashed once for each state of the file."""
+    digest = store.import_file(source, Watcher().watch, link=True).digest
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(verified_marks, "write_own", refuse)
+    os.utime(source, ns=(1, 1))
+    for _ in range(3):
+        assert uses(store, digest)
+    assert len(hashed) == 1
+    with source.open("r+b") as stream:
+        stream.write(b"W")
+    os.utime(source, ns=(2, 2))
+    assert not uses(store, digest)
+
+
+def test_a_blob_that_is_stored_again_while_it_is_flushed_keeps_its_mark(
+    store: LayoutStore, source: Path, imported: Digest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new file is not the one that was flushed."""
+
+    def flush_file(path: Path) -> None:
+        path.unlink()
+        store.import_file(source, Watcher().watch)
+
+    monkeypatch.setattr(verified_marks, "flush_file", flush_file)
+    marks = verified_marks.VerifiedMarks(Tree(store.root))
+    marks.settle([(imported, store.blob_path(imported))])
+    assert mark(store, imported).exists()
 
 
 @pytest.mark.parametrize("check", ["use", "fsck"])
