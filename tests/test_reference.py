@@ -241,6 +241,10 @@ def test_default_registry_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         (H64[:11], False),
         (H64.upper(), False),
         (f"sha256:{H64[:12]}", False),
+        (f"sha512:{H64}{H64}", True),
+        (f"blake3:{H64}", True),
+        (f"sha512:{H64}", False),
+        (f"md5:{H64}", False),
         ("gemma3", False),
     ],
 )

@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 
-from modelpack.artifacts.digest import SHORT_ID_LENGTH, Digest
+from modelpack.artifacts.digest import ALGORITHMS, SHORT_ID_LENGTH, Digest
 from modelpack.errors import InvalidDigestError, InvalidReferenceError
 
 DEFAULT_REGISTRY = "docker.io"
@@ -189,15 +189,19 @@ def normalized(text: str) -> str:
 
 def is_model_id(text: str) -> bool:
     """Return whether `text` has the form of a model id: 12 or 64 hex digits, or a digest."""
-    encoded = text.removeprefix("sha256:")
-    if not _HEX.match(encoded):
+    if ":" not in text:
+        return len(text) in (SHORT_ID_LENGTH, 64) and _HEX.match(text) is not None
+    try:
+        Digest.parse(text)
+    except InvalidDigestError:
         return False
-    return len(encoded) == 64 or (encoded == text and len(text) == SHORT_ID_LENGTH)
+    return True
 
 
 def begins_id(text: str) -> bool:
     """Return whether `text` has the form of a model id or of a prefix of one."""
-    return _HEX.match(text.strip().removeprefix("sha256:")) is not None
+    algorithm, _, encoded = text.strip().rpartition(":")
+    return algorithm in ("", *ALGORITHMS) and _HEX.match(encoded) is not None
 
 
 def check_repository(path: str, text: str) -> str:

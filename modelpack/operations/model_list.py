@@ -16,7 +16,7 @@ from modelpack.artifacts.reference import Reference, is_model_id
 from modelpack.errors import ModelpackError
 from modelpack.operations.lookup import StoredImage, stored_image, stored_model
 from modelpack.store.layout import LayoutStore
-from modelpack.store.lookup import StoredModel
+from modelpack.store.lookup import StoredModel, begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ def _chosen(
     """Yield the models that match `name`, each with its matching references."""
     for entry in (*store.models(), *store.indexes()):
         references = entry.references
-        if name is not None and not entry.digest.encoded.startswith(name.removeprefix("sha256:")):
+        if name is not None and not begins(name, entry.digest):
             references = tuple(ref for ref in references if _matches(name, ref))
             if not references:
                 continue

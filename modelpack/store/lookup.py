@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
-from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.digest import ALGORITHMS, Digest
 from modelpack.artifacts.reference import Reference, is_full_or_invalid
 from modelpack.errors import (
     AmbiguousError,
@@ -28,7 +28,7 @@ _SHORTEST_PREFIX = 4
 _MAX_COMPARED = 1_000
 #: Annotations that may hold the name of an entry.
 NAME_KEYS: Final = (media_types.REF_NAME, media_types.CONTAINERD_NAME)
-_HEX = re.compile(r"(?:sha256:)?([0-9a-f]{1,64})\Z")
+_HEX = re.compile(rf"(?:({'|'.join(ALGORITHMS)}):)?([0-9a-f]{{1,128}})\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +174,9 @@ class Names:
 
     def _find_prefix(self, text: str) -> Match | None:
         match = _HEX.match(text)
-        if match is None or len(match[1]) < _SHORTEST_PREFIX:
+        if match is None or len(match[2]) < _SHORTEST_PREFIX:
             return None
-        found = [d for d in self._by_digest if d.encoded.startswith(match[1])]
+        found = [digest for digest in self._by_digest if begins(text, digest)]
         if len(found) > 1:
             candidates = tuple(sorted(map(str, found)))
             raise AmbiguousError(
@@ -205,6 +205,14 @@ class Names:
         return NotFoundError(f"no such model in the store: {text}{looked_for}", hint=hint)
 
 
+def begins(text: str, digest: Digest) -> bool:
+    """Return whether a digest, or its hex digits, begin with `text`."""
+    match = _HEX.match(text)
+    if match is None:
+        return False
+    return match[1] in (None, digest.algorithm) and digest.encoded.startswith(match[2])
+
+
 def may_name(text: str) -> Callable[[Any], bool]:
     """Return a filter of raw elements of `manifests` that keeps all that `text` may name.
 
@@ -217,7 +225,7 @@ def may_name(text: str) -> Callable[[Any], bool]:
         wanted = Reference.parse(text)
         names.add(str(wanted.without_digest()))
         digest = digest or wanted.digest
-    encoded = digest.encoded if digest else match[1] if match else None
+    encoded = digest.encoded if digest else match[2] if match else None
 
     def may_be(raw: Any) -> bool:
         if not isinstance(raw, dict):

@@ -25,6 +25,7 @@ from modelpack.artifacts.model import Model
 from modelpack.errors import (
     FormatError,
     IntegrityError,
+    InvalidReferenceError,
     ModelpackError,
     NotFoundError,
     UntrustedError,
@@ -292,7 +293,7 @@ def _under_tag(
     try:
         descriptor = source.resolve(tag)
         manifest = Manifest.parse(source.fetch_manifest(descriptor), tag)
-    except NotFoundError:
+    except (NotFoundError, InvalidReferenceError):  # with SHA-512, it is too long for a tag
         return
     except (FormatError, IntegrityError) as error:
         refused.append(Refusal.of(error))

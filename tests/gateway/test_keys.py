@@ -122,6 +122,7 @@ def test_finding_a_key_by_its_secret() -> None:
         (("ai/*", f"ai/smollm2@sha256:{HASH}"), f"ai/smollm2@sha256:{HASH}", True),
         (("*",), f"sha256:{HASH}", False),
         (("sha256:*",), f"SHA256:{HASH}", False),
+        (("b*",), f"blake3:{HASH}", False),
         ((HASH,), HASH, True),
         (("*",), HASH, False),
         (("*",), HASH[:12], False),

@@ -119,6 +119,18 @@ def test_a_missing_tag_is_answered_with_the_tags_there_are() -> None:
     assert "docker.io/ai/x:v2" in str(caught.value)
 
 
+def test_a_beginning_with_an_algorithm_is_of_this_algorithm() -> None:
+    same = "ab" * 32
+    entries = [entry(Digest(name, same)) for name in ("blake3", "sha256")]
+    for one in entries:
+        text = f"{one.digest.algorithm}:{same[:8]}"
+        assert Names(entries).find(text).entry is one
+        with pytest.raises(NotFoundError):
+            Names([other for other in entries if other is not one]).find(text)
+    with pytest.raises(AmbiguousError):
+        Names(entries).find(same[:8])
+
+
 @pytest.mark.parametrize("text", ["abcd", "sha256:abcd"])
 def test_an_ambiguous_beginning_names_the_candidates(text: str) -> None:
     with pytest.raises(AmbiguousError) as caught:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import modelpack
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import FormatError, ModelpackError, RegistryError, UntrustedError
 from modelpack.operations import signatures as signing
 from modelpack.operations.index import NamedVariant, create_index
@@ -235,6 +236,27 @@ def test_the_first_digits_of_an_id_are_no_name(
     assert (
         find_model(encoded[:13], store, pull=False, remote=remote, watch=watch).reference == named
     )
+
+
+@pytest.mark.parametrize("algorithm", ["sha512", "blake3"])
+def test_a_digest_of_another_algorithm_is_no_name(
+    published: Published, keys: Path, algorithm: str
+) -> None:
+    """It would be that of a docker.io model, too: docker.io/ai/sha512 with a long tag."""
+    accepted = POLICY.replace('"localhost*"', '"docker.io/*"')
+    remote, watch = _options(trusting(keys, accepted)), watching(None)
+    store = published.store
+    modelpack.pull(published.reference, store=store)
+    found = store.resolve(published.reference)
+    raw = store.fetch_manifest(found)
+    same = replace(found, digest=Digest.of(raw, algorithm))
+    store.write_manifest(same, raw, f"{published.host}/team/same:v1")
+    for name in (str(same.digest), str(same.digest)[:30]):
+        assert modelpack.inspect(name, store=store).reference is None
+        with pytest.raises(UntrustedError, match="not signed by team"):
+            find_model(name, store, pull=False, remote=remote, watch=watch)
+        with pytest.raises(UntrustedError, match="not signed by team"):
+            check_names(store, [name], remote, watch)
 
 
 def test_a_variant_that_an_index_alone_names(

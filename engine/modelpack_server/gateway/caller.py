@@ -13,13 +13,17 @@ from fnmatch import fnmatchcase
 
 from starlette.types import ASGIApp, Scope
 
+from modelpack.artifacts.digest import ALGORITHMS
+
 _SCOPE_KEY = "modelpack.caller"
 _KEY_NAME = "modelpack.key"
 _BACKGROUND = "modelpack.background"
 _ENTRY = "modelpack.entry"
 
 # Texts that a server may interpret as a model id or the beginning of one.
-_ID = re.compile(r"\s*(?:sha(?:256|512):.*|[0-9a-f]{4,128})\s*", re.IGNORECASE | re.DOTALL)
+_ID = re.compile(
+    rf"\s*(?:(?:{'|'.join(ALGORITHMS)}):.*|[0-9a-f]{{4,128}})\s*", re.IGNORECASE | re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
