@@ -159,8 +159,12 @@ class BatchRunner:
         def store() -> None:
             target = folder / f"{batch.id}.in"
             with map_os_errors("store", target):
-                link_or_copy(self.files.path(file), target)
-                self._save(batch)
+                try:
+                    link_or_copy(self.files.path(file), target)
+                    self._save(batch)
+                except BaseException:
+                    target.unlink(missing_ok=True)  # no limit would count it
+                    raise
 
         try:
             await asyncio.to_thread(store)

@@ -278,10 +278,14 @@ class StoredFiles:
             target = self.folder / f"{name}.data"
             now = self.clock()
             with map_os_errors("store", target):
-                link_or_copy(path, target)
-                size = target.stat().st_size
-                file = StoredFile(name, owner, purpose, filename, size, now, now + seconds)
-                write_document(target.with_suffix(".json"), asdict(file))
+                try:
+                    link_or_copy(path, target)
+                    size = target.stat().st_size
+                    file = StoredFile(name, owner, purpose, filename, size, now, now + seconds)
+                    write_document(target.with_suffix(".json"), asdict(file))
+                except BaseException:
+                    target.unlink(missing_ok=True)  # no limit would count it
+                    raise
                 path.unlink()
             self._files[name] = file
             self._used[owner] = self._used.get(owner, 0) + size

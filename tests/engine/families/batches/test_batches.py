@@ -13,11 +13,13 @@ import httpx
 import openai
 import pytest
 
+from modelpack.errors import StorageFullError
 from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.errors import QueueFullError
 from modelpack_engine.request import EngineRequest
-from modelpack_server.api.openai import batch_input, batch_runner
+from modelpack_server.api.openai import batch_input, batch_runner, stored_files
 from modelpack_server.api.openai.batch_input import LineError, validate
+from modelpack_server.api.openai.stored_batches import Sender
 from modelpack_server.api.openai.stored_files import StoredFiles
 from tests.engine.families.batches.served import CHAT, Desk, chat, desk, jsonl, row
 from tests.engine.families.served import PLAIN, TurnsEngine
@@ -275,6 +277,42 @@ def test_a_full_disk_ends_a_batch(api: Desk, monkeypatch: pytest.MonkeyPatch) ->
     assert batch.errors is not None
     assert [e.code for e in batch.errors.data or ()] == ["storage_full"]
     assert len(api.rows(batch.output_file_id)) == 5
+
+
+def test_a_disk_that_is_full_at_the_beginning_keeps_no_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would count them, nor delete them before the next start."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def create(files: StoredFiles) -> None:
+        runner = batch_runner.BatchRunner(files)
+        upload = files.upload(None)
+        upload.write(jsonl([row("a")]))
+        with monkeypatch.context() as broken:
+            broken.setattr(stored_files, "write_document", full)
+            with pytest.raises(StorageFullError):
+                upload.finish(purpose="batch", filename="a", seconds=60)
+        upload.close()
+        assert list((tmp_path / "files").iterdir()) == []
+        upload = files.upload(None)
+        upload.write(jsonl([row("a")]))
+        stored = upload.finish(purpose="batch", filename="a", seconds=60)
+        upload.close()
+        monkeypatch.setattr(batch_runner, "write_document", full)
+        sender = Sender(None, None, [], "127.0.0.1")
+        with pytest.raises(StorageFullError):
+            await runner.create(sender, stored, endpoint=CHAT)
+        assert list((tmp_path / "batches").iterdir()) == []
+        assert await runner.list(None) == []
+
+    files = StoredFiles(tmp_path)
+    try:
+        asyncio.run(create(files))
+    finally:
+        files.close()
 
 
 def test_a_reply_is_limited(api: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
