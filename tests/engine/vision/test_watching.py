@@ -22,7 +22,7 @@ from modelpack_engine.models import load
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.request import Media
 from modelpack_engine.vision.videos import VIDEO_CLASSES, Video, VideoProcessor
-from modelpack_engine.worker.video import MAX_FRAMES, MAX_SAMPLED_PIXELS, Sampling
+from modelpack_engine.worker.video import MAX_FRAMES, MAX_SAMPLED_PIXELS, Sampling, _resized
 from tests.engine.vision import tiny, watching
 from tests.engine.vision.tiny import picture, run, tiny_engine
 from tests.engine.vision.watching import MIXED, STAMPED, expected, request, video
@@ -294,6 +294,39 @@ def test_sizes_of_frames_that_are_pictures(
     assert sampling.size(9, height, width) == theirs
     assert sampling.count(10**6, 10.0) == min(32, MAX_SAMPLED_PIXELS // most)
     assert sampling.count(5, 10.0) == 5
+
+
+@pytest.mark.parametrize(("height", "width"), [(1080, 1920), (640, 480), (100, 3000), (37, 41)])
+@pytest.mark.parametrize("kind", [*watching.GEMMA, watching.LLAVA])
+def test_inputs_of_published_sizes(kind: str, height: int, width: int) -> None:
+    """Frames that the worker resized become the arrays of mlx-vlm's processor, bit for bit."""
+    from modelpack_engine.patches.mlx_vlm_imports import prepare
+
+    prepare()
+    from mlx_vlm.models.gemma4.processing_gemma4 import Gemma4VideoProcessor
+    from mlx_vlm.models.gemma4_unified.processing_gemma4_unified import Gemma4UnifiedVideoProcessor
+    from mlx_vlm.models.llava_onevision.processing_llava_onevision import (
+        LlavaOnevisionVideoProcessor,
+    )
+
+    vision = {"patch_size": 14 if kind == watching.LLAVA else 16, "image_size": 384}
+    layout = VIDEO_CLASSES[kind].layout({"model_type": kind, "vision_config": vision}, {})
+    frames = np.random.default_rng(3).integers(0, 256, (2, height, width, 3), np.uint8)
+    size = layout.sampling.size(2, height, width)
+    made = [[*layout.inputs(_resized(frame, size)[None]).values()] for frame in frames]
+    ours = [np.concatenate(arrays) for arrays in zip(*made, strict=True)]
+    if kind == watching.LLAVA:
+        (theirs,) = LlavaOnevisionVideoProcessor()([list(frames)])
+        np.testing.assert_array_equal(ours[0], theirs)
+        return
+    processors: dict[str, Any] = {
+        "gemma4": Gemma4VideoProcessor, "gemma4_unified": Gemma4UnifiedVideoProcessor
+    }  # fmt: skip
+    given = processors[kind]()([frames.transpose(0, 3, 1, 2)])
+    assert [math.prod(layout.grid(*size))] == given["num_soft_tokens_per_frame"]
+    for own, name in zip(ours, ("pixel_values_videos", "video_position_ids"), strict=True):
+        theirs = given[name].reshape(2, -1, own.shape[-1])  # with padding
+        np.testing.assert_array_equal(own, theirs[:, : own.shape[1]])
 
 
 def test_inputs_count_towards_the_limit() -> None:
