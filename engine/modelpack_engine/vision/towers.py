@@ -663,6 +663,8 @@ def _mage_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     module: Any = importlib.import_module("mlx_vlm.models.mage_vl.mage_vl")
     grids = np.array(inputs["image_grid_thw"]).tolist()
     positions = module._positions_from_grid(grids, tower.config.vision_config)
+    if "frame_number" in inputs:  # of a video
+        positions[:, 0] = inputs["frame_number"]
     return cast(mx.array, tower.vision_tower(inputs["pixel_values"], positions, grids))
 
 

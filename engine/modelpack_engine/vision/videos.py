@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,7 @@ from modelpack_engine.worker.video import MAX_FRAMES, MAX_SAMPLED_PIXELS, Sampli
 
 #: The most frames a second that a video_preprocessor_config.json may ask for.
 _MAX_FPS = 60
-#: The most tokens of a video whose frames have as many tokens as others of more pixels.
+#: The most tokens of a video where a token is fewer pixels than in Qwen-VL.
 _MAX_TOKENS = 21_400
 
 
@@ -33,14 +33,20 @@ _MAX_TOKENS = 21_400
 class Video:
     """Sampled frames of a decoded video: RGB, uint8 [frames, height, width, 3].
 
-    `times` are their seconds from the first one, `seconds` is the length of the whole video.
-    `param` names it in errors.
+    `times` are their seconds from the first one, `seconds` is the length of the whole video, with
+    the time for which its last frame is shown. `param` names it in errors.
     """
 
     frames: NDArray[np.uint8]
     times: tuple[float, ...]
     seconds: float
     param: str = "messages"
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the frames in a file whose frames are shown equally long."""
+        shown = self.seconds - self.times[-1]
+        return [round(time / shown) if shown > 0 else 0 for time in self.times]
 
 
 class FrameLayout:
@@ -53,6 +59,8 @@ class FrameLayout:
     colours = (0.5, 0.5)
     #: The tokens after those of the last group.
     last = 0
+    #: Whether inputs depend on the number of a frame in the file.
+    numbered = False
 
     def __init__(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Read config.json and the settings for videos; raise `ModelLoadError` for wrong ones."""
@@ -108,7 +116,7 @@ class FrameLayout:
         assert above == beside == 0, "the worker resizes frames"
         return rows, columns
 
-    def inputs(self, frames: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    def inputs(self, frames: NDArray[np.uint8], number: int = 0) -> dict[str, NDArray[Any]]:
         """Return the encoder's inputs for a group: its patches, those of a token in a row."""
         pixels = self.pixels(frames)
         side, merge = self.patch, self.merge
@@ -142,6 +150,27 @@ class FrameLayout:
         return hashlib.sha256(json.dumps(own).encode()).digest()
 
 
+class _MageLayout(FrameLayout):
+    """Mage-VL: frames are pictures, with the settings of those, and their numbers in the file."""
+
+    numbered = True
+
+    def _joined(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return super()._joined(config)[0], 1
+
+    def _sampling(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Sampling:
+        found = super()._sampling(config, {"min_frames": 1, "max_frames": 32, **settings})
+        most = max(1, _MAX_TOKENS * found.factor**2 // found.max_pixels)
+        return replace(found, max_frames=min(found.max_frames, most), each=True)
+
+    def inputs(self, frames: NDArray[np.uint8], number: int = 0) -> dict[str, NDArray[Any]]:
+        """Return the patches of a frame, as those of a picture."""
+        pixels, grid = super().inputs(frames).values()
+        return {
+            "pixel_values": pixels, "image_grid_thw": grid, "frame_number": np.array(number)
+        }  # fmt: skip
+
+
 class _Gemma4Layout(FrameLayout):
     """Gemma 4: frames are pictures of fewer tokens. `unified` has patches as large as tokens."""
 
@@ -158,7 +187,7 @@ class _Gemma4Layout(FrameLayout):
         tokens = int(_number(settings, "max_soft_tokens", 70, MAX_SAMPLED_PIXELS / factor**2))
         return _counted(settings, 32, factor=factor, frame_pixels=tokens * factor**2)
 
-    def inputs(self, frames: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    def inputs(self, frames: NDArray[np.uint8], number: int = 0) -> dict[str, NDArray[Any]]:
         """Return the patches of a frame, values of a pixel in a row, and their places."""
         side = self.patch * self.merge if self.unified else self.patch
         pixels = self.pixels(frames)
@@ -200,7 +229,7 @@ class _LlavaLayout(FrameLayout):
         """Return the rows and columns of tokens of a frame."""
         return self._pooled, self._pooled
 
-    def inputs(self, frames: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    def inputs(self, frames: NDArray[np.uint8], number: int = 0) -> dict[str, NDArray[Any]]:
         """Return the colours of a frame."""
         return {"pixel_values_videos": self.pixels(frames)}
 
@@ -235,7 +264,7 @@ class VideoClass:
     """What the videos of a type of model need.
 
     `placeholder` stands for a video in chat templates, between `begins` and `ends` if these are
-    `wrapped` around it there.
+    `wrapped` around it there. In a prompt, tokens `soft` stand for it, if not the placeholder.
 
     With `stamp`, a text says the time of each group of frames, from its seconds and its index, and
     each has its own `begins` and `ends`. Otherwise temporal positions count groups, or with `rate`,
@@ -253,6 +282,7 @@ class VideoClass:
     stamp: Callable[[float, int], str] | None = None
     rate: tuple[str, float] | None = None
     shared: bool = True
+    soft: str = ""
 
 
 def _gemma4(layout: type[FrameLayout]) -> VideoClass:
@@ -268,6 +298,7 @@ VIDEO_CLASSES: Mapping[str, VideoClass] = {
     "llava_onevision": VideoClass(
         _LlavaLayout, "<video>", begins="", ends="", wrapped=False, shared=False
     ),
+    "mage_vl": VideoClass(_MageLayout, stamp=_in_seconds, soft="<|image_pad|>"),
     "qwen2_vl": VideoClass(),
     "qwen2_5_vl": VideoClass(rate=("tokens_per_second", 4)),
     "qwen3_omni_moe": VideoClass(rate=("position_id_per_seconds", 25)),
@@ -318,6 +349,7 @@ class VideoProcessor:
         #: The ids of the placeholder, and of tokens around it or around each group of frames.
         self.token_id, *around = (each[0] for each in ids)
         self._begin_id, self._end_id = around or (-1, -1)
+        (self._soft_id,) = encode(needs.soft) if needs.soft else (self.token_id,)
         #: The text for a video in a template that shows none.
         self.text = needs.placeholder
         if needs.wrapped:
@@ -376,8 +408,9 @@ class VideoProcessor:
                 seconds = (times[first] + times[first + size - 1]) / 2
                 placed += [*self._encode(stamp(seconds, group)), self._begin_id]
             count = height * width + (self._layout.last if group == groups - 1 else 0)
-            soft = (self.token_id,) * count
-            known = json.dumps([list(shown.shape), frame, count]).encode()
+            soft = (self._soft_id,) * count
+            number = video.numbers[first] if self._layout.numbered else 0
+            known = json.dumps([list(shown.shape), frame, count, number]).encode()
             digest = hashlib.sha256(self._layout.digest + known)
             digest.update(np.ascontiguousarray(shown).data)
             media.append(
@@ -385,7 +418,7 @@ class VideoProcessor:
                     start + len(placed),
                     soft,
                     digest.digest(),
-                    self._layout.inputs(shown),
+                    self._layout.inputs(shown, number),
                     video.param,
                     (1, height, width) if self._mrope else None,
                     ((0, len(soft)),) if self.bidirectional else (),

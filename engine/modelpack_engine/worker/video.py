@@ -47,8 +47,9 @@ class Sampling:
     """Which frames of a video a model sees, and how large.
 
     `fps` a second, at least `min_frames` and at most `max_frames`, a multiple of `group`. Their
-    sides are multiples of `factor`; all of them have `min_pixels` to `max_pixels` together. With
-    `frame_pixels`, each frame is scaled to at most so many instead, as Gemma 4's pictures are.
+    sides are multiples of `factor`; all of them have `min_pixels` to `max_pixels` together, or
+    with `each`, every one has. With `frame_pixels`, each frame is scaled to at most so many
+    instead, as Gemma 4's pictures are.
     """
 
     fps: float
@@ -59,10 +60,13 @@ class Sampling:
     factor: int
     group: int = 2
     frame_pixels: int = 0
+    each: bool = False
 
     def count(self, total: int, seconds: float) -> int:
         """Return the number of frames to take of `total` in so many seconds."""
         fit = self.max_pixels // (self.frame_pixels or self.factor**2)  # the smallest sides
+        if self.each:
+            fit = MAX_SAMPLED_PIXELS // self.max_pixels
         wanted = min(
             max(int(round(seconds * self.fps, 6)), self.min_frames), self.max_frames, total, fit
         )
@@ -73,6 +77,7 @@ class Sampling:
         factor = self.factor
         if self.frame_pixels:
             return self._scaled(height, width)
+        count = 1 if self.each else count
         if min(height, width) < factor:
             scale = factor / min(height, width)
             height, width = max(factor, int(height * scale)), max(factor, int(width * scale))

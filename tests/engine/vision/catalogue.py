@@ -117,7 +117,6 @@ PARTLY: Mapping[str, str] = {
         f"{_VIDEOS}: mlx-vlm's processor takes none",
         "glm4v glm4v_moe internvl internvl_chat kimi_k25 kimi_vl",
     ),
-    "mage_vl": f"{_VIDEOS}: its tower needs the number of each frame in the file",
     "minicpmv4_6": f"{_VIDEOS}: frames are cut into slices",
     "smolvlm": f"{_VIDEOS}: mlx-vlm tiles frames and omits their times, unlike transformers",
     "minicpmo": f"{_SOUND}: mlx-vlm's encoder attends to all of it, the model's to parts of 1 s",

@@ -99,7 +99,12 @@ def test_openai_and_docker(qwen: Served, path: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["qwen3_vl", *tiny.kinds("qwen2_vl", "qwen3_5", "gemma4", "gemma4_unified", "llava_onevision")],
+    [
+        "qwen3_vl",
+        *tiny.kinds(
+            "qwen2_vl", "qwen3_5", "gemma4", "gemma4_unified", "llava_onevision", "mage_vl"
+        ),
+    ],
 )
 def test_other_models(kind: str) -> None:
     for model in served(kind):

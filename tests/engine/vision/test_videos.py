@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from modelpack_engine.errors import RequestError
+from modelpack_engine.vision.videos import Video
 from modelpack_engine.worker import threads
 from modelpack_engine.worker.video import (
     MAX_FRAMES,
@@ -73,6 +74,7 @@ def test_formats(container: str, codec: str) -> None:
     assert seconds == pytest.approx(3.0)
     assert times == pytest.approx([0.0, 0.6, 1.2, 1.7, 2.3, 2.9])
     assert found.shape == (6, 48, 64, 3)
+    assert Video(found, tuple(times), seconds).numbers == [0, 6, 12, 17, 23, 29]
     of_frames = [255 * round(10 * time) / 29 for time in times]
     assert np.abs(found[:, 24, 32, 0] - np.array(of_frames)).max() < 20
     assert found[0, 4, 32, 1] < 60 < 180 < found[0, 44, 32, 1]  # lighter further down

@@ -39,7 +39,15 @@ BOTH: dict[str, tuple[str, list[Any]]] = {
     "a video and a picture": ("<video> with <image>?", [ONE, picture(1)]),
 }
 #: Those that others stand for.
-SLOW = ("qwen2_vl", "qwen3_vl_moe", "qwen3_omni_moe", *tiny.HYBRID, *watching.GEMMA, watching.LLAVA)
+SLOW = (
+    "qwen2_vl",
+    "qwen3_vl_moe",
+    "qwen3_omni_moe",
+    *tiny.HYBRID,
+    *watching.GEMMA,
+    watching.LLAVA,
+    "mage_vl",
+)
 
 
 @pytest.fixture(
@@ -405,6 +413,30 @@ def test_settings_for_videos_of_gemma_4(tmp_path: Path) -> None:
     assert sampling(video_processor={"fps": 1, "num_frames": 10**6}) == (
         dataclasses.replace(usual, fps=1.0, min_frames=1, max_frames=MAX_FRAMES)
     )
+
+
+@pytest.mark.long
+def test_another_number_of_frames_in_the_file_changes_the_answer() -> None:
+    """Of Mage-VL, whose tower rotates by the numbers of frames: by 5 each, not by 1."""
+    engine, (text, _) = tiny_engine("mage_vl"), PROMPTS["one video"]
+    others = dataclasses.replace(ONE, seconds=2.6)
+    assert ONE.numbers == [0, 1, 2, 3, 4, 5]
+    assert others.numbers == [0, 5, 10, 15, 20, 25]
+    [first], [second] = (run(engine, request(engine, text, [each])) for each in (ONE, others))
+    assert second == expected("mage_vl", text, [others])
+    assert first != second
+
+
+def test_settings_for_videos_of_mage_vl() -> None:
+    """They are those of pictures; each frame has the limits of those."""
+    usual = Sampling(2.0, 1, 32, 1024, 2048, 8, group=1, each=True)
+    assert watching.sampling_of("mage_vl") == usual
+    assert usual.size(9, 20, 30) == Sampling(2.0, 1, 1, 1024, 2048, 8, group=1).size(1, 20, 30)
+    settings = {"max_pixels": 1003520, "max_frames": 500}
+    config = {"model_type": "mage_vl", "vision_config": {"patch_size": 16}}
+    large = VIDEO_CLASSES["mage_vl"].layout(config, settings).sampling
+    assert large.max_frames == 21
+    assert dataclasses.replace(large, max_frames=99).count(10**6, 10**6) == 33
 
 
 def test_settings_for_videos_of_llava_onevision(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.engine.vision import tiny
 #: Those whose frames are pictures, with a time stamp before each.
 GEMMA = ("gemma4", "gemma4_unified")
 LLAVA = "llava_onevision"
-KINDS = (*tiny.QWEN, "qwen3_omni_moe", *GEMMA, LLAVA)
+KINDS = (*tiny.QWEN, "qwen3_omni_moe", *GEMMA, LLAVA, "mage_vl")
 #: Those that do not see the time of frames.
 TIMELESS = ("qwen2_vl", LLAVA)
 #: Positions a second of those that see the time of frames.
@@ -28,9 +28,9 @@ RATES = {"qwen2_5_vl": 4, "qwen3_omni_moe": 25}
 #: Those whose videos mlx-vlm, or the function below, puts beside pictures.
 MIXED = tuple(kind for kind in KINDS if kind != "qwen3_vl_moe")
 #: Those whose classes in mlx-vlm encode pictures and videos of one prompt.
-WHOLE = ("qwen3_vl", "qwen3_omni_moe", *GEMMA, LLAVA)
+WHOLE = ("qwen3_vl", "qwen3_omni_moe", *GEMMA, LLAVA, "mage_vl")
 #: Those that write the time of frames into the prompt.
-STAMPED = (*tiny.DEEP, *tiny.HYBRID)
+STAMPED = (*tiny.DEEP, *tiny.HYBRID, "mage_vl")
 FPS = 2.0
 
 
@@ -110,7 +110,12 @@ def inputs_of(kind: str, text: str, files: list[Picture | Video]) -> dict[str, A
         given["fps"] = [(len(each.times) - 1) / each.times[-1] for each in videos]
     elif videos:
         given["videos"] = [list(each.frames) for each in videos]
-        if kind in STAMPED:
+        if kind == "mage_vl":
+            given["video_metadata"] = [
+                {"frames_indices": each.numbers, "fps": 1 / (each.seconds - each.times[-1])}
+                for each in videos
+            ]
+        elif kind in STAMPED:
             given["video_metadata"] = [
                 {"frames_indices": [round(100 * t) for t in each.times], "fps": 100}
                 for each in videos
