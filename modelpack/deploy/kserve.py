@@ -11,6 +11,7 @@ from modelpack.deploy.kubernetes import (
     pod_spec,
     registry_authority,
     resources,
+    update_strategy,
     vllm_flags,
 )
 from modelpack.errors import UsageError
@@ -20,6 +21,8 @@ _CONTAINER = "kserve-container"
 #: The path at which KServe mounts the model of a `storageUri`.
 _KSERVE_MOUNT = "/mnt/models"
 _MODEL_FORMAT = "safetensors"
+#: KServe limits a container that has no limit of CPU to one core. No node has as many as these.
+_CPU_LIMIT = "1024"
 
 
 def inference_service(workload: Workload, *, own_runtime: bool = False) -> list[dict[str, Any]]:
@@ -31,6 +34,8 @@ def inference_service(workload: Workload, *, own_runtime: bool = False) -> list[
     """
     timeout = workload.demands.start_seconds
     predictor: dict[str, Any] = {"minReplicas": workload.replicas, "timeout": timeout}
+    if workload.gpus:  # KServe's own strategy starts the new pod first, which needs a free GPU
+        predictor["deploymentStrategy"] = update_strategy(workload)
     runtime = []
     if own_runtime:
         if not workload.model_image:
@@ -43,7 +48,7 @@ def inference_service(workload: Workload, *, own_runtime: bool = False) -> list[
             "modelFormat": {"name": _MODEL_FORMAT},
             "runtime": runtime[0]["metadata"]["name"],
             "storageUri": f"oci+native://{workload.model_image}",
-            "resources": resources(workload),
+            "resources": _resources(workload),
         }
         pod = pod_spec(workload)
         predictor |= {name: pod[name] for name in pod if name not in ("containers", "volumes")}
@@ -54,12 +59,13 @@ def inference_service(workload: Workload, *, own_runtime: bool = False) -> list[
             "args": [f"--model_name={workload.served_name}",
                      f"--tensor-parallel-size={workload.gpus}",
                      *vllm_flags(workload, _KSERVE_MOUNT)],
-            "resources": resources(workload),
+            "resources": _resources(workload),
         }  # fmt: skip
         if workload.pull_secret:
             predictor["imagePullSecrets"] = [{"name": workload.pull_secret}]
     else:
         predictor |= pod_spec(workload, _CONTAINER, f"{workload.name}-predictor")
+        predictor["containers"][0]["resources"] = _resources(workload)
     metadata = workload.metadata()
     # A start takes minutes, which exceeds the limits of Knative's scaling by requests.
     metadata["annotations"]["serving.kserve.io/deploymentMode"] = "Standard"
@@ -70,6 +76,13 @@ def inference_service(workload: Workload, *, own_runtime: bool = False) -> list[
         "spec": {"predictor": predictor},
     }
     return [*runtime, service, *registry_authority(workload)]
+
+
+def _resources(workload: Workload) -> dict[str, Any]:
+    """Return the requests and limits of the server, with a limit that KServe does not lower."""
+    made = resources(workload)
+    made["limits"]["cpu"] = _CPU_LIMIT
+    return made
 
 
 def _serving_runtime(workload: Workload) -> dict[str, Any]:

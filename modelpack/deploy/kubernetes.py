@@ -295,7 +295,7 @@ def _one_node(workload: Workload) -> dict[str, Any]:
     spec: dict[str, Any] = {
         **_replicas(workload),
         "selector": {"matchLabels": workload.labels},
-        "strategy": _strategy(workload),
+        "strategy": update_strategy(workload),
         "progressDeadlineSeconds": workload.demands.start_seconds * 2,
         "template": {"metadata": {"labels": workload.labels}, "spec": pod},
     }
@@ -314,7 +314,7 @@ def spread(labels: Mapping[str, str]) -> list[dict[str, Any]]:
     }]  # fmt: skip
 
 
-def _strategy(workload: Workload) -> dict[str, Any]:
+def update_strategy(workload: Workload) -> dict[str, Any]:
     """Return how an update replaces pods: on GPUs, old ones go first, since few are free."""
     if not workload.gpus:
         return {"type": "RollingUpdate"}

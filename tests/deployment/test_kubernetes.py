@@ -591,6 +591,30 @@ def test_what_an_inference_service_says(published: tuple[str, str]) -> None:
     assert predictor["initContainers"][0]["command"][1] == "pull"
 
 
+def test_kserve_does_not_limit_cpus(published: tuple[str, str]) -> None:
+    """By default, it limits a container without a limit of CPU to one core, and --cpus may be 2."""
+    options = ("--kserve", "--cpus", "2")
+    for more in (
+        ("--engine", "modelpack"), ("--model-image", IMAGE),
+        ("--model-image", IMAGE, "--serving-runtime"),
+    ):  # fmt: skip
+        predictor = objects(published[0], *options, *more)[-1]["spec"]["predictor"]
+        server = predictor["model"] if "model" in predictor else predictor["containers"][0]
+        assert server["resources"]["requests"]["cpu"] == "2"
+        assert server["resources"]["limits"]["cpu"] == "1024"
+    assert "cpu" not in pod(objects(published[0]))["containers"][0]["resources"]["limits"]
+
+
+def test_an_update_of_an_inference_service_needs_no_free_gpu(published: tuple[str, str]) -> None:
+    [one] = objects(published[0], "--kserve", "--model-image", IMAGE)
+    assert one["spec"]["predictor"]["deploymentStrategy"] == {"type": "Recreate"}
+    [two] = objects(published[0], "--kserve", "--model-image", IMAGE, "--replicas", "2")
+    strategy = two["spec"]["predictor"]["deploymentStrategy"]
+    assert strategy["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+    [plain] = objects(published[0], "--kserve", "--engine", "modelpack")
+    assert "deploymentStrategy" not in plain["spec"]["predictor"]
+
+
 def test_a_serving_runtime_runs_the_image_on_the_mounted_model(published: tuple[str, str]) -> None:
     """KServe mounts the model, and merges the pod of the runtime with that of the service."""
     options = ("--model-image", IMAGE, "--name", "tiny", "--image", "registry.example/vllm:v1")
