@@ -87,6 +87,9 @@ HOME = {"name": "HOME", "value": "/tmp"}  # noqa: S108 - the pod's own
 #: Seconds in which a pod that stops still accepts requests, until no node sends it any, and seconds
 #: for running requests after that; the kubelet kills the pod some time later.
 DRAIN, STOP_TIMEOUT, _KILL = 15, 300, 15
+#: Seconds for a worker of a group. It has no requests of its own, and its group cannot start again
+#: before it has ended.
+_STOP_WORKER = 30
 #: Replicas are added above these averages of a pod: waiting requests, and the share of the KV cache
 #: in use. Prometheus' adapter serves vLLM's metrics under these names, since `:` is not allowed.
 SCALED_BY = {"vllm_num_requests_waiting": "4", "vllm_kv_cache_usage_perc": "800m"}
@@ -440,6 +443,8 @@ def pod_spec(
         made["initContainers"] = [_pull(workload)]
     server = _server(workload, container, service or workload.name)
     made["containers"] = [_worker(server) if is_worker else server]
+    if is_worker:
+        made["terminationGracePeriodSeconds"] = _STOP_WORKER
     made["volumes"] = _volumes(workload)
     return made
 

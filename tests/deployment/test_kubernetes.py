@@ -369,6 +369,9 @@ def test_a_model_is_divided_among_nodes(published: tuple[str, str]) -> None:
     assert not {"ports", "readinessProbe", "livenessProbe", "startupProbe", "lifecycle"} & {
         *worker["spec"]["containers"][0]
     }
+    # An update stops the leader first, so a worker that stops has no requests to finish.
+    assert leader["spec"]["terminationGracePeriodSeconds"] == 330
+    assert worker["spec"]["terminationGracePeriodSeconds"] == 30
     first, other = commands
     assert other == [*(w if w != "0" else "$(LWS_WORKER_INDEX)" for w in first), "--headless"]
     options = dict(itertools.pairwise(first))
