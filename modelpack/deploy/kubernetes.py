@@ -445,6 +445,10 @@ def pod_spec(
     made["containers"] = [_worker(server) if is_worker else server]
     if is_worker:
         made["terminationGracePeriodSeconds"] = _STOP_WORKER
+    if workload.engine == "vllm":
+        # The first process of a namespace ignores SIGTERM until it has a handler, which vLLM sets
+        # after its slow imports; a pod that stops before would keep its GPUs until it is killed.
+        made["shareProcessNamespace"] = True
     made["volumes"] = _volumes(workload)
     return made
 

@@ -337,6 +337,12 @@ def test_processes_share_more_memory_than_a_container_has(
         assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
 
 
+def test_vllm_can_be_stopped_while_it_starts(published: tuple[str, str]) -> None:
+    """It has no handler of SIGTERM then, and the first process of a namespace ignores it."""
+    assert pod(objects(published[0]))["shareProcessNamespace"] is True
+    assert "shareProcessNamespace" not in pod(objects(published[0], "--engine", "modelpack"))
+
+
 def leader_worker_set(found: list[dict[str, Any]]) -> dict[str, Any]:
     [made] = [item for item in found if item["kind"] == "LeaderWorkerSet"]
     return made
