@@ -45,7 +45,7 @@ class RequestHistory:
         """Return what the request log says of each request, the newest first."""
         return [
             trace.to_json()
-            | {"running": trace.ended is None, "age_s": trace.clock() - trace.started}
+            | {"running": trace.ended is None, "age_s": round(trace.clock() - trace.started, 6)}
             for trace in reversed(self._traces)
         ]
 

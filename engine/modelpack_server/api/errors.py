@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -145,6 +146,8 @@ def install(app: FastAPI, shape: Shape) -> None:
 def respond(request: Request, error: Exception, shape: Shape) -> Response:
     """Return the response to a failed request, and log it if it is a server error."""
     problem = problem_of(error)
+    if isinstance(error, HTTPException) and error.detail == HTTPStatus(error.status_code).phrase:
+        problem = _of_routing(request, problem)
     if (trace := trace_of(request.scope)) is not None:
         problem = replace(problem, request_id=trace.id)
     if problem.status >= 500 and not isinstance(error, _LOGGED):
@@ -152,6 +155,15 @@ def respond(request: Request, error: Exception, shape: Shape) -> Response:
         _log.error("%s %s: %s", request.method, request.url.path, problem.message,
                    exc_info=cause)  # fmt: skip
     return shape(request, problem)
+
+
+def _of_routing(request: Request, problem: Problem) -> Problem:
+    """Return the error of the router, which says only "Not Found", with the method and the path."""
+    called = f"{request.method} {request.url.path}"
+    if problem.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = problem.headers.get("Allow", "another method")
+        return replace(problem, message=f"method not allowed: {called}. use {allowed}")
+    return replace(problem, message=f"no such route: {called}", code="unknown_url")
 
 
 def _of_validation(error: RequestValidationError) -> Problem:

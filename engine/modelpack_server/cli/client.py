@@ -131,7 +131,7 @@ def _change_adapter(host: str, verb: str, body: dict[str, Any]) -> None:
     try:
         call_for_text(host, "POST", f"/v1/{verb}_lora_adapter", body)
     except NotFoundError as error:
-        if str(error) != "Not Found":  # the adapter, and not the route
+        if not str(error).startswith("no such route"):  # but no such adapter
             raise
         raise UsageError(
             f"the server at {host} loads no adapters",

@@ -52,19 +52,26 @@ def test_completions_and_models_by_every_path(api: Scripted, prefix: str) -> Non
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
+    ("method", "path", "status", "says"),
     [
-        ("POST", "/engines/nothing/v1/chat/completions", 404),
-        ("GET", "/nothing", 404),
-        ("GET", "/v1/nothing/", 404),
-        ("GET", "/v1/chat/completions", 405),
-        ("POST", "/v1/models", 405),
+        ("POST", "/engines/nothing/v1/chat/completions", 404, "backend not found: 'nothing'"),
+        ("GET", "/nothing", 404, "no such route: GET /nothing"),
+        ("POST", "/v1/v1/chat/completions", 404, "no such route: POST /v1/v1/chat/completions"),
+        ("GET", "/v1/nothing/", 404, "no such route: GET /v1/nothing/"),
+        (
+            "GET", "/v1/chat/completions", 405,
+            "method not allowed: GET /v1/chat/completions. use POST",
+        ),
+        ("POST", "/v1/models", 405, "method not allowed: POST /v1/models. use GET"),
     ],
-)
-def test_paths_that_are_none(api: Scripted, method: str, path: str, status: int) -> None:
+)  # fmt: skip
+def test_paths_that_are_none(api: Scripted, method: str, path: str, status: int, says: str) -> None:
     response = api.http.request(method, path, json=CHAT)
     assert response.status_code == status
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"] == says
+    assert (error["code"] == "unknown_url") == says.startswith("no such route")
 
 
 def test_routes_are_built_with_the_application(api: Scripted) -> None:
