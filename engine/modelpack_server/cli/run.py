@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import stat
 import sys
 import time
@@ -26,7 +27,7 @@ from modelpack.cli.options import (
     variant_option,
 )
 from modelpack.cli.output import note, show_json
-from modelpack.errors import UsageError
+from modelpack.errors import NotFoundError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import (
     ENGINE_HEADINGS,
@@ -205,10 +206,17 @@ _VIDEOS = (".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
 def _without_files(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Path]]:
-    """Return the arguments before the pictures, sounds and videos, and the files of these."""
+    """Return the arguments before the pictures, sounds and videos, and the files of these.
+
+    A bare name of no file is a word of the prompt; a path of no file raises `NotFoundError`.
+    """
     files: list[Path] = []
     for name in reversed(prompt):
-        if not name.lower().endswith(_PICTURES + _SOUNDS + _VIDEOS) or not Path(name).is_file():
+        if not name.lower().endswith(_PICTURES + _SOUNDS + _VIDEOS):
+            break
+        if not Path(name).is_file():
+            if os.sep in name and not re.search(r"\s|://", name):
+                raise NotFoundError(f"{name}: no such file", hint="check the path")
             break
         files.insert(0, Path(name))
     return prompt[: len(prompt) - len(files)], files

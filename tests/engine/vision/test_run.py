@@ -62,6 +62,15 @@ def test_a_model_of_text(photo: Path, tmp_path: Path) -> None:
     assert "text accepts text only, not pictures" in found.err
 
 
+def test_a_picture_that_does_not_exist(photo: Path, tmp_path: Path) -> None:
+    model = tiny.directory("llava")
+    found = ask(model, "What is it?", "pictures/phot.png", photo, "--store", tmp_path / "store")
+    assert found.code == 3
+    assert "pictures/phot.png: no such file" in found.err
+    text = "What is at https://example.com/a.png"
+    assert ask(model, text, "--store", tmp_path / "store").code == 0
+
+
 @pytest.mark.parametrize(
     ("content", "prompt", "message"),
     [
