@@ -24,6 +24,8 @@ from modelpack.errors import ModelpackError, NotFoundError, UsageError
 from modelpack_server.cli.engine_options import preset_option
 from modelpack_server.server_client import DEFAULT_HOST, call_for_text, call_server
 
+# An error lists at most this many models of a server.
+_MOST_LISTED = 8
 _HEADER = ("MODEL NAME", "STATE", "REQUESTS", "CONTEXT", "MEMORY", "UNTIL")
 
 host_option = click.option(
@@ -516,10 +518,13 @@ def _described(url: str, name: str) -> dict[str, Any]:
         return call_server(url, "GET", f"/v1/models/{quote(name, safe='/:@')}")
     except NotFoundError as error:
         # vLLM has only the list.
-        for model in _served(url):
+        models = _served(url)
+        for model in models:
             if model["id"] == name:
                 return model
         hint = f"run modelpack pull {shlex.quote(name)}"
+        if 0 < len(models) <= _MOST_LISTED:
+            hint = f"choose one of {', '.join(str(model['id']) for model in models)}, or {hint}"
         raise NotFoundError(f"no such model at {url}: {name!r}", hint=hint) from error
 
 

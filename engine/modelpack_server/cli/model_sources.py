@@ -21,6 +21,7 @@ from modelpack.errors import (
     AmbiguousError,
     InvalidReferenceError,
     NotFoundError,
+    RemoteUnavailableError,
     UntrustedError,
     UsageError,
 )
@@ -121,7 +122,12 @@ class ModelSources:
             note(self._settings, f"{typed} is {name}")
         with shown_progress(self._settings) as progress:
             watch = watching(progress)
-            model = find_model(name, store, pull=True, remote=self._remote, watch=watch)
+            try:
+                model = find_model(name, store, pull=True, remote=self._remote, watch=watch)
+            except (NotFoundError, RemoteUnavailableError) as error:
+                if os.path.exists(typed):
+                    error.hint = f"if you mean the files, write ./{typed}"
+                raise
             if model.is_adapter:
                 base = find_base(model, store, pull=True, remote=self._remote, watch=watch)
                 stored_files(base, store)

@@ -22,6 +22,7 @@ from tests.cli.running import modelpack as run
 from tests.engine.serving.test_api import wait_until_ready
 from tests.engine.serving.tiny import write_tiny
 from tests.models import tiny_gguf
+from tests.peers import free_port
 
 SMALL = ("--device", "cpu", "--kv-cache-bytes", "2000000")
 
@@ -82,6 +83,18 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert path_in("n.gguf") is None
     with pytest.raises(NotFoundError, match=r"no such file or directory: \./n\.gguf"):
         path_in("./n.gguf")
+
+
+def test_a_directory_without_its_dot(
+    shelf: LayoutStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "weights")
+    monkeypatch.setenv("DEFAULT_REGISTRY", f"localhost:{free_port()}")
+    for typed, hint in (("weights", "if you mean the files, write ./weights"), ("else", "check")):
+        failed = run("serve", typed, "--port", "0", "--store", shelf.root, *SMALL)
+        assert failed.code == 6
+        assert f"hint: {hint}" in failed.err
 
 
 def test_files_are_read_where_they_are(tmp_path: Path) -> None:

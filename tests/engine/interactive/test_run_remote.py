@@ -168,8 +168,9 @@ def test_models_of_another_server(like_vllm: str) -> None:
     found = find_target(like_vllm, "m")
     assert (found.model, found.context) == ("m", 256)
     assert find_target(like_vllm, None) == found
-    with pytest.raises(NotFoundError, match=r"no such model at .*: 'other'"):
+    with pytest.raises(NotFoundError, match=r"no such model at .*: 'other'") as caught:
         find_target(like_vllm, "other")
+    assert caught.value.hint == "choose one of m, or run modelpack pull other"
 
 
 def test_ps_of_another_server(like_vllm: str) -> None:
