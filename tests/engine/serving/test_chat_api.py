@@ -282,6 +282,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0]"),
+        ({"messages": [ASSISTANT, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
         ({"messages": [ASSISTANT, {"role": "tool", "content": "x"}]},
          "messages[1].tool_call_id"),
         ({"keep_alive": "soon"}, "keep_alive"),

@@ -67,6 +67,10 @@ def template_messages(
 
 def _plain(message: Message, index: int, pictures: PictureReader | None) -> dict[str, Any]:
     where = f"messages[{index}]"
+    if message.content is None and message.role in ("developer", "system", "user"):
+        raise RequestError(
+            f"content is required in a {message.role} message", param=f"{where}.content"
+        )
     plain: dict[str, Any] = dict(message.model_extra or {})
     plain["role"] = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     if message.role != "user" and pictures is not None:
