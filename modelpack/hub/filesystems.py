@@ -182,7 +182,12 @@ def _translated(what: str, address: ObjectAddress) -> Iterator[None]:
         raise NotFoundError(f"{what}: not found", hint="check the host and the path") from None
     except PermissionError:
         raise DeniedError(f"{what}: denied", hint=hint) from None
-    except (ImportError, TypeError, ValueError) as error:  # a setting that is missing, or wrong
+    except ImportError as error:
+        raise UsageError(
+            f"{what}: {error.name or 'a package'} is not installed",
+            hint=f"install it next to modelpack, to read {address.scheme}://",
+        ) from None
+    except (TypeError, ValueError) as error:  # a setting that is missing, or wrong
         raise UsageError(f"{what}: not opened: {type(error).__name__}", hint=hint) from None
     except Exception as error:  # noqa: BLE001 - implementations raise what they like
         if _CREDENTIALS.search(type(error).__name__):
