@@ -87,7 +87,7 @@ def create(
             remote=remote,
             progress=progress,
         )
-    note(settings, f"{'pushed' if push else 'made'} {where}: {plural(len(named), 'variant')}")
+    note(settings, f"{'pushed' if push else 'created'} {where}: {plural(len(named), 'variant')}")
     value = {"reference": str(where), "digest": str(made.digest), "pushed": push}
     entries = [manifest.to_json() for manifest in made.index.manifests]
     show(settings, value | {"manifests": entries}, str(made.digest))

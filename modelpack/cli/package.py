@@ -410,6 +410,6 @@ def convert(
         )
     for text in done.notes:
         note(settings, f"note: {text}")
-    note(settings, f"{'pushed' if push else 'made'} {where}")
+    note(settings, f"converted {model}{' and pushed' if push else ''}: {where}")
     value = {"reference": str(where), "digest": str(done.digest), "form": to, "pushed": push}
     show(settings, value, str(done.digest))
