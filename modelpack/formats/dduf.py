@@ -15,7 +15,7 @@ from stat import S_ISDIR, S_ISREG
 
 from modelpack.artifacts.paths import path_problem
 from modelpack.errors import WeightFormatError
-from modelpack.formats.reader import WeightFile, WeightSource, opened, quoted
+from modelpack.formats.reader import CUT_SHORT, WeightFile, WeightSource, opened, quoted
 
 MODEL_INDEX = "model_index.json"
 MAX_MODEL_INDEX_BYTES = 1024 * 1024
@@ -98,7 +98,7 @@ def _find_directory(file: WeightFile) -> tuple[int, int, int]:
         raise file.error(
             "the end record of the ZIP archive is missing",
             file.size,
-            hint="the download or copy was probably cut short; fetch the file again",
+            hint=CUT_SHORT,
         )
     end = start + at
     _, disk, first_disk, _, count, size, offset, _ = fields

@@ -15,7 +15,7 @@ from enum import IntEnum
 from types import MappingProxyType
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats.reader import WeightFile, WeightSource, opened, quoted
+from modelpack.formats.reader import CUT_SHORT, WeightFile, WeightSource, opened, quoted
 from modelpack.formats.tensors import (
     MAX_COUNT,
     MAX_DIMENSIONS,
@@ -568,7 +568,7 @@ class _Parser:
                     f"the tensor {quoted(name)} ends at byte {stop} of the file, which has"
                     f" {file_size}",
                     self._info_starts[at],
-                    hint="the download or copy was probably cut short; fetch the file again",
+                    hint=CUT_SHORT,
                 )
             if first < end:
                 raise self._file.error(

@@ -14,6 +14,12 @@ from typing import BinaryIO, Self
 
 from modelpack.errors import ModelpackError, NotFoundError, SourceChangedError, WeightFormatError
 
+#: The hint for a file that ends too early. `pull` skips a stored blob, so it repairs none.
+CUT_SHORT = (
+    "the file was probably cut short: fetch it again or, if it is in a store, run "
+    "`modelpack fsck --repair`"
+)
+
 #: The bytes at the start of a file that are enough to recognise its kind.
 HEAD_BYTES = 512
 
@@ -113,7 +119,7 @@ class WeightFile:
         return self.error(
             f"the file ends too early: expected at least {needed} bytes, got {self.size}",
             offset,
-            hint="the download or copy was probably cut short; fetch the file again",
+            hint=CUT_SHORT,
         )
 
     def foreign(self, expected: str) -> WeightFormatError:

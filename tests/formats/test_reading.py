@@ -89,3 +89,11 @@ def test_an_open_file_stays_open_and_a_path_is_closed(tmp_path: Path) -> None:
 def test_names_in_messages_are_short() -> None:
     assert quoted("a\nb") == r"'a\nb'"
     assert len(quoted("x" * 70_000)) < 120
+
+
+def test_a_file_that_is_cut_short_has_a_hint(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(TINY_GGUF[:200])
+    with pytest.raises(WeightFormatError) as caught:
+        read_gguf_header(cut)
+    assert "run `modelpack fsck --repair`" in (caught.value.hint or "")
