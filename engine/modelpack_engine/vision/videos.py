@@ -64,6 +64,7 @@ class FrameLayout:
 
     def __init__(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Read config.json and the settings for videos; raise `ModelLoadError` for wrong ones."""
+        settings = {name: value for name, value in settings.items() if value is not None}
         self._scale = _number(settings, "rescale_factor", 1 / 255, 1)
         names = ("image_mean", "image_std")
         self._mean, self._std = (
@@ -239,7 +240,7 @@ def _counted(
 ) -> Sampling:
     """Return how videos are sampled by `num_frames`, whatever their length, or by `fps`."""
     most = min(int(_number(settings, "num_frames", default, 2**20)), most, MAX_FRAMES)
-    has_rate = settings.get("fps") is not None
+    has_rate = "fps" in settings
     return Sampling(
         fps=_number(settings, "fps", 2.0, _MAX_FPS) if has_rate else 2.0,
         min_frames=1 if has_rate else most,

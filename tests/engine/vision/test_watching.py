@@ -415,6 +415,20 @@ def test_settings_for_videos_of_gemma_4(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", [*watching.GEMMA, watching.LLAVA, "mage_vl", "qwen2_5_vl"])
+def test_null_is_a_missing_setting(kind: str) -> None:
+    """transformers writes fields that have no value as null."""
+    names = (
+        "fps", "num_frames", "min_frames", "max_frames", "size", "min_pixels", "max_pixels",
+        "max_soft_tokens", "patch_size", "temporal_patch_size", "pooling_kernel_size",
+        "image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize",
+    )  # fmt: skip
+    config, layout = tiny.config_of(kind), VIDEO_CLASSES[kind].layout
+    made, usual = layout(config, dict.fromkeys(names)), layout(config, {})
+    assert made.sampling == usual.sampling
+    assert made.digest == usual.digest
+
+
 @pytest.mark.long
 def test_another_number_of_frames_in_the_file_changes_the_answer() -> None:
     """Of Mage-VL, whose tower rotates by the numbers of frames: by 5 each, not by 1."""
