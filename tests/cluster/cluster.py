@@ -350,13 +350,13 @@ def until(what: str, done: Callable[[], bool], seconds: float, log: Callable[[],
         time.sleep(0.2)
 
 
-def program_image(name: str, program: Path, archive: Path, path: str = "program") -> None:
+def program_image(name: str, program: Path, archive: Path) -> None:
     """Write an OCI archive of an image with nothing but a static program, which it runs."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
-        tar.add(program, path)
+        tar.add(program, program.name)
     config = {
-        "architecture": "amd64", "os": "linux", "config": {"Entrypoint": [f"/{path}"]},
+        "architecture": "amd64", "os": "linux", "config": {"Entrypoint": [f"/{program.name}"]},
         "rootfs": {"type": "layers", "diff_ids": [_digest(layer.getvalue())]},
     }  # fmt: skip
     media = "application/vnd.oci.image"
