@@ -207,7 +207,7 @@ class PictureProcessor:
             named.append(self.videos.placeholder)
         count = sum(token_id in kinds for token_id in token_ids)
         if count != len(files):
-            tokens = " and ".join(named)
+            tokens = " and ".join([", ".join(named[:-1]), named[-1]] if named[1:] else named)
             raise RequestError(
                 f"the prompt has {count} placeholders {tokens} for {len(files)} {what}",
                 param="messages",

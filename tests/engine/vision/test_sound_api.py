@@ -249,7 +249,7 @@ def test_a_placeholder_in_the_text(gemma: Served, place: str) -> None:
     refused = gemma.chat([part(ONE), {"type": "text", "text": f"a {place}?"}])
     assert refused.status_code == 400
     message = refused.json()["error"]["message"]
-    assert "2 placeholders <|image|> and <|audio|> for 1 files" in message
+    assert "2 placeholders <|image|>, <|audio|> and <|video|> for 1 files" in message
 
 
 def test_models_without_an_audio_tower(llava: Served, text: Served) -> None:
@@ -293,10 +293,10 @@ def test_capabilities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             cards = {card["id"]: card for card in http.get("/v1/models").json()["data"]}
             return [cards[name]["capabilities"] for name in ("gemma4", "llava")]
 
-    assert listed() == [["completion", "vision", "audio"], ["completion", "vision"]]
+    assert listed() == [["completion", "vision", "audio", "video"], ["completion", "vision"]]
     assert {"vision", "audio"} <= {*_capabilities(files, tiny.TEMPLATE, None)}
     without_miniaudio(monkeypatch)
-    assert listed() == [["completion", "vision"], ["completion", "vision"]]
+    assert listed() == [["completion", "vision", "video"], ["completion", "vision"]]
     assert "audio" not in _capabilities(files, tiny.TEMPLATE, None)
 
 
