@@ -92,7 +92,7 @@ class Node:
         self.pid = int(children.read_text().split()[0])
 
     def stop(self) -> None:
-        """End everything in it at once, as a power failure does."""
+        """End everything in it at once."""
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)  # with it, all processes of its namespace
             self.pid = 0
@@ -125,6 +125,10 @@ class Node:
         for here, there in ((self, other), (other, self)):
             here.run("ip", "link", "set", there.name, "master", BRIDGE, "up")
             here.run("ip", "route", "replace", there.subnet, "via", there.address)
+
+    def cut(self, other: Node) -> None:
+        """Cut its network off from the other node's."""
+        self.run("ip", "link", "set", other.name, "down")
 
     def volume(self, uid: str, name: str) -> Path:
         """Return the directory of an emptyDir of the pod with this uid."""

@@ -1,4 +1,4 @@
-"""What `modelpack k8s` prints, on two nodes: spread pods, and a node that drains."""
+"""What `modelpack k8s` prints, on two nodes: spread pods, a node that drains, one that dies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.cluster import Cluster, Node
+from tests.cluster.cluster import Cluster, Node, until
 from tests.cluster.workloads import (
     TINY,
     apply,
@@ -17,6 +17,7 @@ from tests.cluster.workloads import (
     manifests,
     pods,
     traces,
+    until_gateways_know,
     until_ready,
 )
 
@@ -96,3 +97,53 @@ def test_a_node_that_drains_fails_no_request(
     finally:
         cluster.kubectl("uncordon", second.name)
         delete(cluster, text)
+
+
+def test_requests_go_on_when_a_node_dies(cluster: Cluster, second: Node) -> None:
+    """A power failure: no packet comes from the node any more, and nothing ends on it.
+
+    Of the requests to the gateway on the other node, those fail that the dead pod had accepted.
+    The Service sends connections to the dead gateway until Kubernetes misses the node. This is the
+    last test with this node.
+    """
+    text = manifests(
+        cluster, TINY, "dead", "--replicas", "2", "--served-model-name", "dead", "--gateway"
+    )
+    # Else the scheduler may put both pods of a kind on one node.
+    text = text.replace("ScheduleAnyway", "DoNotSchedule")
+    apply(cluster, text, "dead")
+    try:
+        until_ready(cluster, "dead-gateway")
+        first = cluster.nodes[0]
+        [gateway] = by_node(cluster, "dead", "gateway")[first.name]
+        assert set(by_node(cluster, "dead", "model")) == {first.name, second.name}
+        until_gateways_know(cluster, "dead", 2)
+        at = gateway["status"]["podIP"]
+        with asking(cluster, "dead", 500, at=f"{at}:12435") as found:
+            second.cut(first)
+            second.stop()
+            until("Kubernetes misses the node", lambda: not cluster.is_ready(second), 120,
+                  lambda: cluster.kubectl("get", "nodes"))  # fmt: skip
+            until("the Service has one gateway", lambda: endpoints(cluster, "dead") == [at], 60,
+                  lambda: str(endpoints(cluster, "dead")))  # fmt: skip
+        print(f"{found['answers']} answers, {found['failed']} failures: {found['failures']}")
+        assert found["answers"] >= 500
+        assert found["failed"] <= 4, "one request of each client was at the pod that died"
+        with asking(cluster, "dead", 200) as afterwards:
+            pass
+        assert afterwards["failures"] == []
+    finally:
+        cluster.kubectl("delete", "node", second.name)
+        delete(cluster, text)
+
+
+def endpoints(cluster: Cluster, service: str) -> list[str]:
+    """Return the addresses that a Service sends connections to."""
+    label = f"kubernetes.io/service-name={service}"
+    return [
+        address
+        for part in cluster.get("endpointslices", "-l", label)["items"]
+        for endpoint in part["endpoints"] or ()
+        if endpoint["conditions"]["ready"]
+        for address in endpoint["addresses"]
+    ]
