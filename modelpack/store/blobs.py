@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -214,6 +214,15 @@ def _log() -> Logger:
 BLOB_MODE = 0o444
 
 
+@contextmanager
+def _not_removed(digest: Digest) -> Iterator[None]:
+    """Turn the error of a missing file into a `NotFoundError`: another process has removed it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFoundError(f"blob {digest} was removed before it was read") from None
+
+
 @dataclass(frozen=True, slots=True)
 class StoredBlob:
     """A blob in a store, as a source; `find` returns its file or raises `NotFoundError`."""
@@ -224,7 +233,7 @@ class StoredBlob:
     def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
         """Return the open file at `offset`; raises `NotFoundError`."""
         path = self.find(self.digest)
-        with map_os_errors("read", path):
+        with map_os_errors("read", path), _not_removed(self.digest):
             stream = io.FileIO(path)
             stream.seek(offset)
         return stream
@@ -248,7 +257,10 @@ class Blobs:
                     f"{path} points outside the store, to {os.path.realpath(path)}",
                     got=os.path.realpath(path),
                 )
-            return path if self._marks.confirms(digest, path) else None
+            try:
+                return path if self._marks.confirms(digest, path) else None
+            except FileNotFoundError:  # another process has removed it
+                return None
 
     def path(self, digest: Digest) -> Path:
         """Return the path of a usable blob; raises `NotFoundError`."""
@@ -268,8 +280,10 @@ class Blobs:
 
     def holds(self, descriptor: Descriptor) -> bool:
         """Return whether there is a usable blob with the size of its descriptor."""
-        path = self.find(descriptor.digest)
-        return path is not None and path.stat().st_size == descriptor.size
+        return (
+            self.find(descriptor.digest) is not None
+            and self.size(descriptor.digest) == descriptor.size
+        )
 
     def size(self, digest: Digest) -> int:
         """Return the size of a blob's file, usable or not; 0 if there is none."""
@@ -341,10 +355,12 @@ def read_verified(
 ) -> bytes:
     """Return the verified content of a small blob's file; `what` names it in errors.
 
-    Raises `IntegrityError` if it has another digest, or more than `limit` bytes (without reading).
+    Raises `IntegrityError` if it has another digest, or more than `limit` bytes (without reading),
+    and `NotFoundError` if there is no such file.
     """
     with (
         map_os_errors("read", path),
+        _not_removed(digest),
         open(open_own(path, follow=True), "rb", buffering=0) as stream,
     ):
         size = os.fstat(stream.fileno()).st_size

@@ -33,7 +33,7 @@ from modelpack.errors import (
     StoreError,
 )
 from modelpack.storage import Outcome
-from modelpack.store.blobs import BLOB_MODE, Blobs, VerifiedMarks
+from modelpack.store.blobs import BLOB_MODE, Blobs, StoredBlob, VerifiedMarks
 from modelpack.store.filesystem import flush_file, map_os_errors
 from modelpack.store.imports import StagedBlob
 from modelpack.store.index import IndexDocument, IndexFile
@@ -108,10 +108,11 @@ def as_manifest(blobs: Blobs, digest: Digest) -> Manifest | Index | None:
     try:
         if blobs.size(digest) > MAX_DOCUMENT_BYTES:
             return None
-        path = blobs.path(digest)
-        with map_os_errors("read", path), path.open("rb") as stream:
-            if stream.read(1) != b"{":
-                return None
+        first = bytearray(1)
+        with StoredBlob(blobs.path, digest).open() as stream:
+            stream.readinto(memoryview(first))
+        if first != b"{":
+            return None
         return parse_manifest_or_index(blobs.read(digest, "manifest"), str(digest))
     except (NotFoundError, IntegrityError, FormatError):
         return None

@@ -14,8 +14,9 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import encode
 from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import InterruptedTransferError
-from modelpack.store import fsck
+from modelpack.store import blobs, fsck
 from modelpack.store.file_copy import hash_file
+from modelpack.store.filesystem import open_own
 from modelpack.store.fsck import Fault, Problem
 from modelpack.store.layout import LayoutStore
 from modelpack.store.tree import label
@@ -185,6 +186,25 @@ def test_a_model_removed_while_a_blob_is_opened(
 
     monkeypatch.setattr(fsck, "hash_file", removed)
     assert store.fsck(fast=fast, watch=Watcher().watch).ok
+    assert opened
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_a_model_removed_before_a_manifest_is_read(
+    store: LayoutStore, model: SmallModel, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    opened = []
+
+    def removed(path: Path, *, follow: bool) -> int:
+        opened.append(path)
+        if len(opened) == which + 1:
+            for name in ("x", "y"):
+                LayoutStore(store.root).remove(name)
+            store.gc(grace_seconds=0)
+        return open_own(path, follow=follow)
+
+    monkeypatch.setattr(blobs, "open_own", removed)
+    assert store.fsck(watch=Watcher().watch).ok
     assert opened
 
 

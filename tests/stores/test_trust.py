@@ -188,6 +188,22 @@ def test_a_touched_link_is_hashed_once(
     assert source.stat().st_mtime_ns == 1
 
 
+def test_a_link_that_is_removed_before_it_is_hashed(
+    store: LayoutStore, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = store.import_file(source, Watcher().watch, link=True).digest
+    os.utime(source, ns=(1, 1))
+    before = verified_marks.hash_file
+
+    def removed(path: Path, algorithm: str) -> Digest:
+        path.unlink()
+        return before(path, algorithm)
+
+    monkeypatch.setattr(verified_marks, "hash_file", removed)
+    with pytest.raises(NotFoundError):
+        store.blob_path(digest)
+
+
 def after_hashing(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """Let another process do `change` when a blob has been read to be verified again, once."""
     real, changes = verified_marks.hash_file, [change]
