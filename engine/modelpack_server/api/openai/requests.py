@@ -39,10 +39,22 @@ class ToolCall(Body):
     function: FunctionCall
 
 
+_WITH_CONTENT = ("developer", "system", "user")
+
+
 class Message(Body):
     """A message of a conversation; other fields are kept for templates that use them."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "if": {"properties": {"role": {"enum": list(_WITH_CONTENT)}}},
+            "then": {
+                "required": ["content"],
+                "properties": {"content": {"type": ["string", "array"]}},
+            },
+        },
+    )
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: StrictStr | list[dict[str, Any]] | None = None
     name: StrictStr | None = None
@@ -67,7 +79,7 @@ def template_messages(
 
 def _plain(message: Message, index: int, pictures: PictureReader | None) -> dict[str, Any]:
     where = f"messages[{index}]"
-    if message.content is None and message.role in ("developer", "system", "user"):
+    if message.content is None and message.role in _WITH_CONTENT:
         raise RequestError(
             f"content is required in a {message.role} message", param=f"{where}.content"
         )

@@ -45,7 +45,7 @@ def test_no_server_error(
     assert len(statuses) > 30
     expected = 200 if mode is schemathesis.GenerationMode.POSITIVE else 400
     for label in MAIN:
-        assert expected in statuses[label]
+        assert expected in statuses[label], label
 
 
 def _ask(
