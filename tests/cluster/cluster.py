@@ -313,6 +313,8 @@ class Cluster:
              "--kubelet-preferred-address-types=InternalIP"],
             ["kube-controller-manager", f"--kubeconfig={config}", "--leader-elect=false",
              f"--service-account-private-key-file={key}",
+             # Its own certificate and that of the authority, which pods are given.
+             f"--root-ca-file={place / 'certs' / 'apiserver.crt'}",
              "--use-service-account-credentials=false",
              "--horizontal-pod-autoscaler-sync-period=5s"],
             ["kube-scheduler", f"--kubeconfig={config}", "--leader-elect=false"],
@@ -354,13 +356,13 @@ def until(what: str, done: Callable[[], bool], seconds: float, log: Callable[[],
         time.sleep(0.2)
 
 
-def program_image(name: str, program: Path, archive: Path) -> None:
+def program_image(name: str, program: Path, archive: Path, path: str = "program") -> None:
     """Write an OCI archive of an image with nothing but a static program, which it runs."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
-        tar.add(program, program.name)
+        tar.add(program, path)
     config = {
-        "architecture": "amd64", "os": "linux", "config": {"Entrypoint": [f"/{program.name}"]},
+        "architecture": "amd64", "os": "linux", "config": {"Entrypoint": [f"/{path}"]},
         "rootfs": {"type": "layers", "diff_ids": [_digest(layer.getvalue())]},
     }  # fmt: skip
     media = "application/vnd.oci.image"

@@ -10,7 +10,8 @@ the `go` line of the program in place of its own. Everything else is left to `go
 
 A program may also be nothing but a go.mod that names a command of somebody else's, on a line of its
 own: `tool example.com/mod/cmd/name`. That command is built then; with `// test` behind it, it is a
-package of tests, of which `go test -c` makes a program. Of several, each is built by its name.
+package of tests, of which `go test -c` makes a program; with `// tags one,two` behind it, it is
+built with these tags. Of several, each is built by its name.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-_TOOL = re.compile(r"^tool (\S+)( // test)?$", re.MULTILINE)
+_TOOL = re.compile(r"^tool (\S+)(?: // (?:(test)|tags (\S+)))?$", re.MULTILINE)
 _UNPACKED = re.compile(r"^replace (\S+) (\S+) => \./(\S+) // (h1:\S+)$", re.MULTILINE)
 
 
@@ -70,9 +71,9 @@ def build_go_tool(package_dir: Path, cache: Path, tool: str = "") -> Path:
         for module, version, directory, expected in _UNPACKED.findall(go_mod):
             _unpack(module, version, expected, work / directory, _go_line(work))
         built = Path(scratch) / "binary"
-        tools = _TOOL.findall(go_mod) or [(".", "")]
-        [(package, is_test)] = [each for each in tools if each[0].endswith(tool)]
-        command = ["test", "-c"] if is_test else ["build"]
+        tools = _TOOL.findall(go_mod) or [(".", "", "")]
+        [(package, is_test, tags)] = [each for each in tools if each[0].endswith(tool)]
+        command = ["test", "-c"] if is_test else ["build", "-tags", tags]
         _go(*command, "-mod=readonly", "-trimpath", "-o", str(built), package, cwd=work)
         built.replace(binary)
     return binary
