@@ -21,6 +21,7 @@ from tests.cluster.workloads import (
     manifests,
     modelpack,
     pods,
+    until_connected,
 )
 from tests.deployment.schemas import custom_definition
 
@@ -71,6 +72,7 @@ def until_group(cluster: Cluster, name: str, old: set[str], seconds: float) -> l
         return cluster.kubectl("describe", "pods")[-4000:] + logs
 
     until("a group of two pods is ready", is_there, seconds, shown)
+    until_connected(cluster, name)
     return sorted(pods(cluster, name), key=lambda pod: str(pod["metadata"]["name"]))
 
 
@@ -95,7 +97,7 @@ def stand_in(pod: dict[str, Any]) -> None:
 
 def about(cluster: Cluster, service: str) -> Any:
     """Return what the stand-in behind a Service says about itself."""
-    return json.loads(cluster.run("curl", "-s", f"http://{address(cluster, service)}/about"))
+    return json.loads(cluster.run("curl", "-sS", f"http://{address(cluster, service)}/about"))
 
 
 def kill_server(cluster: Cluster, pod: Any) -> None:
@@ -174,6 +176,7 @@ def serve(cluster: Cluster, text: str, name: str, seconds: int) -> None:
         shown = [cluster.kubectl("describe", what)[-3000:] for what in ("isvc", "deploy", "pods")]
         logs = (cluster.directory / "beside.log").read_text()[-3000:]
         raise ClusterError("\n".join([str(error), *shown, logs])) from None
+    until_connected(cluster, f"{name}-predictor")
 
 
 def servers(cluster: Cluster, name: str) -> list[Any]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def until_ready(
         raise ClusterError(f"{error}\n{described[-4000:]}") from None
 
 
+def until_connected(cluster: Cluster, name: str) -> None:
+    """Return when a Service has a server: kube-proxy adds a pod a moment after it is ready."""
+    url = f"http://{address(cluster, name)}/"
+    told = partial(cluster.run, "curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}",
+                   url, check=False)  # fmt: skip
+    until(f"the Service {name} has a server", lambda: told() != "000", 30,
+          lambda: cluster.kubectl("get", "endpointslices"))  # fmt: skip
+
+
 def delete(cluster: Cluster, text: str) -> None:
     cluster.kubectl("delete", "--grace-period=1", "-f", "-", input=text)
 
@@ -76,7 +86,7 @@ def ask(
         "messages": [{"role": "user", "content": content}],
     }  # fmt: skip
     return json.loads(
-        cluster.run("curl", "-s", "-m", "120", "-H", f"Host: {name}", "-H",
+        cluster.run("curl", "-sS", "-m", "120", "-H", f"Host: {name}", "-H",
                     "Content-Type: application/json", "-H", f"X-Modelpack-Caller: {caller}",
                     "-H", f"Authorization: Bearer {key}",
                     "-d", json.dumps(body),
