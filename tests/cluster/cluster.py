@@ -289,6 +289,12 @@ class Cluster:
             (place / name).mkdir(parents=True)
         key = place / "service-accounts.key"
         subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
+        front = place / "front-proxy"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+             "/CN=front-proxy", "-out", f"{front}.crt", "-keyout", f"{front}.key"],
+            check=True, capture_output=True,
+        )  # fmt: skip
         (place / "tokens.csv").write_text(f'{_TOKEN},admin,admin,"system:masters"\n')
         _write_json(place / "kubeconfig", {
             "apiVersion": "v1", "kind": "Config", "current-context": "here",
@@ -310,7 +316,12 @@ class Cluster:
              "--service-cluster-ip-range=10.96.0.0/16", "--allow-privileged",
              "--service-account-issuer=https://kubernetes.default.svc",
              f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}",
-             "--kubelet-preferred-address-types=InternalIP"],
+             "--kubelet-preferred-address-types=InternalIP",
+             # By this certificate, servers of further APIs trust the names of its users.
+             f"--requestheader-client-ca-file={front}.crt",
+             f"--proxy-client-cert-file={front}.crt", f"--proxy-client-key-file={front}.key",
+             "--requestheader-username-headers=X-Remote-User",
+             "--requestheader-group-headers=X-Remote-Group"],
             ["kube-controller-manager", f"--kubeconfig={config}", "--leader-elect=false",
              f"--service-account-private-key-file={key}",
              # Its own certificate and that of the authority, which pods are given.

@@ -9,10 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,6 @@ from typing import Any
 import pytest
 
 from tests.cluster.cluster import REGISTRY, Cluster, ClusterError, until
-from tests.cluster.metrics import VERSION
 from tests.cluster.node import ADDRESS
 from tests.cluster.workloads import (
     IMAGE,
@@ -47,7 +42,6 @@ from tests.interop.test_vllm_cpu import PROMPT, environment, expected, files  # 
 from tests.peers import require
 
 pytestmark = pytest.mark.cluster
-METRICS_PORT = 6444
 
 
 def test_a_chat_through_the_service(cluster: Cluster) -> None:
@@ -397,72 +391,6 @@ def test_a_node_that_drains_evicts_one_pod_at_a_time(cluster: Cluster) -> None:
         assert "would violate the pod's disruption budget" in evict(second)
         until("another pod takes its place", lambda: budget() == 1, 120, lambda: "")
         assert "Success" in evict(second)
-    finally:
-        delete(cluster, text)
-
-
-@pytest.fixture
-def pod_metrics(cluster: Cluster) -> Iterator[None]:
-    """Metrics of pods in Kubernetes' API, in the place of Prometheus and its adapter."""
-    certificate, key = (cluster.directory / f"metrics.{kind}" for kind in ("crt", "key"))
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-         "/CN=metrics", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    group, _, version = VERSION.partition("/")
-    name = {"name": "metrics", "namespace": "default"}
-    port = {"port": 443, "targetPort": METRICS_PORT}
-    objects = [
-        {"apiVersion": "v1", "kind": "Service", "metadata": name, "spec": {"ports": [port]}},
-        {"apiVersion": "v1", "kind": "Endpoints", "metadata": name,
-         "subsets": [{"addresses": [{"ip": ADDRESS}], "ports": [{"port": METRICS_PORT}]}]},
-        {"apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService",
-         "metadata": {"name": f"{version}.{group}"},
-         "spec": {"group": group, "version": version, "service": {**name, "port": 443},
-                  "insecureSkipTLSVerify": True, "groupPriorityMinimum": 100,
-                  "versionPriority": 100}},
-    ]  # fmt: skip
-    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
-    with cluster.serving(sys.executable, str(Path(__file__).with_name("metrics.py")), ADDRESS,
-                         str(METRICS_PORT), str(certificate), str(key)):  # fmt: skip
-        cluster.kubectl("apply", "-f", "-", input=text)
-        until(
-            "the API of metrics is there",
-            lambda: "vllm_" in cluster.kubectl("get", "--raw", f"/apis/{VERSION}", check=False),
-            60, lambda: cluster.kubectl("get", "apiservice", f"{version}.{group}", "-o", "yaml"),
-        )  # fmt: skip
-        try:
-            yield
-        finally:
-            cluster.kubectl("delete", "--ignore-not-found", "-f", "-", input=text)
-
-
-def test_waiting_requests_add_a_pod(cluster: Cluster, pod_metrics: None) -> None:
-    """The autoscaler at work: 100 clients for 64 sequences of a pod, and then none."""
-    printed = manifests(cluster, TINY, "scaled", "--max-replicas", "2",
-                        "--monitor", "--served-model-name", "scaled")  # fmt: skip
-    [wait] = re.findall(r"stabilizationWindowSeconds: \d+", printed)
-    text = "---\n".join(
-        document for document in printed.replace(wait, "stabilizationWindowSeconds: 10")
-        .split("---\n") if "kind: ServiceMonitor" not in document
-    )  # fmt: skip
-    apply(cluster, text, "scaled")
-
-    def ready() -> int:
-        return int(cluster.get("deployment", "scaled")["status"].get("readyReplicas", 0))
-
-    def shown() -> str:
-        return cluster.kubectl("describe", "hpa", "scaled")
-
-    try:
-        with asking(cluster, "scaled", 200, 100, 64) as found:
-            until("a second pod is ready", lambda: ready() == 2, 180, shown)
-        assert found["failures"] == []
-        until("the second pod is gone", lambda: len(pods(cluster, "scaled")) == 1, 240, shown)
-        reasons = shown()
-        assert "above target" in reasons, reasons
-        assert "All metrics below target" in reasons, reasons
     finally:
         delete(cluster, text)
 

@@ -30,6 +30,7 @@ OTHERS = {
     "helm": "--set",
     "kubectl": "--from-file",
     "mlx.launch, ray": "--address --head --hostfile",
+    "Prometheus Adapter": "--metrics-relist-interval",
     "pip": "--find-links --no-deps --no-index",
     "runtime flags": "--block-size --ctx-size --draft-max --draft-p-min --frequency-penalty "
     "--ignore-eos --min-p --model-draft --n-predict --no-enable-prefix-caching --presence-penalty "
