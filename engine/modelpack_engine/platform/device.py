@@ -44,6 +44,11 @@ def choose_device(config: EngineConfig) -> Literal["cpu", "gpu"]:
     return "gpu" if use_gpu else "cpu"
 
 
+def uses_cuda(config: EngineConfig) -> bool:
+    """Return whether models run on an NVIDIA GPU; raise as `choose_device` does."""
+    return choose_device(config) == "gpu" and mx.cuda.is_available()
+
+
 def usable_processors() -> int:
     """Return how many processors this process may run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -69,6 +69,18 @@ def is_parallel(size: int | None) -> bool:
     return size is not None and size > 1
 
 
+def has_own_process(given: bool | None, config: EngineConfig, ranks: Ranks | None) -> bool:
+    """Return whether engines run in processes of their own: if `given`, or on an NVIDIA GPU."""
+    if given is not None or ranks is not None:
+        return bool(given)
+    from modelpack_engine.platform import blas
+
+    blas.prepare()  # must run before MLX is imported
+    from modelpack_engine.platform.device import uses_cuda
+
+    return uses_cuda(config)
+
+
 def join_ranks(
     settings: Settings, size: int, config: EngineConfig, adapters: Adapters
 ) -> Ranks | int:
@@ -83,15 +95,12 @@ def join_ranks(
     from modelpack_engine.distributed.follower import Follower
     from modelpack_engine.distributed.group import find_place
     from modelpack_engine.distributed.launch import join, launch
-    from modelpack_engine.platform.device import choose_device
+    from modelpack_engine.platform.device import uses_cuda
     from modelpack_server.stored_models import parts_of
 
-    device = choose_device(config)
+    has_nccl = uses_cuda(config)
     if find_place() is None:
         command = [sys.executable, "-m", "modelpack", *sys.argv[1:]]
-        import mlx.core as mx
-
-        has_nccl = device == "gpu" and mx.cuda.is_available()
         outcome = launch(command, size, backend="nccl" if has_nccl else "ring")
         if outcome.failure:
             raise ModelpackError(outcome.failure)
@@ -271,8 +280,9 @@ def _media_hosts(
     help="Split each model across N GPUs of this machine, or across the ranks of mlx.launch.",
 )  # fmt: skip
 @click.option(
-    "--engine-process/--no-engine-process", default=False, show_default=True,
-    help="Run each generating model in a process of its own, which shares no GIL with the server.",
+    "--engine-process/--no-engine-process", default=None,
+    help="Run each generating model in a process of its own, which shares no GIL with the server. "
+    "[default: on NVIDIA GPUs]",
 )  # fmt: skip
 @partial(engine_options, others=("vllm",))
 @remote_options
@@ -301,7 +311,7 @@ def serve(
     memory: int | None,
     runtime_flags: str | None,
     tensor_parallel_size: int | None,
-    engine_process: bool,
+    engine_process: bool | None,
     allow_request_templates: bool,
     media_hosts: tuple[str, ...],
     share_prefix_cache: bool,
@@ -365,6 +375,7 @@ def serve(
         if isinstance(joined, int):
             return joined
         ranks = joined
+    own_process = has_own_process(engine_process, engine, ranks)
     budget = memory or device_memory(engine)
     start = time.monotonic()
     failures: list[ModelpackError] = []
@@ -376,7 +387,7 @@ def serve(
 
     def pool() -> ModelPool:
         made = ModelPool(
-            sources.catalogue(engine, ranks, engine_process=engine_process),
+            sources.catalogue(engine, ranks, engine_process=own_process),
             settings=chosen,
             memory=budget,
             keep_alive=seconds,

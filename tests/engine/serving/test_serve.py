@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -16,6 +17,9 @@ import requests
 import modelpack
 from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.platform import device
+from modelpack_server.cli.serve import has_own_process
 from tests.cli.running import modelpack as run
 from tests.engine.serving.test_api import wait_until_ready
 from tests.engine.serving.tiny import write_tiny
@@ -177,3 +181,19 @@ def test_what_serve_refuses(tmp_path: Path, arguments: list[str], says: str) -> 
     result = run("serve", "--store", str(tmp_path / "store"), "--port", "0", *arguments)
     assert result.code == 2
     assert says in result.err
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_engines_have_own_processes_on_nvidia_gpus(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool
+) -> None:
+    monkeypatch.setattr(device, "choose_device", lambda _: "gpu")
+    monkeypatch.setattr(device.mx.cuda, "is_available", lambda: cuda)
+    ranks: Any = object()
+    assert has_own_process(None, EngineConfig(), None) is cuda
+    assert has_own_process(not cuda, EngineConfig(), None) is not cuda
+    assert not has_own_process(None, EngineConfig(), ranks)
+
+
+def test_engines_on_a_cpu_run_in_the_server() -> None:
+    assert not has_own_process(None, EngineConfig(device="cpu"), None)
