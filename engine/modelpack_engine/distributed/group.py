@@ -153,12 +153,12 @@ class Group:
         """Rank 0: send the sampled tokens, int32 [rows], to every rank; return them."""
         return mx.distributed.all_sum(token_ids, group=self.mlx)
 
-    def take_tokens(self, count: int, logits: mx.array) -> mx.array:
-        """Any other rank: return the tokens that rank 0 samples, int32 [count].
+    def take_tokens(self, logits: mx.array) -> mx.array:
+        """Any other rank: return the tokens that rank 0 samples, int32 [rows of `logits`].
 
         The result depends on `logits`, as on rank 0, so that all collectives run in one order.
         """
-        zeros = mx.depends([mx.zeros((count,), mx.int32)], [logits])[0]
+        zeros = mx.depends([mx.zeros((logits.shape[0],), mx.int32)], [logits])[0]
         return mx.distributed.all_sum(zeros, group=self.mlx)
 
 
