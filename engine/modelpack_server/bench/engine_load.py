@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -33,18 +33,27 @@ def run_workload(
     workload: Workload,
     *,
     temperature: float = 0.0,
+    adapters: Sequence[str] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Report:
-    """Run all requests of `workload`; responses have exactly the requested lengths."""
-    return _Run(engine, workload, temperature, clock).report()
+    """Run all requests of `workload`; responses have exactly the requested lengths.
+
+    Requests name the `adapters` in turn.
+    """
+    return _Run(engine, workload, temperature, adapters, clock).report()
 
 
 class _Run:
     def __init__(
-        self, engine: Engine, workload: Workload, temperature: float, clock: Callable[[], float]
+        self,
+        engine: Engine,
+        workload: Workload,
+        temperature: float,
+        adapters: Sequence[str],
+        clock: Callable[[], float],
     ) -> None:
         self._engine, self._workload, self._clock = engine, workload, clock
-        self._temperature = temperature
+        self._temperature, self._adapters = temperature, adapters
         self._waiting = deque(workload.sessions)
         self._running: dict[str, _Running] = {}
         self._records: list[Record] = []
@@ -103,7 +112,8 @@ class _Run:
         params = SamplingParams(
             max_tokens=turn.max_tokens, temperature=self._temperature, ignore_eos=True
         )
-        self._engine.add_request(name, EngineRequest(running.token_ids, params))
+        adapter = self._adapters[self._count % len(self._adapters)] if self._adapters else None
+        self._engine.add_request(name, EngineRequest(running.token_ids, params, adapter=adapter))
 
     def _step(self) -> None:
         events = self._engine.step()

@@ -1,0 +1,113 @@
+"""Compare an engine of LoRA adapters with the same without, on a GPU, with random weights.
+
+    python benchmarks/adapters.py [--adapters 32] [--rank 16] [--workload load-m-64]
+
+The adapters change all linear layers. Each request of the load names one of them, in turn. Prints
+one JSON object for each round, and the ratios of medians: the base in an engine that runs no
+adapters, and in one that has them the base, one adapter for all requests, and all adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gpu_engine import CONTEXT, KV_BYTES, SHAPES, VOCABULARY, Silent, make_model, show
+from mlx.nn import Linear
+from safetensors.numpy import save_file
+
+from modelpack.formats.adapter import Adapter, read_adapter
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.models import LoadedModel
+from modelpack_server.bench.engine_load import run_workload
+from modelpack_server.bench.workloads import WORKLOADS
+
+
+def write_adapter(directory: Path, model: Any, rank: int, seed: int) -> Adapter:
+    """Write an adapter of all linear layers as PEFT does, with random matrices."""
+    directory.mkdir()
+    random = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear):
+            continue
+        outputs, inputs = module.weight.shape
+        for letter, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            values = random.standard_normal(shape, np.float32) * 0.02
+            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = values.astype(np.float16)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
+              "base_model_name_or_path": "random/base"}  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return read_adapter(directory)
+
+
+def adapter_engine(model: Any, config: dict[str, Any], seqs: int, adapters: int, kv: int) -> Engine:
+    loaded = LoadedModel(model, config, Silent(), "llama", CONTEXT, (), 0)
+    return Engine(
+        loaded,
+        EngineConfig(
+            max_num_seqs=seqs, kv_cache_bytes=kv, max_model_len=CONTEXT, max_loras=adapters
+        ),
+    )
+
+
+def measure(
+    engine: Engine, kind: str, workload: str, names: Sequence[str], rounds: int, seed: int
+) -> float:
+    """Return the median of tokens per second of `rounds` rounds after one."""
+    found = []
+    for again in range(1 + rounds):
+        # The prefix cache must not contain the prompts of earlier rounds.
+        load = WORKLOADS[workload]().in_other_words(seed + again)
+        report = run_workload(engine, load, adapters=names).to_json()
+        show(kind, {"round": again, **report})
+        found.append(report["output_tokens_per_s"])
+    return statistics.median(found[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="llama-1b", choices=SHAPES)
+    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--workload", default="load-m-64", metavar="NAME")
+    parser.add_argument("--seqs", type=int, default=64, help="requests that run at a time")
+    parser.add_argument("--kv-gib", type=float, default=KV_BYTES / 2**30, help="of the KV cache")
+    parser.add_argument("--rounds", type=int, default=3, help="whose median counts")
+    args = parser.parse_args()
+    about = {key: value for key, value in mx.device_info().items() if isinstance(value, str | int)}
+    show("machine", {"mlx": mx.__version__, **vars(args), **about})
+    model = make_model(args.shape, 16)
+    config = {"vocab_size": VOCABULARY, **SHAPES[args.shape][1]}
+    kv = int(args.kv_gib * 2**30)
+    found = {}
+    engine = adapter_engine(model, config, args.seqs, 0, kv)
+    found["base"] = measure(engine, "base", args.workload, (), args.rounds, 0)
+    engine.close()
+    del engine
+    gc.collect()
+    mx.clear_cache()
+    engine = adapter_engine(model, config, args.seqs, args.adapters, kv)
+    names = [f"adapter-{number}" for number in range(args.adapters)]
+    with tempfile.TemporaryDirectory() as directory:
+        for number, name in enumerate(names):
+            adapter = write_adapter(Path(directory, name), model, args.rank, number)
+            engine.add_adapter(name, adapter, name)
+    for kind, some in (("no adapter", ()), ("one adapter", names[:1]), ("all adapters", names)):
+        found[kind] = measure(engine, kind, args.workload, some, args.rounds, 20 * len(found))
+    for kind, rate in found.items():
+        print(f"{kind}: {rate:.0f} tok/s, {rate / found['base']:.3f} of the base", flush=True)
+
+
+if __name__ == "__main__":
+    main()
