@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
+from modelpack_engine.request import EngineRequest
 from modelpack_server.bench.engine_load import run_workload
 from modelpack_server.bench.report import Record, make_report, percentile, summary
 from modelpack_server.bench.workloads import (
@@ -118,6 +120,22 @@ def test_run() -> None:
     assert report.extra["labels"]["late"]["ttft_s"]["p50"] > 0
     assert 0 < report.extra["kv_waste"] < 1
     assert engine.stats().blocks_used == 0
+
+
+def test_requests_name_the_adapters_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_loaded(), EngineConfig(max_num_seqs=4, max_model_len=256))
+    add, named = engine.add_request, list[str | None]()
+
+    def add_without(request_id: str, request: EngineRequest) -> None:
+        named.append(request.adapter)
+        add(request_id, replace(request, adapter=None))
+
+    monkeypatch.setattr(engine, "add_request", add_without)
+    workload = Workload("w", (Session((Turn((1, 2, 3), 2),)),) * 4)
+    run_workload(engine, workload, adapters=["a", "b"])
+    assert sorted(map(str, named)) == ["a", "a", "b", "b"]
+    run_workload(engine, workload)
+    assert named[4:] == [None] * 4
 
 
 def test_multi_turn_runs_side_by_side() -> None:
