@@ -42,17 +42,25 @@ class ToolCall(Body):
 _WITH_CONTENT = ("developer", "system", "user")
 
 
+def _required(roles: Sequence[str], name: str, **schema: Any) -> dict[str, Any]:
+    """Return the JSON schema of messages in which these roles require a field."""
+    return {
+        "if": {"properties": {"role": {"enum": list(roles)}}},
+        "then": {"required": [name], "properties": {name: schema}},
+    }
+
+
 class Message(Body):
     """A message of a conversation; other fields are kept for templates that use them."""
 
     model_config = ConfigDict(
         extra="allow",
         json_schema_extra={
-            "if": {"properties": {"role": {"enum": list(_WITH_CONTENT)}}},
-            "then": {
-                "required": ["content"],
-                "properties": {"content": {"type": ["string", "array"]}},
-            },
+            "allOf": [
+                _required(_WITH_CONTENT, "content", type=["string", "array"]),
+                _required(["tool"], "tool_call_id", type="string", minLength=1),
+                _required(["function"], "name", type="string", minLength=1),
+            ]
         },
     )
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
