@@ -12,7 +12,7 @@ test: .venv/.dev native
 	.venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/.dev native
-	.venv/bin/python -m pytest -n 3 --dist loadfile -m "long or hypothesis"
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "long or hypothesis"
 
 # Needs root. The first time, Kubernetes is built: a quarter of an hour.
 test-cluster: .venv/.dev native
