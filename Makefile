@@ -12,11 +12,11 @@ test: .venv/.dev native
 	.venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/.dev native
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m "long or hypothesis"
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "(long or hypothesis) and not cluster"
 
-# Needs root. The first time, Kubernetes is built: a quarter of an hour.
+# Needs root. The first time, Kubernetes and Kyverno are built: a quarter of an hour.
 test-cluster: .venv/.dev native
-	.venv/bin/python -m pytest -v -m cluster tests/cluster
+	.venv/bin/python -m pytest -v -m cluster tests/cluster tests/deployment
 
 # The library for CPUs, where its sources have changed since the installation.
 native:

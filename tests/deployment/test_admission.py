@@ -251,6 +251,7 @@ ADMITTED: dict[str, tuple[str, str, tuple[str, ...], Callable[..., None] | None,
 }  # fmt: skip
 
 
+@pytest.mark.cluster  # it takes minutes to build
 @pytest.mark.parametrize("name", ADMITTED)
 def test_kyverno_admits_signed_models(
     kyverno: Path, world: World, tmp_path: Path, name: str
