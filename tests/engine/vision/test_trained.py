@@ -132,7 +132,7 @@ def test_digits_and_shapes(address: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("ask", "count"), [(by_openai, 120), (by_anthropic, 40), (by_ollama, 40)])
+@pytest.mark.parametrize(("ask", "count"), [(by_openai, 120), (by_anthropic, 60), (by_ollama, 60)])
 def test_95_of_100_held_out_pictures(ask: Ask, count: int, address: str) -> None:
     for asked in (questions(count, 0), questions(0, count)):
         share = share_right(address, ask, asked)
