@@ -235,10 +235,8 @@ class Follower:
         logits = runner.forward(batch, row_token_ids(batch, held.sampled, runner.staging))
         sampled, outputs = None, []
         if num_sampled:
-            if (
-                len(batch.sample_rows) > num_sampled
-            ):  # log-probabilities of a prompt need the others
-                logits = logits[:num_sampled]
+            if len(batch.sample_rows) > num_sampled:
+                logits = logits[:num_sampled]  # log-probabilities of a prompt need the others
             # Compiled steps pad the logits, and rank 0 samples all rows. NCCL does not compare the
             # sizes of a collective: with other ones, it hangs.
             sampled = Sampled.of(self._group.take_tokens(logits))
