@@ -215,7 +215,7 @@ BLOB_MODE = 0o444
 
 
 @contextmanager
-def _not_removed(digest: Digest) -> Iterator[None]:
+def not_removed(digest: Digest) -> Iterator[None]:
     """Turn the error of a missing file into a `NotFoundError`: another process has removed it."""
     try:
         yield
@@ -233,7 +233,7 @@ class StoredBlob:
     def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
         """Return the open file at `offset`; raises `NotFoundError`."""
         path = self.find(self.digest)
-        with map_os_errors("read", path), _not_removed(self.digest):
+        with map_os_errors("read", path), not_removed(self.digest):
             stream = io.FileIO(path)
             stream.seek(offset)
         return stream
@@ -360,7 +360,7 @@ def read_verified(
     """
     with (
         map_os_errors("read", path),
-        _not_removed(digest),
+        not_removed(digest),
         open(open_own(path, follow=True), "rb", buffering=0) as stream,
     ):
         size = os.fstat(stream.fileno()).st_size

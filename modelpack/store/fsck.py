@@ -15,7 +15,7 @@ from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import FormatError, IntegrityError, NotFoundError, StoreError
 from modelpack.progress import Action, Progress
 from modelpack.storage import Watch
-from modelpack.store.blobs import Blobs, VerifiedMarks
+from modelpack.store.blobs import Blobs, VerifiedMarks, not_removed
 from modelpack.store.file_copy import hash_file
 from modelpack.store.filesystem import map_os_errors
 from modelpack.store.index import IndexFile
@@ -282,13 +282,10 @@ class Checker:
             report = Progress(Action.VERIFY, digest.short, digest, completed, size)
             self._watch.report(report)
 
-        with map_os_errors("read", path):
-            try:
-                found = path.stat()
-                size = found.st_size
-                got = hash_file(path, digest.algorithm, seen)
-            except FileNotFoundError:
-                raise NotFoundError(f"blob {digest} was removed during the check") from None
+        with map_os_errors("read", path), not_removed(digest):
+            found = path.stat()
+            size = found.st_size
+            got = hash_file(path, digest.algorithm, seen)
         self._bytes_checked += size
         if got == digest:
             self._intact.add(digest)
