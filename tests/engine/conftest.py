@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
 from modelpack_engine.platform import blas
 
 blas.prepare()
-
-if TYPE_CHECKING:
-    from tests.engine.kernels.onhost import Compiled
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """Return what `emulated` needs to compile each kernel of a module once."""
-    return tmp_path_factory.mktemp("emulated"), {}
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from modelpack_engine.models.gguf_planes import planes
 from modelpack_engine.models.precision import unpack
 from modelpack_engine.patches.lora import dense_weight
 from modelpack_engine.runner.kv_cache_size import step_memory
-from tests.engine.kernels.onhost import Compiled, Host, emulated
+from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.loaders.test_architectures import distance, load_tiny
 from tests.engine.loaders.test_gguf_planes import tensor, tiny_of
 
@@ -50,8 +50,8 @@ def linear(name: str, outputs: int, inputs: int, seed: int = 0, **more: Any) -> 
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    with emulated(monkeypatch, compiled, *VERDICTS) as found:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    with emulated(monkeypatch, tmp_path, *VERDICTS) as found:
         yield found
 
 

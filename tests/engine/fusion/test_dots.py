@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.weights import random_weights
 from modelpack_engine.patches.fused_layers import fuse_experts
 from modelpack_engine.patches.modules import ClassSwaps
-from tests.engine.kernels.onhost import Compiled, Host, emulated
+from tests.engine.kernels.onhost import Host, emulated
 
 pytestmark = pytest.mark.long
 
@@ -29,8 +30,8 @@ VERDICTS = (
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    with emulated(monkeypatch, compiled, *VERDICTS) as found:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    with emulated(monkeypatch, tmp_path, *VERDICTS) as found:
         monkeypatch.setattr(launch, "backend", lambda: "cuda")
         monkeypatch.setattr(expert_kernels, "has_warpgroups", lambda: True)
         monkeypatch.setattr(packed, "has_warpgroups", lambda: True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from modelpack_engine.layers.blocks import (
 from modelpack_engine.layers.expert_kernels import Routing, route
 from modelpack_engine.patches.fused_layers import fuse_experts, fuse_router, has_experts
 from modelpack_engine.patches.modules import ClassSwaps
-from tests.engine.kernels.onhost import Compiled, Host, emulated
+from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.runner.models import tiny_llama
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.specimen import make_specimen
@@ -34,8 +35,8 @@ ROWS = 9
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    with emulated(monkeypatch, compiled, expert_kernels.verdict, blocks.experts_verdict) as found:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    with emulated(monkeypatch, tmp_path, expert_kernels.verdict, blocks.experts_verdict) as found:
         yield found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,18 +24,18 @@ from modelpack_engine.layers.kernels import Rotation
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner.model_runner import make_runner
 from modelpack_engine.runner.paged import PagedRunner
-from tests.engine.kernels.onhost import Compiled, Host, emulated
+from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.runner.models import tiny_llama
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    with emulated(monkeypatch, compiled, kernels.verdict) as found:
+    with emulated(monkeypatch, tmp_path, kernels.verdict) as found:
         yield found
 
 

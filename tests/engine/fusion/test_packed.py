@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from modelpack_engine.kernels import launch
 from modelpack_engine.layers import matmul, packed
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.weights import Weights, random_weights
-from tests.engine.kernels.onhost import Compiled, Host, emulated
+from tests.engine.kernels.onhost import Host, emulated
 
 BF16 = mx.bfloat16
 
@@ -122,8 +123,8 @@ def test_parts_are_whole_steps(tile: packed.Tile, rows: int, outputs: int, steps
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    with emulated(monkeypatch, compiled, packed.verdict, packed.row_verdict) as found:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    with emulated(monkeypatch, tmp_path, packed.verdict, packed.row_verdict) as found:
         monkeypatch.setattr(launch, "backend", lambda: "cuda")
         monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
         yield found

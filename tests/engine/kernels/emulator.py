@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
+import hashlib
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -66,39 +66,44 @@ class Emulator:
         return done
 
 
-def build(
-    directory: Path, instances: Sequence[Instance], sanitizers: str = "", edit: Edit = unchanged
-) -> Emulator:
-    """Compile `instances` (bodies passed through `edit`) with these sanitizers, if any."""
+def build(instances: Sequence[Instance], sanitizers: str = "", edit: Edit = unchanged) -> Emulator:
+    """Return a program of `instances` (bodies passed through `edit`) with these sanitizers, if any.
+
+    It is compiled once for each text: programs stay in `.cache/emulators`.
+    """
     unique = tuple(dict.fromkeys(instances))
-    source = directory / "emulator.cpp"
-    source.write_text(_program(unique, edit))
-    program = directory / "emulator"
-    _compile(sanitizers, "-I", _header(sanitizers), source, "-o", program)
+    headers = _header(sanitizers).parent
+    program = _compiled(sanitizers, _program(unique, edit), "-x", "c++", "-I", headers)
     return Emulator(program, unique)
 
 
 @cache
 def _header(sanitizers: str) -> Path:
-    """Return a directory with emulator.h precompiled, which halves the compile time."""
-    directory = Path(tempfile.mkdtemp(prefix="modelpack-emulator-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    _compile(
-        sanitizers, "-x", "c++-header", STUBS / "emulator.h", "-o", directory / "emulator.h.gch"
-    )
-    return directory
+    """Return emulator.h precompiled, which halves the compile time."""
+    text = (STUBS / "emulator.h").read_text()
+    return _compiled(sanitizers, text, "-x", "c++-header", name="emulator.h.gch")
 
 
-def _compile(sanitizers: str, *arguments: str | Path) -> None:
-    done = subprocess.run(
-        [
-            require("g++"), "-std=c++17", "-O0" if sanitizers else "-O1", "-Wall", "-pthread",
-            "-Wno-unknown-pragmas", *(["-g1", f"-fsanitize={sanitizers}"] if sanitizers else []),
-            "-fno-sanitize-recover=all", *arguments, "-I", STUBS,
-        ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[:4000]
+def _compiled(sanitizers: str, source: str, *options: str | Path, name: str = "emulator") -> Path:
+    """Return what `source` compiles to, from the cache where it has been compiled before."""
+    command = [
+        require("g++"), "-std=c++17", "-O0" if sanitizers else "-O1", "-Wall", "-pthread",
+        "-Wno-unknown-pragmas", *(["-g1", f"-fsanitize={sanitizers}"] if sanitizers else []),
+        "-fno-sanitize-recover=all", *options, "-I", STUBS,
+    ]  # fmt: skip
+    key = hashlib.sha256("\0".join([*map(str, command), source]).encode()).hexdigest()
+    found = Path(os.environ["MODELPACK_CACHE"], "emulators", key[:32], name)
+    if not found.is_file():
+        found.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=found.parent) as scratch:
+            made, written = Path(scratch, name), Path(scratch, "source")
+            written.write_text(source)
+            done = subprocess.run(
+                [*command, written, "-o", made], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr[:4000]
+            made.replace(found)
+    return found
 
 
 def _changed(body: Body) -> tuple[str, ...]:

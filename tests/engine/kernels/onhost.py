@@ -7,7 +7,6 @@ arguments, grids, and what happens to the results.
 from __future__ import annotations
 
 import ctypes
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, Backend, Body, kernel_source
-from tests.engine.kernels.emulator import Edit, Emulator, build, unchanged
+from tests.engine.kernels.emulator import Edit, build, unchanged
 from tests.engine.kernels.signatures import Instance
 
 C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t",
@@ -38,10 +37,6 @@ def memory(array: mx.array) -> npt.NDArray[Any]:
     return found.reshape(*array.shape, array.dtype.size)
 
 
-#: The directory of the emulator, and its compiled programs by kernel instance.
-Compiled = tuple[Path, dict[Instance, Emulator]]
-
-
 class _Verdict(Protocol):
     def cache_clear(self) -> None: ...
 
@@ -49,16 +44,15 @@ class _Verdict(Protocol):
 class Host:
     """Replaces `launch.kernel`."""
 
-    def __init__(self, directory: Path, built: dict[Instance, Emulator]) -> None:
-        """Emulate in `directory`; `built` caches compiled programs, also for other hosts."""
+    def __init__(self, directory: Path) -> None:
+        """Keep what the programs read and write in `directory`."""
         self.directory = directory
         self.edit: Edit = unchanged
         self.calls: list[tuple[Body, dict[str, Any]]] = []
-        self._built = built
 
     def break_by(self, edit: Edit) -> None:
         """Run bodies modified by `edit`."""
-        self.edit, self._built = edit, {}
+        self.edit = edit
 
     def kernel(
         self,
@@ -101,7 +95,7 @@ class Host:
                 views.setdefault(name, alike)
             groups = tuple(-(-size // per) for size, per in zip(grid, threadgroup, strict=True))
             threads = -(-threadgroup[0] // 32) * 32
-            done = self._emulator(instance).run(
+            done = build([instance], edit=self.edit).run(
                 instance, views, (groups[0], groups[1], groups[2]), threads, self.directory / "run"
             )
             assert done.returncode == 0, done.stderr[:2000]
@@ -110,17 +104,11 @@ class Host:
         assert {*source.inputs, *absent} - {*OUTPUTS[body]} == {*INPUTS[body]}
         return run
 
-    def _emulator(self, instance: Instance) -> Emulator:
-        if instance not in self._built:
-            directory = Path(tempfile.mkdtemp(dir=self.directory))
-            self._built[instance] = build(directory, [instance], edit=self.edit)
-        return self._built[instance]
-
 
 @contextmanager
-def emulated(patch: pytest.MonkeyPatch, compiled: Compiled, *verdicts: _Verdict) -> Iterator[Host]:
+def emulated(patch: pytest.MonkeyPatch, directory: Path, *verdicts: _Verdict) -> Iterator[Host]:
     """Run kernels on the host; clear the cached `verdicts` before and after."""
-    found = Host(*compiled)
+    found = Host(directory)
     patch.setattr(launch, "kernel", found.kernel)
     patch.setattr(launch, "backend", lambda: "metal")
     for verdict in verdicts:

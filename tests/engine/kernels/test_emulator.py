@@ -41,8 +41,8 @@ def all_instances() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return build(tmp_path_factory.mktemp("asan"), all_instances(), "address,undefined")
+def emulator() -> Emulator:
+    return build(all_instances(), "address,undefined")
 
 
 def decode(emulator: Emulator, case: Case, directory: Path) -> tuple[Array, Array]:
@@ -160,9 +160,9 @@ def limit(read: Array, kind: Quantisation) -> Array:
 
 
 @pytest.fixture(scope="module")
-def raced(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+def raced() -> Emulator:
     instances = [i for case in CASES if case.name in RACED for i in case.instances]
-    return build(tmp_path_factory.mktemp("tsan"), instances, "thread")
+    return build(instances, "thread")
 
 
 @pytest.mark.parametrize("name", RACED)
@@ -189,7 +189,7 @@ def edited(old: str, new: str, count: int = 1) -> Any:
 
 def test_a_missing_barrier_is_noticed(tmp_path: Path) -> None:
     case = SMALL
-    racing = build(tmp_path, case.instances, "thread", edited("  PA_SYNC();\n", "", 1))
+    racing = build(case.instances, "thread", edited("  PA_SYNC();\n", "", 1))
     inputs = make_inputs(case)
     done = racing.run(case.instances[0], inputs.arrays, (1, 2, 1), case.plan.threads, tmp_path)
     assert done.returncode != 0
@@ -208,6 +208,6 @@ def test_a_missing_barrier_is_noticed(tmp_path: Path) -> None:
 )
 def test_a_wrong_body_is_noticed(old: str, new: str, tmp_path: Path) -> None:
     case = SMALL
-    broken = build(tmp_path, case.instances, edit=edited(old, new))
+    broken = build(case.instances, edit=edited(old, new))
     found, wanted = decode(broken, case, tmp_path)
     assert not error(found, wanted, case.q) <= 1

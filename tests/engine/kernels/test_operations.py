@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from modelpack_engine.kernels import AttentionShape, launch, operations, plan
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.kernels.sources import Body, kernel_source
 from tests.engine.kernels.cases import CASES, SOFTCAP, Case, expected, make_inputs
-from tests.engine.kernels.onhost import Compiled, Host, emulated, memory
+from tests.engine.kernels.onhost import Host, emulated, memory
 
 pytestmark = pytest.mark.long
 
@@ -29,11 +30,11 @@ def _nothing_probed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     """An emulated GPU, with smaller probes."""
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    with emulated(monkeypatch, compiled) as found:
+    with emulated(monkeypatch, tmp_path) as found:
         yield found
 
 

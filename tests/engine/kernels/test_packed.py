@@ -38,7 +38,7 @@ def check(
     } | more  # fmt: skip
     out_dtype = dtype if parts == 1 else mx.float32
     made = instance(dtype, out_dtype, given)
-    emulator: Emulator = build(tmp_path, [made])
+    emulator: Emulator = build([made])
     weight = (mx.random.normal((outputs, inputs)) / inputs**0.5).astype(dtype)
     packed = mx.quantize(weight, given["GROUP"], given["BITS"])
     x = mx.random.normal((rows, inputs)).astype(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,14 +14,14 @@ from mlx_lm.models import gated_delta, ssm
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers import delta_rule, state_space
 from modelpack_engine.patches import functions
-from tests.engine.kernels.onhost import Compiled, Host, emulated
+from tests.engine.kernels.onhost import Host, emulated
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    with emulated(monkeypatch, compiled, state_space.verdict, delta_rule.verdict) as found:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    with emulated(monkeypatch, tmp_path, state_space.verdict, delta_rule.verdict) as found:
         yield found
 
 

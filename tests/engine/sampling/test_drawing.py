@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from modelpack_engine.sampling import plan
 from modelpack_engine.sampling import sampler as drawing
 from modelpack_engine.sampling.plan import Draws, Entry, plan_draws
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler, SampleRow
-from tests.engine.kernels.onhost import Compiled, Host, emulated
+from tests.engine.kernels.onhost import Host, emulated
 
 pytestmark = pytest.mark.long
 
@@ -23,8 +24,8 @@ WIDE, ODD = 1024, 301
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    with emulated(monkeypatch, compiled, drawing.verdict) as found:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    with emulated(monkeypatch, tmp_path, drawing.verdict) as found:
         yield found
 
 

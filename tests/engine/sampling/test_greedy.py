@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -10,14 +11,14 @@ import pytest
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.sampling import sampler as sampling
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler, SampleRow
-from tests.engine.kernels.onhost import Compiled, Host, emulated
+from tests.engine.kernels.onhost import Host, emulated
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    with emulated(monkeypatch, compiled, sampling.greedy_verdict) as found:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    with emulated(monkeypatch, tmp_path, sampling.greedy_verdict) as found:
         yield found
 
 
