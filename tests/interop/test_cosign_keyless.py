@@ -35,9 +35,12 @@ from tests.supply.test_keyless import CERTIFICATES, STAMPED, TAMPERED, attach
 pytestmark = [pytest.mark.peer("go"), pytest.mark.long]
 
 ME = "me@team.example"
-#: What cosign accepts and we do not: Fulcio writes one name and one issuer into a certificate, and
-#: sigstore's library does not count a time stamp twice.
-STRICTER = {"two names", "two issuers", "the same stamp twice"}
+#: What cosign accepts and we do not: Fulcio writes one name and one issuer into a certificate,
+#: sigstore's library does not count a time stamp twice, and compares an entry of Rekor 2 with the
+#: signature.
+STRICTER = {
+    "two names", "two issuers", "the same stamp twice", "stamped entry of another signature",
+}  # fmt: skip
 
 
 @pytest.fixture

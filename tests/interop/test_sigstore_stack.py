@@ -13,7 +13,7 @@ import pytest
 
 from modelpack.cli.main import run
 from tests.interop.sigstore_stack import Issuer, Stack, issuing, running, sigstore_tool
-from tests.interop.test_cosign_cli import Cosign, binary  # noqa: F401 - a fixture
+from tests.interop.test_cosign_cli import Cosign
 from tests.models import tiny_safetensors
 from tests.supply.conftest import Published, publishing
 from tests.supply.private_sigstore import IDENTITY
@@ -62,12 +62,10 @@ def by_digest(published: Published) -> str:
     return f"{published.host}/team/model@{published.digest}"
 
 
-def cosign_verifies(
-    cosign: Cosign, published: Published, email: str, issuer: str, *more: str
-) -> bool:
+def cosign_verifies(cosign: Cosign, published: Published, email: str, issuer: str) -> bool:
     done = cosign(
         "verify", "--allow-http-registry", "--trusted-root", "root.json", "--use-signed-timestamps",
-        *wanted(email, issuer), *more, by_digest(published),
+        *wanted(email, issuer), by_digest(published),
     )  # fmt: skip
     return done.returncode == 0
 
@@ -76,7 +74,6 @@ def test_what_ours_signs(
     sigstore: Stack,
     published: Published,
     cosign: Cosign,
-    binary: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -89,10 +86,8 @@ def test_what_ours_signs(
         capsys.readouterr()
         assert verify(published, tmp_path, *identity) == 5
         assert f"its certificate is for {ME} (issuer {issuer})" in capsys.readouterr().err
-    older = Cosign(binary, tmp_path)
-    for peer, more in ((cosign, ()), (older, ("--new-bundle-format",))):
-        assert cosign_verifies(peer, published, ME, issuer, *more)
-        assert not cosign_verifies(peer, published, SOMEBODY, issuer, *more)
+    assert cosign_verifies(cosign, published, ME, issuer)
+    assert not cosign_verifies(cosign, published, SOMEBODY, issuer)
 
 
 def test_what_cosign_signs(
