@@ -78,7 +78,7 @@ The columns mean the following; numbers refer to the [reasons](#reasons):
 - **adapters**: requests of one batch may have different [LoRA adapters](adapters.md).
 
 Each of these is tested for each architecture
-([test_features.py](../tests/engine/zoo/test_features.py)).
+([test_answers.py](../tests/engine/zoo/test_answers.py)).
 
 | architecture | GGUF | tier | prefixes | offload | speculation | adapters | layers | |
 |---|---|---|---|---|---|---|---|---|
