@@ -22,8 +22,8 @@ EVERY = [pytest.param(n, raw, id=f"{n}-{file}") for n in CORPUS for file, raw in
 #: Examples where one takes a process, or files.
 _FEW = {"tokenizer": 4, "document": 10, "sound": 10, "video": 10}
 _FEWER = {
-    "tar": 1000,
-    "archive": 1000,
+    "tar": 500,
+    "archive": 500,
     "tokenizer": 100,
     "document": 500,
     "sound": 500,
@@ -108,4 +108,4 @@ def test_fuzz(name: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
 def test_fuzz_for_longer(name: str) -> None:
-    _fuzz(name, _FEWER.get(name, 4000))
+    _fuzz(name, _FEWER.get(name, 1000))
