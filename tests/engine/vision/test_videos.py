@@ -183,11 +183,12 @@ def test_limits_on_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slow_files_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_DECODE_SECONDS", -0.5)
+    monkeypatch.setattr(pictures, "MAX_DECODE_SECONDS", -0.5)  # no time, with the grace
+    large = written([np.zeros((2304, 4096, 3), np.uint8)] * 4, codec="mjpeg", container="mov")
     with pytest.raises(
         RequestError, match=r"here: the video is refused: it took longer than -0\.5"
     ):
-        decoded(plain())
+        decoded(large, Sampling(2.0, 4, 768, 1024, 10**9, 8))
 
 
 def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
