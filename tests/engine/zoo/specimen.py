@@ -48,10 +48,16 @@ class Specimen:
     def runner(self, *, exact: bool) -> ModelRunner:
         """Return a runner with shapes as on a CPU, or bucketed as on a GPU."""
         if exact not in self.runners:
-            for other in self.runners.values():
-                other.undo()
+            self.free()
             self.runners = {exact: self.make_runner(exact=exact)}
         return self.runners[exact]
+
+    def free(self) -> nn.Module:
+        """Return the model as it was before `runner`: another may have it."""
+        for runner in self.runners.values():
+            runner.undo()
+        self.runners = {}
+        return self.model
 
     def make_runner(self, **given: Any) -> ModelRunner:
         """Return a runner with 64 blocks of each group of layers, as `drive` expects them."""

@@ -57,14 +57,15 @@ def test_bucketed_with_preemption(specimen: Specimen) -> None:
 
 def test_offload(specimen: Specimen, tmp_path: Path) -> None:
     """After a restart, a second turn restores the first, and its tokens are the same."""
-    plain = open_turn_engine(specimen.model, enable_prefix_caching=False)
+    model = specimen.free()
+    plain = open_turn_engine(model, enable_prefix_caching=False)
     reply, _ = answer(plain, FIRST)
     second = FIRST + reply + NEXT
     expected, _ = answer(plain, second)
     plain._runner.undo()
     found = []
     for prompt in (FIRST, second):
-        engine = open_turn_engine(specimen.model, kv_offload_dir=str(tmp_path / "kv"))
+        engine = open_turn_engine(model, kv_offload_dir=str(tmp_path / "kv"))
         found.append(answer(engine, prompt))
         yes = restores(engine._runner)
         engine.close()
@@ -86,7 +87,7 @@ def ask(engine: Engine) -> list[list[int]]:
 
 def test_speculation(specimen: Specimen) -> None:
     """Right and wrong proposals for every request leave the tokens as they are."""
-    engine = open_turn_engine(specimen.model, speculative_method="ngram")
+    engine = open_turn_engine(specimen.free(), speculative_method="ngram")
     yes = speculates(engine._runner)
     assert (engine._speculator is not None) == yes
     assert yes or any("no speculation" in note for note in engine.notes)
@@ -101,7 +102,7 @@ def test_speculation(specimen: Specimen) -> None:
 
 def test_adapters(specimen: Specimen) -> None:
     """Requests with an adapter on all layers that may have one, beside others without."""
-    model = specimen.model
+    model = specimen.free()
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, LINEARS) and why_not_adapted(name, module) is None:
