@@ -12,9 +12,9 @@ test: .venv/.dev native
 	.venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/.dev native
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m "(long or hypothesis) and not cluster"
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "(long or hypothesis) and not cluster"
 
-# Needs root. The first time, Kubernetes and Kyverno are built: a quarter of an hour.
+# Needs root. The first time, Kubernetes, Helm and Kyverno are built: a quarter of an hour.
 test-cluster: .venv/.dev native
 	.venv/bin/python -m pytest -v -m cluster tests/cluster tests/deployment
 

@@ -25,9 +25,9 @@ os.environ.setdefault("MODELPACK_CACHE", str(ROOT / ".cache"))
 
 
 # Machines that run tests are busy; a slow example is not a wrong one. `make test` tries few
-# examples, `make test-long` all of them.
+# examples, `make test-long` more, or as many as a test asks for.
 hypothesis.settings.register_profile("few", deadline=None, max_examples=20, stateful_step_count=30)
-hypothesis.settings.register_profile("modelpack", deadline=None)
+hypothesis.settings.register_profile("modelpack", deadline=None, max_examples=50)
 
 
 def pytest_configure(config: pytest.Config) -> None:

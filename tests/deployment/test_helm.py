@@ -132,7 +132,7 @@ def test_directories_that_are_not_empty(published: tuple[str, str], tmp_path: Pa
     assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
 
-@pytest.mark.long  # helm is compiled, the first time
+@pytest.mark.cluster  # helm is compiled, the first time
 @pytest.mark.peer("go")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_release_has_the_printed_objects(
@@ -173,7 +173,7 @@ def templates(item: dict[str, Any]) -> list[dict[str, Any]]:
     return [place[name] for place in places for name in names if name in place]
 
 
-@pytest.mark.long
+@pytest.mark.cluster
 @pytest.mark.peer("go")
 def test_values_of_a_gateway_and_of_groups(published: tuple[str, str], tmp_path: Path) -> None:
     made = chart(published, tmp_path, "--nodes", "2", "--gateway")
@@ -204,7 +204,7 @@ def test_values_of_a_gateway_and_of_groups(published: tuple[str, str], tmp_path:
     assert "has more than 40 characters" in refused.stderr
 
 
-@pytest.mark.long
+@pytest.mark.cluster
 @pytest.mark.peer("go")
 def test_values_change_the_objects(published: tuple[str, str], tmp_path: Path) -> None:
     made = chart(published, tmp_path, *OWN)
@@ -232,7 +232,7 @@ def test_values_change_the_objects(published: tuple[str, str], tmp_path: Path) -
     assert service["ports"][0]["port"] == 8080
 
 
-@pytest.mark.long
+@pytest.mark.cluster
 @pytest.mark.peer("go")
 @pytest.mark.parametrize("value", ["replicas=-1", "replicas=many", "replica=2", "service.prot=1",
                                    "gateway.replicas=-1", "gateway.replica=1"])  # fmt: skip
