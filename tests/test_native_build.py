@@ -268,10 +268,13 @@ def test_two_directories_make_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.peer("g++")
-def test_the_sources_have_no_warnings() -> None:
+def test_the_sources_have_no_warnings(tmp_path: Path) -> None:
     require("g++")
     compiler = build.find_compiler({"PATH": os.environ["PATH"], "CXX": "g++"})
-    for _, source, flags in compiler.objects():
-        # Notes of an ABI concern functions that are inlined here.
-        arguments = [*flags, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only"]
-        compiler.run([*arguments, source], ROOT / NATIVE)
+    # GCC 12 warns of its own headers of AVX-512; notes of an ABI concern functions inlined here.
+    off = ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
+    for name, source, flags in compiler.objects():
+        ignored = off if "-mavx512f" in flags else off[2:]
+        arguments = [*flags, "-Wall", "-Wextra", "-Werror", *ignored]
+        compiler.run([*arguments, "-c", source, "-o", str(tmp_path / name)], ROOT / NATIVE)
+        assert (tmp_path / name).stat().st_size > 0
