@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
@@ -179,7 +181,7 @@ def test_a_client_told_to_wait_waits_and_succeeds(
     import openai._base_client as base
 
     waits: list[float] = []
-    monkeypatch.setattr(base.time, "sleep", waits.append)
+    monkeypatch.setattr(base, "time", SimpleNamespace(**vars(time) | {"sleep": waits.append}))
     ask_openai(house, "slow")
     with (
         openai.OpenAI(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_a_slow_disk_is_left_alone(
     told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr(file_copy.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(file_copy, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     behind = WriteBehind(0, 0)
     for position in range(WINDOW, 5 * WINDOW, WINDOW):
         behind.written(position)
