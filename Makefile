@@ -8,11 +8,14 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/.engine native
 	.venv/bin/python scripts/demo
 
+# By file, in order; a worker that dies ends the run, which names its test.
+PYTEST := .venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+
 test: .venv/.dev native
-	.venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n 4
 
 test-long: .venv/.dev native
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "(long or hypothesis) and not cluster"
+	$(PYTEST) -n 2 -m "(long or hypothesis) and not cluster"
 
 # Needs root. The first time, Kubernetes, Helm and Kyverno are built: a quarter of an hour.
 test-cluster: .venv/.dev native
