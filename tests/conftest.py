@@ -47,6 +47,22 @@ def pytest_collection() -> Iterator[None]:
         gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave cases of functions that have the mark `sample` to `make test-long`."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("long"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for every in cases.values():
+        mark = every[0].get_closest_marker("sample")
+        assert mark is not None
+        chosen = {len(every) * index // mark.args[0] for index in range(mark.args[0])}
+        for index, item in enumerate(every):
+            if index not in chosen:
+                item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MiB, to be filled."""

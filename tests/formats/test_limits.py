@@ -148,6 +148,7 @@ def test_a_vocabulary_costs_little_memory() -> None:
     assert peak < MB
 
 
+@pytest.mark.long
 def test_a_safetensors_of_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
         b"{"
@@ -226,6 +227,7 @@ HOSTILE_TEXTS: list[tuple[str, Callable[[], bytes], str]] = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("text", "message"), [row[1:] for row in HOSTILE_TEXTS], ids=[row[0] for row in HOSTILE_TEXTS]
 )

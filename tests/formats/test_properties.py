@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,6 +95,7 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
+@pytest.mark.long
 @given(gguf_files())
 @settings(max_examples=150, deadline=None)
 def test_a_valid_gguf_comes_back(file: GGUF) -> None:
@@ -133,6 +135,7 @@ def mutated(raw: bytes, changes: list[tuple[int, int]], cut: int | None) -> byte
     return bytes(out if cut is None else out[: cut % len(out)])
 
 
+@pytest.mark.long
 @given(gguf_files(), edits, st.none() | st.integers(0, 10_000))
 @settings(max_examples=300, deadline=None)
 def test_a_broken_gguf_is_a_format_error(
@@ -169,6 +172,7 @@ def _encodes(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+@pytest.mark.long
 @given(safetensors_files(), st.sampled_from([None, 1]), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_a_valid_safetensors_comes_back(
@@ -185,6 +189,7 @@ def test_a_valid_safetensors_comes_back(
     ]
 
 
+@pytest.mark.long
 @given(safetensors_files(), edits, st.none() | st.integers(0, 10_000))
 @settings(max_examples=400, deadline=None)
 def test_a_broken_safetensors_is_a_format_error(

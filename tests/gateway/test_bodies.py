@@ -194,6 +194,7 @@ def test_a_body_that_never_comes_is_408(house: House, monkeypatch: pytest.Monkey
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("announced", [1, 2])
 def test_a_finished_body_is_freed_at_once(announced: int) -> None:
     """Connections are in cycles of references: a collection comes after hundreds of requests."""
@@ -254,6 +255,7 @@ def test_an_application_releases_a_body_that_it_no_longer_holds() -> None:
     assert left[0] < 5 * len(body)  # of ten requests; the last one may still have three copies
 
 
+@pytest.mark.long
 def test_an_invalid_body_is_freed_at_once() -> None:
     size, requests = 2 * 1024 * 1024, 10
     app = FastAPI()

@@ -49,6 +49,7 @@ def test_a_key_is_taken_wherever_it_is(house: House, headers: dict[str, str]) ->
     assert (trace.prompt_tokens, trace.completion_tokens) == (7, 3)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("path", "kind"),
     [(CHAT, "authentication_error"), (MESSAGES, "authentication_error"), (OLLAMA, None),
@@ -113,6 +114,7 @@ def test_a_narrow_key_looks_around(house: House, path: str) -> None:
     assert house.served.client.get(path, headers=headers).status_code == 200
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [

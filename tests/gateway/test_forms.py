@@ -37,6 +37,7 @@ def test_the_model_in_a_form() -> None:
     assert look_into_form(form(), TYPE).fields == frozenset()
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [

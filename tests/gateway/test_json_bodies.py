@@ -107,6 +107,7 @@ def test_the_same_keys_are_kept_of_small_bodies() -> None:
     assert parse(b'[{"model": 1}]').keys == ()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("raw", "limit"),
     [

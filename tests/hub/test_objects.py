@@ -79,6 +79,7 @@ def left(store: modelpack.Store) -> list[Path]:
 # All kinds
 
 
+@pytest.mark.long
 def test_a_directory_of_s3_becomes_the_model_of_its_files(
     tmp_path: Path, store: modelpack.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def test_modctl_extracts_what_we_package(binary: Path, host: str, tmp_path: Path
         assert tree(modctl.directory / f"out-{name}") == wanted[name]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("form", ["raw", "tar"])
 def test_what_modctl_builds_is_read(binary: Path, host: str, tmp_path: Path, form: str) -> None:
     modctl = Modctl(binary, tmp_path / "work")

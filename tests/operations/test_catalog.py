@@ -69,6 +69,7 @@ def names(entries: tuple[CatalogEntry, ...]) -> list[str]:
     return [f"{one.reference.repository}:{one.reference.tag}" for one in entries]
 
 
+@pytest.mark.sample(1)
 def test_what_is_listed(host: str, tmp_path: Path) -> None:
     fill(host, tmp_path)
     entries = catalog(f"{host}/team")

@@ -180,6 +180,7 @@ def test_the_table_is_long_enough() -> None:
     assert len(TABLE) > 40
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("name", TABLE)
 def test_hostile(store: modelpack.Store, name: str) -> None:
     data, error = TABLE[name]

@@ -178,6 +178,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 IN_PLACE = ("damaged", "edited")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("where", ["copy", "archive", "config.json"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_changed_is_made_again(

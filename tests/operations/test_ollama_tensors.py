@@ -259,6 +259,7 @@ BAD: list[tuple[str, list[Layer], type[ModelpackError], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize(
     ("layers", "kind", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
 )

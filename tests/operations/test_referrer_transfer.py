@@ -72,6 +72,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield {"api": ours.host, "tags": theirs}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("source", "target"), [("api", "tags"), ("tags", "api"), ("tags", "tags"), ("api", "api")]
 )
@@ -123,6 +124,7 @@ def test_the_tag_comes_last(tmp_path: Path) -> None:
         assert puts[-1].endswith("/manifests/v9")
 
 
+@pytest.mark.long
 def test_there_is_a_limit(
     hosts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def pull(published: Published, selection: Selection | None = None) -> int:
     return done.transfer.bytes_written
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("selection", "want"),
     [

@@ -322,6 +322,7 @@ CELLS: Final = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("running", "operation", "outcome"), CELLS, indirect=["running"], scope="module"
 )

@@ -138,6 +138,7 @@ def test_a_put_that_is_redirected_sends_everything_there(
     assert storage.blob(Digest.of(CONTENT)) == CONTENT
 
 
+@pytest.mark.long
 @pytest.mark.scenario(28)
 def test_memory_stays_flat(registry: FaultyRegistry, client: Client, tmp_path: Path) -> None:
     """A sparse file of 256 MiB; the server discards the bytes."""

@@ -263,6 +263,7 @@ def test_our_registry_goes_on_where_it_was_cut(blobs: BlobOptions) -> None:
         assert push_through_a_cut(server.host, blobs) < len(LARGE) * 1.1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("blobs", [WHOLE, CHUNKS], ids=["whole", "chunks"])
 @pytest.mark.scenario(29)
 def test_docker_registry_starts_again(blobs: BlobOptions, tmp_path: Path) -> None:

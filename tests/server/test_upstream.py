@@ -429,6 +429,7 @@ def test_a_namespace_that_is_the_upstream(caching: Caching, held: bool) -> None:
     assert not any("ns" in request.query for request in caching.upstream.requests)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "ns", ["ghcr.io", "docker.io", "a\r\nX-Evil: 1", "HOST/x", "HOST:443", "x" * 5000]
 )

@@ -299,6 +299,7 @@ def test_a_fifo_in_place_of_a_file_is_not_waited_for(docker: DockerStore, files:
         docker.models()
 
 
+@pytest.mark.long
 def test_a_model_that_is_listed_30_000_times(docker: DockerStore, files: Path) -> None:
     """The tags of a model are not copied for each tag, which would take minutes."""
     model = small_model(b"a")

@@ -232,6 +232,7 @@ def test_a_signature_by_another_key_does_not_count(company: Company) -> None:
     assert not has_signed(company, _other_key(company))
 
 
+@pytest.mark.long
 def test_a_policy(published: Published, company: Company, ours: PrivateKey) -> None:
     policy = company.directory / "policy.toml"
     policy.write_text(
@@ -271,6 +272,7 @@ def test_policies_that_are_wrong(company: Company, text: str, says: str) -> None
     assert says in str(raised.value)
 
 
+@pytest.mark.long
 def test_the_command_line(
     published: Published,
     company: Company,

@@ -66,6 +66,7 @@ def test_without_a_password(
     assert "set COSIGN_PASSWORD in the environment" in capsys.readouterr().err
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "command",
     [
@@ -133,6 +134,7 @@ def test_files_of_another_image_are_not_signed(
     assert not shown.out
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -507,6 +507,7 @@ def signed(published: Published) -> Statement:
     return Statement((Subject(published.digest, "team/model"),), COSIGN_SIGN)
 
 
+@pytest.mark.long
 def test_another_signature_does_not_keep_a_good_one_from_counting(
     published: Published, sigstore: PrivateSigstore, root: TrustedRoot, ours: PrivateKey
 ) -> None:
@@ -730,6 +731,7 @@ def test_the_command_line(
     assert f"its certificate is for {IDENTITY}" in shown
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", ["pull", "serve", "run", "k8s"])
 def test_commands_that_require_an_identity(
     published: Published,

@@ -108,6 +108,7 @@ def signed(files: Path, key: PrivateKey, *options: str, method: str = "key") -> 
     return signature.read_bytes()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name
 )
@@ -125,6 +126,7 @@ def test_ours_verifies_theirs(
         signatures.verify(published.reference, [ours.public])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("ignored", "refused"),
     [
@@ -286,6 +288,7 @@ def add_file(reference: str, path: str, content: bytes) -> None:
         signatures.put(repository, manifest, {layer: content}, where.tag, watching(None))
 
 
+@pytest.mark.long
 def test_a_certificate_is_its_public_key(
     published: Published, files: Path, ours: PrivateKey, theirs: PrivateKey
 ) -> None:
@@ -338,6 +341,7 @@ def hashed_and_signed(
     return signature.read_bytes()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("method", "algorithm", "size", "in_manifest"), HASHING.values(), ids=HASHING
 )
@@ -389,6 +393,7 @@ def test_a_signature_by_blake3_does_not_keep_others_from_counting(
     assert [one.kind for one in found.signatures] == [SignatureKind.BUNDLE]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("method", "algorithm", "size", "in_manifest"), HASHING.values(), ids=HASHING
 )
@@ -473,6 +478,7 @@ def test_an_empty_file_has_no_shards(tmp_path: Path, ours: PrivateKey) -> None:
             signatures.verify(published.reference, [ours.public], formats=formats)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("material", "problem"),
     [

@@ -531,6 +531,7 @@ def verify_provenance(name: str, key: PrivateKey) -> Signature:
     return signature
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", ["none", "unsigned", "theirs"])
 def test_without_provenance_of_the_publisher(
     how: str, make: Maker, keys: Path, ours: PrivateKey, theirs: PrivateKey, tmp_path: Path
@@ -598,6 +599,7 @@ def attached_to(name: str, statement: Statement, key: PrivateKey) -> None:
         signing.attach_statement(at, subject, statement, key, watch)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("source", "patterns", "accepted"),
     [

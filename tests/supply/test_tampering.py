@@ -331,6 +331,7 @@ def test_a_refusal_has_the_hint_of_its_reason(tmp_path: Path, ours: PrivateKey) 
             assert caught.value.hint == "sign the manifest: `modelpack sign`"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", MANIFEST_FORMATS)
 def test_a_rule_takes_its_formats_only(
     published: Published, ours: PrivateKey, kind: SignatureKind
@@ -389,6 +390,7 @@ def two_variants(published: Published) -> str:
     return reference
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", MANIFEST_FORMATS)
 def test_an_index_is_signed_with_its_variants(
     published: Published, ours: PrivateKey, kind: SignatureKind

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -81,6 +82,7 @@ def test_any_paths(plain: list[str], archived: list[str]) -> None:
     check(plain, archived)
 
 
+@pytest.mark.long
 @settings(max_examples=80, deadline=None)
 @given(plain=st.lists(sound_paths, max_size=4), archived=st.lists(sound_paths, max_size=4))
 @example(plain=["a/b", "a/c"], archived=["a/sub/b", "b"])

@@ -102,6 +102,7 @@ def engine_of(pool: ModelPool) -> Engine:
     return engine
 
 
+@pytest.mark.long
 def test_load_and_unload(world: World) -> None:
     """vLLM's responses; requests find the adapter as long as it is loaded."""
     expected = {name: world.expected(name, IDS) for name in (None, ONE, TWO)}
@@ -180,6 +181,7 @@ def test_requests_end_with_the_adapter_that_is_unloaded_meanwhile(world: World) 
     check()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_loads_and_unloads_under_traffic(world: World, seed: int) -> None:
     """Every reply is that of the adapter or an error; at the end, no memory is counted for any."""
@@ -461,6 +463,7 @@ def test_api_keys(world: World, tmp_path: Path) -> None:
             assert unload(http, "one").status_code == 200
 
 
+@pytest.mark.long
 def test_a_policy_holds_for_adapters_that_requests_load(
     world: World, remote_adapter: tuple[str, str], tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ needs_library = pytest.mark.skipif(library() is None, reason="the library for CP
 PACKED = [False, pytest.param(True, marks=needs_library)]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_tokens_are_those_of_the_adapter(

@@ -122,6 +122,7 @@ NAMES = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_openai(url: str, world: World) -> None:
     """Each text equals that of an engine with the adapter."""
     prompt = tiny_tokenizer()._backend.encode(PROMPT).ids
@@ -266,6 +267,7 @@ def test_an_adapter_as_model_pulls_its_base(
         loaded.engine.close()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("signed", ["base", "adapter", "both"])
 def test_policies_hold_for_adapters_and_bases(
     remote_adapter: tuple[str, str], tmp_path: Path, signed: str
@@ -292,6 +294,7 @@ def test_policies_hold_for_adapters_and_bases(
             assert len(sources.adapters) == 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("merges", [False, True])
 def test_adapters_are_checked_when_they_are_loaded(
     remote_adapter: tuple[str, str], tmp_path: Path, merges: bool
@@ -332,6 +335,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_at_start(world: World, tmp_path: Path, case: str) -> None:
     name, source, models, message = REFUSED[case]
@@ -395,6 +399,7 @@ def test_unchecked_artifacts_are_refused_at_start(
         assert len(sources.adapters) == 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"config": b"{}"}, "adapter x: "), ({"rank": 3}, "adapter x: "), ({"nan": 1}, "not finite")],

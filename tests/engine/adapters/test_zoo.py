@@ -79,6 +79,7 @@ def adapters_of(configuration: Configuration, directory: Path) -> list[Layers]:
     return [layers[0], layers[1] | experts(model), layers[2]]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("configuration", CASES)
 def test_batch_equals_merged_models(
     configuration: Configuration, tmp_path: Path, uncompiled: None

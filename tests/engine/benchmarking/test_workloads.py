@@ -28,6 +28,7 @@ from modelpack_server.bench.workloads import (
 from tests.engine.serving.tiny import tiny_loaded
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
 def test_the_same_every_time(name: str) -> None:
     workload = WORKLOADS[name]()

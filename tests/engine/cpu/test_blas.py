@@ -72,6 +72,7 @@ def padded(generator: np.random.Generator, rows: int, cols: int, padding: int) -
     return generator.standard_normal((rows, cols + padding), np.float32)[:, :cols]
 
 
+@pytest.mark.sample(1)
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(1, 40),

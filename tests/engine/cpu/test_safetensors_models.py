@@ -34,6 +34,7 @@ def close(got: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
     return bool(np.abs(got - expected).max() < tolerance * max(1, np.abs(expected).max()))
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits(name: str, shards: int, tmp_path: Path) -> None:
@@ -74,6 +75,7 @@ def test_weights_are_those_of_the_file(dtype: mx.Dtype, tmp_path: Path) -> None:
     assert {array.dtype for _, array in tree_flatten(loaded.model.parameters())} == {dtype}
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (8, 32), (8, 64)])
 def test_logits_of_codes(name: str, bits: int, group_size: int, tmp_path: Path) -> None:
@@ -92,6 +94,7 @@ def test_logits_of_codes(name: str, bits: int, group_size: int, tmp_path: Path) 
     assert close(logits_of(loaded), tiny.logits(model), 1e-3)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_codes_of_any_size(bits: int, dtype: mx.Dtype, tmp_path: Path) -> None:

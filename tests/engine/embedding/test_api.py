@@ -69,6 +69,7 @@ def refusal(response: requests.Response, status: int = 400) -> dict[str, Any]:
     return error
 
 
+@pytest.mark.long
 def test_openais_client(client: openai.OpenAI) -> None:
     """OpenAI's client requests base64 and decodes it."""
     reply = client.embeddings.create(model="minilm", input=SENTENCES, user="me")
@@ -150,6 +151,7 @@ def test_too_long_unless_cut(url: str) -> None:
     assert cut.json()["usage"]["total_tokens"] == 256
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("path", "body"),
     [

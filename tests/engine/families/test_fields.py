@@ -109,6 +109,7 @@ def answer(served: Served, path: str, case: str, **body: Any) -> httpx.Response:
 CASES = [(path, case) for path in BODIES for case in SPEECH if case != "call" or path in TOOLS]
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(("path", "case"), CASES)
 def test_a_whole_response(served: Served, path: str, case: str) -> None:
     body = answer(served, path, case, stream=False).json()
@@ -116,6 +117,7 @@ def test_a_whole_response(served: Served, path: str, case: str) -> None:
     assert set(nulls(body)) <= NULLS.get(path, set())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("path", "case"), CASES)
 def test_each_event_of_a_stream(served: Served, path: str, case: str) -> None:
     lines = answer(served, path, case, stream=True).text.splitlines()

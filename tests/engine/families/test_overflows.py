@@ -16,6 +16,7 @@ from tests.engine.families.served import PLAIN, Served
 WORDS = {"openai": "this model's maximum context length is", "anthropic": "prompt is too long"}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("size", [5_000, 1_000_000], ids=["by tokens", "by bytes"])
 @pytest.mark.parametrize(
     ("family", "path", "body"),

@@ -55,6 +55,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
         yield found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_products_of_stored_blocks_equal_those_of_the_gguf_package(
@@ -99,6 +100,7 @@ def test_any_number_of_rows_of_any_type(host: Host, rows: int, dtype: mx.Dtype) 
         assert blocks._compare(dtype, BLOCK_TYPES[name], rows) is None
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("verdict", "wrong"),
     [
@@ -129,6 +131,7 @@ def test_verdicts_name_wrong_kernels(
     assert "is off by" in str(problem)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(F32, marks=pytest.mark.long)])
 def test_experts_on_the_host(host: Host, name: str, dtype: mx.Dtype) -> None:
@@ -137,6 +140,7 @@ def test_experts_on_the_host(host: Host, name: str, dtype: mx.Dtype) -> None:
     assert {body for body, _ in host.calls} == {"block_dots"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("biased", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_spans_of_experts_on_the_host(
@@ -192,6 +196,7 @@ def experts(outputs: int, inputs: int, count: int, *, bias: bool = False) -> Blo
     return layer
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("shape", "chosen"),

@@ -21,6 +21,7 @@ def double(array: mx.array) -> npt.NDArray[np.float64]:
     return np.array(array.astype(mx.float32), np.float64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bits", [16, 4, 8])
 @pytest.mark.parametrize(
     ("each", "summed", "swiglu"),

@@ -15,6 +15,7 @@ from tests.engine.kernels.signatures import Instance
 TILE = 128
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, pytest.param(mx.float16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("gather", [False, pytest.param(True, marks=pytest.mark.long)])

@@ -182,6 +182,7 @@ def test_address_spaces_of_each_input(body: Body) -> None:
             assert judge(instance, (*TINY.get(body, ()), *small)).problems == ()
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_shared_memory_is_what_the_plan_says(case: Case) -> None:
     decode, *merge = (judge(instance) for instance in case.instances)

@@ -89,6 +89,7 @@ def test_sums_equal_those_of_float64(
     )  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("wide", [False, True])
 def test_gates_meet_their_up_rows(tmp_path: Path, wide: bool) -> None:
     check(tmp_path, BF16, (5, 2 * 40, 256), swiglu=True, WIDE=wide, MT=32 if wide else 8, STAGES=4)

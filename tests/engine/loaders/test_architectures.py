@@ -36,6 +36,7 @@ def test_every_architecture_has_a_tiny_model() -> None:
     assert {tiny.arch for tiny in TINY_MODELS.values()} == set(ARCHITECTURES)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_logits(name: str, tmp_path: Path) -> None:
     tiny = TINY_MODELS[name]
@@ -129,6 +130,7 @@ def quantizer(type: Q) -> Callable[[str, np.ndarray], Any]:
     return quantize
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("type", [Q.Q4_0, Q.Q5_1, Q.Q8_0, Q.MXFP4, Q.F16, Q.BF16])
 @pytest.mark.parametrize(
     "name", ["llama-tied", "qwen3moe", "gpt-oss", "phi3", "gptneox", "llama4", "ernie4_5-moe"]

@@ -272,6 +272,7 @@ def test_rope_factors_of_the_wrong_length(tmp_path: Path) -> None:
     refuse(replace(LLAMA, keys=keys).write(tmp_path / "m.gguf"), "expected 8 rope factors, got 5")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["llama-3", "gemma3", "gpt-oss", "phi3-long"])
 def test_damaged_headers_are_model_errors(name: str, tmp_path: Path) -> None:
     """A header with a few wrong bytes raises only our own errors."""

@@ -162,6 +162,7 @@ def test_four_bits_stay_in_the_layout_of_mlx_if_others_take_too_much(tmp_path: P
     assert kinds_of(found.model)["embed_tokens"] == {"QuantizedEmbedding"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "megabytes"),
     [

@@ -75,6 +75,7 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize(("name", "changes", "message"), HOSTILE)
 def test_refused_before_it_is_built(
     name: str, changes: dict[str, Any], message: str, tmp_path: Path

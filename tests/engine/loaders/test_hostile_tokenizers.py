@@ -40,6 +40,7 @@ def files(text: str) -> ModelFiles:
     return ModelFiles((), "safetensors", archived={"tokenizer.json": text.encode()})
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("text", "why"), HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_tokenizer_does_not_load(text: str, why: str) -> None:
     with pytest.raises(ModelLoadError, match=r"^tokenizer\.json") as caught:

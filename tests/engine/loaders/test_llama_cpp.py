@@ -21,6 +21,7 @@ from tests.engine.loaders.vocabularies import Vocabulary, golden, write_vocabula
 pytestmark = pytest.mark.peer("llama-cpp-python")
 
 
+@pytest.mark.long
 def test_recorded_token_ids(tmp_path: Path) -> None:
     vocabulary = Vocabulary.read("uncut")
     files = [write_vocabulary(tmp_path / f"{n}.gguf", vocabulary, pre=n) for n in BYTE_LEVEL]
@@ -30,6 +31,7 @@ def test_recorded_token_ids(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.long
 def test_recorded_logits(tmp_path: Path) -> None:
     files = {name: tiny.write(tmp_path / f"{name}.gguf") for name, tiny in TINY_MODELS.items()}
     tasks = [{"task": "logits", "model": str(f), "prompts": [PROMPT]} for f in files.values()]

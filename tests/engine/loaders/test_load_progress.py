@@ -13,6 +13,7 @@ from modelpack_engine.models.load_progress import LoadProgress
 pytestmark = pytest.mark.weights
 
 
+@pytest.mark.long
 def test_bytes_read_grow_to_all_bytes() -> None:
     path = smollm2_gguf()
     size = path.stat().st_size

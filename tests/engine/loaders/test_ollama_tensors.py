@@ -70,6 +70,7 @@ def imported(layers: list[Layer], tmp_path: Path, config: Path) -> modelpack.Sto
     return store
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [*(("llama", kind) for kind in ("", *TYPES)), ("qwen3moe", "int4"), ("qwen3moe", "nvfp4")],

@@ -85,6 +85,7 @@ def test_falcon_with_norms(tmp_path: Path) -> None:
         load_tiny(written.write(tmp_path / "m.gguf"))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "name", ["qwen35moe", "nemotron_h_moe", "qwen3next", "qwen3next-old", "mamba2", "jamba"]
 )

@@ -30,6 +30,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("method", "old", "new"), MUTATIONS, ids=[f"{m.__qualname__}: {o}" for m, o, _ in MUTATIONS]
 )

@@ -26,6 +26,7 @@ FRAGMENTS = sorted(
 nonsense = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=14)
 
 
+@pytest.mark.long
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(sorted(FAMILIES)), nonsense, st.booleans(), st.booleans())
 def test_pieces_make_no_difference(

@@ -24,6 +24,7 @@ def switching() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("switching")
 def test_one_source_is_parsed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Python 3.11, two at a time are a SystemError."""

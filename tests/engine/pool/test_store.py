@@ -100,6 +100,7 @@ def test_a_failed_load_is_not_logged_to_who_gets_the_error(
     assert caplog.messages == []
 
 
+@pytest.mark.long
 def test_a_model_that_comes_and_goes_leaves_nothing(store: LayoutStore) -> None:
     engines, memory = [], []
 

@@ -372,6 +372,7 @@ def build_batch_of_one(prompt: list[int]) -> StepBatch:
     return build_batch(output, None, FEW, 16)
 
 
+@pytest.mark.long
 def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine with compiled steps generates mlx-lm's tokens, in a batch and after preemption."""
 

@@ -130,6 +130,7 @@ def exact(request: pytest.FixtureRequest) -> Iterator[bool]:
         yield request.param != "bucketed"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["plain", "window", "sinks", "softcap", "latent"])
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -54,6 +54,7 @@ def test_a_snapshot_holds_nothing_but_itself() -> None:
     assert array.nbytes < (1 << 18) + 64
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("caching", [True, False])
 def test_an_engine_shares_prefixes_of_a_recurrent_model(

@@ -24,6 +24,7 @@ def in_threads(count: int, work: Callable[[], object]) -> None:
         thread.join()
 
 
+@pytest.mark.long
 def test_models_one_after_another_use_the_same_streams() -> None:
     used: set[str] = set()
 

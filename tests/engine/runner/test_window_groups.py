@@ -33,6 +33,8 @@ from modelpack_engine.runner.paged import PagedRunner
 from tests.engine.serving.tiny import tiny_loaded
 from tests.engine.zoo.catalogue import CATALOGUE
 
+pytestmark = pytest.mark.long
+
 FAMILIES = ("gemma3_text", "gpt_oss", "cohere2", "exaone4", "olmo3")
 WINDOW, BLOCK, CONTEXT = 8, 4, 512
 NUM_TOKENS = 20

@@ -211,6 +211,7 @@ def test_ending_tokens() -> None:
     assert ending_token_ids(SamplingParams(stop_token_ids=[7], ignore_eos=True), {2}) == {7}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.weights
 @pytest.mark.parametrize("skip", [True, False], ids=["without specials", "with specials"])
 def test_a_real_vocabulary(skip: bool) -> None:

@@ -67,6 +67,7 @@ def test_a_token_in_flight_is_counted(params: SamplingParams, ahead: bool) -> No
     assert tokens != logits.argmax(-1).tolist(), "the penalty changed nothing"
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(st.data())
 def test_any_mix_of_requests(data: st.DataObject) -> None:

@@ -91,6 +91,7 @@ LENGTH = 5
 ALONE = [alone(params, name, LENGTH) for name, params in enumerate(POOL)]
 
 
+@pytest.mark.long
 @settings(max_examples=60)
 @given(st.data())
 def test_tokens_are_the_same_alone_and_in_any_batch(data: st.DataObject) -> None:
@@ -167,6 +168,7 @@ def test_ties_go_to_the_first_token() -> None:
     assert one(replace(GREEDY, logit_bias={0: 1.0}), row) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "params",
     [

@@ -175,6 +175,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("method", "old", "new"), MUTATIONS, ids=[f"{m.__qualname__}: {o}" for m, o, _ in MUTATIONS]
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from random import Random
 
+import pytest
 from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -131,6 +132,7 @@ class Traffic:
                 assert all(pool._ref_counts[block] == 1 for block in written), "it has two owners"
 
 
+@pytest.mark.long
 @examples(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32))
 @example(50)  # accepted proposals pass the window before the next step releases its blocks

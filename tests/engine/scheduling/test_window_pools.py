@@ -36,6 +36,7 @@ def drive_all(seeds: range = SEEDS) -> Counter[str]:
     return seen
 
 
+@pytest.mark.long
 def test_any_traffic_over_window_pools() -> None:
     """Requests come, end, fail and are aborted; all blocks of all pools are free at the end."""
     seen = drive_all(range(10))

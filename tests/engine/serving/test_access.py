@@ -143,6 +143,7 @@ def _plain(reply: httpx.Response, name: str) -> tuple[str, str | None]:
     return text.replace(name.strip(), "NAME"), reply.headers.get("content-type")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("prefix", ["/v1", "/engines/v1", "/engines/vllm/v1", "/anthropic/v1"])
 def test_cards_of_such_models_are_not_there(guarded: Guarded, prefix: str) -> None:
     for name in names_of(guarded.digests[SECRET], guarded.digests[PUBLIC]):

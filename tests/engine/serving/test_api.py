@@ -56,6 +56,7 @@ GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "hello"}]} | GREEDY
 
 
+@pytest.mark.sample(1)
 def test_completion_is_what_mlx_lm_gives(served: tuple[str, EngineClient]) -> None:
     tokenizer = served[1].tokenizer
     answer = post(served, "/v1/completions", prompt="abc", **GREEDY).json()
@@ -259,6 +260,7 @@ def wait_until_idle(engine: EngineClient) -> None:
     pytest.fail("requests still run")
 
 
+@pytest.mark.long
 def test_health_while_loading_and_after_a_failure() -> None:
     go = threading.Event()
 

@@ -52,6 +52,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     launch(request.param, monkeypatch)
 
 
+@pytest.mark.sample(1)
 def test_a_poisoned_prompt_fails_alone() -> None:
     engine = poisoned_engine()
     assert engine._runner.tier == "paged"

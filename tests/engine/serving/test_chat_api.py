@@ -151,6 +151,7 @@ def test_reasoning_is_switched(api: Scripted, body: dict[str, Any], prompt: str)
     assert api.engine.prompt == prompt
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["template", "tools", "messages", "self", "variables"])
 def test_template_options_are_no_arguments_of_ours(api: Scripted, name: str) -> None:
     use(api, "{% for m in messages %}{{ m.content }}{% endfor %}{{ self is defined }}")
@@ -218,6 +219,7 @@ def test_presets_by_field_and_by_header(api: Scripted) -> None:
     assert "creative" in refused["message"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "body",
     [
@@ -240,6 +242,7 @@ ASSISTANT = {"role": "assistant", "content": None, "tool_calls": [PAST]}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -46,6 +46,7 @@ def test_ps_shows_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
         assert succeed("ps", "--quiet", "--host", server.url).out.split() == [name]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

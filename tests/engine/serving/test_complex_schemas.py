@@ -120,6 +120,7 @@ def test_an_object_with_too_many_optional_properties_is_refused(
     assert error.get("type") in (None, "invalid_request_error")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("api", APIS)
 def test_a_schema_that_becomes_too_complex_in_an_answer_is_a_bad_request(
     http: httpx.Client, api: str
@@ -134,6 +135,7 @@ def test_a_schema_that_becomes_too_complex_in_an_answer_is_a_bad_request(
     assert error.get("type") in (None, "invalid_request_error")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("api", APIS)
 def test_a_stream_names_the_schema_in_its_last_event(http: httpx.Client, api: str) -> None:
     path, body, param = bodies(EITHER)[api]

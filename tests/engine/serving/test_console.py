@@ -66,6 +66,7 @@ def test_the_latest_requests_are_listed_without_content(store: LayoutStore) -> N
         assert "--show-content" in refused.text
 
 
+@pytest.mark.long
 def test_only_so_many_requests_are_kept(store: LayoutStore) -> None:
     with client(store) as http:
         for _ in range(KEPT_REQUESTS + 1):

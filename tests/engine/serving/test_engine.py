@@ -59,6 +59,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     launch(request.param, monkeypatch)
 
 
+@pytest.mark.sample(1)
 def test_many_at_once_are_each_what_mlx_lm_gives_alone() -> None:
     engine = tiny_engine()
     wanted = prompts(8)
@@ -69,6 +70,7 @@ def test_many_at_once_are_each_what_mlx_lm_gives_alone() -> None:
     check_idle(engine)
 
 
+@pytest.mark.sample(1)
 def test_a_shared_prefix_changes_nothing_but_the_work() -> None:
     prefix = prompts(6)[5]
     wanted = [[*prefix, 1, 2, 3], [*prefix, 9]]
@@ -80,6 +82,7 @@ def test_a_shared_prefix_changes_nothing_but_the_work() -> None:
     assert without.stats().cached_tokens == 0
 
 
+@pytest.mark.sample(1)
 def test_preemption_changes_nothing() -> None:
     per_token = 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, dim, bytes
     engine = tiny_engine(kv_cache_bytes=9 * 16 * per_token)
@@ -91,6 +94,7 @@ def test_preemption_changes_nothing() -> None:
     check_idle(engine)
 
 
+@pytest.mark.sample(1)
 def test_a_background_request_gives_its_place_up() -> None:
     """It stops for a request that needs its place, and then goes on with the same text."""
     engine = tiny_engine(max_num_seqs=1)
@@ -112,6 +116,7 @@ def test_a_background_request_gives_its_place_up() -> None:
     check_idle(engine)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_a_seed_gives_the_same_text_alone_and_in_any_batch(temperature: float) -> None:
     engine = tiny_engine()

@@ -62,6 +62,7 @@ def check(response: httpx.Response) -> None:
     assert response.headers.get_list("x-frame-options") == ["DENY"], response.url
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["models", "gateway"])
 def test_every_page_of_a_model_server(servers: dict[str, str], name: str, tmp_path: Path) -> None:
     app = create_app(ModelPool(StoreCatalogue(LayoutStore(tmp_path))))

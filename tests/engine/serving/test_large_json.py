@@ -76,6 +76,7 @@ def test_no_route_makes_them_on_the_event_loop(
     assert all(name.startswith("modelpack-large-json") for name in threads), threads
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("path", "body"),
     [

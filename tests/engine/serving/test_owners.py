@@ -131,6 +131,7 @@ def message(text: str, **more: Any) -> dict[str, Any]:
     return {"type": "message", "role": "user", "content": text} | more
 
 
+@pytest.mark.sample(1)
 def test_responses_of_another_key_are_as_good_as_none(house: House) -> None:
     mine = respond(house.alice, [message("secret", id="msg_alice")]).json()["id"]
 
@@ -307,6 +308,7 @@ def test_the_prefix_cache_may_be_shared(tmp_path: Path) -> None:
         assert cached_tokens(house.bob, *CHAT) > 0
 
 
+@pytest.mark.sample(1)
 def test_recorded_requests_are_shown_to_their_owner(house: House) -> None:
     """Wait for a record: a request is recorded after its reply was sent."""
 

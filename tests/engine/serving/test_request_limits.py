@@ -64,6 +64,7 @@ def test_every_route_that_takes_json_parses_it_within_limits(api: Scripted) -> N
         assert "nested deeper than 128" in response.text, path
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("path", "fields"),
     [

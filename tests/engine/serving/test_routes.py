@@ -19,6 +19,7 @@ from tests.engine.serving.conftest import Scripted, ScriptedCatalogue
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "path",
     [

@@ -81,6 +81,7 @@ def test_the_end_of_a_conversations_prompt(api: Scripted) -> None:
     assert prompt(messages=BEGUN, continue_final_message=True) == "user:hello|assistant:Well"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [

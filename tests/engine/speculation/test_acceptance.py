@@ -92,6 +92,7 @@ def timed(
     return call
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("cost", "drafts"), [(1.2, True), (3.5, True), (6.0, False)])
 @pytest.mark.parametrize("together", [1, 3])
 def test_a_head_that_costs_more_than_it_saves_pauses(

@@ -43,6 +43,8 @@ from tests.engine.speculation.test_same_output import check_same
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import COMMON, Configuration
 
+pytestmark = pytest.mark.long
+
 #: Large models have a dense output layer, small ones share keys between layers and score clusters.
 KINDS = ["dense", pytest.param("clusters", marks=pytest.mark.long)]
 ROPE = {

@@ -127,6 +127,7 @@ def expected_drafts(head: EagleHead, tokens: list[int], count: int) -> list[int]
     return drafted
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("shapes")
 @pytest.mark.parametrize("lookups", [False, True])
 def test_the_head_drafts_from_the_models_own_hidden_states(

@@ -40,6 +40,8 @@ from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import COMMON, Configuration
 from tests.engine.zoo.experts import ROUTED
 
+pytestmark = pytest.mark.long
+
 Arrays = dict[str, mx.array]
 OTHERS = ["glm4_moe", "glm4_moe_lite", "mimo", "nemotron_h", "qwen3_5", "qwen3_5_moe"]
 #: One latent, one hybrid; the others take longer than tests of every change may.

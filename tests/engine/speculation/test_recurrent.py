@@ -26,6 +26,8 @@ from tests.engine.speculation.test_same_output import Events, check_same, shapes
 from tests.engine.zoo.configuration import VOCABULARY, Configuration
 from tests.engine.zoo.recurrent import RECURRENT
 
+pytestmark = pytest.mark.long
+
 __all__ = ["shapes"]  # a fixture
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)

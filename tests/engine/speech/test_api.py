@@ -91,6 +91,7 @@ def post(
     )
 
 
+@pytest.mark.long
 def test_openais_client(client: openai.OpenAI, expected: Transcript) -> None:
     made = client.audio.transcriptions.create(
         model="whisper", file=("a.wav", SOUND), language="en", temperature=0
@@ -101,6 +102,7 @@ def test_openais_client(client: openai.OpenAI, expected: Transcript) -> None:
     assert made.usage.seconds == 35
 
 
+@pytest.mark.long
 def test_each_format(client: openai.OpenAI, expected: Transcript) -> None:
     def made(format: Any, sound: bytes = SOUND, **options: Any) -> Any:
         return client.audio.transcriptions.create(
@@ -406,6 +408,7 @@ def test_a_slow_transcription_blocks_no_chat(url: str, monkeypatch: pytest.Monke
         assert len(texts) == 1
 
 
+@pytest.mark.long
 def test_uploads_that_wait_for_their_turn_hold_no_memory_for_bodies(
     store: LayoutStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from tests.cli.running import succeed
 from tests.engine.embedding.models import write_model
 from tests.engine.speech.tiny import noise, wav, write_whisper
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -44,6 +44,8 @@ from tests.engine.speech.tiny import (
     write_whisper,
 )
 
+pytestmark = pytest.mark.long
+
 LONG = noise(40)
 
 

@@ -43,6 +43,7 @@ def transcribed(client: openai.OpenAI, sound: Samples, rate: int = 16_000) -> st
     return client.audio.transcriptions.create(model="digits", file=("a.wav", wav(sound, rate))).text
 
 
+@pytest.mark.long
 def test_held_out_digits(client: openai.OpenAI) -> None:
     samples = [sample(HELD_OUT + number) for number in range(100)]
     with ThreadPoolExecutor(4) as threads:

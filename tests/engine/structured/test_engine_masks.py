@@ -76,6 +76,7 @@ def alone() -> list[list[int]]:
     ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("arrivals", range(6))
 def test_everyone_in_a_mixed_batch_gets_what_it_gets_alone(
     arrivals: int, alone: list[list[int]]

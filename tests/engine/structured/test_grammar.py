@@ -92,6 +92,7 @@ def schema(value: object) -> Constraint:
     return Constraint("json_schema", value)  # type: ignore[arg-type]
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_walks_through_a_schema_are_valid(
     name: str, vocabulary: GrammarVocabulary, tokenizer: Tokenizer
@@ -234,6 +235,7 @@ def test_limits_that_are_reached_later_are_the_request_s_mistake(reason: str) ->
     assert not isinstance(failed.value, RequestError)
 
 
+@pytest.mark.long
 def test_as_many_optional_properties_as_are_allowed(
     vocabulary: GrammarVocabulary, tokenizer: Tokenizer
 ) -> None:

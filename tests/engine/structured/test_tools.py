@@ -322,6 +322,7 @@ def _chain(levels: int, level: Any, last: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", ["gemma4", "lfm2"])
 @pytest.mark.parametrize(
     "schema",

@@ -53,6 +53,7 @@ def check_all(worker: WorkerProcess, sources: dict[str, str]) -> None:
     assert render(worker, "{{ messages[0].content }}")["value"] == "hi"
 
 
+@pytest.mark.long
 def test_hostile_templates_are_refused_in_little_memory(unlimited: WorkerProcess) -> None:
     check_all(unlimited, FAST)
 

@@ -93,6 +93,7 @@ def gemma() -> Iterator[Served]:
     yield from served("gemma3")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["gemma3", "idefics3", "llava"])
 def test_openai(kind: str, gemma: Served, idefics: Served, llava: Served) -> None:
     one = {"gemma3": gemma, "idefics3": idefics, "llava": llava}[kind]
@@ -105,6 +106,7 @@ def test_openai(kind: str, gemma: Served, idefics: Served, llava: Served) -> Non
     assert streamed.status_code == 200
 
 
+@pytest.mark.long
 def test_low_detail(llava: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture is made smaller before the model's processor has it."""
     shapes = []
@@ -407,6 +409,7 @@ def test_capabilities_of_ollama(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "vision" not in _capabilities(files, tiny.TEMPLATE, None)
 
 
+@pytest.mark.long
 def test_models_that_read_pictures_are_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

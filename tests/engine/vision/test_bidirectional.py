@@ -31,6 +31,8 @@ from tests.engine.vision import tiny
 from tests.engine.vision.test_extra import copied
 from tests.engine.vision.tiny import PREFIX, WHOLE, kinds, picture, request, run
 
+pytestmark = pytest.mark.long
+
 ONE, TWO = picture(1), picture(2, 31, 17)
 TEXT = "this is <image> and that is <image>, see?"
 

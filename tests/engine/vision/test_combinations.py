@@ -22,6 +22,8 @@ from tests.engine.adapters.test_zoo import linears
 from tests.engine.vision import tiny
 from tests.engine.vision.tiny import KINDS, kinds, picture, request, run
 
+pytestmark = pytest.mark.long
+
 ONE, TWO = picture(1), picture(2, 31, 17)
 TEXT, COUNT = "<image> and <image>: which one?", 24
 

@@ -222,6 +222,7 @@ def test_configs_that_are_refused(change: dict[str, Any], message: str, tmp_path
         load(copied(KIND, tmp_path, {"text_config": change}), device="cpu")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

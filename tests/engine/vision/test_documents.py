@@ -201,6 +201,7 @@ def test_the_number_of_pages_is_counted() -> None:
     assert "is damaged" in outcome(loop)
 
 
+@pytest.mark.long
 def test_slow_pages_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "MAX_SECONDS", 0.3)
     slow = b"0 0 60 40 re f* " * 1_000_000
@@ -356,6 +357,7 @@ def test_without_the_extra(llava: TestClient, monkeypatch: pytest.MonkeyPatch) -
         assert "pip install 'modelpack[documents]'" in refused.text
 
 
+@pytest.mark.long
 def test_a_model_of_text(llava: TestClient) -> None:
     with TestClient(create_app(ModelPool(TinyCatalogue(), memory=10_000, grace=0.0))) as text:
         for path, body in (

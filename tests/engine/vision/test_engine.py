@@ -50,6 +50,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["between texts", "the same twice"])
 def test_tokens_are_those_of_mlx_vlm(kind: str, name: str) -> None:
     """Those of the other prompts are below, in one batch."""
@@ -113,6 +114,7 @@ def test_rows_are_added_after_each_layer() -> None:
     assert model.layers[0](x).tolist() == x.tolist()
 
 
+@pytest.mark.sample(5)
 def test_it_runs_in_the_paged_tier(kind: str) -> None:
     engine = tiny.tiny_engine(kind)
     assert engine._runner.tier == ("fallback" if kind in FALLBACK else "paged")
@@ -121,6 +123,7 @@ def test_it_runs_in_the_paged_tier(kind: str) -> None:
     assert [note for note in engine.notes if not any(text in note for text in others)] == []
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("rows", [8, 17])
 def test_chunks_split_pictures(kind: str, rows: int) -> None:
     """A chunk boundary within a picture changes nothing; those of some kinds are never split."""
@@ -136,6 +139,7 @@ def test_chunks_split_pictures(kind: str, rows: int) -> None:
     assert run(engine, made) == [tiny.expected(kind, text, pictures)]
 
 
+@pytest.mark.sample(1)
 def test_one_batch_with_text_only_requests(kind: str) -> None:
     engine = tiny.tiny_engine(kind, max_num_batched_tokens=24)
     made = [
@@ -146,6 +150,7 @@ def test_one_batch_with_text_only_requests(kind: str) -> None:
     assert engine.stats().num_mixed_steps > 0
 
 
+@pytest.mark.sample(1)
 def test_the_prefix_cache_changes_nothing(kind: str) -> None:
     text, pictures = PROMPTS["between texts"]
     expected = [tiny.expected(kind, text, pictures)]
@@ -172,6 +177,7 @@ def test_a_second_question_reads_the_picture_once() -> None:
     assert tokens == tiny.expected("idefics3", "<image>How many?", [ONE])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", kinds("llava", "mllama", *MROPE, *WHOLE, *PREFIX))
 def test_a_preempted_picture_is_computed_again(kind: str) -> None:
     """Blocks for one request and a half: one of the two is preempted and computed again."""
@@ -199,6 +205,7 @@ def test_choices_share_a_picture() -> None:
     assert tokens[0] == tokens[1] == tiny.expected("llava", "<image>What is it?", [ONE])
 
 
+@pytest.mark.sample(1)
 def test_changed_pixels_change_the_answer(kind: str) -> None:
     """The control: one block of pixels decides the tokens, and never meets the other's cache."""
     pixels = ONE.pixels.copy()
@@ -212,6 +219,7 @@ def test_changed_pixels_change_the_answer(kind: str) -> None:
     assert engine.stats().cached_tokens == 0
 
 
+@pytest.mark.sample(2)
 def test_zeroed_embeddings_are_detected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the comparison itself: without the picture's embeddings, tokens differ."""
     text, pictures = PROMPTS["one picture"]
@@ -221,6 +229,7 @@ def test_zeroed_embeddings_are_detected(kind: str, monkeypatch: pytest.MonkeyPat
     assert run(engine, made) != [tiny.expected(kind, text, pictures)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", kinds(*MROPE))
 def test_plain_positions_are_detected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: with one position a token, in the prompt or after it, tokens differ."""

@@ -22,6 +22,8 @@ from modelpack_engine.vision.models import vision_classes
 from tests.engine.vision import tiny
 from tests.engine.vision.tiny import kinds
 
+pytestmark = pytest.mark.long
+
 TOWERS = ("gemma3", "gemma4", "llava", *tiny.MISTRAL, *tiny.QWEN)
 
 

@@ -40,6 +40,8 @@ from tests.engine.vision import projectors, tiny
 from tests.engine.vision.media import file_of, url
 from tests.engine.vision.tiny import picture
 
+pytestmark = pytest.mark.long
+
 TEXT = "What is <image> here?"
 PHOTO = picture(1, 40, 60)
 

@@ -21,6 +21,8 @@ from tests.engine.vision import hearing
 from tests.engine.vision.hearing import KINDS, engine_of, request, sound
 from tests.engine.vision.tiny import picture, run
 
+pytestmark = pytest.mark.long
+
 ONE, TWO, PICTURE = sound(1), sound(2), picture(1)
 PROMPTS: dict[str, tuple[str, list[Any]]] = {
     "text only": ("hello there", []),

@@ -592,6 +592,7 @@ def bodies(url: str) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+@pytest.mark.long
 def test_all_apis(http: TestClient, server: Pictures) -> None:
     """Pictures in URLs have the answers of those in the request."""
     url = f"{server.url}/a.png"
@@ -632,6 +633,7 @@ def test_what_is_refused_fetches_nothing(
     assert server.requests == []
 
 
+@pytest.mark.long
 def test_large_prompts_wait_for_no_pictures(
     http: TestClient, server: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:

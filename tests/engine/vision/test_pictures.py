@@ -229,6 +229,7 @@ def test_large_files_have_few_parts() -> None:
         assert pixels_of(PictureReader().file(data, "here")).shape == (1000, 1500, 3)
 
 
+@pytest.mark.long
 def test_slow_files_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "MAX_SECONDS", 0.1)
     with pytest.raises(RequestError, match=r"here: the picture is refused: .* longer than 0.1 s"):

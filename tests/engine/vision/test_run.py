@@ -18,6 +18,8 @@ from tests.engine.vision.media import file_of
 from tests.engine.vision.test_api import said
 from tests.engine.vision.tiny import picture
 
+pytestmark = pytest.mark.long
+
 SMALL = ("--device", "cpu", "--kv-cache-bytes", "2000000", "--max-tokens", "8", "--json")
 PROMPT = "user: <image>What is it?\nassistant:"
 

@@ -33,6 +33,8 @@ from tests.engine.vision.sound_files import BAD_FILES, fixture, wav
 from tests.engine.vision.test_api import Served
 from tests.engine.vision.tiny import picture
 
+pytestmark = pytest.mark.long
+
 SOUND = sound(1)
 ONE = wav(SOUND.samples, RATE)
 QUESTION = {"type": "text", "text": "What is it?"}

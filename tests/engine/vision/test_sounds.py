@@ -81,6 +81,7 @@ def test_sizes_that_count_the_header() -> None:
     assert len(decoded(wav(samples, size=len(wav(samples))))) == 16_000
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("found", [4_000, 8_000, 11_025, 22_050, 44_100, 44_099, 48_000, 192_000])
 @pytest.mark.parametrize("rate", [16_000, 24_000])
 def test_resampling_keeps_tones(found: int, rate: int) -> None:
@@ -122,6 +123,7 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         decoded(wav(tone(16_000)))
 
 
+@pytest.mark.long
 def test_slow_files_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sounds.SoundFile.decode, "__defaults__", (0.02,))
     with pytest.raises(RequestError, match=r"here: the sound is refused: .* longer than 0.02 s"):

@@ -32,7 +32,7 @@ from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.vision import projectors
 from tests.engine.vision.media import url
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.long]
 
 #: Sends a picture and a question; returns the answer.
 Ask = Callable[[str, bytes, str], str]

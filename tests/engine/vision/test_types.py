@@ -56,6 +56,7 @@ def test_text_needs_no_extra(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert found == [tiny.expected(kind, "hello there", [])]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["internvl_chat", "llava_next", "lfm2_vl", "mllama"])
 def test_the_layout_of_transformers_5(kind: str, tmp_path: Path) -> None:
     """It saves all parts under `model`, and the head beside it."""
@@ -220,6 +221,7 @@ def test_molmo_reads_pictures_before_the_text() -> None:
     assert vision.processor.with_spaces(spaced) == spaced
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(
     ("kind", "change", "reason"),
     [
@@ -272,6 +274,7 @@ def test_a_model_without_tiles(tmp_path: Path) -> None:
     assert media.inputs["pixel_values"].shape == (1, 3, 16, 16)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [

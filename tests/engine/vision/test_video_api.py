@@ -35,6 +35,8 @@ from tests.engine.vision.test_media_urls import Pictures
 from tests.engine.vision.tiny import picture
 from tests.engine.vision.video_files import BAD_FILES, TINY, frames, plain, written
 
+pytestmark = pytest.mark.long
+
 CLIP = written(frames(30), codec="libx264")
 QUESTION = {"type": "text", "text": "What happens?"}
 PROMPT = "user: <video>What happens?\nassistant:"

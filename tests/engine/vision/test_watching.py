@@ -27,6 +27,8 @@ from tests.engine.vision import tiny, watching
 from tests.engine.vision.tiny import picture, run, tiny_engine
 from tests.engine.vision.watching import MIXED, STAMPED, expected, request, video
 
+pytestmark = pytest.mark.long
+
 ONE, TWO, ODD = video(1), video(2, 4, 16, 24), video(3, 5)
 PROMPTS: dict[str, tuple[str, list[Any]]] = {
     "one video": ("<video>What happens?", [ONE]),

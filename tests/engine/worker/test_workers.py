@@ -67,6 +67,7 @@ def test_results_and_failures(workers: Workers) -> None:
     assert workers._idle == [worker]
 
 
+@pytest.mark.long
 def test_a_job_that_takes_too_long_is_ended(workers: Workers) -> None:
     render(workers, "warm")
     [first] = workers._idle

@@ -12,6 +12,8 @@ from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.driving import Setting
 from tests.engine.zoo.specimen import NUM_TOKENS, Specimen, make_specimen
 
+pytestmark = pytest.mark.long
+
 #: One architecture of each tier and each common kind of attention, cache, state and experts.
 KINDS = {
     "deepseek_v3",

@@ -18,6 +18,8 @@ from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.driving import Setting
 from tests.engine.zoo.specimen import Specimen, make_reference, make_specimen
 
+pytestmark = pytest.mark.long
+
 CONFIGURATIONS = [
     configuration
     for configuration in CATALOGUE

@@ -17,6 +17,7 @@ def test_what_is_right_is_said_to_be(capsys: pytest.CaptureFixture[str], uncompi
     assert "2 of 2 architectures are right" in out
 
 
+@pytest.mark.long
 def test_what_is_wrong_is_noticed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uncompiled: None
 ) -> None:

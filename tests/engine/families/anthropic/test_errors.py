@@ -184,6 +184,7 @@ _JSON = st.recursive(
 _BLOCKS = st.lists(st.dictionaries(_KEYS, _JSON | _KINDS, max_size=8), max_size=3)
 
 
+@pytest.mark.long
 @given(st.sampled_from(["user", "assistant", "system"]), _BLOCKS)
 @settings(max_examples=100, deadline=None)
 def test_any_blocks_are_taken_or_refused(role: Any, blocks: list[dict[str, Any]]) -> None:

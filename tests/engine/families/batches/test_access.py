@@ -87,6 +87,7 @@ def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
         yield opened
 
 
+@pytest.mark.sample(1)
 def test_files_and_batches_of_another_key_are_as_good_as_none(house: House) -> None:
     alice, bob = house.desk("alice"), house.desk("bob")
     batch = alice.ended(alice.begin([row(f"r{i}") for i in range(10)]))
@@ -116,6 +117,7 @@ def test_files_and_batches_of_another_key_are_as_good_as_none(house: House) -> N
         none.files.list()
 
 
+@pytest.mark.sample(1)
 def test_requests_of_a_batch_have_the_prefixes_of_their_owner(house: House) -> None:
     """The KV cache is no oracle for batches either."""
     for name in ("alice", "bob"):

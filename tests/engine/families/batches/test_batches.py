@@ -139,6 +139,7 @@ def test_files_without_requests_and_with_too_many(
     assert second.number == 2 if not isinstance(second, LineError) else False
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("change", "status", "param"),
     [

@@ -72,6 +72,7 @@ FILE = {"file": ("a", b"x")}
 HEAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n'
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("given", "param", "message"),
     [

@@ -87,6 +87,7 @@ def test_cancelling_goes_on_too(tmp_path: Path) -> None:
         assert len(rows) == COUNT
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("text", ["{", "[]", '{"id": "batch_x"}'])
 def test_a_batch_that_cannot_be_read_is_dropped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str

@@ -189,6 +189,7 @@ def test_conversations_that_are_refused(served: Served, body: Any, param: str | 
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("method", "tail", "body", "status", "param"),
     [
