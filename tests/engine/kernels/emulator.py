@@ -1,4 +1,4 @@
-"""The host emulator: kernel bodies compiled by g++ and run with a thread per lane."""
+"""The host emulator: kernel bodies compiled by g++, whose lanes run in turns or as threads."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def _compiled(sanitizers: str, source: str, *options: str | Path, name: str = "e
     """Return what `source` compiles to, from the cache where it has been compiled before."""
     command = [
         require("g++"), "-std=c++17", "-O0" if sanitizers else "-O1", "-Wall", "-pthread",
-        "-Wno-unknown-pragmas", *(["-g1", f"-fsanitize={sanitizers}"] if sanitizers else []),
+        "-Wno-unknown-pragmas",
+        *(["-g1", f"-fsanitize={sanitizers}", "-DPA_THREADS"] if sanitizers else []),
         "-fno-sanitize-recover=all", *options, "-I", STUBS,
     ]  # fmt: skip
     key = hashlib.sha256("\0".join([*map(str, command), source]).encode()).hexdigest()

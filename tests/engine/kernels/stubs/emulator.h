@@ -1,5 +1,10 @@
-// Runs kernel bodies on the host, thread by thread; arrays come from and go to files.
+// Runs kernel bodies on the host; arrays come from and go to files. The lanes of a threadgroup take
+// turns in one thread, each with a stack of its own, and change at barriers. With PA_THREADS, for
+// the sanitizers, they are threads.
 #include <pthread.h>
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
 
 #include <cmath>
 #include <cstddef>
@@ -7,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -31,12 +37,90 @@ struct bfloat16_t {
   }
 };
 
+struct Emu;
+thread_local Emu* pa_emu;
+
+#ifdef PA_THREADS
 struct Barrier {
   pthread_barrier_t inner;
   explicit Barrier(int threads) { pthread_barrier_init(&inner, nullptr, threads); }
   ~Barrier() { pthread_barrier_destroy(&inner); }
   void wait() { pthread_barrier_wait(&inner); }
 };
+
+inline void run(int threads, const std::function<void(int)>& lane) {
+  std::vector<std::thread> running;
+  for (int thread = 0; thread < threads; thread++) running.emplace_back(lane, thread);
+  for (std::thread& thread : running) thread.join();
+}
+#else
+struct Lane {
+  ucontext_t start;
+  jmp_buf at;
+  bool started, done;
+};
+static std::vector<Lane> lanes;
+static const std::function<void(int)>* lane_body;
+static int current, remaining;
+static jmp_buf all_done;
+
+// Goes on with the next lane that has not ended, where it waited.
+[[noreturn]] inline void next_lane() {
+  do current = (current + 1) % int(lanes.size());
+  while (lanes[current].done);
+  Lane& lane = lanes[current];
+  if (lane.started) _longjmp(lane.at, 1);
+  lane.started = true;
+  setcontext(&lane.start);
+  std::abort();
+}
+
+inline void let_others_run() {
+  Emu* const own = pa_emu;
+  if (_setjmp(lanes[current].at) == 0) next_lane();
+  pa_emu = own;
+}
+
+inline void whole_lane() {
+  (*lane_body)(current);
+  lanes[current].done = true;
+  if (--remaining == 0) _longjmp(all_done, 1);
+  next_lane();
+}
+
+inline void run(int threads, const std::function<void(int)>& body) {
+  const size_t size = 1 << 20;
+  char* stacks = (char*)mmap(nullptr, size * threads, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks == MAP_FAILED) std::abort();
+  lanes.assign(threads, Lane{});
+  for (int thread = 0; thread < threads; thread++) {
+    ucontext_t& start = lanes[thread].start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = stacks + size * thread;
+    start.uc_stack.ss_size = size;
+    makecontext(&start, whole_lane, 0);
+  }
+  lane_body = &body;
+  current = threads - 1;
+  remaining = threads;
+  if (_setjmp(all_done) == 0) next_lane();
+  munmap(stacks, size * threads);
+}
+
+struct Barrier {
+  int threads, waiting = 0, turn = 0;
+  explicit Barrier(int threads) : threads(threads) {}
+  void wait() {
+    const int own = turn;
+    if (++waiting == threads) {
+      waiting = 0;
+      turn++;
+    }
+    while (turn == own) let_others_run();
+  }
+};
+#endif
 
 struct Simdgroup {
   Barrier barrier{32};
@@ -66,21 +150,17 @@ template <class Body>
 void launch(const Grid& grid, Body body) {
   Barrier group(grid.threads);
   std::vector<Simdgroup> simds(grid.threads / 32);
-  std::vector<std::thread> threads;
-  for (int thread = 0; thread < grid.threads; thread++) {
-    threads.emplace_back([&, thread] {
-      Emu emu{thread, grid.threads, grid.z, 0, 0, 0, &group, &simds[thread / 32]};
-      for (emu.z = 0; emu.z < grid.z; emu.z++) {
-        for (emu.y = 0; emu.y < grid.y; emu.y++) {
-          for (emu.x = 0; emu.x < grid.x; emu.x++) {
-            body(emu);
-            group.wait();
-          }
+  run(grid.threads, [&](int thread) {
+    Emu emu{thread, grid.threads, grid.z, 0, 0, 0, &group, &simds[thread / 32]};
+    for (emu.z = 0; emu.z < grid.z; emu.z++) {
+      for (emu.y = 0; emu.y < grid.y; emu.y++) {
+        for (emu.x = 0; emu.x < grid.x; emu.x++) {
+          body(emu);
+          group.wait();
         }
       }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+    }
+  });
 }
 
 // An array in a file, in memory of its exact size; written back if it is an output.

@@ -1,4 +1,4 @@
-// The host: 32 * n real threads are a threadgroup, barriers are real, shared memory is one array.
+// The host: a threadgroup has 32 * n lanes, and shared memory is one array.
 #define PA_LANE (emu.thread & 31)
 #define PA_SIMD (emu.thread >> 5)
 #define PA_X emu.x

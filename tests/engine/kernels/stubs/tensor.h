@@ -10,7 +10,6 @@ struct uint4 {
 struct Dim {
   int x, y, z;
 };
-thread_local Emu* pa_emu;
 alignas(1024) unsigned char pa_memory[232448];
 #define __device__
 #define __shared__
