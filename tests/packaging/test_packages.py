@@ -69,13 +69,22 @@ def smoke(command: list[str], directory: Path, path: str = os.environ["PATH"]) -
     assert Digest.of(Path(path).read_bytes()) == Digest.of(gguf.read_bytes())
 
 
+PYTHON = os.path.realpath(sys.executable)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the zipapp, the Debian package and the binary."""
+    output = tmp_path_factory.mktemp("packages")
+    main(["zipapp", "deb", "binary", "--output", str(output), "--python", PYTHON])
+    return output
+
+
 @pytest.mark.long
-def test_zipapp_and_debian_package(tmp_path: Path) -> None:
-    python = os.path.realpath(sys.executable)
-    main(["zipapp", "deb", "--output", str(tmp_path), "--python", python])
+def test_zipapp_and_debian_package(built: Path, tmp_path: Path) -> None:
     (tmp_path / "zipapp").mkdir()
-    smoke([python, str(tmp_path / "modelpack.pyz")], tmp_path / "zipapp")
-    [package] = tmp_path.glob("modelpack_*.deb")
+    smoke([PYTHON, str(built / "modelpack.pyz")], tmp_path / "zipapp")
+    [package] = built.glob("modelpack_*.deb")
     root = tmp_path / "root"
     (root / "var/lib/dpkg/updates").mkdir(parents=True)
     (root / "var/lib/dpkg/status").touch()
@@ -97,9 +106,8 @@ def test_zipapp_and_debian_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_binary_without_python(tmp_path: Path) -> None:
-    main(["binary", "--output", str(tmp_path)])
-    command = [str(tmp_path / "modelpack")]
+def test_a_binary_without_python(built: Path, tmp_path: Path) -> None:
+    command = [str(built / "modelpack")]
     (tmp_path / "work").mkdir()
     smoke(command, tmp_path / "work", path="/nowhere")
     for more, said in (
