@@ -8,11 +8,12 @@ stream one after the other in one thread, so that parallel work needs another st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from modelpack_engine.attention.kv_pools import (
@@ -59,23 +60,72 @@ def make_positions(positions: list[int], *, rotate: bool) -> Positions:
     return made
 
 
+@dataclass(slots=True, eq=False)
+class JointLayers:
+    """Linear layers that one product computes, and the matrices that adapters add to them.
+
+    `sizes` are the numbers of the layers' outputs. The matrices are [slots, layers * rank, inputs],
+    one layer after the other, and [slots, rank, outputs of all layers]; None if no adapter changes
+    the layers.
+    """
+
+    layers: tuple[nn.Module, ...]
+    sizes: tuple[int, ...]
+    matrices: tuple[mx.array, mx.array] | None = None
+
+
+class AdapterMatrices(Protocol):
+    """The matrices of all adapters in memory: `patches.lora.LoRALayers`."""
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The layers that an adapter changes: a graph is compiled for these."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether kernels add what adapters change to all of `AdapterRows.joint`."""
+
+    def arrays(self) -> list[mx.array]:
+        """Return the matrices of all slots, as inputs of a compiled graph."""
+
+    def replaced(self, arrays: list[mx.array]) -> AbstractContextManager[None]:
+        """Compute with these in place of what `arrays` returns within the block."""
+
+
 class AdapterRows:
     """The adapters of the rows that are being computed, by slot: 0 is the base without adapter.
 
     `slots` is int32 [rows], or None if no row has an adapter: layers then compute as without
     adapters. `same` is the slot of all rows, if they have the same. `order` is set within experts
-    that sort their rows: for each sorted row, its index before.
+    that sort their rows: for each sorted row, its index before. `joint` are the fused layers.
     """
 
     def __init__(self) -> None:
         self.slots: mx.array | None = None
         self.same: int | None = None
         self.order: mx.array | None = None
+        self.joint: list[JointLayers] = []
+        self.matrices: AdapterMatrices | None = None
         self._host: list[int] = []
+
+    @property
+    def fuses(self) -> bool:
+        """Whether linear layers may be fused: no row has an adapter, or kernels add it."""
+        return self.slots is None or (self.matrices is not None and self.matrices.fuses)
+
+    def join(self, *layers: nn.Module) -> JointLayers:
+        """Return these layers, which are fused, with a place for the matrices of adapters."""
+        sizes = tuple(layer["weight"].shape[0] for layer in layers)
+        self.joint.append(JointLayers(layers, sizes))
+        return self.joint[-1]
 
     def begin(self, slots: list[int]) -> None:
         """Set the slots of a step's rows; [] means no adapters, and -1 stands for padding."""
         self._set(slots if any(slot > 0 for slot in slots) else [])
+
+    def trace(self, slots: mx.array) -> None:
+        """Set the slots of rows whose graph is being compiled: any of them may differ."""
+        self.slots, self.same, self.order, self._host = slots, None, None, []
 
     def take(self, rows: mx.array) -> None:
         """Reduce the rows to these, int32."""
@@ -283,9 +333,12 @@ class StepInputs:
 
         Adapters, DeepStack and cross-attention need layers that are not.
         """
-        return (
-            self.active and self.adapters.slots is None and not self.additions and not self.crosses
-        )
+        return self.fuses_linears and self.adapters.slots is None
+
+    @property
+    def fuses_linears(self) -> bool:
+        """Whether layers may be fused that add what adapters change, as `AdapterRows.joint`."""
+        return self.active and self.adapters.fuses and not self.additions and not self.crosses
 
     @property
     def samples_few(self) -> bool:

@@ -21,7 +21,8 @@ Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
-    "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values",
+    "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "shrink",
+    "expand",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -69,6 +70,8 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "block_dots": ("x", "weight", "bias", "chosen"),
     "block_tiles": ("x", "weight", "bias", "source", "spans"),
     "block_values": ("weight",),
+    "shrink": ("x", "a", "slots"),
+    "expand": ("given", "inner", "b", "slots"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "decode": ("out", "stats"),

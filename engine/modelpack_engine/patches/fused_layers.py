@@ -27,14 +27,14 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU
 
 from modelpack_engine.attention.cache_handle import RowMask
 from modelpack_engine.attention.kv_pools import TokenMajorPools
-from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.metadata import JointLayers, StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.layers import dots, expert_kernels, kernels
+from modelpack_engine.layers import adapters, dots, expert_kernels, kernels
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.blocks import BlockSwitchLinear
 from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
 from modelpack_engine.layers.kernels import find_rotation, take_rows
-from modelpack_engine.layers.matmul import FEW_ROWS, multiply_in_parts
+from modelpack_engine.layers.matmul import FEW_ROWS, Parts, multiply_in_parts
 from modelpack_engine.layers.weights import (
     Weights,
     can_join,
@@ -199,11 +199,12 @@ def _fuse_block(
     """Fuse a block; the last one drops rows that are not sampled after its attention."""
 
     def call(original: Call, block: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
-        if not step.fuses or cache is None:
+        if not step.fuses_linears or cache is None:
             return original(block, x, mask, cache)
         attended = block.self_attn(block.input_layernorm(x), mask, cache)
         if is_last and x.shape[0] == step.num_rows and step.samples_few:
             x, attended = (sums.take(array, step.sample_rows) for array in (x, attended))
+            step.adapters.take(step.sample_rows)
             step.rows_taken = True
         hidden = sums.add(x, attended)
         return sums.add(hidden, block.mlp(block.post_attention_layernorm(hidden)))
@@ -214,7 +215,7 @@ def _fuse_block(
 def _fuse_embedding(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
     def call(original: Call, embedding: Any, x: mx.array) -> Any:
         table = embedding["weight"]
-        if not step.fuses or x.dtype != mx.int32 or table.dtype not in _FLOATS:
+        if not step.fuses_linears or x.dtype != mx.int32 or table.dtype not in _FLOATS:
             return original(embedding, x)
         return kernels.take_rows(table, x.reshape(-1)).reshape(*x.shape, -1)
 
@@ -237,11 +238,17 @@ def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> b
     if not can_join(layers) or len(sizes) != 1:
         return False
     joint, down = join(layers), _ready(module.down_proj)
+    of_gates, of_down = step.adapters.join(*layers), step.adapters.join(module.down_proj)
 
     def call(original: Call, mlp: Any, x: mx.array) -> Any:
-        if not step.fuses:
+        if not step.fuses_linears:
             return original(mlp, x)
-        return _project(sums.swiglu(x, joint), down, x, sums)
+        if step.adapters.slots is None or of_gates.matrices is None:
+            hidden = sums.swiglu(x, joint)
+        else:
+            both = _adapted(sums.multiply(x, joint), x, of_gates, step)
+            hidden = kernels.swiglu(both.array)
+        return _project(hidden, down, x, sums, of_down, step)
 
     swaps.override(module, call)
     return True
@@ -272,6 +279,8 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
     if rotation is None or not fits or not can_join(layers):
         return False
     joint, output = join(layers), _ready(module.o_proj)
+    of_heads = paged.step.adapters.join(*layers)
+    of_output = paged.step.adapters.join(module.o_proj)
     scale = module.scale
 
     def call(
@@ -281,13 +290,13 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
         if (
             not isinstance(pools, TokenMajorPools)
             or cache.layout.quantised is not None
-            or not cache.step.fuses
+            or not cache.step.fuses_linears
             or cache.step.positions.axes
         ):
             return original(attention, x, mask, cache)
-        rows = sums.multiply(x, joint)
-        window = mask.window if isinstance(mask, RowMask) else None
         step = cache.step
+        rows = _adapted(sums.multiply(x, joint), x, of_heads, step)
+        window = mask.window if isinstance(mask, RowMask) else None
         angles = None
         if x.shape[0] > FEW_ROWS:  # for fewer rows, a table takes longer than the rotation
             angles = step.remember(
@@ -298,7 +307,7 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
             norms, angles,
         )  # fmt: skip
         out = cache.attend_rows(q, scale=scale, window=window)
-        return _project(out, output, x, sums)
+        return _project(out, output, x, sums, of_output, step)
 
     swaps.override(module, call)
     return True
@@ -310,12 +319,28 @@ def _ready(layer: nn.Module) -> Weights | nn.Module:
     return layer if weights is None else weights.ready()
 
 
-def _project(rows: mx.array, by: Weights | nn.Module, like: mx.array, sums: Sums) -> mx.array:
+def _project(
+    rows: mx.array,
+    by: Weights | nn.Module,
+    like: mx.array,
+    sums: Sums,
+    joint: JointLayers,
+    step: StepInputs,
+) -> mx.array:
     """Project rows [rows, ...] to the leading shape of `like`; `sums` adds up partial results."""
     if not isinstance(by, Weights):
         return by(rows.reshape(*like.shape[:-1], -1))  # type: ignore[no-any-return]
     shape = (*like.shape[:-1], by.num_outputs)
-    return sums.of_parts(multiply_in_parts(rows, by), shape, like.dtype)
+    parts = _adapted(multiply_in_parts(rows, by), rows, joint, step)
+    return sums.of_parts(parts, shape, like.dtype)
+
+
+def _adapted(parts: Parts, x: mx.array, joint: JointLayers, step: StepInputs) -> Parts:
+    """Return the product of rows x [rows, ...] with what the rows' adapters add to it."""
+    slots = step.adapters.slots
+    if slots is None or joint.matrices is None:
+        return parts
+    return Parts(adapters.add(parts, x, *joint.matrices, slots, joint.sizes), 1)
 
 
 #: Limits of the kernel, of which each lane holds a 32nd of the experts and all groups.

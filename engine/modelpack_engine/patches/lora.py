@@ -5,11 +5,16 @@ adapter, the original call runs alone. If all rows have the same one, its two ma
 multiplied with all rows; otherwise the matrices of all adapters are stacked, their ranks padded,
 and each row is multiplied with its own. Where a layer's inputs are divided between devices, each
 adds its part of the adapter's outputs to its part of the layer's, before these are added up.
+
+Compiled steps get the stacked matrices as inputs, so that a graph stays right when an adapter takes
+another's place. Fused layers do not call their linear layers: they add the joint matrices of these
+by kernels (`layers.adapters`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -24,8 +29,9 @@ from mlx_lm.models.switch_layers import (
     SwitchMLP,
 )
 
-from modelpack_engine.attention.metadata import AdapterRows
+from modelpack_engine.attention.metadata import AdapterRows, JointLayers
 from modelpack_engine.errors import EngineError
+from modelpack_engine.layers import adapters
 from modelpack_engine.layers.blocks import (
     BLOCK_LAYERS,
     BlockEmbedding,
@@ -87,6 +93,10 @@ class _Stack:
             self._stacked = self._stack(num_slots)
         return self._stacked
 
+    def hold(self, stacked: Matrices) -> None:
+        """Return these as the stacked matrices until an adapter changes."""
+        self._stacked = stacked
+
     def _stack(self, num_slots: int) -> Matrices:
         some = next(iter(self.slots.values()))
         rank = max(one.a.shape[-1] for one in self.slots.values())
@@ -105,6 +115,62 @@ class _Stack:
         return Matrices(a, b, gains)
 
 
+class _Joint:
+    """The matrices of fused layers, which their stacks then are views of."""
+
+    def __init__(self, joint: JointLayers, stacks: Iterable[_Stack | None]) -> None:
+        self.joint = joint
+        self._all = [stack if stack is not None and stack.slots else None for stack in stacks]
+        self.stacks = [stack for stack in self._all if stack is not None]
+
+    def _matrices(self) -> list[Matrices]:
+        return [one for stack in self.stacks for one in stack.slots.values()]
+
+    def fits(self) -> bool:
+        """Return whether the kernels compute with these matrices."""
+        every = self._matrices()
+        dtypes = {array.dtype for one in every for array in (one.a, one.b)}
+        return (
+            len(self._all) <= adapters.MOST_LAYERS
+            and all(one.gain is None for one in every)
+            and len(dtypes) == 1
+            and adapters.verdict(*dtypes) is None
+        )
+
+    def make(self, num_slots: int) -> None:
+        """Join the matrices of all slots; ranks are padded with zeros."""
+        every = self._matrices()
+        first, step = every[0].a, adapters.RANK_STEP
+        rank = -(-max(one.a.shape[1] for one in every) // step) * step
+        sizes = self.joint.sizes
+        a = mx.zeros((num_slots, len(sizes) * rank, first.shape[0]), first.dtype)
+        b = mx.zeros((num_slots, rank, sum(sizes)), first.dtype)
+        start = 0
+        for index, (stack, size) in enumerate(zip(self._all, sizes, strict=True)):
+            for slot, one in ({} if stack is None else stack.slots).items():
+                own = one.a.shape[1]
+                a[slot, index * rank : index * rank + own] = one.a.T
+                b[slot, :own, start : start + size] = one.b
+            start += size
+        mx.eval(a, b)
+        self.hold(a, b)
+
+    def arrays(self) -> list[mx.array]:
+        """Return the joint matrices."""
+        assert self.joint.matrices is not None, "`make` has joined them"
+        return list(self.joint.matrices)
+
+    def hold(self, a: mx.array, b: mx.array) -> None:
+        """Compute with these joint matrices."""
+        self.joint.matrices = a, b
+        rank, start = b.shape[1], 0
+        for index, (stack, size) in enumerate(zip(self._all, self.joint.sizes, strict=True)):
+            if stack is not None:
+                own = a[:, index * rank : (index + 1) * rank].swapaxes(1, 2)
+                stack.hold(Matrices(own, b[:, :, start : start + size]))
+            start += size
+
+
 class LoRALayers:
     """The adapters of one model; `rows` says which of them each row of a step has."""
 
@@ -114,6 +180,12 @@ class LoRALayers:
         self._stacks: dict[str, _Stack] = {}
         self._mixtures: set[int] = set()
         self._num_slots = 1
+        #: The layers that an adapter changes, and whether fused layers add all of it.
+        self.changed: tuple[str, ...] = ()
+        self.fuses = True
+        self._joint: list[_Joint] = []
+        self._alone: list[_Stack] = []  # of layers that are not joint
+        rows.matrices = self
 
     def set(self, slot: int, layers: Layers) -> None:
         """Put an adapter into a slot, from 1; the previous one is removed."""
@@ -125,11 +197,63 @@ class LoRALayers:
                 self._stacks[name] = _Stack()
                 self._override(name, self._stacks[name])
             self._stacks[name].set(slot, matrices)
+        self.changed = tuple(name for name, stack in self._stacks.items() if stack.slots)
+        self._join()
 
     def undo(self) -> None:
         """Restore the calls of all layers."""
         self._swaps.undo()
         self._stacks.clear()
+        self.changed = ()
+        self._join()
+        self._rows.matrices = None
+
+    # The matrices of compiled and fused steps
+
+    def arrays(self) -> list[mx.array]:
+        """Return the matrices of all slots, as inputs of a compiled graph."""
+        found = [array for one in self._joint for array in one.arrays()]
+        for stack in self._alone:
+            one = stack.stacked(self._num_slots)
+            found += [one.a, one.b, *([] if one.gain is None else [one.gain])]
+        return found
+
+    @contextmanager
+    def replaced(self, arrays: list[mx.array]) -> Iterator[None]:
+        """Compute with these in place of what `arrays` returns within the block."""
+        before = self.arrays()
+        self._hold(arrays)
+        try:
+            yield
+        finally:
+            self._hold(before)
+
+    def _hold(self, arrays: list[mx.array]) -> None:
+        given = iter(arrays)
+        for joint in self._joint:
+            joint.hold(next(given), next(given))
+        for stack in self._alone:
+            gain = stack.stacked(self._num_slots).gain
+            stack.hold(Matrices(next(given), next(given), None if gain is None else next(given)))
+
+    def _join(self) -> None:
+        """Join the matrices of fused layers, if kernels add all that adapters change."""
+        self._joint = []
+        paths = {id(module): name for name, module in self._modules.items()}
+        for layers in self._rows.joint:
+            layers.matrices = None
+            stacks = [self._stacks.get(paths[id(layer)]) for layer in layers.layers]
+            if any(stack is not None and stack.slots for stack in stacks):
+                self._joint.append(_Joint(layers, stacks))
+        self.fuses = all(joint.fits() for joint in self._joint)
+        if not self.fuses:
+            self._joint = []
+        for joint in self._joint:
+            joint.make(self._num_slots)
+        members = {id(stack) for joint in self._joint for stack in joint.stacks}
+        self._alone = [
+            stack for stack in self._stacks.values() if stack.slots and id(stack) not in members
+        ]
 
     def _override(self, name: str, stack: _Stack) -> None:
         module = self._modules[name]

@@ -258,6 +258,7 @@ class Adapted:
     def undo(self) -> None:
         """Restore the model's classes, and drop the pools."""
         self.swaps.undo()
+        self._step.adapters.joint.clear()
         self.paged, self.states, self.caches = [], [], []
         self.hidden = None
 

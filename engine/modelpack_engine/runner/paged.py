@@ -55,7 +55,8 @@ class Layout:
     The graph has `rows` rows, of which `decode` are decode rows with block tables of `width`
     columns. The other rows are in `tiles` tiles with block tables of `tile_width` columns. The
     graph returns logits of `sampled` rows; None stands for all rows. Each of `groups` groups of
-    layers has slots and tables. Rows have one rotary position on each of `axes` axes.
+    layers has slots and tables. Rows have one rotary position on each of `axes` axes. `adapted` are
+    the layers that adapters of rows change; rows then have the slots of their adapters.
     """
 
     rows: int
@@ -66,13 +67,17 @@ class Layout:
     sampled: int | None
     groups: int = 1
     axes: int = 1
+    adapted: tuple[str, ...] = ()
 
     def cut(self, packed: mx.array) -> list[mx.array]:
-        """Split `packed` into rotations, lengths, spans, sampled rows, and arrays of each group.
+        """Split `packed`: rotations, lengths, spans, sampled rows, adapters, arrays of each group.
 
         These are slots, tables and tile tables.
         """
-        common = (self.axes, self.rows), (self.decode,), (self.tiles, 2), (self.sampled or 0,)
+        common = (
+            (self.axes, self.rows), (self.decode,), (self.tiles, 2), (self.sampled or 0,),
+            (self.rows if self.adapted else 0,),
+        )  # fmt: skip
         of_group = (self.rows,), (self.decode, self.width), (self.tiles, self.tile_width)
         found, start = [], 0
         for shape in (*common, *of_group * self.groups):
@@ -115,12 +120,12 @@ class CompiledSteps:
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
 
-        Its rows must have no adapters, and attend to earlier ones only, not to pictures. Prompts
-        must be short, unless the prefill kernel attends from tiles. A recurrent model's step must
-        have no prompts, and a state for every row.
+        Its rows must attend to earlier ones only, not to pictures. Prompts must be short, unless
+        the prefill kernel attends from tiles. A recurrent model's step must have no prompts, and a
+        state for every row.
         """
         states = self._adapted.states
-        if batch.adapter_slots or batch.crosses or any(chunk.spans for chunk in batch.chunks):
+        if batch.crosses or any(chunk.spans for chunk in batch.chunks):
             return False
         if states and repeated(batch.decode_seq_ids):
             return False
@@ -158,6 +163,11 @@ class CompiledSteps:
         rows = self._lay_out(batch, positions)
         batches = [batch.of_group(group) for group in range(len(self._step.groups))]
         slots = [np.array(of_group.slots, np.int32) for of_group in batches]
+        matrices = self._step.adapters.matrices if batch.adapter_slots else None
+        if matrices is not None and not matrices.changed:
+            matrices = None  # the adapters of these rows change no layer
+        if matrices is not None:
+            slots.append(np.maximum(np.array(batch.adapter_slots, np.int32), 0))
         self.places = None
         if rows.order is not None:
             order = np.maximum(rows.order, 0)
@@ -182,6 +192,8 @@ class CompiledSteps:
         columns = [rotations.ravel(), lengths, rows.spans.ravel()]
         if sampled is not None:
             columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
+        if matrices is not None:
+            columns.append(slots.pop())
         for arrays_of_group in zip(slots, rows.tables, rows.tile_tables, strict=True):
             columns += [array.ravel() for array in arrays_of_group]
         length = sum(map(len, columns))
@@ -198,15 +210,17 @@ class CompiledSteps:
         layout = Layout(
             len(positions), decode, width, tiles, tile_width, sampled, len(batches),
             axes=rotations.size // len(positions),
+            adapted=() if matrices is None else matrices.changed,
         )  # fmt: skip
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
         arrays: States = [list(state.arrays) for state in adapted.states]
         aside = adapted.rows.set_aside(adapted.states, decode) if arrays else []
         states = [list(state.arrays) for state in adapted.states]
+        of_adapters = [] if matrices is None else matrices.arrays()
         try:
             given = [] if input_embeddings is None else [input_embeddings]
             logits, new_pools, arrays, hidden = self._graph(layout)(
-                token_ids, packed, pools, states, given
+                token_ids, packed, pools, states, given, of_adapters
             )
             adapted.hidden = hidden[0] if hidden else None
             pools = new_pools or pools
@@ -325,14 +339,15 @@ class CompiledSteps:
         pools: Pools,
         states: States,
         embeddings: list[mx.array],
+        of_adapters: list[mx.array],
     ) -> tuple[mx.array, Pools, States, list[mx.array]]:
-        """Build the graph of a layout from placeholder arrays; `embeddings` may be empty.
+        """Build the graph of a layout from placeholder arrays; the lists may be empty.
 
         Returns logits, pools and states, and the hidden states if they are recorded. Pools that are
         written in place are not returned: readers within the graph wait for the writes, and later
         steps run later on the same stream.
         """
-        rotations, lengths, spans, sample_rows, *of_groups = layout.cut(packed)
+        rotations, lengths, spans, sample_rows, adapter_slots, *of_groups = layout.cut(packed)
         some = None if layout.sampled is None else sample_rows
         adapted, step = self._adapted, self._step
         for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
@@ -347,7 +362,13 @@ class CompiledSteps:
                 step.begin_rows(rotations, slots, (tables, lengths), some, tiles)
             else:
                 follower.follow_rows(step, slots, (tables, lengths), tiles)
-        logits = adapted.run(token_ids, *embeddings)
+        matrices = step.adapters.matrices
+        if layout.adapted and matrices is not None:
+            step.adapters.trace(adapter_slots)
+            with matrices.replaced(of_adapters):
+                logits = adapted.run(token_ids, *embeddings)
+        else:
+            logits = adapted.run(token_ids, *embeddings)
         if not step.rows_taken and some is not None:
             logits = logits[some]
         new_states = [list(state.arrays) for state in adapted.states]

@@ -17,7 +17,7 @@ from modelpack_engine import kernels
 from modelpack_engine.kernels import AttentionShape, cuda, launch, operations, reference
 from modelpack_engine.kernels.plan import plan_decode
 from modelpack_engine.kernels.quantised import Quantisation
-from modelpack_engine.layers import blocks
+from modelpack_engine.layers import adapters, blocks
 from modelpack_engine.layers.blocks import BLOCK_TYPES
 from modelpack_engine.sampling import sampler
 
@@ -281,6 +281,11 @@ def test_other_plans_are_right_as_well(simdgroups: int, max_steps: int) -> None:
             layer.lens, scale=128**-0.5,
         )  # fmt: skip
         assert mx.max(mx.abs(found - wanted)).item() < 1e-4  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_of_adapters_are_right(dtype: str) -> None:
+    assert adapters.verdict(DTYPES[dtype]) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

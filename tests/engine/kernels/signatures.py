@@ -77,6 +77,10 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "x": "T", "weight": "uint32_t", "bias": "T", "source": "int", "spans": "int", "out": "O",
     },
     "block_values": {"weight": "uint32_t", "out": "T"},
+    "shrink": {"x": "T", "a": "A", "slots": "int", "out": "float"},
+    "expand": {
+        "given": "J", "inner": "float", "b": "A", "slots": "int", "out": "T",
+    },
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
 

@@ -26,6 +26,7 @@ from modelpack_engine.kernels.plan import AttentionShape
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.kernels.sources import KernelSource, kernel_source
 from modelpack_engine.layers import (
+    adapters,
     blocks,
     delta_rule,
     dots,
@@ -352,6 +353,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "taken numbers": lambda: kernels.take_rows(mx.zeros((5, 1), mx.int32), mx.array([3, 0])),
     "delta rule": lambda: delta_rule._compare(BF16),
     "state space": lambda: state_space._compare(BF16),
+    "adapters": lambda: adapters._compare(BF16),
 }
 
 

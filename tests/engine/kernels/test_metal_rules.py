@@ -79,6 +79,21 @@ MIXTURES = [
         (("D", 576), ("K", 4), ("VEC", 8)),
     ),
 ]  # fmt: skip
+ADAPTERS = [
+    Instance(
+        "shrink",
+        (*BF16, ("A", "bfloat16_t")),
+        (("IN", 576), ("N", 24), ("VEC", 8), ("NSG", 2), ("EACH", 4)),
+    ),
+    Instance(
+        "expand",
+        (*BF16, ("A", "bfloat16_t"), ("J", "float")),
+        (
+            ("OUT", 960), ("N", 24), ("RANK", 8), ("VEC", 4), ("PARTS", 2), ("END0", 576),
+            ("END1", 768),
+        ),
+    ),
+]  # fmt: skip
 RECURRENT = [
     Instance(
         "state_space",
@@ -137,6 +152,8 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "greedy": (),
     "block_dots": ("bias", "chosen"),
     "block_values": (),
+    "shrink": ("slots",),
+    "expand": ("slots",),
 }
 #: Inputs that always have fewer than 8 elements.
 TINY: dict[Body, tuple[str, ...]] = {
@@ -157,6 +174,7 @@ INSTANCES = [
     greedy_instance(50257),
     *FUSED,
     *MIXTURES,
+    *ADAPTERS,
     *RECURRENT,
     *BLOCKS,
 ]
@@ -197,9 +215,10 @@ def test_rules_and_shared_memory_of_blocks(instance: Instance) -> None:
     assert verdict.shared_bytes == (64 if instance.body == "block_dots" else 0)
 
 
-@pytest.mark.parametrize("instance", FUSED, ids=lambda i: i.body)
+@pytest.mark.parametrize("instance", [*FUSED, *ADAPTERS], ids=lambda i: i.body)
 def test_shared_memory_of_fused_layers(instance: Instance) -> None:
-    expected = 4 * dict(instance.constants)["NSG"] if instance.body == "add_norm" else 0
+    each = {"add_norm": 4, "shrink": 16}.get(instance.body, 0)
+    expected = each * dict(instance.constants).get("NSG", 0)
     assert judge(instance).shared_bytes == expected
 
 

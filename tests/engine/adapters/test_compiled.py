@@ -1,0 +1,212 @@
+"""Adapters in compiled steps and in fused layers give the logits of layers that run one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.core import sequence as sequences
+from modelpack_engine.core.batch import build_batch
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.buckets import FEW
+from modelpack_engine.core.scheduler import Scheduler
+from modelpack_engine.kernels import operations
+from modelpack_engine.layers import adapters, kernels
+from modelpack_engine.patches.lora import LINEARS, LoRALayers, Matrices
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.kv_cache_size import Sizes
+from modelpack_engine.runner.model_runner import make_runner
+from modelpack_engine.runner.paged import PagedRunner
+from tests.engine.kernels.onhost import Host, emulated
+from tests.engine.runner.models import tiny_llama, token_ids
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], list(range(1, 41)), [7], list(range(50, 10, -1))]
+#: The adapter of each prompt: two, and the base.
+SLOTS = (1, 0, 2, 1)
+
+
+def matrices(
+    model: nn.Module, seed: int, rank: int = 2, only: str = "", *, gain: bool = False
+) -> dict[str, Matrices]:
+    """Return an adapter of the linear layers whose name ends in `only`."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LINEARS) and name.endswith(only):
+            outputs, inputs = module.weight.shape
+            keys = mx.random.split(mx.random.key(seed * 1000 + len(found)), 3)
+            a = 0.3 * mx.random.normal((inputs, rank), key=keys[0])
+            b = 0.3 * mx.random.normal((rank, outputs), key=keys[1])
+            gains = mx.random.uniform(0.5, 1.5, (outputs,), key=keys[2]) if gain else None
+            found[name] = Matrices(a, b, gains)
+    return found
+
+
+def runner_of(model: nn.Module, **choices: bool) -> PagedRunner:
+    runner = make_runner(model, num_blocks=64, buckets=FEW, **{"exact": False, **choices})
+    assert isinstance(runner, PagedRunner)
+    assert runner.notes == ()
+    return runner
+
+
+def logits(runner: PagedRunner, slots: Sequence[int] = SLOTS, steps: int = 6) -> list[mx.array]:
+    """Serve the prompts with these adapters, adding one at each step; return each step's logits."""
+    sizes = Sizes(64, 128, 48, FEW)
+    scheduler = Scheduler(sizes.scheduler_config(EngineConfig(max_num_seqs=8)), BlockManager(64))
+    waiting = [
+        sequences.Sequence(
+            f"r{index}", prompt, SamplingParams(max_tokens=32), adapter_slot=slot,
+            cache_salt=b"%d" % slot,
+        )
+        for index, (prompt, slot) in enumerate(zip(PROMPTS, slots, strict=True))
+    ]  # fmt: skip
+    found = []
+    for _ in range(steps):
+        if waiting:
+            scheduler.add(waiting.pop(0))
+        output = scheduler.schedule()
+        assert output is not None
+        batch = build_batch(output, None, FEW, 16)
+        assert runner.is_compiled(batch) == (runner.compiled is not None)
+        logits = runner.forward(batch, token_ids(batch))
+        mx.eval(logits, runner.pools())
+        found.append(logits[: len(batch.sample_rows)])  # rows of padding may follow
+        scheduler.submitted(output)
+        scheduler.collect(output, [(5 * len(found) + i) % 60 for i in range(len(output.sampled))])
+    return found
+
+
+def same(one: list[mx.array], other: list[mx.array]) -> bool:
+    return all(mx.allclose(a, b, atol=2e-3).item() for a, b in zip(one, other, strict=True))
+
+
+Adapters = Mapping[int, Mapping[str, Matrices]]
+
+
+def expected(by_slot: Adapters, slots: Sequence[int] = SLOTS) -> list[mx.array]:
+    """Return the logits of an uncompiled runner."""
+    model = tiny_llama(head_dim=32)
+    runner = runner_of(model, compiled=False)
+    loras = LoRALayers(model, runner.adapter_rows)
+    for slot, layers in by_slot.items():
+        loras.set(slot, layers)
+    return logits(runner, slots)
+
+
+@pytest.mark.parametrize("gain", [False, True], ids=["lora", "dora"])
+def test_a_graph_serves_whichever_adapters_are_in_memory(gain: bool) -> None:
+    model = tiny_llama(head_dim=32)
+    runner = runner_of(model, compiled=True)
+    assert runner.compiled is not None
+    loras = LoRALayers(model, runner.adapter_rows)
+    one, two, three = (matrices(model, seed, rank=4, gain=gain) for seed in (1, 2, 3))
+    loras.set(1, one)
+    loras.set(2, two)
+    base = expected({}, (0, 0, 0, 0))
+    assert same(logits(runner, (0, 0, 0, 0)), base)
+    first = logits(runner)
+    assert same(first, expected({1: one, 2: two}))
+    assert not same(first, base)
+    graphs = len(runner.compiled._graphs)
+    loras.set(1, three)
+    assert same(logits(runner), expected({1: three, 2: two}))
+    loras.set(2, {})
+    assert same(logits(runner), expected({1: three, 2: {}}))
+    assert len(runner.compiled._graphs) == graphs
+    # Another rank has matrices of another shape, and other layers another graph.
+    loras.set(2, matrices(model, 4, rank=7, gain=gain))
+    assert same(logits(runner), expected({1: three, 2: matrices(model, 4, rank=7, gain=gain)}))
+    assert len(runner.compiled._graphs) == graphs
+    few = matrices(model, 5, only="v_proj")
+    loras.set(1, few)
+    loras.set(2, few)
+    assert same(logits(runner), expected({1: few, 2: few}))
+    assert len(runner.compiled._graphs) > graphs
+    loras.undo()
+    assert same(logits(runner, (0, 0, 0, 0)), base)
+
+
+def test_one_adapter_for_all_rows() -> None:
+    model = tiny_llama(head_dim=32)
+    runner = runner_of(model, compiled=True)
+    loras = LoRALayers(model, runner.adapter_rows)
+    loras.set(1, one := matrices(model, 1))
+    assert same(logits(runner, (1, 1, 1, 1)), expected({1: one}, (1, 1, 1, 1)))
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    monkeypatch.setattr(operations, "_verdicts", {})
+    monkeypatch.setattr(operations, "_WIDTH", 4)
+    monkeypatch.setattr(operations, "_SLOTS", 256)
+    with emulated(monkeypatch, tmp_path, kernels.verdict, adapters.verdict) as found:
+        yield found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_kernels_agree_with_mlx(host: Host, dtype: mx.Dtype) -> None:
+    assert adapters.verdict(dtype) is None
+    assert {body for body, _ in host.calls} == {"shrink", "expand"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ("shrink", ("(size_t)slot * N", "(size_t)slot")),
+        ("expand", ("inner[from + first + i]", "inner[from + i]")),
+        ("expand", ("+ layer * RANK", "")),
+    ],
+)
+def test_the_verdict_names_a_wrong_kernel(host: Host, body: str, wrong: tuple[str, str]) -> None:
+    host.break_by(lambda name, text: text.replace(*wrong) if name == body else text)
+    assert "is off by" in str(adapters.verdict(mx.float32))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("only", ["", "v_proj"])
+def test_fused_layers(host: Host, only: str) -> None:
+    """Their logits are those of layers that run one by one; all bodies run in one step."""
+    by_slot = {slot: matrices(tiny_llama(head_dim=32), slot, slot + 1, only) for slot in (1, 2)}
+    found = []
+    for fused in (False, True):
+        model = tiny_llama(head_dim=32)
+        runner = runner_of(model, exact=not fused, compiled=False)
+        assert set(runner.fused) == ({"attention", "block", "MLP"} if fused else set())
+        loras = LoRALayers(model, runner.adapter_rows)
+        for slot, layers in by_slot.items():
+            loras.set(slot, layers)
+        assert loras.fuses
+        before = len(host.calls)
+        found.append(logits(runner, steps=4))
+        bodies = [body for body, _ in host.calls[before:]]
+        if fused:
+            assert {"rotate", "add_norm", "expand"} <= set(bodies)
+            joint = 1 if only else 4  # of a layer
+            assert bodies.count("shrink") == bodies.count("expand") == 4 * 3 * joint
+        else:
+            assert "shrink" not in bodies
+        loras.undo()
+        runner.undo()
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.long
+def test_adapters_with_gains_are_not_fused(host: Host) -> None:
+    model = tiny_llama(head_dim=32)
+    runner = runner_of(model, compiled=False)
+    loras = LoRALayers(model, runner.adapter_rows)
+    loras.set(1, matrices(model, 1, gain=True))
+    assert not loras.fuses
+    host.calls.clear()
+    logits(runner, (1, 1, 1, 1), steps=1)
+    assert "shrink" not in {body for body, _ in host.calls}
+    loras.set(1, {})
+    assert loras.fuses
