@@ -204,7 +204,8 @@ def _fuse_block(
         attended = block.self_attn(block.input_layernorm(x), mask, cache)
         if is_last and x.shape[0] == step.num_rows and step.samples_few:
             x, attended = (sums.take(array, step.sample_rows) for array in (x, attended))
-            step.adapters.take(step.sample_rows)
+            if step.adapters.slots is not None:
+                step.adapters.slots = kernels.take(step.adapters.slots, step.sample_rows)
             step.rows_taken = True
         hidden = sums.add(x, attended)
         return sums.add(hidden, block.mlp(block.post_attention_layernorm(hidden)))
