@@ -97,7 +97,9 @@ class AdapterRows:
 
     `slots` is int32 [rows], or None if no row has an adapter: layers then compute as without
     adapters. `same` is the slot of all rows, if they have the same. `order` is set within experts
-    that sort their rows: for each sorted row, its index before. `joint` are the fused layers.
+    that sort their rows: for each sorted row, its index before.
+
+    For all steps, `joint` are the fused layers, and `matrices` those of the adapters in memory.
     """
 
     def __init__(self) -> None:
@@ -134,8 +136,8 @@ class AdapterRows:
 
     @contextmanager
     def only(self, rows: Iterable[int]) -> Iterator[None]:
-        """Compute these rows of the step within the block."""
-        if self.slots is None:
+        """Compute these rows of the step within the block; a graph that is traced has all rows."""
+        if not self._host:
             yield
             return
         before = self.slots, self.same, self._host
@@ -328,8 +330,8 @@ class StepInputs:
         self.positions = leader.positions
 
     @property
-    def fuses(self) -> bool:
-        """Whether layers of the step that is being built may be fused.
+    def fuses_experts(self) -> bool:
+        """Whether routers and experts of the step that is being built may be fused.
 
         Adapters, DeepStack and cross-attention need layers that are not.
         """

@@ -20,7 +20,6 @@ from modelpack_engine.layers.matmul import Parts
 RANK_STEP, _TOGETHER = 8, 4
 #: The most layers of one product, and the loads of a thread before more threads share them.
 MOST_LAYERS, _LOADS, _MOST_SIMDGROUPS = 3, 2, 8
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
 def add(
@@ -33,6 +32,7 @@ def add(
     of outputs of each layer.
     """
     rows, (_, products, inputs), outputs = x.shape[0], a.shape, b.shape[2]
+    assert slots.shape == (rows,), "each row has a slot"
     vector = vector_width(max(x.dtype.size, a.dtype.size), inputs)
     simdgroups = min(_MOST_SIMDGROUPS, max(1, inputs // (vector * 32 * _LOADS)))
     types = [("T", x.dtype), ("A", a.dtype)]

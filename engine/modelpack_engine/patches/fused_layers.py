@@ -375,7 +375,7 @@ def _fuse_gate(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
         return False
 
     def call(original: Call, gate: Any, x: mx.array) -> Any:
-        if not step.fuses:
+        if not step.fuses_experts:
             return original(gate, x)
         return _routed(
             x, Weights.plain(gate.weight), routing, gate.e_score_correction_bias, mx.float32
@@ -393,7 +393,7 @@ def _fuse_experts_block(module: Any, step: StepInputs, swaps: ClassSwaps, rest: 
     routing = Routing(module.top_k, normed=bool(module.norm_topk_prob))
 
     def call(original: Call, block: Any, x: mx.array) -> Any:
-        if not step.fuses or block.sharding_group is not None:
+        if not step.fuses_experts or block.sharding_group is not None:
             return original(block, x)
         weights = weights_of(block.gate)
         assert weights is not None, "the router is a linear layer"
@@ -443,7 +443,7 @@ def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool
         return False
 
     def call(original: Call, experts: Any, x: mx.array, indices: mx.array) -> Any:
-        if not step.fuses or x.dtype not in _FLOATS:
+        if not step.fuses_experts or x.dtype not in _FLOATS:
             return original(experts, x, indices)
         rows = x.reshape(-1, x.shape[-1])
         chosen = indices.reshape(rows.shape[0], -1).astype(mx.uint32)

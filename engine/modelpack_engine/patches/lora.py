@@ -180,15 +180,15 @@ class LoRALayers:
         self._stacks: dict[str, _Stack] = {}
         self._mixtures: set[int] = set()
         self._num_slots = 1
-        #: The layers that an adapter changes, and whether fused layers add all of it.
+        #: The layers that an adapter changes.
         self.changed: tuple[str, ...] = ()
-        self.fuses = True
+        self._joined = self._fuses = True
         self._joint: list[_Joint] = []
         self._alone: list[_Stack] = []  # of layers that are not joint
-        rows.matrices = self
 
     def set(self, slot: int, layers: Layers) -> None:
         """Put an adapter into a slot, from 1; the previous one is removed."""
+        self._rows.matrices = self
         self._num_slots = max(self._num_slots, slot + 1)
         for name in self._stacks.keys() - layers.keys():
             self._stacks[name].set(slot, None)
@@ -198,20 +198,27 @@ class LoRALayers:
                 self._override(name, self._stacks[name])
             self._stacks[name].set(slot, matrices)
         self.changed = tuple(name for name, stack in self._stacks.items() if stack.slots)
-        self._join()
+        self._joined = False  # by the next step with adapters: others may follow
 
     def undo(self) -> None:
         """Restore the calls of all layers."""
         self._swaps.undo()
         self._stacks.clear()
-        self.changed = ()
-        self._join()
         self._rows.matrices = None
+        for layers in self._rows.joint:
+            layers.matrices = None
 
     # The matrices of compiled and fused steps
 
+    @property
+    def fuses(self) -> bool:
+        """Whether fused layers add all that adapters change in them."""
+        self._join()
+        return self._fuses
+
     def arrays(self) -> list[mx.array]:
         """Return the matrices of all slots, as inputs of a compiled graph."""
+        self._join()
         found = [array for one in self._joint for array in one.arrays()]
         for stack in self._alone:
             one = stack.stacked(self._num_slots)
@@ -238,22 +245,24 @@ class LoRALayers:
 
     def _join(self) -> None:
         """Join the matrices of fused layers, if kernels add all that adapters change."""
-        self._joint = []
-        paths = {id(module): name for name, module in self._modules.items()}
+        if self._joined:
+            return
+        stacks = {id(self._modules[name]): stack for name, stack in self._stacks.items()}
+        found = []
         for layers in self._rows.joint:
             layers.matrices = None
-            stacks = [self._stacks.get(paths[id(layer)]) for layer in layers.layers]
-            if any(stack is not None and stack.slots for stack in stacks):
-                self._joint.append(_Joint(layers, stacks))
-        self.fuses = all(joint.fits() for joint in self._joint)
-        if not self.fuses:
-            self._joint = []
+            own = [stacks.get(id(layer)) for layer in layers.layers]
+            if any(stack is not None and stack.slots for stack in own):
+                found.append(_Joint(layers, own))
+        self._fuses = all(joint.fits() for joint in found)
+        self._joint = found if self._fuses else []
         for joint in self._joint:
             joint.make(self._num_slots)
         members = {id(stack) for joint in self._joint for stack in joint.stacks}
         self._alone = [
             stack for stack in self._stacks.values() if stack.slots and id(stack) not in members
         ]
+        self._joined = True
 
     def _override(self, name: str, stack: _Stack) -> None:
         module = self._modules[name]

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core import sequence as sequences
 from modelpack_engine.core.batch import build_batch
@@ -137,6 +138,43 @@ def test_one_adapter_for_all_rows() -> None:
     loras = LoRALayers(model, runner.adapter_rows)
     loras.set(1, one := matrices(model, 1))
     assert same(logits(runner, (1, 1, 1, 1)), expected({1: one}, (1, 1, 1, 1)))
+
+
+def test_a_graph_of_joint_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph computes with the matrices that it is given, jointly and layer by layer."""
+    monkeypatch.setattr(adapters, "verdict", lambda _: None)
+    model, rows = nn.Module(), AdapterRows()
+    model.one, model.two = nn.Linear(32, 24, bias=False), nn.Linear(32, 16, bias=False)
+    joint = rows.join(model.one, model.two)
+    loras = LoRALayers(model, rows)
+
+    def compute(x: mx.array, slots: mx.array, arrays: list[mx.array]) -> list[mx.array]:
+        rows.trace(slots)
+        with loras.replaced(arrays):
+            assert joint.matrices is not None
+            a, b = joint.matrices
+            rank = b.shape[1]
+            inner = (x[:, None] @ a[slots].swapaxes(1, 2)).reshape(len(x), 2, 1, rank)
+            both = [inner[:, 0] @ b[slots][..., :24], inner[:, 1] @ b[slots][..., 24:]]
+            added = mx.concatenate(both, axis=-1)[:, 0]
+            made = mx.concatenate([model.one(x), model.two(x)], axis=-1)
+        rows.begin([])
+        return [added, made]
+
+    graph = mx.compile(compute)
+    x, slots = mx.random.normal((3, 32), key=mx.random.key(1)), mx.array([1, 0, 1])
+    base = x @ mx.concatenate([model.one.weight, model.two.weight]).T
+    for seed in (1, 2):
+        loras.set(1, layers := matrices(model, seed, rank=5))
+        wanted = [x @ layers[name].a @ layers[name].b for name in ("one", "two")]
+        delta = mx.concatenate(wanted, axis=-1) * (slots > 0)[:, None]
+        added, made = graph(x, slots, loras.arrays())
+        assert mx.allclose(added, delta, atol=1e-4).item()
+        assert mx.allclose(made, base + delta, atol=1e-4).item()
+        assert loras.fuses
+    assert joint.matrices is not None
+    loras.undo()
+    assert joint.matrices is None
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_experts_of_few_and_many_rows(host: Host, rows: int, bodies: set[str]) -
     experts.set_dtype(mx.float32)  # MLX has no other type for them on a CPU
     plain = experts(x.astype(mx.float32), chosen)
     experts.set_dtype(BF16)
-    step: Any = SimpleNamespace(active=True, fuses=True)
+    step: Any = SimpleNamespace(active=True, fuses_experts=True)
     assert fuse_experts(experts, step, ClassSwaps())
     assert dots.experts_verdict(BF16, 16, 64) is None
     assert expert_kernels.wide_verdict(BF16, swiglu=True) is None

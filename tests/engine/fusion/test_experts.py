@@ -117,7 +117,7 @@ def test_fused_experts_equal_the_model(host: Host, name: str) -> None:
     x = mx.random.normal((ROWS, 1, experts.gate_proj.input_dims), key=mx.random.key(5))
     ask: Any = block
     expected = ask(x)
-    swaps, step = ClassSwaps(), SimpleNamespace(active=True, fuses=True)
+    swaps, step = ClassSwaps(), SimpleNamespace(active=True, fuses_experts=True)
     fused = [
         fuse(module, step, swaps)  # type: ignore[arg-type]
         for _, module in block.named_modules()
@@ -129,7 +129,7 @@ def test_fused_experts_equal_the_model(host: Host, name: str) -> None:
     assert ("route" in used) == (name in ("deepseek_v3", "qwen3_moe", "qwen3_next", "glm4_moe"))
     assert sum(fused) == (2 if "route" in used else 1)
     host.calls.clear()
-    step.active = step.fuses = False
+    step.active = step.fuses_experts = False
     np.testing.assert_array_equal(ask(x), expected)
     assert not host.calls
 
@@ -160,7 +160,7 @@ def test_experts_in_a_block_type_run_with_others(
     x = mx.random.normal((rows, 1, 256), key=mx.random.key(3))
     chosen = mx.random.randint(0, 4, (rows, 1, 2), key=mx.random.key(4)).astype(mx.uint32)
     expected = plain(x, chosen)
-    step: Any = SimpleNamespace(active=True, fuses=True)
+    step: Any = SimpleNamespace(active=True, fuses_experts=True)
     assert fuse_experts(mixed, step, ClassSwaps())
     np.testing.assert_allclose(mixed(x, chosen), expected, rtol=1e-3, atol=1e-4)
     # More pairs than four times the experts compute all values.
@@ -193,7 +193,7 @@ def test_experts_in_a_block_type_are_multiplied_by_spans(
     x = mx.random.normal((ROWS, 1, 256), key=mx.random.key(3)).astype(mx.bfloat16)
     chosen = mx.random.randint(0, 4, (ROWS, 1, 2), key=mx.random.key(4)).astype(mx.uint32)
     expected = plain(x.astype(mx.float32), chosen)
-    step: Any = SimpleNamespace(active=True, fuses=True)
+    step: Any = SimpleNamespace(active=True, fuses_experts=True)
     assert fuse_experts(mixed, step, ClassSwaps())
     found = mixed(x, chosen).astype(mx.float32)
     np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.02 * float(mx.abs(expected).max()))
@@ -209,7 +209,7 @@ def test_expert_outputs_work_like_any_array(host: Host) -> None:
     chosen = mx.random.randint(0, 4, (ROWS, 1, 2)).astype(mx.uint32)
     scores = mx.random.uniform(0, 1, (ROWS, 1, 2))
     plain = experts(x, chosen)
-    step: Any = SimpleNamespace(active=True, fuses=True)
+    step: Any = SimpleNamespace(active=True, fuses_experts=True)
     assert fuse_experts(experts, step, ClassSwaps())
     given = experts(x, chosen)
     close: Any = {"rtol": 1e-4, "atol": 1e-5}
@@ -230,7 +230,7 @@ def test_expert_outputs_work_like_any_array(host: Host) -> None:
 
 def test_mlx_computes_few_pairs(host: Host) -> None:
     experts: Any = SwitchGLU(32, 16, 4)
-    step: Any = SimpleNamespace(active=True, fuses=True)
+    step: Any = SimpleNamespace(active=True, fuses_experts=True)
     fuse_experts(experts, step, ClassSwaps())
     experts(mx.zeros((2, 1, 32)), mx.zeros((2, 1, 2), mx.uint32))
     assert not host.calls
@@ -250,7 +250,7 @@ def test_rows_sorted_by_expert_are_contiguous(host: Host, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(SwitchLinear, "__call__", call)
     experts: Any = SwitchGLU(32, 16, 4)
-    fuse_experts(experts, SimpleNamespace(active=True, fuses=True), ClassSwaps())  # type: ignore[arg-type]
+    fuse_experts(experts, SimpleNamespace(active=True, fuses_experts=True), ClassSwaps())  # type: ignore[arg-type]
     experts(mx.ones((ROWS, 1, 32)), mx.zeros((ROWS, 1, 2), mx.uint32))
     wide, narrow = ((ROWS * 2, 1, dim) for dim in (32, 16))
     assert strides == [(shape, (shape[2], shape[2], 1)) for shape in (wide, wide, narrow)]
@@ -262,6 +262,6 @@ def test_has_experts() -> None:
 
 
 def test_other_layers_are_not_fused() -> None:
-    step: Any = SimpleNamespace(active=True, fuses=True)
+    step: Any = SimpleNamespace(active=True, fuses_experts=True)
     assert not fuse_experts(nn.Linear(8, 8), step, ClassSwaps())
     assert not fuse_router(nn.Linear(8, 8), step, ClassSwaps())

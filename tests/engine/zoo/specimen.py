@@ -10,10 +10,12 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
+from modelpack_engine.patches.lora import LINEARS, Matrices
 from modelpack_engine.runner.model_layout import layout_of
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.zoo.configuration import Configuration, prompts
 from tests.engine.zoo.driving import Driver, Setting
+from tests.engine.zoo.table import why_not_adapted
 
 #: Enough for the first prompt to need another block, so that a tight cache must preempt.
 NUM_TOKENS = 14
@@ -101,3 +103,15 @@ def make_specimen(configuration: Configuration) -> Specimen:
     """Build a configuration's model and its reference."""
     model = configuration.build()
     return Specimen(configuration, model, make_reference(configuration, model))
+
+
+def adapter_of(model: nn.Module) -> dict[str, Matrices]:
+    """Return an adapter of all layers that may have one."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LINEARS) and why_not_adapted(name, module) is None:
+            outputs, inputs = module.weight.shape
+            mx.random.seed(len(name))
+            a, b = mx.random.normal((inputs, 2)), mx.random.normal((2, outputs))
+            layers[name] = Matrices(0.15 * a, 0.15 * b)
+    return layers

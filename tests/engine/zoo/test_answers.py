@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.engine import Engine
-from modelpack_engine.patches.lora import LINEARS, LoRALayers, Matrices
+from modelpack_engine.patches.lora import LoRALayers
 from modelpack_engine.request import EngineRequest
 from tests.engine.offload.turns import BLOCK, FIRST, GREEDY, NEXT, answer, open_turn_engine
 from tests.engine.speculation.oracle import Oracle, speculate
@@ -22,8 +21,8 @@ from tests.engine.zoo import table
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import VOCABULARY, prompts
 from tests.engine.zoo.driving import Driver, Setting
-from tests.engine.zoo.specimen import Specimen, make_specimen
-from tests.engine.zoo.table import restores, row, speculates, why_not_adapted
+from tests.engine.zoo.specimen import Specimen, adapter_of, make_specimen
+from tests.engine.zoo.table import restores, row, speculates
 
 pytestmark = pytest.mark.long
 
@@ -103,14 +102,7 @@ def test_speculation(specimen: Specimen) -> None:
 def test_adapters(specimen: Specimen) -> None:
     """Requests with an adapter on all layers that may have one, beside others without."""
     model = specimen.free()
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LINEARS) and why_not_adapted(name, module) is None:
-            outputs, inputs = module.weight.shape
-            mx.random.seed(len(name))
-            a, b = mx.random.normal((inputs, 2)), mx.random.normal((2, outputs))
-            layers[name] = Matrices(0.15 * a, 0.15 * b)
-    found = []
+    layers, found = adapter_of(model), []
     for slots in ((1, 0, 1, 0, 1), (1, 1, 1, 1, 1)):
         runner = specimen.make_runner(exact=True)
         assert runner.adapter_rows is not None
