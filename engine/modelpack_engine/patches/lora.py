@@ -1,10 +1,11 @@
 """LoRA and DoRA adapters on the layers of a model, chosen for each row of a step.
 
 `LoRALayers` replaces the calls of the layers that adapters change. If no row of a step has an
-adapter, the original call runs alone. If all rows have the same one, its two matrices are
-multiplied with all rows; otherwise the matrices of all adapters are stacked, their ranks padded,
-and each row is multiplied with its own. Where a layer's inputs are divided between devices, each
-adds its part of the adapter's outputs to its part of the layer's, before these are added up.
+adapter, the original call runs alone. If all rows have the same one, and the step is not compiled,
+its two matrices are multiplied with all rows; otherwise the matrices of all adapters are stacked,
+their ranks padded, and each row is multiplied with its own. Where a layer's inputs are divided
+between devices, each adds its part of the adapter's outputs to its part of the layer's, before
+these are added up.
 
 Compiled steps get the stacked matrices as inputs, so that a graph stays right when an adapter takes
 another's place. Fused layers do not call their linear layers: they add the joint matrices of these

@@ -57,7 +57,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_products_of_stored_blocks_equal_those_of_the_gguf_package(
     host: Host, name: str, rows: int
 ) -> None:
@@ -142,7 +142,7 @@ def test_experts_on_the_host(host: Host, name: str, dtype: mx.Dtype) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("biased", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("biased", [True, False])
 def test_spans_of_experts_on_the_host(
     host: Host, monkeypatch: pytest.MonkeyPatch, name: str, biased: bool
 ) -> None:

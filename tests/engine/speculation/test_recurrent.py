@@ -74,7 +74,6 @@ def check_all(plain: Events, found: Events) -> None:
         check_same(expected, found[key])
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("shapes")
 @pytest.mark.parametrize(
     "configuration", [c for c in RECURRENT if c not in SOME], ids=lambda c: c.id
@@ -103,7 +102,6 @@ def check_outputs(configuration: Configuration, wrong: float) -> None:
     assert wrong == 1.0 or engine.stats().accepted_tokens
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("shapes")
 @pytest.mark.parametrize("configuration", SOME, ids=lambda c: c.id)
 def test_outputs_are_the_same_with_an_eagle_head(

@@ -289,7 +289,6 @@ def test_settings_for_pictures_that_are_too_large(tmp_path: Path) -> None:
     assert loaded.no_vision == "preprocessor_config.json: pictures have more than 67108864 pixels"
 
 
-@pytest.mark.long
 def test_small_models_of_gemma_4_are_causal(tmp_path: Path) -> None:
     """Only where config.json says so do pictures attend in both directions: chunks split others."""
     text = tiny.config_of("gemma4")["text_config"] | {"use_bidirectional_attention": None}
@@ -301,7 +300,6 @@ def test_small_models_of_gemma_4_are_causal(tmp_path: Path) -> None:
     assert run(engine, made) == [tiny.expected("gemma4", TEXT, [ONE, TWO], 24, seen=False)]
 
 
-@pytest.mark.long
 def test_layers_without_embeddings_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: where Gemma 4's layers look up tokens of pictures, tokens differ."""
     engine = tiny.tiny_engine("gemma4")

@@ -27,7 +27,6 @@ pytestmark = pytest.mark.long
 TOWERS = ("gemma3", "gemma4", "llava", *tiny.MISTRAL, *tiny.QWEN)
 
 
-@pytest.mark.long
 def test_it_imports_model_and_processor_modules_only() -> None:
     """None of mlx-vlm's own dependencies but transformers and Pillow."""
     code = (

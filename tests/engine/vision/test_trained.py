@@ -134,7 +134,6 @@ def test_digits_and_shapes(address: str) -> None:
     assert share_right(answers(address, by_openai, asked), asked) == 1
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("asked", [questions(100, 0), questions(0, 40)], ids=["digits", "shapes"])
 def test_95_of_100_held_out_pictures(
     asked: list[tuple[samples.Sample, str]], address: str, gguf_address: str
@@ -158,7 +157,6 @@ def test_another_picture_is_another_answer(address: str) -> None:
     assert by_openai(address, png(two), samples.WHAT) != one.answers[samples.WHAT]
 
 
-@pytest.mark.long
 def test_the_answers_are_mlx_vlms(address: str, directory: Path) -> None:
     """mlx-vlm's processor and model give the same text for the same files."""
     package_, arguments = model.peer_package()

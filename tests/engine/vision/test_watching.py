@@ -431,7 +431,6 @@ def test_null_is_a_missing_setting(kind: str) -> None:
     assert made.digest == usual.digest
 
 
-@pytest.mark.long
 def test_another_number_of_frames_in_the_file_changes_the_answer() -> None:
     """Of Mage-VL, whose tower rotates by the numbers of frames: by 5 each, not by 1."""
     engine, (text, _) = tiny_engine("mage_vl"), PROMPTS["one video"]

@@ -48,14 +48,12 @@ def test_one_at_a_time(specimen: Specimen) -> None:
     assert driver.scheduler.stats().num_mixed_steps == 0
 
 
-@pytest.mark.long
 def test_preemption(specimen: Specimen) -> None:
     driver = specimen.drive(Setting(blocks=7))
     assert driver.tokens == specimen.reference.tokens
     assert driver.scheduler.stats().num_preemptions > 0
 
 
-@pytest.mark.long
 def test_end_of_sequence_is_seen_late(specimen: Specimen) -> None:
     tokens = specimen.reference.tokens
     eos = tokens[1][NUM_TOKENS // 2]
@@ -65,7 +63,6 @@ def test_end_of_sequence_is_seen_late(specimen: Specimen) -> None:
     assert driver.num_sampled > sum(map(len, expected)), "a step was under way when it was seen"
 
 
-@pytest.mark.long
 def test_bucketed_without_prefix_cache(specimen: Specimen) -> None:
     buckets = Buckets(rows=(4, 8), chunk=(8, 16), table_width=(2, 8))
     driver = specimen.drive(Setting(buckets=buckets, prefix_cache=False, exact=False, rows=32))
