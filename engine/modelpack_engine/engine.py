@@ -257,8 +257,14 @@ class Engine(BaseEngine):
         return stats if self._speculator is None else self._speculator.counted(stats)
 
     def close(self) -> None:
-        """Write the prefix cache to disk, if the configuration says so."""
+        """Write the prefix cache to disk, if the configuration says so, and restore the model.
+
+        Another engine can then run the model.
+        """
         self._mover.close()
+        if self._adapters is not None:
+            self._adapters.close()
+        self._runner.undo()
 
     # `ParallelEngine`, over several devices, overrides these four methods.
 

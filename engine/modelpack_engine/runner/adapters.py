@@ -65,6 +65,10 @@ class AdapterSet:
         """Return the names of the adapters in memory, the least recently used one first."""
         return [name for name, known in self._known.items() if known.slot is not None]
 
+    def close(self) -> None:
+        """Restore the model's layers, and free the memory of all adapters."""
+        self._layers.undo()
+
     @property
     def has_removed(self) -> bool:
         """Whether unfinished requests may use a removed adapter."""

@@ -51,6 +51,22 @@ def ask(engine: Engine, names: list[str | None], prompt: list[int]) -> list[list
     return [tokens(found[str(index), 0]) for index in range(len(names))]
 
 
+def test_a_closed_engine_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    """Layers whose calls are still replaced would not be fused by the next engine."""
+    loaded = tiny_loaded()
+    classes = [type(module) for module in loaded.model.modules()]
+    config = tiny_engine(max_loras=1).config
+    one, found = adapter(tmp_path, 1), []
+    for _ in range(2):
+        engine = Engine(loaded, config)
+        engine.add_adapter("one", one, "digest of one")
+        found.append(ask(engine, ["one", None], PROMPT))
+        assert [type(module) for module in loaded.model.modules()] != classes
+        engine.close()
+        assert [type(module) for module in loaded.model.modules()] == classes
+    assert found[0] == found[1]
+
+
 def test_requests_by_name(tmp_path: Path) -> None:
     one, two = adapter(tmp_path, 1), adapter(tmp_path, 2, rank=5)
     engine = tiny_engine(max_loras=2)
