@@ -1,32 +1,45 @@
-  // The products of rows with the first matrices of their adapters: a threadgroup computes EACH of a row.
-  //   x [rows, IN] T   a [slots, N, IN] A   slots [rows] int: 0 is no adapter   out [rows, N] float
-  constexpr int THREADS = NSG * 32, VECTORS = IN / VEC, GROUPS = N / EACH;
-  typedef PaVec<T, VEC> Vec;
-  typedef PaVec<A, VEC> Matrix;
-  const int lane = PA_LANE, group = PA_SIMD;
-  const int row = PA_X / GROUPS, first = PA_X % GROUPS * EACH;
-  const int slot = slots[row];
-  float sums[EACH];
-  PA_UNROLL for (int i = 0; i < EACH; i++) sums[i] = 0.0f;
-  if (slot > 0) {
-    const PA_DEVICE Vec* from = (const PA_DEVICE Vec*)x + (size_t)row * VECTORS;
-    const PA_DEVICE Matrix* by = (const PA_DEVICE Matrix*)a + ((size_t)slot * N + first) * VECTORS;
-    for (int at = group * 32 + lane; at < VECTORS; at += THREADS) {
-      const Vec values = from[at];
-      PA_UNROLL for (int i = 0; i < EACH; i++) {
-        const Matrix factors = by[(size_t)i * VECTORS + at];
-        PA_UNROLL for (int e = 0; e < VEC; e++) sums[i] += float(values.e[e]) * float(factors.e[e]);
+  // A row times the first matrix of its adapter: `inner` has the products of RANKS columns.
+  //   x [rows, IN] T   down [slots, N, IN] A   slots [rows] int: 0 is no adapter
+#ifdef PA_CHUNKS
+  const int own_row = block;
+#else
+  const int own_row = PA_X, product = 0;
+#endif
+#define PA_SHRUNK
+  constexpr int STEP = 8, LOADS = IN / FROM;
+  typedef PaVec<T, FROM> From;
+  typedef PaVec<A, FROM> Down;
+  const int own_lane = PA_LANE, own_group = PA_SIMD, thread = own_group * 32 + own_lane;
+  const int slot = slots[own_row];
+  PA_SHARED(float, products, NSG * STEP);
+  PA_SHARED(float, inner, RANKS);
+  for (int first = 0; first < RANKS && slot > 0; first += STEP) {
+    float sums[STEP];
+    PA_UNROLL for (int i = 0; i < STEP; i++) sums[i] = 0.0f;
+    const PA_DEVICE Down* by = (const PA_DEVICE Down*)down + ((size_t)slot * N + product + first) * LOADS;
+    for (int at = thread; at < LOADS; at += NSG * 32) {
+      const From values = ((const PA_DEVICE From*)x)[(size_t)own_row * LOADS + at];
+      PA_UNROLL for (int i = 0; i < STEP; i++) {
+        const Down factors = by[(size_t)i * LOADS + at];
+        PA_UNROLL for (int e = 0; e < FROM; e++) sums[i] += float(values.e[e]) * float(factors.e[e]);
       }
     }
-  }
-  PA_SHARED(float, partial, NSG * EACH);
-  PA_UNROLL for (int i = 0; i < EACH; i++) {
-    PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) sums[i] += PA_XOR(sums[i], mask);
-    if (lane == 0) partial[group * EACH + i] = sums[i];
-  }
-  PA_SYNC();
-  if (group == 0 && lane < EACH) {
-    float sum = 0.0f;
-    PA_UNROLL for (int s = 0; s < NSG; s++) sum += partial[s * EACH + lane];
-    out[(size_t)row * N + first + lane] = sum;
+    // Half of the lanes go on with half of the sums, until each has one: 9 exchanges instead of 40.
+    PA_UNROLL for (int step = 0; step < 5; step++) {
+      const int mask = 16 >> step, rest = STEP >> (step + 1);
+      const bool high = (own_lane & mask) != 0;
+      PA_UNROLL for (int i = 0; i < rest; i++) {
+        const float other = high ? sums[i] : sums[rest + i];
+        sums[i] = (high ? sums[rest + i] : sums[i]) + PA_XOR(other, mask);
+      }
+      if (rest == 0) sums[0] += PA_XOR(sums[0], mask);
+    }
+    if (own_lane % (32 / STEP) == 0) products[own_group * STEP + own_lane / (32 / STEP)] = sums[0];
+    PA_SYNC();
+    if (thread < STEP) {
+      float sum = 0.0f;
+      PA_UNROLL for (int s = 0; s < NSG; s++) sum += products[s * STEP + thread];
+      inner[first + thread] = sum;
+    }
+    PA_SYNC();
   }

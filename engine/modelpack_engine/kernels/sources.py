@@ -4,7 +4,7 @@ A body uses only `PA_*` macros, which the preamble defines, and the common subse
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `block_tiles`,
-`experts`, `experts_wide`, `usable` and `deliver` are for CUDA only.
+`experts`, `experts_wide`, `adapters_wide`, `usable` and `deliver` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
-    "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "shrink",
-    "expand",
+    "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
+    "adapters_norm", "adapters_wide",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -70,8 +70,9 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "block_dots": ("x", "weight", "bias", "chosen"),
     "block_tiles": ("x", "weight", "bias", "source", "spans"),
     "block_values": ("weight",),
-    "shrink": ("x", "a", "slots"),
-    "expand": ("given", "inner", "b", "slots"),
+    "adapters": ("given", "x", "down", "up", "slots"),
+    "adapters_wide": ("given", "x", "down", "up", "slots", "singles"),
+    "adapters_norm": ("a", "b", "weight", "x", "down", "up", "slots"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "decode": ("out", "stats"),
@@ -80,6 +81,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "prefill": ("out", "stats"),
     "rotate": ("q", "token"),
     "add_norm": ("total", "out"),
+    "adapters_norm": ("total", "out"),
     "state_space": ("y", "new_state"),
     "delta_rule": ("y", "new_state"),
     "route": ("chosen", "scores"),
@@ -107,6 +109,14 @@ for _name in ("scales", "biases", "bias"):
     ABSENT[_name] = f"const T* const {_name} = nullptr;\n"
     ABSENT[f"{_name}_up"] = f"const T* const {_name}_up = {_name};\n"
 
+#: The texts of bodies that have several.
+PARTS: dict[Body, tuple[str, ...]] = {
+    "experts": ("experts", "product"),
+    "adapters": ("chunks", "shrink", "adapters"),
+    "adapters_norm": ("shrink", "add_norm"),
+    "adapters_wide": ("chunks", "adapters_wide"),
+}
+
 #: MLX binds inputs with fewer elements in Metal's constant address space.
 CONSTANT_BELOW = 8
 
@@ -128,6 +138,11 @@ def text(name: str) -> str:
     return (files(__package__) / f"{name}.h").read_text(encoding="utf-8")
 
 
+def body_text(body: Body) -> str:
+    """Return all texts of a body."""
+    return "".join(map(text, PARTS.get(body, (body,))))
+
+
 @cache
 def kernel_source(
     body: Body,
@@ -144,10 +159,10 @@ def kernel_source(
     `by_path` includes the files by path (CUDA): MLX hashes a kernel's source at every call, and a
     short source takes less time.
     """
-    headers, parts = ["common"], [body]
+    headers, parts = ["common"], PARTS.get(body, (body,))
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "grouped",
-        "block_tiles",
+        "block_tiles", "adapters_wide",
     ):  # fmt: skip
         headers.append("tensor_cores")
     if body == "packed_row":
@@ -156,8 +171,6 @@ def kernel_source(
         headers += ["codes", "warpgroups"]
     if body.startswith("block_"):
         headers.append("blocks")
-    if body == "experts":
-        parts.append("product")
     outputs = tuple(name for name in OUTPUTS[body] if name not in absent)
     before = "".join(ABSENT[name] for name in absent)
     if body in ("decode", "prefill") and not split:

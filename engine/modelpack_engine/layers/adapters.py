@@ -1,13 +1,13 @@
-"""What LoRA adapters add to the products of fused layers: two kernels for each product.
+"""What LoRA adapters add to the products of fused layers: one kernel for each product.
 
-Each row has its own adapter (Punica, https://arxiv.org/abs/2310.18547): the first kernel multiplies
-a row by the first matrices of its adapter, the second adds the product with the second ones to the
-output. Several layers with the same input are computed together.
+Each row has its own adapter (Punica, https://arxiv.org/abs/2310.18547). Several layers with the
+same input are computed together. The kernel also computes what follows, SwiGLU or a residual sum
+and its norm: with few rows, the launches of kernels take most of the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import mlx.core as mx
@@ -16,81 +16,200 @@ from modelpack_engine.kernels import launch
 from modelpack_engine.kernels.plan import vector_width
 from modelpack_engine.layers.matmul import Parts
 
-#: Ranks are padded to a multiple of this, and so many products of a row are computed together.
-RANK_STEP, _TOGETHER = 8, 4
-#: The most layers of one product, and the loads of a thread before more threads share them.
-MOST_LAYERS, _LOADS, _MOST_SIMDGROUPS = 3, 2, 8
+#: Ranks are padded to a multiple of this.
+RANK_STEP = 8
+#: The most layers of one product, and the largest rank: the kernel keeps a value of each in memory.
+MOST_LAYERS, MOST_RANK = 3, 512
+#: The most outputs that a threadgroup computes, and its most simdgroups.
+_CHUNK, _MOST_SIMDGROUPS = 4096, 8
+#: With fewer rows, a threadgroup computes a whole row, with its norm. Many rows are prompts, of
+#: which a block computes 16 on tensor cores: its threads, and the depth and width of its matmuls.
+_MANY_ROWS, _BLOCK_ROWS, _BLOCK_THREADS, _DEPTH, _WIDTH = 256, 16, 256, 32, 64
+#: The most products of a row that a block on tensor cores has memory for.
+_MOST_PRODUCTS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class RowAdapters:
+    """The input of linear layers in a step, and the matrices that adapters add to them.
+
+    `x` is [rows, ...]. `down` [slots, layers * rank, inputs] and `up` [slots, rank, outputs of all
+    layers] are the matrices of all adapters, and `slots` int32 [rows] those of the rows, 0 for
+    none; the first `singles` rows are single tokens of sequences. `sizes` are the numbers of
+    outputs of each layer.
+    """
+
+    x: mx.array
+    down: mx.array
+    up: mx.array
+    slots: mx.array
+    sizes: tuple[int, ...]
+    singles: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.slots.shape == (self.x.shape[0],), "each row has a slot"
+        assert self.up.shape[1] <= MOST_RANK, "the kernel has memory for the rank"
+
+    @property
+    def takes_norm(self) -> bool:
+        """Whether `add_norm` computes these rows; for one, another kernel computes more."""
+        return len(self.sizes) == 1 and 1 < self.x.shape[0] < _MANY_ROWS
+
+    def arrays(self) -> list[mx.array]:
+        """Return the rows [rows, inputs], and the other arrays."""
+        return [self.x.reshape(self.x.shape[0], -1), self.down, self.up, self.slots]
 
 
 def add(
-    parts: Parts, x: mx.array, a: mx.array, b: mx.array, slots: mx.array, sizes: Sequence[int]
+    parts: Parts,
+    adapters: RowAdapters,
+    *,
+    gated: bool = False,
+    chunk: int = _CHUNK,
+    wide: bool | None = None,
 ) -> mx.array:
-    """Return the sum of `parts` [rows, outputs] and the rows' adapters: [rows, outputs] like x.
+    """Return the sum of `parts` [rows, outputs] and of what the adapters of the rows add to it.
 
-    x is [rows, ...]; a [slots, layers * rank, inputs] and b [slots, rank, outputs] are the matrices
-    of all adapters, and `slots` int32 [rows] those of the rows, 0 for none. `sizes` are the numbers
-    of outputs of each layer.
+    With `gated`, two layers have the same number of outputs, and silu(the first's) * the second's
+    is returned. The result has x's type. A threadgroup computes up to `chunk` outputs. `wide` runs
+    on tensor cores: the default for many rows, where the GPU has them.
     """
-    rows, (_, products, inputs), outputs = x.shape[0], a.shape, b.shape[2]
-    assert slots.shape == (rows,), "each row has a slot"
-    vector = vector_width(max(x.dtype.size, a.dtype.size), inputs)
-    simdgroups = min(_MOST_SIMDGROUPS, max(1, inputs // (vector * 32 * _LOADS)))
-    types = [("T", x.dtype), ("A", a.dtype)]
-    (inner,) = launch.run(
-        "shrink",
-        [x.reshape(rows, inputs), a, slots],
-        types,
-        [
-            ("IN", inputs), ("N", products), ("VEC", vector), ("NSG", simdgroups),
-            ("EACH", _TOGETHER),
-        ],
-        threads=rows * (products // _TOGETHER) * simdgroups * 32,
-        group=simdgroups * 32,
-        shapes=[(rows, products)],
-        dtypes=[mx.float32],
-    )  # fmt: skip
-    size = max(x.dtype.size, a.dtype.size, parts.array.dtype.size)
-    vector = min(vector_width(size, width) for width in sizes)
+    x, sizes = adapters.x, adapters.sizes
+    rows, (_, products, inputs) = x.shape[0], adapters.down.shape
+    rank, outputs = adapters.up.shape[1:]
     ends = [*accumulate(sizes), *[outputs] * MOST_LAYERS]
+    chunks = sum(-(-size // chunk) for size in (sizes[:1] if gated else sizes))
+    shape = (rows, outputs // 2 if gated else outputs)
+    constants: list[tuple[str, int | bool]] = [
+        ("IN", inputs), ("OUT", outputs), ("N", products), ("RANK", rank),
+        ("RANKS", 2 * rank if gated else rank), ("PARTS", parts.count), ("END0", ends[0]),
+        ("END1", ends[1]), ("GATED", gated), ("CHUNK", chunk),
+    ]  # fmt: skip
+    if wide or (wide is None and rows >= _MANY_ROWS and fits_wide(adapters)):
+        singles = min(adapters.singles, rows - 1)
+        blocks = singles + -(-(rows - singles) // _BLOCK_ROWS)
+        (out,) = launch.run(
+            "adapters_wide",
+            [parts.array, *adapters.arrays(), adapters.slots[: singles + 1]],
+            [("T", x.dtype), ("J", parts.array.dtype)],
+            constants,
+            threads=blocks * chunks * _BLOCK_THREADS,
+            group=_BLOCK_THREADS,
+            shapes=[shape],
+            dtypes=[x.dtype],
+        )
+        return out
+    itemsize = max(x.dtype.size, adapters.up.dtype.size)
+    load = vector_width(itemsize, inputs)
+    vector = min(vector_width(max(itemsize, parts.array.dtype.size), size) for size in sizes)
+    most = max(inputs // load, min(chunk, *sizes) // vector)
+    simdgroups = min(_MOST_SIMDGROUPS, max(1, most // 32))
     (out,) = launch.run(
-        "expand",
-        [parts.array, inner, b, slots],
-        [*types, ("J", parts.array.dtype)],
-        [
-            ("OUT", outputs), ("N", products), ("RANK", b.shape[1]), ("VEC", vector),
-            ("PARTS", parts.count), ("END0", ends[0]), ("END1", ends[1]),
-        ],
-        threads=rows * (outputs // vector),
-        group=256,
-        shapes=[(rows, outputs)],
+        "adapters",
+        [parts.array, *adapters.arrays()],
+        [("T", x.dtype), ("A", adapters.up.dtype), ("J", parts.array.dtype)],
+        [*constants, ("FROM", load), ("TO", vector), ("NSG", simdgroups)],
+        threads=rows * chunks * simdgroups * 32,
+        group=simdgroups * 32,
+        shapes=[shape],
         dtypes=[x.dtype],
-    )  # fmt: skip
+    )
     return out
 
 
+def fits_wide(adapters: RowAdapters) -> bool:
+    """Return whether the kernel on tensor cores computes with these matrices."""
+    dtype = adapters.x.dtype
+    return (
+        launch.backend() == "cuda"
+        and dtype in (mx.float16, mx.bfloat16)
+        and adapters.up.dtype == dtype
+        and adapters.down.shape[2] % _DEPTH == 0
+        and all(size % _WIDTH == 0 for size in adapters.sizes)
+        and adapters.down.shape[1] <= _MOST_PRODUCTS
+    )
+
+
+def add_norm(
+    a: mx.array, parts: Parts, adapters: RowAdapters, weight: mx.array, epsilon: float
+) -> tuple[mx.array, mx.array]:
+    """Return a + the sum of `parts` and of what adapters add, and its RMS norm times `weight`.
+
+    The adapters are those of one layer. `a` and both results are [rows, ..., dim] in a's type.
+    """
+    dim, rows = a.shape[-1], adapters.x.shape[0]
+    inputs, up = adapters.down.shape[2], adapters.up
+    itemsize = max(a.dtype.size, up.dtype.size)
+    vector = vector_width(max(itemsize, parts.array.dtype.size), dim)
+    threads = 32 * min(_MOST_SIMDGROUPS, max(1, -(-dim // (vector * 32))))
+    total, out = launch.run(
+        "adapters_norm",
+        [a, parts.array, weight, *adapters.arrays()],
+        [
+            ("T", a.dtype), ("A", up.dtype), ("B", parts.array.dtype), ("W", weight.dtype),
+        ],
+        [
+            ("IN", inputs), ("N", up.shape[1]), ("RANKS", up.shape[1]),
+            ("FROM", vector_width(itemsize, inputs)), ("D", dim), ("VEC", vector),
+            ("NSG", threads // 32), ("PARTS", parts.count), ("EPSILON", launch.bits_of(epsilon)),
+        ],
+        threads=rows * threads,
+        group=threads,
+        shapes=[a.shape] * 2,
+        dtypes=[a.dtype, a.dtype],
+    )  # fmt: skip
+    return total, out
+
+
 def _compare(dtype: mx.Dtype) -> str | None:
-    """Compare the kernels with MLX's functions: three layers, rows with and without one."""
-    keys = launch.random_keys(31, 4)
-    inputs, rank, sizes = 640, 2 * RANK_STEP, (64, 32, 96)
-    outputs, of_rows = sum(sizes), [2, 0, 1, 2, 1]
+    """Compare the kernels with MLX's functions: three layers, rows with and without an adapter."""
+    keys = launch.random_keys(31, 5)
+    inputs, rank, sizes = 640, 3 * RANK_STEP, (64, 128, 192)
+    of_rows = [2, 0, 1, 2, 1]
     slots = mx.array(of_rows, mx.int32)
     x = mx.random.normal((5, inputs), key=keys[0]).astype(dtype)
-    a = (mx.random.normal((3, 3 * rank, inputs), key=keys[1]) / inputs**0.5).astype(dtype)
-    b = (mx.random.normal((3, rank, outputs), key=keys[2]) / rank**0.5).astype(dtype)
-    given = mx.random.normal((2, 5, outputs), key=keys[3])
-    expected = given.sum(axis=0)
-    for row, slot in enumerate(of_rows):
-        inner = x[row].astype(mx.float32) @ a[slot].astype(mx.float32).T
-        by, start = b[slot].astype(mx.float32), 0
-        for layer, size in enumerate(sizes):
-            own = inner[layer * rank : (layer + 1) * rank] @ by[:, start : start + size]
-            if slot:
-                expected[row, start : start + size] += own
-            start += size
-    found = add(Parts(given, 2), x, a, b, slots, sizes)
-    base = add(Parts(found, 1), x, a[:, :rank], b, mx.zeros_like(slots), (outputs,))
+    down = (mx.random.normal((3, 3 * rank, inputs), key=keys[1]) / inputs**0.5).astype(dtype)
+    up = (mx.random.normal((3, rank, sum(sizes)), key=keys[2]) / rank**0.5).astype(dtype)
+    given = mx.random.normal((2, 5, sum(sizes)), key=keys[3])
+    residual = mx.random.normal((5, sizes[0]), key=keys[4]).astype(dtype)
+
+    def case(sizes: tuple[int, ...], singles: int = 0) -> tuple[Parts, RowAdapters, mx.array]:
+        """Return parts, adapters and their sum of the first layers."""
+        parts = given[..., : sum(sizes)]
+        total = parts.sum(axis=0)
+        for row, slot in enumerate(of_rows):
+            inner = x[row].astype(mx.float32) @ down[slot].astype(mx.float32).T
+            by, start = up[slot].astype(mx.float32), 0
+            for layer, size in enumerate(sizes if slot else ()):
+                own = inner[layer * rank : (layer + 1) * rank] @ by[:, start : start + size]
+                total[row, start : start + size] += own
+                start += size
+        used = down[:, : len(sizes) * rank], up[..., : sum(sizes)]
+        return Parts(parts, 2), RowAdapters(x, *used, slots, sizes, singles), total
+
+    parts, three, expected = case(sizes)
+    kinds = [False, True] if fits_wide(three) else [False]
+    found = [add(parts, three, chunk=chunk, wide=wide) for chunk in (_CHUNK, 64) for wide in kinds]
+    base = add(parts, RowAdapters(x, three.down, three.up, mx.zeros_like(slots), sizes))
+    parts, two, both = case((64, 64), singles=3)
+    gated = [add(parts, two, gated=True, wide=wide) for wide in kinds]
+    gates = both[:, :64] * mx.sigmoid(both[:, :64]) * both[:, 64:]
+    parts, one, alone = case(sizes[:1])
+    weight = mx.ones((sizes[0],), dtype)
+    total, normed = add_norm(residual, parts, one, weight, 1e-5)
+    wanted = residual.astype(mx.float32) + alone
+    scale = 0.25  # products of two outputs are larger, and so are the errors of their types
     return launch.difference(
-        {"products with adapters": (found, expected), "the base": (base, found)},
+        {
+            "products with adapters": (mx.stack(found), expected),
+            "the base": (base, given.sum(axis=0)),
+            "gates with adapters": (
+                scale * mx.stack(gated),
+                scale * mx.stack([gates] * len(gated)),
+            ),
+            "a sum with adapters": (total, wanted),
+            "its norm": (normed, mx.fast.rms_norm(wanted, None, 1e-5)),
+        },
         1e-3 if dtype == mx.float32 else 5e-2,
     )
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from modelpack_engine.layers import kernels
+from modelpack_engine.layers import adapters, kernels
+from modelpack_engine.layers.adapters import RowAdapters
 from modelpack_engine.layers.dots import Normed
 from modelpack_engine.layers.matmul import Parts, multiply_in_parts, multiply_normed, swiglu
 from modelpack_engine.layers.weights import Weights
@@ -20,11 +21,15 @@ from modelpack_engine.layers.weights import Weights
 
 @dataclass(slots=True)
 class _Sum:
-    """`total` is `a` + the sum of `parts`; `made` is the equal array that a kernel computed."""
+    """`total` is `a` + the sum of `parts`; `made` is the equal array that a kernel computed.
+
+    With `adapted`, the parts are the sum of other parts and of what adapters add to these.
+    """
 
     total: mx.array
     a: mx.array
     parts: Parts
+    adapted: tuple[Parts, RowAdapters] | None = None
     made: mx.array | None = None
 
 
@@ -34,6 +39,7 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[int, _Sum] = {}
         self._parts: dict[int, tuple[mx.array, Parts]] = {}
+        self._adapted: dict[int, tuple[mx.array, tuple[Parts, RowAdapters]]] = {}
         self._normed: dict[int, tuple[mx.array, mx.array, Normed]] = {}
 
     def of_parts(self, parts: Parts, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -43,13 +49,22 @@ class Sums:
         self._parts[id(total)] = total, parts
         return total
 
+    def of_adapted(
+        self, parts: Parts, rows: RowAdapters, shape: tuple[int, ...], dtype: mx.Dtype
+    ) -> mx.array:
+        """Return the sum of `parts` and of what adapters add, and record both."""
+        total = self.of_parts(Parts(adapters.add(parts, rows), 1), shape, dtype)
+        self._adapted[id(total)] = total, (parts, rows)
+        return total
+
     def add(self, a: mx.array, b: mx.array) -> mx.array:
         """Return a + b, and record its terms."""
         a = self.value(a)
         total = a + b
         known = self._parts.get(id(b))
         parts = Parts(b, 1) if known is None else known[1]
-        self._sums[id(total)] = _Sum(total, a, parts)
+        adapted = self._adapted.get(id(b))
+        self._sums[id(total)] = _Sum(total, a, parts, None if adapted is None else adapted[1])
         return total
 
     def take(self, array: mx.array, rows: mx.array) -> mx.array:
@@ -84,7 +99,11 @@ class Sums:
         if terms is None or terms[0].dtype != total.dtype:
             return None
         a, parts = terms
-        made, out = kernels.add_norm(a, parts.array, parts.count, weight, epsilon)
+        adapted = self._sums[id(total)].adapted
+        if adapted is not None and adapted[1].takes_norm:
+            made, out = adapters.add_norm(a, *adapted, weight, epsilon)
+        else:
+            made, out = kernels.add_norm(a, parts.array, parts.count, weight, epsilon)
         self.set_made(total, made)
         if a.size == a.shape[-1]:
             row = Normed(a, parts.array, parts.count, weight, epsilon)
@@ -120,4 +139,5 @@ class Sums:
         """Forget all sums: identities are reused once their arrays are freed."""
         self._sums.clear()
         self._parts.clear()
+        self._adapted.clear()
         self._normed.clear()

@@ -30,6 +30,7 @@ from modelpack_engine.attention.kv_pools import TokenMajorPools
 from modelpack_engine.attention.metadata import JointLayers, StepInputs
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.layers import adapters, dots, expert_kernels, kernels
+from modelpack_engine.layers.adapters import RowAdapters
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.blocks import BlockSwitchLinear
 from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
@@ -244,11 +245,11 @@ def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> b
     def call(original: Call, mlp: Any, x: mx.array) -> Any:
         if not step.fuses_linears:
             return original(mlp, x)
-        if step.adapters.slots is None or of_gates.matrices is None:
+        added = _row_adapters(x, of_gates, step)
+        if added is None:
             hidden = sums.swiglu(x, joint)
         else:
-            both = _adapted(sums.multiply(x, joint), x, of_gates, step)
-            hidden = kernels.swiglu(both.array)
+            hidden = adapters.add(sums.multiply(x, joint), added, gated=True)
         return _project(hidden, down, x, sums, of_down, step)
 
     swaps.override(module, call)
@@ -296,7 +297,9 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
         ):
             return original(attention, x, mask, cache)
         step = cache.step
-        rows = _adapted(sums.multiply(x, joint), x, of_heads, step)
+        rows, added = sums.multiply(x, joint), _row_adapters(x, of_heads, step)
+        if added is not None:
+            rows = Parts(adapters.add(rows, added), 1)
         window = mask.window if isinstance(mask, RowMask) else None
         angles = None
         if x.shape[0] > FEW_ROWS:  # for fewer rows, a table takes longer than the rotation
@@ -332,16 +335,19 @@ def _project(
     if not isinstance(by, Weights):
         return by(rows.reshape(*like.shape[:-1], -1))  # type: ignore[no-any-return]
     shape = (*like.shape[:-1], by.num_outputs)
-    parts = _adapted(multiply_in_parts(rows, by), rows, joint, step)
+    parts = multiply_in_parts(rows, by)
+    added = _row_adapters(rows, joint, step)
+    if added is not None:
+        return sums.of_adapted(parts, added, shape, like.dtype)
     return sums.of_parts(parts, shape, like.dtype)
 
 
-def _adapted(parts: Parts, x: mx.array, joint: JointLayers, step: StepInputs) -> Parts:
-    """Return the product of rows x [rows, ...] with what the rows' adapters add to it."""
+def _row_adapters(x: mx.array, joint: JointLayers, step: StepInputs) -> RowAdapters | None:
+    """Return what the adapters of rows x [rows, ...] add to these layers; None if nothing."""
     slots = step.adapters.slots
     if slots is None or joint.matrices is None:
-        return parts
-    return Parts(adapters.add(parts, x, *joint.matrices, slots, joint.sizes), 1)
+        return None
+    return RowAdapters(x, *joint.matrices, slots, joint.sizes, step.num_decode)
 
 
 #: Limits of the kernel, of which each lane holds a 32nd of the experts and all groups.

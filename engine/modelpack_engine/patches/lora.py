@@ -9,7 +9,7 @@ these are added up.
 
 Compiled steps get the stacked matrices as inputs, so that a graph stays right when an adapter takes
 another's place. Fused layers do not call their linear layers: they add the joint matrices of these
-by kernels (`layers.adapters`).
+by a kernel (`layers.adapters`).
 """
 
 from __future__ import annotations
@@ -128,12 +128,12 @@ class _Joint:
         return [one for stack in self.stacks for one in stack.slots.values()]
 
     def fits(self) -> bool:
-        """Return whether the kernels compute with these matrices."""
+        """Return whether the kernel computes with these matrices."""
         every = self._matrices()
         dtypes = {array.dtype for one in every for array in (one.a, one.b)}
         return (
             len(self._all) <= adapters.MOST_LAYERS
-            and all(one.gain is None for one in every)
+            and all(one.gain is None and one.a.shape[1] <= adapters.MOST_RANK for one in every)
             and len(dtypes) == 1
             and adapters.verdict(*dtypes) is None
         )
@@ -245,7 +245,7 @@ class LoRALayers:
             stack.hold(Matrices(next(given), next(given), None if gain is None else next(given)))
 
     def _join(self) -> None:
-        """Join the matrices of fused layers, if kernels add all that adapters change."""
+        """Join the matrices of fused layers, if the kernel adds all that adapters change."""
         if self._joined:
             return
         stacks = {id(self._modules[name]): stack for name, stack in self._stacks.items()}

@@ -17,7 +17,7 @@ from modelpack_engine.core.batch import build_batch
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.buckets import FEW
 from modelpack_engine.core.scheduler import Scheduler
-from modelpack_engine.kernels import operations
+from modelpack_engine.kernels import launch, operations
 from modelpack_engine.layers import adapters, kernels
 from modelpack_engine.patches.lora import LINEARS, LoRALayers, Matrices
 from modelpack_engine.request import SamplingParams
@@ -190,16 +190,46 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_kernels_agree_with_mlx(host: Host, dtype: mx.Dtype) -> None:
     assert adapters.verdict(dtype) is None
-    assert {body for body, _ in host.calls} == {"shrink", "expand"}
+    assert {body for body, _ in host.calls} == {"adapters", "adapters_norm"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        ("&& own[row] != own[thread]", "&& row != 0"),
+        ("own[row] == slot", "own[row] >= 0"),
+        ("low.z, high.z", "high.z, low.z"),
+        ("thread == block % ROWS", "thread == 0"),
+        ("deep ?", "true ?"),
+        ("? 0x7632u : 0x5410u", "? 0x5410u : 0x7632u"),
+        ("l * RANK + k", "k"),
+        ("tile * 8 + r", "r"),
+    ],
+)
+def test_rows_on_tensor_cores(
+    host: Host, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, str] | None
+) -> None:
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    if wrong is not None:
+        host.break_by(lambda name, text: text.replace(*wrong) if name == "adapters_wide" else text)
+    found = adapters.verdict(mx.bfloat16)
+    assert {body for body, _ in host.calls} == {"adapters", "adapters_norm", "adapters_wide"}
+    assert (found is None) if wrong is None else ("is off by" in str(found))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "wrong"),
     [
-        ("shrink", ("(size_t)slot * N", "(size_t)slot")),
-        ("expand", ("inner[from + first + i]", "inner[from + i]")),
-        ("expand", ("+ layer * RANK", "")),
+        ("shrink", ("slot * N +", "slot +")),
+        ("shrink", ("+ product", "")),
+        ("shrink", ("high ? sums[i] : sums[rest + i]", "sums[i]")),
+        ("chunks", ("(chunk - chunks_before) * CHUNK", "0")),
+        ("adapters", ("inner[l * RANK + first + i]", "inner[first + i]")),
+        ("adapters", ("inner[l * RANK + first + i]", "inner[i]")),
+        ("add_norm", ("inner[first + j]", "inner[j]")),
     ],
 )
 def test_the_verdict_names_a_wrong_kernel(host: Host, body: str, wrong: tuple[str, str]) -> None:
@@ -225,11 +255,12 @@ def test_fused_layers(host: Host, only: str) -> None:
         found.append(logits(runner, steps=4))
         bodies = [body for body, _ in host.calls[before:]]
         if fused:
-            assert {"rotate", "add_norm", "expand"} <= set(bodies)
+            assert {"rotate", "add_norm", "adapters"} <= set(bodies)
+            assert ("adapters_norm" in bodies) == (not only)
             joint = 1 if only else 4  # of a layer
-            assert bodies.count("shrink") == bodies.count("expand") == 4 * 3 * joint
+            assert bodies.count("adapters") == 4 * 3 * joint
         else:
-            assert "shrink" not in bodies
+            assert "adapters" not in bodies
         loras.undo()
         runner.undo()
     for one, other in zip(*found, strict=True):
@@ -245,6 +276,6 @@ def test_adapters_with_gains_are_not_fused(host: Host) -> None:
     assert not loras.fuses
     host.calls.clear()
     logits(runner, (1, 1, 1, 1), steps=1)
-    assert "shrink" not in {body for body, _ in host.calls}
+    assert "adapters" not in {body for body, _ in host.calls}
     loras.set(1, {})
     assert loras.fuses

@@ -15,19 +15,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, Body, text
+from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, PARTS, Body, text
 from tests.engine.kernels.signatures import ELEMENTS, Instance, argument_list, names_in_use
 from tests.peers import require
 
 STUBS = Path(__file__).parent / "stubs"
 #: Bodies on tensor cores that stubs stand for.
-ON_TENSOR_CORES: tuple[Body, ...] = ("packed", "packed_row", "experts_wide", "block_tiles")
+ON_TENSOR_CORES: tuple[Body, ...] = (
+    "packed", "packed_row", "experts_wide", "block_tiles", "adapters_wide",
+)  # fmt: skip
 Array = npt.NDArray[Any]
-Edit = Callable[[Body, str], str]
+#: An edit of a text, by its name.
+Edit = Callable[[str, str], str]
 
 
-def unchanged(body: Body, source: str) -> str:
-    """Return a body unchanged."""
+def unchanged(name: str, source: str) -> str:
+    """Return a text unchanged."""
     return source
 
 
@@ -131,8 +134,9 @@ def _program(instances: Sequence[Instance], edit: Edit) -> str:
                 f"template <{first.parameters()}>",
                 f"void {body}(Emu& emu, {arguments}) {{",
                 "pa_emu = &emu;" if body in ON_TENSOR_CORES else "",
-                edit(body, text(body)),
+                *(edit(part, text(part)) for part in PARTS.get(body, (body,))),
                 "}",
+                *(f"#undef {name}" for name in ("PA_CHUNKS", "PA_SHRUNK")),
             ]
     lines += ["int main(int, char** argv) {", "  const std::string at = argv[1];"]
     lines += ["  const int index = std::atoi(argv[2]);"]

@@ -13,7 +13,7 @@ from modelpack_engine.kernels.plan import (
     vector_width,
 )
 from modelpack_engine.kernels.quantised import Quantisation
-from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, Body, text
+from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, Body, body_text
 
 #: Element types: a template type, or C's.
 ELEMENTS: dict[Body, dict[str, str]] = {
@@ -77,9 +77,14 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "x": "T", "weight": "uint32_t", "bias": "T", "source": "int", "spans": "int", "out": "O",
     },
     "block_values": {"weight": "uint32_t", "out": "T"},
-    "shrink": {"x": "T", "a": "A", "slots": "int", "out": "float"},
-    "expand": {
-        "given": "J", "inner": "float", "b": "A", "slots": "int", "out": "T",
+    "adapters": {"given": "J", "x": "T", "down": "A", "up": "A", "slots": "int", "out": "T"},
+    "adapters_wide": {
+        "given": "J", "x": "T", "down": "T", "up": "T", "slots": "int", "singles": "int",
+        "out": "T",
+    },
+    "adapters_norm": {
+        "a": "T", "b": "B", "weight": "W", "x": "T", "down": "A", "up": "A", "slots": "int",
+        "total": "T", "out": "T",
     },
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
@@ -157,7 +162,7 @@ def greedy_instance(vocab_size: int) -> Instance:
 
 def names_in_use(body: Body) -> Sequence[str]:
     """Return the inputs whose shape the body reads."""
-    return [name for name in INPUTS[body] if f"{name}_shape" in text(body)]
+    return [name for name in INPUTS[body] if f"{name}_shape" in body_text(body)]
 
 
 def argument_list(

@@ -80,17 +80,24 @@ MIXTURES = [
     ),
 ]  # fmt: skip
 ADAPTERS = [
-    Instance(
-        "shrink",
-        (*BF16, ("A", "bfloat16_t")),
-        (("IN", 576), ("N", 24), ("VEC", 8), ("NSG", 2), ("EACH", 4)),
+    *(
+        Instance(
+            "adapters",
+            (*BF16, ("A", "bfloat16_t"), ("J", "float")),
+            (
+                ("IN", 576), ("OUT", 960), ("N", 24), ("RANK", 8), ("RANKS", 16 if gated else 8),
+                ("PARTS", 2), ("END0", 480 if gated else 576), ("END1", 960 if gated else 768),
+                ("GATED", gated), ("CHUNK", 512), ("FROM", 8), ("TO", 4), ("NSG", 2),
+            ),
+        )
+        for gated in (False, True)
     ),
     Instance(
-        "expand",
-        (*BF16, ("A", "bfloat16_t"), ("J", "float")),
+        "adapters_norm",
+        (*BF16, ("A", "bfloat16_t"), ("B", "float"), ("W", "bfloat16_t")),
         (
-            ("OUT", 960), ("N", 24), ("RANK", 8), ("VEC", 4), ("PARTS", 2), ("END0", 576),
-            ("END1", 768),
+            ("IN", 576), ("N", 8), ("RANKS", 8), ("FROM", 8), ("D", 576), ("VEC", 4), ("NSG", 2),
+            ("PARTS", 2), ("EPSILON", 0x3727C5AC),
         ),
     ),
 ]  # fmt: skip
@@ -152,8 +159,8 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "greedy": (),
     "block_dots": ("bias", "chosen"),
     "block_values": (),
-    "shrink": ("slots",),
-    "expand": ("slots",),
+    "adapters": ("slots",),
+    "adapters_norm": ("slots",),
 }
 #: Inputs that always have fewer than 8 elements.
 TINY: dict[Body, tuple[str, ...]] = {
@@ -217,8 +224,12 @@ def test_rules_and_shared_memory_of_blocks(instance: Instance) -> None:
 
 @pytest.mark.parametrize("instance", [*FUSED, *ADAPTERS], ids=lambda i: i.body)
 def test_shared_memory_of_fused_layers(instance: Instance) -> None:
-    each = {"add_norm": 4, "shrink": 16}.get(instance.body, 0)
-    expected = each * dict(instance.constants).get("NSG", 0)
+    constants = dict(instance.constants)
+    expected = 0
+    if instance.body in ("add_norm", "adapters_norm"):  # a sum of each simdgroup
+        expected += 4 * constants["NSG"]
+    if instance.body in ("adapters", "adapters_norm"):  # 8 sums of each, and the sums of all
+        expected += 4 * (8 * constants["NSG"] + constants["RANKS"])
     assert judge(instance).shared_bytes == expected
 
 

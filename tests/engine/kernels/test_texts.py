@@ -12,6 +12,7 @@ from modelpack_engine.kernels.sources import (
     INPUTS,
     Backend,
     Body,
+    body_text,
     kernel_source,
     text,
 )
@@ -152,7 +153,7 @@ def test_bodies_keep_the_rules_of_metal(rule: str) -> None:
     pattern, wrong = RULES[rule]
     assert re.search(pattern, wrong), "the rule does not see what it forbids"
     for body in BODIES:
-        found = re.search(pattern, code(text(body)))
+        found = re.search(pattern, code(body_text(body)))
         assert found is None, f"{body}: {found and found.group()}"
 
 
