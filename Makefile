@@ -15,7 +15,7 @@ test: .venv/.dev native
 	$(PYTEST) -n 4
 
 test-long: .venv/.dev native
-	$(PYTEST) -n 2 -m "(long or hypothesis) and not cluster"
+	$(PYTEST) -n 3 -m "(long or hypothesis) and not cluster"
 
 # Needs root. The first time, Kubernetes, Helm and Kyverno are built: a quarter of an hour.
 test-cluster: .venv/.dev native
