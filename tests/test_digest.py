@@ -87,4 +87,4 @@ def test_blake3_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     digest = Digest.parse(f"blake3:{HEX64}")
     with pytest.raises(InvalidDigestError, match="package blake3 is not installed") as caught:
         digest.check(b"", "it")
-    assert caught.value.hint == "pip install blake3"
+    assert caught.value.hint == "run pip install blake3"

@@ -110,7 +110,7 @@ def _blake3() -> _Hash:
     except ImportError:
         raise InvalidDigestError(
             "blake3 digests cannot be verified: the package blake3 is not installed",
-            hint="pip install blake3",
+            hint="run pip install blake3",
             got="blake3",
         ) from None
     return cast("_Hash", blake3())

@@ -286,7 +286,7 @@ class BearerTokens:
         except ImportError:
             raise UsageError(
                 "bearer tokens need PyJWT and cryptography, which are not installed",
-                hint="pip install 'modelpack[tokens]'",
+                hint="run pip install 'modelpack[tokens]'",
             ) from None
         self._jwt = jwt
         self._settings = settings

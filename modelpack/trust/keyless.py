@@ -435,7 +435,7 @@ def _need_sigstore() -> None:
     except ImportError:
         raise ModelpackError(
             "keyless signatures need the package sigstore, which is not installed",
-            hint="pip install 'modelpack[signing]'",
+            hint="run pip install 'modelpack[signing]'",
         ) from None
     # Without a handler of the program's, Python would print warnings of the library.
     logging.getLogger("sigstore").addHandler(_SILENT)

@@ -113,7 +113,7 @@ def _secret_box(key: bytes) -> Any:
     except ImportError:
         raise ModelpackError(
             "encrypted keys need the package pynacl, which is not installed",
-            hint="pip install 'modelpack[signing]'",
+            hint="run pip install 'modelpack[signing]'",
         ) from None
     return SecretBox(key)
 
@@ -339,5 +339,5 @@ def need_cryptography() -> None:
     except ImportError:
         raise ModelpackError(
             "signatures need the package cryptography, which is not installed",
-            hint="pip install 'modelpack[signing]'",
+            hint="run pip install 'modelpack[signing]'",
         ) from None

@@ -269,7 +269,7 @@ def _blake3() -> Any:
     except ImportError:
         raise UnsupportedError(
             "BLAKE3 digests need the package blake3, which is not installed",
-            hint="pip install blake3",
+            hint="run pip install blake3",
         ) from None
     return blake3()
 

@@ -222,7 +222,7 @@ def _session(where: KeyURI, pin: str | None, *, needs_login: bool) -> Iterator[A
     except ImportError:
         raise ModelpackError(
             "keys in tokens need the package python-pkcs11, which is not installed",
-            hint="pip install 'modelpack[pkcs11]'",
+            hint="run pip install 'modelpack[pkcs11]'",
         ) from None
     path = where.module or os.environ.get(MODULE)
     if path is None:

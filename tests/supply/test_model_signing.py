@@ -382,7 +382,7 @@ def test_a_signature_by_blake3_does_not_keep_others_from_counting(
             formats=[SignatureKind.FILES],
             store=published.store,
         )
-    assert caught.value.hint == "pip install blake3"
+    assert caught.value.hint == "run pip install blake3"
     signatures.sign(published.reference, ours, store=published.store)
     _, found = signatures.verify(
         published.reference,

@@ -115,7 +115,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setitem(sys.modules, "pkcs11", None)
     with pytest.raises(ModelpackError, match="python-pkcs11, which is not installed") as caught:
         read_token_public_key("pkcs11:object=a")
-    assert caught.value.hint == "pip install 'modelpack[pkcs11]'"
+    assert caught.value.hint == "run pip install 'modelpack[pkcs11]'"
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 #: The only supported version: its functions follow llama.cpp's, which change every week.
 VERSION = "0.3.36"
-_HINT = "pip install 'modelpack[llama-cpp]'"
+_HINT = "run pip install 'modelpack[llama-cpp]'"
 # llama.cpp's levels: 3 is a warning, 4 an error; 5 continues the previous line.
 _WARNING, _ERROR = 3, 4
 

@@ -92,7 +92,7 @@ def load_transcriber(
         raise ModelLoadError("the model is not a speech-to-text model in safetensors")
     if not mlx_audio_imports.is_installed():
         raise ModelLoadError(
-            "speech-to-text models need mlx-audio", hint="pip install 'modelpack[audio]'"
+            "speech-to-text models need mlx-audio", hint="run pip install 'modelpack[audio]'"
         )
     dtype = dtype or _usual_dtype(family, device)
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu):

@@ -214,7 +214,7 @@ CLASSES: Mapping[str, VisionClass] = {
 WHOLE_TYPES = tuple(kind for kind, needs in CLASSES.items() if needs.text_types)
 TOWER_TYPES = tuple(kind for kind, needs in CLASSES.items() if not needs.text_types)
 
-INSTALL_HINT = "pip install 'modelpack[vision]'"
+INSTALL_HINT = "run pip install 'modelpack[vision]'"
 
 #: Fields of `text_config` that change the output and that mlx-vlm's classes do not read, with the
 #: values that they compute.

@@ -163,7 +163,7 @@ def default_report(environ: Mapping[str, str] = os.environ) -> Callable[[Trace],
     except ImportError:
         raise UsageError(
             f"{ENDPOINTS[1]} is set, but OpenTelemetry is not installed",
-            hint="pip install 'modelpack[otel]', or unset it",
+            hint="run pip install 'modelpack[otel]', or unset it",
         ) from None
     export = span_report(OTLPSpanExporter())
 

@@ -511,4 +511,4 @@ def test_without_mlx_audio(directory: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mlx_audio_imports, "is_installed", lambda: False)
     with pytest.raises(ModelLoadError, match="need mlx-audio") as refused:
         load(directory)
-    assert refused.value.hint == "pip install 'modelpack[audio]'"
+    assert refused.value.hint == "run pip install 'modelpack[audio]'"

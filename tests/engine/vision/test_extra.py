@@ -47,7 +47,7 @@ def test_models_without_it_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     with pytest.raises(ModelLoadError, match="'idefics3' needs the extra 'vision'") as caught:
         load(ModelFiles.from_directory(tiny.directory("idefics3")), device="cpu")
-    assert caught.value.hint == "pip install 'modelpack[vision]'"
+    assert caught.value.hint == "run pip install 'modelpack[vision]'"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_text_is_as_before_without_the_extra(kind: str, monkeypatch: pytest.Monk
     [note] = loaded.notes
     assert note == (
         "pictures are not read: the extra 'vision' is not installed"
-        " (pip install 'modelpack[vision]')"
+        " (run pip install 'modelpack[vision]')"
     )
     assert seeing.weight_bytes > loaded.weight_bytes
 

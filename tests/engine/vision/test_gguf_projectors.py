@@ -319,7 +319,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "is_installed", lambda: False)
     monkeypatch.setattr(gguf_projector, "is_installed", lambda: False)
     model = loaded("qwen2_vl")
-    assert "'vision' is not installed (pip install 'modelpack[vision]')" in model.no_vision
+    assert "'vision' is not installed (run pip install 'modelpack[vision]')" in model.no_vision
     assert model.config["model_type"] == "qwen2"
     assert choose_backend(projectors.files("idefics3"), EngineConfig(), "cpu") != "mlx"
 
