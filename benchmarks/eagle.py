@@ -135,7 +135,7 @@ def outputs(
     while engine.has_work and time.monotonic() < until:
         for event in engine.step():
             found[event.request_id][1].extend(event.token_ids)
-    engine._runner.undo()
+    engine.close()
     return list(found.values())
 
 
@@ -426,7 +426,7 @@ def measure(args: argparse.Namespace) -> None:
                     f"{same} of {len(found)} |",
                     flush=True,
                 )
-            engine._runner.undo()
+            engine.close()
 
 
 def main() -> None:

@@ -57,7 +57,6 @@ def open_engine(model: nn.Module, tmp_path: Path) -> Iterator[Open]:
     def opened(**settings: object) -> Engine:
         for engine in engines:
             engine.close()
-            engine._runner.undo()
         engines.clear()
         given = {"kv_offload_dir": str(tmp_path / "kv")} | settings
         engines.append(open_turn_engine(model, **given))
@@ -66,7 +65,6 @@ def open_engine(model: nn.Module, tmp_path: Path) -> Iterator[Open]:
     yield opened
     for engine in engines:
         engine.close()
-        engine._runner.undo()
 
 
 def expected(model: nn.Module, prompt: list[int], max_tokens: int = 6) -> list[int]:

@@ -57,7 +57,6 @@ def main(directory: str, prompts: str) -> None:
         engine = open_turn_engine(MODELS[name].build(), kv_offload_dir=f"{directory}/{name}")
         turns[name] = answer(engine, prompt)
         engine.close()
-        engine._runner.undo()
     print(json.dumps(turns))
 
 

@@ -150,9 +150,7 @@ def test_every_architecture_that_can_be_divided(tmp_path: Path) -> None:
             json.loads(json.dumps(playing.run_adapted(engine, adapters / name))),
             engine._runner.tier,
         ]
-        assert engine._adapters is not None
-        engine._adapters._layers.undo()
-        engine._runner.undo()
+        engine.close()
         if found[name] != alone:
             different.append((name, found[name], alone))
     assert not different

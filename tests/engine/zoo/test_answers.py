@@ -61,14 +61,14 @@ def test_offload(specimen: Specimen, tmp_path: Path) -> None:
     reply, _ = answer(plain, FIRST)
     second = FIRST + reply + NEXT
     expected, _ = answer(plain, second)
-    plain._runner.undo()
+    plain.close()
     found = []
     for prompt in (FIRST, second):
         engine = open_turn_engine(model, kv_offload_dir=str(tmp_path / "kv"))
         found.append(answer(engine, prompt))
         yes = restores(engine._runner)
         engine.close()
-        engine._runner.undo()
+        engine.close()
     restored = len(FIRST) // BLOCK * BLOCK if yes else 0
     assert found == [(reply, len(FIRST)), (expected, len(second) - restored)]
 
@@ -96,7 +96,7 @@ def test_speculation(specimen: Specimen) -> None:
         speculate(engine, Oracle(answers, wrong=0.4, wrong_tokens=range(VOCABULARY)))
     assert ask(engine) == expected
     assert (engine.stats().accepted_tokens > 0) == yes
-    engine._runner.undo()
+    engine.close()
 
 
 def test_adapters(specimen: Specimen) -> None:
