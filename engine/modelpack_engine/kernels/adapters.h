@@ -6,7 +6,7 @@
   typedef PaVec<J, TO> Given;
   typedef PaVec<T, TO> Out;
   const size_t rows = slots_shape[0];
-  for (int at = start / TO + thread; at < stop / TO; at += NSG * 32) {
+  for (int at = start / TO + own_thread; at < stop / TO; at += NSG * 32) {
     float sums[BOTH][TO];
     PA_UNROLL for (int l = 0; l < BOTH; l++) {
       PA_UNROLL for (int e = 0; e < TO; e++) sums[l][e] = 0.0f;

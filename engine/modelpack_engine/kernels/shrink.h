@@ -9,7 +9,7 @@
   constexpr int STEP = 8, LOADS = IN / FROM;
   typedef PaVec<T, FROM> From;
   typedef PaVec<A, FROM> Down;
-  const int own_lane = PA_LANE, own_group = PA_SIMD, thread = own_group * 32 + own_lane;
+  const int own_lane = PA_LANE, own_group = PA_SIMD, own_thread = own_group * 32 + own_lane;
   const int slot = slots[own_row];
   PA_SHARED(float, products, NSG * STEP);
   PA_SHARED(float, inner, RANKS);
@@ -17,7 +17,7 @@
     float sums[STEP];
     PA_UNROLL for (int i = 0; i < STEP; i++) sums[i] = 0.0f;
     const PA_DEVICE Down* by = (const PA_DEVICE Down*)down + ((size_t)slot * N + product + first) * LOADS;
-    for (int at = thread; at < LOADS; at += NSG * 32) {
+    for (int at = own_thread; at < LOADS; at += NSG * 32) {
       const From values = ((const PA_DEVICE From*)x)[(size_t)own_row * LOADS + at];
       PA_UNROLL for (int i = 0; i < STEP; i++) {
         const Down factors = by[(size_t)i * LOADS + at];
@@ -36,10 +36,10 @@
     }
     if (own_lane % (32 / STEP) == 0) products[own_group * STEP + own_lane / (32 / STEP)] = sums[0];
     PA_SYNC();
-    if (thread < STEP) {
+    if (own_thread < STEP) {
       float sum = 0.0f;
-      PA_UNROLL for (int s = 0; s < NSG; s++) sum += products[s * STEP + thread];
-      inner[first + thread] = sum;
+      PA_UNROLL for (int s = 0; s < NSG; s++) sum += products[s * STEP + own_thread];
+      inner[first + own_thread] = sum;
     }
     PA_SYNC();
   }

@@ -100,7 +100,7 @@ class Sums:
             return None
         a, parts = terms
         adapted = self._sums[id(total)].adapted
-        if adapted is not None and adapted[1].takes_norm:
+        if adapted is not None and adapted[1].takes_norm and adapted[1].x.dtype == a.dtype:
             made, out = adapters.add_norm(a, *adapted, weight, epsilon)
         else:
             made, out = kernels.add_norm(a, parts.array, parts.count, weight, epsilon)

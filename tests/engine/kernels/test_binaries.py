@@ -354,6 +354,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "delta rule": lambda: delta_rule._compare(BF16),
     "state space": lambda: state_space._compare(BF16),
     "adapters": lambda: adapters._compare(BF16),
+    "adapters on tensor cores": lambda: adapters._products(BF16, wide=True),
 }
 
 

@@ -4,6 +4,7 @@
 #define device __global
 #define constant __constant
 #define threadgroup __local
+#define thread __private
 typedef unsigned char uint8_t;
 typedef unsigned short ushort;
 typedef unsigned int uint;
