@@ -21,6 +21,7 @@ is collected before N + 1 is scheduled. The step that verifies proposals is coll
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
@@ -121,6 +122,21 @@ class Engine(BaseEngine):
         # The self-test runs whole steps. The KV cache is not allocated yet.
         limit_memory(mx.get_active_memory() + self.kv_cache_bytes, self._sizes.step_bytes)
         self._runner = self._make_runner(loaded, layout)
+        try:
+            self._prepare(loaded, layout, drafting, model_id)
+        except BaseException:
+            self._runner.undo()
+            raise
+
+    def _prepare(
+        self,
+        loaded: LoadedModel,
+        layout: ModelLayout | None,
+        drafting: Draft | DraftingHead | None,
+        model_id: str,
+    ) -> None:
+        """Make all that serves requests, and warm up."""
+        kind = parse_kv_cache_dtype(self.config.kv_cache_dtype)
         notes = list(loaded.notes)
         if self.vision is not None and self._runner.tier != "paged":
             needs = self.vision.processor
@@ -257,14 +273,17 @@ class Engine(BaseEngine):
         return stats if self._speculator is None else self._speculator.counted(stats)
 
     def close(self) -> None:
-        """Write the prefix cache to disk, if the configuration says so, and restore the model.
+        """Write the prefix cache to disk, if the configuration says so, and restore the models.
 
-        Another engine can then run the model.
+        Another engine can then run them.
         """
         self._mover.close()
         if self._adapters is not None:
             self._adapters.close()
+        if self._speculator is not None:
+            self._speculator.close()
         self._runner.undo()
+        gc.collect()  # replaced calls, which hold joint weights, are in reference cycles
 
     # `ParallelEngine`, over several devices, overrides these four methods.
 

@@ -78,6 +78,10 @@ class AdapterParts:
         mx.eval([array for array in (a, b, gain) if array is not None])
         self._arriving[layer] = Matrices(a, b, gain)
 
+    def close(self) -> None:
+        """Restore the model's layers, and free the memory of all adapters."""
+        self._layers.undo()
+
     def place(self, slot: int, count: int) -> int:
         """Put the `count` layers that were kept into a slot; return their bytes."""
         layers, self._arriving = self._arriving, {}
@@ -106,6 +110,9 @@ class DividedAdapters(AdapterSet):
         super().__init__(model, config, rows, max_loaded)
         self._divisions, self._channel, self._number = divisions, channel, number
         self._parts = AdapterParts(model, rows, divisions)
+
+    def close(self) -> None:
+        self._parts.close()
 
     def read(self, adapter: Adapter) -> Layers:
         """Return the whole matrices of an adapter."""

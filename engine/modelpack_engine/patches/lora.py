@@ -202,9 +202,11 @@ class LoRALayers:
         self._joined = False  # by the next step with adapters: others may follow
 
     def undo(self) -> None:
-        """Restore the calls of all layers."""
+        """Restore the calls of all layers, and free the matrices."""
         self._swaps.undo()
         self._stacks.clear()
+        self._mixtures.clear()
+        self._joint, self._alone, self.changed = [], [], ()
         self._rows.matrices = None
         for layers in self._rows.joint:
             layers.matrices = None

@@ -44,7 +44,7 @@ class ClassSwaps:
     """
 
     def __init__(self) -> None:
-        self._made: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._made: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
 
     def override(self, module: nn.Module, call: Call, method: str = "__call__") -> None:
         """Replace `method` of this instance by `call(original, module, *args, **kwargs)`.
@@ -57,14 +57,16 @@ class ClassSwaps:
         def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return call(original, self, *args, **kwargs)
 
-        self._made.append((module, kind))
-        module.__class__ = type(kind.__name__, (kind,), {method: replaced})
+        made = type(kind.__name__, (kind,), {method: replaced})
+        self._made.append((module, kind, made))
+        module.__class__ = made
 
     def undo(self) -> None:
-        """Restore the class of every module."""
+        """Restore the class of every module, but not of those that others have replaced since."""
         while self._made:
-            module, original = self._made.pop()
-            module.__class__ = original
+            module, original, made = self._made.pop()
+            if type(module) is made:
+                module.__class__ = original
 
 
 @dataclass(frozen=True, slots=True)

@@ -420,7 +420,11 @@ class PagedRunner:
             fused=fused,
         )
         self.fused, self.snapshots = self.adapted.fused, self.adapted.snapshots
-        self._allocate(num_blocks)
+        try:
+            self._allocate(num_blocks)
+        except BaseException:
+            self.undo()
+            raise
         self.compiled: CompiledSteps | None = None
         if compiled and not self.adapted.row_by_row:
             self.compiled = CompiledSteps(self.adapted, step, buckets, staging)

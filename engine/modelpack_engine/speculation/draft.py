@@ -103,6 +103,10 @@ class DraftProposer:
             self.release(list(self._drafts))
             raise
 
+    def close(self) -> None:
+        """Restore the draft model's layers."""
+        self._runner.undo()
+
     def release(self, seq_ids: Iterable[int]) -> None:
         """Free the blocks of sequences that ended or were preempted."""
         for seq_id in seq_ids:

@@ -97,6 +97,11 @@ class Speculator:
         """The most decode rows that a step with proposals has."""
         return self.max_batch * (1 + self.num_tokens)
 
+    def close(self) -> None:
+        """Restore the draft model's layers."""
+        if isinstance(self._proposer, DraftProposer):
+            self._proposer.close()
+
     def worth_waiting(self, sequences: Tokens[Sequence]) -> bool:
         """Return whether to wait for the tokens in flight of these decoding sequences."""
         return self._may(sequences) and self._proposer.expects(sequences)
@@ -264,6 +269,7 @@ def make_speculator(
         self_test=config.self_test,
     )
     if not small.can_go_back:
+        small.undo()
         return None, (f"no speculation: the draft model runs in the {small.tier} tier",)
     if config.warm_up and on_gpu():
         small.warm_up(sizes.step_shapes(config, 2 * max_batch))

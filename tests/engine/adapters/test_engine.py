@@ -54,17 +54,63 @@ def ask(engine: Engine, names: list[str | None], prompt: list[int]) -> list[list
 def test_a_closed_engine_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     """Layers whose calls are still replaced would not be fused by the next engine."""
     loaded = tiny_loaded()
-    classes = [type(module) for module in loaded.model.modules()]
+    before = classes(loaded.model)
     config = tiny_engine(max_loras=1).config
     one, found = adapter(tmp_path, 1), []
     for _ in range(2):
         engine = Engine(loaded, config)
         engine.add_adapter("one", one, "digest of one")
         found.append(ask(engine, ["one", None], PROMPT))
-        assert [type(module) for module in loaded.model.modules()] != classes
+        assert classes(loaded.model) != before
         engine.close()
-        assert [type(module) for module in loaded.model.modules()] == classes
+        assert classes(loaded.model) == before
     assert found[0] == found[1]
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def test_an_engine_that_is_closed_leaves_another_one_alone(tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    config = tiny_engine(max_loras=1).config
+    other, engine = Engine(loaded, config), Engine(loaded, config)
+    engine.add_adapter("one", adapter(tmp_path, 1), "digest of one")
+    found = ask(engine, ["one", None], PROMPT)
+    assert found[0] != found[1]
+    other.close()
+    assert ask(engine, ["one", None], PROMPT) == found
+
+
+def test_a_closed_engine_frees_adapters(tmp_path: Path) -> None:
+    engine = tiny_engine(max_loras=1)
+    engine.add_adapter("one", adapter(tmp_path, 1, rank=64), "digest of one")
+    ask(engine, ["one", None], PROMPT)
+    assert engine._adapters is not None
+    layers = engine._adapters._layers
+    assert layers.arrays()
+    engine.close()
+    assert layers.arrays() == []
+    engine.close()  # again
+
+
+def test_an_engine_that_cannot_be_made_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = tiny_loaded()
+    before, config = classes(loaded.model), tiny_engine(max_loras=1).config
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("modelpack_engine.engine.make_speculator", fail)
+    with pytest.raises(MemoryError):
+        Engine(loaded, config)
+    assert classes(loaded.model) == before
+    monkeypatch.setattr("modelpack_engine.runner.paged.PagedRunner._allocate", fail)
+    with pytest.raises(MemoryError):
+        Engine(loaded, config)
+    assert classes(loaded.model) == before
 
 
 def test_requests_by_name(tmp_path: Path) -> None:

@@ -218,6 +218,15 @@ def test_models_that_cannot_draft(draft: LoadedModel | None, says: str) -> None:
     assert caught.value.hint
 
 
+def test_a_closed_engine_leaves_the_draft_model_as_it_was() -> None:
+    draft = noisy(0)
+    before = [type(module) for module in draft.model.modules()]
+    engine = engine_with(draft)
+    assert [type(module) for module in draft.model.modules()] != before
+    engine.close()
+    assert [type(module) for module in draft.model.modules()] == before
+
+
 def test_a_draft_without_its_model_named_means_draft() -> None:
     assert EngineConfig(draft_model="x").speculation == "draft"
     assert EngineConfig(draft_model="x", speculative_method="ngram").speculation == "ngram"
