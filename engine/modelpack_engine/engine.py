@@ -25,7 +25,7 @@ import gc
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
@@ -122,10 +122,13 @@ class Engine(BaseEngine):
         # The self-test runs whole steps. The KV cache is not allocated yet.
         limit_memory(mx.get_active_memory() + self.kv_cache_bytes, self._sizes.step_bytes)
         self._runner = self._make_runner(loaded, layout)
+        #: What restores the models, the last one first.
+        self._restoring = ExitStack()
+        self._restoring.callback(self._runner.undo)
         try:
             self._prepare(loaded, layout, drafting, model_id)
         except BaseException:
-            self._runner.undo()
+            self._restoring.close()
             raise
 
     def _prepare(
@@ -149,6 +152,7 @@ class Engine(BaseEngine):
         rows = self._runner.adapter_rows
         if self.config.max_loras and rows is not None:
             self._adapters = self._make_adapters(loaded, rows)
+            self._restoring.callback(self._adapters.close)
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(
             self._sizes.num_blocks,
@@ -174,6 +178,8 @@ class Engine(BaseEngine):
         self._speculator, refused = make_speculator(
             self.config, drafting, self._runner, self._sampler, self._sizes, self.vocab_size
         )
+        if self._speculator is not None:
+            self._restoring.callback(self._speculator.close)
         self.notes = (*notes, *self._runner.notes, *refused)
         self._outputs = OutputProcessor(self._scheduler)
         self._in_flight: LaunchedStep | None = None
@@ -278,11 +284,7 @@ class Engine(BaseEngine):
         Another engine can then run them.
         """
         self._mover.close()
-        if self._adapters is not None:
-            self._adapters.close()
-        if self._speculator is not None:
-            self._speculator.close()
-        self._runner.undo()
+        self._restoring.close()
         gc.collect()  # replaced calls, which hold joint weights, are in reference cycles
 
     # `ParallelEngine`, over several devices, overrides these four methods.

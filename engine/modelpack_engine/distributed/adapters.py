@@ -55,7 +55,7 @@ class AdapterParts:
 
     def __init__(self, model: nn.Module, rows: AdapterRows, divisions: Divisions) -> None:
         self._modules, self._divisions = dict(model.named_modules()), divisions
-        self._layers = LoRALayers(model, rows)
+        self.layers = LoRALayers(model, rows)
         self._arriving: dict[str, Matrices] = {}
 
     def squares(self, layer: str, a: mx.array, b: mx.array) -> tuple[list[int], list[float]]:
@@ -78,16 +78,12 @@ class AdapterParts:
         mx.eval([array for array in (a, b, gain) if array is not None])
         self._arriving[layer] = Matrices(a, b, gain)
 
-    def close(self) -> None:
-        """Restore the model's layers, and free the memory of all adapters."""
-        self._layers.undo()
-
     def place(self, slot: int, count: int) -> int:
         """Put the `count` layers that were kept into a slot; return their bytes."""
         layers, self._arriving = self._arriving, {}
         if count and len(layers) != count:
             raise WireError(f"an adapter of {count} layers, but {len(layers)} arrived")
-        self._layers.set(slot, layers if count else {})
+        self.layers.set(slot, layers if count else {})
         return nbytes(layers.values()) if count else 0
 
 
@@ -110,9 +106,7 @@ class DividedAdapters(AdapterSet):
         super().__init__(model, config, rows, max_loaded)
         self._divisions, self._channel, self._number = divisions, channel, number
         self._parts = AdapterParts(model, rows, divisions)
-
-    def close(self) -> None:
-        self._parts.close()
+        self._layers = self._parts.layers
 
     def read(self, adapter: Adapter) -> Layers:
         """Return the whole matrices of an adapter."""

@@ -2,7 +2,7 @@
   // before. A block multiplies 16 rows by the matrices of their adapters. Prompts have the same adapter in most
   // of these rows; of the first rows, which are those of single tokens, it multiplies by that of one row only.
   //   given [PARTS, rows, OUT] J   x [rows, IN] T   down [slots, N, IN] T   up [slots, RANK, OUT] T
-  //   slots [rows] int: 0 is no adapter   singles [1 + rows of single tokens, 1]: only its shape is read
+  //   slots [rows] int: 0 is no adapter   singles [1 + rows of single tokens]: only its shape is read
   //   out [rows, OUT] T   GATED: as for `adapters`
   constexpr int ROWS = 16, WARPS = 8, TILES = RANKS / 8, TOGETHER = TILES < 4 ? TILES : 4, COLUMNS = TOGETHER * 8;
   constexpr int BOTH = GATED ? 2 : 1, LINE = RANKS + 8, WIDTH = 64;

@@ -159,7 +159,7 @@ def kernel_source(
     `by_path` includes the files by path (CUDA): MLX hashes a kernel's source at every call, and a
     short source takes less time.
     """
-    headers, parts = ["common"], PARTS.get(body, (body,))
+    headers = ["common"]
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "grouped",
         "block_tiles", "adapters_wide",
@@ -177,7 +177,7 @@ def kernel_source(
         outputs = outputs[:1]
         before = "PA_DEVICE float* stats = nullptr;\n"
     header = "".join(map(text, headers))
-    source = text(backend) + before + "".join(map(text, parts))
+    source = text(backend) + before + body_text(body)
     inputs = tuple(name for name in INPUTS[body] if name not in absent)
     digest = blake2b((header + source).encode(), digest_size=6).hexdigest()
     if by_path:
@@ -185,7 +185,7 @@ def kernel_source(
         shapes = [f"{name}_shape" for name in inputs if f"{name}_shape" in source]
         header = "".join(map(_include, headers))
         source = f"// {' '.join(shapes)}\n{_include(backend)}{before}"
-        source += "".join(map(_include, parts))
+        source += "".join(map(_include, PARTS.get(body, (body,))))
     else:
         header, source = _bare(header), _bare(source)
     return KernelSource(f"paged_{body}_{digest}", header, source, inputs, outputs)

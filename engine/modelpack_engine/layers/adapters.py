@@ -50,10 +50,13 @@ class RowAdapters:
         assert self.slots.shape == (self.x.shape[0],), "each row has a slot"
         assert self.up.shape[1] <= MOST_RANK, "the kernel has memory for the rank"
 
-    @property
-    def takes_norm(self) -> bool:
-        """Whether `add_norm` computes these rows; for one, another kernel computes more."""
-        return len(self.sizes) == 1 and 1 < self.x.shape[0] < _MANY_ROWS
+    def takes_norm(self, dtype: mx.Dtype) -> bool:
+        """Return whether `add_norm` computes these rows' sum with a residual of this type.
+
+        For a single row, another kernel computes more.
+        """
+        few = 1 < self.x.shape[0] < _MANY_ROWS
+        return few and len(self.sizes) == 1 and self.x.dtype == dtype
 
     def arrays(self) -> list[mx.array]:
         """Return the rows [rows, inputs], and the other arrays."""
@@ -85,7 +88,7 @@ def add(
         ("RANKS", 2 * rank if gated else rank), ("PARTS", parts.count), ("END0", ends[0]),
         ("END1", ends[1]), ("GATED", gated), ("CHUNK", chunk),
     ]  # fmt: skip
-    if wide or (wide is None and rows >= _MANY_ROWS and fits_wide(adapters)):
+    if wide or (wide is None and rows >= _MANY_ROWS and _fits_wide(adapters)):
         singles = min(adapters.singles, rows - 1)
         blocks = singles + -(-(rows - singles) // _BLOCK_ROWS)
         (out,) = launch.run(
@@ -117,7 +120,7 @@ def add(
     return out
 
 
-def fits_wide(adapters: RowAdapters) -> bool:
+def _fits_wide(adapters: RowAdapters) -> bool:
     """Return whether the kernel on tensor cores computes with these matrices on this GPU."""
     dtype = adapters.x.dtype
     return (

@@ -38,33 +38,31 @@ class Sums:
 
     def __init__(self) -> None:
         self._sums: dict[int, _Sum] = {}
-        self._parts: dict[int, tuple[mx.array, Parts]] = {}
-        self._adapted: dict[int, tuple[mx.array, tuple[Parts, RowAdapters]]] = {}
+        self._parts: dict[int, tuple[mx.array, Parts, tuple[Parts, RowAdapters] | None]] = {}
         self._normed: dict[int, tuple[mx.array, mx.array, Normed]] = {}
 
     def of_parts(self, parts: Parts, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """Return the sum of `parts` in this shape and type, and record its parts."""
         total = parts.array if parts.count == 1 else parts.array.sum(axis=0)
         total = total.astype(dtype).reshape(shape)
-        self._parts[id(total)] = total, parts
+        self._parts[id(total)] = total, parts, None
         return total
 
     def of_adapted(
         self, parts: Parts, rows: RowAdapters, shape: tuple[int, ...], dtype: mx.Dtype
     ) -> mx.array:
         """Return the sum of `parts` and of what adapters add, and record both."""
-        total = self.of_parts(Parts(adapters.add(parts, rows), 1), shape, dtype)
-        self._adapted[id(total)] = total, (parts, rows)
+        whole = Parts(adapters.add(parts, rows), 1)
+        total = self.of_parts(whole, shape, dtype)
+        self._parts[id(total)] = total, whole, (parts, rows)
         return total
 
     def add(self, a: mx.array, b: mx.array) -> mx.array:
         """Return a + b, and record its terms."""
         a = self.value(a)
         total = a + b
-        known = self._parts.get(id(b))
-        parts = Parts(b, 1) if known is None else known[1]
-        adapted = self._adapted.get(id(b))
-        self._sums[id(total)] = _Sum(total, a, parts, None if adapted is None else adapted[1])
+        _, parts, adapted = self._parts.get(id(b), (b, Parts(b, 1), None))
+        self._sums[id(total)] = _Sum(total, a, parts, adapted)
         return total
 
     def take(self, array: mx.array, rows: mx.array) -> mx.array:
@@ -100,7 +98,7 @@ class Sums:
             return None
         a, parts = terms
         adapted = self._sums[id(total)].adapted
-        if adapted is not None and adapted[1].takes_norm and adapted[1].x.dtype == a.dtype:
+        if adapted is not None and adapted[1].takes_norm(a.dtype):
             made, out = adapters.add_norm(a, *adapted, weight, epsilon)
         else:
             made, out = kernels.add_norm(a, parts.array, parts.count, weight, epsilon)
@@ -139,5 +137,4 @@ class Sums:
         """Forget all sums: identities are reused once their arrays are freed."""
         self._sums.clear()
         self._parts.clear()
-        self._adapted.clear()
         self._normed.clear()

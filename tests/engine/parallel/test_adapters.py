@@ -62,7 +62,7 @@ def test_a_rank_keeps_its_part(rank: tuple[Follower, list[Any]]) -> None:
     assert answers == [(0, {}), (1, {}), (9, {})]
     assert follower._held is not None
     assert follower._held.adapters is not None
-    stacks = follower._held.adapters._layers._stacks
+    stacks = follower._held.adapters.layers._stacks
     assert mx.array_equal(stacks[Q].slots[1].a, q.a)
     assert mx.array_equal(stacks[Q].slots[1].b, q.b[:, 32:])  # the outputs of rank 1
     assert mx.array_equal(stacks[DOWN].slots[1].a, down.a[64:])  # its inputs

@@ -68,7 +68,6 @@ def test_offload(specimen: Specimen, tmp_path: Path) -> None:
         found.append(answer(engine, prompt))
         yes = restores(engine._runner)
         engine.close()
-        engine.close()
     restored = len(FIRST) // BLOCK * BLOCK if yes else 0
     assert found == [(reply, len(FIRST)), (expected, len(second) - restored)]
 
