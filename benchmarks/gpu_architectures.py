@@ -30,6 +30,7 @@ from mlx_lm.generate import BatchGenerator
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
+from modelpack_engine.patches import recurrent
 from modelpack_engine.platform import cuda_graphs
 from modelpack_engine.request import EngineRequest, SamplingParams
 
@@ -155,7 +156,7 @@ def make_model(name: str) -> Any:
     mx.random.seed(0)
     arguments = module.ModelArgs.from_dict({"model_type": name, **COMMON, **SHAPES[name]})
     model = module.Model(arguments)
-    cuda_graphs.choose(model)
+    cuda_graphs.choose(model, recurrent.count(model))
     model.update(cast(model.parameters(), mx.bfloat16))
     mx.eval(model.parameters())
     return model
@@ -208,9 +209,9 @@ def ours(
     return count / (time.perf_counter() - start), first
 
 
-def theirs(model: Any, work: list[tuple[list[int], int]]) -> float:
-    """Return output tokens per second of BatchGenerator."""
-    generator = BatchGenerator(model, completion_batch_size=AT_ONCE, prefill_batch_size=8)
+def theirs(model: Any, work: list[tuple[list[int], int]], prefill: int = 8) -> float:
+    """Return output tokens per second of BatchGenerator, with `prefill` prompts at once."""
+    generator = BatchGenerator(model, completion_batch_size=AT_ONCE, prefill_batch_size=prefill)
     start, count, done = time.perf_counter(), 0, 0
     for token_ids, length in work:
         generator.insert([token_ids], max_tokens=[length])

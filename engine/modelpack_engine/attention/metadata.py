@@ -74,6 +74,21 @@ class JointLayers:
     matrices: tuple[mx.array, mx.array] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """The segments of a step, on the device.
+
+    `runs` is int32 [segments, 3]: the row of the state before a segment, or -1 for zeros; its first
+    row in the step; and the number of its rows. Without rows, the state is copied; -1 stands for a
+    segment that is not there, whose state is undefined. Segments may share rows, if they are the
+    same up to the last row of the shorter one. `owners` is int32 [rows]: a segment that ends with
+    each row or later, or -1 for padding, of which layers return zeros.
+    """
+
+    runs: mx.array
+    owners: mx.array
+
+
 class AdapterMatrices(Protocol):
     """The matrices of all adapters in memory: `patches.lora.LoRALayers`."""
 
@@ -234,6 +249,8 @@ class StepInputs:
         #: Whether layers compute all rows although few are sampled.
         self.keeps_rows = False
         self.tiles: Tiles | None = None
+        #: The segments of a compiled step whose recurrent layers compute all rows in one call.
+        self.segments: Segments | None = None
         self.adapters: AdapterRows = AdapterRows() if leader is None else leader.adapters
         #: Whether a layer had no kernel for tiles and attended row by row.
         self.tiles_refused = False
@@ -351,7 +368,7 @@ class StepInputs:
 
     def end(self) -> None:
         """Drop the arrays that only the construction of the graph needed."""
-        self._memo = {}
+        self._memo, self.segments = {}, None
         self.positions.rotations, self.positions.axes = None, ()
         self.active, self.additions, self.crosses = False, (), False
         self.adapters.begin([])

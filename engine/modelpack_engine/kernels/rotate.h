@@ -1,7 +1,8 @@
   // Split a joint projection into queries, keys and values: norm (QKNORM) and rotate queries and keys,
   // and write keys and values to their slots in place, as write.h does. LPH lanes share a row's head;
   // each rotates VEC pairs of elements at a time.
-  //   joint [PARTS, rows, (HQ + 2 * HK) * D] J   positions, slots [rows] int
+  //   joint [PARTS, rows, ((1 + GATED) * HQ + 2 * HK) * D] J: if GATED, D columns after each query are
+  //   not used   positions, slots [rows] int
   //   inverse [DIMS / 2] float, or with TABLE cosines and sines [rows, DIMS / 2, 2], factor included
   //   q_weight, k_weight [D] W: of the norms   EPSILON, FACTOR (of rotated elements): floats' bits
   //   k_pool, v_pool [pool slots, HK, D] P   previous [1] int: order only
@@ -15,8 +16,10 @@
   const bool there = unit < positions_shape[0] * HEADS;
   const int row = there ? unit / HEADS : 0, head = there ? unit % HEADS : 0;
   if (PA_X == 0 && PA_SIMD == 0 && PA_LANE == 0) token[0] = 0;
-  const size_t part = (size_t)positions_shape[0] * HEADS * D;
-  const PA_DEVICE J* from = joint + (size_t)(there ? unit : 0) * D;
+  constexpr int WIDTH = HEADS + GATED * HQ;
+  const size_t part = (size_t)positions_shape[0] * WIDTH * D;
+  const int column = head < HQ ? (1 + GATED) * head : head + GATED * HQ;
+  const PA_DEVICE J* from = joint + ((size_t)row * WIDTH + column) * D;
   const int slot = slots[row], kind = head < HQ ? 0 : head < HQ + HK ? 1 : 2;  // query, key, value
 
   // The start of a run's two vectors: interleaved pairs are within a vector, others across both.

@@ -22,7 +22,7 @@ Body = Literal[
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
-    "adapters_norm", "adapters_wide",
+    "adapters_norm", "adapters_wide", "convolve", "gated_norm",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -44,8 +44,10 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "product": ("x", "weight", "scales", "biases", "bias"),
     "packed": ("x", "weight", "scales", "biases", "bias"),
     "packed_row": ("x", "weight", "scales", "biases", "bias", "more", "norm"),
-    "state_space": ("x", "dt", "a", "b", "c", "d", "state"),
-    "delta_rule": ("q", "k", "v", "g", "beta", "state"),
+    "state_space": ("x", "dt", "a", "b", "c", "d", "biases", "state", "segments", "owners"),
+    "delta_rule": ("q", "k", "v", "g", "beta", "rates", "biases", "state", "segments", "owners"),
+    "convolve": ("x", "columns", "weight", "bias", "state", "segments", "owners"),
+    "gated_norm": ("x", "gate", "columns", "weight"),
     "rows": ("table", "index"),
     "experts": (
         "x", "weight", "scales", "biases", "bias", "weight_up", "scales_up", "biases_up", "bias_up",
@@ -84,6 +86,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "adapters_norm": ("total", "out"),
     "state_space": ("y", "new_state"),
     "delta_rule": ("y", "new_state"),
+    "convolve": ("y", "new_state"),
     "route": ("chosen", "scores"),
     "dots": ("out", "total"),
     "packed_row": ("out", "total"),

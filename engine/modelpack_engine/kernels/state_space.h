@@ -1,35 +1,100 @@
-  // One token of selective state spaces (Mamba-2, https://arxiv.org/abs/2405.21060, in its recurrent
-  // form): a simdgroup takes R channels of a head, each lane some of a channel's N states.
-  //   x [rows, H, P] T   dt [rows, H] float   a [H] float: negative   b, c [rows, G, N] T   d [H] E
-  //   state [rows, H, P, N] float
-  //   y [rows, H, P] T   new_state = exp(a dt) state + dt x b, of which y = c new_state + d x
-  constexpr int EACH = N / 32, UNITS = P / R;
-  typedef PaVec<T, EACH> Vec;
-  typedef PaVec<float, EACH> State;
-  const int lane = PA_LANE, unit = PA_X * NSG + PA_SIMD;
-  const int cell = unit / UNITS, row = cell / H, head = cell % H;
-  if (row < x_shape[0]) {
-    const size_t of_group = ((size_t)row * G + head / (H / G)) * 32 + lane;
-    const Vec in = ((const PA_DEVICE Vec*)b)[of_group];
-    const Vec out = ((const PA_DEVICE Vec*)c)[of_group];
-    const float step = dt[cell], decay = PA_EXP2(a[head] * step * 1.44269504f);
-    const float through = float(d[head]);
-    const size_t first = (size_t)cell * P + unit % UNITS * R;
-    float sums[R], inputs[R];
+  // Selective state spaces (Mamba-2, https://arxiv.org/abs/2405.21060, in its recurrent form), token
+  // by token. LANES lanes share a channel, whose states stay in registers, and have R channels.
+  // `segments` are as in layers/segments.py.
+  //   x [rows, INPUTS] T: H * P columns from X_AT on   b, c [rows, GROUPS] T: G * N from B_AT and C_AT on
+  //   dt [rows, H] float; if RAW, [rows, STEPS] S from DT_AT on, and dt = softplus(dt + biases) within
+  //   LOW and HIGH, floats' bits   biases [H] float   a [H] float: negative   d [H] E
+  //   state [states, H, P, N] float   segments [segments, 3] int   owners [rows] int
+  //   y [rows, H, P] T   new_state [segments, H, P, N] float: after the last row of each
+  // For each row: state = exp(a dt) state + dt x b, of which y = c state + d x.
+  constexpr int LANES = 4, VEC = 4, EACH = N / (LANES * VEC), ROWS = 32 / LANES * R;
+  constexpr int UNITS = (P + ROWS - 1) / ROWS;
+  typedef PaVec<T, VEC> Vec;
+  typedef PaVec<float, VEC> State;
+  const int unit = PA_X * NSG + PA_SIMD, part = PA_LANE % LANES;
+  const int cell = unit / UNITS, segment = cell / H, head = cell % H;
+  const int first = unit % UNITS * ROWS + PA_LANE / LANES;  // channels are 32 / LANES apart
+  const int source = segment < segments_shape[0] ? segments[segment * 3] : -1;
+  const int start = segment < segments_shape[0] ? segments[segment * 3 + 1] : 0;
+  const int count = segment < segments_shape[0] ? segments[segment * 3 + 2] : -1;
+  if (count >= 0) {
+    const float rate = a[head] * 1.44269504f, through = float(d[head]);
+    State s[R][EACH];
     PA_UNROLL for (int r = 0; r < R; r++) {
-      State s = ((const PA_DEVICE State*)state)[(first + r) * 32 + lane];
-      inputs[r] = float(x[first + r]);
-      sums[r] = 0.0f;
-      PA_UNROLL for (int e = 0; e < EACH; e++) {
-        s.e[e] = s.e[e] * decay + inputs[r] * step * float(in.e[e]);
-        sums[r] += s.e[e] * float(out.e[e]);
+      const int row = first + r * 32 / LANES;
+      PA_UNROLL for (int i = 0; i < EACH; i++) {
+        PA_UNROLL for (int e = 0; e < VEC; e++) s[r][i].e[e] = 0.0f;
+        if (source >= 0 && row < P) {
+          const size_t at = (((size_t)source * H + head) * P + row) * EACH + i;
+          s[r][i] = ((const PA_DEVICE State*)state)[at * LANES + part];
+        }
       }
-      ((PA_DEVICE State*)new_state)[(first + r) * 32 + lane] = s;
     }
-    PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) {
-      PA_UNROLL for (int r = 0; r < R; r++) sums[r] += PA_XOR(sums[r], mask);
+    Vec in[EACH], out[EACH], next_in[EACH], next_out[EACH];
+    float input[R], next_input[R], step = 0.0f, next_step = 0.0f;
+    for (int t = -1; t < count; t++) {
+      PA_UNROLL for (int i = 0; i < EACH; i++) {
+        in[i] = next_in[i];
+        out[i] = next_out[i];
+      }
+      step = next_step;
+      PA_UNROLL for (int r = 0; r < R; r++) input[r] = next_input[r];
+      if (t + 1 < count) {  // reads ahead, while the sums below wait for each other
+        const size_t token = (size_t)start + t + 1;
+        const PA_DEVICE Vec* ins = (const PA_DEVICE Vec*)(b + token * GROUPS + B_AT);
+        const PA_DEVICE Vec* outs = (const PA_DEVICE Vec*)(c + token * GROUPS + C_AT);
+        PA_UNROLL for (int i = 0; i < EACH; i++) {
+          const int index = (head / (H / G) * EACH + i) * LANES + part;
+          next_in[i] = ins[index];
+          next_out[i] = outs[index];
+        }
+        if (RAW) {
+          const float raw = float(dt[token * STEPS + DT_AT + head]) + biases[head], low = raw > 0.0f ? -raw : raw;
+          next_step = (raw > 0.0f ? raw : 0.0f) + PA_LOG(1.0f + PA_EXP2(1.44269504f * low));
+          next_step = next_step < pa_float(LOW) ? pa_float(LOW) : next_step;
+          next_step = next_step > pa_float(HIGH) ? pa_float(HIGH) : next_step;
+        } else {
+          next_step = float(dt[token * H + head]);
+        }
+        PA_UNROLL for (int r = 0; r < R; r++) {
+          const int row = first + r * 32 / LANES;
+          next_input[r] = row < P ? float(x[token * INPUTS + X_AT + head * P + row]) : 0.0f;
+        }
+      }
+      if (t < 0) continue;
+      const float decay = PA_EXP2(rate * step);
+      float sums[R];
+      PA_UNROLL for (int r = 0; r < R; r++) sums[r] = 0.0f;
+      PA_UNROLL for (int i = 0; i < EACH; i++) {
+        PA_UNROLL for (int e = 0; e < VEC; e++) {
+          const float entering = step * float(in[i].e[e]), leaving = float(out[i].e[e]);
+          PA_UNROLL for (int r = 0; r < R; r++) {
+            s[r][i].e[e] = s[r][i].e[e] * decay + input[r] * entering;
+            sums[r] += s[r][i].e[e] * leaving;
+          }
+        }
+      }
+      PA_UNROLL for (int mask = LANES / 2; mask > 0; mask /= 2) {
+        PA_UNROLL for (int r = 0; r < R; r++) sums[r] += PA_XOR(sums[r], mask);
+      }
+      PA_UNROLL for (int r = 0; r < R; r++) {
+        const int row = first + r * 32 / LANES;
+        const size_t at = (((size_t)start + t) * H + head) * P + row;
+        if (part == 0 && row < P) y[at] = T(sums[r] + input[r] * through);
+      }
     }
-    if (lane == 0) {
-      PA_UNROLL for (int r = 0; r < R; r++) y[first + r] = T(sums[r] + inputs[r] * through);
+    PA_UNROLL for (int r = 0; r < R; r++) {
+      const int row = first + r * 32 / LANES;
+      PA_UNROLL for (int i = 0; i < EACH; i++) {
+        const size_t at = ((size_t)cell * P + row) * EACH + i;
+        if (row < P) ((PA_DEVICE State*)new_state)[at * LANES + part] = s[r][i];
+      }
+    }
+  } else if (segment == segments_shape[0]) {  // rows without a segment
+    for (int row = PA_LANE; row < owners_shape[0]; row += 32) {
+      const int column = unit % UNITS * ROWS;
+      if (owners[row] < 0) {
+        for (int i = column; i < column + ROWS && i < P; i++) y[((size_t)row * H + head) * P + i] = T(0.0f);
+      }
     }
   }

@@ -15,7 +15,13 @@ import mlx.core as mx
 from modelpack_engine.layers import adapters, kernels
 from modelpack_engine.layers.adapters import RowAdapters
 from modelpack_engine.layers.dots import Normed
-from modelpack_engine.layers.matmul import Parts, multiply_in_parts, multiply_normed, swiglu
+from modelpack_engine.layers.matmul import (
+    Parts,
+    multiply,
+    multiply_in_parts,
+    multiply_normed,
+    swiglu,
+)
 from modelpack_engine.layers.weights import Weights
 
 
@@ -112,6 +118,13 @@ class Sums:
         """Return the partial sums of rows x [rows, ...] times the weights."""
         product = self._multiply_normed(x, weights, gated=False)
         return multiply_in_parts(x, weights) if product is None else Parts(product, 1)
+
+    def whole(self, x: mx.array, weights: Weights) -> mx.array:
+        """Return rows x [rows, ...] times the weights, [rows, outputs] in x's type."""
+        product = self._multiply_normed(x, weights, gated=False)
+        if product is not None:
+            return product.astype(x.dtype)
+        return multiply(x.reshape(x.shape[0], -1), weights)
 
     def swiglu(self, x: mx.array, weights: Weights) -> mx.array:
         """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+from dataclasses import dataclass
 
+import mlx.core as mx
+import mlx.nn as nn
+
+from modelpack_engine.attention.metadata import Segments
 from modelpack_engine.kernels import launch
+from modelpack_engine.layers.segments import (
+    compared,
+    example,
+    fits,
+    lanes_of,
+    of_batch,
+    segment_by_segment,
+)
 
 _SIMDGROUPS = 4
-#: State rows per simdgroup, if that leaves at least `_ENOUGH` simdgroups to keep a GPU busy.
-_ROWS, _ENOUGH = 4, 1024
 
 
 def takes(q: mx.array, k: mx.array, v: mx.array) -> bool:
-    """Return whether the kernel supports this device and these shapes, and is correct."""
+    """Return whether the kernel computes these instead of mlx-lm, and is correct."""
     return (
         launch.backend() == "cuda"
         and q.dtype == k.dtype == v.dtype
-        and k.shape[-1] % 32 == 0
-        and k.shape[-1] <= 256
         and v.shape[2] % k.shape[2] == 0
+        and fits(k.shape[3])
         and verdict(q.dtype) is None
     )
 
@@ -37,44 +46,166 @@ def update(
     [batch, tokens, HV]. `g`, the factor by which the state decays before a token, has the shape of
     `beta` or is [batch, tokens, HV, DK]. The state is float32 [batch, HV, DV, DK]; None for zeros.
     """
-    batch, tokens, key_heads, key_dim = k.shape
-    heads, dim = v.shape[2:]
+    batch, tokens = v.shape[:2]
+    segments = of_batch(batch, tokens, started=state is not None)
     if state is None:
-        state = mx.zeros((batch, heads, dim, key_dim), mx.float32)
-    rows = _ROWS if dim % _ROWS == 0 and batch * heads * dim // _ROWS >= _ENOUGH else 1
-    inputs = [q, k, v, g.astype(mx.float32), beta.astype(mx.float32), state.astype(mx.float32)]
+        state = mx.zeros((1, *v.shape[2:], k.shape[-1]), mx.float32)
+    q, k, rows, g, beta = (array.flatten(0, 1) for array in (q, k, v, g, beta))
+    y, after = by_segments(q, k, rows, g, beta, state.astype(mx.float32), segments)
+    return y.reshape(v.shape), after
+
+
+def by_segments(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    segments: Segments,
+) -> tuple[mx.array, mx.array]:
+    """Return the outputs [rows, HV, DV] of a step, and the states after its segments.
+
+    The arrays are as for `update`, with rows in place of batch and tokens, and a state for each
+    number in `segments.runs`.
+    """
+    (rows, heads, dim), (key_heads, key_dim) = v.shape, k.shape[1:]
+    q, k, v = (array.astype(v.dtype).reshape(rows, -1) for array in (q, k, v))
+    shape = key_heads, heads, key_dim, dim
+    return _run(q, k, v, g, beta, state, segments, shape, (0, 0, 0), None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scalars:
+    """Where the numbers of each token and head are in a joint projection, and what they become.
+
+    Columns from `beta` and `g` on have them, `per` heads in each 2 `per` columns. The kernel
+    computes exp(rates softplus(g + biases)) and sigmoid(beta); `rates` and `biases` are float32
+    [heads].
+    """
+
+    g: int
+    beta: int
+    per: int
+    rates: mx.array
+    biases: mx.array
+
+
+def of_joint(
+    joint: mx.array,
+    projected: mx.array,
+    scalars: Scalars,
+    state: mx.array,
+    segments: Segments,
+    key_heads: int,
+    epsilon: float,
+) -> tuple[mx.array, mx.array]:
+    """Return the results of `by_segments` for `joint` [rows, 2 HK DK + HV DV].
+
+    These are queries, keys and values. Keys and queries are divided by their lengths, queries also
+    by the square root of DK. `epsilon` is added to the squares of the lengths. `projected` [rows,
+    any] has what `scalars` describe.
+    """
+    heads, dim, key_dim = state.shape[1:]
+    keys = key_heads * key_dim
+    return _run(
+        joint, joint, joint, projected, projected, state, segments,
+        (key_heads, heads, key_dim, dim), (0, keys, 2 * keys), epsilon, scalars,
+    )  # fmt: skip
+
+
+def _run(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    segments: Segments,
+    shape: tuple[int, int, int, int],
+    columns: tuple[int, int, int],
+    epsilon: float | None,
+    scalars: Scalars | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Run the kernel on rows [rows, any], where queries, keys and values begin at `columns`.
+
+    `shape` has the numbers of heads of keys and values, and of elements of a key and a value.
+    """
+    key_heads, heads, key_dim, dim = shape
+    rows, count = v.shape[0], segments.runs.shape[0]
+    each, units = lanes_of(key_dim, dim)
+    rates = biases = state
+    if scalars is None:
+        g, beta = g.astype(mx.float32), beta.astype(mx.float32)
+    else:
+        rates, biases = scalars.rates, scalars.biases
     y, new_state = launch.run(
         "delta_rule",
-        inputs,
-        [("T", q.dtype)],
+        [q, k, v, g, beta, rates, biases, state, segments.runs, segments.owners],
+        [("T", v.dtype), ("G", g.dtype)],
         [
-            ("HK", key_heads), ("HV", heads), ("DK", key_dim), ("DV", dim), ("R", rows),
-            ("EVERY", g.ndim == 4), ("NSG", _SIMDGROUPS),
+            ("HK", key_heads), ("HV", heads), ("DK", key_dim), ("DV", dim), ("R", each),
+            ("EVERY", g.ndim == 3), ("NSG", _SIMDGROUPS), ("KEYS", k.shape[1]),
+            ("VALUES", v.shape[1]), *zip(("Q_AT", "K_AT", "V_AT"), columns, strict=True),
+            ("NORM", epsilon is not None), ("EPSILON", launch.bits_of(epsilon or 0.0)),
+            ("RAW", scalars is not None), ("SCALARS", g.shape[1]),
+            ("G_AT", scalars.g if scalars else 0), ("BETA_AT", scalars.beta if scalars else 0),
+            ("PER", scalars.per if scalars else 1),
         ],
-        threads=batch * heads * (dim // rows) * 32,
+        threads=(count + 1) * heads * units * 32,
         group=_SIMDGROUPS * 32,
-        shapes=[(batch, tokens, heads, dim), (batch, heads, dim, key_dim)],
-        dtypes=[q.dtype, mx.float32],
+        shapes=[(rows, heads, dim), (count, heads, dim, key_dim)],
+        dtypes=[v.dtype, mx.float32],
     )  # fmt: skip
     return y, new_state
 
 
+def one_by_one(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    segments: Segments,
+) -> tuple[mx.array, mx.array]:
+    """Return the results of `by_segments`, computed for one segment after the other, in float32."""
+    return segment_by_segment(segments, state, by_definition, q, k, v, g, beta)
+
+
 def _compare(dtype: mx.Dtype) -> str | None:
     keys = launch.random_keys(6, 6)
-    batch, tokens, key_heads, heads, key_dim, dim = 2, 3, 2, 4, 64, 8
-    q, k = (mx.random.normal((batch, tokens, key_heads, key_dim), key=i) / 8 for i in keys[:2])
-    v = mx.random.normal((batch, tokens, heads, dim), key=keys[2])
-    beta = mx.random.uniform(0, 1, (batch, tokens, heads), key=keys[3])
-    state = mx.random.normal((batch, heads, dim, key_dim), key=keys[4])
+    rows, key_heads, heads, key_dim, dim = 9, 2, 4, 64, 8
+    q, k = (mx.random.normal((rows, key_heads, key_dim), key=i) / 8 for i in keys[:2])
+    v = mx.random.normal((rows, heads, dim), key=keys[2])
+    beta = mx.random.uniform(0, 1, (rows, heads), key=keys[3])
+    state = mx.random.normal((2, heads, dim, key_dim), key=keys[4])
     q, k, v = (a.astype(dtype) for a in (q, k, v))
-    for shape in ((batch, tokens, heads), (batch, tokens, heads, key_dim)):
+    for shape in ((rows, heads), (rows, heads, key_dim)):
         g = mx.random.uniform(0.5, 1, shape, key=keys[5])
-        (y, after), (y_wanted, wanted) = (
-            f(q, k, v, g, beta, state) for f in (update, by_definition)
-        )
-        found = {"output": (y, y_wanted), "state": (after, wanted)}
-        if problem := launch.difference(found, 1e-4 if dtype == mx.float32 else 3e-2):
+        found = by_segments(q, k, v, g, beta, state, example())
+        wanted = one_by_one(q, k, v, g, beta, state, example())
+        tolerance = 1e-4 if dtype == mx.float32 else 3e-2
+        if problem := launch.difference(compared(found, wanted), tolerance):
             return problem
+        joint = mx.concatenate([array.reshape(rows, -1) for array in (q, k, v)], axis=1)
+        raw = mx.random.normal((rows, 3 + 2 * heads), key=keys[5]).astype(dtype)
+        scalars = Scalars(
+            5, 3, 2, rates=-mx.arange(1, heads + 1, dtype=mx.float32) / heads,
+            biases=mx.arange(heads, dtype=mx.float32) / 4,
+        )  # fmt: skip
+        pairs = raw[:, 3:].astype(mx.float32).reshape(rows, heads // 2, 2, 2)
+        b, a = (pairs[:, :, i].reshape(rows, heads) for i in (0, 1))
+        g, beta = mx.exp(scalars.rates * nn.softplus(a + scalars.biases)), mx.sigmoid(b)
+        found = of_joint(joint, raw, scalars, state, example(), key_heads, 1e-6)
+        q_unit, k_unit = (
+            a * mx.rsqrt((a.astype(mx.float32) ** 2).sum(axis=-1, keepdims=True) + 1e-6)
+            for a in (q, k)
+        )
+        q_unit = q_unit * key_dim**-0.5
+        wanted = one_by_one(q_unit, k_unit, v, g, beta, state, example())
+        if problem := launch.difference(compared(found, wanted), tolerance):
+            return f"of joint rows: {problem}"
     return None
 
 

@@ -7,6 +7,7 @@ inverse frequency i (RoFormer, https://arxiv.org/abs/2104.09864).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -75,6 +76,14 @@ def _rotation(inverse: mx.array, dims: int, factor: Any, interleaved: bool) -> R
     return _ROTATIONS.setdefault(key, rotation)
 
 
+@cache
+def no_rotation() -> Rotation:
+    """Return the rotation of heads that have none."""
+    inverse = mx.zeros((8,), mx.float32)
+    mx.eval(inverse)
+    return Rotation(inverse, 0, 1.0, False)
+
+
 _SIMDGROUPS = 4
 
 
@@ -133,17 +142,19 @@ def rotate_and_write(
     heads: tuple[int, int],
     norms: tuple[mx.array, mx.array, float] | None,
     angles: mx.array | None = None,
+    *,
+    gated: bool = False,
 ) -> mx.array:
     """Return queries [rows, heads, dim] in `dtype`; write keys and values to `slots` of the pools.
 
     `joint` [rows, (heads + 2 KV heads) * dim] has queries, keys and values, as `count` parts to be
-    summed. `heads` are the numbers of query and KV heads. `norms` are the weights [dim] of the
-    query and key norms, and epsilon. `angles` are the rows' `Rotation.angles`; without them, the
-    kernel computes them.
+    summed. With `gated`, each query is followed by as many columns that are not used. `heads` are
+    the numbers of query and KV heads. `norms` are the weights [dim] of the query and key norms, and
+    epsilon. `angles` are the rows' `Rotation.angles`; without them, the kernel computes them.
     """
     query_heads, kv_heads = heads
     rows, total = positions.shape[0], query_heads + 2 * kv_heads
-    dim = joint.shape[-1] // total
+    dim = joint.shape[-1] // (total + gated * query_heads)
     weights = (joint, joint) if norms is None else norms[:2]
     itemsize = max(a.size for a in (joint.dtype, dtype, pools.keys.dtype))
     vector, lanes = _rotation_plan(itemsize, dim, rotation.dims, few=angles is None)
@@ -159,7 +170,7 @@ def rotate_and_write(
             ("HQ", query_heads), ("HK", kv_heads), ("D", dim), ("DIMS", rotation.dims),
             ("INTERLEAVED", rotation.interleaved), ("QKNORM", norms is not None),
             ("NSG", _SIMDGROUPS), ("VEC", vector), ("LPH", lanes), ("PARTS", count),
-            ("TABLE", angles is not None),
+            ("TABLE", angles is not None), ("GATED", gated),
             ("EPSILON", launch.bits_of(0.0 if norms is None else norms[2])),
             ("FACTOR", launch.bits_of(rotation.factor)),
         ],
@@ -177,7 +188,7 @@ def _rotation_plan(itemsize: int, dim: int, dims: int, *, few: bool) -> tuple[in
 
     With `few` rows, each lane rotates one pair and computes its angle.
     """
-    vector = 1 if few else vector_width(itemsize, dims // 2)
+    vector = 1 if few else vector_width(itemsize, (dims or dim) // 2)
     while (dim - dims) % (2 * vector):
         vector //= 2
     runs = dims // 2 // vector + (dim - dims) // (2 * vector)

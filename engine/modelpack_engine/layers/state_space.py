@@ -1,17 +1,29 @@
 """Selective state spaces (Mamba-2, https://arxiv.org/abs/2405.21060), for a token or a prompt.
 
-A prompt is computed in chunks by matmuls: attention within a chunk, plus the contribution of the
-state before it. A single token is computed by a CUDA kernel.
+A kernel computes them on GPUs. Elsewhere, a prompt is computed in chunks by matmuls: attention
+within a chunk, plus the contribution of the state before it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.ssm import segsum
 
+from modelpack_engine.attention.metadata import Segments
 from modelpack_engine.kernels import launch
+from modelpack_engine.layers.segments import (
+    compared,
+    example,
+    fits,
+    lanes_of,
+    of_batch,
+    segment_by_segment,
+)
 
-_SIMDGROUPS, _CHANNELS = 4, 4
+_SIMDGROUPS = 4
 
 
 def attend(
@@ -31,9 +43,15 @@ def attend(
     size] or None for zeros. A prompt is computed in chunks of `chunk` tokens.
     """
     a = -mx.exp(a_log).astype(mx.float32)
+    if takes(x, b, c):
+        segments = of_batch(*x.shape[:2], started=state is not None)
+        if state is None:
+            state = mx.zeros((1, *x.shape[2:], b.shape[-1]), mx.float32)
+        rows, dt, b, c = (array.flatten(0, 1) for array in (x, dt, b, c))
+        y, state = by_segments(rows, dt, b, c, a, d, state.astype(mx.float32), segments)
+        return y.reshape(x.shape), state
     if x.shape[1] == 1 and state is not None:
-        inputs = x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], d, state
-        y, state = (step if takes(x, b, c, state) else by_operations)(*inputs)
+        y, state = by_operations(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], d, state)
         return y[:, None], state
     outputs = []
     for start in range(0, x.shape[1], chunk):
@@ -74,7 +92,11 @@ def _chunk(
 def by_operations(
     x: mx.array, dt: mx.array, a: mx.array, b: mx.array, c: mx.array, d: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Return the results of `step`, by MLX's operations."""
+    """Return the outputs of one token, [rows, heads, dim], and the state after it.
+
+    `x` is [rows, heads, dim], `dt` float32 [rows, heads], `a` float32 [heads], `b` and `c` are
+    [rows, groups, size], `d` is [heads], the state float32 [rows, heads, dim, size].
+    """
     batch, heads, dim = x.shape
     groups, size = b.shape[1:]
     split = (batch, groups, heads // groups)
@@ -86,62 +108,160 @@ def by_operations(
     return y.astype(x.dtype), new_state.reshape(state.shape)
 
 
-def takes(x: mx.array, b: mx.array, c: mx.array, state: mx.array) -> bool:
-    """Return whether the kernel supports this device, these shapes and types, and is correct."""
-    size = b.shape[-1]
+def takes(x: mx.array, b: mx.array, c: mx.array) -> bool:
+    """Return whether the kernel computes these instead of MLX, and is correct."""
     return (
         launch.backend() == "cuda"
         and x.dtype == b.dtype == c.dtype
-        and state.dtype == mx.float32
-        and size % 32 == 0
-        and size <= 256
+        and x.shape[2] % b.shape[2] == 0
+        and fits(b.shape[3])
         and verdict(x.dtype) is None
     )
 
 
-def step(
-    x: mx.array, dt: mx.array, a: mx.array, b: mx.array, c: mx.array, d: mx.array, state: mx.array
+def by_segments(
+    x: mx.array,
+    dt: mx.array,
+    b: mx.array,
+    c: mx.array,
+    a: mx.array,
+    d: mx.array,
+    state: mx.array,
+    segments: Segments,
 ) -> tuple[mx.array, mx.array]:
-    """Return the outputs of one token, [rows, heads, dim], and the state after it, by a kernel.
+    """Return the outputs [rows, heads, dim] of a step, and the states after its segments.
 
-    `x` is [rows, heads, dim], `dt` float32 [rows, heads], `a` float32 [heads], `b` and `c` are
-    [rows, groups, size], `d` is [heads], the state float32 [rows, heads, dim, size].
+    `x` is [rows, heads, dim], `dt` float32 [rows, heads], `b` and `c` are [rows, groups, size], `a`
+    is float32 [heads], `d` [heads], the states are float32 [states, heads, dim, size].
     """
-    rows, heads, dim = x.shape
-    groups, size = b.shape[1:]
-    channels = _CHANNELS if dim % _CHANNELS == 0 else 1
+    rows, groups = x.shape[0], b.shape[1]
+    x, b, c = (array.astype(x.dtype).reshape(rows, -1) for array in (x, b, c))
+    return _run(x, b, c, dt, a, d, state, segments, groups, (0, 0, 0))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Steps:
+    """Where the step of each token and head is in a projection, and what it becomes.
+
+    The kernel computes softplus(step + biases) of the columns from `first` on, within the limits.
+    `biases` is float32 [heads].
+    """
+
+    first: int
+    biases: mx.array
+    lowest: float
+    highest: float
+
+
+def of_joint(
+    joint: mx.array,
+    projected: mx.array,
+    steps: Steps,
+    a: mx.array,
+    d: mx.array,
+    state: mx.array,
+    segments: Segments,
+    groups: int,
+) -> tuple[mx.array, mx.array]:
+    """Return the results of `by_segments` for `joint` [rows, heads * dim + 2 groups * size].
+
+    Its columns are those of `x`, `b` and `c`. `projected` [rows, any] has what `steps` describe.
+    """
+    heads, dim, size = state.shape[1:]
+    columns = 0, heads * dim, heads * dim + groups * size
+    return _run(joint, joint, joint, projected, a, d, state, segments, groups, columns, steps)
+
+
+def _run(
+    x: mx.array,
+    b: mx.array,
+    c: mx.array,
+    dt: mx.array,
+    a: mx.array,
+    d: mx.array,
+    state: mx.array,
+    segments: Segments,
+    groups: int,
+    columns: tuple[int, int, int],
+    steps: Steps | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Run the kernel on rows [rows, any], where `x`, `b` and `c` begin at `columns`."""
+    heads, dim, size = state.shape[1:]
+    rows, count = x.shape[0], segments.runs.shape[0]
+    each, units = lanes_of(size, dim)
     y, new_state = launch.run(
         "state_space",
-        [x, dt, a, b, c, d, state],
-        [("T", x.dtype), ("E", d.dtype)],
         [
-            ("H", heads), ("P", dim), ("G", groups), ("N", size), ("R", channels),
-            ("NSG", _SIMDGROUPS),
+            x, dt, a, b, c, d, a if steps is None else steps.biases, state, segments.runs,
+            segments.owners,
         ],
-        threads=rows * heads * (dim // channels) * 32,
+        [("T", x.dtype), ("E", d.dtype), ("S", dt.dtype)],
+        [
+            ("H", heads), ("P", dim), ("G", groups), ("N", size), ("R", each),
+            ("NSG", _SIMDGROUPS), ("INPUTS", x.shape[1]), ("GROUPS", b.shape[1]),
+            *zip(("X_AT", "B_AT", "C_AT"), columns, strict=True),
+            ("RAW", steps is not None), ("STEPS", dt.shape[1]),
+            ("DT_AT", steps.first if steps else 0),
+            ("LOW", launch.bits_of(steps.lowest if steps else 0.0)),
+            ("HIGH", launch.bits_of(steps.highest if steps else 0.0)),
+        ],
+        threads=(count + 1) * heads * units * 32,
         group=_SIMDGROUPS * 32,
-        shapes=[x.shape, state.shape],
+        shapes=[(rows, heads, dim), (count, heads, dim, size)],
         dtypes=[x.dtype, mx.float32],
     )  # fmt: skip
     return y, new_state
 
 
+def one_by_one(
+    x: mx.array,
+    dt: mx.array,
+    b: mx.array,
+    c: mx.array,
+    a: mx.array,
+    d: mx.array,
+    state: mx.array,
+    segments: Segments,
+) -> tuple[mx.array, mx.array]:
+    """Return the results of `by_segments`, computed for one segment after the other, in float32."""
+
+    def rule(
+        x: mx.array, dt: mx.array, b: mx.array, c: mx.array, state: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        outputs = []
+        for t in range(x.shape[1]):
+            y, state = by_operations(
+                x[:, t], dt[:, t], a, b[:, t], c[:, t], d.astype(mx.float32), state
+            )
+            outputs.append(y)
+        return mx.stack(outputs, axis=1), state
+
+    return segment_by_segment(segments, state, rule, x, dt, b, c)
+
+
 def _compare(dtype: mx.Dtype) -> str | None:
     keys = launch.random_keys(4, 6)
-    rows, heads, dim, groups, size = 3, 4, 8, 2, 64
+    rows, heads, dim, groups, size = 9, 4, 8, 2, 64
     x = mx.random.normal((rows, heads, dim), key=keys[0]).astype(dtype)
     b, c = (mx.random.normal((rows, groups, size), key=i).astype(dtype) for i in keys[1:3])
     dt = mx.random.uniform(0.1, 1, (rows, heads), key=keys[3])
     d = mx.random.normal((heads,), key=keys[4]).astype(dtype)
-    state = mx.random.normal((rows, heads, dim, size), key=keys[5])
+    states = mx.random.normal((2, heads, dim, size), key=keys[5])
     a = -mx.arange(1, heads + 1, dtype=mx.float32) / heads
-    found = step(x, dt, a, b, c, d, state)
-    expected = by_operations(*(v.astype(mx.float32) for v in (x, dt, a, b, c, d, state)))
-    scaled = {}
-    for name, ours, theirs in zip(("output", "state"), found, expected, strict=True):
-        most = mx.max(mx.abs(theirs))
-        scaled[name] = ours.astype(mx.float32) / most, theirs / most
-    return launch.difference(scaled, 1e-4 if dtype == mx.float32 else 1e-2)
+
+    found = by_segments(x, dt, b, c, a, d, states, example())
+    wanted = one_by_one(x, dt, b, c, a, d, states, example())
+    tolerance = 1e-4 if dtype == mx.float32 else 1e-2
+    if problem := launch.difference(compared(found, wanted), tolerance):
+        return problem
+    joint = mx.concatenate([array.reshape(rows, -1) for array in (x, b, c)], axis=1)
+    raw = mx.random.normal((rows, 2 + heads), key=keys[3]).astype(dtype)
+    steps = Steps(2, mx.arange(heads, dtype=mx.float32) / 4 - 1, 0.3, 1.2)
+    dt = mx.clip(nn.softplus(raw[:, 2:].astype(mx.float32) + steps.biases), 0.3, 1.2)
+    wanted = one_by_one(x, dt, b, c, a, d, states, example())
+    found = of_joint(joint, raw, steps, a, d, states, example(), groups)
+    problem = launch.difference(compared(found, wanted), tolerance)
+    return problem and f"of joint rows: {problem}"
 
 
 #: None if the kernel computes the same as MLX's operations for a type, otherwise the problem.

@@ -51,6 +51,7 @@ from modelpack_engine.models.safetensors import (
     read_headers,
 )
 from modelpack_engine.models.tokenizer import Tokenizer
+from modelpack_engine.patches import recurrent
 from modelpack_engine.patches.corrections import TEXT_PARTS
 from modelpack_engine.patches.mlx_vlm_imports import is_installed
 from modelpack_engine.platform import cuda_graphs
@@ -464,7 +465,7 @@ def _loaded(
     if shard is not None:
         shard(model, config)
     rows = position_rows(model) or context_length
-    if note := cuda_graphs.choose(model):
+    if note := cuda_graphs.choose(model, recurrent.count(model)):
         notes = [*notes, note]
     weight_bytes = evaluate(model) if packed is None else packed.nbytes
     tokenizer, length = make_tokenizer(), min(context_length, rows)

@@ -23,12 +23,15 @@ from mlx_lm.models import activations, gated_delta, ssm
 from modelpack_engine.attention.cache_handle import KVHandle, LostHandleError, RotaryScores, RowMask
 from modelpack_engine.attention.gather import native_attention
 from modelpack_engine.attention.metadata import Positions
+from modelpack_engine.kernels import launch
 from modelpack_engine.layers import convolution, delta_rule, state_space
+from modelpack_engine.layers.segments import LayerStates
 
 native_rope: Callable[..., mx.array] = mx.fast.rope
 native_conv1d = mx.conv1d
 native_ssm_attn = ssm.ssm_attn
 native_gated_delta_ops = gated_delta.gated_delta_ops
+native_gated_delta_kernel = gated_delta.gated_delta_kernel
 native_swiglu: Callable[[mx.array, mx.array], mx.array] = activations.swiglu
 
 
@@ -158,16 +161,21 @@ def _rope_in_parts(x: mx.array, dims: int, how: dict[str, Any]) -> mx.array:
 # Recurrent layers
 
 _fast_recurrence: ContextVar[bool] = ContextVar("fast recurrence", default=False)
+_states: ContextVar[LayerStates | None] = ContextVar("states", default=None)
 
 
 @contextmanager
-def fast_recurrence() -> Iterator[None]:
-    """Let recurrent layers called in this context use the engine's kernels."""
-    token = _fast_recurrence.set(True)
+def fast_recurrence(states: LayerStates | None = None) -> Iterator[None]:
+    """Let recurrent layers called in this context use the engine's kernels.
+
+    With `states`, a layer is called with all rows of a step, as [1, rows, …].
+    """
+    tokens = _fast_recurrence.set(True), _states.set(states)
     try:
         yield
     finally:
-        _fast_recurrence.reset(token)
+        _fast_recurrence.reset(tokens[0])
+        _states.reset(tokens[1])
 
 
 def _state_space(
@@ -179,6 +187,14 @@ def _state_space(
             x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths, step
         )
     dt = ssm.compute_dt(dt, dt_bias, time_step_limit)
+    if (states := _states.get()) is not None:
+        a = -mx.exp(A_log).astype(mx.float32)
+        rows = x[0], dt[0], B[0], C[0]
+        shape = *x.shape[2:], B.shape[-1]
+        y = states.replace(
+            shape, lambda before, segments: state_space.by_segments(*rows, a, D, before, segments)
+        )
+        return y[None], None
     if mask is not None:  # no time passes at padding, which leaves the state as it is
         dt = mx.where(mask[..., None], dt, 0)
     return state_space.attend(x, A_log, B, C, D, dt, state, step)
@@ -187,6 +203,13 @@ def _state_space(
 def _delta_rule(
     q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any = None, mask: Any = None
 ) -> Any:
+    if (states := _states.get()) is not None:
+        rows = q[0], k[0], v[0], g[0], beta[0]
+        shape = *v.shape[2:], k.shape[-1]
+        y = states.replace(
+            shape, lambda before, segments: delta_rule.by_segments(*rows, before, segments)
+        )
+        return y[None], None
     if not _fast_recurrence.get() or not delta_rule.takes(q, k, v):
         return native_gated_delta_ops(q, k, v, g, beta, state, mask)
     if mask is not None:  # padding neither decays the state nor adds to it
@@ -195,8 +218,21 @@ def _delta_rule(
     return delta_rule.update(q, k, v, g, beta, state)
 
 
+def _delta_rule_on_metal(*inputs: Any) -> Any:
+    compute = native_gated_delta_kernel if _states.get() is None else _delta_rule
+    return compute(*inputs)
+
+
 def _convolution(x: mx.array, weight: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     if not _fast_recurrence.get() or not convolution.takes(x, weight, *args, **kwargs):
+        return native_conv1d(x, weight, *args, **kwargs)
+    if (states := _states.get()) is not None:
+        shape = weight.shape[1] - 1, weight.shape[0]
+        y = states.replace(
+            shape, lambda before, segments: convolution.by_segments(x[0], weight, before, segments)
+        )
+        return y[None]
+    if launch.backend() != "cuda":
         return native_conv1d(x, weight, *args, **kwargs)
     return convolution.convolve(x, weight)
 
@@ -239,6 +275,13 @@ FUNCTIONS = (
         _delta_rule,
         "without Metal, mlx-lm computes delta rules by a chain of operations per token",
         "mlx-lm has delta-rule kernels for CUDA",
+    ),
+    FunctionPatch(
+        gated_delta,
+        "gated_delta_kernel",
+        _delta_rule_on_metal,
+        "a step computes rows of several sequences",
+        "mlx-lm's kernel takes sequences of different lengths",
     ),
 )
 

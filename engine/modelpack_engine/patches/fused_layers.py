@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import deepseek_v3, llama, qwen3, qwen3_moe, qwen3_next
+from mlx_lm.models import deepseek_v3, llama, nemotron_h, qwen3, qwen3_moe, qwen3_next
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
 
@@ -34,7 +34,7 @@ from modelpack_engine.layers.adapters import RowAdapters
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.blocks import BlockSwitchLinear
 from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
-from modelpack_engine.layers.kernels import find_rotation, take_rows
+from modelpack_engine.layers.kernels import find_rotation, no_rotation, take_rows
 from modelpack_engine.layers.matmul import FEW_ROWS, Parts, multiply_in_parts
 from modelpack_engine.layers.weights import (
     Weights,
@@ -55,7 +55,12 @@ def reads_like(module: nn.Module, known: type[nn.Module]) -> bool:
 
     They do if the source is the same, and the global names in it mean the same.
     """
-    one, other = type(module).__call__, known.__call__
+    return class_reads_like(type(module), known)
+
+
+def class_reads_like(kind: type[nn.Module], known: type[nn.Module]) -> bool:
+    """Return whether calls of instances of both classes compute the same, as for `reads_like`."""
+    one, other = kind.__call__, known.__call__
     if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
         return False
     return one is other or (
@@ -168,6 +173,12 @@ def fuse(
         elif _is_block(module):
             _fuse_block(module, sums, step, swaps, is_last=module is last)
             counts["block"] += 1
+        elif reads_like(module, nemotron_h.NemotronHBlock):
+            _fuse_single_block(module, sums, step, swaps)
+            counts["block"] += 1
+        elif reads_like(module, nemotron_h.NemotronHMLP):
+            _fuse_squared_mlp(module, sums, step, swaps)
+            counts["MLP"] += 1
         elif fuse_heads(module, step, swaps):
             counts["heads"] += 1
         elif mixtures and fuse_experts(module, step, swaps):
@@ -184,9 +195,12 @@ def fuse(
 
 
 def _is_block(module: nn.Module) -> bool:
-    return reads_like(module, llama.TransformerBlock) or reads_like(
-        module, deepseek_v3.DeepseekV3DecoderLayer
+    known = (
+        llama.TransformerBlock,
+        deepseek_v3.DeepseekV3DecoderLayer,
+        qwen3_next.Qwen3NextDecoderLayer,
     )
+    return any(reads_like(module, kind) for kind in known)
 
 
 def _last_layer(inner: nn.Module | None) -> nn.Module | None:
@@ -202,7 +216,8 @@ def _fuse_block(
     def call(original: Call, block: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
         if not step.fuses_linears or cache is None:
             return original(block, x, mask, cache)
-        attended = block.self_attn(block.input_layernorm(x), mask, cache)
+        mixer = block.linear_attn if getattr(block, "is_linear", False) else block.self_attn
+        attended = mixer(block.input_layernorm(x), mask, cache)
         if is_last and x.shape[0] == step.num_rows and step.samples_few:
             x, attended = (sums.take(array, step.sample_rows) for array in (x, attended))
             if step.adapters.slots is not None:
@@ -210,6 +225,37 @@ def _fuse_block(
             step.rows_taken = True
         hidden = sums.add(x, attended)
         return sums.add(hidden, block.mlp(block.post_attention_layernorm(hidden)))
+
+    swaps.override(module, call)
+
+
+def _fuse_single_block(module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> None:
+    """Fuse a block of Nemotron-H: attention, a recurrent layer, an MLP or experts."""
+
+    def call(original: Call, block: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+        if not step.fuses_linears:
+            return original(block, x, mask, cache)
+        more = {"mask": mask, "cache": cache} if block.block_type in "M*" else {}
+        return sums.add(x, block.mixer(block.norm(x), **more))
+
+    swaps.override(module, call)
+
+
+def _fuse_squared_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> None:
+    up, down = ready(module.up_proj), ready(module.down_proj)
+    of_up, of_down = step.adapters.join(module.up_proj), step.adapters.join(module.down_proj)
+
+    def call(original: Call, mlp: Any, x: mx.array) -> Any:
+        if not step.fuses_linears:
+            return original(mlp, x)
+        added = row_adapters(x, of_up, step)
+        if not isinstance(up, Weights):
+            rows = up(x.reshape(x.shape[0], -1))
+        elif added is None:
+            rows = sums.whole(x, up)
+        else:
+            rows = adapters.add(sums.multiply(x, up), added).astype(x.dtype)
+        return project(nn.relu2(rows), down, x, sums, of_down, step)
 
     swaps.override(module, call)
 
@@ -239,48 +285,49 @@ def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> b
     sizes = {layer["weight"].shape[0] for layer in layers}
     if not can_join(layers) or len(sizes) != 1:
         return False
-    joint, down = join(layers), _ready(module.down_proj)
+    joint, down = join(layers), ready(module.down_proj)
     of_gates, of_down = step.adapters.join(*layers), step.adapters.join(module.down_proj)
 
     def call(original: Call, mlp: Any, x: mx.array) -> Any:
         if not step.fuses_linears:
             return original(mlp, x)
-        added = _row_adapters(x, of_gates, step)
+        added = row_adapters(x, of_gates, step)
         if added is None:
             hidden = sums.swiglu(x, joint)
         else:
             hidden = adapters.add(sums.multiply(x, joint), added, gated=True)
-        return _project(hidden, down, x, sums, of_down, step)
+        return project(hidden, down, x, sums, of_down, step)
 
     swaps.override(module, call)
     return True
 
 
 def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) -> bool:
-    norms = None
-    if reads_like(module, qwen3.Attention):
+    unturned = reads_like(module, nemotron_h.NemotronHAttention)
+    norms, gated = None, reads_like(module, qwen3_next.Qwen3NextAttention)
+    if gated or reads_like(module, qwen3.Attention):
         if type(module.q_norm) is not nn.RMSNorm or type(module.k_norm) is not nn.RMSNorm:
             return False
         norms = module.q_norm["weight"], module.k_norm["weight"], module.q_norm.eps
         if module.k_norm.eps != module.q_norm.eps or norms[0].dtype != norms[1].dtype:
             return False
-    elif not reads_like(module, llama.Attention):
+    elif not reads_like(module, llama.Attention) and not unturned:
         return False
     layers = [module.q_proj, module.k_proj, module.v_proj]
-    rotation = find_rotation(module.rope)
+    rotation = no_rotation() if unturned else find_rotation(module.rope)
     layout = paged.layout
     dim = layout.key_dim
-    heads = module.n_heads, module.n_kv_heads
+    heads = _numbers_of_heads(module)
     sizes = [layer["weight"].shape[0] for layer in layers]
     fits = (
-        sizes == [heads[0] * dim, heads[1] * dim, heads[1] * dim]
+        sizes == [(1 + gated) * heads[0] * dim, heads[1] * dim, heads[1] * dim]
         and layout.value_dim == dim
         and layout.key_heads == layout.value_heads == heads[1]
         and dim % 32 == 0
     )
     if rotation is None or not fits or not can_join(layers):
         return False
-    joint, output = join(layers), _ready(module.o_proj)
+    joint, output = join(layers), ready(module.o_proj)
     of_heads = paged.step.adapters.join(*layers)
     of_output = paged.step.adapters.join(module.o_proj)
     scale = module.scale
@@ -297,33 +344,54 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
         ):
             return original(attention, x, mask, cache)
         step = cache.step
-        rows, added = sums.multiply(x, joint), _row_adapters(x, of_heads, step)
+        added = row_adapters(x, of_heads, step)
+        if gated and added is None:
+            rows = Parts(sums.whole(x, joint), 1)
+        else:
+            rows = sums.multiply(x, joint)
         if added is not None:
             rows = Parts(adapters.add(rows, added), 1)
         window = mask.window if isinstance(mask, RowMask) else None
         angles = None
-        if x.shape[0] > FEW_ROWS:  # for fewer rows, a table takes longer than the rotation
+        # For fewer rows, a table takes longer than the rotation.
+        if x.shape[0] > FEW_ROWS and rotation.dims:
             angles = step.remember(
                 ("angles", id(rotation)), lambda: rotation.angles(step.positions)
             )
         q = kernels.rotate_and_write(
             rows.array, rows.count, x.dtype, pools, step.positions, step.slots, rotation, heads,
-            norms, angles,
+            norms, angles, gated=gated,
         )  # fmt: skip
         out = cache.attend_rows(q, scale=scale, window=window)
-        return _project(out, output, x, sums, of_output, step)
+        if gated:
+            pairs = rows.array[:, : 2 * heads[0] * dim].reshape(-1, heads[0], 2, dim)
+            gates = mx.sigmoid(pairs[:, :, 1].astype(x.dtype))
+            out = out.reshape(gates.shape) * gates
+            out = out.reshape(out.shape[0], -1)
+        return project(out, output, x, sums, of_output, step)
 
     swaps.override(module, call)
     return True
 
 
-def _ready(layer: nn.Module) -> Weights | nn.Module:
+def _numbers_of_heads(module: Any) -> tuple[int, int]:
+    """Return the numbers of query and KV heads, by the names that classes give them."""
+    queries = ("n_heads", "num_attention_heads", "num_heads")
+    keys = ("n_kv_heads", "num_key_value_heads")
+    of_queries, of_keys = (
+        next(getattr(module, name) for name in names if hasattr(module, name))
+        for names in (queries, keys)
+    )
+    return of_queries, of_keys
+
+
+def ready(layer: nn.Module) -> Weights | nn.Module:
     """Return the weights of a linear layer that our kernels support, else the layer itself."""
     weights = weights_of(layer)
     return layer if weights is None else weights.ready()
 
 
-def _project(
+def project(
     rows: mx.array,
     by: Weights | nn.Module,
     like: mx.array,
@@ -336,13 +404,13 @@ def _project(
         return by(rows.reshape(*like.shape[:-1], -1))  # type: ignore[no-any-return]
     shape = (*like.shape[:-1], by.num_outputs)
     parts = multiply_in_parts(rows, by)
-    added = _row_adapters(rows, joint, step)
+    added = row_adapters(rows, joint, step)
     if added is not None:
         return sums.of_adapted(parts, added, shape, like.dtype)
     return sums.of_parts(parts, shape, like.dtype)
 
 
-def _row_adapters(x: mx.array, joint: JointLayers, step: StepInputs) -> RowAdapters | None:
+def row_adapters(x: mx.array, joint: JointLayers, step: StepInputs) -> RowAdapters | None:
     """Return what the adapters of rows x [rows, ...] add to these layers; None if nothing."""
     slots = step.adapters.slots
     if slots is None or joint.matrices is None:

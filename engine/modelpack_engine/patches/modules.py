@@ -57,9 +57,17 @@ class ClassSwaps:
         def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return call(original, self, *args, **kwargs)
 
-        made = type(kind.__name__, (kind,), {method: replaced})
+        made = type(kind.__name__, (kind,), {method: replaced, "swapped_from": kind})
         self._made.append((module, kind, made))
         module.__class__ = made
+
+    @staticmethod
+    def original(module: nn.Module) -> type[nn.Module]:
+        """Return the class of a module before any of its methods was replaced."""
+        kind = type(module)
+        while (before := kind.__dict__.get("swapped_from")) is not None:
+            kind = before
+        return kind
 
     def undo(self) -> None:
         """Restore the class of every module, but not of those that others have replaced since."""

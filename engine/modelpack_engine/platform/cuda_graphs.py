@@ -1,9 +1,9 @@
-"""The choice of CUDA graphs in MLX, which suit most models, but not recurrent ones.
+"""The choice of CUDA graphs in MLX, which suit most models, but not all recurrent ones.
 
 A graph that is similar to an earlier one is launched quickly; any other takes 0.2 ms for each
-operation. The steps of recurrent models run each prompt on its own and are rarely similar, so they
-take most of a second each. MLX reads the setting once, when it first computes: the first model of a
-process decides.
+operation. Steps of recurrent layers that are not compiled run each prompt on its own and are rarely
+similar, so they take most of a second each. MLX reads the setting once, when it first computes: the
+first model of a process decides.
 """
 
 from __future__ import annotations
@@ -20,37 +20,38 @@ _lock = threading.Lock()
 _decided = False
 
 
-def choose(model: nn.Module) -> str | None:
+def choose(model: nn.Module, num_compiled: int = 0) -> str | None:
     """Set CUDA graphs for this process if `model` is its first; call it before MLX computes.
 
-    The user's environment takes precedence. Return a note if the setting does not suit `model`.
+    `num_compiled` of its recurrent layers run in compiled steps. The user's environment takes
+    precedence. Return a note if the setting does not suit `model`.
     """
     global _decided
     if not mx.cuda.is_available():
         return None
     with _lock:
         first, _decided = not _decided, True
-    recurrent = is_recurrent(model)
-    if recurrent and first:
+    irregular = recurrent_layers(model) > num_compiled
+    if irregular and first:
         os.environ.setdefault(GRAPHS, "0")
     off = os.environ.get(GRAPHS) == "0"
-    if recurrent and not off:
+    if irregular and not off:
         return "several times slower in one process with other models: run it on its own"
-    if off and not recurrent:
+    if off and not irregular:
         return "single requests are slower: a recurrent model has switched CUDA graphs off"
     return None
 
 
-def is_recurrent(model: nn.Module) -> bool:
-    """Return whether a model has layers that keep a state instead of keys."""
+def recurrent_layers(model: nn.Module) -> int:
+    """Return how many layers of a model keep a state instead of keys."""
     try:
         caches = list(make_prompt_cache(model))
     except (AttributeError, TypeError):  # loading reports the model's errors
-        return False
+        return 0
+    found = 0
     while caches:
         cache = caches.pop()
-        if isinstance(cache, ArraysCache):
-            return True
+        found += isinstance(cache, ArraysCache)
         if isinstance(cache, CacheList):
             caches += cache.caches
-    return False
+    return found

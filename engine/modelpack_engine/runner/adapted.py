@@ -2,17 +2,17 @@
 
 Most modules run on the rows of all sequences at once. Attention that failed the self-test runs
 sequence by sequence: `_call` calls the module once for each decode row and chunk, with a `KVView`,
-which shows it the paged cache of one sequence. Recurrent layers run once for all decode rows, and
-once for each chunk, or for all chunks of similar length together if they support padding.
+which shows it the paged cache of one sequence. Recurrent layers of known classes run once for all
+rows of a compiled step. Otherwise, they run once for all decode rows, and once for each chunk, or
+for all chunks of similar length together if they support padding.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -27,9 +27,12 @@ from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT, Buckets
+from modelpack_engine.layers import segments
 from modelpack_engine.layers.add_norm import Sums
+from modelpack_engine.layers.segments import LayerStates
 from modelpack_engine.patches.functions import fast_recurrence
 from modelpack_engine.patches.fused_layers import fuse
+from modelpack_engine.patches.fused_recurrences import fuse_recurrences
 from modelpack_engine.patches.modules import (
     Call,
     ClassSwaps,
@@ -40,6 +43,7 @@ from modelpack_engine.patches.modules import (
     rotate_by_axes,
     take_logit_rows,
 )
+from modelpack_engine.patches.recurrent import mask_position
 from modelpack_engine.runner.hidden_states import HiddenStates
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout
 from modelpack_engine.runner.recurrent import (
@@ -89,6 +93,8 @@ class Adapted:
         self.recurrent: Counter[str] = Counter()
         #: Whether any attention runs sequence by sequence.
         self.row_by_row = self._split(per_sequence)
+        #: Whether recurrent layers can compute all rows of a step in one call.
+        self.by_segments = self._computes_segments()
         if layout.inner is not None:
             take_logit_rows(layout.inner, step, self.swaps)
         self.sums = Sums()
@@ -98,11 +104,25 @@ class Adapted:
         if fused:
             owners = {id(self._owners[id(kv)]): kv for kv in self.paged if id(kv) in self._owners}
             self.fused = fuse(model, owners, self.sums, step, self.swaps, layout.inner)
+            if self.by_segments:
+                self._fuse_recurrences()
         rotate_by_axes(model, self.swaps)  # after `fuse`, which looks for the classes of rotations
         add_to_layers(model, step, self.swaps)
         self.folded = fold_quantised(model, self.swaps, dequantise=fused) if fold else 0
         if step.second_stream is not None:
             halve_linears(model, self.swaps, step.second_stream)
+
+    def _fuse_recurrences(self) -> None:
+        def view(cache: Any) -> LayerStates | None:
+            if not isinstance(cache, RecurrentState) or self._step.segments is None:
+                return None
+            return cache.segments_view(self._step.segments)
+
+        dtypes = {a for layout in self.state_layouts for a in layout.dtypes if a is not None}
+        dtype = min(dtypes, key=lambda dtype: dtype.size)  # the type of rows before a convolution
+        count = fuse_recurrences(self.model, dtype, view, self.sums, self._step, self.swaps)
+        if count:
+            self.fused["recurrence"] = count
 
     def _cache(self, entry: Leaf | tuple[Leaf, ...]) -> Any:
         if isinstance(entry, tuple):
@@ -153,6 +173,21 @@ class Adapted:
                 paged.row_masks = True
         return bool(self.per_sequence) or attention
 
+    def _computes_segments(self) -> bool:
+        return bool(self.states) and all(
+            leaf.owner is not None
+            and mask_position(leaf.owner) is not None
+            and segments.supports(leaf.content.shapes, leaf.content.dtypes)
+            for leaf in self.layout.leaves()
+            if isinstance(leaf.content, StateLayout)
+        )
+
+    @cached_property
+    def state_layouts(self) -> list[StateLayout]:
+        """Return the layout of the state of each recurrent layer."""
+        contents = (leaf.content for leaf in self.layout.leaves())
+        return [content for content in contents if isinstance(content, StateLayout)]
+
     def owner_class(self, error: LostHandleError) -> str | None:
         """Return the class name of the module that lost a handle, if it is known."""
         owner = self._owners.get(id(error.cache))
@@ -172,14 +207,12 @@ class Adapted:
 
     def state_contents(self) -> StateContents | None:
         """Return the access to the contents of snapshots; None for a model without such state."""
-        contents = (leaf.content for leaf in self.layout.leaves())
-        layouts = [content for content in contents if isinstance(content, StateLayout)]
-        return StateContents(self.states, layouts) if self.states else None
+        return StateContents(self.states, self.state_layouts) if self.states else None
 
-    def begin(self, batch: StepBatch) -> None:
+    def begin(self, batch: StepBatch, *, by_segments: bool = False) -> None:
         """Plan where the recurrent states of a step come from."""
         if self.states:
-            self.rows.begin(batch)
+            self.rows.begin(batch, padded=not by_segments)
 
     def finish(self, batch: StepBatch) -> None:
         """Adopt the states of a step, once its graph is built, and take snapshots.
@@ -261,34 +294,6 @@ class Adapted:
         self._step.adapters.joint.clear()
         self.paged, self.states, self.caches = [], [], []
         self.hidden = None
-
-
-#: Recurrent classes of mlx-lm that compute prompts of different lengths together, by the module
-#: that defines them: they use a mask, and the lengths in their cache, for padding after a prompt.
-PADDED = frozenset(
-    {
-        ("bailing_moe_v3", "BailingKDA"),
-        ("falcon_h1", "FalconH1Mixer"),
-        ("granitemoehybrid", "GraniteMoeHybridMamba2Mixer"),
-        ("kimi_k3", "KimiK3DeltaAttention"),
-        ("kimi_linear", "KimiDeltaAttention"),
-        ("lfm2", "ShortConv"),
-        ("lfm2_moe", "ShortConv"),
-        ("mamba2", "Mamba2Block"),
-        ("nemotron_h", "NemotronHMamba2Mixer"),
-        ("qwen3_5", "GatedDeltaNet"),
-        ("qwen3_next", "Qwen3NextGatedDeltaNet"),
-    }
-)
-
-
-@lru_cache(maxsize=256)
-def _mask_position(kind: type[nn.Module]) -> int | None:
-    """Return the position of the mask among the arguments, for classes that pad prompts."""
-    for base in kind.__mro__:  # without those of swapped classes
-        if (base.__module__.rpartition(".")[2], base.__qualname__) in PADDED:
-            return list(inspect.signature(base.__call__).parameters).index("mask") - 1  # self
-    return None
 
 
 class KVView(KVCache):
@@ -463,7 +468,38 @@ def _call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     caches = [leaf for value in values for leaf in _leaves(value)]
     if not caches:
         return original(module, *args, **kwargs)
+    if caches[0].step.segments is not None:
+        return _call_with_segments(original, module, args, kwargs, caches)
     return _Pieces(original, module, args, kwargs, caches).run()
+
+
+def _call_with_segments(
+    original: Call,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    caches: list[Cache],
+) -> mx.array:
+    """Run a recurrent module once, on all rows of the step as [1, rows, …]."""
+    (state,) = caches
+    assert isinstance(state, RecurrentState), "modules that attend run in other steps"
+    step = state.step
+    assert step.segments is not None, "the caller has looked"
+    view = state.segments_view(step.segments)
+
+    def given(value: Any) -> Any:
+        if value is state:
+            return view
+        if isinstance(value, mx.array) and value.shape[:2] == (step.num_rows, 1):
+            return value.swapaxes(0, 1)
+        return value
+
+    with fast_recurrence(view):
+        made: mx.array = original(
+            module, *map(given, args), **{name: given(value) for name, value in kwargs.items()}
+        )
+    state.arrays = view.after()
+    return made.swapaxes(0, 1)
 
 
 def _leaves(value: Any) -> list[Cache]:
@@ -486,7 +522,7 @@ class _Pieces:
         caches: list[Cache],
     ) -> None:
         self.call: Callable[..., Any] = lambda *a, **k: original(module, *a, **k)
-        self.mask_position = _mask_position(type(module))  # type: ignore[arg-type]  # it has a hash
+        self.mask_position = mask_position(module)
         self.args, self.kwargs = args, kwargs
         self.step = caches[0].step
         self.paged = [cache for cache in caches if isinstance(cache, PagedKV)]

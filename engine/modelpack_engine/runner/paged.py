@@ -23,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.metadata import Segments, StepInputs
 from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.core.batch import PADDING_SEQ_ID, StepBatch, StepShape, padding_batch
 from modelpack_engine.core.block_pool import NULL_BLOCK
@@ -55,7 +55,8 @@ class Layout:
     The graph has `rows` rows, of which `decode` are decode rows with block tables of `width`
     columns. The other rows are in `tiles` tiles with block tables of `tile_width` columns. The
     graph returns logits of `sampled` rows; None stands for all rows. Each of `groups` groups of
-    layers has slots and tables. Rows have one rotary position on each of `axes` axes. `adapted` are
+    layers has slots and tables. Recurrent layers have `segments`, or none if they compute decode
+    rows only. Rows have one rotary position on each of `axes` axes. `adapted` are
     the layers that adapters of rows change; rows then have the slots of their adapters.
     """
 
@@ -66,16 +67,17 @@ class Layout:
     tile_width: int
     sampled: int | None
     groups: int = 1
+    segments: int = 0
     axes: int = 1
     adapted: tuple[str, ...] = ()
 
     def cut(self, packed: mx.array) -> list[mx.array]:
-        """Split `packed`: rotations, lengths, spans, sampled rows, adapters, arrays of each group.
-
-        These are slots, tables and tile tables.
+        """Split `packed`: rotations, lengths, spans, sampled rows, segments and their owners,
+        adapters, and the arrays of each group, which are slots, tables and tile tables.
         """
         common = (
             (self.axes, self.rows), (self.decode,), (self.tiles, 2), (self.sampled or 0,),
+            (self.segments, 3), (self.rows if self.segments else 0,),
             (self.rows if self.adapted else 0,),
         )  # fmt: skip
         of_group = (self.rows,), (self.decode, self.width), (self.tiles, self.tile_width)
@@ -93,7 +95,7 @@ class _Rows:
 
     `order` has the batch's row for each row of the graph, or -1 for padding; None if the batch has
     the same order. `padding` counts the rows that the batch does not have. Each group of layers has
-    tables.
+    tables. `chunks` has the first row of each chunk.
     """
 
     order: NDArray[np.int32] | None
@@ -101,6 +103,7 @@ class _Rows:
     tables: list[NDArray[np.int32]]
     tile_tables: list[NDArray[np.int32]]
     spans: NDArray[np.int32]
+    chunks: list[int]
 
 
 class CompiledSteps:
@@ -122,9 +125,9 @@ class CompiledSteps:
 
         Its rows must attend to earlier ones only, not to pictures. Prompts must be short, unless
         the prefill kernel attends from tiles. A recurrent model's step must have no prompts, and a
-        state for every row.
+        state for every row, unless its layers compute segments.
         """
-        states = self._adapted.states
+        states = [] if self._adapted.by_segments else self._adapted.states
         if batch.crosses or any(chunk.spans for chunk in batch.chunks):
             return False
         if states and repeated(batch.decode_seq_ids):
@@ -190,8 +193,15 @@ class CompiledSteps:
         sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
         lengths = positions[: len(rows.tables[0])] + 1
         columns = [rotations.ravel(), lengths, rows.spans.ravel()]
+        runs = None
+        if adapted.by_segments:
+            runs, owners = adapted.rows.segments(
+                batch, rows.chunks, len(positions), adapted.states, adapted.state_layouts
+            )
         if sampled is not None:
             columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
+        if runs is not None:
+            columns += [runs.ravel(), owners]
         if matrices is not None:
             columns.append(slots.pop())
         for arrays_of_group in zip(slots, rows.tables, rows.tile_tables, strict=True):
@@ -209,12 +219,14 @@ class CompiledSteps:
         (decode, width), (tiles, tile_width) = rows.tables[0].shape, rows.tile_tables[0].shape
         layout = Layout(
             len(positions), decode, width, tiles, tile_width, sampled, len(batches),
+            segments=0 if runs is None else len(runs),
             axes=rotations.size // len(positions),
             adapted=() if matrices is None else matrices.changed,
         )  # fmt: skip
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
         arrays: States = [list(state.arrays) for state in adapted.states]
-        aside = adapted.rows.set_aside(adapted.states, decode) if arrays else []
+        set_aside = arrays and not adapted.by_segments
+        aside = adapted.rows.set_aside(adapted.states, decode) if set_aside else []
         states = [list(state.arrays) for state in adapted.states]
         of_adapters = [] if matrices is None else matrices.arrays()
         try:
@@ -267,11 +279,13 @@ class CompiledSteps:
         tile_tables = [np.full((num_tiles, width), NULL_BLOCK, np.int32) for _ in self._step.groups]
         spans = np.zeros((num_tiles, 2), np.int32)
         row, tile, size = decode, 0, self._step.block_size
+        chunk_rows = []
         seen: list[tuple[int, int]] = []
         windows = [window.chunk_tables for window in batch.windows]
         for index, (chunk, length) in enumerate(zip(batch.chunks, of_chunks, strict=True)):
             if order is not None:
                 order[row : row + chunk.length] = np.arange(chunk.row, chunk.row + chunk.length)
+            chunk_rows.append(row)
             own = [tables_of_chunks[index] for tables_of_chunks in windows]
             for group, tile_table in enumerate(tile_tables):
                 table = own[group - 1] if group and own else chunk.block_table
@@ -283,7 +297,7 @@ class CompiledSteps:
             row, tile = row + length, tile + length // TILE_ROWS
         if seen:
             spans[:tile] = seen
-        return _Rows(order, rows - batch.num_rows, tables, tile_tables, spans)
+        return _Rows(order, rows - batch.num_rows, tables, tile_tables, spans, chunk_rows)
 
     def _num_tile_rows(self, decode: int, count: int) -> int:
         """Return the padded number of tile rows: they fill a bucket, or all rows do."""
@@ -347,7 +361,9 @@ class CompiledSteps:
         written in place are not returned: readers within the graph wait for the writes, and later
         steps run later on the same stream.
         """
-        rotations, lengths, spans, sample_rows, adapter_slots, *of_groups = layout.cut(packed)
+        rotations, lengths, spans, sample_rows, runs, owners, adapter_slots, *of_groups = (
+            layout.cut(packed)
+        )
         some = None if layout.sampled is None else sample_rows
         adapted, step = self._adapted, self._step
         for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
@@ -362,6 +378,7 @@ class CompiledSteps:
                 step.begin_rows(rotations, slots, (tables, lengths), some, tiles)
             else:
                 follower.follow_rows(step, slots, (tables, lengths), tiles)
+        step.segments = Segments(runs, owners) if layout.segments else None
         matrices = step.adapters.matrices
         if layout.adapted and matrices is not None:
             step.adapters.trace(adapter_slots)
@@ -470,7 +487,7 @@ class PagedRunner:
         adapted, rows = self.adapted, list(batch.sample_rows)
         if self.compiled is not None:
             if self.compiled.takes(batch):
-                adapted.begin(batch)
+                adapted.begin(batch, by_segments=adapted.by_segments)
                 found = self.compiled.forward(batch, token_ids, rows, input_embeddings)
                 adapted.finish(batch)
                 return found

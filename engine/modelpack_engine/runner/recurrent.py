@@ -17,10 +17,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import ArraysCache
+from numpy.typing import NDArray
 
-from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.metadata import Segments, StepInputs
+from modelpack_engine.core.buckets import round_up
 from modelpack_engine.errors import EngineError
+from modelpack_engine.layers.segments import LayerStates
 
 if TYPE_CHECKING:
     from modelpack_engine.core.batch import Chunk, StepBatch
@@ -29,6 +33,14 @@ if TYPE_CHECKING:
 
 #: The alignment of parts in bytes, enough for every type.
 _ALIGNMENT = 16
+
+#: The numbers of segments of a step: few, as graphs are compiled for each.
+_SIZES = (1, 4, 16, 64)
+
+
+def state_rows(num_seqs: int) -> int:
+    """Return the most rows that the states of running sequences take: those of two steps."""
+    return 2 * round_up(num_seqs, _SIZES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +93,12 @@ def take_snapshot(states: Sequence[RecurrentState], row: int) -> Snapshot:
     for state in states:
         for array, part in zip(state.arrays, places[state], strict=True):
             if array is not None and part is not None:
-                piece = array[row].reshape(-1)
-                padding = mx.zeros((_padding(piece.size, part.dtype),), part.dtype)
-                pieces[part.dtype] += [piece, padding]
+                piece = array[row : row + 1].reshape(-1)  # a view; MLX would gather `array[row]`
+                found = pieces[part.dtype]
+                padding = _padding(piece.size, part.dtype, first=not found)
+                found.append(piece)
+                if padding:
+                    found.append(mx.zeros((padding,), part.dtype))
     return Snapshot(places, {dtype: mx.concatenate(some) for dtype, some in pieces.items()})
 
 
@@ -102,14 +117,17 @@ def _places(
             shape, dtype = found
             start, size = sizes.get(dtype, 0), math.prod(shape)
             parts.append(_Part(start, (1, *shape), dtype))
-            sizes[dtype] = start + size + _padding(size, dtype)
+            sizes[dtype] = start + size + _padding(size, dtype, first=dtype not in sizes)
     return places, sizes
 
 
-def _padding(size: int, dtype: mx.Dtype) -> int:
-    """Return the elements after a part; never 0, as MLX does not copy a single array to join it."""
+def _padding(size: int, dtype: mx.Dtype, *, first: bool) -> int:
+    """Return the elements after a part of `size`, so that the next one is aligned.
+
+    There are some after the `first`, as MLX does not copy a single array to join it.
+    """
     each = _ALIGNMENT // dtype.size
-    return -size % each + each
+    return -size % each + first * each
 
 
 class StateContents:
@@ -179,11 +197,15 @@ class StateRows:
     _next_before: dict[int, int] = field(default_factory=dict)
     next_total: int = 0  # rows after the step that `begin` planned
 
-    def begin(self, batch: StepBatch) -> None:
-        """Plan a step; raise `EngineError` if a sequence continues without a state."""
+    def begin(self, batch: StepBatch, *, padded: bool = True) -> None:
+        """Plan a step, whose decode rows have states in order, those of padding too if `padded`.
+
+        Raises `EngineError` if a sequence continues without a state.
+        """
+        num_decode = batch.num_decode if padded else len(batch.decode_seq_ids)
         decode = [self._row(seq_id) for seq_id in batch.decode_seq_ids]
-        as_is = batch.num_decode == self.total and decode == list(range(len(decode)))
-        decode += [0] * (batch.num_decode - len(decode))
+        as_is = num_decode == self.total and decode == list(range(len(decode)))
+        decode += [0] * (num_decode - len(decode))
         chunks = tuple(self._source(chunk) for chunk in batch.chunks)
         present = {*batch.decode_seq_ids, *(chunk.seq_id for chunk in batch.chunks)}
         kept = [seq_id for seq_id in self.rows if seq_id not in present]
@@ -193,7 +215,7 @@ class StateRows:
         self._next_rows, self._next_before = {}, {}
         for row, seq_id in enumerate(batch.decode_seq_ids):
             self._next_rows.setdefault(seq_id, row)
-        self.next_total = batch.num_decode
+        self.next_total = num_decode
         for seq_id in [*(chunk.seq_id for chunk in batch.chunks), *kept]:
             self._next_rows[seq_id] = self.next_total
             self.next_total += 1
@@ -212,6 +234,49 @@ class StateRows:
         before = self._before.pop(seq_id, None)
         if seq_id in self.rows and before is not None:
             self.rows[seq_id] = self.rows[seq_id] + num_tokens - 1 if num_tokens else before
+
+    def segments(
+        self,
+        batch: StepBatch,
+        chunk_rows: Sequence[int],
+        num_rows: int,
+        states: Sequence[RecurrentState],
+        layouts: Sequence[StateLayout],
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return `runs` and `owners` of the `Segments` of the step that `begin` planned.
+
+        There is a segment for each new row of the states, which get as many rows. The first row of
+        each chunk in the step is given.
+        """
+        plan = self.plan
+        assert plan is not None, "a step is being built"
+        decode, rest = len(batch.decode_seq_ids), [*plan.chunks, *plan.kept]
+        needed = self.next_total
+        if not decode:  # padding, in the sizes that steps will have
+            needed = batch.num_decode + len(rest)
+        self.next_total = round_up(needed, _SIZES) or _SIZES[0]
+        rows = np.arange(decode, dtype=np.int32)
+        before = rows if plan.decode is None else np.array(plan.decode[:decode], np.int32)
+        places = _arrange(states, layouts, [*before.tolist(), *rest], self.next_total)
+        runs = np.full((self.next_total, 3), (-1, 0, -1), np.int32)
+        runs[:decode] = np.stack([before, rows, np.ones_like(rows)], axis=1)
+        if places is not None:
+            runs[:decode, 0] = [places[row] for row in before.tolist()]
+        if len({*batch.decode_seq_ids}) < decode:  # proposals: from the first row of the sequence
+            for row, seq_id in enumerate(batch.decode_seq_ids):
+                runs[row, 1:] = self._next_rows[seq_id], row - self._next_rows[seq_id] + 1
+        owners = np.full(num_rows, -1, np.int32)
+        owners[:decode] = rows
+        for row, source in enumerate(rest, decode):
+            if source is None:
+                continue
+            key = id(source) if isinstance(source, Snapshot) else source
+            runs[row, 0] = key if places is None else places[key]
+        runs[decode : decode + len(rest), 2] = 0
+        for row, (chunk, first) in enumerate(zip(batch.chunks, chunk_rows, strict=True), decode):
+            runs[row, 1:] = first, chunk.length
+            owners[first : first + chunk.length] = row
+        return runs, owners
 
     def set_aside(
         self, states: Sequence[RecurrentState], num_rows: int
@@ -268,6 +333,44 @@ class StateRows:
         if seq_id not in self.rows:
             raise EngineError(f"sequence {seq_id} has no recurrent state to continue from")
         return self.rows[seq_id]
+
+
+def _arrange(
+    states: Sequence[RecurrentState],
+    layouts: Sequence[StateLayout],
+    sources: Sequence[int | Snapshot | None],
+    size: int,
+) -> dict[int, int] | None:
+    """Make the arrays of all layers have `size` rows; return the new rows of `sources`.
+
+    They are found by their rows before, and snapshots by their `id`. None means that the arrays are
+    as they were.
+    """
+    snapshots = {id(source): source for source in sources if isinstance(source, Snapshot)}
+    first = states[0].arrays[0]
+    if not snapshots and first is not None and first.shape[0] == size:
+        return None
+    rows = sorted({source for source in sources if isinstance(source, int)})
+    kept = [*snapshots.values()]
+    if kept:  # few numbers of them, so that CUDA graphs are alike
+        kept += kept[-1:] * ((1 << (len(kept) - 1).bit_length()) - len(kept))
+    before = 0 if first is None else first.shape[0]
+    order = [*rows, *range(before, before + len(snapshots))]
+    assert len(order) <= size, "each source has a sequence"
+    index = mx.array(order + [0] * (size - len(order)), mx.int32)
+    for state, layout in zip(states, layouts, strict=True):
+        parts = [snapshot.of(state) for snapshot in kept]
+        for slot, (shape, dtype) in enumerate(zip(layout.shapes, layout.dtypes, strict=True)):
+            found = [state.arrays[slot], *(part[slot] for part in parts)]
+            some = [array for array in found if array is not None]
+            if some:
+                joined = some[0] if len(some) == 1 else mx.concatenate(some)
+                state.arrays[slot] = joined[index]
+            else:
+                assert shape is not None, "the layer computes segments"
+                state.arrays[slot] = mx.zeros((size, *shape[1:]), dtype)
+    places = {row: place for place, row in enumerate(rows)}
+    return places | {key: len(rows) + place for place, key in enumerate(snapshots)}
 
 
 def repeated(seq_ids: Sequence[int]) -> list[int]:
@@ -342,6 +445,12 @@ class RecurrentState:
                 start = mx.zeros_like(given)
                 view[slot] = mx.concatenate([start if a is None else a for a in found])
         return view
+
+    def segments_view(self, segments: Segments) -> LayerStates:
+        """Return the states before the segments of a step, for a call with all of its rows."""
+        arrays = [array for array in self.arrays if array is not None]
+        assert len(arrays) == len(self.arrays), "states are arranged before a step"
+        return LayerStates(arrays, segments, self.name)
 
     def store(self, decode: Sequence[ArraysCache], chunks: Sequence[ArraysCache]) -> None:
         """Store the states that the pieces computed: decode rows in order, then chunks."""

@@ -93,8 +93,16 @@ def test_angles(host: Host, dims: int, factor: float) -> None:
     ],
 )
 @pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
 def test_rotation_and_kv_write(
-    host: Host, dim: int, dims: int, interleaved: bool, normed: bool, parts: int, table: bool
+    host: Host,
+    dim: int,
+    dims: int,
+    interleaved: bool,
+    normed: bool,
+    parts: int,
+    table: bool,
+    gated: bool,
 ) -> None:
     heads, rows = (3, 2), 3
     positions, slots = mx.array([0, 700, 31], mx.int32), mx.array([18, -1, 33], mx.int32)
@@ -108,9 +116,15 @@ def test_rotation_and_kv_write(
     rotation = Rotation(inverse, dims, 1.0, interleaved)
     pools = TokenMajorPools(KVLayout(heads[1], dim, heads[1], dim, mx.float32), 3, 16)
     mx.eval(joint, pools.keys, pools.values)
+    given = joint
+    if gated:  # each query is followed by its gate
+        split = heads[0] * dim
+        queries = joint[..., :split].reshape(parts, rows, heads[0], dim)
+        pairs = mx.concatenate([queries, queries + 9], axis=-1).reshape(parts, rows, -1)
+        given = mx.concatenate([pairs, joint[..., split:]], axis=-1)
     q = kernels.rotate_and_write(
-        joint, parts, mx.float32, pools, positions, slots, rotation, heads, norms,
-        rotation.angles(positions) if table else None,
+        given, parts, mx.float32, pools, positions, slots, rotation, heads, norms,
+        rotation.angles(positions) if table else None, gated=gated,
     )  # fmt: skip
     mx.eval(q)
 

@@ -50,6 +50,7 @@ FUSED = [
                 ("INTERLEAVED", interleaved),
                 ("QKNORM", norm),
                 ("TABLE", norm),
+                ("GATED", norm),
                 ("EPSILON", 0x3727C5AC),
                 ("FACTOR", 0x3F800000),
             ),
@@ -102,21 +103,49 @@ ADAPTERS = [
     ),
 ]  # fmt: skip
 RECURRENT = [
-    Instance(
-        "state_space",
-        (*BF16, ("E", "bfloat16_t")),
-        (("H", 8), ("P", 64), ("G", 2), ("N", 128), ("R", 4), ("NSG", 4)),
+    *(
+        Instance(
+            "state_space",
+            (*BF16, ("E", "float"), ("S", "bfloat16_t" if raw else "float")),
+            (
+                ("H", 8), ("P", 64), ("G", 2), ("N", 128), ("R", 2), ("NSG", 4), ("INPUTS", 1024),
+                ("GROUPS", 1024), ("X_AT", 0), ("B_AT", 512), ("C_AT", 768), ("RAW", raw),
+                ("STEPS", 1032), ("DT_AT", 1024), ("LOW", 0), ("HIGH", 1 << 30),
+            ),
+        )
+        for raw in (False, True)
     ),
     *(
         Instance(
             "delta_rule",
-            BF16,
+            (*BF16, ("G", "bfloat16_t" if raw else "float")),
             (
-                ("HK", 2), ("HV", 4), ("DK", 64), ("DV", 64), ("R", rows), ("EVERY", every),
-                ("NSG", 4),
+                ("HK", 2), ("HV", 4), ("DK", 64), ("DV", 64), ("R", 2), ("EVERY", every),
+                ("NSG", 4), ("KEYS", 512), ("VALUES", 512), ("Q_AT", 0), ("K_AT", 128),
+                ("V_AT", 256), ("NORM", raw), ("EPSILON", 0), ("RAW", raw), ("SCALARS", 520),
+                ("G_AT", 516), ("BETA_AT", 512), ("PER", 2),
             ),
         )
-        for rows, every in ((4, False), (1, True))
+        for every, raw in ((False, False), (True, False), (False, True))
+    ),
+    Instance(
+        "convolve",
+        (*BF16, ("E", "bfloat16_t")),
+        (
+            ("C", 512), ("K", 4), ("V", 4), ("WIDTH", 512), ("SKIP", 3), ("BIAS", True),
+            ("ACTIVATE", True),
+        ),
+    ),
+    *(
+        Instance(
+            "gated_norm",
+            (*BF16, ("W", "bfloat16_t")),
+            (
+                ("C", 512), ("D", size), ("WIDTH", 1024), ("BEFORE", before), ("SAME", not before),
+                ("VEC", vector), ("NSG", 4), ("EPSILON", 0),
+            ),
+        )
+        for size, vector, before in ((128, 4, False), (32, 1, True))
     ),
 ]  # fmt: skip
 #: Kernels of GGUF's block types: of 6 bits, of 2 with minimums, and by a table.
@@ -149,8 +178,10 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "add_norm": (),
     "swiglu": (),
     "dequantise": ("scales", "biases"),
-    "state_space": ("dt", "a", "d"),
-    "delta_rule": ("g", "beta"),
+    "state_space": ("a", "d", "biases", "segments", "owners"),
+    "delta_rule": ("rates", "biases", "segments", "owners"),
+    "convolve": ("segments", "owners"),
+    "gated_norm": ("columns",),
     "rows": ("index",),
     "route": ("logits", "bias"),
     "dispatch": (),

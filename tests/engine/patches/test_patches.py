@@ -26,6 +26,7 @@ REPLACED = {
     "mlx.core.distributed.all_sum",
     "mlx.core.fast.rope",
     "mlx.core.fast.scaled_dot_product_attention",
+    "mlx_lm.models.gated_delta.gated_delta_kernel",
     "mlx_lm.models.gated_delta.gated_delta_ops",
     "mlx_lm.models.llama.swiglu",
     "mlx_lm.models.ssm.ssm_attn",

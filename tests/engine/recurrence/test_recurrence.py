@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models import gated_delta, ssm
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers import delta_rule, state_space
+from modelpack_engine.layers import convolution, delta_rule, gated_norm, state_space
 from modelpack_engine.patches import functions
 from tests.engine.kernels.onhost import Host, emulated
 
@@ -21,7 +21,11 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
-    with emulated(monkeypatch, tmp_path, state_space.verdict, delta_rule.verdict) as found:
+    with emulated(
+        monkeypatch,
+        tmp_path,
+        *(each.verdict for each in (state_space, delta_rule, convolution, gated_norm)),
+    ) as found:
         yield found
 
 
@@ -182,22 +186,57 @@ def test_other_convolutions_stay_with_mlx(
 def test_the_texts_compute_what_mlx_does(host: Host) -> None:
     assert state_space.verdict(mx.float32) is None
     assert delta_rule.verdict(mx.float32) is None
-    assert {body for body, _ in host.calls} == {"state_space", "delta_rule"}
+    assert convolution.verdict(mx.float32) is None
+    assert gated_norm.verdict(mx.float32) is None
+    assert {body for body, _ in host.calls} == {
+        "state_space", "delta_rule", "convolve", "gated_norm",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("body", "wrong"),
     [
-        ("state_space", ("inputs[r] * through", "through")),
-        ("state_space", ("s.e[e] * decay +", "s.e[e] +")),
+        ("state_space", ("input[r] * through", "through")),
+        ("state_space", ("s[r][i].e[e] * decay +", "s[r][i].e[e] +")),
+        ("state_space", ("source >= 0 && row < P", "source > 0 && row < P")),
+        ("state_space", ("(size_t)start + t + 1", "(size_t)start + t")),
+        ("state_space", ("owners[row] < 0", "false")),
         ("delta_rule", ("- known[r]", "")),
         ("delta_rule", ("head / (HV / HK)", "0")),
-        ("delta_rule", ("EVERY ? g[(at * 32 + lane) * EACH + e]", "EVERY ? g[at * DK]")),
+        ("delta_rule", ("g[((at * EACH + i) * LANES + part) * VEC + e]", "g[at * DK]")),
+        ("delta_rule", ("next_rate = float(beta[at])", "next_rate = float(beta[head])")),
+        ("delta_rule", ("owners[row] < 0", "false")),
+        ("convolve", ("back <= before || source >= 0", "back <= before")),
+        ("convolve", ("KEEP + before - back", "before")),
+        ("convolve", ("if (row >= 0)", "if (row > 0)")),
+        ("convolve", ("owner >= 0", "owner > 0")),
+        ("convolve", ("KEEP + row) * N", "KEEP - 1) * N")),
+        ("convolve", ("columns[at]", "at * V")),
+        ("convolve", ("BIAS &&", "!BIAS &&")),
+        ("convolve", ("ACTIVATE ?", "!ACTIVATE ?")),
+        ("delta_rule", ("known[r] * by_key) * rate * by_key", "known[r]) * rate * by_key")),
+        ("delta_rule", ("pa_float(EPSILON)) * DK", "pa_float(EPSILON))")),
+        ("delta_rule", ("token * KEYS + K_AT", "token * KEYS")),
+        ("state_space", ("token * GROUPS + C_AT", "token * GROUPS")),
+        ("delta_rule", ("head / PER * 2 * PER", "0")),
+        ("delta_rule", ("+ biases[head]", "")),
+        ("delta_rule", ("rates[head] * passed", "passed")),
+        ("state_space", ("+ biases[head]", "")),
+        ("state_space", ("+ DT_AT", "")),
+        ("state_space", ("next_step > pa_float(HIGH)", "false")),
+        ("gated_norm", ("columns[group]", "group * D")),
+        ("gated_norm", ("BEFORE ? activated : 1.0f", "1.0f")),
+        ("gated_norm", ("SAME ? 0 : group * D", "0")),
     ],
 )
 def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str]) -> None:
     host.break_by(lambda name, text: text.replace(*wrong) if name == body else text)
-    module: Any = {"state_space": state_space, "delta_rule": delta_rule}[body]
+    module: Any = {
+        "state_space": state_space,
+        "delta_rule": delta_rule,
+        "convolve": convolution,
+        "gated_norm": gated_norm,
+    }[body]
     verdict = module.verdict(mx.float32)
     assert verdict is not None
     assert " is off by " in verdict

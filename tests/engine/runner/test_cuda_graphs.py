@@ -58,4 +58,15 @@ def test_nothing_changes_without_cuda() -> None:
 
 
 def test_what_has_no_caches_is_not_recurrent() -> None:
-    assert not cuda_graphs.is_recurrent(nn.Linear(2, 2))
+    assert not cuda_graphs.recurrent_layers(nn.Linear(2, 2))
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_layers_that_compiled_steps_compute_keep_the_graphs() -> None:
+    model = tiny_mamba()
+    layers = cuda_graphs.recurrent_layers(model)
+    assert layers > 0
+    assert cuda_graphs.choose(model, layers) is None
+    assert cuda_graphs.GRAPHS not in os.environ
+    for number in (0, layers - 1):
+        assert "several times slower" in (cuda_graphs.choose(model, number) or "")

@@ -11,8 +11,9 @@ from mlx_lm.models.cache import ArraysCache
 
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.core.batch import Chunk, StepBatch
-from modelpack_engine.runner import adapted
-from modelpack_engine.runner.adapted import PADDED, Prompts
+from modelpack_engine.patches import recurrent
+from modelpack_engine.patches.recurrent import PADDED
+from modelpack_engine.runner.adapted import Prompts
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.driving import Setting
@@ -83,12 +84,12 @@ def test_logits_and_states_are_those_of_each_prompt_alone(
     model = MODELS[name].build()
     runner = make_runner(model, num_blocks=16, exact=True, self_test=False)
     together = logits_of(runner)
-    monkeypatch.setattr(adapted, "PADDED", frozenset())
-    adapted._mask_position.cache_clear()
+    monkeypatch.setattr(recurrent, "PADDED", frozenset())
+    recurrent._mask_position.cache_clear()
     try:
         alone = logits_of(runner)
     finally:
-        adapted._mask_position.cache_clear()
+        recurrent._mask_position.cache_clear()
     np.testing.assert_allclose(together, alone, rtol=2e-3, atol=2e-4)
 
 

@@ -60,8 +60,9 @@ The tier of a model is selected at load, and tested on its real weights:
 - **per-sequence**: some attention modules run once per sequence, on keys gathered from the blocks;
 - **fallback**: one forward pass per request, with mlx-lm's own cache: correct, but slow.
 
-Recurrent layers run as one group when decoding. In prompts, those of Mamba-2, gated deltas, KDA and
-short convolutions run once for all short prompts of a step, others sequence by sequence.
+On GPUs, recurrent layers of Mamba-2, gated deltas, KDA and short convolutions compute all prompts
+and tokens of a step in one call. On CPUs they run once for all tokens, and once for all short
+prompts. Other recurrent layers run once for all tokens, and once for each prompt.
 Prefixes of these models are shared up to a snapshot of their state
 ([how](engine.md#prefix-caching)).
 

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.core.buckets import FEW, Buckets
+from modelpack_engine.kernels import launch, operations
+from modelpack_engine.layers import (
+    adapters,
+    convolution,
+    delta_rule,
+    gated_norm,
+    kernels,
+    segments,
+    state_space,
+)
 from modelpack_engine.patches.lora import LoRALayers
+from modelpack_engine.patches.recurrent import PADDED
 from modelpack_engine.runner.paged import CompiledSteps
+from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.zoo.configuration import Configuration, prompts
 from tests.engine.zoo.driving import Driver, Setting
 from tests.engine.zoo.recurrent import RECURRENT
@@ -50,6 +68,38 @@ def test_recurrent(
     assert (True in taken) == (configuration.id not in NOT_COMPILED)
 
 
+@pytest.fixture
+def by_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute recurrent layers as on a GPU, but by definitions instead of kernels."""
+    monkeypatch.setattr(segments, "supports", lambda *_: True)
+    for layer in (convolution, delta_rule, state_space):
+        monkeypatch.setattr(layer, "by_segments", layer.one_by_one)
+
+
+#: Recurrent layers that compute all rows of a step in one call.
+WHOLE = [each for each in RECURRENT if any(each.architecture == kind for kind, _ in PADDED)]
+
+
+@pytest.mark.parametrize("configuration", WHOLE, ids=lambda configuration: configuration.id)
+def test_prompts_and_tokens_in_one_step(
+    configuration: Configuration,
+    uncompiled: None,
+    by_segments: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = make_specimen(configuration)
+    monkeypatch.setattr(StepInputs, "begin", None)  # no step runs otherwise
+    runner = found.make_runner(buckets=BUCKETS, exact=False, compiled=True, self_test=False)
+    try:
+        setting = Setting(buckets=BUCKETS, exact=False, rows=32, blocks=9)
+        driver = found.drive(setting, runner)
+        assert driver.tokens == found.reference.tokens
+        assert driver.scheduler.stats().num_mixed_steps >= 3
+        assert driver.scheduler.stats().num_preemptions > 0
+    finally:
+        runner.undo()
+
+
 @pytest.mark.parametrize("configuration", ADAPTED, ids=lambda configuration: configuration.id)
 def test_recurrent_with_adapters(configuration: Configuration, uncompiled: None) -> None:
     """Some rows have one: all get the tokens of steps that are not compiled."""
@@ -71,3 +121,57 @@ def test_recurrent_with_adapters(configuration: Configuration, uncompiled: None)
     assert found[0] == found[1]
     assert found[0][1] != specimen.reference.tokens[1][:8]
     assert found[0][0] == specimen.reference.tokens[0][:8]
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    monkeypatch.setattr(operations, "_verdicts", {})
+    monkeypatch.setattr(operations, "_WIDTH", 4)
+    monkeypatch.setattr(operations, "_SLOTS", 256)
+    layers = (convolution, delta_rule, gated_norm, state_space, kernels, adapters)
+    with emulated(monkeypatch, tmp_path, *(layer.verdict for layer in layers)) as found:
+        yield found
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapters"])
+@pytest.mark.parametrize("name", ["nemotron_h", "qwen3_next", "qwen3_5"])
+def test_layers_by_kernels(host: Host, uncompiled: None, name: str, adapted: bool) -> None:
+    """On an emulated GPU: prompts of several lengths and tokens, of layers that are fused."""
+    [known] = [each for each in RECURRENT if each.id == name]
+    wide = {"linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim", "ssm_state_size"}
+    own = dict.fromkeys(("head_dim", *sorted(wide & {*known.args})), 32)
+    specimen = make_specimen(replace(known, args={**known.args, **own}))
+
+    def tokens(**how: Any) -> list[list[int]]:
+        runner = specimen.make_runner(buckets=FEW, exact=False, **how)
+        try:
+            assert runner.notes == tuple(runner.adapted.notes())
+            loras = LoRALayers(specimen.model, runner.adapter_rows)
+            if adapted:
+                loras.set(1, adapter_of(specimen.model))
+            if how["compiled"]:
+                assert {"recurrence", "attention", "block"} <= {*runner.fused}
+            host.calls.clear()
+            driver = Driver(runner, Setting(buckets=FEW, exact=False, rows=32))
+            for index, prompt in enumerate(prompts()[:3]):
+                driver.add(prompt, 4, adapter=adapted and index % 2)
+            driver.run()
+            assert driver.scheduler.stats().num_mixed_steps > 0
+            loras.undo()
+        finally:
+            runner.undo()
+        return driver.tokens
+
+    found = tokens(compiled=True)
+    rule = "state_space" if name == "nemotron_h" else "delta_rule"
+    assert {"convolve", rule, "gated_norm", "rotate"} <= {body for body, _ in host.calls}
+    wanted = [own[:4] for own in specimen.reference.tokens[:3]]
+    if not adapted:
+        assert found == wanted
+        return
+    assert "adapters" in {body for body, _ in host.calls}
+    assert [found[0], found[2]] == [wanted[0], wanted[2]]
+    assert found[1] != wanted[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "backend", lambda: "none")
+        assert tokens(compiled=False) == found

@@ -1,0 +1,144 @@
+"""LayerStates: the states of a recurrent layer that computes all segments of a step in one call.
+
+Kernels compute the segments, of any lengths: a row of a sequence that generates, or a part of a
+prompt. The states after the segments are new arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from modelpack_engine.attention.metadata import Segments
+from modelpack_engine.errors import EngineError
+from modelpack_engine.kernels import launch
+
+#: The rows of a state that the lanes of a simdgroup share, if each lane has one.
+_ROWS_OF_LANES = 8
+
+
+@lru_cache(maxsize=64)
+def of_batch(batch: int, tokens: int, *, started: bool) -> Segments:
+    """Return the segments of flattened arrays [batch, tokens, …], with states if `started`."""
+    runs = [[i if started else -1, i * tokens, tokens] for i in range(batch)]
+    owners = [i for i in range(batch) for _ in range(tokens)]
+    return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
+
+
+#: What a layer computes from arrays [1, tokens, …] of one sequence, and its state [1, …].
+Rule = Callable[..., tuple[mx.array, mx.array]]
+
+
+def example() -> Segments:
+    """Return segments of every kind for 9 rows and 2 states, to test a kernel."""
+    runs = [[1, 0, 1], [-1, 3, 4], [0, 1, 2], [0, 0, 0], [-1, 0, -1], [0, 1, 1]]
+    owners = [0, 2, 2, 1, 1, 1, 1, -1, -1]
+    return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
+
+
+def segment_by_segment(
+    segments: Segments, states: mx.array, rule: Rule, *rows: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return outputs and states of `rule` in float32, for segments of which all states exist."""
+    outputs: list[mx.array | None] = [None] * rows[0].shape[0]
+    after = []
+    runs: Any = segments.runs.tolist()
+    for source, first, count in runs:
+        state = mx.zeros_like(states[:1]) if source < 0 else states[source : source + 1]
+        if count > 0:
+            some = slice(first, first + count)
+            given = (array[some][None].astype(mx.float32) for array in rows)
+            found, state = rule(*given, state)
+            outputs[some] = list(found[0])
+        after.append(state[0])
+    made = next(output for output in outputs if output is not None)
+    return mx.stack([mx.zeros_like(made) if o is None else o for o in outputs]), mx.stack(after)
+
+
+def compared(
+    found: tuple[mx.array, mx.array], wanted: tuple[mx.array, mx.array]
+) -> dict[str, tuple[mx.array, mx.array]]:
+    """Return pairs to compare of the outputs and states of `example`, as shares of the largest."""
+    runs: Any = example().runs.tolist()
+    there = mx.array([i for i, (_, _, count) in enumerate(runs) if count >= 0])
+    pairs = {"output": (found[0], wanted[0]), "state": (found[1][there], wanted[1][there])}
+    scaled = {}
+    for name, (ours, theirs) in pairs.items():
+        most = mx.max(mx.abs(theirs))
+        scaled[name] = ours.astype(mx.float32) / most, theirs / most
+    return scaled
+
+
+def supports(shapes: Sequence[tuple[int, ...] | None], dtypes: Sequence[mx.Dtype | None]) -> bool:
+    """Return whether kernels can compute a layer with these states, with batch size 1.
+
+    A state of a convolution is [1, tokens, channels], and any other float32 [1, heads, dim, size].
+    """
+    pairs = zip(shapes, dtypes, strict=True)
+    return launch.backend() != "none" and all(
+        shape is not None
+        and (len(shape) == 3 or (len(shape) == 4 and dtype == mx.float32 and fits(shape[3])))
+        for shape, dtype in pairs
+    )
+
+
+def fits(size: int) -> bool:
+    """Return whether kernels support rows of a state of this size: four lanes share a row."""
+    return size % 16 == 0 and size <= 256
+
+
+def lanes_of(size: int, dim: int) -> tuple[int, int]:
+    """Return how many rows of `size` elements a lane holds, and the simdgroups for `dim` rows.
+
+    They stay in registers: more rows for each lane mean fewer conversions, and fewer simdgroups.
+    """
+    rows = 2 if size <= 128 and dim > _ROWS_OF_LANES else 1
+    return rows, -(-dim // (rows * _ROWS_OF_LANES))
+
+
+class LayerStates:
+    """The states of one layer that computes all segments of a step, in place of mlx-lm's cache.
+
+    To the layer, every sequence seems to start: it reads None, and what it stores is dropped. The
+    functions that compute from a state take the next one of its shape by `replace`.
+    """
+
+    lengths: mx.array | None = None
+
+    def __init__(self, before: Sequence[mx.array], segments: Segments, name: str) -> None:
+        self.before, self.segments, self.name = before, segments, name
+        self._after: list[mx.array | None] = [None] * len(before)
+
+    def __getitem__(self, index: int) -> None:
+        if index >= len(self.before):
+            raise IndexError(index)
+
+    def __setitem__(self, index: int, value: object) -> None:
+        pass
+
+    def advance(self, count: int) -> None:
+        pass
+
+    def replace(
+        self,
+        shape: tuple[int, ...],
+        compute: Callable[[mx.array, Segments], tuple[mx.array, mx.array]],
+    ) -> mx.array:
+        """Compute from the layer's next state of `shape`; return the outputs.
+
+        `compute` takes the states before the segments, and returns outputs and states after them.
+        """
+        for index, before in enumerate(self.before):
+            if self._after[index] is None and before.shape[1:] == shape:
+                found, self._after[index] = compute(before, self.segments)
+                return found
+        raise EngineError(f"{self.name} has no state of the shape {shape} left")
+
+    def after(self) -> list[mx.array | None]:
+        """Return the states after the segments; raises `EngineError` unless all were computed."""
+        if any(array is None for array in self._after):
+            raise EngineError(f"{self.name} does not compute all of its states by known functions")
+        return self._after

@@ -1,0 +1,146 @@
+"""Where the recurrent states of a step come from: sequences start, wait, propose and end."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from modelpack_engine.attention.metadata import Segments, StepInputs
+from modelpack_engine.core.batch import Chunk, StepBatch
+from modelpack_engine.layers.segments import LayerStates, example
+from modelpack_engine.runner.model_layout import StateLayout
+from modelpack_engine.runner.recurrent import RecurrentState, Snapshot, StateRows, take_snapshot
+
+LAYOUT = StateLayout(((1, 1), (1, 2)), (mx.int32, mx.int32))
+
+
+def after(state: int, tokens: list[int]) -> int:
+    """Return a state that depends on the order of the tokens."""
+    for token in tokens:
+        state = (state * 31 + token) % 65521
+    return state
+
+
+@dataclass
+class Steps:
+    """Steps of sequences, whose states are computed by `Segments.runs`."""
+
+    rows: StateRows = field(default_factory=StateRows)
+    state: RecurrentState = field(
+        default_factory=lambda: RecurrentState(2, StepInputs(16, exact=False), StateRows())
+    )
+    wanted: dict[int, int] = field(default_factory=dict)
+    sizes: set[int] = field(default_factory=set)
+
+    def run(
+        self,
+        decode: list[tuple[int, list[int]]],
+        chunks: list[tuple[int, list[int], Snapshot | None, int]],
+    ) -> None:
+        """Compute rows of sequences, several for a proposal, and chunks with their start."""
+        ids = [seq_id for seq_id, tokens in decode for _ in tokens]
+        padded = -(-len(ids) // 4) * 4
+        tokens = [token for _, own in decode for token in own] + [0] * (padded - len(ids))
+        made, firsts = [], []
+        for seq_id, own, snapshot, before in chunks:
+            firsts.append(len(tokens))
+            length = before + len(own) if snapshot is None else 1000
+            made.append(Chunk(0, len(own), len(own), length, (), seq_id, snapshot))
+            tokens += own
+        batch: Any = StepBatch(
+            [], [], [], (), padded, [], [], tuple(ids), tuple(made), (), ()
+        )  # fmt: skip
+        self.rows.begin(batch, padded=False)
+        runs, owners = self.rows.segments(batch, firsts, len(tokens), [self.state], [LAYOUT])
+        for row, owner in enumerate(owners.tolist()):
+            first, count = runs[owner, 1:].tolist() if owner >= 0 else (len(ids), padded - len(ids))
+            assert first <= row < first + count
+        old: Any = [array.tolist() for array in self.state.arrays if array is not None]
+        self.sizes |= {len(array) for array in old} | {len(runs)}
+        new: list[list[list[int]]] = [[], []]
+        for source, first, count in runs.tolist():
+            for array, found in zip(old, new, strict=True):
+                start = array[source] if source >= 0 else [0] * len(array[0])
+                some = tokens[first : first + count] if count > 0 else []
+                found.append([after(state, some) if count >= 0 else -7 for state in start])
+        self.state.arrays = [mx.array(array, mx.int32) for array in new]
+        self.rows.finish()
+
+    def check(self) -> None:
+        for seq_id, state in self.wanted.items():
+            for array in self.state.arrays:
+                assert array is not None
+                found: Any = array[self.rows.rows[seq_id]].tolist()
+                assert found == [state] * len(found)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_states_follow_their_sequences(seed: int) -> None:
+    draw, steps = random.Random(seed), Steps()
+    waiting, snapshots = list(range(40)), list[tuple[Snapshot, int]]()
+    computed: dict[int, int] = {}
+    while waiting or steps.wanted:
+        for seq_id in [each for each in steps.wanted if draw.random() < 0.1]:
+            steps.rows.release([seq_id])
+            del steps.wanted[seq_id]
+        running = [each for each in steps.wanted if draw.random() < 0.8]
+        draw.shuffle(running)
+
+        def tokens(most: int) -> list[int]:
+            return [draw.randrange(1, 999) for _ in range(draw.randint(1, most))]
+
+        chunks = list[tuple[int, list[int], Snapshot | None, int]]()
+        while running and draw.random() < 0.2:  # the next part of a prompt
+            seq_id = running.pop()
+            chunks.append((seq_id, tokens(5), None, max(computed[seq_id], 1)))
+        while waiting and draw.random() < 0.5:
+            start = draw.choice(snapshots) if snapshots and draw.random() < 0.4 else None
+            seq_id = waiting.pop()
+            steps.wanted[seq_id] = 0 if start is None else start[1]
+            chunks.append((seq_id, tokens(7), None if start is None else start[0], 0))
+        plain = [(each, tokens(1)) for each in running]
+        proposing = [plain.pop() for _ in range(min(len(plain), draw.randint(0, 2)))]
+        proposals = [(each, own + tokens(3)) for each, own in proposing]
+        if not plain and not proposals and not chunks:
+            continue
+        steps.run([*plain, *proposals], chunks)
+        for seq_id, own in [*plain, *((each, own) for each, own, _, _ in chunks)]:
+            steps.wanted[seq_id] = after(steps.wanted[seq_id], own)
+            computed[seq_id] = computed.get(seq_id, 0) + len(own)
+        for seq_id, own in proposals:
+            accepted = draw.randint(0, len(own))
+            steps.rows.verified(seq_id, accepted)
+            steps.wanted[seq_id] = after(steps.wanted[seq_id], own[:accepted])
+            computed[seq_id] += accepted
+        steps.check()
+        if steps.wanted and draw.random() < 0.5:
+            seq_id = draw.choice(list(steps.wanted))
+            found = take_snapshot([steps.state], steps.rows.rows[seq_id])
+            snapshots.append((found, steps.wanted[seq_id]))
+    assert steps.sizes <= {1, 4, 16, 64}
+    assert len(steps.sizes) > 1
+
+
+def test_a_layer_takes_its_states_in_order() -> None:
+    before = [mx.zeros((2, 3, 8)), mx.ones((2, 3, 8)), mx.zeros((2, 4, 8, 16))]
+    states = LayerStates(before, example(), "a layer")
+    for index in range(3):  # as at the start of a sequence
+        assert states[index] is None
+    with pytest.raises(IndexError):
+        states[3]
+
+    def add(one: mx.array, segments: Segments) -> tuple[mx.array, mx.array]:
+        return one[0], one + 1
+
+    for shape in ((3, 8), (4, 8, 16), (3, 8)):
+        states.replace(shape, add)
+    found = [array.max().item() for array in states.after() if array is not None]
+    assert found == [1, 2, 1]
+    with pytest.raises(Exception, match=r"a layer has no state of the shape \(3, 8\) left"):
+        states.replace((3, 8), add)
+    with pytest.raises(Exception, match="does not compute all of its states"):
+        LayerStates(before, example(), "a layer").after()
