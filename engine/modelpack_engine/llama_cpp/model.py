@@ -64,8 +64,8 @@ class LlamaModel:
         self.context_length = int(library.llama_model_n_ctx_train(self.pointer))
         self.weight_bytes = int(library.llama_model_size(self.pointer))
 
-    #: llama.cpp keeps prefixes without snapshots.
-    snapshot_bytes = 0
+    #: llama.cpp keeps prefixes without snapshots, and states in memory of its own.
+    snapshot_bytes = bytes_per_sequence = 0
 
     @property
     def bytes_per_token(self) -> int:

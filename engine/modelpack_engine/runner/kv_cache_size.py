@@ -38,6 +38,7 @@ from modelpack_engine.layers.matmul import FEW_ROWS
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 from modelpack_engine.runner.model_layout import WindowGroup
+from modelpack_engine.runner.recurrent import state_rows
 
 # Tokens of one prompt in a step: running sequences wait that long for their next token.
 _GPU_CHUNK = 512
@@ -174,6 +175,10 @@ class Cached(Protocol):
     def snapshot_bytes(self) -> int:
         """The bytes of all snapshots of recurrent state."""
 
+    @property
+    def bytes_per_sequence(self) -> int:
+        """The bytes of one sequence's recurrent state in all layers."""
+
 
 def choose_sizes(
     layout: Cached | None,
@@ -244,7 +249,8 @@ def choose_sizes(
     if layout and per_block:
         one_context = _bytes_of_a_request(own, of_groups)
         default = _bytes_of_a_request(own, of_groups, shared=True)
-        budget = _kv_budget(config, default, layout.snapshot_bytes + step_bytes + picture_bytes)
+        others = layout.snapshot_bytes + step_bytes + picture_bytes
+        budget = _kv_budget(config, default, others, _state_bytes(layout, num_seqs))
         required = asked is not None
         num_blocks, *of_windows = _share_budget(budget, num_seqs, own, of_groups, required=required)
         if num_blocks < _FEWEST_BLOCKS:
@@ -347,15 +353,24 @@ def _rows_of_a_step(row_bytes: int) -> int:
     return rows
 
 
-def _kv_budget(config: EngineConfig, one_context: int, others: int) -> int:
-    """Return the bytes of the KV cache: as configured, or the free memory less `others` bytes."""
+def _state_bytes(layout: Cached, num_seqs: int) -> int:
+    """Return the bytes of the recurrent states of running sequences, before and after a step."""
+    return state_rows(num_seqs) * layout.bytes_per_sequence
+
+
+def _kv_budget(config: EngineConfig, one_context: int, others: int, state_bytes: int) -> int:
+    """Return the bytes of the KV cache: as configured, or the free memory less what others need.
+
+    These are `others` bytes, and `state_bytes` for recurrent states, which get half at most: a step
+    rarely has as many sequences as it may have.
+    """
     share = _memory_share(config)
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if not on_gpu():
         return min(int(device.available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
-    room = int(device.total_memory() * share) - device.used_memory()
-    return max(0, room - _RESERVE - others)
+    room = int(device.total_memory() * share) - device.used_memory() - _RESERVE - others
+    return max(0, room - min(state_bytes, room // 2))
 
 
 def _memory_share(config: EngineConfig) -> float:

@@ -24,7 +24,7 @@ from tests.engine.runner.models import tiny_llama
 from tests.engine.serving.tiny import tiny_engine
 
 GIB = 1 << 30
-LAYOUT: Any = SimpleNamespace(bytes_per_token=1 << 10, snapshot_bytes=0)
+LAYOUT: Any = SimpleNamespace(bytes_per_token=1 << 10, snapshot_bytes=0, bytes_per_sequence=0)
 CUDA = {"device_name": "NVIDIA H200", "total_memory": 64 * GIB, "free_memory": 60 * GIB}
 METAL = {"memory_size": 64 * GIB, "max_recommended_working_set_size": 48 * GIB}
 
@@ -84,6 +84,18 @@ def test_steps_leave_less_for_the_kv_cache_on_cuda(gpu: Any) -> None:
             assert found.step_bytes == (3 * GIB if (name, about) == ("cuda", memory) else 0)
     assert sizes["cuda", StepMemory()] - sizes["cuda", memory] == 3 * GIB
     assert sizes["metal", StepMemory()] == sizes["metal", memory]
+
+
+def test_recurrent_states_leave_less_for_the_kv_cache(gpu: Any) -> None:
+    sizes = {}
+    for info, running in ((CUDA, 256), (METAL, 64)):
+        gpu(info)
+        for each in (0, 1 << 20, GIB):
+            layout: Any = SimpleNamespace(**{**vars(LAYOUT), "bytes_per_sequence": each})
+            found = kv_cache_size.choose_sizes(layout, 1 << 20, EngineConfig())
+            sizes[each] = found.num_blocks * LAYOUT.bytes_per_token * 16
+        assert sizes[0] - sizes[1 << 20] == 2 * running << 20  # before and after a step
+        assert abs(sizes[GIB] - sizes[0] // 2) <= LAYOUT.bytes_per_token * 16
 
 
 def test_pictures_that_layers_attend_to_leave_less_for_the_kv_cache(gpu: Any) -> None:

@@ -127,7 +127,7 @@ def test_a_picture_larger_than_a_step() -> None:
 
 
 def test_a_step_has_room_for_a_picture_by_default() -> None:
-    layout: Any = SimpleNamespace(bytes_per_token=64, snapshot_bytes=0)
+    layout: Any = SimpleNamespace(bytes_per_token=64, snapshot_bytes=0, bytes_per_sequence=0)
     config = dataclasses.replace(tiny.tiny_engine("gemma3").config, max_num_batched_tokens=None)
     for span in (0, 16, 256, 1120):
         sizes = choose_sizes(layout, 4096, config, span=span)
