@@ -48,8 +48,10 @@ _TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-2}
 #: difference is allowed, up to `_MOST`.
 _NOISE, _MOST = 4, 0.5
 
-#: The average distance allowed in a full step; wrong logits are at a distance near 1.
-_FULL = 0.1
+#: The average distance allowed in a full step, or `_NOISE` times the model's own if that is more;
+#: wrong logits are at a distance near 1. Of 16 layers of Qwen3-Next's shape, whose random experts
+#: are nearly equal, logits in bfloat16 are 0.11 off, and those in float32 less than 0.000001.
+_FULL = 0.2
 
 #: The tolerance with quantised keys and values, by bits; a larger distance is logged.
 QUANTISED = {8: 2e-2, 4: 0.2}
@@ -289,12 +291,18 @@ def _compare_full(
     for row, ids in enumerate(tokens.values()):
         expected = _plain(model, ids)[:, -1]
         distances.append(float(_distance(logits[row : row + 1], expected)))
-    distance = sum(distances) / len(distances)
-    if distance <= _FULL:
+    distance, limit = sum(distances) / len(distances), _FULL
+    if limit < distance <= _MOST:
+        noise = sum(
+            float(_distance(_in_parts(model, ids)[-1:], _plain(model, ids)[0, -1:]))
+            for ids in tokens.values()
+        )
+        limit = max(limit, min(_MOST, _NOISE * noise / len(tokens)))
+    if distance <= limit:
         return None
     return (
         f"logits of a step with prompts of {len(batch.token_ids)} tokens are off by {distance:.2g} "
-        f"(1 - cosine, their mean), expected at most {_FULL}"
+        f"(1 - cosine, their mean), expected at most {limit:.2g}"
     )
 
 
@@ -322,14 +330,18 @@ def _noise(model: nn.Module, tokens: dict[int, list[int]], expected: dict[int, m
     """
     most = 0.0
     for seq_id, ids in tokens.items():
-        cache, half = make_prompt_cache(model), len(ids) // 2
-        pieces = ids[:half], ids[half:-1], ids[-1:]
-        with uncompiled():
-            found = [model(mx.array([piece]), cache=cache) for piece in pieces if piece]
-            parts = [logits.squeeze(0) for logits in found]
-        distances = _distance(mx.concatenate(parts), expected[seq_id])
+        distances = _distance(_in_parts(model, ids), expected[seq_id])
         most = max(most, float(mx.max(distances)))
     return most
+
+
+def _in_parts(model: nn.Module, ids: list[int]) -> mx.array:
+    """Return mlx-lm's logits [tokens, vocabulary] of a sequence that it computes in parts."""
+    cache, half = make_prompt_cache(model), len(ids) // 2
+    pieces = ids[:half], ids[half:-1], ids[-1:]
+    with uncompiled():
+        found = [model(mx.array([piece]), cache=cache) for piece in pieces if piece]
+        return mx.concatenate([logits.squeeze(0) for logits in found])
 
 
 def _distance(a: mx.array, b: mx.array) -> mx.array:

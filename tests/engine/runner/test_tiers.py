@@ -122,6 +122,26 @@ def test_a_model_may_be_as_far_as_it_is_from_itself(monkeypatch: pytest.MonkeyPa
     assert any("are off by" in note for note in runner.notes)
 
 
+class Chunked(Attention):
+    """Its output depends on the length of long calls only."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        most = max(x.shape[:2])
+        found = super().__call__(x, mask, cache)
+        return found + (most > 20) * 0.03 * most * mx.arange(8)
+
+
+def test_a_full_step_may_be_as_far_as_the_model_is_from_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiers, "_FULL", 1e-9)
+    options: Any = {"num_blocks": 16, "exact": False, "full_step": (70, 50)}
+    assert make_runner(make_model(Chunked), **options).tier == "paged"
+    monkeypatch.setattr(tiers, "_NOISE", 0)
+    runner = make_runner(make_model(Chunked), **options)
+    assert "prompts of 120 tokens are off by" in runner.notes[0]
+
+
 class Single(Attention):
     """Its output differs for a single token that sees several."""
 
