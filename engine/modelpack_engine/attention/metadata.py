@@ -289,6 +289,7 @@ class StepInputs:
 
     def _begin_tables(self, batch: StepBatch) -> None:
         self.num_rows, self.num_decode, self.tiles = batch.num_rows, batch.num_decode, None
+        self.segments = None
         self.decode_seq_ids = tuple(batch.decode_seq_ids)
         self.chunks = tuple(batch.chunks)
         self._tables, self.lengths = batch.decode_tables, batch.decode_lengths

@@ -19,7 +19,7 @@ from modelpack_engine.layers.matmul import Parts
 #: Ranks are padded to a multiple of this.
 RANK_STEP = 8
 #: The most layers of one product, and the largest rank: the kernel keeps a value of each in memory.
-MOST_LAYERS, MOST_RANK = 3, 512
+MOST_LAYERS, MOST_RANK = 4, 512
 #: The most outputs that a threadgroup computes, and its most simdgroups.
 _CHUNK, _MOST_SIMDGROUPS = 4096, 8
 #: With fewer rows, a threadgroup computes a whole row, with its norm. Many rows are prompts, of
@@ -86,7 +86,7 @@ def add(
     constants: list[tuple[str, int | bool]] = [
         ("IN", inputs), ("OUT", outputs), ("N", products), ("RANK", rank),
         ("RANKS", 2 * rank if gated else rank), ("PARTS", parts.count), ("END0", ends[0]),
-        ("END1", ends[1]), ("GATED", gated), ("CHUNK", chunk),
+        ("END1", ends[1]), ("END2", ends[2]), ("GATED", gated), ("CHUNK", chunk),
     ]  # fmt: skip
     if wide or (wide is None and rows >= _MANY_ROWS and _fits_wide(adapters)):
         singles = min(adapters.singles, rows - 1)

@@ -58,9 +58,18 @@ def reads_like(module: nn.Module, known: type[nn.Module]) -> bool:
     return class_reads_like(type(module), known)
 
 
-def class_reads_like(kind: type[nn.Module], known: type[nn.Module]) -> bool:
-    """Return whether calls of instances of both classes compute the same, as for `reads_like`."""
-    one, other = kind.__call__, known.__call__
+def class_reads_like(kind: type[nn.Module], known: type[nn.Module], *methods: str) -> bool:
+    """Return whether calls of instances of both classes compute the same, as for `reads_like`.
+
+    `methods` are those that the calls use.
+    """
+    return all(
+        hasattr(kind, name) and _reads_like(getattr(kind, name), getattr(known, name))
+        for name in ("__call__", *methods)
+    )
+
+
+def _reads_like(one: Any, other: Any) -> bool:
     if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
         return False
     return one is other or (

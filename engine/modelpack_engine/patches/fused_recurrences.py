@@ -43,15 +43,15 @@ def fuse_recurrences(
 ) -> int:
     """Run recurrent layers by fused kernels in steps with segments; return their number.
 
+    The kernels of segments were found to be correct.
     `dtype` is the type of the rows, and `view` returns the states of a layer by its cache, or None
     for other caches than a step's.
     """
-    kernels = (convolution, delta_rule, state_space, gated_norm)
     makers = (_delta_net, _state_space)
     count = 0
     for _, module in list(model.named_modules()):
         known = next((found for make in makers if (found := make(module)) is not None), None)
-        if known is None or any(kernel.verdict(dtype) for kernel in kernels):
+        if known is None or gated_norm.verdict(dtype) is not None:
             continue
         _fuse(module, known, view, sums, step, swaps)
         count += 1
@@ -116,7 +116,9 @@ def _delta_net(module: Any) -> _Layer | None:
     """Return a gated delta net of Qwen's, if `module` is one that the kernels support."""
     kind = ClassSwaps.original(module)
     separate = class_reads_like(kind, qwen3_5.GatedDeltaNet)
-    if not separate and not class_reads_like(kind, qwen3_next.Qwen3NextGatedDeltaNet):
+    if not separate and not class_reads_like(
+        kind, qwen3_next.Qwen3NextGatedDeltaNet, "fix_query_key_value_ordering"
+    ):
         return None
     key_heads, heads = module.num_k_heads, module.num_v_heads
     key_dim, dim, each = module.head_k_dim, module.head_v_dim, heads // key_heads
@@ -139,7 +141,9 @@ def _delta_net(module: Any) -> _Layer | None:
         first, per = key_heads * wide, each
     if not (
         can_join(layers)
+        and _fits_vectors(layers)
         and _is_kernel(module.conv1d)
+        and "bias" not in module.conv1d
         and fits(key_dim)
         and all(n % convolution.VECTOR == 0 for n in (key_dim, dim))
         and dim % 32 == 0
@@ -174,13 +178,15 @@ def _delta_net(module: Any) -> _Layer | None:
 
 def _state_space(module: Any) -> _Layer | None:
     """Return a Mamba-2 mixer of Nemotron-H, if `module` is one that the kernels support."""
-    if not class_reads_like(ClassSwaps.original(module), nemotron_h.NemotronHMamba2Mixer):
+    kind = ClassSwaps.original(module)
+    if not class_reads_like(kind, nemotron_h.NemotronHMamba2Mixer, "_conv", "_ssm"):
         return None
     heads, dim, groups = module.num_heads, module.head_dim, module.n_groups
     size, width, channels = module.ssm_state_size, module.intermediate_size, module.conv_dim
     norm = module.norm
     if not (
         weights_of(module.in_proj) is not None
+        and _fits_vectors([module.in_proj])
         and _is_kernel(module.conv1d)
         and fits(size)
         and all(n % convolution.VECTOR == 0 for n in (width, channels))
@@ -217,10 +223,22 @@ def _state_space(module: Any) -> _Layer | None:
     return _Layer([module.in_proj], module.out_proj, compute)
 
 
+def _fits_vectors(layers: list[Any]) -> bool:
+    """Return whether rows of the layers' joint outputs begin where kernels can load vectors."""
+    columns: int = sum(layer["weight"].shape[0] for layer in layers)
+    return columns % convolution.VECTOR == 0
+
+
 def _is_kernel(conv: nn.Module) -> bool:
     """Return whether a convolution is a short one, by channel, as the kernel computes it."""
-    weight = conv["weight"]
-    return type(conv) is nn.Conv1d and weight.shape[2] == 1 and weight.shape[1] <= 8
+    weight: mx.array = conv["weight"]
+    how: Any = conv
+    return (
+        type(conv) is nn.Conv1d
+        and (how.stride, how.padding, how.dilation) == (1, 0, 1)
+        and weight.shape[2] == 1
+        and weight.shape[1] <= 8
+    )
 
 
 def _rates(logarithms: mx.array) -> mx.array:

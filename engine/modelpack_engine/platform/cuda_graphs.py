@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 GRAPHS = "MLX_USE_CUDA_GRAPHS"
+SLOW = "recurrent layers are several times slower with CUDA graphs: set MLX_USE_CUDA_GRAPHS=0"
 _lock = threading.Lock()
 _decided = False
 
@@ -40,6 +41,11 @@ def choose(model: nn.Module, num_compiled: int = 0) -> str | None:
     if off and not irregular:
         return "single requests are slower: a recurrent model has switched CUDA graphs off"
     return None
+
+
+def are_used() -> bool:
+    """Return whether MLX uses CUDA graphs in this process."""
+    return mx.cuda.is_available() and os.environ.get(GRAPHS) != "0"
 
 
 def recurrent_layers(model: nn.Module) -> int:

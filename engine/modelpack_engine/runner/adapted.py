@@ -27,7 +27,7 @@ from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT, Buckets
-from modelpack_engine.layers import segments
+from modelpack_engine.layers import convolution, delta_rule, segments, state_space
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.segments import LayerStates
 from modelpack_engine.patches.functions import fast_recurrence
@@ -43,7 +43,7 @@ from modelpack_engine.patches.modules import (
     rotate_by_axes,
     take_logit_rows,
 )
-from modelpack_engine.patches.recurrent import mask_position
+from modelpack_engine.patches.recurrent import kernels_of, mask_position
 from modelpack_engine.runner.hidden_states import HiddenStates
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout
 from modelpack_engine.runner.recurrent import (
@@ -118,8 +118,7 @@ class Adapted:
                 return None
             return cache.segments_view(self._step.segments)
 
-        dtypes = {a for layout in self.state_layouts for a in layout.dtypes if a is not None}
-        dtype = min(dtypes, key=lambda dtype: dtype.size)  # the type of rows before a convolution
+        dtype = _rows_dtype(self.state_layouts[0])
         count = fuse_recurrences(self.model, dtype, view, self.sums, self._step, self.swaps)
         if count:
             self.fused["recurrence"] = count
@@ -178,6 +177,7 @@ class Adapted:
             leaf.owner is not None
             and mask_position(leaf.owner) is not None
             and segments.supports(leaf.content.shapes, leaf.content.dtypes)
+            and _are_right(leaf.owner, leaf.content)
             for leaf in self.layout.leaves()
             if isinstance(leaf.content, StateLayout)
         )
@@ -294,6 +294,24 @@ class Adapted:
         self._step.adapters.joint.clear()
         self.paged, self.states, self.caches = [], [], []
         self.hidden = None
+
+
+_KERNELS = {
+    "convolution": convolution.verdict,
+    "delta_rule": delta_rule.verdict,
+    "state_space": state_space.verdict,
+}
+
+
+def _rows_dtype(layout: StateLayout) -> mx.Dtype:
+    """Return the type of a layer's rows: states of convolutions have it, others are float32."""
+    return min((dtype for dtype in layout.dtypes if dtype), key=lambda dtype: dtype.size)
+
+
+def _are_right(module: nn.Module, layout: StateLayout) -> bool:
+    """Return whether the kernels that compute from a module's states are right on this device."""
+    dtype = _rows_dtype(layout)
+    return all(_KERNELS[name](dtype) is None for name in kernels_of(module))
 
 
 class KVView(KVCache):

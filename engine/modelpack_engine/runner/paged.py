@@ -193,6 +193,7 @@ class CompiledSteps:
         sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
         lengths = positions[: len(rows.tables[0])] + 1
         columns = [rotations.ravel(), lengths, rows.spans.ravel()]
+        arrays: States = [list(state.arrays) for state in adapted.states]
         runs = None
         if adapted.by_segments:
             runs, owners = adapted.rows.segments(
@@ -224,7 +225,6 @@ class CompiledSteps:
             adapted=() if matrices is None else matrices.changed,
         )  # fmt: skip
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
-        arrays: States = [list(state.arrays) for state in adapted.states]
         set_aside = arrays and not adapted.by_segments
         aside = adapted.rows.set_aside(adapted.states, decode) if set_aside else []
         states = [list(state.arrays) for state in adapted.states]
@@ -522,6 +522,11 @@ class PagedRunner:
         hidden = self.adapted.hidden
         places = self.compiled.places if self.compiled is not None else None
         return None if hidden is None else HiddenRows(hidden, places)
+
+    @property
+    def slow_with_graphs(self) -> bool:
+        """Whether steps with prompts are not compiled: their CUDA graphs are never alike."""
+        return self.compiled is None or not self.adapted.by_segments
 
     def is_compiled(self, batch: StepBatch) -> bool:
         """Return whether MLX has compiled the forward pass of a step."""

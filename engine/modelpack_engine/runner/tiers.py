@@ -31,6 +31,7 @@ from modelpack_engine.core.batch import Chunk, StepBatch
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError
 from modelpack_engine.layers import kernels as fused_kernels
+from modelpack_engine.platform import cuda_graphs
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.paged import PagedRunner
@@ -95,6 +96,8 @@ class TierSearch:
             problem, culprit = self._try(runner)
             if problem is None:
                 self.notes += runner.adapted.notes()
+                if runner.adapted.states and runner.slow_with_graphs and cuda_graphs.are_used():
+                    self.notes.append(cuda_graphs.SLOW)
                 if self.layout.quantised:
                     self._quantise(runner)
                 return runner

@@ -88,6 +88,7 @@ ADAPTERS = [
             (
                 ("IN", 576), ("OUT", 960), ("N", 24), ("RANK", 8), ("RANKS", 16 if gated else 8),
                 ("PARTS", 2), ("END0", 480 if gated else 576), ("END1", 960 if gated else 768),
+                ("END2", 960),
                 ("GATED", gated), ("CHUNK", 512), ("FROM", 8), ("TO", 4), ("NSG", 2),
             ),
         )

@@ -8,13 +8,37 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models import nemotron_h
 
 from modelpack_engine.attention.metadata import Segments, StepInputs
 from modelpack_engine.core.batch import Chunk, StepBatch
+from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.segments import LayerStates, example
+from modelpack_engine.patches import fused_recurrences
+from modelpack_engine.patches.modules import ClassSwaps
 from modelpack_engine.runner.model_layout import StateLayout
 from modelpack_engine.runner.recurrent import RecurrentState, Snapshot, StateRows, take_snapshot
 
+SHAPE = {
+    "model_type": "nemotron_h",
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "attention_bias": False,
+    "mamba_head_dim": 32,
+    "mamba_proj_bias": False,
+    "ssm_state_size": 32,
+    "conv_kernel": 4,
+    "mlp_bias": False,
+    "layer_norm_epsilon": 1e-5,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "hybrid_override_pattern": ["M"],
+}
 LAYOUT = StateLayout(((1, 1), (1, 2)), (mx.int32, mx.int32))
 
 
@@ -144,3 +168,19 @@ def test_a_layer_takes_its_states_in_order() -> None:
         states.replace((3, 8), add)
     with pytest.raises(Exception, match="does not compute all of its states"):
         LayerStates(before, example(), "a layer").after()
+
+
+def test_rows_that_kernels_cannot_load_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors of rows are aligned only if the joint projections have a multiple of four outputs."""
+    monkeypatch.setattr(fused_recurrences.gated_norm, "verdict", lambda _: None)
+    for heads, fused in ((4, 1), (6, 0)):
+        args = dict.fromkeys(("mamba_num_heads", "n_groups"), heads)
+        mixer = nemotron_h.NemotronHMamba2Mixer(
+            nemotron_h.ModelArgs.from_dict({**SHAPE, **args, "n_groups": 2})
+        )
+        swaps = ClassSwaps()
+        found = fused_recurrences.fuse_recurrences(
+            mixer, mx.float32, lambda _: None, Sums(), StepInputs(16, exact=False), swaps
+        )
+        swaps.undo()
+        assert found == fused

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import pytest
 
 from modelpack_engine.platform import cuda_graphs
+from modelpack_engine.runner.model_runner import make_runner
 from tests.engine.runner.models import tiny_llama
 from tests.engine.runner.test_step import tiny_mamba
 
@@ -70,3 +71,14 @@ def test_layers_that_compiled_steps_compute_keep_the_graphs() -> None:
     assert cuda_graphs.GRAPHS not in os.environ
     for number in (0, layers - 1):
         assert "several times slower" in (cuda_graphs.choose(model, number) or "")
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_steps_that_are_not_compiled_are_slow_with_graphs() -> None:
+    notes = []
+    for value in ("1", "0"):
+        os.environ[cuda_graphs.GRAPHS] = value
+        runner = make_runner(tiny_mamba(), num_blocks=16, exact=False, compiled=False)
+        notes.append(cuda_graphs.SLOW in runner.notes)
+        runner.undo()
+    assert notes == [True, False]

@@ -84,12 +84,12 @@ def test_logits_and_states_are_those_of_each_prompt_alone(
     model = MODELS[name].build()
     runner = make_runner(model, num_blocks=16, exact=True, self_test=False)
     together = logits_of(runner)
-    monkeypatch.setattr(recurrent, "PADDED", frozenset())
-    recurrent._mask_position.cache_clear()
+    monkeypatch.setattr(recurrent, "PADDED", {})
+    recurrent._known.cache_clear()
     try:
         alone = logits_of(runner)
     finally:
-        recurrent._mask_position.cache_clear()
+        recurrent._known.cache_clear()
     np.testing.assert_allclose(together, alone, rtol=2e-3, atol=2e-4)
 
 

@@ -23,6 +23,7 @@ from modelpack_engine.layers import (
 )
 from modelpack_engine.patches.lora import LoRALayers
 from modelpack_engine.patches.recurrent import PADDED
+from modelpack_engine.runner import adapted
 from modelpack_engine.runner.paged import CompiledSteps
 from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.zoo.configuration import Configuration, prompts
@@ -72,6 +73,7 @@ def test_recurrent(
 def by_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute recurrent layers as on a GPU, but by definitions instead of kernels."""
     monkeypatch.setattr(segments, "supports", lambda *_: True)
+    monkeypatch.setattr(adapted, "_are_right", lambda *_: True)
     for layer in (convolution, delta_rule, state_space):
         monkeypatch.setattr(layer, "by_segments", layer.one_by_one)
 
@@ -133,9 +135,9 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
         yield found
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapters"])
+@pytest.mark.parametrize("tuned", [False, True], ids=["base", "adapters"])
 @pytest.mark.parametrize("name", ["nemotron_h", "qwen3_next", "qwen3_5"])
-def test_layers_by_kernels(host: Host, uncompiled: None, name: str, adapted: bool) -> None:
+def test_layers_by_kernels(host: Host, uncompiled: None, name: str, tuned: bool) -> None:
     """On an emulated GPU: prompts of several lengths and tokens, of layers that are fused."""
     [known] = [each for each in RECURRENT if each.id == name]
     wide = {"linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim", "ssm_state_size"}
@@ -147,14 +149,15 @@ def test_layers_by_kernels(host: Host, uncompiled: None, name: str, adapted: boo
         try:
             assert runner.notes == tuple(runner.adapted.notes())
             loras = LoRALayers(specimen.model, runner.adapter_rows)
-            if adapted:
+            if tuned:
                 loras.set(1, adapter_of(specimen.model))
+                assert loras.fuses
             if how["compiled"]:
                 assert {"recurrence", "attention", "block"} <= {*runner.fused}
             host.calls.clear()
             driver = Driver(runner, Setting(buckets=FEW, exact=False, rows=32))
             for index, prompt in enumerate(prompts()[:3]):
-                driver.add(prompt, 4, adapter=adapted and index % 2)
+                driver.add(prompt, 4, adapter=tuned and index % 2)
             driver.run()
             assert driver.scheduler.stats().num_mixed_steps > 0
             loras.undo()
@@ -166,7 +169,7 @@ def test_layers_by_kernels(host: Host, uncompiled: None, name: str, adapted: boo
     rule = "state_space" if name == "nemotron_h" else "delta_rule"
     assert {"convolve", rule, "gated_norm", "rotate"} <= {body for body, _ in host.calls}
     wanted = [own[:4] for own in specimen.reference.tokens[:3]]
-    if not adapted:
+    if not tuned:
         assert found == wanted
         return
     assert "adapters" in {body for body, _ in host.calls}
