@@ -85,9 +85,13 @@ def test_two_processes_make_the_same_bytes(source: Path, tmp_path: Path) -> None
     assert again.stdout.strip() == here
     # Nothing of mlx-lm or transformers: stdout is the digest, stderr our own lines.
     assert re.fullmatch(r"sha256:[0-9a-f]{64}\n", again.stdout)
-    assert [line.split()[0] for line in again.stderr.splitlines()] == [
-        "tiny/q:v1", "quantised", "packaged",
-    ]  # fmt: skip
+    words = [line.split()[0] for line in again.stderr.splitlines()]
+    # A slow machine also reports progress.
+    assert [word for word in words if word != "Quantising"] == [
+        "tiny/q:v1",
+        "quantised",
+        "packaged",
+    ]
 
 
 def test_large_weights_are_sharded(
