@@ -28,9 +28,11 @@ from modelpack_engine.kernels.sources import KernelSource, kernel_source
 from modelpack_engine.layers import (
     adapters,
     blocks,
+    convolution,
     delta_rule,
     dots,
     expert_kernels,
+    gated_norm,
     kernels,
     matmul,
     packed,
@@ -353,6 +355,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "taken numbers": lambda: kernels.take_rows(mx.zeros((5, 1), mx.int32), mx.array([3, 0])),
     "delta rule": lambda: delta_rule._compare(BF16),
     "state space": lambda: state_space._compare(BF16),
+    "convolution": lambda: convolution._compare(BF16),
+    "gated norm": lambda: gated_norm._compare(BF16),
     "adapters": lambda: adapters._compare(BF16),
     "adapters on tensor cores": lambda: adapters._products(BF16, wide=True),
 }
