@@ -28,6 +28,7 @@ from typing import Any
 
 import mlx.core as mx
 from gpu_architectures import AT_ONCE, Silent, cast, ours, requests, theirs
+from gpu_architectures import SHAPES as SMALL
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
@@ -67,23 +68,13 @@ DELTA = {
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "nemotron_h": {
+        **SMALL["nemotron_h"],
+        "hidden_size": COMMON["hidden_size"],
         "num_hidden_layers": 32,
         "intermediate_size": 8192,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
-        "head_dim": 64,
-        "attention_bias": False,
         "mamba_num_heads": 64,
-        "mamba_head_dim": 64,
-        "mamba_proj_bias": False,
-        "ssm_state_size": 128,
-        "conv_kernel": 4,
-        "n_groups": 8,
-        "time_step_limit": [0.0, 1e9],
-        "mlp_bias": False,
-        "layer_norm_epsilon": 1e-5,
-        "use_bias": False,
-        "use_conv_bias": True,
         "hybrid_override_pattern": ["M", "-", "M", "-", "M", "-", "*", "-"] * 4,
     },
     "qwen3_next": {

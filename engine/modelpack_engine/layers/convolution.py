@@ -15,7 +15,7 @@ from modelpack_engine.attention.metadata import Segments
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers.segments import compared, example, segment_by_segment
 
-_LONGEST = 8
+LONGEST = 8
 #: The channels of a thread, if they are enough, and the threads of a group.
 VECTOR, _THREADS = 4, 128
 
@@ -34,7 +34,7 @@ def takes(
         (stride, padding, dilation) == (1, 0, 1)
         and groups == x.shape[-1] == weight.shape[0]
         and weight.shape[2] == 1
-        and weight.shape[1] <= _LONGEST
+        and weight.shape[1] <= LONGEST
     )
 
 

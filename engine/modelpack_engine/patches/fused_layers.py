@@ -257,13 +257,10 @@ def _fuse_squared_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwa
     def call(original: Call, mlp: Any, x: mx.array) -> Any:
         if not step.fuses_linears:
             return original(mlp, x)
-        added = row_adapters(x, of_up, step)
-        if not isinstance(up, Weights):
-            rows = up(x.reshape(x.shape[0], -1))
-        elif added is None:
-            rows = sums.whole(x, up)
+        if isinstance(up, Weights):
+            rows = whole_rows(x, up, of_up, sums, step)
         else:
-            rows = adapters.add(sums.multiply(x, up), added).astype(x.dtype)
+            rows = up(x.reshape(x.shape[0], -1))
         return project(nn.relu2(rows), down, x, sums, of_down, step)
 
     swaps.override(module, call)
@@ -353,13 +350,10 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
         ):
             return original(attention, x, mask, cache)
         step = cache.step
-        added = row_adapters(x, of_heads, step)
-        if gated and added is None:
-            rows = Parts(sums.whole(x, joint), 1)
+        if gated or row_adapters(x, of_heads, step) is not None:
+            rows = Parts(whole_rows(x, joint, of_heads, sums, step), 1)
         else:
             rows = sums.multiply(x, joint)
-        if added is not None:
-            rows = Parts(adapters.add(rows, added), 1)
         window = mask.window if isinstance(mask, RowMask) else None
         angles = None
         # For fewer rows, a table takes longer than the rotation.
@@ -417,6 +411,16 @@ def project(
     if added is not None:
         return sums.of_adapted(parts, added, shape, like.dtype)
     return sums.of_parts(parts, shape, like.dtype)
+
+
+def whole_rows(
+    x: mx.array, by: Weights, joint: JointLayers, sums: Sums, step: StepInputs
+) -> mx.array:
+    """Return rows x [rows, ...] times the weights, with what adapters add, in x's type."""
+    added = row_adapters(x, joint, step)
+    if added is None:
+        return sums.whole(x, by)
+    return adapters.add(sums.multiply(x, by), added)
 
 
 def row_adapters(x: mx.array, joint: JointLayers, step: StepInputs) -> RowAdapters | None:

@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import nemotron_h, qwen3_5, qwen3_next
 
-from modelpack_engine.attention.metadata import JointLayers, StepInputs
-from modelpack_engine.layers import adapters, convolution, delta_rule, gated_norm, state_space
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.layers import convolution, delta_rule, gated_norm, state_space
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.segments import LayerStates, fits
 from modelpack_engine.layers.weights import Weights, can_join, join, weights_of
@@ -25,7 +25,7 @@ from modelpack_engine.patches.fused_layers import (
     project,
     reads_like,
     ready,
-    row_adapters,
+    whole_rows,
 )
 from modelpack_engine.patches.modules import Call, ClassSwaps
 
@@ -43,9 +43,8 @@ def fuse_recurrences(
 ) -> int:
     """Run recurrent layers by fused kernels in steps with segments; return their number.
 
-    The kernels of segments were found to be correct.
-    `dtype` is the type of the rows, and `view` returns the states of a layer by its cache, or None
-    for other caches than a step's.
+    The kernels of segments were found to be correct. `dtype` is the type of the rows, and `view`
+    returns the states of a layer by its cache, or None for other caches than a step's.
     """
     makers = (_delta_net, _state_space)
     count = 0
@@ -84,10 +83,10 @@ def _fuse(
     of_output = step.adapters.join(layer.output)
 
     def call(original: Call, own: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
-        states = view(cache) if step.fuses_linears and step.segments is not None else None
+        states = view(cache) if step.fuses_linears else None
         if states is None:
             return original(own, x, mask, cache)
-        rows = layer.compute(_joint_rows(x, joint, of_joint, sums, step), states)
+        rows = layer.compute(whole_rows(x, joint, of_joint, sums, step), states)
         cache.arrays = states.after()
         return project(rows, output, x, sums, of_output, step)
 
@@ -100,16 +99,6 @@ def _joint(layers: list[nn.Module]) -> Weights:
     found = weights_of(layers[0])
     assert found is not None, "the layer was recognised"
     return found.ready()
-
-
-def _joint_rows(
-    x: mx.array, joint: Weights, layers: JointLayers, sums: Sums, step: StepInputs
-) -> mx.array:
-    """Return rows [rows, outputs] of the joint projections, in the type of x."""
-    added = row_adapters(x, layers, step)
-    if added is None:
-        return sums.whole(x, joint)
-    return adapters.add(sums.multiply(x, joint), added).astype(x.dtype)
 
 
 def _delta_net(module: Any) -> _Layer | None:
@@ -145,7 +134,6 @@ def _delta_net(module: Any) -> _Layer | None:
         and _is_kernel(module.conv1d)
         and "bias" not in module.conv1d
         and fits(key_dim)
-        and all(n % convolution.VECTOR == 0 for n in (key_dim, dim))
         and dim % 32 == 0
         and reads_like(norm, qwen3_next.Qwen3NextRMSNormGated)
     ):
@@ -237,14 +225,12 @@ def _is_kernel(conv: nn.Module) -> bool:
         type(conv) is nn.Conv1d
         and (how.stride, how.padding, how.dilation) == (1, 0, 1)
         and weight.shape[2] == 1
-        and weight.shape[1] <= 8
+        and weight.shape[1] <= convolution.LONGEST
     )
 
 
 def _rates(logarithms: mx.array) -> mx.array:
-    made = -mx.exp(logarithms.astype(mx.float32))
-    mx.eval(made)
-    return made
+    return _floats(-mx.exp(logarithms.astype(mx.float32)))
 
 
 def _floats(array: mx.array) -> mx.array:

@@ -290,15 +290,15 @@ def _compare_full(
     tables = _tables(tokens, block_size)
     batch, _ = _step(tokens, tables, block_size, decode=[], chunks=chunks)
     logits = forward(batch, mx.array(batch.token_ids, mx.int32))
-    distances = []
-    for row, ids in enumerate(tokens.values()):
-        expected = _plain(model, ids)[:, -1]
-        distances.append(float(_distance(logits[row : row + 1], expected)))
+    expected = [_plain(model, ids)[:, -1] for ids in tokens.values()]
+    distances = [
+        float(_distance(logits[row : row + 1], wanted)) for row, wanted in enumerate(expected)
+    ]
     distance, limit = sum(distances) / len(distances), _FULL
     if limit < distance <= _MOST:
         noise = sum(
-            float(_distance(_in_parts(model, ids)[-1:], _plain(model, ids)[0, -1:]))
-            for ids in tokens.values()
+            float(_distance(_in_parts(model, ids)[-1:], wanted))
+            for ids, wanted in zip(tokens.values(), expected, strict=True)
         )
         limit = max(limit, min(_MOST, _NOISE * noise / len(tokens)))
     if distance <= limit:
