@@ -78,15 +78,29 @@ class JointLayers:
 class Segments:
     """The segments of a step, on the device.
 
-    `runs` is int32 [segments, 3]: the row of the state before a segment, or -1 for zeros; its first
-    row in the step; and the number of its rows. Without rows, the state is copied; -1 stands for a
-    segment that is not there, whose state is undefined. Segments may share rows, if they are the
-    same up to the last row of the shorter one. `owners` is int32 [rows]: a segment that ends with
-    each row or later, or -1 for padding, of which layers return zeros.
+    `runs` is int32 [segments, 5]: the row of the state before a segment, -1 for zeros, or -2 - slot
+    for a snapshot; its first row in the step; the number of its rows; and the number of rows after
+    which the state is kept as a snapshot, in which slot. Without rows, the state is copied; -1
+    stands for a segment that is not there, whose state is undefined, and for no snapshot. Segments
+    may share rows, if they are the same up to the last row of the shorter one. `owners` is int32
+    [rows]: a segment that ends with each row or later, or -1 for padding, of which layers return
+    zeros.
     """
 
     runs: mx.array
     owners: mx.array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class States:
+    """The states before the segments of a step, [states, …], and `slots` of snapshots, [slots, …].
+
+    Kernels write snapshots in place: the order of writes and reads is that of the states, which
+    each step computes from those of the step before.
+    """
+
+    rows: mx.array
+    slots: mx.array
 
 
 class AdapterMatrices(Protocol):

@@ -29,7 +29,8 @@ class Chunk:
     directions; with `in_windows`, in layers with a window.
 
     For recurrent layers, `snapshot` is the state that the chunk starts from, if it is not the state
-    of its sequence. If `snapshot_hash` is set, a snapshot of the state after it is kept by it.
+    of its sequence. If `snapshot_hash` is set, a snapshot of the state after the chunk's first
+    `snapshot_after` rows is kept by it.
     """
 
     row: int
@@ -39,6 +40,7 @@ class Chunk:
     block_table: tuple[int, ...]
     seq_id: int
     snapshot: object | None = None
+    snapshot_after: int = 0
     snapshot_hash: bytes | None = None
     spans: tuple[tuple[int, int], ...] = ()
     in_windows: bool = False
@@ -384,17 +386,11 @@ class _Rows:
         """Add the rows of a chunk, and its padding."""
         stop = part.start + part.length
         token_ids = part.sequence.token_ids(part.start, stop)
-        return self._add_chunk(
-            part.sequence, part.start, token_ids, part.sequence.snapshot, part.snapshot_hash
-        )
+        chunk = self._add_chunk(part.sequence, part.start, token_ids, part.sequence.snapshot)
+        return replace(chunk, snapshot_after=part.snapshot_after, snapshot_hash=part.snapshot_hash)
 
     def _add_chunk(
-        self,
-        sequence: Sequence,
-        start: int,
-        token_ids: list[int],
-        snapshot: object | None = None,
-        snapshot_hash: bytes | None = None,
+        self, sequence: Sequence, start: int, token_ids: list[int], snapshot: object | None = None
     ) -> Chunk:
         length = len(token_ids)
         stop = start + length
@@ -420,9 +416,7 @@ class _Rows:
             window.slots.extend([0] * (padded_length - length))
         self._pad(padded_length - length)
         self.adapter_slots += [sequence.adapter_slot] * length + [-1] * (padded_length - length)
-        chunk = Chunk(
-            row, length, padded_length, stop, table, sequence.seq_id, snapshot, snapshot_hash
-        )
+        chunk = Chunk(row, length, padded_length, stop, table, sequence.seq_id, snapshot)
         spans = [
             span
             for media in sequence.media

@@ -9,8 +9,8 @@ function is BLAKE2b with 128 bits. Clients cannot make it collide, so the manage
 not tokens.
 
 A recurrent layer cannot continue from keys and values alone, so sequences of such a model share a
-prefix up to the last block that has a snapshot of the state. `BlockManager.next_snapshot` says
-where snapshots are taken.
+prefix up to the last block that has a snapshot of the state. `BlockManager.snapshot_of` says where
+snapshots are taken.
 """
 
 from __future__ import annotations
@@ -84,11 +84,12 @@ class PrefixSnapshots:
     """At most `limit` recurrent states, by the hash of the block that they come after (LRU).
 
     The runner makes and reads the states; the block manager only stores them. `evicted` is called
-    with the hash and the state of each that is dropped for another.
+    with the hash and the state of each that is dropped for another. With `within_chunks`, the
+    runner can keep a state from within a chunk; otherwise chunks end where a snapshot is taken.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, *, within_chunks: bool = False) -> None:
+        self.limit, self.within_chunks = limit, within_chunks
         self.evicted: Callable[[bytes, object], None] | None = None
         self._states: OrderedDict[bytes, object] = OrderedDict()
         self._unnamed: dict[int, tuple[int, object]] = {}  # by seq_id: index of a block, and state
@@ -106,7 +107,7 @@ class PrefixSnapshots:
         self._states[hash_] = state
         self._states.move_to_end(hash_)
         if len(self._states) > self.limit:
-            self.evict(next(iter(self._states)))
+            self.evict_oldest()
 
     def put_unnamed(self, seq_id: int, index: int, state: object) -> None:
         """Keep the state after block `index` of a sequence until the block's hash is known."""
@@ -125,6 +126,11 @@ class PrefixSnapshots:
         """Return a state that is present, and mark it as used."""
         self._states.move_to_end(hash_)
         return self._states[hash_]
+
+    def evict_oldest(self) -> None:
+        """Drop the least recently used state, if there is one."""
+        if self._states:
+            self.evict(next(iter(self._states)))
 
     def evict(self, hash_: bytes) -> None:
         """Drop the state after a block, if there is one."""
@@ -656,30 +662,44 @@ class BlockManager:
             return None
         return self._hash(sequence, indices[0])
 
-    def next_snapshot(self, sequence: Sequence) -> int | None:
-        """Return the next position at which a chunk must end, to take a snapshot there.
+    def most_until_snapshot(self, sequence: Sequence, length: int) -> int:
+        """Return how many of a prompt's next `length` tokens a chunk may have.
 
-        Snapshots are taken at the end of the last full block, for requests that continue the
-        prompt, where the prompt leaves a cached prefix that has no snapshot, for requests that
-        share this prefix, and at multiples of `snapshot_interval`.
+        It takes one snapshot: at its end or, if that is possible, within it.
+        """
+        ends = self._snapshot_places(sequence, length)
+        if self.snapshots is None or not ends:
+            return length
+        if self.snapshots.within_chunks and len(ends) == 1:
+            return length
+        return ends[0] - sequence.num_computed_tokens
+
+    def snapshot_of(self, sequence: Sequence, length: int) -> tuple[int, bytes] | None:
+        """Return where the next chunk of a prompt takes a snapshot: after how many of its tokens.
+
+        The hash is that of the block before. `length` is that of the chunk.
         """
         if self.snapshots is None:
             return None
-        start, interval = sequence.num_computed_tokens, self.snapshot_interval
-        ends = [sequence.branch, self._last_shareable(sequence)]
-        if interval:
-            ends.append((start // interval + 1) * interval)
-        return min((end for end in ends if end > start), default=None)
+        start = sequence.num_computed_tokens
+        places = self._snapshot_places(sequence, length)
+        end = places[0] if places else start + length
+        if not places and (end != sequence.num_prefill_tokens or end % self.block_size):
+            return None
+        return end - start, self._hash(sequence, end // self.block_size - 1)
 
-    def snapshot_hash(self, sequence: Sequence, end: int) -> bytes | None:
-        """Return the hash for a snapshot of a prompt after `end` tokens, if one is taken there."""
-        if self.snapshots is None or end % self.block_size:
-            return None
-        regular = self.snapshot_interval and end % self.snapshot_interval == 0
-        last = sequence.num_prefill_tokens, self._last_shareable(sequence)
-        if not regular and end not in (sequence.branch, *last):
-            return None
-        return self._hash(sequence, end // self.block_size - 1)
+    def _snapshot_places(self, sequence: Sequence, length: int) -> list[int]:
+        """Return the first positions of snapshots in a prompt's next `length` tokens.
+
+        They are at the end of the last full block, for requests that continue the prompt, where the
+        prompt leaves a cached prefix that has no snapshot, for requests that share this prefix, and
+        at multiples of `snapshot_interval`.
+        """
+        start, interval = sequence.num_computed_tokens, self.snapshot_interval
+        ends = {sequence.branch, self._last_shareable(sequence)}
+        if interval:
+            ends |= {(start // interval + count) * interval for count in (1, 2)}
+        return sorted(end for end in ends if start < end <= start + length)
 
     def _last_shareable(self, sequence: Sequence) -> int:
         """Return the end of a prompt's last block that can be shared."""

@@ -82,13 +82,15 @@ class SchedulerConfig:
 class PrefillChunk:
     """`length` tokens of a sequence from position `start`; the last chunk's last row is sampled.
 
-    A snapshot of the recurrent state after the chunk is kept by `snapshot_hash`, if it is set.
+    If `snapshot_hash` is set, a snapshot of the recurrent state after the first `snapshot_after`
+    tokens of the chunk is kept by it.
     """
 
     sequence: Sequence
     start: int
     length: int
     is_last: bool
+    snapshot_after: int = 0
     snapshot_hash: bytes | None = None
 
 
@@ -673,8 +675,7 @@ class Scheduler:
             length = round_down(room, buckets.chunk)
         if length < remaining and (start + length) // block_size > start // block_size:
             length -= (start + length) % block_size  # blocks are shared whole
-        if (end := blocks.next_snapshot(sequence)) is not None:
-            length = min(length, end - start)
+        length = blocks.most_until_snapshot(sequence, length)
         if sequence.media and length > 0:
             rows = round_down(min(max_rows, self._chunk_rows), buckets.chunk)
             stop = _outside_spans(sequence, start, start + length, min(rows, room))
@@ -684,8 +685,8 @@ class Scheduler:
         grown = blocks.grow(sequence, start + length)
         assert grown, "the chunk fits in the available blocks"
         computing.update(blocks.hashes_between(sequence, start, start + length))
-        snapshot_hash = blocks.snapshot_hash(sequence, start + length)
-        return PrefillChunk(sequence, start, length, length == remaining, snapshot_hash)
+        after = blocks.snapshot_of(sequence, length) or (0, None)
+        return PrefillChunk(sequence, start, length, length == remaining, *after)
 
     def _encoded_until(self, sequence: Sequence, stop: int, alone: bool) -> int:
         """Return the position, up to `stop`, to which the sequence's pictures are encoded."""

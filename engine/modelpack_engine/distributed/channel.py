@@ -136,7 +136,9 @@ LEFT_OUT = frozenset(
 )
 #: Fields of a chunk that stay at rank 0: a divided model keeps no snapshots of prefixes, and reads
 #: no pictures, whose tokens have spans.
-LEFT_OUT_OF_CHUNKS = frozenset({"snapshot", "snapshot_hash", "spans", "in_windows"})
+LEFT_OUT_OF_CHUNKS = frozenset(
+    {"snapshot", "snapshot_after", "snapshot_hash", "spans", "in_windows"}
+)
 
 _ITEM = 4
 

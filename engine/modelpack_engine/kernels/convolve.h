@@ -1,11 +1,11 @@
   // Short causal convolutions of each channel, for the rows of several sequences; a thread takes V
   // channels of a row, or of a row of a state. `segments` are as in layers/segments.py.
   //   x [SKIP + rows, WIDTH] T   columns [C / V] int: the first of V columns of x   weight [C, K] E   bias [C] E, if BIAS
-  //   state [states, K - 1, C] T   segments [segments, 3] int   owners [rows] int
+  //   state [states, K - 1, C] T   pool [slots, K - 1, C] T, written in place
+  //   segments [segments, 5] int   owners [rows] int
   //   y [rows, C] T, its SiLU if ACTIVATE   new_state [segments, K - 1, C] T: the last rows of each
   constexpr int N = C / V, KEEP = K - 1;
   typedef PaVec<T, V> Vec;
-  const PA_DEVICE Vec* const rows_of_state = (const PA_DEVICE Vec*)state;
   const int item = PA_THREAD / N, at = PA_THREAD % N, rows = owners_shape[0];
   const PA_DEVICE T* const column = x + (size_t)SKIP * WIDTH + columns[at];
   if (item < rows) {
@@ -13,12 +13,14 @@
     float sums[V];
     PA_UNROLL for (int e = 0; e < V; e++) sums[e] = 0.0f;
     if (owner >= 0) {
-      const int source = segments[owner * 3], before = item - segments[owner * 3 + 1];
+      const int source = segments[owner * 5], before = item - segments[owner * 5 + 1];
+      const PA_DEVICE Vec* const rows_of_state = (const PA_DEVICE Vec*)(source < -1 ? pool : state);
+      const size_t from = source < -1 ? -2 - source : source;
       PA_UNROLL for (int k = 0; k < K; k++) {
         const int back = KEEP - k;
-        if (back <= before || source >= 0) {
+        if (back <= before || source != -1) {
           const Vec in = back <= before ? *(const PA_DEVICE Vec*)(column + (size_t)(item - back) * WIDTH)
-                                        : rows_of_state[((size_t)source * KEEP + KEEP + before - back) * N + at];
+                                        : rows_of_state[(from * KEEP + KEEP + before - back) * N + at];
           PA_UNROLL for (int e = 0; e < V; e++) {
             sums[e] += float(in.e[e]) * float(weight[(at * V + e) * K + k]);
           }
@@ -33,16 +35,25 @@
     ((PA_DEVICE Vec*)y)[(size_t)item * N + at] = out;
   } else if (item - rows < segments_shape[0] * KEEP) {
     const int cell = item - rows, segment = cell / KEEP;
-    const int source = segments[segment * 3], first = segments[segment * 3 + 1];
-    const int row = segments[segment * 3 + 2] - KEEP + cell % KEEP;
-    if (segments[segment * 3 + 2] >= 0) {
-      Vec kept;
-      PA_UNROLL for (int e = 0; e < V; e++) kept.e[e] = T(0.0f);
-      if (row >= 0) {
-        kept = *(const PA_DEVICE Vec*)(column + (size_t)(first + row) * WIDTH);
-      } else if (source >= 0) {
-        kept = rows_of_state[((size_t)source * KEEP + KEEP + row) * N + at];
+    const int source = segments[segment * 5], first = segments[segment * 5 + 1];
+    const int marked = segments[segment * 5 + 3], slot = segments[segment * 5 + 4];
+    const PA_DEVICE Vec* const rows_of_state = (const PA_DEVICE Vec*)(source < -1 ? pool : state);
+    const size_t from = source < -1 ? -2 - source : source;
+    PA_UNROLL for (int i = 0; i < 2; i++) {  // after all rows, and after the marked one
+      const int count = i ? marked : segments[segment * 5 + 2], row = count - KEEP + cell % KEEP;
+      if (count >= i) {
+        Vec kept;
+        PA_UNROLL for (int e = 0; e < V; e++) kept.e[e] = T(0.0f);
+        if (row >= 0) {
+          kept = *(const PA_DEVICE Vec*)(column + (size_t)(first + row) * WIDTH);
+        } else if (source != -1) {
+          kept = rows_of_state[(from * KEEP + KEEP + row) * N + at];
+        }
+        if (i) {
+          ((PA_DEVICE Vec*)pool)[((size_t)slot * KEEP + cell % KEEP) * N + at] = kept;
+        } else {
+          ((PA_DEVICE Vec*)new_state)[(size_t)cell * N + at] = kept;
+        }
       }
-      ((PA_DEVICE Vec*)new_state)[(size_t)cell * N + at] = kept;
     }
   }

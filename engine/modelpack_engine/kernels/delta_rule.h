@@ -6,7 +6,7 @@
   //   rates, biases [HV] float   If NORM, keys and queries are divided by their lengths, queries also by
   //   the square root of DK; EPSILON, the bits of a float, is added to the squares of the lengths.
   //   g [rows, HV] float, or one for each of DK (EVERY)   state [states, HV, DV, DK] float
-  //   segments [segments, 3] int   owners [rows] int
+  //   pool [slots, HV, DV, DK] float, written in place   segments [segments, 5] int   owners [rows] int
   //   y [rows, HV, DV] T   new_state [segments, HV, DV, DK] float: after the last row of each
   constexpr int LANES = 4, VEC = 4, EACH = DK / (LANES * VEC), ROWS = 32 / LANES * R;
   constexpr int UNITS = (DV + ROWS - 1) / ROWS;
@@ -15,19 +15,19 @@
   const int unit = PA_X * NSG + PA_SIMD, part = PA_LANE % LANES;
   const int cell = unit / UNITS, segment = cell / HV, head = cell % HV;
   const int first = unit % UNITS * ROWS + PA_LANE / LANES;  // rows are 32 / LANES apart
-  const int source = segment < segments_shape[0] ? segments[segment * 3] : -1;
-  const int start = segment < segments_shape[0] ? segments[segment * 3 + 1] : 0;
-  const int count = segment < segments_shape[0] ? segments[segment * 3 + 2] : -1;
+  const int source = segment < segments_shape[0] ? segments[segment * 5] : -1;
+  const int start = segment < segments_shape[0] ? segments[segment * 5 + 1] : 0;
+  const int count = segment < segments_shape[0] ? segments[segment * 5 + 2] : -1;
   if (count >= 0) {
+    const int marked = segments[segment * 5 + 3], slot = segments[segment * 5 + 4];
+    const PA_DEVICE State* const before = (const PA_DEVICE State*)(source < -1 ? pool : state);
+    const size_t from = source < -1 ? -2 - source : source;
     State s[R][EACH];
     PA_UNROLL for (int r = 0; r < R; r++) {
       const int row = first + r * 32 / LANES;
       PA_UNROLL for (int i = 0; i < EACH; i++) {
         PA_UNROLL for (int e = 0; e < VEC; e++) s[r][i].e[e] = 0.0f;
-        if (source >= 0 && row < DV) {
-          const size_t at = (((size_t)source * HV + head) * DV + row) * EACH + i;
-          s[r][i] = ((const PA_DEVICE State*)state)[at * LANES + part];
-        }
+        if (source != -1 && row < DV) s[r][i] = before[(((from * HV + head) * DV + row) * EACH + i) * LANES + part];
       }
     }
     Vec key[EACH], query[EACH], next_key[EACH], next_query[EACH];
@@ -106,6 +106,15 @@
       PA_UNROLL for (int r = 0; r < R; r++) {
         const int row = first + r * 32 / LANES;
         if (part == 0 && row < DV) y[at * DV + row] = T(sums[r] * by_query);
+      }
+      if (t + 1 == marked) {
+        PA_UNROLL for (int r = 0; r < R; r++) {
+          const int row = first + r * 32 / LANES;
+          PA_UNROLL for (int i = 0; i < EACH; i++) {
+            const size_t at = (((size_t)slot * HV + head) * DV + row) * EACH + i;
+            if (row < DV) ((PA_DEVICE State*)pool)[at * LANES + part] = s[r][i];
+          }
+        }
       }
     }
     PA_UNROLL for (int r = 0; r < R; r++) {

@@ -44,9 +44,11 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "product": ("x", "weight", "scales", "biases", "bias"),
     "packed": ("x", "weight", "scales", "biases", "bias"),
     "packed_row": ("x", "weight", "scales", "biases", "bias", "more", "norm"),
-    "state_space": ("x", "dt", "a", "b", "c", "d", "biases", "state", "segments", "owners"),
-    "delta_rule": ("q", "k", "v", "g", "beta", "rates", "biases", "state", "segments", "owners"),
-    "convolve": ("x", "columns", "weight", "bias", "state", "segments", "owners"),
+    "state_space": ("x", "dt", "a", "b", "c", "d", "biases", "state", "pool", "segments", "owners"),
+    "delta_rule": (
+        "q", "k", "v", "g", "beta", "rates", "biases", "state", "pool", "segments", "owners",
+    ),
+    "convolve": ("x", "columns", "weight", "bias", "state", "pool", "segments", "owners"),
     "gated_norm": ("x", "gate", "columns", "weight"),
     "rows": ("table", "index"),
     "experts": (

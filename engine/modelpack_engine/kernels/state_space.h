@@ -4,7 +4,8 @@
   //   x [rows, INPUTS] T: H * P columns from X_AT on   b, c [rows, GROUPS] T: G * N from B_AT and C_AT on
   //   dt [rows, H] float; if RAW, [rows, STEPS] S from DT_AT on, and dt = softplus(dt + biases) within
   //   LOW and HIGH, floats' bits   biases [H] float   a [H] float: negative   d [H] E
-  //   state [states, H, P, N] float   segments [segments, 3] int   owners [rows] int
+  //   state [states, H, P, N] float   pool [slots, H, P, N] float, written in place
+  //   segments [segments, 5] int   owners [rows] int
   //   y [rows, H, P] T   new_state [segments, H, P, N] float: after the last row of each
   // For each row: state = exp(a dt) state + dt x b, of which y = c state + d x.
   constexpr int LANES = 4, VEC = 4, EACH = N / (LANES * VEC), ROWS = 32 / LANES * R;
@@ -14,20 +15,20 @@
   const int unit = PA_X * NSG + PA_SIMD, part = PA_LANE % LANES;
   const int cell = unit / UNITS, segment = cell / H, head = cell % H;
   const int first = unit % UNITS * ROWS + PA_LANE / LANES;  // channels are 32 / LANES apart
-  const int source = segment < segments_shape[0] ? segments[segment * 3] : -1;
-  const int start = segment < segments_shape[0] ? segments[segment * 3 + 1] : 0;
-  const int count = segment < segments_shape[0] ? segments[segment * 3 + 2] : -1;
+  const int source = segment < segments_shape[0] ? segments[segment * 5] : -1;
+  const int start = segment < segments_shape[0] ? segments[segment * 5 + 1] : 0;
+  const int count = segment < segments_shape[0] ? segments[segment * 5 + 2] : -1;
   if (count >= 0) {
+    const int marked = segments[segment * 5 + 3], slot = segments[segment * 5 + 4];
+    const PA_DEVICE State* const before = (const PA_DEVICE State*)(source < -1 ? pool : state);
+    const size_t from = source < -1 ? -2 - source : source;
     const float rate = a[head] * 1.44269504f, through = float(d[head]);
     State s[R][EACH];
     PA_UNROLL for (int r = 0; r < R; r++) {
       const int row = first + r * 32 / LANES;
       PA_UNROLL for (int i = 0; i < EACH; i++) {
         PA_UNROLL for (int e = 0; e < VEC; e++) s[r][i].e[e] = 0.0f;
-        if (source >= 0 && row < P) {
-          const size_t at = (((size_t)source * H + head) * P + row) * EACH + i;
-          s[r][i] = ((const PA_DEVICE State*)state)[at * LANES + part];
-        }
+        if (source != -1 && row < P) s[r][i] = before[(((from * H + head) * P + row) * EACH + i) * LANES + part];
       }
     }
     Vec in[EACH], out[EACH], next_in[EACH], next_out[EACH];
@@ -81,6 +82,15 @@
         const int row = first + r * 32 / LANES;
         const size_t at = (((size_t)start + t) * H + head) * P + row;
         if (part == 0 && row < P) y[at] = T(sums[r] + input[r] * through);
+      }
+      if (t + 1 == marked) {
+        PA_UNROLL for (int r = 0; r < R; r++) {
+          const int row = first + r * 32 / LANES;
+          PA_UNROLL for (int i = 0; i < EACH; i++) {
+            const size_t at = (((size_t)slot * H + head) * P + row) * EACH + i;
+            if (row < P) ((PA_DEVICE State*)pool)[at * LANES + part] = s[r][i];
+          }
+        }
       }
     }
     PA_UNROLL for (int r = 0; r < R; r++) {

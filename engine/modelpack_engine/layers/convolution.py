@@ -11,9 +11,14 @@ from functools import lru_cache, partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from modelpack_engine.attention.metadata import Segments
+from modelpack_engine.attention.metadata import Segments, States
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers.segments import compared, example, segment_by_segment
+from modelpack_engine.layers.segments import (
+    compared,
+    example,
+    example_states,
+    segment_by_segment,
+)
 
 LONGEST = 8
 #: The channels of a thread, if they are enough, and the threads of a group.
@@ -62,7 +67,7 @@ def _sum(*terms: mx.array) -> mx.array:
 def by_segments(
     x: mx.array,
     weight: mx.array,
-    state: mx.array,
+    states: States,
     segments: Segments,
     *,
     columns: mx.array | None = None,
@@ -74,8 +79,9 @@ def by_segments(
     The last rows of `x` [any, width] are the step's, and the weight is [channels, size, 1].
     `columns`, int32, has the column of every fourth channel in `x`, if they are not in order.
     `bias` [channels] is added; with `activate`, the result is the SiLU of the sum. A state, [size -
-    1, channels], has the rows before a segment.
+    1, channels] in x's type, has the rows before a segment.
     """
+    assert states.rows.dtype == states.slots.dtype == x.dtype, "states are rows of before"
     channels, size = weight.shape[:2]
     rows, count = segments.owners.shape[0], segments.runs.shape[0]
     vector = VECTOR if columns is not None or channels % VECTOR == 0 else 1
@@ -83,7 +89,7 @@ def by_segments(
         "convolve",
         [
             x, _in_order(channels, vector) if columns is None else columns, weight,
-            weight if bias is None else bias.astype(weight.dtype), state.astype(x.dtype),
+            weight if bias is None else bias.astype(weight.dtype), states.rows, states.slots,
             segments.runs, segments.owners,
         ],
         [("T", x.dtype), ("E", weight.dtype)],
@@ -109,14 +115,14 @@ def _in_order(channels: int, vector: int) -> mx.array:
 def one_by_one(
     x: mx.array,
     weight: mx.array,
-    state: mx.array,
+    states: States,
     segments: Segments,
     *,
     columns: mx.array | None = None,
     bias: mx.array | None = None,
     activate: bool = False,
-) -> tuple[mx.array, mx.array]:
-    """Return the results of `by_segments`, computed for one segment after the other, in float32."""
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the results of `by_segments` and the snapshots, segment by segment, in float32."""
     kept = weight.shape[1] - 1
     x = x[x.shape[0] - segments.owners.shape[0] :]
     if columns is not None:
@@ -128,7 +134,7 @@ def one_by_one(
         sums = mx.stack(parts).sum(axis=0) + (0 if bias is None else bias)
         return nn.silu(sums) if activate else sums, joined[:, joined.shape[1] - kept :]
 
-    return segment_by_segment(segments, state, rule, x)
+    return segment_by_segment(segments, states, rule, x)
 
 
 def _compare(dtype: mx.Dtype) -> str | None:
@@ -136,14 +142,15 @@ def _compare(dtype: mx.Dtype) -> str | None:
     rows, channels, size = 9, 12, 4
     x = mx.random.normal((size - 1 + rows, channels), key=keys[0]).astype(dtype)
     weight = mx.random.normal((channels, size, 1), key=keys[1]).astype(dtype)
-    states = mx.random.normal((2, size - 1, channels), key=keys[2]).astype(dtype)
+    given = mx.random.normal((6, size - 1, channels), key=keys[2]).astype(dtype)
 
     bias, columns = weight[:, 0, 0], mx.array([8, 0, 4], mx.int32)
     for more in ({}, {"columns": columns, "bias": bias, "activate": True}):
+        states = example_states(given)
         found = by_segments(x, weight, states, example(), **more)  # type: ignore[arg-type]
         wanted = one_by_one(x, weight, states, example(), **more)  # type: ignore[arg-type]
         tolerance = 1e-5 if dtype == mx.float32 else 1e-2
-        if problem := launch.difference(compared(found, wanted), tolerance):
+        if problem := launch.difference(compared(found, states, wanted), tolerance):
             return problem
     return None
 

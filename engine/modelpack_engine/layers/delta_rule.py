@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from modelpack_engine.attention.metadata import Segments
+from modelpack_engine.attention.metadata import Segments, States
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers.segments import (
     compared,
     example,
+    example_states,
     fits,
     lanes_of,
     of_batch,
@@ -51,7 +52,8 @@ def update(
     if state is None:
         state = mx.zeros((1, *v.shape[2:], k.shape[-1]), mx.float32)
     q, k, rows, g, beta = (array.flatten(0, 1) for array in (q, k, v, g, beta))
-    y, after = by_segments(q, k, rows, g, beta, state.astype(mx.float32), segments)
+    state = state.astype(mx.float32)
+    y, after = by_segments(q, k, rows, g, beta, States(state, state), segments)
     return y.reshape(v.shape), after
 
 
@@ -61,7 +63,7 @@ def by_segments(
     v: mx.array,
     g: mx.array,
     beta: mx.array,
-    state: mx.array,
+    states: States,
     segments: Segments,
 ) -> tuple[mx.array, mx.array]:
     """Return the outputs [rows, HV, DV] of a step, and the states after its segments.
@@ -72,7 +74,7 @@ def by_segments(
     (rows, heads, dim), (key_heads, key_dim) = v.shape, k.shape[1:]
     q, k, v = (array.astype(v.dtype).reshape(rows, -1) for array in (q, k, v))
     shape = key_heads, heads, key_dim, dim
-    return _run(q, k, v, g, beta, state, segments, shape, (0, 0, 0), None)
+    return _run(q, k, v, g, beta, states, segments, shape, (0, 0, 0), None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +97,7 @@ def of_joint(
     joint: mx.array,
     projected: mx.array,
     scalars: Scalars,
-    state: mx.array,
+    states: States,
     segments: Segments,
     key_heads: int,
     epsilon: float,
@@ -106,10 +108,10 @@ def of_joint(
     by the square root of DK. `epsilon` is added to the squares of the lengths. `projected` [rows,
     any] has what `scalars` describe.
     """
-    heads, dim, key_dim = state.shape[1:]
+    heads, dim, key_dim = states.rows.shape[1:]
     keys = key_heads * key_dim
     return _run(
-        joint, joint, joint, projected, projected, state, segments,
+        joint, joint, joint, projected, projected, states, segments,
         (key_heads, heads, key_dim, dim), (0, keys, 2 * keys), epsilon, scalars,
     )  # fmt: skip
 
@@ -120,7 +122,7 @@ def _run(
     v: mx.array,
     g: mx.array,
     beta: mx.array,
-    state: mx.array,
+    states: States,
     segments: Segments,
     shape: tuple[int, int, int, int],
     columns: tuple[int, int, int],
@@ -134,14 +136,17 @@ def _run(
     key_heads, heads, key_dim, dim = shape
     rows, count = v.shape[0], segments.runs.shape[0]
     each, units = lanes_of(key_dim, dim)
-    rates = biases = state
+    rates = biases = states.rows
     if scalars is None:
         g, beta = g.astype(mx.float32), beta.astype(mx.float32)
     else:
         rates, biases = scalars.rates, scalars.biases
     y, new_state = launch.run(
         "delta_rule",
-        [q, k, v, g, beta, rates, biases, state, segments.runs, segments.owners],
+        [
+            q, k, v, g, beta, rates, biases, states.rows, states.slots, segments.runs,
+            segments.owners,
+        ],
         [("T", v.dtype), ("G", g.dtype)],
         [
             ("HK", key_heads), ("HV", heads), ("DK", key_dim), ("DV", dim), ("R", each),
@@ -166,11 +171,11 @@ def one_by_one(
     v: mx.array,
     g: mx.array,
     beta: mx.array,
-    state: mx.array,
+    states: States,
     segments: Segments,
-) -> tuple[mx.array, mx.array]:
-    """Return the results of `by_segments`, computed for one segment after the other, in float32."""
-    return segment_by_segment(segments, state, by_definition, q, k, v, g, beta)
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the results of `by_segments` and the snapshots, segment by segment, in float32."""
+    return segment_by_segment(segments, states, by_definition, q, k, v, g, beta)
 
 
 def _compare(dtype: mx.Dtype) -> str | None:
@@ -179,14 +184,15 @@ def _compare(dtype: mx.Dtype) -> str | None:
     q, k = (mx.random.normal((rows, key_heads, key_dim), key=i) / 8 for i in keys[:2])
     v = mx.random.normal((rows, heads, dim), key=keys[2])
     beta = mx.random.uniform(0, 1, (rows, heads), key=keys[3])
-    state = mx.random.normal((2, heads, dim, key_dim), key=keys[4])
+    given = mx.random.normal((6, heads, dim, key_dim), key=keys[4])
     q, k, v = (a.astype(dtype) for a in (q, k, v))
     for shape in ((rows, heads), (rows, heads, key_dim)):
         g = mx.random.uniform(0.5, 1, shape, key=keys[5])
-        found = by_segments(q, k, v, g, beta, state, example())
-        wanted = one_by_one(q, k, v, g, beta, state, example())
+        states = example_states(given)
+        found = by_segments(q, k, v, g, beta, states, example())
+        wanted = one_by_one(q, k, v, g, beta, states, example())
         tolerance = 1e-4 if dtype == mx.float32 else 3e-2
-        if problem := launch.difference(compared(found, wanted), tolerance):
+        if problem := launch.difference(compared(found, states, wanted), tolerance):
             return problem
         joint = mx.concatenate([array.reshape(rows, -1) for array in (q, k, v)], axis=1)
         raw = mx.random.normal((rows, 3 + 2 * heads), key=keys[5]).astype(dtype)
@@ -197,14 +203,15 @@ def _compare(dtype: mx.Dtype) -> str | None:
         pairs = raw[:, 3:].astype(mx.float32).reshape(rows, heads // 2, 2, 2)
         b, a = (pairs[:, :, i].reshape(rows, heads) for i in (0, 1))
         g, beta = mx.exp(scalars.rates * nn.softplus(a + scalars.biases)), mx.sigmoid(b)
-        found = of_joint(joint, raw, scalars, state, example(), key_heads, 1e-6)
+        states = example_states(given)
+        found = of_joint(joint, raw, scalars, states, example(), key_heads, 1e-6)
         q_unit, k_unit = (
             a * mx.rsqrt((a.astype(mx.float32) ** 2).sum(axis=-1, keepdims=True) + 1e-6)
             for a in (q, k)
         )
         q_unit = q_unit * key_dim**-0.5
-        wanted = one_by_one(q_unit, k_unit, v, g, beta, state, example())
-        if problem := launch.difference(compared(found, wanted), tolerance):
+        wanted = one_by_one(q_unit, k_unit, v, g, beta, states, example())
+        if problem := launch.difference(compared(found, states, wanted), tolerance):
             return f"of joint rows: {problem}"
     return None
 

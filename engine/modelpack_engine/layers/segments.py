@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from modelpack_engine.attention.metadata import Segments
+from modelpack_engine.attention.metadata import Segments, States
 from modelpack_engine.errors import EngineError
 from modelpack_engine.kernels import launch
 
@@ -23,7 +23,7 @@ _ROWS_OF_LANES = 8
 @lru_cache(maxsize=64)
 def of_batch(batch: int, tokens: int, *, started: bool) -> Segments:
     """Return the segments of flattened arrays [batch, tokens, …], with states if `started`."""
-    runs = [[i if started else -1, i * tokens, tokens] for i in range(batch)]
+    runs = [[i if started else -1, i * tokens, tokens, -1, -1] for i in range(batch)]
     owners = [i for i in range(batch) for _ in range(tokens)]
     return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
 
@@ -33,38 +33,62 @@ Rule = Callable[..., tuple[mx.array, mx.array]]
 
 
 def example() -> Segments:
-    """Return segments of every kind for 9 rows and 2 states, to test a kernel."""
-    runs = [[1, 0, 1], [-1, 3, 4], [0, 1, 2], [0, 0, 0], [-1, 0, -1], [0, 1, 1]]
+    """Return segments of every kind for 9 rows, 2 states and 4 slots, to test a kernel."""
+    runs = [
+        [1, 0, 1, 1, 2], [-1, 3, 4, 2, 0], [-3, 1, 2, -1, -1], [0, 0, 0, -1, -1],
+        [-1, 0, -1, -1, -1], [-3, 1, 1, 1, 3],
+    ]  # fmt: skip
     owners = [0, 2, 2, 1, 1, 1, 1, -1, -1]
     return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
 
 
 def segment_by_segment(
-    segments: Segments, states: mx.array, rule: Rule, *rows: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Return outputs and states of `rule` in float32, for segments of which all states exist."""
+    segments: Segments, states: States, rule: Rule, *rows: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return outputs, states and snapshots of `rule` in float32; all states have to exist."""
     outputs: list[mx.array | None] = [None] * rows[0].shape[0]
-    after = []
+    after, kept = [], list(states.slots)
     runs: Any = segments.runs.tolist()
-    for source, first, count in runs:
-        state = mx.zeros_like(states[:1]) if source < 0 else states[source : source + 1]
-        if count > 0:
-            some = slice(first, first + count)
-            given = (array[some][None].astype(mx.float32) for array in rows)
-            found, state = rule(*given, state)
-            outputs[some] = list(found[0])
-        after.append(state[0])
+
+    def compute(state: mx.array, first: int, count: int) -> mx.array:
+        some = slice(first, first + count)
+        found, state = rule(*(array[some][None].astype(mx.float32) for array in rows), state)
+        outputs[some] = list(found[0])
+        return state
+
+    for source, first, count, marked, slot in runs:
+        state = mx.zeros_like(states.rows[:1])
+        if source != -1:
+            state = states.rows[source][None] if source >= 0 else states.slots[-2 - source][None]
+        if marked > 0:
+            kept[slot] = compute(state, first, marked)[0]
+        after.append((compute(state, first, count) if count > 0 else state)[0])
     made = next(output for output in outputs if output is not None)
-    return mx.stack([mx.zeros_like(made) if o is None else o for o in outputs]), mx.stack(after)
+    every = mx.stack([mx.zeros_like(made) if o is None else o for o in outputs])
+    return every, mx.stack(after), mx.stack(kept)
+
+
+def example_states(states: mx.array) -> States:
+    """Return states [6, …] as those of `example`: two, and four slots."""
+    rows, slots = mx.contiguous(states[:2]), mx.contiguous(states[2:])
+    mx.eval(rows, slots)
+    return States(rows, slots)
 
 
 def compared(
-    found: tuple[mx.array, mx.array], wanted: tuple[mx.array, mx.array]
+    found: tuple[mx.array, mx.array],
+    states: States,
+    wanted: tuple[mx.array, mx.array, mx.array],
 ) -> dict[str, tuple[mx.array, mx.array]]:
-    """Return pairs to compare of the outputs and states of `example`, as shares of the largest."""
+    """Return pairs to compare of what `example` computes, as shares of the largest."""
     runs: Any = example().runs.tolist()
-    there = mx.array([i for i, (_, _, count) in enumerate(runs) if count >= 0])
-    pairs = {"output": (found[0], wanted[0]), "state": (found[1][there], wanted[1][there])}
+    there = mx.array([i for i, (_, _, count, _, _) in enumerate(runs) if count >= 0])
+    mx.eval(found)  # before the snapshots are read, which it writes
+    pairs = {
+        "output": (found[0], wanted[0]),
+        "state": (found[1][there], wanted[1][there]),
+        "snapshots": (states.slots, wanted[2]),
+    }
     scaled = {}
     for name, (ours, theirs) in pairs.items():
         most = mx.max(mx.abs(theirs))
@@ -108,7 +132,7 @@ class LayerStates:
 
     lengths: mx.array | None = None
 
-    def __init__(self, before: Sequence[mx.array], segments: Segments, name: str) -> None:
+    def __init__(self, before: Sequence[States], segments: Segments, name: str) -> None:
         self.before, self.segments, self.name = before, segments, name
         self._after: list[mx.array | None] = [None] * len(before)
 
@@ -125,14 +149,14 @@ class LayerStates:
     def replace(
         self,
         shape: tuple[int, ...],
-        compute: Callable[[mx.array, Segments], tuple[mx.array, mx.array]],
+        compute: Callable[[States, Segments], tuple[mx.array, mx.array]],
     ) -> mx.array:
         """Compute from the layer's next state of `shape`; return the outputs.
 
         `compute` takes the states before the segments, and returns outputs and states after them.
         """
         for index, before in enumerate(self.before):
-            if self._after[index] is None and before.shape[1:] == shape:
+            if self._after[index] is None and before.rows.shape[1:] == shape:
                 found, self._after[index] = compute(before, self.segments)
                 return found
         raise EngineError(f"{self.name} has no state of the shape {shape} left")

@@ -12,11 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.ssm import segsum
 
-from modelpack_engine.attention.metadata import Segments
+from modelpack_engine.attention.metadata import Segments, States
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers.segments import (
     compared,
     example,
+    example_states,
     fits,
     lanes_of,
     of_batch,
@@ -48,7 +49,8 @@ def attend(
         if state is None:
             state = mx.zeros((1, *x.shape[2:], b.shape[-1]), mx.float32)
         rows, dt, b, c = (array.flatten(0, 1) for array in (x, dt, b, c))
-        y, state = by_segments(rows, dt, b, c, a, d, state.astype(mx.float32), segments)
+        state = state.astype(mx.float32)
+        y, state = by_segments(rows, dt, b, c, a, d, States(state, state), segments)
         return y.reshape(x.shape), state
     if x.shape[1] == 1 and state is not None:
         y, state = by_operations(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], d, state)
@@ -126,7 +128,7 @@ def by_segments(
     c: mx.array,
     a: mx.array,
     d: mx.array,
-    state: mx.array,
+    states: States,
     segments: Segments,
 ) -> tuple[mx.array, mx.array]:
     """Return the outputs [rows, heads, dim] of a step, and the states after its segments.
@@ -136,7 +138,7 @@ def by_segments(
     """
     rows, groups = x.shape[0], b.shape[1]
     x, b, c = (array.astype(x.dtype).reshape(rows, -1) for array in (x, b, c))
-    return _run(x, b, c, dt, a, d, state, segments, groups, (0, 0, 0))
+    return _run(x, b, c, dt, a, d, states, segments, groups, (0, 0, 0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,7 +161,7 @@ def of_joint(
     steps: Steps,
     a: mx.array,
     d: mx.array,
-    state: mx.array,
+    states: States,
     segments: Segments,
     groups: int,
 ) -> tuple[mx.array, mx.array]:
@@ -167,9 +169,9 @@ def of_joint(
 
     Its columns are those of `x`, `b` and `c`. `projected` [rows, any] has what `steps` describe.
     """
-    heads, dim, size = state.shape[1:]
+    heads, dim, size = states.rows.shape[1:]
     columns = 0, heads * dim, heads * dim + groups * size
-    return _run(joint, joint, joint, projected, a, d, state, segments, groups, columns, steps)
+    return _run(joint, joint, joint, projected, a, d, states, segments, groups, columns, steps)
 
 
 def _run(
@@ -179,21 +181,21 @@ def _run(
     dt: mx.array,
     a: mx.array,
     d: mx.array,
-    state: mx.array,
+    states: States,
     segments: Segments,
     groups: int,
     columns: tuple[int, int, int],
     steps: Steps | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Run the kernel on rows [rows, any], where `x`, `b` and `c` begin at `columns`."""
-    heads, dim, size = state.shape[1:]
+    heads, dim, size = states.rows.shape[1:]
     rows, count = x.shape[0], segments.runs.shape[0]
     each, units = lanes_of(size, dim)
     y, new_state = launch.run(
         "state_space",
         [
-            x, dt, a, b, c, d, a if steps is None else steps.biases, state, segments.runs,
-            segments.owners,
+            x, dt, a, b, c, d, a if steps is None else steps.biases, states.rows, states.slots,
+            segments.runs, segments.owners,
         ],
         [("T", x.dtype), ("E", d.dtype), ("S", dt.dtype)],
         [
@@ -220,10 +222,10 @@ def one_by_one(
     c: mx.array,
     a: mx.array,
     d: mx.array,
-    state: mx.array,
+    states: States,
     segments: Segments,
-) -> tuple[mx.array, mx.array]:
-    """Return the results of `by_segments`, computed for one segment after the other, in float32."""
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the results of `by_segments` and the snapshots, segment by segment, in float32."""
 
     def rule(
         x: mx.array, dt: mx.array, b: mx.array, c: mx.array, state: mx.array
@@ -236,7 +238,7 @@ def one_by_one(
             outputs.append(y)
         return mx.stack(outputs, axis=1), state
 
-    return segment_by_segment(segments, state, rule, x, dt, b, c)
+    return segment_by_segment(segments, states, rule, x, dt, b, c)
 
 
 def _compare(dtype: mx.Dtype) -> str | None:
@@ -246,21 +248,23 @@ def _compare(dtype: mx.Dtype) -> str | None:
     b, c = (mx.random.normal((rows, groups, size), key=i).astype(dtype) for i in keys[1:3])
     dt = mx.random.uniform(0.1, 1, (rows, heads), key=keys[3])
     d = mx.random.normal((heads,), key=keys[4]).astype(dtype)
-    states = mx.random.normal((2, heads, dim, size), key=keys[5])
+    given = mx.random.normal((6, heads, dim, size), key=keys[5])
     a = -mx.arange(1, heads + 1, dtype=mx.float32) / heads
 
+    states = example_states(given)
     found = by_segments(x, dt, b, c, a, d, states, example())
     wanted = one_by_one(x, dt, b, c, a, d, states, example())
     tolerance = 1e-4 if dtype == mx.float32 else 1e-2
-    if problem := launch.difference(compared(found, wanted), tolerance):
+    if problem := launch.difference(compared(found, states, wanted), tolerance):
         return problem
     joint = mx.concatenate([array.reshape(rows, -1) for array in (x, b, c)], axis=1)
     raw = mx.random.normal((rows, 2 + heads), key=keys[3]).astype(dtype)
     steps = Steps(2, mx.arange(heads, dtype=mx.float32) / 4 - 1, 0.3, 1.2)
     dt = mx.clip(nn.softplus(raw[:, 2:].astype(mx.float32) + steps.biases), 0.3, 1.2)
+    states = example_states(given)
     wanted = one_by_one(x, dt, b, c, a, d, states, example())
     found = of_joint(joint, raw, steps, a, d, states, example(), groups)
-    problem = launch.difference(compared(found, wanted), tolerance)
+    problem = launch.difference(compared(found, states, wanted), tolerance)
     return problem and f"of joint rows: {problem}"
 
 

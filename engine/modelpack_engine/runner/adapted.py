@@ -47,13 +47,19 @@ from modelpack_engine.patches.recurrent import kernels_of, mask_position
 from modelpack_engine.runner.hidden_states import HiddenStates
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout
 from modelpack_engine.runner.recurrent import (
+    Marks,
     RecurrentState,
+    SlotSnapshot,
     Snapshot,
+    SnapshotSlots,
     StateContents,
     StateRows,
     repeated,
     take_snapshot,
 )
+
+#: The most slots that are kept free for snapshots that are still used after they were dropped.
+_SPARE_SLOTS = 16
 
 
 class Adapted:
@@ -88,6 +94,8 @@ class Adapted:
         self._step, self._num_blocks = step, (num_blocks, *window_blocks)
         self.caches = [self._cache(entry) for entry in layout.tree]
         self.snapshots = PrefixSnapshots(layout.num_snapshots) if self.states else None
+        self._slots: SnapshotSlots | None = None
+        self._marks: dict[int, tuple[int, SlotSnapshot]] | None = None  # None if steps copy states
         self.patched = patch_modules(model, self.swaps)
         self.per_sequence: Counter[str] = Counter()
         self.recurrent: Counter[str] = Counter()
@@ -111,6 +119,39 @@ class Adapted:
         self.folded = fold_quantised(model, self.swaps, dequantise=fused) if fold else 0
         if step.second_stream is not None:
             halve_linears(model, self.swaps, step.second_stream)
+
+    def keep_in_slots(self) -> None:
+        """Make compiled steps keep snapshots in slots, if layers compute segments.
+
+        A snapshot that a sequence starts from, or that moves to the offload, keeps its slot after
+        it was dropped. So there are more slots than snapshots.
+        """
+        if not self.by_segments:
+            return
+        count = self.layout.num_snapshots
+        self._slots = SnapshotSlots(self.states, self.state_layouts, count)
+        spare = min(max(count // 4, 1), _SPARE_SLOTS)
+        self.snapshots = PrefixSnapshots(count - spare, within_chunks=True)
+
+    def mark(self, batch: StepBatch) -> Marks:
+        """Return where a compiled step keeps snapshots; `finish` names them."""
+        self._marks = {}
+        if self.snapshots is None or self._slots is None:
+            return {}
+        wanted = [(batch.decode_seq_ids[row], 1) for row, _ in batch.decode_snapshots]
+        wanted += [
+            (chunk.seq_id, chunk.snapshot_after)
+            for chunk in batch.chunks
+            if chunk.snapshot_hash is not None and chunk.snapshot_hash not in self.snapshots
+        ]
+        for seq_id, count in wanted:
+            found = self._slots.take()
+            if found is None:
+                self.snapshots.evict_oldest()
+                found = self._slots.take()
+            if found is not None:
+                self._marks[seq_id] = count, found
+        return self._marks
 
     def _fuse_recurrences(self) -> None:
         def view(cache: Any) -> LayerStates | None:
@@ -211,11 +252,12 @@ class Adapted:
 
     def begin(self, batch: StepBatch, *, by_segments: bool = False) -> None:
         """Plan where the recurrent states of a step come from."""
+        self._marks = None
         if self.states:
             self.rows.begin(batch, padded=not by_segments)
 
     def finish(self, batch: StepBatch) -> None:
-        """Adopt the states of a step, once its graph is built, and take snapshots.
+        """Adopt the states of a step, once its graph is built, and its snapshots.
 
         The states after decode rows are kept without a hash: their last token is not known yet.
         """
@@ -223,17 +265,27 @@ class Adapted:
         if snapshots is None:
             return
         self.rows.finish()
-        self.taken, rows = [], self.rows.rows
+        self.taken = []
         for row, index in batch.decode_snapshots:
             seq_id = batch.decode_seq_ids[row]
-            self.taken.append(snapshot := take_snapshot(self.states, rows[seq_id]))
-            snapshots.put_unnamed(seq_id, index, snapshot)
+            if (snapshot := self._snapshot(seq_id)) is not None:
+                snapshots.put_unnamed(seq_id, index, snapshot)
         for chunk in batch.chunks:
             hash_ = chunk.snapshot_hash
-            if hash_ is not None and hash_ not in snapshots:
-                snapshot = take_snapshot(self.states, rows[chunk.seq_id])
+            if hash_ is None or hash_ in snapshots:
+                continue
+            at_end = chunk.snapshot_after == chunk.length
+            if (snapshot := self._snapshot(chunk.seq_id, at_end=at_end)) is not None:
                 snapshots.put(hash_, snapshot)
-                self.taken.append(snapshot)
+
+    def _snapshot(self, seq_id: int, *, at_end: bool = True) -> Snapshot | SlotSnapshot | None:
+        """Return the snapshot of a sequence's state where the step kept it, or else a copy."""
+        if self._marks is not None:
+            return self._marks.get(seq_id, (0, None))[1]
+        if not at_end:  # steps that copy states have only those at the end
+            return None
+        self.taken.append(snapshot := take_snapshot(self.states, self.rows.rows[seq_id]))
+        return snapshot
 
     def run(self, token_ids: mx.array, input_embeddings: mx.array | None = None) -> mx.array:
         """Call the model on the rows of the step that has begun, and end it; return the logits.
@@ -269,6 +321,10 @@ class Adapted:
             for kv in self.paged
         )
 
+    def slots(self) -> list[mx.array]:
+        """Return the arrays of snapshots in slots, which kernels write in place."""
+        return [array for state in self.states for array in state.slots]
+
     def replace_pools(self, layout: ModelLayout, *num_blocks: int) -> None:
         """Replace the pools by pools of zeros for `layout`, with `num_blocks` for each group."""
         self.layout = layout
@@ -293,7 +349,7 @@ class Adapted:
         self.swaps.undo()
         self._step.adapters.joint.clear()
         self.paged, self.states, self.caches = [], [], []
-        self.hidden = None
+        self.hidden = self._slots = self._marks = None
 
 
 _KERNELS = {

@@ -26,7 +26,7 @@ from modelpack_engine.offload.tiers import (
 )
 from modelpack_engine.outputs import OffloadStats
 from modelpack_engine.runner.model_runner import ModelRunner
-from modelpack_engine.runner.recurrent import Snapshot
+from modelpack_engine.runner.recurrent import SlotSnapshot, Snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class BlockMover:
 
     def _save_state(self, key: bytes, state: object) -> None:
         assert self._states is not None
-        assert isinstance(state, Snapshot)
+        assert isinstance(state, Snapshot | SlotSnapshot)
         if (row := self._states.read(state)) is not None:
             mx.async_eval(row)
             self._saving.append(([key], row))

@@ -77,7 +77,7 @@ class Layout:
         """
         common = (
             (self.axes, self.rows), (self.decode,), (self.tiles, 2), (self.sampled or 0,),
-            (self.segments, 3), (self.rows if self.segments else 0,),
+            (self.segments, 5), (self.rows if self.segments else 0,),
             (self.rows if self.adapted else 0,),
         )  # fmt: skip
         of_group = (self.rows,), (self.decode, self.width), (self.tiles, self.tile_width)
@@ -197,8 +197,9 @@ class CompiledSteps:
         runs = None
         if adapted.by_segments:
             runs, owners = adapted.rows.segments(
-                batch, rows.chunks, len(positions), adapted.states, adapted.state_layouts
-            )
+                batch, rows.chunks, len(positions), adapted.states, adapted.state_layouts,
+                adapted.mark(batch),
+            )  # fmt: skip
         if sampled is not None:
             columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
         if runs is not None:
@@ -228,11 +229,12 @@ class CompiledSteps:
         set_aside = arrays and not adapted.by_segments
         aside = adapted.rows.set_aside(adapted.states, decode) if set_aside else []
         states = [list(state.arrays) for state in adapted.states]
+        slots_of_states = [state.slots for state in adapted.states]
         of_adapters = [] if matrices is None else matrices.arrays()
         try:
             given = [] if input_embeddings is None else [input_embeddings]
             logits, new_pools, arrays, hidden = self._graph(layout)(
-                token_ids, packed, pools, states, given, of_adapters
+                token_ids, packed, pools, states, slots_of_states, given, of_adapters
             )
             adapted.hidden = hidden[0] if hidden else None
             pools = new_pools or pools
@@ -240,8 +242,8 @@ class CompiledSteps:
             # Tracing leaves placeholder arrays in the caches; put back the real ones.
             for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
                 kv.pools.keys, kv.pools.values = keys, values
-            for state, own in zip(adapted.states, arrays, strict=True):
-                state.arrays = list(own)
+            for state, own, own_slots in zip(adapted.states, arrays, slots_of_states, strict=True):
+                state.arrays, state.slots = list(own), own_slots
         if aside:
             adapted.rows.put_back(adapted.states, aside, batch.num_decode)
         found: mx.array = logits[:, -1]
@@ -352,6 +354,7 @@ class CompiledSteps:
         packed: mx.array,
         pools: Pools,
         states: States,
+        slots_of_states: list[list[mx.array]],
         embeddings: list[mx.array],
         of_adapters: list[mx.array],
     ) -> tuple[mx.array, Pools, States, list[mx.array]]:
@@ -368,8 +371,8 @@ class CompiledSteps:
         adapted, step = self._adapted, self._step
         for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
             kv.pools.keys, kv.pools.values = keys, values
-        for state, arrays in zip(adapted.states, states, strict=True):
-            state.arrays = list(arrays)
+        for state, arrays, own_slots in zip(adapted.states, states, slots_of_states, strict=True):
+            state.arrays, state.slots = list(arrays), own_slots
         for follower, slots, tables, tile_tables in zip(
             step.groups, of_groups[::3], of_groups[1::3], of_groups[2::3], strict=True
         ):
@@ -436,6 +439,9 @@ class PagedRunner:
             fold=fold,
             fused=fused,
         )
+        compiled = compiled and not self.adapted.row_by_row
+        if compiled:
+            self.adapted.keep_in_slots()
         self.fused, self.snapshots = self.adapted.fused, self.adapted.snapshots
         try:
             self._allocate(num_blocks)
@@ -443,7 +449,7 @@ class PagedRunner:
             self.undo()
             raise
         self.compiled: CompiledSteps | None = None
-        if compiled and not self.adapted.row_by_row:
+        if compiled:
             self.compiled = CompiledSteps(self.adapted, step, buckets, staging)
 
     def replace_pools(self, layout: ModelLayout, *num_blocks: int) -> None:
@@ -454,7 +460,7 @@ class PagedRunner:
     def _allocate(self, num_blocks: int) -> None:
         pools = self.adapted.pools()
         try:
-            mx.eval(pools)
+            mx.eval(pools, self.adapted.slots())
         except RuntimeError as error:
             size = sum(pool.nbytes for pool in pools)
             raise OutOfMemoryError(
@@ -492,6 +498,8 @@ class PagedRunner:
                 adapted.finish(batch)
                 return found
             self.compiled.forget()
+            if self.snapshots is not None and batch.chunks:
+                self.snapshots.within_chunks = False  # such steps only have states at their ends
         count = len(rows)
         padded = self.buckets.pad_rows(count) or 1
         self._step.begin(batch, rows + [0] * (padded - count))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from mlx_lm.models.cache import ArraysCache
 from numpy.typing import NDArray
 
-from modelpack_engine.attention.metadata import Segments, StepInputs
+from modelpack_engine.attention.metadata import Segments, States, StepInputs
 from modelpack_engine.core.buckets import round_up
 from modelpack_engine.errors import EngineError
 from modelpack_engine.layers.segments import LayerStates
@@ -79,19 +79,67 @@ class Snapshot:
         return mx.contiguous(self._arrays[part.dtype][part.start : stop]).reshape(part.shape)
 
 
+class SlotSnapshot:
+    """The states of one sequence in a slot of arrays of all layers; it is free afterwards."""
+
+    def __init__(self, states: Sequence[RecurrentState], slot: int, free: list[int]) -> None:
+        self.slot, self._states, self._free = slot, states, free
+
+    def __del__(self) -> None:
+        self._free.append(self.slot)
+
+    def of(self, state: RecurrentState) -> list[mx.array | None]:
+        """Return the arrays of one layer, with batch size 1."""
+        return [array[self.slot : self.slot + 1] for array in state.slots]
+
+    def copy(self) -> Snapshot:
+        """Return a copy in arrays of its own."""
+        return _copied(
+            {state: list[mx.array | None](state.slots) for state in self._states}, self.slot
+        )
+
+
+class SnapshotSlots:
+    """`count` slots for snapshots, in arrays [count, …] of the layers, which kernels write."""
+
+    def __init__(
+        self, states: Sequence[RecurrentState], layouts: Sequence[StateLayout], count: int
+    ) -> None:
+        self._states, self._free = states, list(range(count))
+        for state, layout in zip(states, layouts, strict=True):
+            state.slots = [
+                mx.zeros((count, *shape[1:]), dtype)
+                for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
+                if shape is not None and dtype is not None
+            ]
+
+    def take(self) -> SlotSnapshot | None:
+        """Return a free slot, if there is one: no `SlotSnapshot` of it exists."""
+        return SlotSnapshot(self._states, self._free.pop(), self._free) if self._free else None
+
+
+#: By seq_id: after how many of its rows a step keeps the state of a sequence, and where.
+Marks = Mapping[int, tuple[int, SlotSnapshot]]
+
+
 def take_snapshot(states: Sequence[RecurrentState], row: int) -> Snapshot:
     """Return a copy of the states of one sequence.
 
     The state itself is usually a view: a row of the states of all sequences, or the end of an array
     that a whole chunk computed. Keeping the view would keep all of that memory.
     """
+    return _copied({state: state.arrays for state in states}, row)
+
+
+def _copied(arrays: Mapping[RecurrentState, list[mx.array | None]], row: int) -> Snapshot:
+    """Return a copy of a row of the arrays of all layers."""
     places, sizes = _places(
-        (state, [None if a is None else (a.shape[1:], a.dtype) for a in state.arrays])
-        for state in states
+        (state, [None if a is None else (a.shape[1:], a.dtype) for a in some])
+        for state, some in arrays.items()
     )
     pieces: dict[mx.Dtype, list[mx.array]] = {dtype: [] for dtype in sizes}
-    for state in states:
-        for array, part in zip(state.arrays, places[state], strict=True):
+    for state, some in arrays.items():
+        for array, part in zip(some, places[state], strict=True):
             if array is not None and part is not None:
                 piece = array[row : row + 1].reshape(-1)  # a view; MLX would gather `array[row]`
                 found = pieces[part.dtype]
@@ -146,8 +194,9 @@ class StateContents:
         """Describe the layout of a snapshot; equal descriptions mean compatible bytes."""
         return [f"state {parts}" for parts in self._places.values()]
 
-    def read(self, snapshot: Snapshot) -> mx.array | None:
+    def read(self, snapshot: Snapshot | SlotSnapshot) -> mx.array | None:
         """Return uint8 [1, length]; None for states of other shapes, which a few models have."""
+        snapshot = snapshot.copy() if isinstance(snapshot, SlotSnapshot) else snapshot
         if snapshot.places != self._places:
             return None
         arrays = dict(zip(self._sizes, snapshot.arrays, strict=True))
@@ -165,6 +214,10 @@ class StateContents:
         return Snapshot(self._places, arrays)
 
 
+#: Where a state comes from: a row of the states before, a snapshot, or zeros.
+_Source = int | Snapshot | SlotSnapshot | None
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """Where the states of a step come from, as rows of the previous step's arrays.
@@ -175,7 +228,7 @@ class _Plan:
     """
 
     decode: list[int] | None
-    chunks: tuple[int | Snapshot | None, ...]
+    chunks: tuple[_Source, ...]
     kept: list[int]
 
 
@@ -242,11 +295,12 @@ class StateRows:
         num_rows: int,
         states: Sequence[RecurrentState],
         layouts: Sequence[StateLayout],
+        marks: Marks,
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return `runs` and `owners` of the `Segments` of the step that `begin` planned.
 
         There is a segment for each new row of the states, which get as many rows. The first row of
-        each chunk in the step is given.
+        each chunk in the step is given. Snapshots are taken at the `marks`.
         """
         plan = self.plan
         assert plan is not None, "a step is being built"
@@ -258,24 +312,29 @@ class StateRows:
         rows = np.arange(decode, dtype=np.int32)
         before = rows if plan.decode is None else np.array(plan.decode[:decode], np.int32)
         places = _arrange(states, layouts, [*before.tolist(), *rest], self.next_total)
-        runs = np.full((self.next_total, 3), (-1, 0, -1), np.int32)
-        runs[:decode] = np.stack([before, rows, np.ones_like(rows)], axis=1)
+        runs = np.full((self.next_total, 5), (-1, 0, -1, -1, -1), np.int32)
+        runs[:decode, :3] = np.stack([before, rows, np.ones_like(rows)], axis=1)
         if places is not None:
             runs[:decode, 0] = [places[row] for row in before.tolist()]
         if len({*batch.decode_seq_ids}) < decode:  # proposals: from the first row of the sequence
             for row, seq_id in enumerate(batch.decode_seq_ids):
-                runs[row, 1:] = self._next_rows[seq_id], row - self._next_rows[seq_id] + 1
+                runs[row, 1:3] = self._next_rows[seq_id], row - self._next_rows[seq_id] + 1
         owners = np.full(num_rows, -1, np.int32)
         owners[:decode] = rows
         for row, source in enumerate(rest, decode):
             if source is None:
                 continue
+            if isinstance(source, SlotSnapshot):
+                runs[row, 0] = -2 - source.slot
+                continue
             key = id(source) if isinstance(source, Snapshot) else source
             runs[row, 0] = key if places is None else places[key]
         runs[decode : decode + len(rest), 2] = 0
         for row, (chunk, first) in enumerate(zip(batch.chunks, chunk_rows, strict=True), decode):
-            runs[row, 1:] = first, chunk.length
+            runs[row, 1:3] = first, chunk.length
             owners[first : first + chunk.length] = row
+        for seq_id, (count, snapshot) in marks.items():
+            runs[self._next_rows[seq_id], 3:] = count, snapshot.slot
         return runs, owners
 
     def set_aside(
@@ -324,8 +383,8 @@ class StateRows:
         """Forget all sequences."""
         self.rows, self.total, self.plan, self._before = {}, 0, None, {}
 
-    def _source(self, chunk: Chunk) -> int | Snapshot | None:
-        if isinstance(chunk.snapshot, Snapshot):
+    def _source(self, chunk: Chunk) -> _Source:
+        if isinstance(chunk.snapshot, Snapshot | SlotSnapshot):
             return chunk.snapshot
         return None if chunk.kv_length == chunk.length else self._row(chunk.seq_id)
 
@@ -338,7 +397,7 @@ class StateRows:
 def _arrange(
     states: Sequence[RecurrentState],
     layouts: Sequence[StateLayout],
-    sources: Sequence[int | Snapshot | None],
+    sources: Sequence[_Source],
     size: int,
 ) -> dict[int, int] | None:
     """Make the arrays of all layers have `size` rows; return the new rows of `sources`.
@@ -384,6 +443,7 @@ class RecurrentState:
     def __init__(self, size: int, step: StepInputs, rows: StateRows, name: str = "layer") -> None:
         self.step, self.rows, self.name = step, rows, name
         self.arrays: list[mx.array | None] = [None] * size
+        self.slots: list[mx.array] = []  # [slots, …], if snapshots are kept in slots
 
     def make_mask(self, length: int) -> None:
         """Return no mask: no piece is padded."""
@@ -420,7 +480,7 @@ class RecurrentState:
         """Return a cache with the state of the sequence of chunk `index`."""
         view = ArraysCache(len(self.arrays))
         row = self._plan().chunks[index]
-        if isinstance(row, Snapshot):
+        if isinstance(row, Snapshot | SlotSnapshot):
             for slot, array in enumerate(row.of(self)):
                 view[slot] = array
         elif row is not None:
@@ -450,7 +510,8 @@ class RecurrentState:
         """Return the states before the segments of a step, for a call with all of its rows."""
         arrays = [array for array in self.arrays if array is not None]
         assert len(arrays) == len(self.arrays), "states are arranged before a step"
-        return LayerStates(arrays, segments, self.name)
+        states = map(States, arrays, self.slots or arrays)
+        return LayerStates(list(states), segments, self.name)
 
     def store(self, decode: Sequence[ArraysCache], chunks: Sequence[ArraysCache]) -> None:
         """Store the states that the pieces computed: decode rows in order, then chunks."""

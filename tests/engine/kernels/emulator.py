@@ -114,6 +114,7 @@ def _changed(body: Body) -> tuple[str, ...]:
     return (
         *OUTPUTS[body],
         *(("k_pool", "v_pool") if body in ("write", "quantise", "rotate") else ()),
+        *(("pool",) if body in ("state_space", "delta_rule", "convolve") else ()),
     )
 
 

@@ -37,17 +37,17 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     "dequantise": {"weight": "uint32_t", "scales": "T", "biases": "T", "out": "T"},
     "state_space": {
         "x": "T", "dt": "S", "a": "float", "b": "T", "c": "T", "d": "E", "biases": "float",
-        "state": "float",
+        "state": "float", "pool": "float",
         "segments": "int", "owners": "int", "y": "T", "new_state": "float",
     },
     "delta_rule": {
         "q": "T", "k": "T", "v": "T", "g": "G", "beta": "G", "rates": "float",
-        "biases": "float", "state": "float",
+        "biases": "float", "state": "float", "pool": "float",
         "segments": "int", "owners": "int", "y": "T", "new_state": "float",
     },
     "convolve": {
-        "x": "T", "columns": "int", "weight": "E", "bias": "E", "state": "T", "segments": "int",
-        "owners": "int", "y": "T", "new_state": "T",
+        "x": "T", "columns": "int", "weight": "E", "bias": "E", "state": "T", "pool": "T",
+        "segments": "int", "owners": "int", "y": "T", "new_state": "T",
     },
     "gated_norm": {"x": "T", "gate": "T", "columns": "int", "weight": "W", "out": "T"},
     "rows": {"table": "T", "index": "int", "out": "T"},

@@ -10,14 +10,21 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import nemotron_h
 
-from modelpack_engine.attention.metadata import Segments, StepInputs
+from modelpack_engine.attention.metadata import Segments, States, StepInputs
 from modelpack_engine.core.batch import Chunk, StepBatch
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.segments import LayerStates, example
 from modelpack_engine.patches import fused_recurrences
 from modelpack_engine.patches.modules import ClassSwaps
 from modelpack_engine.runner.model_layout import StateLayout
-from modelpack_engine.runner.recurrent import RecurrentState, Snapshot, StateRows, take_snapshot
+from modelpack_engine.runner.recurrent import (
+    RecurrentState,
+    SlotSnapshot,
+    Snapshot,
+    SnapshotSlots,
+    StateRows,
+    take_snapshot,
+)
 
 SHAPE = {
     "model_type": "nemotron_h",
@@ -60,10 +67,14 @@ class Steps:
     wanted: dict[int, int] = field(default_factory=dict)
     sizes: set[int] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.slots = SnapshotSlots([self.state], [LAYOUT], 3)
+
     def run(
         self,
         decode: list[tuple[int, list[int]]],
-        chunks: list[tuple[int, list[int], Snapshot | None, int]],
+        chunks: list[tuple[int, list[int], Snapshot | SlotSnapshot | None, int]],
+        marks: dict[int, tuple[int, SlotSnapshot]],
     ) -> None:
         """Compute rows of sequences, several for a proposal, and chunks with their start."""
         ids = [seq_id for seq_id, tokens in decode for _ in tokens]
@@ -79,19 +90,28 @@ class Steps:
             [], [], [], (), padded, [], [], tuple(ids), tuple(made), (), ()
         )  # fmt: skip
         self.rows.begin(batch, padded=False)
-        runs, owners = self.rows.segments(batch, firsts, len(tokens), [self.state], [LAYOUT])
+        runs, owners = self.rows.segments(batch, firsts, len(tokens), [self.state], [LAYOUT], marks)
         for row, owner in enumerate(owners.tolist()):
-            first, count = runs[owner, 1:].tolist() if owner >= 0 else (len(ids), padded - len(ids))
+            first, count = len(ids), padded - len(ids)
+            if owner >= 0:
+                first, count = runs[owner, 1:3].tolist()
             assert first <= row < first + count
         old: Any = [array.tolist() for array in self.state.arrays if array is not None]
         self.sizes |= {len(array) for array in old} | {len(runs)}
         new: list[list[list[int]]] = [[], []]
-        for source, first, count in runs.tolist():
-            for array, found in zip(old, new, strict=True):
+        slots: Any = [array.tolist() for array in self.state.slots]
+        written = [list(array) for array in slots]
+        for source, first, count, marked, slot in runs.tolist():
+            for array, kept, found, kept_now in zip(old, slots, new, written, strict=True):
                 start = array[source] if source >= 0 else [0] * len(array[0])
+                start = kept[-2 - source] if source < -1 else start
                 some = tokens[first : first + count] if count > 0 else []
                 found.append([after(state, some) if count >= 0 else -7 for state in start])
+                if marked > 0:
+                    assert marked <= count
+                    kept_now[slot] = [after(state, some[:marked]) for state in start]
         self.state.arrays = [mx.array(array, mx.int32) for array in new]
+        self.state.slots = [mx.array(array, mx.int32) for array in written]
         self.rows.finish()
 
     def check(self) -> None:
@@ -105,7 +125,7 @@ class Steps:
 @pytest.mark.parametrize("seed", range(12))
 def test_states_follow_their_sequences(seed: int) -> None:
     draw, steps = random.Random(seed), Steps()
-    waiting, snapshots = list(range(40)), list[tuple[Snapshot, int]]()
+    waiting, snapshots = list(range(40)), list[tuple[Snapshot | SlotSnapshot, int]]()
     computed: dict[int, int] = {}
     while waiting or steps.wanted:
         for seq_id in [each for each in steps.wanted if draw.random() < 0.1]:
@@ -117,7 +137,7 @@ def test_states_follow_their_sequences(seed: int) -> None:
         def tokens(most: int) -> list[int]:
             return [draw.randrange(1, 999) for _ in range(draw.randint(1, most))]
 
-        chunks = list[tuple[int, list[int], Snapshot | None, int]]()
+        chunks = list[tuple[int, list[int], Snapshot | SlotSnapshot | None, int]]()
         while running and draw.random() < 0.2:  # the next part of a prompt
             seq_id = running.pop()
             chunks.append((seq_id, tokens(5), None, max(computed[seq_id], 1)))
@@ -131,7 +151,15 @@ def test_states_follow_their_sequences(seed: int) -> None:
         proposals = [(each, own + tokens(3)) for each, own in proposing]
         if not plain and not proposals and not chunks:
             continue
-        steps.run([*plain, *proposals], chunks)
+        marks = dict[int, tuple[int, SlotSnapshot]]()
+        if draw.random() < 0.3:  # the slots of forgotten snapshots are free
+            snapshots = draw.sample(snapshots, len(snapshots) // 2)
+        for seq_id, own in [*plain, *((each, own) for each, own, _, _ in chunks)]:
+            if draw.random() < 0.3 and (slot := steps.slots.take()) is not None:
+                count = draw.randint(1, len(own))
+                marks[seq_id] = count, slot
+                snapshots.append((slot, after(steps.wanted[seq_id], own[:count])))
+        steps.run([*plain, *proposals], chunks, marks)
         for seq_id, own in [*plain, *((each, own) for each, own, _, _ in chunks)]:
             steps.wanted[seq_id] = after(steps.wanted[seq_id], own)
             computed[seq_id] = computed.get(seq_id, 0) + len(own)
@@ -150,15 +178,16 @@ def test_states_follow_their_sequences(seed: int) -> None:
 
 
 def test_a_layer_takes_its_states_in_order() -> None:
-    before = [mx.zeros((2, 3, 8)), mx.ones((2, 3, 8)), mx.zeros((2, 4, 8, 16))]
+    arrays = [mx.zeros((2, 3, 8)), mx.ones((2, 3, 8)), mx.zeros((2, 4, 8, 16))]
+    before = [States(array, array) for array in arrays]
     states = LayerStates(before, example(), "a layer")
     for index in range(3):  # as at the start of a sequence
         assert states[index] is None
     with pytest.raises(IndexError):
         states[3]
 
-    def add(one: mx.array, segments: Segments) -> tuple[mx.array, mx.array]:
-        return one[0], one + 1
+    def add(one: States, segments: Segments) -> tuple[mx.array, mx.array]:
+        return one.rows[0], one.rows + 1
 
     for shape in ((3, 8), (4, 8, 16), (3, 8)):
         states.replace(shape, add)

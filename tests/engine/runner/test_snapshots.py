@@ -13,7 +13,13 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout, find_layout
-from modelpack_engine.runner.recurrent import RecurrentState, StateRows, take_snapshot
+from modelpack_engine.runner.recurrent import (
+    RecurrentState,
+    SnapshotSlots,
+    StateContents,
+    StateRows,
+    take_snapshot,
+)
 from tests.engine.launching import WAYS, launch
 from tests.engine.runner.test_step import tiny_mamba
 from tests.engine.serving.tiny import CONTEXT, tiny_model, tiny_tokenizer
@@ -37,6 +43,38 @@ def test_a_snapshot_gives_back_every_array() -> None:
             if array is not None and found is not None:
                 assert (found.dtype, found.shape) == (array.dtype, array.shape)
                 assert mx.array_equal(found, array)
+
+
+def test_a_slot_has_the_bytes_of_a_snapshot_and_is_free_afterwards() -> None:
+    layout = StateLayout(((1, 3, 5), (1, 2, 2, 2)), (mx.bfloat16, mx.float32))
+    step, rows = StepInputs(16, exact=True), StateRows()
+    states = [RecurrentState(2, step, rows) for _ in range(3)]
+    slots = SnapshotSlots(states, [layout] * 3, 2)
+    first, second = slots.take(), slots.take()
+    assert first is not None
+    assert second is not None
+    assert slots.take() is None
+    mx.random.seed(2)
+    for state in states:
+        state.arrays = [mx.random.normal(a.shape).astype(a.dtype) for a in state.slots]
+        state.slots = [array for array in state.arrays if array is not None]
+    contents = StateContents(states, [layout] * 3)
+    for slot in (first, second):
+        found, wanted = contents.read(slot), contents.read(take_snapshot(states, slot.slot))
+        assert found is not None
+        assert wanted is not None
+        assert found.shape == (1, contents.length)
+        assert mx.array_equal(found, wanted)
+        for state in states:
+            for array, row in zip(slot.of(state), state.slots, strict=True):
+                assert array is not None
+                assert mx.array_equal(array[0], row[slot.slot])
+    index = first.slot
+    del first, slot
+    again = slots.take()
+    assert again is not None
+    assert again.slot == index
+    assert slots.take() is None
 
 
 def test_a_snapshot_holds_nothing_but_itself() -> None:

@@ -92,10 +92,9 @@ class FakeDevice:
                 length = batch.positions[row] + 1
                 table = chunk.block_table
                 entries[row] = self._write(batch, token_ids, row, table, length, chunk.seq_id)
+                if row + 1 == chunk.row + chunk.snapshot_after:
+                    self._keep(chunk, length)
             assert length == chunk.kv_length
-            if self.snapshots is not None and chunk.snapshot_hash is not None:
-                assert length % self.block_size == 0
-                self.snapshots.put(chunk.snapshot_hash, self.states[chunk.seq_id])
         self.read = entries
         for row, index in batch.decode_snapshots:
             assert self.snapshots is not None
@@ -106,6 +105,15 @@ class FakeDevice:
             sampled(entries[row], sequence.index)
             for row, sequence in zip(batch.sample_rows, batch.sample_seqs, strict=True)
         ]
+
+    def _keep(self, chunk: Chunk, length: int) -> None:
+        """Keep the state of a chunk's sequence after `length` tokens."""
+        if self.snapshots is None:  # the layers of a window pool
+            return
+        assert chunk.snapshot_hash is not None
+        assert length % self.block_size == 0
+        assert self.snapshots.within_chunks or length == chunk.kv_length
+        self.snapshots.put(chunk.snapshot_hash, self.states[chunk.seq_id])
 
     def _write(
         self,

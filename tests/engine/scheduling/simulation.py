@@ -110,6 +110,7 @@ class Simulation:
     recurrent: bool = False
     num_snapshots: int = 5
     snapshot_interval: int = 0
+    snapshots_within_chunks: bool = False
     window: int | None = None
     #: Pairs (window, number of blocks) of layers that see less.
     window_pools: tuple[tuple[int, int], ...] = ()
@@ -137,7 +138,11 @@ class Simulation:
             self.block_size,
             model_id="model",
             enable_prefix_caching=self.prefix_caching,
-            snapshots=PrefixSnapshots(self.num_snapshots) if self.recurrent else None,
+            snapshots=PrefixSnapshots(
+                self.num_snapshots, within_chunks=self.snapshots_within_chunks
+            )
+            if self.recurrent
+            else None,
             snapshot_interval=self.snapshot_interval,
             window=self.window,
             window_pools=self.window_pools,

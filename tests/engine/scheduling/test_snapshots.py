@@ -35,18 +35,41 @@ def cached(sim: Simulation, *prompts: list[int]) -> list[int]:
     return found
 
 
+WITHIN = pytest.mark.parametrize("within", [False, True], ids=["at ends", "within chunks"])
+
+
+@WITHIN
 @pytest.mark.parametrize(("length", "shared"), [(3, 0), (4, 0), (5, 4), (8, 4), (11, 8), (50, 48)])
-def test_a_prompt_is_shared_up_to_its_last_full_block(length: int, shared: int) -> None:
+def test_a_prompt_is_shared_up_to_its_last_full_block(
+    length: int, shared: int, within: bool
+) -> None:
     text = prompt(length)
     longer = text + [5] * 9
-    assert cached(simulation(), text, text, longer) == [0, shared, length // 4 * 4]
+    sim = simulation(snapshots_within_chunks=within)
+    assert cached(sim, text, text, longer) == [0, shared, length // 4 * 4]
 
 
-def test_where_two_prompts_part_the_third_starts() -> None:
+@WITHIN
+def test_where_two_prompts_part_the_third_starts(within: bool) -> None:
     """The first prompt leaves no snapshot at the branch; the second one takes it there."""
     system = prompt(24)
     prompts = [system + prompt(6, start) for start in (2, 3, 4, 5)]
-    assert cached(simulation(), *prompts) == [0, 0, 24, 24]
+    sim = simulation(snapshots_within_chunks=within)
+    assert cached(sim, *prompts) == [0, 0, 24, 24]
+
+
+@pytest.mark.parametrize(
+    ("within", "lengths"), [(False, [12, 8, 1]), (True, [12, 9])], ids=["at ends", "within chunks"]
+)
+def test_a_snapshot_within_a_chunk_takes_no_step_of_its_own(
+    within: bool, lengths: list[int]
+) -> None:
+    """One is at 12, where a chunk would have two, and one at the last full block."""
+    sim = simulation(snapshots_within_chunks=within, snapshot_interval=12)
+    assert cached(sim, prompt(21)) == [0]
+    found = [(part.length, part.snapshot_after) for out in sim.outputs for part in out.prefill]
+    assert [length for length, _ in found] == lengths
+    assert [after for _, after in found if after] == [12, 8]
 
 
 def test_choices_of_one_prompt_compute_it_once() -> None:
@@ -56,13 +79,14 @@ def test_choices_of_one_prompt_compute_it_once() -> None:
     assert [choice.num_cached_tokens for choice in choices] == [0, 32, 32]
 
 
+@WITHIN
 @pytest.mark.parametrize(("interval", "shared", "count"), [(8, 24, 6), (12, 24, 5), (0, 0, 3)])
 def test_a_long_prompt_leaves_snapshots_at_intervals(
-    interval: int, shared: int, count: int
+    interval: int, shared: int, count: int, within: bool
 ) -> None:
     sim = simulation(
         max_num_batched_tokens=12, max_prefill_chunk=12, snapshot_interval=interval,
-        num_snapshots=9,
+        num_snapshots=9, snapshots_within_chunks=within,
     )  # fmt: skip
     text = prompt(41)
     assert cached(sim, text, text[:25] + [6] * 9) == [0, shared]
@@ -70,11 +94,17 @@ def test_a_long_prompt_leaves_snapshots_at_intervals(
     assert len(sim.blocks.snapshots) == count
 
 
+@WITHIN
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("interval", [8, 20])
-def test_a_second_turn_computes_at_most_one_interval(mode: Mode, interval: int) -> None:
+def test_a_second_turn_computes_at_most_one_interval(
+    mode: Mode, interval: int, within: bool
+) -> None:
     """The reply is longer than the prompt: its states are kept while it is decoded."""
-    sim = simulation(snapshot_interval=interval, mode=mode, num_blocks=99, num_snapshots=50)
+    sim = simulation(
+        snapshot_interval=interval, mode=mode, num_blocks=99, num_snapshots=50,
+        snapshots_within_chunks=within,
+    )  # fmt: skip
     (first,) = sim.add(sequence(prompt(30), 75))
     sim.drain()
     conversation = prompt(30) + first.output_token_ids
@@ -135,11 +165,11 @@ def test_what_is_unused_goes_first(limit: int, actions: list[tuple[str, int]]) -
 
 def drive() -> None:
     """Random traffic of a recurrent model, in which every kind of event occurs."""
-    for seed in range(6):
+    for seed in range(12):
         sim = simulation(
             num_blocks=(14, 40)[seed % 2], mode=MODES[seed % 3], num_snapshots=1 + 3 * (seed % 3),
             max_num_batched_tokens=16, max_prefill_chunk=None, snapshot_interval=4 * (seed % 3),
-            buckets=(EXACT, ODD_BUCKETS)[seed == 5],
+            buckets=(EXACT, ODD_BUCKETS)[seed % 6 == 5], snapshots_within_chunks=seed > 5,
         )  # fmt: skip
         for turn in range(10):
             text = prompt(7 + 3 * turn, seed) if turn % 3 else prompt(20, seed) + [turn] * 6
@@ -154,9 +184,10 @@ def drive() -> None:
 def drive_all() -> None:
     drive()
     test_nothing_is_shared_of_what_failed()
-    test_a_second_turn_computes_at_most_one_interval("build-ahead", 8)
-    test_a_prompt_is_shared_up_to_its_last_full_block(8, 4)
-    test_a_long_prompt_leaves_snapshots_at_intervals(8, 24, 6)
+    for within in (False, True):
+        test_a_second_turn_computes_at_most_one_interval("build-ahead", 8, within)
+        test_a_prompt_is_shared_up_to_its_last_full_block(8, 4, within)
+        test_a_long_prompt_leaves_snapshots_at_intervals(8, 24, 6, within)
 
 
 def test_traffic() -> None:
@@ -168,10 +199,12 @@ MUTATIONS = [
     (BlockManager.share_prefix, "sequence.snapshot = ", "_ = "),
     (BlockManager.forget_content, "self.snapshots.clear()", "pass"),
     (Scheduler.submitted, "sequence.snapshot = None", "pass"),
-    (BlockManager.snapshot_hash, "end // self.block_size - 1", "0"),
+    (BlockManager.snapshot_of, "end // self.block_size - 1", "0"),
+    (BlockManager.snapshot_of, "return end - start,", "return length,"),
     (BlockManager.publish_prefix, "index, hash_)", "index, b'x')"),
-    (BlockManager.next_snapshot, "ends.append", "_ = "),
-    (BlockManager.snapshot_hash, "*last", ""),
+    (BlockManager._snapshot_places, "ends |= ", "_ = "),
+    (BlockManager.snapshot_of, "end != sequence.num_prefill_tokens", "True"),
+    (BlockManager.most_until_snapshot, "len(ends) == 1", "True"),
 ]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
-from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.metadata import States, StepInputs
 from modelpack_engine.core.buckets import FEW, Buckets
 from modelpack_engine.kernels import launch, operations
 from modelpack_engine.layers import (
@@ -25,6 +27,7 @@ from modelpack_engine.patches.lora import LoRALayers
 from modelpack_engine.patches.recurrent import PADDED
 from modelpack_engine.runner import adapted
 from modelpack_engine.runner.paged import CompiledSteps
+from modelpack_engine.runner.recurrent import SlotSnapshot
 from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.zoo.configuration import Configuration, prompts
 from tests.engine.zoo.driving import Driver, Setting
@@ -75,7 +78,20 @@ def by_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "supports", lambda *_: True)
     monkeypatch.setattr(adapted, "_are_right", lambda *_: True)
     for layer in (convolution, delta_rule, state_space):
-        monkeypatch.setattr(layer, "by_segments", layer.one_by_one)
+        monkeypatch.setattr(layer, "by_segments", in_place(layer.one_by_one))
+
+
+def in_place(compute: Callable[..., tuple[mx.array, ...]]) -> Callable[..., Any]:
+    """Return what computes the same, and writes snapshots to their slots as kernels do."""
+
+    def computed(*args: Any, **kwargs: Any) -> tuple[mx.array, mx.array]:
+        outputs, after, kept = compute(*args, **kwargs)
+        states = next(arg for arg in args if isinstance(arg, States))
+        mx.eval(outputs, after, kept)
+        np.asarray(states.slots)[:] = kept
+        return outputs, after
+
+    return computed
 
 
 #: Recurrent layers that compute all rows of a step in one call.
@@ -98,8 +114,24 @@ def test_prompts_and_tokens_in_one_step(
         assert driver.tokens == found.reference.tokens
         assert driver.scheduler.stats().num_mixed_steps >= 3
         assert driver.scheduler.stats().num_preemptions > 0
+        assert driver.scheduler.stats().cached_tokens > 0
+        continued_from_slots(driver)
     finally:
         runner.undo()
+
+
+def continued_from_slots(driver: Driver) -> None:
+    """Check that the tokens of prompts are the same after snapshots of the prompts before."""
+    snapshots = driver.runner.snapshots
+    assert snapshots is not None
+    assert snapshots.within_chunks
+    assert {type(state) for _, state in snapshots.items()} == {SlotSnapshot}
+    before = driver.sequences
+    again = [driver.add(each.prompt_token_ids, len(each.output_token_ids)) for each in before[:]]
+    driver.run()
+    for sequence, first in zip(again, before, strict=False):
+        assert sequence.output_token_ids == first.output_token_ids
+    assert sum(sequence.num_cached_tokens for sequence in again) > 0
 
 
 @pytest.mark.parametrize("configuration", ADAPTED, ids=lambda configuration: configuration.id)
@@ -160,10 +192,13 @@ def test_layers_by_kernels(host: Host, uncompiled: None, name: str, tuned: bool)
                 driver.add(prompt, 4, adapter=tuned and index % 2)
             driver.run()
             assert driver.scheduler.stats().num_mixed_steps > 0
+            found = driver.tokens
+            if how["compiled"] and not tuned:
+                continued_from_slots(driver)
             loras.undo()
         finally:
             runner.undo()
-        return driver.tokens
+        return found
 
     found = tokens(compiled=True)
     rule = "state_space" if name == "nemotron_h" else "delta_rule"
