@@ -38,6 +38,7 @@ from modelpack_engine.core.block_manager import BlockManager, root_hash
 from modelpack_engine.core.metrics import StepClock
 from modelpack_engine.core.scheduler import Proposal, Proposed, Scheduler, SchedulerOutput
 from modelpack_engine.errors import RequestError
+from modelpack_engine.kernels import TILE_ROWS
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
@@ -165,8 +166,11 @@ class Engine(BaseEngine):
             window_pools=self._sizes.window_pools,
         )
         self._mover = open_offload(self.config, self._runner, self._blocks, model_id)
+        limits = self._sizes.scheduler_config(self.config)
+        if isinstance(self._runner, PagedRunner) and self._runner.tiles_prompts and not self.vision:
+            limits = replace(limits, buckets=replace(limits.buckets, tile=TILE_ROWS))
         self._scheduler = Scheduler(
-            self._sizes.scheduler_config(self.config),
+            limits,
             self._blocks,
             None if self.vision is None else self.vision.encoder,
             self._adapters,

@@ -16,12 +16,14 @@ class Buckets:
     `(1,)` allows every size, and `(16, 32, 64, 128)` allows 16, 32, 64, 128, 256, 384, ...
 
     `rows` are the sizes for the decode rows of a step, `chunk` for the rows of one prefill chunk,
-    and `table_width` for the columns of block tables.
+    and `table_width` for the columns of block tables. With `tile`, it is the rows of all chunks of
+    a step together that have such a size: each takes a multiple of `tile`.
     """
 
     rows: tuple[int, ...] = (1,)
     chunk: tuple[int, ...] = (1,)
     table_width: tuple[int, ...] = (1,)
+    tile: int = 0
 
     def __post_init__(self) -> None:
         for sizes in (self.rows, self.chunk, self.table_width):
@@ -41,6 +43,10 @@ class Buckets:
         """Return the padded number of rows of a chunk of `length` tokens."""
         return round_up(length, self.chunk)
 
+    def rows_of(self, length: int) -> int:
+        """Return the rows that a chunk of `length` tokens takes in a step with others."""
+        return -(-length // self.tile) * self.tile if self.tile else self.pad_chunk(length)
+
     def pad_table_width(self, width: int) -> int:
         """Return the padded number of columns of a table of `width` blocks."""
         return round_up(width, self.table_width)
@@ -50,7 +56,7 @@ class Buckets:
 
         If not all tokens fit, the result is a size without padding, or 0 if no size fits.
         """
-        if self.pad_chunk(remaining) <= max_rows:
+        if self.rows_of(remaining) <= max_rows:
             return remaining
         return round_down(max_rows, self.chunk)
 

@@ -578,7 +578,7 @@ class Scheduler:
             nonlocal rows
             if chunk := self._chunk(sequence, rows, computing, alone=alone):
                 chunks.append(chunk)
-                rows -= buckets.pad_chunk(chunk.length)
+                rows -= buckets.rows_of(chunk.length)
 
         prompts = self._prompts(admit)
         while rows >= smallest and (sequence := next(prompts, None)):

@@ -10,8 +10,12 @@
   const PA_DEVICE T* const column = x + (size_t)SKIP * WIDTH + columns[at];
   if (item < rows) {
     const int owner = owners[item];
-    float sums[V];
+    float sums[V], taps[V * K];
     PA_UNROLL for (int e = 0; e < V; e++) sums[e] = 0.0f;
+    PA_UNROLL for (int k = 0; k < K; k++) {
+      const PaVec<E, V> some = ((const PA_DEVICE PaVec<E, V>*)weight)[at * K + k];
+      PA_UNROLL for (int e = 0; e < V; e++) taps[k * V + e] = float(some.e[e]);
+    }
     if (owner >= 0) {
       const int source = segments[owner * 5], before = item - segments[owner * 5 + 1];
       const PA_DEVICE Vec* const rows_of_state = (const PA_DEVICE Vec*)(source < -1 ? pool : state);
@@ -22,7 +26,7 @@
           const Vec in = back <= before ? *(const PA_DEVICE Vec*)(column + (size_t)(item - back) * WIDTH)
                                         : rows_of_state[(from * KEEP + KEEP + before - back) * N + at];
           PA_UNROLL for (int e = 0; e < V; e++) {
-            sums[e] += float(in.e[e]) * float(weight[(at * V + e) * K + k]);
+            sums[e] += float(in.e[e]) * taps[e * K + k];
           }
         }
       }

@@ -536,6 +536,13 @@ class PagedRunner:
         """Whether steps with prompts are not compiled: their CUDA graphs are never alike."""
         return self.compiled is None or not self.adapted.by_segments
 
+    @property
+    def tiles_prompts(self) -> bool:
+        """Whether all steps are compiled, whose chunks of prompts are padded to whole tiles."""
+        refused = any(group.tiles_refused for group in self._step.groups)
+        compiles = self.adapted.by_segments or not self.adapted.states
+        return self.compiled is not None and compiles and not refused
+
     def is_compiled(self, batch: StepBatch) -> bool:
         """Return whether MLX has compiled the forward pass of a step."""
         return self.compiled is not None and self.compiled.takes(batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
@@ -48,6 +50,19 @@ def test_a_chunk_fits(sizes: tuple[int, ...], remaining: int, max_rows: int) -> 
     if length < remaining:
         assert buckets.pad_chunk(length) == length, "only a last chunk is padded"
         assert buckets.pad_chunk(length + 1) > max_rows, "more would have fit"
+
+
+@given(st.lists(st.integers(1, 300), max_size=9), st.integers(0, 2048))
+def test_chunks_of_a_step_fit_together_in_tiles(prompts: list[int], max_rows: int) -> None:
+    buckets, rest, taken = replace(FEW, tile=16), max_rows, 0
+    for remaining in prompts:
+        length = buckets.fit_chunk(remaining, rest)
+        assert length == remaining or length % 16 == 0
+        assert length == remaining or rest - length < 128, "more would have fit"
+        rest -= buckets.rows_of(length)
+        taken += buckets.rows_of(length)
+    assert rest >= 0
+    assert taken <= max_rows
 
 
 def test_ready_made_buckets() -> None:
