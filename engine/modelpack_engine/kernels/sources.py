@@ -22,7 +22,7 @@ Body = Literal[
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
-    "adapters_norm", "adapters_wide", "convolve", "gated_norm",
+    "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -50,6 +50,9 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     ),
     "convolve": ("x", "columns", "weight", "bias", "state", "pool", "segments", "owners"),
     "gated_norm": ("x", "gate", "columns", "weight"),
+    "linear_attention": (
+        "q", "k", "v", "decay", "a", "b", "state", "pool", "segments", "owners",
+    ),
     "rows": ("table", "index"),
     "experts": (
         "x", "weight", "scales", "biases", "bias", "weight_up", "scales_up", "biases_up", "bias_up",
@@ -89,6 +92,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "state_space": ("y", "new_state"),
     "delta_rule": ("y", "new_state"),
     "convolve": ("y", "new_state"),
+    "linear_attention": ("y", "new_state"),
     "route": ("chosen", "scores"),
     "dots": ("out", "total"),
     "packed_row": ("out", "total"),

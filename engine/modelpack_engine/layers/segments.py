@@ -96,17 +96,26 @@ def compared(
     return scaled
 
 
-def supports(shapes: Sequence[tuple[int, ...] | None], dtypes: Sequence[mx.Dtype | None]) -> bool:
+def supports(
+    shapes: Sequence[tuple[int, ...] | None],
+    dtypes: Sequence[mx.Dtype | None],
+    *,
+    only_float32: bool = True,
+) -> bool:
     """Return whether kernels can compute a layer with these states, with batch size 1.
 
-    A state of a convolution is [1, tokens, channels], and any other float32 [1, heads, dim, size].
+    A state of a convolution is [1, tokens, channels], and any other [1, heads, dim, size]. The
+    latter may have another type than float32 if kernels support it, whose sizes may be turned.
     """
-    pairs = zip(shapes, dtypes, strict=True)
-    return launch.backend() != "none" and all(
-        shape is not None
-        and (len(shape) == 3 or (len(shape) == 4 and dtype == mx.float32 and fits(shape[3])))
-        for shape, dtype in pairs
-    )
+
+    def fit(shape: tuple[int, ...] | None, dtype: mx.Dtype | None) -> bool:
+        if shape is None or len(shape) not in (3, 4):
+            return False
+        if len(shape) == 3:
+            return True
+        return fits(shape[3]) and (dtype == mx.float32 if only_float32 else fits(shape[2]))
+
+    return launch.backend() != "none" and all(map(fit, shapes, dtypes))
 
 
 def fits(size: int) -> bool:

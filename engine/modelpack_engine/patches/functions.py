@@ -12,19 +12,26 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations, gated_delta, ssm
+from mlx_lm.models import (
+    activations,
+    bailing_hybrid,
+    bailing_moe_linear,
+    gated_delta,
+    rwkv7,
+    ssm,
+)
 
 from modelpack_engine.attention.cache_handle import KVHandle, LostHandleError, RotaryScores, RowMask
 from modelpack_engine.attention.gather import native_attention
 from modelpack_engine.attention.metadata import Positions
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers import convolution, delta_rule, state_space
+from modelpack_engine.layers import convolution, delta_rule, linear_attention, state_space
 from modelpack_engine.layers.segments import LayerStates
 
 native_rope: Callable[..., mx.array] = mx.fast.rope
@@ -32,21 +39,27 @@ native_conv1d = mx.conv1d
 native_ssm_attn = ssm.ssm_attn
 native_gated_delta_ops = gated_delta.gated_delta_ops
 native_gated_delta_kernel = gated_delta.gated_delta_kernel
+native_gla = bailing_hybrid.recurrent_gla
+native_gla_of_moe = bailing_moe_linear.recurrent_gla
+native_wkv: Callable[..., Any] = rwkv7.Rwkv7TimeMixing._wkv7
+native_token_shift: Callable[..., Any] = rwkv7.TokenShift.__call__
 native_swiglu: Callable[[mx.array, mx.array], mx.array] = activations.swiglu
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionPatch:
-    """A replaced attribute of a module: why it is replaced, and when the patch can be removed."""
+    """A replaced attribute of a module or class: why, and when the patch can be removed."""
 
-    owner: ModuleType
+    owner: ModuleType | type
     name: str
     replacement: Callable[..., Any]
     reason: str
     until: str
 
     def __str__(self) -> str:
-        return f"{self.owner.__name__}.{self.name}"
+        owner = self.owner
+        module = f"{owner.__module__}." if isinstance(owner, type) else ""
+        return f"{module}{owner.__name__}.{self.name}"
 
 
 _replaced: list[tuple[FunctionPatch, Any]] = []
@@ -168,7 +181,7 @@ _states: ContextVar[LayerStates | None] = ContextVar("states", default=None)
 def fast_recurrence(states: LayerStates | None = None) -> Iterator[None]:
     """Let recurrent layers called in this context use the engine's kernels.
 
-    With `states`, a layer is called with all rows of a step, as [1, rows, …].
+    With `states`, a layer is called with all rows of a step, as `Recurrence` says.
     """
     tokens = _fast_recurrence.set(True), _states.set(states)
     try:
@@ -221,6 +234,62 @@ def _delta_rule(
 def _delta_rule_on_metal(*inputs: Any) -> Any:
     compute = native_gated_delta_kernel if _states.get() is None else _delta_rule
     return compute(*inputs)
+
+
+def _lightning(
+    native: Callable[..., Any], q: mx.array, k: mx.array, v: mx.array, g: mx.array,
+    *, scale: float, h: mx.array | None = None, **more: Any,
+) -> Any:  # fmt: skip
+    """Compute Lightning attention, of rows [rows, heads, 1, dim] in a step with states."""
+    if (states := _states.get()) is None:
+        return native(q=q, k=k, v=v, g=g, scale=scale, h=h, **more)
+    q, k, v = (q * scale)[:, :, 0], k[:, :, 0], v[:, :, 0]
+    shape = k.shape[1], k.shape[2], v.shape[2]
+    y = states.replace(
+        shape,
+        lambda before, segments: linear_attention.by_segments(
+            q, k, v, mx.exp(g), before, segments, turned=True
+        ),
+    )
+    return y[:, :, None], None
+
+
+def _wkv(
+    self: Any, r: Any, w: Any, k: Any, v: Any, a: Any, b: Any, state: Any
+) -> tuple[mx.array, mx.array | None]:
+    """Compute RWKV-7's rule, of rows [rows, 1, heads, dim] in a step with states."""
+    if (states := _states.get()) is None:
+        found: tuple[mx.array, mx.array] = native_wkv(self, r, w, k, v, a, b, state)
+        return found
+    r, w, k, v, a, b = (array[:, 0] for array in (r, w, k, v, a, b))
+    shape = v.shape[1], v.shape[2], k.shape[2]
+    y = states.replace(
+        shape,
+        lambda before, segments: linear_attention.by_segments(r, k, v, w, before, segments, (a, b)),
+    )
+    return y[:, None], None
+
+
+def _token_shift(self: Any, x: mx.array, state: mx.array | None) -> mx.array:
+    """Return the rows before; in a step with states, of rows [rows, 1, width]."""
+    if (states := _states.get()) is None:
+        shifted: mx.array = native_token_shift(self, x, state)
+        return shifted
+    width = x.shape[2]
+    return states.replace(
+        (1, width),
+        lambda before, segments: convolution.by_segments(
+            x[:, 0], _previous(width, x.dtype), before, segments
+        ),
+    )[:, None]
+
+
+@lru_cache(maxsize=16)
+def _previous(width: int, dtype: mx.Dtype) -> mx.array:
+    """Return the weight of the convolution whose result is the row before."""
+    made = mx.broadcast_to(mx.array([[1], [0]], dtype), (width, 2, 1))
+    mx.eval(made := mx.contiguous(made))
+    return made
 
 
 def _convolution(x: mx.array, weight: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -282,6 +351,21 @@ FUNCTIONS = (
         _delta_rule_on_metal,
         "a step computes rows of several sequences",
         "mlx-lm's kernel takes sequences of different lengths",
+    ),
+    *(
+        FunctionPatch(
+            owner,
+            name,
+            replacement,
+            "a step computes rows of several sequences",
+            "mlx-lm computes sequences of different lengths",
+        )
+        for owner, name, replacement in (
+            (bailing_hybrid, "recurrent_gla", partial(_lightning, native_gla)),
+            (bailing_moe_linear, "recurrent_gla", partial(_lightning, native_gla_of_moe)),
+            (rwkv7.Rwkv7TimeMixing, "_wkv7", _wkv),
+            (rwkv7.TokenShift, "__call__", _token_shift),
+        )
     ),
 )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from modelpack_engine import kernels
@@ -27,7 +28,13 @@ from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT, Buckets
-from modelpack_engine.layers import convolution, delta_rule, segments, state_space
+from modelpack_engine.layers import (
+    convolution,
+    delta_rule,
+    linear_attention,
+    segments,
+    state_space,
+)
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.segments import LayerStates
 from modelpack_engine.patches.functions import fast_recurrence
@@ -43,7 +50,7 @@ from modelpack_engine.patches.modules import (
     rotate_by_axes,
     take_logit_rows,
 )
-from modelpack_engine.patches.recurrent import kernels_of, mask_position
+from modelpack_engine.patches.recurrent import mask_position, recurrence_of
 from modelpack_engine.runner.hidden_states import HiddenStates
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout
 from modelpack_engine.runner.recurrent import (
@@ -216,9 +223,13 @@ class Adapted:
     def _computes_segments(self) -> bool:
         return bool(self.states) and all(
             leaf.owner is not None
-            and mask_position(leaf.owner) is not None
-            and segments.supports(leaf.content.shapes, leaf.content.dtypes)
-            and _are_right(leaf.owner, leaf.content)
+            and (known := recurrence_of(leaf.owner)) is not None
+            and segments.supports(
+                leaf.content.shapes,
+                leaf.content.dtypes,
+                only_float32="linear_attention" not in known.kernels,
+            )
+            and _are_right(known.kernels, leaf.owner, leaf.content)
             for leaf in self.layout.leaves()
             if isinstance(leaf.content, StateLayout)
         )
@@ -355,6 +366,7 @@ class Adapted:
 _KERNELS = {
     "convolution": convolution.verdict,
     "delta_rule": delta_rule.verdict,
+    "linear_attention": linear_attention.verdict,
     "state_space": state_space.verdict,
 }
 
@@ -364,10 +376,13 @@ def _rows_dtype(layout: StateLayout) -> mx.Dtype:
     return min((dtype for dtype in layout.dtypes if dtype), key=lambda dtype: dtype.size)
 
 
-def _are_right(module: nn.Module, layout: StateLayout) -> bool:
+def _are_right(kernels: tuple[str, ...], module: nn.Module, layout: StateLayout) -> bool:
     """Return whether the kernels that compute from a module's states are right on this device."""
-    dtype = _rows_dtype(layout)
-    return all(_KERNELS[name](dtype) is None for name in kernels_of(module))
+    dtypes = {_rows_dtype(layout)}
+    if "convolution" not in kernels:  # no state has the type of the rows: weights do
+        weights: Any = tree_flatten(module.parameters())
+        dtypes |= {leaf.dtype for _, leaf in weights if mx.issubdtype(leaf.dtype, mx.floating)}
+    return all(_KERNELS[name](dtype) is None for name in kernels for dtype in dtypes)
 
 
 class KVView(KVCache):
@@ -553,27 +568,29 @@ def _call_with_segments(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     caches: list[Cache],
-) -> mx.array:
-    """Run a recurrent module once, on all rows of the step as [1, rows, …]."""
+) -> Any:
+    """Run a recurrent module once, on all rows of the step, as `Recurrence` says."""
     (state,) = caches
     assert isinstance(state, RecurrentState), "modules that attend run in other steps"
     step = state.step
     assert step.segments is not None, "the caller has looked"
     view = state.segments_view(step.segments)
+    known = recurrence_of(module)
+    turns = known is None or not known.by_rows
 
     def given(value: Any) -> Any:
         if value is state:
             return view
-        if isinstance(value, mx.array) and value.shape[:2] == (step.num_rows, 1):
+        if turns and isinstance(value, mx.array) and value.shape[:2] == (step.num_rows, 1):
             return value.swapaxes(0, 1)
         return value
 
     with fast_recurrence(view):
-        made: mx.array = original(
+        made: Any = original(
             module, *map(given, args), **{name: given(value) for name, value in kwargs.items()}
         )
     state.arrays = view.after()
-    return made.swapaxes(0, 1)
+    return made.swapaxes(0, 1) if turns else made
 
 
 def _leaves(value: Any) -> list[Cache]:

@@ -110,11 +110,15 @@ def _compiled(sanitizers: str, source: str, *options: str | Path, name: str = "e
     return found
 
 
+#: Bodies that write snapshots of states in place.
+RECURRENT: tuple[Body, ...] = ("state_space", "delta_rule", "convolve", "linear_attention")
+
+
 def _changed(body: Body) -> tuple[str, ...]:
     return (
         *OUTPUTS[body],
         *(("k_pool", "v_pool") if body in ("write", "quantise", "rotate") else ()),
-        *(("pool",) if body in ("state_space", "delta_rule", "convolve") else ()),
+        *(("pool",) if body in RECURRENT else ()),
     )
 
 

@@ -49,6 +49,10 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "x": "T", "columns": "int", "weight": "E", "bias": "E", "state": "T", "pool": "T",
         "segments": "int", "owners": "int", "y": "T", "new_state": "T",
     },
+    "linear_attention": {
+        "q": "T", "k": "T", "v": "T", "decay": "D", "a": "T", "b": "T", "state": "S", "pool": "S",
+        "segments": "int", "owners": "int", "y": "T", "new_state": "S",
+    },
     "gated_norm": {"x": "T", "gate": "T", "columns": "int", "weight": "W", "out": "T"},
     "rows": {"table": "T", "index": "int", "out": "T"},
     "route": {"logits": "L", "bias": "B", "chosen": "uint32_t", "scores": "S"},

@@ -34,6 +34,7 @@ from modelpack_engine.layers import (
     expert_kernels,
     gated_norm,
     kernels,
+    linear_attention,
     matmul,
     packed,
     state_space,
@@ -357,6 +358,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "state space": lambda: state_space._compare(BF16),
     "convolution": lambda: convolution._compare(BF16),
     "gated norm": lambda: gated_norm._compare(BF16),
+    "linear attention": lambda: linear_attention._compare(BF16),
     "adapters": lambda: adapters._compare(BF16),
     "adapters on tensor cores": lambda: adapters._products(BF16, wide=True),
 }

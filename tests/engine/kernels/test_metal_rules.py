@@ -139,6 +139,17 @@ RECURRENT = [
     ),
     *(
         Instance(
+            "linear_attention",
+            (*BF16, *((name, "bfloat16_t" if own else "float") for name in "DS")),
+            (
+                ("H", 4), ("DK", 64), ("DV", 64), ("R", 2), ("NSG", 4), ("EVERY", own),
+                ("CORRECTED", own), ("TURNED", not own),
+            ),
+        )
+        for own in (False, True)
+    ),
+    *(
+        Instance(
             "gated_norm",
             (*BF16, ("W", "bfloat16_t")),
             (
@@ -183,6 +194,7 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "delta_rule": ("rates", "biases", "segments", "owners"),
     "convolve": ("segments", "owners"),
     "gated_norm": ("columns",),
+    "linear_attention": ("decay", "segments", "owners"),
     "rows": ("index",),
     "route": ("logits", "bias"),
     "dispatch": (),

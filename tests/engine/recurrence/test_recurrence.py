@@ -12,7 +12,13 @@ import pytest
 from mlx_lm.models import gated_delta, ssm
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers import convolution, delta_rule, gated_norm, state_space
+from modelpack_engine.layers import (
+    convolution,
+    delta_rule,
+    gated_norm,
+    linear_attention,
+    state_space,
+)
 from modelpack_engine.patches import functions
 from tests.engine.kernels.onhost import Host, emulated
 
@@ -24,7 +30,10 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     with emulated(
         monkeypatch,
         tmp_path,
-        *(each.verdict for each in (state_space, delta_rule, convolution, gated_norm)),
+        *(
+            each.verdict
+            for each in (state_space, delta_rule, convolution, gated_norm, linear_attention)
+        ),
     ) as found:
         yield found
 
@@ -188,8 +197,10 @@ def test_the_texts_compute_what_mlx_does(host: Host) -> None:
     assert delta_rule.verdict(mx.float32) is None
     assert convolution.verdict(mx.float32) is None
     assert gated_norm.verdict(mx.float32) is None
+    assert linear_attention.verdict(mx.float32) is None
+    assert linear_attention.verdict(mx.bfloat16) is None
     assert {body for body, _ in host.calls} == {
-        "state_space", "delta_rule", "convolve", "gated_norm",
+        "state_space", "delta_rule", "convolve", "gated_norm", "linear_attention",
     }  # fmt: skip
 
 
@@ -235,6 +246,14 @@ def test_the_texts_compute_what_mlx_does(host: Host) -> None:
         ("state_space", ("+ DT_AT", "")),
         ("state_space", ("next_step > pa_float(HIGH)", "false")),
         ("gated_norm", ("columns[group]", "group * D")),
+        ("linear_attention", ("+ known[r] * change", "")),
+        ("linear_attention", ("s[r][i] * kept", "s[r][i]")),
+        ("linear_attention", ("EVERY ? keys + i : head", "EVERY ? keys : head")),
+        ("linear_attention", ("EVERY ? keys + i : head", "EVERY ? keys + i : 0")),
+        ("linear_attention", ("TURNED ? 1 : DK", "DK")),
+        ("linear_attention", ("source < -1 ? pool : state", "state")),
+        ("linear_attention", ("t + 1 == marked", "t == marked")),
+        ("linear_attention", ("owners[row] < 0", "false")),
         ("gated_norm", ("BEFORE ? activated : 1.0f", "1.0f")),
         ("gated_norm", ("SAME ? 0 : group * D", "0")),
     ],
@@ -246,6 +265,7 @@ def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str]) ->
         "delta_rule": delta_rule,
         "convolve": convolution,
         "gated_norm": gated_norm,
+        "linear_attention": linear_attention,
     }[body]
     verdict = module.verdict(mx.float32)
     assert verdict is not None

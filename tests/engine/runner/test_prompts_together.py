@@ -12,7 +12,7 @@ from mlx_lm.models.cache import ArraysCache
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.core.batch import Chunk, StepBatch
 from modelpack_engine.patches import recurrent
-from modelpack_engine.patches.recurrent import PADDED
+from modelpack_engine.patches.recurrent import KNOWN
 from modelpack_engine.runner.adapted import Prompts
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.zoo.catalogue import CATALOGUE
@@ -21,7 +21,7 @@ from tests.engine.zoo.specimen import make_specimen
 
 pytestmark = pytest.mark.long
 
-NAMES = sorted({module for module, _ in PADDED} - {"lfm2_moe"})
+NAMES = sorted({module for (module, _), how in KNOWN.items() if how.padded} - {"lfm2_moe"})
 MODELS = {configuration.id: configuration for configuration in CATALOGUE}
 
 
@@ -84,7 +84,7 @@ def test_logits_and_states_are_those_of_each_prompt_alone(
     model = MODELS[name].build()
     runner = make_runner(model, num_blocks=16, exact=True, self_test=False)
     together = logits_of(runner)
-    monkeypatch.setattr(recurrent, "PADDED", {})
+    monkeypatch.setattr(recurrent, "KNOWN", {})
     recurrent._known.cache_clear()
     try:
         alone = logits_of(runner)

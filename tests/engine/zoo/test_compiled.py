@@ -20,11 +20,12 @@ from modelpack_engine.layers import (
     delta_rule,
     gated_norm,
     kernels,
+    linear_attention,
     segments,
     state_space,
 )
 from modelpack_engine.patches.lora import LoRALayers
-from modelpack_engine.patches.recurrent import PADDED
+from modelpack_engine.patches.recurrent import KNOWN
 from modelpack_engine.runner import adapted
 from modelpack_engine.runner.paged import CompiledSteps
 from modelpack_engine.runner.recurrent import SlotSnapshot
@@ -75,9 +76,9 @@ def test_recurrent(
 @pytest.fixture
 def by_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute recurrent layers as on a GPU, but by definitions instead of kernels."""
-    monkeypatch.setattr(segments, "supports", lambda *_: True)
+    monkeypatch.setattr(segments, "supports", lambda *_, **__: True)
     monkeypatch.setattr(adapted, "_are_right", lambda *_: True)
-    for layer in (convolution, delta_rule, state_space):
+    for layer in (convolution, delta_rule, linear_attention, state_space):
         monkeypatch.setattr(layer, "by_segments", in_place(layer.one_by_one))
 
 
@@ -95,7 +96,7 @@ def in_place(compute: Callable[..., tuple[mx.array, ...]]) -> Callable[..., Any]
 
 
 #: Recurrent layers that compute all rows of a step in one call.
-WHOLE = [each for each in RECURRENT if any(each.architecture == kind for kind, _ in PADDED)]
+WHOLE = [each for each in RECURRENT if any(each.architecture == kind for kind, _ in KNOWN)]
 
 
 @pytest.mark.parametrize("configuration", WHOLE, ids=lambda configuration: configuration.id)
@@ -162,7 +163,9 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    layers = (convolution, delta_rule, gated_norm, state_space, kernels, adapters)
+    layers = (
+        convolution, delta_rule, gated_norm, linear_attention, state_space, kernels, adapters,
+    )  # fmt: skip
     with emulated(monkeypatch, tmp_path, *(layer.verdict for layer in layers)) as found:
         yield found
 
@@ -213,3 +216,34 @@ def test_layers_by_kernels(host: Host, uncompiled: None, name: str, tuned: bool)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "backend", lambda: "none")
         assert tokens(compiled=False) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "bodies"),
+    [
+        ("rwkv7", {"convolve", "linear_attention"}),
+        ("bailing_hybrid", {"linear_attention"}),
+        ("bailing_moe_linear", {"linear_attention"}),
+        ("olmo_hybrid", {"convolve", "delta_rule"}),
+        ("plamo2", {"convolve", "state_space"}),
+    ],
+)
+def test_layers_that_are_not_fused(
+    host: Host, uncompiled: None, name: str, bodies: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [known] = [each for each in RECURRENT if each.id == name]
+    specimen = make_specimen(known)
+    monkeypatch.setattr(StepInputs, "begin", None)  # no step runs otherwise
+    runner = specimen.make_runner(buckets=FEW, exact=False, compiled=True, self_test=False)
+    try:
+        driver = Driver(runner, Setting(buckets=FEW, exact=False, rows=32))
+        for prompt in prompts()[:3]:
+            driver.add(prompt, 4)
+        host.calls.clear()
+        driver.run()
+        assert driver.scheduler.stats().num_mixed_steps > 0
+        assert driver.tokens == [own[:4] for own in specimen.reference.tokens[:3]]
+        assert bodies <= {body for body, _ in host.calls}
+        continued_from_slots(driver)
+    finally:
+        runner.undo()
