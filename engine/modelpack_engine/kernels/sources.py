@@ -4,7 +4,8 @@ A body uses only `PA_*` macros, which the preamble defines, and the common subse
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `block_tiles`,
-`experts`, `experts_wide`, `adapters_wide`, `usable` and `deliver` are for CUDA only.
+`experts`, `experts_wide`, `adapters_wide`, `delta_tiles`, `delta_wide`, `usable` and `deliver` are
+for CUDA only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Body = Literal[
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
-    "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention",
+    "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention", "delta_tiles",
+    "delta_wide",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -47,6 +49,11 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "state_space": ("x", "dt", "a", "b", "c", "d", "biases", "state", "pool", "segments", "owners"),
     "delta_rule": (
         "q", "k", "v", "g", "beta", "rates", "biases", "state", "pool", "segments", "owners",
+    ),
+    "delta_tiles": ("q", "k", "g", "rates", "biases", "segments"),
+    "delta_wide": (
+        "q", "k", "v", "g", "beta", "rates", "biases", "state", "pool", "segments", "owners",
+        "mixes", "factors",
     ),
     "convolve": ("x", "columns", "weight", "bias", "state", "pool", "segments", "owners"),
     "gated_norm": ("x", "gate", "columns", "weight"),
@@ -91,6 +98,8 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "adapters_norm": ("total", "out"),
     "state_space": ("y", "new_state"),
     "delta_rule": ("y", "new_state"),
+    "delta_tiles": ("mixes", "factors"),
+    "delta_wide": ("y", "new_state"),
     "convolve": ("y", "new_state"),
     "linear_attention": ("y", "new_state"),
     "route": ("chosen", "scores"),
@@ -124,6 +133,7 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "adapters": ("chunks", "shrink", "adapters"),
     "adapters_norm": ("shrink", "add_norm"),
     "adapters_wide": ("chunks", "adapters_wide"),
+    "delta_wide": ("delta_rule", "delta_wide"),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.
@@ -171,7 +181,7 @@ def kernel_source(
     headers = ["common"]
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "grouped",
-        "block_tiles", "adapters_wide",
+        "block_tiles", "adapters_wide", "delta_tiles", "delta_wide",
     ):  # fmt: skip
         headers.append("tensor_cores")
     if body == "packed_row":

@@ -10,6 +10,11 @@ __device__ inline void pa_copy16_or_zero(void* to, const void* from, bool there)
                "r"(there ? 16 : 0)
                : "memory");
 }
+template <int LEFT>
+__device__ inline void pa_copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+__device__ inline void pa_copies_commit() { asm volatile("cp.async.commit_group;"); }
 __device__ inline void pa_ldmatrix(unsigned (&b)[4], const void* from) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(from));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

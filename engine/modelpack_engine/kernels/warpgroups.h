@@ -11,11 +11,6 @@ template <int N>
 struct PaNumber {
   static constexpr int VALUE = N;
 };
-template <int LEFT>
-__device__ inline void pa_copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-__device__ inline void pa_copies_commit() { asm volatile("cp.async.commit_group;"); }
 // (numbers - offsets) * scales + biases, of pairs.
 template <typename E>
 __device__ inline unsigned pa_affine(unsigned numbers, unsigned offsets, unsigned scales, unsigned biases);

@@ -20,6 +20,8 @@ from modelpack_engine.layers.segments import (
 )
 
 _SIMDGROUPS = 4
+#: The tokens of a tile on tensor cores, and the elements of values that a block computes.
+_TILE, _WIDTH = 16, 64
 
 
 def takes(q: mx.array, k: mx.array, v: mx.array) -> bool:
@@ -101,18 +103,21 @@ def of_joint(
     segments: Segments,
     key_heads: int,
     epsilon: float,
+    *,
+    wide: bool | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Return the results of `by_segments` for `joint` [rows, 2 HK DK + HV DV].
 
     These are queries, keys and values. Keys and queries are divided by their lengths, queries also
     by the square root of DK. `epsilon` is added to the squares of the lengths. `projected` [rows,
-    any] has what `scalars` describe.
+    any] has what `scalars` describe. `wide` says whether to compute long segments on tensor cores;
+    None if that is possible and right.
     """
     heads, dim, key_dim = states.rows.shape[1:]
     keys = key_heads * key_dim
     return _run(
         joint, joint, joint, projected, projected, states, segments,
-        (key_heads, heads, key_dim, dim), (0, keys, 2 * keys), epsilon, scalars,
+        (key_heads, heads, key_dim, dim), (0, keys, 2 * keys), epsilon, scalars, wide=wide,
     )  # fmt: skip
 
 
@@ -128,6 +133,8 @@ def _run(
     columns: tuple[int, int, int],
     epsilon: float | None,
     scalars: Scalars | None = None,
+    *,
+    wide: bool | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Run the kernel on rows [rows, any], where queries, keys and values begin at `columns`.
 
@@ -141,28 +148,69 @@ def _run(
         g, beta = g.astype(mx.float32), beta.astype(mx.float32)
     else:
         rates, biases = scalars.rates, scalars.biases
+    given = [
+        q, k, v, g, beta, rates, biases, states.rows, states.slots, segments.runs, segments.owners,
+    ]  # fmt: skip
+    common = [
+        ("HK", key_heads), ("HV", heads), ("DK", key_dim), ("KEYS", k.shape[1]),
+        *zip(("Q_AT", "K_AT"), columns[:2], strict=True), ("EPSILON", launch.bits_of(epsilon or 0)),
+        ("SCALARS", g.shape[1]), ("G_AT", scalars.g if scalars else 0),
+        ("BETA_AT", scalars.beta if scalars else 0), ("PER", scalars.per if scalars else 1),
+    ]  # fmt: skip
+    blocks = -(-(count + 1) * heads * units // _SIMDGROUPS)
+    if scalars is None or epsilon is None:
+        wide = False
+    elif wide is None:
+        wide = _is_wide(given, shape, columns)
+    if wide:
+        slots = -(-rows // _TILE) + count
+        given += launch.run(
+            "delta_tiles",
+            [q, k, g, rates, biases, segments.runs],
+            [("T", v.dtype), ("G", g.dtype)],
+            common,
+            threads=slots * heads * 32,
+            group=32,
+            shapes=[(slots, heads, 2, _TILE, _TILE), (slots, heads, 4, _TILE)],
+            dtypes=[v.dtype, mx.float32],
+        )
+        blocks += count * heads * (dim // _WIDTH)
     y, new_state = launch.run(
-        "delta_rule",
-        [
-            q, k, v, g, beta, rates, biases, states.rows, states.slots, segments.runs,
-            segments.owners,
-        ],
+        "delta_wide" if wide else "delta_rule",
+        given,
         [("T", v.dtype), ("G", g.dtype)],
         [
-            ("HK", key_heads), ("HV", heads), ("DK", key_dim), ("DV", dim), ("R", each),
-            ("EVERY", g.ndim == 3), ("NSG", _SIMDGROUPS), ("KEYS", k.shape[1]),
-            ("VALUES", v.shape[1]), *zip(("Q_AT", "K_AT", "V_AT"), columns, strict=True),
-            ("NORM", epsilon is not None), ("EPSILON", launch.bits_of(epsilon or 0.0)),
-            ("RAW", scalars is not None), ("SCALARS", g.shape[1]),
-            ("G_AT", scalars.g if scalars else 0), ("BETA_AT", scalars.beta if scalars else 0),
-            ("PER", scalars.per if scalars else 1),
+            *common, ("DV", dim), ("R", each), ("EVERY", g.ndim == 3), ("NSG", _SIMDGROUPS),
+            ("VALUES", v.shape[1]), ("V_AT", columns[2]), ("NORM", epsilon is not None),
+            ("RAW", scalars is not None), ("WIDE", wide),
         ],
-        threads=(count + 1) * heads * units * 32,
+        threads=blocks * _SIMDGROUPS * 32,
         group=_SIMDGROUPS * 32,
         shapes=[(rows, heads, dim), (count, heads, dim, key_dim)],
         dtypes=[v.dtype, mx.float32],
     )  # fmt: skip
     return y, new_state
+
+
+def _is_wide(
+    given: list[mx.array], shape: tuple[int, int, int, int], columns: tuple[int, int, int]
+) -> bool:
+    """Return whether long segments of a step are computed in tiles on tensor cores.
+
+    They are if there are prompts: then, there are more rows than segments.
+    """
+    q, k, v, *_, runs, owners = given
+    _, _, key_dim, dim = shape
+    strides = (*columns, *(array.shape[1] for array in (q, k, v)))
+    return (
+        launch.backend() == "cuda"
+        and v.dtype != mx.float32
+        and owners.shape[0] > runs.shape[0]
+        and key_dim % 32 == 0
+        and dim % _WIDTH == 0
+        and all(number % 8 == 0 for number in strides)
+        and wide_verdict(v.dtype, key_dim, dim) is None
+    )
 
 
 def one_by_one(
@@ -191,33 +239,57 @@ def _compare(dtype: mx.Dtype) -> str | None:
         states = example_states(given)
         found = by_segments(q, k, v, g, beta, states, example())
         wanted = one_by_one(q, k, v, g, beta, states, example())
-        tolerance = 1e-4 if dtype == mx.float32 else 3e-2
-        if problem := launch.difference(compared(found, states, wanted), tolerance):
+        if problem := launch.difference(compared(found, states, wanted), _tolerance(dtype)):
             return problem
-        joint = mx.concatenate([array.reshape(rows, -1) for array in (q, k, v)], axis=1)
-        raw = mx.random.normal((rows, 3 + 2 * heads), key=keys[5]).astype(dtype)
-        scalars = Scalars(
-            5, 3, 2, rates=-mx.arange(1, heads + 1, dtype=mx.float32) / heads,
-            biases=mx.arange(heads, dtype=mx.float32) / 4,
-        )  # fmt: skip
-        pairs = raw[:, 3:].astype(mx.float32).reshape(rows, heads // 2, 2, 2)
-        b, a = (pairs[:, :, i].reshape(rows, heads) for i in (0, 1))
-        g, beta = mx.exp(scalars.rates * nn.softplus(a + scalars.biases)), mx.sigmoid(b)
-        states = example_states(given)
-        found = of_joint(joint, raw, scalars, states, example(), key_heads, 1e-6)
-        q_unit, k_unit = (
-            a * mx.rsqrt((a.astype(mx.float32) ** 2).sum(axis=-1, keepdims=True) + 1e-6)
-            for a in (q, k)
-        )
-        q_unit = q_unit * key_dim**-0.5
-        wanted = one_by_one(q_unit, k_unit, v, g, beta, states, example())
-        if problem := launch.difference(compared(found, states, wanted), tolerance):
-            return f"of joint rows: {problem}"
-    return None
+    return _compare_joint(q, k, v, given, example(), wide=False)
+
+
+def _compare_wide(dtype: mx.Dtype, key_dim: int, dim: int) -> str | None:
+    prompts = (1, 70, 64, 4), (-3, 40, -1, -1), (-1, 50, 37, 5), (-1, 48, 48, 6)
+    segments = example(*prompts)
+    keys = launch.random_keys(9, 4)
+    rows, key_heads, heads = segments.owners.shape[0], 2, 4
+    q, k = (mx.random.normal((rows, key_heads, key_dim), key=i).astype(dtype) for i in keys[:2])
+    v = mx.random.normal((rows, heads, dim), key=keys[2]).astype(dtype)
+    given = mx.random.normal((9, heads, dim, key_dim), key=keys[3])
+    return _compare_joint(q, k, v, given, segments, wide=True)
+
+
+def _compare_joint(
+    q: mx.array, k: mx.array, v: mx.array, given: mx.array, segments: Segments, *, wide: bool
+) -> str | None:
+    """Return a problem of `of_joint`, of queries, keys, values, and states before."""
+    rows, heads = v.shape[:2]
+    key_heads, key_dim = k.shape[1:]
+    joint = mx.concatenate([array.reshape(rows, -1) for array in (q, k, v)], axis=1)
+    key = launch.random_keys(10, 1)[0]
+    raw = mx.random.normal((rows, 8 + 2 * heads), key=key).astype(v.dtype)
+    scalars = Scalars(
+        8 + heads // 2, 8, heads // 2, rates=-mx.arange(1, heads + 1, dtype=mx.float32) / heads,
+        biases=mx.arange(heads, dtype=mx.float32) / 4,
+    )  # fmt: skip
+    pairs = raw[:, 8:].astype(mx.float32).reshape(rows, 2, 2, heads // 2)
+    b, a = (pairs[:, :, i].reshape(rows, heads) for i in (0, 1))
+    g, beta = mx.exp(scalars.rates * nn.softplus(a + scalars.biases)), mx.sigmoid(b)
+    states = example_states(given)
+    found = of_joint(joint, raw, scalars, states, segments, key_heads, 1e-6, wide=wide)
+    q_unit, k_unit = (
+        a * mx.rsqrt((a.astype(mx.float32) ** 2).sum(axis=-1, keepdims=True) + 1e-6) for a in (q, k)
+    )
+    wanted = one_by_one(q_unit * key_dim**-0.5, k_unit, v, g, beta, states, segments)
+    pairs_of = compared(found, states, wanted, segments)
+    problem = launch.difference(pairs_of, _tolerance(v.dtype))
+    return problem and f"of joint rows: {problem}"
+
+
+def _tolerance(dtype: mx.Dtype) -> float:
+    return 1e-4 if dtype == mx.float32 else 3e-2
 
 
 #: None if the kernel computes the rule correctly for a type, otherwise the problem.
 verdict = launch.verdict(_compare)
+#: The same of long segments on tensor cores, for a type and the sizes of keys and values.
+wide_verdict = launch.verdict(_compare_wide)
 
 
 def by_definition(

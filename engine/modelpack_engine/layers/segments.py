@@ -32,13 +32,20 @@ def of_batch(batch: int, tokens: int, *, started: bool) -> Segments:
 Rule = Callable[..., tuple[mx.array, mx.array]]
 
 
-def example() -> Segments:
-    """Return segments of every kind for 9 rows, 2 states and 4 slots, to test a kernel."""
+def example(*prompts: tuple[int, int, int, int]) -> Segments:
+    """Return segments of every kind for 9 rows, 2 states and 4 slots, to test a kernel.
+
+    Each of `prompts` adds a segment with rows of its own: its source, its number of rows, and where
+    its state is kept.
+    """
     runs = [
         [1, 0, 1, 1, 2], [-1, 3, 4, 2, 0], [-3, 1, 2, -1, -1], [0, 0, 0, -1, -1],
         [-1, 0, -1, -1, -1], [-3, 1, 1, 1, 3],
     ]  # fmt: skip
     owners = [0, 2, 2, 1, 1, 1, 1, -1, -1]
+    for source, count, marked, slot in prompts:
+        runs.append([source, len(owners), count, marked, slot])
+        owners += [len(runs) - 1] * count
     return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
 
 
@@ -69,7 +76,7 @@ def segment_by_segment(
 
 
 def example_states(states: mx.array) -> States:
-    """Return states [6, …] as those of `example`: two, and four slots."""
+    """Return states [6 or more, …] as those of `example`: two, and slots."""
     rows, slots = mx.contiguous(states[:2]), mx.contiguous(states[2:])
     mx.eval(rows, slots)
     return States(rows, slots)
@@ -79,9 +86,13 @@ def compared(
     found: tuple[mx.array, mx.array],
     states: States,
     wanted: tuple[mx.array, mx.array, mx.array],
+    segments: Segments | None = None,
 ) -> dict[str, tuple[mx.array, mx.array]]:
-    """Return pairs to compare of what `example` computes, as shares of the largest."""
-    runs: Any = example().runs.tolist()
+    """Return pairs to compare of what `example` computes, as shares of the largest.
+
+    `segments` are those of the example, if it has prompts.
+    """
+    runs: Any = (segments or example()).runs.tolist()
     there = mx.array([i for i, (_, _, count, _, _) in enumerate(runs) if count >= 0])
     mx.eval(found)  # before the snapshots are read, which it writes
     pairs = {

@@ -22,7 +22,8 @@ from tests.peers import require
 STUBS = Path(__file__).parent / "stubs"
 #: Bodies on tensor cores that stubs stand for.
 ON_TENSOR_CORES: tuple[Body, ...] = (
-    "packed", "packed_row", "experts_wide", "block_tiles", "adapters_wide",
+    "packed", "packed_row", "experts_wide", "block_tiles", "adapters_wide", "delta_tiles",
+    "delta_wide",
 )  # fmt: skip
 Array = npt.NDArray[Any]
 #: An edit of a text, by its name.
@@ -111,7 +112,9 @@ def _compiled(sanitizers: str, source: str, *options: str | Path, name: str = "e
 
 
 #: Bodies that write snapshots of states in place.
-RECURRENT: tuple[Body, ...] = ("state_space", "delta_rule", "convolve", "linear_attention")
+RECURRENT: tuple[Body, ...] = (
+    "state_space", "delta_rule", "convolve", "linear_attention", "delta_wide",
+)  # fmt: skip
 
 
 def _changed(body: Body) -> tuple[str, ...]:

@@ -45,6 +45,10 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "biases": "float", "state": "float", "pool": "float",
         "segments": "int", "owners": "int", "y": "T", "new_state": "float",
     },
+    "delta_tiles": {
+        "q": "T", "k": "T", "g": "G", "rates": "float", "biases": "float", "segments": "int",
+        "mixes": "T", "factors": "float",
+    },
     "convolve": {
         "x": "T", "columns": "int", "weight": "E", "bias": "E", "state": "T", "pool": "T",
         "segments": "int", "owners": "int", "y": "T", "new_state": "T",
@@ -99,6 +103,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
+ELEMENTS["delta_wide"] = ELEMENTS["delta_rule"] | {"mixes": "T", "factors": "float"}
 
 
 @dataclass(frozen=True)

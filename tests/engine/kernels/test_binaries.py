@@ -355,6 +355,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "delivered tokens": lambda: delivery.deliver(mx.zeros((300,), mx.int32), PLACE),
     "taken numbers": lambda: kernels.take_rows(mx.zeros((5, 1), mx.int32), mx.array([3, 0])),
     "delta rule": lambda: delta_rule._compare(BF16),
+    "delta rule on tensor cores": lambda: delta_rule._compare_wide(BF16, 128, 128),
+    "delta rule of wide keys on tensor cores": lambda: delta_rule._compare_wide(BF16, 256, 64),
     "state space": lambda: state_space._compare(BF16),
     "convolution": lambda: convolution._compare(BF16),
     "gated norm": lambda: gated_norm._compare(BF16),

@@ -124,7 +124,7 @@ RECURRENT = [
                 ("HK", 2), ("HV", 4), ("DK", 64), ("DV", 64), ("R", 2), ("EVERY", every),
                 ("NSG", 4), ("KEYS", 512), ("VALUES", 512), ("Q_AT", 0), ("K_AT", 128),
                 ("V_AT", 256), ("NORM", raw), ("EPSILON", 0), ("RAW", raw), ("SCALARS", 520),
-                ("G_AT", 516), ("BETA_AT", 512), ("PER", 2),
+                ("G_AT", 516), ("BETA_AT", 512), ("PER", 2), ("WIDE", False),
             ),
         )
         for every, raw in ((False, False), (True, False), (False, True))

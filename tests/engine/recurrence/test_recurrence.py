@@ -34,6 +34,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
             each.verdict
             for each in (state_space, delta_rule, convolution, gated_norm, linear_attention)
         ),
+        delta_rule.wide_verdict,
     ) as found:
         yield found
 
@@ -268,6 +269,38 @@ def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str]) ->
         "linear_attention": linear_attention,
     }[body]
     verdict = module.verdict(mx.float32)
+    assert verdict is not None
+    assert " is off by " in verdict
+
+
+WIDE = [
+    ("delta_tiles", ("2 * PER + head % PER", "2 * PER")),
+    ("delta_tiles", ("column[t] -= lower", "column[t] += lower")),
+    ("delta_tiles", ("s <= t ? by * lengths[ROWS + t]", "s < t ? by * lengths[ROWS + t]")),
+    ("delta_tiles", ("T(column[t] * beta)", "T(column[t])")),
+    ("delta_tiles", ("PA_EXP2(last - sums[lane])", "PA_EXP2(last)")),
+    ("delta_tiles", ("own >= LONG", "own > 48")),
+    ("delta_wide", ("s[tile + n][i] *= whole", "s[tile + n][i] *= 1.0f")),
+    ("delta_wide", ("at + TOKENS == mark", "at == mark")),
+    ("delta_wide", ("out[n][i] *= by[1]", "out[n][i] *= by[0]")),
+    ("delta_wide", ("from_row < -1 ? pool : state", "state")),
+    ("delta_wide", ("stage ^= 1", "stage ^= 0")),
+]
+
+
+def test_long_segments_are_right_on_tensor_cores(host: Host) -> None:
+    for dtype in (mx.bfloat16, mx.float16):
+        assert delta_rule.wide_verdict(dtype, 64, 64) is None
+    assert delta_rule.wide_verdict(mx.bfloat16, 128, 128) is None
+    assert {body for body, _ in host.calls} == {"delta_tiles", "delta_wide"}
+
+
+@pytest.mark.parametrize(("text", "wrong"), WIDE)
+def test_a_wrong_text_of_tensor_cores_is_found(
+    host: Host, text: str, wrong: tuple[str, str]
+) -> None:
+    host.break_by(lambda name, found: found.replace(*wrong) if name == text else found)
+    verdict = delta_rule.wide_verdict(mx.bfloat16, 64, 64)
     assert verdict is not None
     assert " is off by " in verdict
 

@@ -80,6 +80,22 @@ void pa_mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   });
   pa_emu->simd->barrier.wait();
 }
+// Four matrices of 8x8 elements, of which each lane shows a line; transposed, a lane gets pairs of a column.
+const uint16_t* pa_lines[8][32];
+inline void pa_load_matrices(unsigned (&b)[4], const void* from, bool transposed) {
+  if (size_t(from) % 16) std::abort();
+  auto* lines = pa_lines[pa_emu->thread / 32];
+  const int r = (pa_emu->thread & 31) / 4, c = pa_emu->thread % 4 * 2;
+  lines[pa_emu->thread & 31] = (const uint16_t*)from;
+  pa_emu->simd->barrier.wait();
+  for (int i = 0; i < 4; i++) {
+    const auto* of = lines + i * 8;
+    b[i] = transposed ? of[c][r] | unsigned(of[c + 1][r]) << 16 : of[r][c] | unsigned(of[r][c + 1]) << 16;
+  }
+  pa_emu->simd->barrier.wait();
+}
+inline void pa_ldmatrix(unsigned (&b)[4], const void* from) { pa_load_matrices(b, from, false); }
+inline void pa_ldmatrix_trans(unsigned (&b)[4], const void* from) { pa_load_matrices(b, from, true); }
 inline unsigned long long pa_matrix(const void* from) { return (const unsigned char*)from - pa_memory; }
 template <int N>
 struct PaNumber {
