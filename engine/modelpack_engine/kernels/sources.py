@@ -4,8 +4,8 @@ A body uses only `PA_*` macros, which the preamble defines, and the common subse
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `block_tiles`,
-`experts`, `experts_wide`, `adapters_wide`, `delta_tiles`, `delta_wide`, `usable` and `deliver` are
-for CUDA only.
+`experts`, `experts_wide`, `adapters_wide`, `delta_tiles`, `delta_wide`, `state_space_wide`,
+`usable` and `deliver` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Body = Literal[
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
     "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention", "delta_tiles",
-    "delta_wide",
+    "delta_wide", "state_space_wide",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -47,6 +47,9 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "packed": ("x", "weight", "scales", "biases", "bias"),
     "packed_row": ("x", "weight", "scales", "biases", "bias", "more", "norm"),
     "state_space": ("x", "dt", "a", "b", "c", "d", "biases", "state", "pool", "segments", "owners"),
+    "state_space_wide": (
+        "x", "dt", "a", "b", "c", "d", "biases", "state", "pool", "segments", "owners",
+    ),
     "delta_rule": (
         "q", "k", "v", "g", "beta", "rates", "biases", "state", "pool", "segments", "owners",
     ),
@@ -97,6 +100,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "add_norm": ("total", "out"),
     "adapters_norm": ("total", "out"),
     "state_space": ("y", "new_state"),
+    "state_space_wide": ("y", "new_state"),
     "delta_rule": ("y", "new_state"),
     "delta_tiles": ("mixes", "factors"),
     "delta_wide": ("y", "new_state"),
@@ -181,7 +185,7 @@ def kernel_source(
     headers = ["common"]
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "grouped",
-        "block_tiles", "adapters_wide", "delta_tiles", "delta_wide",
+        "block_tiles", "adapters_wide", "delta_tiles", "delta_wide", "state_space_wide",
     ):  # fmt: skip
         headers.append("tensor_cores")
     if body == "packed_row":

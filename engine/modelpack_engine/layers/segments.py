@@ -35,8 +35,8 @@ Rule = Callable[..., tuple[mx.array, mx.array]]
 def example(*prompts: tuple[int, int, int, int]) -> Segments:
     """Return segments of every kind for 9 rows, 2 states and 4 slots, to test a kernel.
 
-    Each of `prompts` adds a segment with rows of its own: its source, its number of rows, and where
-    its state is kept.
+    Each of `prompts` adds a segment with rows of its own: its source, the number of its rows, and
+    the rows after which its state is kept, in which slot.
     """
     runs = [
         [1, 0, 1, 1, 2], [-1, 3, 4, 2, 0], [-3, 1, 2, -1, -1], [0, 0, 0, -1, -1],

@@ -1,6 +1,7 @@
 """Selective state spaces (Mamba-2, https://arxiv.org/abs/2405.21060), for a token or a prompt.
 
-A kernel computes them on GPUs. Elsewhere, a prompt is computed in chunks by matmuls: attention
+Kernels compute them on GPUs: one token by token, and on CUDA one on tensor cores, for steps that
+have prompts. Elsewhere, a prompt is computed in chunks by matmuls: attention
 within a chunk, plus the contribution of the state before it.
 """
 
@@ -25,6 +26,9 @@ from modelpack_engine.layers.segments import (
 )
 
 _SIMDGROUPS = 4
+#: The kernel on tensor cores: its threads, its rows of a chunk, and the most rows of a segment that
+#: it computes row by row.
+_WIDE_THREADS, _CHUNK, _FEW = 128, 64, 16
 
 
 def attend(
@@ -130,15 +134,18 @@ def by_segments(
     d: mx.array,
     states: States,
     segments: Segments,
+    *,
+    wide: bool | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Return the outputs [rows, heads, dim] of a step, and the states after its segments.
 
     `x` is [rows, heads, dim], `dt` float32 [rows, heads], `b` and `c` are [rows, groups, size], `a`
-    is float32 [heads], `d` [heads], the states are float32 [states, heads, dim, size].
+    is float32 [heads], `d` [heads], the states are float32 [states, heads, dim, size]. `wide` runs
+    on tensor cores: the default for steps that have prompts, where the GPU has them.
     """
     rows, groups = x.shape[0], b.shape[1]
     x, b, c = (array.astype(x.dtype).reshape(rows, -1) for array in (x, b, c))
-    return _run(x, b, c, dt, a, d, states, segments, groups, (0, 0, 0))
+    return _run(x, b, c, dt, a, d, states, segments, groups, (0, 0, 0), wide=wide)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,6 +171,8 @@ def of_joint(
     states: States,
     segments: Segments,
     groups: int,
+    *,
+    wide: bool | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Return the results of `by_segments` for `joint` [rows, heads * dim + 2 groups * size].
 
@@ -171,7 +180,9 @@ def of_joint(
     """
     heads, dim, size = states.rows.shape[1:]
     columns = 0, heads * dim, heads * dim + groups * size
-    return _run(joint, joint, joint, projected, a, d, states, segments, groups, columns, steps)
+    return _run(
+        joint, joint, joint, projected, a, d, states, segments, groups, columns, steps, wide=wide
+    )
 
 
 def _run(
@@ -186,33 +197,68 @@ def _run(
     groups: int,
     columns: tuple[int, int, int],
     steps: Steps | None = None,
+    *,
+    wide: bool | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Run the kernel on rows [rows, any], where `x`, `b` and `c` begin at `columns`."""
+    """Run a kernel on rows [rows, any], where `x`, `b` and `c` begin at `columns`."""
     heads, dim, size = states.rows.shape[1:]
     rows, count = x.shape[0], segments.runs.shape[0]
+    inputs = {
+        "x": x, "dt": dt, "a": a, "b": b, "c": c, "d": d,
+        "biases": a if steps is None else steps.biases, "state": states.rows, "pool": states.slots,
+        "segments": segments.runs, "owners": segments.owners,
+    }  # fmt: skip
+    types = [("T", x.dtype), ("E", d.dtype), ("S", dt.dtype)]
+    constants: list[tuple[str, int | bool]] = [
+        ("H", heads), ("P", dim), ("G", groups), ("N", size),
+        ("INPUTS", x.shape[1]), ("GROUPS", b.shape[1]),
+        *zip(("X_AT", "B_AT", "C_AT"), columns, strict=True),
+        ("RAW", steps is not None), ("STEPS", dt.shape[1]),
+        ("DT_AT", steps.first if steps else 0),
+        ("LOW", launch.bits_of(steps.lowest if steps else 0.0)),
+        ("HIGH", launch.bits_of(steps.highest if steps else 0.0)),
+    ]  # fmt: skip
+    shapes = [(rows, heads, dim), (count, heads, dim, size)]
+    dtypes = [x.dtype, mx.float32]
+    # A segment of more than a few rows makes a step's rows outnumber its segments.
+    if wide or (wide is None and rows - count >= _FEW and _fits_wide(x.dtype, dim, size)):
+        width = 32 if dim % 32 == 0 else 16
+        line = size + 8
+        y, new_state = launch.run_on_cuda(
+            "state_space_wide",
+            inputs,
+            x.dtype.size * (width * line + 2 * _CHUNK * (2 * line + width + 8)),
+            template=[*types, *constants, ("WIDTH", width), ("FEW", _FEW)],
+            grid=((count + 1) * heads * (dim // width) * _WIDE_THREADS, 1, 1),
+            threadgroup=(_WIDE_THREADS, 1, 1),
+            output_shapes=shapes,
+            output_dtypes=dtypes,
+        )
+        return y, new_state
     each, units = lanes_of(size, dim)
     y, new_state = launch.run(
         "state_space",
-        [
-            x, dt, a, b, c, d, a if steps is None else steps.biases, states.rows, states.slots,
-            segments.runs, segments.owners,
-        ],
-        [("T", x.dtype), ("E", d.dtype), ("S", dt.dtype)],
-        [
-            ("H", heads), ("P", dim), ("G", groups), ("N", size), ("R", each),
-            ("NSG", _SIMDGROUPS), ("INPUTS", x.shape[1]), ("GROUPS", b.shape[1]),
-            *zip(("X_AT", "B_AT", "C_AT"), columns, strict=True),
-            ("RAW", steps is not None), ("STEPS", dt.shape[1]),
-            ("DT_AT", steps.first if steps else 0),
-            ("LOW", launch.bits_of(steps.lowest if steps else 0.0)),
-            ("HIGH", launch.bits_of(steps.highest if steps else 0.0)),
-        ],
+        [*inputs.values()],
+        types,
+        [*constants, ("R", each), ("NSG", _SIMDGROUPS)],
         threads=(count + 1) * heads * units * 32,
         group=_SIMDGROUPS * 32,
-        shapes=[(rows, heads, dim), (count, heads, dim, size)],
-        dtypes=[x.dtype, mx.float32],
-    )  # fmt: skip
+        shapes=shapes,
+        dtypes=dtypes,
+    )
     return y, new_state
+
+
+def _fits_wide(dtype: mx.Dtype, dim: int, size: int) -> bool:
+    """Return whether the kernel on tensor cores computes such states on this GPU."""
+    return (
+        launch.backend() == "cuda"
+        and dtype in (mx.float16, mx.bfloat16)
+        and dim % 16 == 0
+        and size % 64 == 0
+        and size <= 256
+        and wide_verdict(dtype, dim, size) is None
+    )
 
 
 def one_by_one(
@@ -242,31 +288,45 @@ def one_by_one(
 
 
 def _compare(dtype: mx.Dtype) -> str | None:
+    return _differences(dtype, 8, 64, example(), wide=False)
+
+
+def _compare_wide(dtype: mx.Dtype, dim: int, size: int) -> str | None:
+    """Compare segments of one and several chunks, with marks within and at the ends of chunks."""
+    prompts = (0, 17, -1, -1), (-1, 70, 40, 4), (-3, 64, 64, 5), (1, 135, 100, 6), (-3, 30, 7, 7)
+    return _differences(dtype, dim, size, example(*prompts), wide=True)
+
+
+def _differences(
+    dtype: mx.Dtype, dim: int, size: int, segments: Segments, *, wide: bool
+) -> str | None:
     keys = launch.random_keys(4, 6)
-    rows, heads, dim, groups, size = 9, 4, 8, 2, 64
+    rows, heads, groups = segments.owners.shape[0], 4, 2
     x = mx.random.normal((rows, heads, dim), key=keys[0]).astype(dtype)
     b, c = (mx.random.normal((rows, groups, size), key=i).astype(dtype) for i in keys[1:3])
     dt = mx.random.uniform(0.1, 1, (rows, heads), key=keys[3])
     d = mx.random.normal((heads,), key=keys[4]).astype(dtype)
-    given = mx.random.normal((6, heads, dim, size), key=keys[5])
+    given = mx.random.normal((10 if wide else 6, heads, dim, size), key=keys[5])
     a = -mx.arange(1, heads + 1, dtype=mx.float32) / heads
 
     states = example_states(given)
-    found = by_segments(x, dt, b, c, a, d, states, example())
-    wanted = one_by_one(x, dt, b, c, a, d, states, example())
+    found = by_segments(x, dt, b, c, a, d, states, segments, wide=wide)
+    wanted = one_by_one(x, dt, b, c, a, d, states, segments)
     tolerance = 1e-4 if dtype == mx.float32 else 1e-2
-    if problem := launch.difference(compared(found, states, wanted), tolerance):
+    if problem := launch.difference(compared(found, states, wanted, segments), tolerance):
         return problem
     joint = mx.concatenate([array.reshape(rows, -1) for array in (x, b, c)], axis=1)
     raw = mx.random.normal((rows, 2 + heads), key=keys[3]).astype(dtype)
     steps = Steps(2, mx.arange(heads, dtype=mx.float32) / 4 - 1, 0.3, 1.2)
     dt = mx.clip(nn.softplus(raw[:, 2:].astype(mx.float32) + steps.biases), 0.3, 1.2)
     states = example_states(given)
-    wanted = one_by_one(x, dt, b, c, a, d, states, example())
-    found = of_joint(joint, raw, steps, a, d, states, example(), groups)
-    problem = launch.difference(compared(found, states, wanted), tolerance)
+    wanted = one_by_one(x, dt, b, c, a, d, states, segments)
+    found = of_joint(joint, raw, steps, a, d, states, segments, groups, wide=wide)
+    problem = launch.difference(compared(found, states, wanted, segments), tolerance)
     return problem and f"of joint rows: {problem}"
 
 
-#: None if the kernel computes the same as MLX's operations for a type, otherwise the problem.
+#: None if the kernel computes the same as MLX's operations for a type, otherwise the problem; and
+#: for the kernel on tensor cores, for a type and the sizes of a head and its state.
 verdict = launch.verdict(_compare)
+wide_verdict = launch.verdict(_compare_wide)

@@ -23,7 +23,7 @@ STUBS = Path(__file__).parent / "stubs"
 #: Bodies on tensor cores that stubs stand for.
 ON_TENSOR_CORES: tuple[Body, ...] = (
     "packed", "packed_row", "experts_wide", "block_tiles", "adapters_wide", "delta_tiles",
-    "delta_wide",
+    "delta_wide", "state_space_wide",
 )  # fmt: skip
 Array = npt.NDArray[Any]
 #: An edit of a text, by its name.
@@ -113,7 +113,7 @@ def _compiled(sanitizers: str, source: str, *options: str | Path, name: str = "e
 
 #: Bodies that write snapshots of states in place.
 RECURRENT: tuple[Body, ...] = (
-    "state_space", "delta_rule", "convolve", "linear_attention", "delta_wide",
+    "state_space", "state_space_wide", "delta_rule", "delta_wide", "convolve", "linear_attention",
 )  # fmt: skip
 
 

@@ -104,6 +104,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
 ELEMENTS["delta_wide"] = ELEMENTS["delta_rule"] | {"mixes": "T", "factors": "float"}
+ELEMENTS["state_space_wide"] = ELEMENTS["state_space"]
 
 
 @dataclass(frozen=True)

@@ -358,6 +358,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "delta rule on tensor cores": lambda: delta_rule._compare_wide(BF16, 128, 128),
     "delta rule of wide keys on tensor cores": lambda: delta_rule._compare_wide(BF16, 256, 64),
     "state space": lambda: state_space._compare(BF16),
+    "state space on tensor cores": lambda: state_space._compare_wide(BF16, 64, 128),
+    "state space on tensor cores, 256 states": lambda: state_space._compare_wide(F16, 128, 256),
     "convolution": lambda: convolution._compare(BF16),
     "gated norm": lambda: gated_norm._compare(BF16),
     "linear attention": lambda: linear_attention._compare(BF16),

@@ -35,6 +35,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
             for each in (state_space, delta_rule, convolution, gated_norm, linear_attention)
         ),
         delta_rule.wide_verdict,
+        state_space.wide_verdict,
     ) as found:
         yield found
 
@@ -303,6 +304,97 @@ def test_a_wrong_text_of_tensor_cores_is_found(
     verdict = delta_rule.wide_verdict(mx.bfloat16, 64, 64)
     assert verdict is not None
     assert " is off by " in verdict
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "size"),
+    [(mx.bfloat16, 64, 128), (mx.float16, 48, 64), (mx.bfloat16, 32, 256)],
+    ids=["bf16", "f16, 16 channels a block", "bf16, 256 states"],
+)
+def test_the_text_on_tensor_cores_computes_what_mlx_does(
+    host: Host, dtype: mx.Dtype, dim: int, size: int
+) -> None:
+    assert state_space.wide_verdict(dtype, dim, size) is None
+    assert {body for body, _ in host.calls} == {"state_space_wide"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("PA_EXP2(until[i % 4 / 2])", "1.0f"),
+        ("until[i % 4 / 2] - sums[other]", "until[i % 4 / 2]"),
+        (") * steps[other]", ")"),
+        ("other <= row", "other < row"),
+        ("other <= row", "other <= row + 1"),
+        ("if (base > strip) continue", "if (base > 0) continue"),
+        ("const float decay = PA_EXP2(sums[ROWS - 1])", "const float decay = 1.0f"),
+        ("PA_EXP2(total - to[0])", "1.0f"),
+        ("weights + k", "weights"),
+        ("lane * 2 + i < there ? raw[i]", "true ? raw[i]"),
+        ("RAW && lane * 2 + i < there", "RAW"),
+        ("(lane & mask)", "(lane & 1)"),
+        ("marked < to ? marked : to", "false ? marked : to"),
+        ("to == marked", "false"),
+        ("to == marked", "to - 1 == marked"),
+        ("from < count; stage", "to < count; stage"),
+        ("stage ^= 1", "stage = 0"),
+        ("(source < -1 ? pool : state)", "state"),
+        ("(source != -1)", "(source > 0)"),
+        ("-2 - source", "-1 - source"),
+        ("owners[row] < 0", "false"),
+        ("through * float(given.e[0])", "0.0f"),
+        ("through * float(input[", "0.0f * float(input["),
+        ("cell * decay", "cell"),
+        ("count <= FEW; row++", "false; row++"),
+        ("b + B_AT", "b"),
+        ("c + C_AT + head / (H / G) * N", "c + C_AT"),
+        ("head * P + first, INPUTS", "head * P, INPUTS"),
+        ("RAW ? DT_AT", "RAW ? 0"),
+        ("RAW ? biases[head]", "RAW ? 0.0f"),
+        ("step[i] > pa_float(HIGH)", "false"),
+    ],
+    ids=lambda wrong: f"{wrong[0]} -> {wrong[1]}",
+)
+def test_a_wrong_text_on_tensor_cores_is_found(host: Host, wrong: tuple[str, str]) -> None:
+    def edit(name: str, text: str) -> str:
+        assert wrong[0] in text
+        return text.replace(*wrong)
+
+    host.break_by(edit)
+    verdict = state_space.wide_verdict(mx.float16, 48, 64)
+    assert verdict is not None
+    assert " is off by " in verdict
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "dim", "size", "wide"),
+    [
+        (17, mx.bfloat16, 16, 64, True),
+        (8, mx.bfloat16, 16, 64, False),
+        (1, mx.bfloat16, 16, 64, False),
+        (17, mx.float32, 16, 64, False),
+        (17, mx.bfloat16, 8, 64, False),
+        (17, mx.bfloat16, 16, 32, False),
+        (17, mx.bfloat16, 16, 320, False),
+    ],
+)
+def test_prompts_run_on_tensor_cores(
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    dtype: mx.Dtype,
+    dim: int,
+    size: int,
+    wide: bool,
+) -> None:
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    monkeypatch.setattr(state_space, "wide_verdict", lambda *_: None)
+    monkeypatch.setattr(state_space, "takes", lambda *_: True)
+    x = mx.random.normal((2, tokens, 2, dim)).astype(dtype)
+    b = mx.random.normal((2, tokens, 1, size)).astype(dtype)
+    dt, d = mx.ones((2, tokens, 2)), mx.ones((2,))
+    state_space.attend(x, mx.zeros((2,)), b, b, d, dt, None, 256)
+    assert [body for body, _ in host.calls] == ["state_space_wide" if wide else "state_space"]
 
 
 def test_padding_leaves_the_state_of_the_delta_rule(
