@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 
 from modelpack_engine.attention.metadata import States, StepInputs
 from modelpack_engine.core.buckets import FEW, Buckets
@@ -166,7 +167,8 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     layers = (
         convolution, delta_rule, gated_norm, linear_attention, state_space, kernels, adapters,
     )  # fmt: skip
-    with emulated(monkeypatch, tmp_path, *(layer.verdict for layer in layers)) as found:
+    wide = delta_rule.wide_verdict, state_space.wide_verdict
+    with emulated(monkeypatch, tmp_path, *(layer.verdict for layer in layers), *wide) as found:
         yield found
 
 
@@ -247,3 +249,57 @@ def test_layers_that_are_not_fused(
         continued_from_slots(driver)
     finally:
         runner.undo()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "bodies"),
+    [
+        ("nemotron_h", {"mamba_head_dim": 32, "ssm_state_size": 64}, {"state_space_wide"}),
+        (
+            "qwen3_5",
+            {"linear_key_head_dim": 32, "linear_value_head_dim": 64},
+            {"delta_tiles", "delta_wide"},
+        ),
+    ],
+)
+def test_prompts_on_tensor_cores(
+    host: Host,
+    uncompiled: None,
+    name: str,
+    sizes: dict[str, int],
+    bodies: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In float16, the tokens are those of the kernels that go token by token."""
+    [known] = [each for each in RECURRENT if each.id == name]
+    args = {**known.args, **sizes, "head_dim": 32}
+    specimen = make_specimen(replace(known, args=args))
+    model = specimen.model
+    cast = tree_map(lambda array: array.astype(mx.float16), model.parameters())
+    model.update(cast)
+    monkeypatch.setattr(StepInputs, "begin", None)  # no step runs otherwise
+
+    def tokens() -> list[list[int]]:
+        runner = specimen.make_runner(buckets=FEW, exact=False, compiled=True, self_test=False)
+        try:
+            driver = Driver(runner, Setting(buckets=FEW, exact=False, rows=128))
+            for length in (70, 5, 45):
+                driver.add([(7 * i + length) % 100 for i in range(length)], 4)
+            host.calls.clear()
+            driver.run()
+            continued_from_slots(driver)
+        finally:
+            runner.undo()
+        return driver.tokens
+
+    found = []
+    for wide in (False, True):
+        monkeypatch.setattr(state_space, "_fits_wide", lambda *_, wide=wide: wide)
+        monkeypatch.setattr(
+            delta_rule,
+            "_is_wide",
+            lambda given, *_, wide=wide: wide and given[-1].shape[0] > given[-2].shape[0],
+        )
+        found.append(tokens())
+        assert (bodies <= {body for body, _ in host.calls}) == wide
+    assert found[0] == found[1]
