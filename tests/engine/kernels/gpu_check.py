@@ -17,7 +17,7 @@ from modelpack_engine import kernels
 from modelpack_engine.kernels import AttentionShape, cuda, launch, operations, reference
 from modelpack_engine.kernels.plan import plan_decode
 from modelpack_engine.kernels.quantised import Quantisation
-from modelpack_engine.layers import adapters, blocks
+from modelpack_engine.layers import adapters, blocks, state_space
 from modelpack_engine.layers.blocks import BLOCK_TYPES
 from modelpack_engine.sampling import sampler
 
@@ -288,6 +288,14 @@ def test_kernels_of_adapters_are_right(dtype: str) -> None:
     assert adapters.verdict(DTYPES[dtype]) is None
     if dtype != "f32" and launch.backend() == "cuda":
         assert adapters.wide_verdict(DTYPES[dtype]) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_of_state_spaces_are_right(dtype: str) -> None:
+    assert state_space.verdict(DTYPES[dtype]) is None
+    if dtype != "f32" and launch.backend() == "cuda":
+        for dim, size in ((64, 128), (128, 64), (48, 128), (64, 256)):
+            assert state_space.wide_verdict(DTYPES[dtype], dim, size) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
