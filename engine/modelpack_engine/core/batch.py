@@ -214,7 +214,7 @@ def build_batch(
         prompt_logprob_seqs=tuple(sequence for _, sequence in prompt_rows),
         released=output.released,
         decode_snapshots=_decode_snapshots(output, snapshot_interval, block_size),
-        adapter_slots=rows.adapter_slots if any(slot > 0 for slot in rows.adapter_slots) else [],
+        adapter_slots=rows.adapter_slots if max(rows.adapter_slots, default=0) > 0 else [],
         media_rows=tuple(rows.media_rows),
         windows=tuple(rows.windows),
         rope_positions=rows.rope_positions(),

@@ -409,13 +409,13 @@ class BlockManager:
         if self.window is not None:
             return self._match_window(sequence, self.window)
         indices, first = self._shareable(sequence), len(sequence.block_table)
-        hashes, find = sequence.block_hashes, self.pool.find
+        hashes, pool = sequence.block_hashes, self.pool
         for start in range(indices.start, indices.stop, HASHED_AT_ONCE):
             stop = min(start + HASHED_AT_ONCE, indices.stop)
-            if find(self._hash(sequence, start)) is None:
+            if pool.find(self._hash(sequence, start)) is None:
                 break
             self._hash(sequence, stop - 1)
-            found = list(map(find, hashes[start:stop]))
+            found = pool.find_all(hashes[start:stop])
             known = found.index(None) if None in found else len(found)
             blocks += cast("list[int]", found[:known])
             if known < len(found):
@@ -450,7 +450,7 @@ class BlockManager:
         """Return what `_match` returns, for a window: only the blocks within it must be cached."""
         indices = self._shareable(sequence)
         hashes = [self._hash(sequence, index) for index in indices]
-        found = list(map(self.pool.find, hashes))
+        found = self.pool.find_all(hashes)
         best, first_seen, reach, run = 0, 0, 0, 0
         for count, block in enumerate(found, 1):
             run = 0 if block is None else run + 1
@@ -493,7 +493,7 @@ class BlockManager:
         stop = first + count
         for pool in self.window_pools:
             seen_from = min(self._first_seen(pool, first, count), stop)
-            found = map(pool.find, sequence.block_hashes[seen_from:stop])
+            found = pool.find_all(sequence.block_hashes[seen_from:stop])
             blocks = [block for block in found if block is not None]
             assert len(blocks) == stop - seen_from, "the match said that they are cached"
             pool.share(blocks)
@@ -621,7 +621,7 @@ class BlockManager:
             held = len(blocks)
             hashes = [self._hash(sequence, index) for index in range(start + unseen, restore.stop)]
             # All are held before one is allocated, which might evict one of them.
-            found = list(map(pool.find, hashes))
+            found = pool.find_all(hashes)
             pool.share(block for block in found if block is not None)
             for place, hash_ in enumerate(hashes):
                 block, key = found[place], group_key(hash_, group)
