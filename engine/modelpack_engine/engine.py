@@ -35,6 +35,7 @@ from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.core.batch import build_batch
 from modelpack_engine.core.block_manager import BlockManager, root_hash
+from modelpack_engine.core.buckets import round_down
 from modelpack_engine.core.metrics import StepClock
 from modelpack_engine.core.scheduler import Proposal, Proposed, Scheduler, SchedulerOutput
 from modelpack_engine.errors import RequestError
@@ -168,7 +169,13 @@ class Engine(BaseEngine):
         self._mover = open_offload(self.config, self._runner, self._blocks, model_id)
         limits = self._sizes.scheduler_config(self.config)
         if isinstance(self._runner, PagedRunner) and self._runner.tiles_prompts and not self.vision:
-            limits = replace(limits, buckets=replace(limits.buckets, tile=TILE_ROWS))
+            buckets = limits.buckets
+            limits = replace(
+                limits,
+                buckets=replace(buckets, tile=TILE_ROWS),
+                # All tiles of a step are padded to a bucket.
+                max_num_batched_tokens=round_down(limits.max_num_batched_tokens, buckets.chunk),
+            )
         self._scheduler = Scheduler(
             limits,
             self._blocks,
@@ -409,7 +416,11 @@ class Engine(BaseEngine):
     def _launch(self, scheduled: ScheduledStep | None) -> None:
         """Launch the graph of a step on the device."""
         if scheduled is not None:
-            mx.async_eval(*scheduled.arrays(), *self._runner.pools())
+            try:
+                mx.async_eval(*scheduled.arrays(), *self._runner.pools())
+            except BaseException:
+                self._blocks.forget_content()  # it has the snapshots of this step
+                raise
         self._clock.ended("launch")
 
     def _collect(self) -> StepResult | None:

@@ -19,8 +19,9 @@
   const int start = segment < segments_shape[0] ? segments[segment * 5 + 1] : 0;
   const int count = segment < segments_shape[0] ? segments[segment * 5 + 2] : -1;
   const int marked = segment < segments_shape[0] ? segments[segment * 5 + 3] : -1;
-  constexpr int LONG = 32;  // with WIDE, `delta_wide` computes longer segments
-  if (count >= 0 && !(WIDE && count >= LONG && (marked < 0 || marked % 16 == 0))) {
+  constexpr int LONG = 32;  // with WIDE, `delta_wide` computes longer segments that have rows of their own
+  const bool is_long = WIDE && count >= LONG && (marked < 0 || marked % 16 == 0) && owners[start] == segment;
+  if (count >= 0 && !is_long) {
     const int slot = segments[segment * 5 + 4];
     const PA_DEVICE State* const before = (const PA_DEVICE State*)(source < -1 ? pool : state);
     const size_t from = source < -1 ? -2 - source : source;

@@ -17,8 +17,8 @@
   if (lane == 0) owner[0] = -1;
   PA_SYNC();
   for (int i = lane; i < segments_shape[0]; i += 32) {
-    const int own = segments[i * 5 + 2], from = segments[i * 5 + 1] / ROWS + i, marked = segments[i * 5 + 3];
-    const bool is_long = own >= LONG && (marked < 0 || marked % ROWS == 0);
+    const int own = segments[i * 5 + 2], at = segments[i * 5 + 1], from = at / ROWS + i, marked = segments[i * 5 + 3];
+    const bool is_long = own >= LONG && (marked < 0 || marked % ROWS == 0) && owners[at] == i;
     if (is_long && from <= tile && tile < from + (own + ROWS - 1) / ROWS) owner[0] = i;
   }
   PA_SYNC();

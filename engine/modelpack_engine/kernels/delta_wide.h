@@ -13,7 +13,7 @@
   if (wide < 0) return;
   const int from_row = segments[wide * 5], row0 = segments[wide * 5 + 1], length = segments[wide * 5 + 2];
   const int mark = segments[wide * 5 + 3];
-  if (length < LONG || (mark >= 0 && mark % TOKENS)) return;
+  if (length < LONG || (mark >= 0 && mark % TOKENS) || owners[row0] != wide) return;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, r = lane / 4, c = lane % 4;
   const int column = of_head * DV + own_block % SPLIT * OWN, key_column = of_head / (HV / HK) * DK;
   auto place = [&](size_t index, int tile, int i) {  // of two elements of a state

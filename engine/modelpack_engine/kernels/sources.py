@@ -53,7 +53,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "delta_rule": (
         "q", "k", "v", "g", "beta", "rates", "biases", "state", "pool", "segments", "owners",
     ),
-    "delta_tiles": ("q", "k", "g", "rates", "biases", "segments"),
+    "delta_tiles": ("q", "k", "g", "rates", "biases", "segments", "owners"),
     "delta_wide": (
         "q", "k", "v", "g", "beta", "rates", "biases", "state", "pool", "segments", "owners",
         "mixes", "factors",

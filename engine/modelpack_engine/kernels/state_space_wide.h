@@ -28,6 +28,7 @@
   const int source = segments[segment * 5], start = segments[segment * 5 + 1], count = segments[segment * 5 + 2];
   const int marked = segments[segment * 5 + 3], slot = segments[segment * 5 + 4];
   if (count < 0) return;
+  const bool is_long = count > FEW && owners[start] == segment;  // and has rows of its own
   const float rate = a[head] * 1.44269504f, through = float(d[head]);
 
   float s[TALL][TILES][4];  // as the results of mma: a lane has pairs of columns of channels 8 apart
@@ -56,7 +57,7 @@
     T* const to = narrow + WIDTH * LINE + stage * STAGE;
     const size_t token = (size_t)start + from;
     auto copy = [&](T* lines, const T* given, int pitch, int width) {  // matmuls need all rows, of any numbers
-      for (int at = thread; at < (count > FEW ? ROWS : there) * (width / 8); at += THREADS) {
+      for (int at = thread; at < (is_long ? ROWS : there) * (width / 8); at += THREADS) {
         const int row = at / (width / 8), i = at % (width / 8) * 8;
         pa_copy16(lines + row * (width + 8) + i, given + (token + (row < there ? row : 0)) * pitch + i);
       }
@@ -113,14 +114,14 @@
     const float* const weights = steps + ROWS;
     const int there = to - from, next = to < count ? end_of(to) : to;
     T* const to_y = y + (((size_t)start + from) * H + head) * P + first;
-    PA_UNROLL for (int i = 0; i < PAIRS && count > FEW; i++) {
+    PA_UNROLL for (int i = 0; i < PAIRS && is_long; i++) {
       const float* const cell = s[i / TILES / 2][i % TILES] + i / TILES % 2 * 2;
       *(unsigned*)(narrow + (i / TILES * 8 + r) * LINE + own + i % TILES * 8 + q) = pa_pack<T>(cell[0], cell[1]);
     }
     pa_copies_wait<0>();
     PA_SYNC();  // also: the other stage is no longer read
     if (to < count) load(stage ^ 1, to, next - to);
-    for (int row = 0; row < there && count <= FEW; row++) {
+    for (int row = 0; row < there && !is_long; row++) {
       const float decay = PA_EXP2(rate * steps[row]);
       float* const part = parts + row % 2 * WARPS * WIDTH;
       float found[TALL * 2] = {};
@@ -145,7 +146,7 @@
         to_y[(size_t)row * H * P + thread] = T(sum);
       }
     }
-    if (count > FEW) {
+    if (is_long) {
       // Outputs, of 16 rows by each warp: what the state before the chunk adds.
       unsigned ours[DEPTH][4];
       float acc[TALL * 2][4] = {};

@@ -17,6 +17,7 @@ from modelpack_engine.layers.segments import (
     lanes_of,
     of_batch,
     segment_by_segment,
+    with_proposal,
 )
 
 _SIMDGROUPS = 4
@@ -166,7 +167,7 @@ def _run(
         slots = -(-rows // _TILE) + count
         given += launch.run(
             "delta_tiles",
-            [q, k, g, rates, biases, segments.runs],
+            [q, k, g, rates, biases, segments.runs, segments.owners],
             [("T", v.dtype), ("G", g.dtype)],
             common,
             threads=slots * heads * 32,
@@ -204,7 +205,7 @@ def _is_wide(
     strides = (*columns, *(array.shape[1] for array in (q, k, v)))
     return (
         launch.backend() == "cuda"
-        and v.dtype != mx.float32
+        and v.dtype == mx.bfloat16  # states may exceed the range of float16
         and owners.shape[0] > runs.shape[0]
         and key_dim % 32 == 0
         and dim % _WIDTH == 0
@@ -246,7 +247,7 @@ def _compare(dtype: mx.Dtype) -> str | None:
 
 def _compare_wide(dtype: mx.Dtype, key_dim: int, dim: int) -> str | None:
     prompts = (1, 70, 64, 4), (-3, 40, -1, -1), (-1, 50, 37, 5), (-1, 48, 48, 6)
-    segments = example(*prompts)
+    segments = with_proposal(example(*prompts), 36)
     keys = launch.random_keys(9, 4)
     rows, key_heads, heads = segments.owners.shape[0], 2, 4
     q, k = (mx.random.normal((rows, key_heads, key_dim), key=i).astype(dtype) for i in keys[:2])

@@ -28,6 +28,17 @@ def of_batch(batch: int, tokens: int, *, started: bool) -> Segments:
     return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
 
 
+def with_proposal(segments: Segments, count: int) -> Segments:
+    """Return segments after which a sequence has `count` more rows, and a segment up to each."""
+    runs: Any = segments.runs.tolist()
+    owners: Any = segments.owners.tolist()
+    first = len(owners)
+    for length in range(1, count + 1):
+        owners.append(len(runs))
+        runs.append([0, first, length, -1, -1])
+    return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
+
+
 #: What a layer computes from arrays [1, tokens, …] of one sequence, and its state [1, …].
 Rule = Callable[..., tuple[mx.array, mx.array]]
 

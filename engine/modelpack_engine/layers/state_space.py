@@ -23,6 +23,7 @@ from modelpack_engine.layers.segments import (
     lanes_of,
     of_batch,
     segment_by_segment,
+    with_proposal,
 )
 
 _SIMDGROUPS = 4
@@ -294,7 +295,8 @@ def _compare(dtype: mx.Dtype) -> str | None:
 def _compare_wide(dtype: mx.Dtype, dim: int, size: int) -> str | None:
     """Compare segments of one and several chunks, with marks within and at the ends of chunks."""
     prompts = (0, 17, -1, -1), (-1, 70, 40, 4), (-3, 64, 64, 5), (1, 135, 100, 6), (-3, 30, 7, 7)
-    return _differences(dtype, dim, size, example(*prompts), wide=True)
+    segments = with_proposal(example(*prompts), 18)
+    return _differences(dtype, dim, size, segments, wide=True)
 
 
 def _differences(

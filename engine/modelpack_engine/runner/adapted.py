@@ -156,8 +156,9 @@ class Adapted:
             if found is None:
                 self.snapshots.evict_oldest()
                 found = self._slots.take()
-            if found is not None:
-                self._marks[seq_id] = count, found
+            if found is None:  # what was evicted is still used: the others may be, too
+                break
+            self._marks[seq_id] = count, found
         return self._marks
 
     def _fuse_recurrences(self) -> None:

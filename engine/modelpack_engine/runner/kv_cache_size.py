@@ -249,7 +249,9 @@ def choose_sizes(
     if layout and per_block:
         one_context = _bytes_of_a_request(own, of_groups)
         default = _bytes_of_a_request(own, of_groups, shared=True)
-        others = layout.snapshot_bytes + step_bytes + picture_bytes
+        restored = gpu and (config.kv_offload_dir is not None or bool(config.kv_offload_memory))
+        snapshot_bytes = layout.snapshot_bytes * (1 + restored)  # in slots, and from the offload
+        others = snapshot_bytes + step_bytes + picture_bytes
         budget = _kv_budget(config, default, others, _state_bytes(layout, num_seqs))
         required = asked is not None
         num_blocks, *of_windows = _share_budget(budget, num_seqs, own, of_groups, required=required)

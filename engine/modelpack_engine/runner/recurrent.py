@@ -90,13 +90,18 @@ class SlotSnapshot:
 
     def of(self, state: RecurrentState) -> list[mx.array | None]:
         """Return the arrays of one layer, with batch size 1."""
-        return [array[self.slot : self.slot + 1] for array in state.slots]
+        return [array[self.slot : self.slot + 1] for array in self._written(state)]
 
     def copy(self) -> Snapshot:
         """Return a copy in arrays of its own."""
-        return _copied(
-            {state: list[mx.array | None](state.slots) for state in self._states}, self.slot
-        )
+        arrays = {state: list[mx.array | None](self._written(state)) for state in self._states}
+        return _copied(arrays, self.slot)
+
+    @staticmethod
+    def _written(state: RecurrentState) -> list[mx.array]:
+        """Return the slots of a layer after all writes, which come with new states."""
+        states = [array for array in state.arrays if array is not None]
+        return mx.depends(state.slots, states) if states else state.slots
 
 
 class SnapshotSlots:

@@ -47,7 +47,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "delta_tiles": {
         "q": "T", "k": "T", "g": "G", "rates": "float", "biases": "float", "segments": "int",
-        "mixes": "T", "factors": "float",
+        "owners": "int", "mixes": "T", "factors": "float",
     },
     "convolve": {
         "x": "T", "columns": "int", "weight": "E", "bias": "E", "state": "T", "pool": "T",

@@ -290,9 +290,8 @@ WIDE = [
 
 
 def test_long_segments_are_right_on_tensor_cores(host: Host) -> None:
-    for dtype in (mx.bfloat16, mx.float16):
-        assert delta_rule.wide_verdict(dtype, 64, 64) is None
-    assert delta_rule.wide_verdict(mx.bfloat16, 128, 128) is None
+    for key_dim, dim in ((64, 64), (128, 128)):
+        assert delta_rule.wide_verdict(mx.bfloat16, key_dim, dim) is None
     assert {body for body, _ in host.calls} == {"delta_tiles", "delta_wide"}
 
 
@@ -345,7 +344,7 @@ def test_the_text_on_tensor_cores_computes_what_mlx_does(
         ("through * float(given.e[0])", "0.0f"),
         ("through * float(input[", "0.0f * float(input["),
         ("cell * decay", "cell"),
-        ("count <= FEW; row++", "false; row++"),
+        ("!is_long; row++", "false; row++"),
         ("b + B_AT", "b"),
         ("c + C_AT + head / (H / G) * N", "c + C_AT"),
         ("head * P + first, INPUTS", "head * P, INPUTS"),

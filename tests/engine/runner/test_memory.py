@@ -98,6 +98,17 @@ def test_recurrent_states_leave_less_for_the_kv_cache(gpu: Any) -> None:
         assert abs(sizes[GIB] - sizes[0] // 2) <= LAYOUT.bytes_per_token * 16
 
 
+def test_restored_snapshots_leave_less_for_the_kv_cache(gpu: Any) -> None:
+    gpu(CUDA)
+    layout: Any = SimpleNamespace(**{**vars(LAYOUT), "snapshot_bytes": GIB})
+    sizes = [
+        kv_cache_size.choose_sizes(layout, 1 << 20, EngineConfig(kv_offload_memory=memory))
+        for memory in (None, GIB)
+    ]
+    bytes_of = [found.num_blocks * LAYOUT.bytes_per_token * 16 for found in sizes]
+    assert bytes_of[0] - bytes_of[1] == GIB
+
+
 def test_pictures_that_layers_attend_to_leave_less_for_the_kv_cache(gpu: Any) -> None:
     config, bytes_of_block = EngineConfig(max_num_seqs=1 << 10), LAYOUT.bytes_per_token * 16
     for info in (CUDA, METAL):

@@ -11,7 +11,7 @@ from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout, find_layout
 from modelpack_engine.runner.recurrent import (
     RecurrentState,
@@ -120,6 +120,29 @@ def test_an_engine_shares_prefixes_of_a_recurrent_model(
     assert len({tuple(tokens) for tokens, _ in first}) > 1
     assert [n for _, n in first] == ([0, 0, 48, 48] if caching else [0] * 4)
     assert [n for _, n in again] == ([64] * 4 if caching else [0] * 4)
+
+
+def test_a_step_that_never_ran_leaves_no_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are named when a step is built, which may not be launched, with no other in flight."""
+    loaded = LoadedModel(
+        tiny_mamba(), {"vocab_size": 64}, tiny_tokenizer(), "mamba2", CONTEXT, (), 0
+    )
+    engine = Engine(loaded, EngineConfig(device="cpu", max_num_seqs=4))
+    greedy = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    prompt = [(5 * i + 2) % 64 for i in range(48)]
+    engine.add_request("fails", EngineRequest(prompt, greedy))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "async_eval", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.step()
+    engine.fail_all("it failed")
+    snapshots = engine._blocks.snapshots
+    assert snapshots is not None
+    assert len(snapshots) == 0
 
 
 def test_snapshots_are_few_where_states_are_large() -> None:
