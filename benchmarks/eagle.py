@@ -32,6 +32,7 @@ blas.prepare()  # before MLX is imported
 # isort: split
 import mlx.core as mx
 import mlx.optimizers as optimizers
+import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from modelpack_engine.config import EngineConfig
@@ -39,6 +40,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.models.eagle import EagleHead, HeadConfig, load_head
 from modelpack_engine.patches.lora import dense_weight
+from modelpack_engine.platform.device import total_memory
 from modelpack_engine.request import EngineRequest, SamplingParams
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -51,6 +53,14 @@ Compare {} with something similar.|What are common mistakes with {}?|Describe {}
 How do I get started with {}?|Write a dialogue between two friends about {}.
 What is the future of {}?|Write a Python function that has to do with {}.
 Give an example of {} from everyday life.|Write an essay on {}.
+Who should know about {}, and why?|Write a blog post about {}.|What should I know about {}?
+What questions do people ask about {}?|Make a plan to learn about {}.|Write a speech about {}.
+Give three reasons to care about {}.|Tell me a joke about {}.|What is your opinion on {}?
+Describe a day that has to do with {}.|How has {} changed over time?|Write a letter about {}.
+Explain the basic ideas behind {}.|What problems come with {}?|Introduce {} to beginners.
+What are the most important facts about {}?|Write a product description related to {}.
+Suggest a title and an outline for a talk on {}.|How can I teach {} to a class?
+Write a news report about {}.
 """.strip()
     .replace("\n", "|")
     .split("|")
@@ -66,6 +76,28 @@ gravity|music theory|healthy food|the French Revolution|saving energy|a small vi
 computers|stress|elections|dinosaurs|earthquakes|fashion|trains|insurance|the stock market|birds
 recursion|a dragon|school|photography|marketing|rivers|cats|vitamins|water|the printing press
 teamwork|desert animals|Mars|knitting|encryption|a haunted house|parenting|honesty|the piano|maps
+glaciers|the wheel|hiking|pasta|neural networks|the Vikings|snow|poker|chocolate|tornadoes|grammar
+the lungs|buses|farming|opera|galaxies|taxes|dreams|neighbours|email|pizza|cycling|voting|horses
+geometry|coral reefs|drones|forests|sculpture|tennis|helicopters|memory|antibiotics|museums|roses
+negotiation|spreadsheets|stars|canyons|wine|rock climbing|a stolen ring|parallel worlds|a castle
+ants|tunnels|binary search|a first day at work|magnets|rhythm|breakfast|the Industrial Revolution
+insulation|a fishing town|poetry|smartphones|anxiety|parliament|fossils|floods|shoes|ships|pensions
+inflation|owls|graphs|a wizard|university|film|waterfalls|rabbits|protein|soap|the telegraph
+conflict at work|whales|Jupiter|sewing|passwords|a ghost ship|adoption|courage|the guitar|compasses
+algebra|the Aztecs|batteries|camping|cloud computing|crime novels|customer service|dance|debt
+deserts|diplomacy|drawing|ecosystems|electricity|energy drinks|ethics|evolution|fire|fishing|flutes
+fractions|garlic|genes|glass|gold|habits|hospitals|houses|humour|ice cream|immigration|insects
+islands|jealousy|journalism|justice|kites|lakes|lawyers|lenses|light|lions|logic|loneliness
+medicine|meteors|mice|milk|mirrors|monkeys|motivation|mushrooms|myths|nutrition|oil
+online shopping|oxygen|paper|patience|pets|philosophy|planets|plastic|plumbing|pottery|probability
+psychology|puzzles|radio|rainbows|reading|refrigerators|religion|restaurants|rice farming|rockets
+roads|salt|satellites|savings|science fiction|seasons|sharks|silence|singing|skiing|soil|sound
+spices|spiders|statistics|steel|storms|sugar|surgery|surprise|teachers|telescopes|television
+the alphabet|the calendar|the Cold War|the desert|the eye|the Great Wall|the immune system
+the kitchen|the law|the moon landing|the Olympics|the periodic table|the Renaissance|the sky
+the skin|theatre|thunder|tigers|time management|tomatoes|tourism|toys|traffic|translation|trust
+turtles|typewriters|umbrellas|unit tests|video games|violence|viruses|volunteering|walking
+wallpaper|war|web pages|weddings|weeds|wheat|wind|windows|wolves|woodwork|work from home|zoos
 """.strip()
     .replace("\n", "|")
     .split("|")
@@ -119,7 +151,7 @@ def outputs(
     chooser.shuffle(pairs)
     config = EngineConfig(
         device=device(), max_model_len=1024, self_test=False, warm_up=False,
-        max_num_seqs=256 if device() == "gpu" else 16, max_waiting=count,
+        max_num_seqs=512 if device() == "gpu" else 16, max_waiting=count,
         speculative_method="none",
     )  # fmt: skip
     engine = Engine(loaded, config)
@@ -128,8 +160,9 @@ def outputs(
         request, subject = pairs[number % len(pairs)]
         prompt = loaded.tokenizer.encode(chat(request.format(subject)))
         params = SamplingParams(
-            max_tokens=tokens, temperature=(0, 0.7, 1)[number % 3], seed=number, ignore_eos=False
-        )
+            max_tokens=tokens, temperature=(0, 0.7, 0, 1)[number % 4], seed=number,
+            ignore_eos=number % 8 < 2,  # the measurement goes on after an end
+        )  # fmt: skip
         engine.add_request(str(number), EngineRequest(prompt, params))
         found[str(number)] = (prompt, [])
     while engine.has_work and time.monotonic() < until:
@@ -260,67 +293,122 @@ def unrolled_loss(
 def train(args: argparse.Namespace) -> None:
     begun = time.monotonic()
     loaded = target(args.model, dense=True)  # large matmuls of packed weights are slow
-    pairs = outputs(loaded, args.prompts, args.tokens, begun + 0.45 * args.seconds)
+    pairs = outputs(loaded, args.prompts, args.tokens, begun + args.generation)
+    mx.clear_cache()
+    if device() == "gpu":
+        mx.set_memory_limit(int(0.9 * total_memory()))  # the engine's has no room for the states
     said = sum(len(answer) for _, answer in pairs)
     print(f"{said} tokens generated in {time.monotonic() - begun:.0f} s", flush=True)
     counts = Counter(token for prompt, answer in pairs for token in prompt + answer)
     ids = [token for token, _ in counts.most_common(args.vocabulary)]
     ids += [token for token in range(args.vocabulary) if token not in counts]
     ids = sorted(ids[: args.vocabulary])
-    covered = sum(counts[token] for token in ids) / counts.total()
+    before = None
+    if args.start is not None:
+        before = load_head(ModelFiles.from_directory(args.start))
+        ids = np.array(before.token_ids(mx.arange(args.vocabulary))).tolist()
     head = first_head(loaded, ids)
+    if before is not None:
+        head.update(before.parameters())
+        head.set_dtype(mx.float32)
+    covered = sum(counts[token] for token in ids) / counts.total()
     kind = mx.bfloat16 if device() == "gpu" else mx.float32
-    draft = mx.array(ids)
     inner: Any = loaded.model["model"]
-    rows = inner.embed_tokens(draft).astype(kind)
-    optimizer = optimizers.AdamW(learning_rate=args.rate, weight_decay=0.0, betas=[0.9, 0.95])
+    rows = inner.embed_tokens(mx.array(ids)).astype(kind)
+    optimizer = optimizers.AdamW(
+        learning_rate=args.rate, weight_decay=args.decay, betas=[0.9, 0.95]
+    )
     head.freeze(keys=["d2t"], recurse=False)
 
-    def loss(weights: Any, tokens: mx.array, mask: mx.array) -> Any:
+    def loss(
+        weights: Any, tokens: mx.array, states: mx.array, last: mx.array, mask: mx.array
+    ) -> Any:
         head.update(tree_map(lambda array: array.astype(kind), weights))
-        states, last = studied(loaded, head.config, tokens)
-        wanted = mx.softmax((last[:, 1:-1].astype(kind) @ rows.T).astype(mx.float32), axis=-1)
+        wanted = mx.softmax((last[:, 1:-1] @ rows.T).astype(mx.float32), axis=-1)
         embedded = inner.embed_tokens(tokens[:, 1:-1]).astype(kind)
-        found, right = unrolled_loss(
-            head, embedded, mx.stop_gradient(states[:, :-2].astype(kind)),
-            mx.stop_gradient(wanted), mask[:, 1:-1], args.unrolled,
-        )  # fmt: skip
-        return found, right
+        return unrolled_loss(
+            head, embedded, states[:, :-2], mx.stop_gradient(wanted), mask[:, 1:-1], args.unrolled
+        )
 
     weights = head.trainable_parameters()
     optimizer.init(weights)
     gradient = mx.value_and_grad(loss)
-    rows_of = []
+
+    @mx.compile
+    def step(weights: Any, state: Any, *batch: mx.array) -> Any:
+        optimizer.state = state
+        (found, right), slopes = gradient(weights, *batch)
+        slopes, _ = optimizers.clip_grad_norm(slopes, 1.0)
+        weights = optimizer.apply_gradients(slopes, weights)
+        return weights, optimizer.state, found, right
+
+    tokens_of, masks = [], []
     for prompt, answer in pairs:
         tokens = (prompt + answer)[: args.length]
         mask = [0.0] * (len(prompt) - 1) + [1.0] * (len(tokens) - len(prompt) + 1)
         padding = args.length - len(tokens)
         if len(tokens) > len(prompt) + 8:
-            rows_of.append((tokens + [0] * padding, mask + [0.0] * padding))
-    chooser, number, shown = random.Random(2), 0, time.monotonic()
-    started = time.monotonic()
+            tokens_of.append(tokens + [0] * padding)
+            masks.append(mask + [0.0] * padding)
+    # The model's states do not change: computed once.
+    held, arrays = min(args.held, len(tokens_of) // 2), []
+    for at in range(0, len(tokens_of), args.batch):
+        batch = mx.array(tokens_of[at : at + args.batch], mx.int32)
+        states, last = studied(loaded, head.config, batch)
+        arrays.append((states.astype(kind), last.astype(kind)))
+        mx.eval(arrays[-1])
+    data = (
+        mx.array(tokens_of, mx.int32), mx.concatenate([states for states, _ in arrays]),
+        mx.concatenate([last for _, last in arrays]), mx.array(masks),
+    )  # fmt: skip
+    mx.eval(data)
+    del arrays
+    mx.clear_cache()
+
+    def evaluated() -> str:
+        """Return the shares of right tokens in rows that are not trained on."""
+        parts = []
+        for at in range(0, held, args.batch):
+            some = mx.arange(at, min(at + args.batch, held))
+            parts.append(loss(weights, *(array[some] for array in data))[1])
+            mx.eval(parts[-1])
+        shares: Any = mx.mean(mx.stack(parts), axis=0).tolist()
+        return " ".join(f"{value:.3f}" for value in shares)
+
+    chooser, number = random.Random(2), 0
+    started = shown = time.monotonic()
+    print(f"{len(tokens_of)} rows, prepared after {started - begun:.0f} s", flush=True)
     left = args.seconds - (started - begun)
+    state, found = optimizer.state, mx.array(0.0)
+    order: list[int] = []
     while number < args.steps:
         progress = max(number / args.steps, (time.monotonic() - started) / max(left, 1))
         if progress >= 1:
             break
-        warm = min(1.0, (number + 1) / 30)
-        optimizer.learning_rate = (
-            args.rate * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
+        warm = min(1.0, (number + 1) / 100)
+        state["learning_rate"] = mx.array(
+            args.rate * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         )
-        some = chooser.sample(rows_of, min(args.batch, len(rows_of)))
-        batch = mx.array([tokens for tokens, _ in some], mx.int32)
-        counted = mx.array([mask for _, mask in some])
-        (found, right), slopes = gradient(weights, batch, counted)
-        slopes, _ = optimizers.clip_grad_norm(slopes, 1.0)
-        weights = optimizer.apply_gradients(slopes, weights)
-        mx.eval(found, right, weights, optimizer.state)
+        if len(order) < args.batch:
+            order = chooser.sample(range(held, len(tokens_of)), len(tokens_of) - held)
+        some, order = mx.array(order[-args.batch :]), order[: -args.batch]
+        last_loss = found
+        weights, state, found, right = step(weights, state, *(array[some] for array in data))
+        mx.async_eval(weights, state, found, right)
+        mx.eval(last_loss)  # at most two steps are on their way
         number += 1
-        if number == 1 or time.monotonic() - shown > 15:
+        if number == 1:  # compiling took its time
+            mx.eval(found)
+            started = time.monotonic()
+        if number == 1 or time.monotonic() - shown > 20:
             shown = time.monotonic()
             accurate = " ".join(f"{value:.3f}" for value in right.tolist())
-            spent, value = shown - started, found.item()
-            print(f"step {number} {spent:.0f} s: loss {value:.3f}, right {accurate}", flush=True)
+            print(
+                f"step {number} {shown - started:.0f} s: loss {found.item():.3f}, "
+                f"right {accurate}, others {evaluated()}",
+                flush=True,
+            )
+    print(f"step {number}: others {evaluated()}", flush=True)
     head.update(weights)
     print(f"{number} steps, {covered:.1%} of tokens are in the draft vocabulary", flush=True)
     save(head, args.head, loaded)
@@ -437,14 +525,18 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("train")
     one.add_argument("head", type=Path)
-    one.add_argument("--seconds", type=float, default=200)
-    one.add_argument("--steps", type=int, default=5000)
-    one.add_argument("--prompts", type=int, default=3600)
+    one.add_argument("--start", type=Path, help="a head to train further")
+    one.add_argument("--seconds", type=float, default=300)
+    one.add_argument("--generation", type=float, default=90, help="seconds of them")
+    one.add_argument("--steps", type=int, default=100_000)
+    one.add_argument("--prompts", type=int, default=20_000)
     one.add_argument("--tokens", type=int, default=240)
     one.add_argument("--length", type=int, default=288)
     one.add_argument("--batch", type=int, default=32)
     one.add_argument("--rate", type=float, default=5e-4)
-    one.add_argument("--unrolled", type=int, default=3)
+    one.add_argument("--decay", type=float, default=0.01)
+    one.add_argument("--held", type=int, default=128, help="rows that are not trained on")
+    one.add_argument("--unrolled", type=int, default=4)
     one.add_argument("--vocabulary", type=int, default=8192)
     one.set_defaults(call=train)
     two = commands.add_parser("measure")
