@@ -473,48 +473,55 @@ def timed(engine: Engine, loaded: LoadedModel, prompts: list[str], tokens: int) 
 
 
 def measure(args: argparse.Namespace) -> None:
-    loaded = target(args.model)
+    """Print what each way of proposing makes of the speed; rounds have all ways in turn.
+
+    A machine's speed may change by half within minutes, so a round is compared with itself.
+    """
     asked = [REQUESTS[n % len(REQUESTS)].format(subject) for n, subject in enumerate(UNSEEN)]
     workloads = {"chat": [chat(text) for text in asked], "edit": edits(len(asked))}
-    cases: list[tuple[str, int | None, Path | None]] = [("none", None, None), ("ngram", 8, None)]
-    cases += [("eagle3", count, args.head) for count in args.num_tokens]
+    cases: dict[str, tuple[Engine, LoadedModel]] = {}
+
+    def add(name: str, method: str, count: int | None, path: Path | None) -> None:
+        loaded = target(args.model)
+        head = None if path is None else load_head(ModelFiles.from_directory(path))
+        config = EngineConfig(
+            device=device(), max_num_seqs=8, max_model_len=2048, self_test=False,
+            speculative_method=method, num_speculative_tokens=count,  # type: ignore[arg-type]
+            speculative_disable_by_batch_size=8, draft_model=path, backend="mlx",
+            enable_prefix_caching=False, kv_cache_bytes=1 << 29,
+        )  # fmt: skip
+        cases[name] = Engine(loaded, config, draft=head), loaded
+
+    add("none", "none", None, None)
+    add("ngram", "ngram", None, None)
+    for count in args.num_tokens:
+        add(f"eagle3, {count}", "eagle3", count, args.head)
     print("| workload | streams | proposed by | tokens/s | speed-up | accepted | same text |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for streams in args.streams:
-        plain: dict[str, list[dict[str, Any]]] = {}
-        for method, count, path in cases:
-            head = None if path is None else load_head(ModelFiles.from_directory(path))
-            config = EngineConfig(
-                device=device(), max_num_seqs=8, max_model_len=2048, self_test=False,
-                speculative_method=method, num_speculative_tokens=count,  # type: ignore[arg-type]
-                speculative_disable_by_batch_size=8, draft_model=path, backend="mlx",
-                enable_prefix_caching=False,
-            )  # fmt: skip
-            engine = Engine(loaded, config, draft=head)
-            for name, prompts in workloads.items():
-                groups = [
-                    prompts[at : at + streams] for at in range(0, args.rounds * streams, streams)
-                ]
+        for workload, prompts in workloads.items():
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
+            for engine, loaded in cases.values():
                 timed(engine, loaded, prompts[-streams:], args.tokens)  # shapes
-                found = [timed(engine, loaded, group, args.tokens) for group in groups]
-                reference = plain.setdefault(name, found)
-                gains = [
-                    one["rate"] / other["rate"] for one, other in zip(found, reference, strict=True)
-                ]
-                same = sum(
-                    one["text"] == other["text"]
-                    for one, other in zip(found, reference, strict=True)
-                )
-                by = method if count is None else f"{method}, {count}"
+            for at in range(0, args.rounds * streams, streams):
+                for name, (engine, loaded) in cases.items():
+                    found[name].append(
+                        timed(engine, loaded, prompts[at : at + streams], args.tokens)
+                    )
+            for name, rounds in found.items():
+                pairs = list(zip(rounds, found["none"], strict=True))
+                gains = [one["rate"] / other["rate"] for one, other in pairs]
+                same = sum(one["text"] == other["text"] for one, other in pairs)
                 print(
-                    f"| {name} | {streams} | {by} | "
-                    f"{statistics.median(one['rate'] for one in found):.0f} | "
+                    f"| {workload} | {streams} | {name} | "
+                    f"{statistics.median(one['rate'] for one in rounds):.0f} | "
                     f"{statistics.median(gains):.2f} ({min(gains):.2f} … {max(gains):.2f}) | "
-                    f"{statistics.mean(one['accepted'] for one in found):.2f} | "
-                    f"{same} of {len(found)} |",
+                    f"{statistics.mean(one['accepted'] for one in rounds):.2f} | "
+                    f"{same} of {len(rounds)} |",
                     flush=True,
                 )
-            engine.close()
+    for engine, _ in cases.values():
+        engine.close()
 
 
 def main() -> None:
