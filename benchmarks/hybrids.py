@@ -13,7 +13,7 @@ gets the first 32 requests, and computes one prompt at a time.
 Loads: 128 requests of load M's lengths (prompts of 64-1024 tokens, responses of 32-256), 64 at a
 time, after a round that warms up; one stream of 256 tokens; and first tokens of 64 prompts of 4,096
 tokens that arrive at once, new ones and then some that share 90 % with one that was computed
-before. Prints a JSON object for each model.
+before, twice. Prints a JSON object for each model.
 """
 
 from __future__ import annotations
@@ -153,23 +153,31 @@ def first_tokens(engine: Engine, prompts: list[list[int]], name: str) -> float:
     return statistics.median(found.values())
 
 
-def shared_prefix(engine: Engine) -> dict[str, float]:
-    """Return the p50 of first tokens without and with a common prefix, and their ratio."""
+def shared_prefix(engine: Engine) -> dict[str, list[float]]:
+    """Return the p50 of first tokens without and with a common prefix, and their ratio, twice.
+
+    At first, shapes of steps are new.
+    """
     draw = random.Random(11)
+    found: dict[str, list[float]] = {}
 
     def tokens(count: int) -> list[int]:
         return [draw.randrange(100, VOCABULARY) for _ in range(count)]
 
-    common = tokens(PROMPT * 9 // 10)
-    cold = first_tokens(engine, [tokens(PROMPT) for _ in range(AT_ONCE)], "cold")
-    first_tokens(engine, [common], "prefix")
-    sharing = [common + tokens(PROMPT - len(common)) for _ in range(AT_ONCE)]
-    warm = first_tokens(engine, sharing, "warm")
-    return {
-        "first_token_cold_s": round(cold, 3),
-        "first_token_shared_s": round(warm, 3),
-        "ratio_shared": round(warm / cold, 3),
-    }
+    for number in range(2):
+        common = tokens(PROMPT * 9 // 10)
+        new = [tokens(PROMPT) for _ in range(AT_ONCE)]
+        cold = first_tokens(engine, new, f"cold-{number}")
+        first_tokens(engine, [common], f"prefix-{number}")
+        sharing = [common + tokens(PROMPT - len(common)) for _ in range(AT_ONCE)]
+        warm = first_tokens(engine, sharing, f"warm-{number}")
+        for name, value in (
+            ("first_token_cold_s", cold),
+            ("first_token_shared_s", warm),
+            ("ratio_shared", warm / cold),
+        ):
+            found.setdefault(name, []).append(round(value, 3))
+    return found
 
 
 def measure(name: str, model: Any, *, peers: bool) -> dict[str, Any]:
