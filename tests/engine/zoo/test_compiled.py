@@ -28,6 +28,7 @@ from modelpack_engine.layers import (
 from modelpack_engine.patches.lora import LoRALayers
 from modelpack_engine.patches.recurrent import KNOWN
 from modelpack_engine.runner import adapted
+from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.paged import CompiledSteps
 from modelpack_engine.runner.recurrent import SlotSnapshot
 from tests.engine.kernels.onhost import Host, emulated
@@ -118,6 +119,32 @@ def test_prompts_and_tokens_in_one_step(
         assert driver.scheduler.stats().num_preemptions > 0
         assert driver.scheduler.stats().cached_tokens > 0
         continued_from_slots(driver)
+    finally:
+        runner.undo()
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "kimi_linear"])
+def test_slots_that_are_fewer_than_prompts(
+    name: str, uncompiled: None, by_segments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Snapshots are evicted for others, also while prompts continue from them."""
+    monkeypatch.setattr(ModelLayout, "num_snapshots", 4)
+    [known] = [each for each in RECURRENT if each.id == name]
+    found = make_specimen(known)
+    runner = found.make_runner(buckets=BUCKETS, exact=False, compiled=True, self_test=False)
+    try:
+        driver = Driver(runner, Setting(buckets=BUCKETS, exact=False, rows=64))
+        texts = [[(5 * i + start) % 90 + 1 for i in range(40)] for start in range(6)]
+        for text in [*texts, *texts[3:], *texts[4:], *texts]:
+            driver.add(text, 5)
+            driver.step()
+        driver.run()
+        by_text = {tuple(each.prompt_token_ids): each.output_token_ids for each in driver.sequences}
+        assert len(by_text) == len(texts)
+        for sequence in driver.sequences:
+            assert sequence.output_token_ids == by_text[tuple(sequence.prompt_token_ids)]
+        assert 0 < len(runner.snapshots) <= 3
+        assert driver.scheduler.stats().cached_tokens > 0
     finally:
         runner.undo()
 
