@@ -213,7 +213,9 @@ def first_head(loaded: LoadedModel, draft_ids: list[int]) -> EagleHead:
     return head
 
 
-def studied(loaded: LoadedModel, config: HeadConfig, ids: mx.array) -> tuple[mx.array, mx.array]:
+def hidden_states(
+    loaded: LoadedModel, config: HeadConfig, ids: mx.array
+) -> tuple[mx.array, mx.array]:
     """Return the hidden states that the head reads and the last ones [batch, tokens, …]."""
     inner: Any = loaded.model["model"]
     hidden, inputs = inner.embed_tokens(ids), {}
@@ -354,7 +356,7 @@ def train(args: argparse.Namespace) -> None:
     held, arrays = min(args.held, len(tokens_of) // 2), []
     for at in range(0, len(tokens_of), args.batch):
         batch = mx.array(tokens_of[at : at + args.batch], mx.int32)
-        states, last = studied(loaded, head.config, batch)
+        states, last = hidden_states(loaded, head.config, batch)
         arrays.append((states.astype(kind), last.astype(kind)))
         mx.eval(arrays[-1])
     data = (
@@ -534,7 +536,9 @@ def main() -> None:
     one.add_argument("head", type=Path)
     one.add_argument("--start", type=Path, help="a head to train further")
     one.add_argument("--seconds", type=float, default=300)
-    one.add_argument("--generation", type=float, default=90, help="seconds of them")
+    one.add_argument(
+        "--generation", type=float, default=90, help="seconds of --seconds that generate text"
+    )
     one.add_argument("--steps", type=int, default=100_000)
     one.add_argument("--prompts", type=int, default=20_000)
     one.add_argument("--tokens", type=int, default=240)

@@ -95,8 +95,8 @@ class Segments:
 class States:
     """The states before the segments of a step, [states, …], and `slots` of snapshots, [slots, …].
 
-    Kernels write snapshots in place: the order of writes and reads is that of the states, which
-    each step computes from those of the step before.
+    Kernels write snapshots in place, which MLX does not track. Writes and reads are ordered because
+    each step computes its states from those of the step before.
     """
 
     rows: mx.array

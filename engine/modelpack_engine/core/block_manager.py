@@ -680,9 +680,10 @@ class BlockManager:
         return ends[0] - sequence.num_computed_tokens
 
     def snapshot_of(self, sequence: Sequence, length: int) -> tuple[int, bytes] | None:
-        """Return where the next chunk of a prompt takes a snapshot: after how many of its tokens.
+        """Return after how many tokens the next chunk of a prompt takes a snapshot, and its hash.
 
-        The hash is that of the block before. `length` is that of the chunk.
+        The hash is that of the block that ends there. None stands for no snapshot. A chunk of
+        `length` tokens that completes a prompt, with a block, takes one there if it has no other.
         """
         if self.snapshots is None:
             return None
@@ -696,9 +697,9 @@ class BlockManager:
     def _snapshot_places(self, sequence: Sequence, length: int) -> list[int]:
         """Return the first positions of snapshots in a prompt's next `length` tokens.
 
-        They are at the end of the last full block, for requests that continue the prompt, where the
-        prompt leaves a cached prefix that has no snapshot, for requests that share this prefix, and
-        at multiples of `snapshot_interval`.
+        They are at the end of the last full block before the last token, for requests that continue
+        the prompt, where the prompt leaves a cached prefix that has no snapshot, for requests that
+        share this prefix, and at multiples of `snapshot_interval`.
         """
         start, interval = sequence.num_computed_tokens, self.snapshot_interval
         ends = {sequence.branch, self._last_shareable(sequence)}

@@ -1,5 +1,5 @@
   // Short causal convolutions of each channel, for the rows of several sequences; a thread takes V
-  // channels of a row, or of a row of a state. `segments` are as in layers/segments.py.
+  // channels of a row, or of a row of a state. `segments` is `Segments.runs` of attention/metadata.py.
   //   x [SKIP + rows, WIDTH] T   columns [C / V] int: the first of V columns of x   weight [C, K] E   bias [C] E, if BIAS
   //   state [states, K - 1, C] T   pool [slots, K - 1, C] T, written in place
   //   segments [segments, 5] int   owners [rows] int

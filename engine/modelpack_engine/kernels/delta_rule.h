@@ -1,5 +1,5 @@
   // The gated delta rule (https://arxiv.org/abs/2412.06464), token by token. LANES lanes share a row of
-  // a head's state, which stays in registers, and have R rows. `segments` are as in layers/segments.py.
+  // a head's state, which stays in registers, and have R rows. `segments` is `Segments.runs` of attention/metadata.py.
   //   q, k [rows, KEYS] T: HK * DK columns from Q_AT and K_AT on   v [rows, VALUES] T: HV * DV from V_AT on
   //   beta [rows, HV] float   If RAW, g and beta are [rows, SCALARS] G, from G_AT and BETA_AT on: heads in
   //   groups of PER, g after beta; g = exp(rates * softplus(g + biases)), and beta = sigmoid(beta).
@@ -19,7 +19,7 @@
   const int start = segment < segments_shape[0] ? segments[segment * 5 + 1] : 0;
   const int count = segment < segments_shape[0] ? segments[segment * 5 + 2] : -1;
   const int marked = segment < segments_shape[0] ? segments[segment * 5 + 3] : -1;
-  constexpr int LONG = 32;  // with WIDE, `delta_wide` computes longer segments that have rows of their own
+  constexpr int LONG = 32;  // with WIDE, `delta_wide` computes such segments, if they own their rows
   const bool is_long = WIDE && count >= LONG && (marked < 0 || marked % 16 == 0) && owners[start] == segment;
   if (count >= 0 && !is_long) {
     const int slot = segments[segment * 5 + 4];

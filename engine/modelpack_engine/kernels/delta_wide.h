@@ -1,6 +1,6 @@
-  // The long segments of the gated delta rule, tile by tile of 16 rows, on tensor cores (CUDA only); the blocks
-  // after those of `delta_rule`, which come before and compute the other segments. A warp has 16 rows of a head's
-  // state, as float32 in registers; operands of matmuls have 16 bits.
+  // The gated delta rule of long segments, in tiles of 16 rows on tensor cores (CUDA only). It follows the text of
+  // `delta_rule`, by which the first blocks compute the other segments. A warp has 16 rows of a head's state, as
+  // float32 in registers; operands of matmuls have 16 bits.
   //   mixes, factors: of `delta_tiles`
   constexpr int TOKENS = 16, WARPS = 4, OWN = WARPS * 16, SPLIT = DV / OWN, LINE = DK + 8, SHORT = OWN + 8, DEEP = DK / 8;
   constexpr int STAGE = TOKENS * (2 * LINE + SHORT);
@@ -9,11 +9,11 @@
   T* const stages = (T*)memory;
   const int own_block = PA_X - ((segments_shape[0] + 1) * HV * UNITS + NSG - 1) / NSG;
   if (own_block < 0) return;
-  const int wide = segments_shape[0] - 1 - own_block / (SPLIT * HV), of_head = own_block / SPLIT % HV;
-  if (wide < 0) return;
-  const int from_row = segments[wide * 5], row0 = segments[wide * 5 + 1], length = segments[wide * 5 + 2];
-  const int mark = segments[wide * 5 + 3];
-  if (length < LONG || (mark >= 0 && mark % TOKENS) || owners[row0] != wide) return;
+  const int long_segment = segments_shape[0] - 1 - own_block / (SPLIT * HV), of_head = own_block / SPLIT % HV;
+  if (long_segment < 0) return;
+  const int from_row = segments[long_segment * 5], row0 = segments[long_segment * 5 + 1], length = segments[long_segment * 5 + 2];
+  const int mark = segments[long_segment * 5 + 3];
+  if (length < LONG || (mark >= 0 && mark % TOKENS) || owners[row0] != long_segment) return;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, r = lane / 4, c = lane % 4;
   const int column = of_head * DV + own_block % SPLIT * OWN, key_column = of_head / (HV / HK) * DK;
   auto place = [&](size_t index, int tile, int i) {  // of two elements of a state
@@ -52,7 +52,7 @@
   };
   load(0, 0);
   for (int at = 0, stage = 0; at < length; at += TOKENS, stage ^= 1) {
-    const size_t cell = ((size_t)(row0 / TOKENS + wide + at / TOKENS) * HV + of_head);
+    const size_t cell = ((size_t)(row0 / TOKENS + long_segment + at / TOKENS) * HV + of_head);
     const T* const mix = mixes + cell * 2 * TOKENS * TOKENS;
     const float* const factor = factors + cell * 4 * TOKENS;
     unsigned mixed[2][2][2];
@@ -116,6 +116,6 @@
         pa_mma<T>(s[tile + n], a, b[n * 2], b[n * 2 + 1]);
       }
     }
-    if (at + TOKENS == mark) store((float*)pool, segments[wide * 5 + 4]);
+    if (at + TOKENS == mark) store((float*)pool, segments[long_segment * 5 + 4]);
   }
-  store(new_state, wide);
+  store(new_state, long_segment);

@@ -1,6 +1,6 @@
   // Linear attention, token by token: the state of a head maps keys to values, and decays. LANES lanes
-  // share a row of it, for one element of a value; it stays in registers, and they have R rows.
-  // `segments` are as in layers/segments.py.
+  // share a row of the state, for one element of a value, and hold R rows in registers.
+  // `segments` is `Segments.runs` of attention/metadata.py.
   //   q, k [rows, H, DK] T   v [rows, H, DV] T   decay [rows, H, DK] D, or [H] unless EVERY
   //   a, b [rows, H, DK] T, if CORRECTED (RWKV-7, https://arxiv.org/abs/2503.14456)
   //   state [states, H, DV, DK] S, or [states, H, DK, DV] if TURNED   pool [slots, …] S, written in place

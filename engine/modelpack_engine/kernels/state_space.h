@@ -1,6 +1,6 @@
   // Selective state spaces (Mamba-2, https://arxiv.org/abs/2405.21060, in its recurrent form), token
   // by token. LANES lanes share a channel, whose states stay in registers, and have R channels.
-  // `segments` are as in layers/segments.py.
+  // `segments` is `Segments.runs` of attention/metadata.py.
   //   x [rows, INPUTS] T: H * P columns from X_AT on   b, c [rows, GROUPS] T: G * N from B_AT and C_AT on
   //   dt [rows, H] float; if RAW, [rows, STEPS] S from DT_AT on, and dt = softplus(dt + biases) within
   //   LOW and HIGH, floats' bits   biases [H] float   a [H] float: negative   d [H] E

@@ -3,8 +3,8 @@
   // of a dt up to each row of a chunk:
   //   y_i = exp(s_i) c_i state + sum over j <= i of exp(s_i - s_j) dt_j (c_i b_j) x_j + d x_i
   //   state = exp(s_last) state + sum over j of exp(s_last - s_j) dt_j x_j b_j
-  // Operands of matmuls have 16 bits; the state stays in registers as float32. Segments of up to FEW rows are
-  // computed row by row in float32, as by state_space.h, which describes the arguments.
+  // Operands of matmuls have 16 bits; the state stays in registers as float32. Segments of up to FEW rows, and
+  // those that share rows, are computed row by row in float32, as by state_space.h, which describes the arguments.
   constexpr int ROWS = 64, WARPS = 4, THREADS = WARPS * 32, UNITS = P / WIDTH, DEPTH = N / 16, OWN = N / WARPS;
   constexpr int TALL = WIDTH / 16, TILES = OWN / 8, PAIRS = TALL * 2 * TILES;  // a warp has OWN columns of the state
   constexpr int LINE = N + 8, SHORT = WIDTH + 8, STAGE = ROWS * (2 * LINE + SHORT);  // padded: no bank conflicts
@@ -56,7 +56,7 @@
   auto load = [&](int stage, int from, int there) {
     T* const to = narrow + WIDTH * LINE + stage * STAGE;
     const size_t token = (size_t)start + from;
-    auto copy = [&](T* lines, const T* given, int pitch, int width) {  // matmuls need all rows, of any numbers
+    auto copy = [&](T* lines, const T* given, int pitch, int width) {  // rows after the last repeat the first, with weight 0
       for (int at = thread; at < (is_long ? ROWS : there) * (width / 8); at += THREADS) {
         const int row = at / (width / 8), i = at % (width / 8) * 8;
         pa_copy16(lines + row * (width + 8) + i, given + (token + (row < there ? row : 0)) * pitch + i);

@@ -1,4 +1,7 @@
-"""The gated delta rule of recurrent layers, by a CUDA kernel (https://arxiv.org/abs/2412.06464)."""
+"""The gated delta rule of recurrent layers (https://arxiv.org/abs/2412.06464), by kernels.
+
+They go token by token, and on CUDA through long prompts in tiles, on tensor cores.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +74,8 @@ def by_segments(
 ) -> tuple[mx.array, mx.array]:
     """Return the outputs [rows, HV, DV] of a step, and the states after its segments.
 
-    The arrays are as for `update`, with rows in place of batch and tokens, and a state for each
-    number in `segments.runs`.
+    The arrays are as for `update`, with rows in place of batch and tokens; `states` has the rows
+    and slots that `segments.runs` names.
     """
     (rows, heads, dim), (key_heads, key_dim) = v.shape, k.shape[1:]
     q, k, v = (array.astype(v.dtype).reshape(rows, -1) for array in (q, k, v))
@@ -112,7 +115,7 @@ def of_joint(
     These are queries, keys and values. Keys and queries are divided by their lengths, queries also
     by the square root of DK. `epsilon` is added to the squares of the lengths. `projected` [rows,
     any] has what `scalars` describe. `wide` says whether to compute long segments on tensor cores;
-    None if that is possible and right.
+    None: if the kernel supports them and there are prompts.
     """
     heads, dim, key_dim = states.rows.shape[1:]
     keys = key_heads * key_dim
@@ -198,7 +201,7 @@ def _is_wide(
 ) -> bool:
     """Return whether long segments of a step are computed in tiles on tensor cores.
 
-    They are if there are prompts: then, there are more rows than segments.
+    They are if there are more rows than segments, padding included: only prompts cause that.
     """
     q, k, v, *_, runs, owners = given
     _, _, key_dim, dim = shape

@@ -80,7 +80,7 @@ class Snapshot:
 
 
 class SlotSnapshot:
-    """The states of one sequence in a slot of arrays of all layers; it is free afterwards."""
+    """The states of one sequence, in a slot of all layers' arrays: free when this is deleted."""
 
     def __init__(self, states: Sequence[RecurrentState], slot: int, free: list[int]) -> None:
         self.slot, self._states, self._free = slot, states, free
@@ -119,7 +119,7 @@ class SnapshotSlots:
             ]
 
     def take(self) -> SlotSnapshot | None:
-        """Return a free slot, if there is one: no `SlotSnapshot` of it exists."""
+        """Return a free slot, or None."""
         return SlotSnapshot(self._states, self._free.pop(), self._free) if self._free else None
 
 

@@ -60,10 +60,10 @@ The tier of a model is selected at load, and tested on its real weights:
 - **per-sequence**: some attention modules run once per sequence, on keys gathered from the blocks;
 - **fallback**: one forward pass per request, with mlx-lm's own cache: correct, but slow.
 
-On GPUs, recurrent layers of Mamba-2, gated deltas, KDA, short convolutions, RWKV-7 and linear
-attention compute all prompts and tokens of a step in one call. On CPUs they run once for all
-tokens, and once for all short prompts or, the last two, for each prompt. So do others, Mamba 1 and
-Griffin, on GPUs too.
+On GPUs, recurrent layers of Mamba-2, gated delta nets, KDA, short convolutions, RWKV-7 and linear
+attention compute all prompts and tokens of a step in one call. On CPUs, all tokens take a call and
+all short prompts another; RWKV-7, linear attention, OLMo Hybrid and PLaMo 2 take one for each
+prompt. So do Mamba 1 and Griffin, on GPUs too.
 Prefixes of these models are shared up to a snapshot of their state
 ([how](engine.md#prefix-caching)).
 
