@@ -19,7 +19,7 @@
   const int start = segment < segments_shape[0] ? segments[segment * 5 + 1] : 0;
   const int count = segment < segments_shape[0] ? segments[segment * 5 + 2] : -1;
   const int marked = segment < segments_shape[0] ? segments[segment * 5 + 3] : -1;
-  constexpr int LONG = 32;  // with WIDE, `delta_wide` computes such segments, if they own their rows
+  // With WIDE, `delta_wide` computes segments of LONG rows or more that own them.
   const bool is_long = WIDE && count >= LONG && (marked < 0 || marked % 16 == 0) && owners[start] == segment;
   if (count >= 0 && !is_long) {
     const int slot = segments[segment * 5 + 4];

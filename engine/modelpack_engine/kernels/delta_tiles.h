@@ -6,7 +6,7 @@
   //   mixes [slots, HV, 2, 16, 16] T: (I + A)^-1 b, and G_t / G_s (q_t k_s) for s <= t
   //   factors [slots, HV, 4, 16] float, of raw keys and queries: those of `state k` and `state q`, then of k as it
   //   joins the state after the tile, and the first of the last 16 is the decay of the whole tile
-  constexpr int ROWS = 16, LONG = 32;
+  constexpr int ROWS = 16;
   typedef PaVec<T, 8> Vec;
   PA_SHARED(float, lower, ROWS * (ROWS + 1));
   PA_SHARED(float, sums, ROWS);

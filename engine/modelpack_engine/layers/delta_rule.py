@@ -24,8 +24,9 @@ from modelpack_engine.layers.segments import (
 )
 
 _SIMDGROUPS = 4
-#: The tokens of a tile on tensor cores, and the elements of values that a block computes.
-_TILE, _WIDTH = 16, 64
+#: On tensor cores: the tokens of a tile, the elements of values that a block computes, and the
+#: fewest rows of a segment.
+_TILE, _WIDTH, _LONG = 16, 64, 32
 
 
 def takes(q: mx.array, k: mx.array, v: mx.array) -> bool:
@@ -160,6 +161,7 @@ def _run(
         *zip(("Q_AT", "K_AT"), columns[:2], strict=True), ("EPSILON", launch.bits_of(epsilon or 0)),
         ("SCALARS", g.shape[1]), ("G_AT", scalars.g if scalars else 0),
         ("BETA_AT", scalars.beta if scalars else 0), ("PER", scalars.per if scalars else 1),
+        ("LONG", _LONG),
     ]  # fmt: skip
     blocks = -(-(count + 1) * heads * units // _SIMDGROUPS)
     if scalars is None or epsilon is None:

@@ -125,6 +125,7 @@ RECURRENT = [
                 ("NSG", 4), ("KEYS", 512), ("VALUES", 512), ("Q_AT", 0), ("K_AT", 128),
                 ("V_AT", 256), ("NORM", raw), ("EPSILON", 0), ("RAW", raw), ("SCALARS", 520),
                 ("G_AT", 516), ("BETA_AT", 512), ("PER", 2), ("WIDE", False),
+                ("LONG", 32),
             ),
         )
         for every, raw in ((False, False), (True, False), (False, True))
