@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# Seconds to wait for another thread's garbage collection. It may itself wait for this thread: a
+# caller's `__del__` may close the engine.
+_COLLECTION = 5.0
 #: The streams that no thread uses.
 _idle: list[mx.Stream] = []
 
@@ -53,6 +58,11 @@ def reused_streams() -> Iterator[None]:
     """Run a model's thread on CPU streams that later threads use again; free its memory at the end.
 
     The model must be unreachable by then, except from reference cycles.
+
+    MLX keeps what it has compiled for each thread. A thread that frees a compiled function removes
+    it there, and holds the interpreter's lock while it waits for access. `clear_streams` clears it
+    all, and waits for the interpreter's lock meanwhile. So it must not run while other threads
+    free the model's functions, or both threads wait forever (MLX 0.32.4).
     """
     blas.prepare()  # must run before MLX is imported
     import mlx.core as mx
@@ -62,14 +72,38 @@ def reused_streams() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()  # a model has reference cycles
+        is_freed = _collect()  # a model has reference cycles
         try:
             _has_finished(None)
             _idle.extend(stream for stream in _used.streams if _has_finished(stream))
         finally:
             _used.streams = None
             mx.clear_cache()
-            mx.clear_streams()  # of the GPU; otherwise MLX aborts the process at exit
+            if is_freed:
+                mx.clear_streams()  # of the GPU; otherwise MLX aborts the process at exit
+            else:
+                _log.warning("a model was not freed: a garbage collection takes too long")
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def _collect() -> bool:
+    """Collect all garbage; return False if another thread's collection does not end.
+
+    `gc.collect` does nothing while another thread collects.
+    """
+    until = time.monotonic() + _COLLECTION
+    while True:
+        garbage = weakref.ref(_Cycle())
+        gc.collect()
+        if garbage() is None:
+            return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.001)
 
 
 def _has_finished(stream: mx.Stream | None) -> bool:

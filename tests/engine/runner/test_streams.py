@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -85,3 +88,78 @@ def test_a_stream_with_an_error_is_not_used_again(
     assert streams._idle == [found[0], found[2]]
     assert cleared == ["cache", "streams", "left"]
     assert [record.getMessage() for record in caplog.records] == ["a stream failed"] * 2
+
+
+AT_ONCE = """
+import threading, time
+from modelpack_engine.platform.streams import reused_streams
+import mlx.core as mx
+
+shared = mx.compile(lambda x: {"a": x + 1})
+
+class Model:
+    def __init__(self):
+        self.scale = 3  # the functions refer to the model, which refers to them
+        self.functions = [mx.compile(lambda x: {"a": x * self.scale}) for _ in range(20)]
+
+    def __del__(self):
+        time.sleep(0.001)  # lets other threads run during a garbage collection
+
+    def run(self):
+        mx.eval([function(mx.zeros(4)) for function in (*self.functions, shared)])
+
+def models():
+    for _ in range(30):
+        thread = threading.Thread(target=one)
+        thread.start()
+        thread.join()
+
+def one():
+    with reused_streams():
+        Model().run()
+
+threads = [threading.Thread(target=models) for _ in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_models_that_end_at_the_same_time() -> None:
+    """One frees the compiled functions of the other, which clears all of its own."""
+    subprocess.run([sys.executable, "-c", AT_ONCE], check=True, timeout=60)
+
+
+def test_a_garbage_collection_may_wait_for_the_thread_of_a_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cleared: list[str] = []
+    ends, collects = threading.Event(), threading.Event()
+    monkeypatch.setattr(streams, "_COLLECTION", 0.01)
+    monkeypatch.setattr(mx, "clear_streams", lambda: cleared.append("streams"))
+
+    def work() -> None:
+        with reused_streams():
+            assert ends.wait(60)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    class Owner:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            ends.set()
+            thread.join(60)
+            collects.set()
+
+    Owner()
+    gc.collect()
+    assert collects.is_set()
+    assert not thread.is_alive()
+    assert cleared == []
+    assert [record.getMessage() for record in caplog.records] == [
+        "a model was not freed: a garbage collection takes too long"
+    ]
