@@ -554,14 +554,14 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
     const size_t part = (size_t)a.block_size * a.dim * size, block = 2 * part * a.heads;
     alignas(64) float scores[Q][kTokens];
     const int chunks = a.dim / kLanes;
-    const float* queries[Q];
+    float queries[kLargestHead][Q];
     i32s numbers{};
     for (int i = 0; i < kLanes; i++) numbers[i] = i;
     // All queries see the tokens from `all_from` to `all_stop`, and none those out of first to stop.
     int first = INT32_MAX, stop = 0, all_from = 0, all_stop = INT32_MAX;
     float most[Q], total[Q];
     for (int q = 0; q < Q; q++) {
-        queries[q] = a.queries + (size_t)(start + q) * a.query_stride;
+        for (int d = 0; d < a.dim; d++) queries[d][q] = a.queries[(size_t)(start + q) * a.query_stride + d];
         if (a.first[start + q] < first) first = a.first[start + q];
         if (a.length[start + q] > stop) stop = a.length[start + q];
         if (a.first[start + q] > all_from) all_from = a.first[start + q];
@@ -582,7 +582,7 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
             for (int q = 0; q < Q; q++) s[q] = f32s{};
             for (int d = 0; d < a.dim; d++) {
                 const f32s k = load_cached<C>(keys + (size_t)d * 16 * size);
-                for (int q = 0; q < Q; q++) s[q] += k * queries[q][d];
+                for (int q = 0; q < Q; q++) s[q] += k * queries[d][q];
             }
             const i32s place = token + numbers;
             for (int q = 0; q < Q; q++) {
@@ -646,6 +646,7 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
 
 template <Cache C> void attend_cache(const Attention& a) {
     int done = 0;
+    for (; done + kQueries <= a.count; done += kQueries) attend_queries<C, kQueries>(a, done);
     for (; done + 8 <= a.count; done += 8) attend_queries<C, 8>(a, done);
     for (; done + 4 <= a.count; done += 4) attend_queries<C, 4>(a, done);
     if (a.count - done == 3) attend_queries<C, 3>(a, done), done += 3;
@@ -675,6 +676,11 @@ const Kernels* NAME(MODELPACK_ISA)() {
         true,
 #else
         false,
+#endif
+#if defined(__AMX_BF16__)
+        4,
+#else
+        2,
 #endif
         multiply, to_codes, to_bfloat16, row_of, norm, gated, attend,
     };

@@ -80,11 +80,13 @@ struct Attention {
     const float* sinks;  // one for each query, or null
 };
 
-constexpr int kQueries = 8;
+constexpr int kQueries = 12;      // that attend together: their sums fit into 16 registers
+constexpr int kLargestHead = 256;  // elements of a head
 
 struct Kernels {
     const char* name;
     bool bfloat16;  // whether BF16 matrices read `Rows::halves`
+    int tiles;      // that `multiply` takes at best with several rows
     // output [rows][tiles * 16] = rows x tiles [tile, tile + tiles) of the matrix; `scratch` has
     // room for 2 tiles of bytes. At most 4 tiles.
     void (*multiply)(const Matrix&, int tile, int tiles, const Rows&, int row, int rows,

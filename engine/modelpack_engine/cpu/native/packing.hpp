@@ -35,6 +35,5 @@ void pack_tile(const Matrix& matrix, const Affine& from, int tile);
 
 float half_to_float(uint16_t half);
 uint16_t float_to_half(float value);
-uint16_t float_to_bfloat16(float value);
 
 }  // namespace modelpack

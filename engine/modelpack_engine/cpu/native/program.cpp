@@ -30,7 +30,6 @@ enum class Code : int32_t { EMBED, MULTIPLY, ROTATE, ATTEND, NORM, ADD, SELECT, 
 enum class Ending : int32_t { STORE, ADD, GATED };
 
 constexpr int kLogits = -1;  // the output buffer that the caller of a step provides
-constexpr int kLargestHead = 256;
 constexpr size_t kHugePage = 2 << 20;
 
 }  // namespace
@@ -144,7 +143,7 @@ struct Converted {
           halves(allocate<uint16_t>(rows * columns)) {}
 };
 
-constexpr int kTiles = 4;  // of a matrix that a thread takes at a time
+constexpr int kTiles = 4;  // of a matrix that a thread takes at a time, at most
 
 struct Scratch {
     Converted row;  // a single row
@@ -290,9 +289,12 @@ class Run {
     // output, times `scale`; or the activation of matrix[0]'s part times matrix[1]'s.
     void multiply(const Operation& o, int rows) {
         const bool gated = o.ending == (int)Ending::GATED;
+        // With many rows, few tiles at a time, so that all threads end at about the same time; with few
+        // rows the time is that of reading weights, which is faster in longer pieces.
+        const int size = rows < 32 ? kTiles : kernels->tiles;
         int starts[4] = {0};
         for (int i = 0; i < 3; i++)
-            starts[i + 1] = starts[i] + (o.matrix[i] && !(gated && i) ? (o.matrix[i]->tiles + kTiles - 1) / kTiles : 0);
+            starts[i + 1] = starts[i] + (o.matrix[i] && !(gated && i) ? (o.matrix[i]->tiles + size - 1) / size : 0);
         Converted* from = &p_.converted;
         if (rows == 1) {  // every thread converts it: that takes less time than to wait
             from = &own_.row;
@@ -306,7 +308,7 @@ class Run {
             int which = 0;
             while (piece >= starts[which + 1]) which++;
             const Matrix& m = *o.matrix[which];
-            const int tile = (piece - starts[which]) * kTiles, tiles = std::min(kTiles, m.tiles - tile);
+            const int tile = (piece - starts[which]) * size, tiles = std::min(size, m.tiles - tile);
             int column = tile * kTile;
             const int stride = tiles * kTile, count = std::min(stride, m.rows - column);
             float* products = own_.products.get();
@@ -337,14 +339,14 @@ class Run {
     }
 
     static void rotate_head(const Rope& rope, const float* turns, float* x) {
-        const int half = rope.dims / 2;
+        const int half = rope.dims / 2, step = rope.traditional ? 2 : 1, apart = rope.traditional ? 1 : half;
+        float turned[kLargestHead];  // not in place: then the compiler may use vectors
         for (int i = 0; i < half; i++) {
-            float& a = rope.traditional ? x[2 * i] : x[i];
-            float& b = rope.traditional ? x[2 * i + 1] : x[half + i];
-            const float c = turns[i], s = turns[half + i], first = a, second = b;
-            a = first * c - second * s;
-            b = first * s + second * c;
+            const float a = x[step * i], b = x[step * i + apart], c = turns[i], s = turns[half + i];
+            turned[step * i] = a * c - b * s;
+            turned[step * i + apart] = a * s + b * c;
         }
+        std::memcpy(x, turned, sizeof(float) * rope.dims);
     }
 
     // input [heads + 2 * kv_heads][dim]: norm and rotate queries and keys, write keys and values
@@ -369,6 +371,13 @@ class Run {
                 const float* value = key + (size_t)o.kv_heads * o.dim;
                 uint8_t* keys = pool + part * h + ((size_t)(offset / 16) * o.dim * 16 + offset % 16) * elements;
                 uint8_t* values = pool + part * (o.kv_heads + h) + (size_t)offset * o.dim * elements;
+                if (o.cache == (int)Cache::BF16) {
+                    uint16_t halves[kLargestHead];
+                    kernels->to_bfloat16(key, o.dim, halves);
+                    for (int d = 0; d < o.dim; d++) std::memcpy(keys + (size_t)d * 16 * 2, halves + d, 2);
+                    kernels->to_bfloat16(value, o.dim, (uint16_t*)values);
+                    continue;
+                }
                 for (int d = 0; d < o.dim; d++) {
                     put(o.cache, keys + (size_t)d * 16 * elements, key[d]);
                     put(o.cache, values + (size_t)d * elements, value[d]);
@@ -382,7 +391,7 @@ class Run {
             std::memcpy(to, &value, 4);
             return;
         }
-        const uint16_t bits = cache == (int)Cache::F16 ? float_to_half(value) : float_to_bfloat16(value);
+        const uint16_t bits = float_to_half(value);
         std::memcpy(to, &bits, 2);
     }
 
@@ -391,7 +400,7 @@ class Run {
         share((int)groups_.size() * o.kv_heads, 1, [&](int piece) {
             const Group& group = groups_[piece / o.kv_heads];
             const int head = piece % o.kv_heads, count = group.count * shared;
-            const int most = 64;
+            const int most = 5 * kQueries;
             alignas(64) float queries[most * kLargestHead], output[most * kLargestHead];
             int32_t first[most], length[most];
             float sinks[most];
