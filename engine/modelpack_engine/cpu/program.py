@@ -40,7 +40,7 @@ OTHER_NAMES = {"iquestcoder": "llama", "mistral": "llama", "xverse": "llama"}
 
 _LARGEST_HEAD = 256
 #: The buffers of activations.
-_STREAM, _HEADS, _ATTENDED, _GATED, _SAMPLED, _BRANCH = range(6)
+_STREAM, _HEADS, _ATTENDED, _GATED, _SAMPLED, _SAMPLED_ATTENDED, _BRANCH = range(7)
 _LOGITS = -1
 _SILU, _GELU = 0, 1
 _AFTER_ATTENTION, _AFTER_MLP = "post_attention_layernorm", "post_feedforward_layernorm"
@@ -124,13 +124,22 @@ class Program:
         self._activation = _GELU if _name(model).startswith("gemma") else _SILU
         self._embed(_embedding_scale(model))
         for index, layer in enumerate(inner.layers):
-            self._layer(f"model.layers.{index}", index, layer, _window(inner, layer))
+            is_last = index == len(inner.layers) - 1
+            self._layer(f"model.layers.{index}", index, layer, _window(inner, layer), is_last)
         self._head(model)
         attention = inner.layers[0].self_attn
         heads, dim = (attention.n_heads, attention.n_kv_heads), _head_dim(attention)
         hidden, gated = inner.layers[0].mlp.down_proj.weight.shape
         widths = np.array(
-            [hidden, (heads[0] + 2 * heads[1]) * dim, heads[0] * dim, gated, hidden, hidden],
+            [
+                hidden,
+                (heads[0] + 2 * heads[1]) * dim,
+                heads[0] * dim,
+                gated,
+                hidden,
+                heads[0] * dim,
+                hidden,
+            ],
             np.int32,
         )
         lib = library()
@@ -167,7 +176,8 @@ class Program:
         matrix = self._weights.matrices["model.embed_tokens.weight"]
         self._add(Code.EMBED, output=_STREAM, matrix=[matrix.pointer], scale=scale)
 
-    def _layer(self, name: str, index: int, layer: Any, window: int) -> None:
+    def _layer(self, name: str, index: int, layer: Any, window: int, is_last: bool) -> None:
+        """Add a layer; the last one computes only keys and values of rows that are not sampled."""
         attention = layer.self_attn
         cached = {
             "pool": index,
@@ -190,33 +200,41 @@ class Program:
             }
         rope = self._rope(attention.rope)
         self._add(Code.ROTATE, input=_HEADS, rope=rope, **cached, **norms)
+        stream, attended = _STREAM, _ATTENDED
+        if is_last:
+            stream, attended = _SAMPLED, _SAMPLED_ATTENDED
+            self._add(Code.SELECT, input=_STREAM, output=stream)
         self._add(
             Code.ATTEND, input=_HEADS, output=_ATTENDED, **cached, scale=attention.scale,
             window=window, softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
         )  # fmt: skip
+        if is_last:
+            self._add(Code.SELECT, input=_ATTENDED, output=attended)
         before = "post_attention_layernorm"
         if normed := "pre_feedforward_layernorm" in layer:
             before = "pre_feedforward_layernorm"
-        self._branch(_ATTENDED, name, "self_attn.o_proj", layer, normed and _AFTER_ATTENTION)
+        after = normed and _AFTER_ATTENTION
+        self._branch(attended, stream, name, "self_attn.o_proj", layer, after)
         self._multiply(
-            _STREAM, _GATED, name, ("mlp.gate_proj", "mlp.up_proj"), ending=Ending.GATED,
+            stream, _GATED, name, ("mlp.gate_proj", "mlp.up_proj"), ending=Ending.GATED,
             norm=f"{name}.{before}", eps=layer[before].eps,
         )  # fmt: skip
-        self._branch(_GATED, name, "mlp.down_proj", layer, normed and _AFTER_MLP)
+        self._branch(_GATED, stream, name, "mlp.down_proj", layer, normed and _AFTER_MLP)
 
-    def _branch(self, source: int, name: str, part: str, layer: Any, norm: str | bool) -> None:
+    def _branch(
+        self, source: int, stream: int, name: str, part: str, layer: Any, norm: str | bool
+    ) -> None:
         """Multiply by a matrix, norm the product if `norm` names a norm, and add to the stream."""
         scale = getattr(layer, "residual_multiplier", 1.0)
         if not norm:
-            self._multiply(source, _STREAM, name, (part,), ending=Ending.ADD, scale=scale)
+            self._multiply(source, stream, name, (part,), ending=Ending.ADD, scale=scale)
             return
         self._multiply(source, _BRANCH, name, (part,))
         weight = self._norm(f"{name}.{norm}")
         self._add(Code.NORM, input=_BRANCH, output=_BRANCH, norm=weight, eps=layer[norm].eps)
-        self._add(Code.ADD, input=_BRANCH, output=_STREAM, scale=scale)
+        self._add(Code.ADD, input=_BRANCH, output=stream, scale=scale)
 
     def _head(self, model: Any) -> None:
-        self._add(Code.SELECT, input=_STREAM, output=_SAMPLED)
         tied = "lm_head.weight" not in self._weights.matrices
         name, parts = ("model", ("embed_tokens",)) if tied else ("", ("lm_head",))
         self._multiply(

@@ -202,12 +202,13 @@ class Run {
                 case Code::MULTIPLY: multiply(o, rows); break;
                 case Code::ROTATE: rotate(o); break;
                 case Code::ATTEND: attend(o); break;
-                case Code::SELECT:
+                case Code::SELECT:  // what follows has the sampled rows, but ATTEND those of its input
                     share(step_.sampled, 1, [&](int i) {
                         std::memcpy(at(o.output, i), at(o.input, step_.sample_rows[i]),
                                     sizeof(float) * p_.widths[o.input]);
                     });
                     rows = step_.sampled;
+                    if (rows == 0) return;
                     break;
                 case Code::NORM:
                     share(rows, 1, [&](int row) {
