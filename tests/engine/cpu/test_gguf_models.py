@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,37 @@ NAMES = [name for name, tiny in TINY_MODELS.items() if tiny.config["model_type"]
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
-def logits_of(loaded: LoadedModel) -> np.ndarray:
-    """Return the logits of all positions of `PROMPT`, with a cache in float32."""
+def runner_of(loaded: LoadedModel) -> CpuRunner:
+    """Return a runner of steps of up to the rows of `PROMPT`, with a cache in float32."""
     assert loaded.packed is not None
     layout = find_layout(loaded.model).with_dtype(mx.float32)
-    count = len(PROMPT)
-    runner = CpuRunner(
-        loaded.model, loaded.packed, layout, num_blocks=8, block_size=16, max_rows=count
+    return CpuRunner(
+        loaded.model, loaded.packed, layout, num_blocks=8, block_size=16, max_rows=len(PROMPT)
     )
-    table = tuple(range(1, 1 + -(-count // 16)))
+
+
+def run(runner: CpuRunner, first: int, stop: int, sampled: Sequence[int]) -> np.ndarray:
+    """Compute the tokens [first, stop) of `PROMPT`; return the logits of the rows `sampled`."""
+    table, count = tuple(range(1, 1 + -(-len(PROMPT) // 16))), stop - first
     batch = StepBatch(
-        token_ids=list(PROMPT),
-        positions=list(range(count)),
-        slots=[table[i // 16] * 16 + i % 16 for i in range(count)],
+        token_ids=PROMPT[first:stop],
+        positions=list(range(first, stop)),
+        slots=[table[i // 16] * 16 + i % 16 for i in range(first, stop)],
         from_previous=(),
         num_decode=0,
         decode_tables=[],
         decode_lengths=[],
         decode_seq_ids=(),
-        chunks=(Chunk(0, count, count, count, table, 1),),
-        sample_rows=tuple(range(count)),
+        chunks=(Chunk(0, count, count, stop, table, 1),),
+        sample_rows=tuple(sampled),
         sample_seqs=(),
     )
-    return np.array(runner.forward(batch, mx.array(PROMPT, mx.int32)))
+    return np.array(runner.forward(batch, mx.array(PROMPT[first:stop], mx.int32)))
+
+
+def logits_of(loaded: LoadedModel) -> np.ndarray:
+    """Return the logits of all positions of `PROMPT`."""
+    return run(runner_of(loaded), 0, len(PROMPT), range(len(PROMPT)))
 
 
 def test_all_architectures_of_gguf_are_here() -> None:
@@ -60,6 +69,18 @@ def test_logits(name: str, tmp_path: Path) -> None:
     got = logits_of(load(files, device="cpu", packed=True))
     expected = tiny.logits(tiny.build())
     assert np.abs(got - expected).max() < 1e-4 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_are_not_sampled(name: str, tmp_path: Path) -> None:
+    """The last layer computes only their keys and values, and nothing else if none is sampled."""
+    files = ModelFiles.from_directory(TINY_MODELS[name].write(tmp_path / "m.gguf"))
+    loaded = load(files, device="cpu", packed=True)
+    expected = logits_of(loaded)
+    runner = runner_of(loaded)
+    assert len(run(runner, 0, 6, ())) == 0
+    np.testing.assert_array_equal(run(runner, 6, 13, (1, 4, 6)), expected[[7, 10, 12]])
+    np.testing.assert_array_equal(run(runner, 13, 14, (0,)), expected[[13]])
 
 
 def to_8_bits(name: str, values: np.ndarray) -> Any:
