@@ -235,12 +235,13 @@ class ModelThread(Generic[Loaded, Call]):
         raise NotImplementedError
 
     def _run(self) -> None:
-        with reused_streams():
-            self._load_and_serve()
+        with reused_streams() as frees:
+            self._load_and_serve(frees)
 
-    def _load_and_serve(self) -> None:
+    def _load_and_serve(self, frees: Callable[[object], None]) -> None:
         try:
             self._model = self._load()
+            frees(self._model)
             self.state = EngineState.READY
         except BaseException as error:  # noqa: BLE001 - whatever it is, waiting callers get it
             if not isinstance(error, ModelpackError):  # its text is complete without a traceback

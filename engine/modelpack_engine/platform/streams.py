@@ -11,9 +11,9 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelpack_engine.platform import blas
 
@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 # Seconds to wait for another thread's garbage collection. It may itself wait for this thread: a
 # caller's `__del__` may close the engine.
 _COLLECTION = 5.0
+# Collections after which a model that is still in use counts as kept for longer.
+_TRIES = 3
 #: The streams that no thread uses.
 _idle: list[mx.Stream] = []
 
@@ -54,10 +56,11 @@ def cpu_stream() -> mx.Stream:
 
 
 @contextmanager
-def reused_streams() -> Iterator[None]:
+def reused_streams() -> Iterator[Callable[[object], None]]:
     """Run a model's thread on CPU streams that later threads use again; free its memory at the end.
 
-    The model must be unreachable by then, except from reference cycles.
+    It yields a function that is to be called with the model. At the end, the model must be
+    unreachable, except from reference cycles and, for moments, from other threads.
 
     MLX keeps what it has compiled for each thread. A thread that frees a compiled function removes
     it there, and holds the interpreter's lock while it waits for access. `clear_streams` clears it
@@ -67,12 +70,13 @@ def reused_streams() -> Iterator[None]:
     blas.prepare()  # must run before MLX is imported
     import mlx.core as mx
 
+    models: list[weakref.ref[object]] = []
     _used.streams = []
     mx.set_default_stream(cpu_stream())
     try:
-        yield
+        yield lambda model: models.append(weakref.ref(model))
     finally:
-        is_freed = _collect()  # a model has reference cycles
+        is_freed = _collect(models)
         try:
             _has_finished(None)
             _idle.extend(stream for stream in _used.streams if _has_finished(stream))
@@ -82,28 +86,35 @@ def reused_streams() -> Iterator[None]:
             if is_freed:
                 mx.clear_streams()  # of the GPU; otherwise MLX aborts the process at exit
             else:
-                _log.warning("a model was not freed: a garbage collection takes too long")
+                _log.warning("MLX's streams are left: a garbage collection takes too long")
 
 
-class _Cycle:
-    def __init__(self) -> None:
-        self.itself = self
+def _collect(models: list[weakref.ref[object]]) -> bool:
+    """Free the models, which have reference cycles; return False if that cannot be known.
 
-
-def _collect() -> bool:
-    """Collect all garbage; return False if another thread's collection does not end.
-
-    `gc.collect` does nothing while another thread collects.
+    `gc.collect` does nothing while another thread collects, and then it is tried again.
     """
-    until = time.monotonic() + _COLLECTION
-    while True:
-        garbage = weakref.ref(_Cycle())
-        gc.collect()
-        if garbage() is None:
-            return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.001)
+    own, collected = threading.get_ident(), False
+
+    def note(phase: str, info: dict[str, Any]) -> None:
+        nonlocal collected
+        if phase == "stop" and info["generation"] == 2 and threading.get_ident() == own:
+            collected = True
+
+    until, tries = time.monotonic() + _COLLECTION, 0
+    gc.callbacks.append(note)
+    try:
+        while True:
+            collected = False
+            gc.collect()
+            tries += collected
+            if collected and (tries == _TRIES or all(model() is None for model in models)):
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.001)
+    finally:
+        gc.callbacks.remove(note)
 
 
 def _has_finished(stream: mx.Stream | None) -> bool:

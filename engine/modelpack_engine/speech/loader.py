@@ -46,7 +46,7 @@ class SpeechModel(Protocol):
         """Return the transcript, calling `on_window` before each window of the sound."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Transcriber:
     """A speech-to-text model; only the thread that loaded it may call `transcribe`."""
 

@@ -6,7 +6,9 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -115,8 +117,11 @@ def models():
         thread.join()
 
 def one():
-    with reused_streams():
-        Model().run()
+    with reused_streams() as frees:
+        model = Model()
+        frees(model)
+        model.run()
+        del model
 
 threads = [threading.Thread(target=models) for _ in range(6)]
 for thread in threads:
@@ -161,5 +166,36 @@ def test_a_garbage_collection_may_wait_for_the_thread_of_a_model(
     assert not thread.is_alive()
     assert cleared == []
     assert [record.getMessage() for record in caplog.records] == [
-        "a model was not freed: a garbage collection takes too long"
+        "MLX's streams are left: a garbage collection takes too long"
     ]
+
+
+def test_a_model_that_another_thread_uses_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are cleared when the other thread has freed it."""
+    collect = gc.collect
+    used: list[Any] = []
+    collected: list[int] = []
+    alive_when_cleared: list[bool] = []
+    models: list[weakref.ref[Any]] = []
+
+    class Model:
+        itself: Any
+
+    def collect_while_it_is_used() -> int:
+        collected.append(collect())
+        used.clear()
+        return collected[-1]
+
+    monkeypatch.setattr(gc, "collect", collect_while_it_is_used)
+    monkeypatch.setattr(mx, "clear_streams", lambda: alive_when_cleared.append(bool(models[0]())))
+
+    def work() -> None:
+        with reused_streams() as frees:
+            used.append(Model())
+            used[0].itself = used[0]
+            models.append(weakref.ref(used[0]))
+            frees(used[0])
+
+    in_threads(1, work)
+    assert alive_when_cleared == [False]
+    assert len(collected) == 2
