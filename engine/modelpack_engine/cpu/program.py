@@ -3,8 +3,8 @@
 A layer is six operations: queries, keys and values in one multiplication, their rotation and the
 write to the cache, attention, its output added to the residual stream, gate and up with the
 activation between them, and down added to the stream. Norms belong to the multiplication that
-reads them; Gemma's norms of outputs are operations of their own. `can_run` says which models have
-this shape.
+reads them; Gemma's norms of outputs are operations of their own. In the last layer, the sampled
+rows are selected before and after attention. `can_run` says which models have this shape.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ def can_run(model: Any) -> bool:
 
 def _can_run_layer(layer: Any) -> bool:
     attention, width = layer.self_attn, layer.mlp.down_proj.weight.shape[0]
-    dim = _head_dim(attention)
+    dim, rope = _head_dim(attention), _frequencies(attention.rope)
     return (
-        _frequencies(attention.rope) is not None
+        rope is not None
+        and rope[0] % 2 == 0
+        and rope[0] <= dim
         and dim % TILE == 0
         and dim <= _LARGEST_HEAD
         and attention.n_heads % attention.n_kv_heads == 0
@@ -177,7 +179,7 @@ class Program:
         self._add(Code.EMBED, output=_STREAM, matrix=[matrix.pointer], scale=scale)
 
     def _layer(self, name: str, index: int, layer: Any, window: int, is_last: bool) -> None:
-        """Add a layer; the last one computes only keys and values of rows that are not sampled."""
+        """Add a layer; after attention, the last one computes sampled rows only."""
         attention = layer.self_attn
         cached = {
             "pool": index,

@@ -9,8 +9,10 @@ import pytest
 
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.cpu.program import can_run
 from modelpack_engine.models import ModelFiles, load
 from modelpack_engine.models.loader import is_packable, runs_packed
+from tests.engine.loaders.tiny_models import TINY_MODELS
 
 pytestmark = pytest.mark.usefixtures("built")
 
@@ -34,6 +36,15 @@ def test_architectures_have_the_names_of_their_format(
     format: str, architecture: str, known: bool
 ) -> None:
     assert is_packable(format, architecture) is known
+
+
+@pytest.mark.parametrize(("more", "runs"), [(0, True), (-2, True), (-1, False), (2, False)])
+def test_rotations_that_a_head_has_room_for(more: int, runs: bool) -> None:
+    """A configuration may ask for others; MLX says that they are wrong."""
+    model = TINY_MODELS["llama"].build()
+    rope = model.model.layers[-1].self_attn.rope
+    rope.dims += more
+    assert can_run(model) is runs
 
 
 @pytest.mark.weights

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from modelpack_engine.cpu import library as native
-from modelpack_engine.cpu.library import CacheType, Code, Matrix, Operation, Source, library
+from modelpack_engine.cpu.library import (
+    CacheType,
+    Code,
+    Matrix,
+    Operation,
+    Rope,
+    Source,
+    library,
+)
 from modelpack_engine.platform import device
 from tests.engine.cpu.programs import (
     INSTRUCTION_SETS,
@@ -261,6 +269,14 @@ def test_heads_that_the_kernels_do_not_have(
 ) -> None:
     made = operation(code, heads=heads, kv_heads=kv_heads, dim=dim, cache=CacheType.F32)
     assert not Program([made], [4096], rows=4, columns=32).pointer
+
+
+@pytest.mark.parametrize(("rope", "dims"), [(1, 64), (0, 66), (0, 512), (0, 25), (0, -2)])
+def test_rotations_that_a_head_has_no_room_for(rope: int, dims: int) -> None:
+    frequencies = np.ones(256, np.float32)
+    made = operation(Code.ROTATE, heads=2, kv_heads=1, dim=64, rope=rope, cache=CacheType.F32)
+    ropes = [Rope(dims, 0, 1.0, 0, frequencies.ctypes.data)]
+    assert not Program([made], [256], rows=4, columns=32, ropes=ropes).pointer
 
 
 def small_program() -> Program:

@@ -512,6 +512,9 @@ void* mp_program_new(const Operation* operations, int count, const Rope* ropes, 
         const bool heads = o.code == (int)Code::ROTATE || o.code == (int)Code::ATTEND;
         if (heads && (o.kv_heads < 1 || o.heads % o.kv_heads || o.dim % 16 || o.dim < 16 || o.dim > kLargestHead))
             return nullptr;
+        if (o.code != (int)Code::ROTATE || o.rope < 0) continue;
+        const int dims = o.rope < num_ropes ? ropes[o.rope].dims : -1;
+        if (dims < 0 || dims % 2 || dims > o.dim) return nullptr;
     }
     try {
         return new Program(operations, count, ropes, num_ropes, widths, num_buffers, rows, columns);
