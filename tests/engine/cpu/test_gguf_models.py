@@ -73,7 +73,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_that_are_not_sampled(name: str, tmp_path: Path) -> None:
-    """The last layer computes only their keys and values, and nothing else if none is sampled."""
+    """The last layer drops them after attention; of a step without sampled rows it runs no more."""
     files = ModelFiles.from_directory(TINY_MODELS[name].write(tmp_path / "m.gguf"))
     loaded = load(files, device="cpu", packed=True)
     expected = logits_of(loaded)

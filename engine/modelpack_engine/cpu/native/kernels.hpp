@@ -80,7 +80,7 @@ struct Attention {
     const float* sinks;  // one for each query, or null
 };
 
-constexpr int kQueries = 12;      // that attend together: their sums fit into 16 registers
+constexpr int kQueries = 12;       // that attend together: their sums fit into 16 registers
 constexpr int kLargestHead = 256;  // elements of a head
 
 struct Kernels {
