@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -28,6 +27,7 @@ from modelpack_engine.cpu.library import (
     library,
 )
 from modelpack_engine.cpu.weights import PackedWeights, StoredAffine, StoredArray
+from tests.engine.processor import processor_flags
 
 Array = npt.NDArray[Any]
 
@@ -43,8 +43,7 @@ INSTRUCTION_SETS = {
 
 def usable() -> list[str]:
     """Return the instruction sets that this processor has; AMX only if the library is to use it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = {"", *(cpuinfo.read_text().split() if cpuinfo.exists() else ())}
+    flags = {"", *processor_flags()}
     if os.environ.get("MODELPACK_AMX") != "1":
         flags.discard("amx_bf16")
     return [name for name, flag in INSTRUCTION_SETS.items() if flag in flags]

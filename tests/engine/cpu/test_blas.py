@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpack_engine.platform import blas
+from tests.engine.processor import processor_flags
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 
@@ -22,7 +23,7 @@ TARGETS = {"sse": ["-O3"], "avx2": ["-O3", "-mavx2", "-mfma"], "native": ["-O3",
 
 
 def _has_avx2() -> bool:
-    return " avx2 " in Path("/proc/cpuinfo").read_text()
+    return "avx2" in processor_flags()
 
 
 @pytest.fixture(scope="module", params=sorted(TARGETS))

@@ -12,12 +12,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <string>
-#include <thread>
-#include <utility>
-#include <vector>
 
 typedef _Float16 float16_t;
 
@@ -40,6 +34,13 @@ struct bfloat16_t {
 struct Emu;
 thread_local Emu* pa_emu;
 
+// What all lanes run, each with its number. No containers of C++'s library here or below: they
+// would take most of a program's time to compile.
+struct Body {
+  void (*call)(void* what, int thread);
+  void* what;
+};
+
 #ifdef PA_THREADS
 struct Barrier {
   pthread_barrier_t inner;
@@ -48,10 +49,26 @@ struct Barrier {
   void wait() { pthread_barrier_wait(&inner); }
 };
 
-inline void run(int threads, const std::function<void(int)>& lane) {
-  std::vector<std::thread> running;
-  for (int thread = 0; thread < threads; thread++) running.emplace_back(lane, thread);
-  for (std::thread& thread : running) thread.join();
+struct Lane {
+  pthread_t running;
+  Body body;
+  int thread;
+  static void* start(void* self) {
+    const Lane* lane = (Lane*)self;
+    lane->body.call(lane->body.what, lane->thread);
+    return nullptr;
+  }
+};
+
+inline void run(int threads, Body body) {
+  Lane* lanes = new Lane[threads];
+  for (int i = 0; i < threads; i++) {
+    lanes[i].body = body;
+    lanes[i].thread = i;
+    if (pthread_create(&lanes[i].running, nullptr, Lane::start, &lanes[i])) std::abort();
+  }
+  for (int i = 0; i < threads; i++) pthread_join(lanes[i].running, nullptr);
+  delete[] lanes;
 }
 #else
 struct Lane {
@@ -59,14 +76,14 @@ struct Lane {
   jmp_buf at;
   bool started, done;
 };
-static std::vector<Lane> lanes;
-static const std::function<void(int)>* lane_body;
-static int current, remaining;
+static Lane* lanes;
+static Body lane_body;
+static int lane_count, current, remaining;
 static jmp_buf all_done;
 
 // Goes on with the next lane that has not ended, where it waited.
 [[noreturn]] inline void next_lane() {
-  do current = (current + 1) % int(lanes.size());
+  do current = (current + 1) % lane_count;
   while (lanes[current].done);
   Lane& lane = lanes[current];
   if (lane.started) _longjmp(lane.at, 1);
@@ -82,18 +99,18 @@ inline void let_others_run() {
 }
 
 inline void whole_lane() {
-  (*lane_body)(current);
+  lane_body.call(lane_body.what, current);
   lanes[current].done = true;
   if (--remaining == 0) _longjmp(all_done, 1);
   next_lane();
 }
 
-inline void run(int threads, const std::function<void(int)>& body) {
+inline void run(int threads, Body body) {
   const size_t size = 1 << 20;
   char* stacks = (char*)mmap(nullptr, size * threads, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) std::abort();
-  lanes.assign(threads, Lane{});
+  lanes = new Lane[threads]();
   for (int thread = 0; thread < threads; thread++) {
     ucontext_t& start = lanes[thread].start;
     getcontext(&start);
@@ -101,11 +118,13 @@ inline void run(int threads, const std::function<void(int)>& body) {
     start.uc_stack.ss_size = size;
     makecontext(&start, whole_lane, 0);
   }
-  lane_body = &body;
+  lane_body = body;
+  lane_count = threads;
   current = threads - 1;
   remaining = threads;
   if (_setjmp(all_done) == 0) next_lane();
   munmap(stacks, size * threads);
+  delete[] lanes;
 }
 
 struct Barrier {
@@ -123,7 +142,8 @@ struct Barrier {
 #endif
 
 struct Simdgroup {
-  Barrier barrier{32};
+  Barrier barrier;
+  Simdgroup() : barrier(32) {}
   float lanes[2][32];
 };
 
@@ -146,57 +166,68 @@ struct Grid {
   int x, y, z, threads;
 };
 
-template <class Body>
-void launch(const Grid& grid, Body body) {
-  Barrier group(grid.threads);
-  std::vector<Simdgroup> simds(grid.threads / 32);
-  run(grid.threads, [&](int thread) {
-    Emu emu{thread, grid.threads, grid.z, 0, 0, 0, &group, &simds[thread / 32]};
+struct Launch {
+  const Grid& grid;
+  Barrier group;
+  Simdgroup* simds;
+};
+
+template <class Kernel>
+void launch(const Grid& grid, Kernel kernel) {
+  struct Whole : Launch {
+    Kernel kernel;
+  } whole{{grid, Barrier(grid.threads), new Simdgroup[grid.threads / 32]}, kernel};
+  const auto lane = [](void* what, int thread) {
+    Whole& whole = *(Whole*)what;
+    const Grid& grid = whole.grid;
+    Emu emu{thread, grid.threads, grid.z, 0, 0, 0, &whole.group, &whole.simds[thread / 32]};
     for (emu.z = 0; emu.z < grid.z; emu.z++) {
       for (emu.y = 0; emu.y < grid.y; emu.y++) {
         for (emu.x = 0; emu.x < grid.x; emu.x++) {
-          body(emu);
-          group.wait();
+          whole.kernel(emu);
+          whole.group.wait();
         }
       }
     }
-  });
+  };
+  run(grid.threads, {lane, &whole});
+  delete[] whole.simds;
 }
 
 // An array in a file, in memory of its exact size; written back if it is an output.
 struct Array {
-  std::string path;
-  std::unique_ptr<char[]> data;
+  char path[4096];
+  char* data;
+  int* shape;
   size_t bytes;
   bool output;
-  std::vector<int> shape;
-  Array(const std::string& directory, const char* name, bool is_output) : output(is_output) {
-    path = directory + "/" + name;
-    bytes = read(path + ".data", data);
-    std::unique_ptr<char[]> sizes;
-    const size_t n = read(path + ".shape", sizes) / sizeof(int);
-    shape.resize(n);
-    std::memcpy(shape.data(), sizes.get(), n * sizeof(int));
+  Array(const char* directory, const char* name, bool is_output) : output(is_output) {
+    shape = (int*)read(directory, name, "shape");
+    data = read(directory, name, "data");
   }
-  Array(Array&&) = default;
+  Array(const Array&) = delete;
   ~Array() {
-    if (!data || !output) return;
-    FILE* file = std::fopen((path + ".data").c_str(), "wb");
-    if (!file || std::fwrite(data.get(), 1, bytes, file) != bytes) std::abort();
-    std::fclose(file);
+    if (output) {
+      FILE* file = std::fopen(path, "wb");
+      if (!file || std::fwrite(data, 1, bytes, file) != bytes) std::abort();
+      std::fclose(file);
+    }
+    delete[] data;
+    delete[] (char*)shape;
   }
   template <class E>
-  E* as() { return reinterpret_cast<E*>(data.get()); }
+  E* as() { return reinterpret_cast<E*>(data); }
 
-  static size_t read(const std::string& path, std::unique_ptr<char[]>& data) {
-    FILE* file = std::fopen(path.c_str(), "rb");
+  char* read(const char* directory, const char* name, const char* what) {
+    if (std::snprintf(path, sizeof path, "%s/%s.%s", directory, name, what) >= int(sizeof path)) std::exit(3);
+    FILE* file = std::fopen(path, "rb");
     if (!file) std::exit(3);
     std::fseek(file, 0, SEEK_END);
-    const size_t bytes = std::ftell(file);
+    bytes = std::ftell(file);
     std::rewind(file);
-    data.reset(new char[bytes]);
-    if (std::fread(data.get(), 1, bytes, file) != bytes) std::exit(3);
+    char* found = new char[bytes];
+    if (std::fread(found, 1, bytes, file) != bytes) std::exit(3);
     std::fclose(file);
-    return bytes;
+    return found;
   }
 };
