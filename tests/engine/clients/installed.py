@@ -79,8 +79,8 @@ def python_clients(cache: Path) -> Path:
         # Environments cannot be moved: this one counts as whole once it holds the pins.
         directory.parent.mkdir(parents=True, exist_ok=True)
         _run(sys.executable, "-m", "venv", "--clear", str(directory), cwd=directory.parent)
-        options = ("-q", "--disable-pip-version-check", "--no-deps", "-r", str(pins))
-        _run(str(python), "-m", "pip", "install", *options, cwd=directory)
+        options = ("-q", "--disable-pip-version-check", "--no-compile", "--no-deps")
+        _run(str(python), "-m", "pip", "install", *options, "-r", str(pins), cwd=directory)
         shutil.copyfile(pins, directory / pins.name)
     return python
 

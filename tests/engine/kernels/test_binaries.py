@@ -368,15 +368,15 @@ CALLS: dict[str, Callable[[], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        "sm_90a",
-        pytest.param("sm_80", marks=pytest.mark.long),
-        pytest.param("sm_100a", marks=pytest.mark.long),
-    ],
-)
+#: A text for Hopper, and for one of two other generations by turns.
+TEXTS = [
+    (name, architecture)
+    for index, name in enumerate(CALLS)
+    for architecture in ("sm_90a", ("sm_80", "sm_100a")[index % 2])
+]
+
+
+@pytest.mark.parametrize(("name", "architecture"), TEXTS)
 def test_nvidia_s_compiler_takes_the_texts(
     monkeypatch: pytest.MonkeyPatch, name: str, architecture: str
 ) -> None:

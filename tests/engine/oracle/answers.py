@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,15 @@ def cases_of(kind: str, model: Mapping[str, Any]) -> Iterator[Case]:
         )
 
 
+@lru_cache(maxsize=1024)
+def _array(name: str, shape: tuple[int, ...]) -> mx.array:
+    """Return a tensor, kept for the other cases of its model."""
+    return mx.array(weight(name, shape))
+
+
 def answer(case: Case, directory: Path) -> tuple[npt.NDArray[np.float64], int | None]:
     """Return our logits, and the longest context for which they are meant to be right."""
-    arrays = {name: mx.array(weight(name, shape)) for name, shape in case.tensors.items()}
+    arrays = {name: _array(name, tuple(shape)) for name, shape in case.tensors.items()}
     mx.save_safetensors(str(directory / "model.safetensors"), arrays, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(case.config))
     files = ModelFiles.from_directory(directory)

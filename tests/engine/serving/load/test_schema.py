@@ -14,7 +14,7 @@ from hypothesis.errors import Unsatisfiable
 
 from tests.engine.serving.load.served import Served, is_error
 
-EXAMPLES = int(os.environ.get("MODELPACK_FUZZ_EXAMPLES", "3"))
+EXAMPLES = int(os.environ.get("MODELPACK_FUZZ_EXAMPLES", "2"))
 #: By design: what the request takes is not there, now or here; the registry cannot be reached.
 UNAVAILABLE = (501, 503, 529)
 UNREACHABLE = b"no such host"
@@ -52,7 +52,7 @@ def _ask(
     operation: schemathesis.APIOperation, mode: schemathesis.GenerationMode, seen: set[int]
 ) -> None:
     @settings(
-        max_examples=EXAMPLES * (14 if operation.label in MAIN else 1),
+        max_examples=EXAMPLES * (21 if operation.label in MAIN else 1),
         deadline=None,
         database=None,
         derandomize=True,
