@@ -17,6 +17,7 @@ The library for CPUs computes a step while it is built; its tokens are emitted i
 
 Speculation needs the tokens of N before it can propose tokens for N + 1. If proposals are likely, N
 is collected before N + 1 is scheduled. The step that verifies proposals is collected early as well.
+A drafting head's draft is launched behind N, and read when N + 1 is scheduled.
 """
 
 from __future__ import annotations
@@ -401,8 +402,7 @@ class Engine(BaseEngine):
         logits = self._runner.forward(with_prompt_rows(batch), token_ids, embeddings)
         if self.vision is not None:
             self.vision.encoder.end_step()
-        if self._speculator is not None and isinstance(self._runner, PagedRunner):
-            self._speculator.record(output, batch, self._runner.hidden_rows())
+        hidden = self._runner.hidden_rows() if isinstance(self._runner, PagedRunner) else None
         logits, prompt_logprobs = split_logits(batch, logits)
         sampled = masked_logits = None
         if self._outputs.has_masks and any(
@@ -411,6 +411,9 @@ class Engine(BaseEngine):
             masked_logits = logits
         elif batch.sample_seqs:
             sampled = self._sample(logits, sample_rows(output))
+        if self._speculator is not None:
+            next_ids = None if sampled is None else sampled.next_ids
+            self._speculator.record(output, batch, hidden, next_ids)
         return ScheduledStep(output, batch, sampled, masked_logits, prompt_logprobs, staging_step)
 
     def _launch(self, scheduled: ScheduledStep | None) -> None:
@@ -421,6 +424,8 @@ class Engine(BaseEngine):
             except BaseException:
                 self._blocks.forget_content()  # it has the snapshots of this step
                 raise
+            if self._speculator is not None:
+                self._speculator.launched()
         self._clock.ended("launch")
 
     def _collect(self) -> StepResult | None:

@@ -13,6 +13,8 @@ from itertools import takewhile
 from statistics import median
 from typing import Protocol
 
+import mlx.core as mx
+
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
@@ -100,6 +102,12 @@ class HeadProposer(Protocol):
     def record(self, output: SchedulerOutput, batch: StepBatch, hidden: HiddenRows) -> None:
         """Keep the hidden states of a step's rows; proposals may be rejected later."""
 
+    def draft_behind(self, output: SchedulerOutput, sampled: mx.array) -> None:
+        """Prepare to draft behind a step that is recorded, from its `sampled` tokens int32."""
+
+    def launch(self) -> None:
+        """Launch the draft behind the step, if one was prepared; the step is launched."""
+
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
         """Return up to `lengths[sequence]` tokens for each sequence."""
 
@@ -153,6 +161,25 @@ class HeadWithLookup:
             self._score(sequence).drafted = tokens
         self._drafted = bool(drafts)
         return {**found, **drafts}
+
+    def record(
+        self,
+        output: SchedulerOutput,
+        batch: StepBatch,
+        hidden: HiddenRows,
+        sampled: mx.array | None,
+    ) -> None:
+        """Keep the hidden states of a step's rows, and prepare to draft behind it if that pays.
+
+        It does not where the last proposal was a lookup: the next one is likely to be, too.
+        """
+        self.head.record(output, batch, hidden)
+        if sampled is None or output.prefill or not output.decoding:
+            return
+        looked_up = any(not self._score(each.sequence).drafted for each in output.proposals)
+        paused = any(self._score(sequence).pause for sequence in output.decoding)
+        if not (looked_up or paused or self._times.needs_plain_step(len(output.decoding))):
+            self.head.draft_behind(output, sampled)
 
     def stepped(self, output: SchedulerOutput, seconds: float) -> None:
         """Measure a step that took `seconds`, unless its proposals were lookups only."""

@@ -62,6 +62,12 @@ class AssistantProposer:
         for sequence, row, count in recorded_rows(output, batch):
             self._states[sequence.seq_id] = batch.positions[row], hidden.cut(row, count)
 
+    def draft_behind(self, output: SchedulerOutput, sampled: mx.array) -> None:
+        """Do nothing: the drafter drafts when a proposal is wanted."""
+
+    def launch(self) -> None:
+        """Do nothing."""
+
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
         """Return the tokens that the drafter drafts after each sequence."""
         going: list[tuple[Sequence, mx.array]] = []

@@ -135,10 +135,24 @@ class Speculator:
         length = length if self._adapt else self.num_tokens
         self._lengths[proposal.sequence.seq_id] = 0 if spoilt else min(length, self.num_tokens)
 
-    def record(self, output: SchedulerOutput, batch: StepBatch, hidden: HiddenRows | None) -> None:
-        """Hand the hidden states of a step that was built to the proposer, if it needs them."""
+    def record(
+        self,
+        output: SchedulerOutput,
+        batch: StepBatch,
+        hidden: HiddenRows | None,
+        sampled: mx.array | None,
+    ) -> None:
+        """Hand the hidden states of a step that was built to the proposer, if it needs them.
+
+        `sampled` int32 are the tokens of the sampled rows; None if they are not known yet.
+        """
         if hidden is not None and isinstance(self._proposer, HeadWithLookup):
-            self._proposer.head.record(output, batch, hidden)
+            self._proposer.record(output, batch, hidden, sampled)
+
+    def launched(self) -> None:
+        """Let the proposer launch its draft behind the recorded step, which was launched."""
+        if isinstance(self._proposer, HeadWithLookup):
+            self._proposer.head.launch()
 
     def emitted(self, output: SchedulerOutput, now: float) -> None:
         """Pass the proposer the duration of a step that emits its tokens at `now`.
@@ -358,6 +372,8 @@ def _eagle(
         num_tokens=num_tokens,
         max_sequences=max_batch,
         min_probability=config.speculative_min_acceptance,
+        most_proposed=MOST_TOKENS,
+        ahead=runner.writes_in_place,
     )
 
 

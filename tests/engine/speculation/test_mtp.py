@@ -35,7 +35,7 @@ from modelpack_engine.speculation.speculator import Speculator
 from modelpack_server.stored_models import open_model
 from tests.engine.serving.tiny import VOCAB, tiny_loaded, tiny_tokenizer
 from tests.engine.speculation.test_draft import LONG, PROMPTS, ask_all
-from tests.engine.speculation.test_same_output import check_same
+from tests.engine.speculation.test_same_output import check_same, tokens
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import COMMON, Configuration
 from tests.engine.zoo.experts import ROUTED
@@ -198,8 +198,8 @@ def test_the_layer_drafts_from_the_models_own_hidden_states(
     assert len(seen) > 10
     fresh = target(kind)
     head = random_head(fresh, kind)
-    for tokens, drafted in seen:
-        assert drafted == expected_drafts(fresh, kind, head, tokens)[: len(drafted)]
+    for known, drafted in seen:
+        assert drafted == expected_drafts(fresh, kind, head, known)[: len(drafted)]
 
 
 @pytest.mark.usefixtures("shapes")
@@ -257,6 +257,32 @@ def test_a_layer_that_knows_the_model_is_accepted(
     proposed = made.stats().proposed_tokens - sampled.proposed_tokens
     accepted = made.stats().accepted_tokens - sampled.accepted_tokens
     assert accepted >= 0.9 * proposed > 20
+
+
+def test_drafts_are_launched_behind_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the host drafts after the prompts only, and all drafts are as right as there."""
+    monkeypatch.setattr(kv_cache_size, "EXACT", FEW)
+    monkeypatch.setattr(PagedRunner, "writes_in_place", property(lambda self: True))
+    monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
+    behind: list[bool] = []
+    draft = EagleProposer._draft
+
+    def noted(self: EagleProposer, rows: Any, ids: mx.array, outbox: Any = None) -> Any:
+        behind.append(outbox is not None)
+        return draft(self, rows, ids, outbox)
+
+    monkeypatch.setattr(EagleProposer, "_draft", noted)
+    model = target("mimo", markov=True)
+    expected = engine_of(model, "mimo", None).generate(PROMPTS[:2], LONG)
+    model = target("mimo", markov=True)
+    made = engine_of(model, "mimo", markov_head(model, "mimo"), num_speculative_tokens=3)
+    found = made.generate(PROMPTS[:2], LONG)
+    assert [tokens(events) for events in found] == [tokens(events) for events in expected]
+    assert made.stats().accepted_tokens >= 0.9 * made.stats().proposed_tokens > 20
+    first = behind.index(True)  # after the steps that also compute prompts
+    assert first <= 6
+    assert all(behind[first:])
+    assert len(behind) - first > 8
 
 
 def test_a_layer_that_is_mostly_wrong_pauses() -> None:
