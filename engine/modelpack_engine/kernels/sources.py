@@ -24,7 +24,7 @@ Body = Literal[
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
     "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention", "delta_tiles",
-    "delta_wide", "state_space_wide",
+    "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -41,6 +41,9 @@ INPUTS: dict[Body, tuple[str, ...]] = {
         "previous",
     ),
     "add_norm": ("a", "b", "weight"),
+    "norm_beside": ("table", "index", "hidden", "table_weight", "hidden_weight"),
+    "accepted": ("ids", "numbers"),
+    "pick": ("logits", "before", "tokens"),
     "swiglu": ("joint",),
     "dequantise": ("weight", "scales", "biases"),
     "product": ("x", "weight", "scales", "biases", "bias"),
@@ -98,6 +101,8 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "prefill": ("out", "stats"),
     "rotate": ("q", "token"),
     "add_norm": ("total", "out"),
+    "accepted": ("found", "places"),
+    "pick": ("found",),
     "adapters_norm": ("total", "out"),
     "state_space": ("y", "new_state"),
     "state_space_wide": ("y", "new_state"),
@@ -133,6 +138,8 @@ for _name in ("scales", "biases", "bias"):
 
 #: The texts of bodies that have several.
 PARTS: dict[Body, tuple[str, ...]] = {
+    "greedy": ("most_likely", "greedy"),
+    "pick": ("most_likely", "pick"),
     "experts": ("experts", "product"),
     "adapters": ("chunks", "shrink", "adapters"),
     "adapters_norm": ("shrink", "add_norm"),

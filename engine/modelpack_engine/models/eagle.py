@@ -236,6 +236,11 @@ class EagleHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
         return drafted.astype(mx.int32) + self.d2t[drafted]
 
     @property
+    def num_logits(self) -> int:
+        """The columns of the logits."""
+        return self.config.draft_vocab_size
+
+    @property
     def num_kv_heads(self) -> int:
         """The heads of the layer's keys and values."""
         return self.config.num_kv_heads

@@ -154,6 +154,8 @@ class MtpHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
         self.projection = nn.Linear(2 * text.hidden_size, text.hidden_size, bias=False)
         self.block = layout.block(text.layers, text.args)
         self._attention = attention_of(self.block.self_attn)
+        #: The columns of the logits.
+        self.num_logits = int(text.args.vocab_size)
         self._state_first = layout.state_first
         # Copies, with the same weights: the runner replaces the calls of the model's own modules.
         # Methods of copies: modules would be parts of this one.

@@ -33,6 +33,12 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "token": "int",
     },
     "add_norm": {"a": "T", "b": "B", "weight": "W", "total": "T", "out": "T"},
+    "norm_beside": {
+        "table": "T", "index": "int", "hidden": "T", "table_weight": "W", "hidden_weight": "W",
+        "out": "T",
+    },
+    "accepted": {"ids": "int", "numbers": "int", "found": "int", "places": "int"},
+    "pick": {"logits": "T", "before": "int", "tokens": "int", "found": "int"},
     "swiglu": {"joint": "T", "out": "T"},
     "dequantise": {"weight": "uint32_t", "scales": "T", "biases": "T", "out": "T"},
     "state_space": {

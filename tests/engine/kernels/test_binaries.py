@@ -31,6 +31,7 @@ from modelpack_engine.layers import (
     convolution,
     delta_rule,
     dots,
+    drafts,
     expert_kernels,
     gated_norm,
     kernels,
@@ -347,6 +348,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "dots of experts": lambda: dots._compare_experts(BF16, 16, 64),
     "dots of experts, 8 bits": lambda: dots._compare_experts(F16, 8, 32),
     "experts, 8 bits": lambda: expert_kernels._compare_matmul(F16, 8, 64, swiglu=False),
+    "rows of a draft": lambda: drafts._compare_places(),
+    "tokens of a draft": lambda: drafts._compare_picked(BF16, 1000),
+    "norms of a draft": lambda: drafts._compare_norms(F16),
     "greedy": lambda: sampler._compare_greedy(BF16, 1000),
     "draws": lambda: sampler._compare(BF16, 1000),
     "tokens without a choice": lambda: sampler._mark(

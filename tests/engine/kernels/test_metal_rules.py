@@ -34,6 +34,20 @@ FUSED = [
         (*BF16, ("B", "float"), ("W", "bfloat16_t")),
         (("D", 4096), ("VEC", 4), ("NSG", 32), ("PARTS", 4), ("EPSILON", 0)),
     ),
+    Instance(
+        "norm_beside",
+        (*BF16, ("W", "bfloat16_t")),
+        (
+            ("D", 576),
+            ("VEC", 8),
+            ("NSG", 3),
+            ("COLUMNS", 5),
+            ("COLUMN", 2),
+            ("EPSILON", 0x3727C5AC),
+        ),
+    ),
+    Instance("accepted", (), (("ROWS", 5), ("WIDTH", 16), ("TOKENS", 4))),
+    Instance("pick", BF16, (("V", 16384), ("VEC", 8), ("NSG", 16), ("COLUMNS", 5), ("COLUMN", 2))),
     Instance("swiglu", BF16, (("N", 1536), ("VEC", 8))),
     Instance("rows", BF16, (("D", 1536), ("VEC", 8))),
     *(Instance("dequantise", BF16, (("K", 576), ("BITS", bits), ("GROUP", 64))) for bits in (4, 8)),
@@ -189,6 +203,9 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "quantise": ("slots",),
     "rotate": ("positions", "slots", "inverse"),
     "add_norm": (),
+    "norm_beside": ("index",),
+    "accepted": ("ids",),
+    "pick": ("before",),
     "swiglu": (),
     "dequantise": ("scales", "biases"),
     "state_space": ("a", "d", "biases", "segments", "owners"),
@@ -271,8 +288,10 @@ def test_rules_and_shared_memory_of_blocks(instance: Instance) -> None:
 def test_shared_memory_of_fused_layers(instance: Instance) -> None:
     constants = dict(instance.constants)
     expected = 0
-    if instance.body in ("add_norm", "adapters_norm"):  # a sum of each simdgroup
+    if instance.body in ("add_norm", "adapters_norm", "norm_beside"):  # a sum of each simdgroup
         expected += 4 * constants["NSG"]
+    if instance.body == "pick":  # a value, a place and a fault of each simdgroup
+        expected += 12 * constants["NSG"]
     if instance.body in ("adapters", "adapters_norm"):  # 8 sums of each, and the sums of all
         expected += 4 * (8 * constants["NSG"] + constants["RANKS"])
     assert judge(instance).shared_bytes == expected

@@ -190,7 +190,7 @@ def test_a_head_that_is_mostly_wrong_pauses() -> None:
 
 def test_rows_of_rejected_tokens_are_dropped() -> None:
     """Three steps without a draft: a proposal of 4 of which 2 are accepted, then one row each."""
-    draft = _Draft()
+    draft = _Draft(region=0)
     for index, (start, count) in enumerate([(10, 5), (13, 1), (14, 1)]):
         draft.add(start, mx.arange(100 * index, 100 * index + count)[:, None])
     found = draft.take(known=16)

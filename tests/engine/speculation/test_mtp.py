@@ -30,6 +30,7 @@ from modelpack_engine.runner.model_layout import find_layout
 from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.speculation import acceptance
 from modelpack_engine.speculation.eagle import EagleProposer
+from modelpack_engine.speculation.head_runner import HeadRunner
 from modelpack_engine.speculation.ngram import NgramProposer
 from modelpack_engine.speculation.speculator import Speculator
 from modelpack_server.stored_models import open_model
@@ -265,13 +266,19 @@ def test_drafts_are_launched_behind_steps(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(PagedRunner, "writes_in_place", property(lambda self: True))
     monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
     behind: list[bool] = []
-    draft = EagleProposer._draft
+    draft, launch = HeadRunner.draft, EagleProposer.launch
 
-    def noted(self: EagleProposer, rows: Any, ids: mx.array, outbox: Any = None) -> Any:
-        behind.append(outbox is not None)
-        return draft(self, rows, ids, outbox)
+    def drafted(self: HeadRunner, rows: Any, ids: mx.array) -> Any:
+        behind.append(False)
+        return draft(self, rows, ids)
 
-    monkeypatch.setattr(EagleProposer, "_draft", noted)
+    def launched(self: EagleProposer) -> None:
+        before = len(behind)
+        launch(self)
+        behind[before:] = [True] * (len(behind) - before)
+
+    monkeypatch.setattr(HeadRunner, "draft", drafted)
+    monkeypatch.setattr(EagleProposer, "launch", launched)
     model = target("mimo", markov=True)
     expected = engine_of(model, "mimo", None).generate(PROMPTS[:2], LONG)
     model = target("mimo", markov=True)

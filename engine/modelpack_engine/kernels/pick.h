@@ -1,0 +1,7 @@
+  // The next token of a draft, after `most_likely`: that of the most likely column.
+  //   before [R, COLUMNS] int   tokens [V] int: the token of each column, 0 if there is no most likely one
+  //   found [R, COLUMNS] int: `before` with the token at COLUMN
+  if (index == 0) {
+    PA_UNROLL for (int i = 0; i < COLUMNS; i++) found[row * COLUMNS + i] = before[row * COLUMNS + i];
+    found[row * COLUMNS + COLUMN] = best < 0 ? 0 : tokens[best];
+  }

@@ -1,0 +1,220 @@
+"""Kernels of drafts by a head: its input, which rows were accepted, and the next token.
+
+A draft is a chain of very small kernels, so what counts is how many there are, and that no array
+has 8 bytes or less: MLX keeps those in the host's memory (CUDA).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from modelpack_engine.kernels import launch
+from modelpack_engine.kernels.plan import vector_width
+
+_MOST_SIMDGROUPS = 16
+
+
+class DraftShape(NamedTuple):
+    """The sequences of a draft, the rows of each, the blocks of its table, and its tokens."""
+
+    sequences: int
+    rows: int
+    width: int
+    num_tokens: int
+
+    def cut(self, numbers: mx.array) -> list[mx.array]:
+        """Split the numbers int32 of a draft.
+
+        Positions, slots [sequences * rows], proposed tokens [sequences, rows], tables
+        [sequences, width] and lengths [sequences].
+        """
+        rows = self.sequences * self.rows
+        positions, slots, proposed = numbers[: 3 * rows].reshape(3, rows)
+        tables, lengths = numbers[3 * rows : -self.sequences], numbers[-self.sequences :]
+        return [
+            positions, slots, proposed.reshape(self.sequences, self.rows),
+            tables.reshape(self.sequences, self.width), lengths,
+        ]  # fmt: skip
+
+
+class Places(NamedTuple):
+    """Where the tokens of a draft go, int32.
+
+    `found` [sequences, 1 + tokens] has the number of rows read in all columns. `of_tokens`
+    [tokens, 3, sequences] are the position, the slot and the number of keys of each token, and
+    `last` [sequences] the last row read.
+    """
+
+    found: mx.array
+    of_tokens: mx.array
+    last: mx.array
+
+
+def accepted(ids: mx.array, numbers: mx.array, shape: DraftShape) -> Places:
+    """Return the places of a draft whose rows are followed by the drawn tokens `ids`, int32.
+
+    A sequence's rows are read up to the first of `ids` [sequences, rows] that is not the proposed
+    token in `numbers`, which `DraftShape.cut` splits.
+    """
+    if accepted_verdict() is not None:
+        return _accepted_by_mlx(ids, numbers, shape)
+    return _accepted(ids, numbers, shape)
+
+
+def _accepted(ids: mx.array, numbers: mx.array, shape: DraftShape) -> Places:
+    found, places = launch.run(
+        "accepted",
+        [ids, numbers],
+        [],
+        [("ROWS", shape.rows), ("WIDTH", shape.width), ("TOKENS", shape.num_tokens)],
+        threads=shape.sequences,
+        group=32,
+        shapes=[
+            (shape.sequences, 1 + shape.num_tokens), (3 * shape.num_tokens + 1, shape.sequences),
+        ],
+        dtypes=[mx.int32, mx.int32],
+    )  # fmt: skip
+    return Places(found, places[:-1].reshape(-1, 3, shape.sequences), places[-1])
+
+
+def _accepted_by_mlx(ids: mx.array, numbers: mx.array, shape: DraftShape) -> Places:
+    positions, slots, proposed, _, lengths = shape.cut(numbers)
+    number = mx.arange(shape.rows)
+    drawn = (ids != proposed) | (number == shape.rows - 1)
+    counts = mx.argmax(mx.where(drawn, shape.rows - number, 0), axis=1).astype(mx.int32) + 1
+    last = mx.arange(shape.sequences) * shape.rows + counts - 1
+    first = mx.stack([positions[last], slots[last], lengths + counts])
+    return Places(
+        mx.broadcast_to(counts[:, None], (shape.sequences, 1 + shape.num_tokens)),
+        first + mx.arange(shape.num_tokens)[:, None, None],
+        last,
+    )
+
+
+def pick(logits: mx.array, found: mx.array, column: int, tokens: mx.array) -> mx.array:
+    """Return `found` int32 [rows, columns] with the most likely token of each row in a column.
+
+    `tokens` int32 are those of the columns of `logits` [rows, n].
+    """
+    if pick_verdict(logits.dtype, logits.shape[1]) is not None:
+        return _picked_by_mlx(logits, found, column, tokens)
+    return _picked(logits, found, column, tokens)
+
+
+def _picked_by_mlx(logits: mx.array, found: mx.array, column: int, tokens: mx.array) -> mx.array:
+    best = tokens[mx.argmax(logits, axis=-1)][:, None]
+    return mx.concatenate([found[:, :column], best, found[:, column + 1 :]], axis=1)
+
+
+def _picked(logits: mx.array, found: mx.array, column: int, tokens: mx.array) -> mx.array:
+    vocab_size = logits.shape[1]
+    simdgroups = min(_MOST_SIMDGROUPS, max(1, vocab_size // 512))
+    (out,) = launch.run(
+        "pick",
+        [logits, found, tokens],
+        [("T", logits.dtype)],
+        [
+            ("V", vocab_size), ("VEC", vector_width(logits.dtype.size, vocab_size)),
+            ("NSG", simdgroups), ("COLUMNS", found.shape[1]), ("COLUMN", column),
+        ],
+        threads=logits.shape[0] * simdgroups * 32,
+        group=simdgroups * 32,
+        shapes=[found.shape],
+        dtypes=[mx.int32],
+    )  # fmt: skip
+    return out
+
+
+def norm_beside(
+    table: mx.array,
+    index: mx.array,
+    column: int,
+    hidden: mx.array,
+    table_weight: mx.array,
+    hidden_weight: mx.array,
+    epsilon: float,
+) -> mx.array:
+    """Return [rows, 2 dim]: the RMS norm of rows of a table beside that of hidden states.
+
+    The rows of `table` [n, dim] are those in a column of `index` int32 [rows, columns]. `hidden` is
+    [rows, dim] in the table's type; the norms are times `table_weight` and `hidden_weight` [dim].
+    """
+    rows, dim = hidden.shape
+    vector = vector_width(hidden.dtype.size, dim)
+    simdgroups = min(32, max(1, -(-dim // (vector * 32))))
+    threads = 32 * simdgroups
+    (out,) = launch.run(
+        "norm_beside",
+        [table, index, hidden, table_weight, hidden_weight],
+        [("T", hidden.dtype), ("W", table_weight.dtype)],
+        [
+            ("D", dim), ("VEC", vector), ("NSG", simdgroups), ("COLUMNS", index.shape[1]),
+            ("COLUMN", column), ("EPSILON", launch.bits_of(epsilon)),
+        ],
+        threads=2 * rows * threads,
+        group=threads,
+        shapes=[(rows, 2 * dim)],
+        dtypes=[hidden.dtype],
+    )  # fmt: skip
+    return out
+
+
+def _compare_places() -> str | None:
+    shape = DraftShape(3, 5, 7, 4)
+    ids = mx.arange(15, dtype=mx.int32).reshape(3, 5)
+    proposed = mx.array([[0, 1, -2, -2, -2], [4, -2, -2, -2, -2], [10, 11, 12, 13, -2]], mx.int32)
+    positions, tables = mx.arange(100, 130, dtype=mx.int32), mx.arange(200, 221, dtype=mx.int32)
+    lengths = mx.array([300, 310, 320], mx.int32)
+    numbers = mx.concatenate([positions, proposed.reshape(-1), tables, lengths])
+    mx.eval(numbers)
+    pairs = zip(_accepted(ids, numbers, shape), _accepted_by_mlx(ids, numbers, shape), strict=True)
+    for name, (ours, expected) in zip(Places._fields, pairs, strict=True):
+        if ours.tolist() != expected.tolist():
+            return f"{name} is {ours.tolist()} instead of {expected.tolist()}"
+    return None
+
+
+#: None if the kernel of `accepted` is right, otherwise the problem.
+accepted_verdict = launch.verdict(_compare_places)
+
+
+def _compare_picked(dtype: mx.Dtype, vocab_size: int) -> str | None:
+    logits = mx.random.normal((3, vocab_size), key=mx.random.key(31))
+    logits[1, vocab_size // 3 :: 5] = 99.0  # the first of equal ones
+    logits = logits.astype(dtype)
+    found = mx.arange(12, dtype=mx.int32).reshape(3, 4)
+    tokens = 2 * mx.arange(vocab_size, dtype=mx.int32) + 1
+    ours = _picked(logits, found, 2, tokens)
+    expected = _picked_by_mlx(logits, found, 2, tokens)
+    if ours.tolist() != expected.tolist():
+        return f"tokens are {ours.tolist()} instead of {expected.tolist()}"
+    return None
+
+
+#: None if the kernel of `pick` is right for a type and number of logits, otherwise the problem.
+pick_verdict = launch.verdict(_compare_picked)
+
+
+def _compare_norms(dtype: mx.Dtype) -> str | None:
+    keys = launch.random_keys(17, 4)
+    rows, dim = 3, 320
+    table = mx.random.normal((7, dim), key=keys[0]).astype(dtype)
+    hidden = (3 * mx.random.normal((rows, dim), key=keys[1])).astype(dtype)
+    weights = [mx.random.uniform(0.5, 1.5, (dim,), key=key).astype(dtype) for key in keys[2:]]
+    index = mx.array([[1, 6], [2, 0], [3, 2]], mx.int32)
+    found = norm_beside(table, index, 1, hidden, weights[0], weights[1], 1e-5)
+    rows_of_table = mx.stack([table[row] for row in (6, 0, 2)])
+    expected = mx.concatenate(
+        [
+            mx.fast.rms_norm(x.astype(mx.float32), by.astype(mx.float32), 1e-5)
+            for x, by in ((rows_of_table, weights[0]), (hidden, weights[1]))
+        ],
+        axis=1,
+    )
+    return launch.difference({"norms": (found, expected)}, 1e-3 if dtype == mx.float32 else 3e-2)
+
+
+#: None if the kernel of `norm_beside` is right for a type, otherwise the problem.
+norm_verdict = launch.verdict(_compare_norms)

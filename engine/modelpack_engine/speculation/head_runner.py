@@ -1,0 +1,207 @@
+"""HeadRunner: drafts of an EAGLE-3 head or a layer for multi-token prediction, and its keys.
+
+All tokens of a draft are computed in one compiled graph: the rows that the head has not read yet,
+then a row for each further token. The graph itself finds the last row to read, by the first token
+that is not the proposed one.
+
+The keys and values of each sequence are in a region of one pool, a run of blocks. All regions have
+the size of the longest, and grow together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
+from modelpack_engine.kernels import decode_attention, may_write
+from modelpack_engine.layers.drafts import DraftShape, accepted, pick
+from modelpack_engine.layers.kernels import take_rows
+from modelpack_engine.models.eagle import EagleHead
+from modelpack_engine.models.mtp import MtpHead
+from modelpack_engine.speculation.head_layers import Embed, head_layer
+
+_BLOCK = 16
+#: The tokens of a region at first; doubled as needed.
+_FEWEST_TOKENS = 256
+#: Stands for no proposed token: no token is drawn that equals it.
+_NONE = -2
+
+
+class Rows(NamedTuple):
+    """The rows of a sequence that a head reads, and where it writes their keys and values.
+
+    `states` [rows, hidden] are the model's at `positions`. `proposed` are the tokens that were
+    proposed after the rows but the last. The region has `length` rows already.
+    """
+
+    region: int
+    length: int
+    positions: list[int]
+    states: mx.array
+    proposed: tuple[int, ...] = ()
+
+
+class Draft(NamedTuple):
+    """A draft on the device.
+
+    `found` is int32 [sequences, 1 + tokens]: the number of rows that were read, and the drafted
+    tokens. `probabilities` [sequences, tokens] are None if they are not wanted.
+    """
+
+    found: mx.array
+    probabilities: mx.array | None
+
+
+class HeadRunner:
+    """Runs `head` for up to `max_sequences` sequences; a draft has `num_tokens` tokens.
+
+    `embed` are the model's embeddings, for heads without their own.
+    """
+
+    def __init__(
+        self,
+        head: EagleHead | MtpHead,
+        embed: Embed,
+        *,
+        num_tokens: int,
+        max_sequences: int,
+        probabilities: bool,
+    ) -> None:
+        self._head, self._num_tokens, self._regions = head, num_tokens, max_sequences
+        self._probabilities = probabilities
+        self._layer = head_layer(head, head.embed_tokens if "embed_tokens" in head else embed)
+        self._layout = KVLayout(
+            head.num_kv_heads, head.key_dim, head.num_kv_heads, head.value_dim, head.dtype
+        )
+        #: The token of each column of the logits.
+        self._tokens = head.token_ids(mx.arange(head.num_logits))
+        self._in_place = may_write(head.dtype, head.dtype)
+        self._size = 0
+        self._pools = TokenMajorPools(self._layout, 0, _BLOCK)
+        self._graphs: dict[DraftShape, Callable[..., Any]] = {}
+
+    def read(self, rows: Rows, ids: list[int], size: int) -> None:
+        """Compute keys and values of rows that `ids` follow, padded to `size` rows."""
+        self._run([rows], mx.array([_padded(ids, size)], mx.int32), drafts=False)
+
+    def draft(self, rows: list[Rows], ids: mx.array) -> Draft:
+        """Launch a draft behind rows of sequences, which `ids` int32 [sequences, size] follow.
+
+        A sequence's rows are read up to the first of `ids` that was not proposed.
+        """
+        found = self._run(rows, ids, drafts=True)
+        return Draft(found[0], found[1] if self._probabilities else None)
+
+    def _run(self, rows: list[Rows], ids: mx.array, *, drafts: bool) -> tuple[mx.array, ...]:
+        count, size = ids.shape
+        num_tokens = self._num_tokens if drafts else 0
+        longest = max(each.length for each in rows) + size + num_tokens
+        self._reserve(longest)
+        # Few widths: for each, a graph is compiled.
+        width = min(
+            _FEWEST_TOKENS << max(0, (longest - 1) // _FEWEST_TOKENS).bit_length(), self._size
+        )
+        shape = DraftShape(count, size, width // _BLOCK, num_tokens)
+        if shape not in self._graphs:
+            self._graphs[shape] = mx.compile(partial(self._trace, shape))
+        states = [_pad_rows(each.states, size) for each in rows]
+        pools = self._pools
+        found = self._graphs[shape](
+            ids, self._numbers(rows, shape), states[0] if count == 1 else mx.concatenate(states),
+            pools.keys, pools.values, self._tokens,
+        )  # fmt: skip
+        if not self._in_place:
+            *found, pools.keys, pools.values = found
+            mx.async_eval(pools.keys, pools.values)
+        mx.async_eval(*found)
+        return tuple(found)
+
+    def _numbers(self, rows: list[Rows], shape: DraftShape) -> mx.array:
+        """Return the numbers that `DraftShape.cut` splits.
+
+        One array moves the fewest pages of CUDA's managed memory.
+        """
+        starts = np.array([each.region * self._size + each.length for each in rows])
+        parts = [
+            np.array([_padded(each.positions, shape.rows) for each in rows]),
+            starts[:, None] + np.arange(shape.rows),
+            np.array(
+                [[*each.proposed, *[_NONE] * (shape.rows - len(each.proposed))] for each in rows]
+            ),
+            np.array([[each.region * self._size // _BLOCK] for each in rows])
+            + np.arange(shape.width),
+            np.array([each.length for each in rows]),
+        ]
+        return mx.array(np.concatenate([part.ravel() for part in parts]).astype(np.int32))
+
+    def _reserve(self, tokens: int) -> None:
+        """Give each region room for this many tokens."""
+        if tokens <= self._size:
+            return
+        old, before = self._pools, self._size
+        self._size = max(_FEWEST_TOKENS, 1 << (tokens - 1).bit_length())
+        self._pools = TokenMajorPools(self._layout, self._regions * self._size // _BLOCK, _BLOCK)
+        if before:
+            added = self._size - before
+            self._pools.keys, self._pools.values = (
+                mx.pad(
+                    pool.reshape(self._regions, before, *pool.shape[1:]),
+                    [(0, 0), (0, added), (0, 0), (0, 0)],
+                ).reshape(-1, *pool.shape[1:])
+                for pool in (old.keys, old.values)
+            )
+        mx.eval(self._pools.keys, self._pools.values)  # kernels write to their memory
+
+    def _trace(
+        self,
+        shape: DraftShape,
+        ids: mx.array,
+        numbers: mx.array,
+        states: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        tokens: mx.array,
+    ) -> list[mx.array]:
+        """Build a graph; return what it finds, and the pools unless they are written in place."""
+        pools, layer = copy.copy(self._pools), self._layer
+        pools.keys, pools.values = keys, values
+        positions, slots, _, tables, _ = shape.cut(numbers)
+        carried, queries = layer.write(states, ids.reshape(-1, 1), 0, positions, slots, pools)
+        if not shape.num_tokens:
+            return [pools.last_write()] if self._in_place else [pools.keys, pools.values]
+        found, of_tokens, last = accepted(ids, numbers, shape)
+        if shape.rows > 1:
+            heads = queries.shape[1:]
+            carried = layer.take(carried, last)
+            queries = take_rows(queries.reshape(len(positions), -1), last).reshape(-1, *heads)
+        hidden, probabilities = states, list[mx.array]()
+        for step in range(shape.num_tokens):
+            positions, slots, lengths = of_tokens[step]
+            if step:  # the drafted token comes after the last row
+                carried, queries = layer.write(hidden, found, step, positions, slots, pools)
+            attended = decode_attention(
+                queries, pools.keys, pools.values, tables, lengths, scale=self._head.scale,
+                num_kv_heads=self._layout.key_heads, block_size=_BLOCK,
+            )  # fmt: skip
+            hidden, logits = layer.finish(carried, attended.reshape(shape.sequences, -1))
+            found = pick(logits, found, step + 1, tokens)
+            if self._probabilities:
+                top = mx.max(logits, axis=-1)
+                probabilities.append(mx.exp(top - mx.logsumexp(logits, axis=-1)))
+        made = [found, mx.stack(probabilities, axis=1)] if probabilities else [found]
+        return made if self._in_place else [*made, pools.keys, pools.values]
+
+
+def _padded(numbers: list[int], count: int) -> list[int]:
+    return numbers + [0] * (count - len(numbers))
+
+
+def _pad_rows(states: mx.array, count: int) -> mx.array:
+    missing = count - len(states)
+    return mx.pad(states, [(0, missing), (0, 0)]) if missing else states
