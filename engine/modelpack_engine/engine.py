@@ -412,7 +412,9 @@ class Engine(BaseEngine):
         elif batch.sample_seqs:
             sampled = self._sample(logits, sample_rows(output))
         if self._speculator is not None:
-            next_ids = None if sampled is None else sampled.next_ids
+            # Log-probabilities would wait for a draft that is launched behind the step.
+            known = sampled is not None and sampled.logprobs is None
+            next_ids = sampled.next_ids if sampled is not None and known else None
             self._speculator.record(output, batch, hidden, next_ids)
         return ScheduledStep(output, batch, sampled, masked_logits, prompt_logprobs, staging_step)
 

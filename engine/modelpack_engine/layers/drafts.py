@@ -1,7 +1,7 @@
 """Kernels of drafts by a head: its input, which rows were accepted, and the next token.
 
-A draft is a chain of very small kernels, so what counts is how many there are, and that no array
-has 8 bytes or less: MLX keeps those in the host's memory (CUDA).
+A draft is a chain of very small kernels, so what counts is how many there are. Places and tokens
+are in arrays of more than 8 bytes: MLX keeps smaller ones in the host's memory (CUDA).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _accepted(ids: mx.array, numbers: mx.array, shape: DraftShape) -> Places:
         "accepted",
         [ids, numbers],
         [],
-        [("ROWS", shape.rows), ("WIDTH", shape.width), ("TOKENS", shape.num_tokens)],
+        [("ROWS", shape.rows), ("TOKENS", shape.num_tokens)],
         threads=shape.sequences,
         group=32,
         shapes=[
@@ -141,6 +141,7 @@ def norm_beside(
     The rows of `table` [n, dim] are those in a column of `index` int32 [rows, columns]. `hidden` is
     [rows, dim] in the table's type; the norms are times `table_weight` and `hidden_weight` [dim].
     """
+    assert table.dtype == hidden.dtype, (table.dtype, hidden.dtype)
     rows, dim = hidden.shape
     vector = vector_width(hidden.dtype.size, dim)
     simdgroups = min(32, max(1, -(-dim // (vector * 32))))

@@ -15,10 +15,11 @@ count.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -31,7 +32,7 @@ from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.runner.hidden_states import HiddenRows, recorded_rows
 from modelpack_engine.sampling.delivery import Outbox
-from modelpack_engine.speculation.head_runner import Draft, HeadRunner, Rows
+from modelpack_engine.speculation.head_runner import HeadDraft, HeadRunner, Rows
 
 # The rows that the head computes at a time while it reads a prompt.
 _CHUNKS = (16, 64, 256)
@@ -47,39 +48,44 @@ class _Drafted(NamedTuple):
 class _Launched:
     """A draft on its way to the host; with an `outbox`, the host gets it faster."""
 
-    def __init__(self, draft: Draft, outbox: Outbox | None = None) -> None:
+    def __init__(self, draft: HeadDraft, outbox: Outbox | None = None) -> None:
         self._draft = draft
         self._delivery = None if outbox is None else outbox.send(draft.found.reshape(-1))
         self._rows: list[list[int]] | None = None
+        self._probabilities: list[list[float]] = []
         if self._delivery is not None:
             mx.async_eval(self._delivery.done)
 
     def read(self, index: int) -> tuple[int, _Drafted]:
         """Wait for the draft; return the number of rows that it read and what it drafted."""
         if self._rows is None:
-            given: Any = self._draft.found.tolist
-            flat = self._delivery.read() if self._delivery else [n for row in given() for n in row]
-            width = self._draft.found.shape[1]
+            found, probabilities = self._draft
+            if self._delivery is None:
+                flat = cast("list[int]", found.reshape(-1).tolist())
+            else:
+                flat = self._delivery.read()
+            width = found.shape[1]
             self._rows = [flat[at : at + width] for at in range(0, len(flat), width)]
+            if probabilities is not None:
+                self._probabilities = cast("list[list[float]]", probabilities.tolist())
         count, *token_ids = self._rows[index]
-        of_all = self._draft.probabilities
-        probabilities: Any = [] if of_all is None else of_all[index].tolist()
-        return count, _Drafted(token_ids, probabilities)
+        probabilities_of = self._probabilities[index] if self._probabilities else []
+        return count, _Drafted(token_ids, probabilities_of)
 
 
 @dataclass(slots=True, eq=False)
-class _Draft:
+class _Followed:
     """The head's state for one sequence: `length` rows in its region, and states to read.
 
     `pending` has pairs of the position of the first row and the states [rows, hidden]. `ahead` is a
     draft that was launched behind a step: the position of the step's first row, the sequence's
-    index in the draft, and the draft. `length` does not count its rows yet.
+    index in the draft, the draft, and the number of rows. `length` does not count these yet.
     """
 
     region: int
     length: int = 0
     pending: list[tuple[int, mx.array]] = field(default_factory=list)
-    ahead: tuple[int, int, _Launched] | None = None
+    ahead: tuple[int, int, _Launched, int] | None = None
 
     def settle(self, position: int) -> tuple[int, int, _Launched] | None:
         """Count the rows that were accepted of a draft ahead: those before `position`.
@@ -88,8 +94,8 @@ class _Draft:
         """
         if self.ahead is None:
             return None
-        (start, index, launched), self.ahead = self.ahead, None
-        count = max(position - start, 0)
+        (start, index, launched, rows), self.ahead = self.ahead, None
+        count = min(max(position - start, 0), rows)
         self.length += count
         return count, index, launched
 
@@ -121,9 +127,10 @@ class _Draft:
 class EagleProposer:
     """Proposes the `num_tokens` tokens that `head` drafts, for up to `max_sequences` sequences.
 
-    `embed` are the model's embeddings, for heads without their own. A proposal ends before the
-    first token whose probability is below `min_probability`. Steps have up to `most_proposed`
-    proposed tokens of a sequence. With `ahead`, drafts may be launched behind steps.
+    Sequences have up to `max_tokens`. `embed` are the model's embeddings, for heads without their
+    own. A proposal ends before the first token whose probability is below `min_probability`. Steps
+    have up to `most_proposed` proposed tokens of a sequence. With `ahead`, drafts may be launched
+    behind steps.
     """
 
     def __init__(
@@ -133,6 +140,7 @@ class EagleProposer:
         *,
         num_tokens: int,
         max_sequences: int,
+        max_tokens: int,
         min_probability: float = 0.0,
         most_proposed: int = 0,
         ahead: bool = False,
@@ -141,7 +149,7 @@ class EagleProposer:
             head,
             embed,
             num_tokens=num_tokens,
-            max_sequences=max_sequences,
+            max_tokens=max_tokens + _CHUNKS[-1],
             probabilities=min_probability > 0,
         )
         self._max_sequences = max_sequences
@@ -152,8 +160,8 @@ class EagleProposer:
         # The rows of a sequence that a draft reads at first; few, as each has graphs of its own.
         self._sizes = sorted({1, num_tokens + 1, max(num_tokens, most_proposed) + 1})
         self._next: tuple[dict[int, Rows], mx.array] | None = None
-        self._drafts: dict[int, _Draft] = {}  # by seq_id
-        self._regions = list(range(max_sequences))
+        self._drafts: dict[int, _Followed] = {}  # by seq_id
+        self._regions = list(range(max_sequences))  # that are free, as a heap
 
     def expects(self, sequences: Iterable[Sequence]) -> bool:
         """Return whether the head has read any of these sequences."""
@@ -161,6 +169,7 @@ class EagleProposer:
 
     def record(self, output: SchedulerOutput, batch: StepBatch, hidden: HiddenRows) -> None:
         """Keep the hidden states of a step's rows; proposals may be rejected later."""
+        self._next = None  # left by a step that was not launched
         parts = recorded_rows(output, batch)
         if len(output.decoding) > self._max_sequences:
             parts = parts[len(output.decoding) :]
@@ -169,7 +178,7 @@ class EagleProposer:
             if draft is None:
                 if len(self._drafts) == self._max_sequences:
                     continue
-                draft = self._drafts[sequence.seq_id] = _Draft(self._regions.pop())
+                draft = self._drafts[sequence.seq_id] = _Followed(heapq.heappop(self._regions))
             draft.settle(batch.positions[row])
             draft.add(batch.positions[row], hidden.cut(row, count))
 
@@ -179,7 +188,6 @@ class EagleProposer:
         `sampled` int32 are the tokens of its sampled rows, without those of prompts. `launch` is to
         be called once the step is launched.
         """
-        self._next = None
         if not self._ahead:
             return
         proposed = {each.sequence: each.token_ids for each in output.proposals}
@@ -202,8 +210,8 @@ class EagleProposer:
         (rows, sampled), self._next = self._next, None
         counts = [len(each.positions) for each in rows.values()]
         size = next(size for size in self._sizes if size >= max(counts))
-        if counts == [size]:
-            ids = sampled[:size]
+        if set(counts) == {size}:
+            ids = sampled[: size * len(rows)]
         else:
             firsts = itertools.accumulate(counts, initial=0)
             at = [
@@ -215,7 +223,10 @@ class EagleProposer:
         launched = _Launched(drafted, self._outbox)
         for index, (seq_id, each) in enumerate(rows.items()):
             draft = self._drafts[seq_id]
-            draft.pending, draft.ahead = [], (each.positions[0], index, launched)
+            draft.pending, draft.ahead = (
+                [],
+                (each.positions[0], index, launched, len(each.positions)),
+            )
 
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
         """Return the tokens that the head drafts after each sequence."""
@@ -253,12 +264,15 @@ class EagleProposer:
         for seq_id in seq_ids:
             draft = self._drafts.pop(seq_id, None)
             if draft is not None:
-                self._regions.append(draft.region)
+                heapq.heappush(self._regions, draft.region)
+                if not self._drafts:
+                    self._runner.clear()
 
     def _catch_up(
-        self, sequence: Sequence, draft: _Draft, positions: list[int], states: mx.array
+        self, sequence: Sequence, draft: _Followed, positions: list[int], states: mx.array
     ) -> Rows:
         """Let the head read all rows but the last few, and return these."""
+        self._runner.reserve(draft.region + 1, draft.length + len(positions))
         while len(positions) > self._rows:
             count = min(len(positions) - self._rows, _CHUNKS[-1])
             ids = _next_tokens(sequence, positions[:count])

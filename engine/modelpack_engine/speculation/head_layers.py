@@ -1,8 +1,8 @@
 """The layer of a drafting head on rows of many sequences, whose keys and values are in pools.
 
 `HeadLayer` calls an EAGLE-3 head or a layer for multi-token prediction as it is. `FusedLayer`
-computes an EAGLE-3 head in eight kernels instead of about twenty, on GPUs: launching a kernel takes
-longer than the kernel of such a small layer. `head_layer` chooses.
+computes an EAGLE-3 head by fewer kernels, on GPUs: launching a kernel takes longer than the kernel
+of such a small layer. `head_layer` chooses.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
 
 Embed = Callable[[mx.array], mx.array]
+#: The most rows that a head reads at a time.
+_MOST_ROWS = 4096
 #: What rows carry from `write` to `finish`.
 Carried = Any
 
@@ -75,6 +77,8 @@ class FusedLayer:
         # A runner may have replaced the class of a model's embeddings by one derived from it.
         plain = isinstance(embed, nn.Embedding) and embed["weight"].dtype == head.dtype
         self._table: mx.array | None = embed["weight"] if plain else None  # type: ignore[index]
+        self._numbers = mx.arange(_MOST_ROWS, dtype=mx.int32)[:, None]
+        mx.eval(self._numbers)
         self._heads, self._dtype = (config.num_heads, config.num_kv_heads), head.dtype
         self._normed_residual = config.norm_before_residual
         self._weights = layer.input_layernorm["weight"], layer.hidden_norm["weight"]
@@ -96,10 +100,11 @@ class FusedLayer:
         pools: TokenMajorPools,
     ) -> tuple[Carried, mx.array]:
         """Do as `HeadLayer.write`."""
-        table = self._table
+        # Norms in float32 would make the model's states float32.
+        hidden, table = hidden.astype(self._dtype), self._table
         if table is None:
-            table, column = self._embed(ids[:, column]), 0
-            ids = mx.arange(len(ids), dtype=mx.int32)[:, None]
+            table, column = self._embed(ids[:, column]).astype(self._dtype), 0
+            ids = self._numbers[: len(ids)]
         rows = drafts.norm_beside(table, ids, column, hidden, *self._weights, self._epsilon)
         residual = rows[:, hidden.shape[1] :] if self._normed_residual else hidden
         joint = multiply_in_parts(rows, self._heads_by)

@@ -4,8 +4,8 @@ All tokens of a draft are computed in one compiled graph: the rows that the head
 then a row for each further token. The graph itself finds the last row to read, by the first token
 that is not the proposed one.
 
-The keys and values of each sequence are in a region of one pool, a run of blocks. All regions have
-the size of the longest, and grow together.
+The keys and values of each sequence are in a region of one pool, a run of blocks. There are as many
+regions as sequences, of the size of the longest; they grow by doubling, and end with the sequences.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
+from modelpack_engine.core.buckets import round_up
 from modelpack_engine.kernels import decode_attention, may_write
 from modelpack_engine.layers.drafts import DraftShape, accepted, pick
 from modelpack_engine.layers.kernels import take_rows
@@ -47,7 +48,7 @@ class Rows(NamedTuple):
     proposed: tuple[int, ...] = ()
 
 
-class Draft(NamedTuple):
+class HeadDraft(NamedTuple):
     """A draft on the device.
 
     `found` is int32 [sequences, 1 + tokens]: the number of rows that were read, and the drafted
@@ -59,9 +60,10 @@ class Draft(NamedTuple):
 
 
 class HeadRunner:
-    """Runs `head` for up to `max_sequences` sequences; a draft has `num_tokens` tokens.
+    """Runs `head`; a draft has `num_tokens` tokens.
 
-    `embed` are the model's embeddings, for heads without their own.
+    `embed` are the model's embeddings, for heads without their own. Regions never hold more than
+    `max_tokens`.
     """
 
     def __init__(
@@ -70,11 +72,11 @@ class HeadRunner:
         embed: Embed,
         *,
         num_tokens: int,
-        max_sequences: int,
+        max_tokens: int,
         probabilities: bool,
     ) -> None:
-        self._head, self._num_tokens, self._regions = head, num_tokens, max_sequences
-        self._probabilities = probabilities
+        self._head, self._num_tokens, self._probabilities = head, num_tokens, probabilities
+        self._max_tokens = round_up(max_tokens, (_BLOCK,))
         self._layer = head_layer(head, head.embed_tokens if "embed_tokens" in head else embed)
         self._layout = KVLayout(
             head.num_kv_heads, head.key_dim, head.num_kv_heads, head.value_dim, head.dtype
@@ -82,45 +84,74 @@ class HeadRunner:
         #: The token of each column of the logits.
         self._tokens = head.token_ids(mx.arange(head.num_logits))
         self._in_place = may_write(head.dtype, head.dtype)
-        self._size = 0
+        self._regions = self._size = 0
         self._pools = TokenMajorPools(self._layout, 0, _BLOCK)
+        self._token = mx.zeros((1,), mx.int32)  # of the last write in place
         self._graphs: dict[DraftShape, Callable[..., Any]] = {}
 
     def read(self, rows: Rows, ids: list[int], size: int) -> None:
         """Compute keys and values of rows that `ids` follow, padded to `size` rows."""
         self._run([rows], mx.array([_padded(ids, size)], mx.int32), drafts=False)
 
-    def draft(self, rows: list[Rows], ids: mx.array) -> Draft:
+    def draft(self, rows: list[Rows], ids: mx.array) -> HeadDraft:
         """Launch a draft behind rows of sequences, which `ids` int32 [sequences, size] follow.
 
         A sequence's rows are read up to the first of `ids` that was not proposed.
         """
         found = self._run(rows, ids, drafts=True)
-        return Draft(found[0], found[1] if self._probabilities else None)
+        return HeadDraft(found[0], found[1] if self._probabilities else None)
 
-    def _run(self, rows: list[Rows], ids: mx.array, *, drafts: bool) -> tuple[mx.array, ...]:
+    def reserve(self, regions: int, tokens: int) -> None:
+        """Make room for this many regions of so many tokens, and what a draft adds to them."""
+        tokens += self._num_tokens
+        if regions <= self._regions and tokens <= self._size:
+            return
+        size = max(self._size, _FEWEST_TOKENS, 1 << (tokens - 1).bit_length())
+        size = max(min(size, self._max_tokens), round_up(tokens, (_BLOCK,)))
+        count = max(self._regions, 1 << (regions - 1).bit_length())
+        pools = TokenMajorPools(self._layout, count * size // _BLOCK, _BLOCK)
+        if self._regions:
+            before = (self._regions, self._size)
+            more = [(0, count - self._regions), (0, size - self._size), (0, 0), (0, 0)]
+            pools.keys, pools.values = (
+                mx.pad(
+                    mx.depends(pool, self._token).reshape(*before, *pool.shape[1:]), more
+                ).reshape(-1, *pool.shape[1:])
+                for pool in (self._pools.keys, self._pools.values)
+            )  # fmt: skip
+        mx.eval(pools.keys, pools.values)  # kernels write to their memory
+        self._pools, self._regions, self._size = pools, count, size
+
+    def clear(self) -> None:
+        """Free the pool: no sequence is left."""
+        self._regions = self._size = 0
+        self._pools = TokenMajorPools(self._layout, 0, _BLOCK)
+
+    def _run(self, rows: list[Rows], ids: mx.array, *, drafts: bool) -> list[mx.array]:
         count, size = ids.shape
         num_tokens = self._num_tokens if drafts else 0
-        longest = max(each.length for each in rows) + size + num_tokens
-        self._reserve(longest)
-        # Few widths: for each, a graph is compiled.
-        width = min(
-            _FEWEST_TOKENS << max(0, (longest - 1) // _FEWEST_TOKENS).bit_length(), self._size
-        )
+        longest = max(each.length for each in rows) + size
+        self.reserve(1 + max(each.region for each in rows), longest)
+        width = 0
+        if drafts:  # few widths: for each, a graph is compiled
+            longest += num_tokens
+            width = min(max(_FEWEST_TOKENS, 1 << (longest - 1).bit_length()), self._size)
         shape = DraftShape(count, size, width // _BLOCK, num_tokens)
         if shape not in self._graphs:
             self._graphs[shape] = mx.compile(partial(self._trace, shape))
         states = [_pad_rows(each.states, size) for each in rows]
         pools = self._pools
-        found = self._graphs[shape](
+        found: list[mx.array] = self._graphs[shape](
             ids, self._numbers(rows, shape), states[0] if count == 1 else mx.concatenate(states),
-            pools.keys, pools.values, self._tokens,
+            pools.keys, pools.values, self._token, self._tokens,
         )  # fmt: skip
-        if not self._in_place:
+        if self._in_place:
+            self._token = found[-1]
+        else:
             *found, pools.keys, pools.values = found
             mx.async_eval(pools.keys, pools.values)
         mx.async_eval(*found)
-        return tuple(found)
+        return found
 
     def _numbers(self, rows: list[Rows], shape: DraftShape) -> mx.array:
         """Return the numbers that `DraftShape.cut` splits.
@@ -140,24 +171,6 @@ class HeadRunner:
         ]
         return mx.array(np.concatenate([part.ravel() for part in parts]).astype(np.int32))
 
-    def _reserve(self, tokens: int) -> None:
-        """Give each region room for this many tokens."""
-        if tokens <= self._size:
-            return
-        old, before = self._pools, self._size
-        self._size = max(_FEWEST_TOKENS, 1 << (tokens - 1).bit_length())
-        self._pools = TokenMajorPools(self._layout, self._regions * self._size // _BLOCK, _BLOCK)
-        if before:
-            added = self._size - before
-            self._pools.keys, self._pools.values = (
-                mx.pad(
-                    pool.reshape(self._regions, before, *pool.shape[1:]),
-                    [(0, 0), (0, added), (0, 0), (0, 0)],
-                ).reshape(-1, *pool.shape[1:])
-                for pool in (old.keys, old.values)
-            )
-        mx.eval(self._pools.keys, self._pools.values)  # kernels write to their memory
-
     def _trace(
         self,
         shape: DraftShape,
@@ -166,15 +179,21 @@ class HeadRunner:
         states: mx.array,
         keys: mx.array,
         values: mx.array,
+        token: mx.array,
         tokens: mx.array,
     ) -> list[mx.array]:
-        """Build a graph; return what it finds, and the pools unless they are written in place."""
+        """Build a graph; return what it finds, then the token of its last write, or the pools.
+
+        `token` is that of the last write before, and `tokens` are those of the logits' columns.
+        """
         pools, layer = copy.copy(self._pools), self._layer
         pools.keys, pools.values = keys, values
+        if self._in_place:
+            pools.set_written(token)
         positions, slots, _, tables, _ = shape.cut(numbers)
         carried, queries = layer.write(states, ids.reshape(-1, 1), 0, positions, slots, pools)
         if not shape.num_tokens:
-            return [pools.last_write()] if self._in_place else [pools.keys, pools.values]
+            return self._written(pools)
         found, of_tokens, last = accepted(ids, numbers, shape)
         if shape.rows > 1:
             heads = queries.shape[1:]
@@ -195,7 +214,10 @@ class HeadRunner:
                 top = mx.max(logits, axis=-1)
                 probabilities.append(mx.exp(top - mx.logsumexp(logits, axis=-1)))
         made = [found, mx.stack(probabilities, axis=1)] if probabilities else [found]
-        return made if self._in_place else [*made, pools.keys, pools.values]
+        return [*made, *self._written(pools)]
+
+    def _written(self, pools: TokenMajorPools) -> list[mx.array]:
+        return [pools.last_write()] if self._in_place else [pools.keys, pools.values]
 
 
 def _padded(numbers: list[int], count: int) -> list[int]:

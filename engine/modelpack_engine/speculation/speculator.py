@@ -271,7 +271,7 @@ def make_speculator(
         lookup = _lookup(runner)
         return Speculator(lookup, num_tokens=num_tokens, max_batch=max_batch, adapt=False), ()
     if isinstance(draft, DraftingHead):
-        return _with_head(config, draft, runner, vocab_size, max_batch)
+        return _with_head(config, draft, runner, sizes, vocab_size, max_batch)
     num_tokens = config.num_speculative_tokens or DRAFT_TOKENS
     per_sequence = -(-(sizes.max_model_len + num_tokens) // config.block_size)
     num_blocks = max(2, min(sizes.num_blocks, max_batch * per_sequence + 1))
@@ -314,6 +314,7 @@ def _with_head(
     config: EngineConfig,
     head: DraftingHead,
     runner: ModelRunner,
+    sizes: Sizes,
     vocab_size: int,
     max_batch: int,
 ) -> tuple[Speculator | None, tuple[str, ...]]:
@@ -331,7 +332,9 @@ def _with_head(
     if isinstance(head, AssistantHead):
         proposer = _assistant(config, head, runner, vocab_size, num_tokens, max_batch)
     else:
-        proposer = _eagle(config, head, runner, vocab_size, num_tokens, max_batch)
+        proposer = _eagle(
+            config, head, runner, vocab_size, num_tokens, max_batch, sizes.max_model_len
+        )
     found = Speculator(
         HeadWithLookup(_lookup(runner), proposer),
         num_tokens=max(num_tokens, MOST_TOKENS),
@@ -355,6 +358,7 @@ def _eagle(
     vocab_size: int,
     num_tokens: int,
     max_batch: int,
+    max_tokens: int,
 ) -> EagleProposer:
     """Return the proposer of a head that has keys and values of its own."""
     layers, embed = layers_of(runner.layout.inner), embeddings_of(runner.layout.inner)
@@ -371,6 +375,7 @@ def _eagle(
         embed,
         num_tokens=num_tokens,
         max_sequences=max_batch,
+        max_tokens=max_tokens,
         min_probability=config.speculative_min_acceptance,
         most_proposed=MOST_TOKENS,
         ahead=runner.writes_in_place,

@@ -46,7 +46,7 @@ FUSED = [
             ("EPSILON", 0x3727C5AC),
         ),
     ),
-    Instance("accepted", (), (("ROWS", 5), ("WIDTH", 16), ("TOKENS", 4))),
+    Instance("accepted", (), (("ROWS", 5), ("TOKENS", 4))),
     Instance("pick", BF16, (("V", 16384), ("VEC", 8), ("NSG", 16), ("COLUMNS", 5), ("COLUMN", 2))),
     Instance("swiglu", BF16, (("N", 1536), ("VEC", 8))),
     Instance("rows", BF16, (("D", 1536), ("VEC", 8))),

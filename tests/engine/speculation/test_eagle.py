@@ -26,7 +26,7 @@ from modelpack_engine.runner import kv_cache_size
 from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.speculation import acceptance
 from modelpack_engine.speculation.acceptance import HeadWithLookup
-from modelpack_engine.speculation.eagle import EagleProposer, _Draft
+from modelpack_engine.speculation.eagle import EagleProposer, _Followed
 from modelpack_engine.speculation.ngram import NgramProposer
 from tests.engine.serving.tiny import VOCAB, tiny_engine, tiny_loaded
 from tests.engine.speculation.test_draft import LONG, PROMPTS, ask_all
@@ -178,6 +178,8 @@ def test_outputs_are_the_same_with_any_head(
     proposer = proposer_of(engine)
     assert not proposer._scores
     assert not proposer.head._drafts
+    assert sorted(proposer.head._regions) == list(range(proposer.head._max_sequences))
+    assert proposer.head._runner._pools.keys.size == 0
 
 
 def test_a_head_that_is_mostly_wrong_pauses() -> None:
@@ -190,7 +192,7 @@ def test_a_head_that_is_mostly_wrong_pauses() -> None:
 
 def test_rows_of_rejected_tokens_are_dropped() -> None:
     """Three steps without a draft: a proposal of 4 of which 2 are accepted, then one row each."""
-    draft = _Draft(region=0)
+    draft = _Followed(region=0)
     for index, (start, count) in enumerate([(10, 5), (13, 1), (14, 1)]):
         draft.add(start, mx.arange(100 * index, 100 * index + count)[:, None])
     found = draft.take(known=16)

@@ -22,7 +22,7 @@ from tests.engine.speculation.test_eagle import DRAFT_VOCAB, VOCAB, random_head
 
 pytestmark = pytest.mark.long
 
-TOKENS, SEQUENCES = 3, 2
+TOKENS = 3
 VERDICTS = (
     drafts.accepted_verdict, drafts.pick_verdict, drafts.norm_verdict, kernels.verdict,
     dots.verdict, dots.normed_verdict,
@@ -58,7 +58,7 @@ def head(**changed: Any) -> EagleHead:
 
 def runner(made: EagleHead, embed: Any) -> HeadRunner:
     return HeadRunner(
-        made, embed, num_tokens=TOKENS, max_sequences=SEQUENCES, probabilities=False
+        made, embed, num_tokens=TOKENS, max_tokens=512, probabilities=False
     )  # fmt: skip
 
 
@@ -146,16 +146,43 @@ def test_nine_kernels_for_each_token_on_cuda(host: Host, monkeypatch: pytest.Mon
 
 
 def test_regions_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values are kept, and drafts after them stay the same."""
+    """In number and size: keys and values are kept, and drafts after them stay the same."""
     made, embed = head(), embeddings()
     expected = drafted(runner(made, embed))
     monkeypatch.setattr(head_runner, "_FEWEST_TOKENS", 16)
     small = runner(made, embed)
-    states = mx.random.normal((9, 64), key=mx.random.key(3))
+    states = mx.random.normal((40, 64), key=mx.random.key(3))
     small.read(Rows(0, 0, [0], states[:1]), [1], 1)
-    before = small._size
+    before = small._pools.keys.shape[0]
+    assert before == 16
     assert drafted(small) == expected
-    assert before < small._size
+    assert small._pools.keys.shape[0] == 2 * 128
+    small.clear()
+    assert small._pools.keys.size == 0
+    assert drafted(small) == expected
+
+
+def test_regions_end_with_the_longest_sequence() -> None:
+    """Not with the next power of two."""
+    found = HeadRunner(head(), embeddings(), num_tokens=TOKENS, max_tokens=600, probabilities=False)
+    found.reserve(1, 500)
+    assert found._pools.keys.shape[0] == 512
+    found.reserve(1, 595)
+    assert found._pools.keys.shape[0] == 608
+
+
+def test_states_of_another_type(host: Host) -> None:
+    """Norms in float32 make the states of a model in 16 bits float32."""
+    made, embed = head(), embeddings()
+    made.set_dtype(mx.float16)
+    embed.set_dtype(mx.float16)
+    fused = runner(made, embed)
+    assert isinstance(fused._layer, FusedLayer)
+    states = mx.random.normal((1, 64), key=mx.random.key(3)).astype(mx.float16)
+    ids = mx.array([[200]], mx.int32)
+    expected = fused.draft([Rows(0, 0, [0], states)], ids).found.tolist()
+    wide = states.astype(mx.float32)
+    assert fused.draft([Rows(0, 0, [0], wide)], ids).found.tolist() == expected
 
 
 @pytest.mark.parametrize(

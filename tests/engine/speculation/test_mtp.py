@@ -25,6 +25,7 @@ from modelpack_engine.errors import EngineError, ModelLoadError
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.models.mtp import LAYOUTS, MtpHead, TextModel, load_mtp_head
 from modelpack_engine.outputs import RequestEvent
+from modelpack_engine.request import EngineRequest
 from modelpack_engine.runner import kv_cache_size
 from modelpack_engine.runner.model_layout import find_layout
 from modelpack_engine.runner.paged import PagedRunner
@@ -290,6 +291,39 @@ def test_drafts_are_launched_behind_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert first <= 6
     assert all(behind[first:])
     assert len(behind) - first > 8
+
+
+def all_steps(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+def test_a_draft_of_a_step_that_was_not_launched_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_cache_size, "EXACT", FEW)
+    monkeypatch.setattr(PagedRunner, "writes_in_place", property(lambda self: True))
+    model = target("mimo", markov=True)
+    [expected] = engine_of(model, "mimo", None).generate([PROMPTS[1]], LONG)
+    model = target("mimo", markov=True)
+    made = engine_of(model, "mimo", markov_head(model, "mimo"))
+    assert made._speculator is not None
+    head = made._speculator._proposer.head  # type: ignore[attr-defined]
+    launch = mx.async_eval
+
+    def failing(*arrays: Any) -> None:
+        if head._next is not None:
+            raise RuntimeError("no memory")
+        launch(*arrays)
+
+    made.add_request("a", EngineRequest(PROMPTS[0], LONG))
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "async_eval", failing)
+        with pytest.raises(RuntimeError, match="no memory"):
+            all_steps(made)
+    made.fail_all("failed")
+    [found] = made.generate([PROMPTS[1]], LONG)
+    assert tokens(found) == tokens(expected)
 
 
 def test_a_layer_that_is_mostly_wrong_pauses() -> None:
