@@ -1,13 +1,13 @@
   // The input of a drafting head: the RMS norm (https://arxiv.org/abs/1910.07467) of a row of a table beside
   // that of a hidden state. Two threadgroups for each row.
-  //   table [n, D] T   index [rows, COLUMNS] int, of which COLUMN counts   hidden [rows, D] T   table_weight, hidden_weight [D] W
+  //   table [n, D] T   index [rows, COLUMNS] int, of which the last column counts   hidden [rows, D] T   table_weight, hidden_weight [D] W
   //   EPSILON: a float's bits   out [rows, 2 D] T
   constexpr int THREADS = NSG * 32, VECTORS = D / VEC, EACH = (VECTORS + THREADS - 1) / THREADS;
   typedef PaVec<T, VEC> Vec;
   typedef PaVec<W, VEC> Weights;
   const int lane = PA_LANE, group = PA_SIMD, first = group * 32 + lane;
   const int row = PA_X / 2, part = PA_X % 2;
-  const PA_DEVICE Vec* x = (const PA_DEVICE Vec*)table + (size_t)index[row * COLUMNS + COLUMN] * VECTORS;
+  const PA_DEVICE Vec* x = (const PA_DEVICE Vec*)table + (size_t)index[row * COLUMNS + COLUMNS - 1] * VECTORS;
   const PA_DEVICE Weights* by = (const PA_DEVICE Weights*)table_weight;
   if (part) {
     x = (const PA_DEVICE Vec*)hidden + (size_t)row * VECTORS;

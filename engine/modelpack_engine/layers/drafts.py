@@ -93,22 +93,22 @@ def _accepted_by_mlx(ids: mx.array, numbers: mx.array, shape: DraftShape) -> Pla
     )
 
 
-def pick(logits: mx.array, found: mx.array, column: int, tokens: mx.array) -> mx.array:
-    """Return `found` int32 [rows, columns] with the most likely token of each row in a column.
+def pick(logits: mx.array, found: mx.array, tokens: mx.array) -> mx.array:
+    """Return `found` int32 [rows, columns] without its first column, and each row's next token.
 
-    `tokens` int32 are those of the columns of `logits` [rows, n].
+    That is the most likely one; `tokens` int32 are those of the columns of `logits` [rows, n].
     """
     if pick_verdict(logits.dtype, logits.shape[1]) is not None:
-        return _picked_by_mlx(logits, found, column, tokens)
-    return _picked(logits, found, column, tokens)
+        return _picked_by_mlx(logits, found, tokens)
+    return _picked(logits, found, tokens)
 
 
-def _picked_by_mlx(logits: mx.array, found: mx.array, column: int, tokens: mx.array) -> mx.array:
+def _picked_by_mlx(logits: mx.array, found: mx.array, tokens: mx.array) -> mx.array:
     best = tokens[mx.argmax(logits, axis=-1)][:, None]
-    return mx.concatenate([found[:, :column], best, found[:, column + 1 :]], axis=1)
+    return mx.concatenate([found[:, 1:], best], axis=1)
 
 
-def _picked(logits: mx.array, found: mx.array, column: int, tokens: mx.array) -> mx.array:
+def _picked(logits: mx.array, found: mx.array, tokens: mx.array) -> mx.array:
     vocab_size = logits.shape[1]
     simdgroups = min(_MOST_SIMDGROUPS, max(1, vocab_size // 512))
     (out,) = launch.run(
@@ -117,7 +117,7 @@ def _picked(logits: mx.array, found: mx.array, column: int, tokens: mx.array) ->
         [("T", logits.dtype)],
         [
             ("V", vocab_size), ("VEC", vector_width(logits.dtype.size, vocab_size)),
-            ("NSG", simdgroups), ("COLUMNS", found.shape[1]), ("COLUMN", column),
+            ("NSG", simdgroups), ("COLUMNS", found.shape[1]),
         ],
         threads=logits.shape[0] * simdgroups * 32,
         group=simdgroups * 32,
@@ -130,7 +130,6 @@ def _picked(logits: mx.array, found: mx.array, column: int, tokens: mx.array) ->
 def norm_beside(
     table: mx.array,
     index: mx.array,
-    column: int,
     hidden: mx.array,
     table_weight: mx.array,
     hidden_weight: mx.array,
@@ -138,8 +137,9 @@ def norm_beside(
 ) -> mx.array:
     """Return [rows, 2 dim]: the RMS norm of rows of a table beside that of hidden states.
 
-    The rows of `table` [n, dim] are those in a column of `index` int32 [rows, columns]. `hidden` is
-    [rows, dim] in the table's type; the norms are times `table_weight` and `hidden_weight` [dim].
+    The rows of `table` [n, dim] are those in the last column of `index` int32 [rows, columns].
+    `hidden` is [rows, dim] in the table's type; the norms are times `table_weight` and
+    `hidden_weight` [dim].
     """
     assert table.dtype == hidden.dtype, (table.dtype, hidden.dtype)
     rows, dim = hidden.shape
@@ -152,7 +152,7 @@ def norm_beside(
         [("T", hidden.dtype), ("W", table_weight.dtype)],
         [
             ("D", dim), ("VEC", vector), ("NSG", simdgroups), ("COLUMNS", index.shape[1]),
-            ("COLUMN", column), ("EPSILON", launch.bits_of(epsilon)),
+            ("EPSILON", launch.bits_of(epsilon)),
         ],
         threads=2 * rows * threads,
         group=threads,
@@ -187,8 +187,8 @@ def _compare_picked(dtype: mx.Dtype, vocab_size: int) -> str | None:
     logits = logits.astype(dtype)
     found = mx.arange(12, dtype=mx.int32).reshape(3, 4)
     tokens = 2 * mx.arange(vocab_size, dtype=mx.int32) + 1
-    ours = _picked(logits, found, 2, tokens)
-    expected = _picked_by_mlx(logits, found, 2, tokens)
+    ours = _picked(logits, found, tokens)
+    expected = _picked_by_mlx(logits, found, tokens)
     if ours.tolist() != expected.tolist():
         return f"tokens are {ours.tolist()} instead of {expected.tolist()}"
     return None
@@ -205,7 +205,7 @@ def _compare_norms(dtype: mx.Dtype) -> str | None:
     hidden = (3 * mx.random.normal((rows, dim), key=keys[1])).astype(dtype)
     weights = [mx.random.uniform(0.5, 1.5, (dim,), key=key).astype(dtype) for key in keys[2:]]
     index = mx.array([[1, 6], [2, 0], [3, 2]], mx.int32)
-    found = norm_beside(table, index, 1, hidden, weights[0], weights[1], 1e-5)
+    found = norm_beside(table, index, hidden, weights[0], weights[1], 1e-5)
     rows_of_table = mx.stack([table[row] for row in (6, 0, 2)])
     expected = mx.concatenate(
         [

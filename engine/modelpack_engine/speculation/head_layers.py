@@ -40,17 +40,16 @@ class HeadLayer:
         self,
         hidden: mx.array,
         ids: mx.array,
-        column: int,
         positions: mx.array,
         slots: mx.array,
         pools: TokenMajorPools,
     ) -> tuple[Carried, mx.array]:
         """Write the keys and values of rows to `slots`; return the rows' queries.
 
-        `hidden` is [rows, hidden], the tokens are in a column of `ids` int32 [rows, columns],
+        `hidden` is [rows, hidden], the tokens are the last column of `ids` int32 [rows, columns],
         `positions` and `slots` are int32 [rows], and the queries [rows, heads, dim].
         """
-        embedded = self._embed(ids[:, column])
+        embedded = self._embed(ids[:, -1])
         carried, queries, keys, values = self._head.project(hidden, embedded, positions)
         pools.write(keys, values, slots, None)
         return carried, queries
@@ -94,7 +93,6 @@ class FusedLayer:
         self,
         hidden: mx.array,
         ids: mx.array,
-        column: int,
         positions: mx.array,
         slots: mx.array,
         pools: TokenMajorPools,
@@ -103,9 +101,9 @@ class FusedLayer:
         # Norms in float32 would make the model's states float32.
         hidden, table = hidden.astype(self._dtype), self._table
         if table is None:
-            table, column = self._embed(ids[:, column]).astype(self._dtype), 0
+            table = self._embed(ids[:, -1]).astype(self._dtype)
             ids = self._numbers[: len(ids)]
-        rows = drafts.norm_beside(table, ids, column, hidden, *self._weights, self._epsilon)
+        rows = drafts.norm_beside(table, ids, hidden, *self._weights, self._epsilon)
         residual = rows[:, hidden.shape[1] :] if self._normed_residual else hidden
         joint = multiply_in_parts(rows, self._heads_by)
         queries = kernels.rotate_and_write(

@@ -191,7 +191,7 @@ class HeadRunner:
         if self._in_place:
             pools.set_written(token)
         positions, slots, _, tables, _ = shape.cut(numbers)
-        carried, queries = layer.write(states, ids.reshape(-1, 1), 0, positions, slots, pools)
+        carried, queries = layer.write(states, ids.reshape(-1, 1), positions, slots, pools)
         if not shape.num_tokens:
             return self._written(pools)
         found, of_tokens, last = accepted(ids, numbers, shape)
@@ -203,13 +203,13 @@ class HeadRunner:
         for step in range(shape.num_tokens):
             positions, slots, lengths = of_tokens[step]
             if step:  # the drafted token comes after the last row
-                carried, queries = layer.write(hidden, found, step, positions, slots, pools)
+                carried, queries = layer.write(hidden, found, positions, slots, pools)
             attended = decode_attention(
                 queries, pools.keys, pools.values, tables, lengths, scale=self._head.scale,
                 num_kv_heads=self._layout.key_heads, block_size=_BLOCK,
             )  # fmt: skip
             hidden, logits = layer.finish(carried, attended.reshape(shape.sequences, -1))
-            found = pick(logits, found, step + 1, tokens)
+            found = pick(logits, found, tokens)
             if self._probabilities:
                 top = mx.max(logits, axis=-1)
                 probabilities.append(mx.exp(top - mx.logsumexp(logits, axis=-1)))

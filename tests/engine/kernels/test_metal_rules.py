@@ -47,7 +47,7 @@ FUSED = [
         ),
     ),
     Instance("accepted", (), (("ROWS", 5), ("TOKENS", 4))),
-    Instance("pick", BF16, (("V", 16384), ("VEC", 8), ("NSG", 16), ("COLUMNS", 5), ("COLUMN", 2))),
+    Instance("pick", BF16, (("V", 16384), ("VEC", 8), ("NSG", 16), ("COLUMNS", 5))),
     Instance("swiglu", BF16, (("N", 1536), ("VEC", 8))),
     Instance("rows", BF16, (("D", 1536), ("VEC", 8))),
     *(Instance("dequantise", BF16, (("K", 576), ("BITS", bits), ("GROUP", 64))) for bits in (4, 8)),

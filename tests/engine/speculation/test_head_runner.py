@@ -189,7 +189,7 @@ def test_states_of_another_type(host: Host) -> None:
     ("body", "edit", "verdict"),
     [
         ("accepted", ("last + 1 + i", "last + i"), lambda: drafts.accepted_verdict()),
-        ("pick", ("i < COLUMNS", "i < COLUMN"), lambda: drafts.pick_verdict(mx.float32, 1000)),
+        ("pick", ("i < COLUMNS", "i + 1 < COLUMNS"), lambda: drafts.pick_verdict(mx.float32, 1000)),
         ("norm_beside", ("PA_X % 2", "0"), lambda: drafts.norm_verdict(mx.float32)),
     ],
 )
