@@ -46,24 +46,21 @@ class _Drafted(NamedTuple):
 
 
 class _Launched:
-    """A draft on its way to the host; with an `outbox`, the host gets it faster."""
+    """A draft on its way to the host."""
 
-    def __init__(self, draft: HeadDraft, outbox: Outbox | None = None) -> None:
+    def __init__(self, draft: HeadDraft) -> None:
         self._draft = draft
-        self._delivery = None if outbox is None else outbox.send(draft.found.reshape(-1))
         self._rows: list[list[int]] | None = None
         self._probabilities: list[list[float]] = []
-        if self._delivery is not None:
-            mx.async_eval(self._delivery.done)
 
     def read(self, index: int) -> tuple[int, _Drafted]:
         """Wait for the draft; return the number of rows that it read and what it drafted."""
         if self._rows is None:
-            found, probabilities = self._draft
-            if self._delivery is None:
+            found, probabilities, delivery = self._draft
+            if delivery is None:
                 flat = cast("list[int]", found.reshape(-1).tolist())
             else:
-                flat = self._delivery.read()
+                flat = delivery.read()
             width = found.shape[1]
             self._rows = [flat[at : at + width] for at in range(0, len(flat), width)]
             if probabilities is not None:
@@ -219,8 +216,8 @@ class EagleProposer:
                 for first, count in zip(firsts, counts, strict=False)
             ]
             ids = take(sampled, mx.array(at, mx.int32).reshape(-1))
-        drafted = self._runner.draft(list(rows.values()), ids.reshape(len(rows), size))
-        launched = _Launched(drafted, self._outbox)
+        ids = ids.reshape(len(rows), size)
+        launched = _Launched(self._runner.draft(list(rows.values()), ids, self._outbox))
         for index, (seq_id, each) in enumerate(rows.items()):
             draft = self._drafts[seq_id]
             draft.pending, draft.ahead = (

@@ -8,15 +8,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from modelpack_engine.kernels import grouped, launch, operations
 from modelpack_engine.layers import dots, drafts, kernels, matmul, packed
 from modelpack_engine.models.eagle import EagleHead
+from modelpack_engine.sampling.delivery import Delivery
 from modelpack_engine.speculation import head_runner
+from modelpack_engine.speculation.eagle import _Launched
 from modelpack_engine.speculation.head_layers import FusedLayer, HeadLayer
-from modelpack_engine.speculation.head_runner import HeadRunner, Rows
+from modelpack_engine.speculation.head_runner import HeadDraft, HeadRunner, Rows
 from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.speculation.test_eagle import DRAFT_VOCAB, VOCAB, random_head
 
@@ -205,6 +208,15 @@ def test_verdicts_name_a_wrong_kernel(
 
     host.break_by(broken)
     assert verdict() is not None
+
+
+def test_a_draft_is_read_where_it_was_delivered() -> None:
+    """As on CUDA, whose kernel writes to the host's memory; here, an array stands for it."""
+    memory = np.array([2, 7, 8, 1, 9, 10], np.int32)
+    draft = HeadDraft(mx.zeros((2, 3), mx.int32), None, Delivery(mx.zeros((1,)), memory))
+    launched = _Launched(draft)
+    assert launched.read(1) == (1, ([9, 10], []))
+    assert launched.read(0) == (2, ([7, 8], []))
 
 
 def test_a_type_of_16_bits(host: Host) -> None:

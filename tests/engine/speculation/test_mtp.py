@@ -269,9 +269,9 @@ def test_drafts_are_launched_behind_steps(monkeypatch: pytest.MonkeyPatch) -> No
     behind: list[bool] = []
     draft, launch = HeadRunner.draft, EagleProposer.launch
 
-    def drafted(self: HeadRunner, rows: Any, ids: mx.array) -> Any:
+    def drafted(self: HeadRunner, rows: Any, ids: mx.array, *outbox: Any) -> Any:
         behind.append(False)
-        return draft(self, rows, ids)
+        return draft(self, rows, ids, *outbox)
 
     def launched(self: EagleProposer) -> None:
         before = len(behind)
