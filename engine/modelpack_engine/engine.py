@@ -402,7 +402,6 @@ class Engine(BaseEngine):
         logits = self._runner.forward(with_prompt_rows(batch), token_ids, embeddings)
         if self.vision is not None:
             self.vision.encoder.end_step()
-        hidden = self._runner.hidden_rows() if isinstance(self._runner, PagedRunner) else None
         logits, prompt_logprobs = split_logits(batch, logits)
         sampled = masked_logits = None
         if self._outputs.has_masks and any(
@@ -411,11 +410,12 @@ class Engine(BaseEngine):
             masked_logits = logits
         elif batch.sample_seqs:
             sampled = self._sample(logits, sample_rows(output))
-        if self._speculator is not None:
+        if self._speculator is not None and isinstance(self._runner, PagedRunner):
+            next_ids = None
             # Log-probabilities would wait for a draft that is launched behind the step.
-            known = sampled is not None and sampled.logprobs is None
-            next_ids = sampled.next_ids if sampled is not None and known else None
-            self._speculator.record(output, batch, hidden, next_ids)
+            if sampled is not None and sampled.logprobs is None:
+                next_ids = sampled.next_ids
+            self._speculator.record(output, batch, self._runner.hidden_rows(), next_ids)
         return ScheduledStep(output, batch, sampled, masked_logits, prompt_logprobs, staging_step)
 
     def _launch(self, scheduled: ScheduledStep | None) -> None:
