@@ -139,6 +139,16 @@ def simdgroups(backend: str) -> int | None:
     return None if backend == "cuda" else SIMDGROUPS
 
 
+def norm_simdgroups(dim: int, vector: int) -> int:
+    """Return the simdgroups that norm a row of `dim` elements, `vector` of them at a time."""
+    return min(32, max(1, -(-dim // (vector * 32))))
+
+
+def logit_simdgroups(vocab_size: int) -> int:
+    """Return the simdgroups that choose a token by a row of logits."""
+    return min(16, max(1, vocab_size // 512))
+
+
 def vector_width(itemsize: int, *widths: int) -> int:
     """Return how many elements of `itemsize` bytes one load reads from rows of these widths."""
     vector = LOAD_BYTES // itemsize

@@ -11,9 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.kernels.plan import vector_width
-
-_MOST_SIMDGROUPS = 16
+from modelpack_engine.kernels.plan import logit_simdgroups, norm_simdgroups, vector_width
 
 
 class DraftShape(NamedTuple):
@@ -110,7 +108,7 @@ def _picked_by_mlx(logits: mx.array, found: mx.array, tokens: mx.array) -> mx.ar
 
 def _picked(logits: mx.array, found: mx.array, tokens: mx.array) -> mx.array:
     vocab_size = logits.shape[1]
-    simdgroups = min(_MOST_SIMDGROUPS, max(1, vocab_size // 512))
+    simdgroups = logit_simdgroups(vocab_size)
     (out,) = launch.run(
         "pick",
         [logits, found, tokens],
@@ -144,7 +142,7 @@ def norm_beside(
     assert table.dtype == hidden.dtype, (table.dtype, hidden.dtype)
     rows, dim = hidden.shape
     vector = vector_width(hidden.dtype.size, dim)
-    simdgroups = min(32, max(1, -(-dim // (vector * 32))))
+    simdgroups = norm_simdgroups(dim, vector)
     threads = 32 * simdgroups
     (out,) = launch.run(
         "norm_beside",

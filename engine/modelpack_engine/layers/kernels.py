@@ -16,7 +16,7 @@ from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from modelpack_engine.attention.kv_pools import TokenMajorPools
 from modelpack_engine.kernels import launch
-from modelpack_engine.kernels.plan import vector_width
+from modelpack_engine.kernels.plan import norm_simdgroups, vector_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def add_norm(
     """
     dim = a.shape[-1]
     vector = vector_width(max(a.dtype.size, parts.dtype.size), dim)
-    simdgroups = min(32, max(1, -(-dim // (vector * 32))))
+    simdgroups = norm_simdgroups(dim, vector)
     threads = 32 * simdgroups
     total, out = launch.run(
         "add_norm",

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from modelpack_engine.core.detokenizer import ending_token_ids
 from modelpack_engine.kernels import launch
-from modelpack_engine.kernels.plan import vector_width
+from modelpack_engine.kernels.plan import logit_simdgroups, vector_width
 from modelpack_engine.outputs import TokenLogprob
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.request import MAX_LOGPROBS, SamplingParams
@@ -128,7 +128,6 @@ def _gather(
 
 Keys = NDArray[np.uint32]
 
-_MOST_SIMDGROUPS = 16
 #: The kernel needs at least this many logits: Metal puts smaller inputs in another address space.
 _FEWEST = 64
 #: The number of last bits of a float32 that are always zero for values of a type.
@@ -179,7 +178,7 @@ def by_kernel(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging
     distinct = slice(draws.num_drawn)
     settings[draws.batch_rows[distinct], 4:] = keys[distinct].view(np.int32)
     vector = vector_width(batch_logits.dtype.size, vocab_size)
-    simdgroups = min(_MOST_SIMDGROUPS, max(1, vocab_size // 512))
+    simdgroups = logit_simdgroups(vocab_size)
     (token_ids,) = launch.run(
         "draw",
         [batch_logits, staging.put(settings.ravel())],
@@ -248,7 +247,7 @@ def greedy(batch_logits: mx.array) -> tuple[mx.array, mx.array]:
     They are those of `mx.argmax` and `_usable`, which read the logits twice.
     """
     rows, vocab_size = batch_logits.shape
-    simdgroups = min(_MOST_SIMDGROUPS, max(1, vocab_size // 512))
+    simdgroups = logit_simdgroups(vocab_size)
     token_ids, next_ids = launch.run(
         "greedy",
         [batch_logits],

@@ -32,7 +32,7 @@ from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.runner.hidden_states import HiddenRows, recorded_rows
 from modelpack_engine.sampling.delivery import Outbox
-from modelpack_engine.speculation.head_runner import HeadDraft, HeadRunner, Rows
+from modelpack_engine.speculation.head_runner import HeadDraft, HeadRunner, Rows, padded
 
 # The rows that the head computes at a time while it reads a prompt.
 _CHUNKS = (16, 64, 256)
@@ -212,7 +212,7 @@ class EagleProposer:
         else:
             firsts = itertools.accumulate(counts, initial=0)
             at = [
-                _padded(list(range(first, first + count)), size)
+                padded(list(range(first, first + count)), size)
                 for first, count in zip(firsts, counts, strict=False)
             ]
             ids = take(sampled, mx.array(at, mx.int32).reshape(-1))
@@ -242,7 +242,7 @@ class EagleProposer:
             elif (taken := draft.take(sequence.num_known_tokens)) is not None:
                 going[sequence] = self._catch_up(sequence, draft, *taken)
         if going:
-            ids = [_padded(_next_tokens(s, r.positions), self._rows) for s, r in going.items()]
+            ids = [padded(_next_tokens(s, r.positions), self._rows) for s, r in going.items()]
             launched = _Launched(self._runner.draft(list(going.values()), mx.array(ids, mx.int32)))
             for index, (sequence, rows) in enumerate(going.items()):
                 self._drafts[sequence.seq_id].length += len(rows.positions)
@@ -286,7 +286,3 @@ def _next_tokens(sequence: Sequence, positions: list[int]) -> list[int]:
     first = positions[0] + 1
     tokens = sequence.token_ids(first, positions[-1] + 2)
     return [tokens[position + 1 - first] for position in positions]
-
-
-def _padded(numbers: list[int], count: int) -> list[int]:
-    return numbers + [0] * (count - len(numbers))

@@ -94,7 +94,7 @@ class HeadRunner:
 
     def read(self, rows: Rows, ids: list[int], size: int) -> None:
         """Compute keys and values of rows that `ids` follow, padded to `size` rows."""
-        _, written = self._run([rows], mx.array([_padded(ids, size)], mx.int32), drafts=False)
+        _, written = self._run([rows], mx.array([padded(ids, size)], mx.int32), drafts=False)
         mx.async_eval(*written)
 
     def draft(self, rows: list[Rows], ids: mx.array, outbox: Outbox | None = None) -> HeadDraft:
@@ -167,7 +167,7 @@ class HeadRunner:
         """
         starts = np.array([each.region * self._size + each.length for each in rows])
         parts = [
-            np.array([_padded(each.positions, shape.rows) for each in rows]),
+            np.array([padded(each.positions, shape.rows) for each in rows]),
             starts[:, None] + np.arange(shape.rows),
             np.array(
                 [[*each.proposed, *[_NONE] * (shape.rows - len(each.proposed))] for each in rows]
@@ -227,7 +227,8 @@ class HeadRunner:
         return [pools.last_write()] if self._in_place else [pools.keys, pools.values]
 
 
-def _padded(numbers: list[int], count: int) -> list[int]:
+def padded(numbers: list[int], count: int) -> list[int]:
+    """Return numbers with zeros after them, `count` in all."""
     return numbers + [0] * (count - len(numbers))
 
 
