@@ -150,7 +150,7 @@ def test_rotation_and_kv_write(
 @pytest.mark.parametrize(
     ("body", "wrong", "found"),
     [
-        ("add_norm", ("squares / D", "squares / (D + 9)"), "norm"),
+        ("normed", ("squares / D", "squares / (D + 9)"), "norm"),
         ("swiglu", ("1.44269504f", "1.5f"), "SwiGLU"),
         ("dequantise", ("+ bias", "- bias"), "4 bits"),
         ("rotate", ("y * c", "y * s"), "queries"),

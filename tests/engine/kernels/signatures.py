@@ -34,7 +34,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "add_norm": {"a": "T", "b": "B", "weight": "W", "total": "T", "out": "T"},
     "norm_beside": {
-        "table": "T", "index": "int", "hidden": "T", "table_weight": "W", "hidden_weight": "W",
+        "table": "T", "ids": "int", "hidden": "T", "table_weight": "W", "hidden_weight": "W",
         "out": "T",
     },
     "accepted": {"ids": "int", "numbers": "int", "found": "int", "places": "int"},

@@ -203,7 +203,7 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "quantise": ("slots",),
     "rotate": ("positions", "slots", "inverse"),
     "add_norm": (),
-    "norm_beside": ("index",),
+    "norm_beside": ("ids",),
     "accepted": ("ids",),
     "pick": ("before",),
     "swiglu": (),
