@@ -21,15 +21,18 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.runner.hidden_states import HiddenRows
 from modelpack_engine.speculation.ngram import NgramProposer
 
-# The weight of the newest observation in an average.
-_NEWEST = 0.25
+# The weight of the newest draft in the average of its sequence and in that of all, and the drafts
+# that the average of all stands for in a new sequence. Drafts differ, so few of them say little.
+_NEWEST, _NEWEST_OF_ALL, _PRIOR = 1 / 16, 1 / 64, 4
+# The share of its tokens that a head is expected to be right about before it is measured.
+_FIRST_SHARE = 0.5
 # With fewer accepted tokens per draft, a head costs more than it saves. The first number is for
 # batches that are not measured yet, the second for noise in the measurements.
 _LEAST_ACCEPTED, _LEAST_COST = 0.4, 0.1
 # A head pauses for so many steps, after at least so many drafts.
-_PAUSE, _FEWEST_DRAFTS = 64, 4
-# Times are medians of this many steps, of which some include a compilation.
-_STEPS = 9
+_PAUSE, _FEWEST_DRAFTS = 64, 8
+# Times are medians of this many steps, of which some include a compilation; of fewer at first.
+_STEPS, _FEWEST_STEPS = 9, 4
 # The steps of a size of batch that run without drafts, at first and after so many with drafts.
 _PLAIN_STEPS, _PLAIN_EVERY = 5, 512
 
@@ -65,7 +68,7 @@ class StepTimes:
         """Return how many tokens per draft and sequence make up for the time of drafting."""
         size = num_sequences.bit_length()
         plain, drafting = (self._seconds.get((size, drafts), ()) for drafts in (False, True))
-        if not plain or len(drafting) < _FEWEST_DRAFTS:
+        if not plain or len(drafting) < _FEWEST_STEPS:
             return _LEAST_ACCEPTED
         return max(median(drafting) / median(plain) - 1, _LEAST_COST)
 
@@ -74,23 +77,24 @@ class StepTimes:
 class _Score:
     """How many tokens of drafts were right in one sequence, on average."""
 
-    head: float = 2.0
+    head: float
     drafts: int = 0  # measured since the head last paused
     pause: int = 0
     start: int = 0  # the position of the last draft's first token
     drafted: list[int] = field(default_factory=list)
 
-    def settle(self, sequence: Sequence) -> None:
-        """Compare the last draft with the tokens that came."""
+    def settle(self, sequence: Sequence) -> int | None:
+        """Compare the last draft with the tokens that came; return how many were right."""
+        right = None
         known = sequence.token_ids(self.start, sequence.num_known_tokens)
         if self.drafted and known:
             pairs = zip(self.drafted, known, strict=False)
             right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             self.drafts += 1
-            newest = max(_NEWEST, 1 / self.drafts)
-            self.head = self.head * (1 - newest) + newest * right
+            self.head += max(_NEWEST, 1 / (self.drafts + _PRIOR)) * (right - self.head)
         self.drafted = []
         self.start = sequence.num_known_tokens
+        return right
 
 
 class HeadProposer(Protocol):
@@ -118,12 +122,14 @@ class HeadProposer(Protocol):
 class HeadWithLookup:
     """Proposes by prompt lookup where it is expected to be right about more tokens than a head.
 
-    What a lookup is worth depends on its match, what a head is worth on its last drafts.
+    What a lookup is worth depends on its match, what a head is worth on its drafts, which have up
+    to `num_tokens` tokens.
     """
 
-    def __init__(self, lookup: NgramProposer, head: HeadProposer) -> None:
+    def __init__(self, lookup: NgramProposer, head: HeadProposer, num_tokens: int) -> None:
         self._lookup, self.head = lookup, head
         self._scores: dict[int, _Score] = {}  # by seq_id
+        self._usual = _FIRST_SHARE * num_tokens  # how many tokens are right in all sequences
         self._times = StepTimes()
         self._batch = 1  # the sequences of the last step that go on
         self._drafted = False  # whether the last proposals have drafts
@@ -143,7 +149,9 @@ class HeadWithLookup:
             return {}
         least = self._times.least_accepted(self._batch)
         for sequence in lengths:
-            self._score(sequence).settle(sequence)
+            right = self._score(sequence).settle(sequence)
+            if right is not None:
+                self._usual += _NEWEST_OF_ALL * (right - self._usual)
         found = dict(self._lookup.propose(lengths))
         left = {}
         for sequence, most in lengths.items():
@@ -151,7 +159,7 @@ class HeadWithLookup:
             if sequence in found and self._lookup.expected(sequence) >= score.head:
                 continue
             if score.head < least and score.drafts >= _FEWEST_DRAFTS:
-                score.pause, score.head, score.drafts = _PAUSE, 2 * least, 0
+                score.pause, score.head, score.drafts = _PAUSE, least, 0
             if score.pause:
                 score.pause -= 1
             else:
@@ -197,4 +205,8 @@ class HeadWithLookup:
         self.head.release(seq_ids)
 
     def _score(self, sequence: Sequence) -> _Score:
-        return self._scores.setdefault(sequence.seq_id, _Score(start=sequence.num_known_tokens))
+        score = self._scores.get(sequence.seq_id)
+        if score is None:
+            score = _Score(self._usual, start=sequence.num_known_tokens)
+            self._scores[sequence.seq_id] = score
+        return score

@@ -183,9 +183,8 @@ class Speculator:
         return 0 < len(sequences) <= self.max_batch
 
 
-#: Tokens per proposal; lookups choose theirs.
-DRAFT_TOKENS = 4
-EAGLE_TOKENS = 3
+#: Tokens per proposal of a draft model, an EAGLE-3 head and other heads; lookups choose theirs.
+DRAFT_TOKENS, EAGLE_TOKENS, HEAD_TOKENS = 4, 4, 3
 #: With more sequences, speculation is slower: measured in benchmarks/results/speculative.md.
 MAX_BATCH = 4
 
@@ -327,7 +326,8 @@ def _with_head(
             f"no speculation: the {runner.tier} tier hands out no hidden states for the "
             f"{_NAMES[type(head)]}",
         )
-    num_tokens = config.num_speculative_tokens or EAGLE_TOKENS
+    usual = EAGLE_TOKENS if isinstance(head, EagleHead) else HEAD_TOKENS
+    num_tokens = config.num_speculative_tokens or usual
     proposer: HeadProposer
     if isinstance(head, AssistantHead):
         proposer = _assistant(config, head, runner, vocab_size, num_tokens, max_batch)
@@ -336,7 +336,7 @@ def _with_head(
             config, head, runner, vocab_size, num_tokens, max_batch, sizes.max_model_len
         )
     found = Speculator(
-        HeadWithLookup(_lookup(runner), proposer),
+        HeadWithLookup(_lookup(runner), proposer, num_tokens),
         num_tokens=max(num_tokens, MOST_TOKENS),
         max_batch=max_batch,
         adapt=False,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.engine import Engine
 from modelpack_engine.speculation import acceptance
-from modelpack_engine.speculation.acceptance import HeadWithLookup, StepTimes
+from modelpack_engine.speculation.acceptance import HeadWithLookup, StepTimes, _Score
 from modelpack_engine.speculation.ngram import NgramProposer
 from tests.engine.speculation.test_draft import LONG, PROMPTS
 from tests.engine.speculation.test_mtp import engine_of, markov_head, target
@@ -109,4 +112,32 @@ def test_a_head_that_costs_more_than_it_saves_pauses(
         assert sum((e.token_ids for e in events), ()) == sum(expected, ())
     assert seen[:5] == [False] * 5
     measured = seen[5 : 5 + acceptance._PAUSE]
-    assert sum(measured) > 12 if drafts else 4 <= sum(measured) <= 5
+    fewest = acceptance._FEWEST_DRAFTS
+    assert sum(measured) > 12 if drafts else fewest <= sum(measured) <= fewest + 1
+
+
+def scored(right: list[int], usual: float = 2.0) -> list[float]:
+    """Return the averages of a sequence after each of its drafts of four tokens."""
+    score, tokens, found = _Score(usual), [0], []
+    sequence: Any = SimpleNamespace(
+        num_known_tokens=1, token_ids=lambda start, end: tokens[start:end]
+    )
+    score.settle(sequence)
+    for count in right:
+        score.drafted = [1] * 4
+        tokens += [*[1] * count, 2]
+        sequence.num_known_tokens = len(tokens)
+        assert score.settle(sequence) == count
+        found.append(score.head)
+    assert score.drafts == len(right)
+    return found
+
+
+def test_few_wrong_drafts_say_little() -> None:
+    """A head whose next token is right in 63 of 100 places goes on where 0.57 tokens pay."""
+    chooser, fewest = random.Random(5), acceptance._FEWEST_DRAFTS
+    for _ in range(200):
+        right = [next((n for n in range(4) if chooser.random() > 0.63), 4) for _ in range(160)]
+        assert min(scored(right)[fewest - 1 :]) > 0.57
+    assert scored([0] * 11)[-1] < 0.57
+    assert scored([4] * 8, usual=0.5)[-1] > 2.5
