@@ -3,9 +3,11 @@
     python benchmarks/eagle.py train HEAD --seconds 200    write HEAD/model.safetensors
     python benchmarks/eagle.py measure HEAD                tokens/s with and without it
 
-The training text is what the model answers to questions made from templates; those of the
-measurement have other subjects. The head is trained as in EAGLE-3 (arXiv:2503.01840): it predicts
-the model's distribution from its hidden states, then from its own, for `--unrolled` tokens ahead.
+The training text is what the model answers to questions: a half is made from templates, and a half
+are questions that the model itself writes in place of the user (arXiv:2406.08464). Those of the
+measurement are from the templates and have other subjects. The head is trained as in EAGLE-3
+(arXiv:2503.01840): it predicts the model's distribution from its hidden states, then from its own,
+for `--unrolled` tokens ahead.
 Its layer starts as the model's last layer. `chat` answers questions, and `edit` repeats a Python
 file that the prompt has; both greedily.
 """
@@ -113,11 +115,10 @@ leadership|a clock maker|solar panels|cheese|basketball|ancient Egypt|prime numb
 SOURCES = Path(__file__).parent.parent / "engine" / "modelpack_engine"
 
 
-def chat(question: str) -> str:
-    """Return the prompt of a question, in the model's chat format."""
-    turns = [("system", SYSTEM), ("user", question)]
-    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-    return text + "<|im_start|>assistant\n"
+def turns(question: str | None) -> str:
+    """Return a conversation in the model's format that ends in the question; None to begin it."""
+    begun = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+    return begun if question is None else f"{begun}{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def edits(count: int) -> list[str]:
@@ -155,25 +156,45 @@ def outputs(
         speculative_method="none",
     )  # fmt: skip
     engine = Engine(loaded, config)
-    found: dict[str, tuple[list[int], list[int]]] = {}
-    for number in range(count):
-        request, subject = pairs[number % len(pairs)]
-        prompt = loaded.tokenizer.encode(chat(request.format(subject)))
-        params = SamplingParams(
+    encode, decode = loaded.tokenizer.encode, loaded.tokenizer.decode
+
+    def answers(requests: list[EngineRequest]) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in requests]
+        for number, request in enumerate(requests):
+            engine.add_request(str(number), request)
+        while engine.has_work and time.monotonic() < until:
+            for event in engine.step():
+                found[int(event.request_id)].extend(event.token_ids)
+        return found
+
+    begun = encode(turns(None))
+    written = answers([
+        EngineRequest(begun, SamplingParams(max_tokens=64, temperature=1, seed=number))
+        for number in range(count // 2)
+    ])  # fmt: skip
+    asked = [decode(ids).strip() for ids in written]
+    asked += [
+        request.format(subject)
+        for request, subject in (pairs[n % len(pairs)] for n in range(count - len(asked)))
+    ]
+    chooser.shuffle(asked)
+    prompts = [encode(turns(question)) for question in asked]
+    found = answers([
+        EngineRequest(prompt, SamplingParams(
             max_tokens=tokens, temperature=(0, 0.7, 0, 1)[number % 4], seed=number,
             ignore_eos=number % 8 < 2,  # the measurement goes on after an end
-        )  # fmt: skip
-        engine.add_request(str(number), EngineRequest(prompt, params))
-        found[str(number)] = (prompt, [])
-    while engine.has_work and time.monotonic() < until:
-        for event in engine.step():
-            found[event.request_id][1].extend(event.token_ids)
+        ))
+        for number, prompt in enumerate(prompts)
+    ])  # fmt: skip
     engine.close()
-    return list(found.values())
+    return list(zip(prompts, found, strict=True))
 
 
-def first_head(loaded: LoadedModel, draft_ids: list[int]) -> EagleHead:
-    """Return a head that starts as the model's last layer."""
+def first_head(loaded: LoadedModel, draft_ids: list[int], width: int) -> EagleHead:
+    """Return a head that starts as the model's last layer.
+
+    The units that its MLP of `width` has more than the model's do nothing at first.
+    """
     model: Any = loaded.model
     inner, args = model.model, model.args
     size = args.hidden_size
@@ -181,7 +202,7 @@ def first_head(loaded: LoadedModel, draft_ids: list[int]) -> EagleHead:
     config = HeadConfig(
         hidden_size=size,
         target_hidden_size=size,
-        intermediate_size=args.intermediate_size,
+        intermediate_size=max(width, args.intermediate_size),
         num_heads=args.num_attention_heads,
         num_kv_heads=args.num_key_value_heads,
         head_dim=args.head_dim or size // args.num_attention_heads,
@@ -200,8 +221,12 @@ def first_head(loaded: LoadedModel, draft_ids: list[int]) -> EagleHead:
         weight = dense_weight(last.self_attn[name])
         own.self_attn[name].weight = mx.concatenate([mx.zeros_like(weight), weight], axis=1)
     own.self_attn.o_proj.weight = dense_weight(last.self_attn.o_proj)
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        own.mlp[name].weight = dense_weight(last.mlp[name])
+    more = config.intermediate_size - args.intermediate_size
+    for name in ("gate_proj", "up_proj"):
+        weight = dense_weight(last.mlp[name])
+        units = 0.02 * mx.random.normal((more, size), key=mx.random.key(len(name)))
+        own.mlp[name].weight = mx.concatenate([weight, units.astype(weight.dtype)])
+    own.mlp.down_proj.weight = mx.pad(dense_weight(last.mlp.down_proj), [(0, 0), (0, more)])
     own.hidden_norm.weight = last.input_layernorm.weight
     own.post_attention_layernorm.weight = last.post_attention_layernorm.weight
     head.norm.weight = inner.norm.weight
@@ -305,14 +330,12 @@ def train(args: argparse.Namespace) -> None:
     ids = [token for token, _ in counts.most_common(args.vocabulary)]
     ids += [token for token in range(args.vocabulary) if token not in counts]
     ids = sorted(ids[: args.vocabulary])
-    before = None
-    if args.start is not None:
-        before = load_head(ModelFiles.from_directory(args.start))
-        ids = np.array(before.token_ids(mx.arange(args.vocabulary))).tolist()
-    head = first_head(loaded, ids)
-    if before is not None:
-        head.update(before.parameters())
+    if args.start is None:
+        head = first_head(loaded, ids, args.width)
+    else:
+        head = load_head(ModelFiles.from_directory(args.start))
         head.set_dtype(mx.float32)
+        ids = np.array(head.token_ids(mx.arange(head.num_logits))).tolist()
     covered = sum(counts[token] for token in ids) / counts.total()
     kind = mx.bfloat16 if device() == "gpu" else mx.float32
     inner: Any = loaded.model["model"]
@@ -353,26 +376,20 @@ def train(args: argparse.Namespace) -> None:
             tokens_of.append(tokens + [0] * padding)
             masks.append(mask + [0.0] * padding)
     # The model's states do not change: computed once.
-    held, arrays = min(args.held, len(tokens_of) // 2), []
-    for at in range(0, len(tokens_of), args.batch):
-        batch = mx.array(tokens_of[at : at + args.batch], mx.int32)
-        states, last = hidden_states(loaded, head.config, batch)
-        arrays.append((states.astype(kind), last.astype(kind)))
-        mx.eval(arrays[-1])
-    data = (
-        mx.array(tokens_of, mx.int32), mx.concatenate([states for states, _ in arrays]),
-        mx.concatenate([last for _, last in arrays]), mx.array(masks),
-    )  # fmt: skip
-    mx.eval(data)
-    del arrays
-    mx.clear_cache()
+    batches: list[tuple[mx.array, ...]] = []
+    for at in range(0, len(tokens_of) - args.batch + 1, args.batch):
+        part = slice(at, at + args.batch)
+        ids_of = mx.array(tokens_of[part], mx.int32)
+        states, last = hidden_states(loaded, head.config, ids_of)
+        batches.append((ids_of, states.astype(kind), last.astype(kind), mx.array(masks[part])))
+        mx.eval(batches[-1])
+    held = max(1, min(args.held // args.batch, len(batches) // 2))
 
     def evaluated() -> str:
         """Return the shares of right tokens in rows that are not trained on."""
         parts = []
-        for at in range(0, held, args.batch):
-            some = mx.arange(at, min(at + args.batch, held))
-            parts.append(loss(weights, *(array[some] for array in data))[1])
+        for batch in batches[:held]:
+            parts.append(loss(weights, *batch)[1])
             mx.eval(parts[-1])
         shares: Any = mx.mean(mx.stack(parts), axis=0).tolist()
         return " ".join(f"{value:.3f}" for value in shares)
@@ -391,11 +408,9 @@ def train(args: argparse.Namespace) -> None:
         state["learning_rate"] = mx.array(
             args.rate * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         )
-        if len(order) < args.batch:
-            order = chooser.sample(range(held, len(tokens_of)), len(tokens_of) - held)
-        some, order = mx.array(order[-args.batch :]), order[: -args.batch]
+        order = order or chooser.sample(range(held, len(batches)), len(batches) - held)
         last_loss = found
-        weights, state, found, right = step(weights, state, *(array[some] for array in data))
+        weights, state, found, right = step(weights, state, *batches[order.pop()])
         mx.async_eval(weights, state, found, right)
         mx.eval(last_loss)  # at most two steps are on their way
         number += 1
@@ -467,8 +482,14 @@ def timed(engine: Engine, loaded: LoadedModel, prompts: list[str], tokens: int) 
     after = engine.stats()
     proposals = after.num_proposals - before.num_proposals
     accepted = after.accepted_tokens - before.accepted_tokens
+    steps = after.num_steps - before.num_steps
+    times = [
+        1e3 * (getattr(after, name) - getattr(before, name)) / steps
+        for name in ("build_seconds", "launch_seconds", "wait_seconds")
+    ]
     return {
         "rate": made / seconds,
+        "times": times,
         "accepted": accepted / proposals if proposals else 0.0,
         "text": [texts[str(number)] for number in range(len(prompts))],
     }
@@ -479,8 +500,11 @@ def measure(args: argparse.Namespace) -> None:
 
     A machine's speed may change by half within minutes, so a round is compared with itself.
     """
-    asked = [REQUESTS[n % len(REQUESTS)].format(subject) for n, subject in enumerate(UNSEEN)]
-    workloads = {"chat": [chat(text) for text in asked], "edit": edits(len(asked))}
+    count = max(args.streams) * args.rounds
+    asked = [
+        REQUESTS[n % len(REQUESTS)].format(UNSEEN[n % len(UNSEEN)]) for n in range(count)
+    ]  # all differ, up to 656
+    workloads = {"chat": [turns(text) for text in asked], "edit": edits(count)}
     cases: dict[str, tuple[Engine, LoadedModel]] = {}
 
     def add(name: str, method: str, count: int | None, path: Path | None) -> None:
@@ -498,10 +522,14 @@ def measure(args: argparse.Namespace) -> None:
     add("ngram", "ngram", None, None)
     for count in args.num_tokens:
         add(f"eagle3, {count}", "eagle3", count, args.head)
-    print("| workload | streams | proposed by | tokens/s | speed-up | accepted | same text |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| workload | streams | proposed by | tokens/s | speed-up | accepted | same text "
+        "| ms a step to build, launch, wait |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for streams in args.streams:
-        for workload, prompts in workloads.items():
+        for workload in args.workloads:
+            prompts = workloads[workload]
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
             for engine, loaded in cases.values():
                 timed(engine, loaded, prompts[-streams:], args.tokens)  # shapes
@@ -513,13 +541,17 @@ def measure(args: argparse.Namespace) -> None:
             for name, rounds in found.items():
                 pairs = list(zip(rounds, found["none"], strict=True))
                 gains = [one["rate"] / other["rate"] for one, other in pairs]
+                parts = ", ".join(
+                    f"{statistics.median(times):.2f}"
+                    for times in zip(*(one["times"] for one in rounds), strict=True)
+                )
                 same = sum(one["text"] == other["text"] for one, other in pairs)
                 print(
                     f"| {workload} | {streams} | {name} | "
                     f"{statistics.median(one['rate'] for one in rounds):.0f} | "
                     f"{statistics.median(gains):.2f} ({min(gains):.2f} … {max(gains):.2f}) | "
                     f"{statistics.mean(one['accepted'] for one in rounds):.2f} | "
-                    f"{same} of {len(rounds)} |",
+                    f"{same} of {len(rounds)} | {parts} |",
                     flush=True,
                 )
     for engine, _ in cases.values():
@@ -549,12 +581,14 @@ def main() -> None:
     one.add_argument("--held", type=int, default=128, help="rows that are not trained on")
     one.add_argument("--unrolled", type=int, default=4)
     one.add_argument("--vocabulary", type=int, default=8192)
+    one.add_argument("--width", type=int, default=0, help="units of the MLP; as the model's")
     one.set_defaults(call=train)
     two = commands.add_parser("measure")
     two.add_argument("head", type=Path)
     two.add_argument("--tokens", type=int, default=160)
     two.add_argument("--rounds", type=int, default=5)
     two.add_argument("--streams", type=int, nargs="+", default=[1])
+    two.add_argument("--workloads", nargs="+", default=["chat", "edit"])
     two.add_argument("--num-tokens", type=int, nargs="+", default=[3, 4])
     two.set_defaults(call=measure)
     for command in (one, two):
