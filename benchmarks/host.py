@@ -50,7 +50,7 @@ class NothingComputed:
             self._logits[rows] = mx.zeros((rows, 1, VOCABULARY))
             mx.eval(self._logits[rows])
         logits = self._logits[rows]
-        return lambda token_ids, packed, pools, states: (logits, [], states)
+        return lambda token_ids, packed, pools, states, *_: (logits, [], states, [])
 
 
 class HostEngine(Engine):
