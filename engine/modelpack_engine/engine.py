@@ -201,6 +201,8 @@ class Engine(BaseEngine):
             most = self._speculator.most_rows if self._speculator else 0
             dtype = self._runner.warm_up(self._sizes.step_shapes(self.config, most))
             self._sampler.warm_up(dtype or mx.float32)
+            if self._speculator is not None:
+                self._speculator.warm_up()
 
     def add_request(self, request_id: str, request: EngineRequest) -> None:
         if request.media and self.vision is None:

@@ -160,6 +160,10 @@ class EagleProposer:
         self._drafts: dict[int, _Followed] = {}  # by seq_id
         self._regions = list(range(max_sequences))  # that are free, as a heap
 
+    def warm_up(self) -> None:
+        """Compile the drafts of one sequence; those of several are compiled when they come."""
+        self._runner.warm_up(_CHUNKS, self._sizes)
+
     def expects(self, sequences: Iterable[Sequence]) -> bool:
         """Return whether the head has read any of these sequences."""
         return any(sequence.seq_id in self._drafts for sequence in sequences)

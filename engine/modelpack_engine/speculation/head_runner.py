@@ -11,7 +11,7 @@ regions as sequences, of the size of the longest; they grow by doubling, and end
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,6 +106,19 @@ class HeadRunner:
         delivery = None if outbox is None else outbox.send(found.reshape(-1))
         mx.async_eval(delivery.done if delivery else found, *probabilities, *written)
         return HeadDraft(found, probabilities[0] if probabilities else None, delivery)
+
+    def warm_up(self, sizes_read: Iterable[int], sizes_drafted: Iterable[int]) -> None:
+        """Compile what reads rows of one sequence, and drafts behind them, in these sizes."""
+
+        def rows(size: int) -> Rows:
+            states = mx.zeros((size, self._head.norm.weight.size), self._head.dtype)
+            return Rows(0, 0, list(range(size)), states)
+
+        for size in sizes_read:
+            self.read(rows(size), [0] * size, size)
+        for size in sizes_drafted:
+            mx.eval(self.draft([rows(size)], mx.zeros((1, size), mx.int32)).found)
+        self.clear()
 
     def reserve(self, regions: int, tokens: int) -> None:
         """Make room for this many regions of so many tokens, and what a draft adds to them."""

@@ -97,6 +97,12 @@ class Speculator:
         """The most decode rows that a step with proposals has."""
         return self.max_batch * (1 + self.num_tokens)
 
+    def warm_up(self) -> None:
+        """Compile the drafts of a head that has keys of its own."""
+        proposer = self._proposer
+        if isinstance(proposer, HeadWithLookup) and isinstance(proposer.head, EagleProposer):
+            proposer.head.warm_up()
+
     def close(self) -> None:
         """Restore the draft model's layers."""
         if isinstance(self._proposer, DraftProposer):

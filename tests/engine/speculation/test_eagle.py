@@ -182,6 +182,21 @@ def test_outputs_are_the_same_with_any_head(
     assert proposer.head._runner._pools.keys.size == 0
 
 
+def test_drafts_of_a_head_are_compiled_at_the_start(
+    shapes: None, plain: list[list[RequestEvent]]
+) -> None:
+    engine = engine_with(random_head())
+    head: Any = proposer_of(engine).head
+    assert engine._speculator is not None
+    engine._speculator.warm_up()
+    compiled = set(head._runner._graphs)
+    assert head._runner._pools.keys.size == 0
+    [found] = engine.generate([PROMPTS[0]], LONG)
+    check_same(plain[0], found)
+    assert engine.stats().num_proposals
+    assert set(head._runner._graphs) == compiled
+
+
 def test_a_head_that_is_mostly_wrong_pauses() -> None:
     engine = engine_with(random_head())
     engine.generate([PROMPTS[0]], replace(LONG, max_tokens=100))
