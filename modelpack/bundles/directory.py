@@ -298,14 +298,23 @@ def _check_free(parent: Folder, directory: Path, *, overwrite: bool) -> None:
             f"{directory} exists and is not a directory",
             hint="name a new directory or, for a symbolic link, its target",
         )
-    if os.path.samestat(status, os.stat(".")):
+    if any(os.path.samestat(status, os.stat(path)) for path in _current_directories()):
         raise UsageError(
-            f"{directory} is the current directory and cannot be replaced",
-            hint="name a directory inside it, or change to another directory first",
+            f"{directory} contains the current directory and cannot be replaced",
+            hint="name a directory inside the current one, or change to another directory first",
         )
     with parent.enter(directory.name) as existing:
         if os.listdir(existing.fd) and not overwrite:
             raise _taken(directory)
+
+
+def _current_directories() -> list[Path]:
+    """Return the current directory and its parents."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was deleted
+        return []
+    return [here, *here.parents]
 
 
 def _publish(parent: Folder, temporary: str, directory: Path, *, overwrite: bool) -> bool:

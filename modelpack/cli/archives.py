@@ -193,6 +193,8 @@ def export_models(
         raise UsageError("--copy requires --docker-store")
     _check_named(models, every)
     store = settings.existing_store()
+    if output != "-":
+        store.check_outside(Path(output))
     if every:
         models = tuple(str(ref) for model in store.models() for ref in model.references)
     with shown_progress(settings) as progress:

@@ -18,7 +18,7 @@ from modelpack.artifacts.reference import Reference
 from modelpack.bundles.bundle import Bundle, lay_out
 from modelpack.bundles.joined_tensors import JOINED_WEIGHTS
 from modelpack.bundles.links import LinkMode, Placement
-from modelpack.errors import StoreError, UsageError
+from modelpack.errors import StoreError
 from modelpack.operations.lookup import check_whole
 from modelpack.operations.pull import Selection, complete, find_any_part, find_model
 from modelpack.operations.remote import RemoteOptions
@@ -221,8 +221,7 @@ def bundle(
     store = store or LayoutStore()
     watch = watching(progress, stop)
     directory = Path(directory)
-    if directory.resolve() == store.root.resolve():
-        raise UsageError(f"{directory} is the store itself", hint="choose another directory")
+    store.check_outside(directory)
     model = find_model(str(name), store, pull=pull, remote=remote, watch=watch)
     made = lay_out(
         model,

@@ -250,6 +250,19 @@ class LayoutStore:
             descriptor.digest.check_equal(staged.digest, str(path))
             return self._publisher.publish(staged)
 
+    def check_outside(self, path: Path) -> None:
+        """Raise `UsageError` if writing or replacing `path` would change the store."""
+        root, path = self.root.resolve(), path.resolve()
+        if path == root:
+            relation = "is"
+        elif path.is_relative_to(root):
+            relation = "is inside"
+        elif root.is_relative_to(path):
+            relation = "contains"
+        else:
+            return
+        raise UsageError(f"{path} {relation} the store {root}", hint="choose another place")
+
     def note_links(self, digests: Iterable[Digest]) -> None:
         """Mark blobs that have hard links elsewhere, through which they can be changed.
 

@@ -166,12 +166,23 @@ def test_bundle(packaged: str, gguf: Path, tmp_path: Path) -> None:
     assert succeed("unpack", "-f", "team/tiny:v1", tmp_path / "run").out == str(weight)
 
 
-def test_bundle_refuses_the_store(packaged: str, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    succeed("--store", store, "package", "--gguf", tiny_gguf(tmp_path), "x:1")
-    result = modelpack("bundle", "--store", store, "-f", "x:1", store)
-    assert result.code == 2
-    assert succeed("--store", store, "fsck", "-q").out == ""
+@pytest.mark.parametrize("place", ["store", "store/blobs", "store/new", "."])
+@pytest.mark.parametrize("command", ["bundle", "export"])
+def test_nothing_is_written_over_the_store(
+    gguf: Path, tmp_path: Path, command: str, place: str
+) -> None:
+    home = tmp_path / "home"
+    store = home / "store"
+    succeed("package", "--store", store, "--gguf", gguf, "team/tiny:v1")
+    place = f"{home}/{place}"
+    to = [place] if command == "bundle" else ["-o", f"{place}/index.json"]
+    if command == "export" and not Path(place).resolve().is_relative_to(store):
+        to = ["-o", place]
+    result = modelpack(command, "--store", store, "-f", "team/tiny:v1", *to)
+    assert result.code == 2, result.err
+    assert re.search("is inside|is the store|contains", result.err)
+    assert "team/tiny:v1" in succeed("list", "--store", store).out
+    succeed("fsck", "--store", store)
 
 
 def test_tag_moves(gguf: Path, packaged: str, tmp_path: Path) -> None:

@@ -166,14 +166,27 @@ def test_failed_second_step_keeps_the_old(directory: Path, monkeypatch: Any) -> 
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("text", ["/", ".", "../here"])
+@pytest.mark.parametrize("text", ["/", ".", "../here", "..", "../../above"])
 def test_places_that_cannot_be_replaced(tmp_path: Path, monkeypatch: Any, text: str) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
     monkeypatch.chdir(here)
     with pytest.raises(UsageError):
         make(Path(text), overwrite=True)
     assert os.listdir(here) == []
+    assert os.listdir(here.parent) == ["here"]
+
+
+def test_a_place_can_be_replaced_from_a_deleted_directory(
+    tmp_path: Path, monkeypatch: Any, directory: Path
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    here.rmdir()
+    make(directory)
+    make(directory, overwrite=True, name="newer")
+    assert sorted(os.listdir(directory)) == ["newer", "sub"]
 
 
 @pytest.mark.parametrize("text", ["out", "./out", "sub/../out", "../here/out"])
