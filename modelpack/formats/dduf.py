@@ -19,6 +19,8 @@ from modelpack.formats.reader import CUT_SHORT, WeightFile, WeightSource, opened
 
 MODEL_INDEX = "model_index.json"
 MAX_MODEL_INDEX_BYTES = 1024 * 1024
+#: What the names of files end in (huggingface_hub's `DDUF_ALLOWED_ENTRIES`): no file is a pickle.
+EXTENSIONS = (".json", ".model", ".safetensors", ".txt")
 #: Pipelines have dozens of files.
 MAX_ENTRIES = 10_000
 MAX_DIRECTORY_BYTES = 4 * 1024 * 1024
@@ -73,8 +75,8 @@ def read_dduf_header(source: WeightSource) -> DDUFHeader:
     """Return the directory of the DDUF archive `source`.
 
     Raises `WeightFormatError` with the byte if an entry is compressed, has an unsafe or repeated
-    name, lies outside the archive or overlaps another, or if `model_index.json` is missing or
-    broken.
+    name or a type that DDUF does not have, lies outside the archive or overlaps another, or if
+    `model_index.json` is missing or broken.
     """
     with opened(source) as file:
         if not file.head().startswith(_LOCAL_SIGNATURE):
@@ -172,6 +174,13 @@ def _records(file: WeightFile, raw: bytes, offset: int, count: int) -> Iterator[
             if size:
                 raise file.error(f"the directory {quoted(name)} has data", position)
             continue
+        if not name.endswith(EXTENSIONS):
+            raise file.error(
+                f"the entry {quoted(name)} is not of a type that DDUF has "
+                f"({', '.join(EXTENSIONS)})",
+                position,
+                hint="convert weights to safetensors: pickles can run code when they are loaded",
+            )
         yield _Record(name, raw_name, local, size, position)
     if at != len(raw):
         raise file.error("unexpected bytes follow the last entry", offset + at)

@@ -47,6 +47,12 @@ def test_a_valid_archive(zip64: bool, comment: bytes) -> None:
         assert raw[entry.offset : entry.offset + entry.size] == content
 
 
+@pytest.mark.parametrize("name", ["vae/model.bin", "x.pt", "te/data.pkl", "README.md", "noext"])
+def test_other_types_are_no_entries(name: str) -> None:
+    with pytest.raises(WeightFormatError, match="is not of a type that DDUF has"):
+        read_dduf_header(as_file(archive(*FILES, (name, b"\x80\x04."))))
+
+
 def test_directories_are_no_entries() -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as made:
