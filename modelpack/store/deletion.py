@@ -128,22 +128,30 @@ class Remover:
     def _without_name(self, document: IndexDocument, leased: set[Digest]) -> list[Descriptor]:
         """Return the listed manifests that no name and no lease reaches.
 
-        Referrers of kept manifests are kept, and so are manifests that cannot be read, since their
-        subject is unknown. Raises `StoreError` if a kept manifest is damaged.
+        Referrers of kept manifests are kept, and the bases of kept adapters. So are manifests that
+        cannot be read, since their subject is unknown. Raises `StoreError` if a kept manifest is
+        damaged.
         """
         names = {entry.digest for entry in document.entries if entry.name is not None}
         roots = [e.manifest for e in document.entries if e.digest in names or e.digest in leased]
         kept = reachable(self.blobs, roots)
         rest = {e.digest: e.manifest for e in document.entries if e.digest not in kept}
         subjects: dict[Digest, Digest | None] = {}
-        for digest, descriptor in rest.items():
+        bases: dict[Digest, str] = {}
+        for entry in document.entries:
             with suppress(NotFoundError, IntegrityError, FormatError):
-                subject = read_manifest(self.blobs, descriptor).subject
-                subjects[digest] = subject.digest if subject else None
+                manifest = read_manifest(self.blobs, entry.manifest)
+                subjects[entry.digest] = manifest.subject.digest if manifest.subject else None
+                bases[entry.digest] = manifest.annotations.get(media_types.BASE_DIGEST, "")
         found = [descriptor for digest, descriptor in rest.items() if digest not in subjects]
         while True:
             kept |= reachable(self.blobs, found)
-            found = [rest[d] for d, about in subjects.items() if about in kept and d not in kept]
+            needed = {base for digest, base in bases.items() if digest in kept}
+            found = [
+                descriptor
+                for digest, descriptor in rest.items()
+                if digest not in kept and (subjects.get(digest) in kept or str(digest) in needed)
+            ]
             if not found:
                 break
         return [descriptor for digest, descriptor in rest.items() if digest not in kept]

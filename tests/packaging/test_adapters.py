@@ -261,6 +261,11 @@ def test_pull_fetches_the_base(tmp_path: Path) -> None:
         assert succeed("inspect", "--json", digest).json["digest"] == digest
         assert "blobs fetched" in succeed("pull", name).err
 
+    # The base has no name here, but the adapter needs it as long as it is stored.
+    assert succeed("prune", "--json", "-f").json["deleted"] == []
+    succeed("rm", name)
+    assert succeed("prune", "--json", "-f").json["deleted"] == [digest]
+
 
 def test_wrong_adapter_of_a_remote_base(tmp_path: Path) -> None:
     adapter = write_peft(tmp_path / "adapter", {MODULE: (9, 4)})
