@@ -20,9 +20,12 @@ from modelpack_engine.core.buckets import EXACT
 from modelpack_engine.cpu.library import CacheType, Span, Step
 from modelpack_engine.cpu.program import Program
 from modelpack_engine.cpu.weights import PackedWeights
+from modelpack_engine.errors import EngineError
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.model_layout import ModelLayout
 
+#: The tokens whose keys the library keeps side by side.
+_TILE = 16
 _TYPES = {
     mx.float32: CacheType.F32,
     mx.float16: CacheType.F16,
@@ -51,7 +54,15 @@ class CpuRunner:
         block_size: int,
         max_rows: int,
     ) -> None:
-        """Raises `OutOfMemoryError` if the buffers of steps do not fit."""
+        """Raises `OutOfMemoryError` if the buffers of steps do not fit.
+
+        Raises `EngineError` for blocks that the library cannot read.
+        """
+        if block_size % _TILE:
+            raise EngineError(
+                f"blocks of {block_size} tokens: the library for CPUs has multiples of {_TILE}",
+                hint=f"set block_size to {_TILE}, or backend to mlx",
+            )
         self.model, self.layout, self.staging = model, layout, Staging()
         self.notes: tuple[str, ...] = ()
         dtype = layout.kv_layouts()[0].dtype

@@ -10,6 +10,8 @@ import pytest
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.cpu.program import can_run
+from modelpack_engine.engine import Engine
+from modelpack_engine.errors import EngineError
 from modelpack_engine.models import ModelFiles, load
 from modelpack_engine.models.loader import is_packable, runs_packed
 from tests.engine.loaders.tiny_models import TINY_MODELS
@@ -73,3 +75,12 @@ def test_packed_weights_take_little_more_than_their_file() -> None:
     size = sum(path.stat().st_size for path in files.weights)
     assert loaded.packed is not None
     assert size * 0.9 < loaded.weight_bytes < size * 1.1
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("block_size", [4, 24])
+def test_blocks_that_the_library_cannot_read_are_refused(block_size: int) -> None:
+    loaded = load(ModelFiles.from_directory(smollm2_gguf()), device="cpu", packed=True)
+    with pytest.raises(EngineError, match=f"blocks of {block_size} tokens") as refused:
+        Engine(loaded, EngineConfig(device="cpu", block_size=block_size, max_model_len=512))
+    assert refused.value.hint == "set block_size to 16, or backend to mlx"
