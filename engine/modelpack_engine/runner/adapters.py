@@ -24,7 +24,7 @@ from modelpack_engine.patches.lora import Layers, LoRALayers, nbytes
 
 @dataclass(slots=True, eq=False)
 class KnownAdapter:
-    """An adapter, and the sequences that use it; ended ones are removed when that matters."""
+    """An adapter, and the unfinished sequences that use it."""
 
     adapter: Adapter
     identity: str
@@ -186,6 +186,12 @@ class AdapterSet:
             if one is known:
                 self._known[name] = self._known.pop(name)
                 break
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended."""
+        if isinstance(sequence.adapter, KnownAdapter):
+            sequence.adapter.waiting.discard(sequence)
+            sequence.adapter.started.discard(sequence)
 
     def take_failures(self) -> list[tuple[Sequence, ModelpackError]]:
         """Return the sequences whose adapters could not be read, each of them once."""

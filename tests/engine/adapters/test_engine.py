@@ -160,6 +160,24 @@ def test_a_client_with_several_adapters_is_one_owner(tmp_path: Path) -> None:
     assert list(order) == ["0", "3", "1", "2"]
 
 
+@pytest.mark.parametrize("end", ["finished", "aborted", "never started"])
+def test_an_adapter_keeps_no_sequence_that_has_ended(tmp_path: Path, end: str) -> None:
+    engine = tiny_engine(max_loras=2)
+    engine.add_adapter("a", adapter(tmp_path, 1), "a")
+    assert engine._adapters is not None
+    known = engine._adapters.find("a")
+    engine.add_request("1", EngineRequest(PROMPT, GREEDY, adapter="a"))
+    assert known.waiting
+    if end == "aborted":
+        engine.step()
+        assert known.started
+    if end != "finished":
+        engine.abort("1")
+    run(engine)
+    assert not known.waiting
+    assert not known.started
+
+
 def test_the_least_recently_used_adapter_is_evicted(tmp_path: Path) -> None:
     engine = tiny_engine(max_loras=2)
     known = {name: adapter(tmp_path, seed) for seed, name in enumerate("abc", start=1)}
