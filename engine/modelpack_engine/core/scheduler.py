@@ -319,6 +319,9 @@ class AdapterSlots(Protocol):
     def admit(self, sequence: Sequence) -> None:
         """Set the sequence's slot; its adapter stays in memory until it has ended."""
 
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended."""
+
 
 def check_room(num_waiting: int, num_sequences: int, max_waiting: int) -> None:
     """Raise `QueueFullError` if a queue of `num_waiting` has no room for so many sequences."""
@@ -473,6 +476,8 @@ class Scheduler:
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
         sequence.media = ()  # the runner keeps its last batch, and pictures are large
+        if self._adapters is not None:
+            self._adapters.release(sequence)
         self._num_finished += 1
         choices = self._requests[sequence.request_id]
         choices.remove(sequence)
@@ -792,9 +797,9 @@ class Scheduler:
         return True
 
     def verified(self, proposal: Proposal, num_accepted: int) -> None:
-        """Count the accepted tokens of a proposal; call it before they are appended."""
+        """Count a proposal, and the first token if that is accepted: `collect` appends it next."""
         proposal.sequence.num_proposed_tokens += len(proposal.token_ids)
-        proposal.sequence.num_accepted_tokens += num_accepted
+        proposal.sequence.num_accepted_tokens += min(num_accepted, 1)
 
     def fail(self, output: SchedulerOutput) -> list[Sequence]:
         """End and return the sequences of a submitted step that failed.

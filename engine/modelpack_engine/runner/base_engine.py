@@ -124,12 +124,22 @@ class BaseEngine(ABC):
     def generate(
         self, prompts: Iterable[str | Tokens[int]], params: SamplingParams
     ) -> list[list[RequestEvent]]:
-        """Run prompts to their end; return each one's events, in the order of the prompts."""
+        """Run prompts to their end; return each one's events, in the order of the prompts.
+
+        Raises `RequestError` for an invalid prompt, and while there are other requests.
+        """
+        if self._scheduler.has_work:
+            raise RequestError("the engine has other requests, whose events would be lost")
         events: dict[str, list[RequestEvent]] = {}
-        for i, prompt in enumerate(prompts):
-            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            self.add_request(f"generate-{i}", EngineRequest(token_ids, params))
-            events[f"generate-{i}"] = []
+        try:
+            for i, prompt in enumerate(prompts):
+                token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+                self.add_request(f"generate-{i}", EngineRequest(token_ids, params))
+                events[f"generate-{i}"] = []
+        except BaseException:
+            for request_id in events:
+                self.abort(request_id)
+            raise
         while self.has_work:
             for event in self.step():
                 events[event.request_id].append(event)

@@ -41,7 +41,12 @@ def make_outputs(
         media=request.media,
     )
     sequences = [first, *(first.fork(index) for index in range(1, request.n))]
-    return [SequenceOutput(sequence, tokenizer, request.continues_text) for sequence in sequences]
+    outputs = [
+        SequenceOutput(sequence, tokenizer, request.continues_text) for sequence in sequences
+    ]
+    for output in outputs:
+        output.prompt_logprobs = outputs[0].prompt_logprobs  # the first computes them for all
+    return outputs
 
 
 class SequenceOutput:
@@ -69,6 +74,9 @@ class SequenceOutput:
         token_ids, reason = (token_id,), self.sequence.finish_reason
         ends_text = reason is FinishReason.STOP and token_id in self._ending_ids
         text, stopped_by = self._detokenizer.push(() if ends_text else token_ids)
+        if stopped_by is not None and reason is FinishReason.LENGTH:
+            self.sequence.finish_reason = FinishReason.STOP
+            self.sequence.stop_reason = stopped_by
         event = self._event(token_ids, text, logprob)
         return event if reason is None else self.ended(event), stopped_by
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -397,3 +398,42 @@ def test_a_mask_decides_every_token_in_a_mixed_batch() -> None:
     assert text(found["masked", 0]) == "yes"
     assert found["masked", 0][-1].finish_reason is FinishReason.STOP
     assert tokens(found["free", 0]) == reference_tokens(prompts(4)[3], 12)
+
+
+def test_a_stop_string_that_the_last_token_completes() -> None:
+    prompt, letters = [65, 66, 67, 68] * 5, dict.fromkeys(range(65, 69), 90.0)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logit_bias=letters)
+    [plain] = tiny_engine().generate([prompt], params)
+    stop = text(plain)[3:6]
+    count = text(plain).index(stop) + 3  # every token is a letter
+    for most in (count, count + 1):
+        [found] = tiny_engine().generate([prompt], replace(params, max_tokens=most, stop=(stop,)))
+        assert (found[-1].finish_reason, found[-1].stop_reason) == (FinishReason.STOP, stop)
+        assert stop not in text(found)
+
+
+def test_generate_leaves_nothing_behind() -> None:
+    engine = tiny_engine()
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        engine.generate([[1, 2, 3], []], GREEDY)
+    [found] = engine.generate([[1, 2, 3]], GREEDY)
+    assert found[-1].finished
+    engine.add_request("mine", EngineRequest([1, 2, 3], GREEDY))
+    with pytest.raises(RequestError, match="other requests"):
+        engine.generate([[4, 5]], GREEDY)
+    assert run(engine)["mine", 0][-1].finished
+
+
+def test_all_choices_have_the_prompts_log_probabilities() -> None:
+    engine = tiny_engine()
+    params = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=1)
+    engine.add_request("a", EngineRequest(list(range(1, 60)), params, n=3))
+    found: dict[int, object] = {}
+    while engine.has_work:
+        for event in engine.step():
+            found.setdefault(event.index, event.prompt_logprobs)
+    assert len(found) == 3
+    first = found[0]
+    assert isinstance(first, tuple)
+    assert len(first) == 59
+    assert found == dict.fromkeys(range(3), first)

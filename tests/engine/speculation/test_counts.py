@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -58,3 +59,21 @@ def test_tokens_that_come_together_share_their_time(monkeypatch: pytest.MonkeyPa
     assert histogram.total == pytest.approx(0.36)
     assert sum(histogram.counts) == 4
     assert histogram.counts[list(histogram.bounds).index(0.1)] == 4
+
+
+def test_tokens_after_the_end_were_not_accepted() -> None:
+    """A proposal may go on after a stop token: the completion has no more of it."""
+    [plain] = tiny_engine().generate([[1, 2, 3]], LONG)
+    ids = tokens(plain)
+    places = [place for place in range(5, len(ids)) if ids[place] not in ids[:place]]
+    assert len(places) > 3
+    for place in places:
+        engine = tiny_engine()
+        speculate(engine, Oracle({("generate-0", 0): ids}), num_tokens=9)
+        params = replace(LONG, stop_token_ids=(ids[place],))
+        [found] = engine.generate([[1, 2, 3]], params)
+        usage = found[-1].usage
+        assert usage is not None
+        assert usage.completion_tokens == place + 1
+        assert usage.accepted_tokens < usage.completion_tokens  # the first is sampled
+        assert usage.accepted_tokens + usage.rejected_tokens == engine.stats().proposed_tokens
