@@ -72,6 +72,16 @@ class SparseBody(Body):
         return {key: item for key, item in value.items() if item is not None}
 
 
+def object_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of a function's arguments; raise `ValueError` for other types.
+
+    Text of other types would follow the schema, but is no call.
+    """
+    if schema.get("type", "object") != "object":
+        raise ValueError('the type must be "object"')
+    return schema
+
+
 class JsonRequest(Request):
     """A request whose JSON is parsed once, by the gateway's checks or by this class.
 

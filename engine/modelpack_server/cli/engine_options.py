@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from modelpack.cli.options import REGISTRIES, SIGNATURES, SIZE, Settings, checked
 from modelpack.cli.output import shown_progress
@@ -104,6 +105,18 @@ preset_option = click.option(
     "--preset", callback=checked(_check_preset),
     help="Use this preset: code, chat, creative or long-context.",
 )  # fmt: skip
+
+
+def given_engine_options() -> list[str]:
+    """Return the engine's options that are on the command line."""
+    ctx = click.get_current_context()
+    names = {field.name for field in dataclasses.fields(EngineConfig)} | {"no_prefix_caching"}
+    return [
+        option.opts[0]
+        for option in ctx.command.params
+        if option.name in names
+        and ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
 
 
 def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:

@@ -34,6 +34,7 @@ from modelpack_server.cli.engine_options import (
     MORE_OPTIONS,
     adapter_option,
     engine_options,
+    given_engine_options,
     merge_option,
     preset_option,
     pull_draft,
@@ -125,6 +126,11 @@ def run(
             raise UsageError(
                 "--url cannot be combined with --adapter and --merge",
                 hint="give the server's name of the adapter as MODEL",
+            )
+        if own := given_engine_options():
+            raise UsageError(
+                f"--url cannot be combined with {', '.join(own)}",
+                hint="give them to the server when it starts",
             )
         from modelpack_server.cli.client import find_target
         from modelpack_server.repl.chat import RemoteChat, RemoteModel

@@ -217,6 +217,12 @@ class ModelPool:
             and (stored := self._names.view_of(entry.stored)) is not None
         ]
 
+    def context_size(self, model: StoredModel) -> int | None:
+        """Return the tokens of a context: as the model is loaded, or else as it is stored."""
+        key = model.base or model.key
+        loaded = (one.context_size for one in self.running() if one.stored.key == key)
+        return next(loaded, None) or model.context_size
+
     def entries(self) -> list[Entry]:
         """Return the entries of all models used so far, for their counters."""
         return [e for e in self._entries.values() if self._names.view_of(e.stored) is not None]

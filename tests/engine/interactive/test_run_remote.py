@@ -78,6 +78,8 @@ def test_json(url: str) -> None:
         (["m", "x" * 5000], 2),
         (["m", "x", "--preset", "loud"], 2),
         (["m", "x", "--temperature", "9"], 2),
+        (["m", "x", "--max-model-len", "64"], 2),
+        (["m", "x", "--no-prefix-caching"], 2),
     ],
 )
 def test_what_is_refused(url: str, arguments: list[str], code: int) -> None:

@@ -191,6 +191,7 @@ async def test_loading_ahead_is_no_use_that_other_settings_wait_for() -> None:
     await asyncio.gather(configure(), pool.preload("a"), pool.preload("a"))
     async with pool.lease("a") as model:
         assert model.engine.max_model_len == 50
+        assert pool.context_size(await pool.find("a")) == 50
     assert shelf.loads == ["a", "a"]
 
 

@@ -36,11 +36,13 @@ def router(pool: ModelPool) -> APIRouter:
         before_id: str | None = None,
     ) -> dict[str, Any]:
         """List the available models, one page per request."""
-        return page([card(model) for model in await pool.stored()], limit, after_id, before_id)
+        return page(
+            [card(pool, model) for model in await pool.stored()], limit, after_id, before_id
+        )
 
     async def retrieve_anthropic_model(name: str) -> dict[str, Any]:
         """Return one model; `name` is any of its names."""
-        return card(await pool.find(name)) | {"id": name}
+        return card(pool, await pool.find(name)) | {"id": name}
 
     for prefix in ("/anthropic/v1", "/v1"):
         own = prefix == "/anthropic/v1"
@@ -77,11 +79,11 @@ def page(
     }
 
 
-def card(model: StoredModel) -> dict[str, Any]:
+def card(pool: ModelPool, model: StoredModel) -> dict[str, Any]:
     """Return the API's object for a model."""
     name = model.names[0] if model.names else model.key
     created = datetime.fromtimestamp(model.created, UTC)
-    limit = model.context_size
+    limit = pool.context_size(model)
     return {
         "type": "model",
         "id": name,

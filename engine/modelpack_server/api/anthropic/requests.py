@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.bodies import Body, SparseBody
+from modelpack_server.api.bodies import Body, SparseBody, object_schema
 from modelpack_server.api.continuation import carried
 from modelpack_server.conversation.pictures import PDF, PictureReader, joined_content
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
@@ -21,7 +21,7 @@ class ToolFields(Body):
     type: Literal["custom"] | None = None
     name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: StrictStr | None = None
-    input_schema: dict[str, Any]
+    input_schema: Annotated[dict[str, Any], AfterValidator(object_schema)]
     strict: StrictBool | None = None
 
 
@@ -76,7 +76,7 @@ def _tool(given: dict[str, Any], index: int) -> Tool:
     return Tool(fields.name, fields.description or "", fields.input_schema, bool(fields.strict))
 
 
-_Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
 
 
 class MessageFields(SparseBody):
@@ -128,7 +128,7 @@ class MessagesRequest(PromptRequest):
     stream: StrictBool = False
     stop_sequences: list[Annotated[StrictStr, Field(min_length=1)]] = []
     temperature: _Fraction | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)] | None = None
     top_k: Annotated[StrictInt, Field(ge=0)] | None = None
     preset: StrictStr | None = None
     keep_alive: StrictStr | StrictInt | float | None = None

@@ -42,13 +42,13 @@ def router(pool: ModelPool) -> APIRouter:
         """List the available models."""
         named = list((await pool.aliases()).items())
         named += [(_name(model), model) for model in await pool.stored()]
-        cards = [card(model) | {"id": name} | await parent(pool, model) for name, model in named]
+        cards = [await card(pool, model) | {"id": name} for name, model in named]
         return {"object": "list", "data": list({card["id"]: card for card in cards}.values())}
 
     async def retrieve_model(name: str) -> dict[str, Any]:
         """Return one model; `name` is any of its names."""
         model = await pool.find(name)
-        return card(model) | {"id": name} | await parent(pool, model)
+        return await card(pool, model) | {"id": name}
 
     add_route(routes, "/models", list_models, methods=["GET"])
     add_route(routes, "/models/{name:path}", retrieve_model, methods=["GET"])
@@ -102,13 +102,13 @@ _CAPABILITIES = {
 }
 
 
-def card(model: StoredModel) -> dict[str, Any]:
+async def card(pool: ModelPool, model: StoredModel) -> dict[str, Any]:
     """Return the object of a model; `dmr` has the fields that Docker Model Runner adds.
 
     Its `size` is a string: `docker model list --openai` rejects a number.
     """
     facts = {
-        "context_window": model.context_size,
+        "context_window": pool.context_size(model),
         "architecture": model.architecture,
         "parameters": model.parameters,
         "quantization": model.quantization,
@@ -128,4 +128,5 @@ def card(model: StoredModel) -> dict[str, Any]:
             *model.templated,
         ],
         "dmr": {key: value for key, value in facts.items() if value},
+        **await parent(pool, model),
     }

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast, get_args
 
 from fastapi import Query
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.bodies import Body, SparseBody
+from modelpack_server.api.bodies import Body, SparseBody, object_schema
 from modelpack_server.conversation.pictures import PictureReader
 from modelpack_server.structured_output import Constraint
 from modelpack_server.structured_output.closed_objects import check_strict
@@ -187,7 +187,7 @@ def _text(content: list[dict[str, Any]], where: str, first: int = 0) -> str:
 
 
 MAX_CHOICES = 128
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
 class StreamOptions(Body):
@@ -269,7 +269,7 @@ class FunctionFields(Body):
 
     name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: StrictStr | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(object_schema)] | None = None
     strict: StrictBool | None = None
 
     def tool(self) -> Tool:
