@@ -7,6 +7,7 @@ try to leave the directory that the model is unpacked into.
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from modelpack.errors import UnsafePathError
 
@@ -51,3 +52,12 @@ def path_problem(text: str) -> str | None:
         if len(part.encode(errors="surrogateescape")) > _MAX_COMPONENT_BYTES:
             return f"a component is longer than {_MAX_COMPONENT_BYTES} bytes"
     return None
+
+
+def folded(path: str) -> str:
+    """Return a key of `path` that is equal for paths that are the same on some file system.
+
+    macOS ignores case and the composition of accents (Unicode "canonical caseless matching").
+    """
+    once = unicodedata.normalize("NFD", path).casefold()
+    return unicodedata.normalize("NFD", once)

@@ -10,11 +10,12 @@ import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.model import role_of
+from modelpack.artifacts.paths import folded
 from modelpack.builder.build import Plan, check_document_sizes
 from modelpack.builder.capabilities import LocalFile
 from modelpack.builder.classify import (
@@ -285,7 +286,32 @@ def _joined(
 ) -> tuple[tuple[LayerFile, ...], tuple[str, ...]]:
     if request.preserve:  # Docker Model Runner keeps repeated files
         return (*files, *named), ()
-    return without_duplicates(files, named)
+    kept, notes = without_duplicates(files, named)
+    return kept, (*notes, *_collisions(kept))
+
+
+def _collisions(files: Sequence[LayerFile]) -> list[str]:
+    """Return a note for each name that some file systems cannot have beside another.
+
+    Licenses of one name are unpacked under different names.
+    """
+    taken: dict[str, str] = {}
+    directories: dict[str, str] = {}
+    pairs = []
+    for file in files:
+        for parent in PurePosixPath(file.filepath).parents:
+            directories.setdefault(folded(str(parent)), str(parent))
+        if file.media_type != MEDIA_TYPES[FileKind.LICENSE]:
+            pairs.append((taken.setdefault(folded(file.filepath), file.filepath), file.filepath))
+    for file in files:
+        if (directory := directories.get(folded(file.filepath))) is not None:
+            pairs.append((file.filepath, directory))
+    return [
+        f"{shown(one)} and {shown(other)} are one name where a file system ignores case or how "
+        "accents are composed, so the model cannot be unpacked"
+        for one, other in pairs
+        if one != other
+    ]
 
 
 def _source(request: PackageRequest) -> tuple[str, Path]:

@@ -13,7 +13,6 @@ import secrets
 import shutil
 import stat
 import sys
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Self
 
-from modelpack.artifacts.paths import checked_path
+from modelpack.artifacts.paths import checked_path, folded
 from modelpack.errors import ConflictError, UnsafePathError, UsageError
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -130,15 +129,6 @@ def _planted(path: str, expected: str, got: str) -> UnsafePathError:
 
 #: Maximum number of components of a path, since tools that recurse into a bundle have limits.
 MAX_DEPTH = 64
-
-
-def folded(path: str) -> str:
-    """Return a key of `path` that is equal for paths that are the same on some file system.
-
-    macOS ignores case and the composition of accents (Unicode "canonical caseless matching").
-    """
-    once = unicodedata.normalize("NFD", path).casefold()
-    return unicodedata.normalize("NFD", once)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from itertools import count
 from modelpack.artifacts import media_types
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import CHAT_TEMPLATE, Model, ModelFile, Role, preferred_template
-from modelpack.bundles.directory import folded
+from modelpack.artifacts.paths import folded
 from modelpack.errors import UnsafePathError, UnsupportedError
 
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.[^./]+\Z")

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modelpack.artifacts.config import MAX_CONTEXT_SIZE
 from modelpack.artifacts.json_document import sorted_map
@@ -408,18 +408,45 @@ def _is_part(header: GGUFHeader) -> bool:
 
 
 def _check_split(headers: Sequence[GGUFHeader]) -> None:
-    """Check that the number of files matches `split.count`: renamed shards lack the others."""
-    for header in headers:
-        entry = header.metadata.get("split.count")
-        if entry is None or not isinstance(entry.value, int) or entry.value <= 1:
-            continue
-        if entry.value != len(headers):
+    """Check that the files are the shards 0 to `split.count` - 1 of one model, each once."""
+    counts = [_split(header, "split.count") for header in headers]
+    if all(count is None or count.value <= 1 for count in counts):
+        return
+    numbers: dict[int, str] = {}
+    for header, count in zip(headers, counts, strict=True):
+        if count is None or count.value != len(headers):
+            found = f"expects {count.value} shards, found {len(headers)}" if count else "is missing"
             raise WeightFormatError(
-                f"split.count expects {entry.value} shards, found {len(headers)}",
+                f"split.count {found}",
                 path=header.path,
-                offset=entry.offset,
+                offset=0 if count is None else count.offset,
                 hint="keep the names of shards: <name>-00001-of-00003.gguf and so on",
             )
+        number = _split(header, "split.no")
+        if number is None:
+            continue
+        other = numbers.setdefault(number.value, header.path)
+        if other != header.path or not 0 <= number.value < len(headers):
+            why = f", as in {other}" if other != header.path else f" of {len(headers)} shards"
+            raise WeightFormatError(
+                f"split.no is {number.value}{why}",
+                path=header.path,
+                offset=number.offset,
+                hint="get the shard again: another one is in its place",
+            )
+
+
+class _Number(NamedTuple):
+    value: int
+    offset: int
+
+
+def _split(header: GGUFHeader, key: str) -> _Number | None:
+    """Return a number of the metadata and its byte; None if there is none."""
+    entry = header.metadata.get(key)
+    if entry is None or not isinstance(entry.value, int):
+        return None
+    return _Number(entry.value, entry.offset)
 
 
 def _without_long(texts: dict[str, str]) -> list[str]:

@@ -117,6 +117,27 @@ def test_a_lone_shard_under_another_name(tmp_path: Path) -> None:
     gguf_statistics([put(tmp_path, "model.gguf", raw)])
 
 
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        ([Pair("split.no", V.UINT16, 0), Pair("split.count", V.UINT16, 2)], "split.no is 0, as in"),
+        ([Pair("split.no", V.UINT16, 2), Pair("split.count", V.UINT16, 2)], "split.no is 2 of 2"),
+        ([text_pair("general.name", "another model")], "split.count is missing"),
+        ([Pair("split.count", V.UINT16, 3)], "split.count expects 3 shards, found 2"),
+    ],
+)
+def test_another_file_in_the_place_of_a_shard(
+    tmp_path: Path, second: list[Pair], problem: str
+) -> None:
+    first = [Pair("split.no", V.UINT16, 0), Pair("split.count", V.UINT16, 2)]
+    paths = [
+        put(tmp_path, f"m-{at:05d}-of-00002.gguf", GGUF(pairs, [Tensor(f"t{at}")]).build())
+        for at, pairs in enumerate((first, second), 1)
+    ]
+    with pytest.raises(WeightFormatError, match=problem):
+        gguf_statistics(paths)
+
+
 ARCHITECTURES = [
     ({}, "x.weight", "llama", 7),
     ({"general.architecture": " mamba "}, "x.weight", "mamba", 9),

@@ -237,3 +237,26 @@ def test_preserve_takes_any_name(tmp_path: Path) -> None:
     write(tmp_path, {"a\\b\n\udcff.txt": b"", "model.safetensors": PAIR})
     built = package(PackageRequest(safetensors_dir=tmp_path, preserve=True))
     assert built.manifest.layers[0].filepath == "a\\b\n\ufffd.txt"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("README.md", "readme.md"),
+        ("e\u0301.txt", "\u00e9.txt"),
+        ("notes", "Notes/x.txt"),
+        ("LICENSE", "license/x.txt"),
+        ("a/b.json", "A/B.json"),
+    ],
+)
+def test_a_note_on_names_that_are_one_on_other_systems(
+    tmp_path: Path, one: str, other: str
+) -> None:
+    write(tmp_path, {"m.safetensors": PAIR, one: b"1", other: b"2"})
+    (note,) = plan(PackageRequest(safetensors_dir=tmp_path), environ={}).notes
+    assert "are one name where a file system ignores case" in note
+
+
+def test_licenses_of_one_name_are_unpacked_apart(tmp_path: Path) -> None:
+    write(tmp_path, {"m.safetensors": PAIR, "LICENSE": b"1", "license": b"2"})
+    assert not plan(PackageRequest(safetensors_dir=tmp_path), environ={}).notes

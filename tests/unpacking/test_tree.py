@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.bundles.directory import MAX_DEPTH, Folder, Tree, folded
+from modelpack.artifacts.paths import folded
+from modelpack.bundles.directory import MAX_DEPTH, Folder, Tree
 from modelpack.errors import UnsafePathError
 
 
