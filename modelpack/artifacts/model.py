@@ -166,14 +166,16 @@ class Model:
             tests = [_type_test(text) for text in media_types]
             found = tuple(file for file in files if any(test(file) for test in tests))
             if not found:
-                raise self._not_found("type " + " or ".join(map(repr, media_types)), files)
+                hint = "use a media type or a short name: " + ", ".join(SHORT_NAMES)
+                raise self._not_found("type " + " or ".join(map(repr, media_types)), files, hint)
         if not paths:
             return found
         chosen: set[int] = set()
         for text in paths:
             matches = _matching_paths(text, found)
             if not matches:
-                raise self._not_found(f"path {text!r}", found)
+                hint = "use a path, a file name or a glob, such as '*.json'"
+                raise self._not_found(f"path {text!r}", found, hint)
             chosen |= matches
         return tuple(file for i, file in enumerate(found) if i in chosen)
 
@@ -192,7 +194,7 @@ class Model:
             kind = self.config.format.lower().replace("diffusers", "dduf")
         return ModelFile(role, layer.media_type, filepath, layer, kind, archive, diff_id)
 
-    def _not_found(self, wanted: str, among: Sequence[ModelFile]) -> NotFoundError:
+    def _not_found(self, wanted: str, among: Sequence[ModelFile], hint: str) -> NotFoundError:
         name = str(self.reference) if self.reference else str(self.digest)
         lines = [f"{file.filepath or '(no path)'} ({file.media_type})" for file in among]
         if len(lines) > _MAX_SHOWN:
@@ -200,7 +202,7 @@ class Model:
         there = "; ".join(lines) or "nothing"
         return NotFoundError(
             f"{name}: no file with {wanted}; there is: {there}",
-            hint="use a media type or a short name: " + ", ".join(SHORT_NAMES),
+            hint=hint,
         )
 
 

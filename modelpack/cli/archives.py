@@ -208,6 +208,8 @@ def export_models(
             _write(Path(output), archive.pieces, force)
     size = human_size(archive.size)
     note(settings, f"exported {plural(len(archive.digests), 'model')} to {output}: {size}")
+    if attached := sum(len(store.referrers(digest)) for digest in archive.digests):
+        note(settings, f"left out: {plural(attached, 'attached manifest')}, such as signatures")
     if output != "-":
         digests = [str(digest) for digest in archive.digests]
         show(settings, {"file": output, "size": archive.size, "digests": digests},

@@ -383,6 +383,8 @@ def _show_fsck(
         hint = again if done else f"run `modelpack fsck --repair`, or {again}"
         if all(problem.kind is Fault.BUNDLE for problem in left.problems):
             hint = "restart the runtimes that use these bundles; the bundles are then made again"
+        if all(problem.kind is Fault.STRAY for problem in left.problems):
+            hint = "move the files that are no blobs out of the store"
         raise IntegrityError(
             f"the store {root} has {plural(len(left.problems), 'problem')}", hint=hint
         )

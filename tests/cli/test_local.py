@@ -429,3 +429,12 @@ def test_every_command_has_help() -> None:
 
     for name in [*COMMANDS, *ALIASES]:
         assert "Usage: modelpack" in succeed(name, "--help").out
+
+
+def test_a_file_that_is_no_blob_has_its_own_hint(packaged: str, tmp_path: Path) -> None:
+    store = LayoutStore()
+    (store.root / "blobs" / "notes.txt").write_text("mine")
+    result = modelpack("fsck", "--repair")
+    assert result.code == 5
+    assert "move the files that are no blobs out of the store" in result.err
+    assert "package the models named above" not in result.err

@@ -42,7 +42,11 @@ def test_attach_referrers_detach(published: Published, report: Path) -> None:
 
 def test_referrers_of_an_id_are_those_in_the_store(report: Path, tmp_path: Path) -> None:
     digest = succeed("package", "--gguf", tiny_gguf(tmp_path), "tiny:v1").out
+    exported = succeed("export", "tiny:v1", "-o", tmp_path / "without.tar")
+    assert "left out" not in exported.err
     made = succeed("attach", "tiny:v1", report, "--artifact-type", KIND, "--local")
+    exported = succeed("export", "tiny:v1", "-o", tmp_path / "model.tar")
+    assert "left out: 1 attached manifest, such as signatures" in exported.err
     encoded = digest.removeprefix("sha256:")
     for name in (encoded[:6], encoded[:12], digest):
         for local in ([], ["--local"]):
