@@ -165,6 +165,8 @@ def outputs(
         while engine.has_work and time.monotonic() < until:
             for event in engine.step():
                 found[int(event.request_id)].extend(event.token_ids)
+        for number in range(len(requests)):
+            engine.abort(str(number))
         return found
 
     begun = encode(turns(None))
@@ -383,6 +385,8 @@ def train(args: argparse.Namespace) -> None:
         states, last = hidden_states(loaded, head.config, ids_of)
         batches.append((ids_of, states.astype(kind), last.astype(kind), mx.array(masks[part])))
         mx.eval(batches[-1])
+    if len(batches) < 2:
+        raise SystemExit(f"{len(tokens_of)} rows are too few for two batches: generate for longer")
     held = max(1, min(args.held // args.batch, len(batches) // 2))
 
     def evaluated() -> str:

@@ -288,7 +288,7 @@ def _check_free(parent: Folder, directory: Path, *, overwrite: bool) -> None:
             f"{directory} exists and is not a directory",
             hint="name a new directory or, for a symbolic link, its target",
         )
-    if any(os.path.samestat(status, os.stat(path)) for path in _current_directories()):
+    if any(os.path.samestat(status, here) for here in _current_directories()):
         raise UsageError(
             f"{directory} contains the current directory and cannot be replaced",
             hint="name a directory inside the current one, or change to another directory first",
@@ -298,13 +298,14 @@ def _check_free(parent: Folder, directory: Path, *, overwrite: bool) -> None:
             raise _taken(directory)
 
 
-def _current_directories() -> list[Path]:
-    """Return the current directory and its parents."""
-    try:
-        here = Path.cwd()
-    except FileNotFoundError:  # it was deleted
-        return []
-    return [here, *here.parents]
+def _current_directories() -> list[os.stat_result]:
+    """Return the status of the current directory and of those of its parents that can be read."""
+    found = [os.stat(".")]
+    with suppress(FileNotFoundError):  # it was deleted
+        for parent in Path.cwd().parents:
+            with suppress(OSError):
+                found.append(parent.stat())
+    return found
 
 
 def _publish(parent: Folder, temporary: str, directory: Path, *, overwrite: bool) -> bool:

@@ -167,13 +167,9 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of prompt tokens must still be computed.
-
-        The sequence of the first choice computes them for all choices.
-        """
+        """Whether log-probabilities of prompt tokens must still be computed, by each choice."""
         return (
             self.params.prompt_logprobs is not None
-            and self.index == 0
             and self.num_prompt_logprobs < len(self.prompt_token_ids) - 1
         )
 

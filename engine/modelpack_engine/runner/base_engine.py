@@ -128,7 +128,7 @@ class BaseEngine(ABC):
 
         Raises `RequestError` for an invalid prompt, and while there are other requests.
         """
-        if self._scheduler.has_work:
+        if len(self._outputs):
             raise RequestError("the engine has other requests, whose events would be lost")
         events: dict[str, list[RequestEvent]] = {}
         try:

@@ -41,12 +41,7 @@ def make_outputs(
         media=request.media,
     )
     sequences = [first, *(first.fork(index) for index in range(1, request.n))]
-    outputs = [
-        SequenceOutput(sequence, tokenizer, request.continues_text) for sequence in sequences
-    ]
-    for output in outputs:
-        output.prompt_logprobs = outputs[0].prompt_logprobs  # the first computes them for all
-    return outputs
+    return [SequenceOutput(sequence, tokenizer, request.continues_text) for sequence in sequences]
 
 
 class SequenceOutput:
@@ -152,6 +147,10 @@ class OutputProcessor:
 
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence.seq_id in self._outputs
+
+    def __len__(self) -> int:
+        """Return the number of unfinished sequences."""
+        return len(self._outputs)
 
     def is_known(self, request_id: str) -> bool:
         """Return whether a sequence of the request is unfinished."""

@@ -72,12 +72,16 @@ class SparseBody(Body):
         return {key: item for key, item in value.items() if item is not None}
 
 
+_OTHER_TYPES = frozenset({"array", "boolean", "integer", "null", "number", "string"})
+
+
 def object_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON schema of a function's arguments; raise `ValueError` for other types.
 
     Text of other types would follow the schema, but is no call.
     """
-    if schema.get("type", "object") != "object":
+    kind = schema.get("type")
+    if isinstance(kind, str) and kind in _OTHER_TYPES:
         raise ValueError('the type must be "object"')
     return schema
 

@@ -89,12 +89,12 @@ def test_without_a_prefix_cache_every_choice_computes_its_prompt(recurrent: bool
 
 
 def test_choices_with_prompt_logprobs() -> None:
-    """The first choice computes every row of the prompt, even a cached one; others share it."""
+    """Each choice computes every row of the prompt, even a cached one."""
     sched = scheduler()
     sched.add(sequence(prompt(20), 1, request_id="before"))
     run(sched)
     sched.add(first := sequence(prompt(20), prompt_logprobs=1), second := first.fork(1))
-    assert chunks(run(sched)) == [("r", 0, 20), ("r", 16, 4)]
-    assert first.num_prompt_logprobs == 19
+    assert chunks(run(sched)) == [("r", 0, 20), ("r", 0, 20)]
+    assert first.num_prompt_logprobs == second.num_prompt_logprobs == 19
     assert not first.wants_prompt_logprobs
-    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 16)
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 0)

@@ -242,6 +242,9 @@ ASSISTANT = {"role": "assistant", "content": None, "tool_calls": [PAST]}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
+OF_ARRAYS = {"type": "function", "function": {"name": "x", "parameters": {"type": "array"}}}
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("body", "param"),
@@ -254,8 +257,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"top_p": True}, "top_p"),
         ({"keep_alive": True}, "keep_alive"),
         ({"logit_bias": {"5": "1"}}, "logit_bias"),
-        ({"tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "x"}}}]},
-         "tools.0.function.parameters"),
+        ({"tools": [OF_ARRAYS]}, "tools.0.function.parameters"),
         ({"top_p": 0}, "top_p"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
