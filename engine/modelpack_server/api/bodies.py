@@ -18,7 +18,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError, model_validator
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from modelpack_engine.worker.threads import in_executor, in_thread
@@ -76,13 +76,13 @@ _OTHER_TYPES = frozenset({"array", "boolean", "integer", "null", "number", "stri
 
 
 def object_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a function's arguments; raise `ValueError` for other types.
+    """Return the JSON schema of a function's arguments; refuse other types.
 
     Text of other types would follow the schema, but is no call.
     """
     kind = schema.get("type")
     if isinstance(kind, str) and kind in _OTHER_TYPES:
-        raise ValueError('the type must be "object"')
+        raise PydanticCustomError("object_schema", 'the type must be "object"')
     return schema
 
 
