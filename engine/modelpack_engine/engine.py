@@ -167,6 +167,7 @@ class Engine(BaseEngine):
             snapshot_interval=layout.snapshot_interval(self.config.block_size) if layout else 0,
             window=layout.window if layout else None,
             window_pools=self._sizes.window_pools,
+            doubts=not on_gpu(),  # our kernels read nothing that a token does not see
         )
         self._mover = open_offload(self.config, self._runner, self._blocks, model_id)
         limits = self._sizes.scheduler_config(self.config)
@@ -365,7 +366,8 @@ class Engine(BaseEngine):
         if self.vision is not None:
             for sequence, error in self.vision.encoder.take_failures():
                 self._outputs.fail(sequence, str(error), error.param)
-        self._mover.move(has_step=output is not None, in_flight=self._in_flight is not None)
+        scrub = self._blocks.take_to_scrub()
+        self._mover.move(scrub, has_step=output is not None, in_flight=self._in_flight is not None)
         scheduled = None
         if output is None:
             self._forget(self._scheduler.take_released())

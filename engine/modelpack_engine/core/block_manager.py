@@ -181,6 +181,9 @@ class BlockManager:
     pairs (window, number of blocks), and a sequence has one more table for each of them. Tables of
     a sequence have the same length, and pools the same hashes. All other counts are of the pool of
     the layers that see most: it limits the length of a sequence.
+
+    A model may compute NaN for a prompt, which shows when its first token is sampled. With
+    `doubts`, the blocks that a sequence releases before are scrubbed when allocated again.
     """
 
     def __init__(
@@ -194,10 +197,11 @@ class BlockManager:
         snapshot_interval: int = 0,
         window: int | None = None,
         window_pools: Iterable[tuple[int, int]] = (),
+        doubts: bool = True,
     ) -> None:
         assert block_size > 0
         assert snapshot_interval % block_size == 0, "snapshots belong to whole blocks"
-        self.window = window
+        self.window, self._doubts = window, doubts
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._model_id = model_id.encode()
@@ -266,6 +270,10 @@ class BlockManager:
         if self.snapshots is not None:
             self.snapshots.discard(sequence.block_hashes)
         return [pool.withdraw(table) for pool, table in self._tables(sequence)]
+
+    def take_to_scrub(self) -> list[list[int]]:
+        """Return the allocated blocks that may hold NaN, for each pool; each of them once."""
+        return [pool.take_to_scrub() for pool in self._pools]
 
     def published(self, group: int = 0) -> list[tuple[int, bytes]]:
         """Return a group's blocks in the prefix cache with their hashes, the last evicted first.
@@ -343,7 +351,8 @@ class BlockManager:
             return
         for pool, table in self._tables(sequence):
             unseen = pool.num_unseen(sequence.num_computed_tokens, self.block_size)
-            pool.release_unseen(table, unseen)
+            doubtful = self._doubts and sequence.is_doubtful
+            pool.release_unseen(table, unseen, doubtful=doubtful)
         unseen = self.pool.num_unseen(sequence.num_computed_tokens, self.block_size)
         sequence.num_unseen_blocks = max(sequence.num_unseen_blocks, unseen)
 
@@ -371,6 +380,8 @@ class BlockManager:
         if sequence.restore is not None:
             self._drop_restore(sequence, sequence.restore)
         for pool, table in self._tables(sequence):
+            if self._doubts and sequence.is_doubtful:
+                pool.doubt(table)
             pool.release_all(reversed(table))
             table.clear()
         sequence.num_published_blocks = 0

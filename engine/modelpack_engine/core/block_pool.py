@@ -30,6 +30,8 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._doubtful: set[int] = set()  # may hold NaN
+        self._to_scrub: set[int] = set()
 
     # Counts, in blocks.
 
@@ -74,7 +76,19 @@ class BlockPool:
                 self.evicted(block, hash_)
         assert self._ref_counts[block] == 0
         self._ref_counts[block] = 1
+        if block in self._doubtful:
+            self._doubtful.remove(block)
+            self._to_scrub.add(block)
         return block
+
+    def doubt(self, blocks: Iterable[int]) -> None:
+        """Have blocks scrubbed when they are allocated again: their content may be NaN."""
+        self._doubtful.update(block for block in blocks if block != NULL_BLOCK)
+
+    def take_to_scrub(self) -> list[int]:
+        """Return the allocated blocks whose old content is to be overwritten, each once."""
+        blocks, self._to_scrub = sorted(self._to_scrub), set()
+        return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
         """Add a reference to each of `blocks`, except the null block, which is not counted."""
@@ -102,11 +116,16 @@ class BlockPool:
             if block != NULL_BLOCK:
                 self.release(block)
 
-    def release_unseen(self, table: list[int], num_unseen: int) -> None:
-        """Replace the first `num_unseen` blocks of a table by the null block, and release them."""
+    def release_unseen(self, table: list[int], num_unseen: int, *, doubtful: bool = False) -> None:
+        """Replace the first `num_unseen` blocks of a table by the null block, and release them.
+
+        If they are `doubtful`, `doubt` them.
+        """
         first = num_unseen = min(num_unseen, len(table))
         while first and table[first - 1] != NULL_BLOCK:
             first -= 1
+        if doubtful:
+            self.doubt(table[first:num_unseen])
         self.release_all(table[first:num_unseen])
         table[first:num_unseen] = [NULL_BLOCK] * (num_unseen - first)
 

@@ -166,6 +166,11 @@ class Sequence:
         return known + self.num_inflight >= self.max_num_tokens
 
     @property
+    def is_doubtful(self) -> bool:
+        """Whether its keys and values may be NaN: no token was sampled since it has started."""
+        return self.num_known_tokens <= self.num_prefill_tokens
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of prompt tokens must still be computed, by each choice."""
         return (

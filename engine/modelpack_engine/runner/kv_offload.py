@@ -72,18 +72,22 @@ class BlockMover:
         self._saving: list[tuple[list[bytes], mx.array]] = []
         self._saved_bytes = 0
 
-    def move(self, *, has_step: bool, in_flight: bool) -> None:
+    def move(self, scrub: Sequence[Sequence[int]] = (), *, has_step: bool, in_flight: bool) -> None:
         """Save and restore the blocks that scheduling requested; call it before building the step.
 
+        In between, overwrite the blocks `scrub` of each group: their content is wanted no more.
         If there is no step to build and none in flight, wait for blocks that are being loaded.
         """
         offload = self._offload
         if offload is None:
+            self._scrub(scrub)
             return
         evicted, restored = offload.take()
         try:
-            for group, contents in enumerate(self._contents):
+            for group in range(len(self._contents)):
                 self._save(group, [(block, key) for of, block, key in evicted if of == group])
+            self._scrub(scrub)
+            for group, contents in enumerate(self._contents):
                 pairs = [(block, content) for of, block, content in restored if of == group]
                 if pairs:
                     contents.write(*zip(*pairs, strict=True))
@@ -98,6 +102,11 @@ class BlockMover:
             mx.async_eval(self._runner.pools())
         elif offload.is_awaited:
             offload.wait(_WAIT)
+
+    def _scrub(self, scrub: Sequence[Sequence[int]]) -> None:
+        for group, blocks in enumerate(scrub):
+            if blocks:
+                self._runner.scrub(blocks, group)
 
     def collect(self) -> None:
         """Copy the gathered blocks to the host; call it after reading the previous step."""

@@ -114,7 +114,7 @@ class ModelRunner(Protocol):
         """
 
     def scrub(self, blocks: Iterable[int], group: int = 0) -> None:
-        """Zero the blocks of a sequence whose logits were NaN, before another sequence gets them.
+        """Zero blocks of a sequence whose logits are or may be NaN, before another one gets them.
 
         They are blocks of the layers of `group`: window pools count from 1.
         Masked values are multiplied by zero, and zero times NaN is NaN.

@@ -126,6 +126,27 @@ def test_a_second_turn_after_others(open_engine: Open, model: nn.Module) -> None
     assert (tokens, computed) == (answers[1], len(second) - 150 // BLOCK * BLOCK)
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "deepseek_v3"], indirect=True)
+def test_blocks_of_an_aborted_prompt_are_saved_before_they_are_scrubbed(
+    open_engine: Open, model: nn.Module
+) -> None:
+    """They may hold NaN, or a prefix that others know."""
+    engine = open_engine(kv_offload_dir=None, kv_offload_memory=10**8)
+    small = 20 * BLOCK * max(engine.kv_cache_bytes // engine.stats().blocks_total // BLOCK, 1)
+    engine = open_engine(
+        kv_offload_dir=None, kv_offload_memory=10**8, kv_cache_bytes=small, max_model_len=300
+    )
+    answers = expected(model, FIRST)
+    assert answer(engine, FIRST) == (answers, 150)
+    engine.add_request("aborted", EngineRequest(FIRST + OTHERS[0], GREEDY))
+    engine.step()
+    engine.abort("aborted")
+    for prompt in OTHERS * 2:
+        answer(engine, prompt[::-1] + prompt)
+    assert answer(engine, FIRST)[0] == answers
+    assert engine.stats().offload.restored_tokens > 0
+
+
 def test_files_that_are_damaged_cost_time_only(
     open_engine: Open, model: nn.Module, tmp_path: Path
 ) -> None:

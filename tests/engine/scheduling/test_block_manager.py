@@ -327,3 +327,34 @@ def test_sharing_goes_on_where_a_block_ends() -> None:
     late.num_computed_tokens = 7
     assert blocks.share_prefix(late) == 0
     assert blocks.next_hash(late) is None
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_blocks_that_may_hold_nan_are_scrubbed_once(sampled: bool) -> None:
+    manager = BlockManager(6, 4, enable_prefix_caching=False)
+    first, second = sequence(list(range(8))), sequence(list(range(20)))
+    assert manager.grow(first, 8)
+    held = sorted(first.block_table)
+    if sampled:
+        first.output_token_ids.append(1)
+    manager.free(first)
+    assert manager.take_to_scrub() == [[]]
+    assert manager.grow(second, 20)
+    assert manager.take_to_scrub() == [[] if sampled else held]
+    assert manager.take_to_scrub() == [[]]
+
+
+@pytest.mark.parametrize("doubts", [False, True])
+def test_blocks_before_a_window_may_hold_nan(doubts: bool) -> None:
+    manager = BlockManager(
+        6, 4, enable_prefix_caching=False, window=4, window_pools=[(2, 6)], doubts=doubts
+    )
+    first, second = sequence(list(range(16))), sequence(list(range(8)))
+    assert manager.grow(first, 16)
+    released = [table[:2] for table in (first.block_table, *first.window_tables)]
+    first.num_computed_tokens = 12
+    manager.release_unseen(first)
+    assert manager.grow(second, 8)
+    # One of the two is a block that was never used.
+    for found, before in zip(manager.take_to_scrub(), released, strict=True):
+        assert found == ([before[0]] if doubts else [])

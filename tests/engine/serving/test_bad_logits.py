@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -92,3 +94,20 @@ def test_a_neighbour_keeps_the_blocks_that_it_shares() -> None:
     assert found["bad"][-1].finish_reason is FinishReason.ERROR
     assert [t for event in found["sound"] for t in event.token_ids] == reference_tokens(sound, 12)
     assert engine.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_aborted_prompt_leaves_nothing_in_its_blocks(seed: int) -> None:
+    """It has written NaN, and no token of it was ever sampled."""
+    chooser, prompts = random.Random(seed), list[list[int]]()
+    while len(prompts) < 16:
+        first = chooser.randrange(1, 190)
+        prompt = [*range(first, first + chooser.choice((1, 3, 9, 17, 21, 33, 40, 47, 5)))]
+        if POISON not in (*prompt, *reference_tokens(prompt, 12)):
+            prompts.append(prompt)
+    engine = poisoned_engine()
+    engine.add_request("bad", EngineRequest([POISON, *range(10, 61)], GREEDY))
+    engine.step()
+    engine.abort("bad")
+    for prompt, events in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
+        assert [t for e in events for t in e.token_ids] == reference_tokens(prompt, 12)
