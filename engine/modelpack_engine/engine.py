@@ -39,7 +39,6 @@ from modelpack_engine.core.block_manager import BlockManager, root_hash
 from modelpack_engine.core.buckets import round_down
 from modelpack_engine.core.metrics import StepClock
 from modelpack_engine.core.scheduler import Proposal, Proposed, Scheduler, SchedulerOutput
-from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import RequestError
 from modelpack_engine.kernels import TILE_ROWS
 from modelpack_engine.models import LoadedModel
@@ -472,9 +471,7 @@ class Engine(BaseEngine):
         self._in_flight = None
         if self._speculator is not None:
             self._speculator.emitted(result.output, time.perf_counter())
-        accepted: dict[Sequence, int] = {}
         for proposal, tokens in result.verified():
-            accepted[proposal.sequence] = max(0, len(tokens) - 1)
             self._verified(proposal, tokens)
         firsts = [tokens[0].token_id if tokens else None for tokens in result.tokens]
         for index, sequence in self._scheduler.collect(result.output, firsts):
@@ -482,7 +479,8 @@ class Engine(BaseEngine):
             self._outputs.emit(sequence, first)
             for number, token in enumerate(others, 2):
                 if self._scheduler.take(sequence, token.token_id):
-                    sequence.num_accepted_tokens += number <= accepted[sequence]
+                    # All were proposed but the last one.
+                    sequence.num_accepted_tokens += number <= len(others)
                     self._outputs.emit(sequence, token)
 
     def _verified(self, proposal: Proposal, tokens: list[NextToken]) -> None:

@@ -349,9 +349,9 @@ class BlockManager:
         """
         if not self.releases_blocks:
             return
+        doubtful = self._doubts and sequence.is_doubtful
         for pool, table in self._tables(sequence):
             unseen = pool.num_unseen(sequence.num_computed_tokens, self.block_size)
-            doubtful = self._doubts and sequence.is_doubtful
             pool.release_unseen(table, unseen, doubtful=doubtful)
         unseen = self.pool.num_unseen(sequence.num_computed_tokens, self.block_size)
         sequence.num_unseen_blocks = max(sequence.num_unseen_blocks, unseen)

@@ -120,14 +120,14 @@ class CpuRunner:
             pool[list(blocks)] = 0
 
     def scrub_slots(self, slots: list[int], group: int = 0) -> None:
-        """Zero the blocks' tokens: the keys of a token are every sixteenth element of its head."""
+        """Zero the blocks' tokens: the keys of a token are every `_TILE`-th element of its head."""
         dim = self._program.dim
         for pool in self._contents.pools:
             size = pool.shape[-1] // (self._block_size * dim)
             for slot in slots:
                 block, offset = divmod(slot, self._block_size)
-                keys = pool[block, 0].reshape(-1, self._block_size // 16, dim, 16, size)
-                keys[:, offset // 16, :, offset % 16] = 0
+                keys = pool[block, 0].reshape(-1, self._block_size // _TILE, dim, _TILE, size)
+                keys[:, offset // _TILE, :, offset % _TILE] = 0
                 values = pool[block, 1].reshape(-1, self._block_size, dim, size)
                 values[:, offset] = 0
 

@@ -61,7 +61,7 @@ def cache_identity(model_id: str, block_size: int, parts: Iterable[str]) -> byte
 
 
 class BlockMover:
-    """Copies blocks of a runner's pools; without an `offload`, it does nothing."""
+    """Copies and overwrites blocks of a runner's pools; without an `offload`, copies none."""
 
     def __init__(
         self, runner: ModelRunner, blocks: BlockManager, offload: PrefixOffload | None

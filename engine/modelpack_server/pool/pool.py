@@ -219,9 +219,9 @@ class ModelPool:
 
     def context_size(self, model: StoredModel) -> int | None:
         """Return the tokens of a context: as the model is loaded, or else as it is stored."""
-        key = model.base or model.key
-        loaded = (one.context_size for one in self.running() if one.stored.key == key)
-        return next(loaded, None) or model.context_size
+        entry = self._entries.get(model.base or model.key)
+        loaded = None if entry is None else shown(entry, entry.stored).context_size
+        return loaded or model.context_size
 
     def entries(self) -> list[Entry]:
         """Return the entries of all models used so far, for their counters."""
