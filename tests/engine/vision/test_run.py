@@ -100,7 +100,8 @@ def test_through_a_server(photo: Path) -> None:
     with ModelServer(
         lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
     ) as server:
-        found = ask("tiny", "What is it?", photo, "--url", server.url)
+        found = run("run", "tiny", "What is it?", photo, "--url", server.url,
+                    "--temperature", "0", "--max-tokens", "8", "--json")  # fmt: skip
     assert found.code == 0, found.err
     assert said("llava", PROMPT, picture(1)).startswith(found.json["text"])
     assert found.json["prompt_tokens"] == 16 + len(PROMPT) - len("<image>")
