@@ -255,6 +255,8 @@ class StepInputs:
         self.lengths: list[int] = []  # of the sequences of decode rows, with their new tokens
         self._memo: dict[object, object] = {}
         self.positions = make_positions([], rotate=False)
+        #: The same, as our kernels read them: `Positions` is a copy, which a kernel makes on GPUs.
+        self.row_positions: mx.array = self.positions
         #: What is added to the output of the first layers, each [rows, width] (DeepStack).
         self.additions: tuple[mx.array, ...] = ()
         self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
@@ -281,14 +283,15 @@ class StepInputs:
         """Begin the step of `batch`; `sample_rows` are its sampled rows, padded to a bucket."""
         self._begin_tables(batch)
         if self.exact:
-            self.positions = make_positions(batch.positions, rotate=True)
+            self.row_positions = self.positions = make_positions(batch.positions, rotate=True)
             self.slots = mx.array(batch.slots, mx.int32)
             self.slot_runs = slot_runs(batch.slots, _FEW_RUNS)
             self.sample_rows = mx.array(sample_rows, mx.int32)
         else:
             numbers = [*batch.positions, *batch.slots, *sample_rows]
             packed = self._staging.put(np.array(numbers, np.int32))[: len(numbers)]
-            self.positions = Positions(packed[: self.num_rows])
+            self.row_positions = packed[: self.num_rows]
+            self.positions = Positions(self.row_positions)
             self.slots = packed[self.num_rows : 2 * self.num_rows]
             self.slot_runs = None
             self.sample_rows = packed[2 * self.num_rows :]
@@ -314,6 +317,7 @@ class StepInputs:
         """Begin the same step as `leader`, with the slots and tables of `batch`."""
         self._begin_tables(batch)
         self.positions, self.sample_rows = leader.positions, leader.sample_rows
+        self.row_positions = leader.row_positions
         if self.exact:
             self.slots = mx.array(batch.slots, mx.int32)
             self.slot_runs = slot_runs(batch.slots, _FEW_RUNS)
@@ -340,9 +344,12 @@ class StepInputs:
         self.decode_seq_ids, self.chunks = (), ()
         self._tables, self.lengths = [], []
         self._memo = {"rows": decode}
-        self.positions = Positions(rotations[0])
-        if len(rotations) > 1:
-            self.positions.axes = tuple(Positions(axis) for axis in rotations)
+        # Slices are views; an index would be a gather, which a kernel computes.
+        axes = [rotations[axis : axis + 1].reshape(-1) for axis in range(rotations.shape[0])]
+        self.row_positions = axes[0]
+        self.positions = Positions(axes[0])
+        if len(axes) > 1:
+            self.positions.axes = tuple(map(Positions, axes))
         self.slots, self.slot_runs = slots, None
         self.all_rows_sampled = sample_rows is None
         self.sample_rows = mx.zeros((0,), mx.int32) if sample_rows is None else sample_rows
@@ -359,7 +366,7 @@ class StepInputs:
         """Begin the step that `begin_rows` of `leader` began, with other slots and tables."""
         rows = None if leader.all_rows_sampled else leader.sample_rows
         self.begin_rows(leader.positions[None], slots, decode, rows, tiles)
-        self.positions = leader.positions
+        self.positions, self.row_positions = leader.positions, leader.row_positions
 
     @property
     def fuses_experts(self) -> bool:

@@ -40,14 +40,26 @@ class DraftShape(NamedTuple):
 class Places(NamedTuple):
     """Where the tokens of a draft go, int32.
 
-    `found` [sequences, 1 + tokens] has the number of rows read in all columns. `of_tokens`
-    [tokens, 3, sequences] are the position, the slot and the number of keys of each token, and
-    `last` [sequences] the last row read.
+    `found` [sequences, 1 + tokens] has the number of rows read in all columns. `places`
+    [3 * tokens + 1, sequences] are the position, the slot and the number of keys of each token, and
+    the last row read.
     """
 
     found: mx.array
-    of_tokens: mx.array
-    last: mx.array
+    places: mx.array
+
+    def of_token(self, number: int) -> list[mx.array]:
+        """Return the position, the slot and the number of keys of a token, each [sequences]."""
+        return [self._row(3 * number + each) for each in range(3)]
+
+    @property
+    def last(self) -> mx.array:
+        """The last row read [sequences]."""
+        return self._row(len(self.places) - 1)
+
+    def _row(self, row: int) -> mx.array:
+        # A slice is a view; an index would be a gather, which a kernel computes.
+        return self.places[row : row + 1].reshape(-1)
 
 
 def accepted(ids: mx.array, numbers: mx.array, shape: DraftShape) -> Places:
@@ -74,7 +86,7 @@ def _accepted(ids: mx.array, numbers: mx.array, shape: DraftShape) -> Places:
         ],
         dtypes=[mx.int32, mx.int32],
     )  # fmt: skip
-    return Places(found, places[:-1].reshape(-1, 3, shape.sequences), places[-1])
+    return Places(found, places)
 
 
 def _accepted_by_mlx(ids: mx.array, numbers: mx.array, shape: DraftShape) -> Places:
@@ -84,10 +96,10 @@ def _accepted_by_mlx(ids: mx.array, numbers: mx.array, shape: DraftShape) -> Pla
     counts = mx.argmax(mx.where(drawn, shape.rows - number, 0), axis=1).astype(mx.int32) + 1
     last = mx.arange(shape.sequences) * shape.rows + counts - 1
     first = mx.stack([positions[last], slots[last], lengths + counts])
+    of_tokens = first + mx.arange(shape.num_tokens)[:, None, None]
     return Places(
         mx.broadcast_to(counts[:, None], (shape.sequences, 1 + shape.num_tokens)),
-        first + mx.arange(shape.num_tokens)[:, None, None],
-        last,
+        mx.concatenate([of_tokens.reshape(-1, shape.sequences), last[None]]),
     )
 
 

@@ -214,14 +214,15 @@ class HeadRunner:
         carried, queries = layer.write(states, ids.reshape(-1, 1), positions, slots, pools)
         if not shape.num_tokens:
             return [], self._written(pools)
-        found, of_tokens, last = accepted(ids, numbers, shape)
+        places = accepted(ids, numbers, shape)
+        found = places.found
         if shape.rows > 1:
-            heads = queries.shape[1:]
+            heads, last = queries.shape[1:], places.last
             carried = layer.take(carried, last)
             queries = take_rows(queries.reshape(len(positions), -1), last).reshape(-1, *heads)
         hidden, probabilities = states, list[mx.array]()
         for step in range(shape.num_tokens):
-            positions, slots, lengths = of_tokens[step]
+            positions, slots, lengths = places.of_token(step)
             if step:  # the drafted token comes after the last row
                 carried, queries = layer.write(hidden, found, positions, slots, pools)
             attended = decode_attention(

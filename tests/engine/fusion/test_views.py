@@ -1,0 +1,58 @@
+"""Parts of a step's numbers are views: an index or a copy would be a kernel of its own on a GPU."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import mlx.core as mx
+import pytest
+
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.layers.drafts import Places
+
+#: Operations that compute nothing.
+VIEWS = {"Slice", "Reshape", "Squeeze", "ExpandDims"}
+
+
+def operations(*arrays: mx.array) -> set[str]:
+    """Return the operations that compute these arrays from evaluated ones."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return set(re.findall(r'label ?="(\w+)", shape=rectangle', graph.getvalue()))
+
+
+def test_an_index_would_be_an_operation() -> None:
+    numbers = mx.arange(12, dtype=mx.int32).reshape(3, 4)
+    mx.eval(numbers)
+    assert "Gather" in operations(numbers[1])
+    assert operations(numbers[1:2].reshape(-1)) == {"Slice", "Reshape"}
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_positions_of_rows(axes: int) -> None:
+    step = StepInputs(16, exact=False)
+    follower = step.of_group(1)
+    rotations = mx.arange(5 * axes, dtype=mx.int32).reshape(axes, 5)
+    slots, tables = mx.zeros((5,), mx.int32), mx.zeros((5, 2), mx.int32)
+    mx.eval(rotations, slots, tables)
+    step.begin_rows(rotations, slots, (tables, slots), None)
+    follower.follow_rows(step, slots, (tables, slots), None)
+    assert operations(step.row_positions) <= VIEWS
+    assert follower.row_positions is step.row_positions
+    assert step.row_positions.tolist() == step.positions.tolist() == [0, 1, 2, 3, 4]
+    expected = rotations.tolist() if axes > 1 else []
+    assert [each.tolist() for each in step.positions.axes] == expected
+
+
+def test_places_of_a_draft() -> None:
+    tokens, sequences = 4, 3
+    numbers = mx.arange((3 * tokens + 1) * sequences, dtype=mx.int32).reshape(-1, sequences)
+    mx.eval(numbers)
+    places = Places(mx.zeros((sequences, 1 + tokens), mx.int32), numbers)
+    for token in range(tokens):
+        found = places.of_token(token)
+        assert operations(*found) <= VIEWS
+        assert [each.tolist() for each in found] == numbers[3 * token : 3 * token + 3].tolist()
+    assert operations(places.last) <= VIEWS
+    assert places.last.tolist() == numbers[-1].tolist()
