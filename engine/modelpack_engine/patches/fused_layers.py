@@ -686,11 +686,14 @@ class _Weighted(mx.array):
 
 
 class _Combined(mx.array):
-    """The sum over experts; `astype` has the kernel write the other type."""
+    """The sum over experts; `astype` has the kernel write the type.
+
+    Also for the same type: this array is a copy of the kernel's, as any object of a subclass is.
+    """
 
     weighted: _Weighted
 
     def astype(self, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> mx.array:
-        if dtype == self.dtype or dtype not in _FLOATS or args or kwargs:
+        if dtype not in _FLOATS or args or kwargs:
             return mx.array.astype(self, dtype, *args, **kwargs)
         return self.weighted._combined(dtype)

@@ -10,6 +10,7 @@ import pytest
 
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.layers.drafts import Places
+from modelpack_engine.patches.fused_layers import _ExpertRows
 
 #: Operations that compute nothing.
 VIEWS = {"Slice", "Reshape", "Squeeze", "ExpandDims"}
@@ -56,3 +57,18 @@ def test_places_of_a_draft() -> None:
         assert [each.tolist() for each in found] == numbers[3 * token : 3 * token + 3].tolist()
     assert operations(places.last) <= VIEWS
     assert places.last.tolist() == numbers[-1].tolist()
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_the_sum_over_experts(dtype: mx.Dtype) -> None:
+    given, scores = mx.ones((5, 2, 8), mx.bfloat16), mx.ones((5, 2), dtype)
+    sums = {each: mx.full((5, 8), 3, each) for each in (mx.bfloat16, mx.float32)}
+    mx.eval(given, scores, *sums.values())
+    rows = _ExpertRows.of(given, lambda by, as_type: sums[as_type])
+    combined = (rows * scores[..., None]).sum(axis=-2)
+    assert combined.dtype == dtype
+    for each, expected in sums.items():
+        found = combined.astype(each)
+        assert operations(found) <= VIEWS
+        assert found.dtype == each
+        assert found.tolist() == expected.tolist()
