@@ -202,7 +202,8 @@ def _state_space(
     dt = ssm.compute_dt(dt, dt_bias, time_step_limit)
     if (states := _states.get()) is not None:
         a = -mx.exp(A_log).astype(mx.float32)
-        rows = x[0], dt[0], B[0], C[0]
+        # These are views; an index would copy.
+        rows = x.squeeze(0), dt.squeeze(0), B.squeeze(0), C.squeeze(0)
         shape = *x.shape[2:], B.shape[-1]
         y = states.replace(
             shape, lambda before, segments: state_space.by_segments(*rows, a, D, before, segments)
@@ -217,7 +218,7 @@ def _delta_rule(
     q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any = None, mask: Any = None
 ) -> Any:
     if (states := _states.get()) is not None:
-        rows = q[0], k[0], v[0], g[0], beta[0]
+        rows = q.squeeze(0), k.squeeze(0), v.squeeze(0), g.squeeze(0), beta.squeeze(0)
         shape = *v.shape[2:], k.shape[-1]
         y = states.replace(
             shape, lambda before, segments: delta_rule.by_segments(*rows, before, segments)
@@ -298,7 +299,10 @@ def _convolution(x: mx.array, weight: mx.array, *args: Any, **kwargs: Any) -> mx
     if (states := _states.get()) is not None:
         shape = weight.shape[1] - 1, weight.shape[0]
         y = states.replace(
-            shape, lambda before, segments: convolution.by_segments(x[0], weight, before, segments)
+            shape,
+            lambda before, segments: convolution.by_segments(
+                x.squeeze(0), weight, before, segments
+            ),
         )
         return y[None]
     if launch.backend() != "cuda":

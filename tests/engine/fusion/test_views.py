@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models import ssm
 
 from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.layers import convolution, delta_rule, state_space
 from modelpack_engine.layers.drafts import Places
+from modelpack_engine.patches import functions
+from modelpack_engine.patches.functions import fast_recurrence
 from modelpack_engine.patches.fused_layers import _ExpertRows
 
 #: Operations that compute nothing.
@@ -72,3 +77,33 @@ def test_the_sum_over_experts(dtype: mx.Dtype) -> None:
         assert operations(found) <= VIEWS
         assert found.dtype == each
         assert found.tolist() == expected.tolist()
+
+
+def test_rows_of_recurrent_layers() -> None:
+    """Functions of mlx-lm get [1, rows, ...]; kernels get [rows, ...]."""
+    given: list[tuple[mx.array, ...]] = []
+
+    class States:
+        def replace(self, shape: tuple[int, ...], compute: Any) -> mx.array:
+            made: mx.array = compute(None, None)
+            return made
+
+    def by_segments(*arrays: mx.array) -> mx.array:
+        given.append(arrays)
+        return arrays[0]
+
+    x, b = mx.ones((1, 5, 4, 8)), mx.ones((1, 5, 1, 16))
+    dt, each = mx.ones((1, 5, 4)), mx.ones((4,))
+    weight, joint = mx.ones((32, 4, 1)), mx.ones((1, 8, 32))
+    mx.eval(x, b, dt, each, weight, joint)
+    with pytest.MonkeyPatch.context() as patch, fast_recurrence(cast("Any", States())):
+        for module in (state_space, delta_rule, convolution):
+            patch.setattr(module, "by_segments", by_segments)
+        patch.setattr(ssm, "compute_dt", lambda dt, *by: dt)
+        functions._state_space(x, each, b, b, each, dt, each)
+        functions._delta_rule(x, x, x, dt, dt)
+        functions._convolution(joint, weight, groups=32)
+    assert [len(arrays) for arrays in given] == [8, 7, 4]
+    for arrays, count in zip(given, (4, 5, 1), strict=True):
+        assert operations(*arrays[:count]) <= VIEWS
+        assert all(array.shape[0] in (5, 8) for array in arrays[:count])
