@@ -36,7 +36,7 @@ class _LeanPackage(ModuleType):
         return value
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name != "__version__":  # those that imports ask for
             raise AttributeError(f"module {_NAME!r} has no attribute {name!r}")
         _complete(self)
         try:

@@ -34,6 +34,7 @@ def test_the_engine_loads_no_transformers() -> None:
     "use",
     [
         "import mlx_lm; mlx_lm.load",
+        "import mlx_lm; assert mlx_lm.__version__",
         "from mlx_lm import stream_generate",
         "import mlx_lm; assert not hasattr(mlx_lm, 'nothing') and mlx_lm.__version__",
     ],
