@@ -45,17 +45,25 @@ Rotations = dict[tuple[object, ...], tuple[mx.array, list[object]]]
 class Positions(mx.array):
     """Positions of a step's rows, int32 [rows], with their rotation matrices.
 
+    This array is a copy of `rows`, as any object of a subclass is, which a kernel makes on GPUs.
     `rotations` is None if MLX's own function rotates the rows. `axes` has those of time, height and
     width if the step has rows for which they differ (M-RoPE).
     """
 
+    rows: mx.array
     rotations: Rotations | None = None
     axes: tuple[Positions, ...] = ()
+
+    @classmethod
+    def of(cls, rows: mx.array) -> Positions:
+        made = cls(rows)
+        made.rows = rows
+        return made
 
 
 def make_positions(positions: list[int], *, rotate: bool) -> Positions:
     """Return `positions` on the device; with `rotate`, few rows are rotated by matrices."""
-    made = Positions(mx.array(positions, mx.int32))
+    made = Positions.of(mx.array(positions, mx.int32))
     made.rotations = {} if rotate and len(positions) <= FEW_ROWS else None
     return made
 
@@ -255,8 +263,6 @@ class StepInputs:
         self.lengths: list[int] = []  # of the sequences of decode rows, with their new tokens
         self._memo: dict[object, object] = {}
         self.positions = make_positions([], rotate=False)
-        #: The same, as our kernels read them: `Positions` is a copy, which a kernel makes on GPUs.
-        self.row_positions: mx.array = self.positions
         #: What is added to the output of the first layers, each [rows, width] (DeepStack).
         self.additions: tuple[mx.array, ...] = ()
         self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
@@ -283,15 +289,14 @@ class StepInputs:
         """Begin the step of `batch`; `sample_rows` are its sampled rows, padded to a bucket."""
         self._begin_tables(batch)
         if self.exact:
-            self.row_positions = self.positions = make_positions(batch.positions, rotate=True)
+            self.positions = make_positions(batch.positions, rotate=True)
             self.slots = mx.array(batch.slots, mx.int32)
             self.slot_runs = slot_runs(batch.slots, _FEW_RUNS)
             self.sample_rows = mx.array(sample_rows, mx.int32)
         else:
             numbers = [*batch.positions, *batch.slots, *sample_rows]
             packed = self._staging.put(np.array(numbers, np.int32))[: len(numbers)]
-            self.row_positions = packed[: self.num_rows]
-            self.positions = Positions(self.row_positions)
+            self.positions = Positions.of(packed[: self.num_rows])
             self.slots = packed[self.num_rows : 2 * self.num_rows]
             self.slot_runs = None
             self.sample_rows = packed[2 * self.num_rows :]
@@ -317,7 +322,6 @@ class StepInputs:
         """Begin the same step as `leader`, with the slots and tables of `batch`."""
         self._begin_tables(batch)
         self.positions, self.sample_rows = leader.positions, leader.sample_rows
-        self.row_positions = leader.row_positions
         if self.exact:
             self.slots = mx.array(batch.slots, mx.int32)
             self.slot_runs = slot_runs(batch.slots, _FEW_RUNS)
@@ -346,10 +350,9 @@ class StepInputs:
         self._memo = {"rows": decode}
         # Slices are views; an index would be a gather, which a kernel computes.
         axes = [rotations[axis : axis + 1].reshape(-1) for axis in range(rotations.shape[0])]
-        self.row_positions = axes[0]
-        self.positions = Positions(axes[0])
+        self.positions = Positions.of(axes[0])
         if len(axes) > 1:
-            self.positions.axes = tuple(map(Positions, axes))
+            self.positions.axes = tuple(map(Positions.of, axes))
         self.slots, self.slot_runs = slots, None
         self.all_rows_sampled = sample_rows is None
         self.sample_rows = mx.zeros((0,), mx.int32) if sample_rows is None else sample_rows
@@ -366,7 +369,7 @@ class StepInputs:
         """Begin the step that `begin_rows` of `leader` began, with other slots and tables."""
         rows = None if leader.all_rows_sampled else leader.sample_rows
         self.begin_rows(leader.positions[None], slots, decode, rows, tiles)
-        self.positions, self.row_positions = leader.positions, leader.row_positions
+        self.positions = leader.positions
 
     @property
     def fuses_experts(self) -> bool:

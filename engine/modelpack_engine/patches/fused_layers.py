@@ -359,10 +359,10 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
         # For fewer rows, a table takes longer than the rotation.
         if x.shape[0] > FEW_ROWS and rotation.dims:
             angles = step.remember(
-                ("angles", id(rotation)), lambda: rotation.angles(step.row_positions)
+                ("angles", id(rotation)), lambda: rotation.angles(step.positions.rows)
             )
         q = kernels.rotate_and_write(
-            rows.array, rows.count, x.dtype, pools, step.row_positions, step.slots, rotation,
+            rows.array, rows.count, x.dtype, pools, step.positions.rows, step.slots, rotation,
             heads, norms, angles, gated=gated,
         )  # fmt: skip
         out = cache.attend_rows(q, scale=scale, window=window)

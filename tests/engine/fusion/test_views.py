@@ -44,9 +44,9 @@ def test_positions_of_rows(axes: int) -> None:
     mx.eval(rotations, slots, tables)
     step.begin_rows(rotations, slots, (tables, slots), None)
     follower.follow_rows(step, slots, (tables, slots), None)
-    assert operations(step.row_positions) <= VIEWS
-    assert follower.row_positions is step.row_positions
-    assert step.row_positions.tolist() == step.positions.tolist() == [0, 1, 2, 3, 4]
+    assert operations(step.positions.rows) <= VIEWS
+    assert follower.positions.rows is step.positions.rows
+    assert step.positions.rows.tolist() == step.positions.tolist() == [0, 1, 2, 3, 4]
     expected = rotations.tolist() if axes > 1 else []
     assert [each.tolist() for each in step.positions.axes] == expected
 
