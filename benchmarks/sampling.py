@@ -32,6 +32,12 @@ WAYS = {
 Way = Callable[[mx.array, Draws, sampler.Keys, Staging], mx.array]
 
 
+def by_kernel(logits: mx.array, draws: Draws, keys: sampler.Keys, staging: Staging) -> mx.array:
+    """Return the tokens that the kernel draws."""
+    settings = sampler.settings_of(draws, keys)
+    return sampler.by_kernel(logits, staging.put(settings.ravel()))[0]
+
+
 def milliseconds(way: Way, logits: mx.array, draws: Draws, keys: sampler.Keys) -> float:
     """Return the mean time of several calls that are evaluated in sequence."""
     staging = Staging()
@@ -47,7 +53,7 @@ def compare(name: str, params: SamplingParams, rows: int, vocab_size: int) -> No
     assert draws is not None, "all rows are drawn"
     keys = plan.draw_keys(draws.seeds, np.zeros(len(draws.seeds), dtype=np.uint64))
     mx.eval(logits)
-    ways: dict[str, Way] = {"kernel": sampler.by_kernel, "functions": sampler.by_functions}
+    ways: dict[str, Way] = {"kernel": by_kernel, "functions": sampler.by_functions}
     found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(1 + TIMES):
         for way, function in ways.items():

@@ -1,5 +1,6 @@
   // Draw a token for each row among those that min-p, top-k and top-p keep: one threadgroup per row.
-  //   logits [R, V] T   token [R] int: the most likely if the temperature is 0
+  //   logits [R, V] T   token [R] int: the most likely if the temperature is 0, or -1 if the row has NaN or
+  //   its maximum is infinite   next [R] int: the same, with 0 for -1
   //   settings [R, 6] int: floats' bits (temperature, log of min-p, top-p, top-k: V or more for all), and a key
   // The lowest kept logit is searched among floats, with LIMITS candidates at a time: each counts the
   // logits above it, or their mass. By the Gumbel-max trick, the largest sum of logit and noise wins.
@@ -20,27 +21,32 @@
   const PA_DEVICE Vec* vectors = (const PA_DEVICE Vec*)(logits + from);
 
   float top = lowest, low = -lowest;  // the highest, and the lowest above -infinity
+  float broken = 0.0f;
   for (int i = index; i < V / VEC; i += THREADS) {
     const Vec x = vectors[i];
     PA_UNROLL for (int e = 0; e < VEC; e++) {
       const float value = float(x.e[e]);
       top = value > top ? value : top;
       low = value > lowest && value < low ? value : low;
+      if (!(value < -lowest)) broken = 1.0f;  // NaN too
     }
   }
   PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) {
-    const float higher = PA_XOR(top, mask), lower = PA_XOR(low, mask);
+    const float higher = PA_XOR(top, mask), lower = PA_XOR(low, mask), bad = PA_XOR(broken, mask);
     top = higher > top ? higher : top;
     low = lower < low ? lower : low;
+    broken = bad > broken ? bad : broken;
   }
   if (lane == 0) {
     partial[group] = top;
     partial[NSG + group] = low;
+    partial[2 * NSG + group] = broken;
   }
   PA_SYNC();
   PA_UNROLL for (int s = 0; s < NSG; s++) {
     top = partial[s] > top ? partial[s] : top;
     low = partial[NSG + s] < low ? partial[NSG + s] : low;
+    broken = partial[2 * NSG + s] > broken ? partial[2 * NSG + s] : broken;
   }
   PA_SYNC();
 
@@ -151,4 +157,8 @@
       which = its;
     }
   }
-  if (index == 0) token[row] = which < V ? which : 0;
+  if (index == 0) {
+    const int found = broken == 0.0f && which < V ? which : -1;
+    token[row] = found;
+    next[row] = found < 0 ? 0 : found;
+  }

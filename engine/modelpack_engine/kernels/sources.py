@@ -24,7 +24,7 @@ Body = Literal[
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
     "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention", "delta_tiles",
-    "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick",
+    "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "beside",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -42,6 +42,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     ),
     "add_norm": ("a", "b", "weight"),
     "norm_beside": ("table", "ids", "hidden", "table_weight", "hidden_weight"),
+    "beside": ("a", "b", "c"),
     "accepted": ("ids", "numbers"),
     "pick": ("logits", "before", "tokens"),
     "swiglu": ("joint",),
@@ -115,8 +116,8 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "dots": ("out", "total"),
     "packed_row": ("out", "total"),
     "dispatch": ("source", "place", "sorted", "spans"),
-    "draw": ("token",),
     "greedy": ("token", "next"),
+    "draw": ("token", "next"),
     "usable": ("usable", "next"),
     "deliver": ("done",),
 }

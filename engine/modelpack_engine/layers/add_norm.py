@@ -98,7 +98,14 @@ class Sums:
         self._sums[id(total)].made = made
 
     def norm(self, total: mx.array, weight: mx.array, epsilon: float) -> mx.array | None:
-        """Return the RMS norm of a sum times `weight`; None if its terms are unknown."""
+        """Return the RMS norm of a sum, or of other rows [rows, 1, dim], times `weight`.
+
+        None if the sum was computed before.
+        """
+        if id(total) not in self._sums:  # the input of the first layer
+            if total.ndim != 3 or total.shape[1] != 1 or weight.dtype != total.dtype:
+                return None
+            return kernels.add_norm(total, total, 0, weight, epsilon)[1]
         terms = self.terms(total)
         if terms is None or terms[0].dtype != total.dtype:
             return None

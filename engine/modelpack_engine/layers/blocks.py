@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelpack_engine.kernels import launch
+from modelpack_engine.layers.kernels import take_rows
 
 Words = npt.NDArray[np.uint32]
 
@@ -130,7 +131,10 @@ class BlockEmbedding(nn.Module):  # type: ignore[misc]  # MLX has no types here
         self.weight = mx.zeros((tokens, kind.words(dims)), mx.uint32)
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = mx.take(self.weight, x.reshape(-1), axis=0)
+        ids = x.reshape(-1)
+        # MLX takes two seconds to compile a gather on CUDA.
+        by_kernel = launch.backend() == "cuda" and ids.dtype == mx.int32
+        rows = take_rows(self.weight, ids) if by_kernel else mx.take(self.weight, ids, axis=0)
         return values(rows, self.kind, self.dtype).reshape(*x.shape, -1)
 
     def as_linear(self, x: mx.array) -> mx.array:

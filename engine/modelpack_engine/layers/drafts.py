@@ -1,4 +1,4 @@
-"""Kernels of drafts by a head: its input, which rows were accepted, and the next token.
+"""Kernels of drafts by a head: its inputs, which rows were accepted, and the next token.
 
 A draft is a chain of very small kernels, so what counts is how many there are. Places and tokens
 are in arrays of more than 8 bytes: MLX keeps smaller ones in the host's memory (CUDA).
@@ -137,6 +137,23 @@ def _picked(logits: mx.array, found: mx.array, tokens: mx.array) -> mx.array:
     return out
 
 
+def beside(parts: list[mx.array]) -> mx.array:
+    """Return rows [n, dim] of arrays of one type side by side: [n, count * dim]."""
+    if len(parts) != 3 or beside_verdict(parts[0].dtype) is not None:
+        return mx.concatenate(parts, axis=-1)
+    return _beside(*parts)
+
+
+def _beside(a: mx.array, b: mx.array, c: mx.array) -> mx.array:
+    rows, dim = a.shape
+    vector = vector_width(a.dtype.size, dim)
+    (out,) = launch.run(
+        "beside", [a, b, c], [("T", a.dtype)], [("D", dim), ("VEC", vector)],
+        threads=3 * rows * (dim // vector), group=256, shapes=[(rows, 3 * dim)], dtypes=[a.dtype],
+    )  # fmt: skip
+    return out
+
+
 def norm_beside(
     table: mx.array,
     index: mx.array,
@@ -170,6 +187,16 @@ def norm_beside(
         dtypes=[hidden.dtype],
     )  # fmt: skip
     return out
+
+
+def _compare_beside(dtype: mx.Dtype) -> str | None:
+    parts = [mx.random.normal((5, 72), key=key).astype(dtype) for key in launch.random_keys(19, 3)]
+    found, expected = _beside(*parts), mx.concatenate(parts, axis=-1)
+    return None if mx.array_equal(found, expected).item() else "rows are not side by side"
+
+
+#: None if the kernel of `beside` is right for a type, otherwise the problem.
+beside_verdict = launch.verdict(_compare_beside)
 
 
 def _compare_places() -> str | None:

@@ -93,6 +93,7 @@ def add_norm(
     """Return a + the sum of `count` parts, and its RMS norm times `weight` [dim].
 
     `a` and both results are [rows, ..., dim] in the type of `a`; each part has as many elements.
+    Without parts, `parts` is not read.
     """
     dim = a.shape[-1]
     vector = vector_width(max(a.dtype.size, parts.dtype.size), dim)
@@ -261,6 +262,8 @@ def _compare(dtype: mx.Dtype) -> str | None:
     weight = mx.random.uniform(0.5, 1.5, (dim,), key=keys[2]).astype(dtype)
     total, normed = add_norm(a, mx.stack([b / 4, b / 4, b / 2]), 3, weight, 1e-5)
     found = {"sum": (total, a + b), "norm": (normed, mx.fast.rms_norm(a + b, weight, 1e-5))}
+    _, normed = add_norm(a, a, 0, weight, 1e-5)
+    found["norm alone"] = normed, mx.fast.rms_norm(a, weight, 1e-5)
     gate, up = mx.split(a, 2, axis=1)
     found["SwiGLU"] = swiglu(a), gate * mx.sigmoid(gate) * up
     for bits in (4, 8):

@@ -51,6 +51,19 @@ def multiply(x: mx.array, weights: Weights) -> mx.array:
     return product + weights.bias
 
 
+def embedded(ids: mx.array, weights: Weights) -> mx.array | None:
+    """Return the rows `ids` int32 [n] of a table, [n, dim]; None if no kernel returns them."""
+    table, scales, biases = weights.weight, weights.scales, weights.biases
+    if weights.blocks is not None:
+        return None
+    if weights.bits is None:
+        return kernels.take_rows(table, ids)
+    if scales is None or biases is None or not is_affine(weights, biases.dtype):
+        return None
+    table, scales, biases = (kernels.take_rows(array, ids) for array in (table, scales, biases))
+    return kernels.dequantise(table, scales, biases, weights.group_size, weights.bits)
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """Partial sums of a matmul: `count` arrays of the same shape, stacked in `array`.
@@ -101,7 +114,7 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
         return x @ transposed if weights.bias is None else mx.addmm(weights.bias, x, transposed)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
-    if biases is not None and x.shape[0] > FEW_ROWS and _is_affine(x, weights):
+    if biases is not None and x.shape[0] > FEW_ROWS and is_affine(weights, x.dtype):
         return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
     return mx.quantized_matmul(
         x, weight, scales, biases,
@@ -109,14 +122,14 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     )  # fmt: skip
 
 
-def _is_affine(x: mx.array, weights: Weights) -> bool:
-    """Return whether our kernels support these quantised weights."""
+def is_affine(weights: Weights, dtype: mx.Dtype) -> bool:
+    """Return whether our kernels support these quantised weights, with scales of a type."""
     return (
         weights.mode == "affine"
         and weights.bits in (4, 8)
         and weights.group_size % 32 == 0
         and weights.scales is not None
-        and weights.scales.dtype == x.dtype
+        and weights.scales.dtype == dtype
     )
 
 
@@ -166,7 +179,7 @@ def fits(x: mx.array, weights: Weights) -> bool:
         and launch.backend() == "cuda"
         and weights.num_inputs % DEPTH == 0
         and (weights.bias is None or weights.bias.dtype == x.dtype)
-        and (_is_affine(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
+        and (is_affine(weights, x.dtype) if weights.bits else weights.weight.dtype == x.dtype)
     )
 
 

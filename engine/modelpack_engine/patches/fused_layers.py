@@ -35,7 +35,13 @@ from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.blocks import BlockSwitchLinear
 from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
 from modelpack_engine.layers.kernels import find_rotation, no_rotation, take_rows
-from modelpack_engine.layers.matmul import FEW_ROWS, Parts, multiply_in_parts
+from modelpack_engine.layers.matmul import (
+    FEW_ROWS,
+    Parts,
+    embedded,
+    multiply,
+    multiply_in_parts,
+)
 from modelpack_engine.layers.weights import (
     Weights,
     can_join,
@@ -174,7 +180,7 @@ def fuse(
         for dtype in {kv.layout.dtype for kv in owners.values()}
     )
     last = _last_layer(inner)
-    for _, module in list(model.named_modules()):
+    for name, module in list(model.named_modules()):
         if reads_like(module, llama.MLP) and _fuse_mlp(module, sums, step, swaps):
             counts["MLP"] += 1
         elif id(module) in owners and _fuse_attention(module, owners[id(module)], sums, swaps):
@@ -194,8 +200,11 @@ def fuse(
             counts["experts"] += 1
         elif mixtures and fuse_router(module, step, swaps):
             counts["router"] += 1
-        elif type(module) is nn.Embedding:
+        elif type(module) in (nn.Embedding, nn.QuantizedEmbedding):
             _fuse_embedding(module, step, swaps)
+            _fuse_head(module, step, swaps, "as_linear")
+        elif name.rpartition(".")[2] == "lm_head" and weights_of(module) is not None:
+            _fuse_head(module, step, swaps, "__call__")
     if counts["block"]:
         for _, module in model.named_modules():
             if type(module) is nn.RMSNorm:
@@ -267,13 +276,33 @@ def _fuse_squared_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwa
 
 
 def _fuse_embedding(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
+    weights = weights_of(module)
+    assert weights is not None, "an embedding has weights"
+    if weights.bits is None and weights.weight.dtype not in _FLOATS:
+        return
+
     def call(original: Call, embedding: Any, x: mx.array) -> Any:
-        table = embedding["weight"]
-        if not step.fuses_linears or x.dtype != mx.int32 or table.dtype not in _FLOATS:
-            return original(embedding, x)
-        return kernels.take_rows(table, x.reshape(-1)).reshape(*x.shape, -1)
+        rows = None
+        if step.fuses_linears and x.dtype == mx.int32:
+            rows = embedded(x.reshape(-1), weights)
+        return original(embedding, x) if rows is None else rows.reshape(*x.shape, -1)
 
     swaps.override(module, call)
+
+
+def _fuse_head(module: nn.Module, step: StepInputs, swaps: ClassSwaps, method: str) -> None:
+    """Multiply by the head as by other layers: few rows by our kernels."""
+    weights = weights_of(module)
+    assert weights is not None, "a linear layer or an embedding"
+    weights = weights.ready()
+
+    def call(original: Call, head: Any, x: mx.array) -> Any:
+        if not step.active:
+            return original(head, x)
+        rows = x.reshape(-1, x.shape[-1])
+        return multiply(rows, weights).reshape(*x.shape[:-1], -1)
+
+    swaps.override(module, call, method)
 
 
 def _fuse_norm(module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> None:

@@ -16,6 +16,7 @@ from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
 from modelpack_engine.layers.add_norm import Sums
+from modelpack_engine.layers.drafts import beside
 from modelpack_engine.patches.modules import Call, ClassSwaps
 
 
@@ -58,7 +59,7 @@ class HiddenStates:
         if any(index not in found for index in self._wanted):
             raise EngineError("the model's layers return no hidden states")
         states = [sums.value(found[index]).reshape(num_rows, -1) for index in self._wanted]
-        return self._reduce(mx.concatenate(states, axis=-1))
+        return self._reduce(beside(states))
 
 
 def layers_of(inner: nn.Module | None) -> list[nn.Module]:

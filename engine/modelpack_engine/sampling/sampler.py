@@ -134,18 +134,11 @@ _FEWEST = 64
 _ZEROS = {mx.float32: 0, mx.float16: 13, mx.bfloat16: 16}
 
 
-def choose(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
+def by_functions(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
     """Return int32 tokens of logits [rows, vocab_size]: drawn by `draws`, or the most likely.
 
     `keys` are uint32 [rows drawn, 2]. A token depends only on its row's logits, settings and key.
     """
-    if verdict(batch_logits.dtype, batch_logits.shape[-1]) is None:
-        return by_kernel(batch_logits, draws, keys, staging)
-    return by_functions(batch_logits, draws, keys, staging)
-
-
-def by_functions(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
-    """Return the tokens of `choose`, by MLX's functions."""
     arrays = draws.arrays
     drawn = batch_logits if arrays.rows is None else batch_logits[arrays.rows]
     scaled = drawn.astype(mx.float32) / arrays.temperature
@@ -171,17 +164,25 @@ def by_functions(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Stag
     return token_ids
 
 
-def by_kernel(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
-    """Return the tokens of `choose`, by the kernel."""
-    rows, vocab_size = batch_logits.shape
+def settings_of(draws: Draws, keys: Keys) -> NDArray[np.int32]:
+    """Return the settings of all rows, int32 [rows, 6], with the keys of those that are drawn."""
     settings = draws.settings.copy()
     distinct = slice(draws.num_drawn)
     settings[draws.batch_rows[distinct], 4:] = keys[distinct].view(np.int32)
+    return settings
+
+
+def by_kernel(batch_logits: mx.array, settings: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the tokens that `by_functions` returns, and the next step's ids, by the kernel.
+
+    The tokens are NO_TOKEN for rows without a valid choice. `settings` are those of `settings_of`.
+    """
+    rows, vocab_size = batch_logits.shape
     vector = vector_width(batch_logits.dtype.size, vocab_size)
     simdgroups = logit_simdgroups(vocab_size)
-    (token_ids,) = launch.run(
+    token_ids, next_ids = launch.run(
         "draw",
-        [batch_logits, staging.put(settings.ravel())],
+        [batch_logits, settings],
         [("T", batch_logits.dtype)],
         [
             ("V", vocab_size),
@@ -191,10 +192,10 @@ def by_kernel(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging
         ],
         threads=rows * simdgroups * 32,
         group=simdgroups * 32,
-        shapes=[(rows,)],
-        dtypes=[mx.int32],
+        shapes=[(rows,)] * 2,
+        dtypes=[mx.int32] * 2,
     )
-    return token_ids
+    return token_ids, next_ids
 
 
 def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
@@ -221,7 +222,8 @@ def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
     positions = np.arange(len(draws.seeds), dtype=np.uint64)
     keys, staging = draw_keys(draws.seeds, positions), Staging()
     some = some.astype(dtype)
-    found = np.array(by_kernel(some, draws, keys, staging))
+    settings = mx.array(settings_of(draws, keys).ravel())
+    found = np.array(by_kernel(some, settings)[0])
     for name, at in zip(kinds, range(0, rows, each), strict=True):
         # All rows of a kind: MLX compiles no gather and no scatter, each of which takes seconds.
         logits, chosen = some[at : at + each], entries[at : at + each]
@@ -233,6 +235,10 @@ def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
             wanted = by_functions(logits, own, keys[first : first + each], staging)
         if (found[at : at + each] != np.array(wanted)).any():
             return f"tokens differ with {name}"
+    some[0, 3], some[1, vocab_size - 1], some[2] = mx.nan, mx.inf, -mx.inf
+    for token_ids, none in zip(by_kernel(some, settings), (NO_TOKEN, 0), strict=True):
+        if (np.array(token_ids) != [none] * 3 + found[3:].tolist()).any():
+            return f"rows without a valid choice do not get {none}"
     return None
 
 
@@ -286,6 +292,12 @@ def _compare_greedy(dtype: mx.Dtype, vocab_size: int) -> str | None:
 
 #: None if the kernel chooses the same tokens as MLX's functions, otherwise the problem.
 greedy_verdict = launch.verdict(_compare_greedy)
+
+
+def _keys(draws: Draws, seqs: Sequence[SampleRow]) -> Keys:
+    """Return the keys of the rows that are drawn, from their seeds and positions."""
+    positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
+    return draw_keys(draws.seeds, positions[draws.batch_rows])
 
 
 #: In place of a token that could not be chosen: the row had NaN, infinity or no allowed token.
@@ -384,6 +396,21 @@ class Sampler:
         """Return whether a sequence was added and not removed."""
         return seq_id in self._entries
 
+    def settings(self, seqs: Sequence[SampleRow], num_rows: int) -> NDArray[np.int32] | None:
+        """Return the settings of `by_kernel` for the tokens of `seqs`, int32 [rows, 6].
+
+        They are [0, 6] if all are the most likely tokens, for `greedy`. None if a kernel is not
+        enough.
+        """
+        if any(seq.allowed is not None for seq in seqs):
+            return None
+        plan = self._planned(seqs, num_rows)
+        if plan.edits is not None or plan.penalties is not None or plan.num_top is not None:
+            return None
+        if plan.draws is None:
+            return np.zeros((0, 6), np.int32)
+        return settings_of(plan.draws, _keys(plan.draws, seqs))
+
     def add(
         self,
         seq_id: int,
@@ -457,9 +484,14 @@ class Sampler:
         """Return the tokens chosen from the adjusted logits, and the ids of the next step."""
         adjusted = chosen_from is not batch_logits
         if draws is not None:
-            positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
-            keys = draw_keys(draws.seeds, positions[draws.batch_rows])
-            token_ids = choose(chosen_from, draws, keys, self._staging)
+            keys = _keys(draws, seqs)
+            if verdict(chosen_from.dtype, chosen_from.shape[-1]) is None:
+                settings = self._staging.put(settings_of(draws, keys).ravel())
+                token_ids, next_ids = by_kernel(chosen_from, settings)
+                if adjusted:  # a mask may have hidden the NaN
+                    return _usable(token_ids, batch_logits.max(axis=-1))
+                return token_ids, next_ids
+            token_ids = by_functions(chosen_from, draws, keys, self._staging)
         elif not adjusted and greedy_verdict(chosen_from.dtype, chosen_from.shape[-1]) is None:
             return greedy(chosen_from)
         else:

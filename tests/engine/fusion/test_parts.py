@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.rope_utils import initialize_rope
 
+from modelpack_engine.layers import kernels
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.kernels import find_rotation
 from modelpack_engine.layers.matmul import (
@@ -96,6 +97,27 @@ def test_a_sum_has_terms_until_a_kernel_computes_it() -> None:
     assert following[0] is made
     sums.clear()
     assert sums.value(total) is total
+
+
+def test_rows_that_are_no_sum_are_normed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are not kept: a model may change them in place afterwards."""
+    calls = []
+
+    def add_norm(a: mx.array, parts: mx.array, number: int, *by: object) -> list[mx.array]:
+        calls.append((a, number))
+        return [a, a + 100]
+
+    monkeypatch.setattr(kernels, "add_norm", add_norm)
+    sums, weight = Sums(), mx.ones((2,))
+    x = mx.array([[[1.0, 2.0]], [[3.0, 4.0]]])
+    found = sums.norm(x, weight, 1e-5)
+    assert found is not None
+    assert found.tolist() == (x + 100).tolist()
+    assert calls == [(x, 0)]
+    assert sums.value(x) is x
+    assert sums.terms(x) is None
+    assert sums.norm(x, weight.astype(mx.float16), 1e-5) is None, "the result has another type"
+    assert sums.norm(x[:, 0], weight, 1e-5) is None, "heads are normed otherwise"
 
 
 def test_a_sum_of_parts_keeps_its_parts() -> None:

@@ -350,6 +350,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "experts, 8 bits": lambda: expert_kernels._compare_matmul(F16, 8, 64, swiglu=False),
     "rows of a draft": lambda: drafts._compare_places(),
     "tokens of a draft": lambda: drafts._compare_picked(BF16, 1000),
+    "states beside each other": lambda: drafts._compare_beside(BF16),
     "norms of a draft": lambda: drafts._compare_norms(F16),
     "greedy": lambda: sampler._compare_greedy(BF16, 1000),
     "draws": lambda: sampler._compare(BF16, 1000),

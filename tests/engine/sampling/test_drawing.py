@@ -82,10 +82,12 @@ def keys_of(draws: Draws) -> NDArray[np.uint32]:
 
 
 def both(logits: mx.array, draws: Draws) -> tuple[list[int], list[int]]:
-    keys = keys_of(draws)
-    ways = drawing.by_kernel, drawing.by_functions
-    kernel, functions = (way(logits, draws, keys, Staging()).tolist() for way in ways)
-    return kernel, functions
+    kernel, _ = drawing.by_kernel(logits, settings_of(draws))
+    return kernel.tolist(), drawing.by_functions(logits, draws, keys_of(draws), Staging()).tolist()
+
+
+def settings_of(draws: Draws, rows: slice = slice(None)) -> mx.array:
+    return mx.array(drawing.settings_of(draws, keys_of(draws))[rows].ravel())
 
 
 EXTREME = [
@@ -124,9 +126,8 @@ def test_a_row_depends_on_itself_alone(host: Host) -> None:
     draws = planned(*[SamplingParams(top_p=0.9, temperature=1 + row / 4) for row in range(5)])
     whole, _ = both(logits, draws)
     for row in range(5):
-        alone = planned(SamplingParams(top_p=0.9, temperature=1 + row / 4))
-        key = keys_of(draws)[row : row + 1]
-        found = drawing.by_kernel(logits[row : row + 1], alone, key, Staging())
+        one = slice(row, row + 1)
+        found, _ = drawing.by_kernel(logits[one], settings_of(draws, one))
         assert found.tolist() == whole[row : row + 1]
 
 
@@ -168,4 +169,4 @@ def test_without_a_gpu_there_is_no_kernel() -> None:
     assert drawing.verdict(mx.int32, ODD) is not None
     logits = mx.random.normal((2, ODD), key=mx.random.key(7))
     draws = planned(SamplingParams(), SamplingParams())
-    assert drawing.choose(logits, draws, keys_of(draws), Staging()).shape == (2,)
+    assert drawing.by_functions(logits, draws, keys_of(draws), Staging()).shape == (2,)

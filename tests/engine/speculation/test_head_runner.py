@@ -27,7 +27,8 @@ pytestmark = pytest.mark.long
 
 TOKENS = 3
 VERDICTS = (
-    drafts.accepted_verdict, drafts.pick_verdict, drafts.norm_verdict, kernels.verdict,
+    drafts.accepted_verdict, drafts.pick_verdict, drafts.norm_verdict, drafts.beside_verdict,
+    kernels.verdict,
     dots.verdict, dots.normed_verdict,
 )  # fmt: skip
 
@@ -194,6 +195,7 @@ def test_states_of_another_type(host: Host) -> None:
         ("accepted", ("last + 1 + i", "last + i"), lambda: drafts.accepted_verdict()),
         ("pick", ("i < COLUMNS", "i + 1 < COLUMNS"), lambda: drafts.pick_verdict(mx.float32, 1000)),
         ("norm_beside", ("PA_X % 2", "0"), lambda: drafts.norm_verdict(mx.float32)),
+        ("beside", ("which == 1 ? b", "which == 1 ? c"), lambda: drafts.beside_verdict(mx.float16)),
     ],
 )
 def test_verdicts_name_a_wrong_kernel(
