@@ -61,6 +61,7 @@ from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_
 from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner
 from modelpack_engine.runner.output_processor import OutputProcessor
 from modelpack_engine.runner.paged import PagedRunner
+from modelpack_engine.runner.replay import ReplayedTokens, Replays, make_replays
 from modelpack_engine.runner.step import (
     LaunchedStep,
     NextToken,
@@ -193,6 +194,13 @@ class Engine(BaseEngine):
         )
         if self._speculator is not None:
             self._restoring.callback(self._speculator.close)
+        self._replays: Replays | None = None
+        # What else writes to the pools, or reads hidden states, runs by MLX.
+        speculates = self._speculator is not None
+        if not (speculates or self.vision or self._mover.has_offload or self.is_divided):
+            self._replays = make_replays(self._runner)
+            if self._replays is not None:
+                self._restoring.callback(self._replays.close)
         self.notes = (*notes, *self._runner.notes, *refused)
         self._outputs = OutputProcessor(self._scheduler)
         self._in_flight: LaunchedStep | None = None
@@ -281,6 +289,8 @@ class Engine(BaseEngine):
 
     def fail_all(self, message: str) -> list[RequestEvent]:
         in_flight, self._in_flight = self._in_flight, None
+        if self._replays is not None:
+            self._replays.forget()
         if in_flight is not None:
             self._scheduler.fail(in_flight.output)
         self._mover.forget()
@@ -397,6 +407,21 @@ class Engine(BaseEngine):
         batch = build_batch(output, before, buckets, size, interval, proposals_as_rows=recurrent)
         staging = self._runner.staging
         staging_step = staging.next_step()
+        masked = self._outputs.has_masks and any(
+            sequence.params.mask is not None for sequence in batch.sample_seqs
+        )
+        if self._replays is not None:
+            replayed = None
+            pays = self._replays.pays(decodes=not (masked or batch.chunks))
+            rows = sample_rows(output) if pays else ()
+            settings = self._sampler.settings(rows, batch.num_rows) if rows else None
+            if settings is not None:
+                previous = last.sampled if last else None
+                replayed = self._replays.step(batch, previous, settings)
+            if replayed is not None:
+                return ScheduledStep(output, batch, replayed, None, None, staging_step)
+            if last is not None and isinstance(last.sampled, ReplayedTokens):
+                last.sampled.read()  # MLX does not wait for it
         token_ids = row_token_ids(batch, last.sampled if last else None, staging)
         embeddings = None
         if self.vision is not None:
@@ -408,9 +433,7 @@ class Engine(BaseEngine):
             self.vision.encoder.end_step()
         logits, prompt_logprobs = split_logits(batch, logits)
         sampled = masked_logits = None
-        if self._outputs.has_masks and any(
-            sequence.params.mask is not None for sequence in batch.sample_seqs
-        ):
+        if masked:
             masked_logits = logits
         elif batch.sample_seqs:
             sampled = self._sample(logits, sample_rows(output))
@@ -426,7 +449,12 @@ class Engine(BaseEngine):
         """Launch the graph of a step on the device."""
         if scheduled is not None:
             try:
-                mx.async_eval(*scheduled.arrays(), *self._runner.pools())
+                if isinstance(scheduled.sampled, ReplayedTokens):
+                    scheduled.sampled.launch()
+                else:
+                    if self._replays is not None:
+                        self._replays.follow_mlx = True
+                    mx.async_eval(*scheduled.arrays(), *self._runner.pools())
             except BaseException:
                 self._blocks.forget_content()  # it has the snapshots of this step
                 raise
@@ -454,6 +482,9 @@ class Engine(BaseEngine):
 
     def _fail_rows(self, result: StepResult) -> None:
         """End the sequences whose logits are NaN, and zero the blocks that they wrote."""
+        failed = [tokens for tokens in result.tokens if tokens and tokens[0].token_id == NO_TOKEN]
+        if self._replays is not None and (failed or any(result.broken_slots)):
+            self._replays.forget()  # MLX may move the pools that it zeroes
         for sequence, tokens in zip(result.output.sampled, result.tokens, strict=True):
             if not tokens:
                 self._blocks.withdraw(sequence)

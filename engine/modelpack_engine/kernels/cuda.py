@@ -138,7 +138,8 @@ class GeneratedKernel:
     """The source that MLX generates for a kernel with these inputs, template and output types.
 
     `function` is the kernel's name in `NAMESPACE`; `text` is the source without `MLX_HEADER`.
-    Raises `KeyError` for types that our kernels do not use.
+    `takes_shape` has for each input whether its shape is an argument, after it. Raises `KeyError`
+    for types that our kernels do not use.
     """
 
     def __init__(
@@ -149,10 +150,11 @@ class GeneratedKernel:
         outputs: Sequence[mx.Dtype],
     ) -> None:
         self.function = "custom_kernel_" + source.name + "".join(map(_argument, template))
-        arguments = []
+        arguments, self.takes_shape = [], list[bool]()
         for name, array in zip(source.inputs, inputs, strict=True):
             arguments.append(f"const {_CUDA_TYPES[array.dtype]}* {name}")
-            if array.ndim and f"{name}_shape" in source.source:
+            self.takes_shape.append(bool(array.ndim) and f"{name}_shape" in source.source)
+            if self.takes_shape[-1]:
                 arguments.append(f"const __grid_constant__ Shape {name}_shape")
         for name, dtype in zip(source.outputs, outputs, strict=True):
             arguments.append(f"{_CUDA_TYPES[dtype]}* {name}")
@@ -342,6 +344,12 @@ class Binary:
         except FileNotFoundError:
             return False
 
+    def read(self) -> Compiled:
+        """Return the stored kernel. Raises `OSError`."""
+        name, symbol = self._symbols.read_text().splitlines()[0].split("\t")
+        assert name == self._kernel.name
+        return Compiled(self._code.read_bytes(), symbol)
+
     def write(self, made: Compiled) -> None:
         """Store the compiled kernel atomically. Raises `OSError`."""
         # MLX reads only lines that have a tab, so it ignores the digest.
@@ -362,6 +370,17 @@ class Binary:
         """Return a line that changes if the binary is damaged or is made with other headers."""
         made_by = f"{self._architecture} {PRELUDE}".encode()
         return f"sha256 {hashlib.sha256(made_by + code).hexdigest()}".encode()
+
+
+def compiled_kernel(kernel: GeneratedKernel) -> Compiled:
+    """Return a kernel's machine code: the stored one, or compiled now. Raises `CompileError`."""
+    try:
+        binary = Binary(kernel, _architecture())
+        if binary.is_there:
+            return binary.read()
+    except OSError as error:
+        logger.info("the stored kernel %s cannot be read: %s", kernel.name, error)
+    return compile_kernel(kernel, _architecture(), find())
 
 
 def compile_kernel(kernel: GeneratedKernel, architecture: str, compiler: Nvrtc) -> Compiled:

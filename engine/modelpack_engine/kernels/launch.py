@@ -6,12 +6,12 @@ import logging
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import mlx.core as mx
 
-from modelpack_engine.kernels import cuda
+from modelpack_engine.kernels import cuda, recording
 from modelpack_engine.kernels.plan import (
     MERGE_SIMDGROUPS,
     QUANTISED_PART,
@@ -71,7 +71,6 @@ def _includes_files() -> bool:
     return True
 
 
-@cache
 def kernel(
     body: Body,
     on: Backend,
@@ -82,11 +81,23 @@ def kernel(
 ) -> Kernel:
     """Return the kernel of a body without the arrays `absent` (CUDA).
 
-    `shared_bytes` is its dynamic shared memory (CUDA).
+    `shared_bytes` is its dynamic shared memory (CUDA). Within `recording.recorded`, its calls are
+    recorded.
     """
+    found, source = made_kernel(body, on, shared_bytes, split=split, absent=absent)
+    if (recorder := recording.active()) is None:
+        return found
+    return partial(recorder.run, found, body, source, shared_bytes)
+
+
+@cache
+def made_kernel(
+    body: Body, on: Backend, shared_bytes: int, *, split: bool, absent: tuple[str, ...]
+) -> tuple[Kernel, KernelSource]:
+    """Return the kernel of a body, and its source."""
     by_path = on == "cuda" and _includes_files()
-    found = kernel_source(body, on, split=split, by_path=by_path, absent=absent)
-    return _made(found, on, shared_bytes)
+    source = kernel_source(body, on, split=split, by_path=by_path, absent=absent)
+    return _made(source, on, shared_bytes), source
 
 
 def run_on_cuda(
@@ -204,7 +215,8 @@ def verdict(compare: Callable[..., str | None]) -> _lru_cache_wrapper[str | None
 def tried(compare: Callable[P, str | None], *args: P.args, **kwargs: P.kwargs) -> str | None:
     """Return what `compare` finds; a kernel that cannot be compiled or launched is a problem."""
     try:
-        return compare(*args, **kwargs)
+        with recording.unrecorded():
+            return compare(*args, **kwargs)
     except (RuntimeError, ValueError, TypeError) as error:
         return f"it does not run: {error}"
 

@@ -5,7 +5,7 @@ C++. The preamble is inside the function, before the body, since MLX passes thos
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `block_tiles`,
 `experts`, `experts_wide`, `adapters_wide`, `delta_tiles`, `delta_wide`, `state_space_wide`,
-`usable` and `deliver` are for CUDA only.
+`usable`, `deliver` and `address` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Body = Literal[
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
     "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention", "delta_tiles",
-    "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "beside",
+    "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address", "beside",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -88,6 +88,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "usable": ("token_ids", "maxima"),
     "angles": ("positions", "inverse"),
     "deliver": ("numbers", "address"),
+    "address": ("x",),
     "block_dots": ("x", "weight", "bias", "chosen"),
     "block_tiles": ("x", "weight", "bias", "source", "spans"),
     "block_values": ("weight",),

@@ -72,6 +72,11 @@ class BlockMover:
         self._saving: list[tuple[list[bytes], mx.array]] = []
         self._saved_bytes = 0
 
+    @property
+    def has_offload(self) -> bool:
+        """Whether blocks are copied to an offload, and from it."""
+        return self._offload is not None
+
     def move(self, scrub: Sequence[Sequence[int]] = (), *, has_step: bool, in_flight: bool) -> None:
         """Save and restore the blocks that scheduling requested; call it before building the step.
 

@@ -106,6 +106,23 @@ class _Rows:
     chunks: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """The integers of a step: `columns` are those of its layout, int32, as `Layout.cut` has them.
+
+    `order` has the batch's row for each row of the graph, any for padding, and `places` the graph's
+    row for each of the batch's rows; None if they are the same. `padding` rows follow then.
+    `of_adapters` are the adapters' matrices.
+    """
+
+    layout: Layout
+    columns: list[NDArray[np.int32]]
+    order: NDArray[np.int32] | None
+    places: NDArray[np.int32] | None
+    padding: int
+    of_adapters: list[mx.array]
+
+
 class CompiledSteps:
     """Runs the steps of an adapted model by compiled graphs, if `takes` accepts the batch."""
 
@@ -161,6 +178,59 @@ class CompiledSteps:
         as for `adapted.run`.
         """
         adapted = self._adapted
+        found = self.pack(batch, sample_rows)
+        layout, order = found.layout, found.order
+        self.places = found.places
+        if order is None and found.padding:
+            after = (0, found.padding)
+            token_ids = mx.pad(token_ids, after)
+            if input_embeddings is not None:
+                beside = [(0, 0)] * (input_embeddings.ndim - 2)
+                input_embeddings = mx.pad(input_embeddings, [*beside, after, (0, 0)])
+        columns = found.columns if order is None else [*found.columns, order]
+        length = sum(map(len, found.columns))
+        packed = self._staging.put(np.concatenate(columns))
+        if order is not None:
+            taken = packed[length : length + len(order)]
+            token_ids = take(token_ids, taken)
+            if input_embeddings is not None:
+                input_embeddings = mx.take(input_embeddings, taken, axis=-2)
+        packed = packed[:length]
+        arrays: States = [list(state.arrays) for state in adapted.states]
+        pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
+        set_aside = arrays and not adapted.by_segments
+        aside = adapted.rows.set_aside(adapted.states, layout.decode) if set_aside else []
+        states = [list(state.arrays) for state in adapted.states]
+        slots_of_states = [state.slots for state in adapted.states]
+        try:
+            given = [] if input_embeddings is None else [input_embeddings]
+            logits, new_pools, arrays, hidden = self._graph(layout)(
+                token_ids, packed, pools, states, slots_of_states, given, found.of_adapters
+            )
+            adapted.hidden = hidden[0] if hidden else None
+            pools = new_pools or pools
+        finally:
+            # Tracing leaves placeholder arrays in the caches; put back the real ones.
+            for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
+                kv.pools.keys, kv.pools.values = keys, values
+            for state, own, own_slots in zip(adapted.states, arrays, slots_of_states, strict=True):
+                state.arrays, state.slots = list(own), own_slots
+        if aside:
+            adapted.rows.put_back(adapted.states, aside, batch.num_decode)
+        sampled: mx.array = logits[:, -1]
+        if adapted.writes_in_place and not sample_rows and adapted.paged:
+            # Only the pools are evaluated after a step without sampled rows. A step that writes
+            # them in place returns none that depend on it, so MLX would never run it.
+            first = adapted.paged[0].pools
+            first.keys = mx.depends(first.keys, sampled)
+        return sampled
+
+    def pack(self, batch: StepBatch, sample_rows: list[int]) -> PackedStep:
+        """Lay out a step: return the integers of its graph.
+
+        Call `adapted.begin` before, which plans where the states come from.
+        """
+        adapted = self._adapted
         positions = np.array(batch.positions, np.int32)
         rotations = np.array(batch.rotations or batch.rope_positions, np.int32)
         rows = self._lay_out(batch, positions)
@@ -171,29 +241,23 @@ class CompiledSteps:
             matrices = None  # the adapters of these rows change no layer
         if matrices is not None:
             slots.append(np.maximum(np.array(batch.adapter_slots, np.int32), 0))
-        self.places = None
+        row_places = order = None
         if rows.order is not None:
-            order = np.maximum(rows.order, 0)
+            order = np.maximum(rows.order, 0)  # rows of padding are the first row
             positions, rotations, *slots = (
                 np.where(rows.order < 0, 0, column[..., order])
                 for column in (positions, rotations, *slots)
             )
-            places = np.zeros(batch.num_rows, np.int32)
-            places[order[::-1]] = np.arange(len(order) - 1, -1, -1, dtype=np.int32)
-            sample_rows = places[sample_rows].tolist()
-            self.places = places
+            row_places = np.zeros(batch.num_rows, np.int32)
+            row_places[order[::-1]] = np.arange(len(order) - 1, -1, -1, dtype=np.int32)
+            sample_rows = row_places[sample_rows].tolist()
         elif rows.padding:
             after = (0, rows.padding)
-            token_ids = mx.pad(token_ids, after)
             positions, *slots = (np.pad(column, after) for column in (positions, *slots))
             rotations = np.pad(rotations, [*[(0, 0)] * (rotations.ndim - 1), after])
-            if input_embeddings is not None:
-                beside = [(0, 0)] * (input_embeddings.ndim - 2)
-                input_embeddings = mx.pad(input_embeddings, [*beside, after, (0, 0)])
         sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
         lengths = positions[: len(rows.tables[0])] + 1
         columns = [rotations.ravel(), lengths, rows.spans.ravel()]
-        arrays: States = [list(state.arrays) for state in adapted.states]
         runs = None
         if adapted.by_segments:
             runs, owners = adapted.rows.segments(
@@ -208,16 +272,6 @@ class CompiledSteps:
             columns.append(slots.pop())
         for arrays_of_group in zip(slots, rows.tables, rows.tile_tables, strict=True):
             columns += [array.ravel() for array in arrays_of_group]
-        length = sum(map(len, columns))
-        if rows.order is not None:
-            columns.append(order)
-        packed = self._staging.put(np.concatenate(columns))
-        if rows.order is not None:
-            taken = packed[length : length + len(order)]
-            token_ids = take(token_ids, taken)
-            if input_embeddings is not None:
-                input_embeddings = mx.take(input_embeddings, taken, axis=-2)
-        packed = packed[:length]
         (decode, width), (tiles, tile_width) = rows.tables[0].shape, rows.tile_tables[0].shape
         layout = Layout(
             len(positions), decode, width, tiles, tile_width, sampled, len(batches),
@@ -225,40 +279,20 @@ class CompiledSteps:
             axes=rotations.size // len(positions),
             adapted=() if matrices is None else matrices.changed,
         )  # fmt: skip
-        pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
-        set_aside = arrays and not adapted.by_segments
-        aside = adapted.rows.set_aside(adapted.states, decode) if set_aside else []
-        states = [list(state.arrays) for state in adapted.states]
-        slots_of_states = [state.slots for state in adapted.states]
         of_adapters = [] if matrices is None else matrices.arrays()
-        try:
-            given = [] if input_embeddings is None else [input_embeddings]
-            logits, new_pools, arrays, hidden = self._graph(layout)(
-                token_ids, packed, pools, states, slots_of_states, given, of_adapters
-            )
-            adapted.hidden = hidden[0] if hidden else None
-            pools = new_pools or pools
-        finally:
-            # Tracing leaves placeholder arrays in the caches; put back the real ones.
-            for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
-                kv.pools.keys, kv.pools.values = keys, values
-            for state, own, own_slots in zip(adapted.states, arrays, slots_of_states, strict=True):
-                state.arrays, state.slots = list(own), own_slots
-        if aside:
-            adapted.rows.put_back(adapted.states, aside, batch.num_decode)
-        found: mx.array = logits[:, -1]
-        if adapted.writes_in_place and not sample_rows and adapted.paged:
-            # Only the pools are evaluated after a step without sampled rows. A step that writes
-            # them in place returns none that depend on it, so MLX would never run it.
-            first = adapted.paged[0].pools
-            first.keys = mx.depends(first.keys, found)
-        return found
+        return PackedStep(layout, columns, order, row_places, rows.padding, of_adapters)
 
     def _graph(self, layout: Layout) -> Callable[..., Any]:
         """Return the compiled function of a layout; its first call builds the graph."""
         if layout not in self._graphs:
             self._graphs[layout] = mx.compile(lambda *inputs: self._trace(layout, *inputs))
         return self._graphs[layout]
+
+    def trace(self, layout: Layout, token_ids: mx.array, packed: mx.array) -> mx.array:
+        """Return the logits of a step that is not compiled, whose pools are written in place."""
+        pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in self._adapted.paged]
+        logits, *_ = self._trace(layout, token_ids, packed, pools, [], [], [], [])
+        return logits[:, -1]
 
     def _lay_out(self, batch: StepBatch, positions: NDArray[np.int32]) -> _Rows:
         """Return the order of the batch's rows in the graph, and their block tables."""

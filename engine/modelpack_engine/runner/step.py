@@ -26,6 +26,7 @@ from modelpack_engine.layers.kernels import take
 from modelpack_engine.outputs import TokenLogprob
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.request import CopyableMask, LogitsMask
+from modelpack_engine.runner.replay import ReplayedTokens
 from modelpack_engine.sampling.sampler import (
     NO_TOKEN,
     Logprobs,
@@ -78,7 +79,7 @@ class ScheduledStep:
 
     output: SchedulerOutput
     batch: StepBatch
-    sampled: Sampled | None
+    sampled: Sampled | ReplayedTokens | None
     masked_logits: mx.array | None
     prompt_logprobs: Logprobs | None
     staging_step: int
@@ -96,7 +97,7 @@ class LaunchedStep:
 
     output: SchedulerOutput
     batch: StepBatch
-    sampled: Sampled | None
+    sampled: Sampled | ReplayedTokens | None
     prompt_logprobs: Logprobs | None
     staging_step: int = 0
 
@@ -151,7 +152,9 @@ def _sample_row(sequence: Sequence, assumed: tuple[int, ...] | None = None) -> S
     return SampleRow(sequence.seq_id, position, num_output, None, assumed)
 
 
-def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) -> mx.array:
+def row_token_ids(
+    batch: StepBatch, previous: Sampled | ReplayedTokens | None, staging: Staging
+) -> mx.array:
     """Return the token ids of the rows, int32 [rows]; those from `previous` stay on the device."""
     if not batch.from_previous:
         return staging.put(np.array(batch.token_ids, np.int32))[: batch.num_rows]

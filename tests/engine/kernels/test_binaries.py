@@ -40,6 +40,7 @@ from modelpack_engine.layers import (
     packed,
     state_space,
 )
+from modelpack_engine.runner import replay
 from modelpack_engine.sampling import delivery, sampler
 from tests.peers import require
 
@@ -119,6 +120,16 @@ def kernel() -> GeneratedKernel:
 
 def prepare() -> None:
     binaries.prepare(SOURCE, INPUTS, TEMPLATE, [mx.uint32])
+
+
+def test_the_machine_code_of_a_kernel(compiler: Compiler) -> None:
+    """It is the stored one, if MLX uses these binaries; otherwise it is compiled."""
+    first = binaries.compiled_kernel(kernel())
+    assert len(compiler.texts) == 1
+    prepare()
+    assert len(compiler.texts) == 2
+    assert binaries.compiled_kernel(kernel()) == first
+    assert len(compiler.texts) == 2
 
 
 def test_the_text_is_mlx_s() -> None:
@@ -358,6 +369,7 @@ CALLS: dict[str, Callable[[], object]] = {
         mx.zeros((3,), mx.int32), mx.zeros((3,), BF16)
     ),
     "delivered tokens": lambda: delivery.deliver(mx.zeros((300,), mx.int32), PLACE),
+    "addresses": lambda: replay.addresses([mx.zeros((4,), F16), mx.zeros((4,), mx.uint8)]),
     "taken numbers": lambda: kernels.take_rows(mx.zeros((5, 1), mx.int32), mx.array([3, 0])),
     "delta rule": lambda: delta_rule._compare(BF16),
     "delta rule on tensor cores": lambda: delta_rule._compare_wide(BF16, 128, 128),

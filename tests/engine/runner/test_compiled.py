@@ -361,6 +361,24 @@ def test_a_failed_trace_leaves_the_pools(monkeypatch: pytest.MonkeyPatch) -> Non
         assert mx.allclose(one, other, atol=1e-5).item()
 
 
+def test_ids_are_taken_from_rows_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that takes them does not check an index; rows of padding take any id."""
+    taken: list[tuple[int, list[int]]] = []
+    take = paged.take
+
+    def noted(numbers: mx.array, index: mx.array) -> mx.array:
+        taken.append((numbers.size, index.tolist()))
+        return take(numbers, index)
+
+    monkeypatch.setattr(paged, "take", noted)
+    runner = make_runner(tiny_llama(), num_blocks=64, buckets=FEW, exact=False, compiled=True)
+    taken.clear()
+    logits_of_a_run(runner)
+    assert any(len(index) > size for size, index in taken), "some rows are padding"
+    for size, index in taken:
+        assert 0 <= min(index) <= max(index) < size
+
+
 def build_batch_of_one(prompt: list[int]) -> StepBatch:
     scheduler = Scheduler(
         Sizes(64, 256, 256, FEW).scheduler_config(EngineConfig(max_num_seqs=2)),

@@ -1,0 +1,537 @@
+"""Replays: steps of decode rows as CUDA graphs that the driver launches, without MLX.
+
+MLX takes the host 7 to 14 µs for each kernel of a step. A recorded step (`kernels.recording`) takes
+it one call. All inputs of a step are integers in one piece of GPU memory, `_Memory`: first the
+tokens of the step before, which its graph wrote there, then the numbers of this step.
+
+Graphs run on a stream of their own, and MLX does not know what they write. So a step by MLX and one
+by a graph are never in flight at the same time: `Engine` reads the tokens of the one before it
+launches the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.errors import EngineError
+from modelpack_engine.kernels import launch
+from modelpack_engine.kernels.cuda import Compiled, GeneratedKernel, compiled_kernel
+from modelpack_engine.kernels.recording import (
+    Note,
+    NotRecordedError,
+    Output,
+    Recording,
+    compare,
+    recorded,
+)
+from modelpack_engine.layers.kernels import take
+from modelpack_engine.platform.driver import (
+    Driver,
+    DriverError,
+    KernelCall,
+    find_driver,
+    pointer_bytes,
+    shape_bytes,
+)
+from modelpack_engine.runner.paged import Layout, PagedRunner
+from modelpack_engine.sampling import sampler
+
+if TYPE_CHECKING:
+    from modelpack_engine.sampling.sampler import Sampled
+
+logger = logging.getLogger(__name__)
+
+#: The most decode rows of a step, the most tokens of a draft, and the numbers that the memory holds
+#: at first.
+_MOST_ROWS, _MOST_DRAFTED, _FEWEST_NUMBERS = 1024, 64, 1 << 14
+#: At most two steps are in flight, one after the other.
+_PLACES = 4
+#: A shape is recorded when it comes for this time: recording takes longer than a few steps. If the
+#: first shapes are refused, so many of few rows, no other one is tried: MLX multiplies more rows.
+_FREQUENT, _MOST_REFUSED, _FEW_ROWS = 3, 3, 32
+#: In place of tokens that a graph has not written yet; no token is equal.
+_UNWRITTEN = -3
+#: Graphs run in rows of at least so many steps that only decode: after the last one, MLX builds the
+#: next step while the GPU waits. So many are expected at first; each such row has a weight in that.
+_FEWEST_STEPS, _STEPS_AT_FIRST, _NEWEST = 3, 16, 1 / 4
+
+
+def addresses(arrays: Sequence[mx.array]) -> list[int]:
+    """Return where evaluated arrays are on the GPU; 0 for empty ones."""
+    unique = {id(array): array for array in arrays if array.size}
+    found = {
+        key: launch.run(
+            "address", [array.reshape(-1)], [("T", array.dtype)], [],
+            threads=1, group=32, shapes=[(4,)], dtypes=[mx.int32],
+        )[0]
+        for key, array in unique.items()
+    }  # fmt: skip
+    mx.eval(list(found.values()))
+    halves = {key: np.array(made).view(np.uint32) for key, made in found.items()}
+    return [int(halves[id(a)][0]) | int(halves[id(a)][1]) << 32 if a.size else 0 for a in arrays]
+
+
+class DraftBehind(Protocol):
+    """A draft in the graph of the step whose rows it reads."""
+
+    @property
+    def key(self) -> Hashable:
+        """What the kernels of the draft depend on, beside the generation."""
+
+    @property
+    def generation(self) -> int:
+        """Counts how often the memory has moved that the draft reads and writes, from 1 on."""
+
+    @property
+    def numbers(self) -> NDArray[np.int32]:
+        """The integers that the draft reads."""
+
+    @property
+    def num_found(self) -> int:
+        """How many integers the host reads."""
+
+    def trace(self, ids: mx.array, numbers: mx.array, hidden: mx.array) -> mx.array | None:
+        """Compute the draft; return int32 [num_found], or None if that is 0.
+
+        `ids` int32 [rows] are the tokens of the step, and `hidden` [rows, width] its hidden states.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """Page-locked memory for a step: its numbers, its tokens, its draft, and an event behind it.
+
+    `addresses` are those of the tokens and of the draft, as int32 [2, 4].
+    """
+
+    numbers: NDArray[np.int32]
+    start: int
+    tokens: NDArray[np.int32]
+    drafted: NDArray[np.int32]
+    addresses: NDArray[np.int32]
+    event: int
+
+
+class _Memory:
+    """The integers of steps on the GPU: `_MOST_ROWS` tokens, then `size` numbers."""
+
+    def __init__(self, driver: Driver, size: int) -> None:
+        self.size = size
+        self.array = mx.zeros((_MOST_ROWS + size,), mx.int32)
+        mx.eval(self.array)
+        (self.address,) = addresses([self.array])
+        self.places = [self._place(driver) for _ in range(_PLACES)]
+
+    def free(self, driver: Driver) -> None:
+        """Free what is not MLX's."""
+        for place in self.places:
+            driver.free_host(place.start)
+            driver.free_event(place.event)
+
+    def _place(self, driver: Driver) -> _Place:
+        start = driver.allocate_host((self.size + _MOST_ROWS + _MOST_DRAFTED) * 4)
+        of_tokens = start + self.size * 4
+        of_draft = of_tokens + _MOST_ROWS * 4
+        halves = [[at & 0xFFFFFFFF, at >> 32, 0, 0] for at in (of_tokens, of_draft)]
+        return _Place(
+            _host_array(start, self.size), start, _host_array(of_tokens, _MOST_ROWS),
+            _host_array(of_draft, _MOST_DRAFTED), np.array(halves, np.uint32).view(np.int32),
+            driver.new_event(),
+        )  # fmt: skip
+
+
+def _host_array(address: int, size: int) -> NDArray[np.int32]:
+    return np.ctypeslib.as_array((ctypes.c_int32 * size).from_address(address))
+
+
+@dataclass(slots=True, eq=False)
+class _Graph:
+    """A step as a graph of the driver; `kept` is the memory that it reads and writes."""
+
+    handle: int
+    kept: list[mx.array]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a graph is made for: a layout, whether its tokens are drawn, and a draft's key."""
+
+    layout: Layout
+    draws: bool
+    draft: Hashable = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.layout.rows
+
+
+@dataclass(slots=True, eq=False)
+class ReplayedTokens:
+    """The tokens of a step that runs as a graph; like `Sampled`, which MLX computes."""
+
+    replays: Replays
+    graph: _Graph
+    place: _Place
+    num_numbers: int
+    num_rows: int
+    is_launched: bool = False
+    logprobs: None = None
+
+    def launch(self) -> None:
+        """Launch the step, unless it ran when it was recorded. Raises `DriverError`."""
+        if not self.is_launched:
+            self.replays.launch(self)
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        return ()  # MLX has nothing to evaluate
+
+    def read(self) -> list[int]:
+        """Wait for the token ids of all rows. Raises `DriverError`."""
+        self.replays.wait(self.place)
+        found: list[int] = self.place.tokens[: self.num_rows].tolist()
+        return found
+
+    def drafted(self) -> list[int]:
+        """Wait for what the draft behind the step returns; more numbers may follow.
+
+        Raises `DriverError`.
+        """
+        self.replays.wait(self.place)
+        found: list[int] = self.place.drafted.tolist()
+        return found
+
+    @property
+    def next_ids(self) -> mx.array:
+        """The ids that a step by MLX continues with; waits for them."""
+        return mx.array(np.maximum(np.array(self.read(), np.int32), 0))
+
+
+class Replays:
+    """The steps of a runner that run as graphs.
+
+    A graph must give the tokens of the recorded step when it first runs. After a failure of the
+    driver, or a graph with other tokens, MLX runs all steps.
+    """
+
+    def __init__(self, runner: PagedRunner, driver: Driver) -> None:
+        assert runner.compiled is not None
+        self.driver = driver
+        self._runner, self._compiled = runner, runner.compiled
+        self._stream = driver.new_stream()
+        self._memories: list[_Memory] = []  # steps in flight may have an earlier one than the last
+        self._graphs: dict[_Shape, _Graph | None] = {}
+        self._seen: Counter[_Shape] = Counter()
+        self._codes: dict[str, Compiled] = {}  # by the source
+        self._next = 0
+        self._generation = 0  # of the last draft
+        self._refused = 0  # shapes of few rows, before the first that was recorded
+        #: Whether MLX runs all steps from now on.
+        self.gave_up = False
+        self._arena: mx.array | None = None
+        #: Whether MLX has launched steps since the last one of these.
+        self.follow_mlx = True
+        self._steps = 0  # of decode rows, since the last other step
+        self._usual_steps: float = _STEPS_AT_FIRST
+
+    def pays(self, *, decodes: bool) -> bool:
+        """Count a step, which may be a graph if it `decodes`; return whether it should be one."""
+        if not decodes:
+            if self._steps:
+                self._usual_steps += _NEWEST * (self._steps - self._usual_steps)
+            self._steps = 0
+            return False
+        self._steps += 1
+        return not self.gave_up and max(self._steps, self._usual_steps) >= _FEWEST_STEPS
+
+    def step(
+        self,
+        batch: StepBatch,
+        previous: Sampled | ReplayedTokens | None,
+        settings: NDArray[np.int32],
+        draft: DraftBehind | None = None,
+    ) -> ReplayedTokens | None:
+        """Return a step of decode rows, to be launched; None if MLX has to run it.
+
+        `settings` are those of `Sampler.settings`, and `previous` the tokens of the step in flight.
+        If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded.
+        """
+        if (
+            self.gave_up or batch.chunks or batch.prompt_logprob_rows or batch.adapter_slots
+            or batch.media_rows or batch.num_rows > _MOST_ROWS or not self._compiled.takes(batch)
+            or (draft is not None and draft.num_found > _MOST_DRAFTED)
+        ):  # fmt: skip
+            return None
+        if draft is not None and draft.generation != self._generation:
+            self.forget()  # graphs have the old memory
+            self._generation = draft.generation
+        adapted = self._runner.adapted
+        adapted.begin(batch, by_segments=adapted.by_segments)
+        packed = self._compiled.pack(batch, list(batch.sample_rows))
+        if packed.order is not None or packed.padding:
+            return None
+        shape = _Shape(packed.layout, settings.size > 0, None if draft is None else draft.key)
+        graph = self._graphs.get(shape)
+        if graph is None:
+            self._seen[shape] += 1
+            if shape in self._graphs or self._seen[shape] != _FREQUENT:
+                return None
+        if self.follow_mlx:
+            mx.synchronize()
+            self.follow_mlx = False
+        columns = [*packed.columns, settings.ravel()]
+        if draft is not None:
+            columns.append(draft.numbers)
+        try:
+            place, count = self._write(batch, columns, shape.num_rows, previous)
+        except DriverError as error:
+            self._give_up(error)
+            return None
+        is_new = graph is None
+        if graph is None:
+            graph = self._graphs[shape] = self._record(shape, place, count, draft)
+            if graph is None:
+                return None
+        adapted.finish(batch)
+        return ReplayedTokens(self, graph, place, count, shape.num_rows, is_launched=is_new)
+
+    def launch(self, step: ReplayedTokens) -> None:
+        """Launch a step behind the one before. Raises `DriverError`."""
+        try:
+            self._send(step.place, step.num_numbers)
+            self._run(step.graph, step.place)
+        except DriverError as error:
+            self._give_up(error)
+            raise
+
+    def wait(self, place: _Place) -> None:
+        """Wait for the step of a place. Raises `DriverError`."""
+        try:
+            self.driver.wait(place.event)
+        except DriverError as error:
+            self._give_up(error)
+            raise
+
+    def _run(self, graph: _Graph, place: _Place) -> None:
+        self.driver.run_graph(graph.handle, self._stream)
+        self.driver.record(place.event, self._stream)
+
+    def _give_up(self, why: object) -> None:
+        logger.warning("MLX launches all steps from now on: %s", why)
+        self.gave_up = True
+
+    def forget(self) -> None:
+        """Wait for all steps, and drop all graphs: the pools may move."""
+        graphs = [graph for graph in self._graphs.values() if graph is not None]
+        self._graphs = {shape: None for shape, graph in self._graphs.items() if graph is None}
+        self._seen.clear()
+        try:
+            self.driver.synchronise(self._stream)
+            for graph in graphs:
+                self.driver.free_graph(graph.handle)
+        except DriverError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Free everything; nothing can run afterwards."""
+        self.forget()
+        try:
+            for memory in self._memories:
+                memory.free(self.driver)
+            self.driver.free_stream(self._stream)
+        except DriverError as error:
+            logger.warning("CUDA's memory is not freed: %s", error)
+        self._memories, self._arena = [], None
+
+    # Numbers
+
+    def _write(
+        self,
+        batch: StepBatch,
+        columns: list[NDArray[np.int32]],
+        rows: int,
+        previous: Sampled | ReplayedTokens | None,
+    ) -> tuple[_Place, int]:
+        """Write the numbers of a step to the host's memory; return the place, and how many.
+
+        They are the columns, with the settings of draws and a draft's numbers behind them, the
+        known ids of the rows, the index in the memory of each row's id, and the place's addresses.
+        """
+        length = sum(map(len, columns))
+        count = length + 2 * rows + 8
+        memory = self._memory_of(count)
+        ids = np.array(batch.token_ids, np.int32)
+        index = np.arange(rows, dtype=np.int32) + (_MOST_ROWS + length)
+        pairs = np.array(batch.from_previous, np.int32).reshape(-1, 2)
+        if isinstance(previous, ReplayedTokens) and previous.place in memory.places:
+            index[pairs[:, 0]] = pairs[:, 1]
+        elif previous is not None:
+            tokens = np.maximum(np.array(previous.read(), np.int32), 0)
+            ids[pairs[:, 0]] = tokens[pairs[:, 1]]
+        self._next = (self._next + 1) % _PLACES
+        place = memory.places[self._next]
+        parts = [*columns, ids, index, place.addresses.ravel()]
+        np.concatenate(parts, out=place.numbers[:count])
+        return place, count
+
+    def _memory_of(self, count: int) -> _Memory:
+        """Return the memory, which has room for `count` numbers."""
+        if not self._memories or self._memories[-1].size < count:
+            self.forget()
+            size = max(_FEWEST_NUMBERS, 1 << (count - 1).bit_length())
+            self._memories.append(_Memory(self.driver, size))
+        return self._memories[-1]
+
+    def _send(self, place: _Place, count: int) -> None:
+        to = self._memories[-1].address + 4 * _MOST_ROWS
+        self.driver.copy(to, place.start, 4 * count, self._stream)
+
+    # Recording
+
+    def _record(
+        self, shape: _Shape, place: _Place, count: int, draft: DraftBehind | None
+    ) -> _Graph | None:
+        """Record the step whose numbers are in `place`, and run its graph; return it.
+
+        The step runs three times, and writes the same keys and values each time. Returns None, and
+        says why in the log, if it cannot be recorded.
+        """
+        try:
+            self._send(place, count)
+            self.driver.synchronise(self._stream)
+            first, second = (self._traced(shape, count, draft) for _ in range(2))
+            num_found = 0 if draft is None else draft.num_found
+            written = place.tokens[: shape.num_rows], place.drafted[:num_found]
+            expected = np.concatenate(written)
+            for numbers in written:
+                numbers[:] = _UNWRITTEN
+            graph = self._made(compare(first, second, addresses))
+            self._run(graph, place)
+            self.driver.wait(place.event)
+        except NotRecordedError as error:
+            logger.info("steps of %s rows are not recorded: %s", shape.num_rows, error)
+            if 0 <= self._refused < _MOST_REFUSED and shape.num_rows <= _FEW_ROWS:
+                self._refused += 1
+                if self._refused == _MOST_REFUSED:
+                    self._give_up("no shape of few rows can be recorded")
+            return None
+        except Exception as error:  # noqa: BLE001 - MLX, the compiler and the driver have many
+            self._give_up(error)
+            return None
+        if (np.concatenate(written) != expected).any():
+            self._give_up(f"the graph of {shape.num_rows} rows gives other tokens")
+            self.driver.free_graph(graph.handle)
+            return None
+        self._refused = -1
+        return graph
+
+    def _traced(
+        self, shape: _Shape, count: int, draft: DraftBehind | None
+    ) -> tuple[list[Note], list[mx.array]]:
+        """Run a step by single kernels; return them, and the next ids."""
+        memory, rows = self._memories[-1].array, shape.num_rows
+        numbers = memory[_MOST_ROWS : _MOST_ROWS + count]
+        mx.eval(numbers)
+        ends = [count - 2 * rows - 8]  # of a draft's numbers, of the settings, and of the columns
+        ends.append(ends[0] - (0 if draft is None else len(draft.numbers)))
+        ends.append(ends[1] - (6 * rows if shape.draws else 0))
+        index = numbers[ends[0] + rows : count - 8]
+        with recorded() as recorder:
+            token_ids = take(memory, index)
+            logits = self._compiled.trace(shape.layout, token_ids, numbers[: ends[2]])
+            verdict = sampler.verdict if shape.draws else sampler.greedy_verdict
+            if (problem := verdict(logits.dtype, logits.shape[-1])) is not None:
+                raise NotRecordedError(problem)
+            if shape.draws:
+                tokens, next_ids = sampler.by_kernel(logits, numbers[ends[2] : ends[1]])
+            else:
+                tokens, next_ids = sampler.greedy(logits)
+            _deliver(tokens, numbers[count - 8 : count - 4])
+            if draft is not None:
+                hidden = self._runner.adapted.hidden
+                assert hidden is not None, "a model with a head records hidden states"
+                found = draft.trace(next_ids, numbers[ends[1] : ends[0]], hidden)
+                if found is not None:
+                    _deliver(found, numbers[count - 4 : count])
+        return recorder.notes, [next_ids]
+
+    def _made(self, recording: Recording) -> _Graph:
+        """Make a graph of a recording; the next ids go to the beginning of the memory."""
+        memory = self._memories[-1]
+        offsets, size = recording.layout()
+        if self._arena is None or self._arena.nbytes < size:
+            self._arena = mx.zeros((size,), mx.uint8)
+            mx.eval(self._arena)
+        (start,) = addresses([self._arena])
+        fixed = {(o.note, o.number): memory.address for o in recording.outputs}
+
+        def address_of(output: Output) -> int:
+            known = fixed.get((output.note, output.number))
+            if known is None:
+                known = start + offsets[output.note][output.number]
+            return known + output.offset
+
+        calls, kept = [], {id(array): array for array in (memory.array, self._arena)}
+        for index, note in enumerate(recording.notes):
+            reads = []
+            for read, array in zip(recording.reads[index], note.inputs, strict=True):
+                reads.append(read if isinstance(read, int) else address_of(read))
+                if isinstance(read, int):
+                    kept[id(array)] = array
+            writes = [address_of(Output(index, number)) for number in range(len(note.outputs))]
+            calls.append(self._call(note, reads, writes))
+        return _Graph(self.driver.make_graph(calls, self._stream), list(kept.values()))
+
+    def _call(self, note: Note, reads: list[int], writes: list[int]) -> KernelCall:
+        kernel = GeneratedKernel(
+            note.source, note.inputs, note.template, [array.dtype for array in note.outputs]
+        )
+        if kernel.text not in self._codes:
+            self._codes[kernel.text] = compiled_kernel(kernel)
+        code = self._codes[kernel.text]
+        arguments = []
+        for address, array, takes_shape in zip(reads, note.inputs, kernel.takes_shape, strict=True):
+            arguments.append(pointer_bytes(address))
+            if takes_shape:
+                arguments.append(shape_bytes(array.shape))
+        arguments += map(pointer_bytes, writes)
+        return KernelCall(
+            self.driver.function(code.code, code.symbol, note.shared_bytes),
+            note.threadgroups,
+            note.threads,
+            note.shared_bytes,
+            tuple(arguments),
+        )
+
+
+def _deliver(numbers: mx.array, address: mx.array) -> None:
+    launch.run(
+        "deliver", [numbers, address], [], [],
+        threads=numbers.size, group=256, shapes=[(1,)], dtypes=[mx.int32],
+    )  # fmt: skip
+
+
+def make_replays(runner: object) -> Replays | None:
+    """Return the replays of a runner whose steps may run as graphs; None for others."""
+    if not (
+        launch.backend() == "cuda"
+        and isinstance(runner, PagedRunner)
+        and runner.compiled is not None
+        and runner.writes_in_place
+        and not runner.adapted.states
+    ):
+        return None
+    try:
+        return Replays(runner, find_driver())
+    except EngineError as error:
+        logger.info("MLX launches all steps: %s", error)
+        return None

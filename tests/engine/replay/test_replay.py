@@ -1,0 +1,421 @@
+"""Steps that the driver launches as graphs give the tokens of steps that MLX launches."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.engine import Engine
+from modelpack_engine.kernels import grouped, launch, operations, prefill
+from modelpack_engine.kernels.cuda import Compiled, GeneratedKernel
+from modelpack_engine.kernels.recording import Note
+from modelpack_engine.kernels.sources import kernel_source
+from modelpack_engine.layers import matmul
+from modelpack_engine.models import LoadedModel
+from modelpack_engine.models.eagle import EagleHead
+from modelpack_engine.patches import fused_layers
+from modelpack_engine.platform.driver import DriverError, pointer_bytes, shape_bytes
+from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.runner import replay
+from modelpack_engine.runner.kv_cache_size import Sizes
+from modelpack_engine.runner.model_layout import ModelLayout
+from modelpack_engine.runner.model_runner import ModelRunner, make_runner
+from modelpack_engine.runner.replay import Replays
+from modelpack_engine.runner.step import NextToken, StepResult
+from modelpack_engine.sampling import delivery
+from modelpack_engine.sampling.sampler import NO_TOKEN
+from tests.engine.kernels.onhost import Host, address_of, emulated
+from tests.engine.runner.models import tiny_llama
+from tests.engine.serving.tiny import VOCAB, tiny_tokenizer
+
+#: The tokens that the model of `drafting_engine` repeats after two prompts: some drafts are right.
+PROMPTS, REPEATED = ([1, 2, 3], [9, 8, 7, 6]), (3, 59, 172, 177)
+BUCKETS = Buckets(rows=(1, 2, 4, 8), chunk=(16,), table_width=(2, 8))
+
+
+class FakeDriver:
+    """CUDA's driver on the host's memory.
+
+    A stream does nothing until somebody waits for it, so that what is read or overwritten too early
+    is found.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.graphs: dict[int, list[Call]] = {}
+        self.num_launches = 0
+        self.events: set[int] = set()
+        self.fails = False
+        self._handles = count(1)
+        self._work: list[Callable[[], object]] = []
+        self._reached: set[int] = set()
+        self._memory: dict[int, Any] = {}
+
+    def allocate_host(self, num_bytes: int) -> int:
+        made = np.zeros(num_bytes, np.uint8)
+        self._memory[int(made.ctypes.data)] = made
+        return int(made.ctypes.data)
+
+    def free_host(self, address: int) -> None:
+        self._memory.pop(address)[:] = 255
+
+    def new_stream(self) -> int:
+        return next(self._handles)
+
+    def free_stream(self, stream: int) -> None:
+        assert not self._work
+
+    def synchronise(self, stream: int) -> None:
+        while self._work:
+            self._work.pop(0)()
+
+    def new_event(self) -> int:
+        self.events.add(event := next(self._handles))
+        return event
+
+    def free_event(self, event: int) -> None:
+        self.events.remove(event)
+
+    def record(self, event: int, stream: int) -> None:
+        self._reached.discard(event)
+        self._work.append(lambda: self._reached.add(event))
+
+    def wait(self, event: int) -> None:
+        while event not in self._reached:
+            self._work.pop(0)()
+
+    def copy(self, to: int, address: int, num_bytes: int, stream: int) -> None:
+        self._work.append(lambda: ctypes.memmove(to, address, num_bytes))
+
+    def make_graph(self, calls: Iterable[Any], stream: int) -> int:
+        assert not self._work, "a stream that is captured has no work"
+        self.graphs[handle := next(self._handles)] = list(calls)
+        return handle
+
+    def run_graph(self, graph: int, stream: int) -> None:
+        if self.fails:
+            raise DriverError("cuGraphLaunch failed: CUDA error 700")
+        self.num_launches += 1
+        self._work += [
+            partial(self.host.run_at, call.note, call.reads, call.writes)
+            for call in self.graphs[graph]
+        ]
+
+    def free_graph(self, graph: int) -> None:
+        assert not self._work
+        del self.graphs[graph]
+
+
+@dataclass
+class Call:
+    """A kernel of a graph, with addresses."""
+
+    note: Note
+    reads: list[int]
+    writes: list[int]
+
+
+def no_driver() -> Any:
+    raise DriverError("CUDA's driver is not found")
+
+
+def no_tiles(compare: Any, *args: Any, **kwargs: Any) -> str | None:
+    return "not on the host" if compare in (prefill.probe, grouped.probe) else None
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    """Kernels as on CUDA, all by emulation."""
+    mx.disable_compile()  # the emulator runs kernels on arrays that have values
+    with emulated(monkeypatch, tmp_path) as found:
+        monkeypatch.setattr(launch, "backend", lambda: "cuda")
+        monkeypatch.setattr(launch, "tried", no_tiles)
+        monkeypatch.setattr(operations, "tried", no_tiles)
+        monkeypatch.setattr(operations, "_verdicts", {})
+        monkeypatch.setattr(delivery, "verdict", lambda: "the host has no page-locked memory")
+        # Tensor cores are not emulated.
+        monkeypatch.setattr(matmul, "_takes_one", lambda x, weights, swiglu=False: True)
+        yield found
+    mx.enable_compile()
+
+
+class KernelEngine(Engine):
+    """An engine whose steps run as on a GPU."""
+
+    def _choose_sizes(
+        self, layout: ModelLayout | None, context_length: int, draft_bytes: int
+    ) -> Sizes:
+        return replace(super()._choose_sizes(layout, context_length, draft_bytes), buckets=BUCKETS)
+
+    def _make_runner(self, loaded: LoadedModel, layout: ModelLayout | None) -> ModelRunner:
+        return make_runner(
+            loaded.model, num_blocks=self._sizes.num_blocks, buckets=BUCKETS, exact=False,
+            compiled=True, self_test=False,
+        )  # fmt: skip
+
+
+def make_engine(head: EagleHead | None = None, *, layers: int = 1, **given: Any) -> KernelEngine:
+    model = tiny_llama(
+        num_hidden_layers=layers, hidden_size=64, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=256, vocab_size=VOCAB,
+    )  # fmt: skip
+    model.set_dtype(mx.bfloat16)
+    loaded = LoadedModel(model, {"vocab_size": VOCAB}, tiny_tokenizer(), "llama", 256, (), 0)
+    config = EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=4, **given)
+    return KernelEngine(loaded, config, draft=head)
+
+
+Tokens = dict[str, list[int]]
+#: A scenario: it gives an engine requests, and returns their tokens.
+Scenario = Callable[[Engine], Tokens]
+
+
+def add(engine: Engine, name: str, prompt: list[int], num_tokens: int, **params: Any) -> None:
+    given = {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True} | params
+    engine.add_request(name, EngineRequest(prompt, SamplingParams(**given)))
+
+
+def step(engine: Engine, found: Tokens, steps: int = 1000) -> Tokens:
+    """Run steps, at most so many; add the tokens to `found`."""
+    while engine.has_work and (steps := steps - 1) >= 0:
+        for event in engine.step():
+            assert event.error is None
+            found.setdefault(event.request_id, []).extend(event.token_ids)
+    return found
+
+
+def batches(engine: Engine, **params: Any) -> Tokens:
+    """Requests that end one after the other: steps of 4, 2 and 1 rows."""
+    add(engine, "one", [1, 2, 3], 14, seed=1, **params)
+    add(engine, "two", [5, 6, 7, 8, 9], 6, seed=2, **params)
+    add(engine, "three", [9, 8], 9, seed=3, **params)
+    return step(engine, {})
+
+
+def in_turn(engine: Engine) -> Tokens:
+    """Steps by MLX between those of graphs: prompts, log-probabilities, and requests that leave."""
+    add(engine, "one", [1, 2, 3], 30)
+    found = step(engine, {}, 8)
+    add(engine, "two", list(range(20, 40)), 3)
+    step(engine, found, 6)
+    add(engine, "three", [7, 7], 2, logprobs=1)
+    step(engine, found, 4)
+    add(engine, "four", [8], 20)
+    step(engine, found, 5)
+    engine.abort("four")
+    del found["four"]
+    add(engine, "five", list(range(40, 60)), 4)
+    return step(engine, found)
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "batches": batches,
+    "drawn": partial(batches, temperature=1.5, top_p=0.9),
+    "in turn": in_turn,
+}
+
+
+@pytest.fixture
+def driver(host: Host, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    found = FakeDriver(host)
+    monkeypatch.setattr(replay, "find_driver", lambda: found)
+    monkeypatch.setattr(replay, "addresses", lambda arrays: [address_of(a) for a in arrays])
+    monkeypatch.setattr(Replays, "_call", lambda self, *call: Call(*call))
+    return found
+
+
+@cache
+def expected(name: str) -> Tokens:
+    """The tokens without a driver; to be called with kernels on the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "find_driver", no_driver)
+        engine = make_engine()
+        assert engine._replays is None
+        return SCENARIOS[name](engine)
+
+
+@pytest.mark.parametrize(("name", "launches"), [("batches", 7), ("drawn", 7), ("in turn", 20)])
+def test_the_same_tokens(name: str, launches: int, driver: FakeDriver) -> None:
+    wanted = expected(name)
+    assert len(set(map(tuple, wanted.values()))) > 2
+    engine = make_engine()
+    assert engine._replays is not None
+    assert SCENARIOS[name](engine) == wanted
+    assert driver.num_launches == launches
+    engine.close()
+    assert driver.graphs == {}
+    assert driver.events == set()
+
+
+def test_graphs_run_where_several_steps_decode_in_a_row(driver: FakeDriver) -> None:
+    replays = make_engine()._replays
+    assert replays is not None
+    assert all(replays.pays(decodes=True) for _ in range(40))
+    alternating = [replays.pays(decodes=decodes) for decodes in [False, True] * 20]
+    assert alternating[1]
+    assert not any(alternating[20:])
+    assert [replays.pays(decodes=True) for _ in range(3)] == [False, True, True]
+    for _ in range(8):
+        assert not replays.pays(decodes=False)
+        later = [replays.pays(decodes=True) for _ in range(6)]
+    assert all(later), "rows of six are expected now"
+
+
+def test_arguments_are_those_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel gets its arrays, each with its shape if it has that parameter, then its outputs."""
+    source = kernel_source("rows", "cuda")
+    table, index, out = mx.zeros((1, 7, 8)), mx.zeros((5,), mx.int32), mx.zeros((1, 5, 8))
+    template = [("T", mx.float32), ("D", 8), ("VEC", 4), ("SMALL", 0)]
+    arrays = [table, index]
+    note = Note("rows", source, template, arrays, arrays, [out], (256, 1, 1), (256, 1, 1), 64)
+    kernel = GeneratedKernel(source, arrays, template, [mx.float32])
+    head = kernel.text[kernel.text.index("__global__") :]
+    names = re.findall(r"(\w+)[,)]", head[: head.index("{")])
+    assert names == ["table", "table_shape", "index", "index_shape", "out"]
+    compiled: list[str] = []
+
+    def compiled_kernel(made: GeneratedKernel) -> Compiled:
+        compiled.append(made.text)
+        return Compiled(b"code", "symbol")
+
+    monkeypatch.setattr(replay, "compiled_kernel", compiled_kernel)
+    loaded: list[tuple[object, ...]] = []
+
+    def function(*given: object) -> int:
+        loaded.append(given)
+        return 9
+
+    driver: Any = SimpleNamespace(new_stream=lambda: 1, function=function)
+    runner: Any = SimpleNamespace(compiled=object())
+    replays = Replays(runner, driver)
+    calls = [replays._call(note, [1000, 2000], [3000]) for _ in range(2)]
+    assert calls[0] == calls[1]
+    assert calls[0].arguments == (
+        pointer_bytes(1000), shape_bytes((1, 7, 8)), pointer_bytes(2000), shape_bytes((5,)),
+        pointer_bytes(3000),
+    )  # fmt: skip
+    assert (calls[0].grid, calls[0].threads) == ((1, 1, 1), (256, 1, 1))
+    assert (calls[0].function, calls[0].shared_bytes) == (9, 64)
+    assert loaded == [(b"code", "symbol", 64)] * 2
+    assert compiled == [kernel.text], "compiled once"
+
+
+def test_numbers_that_become_more(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = expected("in turn")
+    monkeypatch.setattr(replay, "_FEWEST_NUMBERS", 16)
+    engine = make_engine()
+    assert SCENARIOS["in turn"](engine) == wanted
+    assert engine._replays is not None
+    assert len(engine._replays._memories) > 1
+    engine.close()
+    assert driver.events == set()
+
+
+def test_a_wrong_index_is_found(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = expected("batches")
+    assert SCENARIOS["batches"](make_engine()) == wanted
+    write = Replays._write
+
+    def wrong(self: Replays, batch: Any, *arguments: Any) -> Any:
+        return write(self, replace(batch, from_previous=()), *arguments)
+
+    monkeypatch.setattr(Replays, "_write", wrong)
+    assert SCENARIOS["batches"](make_engine()) != wanted
+
+
+def test_a_launch_that_fails_fails_the_requests(driver: FakeDriver) -> None:
+    engine = make_engine()
+    add(engine, "one", [1, 2, 3], 30)
+    step(engine, {}, 8)
+    assert driver.num_launches
+    driver.fails = True
+    with pytest.raises(DriverError, match="cuGraphLaunch"):
+        step(engine, {})
+    assert [event.error for event in engine.fail_all("it failed")] == ["it failed"]
+    assert driver.graphs == {}
+    driver.num_launches = 0
+    wanted = expected("batches")
+    assert SCENARIOS["batches"](engine) == wanted, "MLX runs all steps from now on"
+    assert driver.num_launches == 0
+
+
+def test_a_graph_with_other_tokens_is_not_used(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = expected("batches")
+    make = driver.make_graph
+
+    def without_norms(calls: list[Call], stream: int) -> int:
+        return make([call for call in calls if call.note.body != "add_norm"], stream)
+
+    monkeypatch.setattr(driver, "make_graph", without_norms)
+    assert SCENARIOS["batches"](make_engine()) == wanted
+    assert driver.num_launches == 1
+    assert driver.graphs == {}
+    assert "the graph of 4 rows gives other tokens" in caplog.text
+
+
+def test_memory_that_cannot_be_had(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(num_bytes: int) -> int:
+        raise DriverError("cuMemHostAlloc failed: CUDA error 2")
+
+    monkeypatch.setattr(driver, "allocate_host", none)
+    wanted = expected("batches")
+    engine = make_engine()
+    assert SCENARIOS["batches"](engine) == wanted
+    engine.close()
+
+
+@pytest.mark.parametrize("proposes", [False, True])
+def test_graphs_are_dropped_before_blocks_are_zeroed(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, proposes: bool
+) -> None:
+    engine = make_engine()
+    add(engine, "one", [1, 2, 3], 30)
+    step(engine, {}, 8)
+    assert driver.graphs
+    slots = [[17]] if proposes else []
+    output: Any = SimpleNamespace(sampled=[next(iter(engine._scheduler.decoding()))])
+    none = [] if proposes else [NextToken(NO_TOKEN, None)]
+    zeroed: list[object] = []
+
+    def zero(what: object, group: int) -> None:
+        assert driver.graphs == {}, "MLX may move the pools"
+        zeroed.append(what)
+
+    monkeypatch.setattr(engine._runner, "scrub", zero)
+    monkeypatch.setattr(engine._runner, "scrub_slots", zero)
+    engine._fail_rows(StepResult(output, [none], slots, []))
+    assert len(zeroed) == 1
+
+
+def test_a_step_that_mlx_computes_in_part_is_not_recorded(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger=replay.__name__)
+    monkeypatch.setattr(matmul, "multiply", lambda x, weights: x @ weights.weight.T)
+    monkeypatch.setattr(fused_layers, "multiply", lambda x, weights: x @ weights.weight.T)
+    engine = make_engine()
+    found = SCENARIOS["batches"](engine)
+    assert {name: len(tokens) for name, tokens in found.items()} == {
+        "one": 14,
+        "two": 6,
+        "three": 9,
+    }
+    assert driver.num_launches == 0
+    assert (
+        "steps of 4 rows are not recorded: greedy reads logits what no kernel writes" in caplog.text
+    )
