@@ -196,7 +196,7 @@ class Engine(BaseEngine):
             self._restoring.callback(self._speculator.close)
         self._replays: Replays | None = None
         # What else writes to the pools, or reads hidden states, runs by MLX.
-        speculates = self._speculator is not None
+        speculates = self._speculator is not None and not self._speculator.may_replay
         if not (speculates or self.vision or self._mover.has_offload or self.is_divided):
             self._replays = make_replays(self._runner)
             if self._replays is not None:
@@ -415,9 +415,16 @@ class Engine(BaseEngine):
             pays = self._replays.pays(decodes=not (masked or batch.chunks))
             rows = sample_rows(output) if pays else ()
             settings = self._sampler.settings(rows, batch.num_rows) if rows else None
+            draft = None
+            if settings is not None and self._speculator is not None:
+                draft = self._speculator.draft_within(output, batch)
+                if draft is None and self._speculator.reads_hidden(output):
+                    settings = None  # MLX keeps the hidden states, for a later draft
             if settings is not None:
                 previous = last.sampled if last else None
-                replayed = self._replays.step(batch, previous, settings)
+                replayed = self._replays.step(batch, previous, settings, draft)
+            if replayed is not None and draft is not None and self._speculator is not None:
+                self._speculator.drafts(output, draft, replayed)
             if replayed is not None:
                 return ScheduledStep(output, batch, replayed, None, None, staging_step)
             if last is not None and isinstance(last.sampled, ReplayedTokens):

@@ -19,6 +19,8 @@ from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.runner.hidden_states import HiddenRows
+from modelpack_engine.speculation.eagle import EagleProposer
+from modelpack_engine.speculation.head_runner import DraftWithin
 from modelpack_engine.speculation.ngram import NgramProposer
 
 # The weight of the newest draft in the average of its sequence and in that of all, and the drafts
@@ -182,12 +184,27 @@ class HeadWithLookup:
         It does not where the last proposal was a lookup: the next one is likely to be, too.
         """
         self.head.record(output, batch, hidden)
-        if sampled is None or output.prefill or not output.decoding:
-            return
+        if sampled is not None and self._may_draft_behind(output):
+            self.head.draft_behind(output, sampled)
+
+    def draft_within(self, output: SchedulerOutput, batch: StepBatch) -> DraftWithin | None:
+        """Return a draft in the graph of a step that is not built yet, if there can be one.
+
+        Such a draft costs little, so there is one behind a lookup as well. While the head pauses,
+        it only reads the step's rows.
+        """
+        if not isinstance(self.head, EagleProposer):
+            return None
+        pauses = all(self._score(sequence).pause for sequence in output.decoding)
+        plain = self._times.needs_plain_step(len(output.decoding))
+        return self.head.draft_within(output, batch, drafts=not (pauses or plain))
+
+    def _may_draft_behind(self, output: SchedulerOutput) -> bool:
+        if output.prefill or not output.decoding:
+            return False
         looked_up = any(not self._score(each.sequence).drafted for each in output.proposals)
         paused = any(self._score(sequence).pause for sequence in output.decoding)
-        if not (looked_up or paused or self._times.needs_plain_step(len(output.decoding))):
-            self.head.draft_behind(output, sampled)
+        return not (looked_up or paused or self._times.needs_plain_step(len(output.decoding)))
 
     def stepped(self, output: SchedulerOutput, seconds: float) -> None:
         """Measure a step that took `seconds`, unless its proposals were lookups only."""

@@ -31,8 +31,15 @@ from modelpack_engine.layers.kernels import take
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.runner.hidden_states import HiddenRows, recorded_rows
+from modelpack_engine.runner.replay import ReplayedTokens
 from modelpack_engine.sampling.delivery import Outbox
-from modelpack_engine.speculation.head_runner import HeadDraft, HeadRunner, Rows, padded
+from modelpack_engine.speculation.head_runner import (
+    DraftWithin,
+    HeadDraft,
+    HeadRunner,
+    Rows,
+    padded,
+)
 
 # The rows that the head computes at a time while it reads a prompt.
 _CHUNKS = (16, 64, 256)
@@ -70,21 +77,35 @@ class _Launched:
         return count, _Drafted(token_ids, probabilities_of)
 
 
+class _Replayed:
+    """A draft in the graph of a step, on its way to the host; like `_Launched`."""
+
+    def __init__(self, tokens: ReplayedTokens, width: int) -> None:
+        self._tokens, self._width = tokens, width
+
+    def read(self, index: int) -> tuple[int, _Drafted]:
+        """Wait for the draft; return the number of rows that it read and what it drafted."""
+        first = index * self._width
+        count, *token_ids = self._tokens.drafted()[first : first + self._width]
+        return count, _Drafted(token_ids, [])
+
+
 @dataclass(slots=True, eq=False)
 class _Followed:
     """The head's state for one sequence: `length` rows in its region, and states to read.
 
     `pending` has pairs of the position of the first row and the states [rows, hidden]. `ahead` is a
     draft that was launched behind a step: the position of the step's first row, the sequence's
-    index in the draft, the draft, and the number of rows. `length` does not count these yet.
+    index in the draft, the draft, and the number of rows. `length` does not count these yet. There
+    is no draft if the head only reads the step's rows.
     """
 
     region: int
     length: int = 0
     pending: list[tuple[int, mx.array]] = field(default_factory=list)
-    ahead: tuple[int, int, _Launched, int] | None = None
+    ahead: tuple[int, int, _Launched | _Replayed | None, int] | None = None
 
-    def settle(self, position: int) -> tuple[int, int, _Launched] | None:
+    def settle(self, position: int) -> tuple[int, int, _Launched | _Replayed | None] | None:
         """Count the rows that were accepted of a draft ahead: those before `position`.
 
         Return their number, the sequence's index in the draft, and the draft; None without one.
@@ -204,6 +225,39 @@ class EagleProposer:
         if rows and max(len(each.positions) for each in rows.values()) <= self._sizes[-1]:
             self._next = rows, sampled
 
+    def draft_within(
+        self, output: SchedulerOutput, batch: StepBatch, *, drafts: bool
+    ) -> DraftWithin | None:
+        """Return a draft in the graph of a step that is not built yet, if there can be one.
+
+        The head must have read all rows before the step. Without `drafts`, it only reads its rows.
+        """
+        if not self._ahead or output.prefill:
+            return None
+        proposed = {each.sequence: each.token_ids for each in output.proposals}
+        rows, firsts = [], []
+        for sequence, row, count in recorded_rows(output, batch):
+            draft = self._drafts.get(sequence.seq_id)
+            if draft is None:
+                return None
+            start = batch.positions[row]
+            draft.settle(start)
+            if draft.pending:
+                return None
+            positions = list(range(start, start + count))
+            token_ids = proposed.get(sequence, ())
+            rows.append(Rows(draft.region, draft.length, positions, None, token_ids))
+            firsts.append(row)
+        return self._runner.within(rows, firsts, batch.num_rows, drafts=drafts) if rows else None
+
+    def drafts(self, output: SchedulerOutput, within: DraftWithin, tokens: ReplayedTokens) -> None:
+        """Note that the draft of `draft_within` runs in the graph of these tokens."""
+        shape = within.key
+        launched = _Replayed(tokens, 1 + shape.num_tokens) if shape.num_tokens else None
+        for index, sequence in enumerate(output.decoding):
+            first = int(within.numbers[index * shape.rows])
+            self._drafts[sequence.seq_id].ahead = first, index, launched, shape.rows
+
     def launch(self) -> None:
         """Launch the draft of `draft_behind`, behind the step that was launched."""
         if self._next is None:
@@ -221,6 +275,7 @@ class EagleProposer:
             ]
             ids = take(sampled, mx.array(at, mx.int32).reshape(-1))
         ids = ids.reshape(len(rows), size)
+        launched: _Launched | _Replayed
         launched = _Launched(self._runner.draft(list(rows.values()), ids, self._outbox))
         for index, (seq_id, each) in enumerate(rows.items()):
             draft = self._drafts[seq_id]
@@ -240,14 +295,24 @@ class EagleProposer:
             settled = draft.settle(sequence.num_known_tokens - 1)
             if settled is not None:
                 count, index, launched = settled
+                if launched is None:
+                    continue
                 read, drafted = launched.read(index)
                 if read == count:  # not after logits that are NaN
                     found[sequence] = drafted
             elif (taken := draft.take(sequence.num_known_tokens)) is not None:
-                going[sequence] = self._catch_up(sequence, draft, *taken)
+                rows = self._catch_up(sequence, draft, *taken)
+                if self._next_step_drafts:
+                    ids = _next_tokens(sequence, rows.positions)
+                    self._runner.read(rows, ids, self._rows)
+                    draft.length += len(rows.positions)
+                else:
+                    going[sequence] = rows
         if going:
-            ids = [padded(_next_tokens(s, r.positions), self._rows) for s, r in going.items()]
-            launched = _Launched(self._runner.draft(list(going.values()), mx.array(ids, mx.int32)))
+            after = [padded(_next_tokens(s, r.positions), self._rows) for s, r in going.items()]
+            launched = _Launched(
+                self._runner.draft(list(going.values()), mx.array(after, mx.int32))
+            )
             for index, (sequence, rows) in enumerate(going.items()):
                 self._drafts[sequence.seq_id].length += len(rows.positions)
                 found[sequence] = launched.read(index)[1]
@@ -259,6 +324,11 @@ class EagleProposer:
             if count:
                 proposals[sequence] = token_ids[:count]
         return proposals
+
+    @property
+    def _next_step_drafts(self) -> bool:
+        """Whether the graph of the next step will draft, before a draft by MLX would be there."""
+        return self._runner.within_graphs
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Drop the state of sequences that ended or were preempted."""

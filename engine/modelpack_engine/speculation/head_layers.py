@@ -18,7 +18,7 @@ from modelpack_engine.kernels import launch
 from modelpack_engine.layers import drafts, kernels
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.kernels import Rotation, find_rotation, take_rows
-from modelpack_engine.layers.matmul import multiply_in_parts
+from modelpack_engine.layers.matmul import embedded, multiply, multiply_in_parts
 from modelpack_engine.layers.weights import Weights, can_join, join, weights_of
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
@@ -76,6 +76,8 @@ class FusedLayer:
         # A runner may have replaced the class of a model's embeddings by one derived from it.
         plain = isinstance(embed, nn.Embedding) and embed["weight"].dtype == head.dtype
         self._table: mx.array | None = embed["weight"] if plain else None  # type: ignore[index]
+        packed = isinstance(embed, nn.QuantizedEmbedding)
+        self._packed = weights_of(embed) if packed else None
         self._numbers = mx.arange(_MOST_ROWS, dtype=mx.int32)[:, None]
         mx.eval(self._numbers)
         self._heads, self._dtype = (config.num_heads, config.num_kv_heads), head.dtype
@@ -101,7 +103,9 @@ class FusedLayer:
         # Norms in float32 would make the model's states float32.
         hidden, table = hidden.astype(self._dtype), self._table
         if table is None:
-            table = self._embed(ids[:, -1]).astype(self._dtype)
+            last = ids[:, -1]
+            rows = None if self._packed is None else embedded(last, self._packed)
+            table = (self._embed(last) if rows is None else rows).astype(self._dtype)
             ids = self._numbers[: len(ids)]
         rows = drafts.norm_beside(table, ids, hidden, *self._weights, self._epsilon)
         residual = rows[:, hidden.shape[1] :] if self._normed_residual else hidden
@@ -152,6 +156,14 @@ def head_layer(head: EagleHead | MtpHead, embed: Embed) -> HeadLayer | FusedLaye
     if rotation is None or not fits:
         return HeadLayer(head, embed)
     return FusedLayer(head, embed, rotation)
+
+
+def linear_of_rows(linear: nn.Linear) -> Callable[[mx.array], mx.array]:
+    """Return what computes a linear layer for rows [n, inputs], by our kernels on CUDA."""
+    if launch.backend() != "cuda":
+        return linear  # type: ignore[no-any-return]
+    weights = _ready(linear)
+    return lambda rows: multiply(rows, weights)
 
 
 def _ready(linear: nn.Module) -> Weights:

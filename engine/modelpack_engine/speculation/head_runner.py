@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
 from modelpack_engine.core.buckets import round_up
 from modelpack_engine.kernels import decode_attention, may_write
 from modelpack_engine.layers.drafts import DraftShape, accepted, pick
-from modelpack_engine.layers.kernels import take_rows
+from modelpack_engine.layers.kernels import take, take_rows
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.sampling.delivery import Delivery, Outbox
@@ -31,6 +33,8 @@ from modelpack_engine.speculation.head_layers import Embed, head_layer
 _BLOCK = 16
 #: The tokens of a region at first; doubled as needed.
 _FEWEST_TOKENS = 256
+#: The bytes of a pool that is kept between sequences if graphs have its address.
+_SMALL = 64 << 20
 #: Stands for no proposed token: no token is drawn that equals it.
 _NONE = -2
 
@@ -38,14 +42,15 @@ _NONE = -2
 class Rows(NamedTuple):
     """The rows of a sequence that a head reads, and where it writes their keys and values.
 
-    `states` [rows, hidden] are the model's at `positions`. `proposed` are the tokens that were
-    proposed after the rows but the last. The region has `length` rows already.
+    `states` [rows, hidden] are the model's at `positions`; None in the graph that computes them.
+    `proposed` are the tokens that were proposed after the rows but the last. The region has
+    `length` rows already.
     """
 
     region: int
     length: int
     positions: list[int]
-    states: mx.array
+    states: mx.array | None
     proposed: tuple[int, ...] = ()
 
 
@@ -87,7 +92,9 @@ class HeadRunner:
         #: The token of each column of the logits.
         self._tokens = head.token_ids(mx.arange(head.num_logits))
         self._in_place = may_write(head.dtype, head.dtype)
-        self._regions = self._size = 0
+        self._regions = self._size = self._generation = 0
+        #: Whether drafts run within graphs, which have the address of the pool.
+        self.within_graphs = False
         self._pools = TokenMajorPools(self._layout, 0, _BLOCK)
         self._token = mx.zeros((1,), mx.int32)  # of the last write in place
         self._graphs: dict[DraftShape, Callable[..., Any]] = {}
@@ -95,7 +102,10 @@ class HeadRunner:
     def read(self, rows: Rows, ids: list[int], size: int) -> None:
         """Compute keys and values of rows that `ids` follow, padded to `size` rows."""
         _, written = self._run([rows], mx.array([padded(ids, size)], mx.int32), drafts=False)
-        mx.async_eval(*written)
+        if self.within_graphs:
+            mx.eval(*written)  # graphs do not wait for MLX
+        else:
+            mx.async_eval(*written)
 
     def draft(self, rows: list[Rows], ids: mx.array, outbox: Outbox | None = None) -> HeadDraft:
         """Launch a draft behind rows of sequences, which `ids` int32 [sequences, size] follow.
@@ -140,31 +150,51 @@ class HeadRunner:
             )  # fmt: skip
         mx.eval(pools.keys, pools.values)  # kernels write to their memory
         self._pools, self._regions, self._size = pools, count, size
+        self._generation += 1
+
+    def within(
+        self, rows: list[Rows], first_rows: list[int], num_rows: int, *, drafts: bool
+    ) -> DraftWithin | None:
+        """Return a draft behind the rows of a step, in the graph that computes their states.
+
+        The step has `num_rows` rows, and `first_rows` are the first ones of the sequences. Without
+        `drafts`, the rows are only read. None if the pools are not written in place, or if
+        probabilities are wanted.
+        """
+        if not self._in_place or self._probabilities:
+            return None
+        self.within_graphs = True
+        longest = max(len(each.positions) for each in rows)
+        size = num_rows if len(rows) == 1 else 1 << (longest - 1).bit_length()
+        shape = self._shape(rows, size, drafts=drafts)
+        numbers = self._numbers(rows, shape)
+        if len(rows) > 1:
+            at = [
+                padded([first + row for row in range(len(each.positions))], size)
+                for first, each in zip(first_rows, rows, strict=True)
+            ]
+            numbers = np.concatenate([numbers, np.array(at, np.int32).ravel()])
+        return DraftWithin(self, shape, self._generation, numbers)
 
     def clear(self) -> None:
-        """Free the pool: no sequence is left."""
-        self._regions = self._size = 0
-        self._pools = TokenMajorPools(self._layout, 0, _BLOCK)
+        """Free the pool, as no sequence is left; a small one that graphs read is kept."""
+        if not self.within_graphs or self._pools.keys.nbytes + self._pools.values.nbytes > _SMALL:
+            self._regions = self._size = 0
+            self._pools = TokenMajorPools(self._layout, 0, _BLOCK)
 
     def _run(
         self, rows: list[Rows], ids: mx.array, *, drafts: bool
     ) -> tuple[list[mx.array], list[mx.array]]:
         """Build a graph of `_trace`; return what it finds, and what it writes."""
         count, size = ids.shape
-        num_tokens = self._num_tokens if drafts else 0
-        longest = max(each.length for each in rows) + size
-        self.reserve(1 + max(each.region for each in rows), longest)
-        width = 0
-        if drafts:  # few widths: for each, a graph is compiled
-            longest += num_tokens
-            width = min(max(_FEWEST_TOKENS, 1 << (longest - 1).bit_length()), self._size)
-        shape = DraftShape(count, size, width // _BLOCK, num_tokens)
+        shape = self._shape(rows, size, drafts=drafts)
         if shape not in self._graphs:
             self._graphs[shape] = mx.compile(partial(self._trace, shape))
-        states = [_pad_rows(each.states, size) for each in rows]
+        states = [_pad_rows(each.states, size) for each in rows if each.states is not None]
         pools = self._pools
         found, written = self._graphs[shape](
-            ids, self._numbers(rows, shape), states[0] if count == 1 else mx.concatenate(states),
+            ids, mx.array(self._numbers(rows, shape)),
+            states[0] if count == 1 else mx.concatenate(states),
             pools.keys, pools.values, self._token, self._tokens,
         )  # fmt: skip
         if self._in_place:
@@ -173,7 +203,18 @@ class HeadRunner:
             pools.keys, pools.values = written
         return found, written
 
-    def _numbers(self, rows: list[Rows], shape: DraftShape) -> mx.array:
+    def _shape(self, rows: list[Rows], size: int, *, drafts: bool) -> DraftShape:
+        """Return the shape of a graph for `size` rows of each sequence, and make room for them."""
+        num_tokens = self._num_tokens if drafts else 0
+        longest = max(each.length for each in rows) + size
+        self.reserve(1 + max(each.region for each in rows), longest)
+        width = 0
+        if drafts:  # few widths: for each, a graph is compiled
+            longest += num_tokens
+            width = min(max(_FEWEST_TOKENS, 1 << (longest - 1).bit_length()), self._size)
+        return DraftShape(len(rows), size, width // _BLOCK, num_tokens)
+
+    def _numbers(self, rows: list[Rows], shape: DraftShape) -> NDArray[np.int32]:
         """Return the numbers that `DraftShape.cut` splits.
 
         One array moves the fewest pages of CUDA's managed memory.
@@ -189,7 +230,7 @@ class HeadRunner:
             + np.arange(shape.width),
             np.array([each.length for each in rows]),
         ]
-        return mx.array(np.concatenate([part.ravel() for part in parts]).astype(np.int32))
+        return np.concatenate([part.ravel() for part in parts]).astype(np.int32)
 
     def _trace(
         self,
@@ -239,6 +280,42 @@ class HeadRunner:
 
     def _written(self, pools: TokenMajorPools) -> list[mx.array]:
         return [pools.last_write()] if self._in_place else [pools.keys, pools.values]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftWithin:
+    """A draft in the graph of the model's step: a `replay.DraftBehind`.
+
+    The integers that it finds are those of `HeadDraft.found`. Behind the `numbers` of the runner
+    are the rows of the step that are those of the sequences, if there are several.
+    """
+
+    runner: HeadRunner
+    key: DraftShape
+    generation: int
+    numbers: NDArray[np.int32]
+
+    @property
+    def num_found(self) -> int:
+        """The integers that the host reads; none if rows are only read."""
+        shape = self.key
+        return shape.sequences * (1 + shape.num_tokens) if shape.num_tokens else 0
+
+    def trace(self, ids: mx.array, numbers: mx.array, hidden: mx.array) -> mx.array | None:
+        """Compute the draft by single kernels."""
+        shape, runner = self.key, self.runner
+        mx.eval(runner._tokens)
+        count = shape.sequences * shape.rows
+        if shape.sequences == 1:
+            ids, hidden = ids[:count], hidden[:count]
+        else:
+            numbers, at = numbers[:-count], numbers[-count:]
+            ids, hidden = take(ids, at), take_rows(hidden, at)
+        found, _ = runner._trace(
+            shape, ids.reshape(shape.sequences, shape.rows), numbers, hidden,
+            runner._pools.keys, runner._pools.values, runner._token, runner._tokens,
+        )  # fmt: skip
+        return found[0].reshape(-1) if found else None
 
 
 def padded(numbers: list[int], count: int) -> list[int]:

@@ -27,12 +27,15 @@ from modelpack_engine.runner.kv_cache_size import Sizes, max_num_seqs, on_gpu
 from modelpack_engine.runner.model_layout import ModelLayout, layout_of
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.runner.paged import PagedRunner
+from modelpack_engine.runner.replay import ReplayedTokens
 from modelpack_engine.runner.step import MaskOf, can_look_ahead
 from modelpack_engine.sampling.sampler import Sampler
 from modelpack_engine.speculation.acceptance import HeadProposer, HeadWithLookup
 from modelpack_engine.speculation.assistant import AssistantProposer
 from modelpack_engine.speculation.draft import DraftProposer
 from modelpack_engine.speculation.eagle import EagleProposer
+from modelpack_engine.speculation.head_layers import linear_of_rows
+from modelpack_engine.speculation.head_runner import DraftWithin
 from modelpack_engine.speculation.ngram import CPU_COST, GPU_COST, MOST_TOKENS, NgramProposer
 
 
@@ -91,6 +94,30 @@ class Speculator:
         self._proposer = proposer
         self._emitted = 0.0  # when the tokens of the last step were emitted
         self._lengths: dict[int, int] = {}  # by seq_id: how many tokens to propose next
+
+    @property
+    def may_replay(self) -> bool:
+        """Whether steps may run as graphs: proposals need no other pools that MLX writes."""
+        proposer = self._proposer
+        if isinstance(proposer, HeadWithLookup):
+            return isinstance(proposer.head, EagleProposer)
+        return isinstance(proposer, NgramProposer)
+
+    def reads_hidden(self, output: SchedulerOutput) -> bool:
+        """Return whether the proposer reads the hidden states of a step."""
+        return isinstance(self._proposer, HeadWithLookup) and self._may(output.decoding)
+
+    def draft_within(self, output: SchedulerOutput, batch: StepBatch) -> DraftWithin | None:
+        """Return a draft in the graph of a step that is not built yet, if a head has one."""
+        if not (isinstance(self._proposer, HeadWithLookup) and self._may(output.decoding)):
+            return None
+        return self._proposer.draft_within(output, batch)
+
+    def drafts(self, output: SchedulerOutput, within: DraftWithin, tokens: ReplayedTokens) -> None:
+        """Note that the draft of `draft_within` runs in the graph of these tokens."""
+        assert isinstance(self._proposer, HeadWithLookup)
+        assert isinstance(self._proposer.head, EagleProposer)
+        self._proposer.head.drafts(output, within, tokens)
 
     @property
     def most_rows(self) -> int:
@@ -371,10 +398,11 @@ def _eagle(
     embedded = embed(mx.array([0]))
     if isinstance(head, EagleHead):
         check_target(head, hidden_size=embedded.shape[-1], vocab_size=vocab_size)
-        read, reduce = head.config.layers_of(len(layers)), head.fc
+        head.set_dtype(embedded.dtype)
+        read, reduce = head.config.layers_of(len(layers)), linear_of_rows(head.fc)
     else:
+        head.set_dtype(embedded.dtype)
         read, reduce = (len(layers),), head.read
-    head.set_dtype(embedded.dtype)
     runner.record_hidden(read, reduce)
     return EagleProposer(
         head,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
@@ -18,6 +18,7 @@ import pytest
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.kernels import grouped, launch, operations, prefill
 from modelpack_engine.kernels.cuda import Compiled, GeneratedKernel
@@ -37,9 +38,14 @@ from modelpack_engine.runner.replay import Replays
 from modelpack_engine.runner.step import NextToken, StepResult
 from modelpack_engine.sampling import delivery
 from modelpack_engine.sampling.sampler import NO_TOKEN
+from modelpack_engine.speculation import acceptance, head_runner
+from modelpack_engine.speculation.eagle import EagleProposer
+from modelpack_engine.speculation.ngram import NgramProposer
+from modelpack_engine.speculation.speculator import Speculator
 from tests.engine.kernels.onhost import Host, address_of, emulated
 from tests.engine.runner.models import tiny_llama
 from tests.engine.serving.tiny import VOCAB, tiny_tokenizer
+from tests.engine.speculation.test_eagle import random_head
 
 #: The tokens that the model of `drafting_engine` repeats after two prompts: some drafts are right.
 PROMPTS, REPEATED = ([1, 2, 3], [9, 8, 7, 6]), (3, 59, 172, 177)
@@ -322,6 +328,121 @@ def test_numbers_that_become_more(driver: FakeDriver, monkeypatch: pytest.Monkey
     assert len(engine._replays._memories) > 1
     engine.close()
     assert driver.events == set()
+
+
+def drafting_engine() -> KernelEngine:
+    head = random_head(num_heads=2, num_kv_heads=1, head_dim=32)
+    columns = mx.arange(head.config.draft_vocab_size)
+    head.d2t = mx.array(REPEATED)[columns % len(REPEATED)] - columns
+    return make_engine(
+        head, layers=2, draft_model="head", speculative_method="eagle3", num_speculative_tokens=4
+    )  # fmt: skip
+
+
+def one_by_one(engine: Engine) -> Tokens:
+    found: Tokens = {}
+    for prompt in PROMPTS:
+        add(engine, f"{prompt}", prompt, 32)
+        step(engine, found)
+    return found
+
+
+def together(engine: Engine) -> Tokens:
+    found: Tokens = {}
+    for prompt, num_tokens in zip(PROMPTS, (32, 24), strict=True):
+        add(engine, f"{prompt}", prompt, num_tokens)
+        step(engine, found, 3)
+    return step(engine, found)
+
+
+def lookup(lengths: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
+    """Now and then, propose two tokens."""
+    return {
+        sequence: list(REPEATED[:2]) for sequence in lengths if sequence.num_known_tokens % 4 == 1
+    }
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """A scenario with a head, the rows of its graphs, and how many of them are launched at least.
+
+    With `as_mlx`, the head drafts after the same steps as without graphs.
+    """
+
+    scenario: Scenario
+    rows: set[int]
+    launches: int
+    as_mlx: bool = True
+    looks_up: bool = False
+    plain_every: int = 1000
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Drafting(one_by_one, {4, 8}, 16), id="alone"),
+        pytest.param(Drafting(together, {16}, 12), id="together", marks=pytest.mark.long),
+        pytest.param(
+            Drafting(one_by_one, {8}, 16, looks_up=True), id="lookups", marks=pytest.mark.long
+        ),
+        pytest.param(
+            Drafting(one_by_one, {1, 8}, 12, as_mlx=False, plain_every=3),
+            id="pauses",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_a_head_drafts_within_the_graph(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, case: Drafting
+) -> None:
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
+    monkeypatch.setattr(acceptance, "_LEAST_COST", -1.0)
+    monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
+    monkeypatch.setattr(acceptance, "_PLAIN_EVERY", case.plain_every)
+    looked_up = lookup if case.looks_up else lambda lengths: {}
+    monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: looked_up(lengths))
+    monkeypatch.setattr(NgramProposer, "expects", lambda self, sequences: False)
+    monkeypatch.setattr(NgramProposer, "expected", lambda self, sequence: 99.0)
+    if case.as_mlx:
+        monkeypatch.setattr(EagleProposer, "_next_step_drafts", False)
+    if case.plain_every < 1000:
+        monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 4)
+    proposed: list[tuple[int, ...]] = []  # of the engine that runs
+    verified = Speculator.verified
+
+    def noted(self: Speculator, proposal: Any, *given: Any, **more: Any) -> None:
+        proposed.append(tuple(proposal.token_ids))
+        verified(self, proposal, *given, **more)
+
+    monkeypatch.setattr(Speculator, "verified", noted)
+    monkeypatch.setattr(head_runner, "_FEWEST_TOKENS", 16)  # the pool grows
+    recorded: list[int] = []
+    record = Replays._record
+
+    def counted(self: Replays, shape: Any, *given: Any) -> Any:
+        recorded.append(shape.num_rows)
+        return record(self, shape, *given)
+
+    monkeypatch.setattr(Replays, "_record", counted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "find_driver", no_driver)
+        engine = drafting_engine()
+        wanted = case.scenario(engine)
+    by_mlx = proposed.copy()
+    accepted = engine.stats().accepted_tokens
+    assert 4 <= accepted < sum(map(len, by_mlx)) // 2
+    proposed.clear()
+    engine = drafting_engine()
+    assert engine._replays is not None
+    assert case.scenario(engine) == wanted
+    if case.as_mlx:
+        assert proposed == by_mlx
+        assert engine.stats().accepted_tokens == accepted
+    assert driver.num_launches >= case.launches
+    assert set(recorded) == case.rows, "a row, the tokens of a proposal, and padding"
+    assert len(recorded) < 12, "for sizes of the pool and of tables, not for each sequence"
+    engine.close()
+    assert driver.graphs == {}
 
 
 def test_a_wrong_index_is_found(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
