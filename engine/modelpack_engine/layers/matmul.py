@@ -82,12 +82,14 @@ def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
         return Parts(packed.multiply_row(x, weights, parts), parts)
     if _takes_one(x, weights):
         return Parts(dots.multiply(x, weights), 1)
+    parts = num_parts(weights.num_outputs, weights.num_inputs)
     if tile := packed.tile_for(x, weights):
-        parts = packed.num_parts(tile, x.shape[0], weights.num_outputs, weights.num_inputs)
-        return Parts(packed.multiply(x, weights, tile, parts), parts)
+        by_packed = packed.num_parts(tile, x.shape[0], weights.num_outputs, weights.num_inputs)
+        # Where `packed` splits no inputs, a few of its blocks take longer than the parts of ours.
+        if by_packed > 1 or parts == 1 or not _takes(x, weights):
+            return Parts(packed.multiply(x, weights, tile, by_packed), by_packed)
     if not _takes(x, weights):
         return Parts(multiply(x.reshape(x.shape[0], -1), weights), 1)
-    parts = num_parts(weights.num_outputs, weights.num_inputs)
     shape = (x.shape[0], weights.num_outputs)
     return Parts(_run(x, weights, parts, shape if parts == 1 else (parts, *shape)), parts)
 

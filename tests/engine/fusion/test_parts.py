@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.rope_utils import initialize_rope
 
-from modelpack_engine.layers import kernels
+from modelpack_engine.layers import kernels, matmul, packed
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.kernels import find_rotation
 from modelpack_engine.layers.matmul import (
@@ -190,3 +191,33 @@ def test_rotations_equal_mlx_lm(name: str) -> None:
 def test_an_unknown_rotation_is_none() -> None:
     dynamic = initialize_rope(32, 1e4, False, {"rope_type": "dynamic", "factor": 2.0}, 64)
     assert find_rotation(dynamic) is None
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "by_packed"),
+    [
+        (576, 1536, False),  # `packed` would keep nine blocks busy, and `product` 36
+        (2048, 8192, True),  # both split the inputs
+        (512, 256, True),  # neither does
+    ],
+)
+def test_few_inputs_are_split_by_the_kernel_that_can(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, by_packed: bool
+) -> None:
+    weights = weights_of(nn.QuantizedLinear(inputs, outputs, bias=False, group_size=32, bits=4))
+    assert weights is not None
+    x = mx.zeros((8, inputs), mx.bfloat16)
+    ran: list[tuple[str, int]] = []
+
+    def run(name: str, *given: Any, at: int) -> mx.array:
+        ran.append((name, given[at]))
+        return x
+
+    monkeypatch.setattr(packed, "tile_for", lambda x, weights: packed.TILES[0])
+    monkeypatch.setattr(matmul, "_takes", lambda x, weights: True)
+    monkeypatch.setattr(packed, "multiply", partial(run, "packed", at=3))
+    monkeypatch.setattr(matmul, "_run", partial(run, "product", at=2))
+    parts = multiply_in_parts(x, weights)
+    [(name, count)] = ran
+    assert (name == "packed", count) == (by_packed, parts.count)
+    assert (parts.count > 1) == (inputs > 256)
