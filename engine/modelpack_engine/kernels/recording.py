@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -32,6 +32,16 @@ _WRITE_ELSEWHERE: frozenset[Body] = frozenset({"write", "quantise", "rotate", "d
 _ALIGNMENT = 256
 
 
+class AddressesOf(Protocol):
+    """Tells where evaluated arrays are."""
+
+    def __call__(self, arrays: Sequence[mx.array], *, starts: bool = False) -> list[int]:
+        """Return the address at which a kernel reads each array; 0 for empty ones.
+
+        With `starts`, it is where the array itself starts, of which MLX may give a kernel a copy.
+        """
+
+
 class NotRecordedError(EngineError):
     """A step has operations other than our kernels."""
 
@@ -41,7 +51,8 @@ class Note:
     """A kernel that ran, with its arrays; `grid` counts threads.
 
     `flat` are the inputs as rows of numbers: the same memory, or a copy of what is not contiguous,
-    which MLX copies as well.
+    which MLX copies as well. A strided row of numbers stays one: its address is that of a copy
+    which MLX makes for a moment.
     """
 
     body: Body
@@ -185,7 +196,7 @@ class Recording:
 def compare(
     first: tuple[list[Note], Sequence[mx.array]],
     second: tuple[list[Note], Sequence[mx.array]],
-    addresses: Callable[[Sequence[mx.array]], list[int]],
+    addresses: AddressesOf,
 ) -> Recording:
     """Return the recording of a step that ran twice: its kernels, and the arrays that it returns.
 
@@ -200,6 +211,8 @@ def compare(
         found: list[int | Output] = []
         for number, name in enumerate(note.source.inputs):
             at = [traced.inputs[index][number] for traced in both]
+            if name not in _ORDER and (index, number) in both[1].strided:
+                raise NotRecordedError(f"{note.body} reads a copy of {name}")
             if name in _ORDER or at[0] == at[1]:
                 found.append(at[1])
                 continue
@@ -219,7 +232,7 @@ class _Traced:
         self,
         notes: list[Note],
         returned: Sequence[mx.array],
-        addresses: Callable[[Sequence[mx.array]], list[int]],
+        addresses: AddressesOf,
     ) -> None:
         self.notes = notes
         arrays = [array for note in notes for array in (*note.flat, *note.outputs)]
@@ -232,6 +245,19 @@ class _Traced:
                 start = next(found)
                 written.append((start, start + array.nbytes, Output(index, number)))
         self.returned = list(found)
+        rows = [
+            (index, number)
+            for index, note in enumerate(notes)
+            for number, array in enumerate(note.inputs)
+            if array.ndim == 1
+        ]
+        starts = addresses([notes[index].inputs[number] for index, number in rows], starts=True)
+        #: The inputs that MLX copies for a kernel.
+        self.strided = {
+            place
+            for place, start in zip(rows, starts, strict=True)
+            if start != self.inputs[place[0]][place[1]]
+        }
         self._written = sorted(written, key=lambda piece: piece[0])
         self._starts = [start for start, _, _ in self._written]
 

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 #: The most decode rows of a step, the most tokens of a draft, and the numbers that the memory holds
 #: at first.
-_MOST_ROWS, _MOST_DRAFTED, _FEWEST_NUMBERS = 1024, 64, 1 << 14
+_MOST_ROWS, _MOST_DRAFTED, _FEWEST_NUMBERS = 1024, 1024, 1 << 14
 #: At most two steps are in flight, one after the other.
 _PLACES = 4
 #: A shape is recorded when it comes for this time: recording takes longer than a few steps. If the
@@ -66,12 +66,12 @@ _UNWRITTEN = -3
 _FEWEST_STEPS, _STEPS_AT_FIRST, _NEWEST = 3, 16, 1 / 4
 
 
-def addresses(arrays: Sequence[mx.array]) -> list[int]:
-    """Return where evaluated arrays are on the GPU; 0 for empty ones."""
+def addresses(arrays: Sequence[mx.array], *, starts: bool = False) -> list[int]:
+    """Return where evaluated arrays are on the GPU, as `recording.AddressesOf` does."""
     unique = {id(array): array for array in arrays if array.size}
     found = {
         key: launch.run(
-            "address", [array.reshape(-1)], [("T", array.dtype)], [],
+            "address", [array[:1] if starts else array.reshape(-1)], [("T", array.dtype)], [],
             threads=1, group=32, shapes=[(4,)], dtypes=[mx.int32],
         )[0]
         for key, array in unique.items()
@@ -419,7 +419,8 @@ class Replays:
             self.driver.wait(place.event)
         except NotRecordedError as error:
             logger.info("steps of %s rows are not recorded: %s", shape.num_rows, error)
-            if 0 <= self._refused < _MOST_REFUSED and shape.num_rows <= _FEW_ROWS:
+            few = draft is None and shape.num_rows <= _FEW_ROWS
+            if few and 0 <= self._refused < _MOST_REFUSED:
                 self._refused += 1
                 if self._refused == _MOST_REFUSED:
                     self._give_up("no shape of few rows can be recorded")

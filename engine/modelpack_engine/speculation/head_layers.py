@@ -17,7 +17,7 @@ from modelpack_engine.attention.kv_pools import TokenMajorPools
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers import drafts, kernels
 from modelpack_engine.layers.add_norm import Sums
-from modelpack_engine.layers.kernels import Rotation, find_rotation, take_rows
+from modelpack_engine.layers.kernels import Rotation, find_rotation, take, take_rows
 from modelpack_engine.layers.matmul import embedded, multiply, multiply_in_parts
 from modelpack_engine.layers.weights import Weights, can_join, join, weights_of
 from modelpack_engine.models.eagle import EagleHead
@@ -79,7 +79,9 @@ class FusedLayer:
         packed = isinstance(embed, nn.QuantizedEmbedding)
         self._packed = weights_of(embed) if packed else None
         self._numbers = mx.arange(_MOST_ROWS, dtype=mx.int32)[:, None]
-        mx.eval(self._numbers)
+        self._odd = mx.arange(1, 2 * _MOST_ROWS, 2, dtype=mx.int32)
+        mx.eval(self._numbers, self._odd)
+        self._ends: dict[tuple[int, int], mx.array] = {}  # by shape: the last column's places
         self._heads, self._dtype = (config.num_heads, config.num_kv_heads), head.dtype
         self._normed_residual = config.norm_before_residual
         self._weights = layer.input_layernorm["weight"], layer.hidden_norm["weight"]
@@ -103,18 +105,32 @@ class FusedLayer:
         # Norms in float32 would make the model's states float32.
         hidden, table = hidden.astype(self._dtype), self._table
         if table is None:
-            last = ids[:, -1]
+            last = self._last_column(ids)
             rows = None if self._packed is None else embedded(last, self._packed)
             table = (self._embed(last) if rows is None else rows).astype(self._dtype)
             ids = self._numbers[: len(ids)]
         rows = drafts.norm_beside(table, ids, hidden, *self._weights, self._epsilon)
-        residual = rows[:, hidden.shape[1] :] if self._normed_residual else hidden
+        residual = hidden
+        if self._normed_residual:  # the second half of each row; a slice would be copied by MLX
+            count, dim = hidden.shape
+            residual = take_rows(rows.reshape(2 * count, dim), self._odd[:count])
         joint = multiply_in_parts(rows, self._heads_by)
         queries = kernels.rotate_and_write(
             joint.array, joint.count, self._dtype, pools, positions, slots, self._rotation,
             self._heads, None,
         )  # fmt: skip
         return residual, queries
+
+    def _last_column(self, ids: mx.array) -> mx.array:
+        """Return the last column of ids [n, columns] by a kernel; MLX would copy a slice."""
+        count, columns = ids.shape
+        if count == 1 or columns == 1:
+            return ids[:, -1]
+        if (count, columns) not in self._ends:
+            end = mx.array([row * columns + columns - 1 for row in range(count)], mx.int32)
+            mx.eval(end)
+            self._ends[count, columns] = end
+        return take(ids.reshape(-1), self._ends[count, columns])
 
     def take(self, carried: Carried, rows: mx.array) -> Carried:
         """Do as `HeadLayer.take`."""

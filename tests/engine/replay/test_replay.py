@@ -238,7 +238,7 @@ SCENARIOS: dict[str, Scenario] = {
 def driver(host: Host, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     found = FakeDriver(host)
     monkeypatch.setattr(replay, "find_driver", lambda: found)
-    monkeypatch.setattr(replay, "addresses", lambda arrays: [address_of(a) for a in arrays])
+    monkeypatch.setattr(replay, "addresses", lambda arrays, **_: [address_of(a) for a in arrays])
     monkeypatch.setattr(Replays, "_call", lambda self, *call: Call(*call))
     return found
 
