@@ -19,6 +19,7 @@ from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.runner.hidden_states import HiddenRows
+from modelpack_engine.runner.replay import ReplayedTokens
 from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.head_runner import DraftWithin
 from modelpack_engine.speculation.ngram import NgramProposer
@@ -130,15 +131,20 @@ class HeadWithLookup:
 
     def __init__(self, lookup: NgramProposer, head: HeadProposer, num_tokens: int) -> None:
         self._lookup, self.head = lookup, head
+        #: The head, if its drafts may run within the graphs of steps.
+        self._eagle = head if isinstance(head, EagleProposer) else None
         self._scores: dict[int, _Score] = {}  # by seq_id
         self._usual = _FIRST_SHARE * num_tokens  # how many tokens are right in all sequences
         self._times = StepTimes()
         self._batch = 1  # the sequences of the last step that go on
         self._drafted = False  # whether the last proposals have drafts
+        self._mixed: SchedulerOutput | None = None  # a step without proposals whose graph drafts
 
     def expects(self, sequences: Iterable[Sequence]) -> bool:
-        """Return whether any sequence has a match, or is drafted by the head."""
+        """Return whether any sequence has a match, or the head drafts or reads for it."""
         sequences = tuple(sequences)
+        if self._eagle is not None and self._eagle.is_behind(sequences):
+            return True
         if self._times.needs_plain_step(len(sequences)):
             return False
         drafting = [seq for seq in sequences if self._score(seq).pause == 0]
@@ -148,6 +154,7 @@ class HeadWithLookup:
         """Return the proposals of the method that does better in each sequence."""
         self._drafted = False
         if self._times.needs_plain_step(self._batch):
+            self._read(lengths)
             return {}
         least = self._times.least_accepted(self._batch)
         for sequence in lengths:
@@ -162,10 +169,9 @@ class HeadWithLookup:
                 continue
             if score.head < least and score.drafts >= _FEWEST_DRAFTS:
                 score.pause, score.head, score.drafts = _PAUSE, least, 0
-            if score.pause:
-                score.pause -= 1
-            else:
+            if not score.pause:
                 left[sequence] = most
+        self._read(sequence for sequence in lengths if sequence not in left)
         drafts = self.head.propose(left) if left else {}
         for sequence, tokens in drafts.items():
             self._score(sequence).drafted = tokens
@@ -193,11 +199,18 @@ class HeadWithLookup:
         Such a draft costs little, so there is one behind a lookup as well. While the head pauses,
         it only reads the step's rows.
         """
-        if not isinstance(self.head, EagleProposer):
+        if self._eagle is None:
             return None
         pauses = all(self._score(sequence).pause for sequence in output.decoding)
         plain = self._times.needs_plain_step(len(output.decoding))
-        return self.head.draft_within(output, batch, drafts=not (pauses or plain))
+        return self._eagle.draft_within(output, batch, drafts=not (pauses or plain))
+
+    def drafts(self, output: SchedulerOutput, within: DraftWithin, tokens: ReplayedTokens) -> None:
+        """Note that the draft of `draft_within` runs in the graph of these tokens."""
+        assert self._eagle is not None
+        self._eagle.drafts(output, within, tokens)
+        if within.key.num_tokens and not output.proposals:
+            self._mixed = output
 
     def _may_draft_behind(self, output: SchedulerOutput) -> bool:
         if output.prefill or not output.decoding:
@@ -207,8 +220,17 @@ class HeadWithLookup:
         return not (looked_up or paused or self._times.needs_plain_step(len(output.decoding)))
 
     def stepped(self, output: SchedulerOutput, seconds: float) -> None:
-        """Measure a step that took `seconds`, unless its proposals were lookups only."""
+        """Measure a step that took `seconds`, if either drafts or nothing were computed in it.
+
+        Lookups are not measured, nor are graphs that draft without a proposal to verify.
+        """
+        for sequence in output.decoding:
+            score = self._scores.get(sequence.seq_id)
+            if score is not None and score.pause:
+                score.pause -= 1
         self._batch = len(output.sampled) or 1
+        if output is self._mixed:
+            return
         drafts = bool(output.proposals)
         if output.decoding and drafts == self._drafted:
             measured = None if output.prefill else seconds
@@ -220,6 +242,10 @@ class HeadWithLookup:
             self._scores.pop(seq_id, None)
         self._lookup.release(seq_ids)
         self.head.release(seq_ids)
+
+    def _read(self, sequences: Iterable[Sequence]) -> None:
+        if self._eagle is not None:
+            self._eagle.read(sequences)
 
     def _score(self, sequence: Sequence) -> _Score:
         score = self._scores.get(sequence.seq_id)

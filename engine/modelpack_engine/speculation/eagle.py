@@ -43,6 +43,8 @@ from modelpack_engine.speculation.head_runner import (
 
 # The rows that the head computes at a time while it reads a prompt.
 _CHUNKS = (16, 64, 256)
+# After so many steps by MLX, no graph is expected: a few are needed until a shape is recorded.
+_STEPS_TO_GRAPH = 8
 
 
 class _Drafted(NamedTuple):
@@ -180,6 +182,7 @@ class EagleProposer:
         self._next: tuple[dict[int, Rows], mx.array] | None = None
         self._drafts: dict[int, _Followed] = {}  # by seq_id
         self._regions = list(range(max_sequences))  # that are free, as a heap
+        self._by_mlx = _STEPS_TO_GRAPH + 1  # decoding steps since the last graph that read rows
 
     def warm_up(self) -> None:
         """Compile the drafts of one sequence; those of several are compiled when they come."""
@@ -192,6 +195,8 @@ class EagleProposer:
     def record(self, output: SchedulerOutput, batch: StepBatch, hidden: HiddenRows) -> None:
         """Keep the hidden states of a step's rows; proposals may be rejected later."""
         self._next = None  # left by a step that was not launched
+        if output.decoding:
+            self._by_mlx += 1
         parts = recorded_rows(output, batch)
         if len(output.decoding) > self._max_sequences:
             parts = parts[len(output.decoding) :]
@@ -252,11 +257,12 @@ class EagleProposer:
 
     def drafts(self, output: SchedulerOutput, within: DraftWithin, tokens: ReplayedTokens) -> None:
         """Note that the draft of `draft_within` runs in the graph of these tokens."""
-        shape = within.key
+        shape, self._by_mlx = within.key, 0
         launched = _Replayed(tokens, 1 + shape.num_tokens) if shape.num_tokens else None
+        proposed = {each.sequence: len(each.token_ids) for each in output.proposals}
         for index, sequence in enumerate(output.decoding):
-            first = int(within.numbers[index * shape.rows])
-            self._drafts[sequence.seq_id].ahead = first, index, launched, shape.rows
+            first, count = int(within.numbers[index * shape.rows]), 1 + proposed.get(sequence, 0)
+            self._drafts[sequence.seq_id].ahead = first, index, launched, count
 
     def launch(self) -> None:
         """Launch the draft of `draft_behind`, behind the step that was launched."""
@@ -300,14 +306,10 @@ class EagleProposer:
                 read, drafted = launched.read(index)
                 if read == count:  # not after logits that are NaN
                     found[sequence] = drafted
+            elif self._next_step_drafts:
+                self._read(sequence, draft)
             elif (taken := draft.take(sequence.num_known_tokens)) is not None:
-                rows = self._catch_up(sequence, draft, *taken)
-                if self._next_step_drafts:
-                    ids = _next_tokens(sequence, rows.positions)
-                    self._runner.read(rows, ids, self._rows)
-                    draft.length += len(rows.positions)
-                else:
-                    going[sequence] = rows
+                going[sequence] = self._catch_up(sequence, draft, *taken)
         if going:
             after = [padded(_next_tokens(s, r.positions), self._rows) for s, r in going.items()]
             launched = _Launched(
@@ -325,10 +327,33 @@ class EagleProposer:
                 proposals[sequence] = token_ids[:count]
         return proposals
 
+    def is_behind(self, sequences: Iterable[Sequence]) -> bool:
+        """Return whether steps could be graphs if the head had read all rows: `read` does that."""
+        if self._by_mlx > _STEPS_TO_GRAPH:
+            return False
+        found = (self._drafts.get(sequence.seq_id) for sequence in sequences)
+        return any(draft is not None and draft.pending for draft in found)
+
+    def read(self, sequences: Iterable[Sequence]) -> None:
+        """Read the rows of these sequences, which do not draft now, if steps could be graphs."""
+        if self._by_mlx > _STEPS_TO_GRAPH:
+            return
+        for sequence in sequences:
+            draft = self._drafts.get(sequence.seq_id)
+            if draft is not None and draft.pending:
+                self._read(sequence, draft)
+
+    def _read(self, sequence: Sequence, draft: _Followed) -> None:
+        taken = draft.take(sequence.num_known_tokens)
+        if taken is not None:
+            rows = self._catch_up(sequence, draft, *taken)
+            self._runner.read(rows, _next_tokens(sequence, rows.positions), self._rows)
+            draft.length += len(rows.positions)
+
     @property
     def _next_step_drafts(self) -> bool:
         """Whether the graph of the next step will draft, before a draft by MLX would be there."""
-        return self._runner.within_graphs
+        return self._by_mlx == 0
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Drop the state of sequences that ended or were preempted."""

@@ -116,8 +116,7 @@ class Speculator:
     def drafts(self, output: SchedulerOutput, within: DraftWithin, tokens: ReplayedTokens) -> None:
         """Note that the draft of `draft_within` runs in the graph of these tokens."""
         assert isinstance(self._proposer, HeadWithLookup)
-        assert isinstance(self._proposer.head, EagleProposer)
-        self._proposer.head.drafts(output, within, tokens)
+        self._proposer.drafts(output, within, tokens)
 
     @property
     def most_rows(self) -> int:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -39,6 +40,7 @@ from modelpack_engine.runner.step import NextToken, StepResult
 from modelpack_engine.sampling import delivery
 from modelpack_engine.sampling.sampler import NO_TOKEN
 from modelpack_engine.speculation import acceptance, head_runner
+from modelpack_engine.speculation.acceptance import StepTimes
 from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.ngram import NgramProposer
 from modelpack_engine.speculation.speculator import Speculator
@@ -173,12 +175,16 @@ class KernelEngine(Engine):
         )  # fmt: skip
 
 
-def make_engine(head: EagleHead | None = None, *, layers: int = 1, **given: Any) -> KernelEngine:
+def make_engine(
+    head: EagleHead | None = None, *, layers: int = 1, packed: bool = False, **given: Any
+) -> KernelEngine:
     model = tiny_llama(
         num_hidden_layers=layers, hidden_size=64, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=256, vocab_size=VOCAB,
     )  # fmt: skip
     model.set_dtype(mx.bfloat16)
+    if packed:
+        nn.quantize(model, 32, 4, class_predicate=lambda _, module: type(module) is nn.Embedding)
     loaded = LoadedModel(model, {"vocab_size": VOCAB}, tiny_tokenizer(), "llama", 256, (), 0)
     config = EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=4, **given)
     return KernelEngine(loaded, config, draft=head)
@@ -330,26 +336,27 @@ def test_numbers_that_become_more(driver: FakeDriver, monkeypatch: pytest.Monkey
     assert driver.events == set()
 
 
-def drafting_engine() -> KernelEngine:
+def drafting_engine(*, packed: bool = False) -> KernelEngine:
     head = random_head(num_heads=2, num_kv_heads=1, head_dim=32)
     columns = mx.arange(head.config.draft_vocab_size)
     head.d2t = mx.array(REPEATED)[columns % len(REPEATED)] - columns
     return make_engine(
-        head, layers=2, draft_model="head", speculative_method="eagle3", num_speculative_tokens=4
+        head, layers=2, packed=packed, draft_model="head", speculative_method="eagle3",
+        num_speculative_tokens=4,
     )  # fmt: skip
 
 
 def one_by_one(engine: Engine) -> Tokens:
     found: Tokens = {}
     for prompt in PROMPTS:
-        add(engine, f"{prompt}", prompt, 32)
+        add(engine, f"{prompt}", prompt, 20)
         step(engine, found)
     return found
 
 
 def together(engine: Engine) -> Tokens:
     found: Tokens = {}
-    for prompt, num_tokens in zip(PROMPTS, (32, 24), strict=True):
+    for prompt, num_tokens in zip(PROMPTS, (20, 16), strict=True):
         add(engine, f"{prompt}", prompt, num_tokens)
         step(engine, found, 3)
     return step(engine, found)
@@ -366,7 +373,8 @@ def lookup(lengths: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
 class Drafting:
     """A scenario with a head, the rows of its graphs, and how many of them are launched at least.
 
-    With `as_mlx`, the head drafts after the same steps as without graphs.
+    With `as_mlx`, the head drafts after the same steps as without graphs. With `packed`, the
+    embeddings have 4 bits. A head `pauses` after two drafts.
     """
 
     scenario: Scenario
@@ -375,15 +383,27 @@ class Drafting:
     as_mlx: bool = True
     looks_up: bool = False
     plain_every: int = 1000
+    packed: bool = False
+    pauses: bool = False
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(Drafting(one_by_one, {4, 8}, 16), id="alone"),
-        pytest.param(Drafting(together, {16}, 12), id="together", marks=pytest.mark.long),
+        pytest.param(Drafting(one_by_one, {4, 8}, 14), id="alone"),
+        pytest.param(Drafting(together, {16}, 5), id="together", marks=pytest.mark.long),
         pytest.param(
-            Drafting(one_by_one, {8}, 16, looks_up=True), id="lookups", marks=pytest.mark.long
+            Drafting(together, {16}, 5, packed=True),
+            id="together, packed",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            Drafting(one_by_one, {4, 8}, 10, looks_up=True), id="lookups", marks=pytest.mark.long
+        ),
+        pytest.param(
+            Drafting(one_by_one, {1, 8}, 12, as_mlx=False, pauses=True),
+            id="a pause",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             Drafting(one_by_one, {1, 8}, 12, as_mlx=False, plain_every=3),
@@ -395,8 +415,8 @@ class Drafting:
 def test_a_head_drafts_within_the_graph(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, case: Drafting
 ) -> None:
-    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
-    monkeypatch.setattr(acceptance, "_LEAST_COST", -1.0)
+    least = 99.0 if case.pauses else -1.0
+    monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: least)
     monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
     monkeypatch.setattr(acceptance, "_PLAIN_EVERY", case.plain_every)
     looked_up = lookup if case.looks_up else lambda lengths: {}
@@ -405,6 +425,9 @@ def test_a_head_drafts_within_the_graph(
     monkeypatch.setattr(NgramProposer, "expected", lambda self, sequence: 99.0)
     if case.as_mlx:
         monkeypatch.setattr(EagleProposer, "_next_step_drafts", False)
+    if case.pauses:
+        monkeypatch.setattr(acceptance, "_FEWEST_DRAFTS", 2)
+        monkeypatch.setattr(acceptance, "_PAUSE", 10)
     if case.plain_every < 1000:
         monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 4)
     proposed: list[tuple[int, ...]] = []  # of the engine that runs
@@ -415,7 +438,8 @@ def test_a_head_drafts_within_the_graph(
         verified(self, proposal, *given, **more)
 
     monkeypatch.setattr(Speculator, "verified", noted)
-    monkeypatch.setattr(head_runner, "_FEWEST_TOKENS", 16)  # the pool grows
+    if case.as_mlx:
+        monkeypatch.setattr(head_runner, "_FEWEST_TOKENS", 16)  # the pool grows
     recorded: list[int] = []
     record = Replays._record
 
@@ -426,13 +450,13 @@ def test_a_head_drafts_within_the_graph(
     monkeypatch.setattr(Replays, "_record", counted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "find_driver", no_driver)
-        engine = drafting_engine()
+        engine = drafting_engine(packed=case.packed)
         wanted = case.scenario(engine)
     by_mlx = proposed.copy()
     accepted = engine.stats().accepted_tokens
-    assert 4 <= accepted < sum(map(len, by_mlx)) // 2
+    assert case.pauses or 1 <= accepted < sum(map(len, by_mlx)) // 2
     proposed.clear()
-    engine = drafting_engine()
+    engine = drafting_engine(packed=case.packed)
     assert engine._replays is not None
     assert case.scenario(engine) == wanted
     if case.as_mlx:
@@ -443,6 +467,24 @@ def test_a_head_drafts_within_the_graph(
     assert len(recorded) < 12, "for sizes of the pool and of tables, not for each sequence"
     engine.close()
     assert driver.graphs == {}
+
+
+@pytest.mark.long
+def test_steps_by_mlx_have_drafts_after_graphs_had_some(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
+    monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
+    monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
+    engine = drafting_engine()
+    add(engine, "one", PROMPTS[0], 16)
+    step(engine, {})
+    launches, proposals = driver.num_launches, engine.stats().num_proposals
+    assert launches > 4
+    add(engine, "two", PROMPTS[0], 16, logprobs=1)  # which MLX computes
+    step(engine, {})
+    assert driver.num_launches == launches
+    assert engine.stats().num_proposals - proposals > 4
 
 
 def test_a_wrong_index_is_found(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,3 +141,23 @@ def test_few_wrong_drafts_say_little() -> None:
         assert min(scored(right)[fewest - 1 :]) > 0.57
     assert scored([0] * 11)[-1] < 0.57
     assert scored([4] * 8, usual=0.5)[-1] > 2.5
+
+
+def test_a_pause_ends_after_some_steps() -> None:
+    """Steps count, proposed for or not: while a head pauses, the next step is built ahead."""
+    sequence: Any = SimpleNamespace(
+        seq_id=7, num_known_tokens=1, token_ids=lambda start, end: [0] * (end - start)
+    )
+    head: Any = SimpleNamespace(expects=lambda sequences: bool(list(sequences)))
+    lookup: Any = SimpleNamespace(expects=lambda sequences: False)
+    proposer = HeadWithLookup(lookup, head, 4)
+    output: Any = SimpleNamespace(decoding=(sequence,), sampled=(sequence,), proposals=())
+    output.prefill = ()
+    for _ in range(5):
+        proposer.stepped(output, 1.0)
+    assert proposer.expects([sequence])
+    proposer._score(sequence).pause = 3
+    for _ in range(3):
+        assert not proposer.expects([sequence])
+        proposer.stepped(output, 1.0)
+    assert proposer.expects([sequence])
