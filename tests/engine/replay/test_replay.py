@@ -387,28 +387,24 @@ class Drafting:
     pauses: bool = False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param(Drafting(one_by_one, {4, 8}, 14), id="alone"),
-        pytest.param(Drafting(together, {16}, 5), id="together", marks=pytest.mark.long),
+        pytest.param(Drafting(together, {16}, 5), id="together"),
         pytest.param(
             Drafting(together, {16}, 5, packed=True),
             id="together, packed",
-            marks=pytest.mark.long,
         ),
-        pytest.param(
-            Drafting(one_by_one, {4, 8}, 10, looks_up=True), id="lookups", marks=pytest.mark.long
-        ),
+        pytest.param(Drafting(one_by_one, {4, 8}, 10, looks_up=True), id="lookups"),
         pytest.param(
             Drafting(one_by_one, {1, 8}, 12, as_mlx=False, pauses=True),
             id="a pause",
-            marks=pytest.mark.long,
         ),
         pytest.param(
             Drafting(one_by_one, {1, 8}, 12, as_mlx=False, plain_every=3),
             id="pauses",
-            marks=pytest.mark.long,
         ),
     ],
 )
