@@ -45,6 +45,7 @@ from modelpack_engine.platform.driver import (
 )
 from modelpack_engine.runner.paged import Layout, PagedRunner
 from modelpack_engine.sampling import sampler
+from modelpack_engine.sampling.delivery import address_halves, deliver
 
 if TYPE_CHECKING:
     from modelpack_engine.sampling.sampler import Sampled
@@ -142,11 +143,10 @@ class _Memory:
         start = driver.allocate_host((self.size + _MOST_ROWS + _MOST_DRAFTED) * 4)
         of_tokens = start + self.size * 4
         of_draft = of_tokens + _MOST_ROWS * 4
-        halves = [[at & 0xFFFFFFFF, at >> 32, 0, 0] for at in (of_tokens, of_draft)]
         return _Place(
             _host_array(start, self.size), start, _host_array(of_tokens, _MOST_ROWS),
-            _host_array(of_draft, _MOST_DRAFTED), np.array(halves, np.uint32).view(np.int32),
-            driver.new_event(),
+            _host_array(of_draft, _MOST_DRAFTED),
+            np.stack([address_halves(of_tokens), address_halves(of_draft)]), driver.new_event(),
         )  # fmt: skip
 
 
@@ -456,13 +456,13 @@ class Replays:
                 tokens, next_ids = sampler.by_kernel(logits, numbers[ends[2] : ends[1]])
             else:
                 tokens, next_ids = sampler.greedy(logits)
-            _deliver(tokens, numbers[count - 8 : count - 4])
+            deliver(tokens, numbers[count - 8 : count - 4])
             if draft is not None:
                 hidden = self._runner.adapted.hidden
                 assert hidden is not None, "a model with a head records hidden states"
                 found = draft.trace(next_ids, numbers[ends[1] : ends[0]], hidden)
                 if found is not None:
-                    _deliver(found, numbers[count - 4 : count])
+                    deliver(found, numbers[count - 4 : count])
         return recorder.notes, [next_ids]
 
     def _made(self, recording: Recording) -> _Graph:
@@ -512,13 +512,6 @@ class Replays:
             note.shared_bytes,
             tuple(arguments),
         )
-
-
-def _deliver(numbers: mx.array, address: mx.array) -> None:
-    launch.run(
-        "deliver", [numbers, address], [], [],
-        threads=numbers.size, group=256, shapes=[(1,)], dtypes=[mx.int32],
-    )  # fmt: skip
 
 
 def make_replays(runner: object) -> Replays | None:

@@ -38,8 +38,7 @@ class Place:
     def at(cls, address: int) -> Place:
         """Return the place of `_MOST_TOKENS` tokens at an address."""
         memory = np.ctypeslib.as_array((ctypes.c_int32 * _MOST_TOKENS).from_address(address))
-        halves = np.array([address & 0xFFFFFFFF, address >> 32, 0, 0], np.uint32)
-        return cls(memory, mx.array(halves.view(np.int32)))
+        return cls(memory, mx.array(address_halves(address)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class Outbox:
             weakref.finalize(self, _unused.append, self._places)
         self._next = (self._next + 1) % len(self._places)
         place = self._places[self._next]
-        return Delivery(deliver(token_ids, place), place.memory[:count])
+        return Delivery(deliver(token_ids, place.address), place.memory[:count])
 
 
 #: The places of samplers that are gone; page-locked memory is never freed.
@@ -103,11 +102,16 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def deliver(token_ids: mx.array, place: Place) -> mx.array:
-    """Write int32 [rows] to a place; return an array that is computed afterwards."""
+def address_halves(address: int) -> NDArray[np.int32]:
+    """Return an address of the host as `deliver` reads it, int32 [4]."""
+    return np.array([address & 0xFFFFFFFF, address >> 32, 0, 0], np.uint32).view(np.int32)
+
+
+def deliver(numbers: mx.array, address: mx.array) -> mx.array:
+    """Write int32 [n] to an address; return an array that is computed afterwards."""
     (done,) = launch.run(
-        "deliver", [token_ids, place.address], [], [],
-        threads=token_ids.size, group=_THREADS, shapes=[(1,)], dtypes=[mx.int32],
+        "deliver", [numbers, address], [], [],
+        threads=numbers.size, group=_THREADS, shapes=[(1,)], dtypes=[mx.int32],
     )  # fmt: skip
     return done
 
@@ -120,7 +124,7 @@ def _compare() -> str | None:
     except OSError as error:
         return f"CUDA's driver is not found: {error}"
     wanted = np.arange(7, 7 + 3 * _THREADS + 5, dtype=np.int32)
-    mx.eval(deliver(mx.array(wanted) + 1, place))
+    mx.eval(deliver(mx.array(wanted) + 1, place.address))
     right = np.array_equal(place.memory[: len(wanted)], wanted + 1)
     _unused.append(places)
     return None if right else "the host reads other tokens than were written"

@@ -368,7 +368,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "tokens without a choice": lambda: sampler._mark(
         mx.zeros((3,), mx.int32), mx.zeros((3,), BF16)
     ),
-    "delivered tokens": lambda: delivery.deliver(mx.zeros((300,), mx.int32), PLACE),
+    "delivered tokens": lambda: delivery.deliver(mx.zeros((300,), mx.int32), PLACE.address),
     "addresses": lambda: replay.addresses([mx.zeros((4,), F16), mx.zeros((4,), mx.uint8)]),
     "taken numbers": lambda: kernels.take_rows(mx.zeros((5, 1), mx.int32), mx.array([3, 0])),
     "delta rule": lambda: delta_rule._compare(BF16),

@@ -26,7 +26,7 @@ ROWS = 8
 
 
 class Addresses:
-    """Gives each array an address of its own, and views of it as they are told."""
+    """Gives each array an address of its own; `view` gives a view an address in another array."""
 
     def __init__(self) -> None:
         self._next = count(1 << 20, 1 << 12)
