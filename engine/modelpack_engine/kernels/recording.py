@@ -51,8 +51,8 @@ class Note:
     """A kernel that ran, with its arrays; `grid` counts threads.
 
     `flat` are the inputs as rows of numbers: the same memory, or a copy of what is not contiguous,
-    which MLX copies as well. A strided row of numbers stays one: its address is that of a copy
-    which MLX makes for a moment.
+    which MLX copies as well. A strided row or column of numbers stays strided: its address is that
+    of a copy which MLX makes for a moment.
     """
 
     body: Body
@@ -245,17 +245,14 @@ class _Traced:
                 start = next(found)
                 written.append((start, start + array.nbytes, Output(index, number)))
         self.returned = list(found)
-        rows = [
-            (index, number)
-            for index, note in enumerate(notes)
-            for number, array in enumerate(note.inputs)
-            if array.ndim == 1
+        places = [
+            (index, number) for index, note in enumerate(notes) for number in range(len(note.flat))
         ]
-        starts = addresses([notes[index].inputs[number] for index, number in rows], starts=True)
+        starts = addresses([notes[index].flat[number] for index, number in places], starts=True)
         #: The inputs that MLX copies for a kernel.
         self.strided = {
             place
-            for place, start in zip(rows, starts, strict=True)
+            for place, start in zip(places, starts, strict=True)
             if start != self.inputs[place[0]][place[1]]
         }
         self._written = sorted(written, key=lambda piece: piece[0])

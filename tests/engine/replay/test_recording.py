@@ -89,9 +89,10 @@ def test_an_array_that_mlx_computes_is_refused() -> None:
         compare(step(at, between=True), step(at, between=True), at)
 
 
-def test_a_copy_of_a_strided_row_is_refused() -> None:
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_a_copy_of_a_strided_row_is_refused(shape: tuple[int, ...]) -> None:
     """Its memory is free after the kernel, and both times it may be at the same address."""
-    strided, at = mx.arange(12).reshape(4, 3)[:, 1], Addresses()
+    strided, at = mx.arange(12).reshape(4, 3)[:, 1].reshape(shape), Addresses()
     at.copied.add(id(strided))
     both = []
     for _ in range(2):
