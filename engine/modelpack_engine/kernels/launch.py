@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 
 import mlx.core as mx
 
@@ -28,9 +28,6 @@ from modelpack_engine.kernels.sources import (
     can_include,
     kernel_source,
 )
-
-if TYPE_CHECKING:
-    from functools import _lru_cache_wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -200,16 +197,22 @@ def random_keys(seed: int, count: int) -> list[mx.array]:
     return [mx.random.key(100 * seed + number) for number in range(count)]
 
 
-def verdict(compare: Callable[..., str | None]) -> _lru_cache_wrapper[str | None]:
-    """Return `compare`, which returns None or a problem of a kernel, with its results cached."""
+class Verdict:
+    """A comparison of a kernel with MLX, which returns None or a problem; cached by backend.
 
-    @cache
-    def compared(*args: Any, **kwargs: Any) -> str | None:
-        if backend() == "none":
-            return "there is no GPU"
-        return tried(compare, *args, **kwargs)
+    A process may run engines on its processor before others on its GPU.
+    """
 
-    return compared
+    def __init__(self, compare: Callable[..., str | None]) -> None:
+        self._found = cache(lambda on, *args, **kwargs: tried(compare, *args, **kwargs))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str | None:
+        on = backend()
+        return "there is no GPU" if on == "none" else self._found(on, *args, **kwargs)
+
+    def cache_clear(self) -> None:
+        """Forget what was found."""
+        self._found.cache_clear()
 
 
 def tried(compare: Callable[P, str | None], *args: P.args, **kwargs: P.kwargs) -> str | None:

@@ -227,5 +227,5 @@ def _compare(dtype: mx.Dtype) -> str | None:
 
 #: None if the kernels compute the same as MLX's functions for a type, otherwise the problem; and
 #: for the kernel on tensor cores.
-verdict = launch.verdict(_compare)
-wide_verdict = launch.verdict(lambda dtype: launch.difference(_products(dtype, wide=True), 5e-2))
+verdict = launch.Verdict(_compare)
+wide_verdict = launch.Verdict(lambda dtype: launch.difference(_products(dtype, wide=True), 5e-2))

@@ -531,6 +531,6 @@ def _compare_spans(dtype: mx.Dtype, kind: BlockType, tile: Tile, biased: bool) -
 
 #: None if a kernel computes as MLX's functions do, for types of floats and blocks, a number of
 #: rows, and with a bias or without; otherwise the problem.
-verdict, values_verdict = launch.verdict(_compare), launch.verdict(_compare_values)
-tiles_verdict, experts_verdict = launch.verdict(_compare_tiles), launch.verdict(_compare_experts)
-spans_verdict = launch.verdict(_compare_spans)
+verdict, values_verdict = launch.Verdict(_compare), launch.Verdict(_compare_values)
+tiles_verdict, experts_verdict = launch.Verdict(_compare_tiles), launch.Verdict(_compare_experts)
+spans_verdict = launch.Verdict(_compare_spans)

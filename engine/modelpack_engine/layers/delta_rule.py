@@ -293,9 +293,9 @@ def _tolerance(dtype: mx.Dtype) -> float:
 
 
 #: None if the kernel computes the rule correctly for a type, otherwise the problem.
-verdict = launch.verdict(_compare)
+verdict = launch.Verdict(_compare)
 #: The same of long segments on tensor cores, for a type and the sizes of keys and values.
-wide_verdict = launch.verdict(_compare_wide)
+wide_verdict = launch.Verdict(_compare_wide)
 
 
 def by_definition(

@@ -261,5 +261,5 @@ def _compare_normed(dtype: mx.Dtype, bits: int, group_size: int) -> str | None:
 
 #: None if the kernel multiplies as MLX does for a type, bits of a weight and size of a group of
 #: quantised ones, otherwise the problem; for linear layers, for experts, and with a norm before.
-verdict, experts_verdict = launch.verdict(_compare), launch.verdict(_compare_experts)
-normed_verdict = launch.verdict(_compare_normed)
+verdict, experts_verdict = launch.Verdict(_compare), launch.Verdict(_compare_experts)
+normed_verdict = launch.Verdict(_compare_normed)

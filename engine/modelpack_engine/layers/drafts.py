@@ -196,7 +196,7 @@ def _compare_beside(dtype: mx.Dtype) -> str | None:
 
 
 #: None if the kernel of `beside` is right for a type, otherwise the problem.
-beside_verdict = launch.verdict(_compare_beside)
+beside_verdict = launch.Verdict(_compare_beside)
 
 
 def _compare_places() -> str | None:
@@ -215,7 +215,7 @@ def _compare_places() -> str | None:
 
 
 #: None if the kernel of `accepted` is right, otherwise the problem.
-accepted_verdict = launch.verdict(_compare_places)
+accepted_verdict = launch.Verdict(_compare_places)
 
 
 def _compare_picked(dtype: mx.Dtype, vocab_size: int) -> str | None:
@@ -232,7 +232,7 @@ def _compare_picked(dtype: mx.Dtype, vocab_size: int) -> str | None:
 
 
 #: None if the kernel of `pick` is right for a type and number of logits, otherwise the problem.
-pick_verdict = launch.verdict(_compare_picked)
+pick_verdict = launch.Verdict(_compare_picked)
 
 
 def _compare_norms(dtype: mx.Dtype) -> str | None:
@@ -255,4 +255,4 @@ def _compare_norms(dtype: mx.Dtype) -> str | None:
 
 
 #: None if the kernel of `norm_beside` is right for a type, otherwise the problem.
-norm_verdict = launch.verdict(_compare_norms)
+norm_verdict = launch.Verdict(_compare_norms)

@@ -174,7 +174,7 @@ def _compare_routing(dtype: mx.Dtype) -> str | None:
 
 
 #: None if routing computes the same as MLX's functions for a type, otherwise the problem.
-verdict = launch.verdict(_compare_routing)
+verdict = launch.Verdict(_compare_routing)
 
 
 def _routed(logits: mx.array, routing: Routing, bias: mx.array | None) -> tuple[mx.array, mx.array]:
@@ -312,7 +312,7 @@ def _compare_matmul(dtype: mx.Dtype, bits: int, tile: int, swiglu: bool) -> str 
 #: None if our kernel multiplies as MLX does for a type, bits of a weight, tile size, and with or
 #: without SwiGLU; otherwise the problem. Each variant takes seconds to compile, so only those that
 #: a model uses are tested.
-matmul_verdict = launch.verdict(_compare_matmul)
+matmul_verdict = launch.Verdict(_compare_matmul)
 
 
 def _compare_wide(dtype: mx.Dtype, swiglu: bool) -> str | None:
@@ -320,4 +320,4 @@ def _compare_wide(dtype: mx.Dtype, swiglu: bool) -> str | None:
 
 
 #: The same for the kernel by warpgroups.
-wide_verdict = launch.verdict(_compare_wide)
+wide_verdict = launch.Verdict(_compare_wide)

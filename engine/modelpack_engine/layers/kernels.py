@@ -229,7 +229,7 @@ def take(numbers: mx.array, index: mx.array) -> mx.array:
     return take_rows(numbers[:, None], index)[:, 0]
 
 
-@launch.verdict
+@launch.Verdict
 def _takes_numbers(dtype: mx.Dtype) -> str | None:
     """Return why the kernel does not take numbers of `dtype`, or None."""
     taken = take_rows(mx.arange(5).astype(dtype)[:, None], mx.array([3, 0, 3], mx.int32))
@@ -313,4 +313,4 @@ def _rotated(dtype: mx.Dtype, key: mx.array, few: bool) -> dict[str, tuple[mx.ar
 
 
 #: None if the kernels compute the same as MLX's functions for a type, otherwise the problem.
-verdict = launch.verdict(_compare)
+verdict = launch.Verdict(_compare)

@@ -118,4 +118,4 @@ def _compare(dtype: mx.Dtype) -> str | None:
 
 
 #: None if the kernel computes the same as MLX's operations for a type, otherwise the problem.
-verdict = launch.verdict(_compare)
+verdict = launch.Verdict(_compare)

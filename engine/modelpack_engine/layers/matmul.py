@@ -251,4 +251,4 @@ def _compare(dtype: mx.Dtype, bits: int) -> str | None:
 
 #: None if our kernel multiplies as MLX does for a type and the bits of a weight, otherwise the
 #: problem.
-verdict = launch.verdict(_compare)
+verdict = launch.Verdict(_compare)

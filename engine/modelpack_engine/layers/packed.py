@@ -297,4 +297,4 @@ def _compare_row(dtype: mx.Dtype, group_size: int) -> str | None:
 
 #: None if our kernel multiplies as MLX does for a type, weights and a tile, otherwise the problem;
 #: and that of one row, for a type and a size of groups.
-verdict, row_verdict = launch.verdict(_compare), launch.verdict(_compare_row)
+verdict, row_verdict = launch.Verdict(_compare), launch.Verdict(_compare_row)

@@ -330,5 +330,5 @@ def _differences(
 
 #: None if the kernel computes the same as MLX's operations for a type, otherwise the problem; and
 #: for the kernel on tensor cores, for a type and the sizes of a head and its state.
-verdict = launch.verdict(_compare)
-wide_verdict = launch.verdict(_compare_wide)
+verdict = launch.Verdict(_compare)
+wide_verdict = launch.Verdict(_compare_wide)

@@ -131,4 +131,4 @@ def _compare() -> str | None:
 
 
 #: None if tokens arrive, otherwise the problem.
-verdict = launch.verdict(_compare)
+verdict = launch.Verdict(_compare)

@@ -244,7 +244,7 @@ def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
 
 #: None if the kernel draws the same tokens as MLX's functions for a type and vocabulary size,
 #: otherwise the problem. The first call for them compiles the kernel.
-verdict = launch.verdict(_compare)
+verdict = launch.Verdict(_compare)
 
 
 def greedy(batch_logits: mx.array) -> tuple[mx.array, mx.array]:
@@ -291,7 +291,7 @@ def _compare_greedy(dtype: mx.Dtype, vocab_size: int) -> str | None:
 
 
 #: None if the kernel chooses the same tokens as MLX's functions, otherwise the problem.
-greedy_verdict = launch.verdict(_compare_greedy)
+greedy_verdict = launch.Verdict(_compare_greedy)
 
 
 def _keys(draws: Draws, seqs: Sequence[SampleRow]) -> Keys:
@@ -585,7 +585,7 @@ def _mark(token_ids: mx.array, maxima: mx.array) -> tuple[mx.array, mx.array]:
     return usable, following
 
 
-@launch.verdict
+@launch.Verdict
 def _marks(dtype: mx.Dtype) -> str | None:
     """Return why the kernel does not mark rows for maxima of `dtype`, or None."""
     maxima = mx.array([1.0, -mx.inf, mx.nan, mx.inf, -2.5], dtype)
