@@ -47,6 +47,7 @@ from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest
 from modelpack_engine.runner.adapters import AdapterSet
 from modelpack_engine.runner.base_engine import BaseEngine
+from modelpack_engine.runner.continued import continued
 from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_engine.runner.kv_cache_size import (
     Sizes,
@@ -361,8 +362,35 @@ class Engine(BaseEngine):
             return
         decoding = self._scheduler.decoding()
         if self._in_flight.output.proposals or self._speculator.worth_waiting(decoding):
-            self._emit(self._collect())
+            result = self._collect()
+            if result is not None:
+                self._launch_ahead(result)
+            self._emit(result)
             self._clock.ended("wait")
+
+    def _launch_ahead(self, result: StepResult) -> None:
+        """Launch the step that is expected after one that verified proposals, whose draft is read.
+
+        It computes while the host emits tokens and schedules.
+        """
+        assert self._in_flight is not None
+        last, output = self._in_flight.sampled, result.output
+        if (
+            self._replays is None or self._speculator is None
+            or not isinstance(last, ReplayedTokens) or output.decode or not output.proposals
+            or self._outputs.has_masks or not self._scheduler.has_only(output.decoding)
+        ):  # fmt: skip
+            return
+        drafts = self._speculator.next_drafts(output.decoding)
+        if drafts is None:
+            return
+        tokens = [[token.token_id for token in row] for row in result.tokens]
+        sequences = continued(output.proposals, tokens, drafts, self._blocks)
+        if sequences is not None:
+            rows = [row for each in sequences for row in each.sample_rows()]
+            settings = self._sampler.settings(rows, last.num_rows)
+            if settings is not None:
+                self._replays.launch_ahead(last, sequences, settings)
 
     def _schedule(self) -> ScheduledStep | None:
         """Schedule the next step and build its graph; return None if there is nothing to run."""
@@ -372,6 +400,8 @@ class Engine(BaseEngine):
         if self.vision is not None:
             self.vision.encoder.begin_step()
         output = self._scheduled(proposed)
+        if self._replays is not None and (output is None or output.prefill):
+            self._replays.drop_ahead()
         if self.vision is not None:
             for sequence, error in self.vision.encoder.take_failures():
                 self._outputs.fail(sequence, str(error), error.param)
@@ -427,6 +457,7 @@ class Engine(BaseEngine):
                 self._speculator.drafts(output, draft, replayed)
             if replayed is not None:
                 return ScheduledStep(output, batch, replayed, None, None, staging_step)
+            self._replays.drop_ahead()
             if last is not None and isinstance(last.sampled, ReplayedTokens):
                 last.sampled.read()  # MLX does not wait for it
         token_ids = row_token_ids(batch, last.sampled if last else None, staging)

@@ -490,6 +490,10 @@ class Scheduler:
         """Return the sequences that would decode in the next step, as known now."""
         return [seq for seq in self._running if not seq.is_prefill and not seq.is_full]
 
+    def has_only(self, sequences: Iterable[Sequence]) -> bool:
+        """Return whether the sequences run in this order, and no other one runs or waits."""
+        return not self._waiting and self._running == list(sequences)
+
     def schedule(self, proposed: Proposed | None = None) -> SchedulerOutput | None:
         """Return the next step, or None if nothing can be computed before `collect` is called.
 

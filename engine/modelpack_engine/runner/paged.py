@@ -137,6 +137,10 @@ class CompiledSteps:
         #: The graph's row for each row of the last batch; None if they are the same.
         self.places: NDArray[np.int32] | None = None
 
+    @property
+    def block_size(self) -> int:
+        return self._step.block_size
+
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
 

@@ -43,6 +43,7 @@ from modelpack_engine.platform.driver import (
     pointer_bytes,
     shape_bytes,
 )
+from modelpack_engine.runner.continued import Continued, move_rows
 from modelpack_engine.runner.paged import Layout, PagedRunner
 from modelpack_engine.sampling import sampler
 from modelpack_engine.sampling.delivery import address_halves, deliver
@@ -65,6 +66,8 @@ _UNWRITTEN = -3
 #: Graphs run in rows of at least so many steps that only decode: after the last one, MLX builds the
 #: next step while the GPU waits. So many are expected at first; each such row has a weight in that.
 _FEWEST_STEPS, _STEPS_AT_FIRST, _NEWEST = 3, 16, 1 / 4
+#: The last numbers of a step: the addresses of its tokens and of its draft.
+_NUM_HALVES = 8
 
 
 def addresses(arrays: Sequence[mx.array], *, starts: bool = False) -> list[int]:
@@ -100,6 +103,9 @@ class DraftBehind(Protocol):
     @property
     def num_found(self) -> int:
         """How many integers the host reads."""
+
+    def move(self, numbers: NDArray[np.int32], sequences: Sequence[Continued]) -> None:
+        """Change `numbers` to those of the draft behind the next step, if all go on in it."""
 
     def trace(self, ids: mx.array, numbers: mx.array, hidden: mx.array) -> mx.array | None:
         """Compute the draft; return int32 [num_found], or None if that is 0.
@@ -180,12 +186,22 @@ class ReplayedTokens:
     """The tokens of a step that runs as a graph; like `Sampled`, which MLX computes."""
 
     replays: Replays
+    shape: _Shape
     graph: _Graph
+    draft: DraftBehind | None
     place: _Place
     num_numbers: int
-    num_rows: int
     is_launched: bool = False
     logprobs: None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape.num_rows
+
+    @property
+    def numbers(self) -> NDArray[np.int32]:
+        """What the graph reads, without the addresses to which it writes."""
+        return self.place.numbers[: self.num_numbers - _NUM_HALVES]
 
     def launch(self) -> None:
         """Launch the step, unless it ran when it was recorded. Raises `DriverError`."""
@@ -202,12 +218,10 @@ class ReplayedTokens:
         return found
 
     def drafted(self) -> list[int]:
-        """Wait for what the draft behind the step returns; more numbers may follow.
-
-        Raises `DriverError`.
-        """
+        """Wait for what the draft behind the step returns. Raises `DriverError`."""
         self.replays.wait(self.place)
-        found: list[int] = self.place.drafted.tolist()
+        num_found = 0 if self.draft is None else self.draft.num_found
+        found: list[int] = self.place.drafted[:num_found].tolist()
         return found
 
     @property
@@ -242,6 +256,9 @@ class Replays:
         self.follow_mlx = True
         self._steps = 0  # of decode rows, since the last other step
         self._usual_steps: float = _STEPS_AT_FIRST
+        self._ahead: ReplayedTokens | None = None  # launched before it is scheduled
+        #: The steps that were launched ahead, and those of them that were not scheduled then.
+        self.num_ahead = self.num_missed = 0
 
     def pays(self, *, decodes: bool) -> bool:
         """Count a step, which may be a graph if it `decodes`; return whether it should be one."""
@@ -298,11 +315,65 @@ class Replays:
             return None
         is_new = graph is None
         if graph is None:
+            self.drop_ahead()
             graph = self._graphs[shape] = self._record(shape, place, count, draft)
             if graph is None:
                 return None
         adapted.finish(batch)
-        return ReplayedTokens(self, graph, place, count, shape.num_rows, is_launched=is_new)
+        found = ReplayedTokens(self, shape, graph, draft, place, count, is_launched=is_new)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return found
+        if ahead.graph is graph and np.array_equal(ahead.numbers, found.numbers):
+            return ahead
+        self.num_missed += 1  # this step runs behind it
+        return found
+
+    def launch_ahead(
+        self, last: ReplayedTokens, sequences: Sequence[Continued], settings: NDArray[np.int32]
+    ) -> None:
+        """Launch the step that is expected after `last`, whose tokens are read.
+
+        `sequences` are all those of `last`, which has a draft, and `settings` are the next ones for
+        `step`, which returns this step only if it is called for the same numbers. If it is not, or
+        returns None, call `drop_ahead` before MLX runs anything. A step that was not right has
+        written keys and values behind its sequences' tokens, where nothing reads them. Raises
+        `DriverError`.
+        """
+        shape, graph, draft = last.shape, last.graph, last.draft
+        if (
+            self.gave_up or self.follow_mlx or self._graphs.get(shape) is not graph
+            or last.place not in self._memories[-1].places
+            or draft is None or draft.generation != self._generation
+        ):  # fmt: skip
+            return
+        numbers = last.place.numbers[: last.num_numbers].copy()
+        columns, of_draws, of_draft = _ends(shape, last.num_numbers, draft)
+        if settings.size != of_draws - columns:
+            return
+        block_size = self._compiled.block_size
+        if not move_rows(numbers[:columns], shape.layout, block_size, sequences):
+            return
+        numbers[columns:of_draws] = settings.ravel()
+        draft.move(numbers[of_draws:of_draft], sequences)
+        ids = numbers[of_draft : of_draft + shape.num_rows]
+        for each in sequences:
+            ids[each.row : each.row + len(each.token_ids)] = each.token_ids
+        place = self._next_place()
+        numbers[-_NUM_HALVES:] = place.addresses.ravel()
+        place.numbers[: len(numbers)] = numbers
+        ahead = ReplayedTokens(self, shape, graph, draft, place, len(numbers))
+        ahead.launch()
+        ahead.is_launched = True
+        self._ahead = ahead
+        self.num_ahead += 1
+
+    def drop_ahead(self) -> None:
+        """Wait for the step that was launched ahead, if there is one. Raises `DriverError`."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self.num_missed += 1
+            self.wait(ahead.place)
 
     def launch(self, step: ReplayedTokens) -> None:
         """Launch a step behind the one before. Raises `DriverError`."""
@@ -331,6 +402,7 @@ class Replays:
 
     def forget(self) -> None:
         """Wait for all steps, and drop all graphs: the pools may move."""
+        self._ahead = None
         graphs = [graph for graph in self._graphs.values() if graph is not None]
         self._graphs = {shape: None for shape, graph in self._graphs.items() if graph is None}
         self._seen.clear()
@@ -367,7 +439,7 @@ class Replays:
         known ids of the rows, the index in the memory of each row's id, and the place's addresses.
         """
         length = sum(map(len, columns))
-        count = length + 2 * rows + 8
+        count = length + 2 * rows + _NUM_HALVES
         memory = self._memory_of(count)
         ids = np.array(batch.token_ids, np.int32)
         index = np.arange(rows, dtype=np.int32) + (_MOST_ROWS + length)
@@ -377,11 +449,14 @@ class Replays:
         elif previous is not None:
             tokens = np.maximum(np.array(previous.read(), np.int32), 0)
             ids[pairs[:, 0]] = tokens[pairs[:, 1]]
-        self._next = (self._next + 1) % _PLACES
-        place = memory.places[self._next]
+        place = self._next_place()
         parts = [*columns, ids, index, place.addresses.ravel()]
         np.concatenate(parts, out=place.numbers[:count])
         return place, count
+
+    def _next_place(self) -> _Place:
+        self._next = (self._next + 1) % _PLACES
+        return self._memories[-1].places[self._next]
 
     def _memory_of(self, count: int) -> _Memory:
         """Return the memory, which has room for `count` numbers."""
@@ -442,25 +517,23 @@ class Replays:
         memory, rows = self._memories[-1].array, shape.num_rows
         numbers = memory[_MOST_ROWS : _MOST_ROWS + count]
         mx.eval(numbers)
-        ends = [count - 2 * rows - 8]  # of a draft's numbers, of the settings, and of the columns
-        ends.append(ends[0] - (0 if draft is None else len(draft.numbers)))
-        ends.append(ends[1] - (6 * rows if shape.draws else 0))
-        index = numbers[ends[0] + rows : count - 8]
+        columns, of_draws, of_draft = _ends(shape, count, draft)
+        index = numbers[of_draft + rows : count - _NUM_HALVES]
         with recorded() as recorder:
             token_ids = take(memory, index)
-            logits = self._compiled.trace(shape.layout, token_ids, numbers[: ends[2]])
+            logits = self._compiled.trace(shape.layout, token_ids, numbers[:columns])
             verdict = sampler.verdict if shape.draws else sampler.greedy_verdict
             if (problem := verdict(logits.dtype, logits.shape[-1])) is not None:
                 raise NotRecordedError(problem)
             if shape.draws:
-                tokens, next_ids = sampler.by_kernel(logits, numbers[ends[2] : ends[1]])
+                tokens, next_ids = sampler.by_kernel(logits, numbers[columns:of_draws])
             else:
                 tokens, next_ids = sampler.greedy(logits)
             deliver(tokens, numbers[count - 8 : count - 4])
             if draft is not None:
                 hidden = self._runner.adapted.hidden
                 assert hidden is not None, "a model with a head records hidden states"
-                found = draft.trace(next_ids, numbers[ends[1] : ends[0]], hidden)
+                found = draft.trace(next_ids, numbers[of_draws:of_draft], hidden)
                 if found is not None:
                     deliver(found, numbers[count - 4 : count])
         return recorder.notes, [next_ids]
@@ -512,6 +585,13 @@ class Replays:
             note.shared_bytes,
             tuple(arguments),
         )
+
+
+def _ends(shape: _Shape, count: int, draft: DraftBehind | None) -> tuple[int, int, int]:
+    """Return where the columns, the settings of draws and a draft's numbers end, of `count`."""
+    of_draft = count - 2 * shape.num_rows - _NUM_HALVES
+    of_draws = of_draft - (0 if draft is None else len(draft.numbers))
+    return of_draws - (6 * shape.num_rows if shape.draws else 0), of_draws, of_draft
 
 
 def make_replays(runner: object) -> Replays | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from itertools import takewhile
 from statistics import median
@@ -211,6 +212,18 @@ class HeadWithLookup:
         self._eagle.drafts(output, within, tokens)
         if within.key.num_tokens and not output.proposals:
             self._mixed = output
+
+    def next_drafts(self, sequences: Tokens[Sequence]) -> list[list[int]] | None:
+        """Return the drafts that are likely to be the next proposals of all these sequences.
+
+        Their step ran as a graph. None if lookups or no proposals are likely.
+        """
+        if self._eagle is None or self._times.needs_plain_step(len(sequences)):
+            return None
+        scores = [self._score(sequence) for sequence in sequences]
+        if any(score.pause or not score.drafted for score in scores):
+            return None
+        return self._eagle.next_drafts(sequences)
 
     def _may_draft_behind(self, output: SchedulerOutput) -> bool:
         if output.prefill or not output.decoding:

@@ -84,11 +84,13 @@ class _Replayed:
 
     def __init__(self, tokens: ReplayedTokens, width: int) -> None:
         self._tokens, self._width = tokens, width
+        self._found: list[int] = []
 
     def read(self, index: int) -> tuple[int, _Drafted]:
         """Wait for the draft; return the number of rows that it read and what it drafted."""
+        self._found = self._found or self._tokens.drafted()
         first = index * self._width
-        count, *token_ids = self._tokens.drafted()[first : first + self._width]
+        count, *token_ids = self._found[first : first + self._width]
         return count, _Drafted(token_ids, [])
 
 
@@ -263,6 +265,22 @@ class EagleProposer:
         for index, sequence in enumerate(output.decoding):
             first, count = int(within.numbers[index * shape.rows]), 1 + proposed.get(sequence, 0)
             self._drafts[sequence.seq_id].ahead = first, index, launched, count
+
+    def next_drafts(self, sequences: Iterable[Sequence]) -> list[list[int]] | None:
+        """Return what `propose` will return for each sequence whose step has graphs' drafts.
+
+        None if one of them has none.
+        """
+        found = []
+        for sequence in sequences:
+            draft = self._drafts.get(sequence.seq_id)
+            if draft is None or draft.ahead is None:
+                return None
+            _, index, launched, _ = draft.ahead
+            if not isinstance(launched, _Replayed):
+                return None
+            found.append(launched.read(index)[1].token_ids)
+        return found
 
     def launch(self) -> None:
         """Launch the draft of `draft_behind`, behind the step that was launched."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from modelpack_engine.layers.drafts import DraftShape, accepted, pick
 from modelpack_engine.layers.kernels import take, take_rows
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
+from modelpack_engine.runner.continued import Continued
 from modelpack_engine.sampling.delivery import Delivery, Outbox
 from modelpack_engine.speculation.head_layers import Embed, head_layer
 
@@ -300,6 +302,21 @@ class DraftWithin:
         """The integers that the host reads; none if rows are only read."""
         shape = self.key
         return shape.sequences * (1 + shape.num_tokens) if shape.num_tokens else 0
+
+    def move(self, numbers: NDArray[np.int32], sequences: Several[Continued]) -> None:
+        """Change `numbers` to those of the draft behind the next step, if all go on in it."""
+        shape = self.key
+        positions, slots, proposed = numbers[: 3 * shape.sequences * shape.rows].reshape(
+            3, shape.sequences, shape.rows
+        )
+        end = len(numbers) - (0 if shape.sequences == 1 else shape.sequences * shape.rows)
+        lengths = numbers[end - shape.sequences : end]
+        for index, each in enumerate(sequences):
+            count = len(each.token_ids)
+            positions[index, :count] += each.shift
+            slots[index] += each.shift
+            proposed[index, : count - 1] = each.token_ids[1:]
+            lengths[index] += each.shift
 
     def trace(self, ids: mx.array, numbers: mx.array, hidden: mx.array) -> mx.array | None:
         """Compute the draft by single kernels."""

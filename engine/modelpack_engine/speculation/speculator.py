@@ -118,6 +118,12 @@ class Speculator:
         assert isinstance(self._proposer, HeadWithLookup)
         self._proposer.drafts(output, within, tokens)
 
+    def next_drafts(self, sequences: Tokens[Sequence]) -> list[list[int]] | None:
+        """Return the likely proposals after a graph that verifies proposals of these sequences."""
+        if not (isinstance(self._proposer, HeadWithLookup) and self._may(sequences)):
+            return None
+        return self._proposer.next_drafts(sequences)
+
     @property
     def most_rows(self) -> int:
         """The most decode rows that a step with proposals has."""

@@ -346,10 +346,10 @@ def drafting_engine(*, packed: bool = False) -> KernelEngine:
     )  # fmt: skip
 
 
-def one_by_one(engine: Engine) -> Tokens:
+def one_by_one(engine: Engine, **params: Any) -> Tokens:
     found: Tokens = {}
     for prompt in PROMPTS:
-        add(engine, f"{prompt}", prompt, 20)
+        add(engine, f"{prompt}", prompt, 20, **params)
         step(engine, found)
     return found
 
@@ -373,13 +373,16 @@ def lookup(lengths: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
 class Drafting:
     """A scenario with a head, the rows of its graphs, and how many of them are launched at least.
 
-    With `as_mlx`, the head drafts after the same steps as without graphs. With `packed`, the
-    embeddings have 4 bits. A head `pauses` after two drafts.
+    At least so many are launched `ahead`; with `misses`, other steps follow some of them. With
+    `as_mlx`, the head drafts after the same steps as without graphs. With `packed`, the embeddings
+    have 4 bits. A head `pauses` after two drafts.
     """
 
     scenario: Scenario
     rows: set[int]
     launches: int
+    ahead: int
+    misses: bool = False
     as_mlx: bool = True
     looks_up: bool = False
     plain_every: int = 1000
@@ -391,20 +394,21 @@ class Drafting:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(Drafting(one_by_one, {4, 8}, 14), id="alone"),
-        pytest.param(Drafting(together, {16}, 5), id="together"),
+        pytest.param(Drafting(one_by_one, {4, 8}, 14, 13), id="alone"),
         pytest.param(
-            Drafting(together, {16}, 5, packed=True),
-            id="together, packed",
-        ),
-        pytest.param(Drafting(one_by_one, {4, 8}, 10, looks_up=True), id="lookups"),
-        pytest.param(
-            Drafting(one_by_one, {1, 8}, 12, as_mlx=False, pauses=True),
-            id="a pause",
+            Drafting(partial(one_by_one, temperature=0.05, seed=1), {4, 8}, 14, 13), id="drawn"
         ),
         pytest.param(
-            Drafting(one_by_one, {1, 8}, 12, as_mlx=False, plain_every=3),
-            id="pauses",
+            Drafting(partial(one_by_one, stop=["\\"]), {8}, 10, 9, True), id="a stop string"
+        ),
+        pytest.param(Drafting(together, {16}, 5, 4), id="together"),
+        pytest.param(Drafting(together, {16}, 5, 7, packed=True), id="together, packed"),
+        pytest.param(Drafting(one_by_one, {4, 8}, 10, 10, True, looks_up=True), id="lookups"),
+        pytest.param(
+            Drafting(one_by_one, {1, 8}, 12, 2, True, as_mlx=False, pauses=True), id="a pause"
+        ),
+        pytest.param(
+            Drafting(one_by_one, {1, 8}, 12, 5, True, as_mlx=False, plain_every=3), id="pauses"
         ),
     ],
 )
@@ -459,6 +463,8 @@ def test_a_head_drafts_within_the_graph(
         assert proposed == by_mlx
         assert engine.stats().accepted_tokens == accepted
     assert driver.num_launches >= case.launches
+    assert engine._replays.num_ahead >= case.ahead
+    assert bool(engine._replays.num_missed) == case.misses
     assert set(recorded) == case.rows, "a row, the tokens of a proposal, and padding"
     assert len(recorded) < 12, "for sizes of the pool and of tables, not for each sequence"
     engine.close()
@@ -481,6 +487,26 @@ def test_steps_by_mlx_have_drafts_after_graphs_had_some(
     step(engine, {})
     assert driver.num_launches == launches
     assert engine.stats().num_proposals - proposals > 4
+
+
+@pytest.mark.long
+def test_a_launch_ahead_that_fails(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
+    monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
+    monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
+    engine = drafting_engine()
+    replays = engine._replays
+    assert replays is not None
+    add(engine, "one", PROMPTS[0], 20)
+    while not replays.num_ahead:
+        step(engine, {}, 1)
+    driver.fails = True
+    with pytest.raises(DriverError, match="cuGraphLaunch"):
+        engine.step()
+    assert [event.error for event in engine.fail_all("it failed")] == ["it failed"]
+    assert driver.graphs == {}
+    add(engine, "two", PROMPTS[0], 12)
+    assert len(step(engine, {})["two"]) == 12, "MLX runs all steps from now on"
 
 
 def test_a_wrong_index_is_found(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,108 @@
+"""Continuations: the step that is expected after one that verifies proposals.
+
+A head's draft is with the host as soon as the tokens are, and mostly the next step verifies it: the
+same sequences, further on. Its numbers follow from those of the step before, in a fraction of the
+time in which the host schedules a step and lays it out. So `Replays` launches what is expected, and
+compares it with the step that is scheduled meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.scheduler import Proposal
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.runner.paged import Layout
+from modelpack_engine.sampling.sampler import SampleRow
+
+
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """A sequence of a step that verifies proposals, in the step that is expected next.
+
+    `token_ids` are its newest token and the proposed ones, in as many rows from `row` on in both
+    steps. Its positions move by `shift`.
+    """
+
+    sequence: Sequence
+    row: int
+    shift: int
+    token_ids: list[int]
+
+    def sample_rows(self) -> list[SampleRow]:
+        """Return the rows that sample the tokens after each of `token_ids`."""
+        num_prompt = len(self.sequence.prompt_token_ids)
+        first = len(self.sequence.output_token_ids) + self.shift
+        return [
+            SampleRow(self.sequence.seq_id, num_prompt + num_output, num_output)
+            for num_output in range(first, first + len(self.token_ids))
+        ]
+
+
+def continued(
+    proposals: Several[Proposal],
+    tokens: Several[list[int]],
+    drafts: Several[list[int]],
+    blocks: BlockManager,
+) -> list[Continued] | None:
+    """Return the sequences of a step, all of which have `proposals`, as they may go on.
+
+    Their `tokens` are read but not emitted, and `drafts` are the next proposals, for which they get
+    blocks. None if the next step will be another one: a sequence ends, its proposal has another
+    length, or blocks are lacking.
+    """
+    found, row, missing = [], 0, 0
+    for proposal, token_ids, drafted in zip(proposals, tokens, drafts, strict=True):
+        sequence, params = proposal.sequence, proposal.sequence.params
+        eos = () if params.ignore_eos else sequence.eos_token_ids
+        num_tokens = sequence.num_known_tokens + len(token_ids) + len(drafted)
+        if (
+            sequence.is_finished
+            or not token_ids
+            or any(i < 0 or i in eos or i in params.stop_token_ids for i in token_ids)
+            or len(drafted) != len(proposal.token_ids)
+            or num_tokens >= sequence.max_num_tokens
+        ):
+            return None
+        missing += max(0, blocks.blocks_for(num_tokens) - len(sequence.block_table))
+        found.append(Continued(sequence, row, len(token_ids), [token_ids[-1], *drafted]))
+        row += 1 + len(drafted)
+    # Without room for all, one sequence's proposal could take the block of another one's token.
+    if missing and not blocks.can_allocate(missing):
+        return None
+    for each in found:
+        num_tokens = each.sequence.num_known_tokens + each.shift + len(each.token_ids) - 1
+        if not blocks.grow(each.sequence, num_tokens):
+            return None
+    return found
+
+
+def move_rows(
+    numbers: NDArray[np.int32], layout: Layout, block_size: int, sequences: Several[Continued]
+) -> bool:
+    """Change the columns of a layout's decode rows to those of the step after it.
+
+    Returns False if the step has another layout.
+    """
+    if layout != Layout(layout.rows, layout.rows, layout.width, 0, 1, None):
+        return False  # windows, segments, adapters or rotations of pictures
+    positions, lengths, slots = numbers[: 3 * layout.rows].reshape(3, layout.rows)
+    tables = numbers[3 * layout.rows : (3 + layout.width) * layout.rows]
+    tables = tables.reshape(layout.rows, layout.width)
+    for each in sequences:
+        rows = slice(each.row, each.row + len(each.token_ids))
+        positions[rows] += each.shift
+        lengths[rows] += each.shift
+        ends = positions[rows] // block_size  # index of each row's last block
+        if ends[-1] >= layout.width:
+            return False
+        blocks = np.array(each.sequence.block_table[: int(ends[-1]) + 1], np.int32)
+        slots[rows] = blocks[ends] * block_size + positions[rows] % block_size
+        for row, end in enumerate(ends.tolist(), each.row):
+            tables[row, : end + 1] = blocks[: end + 1]
+    return True
