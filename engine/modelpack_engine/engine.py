@@ -378,7 +378,7 @@ class Engine(BaseEngine):
         if (
             self._replays is None or self._speculator is None
             or not isinstance(last, ReplayedTokens) or output.decode or not output.proposals
-            or self._outputs.has_masks or not self._scheduler.has_only(output.decoding)
+            or not self._scheduler.has_only(output.decoding)
         ):  # fmt: skip
             return
         drafts = self._speculator.next_drafts(output.decoding)

@@ -39,7 +39,7 @@ class Continued:
         num_prompt = len(self.sequence.prompt_token_ids)
         first = len(self.sequence.output_token_ids) + self.shift
         return [
-            SampleRow(self.sequence.seq_id, num_prompt + num_output, num_output)
+            SampleRow(self.sequence.seq_id, num_prompt + num_output, num_output, None, ())
             for num_output in range(first, first + len(self.token_ids))
         ]
 
@@ -54,8 +54,10 @@ def continued(
 
     Their `tokens` are read but not emitted, and `drafts` are the next proposals, for which they get
     blocks. None if the next step will be another one: a sequence ends, its proposal has another
-    length, or blocks are lacking.
+    length, blocks are lacking, or tables lose their first blocks.
     """
+    if blocks.releases_blocks:
+        return None
     found, row, missing = [], 0, 0
     for proposal, token_ids, drafted in zip(proposals, tokens, drafts, strict=True):
         sequence, params = proposal.sequence, proposal.sequence.params

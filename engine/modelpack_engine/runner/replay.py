@@ -104,8 +104,11 @@ class DraftBehind(Protocol):
     def num_found(self) -> int:
         """How many integers the host reads."""
 
-    def move(self, numbers: NDArray[np.int32], sequences: Sequence[Continued]) -> None:
-        """Change `numbers` to those of the draft behind the next step, if all go on in it."""
+    def move(self, numbers: NDArray[np.int32], sequences: Sequence[Continued]) -> bool:
+        """Change `numbers` to those of the draft behind the next step, if all go on in it.
+
+        Returns False if that draft has another key, or no room yet.
+        """
 
     def trace(self, ids: mx.array, numbers: mx.array, hidden: mx.array) -> mx.array | None:
         """Compute the draft; return int32 [num_found], or None if that is 0.
@@ -337,8 +340,7 @@ class Replays:
         `sequences` are all those of `last`, which has a draft, and `settings` are the next ones for
         `step`, which returns this step only if it is called for the same numbers. If it is not, or
         returns None, call `drop_ahead` before MLX runs anything. A step that was not right has
-        written keys and values behind its sequences' tokens, where nothing reads them. Raises
-        `DriverError`.
+        written keys and values behind its sequences' tokens, where nothing reads them.
         """
         shape, graph, draft = last.shape, last.graph, last.draft
         if (
@@ -355,7 +357,8 @@ class Replays:
         if not move_rows(numbers[:columns], shape.layout, block_size, sequences):
             return
         numbers[columns:of_draws] = settings.ravel()
-        draft.move(numbers[of_draws:of_draft], sequences)
+        if not draft.move(numbers[of_draws:of_draft], sequences):
+            return
         ids = numbers[of_draft : of_draft + shape.num_rows]
         for each in sequences:
             ids[each.row : each.row + len(each.token_ids)] = each.token_ids
@@ -363,7 +366,10 @@ class Replays:
         numbers[-_NUM_HALVES:] = place.addresses.ravel()
         place.numbers[: len(numbers)] = numbers
         ahead = ReplayedTokens(self, shape, graph, draft, place, len(numbers))
-        ahead.launch()
+        try:
+            ahead.launch()
+        except DriverError:
+            return  # MLX runs all steps from now on
         ahead.is_launched = True
         self._ahead = ahead
         self.num_ahead += 1
@@ -402,6 +408,7 @@ class Replays:
 
     def forget(self) -> None:
         """Wait for all steps, and drop all graphs: the pools may move."""
+        self.num_missed += self._ahead is not None
         self._ahead = None
         graphs = [graph for graph in self._graphs.values() if graph is not None]
         self._graphs = {shape: None for shape, graph in self._graphs.items() if graph is None}

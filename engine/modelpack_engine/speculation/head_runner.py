@@ -303,20 +303,20 @@ class DraftWithin:
         shape = self.key
         return shape.sequences * (1 + shape.num_tokens) if shape.num_tokens else 0
 
-    def move(self, numbers: NDArray[np.int32], sequences: Several[Continued]) -> None:
-        """Change `numbers` to those of the draft behind the next step, if all go on in it."""
+    def move(self, numbers: NDArray[np.int32], sequences: Several[Continued]) -> bool:
+        """Do as `replay.DraftBehind.move`."""
         shape = self.key
-        positions, slots, proposed = numbers[: 3 * shape.sequences * shape.rows].reshape(
-            3, shape.sequences, shape.rows
-        )
-        end = len(numbers) - (0 if shape.sequences == 1 else shape.sequences * shape.rows)
+        count = shape.sequences * shape.rows
+        positions, slots, proposed = numbers[: 3 * count].reshape(3, shape.sequences, shape.rows)
+        end = len(numbers) - (0 if shape.sequences == 1 else count)
         lengths = numbers[end - shape.sequences : end]
         for index, each in enumerate(sequences):
-            count = len(each.token_ids)
-            positions[index, :count] += each.shift
+            known = len(each.token_ids)
+            positions[index, :known] += each.shift
             slots[index] += each.shift
-            proposed[index, : count - 1] = each.token_ids[1:]
+            proposed[index, : known - 1] = each.token_ids[1:]
             lengths[index] += each.shift
+        return int(lengths.max()) + shape.rows + shape.num_tokens <= shape.width * _BLOCK
 
     def trace(self, ids: mx.array, numbers: mx.array, hidden: mx.array) -> mx.array | None:
         """Compute the draft by single kernels."""

@@ -100,3 +100,10 @@ def test_rows_follow_each_other() -> None:
         (0, 1, [11, 21, 22, 23]),
         (4, 3, [16, 31, 32]),
     ]
+
+
+def test_tables_that_lose_blocks() -> None:
+    """The tables that were read would have blocks that are released with the tokens."""
+    blocks = BlockManager(20, SIZE, window=8)
+    made = sequence(Case(), blocks)
+    assert continued([Proposal(made, (11, 12, 13))], [[11]], [[21, 22, 23]], blocks) is None
