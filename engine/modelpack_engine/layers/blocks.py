@@ -288,12 +288,14 @@ def values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.array:
     return run_values(weight, kind, dtype)
 
 
-@cache
 def _has_tensor_cores() -> bool:
     """Return whether the GPU has the instructions of the kernel `block_tiles`."""
-    if launch.backend() != "cuda":
-        return False
-    return int(mx.device_info()["compute_capability_major"]) >= 9
+    return launch.backend() == "cuda" and _compute_capability() >= 9
+
+
+@cache
+def _compute_capability() -> int:
+    return int(mx.device_info()["compute_capability_major"])
 
 
 def computed_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.array:

@@ -150,11 +150,15 @@ class Prefetcher:
         self._works = False
 
 
-@cache
 def _prefetcher() -> Prefetcher | None:
     """Return the prefetcher; None without CUDA, where memory is not moved."""
     if not mx.cuda.is_available() or mx.default_device().type != mx.DeviceType.gpu:
         return None
+    return _loaded_prefetcher()
+
+
+@cache
+def _loaded_prefetcher() -> Prefetcher | None:
     try:
         return Prefetcher(ctypes.CDLL("libcuda.so.1"))
     except (OSError, AttributeError) as error:

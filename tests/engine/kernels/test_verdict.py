@@ -6,6 +6,7 @@ import pytest
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.kernels.sources import Backend
+from modelpack_engine.layers import blocks
 
 
 def test_a_verdict_is_that_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +32,11 @@ def test_a_verdict_is_that_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> No
     verdict.cache_clear()
     assert verdict(8) == "8 is wrong on cuda"
     assert compared == [4, 8, 8, 8]
+
+
+def test_tensor_cores_are_those_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_compute_capability", lambda: 9)
+    monkeypatch.setattr(launch, "backend", lambda: "none")
+    assert not blocks._has_tensor_cores()
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    assert blocks._has_tensor_cores()

@@ -139,6 +139,16 @@ def test_staged_memory_is_used_again_and_does_not_grow_without_end() -> None:
 
 
 def test_without_cuda_arrays_are_as_they_were_made() -> None:
-    device._prefetcher.cache_clear()
     assert device._prefetcher() is None
     assert Staging().put(np.arange(3, dtype=np.int32)).tolist() == [0, 1, 2]
+
+
+def test_an_engine_on_the_gpu_may_follow_one_on_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = Prefetcher(driver([]))
+    monkeypatch.setattr(device, "_loaded_prefetcher", lambda: loaded)
+    assert device._prefetcher() is None
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    assert device._prefetcher() is loaded
