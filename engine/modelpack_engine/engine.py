@@ -369,9 +369,9 @@ class Engine(BaseEngine):
             self._clock.ended("wait")
 
     def _launch_ahead(self, result: StepResult) -> None:
-        """Launch the step that is expected after one that verified proposals, whose draft is read.
+        """Launch the step expected after one that verified proposals, before it is scheduled.
 
-        It computes while the host emits tokens and schedules.
+        The device computes it while the host emits tokens and schedules.
         """
         assert self._in_flight is not None
         last, output = self._in_flight.sampled, result.output
@@ -400,7 +400,7 @@ class Engine(BaseEngine):
         if self.vision is not None:
             self.vision.encoder.begin_step()
         output = self._scheduled(proposed)
-        if self._replays is not None and (output is None or output.prefill):
+        if self._replays is not None and output is None:
             self._replays.drop_ahead()
         if self.vision is not None:
             for sequence, error in self.vision.encoder.take_failures():

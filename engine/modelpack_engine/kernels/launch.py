@@ -198,9 +198,9 @@ def random_keys(seed: int, count: int) -> list[mx.array]:
 
 
 class Verdict:
-    """A comparison of a kernel with MLX, which returns None or a problem; cached by backend.
+    """Compares a kernel with MLX: None if it is right, otherwise the problem.
 
-    A process may run engines on its processor before others on its GPU.
+    Results are cached by backend: a process may run an engine on the CPU before one on the GPU.
     """
 
     def __init__(self, compare: Callable[..., str | None]) -> None:

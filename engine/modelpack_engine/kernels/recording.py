@@ -206,12 +206,13 @@ def compare(
     notes, others = both[1].notes, both[0].notes
     if [note.source.name for note in notes] != [note.source.name for note in others]:
         raise NotRecordedError("the step runs other kernels each time")
+    strided = both[1].strided(addresses)
     reads: list[list[int | Output]] = []
     for index, note in enumerate(notes):
         found: list[int | Output] = []
         for number, name in enumerate(note.source.inputs):
             at = [traced.inputs[index][number] for traced in both]
-            if name not in _ORDER and (index, number) in both[1].strided:
+            if name not in _ORDER and (index, number) in strided:
                 raise NotRecordedError(f"{note.body} reads a copy of {name}")
             if name in _ORDER or at[0] == at[1]:
                 found.append(at[1])
@@ -245,18 +246,22 @@ class _Traced:
                 start = next(found)
                 written.append((start, start + array.nbytes, Output(index, number)))
         self.returned = list(found)
-        places = [
-            (index, number) for index, note in enumerate(notes) for number in range(len(note.flat))
-        ]
-        starts = addresses([notes[index].flat[number] for index, number in places], starts=True)
-        #: The inputs that MLX copies for a kernel.
-        self.strided = {
-            place
-            for place, start in zip(places, starts, strict=True)
-            if start != self.inputs[place[0]][place[1]]
-        }
         self._written = sorted(written, key=lambda piece: piece[0])
         self._starts = [start for start, _, _ in self._written]
+
+    def strided(self, addresses: AddressesOf) -> set[tuple[int, int]]:
+        """Return the inputs that MLX copies for a kernel, each with the number of its kernel."""
+        flat = {
+            (index, number): array
+            for index, note in enumerate(self.notes)
+            for number, array in enumerate(note.flat)
+        }
+        starts = addresses(list(flat.values()), starts=True)
+        return {
+            (index, number)
+            for (index, number), start in zip(flat, starts, strict=True)
+            if start != self.inputs[index][number]
+        }
 
     def output(self, address: int, before: int) -> Output | None:
         """Return the output that an address is in, of a kernel before number `before`."""

@@ -1,9 +1,9 @@
 """Continuations: the step that is expected after one that verifies proposals.
 
-A head's draft is with the host as soon as the tokens are, and mostly the next step verifies it: the
-same sequences, further on. Its numbers follow from those of the step before, in a fraction of the
-time in which the host schedules a step and lays it out. So `Replays` launches what is expected, and
-compares it with the step that is scheduled meanwhile.
+The host reads a head's draft together with the tokens, and the next step usually verifies it for
+the same sequences. `move_rows` derives the numbers of that step from the numbers of the step
+before, in a fraction of the time that the host takes to schedule a step and to lay it out. So
+`Replays` launches the expected step first, and compares it with the scheduled one afterwards.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ class Continued:
     """A sequence of a step that verifies proposals, in the step that is expected next.
 
     `token_ids` are its newest token and the proposed ones, in as many rows from `row` on in both
-    steps. Its positions move by `shift`.
+    steps. Its positions move by `shift`, the number of tokens that the host has read and not
+    emitted.
     """
 
     sequence: Sequence
     row: int
     shift: int
     token_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens for which the expected step needs slots."""
+        return self.sequence.num_known_tokens + self.shift + len(self.token_ids) - 1
 
     def sample_rows(self) -> list[SampleRow]:
         """Return the rows that sample the tokens after each of `token_ids`."""
@@ -50,46 +56,47 @@ def continued(
     drafts: Several[list[int]],
     blocks: BlockManager,
 ) -> list[Continued] | None:
-    """Return the sequences of a step, all of which have `proposals`, as they may go on.
+    """Return the sequences of a step in the expected next one, and allocate their blocks.
 
-    Their `tokens` are read but not emitted, and `drafts` are the next proposals, for which they get
-    blocks. None if the next step will be another one: a sequence ends, its proposal has another
-    length, blocks are lacking, or tables lose their first blocks.
+    The step verifies one of `proposals` for each sequence. The host has read its `tokens` and not
+    emitted them, and `drafts` are the next proposals. None if the next step will be another one: a
+    sequence ends, its proposal has another length, blocks are lacking, or tables lose their first
+    blocks.
     """
     if blocks.releases_blocks:
         return None
-    found, row, missing = [], 0, 0
+    found, row = [], 0
     for proposal, token_ids, drafted in zip(proposals, tokens, drafts, strict=True):
         sequence, params = proposal.sequence, proposal.sequence.params
         eos = () if params.ignore_eos else sequence.eos_token_ids
-        num_tokens = sequence.num_known_tokens + len(token_ids) + len(drafted)
         if (
             sequence.is_finished
             or not token_ids
             or any(i < 0 or i in eos or i in params.stop_token_ids for i in token_ids)
             or len(drafted) != len(proposal.token_ids)
-            or num_tokens >= sequence.max_num_tokens
         ):
             return None
-        missing += max(0, blocks.blocks_for(num_tokens) - len(sequence.block_table))
         found.append(Continued(sequence, row, len(token_ids), [token_ids[-1], *drafted]))
         row += 1 + len(drafted)
-    # Without room for all, one sequence's proposal could take the block of another one's token.
-    if missing and not blocks.can_allocate(missing):
+    if any(each.num_tokens >= each.sequence.max_num_tokens for each in found):
         return None
-    for each in found:
-        num_tokens = each.sequence.num_known_tokens + each.shift + len(each.token_ids) - 1
-        if not blocks.grow(each.sequence, num_tokens):
-            return None
-    return found
+    missing = sum(
+        max(0, blocks.blocks_for(each.num_tokens) - len(each.sequence.block_table))
+        for each in found
+    )
+    # Without room for all, one sequence's proposal could take the block of another one's token.
+    if not blocks.can_allocate(missing):
+        return None
+    grown = all(blocks.grow(each.sequence, each.num_tokens) for each in found)
+    return found if grown else None
 
 
 def move_rows(
     numbers: NDArray[np.int32], layout: Layout, block_size: int, sequences: Several[Continued]
 ) -> bool:
-    """Change the columns of a layout's decode rows to those of the step after it.
+    """Change the columns of a step of decode rows to those of the expected next step.
 
-    Returns False if the step has another layout.
+    Return False if that step has another layout.
     """
     if layout != Layout(layout.rows, layout.rows, layout.width, 0, 1, None):
         return False  # windows, segments, adapters or rotations of pictures

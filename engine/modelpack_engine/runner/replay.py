@@ -222,9 +222,9 @@ class ReplayedTokens:
 
     def drafted(self) -> list[int]:
         """Wait for what the draft behind the step returns. Raises `DriverError`."""
+        assert self.draft is not None, "the step has no draft"
         self.replays.wait(self.place)
-        num_found = 0 if self.draft is None else self.draft.num_found
-        found: list[int] = self.place.drafted[:num_found].tolist()
+        found: list[int] = self.place.drafted[: self.draft.num_found].tolist()
         return found
 
     @property
@@ -260,7 +260,7 @@ class Replays:
         self._steps = 0  # of decode rows, since the last other step
         self._usual_steps: float = _STEPS_AT_FIRST
         self._ahead: ReplayedTokens | None = None  # launched before it is scheduled
-        #: The steps that were launched ahead, and those of them that were not scheduled then.
+        #: The number of steps launched ahead, and of those that were dropped.
         self.num_ahead = self.num_missed = 0
 
     def pays(self, *, decodes: bool) -> bool:
@@ -329,18 +329,19 @@ class Replays:
             return found
         if ahead.graph is graph and np.array_equal(ahead.numbers, found.numbers):
             return ahead
-        self.num_missed += 1  # this step runs behind it
+        self.num_missed += 1  # `found` runs behind it
         return found
 
     def launch_ahead(
         self, last: ReplayedTokens, sequences: Sequence[Continued], settings: NDArray[np.int32]
     ) -> None:
-        """Launch the step that is expected after `last`, whose tokens are read.
+        """Launch the step expected after `last`, before the scheduler schedules it.
 
-        `sequences` are all those of `last`, which has a draft, and `settings` are the next ones for
-        `step`, which returns this step only if it is called for the same numbers. If it is not, or
-        returns None, call `drop_ahead` before MLX runs anything. A step that was not right has
-        written keys and values behind its sequences' tokens, where nothing reads them.
+        The host has read the tokens of `last`, which has a draft. `sequences` are all sequences of
+        `last`, and `settings` those of `Sampler.settings` for the expected step. `step` returns
+        the expected step if the scheduled one has the same numbers. Otherwise, call `drop_ahead`
+        before MLX runs anything. A step that is dropped has written keys and values behind the
+        tokens of its sequences, where nothing reads them.
         """
         shape, graph, draft = last.shape, last.graph, last.draft
         if (
@@ -526,6 +527,7 @@ class Replays:
         mx.eval(numbers)
         columns, of_draws, of_draft = _ends(shape, count, draft)
         index = numbers[of_draft + rows : count - _NUM_HALVES]
+        middle = count - _NUM_HALVES // 2  # the address of the tokens is before that of the draft
         with recorded() as recorder:
             token_ids = take(memory, index)
             logits = self._compiled.trace(shape.layout, token_ids, numbers[:columns])
@@ -536,13 +538,13 @@ class Replays:
                 tokens, next_ids = sampler.by_kernel(logits, numbers[columns:of_draws])
             else:
                 tokens, next_ids = sampler.greedy(logits)
-            deliver(tokens, numbers[count - 8 : count - 4])
+            deliver(tokens, numbers[count - _NUM_HALVES : middle])
             if draft is not None:
                 hidden = self._runner.adapted.hidden
                 assert hidden is not None, "a model with a head records hidden states"
                 found = draft.trace(next_ids, numbers[of_draws:of_draft], hidden)
                 if found is not None:
-                    deliver(found, numbers[count - 4 : count])
+                    deliver(found, numbers[middle:count])
         return recorder.notes, [next_ids]
 
     def _made(self, recording: Recording) -> _Graph:

@@ -214,9 +214,9 @@ class HeadWithLookup:
             self._mixed = output
 
     def next_drafts(self, sequences: Tokens[Sequence]) -> list[list[int]] | None:
-        """Return the drafts that are likely to be the next proposals of all these sequences.
+        """Return the likely next proposal of each sequence, drafted in the graph of its last step.
 
-        Their step ran as a graph. None if lookups or no proposals are likely.
+        None if a lookup, or no proposal, is more likely.
         """
         if self._eagle is None or self._times.needs_plain_step(len(sequences)):
             return None

@@ -267,9 +267,9 @@ class EagleProposer:
             self._drafts[sequence.seq_id].ahead = first, index, launched, count
 
     def next_drafts(self, sequences: Iterable[Sequence]) -> list[list[int]] | None:
-        """Return what `propose` will return for each sequence whose step has graphs' drafts.
+        """Return the next proposal of each sequence, drafted in the graph of its last step.
 
-        None if one of them has none.
+        None if the graph drafted none for one of them.
         """
         found = []
         for sequence in sequences:

@@ -119,7 +119,7 @@ class Speculator:
         self._proposer.drafts(output, within, tokens)
 
     def next_drafts(self, sequences: Tokens[Sequence]) -> list[list[int]] | None:
-        """Return the likely proposals after a graph that verifies proposals of these sequences."""
+        """Do as `HeadWithLookup.next_drafts`; None without a head."""
         if not (isinstance(self._proposer, HeadWithLookup) and self._may(sequences)):
             return None
         return self._proposer.next_drafts(sequences)
