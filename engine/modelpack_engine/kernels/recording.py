@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
@@ -28,8 +28,10 @@ from modelpack_engine.kernels.sources import Body, KernelSource
 #: Inputs that only order kernels: their contents are not read.
 _ORDER = frozenset({"previous", "written"})
 #: Kernels that write into their inputs' memory, or the host's, so that no output says so.
-_WRITE_ELSEWHERE: frozenset[Body] = frozenset({"write", "quantise", "rotate", "deliver"})
+_WRITE_ELSEWHERE: frozenset[str] = frozenset({"write", "quantise", "rotate", "deliver"})
 _ALIGNMENT = 256
+#: A matmul by MLX, of which there is no kernel of ours: x [rows, in] times weight [out, in].
+MATMUL = KernelSource("matmul", "", "", ("x", "weight"), ("out",))
 
 
 class AddressesOf(Protocol):
@@ -48,14 +50,14 @@ class NotRecordedError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A kernel that ran, with its arrays; `grid` counts threads.
+    """A kernel or a matmul by MLX that ran, with its arrays; `grid` counts threads.
 
     `flat` are the inputs as rows of numbers: the same memory, or a copy of what is not contiguous,
     which MLX copies as well. A strided row or column of numbers stays strided: its address is that
     of a copy which MLX makes for a moment.
     """
 
-    body: Body
+    body: Body | Literal["matmul"]
     source: KernelSource
     template: Template
     inputs: list[mx.array]
@@ -118,6 +120,15 @@ class Recorder:
             Note(body, source, template, given, flat, outputs, grid, threadgroup, shared_bytes)
         )
         return outputs
+
+    def multiply(self, x: mx.array, weight: mx.array) -> mx.array:
+        """Return x [rows, in] times weight [out, in], transposed, by MLX."""
+        given = [x, weight]
+        mx.eval(given)
+        flat, out = [array.reshape(-1) for array in given], x @ weight.T
+        mx.eval(flat, out)
+        self.notes.append(Note("matmul", MATMUL, [], given, flat, [out], (1, 1, 1), (1, 1, 1), 0))
+        return out
 
 
 _active: ContextVar[Recorder | None] = ContextVar("recorder", default=None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from modelpack_engine.kernels import launch
+from modelpack_engine.kernels import launch, recording
 from modelpack_engine.layers import blocks, dots, kernels, packed
 from modelpack_engine.layers.weights import Weights, random_weights
 
@@ -112,13 +112,17 @@ def swiglu(x: mx.array, weights: Weights) -> mx.array:
 def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     """Multiply by MLX's functions; the bias of quantised weights is not added."""
     weight, bits = weights.weight, weights.bits
+    recorder = recording.active()
     if bits is None:
+        if recorder is not None and weights.bias is None:
+            return recorder.multiply(x, weight)
         transposed = weight.T if weights.transposed is None else weights.transposed
         return x @ transposed if weights.bias is None else mx.addmm(weights.bias, x, transposed)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
     if biases is not None and x.shape[0] > FEW_ROWS and is_affine(weights, x.dtype):
-        return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
+        whole = kernels.dequantise(weight, scales, biases, group_size, bits)
+        return x @ whole.T if recorder is None else recorder.multiply(x, whole)
     return mx.quantized_matmul(
         x, weight, scales, biases,
         transpose=True, group_size=group_size, bits=bits, mode=weights.mode,

@@ -7,7 +7,7 @@ libcuda.so.1, https://docs.nvidia.com/cuda/cuda-driver-api.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -128,14 +128,20 @@ class Driver:
             self._shared[found] = shared_bytes
         return found
 
-    def make_graph(self, calls: Iterable[KernelCall], stream: int) -> int:
-        """Return a graph that runs the calls one after the other; `stream` must be idle."""
+    def make_graph(self, calls: Iterable[KernelCall | Callable[[int], None]], stream: int) -> int:
+        """Return a graph that runs the calls one after the other; `stream` must be idle.
+
+        Functions launch what they do on the stream that they are called with.
+        """
         self._call("cuStreamBeginCapture_v2", stream, _RELAXED)
         graph = _POINTER()
         try:
             try:
                 for call in calls:
-                    self._launch(call, stream)
+                    if isinstance(call, KernelCall):
+                        self._launch(call, stream)
+                    else:
+                        call(stream)
             finally:
                 self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
             made = self._made("cuGraphInstantiateWithFlags", graph, 0)

@@ -128,7 +128,15 @@ class Host:
         assert done.returncode == 0, done.stderr[:2000]
 
     def run_at(self, note: Note, reads: Sequence[int], writes: Sequence[int]) -> None:
-        """Run a recorded kernel on arrays at these addresses."""
+        """Run a recorded kernel, or a matmul, on arrays at these addresses."""
+        if note.body == "matmul":
+            x, weight = (
+                mx.array(view_at(address, array)).view(array.dtype).reshape(array.shape)
+                for address, array in zip(reads, note.inputs, strict=True)
+            )
+            product = x @ weight.T
+            view_at(writes[0], product)[:] = memory(product)
+            return
         body, source = note.body, note.source
         types = tuple((n, C_TYPES[v]) for n, v in note.template if isinstance(v, mx.Dtype))
         constants = tuple((n, v) for n, v in note.template if isinstance(v, int))

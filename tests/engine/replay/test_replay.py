@@ -653,6 +653,19 @@ def test_graphs_are_dropped_before_blocks_are_zeroed(
     assert len(zeroed) == 1
 
 
+def test_matmuls_by_mlx_are_recorded(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "multiply", matmul._by_mlx)
+    monkeypatch.setattr(fused_layers, "multiply", matmul._by_mlx)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "find_driver", no_driver)
+        wanted = SCENARIOS["batches"](make_engine())
+    engine = make_engine()
+    assert SCENARIOS["batches"](engine) == wanted
+    assert driver.num_launches == 7
+    bodies = {call.note.body for calls in driver.graphs.values() for call in calls}
+    assert {"matmul", "greedy"} <= bodies
+
+
 def test_a_step_that_mlx_computes_in_part_is_not_recorded(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,155 @@
+"""cuBLAS: matmuls of steps that run as graphs, as MLX computes them (cuBLASLt).
+
+MLX multiplies more rows than our kernels do by the same library, with the algorithm that it
+proposes first, so that both have the same results. The functions are those of
+https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from modelpack_engine.platform.driver import DriverError
+
+Type = Literal["float16", "bfloat16"]
+
+_TYPES: Mapping[Type, int] = {"float16": 2, "bfloat16": 14}  # CUDA_R_16F, CUDA_R_16BF
+_FLOAT32, _COMPUTE_FLOAT32 = 0, 68  # CUDA_R_32F, CUBLAS_COMPUTE_32F
+_TRANSPOSED = 1  # CUBLAS_OP_T
+_OF_A, _MOST_WORKSPACE = (
+    3,
+    1,
+)  # CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+#: What the documentation of `cublasSetWorkspace` recommends for Hopper and later GPUs.
+WORKSPACE_BYTES = 32 << 20
+_LIBRARIES = ("libcublasLt.so.13", "libcublasLt.so.12")
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "cublasLtCreate": (_POINTER,),
+    "cublasLtMatmulPreferenceCreate": (_POINTER,),
+    "cublasLtMatmulPreferenceSetAttribute": (_POINTER, _INT, _POINTER, _SIZE),
+    "cublasLtMatmulDescCreate": (_POINTER, _INT, _INT),
+    "cublasLtMatmulDescSetAttribute": (_POINTER, _INT, _POINTER, _SIZE),
+    "cublasLtMatrixLayoutCreate": (
+        _POINTER, _INT, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64,
+    ),
+    "cublasLtMatmulAlgoGetHeuristic": (*(_POINTER,) * 7, _INT, _POINTER, _POINTER),
+    "cublasLtMatmul": (*(_POINTER,) * 14, _SIZE, _POINTER),
+}  # fmt: skip
+
+
+class _Choice(ctypes.Structure):
+    """A `cublasLtMatmulHeuristicResult_t`."""
+
+    _fields_ = (
+        ("algorithm", ctypes.c_uint64 * 8), ("workspace_bytes", _SIZE), ("state", _INT),
+        ("waves", ctypes.c_float), ("reserved", _INT * 4),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a matmul: [rows, inputs] times [outputs, inputs], transposed, in one type."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    type: Type
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    matmul: int
+    weight: int
+    x: int
+    out: int
+    choice: _Choice
+
+
+class Cublas:
+    """The library, for the context that is current. All methods raise `DriverError`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions: dict[str, Any] = {}
+        for name, types in _FUNCTIONS.items():
+            try:
+                function = getattr(library, name)
+            except AttributeError as error:
+                raise DriverError(f"cuBLAS has no {name}") from error
+            function.argtypes = types
+            self._functions[name] = function
+        self._handle = self._made("cublasLtCreate")
+        self._preference = self._made("cublasLtMatmulPreferenceCreate")
+        most = ctypes.c_uint64(WORKSPACE_BYTES)
+        self._call(
+            "cublasLtMatmulPreferenceSetAttribute", self._preference, _MOST_WORKSPACE,
+            ctypes.byref(most), ctypes.sizeof(most),
+        )  # fmt: skip
+        self._plans: dict[Shape, _Plan] = {}
+
+    def prepare(self, shape: Shape) -> None:
+        """Choose how to multiply."""
+        if shape not in self._plans:
+            self._plans[shape] = self._planned(shape)
+
+    def multiply(
+        self, shape: Shape, x: int, weight: int, out: int, workspace: int, stream: int
+    ) -> None:
+        """Multiply the arrays at these addresses, in the order of a stream that may be captured.
+
+        The shape is prepared. `workspace` has `WORKSPACE_BYTES` that nothing else uses meanwhile.
+        """
+        plan, one, zero = self._plans[shape], ctypes.c_float(1), ctypes.c_float(0)
+        self._call(
+            "cublasLtMatmul", self._handle, plan.matmul, ctypes.byref(one),
+            weight, plan.weight, x, plan.x, ctypes.byref(zero), out, plan.out, out, plan.out,
+            ctypes.byref(plan.choice), workspace, plan.choice.workspace_bytes, stream,
+        )  # fmt: skip
+
+    def _planned(self, shape: Shape) -> _Plan:
+        # In columns, as cuBLAS reads them, the result is the weights times x.
+        matmul = self._made("cublasLtMatmulDescCreate", _COMPUTE_FLOAT32, _FLOAT32)
+        transposed = ctypes.c_int32(_TRANSPOSED)
+        self._call(
+            "cublasLtMatmulDescSetAttribute", matmul, _OF_A,
+            ctypes.byref(transposed), ctypes.sizeof(transposed),
+        )  # fmt: skip
+        of_type, made = _TYPES[shape.type], "cublasLtMatrixLayoutCreate"
+        weight = self._made(made, of_type, shape.inputs, shape.outputs, shape.inputs)
+        x = self._made(made, of_type, shape.inputs, shape.rows, shape.inputs)
+        out = self._made(made, of_type, shape.outputs, shape.rows, shape.outputs)
+        choice, count = _Choice(), ctypes.c_int()
+        self._call(
+            "cublasLtMatmulAlgoGetHeuristic", self._handle, matmul, weight, x, out, out,
+            self._preference, 1, ctypes.byref(choice), ctypes.byref(count),
+        )  # fmt: skip
+        if not count.value:
+            raise DriverError(f"cuBLAS cannot multiply {shape}")
+        return _Plan(matmul, weight, x, out, choice)
+
+    def _made(self, name: str, *arguments: object) -> int:
+        found = _POINTER()
+        self._call(name, ctypes.byref(found), *arguments)
+        if found.value is None:
+            raise DriverError(f"{name} returned nothing")
+        return found.value
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if code := self._functions[name](*arguments):
+            raise DriverError(f"{name} failed: cuBLAS status {code}")
+
+
+@cache
+def find_cublas() -> Cublas:
+    """Return the library that MLX uses. Raises `DriverError`."""
+    for name in _LIBRARIES:
+        try:
+            return Cublas(ctypes.CDLL(name))
+        except OSError as error:
+            problem = error
+    raise DriverError(f"cuBLAS is not found: {problem}")
