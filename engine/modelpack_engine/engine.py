@@ -442,10 +442,11 @@ class Engine(BaseEngine):
         )
         if self._replays is not None:
             replayed = None
-            pays = self._replays.pays(decodes=not (masked or batch.chunks))
-            rows = sample_rows(output) if pays else ()
-            settings = self._sampler.settings(rows, batch.num_rows) if rows else None
-            draft = None
+            settings = draft = None
+            if not masked and self._replays.takes(batch):
+                padded = buckets.pad_rows(len(batch.sample_rows))
+                num_sampled = padded if batch.chunks else batch.num_rows
+                settings = self._sampler.settings(sample_rows(output), num_sampled)
             if settings is not None and self._speculator is not None:
                 draft = self._speculator.draft_within(output, batch)
                 if draft is None and self._speculator.reads_hidden(output):
@@ -453,6 +454,8 @@ class Engine(BaseEngine):
             if settings is not None:
                 previous = last.sampled if last else None
                 replayed = self._replays.step(batch, previous, settings, draft)
+            else:
+                self._replays.end_run()
             if replayed is not None and draft is not None and self._speculator is not None:
                 self._speculator.drafts(output, draft, replayed)
             if replayed is not None:

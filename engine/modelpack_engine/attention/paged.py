@@ -32,6 +32,7 @@ from modelpack_engine.attention.kv_pools import (
     visible,
 )
 from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.kernels.recording import join
 
 #: Chunks of up to this many tokens attend like decode rows if there is a kernel for them.
 _SHORT_CHUNK = 8
@@ -194,11 +195,11 @@ class PagedKV:
         how = _How(scale, self._seen(window), None, None, None)
         if step.tiles is None:
             return self._decode_rows(queries, None, *step.decode_rows(), how)
-        outputs = [self._attend_tiles(queries[step.num_decode :], None, step.tiles, how)]
-        if step.num_decode:
-            rows = queries[: step.num_decode]
-            outputs.insert(0, self._decode_rows(rows, None, *step.decode_rows(), how))
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        of_tiles = self._attend_tiles(queries[step.num_decode :], None, step.tiles, how)
+        if not step.num_decode:
+            return of_tiles
+        rows = queries[: step.num_decode]
+        return join(self._decode_rows(rows, None, *step.decode_rows(), how), of_tiles)
 
     def _decode(
         self, rows: mx.array, pe: mx.array | None, tables: mx.array, lengths: mx.array, how: _How

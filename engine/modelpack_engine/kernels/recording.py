@@ -5,9 +5,8 @@ its outputs and adds it to a CUDA graph. A step whose operations are all our ker
 stay where they are, is recorded instead, and the driver runs it again as one graph.
 
 While a `Recorder` is active, kernels run one by one. Two recordings of a step show what is
-constant: arrays that have the same address in both are inputs, and all others must be what an
-earlier kernel of the step writes. If MLX computes an array in between, its addresses differ, and
-the step is refused.
+constant: what no kernel of the step writes is an input, and must have the same address in both. If
+MLX computes an array in between, its addresses differ, and the step is refused.
 """
 
 from __future__ import annotations
@@ -30,8 +29,10 @@ _ORDER = frozenset({"previous", "written"})
 #: Kernels that write into their inputs' memory, or the host's, so that no output says so.
 _WRITE_ELSEWHERE: frozenset[str] = frozenset({"write", "quantise", "rotate", "deliver"})
 _ALIGNMENT = 256
-#: A matmul by MLX, of which there is no kernel of ours: x [rows, in] times weight [out, in].
+#: Operations of MLX of which there is no kernel of ours: x [rows, in] times weight [out, in], and
+#: arrays after each other.
 MATMUL = KernelSource("matmul", "", "", ("x", "weight"), ("out",))
+JOIN = KernelSource("join", "", "", ("first", "second"), ("out",))
 
 
 class AddressesOf(Protocol):
@@ -50,14 +51,14 @@ class NotRecordedError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A kernel or a matmul by MLX that ran, with its arrays; `grid` counts threads.
+    """A kernel, or an operation of MLX, that ran, with its arrays; `grid` counts threads.
 
     `flat` are the inputs as rows of numbers: the same memory, or a copy of what is not contiguous,
     which MLX copies as well. A strided row or column of numbers stays strided: its address is that
     of a copy which MLX makes for a moment.
     """
 
-    body: Body | Literal["matmul"]
+    body: Body | Literal["matmul", "join"]
     source: KernelSource
     template: Template
     inputs: list[mx.array]
@@ -123,11 +124,25 @@ class Recorder:
 
     def multiply(self, x: mx.array, weight: mx.array) -> mx.array:
         """Return x [rows, in] times weight [out, in], transposed, by MLX."""
-        given = [x, weight]
+        return self._by_mlx(MATMUL, "matmul", x, weight, lambda: x @ weight.T)
+
+    def join(self, first: mx.array, second: mx.array) -> mx.array:
+        """Return the rows of two arrays, by MLX."""
+        return self._by_mlx(JOIN, "join", first, second, lambda: mx.concatenate([first, second]))
+
+    def _by_mlx(
+        self,
+        source: KernelSource,
+        body: Literal["matmul", "join"],
+        first: mx.array,
+        second: mx.array,
+        operation: Callable[[], mx.array],
+    ) -> mx.array:
+        given = [first, second]
         mx.eval(given)
-        flat, out = [array.reshape(-1) for array in given], x @ weight.T
+        flat, out = [array.reshape(-1) for array in given], operation()
         mx.eval(flat, out)
-        self.notes.append(Note("matmul", MATMUL, [], given, flat, [out], (1, 1, 1), (1, 1, 1), 0))
+        self.notes.append(Note(body, source, [], given, flat, [out], (1, 1, 1), (1, 1, 1), 0))
         return out
 
 
@@ -137,6 +152,12 @@ _active: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 def active() -> Recorder | None:
     """Return the recorder of this thread's kernels, if there is one."""
     return _active.get()
+
+
+def join(first: mx.array, second: mx.array) -> mx.array:
+    """Return the rows of two arrays."""
+    recorder = active()
+    return mx.concatenate([first, second]) if recorder is None else recorder.join(first, second)
 
 
 @contextmanager
@@ -204,49 +225,14 @@ class Recording:
         return offsets, size
 
 
-def compare(
-    first: tuple[list[Note], Sequence[mx.array]],
-    second: tuple[list[Note], Sequence[mx.array]],
-    addresses: AddressesOf,
-) -> Recording:
-    """Return the recording of a step that ran twice: its kernels, and the arrays that it returns.
-
-    Raises `NotRecordedError` if it has other operations.
-    """
-    both = [_Traced(notes, returned, addresses) for notes, returned in (first, second)]
-    notes, others = both[1].notes, both[0].notes
-    if [note.source.name for note in notes] != [note.source.name for note in others]:
-        raise NotRecordedError("the step runs other kernels each time")
-    strided = both[1].strided(addresses)
-    reads: list[list[int | Output]] = []
-    for index, note in enumerate(notes):
-        found: list[int | Output] = []
-        for number, name in enumerate(note.source.inputs):
-            at = [traced.inputs[index][number] for traced in both]
-            if name not in _ORDER and (index, number) in strided:
-                raise NotRecordedError(f"{note.body} reads a copy of {name}")
-            if name in _ORDER or at[0] == at[1]:
-                found.append(at[1])
-                continue
-            found.append(_same_output(both, at, index, f"{note.body} reads {name}"))
-        reads.append(found)
-    returned = [
-        _same_output(both, [traced.returned[number] for traced in both], len(notes), "it returns")
-        for number in range(len(second[1]))
-    ]
-    return _needed(notes, reads, returned)
-
-
-class _Traced:
-    """The addresses of what a step's kernels read and write, and of what it returns."""
+class Trace:
+    """The kernels of a step that ran once, and the addresses of what they read and write."""
 
     def __init__(
-        self,
-        notes: list[Note],
-        returned: Sequence[mx.array],
-        addresses: AddressesOf,
+        self, notes: list[Note], returned: Sequence[mx.array], addresses: AddressesOf
     ) -> None:
         self.notes = notes
+        self.names = [note.source.name for note in notes]
         arrays = [array for note in notes for array in (*note.flat, *note.outputs)]
         found = iter(addresses([*arrays, *returned]))
         self.inputs: list[list[int]] = []
@@ -259,6 +245,20 @@ class _Traced:
         self.returned = list(found)
         self._written = sorted(written, key=lambda piece: piece[0])
         self._starts = [start for start, _, _ in self._written]
+        self._kept: list[mx.array] = []
+
+    def release(self) -> None:
+        """Free what the kernels wrote, so that the step can run again in as much memory.
+
+        What no kernel wrote is kept: another run cannot have another array at the same address.
+        """
+        self._kept = [
+            array
+            for index, note in enumerate(self.notes)
+            for array, address in zip(note.flat, self.inputs[index], strict=True)
+            if self.output(address, index) is None
+        ]
+        self.notes = []
 
     def strided(self, addresses: AddressesOf) -> set[tuple[int, int]]:
         """Return the inputs that MLX copies for a kernel, each with the number of its kernel."""
@@ -285,12 +285,38 @@ class _Traced:
         return Output(found.note, found.number, address - start)
 
 
-def _same_output(both: list[_Traced], at: list[int], before: int, what: str) -> Output:
-    """Return the output at an address in both recordings."""
-    one, other = (traced.output(there, before) for traced, there in zip(both, at, strict=True))
-    if one is None or one != other:
-        raise NotRecordedError(f"{what} what no kernel writes")
-    return one
+def compare(first: Trace, second: Trace, addresses: AddressesOf) -> Recording:
+    """Return the recording of a step that ran twice: its kernels, and the arrays that it returns.
+
+    Raises `NotRecordedError` if it has other operations.
+    """
+    if first.names != second.names:
+        raise NotRecordedError("the step runs other kernels each time")
+    both, notes, strided = (first, second), second.notes, second.strided(addresses)
+    reads: list[list[int | Output]] = []
+    for index, note in enumerate(notes):
+        found: list[int | Output] = []
+        for number, name in enumerate(note.source.inputs):
+            at = [trace.inputs[index][number] for trace in both]
+            if name in _ORDER:
+                found.append(at[1])
+                continue
+            if (index, number) in strided:
+                raise NotRecordedError(f"{note.body} reads a copy of {name}")
+            one, other = (trace.output(there, index) for trace, there in zip(both, at, strict=True))
+            if one != other or (one is None and at[0] != at[1]):
+                raise NotRecordedError(f"{note.body} reads {name} what no kernel writes")
+            found.append(at[1] if one is None else one)
+        reads.append(found)
+    returned = []
+    for pair in zip(first.returned, second.returned, strict=True):
+        one, other = (
+            trace.output(there, len(notes)) for trace, there in zip(both, pair, strict=True)
+        )
+        if one is None or one != other:
+            raise NotRecordedError("it returns what no kernel writes")
+        returned.append(one)
+    return _needed(notes, reads, returned)
 
 
 def _needed(

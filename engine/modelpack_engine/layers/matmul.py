@@ -121,8 +121,10 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
     if biases is not None and x.shape[0] > FEW_ROWS and is_affine(weights, x.dtype):
-        whole = kernels.dequantise(weight, scales, biases, group_size, bits)
-        return x @ whole.T if recorder is None else recorder.multiply(x, whole)
+        if recorder is not None:
+            # A recording keeps all that kernels write: those of all layers take too much memory.
+            raise recording.NotRecordedError(f"{x.shape[0]} rows need dequantised weights")
+        return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
     return mx.quantized_matmul(
         x, weight, scales, biases,
         transpose=True, group_size=group_size, bits=bits, mode=weights.mode,

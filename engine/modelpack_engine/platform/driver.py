@@ -25,6 +25,7 @@ _TYPES: dict[str, tuple[Any, ...]] = {
     "cuMemHostAlloc": (_POINTER, _SIZE, _UNSIGNED),
     "cuMemFreeHost": (_POINTER,),
     "cuMemcpyHtoDAsync_v2": (ctypes.c_uint64, _POINTER, _SIZE, _POINTER),
+    "cuMemcpyDtoDAsync_v2": (ctypes.c_uint64, ctypes.c_uint64, _SIZE, _POINTER),
     "cuStreamCreate": (_POINTER, _UNSIGNED),
     "cuStreamDestroy_v2": (_POINTER,),
     "cuStreamSynchronize": (_POINTER,),
@@ -115,6 +116,10 @@ class Driver:
     def copy(self, to: int, address: int, num_bytes: int, stream: int) -> None:
         """Copy page-locked memory to the GPU, in the order of a stream."""
         self._call("cuMemcpyHtoDAsync_v2", to, address, num_bytes, stream)
+
+    def copy_within(self, to: int, address: int, num_bytes: int, stream: int) -> None:
+        """Copy memory of the GPU, in the order of a stream that may be captured."""
+        self._call("cuMemcpyDtoDAsync_v2", to, address, num_bytes, stream)
 
     def function(self, code: bytes, symbol: str, shared_bytes: int) -> int:
         """Return a kernel of machine code, which may use so much dynamic shared memory."""

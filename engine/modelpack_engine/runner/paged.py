@@ -134,6 +134,7 @@ class CompiledSteps:
         self._tables: list[NDArray[np.int32]] = []  # of each group of layers
         self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
         self._graphs: dict[Layout, Callable[..., Any]] = {}
+        self._packed: tuple[StepBatch, list[int], PackedStep] | None = None  # the last step
         #: The graph's row for each row of the last batch; None if they are the same.
         self.places: NDArray[np.int32] | None = None
 
@@ -161,7 +162,7 @@ class CompiledSteps:
 
     def forget(self) -> None:
         """Forget the rows of the last step, before a step that is not compiled."""
-        self._rows = {}
+        self._rows, self._packed = {}, None
         self.places = None
 
     def clear(self) -> None:
@@ -232,8 +233,19 @@ class CompiledSteps:
     def pack(self, batch: StepBatch, sample_rows: list[int]) -> PackedStep:
         """Lay out a step: return the integers of its graph.
 
-        Call `adapted.begin` before, which plans where the states come from.
+        Call `adapted.begin` before, which plans where the states come from. The last step is laid
+        out once, unless rows have states or adapters.
         """
+        if self._packed is not None:
+            last, last_rows, packed = self._packed
+            if last is batch and last_rows == sample_rows:
+                return packed
+        packed = self._pack(batch, sample_rows)
+        alone = self._adapted.states or packed.of_adapters
+        self._packed = None if alone else (batch, sample_rows, packed)
+        return packed
+
+    def _pack(self, batch: StepBatch, sample_rows: list[int]) -> PackedStep:
         adapted = self._adapted
         positions = np.array(batch.positions, np.int32)
         rotations = np.array(batch.rotations or batch.rope_positions, np.int32)

@@ -1,4 +1,4 @@
-"""Replays: steps of decode rows as CUDA graphs that the driver launches, without MLX.
+"""Replays: steps as CUDA graphs that the driver launches, without MLX.
 
 MLX takes the host 7 to 14 µs for each kernel of a step. A recorded step (`kernels.recording`) takes
 it one call. All inputs of a step are integers in one piece of GPU memory, `_Memory`: first the
@@ -32,6 +32,7 @@ from modelpack_engine.kernels.recording import (
     NotRecordedError,
     Output,
     Recording,
+    Trace,
     compare,
     recorded,
 )
@@ -48,7 +49,7 @@ from modelpack_engine.platform.driver import (
     shape_bytes,
 )
 from modelpack_engine.runner.continued import Continued, move_rows
-from modelpack_engine.runner.paged import Layout, PagedRunner
+from modelpack_engine.runner.paged import Layout, PackedStep, PagedRunner
 from modelpack_engine.sampling import sampler
 from modelpack_engine.sampling.delivery import address_halves, deliver
 
@@ -57,18 +58,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: The most decode rows of a step, the most tokens of a draft, and the numbers that the memory holds
-#: at first.
-_MOST_ROWS, _MOST_DRAFTED, _FEWEST_NUMBERS = 1024, 1024, 1 << 14
+#: The most tokens of a step and of a draft, and the numbers that the memory holds at first.
+_MOST_TOKENS, _MOST_DRAFTED, _FEWEST_NUMBERS = 1024, 1024, 1 << 16
+#: With more rows, prompts take the GPU longer than MLX takes the host.
+_MOST_ROWS = 4096
 #: At most two steps are in flight, one after the other.
 _PLACES = 4
-#: A shape is recorded when it comes for this time: recording takes longer than a few steps. If the
-#: first shapes are refused, so many of few rows, no other one is tried: MLX multiplies more rows.
-_FREQUENT, _MOST_REFUSED, _FEW_ROWS = 3, 3, 32
+#: A shape is recorded when it comes for this time, without and with prompts, which have many more
+#: shapes: recording takes longer than a few steps. If the first shapes are refused, so many of few
+#: rows, no other one is tried: MLX multiplies more rows.
+_FREQUENT, _FREQUENT_PROMPTS, _MOST_REFUSED, _FEW_ROWS = 3, 4, 3, 32
 #: In place of tokens that a graph has not written yet; no token is equal.
 _UNWRITTEN = -3
-#: Graphs run in rows of at least so many steps that only decode: after the last one, MLX builds the
-#: next step while the GPU waits. So many are expected at first; each such row has a weight in that.
+#: Graphs run in rows of at least so many steps: after the last one, MLX builds the next step while
+#: the GPU waits. So many are expected at first; each such row has a weight in that.
 _FEWEST_STEPS, _STEPS_AT_FIRST, _NEWEST = 3, 16, 1 / 4
 _TYPES: dict[mx.Dtype, MatmulType] = {mx.float16: "float16", mx.bfloat16: "bfloat16"}
 #: The last numbers of a step: the addresses of its tokens and of its draft.
@@ -138,11 +141,11 @@ class _Place:
 
 
 class _Memory:
-    """The integers of steps on the GPU: `_MOST_ROWS` tokens, then `size` numbers."""
+    """The integers of steps on the GPU: `_MOST_TOKENS` tokens, then `size` numbers."""
 
     def __init__(self, driver: Driver, size: int) -> None:
         self.size = size
-        self.array = mx.zeros((_MOST_ROWS + size,), mx.int32)
+        self.array = mx.zeros((_MOST_TOKENS + size,), mx.int32)
         mx.eval(self.array)
         (self.address,) = addresses([self.array])
         self.places = [self._place(driver) for _ in range(_PLACES)]
@@ -154,11 +157,11 @@ class _Memory:
             driver.free_event(place.event)
 
     def _place(self, driver: Driver) -> _Place:
-        start = driver.allocate_host((self.size + _MOST_ROWS + _MOST_DRAFTED) * 4)
+        start = driver.allocate_host((self.size + _MOST_TOKENS + _MOST_DRAFTED) * 4)
         of_tokens = start + self.size * 4
-        of_draft = of_tokens + _MOST_ROWS * 4
+        of_draft = of_tokens + _MOST_TOKENS * 4
         return _Place(
-            _host_array(start, self.size), start, _host_array(of_tokens, _MOST_ROWS),
+            _host_array(start, self.size), start, _host_array(of_tokens, _MOST_TOKENS),
             _host_array(of_draft, _MOST_DRAFTED),
             np.stack([address_halves(of_tokens), address_halves(of_draft)]), driver.new_event(),
         )  # fmt: skip
@@ -188,6 +191,11 @@ class _Shape:
     def num_rows(self) -> int:
         return self.layout.rows
 
+    @property
+    def num_sampled(self) -> int:
+        """The rows whose tokens the graph returns."""
+        return self.layout.rows if self.layout.sampled is None else self.layout.sampled
+
 
 @dataclass(slots=True, eq=False)
 class ReplayedTokens:
@@ -204,7 +212,7 @@ class ReplayedTokens:
 
     @property
     def num_rows(self) -> int:
-        return self.shape.num_rows
+        return self.shape.num_sampled
 
     @property
     def numbers(self) -> NDArray[np.int32]:
@@ -269,15 +277,24 @@ class Replays:
         #: The number of steps launched ahead, and of those that were dropped.
         self.num_ahead = self.num_missed = 0
 
-    def pays(self, *, decodes: bool) -> bool:
-        """Count a step, which may be a graph if it `decodes`; return whether it should be one."""
-        if not decodes:
-            if self._steps:
-                self._usual_steps += _NEWEST * (self._steps - self._usual_steps)
-            self._steps = 0
-            return False
+    def end_run(self) -> None:
+        """Count a step that cannot be a graph."""
+        if self._steps:
+            self._usual_steps += _NEWEST * (self._steps - self._usual_steps)
+        self._steps = 0
+
+    def _pays(self) -> bool:
+        """Count a step that can be a graph; return whether it should be one."""
         self._steps += 1
-        return not self.gave_up and max(self._steps, self._usual_steps) >= _FEWEST_STEPS
+        return max(self._steps, self._usual_steps) >= _FEWEST_STEPS
+
+    def takes(self, batch: StepBatch) -> bool:
+        """Return whether a step may be a graph, as far as its rows say."""
+        return not (
+            self.gave_up or batch.prompt_logprob_rows or batch.adapter_slots or batch.media_rows
+            or batch.num_rows > _MOST_ROWS or not 0 < len(batch.sample_rows) <= _MOST_TOKENS
+            or not self._compiled.takes(batch)
+        )  # fmt: skip
 
     def step(
         self,
@@ -286,16 +303,14 @@ class Replays:
         settings: NDArray[np.int32],
         draft: DraftBehind | None = None,
     ) -> ReplayedTokens | None:
-        """Return a step of decode rows, to be launched; None if MLX has to run it.
+        """Return a step that `takes` accepts, to be launched; None if MLX has to run it.
 
         `settings` are those of `Sampler.settings`, and `previous` the tokens of the step in flight.
-        If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded.
+        If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded, and
+        the step has decode rows only.
         """
-        if (
-            self.gave_up or batch.chunks or batch.prompt_logprob_rows or batch.adapter_slots
-            or batch.media_rows or batch.num_rows > _MOST_ROWS or not self._compiled.takes(batch)
-            or (draft is not None and draft.num_found > _MOST_DRAFTED)
-        ):  # fmt: skip
+        if draft is not None and draft.num_found > _MOST_DRAFTED:
+            self.end_run()
             return None
         if draft is not None and draft.generation != self._generation:
             self.forget()  # graphs have the old memory
@@ -303,14 +318,17 @@ class Replays:
         adapted = self._runner.adapted
         adapted.begin(batch, by_segments=adapted.by_segments)
         packed = self._compiled.pack(batch, list(batch.sample_rows))
-        if packed.order is not None or packed.padding:
-            return None
         shape = _Shape(packed.layout, settings.size > 0, None if draft is None else draft.key)
         graph = self._graphs.get(shape)
         if graph is None:
             self._seen[shape] += 1
-            if shape in self._graphs or self._seen[shape] != _FREQUENT:
+            frequent = _FREQUENT_PROMPTS if batch.chunks else _FREQUENT
+            if shape in self._graphs or self._seen[shape] != frequent:
+                if batch.chunks:
+                    self.end_run()
                 return None
+        if not self._pays() and graph is not None:
+            return None
         if self.follow_mlx:
             mx.synchronize()
             self.follow_mlx = False
@@ -318,7 +336,7 @@ class Replays:
         if draft is not None:
             columns.append(draft.numbers)
         try:
-            place, count = self._write(batch, columns, shape.num_rows, previous)
+            place, count = self._write(batch, packed, columns, previous)
         except DriverError as error:
             self._give_up(error)
             return None
@@ -443,8 +461,8 @@ class Replays:
     def _write(
         self,
         batch: StepBatch,
+        packed: PackedStep,
         columns: list[NDArray[np.int32]],
-        rows: int,
         previous: Sampled | ReplayedTokens | None,
     ) -> tuple[_Place, int]:
         """Write the numbers of a step to the host's memory; return the place, and how many.
@@ -452,17 +470,22 @@ class Replays:
         They are the columns, with the settings of draws and a draft's numbers behind them, the
         known ids of the rows, the index in the memory of each row's id, and the place's addresses.
         """
-        length = sum(map(len, columns))
+        length, rows = sum(map(len, columns)), packed.layout.rows
         count = length + 2 * rows + _NUM_HALVES
         memory = self._memory_of(count)
         ids = np.array(batch.token_ids, np.int32)
-        index = np.arange(rows, dtype=np.int32) + (_MOST_ROWS + length)
+        if packed.order is not None:
+            ids = ids[packed.order]
+        elif packed.padding:
+            ids = np.pad(ids, (0, packed.padding))
+        index = np.arange(rows, dtype=np.int32) + (_MOST_TOKENS + length)
         pairs = np.array(batch.from_previous, np.int32).reshape(-1, 2)
+        places = pairs[:, 0] if packed.places is None else packed.places[pairs[:, 0]]
         if isinstance(previous, ReplayedTokens) and previous.place in memory.places:
-            index[pairs[:, 0]] = pairs[:, 1]
+            index[places] = pairs[:, 1]
         elif previous is not None:
             tokens = np.maximum(np.array(previous.read(), np.int32), 0)
-            ids[pairs[:, 0]] = tokens[pairs[:, 1]]
+            ids[places] = tokens[pairs[:, 1]]
         place = self._next_place()
         parts = [*columns, ids, index, place.addresses.ravel()]
         np.concatenate(parts, out=place.numbers[:count])
@@ -481,7 +504,7 @@ class Replays:
         return self._memories[-1]
 
     def _send(self, place: _Place, count: int) -> None:
-        to = self._memories[-1].address + 4 * _MOST_ROWS
+        to = self._memories[-1].address + 4 * _MOST_TOKENS
         self.driver.copy(to, place.start, 4 * count, self._stream)
 
     # Recording
@@ -497,9 +520,11 @@ class Replays:
         try:
             self._send(place, count)
             self.driver.synchronise(self._stream)
-            first, second = (self._traced(shape, count, draft) for _ in range(2))
+            first = self._traced(shape, count, draft)
+            first.release()
+            second = self._traced(shape, count, draft)
             num_found = 0 if draft is None else draft.num_found
-            written = place.tokens[: shape.num_rows], place.drafted[:num_found]
+            written = place.tokens[: shape.num_sampled], place.drafted[:num_found]
             expected = np.concatenate(written)
             for numbers in written:
                 numbers[:] = _UNWRITTEN
@@ -530,12 +555,10 @@ class Replays:
         self._refused = -1
         return graph
 
-    def _traced(
-        self, shape: _Shape, count: int, draft: DraftBehind | None
-    ) -> tuple[list[Note], list[mx.array]]:
-        """Run a step by single kernels; return them, and the next ids."""
+    def _traced(self, shape: _Shape, count: int, draft: DraftBehind | None) -> Trace:
+        """Run a step by single kernels; it returns the next ids."""
         memory, rows = self._memories[-1].array, shape.num_rows
-        numbers = memory[_MOST_ROWS : _MOST_ROWS + count]
+        numbers = memory[_MOST_TOKENS : _MOST_TOKENS + count]
         mx.eval(numbers)
         columns, of_draws, of_draft = _ends(shape, count, draft)
         index = numbers[of_draft + rows : count - _NUM_HALVES]
@@ -557,7 +580,7 @@ class Replays:
                 found = draft.trace(next_ids, numbers[of_draws:of_draft], hidden)
                 if found is not None:
                     deliver(found, numbers[middle:count])
-        return recorder.notes, [next_ids]
+        return Trace(recorder.notes, [next_ids], addresses)
 
     def _made(self, recording: Recording) -> _Graph:
         """Make a graph of a recording; the next ids go to the beginning of the memory."""
@@ -589,8 +612,14 @@ class Replays:
     def _call(
         self, note: Note, reads: list[int], writes: list[int]
     ) -> KernelCall | Callable[[int], None]:
+        """Return a call of `Driver.make_graph`."""
         if note.body == "matmul":
             return self._matmul(note, reads, writes)
+        if note.body == "join":
+            return partial(self._join, [array.nbytes for array in note.inputs], reads, writes[0])
+        return self._kernel_call(note, reads, writes)
+
+    def _kernel_call(self, note: Note, reads: list[int], writes: list[int]) -> KernelCall:
         kernel = GeneratedKernel(
             note.source, note.inputs, note.template, [array.dtype for array in note.outputs]
         )
@@ -630,12 +659,17 @@ class Replays:
         (workspace,) = addresses([self._workspace])
         return partial(cublas.multiply, shape, x, weight, out, workspace)
 
+    def _join(self, sizes: list[int], reads: list[int], to: int, stream: int) -> None:
+        for size, address in zip(sizes, reads, strict=True):
+            self.driver.copy_within(to, address, size, stream)
+            to += size
+
 
 def _ends(shape: _Shape, count: int, draft: DraftBehind | None) -> tuple[int, int, int]:
     """Return where the columns, the settings of draws and a draft's numbers end, of `count`."""
     of_draft = count - 2 * shape.num_rows - _NUM_HALVES
     of_draws = of_draft - (0 if draft is None else len(draft.numbers))
-    return of_draws - (6 * shape.num_rows if shape.draws else 0), of_draws, of_draft
+    return of_draws - (6 * shape.num_sampled if shape.draws else 0), of_draws, of_draft
 
 
 def make_replays(runner: object) -> Replays | None:

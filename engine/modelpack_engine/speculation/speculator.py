@@ -105,7 +105,9 @@ class Speculator:
 
     def reads_hidden(self, output: SchedulerOutput) -> bool:
         """Return whether the proposer reads the hidden states of a step."""
-        return isinstance(self._proposer, HeadWithLookup) and self._may(output.decoding)
+        return isinstance(self._proposer, HeadWithLookup) and (
+            bool(output.prefill) or self._may(output.decoding)
+        )
 
     def draft_within(self, output: SchedulerOutput, batch: StepBatch) -> DraftWithin | None:
         """Return a draft in the graph of a step that is not built yet, if a head has one."""

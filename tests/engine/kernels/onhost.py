@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from modelpack_engine.kernels import launch
+from modelpack_engine.kernels import launch, prefill, reference
 from modelpack_engine.kernels.recording import Note
 from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, Backend, Body, kernel_source
 from tests.engine.kernels.emulator import Edit, build, unchanged
@@ -119,6 +119,9 @@ class Host:
             (low, high), numbers = views["address"].view(np.uint32).ravel()[:2], views["numbers"]
             ctypes.memmove(int(low) | int(high) << 32, numbers.ctypes.data, numbers.nbytes)
             return
+        if instance.body == "prefill":  # tensor cores are not emulated
+            _attend(views, dict(instance.types), dict(instance.constants))
+            return
         for name in (*OUTPUTS[instance.body], *absent):
             alike = views.get(name.removesuffix("_up"), np.zeros((1, 4), np.uint8))
             views.setdefault(name, alike)
@@ -128,14 +131,14 @@ class Host:
         assert done.returncode == 0, done.stderr[:2000]
 
     def run_at(self, note: Note, reads: Sequence[int], writes: Sequence[int]) -> None:
-        """Run a recorded kernel, or a matmul, on arrays at these addresses."""
-        if note.body == "matmul":
-            x, weight = (
+        """Run a recorded kernel, or an operation of MLX, on arrays at these addresses."""
+        if note.body == "matmul" or note.body == "join":
+            first, second = (
                 mx.array(view_at(address, array)).view(array.dtype).reshape(array.shape)
                 for address, array in zip(reads, note.inputs, strict=True)
             )
-            product = x @ weight.T
-            view_at(writes[0], product)[:] = memory(product)
+            found = mx.concatenate([first, second]) if note.body == "join" else first @ second.T
+            view_at(writes[0], found)[:] = memory(found)
             return
         body, source = note.body, note.source
         types = tuple((n, C_TYPES[v]) for n, v in note.template if isinstance(v, mx.Dtype))
@@ -148,6 +151,28 @@ class Host:
         absent = [name for name in (*INPUTS[body], *OUTPUTS[body]) if name not in names]
         instance = Instance(body, types, constants)
         self._run(instance, views, absent, note.threadgroups, note.threadgroup[0])
+
+
+def _attend(
+    views: dict[str, npt.NDArray[Any]], types: dict[str, str], constants: dict[str, int]
+) -> None:
+    """Write attention of tiles, by MLX's functions."""
+    assert not constants["SPLIT"], "one part"
+    dtype = next(each for each, name in C_TYPES.items() if name == types["T"])
+    q, keys, values = (
+        mx.array(views[name]).view(dtype).squeeze(-1) for name in ("q", "k_pool", "v_pool")
+    )
+    tables, spans = (
+        mx.array(views[name]).view(mx.int32).squeeze(-1) for name in ("tables", "spans")
+    )
+    tables, lengths = prefill.Tiles(tables, spans).as_rows()
+    scale = float(views["params"].view(np.float32).ravel()[0])
+    found = reference.decode_attention(
+        q, keys, values, tables, lengths, scale=scale, num_kv_heads=constants["HK"],
+        window=constants["WINDOW"] or None, softcap=None, sinks=None,
+        block_size=constants["BLOCK"],
+    )  # fmt: skip
+    views["out"][:] = memory(mx.contiguous(found.astype(dtype)))
 
 
 @contextmanager

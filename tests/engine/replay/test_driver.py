@@ -118,6 +118,7 @@ def test_memory_and_events() -> None:
     found = Driver(library)  # type: ignore[arg-type]
     address, event = found.allocate_host(64), found.new_event()
     found.copy(7, address, 64, 3)
+    found.copy_within(9, 7, 32, 3)
     found.record(event, 3)
     found.wait(event)
     found.synchronise(3)
@@ -128,6 +129,7 @@ def test_memory_and_events() -> None:
         ("cuMemHostAlloc", 64, 3),
         ("cuEventCreate", 2),
         ("cuMemcpyHtoDAsync_v2", 7, 100, 64, 3),
+        ("cuMemcpyDtoDAsync_v2", 9, 7, 32, 3),
         ("cuEventRecord", 101, 3),
         ("cuEventSynchronize", 101),
         ("cuStreamSynchronize", 3),

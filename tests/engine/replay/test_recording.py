@@ -16,6 +16,7 @@ from modelpack_engine.kernels.recording import (
     NotRecordedError,
     Output,
     Recording,
+    Trace,
     compare,
     recorded,
     unrecorded,
@@ -60,9 +61,16 @@ def note(body: Body, inputs: dict[str, mx.array], *outputs: mx.array) -> Note:
 
 
 WEIGHT, NUMBERS = array(), array()
+Step = tuple[list[Note], list[mx.array]]
 
 
-def step(at: Addresses, *, between: bool = False) -> tuple[list[Note], list[mx.array]]:
+def compared(first: Step, second: Step, at: Addresses) -> Recording:
+    before = Trace(*first, at)
+    before.release()
+    return compare(before, Trace(*second, at), at)
+
+
+def step(at: Addresses, *, between: bool = False) -> Step:
     """A step of four kernels, of which nothing needs the third."""
     first, second, unused, last = array(), array(), array(), array()
     read = at.view(array(4), first, 16)
@@ -77,7 +85,7 @@ def step(at: Addresses, *, between: bool = False) -> tuple[list[Note], list[mx.a
 
 def test_inputs_are_constants_or_outputs() -> None:
     at = Addresses()
-    found = compare(step(at), step(at), at)
+    found = compared(step(at), step(at), at)
     assert [each.body for each in found.notes] == ["rows", "dots", "greedy"]
     assert found.reads == [at([NUMBERS]), [Output(0, 0, 16), *at([WEIGHT])], [Output(1, 0)]]
     assert found.outputs == [Output(2, 0)]
@@ -86,7 +94,32 @@ def test_inputs_are_constants_or_outputs() -> None:
 def test_an_array_that_mlx_computes_is_refused() -> None:
     at = Addresses()
     with pytest.raises(NotRecordedError, match="dots reads x what no kernel writes"):
-        compare(step(at, between=True), step(at, between=True), at)
+        compared(step(at, between=True), step(at, between=True), at)
+
+
+def test_both_runs_may_have_the_same_memory() -> None:
+    """The first run frees what its kernels wrote."""
+    at = Addresses()
+    first = step(at)
+    second = step(at)
+    for one, other in zip(first[0], second[0], strict=True):
+        for array_of_one, array_of_other in zip(
+            (*one.flat, *one.outputs), (*other.flat, *other.outputs), strict=True
+        ):
+            at.known[id(array_of_other)] = at([array_of_one])[0]
+    assert compared(first, second, at).reads[1:] == [
+        [Output(0, 0, 16), *at([WEIGHT])], [Output(1, 0)]
+    ]  # fmt: skip
+
+
+def test_what_no_kernel_writes_stays_in_memory() -> None:
+    at = Addresses()
+    trace = Trace(*step(at, between=True), at)
+    between = trace.notes[1].inputs[0]
+    trace.release()
+    assert not trace.notes
+    assert any(kept is between for kept in trace._kept)
+    assert len(trace._kept) == 3  # it, the table and the weight
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
@@ -99,13 +132,13 @@ def test_a_copy_of_a_strided_row_is_refused(shape: tuple[int, ...]) -> None:
         out = array()
         both.append(([note("rows", {"table": NUMBERS, "index": strided}, out)], [out]))
     with pytest.raises(NotRecordedError, match="rows reads a copy of index"):
-        compare(both[0], both[1], at)
+        compared(both[0], both[1], at)
 
 
 def test_an_output_must_be_the_same_each_time() -> None:
     at = Addresses()
 
-    def crossed(which: int) -> tuple[list[Note], list[mx.array]]:
+    def crossed(which: int) -> Step:
         both = array(), array()
         last = array()
         notes = [
@@ -114,39 +147,39 @@ def test_an_output_must_be_the_same_each_time() -> None:
         ]
         return notes, [last]
 
-    assert compare(crossed(1), crossed(1), at).reads[1] == [Output(0, 1)]
+    assert compared(crossed(1), crossed(1), at).reads[1] == [Output(0, 1)]
     with pytest.raises(NotRecordedError):
-        compare(crossed(0), crossed(1), at)
+        compared(crossed(0), crossed(1), at)
 
 
 def test_other_kernels_are_refused() -> None:
     at = Addresses()
     notes, returned = step(at)
     with pytest.raises(NotRecordedError, match="other kernels"):
-        compare((notes, returned), (notes[:-1], returned), at)
+        compared((notes, returned), (notes[:-1], returned), at)
 
 
 def test_what_is_returned_must_be_written() -> None:
     at = Addresses()
     notes, _ = step(at)
     with pytest.raises(NotRecordedError, match="it returns"):
-        compare((notes, [array()]), (notes, [array()]), at)
+        compared((notes, [array()]), (notes, [array()]), at)
 
 
 def test_an_input_that_only_orders_may_be_anything() -> None:
     at = Addresses()
 
-    def ordered() -> tuple[list[Note], list[mx.array]]:
+    def ordered() -> Step:
         last = array()
         return [note("greedy", {"logits": NUMBERS, "written": array()}, last)], [last]
 
-    assert len(compare(ordered(), ordered(), at).notes) == 1
+    assert len(compared(ordered(), ordered(), at).notes) == 1
 
 
 def test_kernels_that_write_elsewhere_are_kept() -> None:
     at = Addresses()
 
-    def writing() -> tuple[list[Note], list[mx.array]]:
+    def writing() -> Step:
         first, token, last = array(), array(), array()
         notes = [
             note("rows", {"table": NUMBERS}, first),
@@ -155,7 +188,7 @@ def test_kernels_that_write_elsewhere_are_kept() -> None:
         ]
         return notes, [last]
 
-    found = compare(writing(), writing(), at)
+    found = compared(writing(), writing(), at)
     assert [each.body for each in found.notes] == ["rows", "write", "greedy"]
 
 

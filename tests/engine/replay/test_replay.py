@@ -35,7 +35,7 @@ from modelpack_engine.runner import replay
 from modelpack_engine.runner.kv_cache_size import Sizes
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
-from modelpack_engine.runner.paged import PagedRunner
+from modelpack_engine.runner.paged import Layout, PagedRunner
 from modelpack_engine.runner.replay import ReplayedTokens, Replays
 from modelpack_engine.runner.step import NextToken, StepResult
 from modelpack_engine.sampling import delivery
@@ -145,6 +145,10 @@ def no_driver() -> Any:
 
 def no_tiles(compare: Any, *args: Any, **kwargs: Any) -> str | None:
     return "not on the host" if compare in (prefill.probe, grouped.probe) else None
+
+
+def with_tiles(compare: Any, *args: Any, **kwargs: Any) -> str | None:
+    return "not on the host" if compare is grouped.probe else None
 
 
 @pytest.fixture
@@ -295,14 +299,20 @@ def test_the_same_tokens(name: str, launches: int, driver: FakeDriver) -> None:
 def test_graphs_run_where_several_steps_decode_in_a_row(driver: FakeDriver) -> None:
     replays = make_engine()._replays
     assert replays is not None
-    assert all(replays.pays(decodes=True) for _ in range(40))
-    alternating = [replays.pays(decodes=decodes) for decodes in [False, True] * 20]
+
+    def pays(graphs: bool) -> bool:
+        if not graphs:
+            replays.end_run()
+        return graphs and replays._pays()
+
+    assert all(pays(True) for _ in range(40))
+    alternating = [pays(graphs) for graphs in [False, True] * 20]
     assert alternating[1]
     assert not any(alternating[20:])
-    assert [replays.pays(decodes=True) for _ in range(3)] == [False, True, True]
+    assert [pays(True) for _ in range(3)] == [False, True, True]
     for _ in range(8):
-        assert not replays.pays(decodes=False)
-        later = [replays.pays(decodes=True) for _ in range(6)]
+        assert not pays(False)
+        later = [pays(True) for _ in range(6)]
     assert all(later), "rows of six are expected now"
 
 
@@ -333,7 +343,7 @@ def test_arguments_are_those_of_the_source(monkeypatch: pytest.MonkeyPatch) -> N
     driver: Any = SimpleNamespace(new_stream=lambda: 1, function=function)
     runner: Any = SimpleNamespace(compiled=object())
     replays = Replays(runner, driver)
-    calls = [replays._call(note, [1000, 2000], [3000]) for _ in range(2)]
+    calls = [replays._kernel_call(note, [1000, 2000], [3000]) for _ in range(2)]
     assert calls[0] == calls[1]
     assert calls[0].arguments == (
         pointer_bytes(1000), shape_bytes((1, 7, 8)), pointer_bytes(2000), shape_bytes((5,)),
@@ -653,17 +663,122 @@ def test_graphs_are_dropped_before_blocks_are_zeroed(
     assert len(zeroed) == 1
 
 
+def prompts_between(engine: Engine, **params: Any) -> Tokens:
+    """Prompts of several lengths in steps that decode, alone and together."""
+    found: Tokens = {}
+    for number in range(12):
+        prompt = list(range(3 * number, 4 * number + 9))
+        add(engine, f"{number}", prompt[: 5 + number % 3], 6, **params, seed=number)
+        if number % 4 == 3:
+            add(engine, f"{number} b", prompt[:9], 3, **params, seed=number)
+        step(engine, found, 2)
+    return step(engine, found)
+
+
+@pytest.fixture
+def launched(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> list[Layout]:
+    """The layouts of steps that are launched as graphs, with prompts too."""
+    monkeypatch.setattr(launch, "tried", with_tiles)
+    monkeypatch.setattr(operations, "tried", with_tiles)
+    monkeypatch.setattr(replay, "_FREQUENT_PROMPTS", 2)
+    found: list[Layout] = []
+    launches = Replays.launch
+
+    def noted(self: Replays, step: ReplayedTokens) -> None:
+        found.append(step.shape.layout)
+        launches(self, step)
+
+    monkeypatch.setattr(Replays, "launch", noted)
+    return found
+
+
+def by_mlx(scenario: Scenario) -> Tokens:
+    """The tokens without graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "find_driver", no_driver)
+        return scenario(make_engine())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param({"temperature": 1.5}, id="drawn", marks=pytest.mark.long),
+    ],
+)
+def test_prompts_within_graphs(
+    driver: FakeDriver, launched: list[Layout], given: dict[str, Any]
+) -> None:
+    def scenario(engine: Engine) -> Tokens:
+        return prompts_between(engine, **given)
+
+    wanted = by_mlx(scenario)
+    assert scenario(make_engine()) == wanted
+    with_prompts = [layout for layout in launched if layout.tiles]
+    assert len(with_prompts) >= 6
+    assert {(layout.rows, layout.decode, layout.sampled) for layout in with_prompts} == {
+        (32, 16, 4)
+    }
+    bodies = {call.note.body for calls in driver.graphs.values() for call in calls}
+    assert {"prefill", "decode", "join"} <= bodies
+
+
+@pytest.mark.long
+def test_steps_that_cannot_be_graphs_end_a_run(
+    launched: list[Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs between steps by MLX do not pay, until prompts are recorded as well."""
+    monkeypatch.setattr(replay, "_FREQUENT_PROMPTS", 1000)
+    wanted, engine = by_mlx(prompts_between), make_engine()
+    assert prompts_between(engine) == wanted
+    assert not any(layout.tiles for layout in launched)
+    few = len(launched)
+    monkeypatch.setattr(replay, "_FREQUENT_PROMPTS", 0)
+    assert engine._replays is not None
+    engine._replays._usual_steps = 1.0
+    launched.clear()
+    prompts_between(engine)
+    assert len(launched) <= few
+    engine._replays._seen.clear()
+    monkeypatch.setattr(replay, "_FREQUENT_PROMPTS", 1)
+    prompts_between(engine)
+    launched.clear()
+    assert prompts_between(engine) == wanted
+    assert len(launched) > few
+
+
 def test_matmuls_by_mlx_are_recorded(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "multiply", matmul._by_mlx)
     monkeypatch.setattr(fused_layers, "multiply", matmul._by_mlx)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "find_driver", no_driver)
-        wanted = SCENARIOS["batches"](make_engine())
-    engine = make_engine()
-    assert SCENARIOS["batches"](engine) == wanted
+    wanted = by_mlx(SCENARIOS["batches"])
+    assert SCENARIOS["batches"](make_engine()) == wanted
     assert driver.num_launches == 7
     bodies = {call.note.body for calls in driver.graphs.values() for call in calls}
     assert {"matmul", "greedy"} <= bodies
+
+
+def test_matmuls_in_another_order_are_left_to_mlx(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """cuBLAS may add in another order than for MLX: one shape is refused, not all."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(matmul, "multiply", matmul._by_mlx)
+    monkeypatch.setattr(fused_layers, "multiply", matmul._by_mlx)
+    wanted = by_mlx(SCENARIOS["batches"])
+    make = driver.make_graph
+
+    def without_norms(calls: list[Call], stream: int) -> int:
+        some = calls if driver.graphs else [c for c in calls if c.note.body != "add_norm"]
+        driver.graphs[0] = []
+        return make(some, stream)
+
+    monkeypatch.setattr(driver, "make_graph", without_norms)
+    engine = make_engine()
+    assert SCENARIOS["batches"](engine) == wanted
+    assert "MLX launches such steps: the graph of 4 rows gives other tokens" in caplog.text
+    assert engine._replays is not None
+    assert not engine._replays.gave_up
+    assert driver.num_launches > 1
 
 
 def test_a_step_that_mlx_computes_in_part_is_not_recorded(
