@@ -381,11 +381,11 @@ class Engine(BaseEngine):
             or not self._scheduler.has_only(output.decoding)
         ):  # fmt: skip
             return
-        drafts = self._speculator.next_drafts(output.decoding)
-        if drafts is None:
-            return
         tokens = [[token.token_id for token in row] for row in result.tokens]
-        sequences = continued(output.proposals, tokens, drafts, self._blocks)
+        proposed = self._speculator.next_proposals(output.decoding, tokens)
+        if proposed is None:
+            return
+        sequences = continued(output.proposals, tokens, proposed, self._blocks)
         if sequences is not None:
             rows = [row for each in sequences for row in each.sample_rows()]
             settings = self._sampler.settings(rows, last.num_rows)

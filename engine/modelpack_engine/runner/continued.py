@@ -53,20 +53,20 @@ class Continued:
 def continued(
     proposals: Several[Proposal],
     tokens: Several[list[int]],
-    drafts: Several[list[int]],
+    proposed: Several[list[int]],
     blocks: BlockManager,
 ) -> list[Continued] | None:
     """Return the sequences of a step in the expected next one, and allocate their blocks.
 
     The step verifies one of `proposals` for each sequence. The host has read its `tokens` and not
-    emitted them, and `drafts` are the next proposals. None if the next step will be another one: a
-    sequence ends, its proposal has another length, blocks are lacking, or tables lose their first
+    emitted them, and `proposed` are the next proposals. None if the next step will be another one:
+    a sequence ends, its proposal has another length, blocks are lacking, or tables lose their first
     blocks.
     """
     if blocks.releases_blocks:
         return None
     found, row = [], 0
-    for proposal, token_ids, drafted in zip(proposals, tokens, drafts, strict=True):
+    for proposal, token_ids, drafted in zip(proposals, tokens, proposed, strict=True):
         sequence, params = proposal.sequence, proposal.sequence.params
         eos = () if params.ignore_eos else sequence.eos_token_ids
         if (

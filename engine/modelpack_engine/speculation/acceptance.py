@@ -89,16 +89,30 @@ class _Score:
 
     def settle(self, sequence: Sequence) -> int | None:
         """Compare the last draft with the tokens that came; return how many were right."""
-        right = None
         known = sequence.token_ids(self.start, sequence.num_known_tokens)
-        if self.drafted and known:
-            pairs = zip(self.drafted, known, strict=False)
-            right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        right = self._right(known)
+        if right is not None:
+            self.head = self._after(right)
             self.drafts += 1
-            self.head += max(_NEWEST, 1 / (self.drafts + _PRIOR)) * (right - self.head)
         self.drafted = []
         self.start = sequence.num_known_tokens
         return right
+
+    def expected_after(self, token_ids: list[int]) -> float:
+        """Return what `head` will be once these tokens are known."""
+        right = self._right(token_ids)
+        return self.head if right is None else self._after(right)
+
+    def _right(self, token_ids: list[int]) -> int | None:
+        """Return how many tokens of the last draft were right; None without a draft or tokens."""
+        if not self.drafted or not token_ids:
+            return None
+        pairs = zip(self.drafted, token_ids, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _after(self, right: int) -> float:
+        weight = max(_NEWEST, 1 / (self.drafts + 1 + _PRIOR))
+        return self.head + weight * (right - self.head)
 
 
 class HeadProposer(Protocol):
@@ -213,17 +227,26 @@ class HeadWithLookup:
         if within.key.num_tokens and not output.proposals:
             self._mixed = output
 
-    def next_drafts(self, sequences: Tokens[Sequence]) -> list[list[int]] | None:
-        """Return the likely next proposal of each sequence, drafted in the graph of its last step.
+    def next_proposals(
+        self, sequences: Tokens[Sequence], tokens: Tokens[list[int]]
+    ) -> list[list[int]] | None:
+        """Return the likely next proposal of each sequence, whose last step's graph has a draft.
 
-        None if a lookup, or no proposal, is more likely.
+        The host has read the `tokens` of that step and not emitted them. None if no proposal is
+        more likely.
         """
         if self._eagle is None or self._times.needs_plain_step(len(sequences)):
             return None
-        scores = [self._score(sequence) for sequence in sequences]
-        if any(score.pause or not score.drafted for score in scores):
+        if any(self._score(sequence).pause for sequence in sequences):
             return None
-        return self._eagle.next_drafts(sequences)
+        found = self._eagle.next_drafts(sequences)
+        if found is None:
+            return None
+        for index, (sequence, token_ids) in enumerate(zip(sequences, tokens, strict=True)):
+            looked_up, expected = self._lookup.after(sequence, token_ids, len(sequences))
+            if looked_up and expected >= self._score(sequence).expected_after(token_ids):
+                found[index] = looked_up
+        return found
 
     def _may_draft_behind(self, output: SchedulerOutput) -> bool:
         if output.prefill or not output.decoding:

@@ -116,14 +116,24 @@ class NgramProposer:
             if match is None:
                 continue
             length = self._length(match, most, len(lengths))
-            probability = self._rates.probability(match.length)
-            tokens = index.after(match, most)
-            expected = sum(probability**count for count in range(1, length + 1))
+            tokens, expected = index.after(match, most), self._expected(match, length)
             guess = _Guess(sequence.num_known_tokens, match.length, tokens, expected)
             self._guesses[sequence.seq_id] = guess
             if length:
                 found[sequence] = tokens[:length]
         return found
+
+    def after(
+        self, sequence: Sequence, token_ids: list[int], num_sequences: int
+    ) -> tuple[list[int], float]:
+        """Return what `propose` and `expected` will return once these tokens of it are known."""
+        index = self._index(sequence)
+        index.extend(token_ids)
+        match = index.match()
+        if match is None:
+            return [], 0.0
+        length = self._length(match, MOST_TOKENS, num_sequences)
+        return index.after(match, length), self._expected(match, length)
 
     def expected(self, sequence: Sequence) -> float:
         """Return how many tokens of the last proposal for a sequence are probably right."""
@@ -139,6 +149,10 @@ class NgramProposer:
     def _length(self, match: Match, most: int, num_sequences: int) -> int:
         probability = self._rates.probability(match.length)
         return self._cost.best_length(probability, most, num_sequences)
+
+    def _expected(self, match: Match, length: int) -> float:
+        probability = self._rates.probability(match.length)
+        return sum(probability**count for count in range(1, length + 1))
 
     def _settle(self, sequence: Sequence) -> None:
         """Compare the last guess, proposed or not, with the tokens that came."""

@@ -120,11 +120,13 @@ class Speculator:
         assert isinstance(self._proposer, HeadWithLookup)
         self._proposer.drafts(output, within, tokens)
 
-    def next_drafts(self, sequences: Tokens[Sequence]) -> list[list[int]] | None:
-        """Do as `HeadWithLookup.next_drafts`; None without a head."""
+    def next_proposals(
+        self, sequences: Tokens[Sequence], tokens: Tokens[list[int]]
+    ) -> list[list[int]] | None:
+        """Do as `HeadWithLookup.next_proposals`; None without a head."""
         if not (isinstance(self._proposer, HeadWithLookup) and self._may(sequences)):
             return None
-        return self._proposer.next_drafts(sequences)
+        return self._proposer.next_proposals(sequences, tokens)
 
     @property
     def most_rows(self) -> int:

@@ -392,13 +392,24 @@ def together(engine: Engine) -> Tokens:
     return step(engine, found)
 
 
-def lookup(lengths: Mapping[Sequence, int], num_tokens: int) -> dict[Sequence, list[int]]:
-    """Now and then, propose tokens."""
-    return {
-        sequence: list(REPEATED[:num_tokens])
-        for sequence in lengths
-        if sequence.num_known_tokens % 4 == 1
-    }
+def look_up(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    """Propose so many tokens now and then."""
+
+    def found(num_known: int) -> list[int]:
+        return list(REPEATED[:num_tokens]) if num_known % 4 == 1 else []
+
+    def propose(self: NgramProposer, lengths: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
+        return {
+            each: found(each.num_known_tokens) for each in lengths if found(each.num_known_tokens)
+        }
+
+    def after(
+        self: NgramProposer, sequence: Sequence, token_ids: list[int], num_sequences: int
+    ) -> tuple[list[int], float]:
+        return found(sequence.num_known_tokens + len(token_ids)), 99.0
+
+    monkeypatch.setattr(NgramProposer, "propose", propose)
+    monkeypatch.setattr(NgramProposer, "after", after)
 
 
 @dataclass(frozen=True)
@@ -436,9 +447,9 @@ class Drafting:
         ),
         pytest.param(Drafting(together, {16}, 5, 4), id="together"),
         pytest.param(Drafting(together, {16}, 5, 7, packed=True), id="together, packed"),
-        pytest.param(Drafting(one_by_one, {4, 8}, 10, 10, True, looks_up=2), id="lookups"),
+        pytest.param(Drafting(one_by_one, {4, 8}, 10, 5, looks_up=2), id="lookups"),
         pytest.param(
-            Drafting(one_by_one, {4, 8}, 10, 10, True, looks_up=4), id="lookups of as many tokens"
+            Drafting(one_by_one, {4, 8}, 10, 12, looks_up=4), id="lookups of as many tokens"
         ),
         pytest.param(
             Drafting(one_by_one, {1, 8}, 12, 2, True, as_mlx=False, pauses=True), id="a pause"
@@ -455,8 +466,7 @@ def test_a_head_drafts_within_the_graph(
     monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: least)
     monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
     monkeypatch.setattr(acceptance, "_PLAIN_EVERY", case.plain_every)
-    looked_up = partial(lookup, num_tokens=case.looks_up) if case.looks_up else lambda lengths: {}
-    monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: looked_up(lengths))
+    look_up(monkeypatch, case.looks_up)
     monkeypatch.setattr(NgramProposer, "expects", lambda self, sequences: False)
     monkeypatch.setattr(NgramProposer, "expected", lambda self, sequence: 99.0)
     if case.as_mlx:
@@ -513,7 +523,7 @@ def test_steps_by_mlx_have_drafts_after_graphs_had_some(
 ) -> None:
     monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
     monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
-    monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
+    look_up(monkeypatch, 0)
     engine = drafting_engine()
     add(engine, "one", PROMPTS[0], 16)
     step(engine, {})
@@ -533,7 +543,7 @@ def test_a_step_ahead_stays_in_the_heads_pool(
     """All drafts are accepted, so that sequences soon need a larger pool."""
     monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
     monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
-    monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
+    look_up(monkeypatch, 0)
     monkeypatch.setattr(head_runner, "_FEWEST_TOKENS", 16)
     launched = 0
 
@@ -568,7 +578,7 @@ def test_a_step_ahead_stays_in_the_heads_pool(
 def test_a_launch_ahead_that_fails(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
     monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
-    monkeypatch.setattr(NgramProposer, "propose", lambda self, lengths: {})
+    look_up(monkeypatch, 0)
     engine = drafting_engine()
     replays = engine._replays
     assert replays is not None

@@ -125,9 +125,13 @@ def scored(right: list[int], usual: float = 2.0) -> list[float]:
     score.settle(sequence)
     for count in right:
         score.drafted = [1] * 4
-        tokens += [*[1] * count, 2]
+        new = [*[1] * count, 2]
+        expected = score.expected_after(new)
+        tokens += new
         sequence.num_known_tokens = len(tokens)
         assert score.settle(sequence) == count
+        assert score.head == expected
+        assert score.expected_after([1]) == expected, "there is no draft"
         found.append(score.head)
     assert score.drafts == len(right)
     return found

@@ -78,6 +78,18 @@ def test_sequences_are_looked_up_in_themselves() -> None:
     assert proposer._indexes == proposer._guesses == {}
 
 
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=20), st.lists(st.integers(0, 2), max_size=8)
+)
+def test_what_will_be_proposed_after_more_tokens(prompt: list[int], more: list[int]) -> None:
+    proposer, sequence = NgramProposer(GPU_COST), Sequence("r", prompt, SamplingParams())
+    tokens, expected = proposer.after(sequence, more, 1)
+    sequence.output_token_ids += more
+    assert proposer.propose({sequence: 15}) == ({sequence: tokens} if tokens else {})
+    assert proposer.expected(sequence) == expected
+    assert proposer._indexes[sequence.seq_id].token_ids == prompt + more
+
+
 @pytest.mark.parametrize(
     ("cost", "probability", "num_sequences", "length"),
     [
