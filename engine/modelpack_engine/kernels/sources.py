@@ -88,7 +88,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "usable": ("token_ids", "maxima"),
     "angles": ("positions", "inverse"),
     "deliver": ("numbers", "address"),
-    "address": ("x",),
+    "address": tuple("abcdefgh"),
     "block_dots": ("x", "weight", "bias", "chosen"),
     "block_tiles": ("x", "weight", "bias", "source", "spans"),
     "block_values": ("weight",),

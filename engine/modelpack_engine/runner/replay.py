@@ -74,6 +74,8 @@ _UNWRITTEN = -3
 #: the GPU waits. So many are expected at first; each such row has a weight in that.
 _FEWEST_STEPS, _STEPS_AT_FIRST, _NEWEST = 3, 16, 1 / 4
 _TYPES: dict[mx.Dtype, MatmulType] = {mx.float16: "float16", mx.bfloat16: "bfloat16"}
+#: The arrays that one kernel takes the addresses of.
+_AT_ONCE = 8
 #: The last numbers of a step: the addresses of its tokens and of its draft.
 _NUM_HALVES = 8
 
@@ -81,16 +83,20 @@ _NUM_HALVES = 8
 def addresses(arrays: Sequence[mx.array], *, starts: bool = False) -> list[int]:
     """Return where evaluated arrays are on the GPU, as `recording.AddressesOf` does."""
     unique = {id(array): array for array in arrays if array.size}
-    found = {
-        key: launch.run(
-            "address", [array[:1] if starts else array.reshape(-1)], [("T", array.dtype)], [],
-            threads=1, group=32, shapes=[(4,)], dtypes=[mx.int32],
-        )[0]
-        for key, array in unique.items()
-    }  # fmt: skip
-    mx.eval(list(found.values()))
-    halves = {key: np.array(made).view(np.uint32) for key, made in found.items()}
-    return [int(halves[id(a)][0]) | int(halves[id(a)][1]) << 32 if a.size else 0 for a in arrays]
+    parts = [array[:1] if starts else array.reshape(-1) for array in unique.values()]
+    as_bytes = [part.view(mx.uint8) for part in parts]
+    found = []
+    for first in range(0, len(as_bytes), _AT_ONCE):
+        some = as_bytes[first : first + _AT_ONCE]
+        some += some[:1] * (_AT_ONCE - len(some))
+        found += launch.run(
+            "address", some, [], [], threads=_AT_ONCE, group=32, shapes=[(2 * _AT_ONCE,)],
+            dtypes=[mx.int32],
+        )  # fmt: skip
+    mx.eval(found)
+    halves = np.array(mx.concatenate(found) if found else mx.zeros((0,), mx.int32))
+    known = dict(zip(unique, halves.view(np.uint64).tolist(), strict=False))
+    return [known[id(array)] if array.size else 0 for array in arrays]
 
 
 class DraftBehind(Protocol):
