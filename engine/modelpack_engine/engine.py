@@ -446,7 +446,8 @@ class Engine(BaseEngine):
             if not masked and self._replays.takes(batch):
                 padded = buckets.pad_rows(len(batch.sample_rows))
                 num_sampled = padded if batch.chunks else batch.num_rows
-                settings = self._sampler.settings(sample_rows(output), num_sampled)
+                rows = () if self._sampler.is_greedy else sample_rows(output)
+                settings = self._sampler.settings(rows, num_sampled)
             if settings is not None and self._speculator is not None:
                 draft = self._speculator.draft_within(output, batch)
                 if draft is None and self._speculator.reads_hidden(output):

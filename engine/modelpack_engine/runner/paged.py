@@ -248,7 +248,9 @@ class CompiledSteps:
     def _pack(self, batch: StepBatch, sample_rows: list[int]) -> PackedStep:
         adapted = self._adapted
         positions = np.array(batch.positions, np.int32)
-        rotations = np.array(batch.rotations or batch.rope_positions, np.int32)
+        rotations = positions
+        if batch.rope_positions:
+            rotations = np.array(batch.rotations or batch.rope_positions, np.int32)
         rows = self._lay_out(batch, positions)
         batches = [batch.of_group(group) for group in range(len(self._step.groups))]
         slots = [np.array(of_group.slots, np.int32) for of_group in batches]

@@ -396,11 +396,16 @@ class Sampler:
         """Return whether a sequence was added and not removed."""
         return seq_id in self._entries
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether all sequences take the most likely token, masks apart."""
+        return not self._planned_for
+
     def settings(self, seqs: Sequence[SampleRow], num_rows: int) -> NDArray[np.int32] | None:
         """Return the settings of `by_kernel` for the tokens of `seqs`, int32 [rows, 6].
 
-        They are [0, 6] if all are the most likely tokens, for `greedy`. None if a kernel is not
-        enough.
+        They are [0, 6] if all are the most likely tokens, for `greedy`: if `is_greedy`, `seqs` may
+        be left out. None if a kernel is not enough.
         """
         if any(seq.allowed is not None for seq in seqs):
             return None
@@ -503,7 +508,7 @@ class Sampler:
 
     def _planned(self, seqs: Sequence[SampleRow], num_rows: int) -> Plan:
         """Return the plan, which is made and uploaded only when the batch's composition changes."""
-        if not self._planned_for:  # as for most steps of greedy requests
+        if self.is_greedy:
             return PLAIN
         least = self._least
         ends_masked = [seq.num_output < least.get(seq.seq_id, 0) for seq in seqs] if least else []
