@@ -92,7 +92,7 @@ class Output:
 
 @dataclass(slots=True)
 class Recorder:
-    """Runs kernels one by one, and keeps what they read and write."""
+    """Runs kernels one by one, and keeps what they read and write in memory."""
 
     notes: list[Note] = field(default_factory=list)
 
@@ -123,7 +123,12 @@ class Recorder:
         return outputs
 
     def multiply(self, x: mx.array, weight: mx.array) -> mx.array:
-        """Return x [rows, in] times weight [out, in], transposed, by MLX."""
+        """Return x [rows, in] times weight [out, in], transposed, by MLX.
+
+        Raises `NotRecordedError` for types and shapes that cuBLAS is not called for.
+        """
+        if x.ndim != 2 or x.dtype != weight.dtype or x.dtype not in (mx.float16, mx.bfloat16):
+            raise NotRecordedError(f"MLX multiplies {x.shape} by {weight.shape} in {x.dtype}")
         return self._by_mlx(MATMUL, "matmul", x, weight, lambda: x @ weight.T)
 
     def join(self, first: mx.array, second: mx.array) -> mx.array:
@@ -158,6 +163,15 @@ def join(first: mx.array, second: mx.array) -> mx.array:
     """Return the rows of two arrays."""
     recorder = active()
     return mx.concatenate([first, second]) if recorder is None else recorder.join(first, second)
+
+
+def refuse(what: str) -> None:
+    """Raise `NotRecordedError` if this thread's kernels are recorded: MLX computes `what`.
+
+    Such a step would be refused after it ran twice, with all that its kernels write in memory.
+    """
+    if active() is not None:
+        raise NotRecordedError(f"MLX {what}")
 
 
 @contextmanager
@@ -288,7 +302,7 @@ class Trace:
 def compare(first: Trace, second: Trace, addresses: AddressesOf) -> Recording:
     """Return the recording of a step that ran twice: its kernels, and the arrays that it returns.
 
-    Raises `NotRecordedError` if it has other operations.
+    The first trace may be released. Raises `NotRecordedError` if the step has other operations.
     """
     if first.names != second.names:
         raise NotRecordedError("the step runs other kernels each time")
@@ -305,7 +319,7 @@ def compare(first: Trace, second: Trace, addresses: AddressesOf) -> Recording:
                 raise NotRecordedError(f"{note.body} reads a copy of {name}")
             one, other = (trace.output(there, index) for trace, there in zip(both, at, strict=True))
             if one != other or (one is None and at[0] != at[1]):
-                raise NotRecordedError(f"{note.body} reads {name} what no kernel writes")
+                raise NotRecordedError(f"{note.body} reads {name}, which no kernel writes")
             found.append(at[1] if one is None else one)
         reads.append(found)
     returned = []

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from modelpack_engine.kernels import launch
+from modelpack_engine.kernels import launch, recording
 from modelpack_engine.layers.kernels import take_rows
 
 Words = npt.NDArray[np.uint32]
@@ -261,6 +261,7 @@ def multiply(
                 return run_tiles(x, weight, kind, tile, bias)
         if rows <= FEW_ROWS and verdict(x.dtype, kind, _together(rows), bias is not None) is None:
             return run_dots(x, weight, kind, bias)
+    recording.refuse(f"multiplies {rows} rows")
     product = x @ values(weight, kind, x.dtype).T
     return product if bias is None else product + bias
 

@@ -113,17 +113,15 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     """Multiply by MLX's functions; the bias of quantised weights is not added."""
     weight, bits = weights.weight, weights.bits
     recorder = recording.active()
+    if recorder is not None and bits is None and weights.bias is None:
+        return recorder.multiply(x, weight)
+    recording.refuse(f"multiplies {x.shape[0]} rows")
     if bits is None:
-        if recorder is not None and weights.bias is None:
-            return recorder.multiply(x, weight)
         transposed = weight.T if weights.transposed is None else weights.transposed
         return x @ transposed if weights.bias is None else mx.addmm(weights.bias, x, transposed)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
     if biases is not None and x.shape[0] > FEW_ROWS and is_affine(weights, x.dtype):
-        if recorder is not None:
-            # A recording keeps all that kernels write: those of all layers take too much memory.
-            raise recording.NotRecordedError(f"{x.shape[0]} rows need dequantised weights")
         return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
     return mx.quantized_matmul(
         x, weight, scales, biases,

@@ -8,6 +8,7 @@ https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,10 +21,8 @@ Type = Literal["float16", "bfloat16"]
 _TYPES: Mapping[Type, int] = {"float16": 2, "bfloat16": 14}  # CUDA_R_16F, CUDA_R_16BF
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68  # CUDA_R_32F, CUBLAS_COMPUTE_32F
 _TRANSPOSED = 1  # CUBLAS_OP_T
-_OF_A, _MOST_WORKSPACE = (
-    3,
-    1,
-)  # CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+_OF_A = 3  # CUBLASLT_MATMUL_DESC_TRANSA
+_MOST_WORKSPACE = 1  # CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
 #: What the documentation of `cublasSetWorkspace` recommends for Hopper and later GPUs.
 WORKSPACE_BYTES = 32 << 20
 _LIBRARIES = ("libcublasLt.so.13", "libcublasLt.so.12")
@@ -128,7 +127,7 @@ class Cublas:
             "cublasLtMatmulAlgoGetHeuristic", self._handle, matmul, weight, x, out, out,
             self._preference, 1, ctypes.byref(choice), ctypes.byref(count),
         )  # fmt: skip
-        if not count.value:
+        if not count.value or choice.state:
             raise DriverError(f"cuBLAS cannot multiply {shape}")
         return _Plan(matmul, weight, x, out, choice)
 
@@ -146,10 +145,12 @@ class Cublas:
 
 @cache
 def find_cublas() -> Cublas:
-    """Return the library that MLX uses. Raises `DriverError`."""
-    for name in _LIBRARIES:
-        try:
-            return Cublas(ctypes.CDLL(name))
-        except OSError as error:
-            problem = error
+    """Return the library that MLX has loaded, or else one that is there. Raises `DriverError`."""
+    problem: OSError | None = None
+    for mode in (os.RTLD_NOLOAD, ctypes.DEFAULT_MODE):
+        for name in _LIBRARIES:
+            try:
+                return Cublas(ctypes.CDLL(name, mode=mode))
+            except OSError as error:
+                problem = error
     raise DriverError(f"cuBLAS is not found: {problem}")

@@ -73,6 +73,12 @@ _FEWEST_BLOCKS = 4
 #: launched. Measured: 1.55 for Llama-3.2-1B's shape (benchmarks/results/engine-h200.md).
 _MEMORY_FACTOR = 1.6
 
+#: The arrays of a step that is recorded, as a factor of a step's: all that its kernels write.
+#: 1.13 to 1.19 by the shapes of models of 1 to 32 billion parameters.
+_RECORDED_FACTOR = 1.2
+#: The most rows of such a step: with more, prompts take the GPU longer than MLX takes the host.
+MOST_RECORDED_ROWS = 4096
+
 #: The most experts that a token is routed to; a layer's weights do not say how many.
 _MOST_EXPERTS = 8
 
@@ -99,6 +105,8 @@ class Sizes:
     max_prefill_chunk: int | None = None
     prefill_context: int | None = None
     step_bytes: int = 0
+    #: The most rows of a step that may be recorded, whose arrays must fit in `step_bytes`.
+    recorded_rows: int = MOST_RECORDED_ROWS
     #: Layers with smaller windows than others, and the blocks of each such group.
     groups: tuple[WindowGroup, ...] = ()
     window_blocks: tuple[int, ...] = ()
@@ -281,6 +289,7 @@ def choose_sizes(
         max_prefill_chunk=max(_GPU_CHUNK, span) if gpu else most_of_prompt,
         prefill_context=_GPU_CONTEXT if gpu else None,
         step_bytes=step_bytes,
+        recorded_rows=_recorded_rows(step_bytes, step_memory.per_row),
         groups=groups,
         window_blocks=tuple(of_windows),
     )
@@ -382,6 +391,12 @@ def _memory_share(config: EngineConfig) -> float:
     if not 0 < share <= 1:
         raise EngineError(f"gpu_memory_utilization is {share}, expected above 0, up to 1")
     return share
+
+
+def _recorded_rows(step_bytes: int, per_row: int) -> int:
+    if not (step_bytes and per_row):
+        return MOST_RECORDED_ROWS
+    return min(MOST_RECORDED_ROWS, int(step_bytes / (_RECORDED_FACTOR * per_row)))
 
 
 def limit_memory(planned: int, step_bytes: int) -> None:

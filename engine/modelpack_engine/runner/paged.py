@@ -241,8 +241,8 @@ class CompiledSteps:
             if last is batch and last_rows == sample_rows:
                 return packed
         packed = self._pack(batch, sample_rows)
-        alone = self._adapted.states or packed.of_adapters
-        self._packed = None if alone else (batch, sample_rows, packed)
+        changes = self._adapted.states or packed.of_adapters
+        self._packed = None if changes else (batch, sample_rows, packed)
         return packed
 
     def _pack(self, batch: StepBatch, sample_rows: list[int]) -> PackedStep:

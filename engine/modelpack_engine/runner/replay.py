@@ -49,6 +49,7 @@ from modelpack_engine.platform.driver import (
     shape_bytes,
 )
 from modelpack_engine.runner.continued import Continued, move_rows
+from modelpack_engine.runner.kv_cache_size import MOST_RECORDED_ROWS
 from modelpack_engine.runner.paged import Layout, PackedStep, PagedRunner
 from modelpack_engine.sampling import sampler
 from modelpack_engine.sampling.delivery import address_halves, deliver
@@ -60,14 +61,16 @@ logger = logging.getLogger(__name__)
 
 #: The most tokens of a step and of a draft, and the numbers that the memory holds at first.
 _MOST_TOKENS, _MOST_DRAFTED, _FEWEST_NUMBERS = 1024, 1024, 1 << 16
-#: With more rows, prompts take the GPU longer than MLX takes the host.
-_MOST_ROWS = 4096
 #: At most two steps are in flight, one after the other.
 _PLACES = 4
 #: A shape is recorded when it comes for this time, without and with prompts, which have many more
-#: shapes: recording takes longer than a few steps. If the first shapes are refused, so many of few
-#: rows, no other one is tried: MLX multiplies more rows.
-_FREQUENT, _FREQUENT_PROMPTS, _MOST_REFUSED, _FEW_ROWS = 3, 4, 3, 32
+#: shapes: recording takes longer than a few steps.
+_FREQUENT, _FREQUENT_PROMPTS = 3, 4
+#: If the first shapes are refused, so many of few rows, no other one is tried: with more rows, MLX
+#: computes more. Nor is one with prompts, once so many of them in a row are refused.
+_MOST_REFUSED, _FEW_ROWS = 3, 32
+#: The most graphs, each of some hundred kernels.
+_MOST_GRAPHS = 512
 #: In place of tokens that a graph has not written yet; no token is equal.
 _UNWRITTEN = -3
 #: Graphs run in rows of at least so many steps: after the last one, MLX builds the next step while
@@ -256,12 +259,15 @@ class Replays:
     """The steps of a runner that run as graphs.
 
     A graph must give the tokens of the recorded step when it first runs. After a failure of the
-    driver, or a graph with other tokens, MLX runs all steps.
+    driver, or a graph with other tokens, MLX runs all steps. While a step of up to `most_rows` rows
+    is recorded, all that its kernels write is in memory.
     """
 
-    def __init__(self, runner: PagedRunner, driver: Driver) -> None:
+    def __init__(
+        self, runner: PagedRunner, driver: Driver, most_rows: int = MOST_RECORDED_ROWS
+    ) -> None:
         assert runner.compiled is not None
-        self.driver = driver
+        self.driver, self._most_rows = driver, most_rows
         self._runner, self._compiled = runner, runner.compiled
         self._stream = driver.new_stream()
         self._memories: list[_Memory] = []  # steps in flight may have an earlier one than the last
@@ -271,13 +277,14 @@ class Replays:
         self._next = 0
         self._generation = 0  # of the last draft
         self._refused = 0  # shapes of few rows, before the first that was recorded
+        self._refused_prompts = 0  # shapes with prompts, since the last that was recorded
         #: Whether MLX runs all steps from now on.
         self.gave_up = False
         self._arena: mx.array | None = None
         self._workspace: mx.array | None = None  # of matmuls by cuBLAS
         #: Whether MLX has launched steps since the last one of these.
         self.follow_mlx = True
-        self._steps = 0  # of decode rows, since the last other step
+        self._steps = 0  # that can be graphs, since the last one that cannot
         self._usual_steps: float = _STEPS_AT_FIRST
         self._ahead: ReplayedTokens | None = None  # launched before it is scheduled
         #: The number of steps launched ahead, and of those that were dropped.
@@ -298,7 +305,7 @@ class Replays:
         """Return whether a step may be a graph, as far as its rows say."""
         return not (
             self.gave_up or batch.prompt_logprob_rows or batch.adapter_slots or batch.media_rows
-            or batch.num_rows > _MOST_ROWS or not 0 < len(batch.sample_rows) <= _MOST_TOKENS
+            or batch.num_rows > self._most_rows or not 0 < len(batch.sample_rows) <= _MOST_TOKENS
             or not self._compiled.takes(batch)
         )  # fmt: skip
 
@@ -329,15 +336,19 @@ class Replays:
         if graph is None:
             self._seen[shape] += 1
             frequent = _FREQUENT_PROMPTS if batch.chunks else _FREQUENT
-            if shape in self._graphs or self._seen[shape] != frequent:
-                if batch.chunks:
-                    self.end_run()
+            if (
+                shape in self._graphs or self._seen[shape] != frequent
+                or len(self._graphs) >= _MOST_GRAPHS
+                or (batch.chunks and self._refused_prompts >= _MOST_REFUSED)
+            ):  # fmt: skip
+                self.end_run()
                 return None
         if not self._pays() and graph is not None:
             return None
         if self.follow_mlx:
             mx.synchronize()
             self.follow_mlx = False
+        assert settings.size in (0, 6 * shape.num_sampled), "the layout has other sampled rows"
         columns = [*packed.columns, settings.ravel()]
         if draft is not None:
             columns.append(draft.numbers)
@@ -540,11 +551,7 @@ class Replays:
             self.driver.wait(place.event)
         except NotRecordedError as error:
             logger.info("steps of %s rows are not recorded: %s", shape.num_rows, error)
-            few = draft is None and shape.num_rows <= _FEW_ROWS
-            if few and 0 <= self._refused < _MOST_REFUSED:
-                self._refused += 1
-                if self._refused == _MOST_REFUSED:
-                    self._give_up("no shape of few rows can be recorded")
+            self._refuse(shape, draft)
             return None
         except Exception as error:  # noqa: BLE001 - MLX, the compiler and the driver have many
             self._give_up(error)
@@ -554,12 +561,24 @@ class Replays:
             self.driver.free_graph(graph.handle)
             if any(note.body == "matmul" for note in recording.notes):
                 # cuBLAS may have added in another order than for MLX, so that tokens differ.
-                logger.info("MLX launches such steps: %s", problem)
+                logger.warning("MLX launches such steps: %s", problem)
+                self._refuse(shape, draft)
             else:
                 self._give_up(problem)
             return None
         self._refused = -1
+        if shape.layout.tiles:
+            self._refused_prompts = 0
         return graph
+
+    def _refuse(self, shape: _Shape, draft: DraftBehind | None) -> None:
+        """Count a shape that cannot be recorded."""
+        if shape.layout.tiles:
+            self._refused_prompts += 1
+        elif draft is None and shape.num_rows <= _FEW_ROWS and 0 <= self._refused < _MOST_REFUSED:
+            self._refused += 1
+            if self._refused == _MOST_REFUSED:
+                self._give_up("no shape of few rows can be recorded")
 
     def _traced(self, shape: _Shape, count: int, draft: DraftBehind | None) -> Trace:
         """Run a step by single kernels; it returns the next ids."""
@@ -593,7 +612,8 @@ class Replays:
         memory = self._memories[-1]
         offsets, size = recording.layout()
         if self._arena is None or self._arena.nbytes < size:
-            self._arena = mx.zeros((size,), mx.uint8)
+            # Earlier graphs keep the smaller one: the sum of all is at most twice the largest.
+            self._arena = mx.zeros((1 << (size - 1).bit_length(),), mx.uint8)
             mx.eval(self._arena)
         (start,) = addresses([self._arena])
         fixed = {(o.note, o.number): memory.address for o in recording.outputs}
@@ -650,10 +670,7 @@ class Replays:
         """Return a matmul by the library that MLX uses."""
         (x, weight), (out,) = reads, writes
         (rows, inputs), (outputs, _) = (array.shape for array in note.inputs)
-        types = {array.dtype for array in note.inputs}
-        if len(types) > 1 or not types <= _TYPES.keys():
-            raise NotRecordedError(f"it multiplies {types}")
-        shape = MatmulShape(rows, outputs, inputs, _TYPES[types.pop()])
+        shape = MatmulShape(rows, outputs, inputs, _TYPES[note.outputs[0].dtype])
         try:
             cublas = find_cublas()
             cublas.prepare(shape)
@@ -663,7 +680,14 @@ class Replays:
             self._workspace = mx.zeros((WORKSPACE_BYTES,), mx.uint8)
             mx.eval(self._workspace)
         (workspace,) = addresses([self._workspace])
-        return partial(cublas.multiply, shape, x, weight, out, workspace)
+
+        def multiply(stream: int) -> None:
+            try:
+                cublas.multiply(shape, x, weight, out, workspace, stream)
+            except DriverError as error:
+                raise NotRecordedError(str(error)) from error
+
+        return multiply
 
     def _join(self, sizes: list[int], reads: list[int], to: int, stream: int) -> None:
         for size, address in zip(sizes, reads, strict=True):
@@ -678,7 +702,7 @@ def _ends(shape: _Shape, count: int, draft: DraftBehind | None) -> tuple[int, in
     return of_draws - (6 * shape.num_sampled if shape.draws else 0), of_draws, of_draft
 
 
-def make_replays(runner: object) -> Replays | None:
+def make_replays(runner: object, most_rows: int = MOST_RECORDED_ROWS) -> Replays | None:
     """Return the replays of a runner whose steps may run as graphs; None for others."""
     if not (
         launch.backend() == "cuda"
@@ -689,7 +713,7 @@ def make_replays(runner: object) -> Replays | None:
     ):
         return None
     try:
-        return Replays(runner, find_driver())
+        return Replays(runner, find_driver(), most_rows)
     except EngineError as error:
         logger.info("MLX launches all steps: %s", error)
         return None

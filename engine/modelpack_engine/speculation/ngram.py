@@ -126,7 +126,10 @@ class NgramProposer:
     def after(
         self, sequence: Sequence, token_ids: list[int], num_sequences: int
     ) -> tuple[list[int], float]:
-        """Return what `propose` and `expected` will return once these tokens of it are known."""
+        """Add tokens to the index of a sequence that will have them, unless it ends.
+
+        Return what `propose` and `expected` will return then, by today's rates.
+        """
         index = self._index(sequence)
         index.extend(token_ids)
         match = index.match()

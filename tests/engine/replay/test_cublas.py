@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,8 @@ MAKERS = {
 class Library:
     """Records calls, with what pointers point to; `codes` are the results of functions."""
 
-    def __init__(self, found: int = 1, **codes: int) -> None:
-        self.found, self.codes, self.missing = found, codes, ""
+    def __init__(self, found: int = 1, state: int = 0, **codes: int) -> None:
+        self.found, self.state, self.codes, self.missing = found, state, codes, ""
         self.calls = list[tuple[Any, ...]]()
         self._handles = iter(range(100, 200))
 
@@ -38,6 +39,7 @@ class Library:
                 given.pop()._obj.value = self.found
                 choice = given.pop()._obj
                 choice.algorithm[0], choice.workspace_bytes = 77, 4096
+                choice.state = self.state
             values = [getattr(each, "_obj", each) for each in given]
             self.calls.append(
                 (name, *(getattr(each, "value", getattr(each, "algorithm", each))
@@ -95,6 +97,7 @@ def test_the_structure_of_a_choice() -> None:
     ("library", "problem"),
     [
         (Library(found=0), "cuBLAS cannot multiply Shape"),
+        (Library(state=15), "cuBLAS cannot multiply Shape"),
         (Library(cublasLtMatmulAlgoGetHeuristic=15), "cuBLAS status 15"),
         (Library(cublasLtMatrixLayoutCreate=7), "cublasLtMatrixLayoutCreate failed"),
     ],
@@ -112,8 +115,25 @@ def test_an_old_library() -> None:
         made(library)
 
 
+def test_the_library_that_is_loaded_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's own, not another version in the loader's path."""
+    asked = list[tuple[str, bool]]()
+
+    def load(name: str, mode: int) -> Library:
+        asked.append((name, mode == os.RTLD_NOLOAD))
+        if asked[-1] != ("libcublasLt.so.12", True):
+            raise OSError(f"{name}: cannot open shared object file")
+        return Library()
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    cublas.find_cublas.cache_clear()
+    cublas.find_cublas()
+    cublas.find_cublas.cache_clear()
+    assert asked == [("libcublasLt.so.13", True), ("libcublasLt.so.12", True)]
+
+
 def test_a_machine_without_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
+    def missing(name: str, mode: int) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     cublas.find_cublas.cache_clear()

@@ -93,7 +93,7 @@ def test_inputs_are_constants_or_outputs() -> None:
 
 def test_an_array_that_mlx_computes_is_refused() -> None:
     at = Addresses()
-    with pytest.raises(NotRecordedError, match="dots reads x what no kernel writes"):
+    with pytest.raises(NotRecordedError, match="dots reads x, which no kernel writes"):
         compared(step(at, between=True), step(at, between=True), at)
 
 

@@ -23,9 +23,10 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.kernels import grouped, launch, operations, prefill
 from modelpack_engine.kernels.cuda import Compiled, GeneratedKernel
-from modelpack_engine.kernels.recording import Note
+from modelpack_engine.kernels.recording import Note, NotRecordedError, recorded
 from modelpack_engine.kernels.sources import kernel_source
 from modelpack_engine.layers import matmul
+from modelpack_engine.layers.weights import Weights
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.patches import fused_layers
@@ -757,6 +758,79 @@ def test_steps_that_cannot_be_graphs_end_a_run(
     assert len(launched) > few
 
 
+def test_prompts_that_are_refused_are_not_recorded_without_an_end(
+    driver: FakeDriver, launched: list[Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that only decode stay graphs."""
+    wanted, traced = by_mlx(prompts_between), list[Layout]()
+    trace = Replays._traced
+
+    def refused(self: Replays, shape: Any, *given: Any) -> Any:
+        traced.append(shape.layout)
+        if shape.layout.tiles:
+            raise NotRecordedError("MLX multiplies")
+        return trace(self, shape, *given)
+
+    monkeypatch.setattr(Replays, "_traced", refused)
+    monkeypatch.setattr(replay, "_FREQUENT_PROMPTS", 1)
+    monkeypatch.setattr(replay, "_FEWEST_STEPS", 0)
+    monkeypatch.setattr(replay, "_MOST_REFUSED", 1)
+    engine = make_engine()
+    assert prompts_between(engine) == wanted
+    assert sum(layout.tiles > 0 for layout in traced) == 1
+    assert engine._replays is not None
+    assert not engine._replays.gave_up
+    assert launched
+
+
+def test_no_more_graphs_than_a_limit(
+    driver: FakeDriver, launched: list[Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "_MOST_GRAPHS", 1)
+    assert prompts_between(make_engine()) == by_mlx(prompts_between)
+    assert len(driver.graphs) == 1
+
+
+def test_a_larger_arena_is_twice_as_large(driver: FakeDriver) -> None:
+    """Earlier graphs keep theirs: all together are at most twice the largest."""
+    engine = make_engine()
+    SCENARIOS["batches"](engine)
+    assert engine._replays is not None
+    arenas = {
+        id(graph.kept[1]): graph.kept[1].nbytes
+        for graph in engine._replays._graphs.values()
+        if graph is not None
+    }
+    assert sum(arenas.values()) <= 2 * max(arenas.values())
+    assert all(size & (size - 1) == 0 for size in arenas.values())
+
+
+@pytest.mark.parametrize(
+    ("x", "weights"),
+    [
+        (mx.zeros((2, 64), mx.float32), Weights.plain(mx.zeros((32, 64), mx.float32))),
+        (mx.zeros((2, 64), mx.float16), Weights.plain(mx.zeros((32, 64), mx.bfloat16))),
+        (mx.zeros((1, 2, 64), mx.float16), Weights.plain(mx.zeros((32, 64), mx.float16))),
+        (
+            mx.zeros((2, 64), mx.float16),
+            Weights.plain(mx.zeros((32, 64), mx.float16), mx.zeros((32,), mx.float16)),
+        ),
+        (
+            mx.zeros((200, 64), mx.float16),
+            Weights(
+                mx.zeros((32, 8), mx.uint32), mx.zeros((32, 1), mx.float16),
+                mx.zeros((32, 1), mx.float16), None, 4, 64, "affine",
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_other_matmuls_are_refused_at_once(x: mx.array, weights: Weights) -> None:
+    """Not after two runs of the step."""
+    with recorded() as recorder, pytest.raises(NotRecordedError, match="MLX multiplies"):
+        matmul._by_mlx(x, weights)
+    assert not recorder.notes
+
+
 def test_matmuls_by_mlx_are_recorded(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "multiply", matmul._by_mlx)
     monkeypatch.setattr(fused_layers, "multiply", matmul._by_mlx)
@@ -806,5 +880,6 @@ def test_a_step_that_mlx_computes_in_part_is_not_recorded(
     }
     assert driver.num_launches == 0
     assert (
-        "steps of 4 rows are not recorded: greedy reads logits what no kernel writes" in caplog.text
+        "steps of 4 rows are not recorded: greedy reads logits, which no kernel writes"
+        in caplog.text
     )
