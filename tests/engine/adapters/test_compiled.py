@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -178,13 +177,11 @@ def test_a_graph_of_joint_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    with emulated(
-        monkeypatch, tmp_path, kernels.verdict, adapters.verdict, adapters.wide_verdict
-    ) as found:
+    with emulated(monkeypatch, kernels.verdict, adapters.verdict, adapters.wide_verdict) as found:
         yield found
 
 

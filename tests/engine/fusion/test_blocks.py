@@ -50,8 +50,8 @@ def linear(name: str, outputs: int, inputs: int, seed: int = 0, **more: Any) -> 
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
-    with emulated(monkeypatch, tmp_path, *VERDICTS) as found:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with emulated(monkeypatch, *VERDICTS) as found:
         yield found
 
 

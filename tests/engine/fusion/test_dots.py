@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,8 +29,8 @@ VERDICTS = (
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
-    with emulated(monkeypatch, tmp_path, *VERDICTS) as found:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with emulated(monkeypatch, *VERDICTS) as found:
         monkeypatch.setattr(launch, "backend", lambda: "cuda")
         monkeypatch.setattr(expert_kernels, "has_warpgroups", lambda: True)
         monkeypatch.setattr(packed, "has_warpgroups", lambda: True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -31,11 +30,11 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    with emulated(monkeypatch, tmp_path, kernels.verdict) as found:
+    with emulated(monkeypatch, kernels.verdict) as found:
         yield found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -123,8 +122,8 @@ def test_parts_are_whole_steps(tile: packed.Tile, rows: int, outputs: int, steps
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
-    with emulated(monkeypatch, tmp_path, packed.verdict, packed.row_verdict) as found:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with emulated(monkeypatch, packed.verdict, packed.row_verdict) as found:
         monkeypatch.setattr(launch, "backend", lambda: "cuda")
         monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
         yield found

@@ -7,6 +7,7 @@ arguments, grids, and what happens to the results.
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from modelpack_engine.kernels import launch, prefill, reference
 from modelpack_engine.kernels.recording import Note
 from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, Backend, Body, kernel_source
-from tests.engine.kernels.emulator import Edit, build, unchanged
+from tests.engine.kernels.emulator import Edit, build, run_here, unchanged
 from tests.engine.kernels.signatures import Instance
 
 C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t",
@@ -54,9 +55,7 @@ class _Verdict(Protocol):
 class Host:
     """Replaces `launch.kernel`."""
 
-    def __init__(self, directory: Path) -> None:
-        """Keep what the programs read and write in `directory`."""
-        self.directory = directory
+    def __init__(self) -> None:
         self.edit: Edit = unchanged
         self.calls: list[tuple[Body, dict[str, Any]]] = []
 
@@ -125,9 +124,14 @@ class Host:
         for name in (*OUTPUTS[instance.body], *absent):
             alike = views.get(name.removesuffix("_up"), np.zeros((1, 4), np.uint8))
             views.setdefault(name, alike)
-        done = build([instance], edit=self.edit).run(
-            instance, views, groups, -(-threads // 32) * 32, self.directory / "run"
-        )
+        threads = -(-threads // 32) * 32
+        if self.edit is unchanged:
+            run_here(instance, views, groups, threads)
+            return
+        # A wrong body may write anywhere: it gets a process of its own.
+        with tempfile.TemporaryDirectory() as scratch:
+            program = build([instance], edit=self.edit)
+            done = program.run(instance, views, groups, threads, Path(scratch))
         assert done.returncode == 0, done.stderr[:2000]
 
     def run_at(self, note: Note, reads: Sequence[int], writes: Sequence[int]) -> None:
@@ -176,9 +180,9 @@ def _attend(
 
 
 @contextmanager
-def emulated(patch: pytest.MonkeyPatch, directory: Path, *verdicts: _Verdict) -> Iterator[Host]:
+def emulated(patch: pytest.MonkeyPatch, *verdicts: _Verdict) -> Iterator[Host]:
     """Run kernels on the host; clear the cached `verdicts` before and after."""
-    found = Host(directory)
+    found = Host()
     patch.setattr(
         launch, "made_kernel",
         lambda body, on, shared_bytes=0, **how: (

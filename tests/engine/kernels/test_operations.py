@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -30,11 +29,11 @@ def _nothing_probed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """An emulated GPU, with smaller probes."""
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    with emulated(monkeypatch, tmp_path) as found:
+    with emulated(monkeypatch) as found:
         yield found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -26,10 +25,9 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     with emulated(
         monkeypatch,
-        tmp_path,
         *(
             each.verdict
             for each in (state_space, delta_rule, convolution, gated_norm, linear_attention)

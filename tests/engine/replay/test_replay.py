@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,10 +152,10 @@ def with_tiles(compare: Any, *args: Any, **kwargs: Any) -> str | None:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """Kernels as on CUDA, all by emulation."""
     mx.disable_compile()  # the emulator runs kernels on arrays that have values
-    with emulated(monkeypatch, tmp_path) as found:
+    with emulated(monkeypatch) as found:
         monkeypatch.setattr(launch, "backend", lambda: "cuda")
         monkeypatch.setattr(launch, "tried", no_tiles)
         monkeypatch.setattr(operations, "tried", no_tiles)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -24,8 +23,8 @@ WIDE, ODD = 1024, 301
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
-    with emulated(monkeypatch, tmp_path, drawing.verdict) as found:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with emulated(monkeypatch, drawing.verdict) as found:
         yield found
 
 

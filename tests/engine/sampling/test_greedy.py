@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -18,8 +17,8 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
-    with emulated(monkeypatch, tmp_path, sampling.greedy_verdict) as found:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with emulated(monkeypatch, sampling.greedy_verdict) as found:
         yield found
 
 

@@ -46,7 +46,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    with emulated(monkeypatch, tmp_path, *VERDICTS) as found:
+    with emulated(monkeypatch, *VERDICTS) as found:
         yield found
 
 

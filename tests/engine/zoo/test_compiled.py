@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -187,7 +186,7 @@ def test_recurrent_with_adapters(configuration: Configuration, uncompiled: None)
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
@@ -195,7 +194,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
         convolution, delta_rule, gated_norm, linear_attention, state_space, kernels, adapters,
     )  # fmt: skip
     wide = delta_rule.wide_verdict, state_space.wide_verdict
-    with emulated(monkeypatch, tmp_path, *(layer.verdict for layer in layers), *wide) as found:
+    with emulated(monkeypatch, *(layer.verdict for layer in layers), *wide) as found:
         yield found
 
 

@@ -1,6 +1,6 @@
-// Runs kernel bodies on the host; arrays come from and go to files. The lanes of a threadgroup take
-// turns in one thread, each with a stack of its own, and change at barriers. With PA_THREADS, for
-// the sanitizers, they are threads.
+// Runs kernel bodies on the host. Arrays are given, or come from and go to files. The lanes of a
+// threadgroup take turns in one thread, each with a stack of its own, and change at barriers. With
+// PA_THREADS, for the sanitizers, they are threads.
 #include <pthread.h>
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -193,6 +193,14 @@ void launch(const Grid& grid, Kernel kernel) {
   run(grid.threads, {lane, &whole});
   delete[] whole.simds;
 }
+
+// An array of the caller.
+struct Given {
+  char* data;
+  int* shape;
+  template <class E>
+  E* as() { return reinterpret_cast<E*>(data); }
+};
 
 // An array in a file, in memory of its exact size; written back if it is an output.
 struct Array {
