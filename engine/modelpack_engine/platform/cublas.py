@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from modelpack_engine.platform.driver import DriverError
+from modelpack_engine.platform.driver import DriverError, Functions
 
 Type = Literal["float16", "bfloat16"]
 
@@ -74,14 +74,8 @@ class Cublas:
     """The library, for the context that is current. All methods raise `DriverError`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions: dict[str, Any] = {}
-        for name, types in _FUNCTIONS.items():
-            try:
-                function = getattr(library, name)
-            except AttributeError as error:
-                raise DriverError(f"cuBLAS has no {name}") from error
-            function.argtypes = types
-            self._functions[name] = function
+        functions = Functions(library, _FUNCTIONS, "cuBLAS", "cuBLAS status")
+        self._call, self._made = functions.call, functions.make
         self._handle = self._made("cublasLtCreate")
         self._preference = self._made("cublasLtMatmulPreferenceCreate")
         most = ctypes.c_uint64(WORKSPACE_BYTES)
@@ -130,17 +124,6 @@ class Cublas:
         if not count.value or choice.state:
             raise DriverError(f"cuBLAS cannot multiply {shape}")
         return _Plan(matmul, weight, x, out, choice)
-
-    def _made(self, name: str, *arguments: object) -> int:
-        found = _POINTER()
-        self._call(name, ctypes.byref(found), *arguments)
-        if found.value is None:
-            raise DriverError(f"{name} returned nothing")
-        return found.value
-
-    def _call(self, name: str, *arguments: object) -> None:
-        if code := self._functions[name](*arguments):
-            raise DriverError(f"{name} failed: cuBLAS status {code}")
 
 
 @cache

@@ -7,7 +7,7 @@ libcuda.so.1, https://docs.nvidia.com/cuda/cuda-driver-api.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -62,18 +62,49 @@ class KernelCall:
     arguments: tuple[bytes, ...]
 
 
+class Functions:
+    """Functions of a C library, with the types of their arguments, which return 0 or a code.
+
+    Errors name the library by `title`, and a code by `code_name`. All methods raise `DriverError`.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        types: Mapping[str, tuple[Any, ...]],
+        title: str,
+        code_name: str,
+    ) -> None:
+        self._functions: dict[str, Any] = {}
+        self._code_name = code_name
+        for name, of_arguments in types.items():
+            try:
+                function = getattr(library, name)
+            except AttributeError as error:
+                raise DriverError(f"{title} has no {name}") from error
+            function.argtypes = of_arguments
+            self._functions[name] = function
+
+    def call(self, name: str, *arguments: object) -> None:
+        """Call a function."""
+        if code := self._functions[name](*arguments):
+            raise DriverError(f"{name} failed: {self._code_name} {code}")
+
+    def make(self, name: str, *arguments: object) -> int:
+        """Call a function whose first argument is where its result goes; return the result."""
+        found = _POINTER()
+        self.call(name, ctypes.byref(found), *arguments)
+        if found.value is None:
+            raise DriverError(f"{name} returned nothing")
+        return found.value
+
+
 class Driver:
     """CUDA's driver. All methods raise `DriverError`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions: dict[str, Any] = {}
-        for name, types in _TYPES.items():
-            try:
-                function = getattr(library, name)
-            except AttributeError as error:
-                raise DriverError(f"CUDA's driver has no {name}") from error
-            function.argtypes = types
-            self._functions[name] = function
+        functions = Functions(library, _TYPES, "CUDA's driver", "CUDA error")
+        self._call, self._made = functions.call, functions.make
         self._kernels: dict[tuple[bytes, str], int] = {}
         self._shared: dict[int, int] = {}  # by kernel: the most shared memory that it may use
 
@@ -171,18 +202,6 @@ class Driver:
             "cuLaunchKernel", call.function, *call.grid, *call.threads, call.shared_bytes,
             stream, pointers, None,
         )  # fmt: skip
-
-    def _made(self, name: str, *arguments: object) -> int:
-        """Call a function whose first argument is where its result goes; return the result."""
-        found = _POINTER()
-        self._call(name, ctypes.byref(found), *arguments)
-        if found.value is None:
-            raise DriverError(f"{name} returned nothing")
-        return found.value
-
-    def _call(self, name: str, *arguments: object) -> None:
-        if code := self._functions[name](*arguments):
-            raise DriverError(f"{name} failed: CUDA error {code}")
 
 
 @cache
