@@ -31,6 +31,7 @@ from mlx_lm.models import llama, qwen3, qwen3_moe
 from modelpack_engine.config import EngineConfig, SchedulingPolicy
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
+from modelpack_engine.platform import device
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.bench.engine_load import run_workload
 from modelpack_server.bench.workloads import WORKLOADS, Workload
@@ -422,8 +423,7 @@ def main() -> None:
         token_bytes = 4 * args_of.num_hidden_layers * args_of.num_key_value_heads * args_of.head_dim
         long_context(engine, model_bytes, token_bytes)
     plan = model_bytes + engine.memory_bytes  # KV cache, and steps' arrays
-    # Graphs allocate nothing, and MLX counts a peak at allocations only.
-    peak = max(mx.get_peak_memory(), mx.get_active_memory())
+    peak = device.peak_memory()
     show("memory", {"plan": plan, "peak": peak, "over": round(peak / plan - 1, 4)})
     for name, rate in ours.items():
         if name in peers:

@@ -51,6 +51,10 @@ class _Choice(ctypes.Structure):
     )  # fmt: skip
 
 
+class CublasError(DriverError):
+    """cuBLAS is missing, or refuses a call."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Of a matmul: [rows, inputs] times [outputs, inputs], transposed, in one type."""
@@ -71,10 +75,10 @@ class _Plan:
 
 
 class Cublas:
-    """The library, for the context that is current. All methods raise `DriverError`."""
+    """The library, for the context that is current. All methods raise `CublasError`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        functions = Functions(library, _FUNCTIONS, "cuBLAS", "cuBLAS status")
+        functions = Functions(library, _FUNCTIONS, "cuBLAS", "cuBLAS status", CublasError)
         self._call, self._made = functions.call, functions.make
         self._handle = self._made("cublasLtCreate")
         self._preference = self._made("cublasLtMatmulPreferenceCreate")
@@ -122,13 +126,13 @@ class Cublas:
             self._preference, 1, ctypes.byref(choice), ctypes.byref(count),
         )  # fmt: skip
         if not count.value or choice.state:
-            raise DriverError(f"cuBLAS cannot multiply {shape}")
+            raise CublasError(f"cuBLAS cannot multiply {shape}")
         return _Plan(matmul, weight, x, out, choice)
 
 
 @cache
 def find_cublas() -> Cublas:
-    """Return the library that MLX has loaded, or else one that is there. Raises `DriverError`."""
+    """Return the library that MLX has loaded, or else one that is there. Raises `CublasError`."""
     problem: OSError | None = None
     for mode in (os.RTLD_NOLOAD, ctypes.DEFAULT_MODE):
         for name in _LIBRARIES:
@@ -136,4 +140,4 @@ def find_cublas() -> Cublas:
                 return Cublas(ctypes.CDLL(name, mode=mode))
             except OSError as error:
                 problem = error
-    raise DriverError(f"cuBLAS is not found: {problem}")
+    raise CublasError(f"cuBLAS is not found: {problem}")

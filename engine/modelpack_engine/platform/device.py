@@ -114,6 +114,14 @@ def used_memory() -> int:
     return used
 
 
+def peak_memory() -> int:
+    """Return the most bytes that MLX has held since its peak was reset.
+
+    MLX counts a peak at allocations only, and CUDA graphs allocate nothing.
+    """
+    return max(mx.get_peak_memory(), mx.get_active_memory())
+
+
 class Prefetcher:
     """Moves pages to the GPU by CUDA's driver, on its own stream, until the driver refuses once.
 

@@ -65,7 +65,7 @@ class KernelCall:
 class Functions:
     """Functions of a C library, with the types of their arguments, which return 0 or a code.
 
-    Errors name the library by `title`, and a code by `code_name`. All methods raise `DriverError`.
+    All methods raise `error`, which names the library by `title`, and a code by `code_name`.
     """
 
     def __init__(
@@ -74,28 +74,29 @@ class Functions:
         types: Mapping[str, tuple[Any, ...]],
         title: str,
         code_name: str,
+        error: type[DriverError] = DriverError,
     ) -> None:
         self._functions: dict[str, Any] = {}
-        self._code_name = code_name
+        self._code_name, self._error = code_name, error
         for name, of_arguments in types.items():
             try:
                 function = getattr(library, name)
-            except AttributeError as error:
-                raise DriverError(f"{title} has no {name}") from error
+            except AttributeError as missing:
+                raise error(f"{title} has no {name}") from missing
             function.argtypes = of_arguments
             self._functions[name] = function
 
     def call(self, name: str, *arguments: object) -> None:
         """Call a function."""
         if code := self._functions[name](*arguments):
-            raise DriverError(f"{name} failed: {self._code_name} {code}")
+            raise self._error(f"{name} failed: {self._code_name} {code}")
 
     def make(self, name: str, *arguments: object) -> int:
         """Call a function whose first argument is where its result goes; return the result."""
         found = _POINTER()
         self.call(name, ctypes.byref(found), *arguments)
         if found.value is None:
-            raise DriverError(f"{name} returned nothing")
+            raise self._error(f"{name} returned nothing")
         return found.value
 
 

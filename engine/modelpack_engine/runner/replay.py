@@ -37,7 +37,7 @@ from modelpack_engine.kernels.recording import (
     recorded,
 )
 from modelpack_engine.layers.kernels import take
-from modelpack_engine.platform.cublas import WORKSPACE_BYTES, find_cublas
+from modelpack_engine.platform.cublas import WORKSPACE_BYTES, CublasError, find_cublas
 from modelpack_engine.platform.cublas import Shape as MatmulShape
 from modelpack_engine.platform.cublas import Type as MatmulType
 from modelpack_engine.platform.driver import (
@@ -202,7 +202,7 @@ class _Shape:
 
     @property
     def num_sampled(self) -> int:
-        """The rows whose tokens the graph returns."""
+        """The number of tokens that the graph returns."""
         return self.layout.rows if self.layout.sampled is None else self.layout.sampled
 
 
@@ -281,7 +281,7 @@ class Replays:
         #: Whether MLX runs all steps from now on.
         self.gave_up = False
         self._arena: mx.array | None = None
-        self._workspace: mx.array | None = None  # of matmuls by cuBLAS
+        self._workspace: tuple[mx.array, int] | None = None  # of cuBLAS, with its address
         #: Whether MLX has launched steps since the last one of these.
         self.follow_mlx = True
         self._steps = 0  # that can be graphs, since the last one that cannot
@@ -471,7 +471,7 @@ class Replays:
             self.driver.free_stream(self._stream)
         except DriverError as error:
             logger.warning("CUDA's memory is not freed: %s", error)
-        self._memories, self._arena = [], None
+        self._memories, self._arena, self._workspace = [], None, None
 
     # Numbers
 
@@ -549,7 +549,7 @@ class Replays:
             graph = self._made(recording)
             self._run(graph, place)
             self.driver.wait(place.event)
-        except NotRecordedError as error:
+        except (NotRecordedError, CublasError) as error:
             logger.info("steps of %s rows are not recorded: %s", shape.num_rows, error)
             self._refuse(shape, draft)
             return None
@@ -667,27 +667,18 @@ class Replays:
         )
 
     def _matmul(self, note: Note, reads: list[int], writes: list[int]) -> Callable[[int], None]:
-        """Return a matmul by the library that MLX uses."""
+        """Return a matmul by the library that MLX uses. Raises `CublasError`."""
         (x, weight), (out,) = reads, writes
         (rows, inputs), (outputs, _) = (array.shape for array in note.inputs)
         shape = MatmulShape(rows, outputs, inputs, _TYPES[note.outputs[0].dtype])
-        try:
-            cublas = find_cublas()
-            cublas.prepare(shape)
-        except DriverError as error:
-            raise NotRecordedError(str(error)) from error
+        cublas = find_cublas()
+        cublas.prepare(shape)
         if self._workspace is None:
-            self._workspace = mx.zeros((WORKSPACE_BYTES,), mx.uint8)
-            mx.eval(self._workspace)
-        (workspace,) = addresses([self._workspace])
-
-        def multiply(stream: int) -> None:
-            try:
-                cublas.multiply(shape, x, weight, out, workspace, stream)
-            except DriverError as error:
-                raise NotRecordedError(str(error)) from error
-
-        return multiply
+            array = mx.zeros((WORKSPACE_BYTES,), mx.uint8)
+            mx.eval(array)
+            self._workspace = array, addresses([array])[0]
+        _, workspace = self._workspace
+        return partial(cublas.multiply, shape, x, weight, out, workspace)
 
     def _join(self, sizes: list[int], reads: list[int], to: int, stream: int) -> None:
         for size, address in zip(sizes, reads, strict=True):
@@ -702,7 +693,7 @@ def _ends(shape: _Shape, count: int, draft: DraftBehind | None) -> tuple[int, in
     return of_draws - (6 * shape.num_sampled if shape.draws else 0), of_draws, of_draft
 
 
-def make_replays(runner: object, most_rows: int = MOST_RECORDED_ROWS) -> Replays | None:
+def make_replays(runner: object, most_rows: int) -> Replays | None:
     """Return the replays of a runner whose steps may run as graphs; None for others."""
     if not (
         launch.backend() == "cuda"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, takewhile
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -66,6 +66,12 @@ def verify(proposed: Tokens[int], drawn: Tokens[int], *, no_token: int) -> Verdi
         count += 1
     broken = next((row for row in range(1, len(drawn)) if drawn[row] == no_token), None)
     return Verdict(count, broken)
+
+
+def count_equal(guessed: Tokens[int], known: Tokens[int]) -> int:
+    """Return how many tokens at the start of both are equal."""
+    pairs = zip(guessed, known, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
-from itertools import takewhile
 from statistics import median
 from typing import Protocol
 
@@ -21,6 +20,7 @@ from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.runner.hidden_states import HiddenRows
 from modelpack_engine.runner.replay import ReplayedTokens
+from modelpack_engine.runner.step import count_equal
 from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.head_runner import DraftWithin
 from modelpack_engine.speculation.ngram import NgramProposer
@@ -105,12 +105,10 @@ class _Score:
 
     def _right(self, token_ids: list[int]) -> int | None:
         """Return how many tokens of the last draft were right; None without a draft or tokens."""
-        if not self.drafted or not token_ids:
-            return None
-        pairs = zip(self.drafted, token_ids, strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return count_equal(self.drafted, token_ids) if self.drafted and token_ids else None
 
     def _after(self, right: int) -> float:
+        """Return the average with one more draft, of which so many tokens were right."""
         weight = max(_NEWEST, 1 / (self.drafts + 1 + _PRIOR))
         return self.head + weight * (right - self.head)
 
@@ -232,8 +230,8 @@ class HeadWithLookup:
     ) -> list[list[int]] | None:
         """Return the likely next proposal of each sequence, whose last step's graph has a draft.
 
-        The host has read the `tokens` of that step and not emitted them. None if no proposal is
-        more likely.
+        The host has read the `tokens` of that step and not emitted them. None if a step without
+        proposals is more likely.
         """
         if self._eagle is None or self._times.needs_plain_step(len(sequences)):
             return None

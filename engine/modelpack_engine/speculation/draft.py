@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from modelpack_engine.core.scheduler import PrefillChunk, Proposal, SchedulerOut
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner.model_runner import ModelRunner
-from modelpack_engine.runner.step import row_token_ids
+from modelpack_engine.runner.step import count_equal, row_token_ids
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow, gather_logprobs
 
 # Up to this many tokens that the draft model has not computed are rows of a proposal, not a chunk.
@@ -52,8 +52,7 @@ class _Draft:
         sequence = self.sequence
         start = sequence.num_computed_tokens
         known = sequence.token_ids(start, sequence.num_known_tokens)
-        pairs = zip(known, self.guessed[:-1], strict=False)
-        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        right = count_equal(self.guessed[:-1], known)
         self.guessed = []
         # The newest token is computed again in any case, for its logits.
         sequence.num_computed_tokens = min(start + right, sequence.num_known_tokens - 1)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import NamedTuple
 
 from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.runner.step import count_equal
 
 #: The least number of equal tokens for a match.
 MIN_MATCH = 2
@@ -163,9 +163,8 @@ class NgramProposer:
         if guess is None:
             return
         known = sequence.token_ids(guess.start, sequence.num_known_tokens)
-        pairs = list(zip(guess.tokens, known, strict=False))
-        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self._rates.observe(guess.match, right, wrong=right < len(pairs))
+        right, compared = count_equal(guess.tokens, known), min(len(guess.tokens), len(known))
+        self._rates.observe(guess.match, right, wrong=right < compared)
 
     def _index(self, sequence: Sequence) -> NgramIndex:
         index = self._indexes.get(sequence.seq_id)

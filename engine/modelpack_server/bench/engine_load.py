@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from modelpack_engine.engine import Engine
+from modelpack_engine.platform import device
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.bench.report import Record, Report, make_report
 from modelpack_server.bench.workloads import Session, Workload
@@ -84,8 +85,7 @@ class _Run:
                for name, seconds in spent.items()},
             "preemptions": after.num_preemptions - before.num_preemptions,
             "kv_waste": round(sum(self._waste) / max(1, len(self._waste)), 4),
-            # MLX counts a peak at allocations only, and CUDA graphs allocate nothing.
-            "peak_memory_bytes": max(mx.get_peak_memory(), mx.get_active_memory()),
+            "peak_memory_bytes": device.peak_memory(),
             "memory_before_bytes": held,
         }  # fmt: skip
         return make_report(self._workload.name, self._records, duration, extra)

@@ -29,6 +29,8 @@ from modelpack_engine.layers.weights import Weights
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.patches import fused_layers
+from modelpack_engine.platform.cublas import WORKSPACE_BYTES, CublasError
+from modelpack_engine.platform.cublas import Shape as MatmulShape
 from modelpack_engine.platform.driver import DriverError, pointer_bytes, shape_bytes
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner import replay
@@ -828,6 +830,46 @@ def test_other_matmuls_are_refused_at_once(x: mx.array, weights: Weights) -> Non
     with recorded() as recorder, pytest.raises(NotRecordedError, match="MLX multiplies"):
         matmul._by_mlx(x, weights)
     assert not recorder.notes
+
+
+def test_matmuls_share_a_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made once, and its address is asked for once."""
+    prepared: list[Any] = []
+    cublas = SimpleNamespace(prepare=prepared.append, multiply=lambda *given: given)
+    asked: list[int] = []
+
+    def addresses(arrays: list[mx.array]) -> list[int]:
+        asked.extend(array.nbytes for array in arrays)
+        return [77]
+
+    monkeypatch.setattr(replay, "find_cublas", lambda: cublas)
+    monkeypatch.setattr(replay, "addresses", addresses)
+    driver: Any = SimpleNamespace(new_stream=lambda: 1)
+    runner: Any = SimpleNamespace(compiled=object())
+    replays = Replays(runner, driver)
+    with recorded() as recorder:
+        for rows in (96, 128):
+            recorder.multiply(mx.zeros((rows, 64), mx.float16), mx.zeros((32, 64), mx.float16))
+    calls: list[Any] = [replays._call(note, [7, 8], [9]) for note in recorder.notes]
+    assert prepared == [MatmulShape(rows, 32, 64, "float16") for rows in (96, 128)]
+    assert [call(5) for call in calls] == [(shape, 7, 8, 9, 77, 5) for shape in prepared]
+    assert asked == [WORKSPACE_BYTES]
+
+
+def test_a_matmul_that_cublas_refuses_is_left_to_mlx(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(calls: list[Call], stream: int) -> int:
+        raise CublasError("cublasLtMatmul failed: cuBLAS status 15")
+
+    caplog.set_level("INFO", logger=replay.__name__)
+    monkeypatch.setattr(driver, "make_graph", refused)
+    monkeypatch.setattr(replay, "_FEW_ROWS", 0)
+    engine = make_engine()
+    assert SCENARIOS["batches"](engine) == expected("batches")
+    assert "steps of 4 rows are not recorded: cublasLtMatmul failed" in caplog.text
+    assert engine._replays is not None
+    assert not engine._replays.gave_up
 
 
 def test_matmuls_by_mlx_are_recorded(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
