@@ -319,8 +319,7 @@ class Replays:
         """Return a step that `takes` accepts, to be launched; None if MLX has to run it.
 
         `settings` are those of `Sampler.settings`, and `previous` the tokens of the step in flight.
-        If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded, and
-        the step has decode rows only.
+        If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded.
         """
         if draft is not None and draft.num_found > _MOST_DRAFTED:
             self.end_run()

@@ -214,8 +214,8 @@ class HeadWithLookup:
         """
         if self._eagle is None:
             return None
-        pauses = all(self._score(sequence).pause for sequence in output.decoding)
-        plain = self._times.needs_plain_step(len(output.decoding))
+        pauses = all(self._score(sequence).pause for sequence in output.sampled)
+        plain = self._times.needs_plain_step(len(output.sampled))
         return self._eagle.draft_within(output, batch, drafts=not (pauses or plain))
 
     def drafts(self, output: SchedulerOutput, within: DraftWithin, tokens: ReplayedTokens) -> None:

@@ -203,13 +203,17 @@ class EagleProposer:
         if len(output.decoding) > self._max_sequences:
             parts = parts[len(output.decoding) :]
         for sequence, row, count in parts:
-            draft = self._drafts.get(sequence.seq_id)
-            if draft is None:
-                if len(self._drafts) == self._max_sequences:
-                    continue
-                draft = self._drafts[sequence.seq_id] = _Followed(heapq.heappop(self._regions))
-            draft.settle(batch.positions[row])
-            draft.add(batch.positions[row], hidden.cut(row, count))
+            draft = self._follow(sequence)
+            if draft is not None:
+                draft.settle(batch.positions[row])
+                draft.add(batch.positions[row], hidden.cut(row, count))
+
+    def _follow(self, sequence: Sequence) -> _Followed | None:
+        """Return the head's state for a sequence; None if there are too many others."""
+        draft = self._drafts.get(sequence.seq_id)
+        if draft is None and len(self._drafts) < self._max_sequences:
+            draft = self._drafts[sequence.seq_id] = _Followed(heapq.heappop(self._regions))
+        return draft
 
     def draft_behind(self, output: SchedulerOutput, sampled: mx.array) -> None:
         """Draft from the rows of a step that is recorded and not launched, if all can be.
@@ -238,13 +242,15 @@ class EagleProposer:
         """Return a draft in the graph of a step that is not built yet, if there can be one.
 
         The head must have read all rows before the step. Without `drafts`, it only reads its rows.
+        A prompt must be alone in the step, with its last row.
         """
-        if not self._ahead or output.prefill:
+        alone = not output.decoding and len(output.prefill) == 1 == len(output.sampled)
+        if not self._ahead or (output.prefill and not alone):
             return None
         proposed = {each.sequence: each.token_ids for each in output.proposals}
         rows, firsts = [], []
         for sequence, row, count in recorded_rows(output, batch):
-            draft = self._drafts.get(sequence.seq_id)
+            draft = self._follow(sequence) if alone else self._drafts.get(sequence.seq_id)
             if draft is None:
                 return None
             start = batch.positions[row]
@@ -253,17 +259,20 @@ class EagleProposer:
                 return None
             positions = list(range(start, start + count))
             token_ids = proposed.get(sequence, ())
+            if alone:
+                token_ids = tuple(sequence.token_ids(start + 1, start + count))
             rows.append(Rows(draft.region, draft.length, positions, None, token_ids))
             firsts.append(row)
-        return self._runner.within(rows, firsts, batch.num_rows, drafts=drafts) if rows else None
+        if not rows:
+            return None
+        return self._runner.within(rows, firsts, batch.num_rows, drafts=drafts, prompt=alone)
 
     def drafts(self, output: SchedulerOutput, within: DraftWithin, tokens: ReplayedTokens) -> None:
         """Note that the draft of `draft_within` runs in the graph of these tokens."""
         shape, self._by_mlx = within.key, 0
         launched = _Replayed(tokens, 1 + shape.num_tokens) if shape.num_tokens else None
-        proposed = {each.sequence: len(each.token_ids) for each in output.proposals}
-        for index, sequence in enumerate(output.decoding):
-            first, count = int(within.numbers[index * shape.rows]), 1 + proposed.get(sequence, 0)
+        for index, (sequence, rows) in enumerate(zip(output.sampled, within.rows, strict=True)):
+            first, count = rows.positions[0], len(rows.positions)
             self._drafts[sequence.seq_id].ahead = first, index, launched, count
 
     def next_drafts(self, sequences: Iterable[Sequence]) -> list[list[int]] | None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
 from modelpack_engine.core.buckets import round_up
 from modelpack_engine.kernels import decode_attention, may_write
+from modelpack_engine.kernels.recording import join
 from modelpack_engine.layers.drafts import DraftShape, accepted, pick
 from modelpack_engine.layers.kernels import take, take_rows
 from modelpack_engine.models.eagle import EagleHead
@@ -155,13 +156,19 @@ class HeadRunner:
         self._generation += 1
 
     def within(
-        self, rows: list[Rows], first_rows: list[int], num_rows: int, *, drafts: bool
+        self,
+        rows: list[Rows],
+        first_rows: list[int],
+        num_rows: int,
+        *,
+        drafts: bool,
+        prompt: bool = False,
     ) -> DraftWithin | None:
         """Return a draft behind the rows of a step, in the graph that computes their states.
 
         The step has `num_rows` rows, and `first_rows` are the first ones of the sequences. Without
-        `drafts`, the rows are only read. None if the pools are not written in place, or if
-        probabilities are wanted.
+        `drafts`, the rows are only read. The rows of a whole `prompt` are those of one sequence.
+        None if the pools are not written in place, or if probabilities are wanted.
         """
         if not self._in_place or self._probabilities:
             return None
@@ -176,7 +183,12 @@ class HeadRunner:
                 for first, each in zip(first_rows, rows, strict=True)
             ]
             numbers = np.concatenate([numbers, np.array(at, np.int32).ravel()])
-        return DraftWithin(self, shape, self._generation, numbers)
+        elif prompt:  # the last row is followed by the first sampled token, which is behind `size`
+            known = np.arange(longest - 1, dtype=np.int32)
+            numbers = np.concatenate(
+                [numbers, np.pad(known, (0, size - len(known)), constant_values=size)]
+            )
+        return DraftWithin(self, shape, self._generation, numbers, rows, prompt)
 
     def clear(self) -> None:
         """Free the pool, as no sequence is left; a small one that graphs read is kept."""
@@ -289,13 +301,16 @@ class DraftWithin:
     """A draft in the graph of the model's step: a `replay.DraftBehind`.
 
     The integers that it finds are those of `HeadDraft.found`. Behind the `numbers` of the runner
-    are the rows of the step that are those of the sequences, if there are several.
+    are the rows of the step that are those of the sequences, if there are several; and for a
+    `prompt`, where the token after each row is, in the proposed tokens and the sampled ones.
     """
 
     runner: HeadRunner
     key: DraftShape
     generation: int
     numbers: NDArray[np.int32]
+    rows: list[Rows]
+    prompt: bool = False
 
     @property
     def num_found(self) -> int:
@@ -323,7 +338,11 @@ class DraftWithin:
         shape, runner = self.key, self.runner
         mx.eval(runner._tokens)
         count = shape.sequences * shape.rows
-        if shape.sequences == 1:
+        if self.prompt:
+            numbers, at = numbers[:-count], numbers[-count:]
+            _, _, proposed, *_ = shape.cut(numbers)
+            ids, hidden = take(join(proposed.reshape(-1), ids), at), hidden[:count]
+        elif shape.sequences == 1:
             ids, hidden = ids[:count], hidden[:count]
         else:
             numbers, at = numbers[:-count], numbers[-count:]

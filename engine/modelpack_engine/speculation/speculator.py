@@ -111,7 +111,7 @@ class Speculator:
 
     def draft_within(self, output: SchedulerOutput, batch: StepBatch) -> DraftWithin | None:
         """Return a draft in the graph of a step that is not built yet, if a head has one."""
-        if not (isinstance(self._proposer, HeadWithLookup) and self._may(output.decoding)):
+        if not (isinstance(self._proposer, HeadWithLookup) and self._may(output.sampled)):
             return None
         return self._proposer.draft_within(output, batch)
 

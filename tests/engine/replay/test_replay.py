@@ -421,7 +421,7 @@ class Drafting:
     At least so many are launched `ahead`; with `misses`, other steps follow some of them. With
     `as_mlx`, the head drafts after the same steps as without graphs. With `packed`, the embeddings
     have 4 bits. Some proposals of tokens that it `looks_up` are between the drafts. A head `pauses`
-    after two drafts.
+    after two drafts. The `prompts` have graphs, too.
     """
 
     scenario: Scenario
@@ -434,6 +434,7 @@ class Drafting:
     plain_every: int = 1000
     packed: bool = False
     pauses: bool = False
+    prompts: bool = False
 
 
 @pytest.mark.long
@@ -447,6 +448,7 @@ class Drafting:
         pytest.param(
             Drafting(partial(one_by_one, stop=["\\"]), {8}, 10, 9, True), id="a stop string"
         ),
+        pytest.param(Drafting(one_by_one, {4, 8, 16}, 16, 13, prompts=True), id="prompts"),
         pytest.param(Drafting(together, {16}, 5, 4), id="together"),
         pytest.param(Drafting(together, {16}, 5, 7, packed=True), id="together, packed"),
         pytest.param(Drafting(one_by_one, {4, 8}, 10, 5, looks_up=2), id="lookups"),
@@ -476,6 +478,10 @@ def test_a_head_drafts_within_the_graph(
     if case.pauses:
         monkeypatch.setattr(acceptance, "_FEWEST_DRAFTS", 2)
         monkeypatch.setattr(acceptance, "_PAUSE", 10)
+    if case.prompts:
+        monkeypatch.setattr(replay, "_FREQUENT_PROMPTS", 1)
+        monkeypatch.setattr(launch, "tried", with_tiles)
+        monkeypatch.setattr(operations, "tried", with_tiles)
     if case.plain_every < 1000:
         monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 4)
     proposed: list[tuple[int, ...]] = []  # of the engine that runs
@@ -514,6 +520,8 @@ def test_a_head_drafts_within_the_graph(
     assert engine._replays.num_ahead >= case.ahead
     assert bool(engine._replays.num_missed) == case.misses
     assert set(recorded) == case.rows, "a row, the tokens of a proposal, and padding"
+    made = any(shape.layout.tiles for shape, graph in engine._replays._graphs.items() if graph)
+    assert made == case.prompts
     assert len(recorded) < 12, "for sizes of the pool and of tables, not for each sequence"
     engine.close()
     assert driver.graphs == {}
