@@ -30,6 +30,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from modelpack.formats.adapter import Adapter
 from modelpack_engine.attention.metadata import AdapterRows
@@ -47,7 +49,7 @@ from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest
 from modelpack_engine.runner.adapters import AdapterSet
 from modelpack_engine.runner.base_engine import BaseEngine
-from modelpack_engine.runner.continued import continued
+from modelpack_engine.runner.continued import Continued, Expected
 from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_engine.runner.kv_cache_size import (
     Sizes,
@@ -362,35 +364,47 @@ class Engine(BaseEngine):
             return
         decoding = self._scheduler.decoding()
         if self._in_flight.output.proposals or self._speculator.worth_waiting(decoding):
+            expected = self._expected(self._in_flight)
             result = self._collect()
-            if result is not None:
-                self._launch_ahead(result)
+            if result is not None and expected is not None:
+                self._launch_ahead(result, expected)
             self._emit(result)
             self._clock.ended("wait")
 
-    def _launch_ahead(self, result: StepResult) -> None:
+    def _expected(self, last: LaunchedStep) -> Expected | None:
+        """Return what may follow a step that verifies proposals, if it can be launched at once."""
+        replays, sampled, output = self._replays, last.sampled, last.output
+        if (
+            replays is None or not isinstance(sampled, ReplayedTokens)
+            or output.decode or not output.proposals
+            or not self._scheduler.has_only(output.decoding)
+        ):  # fmt: skip
+            return None
+
+        def lay_out(sequences: list[Continued]) -> NDArray[np.int32] | None:
+            greedy = self._sampler.is_greedy
+            rows = () if greedy else [row for each in sequences for row in each.sample_rows()]
+            settings = self._sampler.settings(rows, sampled.num_rows)
+            return None if settings is None else replays.expected(sampled, sequences, settings)
+
+        return Expected(output.proposals, self._blocks, lay_out)
+
+    def _launch_ahead(self, result: StepResult, expected: Expected) -> None:
         """Launch the step expected after one that verified proposals, before it is scheduled.
 
         The device computes it while the host emits tokens and schedules.
         """
         assert self._in_flight is not None
-        last, output = self._in_flight.sampled, result.output
-        if (
-            self._replays is None or self._speculator is None
-            or not isinstance(last, ReplayedTokens) or output.decode or not output.proposals
-            or not self._scheduler.has_only(output.decoding)
-        ):  # fmt: skip
-            return
+        assert self._replays is not None
+        assert self._speculator is not None
         tokens = [[token.token_id for token in row] for row in result.tokens]
-        proposed = self._speculator.next_proposals(output.decoding, tokens)
+        proposed = self._speculator.next_proposals(result.output.decoding, tokens)
         if proposed is None:
             return
-        sequences = continued(output.proposals, tokens, proposed, self._blocks)
-        if sequences is not None:
-            rows = [row for each in sequences for row in each.sample_rows()]
-            settings = self._sampler.settings(rows, last.num_rows)
-            if settings is not None:
-                self._replays.launch_ahead(last, sequences, settings)
+        found = expected.after(tokens, proposed)
+        if found is not None:
+            assert isinstance(self._in_flight.sampled, ReplayedTokens)
+            self._replays.launch_ahead(self._in_flight.sampled, *found)
 
     def _schedule(self) -> ScheduledStep | None:
         """Schedule the next step and build its graph; return None if there is nothing to run."""

@@ -4,10 +4,14 @@ The host reads a head's draft together with the tokens, and the next step usuall
 the same sequences. `move_rows` derives the numbers of that step from the numbers of the step
 before, in a fraction of the time that the host takes to schedule a step and to lay it out. So
 `Replays` launches the expected step first, and compares it with the scheduled one afterwards.
+
+Its numbers depend on how many tokens the step before gives, but not on which. So `Expected` lays
+out the step for each number of tokens of a lone sequence while the device still computes them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
@@ -25,59 +29,92 @@ from modelpack_engine.sampling.sampler import SampleRow
 class Continued:
     """A sequence of a step that verifies proposals, in the step that is expected next.
 
-    `token_ids` are its newest token and the proposed ones, in as many rows from `row` on in both
-    steps. Its positions move by `shift`, the number of tokens that the host has read and not
-    emitted.
+    Its newest token and the proposed ones have `count` rows from `row` on in both steps. Its
+    positions move by `shift`, the number of tokens that it gets by the first one.
     """
 
     sequence: Sequence
     row: int
+    count: int
     shift: int
-    token_ids: list[int]
 
     @property
     def num_tokens(self) -> int:
         """The tokens for which the expected step needs slots."""
-        return self.sequence.num_known_tokens + self.shift + len(self.token_ids) - 1
+        return self.sequence.num_known_tokens + self.shift + self.count - 1
 
     def sample_rows(self) -> list[SampleRow]:
-        """Return the rows that sample the tokens after each of `token_ids`."""
+        """Return the rows that sample the tokens after each of the sequence's rows."""
         num_prompt = len(self.sequence.prompt_token_ids)
         first = len(self.sequence.output_token_ids) + self.shift
         return [
             SampleRow(self.sequence.seq_id, num_prompt + num_output, num_output, None, ())
-            for num_output in range(first, first + len(self.token_ids))
+            for num_output in range(first, first + self.count)
         ]
 
 
+#: Returns the numbers of the expected step, without its tokens; None if it is another one.
+LayOut = Callable[[list[Continued]], NDArray[np.int32] | None]
+
+
+class Expected:
+    """The steps that may follow one that verifies `proposals`, as `lay_out` lays them out."""
+
+    def __init__(self, proposals: Several[Proposal], blocks: BlockManager, lay_out: LayOut) -> None:
+        self._proposals, self._blocks, self._lay_out = proposals, blocks, lay_out
+        self._known: dict[tuple[int, ...], NDArray[np.int32] | None] = {}
+        if len(proposals) == 1:  # the numbers of several sequences have too many combinations
+            for shift in range(1, len(proposals[0].token_ids) + 2):
+                self._numbers((shift,))
+
+    def after(
+        self, tokens: Several[list[int]], proposed: Several[list[int]]
+    ) -> tuple[NDArray[np.int32], list[list[int]]] | None:
+        """Return the numbers of the next step, and the tokens in its rows of each sequence.
+
+        The host has read the step's `tokens` and not emitted them, and `proposed` are the next
+        proposals. None if the next step will be another one: a sequence ends, or its proposal has
+        another length.
+        """
+        for proposal, token_ids, drafted in zip(self._proposals, tokens, proposed, strict=True):
+            sequence, params = proposal.sequence, proposal.sequence.params
+            eos = () if params.ignore_eos else sequence.eos_token_ids
+            if (
+                sequence.is_finished
+                or not token_ids
+                or any(i < 0 or i in eos or i in params.stop_token_ids for i in token_ids)
+                or len(drafted) != len(proposal.token_ids)
+            ):
+                return None
+        numbers = self._numbers(tuple(map(len, tokens)))
+        if numbers is None:
+            return None
+        return numbers, [
+            [token_ids[-1], *drafted] for token_ids, drafted in zip(tokens, proposed, strict=True)
+        ]
+
+    def _numbers(self, shifts: tuple[int, ...]) -> NDArray[np.int32] | None:
+        if shifts not in self._known:
+            sequences = continued(self._proposals, shifts, self._blocks)
+            self._known[shifts] = None if sequences is None else self._lay_out(sequences)
+        return self._known[shifts]
+
+
 def continued(
-    proposals: Several[Proposal],
-    tokens: Several[list[int]],
-    proposed: Several[list[int]],
-    blocks: BlockManager,
+    proposals: Several[Proposal], shifts: Several[int], blocks: BlockManager
 ) -> list[Continued] | None:
     """Return the sequences of a step in the expected next one, and allocate their blocks.
 
-    The step verifies one of `proposals` for each sequence. The host has read its `tokens` and not
-    emitted them, and `proposed` are the next proposals. None if the next step will be another one:
-    a sequence ends, its proposal has another length, blocks are lacking, or tables lose their first
-    blocks.
+    The step verifies one of `proposals` for each sequence, which gets as many tokens as `shifts`
+    says. None if a sequence ends, blocks are lacking, or tables lose their first blocks.
     """
     if blocks.releases_blocks:
         return None
     found, row = [], 0
-    for proposal, token_ids, drafted in zip(proposals, tokens, proposed, strict=True):
-        sequence, params = proposal.sequence, proposal.sequence.params
-        eos = () if params.ignore_eos else sequence.eos_token_ids
-        if (
-            sequence.is_finished
-            or not token_ids
-            or any(i < 0 or i in eos or i in params.stop_token_ids for i in token_ids)
-            or len(drafted) != len(proposal.token_ids)
-        ):
-            return None
-        found.append(Continued(sequence, row, len(token_ids), [token_ids[-1], *drafted]))
-        row += 1 + len(drafted)
+    for proposal, shift in zip(proposals, shifts, strict=True):
+        count = 1 + len(proposal.token_ids)
+        found.append(Continued(proposal.sequence, row, count, shift))
+        row += count
     if any(each.num_tokens >= each.sequence.max_num_tokens for each in found):
         return None
     missing = sum(
@@ -104,7 +141,7 @@ def move_rows(
     tables = numbers[3 * layout.rows : (3 + layout.width) * layout.rows]
     tables = tables.reshape(layout.rows, layout.width)
     for each in sequences:
-        rows = slice(each.row, each.row + len(each.token_ids))
+        rows = slice(each.row, each.row + each.count)
         positions[rows] += each.shift
         lengths[rows] += each.shift
         ends = positions[rows] // block_size  # index of each row's last block

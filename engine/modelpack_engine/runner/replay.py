@@ -124,8 +124,12 @@ class DraftBehind(Protocol):
     def move(self, numbers: NDArray[np.int32], sequences: Sequence[Continued]) -> bool:
         """Change `numbers` to those of the draft behind the next step, if all go on in it.
 
-        Returns False if that draft has another key, or no room yet.
+        `propose` adds the proposed tokens. Returns False if that draft has another key, or no room
+        yet.
         """
+
+    def propose(self, numbers: NDArray[np.int32], token_ids: Sequence[list[int]]) -> None:
+        """Add the tokens in the rows of each sequence: all but the first ones are proposed."""
 
     def trace(self, ids: mx.array, numbers: mx.array, hidden: mx.array) -> mx.array | None:
         """Compute the draft; return int32 [num_found], or None if that is 0.
@@ -372,37 +376,55 @@ class Replays:
         self.num_missed += 1  # `found` runs behind it
         return found
 
-    def launch_ahead(
+    def expected(
         self, last: ReplayedTokens, sequences: Sequence[Continued], settings: NDArray[np.int32]
-    ) -> None:
-        """Launch the step expected after `last`, before the scheduler schedules it.
+    ) -> NDArray[np.int32] | None:
+        """Return the numbers of the step expected after `last`, which has a draft.
 
-        The host has read the tokens of `last`, which has a draft. `sequences` are all sequences of
-        `last`, and `settings` those of `Sampler.settings` for the expected step. `step` returns
-        the expected step if the scheduled one has the same numbers. Otherwise, call `drop_ahead`
-        before MLX runs anything. A step that is dropped has written keys and values behind the
-        tokens of its sequences, where nothing reads them.
+        They are for `launch_ahead`, which adds the tokens. `sequences` are all sequences of `last`,
+        and `settings` those of `Sampler.settings` for the expected step. None if it cannot be a
+        graph of the same shape.
         """
-        shape, graph, draft = last.shape, last.graph, last.draft
-        if (
-            self.gave_up or self.follow_mlx or self._graphs.get(shape) is not graph
-            or last.place not in self._memories[-1].places
-            or draft is None or draft.generation != self._generation
-        ):  # fmt: skip
-            return
+        shape, draft = last.shape, last.draft
+        if draft is None or not draft.num_found or not self._may_follow(last):
+            return None
         numbers = last.place.numbers[: last.num_numbers].copy()
         columns, of_draws, of_draft = _ends(shape, last.num_numbers, draft)
         if settings.size != of_draws - columns:
-            return
+            return None
         block_size = self._compiled.block_size
         if not move_rows(numbers[:columns], shape.layout, block_size, sequences):
-            return
+            return None
         numbers[columns:of_draws] = settings.ravel()
-        if not draft.move(numbers[of_draws:of_draft], sequences):
+        return numbers if draft.move(numbers[of_draws:of_draft], sequences) else None
+
+    def _may_follow(self, last: ReplayedTokens) -> bool:
+        """Return whether the graph of a step can run again behind it."""
+        draft = last.draft
+        return not (
+            self.gave_up or self.follow_mlx or self._graphs.get(last.shape) is not last.graph
+            or last.place not in self._memories[-1].places
+            or draft is None or draft.generation != self._generation
+        )  # fmt: skip
+
+    def launch_ahead(
+        self, last: ReplayedTokens, numbers: NDArray[np.int32], token_ids: Sequence[list[int]]
+    ) -> None:
+        """Launch the step expected after `last`, before the scheduler schedules it.
+
+        The host has read the tokens of `last`. `numbers` are those of `expected`, and `token_ids`
+        are in as many rows of each sequence as before. `step` returns this step if the scheduled
+        one has the same numbers. Otherwise, call `drop_ahead` before MLX runs anything. A step that
+        is dropped has written keys and values behind the tokens of its sequences, where nothing
+        reads them.
+        """
+        shape, graph, draft = last.shape, last.graph, last.draft
+        if not self._may_follow(last) or draft is None:
             return
-        ids = numbers[of_draft : of_draft + shape.num_rows]
-        for each in sequences:
-            ids[each.row : each.row + len(each.token_ids)] = each.token_ids
+        _, of_draws, of_draft = _ends(shape, len(numbers), draft)
+        draft.propose(numbers[of_draws:of_draft], token_ids)
+        ids = [token_id for of_sequence in token_ids for token_id in of_sequence]
+        numbers[of_draft : of_draft + len(ids)] = ids
         place = self._next_place()
         numbers[-_NUM_HALVES:] = place.addresses.ravel()
         place.numbers[: len(numbers)] = numbers

@@ -322,16 +322,22 @@ class DraftWithin:
         """Do as `replay.DraftBehind.move`."""
         shape = self.key
         count = shape.sequences * shape.rows
-        positions, slots, proposed = numbers[: 3 * count].reshape(3, shape.sequences, shape.rows)
+        positions, slots = numbers[: 2 * count].reshape(2, shape.sequences, shape.rows)
         end = len(numbers) - (0 if shape.sequences == 1 else count)
         lengths = numbers[end - shape.sequences : end]
         for index, each in enumerate(sequences):
-            known = len(each.token_ids)
-            positions[index, :known] += each.shift
+            positions[index, : each.count] += each.shift
             slots[index] += each.shift
-            proposed[index, : known - 1] = each.token_ids[1:]
             lengths[index] += each.shift
         return int(lengths.max()) + shape.rows + shape.num_tokens <= shape.width * _BLOCK
+
+    def propose(self, numbers: NDArray[np.int32], token_ids: Several[list[int]]) -> None:
+        """Do as `replay.DraftBehind.propose`."""
+        shape = self.key
+        first = 2 * shape.sequences * shape.rows
+        for index, of_sequence in enumerate(token_ids):
+            at = first + index * shape.rows
+            numbers[at : at + len(of_sequence) - 1] = of_sequence[1:]
 
     def trace(self, ids: mx.array, numbers: mx.array, hidden: mx.array) -> mx.array | None:
         """Compute the draft by single kernels."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.scheduler import Proposal
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.request import SamplingParams
-from modelpack_engine.runner.continued import continued
+from modelpack_engine.runner.continued import Continued, Expected, continued
 from modelpack_engine.sampling.sampler import NO_TOKEN
 
 SIZE, EOS = 4, 99
@@ -61,16 +63,26 @@ def test_when_a_sequence_goes_on(case: Case, goes_on: bool) -> None:
     blocks = BlockManager(case.num_blocks, SIZE)
     made = sequence(case, blocks)
     before = made.block_table.copy()
-    found = continued(
-        [Proposal(made, (11, 12, 13))], [list(case.tokens)], [list(case.draft)], blocks
-    )
+    laid_out: dict[int, Continued] = {}
+
+    def lay_out(sequences: list[Continued]) -> NDArray[np.int32]:
+        [each] = sequences
+        laid_out[each.shift] = each
+        return np.array([each.shift], np.int32)
+
+    expected = Expected([Proposal(made, (11, 12, 13))], blocks, lay_out)
+    if case.num_blocks == Case.num_blocks and case.most == Case.most:
+        assert list(laid_out) == [1, 2, 3, 4], "before the tokens are known"
+    found = expected.after([list(case.tokens)], [list(case.draft)])
     assert (found is not None) == goes_on
     if found is None:
-        assert made.block_table == before
+        assert made.block_table[: len(before)] == before
         return
-    [each] = found
-    assert (each.row, each.shift) == (0, len(case.tokens))
-    assert each.token_ids == [case.tokens[-1], 21, 22, 23]
+    numbers, token_ids = found
+    each = laid_out[len(case.tokens)]
+    assert numbers.tolist() == [each.shift] == [len(case.tokens)]
+    assert (each.row, each.count) == (0, 4)
+    assert token_ids == [[case.tokens[-1], 21, 22, 23]]
     # The keys and values of all tokens but the last have slots after the step.
     assert len(made.block_table) >= blocks.blocks_for(8 + len(case.tokens) + 3)
     rows = each.sample_rows()
@@ -86,7 +98,7 @@ def test_no_sequence_gets_a_block_if_all_cannot() -> None:
     assert not blocks.can_allocate(2)
     proposals = [Proposal(each, (11, 12, 13)) for each in both]
     before = [each.block_table.copy() for each in both]
-    assert continued(proposals, [[11, 12]] * 2, [[21, 22, 23]] * 2, blocks) is None
+    assert continued(proposals, [2, 2], blocks) is None
     assert [each.block_table for each in both] == before
 
 
@@ -94,16 +106,17 @@ def test_rows_follow_each_other() -> None:
     blocks = BlockManager(20, SIZE)
     both = [sequence(Case(), blocks) for _ in range(2)]
     proposals = [Proposal(both[0], (11, 12, 13)), Proposal(both[1], (14, 15))]
-    found = continued(proposals, [[11], [14, 15, 16]], [[21, 22, 23], [31, 32]], blocks)
-    assert found is not None
-    assert [(each.row, each.shift, each.token_ids) for each in found] == [
-        (0, 1, [11, 21, 22, 23]),
-        (4, 3, [16, 31, 32]),
-    ]
+    found: list[list[Continued]] = []
+    expected = Expected(proposals, blocks, lambda each: found.append(each) or np.zeros(1, np.int32))
+    assert found == [], "the numbers of tokens have too many combinations"
+    after = expected.after([[11], [14, 15, 16]], [[21, 22, 23], [31, 32]])
+    assert after is not None
+    assert after[1] == [[11, 21, 22, 23], [16, 31, 32]]
+    assert [(each.row, each.count, each.shift) for each in found[0]] == [(0, 4, 1), (4, 3, 3)]
 
 
 def test_tables_that_lose_blocks() -> None:
     """The tables that were read would have blocks that are released with the tokens."""
     blocks = BlockManager(20, SIZE, window=8)
     made = sequence(Case(), blocks)
-    assert continued([Proposal(made, (11, 12, 13))], [[11]], [[21, 22, 23]], blocks) is None
+    assert continued([Proposal(made, (11, 12, 13))], [1], blocks) is None
