@@ -30,8 +30,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
 
 from modelpack.formats.adapter import Adapter
 from modelpack_engine.attention.metadata import AdapterRows
@@ -64,7 +62,7 @@ from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_
 from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner
 from modelpack_engine.runner.output_processor import OutputProcessor
 from modelpack_engine.runner.paged import PagedRunner
-from modelpack_engine.runner.replay import ReplayedTokens, Replays, make_replays
+from modelpack_engine.runner.replay import NextStep, ReplayedTokens, Replays, make_replays
 from modelpack_engine.runner.step import (
     LaunchedStep,
     NextToken,
@@ -371,40 +369,42 @@ class Engine(BaseEngine):
             self._emit(result)
             self._clock.ended("wait")
 
-    def _expected(self, last: LaunchedStep) -> Expected | None:
-        """Return what may follow a step that verifies proposals, if it can be launched at once."""
-        replays, sampled, output = self._replays, last.sampled, last.output
+    def _expected(self, last: LaunchedStep) -> Expected[NextStep] | None:
+        """Return the steps that may follow one whose graph drafts, for `_launch_ahead`."""
+        replays, sampled, sequences = self._replays, last.sampled, last.output.sampled
         if (
-            replays is None or not isinstance(sampled, ReplayedTokens)
-            or output.decode or not output.proposals
-            or not self._scheduler.has_only(output.decoding)
-        ):  # fmt: skip
+            replays is None
+            or not isinstance(sampled, ReplayedTokens)
+            or sampled.draft is None
+            or not sampled.draft.num_drafted
+            or not self._scheduler.has_only(sequences)
+        ):
             return None
+        proposed = {each.sequence: len(each.token_ids) for each in last.output.proposals}
+        sampler, buckets = self._sampler, self._sizes.buckets
 
-        def lay_out(sequences: list[Continued]) -> NDArray[np.int32] | None:
-            greedy = self._sampler.is_greedy
-            rows = () if greedy else [row for each in sequences for row in each.sample_rows()]
-            settings = self._sampler.settings(rows, sampled.num_rows)
-            return None if settings is None else replays.expected(sampled, sequences, settings)
+        def lay_out(found: list[Continued]) -> NextStep | None:
+            num_rows = buckets.pad_rows(found[-1].row + found[-1].count)
+            rows = (
+                () if sampler.is_greedy else [row for each in found for row in each.sample_rows()]
+            )
+            settings = sampler.settings(rows, num_rows)
+            return None if settings is None else replays.expected(sampled, found, settings)
 
-        return Expected(output.proposals, self._blocks, lay_out)
+        most = [1 + proposed.get(sequence, 0) for sequence in sequences]
+        return Expected(sequences, most, sampled.draft.num_drafted, self._blocks, lay_out)
 
-    def _launch_ahead(self, result: StepResult, expected: Expected) -> None:
-        """Launch the step expected after one that verified proposals, before it is scheduled.
+    def _launch_ahead(self, result: StepResult, expected: Expected[NextStep]) -> None:
+        """Launch the step expected after one that drafts, before it is scheduled.
 
         The device computes it while the host emits tokens and schedules.
         """
-        assert self._in_flight is not None
         assert self._replays is not None
         assert self._speculator is not None
         tokens = [[token.token_id for token in row] for row in result.tokens]
-        proposed = self._speculator.next_proposals(result.output.decoding, tokens)
-        if proposed is None:
-            return
-        found = expected.after(tokens, proposed)
-        if found is not None:
-            assert isinstance(self._in_flight.sampled, ReplayedTokens)
-            self._replays.launch_ahead(self._in_flight.sampled, *found)
+        proposed = self._speculator.next_proposals(result.output.sampled, tokens)
+        if proposed is not None and (found := expected.after(tokens, proposed)) is not None:
+            self._replays.launch_ahead(*found)
 
     def _schedule(self) -> ScheduledStep | None:
         """Schedule the next step and build its graph; return None if there is nothing to run."""

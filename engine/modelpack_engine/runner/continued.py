@@ -1,9 +1,9 @@
-"""Continuations: the step that is expected after one that verifies proposals.
+"""Continuations: the step that is expected after one whose graph drafts.
 
-The host reads a head's draft together with the tokens, and the next step usually verifies it for
-the same sequences. `move_rows` derives the numbers of that step from the numbers of the step
-before, in a fraction of the time that the host takes to schedule a step and to lay it out. So
-`Replays` launches the expected step first, and compares it with the scheduled one afterwards.
+The host reads a head's draft together with the tokens, and the next step usually verifies it, or a
+lookup, for the same sequences. What such a step reads is laid out here in a fraction of the time
+that the host takes to schedule it and to lay out its batch. So `Replays` launches the expected step
+first, and compares it with the scheduled one afterwards.
 
 Its numbers depend on how many tokens the step before gives, but not on which. So `Expected` lays
 out the step for each number of tokens of a lone sequence while the device still computes them.
@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modelpack_engine.core.block_manager import BlockManager
-from modelpack_engine.core.scheduler import Proposal
+from modelpack_engine.core.block_pool import NULL_BLOCK
+from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.runner.paged import Layout
 from modelpack_engine.sampling.sampler import SampleRow
@@ -27,10 +30,10 @@ from modelpack_engine.sampling.sampler import SampleRow
 
 @dataclass(frozen=True, slots=True)
 class Continued:
-    """A sequence of a step that verifies proposals, in the step that is expected next.
+    """A sequence in the step that is expected next.
 
-    Its newest token and the proposed ones have `count` rows from `row` on in both steps. Its
-    positions move by `shift`, the number of tokens that it gets by the first one.
+    Its newest token and the proposed ones have `count` rows from `row` on. Before the step, it gets
+    `shift` tokens, which the host has not emitted.
     """
 
     sequence: Sequence
@@ -39,9 +42,14 @@ class Continued:
     shift: int
 
     @property
+    def first(self) -> int:
+        """The position of the first row."""
+        return self.sequence.num_known_tokens + self.shift - 1
+
+    @property
     def num_tokens(self) -> int:
-        """The tokens for which the expected step needs slots."""
-        return self.sequence.num_known_tokens + self.shift + self.count - 1
+        """The tokens for which the step needs slots."""
+        return self.first + self.count
 
     def sample_rows(self) -> list[SampleRow]:
         """Return the rows that sample the tokens after each of the sequence's rows."""
@@ -53,68 +61,73 @@ class Continued:
         ]
 
 
-#: Returns the numbers of the expected step, without its tokens; None if it is another one.
-LayOut = Callable[[list[Continued]], NDArray[np.int32] | None]
+Step = TypeVar("Step")
 
 
-class Expected:
-    """The steps that may follow one that verifies `proposals`, as `lay_out` lays them out."""
+class Expected(Generic[Step]):
+    """The steps that may follow one that gives `sequences` up to `most` tokens each.
 
-    def __init__(self, proposals: Several[Proposal], blocks: BlockManager, lay_out: LayOut) -> None:
-        self._proposals, self._blocks, self._lay_out = proposals, blocks, lay_out
-        self._known: dict[tuple[int, ...], NDArray[np.int32] | None] = {}
-        if len(proposals) == 1:  # the numbers of several sequences have too many combinations
-            for shift in range(1, len(proposals[0].token_ids) + 2):
-                self._numbers((shift,))
+    `lay_out` returns a step without its tokens; None if there can be none. Usually, `num_drafted`
+    tokens are proposed.
+    """
+
+    def __init__(
+        self,
+        sequences: Several[Sequence],
+        most: Several[int],
+        num_drafted: int,
+        blocks: BlockManager,
+        lay_out: Callable[[list[Continued]], Step | None],
+    ) -> None:
+        self._sequences, self._blocks, self._lay_out = sequences, blocks, lay_out
+        self._known: dict[tuple[tuple[int, int], ...], Step | None] = {}
+        if len(sequences) == 1:  # the numbers of several sequences have too many combinations
+            for shift in range(1, most[0] + 1):
+                self._step(((shift, 1 + num_drafted),))
 
     def after(
         self, tokens: Several[list[int]], proposed: Several[list[int]]
-    ) -> tuple[NDArray[np.int32], list[list[int]]] | None:
-        """Return the numbers of the next step, and the tokens in its rows of each sequence.
+    ) -> tuple[Step, list[list[int]]] | None:
+        """Return the next step, and the tokens in its rows of each sequence.
 
-        The host has read the step's `tokens` and not emitted them, and `proposed` are the next
-        proposals. None if the next step will be another one: a sequence ends, or its proposal has
-        another length.
+        The host has read the last step's `tokens` and not emitted them, and `proposed` are the next
+        proposals. None if a sequence ends, or if the step cannot be laid out.
         """
-        for proposal, token_ids, drafted in zip(self._proposals, tokens, proposed, strict=True):
-            sequence, params = proposal.sequence, proposal.sequence.params
+        for sequence, token_ids in zip(self._sequences, tokens, strict=True):
+            params = sequence.params
             eos = () if params.ignore_eos else sequence.eos_token_ids
             if (
                 sequence.is_finished
                 or not token_ids
                 or any(i < 0 or i in eos or i in params.stop_token_ids for i in token_ids)
-                or len(drafted) != len(proposal.token_ids)
             ):
                 return None
-        numbers = self._numbers(tuple(map(len, tokens)))
-        if numbers is None:
-            return None
-        return numbers, [
-            [token_ids[-1], *drafted] for token_ids, drafted in zip(tokens, proposed, strict=True)
-        ]
+        pairs = list(zip(tokens, proposed, strict=True))
+        step = self._step(tuple((len(known), 1 + len(drafted)) for known, drafted in pairs))
+        return None if step is None else (step, [[known[-1], *drafted] for known, drafted in pairs])
 
-    def _numbers(self, shifts: tuple[int, ...]) -> NDArray[np.int32] | None:
-        if shifts not in self._known:
-            sequences = continued(self._proposals, shifts, self._blocks)
-            self._known[shifts] = None if sequences is None else self._lay_out(sequences)
-        return self._known[shifts]
+    def _step(self, sizes: tuple[tuple[int, int], ...]) -> Step | None:
+        if sizes not in self._known:
+            sequences = continued(self._sequences, sizes, self._blocks)
+            self._known[sizes] = None if sequences is None else self._lay_out(sequences)
+        return self._known[sizes]
 
 
 def continued(
-    proposals: Several[Proposal], shifts: Several[int], blocks: BlockManager
+    sequences: Several[Sequence], sizes: Several[tuple[int, int]], blocks: BlockManager
 ) -> list[Continued] | None:
-    """Return the sequences of a step in the expected next one, and allocate their blocks.
+    """Return all sequences of a step in the expected next one, and allocate their blocks.
 
-    The step verifies one of `proposals` for each sequence, which gets as many tokens as `shifts`
-    says. None if a sequence ends, blocks are lacking, or tables lose their first blocks.
+    `sizes` has the number of tokens that each gets, and of its rows then. None if a sequence ends,
+    blocks are lacking, or tables lose their first blocks.
     """
     if blocks.releases_blocks:
         return None
-    found, row = [], 0
-    for proposal, shift in zip(proposals, shifts, strict=True):
-        count = 1 + len(proposal.token_ids)
-        found.append(Continued(proposal.sequence, row, count, shift))
-        row += count
+    rows = accumulate((count for _, count in sizes), initial=0)
+    found = [
+        Continued(sequence, row, count, shift)
+        for sequence, row, (shift, count) in zip(sequences, rows, sizes, strict=False)
+    ]
     if any(each.num_tokens >= each.sequence.max_num_tokens for each in found):
         return None
     missing = sum(
@@ -128,27 +141,26 @@ def continued(
     return found if grown else None
 
 
-def move_rows(
-    numbers: NDArray[np.int32], layout: Layout, block_size: int, sequences: Several[Continued]
-) -> bool:
-    """Change the columns of a step of decode rows to those of the expected next step.
+def lay_out_rows(
+    sequences: Several[Continued], buckets: Buckets, block_size: int
+) -> tuple[Layout, NDArray[np.int32]]:
+    """Return the layout of a step of decode rows, and its columns int32.
 
-    Return False if that step has another layout.
+    There are neither windows nor adapters nor rotations of pictures.
     """
-    if layout != Layout(layout.rows, layout.rows, layout.width, 0, 1, None):
-        return False  # windows, segments, adapters or rotations of pictures
-    positions, lengths, slots = numbers[: 3 * layout.rows].reshape(3, layout.rows)
-    tables = numbers[3 * layout.rows : (3 + layout.width) * layout.rows]
-    tables = tables.reshape(layout.rows, layout.width)
+    rows = buckets.pad_rows(sequences[-1].row + sequences[-1].count)
+    longest = max(each.num_tokens for each in sequences)
+    width = buckets.pad_table_width(-(-longest // block_size))
+    positions, slots = np.zeros((2, rows), np.int32)
+    tables = np.full((rows, width), NULL_BLOCK, np.int32)
     for each in sequences:
-        rows = slice(each.row, each.row + each.count)
-        positions[rows] += each.shift
-        lengths[rows] += each.shift
-        ends = positions[rows] // block_size  # index of each row's last block
-        if ends[-1] >= layout.width:
-            return False
+        of_sequence = slice(each.row, each.row + each.count)
+        of_rows = np.arange(each.first, each.num_tokens, dtype=np.int32)
+        ends = of_rows // block_size  # index of each row's last block
         blocks = np.array(each.sequence.block_table[: int(ends[-1]) + 1], np.int32)
-        slots[rows] = blocks[ends] * block_size + positions[rows] % block_size
+        positions[of_sequence] = of_rows
+        slots[of_sequence] = blocks[ends] * block_size + of_rows % block_size
         for row, end in enumerate(ends.tolist(), each.row):
             tables[row, : end + 1] = blocks[: end + 1]
-    return True
+    columns = np.concatenate([positions, positions + 1, slots, tables.ravel()])
+    return Layout(rows, rows, width, 0, 1, None), columns

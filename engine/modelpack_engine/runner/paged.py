@@ -129,7 +129,7 @@ class CompiledSteps:
     def __init__(
         self, adapted: Adapted, step: StepInputs, buckets: Buckets, staging: Staging
     ) -> None:
-        self._adapted, self._step, self._buckets, self._staging = adapted, step, buckets, staging
+        self._adapted, self._step, self.buckets, self._staging = adapted, step, buckets, staging
         self._rows: dict[int, int] = {}  # by seq_id: the row in the tables of the last step
         self._tables: list[NDArray[np.int32]] = []  # of each group of layers
         self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
@@ -273,7 +273,7 @@ class CompiledSteps:
             after = (0, rows.padding)
             positions, *slots = (np.pad(column, after) for column in (positions, *slots))
             rotations = np.pad(rotations, [*[(0, 0)] * (rotations.ndim - 1), after])
-        sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
+        sampled = (self.buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
         lengths = positions[: len(rows.tables[0])] + 1
         columns = [rotations.ravel(), lengths, rows.spans.ravel()]
         runs = None
@@ -314,7 +314,7 @@ class CompiledSteps:
 
     def _lay_out(self, batch: StepBatch, positions: NDArray[np.int32]) -> _Rows:
         """Return the order of the batch's rows in the graph, and their block tables."""
-        decode = self._buckets.pad_rows(batch.num_decode)
+        decode = self.buckets.pad_rows(batch.num_decode)
         if batch.chunks:  # few sizes of decode rows: they multiply with the sizes of chunks
             decode = next((size for size in MIXED_DECODE_ROWS if 0 < decode <= size), decode)
         of_chunks = [-(-chunk.length // TILE_ROWS) * TILE_ROWS for chunk in batch.chunks]
@@ -355,7 +355,7 @@ class CompiledSteps:
 
     def _num_tile_rows(self, decode: int, count: int) -> int:
         """Return the padded number of tile rows: they fill a bucket, or all rows do."""
-        alone, together = self._buckets.pad_chunk(count), self._buckets.pad_chunk(decode + count)
+        alone, together = self.buckets.pad_chunk(count), self.buckets.pad_chunk(decode + count)
         fits = count and (together - decode) % TILE_ROWS == 0
         return min(alone, together - decode) if fits else alone
 

@@ -48,7 +48,7 @@ from modelpack_engine.platform.driver import (
     pointer_bytes,
     shape_bytes,
 )
-from modelpack_engine.runner.continued import Continued, move_rows
+from modelpack_engine.runner.continued import Continued, lay_out_rows
 from modelpack_engine.runner.kv_cache_size import MOST_RECORDED_ROWS
 from modelpack_engine.runner.paged import Layout, PackedStep, PagedRunner
 from modelpack_engine.sampling import sampler
@@ -118,14 +118,17 @@ class DraftBehind(Protocol):
         """The integers that the draft reads."""
 
     @property
+    def num_drafted(self) -> int:
+        """How many tokens are drafted for each sequence; 0 if rows are only read."""
+
+    @property
     def num_found(self) -> int:
         """How many integers the host reads."""
 
-    def move(self, numbers: NDArray[np.int32], sequences: Sequence[Continued]) -> bool:
-        """Change `numbers` to those of the draft behind the next step, if all go on in it.
+    def after(self, sequences: Sequence[Continued], num_rows: int) -> DraftBehind | None:
+        """Return the draft behind the next step of all its sequences, which has so many rows.
 
-        `propose` adds the proposed tokens. Returns False if that draft has another key, or no room
-        yet.
+        `propose` adds the proposed tokens. None if there is no room yet.
         """
 
     def propose(self, numbers: NDArray[np.int32], token_ids: Sequence[list[int]]) -> None:
@@ -259,6 +262,16 @@ class ReplayedTokens:
         return mx.array(np.maximum(np.array(self.read(), np.int32), 0))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NextStep:
+    """A step that is laid out before the scheduler schedules it, without its tokens."""
+
+    shape: _Shape
+    graph: _Graph
+    draft: DraftBehind
+    numbers: NDArray[np.int32]
+
+
 class Replays:
     """The steps of a runner that run as graphs.
 
@@ -378,57 +391,55 @@ class Replays:
 
     def expected(
         self, last: ReplayedTokens, sequences: Sequence[Continued], settings: NDArray[np.int32]
-    ) -> NDArray[np.int32] | None:
-        """Return the numbers of the step expected after `last`, which has a draft.
+    ) -> NextStep | None:
+        """Return the step expected after `last`, which has a draft, for `launch_ahead`.
 
-        They are for `launch_ahead`, which adds the tokens. `sequences` are all sequences of `last`,
-        and `settings` those of `Sampler.settings` for the expected step. None if it cannot be a
-        graph of the same shape.
+        `sequences` are all sequences of `last`, and `settings` those of `Sampler.settings` for the
+        expected step. None if that is not a graph yet.
         """
-        shape, draft = last.shape, last.draft
-        if draft is None or not draft.num_found or not self._may_follow(last):
-            return None
-        numbers = last.place.numbers[: last.num_numbers].copy()
-        columns, of_draws, of_draft = _ends(shape, last.num_numbers, draft)
-        if settings.size != of_draws - columns:
-            return None
-        block_size = self._compiled.block_size
-        if not move_rows(numbers[:columns], shape.layout, block_size, sequences):
-            return None
-        numbers[columns:of_draws] = settings.ravel()
-        return numbers if draft.move(numbers[of_draws:of_draft], sequences) else None
-
-    def _may_follow(self, last: ReplayedTokens) -> bool:
-        """Return whether the graph of a step can run again behind it."""
-        draft = last.draft
-        return not (
+        of_last, draft = last.shape.layout, last.draft
+        if (
             self.gave_up or self.follow_mlx or self._graphs.get(last.shape) is not last.graph
-            or last.place not in self._memories[-1].places
             or draft is None or draft.generation != self._generation
-        )  # fmt: skip
+            or of_last.groups != 1 or of_last.segments or of_last.axes != 1 or of_last.adapted
+        ):  # fmt: skip
+            return None
+        compiled = self._compiled
+        layout, columns = lay_out_rows(sequences, compiled.buckets, compiled.block_size)
+        draft = draft.after(sequences, layout.rows)
+        if draft is None:
+            return None
+        shape = _Shape(layout, settings.size > 0, draft.key)
+        graph, memory = self._graphs.get(shape), self._memories[-1]
+        length = len(columns) + settings.size + len(draft.numbers)
+        count = length + 2 * layout.rows + _NUM_HALVES
+        if graph is None or last.place not in memory.places or memory.size < count:
+            return None
+        numbers = np.zeros(count, np.int32)
+        numbers[:length] = np.concatenate([columns, settings.ravel(), draft.numbers])
+        of_index = slice(length + layout.rows, count - _NUM_HALVES)
+        numbers[of_index] = np.arange(layout.rows) + (_MOST_TOKENS + length)
+        return NextStep(shape, graph, draft, numbers)
 
-    def launch_ahead(
-        self, last: ReplayedTokens, numbers: NDArray[np.int32], token_ids: Sequence[list[int]]
-    ) -> None:
-        """Launch the step expected after `last`, before the scheduler schedules it.
+    def launch_ahead(self, step: NextStep, token_ids: Sequence[list[int]]) -> None:
+        """Launch a step of `expected`, before the scheduler schedules it.
 
-        The host has read the tokens of `last`. `numbers` are those of `expected`, and `token_ids`
-        are in as many rows of each sequence as before. `step` returns this step if the scheduled
-        one has the same numbers. Otherwise, call `drop_ahead` before MLX runs anything. A step that
-        is dropped has written keys and values behind the tokens of its sequences, where nothing
-        reads them.
+        The host has read the tokens of the step before. `token_ids` are those in the rows of each
+        sequence. The method `step` returns this step if the scheduled one has the same numbers.
+        Otherwise, call `drop_ahead` before MLX runs anything. A step that is dropped has written
+        keys and values behind the tokens of its sequences, where nothing reads them.
         """
-        shape, graph, draft = last.shape, last.graph, last.draft
-        if not self._may_follow(last) or draft is None:
+        numbers = step.numbers
+        if self.gave_up or self._graphs.get(step.shape) is not step.graph:
             return
-        _, of_draws, of_draft = _ends(shape, len(numbers), draft)
-        draft.propose(numbers[of_draws:of_draft], token_ids)
+        _, of_draws, of_draft = _ends(step.shape, len(numbers), step.draft)
+        step.draft.propose(numbers[of_draws:of_draft], token_ids)
         ids = [token_id for of_sequence in token_ids for token_id in of_sequence]
         numbers[of_draft : of_draft + len(ids)] = ids
         place = self._next_place()
         numbers[-_NUM_HALVES:] = place.addresses.ravel()
         place.numbers[: len(numbers)] = numbers
-        ahead = ReplayedTokens(self, shape, graph, draft, place, len(numbers))
+        ahead = ReplayedTokens(self, step.shape, step.graph, step.draft, place, len(numbers))
         try:
             ahead.launch()
         except DriverError:

@@ -155,6 +155,12 @@ class HeadRunner:
         self._pools, self._regions, self._size = pools, count, size
         self._generation += 1
 
+    def has_room(self, rows: list[Rows], num_rows: int) -> bool:
+        """Return whether the pool has room for the draft of `within`."""
+        longest = max(each.length for each in rows) + _rows_of_each(rows, num_rows)
+        most = longest + self._num_tokens
+        return self._regions > max(each.region for each in rows) and most <= self._size
+
     def within(
         self,
         rows: list[Rows],
@@ -173,8 +179,7 @@ class HeadRunner:
         if not self._in_place or self._probabilities:
             return None
         self.within_graphs = True
-        longest = max(len(each.positions) for each in rows)
-        size = num_rows if len(rows) == 1 else 1 << (longest - 1).bit_length()
+        size = _rows_of_each(rows, num_rows)
         shape = self._shape(rows, size, drafts=drafts)
         numbers = self._numbers(rows, shape)
         if len(rows) > 1:
@@ -184,7 +189,7 @@ class HeadRunner:
             ]
             numbers = np.concatenate([numbers, np.array(at, np.int32).ravel()])
         elif prompt:  # the last row is followed by the first sampled token, which is behind `size`
-            known = np.arange(longest - 1, dtype=np.int32)
+            known = np.arange(len(rows[0].positions) - 1, dtype=np.int32)
             numbers = np.concatenate(
                 [numbers, np.pad(known, (0, size - len(known)), constant_values=size)]
             )
@@ -313,23 +318,30 @@ class DraftWithin:
     prompt: bool = False
 
     @property
+    def num_drafted(self) -> int:
+        """Do as `replay.DraftBehind.num_drafted`."""
+        return self.key.num_tokens
+
+    @property
     def num_found(self) -> int:
         """The integers that the host reads; none if rows are only read."""
-        shape = self.key
-        return shape.sequences * (1 + shape.num_tokens) if shape.num_tokens else 0
+        return self.key.sequences * (1 + self.num_drafted) if self.num_drafted else 0
 
-    def move(self, numbers: NDArray[np.int32], sequences: Several[Continued]) -> bool:
-        """Do as `replay.DraftBehind.move`."""
-        shape = self.key
-        count = shape.sequences * shape.rows
-        positions, slots = numbers[: 2 * count].reshape(2, shape.sequences, shape.rows)
-        end = len(numbers) - (0 if shape.sequences == 1 else count)
-        lengths = numbers[end - shape.sequences : end]
-        for index, each in enumerate(sequences):
-            positions[index, : each.count] += each.shift
-            slots[index] += each.shift
-            lengths[index] += each.shift
-        return int(lengths.max()) + shape.rows + shape.num_tokens <= shape.width * _BLOCK
+    def after(self, sequences: Several[Continued], num_rows: int) -> DraftWithin | None:
+        """Do as `replay.DraftBehind.after`."""
+        rows = [
+            Rows(
+                before.region,
+                before.length + each.first - before.positions[0],
+                list(range(each.first, each.num_tokens)),
+                None,
+            )
+            for before, each in zip(self.rows, sequences, strict=True)
+        ]
+        firsts = [each.row for each in sequences]
+        if not self.runner.has_room(rows, num_rows):
+            return None
+        return self.runner.within(rows, firsts, num_rows, drafts=True)
 
     def propose(self, numbers: NDArray[np.int32], token_ids: Several[list[int]]) -> None:
         """Do as `replay.DraftBehind.propose`."""
@@ -358,6 +370,12 @@ class DraftWithin:
             runner._pools.keys, runner._pools.values, runner._token, runner._tokens,
         )  # fmt: skip
         return found[0].reshape(-1) if found else None
+
+
+def _rows_of_each(rows: list[Rows], num_rows: int) -> int:
+    """Return the rows of each sequence in the draft of a step with so many rows in all."""
+    longest = max(len(each.positions) for each in rows)
+    return num_rows if len(rows) == 1 else 1 << (longest - 1).bit_length()
 
 
 def padded(numbers: list[int], count: int) -> list[int]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from modelpack_engine.core.block_manager import BlockManager
-from modelpack_engine.core.scheduler import Proposal
+from modelpack_engine.core.block_pool import NULL_BLOCK
+from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.request import SamplingParams
-from modelpack_engine.runner.continued import Continued, Expected, continued
+from modelpack_engine.runner.continued import Continued, Expected, continued, lay_out_rows
+from modelpack_engine.runner.paged import Layout
 from modelpack_engine.sampling.sampler import NO_TOKEN
 
 SIZE, EOS = 4, 99
@@ -47,7 +47,8 @@ def sequence(case: Case, blocks: BlockManager) -> Sequence:
         pytest.param(Case(), True, id="goes on"),
         pytest.param(Case(tokens=(11,)), True, id="no token accepted"),
         pytest.param(Case(tokens=(11, 12, 13, 14)), True, id="all accepted"),
-        pytest.param(Case(draft=(21, 22)), False, id="a shorter draft"),
+        pytest.param(Case(draft=(21, 22)), True, id="a shorter draft"),
+        pytest.param(Case(draft=(21, 22, 23, 24, 25)), True, id="a longer draft"),
         pytest.param(Case(tokens=()), False, id="logits that are NaN"),
         pytest.param(Case(tokens=(NO_TOKEN,)), False, id="no token"),
         pytest.param(Case(tokens=(11, EOS)), False, id="the end"),
@@ -65,12 +66,12 @@ def test_when_a_sequence_goes_on(case: Case, goes_on: bool) -> None:
     before = made.block_table.copy()
     laid_out: dict[int, Continued] = {}
 
-    def lay_out(sequences: list[Continued]) -> NDArray[np.int32]:
+    def lay_out(sequences: list[Continued]) -> int:
         [each] = sequences
         laid_out[each.shift] = each
-        return np.array([each.shift], np.int32)
+        return each.shift
 
-    expected = Expected([Proposal(made, (11, 12, 13))], blocks, lay_out)
+    expected = Expected([made], [4], 3, blocks, lay_out)
     if case.num_blocks == Case.num_blocks and case.most == Case.most:
         assert list(laid_out) == [1, 2, 3, 4], "before the tokens are known"
     found = expected.after([list(case.tokens)], [list(case.draft)])
@@ -78,16 +79,17 @@ def test_when_a_sequence_goes_on(case: Case, goes_on: bool) -> None:
     if found is None:
         assert made.block_table[: len(before)] == before
         return
-    numbers, token_ids = found
-    each = laid_out[len(case.tokens)]
-    assert numbers.tolist() == [each.shift] == [len(case.tokens)]
-    assert (each.row, each.count) == (0, 4)
-    assert token_ids == [[case.tokens[-1], 21, 22, 23]]
+    shift, token_ids = found
+    each = laid_out[shift]
+    assert shift == each.shift == len(case.tokens)
+    assert (each.row, each.count) == (0, 1 + len(case.draft))
+    assert token_ids == [[case.tokens[-1], *case.draft]]
     # The keys and values of all tokens but the last have slots after the step.
-    assert len(made.block_table) >= blocks.blocks_for(8 + len(case.tokens) + 3)
+    assert len(made.block_table) >= blocks.blocks_for(8 + len(case.tokens) + len(case.draft))
     rows = each.sample_rows()
-    assert [row.num_output for row in rows] == [3 + len(case.tokens) + i for i in range(4)]
-    assert [row.position - row.num_output for row in rows] == [5] * 4
+    count = 1 + len(case.draft)
+    assert [row.num_output for row in rows] == [3 + len(case.tokens) + i for i in range(count)]
+    assert [row.position - row.num_output for row in rows] == [5] * count
 
 
 def test_no_sequence_gets_a_block_if_all_cannot() -> None:
@@ -96,27 +98,35 @@ def test_no_sequence_gets_a_block_if_all_cannot() -> None:
     both = [sequence(Case(), blocks) for _ in range(2)]
     assert blocks.can_allocate(1)
     assert not blocks.can_allocate(2)
-    proposals = [Proposal(each, (11, 12, 13)) for each in both]
     before = [each.block_table.copy() for each in both]
-    assert continued(proposals, [2, 2], blocks) is None
+    assert continued(both, [(2, 4), (2, 4)], blocks) is None
     assert [each.block_table for each in both] == before
 
 
 def test_rows_follow_each_other() -> None:
     blocks = BlockManager(20, SIZE)
     both = [sequence(Case(), blocks) for _ in range(2)]
-    proposals = [Proposal(both[0], (11, 12, 13)), Proposal(both[1], (14, 15))]
     found: list[list[Continued]] = []
-    expected = Expected(proposals, blocks, lambda each: found.append(each) or np.zeros(1, np.int32))
+    expected = Expected(both, [4, 3], 3, blocks, lambda each: found.append(each) or 1)
     assert found == [], "the numbers of tokens have too many combinations"
     after = expected.after([[11], [14, 15, 16]], [[21, 22, 23], [31, 32]])
-    assert after is not None
-    assert after[1] == [[11, 21, 22, 23], [16, 31, 32]]
+    assert after == (1, [[11, 21, 22, 23], [16, 31, 32]])
     assert [(each.row, each.count, each.shift) for each in found[0]] == [(0, 4, 1), (4, 3, 3)]
+    layout, columns = lay_out_rows(found[0], Buckets(rows=(8,), table_width=(4,)), SIZE)
+    assert layout == Layout(8, 8, 4, 0, 1, None)
+    positions, lengths, slots = columns[:24].reshape(3, 8).tolist()
+    assert positions == [8, 9, 10, 11, 10, 11, 12, 0]
+    assert lengths == [9, 10, 11, 12, 11, 12, 13, 1]
+    tables = columns[24:].reshape(8, 4)
+    for row, position in enumerate(positions[:7]):
+        blocks_of_row = both[row > 3].block_table[: position // SIZE + 1]
+        assert tables[row].tolist() == blocks_of_row + [NULL_BLOCK] * (4 - len(blocks_of_row))
+        assert slots[row] == blocks_of_row[-1] * SIZE + position % SIZE
+    assert tables[7].tolist() == [NULL_BLOCK] * 4
 
 
 def test_tables_that_lose_blocks() -> None:
     """The tables that were read would have blocks that are released with the tokens."""
     blocks = BlockManager(20, SIZE, window=8)
     made = sequence(Case(), blocks)
-    assert continued([Proposal(made, (11, 12, 13))], [1], blocks) is None
+    assert continued([made], [(1, 4)], blocks) is None
