@@ -3,11 +3,11 @@
     PYTHONPATH=.:engine python benchmarks/pictures.py [--shape tiny] [--count 64]
 
 The shape is Qwen2.5-VL-7B's; a picture has 924 x 868 pixels and 1,023 tokens. (On a GPU, mlx-vlm
-ends where the tower's windows fill a picture.) Prints one JSON object for each measurement: one
-request, the same picture with another question, `count` requests at once, each with its own
-picture, the same pictures again, and as many requests of text alone. mlx-vlm then answers one
-request, whose time includes the processing of the picture, and 8 and `count` requests at once by
-its batched generator, without the processing.
+ends where the tower's windows fill a picture.) Prints one JSON object for each measurement: for
+several pictures, one request and another question about the picture; `count` requests at once, each
+with its own picture, the same pictures again, and as many requests of text alone. mlx-vlm then
+answers one request, whose time includes the processing of the picture, and 8 and `count` requests
+at once by its batched generator, without the processing.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ _7B: dict[str, Any] = {
         "out_hidden_size": 3584, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
     },
 }  # fmt: skip
+#: Of one request at a time, each about other pictures than the requests at once.
+QUESTIONS = {"one request": "What is it?", "its picture again": "How many are there?"}
+ALONE = 12
 _7B_SETTINGS = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}
 
 
@@ -118,11 +121,12 @@ def measure(path: Path, count: int, length: int, pictures: list[Picture]) -> Non
 
     size = len(asked(0, "What is it?").prompt_token_ids)
     show("engine", {"notes": engine.notes, "prompt_tokens": size, "count": count})
-    for question in ("What is it?", "How many are there?"):
+    for question in QUESTIONS.values():
         run(engine, [asked(0, question, 8)])
     run(engine, [text(seed, size) for seed in range(count)])
-    show("one request", run(engine, [asked(1, "What is it?", 1)]))
-    show("its picture again", run(engine, [asked(1, "How many are there?", 1)]))
+    for index in range(count, len(pictures)):
+        for measured, question in QUESTIONS.items():
+            show(measured, run(engine, [asked(index, question, 16)]))
     show("at once", run(engine, [asked(i, "Describe it.") for i in range(count)]))
     show("the pictures again", run(engine, [asked(i, "Why is it so?") for i in range(count)]))
     show("text alone", run(engine, [text(count + seed, size) for seed in range(count)]))
@@ -197,6 +201,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["7b", "tiny"], default="7b")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--no-peer", action="store_true")
     options = parser.parse_args()
     config, settings, size = tiny.config_of(KIND), tiny.settings_of(KIND), (24, 40)
     if options.shape == "7b":
@@ -205,7 +210,7 @@ def main() -> None:
     show("versions", {"mlx": mx.__version__, **vars(options)})
     random = np.random.default_rng(0)
     pictures = [
-        Picture(random.integers(0, 256, (*size, 3), np.uint8)) for _ in range(options.count)
+        Picture(random.integers(0, 256, (*size, 3), np.uint8)) for _ in range(options.count + ALONE)
     ]
     with tempfile.TemporaryDirectory(prefix="modelpack-pictures-") as directory:
         path = Path(directory)
@@ -215,7 +220,8 @@ def main() -> None:
         measure(path, options.count, options.length, pictures)
         gc.collect()
         mx.clear_cache()
-        measure_peer(path, options.length, pictures)
+        if not options.no_peer:
+            measure_peer(path, options.length, pictures[: options.count])
 
 
 if __name__ == "__main__":
