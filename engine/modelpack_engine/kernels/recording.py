@@ -29,9 +29,10 @@ _ORDER = frozenset({"previous", "written"})
 #: Kernels that write into their inputs' memory, or the host's, so that no output says so.
 _WRITE_ELSEWHERE: frozenset[str] = frozenset({"write", "quantise", "rotate", "deliver"})
 _ALIGNMENT = 256
-#: Operations of MLX of which there is no kernel of ours: x [rows, in] times weight [out, in], and
-#: arrays after each other.
+#: Operations of MLX of which there is no kernel of ours: x [rows, in] times weight [out, in], the
+#: same plus a bias [out], and arrays after each other.
 MATMUL = KernelSource("matmul", "", "", ("x", "weight"), ("out",))
+MATMUL_AND_BIAS = KernelSource("matmul", "", "", ("x", "weight", "bias"), ("out",))
 JOIN = KernelSource("join", "", "", ("first", "second"), ("out",))
 
 
@@ -122,28 +123,31 @@ class Recorder:
         )
         return outputs
 
-    def multiply(self, x: mx.array, weight: mx.array) -> mx.array:
-        """Return x [rows, in] times weight [out, in], transposed, by MLX.
+    def multiply(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+        """Return x [rows, in] times weight [out, in], transposed, plus a bias [out], by MLX.
 
         Raises `NotRecordedError` for types and shapes that cuBLAS is not called for.
         """
-        if x.ndim != 2 or x.dtype != weight.dtype or x.dtype not in (mx.float16, mx.bfloat16):
+        given = [x, weight] if bias is None else [x, weight, bias]
+        types = {array.dtype for array in given}
+        if x.ndim != 2 or len(types) > 1 or x.dtype not in (mx.float16, mx.bfloat16):
             raise NotRecordedError(f"MLX multiplies {x.shape} by {weight.shape} in {x.dtype}")
-        return self._by_mlx(MATMUL, "matmul", x, weight, lambda: x @ weight.T)
+        if bias is None:
+            return self._by_mlx(MATMUL, "matmul", given, lambda: x @ weight.T)
+        return self._by_mlx(MATMUL_AND_BIAS, "matmul", given, lambda: mx.addmm(bias, x, weight.T))
 
     def join(self, first: mx.array, second: mx.array) -> mx.array:
         """Return the rows of two arrays, by MLX."""
-        return self._by_mlx(JOIN, "join", first, second, lambda: mx.concatenate([first, second]))
+        given = [first, second]
+        return self._by_mlx(JOIN, "join", given, lambda: mx.concatenate(given))
 
     def _by_mlx(
         self,
         source: KernelSource,
         body: Literal["matmul", "join"],
-        first: mx.array,
-        second: mx.array,
+        given: list[mx.array],
         operation: Callable[[], mx.array],
     ) -> mx.array:
-        given = [first, second]
         mx.eval(given)
         flat, out = [array.reshape(-1) for array in given], operation()
         mx.eval(flat, out)

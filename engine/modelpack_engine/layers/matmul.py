@@ -113,8 +113,8 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     """Multiply by MLX's functions; the bias of quantised weights is not added."""
     weight, bits = weights.weight, weights.bits
     recorder = recording.active()
-    if recorder is not None and bits is None and weights.bias is None:
-        return recorder.multiply(x, weight)
+    if recorder is not None and bits is None:
+        return recorder.multiply(x, weight, weights.bias)
     recording.refuse(f"multiplies {x.shape[0]} rows")
     if bits is None:
         transposed = weight.T if weights.transposed is None else weights.transposed

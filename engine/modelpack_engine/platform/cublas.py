@@ -21,7 +21,9 @@ Type = Literal["float16", "bfloat16"]
 _TYPES: Mapping[Type, int] = {"float16": 2, "bfloat16": 14}  # CUDA_R_16F, CUDA_R_16BF
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68  # CUDA_R_32F, CUBLAS_COMPUTE_32F
 _TRANSPOSED = 1  # CUBLAS_OP_T
-_OF_A = 3  # CUBLASLT_MATMUL_DESC_TRANSA
+#: CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_BIAS_POINTER
+_OF_A, _THEN, _BIAS_AT = 3, 7, 8
+_ADD_BIAS = 4  # CUBLASLT_EPILOGUE_BIAS
 _MOST_WORKSPACE = 1  # CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
 #: What the documentation of `cublasSetWorkspace` recommends for Hopper and later GPUs.
 WORKSPACE_BYTES = 32 << 20
@@ -57,12 +59,16 @@ class CublasError(DriverError):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a matmul: [rows, inputs] times [outputs, inputs], transposed, in one type."""
+    """Of a matmul: [rows, inputs] times [outputs, inputs], transposed, in one type.
+
+    With a `bias`, numbers [outputs] are added to each row.
+    """
 
     rows: int
     outputs: int
     inputs: int
     type: Type
+    bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +101,22 @@ class Cublas:
             self._plans[shape] = self._planned(shape)
 
     def multiply(
-        self, shape: Shape, x: int, weight: int, out: int, workspace: int, stream: int
+        self,
+        shape: Shape,
+        x: int,
+        weight: int,
+        bias: int | None,
+        out: int,
+        workspace: int,
+        stream: int,
     ) -> None:
         """Multiply the arrays at these addresses, in the order of a stream that may be captured.
 
         The shape is prepared. `workspace` has `WORKSPACE_BYTES` that nothing else uses meanwhile.
         """
         plan, one, zero = self._plans[shape], ctypes.c_float(1), ctypes.c_float(0)
+        if bias is not None:
+            self._set(plan.matmul, _BIAS_AT, ctypes.c_void_p(bias))
         self._call(
             "cublasLtMatmul", self._handle, plan.matmul, ctypes.byref(one),
             weight, plan.weight, x, plan.x, ctypes.byref(zero), out, plan.out, out, plan.out,
@@ -111,11 +126,9 @@ class Cublas:
     def _planned(self, shape: Shape) -> _Plan:
         # In columns, as cuBLAS reads them, the result is the weights times x.
         matmul = self._made("cublasLtMatmulDescCreate", _COMPUTE_FLOAT32, _FLOAT32)
-        transposed = ctypes.c_int32(_TRANSPOSED)
-        self._call(
-            "cublasLtMatmulDescSetAttribute", matmul, _OF_A,
-            ctypes.byref(transposed), ctypes.sizeof(transposed),
-        )  # fmt: skip
+        self._set(matmul, _OF_A, ctypes.c_int32(_TRANSPOSED))
+        if shape.bias:
+            self._set(matmul, _THEN, ctypes.c_int32(_ADD_BIAS))
         of_type, made = _TYPES[shape.type], "cublasLtMatrixLayoutCreate"
         weight = self._made(made, of_type, shape.inputs, shape.outputs, shape.inputs)
         x = self._made(made, of_type, shape.inputs, shape.rows, shape.inputs)
@@ -128,6 +141,12 @@ class Cublas:
         if not count.value or choice.state:
             raise CublasError(f"cuBLAS cannot multiply {shape}")
         return _Plan(matmul, weight, x, out, choice)
+
+    def _set(self, matmul: int, attribute: int, value: ctypes.c_int32 | ctypes.c_void_p) -> None:
+        self._call(
+            "cublasLtMatmulDescSetAttribute", matmul, attribute,
+            ctypes.byref(value), ctypes.sizeof(value),
+        )  # fmt: skip
 
 
 @cache

@@ -700,9 +700,10 @@ class Replays:
 
     def _matmul(self, note: Note, reads: list[int], writes: list[int]) -> Callable[[int], None]:
         """Return a matmul by the library that MLX uses. Raises `CublasError`."""
-        (x, weight), (out,) = reads, writes
-        (rows, inputs), (outputs, _) = (array.shape for array in note.inputs)
-        shape = MatmulShape(rows, outputs, inputs, _TYPES[note.outputs[0].dtype])
+        (x, weight, *more), (out,) = reads, writes
+        (rows, inputs), (outputs, _) = (array.shape for array in note.inputs[:2])
+        of_type, bias = _TYPES[note.outputs[0].dtype], more[0] if more else None
+        shape = MatmulShape(rows, outputs, inputs, of_type, bias is not None)
         cublas = find_cublas()
         cublas.prepare(shape)
         if self._workspace is None:
@@ -710,7 +711,7 @@ class Replays:
             mx.eval(array)
             self._workspace = array, addresses([array])[0]
         _, workspace = self._workspace
-        return partial(cublas.multiply, shape, x, weight, out, workspace)
+        return partial(cublas.multiply, shape, x, weight, bias, out, workspace)
 
     def _join(self, sizes: list[int], reads: list[int], to: int, stream: int) -> None:
         for size, address in zip(sizes, reads, strict=True):

@@ -137,11 +137,14 @@ class Host:
     def run_at(self, note: Note, reads: Sequence[int], writes: Sequence[int]) -> None:
         """Run a recorded kernel, or an operation of MLX, on arrays at these addresses."""
         if note.body == "matmul" or note.body == "join":
-            first, second = (
+            first, second, *bias = given = [
                 mx.array(view_at(address, array)).view(array.dtype).reshape(array.shape)
                 for address, array in zip(reads, note.inputs, strict=True)
-            )
-            found = mx.concatenate([first, second]) if note.body == "join" else first @ second.T
+            ]
+            if note.body == "join":
+                found = mx.concatenate(given)
+            else:
+                found = mx.addmm(bias[0], first, second.T) if bias else first @ second.T
             view_at(writes[0], found)[:] = memory(found)
             return
         body, source = note.body, note.source

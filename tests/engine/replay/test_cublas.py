@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,11 +80,36 @@ def test_a_matmul() -> None:
         ("cublasLtMatmulAlgoGetHeuristic", 100, 102, 103, 104, 105, 105, 101, 1),
     ]
     library.calls.clear()
-    found.multiply(SHAPE, 7, 8, 9, 10, 11)
+    found.multiply(SHAPE, 7, 8, None, 9, 10, 11)
     [(name, *arguments, algorithm, workspace, size, stream)] = library.calls
     assert name == "cublasLtMatmul"
     assert arguments == [100, 102, 1.0, 8, 103, 7, 104, 0.0, 9, 105, 9, 105]
     assert (algorithm[0], workspace, size, stream) == (77, 10, 4096, 11)
+
+
+def test_a_matmul_and_a_bias() -> None:
+    """The descriptions are shared: the address of the bias is set before each call."""
+    library, shape = Library(), replace(SHAPE, bias=True)
+    found = made(library)
+    library.calls.clear()
+    found.prepare(shape)
+    found.prepare(SHAPE)
+    descriptions = [each for each in library.calls if each[0].startswith("cublasLtMatmulDesc")]
+    assert descriptions == [
+        ("cublasLtMatmulDescCreate", 68, 0),
+        ("cublasLtMatmulDescSetAttribute", 102, 3, 1, 4),
+        ("cublasLtMatmulDescSetAttribute", 102, 7, 4, 4),
+        ("cublasLtMatmulDescCreate", 68, 0),
+        ("cublasLtMatmulDescSetAttribute", 106, 3, 1, 4),
+    ]
+    library.calls.clear()
+    found.multiply(shape, 7, 8, 12, 9, 10, 11)
+    found.multiply(SHAPE, 7, 8, None, 9, 10, 11)
+    assert [each[:5] for each in library.calls] == [
+        ("cublasLtMatmulDescSetAttribute", 102, 8, 12, 8),
+        ("cublasLtMatmul", 100, 102, 1.0, 8),
+        ("cublasLtMatmul", 100, 106, 1.0, 8),
+    ]
 
 
 def test_the_structure_of_a_choice() -> None:

@@ -190,11 +190,13 @@ def make_engine(
     layers: int = 1,
     packed: bool = False,
     zeros: bool = False,
+    biases: bool = False,
     **given: Any,
 ) -> KernelEngine:
     model = tiny_llama(
         num_hidden_layers=layers, hidden_size=64, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=256, vocab_size=VOCAB, tie_word_embeddings=not zeros,
+        attention_bias=biases,
     )  # fmt: skip
     if zeros:
         model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
@@ -712,11 +714,11 @@ def launched(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> list[Layout
     return found
 
 
-def by_mlx(scenario: Scenario) -> Tokens:
+def by_mlx(scenario: Scenario, **given: Any) -> Tokens:
     """The tokens without graphs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "find_driver", no_driver)
-        return scenario(make_engine())
+        return scenario(make_engine(**given))
 
 
 @pytest.mark.parametrize(
@@ -822,7 +824,7 @@ def test_a_larger_arena_is_twice_as_large(driver: FakeDriver) -> None:
         (mx.zeros((1, 2, 64), mx.float16), Weights.plain(mx.zeros((32, 64), mx.float16))),
         (
             mx.zeros((2, 64), mx.float16),
-            Weights.plain(mx.zeros((32, 64), mx.float16), mx.zeros((32,), mx.float16)),
+            Weights.plain(mx.zeros((32, 64), mx.float16), mx.zeros((32,), mx.float32)),
         ),
         (
             mx.zeros((200, 64), mx.float16),
@@ -858,9 +860,21 @@ def test_matmuls_share_a_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     with recorded() as recorder:
         for rows in (96, 128):
             recorder.multiply(mx.zeros((rows, 64), mx.float16), mx.zeros((32, 64), mx.float16))
-    calls: list[Any] = [replays._call(note, [7, 8], [9]) for note in recorder.notes]
-    assert prepared == [MatmulShape(rows, 32, 64, "float16") for rows in (96, 128)]
-    assert [call(5) for call in calls] == [(shape, 7, 8, 9, 77, 5) for shape in prepared]
+        recorder.multiply(
+            mx.zeros((96, 64), mx.float16), mx.zeros((32, 64), mx.float16),
+            mx.ones((32,), mx.float16),
+        )  # fmt: skip
+    reads = [[7, 8], [7, 8], [7, 8, 6]]
+    calls: list[Any] = [
+        replays._call(note, given, [9]) for note, given in zip(recorder.notes, reads, strict=True)
+    ]
+    assert prepared == [
+        MatmulShape(rows, 32, 64, "float16", bias)
+        for rows, bias in ((96, False), (128, False), (96, True))
+    ]
+    assert [call(5) for call in calls] == [
+        (shape, 7, 8, 6 if shape.bias else None, 9, 77, 5) for shape in prepared
+    ]
     assert asked == [WORKSPACE_BYTES]
 
 
@@ -880,14 +894,18 @@ def test_a_matmul_that_cublas_refuses_is_left_to_mlx(
     assert not engine._replays.gave_up
 
 
-def test_matmuls_by_mlx_are_recorded(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "multiply", matmul._by_mlx)
-    monkeypatch.setattr(fused_layers, "multiply", matmul._by_mlx)
-    wanted = by_mlx(SCENARIOS["batches"])
-    assert SCENARIOS["batches"](make_engine()) == wanted
+@pytest.mark.parametrize("biases", [False, True])
+def test_matmuls_by_mlx_are_recorded(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, biases: bool
+) -> None:
+    for takes in ("_takes", "_takes_one"):
+        monkeypatch.setattr(matmul, takes, lambda *given, **more: False)
+    wanted = by_mlx(SCENARIOS["batches"], biases=biases)
+    assert SCENARIOS["batches"](make_engine(biases=biases)) == wanted
     assert driver.num_launches == 7
-    bodies = {call.note.body for calls in driver.graphs.values() for call in calls}
-    assert {"matmul", "greedy"} <= bodies
+    notes = [call.note for calls in driver.graphs.values() for call in calls]
+    assert {"matmul", "greedy"} <= {note.body for note in notes}
+    assert any(len(note.inputs) == 3 for note in notes if note.body == "matmul") == biases
 
 
 def test_matmuls_in_another_order_are_left_to_mlx(
