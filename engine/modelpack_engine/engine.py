@@ -199,7 +199,10 @@ class Engine(BaseEngine):
         # What else writes to the pools, or reads hidden states, runs by MLX.
         speculates = self._speculator is not None and not self._speculator.may_replay
         if not (speculates or self.vision or self._mover.has_offload or self.is_divided):
-            self._replays = make_replays(self._runner, self._sizes.recorded_rows)
+            sizes = self._sizes
+            self._replays = make_replays(
+                self._runner, sizes.recorded_rows, sizes.recorded_row_bytes
+            )
             if self._replays is not None:
                 self._restoring.callback(self._replays.close)
         self.notes = (*notes, *self._runner.notes, *refused)

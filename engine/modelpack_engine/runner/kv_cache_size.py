@@ -105,8 +105,10 @@ class Sizes:
     max_prefill_chunk: int | None = None
     prefill_context: int | None = None
     step_bytes: int = 0
-    #: The most rows of a step that may be recorded, whose arrays must fit in `step_bytes`.
+    #: The rows of a step whose arrays fit in `step_bytes` while it is recorded, and the bytes of a
+    #: row then.
     recorded_rows: int = MOST_RECORDED_ROWS
+    recorded_row_bytes: int = 0
     #: Layers with smaller windows than others, and the blocks of each such group.
     groups: tuple[WindowGroup, ...] = ()
     window_blocks: tuple[int, ...] = ()
@@ -290,6 +292,7 @@ def choose_sizes(
         prefill_context=_GPU_CONTEXT if gpu else None,
         step_bytes=step_bytes,
         recorded_rows=_recorded_rows(step_bytes, step_memory.per_row),
+        recorded_row_bytes=int(_RECORDED_FACTOR * step_memory.per_row),
         groups=groups,
         window_blocks=tuple(of_windows),
     )

@@ -25,7 +25,13 @@ from numpy.typing import NDArray
 
 from modelpack_engine.attention.metadata import Segments, StepInputs
 from modelpack_engine.attention.paged import BlockContents
-from modelpack_engine.core.batch import PADDING_SEQ_ID, StepBatch, StepShape, padding_batch
+from modelpack_engine.core.batch import (
+    PADDING_SEQ_ID,
+    Chunk,
+    StepBatch,
+    StepShape,
+    padding_batch,
+)
 from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError, OutOfMemoryError
@@ -312,14 +318,17 @@ class CompiledSteps:
         logits, *_ = self._trace(layout, token_ids, packed, pools, [], [], [], [])
         return logits[:, -1]
 
-    def _lay_out(self, batch: StepBatch, positions: NDArray[np.int32]) -> _Rows:
-        """Return the order of the batch's rows in the graph, and their block tables."""
+    def num_rows(self, batch: StepBatch) -> tuple[int, int]:
+        """Return the numbers of decode rows and of all rows of a step's graph."""
         decode = self.buckets.pad_rows(batch.num_decode)
         if batch.chunks:  # few sizes of decode rows: they multiply with the sizes of chunks
             decode = next((size for size in MIXED_DECODE_ROWS if 0 < decode <= size), decode)
-        of_chunks = [-(-chunk.length // TILE_ROWS) * TILE_ROWS for chunk in batch.chunks]
-        count = sum(of_chunks)
-        rows = decode + self._num_tile_rows(decode, count)
+        return decode, decode + self._num_tile_rows(decode, sum(map(_tile_rows, batch.chunks)))
+
+    def _lay_out(self, batch: StepBatch, positions: NDArray[np.int32]) -> _Rows:
+        """Return the order of the batch's rows in the graph, and their block tables."""
+        decode, rows = self.num_rows(batch)
+        of_chunks = [_tile_rows(chunk) for chunk in batch.chunks]
         order = None
         if decode != batch.num_decode or any(
             chunk.padded_length != length
@@ -449,6 +458,11 @@ class CompiledSteps:
             return logits, [], new_states, hidden
         pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
         return logits, pools, new_states, hidden
+
+
+def _tile_rows(chunk: Chunk) -> int:
+    """Return the rows of a chunk's tiles."""
+    return -(-chunk.length // TILE_ROWS) * TILE_ROWS
 
 
 class PagedRunner:

@@ -69,6 +69,8 @@ _FREQUENT, _FREQUENT_PROMPTS = 3, 4
 #: If the first shapes are refused, so many of few rows, no other one is tried: with more rows, MLX
 #: computes more. Nor is one with prompts, once so many of them in a row are refused.
 _MOST_REFUSED, _FEW_ROWS = 3, 32
+#: What stays free on the GPU while a step is recorded for which no memory is planned.
+_SPARE_BYTES = 1 << 30
 #: The most graphs, each of some hundred kernels.
 _MOST_GRAPHS = 512
 #: In place of tokens that a graph has not written yet; no token is equal.
@@ -276,15 +278,20 @@ class Replays:
     """The steps of a runner that run as graphs.
 
     A graph must give the tokens of the recorded step when it first runs. After a failure of the
-    driver, or a graph with other tokens, MLX runs all steps. While a step of up to `most_rows` rows
-    is recorded, all that its kernels write is in memory.
+    driver, or a graph with other tokens, MLX runs all steps. While a step is recorded, all that its
+    kernels write is in memory: there is room for `planned_rows` rows in any case. More are recorded
+    if the GPU has `row_bytes` free for each.
     """
 
     def __init__(
-        self, runner: PagedRunner, driver: Driver, most_rows: int = MOST_RECORDED_ROWS
+        self,
+        runner: PagedRunner,
+        driver: Driver,
+        planned_rows: int = MOST_RECORDED_ROWS,
+        row_bytes: int = 0,
     ) -> None:
         assert runner.compiled is not None
-        self.driver, self._most_rows = driver, most_rows
+        self.driver, self._planned_rows, self._row_bytes = driver, planned_rows, row_bytes
         self._runner, self._compiled = runner, runner.compiled
         self._stream = driver.new_stream()
         self._memories: list[_Memory] = []  # steps in flight may have an earlier one than the last
@@ -313,6 +320,17 @@ class Replays:
             self._usual_steps += _NEWEST * (self._steps - self._usual_steps)
         self._steps = 0
 
+    def _has_room(self, num_rows: int) -> bool:
+        """Return whether a step of so many rows can be recorded now."""
+        if num_rows <= self._planned_rows:
+            return True
+        try:
+            free = self.driver.free_memory() + mx.get_cache_memory()
+        except DriverError as error:
+            self._give_up(error)
+            return False
+        return num_rows * self._row_bytes + _SPARE_BYTES <= free
+
     def _pays(self) -> bool:
         """Count a step that can be a graph; return whether it should be one."""
         self._steps += 1
@@ -322,8 +340,8 @@ class Replays:
         """Return whether a step may be a graph, as far as its rows say."""
         return not (
             self.gave_up or batch.prompt_logprob_rows or batch.adapter_slots or batch.media_rows
-            or batch.num_rows > self._most_rows or not 0 < len(batch.sample_rows) <= _MOST_TOKENS
-            or not self._compiled.takes(batch)
+            or not 0 < len(batch.sample_rows) <= _MOST_TOKENS or not self._compiled.takes(batch)
+            or self._compiled.num_rows(batch)[1] > MOST_RECORDED_ROWS
         )  # fmt: skip
 
     def step(
@@ -356,6 +374,7 @@ class Replays:
                 shape in self._graphs or self._seen[shape] != frequent
                 or len(self._graphs) >= _MOST_GRAPHS
                 or (batch.chunks and self._refused_prompts >= _MOST_REFUSED)
+                or not self._has_room(shape.num_rows)
             ):  # fmt: skip
                 self.end_run()
                 return None
@@ -601,6 +620,8 @@ class Replays:
         self._refused = -1
         if shape.layout.tiles:
             self._refused_prompts = 0
+        if shape.num_rows > self._planned_rows:
+            mx.clear_cache()  # others may need it
         return graph
 
     def _refuse(self, shape: _Shape, draft: DraftBehind | None) -> None:
@@ -726,8 +747,8 @@ def _ends(shape: _Shape, count: int, draft: DraftBehind | None) -> tuple[int, in
     return of_draws - (6 * shape.num_sampled if shape.draws else 0), of_draws, of_draft
 
 
-def make_replays(runner: object, most_rows: int) -> Replays | None:
-    """Return the replays of a runner whose steps may run as graphs; None for others."""
+def make_replays(runner: object, planned_rows: int, row_bytes: int) -> Replays | None:
+    """Return the `Replays` of a runner whose steps may run as graphs; None for others."""
     if not (
         launch.backend() == "cuda"
         and isinstance(runner, PagedRunner)
@@ -737,7 +758,7 @@ def make_replays(runner: object, most_rows: int) -> Replays | None:
     ):
         return None
     try:
-        return Replays(runner, find_driver(), most_rows)
+        return Replays(runner, find_driver(), planned_rows, row_bytes)
     except EngineError as error:
         logger.info("MLX launches all steps: %s", error)
         return None

@@ -69,6 +69,7 @@ class FakeDriver:
         self.host = host
         self.graphs: dict[int, list[Call]] = {}
         self.num_launches = 0
+        self.free = 1 << 40
         self.events: set[int] = set()
         self.fails = False
         self._handles = count(1)
@@ -83,6 +84,11 @@ class FakeDriver:
 
     def free_host(self, address: int) -> None:
         self._memory.pop(address)[:] = 255
+
+    def free_memory(self) -> int:
+        if self.fails:
+            raise DriverError("cuMemGetInfo_v2 failed: CUDA error 700")
+        return self.free
 
     def new_stream(self) -> int:
         return next(self._handles)
@@ -814,6 +820,33 @@ def test_a_larger_arena_is_twice_as_large(driver: FakeDriver) -> None:
     }
     assert sum(arenas.values()) <= 2 * max(arenas.values())
     assert all(size & (size - 1) == 0 for size in arenas.values())
+
+
+@pytest.mark.parametrize(
+    ("free", "rows"), [(4 << 20, {1, 2, 4}), ((4 << 20) - 1, {1, 2}), (0, {1})]
+)
+def test_more_rows_than_are_planned_need_free_memory(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, free: int, rows: set[int]
+) -> None:
+    monkeypatch.setattr(replay, "_SPARE_BYTES", 100)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 60)
+    driver.free = free + 40
+    engine = make_engine()
+    replays = engine._replays
+    assert replays is not None
+    assert (replays._planned_rows, replays._row_bytes) == (4096, 0), "on a host"
+    replays._planned_rows, replays._row_bytes = 1, 1 << 20
+    assert SCENARIOS["batches"](engine) == expected("batches")
+    assert {shape.num_rows for shape in replays._graphs} == rows
+    assert not replays.gave_up
+
+
+def test_a_driver_that_does_not_tell_its_free_memory(driver: FakeDriver) -> None:
+    replays = make_engine()._replays
+    assert replays is not None
+    driver.fails, replays._planned_rows = True, 1
+    assert not replays._has_room(2)
+    assert replays.gave_up
 
 
 @pytest.mark.parametrize(

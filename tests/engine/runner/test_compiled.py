@@ -28,7 +28,7 @@ from modelpack_engine.runner import model_runner, paged
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.kv_cache_size import Sizes, step_shapes
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
-from modelpack_engine.runner.paged import PagedRunner
+from modelpack_engine.runner.paged import CompiledSteps, PagedRunner
 from tests.engine.fusion.test_kernels import tiny_qwen2_vl
 from tests.engine.runner.models import (
     Attention,
@@ -391,6 +391,13 @@ def build_batch_of_one(prompt: list[int]) -> StepBatch:
 
 
 @pytest.mark.long
+def test_chunks_fill_tiles_and_are_not_padded_one_by_one() -> None:
+    chunks = [SimpleNamespace(length=65)] * 3
+    batch: Any = SimpleNamespace(num_decode=5, chunks=chunks)
+    steps = CompiledSteps(Any, Any, FEW, Any)  # type: ignore[arg-type]
+    assert steps.num_rows(batch) == (16, 16 + 3 * 80), "not 3 * 128"
+
+
 def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine with compiled steps generates mlx-lm's tokens, in a batch and after preemption."""
 

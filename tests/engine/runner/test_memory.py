@@ -136,6 +136,7 @@ def test_arrays_of_steps_have_a_limit(
     assert found.step_bytes == pytest.approx(expected * GIB, rel=1e-6)
     rows = expected / 9 * 2048 / 1.2
     assert found.recorded_rows == int(min(rows, 4096)), "a recording has all arrays in memory"
+    assert found.recorded_row_bytes == int(1.2 * memory.per_row)
 
 
 def test_mlx_waits_from_the_limit_on(monkeypatch: pytest.MonkeyPatch) -> None:
