@@ -198,7 +198,7 @@ class Engine(BaseEngine):
         self._replays: Replays | None = None
         # What else writes to the pools, or reads hidden states, runs by MLX.
         speculates = self._speculator is not None and not self._speculator.may_replay
-        if not (speculates or self.vision or self._mover.has_offload or self.is_divided):
+        if not (speculates or self._mover.has_offload or self.is_divided):
             sizes = self._sizes
             self._replays = make_replays(
                 self._runner, sizes.recorded_rows, sizes.recorded_row_bytes
@@ -380,6 +380,7 @@ class Engine(BaseEngine):
             or not isinstance(sampled, ReplayedTokens)
             or sampled.draft is None
             or not sampled.draft.num_drafted
+            or any(sequence.media for sequence in sequences)  # rotations are not the positions
             or not self._scheduler.has_only(sequences)
         ):
             return None

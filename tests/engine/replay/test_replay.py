@@ -26,7 +26,7 @@ from modelpack_engine.kernels.recording import Note, NotRecordedError, recorded
 from modelpack_engine.kernels.sources import kernel_source
 from modelpack_engine.layers import matmul
 from modelpack_engine.layers.weights import Weights
-from modelpack_engine.models import LoadedModel
+from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.patches import fused_layers
 from modelpack_engine.platform.cublas import WORKSPACE_BYTES, CublasError
@@ -52,6 +52,7 @@ from tests.engine.kernels.onhost import Host, address_of, emulated
 from tests.engine.runner.models import tiny_llama
 from tests.engine.serving.tiny import VOCAB, tiny_tokenizer
 from tests.engine.speculation.test_eagle import random_head
+from tests.engine.vision import tiny
 
 #: The tokens that the model of `drafting_engine` repeats after two prompts: some drafts are right.
 PROMPTS, REPEATED = ([1, 2, 3], [9, 8, 7, 6]), (3, 59, 172, 177)
@@ -983,3 +984,61 @@ def test_a_step_that_mlx_computes_in_part_is_not_recorded(
         "steps of 4 rows are not recorded: greedy reads logits, which no kernel writes"
         in caplog.text
     )
+
+
+def seeing_engine(kind: str) -> KernelEngine:
+    """An engine with a vision tower, whose text model has shapes that kernels support."""
+    config_of, layers = tiny.config_of, 2 if kind in tiny.DEEP else 1
+
+    def small(kind: str) -> dict[str, Any]:
+        config = config_of(kind)
+        text = config.get("text_config", config)
+        text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": layers}
+        if "head_dim" in text:
+            text["head_dim"] = 32
+        if rope := text.get("rope_scaling"):
+            rope["mrope_section"] = [4, 6, 6]
+        return config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "config_of", small)
+        directory = tiny.directory.__wrapped__(kind)
+    loaded = load(ModelFiles.from_directory(directory), device="cpu")
+    loaded.model.set_dtype(mx.bfloat16)
+    config = EngineConfig(
+        kv_cache_bytes=1 << 20, max_num_seqs=4, max_model_len=256, self_test=False
+    )  # fmt: skip
+    return KernelEngine(loaded, config)
+
+
+def questions(engine: Engine) -> Tokens:
+    """Two questions about each of four pictures, one after the other."""
+    found: Tokens = {}
+    for number in range(4):
+        for question in ("What is it?", "How many?"):
+            request = tiny.request(engine, f"<image>{question}", [tiny.picture(number)])
+            engine.add_request(f"{number} {question}", request)
+            step(engine, found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompts"),
+    [
+        pytest.param("llava", True, id="the picture's rows are all in the prefix cache"),
+        # Rotations are not the positions: a picture takes fewer of these.
+        pytest.param("qwen2_5_vl", False, id="the last rows are computed again"),
+        pytest.param("qwen3_vl", False, id="DeepStack", marks=pytest.mark.long),
+    ],
+)
+def test_steps_without_rows_of_pictures(
+    driver: FakeDriver, launched: list[Layout], kind: str, prompts: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "find_driver", no_driver)
+        wanted = questions(seeing_engine(kind))
+    assert len(set(map(tuple, wanted.values()))) > 4
+    assert questions(seeing_engine(kind)) == wanted
+    assert sum(layout.tiles == 0 for layout in launched) > 40
+    assert any(layout.tiles for layout in launched) == prompts
+    assert {layout.axes for layout in launched} == {1}
