@@ -776,6 +776,7 @@ def test_steps_that_cannot_be_graphs_end_a_run(
     assert len(launched) > few
 
 
+@pytest.mark.long
 def test_prompts_that_are_refused_are_not_recorded_without_an_end(
     driver: FakeDriver, launched: list[Layout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -801,6 +802,7 @@ def test_prompts_that_are_refused_are_not_recorded_without_an_end(
     assert launched
 
 
+@pytest.mark.long
 def test_no_more_graphs_than_a_limit(
     driver: FakeDriver, launched: list[Layout], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,7 @@ def test_a_stream_has_the_text_in_parts(client: openai.OpenAI, expected: Transcr
     assert "".join(getattr(one, "delta", "") for one in deltas) == done.text == expected.text
 
 
+@pytest.mark.long
 def test_parakeet(client: openai.OpenAI) -> None:
     made = client.audio.transcriptions.create(
         model="parakeet", file=("a.wav", SHORT), response_format="verbose_json",
