@@ -172,6 +172,23 @@ def peer_workload(model: Any, workload: Workload) -> dict[str, Any]:
     return {"workload": workload.name, "output_tokens": count, **_summary(elapsed, count, firsts)}
 
 
+def load(engine: Engine, workload: Workload, temperature: float) -> dict[str, Any]:
+    """Run a workload; return its figures, with the host's milliseconds of a step."""
+    before = engine.stats()
+    found: dict[str, Any] = run_workload(engine, workload, temperature=temperature).to_json()
+    after = engine.stats()
+    steps = after.num_steps - before.num_steps
+    found["steps"] = steps
+    found["host_ms"] = {
+        part: round(
+            1e3 * (getattr(after, f"{part}_seconds") - getattr(before, f"{part}_seconds")) / steps,
+            3,
+        )
+        for part in ("build", "launch", "wait")
+    }
+    return found
+
+
 def burst(engine: Engine, prompts: list[list[int]], max_tokens: list[int]) -> dict[str, Any]:
     """Submit all requests at once; return throughput, times to first token, and the tokens."""
     start = time.perf_counter()
@@ -399,7 +416,7 @@ def main() -> None:
         for again in range(args.warm + args.rounds):
             # The prefix cache must not contain the prompts of earlier rounds.
             workload = WORKLOADS[name]().in_other_words(10 * index + again)
-            found.append(run_workload(engine, workload, temperature=args.temperature).to_json())
+            found.append(load(engine, workload, args.temperature))
         for one in found[args.warm :]:
             show("ours", one)
         ours[name] = statistics.median(one["output_tokens_per_s"] for one in found[args.warm :])
