@@ -6,6 +6,7 @@ inverse frequency i (RoFormer, https://arxiv.org/abs/2104.09864).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -45,6 +46,15 @@ class Rotation:
             threads=rows * half, group=256, shapes=[(rows, half, 2)], dtypes=[mx.float32],
         )  # fmt: skip
         return out
+
+    def angles_by_axes(self, axes: Sequence[mx.array], axis_of: Sequence[mx.array]) -> mx.array:
+        """Return `angles` where each pair is at the positions of an axis, [n] each (M-RoPE).
+
+        Those of the pairs that are true in an array of `axis_of`, bool [dims / 2, 1], are the
+        second or third of `axes`; the other pairs are rotated by the first.
+        """
+        first, second, third = map(self.angles, axes)
+        return mx.where(axis_of[0], second, mx.where(axis_of[1], third, first))
 
 
 #: One object for equal rotations: the layers of a model have few different ones.

@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import deepseek_v3, llama, nemotron_h, qwen3, qwen3_moe, qwen3_next
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
@@ -50,7 +51,7 @@ from modelpack_engine.layers.weights import (
     weights_of,
 )
 from modelpack_engine.patches import functions
-from modelpack_engine.patches.modules import Call, ClassSwaps, parsed
+from modelpack_engine.patches.modules import Call, ClassSwaps, axes_of_pairs, parsed
 
 #: The type of compiled functions, which have no reference to the original function.
 _COMPILED = type(mx.compile(lambda x: x))
@@ -175,6 +176,7 @@ def fuse(
     unchanged.
     """
     counts: Counter[str] = Counter()
+    of_pairs = axes_of_pairs(model)
     mixtures = has_experts(model) and all(
         expert_kernels.verdict(dtype) is None
         for dtype in {kv.layout.dtype for kv in owners.values()}
@@ -183,7 +185,9 @@ def fuse(
     for name, module in list(model.named_modules()):
         if reads_like(module, llama.MLP) and _fuse_mlp(module, sums, step, swaps):
             counts["MLP"] += 1
-        elif id(module) in owners and _fuse_attention(module, owners[id(module)], sums, swaps):
+        elif id(module) in owners and _fuse_attention(
+            module, owners[id(module)], of_pairs, sums, swaps
+        ):
             counts["attention"] += 1
         elif _is_block(module):
             _fuse_block(module, sums, step, swaps, is_last=module is last)
@@ -337,7 +341,10 @@ def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> b
     return True
 
 
-def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) -> bool:
+def _fuse_attention(
+    module: Any, paged: PagedKV, of_pairs: tuple[int, ...] | None, sums: Sums, swaps: ClassSwaps
+) -> bool:
+    """Fuse a module that reads like Llama's, whose pairs are rotated by axes `of_pairs`."""
     unturned = reads_like(module, nemotron_h.NemotronHAttention)
     norms, gated = None, reads_like(module, qwen3_next.Qwen3NextAttention)
     if gated or reads_like(module, qwen3.Attention):
@@ -366,6 +373,11 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
     of_heads = paged.step.adapters.join(*layers)
     of_output = paged.step.adapters.join(module.o_proj)
     scale = module.scale
+    axis_of: list[mx.array] = []
+    if of_pairs is not None and len(of_pairs) <= rotation.dims // 2:
+        padded = np.pad(np.array(of_pairs), (0, rotation.dims // 2 - len(of_pairs)))
+        axis_of = [mx.array(padded[:, None] == axis) for axis in (1, 2)]
+        mx.eval(axis_of)
 
     def call(
         original: Call, attention: Any, x: mx.array, mask: Any = None, cache: Any = None
@@ -375,7 +387,7 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
             not isinstance(pools, TokenMajorPools)
             or cache.layout.quantised is not None
             or not cache.step.fuses_linears
-            or cache.step.positions.axes
+            or (cache.step.positions.axes and not axis_of)
         ):
             return original(attention, x, mask, cache)
         step = cache.step
@@ -384,9 +396,13 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
         else:
             rows = sums.multiply(x, joint)
         window = mask.window if isinstance(mask, RowMask) else None
-        angles = None
+        angles, axes = None, [axis.rows for axis in step.positions.axes]
+        if axes:
+            angles = step.remember(
+                ("angles", id(rotation)), lambda: rotation.angles_by_axes(axes, axis_of)
+            )
         # For fewer rows, a table takes longer than the rotation.
-        if x.shape[0] > FEW_ROWS and rotation.dims:
+        elif x.shape[0] > FEW_ROWS and rotation.dims:
             angles = step.remember(
                 ("angles", id(rotation)), lambda: rotation.angles(step.positions.rows)
             )

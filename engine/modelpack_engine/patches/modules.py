@@ -178,18 +178,29 @@ def _longcat_ngrams(original: Call, module: Any, input_ids: mx.array, cache: Any
     return embedded
 
 
+def axes_of_pairs(model: nn.Module) -> tuple[int, ...] | None:
+    """Return the axis that rotates each pair of a head's elements: 0 to 2, time, height and width.
+
+    A section of `mrope_section` in the config is the number of pairs that one axis rotates; with
+    `mrope_interleaved`, axes take turns. None without M-RoPE.
+    """
+    text = getattr(getattr(model, "args", None), "text_config", None)
+    rope = text.get("rope_scaling") if isinstance(text, dict) else None
+    sections = rope.get("mrope_section") if isinstance(rope, dict) else None
+    if not isinstance(sections, list) or not isinstance(rope, dict):
+        return None
+    if rope.get("mrope_interleaved"):  # time, height, width, time, …, and time for the rest
+        return tuple(i % 3 if i < 3 * sections[i % 3] else 0 for i in range(sum(sections)))
+    return tuple(axis for axis, size in enumerate(sections) for _ in range(size))
+
+
 @cache
-def _selectors(
-    interleaved: bool, in_pairs: bool, width: int, *sections: int
-) -> tuple[mx.array, mx.array]:
+def _selectors(axes: tuple[int, ...], in_pairs: bool, width: int) -> tuple[mx.array, mx.array]:
     """Return which elements of a head, bool [width], height and width rotate.
 
     With `in_pairs`, pairs are two elements that follow each other.
     """
-    axis_of = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    if interleaved:  # time, height, width, time, …, and time for the rest
-        axis_of = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(sum(sections))]
-    axis_of = [axis for axis in axis_of for _ in range(2)] if in_pairs else axis_of * 2
+    axis_of = [axis for axis in axes for _ in range(2)] if in_pairs else [*axes, *axes]
     axis_of += [0] * (width - len(axis_of))
     made = tuple(mx.array([axis == each for axis in axis_of]) for each in (1, 2))
     mx.eval(made)
@@ -197,25 +208,21 @@ def _selectors(
 
 
 def rotate_by_axes(model: nn.Module, swaps: ClassSwaps) -> None:
-    """Rotate rows with M-RoPE positions by them, in models whose config has `mrope_section`.
+    """Rotate rows with M-RoPE positions by them, in models that have `axes_of_pairs`.
 
-    A section is the number of pairs that one axis rotates; pair i is elements i and i + dims / 2,
-    or 2 i and 2 i + 1. With `mrope_interleaved`, axes take turns. Elements after the rotated ones
-    stay as they are.
+    Pair i is elements i and i + dims / 2, or 2 i and 2 i + 1. Elements after the rotated ones stay
+    as they are.
     """
-    text = getattr(getattr(model, "args", None), "text_config", None)
-    rope = text.get("rope_scaling") if isinstance(text, dict) else None
-    sections = rope.get("mrope_section") if isinstance(rope, dict) else None
-    if not isinstance(sections, list) or not isinstance(rope, dict):
+    of_pairs = axes_of_pairs(model)
+    if of_pairs is None:
         return
-    interleaved = bool(rope.get("mrope_interleaved"))
 
     def call(original: Call, module: Any, x: mx.array, offset: Any = 0) -> Any:
         axes = offset.axes if isinstance(offset, Positions) else ()
         if not axes:
             return original(module, x, offset)
         time, height, width = (original(module, x, axis) for axis in axes)
-        by_height, by_width = _selectors(interleaved, module.traditional, x.shape[-1], *sections)
+        by_height, by_width = _selectors(of_pairs, module.traditional, x.shape[-1])
         return mx.where(by_height, height, mx.where(by_width, width, time))
 
     for _, module in model.named_modules():

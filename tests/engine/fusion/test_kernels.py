@@ -175,14 +175,16 @@ def test_a_model_runs_on_fused_kernels(host: Host) -> None:
     assert {"rotate", "add_norm", "swiglu", "decode", "rows"} <= {body for body, _ in host.calls}
 
 
-def tiny_qwen2_vl() -> Any:
+def tiny_qwen2_vl(*, interleaved: bool = False) -> Any:
     """Return a random Qwen2-VL of mlx-lm, whose heads have sections of 4, 6 and 6 pairs."""
     mx.random.seed(1)
     text = {
         "model_type": "qwen2_vl", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100,
         "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
         "rms_norm_eps": 1e-5, "rope_theta": 100.0, "tie_word_embeddings": False,
-        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "rope_scaling": {
+            "type": "mrope", "mrope_section": [4, 6, 6], "mrope_interleaved": interleaved,
+        },
     }  # fmt: skip
     model = qwen2_vl.Model(qwen2_vl.ModelArgs.from_dict(text))
     model.set_dtype(mx.float32)
@@ -190,14 +192,16 @@ def tiny_qwen2_vl() -> Any:
     return model
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("mrope", [False, True])
-def test_only_steps_with_mrope_positions_rotate_outside_of_the_kernel(
-    host: Host, mrope: bool
+def test_steps_with_mrope_positions_rotate_in_the_kernel(
+    host: Host, mrope: bool, interleaved: bool
 ) -> None:
-    """Text is fused as in other models; the step of a picture has the same logits as unfused."""
+    """The step of a picture has the same logits as unfused, and others than text."""
     found = []
     for fused in (False, True):
-        runner = make_runner(tiny_qwen2_vl(), num_blocks=8, exact=not fused, compiled=False)
+        model = tiny_qwen2_vl(interleaved=interleaved)
+        runner = make_runner(model, num_blocks=8, exact=not fused, compiled=False)
         assert runner.tier == "paged"
         assert set(runner.fused) == ({"attention", "block", "MLP"} if fused else set())
         scheduler = Scheduler(SchedulerConfig(2, 32, 100), BlockManager(8))
@@ -212,7 +216,8 @@ def test_only_steps_with_mrope_positions_rotate_outside_of_the_kernel(
         found.append(runner.forward(batch, mx.array(batch.token_ids, mx.int32)))
         mx.eval(found[-1])
         bodies = {body for body, _ in host.calls[before:]}
-        assert ("rotate" in bodies) == (fused and not mrope)
+        assert ("rotate" in bodies) == fused
+        assert ("angles" in bodies) == (fused and mrope)
         assert ("swiglu" in bodies) == fused
         runner.undo()
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
