@@ -24,6 +24,8 @@ _TRANSPOSED = 1  # CUBLAS_OP_T
 #: CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_BIAS_POINTER
 _OF_A, _THEN, _BIAS_AT = 3, 7, 8
 _ADD_BIAS = 4  # CUBLASLT_EPILOGUE_BIAS
+#: An aligned address, as a bias has it, while cuBLAS chooses an algorithm.
+_SOMEWHERE = 256
 _MOST_WORKSPACE = 1  # CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
 #: What the documentation of `cublasSetWorkspace` recommends for Hopper and later GPUs.
 WORKSPACE_BYTES = 32 << 20
@@ -129,6 +131,7 @@ class Cublas:
         self._set(matmul, _OF_A, ctypes.c_int32(_TRANSPOSED))
         if shape.bias:
             self._set(matmul, _THEN, ctypes.c_int32(_ADD_BIAS))
+            self._set(matmul, _BIAS_AT, ctypes.c_void_p(_SOMEWHERE))
         of_type, made = _TYPES[shape.type], "cublasLtMatrixLayoutCreate"
         weight = self._made(made, of_type, shape.inputs, shape.outputs, shape.inputs)
         x = self._made(made, of_type, shape.inputs, shape.rows, shape.inputs)

@@ -99,6 +99,7 @@ def test_a_matmul_and_a_bias() -> None:
         ("cublasLtMatmulDescCreate", 68, 0),
         ("cublasLtMatmulDescSetAttribute", 102, 3, 1, 4),
         ("cublasLtMatmulDescSetAttribute", 102, 7, 4, 4),
+        ("cublasLtMatmulDescSetAttribute", 102, 8, 256, 8),
         ("cublasLtMatmulDescCreate", 68, 0),
         ("cublasLtMatmulDescSetAttribute", 106, 3, 1, 4),
     ]
