@@ -20,6 +20,7 @@ import mlx.nn as nn
 from modelpack_engine.attention.cache_handle import KVHandle
 from modelpack_engine.attention.metadata import Positions, StepInputs
 from modelpack_engine.attention.paged import PagedKV
+from modelpack_engine.kernels import recording
 from modelpack_engine.layers.kernels import take_rows
 from modelpack_engine.layers.matmul import multiply
 from modelpack_engine.layers.weights import quantised_weights
@@ -342,6 +343,8 @@ def take_logit_rows(inner: nn.Module, step: StepInputs, swaps: ClassSwaps) -> No
         if step.all_rows_sampled:
             return hidden
         step.adapters.take(step.sample_rows)
+        if recording.active() is None:
+            return hidden[step.sample_rows]
         rows = take_rows(hidden.reshape(len(hidden), -1), step.sample_rows)
         return rows.reshape(-1, *hidden.shape[1:])
 
