@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 
@@ -385,15 +386,13 @@ class Engine(BaseEngine):
         ):
             return None
         proposed = {each.sequence: len(each.token_ids) for each in last.output.proposals}
-        sampler, buckets = self._sampler, self._sizes.buckets
+        sampler = self._sampler
 
         def lay_out(found: list[Continued]) -> NextStep | None:
-            num_rows = buckets.pad_rows(found[-1].row + found[-1].count)
             rows = (
-                () if sampler.is_greedy else [row for each in found for row in each.sample_rows()]
+                [] if sampler.is_greedy else [row for each in found for row in each.sample_rows()]
             )
-            settings = sampler.settings(rows, num_rows)
-            return None if settings is None else replays.expected(sampled, found, settings)
+            return replays.expected(sampled, found, partial(sampler.settings, rows))
 
         most = [1 + proposed.get(sequence, 0) for sequence in sequences]
         return Expected(sequences, most, sampled.draft.num_drafted, self._blocks, lay_out)

@@ -81,9 +81,13 @@ class Expected(Generic[Step]):
     ) -> None:
         self._sequences, self._blocks, self._lay_out = sequences, blocks, lay_out
         self._known: dict[tuple[tuple[int, int], ...], Step | None] = {}
-        if len(sequences) == 1:  # the numbers of several sequences have too many combinations
+        # The numbers of several sequences have too many combinations, and a lookup that is longer
+        # than a draft is probably followed by one as long.
+        count = 1 + num_drafted
+        if len(sequences) == 1 and most[0] <= count:
             for shift in range(1, most[0] + 1):
-                self._step(((shift, 1 + num_drafted),))
+                if self._step(((shift, count),)) is None:
+                    break
 
     def after(
         self, tokens: Several[list[int]], proposed: Several[list[int]]
@@ -141,18 +145,26 @@ def continued(
     return found if grown else None
 
 
-def lay_out_rows(
+def next_layout(
     sequences: Several[Continued], buckets: Buckets, block_size: int
-) -> tuple[Layout, NDArray[np.int32]]:
-    """Return the layout of a step of decode rows, and its columns int32.
+) -> tuple[Layout, int]:
+    """Return the layout of a step of decode rows, and how many numbers its columns have.
 
     There are neither windows nor adapters nor rotations of pictures.
     """
     rows = buckets.pad_rows(sequences[-1].row + sequences[-1].count)
     longest = max(each.num_tokens for each in sequences)
     width = buckets.pad_table_width(-(-longest // block_size))
-    positions, slots = np.zeros((2, rows), np.int32)
-    tables = np.full((rows, width), NULL_BLOCK, np.int32)
+    return Layout(rows, rows, width, 0, 1, None), (3 + width) * rows
+
+
+def write_rows(
+    columns: NDArray[np.int32], layout: Layout, block_size: int, sequences: Several[Continued]
+) -> None:
+    """Write the columns of a step to zeros, int32."""
+    positions, lengths, slots = columns[: 3 * layout.rows].reshape(3, layout.rows)
+    tables = columns[3 * layout.rows :].reshape(layout.rows, layout.width)
+    assert NULL_BLOCK == 0, "tables are zeros behind their blocks"
     for each in sequences:
         of_sequence = slice(each.row, each.row + each.count)
         of_rows = np.arange(each.first, each.num_tokens, dtype=np.int32)
@@ -162,5 +174,4 @@ def lay_out_rows(
         slots[of_sequence] = blocks[ends] * block_size + of_rows % block_size
         for row, end in enumerate(ends.tolist(), each.row):
             tables[row, : end + 1] = blocks[: end + 1]
-    columns = np.concatenate([positions, positions + 1, slots, tables.ravel()])
-    return Layout(rows, rows, width, 0, 1, None), columns
+    lengths[:] = positions + 1

@@ -48,7 +48,7 @@ from modelpack_engine.platform.driver import (
     pointer_bytes,
     shape_bytes,
 )
-from modelpack_engine.runner.continued import Continued, lay_out_rows
+from modelpack_engine.runner.continued import Continued, next_layout, write_rows
 from modelpack_engine.runner.kv_cache_size import MOST_RECORDED_ROWS
 from modelpack_engine.runner.paged import Layout, PackedStep, PagedRunner
 from modelpack_engine.sampling import sampler
@@ -409,35 +409,40 @@ class Replays:
         return found
 
     def expected(
-        self, last: ReplayedTokens, sequences: Sequence[Continued], settings: NDArray[np.int32]
+        self,
+        last: ReplayedTokens,
+        sequences: Sequence[Continued],
+        settings_of: Callable[[int], NDArray[np.int32] | None],
     ) -> NextStep | None:
         """Return the step expected after `last`, which has a draft, for `launch_ahead`.
 
-        `sequences` are all sequences of `last`, and `settings` those of `Sampler.settings` for the
-        expected step. None if that is not a graph yet.
+        `sequences` are all sequences of `last`, and `settings_of` returns those of
+        `Sampler.settings` for so many rows. None if the step is not a graph yet, or cannot be one.
         """
         of_last, draft = last.shape.layout, last.draft
         if (
             self.gave_up or self.follow_mlx or self._graphs.get(last.shape) is not last.graph
-            or draft is None or draft.generation != self._generation
+            or draft is None
             or of_last.groups != 1 or of_last.segments or of_last.axes != 1 or of_last.adapted
         ):  # fmt: skip
             return None
         compiled = self._compiled
-        layout, columns = lay_out_rows(sequences, compiled.buckets, compiled.block_size)
+        layout, num_columns = next_layout(sequences, compiled.buckets, compiled.block_size)
+        settings = settings_of(layout.rows)
         draft = draft.after(sequences, layout.rows)
-        if draft is None:
+        if settings is None or draft is None or draft.generation != self._generation:
             return None
         shape = _Shape(layout, settings.size > 0, draft.key)
-        graph, memory = self._graphs.get(shape), self._memories[-1]
-        length = len(columns) + settings.size + len(draft.numbers)
-        count = length + 2 * layout.rows + _NUM_HALVES
-        if graph is None or last.place not in memory.places or memory.size < count:
+        graph = self._graphs.get(shape)
+        if graph is None:
             return None
-        numbers = np.zeros(count, np.int32)
-        numbers[:length] = np.concatenate([columns, settings.ravel(), draft.numbers])
-        of_index = slice(length + layout.rows, count - _NUM_HALVES)
-        numbers[of_index] = np.arange(layout.rows) + (_MOST_TOKENS + length)
+        parts = [settings.ravel(), draft.numbers]
+        length = num_columns + sum(map(len, parts))
+        numbers = np.zeros(length + 2 * layout.rows + _NUM_HALVES, np.int32)
+        write_rows(numbers[:num_columns], layout, compiled.block_size, sequences)
+        np.concatenate(parts, out=numbers[num_columns:length])
+        of_index = numbers[length + layout.rows : -_NUM_HALVES]
+        of_index[:] = np.arange(layout.rows) + (_MOST_TOKENS + length)
         return NextStep(shape, graph, draft, numbers)
 
     def launch_ahead(self, step: NextStep, token_ids: Sequence[list[int]]) -> None:

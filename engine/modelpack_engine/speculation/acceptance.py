@@ -222,7 +222,7 @@ class HeadWithLookup:
         """Note that the draft of `draft_within` runs in the graph of these tokens."""
         assert self._eagle is not None
         self._eagle.drafts(output, within, tokens)
-        if within.key.num_tokens and not output.proposals:
+        if within.num_drafted and not output.proposals:
             self._mixed = output
 
     def next_proposals(

@@ -5,9 +5,9 @@ The head's input for a position is the model's hidden state there and the token 
 hands over the states of each step with `record`; the rows of rejected tokens are dropped with the
 next proposal or step. The head drafts the most likely tokens, also for sampled requests.
 
-On a GPU, a draft is launched right behind the step whose rows it reads, with the tokens that are
-still on the device: the graph itself counts those that are accepted. While it runs, the host reads
-the step's tokens. The host drafts again only for rows that it had kept, such as those of prompts.
+On a GPU, a draft is part of the graph of the step whose rows it reads, or is launched right behind
+it, with the tokens that are still on the device: the graph itself counts those that are accepted.
+The host drafts again only for rows that it had kept, such as those of prompts that MLX computed.
 
 A prefix from the prefix cache has no hidden states, so the head does not see it; its positions
 count.
@@ -244,13 +244,13 @@ class EagleProposer:
         The head must have read all rows before the step. Without `drafts`, it only reads its rows.
         A prompt must be alone in the step, with its last row.
         """
-        alone = not output.decoding and len(output.prefill) == 1 == len(output.sampled)
-        if not self._ahead or (output.prefill and not alone):
+        is_prompt = not output.decoding and len(output.prefill) == 1 == len(output.sampled)
+        if not self._ahead or (output.prefill and not is_prompt):
             return None
         proposed = {each.sequence: each.token_ids for each in output.proposals}
         rows, firsts = [], []
         for sequence, row, count in recorded_rows(output, batch):
-            draft = self._follow(sequence) if alone else self._drafts.get(sequence.seq_id)
+            draft = self._follow(sequence) if is_prompt else self._drafts.get(sequence.seq_id)
             if draft is None:
                 return None
             start = batch.positions[row]
@@ -259,18 +259,18 @@ class EagleProposer:
                 return None
             positions = list(range(start, start + count))
             token_ids = proposed.get(sequence, ())
-            if alone:
+            if is_prompt:
                 token_ids = tuple(sequence.token_ids(start + 1, start + count))
             rows.append(Rows(draft.region, draft.length, positions, None, token_ids))
             firsts.append(row)
         if not rows:
             return None
-        return self._runner.within(rows, firsts, batch.num_rows, drafts=drafts, prompt=alone)
+        return self._runner.within(rows, firsts, batch.num_rows, drafts=drafts, prompt=is_prompt)
 
     def drafts(self, output: SchedulerOutput, within: DraftWithin, tokens: ReplayedTokens) -> None:
         """Note that the draft of `draft_within` runs in the graph of these tokens."""
-        shape, self._by_mlx = within.key, 0
-        launched = _Replayed(tokens, 1 + shape.num_tokens) if shape.num_tokens else None
+        self._by_mlx = 0
+        launched = _Replayed(tokens, 1 + within.num_drafted) if within.num_drafted else None
         for index, (sequence, rows) in enumerate(zip(output.sampled, within.rows, strict=True)):
             first, count = rows.positions[0], len(rows.positions)
             self._drafts[sequence.seq_id].ahead = first, index, launched, count

@@ -31,7 +31,7 @@ from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.models.mtp import MtpHead
 from modelpack_engine.runner.continued import Continued
 from modelpack_engine.sampling.delivery import Delivery, Outbox
-from modelpack_engine.speculation.head_layers import Embed, head_layer
+from modelpack_engine.speculation.head_layers import Embed, FusedLayer, head_layer
 
 _BLOCK = 16
 #: The tokens of a region at first; doubled as needed.
@@ -46,8 +46,8 @@ class Rows(NamedTuple):
     """The rows of a sequence that a head reads, and where it writes their keys and values.
 
     `states` [rows, hidden] are the model's at `positions`; None in the graph that computes them.
-    `proposed` are the tokens that were proposed after the rows but the last. The region has
-    `length` rows already.
+    `proposed` are the tokens that were proposed after the rows but the last, or those of a prompt.
+    The region has `length` rows already.
     """
 
     region: int
@@ -174,9 +174,12 @@ class HeadRunner:
 
         The step has `num_rows` rows, and `first_rows` are the first ones of the sequences. Without
         `drafts`, the rows are only read. The rows of a whole `prompt` are those of one sequence.
-        None if the pools are not written in place, or if probabilities are wanted.
+        None if the pools are not written in place, if probabilities are wanted, or for a prompt if
+        MLX computes the layer.
         """
         if not self._in_place or self._probabilities:
+            return None
+        if prompt and not isinstance(self._layer, FusedLayer):
             return None
         self.within_graphs = True
         size = _rows_of_each(rows, num_rows)

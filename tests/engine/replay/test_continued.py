@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from modelpack_engine.core.block_manager import BlockManager
@@ -11,7 +12,13 @@ from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.request import SamplingParams
-from modelpack_engine.runner.continued import Continued, Expected, continued, lay_out_rows
+from modelpack_engine.runner.continued import (
+    Continued,
+    Expected,
+    continued,
+    next_layout,
+    write_rows,
+)
 from modelpack_engine.runner.paged import Layout
 from modelpack_engine.sampling.sampler import NO_TOKEN
 
@@ -92,6 +99,24 @@ def test_when_a_sequence_goes_on(case: Case, goes_on: bool) -> None:
     assert [row.position - row.num_output for row in rows] == [5] * count
 
 
+@pytest.mark.parametrize(
+    ("most", "is_graph", "laid_out"), [(4, True, 4), (4, False, 1), (5, True, 0)]
+)
+def test_what_is_laid_out_before_the_tokens_are_known(
+    most: int, is_graph: bool, laid_out: int
+) -> None:
+    """Nothing behind a lookup that is longer than a draft: another one will follow it."""
+    blocks = BlockManager(20, SIZE)
+    found: list[int] = []
+
+    def lay_out(sequences: list[Continued]) -> int | None:
+        found.append(sequences[0].shift)
+        return 1 if is_graph else None
+
+    Expected([sequence(Case(), blocks)], [most], 3, blocks, lay_out)
+    assert found == list(range(1, laid_out + 1))
+
+
 def test_no_sequence_gets_a_block_if_all_cannot() -> None:
     """Otherwise the token of one sequence could lack a block that another's proposal has."""
     blocks = BlockManager(8, SIZE)
@@ -112,8 +137,10 @@ def test_rows_follow_each_other() -> None:
     after = expected.after([[11], [14, 15, 16]], [[21, 22, 23], [31, 32]])
     assert after == (1, [[11, 21, 22, 23], [16, 31, 32]])
     assert [(each.row, each.count, each.shift) for each in found[0]] == [(0, 4, 1), (4, 3, 3)]
-    layout, columns = lay_out_rows(found[0], Buckets(rows=(8,), table_width=(4,)), SIZE)
+    layout, count = next_layout(found[0], Buckets(rows=(8,), table_width=(4,)), SIZE)
     assert layout == Layout(8, 8, 4, 0, 1, None)
+    columns = np.zeros(count, np.int32)
+    write_rows(columns, layout, SIZE, found[0])
     positions, lengths, slots = columns[:24].reshape(3, 8).tolist()
     assert positions == [8, 9, 10, 11, 10, 11, 12, 0]
     assert lengths == [9, 10, 11, 12, 11, 12, 13, 1]

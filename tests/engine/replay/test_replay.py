@@ -614,6 +614,32 @@ def test_a_launch_ahead_that_fails(driver: FakeDriver, monkeypatch: pytest.Monke
     assert replays.num_ahead == 1
 
 
+@pytest.mark.long
+def test_graphs_that_are_dropped_before_a_launch_ahead(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after logits of a rejected row that are NaN: the sequence goes on, without its graph."""
+    monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
+    monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
+    look_up(monkeypatch, 0)
+    monkeypatch.setattr(replay, "_FREQUENT", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "find_driver", no_driver)
+        wanted = one_by_one(drafting_engine())
+    engine, steps = drafting_engine(), count()
+    assert engine._replays is not None
+    forget, fail_rows = engine._replays.forget, engine._fail_rows
+
+    def dropping(result: StepResult) -> None:
+        if next(steps) % 5 == 4:
+            forget()
+        fail_rows(result)
+
+    monkeypatch.setattr(engine, "_fail_rows", dropping)
+    assert one_by_one(engine) == wanted
+    assert engine._replays.num_ahead > 4
+
+
 def test_a_wrong_index_is_found(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = expected("batches")
     assert SCENARIOS["batches"](make_engine()) == wanted
