@@ -47,10 +47,11 @@ _7B: dict[str, Any] = {
         "out_hidden_size": 3584, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
     },
 }  # fmt: skip
+_7B_SETTINGS = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}
+
 #: Of one request at a time, each about other pictures than the requests at once.
 QUESTIONS = {"one request": "What is it?", "its picture again": "How many are there?"}
 ALONE = 12
-_7B_SETTINGS = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}
 
 
 def show(measured: str, figures: dict[str, Any]) -> None:
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["7b", "tiny"], default="7b")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--no-peer", action="store_true", help="without mlx-vlm")
     options = parser.parse_args()
     config, settings, size = tiny.config_of(KIND), tiny.settings_of(KIND), (24, 40)
     if options.shape == "7b":
