@@ -373,8 +373,9 @@ def _fuse_attention(
     of_heads = paged.step.adapters.join(*layers)
     of_output = paged.step.adapters.join(module.o_proj)
     scale = module.scale
-    axis_of: list[mx.array] = []
-    if of_pairs is not None and len(of_pairs) <= rotation.dims // 2:
+    axis_of: list[mx.array] = []  # as in `rotate_by_axes`, for rotations without scaling
+    is_plain = type(getattr(module, "rope", None)) is nn.RoPE
+    if of_pairs is not None and is_plain and len(of_pairs) <= rotation.dims // 2:
         padded = np.pad(np.array(of_pairs), (0, rotation.dims // 2 - len(of_pairs)))
         axis_of = [mx.array(padded[:, None] == axis) for axis in (1, 2)]
         mx.eval(axis_of)
