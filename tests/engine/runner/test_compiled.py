@@ -390,7 +390,6 @@ def build_batch_of_one(prompt: list[int]) -> StepBatch:
     return build_batch(output, None, FEW, 16)
 
 
-@pytest.mark.long
 def test_chunks_fill_tiles_and_are_not_padded_one_by_one() -> None:
     chunks = [SimpleNamespace(length=65)] * 3
     batch: Any = SimpleNamespace(num_decode=5, chunks=chunks)
@@ -398,6 +397,7 @@ def test_chunks_fill_tiles_and_are_not_padded_one_by_one() -> None:
     assert steps.num_rows(batch) == (16, 16 + 3 * 80), "not 3 * 128"
 
 
+@pytest.mark.long
 def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine with compiled steps generates mlx-lm's tokens, in a batch and after preemption."""
 
