@@ -21,7 +21,6 @@ import json
 import math
 import random
 import statistics
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,6 +34,7 @@ blas.prepare()  # before MLX is imported
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
+from measuring import host_ms, print_machine
 from mlx.utils import tree_flatten, tree_map
 
 from modelpack_engine.config import EngineConfig
@@ -486,14 +486,9 @@ def timed(engine: Engine, loaded: LoadedModel, prompts: list[str], tokens: int) 
     after = engine.stats()
     proposals = after.num_proposals - before.num_proposals
     accepted = after.accepted_tokens - before.accepted_tokens
-    steps = after.num_steps - before.num_steps
-    times = [
-        1e3 * (getattr(after, name) - getattr(before, name)) / steps
-        for name in ("build_seconds", "launch_seconds", "wait_seconds")
-    ]
     return {
         "rate": made / seconds,
-        "times": times,
+        "times": list(host_ms(before, after).values()),
         "accepted": accepted / proposals if proposals else 0.0,
         "text": [texts[str(number)] for number in range(len(prompts))],
     }
@@ -563,9 +558,6 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from measuring import print_machine
-
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("train")

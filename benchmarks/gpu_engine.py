@@ -23,6 +23,7 @@ import time
 from typing import Any, get_args
 
 import mlx.core as mx
+from measuring import host_ms
 from mlx.nn import quantize
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import BatchGenerator, generate_step
@@ -177,15 +178,8 @@ def load(engine: Engine, workload: Workload, temperature: float) -> dict[str, An
     before = engine.stats()
     found: dict[str, Any] = run_workload(engine, workload, temperature=temperature).to_json()
     after = engine.stats()
-    steps = after.num_steps - before.num_steps
-    found["steps"] = steps
-    found["host_ms"] = {
-        part: round(
-            1e3 * (getattr(after, f"{part}_seconds") - getattr(before, f"{part}_seconds")) / steps,
-            3,
-        )
-        for part in ("build", "launch", "wait")
-    }
+    found["steps"] = after.num_steps - before.num_steps
+    found["host_ms"] = {part: round(ms, 3) for part, ms in host_ms(before, after).items()}
     return found
 
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MODELPACK = str(Path(sys.executable).with_name("modelpack"))
 MEASURED = str(Path(__file__).parents[1] / "scripts" / "measured")
@@ -36,6 +37,17 @@ class Run:
     wall: float
     cpu: float
     peak: int
+
+
+def host_ms(before: Any, after: Any) -> dict[str, float]:
+    """Return the host's milliseconds to build, launch and wait for a step between `EngineStats`."""
+    steps = after.num_steps - before.num_steps
+    seconds = {
+        "build": after.build_seconds - before.build_seconds,
+        "launch": after.launch_seconds - before.launch_seconds,
+        "wait": after.wait_seconds - before.wait_seconds,
+    }
+    return {part: 1e3 * each / steps for part, each in seconds.items()}
 
 
 def measure(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Run:

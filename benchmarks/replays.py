@@ -24,6 +24,7 @@ from typing import Any
 import gpu_engine
 import mlx.core as mx
 from gpu_engine import prompt, show
+from measuring import host_ms
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
@@ -32,8 +33,6 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.replay import Replays
 from modelpack_server.bench.engine_load import run_workload
 from modelpack_server.bench.workloads import WORKLOADS
-
-TIMES = ("build", "launch", "wait")
 
 
 def run(
@@ -59,14 +58,10 @@ def run(
     count, steps = sum(map(len, found.values())) - had, after.num_steps - before.num_steps
     while engine.has_work:
         _take(engine, found)
-    times = {
-        each: (getattr(after, f"{each}_seconds") - getattr(before, f"{each}_seconds")) / steps
-        for each in TIMES
-    }
     return {
         "tokens_per_s": count / seconds,
         "step_ms": 1e3 * seconds / steps,
-        **{f"{each}_ms": 1e3 * value for each, value in times.items()},
+        **{f"{part}_ms": ms for part, ms in host_ms(before, after).items()},
         "tokens": [found[name] for name in sorted(found, key=lambda name: int(name.split()[1]))],
     }
 
