@@ -21,7 +21,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models import deepseek_v3, llama, nemotron_h, qwen3, qwen3_moe, qwen3_next
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
@@ -375,9 +374,8 @@ def _fuse_attention(
     scale = module.scale
     axis_of: list[mx.array] = []  # as in `rotate_by_axes`, for rotations without scaling
     is_plain = type(getattr(module, "rope", None)) is nn.RoPE
-    if of_pairs is not None and is_plain and len(of_pairs) <= rotation.dims // 2:
-        padded = np.pad(np.array(of_pairs), (0, rotation.dims // 2 - len(of_pairs)))
-        axis_of = [mx.array(padded[:, None] == axis) for axis in (1, 2)]
+    if of_pairs is not None and is_plain and len(of_pairs) == rotation.dims // 2:
+        axis_of = [mx.array([[pair == axis] for pair in of_pairs]) for axis in (1, 2)]
         mx.eval(axis_of)
 
     def call(

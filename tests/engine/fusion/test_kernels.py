@@ -197,7 +197,7 @@ def tiny_qwen2_vl(*, interleaved: bool = False) -> Any:
 def test_steps_with_mrope_positions_rotate_in_the_kernel(
     host: Host, mrope: bool, interleaved: bool
 ) -> None:
-    """The step of a picture has the same logits as unfused, and others than text."""
+    """The step of a picture has the same logits as unfused."""
     found = []
     for fused in (False, True):
         model = tiny_qwen2_vl(interleaved=interleaved)
