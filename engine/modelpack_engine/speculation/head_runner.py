@@ -135,9 +135,9 @@ class HeadRunner:
 
     def reserve(self, regions: int, tokens: int) -> None:
         """Make room for this many regions of so many tokens, and what a draft adds to them."""
-        tokens += self._num_tokens
-        if regions <= self._regions and tokens <= self._size:
+        if self._holds(regions, tokens):
             return
+        tokens += self._num_tokens
         size = max(self._size, _FEWEST_TOKENS, 1 << (tokens - 1).bit_length())
         size = max(min(size, self._max_tokens), round_up(tokens, (_BLOCK,)))
         count = max(self._regions, 1 << (regions - 1).bit_length())
@@ -157,9 +157,11 @@ class HeadRunner:
 
     def has_room(self, rows: list[Rows], num_rows: int) -> bool:
         """Return whether the pool has room for the draft of `within`."""
-        longest = max(each.length for each in rows) + _rows_of_each(rows, num_rows)
-        most = longest + self._num_tokens
-        return self._regions > max(each.region for each in rows) and most <= self._size
+        return self._holds(*_needed(rows, _rows_of_each(rows, num_rows)))
+
+    def _holds(self, regions: int, tokens: int) -> bool:
+        """Return whether there is room for what `reserve` makes room for."""
+        return regions <= self._regions and tokens + self._num_tokens <= self._size
 
     def within(
         self,
@@ -228,8 +230,8 @@ class HeadRunner:
     def _shape(self, rows: list[Rows], size: int, *, drafts: bool) -> DraftShape:
         """Return the shape of a graph for `size` rows of each sequence, and make room for them."""
         num_tokens = self._num_tokens if drafts else 0
-        longest = max(each.length for each in rows) + size
-        self.reserve(1 + max(each.region for each in rows), longest)
+        regions, longest = _needed(rows, size)
+        self.reserve(regions, longest)
         width = 0
         if drafts:  # few widths: for each, a graph is compiled
             longest += num_tokens
@@ -373,6 +375,11 @@ class DraftWithin:
             runner._pools.keys, runner._pools.values, runner._token, runner._tokens,
         )  # fmt: skip
         return found[0].reshape(-1) if found else None
+
+
+def _needed(rows: list[Rows], size: int) -> tuple[int, int]:
+    """Return how many regions there must be for `size` more rows of each, and the longest then."""
+    return 1 + max(each.region for each in rows), max(each.length for each in rows) + size
 
 
 def _rows_of_each(rows: list[Rows], num_rows: int) -> int:
