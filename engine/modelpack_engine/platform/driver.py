@@ -24,7 +24,6 @@ _POINTER, _SIZE, _UNSIGNED = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
 _TYPES: dict[str, tuple[Any, ...]] = {
     "cuMemHostAlloc": (_POINTER, _SIZE, _UNSIGNED),
     "cuMemFreeHost": (_POINTER,),
-    "cuMemGetInfo_v2": (_POINTER, _POINTER),
     "cuMemcpyHtoDAsync_v2": (ctypes.c_uint64, _POINTER, _SIZE, _POINTER),
     "cuMemcpyDtoDAsync_v2": (ctypes.c_uint64, ctypes.c_uint64, _SIZE, _POINTER),
     "cuStreamCreate": (_POINTER, _UNSIGNED),
@@ -117,12 +116,6 @@ class Driver:
     def free_host(self, address: int) -> None:
         """Free page-locked memory."""
         self._call("cuMemFreeHost", address)
-
-    def free_memory(self) -> int:
-        """Return the bytes of the device's memory that no process has."""
-        free, total = _SIZE(), _SIZE()
-        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-        return free.value
 
     def new_stream(self) -> int:
         """Return a stream that does not wait for others."""

@@ -37,6 +37,7 @@ from modelpack_engine.kernels.recording import (
     recorded,
 )
 from modelpack_engine.layers.kernels import take
+from modelpack_engine.platform import device
 from modelpack_engine.platform.cublas import WORKSPACE_BYTES, CublasError, find_cublas
 from modelpack_engine.platform.cublas import Shape as MatmulShape
 from modelpack_engine.platform.cublas import Type as MatmulType
@@ -324,11 +325,7 @@ class Replays:
         """Return whether a step of so many rows can be recorded now."""
         if num_rows <= self._planned_rows:
             return True
-        try:
-            free = self.driver.free_memory() + mx.get_cache_memory()
-        except DriverError as error:
-            self._give_up(error)
-            return False
+        free = device.total_memory() - device.used_memory() + mx.get_cache_memory()
         return num_rows * self._row_bytes + _SPARE_BYTES <= free
 
     def _pays(self) -> bool:

@@ -139,25 +139,6 @@ def test_memory_and_events() -> None:
     ]
 
 
-def test_free_memory() -> None:
-    library = Library()
-    library.__dict__["cuMemGetInfo_v2"] = told = Told()
-    assert Driver(library).free_memory() == 7 << 30  # type: ignore[arg-type]
-    told.code = 3
-    with pytest.raises(DriverError, match="cuMemGetInfo_v2 failed: CUDA error 3"):
-        Driver(library).free_memory()  # type: ignore[arg-type]
-
-
-class Told:
-    """Tells that 7 of 80 GiB are free."""
-
-    code = 0
-
-    def __call__(self, free: Any, total: Any) -> int:
-        free._obj.value, total._obj.value = 7 << 30, 80 << 30
-        return self.code
-
-
 def test_an_old_driver_is_refused() -> None:
     library = Library()
     library.missing = "cuGraphInstantiateWithFlags"

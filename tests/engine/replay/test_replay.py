@@ -29,6 +29,7 @@ from modelpack_engine.layers.weights import Weights
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.patches import fused_layers
+from modelpack_engine.platform import device
 from modelpack_engine.platform.cublas import WORKSPACE_BYTES, CublasError
 from modelpack_engine.platform.cublas import Shape as MatmulShape
 from modelpack_engine.platform.driver import DriverError, pointer_bytes, shape_bytes
@@ -70,7 +71,6 @@ class FakeDriver:
         self.host = host
         self.graphs: dict[int, list[Call]] = {}
         self.num_launches = 0
-        self.free = 1 << 40
         self.events: set[int] = set()
         self.fails = False
         self._handles = count(1)
@@ -85,11 +85,6 @@ class FakeDriver:
 
     def free_host(self, address: int) -> None:
         self._memory.pop(address)[:] = 255
-
-    def free_memory(self) -> int:
-        if self.fails:
-            raise DriverError("cuMemGetInfo_v2 failed: CUDA error 700")
-        return self.free
 
     def new_stream(self) -> int:
         return next(self._handles)
@@ -423,6 +418,13 @@ def look_up(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
     monkeypatch.setattr(NgramProposer, "after", after)
 
 
+def draft_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a head draft behind all steps, without lookups."""
+    monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
+    monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
+    look_up(monkeypatch, 0)
+
+
 @dataclass(frozen=True)
 class Drafting:
     """A scenario with a head, the rows of its graphs, and how many of them are launched at least.
@@ -540,9 +542,7 @@ def test_a_head_drafts_within_the_graph(
 def test_steps_by_mlx_have_drafts_after_graphs_had_some(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
-    monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
-    look_up(monkeypatch, 0)
+    draft_always(monkeypatch)
     engine = drafting_engine()
     add(engine, "one", PROMPTS[0], 16)
     step(engine, {})
@@ -560,9 +560,7 @@ def test_a_step_ahead_stays_in_the_heads_pool(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, num_tokens: int
 ) -> None:
     """All drafts are accepted, so that sequences soon need a larger pool."""
-    monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
-    monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
-    look_up(monkeypatch, 0)
+    draft_always(monkeypatch)
     monkeypatch.setattr(head_runner, "_FEWEST_TOKENS", 16)
     launched = 0
 
@@ -595,9 +593,7 @@ def test_a_step_ahead_stays_in_the_heads_pool(
 
 @pytest.mark.long
 def test_a_launch_ahead_that_fails(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
-    monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
-    look_up(monkeypatch, 0)
+    draft_always(monkeypatch)
     engine = drafting_engine()
     replays = engine._replays
     assert replays is not None
@@ -619,13 +615,9 @@ def test_graphs_that_are_dropped_before_a_launch_ahead(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after logits of a rejected row that are NaN: the sequence goes on, without its graph."""
-    monkeypatch.setattr(StepTimes, "least_accepted", lambda self, num_sequences: -1.0)
-    monkeypatch.setattr(acceptance, "_PLAIN_STEPS", 0)
-    look_up(monkeypatch, 0)
+    draft_always(monkeypatch)
     monkeypatch.setattr(replay, "_FREQUENT", 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "find_driver", no_driver)
-        wanted = one_by_one(drafting_engine())
+    wanted = by_mlx(one_by_one, drafting_engine)
     engine, steps = drafting_engine(), count()
     assert engine._replays is not None
     forget, fail_rows = engine._replays.forget, engine._fail_rows
@@ -747,11 +739,11 @@ def launched(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> list[Layout
     return found
 
 
-def by_mlx(scenario: Scenario, **given: Any) -> Tokens:
+def by_mlx(scenario: Scenario, make: Callable[[], Engine] = make_engine) -> Tokens:
     """The tokens without graphs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "find_driver", no_driver)
-        return scenario(make_engine(**given))
+        return scenario(make())
 
 
 @pytest.mark.parametrize(
@@ -859,7 +851,8 @@ def test_more_rows_than_are_planned_need_free_memory(
 ) -> None:
     monkeypatch.setattr(replay, "_SPARE_BYTES", 100)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 60)
-    driver.free = free + 40
+    monkeypatch.setattr(device, "total_memory", lambda: 1000 + free + 40)
+    monkeypatch.setattr(device, "used_memory", lambda: 1000)
     engine = make_engine()
     replays = engine._replays
     assert replays is not None
@@ -868,14 +861,6 @@ def test_more_rows_than_are_planned_need_free_memory(
     assert SCENARIOS["batches"](engine) == expected("batches")
     assert {shape.num_rows for shape in replays._graphs} == rows
     assert not replays.gave_up
-
-
-def test_a_driver_that_does_not_tell_its_free_memory(driver: FakeDriver) -> None:
-    replays = make_engine()._replays
-    assert replays is not None
-    driver.fails, replays._planned_rows = True, 1
-    assert not replays._has_room(2)
-    assert replays.gave_up
 
 
 @pytest.mark.parametrize(
@@ -962,7 +947,7 @@ def test_matmuls_by_mlx_are_recorded(
 ) -> None:
     for takes in ("_takes", "_takes_one"):
         monkeypatch.setattr(matmul, takes, lambda *given, **more: False)
-    wanted = by_mlx(SCENARIOS["batches"], biases=biases)
+    wanted = by_mlx(SCENARIOS["batches"], partial(make_engine, biases=biases))
     assert SCENARIOS["batches"](make_engine(biases=biases)) == wanted
     assert driver.num_launches == 7
     notes = [call.note for calls in driver.graphs.values() for call in calls]
@@ -1035,7 +1020,7 @@ def seeing_engine(kind: str) -> KernelEngine:
     loaded.model.set_dtype(mx.bfloat16)
     config = EngineConfig(
         kv_cache_bytes=1 << 20, max_num_seqs=4, max_model_len=256, self_test=False
-    )  # fmt: skip
+    )
     return KernelEngine(loaded, config)
 
 
@@ -1062,9 +1047,7 @@ def questions(engine: Engine) -> Tokens:
 def test_steps_without_rows_of_pictures(
     driver: FakeDriver, launched: list[Layout], kind: str, prompts: bool
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "find_driver", no_driver)
-        wanted = questions(seeing_engine(kind))
+    wanted = by_mlx(questions, partial(seeing_engine, kind))
     assert len(set(map(tuple, wanted.values()))) > 4
     assert questions(seeing_engine(kind)) == wanted
     assert sum(layout.tiles == 0 for layout in launched) > 40
