@@ -254,12 +254,12 @@ def config_of(kind: str) -> dict[str, Any]:
     if kind == "llava":
         vision = {**_VISION, "model_type": "clip_vision_model", "image_size": 16}
         return {
-            "model_type": kind, "text_config": _TEXT, "vision_config": vision,
+            "model_type": kind, "text_config": {**_TEXT}, "vision_config": vision,
             "image_token_index": IMAGE, "vision_feature_layer": -2,
             "vision_feature_select_strategy": "default", "vocab_size": VOCABULARY,
         }  # fmt: skip
     return {
-        "model_type": kind, "text_config": _TEXT, "image_token_id": IMAGE, "scale_factor": 2,
+        "model_type": kind, "text_config": {**_TEXT}, "image_token_id": IMAGE, "scale_factor": 2,
         "vision_config": {**_VISION, "model_type": f"{kind}_vision", "image_size": 16},
         "vocab_size": VOCABULARY,
     }  # fmt: skip
