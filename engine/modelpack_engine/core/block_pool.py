@@ -6,7 +6,7 @@ each group of layers, and the tables of sequences.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 #: The block that padding rows write to; it is never allocated.
@@ -26,7 +26,8 @@ class BlockPool:
         self.window = window
         self.evicted: Callable[[int, bytes], None] | None = None
         self._ref_counts = [0] * num_blocks
-        self._free = deque(range(NULL_BLOCK + 1, num_blocks))
+        # The last is taken first: blocks that were never used take no memory on a CPU.
+        self._free = [*reversed(range(NULL_BLOCK + 1, num_blocks))]
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
@@ -67,7 +68,7 @@ class BlockPool:
     def allocate(self) -> int:
         """Return a block of unknown content; evict the least recently used one if none is free."""
         if self._free:
-            block = self._free.popleft()
+            block = self._free.pop()
         else:
             block, _ = self._cached.popitem(last=False)
             hash_ = self._hash_of.pop(block)

@@ -249,7 +249,7 @@ def logits_of_a_run(runner: ModelRunner, layout: ModelLayout, *, grouped: bool) 
     """Serve the prompts, adding one at each step; return the logits of each step."""
     windows = [(group.window, 20) for group in layout.window_groups]
     blocks = BlockManager(64, 16, window_pools=windows if grouped else ())
-    blocks.pool._free.rotate(17)  # the ids of the groups differ
+    blocks.pool._free.reverse()  # the ids of the groups differ
     scheduler = Scheduler(SchedulerConfig(8, 48, 200, 48, buckets=runner.buckets), blocks)
     waiting = [
         Sequence(f"r{i}", prompt, SamplingParams(max_tokens=40))
