@@ -39,8 +39,9 @@ MODELS = ("gemma2", "gemma3_text", "granite", "llama", "phi3", "qwen2", "qwen3",
 OTHER_NAMES = {"iquestcoder": "llama", "mistral": "llama", "xverse": "llama"}
 
 _LARGEST_HEAD = 256
-#: The buffers of activations.
-_STREAM, _HEADS, _ATTENDED, _GATED, _SAMPLED, _SAMPLED_ATTENDED, _BRANCH = range(7)
+#: The buffers of activations. The widest has a layer's queries, keys and values, then its gated
+#: activations.
+_STREAM, _WIDEST, _ATTENDED, _SAMPLED, _SAMPLED_ATTENDED, _BRANCH = range(6)
 _LOGITS = -1
 _SILU, _GELU = 0, 1
 _AFTER_ATTENTION, _AFTER_MLP = "post_attention_layernorm", "post_feedforward_layernorm"
@@ -135,9 +136,8 @@ class Program:
         widths = np.array(
             [
                 hidden,
-                (heads[0] + 2 * heads[1]) * dim,
+                max((heads[0] + 2 * heads[1]) * dim, gated),
                 heads[0] * dim,
-                gated,
                 hidden,
                 heads[0] * dim,
                 hidden,
@@ -190,7 +190,7 @@ class Program:
         }
         own = ("q_proj", "k_proj", "v_proj") if "q_proj" in attention else ("qkv_proj",)
         self._multiply(
-            _STREAM, _HEADS, name, tuple(f"self_attn.{part}" for part in own),
+            _STREAM, _WIDEST, name, tuple(f"self_attn.{part}" for part in own),
             norm=f"{name}.input_layernorm", eps=layer.input_layernorm.eps,
         )  # fmt: skip
         norms: dict[str, Any] = {}
@@ -201,13 +201,13 @@ class Program:
                 "eps": attention.q_norm.eps,
             }
         rope = self._rope(attention.rope)
-        self._add(Code.ROTATE, input=_HEADS, rope=rope, **cached, **norms)
+        self._add(Code.ROTATE, input=_WIDEST, rope=rope, **cached, **norms)
         stream, attended = _STREAM, _ATTENDED
         if is_last:
             stream, attended = _SAMPLED, _SAMPLED_ATTENDED
             self._add(Code.SELECT, input=_STREAM, output=stream)
         self._add(
-            Code.ATTEND, input=_HEADS, output=_ATTENDED, **cached, scale=attention.scale,
+            Code.ATTEND, input=_WIDEST, output=_ATTENDED, **cached, scale=attention.scale,
             window=window, softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
         )  # fmt: skip
         if is_last:
@@ -218,10 +218,10 @@ class Program:
         after = normed and _AFTER_ATTENTION
         self._branch(attended, stream, name, "self_attn.o_proj", layer, after)
         self._multiply(
-            stream, _GATED, name, ("mlp.gate_proj", "mlp.up_proj"), ending=Ending.GATED,
+            stream, _WIDEST, name, ("mlp.gate_proj", "mlp.up_proj"), ending=Ending.GATED,
             norm=f"{name}.{before}", eps=layer[before].eps,
         )  # fmt: skip
-        self._branch(_GATED, stream, name, "mlp.down_proj", layer, normed and _AFTER_MLP)
+        self._branch(_WIDEST, stream, name, "mlp.down_proj", layer, normed and _AFTER_MLP)
 
     def _branch(
         self, source: int, stream: int, name: str, part: str, layer: Any, norm: str | bool
