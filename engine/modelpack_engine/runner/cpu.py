@@ -94,16 +94,17 @@ class CpuRunner:
             tables += chunk.block_table
         blocks = np.array(tables, np.int32)
         first = blocks.ctypes.data
-        logits = np.empty((len(sampled), self._vocab_size), np.float32)
+        logits = mx.zeros((len(sampled), self._vocab_size))
+        mx.eval(logits)
         self._program.run(
             Step(
                 rows, len(spans), len(sampled), self._block_size,
                 tokens.ctypes.data, positions.ctypes.data, slots.ctypes.data, sampled.ctypes.data,
                 (Span * len(spans))(*(Span(row, n, first + 4 * at) for row, n, at in spans)),
-                self._pools, logits.ctypes.data,
+                self._pools, np.asarray(logits).ctypes.data,  # a view: nothing is copied
             )
         )  # fmt: skip
-        return mx.array(logits)
+        return logits
 
     def pools(self) -> list[mx.array]:
         """Return nothing: MLX computes none of them."""
