@@ -53,8 +53,11 @@ from modelpack_engine.models.precision import Precision, evaluate
 from modelpack_engine.request import EngineRequest, SamplingParams
 
 SHAPE = "llama-8b"
-#: The bytes of a block's float16 factors.
-FACTORS = {"Q4_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,)}
+#: The bytes of a block's float16 factors; MXFP4 has an exponent of 8 bits.
+FACTORS = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (),
+}  # fmt: skip
 
 
 def mix_q4_k_m(name: str, layer: int, layers: int) -> str:
@@ -65,12 +68,8 @@ def mix_q4_k_m(name: str, layer: int, layers: int) -> str:
 
 
 #: The type of a tensor by its name, its layer and the number of layers.
-MIXES: dict[str, Callable[[str, int, int], str]] = {
-    "q4_k_m": mix_q4_k_m,
-    "q6_k": lambda *_: "Q6_K",
-    "q8_0": lambda *_: "Q8_0",
-    "q3_k": lambda *_: "Q3_K",
-    "q2_k": lambda *_: "Q2_K",
+MIXES: dict[str, Callable[[str, int, int], str]] = {"q4_k_m": mix_q4_k_m} | {
+    kind.lower(): lambda *_, kind=kind: kind for kind in FACTORS
 }
 
 
@@ -84,6 +83,8 @@ def random_tensor(kind: str, rows: int, columns: int) -> np.ndarray:
     for at in FACTORS[kind]:
         small = random.uniform(-1e-4, 1e-4, (len(found), 1)).astype(np.float16)
         found[:, at : at + 2] = small.view(np.uint8)
+    if kind == "MXFP4":
+        found[:, 0] = 114  # 2 ** -13, or half of it
     return found.reshape(rows, -1)
 
 
