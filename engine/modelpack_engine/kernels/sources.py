@@ -86,7 +86,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
         "q", "k_pool", "v_pool", "block_tables", "context_lens", "sinks", "params", "written",
     ),
     "usable": ("token_ids", "maxima"),
-    "angles": ("positions", "inverse"),
+    "angles": ("first", "second", "third", "axis_of", "inverse"),
     "deliver": ("numbers", "address"),
     "address": tuple("abcdefgh"),
     "block_dots": ("x", "weight", "bias", "chosen"),

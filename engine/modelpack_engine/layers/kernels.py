@@ -36,25 +36,31 @@ class Rotation:
 
     def angles(self, positions: mx.array) -> mx.array:
         """Return cosines and sines at positions [n], times the factor: float32 [n, dims / 2, 2]."""
-        rows, half = positions.shape[0], self.dims // 2
+        return self.angles_by_axes([positions] * 3, _first_axis(self.dims // 2))
+
+    def angles_by_axes(self, axes: Sequence[mx.array], axis_of: mx.array) -> mx.array:
+        """Return `angles` where each pair is at the positions of an axis, [n] each (M-RoPE).
+
+        `axis_of` int32 [dims / 2] are the indices of the pairs' axes among the three of `axes`.
+        """
+        rows, half = axes[0].shape[0], self.dims // 2
         if launch.backend() == "none":
-            angles = positions.astype(mx.float32)[:, None] * self.inverse
+            positions = mx.stack(list(axes), axis=-1)[:, axis_of]
+            angles = positions.astype(mx.float32) * self.inverse
             return mx.stack([mx.cos(angles), mx.sin(angles)], axis=-1) * self.factor
         (out,) = launch.run(
-            "angles", [positions, self.inverse], [],
+            "angles", [*axes, axis_of, self.inverse], [],
             [("HALF", half), ("FACTOR", launch.bits_of(self.factor))],
             threads=rows * half, group=256, shapes=[(rows, half, 2)], dtypes=[mx.float32],
         )  # fmt: skip
         return out
 
-    def angles_by_axes(self, axes: Sequence[mx.array], axis_of: Sequence[mx.array]) -> mx.array:
-        """Return `angles` where each pair is at the positions of an axis, [n] each (M-RoPE).
 
-        Those of the pairs that are true in an array of `axis_of`, bool [dims / 2, 1], are the
-        second or third of `axes`; the other pairs are rotated by the first.
-        """
-        first, second, third = map(self.angles, axes)
-        return mx.where(axis_of[0], second, mx.where(axis_of[1], third, first))
+@cache
+def _first_axis(half: int) -> mx.array:
+    axis_of = mx.zeros((half,), mx.int32)
+    mx.eval(axis_of)
+    return axis_of
 
 
 #: One object for equal rotations: the layers of a model have few different ones.

@@ -15,7 +15,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -372,10 +372,10 @@ def _fuse_attention(
     of_heads = paged.step.adapters.join(*layers)
     of_output = paged.step.adapters.join(module.o_proj)
     scale = module.scale
-    axis_of: list[mx.array] = []  # as in `rotate_by_axes`, for rotations without scaling
+    axis_of: mx.array | None = None  # as in `rotate_by_axes`, for rotations without scaling
     is_plain = type(getattr(module, "rope", None)) is nn.RoPE
     if of_pairs is not None and is_plain and len(of_pairs) == rotation.dims // 2:
-        axis_of = [mx.array([[pair == axis] for pair in of_pairs]) for axis in (1, 2)]
+        axis_of = mx.array(of_pairs, mx.int32)
         mx.eval(axis_of)
 
     def call(
@@ -386,7 +386,7 @@ def _fuse_attention(
             not isinstance(pools, TokenMajorPools)
             or cache.layout.quantised is not None
             or not cache.step.fuses_linears
-            or (cache.step.positions.axes and not axis_of)
+            or (cache.step.positions.axes and axis_of is None)
         ):
             return original(attention, x, mask, cache)
         step = cache.step
@@ -396,9 +396,9 @@ def _fuse_attention(
             rows = sums.multiply(x, joint)
         window = mask.window if isinstance(mask, RowMask) else None
         angles, axes = None, [axis.rows for axis in step.positions.axes]
-        if axes:
+        if axes and axis_of is not None:
             angles = step.remember(
-                ("angles", id(rotation)), lambda: rotation.angles_by_axes(axes, axis_of)
+                ("angles", id(rotation)), partial(rotation.angles_by_axes, axes, axis_of)
             )
         # For fewer rows, a table takes longer than the rotation.
         elif x.shape[0] > FEW_ROWS and rotation.dims:

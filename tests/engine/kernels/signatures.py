@@ -90,7 +90,10 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "draw": {"logits": "T", "settings": "int", "token": "int", "next": "int"},
     "greedy": {"logits": "T", "token": "int", "next": "int"},
-    "angles": {"positions": "int", "inverse": "float", "out": "float"},
+    "angles": {
+        "first": "int", "second": "int", "third": "int", "axis_of": "int", "inverse": "float",
+        "out": "float",
+    },
     "usable": {"token_ids": "int", "maxima": "T", "usable": "int", "next": "int"},
     "block_dots": {
         "x": "T", "weight": "uint32_t", "bias": "T", "chosen": "uint32_t", "out": "O",
