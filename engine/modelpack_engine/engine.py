@@ -35,7 +35,7 @@ import mlx.core as mx
 from modelpack.formats.adapter import Adapter
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
-from modelpack_engine.core.batch import build_batch
+from modelpack_engine.core.batch import StepBatch, build_batch
 from modelpack_engine.core.block_manager import BlockManager, root_hash
 from modelpack_engine.core.buckets import round_down
 from modelpack_engine.core.metrics import StepClock
@@ -458,24 +458,7 @@ class Engine(BaseEngine):
             sequence.params.mask is not None for sequence in batch.sample_seqs
         )
         if self._replays is not None:
-            replayed = None
-            settings = draft = None
-            if not masked and self._replays.takes(batch):
-                padded = buckets.pad_rows(len(batch.sample_rows))
-                num_sampled = padded if batch.chunks else batch.num_rows
-                rows = () if self._sampler.is_greedy else sample_rows(output)
-                settings = self._sampler.settings(rows, num_sampled)
-            if settings is not None and self._speculator is not None:
-                draft = self._speculator.draft_within(output, batch)
-                if draft is None and self._speculator.reads_hidden(output):
-                    settings = None  # MLX keeps the hidden states, for a later draft
-            if settings is not None:
-                previous = last.sampled if last else None
-                replayed = self._replays.step(batch, previous, settings, draft)
-            else:
-                self._replays.end_run()
-            if replayed is not None and draft is not None and self._speculator is not None:
-                self._speculator.drafts(output, draft, replayed)
+            replayed = self._replay(output, batch, masked=masked)
             if replayed is not None:
                 return ScheduledStep(output, batch, replayed, None, None, staging_step)
             self._replays.drop_ahead()
@@ -503,6 +486,35 @@ class Engine(BaseEngine):
                 next_ids = sampled.next_ids
             self._speculator.record(output, batch, self._runner.hidden_rows(), next_ids)
         return ScheduledStep(output, batch, sampled, masked_logits, prompt_logprobs, staging_step)
+
+    def _replay(
+        self, output: SchedulerOutput, batch: StepBatch, *, masked: bool
+    ) -> ReplayedTokens | None:
+        """Return a step that runs as a graph; None if MLX has to run it."""
+        assert self._replays is not None
+        settings = draft = embeddings = None
+        encoder = self.vision.encoder if self.vision is not None and batch.media_rows else None
+        is_ready = not masked and (encoder is None or encoder.is_ready)
+        if is_ready and self._replays.takes(batch):
+            padded = self._sizes.buckets.pad_rows(len(batch.sample_rows))
+            num_sampled = padded if batch.chunks else batch.num_rows
+            rows = () if self._sampler.is_greedy else sample_rows(output)
+            settings = self._sampler.settings(rows, num_sampled)
+        if settings is not None and self._speculator is not None:
+            draft = self._speculator.draft_within(output, batch)
+            if draft is None and self._speculator.reads_hidden(output):
+                settings = None  # MLX keeps the hidden states, for a later draft
+        if settings is None:
+            self._replays.end_run()
+            return None
+        previous = self._in_flight.sampled if self._in_flight else None
+        if encoder is not None:
+            token_ids = row_token_ids(batch, previous, self._runner.staging)
+            embeddings = encoder.input_embeddings(batch, token_ids)
+        replayed = self._replays.step(batch, previous, settings, draft, embeddings)
+        if replayed is not None and draft is not None and self._speculator is not None:
+            self._speculator.drafts(output, draft, replayed)
+        return replayed
 
     def _launch(self, scheduled: ScheduledStep | None) -> None:
         """Launch the graph of a step on the device."""

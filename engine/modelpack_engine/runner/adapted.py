@@ -307,9 +307,11 @@ class Adapted:
         """
         extra = {}
         if input_embeddings is not None:
-            parts = input_embeddings[None] if input_embeddings.ndim == 2 else input_embeddings
-            extra = {"input_embeddings": parts[0][:, None]}
-            self._step.additions = tuple(parts[1:])
+            rows = input_embeddings
+            if rows.ndim > 2:
+                rows, *additions = rows
+                self._step.additions = tuple(additions)
+            extra = {"input_embeddings": rows[:, None]}
         try:
             logits: mx.array = self.model(token_ids[:, None], cache=self.caches, **extra)
             for paged in self.paged:

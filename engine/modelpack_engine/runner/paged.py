@@ -36,7 +36,7 @@ from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.kernels import TILE_ROWS, Tiles
-from modelpack_engine.layers.kernels import take
+from modelpack_engine.layers.kernels import take, take_rows
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.hidden_states import HiddenRows, HiddenStates, layers_of
@@ -127,6 +127,12 @@ class PackedStep:
     places: NDArray[np.int32] | None
     padding: int
     of_adapters: list[mx.array]
+
+    def in_order(self, embeddings: mx.array) -> mx.array:
+        """Return embeddings [rows of the batch, width] in the order of the graph, with padding."""
+        if self.order is not None:
+            return take_rows(embeddings, mx.array(self.order))
+        return mx.pad(embeddings, [(0, self.padding), (0, 0)]) if self.padding else embeddings
 
 
 class CompiledSteps:
@@ -312,10 +318,17 @@ class CompiledSteps:
             self._graphs[layout] = mx.compile(lambda *inputs: self._trace(layout, *inputs))
         return self._graphs[layout]
 
-    def trace(self, layout: Layout, token_ids: mx.array, packed: mx.array) -> mx.array:
+    def trace(
+        self,
+        layout: Layout,
+        token_ids: mx.array,
+        packed: mx.array,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
         """Return the logits of a step that is not compiled, whose pools are written in place."""
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in self._adapted.paged]
-        logits, *_ = self._trace(layout, token_ids, packed, pools, [], [], [], [])
+        given = [] if input_embeddings is None else [input_embeddings]
+        logits, *_ = self._trace(layout, token_ids, packed, pools, [], [], given, [])
         return logits[:, -1]
 
     def num_rows(self, batch: StepBatch) -> tuple[int, int]:

@@ -192,19 +192,28 @@ def _host_array(address: int, size: int) -> NDArray[np.int32]:
 
 @dataclass(slots=True, eq=False)
 class _Graph:
-    """A step as a graph of the driver; `kept` is the memory that it reads and writes."""
+    """A step as a graph of the driver; `kept` is the memory that it reads and writes.
+
+    `embedded` is where it reads embeddings, if it does.
+    """
 
     handle: int
     kept: list[mx.array]
+    embedded: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a graph is made for: a layout, whether its tokens are drawn, and a draft's key."""
+    """What a graph is made for.
+
+    That is a layout, whether tokens are drawn, a draft's key, and whether rows have embeddings
+    other than those of their tokens.
+    """
 
     layout: Layout
     draws: bool
     draft: Hashable = None
+    embedded: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -226,6 +235,7 @@ class ReplayedTokens:
     draft: DraftBehind | None
     place: _Place
     num_numbers: int
+    embeddings: mx.array | None = None
     is_launched: bool = False
     logprobs: None = None
 
@@ -306,6 +316,7 @@ class Replays:
         #: Whether MLX runs all steps from now on.
         self.gave_up = False
         self._arena: mx.array | None = None
+        self._embeddings: mx.array | None = None  # where graphs read them, [most rows, width]
         self._workspace: tuple[mx.array, int] | None = None  # of cuBLAS, with its address
         #: Whether MLX has launched steps since the last one of these.
         self.follow_mlx = True
@@ -336,7 +347,7 @@ class Replays:
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step may be a graph, as far as its rows say."""
         return not (
-            self.gave_up or batch.prompt_logprob_rows or batch.adapter_slots or batch.media_rows
+            self.gave_up or batch.prompt_logprob_rows or batch.adapter_slots
             or not 0 < len(batch.sample_rows) <= _MOST_TOKENS or not self._compiled.takes(batch)
             or self._compiled.num_rows(batch)[1] > MOST_RECORDED_ROWS
         )  # fmt: skip
@@ -347,13 +358,16 @@ class Replays:
         previous: Sampled | ReplayedTokens | None,
         settings: NDArray[np.int32],
         draft: DraftBehind | None = None,
+        embeddings: mx.array | None = None,
     ) -> ReplayedTokens | None:
         """Return a step that `takes` accepts, to be launched; None if MLX has to run it.
 
         `settings` are those of `Sampler.settings`, and `previous` the tokens of the step in flight.
-        If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded.
+        If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded. A
+        batch with rows of pictures has `embeddings` [rows, width]; MLX runs those with DeepStack.
         """
-        if draft is not None and draft.num_found > _MOST_DRAFTED:
+        too_many = draft is not None and draft.num_found > _MOST_DRAFTED
+        if too_many or (embeddings is not None and embeddings.ndim > 2):
             self.end_run()
             return None
         if draft is not None and draft.generation != self._generation:
@@ -362,7 +376,8 @@ class Replays:
         adapted = self._runner.adapted
         adapted.begin(batch, by_segments=adapted.by_segments)
         packed = self._compiled.pack(batch, list(batch.sample_rows))
-        shape = _Shape(packed.layout, settings.size > 0, None if draft is None else draft.key)
+        key = None if draft is None else draft.key
+        shape = _Shape(packed.layout, settings.size > 0, key, embeddings is not None)
         graph = self._graphs.get(shape)
         if graph is None:
             self._seen[shape] += 1
@@ -377,6 +392,9 @@ class Replays:
                 return None
         if not self._pays() and graph is not None:
             return None
+        if embeddings is not None:
+            embeddings = packed.in_order(embeddings)
+            mx.eval(embeddings)
         if self.follow_mlx:
             mx.synchronize()
             self.follow_mlx = False
@@ -392,11 +410,13 @@ class Replays:
         is_new = graph is None
         if graph is None:
             self.drop_ahead()
-            graph = self._graphs[shape] = self._record(shape, place, count, draft)
+            graph = self._graphs[shape] = self._record(shape, place, count, draft, embeddings)
             if graph is None:
                 return None
         adapted.finish(batch)
-        found = ReplayedTokens(self, shape, graph, draft, place, count, is_launched=is_new)
+        found = ReplayedTokens(
+            self, shape, graph, draft, place, count, embeddings, is_launched=is_new
+        )
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return found
@@ -480,6 +500,8 @@ class Replays:
         """Launch a step behind the one before. Raises `DriverError`."""
         try:
             self._send(step.place, step.num_numbers)
+            if step.embeddings is not None:
+                self._copy_embeddings(step.embeddings, step.graph.embedded)
             self._run(step.graph, step.place)
         except DriverError as error:
             self._give_up(error)
@@ -577,10 +599,29 @@ class Replays:
         to = self._memories[-1].address + 4 * _MOST_TOKENS
         self.driver.copy(to, place.start, 4 * count, self._stream)
 
+    def _copy_embeddings(self, embeddings: mx.array, to: int) -> None:
+        (start,) = addresses([embeddings])
+        self.driver.copy_within(to, start, embeddings.nbytes, self._stream)
+
+    def _room_for(self, embeddings: mx.array) -> mx.array:
+        """Return rows of memory for embeddings, which graphs read."""
+        rows, width = embeddings.shape
+        if self._embeddings is None or len(self._embeddings) < rows:
+            # Earlier graphs keep the smaller one.
+            size = 1 << (rows - 1).bit_length()
+            self._embeddings = mx.zeros((size, width), embeddings.dtype)
+            mx.eval(self._embeddings)
+        return self._embeddings[:rows]
+
     # Recording
 
     def _record(
-        self, shape: _Shape, place: _Place, count: int, draft: DraftBehind | None
+        self,
+        shape: _Shape,
+        place: _Place,
+        count: int,
+        draft: DraftBehind | None,
+        embeddings: mx.array | None,
     ) -> _Graph | None:
         """Record the step whose numbers are in `place`, and run its graph; return it.
 
@@ -589,17 +630,22 @@ class Replays:
         """
         try:
             self._send(place, count)
+            given, embedded = None, 0
+            if embeddings is not None:
+                given = self._room_for(embeddings)
+                (embedded,) = addresses([given])
+                self._copy_embeddings(embeddings, embedded)
             self.driver.synchronise(self._stream)
-            first = self._traced(shape, count, draft)
+            first = self._traced(shape, count, draft, given)
             first.release()
-            second = self._traced(shape, count, draft)
+            second = self._traced(shape, count, draft, given)
             num_found = 0 if draft is None else draft.num_found
             written = place.tokens[: shape.num_sampled], place.drafted[:num_found]
             expected = np.concatenate(written)
             for numbers in written:
                 numbers[:] = _UNWRITTEN
             recording = compare(first, second, addresses)
-            graph = self._made(recording)
+            graph = self._made(recording, embedded)
             self._run(graph, place)
             self.driver.wait(place.event)
         except (NotRecordedError, CublasError) as error:
@@ -635,7 +681,9 @@ class Replays:
             if self._refused == _MOST_REFUSED:
                 self._give_up("no shape of few rows can be recorded")
 
-    def _traced(self, shape: _Shape, count: int, draft: DraftBehind | None) -> Trace:
+    def _traced(
+        self, shape: _Shape, count: int, draft: DraftBehind | None, embeddings: mx.array | None
+    ) -> Trace:
         """Run a step by single kernels; it returns the next ids."""
         memory, rows = self._memories[-1].array, shape.num_rows
         numbers = memory[_MOST_TOKENS : _MOST_TOKENS + count]
@@ -645,7 +693,7 @@ class Replays:
         middle = count - _NUM_HALVES // 2  # the address of the tokens is before that of the draft
         with recorded() as recorder:
             token_ids = take(memory, index)
-            logits = self._compiled.trace(shape.layout, token_ids, numbers[:columns])
+            logits = self._compiled.trace(shape.layout, token_ids, numbers[:columns], embeddings)
             verdict = sampler.verdict if shape.draws else sampler.greedy_verdict
             if (problem := verdict(logits.dtype, logits.shape[-1])) is not None:
                 raise NotRecordedError(problem)
@@ -662,8 +710,11 @@ class Replays:
                     deliver(found, numbers[middle:count])
         return Trace(recorder.notes, [next_ids], addresses)
 
-    def _made(self, recording: Recording) -> _Graph:
-        """Make a graph of a recording; the next ids go to the beginning of the memory."""
+    def _made(self, recording: Recording, embedded: int) -> _Graph:
+        """Make a graph of a recording; the next ids go to the beginning of the memory.
+
+        It reads embeddings at `embedded`.
+        """
         memory = self._memories[-1]
         offsets, size = recording.layout()
         if self._arena is None or self._arena.nbytes < size:
@@ -688,7 +739,8 @@ class Replays:
                     kept[id(array)] = array
             writes = [address_of(Output(index, number)) for number in range(len(note.outputs))]
             calls.append(self._call(note, reads, writes))
-        return _Graph(self.driver.make_graph(calls, self._stream), list(kept.values()))
+        handle = self.driver.make_graph(calls, self._stream)
+        return _Graph(handle, list(kept.values()), embedded)
 
     def _call(
         self, note: Note, reads: list[int], writes: list[int]

@@ -89,6 +89,11 @@ class VisionEncoder:
             return 0
         return self._max_bytes + self._max_bytes // max(1, len(self._crossing.layers))
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the step's pictures were encoded before, and rows need their embeddings only."""
+        return not self._num_encoded and self._hidden is None and self._crossing is None
+
     def begin_step(self) -> None:
         """Forget what the step before needed."""
         self._step.clear()

@@ -114,6 +114,8 @@ class FakeDriver:
     def copy(self, to: int, address: int, num_bytes: int, stream: int) -> None:
         self._work.append(lambda: ctypes.memmove(to, address, num_bytes))
 
+    copy_within = copy
+
     def make_graph(self, calls: Iterable[Any], stream: int) -> int:
         assert not self._work, "a stream that is captured has no work"
         self.graphs[handle := next(self._handles)] = list(calls)
@@ -1025,31 +1027,42 @@ def seeing_engine(kind: str) -> KernelEngine:
 
 
 def questions(engine: Engine) -> Tokens:
-    """Two questions about each of four pictures, one after the other."""
+    """Two questions about each of five pictures, one after the other."""
     found: Tokens = {}
-    for number in range(4):
+    for number in range(5):
         for question in ("What is it?", "How many?"):
             request = tiny.request(engine, f"<image>{question}", [tiny.picture(number)])
-            engine.add_request(f"{number} {question}", request)
-            step(engine, found)
-    return found
+            engine.add_request(name := f"{number} {question}", request)
+            while len(found.get(name, ())) < request.params.max_tokens:
+                step(engine, found, 1)
+    return step(engine, found)
+
+
+def questions_beside_text(engine: Engine) -> Tokens:
+    """The same, while tokens are generated for a request without a picture."""
+    add(engine, "text", [4, 5, 6], 100)
+    return questions(engine)
 
 
 @pytest.mark.parametrize(
-    ("kind", "prompts"),
+    ("kind", "scenario", "axes"),
     [
-        pytest.param("llava", True, id="the picture's rows are all in the prefix cache"),
+        pytest.param("llava", questions, 1, id="a picture's rows are all in the prefix cache"),
         # Rotations are not the positions: a picture takes fewer of these.
-        pytest.param("qwen2_5_vl", False, id="the last rows are computed again"),
-        pytest.param("qwen3_vl", False, id="DeepStack", marks=pytest.mark.long),
+        pytest.param("qwen2_5_vl", questions, 3, id="the last rows are computed again"),
+        pytest.param("qwen2_5_vl", questions_beside_text, 3, id="rows with the last tokens"),
+        pytest.param("qwen3_vl", questions, 0, id="DeepStack", marks=pytest.mark.long),
     ],
 )
-def test_steps_without_rows_of_pictures(
-    driver: FakeDriver, launched: list[Layout], kind: str, prompts: bool
+def test_second_questions(
+    driver: FakeDriver, launched: list[Layout], kind: str, scenario: Scenario, axes: int
 ) -> None:
-    wanted = by_mlx(questions, partial(seeing_engine, kind))
+    """Their steps are graphs; where MLX launches them (`axes` 0), those that decode are."""
+    wanted = by_mlx(scenario, partial(seeing_engine, kind))
     assert len(set(map(tuple, wanted.values()))) > 4
-    assert questions(seeing_engine(kind)) == wanted
+    assert scenario(seeing_engine(kind)) == wanted
     assert sum(layout.tiles == 0 for layout in launched) > 40
-    assert any(layout.tiles for layout in launched) == prompts
-    assert {layout.axes for layout in launched} == {1}
+    with_prompts = [layout for layout in launched if layout.tiles]
+    assert len(with_prompts) <= 3, "first questions wait for the encoder on the device"
+    assert {layout.axes for layout in with_prompts} == ({axes} if axes else set())
+    assert any(layout.decode for layout in with_prompts) == (scenario is questions_beside_text)
