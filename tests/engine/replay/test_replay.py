@@ -1049,11 +1049,14 @@ def questions_beside_text(engine: Engine) -> Tokens:
     [
         pytest.param("llava", questions, 1, id="a picture's rows are all in the prefix cache"),
         # Rotations are not the positions: a picture takes fewer of these.
-        pytest.param("qwen2_5_vl", questions, 3, id="the last rows are computed again"),
+        pytest.param(
+            "qwen2_5_vl", questions, 3, id="the last rows are computed again",
+            marks=pytest.mark.long,
+        ),
         pytest.param("qwen2_5_vl", questions_beside_text, 3, id="rows with the last tokens"),
         pytest.param("qwen3_vl", questions, 0, id="DeepStack", marks=pytest.mark.long),
     ],
-)
+)  # fmt: skip
 def test_second_questions(
     driver: FakeDriver, launched: list[Layout], kind: str, scenario: Scenario, axes: int
 ) -> None:
