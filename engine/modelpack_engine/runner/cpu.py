@@ -96,12 +96,13 @@ class CpuRunner:
         first = blocks.ctypes.data
         logits = mx.zeros((len(sampled), self._vocab_size))
         mx.eval(logits)
+        view = np.array(logits, copy=False)  # raises an error if it had to copy
         self._program.run(
             Step(
                 rows, len(spans), len(sampled), self._block_size,
                 tokens.ctypes.data, positions.ctypes.data, slots.ctypes.data, sampled.ctypes.data,
                 (Span * len(spans))(*(Span(row, n, first + 4 * at) for row, n, at in spans)),
-                self._pools, np.asarray(logits).ctypes.data,  # a view: nothing is copied
+                self._pools, view.ctypes.data,
             )
         )  # fmt: skip
         return logits
