@@ -70,6 +70,19 @@ def test_tokens_are_taken_by_the_kernel(host: Host, monkeypatch: pytest.MonkeyPa
     assert len(host.calls) == 1
 
 
+def test_angles_by_axes(host: Host) -> None:
+    inverse = mx.power(mx.array(10000.0), -mx.arange(0, 32, 2, dtype=mx.float32) / 32)
+    axes = np.array([[0, 1, 17, 400], [3, 2, 90, 401], [7, 5, 11, 402]])
+    axis_of = np.arange(16) % 3
+    found = Rotation(inverse, 32, 1.0, False).angles_by_axes(
+        [mx.array(axis, mx.int32) for axis in axes], mx.array(axis_of, mx.int32)
+    )
+    angles = axes[axis_of].T * np.array(inverse, np.float64)
+    expected = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-4)
+    assert [body for body, _ in host.calls] == ["angles"]
+
+
 @pytest.mark.parametrize(("dims", "factor"), [(64, 1.0), (32, 1.25)])
 def test_angles(host: Host, dims: int, factor: float) -> None:
     inverse = mx.power(mx.array(10000.0), -mx.arange(0, dims, 2, dtype=mx.float32) / dims)

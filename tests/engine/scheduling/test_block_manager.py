@@ -190,7 +190,7 @@ def test_all_blocks_but_the_null_block_are_allocated_once() -> None:
 
 
 def test_blocks_are_used_again_before_new_ones() -> None:
-    """Memory that no block has used yet takes no room."""
+    """On a CPU, blocks that were never used take no memory."""
     blocks = BlockPool(100)
     for count in (3, 2, 3):
         used = [blocks.allocate() for _ in range(count)]

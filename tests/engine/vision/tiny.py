@@ -301,7 +301,7 @@ def settings_of(kind: str) -> dict[str, Any]:
             "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "resample": 3,
         }  # fmt: skip
     name = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
-    return {**_TILED, "image_processor_type": f"{name}ImageProcessor"}
+    return {**copy.deepcopy(_TILED), "image_processor_type": f"{name}ImageProcessor"}
 
 
 def placeholder(kind: str) -> str:
