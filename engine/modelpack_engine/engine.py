@@ -492,7 +492,7 @@ class Engine(BaseEngine):
     ) -> ReplayedTokens | None:
         """Return a step that runs as a graph; None if MLX has to run it."""
         assert self._replays is not None
-        settings = draft = embeddings = None
+        settings = draft = embed = None
         encoder = self.vision.encoder if self.vision is not None and batch.media_rows else None
         is_ready = not masked and (encoder is None or encoder.is_ready)
         if is_ready and self._replays.takes(batch):
@@ -509,12 +509,21 @@ class Engine(BaseEngine):
             return None
         previous = self._in_flight.sampled if self._in_flight else None
         if encoder is not None:
-            token_ids = row_token_ids(batch, previous, self._runner.staging)
-            embeddings = encoder.input_embeddings(batch, token_ids)
-        replayed = self._replays.step(batch, previous, settings, draft, embeddings)
+            embed = partial(self._embeddings, batch, previous)
+        replayed = self._replays.step(batch, previous, settings, draft, embed)
         if replayed is not None and draft is not None and self._speculator is not None:
             self._speculator.drafts(output, draft, replayed)
+        if replayed is not None and encoder is not None:
+            encoder.end_step()
         return replayed
+
+    def _embeddings(self, batch: StepBatch, previous: Sampled | ReplayedTokens | None) -> mx.array:
+        """Return the embeddings of the rows of a step with pictures; wait for the step before."""
+        assert self.vision is not None
+        token_ids = row_token_ids(batch, previous, self._runner.staging)
+        found = self.vision.encoder.input_embeddings(batch, token_ids)
+        assert found is not None, "rows of pictures have embeddings"
+        return found
 
     def _launch(self, scheduled: ScheduledStep | None) -> None:
         """Launch the graph of a step on the device."""

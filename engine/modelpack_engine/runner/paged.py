@@ -36,7 +36,7 @@ from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.kernels import TILE_ROWS, Tiles
-from modelpack_engine.layers.kernels import take, take_rows
+from modelpack_engine.layers.kernels import take
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.hidden_states import HiddenRows, HiddenStates, layers_of
@@ -128,11 +128,15 @@ class PackedStep:
     padding: int
     of_adapters: list[mx.array]
 
-    def in_order(self, embeddings: mx.array) -> mx.array:
-        """Return embeddings [rows of the batch, width] in the order of the graph, with padding."""
-        if self.order is not None:
-            return take_rows(embeddings, mx.array(self.order))
-        return mx.pad(embeddings, [(0, self.padding), (0, 0)]) if self.padding else embeddings
+    def in_order(self, embeddings: mx.array, order: mx.array | None) -> mx.array:
+        """Return embeddings [..., rows of the batch, width] as the graph's rows, with padding.
+
+        `order` is this step's on the device.
+        """
+        if order is not None:
+            return mx.take(embeddings, order, axis=-2)
+        beside = [(0, 0)] * (embeddings.ndim - 2)
+        return mx.pad(embeddings, [*beside, (0, self.padding), (0, 0)])
 
 
 class CompiledSteps:
@@ -199,19 +203,16 @@ class CompiledSteps:
         layout, order = found.layout, found.order
         self.places = found.places
         if order is None and found.padding:
-            after = (0, found.padding)
-            token_ids = mx.pad(token_ids, after)
-            if input_embeddings is not None:
-                beside = [(0, 0)] * (input_embeddings.ndim - 2)
-                input_embeddings = mx.pad(input_embeddings, [*beside, after, (0, 0)])
+            token_ids = mx.pad(token_ids, (0, found.padding))
         columns = found.columns if order is None else [*found.columns, order]
         length = sum(map(len, found.columns))
         packed = self._staging.put(np.concatenate(columns))
+        taken = None
         if order is not None:
             taken = packed[length : length + len(order)]
             token_ids = take(token_ids, taken)
-            if input_embeddings is not None:
-                input_embeddings = mx.take(input_embeddings, taken, axis=-2)
+        if input_embeddings is not None:
+            input_embeddings = found.in_order(input_embeddings, taken)
         packed = packed[:length]
         arrays: States = [list(state.arrays) for state in adapted.states]
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]

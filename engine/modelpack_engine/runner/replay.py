@@ -1,8 +1,9 @@
 """Replays: steps as CUDA graphs that the driver launches, without MLX.
 
 MLX takes the host 7 to 14 µs for each kernel of a step. A recorded step (`kernels.recording`) takes
-it one call. All inputs of a step are integers in one piece of GPU memory, `_Memory`: first the
-tokens of the step before, which its graph wrote there, then the numbers of this step.
+it one call. The inputs of a step are integers in one piece of GPU memory, `_Memory`: first the
+tokens of the step before, which its graph wrote there, then the numbers of this step. Rows of
+pictures also have embeddings, which are copied to where the graph reads them.
 
 Graphs run on a stream of their own, and MLX does not know what they write. So a step by MLX and one
 by a graph are never in flight at the same time: `Engine` reads the tokens of the one before it
@@ -202,12 +203,18 @@ class _Graph:
     embedded: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Embeddings:
+    """Embeddings of rows, [rows, width], and where they are."""
+
+    rows: mx.array
+    address: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a graph is made for.
-
-    That is a layout, whether tokens are drawn, a draft's key, and whether rows have embeddings
-    other than those of their tokens.
+    """What a graph is made for: a layout, whether its tokens are drawn, a draft's key, and whether
+    it reads embeddings.
     """
 
     layout: Layout
@@ -235,7 +242,7 @@ class ReplayedTokens:
     draft: DraftBehind | None
     place: _Place
     num_numbers: int
-    embeddings: mx.array | None = None
+    embeddings: _Embeddings | None = None  # kept until they are copied
     is_launched: bool = False
     logprobs: None = None
 
@@ -259,6 +266,7 @@ class ReplayedTokens:
     def read(self) -> list[int]:
         """Wait for the token ids of all rows. Raises `DriverError`."""
         self.replays.wait(self.place)
+        self.embeddings = None
         found: list[int] = self.place.tokens[: self.num_rows].tolist()
         return found
 
@@ -358,16 +366,15 @@ class Replays:
         previous: Sampled | ReplayedTokens | None,
         settings: NDArray[np.int32],
         draft: DraftBehind | None = None,
-        embeddings: mx.array | None = None,
+        embed: Callable[[], mx.array] | None = None,
     ) -> ReplayedTokens | None:
         """Return a step that `takes` accepts, to be launched; None if MLX has to run it.
 
         `settings` are those of `Sampler.settings`, and `previous` the tokens of the step in flight.
-        If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded. A
-        batch with rows of pictures has `embeddings` [rows, width]; MLX runs those with DeepStack.
+        If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded. For
+        rows of pictures, `embed` returns the embeddings of all rows, [rows, width].
         """
-        too_many = draft is not None and draft.num_found > _MOST_DRAFTED
-        if too_many or (embeddings is not None and embeddings.ndim > 2):
+        if draft is not None and draft.num_found > _MOST_DRAFTED:
             self.end_run()
             return None
         if draft is not None and draft.generation != self._generation:
@@ -377,7 +384,7 @@ class Replays:
         adapted.begin(batch, by_segments=adapted.by_segments)
         packed = self._compiled.pack(batch, list(batch.sample_rows))
         key = None if draft is None else draft.key
-        shape = _Shape(packed.layout, settings.size > 0, key, embeddings is not None)
+        shape = _Shape(packed.layout, settings.size > 0, key, embed is not None)
         graph = self._graphs.get(shape)
         if graph is None:
             self._seen[shape] += 1
@@ -392,9 +399,10 @@ class Replays:
                 return None
         if not self._pays() and graph is not None:
             return None
-        if embeddings is not None:
-            embeddings = packed.in_order(embeddings)
-            mx.eval(embeddings)
+        embeddings = None
+        if embed is not None:
+            self.drop_ahead()  # it has no pictures
+            embeddings = self._embedded(packed, embed())
         if self.follow_mlx:
             mx.synchronize()
             self.follow_mlx = False
@@ -501,7 +509,7 @@ class Replays:
         try:
             self._send(step.place, step.num_numbers)
             if step.embeddings is not None:
-                self._copy_embeddings(step.embeddings, step.graph.embedded)
+                self._copy(step.embeddings, step.graph.embedded)
             self._run(step.graph, step.place)
         except DriverError as error:
             self._give_up(error)
@@ -546,7 +554,7 @@ class Replays:
             self.driver.free_stream(self._stream)
         except DriverError as error:
             logger.warning("CUDA's memory is not freed: %s", error)
-        self._memories, self._arena, self._workspace = [], None, None
+        self._memories, self._arena, self._workspace, self._embeddings = [], None, None, None
 
     # Numbers
 
@@ -599,12 +607,19 @@ class Replays:
         to = self._memories[-1].address + 4 * _MOST_TOKENS
         self.driver.copy(to, place.start, 4 * count, self._stream)
 
-    def _copy_embeddings(self, embeddings: mx.array, to: int) -> None:
-        (start,) = addresses([embeddings])
-        self.driver.copy_within(to, start, embeddings.nbytes, self._stream)
+    def _embedded(self, packed: PackedStep, embeddings: mx.array) -> _Embeddings:
+        """Compute the embeddings of a batch's rows, in the order of the graph."""
+        order = None if packed.order is None else mx.array(packed.order)
+        rows = mx.contiguous(packed.in_order(embeddings, order))
+        mx.eval(rows)
+        return _Embeddings(rows, *addresses([rows]))
+
+    def _copy(self, embeddings: _Embeddings, to: int) -> None:
+        """Copy embeddings to where a graph reads them, in the order of the stream."""
+        self.driver.copy_within(to, embeddings.address, embeddings.rows.nbytes, self._stream)
 
     def _room_for(self, embeddings: mx.array) -> mx.array:
-        """Return rows of memory for embeddings, which graphs read."""
+        """Return memory of the same shape, from which a graph can read embeddings."""
         rows, width = embeddings.shape
         if self._embeddings is None or len(self._embeddings) < rows:
             # Earlier graphs keep the smaller one.
@@ -621,7 +636,7 @@ class Replays:
         place: _Place,
         count: int,
         draft: DraftBehind | None,
-        embeddings: mx.array | None,
+        embeddings: _Embeddings | None,
     ) -> _Graph | None:
         """Record the step whose numbers are in `place`, and run its graph; return it.
 
@@ -632,9 +647,9 @@ class Replays:
             self._send(place, count)
             given, embedded = None, 0
             if embeddings is not None:
-                given = self._room_for(embeddings)
+                given = self._room_for(embeddings.rows)
                 (embedded,) = addresses([given])
-                self._copy_embeddings(embeddings, embedded)
+                self._copy(embeddings, embedded)
             self.driver.synchronise(self._stream)
             first = self._traced(shape, count, draft, given)
             first.release()

@@ -91,8 +91,13 @@ class VisionEncoder:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the step's pictures were encoded before, and rows need their embeddings only."""
-        return not self._num_encoded and self._hidden is None and self._crossing is None
+        """Whether the step encodes no picture, and its rows need only one embedding each.
+
+        With DeepStack they need several. See `hidden` and `crossing` for other models.
+        """
+        if self._num_encoded or self._hidden is not None or self._crossing is not None:
+            return False
+        return all(made.ndim == 2 for made in self._step.values())
 
     def begin_step(self) -> None:
         """Forget what the step before needed."""

@@ -15,7 +15,9 @@ import pytest
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.core import batch
 from modelpack_engine.core.batch import rope_positions
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError, QueueFullError, RequestError
+from modelpack_engine.layers.cross_attention import Crossing
 from modelpack_engine.patches.modules import ClassSwaps, add_to_layers
 from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.vision.encoder import VisionEncoder, open_vision
@@ -315,6 +317,22 @@ class CountingModel:
     def embed(self, token_ids: mx.array, inputs: object) -> mx.array:
         self.calls += 1
         return mx.ones((token_ids.size, 4))
+
+
+def test_whether_rows_need_only_embeddings_from_the_cache() -> None:
+    """Graphs are for such steps only."""
+    media = Media(0, (1, 2, 3), b"one", {})
+    user = Sequence("r", [1, 2, 3, 4], SamplingParams())
+    encoder = VisionEncoder(CountingModel())
+    for is_ready in (False, True):  # encoded in the first step
+        encoder.begin_step()
+        assert encoder.is_ready, "no picture yet"
+        assert encoder.prepare(user, media, alone=True)
+        assert encoder.is_ready == is_ready
+    encoder._step[b"", b"two"] = mx.ones((3, 3, 4))  # with DeepStack
+    assert not encoder.is_ready
+    for options in ({"hidden": ((7,), 0)}, {"crossing": Crossing()}):
+        assert not VisionEncoder(CountingModel(), **options).is_ready  # type: ignore[arg-type]
 
 
 def test_the_cache_of_embeddings_is_bounded() -> None:
