@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -517,7 +518,10 @@ def test_only_the_process_has_its_connection() -> None:
 
 def socket_names(pid: int) -> set[str]:
     """Return the sockets that a process holds, by their inodes."""
-    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    links = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # a process that starts opens and closes files
+            links.add(os.readlink(path))
     return {link for link in links if link.startswith("socket:")}
 
 
