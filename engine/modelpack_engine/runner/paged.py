@@ -135,6 +135,8 @@ class PackedStep:
         """
         if order is not None:
             return mx.take(embeddings, order, axis=-2)
+        if not self.padding:
+            return embeddings
         beside = [(0, 0)] * (embeddings.ndim - 2)
         return mx.pad(embeddings, [*beside, (0, self.padding), (0, 0)])
 
