@@ -511,9 +511,11 @@ class Engine(BaseEngine):
         if encoder is not None:
             embed = partial(self._embeddings, batch, previous)
         replayed = self._replays.step(batch, previous, settings, draft, embed)
-        if replayed is not None and draft is not None and self._speculator is not None:
+        if replayed is None:
+            return None
+        if draft is not None and self._speculator is not None:
             self._speculator.drafts(output, draft, replayed)
-        if replayed is not None and encoder is not None:
+        if encoder is not None:
             encoder.end_step()
         return replayed
 
