@@ -2,14 +2,15 @@
   // LINES outputs of ROWS rows. With EACH > 0, weights are those of experts, a row has EACH of them, and ROWS is 1.
   //   x [M, K] T   weight [N, words of a row] uint   bias [N] T (BIAS)   out [M, N] O
   //   EACH: weight [experts, N, words]   bias [experts, N]   chosen [M * EACH] uint   out [M * EACH, N]
-  //   LOW, HIGH, GROUP, SCALED, MINS: of the type; a code stands for code - ZERO, or for one of 16 values (TABLE)
+  //   LOW, HIGH, GROUP, SCALED, MINS, EXPONENTS: of the type; a code stands for code - ZERO, or with a TABLE, for one
+  //   of 16 values
   typedef PaBlocks<LOW, HIGH> Codes;
-  typedef PaScales<GROUP, SCALED, MINS> Scales;
+  typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef typename Codes::Low Low;
   typedef typename Codes::High High;
   typedef PaVec<T, 8> Eight;
   // Codes are read with OFFSET added, which saves a subtraction for each.
-  constexpr int FACTORS = MINS ? 2 : 1, OFFSET = TABLE ? 0 : 128;
+  constexpr int FACTORS = Scales::FACTORS, OFFSET = TABLE ? 0 : 128;
   constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
   const int M = x_shape[0] * (EACH ? EACH : 1), K = x_shape[1], units = K / 32;
   const int N = weight_shape[EACH ? 1 : 0], words = weight_shape[EACH ? 2 : 1];
@@ -19,7 +20,7 @@
   const int bytes_at = (SCALED ? K / 256 : K / 32) * FACTORS;
   PA_SHARED(float, values, 16);
   if (TABLE) {
-    if (PA_SIMD == 0 && lane < 16) values[lane] = pa_value_of(lane);
+    if (PA_SIMD == 0 && lane < 16) values[lane] = pa_value_of<TABLE>(lane);
     PA_SYNC();
   }
   float sum[LINES][ROWS];
@@ -40,8 +41,8 @@
         if (HIGH > 0) high[a][l] = ((const PA_DEVICE High*)(line + highs))[unit];
         const PA_DEVICE H* given = (const PA_DEVICE H*)(line + factors);
         const int block = (SCALED ? unit / 8 : unit) * FACTORS;
-        factor[a][l] = there < units ? float(given[block]) : 0.0f;
-        least[a][l] = MINS && there < units ? float(given[block + FACTORS - 1]) : 0.0f;
+        factor[a][l] = there >= units ? 0.0f : EXPONENTS ? 1.0f : float(given[block]);
+        least[a][l] = MINS && there < units ? float(given[block + 1]) : 0.0f;
         bytes[a][l] = !SCALED ? 0u : TWO ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
                                          : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
       }

@@ -8,11 +8,11 @@
   // (r, c) has the 32 weights from c * 32 on of outputs r and r + 8, and as many inputs of row r of each tile.
   // Sums may have any order, so the tensor cores' inputs 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 are four of these 32.
   typedef PaBlocks<LOW, HIGH> Codes;
-  typedef PaScales<GROUP, SCALED, MINS> Scales;
+  typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef typename Codes::Low Low;
   typedef typename Codes::High High;
   typedef PaCodes<T, 4> Numbers;
-  constexpr int FACTORS = MINS ? 2 : 1, PARTS = 32 / GROUP;
+  constexpr int FACTORS = Scales::FACTORS, PARTS = 32 / GROUP;
   constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
   const int K = x_shape[1], N = weight_shape[EXPERTS ? 1 : 0], words = weight_shape[EXPERTS ? 2 : 1], units = K / 32;
   const int lane = PA_LANE, warp = PA_SIMD, r = lane / 4, c = lane % 4, chunks = (units + 3) / 4;
@@ -24,7 +24,7 @@
   const int bytes_at = (SCALED ? K / 256 : K / 32) * FACTORS;
   PA_SHARED(unsigned, values, 16);
   if (TABLE) {
-    if (warp == 0 && lane < 16) values[lane] = pa_pack<T>(pa_value_of(lane), 0.0f);
+    if (warp == 0 && lane < 16) values[lane] = pa_pack<T>(pa_value_of<TABLE>(lane), 0.0f);
     PA_SYNC();
   }
   float acc[TILES][4];
@@ -45,8 +45,8 @@
         if (HIGH > 0) high[a][h] = ((const High*)(line + highs))[unit];
         const H* given = (const H*)(line + factors);
         const int block = (SCALED ? unit / 8 : unit) * FACTORS;
-        factor[a][h] = float(given[block]);
-        least[a][h] = MINS ? float(given[block + FACTORS - 1]) : 0.0f;
+        factor[a][h] = EXPONENTS ? 1.0f : float(given[block]);
+        least[a][h] = MINS ? float(given[block + 1]) : 0.0f;
         bytes[a][h] = !SCALED ? 0u : TWO ? ((const unsigned short*)(given + bytes_at))[unit]
                                          : ((const unsigned char*)(given + bytes_at))[unit];
       }

@@ -2,9 +2,9 @@
   // threadgroups of NSG simdgroups follow each other along the rows.
   //   weight [N, words of a row] uint   out [N, K] T
   typedef PaBlocks<LOW, HIGH> Codes;
-  typedef PaScales<GROUP, SCALED, MINS> Scales;
+  typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef PaVec<T, 8> Eight;
-  constexpr int FACTORS = MINS ? 2 : 1, BLOCK = SCALED ? 256 : 32, THREADS = NSG * 32;
+  constexpr int FACTORS = Scales::FACTORS, BLOCK = SCALED ? 256 : 32, THREADS = NSG * 32;
   constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
   constexpr int BYTES = BLOCK * (LOW + HIGH) / 8 + FACTORS * 2 + (SCALED ? BLOCK / 32 * (TWO ? 2 : 1) : 0);
   const int words = weight_shape[1], K = words * 4 / BYTES * BLOCK, highs = K / 32 * LOW;
@@ -18,15 +18,15 @@
     const unsigned int bytes = !SCALED ? 0u : TWO ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
                                                   : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
     const int part = eight % 4 * 8 / GROUP;
-    const float scale = Scales::scale(float(given[block]), bytes, part);
-    const float offset = Scales::offset(float(given[block + FACTORS - 1]), bytes, part);
+    const float scale = Scales::scale(EXPONENTS ? 1.0f : float(given[block]), bytes, part);
+    const float offset = Scales::offset(MINS ? float(given[block + 1]) : 0.0f, bytes, part);
     Eight y;
     PA_UNROLL for (int i = 0; i < 4; i++) {
       const int pair = eight * 4 + i;
       const unsigned int high = HIGH > 0 ? line[highs + pair * HIGH / 16] : 0u;
       const unsigned int two = Codes::codes(line[pair * LOW / 16], high, pair);
-      const float one = TABLE ? pa_value_of(two & 15u) : float((int)(two & 255u) - ZERO);
-      const float other = TABLE ? pa_value_of(two >> 16) : float((int)(two >> 16) - ZERO);
+      const float one = TABLE ? pa_value_of<TABLE>(two & 15u) : float((int)(two & 255u) - ZERO);
+      const float other = TABLE ? pa_value_of<TABLE>(two >> 16) : float((int)(two >> 16) - ZERO);
       y.e[2 * i] = T(scale * one + offset);
       y.e[2 * i + 1] = T(scale * other + offset);
     }

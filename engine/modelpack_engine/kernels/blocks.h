@@ -22,10 +22,13 @@ struct PaBlocks {
 
 // The scales and offsets of groups: a block's factor, times a number of a group if it is SCALED. The two bytes of
 // 32 weights are numbers of two groups of 16 (with MINS, two of four bits each), or of a scale and an offset.
-template <int GROUP, bool SCALED, bool MINS>
+// EXPONENTS: there are no factors, and a group's byte is the exponent of its scale, plus 128.
+template <int GROUP, bool SCALED, bool MINS, bool EXPONENTS>
 struct PaScales {
+  enum { FACTORS = EXPONENTS ? 0 : MINS ? 2 : 1 };
   static PA_FUNCTION float scale(float factor, unsigned int bytes, int part) {
     if (!SCALED) return factor;
+    if (EXPONENTS) return factor * pa_float(bytes > 1u ? (bytes - 1u) << 23 : 0x200000u << bytes);
     if (MINS) return factor * float(GROUP == 16 ? bytes >> (8 * part) & 15u : bytes & 255u);
     return factor * float((int)(bytes << (24 - 8 * part)) >> 24);
   }
@@ -36,8 +39,11 @@ struct PaScales {
   }
 };
 
-// The 16 values of IQ4_NL's and IQ4_XS's codes.
+// The 16 values of the codes of IQ4_NL and IQ4_XS (TABLE is 1), or those of MXFP4, doubled (2).
+template <int TABLE>
 PA_FUNCTION float pa_value_of(unsigned int code) {
-  const unsigned int low = code & 4u ? 0xf6eaddcfu : 0xbfad9881u, high = code & 4u ? 0x71594535u : 0x26190d01u;
+  const unsigned int first = TABLE == 1 ? 0xbfad9881u : 0x03020100u, second = TABLE == 1 ? 0xf6eaddcfu : 0x0c080604u;
+  const unsigned int third = TABLE == 1 ? 0x26190d01u : 0xfdfeff00u, fourth = TABLE == 1 ? 0x71594535u : 0xf4f8fafcu;
+  const unsigned int low = code & 4u ? second : first, high = code & 4u ? fourth : third;
   return float((int)((code & 8u ? high : low) << (24u - (code & 3u) * 8u)) >> 24);
 }

@@ -24,8 +24,11 @@ from modelpack_engine.layers.kernels import take_rows
 
 Words = npt.NDArray[np.uint32]
 
-#: The values of the codes of IQ4_NL and IQ4_XS.
-VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+#: The values of the codes of IQ4_NL and IQ4_XS, and those of MXFP4's, doubled.
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+#: By the number that kernels know a table by.
+_TABLES: tuple[tuple[int, ...], ...] = ((), _IQ4, _FP4)
 #: The weights of a superblock, whose groups have a byte of scale each.
 SUPERBLOCK = 256
 _ROW_BYTES = 16
@@ -35,8 +38,9 @@ _ROW_BYTES = 16
 class BlockType:
     """A block type of GGUF: codes of `low` + `high` bits, in groups with a scale each.
 
-    A code stands for (code - `zero`) * scale + offset, or with `table`, for one of VALUES. If
-    `scaled`, a scale is a superblock's factor times a byte. With `mins`, groups have offsets.
+    A code stands for (code - `zero`) * scale + offset, or with a `table`, for one of its values. If
+    `scaled`, a scale is a superblock's factor times a byte. With `mins`, groups have offsets. With
+    `exponents`, there are no factors: a scale is 2 to the power of its byte - 128.
     """
 
     name: str
@@ -46,7 +50,8 @@ class BlockType:
     scaled: bool
     mins: bool
     zero: int
-    table: bool = False
+    table: tuple[int, ...] = ()
+    exponents: bool = False
 
     @property
     def block(self) -> int:
@@ -56,7 +61,7 @@ class BlockType:
     @property
     def factors(self) -> int:
         """The factors of a block: that of scales, and with `mins` that of offsets."""
-        return 2 if self.mins else 1
+        return 0 if self.exponents else 2 if self.mins else 1
 
     @property
     def group_bytes(self) -> int:
@@ -82,7 +87,8 @@ class BlockType:
         """The template arguments of the kernels."""
         return [
             ("LOW", self.low), ("HIGH", self.high), ("GROUP", self.group), ("SCALED", self.scaled),
-            ("MINS", self.mins), ("ZERO", self.zero), ("TABLE", self.table),
+            ("MINS", self.mins), ("ZERO", self.zero), ("TABLE", _TABLES.index(self.table)),
+            ("EXPONENTS", self.exponents),
         ]  # fmt: skip
 
 
@@ -98,8 +104,9 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType("Q4_1", 4, 0, 32, scaled=False, mins=True, zero=0),
         BlockType("Q5_0", 4, 1, 32, scaled=False, mins=False, zero=16),
         BlockType("Q5_1", 4, 1, 32, scaled=False, mins=True, zero=0),
-        BlockType("IQ4_NL", 4, 0, 32, scaled=False, mins=False, zero=0, table=True),
-        BlockType("IQ4_XS", 4, 0, 32, scaled=True, mins=False, zero=0, table=True),
+        BlockType("IQ4_NL", 4, 0, 32, scaled=False, mins=False, zero=0, table=_IQ4),
+        BlockType("IQ4_XS", 4, 0, 32, scaled=True, mins=False, zero=0, table=_IQ4),
+        BlockType("MXFP4", 4, 0, 32, scaled=True, mins=False, zero=0, table=_FP4, exponents=True),
     )
 }
 
@@ -307,12 +314,14 @@ def computed_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.ar
     codes = _codes(weight[:, :highs], kind.low)
     if kind.high:
         codes = codes | _codes(weight[:, highs:factors], kind.high) << kind.low
-    numbers = mx.array(VALUES, mx.float32)[codes] if kind.table else _signed(codes, kind.zero)
+    numbers = mx.array(kind.table, mx.float32)[codes] if kind.table else _signed(codes, kind.zero)
     rest = weight[:, factors:]
     blocks = inputs // kind.block
     halves = rest.view(mx.float16)[:, : blocks * kind.factors]
     of_blocks = halves.astype(mx.float32).reshape(rows, blocks, kind.factors, 1)
-    scales, offsets = of_blocks[:, :, 0], of_blocks[:, :, -1]
+    scales = offsets = mx.ones((rows, blocks, 1))
+    if kind.factors:
+        scales, offsets = of_blocks[:, :, 0], of_blocks[:, :, -1]
     if kind.scaled:
         start = blocks * kind.factors * 2
         size = inputs // 32 * kind.group_bytes
@@ -321,6 +330,8 @@ def computed_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.ar
             scales, offsets = scales * (given & 15), offsets * (given >> 4)
         elif kind.mins:
             scales, offsets = scales * given[:, :, ::2], offsets * given[:, :, 1::2]
+        elif kind.exponents:
+            scales = _powers(given)
         else:
             scales = scales * given.view(mx.int8)
     found = numbers.reshape(rows, -1, kind.group) * scales.reshape(rows, -1, 1)
@@ -342,6 +353,14 @@ def _codes(plane: mx.array, bits: int) -> mx.array:
     shifts = mx.array([i // 2 * bits + i % 2 * 16 for i in range(32 // bits)], mx.uint32)
     codes = (plane[:, :, None] >> shifts) & ((1 << bits) - 1)
     return codes.reshape(plane.shape[0], -1)
+
+
+def _powers(exponents: mx.array) -> mx.array:
+    """Return 2 to the power of each byte - 128 in float32."""
+    bits = exponents.astype(mx.uint32)
+    return mx.where(bits > 1, (bits - 1) << 23, mx.array(0x200000, mx.uint32) << bits).view(
+        mx.float32
+    )
 
 
 def _signed(codes: mx.array, zero: int) -> mx.array:
@@ -453,8 +472,12 @@ def random_words(kind: BlockType, outputs: int, inputs: int, seed: int = 0) -> W
     code = 64 if kind.table else 1 << (kind.low + kind.high - 2)
     number = 1 if not kind.scaled else 8 if kind.mins and kind.group == 16 else 64
     small = random.uniform(-1, 1, (outputs, count)) * (0.06 / code / number)
+    numbers = words[:, inputs // 32 * (kind.low + kind.high) :]
     if kind.mins and kind.group == 32:  # numbers of 6 bits
-        words[:, inputs // 32 * (kind.low + kind.high) :] &= 0x3F3F3F3F
+        numbers &= 0x3F3F3F3F
+    if kind.exponents:  # scales of 2 ** -16 to 2 ** -9
+        numbers &= 0x07070707
+        numbers |= 0x70707070
     words.view(np.float16)[:, start : start + count] = small.astype(np.float16)
     return words
 

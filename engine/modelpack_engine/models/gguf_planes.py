@@ -19,8 +19,8 @@ from modelpack_engine.layers.blocks import BLOCK_TYPES, SUPERBLOCK, BlockType, W
 from modelpack_engine.models.gguf_file import Bytes, GGUFTensor
 
 #: The types that stay as they are stored on a GPU: MLX has no layout for their codes, or for those
-#: of 5 bits, no fast kernel. Those of 4 and 8 bits have fast kernels in MLX's layout.
-KEPT = frozenset({"Q2_K", "Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
+#: of 5 bits and MXFP4, no fast kernel. Others of 4 and 8 bits have fast kernels in MLX's layout.
+KEPT = frozenset({"Q2_K", "Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"})
 
 _LOW = np.uint8(0x0F)
 _SIGN = np.uint16(0x8000)
@@ -177,6 +177,11 @@ def _iq4_xs(blocks: Bytes) -> _Blocks:
     return _Blocks(_spread(blocks[:, 8:], 4, 16), _shorts(blocks, 0), scales)
 
 
+def _mxfp4(blocks: Bytes) -> _Blocks:
+    none = np.empty((len(blocks), 0), np.uint16)
+    return _Blocks(_spread(blocks[:, 1:], 4, 16), none, blocks[:, :1])
+
+
 #: The bytes of a block, and its decoder.
 _DECODERS: dict[str, tuple[int, Callable[[Any], _Blocks]]] = {
     "Q2_K": (84, _q2_k),
@@ -190,4 +195,5 @@ _DECODERS: dict[str, tuple[int, Callable[[Any], _Blocks]]] = {
     "Q5_1": (24, _q5_1),
     "IQ4_NL": (18, _iq4_nl),
     "IQ4_XS": (136, _iq4_xs),
+    "MXFP4": (17, _mxfp4),
 }
