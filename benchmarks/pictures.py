@@ -8,6 +8,9 @@ several pictures, one request and another question about the picture; `count` re
 with its own picture, the same pictures again, and as many requests of text alone. mlx-vlm then
 answers one request, whose time includes the processing of the picture, and 8 and `count` requests
 at once by its batched generator, without the processing.
+
+With `--beside` instead, half as many requests of text generate tokens, alone, beside one request
+with 20 pictures, and beside requests with a picture each, one a second. All pictures are new.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,8 @@ _7B_SETTINGS = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}
 #: Of one request at a time, each about other pictures than the requests at once.
 QUESTIONS = {"one request": "What is it?", "its picture again": "How many are there?"}
 ALONE = 12
+#: Tokens of each text beside pictures, and rounds, of which the first ones record steps.
+BESIDE_TOKENS, ROUNDS, WARM = 1024, 6, 3
 
 
 def show(measured: str, figures: dict[str, Any]) -> None:
@@ -133,6 +139,70 @@ def measure(path: Path, count: int, length: int, pictures: list[Picture]) -> Non
     show("text alone", run(engine, [text(count + seed, size) for seed in range(count)]))
 
 
+def measure_beside(path: Path, count: int, tokens: int, size: tuple[int, int]) -> None:
+    """Measure requests of text alone, and beside pictures that no request had before."""
+    gpu = mx.default_device() == mx.gpu
+    config = EngineConfig(
+        max_num_seqs=2 * count,
+        device="gpu" if gpu else "cpu",
+        kv_cache_bytes=(16 << 30) if gpu else (64 << 20),
+    )
+    engine = Engine(load(ModelFiles.from_directory(path), device=config.device), config)
+    random = np.random.default_rng(1)
+
+    def asked(pictures: int) -> EngineRequest:
+        new = [Picture(random.integers(0, 256, (*size, 3), np.uint8)) for _ in range(pictures)]
+        return tiny.request(engine, "<image>" * pictures + "What is it?", new, 16)
+
+    def text() -> EngineRequest:
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        return EngineRequest(random.integers(0, 200, 200).tolist(), params)
+
+    for number in range(ROUNDS):
+        about = {"round": number, "warm": number < WARM, "texts": count}
+        texts = [text() for _ in range(count)]
+        show("texts alone", about | run_beside(engine, texts, [], 0))
+        texts = [text() for _ in range(count)]
+        show("beside 20 pictures", about | run_beside(engine, texts, [asked(20)], 0))
+        texts, others = [text() for _ in range(count)], [asked(1) for _ in range(20)]
+        show("beside a picture a second", about | run_beside(engine, texts, others, 1))
+
+
+def run_beside(
+    engine: Engine, texts: Sequence[EngineRequest], others: list[EngineRequest], every_s: float
+) -> dict[str, Any]:
+    """Run texts, and when all have their first tokens, one of the others after the other."""
+    for index, request in enumerate(texts):
+        engine.add_request(f"text-{index}", request)
+    times: dict[str, list[float]] = {}
+    sent, due, running = 0, 0.0, len(texts)
+    while engine.has_work:
+        if running and len(times) >= len(texts) and sent < len(others):
+            due = due or time.perf_counter()
+            if time.perf_counter() >= due:
+                engine.add_request(f"other-{sent}", others[sent])
+                sent, due = sent + 1, due + every_s
+        for event in engine.step():
+            assert event.error is None, event.error
+            if event.token_ids:
+                times.setdefault(event.request_id, []).append(time.perf_counter())
+            running -= event.finish_reason is not None and event.request_id.startswith("text")
+    own = [each for name, each in times.items() if name.startswith("text")]
+    gaps = sorted(b - a for each in own for a, b in pairwise(each))
+    per_token = sorted((each[-1] - each[0]) / (len(each) - 1) for each in own)
+    seconds = max(each[-1] for each in own) - max(each[0] for each in own)
+
+    def at(values: list[float], share: float) -> float:
+        return round(1e3 * values[min(len(values) - 1, int(len(values) * share))], 2)
+
+    return {
+        "others": sent, "tokens_per_s": round(sum(map(len, own)) / seconds, 1),
+        "tpot_ms": {"p50": at(per_token, 0.5), "p99": at(per_token, 0.99)},
+        "gap_ms": {"p50": at(gaps, 0.5), "p90": at(gaps, 0.9), "p99": at(gaps, 0.99),
+                   "max": at(gaps, 1)},
+    }  # fmt: skip
+
+
 def measure_peer(path: Path, length: int, pictures: list[Picture]) -> None:
     """Measure mlx-vlm: one request by its model, then all pictures by its batched generator."""
     package, arguments = tiny.arguments_of(KIND)
@@ -203,8 +273,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--no-peer", action="store_true", help="without mlx-vlm")
+    parser.add_argument("--beside", action="store_true", help="texts beside pictures, no more")
     options = parser.parse_args()
-    config, settings, size = tiny.config_of(KIND), tiny.settings_of(KIND), (24, 40)
+    config, settings = tiny.config_of(KIND), tiny.settings_of(KIND)
+    size = (24, 40)
     if options.shape == "7b":
         config, settings, size = config | _7B, settings | _7B_SETTINGS, (924, 868)
     tiny.config_of = lambda _: config
@@ -218,6 +290,9 @@ def main() -> None:
         write_model(path, config, settings)
         gc.collect()
         mx.clear_cache()
+        if options.beside:
+            measure_beside(path, options.count // 2, BESIDE_TOKENS, size)
+            return
         measure(path, options.count, options.length, pictures)
         gc.collect()
         mx.clear_cache()
