@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -29,6 +29,8 @@ _ORDER = frozenset({"previous", "written"})
 #: Kernels that write into their inputs' memory, or the host's, so that no output says so.
 _WRITE_ELSEWHERE: frozenset[str] = frozenset({"write", "quantise", "rotate", "deliver"})
 _ALIGNMENT = 256
+#: The address of an array that is not kept in memory.
+_NOWHERE = 0
 #: Operations of MLX of which there is no kernel of ours: x [rows, in] times weight [out, in], the
 #: same plus a bias [out], and arrays after each other.
 MATMUL = KernelSource("matmul", "", "", ("x", "weight"), ("out",))
@@ -44,6 +46,15 @@ class AddressesOf(Protocol):
 
         With `starts`, it is where the array itself starts, of which MLX may give a kernel a copy.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """An array that one kernel writes and the next one reads; it is not kept in memory."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    nbytes: int
 
 
 class NotRecordedError(EngineError):
@@ -62,9 +73,9 @@ class Note:
     body: Body | Literal["matmul", "join"]
     source: KernelSource
     template: Template
-    inputs: list[mx.array]
-    flat: list[mx.array]
-    outputs: list[mx.array]
+    inputs: Sequence[mx.array | Passing]
+    flat: Sequence[mx.array | Passing]
+    outputs: Sequence[mx.array | Passing]
     grid: tuple[int, int, int]
     threadgroup: tuple[int, int, int]
     shared_bytes: int
@@ -136,6 +147,25 @@ class Recorder:
             return self._by_mlx(MATMUL, "matmul", given, lambda: x @ weight.T)
         return self._by_mlx(MATMUL_AND_BIAS, "matmul", given, lambda: mx.addmm(bias, x, weight.T))
 
+    def multiply_by_computed(
+        self, x: mx.array, compute: Callable[[], mx.array], bias: mx.array | None = None
+    ) -> mx.array:
+        """Return `multiply` by the weight that one kernel computes, which is not kept in memory.
+
+        The weights of all layers together would not fit.
+        """
+        with recorded() as computed:
+            weight = compute()
+        if len(computed.notes) != 1:
+            raise NotRecordedError(f"MLX computes weights {weight.shape}")
+        out = self.multiply(x, weight, bias)
+        passing, product = Passing(weight.shape, weight.dtype, weight.nbytes), self.notes.pop()
+        inputs, flat = [*product.inputs], [*product.flat]
+        inputs[1] = flat[1] = passing
+        self.notes.append(replace(computed.notes[0], outputs=[passing]))
+        self.notes.append(replace(product, inputs=inputs, flat=flat))
+        return out
+
     def join(self, first: mx.array, second: mx.array) -> mx.array:
         """Return the rows of two arrays, by MLX."""
         given = [first, second]
@@ -167,6 +197,17 @@ def join(first: mx.array, second: mx.array) -> mx.array:
     """Return the rows of two arrays."""
     recorder = active()
     return mx.concatenate([first, second]) if recorder is None else recorder.join(first, second)
+
+
+def multiply_by_computed(
+    x: mx.array, compute: Callable[[], mx.array], bias: mx.array | None = None
+) -> mx.array:
+    """Return x [rows, in] times a weight [out, in], which one kernel computes, plus a bias."""
+    recorder = active()
+    if recorder is not None:
+        return recorder.multiply_by_computed(x, compute, bias)
+    transposed = compute().T
+    return x @ transposed if bias is None else mx.addmm(bias, x, transposed)
 
 
 def refuse(what: str) -> None:
@@ -252,12 +293,17 @@ class Trace:
         self.notes = notes
         self.names = [note.source.name for note in notes]
         arrays = [array for note in notes for array in (*note.flat, *note.outputs)]
-        found = iter(addresses([*arrays, *returned]))
+        kept = [array for array in arrays if not isinstance(array, Passing)]
+        found = iter(addresses([*kept, *returned]))
         self.inputs: list[list[int]] = []
         written: list[tuple[int, int, Output]] = []
         for index, note in enumerate(notes):
-            self.inputs.append([next(found) for _ in note.inputs])
+            self.inputs.append(
+                [_NOWHERE if isinstance(array, Passing) else next(found) for array in note.flat]
+            )
             for number, array in enumerate(note.outputs):
+                if isinstance(array, Passing):
+                    continue
                 start = next(found)
                 written.append((start, start + array.nbytes, Output(index, number)))
         self.returned = list(found)
@@ -274,7 +320,7 @@ class Trace:
             array
             for index, note in enumerate(self.notes)
             for array, address in zip(note.flat, self.inputs[index], strict=True)
-            if self.output(address, index) is None
+            if not isinstance(array, Passing) and self.output(address, index) is None
         ]
         self.notes = []
 
@@ -284,6 +330,7 @@ class Trace:
             (index, number): array
             for index, note in enumerate(self.notes)
             for number, array in enumerate(note.flat)
+            if not isinstance(array, Passing)
         }
         starts = addresses(list(flat.values()), starts=True)
         return {
@@ -318,6 +365,9 @@ def compare(first: Trace, second: Trace, addresses: AddressesOf) -> Recording:
             at = [trace.inputs[index][number] for trace in both]
             if name in _ORDER:
                 found.append(at[1])
+                continue
+            if isinstance(note.inputs[number], Passing):
+                found.append(Output(index - 1, 0))
                 continue
             if (index, number) in strided:
                 raise NotRecordedError(f"{note.body} reads a copy of {name}")

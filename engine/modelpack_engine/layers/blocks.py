@@ -12,7 +12,7 @@ experts, are computed in full for the time of its matmul.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -260,6 +260,7 @@ def multiply(
     """Return rows x [rows, inputs] times the weights [outputs, words]: [rows, outputs]."""
     rows = x.shape[0]
     if bias is not None and bias.dtype != x.dtype:
+        recording.refuse(f"adds a bias in {bias.dtype}")
         return multiply(x, weight, kind) + bias
     if launch.backend() != "none" and x.dtype in _TOLERANCES:
         if rows <= MOST_ROWS and x.dtype != mx.float32 and _has_tensor_cores():
@@ -268,9 +269,7 @@ def multiply(
                 return run_tiles(x, weight, kind, tile, bias)
         if rows <= FEW_ROWS and verdict(x.dtype, kind, _together(rows), bias is not None) is None:
             return run_dots(x, weight, kind, bias)
-    recording.refuse(f"multiplies {rows} rows")
-    product = x @ values(weight, kind, x.dtype).T
-    return product if bias is None else product + bias
+    return recording.multiply_by_computed(x, partial(values, weight, kind, x.dtype), bias)
 
 
 def most_rows() -> int:

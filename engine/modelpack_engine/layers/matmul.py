@@ -10,6 +10,7 @@ GGUF. MLX computes all other matmuls.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
@@ -45,10 +46,7 @@ def multiply(x: mx.array, weights: Weights) -> mx.array:
         return packed.multiply(x, weights, tile)
     if _takes(x, weights):
         return _run(x, weights, 1, (x.shape[0], weights.num_outputs))
-    product = _by_mlx(x, weights)
-    if weights.bias is None or weights.bits is None:
-        return product
-    return product + weights.bias
+    return _by_mlx(x, weights)
 
 
 def embedded(ids: mx.array, weights: Weights) -> mx.array | None:
@@ -110,23 +108,25 @@ def swiglu(x: mx.array, weights: Weights) -> mx.array:
 
 
 def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
-    """Multiply by MLX's functions; the bias of quantised weights is not added."""
-    weight, bits = weights.weight, weights.bits
-    recorder = recording.active()
-    if recorder is not None and bits is None:
-        return recorder.multiply(x, weight, weights.bias)
-    recording.refuse(f"multiplies {x.shape[0]} rows")
+    """Multiply by MLX's functions."""
+    weight, bits, bias = weights.weight, weights.bits, weights.bias
     if bits is None:
+        recorder = recording.active()
+        if recorder is not None:
+            return recorder.multiply(x, weight, bias)
         transposed = weight.T if weights.transposed is None else weights.transposed
-        return x @ transposed if weights.bias is None else mx.addmm(weights.bias, x, transposed)
+        return x @ transposed if bias is None else mx.addmm(bias, x, transposed)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
     if biases is not None and x.shape[0] > FEW_ROWS and is_affine(weights, x.dtype):
-        return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
-    return mx.quantized_matmul(
+        compute = partial(kernels.dequantise, weight, scales, biases, group_size, bits)
+        return recording.multiply_by_computed(x, compute, bias)
+    recording.refuse(f"multiplies {x.shape[0]} rows")
+    product = mx.quantized_matmul(
         x, weight, scales, biases,
         transpose=True, group_size=group_size, bits=bits, mode=weights.mode,
     )  # fmt: skip
+    return product if bias is None else product + bias
 
 
 def is_affine(weights: Weights, dtype: mx.Dtype) -> bool:

@@ -32,6 +32,7 @@ from modelpack_engine.kernels.recording import (
     Note,
     NotRecordedError,
     Output,
+    Passing,
     Recording,
     Trace,
     compare,
@@ -750,7 +751,7 @@ class Replays:
             reads = []
             for read, array in zip(recording.reads[index], note.inputs, strict=True):
                 reads.append(read if isinstance(read, int) else address_of(read))
-                if isinstance(read, int):
+                if isinstance(read, int) and not isinstance(array, Passing):
                     kept[id(array)] = array
             writes = [address_of(Output(index, number)) for number in range(len(note.outputs))]
             calls.append(self._call(note, reads, writes))
@@ -768,14 +769,15 @@ class Replays:
         return self._kernel_call(note, reads, writes)
 
     def _kernel_call(self, note: Note, reads: list[int], writes: list[int]) -> KernelCall:
+        inputs = [array for array in note.inputs if not isinstance(array, Passing)]
         kernel = GeneratedKernel(
-            note.source, note.inputs, note.template, [array.dtype for array in note.outputs]
+            note.source, inputs, note.template, [array.dtype for array in note.outputs]
         )
         if kernel.text not in self._codes:
             self._codes[kernel.text] = compiled_kernel(kernel)
         code = self._codes[kernel.text]
         arguments = []
-        for address, array, takes_shape in zip(reads, note.inputs, kernel.takes_shape, strict=True):
+        for address, array, takes_shape in zip(reads, inputs, kernel.takes_shape, strict=True):
             arguments.append(pointer_bytes(address))
             if takes_shape:
                 arguments.append(shape_bytes(array.shape))

@@ -14,6 +14,7 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from modelpack_engine.kernels import launch
+from modelpack_engine.kernels.recording import NotRecordedError, Passing, recorded
 from modelpack_engine.layers import blocks, matmul
 from modelpack_engine.layers.blocks import (
     BLOCK_TYPES,
@@ -129,6 +130,32 @@ def test_verdicts_name_wrong_kernels(
         problem = blocks.verdict(BF16, kind, 1)
     assert edited == [True]
     assert "is off by" in str(problem)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_many_rows_are_recorded(host: Host, biased: bool) -> None:
+    """The weights are computed in full, and only the matmul behind them reads them."""
+    del host
+    layer = linear("Q6_K", 48, 512)
+    bias = mx.arange(48).astype(BF16) if biased else None
+    x = mx.random.normal((blocks.MOST_ROWS + 9, 512), key=mx.random.key(3)).astype(BF16)
+    expected = blocks.multiply(x, layer.weight, layer.kind, bias)
+    with recorded() as recorder:
+        found = blocks.multiply(x, layer.weight, layer.kind, bias)
+    assert mx.array_equal(found, expected)
+    values, product = recorder.notes
+    assert (values.body, product.body) == ("block_values", "matmul")
+    assert [type(each) for each in values.outputs] == [Passing]
+    assert product.inputs[1] is values.outputs[0]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_weights_that_mlx_computes_are_not_recorded(biased: bool) -> None:
+    layer, x = linear("Q6_K", 48, 512), mx.ones((100, 512), BF16)
+    bias = mx.arange(48).astype(BF16) if biased else None
+    with recorded() as recorder, pytest.raises(NotRecordedError, match="MLX computes weights"):
+        blocks.multiply(x, layer.weight, layer.kind, bias)
+    assert not recorder.notes
 
 
 @pytest.mark.long

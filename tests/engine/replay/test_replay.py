@@ -22,9 +22,9 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.kernels import grouped, launch, operations, prefill
 from modelpack_engine.kernels.cuda import Compiled, GeneratedKernel
-from modelpack_engine.kernels.recording import Note, NotRecordedError, recorded
+from modelpack_engine.kernels.recording import Note, NotRecordedError, Passing, recorded
 from modelpack_engine.kernels.sources import kernel_source
-from modelpack_engine.layers import matmul
+from modelpack_engine.layers import matmul, packed
 from modelpack_engine.layers.weights import Weights
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.models.eagle import EagleHead
@@ -197,6 +197,7 @@ def make_engine(
     packed: bool = False,
     zeros: bool = False,
     biases: bool = False,
+    bits: int = 16,
     **given: Any,
 ) -> KernelEngine:
     model = tiny_llama(
@@ -209,6 +210,8 @@ def make_engine(
     model.set_dtype(mx.bfloat16)
     if packed:
         nn.quantize(model, 32, 4, class_predicate=lambda _, module: type(module) is nn.Embedding)
+    if bits < 16:
+        nn.quantize(model, 32, bits, class_predicate=lambda _, module: type(module) is nn.Linear)
     loaded = LoadedModel(model, {"vocab_size": VOCAB}, tiny_tokenizer(), "llama", 256, (), 0)
     config = EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=4, **given)
     return KernelEngine(loaded, config, draft=head)
@@ -880,8 +883,8 @@ def test_more_rows_than_are_planned_need_free_memory(
         (
             mx.zeros((200, 64), mx.float16),
             Weights(
-                mx.zeros((32, 8), mx.uint32), mx.zeros((32, 1), mx.float16),
-                mx.zeros((32, 1), mx.float16), None, 4, 64, "affine",
+                mx.zeros((32, 8), mx.uint32), mx.zeros((32, 1), mx.bfloat16),
+                mx.zeros((32, 1), mx.bfloat16), None, 4, 64, "affine",
             ),
         ),
     ],
@@ -957,6 +960,34 @@ def test_matmuls_by_mlx_are_recorded(
     notes = [call.note for calls in driver.graphs.values() for call in calls]
     assert {"matmul", "greedy"} <= {note.body for note in notes}
     assert any(len(note.inputs) == 3 for note in notes if note.body == "matmul") == biases
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_weights_are_dequantised_one_by_one(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, biases: bool
+) -> None:
+    """With many rows; each takes the memory of those before it."""
+    for takes in ("_takes", "_takes_one"):
+        monkeypatch.setattr(matmul, takes, lambda *given, **more: False)
+    monkeypatch.setattr(packed, "tile_for", lambda *given: None)
+    monkeypatch.setattr(packed, "fits_row", lambda *given: False)
+    monkeypatch.setattr(matmul, "FEW_ROWS", 0)
+    make = partial(make_engine, bits=4, biases=biases, layers=3)
+    wanted = by_mlx(SCENARIOS["batches"], make)
+    engine = make()
+    assert SCENARIOS["batches"](engine) == wanted
+    assert driver.num_launches == 7
+    for calls in driver.graphs.values():
+        bodies = [call.note.body for call in calls]
+        at = [index for index, body in enumerate(bodies) if body == "dequantise"]
+        assert len(at) >= 9
+        assert {bodies[index + 1] for index in at} == {"matmul"}
+        assert all(calls[index].writes[0] == calls[index + 1].reads[1] for index in at)
+        assert len({calls[index].writes[0] for index in at}) < len(at)
+        outputs = [each for index in at for each in calls[index].note.outputs]
+        assert {type(each) for each in outputs} == {Passing}, "they are not in memory"
+        biased = [len(calls[index + 1].note.inputs) == 3 for index in at]
+        assert any(biased) == biases
 
 
 def test_matmuls_in_another_order_are_left_to_mlx(
