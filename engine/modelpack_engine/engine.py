@@ -255,6 +255,8 @@ class Engine(BaseEngine):
             yield
         finally:
             self.memory_bytes += adapters.nbytes - before
+            if self._replays is not None:
+                self._replays.drop_stale()
 
     def _adapters_or_refuse(self) -> AdapterSet:
         if self._adapters is None:

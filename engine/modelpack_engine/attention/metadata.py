@@ -122,6 +122,10 @@ class AdapterMatrices(Protocol):
     def fuses(self) -> bool:
         """Whether kernels add what adapters change to all of `AdapterRows.joint`."""
 
+    @property
+    def version(self) -> int:
+        """Counts the changes of the matrices, from 1 on."""
+
     def arrays(self) -> list[mx.array]:
         """Return the matrices of all slots, as inputs of a compiled graph."""
 

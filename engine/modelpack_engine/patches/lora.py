@@ -181,8 +181,9 @@ class LoRALayers:
         self._stacks: dict[str, _Stack] = {}
         self._mixtures: set[int] = set()
         self._num_slots = 1
-        #: The layers that an adapter changes.
+        #: The layers that an adapter changes, and how often the matrices have changed.
         self.changed: tuple[str, ...] = ()
+        self.version = 0
         self._joined = self._fuses = True
         self._joint: list[_Joint] = []
         self._alone: list[_Stack] = []  # of layers that are not joint
@@ -200,6 +201,7 @@ class LoRALayers:
             self._stacks[name].set(slot, matrices)
         self.changed = tuple(name for name, stack in self._stacks.items() if stack.slots)
         self._joined = False  # by the next step with adapters: others may follow
+        self.version += 1
 
     def undo(self) -> None:
         """Restore the calls of all layers, and free the matrices."""

@@ -13,7 +13,7 @@ between host and GPU: each further array would move more pages.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -327,11 +327,12 @@ class CompiledSteps:
         token_ids: mx.array,
         packed: mx.array,
         input_embeddings: mx.array | None = None,
+        of_adapters: Sequence[mx.array] = (),
     ) -> mx.array:
         """Return the logits of a step that is not compiled, whose pools are written in place."""
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in self._adapted.paged]
         given = [] if input_embeddings is None else [input_embeddings]
-        logits, *_ = self._trace(layout, token_ids, packed, pools, [], [], given, [])
+        logits, *_ = self._trace(layout, token_ids, packed, pools, [], [], given, list(of_adapters))
         return logits[:, -1]
 
     def num_rows(self, batch: StepBatch) -> tuple[int, int]:

@@ -214,14 +214,15 @@ class _Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a graph is made for: a layout, whether its tokens are drawn, a draft's key, and whether
-    it reads embeddings.
+    """What a graph is made for: a layout, whether its tokens are drawn, a draft's key, whether it
+    reads embeddings, and the version of the adapters' matrices that it reads, or 0.
     """
 
     layout: Layout
     draws: bool
     draft: Hashable = None
     embedded: bool = False
+    adapters: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -322,6 +323,8 @@ class Replays:
         self._generation = 0  # of the last draft
         self._refused = 0  # shapes of few rows, before the first that was recorded
         self._refused_prompts = 0  # shapes with prompts, since the last that was recorded
+        self._adapters = 0  # the version of the adapters' matrices
+        self._refused_adapters = 0  # the version with which a step was refused
         #: Whether MLX runs all steps from now on.
         self.gave_up = False
         self._arena: mx.array | None = None
@@ -356,10 +359,15 @@ class Replays:
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step may be a graph, as far as its rows say."""
         return not (
-            self.gave_up or batch.prompt_logprob_rows or batch.adapter_slots
+            self.gave_up or batch.prompt_logprob_rows
             or not 0 < len(batch.sample_rows) <= _MOST_TOKENS or not self._compiled.takes(batch)
             or self._compiled.num_rows(batch)[1] > MOST_RECORDED_ROWS
+            or (batch.adapter_slots and not self._fuses_adapters())
         )  # fmt: skip
+
+    def _fuses_adapters(self) -> bool:
+        matrices = self._runner.adapter_rows.matrices
+        return matrices is None or matrices.fuses
 
     def step(
         self,
@@ -375,7 +383,7 @@ class Replays:
         If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded. For
         rows of pictures, `embed` returns the embeddings of all rows, [rows, width].
         """
-        if draft is not None and draft.num_found > _MOST_DRAFTED:
+        if draft is not None and (draft.num_found > _MOST_DRAFTED or batch.adapter_slots):
             self.end_run()
             return None
         if draft is not None and draft.generation != self._generation:
@@ -384,8 +392,10 @@ class Replays:
         adapted = self._runner.adapted
         adapted.begin(batch, by_segments=adapted.by_segments)
         packed = self._compiled.pack(batch, list(batch.sample_rows))
-        key = None if draft is None else draft.key
-        shape = _Shape(packed.layout, settings.size > 0, key, embed is not None)
+        self.drop_stale()
+        key, of_adapters = None if draft is None else draft.key, packed.of_adapters
+        version = self._adapters if of_adapters else 0
+        shape = _Shape(packed.layout, settings.size > 0, key, embed is not None, version)
         graph = self._graphs.get(shape)
         if graph is None:
             self._seen[shape] += 1
@@ -394,6 +404,7 @@ class Replays:
                 shape in self._graphs or self._seen[shape] != frequent
                 or len(self._graphs) >= _MOST_GRAPHS
                 or (batch.chunks and self._refused_prompts >= _MOST_REFUSED)
+                or (version and version == self._refused_adapters)
                 or not self._has_room(shape.num_rows)
             ):  # fmt: skip
                 self.end_run()
@@ -419,7 +430,9 @@ class Replays:
         is_new = graph is None
         if graph is None:
             self.drop_ahead()
-            graph = self._graphs[shape] = self._record(shape, place, count, draft, embeddings)
+            graph = self._graphs[shape] = self._record(
+                shape, place, count, draft, embeddings, of_adapters
+            )
             if graph is None:
                 return None
         adapted.finish(batch)
@@ -539,6 +552,23 @@ class Replays:
         graphs = [graph for graph in self._graphs.values() if graph is not None]
         self._graphs = {shape: None for shape, graph in self._graphs.items() if graph is None}
         self._seen.clear()
+        self._free(graphs)
+
+    def drop_stale(self) -> None:
+        """Drop the graphs that read matrices of adapters from before a change."""
+        matrices = self._runner.adapter_rows.matrices
+        version = 0 if matrices is None else matrices.version
+        if version == self._adapters:
+            return
+        self._adapters = version
+        stale = [s for s in {*self._seen, *self._graphs} if s.adapters not in (0, version)]
+        for shape in stale:
+            self._seen.pop(shape, None)
+        graphs = [self._graphs.pop(shape, None) for shape in stale]
+        self._free([graph for graph in graphs if graph is not None])
+
+    def _free(self, graphs: list[_Graph]) -> None:
+        """Wait for all steps, and free graphs."""
         try:
             self.driver.synchronise(self._stream)
             for graph in graphs:
@@ -638,6 +668,7 @@ class Replays:
         count: int,
         draft: DraftBehind | None,
         embeddings: _Embeddings | None,
+        of_adapters: list[mx.array],
     ) -> _Graph | None:
         """Record the step whose numbers are in `place`, and run its graph; return it.
 
@@ -652,9 +683,9 @@ class Replays:
                 (embedded,) = addresses([given])
                 self._copy(embeddings, embedded)
             self.driver.synchronise(self._stream)
-            first = self._traced(shape, count, draft, given)
+            first = self._traced(shape, count, draft, given, of_adapters)
             first.release()
-            second = self._traced(shape, count, draft, given)
+            second = self._traced(shape, count, draft, given, of_adapters)
             num_found = 0 if draft is None else draft.num_found
             written = place.tokens[: shape.num_sampled], place.drafted[:num_found]
             expected = np.concatenate(written)
@@ -690,7 +721,9 @@ class Replays:
 
     def _refuse(self, shape: _Shape, draft: DraftBehind | None) -> None:
         """Count a shape that cannot be recorded."""
-        if shape.layout.tiles:
+        if shape.adapters:
+            self._refused_adapters = shape.adapters
+        elif shape.layout.tiles:
             self._refused_prompts += 1
         elif draft is None and shape.num_rows <= _FEW_ROWS and 0 <= self._refused < _MOST_REFUSED:
             self._refused += 1
@@ -698,7 +731,12 @@ class Replays:
                 self._give_up("no shape of few rows can be recorded")
 
     def _traced(
-        self, shape: _Shape, count: int, draft: DraftBehind | None, embeddings: mx.array | None
+        self,
+        shape: _Shape,
+        count: int,
+        draft: DraftBehind | None,
+        embeddings: mx.array | None,
+        of_adapters: list[mx.array],
     ) -> Trace:
         """Run a step by single kernels; it returns the next ids."""
         memory, rows = self._memories[-1].array, shape.num_rows
@@ -709,7 +747,9 @@ class Replays:
         middle = count - _NUM_HALVES // 2  # the address of the tokens is before that of the draft
         with recorded() as recorder:
             token_ids = take(memory, index)
-            logits = self._compiled.trace(shape.layout, token_ids, numbers[:columns], embeddings)
+            logits = self._compiled.trace(
+                shape.layout, token_ids, numbers[:columns], embeddings, of_adapters
+            )
             verdict = sampler.verdict if shape.draws else sampler.greedy_verdict
             if (problem := verdict(logits.dtype, logits.shape[-1])) is not None:
                 raise NotRecordedError(problem)

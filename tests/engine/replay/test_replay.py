@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,15 +17,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from modelpack.formats.adapter import Adapter, read_adapter
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
-from modelpack_engine.kernels import grouped, launch, operations, prefill
+from modelpack_engine.kernels import grouped, launch, operations, prefill, recording
 from modelpack_engine.kernels.cuda import Compiled, GeneratedKernel
 from modelpack_engine.kernels.recording import Note, NotRecordedError, Passing, recorded
 from modelpack_engine.kernels.sources import kernel_source
-from modelpack_engine.layers import matmul, packed
+from modelpack_engine.layers import adapters, matmul, packed
 from modelpack_engine.layers.weights import Weights
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.models.eagle import EagleHead
@@ -49,6 +51,8 @@ from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.head_runner import DraftWithin, HeadRunner
 from modelpack_engine.speculation.ngram import NgramProposer
 from modelpack_engine.speculation.speculator import Speculator
+from tests.adapters import write_peft
+from tests.engine.adapters.test_zoo import linears
 from tests.engine.kernels.onhost import Host, address_of, emulated
 from tests.engine.runner.models import tiny_llama
 from tests.engine.serving.tiny import VOCAB, tiny_tokenizer
@@ -960,6 +964,92 @@ def test_matmuls_by_mlx_are_recorded(
     notes = [call.note for calls in driver.graphs.values() for call in calls]
     assert {"matmul", "greedy"} <= {note.body for note in notes}
     assert any(len(note.inputs) == 3 for note in notes if note.body == "matmul") == biases
+
+
+def adapter(directory: Path, seed: int) -> Adapter:
+    model = tiny_llama(
+        num_hidden_layers=1, hidden_size=64, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCAB,
+    )  # fmt: skip
+    directory = directory / str(seed)
+    return read_adapter(write_peft(directory, linears(model), rank=3, seed=seed, size=0.4))
+
+
+def with_adapters(engine: Engine, directory: Path) -> list[Tokens]:
+    """Batches with two adapters and the base, before and after another adapter has come."""
+    engine.add_adapter("a", adapter(directory, 1), "a")
+    engine.add_adapter("b", adapter(directory, 2), "b")
+    found = []
+    for turn in range(4):
+        if turn == 2:
+            engine.remove_adapter("b")
+            engine.add_adapter("b", adapter(directory, 3), "c")
+        for name, prompt in (("a", [1, 2, 3]), ("b", [5, 6, 7, 8, 9]), (None, [9, 8])):
+            params = SamplingParams(max_tokens=14, temperature=0, ignore_eos=True)
+            engine.add_request(str(name), EngineRequest(prompt, params, adapter=name))
+        found.append(step(engine, {}))
+    return found
+
+
+def test_steps_with_adapters(driver: FakeDriver, tmp_path: Path) -> None:
+    """A graph reads the matrices of its time; it is dropped when they change."""
+    make = partial(make_engine, max_loras=3)
+    wanted: list[Tokens] = []
+    by_mlx(lambda engine: wanted.extend(with_adapters(engine, tmp_path)) or {}, make)
+    assert wanted[0] == wanted[1] != wanted[2] == wanted[3]
+    assert len(set(map(tuple, wanted[0].values()))) == 3
+    engine = make()
+    replays = engine._replays
+    assert replays is not None
+    made: list[tuple[int, int]] = []
+    record = replays._record
+
+    def noted(shape: Any, *given: Any) -> Any:
+        found = record(shape, *given)
+        made.append((shape.adapters, int(found is not None)))
+        return found
+
+    replays._record = noted  # type: ignore[method-assign]
+    assert with_adapters(engine, tmp_path) == wanted
+    versions = sorted({version for version, _ in made})
+    assert len(versions) == 2
+    assert versions[0] >= 2
+    assert all(works for _, works in made)
+    live = {shape.adapters for shape, graph in replays._graphs.items() if graph}
+    assert live == {versions[1]}
+    assert len(driver.graphs) == sum(graph is not None for graph in replays._graphs.values())
+    bodies = {call.note.body for calls in driver.graphs.values() for call in calls}
+    assert {"adapters", "adapters_norm"} & bodies
+    engine.remove_adapter("a")
+    engine.remove_adapter("b")
+    assert not driver.graphs, "they would keep the matrices"
+    engine.close()
+
+
+def test_steps_with_adapters_that_cannot_be_recorded(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One is tried for each version of the matrices; those of the base are graphs."""
+    make = partial(make_engine, max_loras=3)
+    wanted: list[Tokens] = []
+    by_mlx(lambda engine: wanted.extend(with_adapters(engine, tmp_path)) or {}, make)
+    add, tried = adapters.add, []
+
+    def refusing(*given: Any, **more: Any) -> mx.array:
+        if recording.active() is not None:
+            tried.append(given)
+        recording.refuse("adds adapters")
+        return add(*given, **more)
+
+    monkeypatch.setattr(adapters, "add", refusing)
+    engine = make()
+    assert with_adapters(engine, tmp_path) == wanted
+    assert len(tried) == 2
+    assert SCENARIOS["batches"](engine) == expected("batches")
+    assert engine._replays is not None
+    assert not engine._replays.gave_up
+    assert driver.graphs
+    engine.close()
 
 
 @pytest.mark.parametrize("biases", [False, True])
