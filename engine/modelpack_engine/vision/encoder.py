@@ -17,11 +17,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from modelpack_engine.core.batch import MediaRows, StepBatch
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.kernels import launch
 from modelpack_engine.layers.cross_attention import Crossing
+from modelpack_engine.platform.device import available_memory
 from modelpack_engine.request import Media
 from modelpack_engine.vision.models import Encode, VisionModel
 from modelpack_engine.vision.processor import Picture, PictureProcessor
@@ -30,6 +33,8 @@ from modelpack_engine.vision.videos import Video, VideoProcessor
 
 #: Bytes of embeddings that are kept, and for models with cross-attention, also pictures.
 MAX_CACHE_BYTES, LEAST_PICTURES = 256 * 1024 * 1024, 8
+#: Bytes of evicted embeddings in host memory: at most an eighth of what is available.
+MAX_HOST_BYTES, _HOST_PART = 1024**3, 8
 
 _log = logging.getLogger(__name__)
 _FAILURES = (
@@ -38,8 +43,62 @@ _FAILURES = (
 )  # fmt: skip
 
 
+#: An owner, and the digest of a picture.
+Key = tuple[bytes, bytes]
+
+
+class HostCache:
+    """Copies in host memory of the embeddings that `VisionEncoder` evicts (LRU).
+
+    On CUDA, MLX moves an array that the host reads, which a step in flight may be using. `save`
+    therefore lets the device copy the bytes, and `collect` reads the copy before a later step, when
+    the device has made it. An embedding has a copy until the host's limit drops it.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._saving: dict[Key, tuple[mx.array, mx.Dtype, tuple[int, ...]]] = {}
+        self._kept: OrderedDict[Key, tuple[NDArray[np.uint8], mx.Dtype, tuple[int, ...]]]
+        self._kept = OrderedDict()
+        #: The bytes of the copies.
+        self.nbytes = 0
+
+    def save(self, key: Key, made: mx.array) -> None:
+        """Start copying embeddings, unless there is a copy or they exceed the limit."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        elif made.nbytes <= self._max_bytes:
+            content = made.flatten().view(mx.uint8) | 0  # the view alone would share the memory
+            mx.async_eval(content)
+            self._saving[key] = content, made.dtype, made.shape
+
+    def collect(self) -> None:
+        """Move the copies that were started to host memory."""
+        saving, self._saving = self._saving, {}
+        for key, (content, dtype, shape) in saving.items():
+            self._kept[key] = np.array(content), dtype, shape
+            self.nbytes += content.nbytes
+            while self.nbytes > self._max_bytes:
+                _, (oldest, *_) = self._kept.popitem(last=False)
+                self.nbytes -= oldest.nbytes
+
+    def load(self, key: Key) -> mx.array | None:
+        """Return embeddings on the device with the bits that were saved; None without a copy."""
+        if key in self._saving:  # evicted in this step
+            self.collect()
+        if key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        content, dtype, shape = self._kept[key]
+        made = mx.array(content).view(dtype).reshape(shape)
+        mx.async_eval(made)
+        return made
+
+
 class VisionEncoder:
     """Runs the vision tower of a model; keeps embeddings by the digest of their picture (LRU).
+
+    Up to `max_bytes` stay on the device, and what it evicts, up to `host_bytes` in host memory.
 
     Owners share none: the time of a reply would tell which pictures another one has sent.
 
@@ -62,13 +121,15 @@ class VisionEncoder:
         hidden: tuple[tuple[int, ...], int] | None = None,
         crossing: Crossing | None = None,
         picture_bytes: int = 0,
+        host_bytes: int = 0,
     ) -> None:
         self._crossing, self._picture_bytes = crossing, picture_bytes
-        self._users: dict[tuple[bytes, bytes], weakref.WeakSet[Media]] = {}
+        self._users: dict[Key, weakref.WeakSet[Media]] = {}
         self._model, self._max_bytes, self._hidden = model, max_bytes, hidden
-        self._kept: OrderedDict[tuple[bytes, bytes], mx.array] = OrderedDict()
+        self._kept: OrderedDict[Key, mx.array] = OrderedDict()
         self._nbytes = 0
-        self._step: dict[tuple[bytes, bytes], mx.array] = {}  # those of the step being built
+        self._host = HostCache(host_bytes)
+        self._step: dict[Key, mx.array] = {}  # those of the step being built
         self._num_encoded = 0  # in this step
         self._failures: list[tuple[Sequence, RequestError]] = []
         #: Pictures whose embeddings were in the cache, and those that were computed.
@@ -100,7 +161,8 @@ class VisionEncoder:
         return all(made.ndim == 2 for made in self._step.values())
 
     def begin_step(self) -> None:
-        """Forget what the step before needed."""
+        """Forget what the step before needed; move what it evicted to the host."""
+        self._host.collect()
         self._step.clear()
         self._num_encoded = 0
 
@@ -114,7 +176,7 @@ class VisionEncoder:
         """Return whether a picture can be a part of this step; encode it if there is time.
 
         `alone` says that no sequence decodes in the step. A picture that cannot be encoded is one
-        of `take_failures`.
+        of `take_failures`. Copying one back from the host counts as encoding it.
         """
         key = sequence.owner, media.digest
         if key in self._step:
@@ -156,6 +218,11 @@ class VisionEncoder:
             self.hits += 1
             self._kept.move_to_end(key)
             return found
+        found = self._host.load(key)
+        if found is not None:
+            self.hits += 1
+            self._keep(key, found)
+            return found
         self.misses += 1
         inputs = {name: mx.array(value) for name, value in media.inputs.items()}
         try:
@@ -171,7 +238,7 @@ class VisionEncoder:
         self._keep(key, made)
         return made
 
-    def _keep(self, key: tuple[bytes, bytes], made: mx.array) -> None:
+    def _keep(self, key: Key, made: mx.array) -> None:
         if made.nbytes > self._max_bytes:
             return
         self._kept[key] = made
@@ -180,7 +247,9 @@ class VisionEncoder:
             if self._nbytes <= self._max_bytes:
                 break
             self._users.pop(idle, None)
-            self._nbytes -= self._kept.pop(idle).nbytes
+            evicted = self._kept.pop(idle)
+            self._nbytes -= evicted.nbytes
+            self._host.save(idle, evicted)
 
     def shown_ids(self, token_ids: mx.array) -> mx.array:
         """Return the ids that the language model sees in a step with pictures.
@@ -233,6 +302,17 @@ class VisionEncoder:
                 yield start, stop, seen
 
 
+def host_limit() -> int:
+    """Return the bytes of host memory for embeddings that the device's cache evicts.
+
+    0 on a CPU and with Metal's unified memory: there, the device's memory is the host's, and copies
+    would gain nothing over a larger cache.
+    """
+    if launch.backend() != "cuda":
+        return 0
+    return min(MAX_HOST_BYTES, available_memory() // _HOST_PART)
+
+
 @dataclass(frozen=True, slots=True)
 class Vision:
     """What a model needs to read pictures: the processor before, and the encoder in its engine."""
@@ -282,8 +362,9 @@ def open_vision(
     most = max(MAX_CACHE_BYTES, LEAST_PICTURES * size)
     processor.max_pictures = most // size if size else 0
     encoder = VisionEncoder(
-        model, most, hidden=processor.hidden, crossing=crossing, picture_bytes=size
-    )
+        model, most, hidden=processor.hidden, crossing=crossing, picture_bytes=size,
+        host_bytes=host_limit(),
+    )  # fmt: skip
     return Vision(processor, encoder)
 
 

@@ -20,7 +20,7 @@ from modelpack_engine.errors import EngineError, QueueFullError, RequestError
 from modelpack_engine.layers.cross_attention import Crossing
 from modelpack_engine.patches.modules import ClassSwaps, add_to_layers
 from modelpack_engine.request import EngineRequest, Media, SamplingParams
-from modelpack_engine.vision.encoder import VisionEncoder, open_vision
+from modelpack_engine.vision.encoder import HostCache, VisionEncoder, open_vision
 from modelpack_engine.vision.models import VisionModel
 from modelpack_engine.vision.processor import Picture
 from tests.engine.serving.tiny import tiny_engine as text_engine
@@ -345,6 +345,98 @@ def test_the_cache_of_embeddings_is_bounded() -> None:
     assert encoder.nbytes == 2 * 3 * 4 * 4
     encoder.embeddings(Media(0, tuple(range(99)), b"large", {}))
     assert encoder.nbytes == 2 * 3 * 4 * 4
+
+
+class NumberingModel(CountingModel):
+    """Embeds every token as the number of the call."""
+
+    def embed(self, token_ids: mx.array, inputs: object) -> mx.array:
+        return super().embed(token_ids, inputs) * self.calls
+
+
+def test_evicted_embeddings_return_from_the_host() -> None:
+    """The device has room for one of three pictures, the host for two."""
+    model = NumberingModel()
+    encoder = VisionEncoder(model, max_bytes=48, host_bytes=2 * 48)
+    media = [Media(0, (1, 2, 3), bytes([i]), {}) for i in range(3)]
+    steps = [
+        # the pictures of a step, their numbers, and how many the host keeps when it begins
+        ([0, 1, 0], [1, 2, 1], 0),  # evicted and used again in one step
+        ([1], [2], 2),
+        ([2], [3], 2),
+        ([0], [1], 2),
+        ([1], [4], 2),  # the host has dropped the least recently used
+        ([2], [3], 2),
+    ]
+    for pictures, numbers, num_kept in steps:
+        encoder.begin_step()
+        assert encoder._host.nbytes == num_kept * 48
+        found = [encoder.embeddings(media[each]) for each in pictures]
+        assert [each.tolist() for each in found] == [[[n] * 4] * 3 for n in numbers]
+        assert encoder.nbytes == 48
+    assert (model.calls, encoder.hits, encoder.misses) == (4, 4, 4)
+
+
+@pytest.mark.parametrize("kind", kinds("llava", "qwen3_vl", "mllama"))
+def test_an_evicted_picture_is_not_encoded_again(kind: str) -> None:
+    """Those of DeepStack and of cross-attention have more dimensions."""
+    engine = tiny.tiny_engine(kind, enable_prefix_caching=False)
+    assert engine.vision is not None
+    encoder, text, other = engine.vision.encoder, "<image>What is it?", picture(4)
+    encoder._host = HostCache(1 << 24)
+    for each, misses in ((ONE, 1), (other, 2), (ONE, 2), (other, 2)):
+        expected = tiny.expected(kind, text, [each])
+        assert run(engine, request(engine, text, [each])) == [expected]
+        run(engine, request(engine, "hello", []))  # the engine holds its last step
+        assert encoder.misses == misses
+        if misses == 1:
+            encoder._max_bytes = encoder.nbytes
+        assert len(encoder._kept) == 1
+
+
+#: The shapes of embeddings, of those with DeepStack, and of keys and values of layers.
+@pytest.mark.parametrize("shape", [(3, 8), (4, 3, 8), (2, 2, 4, 3, 8)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_the_host_keeps_every_bit(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
+    """Bits of NaNs too, and those of an array that is not contiguous."""
+    size = (2 * int(np.prod(shape)) * dtype.size,)
+    bits = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    made = mx.array(bits).view(dtype).reshape(*shape[:-1], -1)[..., ::2]
+    host, key = HostCache(made.nbytes), (b"", b"one")
+    host.save(key, made)
+    host.collect()
+    found = host.load(key)
+    assert found is not None
+    assert (found.dtype, found.shape) == (dtype, shape)
+    number = {2: mx.uint16, 4: mx.uint32}[dtype.size]
+    assert found.view(number).tolist() == made.view(number).tolist()
+    assert host.nbytes == made.nbytes
+    host.save((b"", b"large"), mx.concatenate([made, made]))
+    host.collect()
+    assert host.load(key) is not None, "what exceeds the limit drops nothing"
+
+
+@pytest.mark.parametrize(
+    ("backend", "available", "limit"),
+    [
+        ("none", 1 << 40, 0),
+        ("metal", 1 << 40, 0),
+        ("cuda", 1 << 40, 1 << 30),
+        ("cuda", 1 << 30, 1 << 27),
+    ],
+)
+def test_the_host_keeps_embeddings_only_for_devices_with_their_own_memory(
+    backend: str, available: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny.tiny_loaded("llava")
+    assert loaded.vision is not None
+    encode = lambda text: loaded.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    launch = SimpleNamespace(backend=lambda: backend)
+    monkeypatch.setattr("modelpack_engine.vision.encoder.launch", launch)
+    monkeypatch.setattr("modelpack_engine.vision.encoder.available_memory", lambda: available)
+    settings = tiny.config_of("llava"), tiny.settings_of("llava")
+    vision = open_vision(loaded.vision.encoder._model, *settings, encode)
+    assert vision.encoder._host._max_bytes == limit
 
 
 def test_owners_share_no_embeddings() -> None:
