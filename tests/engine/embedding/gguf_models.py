@@ -1,12 +1,14 @@
-"""BERT as llama.cpp's converter writes it: names from gguf-py, WordPiece with ▁ for ##.
+"""BERT and nomic-bert as llama.cpp's converter writes them: gguf-py's names, WordPiece with ▁.
 
-Source: llama.cpp conversion/bert.py (BertModel.set_vocab, BertModel.modify_tensors).
+Source: llama.cpp conversion/bert.py (BertModel.set_vocab, BertModel.modify_tensors,
+NomicBertModel.set_gguf_parameters).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import mlx.core as mx
@@ -16,20 +18,29 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def convert(source: Path, target: Path, *, half: bool = False, pooling: int = 1) -> Path:
-    """Write the BERT model in the directory `source` as a GGUF file; return `target`."""
+    """Write the model in the directory `source` as a GGUF file; return `target`."""
     config = json.loads((source / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(target), "bert")
+    nomic = config["model_type"] == "nomic_bert"
+    kind = gguf.MODEL_ARCH.NOMIC_BERT if nomic else gguf.MODEL_ARCH.BERT
+
+    def field(*keys: str) -> Any:
+        return next(config[key] for key in keys if key in config)
+
+    writer = gguf.GGUFWriter(str(target), gguf.MODEL_ARCH_NAMES[kind])
     writer.add_name("minilm")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-12))
+    writer.add_context_length(field("max_position_embeddings", "max_trained_positions"))
+    writer.add_embedding_length(field("hidden_size", "n_embd"))
+    num_layers = field("num_hidden_layers", "n_layer")
+    writer.add_block_count(num_layers)
+    writer.add_feed_forward_length(field("intermediate_size", "n_inner"))
+    writer.add_head_count(field("num_attention_heads", "n_head"))
+    writer.add_layer_norm_eps(config.get("layer_norm_epsilon", config.get("layer_norm_eps", 1e-12)))
+    if nomic:
+        writer.add_rope_freq_base(config["rotary_emb_base"])
     writer.add_causal_attention(False)
     writer.add_pooling_type(gguf.PoolingType(pooling))
     _add_vocabulary(writer, source)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(kind, num_layers)
     for name, array in mx.load(str(source / "model.safetensors")).items():
         if name.endswith("position_ids") or name.startswith("pooler."):
             continue
@@ -60,5 +71,5 @@ def _add_vocabulary(writer: gguf.GGUFWriter, source: Path) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_type_count(2)
-    for name, piece in (("pad", "[PAD]"), ("unk", "[UNK]"), ("sep", "[SEP]")):
+    for name, piece in (("pad", "[PAD]"), ("unk", "[UNK]"), ("bos", "[CLS]"), ("sep", "[SEP]")):
         getattr(writer, f"add_{name}_token_id")(vocabulary[piece])

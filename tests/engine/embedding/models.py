@@ -62,6 +62,42 @@ def write_model(
     return root
 
 
+def write_nomic(root: Path) -> Path:
+    """Write the tiny nomic_bert model as its own code saves it, with fused attention weights."""
+    write_model(root, "nomic_bert")
+    path = root / "model.safetensors"
+    old = {name: mx.array(np.array(array)) for name, array in mx.load(str(path)).items()}
+    new = {}
+    for name, array in old.items():
+        if "_proj" in name and "self_attn" in name and "o_proj" not in name:
+            continue
+        for before, after in (
+            ("layers.", "encoder.layers."),
+            ("embeddings.LayerNorm", "emb_ln"),
+            ("self_attn.o_proj", "attn.out_proj"),
+            ("up_proj", "fc11"),
+            ("gate_proj", "fc12"),
+            ("down_proj", "fc2"),
+            ("post_attention_layernorm", "norm1"),
+            ("post_mlp_layernorm", "norm2"),
+        ):
+            name = name.replace(before, after)
+        new[name] = array
+    for layer in range(2):
+        parts = [old[f"layers.{layer}.self_attn.{part}_proj.weight"] for part in "qkv"]
+        new[f"encoder.layers.{layer}.attn.Wqkv.weight"] = mx.concatenate(parts, axis=0)
+    path.unlink()
+    mx.save_safetensors(str(path), new)
+    config = {
+        "model_type": "nomic_bert", "vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4,
+        "n_inner": 48, "activation_function": "swiglu", "type_vocab_size": 2, "prenorm": False,
+        "rotary_emb_fraction": 1.0, "rotary_emb_base": 1000, "qkv_proj_bias": False,
+        "mlp_fc1_bias": False, "layer_norm_epsilon": 1e-12, "max_trained_positions": 160,
+    }  # fmt: skip
+    (root / "config.json").write_text(json.dumps(config))
+    return root
+
+
 def write_modules(root: Path, *modules: tuple[str, Mapping[str, Any]]) -> None:
     """Write modules.json: a Transformer, then a directory and a config for each module."""
     listed = [("", "Transformer")]

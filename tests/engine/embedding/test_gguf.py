@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from modelpack_engine.embedding import CrossEncoder, Embedder, load_embedder, purpose_of
+from modelpack_engine.embedding.encoder import Encoder
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import ModelFiles
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.gguf_tokenizer import tokenizer_of
 from tests.engine.embedding.gguf_models import convert
-from tests.engine.embedding.models import golden, write_model
+from tests.engine.embedding.models import golden, write_model, write_nomic
+from tests.engine.loaders.llama_cpp_peer import ask
 from tests.engine.loaders.tiny_models import PROMPT, TINY_MODELS
 
 SENTENCES = golden("minilm")["sentences"]
@@ -54,6 +56,53 @@ def test_half_precision(tmp_path: Path) -> None:
     texts = ["w5 w6 w40", "w9"]
     difference = np.array(whole.embed(texts).vectors) - np.array(half.embed(texts).vectors)
     assert 0 < np.abs(difference).max() < 1e-2
+
+
+def tiny_texts() -> list[str]:
+    return ["w5 w6 w40", "w9", " ".join(f"w{4 + (at * at) % 90}" for at in range(60))]
+
+
+def test_nomic_bert(tmp_path: Path) -> None:
+    """The file has fused attention weights, a gate and a rope base, but no positions."""
+    source = write_nomic(tmp_path)
+    path = convert(source, tmp_path / "nomic.gguf")
+    assert purpose_of(ModelFiles.from_directory(path)) == "embedding"
+    model, wanted = load(path), load(source)
+    assert isinstance(model, Embedder)
+    assert isinstance(wanted, Embedder)
+    assert model.config.architecture == wanted.config.architecture == "nomic_bert"
+    assert (model.config.dimension, model.config.max_length) == (32, 160)
+    assert isinstance(model.backbone, Encoder)
+    assert isinstance(wanted.backbone, Encoder)
+    assert model.backbone.config == wanted.backbone.config
+    got = np.array(model.embed(tiny_texts()).vectors)
+    assert np.abs(got - np.array(wanted.embed(tiny_texts()).vectors)).max() < 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.peer("llama-cpp-python")
+@pytest.mark.parametrize("name", ["bert", "nomic_bert"])
+def test_the_vectors_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    source = write_nomic(tmp_path) if name == "nomic_bert" else write_model(tmp_path, name)
+    path = convert(source, tmp_path / "m.gguf")
+    (answer,) = ask([{"task": "embed", "model": str(path), "texts": tiny_texts()}], tmp_path)
+    model = load(path)
+    assert isinstance(model, Embedder)
+    got = np.array(model.embed(tiny_texts()).vectors)
+    assert np.abs(got - np.array(answer["vectors"])).max() < 1e-3
+
+
+def test_nomic_bert_needs_a_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = gguf.GGUFWriter.add_tensor
+
+    def add_without(self: gguf.GGUFWriter, name: str, values: np.ndarray) -> None:
+        if not name.endswith("ffn_gate.weight"):
+            add(self, name, values)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_without)
+    path = convert(write_nomic(tmp_path), tmp_path / "nomic.gguf")
+    with pytest.raises(ModelLoadError, match="an MLP without a gate, or with experts"):
+        load(path)
 
 
 def test_wordpiece(converted: Path, embedder: Embedder) -> None:

@@ -79,6 +79,24 @@ def logits(model: str, prompts: list[list[int]], every: int = 1, greedy: int = 0
     return answer
 
 
+def embed(model: str, texts: list[str]) -> dict[str, Any]:
+    """Return the vector of each text, of length 1, pooled as the file says."""
+    llama = llama_cpp.Llama(
+        model,
+        embedding=True,
+        n_ctx=128,
+        n_batch=128,
+        n_ubatch=128,
+        n_threads=1,
+        n_threads_batch=1,
+        flash_attn=False,
+        verbose=False,
+    )
+    answer = {"vectors": [llama.embed(text, normalize=True) for text in texts]}
+    llama.close()
+    return answer
+
+
 def quantize(source: str, target: str, type: str, pure: bool = False) -> dict[str, Any]:
     """Write the model in `source` to `target` in another file type, such as Q4_K_M.
 
@@ -119,7 +137,7 @@ def dequantize(source: str, target: str, type: int, count: int) -> dict[str, Any
     return {"type": traits.type_name.decode()}
 
 
-TASKS = {task.__name__: task for task in (tokenize, logits, quantize, dequantize)}
+TASKS = {task.__name__: task for task in (tokenize, logits, embed, quantize, dequantize)}
 
 
 def main() -> None:
