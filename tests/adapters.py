@@ -58,8 +58,9 @@ def write_peft(
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
     for name, (a, b) in random_pairs(targets, rank, seed, size).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+        form = "lora_embedding_{}" if name.endswith("embed_tokens") else "lora_{}.weight"
+        for part, matrix in (("A", a), ("B", b)):
+            tensors[f"base_model.model.{name}.{form.format(part)}"] = matrix
     save_file({**tensors, **(extra or {})}, directory / "adapter_model.safetensors")
     fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none",
               "base_model_name_or_path": "team/base"}  # fmt: skip

@@ -218,8 +218,10 @@ _PEFT_REFUSED: Final = (
 _PEFT_PREFIX: Final = "base_model.model."
 _PEFT_NAME: Final = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<table>[AB])"
-    r"|lora_(?P<magnitude>magnitude_vector)(?:\.weight)?)\Z"
+    r"|lora_(?P<magnitude>magnitude_vector)(?:\.weight)?|(?P<base>base_layer)\.weight)\Z"
 )
+#: Initialisations that change the weights of the base too, unless PEFT converts what it saves.
+_PEFT_CHANGES_BASE: Final = ("pissa", "olora", "corda", "lora_ga")
 
 
 class _Peft(_Reader):
@@ -238,11 +240,17 @@ class _Peft(_Reader):
                 )
         if fields.get("bias", "none") != "none":
             raise self.error(f"bias is {str(fields['bias'])[:40]!r}, expected 'none'")
+        start = str(fields.get("init_lora_weights"))
+        if start.startswith(_PEFT_CHANGES_BASE):
+            raise self.error(
+                f"init_lora_weights is {start[:40]!r}, which changes the base too",
+                hint="save the adapter with PEFT's path_initial_model_for_weight_conversion",
+            )
         rank, alpha = (
             self.whole(fields.get("r"), "r"),
             self.number(fields.get("lora_alpha", 8), "lora_alpha"),
         )
-        ranks, alphas = self.table("rank_pattern"), self.table("alpha_pattern")
+        ranks, alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
         targets = []
         for module, parts in self.grouped(tensors, _peft_parts).items():
             a, b = self.pair(module, parts)
@@ -264,25 +272,51 @@ class _Peft(_Reader):
             )  # fmt: skip
             if fields.get("use_dora") and vector is None:
                 raise self.fault(f"{module}: use_dora is set, but it has no magnitude")
+            self._check_copy(target, parts.get("base"))
             targets.append(self.checked(target, parts))
         return _Read("peft", self.base("base_model_name_or_path"), tuple(targets))
+
+    def _patterns(self, name: str) -> Mapping[str, Any]:
+        """Return a table by names of modules; those that PEFT takes as expressions are refused."""
+        table = self.table(name)
+        for pattern in table:
+            if not _PATTERN.match(pattern):
+                raise self.error(
+                    f"{name} has the expression {pattern[:100]!r}, expected names of modules"
+                )
+        return table
+
+    def _check_copy(self, target: Target, copy: TensorInfo | None) -> None:
+        """Raise `AdapterError` if PEFT's copy of an embedding or head has the shape of another.
+
+        PEFT saves the base's weight with the adapter of such a layer. Training leaves it as it is,
+        so it is not read.
+        """
+        wanted = (target.outputs, target.inputs)
+        if target.embedding:
+            wanted = wanted[::-1]
+        if copy is not None and copy.shape != wanted:
+            raise self.fault(
+                f"{copy.name[:200]} has shape {list(copy.shape)}, expected {list(wanted)}"
+            )
 
 
 def _peft_parts(name: str) -> tuple[str, str] | None:
     found = _PEFT_NAME.match(name.removeprefix(_PEFT_PREFIX))
     if found is None:
         return None
-    return found["module"], (found["part"] or found["table"] or "magnitude").lower()
+    part = found["part"] or found["table"] or ("base" if found["base"] else "magnitude")
+    return found["module"], part.lower()
+
+
+#: A module's path or its end; after ^ only the whole path.
+_PATTERN: Final = re.compile(r"\^?[\w.]+\Z")
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """Return the value of the first pattern that is `module` or its end.
-
-    PEFT's patterns are regular expressions; those that are more than a name match nothing here, and
-    the rank's check refuses the adapter.
-    """
+    """Return the value of the first pattern that is `module` or its end."""
     for pattern, value in patterns.items():
-        if module == pattern or module.endswith(f".{pattern}"):
+        if module == pattern.removeprefix("^") or module.endswith(f".{pattern}"):
             return value
     return default
 

@@ -48,6 +48,48 @@ def test_scales(tmp_path: Path) -> None:
     assert read_adapter(file).targets[0].scale == 3.0
 
 
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", "self_attn.q_proj", MODULE, f"^{MODULE}"])
+def test_patterns(pattern: str, tmp_path: Path) -> None:
+    """A module's own rank divides its own alpha; others keep the rank and alpha of all."""
+    wide = _tensor(f"{MODULE}.lora_A.weight", 6, 4) | _tensor(f"{MODULE}.lora_B.weight", 8, 6)
+    path = write_peft(tmp_path, extra=wide, rank_pattern={pattern: 6}, alpha_pattern={pattern: 3.0})
+    adapter = read_adapter(path)
+    found = {target.module: (target.rank, target.scale) for target in adapter.targets}
+    assert found == {MODULE: (6, 0.5), DOWN: (2, 2.0)}
+    assert adapter.rank == 6
+    rslora = read_adapter(
+        write_peft(
+            tmp_path, extra=wide, rank_pattern={pattern: 6}, alpha_pattern={pattern: 3.0},
+            use_rslora=True,
+        )
+    )  # fmt: skip
+    scales = {target.module: target.scale for target in rslora.targets}
+    assert scales == {
+        MODULE: pytest.approx(3 / math.sqrt(6)),
+        DOWN: pytest.approx(4 / math.sqrt(2)),
+    }
+
+
+@pytest.mark.parametrize("pattern", ["proj", "v_proj", "^q_proj", "0.mlp.q_proj"])
+def test_patterns_of_other_modules(pattern: str, tmp_path: Path) -> None:
+    adapter = read_adapter(write_peft(tmp_path, alpha_pattern={pattern: 100.0}))
+    assert {target.scale for target in adapter.targets} == {2.0}
+
+
+def test_peft_embeddings(tmp_path: Path) -> None:
+    """PEFT saves the base's weight with the adapter of an embedding, which is not a target."""
+    copy = _tensor("model.embed_tokens.base_layer.weight", 10, 4)
+    adapter = read_adapter(write_peft(tmp_path, {"model.embed_tokens": (4, 10)}, extra=copy))
+    (target,) = adapter.targets
+    assert (target.module, target.embedding, target.rank) == ("model.embed_tokens", True, 2)
+    assert (target.inputs, target.outputs) == (10, 4)
+    assert target.a.endswith("lora_embedding_A")
+    assert target.b.endswith("lora_embedding_B")
+
+
 def test_dora(tmp_path: Path) -> None:
     vectors = {
         f"base_model.model.{name}.lora_magnitude_vector": np.ones(shape[0], np.float32)
@@ -85,6 +127,30 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unknown tensor": (
         lambda at: write_peft(at, extra=_tensor("lm_head.weight", 4, 4)),
         "unknown tensor 'base_model.model.lm_head.weight'",
+    ),
+    "resized embedding": (
+        lambda at: write_peft(
+            at,
+            {"model.embed_tokens": (4, 10)},
+            extra=_tensor("model.embed_tokens.base_layer.weight", 12, 4),
+        ),
+        "embed_tokens.base_layer.weight has shape [12, 4], expected [10, 4]",
+    ),
+    "weight of the base alone": (
+        lambda at: write_peft(at, extra=_tensor("lm_head.base_layer.weight", 10, 4)),
+        "lm_head: has no LoRA A matrix",
+    ),
+    "expression as alpha_pattern": (
+        lambda at: write_peft(at, alpha_pattern={".*q_proj": 16}),
+        "alpha_pattern has the expression '.*q_proj', expected names of modules",
+    ),
+    "expression as rank_pattern": (
+        lambda at: write_peft(at, rank_pattern={"layers.[01].q_proj": 2}),
+        "rank_pattern has the expression 'layers.[01].q_proj'",
+    ),
+    "initialisation that changes the base": (
+        lambda at: write_peft(at, init_lora_weights="pissa_niter_16"),
+        "init_lora_weights is 'pissa_niter_16', which changes the base too",
     ),
     "no B": (
         lambda at: write_peft(at, extra=_tensor("x.lora_A.weight", 2, 4)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from modelpack_engine.errors import RequestError
 from modelpack_engine.models.adapter import merge, read_layers
 from modelpack_engine.patches.lora import LoRALayers, Matrices
 from modelpack_engine.request import EngineRequest, SamplingParams
-from tests.adapters import write_mlx, write_peft
+from tests.adapters import random_pairs, write_mlx, write_peft
 from tests.engine.adapters.test_zoo import linears
 from tests.engine.serving.test_engine import GREEDY, prompts, run, tokens
 from tests.engine.serving.tiny import tiny_engine, tiny_loaded, tiny_model
@@ -259,6 +259,7 @@ def test_choices_have_the_adapter(tmp_path: Path) -> None:
 
 
 Q = "model.layers.0.self_attn.q_proj"
+K = "model.layers.0.self_attn.k_proj"
 A, B = (f"base_model.model.{Q}.lora_{part}.weight" for part in "AB")
 
 
@@ -289,10 +290,11 @@ def test_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
         tiny_engine(max_loras=1).add_adapter("x", read_adapter(path), "x")
 
 
-def test_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [write_mlx, write_peft])
+def test_embeddings(write: Callable[..., Path], tmp_path: Path) -> None:
     """The tiny model's head is its embedding, so that the adapter changes both."""
-    path = write_mlx(tmp_path / "a", {"model.embed_tokens": (64, 257)}, rank=3, size=0.5)
-    other = write_mlx(tmp_path / "b", {"model.embed_tokens": (64, 257)}, rank=2, seed=4, size=0.5)
+    path = write(tmp_path / "a", {"model.embed_tokens": (64, 257)}, rank=3, size=0.5)
+    other = write(tmp_path / "b", {"model.embed_tokens": (64, 257)}, rank=2, seed=4, size=0.5)
     engine = tiny_engine(max_loras=2)
     adapters = [read_adapter(path), read_adapter(other)]
     for name, one in zip("ab", adapters, strict=True):
@@ -301,6 +303,40 @@ def test_embeddings(tmp_path: Path) -> None:
     assert len({str(each) for each in expected}) == 3
     assert ask(engine, ["a", "b", None], PROMPT) == expected
     assert ask(engine, ["b"], PROMPT) == expected[1:2]
+
+
+def test_embeddings_of_both_formats_are_equal(tmp_path: Path) -> None:
+    """PEFT's matrices have another order, and the base's weight beside them is not read."""
+    targets = {"model.embed_tokens": (64, 257), Q: (64, 64)}
+    copy = {"base_model.model.model.embed_tokens.base_layer.weight": np.zeros((257, 64), "f")}
+    peft = read_adapter(write_peft(tmp_path / "peft", targets, rank=3, size=0.5, extra=copy))
+    mlx = read_adapter(write_mlx(tmp_path / "mlx", targets, rank=3, size=0.5))
+    first, second = (read_layers(one, tiny_model()) for one in (peft, mlx))
+    assert first.keys() == second.keys() == targets.keys()
+    for name, one in first.items():
+        assert mx.array_equal(one.a, second[name].a)
+        assert mx.array_equal(one.b, second[name].b)
+
+
+def test_patterns_of_ranks_and_alphas(tmp_path: Path) -> None:
+    """Modules with ranks and alphas of their own compute as in an adapter where all have these."""
+    wide = random_pairs({Q: (64, 64)}, 6, seed=7, size=0.4)[Q]
+    extra = {A: wide[0], B: wide[1]}
+    patterns = {"rank_pattern": {Q: 6}, "alpha_pattern": {"q_proj": 18.0}}
+    both = write_peft(tmp_path / "both", {Q: (64, 64), K: (32, 64)}, extra=extra, **patterns)
+    one = write_peft(tmp_path / "one", {Q: (64, 64)}, rank=6, extra=extra, lora_alpha=18.0)
+    layers = read_layers(read_adapter(both), tiny_model())
+    (wanted,) = read_layers(read_adapter(one), tiny_model()).values()
+    assert mx.array_equal(layers[Q].b, wanted.b)
+    assert mx.array_equal(layers[Q].a, wanted.a)
+    assert (layers[Q].a.shape, layers[K].a.shape) == ((64, 6), (64, 2))
+    assert mx.allclose(layers[Q].b, 3.0 * mx.array(wide[1].T))
+
+    engine = tiny_engine(max_loras=1)
+    engine.add_adapter("both", read_adapter(both), "both")
+    expected = merged_tokens(read_adapter(both), PROMPT)
+    assert expected != merged_tokens(None, PROMPT)
+    assert ask(engine, ["both", None], PROMPT) == [expected, merged_tokens(None, PROMPT)]
 
 
 def test_quantised_base(tmp_path: Path) -> None:
