@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
+from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
@@ -22,6 +23,7 @@ from modelpack_engine.runner.recurrent import (
 )
 from tests.engine.launching import WAYS, launch
 from tests.engine.runner.test_step import tiny_mamba
+from tests.engine.scheduling.real_shapes import real_layout
 from tests.engine.serving.tiny import CONTEXT, tiny_model, tiny_tokenizer
 
 SHAPES = [((3, 5), mx.bfloat16), ((2, 2, 2), mx.float32), ((7,), mx.float16), None]
@@ -153,6 +155,42 @@ def test_snapshots_are_few_where_states_are_large() -> None:
     assert replace(layout, tree=(leaf,)).num_snapshots == 4
     assert replace(layout, tree=(leaf,) * 9).num_snapshots == 4
     assert replace(layout, tree=()).num_snapshots == layout_without_states().num_snapshots == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "kv", "block_size", "interval"),
+    [
+        (0, 1000, 16, 0),  # no recurrent state
+        (1000, 1000, 16, 512),  # the shortest
+        (512 * 1000, 1000, 16, 512),
+        (513 * 1000, 1000, 16, 1024),  # rounded up to where chunks end
+        (2048 * 1000, 1000, 16, 2048),
+        (4097 * 1000, 1000, 16, 4096),  # the longest
+        (1000, 0, 16, 1000 // 512 * 512 + 512),  # no keys and values: a token counts as a byte
+        (1 << 30, 0, 16, 4096),
+        (1000, 1000, 48, 1536),  # whole blocks too
+        (4096 * 1000, 1000, 48, 4608),
+    ],
+)
+def test_the_interval_of_snapshots(state: int, kv: int, block_size: int, interval: int) -> None:
+    """Its tokens' keys and values take as much memory as the state."""
+    halves = KVLayout(1, kv // 2, 1, 0, mx.bfloat16)
+    states = StateLayout(((1, state),), (mx.uint8,))
+    leaves = (Leaf(0, states, None), Leaf(1, halves if kv else None, None))
+    layout = replace(find_layout(tiny_mamba()), tree=leaves)
+    assert (layout.bytes_per_sequence, layout.bytes_per_token) == (state, kv)
+    assert layout.snapshot_interval(block_size) == interval
+
+
+def test_snapshots_of_real_models() -> None:
+    """Qwen3-Next's states take as much as 3,144 tokens, Nemotron 3 Nano's as 7,988."""
+    qwen, nemotron = real_layout("qwen3_next"), real_layout("nemotron_h")
+    assert (qwen.bytes_per_sequence, qwen.bytes_per_token) == (77_266_944, 12 * 2 * 2 * 256 * 2)
+    assert qwen.snapshot_interval(16) == 3584
+    assert (nemotron.bytes_per_sequence, nemotron.bytes_per_token) == (49_082_368, 6 * 2 * 256 * 2)
+    assert nemotron.snapshot_interval(16) == 4096
+    assert real_layout("gpt_oss").snapshot_interval(16) == 0
+    assert qwen.num_snapshots >= 4
 
 
 def layout_without_states() -> ModelLayout:

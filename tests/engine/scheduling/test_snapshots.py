@@ -9,10 +9,12 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from modelpack_engine.config import BLOCK_SIZE
 from modelpack_engine.core.block_manager import BlockManager, PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT
-from modelpack_engine.core.scheduler import Scheduler
+from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig
 from tests.engine.scheduling.driving import ODD_BUCKETS
+from tests.engine.scheduling.real_shapes import real_layout, steps
 from tests.engine.scheduling.simulation import MODES, Mode, Simulation, sequence
 from tests.engine.scheduling.steps import prompt
 from tests.engine.scheduling.test_mutations import apply
@@ -112,6 +114,44 @@ def test_a_second_turn_computes_at_most_one_interval(
     sim.drain()
     assert second.num_cached_tokens == (len(conversation) - 1) // interval * interval
     assert len(conversation) - second.num_cached_tokens <= interval
+
+
+@WITHIN
+@pytest.mark.parametrize("chunk", [512, 2048])
+@pytest.mark.parametrize(("name", "interval"), [("qwen3_next", 3584), ("nemotron_h", 4096)])
+def test_a_second_turn_of_a_long_conversation(
+    name: str, interval: int, chunk: int, within: bool
+) -> None:
+    """After 60,000 tokens, it computes its own tokens and at most one interval of the first's.
+
+    On a CPU there are fewer snapshots than intervals: the oldest ones are dropped.
+    """
+    layout = real_layout(name)
+    assert layout.snapshot_interval(BLOCK_SIZE) == interval
+    count = layout.num_snapshots
+    blocks = BlockManager(
+        4001, BLOCK_SIZE, model_id="model", snapshot_interval=interval,
+        snapshots=PrefixSnapshots(count, within_chunks=within),
+    )  # fmt: skip
+    config = SchedulerConfig(4, 2 * chunk, 70_000, chunk)
+    scheduler = Scheduler(config, blocks)
+    text = [3 * i % 50_021 for i in range(56_000)]
+    first = sequence(text, 4_000)
+    scheduler.add(first)
+    outputs = list(steps(scheduler, blocks))
+    assert sum(part.length for out in outputs for part in out.prefill) == 56_000
+    assert blocks.snapshots is not None
+    assert len(blocks.snapshots) <= count
+    conversation = text + first.output_token_ids
+    assert len(conversation) == 60_000
+
+    second = sequence([*conversation, *range(300)], 2, request_id="second")
+    scheduler.add(second)
+    outputs = list(steps(scheduler, blocks))
+    assert 60_000 - second.num_cached_tokens <= interval
+    computed = sum(part.length for out in outputs for part in out.prefill)
+    assert computed == 60_300 - second.num_cached_tokens
+    assert second.num_cached_tokens == 57_344, "a multiple of both intervals, in the reply"
 
 
 def test_few_snapshots_are_kept() -> None:
