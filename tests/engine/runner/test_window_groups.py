@@ -30,6 +30,7 @@ from modelpack_engine.runner.kv_cache_size import _Pool, _share_budget
 from modelpack_engine.runner.model_layout import ModelLayout, find_layout
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.runner.paged import PagedRunner
+from tests.engine.scheduling.real_shapes import real_layout, steps
 from tests.engine.serving.tiny import tiny_loaded
 from tests.engine.zoo.catalogue import CATALOGUE
 
@@ -167,6 +168,41 @@ def test_bytes_of_a_long_request_are_near_the_minimum(name: str) -> None:
             held = BLOCK * (of_full * full + of_sliding * group.bytes_per_token)
             assert held <= 1.1 * (tokens * full + WINDOW * group.bytes_per_token)
     assert checked > NUM_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "sliding", "kv_heads", "head_dim", "window"),
+    [("gemma3_text", 10, 52, 16, 128, 1024), ("gpt_oss", 12, 12, 8, 64, 128)],
+    ids=["Gemma 3 27B", "gpt-oss 20B"],
+)
+def test_bytes_of_real_models_at_32k_tokens(
+    name: str, full: int, sliding: int, kv_heads: int, head_dim: int, window: int
+) -> None:
+    """The same for real layers: blocks are held for a window, a chunk and a block's rest."""
+    layout, tokens, block = real_layout(name), 32_768, 16
+    layer = 2 * kv_heads * head_dim * 2
+    (group,) = layout.window_groups
+    assert (group.window, group.bytes_per_token) == (window, sliding * layer)
+    assert layout.bytes_per_token == (full + sliding) * layer
+
+    blocks = BlockManager(2100, block, window_pools=((window, 200),))
+    scheduler = Scheduler(SchedulerConfig(4, 1024, 40_000, 512), blocks)
+    scheduler.add(Sequence("long", [1] * (tokens - 600), SamplingParams(max_tokens=700)))
+    (pool,) = blocks.window_pools
+    checked = []
+    for _ in steps(scheduler, blocks):
+        checked += [
+            (sequence.num_computed_tokens, blocks.pool.num_used, pool.num_used)
+            for sequence in scheduler._running
+        ]
+    for count, of_full, of_sliding in checked:
+        held = block * (of_full * full + of_sliding * sliding) * layer
+        if count >= tokens - 1200:  # the last chunks of the prompt, and the response
+            assert held <= 1.1 * (count * full + window * sliding) * layer
+    at_32k = next(held for held in checked if held[0] == tokens)
+    # Blocks before the window were released.
+    assert at_32k[1] == tokens // block
+    assert at_32k[2] <= window // block + 1
 
 
 def test_the_cache_has_the_bytes_that_are_reported() -> None:
