@@ -35,11 +35,18 @@ SEEDED = SamplingParams(max_tokens=24, temperature=0.9, seed=3, ignore_eos=True)
 SOME = [c for c in RECURRENT if c.id in {"mamba2", "qwen3_next", "falcon_h1", "lfm2"}]
 
 
-def engine_of(model: nn.Module, **given: object) -> Engine:
+#: So few tokens that a response repeats itself, and that models often agree.
+FEW = {65: 40.0, 66: 40.0, 67: 40.0}
+
+
+def loaded_of(model: nn.Module) -> LoadedModel:
     config = {"vocab_size": VOCABULARY}
-    loaded = LoadedModel(model, config, tiny_tokenizer(), "tiny", 256, (), 0)
+    return LoadedModel(model, config, tiny_tokenizer(), "tiny", 256, (), 0)
+
+
+def engine_of(model: nn.Module, draft: LoadedModel | None = None, **given: object) -> Engine:
     settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "device": "cpu"} | given
-    return Engine(loaded, EngineConfig(**settings))  # type: ignore[arg-type]
+    return Engine(loaded_of(model), EngineConfig(**settings), draft=draft)  # type: ignore[arg-type]
 
 
 def ask(
@@ -114,7 +121,7 @@ def test_outputs_are_the_same_with_an_eagle_head(
     size = embeddings_of(layout.inner)(mx.array([0])).shape[-1]
     config = HeadConfig(size, size, 32, 4, 2, 8, VOCABULARY, VOCABULARY, layers=(1, 1, 2))
     mx.random.seed(3)
-    loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, tiny_tokenizer(), "tiny", 256, (), 0)
+    loaded = loaded_of(model)
     given = EngineConfig(
         max_num_seqs=8, max_num_batched_tokens=32, device="cpu", draft_model="head",
         speculative_disable_by_batch_size=8,
@@ -122,6 +129,27 @@ def test_outputs_are_the_same_with_an_eagle_head(
     engine = Engine(loaded, given, draft=EagleHead(config))
     check_all(plain, ask(engine))
     assert engine.stats().proposed_tokens > 40
+
+
+@pytest.mark.usefixtures("shapes")
+@pytest.mark.parametrize("configuration", SOME, ids=lambda c: c.id)
+def test_outputs_are_the_same_with_a_draft_model(
+    configuration: Configuration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draft is a plain transformer: it is often wrong, and the state goes back."""
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
+    model = configuration.build()
+    plain = ask(engine_of(model), 60, FEW)
+    draft = loaded_of(Configuration("llama", {"num_hidden_layers": 1}).build())
+    engine = engine_of(
+        model, draft, speculative_method="draft", speculative_disable_by_batch_size=8
+    )
+    assert find_layout(model).recurrent
+    assert not [note for note in engine.notes if "no speculation" in note]
+    for _ in range(2):  # the second time, from the prefix caches of both models
+        check_all(plain, ask(engine, 60, FEW))
+    stats = engine.stats()
+    assert 20 < stats.accepted_tokens < stats.proposed_tokens - 20
 
 
 def test_embeddings_of_another_name() -> None:
@@ -168,9 +196,8 @@ def test_preemption_and_the_prefix_cache() -> None:
 
 def test_prompt_lookup() -> None:
     model = next(c for c in SOME if c.id == "lfm2").build()
-    few = {65: 40.0, 66: 40.0, 67: 40.0}  # so few tokens that they repeat themselves
-    plain = ask(engine_of(model), 60, few)
+    plain = ask(engine_of(model), 60, FEW)
     engine = engine_of(model, speculative_method="ngram")
-    check_all(plain, ask(engine, 60, few))
+    check_all(plain, ask(engine, 60, FEW))
     assert not [note for note in engine.notes if "no speculation" in note]
     assert engine.stats().proposed_tokens
