@@ -18,6 +18,7 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import ModelFiles, load
 from tests.engine.loaders.test_architectures import shards
 from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel, Weights
+from tests.engine.zoo.not_in_gguf import DIFFERS, NAMED
 
 LLAMA = TINY_MODELS["llama"]
 
@@ -38,17 +39,24 @@ def written(tmp_path: Path, tiny: TinyModel, change: Callable[[Weights], None]) 
     return replace(tiny, converted=converted).write(tmp_path / "m.gguf")
 
 
-def test_unknown_architecture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bloom", *sorted({*DIFFERS, *NAMED.values()})])
+def test_unknown_architecture(name: str, tmp_path: Path) -> None:
+    """Also those that llama.cpp has and that a class of mlx-lm is named after (Phi-3.5-MoE)."""
     path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "bloom")
+    writer = gguf.GGUFWriter(path, name)
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelLoadError, match="architecture 'bloom' is not supported") as caught:
+    message = f"architecture '{name}' is not supported in GGUF"
+    with pytest.raises(ModelLoadError, match=message) as caught:
         load(ModelFiles.from_directory(path), device="cpu")
-    assert all(name in (caught.value.hint or "") for name in ("gpt-oss", "llama", "phi3"))
+    hint = caught.value.hint or ""
+    known, otherwise, _ = hint.removeprefix("use one of ").partition(", or load the model from ")
+    assert otherwise
+    assert {"gpt-oss", "llama", "phi3"} <= set(known.split(", "))
+    assert name not in known.split(", ")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -1])
