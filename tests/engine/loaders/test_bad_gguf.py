@@ -41,7 +41,7 @@ def written(tmp_path: Path, tiny: TinyModel, change: Callable[[Weights], None]) 
 
 @pytest.mark.parametrize("name", ["bloom", *sorted({*DIFFERS, *NAMED.values()})])
 def test_unknown_architecture(name: str, tmp_path: Path) -> None:
-    """Also those that llama.cpp has and that a class of mlx-lm is named after (Phi-3.5-MoE)."""
+    """Also those that llama.cpp has and that a class of mlx-lm has the name of (Phi-3.5-MoE)."""
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, name)
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
