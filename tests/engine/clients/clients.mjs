@@ -1,7 +1,7 @@
-// What each client of npm makes of the server at the URL given, as JSON on standard output:
-// {client: {feature: result, or {"error": text}}}.
+// What each client of npm makes of the servers at the URLs given, as JSON on standard output:
+// {client: {feature: result, or {"error": text}}}. The second server has a model that reads pictures.
 
-import { createReadStream } from 'node:fs';
+import { createReadStream, readFileSync } from 'node:fs';
 
 import Anthropic from '@anthropic-ai/sdk';
 import { jsonSchemaOutputFormat } from '@anthropic-ai/sdk/helpers/json-schema';
@@ -12,7 +12,11 @@ import OpenAI from 'openai';
 import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod';
 import { z } from 'zod';
 
-const [url, chatModel, embeddingModel, speechModel, sound] = process.argv.slice(2);
+const [url, chatModel, embeddingModel, speechModel, sound, picturesUrl, picturesModel, picture] =
+  process.argv.slice(2);
+const png = readFileSync(picture).toString('base64');
+const pictureUrl = `data:image/png;base64,${png}`;
+const aboutPicture = 'What is it?';
 const question = 'What is the capital of France?';
 const messages = [{ role: 'user', content: question }];
 const texts = ['Paris is a city.', 'It rains.'];
@@ -26,6 +30,22 @@ const weather = {
 
 function openaiFeatures() {
   const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: 'none', maxRetries: 0 });
+  const picturesClient = client.withOptions({ baseURL: `${picturesUrl}/v1` });
+  const askedAboutPicture = {
+    model: picturesModel,
+    messages: [
+      {
+        role: 'user',
+        content: [
+          { type: 'image_url', image_url: { url: pictureUrl, detail: 'auto' } },
+          { type: 'text', text: aboutPicture },
+        ],
+      },
+    ],
+    temperature: 0,
+    max_tokens: 8,
+    ignore_eos: true,
+  };
   const asked = { model: chatModel, messages, temperature: 0, max_tokens: 12 };
   const choice = (completion) => completion.choices[0];
   return {
@@ -98,6 +118,45 @@ function openaiFeatures() {
       const deltas = [];
       for await (const { delta } of stream) if (delta !== undefined) deltas.push(delta);
       return { text: whole.text, words: whole.words.map(({ word }) => word), deltas };
+    },
+    async picture() {
+      const completion = await picturesClient.chat.completions.create(askedAboutPicture);
+      return { text: choice(completion).message.content };
+    },
+    async pictureStream() {
+      const stream = picturesClient.chat.completions.stream(askedAboutPicture);
+      return { text: choice(await stream.finalChatCompletion()).message.content };
+    },
+    async pictureResponses() {
+      const response = await picturesClient.responses.create({
+        model: picturesModel,
+        input: [
+          {
+            role: 'user',
+            content: [
+              { type: 'input_image', image_url: pictureUrl, detail: 'auto' },
+              { type: 'input_text', text: aboutPicture },
+            ],
+          },
+        ],
+        temperature: 0,
+        max_output_tokens: 8,
+        ignore_eos: true,
+      });
+      return { text: response.output_text };
+    },
+    async badPicture() {
+      const [user] = askedAboutPicture.messages;
+      const content = [{ type: 'image_url', image_url: { url: 'data:image/png;base64,AAAA' } }];
+      try {
+        await picturesClient.chat.completions.create({
+          ...askedAboutPicture,
+          messages: [{ ...user, content }],
+        });
+        return {};
+      } catch (error) {
+        return { name: error.constructor.name, status: error.status, param: error.param };
+      }
     },
     async responses() {
       const response = await client.responses.create({
@@ -184,6 +243,20 @@ function anthropicFeatures() {
       });
       return { object: message.parsed_output };
     },
+    async picture() {
+      const source = { type: 'base64', media_type: 'image/png', data: png };
+      const content = [
+        { type: 'image', source },
+        { type: 'text', text: aboutPicture },
+      ];
+      const message = await client.withOptions({ baseURL: `${picturesUrl}/anthropic` }).messages.create({
+        model: picturesModel,
+        messages: [{ role: 'user', content }],
+        temperature: 0,
+        max_tokens: 8,
+      });
+      return { text: message.content[0].text };
+    },
     async count() {
       const counted = await client.messages.countTokens({ model: chatModel, messages });
       return { tokens: counted.input_tokens };
@@ -204,7 +277,7 @@ function anthropicFeatures() {
   };
 }
 
-function vercelFeatures(model) {
+function vercelFeatures(model, picturesModel) {
   const asked = { model, prompt: question, temperature: 0, maxOutputTokens: 12, maxRetries: 0 };
   const counts = ({ inputTokens, outputTokens }) => ({ inputTokens, outputTokens });
   return {
@@ -248,6 +321,20 @@ function vercelFeatures(model) {
       const [first] = await result.steps;
       return { called, finish: first.finishReason, text: await result.text };
     },
+    async picture() {
+      const content = [
+        { type: 'image', image: pictureUrl },
+        { type: 'text', text: aboutPicture },
+      ];
+      const { text } = await generateText({
+        model: picturesModel,
+        messages: [{ role: 'user', content }],
+        temperature: 0,
+        maxOutputTokens: 8,
+        maxRetries: 0,
+      });
+      return { text };
+    },
     async schema() {
       const { object } = await generateObject({ ...asked, schema: City, maxOutputTokens: 60 });
       return { object };
@@ -255,25 +342,28 @@ function vercelFeatures(model) {
   };
 }
 
-const compatible = createOpenAICompatible({
-  name: 'modelpack',
-  baseURL: `${url}/v1`,
-  includeUsage: true,
-  supportsStructuredOutputs: true,
-});
+const compatible = (url) =>
+  createOpenAICompatible({
+    name: 'modelpack',
+    baseURL: `${url}/v1`,
+    includeUsage: true,
+    supportsStructuredOutputs: true,
+  });
+const messagesOf = (url) => createAnthropic({ baseURL: `${url}/anthropic/v1`, apiKey: 'none' });
 const clients = {
   openai: openaiFeatures(),
   anthropic: anthropicFeatures(),
   'ai with openai-compatible': {
-    ...vercelFeatures(compatible(chatModel)),
+    ...vercelFeatures(compatible(url)(chatModel), compatible(picturesUrl)(picturesModel)),
     async embeddings() {
-      const model = compatible.textEmbeddingModel(embeddingModel);
+      const model = compatible(url).textEmbeddingModel(embeddingModel);
       const { embeddings } = await embedMany({ model, values: texts, maxRetries: 0 });
       return { lengths: embeddings.map(({ length }) => length), first: embeddings[0] };
     },
   },
   'ai with anthropic': vercelFeatures(
-    createAnthropic({ baseURL: `${url}/anthropic/v1`, apiKey: 'none' })(chatModel),
+    messagesOf(url)(chatModel),
+    messagesOf(picturesUrl)(picturesModel),
   ),
 };
 

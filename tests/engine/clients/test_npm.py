@@ -1,6 +1,7 @@
 """The official JavaScript clients of OpenAI and Anthropic, and Vercel's AI SDK, with SmolLM2.
 
-One run of clients.mjs asks for everything; the tests read its results.
+One run of clients.mjs asks for everything; the tests read its results. A second server has a tiny
+LLaVA, which reads pictures.
 """
 
 from __future__ import annotations
@@ -8,16 +9,22 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fixtures.speech.samples import sample
+from modelpack_server.api.app import ModelServer
+from modelpack_server.pool.pool import ModelPool
 from tests.conftest import ROOT
 from tests.engine.clients.installed import ClientsError, npm_clients
 from tests.engine.real_server import DIGITS, FAMILIAR, MINILM, SMOLLM2
+from tests.engine.serving.tiny import TinyCatalogue
 from tests.engine.speech.tiny import wav
+from tests.engine.vision import tiny
+from tests.engine.vision.media import file_of
 from tests.peers import missing, require
 
 pytestmark = [pytest.mark.peer("node"), pytest.mark.weights, pytest.mark.long]
@@ -31,8 +38,18 @@ CLIENTS = (OPENAI, ANTHROPIC, VERCEL_OPENAI, VERCEL_ANTHROPIC)
 
 
 @pytest.fixture(scope="module")
+def pictures_url() -> Iterator[str]:
+    """The address of a server with a model that reads pictures."""
+    catalogue = TinyCatalogue(lambda: tiny.tiny_engine("llava", max_num_batched_tokens=256))
+    with ModelServer(
+        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
+    ) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
 def results(
-    smollm2_url: str, tmp_path_factory: pytest.TempPathFactory
+    smollm2_url: str, pictures_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """What clients.mjs prints."""
     node = require("node")
@@ -42,14 +59,19 @@ def results(
         missing(str(error))
     # Node looks for packages beside the script.
     script = shutil.copy(Path(__file__).parent / "clients.mjs", directory)
-    sound = tmp_path_factory.mktemp("sound") / "digits.wav"
+    files = tmp_path_factory.mktemp("files")
+    sound, picture = files / "digits.wav", files / "picture.png"
     sound.write_bytes(wav(DIGITS_SAID.sound))
+    picture.write_bytes(file_of(tiny.picture(1)))
     done = subprocess.run(
-        [node, script, smollm2_url, SMOLLM2, MINILM, DIGITS, sound],
+        [
+            node, script, smollm2_url, SMOLLM2, MINILM, DIGITS, sound,
+            pictures_url, "tiny", picture,
+        ],
         capture_output=True,
         text=True,
         timeout=300,
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return found
@@ -103,6 +125,41 @@ def test_a_transcription(results: dict[str, dict[str, Any]]) -> None:
     found = result(results, OPENAI, "transcription")
     assert found["text"] == "".join(found["deltas"]) == DIGITS_SAID.text
     assert found["words"] == DIGITS_SAID.text.split()
+
+
+def said(prompt: str) -> str:
+    """Return the text of mlx-vlm's tokens for the picture."""
+    tokens = tiny.expected("llava", prompt, [tiny.picture(1)])
+    return tiny.tiny_loaded("llava").tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("feature", ["picture", "pictureStream", "pictureResponses"])
+def test_a_picture_in_a_data_url(results: dict[str, dict[str, Any]], feature: str) -> None:
+    expected = said("user: <image>What is it?\nassistant:")
+    assert result(results, OPENAI, feature) == {"text": expected}
+
+
+@pytest.mark.parametrize(
+    ("client", "prompt"),
+    [
+        (ANTHROPIC, "user: <image>\n\nWhat is it?\nassistant:"),
+        (VERCEL_OPENAI, "user: <image>What is it?\nassistant:"),
+        (VERCEL_ANTHROPIC, "user: <image>\n\nWhat is it?\nassistant:"),
+    ],
+)
+def test_a_picture_until_the_end_of_the_reply(
+    results: dict[str, dict[str, Any]], client: str, prompt: str
+) -> None:
+    """These clients do not ask the server to ignore the end-of-sequence token."""
+    text = result(results, client, "picture")["text"]
+    assert text
+    assert said(prompt).startswith(text)
+
+
+def test_a_bad_picture(results: dict[str, dict[str, Any]]) -> None:
+    assert result(results, OPENAI, "badPicture") == {
+        "name": "BadRequestError", "status": 400, "param": "messages[0].content[0]",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("client", [OPENAI, VERCEL_OPENAI])
