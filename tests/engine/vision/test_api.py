@@ -106,6 +106,18 @@ def test_openai(kind: str, gemma: Served, idefics: Served, llava: Served) -> Non
     assert streamed.status_code == 200
 
 
+@pytest.mark.parametrize(
+    "path", ["/engines/v1/chat/completions", "/engines/llama.cpp/v1/chat/completions"]
+)
+def test_docker_model_runner(llava: Served, path: str) -> None:
+    body = {
+        "model": "tiny", "temperature": 0, "max_tokens": 8, "ignore_eos": True,
+        "messages": [{"role": "user", "content": [image(ONE), QUESTION]}],
+    }  # fmt: skip
+    answer = llava.http.post(path, json=body).json()
+    assert answer["choices"][0]["message"]["content"] == said("llava", IN_PROMPT, picture(1))
+
+
 @pytest.mark.long
 def test_low_detail(llava: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture is made smaller before the model's processor has it."""
