@@ -22,12 +22,13 @@ from modelpack.operations.sbom import sbom
 from modelpack.registry import Registry, RetryPolicy
 from modelpack.testing import registry
 from modelpack.trust.sbom import CYCLONEDX
-from tests.models import tiny_gguf, tiny_safetensors
+from tests.models import FIXTURES, tiny_gguf, tiny_safetensors
 from tests.operations.conftest import Records
 from tests.peers import docker_registry
 from tests.registry.faults import Exchange, answering, with_headers
 from tests.registry.faulty import FaultyRegistry
 
+PROJECTOR = FIXTURES / "models" / "tiny-mmproj" / "mmproj-tiny-f16.gguf"
 ANNOTATIONS = {
     "org.opencontainers.image.title": "A <b>model</b>",
     "org.opencontainers.image.description": "<script>alert(1)</script> & more",
@@ -92,6 +93,43 @@ def test_what_is_listed(host: str, tmp_path: Path) -> None:
     assert first.summary is not None
     assert third.summary is not None
     assert (first.summary.format, third.summary.format) == ("safetensors", "gguf")
+
+
+@pytest.mark.parametrize(
+    ("config", "listed"),
+    [
+        ({}, []),
+        ({"vision_config": {}, "image_token_id": 5}, ["vision"]),
+        ({"vision_config": {}, "audio_config": {}, "video_token_id": 5},
+         ["vision", "audio", "video"]),
+    ],
+)  # fmt: skip
+def test_models_that_read_pictures_are_listed(
+    config: dict[str, Any], listed: list[str], tmp_path: Path
+) -> None:
+    """The catalogue and its page name what the fields of the model's config.json say it reads."""
+    directory = tiny_safetensors(tmp_path)
+    stored = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(stored | config))
+    request = modelpack.PackageRequest(safetensors_dir=directory, format="cncf")
+    with registry(tmp_path / "registry") as server:
+        store = modelpack.Store(tmp_path / "origin")
+        modelpack.package(f"{server.host}/team/a:v1", request, push=True, store=store)
+        assert run(["catalog", f"{server.host}/team", "-o", str(tmp_path / "site")]) == 0
+    [one] = json.loads((tmp_path / "site" / "index.json").read_text())["models"]
+    assert one.get("capabilities", []) == listed
+    html = (tmp_path / "site" / "index.html").read_text()
+    terms = "".join(f"<dd>{name}</dd>" for name in listed)
+    assert (f"<dt>Capabilities</dt>{terms}" in html) == bool(listed)
+
+
+def test_a_gguf_with_a_projector_reads_pictures(tmp_path: Path) -> None:
+    request = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path), mmproj=PROJECTOR, format="cncf")
+    with registry(tmp_path / "registry") as server:
+        store = modelpack.Store(tmp_path / "origin")
+        modelpack.package(f"{server.host}/team/a:v1", request, push=True, store=store)
+        [one] = catalog(f"{server.host}/team")
+    assert one.capabilities == ("vision",)
 
 
 @pytest.mark.parametrize(
