@@ -30,7 +30,6 @@ from tests.engine.vision.tiny import (
     KINDS,
     MROPE,
     PREFIX,
-    WHOLE,
     kinds,
     picture,
     request,
@@ -179,20 +178,49 @@ def test_a_second_question_reads_the_picture_once() -> None:
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("kind", kinds("llava", "mllama", *MROPE, *WHOLE, *PREFIX))
+@pytest.mark.parametrize("kind", kinds(*(kind for kind in KINDS if kind not in FALLBACK)))
 def test_a_preempted_picture_is_computed_again(kind: str) -> None:
-    """Blocks for one request and a half: one of the two is preempted and computed again."""
-    text, pictures = PROMPTS["one picture"]
-    limits, count = {"kv_cache_bytes": 10 * 8 * 512}, 20
-    if kind == "gemma3":  # for requests as short as this, layers with windows have no own blocks
-        limits, count = {"kv_cache_bytes": 11 * 8 * 1024, "max_model_len": 48}, 14
-    elif kind.startswith("gemma4"):
-        limits = {"kv_cache_bytes": (20 if kind == "gemma4" else 24) * 8 * 768}
+    """Blocks for one request and a half: one of the two is preempted and computed again.
+
+    Requests of the fallback have caches of their own, which never lack blocks.
+    """
+    count, prompts = 20, [PROMPTS["one picture"], ("ab<image>", [TWO])]
+    engine = tiny.tiny_engine(kind, block_size=8)
+    lengths = [len(request(engine, *prompt).prompt_token_ids) for prompt in prompts]
+    blocks = sum(-(-(length + count) // 8) for length in lengths) - 3
+    bytes_per_block = engine.kv_cache_bytes // (engine.stats().blocks_total + 1)
+    longest = max(lengths) + count
+    limits = {"max_model_len": longest, "kv_cache_bytes": (blocks + 1) * bytes_per_block}
+    if engine._sizes.groups:  # with chunks as long as this, no layer has blocks of its own
+        limits["max_num_batched_tokens"] = 2 * longest
     engine = tiny.tiny_engine(kind, block_size=8, **limits)
-    prompts = [(text, pictures), ("ab<image>", [TWO])]
+    assert engine.stats().blocks_total == blocks
     tokens = run(engine, *(request(engine, *prompt, count) for prompt in prompts))
     assert engine.stats().num_preemptions > 0
     assert tokens == [tiny.expected(kind, *prompt, count) for prompt in prompts]
+
+
+@pytest.mark.parametrize("kind", kinds("llava", "lfm2_vl", *FALLBACK))
+def test_a_picture_in_the_background_gives_its_place_to_another(kind: str) -> None:
+    engine = tiny.tiny_engine(kind, max_num_seqs=1)
+    prompts = {"background": PROMPTS["one picture"], "chat": ("ab<image>", [TWO])}
+    tokens: dict[str, list[int]] = {name: [] for name in prompts}
+
+    def step() -> None:
+        for event in engine.step():
+            tokens[event.request_id] += event.token_ids
+
+    engine.add_request("background", request(engine, *prompts["background"], 20, background=True))
+    while len(tokens["background"]) < 3:
+        step()
+    engine.add_request("chat", request(engine, *prompts["chat"], 20))
+    while len(tokens["chat"]) < 20:
+        step()
+    assert len(tokens["background"]) < 20
+    while engine.has_work:
+        step()
+    assert engine.stats().num_preemptions == 1
+    assert tokens == {name: tiny.expected(kind, *prompt, 20) for name, prompt in prompts.items()}
 
 
 def test_choices_share_a_picture() -> None:
