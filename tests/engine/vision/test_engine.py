@@ -178,6 +178,24 @@ def test_a_second_question_reads_the_picture_once() -> None:
 
 
 @pytest.mark.sample(1)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_picture_is_encoded_once(kind: str, cached: bool) -> None:
+    """Without the prefix cache, the second prompt reads the whole picture from the encoder's.
+
+    The text of PaliGemma's prompts is a part of the picture, so the second prompt is the first one.
+    """
+    engine = tiny.tiny_engine(kind, block_size=8, enable_prefix_caching=cached)
+    assert engine.vision is not None
+    encoder = engine.vision.encoder
+    first, second = "<image>What is it?", "<image>How many?"
+    for text in (first, first if kind in PREFIX else second):
+        before = encoder.hits
+        assert run(engine, request(engine, text, [ONE])) == [tiny.expected(kind, text, [ONE])]
+        assert encoder.misses == 1
+    assert cached or encoder.hits > before
+
+
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", kinds(*(kind for kind in KINDS if kind not in FALLBACK)))
 def test_a_preempted_picture_is_computed_again(kind: str) -> None:
     """Blocks for one request and a half: one of the two is preempted and computed again.
