@@ -26,7 +26,9 @@ from modelpack_engine.vision.towers import _made_config
 from tests.engine.vision import tiny
 from tests.engine.vision.specimens import SPECIMENS
 
-WRAPPED = [kind for kind in SPECIMENS if CLASSES[kind].language is not None]
+WRAPPED = [
+    kind for kind in SPECIMENS if CLASSES[tiny.config_of(kind)["model_type"]].language is not None
+]
 
 
 def copied(kind: str, path: Path, change: dict[str, Any]) -> ModelFiles:

@@ -326,7 +326,7 @@ def arguments_of(kind: str) -> tuple[Any, Any]:
     """Return mlx-vlm's package of a kind, and the config of a tiny model."""
     prepare()
     config = config_of(kind)
-    package: Any = importlib.import_module(f"mlx_vlm.models.{kind}")
+    package: Any = importlib.import_module(f"mlx_vlm.models.{config['model_type']}")
     for part in ("language_config", "llm_config"):
         if part in config:
             config["text_config"] = config.pop(part)
