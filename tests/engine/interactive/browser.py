@@ -11,6 +11,17 @@ from tests.peers import missing, require
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+#: Gives an event of pasting or dropping a file, given in base64, to the element of a selector.
+GIVE = """([selector, kind, data]) => {
+  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+  const given = new DataTransfer();
+  given.items.add(new File([bytes], "given.png", { type: "image/png" }));
+  const options = { bubbles: true, cancelable: true };
+  const event = kind === "paste" ? new ClipboardEvent(kind, { ...options, clipboardData: given })
+    : new DragEvent(kind, { ...options, dataTransfer: given });
+  return !document.querySelector(selector).dispatchEvent(event);
+}"""
+
 
 @contextmanager
 def chromium() -> Iterator[Browser]:

@@ -13,7 +13,7 @@ import pytest
 
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
-from tests.engine.interactive.browser import chromium
+from tests.engine.interactive.browser import GIVE, chromium
 from tests.engine.interactive.test_console import ask
 from tests.engine.serving.tiny import TinyCatalogue
 from tests.engine.vision import tiny
@@ -28,16 +28,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.long
 
 ONE = file_of(picture(1))
-# Gives an event of pasting or dropping a file.
-_GIVE = """([selector, kind, data]) => {
-  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-  const given = new DataTransfer();
-  given.items.add(new File([bytes], "given.png", { type: "image/png" }));
-  const options = { bubbles: true, cancelable: true };
-  const event = kind === "paste" ? new ClipboardEvent(kind, { ...options, clipboardData: given })
-    : new DragEvent(kind, { ...options, dataTransfer: given });
-  return !document.querySelector(selector).dispatchEvent(event);
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +76,9 @@ def test_pictures_are_chosen_pasted_and_dropped(page: Page, tmp_path: Path) -> N
     page.set_input_files("#attach", path)
     data = base64.b64encode(ONE).decode()
     page.locator("#files img").wait_for()
-    assert page.evaluate(_GIVE, ["#question", "paste", data])
+    assert page.evaluate(GIVE, ["#question", "paste", data])
     page.locator("#files li:nth-child(2) img").wait_for()
-    assert page.evaluate(_GIVE, ["#log", "drop", data])
+    assert page.evaluate(GIVE, ["#log", "drop", data])
     page.locator("#files li:nth-child(3) img").wait_for()
     page.locator("#files button").first.click()
     assert sent(page, "Which one?") == expected("Which one?", 2)
