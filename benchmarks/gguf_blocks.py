@@ -190,7 +190,7 @@ def measure_engine(
     })  # fmt: skip
 
 
-KEEP = {"none": (), "some": gguf_planes.KEPT, "all": tuple(blocks.BLOCK_TYPES)}
+KEEP = {"none": (), "some": gguf_planes.KEPT_ON_CUDA, "all": tuple(blocks.BLOCK_TYPES)}
 
 
 def measure_models(mixes: Sequence[str], keep: str, tokens: int, *, loads: bool) -> None:

@@ -19,8 +19,10 @@ from modelpack_engine.layers.blocks import BLOCK_TYPES, SUPERBLOCK, BlockType, W
 from modelpack_engine.models.gguf_file import Bytes, GGUFTensor
 
 #: The types that stay as they are stored on a GPU: MLX has no layout for their codes, or for those
-#: of 5 bits and MXFP4, no fast kernel. Others of 4 and 8 bits have fast kernels in MLX's layout.
-KEPT = frozenset({"Q2_K", "Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"})
+#: of 5 bits, no fast kernel. Those of 4 and 8 bits have fast kernels in MLX's layout.
+KEPT = frozenset({"Q2_K", "Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
+#: On CUDA, MLX compiles its kernels for prompts in MXFP4 for minutes.
+KEPT_ON_CUDA = KEPT | {"MXFP4"}
 
 _LOW = np.uint8(0x0F)
 _SIGN = np.uint16(0x8000)

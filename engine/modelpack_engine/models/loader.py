@@ -23,6 +23,7 @@ from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import library
 from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
+from modelpack_engine.kernels import launch
 from modelpack_engine.models import gguf_projector, gguf_tokenizer, json_tokenizer, load_progress
 from modelpack_engine.models.adapter import merge, read_layers
 from modelpack_engine.models.chat_template import as_jinja
@@ -31,7 +32,7 @@ from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.gguf import GGUFLoader
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
-from modelpack_engine.models.gguf_planes import KEPT
+from modelpack_engine.models.gguf_planes import KEPT, KEPT_ON_CUDA
 from modelpack_engine.models.gguf_projector import GGUFProjector
 from modelpack_engine.models.load_progress import LoadCallback
 from modelpack_engine.models.model_config import normalised
@@ -245,7 +246,8 @@ def _load_gguf(
             _note_density(notes, device, dense)
         if blocks is None:
             # mlx-lm divides layers of MLX only.
-            blocks = KEPT if device != "cpu" and shard is None else ()
+            kept = KEPT_ON_CUDA if launch.backend() == "cuda" else KEPT
+            blocks = kept if device != "cpu" and shard is None else ()
         model = loader.load(Precision(dtype, dense, requantize, blocks))
         if adapter is not None:
             merge(model, read_layers(adapter, model, loader.config, dtype=mx.float32))

@@ -54,6 +54,16 @@ def test_values_equal_those_of_the_gguf_package(
     assert np.array_equal(np.array(found), expected)
 
 
+def test_all_exponents_of_mxfp4() -> None:
+    raw = random_blocks("MXFP4", 1, 256 * 32).reshape(256, 17)
+    raw[:, 0] = np.minimum(np.arange(256), 251)  # the package warns of larger values
+    stored = GGUFTensor("w", "MXFP4", (1, 256 * 32), raw.reshape(-1))
+    words = mx.array(gguf_planes.planes(stored, BLOCK_TYPES["MXFP4"]))
+    found = blocks.computed_values(words, BLOCK_TYPES["MXFP4"], mx.float32)
+    expected = gguf.quants.dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType.MXFP4)
+    assert np.array_equal(np.array(found), expected)
+
+
 @pytest.mark.parametrize("name", sorted(BLOCK_TYPES))
 def test_rows_of_models_take_at_most_four_percent_more(name: str) -> None:
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]

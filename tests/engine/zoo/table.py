@@ -18,7 +18,7 @@ from modelpack_engine.models import gguf_blocks
 from modelpack_engine.models.gguf import TensorPlan, arrays_of, packing_of
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS, WITH_AXES
 from modelpack_engine.models.gguf_file import GGUFTensor
-from modelpack_engine.models.gguf_planes import KEPT
+from modelpack_engine.models.gguf_planes import KEPT_ON_CUDA
 from modelpack_engine.models.gguf_tensors import Parameter
 from modelpack_engine.models.mtp import LAYOUTS
 from modelpack_engine.patches.lora import LINEARS
@@ -115,6 +115,8 @@ that are joined with one of another type.
   a model would take over 10 % more memory than its tensors in the file, embeddings first.
 - **CUDA** says which kernel multiplies a few rows by such weights on an NVIDIA GPU: ours or MLX's.
   On Metal it is ours for types that are held as stored, and MLX's for others.
+- MXFP4 is held as stored on CUDA. On Metal, and in rows that are no multiple of 256 (the experts of
+  gpt-oss), it keeps its own codes in MLX's layout, and MLX's kernels multiply.
 - **CPU library** is [our own](cpu.md), for models of Llama's shape.
 
 | type | file | GPU | in memory | CUDA | CPU library |
@@ -173,7 +175,7 @@ def block_types() -> str:
         packing = packing_of(dtype, requantize=True)
         arrays = arrays_of([TensorPlan(parameter, packing)], mx.bfloat16)
         held = sum(array.nbytes for _, array in arrays) / (512 * 8) * 8
-        if dtype in KEPT:
+        if dtype in KEPT_ON_CUDA:
             kind = BLOCK_TYPES[dtype]
             how, cuda, held = "as stored", "ours", kind.words(4096) * 32 / 4096
         elif packing is None:
