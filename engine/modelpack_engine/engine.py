@@ -202,7 +202,10 @@ class Engine(BaseEngine):
         if not (speculates or self._mover.has_offload or self.is_divided):
             sizes = self._sizes
             self._replays = make_replays(
-                self._runner, sizes.recorded_rows, sizes.recorded_row_bytes
+                self._runner,
+                sizes.recorded_rows,
+                sizes.recorded_row_bytes,
+                sizes.recorded_weight_bytes,
             )
             if self._replays is not None:
                 self._restoring.callback(self._replays.close)
@@ -256,7 +259,7 @@ class Engine(BaseEngine):
         finally:
             self.memory_bytes += adapters.nbytes - before
             if self._replays is not None:
-                self._replays.drop_stale()
+                self._replays.drop_adapted()
 
     def _adapters_or_refuse(self) -> AdapterSet:
         if self._adapters is None:

@@ -123,6 +123,10 @@ class AdapterMatrices(Protocol):
         """Whether kernels add what adapters change to all of `AdapterRows.joint`."""
 
     @property
+    def changes_only_fused(self) -> bool:
+        """Whether adapters change no other layers than those of `AdapterRows.joint`."""
+
+    @property
     def version(self) -> int:
         """Counts the changes of the matrices, from 1 on."""
 

@@ -49,7 +49,7 @@ class AddressesOf(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Passing:
+class Transient:
     """An array that one kernel writes and the next one reads; it is not kept in memory."""
 
     shape: tuple[int, ...]
@@ -73,9 +73,9 @@ class Note:
     body: Body | Literal["matmul", "join"]
     source: KernelSource
     template: Template
-    inputs: Sequence[mx.array | Passing]
-    flat: Sequence[mx.array | Passing]
-    outputs: Sequence[mx.array | Passing]
+    inputs: Sequence[mx.array | Transient]
+    flat: Sequence[mx.array | Transient]
+    outputs: Sequence[mx.array | Transient]
     grid: tuple[int, int, int]
     threadgroup: tuple[int, int, int]
     shared_bytes: int
@@ -104,9 +104,13 @@ class Output:
 
 @dataclass(slots=True)
 class Recorder:
-    """Runs kernels one by one, and keeps what they read and write in memory."""
+    """Runs kernels one by one, and keeps what they read and write in memory.
+
+    `weight_bytes` are the most bytes of a weight that is computed for one matmul.
+    """
 
     notes: list[Note] = field(default_factory=list)
+    weight_bytes: int | None = None
 
     def run(
         self,
@@ -147,7 +151,7 @@ class Recorder:
             return self._by_mlx(MATMUL, "matmul", given, lambda: x @ weight.T)
         return self._by_mlx(MATMUL_AND_BIAS, "matmul", given, lambda: mx.addmm(bias, x, weight.T))
 
-    def multiply_by_computed(
+    def multiply_dequantised(
         self, x: mx.array, compute: Callable[[], mx.array], bias: mx.array | None = None
     ) -> mx.array:
         """Return `multiply` by the weight that one kernel computes, which is not kept in memory.
@@ -156,10 +160,12 @@ class Recorder:
         """
         with recorded() as computed:
             weight = compute()
-        if len(computed.notes) != 1:
+        if self.weight_bytes is not None and weight.nbytes > self.weight_bytes:
+            raise NotRecordedError(f"a weight of {weight.nbytes} bytes is computed in full")
+        if len(computed.notes) != 1 or computed.notes[0].outputs[0] is not weight:
             raise NotRecordedError(f"MLX computes weights {weight.shape}")
         out = self.multiply(x, weight, bias)
-        passing, product = Passing(weight.shape, weight.dtype, weight.nbytes), self.notes.pop()
+        passing, product = Transient(weight.shape, weight.dtype, weight.nbytes), self.notes.pop()
         inputs, flat = [*product.inputs], [*product.flat]
         inputs[1] = flat[1] = passing
         self.notes.append(replace(computed.notes[0], outputs=[passing]))
@@ -199,13 +205,13 @@ def join(first: mx.array, second: mx.array) -> mx.array:
     return mx.concatenate([first, second]) if recorder is None else recorder.join(first, second)
 
 
-def multiply_by_computed(
+def multiply_dequantised(
     x: mx.array, compute: Callable[[], mx.array], bias: mx.array | None = None
 ) -> mx.array:
     """Return x [rows, in] times a weight [out, in], which one kernel computes, plus a bias."""
     recorder = active()
     if recorder is not None:
-        return recorder.multiply_by_computed(x, compute, bias)
+        return recorder.multiply_dequantised(x, compute, bias)
     transposed = compute().T
     return x @ transposed if bias is None else mx.addmm(bias, x, transposed)
 
@@ -220,9 +226,9 @@ def refuse(what: str) -> None:
 
 
 @contextmanager
-def recorded() -> Iterator[Recorder]:
-    """Record this thread's kernels within the block."""
-    recorder = Recorder()
+def recorded(weight_bytes: int | None = None) -> Iterator[Recorder]:
+    """Record this thread's kernels within the block, and no larger weights that are computed."""
+    recorder = Recorder(weight_bytes=weight_bytes)
     with _active_within(recorder):
         yield recorder
 
@@ -293,16 +299,16 @@ class Trace:
         self.notes = notes
         self.names = [note.source.name for note in notes]
         arrays = [array for note in notes for array in (*note.flat, *note.outputs)]
-        kept = [array for array in arrays if not isinstance(array, Passing)]
+        kept = [array for array in arrays if not isinstance(array, Transient)]
         found = iter(addresses([*kept, *returned]))
         self.inputs: list[list[int]] = []
         written: list[tuple[int, int, Output]] = []
         for index, note in enumerate(notes):
             self.inputs.append(
-                [_NOWHERE if isinstance(array, Passing) else next(found) for array in note.flat]
+                [_NOWHERE if isinstance(array, Transient) else next(found) for array in note.flat]
             )
             for number, array in enumerate(note.outputs):
-                if isinstance(array, Passing):
+                if isinstance(array, Transient):
                     continue
                 start = next(found)
                 written.append((start, start + array.nbytes, Output(index, number)))
@@ -320,7 +326,7 @@ class Trace:
             array
             for index, note in enumerate(self.notes)
             for array, address in zip(note.flat, self.inputs[index], strict=True)
-            if not isinstance(array, Passing) and self.output(address, index) is None
+            if not isinstance(array, Transient) and self.output(address, index) is None
         ]
         self.notes = []
 
@@ -330,7 +336,7 @@ class Trace:
             (index, number): array
             for index, note in enumerate(self.notes)
             for number, array in enumerate(note.flat)
-            if not isinstance(array, Passing)
+            if not isinstance(array, Transient)
         }
         starts = addresses(list(flat.values()), starts=True)
         return {
@@ -366,7 +372,7 @@ def compare(first: Trace, second: Trace, addresses: AddressesOf) -> Recording:
             if name in _ORDER:
                 found.append(at[1])
                 continue
-            if isinstance(note.inputs[number], Passing):
+            if isinstance(note.inputs[number], Transient):
                 found.append(Output(index - 1, 0))
                 continue
             if (index, number) in strided:

@@ -269,7 +269,7 @@ def multiply(
                 return run_tiles(x, weight, kind, tile, bias)
         if rows <= FEW_ROWS and verdict(x.dtype, kind, _together(rows), bias is not None) is None:
             return run_dots(x, weight, kind, bias)
-    return recording.multiply_by_computed(x, partial(values, weight, kind, x.dtype), bias)
+    return recording.multiply_dequantised(x, partial(values, weight, kind, x.dtype), bias)
 
 
 def most_rows() -> int:

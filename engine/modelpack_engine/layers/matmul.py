@@ -118,9 +118,10 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
         return x @ transposed if bias is None else mx.addmm(bias, x, transposed)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
-    if biases is not None and x.shape[0] > FEW_ROWS and is_affine(weights, x.dtype):
+    alike = bias is None or bias.dtype == x.dtype
+    if alike and biases is not None and x.shape[0] > FEW_ROWS and is_affine(weights, x.dtype):
         compute = partial(kernels.dequantise, weight, scales, biases, group_size, bits)
-        return recording.multiply_by_computed(x, compute, bias)
+        return recording.multiply_dequantised(x, compute, bias)
     recording.refuse(f"multiplies {x.shape[0]} rows")
     product = mx.quantized_matmul(
         x, weight, scales, biases,

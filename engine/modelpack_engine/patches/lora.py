@@ -202,6 +202,8 @@ class LoRALayers:
         self.changed = tuple(name for name, stack in self._stacks.items() if stack.slots)
         self._joined = False  # by the next step with adapters: others may follow
         self.version += 1
+        if not self.changed:
+            self._join()  # frees the joint matrices
 
     def undo(self) -> None:
         """Restore the calls of all layers, and free the matrices."""
@@ -220,6 +222,12 @@ class LoRALayers:
         """Whether fused layers add all that adapters change in them."""
         self._join()
         return self._fuses
+
+    @property
+    def changes_only_fused(self) -> bool:
+        """Whether adapters change no other layers than fused ones."""
+        self._join()
+        return not self._alone
 
     def arrays(self) -> list[mx.array]:
         """Return the matrices of all slots, as inputs of a compiled graph."""

@@ -76,6 +76,8 @@ _MEMORY_FACTOR = 1.6
 #: The arrays of a step that is recorded, as a factor of a step's: all that its kernels write.
 #: 1.13 to 1.19 by the shapes of models of 1 to 32 billion parameters.
 _RECORDED_FACTOR = 1.2
+#: The part of `step_bytes` that one weight may take which such a step computes in full.
+_WEIGHT_PART = 4
 #: The most rows of such a step: with more, prompts take the GPU longer than MLX takes the host.
 MOST_RECORDED_ROWS = 4096
 
@@ -109,6 +111,8 @@ class Sizes:
     #: row then.
     recorded_rows: int = MOST_RECORDED_ROWS
     recorded_row_bytes: int = 0
+    #: The most bytes of a weight that a recorded step computes in full; None sets no limit.
+    recorded_weight_bytes: int | None = None
     #: Layers with smaller windows than others, and the blocks of each such group.
     groups: tuple[WindowGroup, ...] = ()
     window_blocks: tuple[int, ...] = ()
@@ -283,6 +287,7 @@ def choose_sizes(
             hint=f"lower max_model_len to {capacity}, or give the cache "
             f"{one_context} bytes (kv_cache_bytes)",
         )
+    weight_bytes = min(step_memory.per_step, step_bytes // _WEIGHT_PART)
     return Sizes(
         num_blocks,
         min(wanted, capacity + 1),
@@ -291,7 +296,8 @@ def choose_sizes(
         max_prefill_chunk=max(_GPU_CHUNK, span) if gpu else most_of_prompt,
         prefill_context=_GPU_CONTEXT if gpu else None,
         step_bytes=step_bytes,
-        recorded_rows=_recorded_rows(step_bytes, step_memory.per_row),
+        recorded_rows=_recorded_rows(step_bytes - weight_bytes, step_memory.per_row),
+        recorded_weight_bytes=weight_bytes if step_bytes else None,
         recorded_row_bytes=int(_RECORDED_FACTOR * step_memory.per_row),
         groups=groups,
         window_blocks=tuple(of_windows),

@@ -16,7 +16,7 @@ import ctypes
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,9 +32,9 @@ from modelpack_engine.kernels.recording import (
     Note,
     NotRecordedError,
     Output,
-    Passing,
     Recording,
     Trace,
+    Transient,
     compare,
     recorded,
 )
@@ -72,6 +72,9 @@ _FREQUENT, _FREQUENT_PROMPTS = 3, 4
 #: If the first shapes are refused, so many of few rows, no other one is tried: with more rows, MLX
 #: computes more. Nor is one with prompts, once so many of them in a row are refused.
 _MOST_REFUSED, _FEW_ROWS = 3, 32
+#: Steps with the same adapters before one is recorded, at first and at most; graphs that run for
+#: as many steps, times the factor, have been worth it.
+_SETTLED_STEPS, _MOST_SETTLED, _LASTING = 128, 1 << 16, 16
 #: What stays free on the GPU while a step is recorded for which no memory is planned.
 _SPARE_BYTES = 1 << 30
 #: The most graphs, each of some hundred kernels.
@@ -214,15 +217,14 @@ class _Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a graph is made for: a layout, whether its tokens are drawn, a draft's key, whether it
-    reads embeddings, and the version of the adapters' matrices that it reads, or 0.
+    """What a graph is made for: a layout, whether its tokens are drawn, a draft's key, and whether
+    it reads embeddings.
     """
 
     layout: Layout
     draws: bool
     draft: Hashable = None
     embedded: bool = False
-    adapters: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -295,13 +297,48 @@ class NextStep:
     numbers: NDArray[np.int32]
 
 
+@dataclass(slots=True)
+class _Adapters:
+    """Whether steps with adapters should be recorded: their graphs last until an adapter changes.
+
+    Where adapters come and go, recording would take longer than graphs save. So matrices must have
+    been the same for `settled` steps, twice as many after each time that graphs did not last.
+    """
+
+    version: int = 0
+    num_steps: int = 0  # with these matrices
+    num_recorded: int = 0
+    num_refused: int = 0  # shapes since the last that was recorded
+    settled: int = field(default_factory=lambda: _SETTLED_STEPS)
+
+    def count(self) -> bool:
+        """Count a step with adapters; return whether it may be a graph."""
+        self.num_steps += 1
+        return self.num_steps > self.settled and self.num_refused < _MOST_REFUSED
+
+    def recorded(self) -> None:
+        """Count a graph."""
+        self.num_recorded += 1
+        self.num_refused = 0
+
+    def change(self, version: int) -> bool:
+        """Take the matrices of this version; return whether others were there before."""
+        if version == self.version:
+            return False
+        if self.num_recorded and self.num_steps < _LASTING * self.settled:
+            self.settled = min(2 * self.settled, _MOST_SETTLED)
+        self.version, self.num_steps, self.num_recorded, self.num_refused = version, 0, 0, 0
+        return True
+
+
 class Replays:
     """The steps of a runner that run as graphs.
 
     A graph must give the tokens of the recorded step when it first runs. After a failure of the
     driver, or a graph with other tokens, MLX runs all steps. While a step is recorded, all that its
-    kernels write is in memory: there is room for `planned_rows` rows in any case. More are recorded
-    if the GPU has `row_bytes` free for each.
+    kernels write is in memory: there is room for `planned_rows` rows in any case, beside a weight
+    of `weight_bytes` that is computed in full. More rows are recorded if the GPU has `row_bytes`
+    free for each.
     """
 
     def __init__(
@@ -310,9 +347,11 @@ class Replays:
         driver: Driver,
         planned_rows: int = MOST_RECORDED_ROWS,
         row_bytes: int = 0,
+        weight_bytes: int | None = None,
     ) -> None:
         assert runner.compiled is not None
         self.driver, self._planned_rows, self._row_bytes = driver, planned_rows, row_bytes
+        self._weight_bytes = weight_bytes
         self._runner, self._compiled = runner, runner.compiled
         self._stream = driver.new_stream()
         self._memories: list[_Memory] = []  # steps in flight may have an earlier one than the last
@@ -323,8 +362,7 @@ class Replays:
         self._generation = 0  # of the last draft
         self._refused = 0  # shapes of few rows, before the first that was recorded
         self._refused_prompts = 0  # shapes with prompts, since the last that was recorded
-        self._adapters = 0  # the version of the adapters' matrices
-        self._refused_adapters = 0  # the version with which a step was refused
+        self._adapters = _Adapters()
         #: Whether MLX runs all steps from now on.
         self.gave_up = False
         self._arena: mx.array | None = None
@@ -366,8 +404,9 @@ class Replays:
         )  # fmt: skip
 
     def _fuses_adapters(self) -> bool:
+        """Return whether kernels add all that adapters change."""
         matrices = self._runner.adapter_rows.matrices
-        return matrices is None or matrices.fuses
+        return matrices is None or (matrices.fuses and matrices.changes_only_fused)
 
     def step(
         self,
@@ -392,11 +431,13 @@ class Replays:
         adapted = self._runner.adapted
         adapted.begin(batch, by_segments=adapted.by_segments)
         packed = self._compiled.pack(batch, list(batch.sample_rows))
-        self.drop_stale()
-        key, of_adapters = None if draft is None else draft.key, packed.of_adapters
-        version = self._adapters if of_adapters else 0
-        shape = _Shape(packed.layout, settings.size > 0, key, embed is not None, version)
+        self.drop_adapted()
+        key = None if draft is None else draft.key
+        shape = _Shape(packed.layout, settings.size > 0, key, embed is not None)
         graph = self._graphs.get(shape)
+        if shape.layout.adapted and not self._adapters.count() and graph is None:
+            self.end_run()
+            return None
         if graph is None:
             self._seen[shape] += 1
             frequent = _FREQUENT_PROMPTS if batch.chunks else _FREQUENT
@@ -404,7 +445,6 @@ class Replays:
                 shape in self._graphs or self._seen[shape] != frequent
                 or len(self._graphs) >= _MOST_GRAPHS
                 or (batch.chunks and self._refused_prompts >= _MOST_REFUSED)
-                or (version and version == self._refused_adapters)
                 or not self._has_room(shape.num_rows)
             ):  # fmt: skip
                 self.end_run()
@@ -431,7 +471,7 @@ class Replays:
         if graph is None:
             self.drop_ahead()
             graph = self._graphs[shape] = self._record(
-                shape, place, count, draft, embeddings, of_adapters
+                shape, place, count, draft, embeddings, packed.of_adapters
             )
             if graph is None:
                 return None
@@ -554,21 +594,20 @@ class Replays:
         self._seen.clear()
         self._free(graphs)
 
-    def drop_stale(self) -> None:
-        """Drop the graphs that read matrices of adapters from before a change."""
+    def drop_adapted(self) -> None:
+        """Drop the graphs that read adapters' matrices, if these have changed."""
         matrices = self._runner.adapter_rows.matrices
-        version = 0 if matrices is None else matrices.version
-        if version == self._adapters:
+        if not self._adapters.change(0 if matrices is None else matrices.version):
             return
-        self._adapters = version
-        stale = [s for s in {*self._seen, *self._graphs} if s.adapters not in (0, version)]
-        for shape in stale:
-            self._seen.pop(shape, None)
-        graphs = [self._graphs.pop(shape, None) for shape in stale]
-        self._free([graph for graph in graphs if graph is not None])
+        for shape in [shape for shape in self._seen if shape.layout.adapted]:
+            del self._seen[shape]
+        stale = [shape for shape in self._graphs if shape.layout.adapted]
+        self._free([graph for shape in stale if (graph := self._graphs.pop(shape)) is not None])
 
     def _free(self, graphs: list[_Graph]) -> None:
         """Wait for all steps, and free graphs."""
+        if not graphs:
+            return
         try:
             self.driver.synchronise(self._stream)
             for graph in graphs:
@@ -712,6 +751,9 @@ class Replays:
             else:
                 self._give_up(problem)
             return None
+        if shape.layout.adapted:
+            self._adapters.recorded()
+            return graph
         self._refused = -1
         if shape.layout.tiles:
             self._refused_prompts = 0
@@ -721,8 +763,8 @@ class Replays:
 
     def _refuse(self, shape: _Shape, draft: DraftBehind | None) -> None:
         """Count a shape that cannot be recorded."""
-        if shape.adapters:
-            self._refused_adapters = shape.adapters
+        if shape.layout.adapted:
+            self._adapters.num_refused += 1
         elif shape.layout.tiles:
             self._refused_prompts += 1
         elif draft is None and shape.num_rows <= _FEW_ROWS and 0 <= self._refused < _MOST_REFUSED:
@@ -745,7 +787,7 @@ class Replays:
         columns, of_draws, of_draft = _ends(shape, count, draft)
         index = numbers[of_draft + rows : count - _NUM_HALVES]
         middle = count - _NUM_HALVES // 2  # the address of the tokens is before that of the draft
-        with recorded() as recorder:
+        with recorded(self._weight_bytes) as recorder:
             token_ids = take(memory, index)
             logits = self._compiled.trace(
                 shape.layout, token_ids, numbers[:columns], embeddings, of_adapters
@@ -791,7 +833,7 @@ class Replays:
             reads = []
             for read, array in zip(recording.reads[index], note.inputs, strict=True):
                 reads.append(read if isinstance(read, int) else address_of(read))
-                if isinstance(read, int) and not isinstance(array, Passing):
+                if isinstance(read, int) and not isinstance(array, Transient):
                     kept[id(array)] = array
             writes = [address_of(Output(index, number)) for number in range(len(note.outputs))]
             calls.append(self._call(note, reads, writes))
@@ -809,7 +851,8 @@ class Replays:
         return self._kernel_call(note, reads, writes)
 
     def _kernel_call(self, note: Note, reads: list[int], writes: list[int]) -> KernelCall:
-        inputs = [array for array in note.inputs if not isinstance(array, Passing)]
+        inputs = [array for array in note.inputs if not isinstance(array, Transient)]
+        assert len(inputs) == len(note.inputs), "only matmuls read weights that are not kept"
         kernel = GeneratedKernel(
             note.source, inputs, note.template, [array.dtype for array in note.outputs]
         )
@@ -858,7 +901,9 @@ def _ends(shape: _Shape, count: int, draft: DraftBehind | None) -> tuple[int, in
     return of_draws - (6 * shape.num_sampled if shape.draws else 0), of_draws, of_draft
 
 
-def make_replays(runner: object, planned_rows: int, row_bytes: int) -> Replays | None:
+def make_replays(
+    runner: object, planned_rows: int, row_bytes: int, weight_bytes: int | None = None
+) -> Replays | None:
     """Return the `Replays` of a runner whose steps may run as graphs; None for others."""
     if not (
         launch.backend() == "cuda"
@@ -869,7 +914,7 @@ def make_replays(runner: object, planned_rows: int, row_bytes: int) -> Replays |
     ):
         return None
     try:
-        return Replays(runner, find_driver(), planned_rows, row_bytes)
+        return Replays(runner, find_driver(), planned_rows, row_bytes, weight_bytes)
     except EngineError as error:
         logger.info("MLX launches all steps: %s", error)
         return None

@@ -14,7 +14,7 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.kernels.recording import NotRecordedError, Passing, recorded
+from modelpack_engine.kernels.recording import NotRecordedError, Transient, recorded
 from modelpack_engine.layers import blocks, matmul
 from modelpack_engine.layers.blocks import (
     BLOCK_TYPES,
@@ -145,7 +145,7 @@ def test_many_rows_are_recorded(host: Host, biased: bool) -> None:
     assert mx.array_equal(found, expected)
     values, product = recorder.notes
     assert (values.body, product.body) == ("block_values", "matmul")
-    assert [type(each) for each in values.outputs] == [Passing]
+    assert [type(each) for each in values.outputs] == [Transient]
     assert product.inputs[1] is values.outputs[0]
 
 

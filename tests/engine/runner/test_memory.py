@@ -81,8 +81,10 @@ def test_steps_leave_less_for_the_kv_cache_on_cuda(gpu: Any) -> None:
         for about in (memory, StepMemory()):
             found = kv_cache_size.choose_sizes(LAYOUT, 1 << 20, config, step_memory=about)
             sizes[name, about] = found.num_blocks * LAYOUT.bytes_per_token * 16
-            assert found.step_bytes == (3 * GIB if (name, about) == ("cuda", memory) else 0)
-            assert found.recorded_rows == 4096
+            planned = (name, about) == ("cuda", memory)
+            assert found.step_bytes == (3 * GIB if planned else 0)
+            assert found.recorded_weight_bytes == (3 * GIB // 4 if planned else None)
+            assert found.recorded_rows == (int(2048 * 3 * 0.75 / 1.2) if planned else 4096)
     assert sizes["cuda", StepMemory()] - sizes["cuda", memory] == 3 * GIB
     assert sizes["metal", StepMemory()] == sizes["metal", memory]
 
@@ -134,7 +136,8 @@ def test_arrays_of_steps_have_a_limit(
     memory = StepMemory(per_row=(9 << 30) // 2048, per_step=15 * GIB)
     found = kv_cache_size.choose_sizes(LAYOUT, 4096, config, step_memory=memory)
     assert found.step_bytes == pytest.approx(expected * GIB, rel=1e-6)
-    rows = expected / 9 * 2048 / 1.2
+    assert found.recorded_weight_bytes == found.step_bytes // 4
+    rows = 0.75 * expected / 9 * 2048 / 1.2
     assert found.recorded_rows == int(min(rows, 4096)), "a recording has all arrays in memory"
     assert found.recorded_row_bytes == int(1.2 * memory.per_row)
 
