@@ -165,10 +165,11 @@ class Recorder:
         if len(computed.notes) != 1 or computed.notes[0].outputs[0] is not weight:
             raise NotRecordedError(f"MLX computes weights {weight.shape}")
         out = self.multiply(x, weight, bias)
-        passing, product = Transient(weight.shape, weight.dtype, weight.nbytes), self.notes.pop()
+        transient = Transient(weight.shape, weight.dtype, weight.nbytes)
+        product = self.notes.pop()
         inputs, flat = [*product.inputs], [*product.flat]
-        inputs[1] = flat[1] = passing
-        self.notes.append(replace(computed.notes[0], outputs=[passing]))
+        inputs[1] = flat[1] = transient
+        self.notes.append(replace(computed.notes[0], outputs=[transient]))
         self.notes.append(replace(product, inputs=inputs, flat=flat))
         return out
 

@@ -24,10 +24,10 @@ from modelpack_engine.layers.kernels import take_rows
 
 Words = npt.NDArray[np.uint32]
 
-#: The values of the codes of IQ4_NL and IQ4_XS, and those of MXFP4's, doubled.
+#: The values of IQ4_NL's and IQ4_XS's codes, and twice the values of MXFP4's.
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-#: By the number that kernels know a table by.
+#: Tables by their number in kernels.
 _TABLES: tuple[tuple[int, ...], ...] = ((), _IQ4, _FP4)
 #: The weights of a superblock, whose groups have a byte of scale each.
 SUPERBLOCK = 256

@@ -753,10 +753,10 @@ class Replays:
             return None
         if shape.layout.adapted:
             self._adapters.recorded()
-            return graph
-        self._refused = -1
-        if shape.layout.tiles:
-            self._refused_prompts = 0
+        else:
+            self._refused = -1
+            if shape.layout.tiles:
+                self._refused_prompts = 0
         if shape.num_rows > self._planned_rows:
             mx.clear_cache()  # others may need it
         return graph
