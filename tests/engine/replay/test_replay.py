@@ -1091,8 +1091,7 @@ def prompts_with_adapters(engine: Engine, directory: Path) -> Tokens:
 @pytest.mark.parametrize(
     ("scenario", "max_loras"),
     [
-        (adapters_between, 4),
-        pytest.param(adapters_between, 1, marks=pytest.mark.long),
+        *(pytest.param(adapters_between, most, marks=pytest.mark.long) for most in (4, 1)),
         (prompts_with_adapters, 3),
     ],
 )
@@ -1121,6 +1120,7 @@ def test_adapters_that_change_and_prompts(
     assert not driver.graphs
 
 
+@pytest.mark.long
 def test_adapters_that_come_and_go_have_no_graphs(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -1148,6 +1148,7 @@ def test_adapters_that_come_and_go_have_no_graphs(
     engine.close()
 
 
+@pytest.mark.long
 def test_drafts_with_adapters_are_left_to_mlx(
     driver: FakeDriver, settled: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -1171,6 +1172,7 @@ def test_drafts_with_adapters_are_left_to_mlx(
     engine.close()
 
 
+@pytest.mark.long
 def test_steps_with_adapters_that_cannot_be_recorded(
     driver: FakeDriver, settled: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -1197,7 +1199,7 @@ def test_steps_with_adapters_that_cannot_be_recorded(
     engine.close()
 
 
-@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("biases", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_weights_are_dequantised_one_by_one(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, biases: bool
 ) -> None:
