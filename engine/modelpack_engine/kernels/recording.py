@@ -147,9 +147,8 @@ class Recorder:
         types = {array.dtype for array in given}
         if x.ndim != 2 or len(types) > 1 or x.dtype not in (mx.float16, mx.bfloat16):
             raise NotRecordedError(f"MLX multiplies {x.shape} by {weight.shape} in {x.dtype}")
-        if bias is None:
-            return self._by_mlx(MATMUL, "matmul", given, lambda: x @ weight.T)
-        return self._by_mlx(MATMUL_AND_BIAS, "matmul", given, lambda: mx.addmm(bias, x, weight.T))
+        source = MATMUL if bias is None else MATMUL_AND_BIAS
+        return self._by_mlx(source, "matmul", given, lambda: _product(x, weight.T, bias))
 
     def multiply_dequantised(
         self, x: mx.array, compute: Callable[[], mx.array], bias: mx.array | None = None
@@ -206,6 +205,19 @@ def join(first: mx.array, second: mx.array) -> mx.array:
     return mx.concatenate([first, second]) if recorder is None else recorder.join(first, second)
 
 
+def multiply(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None = None,
+    transposed: mx.array | None = None,
+) -> mx.array:
+    """Return x [rows, in] times weight [out, in], which may be there `transposed`, plus a bias."""
+    recorder = active()
+    if recorder is not None:
+        return recorder.multiply(x, weight, bias)
+    return _product(x, weight.T if transposed is None else transposed, bias)
+
+
 def multiply_dequantised(
     x: mx.array, compute: Callable[[], mx.array], bias: mx.array | None = None
 ) -> mx.array:
@@ -213,7 +225,10 @@ def multiply_dequantised(
     recorder = active()
     if recorder is not None:
         return recorder.multiply_dequantised(x, compute, bias)
-    transposed = compute().T
+    return _product(x, compute().T, bias)
+
+
+def _product(x: mx.array, transposed: mx.array, bias: mx.array | None) -> mx.array:
     return x @ transposed if bias is None else mx.addmm(bias, x, transposed)
 
 

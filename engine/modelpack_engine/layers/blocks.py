@@ -356,10 +356,9 @@ def _codes(plane: mx.array, bits: int) -> mx.array:
 
 def _powers(exponents: mx.array) -> mx.array:
     """Return 2 to the power of each byte - 128 in float32."""
-    bits = exponents.astype(mx.uint32)
-    return mx.where(bits > 1, (bits - 1) << 23, mx.array(0x200000, mx.uint32) << bits).view(
-        mx.float32
-    )
+    given = exponents.astype(mx.uint32)
+    bits = mx.where(given > 1, (given - 1) << 23, mx.array(0x200000, mx.uint32) << given)
+    return bits.view(mx.float32)
 
 
 def _signed(codes: mx.array, zero: int) -> mx.array:

@@ -111,11 +111,7 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     """Multiply by MLX's functions."""
     weight, bits, bias = weights.weight, weights.bits, weights.bias
     if bits is None:
-        recorder = recording.active()
-        if recorder is not None:
-            return recorder.multiply(x, weight, bias)
-        transposed = weight.T if weights.transposed is None else weights.transposed
-        return x @ transposed if bias is None else mx.addmm(bias, x, transposed)
+        return recording.multiply(x, weight, bias, weights.transposed)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
     alike = bias is None or bias.dtype == x.dtype

@@ -16,7 +16,7 @@ import ctypes
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -305,16 +305,16 @@ class _Adapters:
     been the same for `settled` steps, twice as many after each time that graphs did not last.
     """
 
+    settled: int
     version: int = 0
     num_steps: int = 0  # with these matrices
     num_recorded: int = 0
     num_refused: int = 0  # shapes since the last that was recorded
-    settled: int = field(default_factory=lambda: _SETTLED_STEPS)
 
     def count(self) -> bool:
         """Count a step with adapters; return whether it may be a graph."""
         self.num_steps += 1
-        return self.num_steps > self.settled and self.num_refused < _MOST_REFUSED
+        return self.num_steps > self.settled
 
     def recorded(self) -> None:
         """Count a graph."""
@@ -362,7 +362,7 @@ class Replays:
         self._generation = 0  # of the last draft
         self._refused = 0  # shapes of few rows, before the first that was recorded
         self._refused_prompts = 0  # shapes with prompts, since the last that was recorded
-        self._adapters = _Adapters()
+        self._adapters = _Adapters(_SETTLED_STEPS)
         #: Whether MLX runs all steps from now on.
         self.gave_up = False
         self._arena: mx.array | None = None
@@ -428,16 +428,16 @@ class Replays:
         if draft is not None and draft.generation != self._generation:
             self.forget()  # graphs have the old memory
             self._generation = draft.generation
+        self.drop_adapted()
+        if batch.adapter_slots and not self._adapters.count():
+            self.end_run()
+            return None
         adapted = self._runner.adapted
         adapted.begin(batch, by_segments=adapted.by_segments)
         packed = self._compiled.pack(batch, list(batch.sample_rows))
-        self.drop_adapted()
         key = None if draft is None else draft.key
         shape = _Shape(packed.layout, settings.size > 0, key, embed is not None)
         graph = self._graphs.get(shape)
-        if shape.layout.adapted and not self._adapters.count() and graph is None:
-            self.end_run()
-            return None
         if graph is None:
             self._seen[shape] += 1
             frequent = _FREQUENT_PROMPTS if batch.chunks else _FREQUENT
@@ -445,6 +445,7 @@ class Replays:
                 shape in self._graphs or self._seen[shape] != frequent
                 or len(self._graphs) >= _MOST_GRAPHS
                 or (batch.chunks and self._refused_prompts >= _MOST_REFUSED)
+                or (shape.layout.adapted and self._adapters.num_refused >= _MOST_REFUSED)
                 or not self._has_room(shape.num_rows)
             ):  # fmt: skip
                 self.end_run()

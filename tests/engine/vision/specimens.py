@@ -350,7 +350,7 @@ def _deepseek(latent: bool) -> Specimen:
         "kv_lora_rank": None, "q_lora_rank": None, "qk_rope_head_dim": 0, "qk_nope_head_dim": 0,
         "v_head_dim": 0, "use_mla": False,
     }  # fmt: skip
-    if latent:  # mlx-vlm rotates as DeepSeek's code and mlx-lm do only if it is told to
+    if latent:  # only with `rope_traditional`, mlx-vlm rotates pairs, as DeepSeek and mlx-lm do
         text |= {
             "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
             "use_mla": True, "rope_traditional": True,
