@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 
 from fixtures.speech.samples import sample
-from modelpack_server.api.app import ModelServer
-from modelpack_server.pool.pool import ModelPool
 from tests.conftest import ROOT
 from tests.engine.clients.installed import ClientsError, npm_clients
 from tests.engine.real_server import DIGITS, FAMILIAR, MINILM, SMOLLM2
-from tests.engine.serving.tiny import TinyCatalogue
+from tests.engine.serving.tiny import tiny_server
 from tests.engine.speech.tiny import wav
 from tests.engine.vision import tiny
 from tests.engine.vision.media import file_of
@@ -40,11 +38,8 @@ CLIENTS = (OPENAI, ANTHROPIC, VERCEL_OPENAI, VERCEL_ANTHROPIC)
 @pytest.fixture(scope="module")
 def pictures_url() -> Iterator[str]:
     """The address of a server with a model that reads pictures."""
-    catalogue = TinyCatalogue(lambda: tiny.tiny_engine("llava", max_num_batched_tokens=256))
-    with ModelServer(
-        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
-    ) as server:
-        yield server.url
+    with tiny_server(lambda: tiny.tiny_engine("llava", max_num_batched_tokens=256)) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -222,13 +222,21 @@ def make_engine(
 
 
 Tokens = dict[str, list[int]]
+T = TypeVar("T")
 #: A scenario: it gives an engine requests, and returns their tokens.
 Scenario = Callable[[Engine], Tokens]
 
 
-def add(engine: Engine, name: str, prompt: list[int], num_tokens: int, **params: Any) -> None:
+def add(
+    engine: Engine,
+    name: str,
+    prompt: list[int],
+    num_tokens: int,
+    adapter: str | None = None,
+    **params: Any,
+) -> None:
     given = {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True} | params
-    engine.add_request(name, EngineRequest(prompt, SamplingParams(**given)))
+    engine.add_request(name, EngineRequest(prompt, SamplingParams(**given), adapter=adapter))
 
 
 def step(engine: Engine, found: Tokens, steps: int = 1000) -> Tokens:
@@ -750,8 +758,8 @@ def launched(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> list[Layout
     return found
 
 
-def by_mlx(scenario: Scenario, make: Callable[[], Engine] = make_engine) -> Tokens:
-    """The tokens without graphs."""
+def by_mlx(scenario: Callable[[Engine], T], make: Callable[[], Engine] = make_engine) -> T:
+    """What a scenario returns without graphs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "find_driver", no_driver)
         return scenario(make())
@@ -1007,8 +1015,7 @@ def with_adapters(engine: Engine, directory: Path) -> list[Tokens]:
             engine.remove_adapter("b")
             engine.add_adapter("b", adapter(directory, 3), "c")
         for name, prompt in (("a", [1, 2, 3]), ("b", [5, 6, 7, 8, 9]), (None, [9, 8])):
-            params = SamplingParams(max_tokens=14, temperature=0, ignore_eos=True)
-            engine.add_request(str(name), EngineRequest(prompt, params, adapter=name))
+            add(engine, str(name), prompt, 14, name)
         found.append(step(engine, {}))
     return found
 
@@ -1022,8 +1029,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_with_adapters(driver: FakeDriver, settled: None, tmp_path: Path) -> None:
     """A graph reads the matrices of its time; it is dropped when they change."""
     make = partial(make_engine, max_loras=3)
-    wanted: list[Tokens] = []
-    by_mlx(lambda engine: wanted.extend(with_adapters(engine, tmp_path)) or {}, make)
+    wanted = by_mlx(lambda engine: with_adapters(engine, tmp_path), make)
     assert wanted[0] == wanted[1] != wanted[2] == wanted[3]
     assert len(set(map(tuple, wanted[0].values()))) == 3
     engine = make()
@@ -1054,26 +1060,21 @@ def test_steps_with_adapters(driver: FakeDriver, settled: None, tmp_path: Path) 
     engine.close()
 
 
-def enter(engine: Engine, name: str, prompt: list[int], adapter: str | None, tokens: int) -> None:
-    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-    engine.add_request(name, EngineRequest(prompt, params, adapter=adapter))
-
-
 def adapters_between(engine: Engine, directory: Path) -> Tokens:
     """Adapters come and go while requests run."""
     for seed, name in enumerate("ab", 1):
         engine.add_adapter(name, adapter(directory, seed), name)
     found: Tokens = {}
-    enter(engine, "1", [1, 2, 3], "a", 40)
-    enter(engine, "2", [4, 5], None, 40)
+    add(engine, "1", [1, 2, 3], 40, "a")
+    add(engine, "2", [4, 5], 40)
     step(engine, found, 12)
     engine.add_adapter("c", adapter(directory, 3), "c")
     step(engine, found, 5)
-    enter(engine, "3", [7, 8, 9], "c", 20)
+    add(engine, "3", [7, 8, 9], 20, "c")
     step(engine, found, 8)
     engine.remove_adapter("a")
     step(engine, found, 6)
-    enter(engine, "4", [7, 8, 9], "b", 20)
+    add(engine, "4", [7, 8, 9], 20, "b")
     return step(engine, found)
 
 
@@ -1083,7 +1084,7 @@ def prompts_with_adapters(engine: Engine, directory: Path) -> Tokens:
     found: Tokens = {}
     for turn in range(7):
         for name, prompt in (("a", [1, 2, 3, turn]), ("b", [4, 5, turn]), (None, [4, 5, turn])):
-            enter(engine, f"{turn} {name}", prompt, name, 5)
+            add(engine, f"{turn} {name}", prompt, 5, name)
         step(engine, found)
     return found
 
@@ -1137,12 +1138,12 @@ def test_adapters_that_come_and_go_have_no_graphs(
     per_turn = []
     for turn in range(9):
         before = len(made)
-        enter(engine, f"{turn}", [1, 2, 3], f"{turn % 3}", 16)
+        add(engine, f"{turn}", [1, 2, 3], 16, f"{turn % 3}")
         step(engine, {})
         per_turn.append(len(made) - before)
     assert per_turn[0] == 1
     assert per_turn[3:] == [0] * 6
-    enter(engine, "long", [1, 2, 3], "0", 60)
+    add(engine, "long", [1, 2, 3], 60, "0")
     step(engine, {})
     assert len(made) > sum(per_turn), "with one adapter for long"
     engine.close()
@@ -1157,9 +1158,9 @@ def test_drafts_with_adapters_are_left_to_mlx(
     def scenario(engine: Engine) -> Tokens:
         engine.add_adapter("a", adapter(tmp_path, 1), "a")
         found = step(engine, {})
-        enter(engine, "with", [5, 6, 7], "a", 30)
+        add(engine, "with", [5, 6, 7], 30, "a")
         step(engine, found)
-        enter(engine, "without", [5, 6, 7], None, 30)
+        add(engine, "without", [5, 6, 7], 30)
         return step(engine, found)
 
     make = partial(drafting_engine, max_loras=1)
@@ -1178,8 +1179,7 @@ def test_steps_with_adapters_that_cannot_be_recorded(
 ) -> None:
     """A few are tried for each version of the matrices; those of the base are graphs."""
     make = partial(make_engine, max_loras=3)
-    wanted: list[Tokens] = []
-    by_mlx(lambda engine: wanted.extend(with_adapters(engine, tmp_path)) or {}, make)
+    wanted = by_mlx(lambda engine: with_adapters(engine, tmp_path), make)
     add, tried = adapters.add, []
 
     def refusing(*given: Any, **more: Any) -> mx.array:

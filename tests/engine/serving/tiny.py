@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,7 +24,9 @@ from modelpack_engine.models import LoadedModel, Tokenizer
 from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.models.tokenizer import TokenText
 from modelpack_engine.process_engine import ProcessEngine
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
 
 EOS = 256
@@ -147,3 +150,13 @@ def write_tiny(directory: Path, **generation: object) -> Path:
         json.dumps({"eos_token": "<eos>", "chat_template": TEMPLATE})
     )
     return directory
+
+
+@contextmanager
+def tiny_server(make_engine: Callable[[], Engine]) -> Iterator[str]:
+    """Serve a `TinyCatalogue` with this engine; yield the server's address."""
+    catalogue = TinyCatalogue(make_engine)
+    with ModelServer(
+        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
+    ) as server:
+        yield server.url

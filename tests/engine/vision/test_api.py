@@ -38,12 +38,12 @@ class Served:
     def __init__(self, http: TestClient, catalogue: TinyCatalogue) -> None:
         self.http, self.catalogue = http, catalogue
 
-    def chat(self, content: Any, **body: Any) -> Any:
+    def chat(self, content: Any, path: str = "/v1/chat/completions", **body: Any) -> Any:
         given = {
             "model": "tiny", "messages": [{"role": "user", "content": content}],
             "temperature": 0, "max_tokens": 8, "ignore_eos": True,
         }  # fmt: skip
-        return self.http.post("/v1/chat/completions", json=given | body)
+        return self.http.post(path, json=given | body)
 
     @property
     def engine(self) -> Any:
@@ -110,11 +110,7 @@ def test_openai(kind: str, gemma: Served, idefics: Served, llava: Served) -> Non
     "path", ["/engines/v1/chat/completions", "/engines/llama.cpp/v1/chat/completions"]
 )
 def test_docker_model_runner(llava: Served, path: str) -> None:
-    body = {
-        "model": "tiny", "temperature": 0, "max_tokens": 8, "ignore_eos": True,
-        "messages": [{"role": "user", "content": [image(ONE), QUESTION]}],
-    }  # fmt: skip
-    answer = llava.http.post(path, json=body).json()
+    answer = llava.chat([image(ONE), QUESTION], path).json()
     assert answer["choices"][0]["message"]["content"] == said("llava", IN_PROMPT, picture(1))
 
 

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from modelpack_server.api.app import ModelServer
-from modelpack_server.pool.pool import ModelPool
 from tests.engine.interactive.browser import GIVE, chromium
 from tests.engine.interactive.test_console import ask
-from tests.engine.serving.tiny import TinyCatalogue
+from tests.engine.serving.tiny import tiny_server
 from tests.engine.vision import tiny
 from tests.engine.vision.media import file_of, url
 from tests.engine.vision.sound_files import wav
@@ -32,11 +30,8 @@ ONE = file_of(picture(1))
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    catalogue = TinyCatalogue(lambda: tiny.tiny_engine("llava", max_num_batched_tokens=256))
-    with ModelServer(
-        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
-    ) as server:
-        yield server.url
+    with tiny_server(lambda: tiny.tiny_engine("llava", max_num_batched_tokens=256)) as url:
+        yield url
 
 
 @pytest.fixture

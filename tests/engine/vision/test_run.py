@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from modelpack_server.api.app import ModelServer
-from modelpack_server.pool.pool import ModelPool
 from tests.cli.running import Result
 from tests.cli.running import modelpack as run
-from tests.engine.serving.tiny import TinyCatalogue, write_tiny
+from tests.engine.serving.tiny import tiny_server, write_tiny
 from tests.engine.vision import tiny
 from tests.engine.vision.media import file_of
 from tests.engine.vision.test_api import said
@@ -96,11 +94,8 @@ def test_a_name_that_is_no_file_is_text(tmp_path: Path) -> None:
 
 
 def test_through_a_server(photo: Path) -> None:
-    catalogue = TinyCatalogue(lambda: tiny.tiny_engine("llava"))
-    with ModelServer(
-        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
-    ) as server:
-        found = run("run", "tiny", "What is it?", photo, "--url", server.url,
+    with tiny_server(lambda: tiny.tiny_engine("llava")) as url:
+        found = run("run", "tiny", "What is it?", photo, "--url", url,
                     "--temperature", "0", "--max-tokens", "8", "--json")  # fmt: skip
     assert found.code == 0, found.err
     assert said("llava", PROMPT, picture(1)).startswith(found.json["text"])

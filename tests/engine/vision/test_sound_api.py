@@ -20,12 +20,12 @@ from modelpack.builder.request import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.models.files import ModelFiles
-from modelpack_server.api.app import ModelServer, create_app
+from modelpack_server.api.app import create_app
 from modelpack_server.api.ollama.models import _capabilities
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack
-from tests.engine.serving.tiny import TinyCatalogue, write_tiny
+from tests.engine.serving.tiny import TinyCatalogue, tiny_server, write_tiny
 from tests.engine.vision import hearing, tiny
 from tests.engine.vision.hearing import RATE, sound
 from tests.engine.vision.media import file_of, url
@@ -78,11 +78,7 @@ def text() -> Iterator[Served]:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/engines/v1/chat/completions"])
 def test_openai_and_docker(gemma: Served, path: str) -> None:
-    body = {
-        "model": "tiny", "temperature": 0, "max_tokens": 8, "ignore_eos": True,
-        "messages": [{"role": "user", "content": [part(ONE), QUESTION]}],
-    }  # fmt: skip
-    answer = gemma.http.post(path, json=body).json()
+    answer = gemma.chat([part(ONE), QUESTION], path).json()
     assert answer["choices"][0]["message"]["content"] == said(PROMPT, SOUND)
 
 
@@ -349,11 +345,8 @@ def test_run(clip: Path, tmp_path: Path) -> None:
 
 
 def test_run_through_a_server(clip: Path) -> None:
-    catalogue = TinyCatalogue(lambda: hearing.engine_of("gemma4"))
-    with ModelServer(
-        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
-    ) as server:
-        found = modelpack("run", "tiny", "What is it?", clip, "--url", server.url,
+    with tiny_server(lambda: hearing.engine_of("gemma4")) as address:
+        found = modelpack("run", "tiny", "What is it?", clip, "--url", address,
                           "--temperature", "0", "--max-tokens", "8", "--json")  # fmt: skip
     assert found.code == 0, found.err
     assert said(PROMPT, SOUND).startswith(found.json["text"])

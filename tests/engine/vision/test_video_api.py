@@ -21,12 +21,12 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.vision.videos import Video
 from modelpack_engine.worker.video import Sampling, decode
-from modelpack_server.api.app import ModelServer, create_app
+from modelpack_server.api.app import create_app
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack
-from tests.engine.serving.tiny import TinyCatalogue, write_tiny
+from tests.engine.serving.tiny import TinyCatalogue, tiny_server, write_tiny
 from tests.engine.vision import tiny, watching
 from tests.engine.vision.media import file_of
 from tests.engine.vision.media import url as picture_url
@@ -89,11 +89,7 @@ def text() -> Iterator[Served]:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/engines/v1/chat/completions"])
 def test_openai_and_docker(qwen: Served, path: str) -> None:
-    body = {
-        "model": "tiny", "temperature": 0, "max_tokens": 8, "ignore_eos": True,
-        "messages": [{"role": "user", "content": [part(CLIP), QUESTION]}],
-    }  # fmt: skip
-    answer = qwen.http.post(path, json=body).json()
+    answer = qwen.chat([part(CLIP), QUESTION], path).json()
     assert answer["choices"][0]["message"]["content"] == said("qwen2_5_vl", PROMPT, shown(CLIP))
     # Three groups of frames, of 2 x 2 tokens each, and the two tokens around them.
     assert answer["usage"]["prompt_tokens"] == 3 * 4 + 2 + len(PROMPT) - len("<video>")
@@ -141,12 +137,9 @@ def test_templates_that_show_no_videos(template: str, qwen: Served) -> None:
 
 
 def test_the_official_sdk() -> None:
-    catalogue = TinyCatalogue(lambda: _engine("qwen2_5_vl"))
     with (
-        ModelServer(
-            lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
-        ) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+        tiny_server(lambda: _engine("qwen2_5_vl")) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client,
     ):
         content: Any = [part(CLIP), QUESTION]
         asked: dict[str, Any] = {
@@ -345,11 +338,8 @@ def test_run(clip: Path, tmp_path: Path) -> None:
 
 
 def test_run_through_a_server(clip: Path) -> None:
-    catalogue = TinyCatalogue(lambda: _engine("qwen2_5_vl"))
-    with ModelServer(
-        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
-    ) as server:
-        found = modelpack("run", "tiny", "What happens?", clip, "--url", server.url,
+    with tiny_server(lambda: _engine("qwen2_5_vl")) as address:
+        found = modelpack("run", "tiny", "What happens?", clip, "--url", address,
                           "--temperature", "0", "--max-tokens", "8", "--json")  # fmt: skip
     assert found.code == 0, found.err
     assert said("qwen2_5_vl", PROMPT, shown(CLIP)).startswith(found.json["text"])
