@@ -37,6 +37,7 @@ from modelpack_engine.models import load
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Picture
+from modelpack_server.bench.report import percentile
 from tests.engine.vision import tiny
 
 KIND = "qwen2_5_vl"
@@ -109,22 +110,29 @@ def run(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(path: Path, count: int, length: int, pictures: list[Picture]) -> None:
+def make_engine(path: Path, num_seqs: int) -> Engine:
     gpu = mx.default_device() == mx.gpu
     config = EngineConfig(
-        max_num_seqs=count,
+        max_num_seqs=num_seqs,
         device="gpu" if gpu else "cpu",
         kv_cache_bytes=(16 << 30) if gpu else (64 << 20),
     )
-    engine = Engine(load(ModelFiles.from_directory(path), device=config.device), config)
+    return Engine(load(ModelFiles.from_directory(path), device=config.device), config)
+
+
+def text_request(random: np.random.Generator, size: int, tokens: int) -> EngineRequest:
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    return EngineRequest(random.integers(0, 200, size).tolist(), params)
+
+
+def measure(path: Path, count: int, length: int, pictures: list[Picture]) -> None:
+    engine = make_engine(path, count)
 
     def asked(index: int, question: str, tokens: int = length) -> EngineRequest:
         return tiny.request(engine, f"<image>{question}", [pictures[index]], tokens)
 
     def text(seed: int, size: int) -> EngineRequest:
-        params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
-        ids = np.random.default_rng(seed).integers(0, 200, size).tolist()
-        return EngineRequest(ids, params)
+        return text_request(np.random.default_rng(seed), size, length)
 
     size = len(asked(0, "What is it?").prompt_token_ids)
     show("engine", {"notes": engine.notes, "prompt_tokens": size, "count": count})
@@ -141,31 +149,21 @@ def measure(path: Path, count: int, length: int, pictures: list[Picture]) -> Non
 
 def measure_beside(path: Path, count: int, tokens: int, size: tuple[int, int]) -> None:
     """Measure requests of text alone, and beside pictures that no request had before."""
-    gpu = mx.default_device() == mx.gpu
-    config = EngineConfig(
-        max_num_seqs=2 * count,
-        device="gpu" if gpu else "cpu",
-        kv_cache_bytes=(16 << 30) if gpu else (64 << 20),
-    )
-    engine = Engine(load(ModelFiles.from_directory(path), device=config.device), config)
-    random = np.random.default_rng(1)
+    engine, random = make_engine(path, 2 * count), np.random.default_rng(1)
 
     def asked(pictures: int) -> EngineRequest:
         new = [Picture(random.integers(0, 256, (*size, 3), np.uint8)) for _ in range(pictures)]
         return tiny.request(engine, "<image>" * pictures + "What is it?", new, 16)
 
-    def text() -> EngineRequest:
-        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-        return EngineRequest(random.integers(0, 200, 200).tolist(), params)
+    def texts() -> list[EngineRequest]:
+        return [text_request(random, 200, tokens) for _ in range(count)]
 
     for number in range(ROUNDS):
         about = {"round": number, "warm": number < WARM, "texts": count}
-        texts = [text() for _ in range(count)]
-        show("texts alone", about | run_beside(engine, texts, [], 0))
-        texts = [text() for _ in range(count)]
-        show("beside 20 pictures", about | run_beside(engine, texts, [asked(20)], 0))
-        texts, others = [text() for _ in range(count)], [asked(1) for _ in range(20)]
-        show("beside a picture a second", about | run_beside(engine, texts, others, 1))
+        show("texts alone", about | run_beside(engine, texts(), [], 0))
+        show("beside 20 pictures", about | run_beside(engine, texts(), [asked(20)], 0))
+        others = [asked(1) for _ in range(20)]
+        show("beside a picture a second", about | run_beside(engine, texts(), others, 1))
 
 
 def run_beside(
@@ -188,18 +186,16 @@ def run_beside(
                 times.setdefault(event.request_id, []).append(time.perf_counter())
             running -= event.finish_reason is not None and event.request_id.startswith("text")
     own = [each for name, each in times.items() if name.startswith("text")]
-    gaps = sorted(b - a for each in own for a, b in pairwise(each))
-    per_token = sorted((each[-1] - each[0]) / (len(each) - 1) for each in own)
+    gaps = [b - a for each in own for a, b in pairwise(each)]
+    per_token = [(each[-1] - each[0]) / (len(each) - 1) for each in own]
     seconds = max(each[-1] for each in own) - max(each[0] for each in own)
 
-    def at(values: list[float], share: float) -> float:
-        return round(1e3 * values[min(len(values) - 1, int(len(values) * share))], 2)
+    def ms(values: list[float], *percents: int) -> dict[str, float]:
+        return {f"p{each}": round(1e3 * percentile(values, each), 2) for each in percents}
 
     return {
         "others": sent, "tokens_per_s": round(sum(map(len, own)) / seconds, 1),
-        "tpot_ms": {"p50": at(per_token, 0.5), "p99": at(per_token, 0.99)},
-        "gap_ms": {"p50": at(gaps, 0.5), "p90": at(gaps, 0.9), "p99": at(gaps, 0.99),
-                   "max": at(gaps, 1)},
+        "tpot_ms": ms(per_token, 50, 99), "gap_ms": ms(gaps, 50, 90, 99, 100),
     }  # fmt: skip
 
 
