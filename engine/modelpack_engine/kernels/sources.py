@@ -25,6 +25,7 @@ Body = Literal[
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
     "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention", "delta_tiles",
     "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address", "beside",
+    "gate",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -46,6 +47,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "accepted": ("ids", "numbers"),
     "pick": ("logits", "before", "tokens"),
     "swiglu": ("joint",),
+    "gate": ("x", "gate", "given"),
     "dequantise": ("weight", "scales", "biases"),
     "product": ("x", "weight", "scales", "biases", "bias"),
     "packed": ("x", "weight", "scales", "biases", "bias"),

@@ -83,6 +83,11 @@ class Sums:
         shape = (rows.shape[0], *array.shape[1:])
         return self.of_parts(Parts(taken, parts.count), shape, array.dtype)
 
+    def parts(self, array: mx.array) -> Parts:
+        """Return the parts whose sum an array is: itself, if they are unknown."""
+        known = self._parts.get(id(array))
+        return Parts(array, 1) if known is None else known[1]
+
     def terms(self, total: mx.array) -> tuple[mx.array, Parts] | None:
         """Return the terms of a sum, `a` and its parts; None if unknown or already computed."""
         known = self._sums.get(id(total))

@@ -1,4 +1,4 @@
-"""Fused kernels of decoder layers: rotation and KV write, add + RMSNorm, SwiGLU, dequantisation.
+"""Fused kernels of decoder layers: rotation and KV write, add + RMSNorm, gates, dequantisation.
 
 Rotations are those of `mx.fast.rope`: element pair i of a head is rotated by position * scale *
 inverse frequency i (RoFormer, https://arxiv.org/abs/2104.09864).
@@ -6,6 +6,7 @@ inverse frequency i (RoFormer, https://arxiv.org/abs/2104.09864).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -148,6 +149,60 @@ def swiglu(joint: mx.array) -> mx.array:
     return out
 
 
+def squared(rows: mx.array) -> mx.array:
+    """Return the squares of what is positive in rows [n, dim]."""
+    return _gated(rows, 1, rows, rows, (0, 1, 0, 0), squared=True)
+
+
+def gate_heads(rows: mx.array, joint: mx.array, heads: int) -> mx.array:
+    """Return rows [n, heads, dim] times the sigmoids of gates, as [n, heads * dim].
+
+    `joint` [n, any] begins with `dim` other columns and the `dim` gates of each head.
+    """
+    count, dim = rows.shape[0], math.prod(rows.shape[1:]) // heads
+    rows = rows.reshape(count, heads * dim)
+    return _gated(rows, 1, joint, rows, (dim, dim, 2 * dim, 1))
+
+
+def gate_rows(parts: mx.array, count: int, gate: mx.array, given: mx.array) -> mx.array:
+    """Return `given` [n, dim] + the sum of `count` parts, times the sigmoids of `gate` [n, 1]."""
+    return _gated(parts, count, gate, given, (0, given.shape[1], 0, 0), adds=True)
+
+
+def _gated(
+    parts: mx.array,
+    count: int,
+    gate: mx.array,
+    given: mx.array,
+    places: tuple[int, int, int, int],
+    *,
+    squared: bool = False,
+    adds: bool = False,
+) -> mx.array:
+    """Run the kernel on the sum of parts, each like `given` [n, dim].
+
+    `places` are the first column of a gate, the number of columns in a group, and how far apart
+    the gates of groups and of columns are.
+    """
+    rows, dim = given.shape
+    vector = vector_width(max(given.dtype.size, parts.dtype.size), dim)
+    (out,) = launch.run(
+        "gate",
+        [parts, gate, given],
+        [("T", given.dtype), ("B", parts.dtype)],
+        [
+            ("N", dim), ("VEC", vector), ("PARTS", count), ("WIDTH", gate.shape[1]),
+            *zip(("AT", "D", "STRIDE", "EACH"), places, strict=True),
+            ("SQUARED", squared), ("ADDS", adds),
+        ],
+        threads=rows * (dim // vector),
+        group=256,
+        shapes=[(rows, dim)],
+        dtypes=[given.dtype],
+    )  # fmt: skip
+    return out
+
+
 def rotate_and_write(
     joint: mx.array,
     count: int,
@@ -282,6 +337,14 @@ def _compare(dtype: mx.Dtype) -> str | None:
     found["norm alone"] = normed, mx.fast.rms_norm(a, weight, 1e-5)
     gate, up = mx.split(a, 2, axis=1)
     found["SwiGLU"] = swiglu(a), gate * mx.sigmoid(gate) * up
+    few, some = a / 4, b / 4  # the sums of large ones would be rounded by more than is allowed
+    found["squares"] = squared(few), nn.relu2(few)
+    pairs = a[:, :256].reshape(rows, 2, 2, 64)
+    heads = some[:, :128].reshape(rows, 2, 64)
+    by_head = heads * mx.sigmoid(pairs[:, :, 1])
+    found["gates of heads"] = gate_heads(heads, a, 2), by_head.reshape(rows, 128)
+    halves, by_row = mx.stack([some, some]).astype(mx.float32) / 2, a[:, :1]
+    found["gates of rows"] = gate_rows(halves, 2, by_row, few), few + some * mx.sigmoid(by_row)
     for bits in (4, 8):
         packed = mx.quantize(mx.random.normal((64, 128), key=keys[3]).astype(dtype), 64, bits)
         found[f"{bits} bits"] = dequantise(*packed, 64, bits), mx.dequantize(*packed, 64, bits)

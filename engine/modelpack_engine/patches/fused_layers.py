@@ -201,7 +201,7 @@ def fuse(
             counts["heads"] += 1
         elif mixtures and fuse_experts(module, step, swaps):
             counts["experts"] += 1
-        elif mixtures and fuse_router(module, step, swaps):
+        elif mixtures and fuse_router(module, sums, step, swaps):
             counts["router"] += 1
         elif type(module) in (nn.Embedding, nn.QuantizedEmbedding):
             _fuse_embedding(module, step, swaps)
@@ -273,7 +273,7 @@ def _fuse_squared_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwa
             rows = whole_rows(x, up, of_up, sums, step)
         else:
             rows = up(x.reshape(x.shape[0], -1))
-        return project(nn.relu2(rows), down, x, sums, of_down, step)
+        return project(kernels.squared(rows), down, x, sums, of_down, step)
 
     swaps.override(module, call)
 
@@ -411,10 +411,7 @@ def _fuse_attention(
         )  # fmt: skip
         out = cache.attend_rows(q, scale=scale, window=window)
         if gated:
-            pairs = rows.array[:, : 2 * heads[0] * dim].reshape(-1, heads[0], 2, dim)
-            gates = mx.sigmoid(pairs[:, :, 1].astype(x.dtype))
-            out = out.reshape(gates.shape) * gates
-            out = out.reshape(out.shape[0], -1)
+            out = kernels.gate_heads(out, rows.array, heads[0])
         return project(out, output, x, sums, of_output, step)
 
     swaps.override(module, call)
@@ -479,14 +476,16 @@ def row_adapters(x: mx.array, joint: JointLayers, step: StepInputs) -> RowAdapte
 _MOST_EXPERTS, _MOST_GROUPS = 1024, 32
 
 
-def fuse_router(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
+def fuse_router(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> bool:
     """Run a router by one kernel within steps; return whether `module` is, or has, a router."""
     if reads_like(module, deepseek_v3.MoEGate):
         return _fuse_gate(module, step, swaps)
     if reads_like(module, qwen3_moe.Qwen3MoeSparseMoeBlock):
         return _fuse_experts_block(module, step, swaps, _mixed)
     if reads_like(module, qwen3_next.Qwen3NextSparseMoeBlock):
-        return _fuse_experts_block(module, step, swaps, _mixed_and_shared)
+        gate = ready(module.shared_expert_gate)
+        rest = partial(_mixed_and_shared, sums, gate)
+        return isinstance(gate, Weights) and _fuse_experts_block(module, step, swaps, rest)
     return False
 
 
@@ -549,10 +548,14 @@ def _mixed(block: Any, x: mx.array, chosen: mx.array, scores: mx.array) -> Any:
     return (given * scores[..., None]).sum(axis=-2).astype(given.dtype)
 
 
-def _mixed_and_shared(block: Any, x: mx.array, chosen: mx.array, scores: mx.array) -> Any:
-    given = (block.switch_mlp(x, chosen) * scores[..., None]).sum(axis=-2)
-    shared = mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
-    return given + shared
+def _mixed_and_shared(
+    sums: Sums, gate: Weights, block: Any, x: mx.array, chosen: mx.array, scores: mx.array
+) -> Any:
+    """Return the experts' sum, and what a shared expert adds by a gate for each row."""
+    rows = _mixed(block, x, chosen, scores).reshape(-1, x.shape[-1])
+    gates = multiply(x.reshape(rows.shape[0], -1), gate)
+    shared = sums.parts(block.shared_expert(x))
+    return kernels.gate_rows(shared.array, shared.count, gates, rows).reshape(x.shape)
 
 
 #: The most pairs of row and expert that are not sorted by expert.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlx_lm.models.deepseek_v3 import group_expert_select
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from modelpack_engine.layers import blocks, expert_kernels
+from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.blocks import (
     BLOCK_TYPES,
     BlockSwitchLinear,
@@ -118,9 +120,9 @@ def test_fused_experts_equal_the_model(host: Host, name: str) -> None:
     expected = ask(x)
     swaps, step = ClassSwaps(), SimpleNamespace(active=True, fuses_experts=True)
     fused = [
-        fuse(module, step, swaps)  # type: ignore[arg-type]
+        fuse(module, step, swaps)
         for _, module in block.named_modules()
-        for fuse in (fuse_experts, fuse_router)
+        for fuse in (fuse_experts, partial(_fuse_router, Sums()))
     ]
     np.testing.assert_allclose(ask(x), expected, rtol=1e-3, atol=1e-4)
     used = {body for body, _ in host.calls}
@@ -255,6 +257,10 @@ def test_rows_sorted_by_expert_are_contiguous(host: Host, monkeypatch: pytest.Mo
     assert strides == [(shape, (shape[2], shape[2], 1)) for shape in (wide, wide, narrow)]
 
 
+def _fuse_router(sums: Sums, module: nn.Module, step: Any, swaps: ClassSwaps) -> bool:
+    return fuse_router(module, sums, step, swaps)
+
+
 def test_has_experts() -> None:
     assert not has_experts(tiny_llama())
     assert has_experts(nn.Sequential(nn.Linear(8, 8), SwitchGLU(8, 8, 2)))
@@ -263,4 +269,4 @@ def test_has_experts() -> None:
 def test_other_layers_are_not_fused() -> None:
     step: Any = SimpleNamespace(active=True, fuses_experts=True)
     assert not fuse_experts(nn.Linear(8, 8), step, ClassSwaps())
-    assert not fuse_router(nn.Linear(8, 8), step, ClassSwaps())
+    assert not fuse_router(nn.Linear(8, 8), Sums(), step, ClassSwaps())

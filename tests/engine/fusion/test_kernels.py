@@ -43,6 +43,7 @@ def test_kernels_agree_with_mlx(host: Host) -> None:
     assert {body for body, _ in host.calls} == {
         "add_norm",
         "swiglu",
+        "gate",
         "dequantise",
         "rotate",
         "angles",

@@ -41,6 +41,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     "accepted": {"ids": "int", "numbers": "int", "found": "int", "places": "int"},
     "pick": {"logits": "T", "before": "int", "tokens": "int", "found": "int"},
     "swiglu": {"joint": "T", "out": "T"},
+    "gate": {"x": "B", "gate": "T", "given": "T", "out": "T"},
     "dequantise": {"weight": "uint32_t", "scales": "T", "biases": "T", "out": "T"},
     "state_space": {
         "x": "T", "dt": "S", "a": "float", "b": "T", "c": "T", "d": "E", "biases": "float",
