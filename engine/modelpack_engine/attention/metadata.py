@@ -86,13 +86,13 @@ class JointLayers:
 class Segments:
     """The segments of a step, on the device.
 
-    `runs` is int32 [segments, 5]: the row of the state before a segment, -1 for zeros, or -2 - slot
-    for a snapshot; its first row in the step; the number of its rows; and the number of rows after
-    which the state is kept as a snapshot, in which slot. Without rows, the state is copied; -1
-    stands for a segment that is not there, whose state is undefined, and for no snapshot. Segments
-    may share rows, if they are the same up to the last row of the shorter one. `owners` is int32
-    [rows]: a segment that ends with each row or later, or -1 for padding, of which layers return
-    zeros.
+    `runs` is int32 [segments, 6]: the row of the state before a segment, -1 for zeros, or -2 - slot
+    for a snapshot; its first row in the step; the number of its rows; the number of rows after
+    which the state is kept as a snapshot, in which slot; and the row of the state after it, which
+    is not that of a state before any segment. Without rows, the state is copied; -1 stands for a
+    segment that is not there, and for no snapshot. Segments may share rows, if they are the same up
+    to the last row of the shorter one. `owners` is int32 [rows]: a segment that ends with each row
+    or later, or -1 for padding, of which layers return zeros.
     """
 
     runs: mx.array
@@ -101,10 +101,10 @@ class Segments:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class States:
-    """The states before the segments of a step, [states, …], and `slots` of snapshots, [slots, …].
+    """The states of sequences, [states, …], and `slots` of snapshots, [slots, …].
 
-    Kernels write snapshots in place, which MLX does not track. Writes and reads are ordered because
-    each step computes its states from those of the step before.
+    Kernels write both in place, which MLX does not track: what reads them later has to depend on
+    the outputs of the layer.
     """
 
     rows: mx.array

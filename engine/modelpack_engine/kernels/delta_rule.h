@@ -6,8 +6,8 @@
   //   rates, biases [HV] float   If NORM, keys and queries are divided by their lengths, queries also by
   //   the square root of DK; EPSILON, the bits of a float, is added to the squares of the lengths.
   //   g [rows, HV] float, or one for each of DK (EVERY)   state [states, HV, DV, DK] float
-  //   pool [slots, HV, DV, DK] float, written in place   segments [segments, 5] int   owners [rows] int
-  //   y [rows, HV, DV] T   new_state [segments, HV, DV, DK] float: after the last row of each
+  //   pool [slots, HV, DV, DK] float; both are written in place   segments [segments, 6] int   owners [rows] int
+  //   y [rows, HV, DV] T
   constexpr int LANES = 4, VEC = 4, EACH = DK / (LANES * VEC), ROWS = 32 / LANES * R;
   constexpr int UNITS = (DV + ROWS - 1) / ROWS;
   typedef PaVec<T, VEC> Vec;
@@ -15,14 +15,14 @@
   const int unit = PA_X * NSG + PA_SIMD, part = PA_LANE % LANES;
   const int cell = unit / UNITS, segment = cell / HV, head = cell % HV;
   const int first = unit % UNITS * ROWS + PA_LANE / LANES;  // rows are 32 / LANES apart
-  const int source = segment < segments_shape[0] ? segments[segment * 5] : -1;
-  const int start = segment < segments_shape[0] ? segments[segment * 5 + 1] : 0;
-  const int count = segment < segments_shape[0] ? segments[segment * 5 + 2] : -1;
-  const int marked = segment < segments_shape[0] ? segments[segment * 5 + 3] : -1;
+  const int source = segment < segments_shape[0] ? segments[segment * 6] : -1;
+  const int start = segment < segments_shape[0] ? segments[segment * 6 + 1] : 0;
+  const int count = segment < segments_shape[0] ? segments[segment * 6 + 2] : -1;
+  const int marked = segment < segments_shape[0] ? segments[segment * 6 + 3] : -1;
   // With WIDE, `delta_wide` computes segments of LONG rows or more that own them.
   const bool is_long = WIDE && count >= LONG && (marked < 0 || marked % 16 == 0) && owners[start] == segment;
   if (count >= 0 && !is_long) {
-    const int slot = segments[segment * 5 + 4];
+    const int slot = segments[segment * 6 + 4], to = segments[segment * 6 + 5];
     const PA_DEVICE State* const before = (const PA_DEVICE State*)(source < -1 ? pool : state);
     const size_t from = source < -1 ? -2 - source : source;
     State s[R][EACH];
@@ -123,8 +123,8 @@
     PA_UNROLL for (int r = 0; r < R; r++) {
       const int row = first + r * 32 / LANES;
       PA_UNROLL for (int i = 0; i < EACH; i++) {
-        const size_t at = ((size_t)cell * DV + row) * EACH + i;
-        if (row < DV) ((PA_DEVICE State*)new_state)[at * LANES + part] = s[r][i];
+        const size_t at = (((size_t)to * HV + head) * DV + row) * EACH + i;
+        if (row < DV) ((PA_DEVICE State*)state)[at * LANES + part] = s[r][i];
       }
     }
   } else if (segment == segments_shape[0]) {  // rows without a segment

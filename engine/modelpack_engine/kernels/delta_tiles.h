@@ -17,15 +17,15 @@
   if (lane == 0) owner[0] = -1;
   PA_SYNC();
   for (int i = lane; i < segments_shape[0]; i += 32) {
-    const int own = segments[i * 5 + 2], at = segments[i * 5 + 1], from = at / ROWS + i, marked = segments[i * 5 + 3];
+    const int own = segments[i * 6 + 2], at = segments[i * 6 + 1], from = at / ROWS + i, marked = segments[i * 6 + 3];
     const bool is_long = own >= LONG && (marked < 0 || marked % ROWS == 0) && owners[at] == i;
     if (is_long && from <= tile && tile < from + (own + ROWS - 1) / ROWS) owner[0] = i;
   }
   PA_SYNC();
   const int segment = owner[0];
   if (segment < 0) return;
-  const int start = segments[segment * 5 + 1], before = (tile - start / ROWS - segment) * ROWS;
-  const int rest = segments[segment * 5 + 2] - before, there = rest < ROWS ? rest : ROWS;
+  const int start = segments[segment * 6 + 1], before = (tile - start / ROWS - segment) * ROWS;
+  const int rest = segments[segment * 6 + 2] - before, there = rest < ROWS ? rest : ROWS;
   const size_t row0 = (size_t)start + before;
 
   float decay = 0.0f, beta = 0.0f;  // of row `lane`

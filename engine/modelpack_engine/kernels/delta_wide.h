@@ -11,8 +11,8 @@
   if (own_block < 0) return;
   const int long_segment = segments_shape[0] - 1 - own_block / (SPLIT * HV), of_head = own_block / SPLIT % HV;
   if (long_segment < 0) return;
-  const int from_row = segments[long_segment * 5], row0 = segments[long_segment * 5 + 1], length = segments[long_segment * 5 + 2];
-  const int mark = segments[long_segment * 5 + 3];
+  const int from_row = segments[long_segment * 6], row0 = segments[long_segment * 6 + 1], length = segments[long_segment * 6 + 2];
+  const int mark = segments[long_segment * 6 + 3];
   if (length < LONG || (mark >= 0 && mark % TOKENS) || owners[row0] != long_segment) return;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, r = lane / 4, c = lane % 4;
   const int column = of_head * DV + own_block % SPLIT * OWN, key_column = of_head / (HV / HK) * DK;
@@ -116,6 +116,6 @@
         pa_mma<T>(s[tile + n], a, b[n * 2], b[n * 2 + 1]);
       }
     }
-    if (at + TOKENS == mark) store((float*)pool, segments[long_segment * 5 + 4]);
+    if (at + TOKENS == mark) store((float*)pool, segments[long_segment * 6 + 4]);
   }
-  store(new_state, long_segment);
+  store((float*)state, segments[long_segment * 6 + 5]);

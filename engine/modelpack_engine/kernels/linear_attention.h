@@ -3,21 +3,22 @@
   // `segments` is `Segments.runs` of attention/metadata.py.
   //   q, k [rows, H, DK] T   v [rows, H, DV] T   decay [rows, H, DK] D, or [H] unless EVERY
   //   a, b [rows, H, DK] T, if CORRECTED (RWKV-7, https://arxiv.org/abs/2503.14456)
-  //   state [states, H, DV, DK] S, or [states, H, DK, DV] if TURNED   pool [slots, …] S, written in place
-  //   segments [segments, 5] int   owners [rows] int
-  //   y [rows, H, DV] T   new_state [segments, …] S: after the last row of each
+  //   state [states, H, DV, DK] S, or [states, H, DK, DV] if TURNED   pool [slots, …] S; both are written in place
+  //   segments [segments, 6] int   owners [rows] int
+  //   y [rows, H, DV] T
   // For each row: state = decay state + v k + (state a) b, of which y = state q.
   constexpr int LANES = 4, EACH = DK / LANES, ROWS = 32 / LANES * R, UNITS = (DV + ROWS - 1) / ROWS;
   const int unit = PA_X * NSG + PA_SIMD, part = PA_LANE % LANES;
   const int cell = unit / UNITS, segment = cell / H, head = cell % H;
   const int first = unit % UNITS * ROWS + PA_LANE / LANES;  // rows are 32 / LANES apart
-  const int source = segment < segments_shape[0] ? segments[segment * 5] : -1;
-  const int start = segment < segments_shape[0] ? segments[segment * 5 + 1] : 0;
-  const int count = segment < segments_shape[0] ? segments[segment * 5 + 2] : -1;
+  const int source = segment < segments_shape[0] ? segments[segment * 6] : -1;
+  const int start = segment < segments_shape[0] ? segments[segment * 6 + 1] : 0;
+  const int count = segment < segments_shape[0] ? segments[segment * 6 + 2] : -1;
   constexpr int TO_ROW = TURNED ? 1 : DK, TO_KEY = TURNED ? DV : 1;
   const int at_state = first * TO_ROW + part * EACH * TO_KEY;
   if (count >= 0) {
-    const int marked = segments[segment * 5 + 3], slot = segments[segment * 5 + 4];
+    const int marked = segments[segment * 6 + 3], slot = segments[segment * 6 + 4];
+    const size_t after = ((size_t)segments[segment * 6 + 5] * H + head) * DV * DK + at_state;
     const PA_DEVICE S* const before = source < -1 ? pool : state;
     const size_t from = ((source < -1 ? -2 - source : source) * (size_t)H + head) * DV * DK + at_state;
     float s[R][EACH];
@@ -69,8 +70,8 @@
     }
     PA_UNROLL for (int r = 0; r < R; r++) {
       PA_UNROLL for (int i = 0; i < EACH; i++) {
-        const size_t at = (size_t)cell * DV * DK + at_state + r * 32 / LANES * TO_ROW + i * TO_KEY;
-        if (first + r * 32 / LANES < DV) new_state[at] = S(s[r][i]);
+        const size_t at = after + r * 32 / LANES * TO_ROW + i * TO_KEY;
+        if (first + r * 32 / LANES < DV) ((PA_DEVICE S*)state)[at] = S(s[r][i]);
       }
     }
   } else if (segment == segments_shape[0]) {  // rows without a segment

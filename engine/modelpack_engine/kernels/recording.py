@@ -26,7 +26,8 @@ from modelpack_engine.kernels.sources import Body, KernelSource
 
 #: Inputs that only order kernels: their contents are not read.
 _ORDER = frozenset({"previous", "written"})
-#: Kernels that write into their inputs' memory, or the host's, so that no output says so.
+#: Kernels that write into their inputs' memory, or the host's, so that no output says so. Those of
+#: recurrent layers do so as well, and also compute what the layer returns.
 _WRITE_ELSEWHERE: frozenset[str] = frozenset({"write", "quantise", "rotate", "deliver"})
 _ALIGNMENT = 256
 #: The address of an array that is not kept in memory.

@@ -4,9 +4,9 @@
   //   x [rows, INPUTS] T: H * P columns from X_AT on   b, c [rows, GROUPS] T: G * N from B_AT and C_AT on
   //   dt [rows, H] float; if RAW, [rows, STEPS] S from DT_AT on, and dt = softplus(dt + biases) within
   //   LOW and HIGH, floats' bits   biases [H] float   a [H] float: negative   d [H] E
-  //   state [states, H, P, N] float   pool [slots, H, P, N] float, written in place
-  //   segments [segments, 5] int   owners [rows] int
-  //   y [rows, H, P] T   new_state [segments, H, P, N] float: after the last row of each
+  //   state [states, H, P, N] float   pool [slots, H, P, N] float; both are written in place
+  //   segments [segments, 6] int   owners [rows] int
+  //   y [rows, H, P] T
   // For each row: state = exp(a dt) state + dt x b, of which y = c state + d x.
   constexpr int LANES = 4, VEC = 4, EACH = N / (LANES * VEC), ROWS = 32 / LANES * R;
   constexpr int UNITS = (P + ROWS - 1) / ROWS;
@@ -15,11 +15,11 @@
   const int unit = PA_X * NSG + PA_SIMD, part = PA_LANE % LANES;
   const int cell = unit / UNITS, segment = cell / H, head = cell % H;
   const int first = unit % UNITS * ROWS + PA_LANE / LANES;  // channels are 32 / LANES apart
-  const int source = segment < segments_shape[0] ? segments[segment * 5] : -1;
-  const int start = segment < segments_shape[0] ? segments[segment * 5 + 1] : 0;
-  const int count = segment < segments_shape[0] ? segments[segment * 5 + 2] : -1;
+  const int source = segment < segments_shape[0] ? segments[segment * 6] : -1;
+  const int start = segment < segments_shape[0] ? segments[segment * 6 + 1] : 0;
+  const int count = segment < segments_shape[0] ? segments[segment * 6 + 2] : -1;
   if (count >= 0) {
-    const int marked = segments[segment * 5 + 3], slot = segments[segment * 5 + 4];
+    const int marked = segments[segment * 6 + 3], slot = segments[segment * 6 + 4], to = segments[segment * 6 + 5];
     const PA_DEVICE State* const before = (const PA_DEVICE State*)(source < -1 ? pool : state);
     const size_t from = source < -1 ? -2 - source : source;
     const float rate = a[head] * 1.44269504f, through = float(d[head]);
@@ -96,8 +96,8 @@
     PA_UNROLL for (int r = 0; r < R; r++) {
       const int row = first + r * 32 / LANES;
       PA_UNROLL for (int i = 0; i < EACH; i++) {
-        const size_t at = ((size_t)cell * P + row) * EACH + i;
-        if (row < P) ((PA_DEVICE State*)new_state)[at * LANES + part] = s[r][i];
+        const size_t at = (((size_t)to * H + head) * P + row) * EACH + i;
+        if (row < P) ((PA_DEVICE State*)state)[at * LANES + part] = s[r][i];
       }
     }
   } else if (segment == segments_shape[0]) {  // rows without a segment

@@ -25,8 +25,8 @@
     }
     return;
   }
-  const int source = segments[segment * 5], start = segments[segment * 5 + 1], count = segments[segment * 5 + 2];
-  const int marked = segments[segment * 5 + 3], slot = segments[segment * 5 + 4];
+  const int source = segments[segment * 6], start = segments[segment * 6 + 1], count = segments[segment * 6 + 2];
+  const int marked = segments[segment * 6 + 3], slot = segments[segment * 6 + 4];
   if (count < 0) return;
   const bool is_long = count > FEW && owners[start] == segment;  // and has rows of its own
   const float rate = a[head] * 1.44269504f, through = float(d[head]);
@@ -213,4 +213,4 @@
     from = to;
     to = next;
   }
-  store(new_state, segment);
+  store((float*)state, segments[segment * 6 + 5]);

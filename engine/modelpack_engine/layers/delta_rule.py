@@ -54,13 +54,12 @@ def update(
     [batch, tokens, HV]. `g`, the factor by which the state decays before a token, has the shape of
     `beta` or is [batch, tokens, HV, DK]. The state is float32 [batch, HV, DV, DK]; None for zeros.
     """
-    batch, tokens = v.shape[:2]
-    segments = of_batch(batch, tokens, started=state is not None)
-    if state is None:
-        state = mx.zeros((1, *v.shape[2:], k.shape[-1]), mx.float32)
     q, k, rows, g, beta = (array.flatten(0, 1) for array in (q, k, v, g, beta))
-    state = state.astype(mx.float32)
-    y, after = by_segments(q, k, rows, g, beta, States(state, state), segments)
+    batch, tokens, *of_value = v.shape
+    y, after = of_batch(
+        batch, tokens, state, (*of_value, k.shape[-1]),
+        lambda states, segments: by_segments(q, k, rows, g, beta, states, segments),
+    )  # fmt: skip
     return y.reshape(v.shape), after
 
 
@@ -72,8 +71,8 @@ def by_segments(
     beta: mx.array,
     states: States,
     segments: Segments,
-) -> tuple[mx.array, mx.array]:
-    """Return the outputs [rows, HV, DV] of a step, and the states after its segments.
+) -> mx.array:
+    """Return the outputs [rows, HV, DV] of a step; write the states after its segments.
 
     The arrays are as for `update`, with rows in place of batch and tokens; `states` has the rows
     and slots that `segments.runs` names.
@@ -110,8 +109,8 @@ def of_joint(
     epsilon: float,
     *,
     wide: bool | None = None,
-) -> tuple[mx.array, mx.array]:
-    """Return the results of `by_segments` for `joint` [rows, 2 HK DK + HV DV].
+) -> mx.array:
+    """Return the outputs of `by_segments` for `joint` [rows, 2 HK DK + HV DV].
 
     These are queries, keys and values. Keys and queries are divided by their lengths, queries also
     by the square root of DK. `epsilon` is added to the squares of the lengths. `projected` [rows,
@@ -140,7 +139,7 @@ def _run(
     scalars: Scalars | None = None,
     *,
     wide: bool | None = None,
-) -> tuple[mx.array, mx.array]:
+) -> mx.array:
     """Run the kernel on rows [rows, any], where queries, keys and values begin at `columns`.
 
     `shape` has the numbers of heads of keys and values, and of elements of a key and a value.
@@ -181,7 +180,7 @@ def _run(
             dtypes=[v.dtype, mx.float32],
         )
         blocks += count * heads * (dim // _WIDTH)
-    y, new_state = launch.run(
+    (y,) = launch.run(
         "delta_wide" if wide else "delta_rule",
         given,
         [("T", v.dtype), ("G", g.dtype)],
@@ -192,10 +191,10 @@ def _run(
         ],
         threads=blocks * _SIMDGROUPS * 32,
         group=_SIMDGROUPS * 32,
-        shapes=[(rows, heads, dim), (count, heads, dim, key_dim)],
-        dtypes=[v.dtype, mx.float32],
+        shapes=[(rows, heads, dim)],
+        dtypes=[v.dtype],
     )  # fmt: skip
-    return y, new_state
+    return y
 
 
 def _is_wide(
@@ -228,7 +227,7 @@ def one_by_one(
     states: States,
     segments: Segments,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the results of `by_segments` and the snapshots, segment by segment, in float32."""
+    """Return outputs, states and snapshots of `by_segments`, segment by segment, in float32."""
     return segment_by_segment(segments, states, by_definition, q, k, v, g, beta)
 
 
@@ -243,8 +242,9 @@ def _compare(dtype: mx.Dtype) -> str | None:
     for shape in ((rows, heads), (rows, heads, key_dim)):
         g = mx.random.uniform(0.5, 1, shape, key=keys[5])
         states = example_states(given)
-        found = by_segments(q, k, v, g, beta, states, example())
         wanted = one_by_one(q, k, v, g, beta, states, example())
+        mx.eval(wanted)
+        found = by_segments(q, k, v, g, beta, states, example())
         if problem := launch.difference(compared(found, states, wanted), _tolerance(dtype)):
             return problem
     return _compare_joint(q, k, v, given, example(), wide=False)
@@ -277,14 +277,14 @@ def _compare_joint(
     pairs = raw[:, 8:].astype(mx.float32).reshape(rows, 2, 2, heads // 2)
     b, a = (pairs[:, :, i].reshape(rows, heads) for i in (0, 1))
     g, beta = mx.exp(scalars.rates * nn.softplus(a + scalars.biases)), mx.sigmoid(b)
-    states = example_states(given)
-    found = of_joint(joint, raw, scalars, states, segments, key_heads, 1e-6, wide=wide)
+    states = example_states(given, segments)
     q_unit, k_unit = (
         a * mx.rsqrt((a.astype(mx.float32) ** 2).sum(axis=-1, keepdims=True) + 1e-6) for a in (q, k)
     )
     wanted = one_by_one(q_unit * key_dim**-0.5, k_unit, v, g, beta, states, segments)
-    pairs_of = compared(found, states, wanted, segments)
-    problem = launch.difference(pairs_of, _tolerance(v.dtype))
+    mx.eval(wanted)
+    found = of_joint(joint, raw, scalars, states, segments, key_heads, 1e-6, wide=wide)
+    problem = launch.difference(compared(found, states, wanted), _tolerance(v.dtype))
     return problem and f"of joint rows: {problem}"
 
 

@@ -1,7 +1,7 @@
 """LayerStates: the states of a recurrent layer that computes all segments of a step in one call.
 
 Kernels compute the segments, of any lengths: a row of a sequence that generates, or a part of a
-prompt. The states after the segments are new arrays.
+prompt. They write the states after the segments to rows of the arrays that they read.
 """
 
 from __future__ import annotations
@@ -18,12 +18,32 @@ from modelpack_engine.kernels import launch
 
 #: The rows of a state that the lanes of a simdgroup share, if each lane has one.
 _ROWS_OF_LANES = 8
+#: The states before the segments of `example`.
+_STATES = 2
+
+
+def of_batch(
+    batch: int,
+    tokens: int,
+    state: mx.array | None,
+    shape: Sequence[int],
+    compute: Callable[[States, Segments], mx.array],
+) -> tuple[mx.array, mx.array]:
+    """Compute segments of flattened arrays [batch, tokens, …]; return outputs and states after it.
+
+    `state` has the states before, float32 [batch, *shape]; None for zeros. It is not changed.
+    """
+    after = mx.zeros((batch, *shape), mx.float32)
+    rows = after if state is None else mx.concatenate([state.astype(mx.float32), after])
+    outputs = compute(States(rows, rows), _of_batch(batch, tokens, started=state is not None))
+    (rows,) = mx.depends([rows], [outputs])
+    return outputs, rows[-batch:]
 
 
 @lru_cache(maxsize=64)
-def of_batch(batch: int, tokens: int, *, started: bool) -> Segments:
-    """Return the segments of flattened arrays [batch, tokens, …], with states if `started`."""
-    runs = [[i if started else -1, i * tokens, tokens, -1, -1] for i in range(batch)]
+def _of_batch(batch: int, tokens: int, *, started: bool) -> Segments:
+    first = batch if started else 0
+    runs = [[i if started else -1, i * tokens, tokens, -1, -1, first + i] for i in range(batch)]
     owners = [i for i in range(batch) for _ in range(tokens)]
     return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
 
@@ -35,7 +55,7 @@ def with_proposal(segments: Segments, count: int) -> Segments:
     first = len(owners)
     for length in range(1, count + 1):
         owners.append(len(runs))
-        runs.append([0, first, length, -1, -1])
+        runs.append([0, first, length, -1, -1, _STATES + len(runs)])
     return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
 
 
@@ -57,15 +77,20 @@ def example(*prompts: tuple[int, int, int, int]) -> Segments:
     for source, count, marked, slot in prompts:
         runs.append([source, len(owners), count, marked, slot])
         owners += [len(runs) - 1] * count
+    for index, run in enumerate(runs):
+        run.append(_STATES + index)
     return Segments(mx.array(runs, mx.int32), mx.array(owners, mx.int32))
 
 
 def segment_by_segment(
     segments: Segments, states: States, rule: Rule, *rows: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return outputs, states and snapshots of `rule` in float32; all states have to exist."""
+    """Return outputs, all states and snapshots of `rule` in float32; nothing is written in place.
+
+    All states have to exist.
+    """
     outputs: list[mx.array | None] = [None] * rows[0].shape[0]
-    after, kept = [], list(states.slots)
+    after, kept = list(states.rows), list(states.slots)
     runs: Any = segments.runs.tolist()
 
     def compute(state: mx.array, first: int, count: int) -> mx.array:
@@ -74,41 +99,39 @@ def segment_by_segment(
         outputs[some] = list(found[0])
         return state
 
-    for source, first, count, marked, slot in runs:
+    for source, first, count, marked, slot, to in runs:
         state = mx.zeros_like(states.rows[:1])
         if source != -1:
             state = states.rows[source][None] if source >= 0 else states.slots[-2 - source][None]
         if marked > 0:
             kept[slot] = compute(state, first, marked)[0]
-        after.append((compute(state, first, count) if count > 0 else state)[0])
+        if count >= 0:
+            after[to] = (compute(state, first, count) if count > 0 else state)[0]
     made = next(output for output in outputs if output is not None)
     every = mx.stack([mx.zeros_like(made) if o is None else o for o in outputs])
     return every, mx.stack(after), mx.stack(kept)
 
 
-def example_states(states: mx.array) -> States:
-    """Return states [6 or more, …] as those of `example`: two, and slots."""
-    rows, slots = mx.contiguous(states[:2]), mx.contiguous(states[2:])
+def example_states(states: mx.array, segments: Segments | None = None) -> States:
+    """Return states [6 or more, …] as those of `example`: two, room for others, and slots.
+
+    `segments` are those of the example, if it has prompts.
+    """
+    count = (segments or example()).runs.shape[0]
+    rows = mx.concatenate([states[:_STATES], mx.zeros((count, *states.shape[1:]), states.dtype)])
+    slots = mx.contiguous(states[_STATES:])
     mx.eval(rows, slots)
     return States(rows, slots)
 
 
 def compared(
-    found: tuple[mx.array, mx.array],
-    states: States,
-    wanted: tuple[mx.array, mx.array, mx.array],
-    segments: Segments | None = None,
+    found: mx.array, states: States, wanted: tuple[mx.array, mx.array, mx.array]
 ) -> dict[str, tuple[mx.array, mx.array]]:
-    """Return pairs to compare of what `example` computes, as shares of the largest.
-
-    `segments` are those of the example, if it has prompts.
-    """
-    runs: Any = (segments or example()).runs.tolist()
-    there = mx.array([i for i, (_, _, count, _, _) in enumerate(runs) if count >= 0])
-    mx.eval(found)  # before the snapshots are read, which it writes
+    """Return pairs to compare of what `example` computes, as shares of the largest."""
+    mx.eval(found)  # before the states and snapshots are read, which it writes
     pairs = {
-        "output": (found[0], wanted[0]),
-        "state": (found[1][there], wanted[1][there]),
+        "output": (found, wanted[0]),
+        "state": (states.rows, wanted[1]),
         "snapshots": (states.slots, wanted[2]),
     }
     scaled = {}
@@ -163,12 +186,12 @@ class LayerStates:
 
     lengths: mx.array | None = None
 
-    def __init__(self, before: Sequence[States], segments: Segments, name: str) -> None:
-        self.before, self.segments, self.name = before, segments, name
-        self._after: list[mx.array | None] = [None] * len(before)
+    def __init__(self, states: Sequence[States], segments: Segments, name: str) -> None:
+        self.states, self.segments, self.name = states, segments, name
+        self._is_computed = [False] * len(states)
 
     def __getitem__(self, index: int) -> None:
-        if index >= len(self.before):
+        if index >= len(self.states):
             raise IndexError(index)
 
     def __setitem__(self, index: int, value: object) -> None:
@@ -178,22 +201,19 @@ class LayerStates:
         pass
 
     def replace(
-        self,
-        shape: tuple[int, ...],
-        compute: Callable[[States, Segments], tuple[mx.array, mx.array]],
+        self, shape: tuple[int, ...], compute: Callable[[States, Segments], mx.array]
     ) -> mx.array:
         """Compute from the layer's next state of `shape`; return the outputs.
 
-        `compute` takes the states before the segments, and returns outputs and states after them.
+        `compute` writes the states after the segments, too.
         """
-        for index, before in enumerate(self.before):
-            if self._after[index] is None and before.rows.shape[1:] == shape:
-                found, self._after[index] = compute(before, self.segments)
-                return found
+        for index, states in enumerate(self.states):
+            if not self._is_computed[index] and states.rows.shape[1:] == shape:
+                self._is_computed[index] = True
+                return compute(states, self.segments)
         raise EngineError(f"{self.name} has no state of the shape {shape} left")
 
-    def after(self) -> list[mx.array | None]:
-        """Return the states after the segments; raises `EngineError` unless all were computed."""
-        if any(array is None for array in self._after):
+    def check(self) -> None:
+        """Raise `EngineError` unless all states were computed."""
+        if not all(self._is_computed):
             raise EngineError(f"{self.name} does not compute all of its states by known functions")
-        return self._after

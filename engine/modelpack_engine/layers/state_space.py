@@ -50,12 +50,12 @@ def attend(
     """
     a = -mx.exp(a_log).astype(mx.float32)
     if takes(x, b, c):
-        segments = of_batch(*x.shape[:2], started=state is not None)
-        if state is None:
-            state = mx.zeros((1, *x.shape[2:], b.shape[-1]), mx.float32)
+        batch, tokens, *of_row = x.shape
         rows, dt, b, c = (array.flatten(0, 1) for array in (x, dt, b, c))
-        state = state.astype(mx.float32)
-        y, state = by_segments(rows, dt, b, c, a, d, States(state, state), segments)
+        y, state = of_batch(
+            batch, tokens, state, (*of_row, b.shape[-1]),
+            lambda states, segments: by_segments(rows, dt, b, c, a, d, states, segments),
+        )  # fmt: skip
         return y.reshape(x.shape), state
     if x.shape[1] == 1 and state is not None:
         y, state = by_operations(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], d, state)
@@ -137,8 +137,8 @@ def by_segments(
     segments: Segments,
     *,
     wide: bool | None = None,
-) -> tuple[mx.array, mx.array]:
-    """Return the outputs [rows, heads, dim] of a step, and the states after its segments.
+) -> mx.array:
+    """Return the outputs [rows, heads, dim] of a step; write the states after its segments.
 
     `x` is [rows, heads, dim], `dt` float32 [rows, heads], `b` and `c` are [rows, groups, size], `a`
     is float32 [heads], `d` [heads], the states are float32 [states, heads, dim, size]. `wide` runs
@@ -174,8 +174,8 @@ def of_joint(
     groups: int,
     *,
     wide: bool | None = None,
-) -> tuple[mx.array, mx.array]:
-    """Return the results of `by_segments` for `joint` [rows, heads * dim + 2 groups * size].
+) -> mx.array:
+    """Return the outputs of `by_segments` for `joint` [rows, heads * dim + 2 groups * size].
 
     Its columns are those of `x`, `b` and `c`. `projected` [rows, any] has what `steps` describe.
     """
@@ -200,7 +200,7 @@ def _run(
     steps: Steps | None = None,
     *,
     wide: bool | None = None,
-) -> tuple[mx.array, mx.array]:
+) -> mx.array:
     """Run a kernel on rows [rows, any], where `x`, `b` and `c` begin at `columns`."""
     heads, dim, size = states.rows.shape[1:]
     rows, count = x.shape[0], segments.runs.shape[0]
@@ -219,35 +219,33 @@ def _run(
         ("LOW", launch.bits_of(steps.lowest if steps else 0.0)),
         ("HIGH", launch.bits_of(steps.highest if steps else 0.0)),
     ]  # fmt: skip
-    shapes = [(rows, heads, dim), (count, heads, dim, size)]
-    dtypes = [x.dtype, mx.float32]
     # A segment of more than a few rows makes a step's rows outnumber its segments.
     if wide or (wide is None and rows - count >= _FEW and _fits_wide(x.dtype, dim, size)):
         width = 32 if dim % 32 == 0 else 16
         line = size + 8
-        y, new_state = launch.run_on_cuda(
+        (y,) = launch.run_on_cuda(
             "state_space_wide",
             inputs,
             x.dtype.size * (width * line + 2 * _CHUNK * (2 * line + width + 8)),
             template=[*types, *constants, ("WIDTH", width), ("FEW", _FEW)],
             grid=((count + 1) * heads * (dim // width) * _WIDE_THREADS, 1, 1),
             threadgroup=(_WIDE_THREADS, 1, 1),
-            output_shapes=shapes,
-            output_dtypes=dtypes,
+            output_shapes=[(rows, heads, dim)],
+            output_dtypes=[x.dtype],
         )
-        return y, new_state
+        return y
     each, units = lanes_of(size, dim)
-    y, new_state = launch.run(
+    (y,) = launch.run(
         "state_space",
         [*inputs.values()],
         types,
         [*constants, ("R", each), ("NSG", _SIMDGROUPS)],
         threads=(count + 1) * heads * units * 32,
         group=_SIMDGROUPS * 32,
-        shapes=shapes,
-        dtypes=dtypes,
+        shapes=[(rows, heads, dim)],
+        dtypes=[x.dtype],
     )
-    return y, new_state
+    return y
 
 
 def _fits_wide(dtype: mx.Dtype, dim: int, size: int) -> bool:
@@ -272,7 +270,7 @@ def one_by_one(
     states: States,
     segments: Segments,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the results of `by_segments` and the snapshots, segment by segment, in float32."""
+    """Return outputs, states and snapshots of `by_segments`, segment by segment, in float32."""
 
     def rule(
         x: mx.array, dt: mx.array, b: mx.array, c: mx.array, state: mx.array
@@ -311,20 +309,22 @@ def _differences(
     given = mx.random.normal((10 if wide else 6, heads, dim, size), key=keys[5])
     a = -mx.arange(1, heads + 1, dtype=mx.float32) / heads
 
-    states = example_states(given)
-    found = by_segments(x, dt, b, c, a, d, states, segments, wide=wide)
+    states = example_states(given, segments)
     wanted = one_by_one(x, dt, b, c, a, d, states, segments)
+    mx.eval(wanted)
+    found = by_segments(x, dt, b, c, a, d, states, segments, wide=wide)
     tolerance = 1e-4 if dtype == mx.float32 else 1e-2
-    if problem := launch.difference(compared(found, states, wanted, segments), tolerance):
+    if problem := launch.difference(compared(found, states, wanted), tolerance):
         return problem
     joint = mx.concatenate([array.reshape(rows, -1) for array in (x, b, c)], axis=1)
     raw = mx.random.normal((rows, 2 + heads), key=keys[3]).astype(dtype)
     steps = Steps(2, mx.arange(heads, dtype=mx.float32) / 4 - 1, 0.3, 1.2)
     dt = mx.clip(nn.softplus(raw[:, 2:].astype(mx.float32) + steps.biases), 0.3, 1.2)
-    states = example_states(given)
+    states = example_states(given, segments)
     wanted = one_by_one(x, dt, b, c, a, d, states, segments)
+    mx.eval(wanted)
     found = of_joint(joint, raw, steps, a, d, states, segments, groups, wide=wide)
-    problem = launch.difference(compared(found, states, wanted, segments), tolerance)
+    problem = launch.difference(compared(found, states, wanted), tolerance)
     return problem and f"of joint rows: {problem}"
 
 

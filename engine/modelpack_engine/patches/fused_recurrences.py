@@ -87,7 +87,7 @@ def _fuse(
         if states is None:
             return original(own, x, mask, cache)
         rows = layer.compute(whole_rows(x, joint, of_joint, sums, step), states)
-        cache.arrays = states.after()
+        states.check()
         return project(rows, output, x, sums, of_output, step)
 
     swaps.override(module, call)

@@ -266,7 +266,7 @@ class Adapted:
         """Plan where the recurrent states of a step come from."""
         self._marks = None
         if self.states:
-            self.rows.begin(batch, padded=not by_segments)
+            self.rows.begin(batch, by_segments=by_segments)
 
     def finish(self, batch: StepBatch) -> None:
         """Adopt the states of a step, once its graph is built, and its snapshots.
@@ -338,6 +338,16 @@ class Adapted:
     def slots(self) -> list[mx.array]:
         """Return the arrays of snapshots in slots, which kernels write in place."""
         return [array for state in self.states for array in state.slots]
+
+    def written_by(self, output: mx.array) -> None:
+        """Let what reads the states wait for this output of the step, which writes them in place.
+
+        The layers have computed segments.
+        """
+        arrays = [array for state in self.states for array in state.arrays if array is not None]
+        found = iter(mx.depends(arrays, [output]))
+        for state in self.states:
+            state.arrays = [next(found) for _ in state.arrays]
 
     def replace_pools(self, layout: ModelLayout, *num_blocks: int) -> None:
         """Replace the pools by pools of zeros for `layout`, with `num_blocks` for each group."""
@@ -592,7 +602,7 @@ def _call_with_segments(
         made: Any = original(
             module, *map(given, args), **{name: given(value) for name, value in kwargs.items()}
         )
-    state.arrays = view.after()
+    view.check()
     return made.swapaxes(0, 1) if turns else made
 
 

@@ -83,7 +83,7 @@ class Layout:
         """
         common = (
             (self.axes, self.rows), (self.decode,), (self.tiles, 2), (self.sampled or 0,),
-            (self.segments, 5), (self.rows if self.segments else 0,),
+            (self.segments, 6), (self.rows if self.segments else 0,),
             (self.rows if self.adapted else 0,),
         )  # fmt: skip
         of_group = (self.rows,), (self.decode, self.width), (self.tiles, self.tile_width)
@@ -224,11 +224,11 @@ class CompiledSteps:
         slots_of_states = [state.slots for state in adapted.states]
         try:
             given = [] if input_embeddings is None else [input_embeddings]
-            logits, new_pools, arrays, hidden = self._graph(layout)(
+            logits, new_pools, new_states, hidden = self._graph(layout)(
                 token_ids, packed, pools, states, slots_of_states, given, found.of_adapters
             )
             adapted.hidden = hidden[0] if hidden else None
-            pools = new_pools or pools
+            pools, arrays = new_pools or pools, new_states or arrays
         finally:
             # Tracing leaves placeholder arrays in the caches; put back the real ones.
             for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
@@ -238,6 +238,8 @@ class CompiledSteps:
         if aside:
             adapted.rows.put_back(adapted.states, aside, batch.num_decode)
         sampled: mx.array = logits[:, -1]
+        if adapted.by_segments:
+            adapted.written_by(sampled)
         if adapted.writes_in_place and not sample_rows and adapted.paged:
             # Only the pools are evaluated after a step without sampled rows. A step that writes
             # them in place returns none that depend on it, so MLX would never run it.
@@ -329,10 +331,17 @@ class CompiledSteps:
         input_embeddings: mx.array | None = None,
         of_adapters: Sequence[mx.array] = (),
     ) -> mx.array:
-        """Return the logits of a step that is not compiled, whose pools are written in place."""
+        """Return the logits of a step that is not compiled, whose pools are written in place.
+
+        Recurrent layers have to compute segments.
+        """
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in self._adapted.paged]
+        states: States = [list(state.arrays) for state in self._adapted.states]
+        slots = [state.slots for state in self._adapted.states]
         given = [] if input_embeddings is None else [input_embeddings]
-        logits, *_ = self._trace(layout, token_ids, packed, pools, [], [], given, list(of_adapters))
+        logits, *_ = self._trace(
+            layout, token_ids, packed, pools, states, slots, given, list(of_adapters)
+        )
         return logits[:, -1]
 
     def num_rows(self, batch: StepBatch) -> tuple[int, int]:
@@ -438,9 +447,9 @@ class CompiledSteps:
     ) -> tuple[mx.array, Pools, States, list[mx.array]]:
         """Build the graph of a layout from placeholder arrays; the lists may be empty.
 
-        Returns logits, pools and states, and the hidden states if they are recorded. Pools that are
-        written in place are not returned: readers within the graph wait for the writes, and later
-        steps run later on the same stream.
+        Returns logits, pools and states, and the hidden states if they are recorded. Pools and
+        states that are written in place are not returned: readers within the graph wait for the
+        writes, and later steps run later on the same stream.
         """
         rotations, lengths, spans, sample_rows, runs, owners, adapter_slots, *of_groups = (
             layout.cut(packed)
@@ -469,7 +478,9 @@ class CompiledSteps:
             logits = adapted.run(token_ids, *embeddings)
         if not step.rows_taken and some is not None:
             logits = logits[some]
-        new_states = [list(state.arrays) for state in adapted.states]
+        new_states: States = []
+        if not adapted.by_segments:
+            new_states = [list(state.arrays) for state in adapted.states]
         hidden = [] if adapted.hidden is None else [adapted.hidden]
         if adapted.writes_in_place:
             return logits, [], new_states, hidden

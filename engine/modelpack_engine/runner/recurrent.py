@@ -1,8 +1,10 @@
 """Recurrent state of the running sequences: each has the same row in the arrays of all layers.
 
-A recurrent layer (Mamba, gated delta nets, short convolutions, …) keeps a state per sequence. The
-states after a step stay in arrays in the order of the step's rows. As long as the batch has the
-same sequences, the next step uses these arrays without gathering or scattering rows.
+A recurrent layer (Mamba, gated delta nets, short convolutions, …) keeps a state per sequence.
+Where kernels compute the segments of a step, they read the states from rows of arrays and write
+them to others, and the arrays stay. Otherwise, the states after a step are new arrays in the order
+of the step's rows. As long as the batch has the same sequences, the next step uses these without
+gathering or scattering rows.
 
 Each row of a proposal has a state of its own. Once the tokens are verified, the sequence
 continues from the row of the last accepted token.
@@ -99,7 +101,7 @@ class SlotSnapshot:
 
     @staticmethod
     def _written(state: RecurrentState) -> list[mx.array]:
-        """Return the slots of a layer after all writes, which come with new states."""
+        """Return the slots of a layer after all writes, which come with those of states."""
         states = [array for array in state.arrays if array is not None]
         return mx.depends(state.slots, states) if states else state.slots
 
@@ -225,11 +227,11 @@ _Source = int | Snapshot | SlotSnapshot | None
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Where the states of a step come from, as rows of the previous step's arrays.
+    """Where the states of a step come from, as rows of the arrays.
 
     `decode` is None if the arrays are used unchanged. An entry of `chunks` is None for a sequence
     that starts, or a snapshot for one that starts after a cached prefix. `kept` are the rows of
-    sequences that are not in this step, and the states before the rows of proposals.
+    sequences that are not in this step, and the states before the rows of proposals, if they move.
     """
 
     decode: list[int] | None
@@ -241,57 +243,66 @@ class _Plan:
 class StateRows:
     """The row of each sequence in the state arrays; shared by all layers.
 
-    The number of rows is padded by `pad_rows`. On a GPU that leaves few sizes, so that MLX reuses
-    memory: on CUDA, allocating arrays of a new size takes longer than a step.
+    Steps that compute segments write each state to a free row. Until the next step, its state
+    before is unchanged: the step may run again. Other steps compute new arrays, whose number of
+    rows is padded by `pad_rows`. On a GPU that leaves few sizes, so that MLX reuses memory: on
+    CUDA, allocating arrays of a new size takes longer than a step.
     """
 
     pad_rows: Callable[[int], int] = int
     rows: dict[int, int] = field(default_factory=dict)
     total: int = 0
     plan: _Plan | None = None
+    #: Counts how often the arrays were replaced by others.
+    generation: int = 0
     _next_rows: dict[int, int] = field(default_factory=dict)
-    #: By seq_id: the row of the state before the proposal that the last step verifies.
-    _before: dict[int, int] = field(default_factory=dict)
-    _next_before: dict[int, int] = field(default_factory=dict)
+    #: By seq_id: the rows of the states before the proposal that the last step verifies, and after
+    #: each of its rows.
+    _proposed: dict[int, list[int]] = field(default_factory=dict)
+    _next_proposed: dict[int, list[int]] = field(default_factory=dict)
     next_total: int = 0  # rows after the step that `begin` planned
 
-    def begin(self, batch: StepBatch, *, padded: bool = True) -> None:
-        """Plan a step, whose decode rows have states in order, those of padding too if `padded`.
+    def begin(self, batch: StepBatch, *, by_segments: bool = False) -> None:
+        """Plan a step; unless it computes segments, decode rows have states, padding included.
 
         Raises `EngineError` if a sequence continues without a state.
         """
-        num_decode = batch.num_decode if padded else len(batch.decode_seq_ids)
         decode = [self._row(seq_id) for seq_id in batch.decode_seq_ids]
-        as_is = num_decode == self.total and decode == list(range(len(decode)))
-        decode += [0] * (num_decode - len(decode))
         chunks = tuple(self._source(chunk) for chunk in batch.chunks)
+        self._next_proposed = {}
+        if by_segments:  # `segments` says where the states go
+            self.plan = _Plan(decode, chunks, [])
+            return
+        self.generation += 1
+        as_is = batch.num_decode == self.total and decode == list(range(len(decode)))
+        decode += [0] * (batch.num_decode - len(decode))
         present = {*batch.decode_seq_ids, *(chunk.seq_id for chunk in batch.chunks)}
         kept = [seq_id for seq_id in self.rows if seq_id not in present]
         verified = repeated(batch.decode_seq_ids)
         rest = [self.rows[seq_id] for seq_id in [*kept, *verified]]
         self.plan = _Plan(None if as_is else decode, chunks, rest)
-        self._next_rows, self._next_before = {}, {}
+        self._next_rows = {}
         for row, seq_id in enumerate(batch.decode_seq_ids):
             self._next_rows.setdefault(seq_id, row)
-        self.next_total = num_decode
+        self.next_total = batch.num_decode
         for seq_id in [*(chunk.seq_id for chunk in batch.chunks), *kept]:
             self._next_rows[seq_id] = self.next_total
             self.next_total += 1
-        for seq_id in verified:
-            self._next_before[seq_id] = self.next_total
-            self.next_total += 1
-        self.next_total = self.pad_rows(self.next_total)
+        for before, seq_id in enumerate(verified, self.next_total):
+            first, count = self._next_rows[seq_id], batch.decode_seq_ids.count(seq_id)
+            self._next_proposed[seq_id] = [before, *range(first, first + count)]
+        self.next_total = self.pad_rows(self.next_total + len(verified))
 
     def finish(self) -> None:
         """Adopt the rows of the step that `begin` planned."""
         self.rows, self.total, self.plan = self._next_rows, self.next_total, None
-        self._before = self._next_before
+        self._proposed = self._next_proposed
 
     def verified(self, seq_id: int, num_tokens: int) -> None:
         """Continue a sequence after the first `num_tokens` rows of its proposal; 0 is before it."""
-        before = self._before.pop(seq_id, None)
-        if seq_id in self.rows and before is not None:
-            self.rows[seq_id] = self.rows[seq_id] + num_tokens - 1 if num_tokens else before
+        rows = self._proposed.pop(seq_id, None)
+        if seq_id in self.rows and rows is not None:
+            self.rows[seq_id] = rows[num_tokens]
 
     def segments(
         self,
@@ -304,43 +315,81 @@ class StateRows:
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return `runs` and `owners` of the `Segments` of the step that `begin` planned.
 
-        There is a segment for each new row of the states, which get as many rows. The first row of
-        each chunk in the step is given. Snapshots are taken at the `marks`.
+        There is a segment for each row that generates, and for each chunk. The first row of each
+        chunk in the step is given. Snapshots are taken at the `marks`.
         """
         plan = self.plan
         assert plan is not None, "a step is being built"
-        decode, rest = len(batch.decode_seq_ids), [*plan.chunks, *plan.kept]
-        needed = self.next_total
-        if not decode:  # padding, in the sizes that steps will have
-            needed = batch.num_decode + len(rest)
-        self.next_total = round_up(needed, _SIZES) or _SIZES[0]
+        ids = batch.decode_seq_ids
+        decode, sources = len(ids), [*(plan.decode or ()), *plan.chunks]
+        # Without decode rows, padding has the sizes that steps will have.
+        size = round_up(self.pad_rows(max(decode, batch.num_decode) + len(plan.chunks)), _SIZES)
+        size = size or _SIZES[0]
+        held = {*self.rows.values(), *(row for rows in self._proposed.values() for row in rows)}
+        loaded = [source for source in plan.chunks if isinstance(source, Snapshot)]
+        self._make_room(states, layouts, max(2 * size, len(held) + len(sources) + len(loaded)))
+        free = (row for row in range(self.total) if row not in held)
+        of_snapshot = {id(snapshot): next(free) for snapshot in loaded}
+        for snapshot in loaded:
+            self._load(states, snapshot, of_snapshot[id(snapshot)])
+        after = [next(free) for _ in sources]
         rows = np.arange(decode, dtype=np.int32)
-        before = rows if plan.decode is None else np.array(plan.decode[:decode], np.int32)
-        places = _arrange(states, layouts, [*before.tolist(), *rest], self.next_total)
-        runs = np.full((self.next_total, 5), (-1, 0, -1, -1, -1), np.int32)
-        runs[:decode, :3] = np.stack([before, rows, np.ones_like(rows)], axis=1)
-        if places is not None:
-            runs[:decode, 0] = [places[row] for row in before.tolist()]
-        if len({*batch.decode_seq_ids}) < decode:  # proposals: from the first row of the sequence
-            for row, seq_id in enumerate(batch.decode_seq_ids):
-                runs[row, 1:3] = self._next_rows[seq_id], row - self._next_rows[seq_id] + 1
-        owners = np.full(num_rows, -1, np.int32)
-        owners[:decode] = rows
-        for row, source in enumerate(rest, decode):
-            if source is None:
-                continue
+        runs = np.full((size, 6), (-1, 0, -1, -1, -1, -1), np.int32)
+        runs[:decode, 1], runs[:decode, 2] = rows, 1
+        runs[: len(after), 5] = after
+        for row, source in enumerate(sources):
             if isinstance(source, SlotSnapshot):
                 runs[row, 0] = -2 - source.slot
-                continue
-            key = id(source) if isinstance(source, Snapshot) else source
-            runs[row, 0] = key if places is None else places[key]
-        runs[decode : decode + len(rest), 2] = 0
+            elif source is not None:
+                runs[row, 0] = of_snapshot[id(source)] if isinstance(source, Snapshot) else source
+        owners = np.full(num_rows, -1, np.int32)
+        owners[:decode] = rows
         for row, (chunk, first) in enumerate(zip(batch.chunks, chunk_rows, strict=True), decode):
             runs[row, 1:3] = first, chunk.length
             owners[first : first + chunk.length] = row
-        for seq_id, (count, snapshot) in marks.items():
-            runs[self._next_rows[seq_id], 3:] = count, snapshot.slot
+        places = {chunk.seq_id: row for row, chunk in enumerate(batch.chunks, decode)}
+        for row, seq_id in enumerate(ids):
+            first = places.setdefault(seq_id, row)
+            if first < row:  # a proposal: from the first row of the sequence
+                runs[row, 1:3] = first, row - first + 1
+                proposed = self._next_proposed.setdefault(seq_id, [self.rows[seq_id], after[first]])
+                proposed.append(after[row])
+        for seq_id, (count, slot) in marks.items():
+            runs[places[seq_id], 3:5] = count, slot.slot
+        self._next_rows = self.rows | {seq_id: after[row] for seq_id, row in places.items()}
+        self.next_total = self.total
         return runs, owners
+
+    def _make_room(
+        self, states: Sequence[RecurrentState], layouts: Sequence[StateLayout], count: int
+    ) -> None:
+        """Give the arrays of all layers at least `count` rows."""
+        first = states[0].arrays[0]
+        found = 0 if first is None else first.shape[0]
+        if found < count:
+            missing = round_up(count, _SIZES) - found
+            self.generation += 1
+            for state, layout in zip(states, layouts, strict=True):
+                for index, (shape, dtype) in enumerate(
+                    zip(layout.shapes, layout.dtypes, strict=True)
+                ):
+                    assert shape is not None, "the layer computes segments"
+                    assert dtype is not None, "the layer computes segments"
+                    more, array = mx.zeros((missing, *shape[1:]), dtype), state.arrays[index]
+                    state.arrays[index] = more if array is None else mx.concatenate([array, more])
+            found += missing
+        self.total = found
+
+    def _load(self, states: Sequence[RecurrentState], snapshot: Snapshot, row: int) -> None:
+        """Write a snapshot to a free row of the arrays, which MLX copies."""
+        self.generation += 1
+        for state in states:
+            for index, value in enumerate(snapshot.of(state)):
+                array, state.arrays[index] = state.arrays[index], None
+                assert array is not None, "there is room"
+                assert value is not None, "the layer computes segments"
+                array[row : row + 1] = value
+                state.arrays[index] = array
 
     def set_aside(
         self, states: Sequence[RecurrentState], num_rows: int
@@ -383,10 +432,12 @@ class StateRows:
         """Forget sequences; their rows are dropped when the batch changes."""
         for seq_id in seq_ids:
             self.rows.pop(seq_id, None)
+            self._proposed.pop(seq_id, None)
 
     def clear(self) -> None:
         """Forget all sequences."""
-        self.rows, self.total, self.plan, self._before = {}, 0, None, {}
+        self.rows, self.total, self.plan, self._proposed = {}, 0, None, {}
+        self.generation += 1
 
     def _source(self, chunk: Chunk) -> _Source:
         if isinstance(chunk.snapshot, Snapshot | SlotSnapshot):
@@ -397,44 +448,6 @@ class StateRows:
         if seq_id not in self.rows:
             raise EngineError(f"sequence {seq_id} has no recurrent state to continue from")
         return self.rows[seq_id]
-
-
-def _arrange(
-    states: Sequence[RecurrentState],
-    layouts: Sequence[StateLayout],
-    sources: Sequence[_Source],
-    size: int,
-) -> dict[int, int] | None:
-    """Make the arrays of all layers have `size` rows; return the new rows of `sources`.
-
-    They are found by their rows before, and snapshots by their `id`. None means that the arrays are
-    as they were.
-    """
-    snapshots = {id(source): source for source in sources if isinstance(source, Snapshot)}
-    first = states[0].arrays[0]
-    if not snapshots and first is not None and first.shape[0] == size:
-        return None
-    rows = sorted({source for source in sources if isinstance(source, int)})
-    kept = [*snapshots.values()]
-    if kept:  # few numbers of them, so that CUDA graphs are alike
-        kept += kept[-1:] * ((1 << (len(kept) - 1).bit_length()) - len(kept))
-    before = 0 if first is None else first.shape[0]
-    order = [*rows, *range(before, before + len(snapshots))]
-    assert len(order) <= size, "each source has a sequence"
-    index = mx.array(order + [0] * (size - len(order)), mx.int32)
-    for state, layout in zip(states, layouts, strict=True):
-        parts = [snapshot.of(state) for snapshot in kept]
-        for slot, (shape, dtype) in enumerate(zip(layout.shapes, layout.dtypes, strict=True)):
-            found = [state.arrays[slot], *(part[slot] for part in parts)]
-            some = [array for array in found if array is not None]
-            if some:
-                joined = some[0] if len(some) == 1 else mx.concatenate(some)
-                state.arrays[slot] = joined[index]
-            else:
-                assert shape is not None, "the layer computes segments"
-                state.arrays[slot] = mx.zeros((size, *shape[1:]), dtype)
-    places = {row: place for place, row in enumerate(rows)}
-    return places | {key: len(rows) + place for place, key in enumerate(snapshots)}
 
 
 def repeated(seq_ids: Sequence[int]) -> list[int]:
@@ -512,9 +525,9 @@ class RecurrentState:
         return view
 
     def segments_view(self, segments: Segments) -> LayerStates:
-        """Return the states before the segments of a step, for a call with all of its rows."""
+        """Return the states of the segments of a step, for a call with all of its rows."""
         arrays = [array for array in self.arrays if array is not None]
-        assert len(arrays) == len(self.arrays), "states are arranged before a step"
+        assert len(arrays) == len(self.arrays), "there is room before a step"
         states = map(States, arrays, self.slots or arrays)
         return LayerStates(list(states), segments, self.name)
 

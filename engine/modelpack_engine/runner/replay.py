@@ -360,6 +360,7 @@ class Replays:
         self._codes: dict[str, Compiled] = {}  # by the source
         self._next = 0
         self._generation = 0  # of the last draft
+        self._states = 0  # the generation of the states' arrays
         self._refused = 0  # shapes of few rows, before the first that was recorded
         self._refused_prompts = 0  # shapes with prompts, since the last that was recorded
         self._adapters = _Adapters(_SETTLED_STEPS)
@@ -422,7 +423,10 @@ class Replays:
         If steps run by MLX, this waits for them. With a `draft`, hidden states are recorded. For
         rows of pictures, `embed` returns the embeddings of all rows, [rows, width].
         """
-        if draft is not None and (draft.num_found > _MOST_DRAFTED or batch.adapter_slots):
+        adapted = self._runner.adapted
+        if draft is not None and (
+            draft.num_found > _MOST_DRAFTED or batch.adapter_slots or adapted.states
+        ):
             self.end_run()
             return None
         if draft is not None and draft.generation != self._generation:
@@ -432,9 +436,11 @@ class Replays:
         if batch.adapter_slots and not self._adapters.count():
             self.end_run()
             return None
-        adapted = self._runner.adapted
         adapted.begin(batch, by_segments=adapted.by_segments)
         packed = self._compiled.pack(batch, list(batch.sample_rows))
+        if adapted.rows.generation != self._states:
+            self.forget()  # graphs have the arrays of states before
+            self._states = adapted.rows.generation
         key = None if draft is None else draft.key
         shape = _Shape(packed.layout, settings.size > 0, key, embed is not None)
         graph = self._graphs.get(shape)
@@ -712,8 +718,8 @@ class Replays:
     ) -> _Graph | None:
         """Record the step whose numbers are in `place`, and run its graph; return it.
 
-        The step runs three times, and writes the same keys and values each time. Returns None, and
-        says why in the log, if it cannot be recorded.
+        The step runs three times, and writes the same keys, values and states each time. Returns
+        None, and says why in the log, if it cannot be recorded.
         """
         try:
             self._send(place, count)
@@ -911,7 +917,7 @@ def make_replays(
         and isinstance(runner, PagedRunner)
         and runner.compiled is not None
         and runner.writes_in_place
-        and not runner.adapted.states
+        and (runner.adapted.by_segments or not runner.adapted.states)
     ):
         return None
     try:

@@ -167,7 +167,7 @@ def _compiled(sanitizers: str, source: str, *options: str | Path, name: str = "e
     return found
 
 
-#: Bodies that write snapshots of states in place.
+#: Bodies that write states, and snapshots of them, in place.
 RECURRENT: tuple[Body, ...] = (
     "state_space", "state_space_wide", "delta_rule", "delta_wide", "convolve", "linear_attention",
 )  # fmt: skip
@@ -177,7 +177,7 @@ def _changed(body: Body) -> tuple[str, ...]:
     return (
         *OUTPUTS[body],
         *(("k_pool", "v_pool") if body in ("write", "quantise", "rotate") else ()),
-        *(("pool",) if body in RECURRENT else ()),
+        *(("state", "pool") if body in RECURRENT else ()),
     )
 
 

@@ -46,12 +46,12 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     "state_space": {
         "x": "T", "dt": "S", "a": "float", "b": "T", "c": "T", "d": "E", "biases": "float",
         "state": "float", "pool": "float",
-        "segments": "int", "owners": "int", "y": "T", "new_state": "float",
+        "segments": "int", "owners": "int", "y": "T",
     },
     "delta_rule": {
         "q": "T", "k": "T", "v": "T", "g": "G", "beta": "G", "rates": "float",
         "biases": "float", "state": "float", "pool": "float",
-        "segments": "int", "owners": "int", "y": "T", "new_state": "float",
+        "segments": "int", "owners": "int", "y": "T",
     },
     "delta_tiles": {
         "q": "T", "k": "T", "g": "G", "rates": "float", "biases": "float", "segments": "int",
@@ -59,11 +59,11 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "convolve": {
         "x": "T", "columns": "int", "weight": "E", "bias": "E", "state": "T", "pool": "T",
-        "segments": "int", "owners": "int", "y": "T", "new_state": "T",
+        "segments": "int", "owners": "int", "y": "T",
     },
     "linear_attention": {
         "q": "T", "k": "T", "v": "T", "decay": "D", "a": "T", "b": "T", "state": "S", "pool": "S",
-        "segments": "int", "owners": "int", "y": "T", "new_state": "S",
+        "segments": "int", "owners": "int", "y": "T",
     },
     "gated_norm": {"x": "T", "gate": "T", "columns": "int", "weight": "W", "out": "T"},
     "rows": {"table": "T", "index": "int", "out": "T"},
