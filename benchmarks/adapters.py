@@ -6,7 +6,8 @@ The adapters change all linear layers. Each request of the load names one of the
 one JSON object for each round, and the ratios of medians: of mlx-lm with one adapter for all
 requests, in a process with MLX's default limits; of an engine that runs no adapters; and of one
 that has them: no request has one, all have the same one, and each has another. Its rounds take
-turns, since the speed of a shared machine's processor changes within seconds.
+turns, since the speed of a shared machine's processor changes within seconds. The rounds before, in
+which most shapes of steps are recorded as graphs, do not count.
 """
 
 from __future__ import annotations
@@ -80,18 +81,18 @@ def adapter_engine(model: Any, config: dict[str, Any], seqs: int, adapters: int,
 
 
 def measure(
-    engine: Engine, kinds: dict[str, Sequence[str]], workload: str, rounds: int
+    engine: Engine, kinds: dict[str, Sequence[str]], workload: str, rounds: int, warm: int
 ) -> dict[str, float]:
-    """Return the medians of tokens per second, after a first round of each kind."""
+    """Return the medians of tokens per second, after `warm` rounds of each kind."""
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for again in range(1 + rounds):
+    for again in range(warm + rounds):
         for number, (kind, names) in enumerate(kinds.items()):
             # The prefix cache must not contain the prompts of earlier rounds.
             load = WORKLOADS[workload]().in_other_words(20 * number + again)
             report = run_workload(engine, load, adapters=names).to_json()
             show(kind, {"round": again, **report})
             found[kind].append(report["output_tokens_per_s"])
-    return {kind: statistics.median(rates[1:]) for kind, rates in found.items()}
+    return {kind: statistics.median(rates[warm:]) for kind, rates in found.items()}
 
 
 def measure_peer(shape: str, rank: int, workload: str, rounds: int) -> None:
@@ -128,6 +129,8 @@ def main() -> None:
     parser.add_argument("--seqs", type=int, default=64, help="requests that run at a time")
     parser.add_argument("--kv-gib", type=float, default=KV_BYTES / 2**30, help="of the KV cache")
     parser.add_argument("--rounds", type=int, default=3, help="whose median counts")
+    parser.add_argument("--warm", type=int, default=6, help="our rounds before, of each kind")
+    parser.add_argument("--no-peer", action="store_true", help="without mlx-lm")
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
@@ -135,12 +138,12 @@ def main() -> None:
         return
     about = {key: value for key, value in mx.device_info().items() if isinstance(value, str | int)}
     show("machine", {"mlx": mx.__version__, **vars(args), **about})
-    found = {PEER: peer_in_a_process(args)}
+    found = {} if args.no_peer else {PEER: peer_in_a_process(args)}
     model = make_model(args.shape, 16)
     config = {"vocab_size": VOCABULARY, **SHAPES[args.shape][1]}
     kv = int(args.kv_gib * 2**30)
     engine = adapter_engine(model, config, args.seqs, 0, kv)
-    found |= measure(engine, {"base": ()}, args.workload, args.rounds)
+    found |= measure(engine, {"base": ()}, args.workload, args.rounds, args.warm)
     engine.close()
     del engine
     gc.collect()
@@ -152,7 +155,7 @@ def main() -> None:
             adapter = write_adapter(Path(directory, name), model, args.rank, number)
             engine.add_adapter(name, adapter, name)
     kinds = {"no adapter": (), "one adapter": names[:1], "all adapters": names}
-    found |= measure(engine, kinds, args.workload, args.rounds)
+    found |= measure(engine, kinds, args.workload, args.rounds, args.warm)
     for kind, rate in found.items():
         print(f"{kind}: {rate:.0f} tok/s, {rate / found['base']:.3f} of the base", flush=True)
 

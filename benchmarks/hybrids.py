@@ -11,9 +11,9 @@ delta nets, whose prompts it computes token by token on CUDA, it runs out of mem
 gets the first 32 requests, and computes one prompt at a time.
 
 Loads: 128 requests of load M's lengths (prompts of 64-1024 tokens, responses of 32-256), 64 at a
-time, after a round that warms up; one stream of 256 tokens; and first tokens of 64 prompts of 4,096
-tokens that arrive at once, new ones and then some that share 90 % with one that was computed
-before, twice. Prints a JSON object for each model.
+time, after rounds in which most shapes of steps are recorded as graphs; one stream of 256 tokens;
+and first tokens of 64 prompts of 4,096 tokens that arrive at once, new ones and then some that
+share 90 % with one that was computed before, several times. Prints a JSON object for each model.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from modelpack_engine.platform import cuda_graphs
 from modelpack_engine.request import EngineRequest, SamplingParams
 
 VOCABULARY, CONTEXT, PROMPT = 32768, 8192, 4096
+WARM_ROUNDS, BURSTS = 10, 5
 COMMON = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": CONTEXT,
@@ -154,7 +155,7 @@ def first_tokens(engine: Engine, prompts: list[list[int]], name: str) -> float:
 
 
 def shared_prefix(engine: Engine) -> dict[str, list[float]]:
-    """Return the p50 of first tokens without and with a common prefix, and their ratio, twice.
+    """Return the p50 of first tokens without and with a common prefix, and their ratio, for bursts.
 
     At first, shapes of steps are new.
     """
@@ -164,7 +165,7 @@ def shared_prefix(engine: Engine) -> dict[str, list[float]]:
     def tokens(count: int) -> list[int]:
         return [draw.randrange(100, VOCABULARY) for _ in range(count)]
 
-    for number in range(2):
+    for number in range(BURSTS):
         common = tokens(PROMPT * 9 // 10)
         new = [tokens(PROMPT) for _ in range(AT_ONCE)]
         cold = first_tokens(engine, new, f"cold-{number}")
@@ -194,7 +195,8 @@ def measure(name: str, model: Any, *, peers: bool) -> dict[str, Any]:
     engine = make_engine(model, name)
     found["start_s"] = round(time.perf_counter() - start, 1)
     try:
-        ours(engine, requests(8), "warm")
+        for number in range(WARM_ROUNDS):
+            ours(engine, requests(8 + 10 * number), f"warm-{number}")
         before = engine.stats()
         rates = []
         for number in range(3):
