@@ -151,7 +151,7 @@ def swiglu(joint: mx.array) -> mx.array:
 
 def squared(rows: mx.array) -> mx.array:
     """Return the squares of what is positive in rows [n, dim]."""
-    return _gated(rows, 1, rows, rows, (0, 1, 0, 0), squared=True)
+    return _elementwise(rows, 1, rows, squared=True)
 
 
 def gate_heads(rows: mx.array, joint: mx.array, heads: int) -> mx.array:
@@ -161,20 +161,22 @@ def gate_heads(rows: mx.array, joint: mx.array, heads: int) -> mx.array:
     """
     count, dim = rows.shape[0], math.prod(rows.shape[1:]) // heads
     rows = rows.reshape(count, heads * dim)
-    return _gated(rows, 1, joint, rows, (dim, dim, 2 * dim, 1))
+    return _elementwise(rows, 1, rows, joint, (dim, dim, 2 * dim, 1))
 
 
-def gate_rows(parts: mx.array, count: int, gate: mx.array, given: mx.array) -> mx.array:
+def add_rows(
+    given: mx.array, parts: mx.array, count: int, gate: mx.array | None = None
+) -> mx.array:
     """Return `given` [n, dim] + the sum of `count` parts, times the sigmoids of `gate` [n, 1]."""
-    return _gated(parts, count, gate, given, (0, given.shape[1], 0, 0), adds=True)
+    return _elementwise(parts, count, given, gate, (0, given.shape[1], 0, 0), adds=True)
 
 
-def _gated(
+def _elementwise(
     parts: mx.array,
     count: int,
-    gate: mx.array,
     given: mx.array,
-    places: tuple[int, int, int, int],
+    gate: mx.array | None = None,
+    places: tuple[int, int, int, int] = (0, 1, 0, 0),
     *,
     squared: bool = False,
     adds: bool = False,
@@ -185,6 +187,7 @@ def _gated(
     the gates of groups and of columns are.
     """
     rows, dim = given.shape
+    gated, gate = gate is not None, given if gate is None else gate
     vector = vector_width(max(given.dtype.size, parts.dtype.size), dim)
     (out,) = launch.run(
         "gate",
@@ -193,7 +196,7 @@ def _gated(
         [
             ("N", dim), ("VEC", vector), ("PARTS", count), ("WIDTH", gate.shape[1]),
             *zip(("AT", "D", "STRIDE", "EACH"), places, strict=True),
-            ("SQUARED", squared), ("ADDS", adds),
+            ("SQUARED", squared), ("GATED", gated), ("ADDS", adds),
         ],
         threads=rows * (dim // vector),
         group=256,
@@ -337,14 +340,7 @@ def _compare(dtype: mx.Dtype) -> str | None:
     found["norm alone"] = normed, mx.fast.rms_norm(a, weight, 1e-5)
     gate, up = mx.split(a, 2, axis=1)
     found["SwiGLU"] = swiglu(a), gate * mx.sigmoid(gate) * up
-    few, some = a / 4, b / 4  # the sums of large ones would be rounded by more than is allowed
-    found["squares"] = squared(few), nn.relu2(few)
-    pairs = a[:, :256].reshape(rows, 2, 2, 64)
-    heads = some[:, :128].reshape(rows, 2, 64)
-    by_head = heads * mx.sigmoid(pairs[:, :, 1])
-    found["gates of heads"] = gate_heads(heads, a, 2), by_head.reshape(rows, 128)
-    halves, by_row = mx.stack([some, some]).astype(mx.float32) / 2, a[:, :1]
-    found["gates of rows"] = gate_rows(halves, 2, by_row, few), few + some * mx.sigmoid(by_row)
+    found |= _gated(a, a / 4, b / 4)  # the sums of larger ones would be rounded too much
     for bits in (4, 8):
         packed = mx.quantize(mx.random.normal((64, 128), key=keys[3]).astype(dtype), 64, bits)
         found[f"{bits} bits"] = dequantise(*packed, 64, bits), mx.dequantize(*packed, 64, bits)
@@ -353,6 +349,19 @@ def _compare(dtype: mx.Dtype) -> str | None:
     for few in (True, False):
         found |= _rotated(dtype, keys[4], few)
     return launch.difference(found, 1e-3 if dtype == mx.float32 else 3e-2)
+
+
+def _gated(gates: mx.array, a: mx.array, b: mx.array) -> dict[str, tuple[mx.array, mx.array]]:
+    """Return results of the elementwise kernel for rows [n, 256 or more], with expected ones."""
+    rows, halves = a.shape[0], mx.stack([b, b]).astype(mx.float32) / 2
+    pairs, heads = gates[:, :256].reshape(rows, 2, 2, 64), b[:, :128].reshape(rows, 2, 64)
+    by_head, by_row = mx.sigmoid(pairs[:, :, 1]), mx.sigmoid(gates[:, :1])
+    return {
+        "squares": (squared(a), nn.relu2(a)),
+        "gates of heads": (gate_heads(heads, gates, 2), (heads * by_head).reshape(rows, 128)),
+        "gates of rows": (add_rows(a, halves, 2, gates[:, :1]), a + b * by_row),
+        "sums of rows": (add_rows(a, halves, 2), a + b),
+    }
 
 
 def _rotated(dtype: mx.Dtype, key: mx.array, few: bool) -> dict[str, tuple[mx.array, mx.array]]:

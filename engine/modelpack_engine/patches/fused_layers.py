@@ -23,7 +23,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import deepseek_v3, llama, nemotron_h, qwen3, qwen3_moe, qwen3_next
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
+from mlx_lm.models.switch_layers import (
+    QuantizedSwitchLinear,
+    SwiGLU,
+    SwitchGLU,
+    SwitchLinear,
+    SwitchMLP,
+)
 
 from modelpack_engine.attention.cache_handle import RowMask
 from modelpack_engine.attention.kv_pools import TokenMajorPools
@@ -478,8 +484,11 @@ _MOST_EXPERTS, _MOST_GROUPS = 1024, 32
 
 def fuse_router(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> bool:
     """Run a router by one kernel within steps; return whether `module` is, or has, a router."""
-    if reads_like(module, deepseek_v3.MoEGate):
+    # The routers differ in what Nemotron-H's adds to the sum of sigmoids: 1e-20.
+    if reads_like(module, deepseek_v3.MoEGate) or reads_like(module, nemotron_h.MoEGate):
         return _fuse_gate(module, step, swaps)
+    if reads_like(module, nemotron_h.NemotronHMoE):
+        return _fuse_shared_experts(module, sums, step, swaps)
     if reads_like(module, qwen3_moe.Qwen3MoeSparseMoeBlock):
         return _fuse_experts_block(module, step, swaps, _mixed)
     if reads_like(module, qwen3_next.Qwen3NextSparseMoeBlock):
@@ -490,7 +499,7 @@ def fuse_router(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) ->
 
 
 def _fuse_gate(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
-    """Fuse DeepSeek V3's router: sigmoids and a bias, experts in groups."""
+    """Fuse a router like DeepSeek V3's: sigmoids and a bias, experts in groups."""
     experts, groups = module.weight.shape[0], module.n_group
     routing = Routing(
         module.top_k,
@@ -555,7 +564,23 @@ def _mixed_and_shared(
     rows = _mixed(block, x, chosen, scores).reshape(-1, x.shape[-1])
     gates = multiply(x.reshape(rows.shape[0], -1), gate)
     shared = sums.parts(block.shared_expert(x))
-    return kernels.gate_rows(shared.array, shared.count, gates, rows).reshape(x.shape)
+    return kernels.add_rows(rows, shared.array, shared.count, gates).reshape(x.shape)
+
+
+def _fuse_shared_experts(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> bool:
+    """Fuse Nemotron-H's experts: their sum, and the experts that all rows share."""
+    if module.moe_latent_size is not None or module.config.n_shared_experts is None:
+        return False
+
+    def call(original: Call, block: Any, x: mx.array) -> Any:
+        if not step.fuses_experts:
+            return original(block, x)
+        rows = _mixed(block, x, *block.gate(x)).reshape(-1, x.shape[-1])
+        shared = sums.parts(block.shared_experts(x))
+        return kernels.add_rows(rows, shared.array, shared.count).reshape(x.shape)
+
+    swaps.override(module, call)
+    return True
 
 
 #: The most pairs of row and expert that are not sorted by expert.
@@ -564,16 +589,24 @@ _FEW_PAIRS = 16
 
 def has_experts(model: nn.Module) -> bool:
     """Return whether a model has experts; their kernels take seconds to compile."""
-    return any(type(module) is SwitchGLU for _, module in model.named_modules())
+    return any(_expert_layers(module) for _, module in model.named_modules())
+
+
+def _expert_layers(module: Any) -> list[Any]:
+    """Return the layers of experts, the last one last; none of a module that is not fused."""
+    kind: Any = ClassSwaps.original(module)
+    if kind is SwitchGLU:
+        return [module.gate_proj, module.up_proj, module.down_proj]
+    if kind is SwitchMLP and type(module.activation) is nn.ReLU2:
+        return [module.fc1, module.fc2]
+    return []
 
 
 def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool:
     """Run experts by fused kernels within steps; return whether `module` has experts."""
-    if type(module) is not SwitchGLU:
-        return False
-    layers = [module.gate_proj, module.up_proj, module.down_proj]
+    layers = _expert_layers(module)
     kinds = (SwitchLinear, QuantizedSwitchLinear, BlockSwitchLinear)
-    if any(type(layer) not in kinds for layer in layers):
+    if not layers or any(type(layer) not in kinds for layer in layers):
         return False
 
     def call(original: Call, experts: Any, x: mx.array, indices: mx.array) -> Any:
@@ -596,20 +629,23 @@ def _few_expert_outputs(
     experts: Any, rows: mx.array, chosen: mx.array, shape: tuple[int, ...]
 ) -> mx.array | None:
     """Return the outputs of few rows' experts; None if our kernels do not compute them."""
-    gate, up, down = _three_weights(experts)
-    if type(experts.activation) is not SwiGLU or gate is None or up is None:
+    *layers, last = _expert_layers(experts)
+    (first, *others), down = [*map(_weights_of, layers)], _weights_of(last)
+    if first is None or type(experts.activation) not in (SwiGLU, nn.ReLU2):
         return None
-    if _kind(gate) != _kind(up) or not all(
+    if any(other is None or _kind(other) != _kind(first) for other in others) or not all(
         dots.fits(rows, weights)
         and dots.experts_verdict(rows.dtype, weights.bits or 16, weights.group_size or 64) is None
-        for weights in (gate, down)
+        for weights in (first, down)
         if weights is not None
     ):
         return None
-    hidden = dots.multiply_experts(rows, gate, up, chosen)
+    hidden = dots.multiply_experts(rows, first, others[0] if others else None, chosen)
+    if not others:
+        hidden = kernels.squared(hidden.reshape(chosen.size, -1)).reshape(hidden.shape)
     if down is None:
         pairs = hidden.reshape(chosen.size, 1, -1)
-        outputs: mx.array = experts.down_proj(pairs, chosen.reshape(-1))
+        outputs: mx.array = last(pairs, chosen.reshape(-1))
         return outputs.reshape(*shape, -1)
     given = dots.multiply_experts(
         hidden.reshape(chosen.size, -1), down, None, chosen.reshape(-1, 1)
@@ -619,38 +655,35 @@ def _few_expert_outputs(
     )
 
 
-def _three_weights(experts: Any) -> tuple[Weights | None, Weights | None, Weights | None]:
-    """Return the weights of gates, ups and downs; None for those in a block type of GGUF."""
-    layers = experts.gate_proj, experts.up_proj, experts.down_proj
-    gate, up, down = (_weights_of(layer) for layer in layers)
-    return gate, up, down
-
-
 def _expert_outputs(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dispatch]:
     """Return the experts' outputs, sorted by expert, and the dispatch that maps them to rows."""
-    gate, up, down = _three_weights(experts)
-    count, pairs = experts.gate_proj["weight"].shape[0], chosen.size
+    *layers, last = _expert_layers(experts)
+    first, down = [*map(_weights_of, layers)], _weights_of(last)
+    count, pairs = last["weight"].shape[0], chosen.size
     swiglu = type(experts.activation) is SwiGLU
+    given = [weights for weights in first if weights is not None]
     tile = None
-    if gate is not None and up is not None and _kind(gate) == _kind(up):
-        tile = expert_kernels.tile_for(rows, gate, pairs, swiglu=swiglu)
+    if len(given) == len(layers) and len(set(map(_kind, given))) == 1:
+        tile = expert_kernels.tile_for(rows, given[0], pairs, swiglu=swiglu)
     smallest = expert_kernels.SMALLEST_TILE
     smallest = smallest if pairs <= smallest * count else 2 * smallest
     sent = expert_kernels.dispatch(chosen, count, tile or smallest)
-    if tile is None or gate is None or up is None:
-        hidden = experts.activation(
-            *(_by_layer(layer, rows, sent) for layer in (experts.up_proj, experts.gate_proj))
-        )
-    elif swiglu:
+    if tile and swiglu:
+        gate, up = given
         hidden = expert_kernels.multiply(rows, gate, sent, gather=True, multiplied=up)
     else:
-        hidden = experts.activation(
-            *(expert_kernels.multiply(rows, weights, sent, gather=True) for weights in (up, gate))
-        )
+        made = [
+            expert_kernels.multiply(rows, weights, sent, gather=True)
+            if tile and weights is not None
+            else _by_layer(layer, rows, sent)
+            for layer, weights in zip(layers, first, strict=True)
+        ]  # gates before ups, of which the activation takes the ups first
+        squares = len(layers) == 1
+        hidden = kernels.squared(made[0]) if squares else experts.activation(*reversed(made))
     wanted = down and expert_kernels.tile_for(hidden, down, pairs, swiglu=swiglu)
     if tile and down is not None and tile == wanted:
         return expert_kernels.multiply(hidden, down, sent), sent
-    return _by_layer(experts.down_proj, hidden, sent, gather=False), sent
+    return _by_layer(last, hidden, sent, gather=False), sent
 
 
 def _by_layer(layer: Any, rows: mx.array, sent: Dispatch, *, gather: bool = True) -> mx.array:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.deepseek_v3 import group_expert_select
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
 from modelpack_engine.layers import blocks, expert_kernels
 from modelpack_engine.layers.add_norm import Sums
@@ -96,15 +96,16 @@ def test_rows_of_nan_get_distinct_experts(host: Host) -> None:
 
 
 def mixtures(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that contain a `SwitchGLU`."""
+    """Return the modules that contain experts."""
     return [
         module
         for _, module in model.named_modules()
-        if any(type(child) is SwitchGLU for child in module.children().values())
+        if any(type(child) in (SwitchGLU, SwitchMLP) for child in module.children().values())
     ]
 
 
-NAMES = ("deepseek_v3", "qwen3_moe", "gpt_oss")
+NAMES = ("deepseek_v3", "qwen3_moe", "gpt_oss", "nemotron_h: experts")
+ROUTED = ("deepseek_v3", "qwen3_moe", "qwen3_next", "glm4_moe", "nemotron_h: experts")
 MORE = ("qwen3_next", "glm4_moe", "mixtral", "olmoe", "ernie4_5_moe", "dots1", "hunyuan", "phimoe")
 
 
@@ -114,8 +115,9 @@ MORE = ("qwen3_next", "glm4_moe", "mixtral", "olmoe", "ernie4_5_moe", "dots1", "
 def test_fused_experts_equal_the_model(host: Host, name: str) -> None:
     model = make_specimen(next(c for c in CATALOGUE if c.id == name)).model
     (block, *_) = mixtures(model)
-    (experts,) = (m for m in block.children().values() if type(m) is SwitchGLU)
-    x = mx.random.normal((ROWS, 1, experts.gate_proj.input_dims), key=mx.random.key(5))
+    (experts,) = (m for m in block.children().values() if type(m) in (SwitchGLU, SwitchMLP))
+    first = experts.fc1 if type(experts) is SwitchMLP else experts.gate_proj
+    x = mx.random.normal((ROWS, 1, first.input_dims), key=mx.random.key(5))
     ask: Any = block
     expected = ask(x)
     swaps, step = ClassSwaps(), SimpleNamespace(active=True, fuses_experts=True)
@@ -127,8 +129,9 @@ def test_fused_experts_equal_the_model(host: Host, name: str) -> None:
     np.testing.assert_allclose(ask(x), expected, rtol=1e-3, atol=1e-4)
     used = {body for body, _ in host.calls}
     assert used >= {"dispatch", "combine"}
-    assert ("route" in used) == (name in ("deepseek_v3", "qwen3_moe", "qwen3_next", "glm4_moe"))
-    assert sum(fused) == (2 if "route" in used else 1)
+    assert ("route" in used) == (name in ROUTED)
+    assert ("gate" in used) == (name in ("qwen3_next", "nemotron_h: experts"))
+    assert sum(fused) == (3 if "nemotron" in name else 2 if "route" in used else 1)
     host.calls.clear()
     step.active = step.fuses_experts = False
     np.testing.assert_array_equal(ask(x), expected)

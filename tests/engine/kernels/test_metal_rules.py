@@ -63,6 +63,7 @@ FUSED = [
             ("STRIDE", 128),
             ("EACH", 1),
             ("SQUARED", False),
+            ("GATED", True),
             ("ADDS", True),
         ),
     ),

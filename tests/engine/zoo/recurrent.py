@@ -253,6 +253,24 @@ RECURRENT = [
         {**NO_BIAS, **MAMBA2, "hybrid_override_pattern": ["M", "-", "*", "M"]},
     ),
     Configuration(
+        "nemotron_h",
+        {
+            **NO_BIAS,
+            **MAMBA2,
+            "hybrid_override_pattern": ["M", "E", "*", "E"],
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 64,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+        name="experts",
+    ),
+    Configuration(
         "olmo_hybrid",
         {
             **GATED_DELTA,
