@@ -171,6 +171,11 @@ def add_rows(
     return _elementwise(parts, count, given, gate, (0, given.shape[1], 0, 0), adds=True)
 
 
+def copied_after(rows: mx.array, output: mx.array) -> mx.array:
+    """Return a copy of rows [n, dim], which the kernel that computed `output` wrote in place."""
+    return _elementwise(rows, 1, rows, order=output)
+
+
 def _elementwise(
     parts: mx.array,
     count: int,
@@ -180,14 +185,17 @@ def _elementwise(
     *,
     squared: bool = False,
     adds: bool = False,
+    order: mx.array | None = None,
 ) -> mx.array:
     """Run the kernel on the sum of parts, each like `given` [n, dim].
 
     `places` are the first column of a gate, the number of columns in a group, and how far apart
-    the gates of groups and of columns are.
+    the gates of groups and of columns are. `order` is only waited for.
     """
     rows, dim = given.shape
-    gated, gate = gate is not None, given if gate is None else gate
+    gated = gate is not None
+    if gate is None:
+        gate = given if order is None else order.reshape(-1, 1)
     vector = vector_width(max(given.dtype.size, parts.dtype.size), dim)
     (out,) = launch.run(
         "gate",

@@ -15,6 +15,7 @@ import mlx.core as mx
 from modelpack_engine.attention.metadata import Segments, States
 from modelpack_engine.errors import EngineError
 from modelpack_engine.kernels import launch
+from modelpack_engine.layers import kernels
 
 #: The rows of a state that the lanes of a simdgroup share, if each lane has one.
 _ROWS_OF_LANES = 8
@@ -36,8 +37,9 @@ def of_batch(
     after = mx.zeros((batch, *shape), mx.float32)
     rows = after if state is None else mx.concatenate([state.astype(mx.float32), after])
     outputs = compute(States(rows, rows), _of_batch(batch, tokens, started=state is not None))
-    (rows,) = mx.depends([rows], [outputs])
-    return outputs, rows[-batch:]
+    # What reads the states may be in the same graph, where MLX does not know who writes them.
+    rows = kernels.copied_after(rows.reshape(len(rows), -1), outputs)
+    return outputs, rows[-batch:].reshape(batch, *shape)
 
 
 @lru_cache(maxsize=64)

@@ -342,7 +342,8 @@ class Adapted:
     def written_by(self, output: mx.array) -> None:
         """Let what reads the states wait for this output of the step, which writes them in place.
 
-        The layers have computed segments.
+        The layers have computed segments. Readers have to be evaluated after the step: MLX runs
+        what it evaluates in order, but within it knows only what writes an array as an output.
         """
         arrays = [array for state in self.states for array in state.arrays if array is not None]
         found = iter(mx.depends(arrays, [output]))

@@ -38,7 +38,6 @@ from modelpack_engine.layers.matmul import FEW_ROWS
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 from modelpack_engine.runner.model_layout import WindowGroup
-from modelpack_engine.runner.recurrent import state_rows
 
 # Tokens of one prompt in a step: running sequences wait that long for their next token.
 _GPU_CHUNK = 512
@@ -113,6 +112,8 @@ class Sizes:
     recorded_row_bytes: int = 0
     #: The most bytes of a weight that a recorded step computes in full; None sets no limit.
     recorded_weight_bytes: int | None = None
+    #: The rows of recurrent states that there are at first.
+    state_rows: int = 1
     #: Layers with smaller windows than others, and the blocks of each such group.
     groups: tuple[WindowGroup, ...] = ()
     window_blocks: tuple[int, ...] = ()
@@ -260,13 +261,16 @@ def choose_sizes(
     ]
     own = _Pool(per_block - sum(pool.block_bytes for pool in of_groups), most)
     num_blocks, *of_windows = [num_seqs * pool.held + 1 for pool in (own, *of_groups)]
+    state_rows = 1
     if layout and per_block:
         one_context = _bytes_of_a_request(own, of_groups)
         default = _bytes_of_a_request(own, of_groups, shared=True)
         restored = gpu and (config.kv_offload_dir is not None or bool(config.kv_offload_memory))
         snapshot_bytes = layout.snapshot_bytes * (1 + restored)  # in slots, and from the offload
         others = snapshot_bytes + step_bytes + picture_bytes
-        budget = _kv_budget(config, default, others, _state_bytes(layout, num_seqs))
+        state_rows = _state_rows(layout, num_seqs, config, others)
+        state_bytes = state_rows * layout.bytes_per_sequence
+        budget = _kv_budget(config, default, others + state_bytes)
         required = asked is not None
         num_blocks, *of_windows = _share_budget(budget, num_seqs, own, of_groups, required=required)
         if num_blocks < _FEWEST_BLOCKS:
@@ -299,6 +303,7 @@ def choose_sizes(
         recorded_rows=_recorded_rows(step_bytes - weight_bytes, step_memory.per_row),
         recorded_weight_bytes=weight_bytes if step_bytes else None,
         recorded_row_bytes=int(_RECORDED_FACTOR * step_memory.per_row),
+        state_rows=state_rows,
         groups=groups,
         window_blocks=tuple(of_windows),
     )
@@ -373,24 +378,32 @@ def _rows_of_a_step(row_bytes: int) -> int:
     return rows
 
 
-def _state_bytes(layout: Cached, num_seqs: int) -> int:
-    """Return the bytes of the recurrent states of running sequences, before and after a step."""
-    return state_rows(num_seqs) * layout.bytes_per_sequence
+def _state_rows(layout: Cached, num_seqs: int, config: EngineConfig, others: int) -> int:
+    """Return the rows of recurrent states: of each running sequence before and after a step.
 
-
-def _kv_budget(config: EngineConfig, one_context: int, others: int, state_bytes: int) -> int:
-    """Return the bytes of the KV cache: as configured, or the free memory less what others need.
-
-    These are `others` bytes, and `state_bytes` for recurrent states, which get half at most: a step
-    rarely has as many sequences as it may have.
+    On a GPU, they get half of the free memory less `others` at most: a step rarely has as many
+    sequences as it may have. There are more once they are needed. On a CPU, there are none before.
     """
+    if not (on_gpu() and layout.bytes_per_sequence):
+        return 1
+    room = _room(_memory_share(config), others)
+    return max(2, min(2 * num_seqs, room // 2 // layout.bytes_per_sequence))
+
+
+def _room(share: float, others: int) -> int:
+    """Return the bytes of a GPU's memory that are free, less `others`; it may use a share."""
+    total = int(device.total_memory() * share)
+    return total - device.used_memory() - _RESERVE - others
+
+
+def _kv_budget(config: EngineConfig, one_context: int, others: int) -> int:
+    """Return the bytes of the KV cache: as configured, or the free memory less `others`."""
     share = _memory_share(config)
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if not on_gpu():
         return min(int(device.available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
-    room = int(device.total_memory() * share) - device.used_memory() - _RESERVE - others
-    return max(0, room - min(state_bytes, room // 2))
+    return max(0, _room(share, others))
 
 
 def _memory_share(config: EngineConfig) -> float:

@@ -227,7 +227,7 @@ def make_engine_runner(
     fallback_runner: type[FallbackRunner] = FallbackRunner,
 ) -> ModelRunner:
     """Return the runner for an engine of these sizes."""
-    return make_runner(
+    runner = make_runner(
         model,
         num_blocks=sizes.num_blocks,
         window_blocks=sizes.window_blocks,
@@ -239,3 +239,6 @@ def make_engine_runner(
         paged_runner=paged_runner,
         fallback_runner=fallback_runner,
     )
+    if isinstance(runner, PagedRunner):
+        runner.adapted.rows.reserved = sizes.state_rows
+    return runner

@@ -40,11 +40,6 @@ _ALIGNMENT = 16
 _SIZES = (1, 4, 16, 64)
 
 
-def state_rows(num_seqs: int) -> int:
-    """Return the most rows that the states of running sequences take: those of two steps."""
-    return 2 * round_up(num_seqs, _SIZES)
-
-
 @dataclass(frozen=True, slots=True)
 class _Part:
     """The place of one array of a layer's state within a snapshot's array of the same type."""
@@ -253,6 +248,8 @@ class StateRows:
     rows: dict[int, int] = field(default_factory=dict)
     total: int = 0
     plan: _Plan | None = None
+    #: The fewest rows of arrays that stay: compiled steps are traced again when they grow.
+    reserved: int = 1
     #: Counts how often the arrays were replaced by others.
     generation: int = 0
     _next_rows: dict[int, int] = field(default_factory=dict)
@@ -261,6 +258,7 @@ class StateRows:
     _proposed: dict[int, list[int]] = field(default_factory=dict)
     _next_proposed: dict[int, list[int]] = field(default_factory=dict)
     next_total: int = 0  # rows after the step that `begin` planned
+    _stays: bool = False  # whether `segments` made the arrays
 
     def begin(self, batch: StepBatch, *, by_segments: bool = False) -> None:
         """Plan a step; unless it computes segments, decode rows have states, padding included.
@@ -273,7 +271,7 @@ class StateRows:
         if by_segments:  # `segments` says where the states go
             self.plan = _Plan(decode, chunks, [])
             return
-        self.generation += 1
+        self._stays = False
         as_is = batch.num_decode == self.total and decode == list(range(len(decode)))
         decode += [0] * (batch.num_decode - len(decode))
         present = {*batch.decode_seq_ids, *(chunk.seq_id for chunk in batch.chunks)}
@@ -326,12 +324,12 @@ class StateRows:
         size = round_up(self.pad_rows(max(decode, batch.num_decode) + len(plan.chunks)), _SIZES)
         size = size or _SIZES[0]
         held = {*self.rows.values(), *(row for rows in self._proposed.values() for row in rows)}
-        loaded = [source for source in plan.chunks if isinstance(source, Snapshot)]
-        self._make_room(states, layouts, max(2 * size, len(held) + len(sources) + len(loaded)))
+        loaded = {id(each): each for each in plan.chunks if isinstance(each, Snapshot)}
+        self._make_room(states, layouts, len(held) + len(sources) + len(loaded))
         free = (row for row in range(self.total) if row not in held)
-        of_snapshot = {id(snapshot): next(free) for snapshot in loaded}
-        for snapshot in loaded:
-            self._load(states, snapshot, of_snapshot[id(snapshot)])
+        of_snapshot = {key: next(free) for key in loaded}
+        for key, snapshot in loaded.items():
+            self._load(states, snapshot, of_snapshot[key])
         after = [next(free) for _ in sources]
         rows = np.arange(decode, dtype=np.int32)
         runs = np.full((size, 6), (-1, 0, -1, -1, -1, -1), np.int32)
@@ -363,25 +361,24 @@ class StateRows:
     def _make_room(
         self, states: Sequence[RecurrentState], layouts: Sequence[StateLayout], count: int
     ) -> None:
-        """Give the arrays of all layers at least `count` rows."""
+        """Have arrays of at least `count` rows in all layers, which kernels can write in place."""
         first = states[0].arrays[0]
         found = 0 if first is None else first.shape[0]
-        if found < count:
-            missing = round_up(count, _SIZES) - found
-            self.generation += 1
-            for state, layout in zip(states, layouts, strict=True):
-                for index, (shape, dtype) in enumerate(
-                    zip(layout.shapes, layout.dtypes, strict=True)
-                ):
-                    assert shape is not None, "the layer computes segments"
-                    assert dtype is not None, "the layer computes segments"
-                    more, array = mx.zeros((missing, *shape[1:]), dtype), state.arrays[index]
-                    state.arrays[index] = more if array is None else mx.concatenate([array, more])
-            found += missing
-        self.total = found
+        if self._stays and found >= count:
+            return
+        # Arrays of other steps may be views, of which a kernel would get a copy.
+        size = max(count, self.reserved, found + found // 2 if self._stays else found + 1)
+        self.generation += 1
+        for state, layout in zip(states, layouts, strict=True):
+            for index, (shape, dtype) in enumerate(zip(layout.shapes, layout.dtypes, strict=True)):
+                assert shape is not None, "the layer computes segments"
+                assert dtype is not None, "the layer computes segments"
+                more, array = mx.zeros((size - found, *shape[1:]), dtype), state.arrays[index]
+                state.arrays[index] = more if array is None else mx.concatenate([array, more])
+        self.total, self._stays = size, True
 
     def _load(self, states: Sequence[RecurrentState], snapshot: Snapshot, row: int) -> None:
-        """Write a snapshot to a free row of the arrays, which MLX copies."""
+        """Write a snapshot to a free row of the arrays, for which MLX may make new ones."""
         self.generation += 1
         for state in states:
             for index, value in enumerate(snapshot.of(state)):
@@ -437,7 +434,7 @@ class StateRows:
     def clear(self) -> None:
         """Forget all sequences."""
         self.rows, self.total, self.plan, self._proposed = {}, 0, None, {}
-        self.generation += 1
+        self._stays = False
 
     def _source(self, chunk: Chunk) -> _Source:
         if isinstance(chunk.snapshot, Snapshot | SlotSnapshot):

@@ -9,13 +9,16 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.models import nemotron_h
+from mlx_lm.models.cache import ArraysCache
 
 from modelpack_engine.attention.metadata import Segments, States, StepInputs
-from modelpack_engine.core.batch import Chunk, StepBatch
+from modelpack_engine.core.batch import PADDING_SEQ_ID, Chunk, StepBatch, padding_batch
+from modelpack_engine.core.buckets import FEW
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.segments import LayerStates, example
 from modelpack_engine.patches import fused_recurrences
 from modelpack_engine.patches.modules import ClassSwaps
+from modelpack_engine.runner.kv_cache_size import step_shapes
 from modelpack_engine.runner.model_layout import StateLayout
 from modelpack_engine.runner.recurrent import (
     RecurrentState,
@@ -65,7 +68,7 @@ class Steps:
         default_factory=lambda: RecurrentState(2, StepInputs(16, exact=False), StateRows())
     )
     wanted: dict[int, int] = field(default_factory=dict)
-    sizes: set[int] = field(default_factory=set)
+    num_segments: set[int] = field(default_factory=set)
     num_rows: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,7 +101,7 @@ class Steps:
                 first, count = runs[owner, 1:3].tolist()
             assert first <= row < first + count
         old: Any = [array.tolist() for array in self.state.arrays if array is not None]
-        self.sizes |= {len(array) for array in old} | {len(runs)}
+        self.num_segments.add(len(runs))
         self.num_rows.append(len(old[0]))
         new = [list(array) for array in old]
         slots: Any = [array.tolist() for array in self.state.slots]
@@ -178,9 +181,76 @@ def test_states_follow_their_sequences(seed: int) -> None:
             seq_id = draw.choice(list(steps.wanted))
             found = take_snapshot([steps.state], steps.rows.rows[seq_id])
             snapshots.append((found, steps.wanted[seq_id]))
-    assert steps.sizes <= {1, 4, 16, 64, 128}
-    assert len(steps.sizes) > 1
+    assert steps.num_segments <= {1, 4, 16, 64}
+    assert len(steps.num_segments) > 1
     assert steps.num_rows == sorted(steps.num_rows)
+
+
+def chunk(seq_id: int, snapshot: Snapshot | None = None) -> Chunk:
+    return Chunk(0, 16, 16, 16 if snapshot is None else 32, (), seq_id, snapshot)
+
+
+def begun(rows: StateRows, decode: list[int], *chunks: Chunk, by_segments: bool = True) -> Any:
+    batch: Any = StepBatch([], [], [], (), len(decode), [], [], tuple(decode), chunks, (), ())
+    rows.begin(batch, by_segments=by_segments)
+    return batch
+
+
+def test_arrays_of_other_steps_are_copied() -> None:
+    """They may be views, of which a kernel that writes states would get a copy."""
+    rows, layout = StateRows(), StateLayout(((1, 3, 2),), (mx.float32,))
+    state = RecurrentState(1, StepInputs(16, exact=False), rows)
+    batch = begun(rows, [], chunk(0), chunk(1), by_segments=False)
+    view = ArraysCache(1)
+    view[0] = mx.arange(2 * 19 * 2, dtype=mx.float32).reshape(2, 19, 2)[:, -3:]
+    state.store([], [view])
+    rows.finish()
+    found = state.arrays[0]
+    assert found is not None
+    wanted = found.tolist()
+    rows.release([1])
+    batch = begun(rows, [0])
+    runs, _ = rows.segments(batch, [], 1, [state], [layout], {})
+    array = state.arrays[0]
+    assert array is not None
+    assert memoryview(array).c_contiguous  # type: ignore[arg-type]
+    assert array.tolist()[:2] == wanted
+    assert runs[0, [0, 5]].tolist() == [0, 1]
+
+
+def test_arrays_do_not_grow_beyond_what_is_reserved() -> None:
+    """Compiled steps are traced again when arrays grow, so those of the warm-up have all rows."""
+    rows, layout = StateRows(FEW.pad_rows, reserved=2 * 12), StateLayout(((1, 2),), (mx.float32,))
+    state = RecurrentState(1, StepInputs(16, exact=False), rows)
+    shapes = step_shapes(FEW, max_num_seqs=12, max_chunk=64, max_model_len=512, block_size=16)
+    for shape in shapes:
+        batch = padding_batch(shape, 16)
+        rows.begin(batch, by_segments=True)
+        starts = [batch.num_decode] * len(batch.chunks)
+        rows.segments(batch, starts, batch.num_rows, [state], [layout], {})
+        rows.finish()
+        rows.release([PADDING_SEQ_ID])
+    for first in range(12):
+        chunks = [chunk(seq_id) for seq_id in range(first, 12)]
+        batch = begun(rows, [*range(first)], *chunks)
+        starts = [first + 16 * i for i in range(len(chunks))]
+        rows.segments(batch, starts, first + 16 * len(chunks), [state], [layout], {})
+        rows.finish()
+    assert (rows.total, rows.generation) == (24, 1)
+
+
+def test_a_snapshot_is_loaded_once() -> None:
+    rows, layout = StateRows(), StateLayout(((1, 2),), (mx.float32,))
+    state = RecurrentState(1, StepInputs(16, exact=False), rows)
+    state.arrays = [mx.ones((4, 2))]
+    snapshot = take_snapshot([state], 3)
+    batch = begun(rows, [], chunk(0, snapshot), chunk(1, snapshot))
+    runs, _ = rows.segments(batch, [0, 16], 32, [state], [layout], {})
+    assert len({*runs[:2, 0].tolist()}) == 1
+    assert len({*runs[:2, [0, 5]].ravel().tolist()}) == 3
+    array = state.arrays[0]
+    assert array is not None
+    assert array[int(runs[0, 0])].tolist() == [1, 1]
 
 
 def test_a_layer_takes_its_states_in_order() -> None:
