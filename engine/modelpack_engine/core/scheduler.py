@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from heapq import merge
+from itertools import chain, islice
 from operator import add, attrgetter
 from typing import Protocol
 
@@ -219,6 +221,12 @@ class WaitingQueue:
     def __len__(self) -> int:
         return self._count
 
+    def __iter__(self) -> Iterator[Sequence]:
+        """Yield the sequences about in the order of admission: turns of owners are left out."""
+        yield from self._preempted
+        yield from merge(*self._owners.values(), key=_by_priority)
+        yield from self._background
+
     @property
     def first(self) -> Sequence:
         """The sequence to admit next; the queue must not be empty."""
@@ -300,8 +308,18 @@ def _of_first(queue: list[Sequence]) -> tuple[int, int]:
 class PictureEncoder(Protocol):
     """What encodes pictures before the steps that need them; `VisionEncoder` implements this."""
 
-    def prepare(self, sequence: Sequence, media: Media, *, alone: bool) -> bool:
-        """Return whether a picture can be a part of this step."""
+    def prepare(
+        self,
+        sequence: Sequence,
+        media: Media,
+        *,
+        alone: bool,
+        waiting: Iterable[tuple[bytes, Media]],
+    ) -> bool:
+        """Return whether a picture can be a part of this step.
+
+        It may be encoded together with some of `waiting`, which later steps need, with their owner.
+        """
 
 
 class AdapterSlots(Protocol):
@@ -704,10 +722,27 @@ class Scheduler:
             end = media.until or media.stop
             if end <= sequence.num_computed_tokens or media.start >= stop:
                 continue
-            if not self._pictures.prepare(sequence, media, alone=alone):
+            waiting = self._waiting_pictures()
+            if not self._pictures.prepare(sequence, media, alone=alone, waiting=waiting):
                 self._awaits_pictures = True
                 return media.start
         return stop
+
+    def _waiting_pictures(self) -> Iterator[tuple[bytes, Media]]:
+        """Yield pictures that prompts have yet to compute, with their owner, the first ones first.
+
+        They are those of running sequences, and of as many waiting ones as may run.
+        """
+        prompts = [sequence for sequence in self._running if sequence.is_prefill]
+        for sequence in chain(prompts, islice(self._waiting, self.config.max_num_seqs)):
+            if not sequence.media:
+                continue
+            computed = sequence.num_computed_tokens
+            if sequence.status is SequenceStatus.WAITING:
+                computed = self._blocks.num_cached_tokens(sequence)
+            for media in sequence.media:
+                if media.stop > computed:
+                    yield sequence.owner, media
 
     def _preempt_youngest(self) -> Sequence:
         sequence = self._running.pop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Parts
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +26,7 @@ from modelpack_engine.kernels import launch
 from modelpack_engine.layers.cross_attention import Crossing
 from modelpack_engine.platform.device import available_memory
 from modelpack_engine.request import Media
-from modelpack_engine.vision.models import Encode, VisionModel
+from modelpack_engine.vision.models import CLASSES, Encode, VisionModel
 from modelpack_engine.vision.processor import Picture, PictureProcessor
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
 from modelpack_engine.vision.videos import Video, VideoProcessor
@@ -35,6 +35,14 @@ from modelpack_engine.vision.videos import Video, VideoProcessor
 MAX_CACHE_BYTES, LEAST_PICTURES = 256 * 1024 * 1024, 8
 #: Bytes of evicted embeddings in host memory: at most an eighth of what is available.
 MAX_HOST_BYTES, _HOST_PART = 1024**3, 8
+#: Bytes of the pixels, in float32, of pictures that one call of the tower encodes together: those
+#: of one megapixel. A tower's work grows at least with the pixels, so the call takes no longer than
+#: a photo of this usual size does alone, which sequences that decode have to wait for anyway. More
+#: would gain little: so many patches fill a GPU.
+MAX_BATCH_BYTES = 3 * 1024**2 * 4
+#: The most that embeddings may change if pictures are encoded together, as a part of what two
+#: pictures differ by: sums in 16 bits change with the shapes of matrices.
+_TOLERANCE = 0.1
 
 _log = logging.getLogger(__name__)
 _FAILURES = (
@@ -62,6 +70,9 @@ class HostCache:
         self._kept = OrderedDict()
         #: The bytes of the copies.
         self.nbytes = 0
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._kept or key in self._saving
 
     def save(self, key: Key, made: mx.array) -> None:
         """Start copying embeddings, unless there is a copy or they exceed the limit."""
@@ -103,8 +114,13 @@ class VisionEncoder:
     Owners share none: the time of a reply would tell which pictures another one has sent.
 
     The scheduler calls `prepare` for each picture of a chunk, and `input_embeddings` then finds
-    them. While sequences decode in a step, it encodes one picture, so that their tokens wait for no
-    more than that.
+    them. While sequences decode in a step, it calls the tower once, so that their tokens wait for
+    no more than that.
+
+    With `batched` (see `VisionClass`), one call also encodes pictures that wait, of any owner, if
+    their inputs have the same shapes, up to `MAX_BATCH_BYTES` of pixels. Those that wait get at
+    most about half of the cache. If the call fails, each picture gets a call of its own, so that a
+    bad one fails its request alone.
 
     `hidden` are tokens that the language model must not see, and the one that it sees instead.
 
@@ -122,6 +138,7 @@ class VisionEncoder:
         crossing: Crossing | None = None,
         picture_bytes: int = 0,
         host_bytes: int = 0,
+        batched: bool = False,
     ) -> None:
         self._crossing, self._picture_bytes = crossing, picture_bytes
         self._users: dict[Key, weakref.WeakSet[Media]] = {}
@@ -130,7 +147,10 @@ class VisionEncoder:
         self._nbytes = 0
         self._host = HostCache(host_bytes)
         self._step: dict[Key, mx.array] = {}  # those of the step being built
-        self._num_encoded = 0  # in this step
+        self._num_encoded = 0  # calls of the tower in this step
+        self._batched = batched
+        self._ahead: set[Key] = set()  # encoded, and not needed by a step yet
+        self._single = weakref.WeakSet[Media]()  # not to be encoded together with others
         self._failures: list[tuple[Sequence, RequestError]] = []
         #: Pictures whose embeddings were in the cache, and those that were computed.
         self.hits = self.misses = 0
@@ -172,11 +192,19 @@ class VisionEncoder:
         if self._crossing is not None:
             self._crossing.spans = ()
 
-    def prepare(self, sequence: Sequence, media: Media, *, alone: bool) -> bool:
+    def prepare(
+        self,
+        sequence: Sequence,
+        media: Media,
+        *,
+        alone: bool,
+        waiting: Iterable[tuple[bytes, Media]] = (),
+    ) -> bool:
         """Return whether a picture can be a part of this step; encode it if there is time.
 
         `alone` says that no sequence decodes in the step. A picture that cannot be encoded is one
-        of `take_failures`. Copying one back from the host counts as encoding it.
+        of `take_failures`. Copying one back from the host counts as encoding it. `waiting` are
+        pictures that later steps need, with their owners.
         """
         key = sequence.owner, media.digest
         if key in self._step:
@@ -190,7 +218,7 @@ class VisionEncoder:
         if media.until:
             self._users.setdefault(key, weakref.WeakSet()).add(media)
         try:
-            self._step[key] = self.embeddings(media, sequence.owner)
+            self._step[key] = self.embeddings(media, sequence.owner, waiting)
         except RequestError as error:
             self._failures.append((sequence, error))
             self._users.pop(key, None)
@@ -207,12 +235,16 @@ class VisionEncoder:
         failures, self._failures = self._failures, []
         return failures
 
-    def embeddings(self, media: Media, owner: bytes = b"") -> mx.array:
+    def embeddings(
+        self, media: Media, owner: bytes = b"", waiting: Iterable[tuple[bytes, Media]] = ()
+    ) -> mx.array:
         """Return the embeddings of a picture, as `VisionModel.embed` does.
 
-        Raises `RequestError` if the model cannot encode it.
+        Pictures that wait may be encoded with it. Raises `RequestError` if the model cannot encode
+        it.
         """
         key = owner, media.digest
+        self._ahead.discard(key)
         found = self._kept.get(key)
         if found is not None:
             self.hits += 1
@@ -223,11 +255,22 @@ class VisionEncoder:
             self.hits += 1
             self._keep(key, found)
             return found
+        batch = self._batch(key, media, waiting)
+        if len(batch) > 1:
+            try:
+                parts = _embed(self._model, [*batch.values()])
+            except _FAILURES as error:
+                _log.warning("%d pictures are encoded one by one: %s", len(batch), error)
+                self._single.update(batch.values())
+            else:
+                self.misses += len(batch)
+                for each, part in zip(batch, parts, strict=True):
+                    self._keep(each, part)
+                self._ahead |= batch.keys() - {key}
+                return parts[0]
         self.misses += 1
-        inputs = {name: mx.array(value) for name, value in media.inputs.items()}
         try:
-            made = self._model.embed(mx.array(media.token_ids, mx.int32), inputs)
-            mx.async_eval(made)  # while it runs, the host builds the step
+            (made,) = _embed(self._model, [media])
         except _FAILURES as error:
             named = {"input_features": "sound", "pixel_values_videos": "video"}
             what = next((named[name] for name in media.inputs if name in named), "picture")
@@ -237,6 +280,29 @@ class VisionEncoder:
             ) from error
         self._keep(key, made)
         return made
+
+    def _batch(
+        self, key: Key, media: Media, waiting: Iterable[tuple[bytes, Media]]
+    ) -> dict[Key, Media]:
+        """Return a picture, and those that are encoded together with it."""
+        batch = {key: media}
+        pixels = media.inputs.get("pixel_values")  # neither a sound nor a video
+        if not self._batched or pixels is None or media in self._single:
+            return batch
+        most = MAX_BATCH_BYTES // max(1, pixels.nbytes)
+        self._ahead &= self._kept.keys()
+        if sum(self._kept[each].nbytes for each in self._ahead) >= self._max_bytes // 2:
+            return batch
+        shapes = _shapes(media)
+        for owner, other in waiting if most > 1 else ():
+            each = owner, other.digest
+            if each in self._kept or each in self._host or other in self._single:
+                continue
+            if _shapes(other) == shapes:
+                batch.setdefault(each, other)
+                if len(batch) == most:
+                    break
+        return batch
 
     def _keep(self, key: Key, made: mx.array) -> None:
         if made.nbytes > self._max_bytes:
@@ -302,6 +368,35 @@ class VisionEncoder:
                 yield start, stop, seen
 
 
+def _shapes(media: Media) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in media.inputs.items()}
+
+
+def _embed(model: VisionModel, batch: Parts[Media]) -> list[mx.array]:
+    """Return the embeddings of each picture, by one call of the tower.
+
+    Inputs must have the same shapes. Raises `ValueError` if rows are missing, and what the model
+    raises.
+    """
+    token_ids = [token_id for media in batch for token_id in media.token_ids]
+    inputs = {
+        name: mx.array(
+            np.concatenate([media.inputs[name] for media in batch]) if batch[1:] else one
+        )
+        for name, one in batch[0].inputs.items()
+    }
+    made = model.embed(mx.array(token_ids, mx.int32), inputs)
+    parts = [made]
+    if batch[1:]:
+        if made.shape[-2] != len(token_ids):
+            raise ValueError(f"{made.shape[-2]} embeddings for {len(token_ids)} tokens of pictures")
+        ends = np.cumsum([0, *(len(media.token_ids) for media in batch)]).tolist()
+        # They are copies: a slice would keep the memory of the others after they are evicted.
+        parts = [mx.take(made, mx.arange(*edges), axis=-2) for edges in pairwise(ends)]
+    mx.async_eval(parts)  # while it runs, the host builds the step
+    return parts
+
+
 def host_limit() -> int:
     """Return the bytes of host memory for embeddings that the device's cache evicts.
 
@@ -333,12 +428,14 @@ def open_vision(
 
     With `sounds`, the settings of a feature extractor, it also reads sounds, or says why not
     (`PictureProcessor.no_sounds`); the same of `videos`. Noise goes through it first: raises
-    `EngineError` if the model cannot read a picture, or if its pixels change nothing.
+    `EngineError` if the model cannot read a picture, or if its pixels change nothing. If one call
+    for both pictures returns other embeddings, pictures are encoded one by one, and a log says so.
     """
     processor = PictureProcessor(config, settings, encode)
     random = np.random.default_rng(0)
     noise = random.integers(0, 256, (2, 64, 96, 3), np.uint8)
-    _test("vision", model, processor, processor.image_token_id, [*map(Picture, noise)])
+    made = _test("vision", model, processor, processor.image_token_id, [*map(Picture, noise)])
+    batched = CLASSES[config["model_type"]].batched and _is_batched(model, made)
     if sounds is not None:
         try:
             if not any(getattr(model, name, None) for name in ("audio_tower", "embed_audio")):
@@ -363,7 +460,7 @@ def open_vision(
     processor.max_pictures = most // size if size else 0
     encoder = VisionEncoder(
         model, most, hidden=processor.hidden, crossing=crossing, picture_bytes=size,
-        host_bytes=host_limit(),
+        host_bytes=host_limit(), batched=batched,
     )  # fmt: skip
     return Vision(processor, encoder)
 
@@ -374,9 +471,9 @@ def _test(
     processor: PictureProcessor,
     token_id: int,
     files: Collection[Picture | Sound | Video],
-) -> None:
-    """Raise `EngineError` unless two files have finite embeddings that differ."""
-    made = []
+) -> dict[Media, mx.array]:
+    """Return the embeddings of two files; raise `EngineError` unless they are finite and differ."""
+    made: dict[Media, mx.array] = {}
     for file in files:
         _, (media,) = processor.place([token_id], [file])
         embeddings = VisionEncoder(model).embeddings(media)
@@ -385,6 +482,23 @@ def _test(
                 f"the {tower} tower returned {embeddings.shape[-2]} embeddings for"
                 f" {len(media.token_ids)} tokens"
             )
-        made.append(embeddings)
-    if not mx.all(mx.isfinite(made[0])) or mx.array_equal(made[0], made[1]):
+        made[media] = embeddings
+    first, second = made.values()
+    if not mx.all(mx.isfinite(first)) or mx.array_equal(first, second):
         raise EngineError(f"the {tower} tower returned the same or infinite embeddings")
+    return made
+
+
+def _is_batched(model: Any, made: Mapping[Media, mx.array]) -> bool:
+    """Return whether one call for two pictures returns the embeddings `made` of calls for each."""
+    first, second = alone = [each.astype(mx.float32) for each in made.values()]
+    try:
+        together = mx.stack(_embed(model, [*made]))
+        error = mx.abs(together - mx.stack(alone)).mean()
+        is_close = bool(error <= _TOLERANCE * mx.abs(first - second).mean())  # NaN is not
+    except _FAILURES as failure:
+        _log.warning("pictures are encoded one by one: %s", failure)
+        return False
+    if not is_close:
+        _log.warning("pictures are encoded one by one: together, they have other embeddings")
+    return is_close

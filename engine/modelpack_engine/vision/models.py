@@ -56,6 +56,10 @@ class VisionClass:
 
     With `cross`, a picture is one token, and layers attend to its keys and values from there to the
     next picture, or the one after pictures that follow each other.
+
+    With `batched`, one call encodes several pictures whose inputs have the same shapes, joined
+    along the first axis. It is not set for towers that hide a call's other pictures by a mask:
+    their work grows with the square of the number of pictures, and NaN of one reaches the others.
     """
 
     text_types: tuple[str, ...] = ()
@@ -80,6 +84,7 @@ class VisionClass:
     prefix: bool = False
     joins: bool = False
     cross: bool = False
+    batched: bool = False
     first: str = ""
 
     def folder(self, config: Mapping[str, Any]) -> str:
@@ -93,19 +98,24 @@ class VisionClass:
         return int(config.get("spatial_merge_size", vision.get("spatial_merge_size", self.merge)))
 
 
-_QWEN = VisionClass(placeholder="<|image_pad|>", projector="", mrope=True)  # the tower projects
-_LFM2 = VisionClass(language={"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, package="lfm2_vl")
+_QWEN = VisionClass(  # the tower projects
+    placeholder="<|image_pad|>", projector="", mrope=True, batched=True
+)
+_LFM2 = VisionClass(
+    language={"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, package="lfm2_vl", batched=True
+)
 _LLAMAS = {"llama": "llama", "mistral": "llama"}
 _QWENS = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe"}
+_INTERNVL = VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS, batched=True)
 #: The tokens of sounds, unless config.json says otherwise.
 GEMMA3N_AUDIO, GEMMA4_AUDIO, QWEN3_OMNI_AUDIO = 262_273, 258_881, 151_675
 #: The tokens of a picture of Gemma 3, unless config.json says otherwise.
 GEMMA3_TOKENS = 256
 #: The classes by the model type of config.json.
 CLASSES: Mapping[str, VisionClass] = {
-    "aya_vision": VisionClass(language={"cohere2": "cohere2"}, part="<|IMG_PATCH|>"),
+    "aya_vision": VisionClass(language={"cohere2": "cohere2"}, part="<|IMG_PATCH|>", batched=True),
     "deepseek_vl_v2": VisionClass(language={"deepseek_v2": "deepseek_v2"}),
-    "dots_ocr": VisionClass(placeholder="<|imgpad|>", language={"dots_ocr": "qwen2"}),
+    "dots_ocr": VisionClass(placeholder="<|imgpad|>", language={"dots_ocr": "qwen2"}, batched=True),
     "gemma3": VisionClass(
         placeholder="<start_of_image>",
         projector="Gemma3MultiModalProjector",
@@ -114,6 +124,7 @@ CLASSES: Mapping[str, VisionClass] = {
         ends="<end_of_image>",
         around="\n\n",
         bidirectional=True,
+        batched=True,
     ),
     "gemma3n": VisionClass(
         placeholder="<image_soft_token>",
@@ -122,6 +133,7 @@ CLASSES: Mapping[str, VisionClass] = {
         ends="<end_of_image>",
         around="\n\n",
         hidden_id=0,
+        batched=True,
     ),
     "gemma4": VisionClass(
         placeholder="<|image|>",
@@ -130,6 +142,7 @@ CLASSES: Mapping[str, VisionClass] = {
         soft="<|image|>",
         ends="<image|>",
         hidden_id=0,
+        batched=True,
     ),
     "gemma4_unified": VisionClass(
         placeholder="<|image|>",
@@ -139,36 +152,45 @@ CLASSES: Mapping[str, VisionClass] = {
         hidden_id=0,
     ),
     "glm4v": VisionClass(
-        placeholder="<|image|>", mrope=True, language={"glm4v_text": "glm4", "glm4v": "glm4"}
+        placeholder="<|image|>",
+        mrope=True,
+        language={"glm4v_text": "glm4", "glm4v": "glm4"},
+        batched=True,
     ),
     "glm4v_moe": VisionClass(
         placeholder="<|image|>",
         mrope=True,
         language={"glm4v_moe_text": "glm4_moe", "glm4v_moe": "glm4_moe"},
     ),
-    "glm_ocr": VisionClass(placeholder="<|image|>", mrope=True, language={"glm_ocr_text": "glm4"}),
+    "glm_ocr": VisionClass(
+        placeholder="<|image|>", mrope=True, language={"glm_ocr_text": "glm4"}, batched=True
+    ),
     "granite4_vision": VisionClass(
         language={"granite": "granite", "granitemoehybrid": "granitemoehybrid"}
     ),
-    "granite_vision": VisionClass(language={"granite": "granite"}, any_res=True),
+    "granite_vision": VisionClass(language={"granite": "granite"}, any_res=True, batched=True),
     "idefics3": VisionClass(  # the tower alone runs for GGUF
         ("idefics3", "llama", "vllama3"),
         projector="Idefics3Connector",
         parts=("vision_model", "connector"),
+        batched=True,
     ),
     "idefics2": VisionClass(language=_LLAMAS, joins=True),
-    "internvl": VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS),
-    "internvl_chat": VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS),
-    "kimi_k25": VisionClass(placeholder="<|media_pad|>"),
+    "internvl": _INTERNVL,
+    "internvl_chat": _INTERNVL,
+    "kimi_k25": VisionClass(placeholder="<|media_pad|>", batched=True),
     "kimi_vl": VisionClass(placeholder="<|media_pad|>", language={"deepseek_v3": "deepseek_v3"}),
     "lfm2-vl": _LFM2,
     "lfm2_vl": _LFM2,
-    "llama4": VisionClass(placeholder="<|image|>", projector="", part="<|patch|>"),
-    "llava": VisionClass(),
+    "llama4": VisionClass(placeholder="<|image|>", projector="", part="<|patch|>", batched=True),
+    "llava": VisionClass(batched=True),
     "llava_next": VisionClass(
-        language=_LLAMAS | _QWENS | {"granite": "granite"}, siglip="granite_vision", any_res=True
+        language=_LLAMAS | _QWENS | {"granite": "granite"},
+        siglip="granite_vision",
+        any_res=True,
+        batched=True,
     ),
-    "llava_onevision": VisionClass(language=_LLAMAS | _QWENS, any_res=True),
+    "llava_onevision": VisionClass(language=_LLAMAS | _QWENS, any_res=True, batched=True),
     "mage_vl": VisionClass(placeholder="<|image_pad|>", language={"qwen3": "qwen3"}),
     "minicpmo": VisionClass(part="<unk>", language={"minicpmo": "qwen3"}),
     "minicpmv4_6": VisionClass(
@@ -186,7 +208,7 @@ CLASSES: Mapping[str, VisionClass] = {
         part="<im_patch>",
         first="<|endoftext|>",
     ),
-    "muse_glimmer": VisionClass(placeholder="<|patch|>", projector=""),
+    "muse_glimmer": VisionClass(placeholder="<|patch|>", projector="", batched=True),
     "paddleocr_vl": VisionClass(
         placeholder="<|IMAGE_PLACEHOLDER|>", mrope=True, language={"paddleocr_vl": "ernie4_5"}
     ),
@@ -207,8 +229,9 @@ CLASSES: Mapping[str, VisionClass] = {
         placeholder="<|image_pad|>",
         mrope=True,
         language=dict.fromkeys(("qwen3_omni_moe_text", "qwen3_omni_moe_text_encoder"), "qwen3_moe"),
+        batched=True,
     ),
-    "smolvlm": VisionClass(("llama", "smolvlm")),
+    "smolvlm": VisionClass(("llama", "smolvlm"), batched=True),
 }
 #: The model types that mlx-vlm runs, and those whose language model mlx-lm runs.
 WHOLE_TYPES = tuple(kind for kind, needs in CLASSES.items() if needs.text_types)
@@ -251,7 +274,8 @@ class VisionModel(Protocol):
 
         With DeepStack they are [1 + layers, tokens, width]: embeddings, then what is added to the
         output of each of the first layers. With cross-attention, `Crossing.keys_and_values` of a
-        picture take their place.
+        picture take their place. With `VisionClass.batched`, the tokens and inputs may be those of
+        several pictures.
         """
 
 

@@ -229,12 +229,13 @@ def _quantise(tower: Any, config: Mapping[str, Any], given: Mapping[str, mx.arra
 def _windows(edges: tuple[int, ...]) -> tuple[mx.array, mx.array | None, mx.array]:
     """Return the rows of windows [windows, rows of the largest], their mask, and the rows to keep.
 
-    Windows are the rows between successive `edges`. Rows of padding are row 0, and masked.
+    Windows are the rows between successive `edges`. Rows of padding are the window's first row, and
+    masked: NaN stays in its picture where several are encoded together.
     """
     starts, sizes = np.array(edges[:-1]), np.diff(edges)
     offsets = np.arange(sizes.max())
     within = offsets < sizes[:, None]
-    places = mx.array(np.where(within, starts[:, None] + offsets, 0))
+    places = mx.array(starts[:, None] + np.where(within, offsets, 0))
     mask = None if within.all() else mx.array(within[:, None, None])
     return places, mask, mx.array(np.flatnonzero(within))
 
@@ -757,7 +758,7 @@ def _kimi_parts(package: Any, config: Any) -> dict[str, Module]:
 
 def _kimi_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     pixels, grid = inputs["pixel_values"].transpose(0, 2, 3, 1), inputs["image_grid_hws"]
-    return cast(mx.array, tower.mm_projector(tower.vision_tower(pixels, grid_thw=grid))[0])
+    return mx.concatenate(tower.mm_projector(tower.vision_tower(pixels, grid_thw=grid)))
 
 
 def _idefics2_parts(package: Any, config: Any) -> dict[str, Module]:

@@ -128,6 +128,19 @@ def test_who_was_preempted_precedes_all_owners() -> None:
     assert len(queue) == 0
 
 
+def test_iteration_is_in_the_order_of_admission_of_one_owner() -> None:
+    """Preempted sequences come first and background ones last; nothing is removed."""
+    queue = WaitingQueue(16)
+    long, short, other = (sequence([1] * length, 1) for length in (9, 2, 5))
+    background = sequence([1], 1, background=True)
+    for each in (background, long, short, other):
+        queue.add(each, len(each.prompt_token_ids), 0)
+    queue.put_back(queue.pop(long))
+    order = list(queue)
+    assert order == [long, short, other, background]
+    assert [queue.pop() for _ in range(4)] == order
+
+
 @pytest.mark.parametrize("overtaking", [0, 16])
 def test_one_request_beside_a_thousand_of_another_owner(overtaking: int) -> None:
     """The owner that came first has its turn, then the other owner."""
