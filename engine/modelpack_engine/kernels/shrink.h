@@ -1,9 +1,10 @@
-  // A row times the first matrix of its adapter: `inner` has the products of RANKS columns.
+  // A row times the first matrix of its adapter: `inner` has the products of RANKS columns. Without `chunks`, each
+  // threadgroup computes those of a row, or RANKS of N.
   //   x [rows, IN] T   down [slots, N, IN] A   slots [rows] int: 0 is no adapter
 #ifdef PA_CHUNKS
   const int own_row = block;
 #else
-  const int own_row = PA_X, product = 0;
+  const int own_row = PA_X / (N / RANKS), product = PA_X % (N / RANKS) * RANKS;
 #endif
 #define PA_SHRUNK
   constexpr int STEP = 8, LOADS = IN / FROM;
