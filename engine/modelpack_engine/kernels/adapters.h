@@ -1,5 +1,5 @@
-  // What a row's adapter adds to the parts of a product; `chunks`, and `shrink` or `shrunk`, come before.
-  //   given [PARTS, rows, OUT] J   up [slots, RANK, OUT] A   the other arguments: see `shrink` and `shrunk`
+  // What a row's adapter adds to the parts of a product; `chunks` and `shrink` come before.
+  //   given [PARTS, rows, OUT] J   x, down, slots: see `shrink`   up [slots, RANK, OUT] A
   //   out [rows, OUT] T   GATED: of two layers, out [rows, OUT / 2] = silu(the first's) * the second's
   constexpr int BOTH = GATED ? 2 : 1, EACH = OUT / TO;
   typedef PaVec<A, TO> Up;

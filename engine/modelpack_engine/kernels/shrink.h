@@ -1,10 +1,9 @@
-  // A row times the first matrix of its adapter: `inner` has the products of RANKS columns. Without `chunks`, each
-  // threadgroup computes those of a row, or RANKS of N.
+  // A row times the first matrix of its adapter: `inner` has the products of RANKS columns.
   //   x [rows, IN] T   down [slots, N, IN] A   slots [rows] int: 0 is no adapter
 #ifdef PA_CHUNKS
   const int own_row = block;
 #else
-  const int own_row = PA_X / (N / RANKS), product = PA_X % (N / RANKS) * RANKS;
+  const int own_row = PA_X, product = 0;
 #endif
 #define PA_SHRUNK
   constexpr int STEP = 8, LOADS = IN / FROM;

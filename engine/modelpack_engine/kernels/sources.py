@@ -25,7 +25,7 @@ Body = Literal[
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
     "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention", "delta_tiles",
     "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address", "beside",
-    "gate", "shrink", "expand", "expand_norm",
+    "gate",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -97,9 +97,6 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "adapters": ("given", "x", "down", "up", "slots"),
     "adapters_wide": ("given", "x", "down", "up", "slots", "singles"),
     "adapters_norm": ("a", "b", "weight", "x", "down", "up", "slots"),
-    "shrink": ("x", "down", "slots"),
-    "expand": ("given", "products", "up", "slots"),
-    "expand_norm": ("a", "b", "weight", "products", "up", "slots"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "decode": ("out", "stats"),
@@ -111,7 +108,6 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "accepted": ("found", "places"),
     "pick": ("found",),
     "adapters_norm": ("total", "out"),
-    "expand_norm": ("total", "out"),
     "state_space": ("y",),
     "state_space_wide": ("y",),
     "delta_rule": ("y",),
@@ -154,9 +150,6 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "norm_beside": ("norm_beside", "normed"),
     "adapters_norm": ("shrink", "add_norm", "normed"),
     "adapters_wide": ("chunks", "adapters_wide"),
-    "shrink": ("shrink", "inner"),
-    "expand": ("chunks", "shrunk", "adapters"),
-    "expand_norm": ("shrunk", "add_norm", "normed"),
     "delta_wide": ("delta_rule", "delta_wide"),
 }
 

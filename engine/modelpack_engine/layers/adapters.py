@@ -2,9 +2,7 @@
 
 Each row has its own adapter (Punica, https://arxiv.org/abs/2310.18547). Several layers with the
 same input are computed together. The kernel also computes what follows, SwiGLU or a residual sum
-and its norm: with few rows, the launches of kernels take most of the time. Where the driver
-launches a step, they take less than what threadgroups compute several times, so that two kernels
-are faster.
+and its norm: with few rows, the launches of kernels take most of the time.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from itertools import accumulate
 
 import mlx.core as mx
 
-from modelpack_engine.kernels import launch, recording
+from modelpack_engine.kernels import launch
 from modelpack_engine.kernels.plan import vector_width
 from modelpack_engine.layers.matmul import Parts
 
@@ -22,10 +20,8 @@ from modelpack_engine.layers.matmul import Parts
 RANK_STEP = 8
 #: The most layers of one product, and the largest rank: the kernel keeps a value of each in memory.
 MOST_LAYERS, MOST_RANK = 4, 512
-#: The most outputs that a threadgroup computes, and its most simdgroups; and where another kernel
-#: multiplies by the first matrices, which each threadgroup would do again.
+#: The most outputs that a threadgroup computes, and its most simdgroups.
 _CHUNK, _MOST_SIMDGROUPS = 4096, 8
-_CHUNK_APART, _MOST_SIMDGROUPS_APART = 1024, 16
 #: With fewer rows, a threadgroup computes a whole row, with its norm. Many rows are prompts, of
 #: which a block computes 16 on tensor cores: its threads, and the depth and width of its matmuls.
 _MANY_ROWS, _BLOCK_ROWS, _BLOCK_THREADS, _DEPTH, _WIDTH = 256, 16, 256, 32, 64
@@ -66,50 +62,22 @@ class RowAdapters:
         """Return the rows [rows, inputs], and the other arrays."""
         return [self.x.reshape(self.x.shape[0], -1), self.down, self.up, self.slots]
 
-    def expanded(self) -> list[mx.array]:
-        """Return the rows times the first matrices, float32, and the arrays to go on with."""
-        x, *_ = self.arrays()
-        rows, (_, products, inputs) = x.shape[0], self.down.shape
-        load = vector_width(max(x.dtype.size, self.down.dtype.size), inputs)
-        simdgroups = min(_MOST_SIMDGROUPS_APART, max(1, inputs // load // 32))
-        (made,) = launch.run(
-            "shrink",
-            [x, self.down, self.slots],
-            [("T", x.dtype), ("A", self.down.dtype)],
-            [
-                ("IN", inputs), ("N", products), ("RANKS", RANK_STEP), ("FROM", load),
-                ("NSG", simdgroups),
-            ],
-            threads=rows * (products // RANK_STEP) * simdgroups * 32,
-            group=simdgroups * 32,
-            shapes=[(rows, products)],
-            dtypes=[mx.float32],
-        )  # fmt: skip
-        return [made, self.up, self.slots]
-
 
 def add(
     parts: Parts,
     adapters: RowAdapters,
     *,
     gated: bool = False,
-    chunk: int | None = None,
+    chunk: int = _CHUNK,
     wide: bool | None = None,
-    apart: bool | None = None,
 ) -> mx.array:
     """Return the sum of `parts` [rows, outputs] and of what the adapters of the rows add to it.
 
     With `gated`, two layers have the same number of outputs, and silu(the first's) * the second's
     is returned. The result has x's type. A threadgroup computes up to `chunk` outputs. `wide` runs
-    on tensor cores: the default for many rows, where the GPU has them. Two kernels compute other
-    rows if `apart`: the default in steps that are recorded.
+    on tensor cores: the default for many rows, where the GPU has them.
     """
     x, sizes = adapters.x, adapters.sizes
-    if wide is None:
-        wide = x.shape[0] >= _MANY_ROWS and _fits_wide(adapters)
-    if apart is None:
-        apart = recording.active() is not None
-    chunk = chunk or (_CHUNK_APART if apart and not wide else _CHUNK)
     rows, (_, products, inputs) = x.shape[0], adapters.down.shape
     rank, outputs = adapters.up.shape[1:]
     ends = [*accumulate(sizes), *[outputs] * MOST_LAYERS]
@@ -120,7 +88,7 @@ def add(
         ("RANKS", 2 * rank if gated else rank), ("PARTS", parts.count), ("END0", ends[0]),
         ("END1", ends[1]), ("END2", ends[2]), ("GATED", gated), ("CHUNK", chunk),
     ]  # fmt: skip
-    if wide:
+    if wide or (wide is None and rows >= _MANY_ROWS and _fits_wide(adapters)):
         singles = min(adapters.singles, rows - 1)
         blocks = singles + -(-(rows - singles) // _BLOCK_ROWS)
         (out,) = launch.run(
@@ -137,11 +105,11 @@ def add(
     itemsize = max(x.dtype.size, adapters.up.dtype.size)
     load = vector_width(itemsize, inputs)
     vector = min(vector_width(max(itemsize, parts.array.dtype.size), size) for size in sizes)
-    most = max(0 if apart else inputs // load, min(chunk, *sizes) // vector)
+    most = max(inputs // load, min(chunk, *sizes) // vector)
     simdgroups = min(_MOST_SIMDGROUPS, max(1, most // 32))
     (out,) = launch.run(
-        "expand" if apart else "adapters",
-        [parts.array, *(adapters.expanded() if apart else adapters.arrays())],
+        "adapters",
+        [parts.array, *adapters.arrays()],
         [("T", x.dtype), ("A", adapters.up.dtype), ("J", parts.array.dtype)],
         [*constants, ("FROM", load), ("TO", vector), ("NSG", simdgroups)],
         threads=rows * chunks * simdgroups * 32,
@@ -167,29 +135,20 @@ def _fits_wide(adapters: RowAdapters) -> bool:
 
 
 def add_norm(
-    a: mx.array,
-    parts: Parts,
-    adapters: RowAdapters,
-    weight: mx.array,
-    epsilon: float,
-    *,
-    apart: bool | None = None,
+    a: mx.array, parts: Parts, adapters: RowAdapters, weight: mx.array, epsilon: float
 ) -> tuple[mx.array, mx.array]:
     """Return a + the sum of `parts` and of what adapters add, and its RMS norm times `weight`.
 
     The adapters are those of one layer. `a` and both results are [rows, ..., dim] in a's type.
-    `apart` is as for `add`.
     """
-    if apart is None:
-        apart = recording.active() is not None
     dim, rows = a.shape[-1], adapters.x.shape[0]
     inputs, up = adapters.down.shape[2], adapters.up
     itemsize = max(a.dtype.size, up.dtype.size)
     vector = vector_width(max(itemsize, parts.array.dtype.size), dim)
     threads = 32 * min(_MOST_SIMDGROUPS, max(1, -(-dim // (vector * 32))))
     total, out = launch.run(
-        "expand_norm" if apart else "adapters_norm",
-        [a, parts.array, weight, *(adapters.expanded() if apart else adapters.arrays())],
+        "adapters_norm",
+        [a, parts.array, weight, *adapters.arrays()],
         [
             ("T", a.dtype), ("A", up.dtype), ("B", parts.array.dtype), ("W", weight.dtype),
         ],
@@ -234,12 +193,11 @@ def _case(
 Pairs = dict[str, tuple[mx.array, mx.array]]
 
 
-def _products(dtype: mx.Dtype, *, wide: bool, apart: bool = False) -> Pairs:
+def _products(dtype: mx.Dtype, *, wide: bool) -> Pairs:
     """Return what `add` returns, with what it should be."""
     parts, three, expected = _case(dtype, _SIZES)
-    how = {"wide": wide, "apart": apart}
-    found = [add(parts, three, chunk=chunk, **how) for chunk in (_CHUNK, 64)]
-    base = add(parts, replace(three, slots=mx.zeros_like(three.slots)), **how)
+    found = [add(parts, three, chunk=chunk, wide=wide) for chunk in (_CHUNK, 64)]
+    base = add(parts, replace(three, slots=mx.zeros_like(three.slots)), wide=wide)
     without = parts.array.sum(axis=0)
     parts, two, both = _case(dtype, (64, 64), singles=3)
     gates = both[:, :64] * mx.sigmoid(both[:, :64]) * both[:, 64:]
@@ -247,7 +205,7 @@ def _products(dtype: mx.Dtype, *, wide: bool, apart: bool = False) -> Pairs:
     return {
         "products with adapters": (mx.stack(found), expected),
         "the base": (base, without),
-        "gates with adapters": (scale * add(parts, two, gated=True, **how), scale * gates),
+        "gates with adapters": (scale * add(parts, two, gated=True, wide=wide), scale * gates),
     }
 
 
@@ -255,16 +213,16 @@ def _compare(dtype: mx.Dtype) -> str | None:
     """Compare the kernels with MLX's functions: rows with and without an adapter."""
     parts, one, total = _case(dtype, _SIZES[:1])
     residual = mx.random.normal((5, _SIZES[0]), key=mx.random.key(7)).astype(dtype)
+    made, normed = add_norm(residual, parts, one, mx.ones((_SIZES[0],), dtype), 1e-5)
     wanted = residual.astype(mx.float32) + total
-    found = _products(dtype, wide=False)
-    for apart in (False, True):
-        weight, how = mx.ones((_SIZES[0],), dtype), " by two kernels" if apart else ""
-        made, normed = add_norm(residual, parts, one, weight, 1e-5, apart=apart)
-        found[f"a sum with adapters{how}"] = made, wanted
-        found[f"its norm{how}"] = normed, mx.fast.rms_norm(wanted, None, 1e-5)
-    for name, pair in _products(dtype, wide=False, apart=True).items():
-        found[f"{name} by two kernels"] = pair
-    return launch.difference(found, 1e-3 if dtype == mx.float32 else 5e-2)
+    return launch.difference(
+        _products(dtype, wide=False)
+        | {
+            "a sum with adapters": (made, wanted),
+            "its norm": (normed, mx.fast.rms_norm(wanted, None, 1e-5)),
+        },
+        1e-3 if dtype == mx.float32 else 5e-2,
+    )
 
 
 #: None if the kernels compute the same as MLX's functions for a type, otherwise the problem; and

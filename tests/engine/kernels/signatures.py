@@ -104,18 +104,12 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "block_values": {"weight": "uint32_t", "out": "T"},
     "adapters": {"given": "J", "x": "T", "down": "A", "up": "A", "slots": "int", "out": "T"},
-    "shrink": {"x": "T", "down": "A", "slots": "int", "out": "float"},
-    "expand": {"given": "J", "products": "float", "up": "A", "slots": "int", "out": "T"},
     "adapters_wide": {
         "given": "J", "x": "T", "down": "T", "up": "T", "slots": "int", "singles": "int",
         "out": "T",
     },
     "adapters_norm": {
         "a": "T", "b": "B", "weight": "W", "x": "T", "down": "A", "up": "A", "slots": "int",
-        "total": "T", "out": "T",
-    },
-    "expand_norm": {
-        "a": "T", "b": "B", "weight": "W", "products": "float", "up": "A", "slots": "int",
         "total": "T", "out": "T",
     },
 }  # fmt: skip

@@ -112,12 +112,10 @@ MIXTURES = [
         (("D", 576), ("K", 4), ("VEC", 8)),
     ),
 ]  # fmt: skip
-ADDED: tuple[Body, ...] = ("adapters", "expand")
-NORMED: tuple[Body, ...] = ("adapters_norm", "expand_norm")
 ADAPTERS = [
     *(
         Instance(
-            body,
+            "adapters",
             (*BF16, ("A", "bfloat16_t"), ("J", "float")),
             (
                 ("IN", 576), ("OUT", 960), ("N", 24), ("RANK", 8), ("RANKS", 16 if gated else 8),
@@ -127,23 +125,14 @@ ADAPTERS = [
             ),
         )
         for gated in (False, True)
-        for body in ADDED
-    ),
-    *(
-        Instance(
-            body,
-            (*BF16, ("A", "bfloat16_t"), ("B", "float"), ("W", "bfloat16_t")),
-            (
-                ("IN", 576), ("N", 8), ("RANKS", 8), ("FROM", 8), ("D", 576), ("VEC", 4),
-                ("NSG", 2), ("PARTS", 2), ("EPSILON", 0x3727C5AC),
-            ),
-        )
-        for body in NORMED
     ),
     Instance(
-        "shrink",
-        (*BF16, ("A", "bfloat16_t")),
-        (("IN", 576), ("N", 24), ("RANKS", 8), ("FROM", 8), ("NSG", 2)),
+        "adapters_norm",
+        (*BF16, ("A", "bfloat16_t"), ("B", "float"), ("W", "bfloat16_t")),
+        (
+            ("IN", 576), ("N", 8), ("RANKS", 8), ("FROM", 8), ("D", 576), ("VEC", 4), ("NSG", 2),
+            ("PARTS", 2), ("EPSILON", 0x3727C5AC),
+        ),
     ),
 ]  # fmt: skip
 RECURRENT = [
@@ -254,9 +243,6 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "block_values": (),
     "adapters": ("slots",),
     "adapters_norm": ("slots",),
-    "shrink": ("slots",),
-    "expand": ("slots",),
-    "expand_norm": ("slots",),
 }
 #: Inputs that always have fewer than 8 elements.
 TINY: dict[Body, tuple[str, ...]] = {
@@ -322,14 +308,12 @@ def test_rules_and_shared_memory_of_blocks(instance: Instance) -> None:
 def test_shared_memory_of_fused_layers(instance: Instance) -> None:
     constants = dict(instance.constants)
     expected = 0
-    if instance.body in ("add_norm", *NORMED, "norm_beside"):  # a sum of each simdgroup
+    if instance.body in ("add_norm", "adapters_norm", "norm_beside"):  # a sum of each simdgroup
         expected += 4 * constants["NSG"]
     if instance.body == "pick":  # a value, a place and a fault of each simdgroup
         expected += 12 * constants["NSG"]
-    if instance.body in ("adapters", "adapters_norm", "shrink"):  # 8 sums of each
-        expected += 4 * 8 * constants["NSG"]
-    if instance.body in (*ADDED, *NORMED, "shrink"):  # the sums of all
-        expected += 4 * constants["RANKS"]
+    if instance.body in ("adapters", "adapters_norm"):  # 8 sums of each, and the sums of all
+        expected += 4 * (8 * constants["NSG"] + constants["RANKS"])
     assert judge(instance).shared_bytes == expected
 
 
