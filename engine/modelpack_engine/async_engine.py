@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from modelpack.formats.adapter import Adapter
     from modelpack_engine.models.tokenizer import Tokenizer
     from modelpack_engine.runner.base_engine import BaseEngine
-    from modelpack_engine.vision.processor import PictureProcessor
+    from modelpack_engine.vision.processor import MediaProcessor
 
 _log = logging.getLogger(__name__)
 
@@ -398,7 +398,7 @@ class EngineClient(ABC):
 
     @property
     @abstractmethod
-    def picture_processor(self) -> PictureProcessor | None:
+    def picture_processor(self) -> MediaProcessor | None:
         """What places pictures in prompts, for any thread; None if the engine reads text only."""
 
     @property
@@ -587,9 +587,8 @@ class AsyncEngine(ModelThread["BaseEngine", EngineCall], EngineClient):
         return self._ready().tokenizer
 
     @property
-    def picture_processor(self) -> PictureProcessor | None:
-        vision = self._ready().vision
-        return None if vision is None else vision.processor
+    def picture_processor(self) -> MediaProcessor | None:
+        return self._ready().picture_processor
 
     @property
     def no_vision(self) -> str:

@@ -51,7 +51,7 @@ from modelpack_engine.worker.process import python_command
 
 if TYPE_CHECKING:
     from modelpack_engine.runner.base_engine import BaseEngine
-    from modelpack_engine.vision.processor import PictureProcessor
+    from modelpack_engine.vision.processor import MediaProcessor
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class _Facts:
     """What the server has to know of a loaded engine."""
 
     tokenizer: Tokenizer
-    picture_processor: PictureProcessor | None
+    picture_processor: MediaProcessor | None
     no_vision: str
     runs_adapters: bool
     model_type: str
@@ -81,10 +81,9 @@ class _Facts:
 
     @classmethod
     def of(cls, engine: BaseEngine) -> _Facts:
-        processor = None if engine.vision is None else engine.vision.processor
         return cls(
-            engine.tokenizer, processor, engine.no_vision, engine.runs_adapters, engine.model_type,
-            engine.max_model_len, engine.config.max_waiting, engine.vocab_size,
+            engine.tokenizer, engine.picture_processor, engine.no_vision, engine.runs_adapters,
+            engine.model_type, engine.max_model_len, engine.config.max_waiting, engine.vocab_size,
             engine.memory_bytes, engine.weight_bytes, engine.kv_cache_bytes,
         )  # fmt: skip
 
@@ -170,7 +169,7 @@ class ProcessEngine(EngineClient):
         return self._ready().tokenizer
 
     @property
-    def picture_processor(self) -> PictureProcessor | None:
+    def picture_processor(self) -> MediaProcessor | None:
         return self._ready().picture_processor
 
     @property

@@ -18,6 +18,7 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.output_processor import OutputProcessor, make_outputs
 from modelpack_engine.sampling.sampler import Sampler
 from modelpack_engine.vision.encoder import Vision
+from modelpack_engine.vision.processor import MediaProcessor
 
 
 class BaseEngine(ABC):
@@ -31,7 +32,7 @@ class BaseEngine(ABC):
     tokenizer: Tokenizer
     #: The type of the model, as its configuration or its GGUF file names it.
     model_type: str = ""
-    #: What reads pictures; None if the engine reads text only.
+    #: What reads pictures with MLX.
     vision: Vision | None = None
     #: Why the engine reads no pictures, where the model's files should.
     no_vision: str = ""
@@ -69,13 +70,18 @@ class BaseEngine(ABC):
         """
         if request.adapter is not None:
             raise RequestError("this engine runs no LoRA adapters", param="model")
-        if request.media and self.vision is None:
+        if request.media and self.picture_processor is None:
             raise RequestError("this model reads no pictures", param="messages")
         self._add(request_id, request)
 
     def check_queue(self) -> None:
         """Raise `QueueFullError` if a request would find the queue full now; any thread may ask."""
         self._scheduler.check_queue()
+
+    @property
+    def picture_processor(self) -> MediaProcessor | None:
+        """What places pictures in prompts, for any thread; None if the engine reads text only."""
+        return None if self.vision is None else self.vision.processor
 
     @property
     def runs_adapters(self) -> bool:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -120,35 +121,33 @@ class InputMemory:
             self.nbytes -= nbytes
 
 
-class PictureProcessor:
-    """Places pictures in prompts of one model. Any thread may use it.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a picture goes: the position of its first token, and its index among `count` files.
 
-    `image_token` is the text of the placeholder in chat templates.
+    `before` is the last token of a picture right before it. Layers with cross-attention see it up
+    to the placeholder at `until`.
     """
 
-    def __init__(
-        self, config: Mapping[str, Any], settings: Mapping[str, Any], encode: Encode
-    ) -> None:
-        """Read config.json and preprocessor_config.json (`settings`).
+    start: int
+    index: int
+    count: int
+    before: int | None
+    until: int
 
-        Raises `ModelLoadError` if the tokenizer has no placeholder, or the settings are wrong.
-        """
-        self._kind = str(config["model_type"])
-        self.image_token = CLASSES[self._kind].placeholder
-        config = with_image_token(config, encode)
-        self._config, self._encode = config, encode
-        ids = encode(self.image_token)
-        soft = self._needs.soft or self._needs.part or self.image_token
-        soft_id: Any = config.get("image_token_id", config.get("image_token_index"))
-        if len(ids) != 1 or encode(soft) != [soft_id]:
-            raise ModelLoadError(f"{soft!r} is not the token {soft_id} of config.json")
-        self.image_token_id, self._soft_id = ids[0], soft_id
-        self._image_processor = _image_processor(config, settings)
-        made = self._image_processor.to_dict()
-        if made.get("do_pan_and_scan"):
-            raise ModelLoadError("preprocessor_config.json: do_pan_and_scan is not supported")
-        if self._kind.startswith("gemma4"):
-            _check_patches(made, config["vision_config"])
+
+class MediaProcessor(ABC):
+    """Places pictures, and what else a model reads, in its prompts. Any thread may use it.
+
+    `image_token` is the text of the placeholder in prompts, and `image_token_id` its id there. If
+    it `is_marker`, no chat template knows it, and it takes the place of pictures before.
+    """
+
+    image_token: str
+    image_token_id: int
+    is_marker = False
+
+    def __init__(self) -> None:
         self.memory = InputMemory()
         #: The most pictures of a prompt, 0 for any number.
         self.max_pictures = 0
@@ -159,21 +158,17 @@ class PictureProcessor:
         self.videos: VideoProcessor | None = None
         self.no_videos = ""
 
-    def with_spaces(self, text: str) -> str:
-        """Return the text of a prompt with what the model has around pictures and sounds."""
-        if self.sounds is not None:
-            text = self.sounds.with_spaces(text)
-        needs, token = self._needs, self.image_token
-        if needs.joins:
-            return re.sub(rf"{re.escape(token)}(?=[^\s<])", f"{token} ", text)
-        if needs.first and token in text:
-            rest = text.replace(token, "").removeprefix(needs.first).lstrip()
-            return f"{needs.first}{token * text.count(token)} {rest}"
-        if needs.prefix and token in text:
-            before, _, after = text.rpartition(token)
-            ends = "" if after.startswith(needs.ends) else needs.ends
-            return f"{before}{token}{ends}{after}" + ("" if after.endswith("\n") else "\n")
-        return text.replace(token, f"{needs.around}{token}{needs.around}")
+    @abstractmethod
+    def token_ids(self, text: str, encode: Encode) -> list[int]:
+        """Return the tokens of a prompt with placeholders; `encode` is the model's tokenizer."""
+
+    @abstractmethod
+    def _picture(self, picture: Picture, place: Place) -> tuple[list[int], list[Media]]:
+        """Return the tokens of a picture, and the parts of them that embeddings replace."""
+
+    def _joined(self, placed: list[int], media: list[Media]) -> list[Media]:
+        """Return the media of a whole prompt."""
+        return media
 
     @property
     def why_no_sounds(self) -> str:
@@ -247,21 +242,70 @@ class PictureProcessor:
                 if isinstance(file, Sound):
                     assert self.sounds is not None
                     made = self.sounds.media(file, len(placed))
+                    tokens_of, parts = list(made.token_ids), [made]
                 else:
                     shared = placed[-1] if media and media[-1].stop == len(placed) else None
-                    made = self._media(file, len(placed), len(media), len(files), shared)
-                    if self._needs.cross:
-                        made = replace(made, until=_end(token_ids, position))
-                tokens_of, parts = list(made.token_ids), [made]
+                    until = _end(token_ids, position)
+                    place = Place(len(placed), len(media), len(files), shared, until)
+                    tokens_of, parts = self._picture(file, place)
             for part in parts:
                 self.memory.add(part, nbytes)
                 nbytes += part.nbytes
             media += parts
             placed += tokens_of
             position += 1
-        if self._needs.prefix and media:
-            media = [self._prompt(placed, media)]
-        return placed, tuple(media)
+        return placed, tuple(self._joined(placed, media))
+
+
+class PictureProcessor(MediaProcessor):
+    """Places pictures in prompts for the vision tower of a model of mlx-vlm."""
+
+    def __init__(
+        self, config: Mapping[str, Any], settings: Mapping[str, Any], encode: Encode
+    ) -> None:
+        """Read config.json and preprocessor_config.json (`settings`).
+
+        Raises `ModelLoadError` if the tokenizer has no placeholder, or the settings are wrong.
+        """
+        super().__init__()
+        self._kind = str(config["model_type"])
+        self.image_token = CLASSES[self._kind].placeholder
+        config = with_image_token(config, encode)
+        self._config, self._encode = config, encode
+        ids = encode(self.image_token)
+        soft = self._needs.soft or self._needs.part or self.image_token
+        soft_id: Any = config.get("image_token_id", config.get("image_token_index"))
+        if len(ids) != 1 or encode(soft) != [soft_id]:
+            raise ModelLoadError(f"{soft!r} is not the token {soft_id} of config.json")
+        self.image_token_id, self._soft_id = ids[0], soft_id
+        self._image_processor = _image_processor(config, settings)
+        made = self._image_processor.to_dict()
+        if made.get("do_pan_and_scan"):
+            raise ModelLoadError("preprocessor_config.json: do_pan_and_scan is not supported")
+        if self._kind.startswith("gemma4"):
+            _check_patches(made, config["vision_config"])
+
+    def token_ids(self, text: str, encode: Encode) -> list[int]:
+        return encode(self.with_spaces(text))
+
+    def with_spaces(self, text: str) -> str:
+        """Return the text of a prompt with what the model has around pictures and sounds."""
+        if self.sounds is not None:
+            text = self.sounds.with_spaces(text)
+        needs, token = self._needs, self.image_token
+        if needs.joins:
+            return re.sub(rf"{re.escape(token)}(?=[^\s<])", f"{token} ", text)
+        if needs.first and token in text:
+            rest = text.replace(token, "").removeprefix(needs.first).lstrip()
+            return f"{needs.first}{token * text.count(token)} {rest}"
+        if needs.prefix and token in text:
+            before, _, after = text.rpartition(token)
+            ends = "" if after.startswith(needs.ends) else needs.ends
+            return f"{before}{token}{ends}{after}" + ("" if after.endswith("\n") else "\n")
+        return text.replace(token, f"{needs.around}{token}{needs.around}")
+
+    def _joined(self, placed: list[int], media: list[Media]) -> list[Media]:
+        return [self._prompt(placed, media)] if self._needs.prefix and media else media
 
     def _prompt(self, placed: list[int], media: list[Media]) -> Media:
         """Return a whole prompt as one picture, as all its tokens attend to each other."""
@@ -276,13 +320,14 @@ class PictureProcessor:
         self.memory.add(made, 0)
         return made
 
-    def _media(
-        self, picture: Picture, start: int, index: int, count: int, before: int | None
-    ) -> Media:
-        """Return the tokens and inputs of a picture: that with this index among `count`.
+    def _picture(self, picture: Picture, place: Place) -> tuple[list[int], list[Media]]:
+        made = self._media(picture, place)
+        if self._needs.cross:
+            made = replace(made, until=place.until)
+        return list(made.token_ids), [made]
 
-        `before` is the last token of a picture right before it.
-        """
+    def _media(self, picture: Picture, place: Place) -> Media:
+        """Return the tokens and inputs of a picture."""
         from PIL import Image
 
         images: list[Any] = [Image.fromarray(picture.pixels)]
@@ -294,15 +339,18 @@ class PictureProcessor:
         elif self._needs.in_rows:
             options["patch_size"] = {"height": self._token_side, "width": self._token_side}
         if self._kind in PROCESSORS:
-            options["count"] = count
+            options["count"] = place.count
         try:
-            made = {**self._image_processor(images, return_tensors="np", **options), "index": index}
+            made = {
+                **self._image_processor(images, return_tensors="np", **options),
+                "index": place.index,
+            }
             inputs = {name: np.asarray(made[name]) for name in _INPUTS if name in made}
             if (places := inputs.get("image_position_ids")) is not None:  # without padding
                 kept = int((places[0, :, 0] >= 0).sum())
                 inputs = {name: array[:, :kept].copy() for name, array in inputs.items()}
             tokens = self._encode(self._text(made, inputs["pixel_values"]))
-            if self._needs.joins and tokens[:1] == [before]:
+            if self._needs.joins and tokens[:1] == [place.before]:
                 tokens = tokens[1:]
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             height, width = picture.pixels.shape[:2]
@@ -320,7 +368,7 @@ class PictureProcessor:
         digest = hashlib.sha256(self._settings_digest + known + picture.digest()).digest()
         spans = ((1, len(tokens) - 1),) if self.largest_span else ()  # `_prompt` has its own
         return Media(
-            start,
+            place.start,
             tuple(tokens),
             digest,
             inputs,

@@ -54,6 +54,18 @@ def read(source: BinaryIO) -> dict[str, Any] | None:
     return decoded(body) if len(body) == size else None
 
 
+def pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Return the streams of messages to and from this process, and detach its standard ones.
+
+    What libraries print must not be read as messages.
+    """
+    source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    return source, target
+
+
 #: The module that a worker process runs.
 PROGRAM = "modelpack_engine.worker.program"
 _CHUNK = 1 << 16

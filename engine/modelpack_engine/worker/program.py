@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import gc
 import json
-import os
 import resource
 import signal
 import sys
@@ -155,11 +154,7 @@ def main() -> None:
     """Run jobs until standard input ends."""
     memory = int(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
-    source = os.fdopen(os.dup(0), "rb")
-    target = os.fdopen(os.dup(1), "wb")
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)  # what libraries print must not be read as messages
+    source, target = frames.pipes()
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_AS, memory)

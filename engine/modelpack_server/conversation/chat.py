@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from modelpack_engine.async_engine import RequestStream
@@ -315,13 +316,15 @@ async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int],
     if processor is not None and any(isinstance(m.get("content"), list) for m in messages):
         messages = await in_thread(with_pages, model, messages)
         template, sounds = spec.template or model.tokenizer.chat_template, processor.sounds
-        placeholder = None if shows_parts(template, "image") else processor.image_token
+        shown = shows_parts(template, "image")
+        placeholder = None if shown else processor.image_token
+        picture = processor.image_token if shown and processor.is_marker else None
         # Where pictures become text, parts of sounds do too.
         shows_sounds = placeholder is None and shows_parts(template, "audio")
         sound = None if sounds is None or shows_sounds else sounds.token
         shows_videos = placeholder is None and shows_parts(template, "video")
         video = None if processor.videos is None or shows_videos else processor.videos.text
-        messages, files = take_pictures(messages, placeholder, sound, video)
+        messages, files = take_pictures(messages, placeholder, picture, sound, video)
     spec = replace(spec, messages=messages)
     text, token_ids = await prepare(
         size + len(spec.earlier), lambda: _prompt(model, spec, with_pictures=bool(files))
@@ -344,8 +347,8 @@ def _prompt(model: ServedModel, spec: ChatSpec, *, with_pictures: bool) -> tuple
     tokenizer = model.tokenizer
     text = render(spec, tokenizer, model.format)
     processor = model.pictures if with_pictures else None
-    spaced = text if processor is None else processor.with_spaces(text)
-    token_ids = model.encode(spaced, add_special_tokens=False)
+    encode = partial(model.encode, add_special_tokens=False)
+    token_ids = encode(text) if processor is None else processor.token_ids(text, encode)
     if spec.earlier:
         # The earlier turns begin with the BOS token. If it occurs again, it begins each turn.
         if token_ids[:1] == [tokenizer.bos] and token_ids.count(token_ids[0]) == 1:

@@ -499,6 +499,7 @@ def _count_pages(document: PictureFile, owner: bytes) -> int:
 def take_pictures(
     messages: Sequence[Mapping[str, Any]],
     placeholder: str | None,
+    picture: str | None = None,
     sound: str | None = None,
     video: str | None = None,
 ) -> tuple[list[dict[str, Any]], list[MediaFile]]:
@@ -506,7 +507,7 @@ def take_pictures(
 
     With a `placeholder`, the content of each message becomes text with it in the pictures' places:
     for templates that show text only. `sound` and `video` are the texts in the places of those, for
-    templates that do not show them.
+    templates that do not show them, and `picture` that for templates that show another placeholder.
     """
     found: list[MediaFile] = []
     changed = []
@@ -515,7 +516,7 @@ def take_pictures(
         content = turn.get("content")
         if isinstance(content, list):
             found += [part[_FIELDS[part["type"]]] for part in content if part["type"] in _FIELDS]
-            shown = {"audio": sound, "video": video}
+            shown = {"image": picture, "audio": sound, "video": video}
             parts = [_without_file(part, shown.get(part["type"])) for part in content]
             if placeholder is not None:
                 turn["content"] = "".join(part.get("text", placeholder) for part in parts)

@@ -20,7 +20,7 @@ from modelpack_engine.worker.threads import prepare
 from modelpack_server.tool_parsers.families import OutputFormat, find_format
 
 if TYPE_CHECKING:
-    from modelpack_engine.vision.processor import PictureProcessor
+    from modelpack_engine.vision.processor import MediaProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class ServingEngine(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def picture_processor(self) -> PictureProcessor | None: ...
+    def picture_processor(self) -> MediaProcessor | None: ...
 
     @property
     def no_vision(self) -> str: ...
@@ -160,7 +160,7 @@ class ServedModel:
         return self.engine.vocab_size
 
     @property
-    def pictures(self) -> PictureProcessor | None:
+    def pictures(self) -> MediaProcessor | None:
         """What places pictures in prompts; None for a model that reads text only."""
         return self.engine.picture_processor
 
