@@ -11,7 +11,7 @@ from typing import Literal
 import mlx.core as mx
 
 from modelpack.artifacts.model import Model
-from modelpack.errors import UntrustedError
+from modelpack.errors import ModelpackError, UntrustedError
 from modelpack.formats.adapter import Adapter
 from modelpack.formats.drafter import DrafterKind, drafter_kind
 from modelpack.operations.drafters import stored_drafter
@@ -34,7 +34,7 @@ from modelpack_engine.models.assistant import load_assistant
 from modelpack_engine.models.eagle import load_head
 from modelpack_engine.models.gguf_blocks import is_float
 from modelpack_engine.models.gguf_file import GGUFFile
-from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of
+from modelpack_engine.models.loader import Shard, context_length_of, gguf_tokenizer_of, runs_packed
 from modelpack_engine.models.mtp import load_mtp_head
 from modelpack_engine.models.safetensors import read_config
 from modelpack_engine.platform.device import choose_device
@@ -105,19 +105,23 @@ def load_model(
         )
     where = choose_device(device)
     backend = choose_backend(opened.files, device, where)
+    # The library for CPUs may know a model whose pictures llama.cpp is to read.
+    packable = runs_packed(opened.files, device, where)
+    otherwise: Literal["cpu kernels", "mlx"] = "cpu kernels" if packable else "mlx"
     if backend == "llama.cpp" and opened.adapter is not None:
         if device.backend != "auto":
             raise ModelLoadError(
                 "llama.cpp does not run models with a merged adapter", hint="use --backend mlx"
             )
-        backend = "mlx"
+        backend = otherwise
     if backend == "llama.cpp":
         try:
-            return _load_llama_cpp(opened, configure)
+            return _load_llama_cpp(opened, configure, needs_pictures=packable)
         except ModelLoadError as error:
             if device.backend != "auto":
                 raise
-            _log.warning("llama.cpp does not run the model, MLX does: %s", error)
+            backend = otherwise
+            _log.warning("llama.cpp does not run the model, %s will: %s", backend, error)
     ignored = device.ignore_config_fields
     packed = backend == "cpu kernels"
     loaded = load(
@@ -148,21 +152,37 @@ def _drafter_kind(files: ModelFiles) -> DrafterKind | None:
     return drafter_kind(files.json("config.json")) if files.format == "safetensors" else None
 
 
-def _load_llama_cpp(opened: Opened, configure: Callable[[int, int], EngineConfig]) -> BaseEngine:
+def _load_llama_cpp(
+    opened: Opened, configure: Callable[[int, int], EngineConfig], *, needs_pictures: bool
+) -> BaseEngine:
     from modelpack_engine.llama_cpp.engine import LlamaCppEngine
     from modelpack_engine.llama_cpp.model import LlamaModel, try_out
+    from modelpack_engine.llama_cpp.mtmd import MtmdProcessor
 
-    tokenizer = gguf_tokenizer_of(opened.files)
-    load_progress.begin(opened.files.weights)
-    try_out(opened.files.weights)
-    model = LlamaModel(opened.files.weights)
-    load_progress.warm_up()
-    config = opened.with_context_size(configure(model.context_length, model.weight_bytes))
-    no_vision, notes = "", opened.files.notes
-    if opened.files.projector is not None:
-        no_vision = "llama.cpp runs the model, and pictures need --backend mlx"
-        notes = (*notes, f"pictures are not read: {no_vision}")
-    engine = LlamaCppEngine(model, tokenizer, config, notes=notes, no_vision=no_vision)
+    files, notes, no_vision, pictures = opened.files, opened.files.notes, "", None
+    tokenizer = gguf_tokenizer_of(files)
+    load_progress.begin(files.weights)
+    try_out(files.weights)
+    if files.projector is not None:
+        try:
+            pictures = MtmdProcessor(files.weights, files.projector)
+        except ModelpackError as error:
+            no_vision = str(error).replace(str(files.projector), "the projector")
+            notes = (*notes, f"pictures are not read: {no_vision}")
+            if needs_pictures:
+                raise ModelLoadError(no_vision) from error
+    try:
+        model = LlamaModel(files.weights)
+        load_progress.warm_up()
+        weight_bytes = model.weight_bytes + (0 if pictures is None else pictures.weight_bytes)
+        config = opened.with_context_size(configure(model.context_length, weight_bytes))
+        engine = LlamaCppEngine(
+            model, tokenizer, config, notes=notes, no_vision=no_vision, pictures=pictures
+        )
+    except BaseException:
+        if pictures is not None:
+            pictures.close()
+        raise
     _log.info("%s: %s", opened.model.reference or opened.model.digest, engine.notes[-1])
     return engine
 

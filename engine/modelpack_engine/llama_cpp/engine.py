@@ -9,13 +9,15 @@ continues from them.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.core.batch import StepBatch, build_batch
+from modelpack_engine.core.batch import MediaRows, StepBatch, build_batch
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.buckets import EXACT
 from modelpack_engine.core.metrics import StepClock
@@ -23,6 +25,7 @@ from modelpack_engine.core.scheduler import Scheduler
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
 from modelpack_engine.llama_cpp.model import Context, LlamaModel
+from modelpack_engine.llama_cpp.mtmd import Encoded, MtmdProcessor
 from modelpack_engine.models import Tokenizer
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.runner.base_engine import BaseEngine
@@ -90,7 +93,7 @@ class Slots(BlockManager):
     def free(self, sequence: Sequence) -> None:
         """Release the slot of a sequence, and keep its tokens cached."""
         slot, _ = self._running.pop(sequence.seq_id)
-        tokens = sequence.all_token_ids()[: sequence.num_computed_tokens]
+        tokens = _content(sequence, sequence.num_computed_tokens)
         if self._keeps and sequence.seq_id not in self._spoilt and len(tokens) >= _SHORTEST:
             self._left[slot] = tokens
         else:
@@ -139,7 +142,7 @@ class Slots(BlockManager):
         """Return the slot from which a sequence can continue, and how many tokens it can reuse."""
         if sequence.wants_prompt_logprobs:
             return None, 0
-        wanted = sequence.token_ids(0, sequence.num_prefill_tokens - 1)  # the last is computed
+        wanted = _content(sequence, sequence.num_prefill_tokens - 1)  # the last is computed
         source, length = self._longest(wanted, sequence.cache_salt)
         return (source, length) if length >= _SHORTEST else (None, 0)
 
@@ -149,7 +152,7 @@ class Slots(BlockManager):
         if not self._keeps:
             return found
         running = (
-            (slot, other.all_token_ids()[: other.num_computed_tokens])
+            (slot, _content(other, other.num_computed_tokens))
             for seq_id, (slot, other) in self._running.items()
             if seq_id not in self._spoilt
         )
@@ -169,6 +172,19 @@ class Slots(BlockManager):
     def _drop(self, slot: int) -> None:
         self._memory.cut(slot, 0)
         self._empty.append(slot)
+
+
+def _content(sequence: Sequence, length: int) -> list[int]:
+    """Return what the first cells of a sequence hold: its tokens, and numbers for pictures.
+
+    The numbers are below 0, and depend on the picture and the place in it.
+    """
+    content = sequence.token_ids(0, length)
+    for media in sequence.media:
+        number = int.from_bytes(media.digest[:16])
+        for place in range(media.start, min(media.stop, length)):
+            content[place] = -1 - (number + place - media.start)
+    return content
 
 
 def _common(first: Tokens[int], second: Tokens[int]) -> int:
@@ -194,8 +210,9 @@ class LlamaCppEngine(BaseEngine):
         *,
         notes: tuple[str, ...] = (),
         no_vision: str = "",
+        pictures: MtmdProcessor | None = None,
     ) -> None:
-        """Allocate the KV cache.
+        """Allocate the KV cache; `pictures` are read by a processor for this model, if any.
 
         Raises `EngineError`; `OutOfMemoryError` if the cache would not hold a single prompt.
         """
@@ -209,10 +226,12 @@ class LlamaCppEngine(BaseEngine):
         self.tokenizer, self.no_vision = tokenizer, no_vision
         self.model_type = model.architecture
         self.vocab_size = model.vocab_size
-        sizes = choose_sizes(model, model.context_length, config)
+        self._pictures = pictures
+        span = 0 if pictures is None else pictures.largest_span
+        sizes = choose_sizes(model, model.context_length, config, span=span)
         self.max_model_len = sizes.max_model_len
         self.kv_cache_bytes = sizes.num_blocks * config.block_size * model.bytes_per_token
-        self.weight_bytes = model.weight_bytes
+        self.weight_bytes = model.weight_bytes + (0 if pictures is None else pictures.weight_bytes)
         #: Bytes of the weights and the KV cache.
         self.memory_bytes = self.weight_bytes + self.kv_cache_bytes
         self.notes = (*notes, "llama.cpp runs the model; use --backend mlx to run it with MLX")
@@ -231,11 +250,17 @@ class LlamaCppEngine(BaseEngine):
             keep_prefixes=config.enable_prefix_caching,
         )
         self._scheduler = Scheduler(
-            replace(sizes.scheduler_config(config), buckets=EXACT), self._slots
+            replace(sizes.scheduler_config(config), buckets=EXACT),
+            self._slots,
+            None if pictures is None else Encoded(),
         )
         self._sampler = Sampler(self.vocab_size, num_seqs, self.tokenizer.eos_token_ids)
         self._outputs = OutputProcessor(self._scheduler)
         self._clock = StepClock()  # "launch" is sampling, "wait" is computing
+
+    @property
+    def picture_processor(self) -> MtmdProcessor | None:
+        return self._pictures
 
     def step(self) -> list[RequestEvent]:
         clock = self._clock
@@ -271,6 +296,8 @@ class LlamaCppEngine(BaseEngine):
 
     def close(self) -> None:
         """Free the KV cache; the engine cannot be used afterwards."""
+        if self._pictures is not None:
+            self._pictures.close()
         self._context.close()
 
     # The parts of a step
@@ -282,8 +309,19 @@ class LlamaCppEngine(BaseEngine):
             seq_ids += [chunk.seq_id] * chunk.length
         self._slots.make_room(len(seq_ids))
         slots = [self._slots.slot(seq_id) for seq_id in seq_ids]
-        wanted = (*batch.sample_rows, *batch.prompt_logprob_rows)
-        return mx.array(self._context.compute(batch.token_ids, batch.positions, slots, wanted))
+        wanted = np.array((*batch.sample_rows, *batch.prompt_logprob_rows), np.int32)
+        logits = np.empty((len(wanted), self.vocab_size), np.float32)
+        for start, stop, part in _runs(batch):
+            rows, causal = None, True
+            if part is not None:
+                rows = part.media.inputs["rows"][part.first : part.first + part.length]
+                causal = not part.media.bidirectional
+            here = (start <= wanted) & (wanted < stop)
+            logits[here] = self._context.compute(
+                batch.token_ids[start:stop], batch.positions[start:stop], slots[start:stop],
+                (wanted[here] - start).tolist(), rows, causal=causal,
+            )  # fmt: skip
+        return mx.array(logits)
 
     def _fail_rows(self, result: StepResult) -> None:
         """End the sequences without a token (NaN logits); no other continues from their cells."""
@@ -298,3 +336,18 @@ class LlamaCppEngine(BaseEngine):
         token_ids = (token.token_id for token in tokens)
         for index, sequence in self._scheduler.collect(result.output, token_ids):
             self._outputs.emit(sequence, tokens[index])
+
+
+def _runs(batch: StepBatch) -> Iterator[tuple[int, int, MediaRows | None]]:
+    """Yield ranges of rows that llama.cpp can compute at once: of tokens, or of one picture.
+
+    Rows of a sequence are in the order of their positions, as llama.cpp needs them.
+    """
+    start, stop = 0, len(batch.token_ids)
+    for part in batch.media_rows:
+        if start < part.row:
+            yield start, part.row, None
+        start = part.row + part.length
+        yield part.row, start, part
+    if start < stop:
+        yield start, stop, None

@@ -9,6 +9,9 @@ import importlib.util
 import logging
 from typing import Any, Literal
 
+from modelpack.errors import ModelpackError
+from modelpack.formats.gguf import read_gguf_header
+from modelpack.formats.projector import projector_type
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models.files import ModelFiles
@@ -20,7 +23,7 @@ _log = logging.getLogger(__name__)
 VERSION = "0.3.36"
 _HINT = "run pip install 'modelpack[llama-cpp]'"
 # llama.cpp's levels: 3 is a warning, 4 an error; 5 continues the previous line.
-_WARNING, _ERROR = 3, 4
+WARNING, ERROR = 3, 4
 
 
 def is_installed() -> bool:
@@ -63,7 +66,7 @@ def _logger(module: Any) -> Any:
 
     def write(level: int, text: bytes, _: object) -> None:
         message = text.decode("utf-8", "replace").strip()
-        if level in (_WARNING, _ERROR) and message:
+        if level in (WARNING, ERROR) and message:
             _log.debug("llama.cpp: %s", message)  # failures raise errors as well
 
     return module.llama_log_callback(write)
@@ -75,14 +78,16 @@ def choose_backend(
     """Return the backend of a model; raises `EngineError` if llama.cpp is required but cannot run.
 
     The backend `auto` is the library for CPUs if it knows the architecture, or llama.cpp for GGUF
-    on a CPU if it is installed (speeds are in benchmarks/results/cpu.md), and otherwise MLX. Only
-    MLX reads the pictures of GGUF models.
+    on a CPU if it is installed (speeds are in benchmarks/results/cpu.md), and otherwise MLX. The
+    pictures of GGUF models are read by MLX, or by llama.cpp on a CPU if MLX cannot.
     """
     if config.backend == "mlx" or (config.backend == "auto" and may_read_pictures(files)):
         return "mlx"
+    if config.backend == "auto" and may_run_mtmd(files, config, device):
+        return "llama.cpp"
     if runs_packed(files, config, device):
         return "cpu kernels"
-    lacking = _lacking(config) or ("a LoRA adapter" if files.adapter is not None else None)
+    lacking = _lacking(config, files)
     if config.backend == "auto":
         return "mlx" if lacking is not None else automatic_backend(files.format, device)
     if files.format != "gguf":
@@ -100,12 +105,24 @@ def choose_backend(
     return "llama.cpp"
 
 
+def may_run_mtmd(files: ModelFiles, config: EngineConfig, device: Literal["cpu", "gpu"]) -> bool:
+    """Return whether llama.cpp's mtmd may read a model's pictures, by the projector's header."""
+    if files.projector is None or config.backend == "mlx" or _lacking(config, files) is not None:
+        return False
+    if automatic_backend(files.format, device) != "llama.cpp":
+        return False
+    try:
+        return projector_type(read_gguf_header(files.projector)) is not None
+    except ModelpackError:
+        return False
+
+
 def automatic_backend(format: str, device: Literal["cpu", "gpu"]) -> Literal["mlx", "llama.cpp"]:
     """Return the backend for a format if no feature is requested that only MLX has."""
     return "llama.cpp" if format == "gguf" and device == "cpu" and is_installed() else "mlx"
 
 
-def _lacking(config: EngineConfig) -> str | None:
+def _lacking(config: EngineConfig, files: ModelFiles) -> str | None:
     """Return the requested feature that only MLX has, or None."""
     if parse_kv_cache_dtype(config.kv_cache_dtype) not in ("auto", "fp16"):
         return f"a KV cache of type {config.kv_cache_dtype}"
@@ -113,4 +130,6 @@ def _lacking(config: EngineConfig) -> str | None:
         return "LoRA adapters"
     if config.kv_offload_dir is not None or config.kv_offload_memory:
         return "KV offload"
-    return "speculative decoding" if config.speculation is not None else None
+    if config.speculation is not None:
+        return "speculative decoding"
+    return "a LoRA adapter" if files.adapter is not None else None

@@ -134,13 +134,23 @@ class Context:
         positions: Sequence[int],
         slots: Sequence[int],
         wanted: Sequence[int],
+        embeddings: NDArray[np.float32] | None = None,
+        *,
+        causal: bool = True,
     ) -> NDArray[np.float32]:
         """Write the keys and values of rows; return the logits of those `wanted`, in their order.
 
-        Logits are a new array [len(wanted), vocab_size]. Raises `EngineError`.
+        Logits are a new array [len(wanted), vocab_size]. `embeddings` [rows, width] replace those
+        of the tokens; unless `causal`, all rows attend to each other. Raises `EngineError`.
         """
-        batch = self._rows.fill(token_ids, positions, slots, wanted)
-        failed = self._library.llama_decode(self._pointer, batch)
+        batch = self._rows.fill(token_ids, positions, slots, wanted, embeddings)
+        if not causal:
+            self._library.llama_set_causal_attn(self._pointer, False)
+        try:
+            failed = self._library.llama_decode(self._pointer, batch)
+        finally:
+            if not causal:
+                self._library.llama_set_causal_attn(self._pointer, True)
         if failed == _NO_ROOM:
             raise EngineError("the KV cache of llama.cpp has no room for a step")
         if failed:
@@ -184,12 +194,12 @@ class _Rows:
         self._slots = (integers * size)(
             *(ctypes.cast(base + 4 * row, integers) for row in range(size))
         )
-        token, position, count = (
+        self._tokens, position, count = (
             array.ctypes.data_as(integers) for array in (self._token, self._position, self._count)
         )
         self._batch = library.llama_batch(
             n_tokens=0,
-            token=token,
+            token=self._tokens,
             embd=None,
             pos=position,
             n_seq_id=count,
@@ -203,8 +213,15 @@ class _Rows:
         positions: Sequence[int],
         slots: Sequence[int],
         wanted: Sequence[int],
+        embeddings: NDArray[np.float32] | None = None,
     ) -> Any:
         count = len(token_ids)
+        if embeddings is None:
+            self._batch.token, self._batch.embd = self._tokens, None
+        else:  # llama.cpp takes tokens or embeddings
+            floats = ctypes.POINTER(ctypes.c_float)
+            self._embeddings = np.ascontiguousarray(embeddings)
+            self._batch.token, self._batch.embd = None, self._embeddings.ctypes.data_as(floats)
         self._token[:count] = token_ids
         self._position[:count] = positions
         self._slot[:count] = slots

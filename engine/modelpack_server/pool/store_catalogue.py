@@ -372,12 +372,14 @@ class StoreCatalogue:
         """
         from modelpack_engine.embedding.encoder_checkpoint import is_encoder
         from modelpack_engine.embedding.loader import purpose_of
+        from modelpack_engine.llama_cpp.library import may_run_mtmd
         from modelpack_engine.models.files import ModelFiles
         from modelpack_engine.models.loader import (
             may_read_pictures,
             may_read_sounds,
             may_read_videos,
         )
+        from modelpack_engine.platform.device import choose_device
 
         if model.is_drafter:
             return "", False, False, False
@@ -391,7 +393,9 @@ class StoreCatalogue:
             try:
                 files = ModelFiles.from_model(model, store.blob_path)
                 purpose = purpose_of(files)
-                reads = may_read_pictures(files), may_read_sounds(files), may_read_videos(files)
+                device = choose_device(self.config)
+                sees = may_read_pictures(files) or may_run_mtmd(files, self.config, device)
+                reads = sees, may_read_sounds(files), may_read_videos(files)
             except ModelpackError:
                 return "", False, False, False
             self._abilities[model.digest] = purpose, *reads

@@ -141,7 +141,8 @@ def _facts(store: LayoutStore, model: Model, found: StoredModel, verbose: bool) 
     files = stored_files(model, store)
     header = read_gguf_header(files.weights[0]) if files.format == "gguf" else None
     template = template_of_files(files, header)
-    capabilities = tuple(_capabilities(files, template, header))
+    sees = found.reads_pictures
+    capabilities = tuple(_capabilities(files, template, header, reads_pictures=sees))
     return _Facts(
         _gguf_info(header, verbose) if header else _config_info(files, found),
         template,
@@ -180,7 +181,9 @@ def _config_info(files: Any, found: StoredModel) -> dict[str, Any]:
     return info
 
 
-def _capabilities(files: Any, template: str, header: GGUFHeader | None) -> list[str]:
+def _capabilities(
+    files: Any, template: str, header: GGUFHeader | None, *, reads_pictures: bool = False
+) -> list[str]:
     from modelpack_engine.embedding.loader import purpose_of
     from modelpack_engine.models.loader import may_read_pictures, may_read_sounds
 
@@ -193,7 +196,7 @@ def _capabilities(files: Any, template: str, header: GGUFHeader | None) -> list[
         found.append("tools")
     if written.reasoning is not None:
         found.append("thinking")
-    if may_read_pictures(files):
+    if reads_pictures or may_read_pictures(files):
         found.append("vision")
     if may_read_sounds(files):
         found.append("audio")

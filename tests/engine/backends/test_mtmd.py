@@ -1,0 +1,377 @@
+"""Pictures by llama.cpp's mtmd: the trained model's answers are those of our encoder."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import requests
+
+from fixtures.pictures import model as trained
+from fixtures.pictures import samples
+from modelpack import package
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
+from modelpack_engine.config import Backend, EngineConfig
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.engine import Engine
+from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.llama_cpp import mtmd
+from modelpack_engine.llama_cpp.engine import LlamaCppEngine
+from modelpack_engine.llama_cpp.library import choose_backend
+from modelpack_engine.llama_cpp.model import LlamaModel
+from modelpack_engine.llama_cpp.mtmd import MtmdProcessor
+from modelpack_engine.models import gguf_projector, load
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.models.loader import gguf_tokenizer_of
+from modelpack_engine.request import EngineRequest, Media, SamplingParams
+from modelpack_engine.runner.base_engine import BaseEngine
+from modelpack_engine.vision.processor import Picture
+from modelpack_engine.worker.process import WorkerDiedError, WorkerTimeoutError
+from modelpack_server.api.app import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
+from modelpack_server.stored_models import Opened, open_model
+from tests.engine.vision import projectors, tiny
+from tests.engine.vision.media import file_of, url
+
+pytest.importorskip("mlx_vlm")
+pytestmark = [pytest.mark.long, pytest.mark.weights, pytest.mark.usefixtures("llama_cpp")]
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0)
+DIGIT, SHAPE = samples.held_out(1, 1)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    path = tmp_path_factory.mktemp("trained")
+    text, eyes = projectors.write_trained(path)
+    return ModelFiles((text,), "gguf", projector=eyes)
+
+
+def written(path: Path, longest_edge: int = 64, **fields: Any) -> Path:
+    """Write the trained projector with other metadata; tiles have edges of 64 pixels."""
+    weights = projectors.weights_of(trained.TOWER)
+    settings = {**trained.PREPROCESSOR, "size": {"longest_edge": longest_edge}}
+    projectors.write_projector(path, "idefics3", trained.CONFIG, settings, weights, **fields)
+    return path
+
+
+def opened(files: ModelFiles, path: Path) -> Opened:
+    store = LayoutStore(path / "store")
+    request = PackageRequest(gguf=files.weights[0], mmproj=files.projector)
+    made = package("reader", request, store=store)
+    return open_model(str(made.digest), store=store, pull=False)
+
+
+@pytest.fixture(scope="module")
+def stored(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    return opened(files, tmp_path_factory.mktemp("stored"))
+
+
+def config(**fields: Any) -> EngineConfig:
+    return EngineConfig(device="cpu", max_num_seqs=4, max_model_len=1024, **fields)
+
+
+@pytest.fixture(scope="module")
+def ours(stored: Opened) -> Engine:
+    made = stored.engine(config())
+    assert isinstance(made, Engine)
+    assert made.vision is not None, "a projector that our encoder runs stays with it"
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(stored: Opened) -> Iterator[LlamaCppEngine]:
+    made = stored.engine(config(backend="llama.cpp"))
+    assert isinstance(made, LlamaCppEngine)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def whole(engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch) -> LlamaCppEngine:
+    """The engine with one view of each picture, as in the training.
+
+    mtmd puts the only tile of a small Idefics 3 picture before the view of the whole, and an empty
+    line between them.
+    """
+    processor = processor_of(engine)
+    answered = processor._answer
+
+    def cut(picture: Picture) -> dict[str, Any]:
+        answer = answered(picture)
+        _, tile, between, view, after = answer["parts"]
+        assert tile == view == trained.TOKENS_PER_PICTURE
+        return {
+            "parts": [between[1:], view, after],
+            "raw": answer["raw"][len(answer["raw"]) // 2 :],
+        }
+
+    monkeypatch.setattr(processor, "_answer", cut)
+    return engine
+
+
+def processor_of(engine: BaseEngine) -> MtmdProcessor:
+    assert isinstance(engine.picture_processor, MtmdProcessor), engine.no_vision
+    return engine.picture_processor
+
+
+def asked(engine: BaseEngine, text: str, *pictures: Picture) -> EngineRequest:
+    text = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+    def encode(part: str) -> list[int]:
+        return engine.tokenizer.encode(part, add_special_tokens=False)
+
+    if not pictures:
+        return EngineRequest(encode(text), GREEDY)
+    processor = engine.picture_processor
+    assert processor is not None
+    ids = processor.token_ids(text.replace("<image>", processor.image_token), encode)
+    ids, media = processor.place(ids, pictures)
+    return EngineRequest(ids, GREEDY, media=media)
+
+
+def answers(engine: BaseEngine, *requests: EngineRequest) -> list[str]:
+    """Run requests in one batch; return their texts."""
+    found = {str(index): "" for index in range(len(requests))}
+    for index, each in enumerate(requests):
+        engine.add_request(str(index), each)
+    while engine.has_work:
+        for event in engine.step():
+            assert event.error is None, event.error
+            found[event.request_id] += event.text
+    return list(found.values())
+
+
+def one_picture(engine: BaseEngine, sample: samples.Sample, question: str) -> EngineRequest:
+    return asked(engine, f"<image>{question}", Picture(sample.pixels))
+
+
+def test_answers_are_those_of_our_encoder(ours: Engine, whole: LlamaCppEngine) -> None:
+    """Of 100 digits and shapes that it was not trained on, as many are right, within 1 %."""
+    held = [
+        (sample, list(sample.answers)[index % len(sample.answers)])
+        for index, sample in enumerate(samples.held_out(70, 30))
+    ]
+    found: list[list[str]] = []
+    for made in (ours, whole):
+        found.append([])
+        for at in range(0, len(held), 4):
+            found[-1] += answers(made, *(one_picture(made, *each) for each in held[at : at + 4]))
+    expected = [sample.answers[question] for sample, question in held]
+    right = [sum(map(str.__eq__, texts, expected)) for texts in found]
+    same = sum(map(str.__eq__, *found))
+    print(f"of {len(held)}: ours {right[0]}, mtmd {right[1]}, {same} the same")
+    assert min(right) >= 95
+    assert abs(right[0] - right[1]) <= 1
+
+
+def test_embeddings_are_those_of_our_encoder(ours: Engine, whole: LlamaCppEngine) -> None:
+    assert ours.vision is not None
+    for sample in (DIGIT, SHAPE):
+        one, two = (one_picture(made, sample, samples.WHAT) for made in (ours, whole))
+        token = ours.vision.processor.image_token_id
+        unread = whole.vocab_size - 1
+        assert [unread if t == token else t for t in one.prompt_token_ids] == two.prompt_token_ids
+        [mine], [theirs] = one.media, two.media
+        made = np.array(ours.vision.encoder.embeddings(mine))
+        rows = made[[at for at, t in enumerate(mine.token_ids) if t == token]]
+        assert np.abs(rows - theirs.inputs["rows"]).max() < 1e-3 * np.abs(rows).max()
+
+
+def test_text_beside_pictures(ours: Engine, whole: LlamaCppEngine) -> None:
+    """A batch of text, one picture and two: the answers are ours, and those of each alone."""
+    text = "What is the capital of France?"
+    two = Picture(DIGIT.pixels), Picture(SHAPE.pixels)
+
+    def requests(made: BaseEngine) -> list[EngineRequest]:
+        return [
+            asked(made, text),
+            one_picture(made, DIGIT, samples.WHAT),
+            asked(made, f"<image><image>{samples.WHAT}", *two),
+        ]
+
+    found = answers(whole, *requests(whole))
+    assert "Paris" in found[0]
+    assert found[1] == DIGIT.answers[samples.WHAT]
+    assert found == [answers(whole, each)[0] for each in requests(whole)]
+    assert found == answers(ours, *requests(ours))
+
+
+def test_pictures_share_no_prefix(whole: LlamaCppEngine) -> None:
+    """After the same picture, its cells are reused; after another one, only the text before it."""
+    requests = {sample: one_picture(whole, sample, samples.WHAT) for sample in (DIGIT, SHAPE)}
+
+    def cached(sample: samples.Sample) -> int:
+        each = requests[sample]
+        ids, media = list(each.prompt_token_ids), each.media
+        return whole._slots.num_cached_tokens(Sequence("r", ids, GREEDY, media=media))
+
+    whole._slots.forget_content()
+    assert answers(whole, requests[DIGIT]) == [DIGIT.answers[samples.WHAT]]
+    assert cached(DIGIT) == len(requests[DIGIT].prompt_token_ids) - 1
+    assert cached(SHAPE) <= requests[SHAPE].media[0].start
+    for sample in (SHAPE, DIGIT):
+        assert answers(whole, requests[sample]) == [sample.answers[samples.WHAT]]
+
+
+def test_tokens_of_tiles_are_ours(files: ModelFiles, tmp_path: Path) -> None:
+    assert files.projector is not None
+    eyes = written(tmp_path / "tiles.gguf", longest_edge=128)
+    model = load(replace(files, projector=eyes), device="cpu")
+    assert model.vision is not None
+    processor = model.vision.processor
+    ids, _ = processor.place([processor.image_token_id], [Picture(SHAPE.pixels)])
+    made = MtmdProcessor(files.weights, eyes)
+    found, media = made.place([made.image_token_id], [Picture(SHAPE.pixels)])
+    made.close()
+    assert len(media) == 5
+    assert found == [49151 if each == processor.image_token_id else each for each in ids]
+
+
+def test_a_copy_has_a_process_of_its_own(engine: LlamaCppEngine) -> None:
+    processor = processor_of(engine)
+    ids, media = processor.place([-1], [Picture(DIGIT.pixels)])
+    copy = pickle.loads(pickle.dumps(processor))
+    try:
+        again, others = copy.place([-1], [Picture(DIGIT.pixels)])
+    finally:
+        copy.close()
+    assert again == ids
+    for one, two in zip(media, others, strict=True):
+        assert np.array_equal(one.inputs["rows"], two.inputs["rows"])
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(WorkerDiedError, "llama.cpp ended its process"), (WorkerTimeoutError, "longer than 300 s")],
+)
+def test_a_picture_that_cannot_be_encoded(
+    error: type[Exception], says: str, engine: LlamaCppEngine
+) -> None:
+    """Its request fails; the next one gets another process."""
+    processor = processor_of(engine)
+    processor.place([-1], [Picture(DIGIT.pixels)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor._worker, "call", Mock(side_effect=error))
+        with pytest.raises(RequestError, match=rf"64 x 64 pixels cannot be encoded: .*{says}"):
+            processor.place([-1], [Picture(DIGIT.pixels)])
+    processor.place([-1], [Picture(DIGIT.pixels)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"clip__projector_type": "no-such"}, "mtmd cannot open it: .*no-such"),
+        ({"clip__projector_type": "deepseek4v"}, "no projectors of the type 'deepseek4v'"),
+        ({"clip__has_vision_encoder": False}, "of sound alone"),
+        # GGML_ASSERT: llama.cpp reads this number as unsigned.
+        ({"clip__vision__preproc_image_size": 64}, "by llama.cpp: llama.cpp ended its process"),
+    ],
+)
+def test_projectors_that_do_not_run(
+    fields: dict[str, Any], says: str, files: ModelFiles, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelLoadError, match=says):
+        MtmdProcessor(files.weights, written(tmp_path / "p.gguf", **fields))
+
+
+def test_a_projector_of_another_width(files: ModelFiles, tmp_path: Path) -> None:
+    """With --backend llama.cpp the model reads text, and its note says why."""
+    other = projectors.files("idefics3").projector
+    assert other is not None
+    made = Opened(opened(files, tmp_path).model, replace(files, projector=other))
+    engine = made.engine(config(backend="llama.cpp"))
+    assert "mismatch between text model (n_embd = 576) and mmproj (n_embd = 64)" in engine.no_vision
+    assert f"pictures are not read: {engine.no_vision}" in engine.notes
+    assert "Paris" in answers(engine, asked(engine, "What is the capital of France?"))[0]
+    with pytest.raises(RequestError, match="reads no pictures"):
+        engine.add_request("r", EngineRequest([1], GREEDY, media=(Media(0, (1,), b"", {}),)))
+    engine.close()
+
+
+def test_without_pictures_the_backend_is_the_usual_one(files: ModelFiles, tmp_path: Path) -> None:
+    """llama.cpp is chosen for a projector that only it may know, and left if it does not."""
+    eyes = written(tmp_path / "p.gguf", clip__projector_type="no-such")
+    strange = replace(files, projector=eyes)
+    assert choose_backend(strange, config(), "cpu") == "llama.cpp"
+    engine = Opened(opened(files, tmp_path).model, strange).engine(config())
+    assert isinstance(engine, Engine)
+    assert "'no-such' is not supported" in engine.no_vision
+
+
+@pytest.mark.parametrize(("backend", "engine_process"), [("auto", False), ("llama.cpp", True)])
+def test_served(
+    backend: Backend,
+    engine_process: bool,
+    files: ModelFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Through the APIs, as if our encoder did not run the projector."""
+    monkeypatch.setattr(gguf_projector, "runs", lambda path: False)
+    opened(files, tmp_path)
+    catalogue = StoreCatalogue(
+        LayoutStore(tmp_path / "store"), config(backend=backend), engine_process=engine_process
+    )
+    content = [
+        {"type": "image_url", "image_url": {"url": url(file_of(Picture(DIGIT.pixels)))}},
+        {"type": "text", "text": samples.WHAT},
+    ]
+    body = {"model": "reader", "messages": [{"role": "user", "content": content}],
+            "max_tokens": 12, "temperature": 0}  # fmt: skip
+    with ModelServer(lambda: ModelPool(catalogue), address="127.0.0.1:0") as server:
+        listed = requests.get(f"{server.url}/v1/models", timeout=60).json()["data"]
+        shown = requests.post(f"{server.url}/api/show", json={"model": "reader"}, timeout=60)
+        answer = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=300)
+        content[1]["text"] = f"{mtmd._MARKER}{samples.WHAT}"
+        refused = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=300)
+    assert "vision" in listed[0]["capabilities"]
+    assert "vision" in shown.json()["capabilities"]
+    assert answer.json()["choices"][0]["message"]["content"] == DIGIT.answers[samples.WHAT]
+    assert answer.json()["usage"]["prompt_tokens"] > 2 * trained.TOKENS_PER_PICTURE
+    assert refused.status_code == 400
+    assert "2 placeholders <__media__> for 1 pictures" in refused.json()["error"]["message"]
+
+
+def test_pictures_in_both_directions(tmp_path: Path) -> None:
+    """Gemma 3's: one step decodes all of a picture, whose rows then see later ones."""
+    settings, config = tiny.settings_of("gemma3"), tiny.config_of("gemma3")
+    weights = projectors.weights_of(tiny.directory("gemma3") / "model.safetensors")
+    num_tokens = max(tiny.VOCABULARY, 256 + len(tiny.SPECIAL))  # llama.cpp wants a row for each
+    for name, value in weights.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            weights[name] = np.pad(value, ((0, num_tokens - len(value)), (0, 0)))
+    config["text_config"] = {**config["text_config"], "vocab_size": num_tokens}
+    text, eyes = tmp_path / "text.gguf", tmp_path / "eyes.gguf"
+    projectors.write_text(text, "gemma3", config, weights)
+    projectors.write_projector(eyes, "gemma3", config, settings, weights)
+    files = ModelFiles((text,), "gguf", projector=eyes)
+    processor = MtmdProcessor([text], eyes)
+    assert processor.largest_span == config["text_config"]["mm_tokens_per_image"]
+    ids, media = processor.place([5, -1, 6], [tiny.picture(1, 40, 60)])
+    found = {}
+    for joint in (True, False):
+        changed = media if joint else tuple(replace(m, bidirectional=()) for m in media)
+        engine = LlamaCppEngine(
+            LlamaModel(files.weights), gguf_tokenizer_of(files),
+            EngineConfig(device="cpu", max_num_seqs=2), pictures=processor,
+        )  # fmt: skip
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        engine.add_request("r", EngineRequest(ids, params, media=changed))
+        entries: Any = ()
+        while engine.has_work:
+            for event in engine.step():
+                assert event.error is None, event.error
+                entries = event.prompt_logprobs or entries
+        found[joint] = [entry.logprob for entry in entries if entry is not None]
+        engine.close()
+    assert len(found[True]) == len(ids) - 1
+    assert np.abs(np.subtract(found[True], found[False])).max() > 1e-3
