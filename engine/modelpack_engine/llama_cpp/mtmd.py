@@ -16,7 +16,7 @@ import resource
 import signal
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,14 @@ class MtmdProcessor(MediaProcessor):
 class Encoded:
     """Tells the scheduler that pictures come encoded."""
 
-    def prepare(self, sequence: EngineSequence, media: Media, *, alone: bool) -> bool:
+    def prepare(
+        self,
+        sequence: EngineSequence,
+        media: Media,
+        *,
+        alone: bool,
+        waiting: Iterable[tuple[bytes, Media]],
+    ) -> bool:
         return True
 
 
