@@ -146,6 +146,7 @@ def test_prompts_within_graphs(
         assert engine.stats().cached_tokens > 100
 
 
+@pytest.mark.long
 def test_graphs_are_dropped_when_the_states_move(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
