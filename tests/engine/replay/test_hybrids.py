@@ -30,6 +30,8 @@ from tests.engine.replay.test_replay import (
     step,
 )
 from tests.engine.serving.tiny import VOCAB, tiny_tokenizer
+from tests.engine.zoo.dense import NO_BIAS
+from tests.engine.zoo.recurrent import MAMBA2
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -43,17 +45,8 @@ COMMON: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "nemotron_h": {
-        "attention_bias": False,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "mamba_proj_bias": False,
-        "ssm_state_size": 16,
-        "conv_kernel": 4,
-        "n_groups": 2,
-        "mlp_bias": False,
-        "layer_norm_epsilon": 1e-5,
-        "use_bias": False,
-        "use_conv_bias": True,
+        **NO_BIAS,
+        **MAMBA2,
         "hybrid_override_pattern": ["M", "-", "*", "M"],
     },
     "qwen3_5": {
