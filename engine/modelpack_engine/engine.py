@@ -304,6 +304,8 @@ class Engine(BaseEngine):
         if in_flight is not None:
             self._scheduler.fail(in_flight.output)
         self._mover.forget()
+        if isinstance(self._runner, PagedRunner):
+            self._runner.adapted.reset()  # or the next step would compute the states of this one
         self._outputs.fail_all(message)
         self._unload_removed_adapters()
         return self._outputs.take_events()

@@ -11,6 +11,7 @@ import pytest
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.runner import replay
 from modelpack_engine.runner.model_layout import ModelLayout
@@ -145,7 +146,7 @@ def test_graphs_are_dropped_when_the_states_move(
 ) -> None:
     """More sequences than before need larger arrays: graphs read and write the old ones."""
 
-    def one_and_more(engine: KernelEngine) -> Tokens:
+    def one_and_more(engine: Engine) -> Tokens:
         add(engine, "one", [1, 2, 3], 24)
         found = step(engine, {}, 8)
         for name in ("two", "three"):
@@ -191,7 +192,7 @@ def test_proposals_with_states(launched: list[Layout], monkeypatch: pytest.Monke
     """Each row of a proposal has a state of its own, from which the next step continues."""
     prompts = {"one": [5, 6, 7, 5], "two": [9, 8, 9, 8, 9]}
 
-    def scenario(engine: KernelEngine) -> Tokens:
+    def scenario(engine: Engine) -> Tokens:
         for name, prompt in prompts.items():
             add(engine, name, prompt, 60)
         return step(engine, {})

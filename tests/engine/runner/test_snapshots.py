@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -145,6 +146,10 @@ def test_a_step_that_never_ran_leaves_no_snapshots(monkeypatch: pytest.MonkeyPat
     snapshots = engine._blocks.snapshots
     assert snapshots is not None
     assert len(snapshots) == 0
+    runner: Any = engine._runner
+    assert [state.arrays for state in runner.adapted.states] == [[None, None]] * 2
+    wanted = engine.generate([prompt], greedy)[0]
+    assert sum(len(event.token_ids) for event in wanted) == 4
 
 
 def test_snapshots_are_few_where_states_are_large() -> None:
