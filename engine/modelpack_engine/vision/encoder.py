@@ -35,10 +35,10 @@ from modelpack_engine.vision.videos import Video, VideoProcessor
 MAX_CACHE_BYTES, LEAST_PICTURES = 256 * 1024 * 1024, 8
 #: Bytes of evicted embeddings in host memory: at most an eighth of what is available.
 MAX_HOST_BYTES, _HOST_PART = 1024**3, 8
-#: Bytes of the pixels, in float32, of pictures that one call of the tower encodes together: those
-#: of one megapixel. A tower's work grows at least with the pixels, so the call takes no longer than
-#: a photo of this usual size does alone, which sequences that decode have to wait for anyway. More
-#: would gain little: so many patches fill a GPU.
+#: Bytes of the inputs, in float32, of pictures that one call of the tower encodes together: those
+#: of one megapixel (half of one for Qwen's, whose inputs have each picture twice). So many patches
+#: fill a GPU, and sequences that decode wait for them as for one photo of a model with more tokens
+#: for larger pictures.
 MAX_BATCH_BYTES = 3 * 1024**2 * 4
 #: The most that embeddings may change if pictures are encoded together, as a part of what two
 #: pictures differ by: sums in 16 bits change with the shapes of matrices.
@@ -397,6 +397,14 @@ def _embed(model: VisionModel, batch: Parts[Media]) -> list[mx.array]:
     return parts
 
 
+def joins() -> bool:
+    """Return whether pictures may be encoded together: on GPUs, which a small one does not fill.
+
+    A CPU takes as long for each, and the first one would wait for the others.
+    """
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
 def host_limit() -> int:
     """Return the bytes of host memory for embeddings that the device's cache evicts.
 
@@ -435,7 +443,7 @@ def open_vision(
     random = np.random.default_rng(0)
     noise = random.integers(0, 256, (2, 64, 96, 3), np.uint8)
     made = _test("vision", model, processor, processor.image_token_id, [*map(Picture, noise)])
-    batched = CLASSES[config["model_type"]].batched and _is_batched(model, made)
+    batched = joins() and CLASSES[config["model_type"]].batched and _is_batched(model, made)
     if sounds is not None:
         try:
             if not any(getattr(model, name, None) for name in ("audio_tower", "embed_audio")):

@@ -26,6 +26,12 @@ BATCHED = [kind for kind in KINDS if CLASSES[tiny.config_of(kind)["model_type"]]
 ASK = "<image>What is it?"
 
 
+@pytest.fixture(autouse=True)
+def joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encode pictures together as on a GPU."""
+    monkeypatch.setattr(encoder_module, "joins", lambda: True)
+
+
 class RecordingModel:
     """Records the number of pictures of each call, which have so many tokens each."""
 
