@@ -27,7 +27,7 @@ from modelpack_engine.distributed.leader import Ranks
 from modelpack_engine.embedding.embedder import CrossEncoder, Embedder
 from modelpack_engine.embedding.loader import load_embedder
 from modelpack_engine.engine import Engine
-from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.errors import EngineError, LoadCancelledError, ModelLoadError
 from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, ModelFiles, load, load_progress
 from modelpack_engine.models.assistant import load_assistant
@@ -117,8 +117,10 @@ def load_model(
     if backend == "llama.cpp":
         try:
             return _load_llama_cpp(opened, configure, needs_pictures=packable)
-        except ModelLoadError as error:
-            if device.backend != "auto":
+        except EngineError as error:
+            # The library for CPUs may also run with settings that llama.cpp refuses.
+            other = isinstance(error, ModelLoadError) or packable
+            if device.backend != "auto" or isinstance(error, LoadCancelledError) or not other:
                 raise
             backend = otherwise
             _log.warning("llama.cpp does not run the model, %s will: %s", backend, error)

@@ -404,6 +404,7 @@ class StoreCatalogue:
     def _loaded_bytes(self, store: LayoutStore, model: Model, config: EngineConfig) -> int:
         """Return an estimate of the weights' memory in an engine with `config`, in bytes."""
         from modelpack_engine.llama_cpp.library import choose_backend
+        from modelpack_engine.models.loader import runs_packed
         from modelpack_engine.models.safetensors import speech_bytes
         from modelpack_engine.platform.device import choose_device
         from modelpack_server.stored_models import stored_files
@@ -417,7 +418,8 @@ class StoreCatalogue:
         if device != "cpu":
             return size
         backend = "mlx" if self.ranks is not None else choose_backend(files, config, device)
-        if backend == "cpu kernels":
+        # llama.cpp may leave the model to the kernels.
+        if backend != "mlx" and runs_packed(files, config, device):
             return size + size // 8  # codes of 4 bits take 5 with their scales
         return size if backend == "llama.cpp" else size * _UNPACKED
 

@@ -21,7 +21,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import Backend, EngineConfig
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
-from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.errors import EngineError, LoadCancelledError, ModelLoadError, RequestError
 from modelpack_engine.llama_cpp import mtmd
 from modelpack_engine.llama_cpp.engine import LlamaCppEngine
 from modelpack_engine.llama_cpp.library import choose_backend
@@ -34,6 +34,7 @@ from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.vision.processor import Picture
 from modelpack_engine.worker.process import WorkerDiedError, WorkerTimeoutError
+from modelpack_server import stored_models
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
@@ -305,6 +306,25 @@ def test_without_pictures_the_backend_is_the_usual_one(files: ModelFiles, tmp_pa
     engine = Opened(opened(files, tmp_path).model, strange).engine(config())
     assert isinstance(engine, Engine)
     assert "'no-such' is not supported" in engine.no_vision
+
+
+def test_settings_that_llama_cpp_refuses(stored: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for CPUs run the model with them, and its memory is planned for both."""
+    monkeypatch.setattr(gguf_projector, "runs", lambda path: False)
+    many = replace(config(), max_num_seqs=300)
+    assert choose_backend(stored.files, many, "cpu") == "llama.cpp"
+    assert isinstance(stored.engine(many), Engine)
+    with pytest.raises(EngineError, match="max_num_seqs is 300"):
+        stored.engine(replace(many, backend="llama.cpp"))
+    assert stored.store is not None
+    assert stored.files.projector is not None
+    size = sum(path.stat().st_size for path in (*stored.files.weights, stored.files.projector))
+    found = StoreCatalogue(stored.store, many)._loaded_bytes(stored.store, stored.model, many)
+    assert found == size + size // 8
+    cancelled = Mock(side_effect=LoadCancelledError("nobody waits"))
+    monkeypatch.setattr(stored_models, "_load_llama_cpp", cancelled)
+    with pytest.raises(LoadCancelledError):
+        stored.engine(many)
 
 
 @pytest.mark.parametrize(("backend", "engine_process"), [("auto", False), ("llama.cpp", True)])
