@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 #: The only supported version: its functions follow llama.cpp's, which change every week.
 VERSION = "0.3.36"
+#: Projectors whose tokens depend on the position of the picture in its prompt, which mtmd is not
+#: told.
+PLACED_TYPES = ("deepseek4v",)
 _HINT = "run pip install 'modelpack[llama-cpp]'"
 # llama.cpp's levels: 3 is a warning, 4 an error; 5 continues the previous line.
 WARNING, ERROR = 3, 4
@@ -112,9 +115,10 @@ def may_run_mtmd(files: ModelFiles, config: EngineConfig, device: Literal["cpu",
     if automatic_backend(files.format, device) != "llama.cpp":
         return False
     try:
-        return projector_type(read_gguf_header(files.projector)) is not None
+        kind = projector_type(read_gguf_header(files.projector))
     except ModelpackError:
         return False
+    return kind is not None and kind not in PLACED_TYPES
 
 
 def automatic_backend(format: str, device: Literal["cpu", "gpu"]) -> Literal["mlx", "llama.cpp"]:

@@ -26,7 +26,7 @@ from modelpack.formats.gguf import read_gguf_header
 from modelpack.formats.projector import projector_type
 from modelpack_engine.core.sequence import Sequence as EngineSequence
 from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
-from modelpack_engine.llama_cpp.library import ERROR, bindings
+from modelpack_engine.llama_cpp.library import ERROR, PLACED_TYPES, bindings
 from modelpack_engine.llama_cpp.model import LlamaModel
 from modelpack_engine.models.load_budget import LOAD_SECONDS
 from modelpack_engine.platform.device import usable_cores
@@ -42,8 +42,6 @@ _MARKER = "<__media__>"
 _ENCODE_SECONDS = 300.0
 _PROGRAM = "modelpack_engine.llama_cpp.mtmd"
 _IMAGE = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
-#: Types whose tokens depend on the position of the picture in its prompt, which mtmd is not told.
-_PLACED_TYPES = ("deepseek4v",)
 
 
 class MtmdProcessor(MediaProcessor):
@@ -64,7 +62,7 @@ class MtmdProcessor(MediaProcessor):
         """
         super().__init__()
         kind = projector_type(read_gguf_header(projector))
-        if kind is None or kind in _PLACED_TYPES:
+        if kind is None or kind in PLACED_TYPES:
             what = "of sound alone" if kind is None else f"of the type {kind!r}"
             raise ModelLoadError(f"llama.cpp runs no projectors {what} here")
         self.weight_bytes = projector.stat().st_size

@@ -24,7 +24,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, LoadCancelledError, ModelLoadError, RequestError
 from modelpack_engine.llama_cpp import mtmd
 from modelpack_engine.llama_cpp.engine import LlamaCppEngine
-from modelpack_engine.llama_cpp.library import choose_backend
+from modelpack_engine.llama_cpp.library import choose_backend, may_run_mtmd
 from modelpack_engine.llama_cpp.model import LlamaModel
 from modelpack_engine.llama_cpp.mtmd import MtmdProcessor
 from modelpack_engine.models import gguf_projector, load
@@ -62,6 +62,22 @@ def written(path: Path, longest_edge: int = 64, **fields: Any) -> Path:
     settings = {**trained.PREPROCESSOR, "size": {"longest_edge": longest_edge}}
     projectors.write_projector(path, "idefics3", trained.CONFIG, settings, weights, **fields)
     return path
+
+
+def tiny_files(kind: str, directory: Path) -> ModelFiles:
+    """Write the tiny model with an embedding of each token, as llama.cpp wants it."""
+    settings, config = tiny.settings_of(kind), tiny.config_of(kind)
+    weights = projectors.weights_of(tiny.directory(kind) / "model.safetensors")
+    num_tokens = max(tiny.VOCABULARY, 256 + len(tiny.SPECIAL))
+    for name, value in weights.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            weights[name] = np.pad(value, ((0, num_tokens - len(value)), (0, 0)))
+    part = {**config.get("text_config", config), "vocab_size": num_tokens}
+    config = {**config, "text_config": part} if "text_config" in config else part
+    text, eyes = directory / "text.gguf", directory / "eyes.gguf"
+    projectors.write_text(text, kind, config, weights)
+    projectors.write_projector(eyes, kind, config, settings, weights)
+    return ModelFiles((text,), "gguf", projector=eyes)
 
 
 def opened(files: ModelFiles, path: Path) -> Opened:
@@ -284,6 +300,19 @@ def test_projectors_that_do_not_run(
         MtmdProcessor(files.weights, written(tmp_path / "p.gguf", **fields))
 
 
+def test_models_with_positions_of_three_parts(tmp_path: Path) -> None:
+    files = tiny_files("qwen2_vl", tmp_path)
+    assert files.projector is not None
+    with pytest.raises(ModelLoadError, match="the model's tokens have M-RoPE positions"):
+        MtmdProcessor(files.weights, files.projector)
+
+
+def test_a_type_that_does_not_run_is_no_capability(files: ModelFiles, tmp_path: Path) -> None:
+    for kind, runs in (("idefics3", True), ("deepseek4v", False)):
+        eyes = written(tmp_path / f"{kind}.gguf", clip__projector_type=kind)
+        assert may_run_mtmd(replace(files, projector=eyes), config(), "cpu") == runs
+
+
 def test_a_projector_of_another_width(files: ModelFiles, tmp_path: Path) -> None:
     """With --backend llama.cpp the model reads text, and its note says why."""
     other = projectors.files("idefics3").projector
@@ -363,19 +392,11 @@ def test_served(
 
 def test_pictures_in_both_directions(tmp_path: Path) -> None:
     """Gemma 3's: one step decodes all of a picture, whose rows then see later ones."""
-    settings, config = tiny.settings_of("gemma3"), tiny.config_of("gemma3")
-    weights = projectors.weights_of(tiny.directory("gemma3") / "model.safetensors")
-    num_tokens = max(tiny.VOCABULARY, 256 + len(tiny.SPECIAL))  # llama.cpp wants a row for each
-    for name, value in weights.items():
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            weights[name] = np.pad(value, ((0, num_tokens - len(value)), (0, 0)))
-    config["text_config"] = {**config["text_config"], "vocab_size": num_tokens}
-    text, eyes = tmp_path / "text.gguf", tmp_path / "eyes.gguf"
-    projectors.write_text(text, "gemma3", config, weights)
-    projectors.write_projector(eyes, "gemma3", config, settings, weights)
-    files = ModelFiles((text,), "gguf", projector=eyes)
-    processor = MtmdProcessor([text], eyes)
-    assert processor.largest_span == config["text_config"]["mm_tokens_per_image"]
+    files = tiny_files("gemma3", tmp_path)
+    assert files.projector is not None
+    processor = MtmdProcessor(files.weights, files.projector)
+    text = tiny.config_of("gemma3")["text_config"]
+    assert processor.largest_span == text["mm_tokens_per_image"]
     ids, media = processor.place([5, -1, 6], [tiny.picture(1, 40, 60)])
     found = {}
     for joint in (True, False):
