@@ -53,6 +53,7 @@ class MtmdProcessor(MediaProcessor):
     image_token = _MARKER
     image_token_id = -1  # that of no token, so that no text becomes it
     is_marker = True
+    encodes = True
 
     def __init__(self, weights: Sequence[Path], projector: Path) -> None:
         """Open the projector, and test it with two pictures of noise.

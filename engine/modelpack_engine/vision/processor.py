@@ -140,12 +140,13 @@ class MediaProcessor(ABC):
     """Places pictures, and what else a model reads, in its prompts. Any thread may use it.
 
     `image_token` is the text of the placeholder in prompts, and `image_token_id` its id there. If
-    it `is_marker`, no chat template knows it, and it takes the place of pictures before.
+    it `is_marker`, no chat template knows it, and it takes the place of pictures before. If the
+    processor `encodes`, placing a picture takes long.
     """
 
     image_token: str
     image_token_id: int
-    is_marker = False
+    is_marker = encodes = False
 
     def __init__(self) -> None:
         self.memory = InputMemory()

@@ -351,9 +351,10 @@ MediaFile = PictureFile | PictureUrl | SoundFile | VideoFile | VideoUrl
 class PictureFiles:
     """The files of a request; iterating decodes one at a time, in a worker process.
 
-    Few workers decode, and requests of one `owner` take one of them. It stays reserved until the
-    caller asks for the next picture, because decoded ones take up to 100 MB. Leaving the context
-    frees it. Pictures in URLs are fetched one at a time, before a worker is reserved.
+    Few workers decode, and requests of one `owner` take one of them. Unless `frees`, it stays
+    reserved until the caller asks for the next picture, because decoded ones take up to 100 MB.
+    Leaving the context frees it. Pictures in URLs are fetched one at a time, before a worker is
+    reserved.
     """
 
     def __init__(
@@ -362,7 +363,10 @@ class PictureFiles:
         owner: bytes = b"",
         sounds: SoundProcessor | None = None,
         videos: VideoProcessor | None = None,
+        *,
+        frees: bool = False,
     ) -> None:
+        self._frees = frees
         self._files, self._sounds, self._videos = files, sounds, videos
         self._key = owner.hex() or f"request {id(self)}"
         self._reserved = ExitStack()
@@ -397,8 +401,11 @@ class PictureFiles:
                 raise RequestError(f"{file.param}: {error}", param=file.param) from None
             self._check_time(left, source.param)
             began = time.monotonic()
-            yield self._decoded(file, run, left)
+            decoded = self._decoded(file, run, left)
             left -= time.monotonic() - began
+            if self._frees:
+                self._reserved.close()
+            yield decoded
 
     def _decoded(
         self, file: PictureFile | SoundFile | VideoFile, run: Job, left: float
@@ -553,7 +560,9 @@ def place_pictures(
     model.engine.check_queue()
     owner = request_context.get().cache_salt
     processor = model.pictures
-    with PictureFiles(files, owner, processor.sounds, processor.videos) as pictures:
+    with PictureFiles(
+        files, owner, processor.sounds, processor.videos, frees=processor.encodes
+    ) as pictures:
         return model.pictures.place(token_ids, pictures, model.check_room)
 
 

@@ -34,8 +34,10 @@ from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.vision.processor import Picture
 from modelpack_engine.worker.process import WorkerDiedError, WorkerTimeoutError
+from modelpack_engine.worker.workers import shared_workers
 from modelpack_server import stored_models
 from modelpack_server.api.app import ModelServer
+from modelpack_server.conversation.pictures import PictureFile, place_pictures
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.stored_models import Opened, open_model
@@ -281,6 +283,23 @@ def test_a_picture_that_cannot_be_encoded(
         with pytest.raises(RequestError, match=rf"64 x 64 pixels cannot be encoded: .*{says}"):
             processor.place([-1], [Picture(DIGIT.pixels)])
     processor.place([-1], [Picture(DIGIT.pixels)])
+
+
+def test_no_worker_is_reserved_while_a_picture_is_encoded(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, busy = processor_of(engine), list[str]()
+    answer = processor._answer
+
+    def watched(picture: Picture) -> dict[str, Any]:
+        busy.extend(shared_workers("media")._busy)
+        return answer(picture)
+
+    monkeypatch.setattr(processor, "_answer", watched)
+    file = PictureFile(file_of(Picture(DIGIT.pixels)), "here")
+    _, media = place_pictures(Mock(pictures=processor), [-1, -1], [file, file])
+    assert media
+    assert not busy
 
 
 @pytest.mark.parametrize(

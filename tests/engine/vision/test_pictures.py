@@ -6,6 +6,7 @@ import base64
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,16 @@ def test_the_pictures_of_a_request_have_a_limit_together(monkeypatch: pytest.Mon
         pytest.raises(RequestError, match="take longer than 1e-09 s"),
     ):
         list(reading)
+
+
+def test_time_between_pictures_is_not_that_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model may encode a picture for minutes before the next is decoded."""
+    now = [0.0]
+    monkeypatch.setattr(pictures, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    file = PictureFile(saved(Image.fromarray(GRADIENT)), "here")
+    with PictureFiles([file, file]) as reading:
+        for _ in reading:
+            now[0] += 2 * pictures.MAX_SECONDS_ALL
 
 
 def test_one_owner_leaves_a_worker_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
