@@ -11,12 +11,14 @@ import ctypes
 import hashlib
 import importlib
 import logging
+import math
 import os
 import resource
 import signal
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from modelpack_engine.request import Media
 from modelpack_engine.vision.models import Encode
 from modelpack_engine.vision.processor import MediaProcessor, Picture, Place
 from modelpack_engine.worker import process
+from modelpack_engine.worker.picture import MAX_PIXELS, MAX_RATIO, MAX_SIDE
 from modelpack_engine.worker.process import WorkerDiedError, WorkerProcess, WorkerTimeoutError
 
 _log = logging.getLogger(__name__)
@@ -72,8 +75,6 @@ class MtmdProcessor(MediaProcessor):
         self._worker: WorkerProcess | None = None
         self._ended: weakref.finalize[..., MtmdProcessor] | None = None
         self._opened: dict[str, Any] = {}
-        #: The most tokens of a picture that attend to each other in both directions, or 0.
-        self.largest_span = 0
         noise = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), np.uint8)
         try:
             made = [self._encoded(Picture(each), 0)[1] for each in noise]
@@ -84,7 +85,6 @@ class MtmdProcessor(MediaProcessor):
         if not np.isfinite(first).all() or np.array_equal(first, second):
             self.close()
             raise ModelLoadError("llama.cpp returned the same or infinite embeddings")
-        self.largest_span = max(len(m.token_ids) * bool(m.bidirectional) for m in made[0])
 
     def __getstate__(self) -> dict[str, Any]:
         self.close()  # the copy has its own
@@ -93,6 +93,11 @@ class MtmdProcessor(MediaProcessor):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+    @property
+    def largest_span(self) -> int:
+        """The most tokens of a picture that attend to each other in both directions, or 0."""
+        return int(self._opened["span"])
 
     def close(self) -> None:
         """End mtmd's process; another picture would start it again."""
@@ -134,7 +139,7 @@ class MtmdProcessor(MediaProcessor):
                 continue
             digest = hashlib.sha256(b"%d" % len(media) + picture.digest()).digest()
             unread = (self._opened["vocab_size"] - 1,) * part  # the embeddings replace it
-            spans = ((0, part),) if self._opened["joint"] else ()
+            spans = ((0, part),) if self._opened["span"] else ()
             inputs = {"rows": rows[:part]}
             start = first + len(tokens)
             media.append(Media(start, unread, digest, inputs, picture.param, bidirectional=spans))
@@ -224,15 +229,38 @@ class _Projector:
         self._width = int(library.llama_model_n_embd_inp(self._model.pointer))
 
     def described(self) -> dict[str, Any]:
-        """Return the width of embeddings and whether those of a picture attend to each other."""
-        joint = bool(self._mtmd.mtmd_decode_use_non_causal(self._pointer, None))
-        return {"width": self._width, "joint": joint, "vocab_size": self._model.vocab_size}
+        """Return the width of embeddings, and the most in a row that attend to each other."""
+        span = 0
+        if self._mtmd.mtmd_decode_use_non_causal(self._pointer, None):
+            span = self._largest_span()
+        return {"width": self._width, "span": span, "vocab_size": self._model.vocab_size}
+
+    def _largest_span(self) -> int:
+        """Return at least the number of tokens of the largest part of any picture."""
+        counts = set()
+        side, thin = math.isqrt(MAX_PIXELS), MAX_SIDE // MAX_RATIO + 1
+        for height, width in ((side, side), (MAX_SIDE, thin), (thin, MAX_SIDE)):
+            # A picture that mtmd refuses fails alone later.
+            with suppress(EngineError), self._chunks(height, width, bytes(height * width * 3)) as c:
+                images = [each for each in c if self._is_image(each)]
+                counts.add(max(map(self._mtmd.mtmd_input_chunk_get_n_tokens, images), default=0))
+        largest = max(counts, default=0)
+        # Rows and columns that are rounded down waste less than one of each in a square, so that
+        # pictures of other shapes have no more tokens than a square with one more.
+        return int((math.isqrt(largest) + 1) ** 2 if len(counts) > 1 else largest)
 
     def encode(self, height: int, width: int, pixels: bytes) -> tuple[list[Any], bytes]:
         """Return the parts of a picture, and the embeddings of all parts in a row.
 
         A part is a list of tokens, or the number of its embeddings. Raises `EngineError`.
         """
+        with self._chunks(height, width, pixels) as chunks:
+            found = [self._part(chunk) for chunk in chunks]
+        return [part for part, _ in found], b"".join(rows for _, rows in found)
+
+    @contextmanager
+    def _chunks(self, height: int, width: int, pixels: bytes) -> Iterator[list[Any]]:
+        """Yield mtmd's chunks of a picture: texts and images."""
         mtmd = self._mtmd
         data = np.frombuffer(pixels, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         bitmap, chunks = mtmd.mtmd_bitmap_init(width, height, data), mtmd.mtmd_input_chunks_init()
@@ -243,15 +271,17 @@ class _Projector:
             if mtmd.mtmd_tokenize(self._pointer, chunks, ctypes.byref(text), bitmaps, 1):
                 raise self._error("mtmd cannot cut it into tokens")
             count = mtmd.mtmd_input_chunks_size(chunks)
-            found = [self._part(mtmd.mtmd_input_chunks_get(chunks, at)) for at in range(count)]
+            yield [mtmd.mtmd_input_chunks_get(chunks, at) for at in range(count)]
         finally:
             mtmd.mtmd_input_chunks_free(chunks)
             mtmd.mtmd_bitmap_free(bitmap)
-        return [part for part, _ in found], b"".join(rows for _, rows in found)
+
+    def _is_image(self, chunk: Any) -> bool:
+        return bool(self._mtmd.mtmd_input_chunk_get_type(chunk) == _IMAGE)
 
     def _part(self, chunk: Any) -> tuple[list[int] | int, bytes]:
         mtmd, count = self._mtmd, ctypes.c_size_t()
-        if mtmd.mtmd_input_chunk_get_type(chunk) != _IMAGE:
+        if not self._is_image(chunk):
             tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
             found = [int(token) for token in tokens[: count.value]]
             if min(found, default=0) < 0:

@@ -302,6 +302,22 @@ def test_no_worker_is_reserved_while_a_picture_is_encoded(
     assert not busy
 
 
+def test_no_picture_has_a_larger_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that depend on the size of a picture; one step must have room for all of them."""
+    monkeypatch.setattr(mtmd, "_PROGRAM", "tests.engine.backends.joint_mtmd")
+    files = tiny_files("pixtral", tmp_path)
+    assert files.projector is not None
+    processor = MtmdProcessor(files.weights, files.projector)
+    try:
+        longest = []
+        for height, width in ((64, 96), (500, 500), (300, 900), (2000, 90), (640, 480), (90, 1000)):
+            _, media = processor.place([-1], [tiny.picture(1, height, width)])
+            longest.append(max(each.stop - each.start for each in media))
+    finally:
+        processor.close()
+    assert longest[0] < max(longest) <= processor.largest_span
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
