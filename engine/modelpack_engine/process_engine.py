@@ -331,7 +331,9 @@ class ProcessEngine(EngineClient):
             self.error = ModelLoadError(self.failure, hint=_HINTS.get(code))
         if self.state is EngineState.FAILED and not is_loading:
             _log.error("%s", self.failure)
-        self._facts = None
+        facts, self._facts = self._facts, None
+        if facts is not None and facts.picture_processor is not None:
+            facts.picture_processor.close()
         for accepted in adds.values():
             accepted(EngineError(self.failure))
         for done in changes.values():

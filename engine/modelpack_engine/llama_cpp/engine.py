@@ -25,7 +25,7 @@ from modelpack_engine.core.scheduler import Scheduler
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
 from modelpack_engine.llama_cpp.model import Context, LlamaModel
-from modelpack_engine.llama_cpp.mtmd import Encoded, MtmdProcessor
+from modelpack_engine.llama_cpp.mtmd import AlreadyEncoded, MtmdProcessor
 from modelpack_engine.models import Tokenizer
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.runner.base_engine import BaseEngine
@@ -252,7 +252,7 @@ class LlamaCppEngine(BaseEngine):
         self._scheduler = Scheduler(
             replace(sizes.scheduler_config(config), buckets=EXACT),
             self._slots,
-            None if pictures is None else Encoded(),
+            None if pictures is None else AlreadyEncoded(),
         )
         self._sampler = Sampler(self.vocab_size, num_seqs, self.tokenizer.eos_token_ids)
         self._outputs = OutputProcessor(self._scheduler)

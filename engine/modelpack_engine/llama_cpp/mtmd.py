@@ -27,7 +27,13 @@ import numpy as np
 from modelpack.formats.gguf import read_gguf_header
 from modelpack.formats.projector import projector_type
 from modelpack_engine.core.sequence import Sequence as EngineSequence
-from modelpack_engine.errors import EngineError, ModelLoadError, RequestError
+from modelpack_engine.errors import (
+    RETRY_AFTER,
+    EngineError,
+    ModelLoadError,
+    QueueFullError,
+    RequestError,
+)
 from modelpack_engine.llama_cpp.library import ERROR, PLACED_TYPES, bindings
 from modelpack_engine.llama_cpp.model import LlamaModel
 from modelpack_engine.models.load_budget import LOAD_SECONDS
@@ -38,6 +44,7 @@ from modelpack_engine.vision.processor import MediaProcessor, Picture, Place
 from modelpack_engine.worker import process
 from modelpack_engine.worker.picture import MAX_PIXELS, MAX_RATIO, MAX_SIDE
 from modelpack_engine.worker.process import WorkerDiedError, WorkerProcess, WorkerTimeoutError
+from modelpack_engine.worker.threads import Cancellation, current_cancellation
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +52,9 @@ _MARKER = "<__media__>"
 _ENCODE_SECONDS = 300.0
 _PROGRAM = "modelpack_engine.llama_cpp.mtmd"
 _IMAGE = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
+#: The most pictures that wait for mtmd, each decoded and in a thread of its own.
+_MAX_WAITING = 16
+_FAILED = "the process of llama.cpp failed"
 
 
 class MtmdProcessor(MediaProcessor):
@@ -71,10 +81,10 @@ class MtmdProcessor(MediaProcessor):
             raise ModelLoadError(f"llama.cpp runs no projectors {what} here")
         self.weight_bytes = projector.stat().st_size
         self._files = [*map(os.fspath, weights), os.fspath(projector)]
-        self._lock = threading.Lock()
         self._worker: WorkerProcess | None = None
         self._ended: weakref.finalize[..., MtmdProcessor] | None = None
         self._opened: dict[str, Any] = {}
+        self._reset()
         noise = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), np.uint8)
         try:
             made = [self._encoded(Picture(each), 0)[1] for each in noise]
@@ -86,13 +96,18 @@ class MtmdProcessor(MediaProcessor):
             self.close()
             raise ModelLoadError("llama.cpp returned the same or infinite embeddings")
 
+    def _reset(self) -> None:
+        self._lock, self._closed = threading.Lock(), False
+        self._places = threading.BoundedSemaphore(1 + _MAX_WAITING)
+
     def __getstate__(self) -> dict[str, Any]:
-        self.close()  # the copy has its own
-        return self.__dict__ | {"_lock": None, "_ended": None}
+        with self._lock:
+            self._end()  # the copy has its own
+        return self.__dict__ | {"_lock": None, "_places": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._reset()
 
     @property
     def largest_span(self) -> int:
@@ -100,7 +115,8 @@ class MtmdProcessor(MediaProcessor):
         return int(self._opened["span"])
 
     def close(self) -> None:
-        """End mtmd's process; another picture would start it again."""
+        """End mtmd's process, and fail the pictures that wait for it."""
+        self._closed = True
         worker = self._worker
         if worker is not None:
             worker.kill()  # ends a call of another thread, which holds the lock
@@ -117,15 +133,40 @@ class MtmdProcessor(MediaProcessor):
 
     def _picture(self, picture: Picture, place: Place) -> tuple[list[int], list[Media]]:
         height, width, _ = picture.pixels.shape
+        with self._turn(picture.param):
+            try:
+                return self._encoded(picture, place.start)
+            except EngineError as error:
+                self._check(picture.param)  # the process may have been killed
+                _log.warning("a picture cannot be encoded: %s", error)
+                raise RequestError(
+                    f"{picture.param}: the picture of {width} x {height} pixels cannot be encoded:"
+                    f" {error}",
+                    param=picture.param,
+                ) from error
+
+    @contextmanager
+    def _turn(self, param: str) -> Iterator[None]:
+        """Wait for mtmd, and hold it in the block. Raises `QueueFullError`, and as `_check`."""
+        if not self._places.acquire(blocking=False):
+            raise QueueFullError(
+                f"{_MAX_WAITING} pictures wait to be encoded",
+                retry_after=RETRY_AFTER,
+                hint="try again later",
+            )
         try:
-            return self._encoded(picture, place.start)
-        except EngineError as error:
-            _log.warning("a picture cannot be encoded: %s", error)
-            raise RequestError(
-                f"{picture.param}: the picture of {width} x {height} pixels cannot be encoded:"
-                f" {error}",
-                param=picture.param,
-            ) from error
+            with self._lock:
+                self._check(param)
+                yield
+        finally:
+            self._places.release()
+
+    def _check(self, param: str) -> None:
+        """Raise `EngineError` if the engine is stopped, or if the request was cancelled."""
+        if self._closed:
+            raise EngineError("the engine is stopped", hint="wait until it is ready")
+        if _cancellation().is_set:
+            raise RequestError(f"{param}: the request was cancelled", param=param)
 
     def _encoded(self, picture: Picture, first: int) -> tuple[list[int], list[Media]]:
         """Return the tokens of a picture from position `first` on, and its embeddings."""
@@ -151,20 +192,26 @@ class MtmdProcessor(MediaProcessor):
         """Return what the process answers for a picture; raise `EngineError`."""
         height, width, _ = picture.pixels.shape
         raw = np.ascontiguousarray(picture.pixels).tobytes()
-        with self._lock:
-            if self._worker is None or not self._worker.is_usable:
+        if self._worker is None or not self._worker.is_usable:
+            self._end()
+            try:
+                self._worker = WorkerProcess(0, program=_PROGRAM)
+            except OSError as error:
+                raise EngineError(f"its process cannot start: {error.strerror}") from error
+            self._ended = weakref.finalize(self, self._worker.close)
+            if self._closed:  # `close` may have found no process to kill
+                self._worker.kill()
+            try:
+                self._opened = self._ask({"files": self._files}, None, LOAD_SECONDS)
+            except EngineError:
                 self._end()
-                try:
-                    self._worker = WorkerProcess(0, program=_PROGRAM)
-                except OSError as error:
-                    raise EngineError(f"its process cannot start: {error.strerror}") from error
-                self._ended = weakref.finalize(self, self._worker.close)
-                try:
-                    self._opened = self._ask({"files": self._files}, None, LOAD_SECONDS)
-                except EngineError:
-                    self._end()
-                    raise
+                raise
+        cancellation = _cancellation()
+        cancellation.set_end(self._worker.kill)
+        try:
             return self._ask({"height": height, "width": width}, raw, _ENCODE_SECONDS)
+        finally:
+            cancellation.set_end(None)
 
     def _ask(self, message: dict[str, Any], raw: bytes | None, seconds: float) -> dict[str, Any]:
         assert self._worker is not None
@@ -180,6 +227,7 @@ class MtmdProcessor(MediaProcessor):
             self._end()  # its answer would go to the next caller
             raise
         if "error" in answer:
+            _log.debug("mtmd: %s", answer["detail"])
             raise EngineError(answer["error"])
         return answer
 
@@ -189,7 +237,11 @@ class MtmdProcessor(MediaProcessor):
         self._worker = self._ended = None
 
 
-class Encoded:
+def _cancellation() -> Cancellation:
+    return current_cancellation.get() or Cancellation()
+
+
+class AlreadyEncoded:
     """Tells the scheduler that pictures come encoded."""
 
     def prepare(
@@ -245,6 +297,8 @@ class _Projector:
                 images = [each for each in c if self._is_image(each)]
                 counts.add(max(map(self._mtmd.mtmd_input_chunk_get_n_tokens, images), default=0))
         largest = max(counts, default=0)
+        if not largest:
+            raise EngineError("mtmd cuts no large picture into tokens")
         # Rows and columns that are rounded down waste less than one of each in a square, so that
         # pictures of other shapes have no more tokens than a square with one more.
         return int((math.isqrt(largest) + 1) ** 2 if len(counts) > 1 else largest)
@@ -254,6 +308,7 @@ class _Projector:
 
         A part is a list of tokens, or the number of its embeddings. Raises `EngineError`.
         """
+        self._errors.clear()  # of earlier pictures
         with self._chunks(height, width, pixels) as chunks:
             found = [self._part(chunk) for chunk in chunks]
         return [part for part, _ in found], b"".join(rows for _, rows in found)
@@ -306,9 +361,7 @@ class _Projector:
 
 def main() -> None:
     """Open the files of the first message, and encode the pictures of the others."""
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # llama.cpp must not start a debugger to print one
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
+    _set_up_process()
     source, target = process.pipes()
     projector = None
     raw: bytes | None
@@ -325,6 +378,16 @@ def main() -> None:
                 parts, raw = projector.encode(message["height"], message["width"], message["raw"])
                 answer = {"parts": parts}
         except (EngineError, ImportError, OSError, RuntimeError) as error:
-            answer = {"error": str(error)}
+            # Clients read the text: what the system says may name paths.
+            is_ours = isinstance(error, EngineError) and error.__cause__ is None
+            answer = {"error": str(error) if is_ours else _FAILED, "detail": str(error)}
         target.write(process.encoded(answer, raw))
         target.flush()
+
+
+def _set_up_process() -> None:
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # llama.cpp must not start a debugger to print one
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
+    with suppress(OSError):  # if memory runs out, Linux kills this process, not the server
+        Path("/proc/self/oom_score_adj").write_text("1000")

@@ -159,6 +159,9 @@ class MediaProcessor(ABC):
         self.videos: VideoProcessor | None = None
         self.no_videos = ""
 
+    def close(self) -> None:  # noqa: B027 - most processors hold nothing
+        """End what the processor has started; the engine has ended."""
+
     @abstractmethod
     def token_ids(self, text: str, encode: Encode) -> list[int]:
         """Return the tokens of a prompt with placeholders; `encode` is the model's tokenizer."""

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import io
+import logging
+import os
 import pickle
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,7 +29,13 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import Backend, EngineConfig
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
-from modelpack_engine.errors import EngineError, LoadCancelledError, ModelLoadError, RequestError
+from modelpack_engine.errors import (
+    EngineError,
+    LoadCancelledError,
+    ModelLoadError,
+    QueueFullError,
+    RequestError,
+)
 from modelpack_engine.llama_cpp import mtmd
 from modelpack_engine.llama_cpp.engine import LlamaCppEngine
 from modelpack_engine.llama_cpp.library import choose_backend, may_run_mtmd
@@ -30,10 +44,13 @@ from modelpack_engine.llama_cpp.mtmd import MtmdProcessor
 from modelpack_engine.models import gguf_projector, load
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.loader import gguf_tokenizer_of
+from modelpack_engine.process_engine import ProcessEngine
 from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.vision.processor import Picture
-from modelpack_engine.worker.process import WorkerDiedError, WorkerTimeoutError
+from modelpack_engine.worker import process
+from modelpack_engine.worker.process import WorkerTimeoutError
+from modelpack_engine.worker.threads import Cancellation, current_cancellation
 from modelpack_engine.worker.workers import shared_workers
 from modelpack_server import stored_models
 from modelpack_server.api.app import ModelServer
@@ -43,6 +60,7 @@ from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.stored_models import Opened, open_model
 from tests.engine.vision import projectors, tiny
 from tests.engine.vision.media import file_of, url
+from tests.engine.worker.test_workers import until
 
 pytest.importorskip("mlx_vlm")
 pytestmark = [pytest.mark.long, pytest.mark.weights, pytest.mark.usefixtures("llama_cpp")]
@@ -268,21 +286,113 @@ def test_a_copy_has_a_process_of_its_own(engine: LlamaCppEngine) -> None:
         assert np.array_equal(one.inputs["rows"], two.inputs["rows"])
 
 
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [(WorkerDiedError, "llama.cpp ended its process"), (WorkerTimeoutError, "longer than 300 s")],
-)
-def test_a_picture_that_cannot_be_encoded(
-    error: type[Exception], says: str, engine: LlamaCppEngine
+def test_a_picture_that_takes_too_long(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its request fails; the next one gets another process."""
     processor = processor_of(engine)
     processor.place([-1], [Picture(DIGIT.pixels)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processor._worker, "call", Mock(side_effect=error))
-        with pytest.raises(RequestError, match=rf"64 x 64 pixels cannot be encoded: .*{says}"):
-            processor.place([-1], [Picture(DIGIT.pixels)])
+    monkeypatch.setattr(processor._worker, "call", Mock(side_effect=WorkerTimeoutError))
+    with pytest.raises(RequestError, match=r"64 x 64 pixels .* took longer than 300 s"):
+        processor.place([-1], [Picture(DIGIT.pixels)])
     processor.place([-1], [Picture(DIGIT.pixels)])
+
+
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        (lambda pid, _: os.kill(pid, signal.SIGKILL), "cannot be encoded: llama.cpp ended its pro"),
+        (lambda _, cancellation: cancellation.set(), "the request was cancelled"),
+    ],
+    ids=["died", "cancelled"],
+)
+def test_a_process_that_ends_while_it_encodes(
+    end: Callable[[int, Cancellation], None], says: str, engine: LlamaCppEngine
+) -> None:
+    """Its request fails alone: text is generated, and the next picture gets another process."""
+    processor, cancellation = processor_of(engine), Cancellation()
+    processor.place([-1], [Picture(DIGIT.pixels)])
+    worker = processor._worker
+    assert worker is not None
+
+    def place() -> object:
+        current_cancellation.set(cancellation)
+        return processor.place([-1], [Picture(DIGIT.pixels)])
+
+    os.kill(worker.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as threads:
+        failed = threads.submit(place)
+        until(lambda: cancellation._end is not None)
+        assert "Paris" in answers(engine, asked(engine, "What is the capital of France?"))[0]
+        end(worker.pid, cancellation)
+        with pytest.raises(RequestError, match=says):
+            failed.result(60)
+    assert not worker.is_usable
+    processor.place([-1], [Picture(DIGIT.pixels)])
+
+
+def test_mtmd_ends_with_the_process_of_its_engine(stored: Opened) -> None:
+    engine = ProcessEngine(partial(replace(stored, store=None).engine, config(backend="llama.cpp")))
+    try:
+        engine.wait_until_ready()
+        processor = engine.picture_processor
+        assert processor is not None
+        assert processor.place([-1], [Picture(DIGIT.pixels)])
+    finally:
+        engine.close()
+    with pytest.raises(EngineError, match="the engine is stopped"):
+        processor.place([-1], [Picture(DIGIT.pixels)])
+
+
+def test_few_pictures_wait(engine: LlamaCppEngine) -> None:
+    """Others get a 429, one whose client left is skipped, and closing fails those that wait."""
+    processor = pickle.loads(pickle.dumps(processor_of(engine)))
+    cancellation = Cancellation()
+    cancellation.set()
+
+    def place(cancelled: bool) -> object:
+        current_cancellation.set(cancellation if cancelled else None)
+        return processor.place([-1], [Picture(DIGIT.pixels)])
+
+    with ThreadPoolExecutor(1 + mtmd._MAX_WAITING) as threads:
+        with processor._lock:
+            waiting = [threads.submit(place, index == 3) for index in range(threads._max_workers)]
+            until(lambda: processor._places._value == 0)
+            with pytest.raises(QueueFullError, match="16 pictures wait to be encoded"):
+                place(False)
+            waiting.pop(3)
+            closing = Mock(side_effect=processor.close)
+            with ThreadPoolExecutor(1) as other:
+                closed = other.submit(closing)
+                until(lambda: processor._closed)
+                processor._lock.release()
+                closed.result(60)
+                processor._lock.acquire()
+        for each in waiting:
+            with pytest.raises(EngineError, match="the engine is stopped") as caught:
+                each.result(60)
+            assert not isinstance(caught.value, RequestError)
+    assert processor._worker is None
+
+
+def test_a_cancelled_request_starts_no_encoding(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, cancellation = processor_of(engine), Cancellation()
+    cancellation.set()
+
+    def place() -> object:
+        current_cancellation.set(cancellation)
+        return processor.place([-1], [Picture(DIGIT.pixels)])
+
+    encode = Mock()
+    monkeypatch.setattr(processor, "_answer", encode)
+    with (
+        ThreadPoolExecutor(1) as threads,
+        pytest.raises(RequestError, match="messages: the request was cancelled"),
+    ):
+        threads.submit(place).result(60)
+    encode.assert_not_called()
 
 
 def test_no_worker_is_reserved_while_a_picture_is_encoded(
@@ -300,6 +410,58 @@ def test_no_worker_is_reserved_while_a_picture_is_encoded(
     _, media = place_pictures(Mock(pictures=processor), [-1, -1], [file, file])
     assert media
     assert not busy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it")
+def test_the_process_is_the_first_to_go_without_memory(engine: LlamaCppEngine) -> None:
+    processor = processor_of(engine)
+    processor.place([-1], [Picture(DIGIT.pixels)])
+    assert processor._worker is not None
+    adjustment = Path(f"/proc/{processor._worker.pid}/oom_score_adj")
+    assert adjustment.read_text().strip() == "1000"
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError, ImportError])
+def test_clients_see_no_error_of_the_system(
+    error: type[Exception],
+    engine: LlamaCppEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    target = io.BytesIO()
+    source = io.BytesIO(process.encoded({"files": ["weights", "projector"]}))
+    with monkeypatch.context() as patch:
+        patch.setattr(mtmd, "_set_up_process", lambda: None)
+        patch.setattr(process, "pipes", lambda: (source, target))
+        patch.setattr(mtmd, "_Projector", Mock(side_effect=error("/secret/path")))
+        mtmd.main()
+    target.seek(0)
+    process.read(target)  # that it is ready
+    answer = process.read(target)
+    assert answer is not None
+    processor = processor_of(engine)
+    processor.place([-1], [Picture(DIGIT.pixels)])
+    monkeypatch.setattr(processor._worker, "call", lambda *_: process.encoded(answer)[4:])
+    with (
+        caplog.at_level(logging.DEBUG, mtmd.__name__),
+        pytest.raises(RequestError, match=r"cannot be encoded: the process of llama.cpp failed$"),
+    ):
+        processor.place([-1], [Picture(DIGIT.pixels)])
+    assert "mtmd: /secret/path" in caplog.text
+
+
+def test_errors_are_those_of_one_picture() -> None:
+    projector = object.__new__(mtmd._Projector)
+    projector._path, projector._errors, projector._pointer = (
+        "eyes.gguf",
+        ["of an earlier picture"],
+        None,
+    )
+    projector._mtmd = Mock()
+    projector._mtmd.mtmd_bitmap_init.return_value = None
+    projector._mtmd.mtmd_input_text.return_value = ctypes.c_int()
+    with pytest.raises(EngineError, match=r"^mtmd cannot cut it into tokens$"):
+        projector.encode(1, 1, bytes(3))
 
 
 def test_no_picture_has_a_larger_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
