@@ -124,6 +124,15 @@ def ours(stored: Opened) -> Engine:
     return made
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_core() -> Iterator[None]:
+    """Have llama.cpp compute by one thread: beside other tests, several wait for each other."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(before)[os.getpid() % len(before)]})
+    yield
+    os.sched_setaffinity(0, before)
+
+
 @pytest.fixture(scope="module")
 def engine(stored: Opened) -> Iterator[LlamaCppEngine]:
     made = stored.engine(config(backend="llama.cpp"))
@@ -192,10 +201,10 @@ def one_picture(engine: BaseEngine, sample: samples.Sample, question: str) -> En
 
 
 def test_answers_are_those_of_our_encoder(ours: Engine, whole: LlamaCppEngine) -> None:
-    """Of 100 digits and shapes that it was not trained on, as many are right, within 1 %."""
+    """Of 60 digits and shapes that it was not trained on, as many are right."""
     held = [
         (sample, list(sample.answers)[index % len(sample.answers)])
-        for index, sample in enumerate(samples.held_out(70, 30))
+        for index, sample in enumerate(samples.held_out(40, 20))
     ]
     found: list[list[str]] = []
     for made in (ours, whole):
@@ -206,7 +215,7 @@ def test_answers_are_those_of_our_encoder(ours: Engine, whole: LlamaCppEngine) -
     right = [sum(map(str.__eq__, texts, expected)) for texts in found]
     same = sum(map(str.__eq__, *found))
     print(f"of {len(held)}: ours {right[0]}, mtmd {right[1]}, {same} the same")
-    assert min(right) >= 95
+    assert min(right) >= 0.95 * len(held)
     assert abs(right[0] - right[1]) <= 1
 
 
