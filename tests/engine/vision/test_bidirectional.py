@@ -149,7 +149,9 @@ def test_chunks_end_outside_pictures(seed: int) -> None:
         overtaking=rng.choice([0, 3]),
         mode=rng.choice(MODES),
     )
-    sim.scheduler._pictures = SimpleNamespace(prepare=lambda *_, alone: alone or rng.random() < 0.9)
+    sim.scheduler._pictures = SimpleNamespace(
+        prepare=lambda *_, alone, **__: alone or rng.random() < 0.9
+    )
     texts = []
     for salt in (b"a", b"b"):
         text = [rng.randrange(6) for _ in range(24)]
