@@ -27,7 +27,7 @@ from modelpack_engine.kernels.sources import Body, KernelSource
 #: Inputs that only order kernels: their contents are not read.
 _ORDER = frozenset({"previous", "written"})
 #: Kernels that write into their inputs' memory, or the host's, so that no output says so. Those of
-#: recurrent layers do so as well, and also compute what the layer returns.
+#: recurrent layers write states there, but a step also needs their outputs.
 _WRITE_ELSEWHERE: frozenset[str] = frozenset({"write", "quantise", "rotate", "deliver"})
 _ALIGNMENT = 256
 #: The address of an array that is not kept in memory.

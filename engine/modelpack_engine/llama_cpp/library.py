@@ -21,8 +21,7 @@ _log = logging.getLogger(__name__)
 
 #: The only supported version: its functions follow llama.cpp's, which change every week.
 VERSION = "0.3.36"
-#: Projectors whose tokens depend on the position of the picture in its prompt, which mtmd is not
-#: told.
+#: Types of projectors that need a picture's position in its prompt, which mtmd does not get.
 PLACED_TYPES = ("deepseek4v",)
 _HINT = "run pip install 'modelpack[llama-cpp]'"
 # llama.cpp's levels: 3 is a warning, 4 an error; 5 continues the previous line.

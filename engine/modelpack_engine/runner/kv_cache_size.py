@@ -112,7 +112,7 @@ class Sizes:
     recorded_row_bytes: int = 0
     #: The most bytes of a weight that a recorded step computes in full; None sets no limit.
     recorded_weight_bytes: int | None = None
-    #: The rows of recurrent states that there are at first.
+    #: The rows that the arrays of recurrent states have at first.
     state_rows: int = 1
     #: Layers with smaller windows than others, and the blocks of each such group.
     groups: tuple[WindowGroup, ...] = ()

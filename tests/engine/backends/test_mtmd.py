@@ -556,7 +556,7 @@ def test_settings_that_llama_cpp_refuses(stored: Opened, monkeypatch: pytest.Mon
     size = sum(path.stat().st_size for path in (*stored.files.weights, stored.files.projector))
     found = StoreCatalogue(stored.store, many)._loaded_bytes(stored.store, stored.model, many)
     assert found == size + size // 8
-    cancelled = Mock(side_effect=LoadCancelledError("nobody waits"))
+    cancelled = Mock(side_effect=LoadCancelledError("the load was cancelled"))
     monkeypatch.setattr(stored_models, "_load_llama_cpp", cancelled)
     with pytest.raises(LoadCancelledError):
         stored.engine(many)
