@@ -508,7 +508,8 @@ class Engine(BaseEngine):
             rows = () if self._sampler.is_greedy else sample_rows(output)
             settings = self._sampler.settings(rows, num_sampled)
         if settings is not None and self._speculator is not None:
-            draft = self._speculator.draft_within(output, batch)
+            if self._replays.takes_draft(batch):
+                draft = self._speculator.draft_within(output, batch)
             if draft is None and self._speculator.reads_hidden(output):
                 settings = None  # MLX keeps the hidden states, for a later draft
         if settings is None:

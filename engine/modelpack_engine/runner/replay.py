@@ -404,6 +404,10 @@ class Replays:
             or (batch.adapter_slots and not self._fuses_adapters())
         )  # fmt: skip
 
+    def takes_draft(self, batch: StepBatch) -> bool:
+        """Return whether the graph of a step that `takes` accepts may have a draft."""
+        return not (batch.adapter_slots or self._runner.adapted.states)
+
     def _fuses_adapters(self) -> bool:
         """Return whether kernels add all that adapters change."""
         matrices = self._runner.adapter_rows.matrices
@@ -424,9 +428,7 @@ class Replays:
         rows of pictures, `embed` returns the embeddings of all rows, [rows, width].
         """
         adapted = self._runner.adapted
-        if draft is not None and (
-            draft.num_found > _MOST_DRAFTED or batch.adapter_slots or adapted.states
-        ):
+        if draft is not None and draft.num_found > _MOST_DRAFTED:
             self.end_run()
             return None
         if draft is not None and draft.generation != self._generation:

@@ -13,11 +13,13 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
+from modelpack_engine.models.eagle import EagleHead
 from modelpack_engine.runner import replay
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.paged import Layout
 from modelpack_engine.runner.recurrent import SlotSnapshot, StateRows
 from modelpack_engine.runner.replay import Replays
+from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.ngram import NgramProposer
 from tests.engine.replay.conftest import FakeDriver, no_driver
 from tests.engine.replay.test_replay import (
@@ -31,6 +33,7 @@ from tests.engine.replay.test_replay import (
     step,
 )
 from tests.engine.serving.tiny import VOCAB, tiny_tokenizer
+from tests.engine.speculation.test_eagle import random_head
 from tests.engine.zoo.dense import NO_BIAS
 from tests.engine.zoo.recurrent import MAMBA2
 
@@ -65,7 +68,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_engine(name: str, **given: Any) -> KernelEngine:
+def make_engine(name: str, head: EagleHead | None = None, **given: Any) -> KernelEngine:
     module = importlib.import_module(f"mlx_lm.models.{name}")
     config = {"model_type": name, **COMMON, **MODELS[name]}
     mx.random.seed(1)
@@ -75,7 +78,8 @@ def make_engine(name: str, **given: Any) -> KernelEngine:
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
     loaded = LoadedModel(model, {"vocab_size": VOCAB}, tiny_tokenizer(), name, 256, (), 0)
-    return KernelEngine(loaded, EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=4, **given))
+    settings = EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=4, **given)
+    return KernelEngine(loaded, settings, draft=head)
 
 
 def by_mlx(scenario: Scenario, name: str, **given: Any) -> Tokens:
@@ -216,3 +220,20 @@ def test_proposals_with_states(launched: list[Layout], monkeypatch: pytest.Monke
     assert scenario(engine) == wanted
     assert 0 < engine.stats().accepted_tokens < engine.stats().proposed_tokens
     assert any(layout.decode > 2 for layout in launched)
+
+
+def test_no_draft_is_prepared_for_a_graph_that_has_none(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recurrent models verify proposals in steps that MLX launches."""
+    asked: list[object] = []
+    monkeypatch.setattr(EagleProposer, "draft_within", lambda *given, **more: asked.append(given))
+    engine = make_engine(
+        "nemotron_h",
+        head=random_head(num_heads=2, num_kv_heads=1, head_dim=32),
+        draft_model="head", speculative_method="eagle3", num_speculative_tokens=4,
+    )  # fmt: skip
+    assert engine._replays is not None
+    add(engine, "one", [1, 2, 3], 12)
+    assert len(step(engine, {})["one"]) == 12
+    assert not asked
